@@ -1,0 +1,61 @@
+"""Budwood fine-tunes large models on one small machine, by plugins. Importing it imports neither torch nor a plugin."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from budwood.contract.registry import PluginError as PluginError
+    from budwood.contract.strategy import Options as Options
+    from budwood.contract.strategy import Strategy as Strategy
+    from budwood.contract.strategy import hookimpl as hookimpl
+    from budwood.contract.types import RUN_ADAPTER as RUN_ADAPTER
+    from budwood.contract.types import Batch as Batch
+    from budwood.contract.types import Event as Event
+    from budwood.contract.types import Example as Example
+    from budwood.contract.types import LossTerm as LossTerm
+    from budwood.contract.types import Outputs as Outputs
+    from budwood.contract.types import ParameterGroup as ParameterGroup
+    from budwood.contract.types import Plan as Plan
+    from budwood.contract.types import Run as Run
+    from budwood.contract.types import Step as Step
+    from budwood.errors import BudwoodError as BudwoodError
+    from budwood.errors import CorruptError as CorruptError
+    from budwood.errors import DivergedError as DivergedError
+    from budwood.errors import InputError as InputError
+    from budwood.errors import ResourceError as ResourceError
+    from budwood.errors import did_you_mean as did_you_mean
+
+__version__ = "0.1.0"
+
+# name → module that defines it; the package's public names, loaded when they are first asked for.
+_EXPORTS = {
+    **dict.fromkeys(("Options", "Strategy", "hookimpl"), "budwood.contract.strategy"),
+    **dict.fromkeys(
+        ("RUN_ADAPTER", "Batch", "Event", "Example", "LossTerm", "Outputs", "ParameterGroup", "Plan", "Run", "Step"),
+        "budwood.contract.types",
+    ),
+    **dict.fromkeys(("PluginError", "installed"), "budwood.contract.registry"),
+    **dict.fromkeys(
+        ("BudwoodError", "CorruptError", "DivergedError", "InputError", "ResourceError", "did_you_mean"),
+        "budwood.errors",
+    ),
+    "AdapterPool": "budwood.adapters.pool",
+    "load_recipe": "budwood.training.recipe",
+    "tune": "budwood.training.loop",
+    **dict.fromkeys(("frozen_linear", "low_rank_linear", "mixed_low_rank_linear"), "budwood.model.linear"),
+    "check_adapter_tensors": "budwood.adapters.store",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'budwood' has no attribute '{name}'")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

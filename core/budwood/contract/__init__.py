@@ -1,0 +1,1 @@
+"""What a strategy sees: the hooks, the objects they receive, the Strategy class and the registry."""

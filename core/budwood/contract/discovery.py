@@ -1,0 +1,137 @@
+"""What is installed, found without running it: names, versions, summaries from metadata and parsed sources."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from budwood.errors import InputError, ResourceError, did_you_mean
+
+STRATEGIES = "budwood"
+"""Entry point group of strategies; tasks, data forms and quantisers have groups of their own below it."""
+
+
+class PluginError(ResourceError):
+    """A plugin is broken; the message names it, its distribution and what to do."""
+
+
+@dataclass(frozen=True)
+class Installed:
+    """An entry point of an installed distribution. Nothing of it has been imported."""
+
+    name: str
+    value: str
+    distribution: str
+    version: str
+
+    @property
+    def owner(self) -> str:
+        """Distribution and version, as messages name them."""
+        return f"{self.distribution} {self.version}"
+
+    @property
+    def summary(self) -> str:
+        """First line of the object's docstring, parsed from its source file without running it."""
+        module, _, attribute = self.value.partition(":")
+        return _parse_summary(module, attribute) or ""
+
+    def load(self) -> Any:
+        """Import the object.
+
+        Raises:
+            PluginError: it cannot be imported, or names nothing.
+        """
+        module, _, attribute = self.value.partition(":")
+        try:
+            target: Any = importlib.import_module(module)
+            for part in filter(None, attribute.split(".")):
+                target = getattr(target, part)
+        except (Exception, SystemExit) as error:
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise PluginError(
+                f"plugin '{self.name}' of {self.owner} ({self.value}) cannot be imported: {what}. "
+                f"Repair or update it (pip install -U {self.distribution}), or leave it out of the recipe."
+            ) from error
+        return target
+
+
+def installed(group: str = STRATEGIES) -> dict[str, list[Installed]]:
+    """Return every entry point of `group` by name; more than one under a name is a clash that `find` refuses."""
+    found: dict[str, list[Installed]] = {}
+    for point in metadata.entry_points(group=group):
+        dist = point.dist
+        owner = (dist.name or "unknown", dist.version or "0") if dist else ("unknown", "0")
+        entry = Installed(point.name, point.value, *owner)
+        entries = found.setdefault(point.name, [])
+        if entry not in entries:  # a distribution that is seen twice on sys.path is one
+            entries.append(entry)
+    return dict(sorted(found.items()))
+
+
+def find(name: str, group: str = STRATEGIES, what: str = "strategy") -> Installed:
+    """Return the one entry point called `name`.
+
+    Raises:
+        InputError: none or several distributions have it; the message names the nearest or all of them.
+    """
+    available = installed(group)
+    if name not in available:
+        known = ", ".join(available) or "none"
+        raise InputError(f"{what} '{name}' is not installed.{did_you_mean(name, available)} Installed: {known}.")
+    entries = available[name]
+    if len(entries) > 1:
+        owners = " and ".join(entry.owner for entry in entries)
+        remedy = f"uninstall one of them (pip uninstall {entries[-1].distribution})"
+        raise InputError(f"{what} '{name}' is provided by {owners}: {remedy}.")
+    return entries[0]
+
+
+def _parse_summary(module: str, attribute: str, depth: int = 0) -> str | None:
+    """First docstring line of `attribute` in `module`, following `from x import attribute` through source files."""
+    path = _source_of(module)
+    if path is None or depth > 3:
+        return None
+    for node in _statements(path):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == attribute:
+            text = ast.get_docstring(node)
+            return text.splitlines()[0] if text else None
+        if isinstance(node, ast.ImportFrom) and any((alias.asname or alias.name) == attribute for alias in node.names):
+            package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+            parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            target = ".".join([*parts, *filter(None, [node.module])])
+            original = next(alias.name for alias in node.names if (alias.asname or alias.name) == attribute)
+            return _parse_summary(target, original, depth + 1)
+    return None
+
+
+@functools.cache
+def _statements(path: Path) -> list[ast.stmt]:
+    try:
+        return ast.parse(path.read_text(encoding="utf-8")).body
+    except (OSError, SyntaxError, ValueError):
+        return []
+
+
+def _source_of(module: str) -> Path | None:
+    """Source file of a module, found without importing it or its parents."""
+    top, *rest = module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return None
+    if spec is None:
+        return None
+    folders: Iterable[str] = spec.submodule_search_locations or []
+    candidates = [Path(f).joinpath(*rest) for f in folders] if rest or folders else []
+    for candidate in candidates:
+        for path in (candidate / "__init__.py", candidate.with_suffix(".py")):
+            if path.is_file():
+                return path
+    return Path(spec.origin) if spec.origin and not rest and Path(spec.origin).is_file() else None

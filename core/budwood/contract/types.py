@@ -1,0 +1,314 @@
+"""What hooks receive and return: Run, Step, Batch, LossTerm and their parts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from budwood.contract.strategy import Strategy
+
+Unit = Literal["label", "example", "step"]
+
+RUN_ADAPTER = "default"
+"""Name under which a run's adapter stands on its model; the slot "adapter" has one owner, so there is one."""
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """A named part of the loss. Core divides the sum of `values` by the count of its unit in the optimizer step.
+
+    Attributes:
+        name: under which it is logged; unique in a run.
+        values: [labels] or [examples] or a scalar, by unit; floating, attached to the graph.
+        unit: what one value belongs to. A term of unit "step" is added once an optimizer step and never replayed.
+        weight: factor in the loss; the log shows the clean, unweighted mean.
+    """
+
+    name: str
+    values: Tensor
+    unit: Unit = "label"
+    weight: float = 1.0
+
+
+@dataclass
+class Example:
+    """One training example, as tokens.
+
+    Attributes:
+        id: index of its row in the data file; stable over epochs, runs and packing.
+        input_ids: [T] int32.
+        supervised: [T] bool; True where the token is a label, which is predicted from the position before.
+        label: class index for classification, else None.
+        columns: further arrays that a strategy adds in `prepare_examples`; [T, ...] or a scalar.
+        prompt_length: tokens before the first supervised one, what generation starts from (0: no prompt).
+    """
+
+    id: int
+    input_ids: np.ndarray
+    supervised: np.ndarray
+    label: int | None = None
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    prompt_length: int = 0
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass
+class Batch:
+    """One micro-batch: a packed row of whole examples (R = 1), or rows of one example each, padded on the right.
+
+    Attributes:
+        input_ids: [R, T] int64.
+        position_ids: [R, T] int64, restarting at 0 with each example.
+        attention_mask: [R, T] bool where rows are padded, else None.
+        segments: boundaries of the examples in a packed row, (0, …, T), plain integers; () where rows are padded.
+        example_of_token: [R·T] int64 index into `example_ids`; -1 on padding.
+        label_positions: [L] int64 index into the flattened [R·T]: the position whose output is scored.
+        labels: [L] int64 token or class index.
+        example_of_label: [L] int64 index into `example_ids`.
+        example_ids: stable ids of the examples, in the order in which they stand.
+        columns: tensors that strategies add.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None
+    segments: tuple[int, ...]
+    example_of_token: Tensor
+    label_positions: Tensor
+    labels: Tensor
+    example_of_label: Tensor
+    example_ids: tuple[int, ...]
+    num_tokens: int
+    """Real tokens, without padding."""
+    columns: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many of each unit the batch holds."""
+        return {"label": len(self.labels), "example": len(self.example_ids), "token": self.num_tokens}
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch with every tensor on `device`."""
+        tensors = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors, columns={k: v.to(device, non_blocking=True) for k, v in self.columns.items()})
+
+
+@dataclass
+class Outputs:
+    """What a forward gives: everything up to the head, and the head.
+
+    Attributes:
+        hidden: [R, T, d], or [R, 1, classes] where the model pools by row; flattened, it is what label_positions index.
+        head: maps rows of `hidden` [n, d] to logits [n, vocabulary or classes]; the model's own head, exactly.
+    """
+
+    hidden: Tensor
+    head: Callable[[Tensor], Tensor]
+
+
+class Generator:
+    """Random numbers that depend on a key alone: drawn on the CPU, so equal on every device and process."""
+
+    def __init__(self, *key: object) -> None:
+        digest = hashlib.sha256(repr(key).encode()).digest()
+        self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    def normal_like(self, tensor: Tensor) -> Tensor:
+        """Standard normal numbers in the shape, dtype and device of `tensor`."""
+        return torch.randn(tensor.shape, generator=self._generator).to(tensor)
+
+    def uniform_like(self, tensor: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Numbers uniform in [low, high) in the shape, dtype and device of `tensor`."""
+        return (torch.rand(tensor.shape, generator=self._generator) * (high - low) + low).to(tensor)
+
+
+class StepEngine(Protocol):
+    """What core puts behind `Step` (training.step.Engine)."""
+
+    def noisy_forward(self, step: Step, noise: Tensor | None) -> Outputs: ...
+    def replay(self, step: Step, noise: Tensor | None, weight: float) -> None: ...
+    def noise_gradient(self, step: Step, noise: Tensor) -> Tensor: ...
+
+
+@dataclass
+class Step:
+    """One micro-step, and what a strategy may ask of it.
+
+    Attributes:
+        batch: the micro-batch.
+        micro_step: its index in the optimizer step on this process, from 0.
+        noise: [R, T, d] or None; added to the embeddings' output by the task's forward.
+        main_weight: weight of core's own backward; FreeLB sets 1/K.
+        track_noise: set before core's backward to find the clean pass's gradient in `noise_grad`.
+        noise_grad: [R, T, d], the gradient of the step's loss with respect to the embeddings' output.
+        kept: what is computed once a step and does not depend on the noise, such as a teacher's logits.
+        replaying: True inside `replay` and `noise_gradient`.
+    """
+
+    run: Run
+    batch: Batch
+    engine: StepEngine
+    micro_step: int = 0
+    noise: Tensor | None = None
+    main_weight: float = 1.0
+    track_noise: bool = False
+    noise_grad: Tensor | None = None
+    replaying: bool = False
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    def forward(self, noise: Tensor | None = None) -> Outputs:
+        """Run the model with `noise` on the embeddings, for terms that compare clean with noisy; keeps the graph."""
+        return self.engine.noisy_forward(self, noise)
+
+    def replay(self, noise: Tensor | None, weight: float = 1.0) -> None:
+        """Forward with `noise`, all label and example terms times `weight`, backward; parameters' gradients add up."""
+        self.engine.replay(self, noise, weight)
+
+    def noise_gradient(self, noise: Tensor) -> Tensor:
+        """Gradient [R, T, d] of the label and example terms with respect to `noise`; no parameter's is touched."""
+        return self.engine.noise_gradient(self, noise)
+
+    def generator(self, strategy: Strategy, example: int) -> Generator:
+        """A generator keyed by seed, strategy, optimizer step and the example (index into `batch.example_ids`).
+
+        Each call starts it anew, so that a replay draws the same numbers.
+        """
+        return Generator(self.run.seed, strategy.name, self.run.step, self.batch.example_ids[example])
+
+
+@dataclass
+class ParameterGroup:
+    """Parameters that train together: `learning_rate_ratio` multiplies the recipe's rate, `weight_decay` overrides."""
+
+    name: str
+    parameters: dict[str, nn.Parameter]
+    learning_rate_ratio: float = 1.0
+    weight_decay: float | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened: kind "start", "step", "evaluation", "end"; `values` by name."""
+
+    kind: str
+    step: int
+    values: dict[str, Any]
+
+
+@dataclass
+class Plan:
+    """A recipe before it runs: the composition and what stands against it."""
+
+    recipe: Any
+    strategies: Sequence[Strategy]
+    steps: int | None = None
+    """Optimizer steps of the run; None until the data has been read."""
+    model: nn.Module | None = None
+    """The base's modules on the meta device, without weights; None where the config alone does not give them."""
+    problems: list[str] = field(default_factory=list)
+
+    def problem(self, strategy: Strategy, text: str) -> None:
+        """Record what cannot work; all problems are reported together."""
+        self.problems.append(f"{strategy}: {text}")
+
+
+@dataclass
+class Run:
+    """What a run is made of. Attributes are filled in the order of the run; a hook finds all that came before it.
+
+    `dtype` is the compute dtype; `trainable` parameters are fp32; `step` counts completed optimizer steps; `counts`
+    are the units of the optimizer step under way, over all micro-steps and processes.
+    """
+
+    recipe: Any
+    directory: Path
+    device: torch.device
+    dtype: torch.dtype
+    strategies: Sequence[Strategy] = ()
+    hooks: Any = None
+    task: Any = None
+    tokenizer: Any = None
+    base: Any = None
+    model: Any = None
+    accelerator: Any = None
+    optimizer: Any = None
+    scheduler: Any = None
+    examples: Any = None
+    eval_examples: Any = None
+    groups: list[ParameterGroup] = field(default_factory=list)
+    seed: int = 0
+    steps: int | None = None
+    step: int = 0
+    epoch: int = 0
+    planning: bool = False
+    packed: bool = True
+    process_index: int = 0
+    processes: int = 1
+    counts: dict[str, int] = field(default_factory=dict)
+    before: dict[str, float] = field(default_factory=dict)
+    """Metrics of the evaluation before the first step."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Latest value of every logged number."""
+    say: Callable[[str], None] = print
+    """Show one line to the user."""
+    _generators: dict[str, tuple[int, Generator]] = field(default_factory=dict)
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """Every parameter that trains, in the order of its group."""
+        return [p for group in self.groups for p in group.parameters.values()]
+
+    def generator(self, strategy: Strategy) -> Generator:
+        """The strategy's stream of this optimizer step, the same on every process; goes on until the step ends."""
+        step, generator = self._generators.get(strategy.name, (-1, None))
+        if generator is None or step != self.step:
+            generator = Generator(self.seed, strategy.name, self.step)
+            self._generators[strategy.name] = (self.step, generator)
+        return generator
+
+    def log(self, name: str, value: float | Tensor) -> None:
+        """Log a number with the optimizer step under way; a tensor is read off the device at the next interval."""
+        self.metrics[name] = value  # type: ignore[assignment]
+
+    def replace_parameter(self, old: nn.Parameter, new: nn.Parameter, index: Any) -> None:
+        """Put `new` in the place of `old` in the groups and the optimizer; the caller puts it into its module.
+
+        Args:
+            old: a trainable parameter.
+            new: its successor, of the shape of `old[index]`.
+            index: what is kept of `old`, and of each optimizer state of its shape.
+
+        Raises:
+            ValueError: `old` does not train, or `new` has not the shape of `old[index]`.
+        """
+        if old.data[index].shape != new.shape:
+            raise ValueError(f"replace_parameter: old[index] is {tuple(old.data[index].shape)}, new {tuple(new.shape)}")
+        for group in self.groups:
+            for name, parameter in group.parameters.items():
+                if parameter is old:
+                    group.parameters[name] = new
+                    break
+            else:
+                continue
+            break
+        else:
+            raise ValueError("replace_parameter: the parameter does not train")
+        if self.optimizer is None:
+            return
+        for torch_group in self.optimizer.param_groups:
+            torch_group["params"] = [new if p is old else p for p in torch_group["params"]]
+        state = self.optimizer.state.pop(old, None)
+        if state is not None:
+            self.optimizer.state[new] = {
+                k: v[index].clone() if isinstance(v, Tensor) and v.shape == old.shape else v for k, v in state.items()
+            }

@@ -1,0 +1,98 @@
+"""What pydantic finds wrong, as one plain line that knows the place and the nearest name."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from budwood.errors import did_you_mean
+
+Location = tuple[str | int, ...]
+
+_KINDS = {
+    "string_type": "must be text",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "model_type": "must be a mapping",
+    "dict_type": "must be a mapping",
+    "list_type": "must be a list",
+    "tuple_type": "must be a list",
+}
+
+
+def first_problem(error: ValidationError, model: type[BaseModel]) -> tuple[Location, str]:
+    """Return the place (keys and indices) and the text of the most telling problem: an unknown key before others."""
+    problems = error.errors(include_url=False)
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    place, owner = _place(model, problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        key = str(problem["loc"][-1])
+        known = list(owner.model_fields) if owner else []
+        near = did_you_mean(key, known)
+        return (*place, key), f"unknown key.{near or ' Known here: ' + (', '.join(known) or 'none')}"
+    if problem["type"] == "missing":
+        field = _field(model, place)
+        about = f" ({field.description})" if field is not None and field.description else ""
+        return place, f"missing{about}"
+    same = [p for p in problems if _place(model, p["loc"])[0] == place]  # one of each member of a union
+    text = " or ".join(dict.fromkeys(_text(p) for p in same))
+    if problem["type"] in ("value_error", "assertion_error") and isinstance(problem["input"], dict | BaseModel):
+        return place, text
+    return place, f"{text} (got {shorten(repr(problem['input']))})"
+
+
+def sentence(text: str) -> str:
+    """End `text` with a full stop, where it does not end already."""
+    return text if text.endswith((".", "?", "!", "…")) else f"{text}."
+
+
+def dotted(place: Location) -> str:
+    """Write a place as messages do: `train.learning_rate`, `targets[0]`."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+    return text.removeprefix(".")
+
+
+def shorten(text: str, limit: int = 60) -> str:
+    """Cut `text` to one line of at most `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def _text(problem: Any) -> str:
+    text = _KINDS.get(problem["type"]) or re.sub(r"^\w+ should ", "must ", problem["msg"])
+    return " ".join(text.removeprefix("Value error, ").removeprefix("Assertion failed, ").split())
+
+
+def _place(model: type[BaseModel], location: Location) -> tuple[Location, type[BaseModel] | None]:
+    """Keep of a pydantic location what the user wrote, and find the model at its end; union members drop out."""
+    place: list[str | int] = []
+    owner: type[BaseModel] | None = model
+    for part in location:
+        if isinstance(part, int):
+            place.append(part)
+        elif owner is not None and part in owner.model_fields:
+            place.append(part)
+            owner = _model_in(owner.model_fields[part].annotation)
+    return tuple(place), owner
+
+
+def _field(model: type[BaseModel], place: Location) -> Any:
+    names = [part for part in place if isinstance(part, str)]
+    owner: type[BaseModel] | None = model
+    for name in names[:-1]:
+        owner = _model_in(owner.model_fields[name].annotation) if owner else None
+    return owner.model_fields.get(names[-1]) if owner and names else None
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)

@@ -1,0 +1,53 @@
+"""One exception for each exit code. The message is one plain line: file, line or field, what is wrong, the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+
+class BudwoodError(Exception):
+    """Base of every error that a user meets; `exit_code` is what the command ends with."""
+
+    exit_code = 1
+
+
+class InputError(BudwoodError):
+    """What the user gave is wrong: recipe, data, options, names."""
+
+    exit_code = 2
+
+
+class ResourceError(BudwoodError):
+    """The machine cannot: memory, disk, device, a missing library, no network."""
+
+    exit_code = 3
+
+
+class CorruptError(BudwoodError):
+    """An artifact on disk is not what it claims to be."""
+
+    exit_code = 4
+
+
+class DivergedError(BudwoodError):
+    """Training ran into a loss or gradient that is not finite, or changed nothing."""
+
+    exit_code = 5
+
+
+class Interrupted(BudwoodError):  # noqa: N818 - a signal is no error of anybody's
+    """The run was stopped by a signal: 130 for Ctrl-C, 143 for SIGTERM."""
+
+    def __init__(self, message: str, exit_code: int = 130) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the nearest of `choices`, or an empty string when none is near."""
+    choices = list(choices)
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
+    near = near or [c for c in choices if "".join(word[:1] for word in re.split("[_-]", c)) == name]  # lr, wd
+    return f" Did you mean '{near[0]}'?" if near else ""
