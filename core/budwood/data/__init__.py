@@ -1,0 +1,1 @@
+"""From a data file to packed batches: reading → forms → examples → packing."""

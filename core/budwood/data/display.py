@@ -1,0 +1,184 @@
+"""What `budwood data` shows: samples with their loss, lengths, shares. One report, as plain values and for people."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from budwood.contract.types import Example
+from budwood.data.examples import Examples, overlap
+
+BINS = 12
+CLASSES = 30
+"""Classes that are listed."""
+PADDED_ROWS = 8
+"""Rows a batch when the padding that packing saves is estimated."""
+LONGEST_PIECE = 600
+"""Characters of a piece of a sample that are shown."""
+PLAIN, LOSS = "dim", "bold green"
+
+
+def make_report(train: Examples, other: Examples | None, tokenizer: Any, samples: int, steps: int) -> dict[str, Any]:
+    """Gather everything that is shown, as values that JSON can hold.
+
+    Args:
+        train: the training examples.
+        other: the evaluation examples.
+        tokenizer: of the base.
+        samples: how many examples are shown, evenly spread over the file.
+        steps: optimizer steps an epoch.
+    """
+    report = {"train": _describe(train), "steps_per_epoch": steps, "padding": _padding(train.lengths)}
+    if other is not None:
+        shared = overlap(train, other)
+        report["eval"] = {**_describe(other), "overlap": shared, "overlap_share": shared / len(other)}
+    chosen = np.unique(np.linspace(0, len(train) - 1, min(samples, len(train))).round().astype(int))
+    report["samples"] = [_sample(train, int(i), tokenizer) for i in chosen]
+    return report
+
+
+def show_report(report: dict[str, Any], console: Console) -> None:
+    """Print a report; where there is no colour, brackets stand around what has a loss."""
+    coloured = console.color_system is not None and not console.no_color
+    for sample in report["samples"]:
+        console.print(Text(sample["where"], style="cyan"), Padding(_paint(sample, coloured), (0, 0, 1, 2)))
+    if any(supervised for sample in report["samples"] for _, supervised in sample["pieces"]):
+        legend = Text("In the samples: ")
+        legend.append("with a loss" if coloured else "⟦with a loss⟧", LOSS if coloured else "")
+        console.print(legend.append(", ").append("without", PLAIN), "")
+    for name in ("train", "eval"):
+        if name in report:
+            _show_file(name, report[name], console)
+    packing = f"{report['steps_per_epoch']:,} optimizer steps an epoch. Packed rows have no padding; rows of "
+    console.print(f"{packing}{PADDED_ROWS} at random would be {report['padding']:.0%} padding.", soft_wrap=True)
+
+
+def find_pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
+    """Text of an example in runs of tokens with and without a loss, special tokens spelled out."""
+    edges = np.flatnonzero(np.diff(example.supervised)) + 1
+    bounds = [0, *edges.tolist(), len(example)]
+    pieces, shown = [], ""
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        # Decoded from the beginning, since some tokenizers drop a space at the start of what they decode.
+        whole = tokenizer.decode(example.input_ids[:stop].tolist(), skip_special_tokens=False)
+        alone = tokenizer.decode(example.input_ids[start:stop].tolist(), skip_special_tokens=False)
+        pieces.append((whole[len(shown) :] if whole.startswith(shown) else alone, bool(example.supervised[start])))
+        shown = whole
+    return pieces
+
+
+def _describe(examples: Examples) -> dict[str, Any]:
+    stats = examples.stats
+    counts, edges = np.histogram(examples.lengths, bins=_edges(stats.shortest, stats.longest))
+    return {
+        "path": str(examples.path),
+        "form": examples.form,
+        "columns": examples.columns,
+        "task": examples.task,
+        "description": examples.describe(),
+        "sha256": examples.sha256,
+        "max_length": examples.max_length,
+        "rows": stats.rows,
+        "examples": stats.examples,
+        "dropped": stats.dropped,
+        "first_dropped": stats.first_dropped,
+        "truncated": stats.truncated,
+        "tokens_cut": stats.tokens_cut,
+        "tokens": stats.tokens,
+        "supervised": stats.supervised,
+        "supervised_share": stats.supervised_share,
+        "lengths": {"min": stats.shortest, "mean": stats.mean, **stats.percentiles, "max": stats.longest},
+        "histogram": [
+            {"from": int(low), "to": int(high) - 1, "examples": int(count)}
+            for low, high, count in zip(edges, edges[1:], counts, strict=False)
+        ],
+        "labels": dict(zip(examples.labels, stats.classes, strict=True)),
+        "remarks": stats.remarks,
+        "notes": examples.notes,
+    }
+
+
+def _edges(shortest: int, longest: int) -> np.ndarray:
+    width = max(1, -(-(longest + 1 - shortest) // BINS))
+    return np.arange(shortest, longest + width + 1, width)
+
+
+def _padding(lengths: np.ndarray) -> float:
+    """Share of padding if rows of random examples were padded to their longest."""
+    order = np.random.default_rng(0).permutation(lengths)
+    rows = [order[i : i + PADDED_ROWS] for i in range(0, len(order), PADDED_ROWS)]
+    return 1.0 - float(lengths.sum()) / sum(int(row.max()) * len(row) for row in rows)
+
+
+def _sample(examples: Examples, index: int, tokenizer: Any) -> dict[str, Any]:
+    example = examples[index]
+    return {
+        "where": examples.rows.location(example.id),
+        "tokens": len(example),
+        "pieces": [list(piece) for piece in find_pieces(example, tokenizer)],
+        "label": None if example.label is None else examples.labels[example.label],
+    }
+
+
+def _paint(sample: dict[str, Any], coloured: bool) -> Text:
+    text = Text()
+    for piece, supervised in sample["pieces"]:
+        piece = _visible(piece)
+        text.append(piece if coloured or not supervised else f"⟦{piece}⟧", LOSS if supervised else PLAIN)
+    if sample["label"] is not None:
+        label = _visible(sample["label"])
+        text.append(" → ").append(label if coloured else f"⟦{label}⟧", LOSS)
+    return text
+
+
+def _visible(text: str) -> str:
+    """Line ends marked, control characters spelled out (data must not steer a terminal), long pieces shortened."""
+    if len(text) > LONGEST_PIECE:
+        half = LONGEST_PIECE // 2
+        text = f"{text[:half]} […{len(text) - 2 * half:,} characters…] {text[-half:]}"
+    shown = (
+        "↵\n" if c == "\n" else c if unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode()
+        for c in text
+    )
+    return "".join(shown)
+
+
+def _show_file(name: str, file: dict[str, Any], console: Console) -> None:
+    lines = [f"{name}: {file['path']}, read as {' + '.join(file['columns'])} for {file['task']}"]
+    lines.append(f"{file['examples']:,} of {file['rows']:,} rows, {file['tokens']:,} tokens")
+    if not file["labels"]:
+        lines.append(f"{file['supervised_share']:.1%} of them with a loss")
+    lines.append(f"{file['truncated']:,} cut at {file['max_length']} ({file['tokens_cut']:,} tokens lost)")
+    dropped = ", ".join(f"{n:,} {why} (first {file['first_dropped'][why]})" for why, n in file["dropped"].items())
+    lines.append(f"dropped: {dropped or 'none'}")
+    if "overlap" in file:
+        lines.append(f"{file['overlap']:,} also in the training data ({file['overlap_share']:.1%})")
+    lines += [f"{count:,} {remark}" for remark, count in file["remarks"].items()] + file["notes"]
+    console.print(Text("\n  ".join(lines)), soft_wrap=True)
+    if file["labels"]:
+        classes = sorted(file["labels"].items(), key=lambda item: -item[1])
+        rest = f", the largest {CLASSES} of {len(classes)}" if len(classes) > CLASSES else ""
+        console.print(f"  examples of each class{rest}", style="cyan")
+        console.print(_bars([(_visible(label), count) for label, count in classes[:CLASSES]]))
+    lengths = ", ".join(f"{n + ' %' if n.isdigit() else n} {v:,.0f}" for n, v in file["lengths"].items())
+    console.print(f"  length in tokens: {lengths}", style="cyan", soft_wrap=True)
+    console.print(_bars([(f"{bar['from']:,}–{bar['to']:,}", bar["examples"]) for bar in file["histogram"]]), "")
+
+
+def _bars(counts: list[tuple[str, int]], width: int = 40) -> Table:
+    most = max((count for _, count in counts), default=1) or 1
+    table = Table.grid(padding=(0, 1))
+    table.add_column(justify="right", min_width=12, max_width=30, no_wrap=True)
+    table.add_column(justify="right")
+    table.add_column(no_wrap=True)
+    for name, count in counts:
+        eighths = round(count / most * width * 8) or bool(count)
+        bar = "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
+        table.add_row(Text(name), f"{count:,}", Text(bar, style="green"))
+    return table

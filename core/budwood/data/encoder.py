@@ -1,0 +1,178 @@
+"""Text to tokens, the same at training and at generation."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from budwood.errors import InputError
+
+Span = tuple[int, int]
+
+
+class Encoder:
+    """A tokenizer under the rules that training and generation share.
+
+    - A text begins with what the tokenizer puts before every text (usually BOS), once: a text that spells BOS out
+      itself gets no second one. What the tokenizer puts behind a text is left out; a form adds the end token itself.
+    - The tokens of a prompt are those of the prompt alone, since generation sees nothing else. What follows continues
+      them: as in the whole text where the prompt's tokens are a prefix of the whole text's, else tokenised apart.
+
+    Attributes:
+        tokenizer: a transformers tokenizer.
+        template_options: variables for the chat template, such as `enable_thinking`.
+        remarks: counts of what the user should hear of, by text.
+        stop_ids: tokens that end an answer: the tokenizer's EOS, and what the chat template puts behind a turn.
+    """
+
+    def __init__(
+        self, tokenizer: Any, max_length: int | None = None, template_options: Mapping[str, Any] | None = None
+    ) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.template_options = dict(template_options or {})
+        self.remarks: Counter[str] = Counter()
+        self.stop_ids: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+
+    def plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of each text, with nothing before or behind."""
+        return self._call(texts, add_special_tokens=False) if texts else []
+
+    def whole(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of each text with all that the tokenizer puts around it, as a classifier reads it; not cut."""
+        rows = self._call(texts, add_special_tokens=True)
+        bos = self.tokenizer.bos_token_id
+        return [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in rows]
+
+    def cut(self, text: str, length: int) -> list[int]:
+        """The first `length` tokens of a text, with all that the tokenizer puts around it kept."""
+        return self._call([text], add_special_tokens=True, truncation=True, max_length=length)[0]
+
+    def start(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of each text as the beginning of a sequence: BOS once, where the tokenizer wants one."""
+        rows = self.plain(texts)
+        prefix = self.prefix
+        return [ids if ids[: len(prefix)] == prefix else prefix + ids for ids in rows]
+
+    def continuation(self, text: str) -> list[int]:
+        """Tokens of a text that follows others, without the space that some tokenizers put before every text."""
+        if self._adds_space:
+            line, joined = self.plain(["\n", "\n" + text])
+            if joined[: len(line)] == line:
+                return joined[len(line) :]
+        return self.plain([text])[0]
+
+    def end(self, where: str) -> int:
+        """The end-of-sequence token.
+
+        Raises:
+            InputError: the tokenizer has none.
+        """
+        token = self.tokenizer.eos_token_id
+        if token is None:
+            raise InputError(
+                f"{where}: the base's tokenizer has no end-of-sequence token, so answers would never end. "
+                "Set eos_token in its tokenizer_config.json."
+            )
+        return int(token)
+
+    def split(
+        self, texts: Sequence[str], spans: Sequence[Sequence[Span]], rendered: bool
+    ) -> list[tuple[list[int], list[Span]] | None]:
+        """Tokenise texts so that what stands before each span is what generation would see.
+
+        Args:
+            texts: whole texts, each ending where its last span ends.
+            spans: of each text, (start, stop) in characters, what a model has to write.
+            rendered: the texts come from a chat template, which alone decides what stands at their beginning.
+
+        Returns:
+            For each text its tokens and the spans in tokens, or None where a boundary of one of several spans falls
+            inside a token, so that no single sequence is what generation would see at each of them.
+        """
+        parts = [text[:at] for text, row in zip(texts, spans, strict=True) for span in row for at in span]
+        known = dict(zip(parts, self.plain(parts) if rendered else self.start(parts), strict=True))
+        results: list[tuple[list[int], list[Span]] | None] = []
+        for text, row in zip(texts, spans, strict=True):
+            ids = known[text]
+            bounds = [(known[text[:start]], known[text[:stop]]) for start, stop in row]
+            if all(ids[: len(part)] == part for bound in bounds for part in bound):
+                results.append((ids, [(len(before), len(upto)) for before, upto in bounds]))
+            elif len(row) == 1:
+                prompt = bounds[0][0]
+                ids = prompt + self.continuation(text[row[0][0] :])
+                self.remarks["prompts whose last token would run into the answer: tokenised apart"] += 1
+                results.append((ids, [(len(prompt), len(ids))]))
+            else:
+                results.append(None)
+        return results
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], answer: bool) -> str:
+        """Render messages by the chat template; with `answer`, up to where the assistant's answer begins."""
+        text: str = self.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=answer, **self.template_options
+        )
+        return text
+
+    @cached_property
+    def prefix(self) -> list[int]:
+        """What the tokenizer puts before every text."""
+        body, full = self.plain(["a"])[0], self._call(["a"], add_special_tokens=True)[0]
+        places = range(len(full) - len(body) + 1)
+        return next((full[:at] for at in places if full[at : at + len(body)] == body), [])
+
+    @cached_property
+    def end_marks(self) -> re.Pattern[str]:
+        """Matches any token that cannot be split: special and added ones."""
+        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
+        marks = {mark for mark in added | set(self.tokenizer.all_special_tokens) if mark.strip()}
+        longest_first = sorted(marks, key=lambda mark: (-len(mark), mark))
+        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        first = self.plain(["a"])[0][:1]
+        return bool(first) and self.tokenizer.convert_ids_to_tokens(first[0]).startswith("▁")
+
+    def _call(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
+        encoded = self.tokenizer(
+            list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False, **options
+        )
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Tokens from which generation continues `prompt`: exactly those that training put before a completion."""
+    return Encoder(tokenizer).start([prompt])[0]
+
+
+def encode_chat(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], template_options: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Tokens from which the assistant answers `messages`: exactly those that training put before its turn.
+
+    Raises:
+        InputError: the tokenizer has no chat template, or the template refuses the messages.
+    """
+    check_template(tokenizer, "chat")
+    encoder = Encoder(tokenizer, template_options=template_options)
+    try:
+        return encoder.plain([encoder.chat(messages, answer=True)])[0]
+    except Exception as error:  # a template is a program of the base's author and raises what it likes
+        raise InputError(f"chat: the chat template refuses the messages: {error}") from error
+
+
+def check_template(tokenizer: Any, where: str) -> None:
+    """Check that there is a chat template.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            f"{where}: the base's tokenizer has no chat template, which messages need. "
+            "Use columns prompt and completion, or a base that was made for chat."
+        )

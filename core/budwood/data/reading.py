@@ -1,0 +1,357 @@
+"""Data files as rows: JSONL, JSON, CSV, Parquet, folders of `datasets`. Every complaint names file and line."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import hashlib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from budwood.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Row = Mapping[str, Any]
+_ACCEPTED = ".jsonl, .json (a list of objects), .csv, .tsv, .parquet, a folder of `datasets` or of Parquet files"
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z")
+_WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+
+
+class Rows(Sequence[Row]):
+    """The rows of a data file, in order.
+
+    Attributes:
+        path: the file or folder, as the user named it.
+        columns: names, in the order in which they first appear.
+        sha256: hex digest of the file's bytes (of all files' names and bytes for a folder).
+        notes: lines that the user should see, such as a byte order mark that was skipped.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        rows: Sequence[Row],
+        columns: Sequence[str],
+        place: Callable[[int], str],
+        notes: Sequence[str] = (),
+    ) -> None:
+        if not len(rows):
+            raise InputError(f"{path}: there is no row in it. Give a file with at least one.")
+        self.path, self.columns, self.notes = path, list(columns), list(notes)
+        self._rows, self._place = rows, place
+        self.sha256 = hash_file(path)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._rows[index]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows)
+
+    def location(self, index: int) -> str:
+        """Where row `index` stands, as messages name it: "train.jsonl:17", or "train.parquet:row 17"."""
+        return f"{self.path}:{self._place(index)}"
+
+
+def read_rows(path: str | Path) -> Rows:
+    """Read the rows of a data file or folder.
+
+    Raises:
+        InputError: it is missing, unreadable, empty, of an unknown kind, not UTF-8, or malformed; with file and line.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            return _read_folder(path)
+        if not path.exists():
+            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise InputError(f"{path}: no such file.{did_you_mean(path.name, siblings)}")
+        if not path.is_file():
+            raise InputError(f"{path}: not an ordinary file. Save the data to a file first.")
+        suffix = path.suffix.lower()
+        if suffix in _COMPRESSED:
+            raise InputError(f"{path}: compressed files are not read. Unpack it first.")
+        reader = _READERS.get(suffix)
+        if reader is None:
+            raise InputError(f"{path}: unknown kind of file '{suffix or path.name}'. Accepted: {_ACCEPTED}.")
+        if not path.stat().st_size:
+            raise InputError(f"{path}: the file is empty.")
+        return reader(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
+
+
+def hash_file(path: Path) -> str:
+    """Hex SHA-256 of a file, or of the names and bytes of all files in a folder.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        if not path.is_dir():
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        for file_path in sorted(p for p in path.rglob("*") if p.is_file()):
+            digest.update(f"{file_path.relative_to(path)}\0{hash_file(file_path)}\0".encode())
+        return digest.hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
+
+
+def _read_jsonl(path: Path) -> Rows:
+    rows: list[Row] = []
+    lines: list[int] = []
+    notes: list[str] = []
+    columns: dict[str, None] = {}
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            if number == 1:
+                raw = _strip_mark(path, raw, notes)
+            if not raw.strip():
+                continue
+            row = _parse_json(_decode(raw, path, number), f"{path}:{number}")
+            if not isinstance(row, dict):
+                hint = " (a list of objects belongs into a .json file)" if isinstance(row, list) else ""
+                raise InputError(f"{path}:{number}: a line must hold one JSON object, not {_kind(row)}{hint}.")
+            columns.update(dict.fromkeys(row))
+            rows.append(row)
+            lines.append(number)
+    return Rows(path, rows, list(columns), lambda i: str(lines[i]), notes)
+
+
+def _read_json(path: Path) -> Rows:
+    notes: list[str] = []
+    with path.open("rb") as file:
+        head = _strip_mark(path, file.read(4096), []).lstrip()
+    if head.startswith(b"{"):  # a widespread habit: JSON Lines under the name .json
+        rows = _read_jsonl(path)
+        rows.notes.append(f"{path}: read as JSON Lines, one object a line")
+        return rows
+    text = _decode_whole(path, notes)
+    data = _parse_json(text, str(path), whole=True)
+    if not isinstance(data, list):
+        raise InputError(f"{path}: must hold a list of objects, not {_kind(data)}.")
+    columns: dict[str, None] = {}
+    for number, row in enumerate(data, 1):
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:row {number}: must be an object, not {_kind(row)}.")
+        columns.update(dict.fromkeys(row))
+    return Rows(path, data, list(columns), lambda i: f"row {i + 1}", notes)
+
+
+def _read_csv(path: Path) -> Rows:
+    notes: list[str] = []
+    text = _decode_whole(path, notes)
+    csv.field_size_limit(sys.maxsize)  # the default refuses fields beyond 128 KiB
+    tabs = path.suffix.lower() == ".tsv"
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", strict=True)
+    rows: list[Row] = []
+    lines: list[int] = []
+    header: list[str] | None = None
+    start = 1
+    try:
+        for values in reader:
+            at, start = start, reader.line_num + 1
+            if not values:  # a blank line
+                continue
+            if header is None:
+                header = _check_header(path, values)
+                continue
+            if len(values) != len(header):
+                raise InputError(f"{path}:{at}: {len(values)} fields, but the header has {len(header)}.")
+            rows.append(dict(zip(header, values, strict=True)))
+            lines.append(at)
+    except csv.Error as error:
+        raise InputError(f"{path}:{start}: malformed CSV: {error}.") from error
+    return Rows(path, rows, header or [], lambda i: str(lines[i]), notes)
+
+
+def _check_header(path: Path, names: list[str]) -> list[str]:
+    for other, what in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        if len(names) == 1 and other in names[0]:
+            raise InputError(f"{path}:1: the columns are separated by {what}. Save it with commas.")
+    for name in names:
+        if name and names.count(name) > 1:
+            raise InputError(f"{path}:1: column '{name}' stands twice in the header.")
+    return names
+
+
+def _read_parquet(path: Path) -> Rows:
+    return _arrow_rows(path, [_read_parquet_table(path)])
+
+
+def _read_folder(path: Path) -> Rows:
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(p.name for p in path.iterdir() if p.is_dir())
+        raise InputError(f"{path}: holds the splits {', '.join(splits)}. Name one of them: {path / splits[0]}.")
+    if (path / "state.json").is_file():
+        import datasets
+
+        try:
+            dataset = datasets.load_from_disk(str(path))
+            table = dataset.with_format("arrow")[:]
+        except Exception as error:  # the library raises whatever its files make it raise
+            raise InputError(f"{path}: not a readable `datasets` folder: {_first_line(error)}.") from error
+        return _arrow_rows(path, [table])
+    files = sorted(path.glob("*.parquet"))
+    if not files:
+        raise InputError(f"{path}: neither a folder of `datasets` nor one with Parquet files. Accepted: {_ACCEPTED}.")
+    shards = {match[1] for file in files if (match := re.fullmatch(r"(.+)-\d{5}-of-\d{5}\.parquet", file.name))}
+    if len(shards) > 1:
+        raise InputError(f"{path}: holds the splits {', '.join(sorted(shards))}. Put each into a folder of its own.")
+    return _arrow_rows(path, [_read_parquet_table(file) for file in files])
+
+
+def _read_parquet_table(path: Path) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a readable Parquet file: {_first_line(error)}.") from error
+
+
+class _Table(Sequence[Row]):
+    """Rows of an Arrow table, turned into Python values in batches, as they are asked for."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+        self._names = _class_names(table)
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            return list(self._convert(self._table.slice(start, max(0, stop - start))))[::step]
+        index = range(len(self))[index]
+        return next(self._convert(self._table.slice(index, 1)))
+
+    def __iter__(self) -> Iterator[Row]:
+        for batch in self._table.to_batches(max_chunksize=1024):
+            yield from self._convert(batch)
+
+    def _convert(self, part: Any) -> Iterator[Row]:
+        for row in part.to_pylist():
+            for column, names in self._names.items():
+                value = row[column]
+                if isinstance(value, int) and 0 <= value < len(names):
+                    row[column] = names[value]
+            yield row
+
+
+def _class_names(table: pa.Table) -> dict[str, list[str]]:
+    """Columns whose integers stand for names: `datasets` keeps a ClassLabel's names in the schema's metadata."""
+    try:
+        features = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {
+            name: feature["names"]
+            for name, feature in features.items()
+            if name in table.column_names and feature.get("_type") == "ClassLabel" and feature.get("names")
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
+
+
+def _arrow_rows(path: Path, tables: list[pa.Table]) -> Rows:
+    import pyarrow as pa
+
+    try:
+        table = pa.concat_tables(tables)
+    except pa.ArrowException as error:
+        raise InputError(f"{path}: its files have different columns: {_first_line(error)}.") from error
+    names = table.column_names
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{path}: column '{name}' stands twice.")
+    return Rows(path, _Table(table), names, lambda i: f"row {i + 1}")
+
+
+def _parse_json(text: str, where: str, whole: bool = False) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}" if whole else f"column {error.colno}"
+        raise InputError(f"{where}: malformed JSON at {place}: {error.msg}.") from error
+    except RecursionError as error:
+        raise InputError(f"{where}: malformed JSON: nested too deeply.") from error
+    except ValueError as error:  # ours below, and numbers of thousands of digits
+        raise InputError(f"{where}: malformed JSON: {_first_line(error)}.") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key '{twice}' stands twice in an object")
+    return row
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON; use null or leave the field out")
+
+
+def _strip_mark(path: Path, data: bytes, notes: list[str]) -> bytes:
+    """Skip a UTF-8 byte order mark, and refuse other encodings' marks by name."""
+    if data.startswith(_WIDE_MARKS):
+        raise InputError(f"{path}: encoded in UTF-16 or UTF-32. Convert it: iconv -f utf-16 -t utf-8 {path.name}")
+    if data.startswith(codecs.BOM_UTF8):
+        notes.append(f"{path}: skipped a byte order mark at the start")
+        return data[len(codecs.BOM_UTF8) :]
+    return data
+
+
+def _decode(raw: bytes, path: Path, line: int) -> str:
+    if b"\0" in raw:
+        raise InputError(f"{path}:{line}: binary data, not text. Accepted: {_ACCEPTED}.")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}; Latin-1 or Windows-1252?). "
+            f"Convert it: iconv -f latin1 -t utf-8 {path.name} > utf8{path.suffix}"
+        ) from error
+
+
+def _decode_whole(path: Path, notes: list[str]) -> str:
+    data = _strip_mark(path, path.read_bytes(), notes)
+    if b"\0" not in data:
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            pass
+    for number, raw in enumerate(data.split(b"\n"), 1):  # once more, for the line
+        _decode(raw, path, number)
+    raise AssertionError("the whole file decodes where each line does")
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+_READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+}
