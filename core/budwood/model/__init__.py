@@ -1,0 +1,1 @@
+"""Models: a base, its fingerprint, tasks, generation, and linears for strategies."""

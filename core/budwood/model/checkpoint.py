@@ -1,0 +1,260 @@
+"""A base on disk: finding it, its configuration, the headers of its safetensors, its fingerprint. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from budwood.errors import CorruptError, InputError, ResourceError, did_you_mean
+
+HEADER_LIMIT = 100_000_000
+"""Bytes of a safetensors header, as the format's own library allows."""
+PAGE = 4096
+PAGES = 8
+"""A tensor's fingerprint reads so many pages of it, evenly spread, the first and the last among them."""
+
+_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor as a safetensors header describes it; `start` and `end` are offsets into `file`, in bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+
+def resolve(model: str | Path, weights: bool = True, code: bool = False) -> Path:
+    """Find the folder of a base: a folder, or a name on the hub, downloaded into its cache.
+
+    Args:
+        weights: download the weights too, not only what is small.
+        code: download Python files too.
+
+    Raises:
+        InputError: there is no such folder or name.
+        ResourceError: it would have to be downloaded, and cannot be.
+    """
+    name = str(model)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"base '{name}' is a file: give the folder that holds config.json and *.safetensors.")
+    inside = path.parent != Path(".") and path.parent.is_dir()
+    if inside or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name, re.ASCII):
+        siblings = [str(path.parent / p.name) for p in path.parent.iterdir() if p.is_dir()] if inside else []
+        raise InputError(f"base '{name}': no such folder.{did_you_mean(name, siblings)}")
+    return _from_hub(name, weights, code)
+
+
+def _from_hub(name: str, weights: bool, code: bool) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import errors as hub
+
+    small = [*_SMALL_FILES, *(["*.py"] if code else [])]
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=small, ignore_patterns=["*/*"]))
+        if weights:
+            files = sorted(set(_index(folder).values())) or ["model.safetensors"]
+            snapshot_download(name, allow_patterns=files)
+            missing = [file for file in files if not (folder / file).is_file()]
+            if missing and constants.HF_HUB_OFFLINE:
+                raise ResourceError(f"base '{name}': {missing[0]} is not in the hub's cache, and the hub is offline.")
+        return folder
+    except hub.GatedRepoError as error:
+        raise ResourceError(
+            f"base '{name}' is gated: accept its licence on huggingface.co, then `hf auth login`."
+        ) from error
+    except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
+        raise InputError(f"base '{name}' is neither a folder here nor a model on the hub.") from error
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        raise ResourceError(
+            f"base '{name}' is neither a folder here nor in the hub's cache, and {why}: "
+            "give a folder, or go online and fetch it once."
+        ) from error
+    except (hub.HfHubHTTPError, OSError) as error:
+        raise ResourceError(f"base '{name}' cannot be downloaded: {str(error).splitlines()[0]}") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json.
+
+    Raises:
+        InputError: the folder holds no base, and what it holds instead.
+        CorruptError: config.json is not a JSON object that names a model type.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise InputError(f"base '{folder}' is an adapter: give the base that it was trained on.")
+        _refuse_other_weights(folder)
+        raise InputError(f"base '{folder}' holds no config.json, so it is no model folder.")
+    config = _read_json(path)
+    if not isinstance(config.get("model_type"), str):
+        raise CorruptError(f"{path}: 'model_type' is missing.")
+    return config
+
+
+def read_tensors(folder: Path) -> dict[str, Entry]:
+    """Read the headers of all of a base's safetensors, and check that the files are whole.
+
+    Raises:
+        InputError: there are no safetensors.
+        CorruptError: a file is missing, truncated or not what it claims to be.
+    """
+    single = folder / "model.safetensors"
+    if single.is_file():  # as transformers has it, where there is an index beside it too
+        return read_header(single)
+    index = _index(folder)
+    if not index:
+        _refuse_other_weights(folder)
+        raise InputError(f"base '{folder}' holds no model.safetensors and no model.safetensors.index.json.")
+    tensors: dict[str, Entry] = {}
+    for name in sorted(set(index.values())):
+        if not (folder / name).is_file():
+            raise CorruptError(f"{folder / name} is missing, and model.safetensors.index.json names it.")
+        tensors |= read_header(folder / name)
+    lost = [name for name in index if name not in tensors]
+    if lost:
+        raise CorruptError(f"{folder / index[lost[0]]} does not hold '{lost[0]}', which the index says is there.")
+    return tensors
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Read the header of one safetensors file, without its tensors.
+
+    Raises:
+        CorruptError: the header is too long or not sound, or the file is truncated or too long for it.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        first = file.read(8)
+        if first == b"version " and size < 1024:
+            raise CorruptError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`.")
+        length = int.from_bytes(first, "little")
+        if len(first) < 8 or length > HEADER_LIMIT or 8 + length > size:
+            raise CorruptError(f"{path} is truncated, or no safetensors file.")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = {name: _entry(name, item, path, 8 + length) for name, item in header.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CorruptError(f"{path}: its header is not that of a safetensors file.") from error
+    end = max((entry.end for entry in entries.values()), default=8 + length)
+    if end != size:
+        state = "truncated" if end > size else "longer than its header says"
+        raise CorruptError(f"{path} is {state}: {size:,} bytes, its header says {end:,}.")
+    return entries
+
+
+def _entry(name: str, item: dict[str, Any], path: Path, data: int) -> Entry:
+    shape, (start, end) = tuple(item["shape"]), item["data_offsets"]
+    numbers = (*shape, start, end)
+    if not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(name)
+    bits = _BITS.get(item["dtype"])  # of a newer dtype only the offsets are checked
+    if end < start or (bits is not None and (end - start) * 8 != math.prod(shape) * bits):
+        raise ValueError(name)
+    return Entry(name, str(item["dtype"]), shape, path, data + start, data + end)
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Hash a base: every tensor's name, dtype, shape and a sample of its bytes; the same however it is sharded.
+
+    At most 32 KiB of a tensor are read, so it takes seconds on 70 billion parameters. A tensor that differs only
+    between the sampled pages is not told apart.
+
+    Returns:
+        64 hexadecimal digits (SHA-256).
+
+    Raises:
+        InputError, CorruptError: as `read_tensors`.
+    """
+    files: dict[Path, list[Entry]] = {}
+    for entry in read_tensors(Path(folder)).values():
+        files.setdefault(entry.file, []).append(entry)
+    with ThreadPoolExecutor(8) as pool:  # it waits for the disk
+        digests = dict(pair for part in pool.map(_digests, files.values()) for pair in part)
+    total = hashlib.sha256(b"budwood base 1\n")
+    for name in sorted(digests):
+        total.update(digests[name])
+    return total.hexdigest()
+
+
+def _digests(entries: list[Entry]) -> list[tuple[str, bytes]]:
+    digests = []
+    with entries[0].file.open("rb", buffering=0) as file:
+        for entry in sorted(entries, key=lambda e: e.start):
+            digest = hashlib.sha256(f"{entry.name}\n{entry.dtype}\n{list(entry.shape)}\n".encode())
+            for start, count in _sample(entry.start, entry.end):
+                file.seek(start)
+                digest.update(file.read(count))
+            digests.append((entry.name, digest.digest()))
+    return digests
+
+
+def _sample(start: int, end: int) -> Iterator[tuple[int, int]]:
+    size = end - start
+    if size <= PAGE * PAGES:
+        yield start, size
+        return
+    for i in range(PAGES):
+        yield start + (size - PAGE) * i // (PAGES - 1), PAGE
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Tensor → file of a sharded base; empty where it is not sharded."""
+    path = folder / "model.safetensors.index.json"
+    if not path.is_file():
+        return {}
+    index = _read_json(path).get("weight_map")
+    names = index.values() if isinstance(index, dict) else [None]
+    if not index or not all(isinstance(n, str) and n == Path(n).name and n.endswith(".safetensors") for n in names):
+        raise CorruptError(f"{path}: 'weight_map' does not name files of the same folder.")
+    return index
+
+
+def _refuse_other_weights(folder: Path) -> None:
+    """Say what to do where there are weights, but in no form that is read."""
+    if any(folder.glob("*.gguf")):
+        raise InputError(f"base '{folder}' holds GGUF weights, which cannot be trained: give the original safetensors.")
+    pickles = [path.name for pattern in _PICKLES for path in sorted(folder.glob(pattern))]
+    if pickles:
+        raise InputError(
+            f"base '{folder}' holds pickled weights alone ({pickles[0]}), which can run code and are never opened: "
+            "convert them once, if you trust them, by transformers' from_pretrained(…).save_pretrained(…)."
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{path} is not JSON: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be read: {error.strerror}.") from error
+    if not isinstance(value, dict):
+        raise CorruptError(f"{path} is not a JSON object.")
+    return value

@@ -1,0 +1,313 @@
+"""Generation for many prompts at once: greedy or sampled, streamed, with stop strings."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from tokenizers.decoders import DecodeStream
+from torch import Tensor, nn
+from transformers import GenerationConfig
+from transformers.generation import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from budwood.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What followed one prompt.
+
+    Attributes:
+        tokens: as generated, without the end-of-sequence token; those of a stop string are among them.
+        text: decoded, without special tokens; ends before the stop string, and before half a character.
+        finish_reason: "eos": an end-of-sequence token; "stop": a stop string; "length": the limit or the context.
+    """
+
+    tokens: list[int]
+    text: str
+    finish_reason: Literal["eos", "stop", "length"]
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    on_token: Callable[[int, str], None] | None = None,
+    batch_tokens: int = 16384,
+    before_batch: Callable[[list[int]], None] | None = None,
+) -> list[Generated]:
+    """Continue each of `prompts`, in batches of similar length. What a prompt gets does not depend on the others.
+
+    Of the model's own generation settings only the end-of-sequence tokens are kept: penalties, forced tokens and the
+    like would make "greedy" something else.
+
+    Args:
+        prompts: token ids, not empty.
+        temperature: 0: greedy, the most likely token.
+        top_p: sample among the most likely tokens that hold this share of the probability.
+        top_k: sample among so many most likely tokens; 0: all.
+        seed: of the samples, together with a prompt's index; None: others each time.
+        stop: strings that end the text, and are cut from it.
+        on_token: called with a prompt's index and a piece of its text, whole characters, as soon as it is certain.
+        batch_tokens: most tokens at once: prompts, what follows them, and padding.
+        before_batch: called with the indices of the prompts of a batch, in the order of its rows.
+
+    Returns:
+        One result a prompt, in the order of `prompts`.
+
+    Raises:
+        InputError: an empty prompt, one that fills the model's context, or an option out of range.
+    """
+    _check_options(max_new_tokens, temperature, top_p, top_k)
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    for index, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise InputError(f"prompt {index + 1} is empty.")
+        if context is not None and len(prompt) >= context:
+            raise InputError(
+                f"prompt {index + 1} has {len(prompt)} tokens, and the base takes {context} with what follows."
+            )
+    ends, stop = _end_tokens(model, tokenizer, stop)
+    limits = [min(max_new_tokens, (context or len(p) + max_new_tokens) - len(p)) for p in prompts]
+    writers = [_Writer(tokenizer, limits[i], ends, stop, i, on_token) for i in range(len(prompts))]
+    if temperature > 0 and seed is None:
+        seed = int(torch.randint(2**62, ()).item())
+    with _answering(model):
+        for rows in _batches([len(p) for p in prompts], limits, batch_tokens):
+            if before_batch is not None:
+                before_batch(rows)
+            processors = _processors(temperature, top_p, top_k, [(seed, i) for i in rows], model.device)
+            batch = [writers[i] for i in rows]
+            _run(model, tokenizer, [prompts[i] for i in rows], max(limits[i] for i in rows), processors, batch, ends)
+    return [writer.result() for writer in writers]
+
+
+def _check_options(max_new_tokens: int, temperature: float, top_p: float, top_k: int) -> None:
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens: {max_new_tokens} is less than 1.")
+    if not 0 <= temperature < float("inf"):
+        raise InputError(f"temperature: {temperature} is not a number from 0.")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p: {top_p} is not above 0 and at most 1.")
+    if top_k < 0:
+        raise InputError(f"top_k: {top_k} is negative; 0 stands for all.")
+
+
+def _end_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]
+) -> tuple[dict[int, Literal["eos", "stop"]], list[str]]:
+    """Tokens that end a text, each with its reason, and the stop strings that are no token of their own.
+
+    A stop string that is an added token, such as `<|im_end|>`, would not show in the text.
+    """
+    ends: dict[int, Literal["eos", "stop"]] = {}
+    added = tokenizer.get_added_vocab()
+    strings = []
+    for string in filter(None, stop):
+        if string in added:
+            ends[added[string]] = "stop"
+        else:
+            strings.append(string)
+    for owner in (tokenizer, model.config, getattr(model, "generation_config", None)):
+        found = getattr(owner, "eos_token_id", None)
+        for token in found if isinstance(found, list | tuple) else [found]:
+            if isinstance(token, int):
+                ends[token] = "eos"
+    return ends, strings
+
+
+def _batches(lengths: list[int], limits: list[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of prompts, the longest first, so that memory is asked for at the start."""
+    rows: list[int] = []
+    width = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        wider = max(width, lengths[index] + limits[index])
+        if rows and wider * (len(rows) + 1) > batch_tokens:
+            yield rows
+            rows, wider = [], lengths[index] + limits[index]
+        rows.append(index)
+        width = wider
+    if rows:
+        yield rows
+
+
+def _run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Sequence[int]],
+    max_new_tokens: int,
+    processors: LogitsProcessorList,
+    writers: list[_Writer],
+    ends: dict[int, Any],
+) -> None:
+    """Generate for one batch, padded on the left, into its writers."""
+    width = max(len(prompt) for prompt in prompts)
+    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.as_tensor(prompt, dtype=torch.long)
+        mask[row, width - len(prompt) :] = 1
+    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, use_cache=True)
+    model.generate(  # type: ignore[operator]
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=config,
+        logits_processor=processors,
+        stopping_criteria=StoppingCriteriaList([_Collector(writers)]),
+    )
+
+
+class _Writer:
+    """Takes the tokens of one prompt as they come, and turns them into text."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        limit: int,
+        ends: dict[int, Literal["eos", "stop"]],
+        stop: list[str],
+        index: int,
+        on_token: Callable[[int, str], None] | None,
+    ) -> None:
+        self.tokenizer, self.limit, self.ends, self.stop = tokenizer, limit, ends, stop
+        self.tokens: list[int] = []
+        self.reason: Literal["eos", "stop", "length"] | None = None
+        self.text = ""
+        self.sent = 0
+        self.send = None if on_token is None else lambda piece: on_token(index, piece)
+        # Without stop strings and listeners the text is decoded once, at the end.
+        self.stream = DecodeStream(skip_special_tokens=True) if stop or on_token else None
+
+    def add(self, token: int) -> None:
+        """Take the next token, unless the text has ended."""
+        if self.reason is not None:
+            return
+        if token in self.ends:
+            self.reason = self.ends[token]
+        else:
+            self.tokens.append(token)
+            if self.stream is not None:
+                self.text += self.stream.step(self.tokenizer.backend_tokenizer, token) or ""
+                self._find_stop()
+            if self.reason is None and len(self.tokens) >= self.limit:
+                self.reason = "length"
+        if self.reason is not None:
+            self._finish()
+        elif self.send is not None:
+            self._send(len(self.text) - self._held())
+
+    def _find_stop(self) -> None:
+        """End the text before the first stop string in it; what has been sent cannot hold the start of one."""
+        found = [at for at in (self.text.find(string, self.sent) for string in self.stop) if at >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+            self.reason = "stop"
+
+    def _held(self) -> int:
+        """How many last characters may be the start of a stop string."""
+        longest = max((len(string) for string in self.stop), default=1) - 1
+        for count in range(min(longest, len(self.text)), 0, -1):
+            if any(string.startswith(self.text[-count:]) for string in self.stop):
+                return count
+        return 0
+
+    def _send(self, end: int) -> None:
+        if self.send is not None and end > self.sent:
+            self.send(self.text[self.sent : end])
+            self.sent = end
+
+    def _finish(self) -> None:
+        if self.reason != "stop" or self.stream is None:
+            whole = self.tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            whole = whole.rstrip("\ufffd")  # half a character, which its missing bytes will never complete
+            if whole.startswith(self.text):
+                self.text = whole
+        self._send(len(self.text))
+
+    def result(self) -> Generated:
+        """What has been generated."""
+        assert self.reason is not None
+        return Generated(self.tokens, self.text, self.reason)
+
+
+class _Collector(StoppingCriteria):
+    """Hands each row's last token to its writer, and says which rows have ended."""
+
+    def __init__(self, writers: list[_Writer]) -> None:
+        self.writers = writers
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # noqa: D102
+        for writer, token in zip(self.writers, input_ids[:, -1].tolist(), strict=True):
+            writer.add(token)
+        return torch.tensor([writer.reason is not None for writer in self.writers], device=input_ids.device)
+
+
+def _processors(
+    temperature: float, top_p: float, top_k: int, keys: list[tuple[int | None, int]], device: torch.device
+) -> LogitsProcessorList:
+    processors = LogitsProcessorList()
+    if temperature > 0:
+        processors.append(TemperatureLogitsWarper(float(temperature)))
+        if top_k:
+            processors.append(TopKLogitsWarper(top_k))
+        if top_p < 1:
+            processors.append(TopPLogitsWarper(top_p))
+        processors.append(_Gumbel(keys, device))
+    return processors
+
+
+class _Gumbel(LogitsProcessor):
+    """Adds Gumbel noise, so that the largest logit is an exact sample; each row draws from a generator of its own."""
+
+    def __init__(self, keys: list[tuple[int | None, int]], device: torch.device) -> None:
+        digests = [hashlib.sha256(repr(key).encode()).digest() for key in keys]
+        self.generators = [torch.Generator().manual_seed(int.from_bytes(d[:8], "little") >> 1) for d in digests]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: D102
+        uniform = torch.stack([torch.rand(scores.shape[-1], generator=g, dtype=torch.float64) for g in self.generators])
+        noise = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
+        return scores.double() + noise.to(scores.device)
+
+
+@contextmanager
+def _answering(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, neutral generation settings and the base's precision; all as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    settings = model.generation_config
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, nn.Parameter | Tensor)
+    half = weight.dtype in (torch.bfloat16, torch.float16)
+    model.generation_config = GenerationConfig()
+    model.eval()
+    try:
+        with (
+            torch.no_grad(),
+            torch.autocast(weight.device.type, weight.dtype if half else torch.bfloat16, enabled=half),
+        ):
+            yield
+    finally:
+        model.generation_config = settings
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,56 @@
+"""Keeps the libraries below from chattering, and from fetching anything by themselves. Imports none of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+_LIBRARIES = (
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "huggingface_hub",
+    "matplotlib",
+    "peft",
+    "torch",
+    "transformers",
+)
+
+
+def hide_hub_kernels() -> None:
+    """Make the package `kernels` unimportable in this process, unless it is imported already.
+
+    bitsandbytes downloads native code through it as soon as it is imported on a CPU with AVX512-BF16, and peft imports
+    bitsandbytes. transformers then takes its own code in place of a kernel from the hub.
+    """
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+
+
+def hush(debug: bool = False) -> None:
+    """Keep warnings, hints and progress bars of the libraries from the user; call it before they are imported.
+
+    Args:
+        debug: let them speak. Telemetry and kernels from the hub stay off.
+    """
+    hide_hub_kernels()
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if debug:
+        return
+    os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DATASETS_VERBOSITY"] = "error"
+    os.environ["HF_HUB_VERBOSITY"] = "error"
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers' bars follow it
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+    warnings.simplefilter("ignore")
+    for name in _LIBRARIES:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if "transformers" in sys.modules:  # it read its environment when it was imported
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()

@@ -1,0 +1,279 @@
+"""Tasks: the model's class, the base loss term, how rows are pooled, and the metrics.
+
+A task is registered as a plugin under the strategies, so that they can wrap its `forward` and `evaluate`. Others come
+the same way, through the entry point group `budwood.tasks`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from budwood.contract.strategy import hookimpl
+from budwood.contract.types import Batch, LossTerm, Outputs, Run, Step
+from budwood.data.packing import collate, split_micro
+from budwood.model.attention import packed_mask
+from budwood.model.generate import generate
+
+CHUNK = 1024
+"""Label positions whose logits exist at once."""
+
+
+class Task:
+    """What every task brings. A subclass sets the class attributes and implements `head_modules` and `metrics`."""
+
+    name: ClassVar[str]
+    auto_class: ClassVar[str]
+    """Name of transformers' auto class."""
+    lower_is_better: ClassVar[bool] = True
+    best_metric: ClassVar[str] = "eval_loss"
+    """Metric by which the best adapter is chosen."""
+
+    report: str = ""
+    """Text of the last evaluation, for people."""
+
+    def model_kwargs(self, labels: list[str]) -> dict[str, Any]:
+        """Keyword arguments of `from_pretrained` that the data's labels give."""
+        return {}
+
+    def head_modules(self, model: nn.Module) -> list[str]:
+        """Names of head modules that start untrained, so that they train and are saved with the adapter."""
+        return []
+
+    def pool(self, model: nn.Module) -> Literal["tokens", "last", "row"]:
+        """Where labels stand: at tokens, at each example's last token, or at a row that the model pools itself."""
+        return "tokens"
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
+        """Run `model` on `batch` up to its head."""
+        raise NotImplementedError
+
+    def metrics(self, run: Run, logits: Logits) -> dict[str, float]:
+        """Metrics beyond the loss from the sums that `evaluate` gathered."""
+        raise NotImplementedError
+
+    @hookimpl
+    def forward(self, step: Step) -> Outputs:
+        """Run the model of the run; `step.noise` is added to the embeddings' output."""
+        with noisy_embeddings(step.run.model, step.noise):
+            return self.outputs(step.run.model, step.batch)
+
+    @hookimpl
+    def token_terms(self, step: Step, logits: Tensor, positions: Tensor) -> LossTerm:
+        """Cross-entropy of each label, in fp32."""
+        values = F.cross_entropy(logits.float(), step.batch.labels[positions], reduction="none")
+        return LossTerm(self.name.replace("-", "_"), values)
+
+    @hookimpl
+    def evaluate(self, run: Run) -> dict[str, float]:
+        """Loss and the task's metrics over `run.eval_examples`, shared among the processes."""
+        gathered = Logits()
+        for batch in eval_batches(run):
+            outputs = self.outputs(run.model, batch)
+            flat = outputs.hidden.reshape(-1, outputs.hidden.shape[-1])
+            for chunk in torch.arange(len(batch.labels), device=flat.device).split(CHUNK):
+                logits = outputs.head(flat[batch.label_positions[chunk]]).float()
+                gathered.add(logits, batch.labels[chunk])
+        gathered.reduce(run)
+        return {"eval_loss": gathered.loss, **self.metrics(run, gathered)}
+
+
+class Logits:
+    """Sums over the labels of an evaluation: loss, hits, and the (label, prediction) pairs of small label sets."""
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(3, dtype=torch.float64)  # loss, hits, labels
+        self.pairs: list[tuple[int, int]] = []
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Add logits [n, classes] fp32 and labels [n]."""
+        predicted = logits.argmax(-1)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        hits = (predicted == labels).sum()
+        self.sums += torch.tensor([float(loss), float(hits), len(labels)], dtype=torch.float64)
+        if logits.shape[-1] <= 4096:
+            self.pairs += list(zip(labels.tolist(), predicted.tolist(), strict=True))
+
+    def reduce(self, run: Run) -> None:
+        """Sum over processes."""
+        if run.processes > 1:
+            torch.distributed.all_reduce(self.sums)
+            gathered: list[Any] = [None] * run.processes
+            torch.distributed.all_gather_object(gathered, self.pairs)
+            self.pairs = [pair for pairs in gathered for pair in pairs]
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of a label, in nats."""
+        return float(self.sums[0] / self.sums[2].clamp(min=1))
+
+    @property
+    def accuracy(self) -> float:
+        """Share of labels whose largest logit is right."""
+        return float(self.sums[1] / self.sums[2].clamp(min=1))
+
+
+class CausalLM(Task):
+    """Next-token prediction, with a loss on completions."""
+
+    name = "causal-lm"
+    auto_class = "AutoModelForCausalLM"
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
+        """Run the decoder alone; the head is the model's own forward on rows of its output."""
+        hidden = decoder_of(model)(**_inputs(batch)).last_hidden_state
+        return Outputs(hidden, lambda rows: own_head(model, rows))
+
+    def metrics(self, run: Run, logits: Logits) -> dict[str, float]:
+        """Perplexity, token accuracy; exact match of what is generated, for prompts with short completions."""
+        found = {
+            "eval_perplexity": math.exp(min(logits.loss, 700.0)),
+            "eval_token_accuracy": logits.accuracy,
+        }
+        match = exact_match(run)
+        return found if match is None else {**found, "eval_exact_match": match}
+
+
+class SequenceClassification(Task):
+    """One class for a text; the labels are learned from the data and kept in the adapter."""
+
+    name = "sequence-classification"
+    auto_class = "AutoModelForSequenceClassification"
+
+    def model_kwargs(self, labels: list[str]) -> dict[str, Any]:
+        """Number and names of the classes."""
+        names = dict(enumerate(labels))
+        return {"num_labels": len(labels), "id2label": names, "label2id": {v: k for k, v in names.items()}}
+
+    def head_modules(self, model: nn.Module) -> list[str]:
+        """The classification head, `score` or `classifier`."""
+        return [name for name in ("score", "classifier") if hasattr(model, name)]
+
+    def pool(self, model: nn.Module) -> Literal["tokens", "last", "row"]:
+        """A decoder's head reads each example's last token; other models pool their rows themselves."""
+        return "last" if hasattr(model, "score") else "row"
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
+        """Run the decoder and take its head, or run the whole model where that pools."""
+        if self.pool(model) == "last":
+            hidden = model.get_submodule(model.base_model_prefix)(**_inputs(batch)).last_hidden_state  # type: ignore
+            return Outputs(hidden, model.score)  # type: ignore[arg-type]
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        return Outputs(logits[:, None], lambda rows: rows)
+
+    def metrics(self, run: Run, logits: Logits) -> dict[str, float]:
+        """Accuracy and macro F1; the classification report goes to `report`."""
+        from sklearn.metrics import classification_report, f1_score
+
+        truth, predicted = np.array(logits.pairs).T
+        names = run.examples.labels if run.examples is not None else run.eval_examples.labels
+        self.report = classification_report(
+            truth, predicted, labels=range(len(names)), target_names=names, zero_division=0
+        )
+        macro = f1_score(truth, predicted, average="macro", zero_division=0)
+        return {"eval_accuracy": logits.accuracy, "eval_macro_f1": float(macro)}
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part of a causal language model below its head."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
+    return decoder if decoder is not None and decoder is not model else model.base_model  # type: ignore[return-value]
+
+
+def own_head(model: nn.Module, rows: Tensor) -> Tensor:
+    """Logits [n, V] of rows [n, d] of the decoder's output, by the model's own forward.
+
+    The decoder is replaced, for the call, by one that returns the rows. So whatever the model does after its decoder
+    (soft-capping, logit scales, a bias) is done, without Budwood knowing of it.
+    """
+    decoder = decoder_of(model)
+    out = _DecoderOutput(last_hidden_state=rows[None], past_key_values=None, hidden_states=None, attentions=None)
+    decoder.forward = lambda *args, **kwargs: out  # type: ignore[method-assign]
+    try:
+        logits: Tensor = model(inputs_embeds=rows[None], use_cache=False).logits
+        return logits[0]
+    finally:
+        del decoder.forward
+
+
+class _DecoderOutput(SimpleNamespace):
+    """Stands for transformers' model output: by attribute and, as some heads do, by index."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+
+@contextmanager
+def noisy_embeddings(model: nn.Module, noise: Tensor | None) -> Iterator[None]:
+    """Add `noise` [R, T, d] to the output of the model's input embeddings inside the context."""
+    if noise is None:
+        yield
+        return
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    handle = embeddings.register_forward_hook(lambda module, args, output: output + noise.to(output.dtype))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    given: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    if batch.attention_mask is not None:
+        return {**given, "attention_mask": batch.attention_mask}
+    return {**given, "attention_mask": packed_mask(batch.input_ids.device), "segments": batch.segments}
+
+
+def eval_batches(run: Run, indices: Iterable[int] | None = None) -> Iterator[Batch]:
+    """Batches of `run.eval_examples` on the device, this process's share, without gradients and in eval mode."""
+    examples = run.eval_examples
+    chosen = list(range(len(examples))) if indices is None else list(indices)
+    rows = split_micro(chosen, examples.lengths, run.recipe.train.micro_tokens, run.packed)
+    was_training = run.model.training
+    run.model.eval()
+    try:
+        with torch.no_grad(), autocast(run):
+            for row in rows[run.process_index :: run.processes]:
+                yield collate_for(run, [examples[i] for i in row]).to(run.device)
+    finally:
+        run.model.train(was_training)
+
+
+def collate_for(run: Run, examples: list[Any]) -> Batch:
+    """Collate examples as the run's model takes them."""
+    pad = run.tokenizer.pad_token_id
+    pad = pad if pad is not None else (run.tokenizer.eos_token_id or 0)
+    return collate(examples, run.packed, pad, run.task.pool(run.model))
+
+
+def autocast(run: Run) -> torch.autocast:
+    """Autocast to the run's compute dtype; none in fp32."""
+    return torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32)
+
+
+def exact_match(run: Run) -> float | None:
+    """Share of evaluation prompts whose greedy answer is the completion; None where there is nothing to compare.
+
+    At most `train.eval_generate` prompts, evenly spread, answered by this process; none where the mean completion is
+    longer than 64 tokens, where equality to the letter says nothing.
+    """
+    examples, limit = run.eval_examples, run.recipe.train.eval_generate
+    if limit == 0 or examples.form != "prompt-completion":
+        return None
+    chosen = np.unique(np.linspace(0, len(examples) - 1, min(limit, len(examples))).astype(int))
+    lengths = [int(examples[i].supervised.sum()) for i in chosen]
+    if np.mean(lengths) > 64:
+        return None
+    prompts = [examples.prompt_ids(int(i)) for i in chosen]
+    with torch.no_grad(), autocast(run):
+        answers = generate(run.model, run.tokenizer, prompts, max_new_tokens=max(lengths) + 4)
+    references = [examples.reference(int(i)) for i in chosen]
+    return float(np.mean([a.text.strip() == r.strip() for a, r in zip(answers, references, strict=True)]))
