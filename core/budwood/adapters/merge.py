@@ -1,0 +1,190 @@
+"""Leave Budwood: merge an adapter into its base's original weights, or write a folder that stock PEFT opens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from budwood import __version__
+from budwood.adapters.files import complete_directory
+from budwood.adapters.golden import Distance, Golden, measure
+from budwood.adapters.store import CONFIG, GOLDEN, WEIGHTS, SavedAdapter, read_adapter
+from budwood.adapters.verify import open_pool
+from budwood.errors import InputError
+from budwood.model.checkpoint import read_config, resolve
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MAX_ROUNDED_AWAY = 0.05
+"""Largest share of an update that may be lost to rounding unasked."""
+RECORD = "budwood-merge.json"
+SENTENCES = ("The", "In the beginning there was", "def main():\n    ", "1, 2, 3, 4,")
+"""What an adapter without golden prompts is compared on."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        weights: how many of the base's tensors it changed.
+        rounded_away: share of the update that rounding to `dtype` takes away, 1 - <applied, update> / <update, update>
+            over all changed weights: 0 where nothing is lost, 1 where every weight rounds back to what it was.
+        worst: name of the weight that loses most, and its share.
+        unquantized: merged model from the unquantised base with the adapter, on the golden prompts.
+        recorded: merged model from the golden logits, which a quantised base may have given; None without any.
+        notes: what the user should know.
+    """
+
+    directory: Path
+    dtype: str
+    weights: int
+    rounded_away: float
+    worst: tuple[str, float]
+    unquantized: Distance
+    recorded: Distance | None
+    notes: list[str] = field(default_factory=list)
+
+
+def merge(
+    directory: str | Path,
+    out: str | Path,
+    *,
+    base: str | None = None,
+    dtype: str = "bf16",
+    device: str = "cpu",
+    force: bool = False,
+    allow_other_base: bool = False,
+) -> MergeReport:
+    """Merge an adapter into the original, unquantised weights of its base and save a stock transformers folder.
+
+    The sum is computed in fp32 and rounded once; memory for it is 4 bytes a parameter, and 2 for the originals.
+
+    Args:
+        directory: the adapter.
+        out: where the merged model goes; must not exist.
+        base: where the base is now; absent: where it was.
+        dtype: of the merged weights: bf16, fp16 or fp32.
+        device: where it is computed.
+        force: write although more than 5 % of the update is rounded away.
+        allow_other_base: merge into another base all the same; recorded.
+
+    Raises:
+        InputError: the base's originals are quantised; `out` exists; too much would be rounded away (nothing is written).
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists already: choose another folder, or remove it.")
+    saved = read_adapter(directory)
+    _refuse_quantised(saved, base)
+    pool = open_pool(
+        saved, base, quantization="none", precision="fp32", device=device, allow_other_base=allow_other_base
+    )
+    model, target = pool.model, DTYPES[dtype]
+    before = _originals(model)
+    notes = pool.load("adapter", saved.directory, allow_other_base=allow_other_base).notes
+    golden = Golden.load(saved.directory / GOLDEN) if (saved.directory / GOLDEN).exists() and saved.manifest else None
+    prompts = golden.prompts if golden else [pool.tokenizer(text)["input_ids"] for text in SENTENCES]
+    pool.use("adapter")
+    with_adapter = measure(model, prompts, torch.float32)
+    pool.merge("adapter")
+    changed, rounded_away, worst = _round(model, before, target)
+    if not changed:
+        raise InputError(f"{saved.directory}: merging changes no weight of the base.")
+    merged = measure(model, prompts, torch.float32)
+    report = MergeReport(
+        out,
+        dtype,
+        changed,
+        rounded_away,
+        worst,
+        Distance.between(with_adapter, merged),
+        Distance.between(golden.adapter, merged) if golden else None,
+        notes,
+    )
+    if rounded_away > MAX_ROUNDED_AWAY and not force:
+        raise InputError(
+            f"{dtype} would round away {rounded_away:.0%} of the update ({report.unquantized}): "
+            "nothing was written. Use --dtype fp32, or --force."
+        )
+    with complete_directory(out) as folder:
+        model.to(target).save_pretrained(folder)  # type: ignore[operator]
+        pool.tokenizer.save_pretrained(folder)
+        (folder / RECORD).write_text(json.dumps(_record(saved, pool.base.name, report, force), indent=2) + "\n")
+    return report
+
+
+def _refuse_quantised(saved: SavedAdapter, base: str | None) -> None:
+    name = base or (saved.manifest.base.name if saved.manifest else None)
+    if name is not None and "quantization_config" in read_config(resolve(name, weights=False)):
+        raise InputError(
+            f"base '{name}' is quantised on disk, and an adapter is merged into original weights only: "
+            "give the unquantised original with --base DIR --allow-other-base."
+        )
+
+
+def _originals(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters, in the 16-bit dtype that holds them exactly where there is one."""
+    return {name: _narrowed(parameter.detach()) for name, parameter in model.named_parameters()}
+
+
+def _narrowed(value: Tensor) -> Tensor:
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = value.to(dtype)
+        if narrow.to(value.dtype).equal(value):
+            return narrow
+    return value.clone()
+
+
+@torch.no_grad()
+def _round(model: nn.Module, before: dict[str, Tensor], target: torch.dtype) -> tuple[int, float, tuple[str, float]]:
+    """Round every parameter to what `target` holds; return how many changed, the share rounded away, and the worst."""
+    changed, update, applied = 0, 0.0, 0.0
+    worst = ("", 0.0)
+    for name, parameter in model.named_parameters():
+        old, whole = before[name].to(parameter.dtype), parameter.detach().clone()
+        parameter.copy_(whole.to(target))
+        if whole.equal(old):
+            continue
+        delta, done = (whole - old).double(), (parameter - old.to(target).to(parameter.dtype)).double()
+        square, kept = float((delta * delta).sum()), float((done * delta).sum())
+        changed, update, applied = changed + 1, update + square, applied + kept
+        if 1 - kept / square >= worst[1]:
+            worst = (name, 1 - kept / square)
+    return changed, max(1 - applied / update, 0.0) if update else 0.0, worst
+
+
+def _record(saved: SavedAdapter, base: str, report: MergeReport, force: bool) -> dict[str, Any]:
+    values = asdict(report) | {"directory": None, "base": base, "forced": force, "created_by": f"budwood {__version__}"}
+    values["adapter"] = {"kind": saved.kind, "files": saved.manifest.files if saved.manifest else {}}
+    values.pop("directory")
+    return values
+
+
+def export(directory: str | Path, out: str | Path, format: str = "peft") -> Path:
+    """Write a folder that stock PEFT opens: config and weights alone, without what Budwood adds.
+
+    Raises:
+        InputError: an unknown format, a kind that PEFT does not know, or `out` exists.
+        CorruptError: the adapter is damaged.
+    """
+    if format != "peft":
+        raise InputError(f"format {format!r}: choose peft.")
+    saved = read_adapter(directory)
+    _ = saved.tensors  # refuses what is not finite
+    from peft import PeftType
+
+    kind = saved.config.get("peft_type")
+    if kind not in list(PeftType):
+        raise InputError(f"{saved.directory}: kind '{saved.kind}' is none that PEFT knows; it cannot be exported.")
+    with complete_directory(Path(out)) as folder:
+        (folder / CONFIG).write_text(json.dumps(saved.config, indent=2) + "\n", encoding="utf-8")
+        shutil.copyfile(saved.directory / WEIGHTS, folder / WEIGHTS)
+    return Path(out)

@@ -1,0 +1,395 @@
+"""An adapter on disk: PEFT's layout plus `budwood.json`; written whole or not at all, read without trust.
+
+Reading imports no torch until tensors are asked for, so that a bad adapter is refused before a model loads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from budwood import __version__
+from budwood.adapters.files import TensorInfo, complete_directory, read_header, read_json, sha256
+from budwood.contract.discovery import installed
+from budwood.errors import CorruptError, InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from budwood.model.base import Base
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+MANIFEST = "budwood.json"
+GOLDEN = "golden.safetensors"
+FORMAT = 1
+
+_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
+_NAMES_CODE = ("auto_mapping", "auto_map", "megatron_config", "megatron_core", "custom_modules")
+"""Fields of a config by which a library would import what the file names; they are never handed on."""
+
+
+class _Record(BaseModel):
+    """Part of budwood.json. Fields of a later minor version are let through; wrong types are refused."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class BaseRecord(_Record):
+    """The base that an adapter was trained on; `fingerprint` is that of its unquantised weights on disk."""
+
+    name: str
+    fingerprint: str
+    quantization: str = "none"
+    dtype: str = "float32"
+
+
+class GoldenRecord(_Record):
+    """Where the golden logits were computed: what `verify` needs to know whether it may expect the same numbers."""
+
+    device: str
+    dtype: str
+    quantization: str
+    threads: int
+    torch: str
+
+
+class Manifest(_Record):
+    """budwood.json: what an adapter is, of whom, and the hash of every file beside it."""
+
+    format: int = FORMAT
+    kind: str
+    """Name of the strategy that attaches it."""
+    distribution: str
+    """Distribution and version of that strategy, "budwood 0.1.0"."""
+    base: BaseRecord
+    task: str = "causal-lm"
+    labels: list[str] = Field(default_factory=list)
+    tokenizer: str = ""
+    template: str = ""
+    metrics: dict[str, float | None] = Field(default_factory=dict)
+    strategies: list[dict[str, Any]] = Field(default_factory=list)
+    """Name, distribution and options of every strategy of the run."""
+    golden: GoldenRecord | None = None
+    files: dict[str, str] = Field(default_factory=dict)
+    """SHA-256 of every other file in the folder; filled when it is written."""
+    created_by: str = ""
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter that was found sound on disk, without its tensors.
+
+    Attributes:
+        kind: name of the strategy that attaches it.
+        config: adapter_config.json without the fields that name code.
+        infos: dtype and shape of every tensor, in PEFT's key layout.
+        manifest: budwood.json; None for an adapter of stock PEFT.
+        notes: what the user should know, one line each.
+    """
+
+    directory: Path
+    kind: str
+    config: dict[str, Any]
+    infos: dict[str, TensorInfo]
+    manifest: Manifest | None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.bytes for info in self.infos.values())
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all tensors."""
+        return sum(math.prod(info.shape) for info in self.infos.values())
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor, on the CPU in its own dtype.
+
+        Raises:
+            CorruptError: the file changed since, or holds NaN or infinity.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self.directory / WEIGHTS
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CorruptError(f"{path}: {error}.") from error
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise CorruptError(f"{path}: tensor '{name}' holds NaN or infinity.")
+        return tensors
+
+
+def write_adapter(
+    directory: Path,
+    write: Callable[[Path], None],
+    *,
+    kind: str,
+    distribution: str,
+    base: Base,
+    task: str,
+    labels: Sequence[str] = (),
+    tokenizer: Any = None,
+    metrics: Mapping[str, float] | None = None,
+    strategies: Sequence[dict[str, Any]] = (),
+    prompts: Sequence[Sequence[int]] = (),
+    base_logits: Sequence[Tensor] = (),
+    adapter_logits: Sequence[Tensor] = (),
+) -> SavedAdapter:
+    """Write an adapter; whoever looks, or kills the process, finds the old folder or the new one, never half of one.
+
+    Args:
+        directory: where it goes; an adapter that is there is replaced.
+        write: writes adapter_config.json, adapter_model.safetensors and whatever else into the folder it is given.
+        kind: name of the strategy that attaches it.
+        distribution: that strategy's distribution and version, "budwood 0.1.0".
+        base: the base it was trained on.
+        task: name of the task.
+        labels: classes of a classification, in the order of the head's rows.
+        tokenizer: whose vocabulary and chat template are recorded by hash.
+        metrics: of the last evaluation.
+        strategies: name, distribution and options of every strategy of the run.
+        prompts: token ids of the golden prompts; empty leaves `verify` nothing to replay.
+        base_logits: [vocabulary or classes] fp32 after each prompt, of the base alone.
+        adapter_logits: the same with the adapter.
+
+    Raises:
+        InputError: `directory` holds something that is no adapter.
+        CorruptError: what was written does not read back.
+        ResourceError: the disk is full or read-only.
+    """
+    from budwood.adapters.golden import Golden, current_setting
+
+    directory = Path(directory)
+    if (
+        directory.exists()
+        and not (directory / CONFIG).exists()
+        and (not directory.is_dir() or any(directory.iterdir()))
+    ):
+        raise InputError(f"{directory} exists and is no adapter: choose another folder.")
+    golden = Golden.of(prompts, base_logits, adapter_logits) if prompts else None
+    values: dict[str, float | None] = {k: v if math.isfinite(v) else None for k, v in (metrics or {}).items()}
+    with complete_directory(directory, replace=True) as folder:
+        write(folder)
+        if golden is not None:
+            golden.save(folder / GOLDEN)
+        files = {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+        manifest = Manifest(
+            kind=kind,
+            distribution=distribution,
+            base=BaseRecord(
+                name=base.name,
+                fingerprint=base.fingerprint,
+                quantization=base.quantization,
+                dtype=str(base.dtype).removeprefix("torch."),
+            ),
+            task=task,
+            labels=list(labels),
+            tokenizer=tokenizer_hash(tokenizer),
+            template=template_hash(tokenizer),
+            metrics=values,
+            strategies=list(strategies),
+            golden=current_setting(base) if golden else None,
+            files=files,
+            created_by=f"budwood {__version__}",
+        )
+        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        saved = read_adapter(folder)
+    return SavedAdapter(directory, saved.kind, saved.config, saved.infos, saved.manifest)
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 of a tokenizer's whole definition; "" where there is none."""
+    if tokenizer is None:
+        return ""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def template_hash(tokenizer: Any) -> str:
+    """SHA-256 of a tokenizer's chat template; "" where there is none."""
+    template = getattr(tokenizer, "chat_template", None)
+    return hashlib.sha256(json.dumps(template).encode()).hexdigest() if template else ""
+
+
+def read_adapter(
+    directory: str | Path,
+    *,
+    base_name: str = "",
+    base_fingerprint: str | None = None,
+    allow_other_base: bool = False,
+    hashes: bool = True,
+) -> SavedAdapter:
+    """Read and check an adapter without opening anything but JSON and a safetensors header.
+
+    Args:
+        directory: a folder that Budwood or stock PEFT wrote.
+        base_name: of the base that it is for, in messages.
+        base_fingerprint: of that base; None checks nothing.
+        allow_other_base: attach to another base all the same; a note says so.
+        hashes: compare every file with its hash in budwood.json, which reads them whole.
+
+    Raises:
+        InputError: no such folder, no adapter in it, an adapter of another base, or of a kind that is not installed.
+        CorruptError: pickled, truncated, altered, absurd, or not what budwood.json says.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such folder.")
+    notes: list[str] = []
+    _find_weights(directory, notes)
+    config = read_json(directory / CONFIG)
+    manifest = _read_manifest(directory)
+    infos = read_header(directory / WEIGHTS)
+    if not infos:
+        raise CorruptError(f"{directory / WEIGHTS}: holds no tensor.")
+    _check_ranks(directory, config, infos)
+    if manifest is None:
+        notes.append("no budwood.json (an adapter of stock PEFT): its base is not checked.")
+    else:
+        _check_files(directory, manifest, hashes)
+        _check_base(directory, manifest, base_name, base_fingerprint, allow_other_base, notes)
+    kind = _find_kind(directory, config, manifest)
+    for name in (name for name in _NAMES_CODE if config.pop(name, None)):
+        notes.append(f"{CONFIG}: '{name}' names code and is ignored.")
+    return SavedAdapter(directory, kind, config, infos, manifest, notes)
+
+
+def _find_weights(directory: Path, notes: list[str]) -> None:
+    pickles = sorted(path.name for path in directory.iterdir() if path.suffix.lower() in _PICKLES)
+    if not (directory / WEIGHTS).exists():
+        if pickles:
+            raise CorruptError(
+                f"{directory / pickles[0]}: pickled weights run code when they are opened, and are refused. "
+                "Where you trust it, load it with PEFT and save it with safe_serialization=True."
+            )
+        if not (directory / CONFIG).exists():
+            raise InputError(f"{directory}: no adapter: it has neither {CONFIG} nor {WEIGHTS}.")
+        raise CorruptError(f"{directory}: {WEIGHTS} is missing.")
+    if not (directory / CONFIG).exists():
+        raise CorruptError(f"{directory}: {CONFIG} is missing.")
+    notes.extend(f"{name} is a pickle and is ignored." for name in pickles)
+
+
+def _check_ranks(directory: Path, config: dict[str, Any], infos: dict[str, TensorInfo]) -> None:
+    """Refuse a rank that no tensor has room for, before anybody allocates by it."""
+    largest = max((n for info in infos.values() for n in info.shape), default=0)
+    patterns = config.get("rank_pattern")
+    ranks = [value for value in patterns.values() if isinstance(value, int)] if isinstance(patterns, dict) else []
+    for rank in [*ranks, *([config["r"]] if config.get("r") is not None else [])]:
+        if not (type(rank) is int and 0 < rank <= largest):
+            raise CorruptError(
+                f"{directory / CONFIG}: rank {str(rank)[:20]}; no tensor is larger than {largest}."
+            )
+
+
+def _read_manifest(directory: Path) -> Manifest | None:
+    path = directory / MANIFEST
+    if not path.exists():
+        return None
+    values = read_json(path)
+    if values.get("format") != FORMAT:
+        raise CorruptError(f"{path}: format {str(values.get('format'))[:20]}; this Budwood reads format {FORMAT}.")
+    try:
+        return Manifest.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise CorruptError(f"{path}: field '{'.'.join(map(str, problem['loc']))}': {problem['msg']}.") from error
+
+
+def _check_files(directory: Path, manifest: Manifest, hashes: bool) -> None:
+    for required in (CONFIG, WEIGHTS, *([GOLDEN] if manifest.golden else [])):
+        if required not in manifest.files:
+            raise CorruptError(f"{directory / MANIFEST}: gives no hash for {required}.")
+    for name, expected in manifest.files.items():
+        if name.startswith(("/", "~")) or ".." in Path(name).parts or not (path := directory / name).is_file():
+            raise CorruptError(f"{directory / MANIFEST}: lists {name[:80]!r}, which is no file of the adapter.")
+        if hashes and sha256(path) != expected:
+            raise CorruptError(f"{path}: was altered after it was saved (its SHA-256 differs from {MANIFEST}).")
+
+
+def _check_base(
+    directory: Path, manifest: Manifest, name: str, fingerprint: str | None, allow: bool, notes: list[str]
+) -> None:
+    made_for = manifest.base
+    if fingerprint is None or fingerprint == made_for.fingerprint:
+        return
+    text = (
+        f"was trained on the base '{made_for.name}' ({made_for.fingerprint[:12]}), "
+        f"and this base is '{name}' ({fingerprint[:12]})"
+    )
+    if not allow:
+        raise InputError(f"{directory} {text}. Use the base it was trained on, or --allow-other-base.")
+    notes.append(f"{text}: allowed by --allow-other-base.")
+
+
+def _find_kind(directory: Path, config: dict[str, Any], manifest: Manifest | None) -> str:
+    """Return the name of the strategy that owns the adapter; it must be installed, and is not imported."""
+    available = installed()
+    if manifest is not None:
+        if manifest.kind not in available:
+            name = manifest.distribution.split(" ")[0]
+            raise InputError(
+                f"{directory}: kind '{manifest.kind}' needs the strategy '{manifest.kind}' of "
+                f"{manifest.distribution}, which is not installed: pip install {name}"
+            )
+        return manifest.kind
+    peft_type = config.get("peft_type")
+    if not isinstance(peft_type, str):
+        raise CorruptError(f"{directory / CONFIG}: names no peft_type.")
+    if peft_type.lower() not in available:
+        raise InputError(
+            f"{directory}: no installed strategy reads PEFT's type {peft_type[:40]!r}."
+            f"{did_you_mean(peft_type.lower(), available)} Install one that does; see `budwood plugins`."
+        )
+    return peft_type.lower()
+
+
+def check_adapter_tensors(
+    expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Any], where: str = "adapter"
+) -> None:
+    """Check that an adapter's tensors are exactly those that the model and its config call for.
+
+    Call it before anything is put on the model or allocated.
+
+    Args:
+        expected: shape of every tensor by its key on disk.
+        tensors: what the adapter holds; anything with a `shape`.
+
+    Raises:
+        CorruptError: names what is missing, not expected (with the nearest expected key), or of another shape.
+    """
+    missing = [name for name in expected if name not in tensors]
+    surplus = [name for name in tensors if name not in expected]
+    if missing or surplus:
+        parts = []
+        if surplus:
+            near = difflib.get_close_matches(surplus[0], missing[:2000], n=1, cutoff=0.5)
+            parts.append(f"{_some(surplus)} not expected" + (f" (nearest: '{near[0]}')" if near else ""))
+        if missing:
+            parts.append(f"{_some(missing)} missing")
+        raise CorruptError(f"the adapter's tensors do not fit config and base: {'; '.join(parts)}.")
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != tuple(shape):
+            found = list(tensors[name].shape)
+            raise CorruptError(f"the adapter's tensor '{name}' is {found}; config and base call for {list(shape)}.")
+
+
+def _some(names: list[str]) -> str:
+    return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
