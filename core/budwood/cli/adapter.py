@@ -1,0 +1,161 @@
+"""`budwood adapter info | verify | merge | export`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from budwood.adapters.store import GoldenRecord, SavedAdapter
+    from budwood.adapters.verify import VerifyReport
+
+app = typer.Typer(help="Look at saved adapters, check them, merge them, export them.", no_args_is_help=True)
+
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="An adapter's folder.")]
+Base = Annotated[str | None, typer.Option("--base", help="Where its base is now, if not where it was.")]
+OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Go on with a base it was not trained on.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda or auto.")]
+
+
+@app.command()
+def info(directory: Directory, as_json: AsJson = False) -> None:
+    """Show what an adapter is: kind, base, task, size, metrics. Reads no weights."""
+    from budwood.adapters.store import read_adapter
+
+    saved = read_adapter(directory, hashes=False)
+    if as_json:
+        typer.echo(json.dumps(_as_json(saved)))
+        return
+    for key, value in _lines(saved):
+        typer.echo(f"{key:<11} {value}")
+    _say_notes(saved.notes)
+
+
+def _as_json(saved: SavedAdapter) -> dict[str, Any]:
+    return {
+        "kind": saved.kind,
+        "tensors": len(saved.infos),
+        "parameters": saved.parameters,
+        "bytes": saved.bytes,
+        "config": saved.config,
+        "manifest": saved.manifest.model_dump() if saved.manifest else None,
+        "notes": saved.notes,
+    }
+
+
+def _lines(saved: SavedAdapter) -> list[tuple[str, str]]:
+    """What a person wants to know, most important first."""
+    manifest = saved.manifest
+    dtypes = ", ".join(sorted({info.dtype for info in saved.infos.values()}))
+    size = f"{len(saved.infos)} tensors, {saved.parameters:,} parameters, {saved.bytes:,} bytes ({dtypes})"
+    if manifest is None:
+        return [("kind", f"{saved.kind}, saved by stock PEFT"), ("size", size)]
+    base = manifest.base
+    lines = [
+        ("kind", f"{manifest.kind}, of {manifest.distribution}"),
+        ("base", f"{base.name} ({base.fingerprint[:12]}), {base.quantization}, {base.dtype}"),
+        ("task", manifest.task + (f": {', '.join(manifest.labels)}" if manifest.labels else "")),
+        ("size", size),
+        ("strategies", ", ".join(str(strategy.get("name")) for strategy in manifest.strategies)),
+    ]
+    metrics = [f"{name} {value:.4g}" for name, value in manifest.metrics.items() if value is not None]
+    lines.append(("metrics", ", ".join(metrics) or "none"))
+    lines.append(("golden", _setting(manifest.golden) if manifest.golden else "none"))
+    return lines
+
+
+@app.command()
+def verify(
+    directory: Directory,
+    base: Base = None,
+    quantization: Annotated[str | None, typer.Option("--quantization", help="If not as recorded.")] = None,
+    precision: Annotated[str | None, typer.Option("--precision", help="bf16, fp16, fp32; if not as recorded.")] = None,
+    device: Device = "auto",
+    allow_other_base: OtherBase = False,
+    as_json: AsJson = False,
+) -> None:
+    """Replay the answers that were recorded when an adapter was saved."""
+    from budwood.adapters.verify import verify as replay
+
+    report = replay(
+        directory,
+        base,
+        quantization=quantization,
+        precision=precision,
+        device=device,
+        allow_other_base=allow_other_base,
+    )
+    if as_json:
+        values = {"recorded": report.recorded.model_dump(), "current": report.current.model_dump()}
+        plain = {name: getattr(report, name) for name in ("exact", "prompts", "notes")}
+        distances = {name: asdict(getattr(report, name)) for name in ("adapter", "base", "effect")}
+        typer.echo(json.dumps(plain | distances | values))
+        return
+    _show_replay(report)
+    _say_notes(report.notes)
+
+
+def _show_replay(report: VerifyReport) -> None:
+    if report.exact:
+        typer.echo(f"verified: {report.prompts} golden prompts, same setting ({_setting(report.current)}), within 1e-5")
+        typer.echo(f"now against the record   {report.adapter}")
+    else:
+        typer.echo(f"another setting: recorded on {_setting(report.recorded)}; here {_setting(report.current)}")
+        typer.echo(f"now against the record   {report.adapter}")
+        typer.echo(f"the base alone, likewise {report.base}")
+    typer.echo(f"what the adapter changes {report.effect}")
+
+
+def _setting(record: GoldenRecord) -> str:
+    return f"{record.device}, {record.dtype}, quantization {record.quantization}"
+
+
+@app.command()
+def merge(
+    directory: Directory,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the merged model.")],
+    base: Base = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of the merged weights: bf16, fp16 or fp32.")] = "bf16",
+    device: Device = "cpu",
+    force: Annotated[bool, typer.Option("--force", help="Write although rounding takes over 5 % away.")] = False,
+    allow_other_base: OtherBase = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge an adapter into its base's original weights; any library opens the result."""
+    from budwood.adapters.merge import merge as merge_into
+
+    report = merge_into(
+        directory, out, base=base, dtype=dtype, device=device, force=force, allow_other_base=allow_other_base
+    )
+    if as_json:
+        typer.echo(json.dumps(asdict(report) | {"directory": str(report.directory)}))
+        return
+    name, share = report.worst
+    typer.echo(f"merged: {report.weights} weights changed, saved in {report.dtype} to {report.directory}")
+    typer.echo(f"{report.dtype} rounds away {report.rounded_away:.1%} of the update (most in {name}: {share:.1%})")
+    typer.echo(f"from unquantised base + adapter  {report.unquantized}")
+    if report.recorded is not None:
+        typer.echo(f"from what training recorded      {report.recorded}")
+    _say_notes(report.notes)
+
+
+@app.command()
+def export(
+    directory: Directory,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the export.")],
+    format: Annotated[str, typer.Option("--as", help="peft: a folder that stock PEFT opens.")] = "peft",
+) -> None:
+    """Write an adapter in another tool's format."""
+    from budwood.adapters.merge import export as write
+
+    typer.echo(f"exported to {write(directory, out, format)}")
+
+
+def _say_notes(notes: list[str]) -> None:
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)

@@ -1,0 +1,121 @@
+"""The command `budwood`: what it offers, and how errors end it: one line on stderr and the exit code of the error."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import signal
+import sys
+import traceback
+from typing import Annotated, Any, NoReturn
+
+import typer
+import typer.main
+
+import budwood
+from budwood.cli import plugins, recipe
+from budwood.errors import BudwoodError, Interrupted
+from budwood.model.quiet import hush
+
+app = typer.Typer(
+    name="budwood",
+    help="Fine-tune large models on one small machine, by plugins.",
+    epilog="Exit codes: 0 done, 2 your input, 3 the machine, 4 a corrupt artifact, 5 diverged, 130/143 signalled.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+_USAGE_ERROR = typer.BadParameter.__bases__[0]
+"""Parent of all errors in how a command is written; typer exports it under no name."""
+
+
+def _optional(module, name, function):
+    if importlib.util.find_spec(f"budwood.cli.{module}"):
+        app.command(name)(getattr(importlib.import_module(f"budwood.cli.{module}"), function))
+
+
+_optional("demo", "demo", "demo")
+app.command("plugins")(plugins.plugins)
+app.add_typer(recipe.app, name="recipe")
+_optional("data", "data", "data")
+_optional("tune", "tune", "tune")
+_optional("tune", "eval", "eval_")
+_optional("generate", "generate", "generate")
+if importlib.util.find_spec("budwood.cli.adapter"):
+    app.add_typer(importlib.import_module("budwood.cli.adapter").app, name="adapter")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"budwood {budwood.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks and what the libraries say; stands anywhere.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> NoReturn:
+    """Run the command line and end the process."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit code; errors are printed, not raised."""
+    debug = "--debug" in arguments or os.environ.get("BUDWOOD_DEBUG", "0") not in ("", "0")
+    arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
+    if debug:
+        os.environ["BUDWOOD_DEBUG"] = "1"
+    hush(debug)
+    signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without UTF-8 is no error
+    try:
+        command = typer.main.get_command(app)
+        with command.make_context("budwood", arguments) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+        return 0
+    except typer.Exit as done:
+        return done.exit_code
+    except BrokenPipeError:  # the reader has seen enough, as in `budwood plugins | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exception(error)
+        code, text = explain(error)
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        return code
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """Return the exit code and the line for an error."""
+    if isinstance(error, BudwoodError):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return 130, "interrupted."
+    if isinstance(error, _USAGE_ERROR):
+        usage: Any = error
+        path = usage.ctx.command_path if usage.ctx else "budwood"
+        return 2, f"{usage.format_message()} See `{path} --help`."
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return 3, "out of memory: lower train.micro_tokens or data.max_length, or turn on train.gradient_checkpointing."
+    if isinstance(error, OSError):
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return 3, f"{' → '.join(names) or 'the system says'}: {error.strerror or error}."
+    what = f"{type(error).__name__}: {error}".strip().removesuffix(":")
+    return 1, f"unexpected {what}. This is a bug; run again with --debug and report what it shows."
+
+
+def _terminate(*_: Any) -> None:
+    raise Interrupted("terminated.", 143)

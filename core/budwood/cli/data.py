@@ -1,0 +1,42 @@
+"""`budwood data`."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+
+def data(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML or JSON).")],
+    override: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("-o", "--override", metavar="KEY=VALUE", help="Change a value of the recipe."),
+    ] = None,
+    samples: Annotated[int, typer.Option("-n", "--samples", min=0, help="How many examples are shown.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Show what training will see: examples with what has a loss, lengths, what is cut or dropped."""
+    from rich.console import Console
+
+    from budwood.data.display import make_report, show_report
+    from budwood.data.examples import build_examples
+    from budwood.data.packing import plan_epoch
+    from budwood.model.base import load_tokenizer
+    from budwood.training.recipe import load_recipe
+
+    loaded = load_recipe(recipe, override or [])
+    tokenizer = load_tokenizer(loaded.base.model)
+    build = partial(build_examples, tokenizer=tokenizer, task=loaded.base.task, max_length=loaded.data.max_length)
+    train = build(loaded.data.train)
+    other = build(loaded.data.eval, labels=train.labels or None) if loaded.data.eval is not None else None
+    size = loaded.train
+    steps = len(plan_epoch(train.lengths, size.seed, 0, size.batch_tokens, size.batch_examples))
+    report = make_report(train, other, tokenizer, samples, steps)
+    if as_json:
+        typer.echo(json.dumps(report, ensure_ascii=False))
+    else:
+        show_report(report, Console(highlight=False))

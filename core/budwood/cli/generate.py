@@ -1,0 +1,159 @@
+"""`budwood generate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from budwood.adapters.pool import AdapterPool, Prompt
+    from budwood.adapters.store import SavedAdapter
+
+
+def generate(
+    base: Annotated[str, typer.Argument(help="A base: folder or hub name.")],
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", metavar="NAME=DIR", help="An adapter; may be given several times.")
+    ] = None,
+    use: Annotated[str | None, typer.Option("--use", metavar="NAME", help="The adapter that answers.")] = None,
+    prompt: Annotated[str, typer.Option("--prompt", help="The prompt; - reads it from stdin.")] = "-",
+    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt through the chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most probable token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from this share of the probability.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given several times.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    quantization: Annotated[
+        str | None, typer.Option(help="none, int8, nf4, fp4; absent: as the adapter was trained.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="bf16, fp16, fp32 or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    allow_other_base: Annotated[
+        bool, typer.Option("--allow-other-base", help="Use adapters of another base all the same.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Answer a prompt with a base, one adapter, or several side by side."""
+    directories = _parse_adapters(adapter or [])
+    saved = _read_adapters(directories, base, allow_other_base, quantization)
+    _check_options(use, directories, top_p)
+    text = _read_prompt(prompt)
+    from budwood.adapters.pool import AdapterPool
+
+    manifests = [one.manifest for one in saved.values() if one.manifest]
+    first = manifests[0] if manifests else None
+    pool = AdapterPool(
+        base,
+        quantization or (first.base.quantization if first else "none"),
+        task=first.task if first else "causal-lm",
+        labels=first.labels if first else (),
+        precision=precision,
+        device=device,
+    )
+    for name, directory in directories.items():
+        for note in pool.load(name, directory, allow_other_base=allow_other_base).notes:
+            typer.echo(f"note: adapter '{name}': {note}", err=True)
+    names: list[str | None] = [use] if use else [None, *directories] if len(directories) > 1 else [*directories] or [None]
+    if pool.task == "sequence-classification":
+        _classify(pool, text, names, as_json)
+        return
+    request: Prompt = [{"role": "user", "content": text}] if chat else text
+    live = len(names) == 1 and not as_json
+    answers = pool.generate(
+        [request] * len(names),
+        names,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        stop=stop or [],
+        seed=seed,
+        stream=_print_piece if live else None,
+    )
+    if as_json:
+        found = [{"adapter": n, "text": a.text, "finish_reason": a.finish_reason} for n, a in zip(names, answers, strict=True)]
+        typer.echo(json.dumps({"answers": found}))
+    elif live:
+        typer.echo()
+    else:
+        for name, answer in zip(names, answers, strict=True):
+            typer.echo(f"── {name or 'base'}\n{answer.text}")
+
+
+def _parse_adapters(given: list[str]) -> dict[str, Path]:
+    from budwood.adapters.files import check_name
+    from budwood.errors import InputError
+
+    found: dict[str, Path] = {}
+    for text in given:
+        name, equals, directory = text.partition("=")
+        if not equals or not directory:
+            raise InputError(f"--adapter {text[:80]!r}: write NAME=DIR.")
+        if check_name(name) in found:
+            raise InputError(f"--adapter: the name '{name}' stands twice.")
+        found[name] = Path(directory)
+    return found
+
+
+def _read_adapters(
+    directories: dict[str, Path], base: str, allow_other_base: bool, quantization: str | None
+) -> dict[str, SavedAdapter]:
+    """Refuse bad adapters, and those of another base, before the base loads."""
+    from budwood.adapters.store import read_adapter
+    from budwood.model.base import check_base, fingerprint
+
+    first = {name: read_adapter(directory) for name, directory in directories.items()}
+    info = check_base(base, quantization)
+    if not first:
+        return {}
+    mark = fingerprint(info.path)
+    options = {"base_name": base, "base_fingerprint": mark, "allow_other_base": allow_other_base, "hashes": False}
+    return {name: read_adapter(directory, **options) for name, directory in directories.items()}
+
+
+def _check_options(use: str | None, directories: dict[str, Path], top_p: float) -> None:
+    from budwood.errors import InputError, did_you_mean
+
+    if top_p <= 0:
+        raise InputError("--top-p: must be above 0.")
+
+    if use is not None and use not in directories:
+        raise InputError(f"--use {use[:64]!r}: no adapter of that name is given.{did_you_mean(use, directories)}")
+
+
+def _read_prompt(prompt: str) -> str:
+    from budwood.errors import InputError
+
+    if prompt != "-":
+        text = prompt
+    elif sys.stdin.isatty():
+        raise InputError("no prompt: give --prompt TEXT, or pipe it in.")
+    else:
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise InputError(f"stdin is not UTF-8: {error}.") from error
+    if not text:
+        raise InputError("the prompt is empty.")
+    return text
+
+
+def _classify(pool: AdapterPool, text: str, names: list[str | None], as_json: bool) -> None:
+    found = []
+    for name in names:
+        pool.use(name)
+        found.append((name, pool.classify([text])[0]))
+    if as_json:
+        answers = [{"adapter": n, "label": c.label, "probabilities": c.probabilities} for n, c in found]
+        typer.echo(json.dumps({"answers": answers}))
+        return
+    for name, classified in found:
+        typer.echo(f"{name or 'base'}: {classified.label} ({classified.probabilities[classified.label]:.1%})")
+
+
+def _print_piece(index: int, piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()

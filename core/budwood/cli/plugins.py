@@ -1,0 +1,114 @@
+"""`budwood plugins`: what is installed, without running it; or all about one."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Optional
+
+import typer
+
+GROUPS = {
+    "strategies": "budwood",
+    "tasks": "budwood.tasks",
+    "forms": "budwood.forms",
+    "quantizers": "budwood.quantizers",
+}
+
+
+def plugins(
+    name: Annotated[Optional[str], typer.Argument(help="A plugin to import and describe.")] = None,  # noqa: UP045
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """List installed strategies, tasks, data forms and quantisers; or describe one."""
+    if name is None:
+        _list(as_json)
+    else:
+        _describe(name, as_json)
+
+
+def _list(as_json: bool) -> None:
+    from budwood.contract.discovery import installed
+
+    found = {
+        kind: [entry for entries in installed(group).values() for entry in entries] for kind, group in GROUPS.items()
+    }
+    if as_json:
+        fields = ("name", "distribution", "version", "summary")
+        typer.echo(_json({kind: [{f: getattr(e, f) for f in fields} for e in found[kind]] for kind in GROUPS}))
+        return
+    names = max(len(entry.name) for entries in found.values() for entry in entries)
+    owners = max(len(entry.owner) for entries in found.values() for entry in entries)
+    for kind, entries in found.items():
+        typer.echo(kind)
+        for entry in entries:
+            clash = "  (twice: uninstall one)" if [e.name for e in entries].count(entry.name) > 1 else ""
+            typer.echo(f"  {entry.name:{names}}  {entry.owner:{owners}}  {entry.summary}{clash}".rstrip())
+    typer.echo("`budwood plugins NAME` shows hooks and options.", err=True)
+
+
+def _describe(name: str, as_json: bool) -> None:
+    from budwood.contract.discovery import find, installed
+    from budwood.errors import InputError, did_you_mean
+
+    kinds = [kind for kind, group in GROUPS.items() if name in installed(group)]
+    if not kinds:
+        known = [known for group in GROUPS.values() for known in installed(group)]
+        raise InputError(f"no plugin is called '{name}'.{did_you_mean(name, known)} See `budwood plugins`.")
+    about = []
+    for kind in kinds:
+        entry = find(name, GROUPS[kind], kind)
+        record: dict[str, Any] = {
+            "kind": kind,
+            "name": name,
+            "distribution": entry.distribution,
+            "version": entry.version,
+            "object": entry.value,
+            "summary": entry.summary,
+        }
+        if kind == "strategies":
+            record |= _strategy(name)
+        else:
+            entry.load()
+        about.append(record)
+    if as_json:
+        typer.echo(_json(about[0] if len(about) == 1 else about))
+        return
+    for record in about:
+        _show(record)
+
+
+def _strategy(name: str) -> dict[str, Any]:
+    """Import a strategy and return what it declares."""
+    from budwood.contract.registry import HOOKS, load_strategy
+    from budwood.training.recipe_schema import describe_fields, strategy_schema
+
+    cls, _ = load_strategy(name)
+    declared = ("slots", "provides", "requires", "conflicts", "before", "after")
+    marks = {hook: getattr(getattr(cls, hook, None), "budwood_impl", None) for hook in HOOKS}
+    return {
+        **{key: list(getattr(cls, key)) for key in declared},
+        "api": cls.api,
+        "hooks": [{"name": hook, "wraps": mark["wrapper"]} for hook, mark in marks.items() if mark],
+        "options": [field.as_dict() for field in describe_fields(strategy_schema(name)[0])],
+    }
+
+
+def _show(record: dict[str, Any]) -> None:
+    typer.echo(f"{record['name']}: {record['summary'] or record['object']}")
+    typer.echo(f"  {record['distribution']} {record['version']}, {record['object']}")
+    for key in ("slots", "provides", "requires", "conflicts", "before", "after"):
+        if record.get(key):
+            typer.echo(f"  {key}: {', '.join(record[key])}")
+    if record.get("hooks"):
+        hooks = [hook["name"] + (" (wraps)" if hook["wraps"] else "") for hook in record["hooks"]]
+        typer.echo(f"  hooks: {', '.join(hooks)}")
+    for option in record.get("options", ()):
+        limits = f", {option['constraint']}" if option["constraint"] else ""
+        default = "required" if option["required"] else f"default {json.dumps(option['default'])}"
+        typer.echo(f"  {option['name']}: {option['type']}{limits}; {default}")
+        if option["description"]:
+            typer.echo(f"      {option['description']}")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, default=str)

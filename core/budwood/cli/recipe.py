@@ -1,0 +1,25 @@
+"""`budwood recipe`: what a recipe may hold."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+app = typer.Typer(help="What a recipe may hold.", rich_markup_mode=None)
+
+
+@app.callback()
+def _group() -> None:
+    pass
+
+
+@app.command("schema")
+def schema() -> None:
+    """Print the JSON Schema of a recipe, with the options of every installed strategy, for your editor."""
+    from budwood.training.recipe_schema import recipe_schema
+
+    result, problems = recipe_schema()
+    for problem in problems:
+        typer.echo(f"warning: left out: {problem}", err=True)
+    typer.echo(json.dumps(result, indent=2, ensure_ascii=False))

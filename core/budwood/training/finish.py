@@ -1,0 +1,128 @@
+"""The end of a run: that training changed something is checked, then the adapter and what tells of it are written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from budwood.adapters.golden import measure
+from budwood.adapters.store import write_adapter
+from budwood.contract.registry import Composition
+from budwood.contract.types import RUN_ADAPTER, Run
+from budwood.errors import DivergedError
+from budwood.training.report import Report, duration, peak_memory
+from budwood.training.setup import strategies_record
+
+PROBES = 4
+PROBE_TOKENS = 64
+
+
+@dataclass
+class Probe:
+    """Prompts by which an adapter is known: token ids, and the base's logits [prompts, vocabulary or classes] fp32."""
+
+    prompts: list[list[int]]
+    base: Tensor
+
+
+def adapter_probe(run: Run) -> Probe | None:
+    """Take a few prompts from the data and the base's own logits after them; None where no strategy owns an adapter."""
+    if not _owner(run):
+        return None
+    examples = run.eval_examples if run.eval_examples is not None else run.examples
+    prompts = []
+    for index in range(min(PROBES, len(examples))):
+        example = examples[index * max(len(examples) // PROBES, 1)]
+        length = example.prompt_length or (len(example) if example.label is not None else (len(example) + 1) // 2)
+        prompts.append([int(token) for token in example.input_ids[: max(length, 1)]][-PROBE_TOKENS:])
+    return Probe(prompts, _base_logits(run, prompts))
+
+
+def _base_logits(run: Run, prompts: list[list[int]]) -> Tensor:
+    """Logits [prompts, vocabulary or classes] after each prompt with the run's adapter off."""
+    owner = _owner(run)
+    owner.use_adapters(model=run.model, names=[])
+    try:
+        return measure(run.model, prompts, run.dtype)
+    finally:
+        owner.use_adapters(model=run.model, names=[RUN_ADAPTER])
+
+
+def check_changed(run: Run, hooks: Composition, start: list[Tensor], probe: Probe | None) -> None:
+    """Check that training changed something.
+
+    Raises:
+        DivergedError: no trained tensor moved, or adapter on equals adapter off.
+    """
+    moved = sum(not torch.equal(p.detach().cpu(), old) for p, old in zip(run.trainable, start, strict=True))
+    if moved == 0:
+        raise DivergedError(
+            f"no trained tensor moved in {run.step} steps: raise train.learning_rate, or check that labels remain"
+        )
+    if probe is not None and torch.equal(measure(run.model, probe.prompts, run.dtype), probe.base):
+        raise DivergedError("the adapter changes no logit of the base: it trained nothing that the model uses")
+
+
+def write_results(
+    run: Run, hooks: Composition, report: Report, probe: Probe | None
+) -> None:
+    """Write the adapter (complete or absent), the plot and the run's numbers, and say where they are."""
+    if not run.accelerator.is_main_process:
+        run.accelerator.wait_for_everyone()
+        return
+    directory = run.directory
+    owner = _owner(run)
+    if owner and probe is not None:
+        write_adapter(
+            directory / "adapter",
+            lambda folder: hooks.call("export", run=run, model=run.model, directory=folder),
+            kind=owner.name,
+            distribution=owner.distribution,
+            base=run.base,
+            task=run.task.name,
+            labels=run.examples.labels,
+            tokenizer=run.tokenizer,
+            metrics={k: float(v) for k, v in run.metrics.items()},
+            strategies=strategies_record(run.strategies),
+            prompts=probe.prompts,
+            base_logits=list(probe.base),
+            adapter_logits=list(measure(run.model, probe.prompts, run.dtype)),
+        )
+    report.stop()
+    report.plot(directory)
+    seconds = report.seconds
+    _finish_manifest(directory / "manifest.json", run, seconds, report)
+    for name in ("loss", "perplexity", "token_accuracy", "exact_match", "accuracy", "macro_f1"):
+        after = run.metrics.get(f"eval_{name}")
+        if after is not None and f"eval_{name}" in run.before:
+            report.say(f"{name.replace('_', ' ')}: {run.before[f'eval_{name}']:.4f} before, {after:.4f} after")
+    memory = peak_memory() / 2**30
+    report.say(f"{duration(seconds)} · {report.tokens_per_second:,.0f} tokens/s · peak memory {memory:.2f} GiB")
+    report.say(f"adapter: {directory / 'adapter'} · log: {directory / 'metrics.jsonl'} · plot: {directory / 'loss.png'}")
+    name = directory.name
+    report.say(f"next: budwood generate {run.recipe.base.model} --adapter {name}={directory / 'adapter'} --prompt '…'")
+    run.accelerator.wait_for_everyone()
+
+
+def _finish_manifest(path: Path, run: Run, seconds: float, report: Report) -> None:
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest |= {
+        "finished": True,
+        "step": run.step,
+        "before": run.before,
+        "metrics": {k: float(v) for k, v in run.metrics.items()},
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(report.tokens_per_second, 1),
+        "peak_memory_bytes": peak_memory(),
+    }
+    path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _owner(run: Run) -> Any:
+    """The strategy that owns the adapter, or None."""
+    return next((s for s in run.strategies if "adapter" in s.slots), None)

@@ -1,0 +1,282 @@
+"""The loop: what happens between a ready run and its adapter, read top to bottom."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from budwood.contract.registry import Composition
+from budwood.contract.types import Batch, Event, Run, Step
+from budwood.data.packing import plan_epoch, split_micro
+from budwood.errors import BudwoodError, DivergedError, Interrupted
+from budwood.model.tasks import autocast, collate_for
+from budwood.training.finish import adapter_probe, check_changed, write_results
+from budwood.training.recipe import Recipe
+from budwood.training.report import Report
+from budwood.training.setup import prepare
+from budwood.training.step import Engine
+
+MAX_SKIPPED = 20
+"""Consecutive steps that the fp16 scaler may skip before the run counts as diverged."""
+
+
+@dataclass
+class Best:
+    """The best evaluation so far, with a copy on the CPU of what trained."""
+
+    value: float = float("inf")
+    step: int = 0
+    parameters: list[Tensor] = field(default_factory=list)
+    without_gain: int = 0
+
+
+def tune(recipe: Recipe | str | Path, *, overwrite: bool = False, quiet: bool = False) -> Run:
+    """Run a recipe and leave adapter, log and plot in its output folder.
+
+    Args:
+        recipe: a `Recipe`, or the path of one.
+        overwrite: replace what the output folder holds.
+        quiet: show nothing.
+
+    Returns:
+        The finished run; `run.metrics` holds the last evaluation, `run.directory` where things are.
+
+    Raises:
+        BudwoodError: one of its subclasses, with the exit code that the command ends with.
+    """
+    report = Report(quiet)
+    try:
+        with _signals():
+            run, hooks, engine = prepare(recipe, report, overwrite)
+            train(run, hooks, engine, report)
+    except KeyboardInterrupt as error:
+        raise Interrupted("interrupted before anything was trained; nothing is kept", _signal_code(error)) from None
+    finally:
+        report.close()
+    return run
+
+
+def train(run: Run, hooks: Composition, engine: Engine, report: Report) -> None:
+    """Train a prepared run to its end, then keep the best adapter, check that it changed something, and write it."""
+    recipe = run.recipe.train
+    start = [p.detach().cpu().clone() for p in run.trainable]
+    probe = adapter_probe(run)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    best, skipped, stopped = Best(), 0, None
+    run.before = evaluate(run, hooks, report, best)
+    report.start(run.steps or 0)
+    hooks.notify(Event("start", 0, {"steps": run.steps}), report.say)
+    run.model.train()
+    run.optimizer.zero_grad(set_to_none=True)
+    try:
+        for batches, counts in optimizer_steps(run):
+            run.counts = counts
+            engine.loss_scale = scaler.get_scale() if scaler.is_enabled() else 1.0
+            for index, batch in enumerate(batches):
+                batch = hooks.chain("prepare_batch", "batch", batch.to(run.device), run=run)
+                hooks.call("backward", step=Step(run, batch, engine, index))
+            sum_gradients(run)
+            scaler.unscale_(run.optimizer)
+            values = engine.finish_step()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in run.trainable if p.grad is not None])
+            finite = bool(torch.isfinite(norm) & torch.isfinite(values["loss"]))
+            if not finite and not scaler.is_enabled():
+                raise DivergedError(_not_finite(run, engine, hooks, batches, values, norm))
+            skipped = 0 if finite else skipped + 1
+            if skipped > MAX_SKIPPED:
+                raise DivergedError(f"step {run.step + 1}: {skipped} steps in a row overflowed in fp16: use bf16 or fp32")
+            if finite:
+                hooks.call("before_clip", run=run)
+                if recipe.clip:
+                    trained = [p for p in run.trainable if p.grad is not None]
+                    torch.nn.utils.clip_grad_norm_(trained, recipe.clip)
+                hooks.call("before_optimizer_step", run=run)
+                scaler.step(run.optimizer)
+                hooks.call("after_optimizer_step", run=run)
+                run.scheduler.step()
+            scaler.update()
+            run.optimizer.zero_grad(set_to_none=True)
+            run.step += 1
+            rate = run.optimizer.param_groups[0]["lr"]
+            numbers = {**{k: float(v) for k, v in values.items()}, "gradient_norm": float(norm), "learning_rate": rate}
+            if not finite:
+                numbers = {"loss": float(values["loss"]), "skipped": 1.0}
+                run.metrics["skipped_steps"] = run.metrics.get("skipped_steps", 0) + 1
+            run.metrics |= numbers
+            report.step(run.step, counts["token"], {k: float(v) for k, v in run.metrics.items()})
+            hooks.notify(Event("step", run.step, numbers), report.say)
+            if recipe.eval_every and run.step % recipe.eval_every == 0 and run.step < (run.steps or 0):
+                evaluate(run, hooks, report, best)
+                if recipe.patience and best.without_gain >= recipe.patience:
+                    report.say(f"stopped early at step {run.step}: no gain in {best.without_gain} evaluations")
+                    break
+    except KeyboardInterrupt as error:
+        stopped = error
+    except DivergedError as error:
+        report.stop()
+        kept = _keep(run, hooks, best, start, report, probe)
+        raise DivergedError(f"{error}; {kept}") from error
+    report.stop()
+    if stopped is not None:
+        kept = _keep(run, hooks, best, start, report, probe)
+        raise Interrupted(f"interrupted at step {run.step}; {kept}", _signal_code(stopped))
+    if run.metrics.get("skipped_steps"):
+        report.say(f"{run.metrics['skipped_steps']:.0f} steps overflowed in fp16 and were skipped")
+    evaluate(run, hooks, report, best)
+    restore(run, best)
+    check_changed(run, hooks, start, probe)
+    write_results(run, hooks, report, probe)
+
+
+def optimizer_steps(run: Run) -> Iterator[tuple[list[Batch], dict[str, int]]]:
+    """For each optimizer step: this process's micro-batches, and the counts of units over all processes.
+
+    The next step's batches are collated by a thread beside the step.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="collate") as pool:
+        plans = _plans(run)
+        upcoming = pool.submit(_collate_step, run, next(plans)[1])
+        for epoch, batches in _ahead(pool, plans, upcoming, run):
+            run.epoch = epoch
+            counts = {unit: sum(b.counts[unit] for b in batches) for unit in ("label", "example", "token")}
+            if run.processes > 1:
+                total = torch.tensor(list(counts.values()), dtype=torch.int64, device=run.device)
+                torch.distributed.all_reduce(total)
+                counts = dict(zip(counts, total.tolist(), strict=True))
+            yield batches, counts
+
+
+def _ahead(pool: Any, plans: Any, upcoming: Any, run: Run) -> Iterator[tuple[int, list[Batch]]]:
+    epoch = 0
+    for next_epoch, indices in plans:
+        batches, upcoming = upcoming.result(), pool.submit(_collate_step, run, indices)
+        yield epoch, batches
+        epoch = next_epoch
+    yield epoch, upcoming.result()
+
+
+def _plans(run: Run) -> Iterator[tuple[int, np.ndarray]]:
+    """(epoch, example indices) of each optimizer step of the run."""
+    left, epoch, recipe = run.steps or 0, 0, run.recipe.train
+    while left > 0:
+        for indices in plan_epoch(run.examples.lengths, run.seed, epoch, recipe.batch_tokens, recipe.batch_examples):
+            if left == 0:
+                return
+            left -= 1
+            yield epoch, indices
+        epoch += 1
+
+
+def _collate_step(run: Run, indices: np.ndarray) -> list[Batch]:
+    rows = split_micro(indices, run.examples.lengths, run.recipe.train.micro_tokens, run.packed)
+    return [collate_for(run, [run.examples[i] for i in row]) for row in rows[run.process_index :: run.processes]]
+
+
+def sum_gradients(run: Run) -> None:
+    """Sum the gradients of all processes; adapters are small, so this happens once an optimizer step."""
+    if run.processes == 1:
+        return
+    for parameter in run.trainable:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        torch.distributed.all_reduce(parameter.grad)
+
+
+def evaluate(run: Run, hooks: Composition, report: Report, best: Best) -> dict[str, float]:
+    """Call the `evaluate` hook and record its metrics; keeps the parameters of the best evaluation."""
+    if run.eval_examples is None:
+        return {}
+    metrics = {k: v for found in hooks.call("evaluate", run=run) for k, v in found.items()}
+    report.record("evaluation", run.step, metrics)
+    hooks.notify(Event("evaluation", run.step, metrics), report.say)
+    run.metrics |= metrics
+    value = metrics[run.task.best_metric]
+    if run.step == 0:
+        return metrics
+    if value < best.value:
+        best.value, best.step, best.without_gain = value, run.step, 0
+        best.parameters = [p.detach().cpu().clone() for p in run.trainable]
+    else:
+        best.without_gain += 1
+    return metrics
+
+
+def restore(run: Run, best: Best) -> None:
+    """Put the best evaluation's parameters back, where a later one was not the best."""
+    if best.step and best.step != run.step:
+        with torch.no_grad():
+            for parameter, kept in zip(run.trainable, best.parameters, strict=True):
+                parameter.copy_(kept)
+    run.metrics["best_step"] = best.step or run.step
+
+
+def _keep(
+    run: Run, hooks: Composition, best: Best, start: list[Tensor], report: Report, probe: Any
+) -> str:
+    """Write the best adapter of a run that ends early, and say where it is; the last parameters if none was evaluated."""
+    finite = all(bool(torch.isfinite(p).all()) for p in run.trainable)
+    if run.step == 0 or not (best.step or finite):
+        return "no adapter is kept, since none was trained"
+    restore(run, best)
+    try:
+        check_changed(run, hooks, start, probe)
+        write_results(run, hooks, Report(quiet=True), probe)
+    except BudwoodError as error:
+        return f"no adapter is kept: {error}"
+    report.plot(run.directory)
+    return f"the adapter of step {run.metrics['best_step']:.0f} is kept in {run.directory / 'adapter'}"
+
+
+def _not_finite(
+    run: Run, engine: Engine, hooks: Composition, batches: list[Batch], values: dict[str, Tensor], norm: Tensor
+) -> str:
+    """Name the step, what is not finite, and the rows that cause it, found by running each example's loss again."""
+    what = next((f"loss '{k}'" for k, v in values.items() if not torch.isfinite(v)), "the gradient")
+    rows: list[int] = []
+    everyone: list[int] = []
+    with torch.no_grad(), autocast(run):
+        for batch in (b.to(run.device) for b in batches):
+            everyone += batch.example_ids
+            step = Step(run, batch, engine)
+            outputs = hooks.call("forward", step=step)
+            flat = outputs.hidden.reshape(-1, outputs.hidden.shape[-1])
+            finite = torch.isfinite(outputs.head(flat[batch.label_positions])).all(-1)
+            bad = batch.example_of_label[~finite].unique().tolist()
+            rows += [batch.example_ids[i] for i in bad]
+    named = [run.examples.rows.location(i) for i in (rows or everyone)[:5]]
+    more = f" and {len(rows or everyone) - 5} more" if len(rows or everyone) > 5 else ""
+    return (
+        f"step {run.step + 1}: {what} is not finite (gradient norm {float(norm):g}); rows {', '.join(named)}{more}. "
+        "Lower train.learning_rate, or look at these rows"
+    )
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Let SIGTERM stop a run as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(number)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _signal_code(error: BaseException) -> int:
+    return 143 if error.args == (signal.SIGTERM,) else 130

@@ -1,0 +1,332 @@
+"""From a recipe to a run that is ready to train: composition, plan, data, base, adapter, optimizer.
+
+Everything that can be refused without the base is refused before it loads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+
+
+from budwood.contract.discovery import find
+from budwood.contract.registry import Composition, PluginError
+from budwood.contract.strategy import hookimpl
+from budwood.contract.types import Batch, Plan, Run
+from budwood.data.examples import Examples, build_examples, overlap
+from budwood.data.packing import plan_epoch
+from budwood.errors import InputError, ResourceError
+from budwood.model import attention
+from budwood.model.base import Base, check_base, load_base, load_tokenizer, pick_device_precision, skeleton
+from budwood.model.tasks import Task, autocast, collate_for
+from budwood.training.recipe import Recipe, build_composition, load_recipe
+from budwood.training.report import Report
+from budwood.training.step import Engine
+
+PINNED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers")
+"""Libraries whose versions a manifest records."""
+
+
+class Core:
+    """Core's own implementations of hooks that a strategy may own instead."""
+
+    @hookimpl
+    def build_optimizer(self, run: Run, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """AdamW (Loshchilov & Hutter, 2019), fused."""
+        return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+    @hookimpl
+    def build_scheduler(self, run: Run, optimizer: torch.optim.Optimizer) -> Any:
+        """Linear warm-up, then cosine, linear or constant."""
+        names = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+        recipe, steps = run.recipe.train, run.steps or 1
+        warmup = int(recipe.warmup) if recipe.warmup >= 1 else round(recipe.warmup * steps)
+        return transformers.get_scheduler(names[recipe.schedule], optimizer, warmup, steps)
+
+
+def prepare(recipe: Recipe | str | Path, report: Report, overwrite: bool) -> tuple[Run, Composition, Engine]:
+    """Make a run ready to train.
+
+    Raises:
+        InputError: the recipe, the data, or what the strategies say of the plan.
+        ResourceError: the machine cannot run it.
+        CorruptError: the base is damaged.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(Path(recipe))
+    hooks = build_composition(recipe)
+    task: Task = find(recipe.base.task, "budwood.tasks", "task").load()()
+    directory = Path(recipe.output)
+    check_output(directory, overwrite)
+    device, dtype, reason = pick_device_precision(recipe.base.device, recipe.train.precision)
+    info = check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code, device)
+    accelerator = Accelerator(cpu=device.type == "cpu", log_with=recipe.train.trackers or None, project_dir=directory)
+    if accelerator.num_processes > 1:
+        device = accelerator.device
+    report.mute = not accelerator.is_main_process
+    run = Run(
+        recipe, directory, device, dtype, hooks.strategies, hooks, task,
+        seed=recipe.train.seed, say=report.say, accelerator=accelerator,
+        process_index=accelerator.process_index, processes=accelerator.num_processes,
+    )  # fmt: skip
+    report.say(f"{device} · {precision_name(dtype)} ({reason}) · {torch.get_num_threads()} threads")
+    trust = recipe.base.trust_remote_code
+    run.tokenizer = load_tokenizer(recipe.base.model)
+    plan = Plan(recipe, hooks.strategies, model=skeleton(recipe.base.model, task.auto_class, trust))
+    check_plan(plan, hooks)
+
+    read_data(run, hooks, report)
+    plan.steps = run.steps
+    check_plan(plan, hooks)
+    make_output(directory, overwrite, accelerator)
+
+    run.base = _base(run, hooks, task, trust)
+    report.say(f"base {run.base.name}: " + "; ".join(run.base.notes))
+    run.model = run.base.model
+    attention.register()
+    check_packing(run, report)
+    model = hooks.chain("prepare_model", "model", run.model, run=run)
+    run.model = model
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    run.groups = trainable_groups(run, hooks)
+    engine = Engine(run, hooks)
+    hooks.register_core(task, f"task {task.name}")
+    hooks.register_core(engine, "core step")
+    hooks.register_core(Core(), "core")
+    _say_size(run, report)
+    run.optimizer = hooks.call("build_optimizer", run=run, groups=_torch_groups(run))
+    run.scheduler = hooks.call("build_scheduler", run=run, optimizer=run.optimizer)
+    if accelerator.is_main_process:
+        write_manifest(run, info)
+        (directory / "recipe.yaml").write_text(recipe.to_yaml(hooks.strategies), encoding="utf-8")
+    report.open(directory, accelerator, recipe.train.trackers, recipe.model_dump(mode="json"))
+    return run, hooks, engine
+
+
+def check_output(directory: Path, overwrite: bool) -> None:
+    """Refuse an output folder that holds something, or that cannot be written.
+
+    Raises:
+        InputError: it holds a run, or other files, or is a file.
+        ResourceError: it cannot be written.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"output: {directory} is a file: name a folder.")
+    if directory.is_dir() and any(directory.iterdir()):
+        if not (directory / "manifest.json").is_file():
+            raise InputError(f"output: {directory} is not empty and holds no run: name another folder.")
+        if not overwrite:
+            raise InputError(f"output: {directory} holds another run: name another folder, or use --overwrite.")
+    parent = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise ResourceError(f"output: {directory} cannot be written ({parent} is read-only): name another folder.")
+
+
+def make_output(directory: Path, overwrite: bool, accelerator: Any) -> None:
+    """Make the output folder, empty; only now, after all that could be refused, does an old run go."""
+    if accelerator.is_main_process:
+        try:
+            if overwrite and directory.is_dir():
+                shutil.rmtree(directory)
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / "manifest.json").write_text("{}\n", encoding="utf-8")
+        except OSError as error:
+            raise ResourceError(f"output: {directory} cannot be written: {error.strerror}.") from error
+    accelerator.wait_for_everyone()
+
+
+def check_plan(plan: Plan, hooks: Composition) -> None:
+    """Ask every strategy what stands against the plan.
+
+    Raises:
+        InputError: all problems at once.
+    """
+    plan.problems.clear()
+    hooks.call("check_plan", plan=plan)
+    if plan.problems:
+        raise InputError("; ".join(plan.problems))
+
+
+def read_data(run: Run, hooks: Composition, report: Report) -> None:
+    """Read training and evaluation data into `run`, say what was recognised, and count the optimizer steps."""
+    data, train = run.recipe.data, run.recipe.train
+    options = {"tokenizer": run.tokenizer, "task": run.task.name, "max_length": data.max_length}
+    examples = build_examples(data.train, **options)
+    report.say(examples.describe())
+    if data.eval is not None:
+        run.eval_examples = build_examples(data.eval, **options, labels=examples.labels or None)
+        report.say(run.eval_examples.describe())
+        shared = overlap(examples, run.eval_examples)
+        if shared:
+            report.say(f"warning: {shared} evaluation examples are also training examples; the metrics flatter")
+    run.examples = hooks.chain("prepare_examples", "examples", examples, run=run)
+    if not isinstance(run.examples, Examples):
+        run.examples = Examples.gather(run.examples, like=examples)
+    sizes = (run.examples.lengths, run.seed)
+    if train.steps is not None:
+        run.steps = train.steps
+    else:
+        epochs = range(train.epochs)
+        run.steps = sum(len(plan_epoch(*sizes, epoch, train.batch_tokens, train.batch_examples)) for epoch in epochs)
+    if hooks.implements("prepare_examples") and len(run.examples) == 0:
+        raise InputError("no example is left after the strategies' prepare_examples")
+
+
+def _base(run: Run, hooks: Composition, task: Task, trust: bool) -> Base:
+    if hooks.implements("load_base"):
+        base: Base = hooks.call("load_base", run=run)
+        return base
+    recipe = run.recipe.base
+    return load_base(
+        recipe.model, recipe.quantization, task.auto_class, run.dtype, run.device, trust,
+        recipe.double_quantization, task.model_kwargs(run.examples.labels),
+    )  # fmt: skip
+
+
+def check_packing(run: Run, report: Report) -> None:
+    """Run two examples packed and alone, and alone by the model's own forward; where they differ, rows are padded.
+
+    Raises:
+        PluginError: even padded, Budwood's way through the model gives other logits than the model's own.
+    """
+    model = run.model
+    model.eval()
+    if run.task.pool(model) == "row":
+        run.packed = False
+        report.say("rows are grouped by length and padded: this model pools by row")
+        return
+    order = [int(i) for i in run.examples.lengths.argsort(kind="stable")]
+    pair = [run.examples[order[len(order) // 2]], run.examples[order[len(order) // 4]]]
+    run.packed = False
+    own = torch.cat([_own_logits(run, collate_for(run, [example])) for example in pair])
+    tolerance = 1e-4 if run.dtype == torch.float32 else 0.05
+    try:
+        model.set_attn_implementation(attention.IMPLEMENTATION)
+        run.packed = True
+        worst = _distance(_logits(run, collate_for(run, pair)), own)
+        reason = f"packed, its logits differ by {worst:.1%}" if worst > tolerance else ""
+    except Exception as error:  # whatever a model class does with segments that it does not know
+        reason = f"it does not take packed rows ({type(error).__name__})"
+    if reason:
+        run.packed = False
+        model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
+        worst = _distance(_logits(run, collate_for(run, pair)), own)
+        if worst > tolerance:
+            raise PluginError(
+                f"model class {type(model).__name__}: logits at labels differ from those of its own forward "
+                f"by {worst:.1%}; it is not supported."
+            )
+        report.say(f"rows are padded, not packed, for this model: {reason}")
+
+
+def _logits(run: Run, batch: Batch) -> torch.Tensor:
+    batch = batch.to(run.device)
+    with torch.no_grad(), autocast(run):
+        outputs = run.task.outputs(run.model, batch)
+        return outputs.head(outputs.hidden.flatten(0, 1)[batch.label_positions]).float()
+
+
+def _own_logits(run: Run, batch: Batch) -> torch.Tensor:
+    """Logits of one example by the model's own forward, at its labels."""
+    batch = batch.to(run.device)
+    with torch.no_grad(), autocast(run):
+        logits = run.model(input_ids=batch.input_ids, use_cache=False).logits
+        return (logits[0][batch.label_positions] if logits.ndim == 3 else logits).float()
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference in units of the largest logit."""
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-6))
+
+
+def trainable_groups(run: Run, hooks: Composition) -> list[Any]:
+    """Collect what trains; freeze all the rest.
+
+    Raises:
+        InputError: nothing trains.
+        PluginError: a parameter stands in two groups.
+    """
+    groups = [group for _, found in hooks.collect("trainable_parameters", run=run, model=run.model) for group in found]
+    if not any(group.parameters for group in groups):
+        raise InputError("strategies: none of them trains anything: add an adapter such as lora.")
+    run.model.requires_grad_(False)
+    seen: dict[int, str] = {}
+    for group in groups:
+        for name, parameter in group.parameters.items():
+            if id(parameter) in seen:
+                raise PluginError(f"parameter '{name}' stands in the groups '{seen[id(parameter)]}' and '{group.name}'.")
+            seen[id(parameter)] = group.name
+            parameter.requires_grad_(True)
+    return groups
+
+
+def _torch_groups(run: Run) -> list[dict[str, Any]]:
+    recipe = run.recipe.train
+    return [
+        {
+            "params": list(group.parameters.values()),
+            "name": group.name,
+            "lr": recipe.learning_rate * group.learning_rate_ratio,
+            "weight_decay": recipe.weight_decay if group.weight_decay is None else group.weight_decay,
+        }
+        for group in run.groups
+        if group.parameters
+    ]
+
+
+def _say_size(run: Run, report: Report) -> None:
+    trained = sum(p.numel() for p in run.trainable)
+    total = run.base.parameters + trained
+    train = run.recipe.train
+    size = f"{train.batch_examples} examples" if train.batch_examples else f"{train.batch_tokens} tokens"
+    names = ", ".join(strategy.name for strategy in run.strategies)
+    report.say(f"{names}: {trained:,} trainable parameters ({trained / total:.2%} of {total:,})")
+    report.say(f"{run.steps} optimizer steps of {size}, at most {train.micro_tokens} tokens at once")
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """The recipe's name of a dtype."""
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+def write_manifest(run: Run, info: Any) -> None:
+    """Write manifest.json: versions, strategies with options, base, data, seed, device."""
+    manifest = {
+        "budwood": metadata.version("budwood"),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PINNED},
+        "strategies": strategies_record(run.strategies),
+        "base": {
+            "name": run.base.name, "fingerprint": run.base.fingerprint, "quantization": run.base.quantization,
+            "bytes": run.base.bytes, "bytes_16bit": run.base.bytes_16bit,
+        },
+        "data": {"train": run.examples.sha256, "eval": run.eval_examples.sha256 if run.eval_examples else None},
+        "task": run.task.name,
+        "seed": run.seed,
+        "steps": run.steps,
+        "packed": run.packed,
+        "device": str(run.device),
+        "precision": precision_name(run.dtype),
+        "processes": run.processes,
+    }  # fmt: skip
+    text = json.dumps(manifest, indent=2, default=str) + "\n"
+    (run.directory / "manifest.json").write_text(text, encoding="utf-8")
+
+
+def strategies_record(strategies: Sequence[Any]) -> list[dict[str, Any]]:
+    """Name, distribution and options of each strategy, as manifests keep them."""
+    return [
+        {"name": s.name, "distribution": s.distribution, "options": s.options.model_dump(mode="json")}
+        for s in strategies
+    ]
