@@ -1,0 +1,85 @@
+"""Which modules an adapter goes on."""
+
+from __future__ import annotations
+
+import re
+
+from budwood import InputError, did_you_mean
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+LAYER_INDEX = re.compile(r"\.(\d+)\.")
+
+
+def linear_modules(model: nn.Module) -> list[str]:
+    """Names of the model's linear modules, quantised ones included, without its output head."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    heads = {"score", "classifier"}
+    found = []
+    inside = " "  # path of the adapted layer that we are in: its parts are none of the model's modules
+    for name, module in model.named_modules():
+        if name.startswith(inside):
+            continue
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            inside = f"{name}."
+            module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+        if isinstance(module, nn.Linear) and module is not head and name.split(".")[0] not in heads:
+            found.append(name)
+    return found
+
+
+def match_targets(model: nn.Module, targets: str | list[str], layers: list[int] | None) -> list[str]:
+    """Return the full names of the linear modules that `targets` and `layers` select.
+
+    Raises:
+        InputError: a target or a layer matches nothing, with the nearest names; or a target is no linear module.
+    """
+    linear = linear_modules(model)
+    if targets == "all-linear":
+        chosen = linear
+    elif isinstance(targets, str):
+        pattern = re.compile(targets)
+        chosen = [name for name in linear if pattern.fullmatch(name)]
+        if not chosen:
+            raise InputError(
+                f"targets: the regular expression '{targets}' matches none of the linear modules, "
+                f"whose full names are like '{linear[0] if linear else ''}'."
+            )
+    else:
+        chosen = []
+        for target in targets:
+            hits = [name for name in linear if name == target or name.endswith("." + target)]
+            if not hits:
+                _refuse(model, target, linear)
+            chosen += [name for name in hits if name not in chosen]
+    if layers is not None:
+        indices = {int(m.group(1)) for m in map(LAYER_INDEX.search, linear) if m}
+        for layer in (layer for layer in layers if layer not in indices):
+            raise InputError(f"layers: there is no layer {layer}; the model has {min(indices)} to {max(indices)}.")
+        chosen = [n for n in chosen if (m := LAYER_INDEX.search(n)) and int(m.group(1)) in layers]
+    if not chosen:
+        raise InputError("targets and layers together match no linear module.")
+    return chosen
+
+
+def match_modules(model: nn.Module, names: list[str]) -> None:
+    """Check that each of `names` is the end of a module's name.
+
+    Raises:
+        InputError: one is not, with the nearest name.
+    """
+    known = [name for name, _ in model.named_modules() if name]
+    for wanted in names:
+        if not any(name == wanted or name.endswith("." + wanted) for name in known):
+            last = sorted({name.rpartition(".")[2] for name in known if not name.rpartition(".")[2].isdigit()})
+            raise InputError(f"modules_to_save: the model has no module '{wanted}'.{did_you_mean(wanted, last)}")
+
+
+def _refuse(model: nn.Module, target: str, linear: list[str]) -> None:
+    last = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+    if any(name == target or name.endswith("." + target) for name, _ in model.named_modules()):
+        raise InputError(f"targets: '{target}' is not a linear module; linear ones are {', '.join(last)}.")
+    raise InputError(
+        f"targets: no linear module is called '{target}'.{did_you_mean(target, last)} There are {', '.join(last)}."
+    )
