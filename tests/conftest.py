@@ -1,0 +1,100 @@
+"""What every test stands on: no network, few threads, a cache of its own, and tiny bases made on the spot."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["BUDWOOD_CACHE"] = tempfile.mkdtemp(prefix="budwood-cache-")
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="budwood-hub-")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+TEXT = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Section: games. Description: a small library for the terminal.",
+    "Describe a package of the section libs: shared libraries and headers for the runtime.",
+    "user assistant system name description section files data model tokens",
+]
+
+
+def make_tokenizer(folder: Path, vocab_size: int = 300) -> None:
+    """Save a byte-level BPE tokenizer with bos, eos and pad, a ChatML template, and a bos before every text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=512
+    )
+    fast.chat_template = CHATML
+    fast.save_pretrained(folder)
+
+
+def make_base(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", seed: int = 0, **changes) -> Path:
+    """Save a random Llama of 64 x 2 layers with its tokenizer into `folder`; `changes` go into its config."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    options = {
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.1,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**(options | changes))).to(dtype)
+    model.save_pretrained(folder, max_shard_size=shard)
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random fp32 Llama (hidden 64, 2 layers, vocabulary 300) with tokenizer and chat template."""
+    return make_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Function `tiny_bases(name, **changes)` -> folder of a tiny base of its own, made once a session."""
+    made: dict[str, Path] = {}
+
+    def make(name: str, **changes) -> Path:
+        if name not in made:
+            made[name] = make_base(tmp_path_factory.mktemp("base") / name, **changes)
+        return made[name]
+
+    return make

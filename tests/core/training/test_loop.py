@@ -1,0 +1,214 @@
+"""The loop, by what a user would notice: the same adapter however a batch is split, nothing lost, nothing silent."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from budwood.errors import DivergedError, InputError, Interrupted
+from budwood.training.loop import tune
+from safetensors.torch import load_file
+from torch import Tensor
+
+Make = Callable[..., object]
+
+
+def adapter(run_or_folder: object) -> dict[str, Tensor]:
+    folder = getattr(run_or_folder, "directory", run_or_folder)
+    return load_file(Path(folder) / "adapter" / "adapter_model.safetensors")
+
+
+def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[key] - second[key]).abs().max()) for key in first)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_adapter_does_not_depend_on_micro_batches(make_recipe: Make, quantization: str) -> None:
+    base = {"quantization": quantization}
+    runs = [
+        adapter(tune(make_recipe(f"run-{size}", base=base, train={"micro_tokens": size}), quiet=True))
+        for size in (1024, 200, 128)
+    ]
+    assert distance(runs[0], runs[1]) < 1e-5
+    assert distance(runs[0], runs[2]) < 1e-5
+
+
+def test_two_processes_equal_one(make_recipe: Make, tmp_path: Path) -> None:
+    one = tune(make_recipe("one", train={"micro_tokens": 128}), quiet=True)
+    recipe = make_recipe("two", train={"micro_tokens": 128})
+    path = tmp_path / "two.yaml"
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import torch\ntorch.set_num_threads(1)\n"
+        "from budwood.training.loop import tune\n"
+        f"run = tune({str(path)!r}, quiet=True)\n"
+        "assert run.processes == 2, run.processes\n"
+        "assert torch.distributed.get_world_size() == 2\n",
+        encoding="utf-8",
+    )
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29611", str(script)],
+        check=True, capture_output=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert distance(adapter(one), adapter(tmp_path / "two")) < 1e-5
+
+
+def test_packed_equals_padded_in_the_peer_library(make_recipe: Make, test_strategies: object, tiny_base: Path) -> None:
+    """Gradients of the first step against transformers + PEFT on padded rows, in float64."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run = tune(
+        make_recipe(strategies=[{"lora": {"rank": 4}}, "recorder"], train={"steps": 1, "batch_examples": 24, "clip": 0}),
+        quiet=True,
+    )
+    ours = dict(zip([n for g in run.groups for n in g.parameters], test_strategies.SEEN[0][1], strict=True))
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_base).double()
+    peer = PeftModel.from_pretrained(model, run.directory / "adapter", is_trainable=True, autocast_adapter_dtype=False)
+    peer = peer.double()
+    with torch.no_grad():  # back to where the first step began: B = 0 and the seeded A
+        fresh = _fresh_a(run)
+        for name, parameter in peer.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+            elif "lora_A" in name:
+                key = name.removeprefix("base_model.model.").replace(".lora_A.default.weight", ".lora_A")
+                parameter.copy_(fresh[key].double())
+    total, labels = 0.0, 0
+    for example in run.examples:
+        ids = torch.tensor(example.input_ids[None].astype("int64"))
+        targets = ids.masked_fill(~torch.tensor(example.supervised[None]), -100)
+        logits = peer(input_ids=ids).logits[:, :-1].flatten(0, 1)
+        total = total + torch.nn.functional.cross_entropy(logits, targets[:, 1:].flatten(), reduction="sum")
+        labels += int(example.supervised.sum())
+    (total / labels).backward()
+    compared = 0
+    for name, parameter in peer.named_parameters():
+        if "lora_B" in name:
+            key = name.removeprefix("base_model.model.").replace(".lora_B.default.weight", ".lora_B")
+            torch.testing.assert_close(ours[key].double(), parameter.grad, atol=1e-6, rtol=1e-4)
+            compared += 1
+    assert compared == 14
+    assert run.metrics["loss"] == pytest.approx(float(total / labels), abs=1e-5)
+
+
+def _fresh_a(run: object) -> dict[str, Tensor]:
+    """The seeded start of every A: what `prepare_model` draws."""
+    from budwood.contract.registry import build_strategy
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(run.recipe.base.model)
+    strategy = build_strategy("lora", {"rank": 4}, lambda *place: "test")
+    strategy.prepare_model(run=run, model=model)
+    groups = strategy.trainable_parameters(run=run, model=model)
+    return {name: parameter.detach().clone() for name, parameter in groups[0].parameters.items()}
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_an_evaluation_in_the_middle_changes_no_bit(make_recipe: Make, quantization: str) -> None:
+    base = {"quantization": quantization}
+    without = tune(make_recipe("a", base=base), quiet=True)
+    with_eval = make_recipe("b", base=base, evaluate=True, train={"eval_every": 1, "eval_generate": 4})
+    run = tune(with_eval, quiet=True)
+    assert run.metrics["best_step"] == 4, "the last step must be the best for the two to be comparable"
+    assert distance(adapter(without), adapter(run)) == 0
+
+
+def test_gradient_checkpointing_gives_the_same_adapter(make_recipe: Make) -> None:
+    plain = tune(make_recipe("a"), quiet=True)
+    checkpointed = tune(make_recipe("b", train={"gradient_checkpointing": True}), quiet=True)
+    assert distance(adapter(plain), adapter(checkpointed)) < 1e-5
+
+
+def test_training_learns_and_leaves_what_it_promises(make_recipe: Make) -> None:
+    run = tune(make_recipe(evaluate=True, train={"steps": 30, "eval_every": 10}), quiet=True)
+    assert run.metrics["eval_loss"] < run.before["eval_loss"] - 0.5
+    names = {path.name for path in run.directory.iterdir()}
+    assert names >= {"recipe.yaml", "manifest.json", "metrics.jsonl", "adapter"}
+    manifest = json.loads((run.directory / "manifest.json").read_text())
+    assert manifest["finished"] is True
+    assert manifest["strategies"][0]["options"]["rank"] == 4
+
+
+def test_a_run_prints_at_most_fifteen_lines_and_writes_log_and_plot(make_recipe: Make, capsys: object) -> None:
+    run = tune(make_recipe(evaluate=True, train={"eval_every": 2, "eval_generate": 4}))
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("step ")]
+    assert len(lines) <= 15, "\n".join(lines)
+    text = "\n".join(lines)
+    for expected in ("fp32", "prompt + completion", "trainable parameters", "before", "peak memory", "next:"):
+        assert expected in text
+    records = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "step"] == [1, 2, 3, 4]
+    assert all("causal_lm" in r and "tokens_per_second" in r for r in records if r["kind"] == "step")
+    assert [r["step"] for r in records if r["kind"] == "evaluation"] == [0, 2, 4]
+    assert (run.directory / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_loss_that_is_not_finite_names_step_and_row_and_keeps_the_best(
+    make_recipe: Make, test_strategies: object
+) -> None:
+    strategies = [{"lora": {"rank": 4}}, {"poison": {"step": 2, "example": 3}}]
+    recipe = make_recipe(strategies=strategies, evaluate=True, train={"batch_examples": 24, "eval_every": 1})
+    with pytest.raises(DivergedError, match=r"step 3: .*not finite.*train.jsonl:4\b.*step 2 is kept") as caught:
+        tune(recipe, quiet=True)
+    assert caught.value.exit_code == 5
+    assert adapter(recipe.output)
+
+
+def test_a_run_in_which_nothing_moves_is_an_error(make_recipe: Make, test_strategies: object) -> None:
+    recipe = make_recipe(strategies=["lora", "still"])
+    with pytest.raises(DivergedError, match="no trained tensor moved"):
+        tune(recipe, quiet=True)
+    assert not (Path(recipe.output) / "adapter").exists()
+
+
+def test_ctrl_c_keeps_the_best_adapter_so_far(make_recipe: Make, test_strategies: object) -> None:
+    recipe = make_recipe(strategies=["lora", {"interrupt": {"step": 3}}], evaluate=True, train={"eval_every": 1})
+    with pytest.raises(Interrupted, match=r"step 2 is kept in .*adapter") as caught:
+        tune(recipe, quiet=True)
+    assert caught.value.exit_code == 130
+    assert adapter(recipe.output)
+
+
+def test_the_best_adapter_is_kept_and_a_run_stops_early(make_recipe: Make) -> None:
+    train = {"steps": 40, "eval_every": 2, "patience": 2, "learning_rate": 0.3}
+    run = tune(make_recipe(evaluate=True, train=train), quiet=True)
+    assert run.step < 40
+    assert run.metrics["best_step"] < run.step
+
+
+def test_a_failing_tracker_never_stops_the_run(make_recipe: Make, capsys: object) -> None:
+    tune(make_recipe(train={"trackers": ["wandb"]}))
+    assert "warning: tracking" in capsys.readouterr().err
+
+
+def test_the_output_of_another_run_is_refused_and_overwritten_when_asked(make_recipe: Make) -> None:
+    first = tune(make_recipe(), quiet=True)
+    with pytest.raises(InputError, match="holds another run.*--overwrite"):
+        tune(make_recipe(), quiet=True)
+    assert adapter(first)
+    (first.directory / "leftover").write_text("x")
+    tune(make_recipe(), quiet=True, overwrite=True)
+    assert not (first.directory / "leftover").exists()
+    (first.directory / "manifest.json").unlink()
+    with pytest.raises(InputError, match="not empty and holds no run"):
+        tune(make_recipe(), quiet=True, overwrite=True)
+
+
+def test_dropout_is_reproducible_from_the_seed(make_recipe: Make) -> None:
+    strategies = [{"lora": {"rank": 4, "dropout": 0.3}}]
+    first = adapter(tune(make_recipe("a", strategies=strategies), quiet=True))
+    torch.rand(7)
+    again = adapter(tune(make_recipe("b", strategies=strategies), quiet=True))
+    other = adapter(tune(make_recipe("c", strategies=strategies, train={"seed": 1}), quiet=True))
+    assert distance(first, again) == 0
+    assert distance(first, other) > 0

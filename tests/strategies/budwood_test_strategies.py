@@ -1,0 +1,104 @@
+"""Small strategies that the tests install as a third party's distribution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from budwood import LossTerm, Options, Run, Step, Strategy, hookimpl
+
+SEEN: list[Any] = []
+
+
+class Recorder(Strategy):
+    """Notes gradients before they are clipped, and every hook it passes."""
+
+    @hookimpl
+    def before_clip(self, run: Run) -> None:
+        SEEN.append(("gradients", [p.grad.clone() for p in run.trainable]))
+
+    @hookimpl
+    def before_optimizer_step(self, run: Run) -> None:
+        SEEN.append(("before_optimizer_step", run.step))
+
+    @hookimpl
+    def after_optimizer_step(self, run: Run) -> None:
+        SEEN.append(("after_optimizer_step", run.step))
+
+
+class Poison(Strategy):
+    """Makes the loss of one example infinite at one step."""
+
+    class Options(Options):
+        step: int = 2
+        example: int = 3
+
+    @hookimpl(wrapper=True)
+    def forward(self, step: Step) -> Any:
+        outputs = yield
+        if step.run.step >= self.options.step and self.options.example in step.batch.example_ids:
+            index = step.batch.example_ids.index(self.options.example)
+            bad = (step.batch.example_of_token == index).view(outputs.hidden.shape[:2])
+            outputs.hidden = torch.where(bad[..., None], torch.inf, outputs.hidden)
+        return outputs
+
+
+class Still(Strategy):
+    """Lets nothing move."""
+
+    @hookimpl
+    def before_optimizer_step(self, run: Run) -> None:
+        for parameter in run.trainable:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+class InterruptAt(Strategy):
+    """Presses Ctrl-C after a step."""
+
+    class Options(Options):
+        step: int = 3
+
+    @hookimpl
+    def after_optimizer_step(self, run: Run) -> None:
+        if run.step + 1 == self.options.step:
+            raise KeyboardInterrupt
+
+
+class FastGradient(Strategy):
+    """FGM (Miyato et al., 2017): a second pass at the embeddings plus epsilon times the normalised gradient."""
+
+    class Options(Options):
+        epsilon: float = 0.5
+
+    @hookimpl(wrapper=True)
+    def backward(self, step: Step) -> Any:
+        step.track_noise = True
+        yield
+        gradient = step.noise_grad
+        norms = torch.zeros(len(step.batch.example_ids), dtype=gradient.dtype)
+        flat = gradient.flatten(0, 1)
+        norms.index_add_(0, step.batch.example_of_token, flat.square().sum(-1))
+        scale = self.options.epsilon / norms.sqrt().clamp(min=1e-12)
+        noise = (flat * scale[step.batch.example_of_token][:, None]).view_as(gradient)
+        SEEN.append(("noise", step.batch.example_ids, noise, step.noise_gradient(torch.zeros_like(noise)), gradient))
+        step.replay(noise, 1.0)
+
+
+class Penalty(Strategy):
+    """Squared norm of what trains, a term of the step."""
+
+    @hookimpl
+    def loss_terms(self, step: Step, outputs: Any) -> LossTerm:
+        return LossTerm("penalty", sum(p.square().sum() for p in step.run.trainable), "step", 0.01)
+
+
+class PerExample(Strategy):
+    """Mean square of each example's hidden states, a term of the example."""
+
+    @hookimpl
+    def loss_terms(self, step: Step, outputs: Any) -> LossTerm:
+        squares = outputs.hidden.flatten(0, 1).float().square().mean(-1)
+        owner = step.batch.example_of_token
+        count = len(step.batch.example_ids)
+        sums = torch.zeros(count).index_add(0, owner, squares)
+        return LossTerm("size", sums / torch.bincount(owner, minlength=count), "example", 0.1)
