@@ -11,11 +11,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["BUDWOOD_CACHE"] = tempfile.mkdtemp(prefix="budwood-cache-")
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="budwood-hub-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"

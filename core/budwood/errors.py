@@ -37,7 +37,7 @@ class DivergedError(BudwoodError):
     exit_code = 5
 
 
-class Interrupted(BudwoodError):  # noqa: N818 - a signal is no error of anybody's
+class Interrupted(BudwoodError):
     """The run was stopped by a signal: 130 for Ctrl-C, 143 for SIGTERM."""
 
     def __init__(self, message: str, exit_code: int = 130) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from budwood import LossTerm, Options, Run, Step, Strategy, hookimpl
 
 SEEN: list[Any] = []

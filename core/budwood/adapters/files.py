@@ -66,7 +66,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        CorruptError: it is larger than 4 MiB, not UTF-8 JSON, nested too deep, no object, or has a key twice or a NaN.
+        CorruptError: it is larger than 4 MiB, not UTF-8 JSON, nested too deep, no object, or has a key twice or a
+            number that is not finite.
     """
     try:
         size = path.stat().st_size
@@ -84,11 +85,13 @@ def _parse_object(data: bytes, where: str) -> dict[str, Any]:
             raise ValueError("a key stands twice")
         return value
 
-    def constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
+    def number(text: str) -> float:
+        if not math.isfinite(float(text)):  # NaN, Infinity and 1e999
+            raise ValueError(f"{text[:20]} is no finite number")
+        return float(text)
 
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=number, parse_float=number)
     except RecursionError as error:
         raise CorruptError(f"{where}: nested too deep to be read.") from error
     except ValueError as error:  # not UTF-8, not JSON, an integer of thousands of digits

@@ -66,6 +66,7 @@ class Golden:
         lengths = tensors["lengths"].tolist() if tensors else []
         sound = (
             lengths
+            and all(infos[name].dtype == "I32" for name in ("prompts", "lengths"))
             and all(n > 0 for n in lengths)
             and tensors["prompts"].shape == (sum(lengths),)
             and tensors["base"].shape == tensors["adapter"].shape == (len(lengths), tensors["base"].shape[-1])

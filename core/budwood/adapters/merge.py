@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -75,7 +76,7 @@ def merge(
         allow_other_base: merge into another base all the same; recorded.
 
     Raises:
-        InputError: the base's originals are quantised; `out` exists; too much would be rounded away (nothing is written).
+        InputError: the base is quantised on disk; `out` exists; too much would be rounded away. Nothing is written.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
@@ -147,7 +148,7 @@ def _narrowed(value: Tensor) -> Tensor:
 def _round(model: nn.Module, before: dict[str, Tensor], target: torch.dtype) -> tuple[int, float, tuple[str, float]]:
     """Round every parameter to what `target` holds; return how many changed, the share rounded away, and the worst."""
     changed, update, applied = 0, 0.0, 0.0
-    worst = ("", 0.0)
+    worst = ("", -math.inf)
     for name, parameter in model.named_parameters():
         old, whole = before[name].to(parameter.dtype), parameter.detach().clone()
         parameter.copy_(whole.to(target))
@@ -178,7 +179,7 @@ def export(directory: str | Path, out: str | Path, format: str = "peft") -> Path
     if format != "peft":
         raise InputError(f"format {format!r}: choose peft.")
     saved = read_adapter(directory)
-    _ = saved.tensors  # refuses what is not finite
+    saved.load_tensors()  # refuses what is not finite
     from peft import PeftType
 
     kind = saved.config.get("peft_type")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from budwood.adapters.files import check_name
 from budwood.adapters.golden import measure
+from budwood.adapters.live import ask_owner, module_ids, unchanged_on_error
 from budwood.adapters.store import SavedAdapter, read_adapter, template_hash, tokenizer_hash
 from budwood.contract.discovery import PluginError, find
 from budwood.contract.registry import load_strategy
@@ -23,6 +22,7 @@ from budwood.data.encoder import Encoder, encode_chat, encode_prompt
 from budwood.errors import BudwoodError, InputError, did_you_mean
 from budwood.model.base import Base, load_base, pick_device_precision
 from budwood.model.generate import Generated, generate
+from budwood.model.quiet import hush
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 """A text, chat messages, or token ids."""
@@ -76,6 +76,7 @@ class AdapterPool:
             ResourceError: the machine cannot load it.
             CorruptError: the base is damaged.
         """
+        hush()
         self.task = task
         if not isinstance(base, Base):
             chosen, dtype, _ = pick_device_precision(device, precision)
@@ -85,7 +86,7 @@ class AdapterPool:
         self.base = base
         self.model: nn.Module = base.model.eval().requires_grad_(False)
         self.tokenizer = base.tokenizer
-        self._modules = _module_ids(self.model)
+        self._modules = module_ids(self.model)
         self._loaded: dict[str, _Loaded] = {}
         self._owners: dict[str, Strategy] = {}
         self._keys = (f"adapter{number}" for number in itertools.count(1))
@@ -131,10 +132,10 @@ class AdapterPool:
         self._check_task(saved)
         owner = self._owner(saved.kind)
         key = next(self._keys)
-        tensors = saved.tensors
-        with _unchanged_on_error(self.model):
+        tensors = saved.load_tensors()
+        with unchanged_on_error(self.model):
             try:
-                _ask(owner, "attach_adapter", model=self.model, config=saved.config, tensors=tensors, name=key)
+                ask_owner(owner, "attach_adapter", model=self.model, config=saved.config, tensors=tensors, name=key)
                 self.model.eval().requires_grad_(False)
                 self._loaded[name] = _Loaded(key, owner, saved)
                 self.use(self._current)
@@ -162,10 +163,10 @@ class AdapterPool:
         loaded = self._find(name)
         if self._current == name:
             self.use(None)
-        _ask(loaded.owner, "detach_adapter", model=self.model, name=loaded.key)
+        ask_owner(loaded.owner, "detach_adapter", model=self.model, name=loaded.key)
         del self._loaded[name]
         self.use(self._current)
-        if not self._loaded and _module_ids(self.model) != self._modules:
+        if not self._loaded and module_ids(self.model) != self._modules:
             raise PluginError(f"{loaded.owner} left modules of its own on the base. Report it to its author.")
 
     def generate(
@@ -193,12 +194,16 @@ class AdapterPool:
             stream: called with a prompt's index and each new piece of its answer.
 
         Raises:
-            InputError: an unknown adapter, a prompt without a token, messages without a chat template.
+            InputError: an unknown adapter, an empty prompt, messages without a chat template, a task without text.
         """
+        if not self.base.model.can_generate():
+            raise InputError(f"the pool's task is {self.task}, which generates no text.")
         if adapters is None:
             adapters = [self._current] * len(prompts)
         elif len(adapters) != len(prompts):
-            raise InputError(f"{len(prompts)} prompts and {len(adapters)} adapters: give one (or None) for each prompt.")
+            raise InputError(
+                f"{len(prompts)} prompts and {len(adapters)} adapters: give one (or None) for each prompt."
+            )
         encoded = [self._encode(prompt) for prompt in prompts]
         answers: dict[int, Generated] = {}
         try:
@@ -212,13 +217,18 @@ class AdapterPool:
                     top_p=top_p,
                     seed=seed,
                     stop=stop,
+                    stop_ids=[self._stop_ids(adapters[i]) for i in rows],
                     on_token=None if stream is None else _renumbered(stream, rows),
-                    before_batch=lambda batch, rows=rows: self._select([adapters[rows[i]] for i in batch]),
+                    before_batch=self._selector([adapters[i] for i in rows]),
                 )
                 answers |= dict(zip(rows, found, strict=True))
         finally:
             self.use(self._current)
         return [answers[i] for i in range(len(prompts))]
+
+    def _stop_ids(self, name: str | None) -> list[int]:
+        manifest = self._find(name).saved.manifest if name is not None else None
+        return manifest.stop_ids if manifest else []
 
     def logits(self, prompts: Sequence[Prompt]) -> Tensor:
         """Logits [prompts, vocabulary or classes] fp32 on the CPU after each prompt, by the adapter in use."""
@@ -236,7 +246,10 @@ class AdapterPool:
             raise InputError(f"the pool's task is {self.task}: open it with task='sequence-classification'.")
         encoder = Encoder(self.tokenizer)
         limit = self.tokenizer.model_max_length
-        rows = [ids if len(ids) <= limit else encoder.cut(t, limit) for t, ids in zip(texts, encoder.whole(texts), strict=True)]
+        rows = [
+            ids if len(ids) <= limit else encoder.cut(t, limit)
+            for t, ids in zip(texts, encoder.whole(texts), strict=True)
+        ]
         labels = self._labels()
         found = []
         for probabilities in self.logits(rows).softmax(-1).tolist():
@@ -252,13 +265,15 @@ class AdapterPool:
         """
         loaded = self._find(name)
         if self.base.quantization != "none":
-            raise InputError("an adapter is merged into unquantised weights only: open the base with quantization none.")
+            raise InputError(
+                "an adapter is merged into unquantised weights only: open the base with quantization none."
+            )
         if len(self._loaded) > 1:
             raise InputError(f"unload the other adapters before '{name}' is merged.")
         if not hasattr(type(loaded.owner), "merge_adapter"):
             raise InputError(f"{loaded.owner} cannot merge its adapters.")
         self.use(None)
-        _ask(loaded.owner, "merge_adapter", model=self.model, name=loaded.key)
+        ask_owner(loaded.owner, "merge_adapter", model=self.model, name=loaded.key)
         del self._loaded[name]
 
     def _find(self, name: str) -> _Loaded:
@@ -281,10 +296,14 @@ class AdapterPool:
         if manifest is None:
             return
         if manifest.task != self.task:
-            raise InputError(f"{saved.directory}: was trained for the task {manifest.task}, and the pool's is {self.task}.")
+            raise InputError(
+                f"{saved.directory}: was trained for the task {manifest.task}, and the pool's is {self.task}."
+            )
         if manifest.labels and len(manifest.labels) != self.model.config.num_labels:  # type: ignore[union-attr]
             have = self.model.config.num_labels  # type: ignore[union-attr]
-            raise InputError(f"{saved.directory}: has {len(manifest.labels)} labels, and the pool was opened with {have}.")
+            raise InputError(
+                f"{saved.directory}: has {len(manifest.labels)} labels, and the pool was opened with {have}."
+            )
         if manifest.tokenizer and manifest.tokenizer != tokenizer_hash(self.tokenizer):
             saved.notes.append("the base's tokenizer is not the one it was trained with.")
         if manifest.template and manifest.template != template_hash(self.tokenizer):
@@ -307,7 +326,7 @@ class AdapterPool:
             keys = [None if entry is None or entry.owner is not owner else entry.key for entry in chosen]
             if len(set(keys)) == 1:
                 keys = keys[:1] if keys[0] is not None else []
-            _ask(owner, "use_adapters", model=self.model, names=keys)
+            ask_owner(owner, "use_adapters", model=self.model, names=keys)
 
     def _groups(self, adapters: Sequence[str | None]) -> list[list[int]]:
         """Rows that may share a batch: all, or where their adapters cannot, those of each adapter."""
@@ -321,6 +340,9 @@ class AdapterPool:
             return groups
         return [rows] if rows else []
 
+    def _selector(self, adapters: Sequence[str | None]) -> Callable[[list[int]], None]:
+        return lambda batch: self._select([adapters[i] for i in batch])
+
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return encode_prompt(self.tokenizer, prompt)
@@ -331,42 +353,3 @@ class AdapterPool:
 
 def _renumbered(stream: Callable[[int, str], None], rows: list[int]) -> Callable[[int, str], None]:
     return lambda index, piece: stream(rows[index], piece)
-
-
-def _ask(owner: Strategy, hook: str, **arguments: Any) -> None:
-    """Call one strategy's hook with the arguments that it takes; an error that is not Budwood's names the strategy."""
-    method = getattr(owner, hook, None)
-    if method is None:
-        raise PluginError(f"{owner} has no hook '{hook}', which an adapter's owner needs. Report it to its author.")
-    taken = inspect.signature(method).parameters
-    try:
-        method(**{name: value for name, value in arguments.items() if name in taken})
-    except BudwoodError:
-        raise
-    except Exception as error:
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise PluginError(f"{owner}, hook {hook}: {what}. --debug shows the traceback.") from error
-
-
-def _module_ids(model: nn.Module) -> list[tuple[str, int]]:
-    return [(path, id(module)) for path, module in model.named_modules(remove_duplicate=False)]
-
-
-@contextmanager
-def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Put every module of `model` back as it was, its children, parameters, hooks and attributes, after an exception."""
-    before = [
-        (module, {name: (value, dict(value) if isinstance(value, dict) else None) for name, value in vars(module).items()})
-        for module in model.modules()
-    ]
-    try:
-        yield
-    except BaseException:
-        for module, attributes in before:
-            vars(module).clear()
-            for name, (value, items) in attributes.items():
-                if items is not None:  # the same dict, since handles of hooks refer to it
-                    value.clear()
-                    value.update(items)
-                vars(module)[name] = value
-        raise

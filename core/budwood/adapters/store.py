@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +34,8 @@ FORMAT = 1
 
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 _NAMES_CODE = ("auto_mapping", "auto_map", "megatron_config", "megatron_core", "custom_modules")
-"""Fields of a config by which a library would import what the file names; they are never handed on."""
+"""Fields of a config by which a library would import what the file names (PEFT writes some into every adapter); they
+are never handed on."""
 
 
 class _Record(BaseModel):
@@ -67,13 +67,15 @@ class Manifest(_Record):
     """budwood.json: what an adapter is, of whom, and the hash of every file beside it."""
 
     format: int = FORMAT
-    kind: str
+    kind: str = Field(pattern=r"^[\w.-]+$")
     """Name of the strategy that attaches it."""
-    distribution: str
+    distribution: str = Field(pattern=r"^([\w.-]+ [\w.+!-]+)?$")
     """Distribution and version of that strategy, "budwood 0.1.0"."""
     base: BaseRecord
     task: str = "causal-lm"
     labels: list[str] = Field(default_factory=list)
+    stop_ids: list[int] = Field(default_factory=list)
+    """Tokens that end an answer, beside the end-of-sequence token: ends of turn of the chat template."""
     tokenizer: str = ""
     template: str = ""
     metrics: dict[str, float | None] = Field(default_factory=dict)
@@ -114,9 +116,8 @@ class SavedAdapter:
         """Numbers in all tensors."""
         return sum(math.prod(info.shape) for info in self.infos.values())
 
-    @cached_property
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor, on the CPU in its own dtype.
+    def load_tensors(self) -> dict[str, Tensor]:
+        """Read every tensor, on the CPU in its own dtype.
 
         Raises:
             CorruptError: the file changed since, or holds NaN or infinity.
@@ -147,6 +148,7 @@ def write_adapter(
     tokenizer: Any = None,
     metrics: Mapping[str, float] | None = None,
     strategies: Sequence[dict[str, Any]] = (),
+    stop_ids: Sequence[int] = (),
     prompts: Sequence[Sequence[int]] = (),
     base_logits: Sequence[Tensor] = (),
     adapter_logits: Sequence[Tensor] = (),
@@ -164,6 +166,7 @@ def write_adapter(
         tokenizer: whose vocabulary and chat template are recorded by hash.
         metrics: of the last evaluation.
         strategies: name, distribution and options of every strategy of the run.
+        stop_ids: tokens that end an answer, beside the end-of-sequence token.
         prompts: token ids of the golden prompts; empty leaves `verify` nothing to replay.
         base_logits: [vocabulary or classes] fp32 after each prompt, of the base alone.
         adapter_logits: the same with the adapter.
@@ -204,6 +207,7 @@ def write_adapter(
             template=template_hash(tokenizer),
             metrics=values,
             strategies=list(strategies),
+            stop_ids=list(stop_ids),
             golden=current_setting(base) if golden else None,
             files=files,
             created_by=f"budwood {__version__}",
@@ -266,8 +270,8 @@ def read_adapter(
         _check_files(directory, manifest, hashes)
         _check_base(directory, manifest, base_name, base_fingerprint, allow_other_base, notes)
     kind = _find_kind(directory, config, manifest)
-    for name in (name for name in _NAMES_CODE if config.pop(name, None)):
-        notes.append(f"{CONFIG}: '{name}' names code and is ignored.")
+    for name in _NAMES_CODE:
+        config.pop(name, None)
     return SavedAdapter(directory, kind, config, infos, manifest, notes)
 
 
@@ -291,12 +295,10 @@ def _check_ranks(directory: Path, config: dict[str, Any], infos: dict[str, Tenso
     """Refuse a rank that no tensor has room for, before anybody allocates by it."""
     largest = max((n for info in infos.values() for n in info.shape), default=0)
     patterns = config.get("rank_pattern")
-    ranks = [value for value in patterns.values() if isinstance(value, int)] if isinstance(patterns, dict) else []
-    for rank in [*ranks, *([config["r"]] if config.get("r") is not None else [])]:
-        if not (type(rank) is int and 0 < rank <= largest):
-            raise CorruptError(
-                f"{directory / CONFIG}: rank {str(rank)[:20]}; no tensor is larger than {largest}."
-            )
+    ranks = [config.get("r"), *(patterns.values() if isinstance(patterns, dict) else ())]
+    for rank in ranks:
+        if isinstance(rank, int | float) and rank > largest:
+            raise CorruptError(f"{directory / CONFIG}: rank {str(rank)[:20]}; no tensor is larger than {largest}.")
 
 
 def _read_manifest(directory: Path) -> Manifest | None:
@@ -318,7 +320,8 @@ def _check_files(directory: Path, manifest: Manifest, hashes: bool) -> None:
         if required not in manifest.files:
             raise CorruptError(f"{directory / MANIFEST}: gives no hash for {required}.")
     for name, expected in manifest.files.items():
-        if name.startswith(("/", "~")) or ".." in Path(name).parts or not (path := directory / name).is_file():
+        outside = len(name) > 200 or name.startswith(("/", "~")) or ".." in Path(name).parts
+        if outside or not (path := directory / name).is_file():
             raise CorruptError(f"{directory / MANIFEST}: lists {name[:80]!r}, which is no file of the adapter.")
         if hashes and sha256(path) != expected:
             raise CorruptError(f"{path}: was altered after it was saved (its SHA-256 differs from {MANIFEST}).")

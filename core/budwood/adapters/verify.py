@@ -64,7 +64,9 @@ def open_pool(
         info = check_base(name, quantization)
     except InputError as error:
         if base is None:
-            raise InputError(f"{error} It is what {saved.directory} was trained on; --base says where it is now.") from error
+            raise InputError(
+                f"{error} It is what {saved.directory} was trained on; --base says where it is now."
+            ) from error
         raise
     read_adapter(
         saved.directory,
@@ -129,7 +131,9 @@ def verify(
         pool.use("adapter")
         adapter_now = measure(pool.model, golden.prompts, pool.base.dtype)
     if adapter_now.shape != golden.adapter.shape:
-        raise CorruptError(f"{saved.directory / GOLDEN}: {golden.adapter.shape[1]} logits, and {adapter_now.shape[1]} now.")
+        raise CorruptError(
+            f"{saved.directory / GOLDEN}: {golden.adapter.shape[1]} logits, and {adapter_now.shape[1]} now."
+        )
     report = VerifyReport(
         comparable(recorded, current),
         len(golden.prompts),

@@ -32,7 +32,8 @@ def info(directory: Directory, as_json: AsJson = False) -> None:
         typer.echo(json.dumps(_as_json(saved)))
         return
     for key, value in _lines(saved):
-        typer.echo(f"{key:<11} {value}")
+        shown = "".join(c if c.isprintable() else "?" for c in value)  # the file may hold a terminal's control codes
+        typer.echo(f"{key:<11} {shown}")
     _say_notes(saved.notes)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import signal
 import sys
@@ -14,7 +12,7 @@ import typer
 import typer.main
 
 import budwood
-from budwood.cli import plugins, recipe
+from budwood.cli import adapter, data, demo, generate, plugins, recipe, tune
 from budwood.errors import BudwoodError, Interrupted
 from budwood.model.quiet import hush
 
@@ -30,20 +28,14 @@ _USAGE_ERROR = typer.BadParameter.__bases__[0]
 """Parent of all errors in how a command is written; typer exports it under no name."""
 
 
-def _optional(module, name, function):
-    if importlib.util.find_spec(f"budwood.cli.{module}"):
-        app.command(name)(getattr(importlib.import_module(f"budwood.cli.{module}"), function))
-
-
-_optional("demo", "demo", "demo")
-app.command("plugins")(plugins.plugins)
-app.add_typer(recipe.app, name="recipe")
-_optional("data", "data", "data")
-_optional("tune", "tune", "tune")
-_optional("tune", "eval", "eval_")
-_optional("generate", "generate", "generate")
-if importlib.util.find_spec("budwood.cli.adapter"):
-    app.add_typer(importlib.import_module("budwood.cli.adapter").app, name="adapter")
+app.command("demo", short_help="See it work, on what ships with it.")(demo.demo)
+app.command("plugins", short_help="What is installed; all about one.")(plugins.plugins)
+app.command("data", short_help="What training will see.")(data.data)
+app.command("tune", short_help="Fine-tune: a recipe, or a data file and a base.")(tune.tune)
+app.command("eval", short_help="Measure an adapter on data.")(tune.eval_)
+app.command("generate", short_help="Answer a prompt with a base and its adapters.")(generate.generate)
+app.add_typer(recipe.app, name="recipe", short_help="What a recipe may hold.")
+app.add_typer(adapter.app, name="adapter", short_help="Look at adapters, verify, merge, export.")
 
 
 def _show_version(wanted: bool) -> None:
@@ -76,6 +68,8 @@ def run(arguments: list[str]) -> int:
     if debug:
         os.environ["BUDWOOD_DEBUG"] = "1"
     hush(debug)
+    # Threads that spin while they wait take the cores from each other where anything else runs: 5 times slower here.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without UTF-8 is no error
@@ -91,10 +85,14 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Exception, KeyboardInterrupt) as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # a group without a command; its message is the help
+            print(error, file=sys.stderr)
+            return 2
         if debug:
             traceback.print_exception(error)
         code, text = explain(error)
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))  # names in it may be hostile
+        print(f"error: {line}", file=sys.stderr)
         return code
 
 

@@ -25,7 +25,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most probable token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from this share of the probability.")] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given several times.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends an answer; may be given several times.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     quantization: Annotated[
         str | None, typer.Option(help="none, int8, nf4, fp4; absent: as the adapter was trained.")
@@ -57,7 +59,9 @@ def generate(
     for name, directory in directories.items():
         for note in pool.load(name, directory, allow_other_base=allow_other_base).notes:
             typer.echo(f"note: adapter '{name}': {note}", err=True)
-    names: list[str | None] = [use] if use else [None, *directories] if len(directories) > 1 else [*directories] or [None]
+    names: list[str | None] = (
+        [use] if use else [None, *directories] if len(directories) > 1 else [*directories] or [None]
+    )
     if pool.task == "sequence-classification":
         _classify(pool, text, names, as_json)
         return
@@ -74,13 +78,16 @@ def generate(
         stream=_print_piece if live else None,
     )
     if as_json:
-        found = [{"adapter": n, "text": a.text, "finish_reason": a.finish_reason} for n, a in zip(names, answers, strict=True)]
+        found = [
+            {"adapter": n, "text": a.text, "finish_reason": a.finish_reason}
+            for n, a in zip(names, answers, strict=True)
+        ]
         typer.echo(json.dumps({"answers": found}))
     elif live:
         typer.echo()
     else:
-        for name, answer in zip(names, answers, strict=True):
-            typer.echo(f"── {name or 'base'}\n{answer.text}")
+        for who, answer in zip(names, answers, strict=True):
+            typer.echo(f"── {who or 'base'}\n{answer.text}")
 
 
 def _parse_adapters(given: list[str]) -> dict[str, Path]:
@@ -103,15 +110,18 @@ def _read_adapters(
 ) -> dict[str, SavedAdapter]:
     """Refuse bad adapters, and those of another base, before the base loads."""
     from budwood.adapters.store import read_adapter
+    from budwood.errors import InputError
     from budwood.model.base import check_base, fingerprint
 
-    first = {name: read_adapter(directory) for name, directory in directories.items()}
+    found = {name: read_adapter(directory) for name, directory in directories.items()}
     info = check_base(base, quantization)
-    if not first:
-        return {}
-    mark = fingerprint(info.path)
-    options = {"base_name": base, "base_fingerprint": mark, "allow_other_base": allow_other_base, "hashes": False}
-    return {name: read_adapter(directory, **options) for name, directory in directories.items()}
+    mark = fingerprint(info.path) if found else None
+    for directory in directories.values():
+        read_adapter(directory, base_name=base, base_fingerprint=mark, allow_other_base=allow_other_base, hashes=False)
+    tasks = sorted({saved.manifest.task for saved in found.values() if saved.manifest})
+    if len(tasks) > 1:
+        raise InputError(f"the adapters are of the tasks {' and '.join(tasks)}: give those of one task.")
+    return found
 
 
 def _check_options(use: str | None, directories: dict[str, Path], top_p: float) -> None:

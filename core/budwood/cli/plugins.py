@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +16,7 @@ GROUPS = {
 
 
 def plugins(
-    name: Annotated[Optional[str], typer.Argument(help="A plugin to import and describe.")] = None,  # noqa: UP045
+    name: Annotated[str | None, typer.Argument(help="A plugin to import and describe.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """List installed strategies, tasks, data forms and quantisers; or describe one."""

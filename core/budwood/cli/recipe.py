@@ -6,7 +6,7 @@ import json
 
 import typer
 
-app = typer.Typer(help="What a recipe may hold.", rich_markup_mode=None)
+app = typer.Typer(help="What a recipe may hold.", no_args_is_help=True)
 
 
 @app.callback()

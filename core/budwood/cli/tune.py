@@ -8,12 +8,12 @@ from typing import Annotated, Optional
 
 import typer
 
-DATA_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet"}
+DATA_SUFFIXES = {".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"}
 
 
 def tune(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML or JSON); or a data file, together with --base.")],
-    base: Annotated[Optional[str], typer.Option("--base", help="Base model for a data file: folder or hub name.")] = None,  # noqa: UP045
+    base: Annotated[str | None, typer.Option("--base", help="Base model for a data file: folder or hub name.")] = None,
     override: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option("-o", "--override", metavar="KEY=VALUE", help="Change a value of the recipe, as in lora.rank=16."),
@@ -25,7 +25,7 @@ def tune(
     from budwood.errors import InputError
     from budwood.training.recipe import default_recipe, load_recipe
 
-    is_data = recipe.suffix.lower() in DATA_SUFFIXES - {".json"} or recipe.is_dir()
+    is_data = recipe.suffix.lower() in DATA_SUFFIXES or recipe.is_dir()
     if is_data and base is None:
         raise InputError(f"{recipe} is a data file: say which model to tune on it with --base DIR, or name a recipe.")
     if base is not None and not is_data:
@@ -45,7 +45,7 @@ def eval_(
     adapter: Annotated[Path, typer.Argument(help="An adapter's folder.")],
     data: Annotated[Path, typer.Option("--data", help="Data in any form that `tune` takes.")],
     base: Annotated[Optional[str], typer.Option("--base", help="Base model, if not the one the adapter names.")] = None,  # noqa: UP045
-    quantization: Annotated[Optional[str], typer.Option("--quantization", help="As the adapter's, if not given.")] = None,  # noqa: UP045
+    quantization: Annotated[str | None, typer.Option("--quantization", help="As the adapter's, if not given.")] = None,
     precision: Annotated[str, typer.Option("--precision", help="auto, bf16, fp16 or fp32.")] = "auto",
     max_length: Annotated[int, typer.Option("--max-length", help="Longer rows are cut and counted.")] = 1024,
     generate: Annotated[int, typer.Option("--generate", help="Prompts that are answered, for exact match.")] = 1000,

@@ -99,7 +99,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with every tensor on `device`."""
-        tensors = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        tensors: dict[str, Any] = {
+            k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)
+        }
         return replace(self, **tensors, columns={k: v.to(device, non_blocking=True) for k, v in self.columns.items()})
 
 
@@ -259,6 +261,8 @@ class Run:
     """Metrics of the evaluation before the first step."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Latest value of every logged number."""
+    logged: dict[str, Any] = field(default_factory=dict)
+    """What `log` was given in the optimizer step under way."""
     say: Callable[[str], None] = print
     """Show one line to the user."""
     _generators: dict[str, tuple[int, Generator]] = field(default_factory=dict)
@@ -277,8 +281,8 @@ class Run:
         return generator
 
     def log(self, name: str, value: float | Tensor) -> None:
-        """Log a number with the optimizer step under way; a tensor is read off the device at the next interval."""
-        self.metrics[name] = value  # type: ignore[assignment]
+        """Log a number with the optimizer step under way; a tensor is read off the device when the step ends."""
+        self.logged[name] = value
 
     def replace_parameter(self, old: nn.Parameter, new: nn.Parameter, index: Any) -> None:
         """Put `new` in the place of `old` in the groups and the optimizer; the caller puts it into its module.

@@ -25,6 +25,7 @@ _KINDS = {
     "dict_type": "must be a mapping",
     "list_type": "must be a list",
     "tuple_type": "must be a list",
+    "sequence_str": "must be a list",
 }
 
 
@@ -33,6 +34,10 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> tuple[Locat
     problems = error.errors(include_url=False)
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     place, owner = _place(model, problem["loc"])
+    if problem["type"] != "extra_forbidden":  # of a union's members, the one that came furthest
+        within = [p for p in problems if _place(model, p["loc"])[0][: len(place)] == place]
+        problem = max(within, key=lambda p: len(_place(model, p["loc"])[0]))
+        place, owner = _place(model, problem["loc"])
     if problem["type"] == "extra_forbidden":
         key = str(problem["loc"][-1])
         known = list(owner.model_fields) if owner else []

@@ -19,7 +19,7 @@ class Encoder:
     - A text begins with what the tokenizer puts before every text (usually BOS), once: a text that spells BOS out
       itself gets no second one. What the tokenizer puts behind a text is left out; a form adds the end token itself.
     - The tokens of a prompt are those of the prompt alone, since generation sees nothing else. What follows continues
-      them: as in the whole text where the prompt's tokens are a prefix of the whole text's, else tokenised apart.
+      them: as in the whole text where the prompt's tokens are proved to begin the whole text's, else tokenised apart.
 
     Attributes:
         tokenizer: a transformers tokenizer.
@@ -56,13 +56,13 @@ class Encoder:
         prefix = self.prefix
         return [ids if ids[: len(prefix)] == prefix else prefix + ids for ids in rows]
 
-    def continuation(self, text: str) -> list[int]:
-        """Tokens of a text that follows others, without the space that some tokenizers put before every text."""
-        if self._adds_space:
-            line, joined = self.plain(["\n", "\n" + text])
-            if joined[: len(line)] == line:
-                return joined[len(line) :]
-        return self.plain([text])[0]
+    def continuation(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of texts that follow others, without the space that some tokenizers put before every text."""
+        if not texts or not self._adds_space:
+            return self.plain(texts)
+        line, *joined = self.plain(["\n", *("\n" + text for text in texts)])
+        rows = zip(joined, self.plain(texts), strict=True)
+        return [after[len(line) :] if after[: len(line)] == line else alone for after, alone in rows]
 
     def end(self, where: str) -> int:
         """The end-of-sequence token.
@@ -80,8 +80,11 @@ class Encoder:
 
     def split(
         self, texts: Sequence[str], spans: Sequence[Sequence[Span]], rendered: bool
-    ) -> list[tuple[list[int], list[Span]] | None]:
-        """Tokenise texts so that what stands before each span is what generation would see.
+    ) -> list[tuple[list[int], list[Span]]]:
+        """Tokenise texts so that what stands before the first span is what generation would see.
+
+        Where a token of the whole text would reach across a boundary, the pieces between boundaries are tokenised one
+        by one: a prompt and its answer, or a conversation as it is spoken turn by turn.
 
         Args:
             texts: whole texts, each ending where its last span ends.
@@ -89,24 +92,25 @@ class Encoder:
             rendered: the texts come from a chat template, which alone decides what stands at their beginning.
 
         Returns:
-            For each text its tokens and the spans in tokens, or None where a boundary of one of several spans falls
-            inside a token, so that no single sequence is what generation would see at each of them.
+            For each text its tokens, and the spans in tokens.
         """
         parts = [text[:at] for text, row in zip(texts, spans, strict=True) for span in row for at in span]
         known = dict(zip(parts, self.plain(parts) if rendered else self.start(parts), strict=True))
-        results: list[tuple[list[int], list[Span]] | None] = []
-        for text, row in zip(texts, spans, strict=True):
+        results: list[tuple[list[int], list[Span]]] = []
+        apart: dict[int, list[str]] = {}
+        for index, (text, row) in enumerate(zip(texts, spans, strict=True)):
             ids = known[text]
             bounds = [(known[text[:start]], known[text[:stop]]) for start, stop in row]
-            if all(ids[: len(part)] == part for bound in bounds for part in bound):
-                results.append((ids, [(len(before), len(upto)) for before, upto in bounds]))
-            elif len(row) == 1:
-                prompt = bounds[0][0]
-                ids = prompt + self.continuation(text[row[0][0] :])
-                self.remarks["prompts whose last token would run into the answer: tokenised apart"] += 1
-                results.append((ids, [(len(prompt), len(ids))]))
-            else:
-                results.append(None)
+            if not all(ids[: len(part)] == part for bound in bounds for part in bound):
+                cuts = [at for span in row for at in span]
+                apart[index] = [text[i:j] for i, j in zip(cuts, cuts[1:], strict=False)]
+                ids = bounds[0][0]
+            results.append((ids, [(len(before), len(upto)) for before, upto in bounds]))
+        if apart:
+            self.remarks["rows where a token would reach across the start of an answer: tokenised apart"] += len(apart)
+        pieces = iter(self.continuation([piece for row in apart.values() for piece in row]))
+        for index, cut in apart.items():
+            results[index] = _join(results[index][0], [next(pieces) for _ in cut])
         return results
 
     def chat(self, messages: Sequence[Mapping[str, Any]], answer: bool) -> str:
@@ -142,6 +146,16 @@ class Encoder:
         )
         ids: list[list[int]] = encoded["input_ids"]
         return ids
+
+
+def _join(prompt: list[int], pieces: Sequence[list[int]]) -> tuple[list[int], list[Span]]:
+    """A prompt and what follows it (an answer, what comes behind, an answer, ...) with the answers' places."""
+    ids, spans = list(prompt), []
+    for number, piece in enumerate(pieces):
+        if number % 2 == 0:
+            spans.append((len(ids), len(ids) + len(piece)))
+        ids += piece
+    return ids, spans
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:

@@ -7,6 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from budwood.contract.discovery import installed
 from budwood.contract.types import Example
 from budwood.data import cache
 from budwood.data.encoder import Encoder
-from budwood.data.forms import GROUP, Dropped, Encoded, recognise
+from budwood.data.forms import GROUP, Dropped, Encoded, Form, recognise
 from budwood.data.reading import Rows, hash_file, read_rows
 from budwood.errors import InputError, did_you_mean
 
 CHUNK = 1024
 """Rows that are tokenised at once."""
 PERCENTILES = (50, 90, 99)
+BEYOND = "answer beyond max_length"
+"""Why a row is dropped of which a cut would leave the prompt alone."""
 
 
 @dataclass
@@ -142,8 +145,11 @@ class Examples(Sequence[Example]):
         Raises:
             InputError: the file has changed since its tokens were made.
         """
-        form = recognise(self.columns, self.task, str(self.path))
-        return form.reference(self.rows[int(self._arrays["ids"][index])])
+        return self._form.reference(self.rows[int(self._arrays["ids"][index])])
+
+    @cached_property
+    def _form(self) -> Form:
+        return recognise(self.columns, self.task, str(self.path))
 
     @property
     def rows(self) -> Rows:
@@ -203,7 +209,6 @@ def build_examples(
     path = Path(path)
     folder = cache.default_folder() if cache_dir is None else Path(cache_dir)
     forms = [(e.name, e.value, e.owner) for entries in installed(GROUP).values() for e in entries]
-    rows = None if path.exists() else read_rows(path)  # which says what is wrong with the path
     options = {
         "file": hash_file(path),
         "path": str(path),
@@ -259,7 +264,8 @@ def _encode(
             names.append(result.label or "")
     if not kept:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
-        raise InputError(f"{rows.path}: nothing is left to train on: all {len(rows):,} rows were dropped ({reasons}).")
+        remedy = " Raise data.max_length." if BEYOND in dropped else ""
+        raise InputError(f"{rows.path}: all of its {len(rows):,} rows were dropped: {reasons}.{remedy}")
     classes: list[str] = []
     if any(names):
         classes = sorted(set(names), key=_label_order) if labels is None else list(labels)
@@ -303,7 +309,7 @@ def _cut(row: Encoded, max_length: int) -> tuple[np.ndarray, np.ndarray] | Dropp
     supervised[:1] = False  # there is no position before it that could predict it
     if row.label is None and not supervised.any():
         beyond = any(stop > max(start, 1) for start, stop in row.spans)
-        return Dropped("answer beyond max_length" if beyond else "no token with a loss")
+        return Dropped(BEYOND if beyond else "no token with a loss")
     return ids, supervised
 
 

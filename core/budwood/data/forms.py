@@ -76,9 +76,7 @@ class PromptCompletion(Form):
             results.append(Dropped(f"empty {blank[-1]}") if blank else Encoded([]))
         texts = [prompt + completion for prompt, completion in pairs]
         spans = [[(len(prompt), len(prompt) + len(completion))] for prompt, completion in pairs]
-        for at, split in zip(kept, encoder.split(texts, spans, rendered=False), strict=True):
-            assert split is not None  # a single span can always be tokenised apart
-            ids, ((start, _),) = split
+        for at, (ids, ((start, _),)) in zip(kept, encoder.split(texts, spans, rendered=False), strict=True):
             results[at] = Encoded(_ended(ids, encoder, where[at]), [(start, len(ids))], start)
         return results
 
@@ -153,7 +151,7 @@ class Messages(Form):
             messages = _check_messages(row, place)
             check_template(encoder.tokenizer, place)
             reason = _unusable(messages)
-            results.append(Dropped(reason or "a turn's boundary falls inside a token"))
+            results.append(Dropped(reason) if reason else Encoded([]))
             if reason:
                 continue
             if any(encoder.end_marks.search(message["content"]) for message in messages):
@@ -162,11 +160,9 @@ class Messages(Form):
             kept.append(len(results) - 1)
             texts.append(text[: found[-1][1]])  # what follows the last turn has no loss and is not needed
             spans.append(found)
-        for at, split in zip(kept, encoder.split(texts, spans, rendered=True), strict=True):
-            if split is not None:
-                ids, token_spans = split
-                encoder.stop_ids.update(ids[stop - 1] for _, stop in token_spans)
-                results[at] = Encoded(ids, token_spans, token_spans[0][0])
+        for at, (ids, found) in zip(kept, encoder.split(texts, spans, rendered=True), strict=True):
+            encoder.stop_ids.update(ids[stop - 1] for _, stop in found)
+            results[at] = Encoded(ids, found, found[0][0])
         return results
 
     def reference(self, row: Row) -> str | None:

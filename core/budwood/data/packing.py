@@ -37,25 +37,27 @@ def plan_epoch(
     if batch_examples is not None:
         return np.array_split(order, -(-len(order) // batch_examples))
     assert batch_tokens is not None
-    ends = np.cumsum(lengths[order], dtype=np.int64)
-    fewest = len(_cut_greedily(ends, batch_tokens))
-    low, high = -(-int(ends[-1]) // fewest), batch_tokens
-    while low < high:  # the smallest capacity that needs no more steps makes them even
-        middle = (low + high) // 2
-        if len(_cut_greedily(ends, middle)) > fewest:
-            low = middle + 1
-        else:
-            high = middle
-    return np.split(order, _cut_greedily(ends, high)[:-1])
+    return np.split(order, _cut_evenly(np.concatenate([[0], np.cumsum(lengths[order], dtype=np.int64)]), batch_tokens))
 
 
-def _cut_greedily(ends: np.ndarray, capacity: int) -> list[int]:
-    """Where steps stop when each takes what follows up to `capacity` tokens, at least one example."""
+def _cut_evenly(upto: np.ndarray, capacity: int) -> list[int]:
+    """Where steps meet: the fewest steps of at most `capacity` tokens, each near its share of what is left.
+
+    `upto` [n + 1] are the tokens before each example, and all at the end.
+    """
+    least = [len(upto) - 1]  # filled from the end: where each step must stop at least for the rest to fit
+    while least[-1] > 0:
+        first = int(np.searchsorted(upto, upto[least[-1]] - capacity, side="left"))
+        least.append(min(first, least[-1] - 1))
+    least = least[::-1][1:-1]
     stops: list[int] = []
-    at = done = 0
-    while at < len(ends):
-        at = max(at + 1, int(np.searchsorted(ends, done + capacity, side="right")))
-        done = int(ends[at - 1])
+    at = 0
+    for number, low in enumerate(least):
+        share = (upto[-1] - upto[at]) / (len(least) + 1 - number)
+        high = int(np.searchsorted(upto, upto[at] + capacity, side="right")) - 1
+        near = int(np.searchsorted(upto, upto[at] + share))
+        near -= upto[near] - upto[at] - share > share - (upto[near - 1] - upto[at])
+        at = max(low, at + 1, min(near, high))
         stops.append(at)
     return stops
 

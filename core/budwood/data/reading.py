@@ -69,9 +69,41 @@ def read_rows(path: str | Path) -> Rows:
         InputError: it is missing, unreadable, empty, of an unknown kind, not UTF-8, or malformed; with file and line.
     """
     path = Path(path)
+    files = find_files(path)
+    try:
+        return _read_folder(path, files) if path.is_dir() else _READERS[path.suffix.lower()](path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
+
+
+def hash_file(path: Path) -> str:
+    """Hex SHA-256 of a data file, or of the names and bytes of a data folder's files.
+
+    Raises:
+        InputError: it cannot be read, or is no data.
+    """
+    digest = hashlib.sha256()
+    try:
+        for file_path in find_files(path):
+            with file_path.open("rb") as file:
+                one = hashlib.file_digest(file, "sha256")
+            if file_path == path:
+                return one.hexdigest()
+            digest.update(f"{file_path.name}\0{one.hexdigest()}\0".encode())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    return digest.hexdigest()
+
+
+def find_files(path: Path) -> list[Path]:
+    """Files that hold the data of a file or folder, by their names; none is read.
+
+    Raises:
+        InputError: it is missing, empty, or of an unknown kind.
+    """
     try:
         if path.is_dir():
-            return _read_folder(path)
+            return _find_in_folder(path)
         if not path.exists():
             siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             raise InputError(f"{path}: no such file.{did_you_mean(path.name, siblings)}")
@@ -80,32 +112,28 @@ def read_rows(path: str | Path) -> Rows:
         suffix = path.suffix.lower()
         if suffix in _COMPRESSED:
             raise InputError(f"{path}: compressed files are not read. Unpack it first.")
-        reader = _READERS.get(suffix)
-        if reader is None:
+        if suffix not in _READERS:
             raise InputError(f"{path}: unknown kind of file '{suffix or path.name}'. Accepted: {_ACCEPTED}.")
         if not path.stat().st_size:
             raise InputError(f"{path}: the file is empty.")
-        return reader(path)
+        return [path]
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
 
-def hash_file(path: Path) -> str:
-    """Hex SHA-256 of a file, or of the names and bytes of all files in a folder.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    try:
-        if not path.is_dir():
-            with path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        for file_path in sorted(p for p in path.rglob("*") if p.is_file()):
-            digest.update(f"{file_path.relative_to(path)}\0{hash_file(file_path)}\0".encode())
-        return digest.hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
+def _find_in_folder(path: Path) -> list[Path]:
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(p.name for p in path.iterdir() if p.is_dir()) or ["none"]
+        raise InputError(f"{path}: holds the splits {', '.join(splits)}. Name one of them: {path / splits[0]}.")
+    if (path / "state.json").is_file():
+        return sorted(p for p in path.iterdir() if p.suffix in (".arrow", ".json") and p.is_file())
+    files = sorted(p for p in path.glob("*.parquet") if p.is_file())
+    if not files:
+        raise InputError(f"{path}: neither a folder of `datasets` nor one with Parquet files. Accepted: {_ACCEPTED}.")
+    shards = {match[1] for file in files if (match := re.fullmatch(r"(.+)-\d{5}-of-\d{5}\.parquet", file.name))}
+    if len(shards) > 1:
+        raise InputError(f"{path}: holds the splits {', '.join(sorted(shards))}. Put each into a folder of its own.")
+    return files
 
 
 def _read_jsonl(path: Path) -> Rows:
@@ -190,26 +218,16 @@ def _read_parquet(path: Path) -> Rows:
     return _arrow_rows(path, [_read_parquet_table(path)])
 
 
-def _read_folder(path: Path) -> Rows:
-    if (path / "dataset_dict.json").is_file():
-        splits = sorted(p.name for p in path.iterdir() if p.is_dir())
-        raise InputError(f"{path}: holds the splits {', '.join(splits)}. Name one of them: {path / splits[0]}.")
-    if (path / "state.json").is_file():
-        import datasets
+def _read_folder(path: Path, files: list[Path]) -> Rows:
+    if files[0].suffix == ".parquet":
+        return _arrow_rows(path, [_read_parquet_table(file) for file in files])
+    import datasets
 
-        try:
-            dataset = datasets.load_from_disk(str(path))
-            table = dataset.with_format("arrow")[:]
-        except Exception as error:  # the library raises whatever its files make it raise
-            raise InputError(f"{path}: not a readable `datasets` folder: {_first_line(error)}.") from error
-        return _arrow_rows(path, [table])
-    files = sorted(path.glob("*.parquet"))
-    if not files:
-        raise InputError(f"{path}: neither a folder of `datasets` nor one with Parquet files. Accepted: {_ACCEPTED}.")
-    shards = {match[1] for file in files if (match := re.fullmatch(r"(.+)-\d{5}-of-\d{5}\.parquet", file.name))}
-    if len(shards) > 1:
-        raise InputError(f"{path}: holds the splits {', '.join(sorted(shards))}. Put each into a folder of its own.")
-    return _arrow_rows(path, [_read_parquet_table(file) for file in files])
+    try:
+        table = datasets.load_from_disk(str(path)).with_format("arrow")[:]
+    except Exception as error:  # the library raises whatever its files make it raise
+        raise InputError(f"{path}: not a readable `datasets` folder: {_first_line(error)}.") from error
+    return _arrow_rows(path, [table])
 
 
 def _read_parquet_table(path: Path) -> pa.Table:

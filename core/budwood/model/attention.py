@@ -9,6 +9,7 @@ from "sdpa"; softcapping and attention sinks, which "sdpa" lacks, are computed h
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ IMPLEMENTATION = "budwood"
 """What `attn_implementation` must be for `segments` to count."""
 
 _NOT_GIVEN: Any = object()
+_VARLEN_IS_COMPLETE = {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+"""Older versions of torch have the kernel without windows and without grouped heads."""
 
 
 def register() -> None:
@@ -124,12 +127,14 @@ def _packed(
     if not plain and dropout == 0.0 and _varlen_takes(query, value):
         bounds, longest = _device_bounds(segments, query.device), max(lengths)
         reach = -1 if window is None else window - 1
-        packed = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         sides = (reach, 0 if causal else reach)
-        return varlen_attn(
-            *packed, bounds, bounds, longest, longest, scale=scaling, window_size=sides, enable_gqa=grouped
-        ).unsqueeze(0)
-    outputs = []
+        out = varlen_attn(
+            q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=sides, enable_gqa=grouped
+        )
+        assert isinstance(out, Tensor)  # a pair only where the sums of the softmax are asked for
+        return out.unsqueeze(0)
+    outputs: list[Tensor] = []
     # `split`, not slices: the backward of a slice fills a tensor of the whole row for each segment.
     for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
         length = q.shape[2]
@@ -186,7 +191,8 @@ def _varlen_takes(query: Tensor, value: Tensor) -> bool:
     """Whether the variable-length kernel (CUDA, 16 bit) takes these tensors."""
     size = query.shape[-1]
     return (
-        query.is_cuda
+        _VARLEN_IS_COMPLETE
+        and query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
         and size == value.shape[-1]
         and size <= 256

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -53,6 +53,7 @@ def generate(
     top_k: int = 0,
     seed: int | None = None,
     stop: Sequence[str] = (),
+    stop_ids: Sequence[Sequence[int]] | None = None,
     on_token: Callable[[int, str], None] | None = None,
     batch_tokens: int = 16384,
     before_batch: Callable[[list[int]], None] | None = None,
@@ -69,6 +70,7 @@ def generate(
         top_k: sample among so many most likely tokens; 0: all.
         seed: of the samples, together with a prompt's index; None: others each time.
         stop: strings that end the text, and are cut from it.
+        stop_ids: for each prompt, tokens that end its text beside the end-of-sequence tokens.
         on_token: called with a prompt's index and a piece of its text, whole characters, as soon as it is certain.
         batch_tokens: most tokens at once: prompts, what follows them, and padding.
         before_batch: called with the indices of the prompts of a batch, in the order of its rows.
@@ -90,7 +92,10 @@ def generate(
             )
     ends, stop = _end_tokens(model, tokenizer, stop)
     limits = [min(max_new_tokens, (context or len(p) + max_new_tokens) - len(p)) for p in prompts]
-    writers = [_Writer(tokenizer, limits[i], ends, stop, i, on_token) for i in range(len(prompts))]
+    own: list[dict[int, Literal["eos", "stop"]]] = [
+        ends | dict.fromkeys(stop_ids[i] if stop_ids else (), "eos") for i in range(len(prompts))
+    ]
+    writers = [_Writer(tokenizer, limits[i], own[i], stop, i, on_token) for i in range(len(prompts))]
     if temperature > 0 and seed is None:
         seed = int(torch.randint(2**62, ()).item())
     with _answering(model):
@@ -99,7 +104,7 @@ def generate(
                 before_batch(rows)
             processors = _processors(temperature, top_p, top_k, [(seed, i) for i in rows], model.device)
             batch = [writers[i] for i in rows]
-            _run(model, tokenizer, [prompts[i] for i in rows], max(limits[i] for i in rows), processors, batch, ends)
+            _run(model, tokenizer, [prompts[i] for i in rows], max(limits[i] for i in rows), processors, batch)
     return [writer.result() for writer in writers]
 
 
@@ -159,7 +164,6 @@ def _run(
     max_new_tokens: int,
     processors: LogitsProcessorList,
     writers: list[_Writer],
-    ends: dict[int, Any],
 ) -> None:
     """Generate for one batch, padded on the left, into its writers."""
     width = max(len(prompt) for prompt in prompts)
@@ -240,8 +244,8 @@ class _Writer:
 
     def _finish(self) -> None:
         if self.reason != "stop" or self.stream is None:
-            whole = self.tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            whole = whole.rstrip("\ufffd")  # half a character, which its missing bytes will never complete
+            whole = str(self.tokenizer.decode(self.tokens, skip_special_tokens=True)).rstrip("\ufffd")
+            # What is cut is half a character, whose other bytes will not come.
             if whole.startswith(self.text):
                 self.text = whole
         self._send(len(self.text))
@@ -258,7 +262,7 @@ class _Collector(StoppingCriteria):
     def __init__(self, writers: list[_Writer]) -> None:
         self.writers = writers
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # noqa: D102
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         for writer, token in zip(self.writers, input_ids[:, -1].tolist(), strict=True):
             writer.add(token)
         return torch.tensor([writer.reason is not None for writer in self.writers], device=input_ids.device)
@@ -285,7 +289,7 @@ class _Gumbel(LogitsProcessor):
         digests = [hashlib.sha256(repr(key).encode()).digest() for key in keys]
         self.generators = [torch.Generator().manual_seed(int.from_bytes(d[:8], "little") >> 1) for d in digests]
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: D102
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         uniform = torch.stack([torch.rand(scores.shape[-1], generator=g, dtype=torch.float64) for g in self.generators])
         noise = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
         return scores.double() + noise.to(scores.device)
@@ -299,13 +303,11 @@ def _answering(model: PreTrainedModel) -> Iterator[None]:
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, nn.Parameter | Tensor)
     half = weight.dtype in (torch.bfloat16, torch.float16)
+    precision = torch.autocast(weight.device.type, weight.dtype if half else torch.bfloat16, enabled=half)
     model.generation_config = GenerationConfig()
     model.eval()
     try:
-        with (
-            torch.no_grad(),
-            torch.autocast(weight.device.type, weight.dtype if half else torch.bfloat16, enabled=half),
-        ):
+        with torch.no_grad(), precision:
             yield
     finally:
         model.generation_config = settings

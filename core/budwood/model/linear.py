@@ -86,7 +86,7 @@ class LowRankLinear(torch.autograd.Function):
     """The function behind `low_rank_linear`; apply(x, base, a, b, bias, scaling, dropout)."""
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any,
         x: Tensor,
         base: nn.Linear,
@@ -121,7 +121,7 @@ class LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows, narrow, a, b, mask, dense = ctx.saved_tensors
         wants_x, _, wants_a, wants_b, wants_bias, *_ = ctx.needs_input_grad
         grad_x = grad_a = grad_b = grad_bias = None
@@ -135,7 +135,7 @@ class LowRankLinear(torch.autograd.Function):
                 grad_narrow = (gradient @ b.to(ctx.dtype)).mul_(ctx.scaling)
             if wants_b:
                 grad_b = (gradient.t() @ narrow).to(b.dtype).mul_(ctx.scaling)
-            if wants_a:
+            if wants_a and grad_narrow is not None:
                 inner = rows if mask is None else torch.ops.aten.native_dropout_backward(rows, mask, keep)
                 grad_a = (grad_narrow.t() @ inner).to(a.dtype)
             if wants_x:

@@ -28,12 +28,14 @@ def hide_hub_kernels() -> None:
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 
-def hush(debug: bool = False) -> None:
+def hush(debug: bool | None = None) -> None:
     """Keep warnings, hints and progress bars of the libraries from the user; call it before they are imported.
 
     Args:
-        debug: let them speak. Telemetry and kernels from the hub stay off.
+        debug: let them speak; None: as BUDWOOD_DEBUG says. Telemetry and kernels from the hub stay off either way.
     """
+    if debug is None:
+        debug = os.environ.get("BUDWOOD_DEBUG", "0") not in ("", "0")
     hide_hub_kernels()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")

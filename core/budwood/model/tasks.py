@@ -196,7 +196,7 @@ def own_head(model: nn.Module, rows: Tensor) -> Tensor:
     """
     decoder = decoder_of(model)
     out = _DecoderOutput(last_hidden_state=rows[None], past_key_values=None, hidden_states=None, attentions=None)
-    decoder.forward = lambda *args, **kwargs: out  # type: ignore[method-assign]
+    decoder.forward = lambda *args, **kwargs: out
     try:
         logits: Tensor = model(inputs_embeds=rows[None], use_cache=False).logits
         return logits[0]
@@ -274,6 +274,7 @@ def exact_match(run: Run) -> float | None:
         return None
     prompts = [examples.prompt_ids(int(i)) for i in chosen]
     with torch.no_grad(), autocast(run):
-        answers = generate(run.model, run.tokenizer, prompts, max_new_tokens=max(lengths) + 4)
+        ends = [examples.stop_ids] * len(prompts)
+        answers = generate(run.model, run.tokenizer, prompts, max_new_tokens=max(lengths) + 4, stop_ids=ends)
     references = [examples.reference(int(i)) for i in chosen]
     return float(np.mean([a.text.strip() == r.strip() for a, r in zip(answers, references, strict=True)]))

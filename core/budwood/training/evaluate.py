@@ -58,7 +58,7 @@ def evaluate_adapter(
     report = Report(quiet)
     saved = read_adapter(directory)
     manifest = saved.manifest
-    name = base or (manifest.base.name if manifest else saved.config.get("base_model_name_or_path"))
+    name = base or (manifest.base.name if manifest else None)
     if not name:
         raise InputError(f"{directory} does not name its base: say which with --base DIR.")
     chosen = quantization or (manifest.base.quantization if manifest else "none")

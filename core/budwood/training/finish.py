@@ -68,9 +68,7 @@ def check_changed(run: Run, hooks: Composition, start: list[Tensor], probe: Prob
         raise DivergedError("the adapter changes no logit of the base: it trained nothing that the model uses")
 
 
-def write_results(
-    run: Run, hooks: Composition, report: Report, probe: Probe | None
-) -> None:
+def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | None, finished: bool = True) -> None:
     """Write the adapter (complete or absent), the plot and the run's numbers, and say where they are."""
     if not run.accelerator.is_main_process:
         run.accelerator.wait_for_everyone()
@@ -89,6 +87,7 @@ def write_results(
             tokenizer=run.tokenizer,
             metrics={k: float(v) for k, v in run.metrics.items()},
             strategies=strategies_record(run.strategies),
+            stop_ids=run.examples.stop_ids,
             prompts=probe.prompts,
             base_logits=list(probe.base),
             adapter_logits=list(measure(run.model, probe.prompts, run.dtype)),
@@ -96,23 +95,25 @@ def write_results(
     report.stop()
     report.plot(directory)
     seconds = report.seconds
-    _finish_manifest(directory / "manifest.json", run, seconds, report)
+    _finish_manifest(directory / "manifest.json", run, seconds, report, finished)
     for name in ("loss", "perplexity", "token_accuracy", "exact_match", "accuracy", "macro_f1"):
         after = run.metrics.get(f"eval_{name}")
         if after is not None and f"eval_{name}" in run.before:
             report.say(f"{name.replace('_', ' ')}: {run.before[f'eval_{name}']:.4f} before, {after:.4f} after")
     memory = peak_memory() / 2**30
     report.say(f"{duration(seconds)} · {report.tokens_per_second:,.0f} tokens/s · peak memory {memory:.2f} GiB")
-    report.say(f"adapter: {directory / 'adapter'} · log: {directory / 'metrics.jsonl'} · plot: {directory / 'loss.png'}")
+    report.say(
+        f"adapter: {directory / 'adapter'} · log: {directory / 'metrics.jsonl'} · plot: {directory / 'loss.png'}"
+    )
     name = directory.name
     report.say(f"next: budwood generate {run.recipe.base.model} --adapter {name}={directory / 'adapter'} --prompt '…'")
     run.accelerator.wait_for_everyone()
 
 
-def _finish_manifest(path: Path, run: Run, seconds: float, report: Report) -> None:
+def _finish_manifest(path: Path, run: Run, seconds: float, report: Report, finished: bool) -> None:
     manifest = json.loads(path.read_text(encoding="utf-8"))
     manifest |= {
-        "finished": True,
+        "finished": finished,
         "step": run.step,
         "before": run.before,
         "metrics": {k: float(v) for k, v in run.metrics.items()},

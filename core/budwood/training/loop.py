@@ -19,6 +19,7 @@ from budwood.contract.registry import Composition
 from budwood.contract.types import Batch, Event, Run, Step
 from budwood.data.packing import plan_epoch, split_micro
 from budwood.errors import BudwoodError, DivergedError, Interrupted
+from budwood.model.quiet import hush
 from budwood.model.tasks import autocast, collate_for
 from budwood.training.finish import adapter_probe, check_changed, write_results
 from budwood.training.recipe import Recipe
@@ -37,6 +38,7 @@ class Best:
     value: float = float("inf")
     step: int = 0
     parameters: list[Tensor] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
     without_gain: int = 0
 
 
@@ -54,6 +56,7 @@ def tune(recipe: Recipe | str | Path, *, overwrite: bool = False, quiet: bool = 
     Raises:
         BudwoodError: one of its subclasses, with the exit code that the command ends with.
     """
+    hush()
     report = Report(quiet)
     try:
         with _signals():
@@ -76,12 +79,13 @@ def train(run: Run, hooks: Composition, engine: Engine, report: Report) -> None:
     run.before = evaluate(run, hooks, report, best)
     report.start(run.steps or 0)
     hooks.notify(Event("start", 0, {"steps": run.steps}), report.say)
+    torch.manual_seed(run.seed + run.process_index)  # dropout: the only draw that is not keyed
     run.model.train()
     run.optimizer.zero_grad(set_to_none=True)
     try:
         for batches, counts in optimizer_steps(run):
             run.counts = counts
-            engine.loss_scale = scaler.get_scale() if scaler.is_enabled() else 1.0
+            engine.loss_scale = scaler.scale(torch.ones((), device=run.device)) if scaler.is_enabled() else 1.0
             for index, batch in enumerate(batches):
                 batch = hooks.chain("prepare_batch", "batch", batch.to(run.device), run=run)
                 hooks.call("backward", step=Step(run, batch, engine, index))
@@ -92,9 +96,11 @@ def train(run: Run, hooks: Composition, engine: Engine, report: Report) -> None:
             finite = bool(torch.isfinite(norm) & torch.isfinite(values["loss"]))
             if not finite and not scaler.is_enabled():
                 raise DivergedError(_not_finite(run, engine, hooks, batches, values, norm))
-            skipped = 0 if finite else skipped + 1
+            skipped, rate = 0 if finite else skipped + 1, run.optimizer.param_groups[0]["lr"]
             if skipped > MAX_SKIPPED:
-                raise DivergedError(f"step {run.step + 1}: {skipped} steps in a row overflowed in fp16: use bf16 or fp32")
+                raise DivergedError(
+                    f"step {run.step + 1}: {skipped} steps in a row overflowed in fp16: use bf16 or fp32"
+                )
             if finite:
                 hooks.call("before_clip", run=run)
                 if recipe.clip:
@@ -107,13 +113,11 @@ def train(run: Run, hooks: Composition, engine: Engine, report: Report) -> None:
             scaler.update()
             run.optimizer.zero_grad(set_to_none=True)
             run.step += 1
-            rate = run.optimizer.param_groups[0]["lr"]
-            numbers = {**{k: float(v) for k, v in values.items()}, "gradient_norm": float(norm), "learning_rate": rate}
-            if not finite:
-                numbers = {"loss": float(values["loss"]), "skipped": 1.0}
-                run.metrics["skipped_steps"] = run.metrics.get("skipped_steps", 0) + 1
-            run.metrics |= numbers
-            report.step(run.step, counts["token"], {k: float(v) for k, v in run.metrics.items()})
+            numbers = {**values, "gradient_norm": norm, "learning_rate": rate, "skipped": not finite, **run.logged}
+            numbers = {name: float(value) for name, value in numbers.items()}
+            run.logged.clear()
+            run.metrics |= {**numbers, "skipped": run.metrics.get("skipped", 0.0) + numbers["skipped"]}
+            report.step(run.step, counts["token"], numbers)
             hooks.notify(Event("step", run.step, numbers), report.say)
             if recipe.eval_every and run.step % recipe.eval_every == 0 and run.step < (run.steps or 0):
                 evaluate(run, hooks, report, best)
@@ -130,8 +134,8 @@ def train(run: Run, hooks: Composition, engine: Engine, report: Report) -> None:
     if stopped is not None:
         kept = _keep(run, hooks, best, start, report, probe)
         raise Interrupted(f"interrupted at step {run.step}; {kept}", _signal_code(stopped))
-    if run.metrics.get("skipped_steps"):
-        report.say(f"{run.metrics['skipped_steps']:.0f} steps overflowed in fp16 and were skipped")
+    if run.metrics.get("skipped"):
+        report.say(f"{run.metrics['skipped']:.0f} steps overflowed in fp16 and were skipped")
     evaluate(run, hooks, report, best)
     restore(run, best)
     check_changed(run, hooks, start, probe)
@@ -204,7 +208,7 @@ def evaluate(run: Run, hooks: Composition, report: Report, best: Best) -> dict[s
     if run.step == 0:
         return metrics
     if value < best.value:
-        best.value, best.step, best.without_gain = value, run.step, 0
+        best.value, best.step, best.without_gain, best.metrics = value, run.step, 0, metrics
         best.parameters = [p.detach().cpu().clone() for p in run.trainable]
     else:
         best.without_gain += 1
@@ -217,20 +221,19 @@ def restore(run: Run, best: Best) -> None:
         with torch.no_grad():
             for parameter, kept in zip(run.trainable, best.parameters, strict=True):
                 parameter.copy_(kept)
+        run.metrics |= best.metrics  # what is reported is what is written
     run.metrics["best_step"] = best.step or run.step
 
 
-def _keep(
-    run: Run, hooks: Composition, best: Best, start: list[Tensor], report: Report, probe: Any
-) -> str:
-    """Write the best adapter of a run that ends early, and say where it is; the last parameters if none was evaluated."""
+def _keep(run: Run, hooks: Composition, best: Best, start: list[Tensor], report: Report, probe: Any) -> str:
+    """Write the best adapter of a run that ends early (the last one if none was evaluated), and say where it is."""
     finite = all(bool(torch.isfinite(p).all()) for p in run.trainable)
     if run.step == 0 or not (best.step or finite):
         return "no adapter is kept, since none was trained"
     restore(run, best)
     try:
         check_changed(run, hooks, start, probe)
-        write_results(run, hooks, Report(quiet=True), probe)
+        write_results(run, hooks, Report(quiet=True), probe, finished=False)
     except BudwoodError as error:
         return f"no adapter is kept: {error}"
     report.plot(run.directory)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from budwood.contract.discovery import STRATEGIES, find
 from budwood.contract.registry import Composition, build_strategy
 from budwood.contract.strategy import Strategy
-from budwood.contract.validation import dotted, first_problem, sentence
+from budwood.contract.validation import Location, dotted, first_problem, sentence
 from budwood.errors import InputError
 from budwood.training.recipe_file import Places, apply_overrides, dump, normalise_strategies, read_recipe_file
 
@@ -83,8 +83,8 @@ class TrainSection(_Section):
     )
     patience: Count | None = Field(None, description="stop after so many evaluations without a gain")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
-    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = Field(0, description="of all randomness of the run")
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = Field(0, description="of all randomness of the run")
+    trackers: Sequence[Literal["tensorboard", "wandb", "trackio"]] = Field(
         [], description="also log there (budwood[track])"
     )
 
@@ -219,7 +219,7 @@ def default_recipe(
     """Return the recipe of `budwood tune FILE --base DIR`: LoRA, everything else by default.
 
     Raises:
-        InputError: see `load_recipe`; files are not looked for.
+        InputError: see `load_recipe`.
     """
     data: dict[str, Any] = {"base": {"model": base, "task": task}, "data": {"train": str(train)}}
     data["strategies"] = ["lora"]
@@ -227,6 +227,8 @@ def default_recipe(
         data["data"]["eval"] = str(eval)
     if output is not None:
         data["output"] = str(output)
+    if not Path(train).exists():
+        raise InputError(f"{train}: there is no such file (from {Path.cwd()}).")
     return Recipe.from_dict(data, overrides)
 
 
@@ -263,11 +265,12 @@ def _make(data: dict[str, Any], places: Places, source: Path | None, overrides: 
             raise InputError(f"{places.nearest(place)}: {sentence(text)}") from None
         raise InputError(f"{places.nearest(place)}: {dotted(place)}: {sentence(text)}") from None
     recipe._places, recipe._source = places, source
-    for place, name, group, what in (
+    named: list[tuple[Location, str, str, str]] = [
         (("base", "quantization"), recipe.base.quantization, QUANTIZERS, "quantiser"),
         (("base", "task"), recipe.base.task, TASKS, "task"),
         *((("strategies", i), c.name, STRATEGIES, "strategy") for i, c in enumerate(recipe.strategies)),
-    ):
+    ]
+    for place, name, group, what in named:
         try:
             find(name, group, what)
         except InputError as error:

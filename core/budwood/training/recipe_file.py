@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from budwood.errors import InputError, did_you_mean
 
 MAX_BYTES = 100_000
 """A recipe is a page; what is longer is another file, and parsing it would take seconds."""
+MAX_DEPTH = 100
 _TAGS = ("null", "bool", "int", "float", "str", "timestamp", "merge", "map", "seq")
-_RIVALS = {
+_RIVALS: dict[Location, str] = {
     ("train", "epochs"): "steps",
     ("train", "steps"): "epochs",
     ("train", "batch_tokens"): "batch_examples",
@@ -118,8 +120,8 @@ def apply_overrides(data: dict[str, Any], places: Places, overrides: Sequence[st
         if not equals or not all(parts):
             raise InputError(f"{who}: write KEY=VALUE, for instance -o train.steps=100.")
         value = _parse(text, who, Places(who))
-        place, holder = _holder(data, parts, sections, who)
-        holder[place[-1]] = value
+        place, holder, last = _holder(data, parts, sections, who)
+        holder[last] = value
         rival = _RIVALS.get(place)
         if rival and (*place[:-1], rival) not in chosen:
             holder.pop(rival, None)
@@ -130,8 +132,10 @@ def apply_overrides(data: dict[str, Any], places: Places, overrides: Sequence[st
             normalise_strategies(data, places)
 
 
-def _holder(data: dict[str, Any], parts: list[str], sections: list[str], who: str) -> tuple[Location, dict[str, Any]]:
-    """Return the place that an override sets, and the mapping in which its last key stands."""
+def _holder(
+    data: dict[str, Any], parts: list[str], sections: list[str], who: str
+) -> tuple[Location, dict[str, Any], str]:
+    """Return the place that an override sets, the mapping that holds it, and its key there."""
     start: Location = ()
     holder: Any = data
     if parts[0] not in sections or (parts[0] == "strategies" and len(parts) > 1):
@@ -149,12 +153,12 @@ def _holder(data: dict[str, Any], parts: list[str], sections: list[str], who: st
         holder = holder[part]
         if not isinstance(holder, dict):
             raise InputError(f"{who}: '{part}' has no keys below it.")
-    return (*start, *parts), holder
+    return (*start, *parts), holder, parts[-1]
 
 
 def dump(data: dict[str, Any]) -> str:
     """Write plain values as YAML, in their order."""
-    yaml = YAML(typ="safe", pure=True)
+    yaml: Any = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False
     yaml.width = 4096
@@ -187,8 +191,10 @@ def _parse(text: str, who: str, places: Places, is_json: bool = False) -> Any:
         return who if who.startswith("-o ") else f"{who}:{line + 1}"
 
     yaml = YAML(typ="safe", pure=True)
-    data = None
+    data: Any = None
     try:
+        if max(accumulate((c in "[{") - (c in "]}") for c in text), default=0) > MAX_DEPTH:
+            raise RecursionError  # the scanner's time grows with its square
         if is_json and text.strip():
             data = json.loads(text)
         node = yaml.compose(io.StringIO(text))

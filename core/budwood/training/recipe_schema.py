@@ -16,10 +16,10 @@ _BOUNDS = {
     "exclusiveMinimum": "> {}",
     "maximum": "≤ {}",
     "exclusiveMaximum": "< {}",
-    "minLength": "at least {} characters",
-    "minItems": "at least {} items",
-    "maxItems": "at most {} items",
-    "pattern": "matches {}",
+    "minLength": "length ≥ {}",
+    "maxLength": "length ≤ {}",
+    "minItems": "length ≥ {}",
+    "maxItems": "length ≤ {}",
 }
 
 
@@ -118,7 +118,7 @@ def _type(field: dict[str, Any]) -> str:
         return " or ".join(_type(member) for member in field["anyOf"] if member.get("type") != "null")
     if field.get("type") == "array":
         return f"list of {_type(field.get('items', {}))}"
-    words = {"integer": "whole number", "string": "text", "boolean": "true · false", "object": "mapping"}
+    words = {"integer": "int", "string": "text", "boolean": "true · false", "object": "mapping"}
     kind = field.get("type", "mapping" if "$ref" in field else "anything")
     return words.get(kind, kind)
 

@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -45,7 +45,7 @@ class Report:
         if not (self.quiet or self.mute):
             self.console.print(text, markup=False)
 
-    def open(self, directory: Path, accelerator: Any, trackers: list[str], config: Mapping[str, Any]) -> None:
+    def open(self, directory: Path, accelerator: Any, trackers: Sequence[str], config: Mapping[str, Any]) -> None:
         """Begin metrics.jsonl in `directory` and start the trackers."""
         if self.mute:
             return
@@ -189,5 +189,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value if isinstance(value, int | float | str | bool) else json.dumps(value, default=str)
+            flat[prefix + key] = (
+                value if isinstance(value, int | float | str | bool) else json.dumps(value, default=str)
+            )
     return flat

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-
+from accelerate.tracking import get_available_trackers
 
 from budwood.contract.discovery import find
 from budwood.contract.registry import Composition, PluginError
@@ -70,6 +70,7 @@ def prepare(recipe: Recipe | str | Path, report: Report, overwrite: bool) -> tup
     check_output(directory, overwrite)
     device, dtype, reason = pick_device_precision(recipe.base.device, recipe.train.precision)
     info = check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code, device)
+    check_trackers(recipe.train.trackers)
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=recipe.train.trackers or None, project_dir=directory)
     if accelerator.num_processes > 1:
         device = accelerator.device
@@ -112,6 +113,18 @@ def prepare(recipe: Recipe | str | Path, report: Report, overwrite: bool) -> tup
         (directory / "recipe.yaml").write_text(recipe.to_yaml(hooks.strategies), encoding="utf-8")
     report.open(directory, accelerator, recipe.train.trackers, recipe.model_dump(mode="json"))
     return run, hooks, engine
+
+
+def check_trackers(wanted: Sequence[str]) -> None:
+    """Refuse a tracker that is not installed, which accelerate would leave out without a word.
+
+    Raises:
+        ResourceError: it names the tracker and how to install it.
+    """
+    available = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+    for name in wanted:
+        if name not in available:
+            raise ResourceError(f"train.trackers: {name} is not installed: pip install 'budwood[track]'.")
 
 
 def check_output(directory: Path, overwrite: bool) -> None:
@@ -265,7 +278,9 @@ def trainable_groups(run: Run, hooks: Composition) -> list[Any]:
     for group in groups:
         for name, parameter in group.parameters.items():
             if id(parameter) in seen:
-                raise PluginError(f"parameter '{name}' stands in the groups '{seen[id(parameter)]}' and '{group.name}'.")
+                raise PluginError(
+                    f"parameter '{name}' stands in the groups '{seen[id(parameter)]}' and '{group.name}'."
+                )
             seen[id(parameter)] = group.name
             parameter.requires_grad_(True)
     return groups

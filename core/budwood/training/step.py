@@ -86,7 +86,8 @@ class Engine:
             return None if leaf is None else torch.zeros_like(leaf)
         if parameters:
             torch.autograd.backward(tensors, gradients)
-            return None if leaf is None else leaf.grad / self.loss_scale if leaf.grad is not None else None
+            return None if leaf is None or leaf.grad is None else leaf.grad / self.loss_scale
+        assert leaf is not None
         (gradient,) = torch.autograd.grad(tensors, [leaf], gradients)
         return gradient / self.loss_scale
 
@@ -101,7 +102,8 @@ class Engine:
             rows = flat[where].requires_grad_(grad is not None)
             logits = outputs.head(rows)
             terms = _flatten(self.hooks.call("token_terms", step=step, logits=logits, positions=chunk))
-            loss = self._loss(terms, weight, main, "token_terms", len(chunk))
+            _check_terms(terms, "token_terms", {"label": (len(chunk),)})
+            loss = self._loss(terms, weight, main)
             if loss is None or not loss.requires_grad:
                 continue
             if parameters:
@@ -115,23 +117,17 @@ class Engine:
 
     def _other_terms(self, step: Step, outputs: Outputs, weight: float, main: bool) -> Tensor | None:
         terms = _flatten(self.hooks.call("loss_terms", step=step, outputs=outputs))
+        _check_terms(terms, "loss_terms", {"example": (len(step.batch.example_ids),), "step": ()})
         once = main and step.micro_step == 0 and self.run.process_index == 0
-        per_example = self._loss([t for t in terms if t.unit != "step"], weight, main, "loss_terms", None)
-        per_step = self._loss([t for t in terms if t.unit == "step"], 1.0, main, "loss_terms", None) if once else None
+        per_example = self._loss([t for t in terms if t.unit != "step"], weight, main)
+        per_step = self._loss([t for t in terms if t.unit == "step"], 1.0, main) if once else None
         found = [loss for loss in (per_example, per_step) if loss is not None]
         return sum(found[1:], found[0]) if found else None
 
-    def _loss(
-        self, terms: list[LossTerm], weight: float, main: bool, hook: str, labels: int | None
-    ) -> Tensor | None:
+    def _loss(self, terms: list[LossTerm], weight: float, main: bool) -> Tensor | None:
         """Weighted sum of the terms, each divided by its unit's count in the optimizer step, times the loss scale."""
         total = None
         for term in terms:
-            if labels is not None and (term.unit != "label" or term.values.shape != (labels,)):
-                raise PluginError(
-                    f"loss term '{term.name}' of {hook}: values must be [{labels}] of unit 'label', "
-                    f"not {list(term.values.shape)} of unit '{term.unit}'."
-                )
             count = 1 if term.unit == "step" else self.run.counts[term.unit]
             if main:
                 previous = self.sums.get(term.name)
@@ -181,3 +177,16 @@ def _flatten(results: Iterable[Any]) -> list[LossTerm]:
         if names.count(name) > 1:
             raise PluginError(f"two loss terms are called '{name}': rename one.")
     return terms
+
+
+def _check_terms(terms: list[LossTerm], hook: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuse a term whose unit the hook does not take, or whose values have not the unit's shape.
+
+    Raises:
+        PluginError: it names the term.
+    """
+    for term in terms:
+        if tuple(term.values.shape) != shapes.get(term.unit):
+            wanted = " or ".join(f"{list(shape)} of unit '{unit}'" for unit, shape in shapes.items())
+            found = f"{list(term.values.shape)} of unit '{term.unit}'"
+            raise PluginError(f"loss term '{term.name}' of {hook}: values must be {wanted}, not {found}.")

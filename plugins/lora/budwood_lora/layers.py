@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from budwood import InputError, low_rank_linear, mixed_low_rank_linear
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+
+from budwood import InputError, low_rank_linear, mixed_low_rank_linear
 
 _STATE = "_budwood_lora"
 
@@ -76,7 +77,9 @@ def select(model: nn.Module, names: Sequence[str | None]) -> None:
         if isinstance(layer, AuxiliaryTrainingWrapper):
             inside = distinct & set(getattr(layer, "modules_to_save", {}))
             if inside and one is None:
-                raise InputError(f"adapter '{inside.pop()}' replaces whole modules and cannot share a batch with others.")
+                raise InputError(
+                    f"adapter '{inside.pop()}' replaces whole modules and cannot share a batch with others."
+                )
             layer.enable_adapters(bool(inside))
             if inside:
                 layer.set_adapter(str(one))

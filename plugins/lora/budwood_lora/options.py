@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
 from budwood import Options
-from pydantic import Field, field_validator, model_validator
 
 REFUSED_INITS = ("pissa", "olora", "orthogonal", "loftq", "eva", "corda", "lora_ga", "mica")
 
@@ -68,3 +69,33 @@ class LoRAOptions(Options):
         if len(set(self.modules_to_save)) != len(self.modules_to_save):
             raise ValueError("modules_to_save names a module twice")
         return self
+
+
+WITHOUT_EFFECT = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "init_lora_weights",
+    "loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "peft_type", "peft_version",
+    "qalora_group_size", "revision", "runtime_config", "task_type",
+}  # fmt: skip
+"""Fields of PEFT's adapter_config.json that say how an adapter began, or nothing about what it computes."""
+
+
+class SavedConfig(BaseModel):
+    """The fields of adapter_config.json by which a LoRA adapter computes; types are strict, other fields are left."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    r: int = Field(8, ge=1)
+    lora_alpha: float = 8
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = Field(min_length=1)
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    fan_in_fan_out: Literal[False] = False
+    bias: Literal["none", "lora_only", "all"] = "none"
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None

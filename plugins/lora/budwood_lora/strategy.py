@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from pydantic import ValidationError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
 from budwood import (
     RUN_ADAPTER,
     CorruptError,
@@ -21,13 +29,8 @@ from budwood import (
     hookimpl,
 )
 from budwood_lora.layers import add_adapter, bias_parameters, live, remove_adapter, restore_modules, select
-from budwood_lora.options import LoRAOptions
+from budwood_lora.options import WITHOUT_EFFECT, LoRAOptions, SavedConfig
 from budwood_lora.targets import match_modules, match_targets
-from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 TASK_TYPES = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
 
@@ -103,14 +106,13 @@ class LoRA(Strategy):
         assert state is not None  # prepare_model has put it there
         config = dataclasses.replace(state.peft.peft_config[RUN_ADAPTER], inference_mode=True)
         config.save_pretrained(str(directory))
-        save_file(adapter_tensors(model, RUN_ADAPTER), directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(
+            adapter_tensors(model, RUN_ADAPTER), directory / "adapter_model.safetensors", metadata={"format": "pt"}
+        )
 
     @hookimpl
     def attach_adapter(self, model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], name: str) -> None:
-        lora_config = _parse_config(config)
-        wanted = lora_config.target_modules
-        if isinstance(wanted, set):
-            lora_config.target_modules = match_targets(model, sorted(wanted), None)
+        lora_config = _parse_config(model, config)
         first = live(model) is None
         try:
             add_adapter(model, lora_config, name)
@@ -136,7 +138,7 @@ class LoRA(Strategy):
     @hookimpl
     def merge_adapter(self, model: nn.Module, name: str) -> None:
         select(model, [name])
-        for path, module in list(model.named_modules()):
+        for module in list(model.modules()):
             if isinstance(module, LoraLayer) and name in module.lora_A:
                 module.merge(safe_merge=True, adapter_names=[name])
             elif isinstance(module, AuxiliaryTrainingWrapper) and name in module.modules_to_save:
@@ -174,28 +176,35 @@ def _tensor_slots(model: nn.Module, name: str) -> dict[str, Tensor]:
     return slots
 
 
-def _parse_config(config: dict[str, Any]) -> LoraConfig:
-    """Build PEFT's config from adapter_config.json; what this plugin does not carry out is refused by name.
+def _parse_config(model: nn.Module, config: dict[str, Any]) -> LoraConfig:
+    """Build PEFT's config from adapter_config.json, with its targets as full names of the model's modules.
 
     Raises:
-        CorruptError: a field has an impossible value.
-        InputError: the adapter uses a variant of LoRA that is not supported.
+        CorruptError: a field has an impossible value, or names modules that the model has not.
+        InputError: the adapter uses a variant of LoRA that is not supported; it is named.
     """
-    defaults = LoraConfig()
-    known = {f.name for f in dataclasses.fields(LoraConfig)}
-    passed_on = {
-        "r", "lora_alpha", "target_modules", "exclude_modules", "modules_to_save", "use_rslora", "use_dora", "bias",
-        "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "lora_bias",
-        "lora_dropout", "task_type",
-    }  # fmt: skip
-    harmless = {"base_model_name_or_path", "inference_mode", "init_lora_weights", "auto_mapping", "revision",
-                "peft_type", "peft_version", "runtime_config", "loftq_config", "eva_config", "corda_config",
-                "lora_ga_config", "megatron_core", "megatron_config", "qalora_group_size"}  # fmt: skip
+    defaults, known = LoraConfig(), {f.name for f in dataclasses.fields(LoraConfig)}
     for key, value in config.items():
-        ignored = key in passed_on or key in harmless or value in (None, False, [], {})
-        if not ignored and not (key in known and value == getattr(defaults, key)):
+        unused = key in SavedConfig.model_fields or key in WITHOUT_EFFECT or value in (None, False, [], {})
+        if not unused and not (key in known and value == getattr(defaults, key)):
             raise InputError(f"adapter_config.json: '{key}: {json.dumps(value)}' is not supported by strategy 'lora'.")
     try:
-        return LoraConfig(**{key: config[key] for key in passed_on if key in config}, init_lora_weights=True)
-    except (TypeError, ValueError) as error:
+        saved = SavedConfig.model_validate(config)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(str(part) for part in problem["loc"])
+        raise CorruptError(f"adapter_config.json: {field}: {problem['msg']}.") from error
+    layers = [saved.layers_to_transform] if isinstance(saved.layers_to_transform, int) else saved.layers_to_transform
+    targets = "all-linear" if saved.target_modules == "all-linear" else saved.target_modules
+    try:
+        names = match_targets(model, targets, layers)
+        if saved.modules_to_save and not any(_has_module(model, name) for name in saved.modules_to_save):
+            raise InputError(f"modules_to_save: the model has none of {', '.join(saved.modules_to_save)}.")
+    except (InputError, re.error) as error:
         raise CorruptError(f"adapter_config.json: {error}") from error
+    fields = saved.model_dump(exclude={"target_modules", "layers_to_transform"}, exclude_none=True)
+    return LoraConfig(**fields, target_modules=names)
+
+
+def _has_module(model: nn.Module, name: str) -> bool:
+    return any(path == name or path.endswith("." + name) for path, _ in model.named_modules())

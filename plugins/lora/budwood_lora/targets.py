@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
-from budwood import InputError, did_you_mean
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+
+from budwood import InputError, did_you_mean
 
 LAYER_INDEX = re.compile(r"\.(\d+)\.")
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from budwood.training.recipe import Recipe
 
 STRATEGIES = Path(__file__).parents[2] / "strategies"
-WORDS = "games section library terminal description runtime shared files data model tokens small headers".split()
+WORDS = "games section library terminal description runtime shared files data model tokens small headers".split()  # noqa: SIM905
 
 
 @pytest.fixture
@@ -42,7 +43,9 @@ def write_rows(path: Path, count: int = 24, seed: int = 0) -> Path:
 def make_recipe(tiny_base: Path, tmp_path: Path) -> Callable[..., Recipe]:
     """Function that makes a recipe of a few fp32 steps; `train`, `base`, `strategies`, … replace parts of it."""
 
-    def make(output: str = "run", strategies: list[Any] | None = None, evaluate: bool = False, **sections: Any) -> Recipe:
+    def make(
+        output: str = "run", strategies: list[Any] | None = None, evaluate: bool = False, **sections: Any
+    ) -> Recipe:
         train = {
             "steps": 4, "batch_examples": 8, "micro_tokens": 512, "learning_rate": 1e-2, "precision": "fp32",
             "schedule": "constant", "warmup": 0, "eval_generate": 0,

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from budwood.errors import DivergedError, InputError, Interrupted
-from budwood.training.loop import tune
 from safetensors.torch import load_file
 from torch import Tensor
+
+from budwood.errors import DivergedError, InputError, Interrupted, ResourceError
+from budwood.training.loop import tune
 
 Make = Callable[..., object]
 
@@ -67,7 +68,9 @@ def test_packed_equals_padded_in_the_peer_library(make_recipe: Make, test_strate
     from transformers import AutoModelForCausalLM
 
     run = tune(
-        make_recipe(strategies=[{"lora": {"rank": 4}}, "recorder"], train={"steps": 1, "batch_examples": 24, "clip": 0}),
+        make_recipe(
+            strategies=[{"lora": {"rank": 4}}, "recorder"], train={"steps": 1, "batch_examples": 24, "clip": 0}
+        ),
         quiet=True,
     )
     ours = dict(zip([n for g in run.groups for n in g.parameters], test_strategies.SEEN[0][1], strict=True))
@@ -103,8 +106,9 @@ def test_packed_equals_padded_in_the_peer_library(make_recipe: Make, test_strate
 
 def _fresh_a(run: object) -> dict[str, Tensor]:
     """The seeded start of every A: what `prepare_model` draws."""
-    from budwood.contract.registry import build_strategy
     from transformers import AutoModelForCausalLM
+
+    from budwood.contract.registry import build_strategy
 
     model = AutoModelForCausalLM.from_pretrained(run.recipe.base.model)
     strategy = build_strategy("lora", {"rank": 4}, lambda *place: "test")
@@ -186,9 +190,27 @@ def test_the_best_adapter_is_kept_and_a_run_stops_early(make_recipe: Make) -> No
     assert run.metrics["best_step"] < run.step
 
 
-def test_a_failing_tracker_never_stops_the_run(make_recipe: Make, capsys: object) -> None:
-    tune(make_recipe(train={"trackers": ["wandb"]}))
-    assert "warning: tracking" in capsys.readouterr().err
+def test_a_failing_tracker_never_stops_the_run(make_recipe: Make, capsys: object, monkeypatch: object) -> None:
+    from accelerate import Accelerator
+
+    from budwood.training import setup
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("no route to the tracker")
+
+    monkeypatch.setattr(setup, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(Accelerator, "init_trackers", fail)
+    run = tune(make_recipe(train={"trackers": ["tensorboard"]}))
+    assert "warning: tracking stopped (start: ConnectionError: no route to the tracker)" in capsys.readouterr().err
+    assert adapter(run)
+
+
+def test_a_tracker_that_is_not_installed_is_refused(make_recipe: Make, monkeypatch: object) -> None:
+    from budwood.training import setup
+
+    monkeypatch.setattr(setup, "get_available_trackers", lambda: [])
+    with pytest.raises(ResourceError, match="trackers: wandb is not installed: pip install"):
+        tune(make_recipe(train={"trackers": ["wandb"]}), quiet=True)
 
 
 def test_the_output_of_another_run_is_refused_and_overwritten_when_asked(make_recipe: Make) -> None:
@@ -212,3 +234,32 @@ def test_dropout_is_reproducible_from_the_seed(make_recipe: Make) -> None:
     other = adapter(tune(make_recipe("c", strategies=strategies, train={"seed": 1}), quiet=True))
     assert distance(first, again) == 0
     assert distance(first, other) > 0
+
+
+def test_fp16_scales_the_loss_and_counts_what_it_skips(make_recipe: Make) -> None:
+    half = tune(make_recipe("half", train={"precision": "fp16", "steps": 8}), quiet=True)
+    full = tune(make_recipe("full", train={"precision": "fp32", "steps": 8}), quiet=True)
+    assert half.metrics["loss"] == pytest.approx(full.metrics["loss"], rel=0.1)
+    assert half.metrics["skipped"] < 8
+
+
+def test_bf16_is_no_further_from_fp32_than_a_rounding(make_recipe: Make) -> None:
+    rounded = tune(make_recipe("bf16", train={"precision": "bf16"}), quiet=True)
+    exact = tune(make_recipe("fp32"), quiet=True)
+    assert rounded.metrics["loss"] == pytest.approx(exact.metrics["loss"], rel=0.02)
+
+
+def test_classification_learns_its_labels_and_trains_its_head(make_recipe: Make, tmp_path: Path) -> None:
+    rows = [{"text": f"{word} things number {i}", "label": word} for i in range(16) for word in ("games", "fonts")]
+    path = tmp_path / "labelled.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = make_recipe(
+        base={"task": "sequence-classification"}, data={"train": str(path), "eval": str(path)},
+        train={"steps": 40, "micro_tokens": 256, "learning_rate": 3e-3},
+    )  # fmt: skip
+    run = tune(recipe, quiet=True)
+    assert run.metrics["eval_accuracy"] > 0.95 > run.before["eval_accuracy"]
+    assert run.metrics["eval_macro_f1"] > 0.95
+    assert "fonts" in run.task.report
+    assert json.loads((run.directory / "adapter" / "budwood.json").read_text())["labels"] == ["fonts", "games"]
+    assert any("score" in key for key in adapter(run))

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from budwood.training.loop import tune
 from transformers import AutoModelForCausalLM
+
+from budwood.training.loop import tune
 
 
 def gradients(module: Any) -> list[torch.Tensor]:

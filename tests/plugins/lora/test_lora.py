@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from budwood.errors import CorruptError, InputError
-from budwood_lora.layers import live
-from budwood_lora.options import LoRAOptions
-from budwood_lora.strategy import LoRA
 from peft import PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from budwood.errors import CorruptError, InputError
+from budwood_lora.layers import live
+from budwood_lora.options import LoRAOptions
+from budwood_lora.strategy import LoRA
 
 IDS = torch.arange(5, 25)[None]
 

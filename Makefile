@@ -1,0 +1,47 @@
+# Needs Python 3.11 or newer and make; every target sets up .venv by itself when something it stands on has changed.
+
+# The first of these that runs and is new enough; or say make PYTHON=/path/to/python3.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+PACKAGES := core plugins examples
+
+.PHONY: help demo test lint bench docs
+.DEFAULT_GOAL := help
+
+help: ## List the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
+
+demo: .venv/installed ## Fine-tune the tiny 4-bit base that ships with Budwood, and see that it learned (4 minutes)
+	@$(BIN)/budwood demo --overwrite
+
+test: .venv/installed ## Run the tests
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: .venv/installed ## Check formatting, rules, types, and who imports whom
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy core
+	@$(BIN)/lint-imports
+
+bench: .venv/installed-bench ## Measure training side by side with Trainer + PEFT and TRL
+	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/train.py
+
+docs: .venv/installed ## Write docs/recipe.md from the recipe's schema
+	@$(BIN)/python docs/make_recipe_page.py > docs/recipe.md
+
+.venv/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "Setting up .venv with $(PYTHON); the first time takes some minutes:"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "  torch"
+	@$(PIP) "$$(grep '^torch==' constraints.txt)"
+	@echo "  budwood, what it needs, and its tools"
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+.venv/installed-bench: .venv/installed
+	@echo "  what the benchmark compares with"
+	@$(PIP) -e '.[bench]'
+	@touch $@

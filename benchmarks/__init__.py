@@ -1,0 +1,1 @@
+"""Budwood beside its peers, in one run on one machine."""

@@ -1,0 +1,265 @@
+"""The arms: each trains the workload in a process of its own, a few optimizer steps whenever it is told to."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from benchmarks import workload as w
+from benchmarks.workload import Workload
+from budwood import Strategy, hookimpl
+
+if TYPE_CHECKING:
+    from budwood import Event
+
+
+@dataclass
+class Pace:
+    """Lets an arm run when it is its turn. `connection` receives a number of steps, and sends what they took."""
+
+    connection: Connection
+    left: int = 0
+    started: float = 0.0
+    started_processor: float = 0.0
+    losses: list[float] = field(default_factory=list)
+
+    def ready(self) -> None:
+        """The arm stands before its first step."""
+        self.connection.send({"peak": _peak_bytes()})
+        self._wait()
+
+    def stepped(self, loss: float) -> None:
+        """An optimizer step is done; returns when it is this arm's turn again."""
+        self.losses.append(loss)
+        self.left -= 1
+        if self.left == 0:
+            seconds = time.perf_counter() - self.started
+            processor = time.process_time() - self.started_processor
+            report = {"seconds": seconds, "processor": processor, "losses": self.losses, "peak": _peak_bytes()}
+            self.connection.send(report)
+            self._wait()
+
+    def _wait(self) -> None:
+        self.left = self.connection.recv()
+        if self.left == 0:
+            raise SystemExit(0)  # what an arm does at its end (checks, saving) is not measured
+        self.losses = []
+        self.started, self.started_processor = time.perf_counter(), time.process_time()
+
+
+def _peak_bytes() -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def work(name: str, folder: Path, steps: int, threads: int, log: Path, connection: Connection) -> None:
+    """Entry point of an arm's process."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    import torch
+
+    torch.set_num_threads(threads)
+    ARMS[name](Workload(folder), steps, Pace(connection))
+
+
+def budwood(workload: Workload, steps: int, pace: Pace) -> None:
+    """`budwood.tune` on a recipe, as a user runs it, with one more strategy, which observes and sets the pace."""
+    import budwood
+    from budwood.training.recipe import Recipe
+
+    PaceStrategy.pace = pace
+    _install_strategy(workload.folder, "pace", "benchmarks.arms:PaceStrategy")
+    recipe = {
+        "base": {"model": str(workload.base), "quantization": "none"},
+        "data": {"train": str(workload.data), "max_length": w.MAX_LENGTH},
+        "strategies": [{"lora": {"rank": w.RANK, "alpha": w.ALPHA, "targets": "all-linear"}}, "pace"],
+        "train": {
+            "steps": steps,
+            "batch_examples": w.EXAMPLES_PER_STEP,
+            "learning_rate": w.LEARNING_RATE,
+            "schedule": "constant",
+            "warmup": 0,
+            "clip": w.CLIP,
+            "precision": "bf16",
+            "seed": w.SEED,
+        },
+        "output": str(workload.folder / "run"),
+    }
+    budwood.tune(Recipe.from_dict(recipe))
+
+
+class PaceStrategy(Strategy):
+    """Hands the turn back to the benchmark after so many steps."""
+
+    pace: ClassVar[Pace]
+
+    @hookimpl
+    def on_event(self, event: Event) -> None:
+        """Stand still before the first step and after each turn."""
+        if event.kind == "start":
+            self.pace.ready()
+        elif event.kind == "step":
+            self.pace.stepped(float(event.values["loss"]))
+
+
+def _install_strategy(folder: Path, name: str, target: str) -> None:
+    """Make a strategy known as an installed package's would be: by an entry point of a distribution on the path."""
+    package = folder / "installed" / "budwood_benchmarks-1.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: budwood-benchmarks\nVersion: 1\n")
+    (package / "entry_points.txt").write_text(f"[budwood]\n{name} = {target}\n")
+    sys.path.append(str(package.parent))
+
+
+def trainer(rows: int) -> Callable[[Workload, int, Pace], None]:
+    """transformers' Trainer on PEFT's model, `rows` padded rows a micro-batch."""
+
+    def run(workload: Workload, steps: int, pace: Pace) -> None:
+        from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+        arguments = TrainingArguments(**_arguments(workload, steps, rows))
+        tokenizer = _tokenizer(workload)
+        Trainer(
+            model=_peft_model(workload),
+            args=arguments,
+            train_dataset=_dataset(workload),
+            data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),  # pads input_ids, and labels with -100
+            callbacks=[_pacer(pace)],
+        ).train()
+
+    return run
+
+
+def sft(packed: bool) -> Callable[[Workload, int, Pace], None]:
+    """TRL's SFTTrainer: its defaults, or its packing.
+
+    Packed, an optimizer step is four rows of at most 1024 tokens, filled by examples of that step alone, since the
+    losses of the arms are to agree; TRL's own packing would spread them over steps.
+    """
+
+    def run(workload: Workload, steps: int, pace: Pace) -> None:
+        from trl import SFTConfig, SFTTrainer
+
+        rows = 1 if packed else 8
+        micro_steps = PACKED_ROWS if packed else w.EXAMPLES_PER_STEP // rows
+        config = SFTConfig(
+            **_arguments(workload, steps, rows) | {"gradient_accumulation_steps": micro_steps},
+            max_length=None,
+            padding_free=packed,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        )
+        SFTTrainer(
+            model=_peft_model(workload),
+            args=config,
+            train_dataset=_packed_dataset(workload) if packed else _dataset(workload),
+            processing_class=_tokenizer(workload),
+            callbacks=[_pacer(pace)],
+        ).train()
+
+    return run
+
+
+PACKED_ROWS = 4
+
+ARMS: dict[str, Callable[[Workload, int, Pace], None]] = {
+    "budwood": budwood,
+    "trainer-1": trainer(1),
+    "trainer-2": trainer(2),
+    "trainer-4": trainer(4),
+    "trainer-8": trainer(8),
+    "trl": sft(packed=False),
+    "trl-packed": sft(packed=True),
+}
+
+
+def _arguments(workload: Workload, steps: int, rows: int) -> dict[str, Any]:
+    """Training arguments that the peers share; everything else is the peer's default."""
+    return {
+        "output_dir": str(workload.folder / "peers"),
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": w.EXAMPLES_PER_STEP // rows,
+        "max_steps": steps,
+        "learning_rate": w.LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": w.CLIP,
+        "bf16": True,
+        "use_cpu": True,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": w.SEED,
+    }
+
+
+def _tokenizer(workload: Workload) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(workload.base)
+
+
+def _peft_model(workload: Workload) -> Any:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, set_seed
+
+    model = AutoModelForCausalLM.from_pretrained(workload.base, dtype=torch.bfloat16)
+    set_seed(w.SEED)
+    lora = LoraConfig(r=w.RANK, lora_alpha=w.ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, lora)
+
+
+def _labels(ids: list[int], prompt: int) -> list[int]:
+    return [-100] * prompt + ids[prompt:]
+
+
+def _dataset(workload: Workload) -> Any:
+    from datasets import Dataset
+
+    rows = [
+        {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": _labels(ids, prompt)}
+        for ids, prompt in workload.tokens()
+    ]
+    return Dataset.from_list(rows)
+
+
+def _packed_dataset(workload: Workload) -> Any:
+    from datasets import Dataset
+
+    examples, rows = workload.tokens(), []
+    for start in range(0, len(examples), w.EXAMPLES_PER_STEP):
+        step = sorted(examples[start : start + w.EXAMPLES_PER_STEP], key=lambda example: -len(example[0]))
+        bins: list[list[tuple[list[int], int]]] = [[] for _ in range(PACKED_ROWS)]
+        for example in step:  # the longest first, into the emptiest row
+            min(bins, key=lambda row: sum(len(ids) for ids, _ in row)).append(example)
+        for row in bins:
+            rows.append(
+                {
+                    "input_ids": [i for ids, _ in row for i in ids],
+                    "labels": [label for ids, prompt in row for label in _labels(ids, prompt)],
+                    "seq_lengths": [len(ids) for ids, _ in row],
+                }
+            )
+    return Dataset.from_list(rows)
+
+
+def _pacer(pace: Pace) -> Any:
+    from transformers import TrainerCallback
+
+    class Pacer(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            pace.ready()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "loss" in logs:
+                pace.stepped(float(logs["loss"]))
+
+    return Pacer()

@@ -1,0 +1,234 @@
+"""`python -m benchmarks.train`: Budwood, transformers' Trainer and TRL train the same LoRA adapter, in turns.
+
+Every arm is a process of its own that stands still while it is not its turn, so that noise of the machine falls on all
+of them alike. Before each round the bf16 matmul rate of the machine is measured. Reported: real (not padding) tokens a
+second; the median over the rounds of Budwood's rate divided by the peer's; the peak memory of each process; the
+share of the matmul rate; the largest difference of a step's loss from Budwood's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from importlib import metadata
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import workload as w
+from benchmarks.arms import ARMS, work
+
+OURS = "budwood"
+TARGET_FASTEST, TARGET_EIGHT, TARGET_MEMORY = 3.0, 3.5, 0.32
+
+
+class Arm:
+    """An arm's process, and what it has reported."""
+
+    def __init__(self, name: str, folder: Path, steps: int, threads: int) -> None:
+        context = get_context("spawn")
+        self.name, self.log = name, folder / f"{name}.log"
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(name, folder, steps, threads, self.log, theirs))
+        self.process.start()
+        theirs.close()
+        self.seconds: list[float] = []
+        self.processor: list[float] = []
+        self.losses: list[float] = []
+        self.peak = 0
+        self._receive()
+
+    def run(self, steps: int) -> float:
+        """Let it train `steps` optimizer steps; returns the seconds."""
+        self.connection.send(steps)
+        report = self._receive()
+        self.seconds.append(report["seconds"])
+        self.processor.append(report["processor"])
+        self.losses += report["losses"]
+        return self.seconds[-1]
+
+    def stop(self) -> None:
+        """End the process."""
+        if self.process.is_alive():
+            self.connection.send(0)
+        self.process.join()
+
+    def _receive(self) -> dict[str, Any]:
+        try:
+            report: dict[str, Any] = self.connection.recv()
+        except EOFError:
+            tail = self.log.read_text(encoding="utf-8", errors="replace")[-3000:]
+            raise SystemExit(f"error: the arm {self.name} ended early:\n{tail}") from None
+        self.peak = max(self.peak, report["peak"])
+        return report
+
+
+def matmul_rate(threads: int) -> float:
+    """FLOPs a second of a large bf16 matmul on this machine, the best of a few."""
+    import torch
+
+    torch.set_num_threads(threads)
+    size = 2048
+    a, b = (torch.randn(size, size).to(torch.bfloat16) for _ in range(2))
+    best = 0.0
+    for _ in range(6):
+        started = time.perf_counter()
+        a @ b
+        best = max(best, 2.0 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def measure(names: list[str], rounds: int, steps: int, warmup: int, threads: int, folder: Path) -> dict[str, Any]:
+    """Run all arms; returns what was measured."""
+    total = warmup + rounds * steps
+    workload = w.build(folder, total)
+    tokens, flops = workload.step_sizes()
+    arms = []
+    rates: list[float] = []
+    try:
+        for name in names:
+            say(f"starting {name}")
+            arms.append(Arm(name, folder, total, threads))
+        for arm in arms:
+            say(f"warming up {arm.name}: {arm.run(warmup):.1f} s")
+            arm.seconds.clear()
+            arm.processor.clear()
+        for number in range(rounds):
+            rates.append(matmul_rate(threads))
+            order = arms[number % len(arms) :] + arms[: number % len(arms)]
+            shown = [f"{arm.name} {arm.run(steps):.1f}" for arm in order]
+            say(f"round {number + 1} of {rounds}, {rates[-1] / 1e9:.0f} GFLOP/s matmul, seconds: " + ", ".join(shown))
+    finally:
+        for arm in arms:
+            arm.stop()
+    # tokens and FLOPs of each round, the same for all arms
+    per_round = tokens[warmup:].reshape(rounds, steps).sum(1)
+    work_done = flops[warmup:].reshape(rounds, steps).sum(1)
+    found: dict[str, Any] = {}
+    for arm in arms:
+        seconds = np.array(arm.seconds)
+        found[arm.name] = {
+            "tokens_per_second": statistics.median((per_round / seconds).tolist()),
+            "tokens_per_second_by_round": (per_round / seconds).round(1).tolist(),
+            "processor_seconds_by_round": [round(s, 3) for s in arm.processor],
+            "peak_bytes": arm.peak,
+            "share_of_matmul_rate": statistics.median((work_done / seconds / np.array(rates)).tolist()),
+            "losses": [round(loss, 5) for loss in arm.losses],
+        }
+    compare(found)
+    return {
+        "arms": found,
+        "matmul_flops_per_second": statistics.median(rates),
+        "rounds": rounds,
+        "steps_per_round": steps,
+        "warmup_steps": warmup,
+        "examples_per_step": w.EXAMPLES_PER_STEP,
+        "mean_length": round(float(workload.lengths().mean()), 1),
+        "threads": threads,
+        "machine": machine(),
+    }
+
+
+def compare(found: dict[str, Any]) -> None:
+    """Add to each peer how it stands to Budwood."""
+    if OURS not in found:
+        return
+    ours = found[OURS]
+    for name, arm in found.items():
+        if name == OURS:
+            continue
+        pairs = zip(ours["tokens_per_second_by_round"], arm["tokens_per_second_by_round"], strict=True)
+        arm["budwood_is_faster_by"] = statistics.median(mine / theirs for mine, theirs in pairs)
+        spent = zip(arm["processor_seconds_by_round"], ours["processor_seconds_by_round"], strict=True)
+        arm["processor_time_ratio"] = statistics.median(theirs / mine for theirs, mine in spent)
+        arm["budwood_memory_share"] = ours["peak_bytes"] / arm["peak_bytes"]
+        arm["largest_loss_difference"] = max(abs(a - b) for a, b in zip(ours["losses"], arm["losses"], strict=True))
+
+
+def verdicts(found: dict[str, Any]) -> list[tuple[str, bool]]:
+    """The targets, and whether each is met; only those whose arms ran."""
+    trainers = {name: arm for name, arm in found.items() if name.startswith("trainer-") and OURS in found}
+    lines = []
+    if trainers:
+        fastest = max(trainers, key=lambda name: trainers[name]["tokens_per_second"])
+        factor = trainers[fastest]["budwood_is_faster_by"]
+        lines.append(
+            (f"{factor:.2f}× the fastest Trainer ({fastest}); target {TARGET_FASTEST}×", factor >= TARGET_FASTEST)
+        )
+    if "trainer-8" in trainers:
+        eight = trainers["trainer-8"]
+        factor, share = eight["budwood_is_faster_by"], eight["budwood_memory_share"]
+        lines.append((f"{factor:.2f}× the Trainer with 8 rows; target {TARGET_EIGHT}×", factor >= TARGET_EIGHT))
+        lines.append((f"{share:.0%} of its peak memory; target {TARGET_MEMORY:.0%}", share <= TARGET_MEMORY))
+    return lines
+
+
+def table(found: dict[str, Any]) -> str:
+    """The result as a Markdown table."""
+    lines = [
+        "| arm | real tokens/s | Budwood is faster by | by processor time | peak memory | of the matmul rate | loss differs by |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, arm in found.items():
+        faster = f"{arm['budwood_is_faster_by']:.2f}×" if "budwood_is_faster_by" in arm else ""
+        spent = f"{arm['processor_time_ratio']:.2f}×" if "processor_time_ratio" in arm else ""
+        loss = f"{arm['largest_loss_difference']:.4f}" if "largest_loss_difference" in arm else ""
+        lines.append(
+            f"| {name} | {arm['tokens_per_second']:.0f} | {faster} | {spent} | {arm['peak_bytes'] / 1e9:.2f} GB "
+            f"| {arm['share_of_matmul_rate']:.0%} | {loss} |"
+        )
+    return "\n".join(lines)
+
+
+def machine() -> dict[str, str]:
+    """Processor and versions."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    packages = ("budwood", "torch", "transformers", "peft", "accelerate", "trl")
+    installed = {d.metadata["Name"] for d in metadata.distributions()}
+    versions = {name: metadata.version(name) for name in packages if name in installed}
+    processor = names[0].split(":")[1].strip() if names else platform.processor()
+    return {"processor": processor, "cores": str(os.cpu_count()), "python": platform.python_version(), **versions}
+
+
+def say(text: str) -> None:
+    """Show progress at once."""
+    print(text, flush=True)
+
+
+def main() -> None:
+    """Measure, show, and write the result."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__.split("\n", 1)[0])
+    parser.add_argument(
+        "--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help=", ".join(ARMS)
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="how often the arms take turns (default 5)")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a turn (default 2)")
+    parser.add_argument("--warmup", type=int, default=1, help="optimizer steps before the first round (default 1)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each arm (default: all cores)")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    chosen = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    with tempfile.TemporaryDirectory(prefix="budwood-bench-") as folder:
+        result = measure(chosen.arms, chosen.rounds, chosen.steps, chosen.warmup, chosen.threads, Path(folder))
+    say("\n" + table(result["arms"]) + "\n")
+    say(" · ".join(f"{name} {value}" for name, value in result["machine"].items()))
+    say(f"matmul limit {result['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s, {result['threads']} threads")
+    for text, met in verdicts(result["arms"]):
+        say(f"{'met' if met else 'MISSED'}: {text}")
+    if chosen.out:
+        chosen.out.parent.mkdir(parents=True, exist_ok=True)
+        chosen.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        say(f"written: {chosen.out}")
+
+
+if __name__ == "__main__":
+    main()

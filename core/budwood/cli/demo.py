@@ -1,0 +1,22 @@
+"""`budwood demo`: the whole way, on what ships with Budwood."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", help="Folder of the demo's runs.")] = Path("runs/demo"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the demo's runs in that folder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Fine-tune the tiny base that ships with Budwood twice, swap the adapters on it, and measure (minutes)."""
+    from budwood.contract.discovery import find
+
+    result = find("demo", "budwood.demos", "demo").load()(output, overwrite)
+    if as_json:
+        typer.echo(json.dumps(result))

@@ -1,0 +1,230 @@
+"""Refuses a base that cannot serve, before its weights load: from JSON files, headers, modules without weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from budwood.contract.discovery import find
+from budwood.errors import CorruptError, InputError
+from budwood.model.checkpoint import read_config, read_tensors, resolve
+from budwood.model.quantizers import Quantizer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+FUSED_SHARE = 0.05
+"""A base is refused where tensors that its quantiser cannot take hold a larger share of its weights."""
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """What is known of a base before it loads.
+
+    Attributes:
+        name: as the user gave it.
+        path: its folder; that of a hub name lies in the hub's cache.
+        config: its config.json.
+        quantization: how it will be stored; that of the checkpoint where it is quantised already.
+        prequantized: the checkpoint is quantised already.
+    """
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    quantization: str
+    prequantized: bool
+
+
+def check_base(
+    model: str | Path,
+    quantization: str | None = None,
+    trust_remote_code: bool = False,
+    device: torch.device | str | None = None,
+) -> BaseInfo:
+    """Refuse whatever can be refused without loading weights. Reads JSON files and the headers of safetensors.
+
+    Args:
+        model: a folder or a hub name, of which only small files are downloaded.
+        quantization: name of a quantiser; None: what the checkpoint has, or none.
+        trust_remote_code: the checkpoint's own Python files may run.
+        device: check that the quantiser works there, which imports its library.
+
+    Raises:
+        InputError: no such base; only pickled or GGUF weights; a model class that is not known, or needs code of its
+            own; a quantisation that does not fit the checkpoint.
+        ResourceError: the hub is out of reach; the machine cannot do the quantisation.
+        CorruptError: a file is missing, truncated or not what it claims to be.
+    """
+    wanted = None if quantization is None else find_quantizer(quantization)
+    path = resolve(model, weights=False, code=trust_remote_code)
+    config = read_config(path)
+    if Path(str(model)).expanduser().is_dir():  # a hub name's weights may not be here yet
+        read_tensors(path)
+    _check_architecture(str(model), config, trust_remote_code)
+    stored = _stored_quantization(str(model), config)
+    if stored is not None and quantization not in (None, stored):
+        raise InputError(
+            f"base '{model}' is quantised already, with {stored}: write `quantization: {stored}`, "
+            f"or give the unquantised base for {quantization}."
+        )
+    name = stored or quantization or "none"
+    quantizer = wanted or find_quantizer(name)
+    if device is not None:
+        quantizer.check(str(device))
+    if not quantizer.takes_fused_experts and _has_experts(config):
+        frame = skeleton(path, "AutoModelForCausalLM", trust_remote_code)
+        check_fused(str(model), frame, name)
+    return BaseInfo(str(model), path, config, name, stored is not None)
+
+
+def find_quantizer(name: str) -> Quantizer:
+    quantizer: Quantizer = find(name, "budwood.quantizers", "quantization").load()()
+    return quantizer
+
+
+def _check_architecture(name: str, config: dict[str, Any], trust_remote_code: bool) -> None:
+    kind = config["model_type"]
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None and spec.submodule_search_locations
+    models = Path(spec.submodule_search_locations[0]) / "models"
+    if re.fullmatch(r"\w+", kind.replace("-", "_")) and (models / kind.replace("-", "_")).is_dir():
+        return  # nearly always: transformers, which takes seconds to import, keeps a model type in a folder of its name
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if kind in CONFIG_MAPPING_NAMES or ("auto_map" in config and trust_remote_code):
+        return
+    if "auto_map" in config:
+        raise InputError(
+            f"base '{name}': model type '{kind}' needs Python code of its own, which is not run: read it, "
+            "then write `trust_remote_code: true`."
+        )
+    raise InputError(f"base '{name}': model type '{kind}' is not known to the installed transformers: upgrade it.")
+
+
+def _stored_quantization(name: str, config: dict[str, Any]) -> str | None:
+    """Name of the quantiser that a checkpoint has been saved with.
+
+    Raises:
+        InputError: it is one whose weights cannot be trained on here.
+    """
+    stored = config.get("quantization_config")
+    if not isinstance(stored, dict):
+        return None
+    method = str(stored.get("quant_method", "unknown"))
+    if method == "bitsandbytes" or stored.get("load_in_4bit") or stored.get("load_in_8bit"):
+        return "int8" if stored.get("load_in_8bit") else str(stored.get("bnb_4bit_quant_type", "fp4"))
+    raise InputError(
+        f"base '{name}' is quantised already, with {method}, which is not supported: "
+        "give the unquantised base and `quantization: nf4`."
+    )
+
+
+def _has_experts(config: dict[str, Any]) -> bool:
+    """Whether a configuration, or one inside it, counts experts."""
+    return any(
+        _has_experts(value) if isinstance(value, dict) else "experts" in key and type(value) is int and value > 1
+        for key, value in config.items()
+    )
+
+
+def check_fused(name: str, model: nn.Module, quantization: str) -> None:
+    """Refuse a base most of whose weights its quantiser would leave in 16 bit.
+
+    Raises:
+        InputError: it names the tensors and their bytes.
+    """
+    fused = {key: p.numel() for key, p in model.named_parameters() if p.ndim > 2}
+    total = sum(p.numel() for p in model.parameters())
+    if sum(fused.values()) > FUSED_SHARE * total:
+        largest = max(fused, key=lambda key: fused[key])
+        raise InputError(
+            f"base '{name}': {len(fused)} fused tensors such as '{largest}' hold "
+            f"{size(2 * sum(fused.values()))} of {size(2 * total)} in 16 bit, and {quantization} cannot take them: "
+            "use `quantization: none`, or a base without experts."
+        )
+
+
+def skeleton(
+    model: str | Path, auto_class: str = "AutoModelForCausalLM", trust_remote_code: bool = False, **model_kwargs: Any
+) -> PreTrainedModel:
+    """Build a base's modules on the meta device: names and shapes, no weights.
+
+    Args:
+        auto_class: name of one of transformers' auto classes.
+        model_kwargs: changes to its configuration, such as `num_labels`.
+
+    Raises:
+        InputError: the model has no class for that.
+        CorruptError: its configuration is not sound.
+    """
+    path = resolve(model, weights=False, code=trust_remote_code)
+    return build_skeleton(str(model), load_config(path, trust_remote_code, model_kwargs), auto_class, trust_remote_code)
+
+
+def load_config(path: Path, trust_remote_code: bool, changes: dict[str, Any]) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=trust_remote_code, **changes
+        )
+    except Exception as error:  # a config class may raise anything on values that it does not expect
+        raise CorruptError(f"{path / 'config.json'}: {first_line(error)}") from error
+    config._attn_implementation = None  # a checkpoint may name a kernel of the hub
+    return config
+
+
+def build_skeleton(name: str, config: PretrainedConfig, auto_class: str, trust_remote_code: bool) -> PreTrainedModel:
+    import torch
+    import transformers
+
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = getattr(transformers, auto_class).from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise CorruptError(f"base '{name}': config.json: {first_line(error)}") from error
+        raise InputError(f"base '{name}': '{config.model_type}' has no {auto_class} in transformers.") from error
+    return model
+
+
+def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+    """Load a base's tokenizer; never runs code of its own.
+
+    Raises:
+        InputError: there is none, or none that the `tokenizers` library can run.
+        CorruptError: its files are damaged.
+    """
+    from transformers import AutoTokenizer
+
+    path = resolve(model, weights=False)
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    if not any((path / file).is_file() for file in files):
+        raise InputError(f"base '{model}' holds no tokenizer (tokenizer.json): copy that of its original.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise CorruptError(f"base '{model}': its tokenizer does not load: {first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise InputError(f"base '{model}': its tokenizer has no tokenizer.json, and cannot be converted to one.")
+    return tokenizer
+
+
+def size(count: int) -> str:
+    """Bytes for people, in decimal units: 5.2 MB."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,58 @@
+"""Device and precision that suit the machine."""
+
+from __future__ import annotations
+
+import torch
+
+from budwood.errors import InputError, ResourceError
+
+
+def pick_device_precision(device: str | None, precision: str | None) -> tuple[torch.device, torch.dtype, str]:
+    """Choose device and precision for this machine, where the user has not.
+
+    Args:
+        device: a torch device such as "cpu" or "cuda:1"; None or "auto": CUDA where there is one.
+        precision: bf16, fp16 or fp32; None or "auto": bf16 where the device computes it natively.
+
+    Returns:
+        Device, dtype, and the reason in words.
+
+    Raises:
+        InputError: no such device name or precision.
+        ResourceError: the machine has not that device, or the device not that precision.
+    """
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if precision not in (None, "auto", *dtypes):
+        raise InputError(f"precision '{precision}': use {', '.join(dtypes)} or auto.")
+    if device in (None, "auto"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(str(device))
+    except RuntimeError as error:
+        raise InputError(f"device '{device}': no such name; use cpu, cuda or cuda:0.") from error
+    available = getattr(getattr(torch, chosen.type, None), "is_available", lambda: False)
+    if not available():
+        raise ResourceError(f"device '{device}': torch {torch.__version__} finds none here; use cpu.")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ResourceError(f"device '{device}': this machine has {torch.cuda.device_count()}; count from cuda:0.")
+    native = _native_precisions(chosen)
+    if precision is not None and precision != "auto":
+        native_or_full = precision in native or precision == "fp32"
+        return chosen, dtypes[precision], "as asked" if native_or_full else "as asked; this device emulates it, slowly"
+    # fp16 needs its losses scaled, which is worth it only where there is no bf16 and fp32 is slow.
+    order = ("bf16",) if chosen.type == "cpu" else ("bf16", "fp16")
+    precision = next((name for name in order if name in native), "fp32")
+    reason = "no fast bf16 here" if precision == "fp32" else "native here"
+    return chosen, dtypes[precision], reason
+
+
+def _native_precisions(device: torch.device) -> set[str]:
+    """Which of the 16-bit precisions the device multiplies in hardware."""
+    if device.type == "cuda":
+        return {"fp16", *(["bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else [])}
+    if device.type != "cpu":
+        return {"fp16", "bf16"}
+    has = torch.cpu.get_capabilities()
+    bf16 = any(has.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+    fp16 = any(has.get(key) for key in ("avx512_fp16", "amx_fp16", "fp16_arith"))
+    return {name for name, there in (("bf16", bf16), ("fp16", fp16)) if there}

@@ -1,0 +1,58 @@
+"""Reads a checkpoint tensor by tensor, so that memory never holds all of it beside what is made of it."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from budwood.model.checkpoint import Entry
+
+TRIM_EVERY = 8 << 20
+"""Bytes read and converted before the heap is made to give back what was freed: without, the holes that quantising
+leaves grow larger than the base."""
+
+
+class _Slice:
+    """A tensor of a checkpoint, read when it is indexed; in between the heap gives back what was freed."""
+
+    since_trim = 0
+
+    def __init__(self, source: Any, size: int) -> None:
+        self.source, self.size = source, size
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        _Slice.since_trim += self.size
+        if _Slice.since_trim > TRIM_EVERY:
+            trim_heap()
+        tensor: torch.Tensor = self.source[index]
+        return tensor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+
+def trim_heap() -> None:
+    """Have glibc give back the free pages between what is still in use; it does not do so by itself."""
+    _Slice.since_trim = 0
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def slices(tensors: dict[str, Entry], views: bool) -> dict[str, Any]:
+    """Every tensor of a checkpoint, not read yet.
+
+    Args:
+        views: give views of the mapped files, which nobody copies; else the bytes are read, because the pages of a
+            mapped file that have been converted would still count as memory of the process.
+    """
+    files: dict[Path, Any] = {}
+    for entry in tensors.values():
+        if entry.file not in files:
+            files[entry.file] = safe_open(entry.file, framework="pt", backend="mmap" if views else "pread")
+    parts = {name: files[entry.file].get_slice(name) for name, entry in tensors.items()}
+    return parts if views else {name: _Slice(parts[name], entry.end - entry.start) for name, entry in tensors.items()}

@@ -1,0 +1,784 @@
+"""Make the tiny base model of the demonstration, from plain text, on a CPU.
+
+    python -m budwood_demo.make_base --minutes 55
+
+What it does, in order:
+
+1. gathers the corpus: the docstrings of the Python standard library and of the installed packages
+   in ``INSTALLED``, the project descriptions of the PyPI releases pinned in ``base/sources.tsv``
+   (fetched once from https://pypi.org and kept in ``--cache``), and the ``text`` field of
+   ``data/sections/train.jsonl``, without its labels;
+2. trains a byte-level BPE tokenizer of 4,096 tokens;
+3. trains a small Llama-style causal language model for ``--minutes`` of wall clock;
+4. measures held-out bits per byte, and writes the model, the tokenizer and the list of sources
+   to ``--out``.
+
+Only permissively licensed text is read (``PERMISSIVE``), and each source is listed with its
+version, licence and bytes in ``sources.tsv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import http.client
+import importlib.metadata
+import inspect
+import json
+import math
+import os
+import platform
+import random
+import re
+import ssl
+import sysconfig
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave the CPU to others
+
+HERE = Path(__file__).resolve().parent
+SECTIONS = HERE / "data" / "sections"
+
+VOCAB_SIZE = 4096
+BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]  # reserved: the base never sees them
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{{ '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+ARCHITECTURE: dict[str, Any] = {
+    "hidden_size": 320,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 5,
+    "intermediate_size": 768,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+}
+# Installed packages whose docstrings are read; at most this many bytes of each.
+INSTALLED = [
+    "matplotlib", "scipy", "scikit-learn", "numpy", "pandas", "networkx", "sympy", "torch",
+    "pillow", "fonttools", "Pygments", "pytest", "rich", "pydantic", "fsspec",
+    "setuptools", "huggingface_hub", "transformers", "datasets", "narwhals", "mpmath", "Jinja2",
+]  # fmt: skip
+INSTALLED_LIMIT = 150_000
+STDLIB_LIMIT = 1_000_000
+README_LIMIT = 2_500  # characters of a project's description
+SECTION_EPOCHS = 6  # times the section descriptions pass in one pass over everything
+SUMMARY_EPOCHS = 2  # the same for the one-line summaries of the PyPI projects
+
+# ------------------------------------------------------------------------------------ licences
+
+PERMISSIVE = {
+    "MIT", "MIT-0", "MIT-CMU", "HPND", "ISC", "0BSD", "BSD", "BSD-2-Clause", "BSD-3-Clause",
+    "Apache-2.0", "PSF-2.0", "Python-2.0",
+}  # fmt: skip
+CLASSIFIERS = {
+    "MIT License": "MIT",
+    "MIT No Attribution License (MIT-0)": "MIT-0",
+    "BSD License": "BSD",
+    "Apache Software License": "Apache-2.0",
+    "ISC License (ISCL)": "ISC",
+    "Python Software Foundation License": "PSF-2.0",
+    "Historical Permission Notice and Disclaimer (HPND)": "HPND",
+    "CMU License (MIT-CMU)": "MIT-CMU",
+}
+FREE_FORM = [
+    (r"(the )?mit( licen[sc]e)?( \(mit\))?", "MIT"),
+    (r"(new |modified |simplified )?bsd( licen[sc]e)?", "BSD"),
+    (r"bsd[- ]?3([- ]clause)?( licen[sc]e)?|3-clause bsd", "BSD-3-Clause"),
+    (r"bsd[- ]?2([- ]clause)?( licen[sc]e)?|2-clause bsd", "BSD-2-Clause"),
+    (r"apache( software)?( licen[sc]e)?,?( version)?[- ]?v?2(\.0)?( licen[sc]e)?", "Apache-2.0"),
+    (r"isc( licen[sc]e)?", "ISC"),
+]
+
+
+def licence_of(info: dict) -> str | None:
+    """The SPDX-like name of a permissive licence, or None where it is another or unclear."""
+    expression = info.get("license_expression")
+    if expression:
+        names = re.split(r"\s+(?:AND|OR)\s+|[()]", expression)
+        return expression if all(n.strip() in PERMISSIVE for n in names if n.strip()) else None
+    classifiers = [c.split(" :: ")[-1] for c in info.get("classifiers") or []]
+    classifiers = [c for c in classifiers if c not in ("License", "OSI Approved")]
+    if classifiers:
+        found = [CLASSIFIERS.get(c) for c in classifiers]
+        return " OR ".join(sorted(found)) if all(found) else None  # type: ignore[arg-type]
+    text = re.sub(r"\s+", " ", (info.get("license") or "").strip().lower())
+    for pattern, name in FREE_FORM:
+        if re.fullmatch(pattern, text):
+            return name
+    if text.startswith("mit license") and "permission is hereby granted" in text:
+        return "MIT"
+    return None
+
+
+# ------------------------------------------------------------------------------------ cleaning
+
+SKIPPED_HEADINGS = re.compile(
+    r"(installation|install|installing|licen[sc]e|contribut|change ?log|development|developing|"
+    r"testing|tests|release|history|table of contents|contents|author|credits|support|badges|"
+    r"building|requirements|acknowledg|citation|citing|copyright|sponsor|links|quick ?start|"
+    r"getting started)",
+    re.I,
+)
+
+
+def clean(text: str) -> str:
+    """Prose out of Markdown, reStructuredText or a docstring: no code, tables, links or badges."""
+    text = text.replace("\r\n", "\n").replace("\t", "    ")
+    text = re.sub(r"```.*?(```|\Z)|~~~.*?(~~~|\Z)", "\n", text, flags=re.S)
+    text = re.sub(r"<!--.*?-->", " ", text, flags=re.S)
+    text = re.sub(r"<[^>\n]{1,300}>", " ", text)
+    text = re.sub(r"!\[[^\]]*\]\([^)]*\)", " ", text)
+    text = re.sub(r"\[([^\]]*)\](\([^)]*\)|\[[^\]]*\])", r"\1", text)
+    text = re.sub(r"`([^`<\n]+)\s*<[^>\n]*>`_+", r"\1", text)
+    text = re.sub(r":[a-z:]+:`~?([^`\n]*)`", r"\1", text)
+    text = re.sub(r"https?://\S+|www\.\S+", " ", text)
+    text = re.sub(r"[`*]+|\|[^|\n]{1,40}\|_?", lambda m: "" if m[0][0] != "|" else " ", text)
+    text = re.sub(r"(?<=\w)_+(?=\s|$)", "", text)
+    lines, kept, skipping = text.split("\n"), [], False
+    for i, line in enumerate(lines):
+        bare = line.strip()
+        under = lines[i + 1].strip() if i + 1 < len(lines) else ""
+        heading = bare.startswith("#") or (bare and re.fullmatch(r"([=\-~^\"#+])\1{2,}", under))
+        if heading:
+            bare = bare.strip("# ").strip()
+            skipping = bool(SKIPPED_HEADINGS.match(bare))
+        if skipping or re.match(r"(\.\. |>>>|\.\.\. |\$ |:\w+|\||\+[-=]|%|@|pip |-{3}|={3})", bare):
+            continue
+        if re.match(r"section\s*:", bare, re.I):  # the form of the fine-tuning task
+            continue
+        letters = sum(c.isalpha() or c == " " for c in bare)
+        if bare and (letters < 0.75 * len(bare) or len(bare) > 1500):
+            continue
+        kept.append(re.sub(r"\s+", " ", bare))
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip()
+
+
+STOPWORDS = {
+    "the", "a", "an", "of", "for", "to", "and", "in", "is", "with", "from", "on", "by", "it",
+    "this", "that", "library", "tool",
+}  # fmt: skip
+
+
+def is_english(text: str) -> bool:
+    """A rough test: nearly all ASCII, and common English words are there."""
+    words = re.findall(r"[a-z]+", text.lower())
+    common = sum(w in STOPWORDS for w in words)
+    return sum(map(str.isascii, text)) > 0.97 * len(text) and common > 0.08 * len(words)
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
+class Leaks:
+    """Drops every corpus line that equals or contains a description of eval.jsonl."""
+
+    def __init__(self, descriptions: list[str]):
+        self.whole = {tuple(words_of(d)) for d in descriptions}
+        self.heads: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+        for words in self.whole:
+            if len(words) >= 4:
+                self.heads.setdefault(words[:4], []).append(words)
+        self.dropped = 0
+
+    def leaks(self, line: str) -> bool:
+        words = tuple(words_of(line))
+        if words in self.whole:
+            return True
+        for i in range(len(words) - 3):
+            for whole in self.heads.get(words[i : i + 4], ()):
+                if words[i : i + len(whole)] == whole:
+                    return True
+        return False
+
+    def filter(self, text: str) -> str:
+        kept = []
+        for line in text.split("\n"):
+            if self.leaks(line):
+                self.dropped += 1
+            else:
+                kept.append(line)
+        return "\n".join(kept)
+
+
+# ------------------------------------------------------------------------------------- sources
+
+
+def fetch_pypi(wanted: list[tuple[str, str]], cache: Path) -> list[dict]:
+    """The metadata of pinned PyPI releases; kept in one JSON-lines file under ``cache``."""
+    cache.mkdir(parents=True, exist_ok=True)
+    path = cache / "pypi.jsonl"
+    have: dict[tuple[str, str], dict] = {}
+    if path.exists():
+        for line in path.open(encoding="utf-8"):
+            row = json.loads(line)
+            have[row["name"], row["version"]] = row
+    local = threading.local()
+    context = ssl.create_default_context()
+
+    def get(key: tuple[str, str]) -> dict | None:
+        for _ in range(3):
+            try:
+                if getattr(local, "connection", None) is None:
+                    local.connection = http.client.HTTPSConnection("pypi.org", timeout=30, context=context)
+                local.connection.request("GET", f"/pypi/{key[0]}/{key[1]}/json")
+                reply = local.connection.getresponse()
+                body = reply.read()
+                if reply.status != 200:
+                    return None
+                info = json.loads(body)["info"]
+                fields = ("summary", "keywords", "description", "license", "license_expression")
+                row = {field: info.get(field) for field in fields}
+                row["name"], row["version"] = key
+                row["classifiers"] = [c for c in info["classifiers"] if c.startswith("License")]
+                return row
+            except (OSError, http.client.HTTPException):
+                local.connection = None
+                time.sleep(1)
+        return None
+
+    missing = [key for key in wanted if key not in have]
+    if missing:
+        print(f"fetching {len(missing)} descriptions from pypi.org", flush=True)
+        with ThreadPoolExecutor(16) as pool, path.open("a", encoding="utf-8") as out:
+            for row in pool.map(get, missing):
+                if row:
+                    have[row["name"], row["version"]] = row
+                    out.write(json.dumps(row) + "\n")
+    return [have[key] for key in wanted if key in have]
+
+
+def summary_of(row: dict) -> str:
+    return re.sub(r"\s+", " ", (row.get("summary") or "")).strip().rstrip(".")
+
+
+def readme_document(row: dict) -> str:
+    """One PyPI project as a plain document: name, summary, keywords, start of its description."""
+    text = f"{row['name']} - {summary_of(row)}\n"
+    keywords = re.sub(r"[\s,;]+", " ", row.get("keywords") or "").strip()
+    if keywords:
+        text += keywords[:200] + "\n"
+    body = clean((row.get("description") or "")[: 6 * README_LIMIT])[:README_LIMIT]
+    body = body[: body.rfind("\n")] if len(body) == README_LIMIT and "\n" in body else body
+    return (text + "\n" + body).strip()
+
+
+def docstrings(path: Path) -> list[str]:
+    """The docstrings of one Python file, in order, without their parameter lists and examples."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, ValueError):
+        return []
+    found = []
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(tree):
+        if isinstance(node, kinds):
+            doc = ast.get_docstring(node)
+            if doc and len(doc) >= 60:
+                doc = re.split(r"\n(Parameters|Args|Arguments|Returns|Examples?)\b.*\n", doc)[0]
+                doc = clean(inspect.cleandoc(doc))
+                if len(doc) >= 60:
+                    found.append(doc)
+    return found
+
+
+def python_documents(files: list[Path], limit: int) -> list[str]:
+    """A document a file, made of its docstrings; files in an order fixed by a hash, to a limit."""
+    files.sort(key=lambda p: hashlib.sha256("/".join(p.parts[-3:]).encode()).digest())
+    documents: list[str] = []
+    seen: set[str] = set()
+    total = 0
+    for path in files:
+        if re.search(r"(^|/)(tests?|_vendor|vendor|site-packages/.*test)(/|_)", str(path)):
+            continue
+        docs = [d for d in dict.fromkeys(docstrings(path)) if d not in seen]
+        seen.update(docs)
+        text = "\n\n".join(docs)
+        if text and is_english(text):
+            documents.append(text)
+            total += len(text.encode())
+        if total > limit:
+            break
+    return documents
+
+
+def installed_documents(name: str) -> tuple[list[str], str, str] | None:
+    try:
+        dist = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    info = {
+        "license_expression": "".join(dist.metadata.get_all("License-Expression") or []),
+        "classifiers": [c for c in dist.metadata.get_all("Classifier") or [] if c.startswith("License")],
+        "license": "".join(dist.metadata.get_all("License") or []),
+    }
+    licence = licence_of(info)
+    # Some wheels also name the licences of the libraries they bundle; their Python text is BSD.
+    if licence is None and "BSD-3-Clause" in (info["license_expression"] or ""):
+        licence = "BSD-3-Clause"
+    if licence is None:
+        print(f"left out, licence not on the list: {name}")
+        return None
+    files = [Path(str(dist.locate_file(f))) for f in dist.files or [] if str(f).endswith(".py")]
+    return python_documents(files, INSTALLED_LIMIT), dist.version, licence
+
+
+def held_out(text: str) -> bool:
+    """About 2 % of the documents, chosen by a hash of their text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 50 == 0
+
+
+def gather(sources: Path, cache: Path) -> dict:
+    """All text: documents, summaries, section descriptions; train and held-out; the sources."""
+
+    def read_texts(name: str) -> list[str]:
+        return [json.loads(x)["text"] for x in (SECTIONS / name).open(encoding="utf-8")]
+
+    leaks = Leaks(read_texts("eval.jsonl"))
+    sections = [t for t in read_texts("train.jsonl") if not leaks.leaks(t)]
+    documents: list[str] = []
+    table: list[tuple[str, str, str, str, int]] = []
+
+    def add(kind: str, name: str, version: str, licence: str, texts: list[str]) -> None:
+        texts = [t for t in map(leaks.filter, texts) if len(t) > 40]
+        documents.extend(texts)
+        if texts:
+            table.append((kind, name, version, licence, sum(len(t.encode()) for t in texts)))
+
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    files = [p for p in stdlib.rglob("*.py") if "site-packages" not in p.parts]
+    add("python", "Python standard library", platform.python_version(), "PSF-2.0",
+        python_documents(files, STDLIB_LIMIT))  # fmt: skip
+    for name in INSTALLED:
+        got = installed_documents(name)
+        if got:
+            add("installed", name, got[1], got[2], got[0])
+    rows = [x.split("\t") for x in sources.read_text(encoding="utf-8").splitlines()[1:]]
+    pinned = {(r[1], r[2]): r[3] for r in rows if r[0] == "pypi"}
+    summaries = []
+    for row in fetch_pypi(list(pinned), cache):
+        licence = licence_of(row)
+        if licence is None:
+            continue
+        add("pypi", row["name"], row["version"], licence, [readme_document(row)])
+        line = summary_of(row)
+        if 15 < len(line) < 150 and not leaks.leaks(line) and not held_out(readme_document(row)):
+            summaries.append(line)
+    table.append(("data", "data/sections/train.jsonl (text)", "Debian 12",
+                  "DFSG-free, each line under its package's licence",
+                  sum(len(t.encode()) for t in sections)))  # fmt: skip
+    documents = sorted(set(documents))
+    print(f"{leaks.dropped} lines dropped that hold an eval description", flush=True)
+    return {
+        "documents": [d for d in documents if not held_out(d)],
+        "documents_held_out": [d for d in documents if held_out(d)],
+        "summaries": sorted(set(summaries)),
+        "sections": [s for s in sections if not held_out(s)],
+        "sections_held_out": [s for s in sections if held_out(s)],
+        "sources": table,
+    }
+
+
+# ----------------------------------------------------------------------------------- tokenizer
+
+
+def train_tokenizer(corpus: dict) -> Any:
+    """Byte-level BPE (nothing is unknown), digits in groups of up to three, BOS at the start."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = [PAD, BOS, EOS, *ROLES]
+    tokenizer = Tokenizer(models.BPE())
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    texts = corpus["documents"] + corpus["summaries"] * 3 + corpus["sections"] * 10
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single=f"{BOS} $A",
+                pair=f"{BOS} $A {BOS}:1 $B:1",
+                special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
+            ),
+        ]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        additional_special_tokens=ROLES,
+        model_max_length=ARCHITECTURE["max_position_embeddings"],
+        clean_up_tokenization_spaces=False,
+        padding_side="right",
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+# --------------------------------------------------------------------------------------- model
+
+
+def new_model(tokenizer: Any) -> Any:
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rms_norm_eps=1e-5,
+        **ARCHITECTURE,
+        **ids,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(max_new_tokens=64, do_sample=False, **ids)
+    return model
+
+
+def embeddings_of(corpus: dict, tokenizer: Any, size: int, reach: int = 12, scale: float = 0.06) -> Any:
+    """Token embeddings to start from: a truncated SVD of the positive PMI of neighbouring tokens.
+
+    It takes seconds, and gives the model from the start what it would need many tokens to learn:
+    which words belong together.
+    """
+    import numpy as np
+    import torch
+
+    texts = corpus["documents"] + corpus["summaries"] + corpus["sections"]
+    stream = [tokenizer.pad_token_id] * reach
+    for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+        stream += ids + [tokenizer.pad_token_id] * reach
+    tokens = np.array(stream, dtype=np.int64)
+    flat = np.zeros(VOCAB_SIZE * VOCAB_SIZE, dtype=np.float32)
+    for step in range(1, reach + 1):
+        weight = 1.0 if step < 3 else (reach + 1 - step) / (reach - 1)
+        pairs = tokens[:-step] * VOCAB_SIZE + tokens[step:]
+        flat += weight * np.bincount(pairs, minlength=flat.size).astype(np.float32)
+    counts = flat.reshape(VOCAB_SIZE, VOCAB_SIZE)
+    counts = counts + counts.T
+    counts[tokenizer.pad_token_id] = counts[:, tokenizer.pad_token_id] = 0
+    rows = np.maximum(counts.sum(1), 1e-9)
+    context = rows**0.75 / (rows**0.75).sum()
+    pmi = np.log(np.maximum(counts, 1e-12) / rows[:, None] / context[None, :])
+    positive = torch.from_numpy(np.maximum(pmi, 0))
+    left, values, _ = torch.svd_lowrank((positive + positive.T) / 2, q=size + 40, niter=3)
+    vectors = (left * values.sqrt())[:, :size]
+    # Turned at random, so that no coordinate holds most of the variance.
+    turn, _ = torch.linalg.qr(torch.randn(size, size))
+    vectors = vectors @ turn
+    return vectors * (scale / vectors.square().mean().sqrt()) + 0.01 * torch.randn_like(vectors)
+
+
+def batches(corpus: dict, tokenizer: Any, length: int, size: int, seed: int) -> Iterator[Any]:
+    """Packed sequences of ``length`` + 1 tokens, for ever; every pass is shuffled anew."""
+    import torch
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [list(map(int, ids)) for ids in encoded]
+
+    documents = encode(corpus["documents"])
+    lines = encode([t + "\n" for t in corpus["sections"]])
+    more_lines = encode([t + "\n" for t in corpus["summaries"]])
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    rng = random.Random(seed)
+
+    def grouped(items: list[list[int]]) -> Iterator[list[int]]:
+        """Short lines, one to eight to a document."""
+        items, i = rng.sample(items, len(items)), 0
+        while i < len(items):
+            n = rng.randint(1, 8)
+            yield [t for line in items[i : i + n] for t in line][:-1]
+            i += n
+
+    while True:
+        everything = list(documents)
+        for _ in range(SECTION_EPOCHS):
+            everything.extend(grouped(lines))
+        for _ in range(SUMMARY_EPOCHS):
+            everything.extend(grouped(more_lines))
+        rng.shuffle(everything)
+        stream = [t for ids in everything for t in (bos, *ids, eos)]
+        corpus["pass_tokens"] = len(stream)
+        print(f"a pass over everything: {len(stream):,} tokens", flush=True)
+        starts = list(range(0, len(stream) - length - 1, length))
+        rng.shuffle(starts)
+        for i in range(0, len(starts) - size + 1, size):
+            yield torch.tensor([stream[s : s + length + 1] for s in starts[i : i + size]])
+
+
+def bits_per_byte(model: Any, tokenizer: Any, texts: list[str], limit: int = 250_000) -> float:
+    """Bits the model needs for a byte of unseen text; each document alone, after a BOS."""
+    import torch
+
+    nll, count = 0.0, 0
+    model.eval()
+    with torch.no_grad():
+        for text in texts:
+            ids = tokenizer(text, truncation=True, max_length=512)["input_ids"]
+            if len(ids) < 2:
+                continue
+            x = torch.tensor([ids])
+            logits = model(input_ids=x).logits[0, :-1].float()
+            nll += torch.nn.functional.cross_entropy(logits, x[0, 1:], reduction="sum").item()
+            count += len(tokenizer.decode(ids[1:]).encode())
+            if count > limit:
+                break
+    model.train()
+    return nll / math.log(2) / max(count, 1)
+
+
+def save(model: Any, tokenizer: Any, out: Path) -> None:
+    """bf16, safetensors, one file; the weights being trained stay as they are."""
+    import torch
+
+    state = {k: v.detach().to(torch.bfloat16) for k, v in model.state_dict().items()}
+    copy = new_model(tokenizer).to(torch.bfloat16)
+    copy.load_state_dict(state)
+    copy.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
+    tokenizer.save_pretrained(out)
+
+
+def train(corpus: dict, tokenizer: Any, args: argparse.Namespace) -> dict:
+    import torch
+
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    model = new_model(tokenizer)
+    model.get_input_embeddings().weight.data.copy_(embeddings_of(corpus, tokenizer, ARCHITECTURE["hidden_size"]))
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters", flush=True)
+    # Muon for the matrices of the layers, AdamW for the tied embedding and the norms.
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
+    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers" in n)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=args.muon_lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+    peaks = [args.muon_lr, args.lr]
+    budget, start, saved = args.minutes * 60, time.monotonic(), time.monotonic()
+    step, tokens, average, history = 0, 0, None, []
+    for batch in batches(corpus, tokenizer, args.length, args.batch, args.seed):
+        elapsed = time.monotonic() - start
+        if elapsed >= budget:
+            break
+        # The schedule follows the clock, so that it ends where the budget ends.
+        done = elapsed / budget
+        factor = 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * done))
+        factor *= min(1.0, (step + 1) / args.warmup)
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(input_ids=batch[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.float().reshape(-1, VOCAB_SIZE), batch[:, 1:].reshape(-1))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step, tokens = step + 1, tokens + batch[:, 1:].numel()
+        value = loss.item()
+        average = value if average is None else 0.97 * average + 0.03 * value
+        if step % 25 == 0:
+            history.append((step, tokens, round(average, 4)))
+            rate = tokens / (time.monotonic() - start)
+            print(f"{elapsed / 60:5.1f} min  step {step}  tokens {tokens:,}  loss {average:.3f}  "
+                  f"lr x{factor:.3f}  {rate:.0f} tokens/s", flush=True)  # fmt: skip
+        if time.monotonic() - saved > args.save_every * 60:
+            save(model, tokenizer, args.checkpoint or args.out)
+            saved = time.monotonic()
+    save(model, tokenizer, args.out)
+    return {
+        "parameters": parameters,
+        "minutes": round((time.monotonic() - start) / 60, 1),
+        "steps": step,
+        "tokens_seen": tokens,
+        "pass_tokens": corpus["pass_tokens"],
+        "final_training_loss": round(average or 0.0, 4),
+    }
+
+
+# ---------------------------------------------------------------------------------------- card
+
+CARD = """---
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# A tiny base model
+
+A causal language model of {parameters:,} parameters, trained from scratch on a CPU by
+[`make_base.py`](../make_base.py). It is the base of this demonstration: small enough to ship and
+to fine-tune in minutes on a laptop, and a stock `LlamaForCausalLM` in every other respect.
+
+| | |
+| --- | --- |
+| architecture | Llama: {num_hidden_layers} layers, hidden {hidden_size}, {num_attention_heads} heads of \
+{head_dim}, feed-forward {intermediate_size}, tied embeddings |
+| positions | {max_position_embeddings} (rope, theta 10000); trained on sequences of {length} tokens |
+| tokenizer | byte-level BPE, {vocab} tokens, digits in groups of up to three, adds `<|bos|>` |
+| weights | bf16, one safetensors file of {megabytes:.1f} MB |
+| held-out bits per byte | **{bits_per_byte_documents:.3f}** on documentation, \
+{bits_per_byte_sections:.3f} on package descriptions |
+
+Every linear layer has sizes that are multiples of 64. The tokens `<|system|>`, `<|user|>` and
+`<|assistant|>` are reserved for the chat template; the base has never seen them.
+
+## Training
+
+{tokens_seen:,} tokens in {steps:,} steps and {minutes} minutes on {threads} CPU cores, shared with
+other work; Muon for the matrices (peak learning rate {muon_lr:g}), AdamW for the tied embedding and
+the norms ({lr:g}), both warmed up over {warmup} steps, cosine over the wall-clock budget, {batch} packed
+sequences of {length} tokens a step, bf16 autocast over fp32 weights. Python {python},
+torch {torch}, transformers {transformers}. The same numbers are in `training.json`.
+
+The embeddings started from a truncated SVD of the tokens' positive PMI in the same text (neighbours
+within 12 tokens), the other weights at random.
+
+Text that was held out: 2 % of the documents and of the package descriptions, chosen by a hash.
+Bits per byte are taken on at most 250,000 bytes of it, each document alone, cut at 512 tokens.
+
+## Sources
+
+Plain text only: {total:,} bytes; one pass over all of it is {pass_tokens:,} tokens. The section descriptions were read without their labels, and never
+in the form of the fine-tuning task. Nothing of `eval.jsonl` was read: any line that holds one of its
+descriptions is dropped. In one pass the descriptions stand {section_epochs} times, and the one-line
+summaries of the PyPI projects {summary_epochs} times more.
+
+Each source, with version, licence and bytes, is in [`sources.tsv`](sources.tsv). In short:
+
+| source | version | licence | bytes |
+| --- | --- | --- | --- |
+{rows}
+
+The licence of a PyPI project is the one that its own metadata states.
+
+## What it is not good for
+
+Anything but demonstrations and tests. It writes software-like English that is mostly wrong, knows
+no facts to rely on, follows no instructions before it is tuned, and carries whatever its sources
+say. Contexts beyond {length} tokens were not trained.
+
+## Making it again
+
+    pip install torch transformers tokenizers matplotlib scipy scikit-learn pandas networkx sympy
+    python -m budwood_demo.make_base --minutes 55
+
+from the folder that holds `budwood_demo`. It fetches the pinned descriptions from pypi.org once
+(a few minutes, about 60 MB). The installed packages are read where they are there; their versions
+are in `sources.tsv`. The clock drives the schedule, so another machine ends with other weights.
+"""
+
+
+def write_card(report: dict, table: list[tuple], out: Path) -> None:
+    """README.md of the model, from what was measured."""
+    rows = [
+        f"| {name} | {version} | {licence} | {size:,} |"
+        for kind, name, version, licence, size in table
+        if kind != "pypi"
+    ]
+    by_licence: dict[str, list[int]] = {}
+    for kind, _, _, licence, size in table:
+        if kind == "pypi":
+            by_licence.setdefault(licence, []).append(size)
+    for licence, sizes in sorted(by_licence.items(), key=lambda x: -sum(x[1])):
+        rows.append(f"| {len(sizes):,} PyPI project descriptions | as pinned | {licence} | {sum(sizes):,} |")
+    values = {**ARCHITECTURE, **report}
+    values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
+    text = CARD.format(
+        vocab=f"{VOCAB_SIZE:,}",
+        megabytes=(out / "model.safetensors").stat().st_size / 1e6,
+        total=sum(row[4] for row in table),
+        section_epochs=SECTION_EPOCHS,
+        summary_epochs=SUMMARY_EPOCHS,
+        rows="\n".join(rows),
+        **values,
+    )
+    (out / "README.md").write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=55, help="wall clock of the training")
+    parser.add_argument("--out", type=Path, default=HERE / "base")
+    parser.add_argument("--checkpoint", type=Path, help="where to save on the way (default: --out)")
+    parser.add_argument("--save-every", type=float, default=5, help="minutes")
+    parser.add_argument("--sources", type=Path, default=HERE / "base" / "sources.tsv")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "budwood-base")
+    parser.add_argument("--length", type=int, default=256, help="tokens a sequence")
+    parser.add_argument("--batch", type=int, default=16, help="sequences a step")
+    parser.add_argument("--lr", type=float, default=1e-3, help="AdamW: embedding and norms")
+    parser.add_argument("--muon-lr", type=float, default=5e-3, help="Muon: matrices")
+    parser.add_argument("--warmup", type=int, default=50, help="steps")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    import torch
+    import transformers
+
+    corpus = gather(args.sources, args.cache)
+    for key, value in corpus.items():
+        if key != "sources":
+            print(f"{key}: {len(value):,}, {sum(len(v.encode()) for v in value):,} bytes")
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / "sources.tsv").open("w", encoding="utf-8") as out:
+        out.write("kind\tname\tversion\tlicence\tbytes\n")
+        for source in corpus["sources"]:
+            out.write("\t".join(map(str, source)) + "\n")
+    tokenizer = train_tokenizer(corpus)
+    report = train(corpus, tokenizer, args)
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32)
+    documents = random.Random(0).sample(corpus["documents_held_out"], len(corpus["documents_held_out"]))
+    report["bits_per_byte_documents"] = round(bits_per_byte(model, tokenizer, documents), 4)
+    report["bits_per_byte_sections"] = round(bits_per_byte(model, tokenizer, corpus["sections_held_out"]), 4)
+    report["length"], report["batch"], report["lr"] = args.length, args.batch, args.lr
+    report["muon_lr"], report["warmup"] = args.muon_lr, args.warmup
+    report["threads"] = args.threads
+    report["python"] = platform.python_version()
+    report["torch"], report["transformers"] = torch.__version__, transformers.__version__
+    (args.out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_card(report, corpus["sources"], args.out)
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

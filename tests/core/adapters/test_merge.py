@@ -1,0 +1,162 @@
+"""Merging into original weights, what rounding takes away, and folders that stock libraries open."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from budwood import AdapterPool, CorruptError, InputError
+from budwood.adapters import merge as merging
+from budwood.adapters.merge import export, merge
+
+PROMPTS = [[1, 40, 50, 60, 70], [1, 99, 7], [1, 200, 201, 202, 203, 204, 205]]
+
+
+def stock_logits(folder) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return torch.stack([model(torch.tensor([prompt])).logits[0, -1] for prompt in PROMPTS])
+
+
+def pool_logits(base, adapter) -> torch.Tensor:
+    pool = AdapterPool(base, precision="fp32", device="cpu")
+    pool.load("a", adapter)
+    pool.use("a")
+    return pool.logits(PROMPTS)
+
+
+def test_merged_in_fp32_stock_transformers_gives_the_adapters_logits(saved, tiny_base, tmp_path):
+    report = merge(saved, tmp_path / "merged", dtype="fp32")
+    torch.testing.assert_close(stock_logits(tmp_path / "merged"), pool_logits(tiny_base, saved), atol=1e-4, rtol=0)
+    assert report.rounded_away == 0
+    assert report.weights == 14
+    assert report.unquantized.largest < 1e-4
+    assert report.recorded.largest < 1e-4
+    assert (tmp_path / "merged" / "tokenizer.json").exists()
+    assert not list((tmp_path / "merged").glob("*.bin"))
+    record = json.loads((tmp_path / "merged" / "budwood-merge.json").read_text())
+    assert record["base"] == str(tiny_base)
+    assert record["forced"] is False
+
+
+def test_merged_in_bf16_the_distance_is_that_of_the_saved_model(saved, tiny_base, tmp_path):
+    report = merge(saved, tmp_path / "merged")
+    tensors = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    apart = (stock_logits(tmp_path / "merged") - pool_logits(tiny_base, saved)).abs().max()
+    assert report.unquantized.largest == pytest.approx(float(apart), rel=0.1)
+    assert report.rounded_away < 0.05
+
+
+def test_an_adapter_of_a_4_bit_base_goes_into_the_originals(tiny_base, tmp_path, make_saved):
+    folder = make_saved(tiny_base, tmp_path / "a", "nf4")
+    report = merge(folder, tmp_path / "merged", dtype="fp32")
+    assert report.unquantized.largest < 1e-4  # from the unquantised base with the adapter
+    assert report.recorded.largest > 1e-3  # training saw the 4-bit base
+    assert "in nf4 and is used on it in none" in report.notes[0]
+
+
+def test_an_update_below_the_step_of_bf16_is_refused_and_nothing_is_written(tiny_bases, tmp_path, make_saved):
+    base = tiny_bases("half", dtype=torch.bfloat16)
+    folder = make_saved(base, tmp_path / "a", scale=1e-4)
+    with pytest.raises(InputError, match=r"round away \d+% of the update .*--dtype fp32, or --force"):
+        merge(folder, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    report = merge(folder, tmp_path / "forced", force=True)
+    assert report.rounded_away > 0.5
+    assert 0 < report.worst[1] <= 1
+    assert json.loads((tmp_path / "forced" / "budwood-merge.json").read_text())["forced"] is True
+    assert merge(folder, tmp_path / "merged", dtype="fp32").rounded_away == 0
+
+
+def test_the_share_rounded_away_is_what_the_formula_says():
+    linear = torch.nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1.0, 1.0]]))
+    before = merging._originals(linear)
+    step = 2.0**-7  # between 1 and the next bf16
+    with torch.no_grad():
+        linear.weight += torch.tensor([[4 * step, 0.25 * step]])
+    changed, share, worst = merging._round(linear, before, torch.bfloat16)
+    assert changed == 1
+    assert linear.weight.tolist() == [[1 + 4 * step, 1.0]]
+    assert share == pytest.approx(0.25**2 / (16 + 0.25**2))
+    assert worst == ("weight", pytest.approx(share))
+
+
+def test_adapters_of_stock_peft_merge_with_their_base_given(stock, tiny_base, tmp_path):
+    with pytest.raises(InputError, match="--base"):
+        merge(stock, tmp_path / "merged", dtype="fp32")
+    report = merge(stock, tmp_path / "merged", base=str(tiny_base), dtype="fp32")
+    assert report.recorded is None
+    torch.testing.assert_close(stock_logits(tmp_path / "merged"), pool_logits(tiny_base, stock), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("changes", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_variants_merge(tiny_base, tmp_path, make_saved, changes):
+    folder = make_saved(tiny_base, tmp_path / "a", target_modules=["q_proj", "v_proj"], **changes)
+    merge(folder, tmp_path / "merged", dtype="fp32")
+    torch.testing.assert_close(stock_logits(tmp_path / "merged"), pool_logits(tiny_base, folder), atol=1e-4, rtol=0)
+
+
+def test_tied_embeddings_stay_tied(tiny_bases, tmp_path, make_saved):
+    base = tiny_bases("tied", tie_word_embeddings=True)
+    folder = make_saved(base, tmp_path / "a")
+    merge(folder, tmp_path / "merged", dtype="fp32")
+    assert "lm_head.weight" not in load_file(tmp_path / "merged" / "model.safetensors")
+    torch.testing.assert_close(stock_logits(tmp_path / "merged"), pool_logits(base, folder), atol=1e-4, rtol=0)
+
+
+def test_a_base_that_is_quantised_on_disk_is_refused(saved, tiny_base, tmp_path):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    plan = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, quantization_config=plan, device_map={"": "cpu"})
+    model.save_pretrained(tmp_path / "quantised")
+    with pytest.raises(InputError, match="quantised on disk.*unquantised original"):
+        merge(saved, tmp_path / "merged", base=str(tmp_path / "quantised"), allow_other_base=True)
+
+
+def test_what_is_refused_before_the_base_loads(saved, tiny_base, tiny_bases, tmp_path, monkeypatch):
+    def load(*args, **kwargs):
+        raise AssertionError("a base was loaded")
+
+    stranger = tiny_bases("stranger", seed=7)
+    monkeypatch.setattr("budwood.adapters.pool.load_base", load)
+    with pytest.raises(InputError, match="exists"):
+        merge(saved, tiny_base)
+    with pytest.raises(InputError, match="choose one of bf16"):
+        merge(saved, tmp_path / "merged", dtype="int4")
+    with pytest.raises(InputError, match="was trained on the base"):
+        merge(saved, tmp_path / "merged", base=str(stranger))
+
+
+def test_an_export_opens_in_stock_peft_with_the_same_logits(saved, tiny_base, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    assert export(saved, tmp_path / "out") == tmp_path / "out"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path / "out").eval()
+    with torch.no_grad():
+        logits = torch.stack([model(torch.tensor([prompt])).logits[0, -1] for prompt in PROMPTS])
+    torch.testing.assert_close(logits, pool_logits(tiny_base, saved), atol=1e-5, rtol=0)
+
+
+def test_exports_that_are_refused(saved, small, tmp_path):
+    with pytest.raises(InputError, match="exists"):
+        export(saved, small)
+    with pytest.raises(InputError, match="choose peft"):
+        export(saved, tmp_path / "out", "gguf")
+    (small / "adapter_model.safetensors").write_bytes(b"x")
+    with pytest.raises(CorruptError):
+        export(small, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,245 @@
+"""Saving whole adapters and refusing bad ones, without a model."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from budwood import CorruptError, InputError, check_adapter_tensors
+from budwood.adapters import store
+from budwood.adapters.files import sha256
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def rehash(folder: Path) -> None:
+    """Make budwood.json agree with altered files, as whoever alters with care would."""
+    manifest = json.loads((folder / "budwood.json").read_text())
+    manifest["files"] = {name: sha256(folder / name) for name in manifest["files"]}
+    (folder / "budwood.json").write_text(json.dumps(manifest))
+
+
+def test_what_is_written_reads_back(small):
+    saved = store.read_adapter(small, base_fingerprint="f" * 64)
+    assert saved.kind == "lora"
+    assert saved.notes == []
+    assert saved.parameters == 16
+    assert saved.bytes == 64
+    assert saved.load_tensors()["base_model.model.layer.q.lora_A.weight"].equal(torch.ones(2, 4))
+    manifest = saved.manifest
+    assert manifest.base.name == "tiny"
+    assert manifest.metrics == {"eval_loss": 1.5, "eval_perplexity": None}
+    assert set(manifest.files) == {"adapter_config.json", WEIGHTS, "golden.safetensors"}
+    assert manifest.golden.dtype == "float32"
+    assert sorted(path.name for path in small.iterdir()) == sorted([*manifest.files, "budwood.json"])
+
+
+def test_reading_imports_no_torch(small):
+    code = (
+        "import sys; from budwood.adapters.store import read_adapter; "
+        f"read_adapter({str(small)!r}); sys.exit('torch' in sys.modules or 'peft' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_failing_export_leaves_the_old_adapter(small, save):
+    def fail(folder):
+        (folder / "adapter_config.json").write_text("{}")
+        raise RuntimeError("export failed")
+
+    before = {path.name: path.read_bytes() for path in small.iterdir()}
+    with pytest.raises(RuntimeError, match="export failed"):
+        store.write_adapter(small, fail, kind="lora", distribution="x 1", base=None, task="causal-lm")
+    assert {path.name: path.read_bytes() for path in small.iterdir()} == before
+    assert [path.name for path in small.parent.iterdir()] == ["small"]
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path, save):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match="is no adapter"):
+        save(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+class Trace:
+    """Leaves a trace when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt", "weights.pkl"])
+def test_a_pickled_adapter_is_refused_and_never_opened(small, tmp_path, name):
+    trace = tmp_path / "trace"
+    (small / WEIGHTS).unlink()
+    (small / name).write_bytes(pickle.dumps(Trace(trace)))
+    with pytest.raises(CorruptError, match=f"{name}.*safe_serialization") as error:
+        store.read_adapter(small)
+    assert error.value.exit_code == 4
+    assert not trace.exists()
+
+
+def test_a_pickle_under_the_safe_name_is_never_opened(small, tmp_path):
+    trace = tmp_path / "trace"
+    torch.save(Trace(trace), small / WEIGHTS)
+    rehash(small)
+    with pytest.raises(CorruptError, match="pickle"):
+        store.read_adapter(small)
+    assert not trace.exists()
+
+
+def test_a_pickle_beside_the_weights_is_ignored_and_said(small, tmp_path):
+    trace = tmp_path / "trace"
+    (small / "training_args.bin").write_bytes(pickle.dumps(Trace(trace)))
+    assert store.read_adapter(small).notes == ["training_args.bin is a pickle and is ignored."]
+    assert not trace.exists()
+
+
+def test_truncation_is_corrupt_wherever_it_falls(small):
+    data = (small / WEIGHTS).read_bytes()
+    for length in (0, 4, 8, 20, len(data) // 2, len(data) - 1):
+        (small / WEIGHTS).write_bytes(data[:length])
+        with pytest.raises(CorruptError):
+            store.read_adapter(small)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS, "golden.safetensors"])
+def test_one_flipped_bit_is_corrupt(small, name):
+    data = bytearray((small / name).read_bytes())
+    data[-5] ^= 1
+    (small / name).write_bytes(data)
+    with pytest.raises(CorruptError, match=name):
+        store.read_adapter(small)
+
+
+def test_100_mb_of_header_is_refused_at_once(small):
+    (small / WEIGHTS).write_bytes((100 << 20).to_bytes(8, "little") + b"{" + b" " * 1000)
+    with pytest.raises(CorruptError, match="104,857,600"):
+        store.read_adapter(small)
+
+
+@pytest.mark.parametrize("change", [{"r": 10**9}, {"r": 1e30}, {"rank_pattern": {"q": 10**9}}])
+def test_a_rank_that_no_tensor_has_room_for_is_corrupt(small, change):
+    edit_json(small / "adapter_config.json", **change)
+    rehash(small)
+    with pytest.raises(CorruptError, match="rank"):
+        store.read_adapter(small)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_corrupt(small, value):
+    tensors = load_file(small / WEIGHTS)
+    next(iter(tensors.values()))[0, 0] = value
+    save_file(tensors, small / WEIGHTS)
+    rehash(small)
+    with pytest.raises(CorruptError, match="NaN"):
+        store.read_adapter(small).load_tensors()
+
+
+def test_another_base_is_the_users_input_and_can_be_allowed(small):
+    with pytest.raises(InputError, match=r"tiny.*ffffffffffff.*other.*eeeeeeeeeeee") as error:
+        store.read_adapter(small, base_name="other", base_fingerprint="e" * 64)
+    assert error.value.exit_code == 2
+    saved = store.read_adapter(small, base_name="other", base_fingerprint="e" * 64, allow_other_base=True)
+    assert "allow-other-base" in saved.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"format": 2}, "format 2"),
+        ({"format": "x" * 1000}, "format"),
+        ({"files": {"../../etc/passwd": "0"}}, "no hash for"),
+        ({"base": "tiny"}, "base"),
+        ({"kind": 3}, "kind"),
+        ({"distribution": "x; rm -rf ~"}, "distribution"),
+        ({"labels": [1]}, "labels"),
+    ],
+)
+def test_a_manifest_that_lies_is_corrupt(small, change, what):
+    edit_json(small / "budwood.json", **change)
+    with pytest.raises(CorruptError, match=what) as error:
+        store.read_adapter(small)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "missing", "~/x", "x" * 5000, "a\0b"])
+def test_files_outside_the_adapter_are_not_read(small, name):
+    manifest = json.loads((small / "budwood.json").read_text())
+    edit_json(small / "budwood.json", files=manifest["files"] | {name: "0" * 64})
+    with pytest.raises(CorruptError, match="no file of the adapter"):
+        store.read_adapter(small)
+
+
+def test_a_kind_that_is_not_installed_names_its_distribution(small):
+    edit_json(small / "budwood.json", kind="moss", distribution="budwood-moss 1.2")
+    with pytest.raises(InputError, match=r"strategy 'moss' of budwood-moss 1\.2.*pip install budwood-moss$"):
+        store.read_adapter(small)
+
+
+def test_an_adapter_of_stock_peft_has_its_kind_from_its_config(small):
+    (small / "budwood.json").unlink()
+    saved = store.read_adapter(small, base_fingerprint="e" * 64)
+    assert saved.kind == "lora"
+    assert saved.manifest is None
+    assert "base is not checked" in saved.notes[0]
+
+
+@pytest.mark.parametrize(("peft_type", "error"), [("MOSS", InputError), (None, CorruptError), ([1], CorruptError)])
+def test_a_type_that_nobody_reads_is_refused(small, peft_type, error):
+    (small / "budwood.json").unlink()
+    edit_json(small / "adapter_config.json", peft_type=peft_type)
+    with pytest.raises(error):
+        store.read_adapter(small)
+
+
+def test_fields_that_name_code_are_not_handed_on(small):
+    edit_json(
+        small / "adapter_config.json",
+        auto_mapping={"parent_library": "os"},
+        megatron_core="os",
+        auto_map={"AutoModel": "evil.Model"},
+    )
+    rehash(small)
+    saved = store.read_adapter(small)
+    assert not {"auto_mapping", "megatron_core", "auto_map"} & set(saved.config)
+    assert saved.config["r"] == 2
+
+
+def test_folders_without_an_adapter(tmp_path, small):
+    with pytest.raises(InputError, match="no such folder"):
+        store.read_adapter(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no adapter"):
+        store.read_adapter(tmp_path / "empty")
+    (small / "adapter_config.json").unlink()
+    with pytest.raises(CorruptError, match=r"adapter_config\.json is missing"):
+        store.read_adapter(small)
+
+
+def test_tensors_must_be_those_that_are_expected():
+    tensors = {"a.lora_A.weight": torch.zeros(2, 3), "b": torch.zeros(1)}
+    check_adapter_tensors({"a.lora_A.weight": (2, 3), "b": (1,)}, tensors)
+    with pytest.raises(CorruptError, match=r"'b' not expected"):
+        check_adapter_tensors({"a.lora_A.weight": (2, 3)}, tensors)
+    with pytest.raises(CorruptError, match=r"'c' missing"):
+        check_adapter_tensors({"a.lora_A.weight": (2, 3), "b": (1,), "c": (1,)}, tensors)
+    with pytest.raises(CorruptError, match=r"nearest: 'a\.lora_B\.weight'.*'a\.lora_B\.weight' and 1 more missing"):
+        check_adapter_tensors({"a.lora_B.weight": (2, 3), "b": (1,), "c": (2,)}, tensors)
+    with pytest.raises(CorruptError, match=r"'b' is \[1\]; config and base call for \[2\]"):
+        check_adapter_tensors({"a.lora_A.weight": (2, 3), "b": (2,)}, tensors)

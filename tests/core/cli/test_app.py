@@ -1,0 +1,158 @@
+"""The command line itself: light to start, one line for an error, the exit code that is documented."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from budwood import CorruptError, DivergedError, InputError, PluginError, ResourceError
+from budwood.cli import app as cli
+from budwood.errors import Interrupted
+
+COMMANDS = ["demo", "plugins", "data", "tune", "eval", "generate", "recipe", "adapter"]
+SUBCOMMANDS = [["recipe", "schema"], *(["adapter", name] for name in ("info", "verify", "merge", "export"))]
+HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "numpy", "budwood_lora", "matplotlib", "sklearn"}
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """Leave the test process's signals and warnings alone."""
+    monkeypatch.setattr(cli, "hush", lambda debug: None)
+    monkeypatch.delenv("BUDWOOD_DEBUG", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def fails(monkeypatch):
+    """Function `fails(error)`: from now on every command raises it."""
+
+    def install(error: BaseException) -> None:
+        def get_command(app):
+            raise error
+
+        monkeypatch.setattr(typer.main, "get_command", get_command)
+
+    return install
+
+
+def loaded_by(*lines: list[str]) -> set[str]:
+    """Heavy modules that a process has imported after it ran these command lines."""
+    code = (
+        "import contextlib, io, json, sys\n"
+        "from budwood.cli.app import run\n"
+        "with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())):\n"
+        f"    codes = [run(line) for line in {list(lines)!r}]\n"
+        f"print(json.dumps([codes, sorted({HEAVY!r} & set(sys.modules))]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    codes, modules = json.loads(done.stdout)
+    assert set(codes) == {0}, done.stderr
+    return set(modules)
+
+
+def test_the_commands_are_those_of_this_version(capsys):
+    assert cli.run(["--help"]) == 0
+    listed = capsys.readouterr().out.partition("Commands:\n")[2].partition("\n\n")[0]
+    assert [line.split()[0] for line in listed.splitlines()] == COMMANDS
+
+
+def test_help_and_plugins_import_nothing_heavy_and_no_plugin():
+    every = [["--help"], *([name, "--help"] for name in COMMANDS), *([*names, "--help"] for names in SUBCOMMANDS)]
+    assert loaded_by(*every, [], ["--version"], ["plugins"], ["plugins", "--json"]) == set()
+
+
+@pytest.mark.parametrize("names", [[], *([name] for name in COMMANDS), *SUBCOMMANDS], ids=" ".join)
+def test_help_fits_a_screen(names, capsys):
+    assert cli.run([*names, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 80
+
+
+def test_no_command_shows_the_help(capsys):
+    assert cli.run([]) == 0
+    assert "Commands:" in capsys.readouterr().out
+    assert cli.run(["adapter"]) == 2
+    assert "Commands:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (InputError("recipe.yaml:7: x\ny"), 2, "error: recipe.yaml:7: x y"),
+        (ResourceError("no disk"), 3, "error: no disk"),
+        (PluginError("strategy 'a'"), 3, "error: strategy 'a'"),
+        (CorruptError("truncated"), 4, "error: truncated"),
+        (DivergedError("step 3"), 5, "error: step 3"),
+        (Interrupted("stopped; the best adapter is in x"), 130, "error: stopped; the best adapter is in x"),
+        (Interrupted("terminated.", 143), 143, "error: terminated."),
+        (KeyboardInterrupt(), 130, "error: interrupted."),
+        (typer.Abort(), 130, "error: interrupted."),
+        (PermissionError(13, "Permission denied", "runs/x"), 3, "error: runs/x: Permission denied."),
+        (OSError(28, "No space left on device"), 3, "error: the system says: No space left on device."),
+        (MemoryError(), 3, "error: out of memory: lower train.micro_tokens"),
+        (TypeError("a bug"), 1, "error: unexpected TypeError: a bug. This is a bug; run again with --debug"),
+        (AssertionError(), 1, "error: unexpected AssertionError. This is a bug"),
+        (typer.Exit(7), 7, ""),
+    ],
+)
+def test_an_error_is_one_line_and_its_exit_code(fails, capsys, error, code, line):
+    fails(error)
+    assert cli.run(["plugins"]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(line)
+    assert err.count("\n") == (1 if line else 0)
+
+
+@pytest.mark.parametrize("way", ["option", "anywhere", "environment"])
+def test_debug_shows_the_traceback(fails, capsys, monkeypatch, way):
+    fails(InputError("what is wrong"))
+    arguments = {"option": ["--debug", "plugins"], "anywhere": ["plugins", "--debug"], "environment": ["plugins"]}[way]
+    monkeypatch.setenv("BUDWOOD_DEBUG", "1" if way == "environment" else "0")
+    assert cli.run(arguments) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.endswith("error: what is wrong\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["tnue"], "error: No such command 'tnue'. Did you mean 'tune'? See `budwood --help`.\n"),
+        (["recipe", "shema"], "error: No such command 'shema'. Did you mean 'schema'? See `budwood recipe --help`.\n"),
+        (["tune", "--overwrit", "r.yaml"], "--overwrite"),
+        (["tune"], "error: Missing argument 'recipe'. See `budwood tune --help`.\n"),
+        (["serve"], "error: No such command 'serve'."),
+    ],
+)
+def test_what_is_not_understood_names_the_nearest(capsys, arguments, line):
+    assert cli.run(arguments) == 2
+    err = capsys.readouterr().err
+    assert line in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_sigterm_ends_with_its_code():
+    code = (
+        "import os, signal, typer.main\n"
+        "from budwood.cli import app\n"
+        "typer.main.get_command = lambda app: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "app.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (143, "error: terminated.\n")
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = f"{sys.executable} -c 'from budwood.cli.app import main; main()' --help; echo $? >&2"
+    done = subprocess.run(["bash", "-c", f"({command}) | true"], capture_output=True, text=True)
+    assert done.stderr == "0\n"

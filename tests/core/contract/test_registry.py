@@ -1,0 +1,177 @@
+"""Finding and checking strategies: every way in which a plugin can be wrong is an error that names it."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from budwood import InputError, PluginError
+from budwood.contract.discovery import find, installed
+from budwood.contract.registry import build_strategy, load_strategy
+
+
+def refused(kind: type[Exception], *parts: str):
+    """Expect an error of `kind`, one line, with every one of `parts`."""
+
+    def check(error: Exception) -> bool:
+        assert "\n" not in str(error)
+        for part in parts:
+            assert part in str(error), f"{part!r} not in {str(error)!r}"
+        return True
+
+    return pytest.raises(kind, check=check)
+
+
+def one(distribution, body: str, name: str = "mine") -> None:
+    """Install a strategy `name` of the distribution sprout 1.0 whose class has `body`."""
+    source = "class Mine(Strategy):\n" + "\n".join(f"    {line}" for line in body.splitlines())
+    distribution("sprout", source, {name: "Mine"})
+
+
+def test_first_party_strategies_are_entry_points_like_any_other():
+    assert [entry.owner for entry in installed()["lora"]] == [find("lora").owner]
+    assert find("lora").distribution == "budwood"
+
+
+def test_only_what_is_named_is_imported(distribution):
+    distribution("sprout", "raise RuntimeError('imported')", {"sprout": "Sprout"})
+    distribution("twig", "class Twig(Strategy):\n    '''A twig.'''", {"twig": "Twig"})
+    assert {"sprout", "twig"} <= set(installed())
+    load_strategy("twig")
+    assert "twig" in sys.modules
+    assert "sprout" not in sys.modules
+
+
+def test_unknown_strategy_names_the_nearest(distribution):
+    distribution("sprout", "class A(Strategy): pass", {"adversarial": "A"})
+    with refused(InputError, "strategy 'adverserial' is not installed", "Did you mean 'adversarial'?", "lora"):
+        load_strategy("adverserial")
+
+
+def test_duplicate_names_name_both_distributions(distribution):
+    for name in ("sprout", "twig"):
+        distribution(name, "class A(Strategy): pass", {"mine": "A"})
+    with refused(InputError, "strategy 'mine'", "sprout 1.0", "twig 1.0", "uninstall one of them (pip uninstall "):
+        load_strategy("mine")
+
+
+def test_a_distribution_seen_twice_on_the_path_is_one(distribution, monkeypatch):
+    monkeypatch.syspath_prepend(distribution("sprout", "class A(Strategy): pass", {"mine": "A"}))
+    assert find("mine").owner == "sprout 1.0"
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("raise RuntimeError('no GPU')", "RuntimeError: no GPU"),
+        ("import not_there", "No module named 'not_there'"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        ("class Other: pass", "has no attribute 'Mine'"),
+        ("def broken(:", "SyntaxError"),
+    ],
+)
+def test_failing_import_names_plugin_distribution_and_remedy(distribution, source, says):
+    distribution("sprout", source, {"mine": "Mine"})
+    with refused(
+        PluginError, "plugin 'mine' of sprout 1.0 (sprout:Mine)", says, "pip install -U sprout", "leave it out"
+    ):
+        load_strategy("mine")
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (
+            "@hookimpl\ndef prepare_modle(self, run): ...",
+            "no hook 'prepare_modle'. Did you mean 'prepare_model'",
+        ),
+        ("def prepare_model(self, run, model): ...", "'prepare_model' is named like a hook; mark it with @hookimpl"),
+        ("@hookimpl\ndef before_clip(self, rnu): ...", "hook 'before_clip' has no argument 'rnu'. Did you mean 'run'?"),
+        ("@hookimpl\ndef before_clip(self, *args): ...", "hook 'before_clip' has no argument 'args'"),
+        ("@hookimpl\ndef before_clip(self, run=None): ...", "argument 'run' must have no default"),
+        ("@hookimpl\ndef forward(self, step): ...", "'forward' is not a strategy's own; use @hookimpl(wrapper=True)"),
+        ("@hookimpl(wrapper=True)\ndef before_clip(self, run): yield", "hook 'before_clip' cannot be wrapped"),
+        ("@hookimpl(tryfirst=True)\ndef before_clip(self, run): ...", "declare the order with `before` and `after`"),
+        ("api = 99", "written for version 99 of the contract"),
+        ("slots = 'adapter'", "'slots' must be a tuple of names, not 'adapter'"),
+        ("class Options: pass", "its Options must be a subclass of budwood.Options"),
+        ("def __init__(self): ...", "cannot start: TypeError"),
+    ],
+)
+def test_what_breaks_the_contract_is_named(distribution, body, says):
+    one(distribution, body)
+    with refused(PluginError, "strategy 'mine' of sprout 1.0", says):
+        build_strategy("mine", {}, "recipe.yaml:7")
+
+
+def test_an_entry_point_to_something_else_is_refused(distribution):
+    distribution("sprout", "def mine(): ...", {"mine": "mine"})
+    with refused(PluginError, "strategy 'mine' of sprout 1.0: sprout:mine is not a subclass of budwood.Strategy"):
+        load_strategy("mine")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epsilonn": 1}, "recipe.yaml:7: mine.epsilonn: unknown key. Did you mean 'epsilon'?"),
+        ({"epsilon": -1}, "recipe.yaml:7: mine.epsilon: must be greater than 0 (got -1)."),
+        ({"epsilon": float("nan")}, "recipe.yaml:7: mine.epsilon: must be a finite number (got nan)."),
+        ({"norm": {"kind": "l3"}}, "recipe.yaml:7: mine.norm.kind: must be 'l1' or 'l2' (got 'l3')."),
+        ({"norm": {"knd": "l2"}}, "recipe.yaml:7: mine.norm.knd: unknown key. Did you mean 'kind'?"),
+        ({"targets": 3}, "recipe.yaml:7: mine.targets: must be text or must be a list (got 3)."),
+        ({"targets": ["q", 3]}, "recipe.yaml:7: mine.targets[1]: must be text (got 3)."),
+        ({}, "recipe.yaml:7: mine.epsilon: missing (size of the step)."),
+    ],
+)
+def test_options_are_checked_and_named(distribution, options, message):
+    source = """
+        from typing import Literal
+
+        class Norm(Options):
+            kind: Literal["l1", "l2"] = "l2"
+
+        class Mine(Strategy):
+            class Options(Options):
+                epsilon: float = Field(gt=0, description="size of the step")
+                norm: Norm = Norm()
+                targets: str | list[str] = "all"
+    """
+    distribution("sprout", source, {"mine": "Mine"})
+    options = {"epsilon": 1, **options} if options else options
+    with pytest.raises(InputError) as error:
+        build_strategy("mine", options, "recipe.yaml:7")
+    assert str(error.value) == message
+
+
+def test_a_built_strategy_knows_its_name_distribution_and_options(distribution):
+    one(distribution, "class Options(Options):\n    rank: int = 8")
+    strategy = build_strategy("mine", {"rank": 16}, "recipe.yaml:7")
+    assert str(strategy) == "strategy 'mine' (sprout 1.0)"
+    assert strategy.options.rank == 16
+
+
+def test_summaries_are_read_without_importing(distribution, tmp_path):
+    folder = distribution(
+        "sprout", "'''Module.'''\nfrom sprout_parts import Mine\nraise RuntimeError", {"mine": "Mine"}
+    )
+    package = folder / "sprout_parts"
+    package.mkdir()
+    (package / "__init__.py").write_text("from .deep import Original as Mine\nraise RuntimeError")
+    (package / "deep.py").write_text(
+        "class Original:\n    '''Adds noise (Someone, 2015).\n\n    More.'''\nraise RuntimeError"
+    )
+    assert find("mine").summary == "Adds noise (Someone, 2015)."
+    assert not {"sprout", "sprout_parts"} & set(sys.modules)
+
+
+@pytest.mark.parametrize("source", ["def broken(:", "class Other: pass", "class Mine: pass", ""])
+def test_a_source_without_a_summary_is_no_error(distribution, source):
+    distribution("sprout", source, {"mine": "Mine"})
+    assert find("mine").summary == ""
+
+
+def test_a_module_that_is_not_there_has_no_summary(distribution):
+    folder = distribution("sprout", "", {"mine": "Mine"})
+    (folder / "sprout.py").unlink()
+    assert find("mine").summary == ""

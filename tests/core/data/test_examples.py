@@ -1,0 +1,227 @@
+"""Rows as flat arrays: what is cut, dropped, labelled and counted, and the cache of tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from budwood.contract.types import Example
+from budwood.data import cache
+from budwood.data.examples import Examples, build_examples, overlap
+from budwood.errors import InputError
+
+LM, CLASSIFY = "causal-lm", "sequence-classification"
+PAIRS = [{"prompt": f"Question: {i}\nAnswer:", "completion": " yes" * (i + 1)} for i in range(5)]
+LABELLED = [{"text": f"hello {i}", "label": name} for i, name in enumerate(["spam", "ham", "eggs", "ham"])]
+
+
+def test_examples_are_views_of_what_the_rows_hold(write: Any, byte_level: Any) -> None:
+    tokenizer = byte_level()
+    examples = build_examples(write(PAIRS), tokenizer, LM, 512)
+    assert len(examples) == len(list(examples)) == 5
+    assert examples.lengths.tolist() == [len(example) for example in examples]
+    for index, example in enumerate(examples):
+        assert example.id == index
+        assert example.input_ids.dtype == np.int32
+        assert example.supervised.dtype == bool
+        assert example.label is None
+        assert tokenizer.decode(example.input_ids[example.supervised]) == PAIRS[index]["completion"] + "</s>"
+        assert not example.supervised[: example.prompt_length].any()
+        assert tokenizer.decode(examples.prompt_ids(index)) == "<s>" + PAIRS[index]["prompt"]
+        assert examples.reference(index) == PAIRS[index]["completion"]
+    assert examples[-1].id == 4
+    assert [example.id for example in examples[1:3]] == [1, 2]
+    assert examples.form == "prompt-completion"
+    with pytest.raises(IndexError):
+        examples[5]
+
+
+def test_what_is_recognised_is_said(write: Any, byte_level: Any) -> None:
+    line = build_examples(write(PAIRS), byte_level(), LM, 512).describe()
+    assert "train.jsonl: prompt + completion; 5 examples," in line
+    assert "% with a loss" in line
+    rows = [*LABELLED, {"text": " ", "label": "ham"}]
+    line = build_examples(write(rows), byte_level(), CLASSIFY, 4).describe()
+    assert "text + label; 4 examples" in line
+    assert "3 classes, 4 cut at 4, 1 dropped (empty text 1, first at " in line
+    assert "train.jsonl:5)" in line
+
+
+def test_a_byte_order_mark_is_said(tmp_path: Path, byte_level: Any) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes("\ufefftext,label\r\nx,a\r\ny,b\r\n".encode())
+    for _ in range(2):  # from the cache too
+        examples = build_examples(path, byte_level(), CLASSIFY, 64)
+        assert "byte order mark" in examples.describe()
+        assert examples.labels == ["a", "b"]
+
+
+def test_too_long_is_cut_or_dropped_and_counted(write: Any, byte_level: Any) -> None:
+    tokenizer = byte_level()
+    prompt = len(build_examples(write(PAIRS), tokenizer, LM, 512).prompt_ids(0))
+    examples = build_examples(write(PAIRS), tokenizer, LM, prompt + 3)
+    assert len(examples) == 5
+    assert examples.lengths.max() == prompt + 3
+    full = build_examples(write(PAIRS), tokenizer, LM, 512)
+    assert examples.stats.truncated == (full.lengths > prompt + 3).sum()
+    assert examples.stats.tokens_cut == (full.lengths - examples.lengths).sum()
+    for cut, whole in zip(examples, full, strict=True):
+        assert np.array_equal(cut.input_ids, whole.input_ids[: len(cut)])
+        assert np.array_equal(cut.supervised, whole.supervised[: len(cut)])
+        assert cut.supervised.any()
+    rows = [*PAIRS, {"prompt": "maybe " * 50, "completion": "yes"}, {"prompt": "x", "completion": ""}]
+    examples = build_examples(write(rows), tokenizer, LM, prompt + 3)
+    assert examples.stats.rows == 7
+    assert examples.stats.dropped == {"answer beyond max_length": 1, "empty completion": 1}
+    assert [place.rpartition(":")[2] for place in examples.stats.first_dropped.values()] == ["6", "7"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "x", "completion": " "}] * 3, "all of its 3 rows were dropped: empty completion 3.$"),
+        ([{"prompt": "maybe " * 50, "completion": "x"}], "answer beyond max_length 1. Raise data.max_length"),
+        ([{"text": "\n"}], "all of its 1 rows were dropped: empty text 1.$"),
+    ],
+)
+def test_nothing_left_is_an_error(rows: Any, message: str, write: Any, byte_level: Any) -> None:
+    with pytest.raises(InputError, match=message):
+        build_examples(write(rows), byte_level(), LM, 16)
+
+
+def test_labels_are_learned_sorted_and_kept(write: Any, byte_level: Any) -> None:
+    train = build_examples(write(LABELLED), byte_level(), CLASSIFY, 64)
+    assert train.labels == ["eggs", "ham", "spam"]
+    assert [example.label for example in train] == [2, 1, 0, 1]
+    assert train.stats.classes == [1, 2, 1]
+    held_out = build_examples(write(LABELLED[:1], "eval.jsonl"), byte_level(), CLASSIFY, 64, labels=train.labels)
+    assert (held_out.labels, held_out[0].label) == (train.labels, 2)
+    numbers = [{"text": "x", "label": i} for i in (10, 9, 100, 9)]
+    assert build_examples(write(numbers), byte_level(), CLASSIFY, 64).labels == ["9", "10", "100"]
+
+
+def test_labels_that_cannot_be(write: Any, byte_level: Any) -> None:
+    with pytest.raises(InputError, match="every label is 'ham'"):
+        build_examples(write(LABELLED[1:2] * 3), byte_level(), CLASSIFY, 64)
+    rows = [*LABELLED, {"text": "x", "label": "hem"}]
+    with pytest.raises(InputError, match=r"train.jsonl:5: label 'hem' is not .*Did you mean 'ham'.*Known: ham, spam"):
+        build_examples(write(rows), byte_level(), CLASSIFY, 64, labels=["ham", "spam", "eggs"])
+
+
+def test_overlap(write: Any, byte_level: Any) -> None:
+    train = build_examples(write(PAIRS), byte_level(), LM, 512)
+    other = build_examples(
+        write([PAIRS[1], PAIRS[1], {**PAIRS[0], "completion": "no"}], "e.jsonl"), byte_level(), LM, 512
+    )
+    assert overlap(train, other) == 2
+
+
+def test_gather(write: Any, byte_level: Any) -> None:
+    """What a strategy returns from prepare_examples, as arrays again."""
+    examples = build_examples(write(LABELLED), byte_level(), CLASSIFY, 64)
+    chosen = [examples[2], examples[0]]
+    chosen[0].columns["score"] = np.float32(0.5)
+    chosen.append(Example(7, np.arange(4, dtype=np.int32), np.zeros(4, dtype=bool), 1))
+    gathered = Examples.gather(chosen, like=examples)
+    assert [example.id for example in gathered] == [2, 0, 7]
+    assert gathered.lengths.tolist() == [len(example) for example in chosen]
+    assert gathered[0].columns == {"score": 0.5}
+    assert np.array_equal(gathered[1].input_ids, examples[0].input_ids)
+    assert gathered.labels == examples.labels
+    assert (gathered.stats.examples, gathered.stats.classes) == (3, [1, 1, 1])
+    assert len(Examples.gather([], like=examples)) == 0
+
+
+class TestCache:
+    @pytest.fixture
+    def build(self, write: Any, byte_level: Any, tmp_path: Path) -> Any:
+        def make(rows: Any = PAIRS, tokenizer: Any = None, task: str = LM, length: int = 512, **options: Any) -> Any:
+            tokenizer = tokenizer or byte_level()
+            return build_examples(write(rows), tokenizer, task, length, cache_dir=tmp_path / "cache", **options)
+
+        return make
+
+    def test_the_second_time_reads_the_same(self, build: Any, byte_level: Any) -> None:
+        made, read = build(), build()
+        assert (made.from_cache, read.from_cache) == (False, True)
+        for one, two in zip(made, read, strict=True):
+            assert np.array_equal(one.input_ids, two.input_ids)
+            assert np.array_equal(one.supervised, two.supervised)
+            assert (one.id, one.label, one.prompt_length) == (two.id, two.label, two.prompt_length)
+        assert read.stats == made.stats
+        assert read.describe() == made.describe()
+        assert read.reference(3) == PAIRS[3]["completion"]
+
+    def test_whatever_decides_the_tokens_is_in_the_key(self, build: Any, byte_level: Any) -> None:
+        build()
+        assert not build(PAIRS[:4]).from_cache
+        assert not build(length=511).from_cache
+        assert not build(tokenizer=byte_level(bos=False)).from_cache
+        assert not build(tokenizer=byte_level(template="{{ messages }}")).from_cache
+        assert not build(template_options={"enable_thinking": False}).from_cache
+        assert build().from_cache
+        build(LABELLED, task=CLASSIFY)
+        assert not build(LABELLED, task=CLASSIFY, labels=["ham", "spam", "eggs"]).from_cache
+
+    def test_a_tokenizers_passing_state_is_not(self, build: Any, byte_level: Any) -> None:
+        build()
+        byte_level()(["a", "b c d"], padding="longest", truncation=True, max_length=3)
+        assert build().from_cache
+
+    @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other"])
+    def test_damage_is_repaired_unsaid(self, build: Any, tmp_path: Path, damage: str) -> None:
+        made = build()
+        (entry,) = (tmp_path / "cache").iterdir()
+        data = bytearray(entry.read_bytes())
+        if damage == "flip":
+            data[-3] ^= 1
+        damaged = {"flip": bytes(data), "cut": bytes(data[:-10]), "empty": b"", "other": b"x" * 1000}[damage]
+        entry.write_bytes(damaged)
+        again = build()
+        assert not again.from_cache
+        assert all(np.array_equal(a.input_ids, b.input_ids) for a, b in zip(made, again, strict=True))
+        assert build().from_cache
+
+    def test_a_folder_that_cannot_be_written(self, build: Any, tmp_path: Path) -> None:
+        (tmp_path / "cache").write_text("in the way")
+        assert len(build()) == 5
+        assert len(build()) == 5
+
+    def test_a_write_that_fails_leaves_nothing(
+        self, build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(cache.os, "replace", fail)
+        assert len(build()) == 5
+        assert list((tmp_path / "cache").iterdir()) == []
+
+    def test_a_file_that_changes_meanwhile(self, build: Any, write: Any) -> None:
+        build()
+        examples = build()
+        write(PAIRS[:2])
+        with pytest.raises(InputError, match="the file changed during the run"):
+            examples.reference(0)
+
+    def test_default_folder(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("BUDWOOD_CACHE", str(tmp_path))
+        assert cache.default_folder() == tmp_path / "tokens"
+        monkeypatch.delenv("BUDWOOD_CACHE")
+        assert cache.default_folder() == Path.home() / ".cache" / "budwood" / "tokens"
+
+
+def test_errors_come_before_the_tokenizer_works(tmp_path: Path, byte_level: Any) -> None:
+    for path, message in (
+        (tmp_path / "none.jsonl", "no such file"),
+        ("/dev/zero", "not an ordinary"),
+        ("/", "neither"),
+    ):
+        with pytest.raises(InputError, match=message):
+            build_examples(path, byte_level(), LM, 64)
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": null}\n')
+    with pytest.raises(InputError, match=r"a.jsonl:2: field 'text' must be text, not null"):
+        build_examples(tmp_path / "a.jsonl", byte_level(), LM, 64)

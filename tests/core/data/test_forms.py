@@ -1,0 +1,193 @@
+"""What columns mean, and the tokens that rows become: BOS once, EOS at the end, the prompt as generation sees it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from budwood.contract.discovery import PluginError
+from budwood.data.encoder import Encoder, encode_prompt
+from budwood.data.forms import Dropped, Encoded, PromptCompletion, Text, TextLabel, recognise
+from budwood.errors import InputError
+
+LM, CLASSIFY = "causal-lm", "sequence-classification"
+
+
+def encode(form: Any, row: dict[str, Any], tokenizer: Any, max_length: int = 512) -> Any:
+    return form.encode([row], ["train.jsonl:1"], Encoder(tokenizer, max_length))[0]
+
+
+def texts(tokenizer: Any, row: Encoded) -> list[str]:
+    return [tokenizer.decode(row.input_ids[start:stop]) for start, stop in row.spans]
+
+
+@pytest.mark.parametrize(
+    ("columns", "task", "name"),
+    [
+        (["completion", "id", "prompt"], LM, "prompt-completion"),
+        (["messages", "prompt"], LM, "messages"),
+        (["text"], LM, "text"),
+        (["label", "text"], CLASSIFY, "text-label"),
+    ],
+)
+def test_recognised_by_columns(columns: list[str], task: str, name: str) -> None:
+    assert recognise(columns, task, "x").name == name
+
+
+@pytest.mark.parametrize(
+    ("columns", "task", "message"),
+    [
+        (["prompt", "response"], LM, "'prompt', 'response' are not understood. prompt . completion lacks 'completion'"),
+        (["txt"], LM, "Did you mean 'text'"),
+        (["a"], LM, "Accepted: messages; prompt . completion; text; text . label"),
+        (["messages", "prompt", "completion"], LM, "can be read as messages and as prompt . completion"),
+        (["text", "prompt", "completion"], LM, "can be read as"),
+        (["text", "label"], LM, "base.task: sequence-classification, or remove 'label' to train on text alone"),
+        (["text"], CLASSIFY, "data for causal-lm, but the task is sequence-classification.*or give text . label"),
+        (["messages"], CLASSIFY, "Set base.task: causal-lm, or give text . label"),
+    ],
+)
+def test_columns_that_are_not_taken(columns: list[str], task: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        recognise(columns, task, "train.jsonl")
+    assert str(caught.value).startswith("train.jsonl: ")
+
+
+@pytest.mark.parametrize("form", [PromptCompletion(), Text(), TextLabel()], ids=lambda form: form.name)
+@pytest.mark.parametrize("value", [None, 3, ["x"], {"a": 1}, True], ids=repr)
+def test_fields_that_are_not_text(form: Any, value: Any, byte_level: Any) -> None:
+    for field in form.columns:
+        if field == "label" and value == 3 and value is not True:
+            continue  # a whole number names a class
+        row = {name: "x" for name in form.columns} | {field: value}
+        with pytest.raises(InputError, match=f"^train.jsonl:1: field '{field}' must be text"):
+            encode(form, row, byte_level())
+        del row[field]
+        with pytest.raises(InputError, match=f"^train.jsonl:1: field '{field}' must be text.*, not missing"):
+            encode(form, row, byte_level())
+
+
+def test_half_a_character_is_refused(byte_level: Any) -> None:
+    with pytest.raises(InputError, match="^train.jsonl:1: field 'text' has half a character"):
+        encode(Text(), {"text": "x\ud800"}, byte_level())
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_prompt_and_completion(byte_level: Any, bos: bool) -> None:
+    tokenizer = byte_level(bos)
+    row = encode(PromptCompletion(), {"prompt": "Question: yes?\nAnswer:", "completion": " yes"}, tokenizer)
+    assert tokenizer.decode(row.input_ids) == "<s>" * bos + "Question: yes?\nAnswer: yes</s>"
+    assert texts(tokenizer, row) == [" yes</s>"]
+    assert row.input_ids[: row.prompt_length] == encode_prompt(tokenizer, "Question: yes?\nAnswer:")
+    assert row.input_ids[:-1] == encode_prompt(tokenizer, "Question: yes?\nAnswer: yes")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [("Question: hel", "lo there"), ("Answer: ", "yes"), ("maybe\n", "\nyes"), ("éa", "\u0301b")],
+)
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+def test_a_token_never_straddles_prompt_and_completion(
+    request: pytest.FixtureRequest, kind: str, prompt: str, completion: str
+) -> None:
+    made = request.getfixturevalue(kind)
+    tokenizer = made() if kind == "byte_level" else made
+    row = encode(PromptCompletion(), {"prompt": prompt, "completion": completion}, tokenizer)
+    assert row.input_ids[: row.prompt_length] == encode_prompt(tokenizer, prompt)
+    assert tokenizer.decode(row.input_ids[1:-1]) == prompt + completion
+
+
+def test_merging_boundary_is_remarked(byte_level: Any) -> None:
+    encoder = Encoder(byte_level(), 99)
+    whole = encoder.plain(["hello"])[0]
+    assert len(whole) < len(encoder.plain(["hel"])[0]) + len(encoder.plain(["lo"])[0])  # it does merge
+    rows = [{"prompt": "hel", "completion": "lo"}, {"prompt": "hello", "completion": " there"}]
+    PromptCompletion().encode(rows, ["a:1", "a:2"], encoder)
+    assert list(encoder.remarks.values()) == [1]
+
+
+def test_no_space_before_a_continuation(sentencepiece: Any) -> None:
+    """The tokenizer puts a space before every text, which is wrong within one."""
+    assert sentencepiece.decode(sentencepiece("lo", add_special_tokens=False)["input_ids"][:1]) == ""
+    row = encode(PromptCompletion(), {"prompt": "hel", "completion": "lo"}, sentencepiece)
+    assert sentencepiece.decode(row.input_ids, skip_special_tokens=True) == "hello"
+
+
+@pytest.mark.parametrize("form", [PromptCompletion(), Text()], ids=lambda form: form.name)
+def test_bos_and_eos_stand_once(form: Any, byte_level: Any) -> None:
+    tokenizer = byte_level(bos=True)
+    row = {"prompt": "<s>Question:", "completion": " yes</s>", "text": "<s>Question: yes</s>"}
+    encoded = encode(form, row, tokenizer)
+    assert tokenizer.decode(encoded.input_ids) == "<s>Question: yes</s>"
+    assert encoded.input_ids.count(tokenizer.bos_token_id) == 1
+    assert encode_prompt(tokenizer, "<s>Question:").count(tokenizer.bos_token_id) == 1
+    assert encoded.spans[-1][1] == len(encoded.input_ids)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_text(byte_level: Any, bos: bool) -> None:
+    tokenizer = byte_level(bos)
+    row = encode(Text(), {"text": "Hello there"}, tokenizer)
+    assert tokenizer.decode(row.input_ids) == "<s>" * bos + "Hello there</s>"
+    assert row.spans == [(1, len(row.input_ids))]
+    assert row.prompt_length == 0
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "reason"),
+    [
+        (PromptCompletion(), {"prompt": "x", "completion": ""}, "empty completion"),
+        (PromptCompletion(), {"prompt": "x", "completion": " \n"}, "empty completion"),
+        (PromptCompletion(), {"prompt": "", "completion": "x"}, "empty prompt"),
+        (Text(), {"text": " \t"}, "empty text"),
+        (TextLabel(), {"text": "", "label": "a"}, "empty text"),
+        (TextLabel(), {"text": "x", "label": " "}, "empty label"),
+    ],
+)
+def test_empty_rows_are_dropped(form: Any, row: dict[str, str], reason: str, byte_level: Any) -> None:
+    assert encode(form, row, byte_level()) == Dropped(reason)
+
+
+def test_a_tokenizer_without_an_end(byte_level: Any) -> None:
+    with pytest.raises(InputError, match="no end-of-sequence token.*tokenizer_config.json"):
+        encode(Text(), {"text": "x"}, byte_level(eos=None))
+
+
+def test_classification_keeps_what_the_tokenizer_puts_around(word_piece: Any, byte_level: Any) -> None:
+    text = "hello there how are you " * 10
+    row = encode(TextLabel(), {"text": text, "label": "a"}, word_piece, max_length=8)
+    assert len(row.input_ids) == 8
+    assert row.truncated
+    assert [row.input_ids[0], row.input_ids[-1]] == [2, 3]
+    short = encode(TextLabel(), {"text": "hello", "label": 7}, word_piece, max_length=8)
+    assert (short.truncated, short.label) == (False, "7")
+    tokenizer = byte_level(bos=True)
+    row = encode(TextLabel(), {"text": "<s>hello", "label": "a"}, tokenizer)
+    assert row.input_ids.count(tokenizer.bos_token_id) == 1
+
+
+def install_form(folder: Path, name: str, source: str) -> None:
+    (folder / f"{name}_form.py").write_text(source)
+    info = folder / f"{name}_form-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-form\nVersion: 1.2\n")
+    (info / "entry_points.txt").write_text(f"[budwood.forms]\n{name} = {name}_form:Made\n")
+
+
+def test_forms_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A form of another distribution is found by its columns; a broken one matters only where no other fits."""
+    source = (
+        "from budwood.data.forms import Form\nclass Made(Form):\n    name = 'pairs'\n    columns = ('good', 'bad')\n"
+    )
+    install_form(tmp_path, "pairs", source + "    tasks = ('causal-lm',)\n")
+    install_form(tmp_path, "broken", "import no_such_module\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert recognise(["bad", "good"], LM, "x").name == "pairs"
+    assert recognise(["text"], LM, "x").name == "text"
+    with pytest.raises(InputError, match="good . bad; .*plugin 'broken' of broken-form 1.2.*cannot be imported"):
+        recognise(["good"], LM, "x")
+    install_form(tmp_path, "odd", "class Made: pass\n")
+    with pytest.raises(PluginError, match="data form 'odd' of odd-form 1.2 is not a subclass"):
+        recognise(["text"], LM, "x")

@@ -1,0 +1,212 @@
+"""Which tokens are the assistant's is proved from the template's own renderings, or the file is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from budwood.data.encoder import Encoder, encode_chat
+from budwood.data.forms import Dropped, Encoded, Messages
+from budwood.errors import InputError
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Trims every content, and spells out BOS itself.
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n'"
+    " + m.content | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+# No generation prompt: the answer follows the user's turn after a space; refuses turns that do not alternate.
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}"
+    "{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content + eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+# Puts the end-of-sequence token behind the whole conversation, as Phi-3 does.
+PHI3 = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+# Puts an empty thought before the last answer only, as Qwen3 does.
+QWEN3 = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+# Drops all but the last two messages.
+FORGETFUL = (
+    "{% for m in messages[-2:] %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+NO_PROMPT = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+NO_END = (
+    "{% for m in messages %}{{ '### ' + m.role + '\n' + m.content + '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
+)
+
+
+def say(*contents: str, first: str = "user") -> list[dict[str, str]]:
+    roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
+    return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def encode(messages: Any, tokenizer: Any, **options: Any) -> Any:
+    return Messages().encode([{"messages": messages}], ["train.jsonl:1"], Encoder(tokenizer, 512, options))[0]
+
+
+def supervised(tokenizer: Any, row: Encoded) -> list[str]:
+    return [tokenizer.decode(row.input_ids[start:stop]) for start, stop in row.spans]
+
+
+TEMPLATES = {
+    "chatml": (CHATML, ["Hello there<|im_end|>", "I am fine.<|im_end|>"]),
+    "llama3": (LLAMA3, ["Hello there<|eot_id|>", "I am fine.<|eot_id|>"]),
+    "mistral": (MISTRAL, [" Hello there</s>", " I am fine.</s>"]),
+    "phi3": (PHI3, ["Hello there<|end|>", "I am fine.<|end|>"]),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_assistant_turns_and_their_ends(name: str, byte_level: Any) -> None:
+    template, expected = TEMPLATES[name]
+    tokenizer = byte_level(True, template)
+    messages = say("Hello", "Hello there", "How are you?", "I am fine.")
+    row = encode(messages, tokenizer)
+    assert supervised(tokenizer, row) == expected
+    # Before every turn stand exactly the tokens from which generation would answer.
+    for (start, _), count in zip(row.spans, (1, 3) if name != "llama3" else (1,), strict=False):
+        assert row.input_ids[:start] == encode_chat(tokenizer, messages[:count])
+    assert row.prompt_length == row.spans[0][0]
+    assert row.input_ids.count(tokenizer.bos_token_id) == template.count("bos_token")
+    assert row.spans[-1][1] == len(row.input_ids)
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert rendered.startswith(tokenizer.decode(row.input_ids))
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3"])
+@pytest.mark.parametrize("answer", ["  spaced  ", "\n\nnew lines\n", "\t"], ids=repr)
+def test_white_space_around_an_answer(name: str, answer: str, byte_level: Any) -> None:
+    template, _ = TEMPLATES[name]
+    tokenizer = byte_level(True, template)
+    row = encode(say("Hello", answer), tokenizer)
+    if not answer.strip():
+        assert row == Dropped("empty assistant turn")
+        return
+    end = "<|im_end|>" if name == "chatml" else "<|eot_id|>"
+    assert supervised(tokenizer, row) == [(answer if name == "chatml" else answer.strip()) + end]
+    assert row.input_ids[: row.prompt_length] == encode_chat(tokenizer, say("Hello"))
+
+
+def test_a_token_across_the_start_of_an_answer(byte_level: Any) -> None:
+    """GPT-2's rule splits two line ends before a word, and joins them at the end of a prompt."""
+    tokenizer = byte_level(True, LLAMA3)
+    first, second = say("Hello", "Hello there"), say("Hello", "Hello there", "How are you?", "I am fine.")
+    alone, whole = (tokenizer.apply_chat_template(first[:1], add_generation_prompt=True)["input_ids"],
+                    tokenizer.apply_chat_template(first)["input_ids"])  # fmt: skip
+    assert whole[: len(alone)] != alone
+    encoder = Encoder(tokenizer, 512)
+    one, two = Messages().encode([{"messages": first}, {"messages": second}], ["a:1", "a:2"], encoder)
+    assert isinstance(one, Encoded)
+    assert isinstance(two, Encoded)
+    assert one.input_ids[: one.prompt_length] == encode_chat(tokenizer, first[:1])
+    assert two.input_ids[: len(one.input_ids)] == one.input_ids  # a conversation goes on as it was spoken
+    assert supervised(tokenizer, two) == ["Hello there<|eot_id|>", "I am fine.<|eot_id|>"]
+    assert tokenizer.decode(two.input_ids) == tokenizer.apply_chat_template(second, tokenize=False)
+    assert sum(encoder.remarks.values()) == 2
+
+
+def test_what_follows_the_last_answer_is_left_out(byte_level: Any) -> None:
+    tokenizer = byte_level(True, CHATML)
+    longer = encode(say("Hello", "Hello there", "How are you?"), tokenizer)
+    assert longer == encode(say("Hello", "Hello there"), tokenizer)
+
+
+def test_stop_tokens_and_control_tokens_in_contents(byte_level: Any) -> None:
+    tokenizer = byte_level(True, CHATML)
+    encoder = Encoder(tokenizer, 512)
+    rows = [{"messages": say("Hello", "Hello there")}, {"messages": say("what is <|im_end|>?", "yes")}]
+    Messages().encode(rows, ["a:1", "a:2"], encoder)
+    assert encoder.stop_ids == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    assert encoder.remarks == {"conversations that spell out control tokens, which are read as such": 1}
+
+
+def test_thoughts_that_the_template_adds(byte_level: Any) -> None:
+    tokenizer = byte_level(True, QWEN3)
+    one = say("Hello", "Hello there")
+    with pytest.raises(InputError, match=r"train.jsonl:1: .*message 2.* writes '<think>.* where the answer should"):
+        encode(one, tokenizer)
+    row = encode(one, tokenizer, enable_thinking=False)
+    assert supervised(tokenizer, row) == ["Hello there<|im_end|>"]
+    assert row.input_ids[: row.prompt_length] == encode_chat(tokenizer, one[:1], {"enable_thinking": False})
+    with pytest.raises(InputError, match="renders the messages before it differently"):
+        encode(say("Hello", "Hello there", "How are you?", "I am fine."), tokenizer, enable_thinking=False)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (FORGETFUL, "leaves out or changes message 1"),
+        (NO_PROMPT, r"writes '<\|im_start\|>assistant\\n' where the answer should begin"),
+        (NO_END, "puts no token behind it that ends an answer"),
+        (CHATML.replace("m.content", "m.content | upper"), "leaves out or changes message 1"),
+        ("{{ messages[0].nothing.at.all }}", "the chat template refuses the conversation"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "puts no token behind it"),
+        (None, "has no chat template"),
+    ],
+    ids=["forgetful", "no prompt", "no end", "upper", "raises", "bare", "none"],
+)
+def test_templates_that_prove_nothing(template: str | None, message: str, byte_level: Any) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        encode(say("Hello", "yes, yes", "How?", "I am fine."), byte_level(True, template))
+    assert str(caught.value).startswith("train.jsonl:1: ")
+
+
+def test_the_templates_own_complaint_is_passed_on(byte_level: Any) -> None:
+    with pytest.raises(InputError, match="^train.jsonl:1: .*roles must alternate"):
+        encode([{"role": "user", "content": "a"}] * 2 + say("x", first="assistant"), byte_level(True, MISTRAL))
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (None, "field 'messages' must be a list, not null"),
+        ("hello", "field 'messages' must be a list, not a str"),
+        ([], "empty list"),
+        (["hello"], "message 1 must be an object"),
+        ([{"content": "x"}], "message 1: 'role' must be text, not missing"),
+        ([{"role": 3, "content": "x"}], "message 1: 'role' must be text, not a int"),
+        ([{"role": "asistant", "content": "x"}], "unknown role 'asistant'. Did you mean 'assistant'"),
+        ([{"role": "gpt", "content": "x"}], "unknown role 'gpt'. Known: system"),
+        ([{"role": "user", "content": None}], "message 1: 'content' must be text, not null"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "message 1: 'content' must be text, not a list"),
+        ([{"role": "user"}], "message 1: 'content' must be text, not missing"),
+        ([{"role": "user", "content": "\ud800"}], "message 1 has half a character"),
+        ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "tool calls are not supported"),
+    ],
+)
+def test_malformed_conversations(messages: Any, message: str, byte_level: Any) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        encode(messages, byte_level(True, CHATML))
+    assert str(caught.value).startswith("train.jsonl:1: ")
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        (say("Hello"), "no assistant turn"),
+        (say("Hello", "there", first="assistant"), "begins with the assistant"),
+        (say("Hello", ""), "empty assistant turn"),
+    ],
+)
+def test_conversations_that_teach_nothing(messages: Any, reason: str, byte_level: Any) -> None:
+    assert encode(messages, byte_level(True, CHATML)) == Dropped(reason)
+
+
+def test_reference_is_the_first_answer() -> None:
+    assert Messages().reference({"messages": say("a", "b", "c", "d")}) == "b"

@@ -1,0 +1,464 @@
+"""Loading a base: what it is, what is refused, and that nothing is fetched or repacked behind one's back."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from budwood.errors import BudwoodError, CorruptError, InputError, ResourceError
+from budwood.model.base import (
+    assert_not_packed,
+    check_base,
+    load_base,
+    load_tokenizer,
+    pick_device_precision,
+    skeleton,
+)
+
+LM = "AutoModelForCausalLM"
+CLASSIFIER = "AutoModelForSequenceClassification"
+
+
+def load(path, quantization="none", auto_class=LM, dtype=torch.float32, **options):
+    return load_base(path, quantization, auto_class, dtype, **options)
+
+
+@pytest.fixture
+def broken(tiny_base, tmp_path):
+    """A copy of the tiny base, to be broken."""
+    return Path(shutil.copytree(tiny_base, tmp_path / "broken"))
+
+
+def change_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# --- what is loaded
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4", "fp4"])
+def test_base_is_frozen_whole_and_measured(tiny_base, quantization):
+    base = load(tiny_base, quantization)
+    original = load_file(tiny_base / "model.safetensors")
+    numbers = sum(tensor.numel() for tensor in original.values())
+    linears = sum(tensor.numel() for name, tensor in original.items() if "proj" in name)
+    assert base.parameters == numbers
+    assert base.bytes_16bit == 2 * numbers
+    assert base.quantization == quantization
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    assert not base.model.training
+    assert base.new == ()
+    if quantization == "none":
+        assert base.bytes == pytest.approx(4 * numbers, rel=1e-3)  # and the rotary frequencies
+        assert base.unquantized_share == 1
+        assert all(torch.equal(original[name], tensor) for name, tensor in base.model.state_dict().items())
+    else:
+        assert base.unquantized_share == pytest.approx(1 - linears / numbers)
+        bits = 8 if quantization == "int8" else 4
+        assert linears * bits / 8 < base.bytes - 4 * (numbers - linears) < linears * bits / 8 + 25_000
+        assert f"in {quantization}" in base.notes[0]
+        assert "34% of the weights stay unquantised: embeddings, lm_head" in base.notes[0]
+        assert torch.equal(base.model.lm_head.weight, original["lm_head.weight"])
+
+
+def test_quantised_logits_are_near_the_base(tiny_base):
+    ids = torch.arange(5, 45)[None]
+    exact = load(tiny_base).model(ids).logits
+    spread = exact.std()
+    for quantization, most in (("int8", 0.05), ("nf4", 0.3), ("fp4", 0.5)):
+        with torch.no_grad():
+            error = (load(tiny_base, quantization).model(ids).logits - exact).std() / spread
+        assert 0 < error < most, quantization
+
+
+def test_shards_give_the_same_base(tiny_base, tiny_bases):
+    sharded = tiny_bases("sharded", shard="100KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    one, many = load(tiny_base, "nf4"), load(sharded, "nf4")
+    assert one.fingerprint == many.fingerprint
+    a, b = one.model.state_dict(), many.model.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_tied_embeddings_are_counted_once(tiny_bases):
+    base = load(tiny_bases("tied", tie_word_embeddings=True))
+    assert base.model.lm_head.weight is base.model.model.embed_tokens.weight
+    assert base.parameters == sum(p.numel() for p in base.model.parameters())
+
+
+def test_new_head_comes_from_the_seed_alone(tiny_base):
+    def head(seed):
+        torch.manual_seed(int(time.time()))
+        before = torch.get_rng_state()
+        base = load(tiny_base, "nf4", CLASSIFIER, model_kwargs={"num_labels": 3}, seed=seed)
+        assert torch.equal(before, torch.get_rng_state())
+        assert base.new == ("score.weight",)
+        return base.model.score.weight
+
+    first = head(1)
+    assert type(first) is torch.nn.Parameter
+    assert first.shape == (3, 64)
+    assert torch.equal(first, head(1))
+    assert not torch.equal(first, head(2))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_checkpoint_that_is_quantised_already(tiny_base, tmp_path, quantization):
+    base = load(tiny_base, quantization)
+    base.model.save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+    info = check_base(tmp_path)
+    assert (info.quantization, info.prequantized) == (quantization, True)
+    again = load(tmp_path, None)
+    ids = torch.arange(5, 25)[None]
+    assert again.quantization == quantization
+    assert torch.equal(base.model(ids).logits, again.model(ids).logits)
+    with pytest.raises(
+        InputError, match=f"quantised already, with {quantization}: write `quantization: {quantization}"
+    ):
+        check_base(tmp_path, "fp4")
+
+
+def test_skeleton_has_names_and_no_weights(tiny_base):
+    frame = skeleton(tiny_base, CLASSIFIER, num_labels=5)
+    assert {p.device.type for p in frame.parameters()} == {"meta"}
+    assert frame.score.weight.shape == (5, 64)
+
+
+def test_config_cannot_ask_for_a_kernel_of_the_hub(broken):
+    change_config(broken, _attn_implementation="kernels-community/flash-attn2")
+    assert load(broken).model.config._attn_implementation == "sdpa"
+
+
+# --- the repacking of 4-bit weights on a CPU with AVX512-BF16
+
+
+def gradient(model) -> torch.Tensor:
+    embeddings = model.get_input_embeddings()(torch.arange(5, 25)[None]).detach().requires_grad_()
+    model(inputs_embeds=embeddings).logits.float().square().mean().backward()
+    return embeddings.grad
+
+
+def evaluate(model) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        logits = model(torch.arange(5, 25)[None]).logits
+    model.train()
+    return logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+def test_evaluation_changes_no_bit_of_the_gradient(tiny_base, quantization, dtype):
+    model = load(tiny_base, quantization, dtype=dtype).model.train()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = gradient(model)
+    logits = evaluate(model)
+    assert torch.equal(logits, evaluate(model))
+    assert torch.equal(gradient(model), before)
+    assert before.abs().max() > 0
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+    assert_not_packed(model)
+
+
+def test_copies_and_moves_stay_guarded(tiny_base):
+    model = load(tiny_base, "nf4").model.train()
+    before = gradient(model)
+    for other in (copy.deepcopy(model), copy.deepcopy(model).to("cpu")):
+        evaluate(other)
+        assert_not_packed(other)
+        assert torch.equal(gradient(other), before)
+
+
+def test_without_the_guard_the_gradient_is_garbage(tiny_base):
+    from bitsandbytes.functional import has_avx512bf16
+    from bitsandbytes.nn import Linear4bit
+
+    if not has_avx512bf16():
+        pytest.skip("this CPU has no AVX512-BF16, so bitsandbytes does not repack")
+    model = load(tiny_base, "nf4").model.train()
+    before = gradient(model)
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = True  # as bitsandbytes has it
+    evaluate(model)
+    with pytest.raises(RuntimeError, match="repacked"):
+        assert_not_packed(model)
+    assert (gradient(model) - before).norm() > 0.5 * before.norm()
+
+
+# --- what is refused
+
+
+def refused(error: type[BudwoodError], message: str, path, quantization: str | None = "nf4", **options) -> None:
+    start = time.monotonic()
+    with pytest.raises(error, match=message) as caught:
+        check_base(path, quantization, **options)
+    assert time.monotonic() - start < 5
+    assert "\n" not in str(caught.value)
+
+
+def test_no_such_folder(tiny_base, tmp_path):
+    refused(InputError, "no such folder", tmp_path / "nothing")
+    refused(InputError, f"Did you mean '{tiny_base}'", f"{tiny_base}x")
+    refused(InputError, "is a file", tiny_base / "config.json")
+    refused(InputError, "no such folder", "../a/b/c")
+
+
+def test_no_model_files(broken):
+    (broken / "model.safetensors").unlink()
+    refused(InputError, "holds no model.safetensors", broken)
+    (broken / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    refused(InputError, r"pickled weights alone \(pytorch_model.bin\).*convert", broken)
+    (broken / "model.Q4_K_M.gguf").write_bytes(b"GGUF")
+    refused(InputError, "GGUF", broken)
+    (broken / "config.json").unlink()
+    refused(InputError, "GGUF", broken)
+    (broken / "model.Q4_K_M.gguf").unlink()
+    (broken / "pytorch_model.bin").unlink()
+    refused(InputError, "no config.json", broken)
+    (broken / "adapter_config.json").write_text("{}")
+    refused(InputError, "is an adapter", broken)
+
+
+def test_pickles_beside_safetensors_are_ignored(broken):
+    (broken / "pytorch_model.bin").write_bytes(b"\x80\x04not read")
+    check_base(broken, "nf4")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "\xff"])
+def test_damaged_config(broken, text):
+    (broken / "config.json").write_bytes(text.encode("latin-1"))
+    refused(CorruptError, "config.json", broken)
+
+
+def test_unknown_architecture_never_runs_code(broken, tmp_path):
+    change_config(broken, model_type="budwood-unknown")
+    refused(InputError, "'budwood-unknown' is not known", broken)
+    trap = tmp_path / "ran"
+    (broken / "code.py").write_text(f"open({str(trap)!r}, 'w')\nclass Config: pass\n")
+    change_config(broken, auto_map={"AutoConfig": "code.Config", LM: "code.Config"})
+    refused(InputError, "trust_remote_code: true", broken)
+    with pytest.raises(InputError, match="trust_remote_code"):
+        load(broken)
+    change_config(broken, model_type="llama")  # transformers knows it: the code is not needed
+    check_base(broken, "nf4")
+    load(broken)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "mxfp4"])
+def test_other_quantised_checkpoints_are_refused_by_name(broken, method):
+    change_config(broken, quantization_config={"quant_method": method, "bits": 4})
+    refused(InputError, f"with {method}, which is not supported", broken)
+
+
+def test_unknown_quantization(tiny_base):
+    refused(InputError, "Did you mean 'nf4'", tiny_base, "nf44")
+
+
+def test_quantization_that_the_device_cannot_do(tiny_base, monkeypatch):
+    import bitsandbytes
+
+    monkeypatch.setattr(bitsandbytes, "supported_torch_devices", {"cuda"})
+    refused(ResourceError, "does not quantise on 'cpu'.*quantization: none", tiny_base, "int8", device="cpu")
+    check_base(tiny_base, "none", device="cpu")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    refused(ResourceError, "pip install bitsandbytes", tiny_base, "nf4", device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+def test_fused_experts_are_refused_by_name(tiny_base, tmp_path, kind):
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=300, hidden_size=32, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, num_experts=4, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path)
+    load_tokenizer(tiny_base).save_pretrained(tmp_path)
+    name = r"4 fused tensors such as 'model.layers.0.mlp.experts.gate_up_proj' hold .* kB of .* kB"
+    refused(InputError, name, tmp_path)
+    with pytest.raises(InputError, match=name):
+        load(tmp_path, "nf4")
+    assert load(tmp_path, "none").unquantized_share == 1
+
+
+def test_model_without_a_class_for_the_task(tiny_base, tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=300, d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="'t5' has no AutoModelForCausalLM"):
+        skeleton(tmp_path, LM)
+
+
+def test_missing_weights(broken):
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_tensors(broken, lambda tensors: {k: v for k, v in tensors.items() if k != name})
+    with pytest.raises(CorruptError, match=f"1 weights are missing: {name}"):
+        load(broken, "nf4")
+    with pytest.raises(CorruptError, match=name):
+        load(broken, "none", CLASSIFIER)
+
+
+def test_missing_head_of_a_language_model(broken):
+    change_tensors(broken, lambda tensors: {k: v for k, v in tensors.items() if k != "lm_head.weight"})
+    with pytest.raises(CorruptError, match="missing: lm_head.weight"):
+        load(broken)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+def test_weights_of_another_shape(broken, quantization):
+    change_config(broken, intermediate_size=96)
+    with pytest.raises(CorruptError, match="6 weights have another shape than config.json says: model.layers.0"):
+        load(broken, quantization)
+
+
+def test_layers_beyond_the_configuration(broken):
+    change_config(broken, num_hidden_layers=1)
+    with pytest.raises(CorruptError, match="layers beyond those of config.json: model.layers.1"):
+        load(broken)
+
+
+def test_tensors_without_a_place_are_said(broken):
+    change_tensors(broken, lambda tensors: tensors | {"vision.weight": torch.zeros(2)})
+    assert load(broken).notes[1] == "1 tensors of the checkpoint are not used: vision.weight"
+
+
+def test_tokenizer_is_missing_or_damaged(broken):
+    (broken / "tokenizer.json").write_text("{")
+    with pytest.raises(CorruptError, match="tokenizer does not load"):
+        load_tokenizer(broken)
+    for file in broken.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(InputError, match="holds no tokenizer"):
+        load_tokenizer(broken)
+
+
+# --- device and precision
+
+
+def test_device_and_precision_are_chosen_and_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert pick_device_precision(None, None) == (torch.device("cpu"), torch.bfloat16, "native here")
+    assert pick_device_precision("cpu", "fp16")[1:] == (torch.float16, "as asked; this device emulates it, slowly")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert pick_device_precision("auto", "auto") == (torch.device("cpu"), torch.float32, "no fast bf16 here")
+    assert pick_device_precision("cpu", "fp32")[1:] == (torch.float32, "as asked")
+    with pytest.raises(ResourceError, match="'cuda'.*none here"):
+        pick_device_precision("cuda", None)
+    with pytest.raises(InputError, match="no such name"):
+        pick_device_precision("gpu0", None)
+    with pytest.raises(InputError, match="precision 'int4'"):
+        pick_device_precision("cpu", "int4")
+
+
+# --- the hub, memory and noise, each in a process of its own
+
+
+def child(code: str, **environment: str) -> subprocess.CompletedProcess:
+    import os
+
+    env = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_HOME")} | environment
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_hub_name_while_offline(tmp_path):
+    result = child(
+        """
+        import time
+        from budwood.errors import ResourceError
+        from budwood.model.checks import check_base
+        start = time.monotonic()
+        try:
+            check_base("someone/some-model", "nf4")
+        except ResourceError as error:
+            print(error.exit_code, time.monotonic() - start < 3, error)
+        """,
+        HF_HUB_OFFLINE="1",
+        HF_HOME=str(tmp_path),
+    )
+    assert result.stdout.startswith("3 True base 'someone/some-model' is neither a folder here nor in the hub's cache")
+    assert "HF_HUB_OFFLINE is set" in result.stdout
+
+
+def test_hub_name_from_the_cache(tiny_base, tmp_path):
+    repo = tmp_path / "hub" / "models--someone--tiny"
+    shutil.copytree(tiny_base, repo / "snapshots" / "abc")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+    result = child(
+        """
+        import torch
+        from budwood.model.base import load_base
+        base = load_base("someone/tiny", "none", "AutoModelForCausalLM", torch.float32)
+        print(base.name, base.model.config.name_or_path, base.path.name)
+        """,
+        HF_HUB_OFFLINE="1",
+        HF_HOME=str(tmp_path),
+    )
+    assert result.stdout == "someone/tiny someone/tiny abc\n", result.stderr
+
+
+def test_loading_streams_is_silent_and_fetches_nothing(tiny_base, tmp_path):
+    """A base of 201 MB in 16 bit, in shards: peak memory, what is printed, connections, kernels of the hub."""
+    folder = tmp_path / "big"
+    (tmp_path / "kernels").mkdir()  # a stand-in for the package through which bitsandbytes fetches native code
+    (tmp_path / "kernels" / "__init__.py").write_text("raise SystemExit('kernels was imported')")
+    make = f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+        import torch
+        from pathlib import Path
+        from conftest import make_base
+        make_base(Path({str(folder)!r}), torch.bfloat16, "40MB", vocab_size=300, hidden_size=512,
+                  intermediate_size=2048, num_hidden_layers=24, num_key_value_heads=4)
+        """
+    assert child(make).returncode == 0
+    assert len(list(folder.glob("*.safetensors"))) >= 4
+    result = child(
+        f"""
+        import json, socket
+        def refuse(self, address):
+            raise SystemExit(f"connection to {{address}}")
+        socket.socket.connect = socket.socket.connect_ex = refuse
+        from budwood.model.base import hush, load_base
+        hush()
+        import peft, torch, transformers.models.llama.modeling_llama
+        torch.set_num_threads(1)
+        def memory(key):
+            line = next(line for line in open("/proc/self/status") if line.startswith(key))
+            return int(line.split()[1]) * 1024
+        load_base({str(tiny_base)!r}, "nf4", "AutoModelForCausalLM", torch.bfloat16)  # imports what it needs
+        open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+        before = memory("VmRSS")
+        base = load_base({str(folder)!r}, "nf4", "AutoModelForCausalLM", torch.bfloat16)
+        print(json.dumps([memory("VmHWM") - before, base.bytes, base.bytes_16bit]))
+        """,
+        PYTHONPATH=str(tmp_path),
+    )
+    assert result.stderr == ""
+    grown, stored, full = json.loads(result.stdout)
+    assert full > 200e6
+    assert stored < 0.3 * full
+    assert grown < 0.7 * full
