@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from budwood.errors import CorruptError, ResourceError
-from budwood.model.checkpoint import fingerprint, read_tensors, resolve
+from budwood.model.checkpoint import fingerprint, first_line, read_tensors, resolve
 from budwood.model.checks import (
     BaseInfo,
     build_skeleton,
     check_base,
     check_fused,
     find_quantizer,
-    first_line,
     load_config,
     load_tokenizer,
     size,
@@ -50,6 +49,8 @@ hide_hub_kernels()  # before a plugin imports peft, which imports bitsandbytes, 
 
 STORED = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
 """What safetensors call torch's dtypes."""
+PRECISIONS = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
+"""What recipes call them."""
 
 
 @dataclass
@@ -217,7 +218,7 @@ def _wrong_shapes(model: nn.Module) -> set[str]:
     """Quantised weights that do not fit their layers, which transformers takes for their packed shape's sake."""
     wrong = set()
     for name, layer in model.named_modules():
-        weight = getattr(layer, "weight", None)
+        weight: Any = getattr(layer, "weight", None)
         if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):
             shape = weight.quant_state.shape if hasattr(weight, "quant_state") else weight.shape
             if tuple(shape) != (layer.out_features, layer.in_features):
@@ -247,7 +248,7 @@ def _sizes(model: nn.Module) -> tuple[int, int, float, int]:
 
 def _describe(base: Base, heads: list[str]) -> str:
     if base.quantization == "none":
-        return f"{size(base.bytes)} in {str(base.dtype).removeprefix('torch.')}, not quantised"
+        return f"{size(base.bytes)} in {PRECISIONS[str(base.dtype)]}, not quantised"
     kept = ["embeddings", *(head for head in heads if any(True for _ in base.model.get_submodule(head).parameters()))]
     return (
         f"{size(base.bytes)} in {base.quantization} ({size(base.bytes_16bit)} in 16 bit); "

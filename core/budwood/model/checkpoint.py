@@ -93,7 +93,7 @@ def _from_hub(name: str, weights: bool, code: bool) -> Path:
             "give a folder, or go online and fetch it once."
         ) from error
     except (hub.HfHubHTTPError, OSError) as error:
-        raise ResourceError(f"base '{name}' cannot be downloaded: {str(error).splitlines()[0]}") from error
+        raise ResourceError(f"base '{name}' cannot be downloaded: {first_line(error)}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -252,9 +252,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{path} is not JSON: {str(error).splitlines()[0]}") from error
+        raise CorruptError(f"{path} is not JSON: {first_line(error)}") from error
     except OSError as error:
         raise ResourceError(f"{path} cannot be read: {error.strerror}.") from error
     if not isinstance(value, dict):
         raise CorruptError(f"{path} is not a JSON object.")
     return value
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from budwood.contract.discovery import find
 from budwood.errors import CorruptError, InputError
-from budwood.model.checkpoint import read_config, read_tensors, resolve
+from budwood.model.checkpoint import first_line, read_config, read_tensors, resolve
 from budwood.model.quantizers import Quantizer
 
 if TYPE_CHECKING:
@@ -78,8 +78,7 @@ def check_base(
     if device is not None:
         quantizer.check(str(device))
     if not quantizer.takes_fused_experts and _has_experts(config):
-        frame = skeleton(path, "AutoModelForCausalLM", trust_remote_code)
-        check_fused(str(model), frame, name)
+        check_fused(str(model), skeleton(path, "AutoModel", trust_remote_code), name)
     return BaseInfo(str(model), path, config, name, stored is not None)
 
 
@@ -224,7 +223,3 @@ def size(count: int) -> str:
         if count >= factor:
             return f"{count / factor:.1f} {unit}"
     return f"{count} bytes"
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -20,12 +20,12 @@ _LIBRARIES = (
 
 
 def hide_hub_kernels() -> None:
-    """Make the package `kernels` unimportable in this process, unless it is imported already.
+    """Make the package `kernels` unimportable in this process from here on.
 
     bitsandbytes downloads native code through it as soon as it is imported on a CPU with AVX512-BF16, and peft imports
-    bitsandbytes. transformers then takes its own code in place of a kernel from the hub.
+    bitsandbytes; neither asks. transformers, which may have imported it already, uses it only where it is told to.
     """
-    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+    sys.modules["kernels"] = None  # type: ignore[assignment]
 
 
 def hush(debug: bool | None = None) -> None:

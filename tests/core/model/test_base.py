@@ -263,6 +263,20 @@ def test_unknown_architecture_never_runs_code(broken, tmp_path):
     assert not trap.exists()
 
 
+def test_code_of_a_checkpoint_runs_where_it_is_trusted(broken):
+    (broken / "modeling_own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'budwood-own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    own = {"AutoConfig": "modeling_own.OwnConfig", LM: "modeling_own.OwnForCausalLM"}
+    change_config(broken, model_type="budwood-own", auto_map=own)
+    refused(InputError, "needs Python code of its own", broken)
+    base = load(broken, "nf4", trust_remote_code=True)
+    assert type(base.model).__name__ == "OwnForCausalLM"
+    assert base.unquantized_share < 0.4
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "mxfp4"])
 def test_other_quantised_checkpoints_are_refused_by_name(broken, method):
     change_config(broken, quantization_config={"quant_method": method, "bits": 4})
@@ -293,7 +307,7 @@ def test_fused_experts_are_refused_by_name(tiny_base, tmp_path, kind):
     )  # fmt: skip
     getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path)
     load_tokenizer(tiny_base).save_pretrained(tmp_path)
-    name = r"4 fused tensors such as 'model.layers.0.mlp.experts.gate_up_proj' hold .* kB of .* kB"
+    name = r"4 fused tensors such as '(model.)?layers.0.mlp.experts.gate_up_proj' hold .* kB of .* kB"
     refused(InputError, name, tmp_path)
     with pytest.raises(InputError, match=name):
         load(tmp_path, "nf4")
@@ -383,6 +397,26 @@ def child(code: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.parametrize(
+    ("failure", "error", "message"),
+    [
+        ("RepositoryNotFoundError", InputError, "neither a folder here nor a model on the hub"),
+        ("GatedRepoError", ResourceError, "is gated.*hf auth login"),
+        ("LocalEntryNotFoundError", ResourceError, "neither a folder here nor in the hub's cache"),
+        ("HfHubHTTPError", ResourceError, "cannot be downloaded"),
+    ],
+)
+def test_what_the_hub_answers(monkeypatch, failure, error, message):
+    import huggingface_hub
+
+    def snapshot_download(*args, **options):
+        kind = getattr(huggingface_hub.errors, failure)
+        raise kind.__new__(kind, "text of the error")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    refused(error, message, "someone/some-model")
+
+
 def test_hub_name_while_offline(tmp_path):
     result = child(
         """
@@ -420,21 +454,12 @@ def test_hub_name_from_the_cache(tiny_base, tmp_path):
     assert result.stdout == "someone/tiny someone/tiny abc\n", result.stderr
 
 
-def test_loading_streams_is_silent_and_fetches_nothing(tiny_base, tmp_path):
+def test_loading_streams_is_silent_and_fetches_nothing(tiny_base, tiny_bases, tmp_path):
     """A base of 201 MB in 16 bit, in shards: peak memory, what is printed, connections, kernels of the hub."""
-    folder = tmp_path / "big"
     (tmp_path / "kernels").mkdir()  # a stand-in for the package through which bitsandbytes fetches native code
-    (tmp_path / "kernels" / "__init__.py").write_text("raise SystemExit('kernels was imported')")
-    make = f"""
-        import sys
-        sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-        import torch
-        from pathlib import Path
-        from conftest import make_base
-        make_base(Path({str(folder)!r}), torch.bfloat16, "40MB", vocab_size=300, hidden_size=512,
-                  intermediate_size=2048, num_hidden_layers=24, num_key_value_heads=4)
-        """
-    assert child(make).returncode == 0
+    (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(*_, **__): raise SystemExit('kernel fetched')")
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 24, "num_key_value_heads": 4}
+    folder = tiny_bases("streamed", dtype=torch.bfloat16, shard="40MB", **sizes)
     assert len(list(folder.glob("*.safetensors"))) >= 4
     result = child(
         f"""
@@ -442,6 +467,7 @@ def test_loading_streams_is_silent_and_fetches_nothing(tiny_base, tmp_path):
         def refuse(self, address):
             raise SystemExit(f"connection to {{address}}")
         socket.socket.connect = socket.socket.connect_ex = refuse
+        import kernels
         from budwood.model.base import hush, load_base
         hush()
         import peft, torch, transformers.models.llama.modeling_llama

@@ -1,0 +1,306 @@
+"""Generation: batching changes nothing, greedy is greedy, streaming and stop strings at token boundaries."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from budwood.errors import InputError
+from budwood.model.base import load_base
+from budwood.model.generate import Generated, _Writer, generate
+
+LM = "AutoModelForCausalLM"
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base):
+    return load_base(tiny_base, "none", LM, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    pick = random.Random(0)
+    return [[1, *(pick.randrange(5, 300) for _ in range(length))] for length in (3, 40, 1, 17, 17, 80, 9)]
+
+
+def greedy_by_hand(model, prompt: list[int], count: int, ends=(2,)) -> list[int]:
+    """The most likely token again and again, without a cache."""
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            token = int(model(torch.tensor([tokens])).logits[0, -1].argmax())
+            if token in ends:
+                break
+            tokens.append(token)
+    return tokens[len(prompt) :]
+
+
+# --- batches
+
+
+def test_greedy_equals_each_prompt_alone_and_by_hand(base, prompts):
+    together = generate(base.model, base.tokenizer, prompts, max_new_tokens=12)
+    for prompt, result in zip(prompts, together, strict=True):
+        assert result.tokens == greedy_by_hand(base.model, prompt, 12)
+        assert generate(base.model, base.tokenizer, [prompt], max_new_tokens=12) == [result]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 200, 10_000])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_results_do_not_depend_on_batches(base, prompts, batch_tokens, temperature):
+    def run(**options):
+        return generate(
+            base.model, base.tokenizer, prompts, 8, temperature=temperature, top_p=0.9, top_k=40, seed=7, **options
+        )
+
+    assert run(batch_tokens=batch_tokens) == run()
+
+
+def test_batches_hold_rows_of_similar_length_within_the_limit(base, prompts):
+    seen: list[list[int]] = []
+    generate(base.model, base.tokenizer, prompts, 8, batch_tokens=100, before_batch=seen.append)
+    assert sorted(i for rows in seen for i in rows) == list(range(len(prompts)))
+    assert len(seen) > 2
+    for rows in seen:
+        assert len(rows) * (max(len(prompts[i]) for i in rows) + 8) <= 100
+    lengths = [len(prompts[i]) for rows in seen for i in rows]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_4bit_base_in_bf16_generates_the_same_again(tiny_base, prompts):
+    base = load_base(tiny_base, "nf4", LM, torch.bfloat16)
+    first = generate(base.model, base.tokenizer, prompts, 8)
+    assert generate(base.model, base.tokenizer, prompts, 8) == first
+    assert any(result.tokens for result in first)
+
+
+def test_layers_of_peft_are_used(tiny_base, prompts):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    base = load_base(tiny_base, "none", LM, torch.float32)
+    plain = generate(base.model, base.tokenizer, prompts, 8)
+    inject_adapter_in_model(
+        LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False), base.model
+    )
+    adapted = generate(base.model, base.tokenizer, prompts, 8)
+    assert adapted != plain
+    assert adapted[0].tokens == greedy_by_hand(base.model.eval(), prompts[0], 8)
+
+
+def test_attention_by_segments_generates_the_same(tiny_base, prompts):
+    from budwood.model import attention
+
+    base = load_base(tiny_base, "none", LM, torch.float32)
+    plain = generate(base.model, base.tokenizer, prompts, 8)
+    attention.register()
+    base.model.set_attn_implementation(attention.IMPLEMENTATION)
+    assert generate(base.model, base.tokenizer, prompts, 8) == plain
+
+
+def test_no_prompts(base):
+    assert generate(base.model, base.tokenizer, []) == []
+
+
+# --- settings
+
+
+def test_generation_settings_of_the_model_change_nothing_but_its_ends(base, prompts):
+    from transformers import GenerationConfig
+
+    plain = generate(base.model, base.tokenizer, prompts, 12)
+    before = base.model.generation_config
+    settings = GenerationConfig(
+        repetition_penalty=5.0, no_repeat_ngram_size=1, do_sample=True, temperature=9.0, num_beams=3, min_new_tokens=11,
+        forced_eos_token_id=7, suppress_tokens=[plain[0].tokens[0]], eos_token_id=2,
+    )  # fmt: skip
+    base.model.generation_config = settings
+    try:
+        assert generate(base.model, base.tokenizer, prompts, 12) == plain
+        assert base.model.generation_config is settings
+        settings.eos_token_id = [2, plain[0].tokens[3]]
+        ended = generate(base.model, base.tokenizer, prompts[:1], 12)[0]
+    finally:
+        base.model.generation_config = before
+    first = plain[0].tokens.index(plain[0].tokens[3])
+    assert (ended.tokens, ended.finish_reason) == (plain[0].tokens[:first], "eos")
+
+
+def test_modes_of_modules_are_as_they_were(base, prompts):
+    model = base.model.train()
+    model.model.layers[1].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    try:
+        generate(model, base.tokenizer, prompts[:1], 2)
+        with pytest.raises(ZeroDivisionError):
+            generate(model, base.tokenizer, prompts[:1], 2, on_token=lambda index, piece: 1 / 0, seed=1, temperature=1)
+        assert before == {name: module.training for name, module in model.named_modules()}
+        assert torch.is_grad_enabled()
+    finally:
+        model.eval()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([], {}, "prompt 2 is empty"),
+        ([5] * 512, {}, "prompt 2 has 512 tokens, and the base takes 512"),
+        ([5], {"temperature": -1.0}, "temperature"),
+        ([5], {"temperature": float("nan")}, "temperature"),
+        ([5], {"top_p": 0.0}, "top_p"),
+        ([5], {"top_k": -1}, "top_k"),
+        ([5], {"max_new_tokens": 0}, "max_new_tokens"),
+    ],
+)
+def test_refused(base, prompt, options, message):
+    with pytest.raises(InputError, match=message):
+        generate(base.model, base.tokenizer, [[1, 5], prompt], **options)
+
+
+def test_text_ends_with_the_context(base, prompts):
+    long = [1, *([9, 30, 200] * 200)][:506]
+    short, cut = generate(base.model, base.tokenizer, [prompts[0], long], 20)
+    assert len(cut.tokens) <= 512 - len(long)
+    assert cut == generate(base.model, base.tokenizer, [long], 20)[0]
+    assert short == generate(base.model, base.tokenizer, [prompts[0]], 20)[0]
+
+
+# --- sampling
+
+
+def test_samples_follow_the_distribution(base):
+    prompt = [1, 50, 60]
+    with torch.no_grad():
+        logits = base.model(torch.tensor([prompt])).logits[0, -1]
+    drawn = generate(base.model, base.tokenizer, [prompt] * 4000, 1, temperature=0.7, top_k=5, seed=3)
+    counts = torch.zeros(300)
+    for result in drawn:
+        for token in result.tokens or [2]:
+            counts[token] += 1
+    best = logits.topk(5)
+    assert counts.nonzero().flatten().tolist() == sorted(best.indices.tolist())
+    expected = (best.values / 0.7).softmax(0)
+    assert (counts[best.indices] / 4000 - expected).abs().max() < 0.03
+
+
+def test_top_p_keeps_the_most_likely(base, prompts):
+    sampled = generate(base.model, base.tokenizer, prompts, 6, temperature=1.0, top_p=1e-6, seed=1)
+    assert sampled == generate(base.model, base.tokenizer, prompts, 6)
+
+
+def test_seed_decides_and_leaves_torch_alone(base, prompts):
+    def run(seed):
+        return generate(base.model, base.tokenizer, prompts, 8, temperature=1.0, seed=seed)
+
+    before = torch.get_rng_state()
+    assert run(1) == run(1)
+    assert torch.equal(before, torch.get_rng_state())
+    assert run(1) != run(2)
+    assert run(None) != run(None)
+
+
+# --- text
+
+
+class Scripted(nn.Module):
+    """Puts a fixed answer into the mouth of a model, whatever it is asked."""
+
+    def __init__(self, model, answer: list[int]) -> None:
+        super().__init__()
+        self.head, self.answer, self.calls = model.lm_head, answer, 0
+
+    def forward(self, hidden):
+        logits = self.head(hidden) * 0
+        logits[..., self.answer[min(self.calls, len(self.answer) - 1)]] = 1
+        self.calls += 1
+        return logits
+
+
+def answer(base, tokens: list[int], **options) -> tuple[Generated, list[str]]:
+    """Let the model say `tokens`, and return the result with the pieces that were streamed."""
+    head = base.model.lm_head
+    base.model.lm_head = Scripted(base.model, [*tokens, 2])
+    pieces: list[str] = []
+    try:
+        options.setdefault("on_token", lambda index, piece: pieces.append(piece))
+        result = generate(base.model, base.tokenizer, [[1, 5]], **options)[0]
+    finally:
+        base.model.lm_head = head
+    return result, pieces
+
+
+def tokens_of(base, text: str) -> list[int]:
+    return base.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_streams_whole_characters_and_all_of_the_text(base):
+    text = "héllo — 木 🌳 end"
+    result, pieces = answer(base, tokens_of(base, text))
+    assert "".join(pieces) == result.text == text
+    assert len(pieces) > 10
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert result.finish_reason == "eos"
+    assert result.tokens == tokens_of(base, text)
+
+
+def test_half_a_character_at_the_end_is_cut(base):
+    tokens = tokens_of(base, "ab木")
+    for options in ({}, {"on_token": None}):
+        result, pieces = answer(base, tokens[:-1], **options)
+        assert result.text == "ab"
+        assert "".join(pieces) == ("" if options else "ab")
+
+
+def test_special_tokens_are_no_text(base):
+    tokens = [*tokens_of(base, "ab"), base.tokenizer.convert_tokens_to_ids("<|im_start|>"), *tokens_of(base, "cd")]
+    assert answer(base, tokens)[0].text == "abcd"
+
+
+@pytest.mark.parametrize("listens", [True, False])
+@pytest.mark.parametrize(
+    ("text", "stop", "expected", "reason"),
+    [
+        ("one\n\ntwo", ["\n\n"], "one", "stop"),
+        ("one\ntwo", ["\n\n"], "one\ntwo", "eos"),
+        ("say STOP now", ["STOP"], "say ", "stop"),
+        ("say STO", ["STOP"], "say STO", "eos"),
+        ("aab aaab", ["aaab"], "aab ", "stop"),
+        ("x木y", ["木"], "x", "stop"),
+        ("abcd", ["cd", "bc"], "a", "stop"),
+        ("abcd", ["", "a"], "", "stop"),
+    ],
+)
+def test_stop_strings_are_cut_and_never_streamed(base, text, stop, expected, reason, listens):
+    result, pieces = answer(base, tokens_of(base, text), stop=stop, **({} if listens else {"on_token": None}))
+    assert (result.text, result.finish_reason) == (expected, reason)
+    assert not listens or "".join(pieces) == expected
+
+
+def test_stop_string_that_is_a_special_token(base):
+    end = base.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    result, _ = answer(base, [*tokens_of(base, "ab"), end, *tokens_of(base, "cd")], stop=["<|im_end|>"])
+    assert (result.text, result.finish_reason, result.tokens) == ("ab", "stop", tokens_of(base, "ab"))
+
+
+def test_limit_flushes_what_was_held_back(base):
+    tokens = tokens_of(base, "say STO")
+    result, pieces = answer(base, tokens, stop=["STOP"], max_new_tokens=len(tokens))
+    assert ("".join(pieces), result.text, result.finish_reason) == ("say STO", "say STO", "length")
+
+
+def test_stop_strings_at_random(base):
+    """Whatever the tokens and strings, the text is the whole text up to the first stop string."""
+    pick = random.Random(1)
+    for _ in range(300):
+        text = "".join(pick.choice("abc\né木") for _ in range(pick.randrange(1, 25)))
+        stop = ["".join(pick.choice("abc\né木") for _ in range(pick.randrange(1, 4))) for _ in range(2)]
+        if stop[0] in stop[1] or stop[1] in stop[0]:
+            continue  # the shorter one would be seen first
+        pieces: list[str] = []
+        writer = _Writer(base.tokenizer, 10**6, {2: "eos"}, stop, 0, lambda index, piece, to=pieces: to.append(piece))
+        for token in [*tokens_of(base, text), 2]:
+            writer.add(token)
+        ends = [text.find(string) for string in stop if string in text]
+        assert writer.result().text == "".join(pieces) == text[: min(ends, default=len(text))]
