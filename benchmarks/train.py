@@ -173,7 +173,7 @@ def verdicts(found: dict[str, Any]) -> list[tuple[str, bool]]:
 def table(found: dict[str, Any]) -> str:
     """The result as a Markdown table."""
     lines = [
-        "| arm | real tokens/s | Budwood is faster by | by processor time | peak memory | of the matmul rate | loss differs by |",
+        "| arm | real tokens/s | Budwood is faster by | by processor time | peak memory | of the matmul rate | loss differs by |",  # noqa: E501
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, arm in found.items():

@@ -6,7 +6,7 @@ What it does, in order:
 
 1. gathers the corpus: the docstrings of the Python standard library and of the installed packages
    in ``INSTALLED``, the project descriptions of the PyPI releases pinned in ``base/sources.tsv``
-   (fetched once from https://pypi.org and kept in ``--cache``), and the ``text`` field of
+   (fetched once from the index that ``--index`` names and kept in ``--cache``), and the ``text`` field of
    ``data/sections/train.jsonl``, without its labels;
 2. trains a byte-level BPE tokenizer of 4,096 tokens;
 3. trains a small Llama-style causal language model for ``--minutes`` of wall clock;
@@ -218,7 +218,7 @@ class Leaks:
 # ------------------------------------------------------------------------------------- sources
 
 
-def fetch_pypi(wanted: list[tuple[str, str]], cache: Path) -> list[dict]:
+def fetch_pypi(wanted: list[tuple[str, str]], cache: Path, index: str) -> list[dict]:
     """The metadata of pinned PyPI releases; kept in one JSON-lines file under ``cache``."""
     cache.mkdir(parents=True, exist_ok=True)
     path = cache / "pypi.jsonl"
@@ -234,7 +234,7 @@ def fetch_pypi(wanted: list[tuple[str, str]], cache: Path) -> list[dict]:
         for _ in range(3):
             try:
                 if getattr(local, "connection", None) is None:
-                    local.connection = http.client.HTTPSConnection("pypi.org", timeout=30, context=context)
+                    local.connection = http.client.HTTPSConnection(index, timeout=30, context=context)
                 local.connection.request("GET", f"/pypi/{key[0]}/{key[1]}/json")
                 reply = local.connection.getresponse()
                 body = reply.read()
@@ -253,7 +253,7 @@ def fetch_pypi(wanted: list[tuple[str, str]], cache: Path) -> list[dict]:
 
     missing = [key for key in wanted if key not in have]
     if missing:
-        print(f"fetching {len(missing)} descriptions from pypi.org", flush=True)
+        print(f"fetching {len(missing)} descriptions from {index}", flush=True)
         with ThreadPoolExecutor(16) as pool, path.open("a", encoding="utf-8") as out:
             for row in pool.map(get, missing):
                 if row:
@@ -342,7 +342,7 @@ def held_out(text: str) -> bool:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 50 == 0
 
 
-def gather(sources: Path, cache: Path) -> dict:
+def gather(sources: Path, cache: Path, index: str) -> dict:
     """All text: documents, summaries, section descriptions; train and held-out; the sources."""
 
     def read_texts(name: str) -> list[str]:
@@ -370,7 +370,7 @@ def gather(sources: Path, cache: Path) -> dict:
     rows = [x.split("\t") for x in sources.read_text(encoding="utf-8").splitlines()[1:]]
     pinned = {(r[1], r[2]): r[3] for r in rows if r[0] == "pypi"}
     summaries = []
-    for row in fetch_pypi(list(pinned), cache):
+    for row in fetch_pypi(list(pinned), cache, index):
         licence = licence_of(row)
         if licence is None:
             continue
@@ -677,8 +677,8 @@ Bits per byte are taken on at most 250,000 bytes of it, each document alone, cut
 
 ## Sources
 
-Plain text only: {total:,} bytes; one pass over all of it is {pass_tokens:,} tokens. The section descriptions were read without their labels, and never
-in the form of the fine-tuning task. Nothing of `eval.jsonl` was read: any line that holds one of its
+Plain text only: {total:,} bytes; one pass over all of it is {pass_tokens:,} tokens. The section
+descriptions were read without their labels, and never in the form of the fine-tuning task. Nothing of `eval.jsonl` was read: any line that holds one of its
 descriptions is dropped. In one pass the descriptions stand {section_epochs} times, and the one-line
 summaries of the PyPI projects {summary_epochs} times more.
 
@@ -699,9 +699,10 @@ say. Contexts beyond {length} tokens were not trained.
 ## Making it again
 
     pip install torch transformers tokenizers matplotlib scipy scikit-learn pandas networkx sympy
-    python -m budwood_demo.make_base --minutes 55
+    python -m budwood_demo.make_base --minutes 55 --index HOST
 
-from the folder that holds `budwood_demo`. It fetches the pinned descriptions from pypi.org once
+from the folder that holds `budwood_demo`; HOST is a package index with PyPI's JSON interface. It
+fetches the pinned descriptions from there once
 (a few minutes, about 60 MB). The installed packages are read where they are there; their versions
 are in `sources.tsv`. The clock drives the schedule, so another machine ends with other weights.
 """
@@ -741,6 +742,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="where to save on the way (default: --out)")
     parser.add_argument("--save-every", type=float, default=5, help="minutes")
     parser.add_argument("--sources", type=Path, default=HERE / "base" / "sources.tsv")
+    parser.add_argument("--index", required=True, help="host of a package index with PyPI's JSON interface")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "budwood-base")
     parser.add_argument("--length", type=int, default=256, help="tokens a sequence")
     parser.add_argument("--batch", type=int, default=16, help="sequences a step")
@@ -754,7 +756,7 @@ def main() -> None:
     import torch
     import transformers
 
-    corpus = gather(args.sources, args.cache)
+    corpus = gather(args.sources, args.cache, args.index)
     for key, value in corpus.items():
         if key != "sources":
             print(f"{key}: {len(value):,}, {sum(len(v.encode()) for v in value):,} bytes")

@@ -203,7 +203,7 @@ def _base(run: Run, hooks: Composition, task: Task, trust: bool) -> Base:
     recipe = run.recipe.base
     return load_base(
         recipe.model, recipe.quantization, task.auto_class, run.dtype, run.device, trust,
-        recipe.double_quantization, task.model_kwargs(run.examples.labels),
+        recipe.double_quantization, task.model_kwargs(run.examples.labels), run.seed,
     )  # fmt: skip
 
 
