@@ -679,7 +679,8 @@ Bits per byte are taken on at most 250,000 bytes of it, each document alone, cut
 
 Plain text only: {total:,} bytes; one pass over all of it is {pass_tokens:,} tokens. The section
 descriptions were read without their labels, and never in the form of the fine-tuning task. Nothing of
-`eval.jsonl` was read: any line that holds one of its descriptions is dropped. In one pass the descriptions stand {section_epochs} times, and the one-line
+`eval.jsonl` was read: any line that holds one of its descriptions is dropped. In one pass the descriptions stand
+{section_epochs} times, and the one-line
 summaries of the PyPI projects {summary_epochs} times more.
 
 Each source, with version, licence and bytes, is in [`sources.tsv`](sources.tsv). In short:
