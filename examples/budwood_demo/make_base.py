@@ -678,9 +678,9 @@ Bits per byte are taken on at most 250,000 bytes of it, each document alone, cut
 ## Sources
 
 Plain text only: {total:,} bytes; one pass over all of it is {pass_tokens:,} tokens. The section
-descriptions were read without their labels, and never in the form of the fine-tuning task. Nothing of
-`eval.jsonl` was read: any line that holds one of its descriptions is dropped. In one pass the descriptions stand
-{section_epochs} times, and the one-line
+descriptions were read without their labels, and never in the form of the fine-tuning task. Nothing
+of `eval.jsonl` was read: any line that equals one of its descriptions, or holds one of four words
+or more, is dropped. In one pass the descriptions stand {section_epochs} times, and the one-line
 summaries of the PyPI projects {summary_epochs} times more.
 
 Each source, with version, licence and bytes, is in [`sources.tsv`](sources.tsv). In short:

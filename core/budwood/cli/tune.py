@@ -23,6 +23,7 @@ def tune(
 ) -> None:
     """Run a recipe: fine-tune, and leave the adapter, the log and a plot in its output folder."""
     from budwood.errors import InputError
+    from budwood.training.preflight import preflight
     from budwood.training.recipe import default_recipe, load_recipe
 
     is_data = recipe.suffix.lower() in DATA_SUFFIXES or recipe.is_dir()
@@ -34,6 +35,7 @@ def tune(
         loaded = default_recipe(recipe, base, overrides=override or [])
     else:
         loaded = load_recipe(recipe, override or [])
+    preflight(loaded, overwrite)  # before torch is imported, which takes seconds
     from budwood.training.loop import tune as run_recipe
 
     run = run_recipe(loaded, overwrite=overwrite)

@@ -17,7 +17,7 @@ from budwood.contract.discovery import installed
 from budwood.contract.types import Example
 from budwood.data import cache
 from budwood.data.encoder import Encoder
-from budwood.data.forms import GROUP, Dropped, Encoded, Form, recognise
+from budwood.data.forms import GROUP, Dropped, Encoded, Form, all_dropped, recognise
 from budwood.data.reading import Rows, hash_file, read_rows
 from budwood.errors import InputError, did_you_mean
 
@@ -263,9 +263,8 @@ def _encode(
             kept.append((start + offset, ids, supervised, -1, result.prompt_length))
             names.append(result.label or "")
     if not kept:
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
         remedy = " Raise data.max_length." if BEYOND in dropped else ""
-        raise InputError(f"{rows.path}: all of its {len(rows):,} rows were dropped: {reasons}.{remedy}")
+        raise InputError(all_dropped(rows.path, dropped) + remedy)
     classes: list[str] = []
     if any(names):
         classes = sorted(set(names), key=_label_order) if labels is None else list(labels)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from budwood.contract.discovery import PluginError, find, installed
 from budwood.data.encoder import Encoder, Span, check_template
-from budwood.data.reading import Row
+from budwood.data.reading import Row, read_rows
 from budwood.errors import InputError, did_you_mean
 
 GROUP = "budwood.forms"
@@ -50,6 +52,14 @@ class Form:
         """
         raise NotImplementedError
 
+    def check(self, row: Row, where: str) -> str | None:
+        """Return why nothing can be learned from a row, or None; looks at its fields alone.
+
+        Raises:
+            InputError: as `encode`.
+        """
+        return None
+
     def reference(self, row: Row) -> str | None:
         """What a right answer to the row's prompt would be, or None where there is no prompt."""
         return None
@@ -68,17 +78,21 @@ class PromptCompletion(Form):
         pairs: list[tuple[str, str]] = []
         kept: list[int] = []
         for row, place in zip(rows, where, strict=True):
-            prompt, completion = string(row, "prompt", place), string(row, "completion", place)
-            blank = [name for name, text in (("prompt", prompt), ("completion", completion)) if not text.strip()]
-            if not blank:
+            reason = self.check(row, place)
+            if reason is None:
                 kept.append(len(results))
-                pairs.append((prompt, completion))
-            results.append(Dropped(f"empty {blank[-1]}") if blank else Encoded([]))
+                pairs.append((row["prompt"], row["completion"]))
+            results.append(Encoded([]) if reason is None else Dropped(reason))
         texts = [prompt + completion for prompt, completion in pairs]
         spans = [[(len(prompt), len(prompt) + len(completion))] for prompt, completion in pairs]
         for at, (ids, ((start, _),)) in zip(kept, encoder.split(texts, spans, rendered=False), strict=True):
             results[at] = Encoded(_ended(ids, encoder, where[at]), [(start, len(ids))], start)
         return results
+
+    def check(self, row: Row, where: str) -> str | None:
+        """See `Form.check`."""
+        blank = [name for name in self.columns if not string(row, name, where).strip()]
+        return f"empty {blank[-1]}" if blank else None
 
     def reference(self, row: Row) -> str | None:
         """The completion."""
@@ -101,6 +115,10 @@ class Text(Form):
             results.append(Encoded(ids, [(1, len(ids))]) if text.strip() else Dropped("empty text"))
         return results
 
+    def check(self, row: Row, where: str) -> str | None:
+        """See `Form.check`."""
+        return None if string(row, "text", where).strip() else "empty text"
+
 
 class TextLabel(Form):
     """A text and its class."""
@@ -114,19 +132,24 @@ class TextLabel(Form):
         texts = [string(row, "text", place) for row, place in zip(rows, where, strict=True)]
         results: list[Encoded | Dropped] = []
         for row, place, text, ids in zip(rows, where, texts, encoder.whole(texts), strict=True):
-            label = row.get("label")
-            if isinstance(label, int) and not isinstance(label, bool):
-                label = str(label)
-            elif not isinstance(label, str):
-                raise InputError(f"{place}: field 'label' must be text or a whole number, not {_kind(row, 'label')}.")
-            if not text.strip() or not label.strip():
-                results.append(Dropped("empty label" if text.strip() else "empty text"))
+            reason = self.check(row, place)
+            if reason is not None:
+                results.append(Dropped(reason))
                 continue
             too_long = encoder.max_length is not None and len(ids) > encoder.max_length
             if too_long:
                 ids = encoder.cut(text, encoder.max_length or 0)
-            results.append(Encoded(ids, label=label, truncated=too_long))
+            results.append(Encoded(ids, label=str(row["label"]), truncated=too_long))
         return results
+
+    def check(self, row: Row, where: str) -> str | None:
+        """See `Form.check`."""
+        text, label = string(row, "text", where), row.get("label")
+        if isinstance(label, bool) or not isinstance(label, int | str):
+            raise InputError(f"{where}: field 'label' must be text or a whole number, not {_kind(row, 'label')}.")
+        if not text.strip():
+            return "empty text"
+        return None if str(label).strip() else "empty label"
 
 
 class Messages(Form):
@@ -148,9 +171,9 @@ class Messages(Form):
         spans: list[list[Span]] = []
         kept: list[int] = []
         for row, place in zip(rows, where, strict=True):
-            messages = _check_messages(row, place)
+            reason = self.check(row, place)
+            messages = row["messages"]
             check_template(encoder.tokenizer, place)
-            reason = _unusable(messages)
             results.append(Dropped(reason) if reason else Encoded([]))
             if reason:
                 continue
@@ -165,9 +188,32 @@ class Messages(Form):
             results[at] = Encoded(ids, found, found[0][0])
         return results
 
+    def check(self, row: Row, where: str) -> str | None:
+        """See `Form.check`."""
+        return _unusable(_check_messages(row, where))
+
     def reference(self, row: Row) -> str | None:
         """The assistant's first turn."""
         return next((str(m["content"]) for m in row["messages"] if m["role"] == "assistant"), None)
+
+
+def check_rows(path: str | Path, task: str) -> None:
+    """Look through a file's fields, without a tokenizer, for what would end a run after a long wait.
+
+    Raises:
+        InputError: unreadable, malformed, of no form that the task takes, or without a row to learn from.
+    """
+    rows = read_rows(path)
+    form = recognise(rows.columns, task, str(rows.path))
+    reasons = Counter(form.check(row, rows.location(index)) for index, row in enumerate(rows))
+    if None not in reasons:
+        raise InputError(all_dropped(rows.path, reasons))
+
+
+def all_dropped(path: Path, reasons: Mapping[Any, int]) -> str:
+    """The line that says that no row of a file is left, and why."""
+    told = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
+    return f"{path}: all of its {sum(reasons.values()):,} rows were dropped: {told}."
 
 
 def recognise(columns: Sequence[str], task: str, where: str) -> Form:

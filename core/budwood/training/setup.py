@@ -6,7 +6,6 @@ Everything that can be refused without the base is refused before it loads.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from budwood.errors import InputError, ResourceError
 from budwood.model import attention
 from budwood.model.base import Base, check_base, load_base, load_tokenizer, pick_device_precision, skeleton
 from budwood.model.tasks import Task, autocast, collate_for
+from budwood.training.preflight import preflight
 from budwood.training.recipe import Recipe, build_composition, load_recipe
 from budwood.training.report import Report
 from budwood.training.step import Engine
@@ -64,12 +64,12 @@ def prepare(recipe: Recipe | str | Path, report: Report, overwrite: bool) -> tup
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Path(recipe))
+    preflight(recipe, overwrite)
     hooks = build_composition(recipe)
     task: Task = find(recipe.base.task, "budwood.tasks", "task").load()()
     directory = Path(recipe.output)
-    check_output(directory, overwrite)
     device, dtype, reason = pick_device_precision(recipe.base.device, recipe.train.precision)
-    info = check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code, device)
+    check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code, device)
     check_trackers(recipe.train.trackers)
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=recipe.train.trackers or None, project_dir=directory)
     if accelerator.num_processes > 1:
@@ -109,7 +109,7 @@ def prepare(recipe: Recipe | str | Path, report: Report, overwrite: bool) -> tup
     run.optimizer = hooks.call("build_optimizer", run=run, groups=_torch_groups(run))
     run.scheduler = hooks.call("build_scheduler", run=run, optimizer=run.optimizer)
     if accelerator.is_main_process:
-        write_manifest(run, info)
+        write_manifest(run)
         (directory / "recipe.yaml").write_text(recipe.to_yaml(hooks.strategies), encoding="utf-8")
     report.open(directory, accelerator, recipe.train.trackers, recipe.model_dump(mode="json"))
     return run, hooks, engine
@@ -125,25 +125,6 @@ def check_trackers(wanted: Sequence[str]) -> None:
     for name in wanted:
         if name not in available:
             raise ResourceError(f"train.trackers: {name} is not installed: pip install 'budwood[track]'.")
-
-
-def check_output(directory: Path, overwrite: bool) -> None:
-    """Refuse an output folder that holds something, or that cannot be written.
-
-    Raises:
-        InputError: it holds a run, or other files, or is a file.
-        ResourceError: it cannot be written.
-    """
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"output: {directory} is a file: name a folder.")
-    if directory.is_dir() and any(directory.iterdir()):
-        if not (directory / "manifest.json").is_file():
-            raise InputError(f"output: {directory} is not empty and holds no run: name another folder.")
-        if not overwrite:
-            raise InputError(f"output: {directory} holds another run: name another folder, or use --overwrite.")
-    parent = next(p for p in (directory, *directory.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise ResourceError(f"output: {directory} cannot be written ({parent} is read-only): name another folder.")
 
 
 def make_output(directory: Path, overwrite: bool, accelerator: Any) -> None:
@@ -315,7 +296,7 @@ def precision_name(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
-def write_manifest(run: Run, info: Any) -> None:
+def write_manifest(run: Run) -> None:
     """Write manifest.json: versions, strategies with options, base, data, seed, device."""
     manifest = {
         "budwood": metadata.version("budwood"),

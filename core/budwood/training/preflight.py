@@ -1,0 +1,48 @@
+"""What can be refused at once: output folder, data rows, base. Imports no torch, so that a mistake costs no wait."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from budwood.data.forms import check_rows
+from budwood.errors import InputError, ResourceError
+from budwood.model.checks import BaseInfo, check_base
+from budwood.training.recipe import Recipe
+
+LARGE = 64 << 20
+"""Larger data files, in bytes, are looked through only when they are read for training."""
+
+
+def preflight(recipe: Recipe, overwrite: bool = False) -> BaseInfo:
+    """Check output, data and base as far as files alone tell.
+
+    Raises:
+        InputError: the output folder is in use, a data file is malformed, the base is none.
+        ResourceError: the output cannot be written, or the hub cannot be reached.
+        CorruptError: a file of the base is damaged.
+    """
+    check_output(recipe.output, overwrite)
+    for path in (recipe.data.train, recipe.data.eval):
+        if path is not None and (path.is_dir() or not path.exists() or path.stat().st_size <= LARGE):
+            check_rows(path, recipe.base.task)
+    return check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code)
+
+
+def check_output(directory: Path, overwrite: bool) -> None:
+    """Refuse an output folder that holds something, or that cannot be written.
+
+    Raises:
+        InputError: it holds a run, or other files, or is a file.
+        ResourceError: it cannot be written.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"output: {directory} is a file: name a folder.")
+    if directory.is_dir() and any(directory.iterdir()):
+        if not (directory / "manifest.json").is_file():
+            raise InputError(f"output: {directory} is not empty and holds no run: name another folder.")
+        if not overwrite:
+            raise InputError(f"output: {directory} holds another run: name another folder, or use --overwrite.")
+    parent = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise ResourceError(f"output: {directory} cannot be written ({parent} is read-only): name another folder.")
