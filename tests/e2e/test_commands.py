@@ -1,0 +1,128 @@
+"""The installed commands, as a user types them: tune a file, look, measure, ask; and what goes wrong on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+BUDWOOD = Path(sys.executable).with_name("budwood")
+
+
+def budwood(*arguments: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [str(BUDWOOD), *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def write(path: Path, count: int = 24) -> Path:
+    words = ["games", "fonts", "mail"]
+    rows = [{"prompt": f"{words[i % 3]} number {i}:", "completion": f" {words[i % 3]}"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder in which `budwood tune FILE --base DIR` has run, without any recipe."""
+    folder = tmp_path_factory.mktemp("work")
+    write(folder / "rows.jsonl")
+    options = ["-o", "train.steps=6", "-o", "train.learning_rate=1e-2", "-o", "train.precision=fp32"]
+    done = budwood("tune", "rows.jsonl", "--base", tiny_base, *options, cwd=folder)
+    assert not done.stdout, "results alone go to stdout"
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("step ")]
+    assert len(lines) <= 15
+    return folder
+
+
+def test_a_run_leaves_its_recipe_which_runs_again(tuned: Path) -> None:
+    run = tuned / "runs" / "rows"
+    assert {p.name for p in run.iterdir()} == {"adapter", "loss.png", "manifest.json", "metrics.jsonl", "recipe.yaml"}
+    done = budwood("tune", "runs/rows/recipe.yaml", "-o", "output=again", "--json", cwd=tuned)
+    assert json.loads(done.stdout)["metrics"]["loss"] > 0
+    first, second = (p / "adapter" / "adapter_model.safetensors" for p in (run, tuned / "again"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_adapter_is_shown_verified_measured_and_asked(tuned: Path, tiny_base: Path) -> None:
+    adapter = "runs/rows/adapter"
+    assert "lora" in budwood("adapter", "info", adapter, cwd=tuned).stdout
+    verified = json.loads(budwood("adapter", "verify", adapter, "--json", cwd=tuned).stdout)
+    assert verified
+    measured = json.loads(budwood("eval", adapter, "--data", "rows.jsonl", "--json", cwd=tuned).stdout)
+    assert measured["adapter"]["eval_loss"] < measured["base"]["eval_loss"]
+    answer = budwood("generate", tiny_base, "--adapter", f"a={adapter}", "--prompt", "games number 3:", cwd=tuned)
+    assert answer.stdout.strip()
+
+
+def test_a_classifier_is_tuned_and_measured_from_the_command_line(tuned: Path, tiny_base: Path) -> None:
+    rows = [{"text": f"{word} {i}", "label": word} for i in range(8) for word in ("games", "fonts")]
+    (tuned / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = ["-o", "base.task=sequence-classification", "-o", "train.steps=4", "-o", "train.precision=fp32"]
+    budwood("tune", "labelled.jsonl", "--base", tiny_base, *options, cwd=tuned)
+    done = budwood("eval", "runs/labelled/adapter", "--data", "labelled.jsonl", cwd=tuned)
+    assert "macro_f1" in done.stdout
+    assert "precision" in done.stdout, "scikit-learn's report"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"prompt": "a"\n', "rows.jsonl:1: malformed JSON"),
+        (b'{"prompt": "a", "completion": null}\n', "rows.jsonl:1: field 'completion' must be text, not null"),
+        (b'{"prompt": "caf\xe9", "completion": "x"}\n', "rows.jsonl:1: not UTF-8"),
+        (b"", "rows.jsonl: the file is empty"),
+        (b'{"prompt": "a", "completion": " "}\n', "rows were dropped: empty completion"),
+    ],
+)
+def test_bad_data_is_one_line_and_imports_no_torch(
+    tmp_path: Path, tiny_base: Path, content: bytes, message: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    code = (
+        "import sys\nfrom budwood.cli.app import run\n"
+        f"code = run(['tune', 'rows.jsonl', '--base', {str(tiny_base)!r}])\n"
+        "assert 'torch' not in sys.modules\nsys.exit(code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_output_folder_that_holds_a_run_is_refused(tuned: Path, tiny_base: Path) -> None:
+    before = (tuned / "runs/rows/manifest.json").read_bytes()
+    done = budwood("tune", "rows.jsonl", "--base", tiny_base, cwd=tuned, code=2)
+    assert "--overwrite" in done.stderr
+    assert (tuned / "runs/rows/manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_in_one_line_and_keeps_its_adapter(
+    tmp_path: Path, tiny_base: Path, number: int, code: int
+) -> None:
+    write(tmp_path / "rows.jsonl")
+    options = ["-o", "train.steps=100000", "-o", "train.precision=fp32", "-o", "train.schedule=constant"]
+    process = subprocess.Popen(
+        [str(BUDWOOD), "tune", "rows.jsonl", "--base", str(tiny_base), *options],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    log, deadline = tmp_path / "runs/rows/metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 3):
+        time.sleep(0.1)
+    process.send_signal(number)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+    assert "is kept in runs/rows/adapter" in errors.splitlines()[-1]
+    assert (tmp_path / "runs/rows/adapter/adapter_model.safetensors").exists()
+    assert json.loads((tmp_path / "runs/rows/manifest.json").read_text())["finished"] is False
