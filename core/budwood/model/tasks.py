@@ -23,7 +23,7 @@ from budwood.data.packing import collate, split_micro
 from budwood.model.attention import packed_mask
 from budwood.model.generate import generate
 
-CHUNK = 1024
+CHUNK = 256
 """Label positions whose logits exist at once."""
 
 
