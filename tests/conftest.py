@@ -11,7 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["BUDWOOD_CACHE"] = tempfile.mkdtemp(prefix="budwood-cache-")
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="budwood-hub-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["GOMP_SPINCOUNT"] = "1000"
 
 import pytest
 import torch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
 from typing import Literal
 
 import numpy as np
@@ -71,8 +72,8 @@ def split_micro(
         indices: of the examples.
         lengths: tokens of all examples, which `indices` index.
         micro_tokens: real tokens where rows are packed; else rows times the longest, padding included.
-        packed: fill rows, longest first, each example into the fullest row that has room (best-fit decreasing); else
-            put examples of like length together.
+        packed: as few rows as best-fit decreasing needs, then as even as they get, since the largest row decides how
+            much memory a step takes; else put examples of like length together.
 
     Returns:
         Indices of each micro-batch, the same for the same examples in whatever order.
@@ -94,6 +95,19 @@ def split_micro(
             batches.append([])
         batches[batch].append(index)
         insort(room, (free - length, batch))
+    return _even(longest_first, lengths, len(batches), micro_tokens) or batches
+
+
+def _even(longest_first: list[int], lengths: np.ndarray, count: int, micro_tokens: int) -> list[list[int]] | None:
+    """Deal examples into `count` rows, each to the emptiest (longest first); None where one becomes too full."""
+    batches: list[list[int]] = [[] for _ in range(count)]
+    fill = [(0, batch) for batch in range(count)]
+    for index in longest_first:
+        tokens, batch = heappop(fill)
+        if batches[batch] and tokens + int(lengths[index]) > micro_tokens:
+            return None
+        batches[batch].append(index)
+        heappush(fill, (tokens + int(lengths[index]), batch))
     return batches
 
 

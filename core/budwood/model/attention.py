@@ -20,6 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from budwood.model.segment_attention import segment_attention, takes
+
 IMPLEMENTATION = "budwood"
 """What `attn_implementation` must be for `segments` to count."""
 
@@ -134,6 +136,8 @@ def _packed(
         )
         assert isinstance(out, Tensor)  # a pair only where the sums of the softmax are asked for
         return out.unsqueeze(0)
+    if not plain and dropout == 0.0 and takes(query, value, segments):
+        return segment_attention(query, key, value, segments, causal, window, scaling)
     outputs: list[Tensor] = []
     # `split`, not slices: the backward of a slice fills a tensor of the whole row for each segment.
     for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):

@@ -24,6 +24,7 @@ from budwood.model.checks import (
 from budwood.model.machine import pick_device_precision
 from budwood.model.quantizers import assert_not_packed, guard_repacking
 from budwood.model.quiet import hide_hub_kernels, hush
+from budwood.model.rms_norm import save_memory_in_norms
 from budwood.model.streaming import slices, trim_heap
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ def load_base(
     guard_repacking(loaded)
     loaded.requires_grad_(False)
     loaded.eval()
+    save_memory_in_norms(loaded)
     loaded.config.name_or_path = name
     if loaded.can_generate() and (path / "generation_config.json").is_file():
         loaded.generation_config = GenerationConfig.from_pretrained(str(path), local_files_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from budwood.errors import InputError, ResourceError
@@ -33,6 +35,8 @@ def pick_device_precision(device: str | None, precision: str | None) -> tuple[to
     available = getattr(getattr(torch, chosen.type, None), "is_available", lambda: False)
     if not available():
         raise ResourceError(f"device '{device}': torch {torch.__version__} finds none here; use cpu.")
+    if chosen.type == "cpu":
+        _limit_kernel_caches()
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ResourceError(f"device '{device}': this machine has {torch.cuda.device_count()}; count from cuda:0.")
     native = _native_precisions(chosen)
@@ -44,6 +48,16 @@ def pick_device_precision(device: str | None, precision: str | None) -> tuple[to
     precision = next((name for name in order if name in native), "fp32")
     reason = "no fast bf16 here" if precision == "fp32" else "native here"
     return chosen, dtypes[precision], reason
+
+
+def _limit_kernel_caches() -> None:
+    """Bound what oneDNN keeps: compiled code for every shape of a product, and packed rows differ in shape each time.
+
+    Its own bound is 1,024 shapes, some hundred megabytes. Read at the first product of the process; what the user has
+    set stays.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")
 
 
 def _native_precisions(device: torch.device) -> set[str]:

@@ -21,6 +21,7 @@ from budwood.contract.strategy import hookimpl
 from budwood.contract.types import Batch, LossTerm, Outputs, Run, Step
 from budwood.data.packing import collate, split_micro
 from budwood.model.attention import packed_mask
+from budwood.model.cross_entropy import cross_entropy
 from budwood.model.generate import generate
 
 CHUNK = 256
@@ -69,7 +70,7 @@ class Task:
     @hookimpl
     def token_terms(self, step: Step, logits: Tensor, positions: Tensor) -> LossTerm:
         """Cross-entropy of each label, in fp32."""
-        values = F.cross_entropy(logits.float(), step.batch.labels[positions], reduction="none")
+        values = cross_entropy(logits, step.batch.labels[positions])
         return LossTerm(self.name.replace("-", "_"), values)
 
     @hookimpl
@@ -199,7 +200,7 @@ def own_head(model: nn.Module, rows: Tensor) -> Tensor:
     decoder.forward = lambda *args, **kwargs: out
     try:
         logits: Tensor = model(inputs_embeds=rows[None], use_cache=False).logits
-        return logits[0]
+        return logits.flatten(0, 1)  # a view; the gradient of an index would fill a tensor of zeros first
     finally:
         del decoder.forward
 

@@ -1,0 +1,59 @@
+"""Cross-entropy over a large vocabulary, in fp32, without a copy of the logits in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CACHED = 1 << 19
+"""fp32 numbers of a block of rows, which then stays in a core's cache between the passes over it."""
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return -log softmax(logits)[label] of each row [n], in fp32 (fp64 where the logits are).
+
+    Args:
+        logits: [n, V], floating.
+        labels: [n] int64 in [0, V).
+    """
+    if logits.device.type != "cpu":  # other devices are not slowed by the passes, and their kernel checks the labels
+        return F.cross_entropy(logits.float(), labels, reduction="none")
+    values: Tensor = _CrossEntropy.apply(logits, labels)
+    return values
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Works through blocks of rows, so that memory sees the logits once in each direction, and once their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, labels)
+        return torch.cat(
+            [-_wide(block).log_softmax(-1).gather(-1, where)[:, 0] for block, where in _blocks(logits, labels[:, None])]
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        logits, labels = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        for block, where, gradient, out in _blocks(logits, labels[:, None], gradients[0][:, None], result):
+            difference = _wide(block).softmax(-1)
+            difference.scatter_add_(-1, where, torch.full_like(gradient, -1.0))
+            torch.mul(difference, gradient, out=out)
+        return result, None
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _blocks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Blocks of the rows of all tensors, together."""
+    rows = max(1, CACHED // max(1, logits.shape[-1]))
+    return zip(*(tensor.split(rows) for tensor in (logits, *others)), strict=True)

@@ -1,0 +1,236 @@
+"""Attention inside the segments of a packed row as batched 16-bit matrix products, for CPUs that have them.
+
+torch's own CPU attention kernel is written for long sequences: on the short segments of a packed row its backward pass
+in bf16 takes several times what the products alone take. Here each segment is padded to a multiple of 64 (so that
+oneDNN, which compiles code for each shape, meets few of them), scores and softmax are fp32 as in that kernel, and the
+attention weights are kept in bf16 for the backward pass. They take length / (8 · head size) times the memory of query,
+key, value and output, so rows with a segment longer than `longest(head size)` are left to the other kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+PAD = 64
+"""Segments are padded to a multiple of so many tokens."""
+BLOCK = 256
+"""Queries of a causal segment are taken so many at a time, each block with the keys up to its end alone."""
+
+
+def longest(head_size: int) -> int:
+    """Longest segment, in tokens, for which keeping the attention weights is worth their memory."""
+    return 16 * head_size
+
+
+def takes(query: Tensor, value: Tensor, segments: tuple[int, ...]) -> bool:
+    """Whether `segment_attention` is the better kernel for these tensors: bf16 on a CPU with bf16 products."""
+    return (
+        query.device.type == "cpu"
+        and query.dtype == torch.bfloat16
+        and query.shape[-1] == value.shape[-1]
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and max(end - start for start, end in zip(segments, segments[1:], strict=False)) <= longest(query.shape[-1])
+    )
+
+
+def segment_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: tuple[int, ...],
+    causal: bool,
+    window: int | None = None,
+    scaling: float | None = None,
+) -> Tensor:
+    """Attend inside each segment of one packed row: softmax(scaling · Q Kᵀ + mask) V.
+
+    Args:
+        query: [1, H, T, D] bf16.
+        key: [1, K, T, D]; H is a multiple of K.
+        value: [1, K, T, D].
+        segments: boundaries in tokens, (0, …, T).
+        causal: whether a token sees only what is before it.
+        window: a causal token sees so many, itself among them; others see so many to each side, less one.
+        scaling: of the scores; None: D to the power of -1/2.
+
+    Returns:
+        [1, T, H, D] bf16.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    result: Tensor = _SegmentAttention.apply(query, key, value, segments, causal, window, scaling)
+    return result
+
+
+class _SegmentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        segments: tuple[int, ...],
+        causal: bool,
+        window: int | None,
+        scaling: float,
+    ) -> Tensor:
+        heads, groups = query.shape[1], query.shape[1] // key.shape[1]
+        at_queries, at_keys = _layout(segments, heads), _layout(segments, key.shape[1])
+        q, k, v = at_queries.gather(query), at_keys.gather(key), at_keys.gather(value)
+        q32, k32 = q.float(), k.float()
+        out, weights = torch.empty_like(q), []
+        with torch.autocast("cpu", enabled=False), _bf16_products():
+            for segment in range(len(segments) - 1):
+                qs, ks, vs, outs = (
+                    layout.of(rows, segment)
+                    for layout, rows in ((at_queries, q32), (at_keys, k32), (at_keys, v), (at_queries, out))
+                )
+                for first, last, seen in _blocks(at_keys.lengths[segment], qs.shape[1], causal):
+                    scores = torch.bmm(_rows(qs, first, last, groups), ks[:, :seen].mT).view(heads, last - first, seen)
+                    mask = _mask(first, last, seen, at_keys.lengths[segment], causal, window)
+                    torch.add(mask, scores, alpha=scaling, out=scores)
+                    weight = torch.softmax(scores, -1).to(v.dtype)
+                    weights.append(weight)
+                    seen_values = vs[:, :seen]
+                    product = torch.bmm(weight.view(len(ks), -1, seen), seen_values).view(heads, last - first, -1)
+                    outs[:, first:last] = product
+        ctx.save_for_backward(q, k, v, *weights)
+        ctx.segments, ctx.causal, ctx.scaling = segments, causal, scaling
+        return at_queries.scatter(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *weights = ctx.saved_tensors
+        heads = gradients[0].shape[2]
+        at_queries = _layout(ctx.segments, heads)
+        kv_heads = heads * len(k) // len(q)
+        groups, at_keys = heads // kv_heads, _layout(ctx.segments, kv_heads)
+        gradient = at_queries.gather(gradients[0].transpose(1, 2))
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        taken = 0
+        for segment in range(len(ctx.segments) - 1):
+            qs, gs, grad_qs = (at_queries.of(rows, segment) for rows in (q, gradient, grad_q))
+            ks, vs, grad_ks, grad_vs = (at_keys.of(rows, segment) for rows in (k, v, grad_k, grad_v))
+            length = at_keys.lengths[segment]
+            blocks = list(_blocks(length, qs.shape[1], ctx.causal))
+            # The last block sees every key: it fills the keys' gradients, the others add to them.
+            for index in reversed(range(len(blocks))):
+                first, last, seen = blocks[index]
+                weight = weights[taken + index]
+                rows_q, rows_g = _rows(qs, first, last, groups), _rows(gs, first, last, groups)
+                grad_weight = torch.bmm(rows_g, vs[:, :seen].mT).view_as(weight)
+                grad_scores = torch._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
+                if last > length:  # rows of padding give no gradient
+                    grad_scores[:, length - first :] = 0
+                    weight = weight.clone()
+                    weight[:, length - first :] = 0
+                grad_scores, weight = grad_scores.view(kv_heads, -1, seen), weight.view(kv_heads, -1, seen)
+                grad_qs[:, first:last] = torch.bmm(grad_scores, ks[:, :seen]).view(heads, last - first, -1)
+                part_k, part_v = torch.bmm(grad_scores.mT, rows_q), torch.bmm(weight.mT, rows_g)
+                if index == len(blocks) - 1:
+                    grad_ks.copy_(part_k), grad_vs.copy_(part_v)
+                else:
+                    grad_ks[:, :seen].add_(part_k), grad_vs[:, :seen].add_(part_v)
+            taken += len(blocks)
+        grads = (
+            at_queries.scatter(grad_q.mul_(ctx.scaling)),
+            at_keys.scatter(grad_k.mul_(ctx.scaling)),
+            at_keys.scatter(grad_v),
+        )
+        return *(grad.transpose(1, 2) for grad in grads), None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where tokens stand when each segment is one dense block [heads, padded length, D], end to end.
+
+    Attributes:
+        lengths: tokens of each segment.
+        starts: first row of each segment's block, and all rows at the end.
+        source: [rows] int64 into the row's [T · heads]; padding repeats a segment's last token.
+        target: [T · heads] int64, the way back.
+    """
+
+    heads: int
+    lengths: tuple[int, ...]
+    starts: tuple[int, ...]
+    source: Tensor
+    target: Tensor
+
+    def gather(self, states: Tensor) -> Tensor:
+        """[1, heads, T, D] to [rows, D]."""
+        return states.transpose(1, 2).reshape(-1, states.shape[-1]).index_select(0, self.source)
+
+    def scatter(self, rows: Tensor) -> Tensor:
+        """[rows, D] to [1, T, heads, D]."""
+        return rows.index_select(0, self.target).view(1, -1, self.heads, rows.shape[-1])
+
+    def of(self, rows: Tensor, segment: int) -> Tensor:
+        """View [heads, padded length, D] of one segment's rows [rows, D]."""
+        return rows[self.starts[segment] : self.starts[segment + 1]].view(self.heads, -1, rows.shape[-1])
+
+
+@functools.lru_cache(maxsize=8)
+def _layout(segments: tuple[int, ...], heads: int) -> _Layout:
+    """The layout of a row: the same for all layers of a micro-step and their recomputation."""
+    with torch.inference_mode(False):
+        head = torch.arange(heads)
+        sources, targets, starts, lengths = [], [], [0], []
+        for first, last in zip(segments, segments[1:], strict=False):
+            padded = -(-(last - first) // PAD) * PAD
+            tokens = torch.arange(first, first + padded).clamp(max=last - 1)
+            sources.append((tokens * heads + head[:, None]).flatten())
+            targets.append((starts[-1] + head * padded + torch.arange(last - first)[:, None]).flatten())
+            starts.append(starts[-1] + heads * padded)
+            lengths.append(last - first)
+        return _Layout(heads, tuple(lengths), tuple(starts), torch.cat(sources), torch.cat(targets))
+
+
+def _blocks(length: int, padded: int, causal: bool) -> Iterator[tuple[int, int, int]]:
+    """(first, last, seen) of each block of queries, and how many keys it sees at most."""
+    if not causal:
+        yield 0, padded, padded
+        return
+    for first in range(0, length, BLOCK):
+        last = min(first + BLOCK, padded)
+        yield first, last, last
+
+
+def _rows(states: Tensor, first: int, last: int, groups: int) -> Tensor:
+    """Queries of a block [H, padded, D] as [K, groups · rows, D], those that share a key's head together."""
+    return states[:, first:last].reshape(len(states) // groups, -1, states.shape[-1])
+
+
+@functools.lru_cache(maxsize=256)
+def _mask(first: int, last: int, seen: int, length: int, causal: bool, window: int | None) -> Tensor:
+    """fp32 [rows, seen]: 0 where a query sees a key, else -inf. A row of padding sees at least its first key."""
+    with torch.inference_mode(False):
+        row, column = torch.arange(first, last)[:, None], torch.arange(seen)
+        hidden = column >= length
+        if causal:
+            hidden = column > row
+        if window is not None:
+            hidden = hidden | (column <= row - window) | (column >= row + window)
+        hidden = hidden & ((row < length) | (column > 0))
+        return torch.zeros(last - first, seen).masked_fill_(hidden, -math.inf)
+
+
+@contextmanager
+def _bf16_products() -> Iterator[None]:
+    """Let products of fp32 tensors multiply in bf16 and add in fp32: exact here, since the numbers come from bf16."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
