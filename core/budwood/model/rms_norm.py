@@ -35,10 +35,11 @@ def save_memory_in_norms(model: nn.Module) -> int:
     for module in model.modules():
         weight = getattr(module, "weight", None)
         epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if type(module).__name__.endswith("RMSNorm") and isinstance(weight, Tensor) and isinstance(epsilon, float):
-            if _same(module, weight, epsilon):
-                module.forward = _Forward(module, module.forward, epsilon)
-                found += 1
+        if not (type(module).__name__.endswith("RMSNorm") and isinstance(weight, Tensor)):
+            continue
+        if isinstance(epsilon, float) and _same(module, weight, epsilon):
+            module.forward = _Forward(module, module.forward, epsilon)
+            found += 1
     return found
 
 
