@@ -60,12 +60,12 @@ def check_teacher(options: DistillationOptions, plan: Plan) -> TeacherInfo:
     size = _vocabulary(plan.tokenizer, plan.model)
     heads = plan.task.head_modules(plan.model)
     if options.adapter is None:
-        if heads:
+        if heads and not _is_trained(student, plan.task):
             raise InputError(
-                f"teacher: the base has no trained '{heads[0]}' of its own, so it teaches nothing for {plan.task.name}: "
-                "give a trained folder, or base+DIR."
+                f"teacher: the base '{recipe.model}' has no trained '{heads[0]}', so that alone it cannot teach "
+                f"{plan.task.name}: give a trained folder, or base+DIR."
             )
-        return TeacherInfo(student.quantization, (), size, "")
+        return TeacherInfo(student.quantization, _classes(student) if heads else (), 0 if heads else size, "")
     _outside_output("teacher", options.adapter, plan.recipe.output)
     with _named("teacher"):
         saved = read_adapter(options.adapter)
@@ -108,7 +108,7 @@ def _own_model(options: DistillationOptions, plan: Plan, student: Any) -> Teache
         same = info.path.resolve() == student.path.resolve() or (info.config == student.config and _same(info, student))
         if same and info.quantization == student.quantization:
             raise InputError(
-                f"'{name}' in {info.quantization} is the base itself: write `teacher: base`, which needs no second copy."
+                f"'{name}' in {info.quantization} is the base itself: write `teacher: base`, without a second copy."
             )
         _check_tokenizer(name, load_tokenizer(name), plan)
         frame = skeleton(name, plan.task.auto_class, trust)
@@ -117,16 +117,27 @@ def _own_model(options: DistillationOptions, plan: Plan, student: Any) -> Teache
             raise InputError(
                 f"'{name}' pools its tokens by '{pools[0]}' and the base by '{pools[1]}': give one like the base."
             )
-        suffix = plan.task.auto_class.removeprefix("AutoModel")
         heads = plan.task.head_modules(frame)
-        if heads and not any(str(a).endswith(suffix) for a in info.config.get("architectures") or ()):
-            raise InputError(f"'{name}' is no model {suffix.removeprefix('For')}: it has no trained '{heads[0]}'.")
+        if heads and not _is_trained(info, plan.task):
+            raise InputError(
+                f"'{name}' has no trained '{heads[0]}': give a model that was trained for {plan.task.name}."
+            )
     if options.hidden_weight > 0:
         _check_width(name, frame, plan.model)
-    named = info.config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-    labels = tuple(str(named[key]) for key in sorted(named, key=int)) if heads else ()
     size = 0 if heads else min(_vocabulary(plan.tokenizer, plan.model), _vocabulary(plan.tokenizer, frame))
-    return TeacherInfo(info.quantization, labels, size, "")
+    return TeacherInfo(info.quantization, _classes(info) if heads else (), size, "")
+
+
+def _is_trained(info: Any, task: Any) -> bool:
+    """Whether a checkpoint is one of the task's models, head and all, by what its config says."""
+    suffix = task.auto_class.removeprefix("AutoModel")
+    return any(str(name).endswith(suffix) for name in info.config.get("architectures") or ())
+
+
+def _classes(info: Any) -> tuple[str, ...]:
+    """Names of a classifier's classes, in order; transformers' own where its config gives none."""
+    named = info.config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    return tuple(str(named[key]) for key in sorted(named, key=int))
 
 
 def _same(info: Any, student: Any) -> bool:

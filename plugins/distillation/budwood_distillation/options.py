@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -49,7 +50,8 @@ class DistillationOptions(Options):
     @property
     def adapter(self) -> str | None:
         """The folder of a `base+DIR` teacher."""
-        return self.teacher.removeprefix(ON_BASE) if self.teacher.startswith(ON_BASE) else None
+        folder = self.teacher.removeprefix(ON_BASE) if self.teacher.startswith(ON_BASE) else None
+        return None if folder is None else str(Path(folder).expanduser())
 
     @property
     def own_model(self) -> bool:

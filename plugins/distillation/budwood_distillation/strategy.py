@@ -1,4 +1,4 @@
-"""Distillation as a strategy: the teacher is checked, loaded or replaced by its cache, and gives terms at the labels."""
+"""Distillation as a strategy: its teacher, or the cache in the teacher's place, gives terms at the labels."""
 
 from __future__ import annotations
 
@@ -157,6 +157,8 @@ class Distillation(Strategy):
             return Teacher(base.model)
         owner = next(s for s in run.strategies if "adapter" in s.slots)
         if self.options.adapter is None:
+            if run.base.new:
+                raise InputError(f"{self}: teacher: the base holds no weights for {run.base.new[0]}: it cannot teach.")
             run.say("teacher: this base with the adapter off, no second copy")
             return Teacher(model, owner)
         saved = read_adapter(self.options.adapter)
@@ -188,7 +190,7 @@ class Distillation(Strategy):
         labels = list(examples.labels)
         self.size = info.vocabulary or len(labels)
         try:
-            if not info.vocabulary and (self.options.own_model or info.labels):
+            if info.labels:
                 check_labels(self.options.teacher, info.labels, labels)
             if self.options.cache is not None:
                 self.cache = TeacherCache(Path(self.options.cache).expanduser(), self._key(run, examples), examples)
@@ -221,7 +223,7 @@ class Distillation(Strategy):
         }
 
     def _prepare_cache(self, run: Run, model: nn.Module) -> None:
-        """Have the cache complete: the teacher runs over what is missing and is let go; else it is not loaded at all."""
+        """Complete the cache: the teacher runs over what is missing, then goes; where nothing is, it does not load."""
         cache = self.cache
         assert cache is not None
         missing = cache.missing()
