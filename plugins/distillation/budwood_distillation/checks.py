@@ -103,6 +103,8 @@ def check_labels(teacher: str, theirs: Sequence[str], ours: Sequence[str]) -> No
 
 def _own_model(options: DistillationOptions, plan: Plan, student: Any) -> TeacherInfo:
     trust, name = plan.recipe.base.trust_remote_code, options.teacher
+    if Path(name).expanduser().is_dir():
+        _outside_output("teacher", name, plan.recipe.output)
     with _named("teacher"):
         info = check_base(name, options.quantization, trust)
         same = info.path.resolve() == student.path.resolve() or (info.config == student.config and _same(info, student))

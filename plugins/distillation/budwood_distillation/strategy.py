@@ -228,32 +228,36 @@ class Distillation(Strategy):
         assert cache is not None
         missing = cache.missing()
         run.accelerator.wait_for_everyone()
-        if not missing:
-            run.say(f"teacher's cache {cache.directory}: {cache.labels:,} labels; the teacher is not loaded")
-        else:
+        if missing:
             if run.accelerator.is_main_process:
                 cache.begin()
-            run.accelerator.wait_for_everyone()
-            packed = run.packed
-            teacher = self._load(run, model)
             run.say(
                 f"teacher's cache {cache.directory}: {len(missing)} of {len(cache.shards)} parts to make, "
                 f"top {cache.k} and the rest of {cache.labels:,} labels"
             )
-            mine = missing[run.process_index :: run.processes]
-            for done, shard in enumerate(mine, 1):
-                self._fill(run, teacher, cache, shard)
-                if 4 * done // len(mine) > 4 * (done - 1) // len(mine):
-                    run.say(f"teacher's cache: {done} of {len(mine)} parts made")
-            if teacher.adapters:
-                teacher.owner.detach_adapter(model=model, name=TEACHER_ADAPTER)
-            run.packed = packed
-            del teacher
-            gc.collect()
             run.accelerator.wait_for_everyone()
+            self._fill(run, model, cache, missing[run.process_index :: run.processes])
+            run.accelerator.wait_for_everyone()
+        else:
+            run.say(f"teacher's cache {cache.directory}: {cache.labels:,} labels; the teacher is not loaded")
         cache.verify()
 
-    def _fill(self, run: Run, teacher: Teacher, cache: TeacherCache, shard: int) -> None:
+    def _fill(self, run: Run, model: nn.Module, cache: TeacherCache, shards: Sequence[int]) -> None:
+        """Load the teacher, run it over the examples of `shards`, and let it go."""
+        if not shards:
+            return
+        packed, teacher = run.packed, self._load(run, model)
+        for done, shard in enumerate(shards, 1):
+            self._fill_shard(run, teacher, cache, shard)
+            if 4 * done // len(shards) > 4 * (done - 1) // len(shards):
+                run.say(f"teacher's cache: {done} of {len(shards)} parts made")
+        if teacher.adapters:
+            teacher.owner.detach_adapter(model=model, name=TEACHER_ADAPTER)
+        run.packed = packed  # as in a run that only reads
+        del teacher
+        gc.collect()
+
+    def _fill_shard(self, run: Run, teacher: Teacher, cache: TeacherCache, shard: int) -> None:
         first, last = cache.shards[shard]
         start, rows = int(cache.offsets[first]), int(cache.offsets[last] - cache.offsets[first])
         ids, log_probs = np.empty((rows, cache.k), np.int32), np.empty((rows, cache.k + 1), np.float32)

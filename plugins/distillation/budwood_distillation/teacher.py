@@ -39,13 +39,13 @@ class Teacher:
     def teaching(self, run: Run) -> Iterator[None]:
         """No gradients, evaluation mode, the teacher's adapters; all as it was afterwards."""
         training = self.model.training
-        if training:
-            self.model.eval()
-        if self.owner is not None:
-            self.owner.use_adapters(model=self.model, names=list(self.adapters))
         # Without its cache, in which casts made without a gradient would stay for the student's own forward.
         cast = torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32, cache_enabled=False)
         try:
+            if training:
+                self.model.eval()
+            if self.owner is not None:
+                self.owner.use_adapters(model=self.model, names=list(self.adapters))
             with torch.no_grad(), cast:
                 yield
         finally:

@@ -78,7 +78,9 @@ def test_it_holds_the_top_k_and_the_rest_at_the_temperature(
     np.testing.assert_array_equal(arrays["ids"], top.indices)
     np.testing.assert_allclose(arrays["log_probs"][:, :8], top.values.log(), atol=1e-5)
     np.testing.assert_allclose(arrays["log_probs"][:, 8], (1 - top.values.sum(-1)).log(), atol=1e-5)
-    coarse = [torch.cat([x.gather(1, top.indices), 1 - x.gather(1, top.indices).sum(-1, keepdim=True)], 1) for x in (p, q)]
+    coarse = [
+        torch.cat([x.gather(1, top.indices), 1 - x.gather(1, top.indices).sum(-1, keepdim=True)], 1) for x in (p, q)
+    ]
     expected = (coarse[0] * (coarse[0] / coarse[1]).log()).sum(-1).mean() * 4
     assert losses(run)[0] == pytest.approx(float(expected), rel=1e-5)
 

@@ -260,6 +260,47 @@ def test_the_noise_of_an_adversary_does_not_reach_the_teacher(
     torch.testing.assert_close(asked, clean, atol=1e-7, rtol=1e-4)
 
 
+@pytest.mark.parametrize("teacher_name", ["base", "folder"])
+@pytest.mark.parametrize("changes", [{}, {"precision": "bf16"}, {"gradient_checkpointing": True}])
+def test_a_teacher_of_no_weight_changes_nothing(run_it: Runs, teacher: Path, teacher_name: str, changes: dict) -> None:
+    """Neither the dropout's random numbers, nor autocast's casts, nor what the backward pass recomputes."""
+    options = {"teacher": str(teacher) if teacher_name == "folder" else "base", "weight": 1e-12}
+    lora = {"dropout": 0.2, "modules_to_save": ["lm_head"]}
+    plain = adapter_of(run_it(None, "plain", lora=lora, train=changes))
+    taught = adapter_of(run_it(options, "taught", lora=lora, train=changes))
+    assert max(float((plain[key] - taught[key]).abs().max()) for key in plain) < 1e-6
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_untrained_adapter_gives_exactly_the_bases_outputs(run_it: Runs, losses: Callable, precision: str) -> None:
+    options = {"teacher": "base", "divergence": "reverse-kl", "hidden_weight": 1.0}
+    run = run_it(options, train={"precision": precision, "steps": 3}, lora={"dropout": 0.0})
+    assert losses(run)[0] == 0.0 and losses(run, "distillation_hidden")[0] == 0.0
+    assert losses(run)[2] > 0 and losses(run, "distillation_hidden")[2] > 0
+
+
+def test_the_full_logits_of_the_teacher_never_exist(
+    run_it: Runs, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import budwood_distillation.strategy as module
+
+    rows = []
+    load = module.load_frozen
+
+    def watched(*args: Any) -> Any:
+        base = load(*args)
+        base.model.lm_head.register_forward_hook(lambda layer, given, out: rows.append(out.shape[:-1].numel()))
+        return base
+
+    monkeypatch.setattr(module, "load_frozen", watched)
+    monkeypatch.setattr("budwood.training.step.CHUNK", 20)
+    monkeypatch.setattr(module, "CHUNK", 20)
+    for number, cache in enumerate(({}, {"cache": str(tmp_path / "cache")})):
+        rows.clear()
+        run = run_it({"teacher": str(teacher), **cache}, f"run{number}", train={"steps": 1})
+        assert max(rows) == 20 and sum(rows) == run.examples.stats.supervised > 100
+
+
 def test_a_classifier_teaches_a_classifier(
     run_it: Runs, losses: Callable, at_labels: Callable, classifier: Path, tiny_base: Path
 ) -> None:
