@@ -155,7 +155,7 @@ class Distillation(Strategy):
             base = load_frozen(run, name, self.options.quantization)
             run.say(f"teacher {name}: " + "; ".join(base.notes))
             return Teacher(base.model)
-        owner = next(s for s in run.strategies if "adapter" in s.slots)
+        owner: Any = next(s for s in run.strategies if "adapter" in s.slots)
         if self.options.adapter is None:
             if run.base.new:
                 raise InputError(f"{self}: teacher: the base holds no weights for {run.base.new[0]}: it cannot teach.")
