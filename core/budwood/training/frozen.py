@@ -14,7 +14,8 @@ def load_frozen(run: Run, model: str, quantization: str | None = None) -> Base:
     """Load a second model for the run's task, data and device; call it from `prepare_model`.
 
     It computes in the run's dtype, every parameter is frozen, and it stays in evaluation mode. `run.task.outputs` runs
-    it on the run's batches. Where it does not take packed rows, the run's rows are padded from here on.
+    it on the run's batches. It never runs code of its own: a recipe's `trust_remote_code` is for the base. Where it
+    does not take packed rows, the run's rows are padded from here on.
 
     Args:
         run: past its base.
@@ -28,7 +29,7 @@ def load_frozen(run: Run, model: str, quantization: str | None = None) -> Base:
     """
     recipe = run.recipe.base
     base = load_base(
-        model, quantization, run.task.auto_class, run.dtype, run.device, recipe.trust_remote_code,
+        model, quantization, run.task.auto_class, run.dtype, run.device, False,
         recipe.double_quantization, run.task.model_kwargs(run.examples.labels), run.seed,
     )  # fmt: skip
     if base.new:

@@ -32,12 +32,14 @@ class TeacherInfo:
         labels: classes of a classifier, in order; empty where there are none, or where its files do not name them.
         vocabulary: entries of its logits that count; 0 where classes take their place.
         adapter: SHA-256 of the adapter's weights; "" where there is none.
+        positions: tokens of a sequence that a model of its own was made for; 0 where its config does not say.
     """
 
     quantization: str
     labels: tuple[str, ...]
     vocabulary: int
     adapter: str
+    positions: int = 0
 
 
 def check_teacher(options: DistillationOptions, plan: Plan) -> TeacherInfo:
@@ -102,18 +104,23 @@ def check_labels(teacher: str, theirs: Sequence[str], ours: Sequence[str]) -> No
 
 
 def _own_model(options: DistillationOptions, plan: Plan, student: Any) -> TeacherInfo:
-    trust, name = plan.recipe.base.trust_remote_code, options.teacher
+    name = options.teacher
     if Path(name).expanduser().is_dir():
         _outside_output("teacher", name, plan.recipe.output)
     with _named("teacher"):
-        info = check_base(name, options.quantization, trust)
+        try:
+            info = check_base(name, options.quantization)
+        except InputError as error:
+            if "trust_remote_code" in str(error):  # the recipe allows it for the base alone
+                raise InputError(f"'{name}' needs Python code of its own, which no teacher may run.") from error
+            raise
         same = info.path.resolve() == student.path.resolve() or (info.config == student.config and _same(info, student))
         if same and info.quantization == student.quantization:
             raise InputError(
                 f"'{name}' in {info.quantization} is the base itself: write `teacher: base`, without a second copy."
             )
         _check_tokenizer(name, load_tokenizer(name), plan)
-        frame = skeleton(name, plan.task.auto_class, trust)
+        frame = skeleton(name, plan.task.auto_class)
         pools = plan.task.pool(frame), plan.task.pool(plan.model)
         if pools[0] != pools[1]:
             raise InputError(
@@ -127,7 +134,8 @@ def _own_model(options: DistillationOptions, plan: Plan, student: Any) -> Teache
     if options.hidden_weight > 0:
         _check_width(name, frame, plan.model)
     size = 0 if heads else min(_vocabulary(plan.tokenizer, plan.model), _vocabulary(plan.tokenizer, frame))
-    return TeacherInfo(info.quantization, _classes(info) if heads else (), size, "")
+    positions = getattr(frame.config.get_text_config(), "max_position_embeddings", None) or 0
+    return TeacherInfo(info.quantization, _classes(info) if heads else (), size, "", positions)
 
 
 def _is_trained(info: Any, task: Any) -> bool:

@@ -83,6 +83,13 @@ class Distillation(Strategy):
     def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
         self._check_data(run, run.examples)
         run.task_weight *= 1 - self.options.weight
+        assert self.info is not None
+        longest = int(run.examples.lengths.max())
+        if 0 < self.info.positions < longest:
+            run.say(
+                f"warning: teacher {self.options.teacher}: its config says {self.info.positions} tokens, and the "
+                f"longest example has {longest}: lower data.max_length, unless it takes more"
+            )
         if self.options.cache is None:
             self.teacher = self._load(run, model)
         else:

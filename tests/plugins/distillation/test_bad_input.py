@@ -83,6 +83,17 @@ def test_a_teacher_that_does_not_exist(refused: Callable[..., str], tiny_base: P
     )
 
 
+def test_a_teacher_with_code_of_its_own(refused: Callable[..., str], tiny_base: Path, tmp_path: Path) -> None:
+    """The recipe's permission is for the base."""
+    folder = copy(tiny_base, tmp_path / "copy")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").unlink()
+    values |= {"model_type": "strange", "auto_map": {"AutoConfig": "strange.Config"}}
+    (folder / "config.json").write_text(json.dumps(values))
+    message = refused({"teacher": str(folder)}, base={"trust_remote_code": True})
+    assert f"teacher: '{folder}' needs Python code of its own, which no teacher may run" in message
+
+
 def test_a_damaged_teacher(refused: Callable[..., str], tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "copy")
     weights = (folder / "model.safetensors").read_bytes()

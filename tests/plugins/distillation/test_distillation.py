@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
     BitsAndBytesConfig,
     BloomConfig,
     BloomForCausalLM,
@@ -265,9 +267,18 @@ def test_the_noise_of_an_adversary_does_not_reach_the_teacher(
 def test_a_teacher_of_no_weight_changes_nothing(run_it: Runs, teacher: Path, teacher_name: str, changes: dict) -> None:
     """Neither the dropout's random numbers, nor autocast's casts, nor what the backward pass recomputes."""
     options = {"teacher": str(teacher) if teacher_name == "folder" else "base", "weight": 1e-12}
-    lora = {"dropout": 0.2, "modules_to_save": ["lm_head"]}
+    lora = {"dropout": 0.2, "modules_to_save": ["lm_head", "embed_tokens"]}
     plain = adapter_of(run_it(None, "plain", lora=lora, train=changes))
     taught = adapter_of(run_it(options, "taught", lora=lora, train=changes))
+    assert max(float((plain[key] - taught[key]).abs().max()) for key in plain) < 1e-6
+
+
+def test_another_adapter_of_no_weight_changes_nothing(run_it: Runs) -> None:
+    """It brings a head of its own, which is put away again before the student's learns."""
+    folder = run_it(None, "first", labels=LABELS).directory / "adapter"
+    plain = adapter_of(run_it(None, "plain", labels=LABELS, train={"seed": 1}))
+    options = {"teacher": f"base+{folder}", "weight": 1e-12}
+    taught = adapter_of(run_it(options, "taught", labels=LABELS, train={"seed": 1}))
     assert max(float((plain[key] - taught[key]).abs().max()) for key in plain) < 1e-6
 
 
@@ -342,6 +353,32 @@ def test_rows_are_padded_for_a_teacher_that_takes_no_packed_ones(
     assert not run.packed and any(str(folder) in line and "padded" in line for line in lines)
     (p, _), (q, _) = at_labels(run, double(folder)), at_labels(run, double(tiny_base))
     assert losses(run)[0] == pytest.approx(kl(p, q), rel=1e-4)
+
+
+def test_encoders_teach_encoders(run_it: Runs, losses: Callable, tiny_base: Path, tmp_path: Path) -> None:
+    names = dict(enumerate(sorted(LABELS)))
+    folders, models = [], []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        config = BertConfig(
+            vocab_size=300, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+            id2label=names, label2id={v: k for k, v in names.items()}, initializer_range=0.2,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        models.append(BertForSequenceClassification(config).eval().requires_grad_(False))
+        folders.append(save_beside_tokenizer(models[-1], tiny_base, tmp_path / f"bert{seed}"))
+    run = run_it({"teacher": str(folders[0])}, labels=LABELS, base={"model": str(folders[1])})
+    p, q = (
+        torch.cat([m(torch.tensor(e.input_ids[None].astype("int64"))).logits for e in run.examples]) for m in models
+    )
+    assert losses(run)[0] == pytest.approx(kl(p, q), rel=1e-4)
+
+
+def test_a_teacher_made_for_shorter_texts_is_said(run_it: Runs, tiny_bases: Callable, lines: list[str]) -> None:
+    short = tiny_bases("short", seed=8, max_position_embeddings=16)
+    run = run_it({"teacher": str(short)})
+    longest = int(run.examples.lengths.max())
+    assert any(f"its config says 16 tokens, and the longest example has {longest}" in line for line in lines)
 
 
 def test_evaluation_is_the_tasks_alone(run_it: Runs, teacher: Path, tmp_path: Path) -> None:
