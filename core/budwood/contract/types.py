@@ -218,7 +218,9 @@ class Plan:
     model: nn.Module | None = None
     """The base's modules on the meta device, without weights; None where the config alone does not give them."""
     task: Any = None
+    """The recipe's task (`budwood.model.tasks.Task`)."""
     tokenizer: Any = None
+    """That of the base."""
     problems: list[str] = field(default_factory=list)
 
     def problem(self, strategy: Strategy, text: str) -> None:

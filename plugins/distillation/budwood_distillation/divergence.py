@@ -36,7 +36,7 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float = 0.5) -> Te
 
 def log_probabilities(logits: Tensor, size: int, temperature: float) -> Tensor:
     """Log-probabilities [n, size] fp32 of softmax(logits / T) over the first `size` entries; the others are padding."""
-    return (logits[:, :size].float() / temperature).log_softmax(-1)
+    return _scaled(logits, size, temperature).log_softmax(-1)
 
 
 def bucketed(logits: Tensor, size: int, temperature: float, ids: Tensor) -> Tensor:
@@ -44,9 +44,14 @@ def bucketed(logits: Tensor, size: int, temperature: float, ids: Tensor) -> Tens
 
     `ids` are distinct in each row, and fewer than `size`; so the rest is never empty and its logarithm is finite.
     """
-    scaled = logits[:, :size].float() / temperature
+    scaled = _scaled(logits, size, temperature)
     rest = scaled.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.cat([scaled.gather(1, ids), rest], -1) - scaled.logsumexp(-1, keepdim=True)
+
+
+def _scaled(logits: Tensor, size: int, temperature: float) -> Tensor:
+    values = logits[:, :size].float()
+    return values if temperature == 1 else values / temperature  # a chunk over a large vocabulary is no small copy
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
