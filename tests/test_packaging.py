@@ -34,6 +34,7 @@ def test_the_wheel_holds_core_plugins_and_demo(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0] for name in names} - {f"budwood-{wheel.name.split('-')[1]}.dist-info"} == {
         "budwood",
+        "budwood_distillation",
         "budwood_lora",
         "budwood_demo",
     }

@@ -45,7 +45,10 @@ _EXPORTS = {
     "load_recipe": "budwood.training.recipe",
     "tune": "budwood.training.loop",
     **dict.fromkeys(("frozen_linear", "low_rank_linear", "mixed_low_rank_linear"), "budwood.model.linear"),
-    "check_adapter_tensors": "budwood.adapters.store",
+    **dict.fromkeys(("check_adapter_tensors", "read_adapter"), "budwood.adapters.store"),
+    **dict.fromkeys(("check_base", "fingerprint", "load_tokenizer", "skeleton"), "budwood.model.base"),
+    **dict.fromkeys(("batches_of", "autocast"), "budwood.model.tasks"),
+    "load_frozen": "budwood.training.frozen",
 }
 
 __all__ = ["__version__", *_EXPORTS]

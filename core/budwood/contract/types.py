@@ -217,6 +217,10 @@ class Plan:
     """Optimizer steps of the run; None until the data has been read."""
     model: nn.Module | None = None
     """The base's modules on the meta device, without weights; None where the config alone does not give them."""
+    task: Any = None
+    """The recipe's task (`budwood.model.tasks.Task`)."""
+    tokenizer: Any = None
+    """That of the base."""
     problems: list[str] = field(default_factory=list)
 
     def problem(self, strategy: Strategy, text: str) -> None:
@@ -252,6 +256,8 @@ class Run:
     steps: int | None = None
     step: int = 0
     epoch: int = 0
+    task_weight: float = 1.0
+    """Factor of the task's own loss term; a strategy that shares the loss with it lowers it in `prepare_model`."""
     planning: bool = False
     packed: bool = True
     process_index: int = 0

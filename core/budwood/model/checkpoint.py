@@ -184,16 +184,16 @@ def fingerprint(folder: str | Path) -> str:
     """Hash a base: every tensor's name, dtype, shape and a sample of its bytes; the same however it is sharded.
 
     At most 32 KiB of a tensor are read, so it takes seconds on 70 billion parameters. A tensor that differs only
-    between the sampled pages is not told apart.
+    between the sampled pages is not told apart. Of a hub name the weights are downloaded where they are not here yet.
 
     Returns:
         64 hexadecimal digits (SHA-256).
 
     Raises:
-        InputError, CorruptError: as `read_tensors`.
+        InputError, ResourceError, CorruptError: as `resolve` and `read_tensors`.
     """
     files: dict[Path, list[Entry]] = {}
-    for entry in read_tensors(Path(folder)).values():
+    for entry in read_tensors(resolve(folder)).values():
         files.setdefault(entry.file, []).append(entry)
     with ThreadPoolExecutor(8) as pool:  # it waits for the disk
         digests = dict(pair for part in pool.map(_digests, files.values()) for pair in part)

@@ -69,9 +69,9 @@ class Task:
 
     @hookimpl
     def token_terms(self, step: Step, logits: Tensor, positions: Tensor) -> LossTerm:
-        """Cross-entropy of each label, in fp32."""
+        """Cross-entropy of each label, in fp32, times `run.task_weight`; a task that replaces this applies it too."""
         values = cross_entropy(logits, step.batch.labels[positions])
-        return LossTerm(self.name.replace("-", "_"), values)
+        return LossTerm(self.name.replace("-", "_"), values, weight=step.run.task_weight)
 
     @hookimpl
     def evaluate(self, run: Run) -> dict[str, float]:
@@ -246,6 +246,12 @@ def eval_batches(run: Run, indices: Iterable[int] | None = None) -> Iterator[Bat
                 yield collate_for(run, [examples[i] for i in row]).to(run.device)
     finally:
         run.model.train(was_training)
+
+
+def batches_of(run: Run, indices: Iterable[int]) -> Iterator[Batch]:
+    """Batches of `run.examples` on the device, as training would split these examples; in an order of their own."""
+    for row in split_micro(list(indices), run.examples.lengths, run.recipe.train.micro_tokens, run.packed):
+        yield collate_for(run, [run.examples[i] for i in row]).to(run.device)
 
 
 def collate_for(run: Run, examples: list[Any]) -> Batch:

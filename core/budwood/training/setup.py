@@ -83,7 +83,8 @@ def prepare(recipe: Recipe | str | Path, report: Report, overwrite: bool) -> tup
     report.say(f"{device} · {precision_name(dtype)} ({reason}) · {torch.get_num_threads()} threads")
     trust = recipe.base.trust_remote_code
     run.tokenizer = load_tokenizer(recipe.base.model)
-    plan = Plan(recipe, hooks.strategies, model=skeleton(recipe.base.model, task.auto_class, trust))
+    model = skeleton(recipe.base.model, task.auto_class, trust)
+    plan = Plan(recipe, hooks.strategies, model=model, task=task, tokenizer=run.tokenizer)
     check_plan(plan, hooks)
 
     read_data(run, hooks, report)
@@ -188,7 +189,7 @@ def _base(run: Run, hooks: Composition, task: Task, trust: bool) -> Base:
     )  # fmt: skip
 
 
-def check_packing(run: Run, report: Report) -> None:
+def check_packing(run: Run, report: Report | Run) -> None:
     """Run two examples packed and alone, and alone by the model's own forward; where they differ, rows are padded.
 
     Raises:

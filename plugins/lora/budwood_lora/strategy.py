@@ -81,12 +81,12 @@ class LoRA(Strategy):
         up: dict[str, nn.Parameter] = {}
         whole: dict[str, nn.Parameter] = {}
         for path, module in model.named_modules():
-            if isinstance(module, LoraLayer):
+            if isinstance(module, LoraLayer) and RUN_ADAPTER in module.lora_A:
                 down[f"{path}.lora_A"] = module.lora_A[RUN_ADAPTER].weight
                 up[f"{path}.lora_B"] = module.lora_B[RUN_ADAPTER].weight
                 if RUN_ADAPTER in module.lora_magnitude_vector:
                     down[f"{path}.lora_magnitude_vector"] = module.lora_magnitude_vector[RUN_ADAPTER].weight
-            elif isinstance(module, AuxiliaryTrainingWrapper):
+            elif isinstance(module, AuxiliaryTrainingWrapper) and RUN_ADAPTER in module.modules_to_save:
                 for name, parameter in module.modules_to_save[RUN_ADAPTER].named_parameters():
                     whole[f"{path}.{name}"] = parameter
         groups = [

@@ -1,0 +1,40 @@
+"""A second model beside the run's: frozen, and ready for the run's batches. A teacher is one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from budwood.contract.types import Run
+from budwood.errors import InputError
+from budwood.model.base import Base, load_base
+from budwood.training.setup import check_packing
+
+
+def load_frozen(run: Run, model: str, quantization: str | None = None) -> Base:
+    """Load a second model for the run's task, data and device; call it from `prepare_model`.
+
+    It computes in the run's dtype, every parameter is frozen, and it stays in evaluation mode. `run.task.outputs` runs
+    it on the run's batches. It never runs code of its own: a recipe's `trust_remote_code` is for the base. Where it
+    does not take packed rows, the run's rows are padded from here on.
+
+    Args:
+        run: past its base.
+        model: a folder or a hub name.
+        quantization: name of a quantiser; None: what the checkpoint has, or none.
+
+    Raises:
+        InputError: no such model, or one without a trained head for the task.
+        ResourceError, CorruptError: as `load_base`.
+        PluginError: Budwood's way through the model gives other logits than the model's own.
+    """
+    recipe = run.recipe.base
+    base = load_base(
+        model, quantization, run.task.auto_class, run.dtype, run.device, False,
+        recipe.double_quantization, run.task.model_kwargs(run.examples.labels), run.seed,
+    )  # fmt: skip
+    if base.new:
+        raise InputError(f"model '{model}' holds no weights for {base.new[0]}: give one that was trained for the task.")
+    beside = replace(run, base=base, model=base.model, say=lambda text: run.say(f"{model}: {text}"))
+    check_packing(beside, beside)
+    run.packed = run.packed and beside.packed
+    return base

@@ -1,0 +1,193 @@
+"""A teacher's most probable tokens on disk: a folder of safetensors shards under a key of all that decides them.
+
+`cache.json` is the key. Shard i holds, of each label of its examples in order, `ids` [labels, k] int32 and `log_probs`
+[labels, k + 1] fp32, whose last column is the probability of all other tokens together. A shard is there whole or not
+at all, and its metadata hash covers its tensors, the key and its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from budwood import Batch, CorruptError, Example, InputError, ResourceError
+
+KEY = "cache.json"
+WRITING = ".writing-"
+SHARD_LABELS = 1 << 16
+"""A shard is closed at the example that brings it to so many labels."""
+
+
+class TeacherCache:
+    """The cache of one teacher over one sequence of examples.
+
+    Args (on construction):
+        directory: where it lies; need not exist.
+        key: all that decides its content, plain JSON values; `top_k` is one of them.
+        examples: those of the run, with ids of their own.
+
+    Raises (on construction):
+        InputError: the folder holds something else, or the cache of another key; what differs is named. Two examples
+            have the same id.
+        CorruptError: its `cache.json` is damaged.
+    """
+
+    def __init__(self, directory: Path, key: Mapping[str, Any], examples: Sequence[Example]) -> None:
+        self.directory, self.key = directory, dict(key)
+        self.k: int = self.key["top_k"]
+        counts = [1 if e.label is not None else int(e.supervised.sum()) for e in examples]
+        self.offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self._index = {e.id: i for i, e in enumerate(examples)}
+        if len(self._index) < len(counts):
+            raise InputError(
+                "cache: two examples have the same id, so that their teacher's output cannot be told apart."
+            )
+        self.shards = _cut(self.offsets)
+        self._check_key()
+
+    @property
+    def labels(self) -> int:
+        """How many labels it is for."""
+        return int(self.offsets[-1])
+
+    def missing(self) -> list[int]:
+        """Shards that are not there yet."""
+        return [shard for shard in range(len(self.shards)) if not self._path(shard).is_file()]
+
+    def begin(self) -> None:
+        """Make the folder and its key; clear away what a killed run left half written."""
+        with _disk(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for path in self.directory.glob(f"{WRITING}*"):
+                path.unlink()
+            text = json.dumps(self.key, indent=2) + "\n"
+            _replace(self.directory / KEY, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def write(self, shard: int, ids: np.ndarray, log_probs: np.ndarray) -> None:
+        """Write a shard: `ids` [labels, k] int32 and `log_probs` [labels, k + 1] fp32 of its examples, in order."""
+        arrays = {"ids": ids, "log_probs": log_probs}
+        metadata = {"sha256": self._digest(shard, arrays)}
+        with _disk(self.directory):
+            _replace(self._path(shard), lambda path: save_file(arrays, path, metadata))
+
+    def verify(self) -> None:
+        """Read every shard whole and compare its hash.
+
+        Raises:
+            CorruptError: a shard is damaged; deleting it makes the next run compute it again.
+        """
+        for shard, (first, last) in enumerate(self.shards):
+            path, rows = self._path(shard), int(self.offsets[last] - self.offsets[first])
+            expected = {"ids": ((rows, self.k), np.int32), "log_probs": ((rows, self.k + 1), np.float32)}
+            try:
+                with safe_open(path, framework="np") as file:
+                    arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+                    stated = (file.metadata() or {}).get("sha256")
+            except (OSError, SafetensorError) as error:
+                raise CorruptError(f"{path}: {error}. Delete it: it is computed again.") from error
+            found = {name: (array.shape, array.dtype.type) for name, array in arrays.items()}
+            if found != expected or stated != self._digest(shard, arrays):
+                raise CorruptError(
+                    f"{path}: is not what was written (its hash differs). Delete it: it is computed again."
+                )
+
+    def rows(self, batch: Batch) -> np.ndarray:
+        """Number of each of the batch's labels, in the batch's order, among the labels of all examples."""
+        spans = [self.offsets[i : i + 2] for i in map(self._index.__getitem__, batch.example_ids)]
+        return np.concatenate([np.arange(*span) for span in spans])
+
+    def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The teacher at the batch's labels: ids [labels, k] int64 and log-probabilities [labels, k + 1] fp32."""
+        parts = []
+        for index in map(self._index.__getitem__, batch.example_ids):
+            shard = int(np.searchsorted(self._firsts, index, side="right")) - 1
+            span = self.offsets[index : index + 2] - self.offsets[self._firsts[shard]]
+            parts.append([column[int(span[0]) : int(span[1])] for column in self._columns[shard]])
+        ids, log_probs = (torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True))
+        return ids.long().to(batch.labels.device), log_probs.to(batch.labels.device)
+
+    @cached_property
+    def _firsts(self) -> list[int]:
+        return [first for first, _ in self.shards]
+
+    @cached_property
+    def _columns(self) -> list[tuple[Any, Any]]:
+        """The two tensors of each shard, of which rows are read when they are asked for."""
+        files = [safe_open(self._path(shard), framework="np") for shard in range(len(self.shards))]
+        return [(file.get_slice("ids"), file.get_slice("log_probs")) for file in files]
+
+    def _path(self, shard: int) -> Path:
+        return self.directory / f"shard-{shard:05d}.safetensors"
+
+    def _digest(self, shard: int, arrays: Mapping[str, np.ndarray]) -> str:
+        digest = hashlib.sha256(json.dumps([self.key, shard, self.shards[shard]], sort_keys=True).encode())
+        for name in sorted(arrays):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(arrays[name]).data)
+        return digest.hexdigest()
+
+    def _check_key(self) -> None:
+        path, where = self.directory / KEY, self.directory
+        try:
+            if not where.exists():
+                return
+            if where.is_dir() and all(entry.name.startswith(WRITING) for entry in where.iterdir()):
+                return
+            if not path.is_file():
+                raise InputError(f"cache: {where} is in use and holds no teacher's cache: name another folder.")
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ResourceError(f"cache: {where} cannot be read: {error.strerror}.") from error
+        except (ValueError, RecursionError) as error:
+            raise CorruptError(f"{path}: is not JSON. Delete the folder, or name another one.") from error
+        if not isinstance(found, dict):
+            raise CorruptError(f"{path}: is no JSON object. Delete the folder, or name another one.")
+        names = [name for name in (*self.key, *(found.keys() - self.key)) if found.get(name) != self.key.get(name)]
+        if names:
+            differ = ", ".join(f"{n} ({_short(found.get(n))} there, {_short(self.key.get(n))} here)" for n in names)
+            raise InputError(
+                f"cache: {where} is of another run; it differs in {differ}. Delete the folder, or name another one."
+            )
+
+
+def _cut(offsets: np.ndarray) -> list[tuple[int, int]]:
+    """First example and the one behind the last, of each shard."""
+    shards, first = [], 0
+    for last in range(1, len(offsets)):
+        if offsets[last] - offsets[first] >= SHARD_LABELS or last == len(offsets) - 1:
+            shards.append((first, last))
+            first = last
+    return shards
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    temporary = path.with_name(f"{WRITING}{os.getpid()}-{path.name}")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+@contextmanager
+def _disk(directory: Path) -> Iterator[None]:
+    """Turn what the disk refuses into a ResourceError that names the folder."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ResourceError(f"cache: {directory} cannot be written: {reason}.") from error
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return f"{text[:12]}…" if len(text) > 40 else text

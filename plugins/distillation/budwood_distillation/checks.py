@@ -1,0 +1,207 @@
+"""What is known of a teacher before any weight loads, and what it is refused for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from budwood import (
+    BudwoodError,
+    InputError,
+    Plan,
+    check_base,
+    fingerprint,
+    load_tokenizer,
+    read_adapter,
+    skeleton,
+)
+from budwood_distillation.options import DistillationOptions
+
+
+@dataclass(frozen=True)
+class TeacherInfo:
+    """A teacher that nothing speaks against so far.
+
+    Attributes:
+        quantization: how its model is stored.
+        labels: classes of a classifier, in order; empty where there are none, or where its files do not name them.
+        vocabulary: entries of its logits that count; 0 where classes take their place.
+        adapter: SHA-256 of the adapter's weights; "" where there is none.
+        positions: tokens of a sequence that a model of its own was made for; 0 where its config does not say.
+    """
+
+    quantization: str
+    labels: tuple[str, ...]
+    vocabulary: int
+    adapter: str
+    positions: int = 0
+
+
+def check_teacher(options: DistillationOptions, plan: Plan) -> TeacherInfo:
+    """Refuse whatever files alone tell.
+
+    Raises:
+        InputError: one line that names the option.
+        ResourceError, CorruptError: as the teacher's files have it.
+    """
+    recipe = plan.recipe.base
+    student = check_base(recipe.model, recipe.quantization, recipe.trust_remote_code)
+    _outside_output("cache", options.cache, plan.recipe.output)
+    if options.hidden_weight > 0 and plan.task.pool(plan.model) == "row":
+        raise InputError("hidden_weight: the base pools by row and shows no hidden state at the labels: leave it out.")
+    if options.own_model:
+        return _own_model(options, plan, student)
+    owner = next((s for s in plan.strategies if "adapter" in s.slots), None)
+    if owner is None or not hasattr(owner, "use_adapters"):
+        raise InputError(f"teacher: {options.teacher} is this base without the run's adapter, and no strategy has one.")
+    size = _vocabulary(plan.tokenizer, plan.model)
+    heads = plan.task.head_modules(plan.model)
+    if options.adapter is None:
+        if heads and not _is_trained(student, plan.task):
+            raise InputError(
+                f"teacher: the base '{recipe.model}' has no trained '{heads[0]}', so that alone it cannot teach "
+                f"{plan.task.name}: give a trained folder, or base+DIR."
+            )
+        return TeacherInfo(student.quantization, _classes(student) if heads else (), 0 if heads else size, "")
+    _outside_output("teacher", options.adapter, plan.recipe.output)
+    with _named("teacher"):
+        saved = read_adapter(options.adapter)
+    if saved.kind != owner.name:
+        raise InputError(
+            f"teacher: the adapter in {options.adapter} is of the kind '{saved.kind}' and the run's is '{owner.name}', "
+            "and one base carries one kind: `budwood adapter merge` it, and give the merged folder."
+        )
+    manifest = saved.manifest
+    if manifest is not None:
+        if manifest.task != plan.task.name:
+            raise InputError(f"teacher: the adapter in {options.adapter} is for {manifest.task}, not {plan.task.name}.")
+        if Path(recipe.model).expanduser().is_dir() and manifest.base.fingerprint != fingerprint(student.path):
+            raise InputError(
+                f"teacher: the adapter in {options.adapter} was trained on the base '{manifest.base.name}', not on "
+                f"'{recipe.model}': merge it into that base, and give the merged folder."
+            )
+    labels = tuple(manifest.labels) if manifest is not None else ()
+    digest = manifest.files["adapter_model.safetensors"] if manifest is not None else _sha256(saved.directory)
+    return TeacherInfo(student.quantization, labels, 0 if heads else size, digest)
+
+
+def check_labels(teacher: str, theirs: Sequence[str], ours: Sequence[str]) -> None:
+    """Refuse a classifier of other classes, or of the same in another order.
+
+    Raises:
+        InputError: it has both lists.
+    """
+    if list(theirs) != list(ours):
+        raise InputError(
+            f"teacher: the classes of '{teacher}' are {', '.join(theirs) or 'not named'}, and the data's are "
+            f"{', '.join(ours)}: they must be the same, in the same order."
+        )
+
+
+def _own_model(options: DistillationOptions, plan: Plan, student: Any) -> TeacherInfo:
+    name = options.teacher
+    if Path(name).expanduser().is_dir():
+        _outside_output("teacher", name, plan.recipe.output)
+    with _named("teacher"):
+        try:
+            info = check_base(name, options.quantization)
+        except InputError as error:
+            if "trust_remote_code" in str(error):  # the recipe allows it for the base alone
+                raise InputError(f"'{name}' needs Python code of its own, which no teacher may run.") from error
+            raise
+        same = info.path.resolve() == student.path.resolve() or (info.config == student.config and _same(info, student))
+        if same and info.quantization == student.quantization:
+            raise InputError(
+                f"'{name}' in {info.quantization} is the base itself: write `teacher: base`, without a second copy."
+            )
+        _check_tokenizer(name, load_tokenizer(name), plan)
+        frame = skeleton(name, plan.task.auto_class)
+        pools = plan.task.pool(frame), plan.task.pool(plan.model)
+        if pools[0] != pools[1]:
+            raise InputError(
+                f"'{name}' pools its tokens by '{pools[0]}' and the base by '{pools[1]}': give one like the base."
+            )
+        heads = plan.task.head_modules(frame)
+        if heads and not _is_trained(info, plan.task):
+            raise InputError(
+                f"'{name}' has no trained '{heads[0]}': give a model that was trained for {plan.task.name}."
+            )
+    if options.hidden_weight > 0:
+        _check_width(name, frame, plan.model)
+    size = 0 if heads else min(_vocabulary(plan.tokenizer, plan.model), _vocabulary(plan.tokenizer, frame))
+    positions = getattr(frame.config.get_text_config(), "max_position_embeddings", None) or 0
+    return TeacherInfo(info.quantization, _classes(info) if heads else (), size, "", positions)
+
+
+def _is_trained(info: Any, task: Any) -> bool:
+    """Whether a checkpoint is one of the task's models, head and all, by what its config says."""
+    suffix = task.auto_class.removeprefix("AutoModel")
+    return any(str(name).endswith(suffix) for name in info.config.get("architectures") or ())
+
+
+def _classes(info: Any) -> tuple[str, ...]:
+    """Names of a classifier's classes, in order; transformers' own where its config gives none."""
+    named = info.config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    return tuple(str(named[key]) for key in sorted(named, key=int))
+
+
+def _same(info: Any, student: Any) -> bool:
+    """Whether two folders hold the same weights; no, where those of a hub name are not here yet."""
+    try:
+        same: bool = fingerprint(info.path) == fingerprint(student.path)
+    except InputError:
+        return False
+    return same
+
+
+def _check_tokenizer(name: str, theirs: Any, plan: Plan) -> None:
+    """Refuse a tokenizer under which an id is another token; how text becomes ids does not matter to a teacher."""
+    base = {index: token for token, index in plan.tokenizer.get_vocab().items()}
+    teacher = {index: token for token, index in theirs.get_vocab().items()}
+    for index in sorted(base.keys() | teacher.keys()):
+        if base.get(index) != teacher.get(index):
+            shown = [json.dumps(v[index], ensure_ascii=False) if index in v else "none" for v in (base, teacher)]
+            raise InputError(
+                f"'{name}' has another vocabulary than the base '{plan.recipe.base.model}': token {index} is "
+                f"{shown[1]} there and {shown[0]} in the base. Give a teacher with the base's tokenizer."
+            )
+
+
+def _vocabulary(tokenizer: Any, frame: Any) -> int:
+    """Logits that stand for tokens: those of the tokenizer; what a model has beyond them is padding."""
+    width: int = frame.config.get_text_config().vocab_size
+    return min(max(tokenizer.get_vocab().values()) + 1, width)
+
+
+def _check_width(name: str, frame: Any, student: Any) -> None:
+    ours, theirs = (model.config.get_text_config().hidden_size for model in (student, frame))
+    if ours != theirs:
+        raise InputError(
+            f"hidden_weight: the base's hidden states are {ours} wide and those of '{name}' {theirs}; "
+            "leave it out, or give a teacher of the same width."
+        )
+
+
+def _outside_output(option: str, folder: str | None, output: Path) -> None:
+    """Refuse a folder that `--overwrite` would take away with the old run."""
+    if folder is not None and Path(folder).expanduser().resolve().is_relative_to(output.resolve()):
+        raise InputError(f"{option}: {folder} lies in the run's output folder, which --overwrite empties: move it.")
+
+
+def _sha256(directory: Path) -> str:
+    with (directory / "adapter_model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _named(option: str) -> Iterator[None]:
+    """Put the option's name before a message of core's, which takes the model for a base."""
+    try:
+        yield
+    except BudwoodError as error:
+        raise type(error)(f"{option}: {str(error).removeprefix('base ')}") from error

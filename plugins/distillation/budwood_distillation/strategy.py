@@ -1,0 +1,281 @@
+"""Distillation as a strategy: its teacher, or the cache in the teacher's place, gives terms at the labels."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from budwood import (
+    RUN_ADAPTER,
+    BudwoodError,
+    Example,
+    InputError,
+    LossTerm,
+    Outputs,
+    Plan,
+    Run,
+    Step,
+    Strategy,
+    batches_of,
+    fingerprint,
+    hookimpl,
+    load_frozen,
+    read_adapter,
+)
+from budwood_distillation.cache import TeacherCache
+from budwood_distillation.checks import TeacherInfo, check_labels, check_teacher
+from budwood_distillation.divergence import bucketed, divergence, log_probabilities
+from budwood_distillation.options import BASE, DEFAULT_TOP_K, DistillationOptions
+from budwood_distillation.teacher import TEACHER_ADAPTER, Reading, Teacher
+
+CHUNK = 256
+"""Labels whose teacher logits exist at once while a cache is filled."""
+WINDOW = 10
+"""Steps after the warm-up in which student and teacher must have differed once."""
+FORMAT = 1
+"""Goes up when a cache of the same key would hold other numbers."""
+
+
+class Distillation(Strategy):
+    """Learns a teacher's distribution at every label, beside the task's own loss (Hinton et al., 2015)."""
+
+    Options = DistillationOptions
+    slots = ("teacher",)
+    after = ("adapter",)
+
+    def __init__(self, options: Any = None, name: str = "", distribution: str = "") -> None:
+        super().__init__(options, name, distribution)
+        self.info: TeacherInfo | None = None
+        self.teacher: Teacher | None = None
+        self.cache: TeacherCache | None = None
+        self.size = 0
+        """Entries of the logits that count: the vocabulary that both have, or the classes."""
+        self._checked: Any = None
+        self._differed: Tensor | None = None
+        """Whether student and teacher have ever differed, on the device; None once that is known."""
+
+    @hookimpl
+    def check_plan(self, plan: Plan) -> None:
+        if self.info is not None:
+            return
+        try:
+            self.info = check_teacher(self.options, plan)
+        except InputError as error:
+            plan.problem(self, str(error))
+
+    @hookimpl
+    def prepare_examples(self, run: Run, examples: Sequence[Example]) -> Sequence[Example]:
+        """Changes nothing: with the data come the classes and the cache's key, and the base has not loaded yet."""
+        if hasattr(examples, "labels"):  # a strategy before this one may have made plain examples
+            self._check_data(run, examples)
+        return examples
+
+    @hookimpl
+    def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
+        self._check_data(run, run.examples)
+        run.task_weight *= 1 - self.options.weight
+        assert self.info is not None
+        longest = int(run.examples.lengths.max())
+        if 0 < self.info.positions < longest:
+            run.say(
+                f"warning: teacher {self.options.teacher}: its config says {self.info.positions} tokens, and the "
+                f"longest example has {longest}: lower data.max_length, unless it takes more"
+            )
+        if self.options.cache is None:
+            self.teacher = self._load(run, model)
+        else:
+            self._prepare_cache(run, model)
+        self._differed = torch.zeros((), dtype=torch.bool, device=run.device)
+        return model
+
+    @hookimpl
+    def token_terms(self, step: Step, logits: Tensor, positions: Tensor) -> LossTerm:
+        options, target = self.options, self._target(step)
+        if isinstance(target, Reading):
+            log_p = log_probabilities(target.logits(step.run, positions), self.size, options.temperature)
+            log_q = log_probabilities(logits, self.size, options.temperature)
+        else:
+            ids, log_p = (column[positions] for column in target)
+            log_q = bucketed(logits, self.size, options.temperature, ids)
+        if self._differed is not None and not step.replaying:
+            self._differed = self._differed | (log_p != log_q.detach()).any()
+        values = divergence(log_p, log_q, options.divergence, options.beta or 0.5)
+        return LossTerm(self.name, values * options.temperature**2, weight=options.weight)
+
+    @hookimpl
+    def loss_terms(self, step: Step, outputs: Outputs) -> LossTerm | None:
+        """The hidden-state term: of each example the mean over its labels."""
+        if self.options.hidden_weight == 0:
+            return None
+        batch, target = step.batch, self._target(step)
+        assert isinstance(target, Reading)  # a cache and this term exclude each other
+        ours, theirs = outputs.hidden.flatten(0, 1)[batch.label_positions].float(), target.hidden.float()
+        if self.options.hidden_distance == "cosine":
+            distances = 1 - F.cosine_similarity(ours, theirs, dim=-1)
+        else:
+            distances = (ours - theirs).square().mean(-1)
+        owner, count = batch.example_of_label, len(batch.example_ids)
+        sums = distances.new_zeros(count).index_add(0, owner, distances)
+        values = sums / torch.bincount(owner, minlength=count)
+        return LossTerm(f"{self.name}_hidden", values, "example", self.options.hidden_weight)
+
+    @hookimpl
+    def after_optimizer_step(self, run: Run) -> None:
+        """Say once where the student has equalled its teacher to the last bit for as long as training goes on."""
+        if self._differed is None:
+            return
+        warmup, steps, done = run.recipe.train.warmup, run.steps or 1, run.step + 1
+        warmup = int(warmup) if warmup >= 1 else round(warmup * steps)
+        if bool(self._differed):
+            self._differed = None
+        elif done >= min(warmup + WINDOW, steps):
+            self._differed = None
+            run.say(
+                f"warning: {self}: after {done} steps teacher and student still give the same outputs to the last bit, "
+                f"so that its term is zero: the adapter does not move, or '{self.options.teacher}' is the student"
+            )
+
+    def _target(self, step: Step) -> Reading | tuple[Tensor, Tensor]:
+        """What the teacher says of the batch, once a micro-step however often it is replayed."""
+        if self.name not in step.kept:
+            if self.cache is not None:
+                step.kept[self.name] = self.cache.read(step.batch)
+            else:
+                assert self.teacher is not None
+                step.kept[self.name] = self.teacher.read(step.run, step.batch)
+        target: Reading | tuple[Tensor, Tensor] = step.kept[self.name]
+        return target
+
+    def _load(self, run: Run, model: nn.Module) -> Teacher:
+        """Load the teacher, and say what it costs."""
+        name = self.options.teacher
+        if self.options.own_model:
+            base = load_frozen(run, name, self.options.quantization)
+            run.say(f"teacher {name}: " + "; ".join(base.notes))
+            return Teacher(base.model)
+        owner: Any = next(s for s in run.strategies if "adapter" in s.slots)
+        if self.options.adapter is None:
+            if run.base.new:
+                raise InputError(f"{self}: teacher: the base holds no weights for {run.base.new[0]}: it cannot teach.")
+            run.say("teacher: this base with the adapter off, no second copy")
+            return Teacher(model, owner)
+        saved = read_adapter(self.options.adapter)
+        if saved.manifest is not None and saved.manifest.base.fingerprint != run.base.fingerprint:
+            raise InputError(
+                f"{self}: teacher: {saved.directory} was trained on the base '{saved.manifest.base.name}'."
+            )
+        try:
+            tensors = saved.load_tensors()
+            owner.attach_adapter(model=model, config=saved.config, tensors=tensors, name=TEACHER_ADAPTER)
+        except BudwoodError as error:
+            raise type(error)(f"{self}: teacher: {saved.directory}: {error}") from error
+        owner.use_adapters(model=model, names=[RUN_ADAPTER])
+        kept = f"{saved.bytes / 1e6:.1f} MB, no second copy of the base"
+        run.say("; ".join([f"teacher: this base with the adapter in {saved.directory}, {kept}", *saved.notes]))
+        return Teacher(model, owner, (TEACHER_ADAPTER,))
+
+    def _check_data(self, run: Run, examples: Any) -> None:
+        """Check what comes with the data: classes, and the cache's key.
+
+        Raises:
+            InputError: other classes, or a cache of another run.
+        """
+        info = self.info
+        assert info is not None  # check_plan has found no problem
+        if examples is self._checked:
+            return
+        self._checked = examples
+        labels = list(examples.labels)
+        self.size = info.vocabulary or len(labels)
+        try:
+            if info.labels:
+                check_labels(self.options.teacher, info.labels, labels)
+            if self.options.cache is not None:
+                self.cache = TeacherCache(Path(self.options.cache).expanduser(), self._key(run, examples), examples)
+        except BudwoodError as error:
+            raise type(error)(f"{self}: {error}") from error
+
+    def _key(self, run: Run, examples: Any) -> dict[str, Any]:
+        """All that decides what a cache holds."""
+        assert self.info is not None
+        content = hashlib.sha256()
+        for e in examples:
+            content.update(f"{e.id} {e.label} {len(e)} ".encode() + e.input_ids.tobytes() + e.supervised.tobytes())
+        vocabulary = json.dumps(sorted(run.tokenizer.get_vocab().items()))
+        return {
+            "format": FORMAT,
+            "teacher": fingerprint(self.options.teacher if self.options.own_model else run.recipe.base.model),
+            "adapter": self.info.adapter or ("off" if self.options.teacher == BASE else "none"),
+            "quantization": self.info.quantization,
+            "double_quantization": run.recipe.base.double_quantization,
+            "precision": str(run.dtype).removeprefix("torch."),
+            "task": run.task.name,
+            "labels": list(examples.labels),
+            "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
+            "data": examples.sha256,
+            "max_length": examples.max_length,
+            "examples": content.hexdigest(),
+            "vocabulary": self.size,
+            "temperature": self.options.temperature,
+            "top_k": min(self.options.top_k or DEFAULT_TOP_K, self.size - 1),
+        }
+
+    def _prepare_cache(self, run: Run, model: nn.Module) -> None:
+        """Complete the cache: the teacher runs over what is missing, then goes; where nothing is, it does not load."""
+        cache = self.cache
+        assert cache is not None
+        missing = cache.missing()
+        run.accelerator.wait_for_everyone()
+        if missing:
+            if run.accelerator.is_main_process:
+                cache.begin()
+            run.say(
+                f"teacher's cache {cache.directory}: {len(missing)} of {len(cache.shards)} parts to make, "
+                f"top {cache.k} and the rest of {cache.labels:,} labels"
+            )
+            run.accelerator.wait_for_everyone()
+            self._fill(run, model, cache, missing[run.process_index :: run.processes])
+            run.accelerator.wait_for_everyone()
+        else:
+            run.say(f"teacher's cache {cache.directory}: {cache.labels:,} labels; the teacher is not loaded")
+        cache.verify()
+
+    def _fill(self, run: Run, model: nn.Module, cache: TeacherCache, shards: Sequence[int]) -> None:
+        """Load the teacher, run it over the examples of `shards`, and let it go."""
+        if not shards:
+            return
+        packed, teacher = run.packed, self._load(run, model)
+        for done, shard in enumerate(shards, 1):
+            self._fill_shard(run, teacher, cache, shard)
+            if 4 * done // len(shards) > 4 * (done - 1) // len(shards):
+                run.say(f"teacher's cache: {done} of {len(shards)} parts made")
+        if teacher.adapters:
+            teacher.owner.detach_adapter(model=model, name=TEACHER_ADAPTER)
+        run.packed = packed  # as in a run that only reads
+        del teacher
+        gc.collect()
+
+    def _fill_shard(self, run: Run, teacher: Teacher, cache: TeacherCache, shard: int) -> None:
+        first, last = cache.shards[shard]
+        start, rows = int(cache.offsets[first]), int(cache.offsets[last] - cache.offsets[first])
+        ids, log_probs = np.empty((rows, cache.k), np.int32), np.empty((rows, cache.k + 1), np.float32)
+        for batch in batches_of(run, range(first, last)):
+            reading, where = teacher.read(run, batch), cache.rows(batch) - start
+            for chunk in torch.arange(len(where), device=run.device).split(CHUNK):
+                logits = reading.logits(run, chunk)
+                top = logits[:, : self.size].float().topk(cache.k).indices
+                place = where[chunk.cpu().numpy()]
+                ids[place] = top.cpu().numpy()
+                log_probs[place] = bucketed(logits, self.size, self.options.temperature, top).cpu().numpy()
+        if not np.isfinite(log_probs).all():
+            raise InputError(f"{self}: teacher: '{self.options.teacher}' gives outputs that are not finite here.")
+        cache.write(shard, ids, log_probs)

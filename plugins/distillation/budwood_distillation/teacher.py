@@ -1,0 +1,73 @@
+"""A loaded teacher: a model of its own, or the run's model with its adapter off or another one on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from budwood import RUN_ADAPTER, Batch, Run
+
+TEACHER_ADAPTER = "teacher"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What teaches.
+
+    Attributes:
+        model: in evaluation mode while it teaches; every parameter frozen or its gradient off.
+        owner: the strategy that switches the run's adapter off and `adapters` on, where `model` is the run's own.
+        adapters: names of the adapters in use while it teaches.
+    """
+
+    model: nn.Module
+    owner: Any = None
+    adapters: Sequence[str] = ()
+
+    def read(self, run: Run, batch: Batch) -> Reading:
+        """Run the teacher on a batch up to its head."""
+        with self.teaching(run):
+            outputs = run.task.outputs(self.model, batch)
+            return Reading(self, outputs.hidden.flatten(0, 1)[batch.label_positions], outputs.head)
+
+    @contextmanager
+    def teaching(self, run: Run) -> Iterator[None]:
+        """No gradients, evaluation mode, the teacher's adapters; all as it was afterwards."""
+        training = self.model.training
+        # Without its cache, in which casts made without a gradient would stay for the student's own forward.
+        cast = torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32, cache_enabled=False)
+        try:
+            if training:
+                self.model.eval()
+            if self.owner is not None:
+                self.owner.use_adapters(model=self.model, names=list(self.adapters))
+            with torch.no_grad(), cast:
+                yield
+        finally:
+            if self.owner is not None:
+                self.owner.use_adapters(model=self.model, names=[RUN_ADAPTER])
+            if training:
+                self.model.train()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A teacher's last hidden states at a batch's labels, and its head.
+
+    Attributes:
+        hidden: [labels, d] in the run's dtype, without a graph.
+    """
+
+    teacher: Teacher
+    hidden: Tensor
+    head: Callable[[Tensor], Tensor]
+
+    def logits(self, run: Run, positions: Tensor) -> Tensor:
+        """Logits [n, V] of the labels `positions` [n]."""
+        with self.teacher.teaching(run):
+            return self.head(self.hidden[positions])
