@@ -12,6 +12,7 @@ GROUPS = {
     "tasks": "budwood.tasks",
     "forms": "budwood.forms",
     "quantizers": "budwood.quantizers",
+    "attacks": "budwood.attacks",
 }
 
 
