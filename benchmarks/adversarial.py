@@ -1,6 +1,6 @@
 """`python -m benchmarks.adversarial`: what an optimizer step of each adversarial method costs against a plain one.
 
-All arms live in one process and take turns on the same batches, so that noise of the machine falls on all of them alike.
+All arms live in one process and take turns on the same batches, so that noise of the machine falls on all alike.
 Reported: the ratio of the median step to the plain one's, in wall time and in the process's processor time.
 """
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,6 +150,28 @@ def test_it_trains_on_a_four_bit_base_in_bf16(make_recipe: Callable, options: An
     log = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
     terms = {"smart", "vat"} & {options["method"]} | {task.replace("-", "_"), "loss"}
     assert terms <= log[0].keys()
+
+
+def test_two_processes_equal_one(make_recipe: Callable, tmp_path: Path) -> None:
+    options = {"method": "pgd", "epsilon": 0.5, "steps": 2}
+    train = {"micro_tokens": 128, "steps": 2}
+    one = tune(make_recipe(options, "one", train=train), quiet=True)
+    path = tmp_path / "two.yaml"
+    path.write_text(make_recipe(options, "two", train=train).to_yaml(), encoding="utf-8")
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import torch\ntorch.set_num_threads(1)\n"
+        "from budwood.training.loop import tune\n"
+        f"assert tune({str(path)!r}, quiet=True).processes == 2\n",
+        encoding="utf-8",
+    )
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29613", str(script)],
+        check=True, capture_output=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    two = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    for term in ("loss", "adversarial_gain", "gradient_norm"):
+        assert two[-1][term] == pytest.approx(one.metrics[term], rel=1e-3)
 
 
 class Breaks(Strategy):
