@@ -12,6 +12,7 @@ GROUPS = {
     "tasks": "budwood.tasks",
     "forms": "budwood.forms",
     "quantizers": "budwood.quantizers",
+    "attacks": "budwood.attacks",
 }
 
 
@@ -19,7 +20,7 @@ def plugins(
     name: Annotated[str | None, typer.Argument(help="A plugin to import and describe.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """List installed strategies, tasks, data forms and quantisers; or describe one."""
+    """List installed strategies, tasks, data forms, quantisers and attacks; or describe one."""
     if name is None:
         _list(as_json)
     else:
@@ -68,7 +69,7 @@ def _describe(name: str, as_json: bool) -> None:
         if kind == "strategies":
             record |= _strategy(name)
         else:
-            entry.load()
+            record |= _options(entry.load())
         about.append(record)
     if as_json:
         typer.echo(_json(about[0] if len(about) == 1 else about))
@@ -93,6 +94,14 @@ def _strategy(name: str) -> dict[str, Any]:
     }
 
 
+def _options(loaded: Any) -> dict[str, Any]:
+    """Options of a plugin that is no strategy, where it takes any."""
+    from budwood.training.recipe_schema import describe_fields
+
+    model = getattr(loaded, "Options", None)
+    return {"options": [field.as_dict() for field in describe_fields(model.model_json_schema())]} if model else {}
+
+
 def _show(record: dict[str, Any]) -> None:
     typer.echo(f"{record['name']}: {record['summary'] or record['object']}")
     typer.echo(f"  {record['distribution']} {record['version']}, {record['object']}")
@@ -104,7 +113,8 @@ def _show(record: dict[str, Any]) -> None:
         typer.echo(f"  hooks: {', '.join(hooks)}")
     for option in record.get("options", ()):
         limits = f", {option['constraint']}" if option["constraint"] else ""
-        default = "required" if option["required"] else f"default {json.dumps(option['default'])}"
+        default = f"default {json.dumps(option['default'])}" if option["default"] is not None else "optional"
+        default = "required" if option["required"] else default
         typer.echo(f"  {option['name']}: {option['type']}{limits}; {default}")
         if option["description"]:
             typer.echo(f"      {option['description']}")

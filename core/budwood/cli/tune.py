@@ -51,6 +51,14 @@ def eval_(
     precision: Annotated[str, typer.Option("--precision", help="auto, bf16, fp16 or fp32.")] = "auto",
     max_length: Annotated[int, typer.Option("--max-length", help="Longer rows are cut and counted.")] = 1024,
     generate: Annotated[int, typer.Option("--generate", help="Prompts that are answered, for exact match.")] = 1000,
+    attack: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--attack",
+            metavar="NAME:KEY=VALUE,…",
+            help="Measure under an attack too, as pgd:epsilon=0.5,steps=10 or typos:rate=0.1; may be repeated.",
+        ),
+    ] = None,
     allow_other_base: Annotated[
         bool, typer.Option("--allow-other-base", help="Evaluate on a base that the adapter was not trained on.")
     ] = False,
@@ -60,15 +68,20 @@ def eval_(
     from budwood.training.evaluate import evaluate_adapter
 
     result = evaluate_adapter(
-        adapter, data, base, quantization, precision, max_length, generate, allow_other_base=allow_other_base
-    )
+        adapter, data, base, quantization, precision, max_length, generate, attack or [],
+        allow_other_base=allow_other_base,
+    )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps({"adapter": result.adapter, "base": result.base}))
+        typer.echo(json.dumps({"adapter": result.adapter, "attacks": result.attacks, "base": result.base}))
         return
-    width = max(map(len, result.adapter))
-    typer.echo(f"{'':{width}}  {'adapter':>10}  {'base':>10}")
-    for name, value in result.adapter.items():
-        without = f"{result.base[name]:>10.4f}" if name in result.base else f"{'–':>10}"
-        typer.echo(f"{name.removeprefix('eval_'):{width}}  {value:>10.4f}  {without}")
+    columns = {"adapter": result.adapter, **result.attacks, "base": result.base}
+    width = max(map(len, result.adapter)) - len("eval_")
+    typer.echo("  ".join([" " * width, *(f"{title:>10}" for title in columns)]))
+    for name in result.adapter:
+        found = (
+            f"{values[name]:.4f}".rjust(max(10, len(title))) if name in values else "–".rjust(max(10, len(title)))
+            for title, values in columns.items()
+        )
+        typer.echo("  ".join([f"{name.removeprefix('eval_'):{width}}", *found]))
     if result.report:
         typer.echo("\n" + result.report)

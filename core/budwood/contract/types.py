@@ -76,6 +76,7 @@ class Batch:
         labels: [L] int64 token or class index.
         example_of_label: [L] int64 index into `example_ids`.
         example_ids: stable ids of the examples, in the order in which they stand.
+        lengths: tokens of each example, plain integers.
         columns: tensors that strategies add.
     """
 
@@ -90,6 +91,7 @@ class Batch:
     example_ids: tuple[int, ...]
     num_tokens: int
     """Real tokens, without padding."""
+    lengths: tuple[int, ...]
     columns: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -134,27 +136,36 @@ class Generator:
         return (torch.rand(tensor.shape, generator=self._generator) * (high - low) + low).to(tensor)
 
 
+Terms = Callable[[Tensor, Tensor], Tensor]
+"""From logits [n, V] and the labels they belong to, `positions` [n], to values [n] of unit "label"."""
+
+
 class StepEngine(Protocol):
     """What core puts behind `Step` (training.step.Engine)."""
 
     def noisy_forward(self, step: Step, noise: Tensor | None) -> Outputs: ...
-    def replay(self, step: Step, noise: Tensor | None, weight: float) -> None: ...
-    def noise_gradient(self, step: Step, noise: Tensor) -> Tensor: ...
+    def replay(self, step: Step, noise: Tensor | None, weight: float, gradient: bool) -> Tensor | None: ...
+    def noise_gradient(self, step: Step, noise: Tensor, terms: Terms | None) -> Tensor: ...
 
 
 @dataclass
 class Step:
     """One micro-step, and what a strategy may ask of it.
 
+    A pass is a forward, its loss terms and its backward: core's own, a `replay`, or a `noise_gradient`.
+
     Attributes:
         batch: the micro-batch.
         micro_step: its index in the optimizer step on this process, from 0.
-        noise: [R, T, d] or None; added to the embeddings' output by the task's forward.
+        noise: [R, T, d] or None; added to the embeddings' output by the task's forward. Set before core's own pass, it
+            makes that pass a noisy one, and the terms are then logged as that pass finds them.
         main_weight: weight of core's own backward; FreeLB sets 1/K.
-        track_noise: set before core's backward to find the clean pass's gradient in `noise_grad`.
-        noise_grad: [R, T, d], the gradient of the step's loss with respect to the embeddings' output.
+        track_noise: set before core's backward to find that pass's gradient in `noise_grad`.
+        noise_grad: [R, T, d] fp32, the gradient of core's own pass with respect to the embeddings' output.
+        loss: of the last pass: its label and example terms, each over its unit's count in the optimizer step and times
+            its own weight; summed over the micro-steps, they are the optimizer step's loss. A scalar, detached.
         kept: what is computed once a step and does not depend on the noise, such as a teacher's logits.
-        replaying: True inside `replay` and `noise_gradient`.
+        replaying: True inside `forward`, `replay` and `noise_gradient`.
     """
 
     run: Run
@@ -165,20 +176,46 @@ class Step:
     main_weight: float = 1.0
     track_noise: bool = False
     noise_grad: Tensor | None = None
+    loss: Tensor | None = None
     replaying: bool = False
     kept: dict[str, Any] = field(default_factory=dict)
 
     def forward(self, noise: Tensor | None = None) -> Outputs:
-        """Run the model with `noise` on the embeddings, for terms that compare clean with noisy; keeps the graph."""
+        """Run the model with `noise`, and no other, on the embeddings, for terms that compare clean with noisy.
+
+        Inside a pass (from a `forward` wrapper or `token_terms`) the outputs take part in it: `token_terms` may use
+        them in any of its chunks; their gradient is gathered as that of the pass's own outputs is, and reaches the
+        parameters when the pass ends. They are of no use in another pass.
+        """
         return self.engine.noisy_forward(self, noise)
 
-    def replay(self, noise: Tensor | None, weight: float = 1.0) -> None:
-        """Forward with `noise`, all label and example terms times `weight`, backward; parameters' gradients add up."""
-        self.engine.replay(self, noise, weight)
+    def logits(self, outputs: Outputs, positions: Tensor) -> Tensor:
+        """Logits [n, vocabulary or classes] of `outputs` at the labels `positions` [n], through their head."""
+        rows = outputs.hidden.flatten(0, -2).index_select(0, self.batch.label_positions[positions])
+        return outputs.head(rows)
 
-    def noise_gradient(self, noise: Tensor) -> Tensor:
-        """Gradient [R, T, d] of the label and example terms with respect to `noise`; no parameter's is touched."""
-        return self.engine.noise_gradient(self, noise)
+    def replay(self, noise: Tensor | None, weight: float = 1.0, gradient: bool = False) -> Tensor | None:
+        """Forward with `noise`, all label and example terms times `weight`, backward; parameters' gradients add up.
+
+        Returns:
+            With `gradient` the gradient [R, T, d] fp32 of the same weighted terms with respect to the noise, else None.
+        """
+        return self.engine.replay(self, noise, weight, gradient)
+
+    def noise_gradient(self, noise: Tensor, terms: Terms | None = None) -> Tensor:
+        """Gradient [R, T, d] fp32 of the label and example terms with respect to `noise`; no parameter's is touched.
+
+        Args:
+            noise: [R, T, d] fp32.
+            terms: function of a chunk's noisy logits [n, V] and its labels' positions [n], whose values [n] take the
+                place of all terms. Whatever it compares them with must be detached.
+        """
+        return self.engine.noise_gradient(self, noise, terms)
+
+    def zero_noise(self) -> Tensor:
+        """Zeros [R, T, d] fp32 on the device, in the shape of the embeddings' output."""
+        width = self.run.model.get_input_embeddings().weight.shape[-1]
+        return torch.zeros(*self.batch.input_ids.shape, width, device=self.batch.input_ids.device)
 
     def generator(self, strategy: Strategy, example: int) -> Generator:
         """A generator keyed by seed, strategy, optimizer step and the example (index into `batch.example_ids`).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from budwood.contract.types import Example
 from budwood.data import cache
 from budwood.data.encoder import Encoder
 from budwood.data.forms import GROUP, Dropped, Encoded, Form, all_dropped, recognise
-from budwood.data.reading import Rows, hash_file, read_rows
+from budwood.data.reading import Row, Rows, hash_file, read_rows
 from budwood.errors import InputError, did_you_mean
 
 CHUNK = 1024
@@ -191,6 +191,7 @@ def build_examples(
     labels: Sequence[str] | None = None,
     cache_dir: Path | None = None,
     template_options: Mapping[str, Any] | None = None,
+    change: Callable[[Row, int], Row] | None = None,
 ) -> Examples:
     """Read a data file, recognise its form and turn its rows into tokens, or take them from the cache.
 
@@ -202,11 +203,19 @@ def build_examples(
         labels: names of the classes, as training data gave them; None: learn them from this file.
         cache_dir: where tokens are kept; None: `cache.default_folder()`.
         template_options: variables for the chat template.
+        change: from a row and its number to the row that is made into tokens, which are then not cached.
 
     Raises:
         InputError: what `read_rows` and the forms raise; a label that training data does not have; no row is left.
     """
     path = Path(path)
+    if change is not None:
+        return Examples(
+            path,
+            *_encode(
+                read_rows(path), Encoder(tokenizer, max_length, template_options), task, max_length, labels, change
+            ),
+        )
     folder = cache.default_folder() if cache_dir is None else Path(cache_dir)
     forms = [(e.name, e.value, e.owner) for entries in installed(GROUP).values() for e in entries]
     options = {
@@ -240,7 +249,12 @@ def overlap(train: Examples, other: Examples) -> int:
 
 
 def _encode(
-    rows: Rows, encoder: Encoder, task: str, max_length: int, labels: Sequence[str] | None
+    rows: Rows,
+    encoder: Encoder,
+    task: str,
+    max_length: int,
+    labels: Sequence[str] | None,
+    change: Callable[[Row, int], Row] | None = None,
 ) -> tuple[cache.Arrays, dict[str, Any]]:
     form = recognise(rows.columns, task, str(rows.path))
     dropped: Counter[str] = Counter()
@@ -250,6 +264,8 @@ def _encode(
     truncated = tokens_cut = 0
     for start, chunk in _chunks(rows):
         where = [rows.location(start + i) for i in range(len(chunk))]
+        if change is not None:
+            chunk = [change(row, start + i) for i, row in enumerate(chunk)]
         for offset, result in enumerate(form.encode(chunk, where, encoder)):
             cut = _cut(result, max_length) if isinstance(result, Encoded) else result
             if isinstance(cut, Dropped):
@@ -290,8 +306,8 @@ def _encode(
     return arrays, facts
 
 
-def _chunks(rows: Rows) -> Iterator[tuple[int, list[Mapping[str, Any]]]]:
-    chunk: list[Mapping[str, Any]] = []
+def _chunks(rows: Rows) -> Iterator[tuple[int, list[Row]]]:
+    chunk: list[Row] = []
     for index, row in enumerate(rows):
         chunk.append(row)
         if len(chunk) == CHUNK or index == len(rows) - 1:

@@ -168,6 +168,7 @@ def collate(examples: Sequence[Example], packed: bool, pad_id: int, pool: Pool =
         example_of_label=torch.from_numpy(label_owner),
         example_ids=tuple(example.id for example in examples),
         num_tokens=len(place),
+        lengths=tuple(lengths.tolist()),
         columns={name: _column(name, examples, spread, shape) for name in _column_names(examples)},
     )
 

@@ -7,7 +7,7 @@ the same way, through the entry point group `budwood.tasks`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from budwood.contract.strategy import hookimpl
 from budwood.contract.types import Batch, LossTerm, Outputs, Run, Step
 from budwood.data.packing import collate, split_micro
+from budwood.errors import InputError
 from budwood.model.attention import packed_mask
 from budwood.model.cross_entropy import cross_entropy
 from budwood.model.generate import generate
@@ -76,9 +77,14 @@ class Task:
     @hookimpl
     def evaluate(self, run: Run) -> dict[str, float]:
         """Loss and the task's metrics over `run.eval_examples`, shared among the processes."""
+        return self.measure(run)
+
+    def measure(self, run: Run, noise: Callable[[Batch], Tensor | None] | None = None) -> dict[str, float]:
+        """The metrics of `evaluate`, with `noise(batch)` [R, T, d] on the embeddings' output."""
         gathered = Logits()
         for batch in eval_batches(run):
-            outputs = self.outputs(run.model, batch)
+            with noisy_embeddings(run.model, None if noise is None else noise(batch)):
+                outputs = self.outputs(run.model, batch)
             flat = outputs.hidden.reshape(-1, outputs.hidden.shape[-1])
             for chunk in torch.arange(len(batch.labels), device=flat.device).split(CHUNK):
                 logits = outputs.head(flat[batch.label_positions[chunk]]).float()
@@ -214,16 +220,28 @@ class _DecoderOutput(SimpleNamespace):
 
 @contextmanager
 def noisy_embeddings(model: nn.Module, noise: Tensor | None) -> Iterator[None]:
-    """Add `noise` [R, T, d] to the output of the model's input embeddings inside the context."""
+    """Add `noise` [R, T, d] to the output of the model's input embeddings inside the context.
+
+    Raises:
+        InputError: the model did not call its input embeddings, so that the noise went nowhere.
+    """
     if noise is None:
         yield
         return
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    handle = embeddings.register_forward_hook(lambda module, args, output: output + noise.to(output.dtype))
+    called = []
+
+    def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        called.append(True)
+        return output + noise.to(output.dtype)
+
+    handle = embeddings.register_forward_hook(add)
     try:
         yield
     finally:
         handle.remove()
+    if not called:
+        raise InputError(f"{type(model).__name__} does not call its input embeddings: noise cannot be put on them.")
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:

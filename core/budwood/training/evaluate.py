@@ -1,8 +1,10 @@
-"""`budwood eval`: the metrics of a saved adapter on data, with the adapter and without."""
+"""`budwood eval`: the metrics of a saved adapter on data, with the adapter and without, and under attacks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from budwood.adapters.pool import AdapterPool
@@ -10,9 +12,13 @@ from budwood.adapters.store import read_adapter
 from budwood.contract.discovery import find
 from budwood.contract.types import Run
 from budwood.data.examples import build_examples
+from budwood.data.forms import recognise
+from budwood.data.reading import read_rows
 from budwood.errors import InputError
 from budwood.model import attention
-from budwood.model.base import pick_device_precision
+from budwood.model.base import pick_device_precision, skeleton
+from budwood.model.tasks import Task
+from budwood.training.attacks import build_attacks, measure_attacked
 from budwood.training.recipe import default_recipe
 from budwood.training.report import Report
 from budwood.training.setup import check_packing
@@ -20,11 +26,15 @@ from budwood.training.setup import check_packing
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics with the adapter and of the base alone, and the task's report for people ("" if it has none)."""
+    """Metrics with the adapter and of the base alone, and the task's report for people ("" if it has none).
+
+    `attacks` holds those with the adapter under each attack, by the attack's text.
+    """
 
     adapter: dict[str, float]
     base: dict[str, float]
     report: str
+    attacks: dict[str, dict[str, float]]
 
 
 def evaluate_adapter(
@@ -35,6 +45,7 @@ def evaluate_adapter(
     precision: str = "auto",
     max_length: int = 1024,
     generate: int = 1000,
+    attacks: Sequence[str] = (),
     *,
     allow_other_base: bool = False,
     quiet: bool = False,
@@ -49,6 +60,7 @@ def evaluate_adapter(
         precision: "auto", "bf16", "fp16" or "fp32".
         max_length: tokens; longer rows are cut and counted.
         generate: at most so many prompts are answered for exact match.
+        attacks: each as NAME:KEY=VALUE,…; the adapter is measured again under each of them.
         allow_other_base: also where the base's fingerprint is not the adapter's.
         quiet: show nothing.
 
@@ -56,6 +68,7 @@ def evaluate_adapter(
         InputError, CorruptError, ResourceError: of adapter, data or base.
     """
     report = Report(quiet)
+    chosen_attacks = build_attacks(attacks)
     saved = read_adapter(directory)
     manifest = saved.manifest
     name = base or (manifest.base.name if manifest else None)
@@ -67,19 +80,32 @@ def evaluate_adapter(
     overrides = [f"base.quantization={chosen}", f"train.eval_generate={generate}", f"data.max_length={max_length}"]
     overrides.append(f"train.micro_tokens={max(max_length, 2048)}")
     recipe = default_recipe(data, name, task=task_name, overrides=overrides)
+    task: Task = find(task_name, "budwood.tasks", "task").load()()
+    if chosen_attacks:
+        form = recognise(read_rows(data).columns, task_name, str(data)).name
+        modules = skeleton(name, task.auto_class)
+        for attack in chosen_attacks.values():
+            attack.check(form, task_name, modules)
     device, dtype, reason = pick_device_precision("auto", precision)
     pool = AdapterPool(
         name, quantization=chosen, precision=precision, task=task_name, labels=labels or None, device=str(device)
     )
-    examples = build_examples(data, pool.base.tokenizer, task_name, max_length, labels=labels or None)
+    build = partial(build_examples, data, pool.base.tokenizer, task_name, max_length, labels or None)
+    examples = build()
     report.say(examples.describe())
-    run = Run(recipe, directory, device, dtype, task=find(task_name, "budwood.tasks", "task").load()(), say=report.say)
+    run = Run(recipe, directory, device, dtype, task=task, say=report.say)
     run.base, run.model, run.tokenizer, run.examples, run.eval_examples = (
         pool.base, pool.base.model, pool.base.tokenizer, examples, examples,
     )  # fmt: skip
     attention.register()
     check_packing(run, report)
-    without = run.task.evaluate(run) if not run.task.head_modules(run.model) else {}
+    without = task.evaluate(run) if not task.head_modules(run.model) else {}
     pool.load("adapter", directory, allow_other_base=allow_other_base)
     pool.use("adapter")
-    return Evaluation(run.task.evaluate(run), without, run.task.report)
+    clean = task.evaluate(run)
+    text = task.report
+    found = {
+        attack.name: measure_attacked(run, attack, lambda change: build(change=change), clean)
+        for attack in chosen_attacks.values()
+    }
+    return Evaluation(clean, without, text, found)

@@ -2,12 +2,14 @@
 
 The head runs only where there is a label, a chunk of positions at a time: its gradient with respect to the decoder's
 output is gathered chunk by chunk, and one backward pass then goes through the decoder. So the full logits never exist.
+So it is with a second forward that terms compare with the first (`Step.forward`): its backward, too, runs once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,8 +17,20 @@ from torch import Tensor
 
 from budwood.contract.registry import Composition, PluginError
 from budwood.contract.strategy import hookimpl
-from budwood.contract.types import LossTerm, Outputs, Run, Step
+from budwood.contract.types import LossTerm, Outputs, Run, Step, Terms
 from budwood.model.tasks import CHUNK, autocast
+
+
+@dataclass
+class _Pass:
+    """What one forward, its terms and its backward gather.
+
+    `compared` are the outputs of `Step.forward` inside it: (as the decoder gave them, the detached copy that the terms
+    see). The copy's gradient gathers over the chunks.
+    """
+
+    loss: Tensor | None = None
+    compared: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 class Engine:
@@ -26,72 +40,76 @@ class Engine:
         self.run, self.hooks = run, hooks
         self.loss_scale: Tensor | float = 1.0
         self.sums: dict[str, Tensor] = {}
-        """Clean sum of each loss term over the optimizer step's micro-steps on this process, by name."""
+        """Sum of each loss term in core's own passes over the optimizer step's micro-steps on this process, by name."""
         self.terms: dict[str, tuple[str, float]] = {}
         """Unit and weight of each loss term, by name."""
+        self._pass: _Pass | None = None
 
     @hookimpl
     def backward(self, step: Step) -> None:
-        """Forward, all loss terms times `step.main_weight`, backward; the terms' clean values are logged."""
-        noise = None
-        if step.track_noise:
-            noise = self._zero_noise(step)
-        gradient = self._run(step, noise, step.main_weight, main=True)
-        if step.track_noise:
-            step.noise_grad = gradient
+        """Forward, all loss terms times `step.main_weight`, backward; the terms' values are logged."""
+        noise = step.zero_noise().requires_grad_() if step.track_noise else None
+        step.noise_grad = self._run(step, step.main_weight, noise, main=True)
 
     def noisy_forward(self, step: Step, noise: Tensor | None) -> Outputs:
         """See `Step.forward`."""
         with _replaying(step, noise), autocast(self.run):
             outputs: Outputs = self.hooks.call("forward", step=step)
-        return outputs
+        if self._pass is None or not outputs.hidden.requires_grad:
+            return outputs
+        copy = outputs.hidden.detach().requires_grad_()
+        self._pass.compared.append((outputs.hidden, copy))
+        return Outputs(copy, outputs.head)
 
-    def replay(self, step: Step, noise: Tensor | None, weight: float) -> None:
+    def replay(self, step: Step, noise: Tensor | None, weight: float, gradient: bool) -> Tensor | None:
         """See `Step.replay`."""
-        with _replaying(step, noise):
-            self._run(step, None, weight, main=False)
-
-    def noise_gradient(self, step: Step, noise: Tensor) -> Tensor:
-        """See `Step.noise_gradient`."""
-        leaf = noise.detach().requires_grad_()
+        if not gradient:
+            with _replaying(step, noise):
+                return self._run(step, weight)
+        given = step.zero_noise() if noise is None else noise
         with _replaying(step, None):
-            gradient = self._run(step, leaf, 1.0, main=False, parameters=False)
+            return self._run(step, weight, given.detach().requires_grad_())
+
+    def noise_gradient(self, step: Step, noise: Tensor, terms: Terms | None) -> Tensor:
+        """See `Step.noise_gradient`."""
+        with _replaying(step, None), _frozen(self.run):
+            gradient = self._run(step, 1.0, noise.detach().requires_grad_(), terms=terms)
         assert gradient is not None
         return gradient
 
-    def _zero_noise(self, step: Step) -> Tensor:
-        width = self.run.model.get_input_embeddings().weight.shape[-1]
-        return torch.zeros(*step.batch.input_ids.shape, width, device=self.run.device, requires_grad=True)
-
     def _run(
-        self, step: Step, leaf: Tensor | None, weight: float, main: bool, parameters: bool = True
+        self, step: Step, weight: float, leaf: Tensor | None = None, main: bool = False, terms: Terms | None = None
     ) -> Tensor | None:
-        """Forward, terms, backward. Returns the gradient of the unscaled loss with respect to `leaf`, if given."""
-        outer = step.noise
+        """One pass. Returns the gradient of the unscaled loss with respect to `leaf`, which is added to the noise."""
+        outer, outer_noise = self._pass, step.noise
+        self._pass = current = _Pass()
         if leaf is not None:
-            step.noise = leaf if outer is None else outer + leaf
+            step.noise = leaf if outer_noise is None else outer_noise + leaf
         try:
             with autocast(self.run):
                 outputs: Outputs = self.hooks.call("forward", step=step)
-                grad_hidden = self._head(step, outputs, weight, main, parameters)
-                extra = self._other_terms(step, outputs, weight, main)
+                grad_hidden = self._head(step, outputs, weight, main, terms)
+                extra = None if terms else self._other_terms(step, outputs, weight, main)
         finally:
-            step.noise = outer
+            step.noise, self._pass = outer_noise, outer
+        step.loss = current.loss
         tensors, gradients = [], []
-        if outputs.hidden.requires_grad and grad_hidden is not None:
+        if grad_hidden is not None:
             tensors, gradients = [outputs.hidden], [grad_hidden]
         if extra is not None and extra.requires_grad:
             tensors, gradients = [*tensors, extra], [*gradients, torch.ones_like(extra)]
-        if not tensors:
-            return None if leaf is None else torch.zeros_like(leaf)
-        if parameters:
-            torch.autograd.backward(tensors, gradients)
-            return None if leaf is None or leaf.grad is None else leaf.grad / self.loss_scale
-        assert leaf is not None
-        (gradient,) = torch.autograd.grad(tensors, [leaf], gradients)
-        return gradient / self.loss_scale
+        with torch.autocast(self.run.device.type, enabled=False):  # a pass inside another's forward stands in autocast
+            if tensors:
+                torch.autograd.backward(tensors, gradients)
+            # Behind the pass's own outputs, since a term that needs no head may send its gradient to a copy there.
+            found = [(hidden, copy.grad) for hidden, copy in current.compared if copy.grad is not None]
+            if found:
+                torch.autograd.backward([hidden for hidden, _ in found], [gradient for _, gradient in found])
+        if leaf is None:
+            return None
+        return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad / self.loss_scale
 
-    def _head(self, step: Step, outputs: Outputs, weight: float, main: bool, parameters: bool) -> Tensor | None:
+    def _head(self, step: Step, outputs: Outputs, weight: float, main: bool, terms: Terms | None) -> Tensor | None:
         """Run the head and the token terms in chunks; returns the gradient with respect to `outputs.hidden`."""
         hidden = outputs.hidden
         flat = hidden.detach().reshape(-1, hidden.shape[-1])
@@ -101,18 +119,18 @@ class Engine:
             where = step.batch.label_positions[chunk]
             rows = flat[where].requires_grad_(grad is not None)
             logits = outputs.head(rows)
-            terms = _flatten(self.hooks.call("token_terms", step=step, logits=logits, positions=chunk))
-            _check_terms(terms, "token_terms", {"label": (len(chunk),)})
-            loss = self._loss(terms, weight, main)
+            if terms is None:
+                results = self.hooks.call("token_terms", step=step, logits=logits, positions=chunk)
+            else:
+                results = [LossTerm("terms", terms(logits, chunk))]
+            given = _flatten(results)
+            _check_terms(given, "token_terms", {"label": (len(chunk),)})
+            loss = self._loss(given, weight, main)
             if loss is None or not loss.requires_grad:
                 continue
-            if parameters:
-                loss.backward()
-                found = rows.grad
-            else:
-                (found,) = torch.autograd.grad(loss, [rows])
-            if grad is not None and found is not None:
-                grad.index_add_(0, where, found)
+            loss.backward()
+            if grad is not None and rows.grad is not None:
+                grad.index_add_(0, where, rows.grad)
         return None if grad is None else grad.view_as(hidden)
 
     def _other_terms(self, step: Step, outputs: Outputs, weight: float, main: bool) -> Tensor | None:
@@ -134,8 +152,11 @@ class Engine:
                 clean = term.values.detach().float().sum()
                 self.sums[term.name] = clean if previous is None else previous + clean
                 self.terms[term.name] = (term.unit, term.weight)
-            loss = term.values.float().sum() * (term.weight * weight / count)
-            total = loss if total is None else total + loss
+            loss = term.values.float().sum() * (term.weight / count)
+            if term.unit != "step" and self._pass is not None:
+                plain, before = loss.detach(), self._pass.loss
+                self._pass.loss = plain if before is None else before + plain
+            total = loss * weight if total is None else total + loss * weight
         return None if total is None else total * self.loss_scale
 
     def finish_step(self) -> dict[str, Tensor]:
@@ -158,13 +179,27 @@ class Engine:
 
 
 @contextmanager
-def _replaying(step: Step, noise: Tensor | None) -> Any:
+def _replaying(step: Step, noise: Tensor | None) -> Iterator[None]:
+    """Put `noise`, and no other, on the step."""
     outer = (step.noise, step.replaying)
-    step.noise, step.replaying = (noise if noise is not None else outer[0]), True
+    step.noise, step.replaying = noise, True
     try:
         yield
     finally:
         step.noise, step.replaying = outer
+
+
+@contextmanager
+def _frozen(run: Run) -> Iterator[None]:
+    """Let nothing train inside the context, so that the noise alone has a gradient and no layer keeps its input."""
+    parameters = run.trainable
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def _flatten(results: Iterable[Any]) -> list[LossTerm]:

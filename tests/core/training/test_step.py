@@ -10,7 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from budwood.training.loop import tune
+from budwood import LossTerm, Outputs, Step, Strategy, hookimpl
+from budwood.model.tasks import noisy_embeddings
+from budwood.training.loop import optimizer_steps, tune
+from budwood.training.report import Report
+from budwood.training.setup import prepare
 
 
 def gradients(module: Any) -> list[torch.Tensor]:
@@ -71,6 +75,119 @@ def test_replay_adds_the_noisy_pass_to_the_clean_one(make_recipe: Callable, test
         found[name] = (gradients(test_strategies), dict(run.metrics))
     for plain, doubled in zip(found["plain"][0], found["zero"][0], strict=True):
         torch.testing.assert_close(doubled, 2 * plain, atol=1e-6, rtol=1e-4)
+
+
+class Compare(Strategy):
+    """Squared difference of clean and noisy logits: the noise, from the gradient of that difference, is found first."""
+
+    noise: torch.Tensor | None = None
+    asked: torch.Tensor | None = None
+
+    @hookimpl(wrapper=True)
+    def forward(self, step: Step) -> Any:
+        outputs = yield
+        if not step.replaying:
+            start = step.zero_noise() + 0.01
+
+            def terms(logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+                assert not step.run.trainable[0].requires_grad
+                with torch.no_grad():
+                    clean = step.logits(outputs, positions)
+                return (logits - clean).square().mean(-1)
+
+            type(self).asked = step.noise_gradient(start, terms)
+            type(self).noise = 0.1 * self.asked / self.asked.norm()
+            step.kept["compare"] = step.forward(self.noise)
+        return outputs
+
+    @hookimpl
+    def token_terms(self, step: Step, logits: torch.Tensor, positions: torch.Tensor) -> LossTerm | None:
+        if step.replaying:
+            return None
+        return LossTerm("compare", (logits - step.logits(step.kept["compare"], positions)).square().mean(-1), weight=3)
+
+    @hookimpl
+    def loss_terms(self, step: Step, outputs: Outputs) -> LossTerm | None:
+        noisy = step.kept["compare"].hidden
+        return None if step.replaying else LossTerm("hidden", (outputs.hidden - noisy).square().mean(), "step", 0.5)
+
+
+def ready(recipe: Any, *extra: Strategy) -> tuple[Any, Any, Step]:
+    """A run before its first step, with a random adapter and `extra` strategies; and the only micro-step."""
+    run, hooks, engine = prepare(recipe, Report(quiet=True), True)
+    for strategy in extra:
+        hooks.register_core(strategy, strategy.name)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in run.trainable:
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    batches, run.counts = next(optimizer_steps(run))
+    assert len(batches) == 1
+    return run, engine, Step(run, batches[0], engine)
+
+
+@pytest.mark.parametrize("chunk", [3, 256])
+def test_outputs_that_are_compared_share_the_chunked_pass(make_recipe: Callable, monkeypatch: Any, chunk: int) -> None:
+    """Against plain autograd on whole logits: the same noise, the same gradients of clean and noisy side."""
+    from budwood.training import step as module
+
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    run, engine, step = ready(make_recipe(), Compare(name="compare"))
+    run.hooks.call("backward", step=step)
+    found = [p.grad.clone() for p in run.trainable]
+    for parameter in run.trainable:
+        parameter.grad = None
+    task, batch = run.task, step.batch
+
+    def outputs(noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        with noisy_embeddings(run.model, noise):
+            given = task.outputs(run.model, batch)
+        return given.hidden, given.head(given.hidden.flatten(0, 1)[batch.label_positions])
+
+    leaf = (step.zero_noise() + 0.01).requires_grad_()
+    count = len(batch.labels)
+    asked = (outputs(leaf)[1] - outputs(None)[1].detach()).square().mean(-1).sum() / count
+    (gradient,) = torch.autograd.grad(asked, leaf)
+    torch.testing.assert_close(Compare.asked, gradient, atol=1e-7, rtol=1e-4)
+    hidden, logits = outputs(None)
+    noisy_hidden, noisy_logits = outputs(Compare.noise)
+    loss = torch.nn.functional.cross_entropy(logits, batch.labels)
+    compared = (logits - noisy_logits).square().mean()
+    total = loss + 3 * compared + 0.5 * (hidden - noisy_hidden).square().mean()
+    total.backward()
+    for ours, parameter in zip(found, run.trainable, strict=True):
+        torch.testing.assert_close(ours, parameter.grad, atol=1e-6, rtol=1e-4)
+    assert float(compared) > 1e-4
+    values = engine.finish_step()
+    assert float(values["loss"]) == pytest.approx(float(total), rel=1e-5)
+    assert float(step.loss) == pytest.approx(float(loss + 3 * compared), rel=1e-5), "without the step's own terms"
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_noise_gradients_do_not_depend_on_the_loss_scale_and_parameters_do(make_recipe: Callable, scale: float) -> None:
+    run, engine, step = ready(make_recipe())
+    engine.loss_scale = torch.tensor(scale)
+    noise = torch.randn(step.zero_noise().shape, generator=torch.Generator().manual_seed(0)) * 0.02
+    step.track_noise, step.main_weight, step.noise = True, 0.5, noise
+    run.hooks.call("backward", step=step)
+    tracked, loss = step.noise_grad, step.loss
+    main = [p.grad.clone() for p in run.trainable]
+    asked = step.noise_gradient(noise)
+    assert all(torch.equal(p.grad, before) for p, before in zip(run.trainable, main, strict=True))
+    assert all(p.requires_grad for p in run.trainable)
+    torch.testing.assert_close(tracked, 0.5 * asked, atol=1e-8, rtol=1e-4)
+    returned = step.replay(noise, 0.5, gradient=True)
+    torch.testing.assert_close(returned, tracked, atol=1e-8, rtol=1e-4)
+    assert float(step.loss) == pytest.approx(float(loss), rel=1e-6), "a pass's loss is without its weight"
+    assert step.replay(noise, 1.0) is None
+    leaf = noise.clone().requires_grad_()
+    with noisy_embeddings(run.model, leaf):
+        outputs = run.task.outputs(run.model, step.batch)
+    logits = outputs.head(outputs.hidden.flatten(0, 1)[step.batch.label_positions])
+    exact = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, step.batch.labels), [leaf, *run.trainable])
+    torch.testing.assert_close(asked, exact[0], atol=1e-8, rtol=1e-4)
+    for parameter, gradient in zip(run.trainable, exact[1:], strict=True):  # 0.5 + 0.5 + 1
+        torch.testing.assert_close(parameter.grad, 2 * scale * gradient, atol=1e-6 * scale, rtol=1e-4)
 
 
 def test_a_term_of_the_wrong_shape_names_its_term(make_recipe: Callable, test_strategies: Any) -> None:

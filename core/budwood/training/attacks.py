@@ -1,0 +1,136 @@
+"""`--attack NAME:KEY=VALUE,…`: from text to an attack, and an evaluation under it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from ruamel.yaml import YAML, YAMLError
+from torch import Tensor
+
+from budwood.contract.attack import Attack
+from budwood.contract.discovery import PluginError, find
+from budwood.contract.registry import Composition
+from budwood.contract.strategy import Options
+from budwood.contract.types import Batch, Run, Step
+from budwood.contract.validation import dotted, first_problem, sentence
+from budwood.data.examples import Examples
+from budwood.errors import InputError
+from budwood.training.step import Engine
+
+GROUP = "budwood.attacks"
+
+
+def build_attacks(texts: Sequence[str]) -> dict[str, Attack]:
+    """Return the attacks that the user wrote, by their text.
+
+    Raises:
+        InputError: an attack is unknown or written twice, an option is unknown or out of range.
+        PluginError: a plugin is broken.
+    """
+    twice = [text for text, count in Counter(texts).items() if count > 1]
+    if twice:
+        raise InputError(f"--attack {twice[0]}: given twice; leave one out.")
+    return {text: _build(text) for text in texts}
+
+
+def _build(text: str) -> Attack:
+    name, _, rest = text.partition(":")
+    entry = find(name.strip(), GROUP, "attack")
+    cls = entry.load()
+    if not (isinstance(cls, type) and issubclass(cls, Attack) and issubclass(cls.Options, Options)):
+        raise PluginError(f"attack '{entry.name}' of {entry.owner} is not a subclass of budwood.Attack with Options.")
+    options: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in rest.split(","))):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (key and equals and value):
+            raise InputError(f"--attack {text}: write NAME:KEY=VALUE,…, for instance {name}:{_example(cls)}.")
+        if key in options:
+            raise InputError(f"--attack {text}: {key} is given twice.")
+        try:
+            options[key] = YAML(typ="safe", pure=True).load(value)
+        except YAMLError:
+            options[key] = value
+    try:
+        return cls(cls.Options.model_validate(options), text)
+    except ValidationError as error:
+        place, problem = first_problem(error, cls.Options)
+        at = f"{dotted(place)}: " if place else ""
+        raise InputError(f"--attack {text}: {at}{sentence(problem)}") from None
+
+
+def _example(cls: type[Attack]) -> str:
+    """An option with a value, for a message."""
+    fields = cls.Options.model_fields
+    return next((f"{name}={field.default}" for name, field in fields.items() if field.default), "KEY=VALUE")
+
+
+def changes_rows(attack: Attack) -> bool:
+    """Whether the attack is one on the data's rows."""
+    return type(attack).change is not Attack.change
+
+
+def measure_attacked(
+    run: Run,
+    attack: Attack,
+    build: Callable[[Callable[[Mapping[str, Any], int], Mapping[str, Any]]], Examples],
+    clean: Mapping[str, float],
+) -> dict[str, float]:
+    """Metrics of the run's model under an attack; what the user should know of it is said.
+
+    Args:
+        run: of the clean evaluation; left as it is.
+        attack: rows are changed before they become tokens, noise goes on the embeddings.
+        build: makes examples of changed rows.
+        clean: metrics without the attack.
+    """
+    task, noisy = run.task, type(attack).noise is not Attack.noise
+    attacked = dataclasses.replace(run)
+    if changes_rows(attack):
+        attacked.eval_examples = _changed(run, attack, build)
+    if noisy:  # what is generated under noise means nothing
+        train = run.recipe.train.model_copy(update={"eval_generate": 0})
+        attacked.recipe = run.recipe.model_copy(update={"train": train})
+    found: dict[str, float] = task.measure(attacked, _noise(attacked, attack) if noisy else None)
+    if noisy and not found["eval_loss"] > clean["eval_loss"]:
+        run.say(f"warning: {attack.name} did not raise the loss: its noise is too small, or overshoots")
+    return found
+
+
+def _changed(run: Run, attack: Attack, build: Callable[..., Examples]) -> Examples:
+    form, changed, rows = run.eval_examples.form, 0, 0
+
+    def change(row: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+        nonlocal changed, rows
+        new = attack.change(row, index, form)
+        rows, changed = rows + 1, changed + (new != row)
+        return new
+
+    examples = build(change)
+    run.say(
+        f"{attack.name}: {changed:,} of {rows:,} rows changed" if changed else f"warning: {attack.name} changed no row"
+    )
+    if len(examples) != len(run.eval_examples):
+        run.say(
+            f"warning: {attack.name}: {len(examples):,} examples are left of {len(run.eval_examples):,}, so the "
+            f"metrics are not of the same rows: {examples.describe_dropped()}"
+        )
+    return examples
+
+
+def _noise(run: Run, attack: Attack) -> Callable[[Batch], Tensor | None]:
+    """A function that finds the attack's noise for a batch."""
+    hooks = Composition([])
+    hooks.register_core(run.task, f"task {run.task.name}")
+    engine = Engine(run, hooks)
+
+    def find_noise(batch: Batch) -> Tensor | None:
+        run.counts = batch.counts
+        with torch.enable_grad():
+            return attack.noise(Step(run, batch, engine))
+
+    return find_noise

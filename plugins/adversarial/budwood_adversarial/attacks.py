@@ -1,0 +1,44 @@
+"""Projected gradient descent as an attack on a finished model."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from budwood import Attack, InputError, Options, Step
+from budwood_adversarial.noise import Places, ascend
+from budwood_adversarial.options import Norm
+from budwood_adversarial.strategy import has_embeddings
+
+
+class PGDOptions(Options):
+    """Options of the attack `pgd`; sizes are in units of the embeddings' output, norms those of one example."""
+
+    epsilon: float = Field(1.0, gt=0, description="size of the noise")
+    steps: int = Field(10, ge=1, description="ascents")
+    step_size: float | None = Field(None, gt=0, description="size of an ascent; 2.5 · epsilon / steps if not given")
+    norm: Norm = Field("l2", description="l2: norm of an example's noise, or linf: of its largest element")
+    skip_special: bool = Field(False, description="put no noise on special tokens")
+    skip_masked: bool = Field(False, description="put noise only on tokens that are labels: none on prompts")
+
+
+class PGD(Attack):
+    """Noise on the embeddings that raises each example's loss, by projected gradient ascent (Madry et al., 2018)."""
+
+    Options = PGDOptions
+
+    def check(self, form: str, task: str, model: nn.Module | None) -> None:
+        """Refuse a model without input embeddings."""
+        if model is not None and not has_embeddings(model):
+            raise InputError(f"--attack {self.name}: {type(model).__name__} has no input embeddings to put noise on.")
+        if self.options.skip_masked and task == "sequence-classification":
+            raise InputError(f"--attack {self.name}: skip_masked: in a classification no token is a label.")
+
+    def noise(self, step: Step) -> Tensor:
+        """Ascend from no noise."""
+        options = self.options
+        special = step.run.tokenizer.all_special_ids if options.skip_special else ()
+        places = Places(step.batch, special, options.skip_masked)
+        size = options.step_size or 2.5 * options.epsilon / options.steps
+        start = step.zero_noise()
+        return ascend(places, start, step.noise_gradient, options.steps, size, options.epsilon, options.norm)

@@ -1,0 +1,101 @@
+"""What the perturbation gains: logged each step as `adversarial_gain`, and said once where it gains nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from budwood import Batch, Event, Run, Step
+
+if TYPE_CHECKING:
+    from budwood_adversarial.strategy import Adversarial
+
+WINDOW = 20
+"""Optimizer steps over which a perturbation must raise the loss, on average."""
+
+
+class Gain:
+    """Perturbed minus clean loss of each optimizer step, from passes that are made anyway.
+
+    FreeLB compares the last pass with the first, whose noise is random; SMART and VAT compare the divergence under the
+    noise that they found with that under the noise that they started from.
+    """
+
+    def __init__(self, strategy: Adversarial) -> None:
+        self.strategy = strategy
+        self.total: Tensor | None = None
+        self._run: Run | None = None
+        self._last: tuple[Batch, Tensor] | None = None
+        self._window: list[float] = []
+        self._said = False
+
+    def begin(self, step: Step) -> None:
+        """Start the sum of an optimizer step at its first micro-step."""
+        self._run = step.run
+        if self.total is None or step.micro_step == 0:
+            self.total, self._last = torch.zeros((), device=step.run.device), None
+
+    def add(self, loss: Tensor | None) -> None:
+        """Add a perturbed pass's loss."""
+        if loss is not None and self.total is not None:
+            self.total = self.total + loss
+
+    def subtract(self, loss: Tensor | None) -> None:
+        """Subtract the loss that it is compared with."""
+        if loss is not None:
+            self.add(-loss)
+
+    def keep(self, step: Step, noise: Tensor) -> None:
+        """Remember the last noise, in case its cause must be looked for; released when the next step begins."""
+        self._last = None if self._said else (step.batch, noise.detach())
+
+    def log(self, run: Run) -> None:
+        """Log the optimizer step's gain, over all processes."""
+        if self.strategy.method == "neftune":
+            return
+        total = torch.zeros((), device=run.device) if self.total is None else self.total
+        if run.processes > 1:
+            torch.distributed.all_reduce(total)
+        run.log("adversarial_gain", total)
+        self.total = None
+
+    def watch(self, event: Event) -> None:
+        """At the end of each window of steps, say it where the mean gain is not above zero; once."""
+        if self._said or "adversarial_gain" not in event.values or self._run is None:
+            return
+        self._window.append(event.values["adversarial_gain"])
+        if len(self._window) < min(WINDOW, self._run.steps or WINDOW):
+            return
+        mean, count = sum(self._window) / len(self._window), len(self._window)
+        self._window = []
+        if not mean > 0:
+            self._said = True
+            about = f"{self.strategy.name} ({self.strategy.method})"
+            self._run.say(
+                f"warning: {about}: the perturbation did not raise the loss in {count} steps (mean gain {mean:.1e}); "
+                f"likely cause: {self._cause()}"
+            )
+        self._last = None
+
+    def _cause(self) -> str:
+        if self._last is None or self._run is None:
+            return "this process had no batch"
+        batch, noise = self._last
+        if not self.strategy.places(batch).open.any():
+            return "skip_special and skip_masked leave no token that noise may go to"
+        if not noise.any():
+            return "the loss has no gradient at the embeddings"
+        with torch.no_grad():
+            embedded = self._run.model.get_input_embeddings()(batch.input_ids)
+            arrived = (embedded + noise.to(embedded.dtype) != embedded) & (noise != 0)
+        size = float(embedded.float().norm(dim=-1).mean())
+        dtype = str(embedded.dtype).removeprefix("torch.")
+        beside = f"beside embeddings of norm {size:.3g} a token"
+        if int(arrived.sum()) * 2 < int((noise != 0).sum()):
+            return f"epsilon is so small {beside} that most of the noise is lost to {dtype}'s rounding; raise epsilon"
+        largest = float(noise.norm(dim=-1).max())
+        if largest > size:
+            return f"noise of norm {largest:.3g} a token {beside} overshoots; lower epsilon or step_size"
+        return f"noise of norm {largest:.3g} a token is too small {beside}; raise epsilon"

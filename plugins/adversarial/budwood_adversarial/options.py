@@ -1,0 +1,79 @@
+"""The options of `adversarial`: which belong to which method, and what each method takes where one is not given."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from budwood import Options
+
+Method = Literal["fgm", "pgd", "freelb", "smart", "vat", "neftune"]
+Norm = Literal["l2", "linf"]
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "fgm": {"epsilon": 1.0, "norm": "l2", "weight": 1.0, "clean_weight": 1.0},
+    "pgd": {"epsilon": 1.0, "norm": "l2", "weight": 1.0, "clean_weight": 1.0, "steps": 3, "step_size": None},
+    "freelb": {"epsilon": 1.0, "norm": "l2", "steps": 3, "step_size": None},
+    "smart": {"epsilon": 1e-3, "norm": "linf", "weight": 1.0, "steps": 1, "step_size": None, "sigma": None},
+    "vat": {"epsilon": 1.0, "weight": 1.0, "steps": 1, "xi": 0.1},
+    "neftune": {"alpha": 5.0},
+}
+"""Options of each method beside `method`, `skip_special` and `skip_masked`; None: it follows from epsilon."""
+
+
+class AdversarialOptions(Options):
+    """Options of `adversarial`. Sizes are in units of the embeddings' output and norms are those of one example."""
+
+    method: Method = Field(
+        "fgm", description="how noise on the embeddings is found and used; it decides which options apply"
+    )
+    epsilon: float | None = Field(
+        None, gt=0, description="size of the noise: 1 (fgm, pgd, freelb, vat), 0.001 an element (smart) if not given"
+    )
+    norm: Norm | None = Field(
+        None, description="l2: norm of an example's noise, or linf: of its largest element (fgm, pgd, freelb, smart)"
+    )
+    steps: int | None = Field(
+        None, ge=1, description="ascents of the noise, K: 3 (pgd, freelb), 1 (smart, vat) if not given"
+    )
+    step_size: float | None = Field(
+        None, gt=0, description="size of an ascent: 2.5 · epsilon / steps (pgd, freelb), 100 · epsilon (smart)"
+    )
+    weight: float | None = Field(
+        None, gt=0, description="of the perturbed loss (fgm, pgd) or of the divergence (smart, vat); 1 if not given"
+    )
+    clean_weight: float | None = Field(
+        None, ge=0, description="of the clean loss (fgm, pgd); 0: train on the perturbed loss alone; 1 if not given"
+    )
+    sigma: float | None = Field(
+        None, gt=0, description="standard deviation of the noise that the ascent starts from (smart); epsilon"
+    )
+    xi: float | None = Field(
+        None, gt=0, description="norm of the noise at which the direction is looked for (vat); 0.1 if not given"
+    )
+    alpha: float | None = Field(
+        None, gt=0, description="uniform noise of ± alpha / sqrt(tokens · width) an element (neftune); 5 if not given"
+    )
+    skip_special: bool = Field(False, description="put no noise on special tokens")
+    skip_masked: bool = Field(False, description="put noise only on tokens that are labels: none on prompts")
+
+    @model_validator(mode="after")
+    def _belong_to_the_method(self) -> AdversarialOptions:
+        known = DEFAULTS[self.method]
+        for name in ("epsilon", "norm", "steps", "step_size", "weight", "clean_weight", "sigma", "xi", "alpha"):
+            if getattr(self, name) is not None and name not in known:
+                raise ValueError(f"{name} is no option of {self.method}, which has {', '.join(known)}; leave it out")
+        if self.method == "freelb" and self.steps == 1:
+            raise ValueError("freelb with steps: 1 would train on random noise alone; use 2 or more")
+        return self
+
+    def value(self, name: str) -> Any:
+        """The option, or what the method takes where it is not given."""
+        given = getattr(self, name)
+        if given is not None:
+            return given
+        if name == "step_size":
+            ratio = 100.0 if self.method == "smart" else 2.5 / self.value("steps")
+            return ratio * self.value("epsilon")
+        return self.value("epsilon") if name == "sigma" else DEFAULTS[self.method][name]

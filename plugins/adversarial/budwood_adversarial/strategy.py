@@ -1,0 +1,173 @@
+"""Adversarial training as a strategy: six methods that put noise on the embeddings' output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from budwood import Batch, Event, InputError, LossTerm, Outputs, Plan, Run, Step, Strategy, hookimpl
+from budwood_adversarial.divergence import kl, symmetric_kl
+from budwood_adversarial.gain import Gain
+from budwood_adversarial.noise import Places, ascend
+from budwood_adversarial.options import AdversarialOptions
+
+DIVERGENCES = {"smart": symmetric_kl, "vat": kl}
+
+
+class Adversarial(Strategy):
+    """Adversarial training on the embeddings' output: fgm, pgd, freelb, smart, vat, neftune."""
+
+    Options = AdversarialOptions
+
+    def __init__(self, options: Any = None, name: str = "", distribution: str = "") -> None:
+        super().__init__(options, name, distribution)
+        self.method: str = self.options.method
+        self.gain = Gain(self)
+        self._special: list[int] = []
+
+    @hookimpl
+    def check_plan(self, plan: Plan) -> None:
+        if self.options.skip_masked and plan.recipe.base.task == "sequence-classification":
+            plan.problem(self, "skip_masked: in a classification no token is a label, so no noise would be left")
+        if plan.model is not None and not has_embeddings(plan.model):
+            plan.problem(self, no_embeddings(plan.model))
+
+    @hookimpl
+    def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
+        if not has_embeddings(model):
+            raise InputError(f"{self}: {no_embeddings(model)}")
+        if self.options.skip_special:
+            self._special = list(run.tokenizer.all_special_ids)
+        return model
+
+    @hookimpl(wrapper=True)
+    def backward(self, step: Step) -> Iterator[None]:
+        if self.method in ("fgm", "pgd"):
+            yield from self._perturbed(step)
+        elif self.method == "freelb":
+            yield from self._free(step)
+        elif self.method == "neftune":
+            places = self.places(step.batch)
+            uniform = places.draw(step.zero_noise(), lambda i, like: self._uniform(step, i, like))
+            step.noise = self.options.value("alpha") * places.per_root(uniform)
+            yield
+        else:
+            self.gain.begin(step)
+            yield  # the divergence is one of the clean pass's terms
+
+    @hookimpl(wrapper=True)
+    def forward(self, step: Step) -> Any:
+        outputs = yield
+        if self.method in DIVERGENCES and not step.replaying and torch.is_grad_enabled():
+            step.kept[self.name] = self._compare(step, outputs)
+        return outputs
+
+    @hookimpl
+    def token_terms(self, step: Step, logits: Tensor, positions: Tensor) -> LossTerm | None:
+        noisy = step.kept.get(self.name)
+        if noisy is None or step.replaying:
+            return None
+        values = DIVERGENCES[self.method](logits, step.logits(noisy, positions))
+        self.gain.add(values.detach().sum() / step.run.counts["label"])
+        return LossTerm(self.method, values, weight=self.options.value("weight"))
+
+    @hookimpl
+    def before_clip(self, run: Run) -> None:
+        self.gain.log(run)
+
+    @hookimpl
+    def on_event(self, event: Event) -> None:
+        self.gain.watch(event)
+
+    def places(self, batch: Batch) -> Places:
+        """Where noise may go in a batch."""
+        return Places(batch, self._special, self.options.skip_masked)
+
+    def _perturbed(self, step: Step) -> Iterator[None]:
+        """FGM and PGD: clean_weight · L(x) + weight · L(x + δ), δ the ascent from 0 in `steps` steps."""
+        value = self.options.value
+        epsilon, norm, clean = value("epsilon"), value("norm"), value("clean_weight")
+        steps, size = (1, epsilon) if self.method == "fgm" else (value("steps"), value("step_size"))
+        places, zeros = self.places(step.batch), step.zero_noise()
+        self.gain.begin(step)
+        if clean:
+            step.main_weight, step.track_noise = clean, True
+            yield
+            first = step.noise_grad
+        else:
+            first = step.noise_gradient(zeros)
+        self.gain.subtract(step.loss)
+        noise = ascend(places, zeros, step.noise_gradient, steps, size, epsilon, norm, first)
+        if clean:
+            step.replay(noise, value("weight"))
+        else:
+            step.noise, step.main_weight = noise, value("weight")
+            yield
+        self.gain.add(step.loss)
+        self.gain.keep(step, noise)
+
+    def _free(self, step: Step) -> Iterator[None]:
+        """FreeLB (Zhu et al., 2020, algorithm 1): each ascent's pass gives the parameters 1/K of their gradient too."""
+        value = self.options.value
+        epsilon, norm, steps, size = value("epsilon"), value("norm"), value("steps"), value("step_size")
+        places = self.places(step.batch)
+        uniform = places.draw(step.zero_noise(), lambda i, like: self._uniform(step, i, like))
+        noise = epsilon * (places.per_root(uniform) if norm == "l2" else uniform)
+        self.gain.begin(step)
+        step.noise, step.main_weight, step.track_noise = noise, 1 / steps, True
+        yield
+        self.gain.subtract(step.loss)
+        gradient = step.noise_grad
+        for number in range(1, steps):
+            assert gradient is not None
+            noise = places.project(noise + size * places.unit(gradient, norm), epsilon, norm)
+            gradient = step.replay(noise, 1 / steps, gradient=number < steps - 1)
+        self.gain.add(step.loss)
+        self.gain.keep(step, noise)
+
+    def _compare(self, step: Step, clean: Outputs) -> Outputs:
+        """SMART and VAT: find the noise by ascents on the divergence from the clean outputs; run the model on it."""
+        value, places, zeros = self.options.value, self.places(step.batch), step.zero_noise()
+        normal = places.draw(zeros, lambda i, like: step.generator(self, i).normal_like(like))
+        divergence = DIVERGENCES[self.method]
+
+        def terms(logits: Tensor, positions: Tensor) -> Tensor:
+            with torch.no_grad():
+                reference = step.logits(clean, positions)
+            return divergence(reference, logits)
+
+        if self.method == "smart":
+            noise, norm = value("sigma") * normal, value("norm")
+        else:
+            noise, norm = value("xi") * places.unit(normal, "l2"), "l2"
+        for number in range(value("steps")):
+            unit = places.unit(step.noise_gradient(noise, terms), norm)
+            if number == 0:
+                self.gain.subtract(step.loss)
+            if self.method == "smart":
+                noise = places.project(noise + value("step_size") * unit, value("epsilon"), norm)
+            else:
+                last = number == value("steps") - 1
+                noise = (value("epsilon") if last else value("xi")) * unit
+        self.gain.keep(step, noise)
+        return step.forward(noise)
+
+    def _uniform(self, step: Step, example: int, like: Tensor) -> Tensor:
+        return step.generator(self, example).uniform_like(like, -1.0, 1.0)
+
+
+def has_embeddings(model: nn.Module) -> bool:
+    """Whether the model has a table of input embeddings, on whose output noise can go."""
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return False
+    return weight is not None and weight.ndim == 2
+
+
+def no_embeddings(model: nn.Module) -> str:
+    """Why the model cannot be attacked."""
+    return f"{type(model).__name__} has no input embeddings to put noise on; leave the strategy out"

@@ -1,0 +1,93 @@
+"""Typing errors as an attack on a finished model."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field
+from torch import nn
+
+from budwood import Attack, InputError, Options
+
+KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+TEXTS = {"prompt-completion": "prompt", "text-label": "text"}
+"""Forms with one column that the model reads and is not scored on."""
+
+
+def _neighbours() -> dict[str, str]:
+    """For each letter, those beside it, above and below on an English keyboard."""
+    near: dict[str, str] = {}
+    for line, keys in enumerate(KEYS):
+        for at, key in enumerate(keys):
+            beside = keys[max(at - 1, 0) : at] + keys[at + 1 : at + 2]
+            above = KEYS[line - 1][at : at + 2] if line > 0 else ""
+            below = KEYS[line + 1][max(at - 1, 0) : at + 1] if line + 1 < len(KEYS) else ""
+            near[key] = beside + above + below
+    return near
+
+
+NEIGHBOURS = _neighbours()
+
+
+class TyposOptions(Options):
+    """Options of the attack `typos`."""
+
+    rate: float = Field(0.05, gt=0, le=1, description="share of letters at which an error is made")
+    seed: int = Field(0, ge=0, description="of the errors; a row's depend on it and on the row's number alone")
+
+
+class Typos(Attack):
+    """Typing errors in what the model reads, never in the answer: swaps, drops, doubles, neighbouring keys."""
+
+    Options = TyposOptions
+
+    def check(self, form: str, task: str, model: nn.Module | None) -> None:
+        """Refuse forms whose text is scored itself, or is not known."""
+        if form not in TEXTS and form != "messages":
+            known = ", ".join([*TEXTS, "messages"])
+            why = "its text is what the model is scored on" if form == "text" else "which text is read is not known"
+            raise InputError(f"--attack {self.name}: no typos for data of the form '{form}': {why}. Forms: {known}.")
+
+    def change(self, row: Mapping[str, Any], index: int, form: str) -> Mapping[str, Any]:
+        """Put errors into the prompt, the text, or what the user says before the assistant's answers."""
+        draw = random.Random(f"{self.options.seed} {index}")
+        if form != "messages":
+            column = TEXTS[form]
+            return {**row, column: mistype(row[column], self.options.rate, draw)}
+        messages = [
+            {**m, "content": mistype(m["content"], self.options.rate, draw)} if m["role"] == "user" else m
+            for m in row["messages"]
+        ]
+        return {**row, "messages": messages}
+
+
+def mistype(text: str, rate: float, draw: random.Random) -> str:
+    """Make an error at each letter with probability `rate`; a text with a letter keeps at least one character."""
+    written: list[str] = []
+    letters = list(text)
+    at = 0
+    while at < len(letters):
+        letter = letters[at]
+        at += 1
+        if not letter.isalpha() or draw.random() >= rate:
+            written.append(letter)
+            continue
+        near = NEIGHBOURS.get(letter.lower(), "")
+        kinds = ["drop", "double", *(["near", "slip"] if near else [])]
+        if at < len(letters) and letters[at].isalpha() and letters[at] != letter:
+            kinds.append("swap")
+        kind = draw.choice(kinds)
+        other = draw.choice(near) if near else ""
+        other = other.upper() if letter.isupper() else other
+        if kind == "swap":
+            written += [letters[at], letter]
+            at += 1
+        elif kind == "double":
+            written += [letter, letter]
+        elif kind == "near":
+            written.append(other)
+        elif kind == "slip":
+            written += [letter, other]
+    return "".join(written) if "".join(written).strip() else text

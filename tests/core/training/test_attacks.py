@@ -1,0 +1,159 @@
+"""`budwood eval --attack`: what is refused, what an attack sees, and what is reported under it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from budwood import Attack, InputError, Options, Step
+from budwood.cli import app as cli
+from budwood.training.attacks import build_attacks
+from budwood.training.evaluate import evaluate_adapter
+from budwood.training.loop import tune
+
+from .conftest import write_rows
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pdg", "attack 'pdg' is not installed. Did you mean 'pgd'? Installed: pgd, typos."),
+        ("pgd:epsilon=0", "--attack pgd:epsilon=0: epsilon: must be greater than 0 (got 0)."),
+        ("pgd:epsilon=.nan", "--attack pgd:epsilon=.nan: epsilon: must be a finite number (got nan)."),
+        ("pgd:steps=0", "--attack pgd:steps=0: steps: must be greater than or equal to 1 (got 0)."),
+        ("pgd:step=3", "--attack pgd:step=3: step: unknown key. Did you mean 'steps'?"),
+        ("pgd:epsilon", "--attack pgd:epsilon: write NAME:KEY=VALUE,…, for instance pgd:epsilon=1.0."),
+        ("pgd:steps=1,steps=2", "--attack pgd:steps=1,steps=2: steps is given twice."),
+        ("typos:rate=2", "--attack typos:rate=2: rate: must be less than or equal to 1 (got 2)."),
+    ],
+)
+def test_what_cannot_be_an_attack_is_one_line(text: str, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        build_attacks([text])
+    assert str(error.value) == message
+    assert error.value.exit_code == 2
+
+
+def test_the_same_attack_twice_is_refused() -> None:
+    with pytest.raises(InputError, match="--attack typos: given twice"):
+        build_attacks(["typos", "typos"])
+
+
+@pytest.fixture
+def trained(make_recipe: Callable, tmp_path: Path) -> tuple[Path, Path]:
+    """An adapter that has learned its data, and held-out data."""
+    run = tune(make_recipe(train={"steps": 30}), quiet=True)
+    return run.directory / "adapter", write_rows(tmp_path / "held-out.jsonl", 16, seed=1)
+
+
+def test_clean_and_attacked_metrics_stand_side_by_side(trained: Any, capsys: Any, monkeypatch: Any) -> None:
+    adapter, data = trained
+    monkeypatch.setattr(cli, "hush", lambda debug: None)
+    attacks = ["pgd:epsilon=2,steps=3", "typos:rate=0.5"]
+    line = ["eval", str(adapter), "--data", str(data), "--precision", "fp32"]
+    for attack in attacks:
+        line += ["--attack", attack]
+    assert cli.run(line) == 0
+    out, err = capsys.readouterr()
+    header, *rows = out.splitlines()
+    assert header.split() == ["adapter", *attacks, "base"]
+    table = {row.split()[0]: row.split()[1:] for row in rows}
+    assert list(table) == ["loss", "perplexity", "token_accuracy", "exact_match"]
+    clean, pgd, typos, _ = map(float, table["loss"])
+    assert pgd > clean + 0.1
+    assert typos > clean
+    assert table["exact_match"][1] == "–", "nothing is generated under noise"
+    assert len({len(row) for row in out.splitlines()}) == 1
+    assert "typos:rate=0.5: 16 of 16 rows changed" in err
+
+    assert cli.run([*line, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["attacks"]) == attacks
+    assert found["adapter"]["eval_loss"] == pytest.approx(clean, abs=1e-4)
+    assert found["attacks"][attacks[0]]["eval_loss"] == pytest.approx(pgd, abs=1e-4)
+    assert "eval_exact_match" not in found["attacks"][attacks[0]]
+    assert "eval_exact_match" in found["attacks"][attacks[1]]
+
+
+def test_a_stronger_attack_raises_the_loss_further_and_leaves_the_clean_metrics_alone(trained: Any) -> None:
+    adapter, data = trained
+    attacks = [f"pgd:epsilon={epsilon},steps=3" for epsilon in (0.1, 1, 3)]
+    plain = evaluate_adapter(adapter, data, precision="fp32", quiet=True)
+    found = evaluate_adapter(adapter, data, precision="fp32", attacks=attacks, quiet=True)
+    assert found.adapter == plain.adapter
+    assert found.base == plain.base
+    losses = [found.adapter["eval_loss"], *(found.attacks[attack]["eval_loss"] for attack in attacks)]
+    assert losses == sorted(losses)
+    assert len(set(losses)) == 4
+
+
+def test_an_attack_without_effect_is_said(trained: Any, capsys: Any) -> None:
+    adapter, data = trained
+    found = evaluate_adapter(adapter, data, precision="fp32", attacks=["pgd:epsilon=1e-30"])
+    assert found.attacks["pgd:epsilon=1e-30"]["eval_loss"] == found.adapter["eval_loss"]
+    assert "warning: pgd:epsilon=1e-30 did not raise the loss" in capsys.readouterr().err
+
+
+def test_what_makes_no_sense_is_refused_before_the_base_loads(trained: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    from budwood.training import evaluate
+
+    monkeypatch.setattr(evaluate, "AdapterPool", None)
+    data = tmp_path / "plain.jsonl"
+    data.write_text('{"text": "some text"}\n', encoding="utf-8")
+    with pytest.raises(InputError, match="no typos for data of the form 'text': its text is what the model is scored"):
+        evaluate_adapter(trained[0], data, attacks=["typos"], quiet=True)
+
+
+class Shout(Attack):
+    """Notes what it is given."""
+
+    class Options(Options):
+        loud: bool = True
+
+    seen: list[Any] = []
+
+    def change(self, row: Mapping[str, Any], index: int, form: str) -> Mapping[str, Any]:
+        self.seen.append((index, form))
+        return {**row, "prompt": row["prompt"].upper()}
+
+    def noise(self, step: Step) -> torch.Tensor:
+        zeros = step.zero_noise()
+        gradient = step.noise_gradient(zeros)
+        self.seen.append((tuple(gradient.shape), float(gradient.norm())))
+        return zeros
+
+
+def test_a_third_partys_attack_sees_rows_and_gradients(distribution: Callable, trained: Any, monkeypatch: Any) -> None:
+    distribution("loud", "", {"shout": "Shout"}, group="budwood.attacks")
+    import importlib
+
+    importlib.import_module("loud").Shout = Shout
+    Shout.seen.clear()
+    adapter, data = trained
+    found = evaluate_adapter(adapter, data, precision="fp32", attacks=["shout:loud=true"], quiet=True)
+    assert Shout.seen[:16] == [(index, "prompt-completion") for index in range(16)]
+    assert all(norm > 0 for _, norm in Shout.seen[16:])
+    assert found.attacks["shout:loud=true"]["eval_loss"] != found.adapter["eval_loss"]
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_classification_is_attacked(make_recipe: Callable, tmp_path: Path, quantization: str) -> None:
+    rows = [{"text": f"{word} things number {i}", "label": word} for i in range(8) for word in ("games", "fonts")]
+    path = tmp_path / "labelled.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = make_recipe(
+        base={"task": "sequence-classification", "quantization": quantization}, data={"train": str(path)},
+        train={"steps": 20, "micro_tokens": 256, "learning_rate": 3e-3},
+    )  # fmt: skip
+    run = tune(recipe, quiet=True)
+    attacks = ["pgd:epsilon=5,norm=l2", "typos:rate=1"]
+    found = evaluate_adapter(run.directory / "adapter", path, precision="fp32", attacks=attacks, quiet=True)
+    assert found.adapter["eval_accuracy"] > 0.9
+    assert found.attacks[attacks[0]]["eval_accuracy"] < found.adapter["eval_accuracy"]
+    assert found.attacks[attacks[1]]["eval_loss"] > found.adapter["eval_loss"]
+    assert "fonts" in found.report

@@ -1,0 +1,108 @@
+"""Each method against its paper's equations in float64: the noise, and the gradient that an optimizer step adds up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from budwood.contract.types import Example
+
+from .conftest import Ready
+from .reference import Reference, naive
+
+METHODS: list[dict[str, Any]] = [
+    {"method": "fgm", "epsilon": 0.7},
+    {"method": "fgm", "epsilon": 0.02, "norm": "linf", "weight": 0.5, "clean_weight": 2.0},
+    {"method": "fgm", "clean_weight": 0},
+    {"method": "pgd", "epsilon": 0.6, "steps": 3, "step_size": 0.3},
+    {"method": "pgd", "epsilon": 0.02, "steps": 2, "norm": "linf", "weight": 0.5},
+    {"method": "pgd", "steps": 2, "clean_weight": 0, "skip_special": True},
+    {"method": "freelb", "epsilon": 0.5, "steps": 3, "step_size": 0.3},
+    {"method": "freelb", "epsilon": 0.02, "steps": 2, "norm": "linf", "skip_masked": True},
+    {"method": "smart", "epsilon": 0.02, "step_size": 0.05},
+    {"method": "smart", "epsilon": 0.5, "norm": "l2", "steps": 2, "step_size": 0.3, "sigma": 0.01, "weight": 3.0},
+    {"method": "vat", "epsilon": 1.5, "skip_special": True},
+    {"method": "vat", "epsilon": 1.0, "steps": 2, "weight": 0.5, "xi": 0.5},
+    {"method": "neftune"},
+    {"method": "neftune", "alpha": 2.0, "skip_masked": True, "skip_special": True},
+]
+
+
+def name(options: dict[str, Any]) -> str:
+    return "-".join(str(value) for value in options.values())
+
+
+def by_example(ready: Ready, noise_of_step: list[Tensor]) -> dict[int, Tensor]:
+    """Noise [T, d] of each example, cut out of the batches."""
+    found: dict[int, Tensor] = {}
+    for step, noise in zip(ready.steps, noise_of_step, strict=True):
+        flat = noise.flatten(0, 1)
+        for index, example in enumerate(step.batch.example_ids):
+            found[example] = flat[step.batch.example_of_token == index]
+        assert not flat[step.batch.example_of_token < 0].any(), "noise on padding"
+    return found
+
+
+def compare(recipe: Any, noises: list[Any], scaling: float = 2.0) -> None:
+    ready = Ready(recipe)
+    noises.clear()
+    gradients = ready.step()
+    per_step = len(noises) // len(ready.steps)
+    last = [noises[(i + 1) * per_step - 1] for i in range(len(ready.steps))]
+    strategy = next(s for s in ready.run.strategies if s.name == "adversarial")
+    options = strategy.options
+    special = set(ready.run.tokenizer.all_special_ids)
+
+    def may(example: Example) -> Tensor:
+        where = torch.ones(len(example), 1, dtype=torch.float64)
+        if options.skip_special:
+            where *= torch.tensor([[i not in special] for i in example.input_ids.tolist()])
+        if options.skip_masked:
+            where *= torch.tensor(example.supervised)[:, None]
+        return where
+
+    reference = Reference(ready.run, scaling)
+    expected, total = naive(reference, options, may)
+    found = by_example(ready, last)
+    assert found.keys() == expected.keys()
+    for example, noise in expected.items():
+        torch.testing.assert_close(found[example].double(), noise, atol=1e-5, rtol=1e-3)
+        assert float(noise.abs().max()) > 1e-3
+    wanted = reference.gradients(total / ready.run.counts["label"])
+    assert gradients.keys() == wanted.keys()
+    for key, gradient in wanted.items():
+        torch.testing.assert_close(gradients[key].double(), gradient, atol=1e-5, rtol=1e-3, msg=lambda m, k=key: k + m)
+
+
+@pytest.mark.parametrize("options", METHODS, ids=name)
+def test_packed_rows(make_recipe: Callable, noises: list[Any], options: dict[str, Any]) -> None:
+    compare(make_recipe(options, train={"micro_tokens": 200}), noises)
+
+
+ONE_EACH = [METHODS[0], METHODS[3], METHODS[6], METHODS[8], METHODS[11], METHODS[12]]
+
+
+@pytest.mark.parametrize("options", ONE_EACH, ids=name)
+def test_a_decoder_that_classifies(make_recipe: Callable, noises: list[Any], options: dict[str, Any]) -> None:
+    compare(make_recipe(options, base={"task": "sequence-classification"}), noises)
+
+
+@pytest.mark.parametrize("options", ONE_EACH, ids=name)
+def test_an_encoder_in_padded_rows(
+    make_recipe: Callable, noises: list[Any], bert: Path, options: dict[str, Any]
+) -> None:
+    base = {"task": "sequence-classification", "model": str(bert)}
+    compare(make_recipe(options, base=base, train={"micro_tokens": 256}), noises)
+
+
+@pytest.mark.parametrize("options", ONE_EACH, ids=name)
+def test_gradient_checkpointing_changes_nothing(make_recipe: Callable, options: dict[str, Any]) -> None:
+    plain = Ready(make_recipe(options, "a")).step()
+    checkpointed = Ready(make_recipe(options, "b", train={"gradient_checkpointing": True})).step()
+    for key, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[key], gradient, atol=1e-6, rtol=1e-4)
