@@ -60,7 +60,7 @@ ModulesToSave = Annotated[
 
 def linear_modules(model: nn.Module) -> list[str]:
     """Names of the model's linear modules, quantised ones included, without its output head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     heads = {"score", "classifier"}
     found = []
     inside = " "  # path of the adapted layer that we are in: its parts are none of the model's modules

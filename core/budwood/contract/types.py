@@ -214,7 +214,7 @@ class Plan:
     recipe: Any
     strategies: Sequence[Strategy]
     steps: int | None = None
-    """Optimizer steps of the run; None until the data has been read."""
+    """Optimizer steps of the run; where it counts epochs, None until the data has been read."""
     model: nn.Module | None = None
     """The base's modules on the meta device, without weights; None where the config alone does not give them."""
     problems: list[str] = field(default_factory=list)
@@ -254,6 +254,8 @@ class Run:
     epoch: int = 0
     planning: bool = False
     packed: bool = True
+    adapter_final: bool = True
+    """A strategy sets False while its adapter is not yet what it will be; until then no evaluation can be the best."""
     process_index: int = 0
     processes: int = 1
     counts: dict[str, int] = field(default_factory=dict)

@@ -83,7 +83,8 @@ def prepare(recipe: Recipe | str | Path, report: Report, overwrite: bool) -> tup
     report.say(f"{device} · {precision_name(dtype)} ({reason}) · {torch.get_num_threads()} threads")
     trust = recipe.base.trust_remote_code
     run.tokenizer = load_tokenizer(recipe.base.model)
-    plan = Plan(recipe, hooks.strategies, model=skeleton(recipe.base.model, task.auto_class, trust))
+    model = skeleton(recipe.base.model, task.auto_class, trust)
+    plan = Plan(recipe, hooks.strategies, recipe.train.steps, model)
     check_plan(plan, hooks)
 
     read_data(run, hooks, report)

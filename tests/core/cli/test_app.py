@@ -16,7 +16,18 @@ from budwood.errors import Interrupted
 
 COMMANDS = ["demo", "plugins", "data", "tune", "eval", "generate", "recipe", "adapter"]
 SUBCOMMANDS = [["recipe", "schema"], *(["adapter", name] for name in ("info", "verify", "merge", "export"))]
-HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "numpy", "budwood_lora", "matplotlib", "sklearn"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "datasets",
+    "peft",
+    "accelerate",
+    "numpy",
+    "budwood_lora",
+    "budwood_adalora",
+    "matplotlib",
+    "sklearn",
+}
 
 
 @pytest.fixture(autouse=True)
