@@ -44,7 +44,11 @@ def draw_ranks(ranks: Mapping[str, int], budgets: Sequence[int], target: int, la
     top.set_xticks(range(0, len(columns), every), columns[::every])
     top.set_yticks(range(len(rows)), rows)
     top.set_xlabel("layer", fontsize=9)
-    spread = f"{min(ranks.values())} to {max(ranks.values())}"
+    spread = (
+        f"{min(ranks.values())} to {max(ranks.values())}"
+        if len(set(ranks.values())) > 1
+        else f"all {min(ranks.values())}"
+    )
     top.set_title(f"rank of each module: {spread}, together {sum(ranks.values())}", fontsize=10, loc="left")
     if len(columns) <= _ANNOTATED:
         for (row, column), rank in np.ndenumerate(grid):
@@ -56,7 +60,7 @@ def draw_ranks(ranks: Mapping[str, int], budgets: Sequence[int], target: int, la
     bar.ax.tick_params(labelsize=8, length=2)
     bar.outline.set_visible(False)  # type: ignore[operator]
 
-    bottom.axhline(target, color="#d94801", linewidth=1, linestyle="--", label=f"target {target}")
+    bottom.axhline(target, color="#d94801", linewidth=1, linestyle="--", zorder=3, label=f"target {target}")
     bottom.step(range(len(budgets)), budgets, where="post", color="#2171b5", linewidth=2, label="budget")
     bottom.set_ylim(0, 1.08 * max(budgets))
     bottom.set_xlim(0, max(len(budgets) - 1, 1))
