@@ -44,8 +44,7 @@ class Schedule:
     def budget(self, step: int, start: int, target: int) -> int:
         """Sum of the ranks after the `step`-th step, from `start` down to `target`.
 
-        Eq. 12, as its authors' code has it: with (step - initial) / (last - initial) under the cube, so that the budget
-        is continuous; as printed, the final phase is subtracted twice and the target is not reached in time.
+        Eq. 12, read as its authors' code and PEFT read it: the cube falls from 1 at `initial` to 0 at `last`.
         """
         if step <= self.initial:
             return start

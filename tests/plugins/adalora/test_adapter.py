@@ -159,6 +159,15 @@ def test_shrinking_keeps_what_the_kept_triplets_compute_and_their_optimizer_stat
     assert torch.isfinite(logits(model)).all()
 
 
+def test_the_penalty_is_of_one_micro_step_of_one_process_and_of_no_replay(tiny_base: Path) -> None:
+    strategy, run = put_on(load(tiny_base))
+    for micro_step, replaying, process, expected in ((0, False, 0, True), (1, False, 0, False), (0, True, 0, False),
+                                                     (0, False, 1, False)):  # fmt: skip
+        run.process_index = process
+        step = SimpleNamespace(micro_step=micro_step, replaying=replaying, run=run)
+        assert (strategy.loss_terms(step=step, outputs=None) is not None) is expected
+
+
 @pytest.mark.parametrize("extra", [{}, {"modules_to_save": ["lm_head"], "dropout": 0.2}, {"layers": [1]}])
 def test_its_file_opens_in_stock_peft_with_the_same_logits_and_comes_back(
     tiny_base: Path, tmp_path: Path, extra: dict[str, Any]

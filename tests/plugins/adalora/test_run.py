@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from budwood import AdapterPool, InputError, Run, hookimpl, tune
 from budwood.adapters.merge import export
 from budwood.adapters.verify import verify
+from budwood.errors import Interrupted
 from budwood.training import setup
 from budwood.training.loop import train
 from budwood.training.recipe import Recipe
@@ -223,6 +224,54 @@ def test_a_rank_beyond_the_matrix_and_a_second_owner_are_refused(make_recipe: Ma
     both = Recipe.from_dict({**recipe, "strategies": [{"adalora": {}}, "lora"]})
     with pytest.raises(InputError, match="both own the slot 'adapter'"):
         tune(both, quiet=True)
+
+
+@pytest.mark.parametrize(("quantization", "precision"), [("nf4", "bf16"), ("int8", "bf16"), ("int8", "fp32")])
+def test_it_trains_on_other_bases_and_in_16_bit(
+    make_recipe: Make, tmp_path: Path, quantization: str, precision: str
+) -> None:
+    recipe = make_recipe(tmp_path / "run", {}, quantization, evaluate=True, precision=precision)
+    run = tune(recipe, quiet=True)
+    assert sum(ranks(run).values()) == 28
+    assert run.metrics["eval_loss"] < run.before["eval_loss"]
+    assert all(p.dtype == torch.float32 for p in run.trainable)
+    assert verify(run.directory / "adapter").exact
+
+
+def test_a_classifier_trains_its_head_with_it(make_recipe: Make, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    rows = [{"text": f"{word} " * (2 + i), "label": word} for i in range(6) for word in ("games", "files")]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = make_recipe(tmp_path / "run", {}).model_dump(mode="json")
+    recipe["base"]["task"] = "sequence-classification"
+    recipe["data"] = {"train": str(data), "max_length": 128}
+    recipe["strategies"] = [{"adalora": {"initial_rank": 4, "target_rank": 2, "interval": 2}}]
+    recipe["train"] = {key: value for key, value in recipe["train"].items() if value is not None}
+    run = tune(Recipe.from_dict(recipe), quiet=True)
+    assert sum(ranks(run).values()) == 28
+    assert config(run)["modules_to_save"] == ["score"]
+    assert "base_model.model.score.weight" in tensors(run)
+    assert verify(run.directory / "adapter", precision="fp32").exact
+
+
+def test_an_interrupted_run_keeps_what_it_has_and_says_that_the_budget_was_not_reached(
+    make_recipe: Make, tmp_path: Path, tiny_base: Path
+) -> None:
+    class Stop:
+        @hookimpl
+        def before_clip(self, run: Run) -> None:
+            if run.step == 6:
+                raise KeyboardInterrupt
+
+    said: list[str] = []
+    run, hooks, engine = setup.prepare(make_recipe(tmp_path / "run", {}), report := Report(quiet=True), False)
+    run.say = said.append
+    hooks.register_core(Stop(), "stop")
+    with pytest.raises(Interrupted, match="the adapter of step 6 is kept"):
+        train(run, hooks, engine, report)
+    assert any("the budget was not reached; all 56 ranks are saved" in line for line in said)
+    assert sum(ranks(run).values()) == 56
+    AdapterPool(tiny_base, precision="fp32", device="cpu").load("a", run.directory / "adapter")
 
 
 def test_a_run_without_pruning_says_so_and_ends_whole(make_recipe: Make, tmp_path: Path, capsys: object) -> None:
