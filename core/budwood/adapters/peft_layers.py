@@ -65,6 +65,7 @@ class LiveAdapters:
         forwards: the forward of each adapted linear.
         base_biases: the base's own values of the biases that adapters replace, by canonical name.
         biases: each adapter's values of them.
+        bias_parameters: the parameters that hold now the ones, now the others.
     """
 
     kinds: dict[str, str] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from budwood import AdapterPool, InputError, Run, hookimpl, tune
 from budwood.adapters.merge import export
 from budwood.adapters.verify import verify
+from budwood.cli.app import run as command
 from budwood.errors import Interrupted
 from budwood.training import setup
 from budwood.training.loop import train
@@ -106,7 +107,8 @@ def test_the_pool_and_stock_peft_open_what_a_run_leaves(trained: Run, tiny_base:
 
 
 def test_it_is_exported_as_lora_with_the_same_function(trained: Run, tiny_base: Path, tmp_path: Path) -> None:
-    out = export(trained.directory / "adapter", tmp_path / "lora", "lora")
+    out = tmp_path / "lora"
+    assert command(["adapter", "export", str(trained.directory / "adapter"), str(out), "--as", "lora"]) == 0
     pool = AdapterPool(tiny_base, precision="fp32", device="cpu")
     pool.load("adalora", trained.directory / "adapter")
     assert pool.load("lora", out).kind == "lora"
