@@ -28,6 +28,7 @@ lint: .venv/installed ## Check formatting, rules, types, and who imports whom
 bench: .venv/installed-bench ## Measure training side by side with Trainer + PEFT and TRL
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.train
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.hooks
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.adalora
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.adversarial
 
 docs: .venv/installed ## Write docs/recipe.md from the recipe's schema

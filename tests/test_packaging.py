@@ -36,6 +36,7 @@ def test_the_wheel_holds_core_plugins_and_demo(wheel):
         "budwood",
         "budwood_distillation",
         "budwood_lora",
+        "budwood_adalora",
         "budwood_demo",
     }
     for needed in (

@@ -43,6 +43,25 @@ _EXPORTS = {
         ("BudwoodError", "CorruptError", "DivergedError", "InputError", "ResourceError", "did_you_mean"),
         "budwood.errors",
     ),
+    **dict.fromkeys(
+        (
+            "LowRankUpdate",
+            "adapter_layers",
+            "merge_whole_parts",
+            "register_adapter",
+            "remove_adapter",
+            "select_adapters",
+            "whole_groups",
+            "whole_tensors",
+        ),
+        "budwood.adapters.peft_layers",
+    ),
+    **dict.fromkeys(
+        ("TASK_TYPES", "SavedLowRankConfig", "parse_saved_config", "saved_targets"), "budwood.adapters.peft_config"
+    ),
+    **dict.fromkeys(
+        ("Layers", "ModulesToSave", "Targets", "match_modules", "match_targets"), "budwood.adapters.targets"
+    ),
     "AdapterPool": "budwood.adapters.pool",
     "load_recipe": "budwood.training.recipe",
     "tune": "budwood.training.loop",

@@ -14,8 +14,8 @@ from budwood.contract.strategy import Strategy
 from budwood.errors import BudwoodError
 
 
-def ask_owner(owner: Strategy, hook: str, **arguments: Any) -> None:
-    """Call one strategy's hook with those of the arguments that it takes.
+def ask_owner(owner: Strategy, hook: str, **arguments: Any) -> Any:
+    """Call one strategy's hook with those of the arguments that it takes; return its result.
 
     Raises:
         PluginError: it has no such hook, or an error that is not Budwood's own; the strategy is named.
@@ -25,7 +25,7 @@ def ask_owner(owner: Strategy, hook: str, **arguments: Any) -> None:
         raise PluginError(f"{owner} has no hook '{hook}', which an adapter's owner needs. Report it to its author.")
     taken = inspect.signature(method).parameters
     try:
-        method(**{name: value for name, value in arguments.items() if name in taken})
+        return method(**{name: value for name, value in arguments.items() if name in taken})
     except BudwoodError:
         raise
     except Exception as error:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from budwood import __version__
 from budwood.adapters.files import complete_directory
 from budwood.adapters.golden import Distance, Golden, measure
+from budwood.adapters.live import ask_owner
 from budwood.adapters.store import CONFIG, GOLDEN, WEIGHTS, SavedAdapter, read_adapter
 from budwood.adapters.verify import open_pool
+from budwood.contract.discovery import PluginError
+from budwood.contract.registry import load_strategy
 from budwood.errors import InputError
 from budwood.model.checkpoint import read_config, resolve
 
@@ -172,20 +175,41 @@ def _record(saved: SavedAdapter, base: str, report: MergeReport, force: bool) ->
 def export(directory: str | Path, out: str | Path, format: str = "peft") -> Path:
     """Write a folder that stock PEFT opens: config and weights alone, without what Budwood adds.
 
+    Args:
+        directory: the adapter.
+        out: where it goes; must not exist.
+        format: peft: as it is; or the name of another kind that its owner can turn it into, such as lora.
+
     Raises:
-        InputError: an unknown format, a kind that PEFT does not know, or `out` exists.
+        InputError: a format that the adapter does not have, a kind that PEFT does not know, or `out` exists.
         CorruptError: the adapter is damaged.
     """
-    if format != "peft":
-        raise InputError(f"format {format!r}: choose peft.")
     saved = read_adapter(directory)
-    saved.load_tensors()  # refuses what is not finite
+    config, tensors = saved.config, saved.load_tensors()
+    if format not in ("peft", saved.kind):
+        config, tensors = _convert(saved, tensors, format)
     from peft import PeftType
 
-    kind = saved.config.get("peft_type")
-    if kind not in list(PeftType):
+    if config.get("peft_type") not in list(PeftType):
         raise InputError(f"{saved.directory}: kind '{saved.kind}' is none that PEFT knows; it cannot be exported.")
     with complete_directory(Path(out)) as folder:
-        (folder / CONFIG).write_text(json.dumps(saved.config, indent=2) + "\n", encoding="utf-8")
-        shutil.copyfile(saved.directory / WEIGHTS, folder / WEIGHTS)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        if format != "peft" and (kind := read_adapter(folder).kind) != format:
+            raise PluginError(
+                f"strategy '{saved.kind}' made an adapter of kind '{kind}' where '{format}' was asked for."
+            )
     return Path(out)
+
+
+def _convert(saved: SavedAdapter, tensors: dict[str, Tensor], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of the adapter as one of another kind, by its owner."""
+    cls, entry = load_strategy(saved.kind)
+    converted = None
+    if hasattr(cls, "convert_adapter"):
+        owner = cls(name=saved.kind, distribution=entry.owner)
+        converted = ask_owner(owner, "convert_adapter", config=saved.config, tensors=tensors, kind=kind)
+    if converted is None:
+        raise InputError(f"{saved.directory}: kind '{saved.kind}' cannot be exported as '{kind}'; choose peft.")
+    config, tensors = converted
+    return config, {key: tensor.contiguous() for key, tensor in tensors.items()}

@@ -149,9 +149,9 @@ def merge(
 def export(
     directory: Directory,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the export.")],
-    format: Annotated[str, typer.Option("--as", help="peft: a folder that stock PEFT opens.")] = "peft",
+    format: Annotated[str, typer.Option("--as", help="peft, or a kind to turn it into, such as lora.")] = "peft",
 ) -> None:
-    """Write an adapter in another tool's format."""
+    """Write a folder that stock PEFT opens, as the adapter is or as another kind with the same function."""
     from budwood.adapters.merge import export as write
 
     typer.echo(f"exported to {write(directory, out, format)}")

@@ -24,7 +24,7 @@ class HookSpecs:
 
     @hookspec
     def check_plan(self, plan: Plan) -> None:
-        """Collect. Call `plan.problem(self, text)` for all that cannot work. `plan.steps` is None before the data."""
+        """Collect. Call `plan.problem(self, text)` for what cannot work. `plan.steps` may be None before the data."""
 
     @hookspec(firstresult=True)
     def load_base(self, run: Run) -> Any:
@@ -117,6 +117,15 @@ class HookSpecs:
     @hookspec
     def detach_adapter(self, model: nn.Module, name: str) -> None:
         """Owner. Take an adapter off; without any left the model's modules are those of the base."""
+
+    @hookspec(firstresult=True)
+    def convert_adapter(
+        self, config: dict[str, Any], tensors: dict[str, Tensor], kind: str
+    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Owner, optional. A saved adapter as one of another `kind` that computes the same; None where it cannot be.
+
+        Both are adapter_config.json and the tensors of PEFT's file.
+        """
 
     @hookspec
     def merge_adapter(self, model: nn.Module, name: str) -> None:

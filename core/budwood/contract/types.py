@@ -251,7 +251,7 @@ class Plan:
     recipe: Any
     strategies: Sequence[Strategy]
     steps: int | None = None
-    """Optimizer steps of the run; None until the data has been read."""
+    """Optimizer steps of the run; where it counts epochs, None until the data has been read."""
     model: nn.Module | None = None
     """The base's modules on the meta device, without weights; None where the config alone does not give them."""
     task: Any = None
@@ -297,6 +297,8 @@ class Run:
     """Factor of the task's own loss term; a strategy that shares the loss with it lowers it in `prepare_model`."""
     planning: bool = False
     packed: bool = True
+    adapter_final: bool = True
+    """A strategy sets False while its adapter is not yet what it will be; until then no evaluation can be the best."""
     process_index: int = 0
     processes: int = 1
     counts: dict[str, int] = field(default_factory=dict)

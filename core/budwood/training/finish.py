@@ -59,6 +59,7 @@ def check_changed(run: Run, hooks: Composition, start: list[Tensor], probe: Prob
     Raises:
         DivergedError: no trained tensor moved, or adapter on equals adapter off.
     """
+    # One that has lost some of its rows has changed; `equal` is false where shapes differ.
     moved = sum(not torch.equal(p.detach().cpu(), old) for p, old in zip(run.trainable, start, strict=True))
     if moved == 0:
         raise DivergedError(

@@ -205,7 +205,7 @@ def evaluate(run: Run, hooks: Composition, report: Report, best: Best) -> dict[s
     hooks.notify(Event("evaluation", run.step, metrics), report.say)
     run.metrics |= metrics
     value = metrics[run.task.best_metric]
-    if run.step == 0:
+    if run.step == 0 or not run.adapter_final:  # what may still change shape cannot be put back
         return metrics
     if value < best.value:
         best.value, best.step, best.without_gain, best.metrics = value, run.step, 0, metrics

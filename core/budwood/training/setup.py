@@ -84,7 +84,7 @@ def prepare(recipe: Recipe | str | Path, report: Report, overwrite: bool) -> tup
     trust = recipe.base.trust_remote_code
     run.tokenizer = load_tokenizer(recipe.base.model)
     model = skeleton(recipe.base.model, task.auto_class, trust)
-    plan = Plan(recipe, hooks.strategies, model=model, task=task, tokenizer=run.tokenizer)
+    plan = Plan(recipe, hooks.strategies, recipe.train.steps, model, task=task, tokenizer=run.tokenizer)
     check_plan(plan, hooks)
 
     read_data(run, hooks, report)

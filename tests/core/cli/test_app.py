@@ -24,7 +24,9 @@ HEAVY = {
     "accelerate",
     "numpy",
     "budwood_lora",
+    "budwood_adalora",
     "budwood_adversarial",
+    "budwood_distillation",
     "matplotlib",
     "sklearn",
 }

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from budwood.adapters.peft_layers import live_adapters
 from budwood.errors import CorruptError, InputError
-from budwood_lora.layers import live
 from budwood_lora.options import LoRAOptions
 from budwood_lora.strategy import LoRA
 
@@ -89,7 +89,7 @@ def test_an_adapter_starts_as_the_base_and_comes_off_without_a_trace(
     strategy.detach_adapter(model=model, name="default")
     assert torch.equal(logits(model), before)
     assert [type(m) for m in model.modules()] == modules
-    assert live(model) is None
+    assert live_adapters(model) is None
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(o) or "default")
@@ -113,7 +113,7 @@ def test_its_file_opens_in_stock_peft_with_the_same_logits_and_comes_back(
     assert torch.equal(logits(fresh), on)
     strategy.merge_adapter(model=fresh, name="a")
     torch.testing.assert_close(logits(fresh), on, atol=1e-4, rtol=1e-4)
-    assert live(fresh) is None
+    assert live_adapters(fresh) is None
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])
@@ -232,7 +232,7 @@ def test_a_damaged_adapter_is_refused_and_leaves_the_model_alone(tiny_base: Path
     with pytest.raises(CorruptError):
         strategy.attach_adapter(model=fresh, config=config, tensors=tensors, name="a")
     assert torch.equal(logits(fresh), before)
-    assert live(fresh) is None
+    assert live_adapters(fresh) is None
 
 
 def test_variants_that_are_not_supported_are_refused_by_name(tiny_base: Path) -> None:

@@ -3,19 +3,64 @@
 from __future__ import annotations
 
 import re
+from typing import Annotated
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from pydantic import AfterValidator, Field
 from torch import nn
 
-from budwood import InputError, did_you_mean
+from budwood.errors import InputError, did_you_mean
 
 LAYER_INDEX = re.compile(r"\.(\d+)\.")
 
 
+def _targets_given(value: str | list[str]) -> str | list[str]:
+    if not value or (isinstance(value, list) and not all(value)):
+        raise ValueError("must name at least one module")
+    if isinstance(value, str) and value != "all-linear":
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"is not a valid regular expression: {error}") from error
+    return value
+
+
+def _layers_positive(value: list[int] | None) -> list[int] | None:
+    if value is not None and min(value) < 0:
+        raise ValueError("layer indices start at 0")
+    return value
+
+
+def _named_once(value: list[str]) -> list[str]:
+    if len(set(value)) != len(value):
+        raise ValueError("modules_to_save names a module twice")
+    return value
+
+
+Targets = Annotated[
+    str | list[str],
+    AfterValidator(_targets_given),
+    Field(description="all-linear, a list of module names, or one regular expression for whole names"),
+]
+"""Option type: which modules an adapter goes on; see `match_targets`."""
+Layers = Annotated[
+    list[int] | None,
+    AfterValidator(_layers_positive),
+    Field(min_length=1, description="indices of the layers to adapt; all if absent"),
+]
+"""Option type: in which layers."""
+ModulesToSave = Annotated[
+    list[str],
+    AfterValidator(_named_once),
+    Field(description="modules that train whole and are saved with the adapter"),
+]
+"""Option type: what trains whole beside it; see `match_modules`."""
+
+
 def linear_modules(model: nn.Module) -> list[str]:
     """Names of the model's linear modules, quantised ones included, without its output head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     heads = {"score", "classifier"}
     found = []
     inside = " "  # path of the adapted layer that we are in: its parts are none of the model's modules

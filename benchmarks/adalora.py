@@ -1,0 +1,229 @@
+"""`python -m benchmarks.adalora`: what a step of AdaLoRA costs beside one of LoRA at its initial rank.
+
+All arms stand in one process and take turns, a step each, on the same examples: LoRA; AdaLoRA before its budget falls,
+while it falls (allocating at every step, the dearest interval), and once it is final; and PEFT's LoRA and AdaLoRA with
+its allocator, in a plain loop over padded rows. Reported: the median over the rounds of an arm's seconds divided by
+those of its LoRA in the same round, and the same for processor time, which other work on the machine disturbs less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import workload as w
+from benchmarks.train import machine, say
+from budwood import Event, hookimpl
+
+INITIAL_RANK, TARGET_RANK, ALPHA = 12, 8, 24
+TARGETS = {"adalora before": 1.05, "adalora during": 1.05, "adalora after": 1.0}
+PEFT_ROWS = 4
+
+
+class Arm:
+    """Something that trains in a thread of its own and stands still until it is its turn."""
+
+    def __init__(self, name: str, work: Callable[[Callable[[], None]], None], threads: int) -> None:
+        self.name, self._threads, self._error = name, threads, None
+        self._turn, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._over = False
+        self.seconds: list[float] = []
+        self.processor: list[float] = []
+        self._thread = threading.Thread(target=self._work, args=(work,), daemon=True)
+        self._thread.start()
+        self._done.acquire()
+        self._check()
+
+    def step(self) -> None:
+        """Let it train one optimizer step."""
+        started, processor = time.perf_counter(), time.process_time()
+        self._turn.release()
+        self._done.acquire()
+        self._check()
+        self.seconds.append(time.perf_counter() - started)
+        self.processor.append(time.process_time() - processor)
+
+    def stop(self) -> None:
+        """End the thread; what a run does at its end is not measured."""
+        self._over = True
+        self._turn.release()
+        self._thread.join()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise SystemExit(f"error: the arm {self.name} ended early: {self._error}") from self._error
+
+    def _work(self, work: Callable[[Callable[[], None]], None]) -> None:
+        import torch
+
+        torch.set_num_threads(self._threads)  # OpenMP counts by calling thread
+        try:
+            work(self._stand)
+        except Exception as error:
+            self._error = error
+        self._done.release()
+
+    def _stand(self) -> None:
+        """Called by the work before its first step and after each."""
+        self._done.release()
+        self._turn.acquire()
+        if self._over:
+            raise SystemExit
+
+
+def budwood(workload: w.Workload, strategy: dict[str, Any], steps: int, name: str) -> Callable[..., None]:
+    """A recipe's run."""
+
+    def work(stand: Callable[[], None]) -> None:
+        from budwood.training.loop import train
+        from budwood.training.recipe import Recipe
+        from budwood.training.report import Report
+        from budwood.training.setup import prepare
+
+        class Pace:
+            @hookimpl
+            def on_event(self, event: Event) -> None:
+                if event.kind in ("start", "step"):
+                    stand()
+
+        recipe = Recipe.from_dict(
+            {
+                "base": {"model": str(workload.base), "quantization": "none"},
+                "data": {"train": str(workload.data), "max_length": w.MAX_LENGTH},
+                "strategies": [strategy],
+                "train": {
+                    "steps": steps, "batch_examples": w.EXAMPLES_PER_STEP, "learning_rate": w.LEARNING_RATE,
+                    "schedule": "constant", "warmup": 0, "precision": "bf16", "seed": w.SEED,
+                },
+                "output": str(workload.folder / name.replace(" ", "-")),
+            }
+        )  # fmt: skip
+        run, hooks, engine = prepare(recipe, report := Report(quiet=True), False)
+        hooks.register_core(Pace(), "pace")
+        train(run, hooks, engine, report)
+
+    return work
+
+
+def peft(workload: w.Workload, adaptive: bool, steps: int) -> Callable[..., None]:
+    """PEFT's model in a plain loop; its AdaLoRA allocates at every step from the first on."""
+
+    def work(stand: Callable[[], None]) -> None:
+        import torch
+        from peft import AdaLoraConfig, LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        common: dict[str, Any] = {"lora_alpha": ALPHA, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        phases = {"total_step": steps, "tinit": 0, "tfinal": 1, "deltaT": 1}
+        ranks = {"init_r": INITIAL_RANK, "target_r": TARGET_RANK}
+        config = AdaLoraConfig(**common, **phases, **ranks) if adaptive else LoraConfig(r=INITIAL_RANK, **common)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(workload.base, dtype=torch.bfloat16), config)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=w.LEARNING_RATE, weight_decay=0.0, fused=True)
+        stand()
+        for number, batches in enumerate(padded_steps(workload), start=1):
+            labels = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+            for batch in batches:
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = model(**batch).loss
+                (loss * int((batch["labels"] != -100).sum()) / labels).backward()
+            torch.nn.utils.clip_grad_norm_(trained, w.CLIP)
+            optimizer.step()
+            if adaptive:
+                model.base_model.update_and_allocate(number)
+            optimizer.zero_grad(set_to_none=True)
+            stand()
+
+    return work
+
+
+def padded_steps(workload: w.Workload) -> Iterator[list[dict[str, Any]]]:
+    """The micro-batches of each optimizer step: tensors of `PEFT_ROWS` padded rows."""
+    import torch
+
+    examples = workload.tokens()
+    for start in range(0, len(examples), w.EXAMPLES_PER_STEP):
+        batches = []
+        for at in range(start, start + w.EXAMPLES_PER_STEP, PEFT_ROWS):
+            rows = examples[at : at + PEFT_ROWS]
+            longest = max(len(ids) for ids, _ in rows)
+            pads = [longest - len(ids) for ids, _ in rows]
+            columns = {
+                "input_ids": [ids + [0] * pad for (ids, _), pad in zip(rows, pads, strict=True)],
+                "attention_mask": [[1] * len(ids) + [0] * pad for (ids, _), pad in zip(rows, pads, strict=True)],
+                "labels": [
+                    [-100] * prompt + ids[prompt:] + [-100] * pad for (ids, prompt), pad in zip(rows, pads, strict=True)
+                ],
+            }
+            batches.append({name: torch.tensor(values) for name, values in columns.items()})
+        yield batches
+
+
+def measure(folder: Path, rounds: int, warmup: int, threads: int, with_peft: bool) -> list[Arm]:
+    """Run all arms; the first two steps at least are warm-up, in which the third AdaLoRA loses its ranks."""
+    steps = warmup + rounds + 1
+    workload = w.build(folder, steps)
+    ranks = {"initial_rank": INITIAL_RANK, "target_rank": TARGET_RANK, "alpha": ALPHA, "interval": 1}
+    strategies = {
+        "lora": {"lora": {"rank": INITIAL_RANK, "alpha": ALPHA}},
+        "adalora before": {"adalora": ranks | {"initial_phase": steps - 2, "final_phase": 1}},
+        "adalora during": {"adalora": ranks | {"initial_phase": 0, "final_phase": 1}},
+        "adalora after": {"adalora": ranks | {"initial_phase": 0, "final_phase": steps - 1}},
+    }
+    works = {name: budwood(workload, strategy, steps, name) for name, strategy in strategies.items()}
+    if with_peft:
+        works |= {"peft lora": peft(workload, False, steps), "peft adalora": peft(workload, True, steps)}
+    arms = [Arm(name, work, threads) for name, work in works.items()]
+    try:
+        for number in range(warmup + rounds):
+            for arm in arms[number % len(arms) :] + arms[: number % len(arms)]:
+                arm.step()
+            shown = ", ".join(f"{arm.name} {arm.seconds[-1]:.2f}" for arm in arms)
+            say(f"{'warm-up' if number < warmup else f'round {number - warmup + 1} of {rounds}'}, seconds: {shown}")
+    finally:
+        for arm in arms:
+            arm.stop()
+    for arm in arms:
+        del arm.seconds[:warmup], arm.processor[:warmup]
+    return arms
+
+
+def ratio(values: list[float], base: list[float]) -> float:
+    """Median of the ratios, round by round."""
+    return statistics.median(value / of for value, of in zip(values, base, strict=True))
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.adalora", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--rounds", type=int, default=9, help="how often the arms take turns (default 9)")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before the first round, at least 2 (default 2)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each arm (default: all cores)")
+    parser.add_argument("--no-peft", action="store_true", help="without PEFT's arms, which take longest")
+    chosen = parser.parse_args()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with tempfile.TemporaryDirectory(prefix="budwood-bench-") as folder:
+        arms = measure(Path(folder), chosen.rounds, max(chosen.warmup, 2), chosen.threads, not chosen.no_peft)
+    by_name = {arm.name: arm for arm in arms}
+    say("\n| arm | seconds a step | of its LoRA | by processor time |\n|---|---:|---:|---:|")
+    verdicts = []
+    for name, arm in by_name.items():
+        base = by_name["peft lora" if name.startswith("peft") else "lora"]
+        wall, processor = ratio(arm.seconds, base.seconds), ratio(arm.processor, base.processor)
+        say(f"| {name} | {statistics.median(arm.seconds):.2f} | {wall:.3f}× | {processor:.3f}× |")
+        if name in TARGETS:
+            verdicts.append((f"{name}: {wall:.3f}× LoRA's step; target {TARGETS[name]}×", wall <= TARGETS[name]))
+    say("\n" + " · ".join(f"{name} {value}" for name, value in machine().items()))
+    for text, met in verdicts:
+        say(f"{'met' if met else 'MISSED'}: {text}")
+
+
+if __name__ == "__main__":
+    main()

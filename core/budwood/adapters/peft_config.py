@@ -1,0 +1,93 @@
+"""adapter_config.json of PEFT's low-rank methods: read strictly, its targets as names of the model's modules."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Collection
+from typing import Any, Literal, TypeVar
+
+from peft import LoraConfig
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from budwood.adapters.targets import match_targets
+from budwood.errors import CorruptError, InputError
+
+TASK_TYPES = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
+"""PEFT's names of the tasks."""
+WITHOUT_EFFECT = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "init_lora_weights",
+    "loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "peft_type", "peft_version",
+    "qalora_group_size", "revision", "runtime_config", "task_type",
+}  # fmt: skip
+"""Fields that say how an adapter began, or nothing about what it computes."""
+
+
+class SavedLowRankConfig(BaseModel):
+    """The fields by which any low-rank adapter computes; types are strict, other fields are left to the method."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    lora_alpha: float = 8
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = Field(min_length=1)
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    fan_in_fan_out: Literal[False] = False
+    bias: Literal["none", "lora_only", "all"] = "none"
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+
+
+Saved = TypeVar("Saved", bound=SavedLowRankConfig)
+
+
+def parse_saved_config(
+    kind: str, fields: type[Saved], defaults: LoraConfig, config: dict[str, Any], unused: Collection[str] = ()
+) -> Saved:
+    """Validate adapter_config.json.
+
+    Args:
+        kind: name of the strategy that reads it, in messages.
+        fields: what the method computes by.
+        defaults: PEFT's config; a field at its default needs no support.
+        config: as read.
+        unused: further fields, beside `WITHOUT_EFFECT`, that change nothing of what the adapter computes.
+
+    Raises:
+        CorruptError: a field has an impossible value.
+        InputError: the adapter uses a variant that is not supported; it is named.
+    """
+    known = {f.name for f in dataclasses.fields(defaults)}
+    for key, value in config.items():
+        fine = key in fields.model_fields or key in WITHOUT_EFFECT or key in unused or value in (None, False, [], {})
+        if not fine and not (key in known and value == getattr(defaults, key)):
+            raise InputError(
+                f"adapter_config.json: '{key}: {json.dumps(value)}' is not supported by strategy '{kind}'."
+            )
+    try:
+        return fields.model_validate(config)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(str(part) for part in problem["loc"])
+        raise CorruptError(f"adapter_config.json: {field}: {problem['msg']}.") from error
+
+
+def saved_targets(model: nn.Module, saved: SavedLowRankConfig) -> list[str]:
+    """Full names of the modules that a saved adapter stands on.
+
+    Raises:
+        CorruptError: the config names modules that the model has not.
+    """
+    layers = [saved.layers_to_transform] if isinstance(saved.layers_to_transform, int) else saved.layers_to_transform
+    paths = [path for path, _ in model.named_modules()]
+    try:
+        names = match_targets(model, saved.target_modules, layers)
+        wanted = saved.modules_to_save or []
+        if wanted and not any(path == name or path.endswith("." + name) for name in wanted for path in paths):
+            raise InputError(f"modules_to_save: the model has none of {', '.join(wanted)}.")
+    except (InputError, re.error) as error:
+        raise CorruptError(f"adapter_config.json: {error}") from error
+    return names

@@ -1,0 +1,124 @@
+"""AdaLoRA's file in PEFT's layout: read strictly, put on a model, and turned into plain LoRA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig, LoraConfig
+from torch import Tensor, nn
+
+from budwood import (
+    CorruptError,
+    InputError,
+    adapter_layers,
+    check_adapter_tensors,
+    parse_saved_config,
+    remove_adapter,
+    saved_targets,
+    whole_tensors,
+)
+from budwood_adalora.layers import KIND, add_adapter, scale
+from budwood_adalora.options import UNUSED, SavedConfig
+
+PREFIX = "base_model.model."
+
+
+def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The live tensors of an adapter, by key in PEFT's file; updates of rank 0 have none."""
+    tensors = {
+        f"{PREFIX}{path}.{part}": getattr(layer, part)[name].data
+        for path, layer in adapter_layers(model, name)
+        for part in ("lora_A", "lora_B", "lora_E")
+        if layer.r[name]
+    }
+    return tensors | whole_tensors(model, name)
+
+
+def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], name: str) -> None:
+    """Put a saved adapter on the model, not in use.
+
+    Raises:
+        CorruptError: config, tensors and model do not fit together.
+        InputError: it uses a variant that is not supported.
+    """
+    saved = _parse(config)
+    targets = saved_targets(model, saved)
+    ranks = {path: rank for path, rank in _ranks(saved, targets, tensors).items() if rank}
+    tensors = {key: tensor for key, tensor in tensors.items() if tensor.numel()}
+    scaling = {path: _scale(saved, rank) for path, rank in ranks.items()}
+    try:
+        add_adapter(model, name, ranks, scaling, saved.lora_dropout, saved.modules_to_save or (), saved.bias)
+        slots = adapter_tensors(model, name)
+        check_adapter_tensors({key: tuple(slot.shape) for key, slot in slots.items()}, tensors)
+        for key, slot in slots.items():
+            slot.copy_(tensors[key])
+    except BaseException:
+        remove_adapter(model, name)
+        raise
+
+
+def as_lora(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The same function as plain LoRA: diag(E) goes into A, and each module has a rank and an alpha of its own.
+
+    Returns:
+        adapter_config.json and tensors of a LoRA adapter.
+
+    Raises:
+        CorruptError, InputError: see `attach`; or all its ranks are 0.
+    """
+    saved = _parse(config)
+    paths = [k.removeprefix(PREFIX).removesuffix(".lora_E") for k in tensors if k.endswith(".lora_E")]
+    ranks = {path: rank for path, rank in _ranks(saved, paths, tensors).items() if rank}
+    if not ranks:
+        raise InputError("every rank of the adapter is 0: it adapts no linear module.")
+    parts = tuple(f"{path}.lora_{part}" for path in paths for part in "ABE")
+    converted = {k: v for k, v in tensors.items() if k.removeprefix(PREFIX) not in set(parts)}
+    for path in ranks:
+        a, b, e = (tensors[f"{PREFIX}{path}.lora_{part}"] for part in "ABE")
+        converted[f"{PREFIX}{path}.lora_A.weight"] = a * e
+        converted[f"{PREFIX}{path}.lora_B.weight"] = b
+    alphas = {path: _scale(saved, rank) * rank for path, rank in ranks.items()}
+    first = next(iter(ranks))
+    fields = {**LoraConfig(r=ranks[first]).to_dict(), **{key: config.get(key) for key in _SHARED}}
+    fields |= {
+        "lora_alpha": alphas[first],
+        "target_modules": sorted(ranks),
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "inference_mode": True,
+    }
+    return {k: getattr(v, "value", v) for k, v in fields.items()}, converted
+
+
+_SHARED = ("base_model_name_or_path", "bias", "lora_dropout", "modules_to_save", "revision", "task_type")
+
+
+def _parse(config: dict[str, Any]) -> SavedConfig:
+    return parse_saved_config(KIND, SavedConfig, AdaLoraConfig(total_step=1), config, UNUSED)
+
+
+def _scale(saved: SavedConfig, rank: int) -> float:
+    """What PEFT multiplies an update of this rank with; without a positive alpha it takes the rank for it."""
+    return scale(saved.lora_alpha if saved.lora_alpha > 0 else rank, saved.init_r)
+
+
+def _ranks(saved: SavedConfig, targets: list[str], tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Rank of each target, by the config's pattern and the tensors alike.
+
+    Raises:
+        CorruptError: the two disagree, or the pattern names other modules.
+    """
+    ranks = dict.fromkeys(targets, saved.init_r)
+    for key, mask in (saved.rank_pattern or {}).items():
+        path = key.partition(".lora_E")[0]
+        if path not in ranks or len(mask) != saved.init_r:
+            raise CorruptError(f"adapter_config.json: rank_pattern: '{key}' fits neither target_modules nor init_r.")
+        ranks[path] = sum(mask)
+    for path, rank in ranks.items():
+        values = tensors.get(f"{PREFIX}{path}.lora_E", torch.empty(0, 1))
+        if values.shape[:1] != (rank,):
+            raise CorruptError(
+                f"the rank of '{path}' is {rank} by adapter_config.json and {len(values)} by its tensors."
+            )
+    return ranks

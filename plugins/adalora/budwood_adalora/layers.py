@@ -1,0 +1,97 @@
+"""PEFT's SVD layers on a live model: where they stand, what they add, and taking rank away."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.adalora import AdaLoraLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from budwood import LowRankUpdate, Run, register_adapter
+
+KIND = "adalora"
+
+
+class SVDLinear(nn.Module, AdaLoraLayer):
+    """PEFT's layer with a rank of its own for each adapter, also 0: A [r, in], E [r, 1], B [out, r], in fp32.
+
+    It holds parameters; what is computed is `SVDUpdate`.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        AdaLoraLayer.__init__(self, base_layer)
+
+    def add(self, name: str, rank: int, scaling: float, dropout: float) -> None:
+        """Add an adapter: A and B normal with deviation 0.02, E zero (as PEFT and the paper's authors begin)."""
+        device = self.get_base_layer().weight.device
+        self.r[name], self.scaling[name] = rank, scaling
+        self.lora_dropout[name] = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.lora_A[name] = nn.Parameter((torch.randn(rank, self.in_features) * 0.02).to(device))
+        self.lora_B[name] = nn.Parameter((torch.randn(self.out_features, rank) * 0.02).to(device))
+        self.lora_E[name] = nn.Parameter(torch.zeros(rank, 1, device=device))
+
+    def shrink(self, run: Run, name: str, keep: Tensor) -> None:
+        """Keep the triplets `keep` (indices, int64) alone, with their state in the run's optimizer."""
+        for held, index in ((self.lora_A, (keep,)), (self.lora_E, (keep,)), (self.lora_B, (slice(None), keep))):
+            old = held[name]
+            new = nn.Parameter(old.detach()[index].clone())
+            run.replace_parameter(old, new, index)
+            held[name] = new
+        self.r[name] = len(keep)
+
+
+class SVDUpdate(LowRankUpdate):
+    """scaling · B diag(E) A; nothing at rank 0."""
+
+    def weights(self) -> tuple[Tensor, Tensor, float] | None:
+        layer, name = self.layer, self.name
+        values = layer.lora_E[name]
+        if not len(values):
+            return None
+        return layer.lora_A[name] * values, layer.lora_B[name], layer.scaling[name]
+
+
+def scale(alpha: float, initial_rank: int) -> float:
+    """Factor of an update: that of PEFT's layer, which divides by the initial rank (plus 1e-5) at every rank."""
+    return alpha / (initial_rank + 1e-5)
+
+
+def add_adapter(
+    model: nn.Module,
+    name: str,
+    ranks: Mapping[str, int],
+    scaling: Mapping[str, float],
+    dropout: float = 0.0,
+    modules_to_save: Sequence[str] = (),
+    bias: str = "none",
+) -> None:
+    """Put a new adapter on the model in place, in fp32 and not in use.
+
+    Args:
+        ranks: rank of each linear that it adapts, by its path.
+        scaling: factor of each update, likewise.
+        modules_to_save: names (or ends of names) of modules that it replaces whole.
+    """
+    for path, rank in ranks.items():
+        parent, leaf, module = _find(model, path)
+        if not isinstance(module, SVDLinear):
+            module = SVDLinear(module)
+            setattr(parent, leaf, module)
+        module.add(name, rank, scaling[path], dropout)
+    for path in [path for path, _ in model.named_modules()]:
+        if any(path == wanted or path.endswith("." + wanted) for wanted in modules_to_save):
+            parent, leaf, module = _find(model, path)
+            if isinstance(module, ModulesToSaveWrapper):
+                module.update(name)
+            else:
+                setattr(parent, leaf, ModulesToSaveWrapper(module, name))
+    register_adapter(model, KIND, name, SVDUpdate, bias)
+
+
+def _find(model: nn.Module, path: str) -> tuple[nn.Module, str, Any]:
+    parent, _, leaf = path.rpartition(".")
+    return model.get_submodule(parent), leaf, model.get_submodule(path)

@@ -1,0 +1,50 @@
+"""The options of AdaLoRA, and the fields of its file."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from budwood import Layers, ModulesToSave, Options, SavedLowRankConfig, Targets
+
+
+class AdaLoRAOptions(Options):
+    """Options of `adalora`; in PEFT's AdaLoraConfig: init_r, target_r, tinit, tfinal, deltaT, orth_reg_weight."""
+
+    initial_rank: int = Field(12, ge=1, le=4096, description="rank of every update at the start")
+    target_rank: int = Field(8, ge=1, le=4096, description="mean rank at the end: the budget is this times the updates")
+    alpha: float = Field(24, gt=0, description="scale of every update: alpha / initial_rank, at all ranks")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    targets: Targets = "all-linear"
+    layers: Layers = None
+    modules_to_save: ModulesToSave = []
+    initial_phase: float = Field(0.1, ge=0, description="before pruning begins: below 1 a share of the run, else steps")
+    final_phase: float = Field(0.3, gt=0, description="after the budget is reached: below 1 a share, else steps")
+    interval: int = Field(10, ge=1, description="steps between two allocations")
+    beta1: float = Field(0.85, gt=0, lt=1, description="average of the sensitivity: weight of the past")
+    beta2: float = Field(0.85, gt=0, lt=1, description="average of its uncertainty: weight of the past")
+    orthogonality: float = Field(0.1, ge=0, description="weight of the penalty that keeps singular vectors orthogonal")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AdaLoRAOptions:
+        if self.target_rank > self.initial_rank:
+            raise ValueError(
+                f"target_rank {self.target_rank} is above initial_rank {self.initial_rank}: ranks are only taken away"
+            )
+        for name in ("initial_phase", "final_phase"):
+            value = getattr(self, name)
+            if value >= 1 and value != int(value):
+                raise ValueError(f"{name}: from 1 on it counts steps and must be whole (got {value})")
+        if sum(share for share in (self.initial_phase, self.final_phase) if share < 1) >= 1:
+            raise ValueError("initial_phase and final_phase together leave no share of the run to allocate ranks in")
+        return self
+
+
+class SavedConfig(SavedLowRankConfig):
+    """The fields of adapter_config.json by which an AdaLoRA adapter computes."""
+
+    init_r: int = Field(12, ge=1)
+    rank_pattern: dict[str, list[bool]] | None = None
+
+
+UNUSED = ("beta1", "beta2", "deltaT", "orth_reg_weight", "r", "target_r", "tfinal", "tinit", "total_step")
+"""Fields that say how an adapter was trained; `r` is LoRA's."""

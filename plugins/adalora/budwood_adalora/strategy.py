@@ -1,0 +1,256 @@
+"""AdaLoRA as a strategy: it drives its own schedule, prices its penalty, and reads and writes PEFT's file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from budwood import (
+    RUN_ADAPTER,
+    TASK_TYPES,
+    CorruptError,
+    InputError,
+    LossTerm,
+    Outputs,
+    ParameterGroup,
+    Plan,
+    Run,
+    Step,
+    Strategy,
+    adapter_layers,
+    hookimpl,
+    match_modules,
+    match_targets,
+    merge_whole_parts,
+    remove_adapter,
+    select_adapters,
+    whole_groups,
+)
+from budwood_adalora.file import adapter_tensors, as_lora, attach
+from budwood_adalora.importance import Importance, choose
+from budwood_adalora.layers import KIND, SVDLinear, add_adapter, scale
+from budwood_adalora.options import AdaLoRAOptions
+from budwood_adalora.penalty import orthogonality
+from budwood_adalora.picture import draw_ranks
+from budwood_adalora.schedule import Schedule, smallest_steps
+
+STATE_VERSION = 1
+
+
+class AdaLoRA(Strategy):
+    """Low-rank adapters W + s · B diag(E) A that spend a budget of ranks where it matters (Zhang et al., 2023)."""
+
+    Options = AdaLoRAOptions
+    slots = ("adapter",)
+
+    @hookimpl
+    def check_plan(self, plan: Plan) -> None:
+        options = self.options
+        if plan.steps is not None and not Schedule.of(options, plan.steps).fits:
+            phases = Schedule.of(options, plan.steps)
+            plan.problem(
+                self,
+                f"a run of {plan.steps} steps is too short for an initial phase of {phases.initial}, a final phase of "
+                f"{phases.final} and an interval of {phases.interval}: the smallest that works is "
+                f"{smallest_steps(options)} steps; or make initial_phase, final_phase or interval smaller.",
+            )
+        if plan.model is None:
+            return
+        try:
+            targets = match_targets(plan.model, options.targets, options.layers)
+            match_modules(plan.model, options.modules_to_save)
+        except InputError as error:
+            plan.problem(self, str(error))
+            return
+        for path in targets:
+            linear: Any = plan.model.get_submodule(path)
+            if options.initial_rank > (largest := min(linear.in_features, linear.out_features)):
+                plan.problem(
+                    self, f"initial_rank {options.initial_rank}: '{path}' has {largest} singular values; lower it."
+                )
+                return
+
+    @hookimpl
+    def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
+        options = self.options
+        self._schedule = Schedule.of(options, run.steps or 0)
+        self._paths = match_targets(model, options.targets, options.layers)
+        match_modules(model, options.modules_to_save)
+        heads = [name for name in run.task.head_modules(model) if name not in options.modules_to_save]
+        self._modules_to_save = [*options.modules_to_save, *heads]
+        ranks = dict.fromkeys(self._paths, options.initial_rank)
+        scaling = dict.fromkeys(self._paths, scale(options.alpha, options.initial_rank))
+        with torch.random.fork_rng(devices=[]):  # the adapter's start depends on the seed alone
+            torch.manual_seed(run.seed)
+            add_adapter(model, RUN_ADAPTER, ranks, scaling, options.dropout, self._modules_to_save)
+        select_adapters(model, KIND, [RUN_ADAPTER])
+        self._layers: dict[str, SVDLinear] = dict(adapter_layers(model, RUN_ADAPTER))
+        self._importance: Importance | None = Importance(self._triplets(), options.beta1, options.beta2)
+        run.adapter_final = False
+        if options.target_rank == options.initial_rank:
+            run.say("adalora: target_rank equals initial_rank, so that no rank will be taken away")
+        return model
+
+    @hookimpl
+    def trainable_parameters(self, run: Run, model: nn.Module) -> list[ParameterGroup]:
+        parameters = {
+            f"{path}.{part}": getattr(layer, part)[RUN_ADAPTER]
+            for path, layer in self._layers.items()
+            for part in ("lora_A", "lora_B", "lora_E")
+        }
+        return [ParameterGroup("adalora", parameters), *whole_groups(model, RUN_ADAPTER)]
+
+    @hookimpl
+    def loss_terms(self, step: Step, outputs: Outputs) -> LossTerm | None:
+        # Of the parameters alone: one micro-step of one process has it, and no replay.
+        if not self.options.orthogonality or step.micro_step or step.replaying or step.run.process_index:
+            return None
+        layers = [layer for layer in self._layers.values() if layer.r[RUN_ADAPTER]]
+        right = [layer.lora_A[RUN_ADAPTER] for layer in layers]
+        left = [layer.lora_B[RUN_ADAPTER] for layer in layers]
+        mean = orthogonality(right, left) / len(self._layers)
+        return LossTerm("orthogonality", mean, "step", self.options.orthogonality)
+
+    @hookimpl
+    def before_clip(self, run: Run) -> None:
+        # Before clipping: it would weigh steps against each other by the norm of all that trains.
+        if self._importance is not None:
+            self._importance.update(self._triplets())
+
+    @hookimpl
+    def after_optimizer_step(self, run: Run) -> None:
+        step, start = run.step + 1, self.options.initial_rank * len(self._paths)
+        target = self.options.target_rank * len(self._paths)
+        budget = self._schedule.budget(step, start, target)
+        if self._importance is not None and step >= self._schedule.last:  # or later: fp16 may have skipped that step
+            keep = choose(self._importance.scores(), target)
+            self._shrink(run, {path: mask.nonzero()[:, 0] for path, mask in zip(self._layers, keep, strict=True)})
+            ranks = self.ranks().values()
+            run.say(
+                f"adalora: {sum(ranks)} of {start} ranks are left after step {step}, "
+                f"{min(ranks)} to {max(ranks)} a module"
+            )
+        elif self._importance is not None and self._schedule.allocates(step):
+            masks = choose(self._importance.scores(), budget)
+            with torch.no_grad():
+                for layer, mask in zip(self._layers.values(), masks, strict=True):
+                    layer.lora_E[RUN_ADAPTER].masked_fill_(~mask[:, None], 0.0)
+        run.log("rank_budget", budget)
+
+    @hookimpl
+    def state_dict(self, run: Run) -> dict[str, Any]:
+        state: dict[str, Any] = {"version": STATE_VERSION, "ranks": self.ranks()}
+        if self._importance is not None:
+            names = self._names()
+            state |= {f"sensitivity.{k}": v for k, v in zip(names, self._importance.sensitivity, strict=True)}
+            state |= {f"uncertainty.{k}": v for k, v in zip(names, self._importance.uncertainty, strict=True)}
+        return state
+
+    @hookimpl
+    def load_state_dict(self, run: Run, state: dict[str, Any]) -> None:
+        if state.get("version") != STATE_VERSION:
+            raise CorruptError(f"state of adalora: version {state.get('version')}; this one reads {STATE_VERSION}.")
+        if state["ranks"].keys() != self._layers.keys():
+            raise CorruptError("state of adalora: it is of a run with other targets.")
+        if self._importance is None:
+            raise CorruptError("state of adalora: the run that it is loaded into is past its allocation.")
+        importance, names = self._importance, self._names()
+        if any(key.startswith("sensitivity.") for key in state):
+            for part, held in (("sensitivity", importance.sensitivity), ("uncertainty", importance.uncertainty)):
+                for name, tensor in zip(names, held, strict=True):
+                    tensor.copy_(state[f"{part}.{name}"])
+        else:  # the ranks are final: bring the shapes in line; their values are restored after this
+            self._shrink(run, {path: torch.arange(rank) for path, rank in state["ranks"].items()})
+
+    @hookimpl
+    def export(self, run: Run, model: nn.Module, directory: Path) -> None:
+        options, ranks = self.options, self.ranks()
+        if self._importance is not None:
+            run.say(f"adalora: the budget was not reached; all {sum(ranks.values())} ranks are saved")
+        config = AdaLoraConfig(
+            init_r=options.initial_rank,
+            target_r=options.target_rank,
+            lora_alpha=options.alpha,
+            lora_dropout=options.dropout,
+            target_modules=[path for path, rank in ranks.items() if rank],  # rank 0: the base's own module
+            modules_to_save=self._modules_to_save or None,
+            tinit=self._schedule.initial,
+            tfinal=self._schedule.final,
+            deltaT=options.interval,
+            beta1=options.beta1,
+            beta2=options.beta2,
+            orth_reg_weight=options.orthogonality,
+            total_step=self._schedule.steps,
+            # PEFT counts the True of each mask; which of the first ranks they were plays no part any more.
+            rank_pattern={
+                f"{path}.lora_E": [True] * rank + [False] * (options.initial_rank - rank)
+                for path, rank in ranks.items()
+                if rank
+            },
+            task_type=TASK_TYPES.get(run.recipe.base.task),
+            base_model_name_or_path=run.recipe.base.model,
+            inference_mode=True,
+        )
+        config.save_pretrained(str(directory))
+        tensors = {key: slot.detach().cpu().contiguous() for key, slot in adapter_tensors(model, RUN_ADAPTER).items()}
+        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        start, target = (rank * len(ranks) for rank in (options.initial_rank, options.target_rank))
+        budgets = [self._schedule.budget(step, start, target) for step in range(run.step + 1)]
+        try:
+            draw_ranks(ranks, budgets, target, options.initial_rank, run.directory / "ranks.png")
+        except (OSError, ValueError) as error:
+            run.say(f"warning: ranks.png was not drawn: {error}")
+
+    @hookimpl
+    def attach_adapter(self, model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], name: str) -> None:
+        attach(model, config, tensors, name)
+
+    @hookimpl
+    def use_adapters(self, model: nn.Module, names: Sequence[str | None]) -> None:
+        select_adapters(model, KIND, names)
+
+    @hookimpl
+    def detach_adapter(self, model: nn.Module, name: str) -> None:
+        remove_adapter(model, name)
+
+    @hookimpl
+    @torch.no_grad()
+    def merge_adapter(self, model: nn.Module, name: str) -> None:
+        select_adapters(model, KIND, [])
+        for _, layer in adapter_layers(model, name):
+            delta = layer.scaling[name] * (layer.lora_B[name] @ (layer.lora_A[name] * layer.lora_E[name]))
+            weight = layer.get_base_layer().weight
+            weight.copy_(weight + delta)
+        merge_whole_parts(model, name)
+        remove_adapter(model, name)
+
+    @hookimpl
+    def convert_adapter(
+        self, config: dict[str, Any], tensors: dict[str, Tensor], kind: str
+    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        return as_lora(config, tensors) if kind == "lora" else None
+
+    def ranks(self) -> dict[str, int]:
+        """Rank of each adapted module of the run, by its path."""
+        return {path: layer.r[RUN_ADAPTER] for path, layer in self._layers.items()}
+
+    def _triplets(self) -> list[nn.Parameter]:
+        """A [r, in], B [out, r], E [r, 1] of each module in turn."""
+        parts = ("lora_A", "lora_B", "lora_E")
+        return [getattr(layer, part)[RUN_ADAPTER] for layer in self._layers.values() for part in parts]
+
+    def _names(self) -> list[str]:
+        return [f"{path}.{part}" for path in self._layers for part in ("lora_A", "lora_B", "lora_E")]
+
+    def _shrink(self, run: Run, keep: dict[str, Tensor]) -> None:
+        for path, indices in keep.items():
+            layer = self._layers[path]
+            layer.shrink(run, RUN_ADAPTER, indices.to(layer.lora_E[RUN_ADAPTER].device))
+        self._importance = None
+        run.adapter_final = True
