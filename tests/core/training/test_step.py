@@ -175,9 +175,9 @@ def test_noise_gradients_do_not_depend_on_the_loss_scale_and_parameters_do(make_
     asked = step.noise_gradient(noise)
     assert all(torch.equal(p.grad, before) for p, before in zip(run.trainable, main, strict=True))
     assert all(p.requires_grad for p in run.trainable)
-    torch.testing.assert_close(tracked, 0.5 * asked, atol=1e-8, rtol=1e-4)
+    torch.testing.assert_close(tracked, 0.5 * asked, atol=1e-7, rtol=1e-4)
     returned = step.replay(noise, 0.5, gradient=True)
-    torch.testing.assert_close(returned, tracked, atol=1e-8, rtol=1e-4)
+    torch.testing.assert_close(returned, tracked, atol=1e-7, rtol=1e-4)
     assert float(step.loss) == pytest.approx(float(loss), rel=1e-6), "a pass's loss is without its weight"
     assert step.replay(noise, 1.0) is None
     leaf = noise.clone().requires_grad_()
@@ -185,7 +185,7 @@ def test_noise_gradients_do_not_depend_on_the_loss_scale_and_parameters_do(make_
         outputs = run.task.outputs(run.model, step.batch)
     logits = outputs.head(outputs.hidden.flatten(0, 1)[step.batch.label_positions])
     exact = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, step.batch.labels), [leaf, *run.trainable])
-    torch.testing.assert_close(asked, exact[0], atol=1e-8, rtol=1e-4)
+    torch.testing.assert_close(asked, exact[0], atol=1e-7, rtol=1e-4)
     for parameter, gradient in zip(run.trainable, exact[1:], strict=True):  # 0.5 + 0.5 + 1
         torch.testing.assert_close(parameter.grad, 2 * scale * gradient, atol=1e-6 * scale, rtol=1e-4)
 
