@@ -114,14 +114,14 @@ class _SegmentAttention(torch.autograd.Function):
         at_queries = _layout(ctx.segments, heads)
         kv_heads = heads * len(k) // len(q)
         groups, at_keys = heads // kv_heads, _layout(ctx.segments, kv_heads)
-        gradient = at_queries.gather(gradients[0].transpose(1, 2))
+        # Padding has no gradient, and so gives none to any key or value.
+        gradient = at_queries.gather(gradients[0].transpose(1, 2)).index_fill_(0, at_queries.padding, 0)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         taken = 0
         for segment in range(len(ctx.segments) - 1):
             qs, gs, grad_qs = (at_queries.of(rows, segment) for rows in (q, gradient, grad_q))
             ks, vs, grad_ks, grad_vs = (at_keys.of(rows, segment) for rows in (k, v, grad_k, grad_v))
-            length = at_keys.lengths[segment]
-            blocks = list(_blocks(length, qs.shape[1], ctx.causal))
+            blocks = list(_blocks(at_keys.lengths[segment], qs.shape[1], ctx.causal))
             # The last block sees every key: it fills the keys' gradients, the others add to them.
             for index in reversed(range(len(blocks))):
                 first, last, seen = blocks[index]
@@ -129,10 +129,6 @@ class _SegmentAttention(torch.autograd.Function):
                 rows_q, rows_g = _rows(qs, first, last, groups), _rows(gs, first, last, groups)
                 grad_weight = torch.bmm(rows_g, vs[:, :seen].mT).view_as(weight)
                 grad_scores = torch._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
-                if last > length:  # rows of padding give no gradient
-                    grad_scores[:, length - first :] = 0
-                    weight = weight.clone()
-                    weight[:, length - first :] = 0
                 grad_scores, weight = grad_scores.view(kv_heads, -1, seen), weight.view(kv_heads, -1, seen)
                 grad_qs[:, first:last] = torch.bmm(grad_scores, ks[:, :seen]).view(heads, last - first, -1)
                 part_k, part_v = torch.bmm(grad_scores.mT, rows_q), torch.bmm(weight.mT, rows_g)
@@ -158,6 +154,7 @@ class _Layout:
         starts: first row of each segment's block, and all rows at the end.
         source: [rows] int64 into the row's [T · heads]; padding repeats a segment's last token.
         target: [T · heads] int64, the way back.
+        padding: int64, the rows that no token owns.
     """
 
     heads: int
@@ -165,6 +162,7 @@ class _Layout:
     starts: tuple[int, ...]
     source: Tensor
     target: Tensor
+    padding: Tensor
 
     def gather(self, states: Tensor) -> Tensor:
         """[1, heads, T, D] to [rows, D]."""
@@ -192,7 +190,10 @@ def _layout(segments: tuple[int, ...], heads: int) -> _Layout:
             targets.append((starts[-1] + head * padded + torch.arange(last - first)[:, None]).flatten())
             starts.append(starts[-1] + heads * padded)
             lengths.append(last - first)
-        return _Layout(heads, tuple(lengths), tuple(starts), torch.cat(sources), torch.cat(targets))
+        source, target = torch.cat(sources), torch.cat(targets)
+        unowned = torch.ones(len(source), dtype=torch.bool)
+        unowned[target] = False
+        return _Layout(heads, tuple(lengths), tuple(starts), source, target, unowned.nonzero()[:, 0])
 
 
 def _blocks(length: int, padded: int, causal: bool) -> Iterator[tuple[int, int, int]]:
