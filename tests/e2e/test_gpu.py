@@ -1,4 +1,4 @@
-"""The same runs on CUDA: quantised base, packed rows, adapters and their pool. Skipped where there is no such device."""
+"""The same runs on CUDA: quantised base, packed rows, adapters and their pool. Skipped where there is none."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_micro_batches_do_not_change_a_quantised_run(recipe: Callable[..., Recip
 @pytest.mark.parametrize(
     "strategies",
     [
-        ({"adalora": {"initial_rank": 4, "target_rank": 2}},),
+        ({"adalora": {"initial_rank": 4, "target_rank": 2, "interval": 2}},),
         ({"lora": {"rank": 4}}, {"adversarial": {"method": "freelb"}}),
         ({"lora": {"rank": 4}}, {"distillation": {"teacher": "base"}}),
     ],

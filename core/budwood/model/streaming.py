@@ -43,6 +43,14 @@ def trim_heap() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def keep_heap() -> None:
+    """Have glibc keep freed memory for the next step instead of giving it back, and faulting every page in again."""
+    if platform.libc_ver()[0] == "glibc":
+        libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3  # from malloc.h
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+        libc.mallopt(mmap_threshold, 1 << 30)
+
+
 def slices(tensors: dict[str, Entry], views: bool) -> dict[str, Any]:
     """Every tensor of a checkpoint, not read yet.
 
