@@ -1,7 +1,7 @@
 """Divergences between the distributions of clean and noisy logits, in nats, for each label.
 
-Each is one autograd function that finds its gradient in the forward, in closed form, a few rows at a time: composed of
-softmaxes and products it would keep, and go through, five tensors as large as the logits.
+Each is one autograd function that keeps the logits alone and finds its gradient in closed form, a few rows at a time:
+composed of softmaxes and products it would keep, and go through, five tensors as large as the logits in fp32.
 """
 
 from __future__ import annotations
@@ -39,41 +39,39 @@ class Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, clean: Tensor, noisy: Tensor, symmetric: bool) -> Tensor:
-        wants_clean, wants_noisy, _ = ctx.needs_input_grad
         values = torch.empty(len(clean), device=clean.device)
-        grad_clean = torch.empty_like(clean, dtype=torch.float32) if wants_clean else None
-        grad_noisy = torch.empty_like(noisy, dtype=torch.float32) if wants_noisy else None
         for part in _blocks(clean):
             a, b = clean[part].float(), noisy[part].float()
             p, q = a.softmax(-1), b.softmax(-1)
-            d, difference = a - b, q - p
             if symmetric:
-                values[part] = -torch.linalg.vecdot(difference, d)
+                values[part] = torch.linalg.vecdot(p - q, a - b)
             else:
-                values[part] = torch.linalg.vecdot(p, d) - _log_sum(a, p) + _log_sum(b, q)
-            if grad_clean is not None:
-                rest = d - torch.linalg.vecdot(p, d)[:, None]
-                torch.mul(p, rest, out=grad_clean[part]).sub_(difference)
-            if grad_noisy is not None and symmetric:
-                rest = d.sub_(torch.linalg.vecdot(q, d)[:, None])
-                torch.addcmul(difference, q, rest, value=-1.0, out=grad_noisy[part])
-            elif grad_noisy is not None:
-                grad_noisy[part] = difference
-        ctx.found = grad_clean, grad_noisy
-        ctx.dtypes = clean.dtype, noisy.dtype
+                sums = _log_sum(b, q) - _log_sum(a, p)
+                values[part] = torch.linalg.vecdot(p, a - b) + sums
+        ctx.save_for_backward(clean, noisy)
+        ctx.symmetric = symmetric
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        scale, results = gradients[0][:, None], []
-        for found, dtype in zip(ctx.found, ctx.dtypes, strict=True):
-            result = None if found is None else torch.empty_like(found, dtype=dtype)
-            if found is not None and result is not None:
-                for part in _blocks(found):
-                    result[part] = found[part] * scale[part]
-            results.append(result)
-        return results[0], results[1], None
+        clean, noisy = ctx.saved_tensors
+        scale = gradients[0][:, None]
+        grad_clean = torch.empty_like(clean) if ctx.needs_input_grad[0] else None
+        grad_noisy = torch.empty_like(noisy) if ctx.needs_input_grad[1] else None
+        for part in _blocks(clean):
+            a, b = clean[part].float(), noisy[part].float()
+            p, q = a.softmax(-1), b.softmax(-1)
+            d, difference = a - b, q - p
+            if grad_clean is not None:
+                rest = d - torch.linalg.vecdot(p, d)[:, None]
+                grad_clean[part] = rest.mul_(p).sub_(difference).mul_(scale[part])
+            if grad_noisy is not None:
+                if ctx.symmetric:
+                    rest = d.sub_(torch.linalg.vecdot(q, d)[:, None])
+                    difference.addcmul_(q, rest, value=-1.0)
+                grad_noisy[part] = difference.mul_(scale[part])
+        return grad_clean, grad_noisy, None
 
 
 def _log_sum(logits: Tensor, probabilities: Tensor) -> Tensor:
