@@ -20,7 +20,6 @@ from budwood.contract.types import Batch, Event, Run, Step
 from budwood.data.packing import plan_epoch, split_micro
 from budwood.errors import BudwoodError, DivergedError, Interrupted
 from budwood.model.quiet import hush
-from budwood.model.streaming import keep_heap
 from budwood.model.tasks import autocast, collate_for
 from budwood.training.finish import adapter_probe, check_changed, write_results
 from budwood.training.recipe import Recipe
@@ -80,8 +79,6 @@ def train(run: Run, hooks: Composition, engine: Engine, report: Report) -> None:
     run.before = evaluate(run, hooks, report, best)
     report.start(run.steps or 0)
     hooks.notify(Event("start", 0, {"steps": run.steps}), report.say)
-    if run.device.type == "cpu":
-        keep_heap()
     torch.manual_seed(run.seed + run.process_index)  # dropout: the only draw that is not keyed
     run.model.train()
     run.optimizer.zero_grad(set_to_none=True)

@@ -27,6 +27,7 @@ from budwood.data.packing import plan_epoch
 from budwood.errors import InputError, ResourceError
 from budwood.model import attention
 from budwood.model.base import Base, check_base, load_base, load_tokenizer, pick_device_precision, skeleton
+from budwood.model.streaming import keep_heap
 from budwood.model.tasks import Task, autocast, collate_for
 from budwood.training.preflight import preflight
 from budwood.training.recipe import Recipe, build_composition, load_recipe
@@ -93,6 +94,8 @@ def prepare(recipe: Recipe | str | Path, report: Report, overwrite: bool) -> tup
     make_output(directory, overwrite, accelerator)
 
     run.base = _base(run, hooks, task, trust)
+    if device.type == "cpu":
+        keep_heap()
     report.say(f"base {run.base.name}: " + "; ".join(run.base.notes))
     run.model = run.base.model
     attention.register()
