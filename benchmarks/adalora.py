@@ -167,7 +167,7 @@ def padded_steps(workload: w.Workload) -> Iterator[list[dict[str, Any]]]:
 
 
 def measure(folder: Path, rounds: int, warmup: int, threads: int, with_peft: bool) -> list[Arm]:
-    """Run all arms; the first two steps at least are warm-up, in which the third AdaLoRA loses its ranks."""
+    """Run all arms. At the end of the warm-up the third AdaLoRA loses its ranks, by what it has seen until then."""
     steps = warmup + rounds + 1
     workload = w.build(folder, steps)
     ranks = {"initial_rank": INITIAL_RANK, "target_rank": TARGET_RANK, "alpha": ALPHA, "interval": 1}
@@ -175,7 +175,7 @@ def measure(folder: Path, rounds: int, warmup: int, threads: int, with_peft: boo
         "lora": {"lora": {"rank": INITIAL_RANK, "alpha": ALPHA}},
         "adalora before": {"adalora": ranks | {"initial_phase": steps - 2, "final_phase": 1}},
         "adalora during": {"adalora": ranks | {"initial_phase": 0, "final_phase": 1}},
-        "adalora after": {"adalora": ranks | {"initial_phase": 0, "final_phase": steps - 1}},
+        "adalora after": {"adalora": ranks | {"initial_phase": 0, "final_phase": steps - warmup}},
     }
     works = {name: budwood(workload, strategy, steps, name) for name, strategy in strategies.items()}
     if with_peft:
@@ -204,7 +204,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adalora", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=9, help="how often the arms take turns (default 9)")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before the first round, at least 2 (default 2)")
+    parser.add_argument("--warmup", type=int, default=4, help="steps before the first round, at least 2 (default 4)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each arm (default: all cores)")
     parser.add_argument("--no-peft", action="store_true", help="without PEFT's arms, which take longest")
     chosen = parser.parse_args()
