@@ -1,9 +1,10 @@
 """`python -m benchmarks.adalora`: what a step of AdaLoRA costs beside one of LoRA at its initial rank.
 
-All arms stand in one process and take turns, a step each, on the same examples: LoRA; AdaLoRA before its budget falls,
-while it falls (allocating at every step, the dearest interval), and once it is final; and PEFT's LoRA and AdaLoRA with
-its allocator, in a plain loop over padded rows. Reported: the median over the rounds of an arm's seconds divided by
-those of its LoRA in the same round, and the same for processor time, which other work on the machine disturbs less.
+All arms, each a process of its own, take turns, a step each, on the same examples: LoRA; AdaLoRA before its budget
+falls, while it falls (allocating at every step, the dearest interval), and once it is final; and PEFT's LoRA and
+AdaLoRA with its allocator, in a plain loop over padded rows. Reported: the median over the rounds of an arm's seconds
+divided by those of its LoRA in the same round, and the same for processor time, which other work on the machine
+disturbs less.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import argparse
 import os
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -28,120 +31,121 @@ PEFT_ROWS = 4
 
 
 class Arm:
-    """Something that trains in a thread of its own and stands still until it is its turn."""
+    """Something that trains in a process of its own and stands still until it is its turn.
 
-    def __init__(self, name: str, work: Callable[[Callable[[], None]], None], threads: int) -> None:
-        self.name, self._threads, self._error = name, threads, None
-        self._turn, self._done = threading.Semaphore(0), threading.Semaphore(0)
-        self._over = False
+    Not in threads of one process: there oneDNN's compiled kernels are shared, so that who comes second with a batch of
+    the same shape is faster.
+    """
+
+    def __init__(self, name: str, work: Callable[[Callable[[], None]], None], threads: int, folder: Path) -> None:
+        context = get_context("spawn")
+        self.name, self._log = name, folder / f"{name.replace(' ', '-')}.log"
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(work, threads, self._log, theirs))
+        self._process.start()
+        theirs.close()
         self.seconds: list[float] = []
         self.processor: list[float] = []
-        self._thread = threading.Thread(target=self._work, args=(work,), daemon=True)
-        self._thread.start()
-        self._done.acquire()
-        self._check()
+        self._receive()
 
     def step(self) -> None:
         """Let it train one optimizer step."""
-        started, processor = time.perf_counter(), time.process_time()
-        self._turn.release()
-        self._done.acquire()
-        self._check()
-        self.seconds.append(time.perf_counter() - started)
-        self.processor.append(time.process_time() - processor)
+        self._connection.send(True)
+        seconds, processor = self._receive()
+        self.seconds.append(seconds)
+        self.processor.append(processor)
 
     def stop(self) -> None:
-        """End the thread; what a run does at its end is not measured."""
-        self._over = True
-        self._turn.release()
-        self._thread.join()
+        """End the process; what a run does at its end is not measured."""
+        if self._process.is_alive():
+            self._connection.send(False)
+        self._process.join()
 
-    def _check(self) -> None:
-        if self._error is not None:
-            raise SystemExit(f"error: the arm {self.name} ended early: {self._error}") from self._error
-
-    def _work(self, work: Callable[[Callable[[], None]], None]) -> None:
-        import torch
-
-        torch.set_num_threads(self._threads)  # OpenMP counts by calling thread
+    def _receive(self) -> tuple[float, float]:
         try:
-            work(self._stand)
-        except Exception as error:
-            self._error = error
-        self._done.release()
-
-    def _stand(self) -> None:
-        """Called by the work before its first step and after each."""
-        self._done.release()
-        self._turn.acquire()
-        if self._over:
-            raise SystemExit
+            found: tuple[float, float] = self._connection.recv()
+        except EOFError:
+            tail = self._log.read_text(encoding="utf-8", errors="replace")[-3000:]
+            raise SystemExit(f"error: the arm {self.name} ended early:\n{tail}") from None
+        return found
 
 
-def budwood(workload: w.Workload, strategy: dict[str, Any], steps: int, name: str) -> Callable[..., None]:
+def _work(work: Callable[[Callable[[], None]], None], threads: int, log: Path, connection: Connection) -> None:
+    """Entry point of an arm's process."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    import torch
+
+    torch.set_num_threads(threads)
+    started = (0.0, 0.0)
+
+    def stand() -> None:
+        nonlocal started
+        connection.send((time.perf_counter() - started[0], time.process_time() - started[1]))
+        if not connection.recv():
+            raise SystemExit(0)
+        started = (time.perf_counter(), time.process_time())
+
+    work(stand)
+
+
+def budwood(workload: w.Workload, strategy: dict[str, Any], steps: int, name: str, stand: Callable[[], None]) -> None:
     """A recipe's run."""
+    from budwood.training.loop import train
+    from budwood.training.recipe import Recipe
+    from budwood.training.report import Report
+    from budwood.training.setup import prepare
 
-    def work(stand: Callable[[], None]) -> None:
-        from budwood.training.loop import train
-        from budwood.training.recipe import Recipe
-        from budwood.training.report import Report
-        from budwood.training.setup import prepare
+    class Pace:
+        @hookimpl
+        def on_event(self, event: Event) -> None:
+            if event.kind in ("start", "step"):
+                stand()
 
-        class Pace:
-            @hookimpl
-            def on_event(self, event: Event) -> None:
-                if event.kind in ("start", "step"):
-                    stand()
-
-        recipe = Recipe.from_dict(
-            {
-                "base": {"model": str(workload.base), "quantization": "none"},
-                "data": {"train": str(workload.data), "max_length": w.MAX_LENGTH},
-                "strategies": [strategy],
-                "train": {
-                    "steps": steps, "batch_examples": w.EXAMPLES_PER_STEP, "learning_rate": w.LEARNING_RATE,
-                    "schedule": "constant", "warmup": 0, "precision": "bf16", "seed": w.SEED,
-                },
-                "output": str(workload.folder / name.replace(" ", "-")),
-            }
-        )  # fmt: skip
-        run, hooks, engine = prepare(recipe, report := Report(quiet=True), False)
-        hooks.register_core(Pace(), "pace")
-        train(run, hooks, engine, report)
-
-    return work
+    recipe = Recipe.from_dict(
+        {
+            "base": {"model": str(workload.base), "quantization": "none"},
+            "data": {"train": str(workload.data), "max_length": w.MAX_LENGTH},
+            "strategies": [strategy],
+            "train": {
+                "steps": steps, "batch_examples": w.EXAMPLES_PER_STEP, "learning_rate": w.LEARNING_RATE,
+                "schedule": "constant", "warmup": 0, "precision": "bf16", "seed": w.SEED,
+            },
+            "output": str(workload.folder / name.replace(" ", "-")),
+        }
+    )  # fmt: skip
+    run, hooks, engine = prepare(recipe, report := Report(quiet=True), False)
+    hooks.register_core(Pace(), "pace")
+    train(run, hooks, engine, report)
 
 
-def peft(workload: w.Workload, adaptive: bool, steps: int) -> Callable[..., None]:
+def peft(workload: w.Workload, adaptive: bool, steps: int, stand: Callable[[], None]) -> None:
     """PEFT's model in a plain loop; its AdaLoRA allocates at every step from the first on."""
+    import torch
+    from peft import AdaLoraConfig, LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
 
-    def work(stand: Callable[[], None]) -> None:
-        import torch
-        from peft import AdaLoraConfig, LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
-
-        common: dict[str, Any] = {"lora_alpha": ALPHA, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-        phases = {"total_step": steps, "tinit": 0, "tfinal": 1, "deltaT": 1}
-        ranks = {"init_r": INITIAL_RANK, "target_r": TARGET_RANK}
-        config = AdaLoraConfig(**common, **phases, **ranks) if adaptive else LoraConfig(r=INITIAL_RANK, **common)
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(workload.base, dtype=torch.bfloat16), config)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=w.LEARNING_RATE, weight_decay=0.0, fused=True)
+    common: dict[str, Any] = {"lora_alpha": ALPHA, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    phases = {"total_step": steps, "tinit": 0, "tfinal": 1, "deltaT": 1}
+    ranks = {"init_r": INITIAL_RANK, "target_r": TARGET_RANK}
+    config = AdaLoraConfig(**common, **phases, **ranks) if adaptive else LoraConfig(r=INITIAL_RANK, **common)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(workload.base, dtype=torch.bfloat16), config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=w.LEARNING_RATE, weight_decay=0.0, fused=True)
+    stand()
+    for number, batches in enumerate(padded_steps(workload), start=1):
+        labels = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+        for batch in batches:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(**batch).loss
+            (loss * int((batch["labels"] != -100).sum()) / labels).backward()
+        torch.nn.utils.clip_grad_norm_(trained, w.CLIP)
+        optimizer.step()
+        if adaptive:
+            model.base_model.update_and_allocate(number)
+        optimizer.zero_grad(set_to_none=True)
         stand()
-        for number, batches in enumerate(padded_steps(workload), start=1):
-            labels = sum(int((batch["labels"] != -100).sum()) for batch in batches)
-            for batch in batches:
-                with torch.autocast("cpu", torch.bfloat16):
-                    loss = model(**batch).loss
-                (loss * int((batch["labels"] != -100).sum()) / labels).backward()
-            torch.nn.utils.clip_grad_norm_(trained, w.CLIP)
-            optimizer.step()
-            if adaptive:
-                model.base_model.update_and_allocate(number)
-            optimizer.zero_grad(set_to_none=True)
-            stand()
-
-    return work
 
 
 def padded_steps(workload: w.Workload) -> Iterator[list[dict[str, Any]]]:
@@ -167,7 +171,7 @@ def padded_steps(workload: w.Workload) -> Iterator[list[dict[str, Any]]]:
 
 
 def measure(folder: Path, rounds: int, warmup: int, threads: int, with_peft: bool) -> list[Arm]:
-    """Run all arms; the first two steps at least are warm-up, in which the third AdaLoRA loses its ranks."""
+    """Run all arms. At the end of the warm-up the third AdaLoRA loses its ranks, by what it has seen until then."""
     steps = warmup + rounds + 1
     workload = w.build(folder, steps)
     ranks = {"initial_rank": INITIAL_RANK, "target_rank": TARGET_RANK, "alpha": ALPHA, "interval": 1}
@@ -175,13 +179,16 @@ def measure(folder: Path, rounds: int, warmup: int, threads: int, with_peft: boo
         "lora": {"lora": {"rank": INITIAL_RANK, "alpha": ALPHA}},
         "adalora before": {"adalora": ranks | {"initial_phase": steps - 2, "final_phase": 1}},
         "adalora during": {"adalora": ranks | {"initial_phase": 0, "final_phase": 1}},
-        "adalora after": {"adalora": ranks | {"initial_phase": 0, "final_phase": steps - 1}},
+        "adalora after": {"adalora": ranks | {"initial_phase": 0, "final_phase": steps - warmup}},
     }
-    works = {name: budwood(workload, strategy, steps, name) for name, strategy in strategies.items()}
+    works = {name: partial(budwood, workload, strategy, steps, name) for name, strategy in strategies.items()}
     if with_peft:
-        works |= {"peft lora": peft(workload, False, steps), "peft adalora": peft(workload, True, steps)}
-    arms = [Arm(name, work, threads) for name, work in works.items()]
+        works |= {f"peft {name}": partial(peft, workload, name == "adalora", steps) for name in ("lora", "adalora")}
+    arms: list[Arm] = []
     try:
+        for name, work in works.items():
+            say(f"starting {name}")
+            arms.append(Arm(name, work, threads, folder))
         for number in range(warmup + rounds):
             for arm in arms[number % len(arms) :] + arms[: number % len(arms)]:
                 arm.step()
@@ -204,7 +211,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adalora", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=9, help="how often the arms take turns (default 9)")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before the first round, at least 2 (default 2)")
+    parser.add_argument("--warmup", type=int, default=4, help="steps before the first round, at least 2 (default 4)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each arm (default: all cores)")
     parser.add_argument("--no-peft", action="store_true", help="without PEFT's arms, which take longest")
     chosen = parser.parse_args()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.adalora import AdaLoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from budwood import LowRankUpdate, Run, register_adapter
 
 KIND = "adalora"
+CPU_MULTIPLE = 4
+"""On the CPU, products run at ranks filled up with zeros to a multiple of this. oneDNN compiles a kernel for every new
+shape, and each batch has a length of its own: with a dozen different ranks compiling costs more than pruning saves."""
 
 
 class SVDLinear(nn.Module, AdaLoraLayer):
@@ -52,7 +56,10 @@ class SVDUpdate(LowRankUpdate):
         values = layer.lora_E[name]
         if not len(values):
             return None
-        return layer.lora_A[name] * values, layer.lora_B[name], layer.scaling[name]
+        a, b = layer.lora_A[name] * values, layer.lora_B[name]
+        if a.device.type == "cpu" and (fill := -len(a) % CPU_MULTIPLE):
+            a, b = F.pad(a, (0, 0, 0, fill)), F.pad(b, (0, fill))
+        return a, b, layer.scaling[name]
 
 
 def scale(alpha: float, initial_rank: int) -> float:
