@@ -133,7 +133,7 @@ class Generator:
 
     def uniform_like(self, tensor: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Numbers uniform in [low, high) in the shape, dtype and device of `tensor`."""
-        return (torch.rand(tensor.shape, generator=self._generator) * (high - low) + low).to(tensor)
+        return torch.empty(tensor.shape).uniform_(low, high, generator=self._generator).to(tensor)
 
 
 Terms = Callable[[Tensor, Tensor], Tensor]

@@ -1,7 +1,7 @@
 """Divergences between the distributions of clean and noisy logits, in nats, for each label.
 
-Each is one autograd function that keeps the logits alone and finds its gradient in closed form, a few rows at a time:
-composed of softmaxes and products it would keep, and go through, five tensors as large as the logits in fp32.
+Each is one autograd function that finds value and gradient in closed form, a few rows at a time, and keeps the gradient
+in the logits' dtype: composed of softmaxes and products it would keep, and go through, five tensors in fp32.
 """
 
 from __future__ import annotations
@@ -40,38 +40,32 @@ class Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, clean: Tensor, noisy: Tensor, symmetric: bool) -> Tensor:
         values = torch.empty(len(clean), device=clean.device)
+        # The gradients come with the values, since they need the same softmaxes.
+        gradients = [torch.empty_like(x) if ctx.needs_input_grad[i] else None for i, x in enumerate((clean, noisy))]
         for part in _blocks(clean):
             a, b = clean[part].float(), noisy[part].float()
-            p, q = a.softmax(-1), b.softmax(-1)
+            p, q, d = a.softmax(-1), b.softmax(-1), a - b
+            along_p, difference = torch.linalg.vecdot(p, d), q - p
             if symmetric:
-                values[part] = torch.linalg.vecdot(p - q, a - b)
+                along_q = torch.linalg.vecdot(q, d)
+                values[part] = along_p - along_q
             else:
-                sums = _log_sum(b, q) - _log_sum(a, p)
-                values[part] = torch.linalg.vecdot(p, a - b) + sums
-        ctx.save_for_backward(clean, noisy)
-        ctx.symmetric = symmetric
+                values[part] = along_p + _log_sum(b, q) - _log_sum(a, p)
+            if gradients[0] is not None:
+                gradients[0][part] = (d - along_p[:, None]).mul_(p).sub_(difference)
+            if gradients[1] is not None:
+                if symmetric:
+                    difference.addcmul_(q, d.sub_(along_q[:, None]), value=-1.0)
+                gradients[1][part] = difference
+        ctx.save_for_backward(*gradients)
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        clean, noisy = ctx.saved_tensors
         scale = gradients[0][:, None]
-        grad_clean = torch.empty_like(clean) if ctx.needs_input_grad[0] else None
-        grad_noisy = torch.empty_like(noisy) if ctx.needs_input_grad[1] else None
-        for part in _blocks(clean):
-            a, b = clean[part].float(), noisy[part].float()
-            p, q = a.softmax(-1), b.softmax(-1)
-            d, difference = a - b, q - p
-            if grad_clean is not None:
-                rest = d - torch.linalg.vecdot(p, d)[:, None]
-                grad_clean[part] = rest.mul_(p).sub_(difference).mul_(scale[part])
-            if grad_noisy is not None:
-                if ctx.symmetric:
-                    rest = d.sub_(torch.linalg.vecdot(q, d)[:, None])
-                    difference.addcmul_(q, rest, value=-1.0)
-                grad_noisy[part] = difference.mul_(scale[part])
-        return grad_clean, grad_noisy, None
+        found = [None if x is None else torch.mul(x, scale, out=torch.empty_like(x)) for x in ctx.saved_tensors]
+        return found[0], found[1], None
 
 
 def _log_sum(logits: Tensor, probabilities: Tensor) -> Tensor:
