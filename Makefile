@@ -31,8 +31,9 @@ bench: .venv/installed-bench ## Measure training side by side with Trainer + PEF
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.adalora
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.adversarial
 
-docs: .venv/installed ## Write docs/recipe.md from the recipe's schema
+docs: .venv/installed ## Write docs/recipe.md from the recipe's schema, docs/combinations.md from the tests
 	@$(BIN)/python docs/make_recipe_page.py > docs/recipe.md
+	@$(BIN)/python -m tests.plugins.combinations
 
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3" >&2; exit 1; }

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 BUDWOOD = Path(sys.executable).with_name("budwood")
+ROOT = Path(__file__).parents[2]
 
 
 def budwood(*arguments: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -71,6 +72,30 @@ def test_a_classifier_is_tuned_and_measured_from_the_command_line(tuned: Path, t
     done = budwood("eval", "runs/labelled/adapter", "--data", "labelled.jsonl", cwd=tuned)
     assert "macro_f1" in done.stdout
     assert "precision" in done.stdout, "scikit-learn's report"
+
+
+def test_the_recipe_that_combines_strategies_runs_and_its_adapter_is_attacked(tmp_path: Path) -> None:
+    demo = ROOT / "examples" / "budwood_demo"
+    held_out = (demo / "data" / "describe" / "eval.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "eval.jsonl").write_text("".join(held_out[:8]), encoding="utf-8")
+    shorter = {
+        "output": tmp_path / "run", "data.eval": tmp_path / "eval.jsonl", "train.steps": 3, "train.eval_generate": 0,
+        "train.batch_tokens": 128, "adalora.interval": 1,
+    }  # fmt: skip
+    options = [text for key, value in shorter.items() for text in ("-o", f"{key}={value}")]
+    done = budwood("tune", demo / "recipes" / "combined.yaml", *options, cwd=ROOT)
+    assert "teacher examples/budwood_demo/base: 11.8 MB in bf16, not quantised" in done.stderr
+    assert "adalora: 224 of 336 ranks are left after step 2" in done.stderr
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [step for step in steps if step["kind"] == "step"]
+    assert len(steps) == 3
+    terms = {"causal_lm", "distillation", "orthogonality", "adversarial_gain", "rank_budget"}
+    assert all(terms <= step.keys() for step in steps)
+    attacks = ["--attack", "pgd:epsilon=0.5,steps=2", "--attack", "typos:rate=0.2"]
+    data = ["--data", tmp_path / "eval.jsonl", "--generate", 0]
+    measured = json.loads(budwood("eval", tmp_path / "run/adapter", *data, *attacks, "--json", cwd=ROOT).stdout)
+    assert set(measured["attacks"]) == {"pgd:epsilon=0.5,steps=2", "typos:rate=0.2"}
+    assert measured["attacks"]["pgd:epsilon=0.5,steps=2"]["eval_loss"] > measured["adapter"]["eval_loss"]
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ from budwood.training.step import Engine
 
 PINNED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers")
 """Libraries whose versions a manifest records."""
+NOTHING_TRAINS = "strategies: none of them trains anything: add an adapter such as lora."
 
 
 class Core:
@@ -67,6 +68,8 @@ def prepare(recipe: Recipe | str | Path, report: Report, overwrite: bool) -> tup
         recipe = load_recipe(Path(recipe))
     preflight(recipe, overwrite)
     hooks = build_composition(recipe)
+    if not hooks.implements("trainable_parameters"):
+        raise InputError(NOTHING_TRAINS)
     task: Task = find(recipe.base.task, "budwood.tasks", "task").load()()
     directory = Path(recipe.output)
     device, dtype, reason = pick_device_precision(recipe.base.device, recipe.train.precision)
@@ -257,7 +260,7 @@ def trainable_groups(run: Run, hooks: Composition) -> list[Any]:
     """
     groups = [group for _, found in hooks.collect("trainable_parameters", run=run, model=run.model) for group in found]
     if not any(group.parameters for group in groups):
-        raise InputError("strategies: none of them trains anything: add an adapter such as lora.")
+        raise InputError(NOTHING_TRAINS)
     run.model.requires_grad_(False)
     seen: dict[int, str] = {}
     for group in groups:

@@ -1,0 +1,194 @@
+"""Every combination of the first-party strategies, three optimizer steps of each, by the loop that users run."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import make_base, make_tokenizer
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from budwood.cli import app
+from budwood.training import loop, setup
+from budwood.training.recipe import Recipe
+from budwood.training.report import Report
+
+from .combinations import COMBINATIONS, PAGE, REFUSALS, Combination, Refusal, page
+
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+LONGEST = 12
+"""Tokens of the longest row; the shortest is so long that three do not fit twice this."""
+CORE_NUMBERS = {
+    "kind", "step", "loss", "gradient_norm", "learning_rate", "skipped", "skipped_steps", "tokens", "tokens_per_second",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a base, data for both tasks, and a teacher for each task: other weights, the same tokenizer."""
+    folder = tmp_path_factory.mktemp("together")
+    make_base(folder / "base", **TINY)
+    make_base(folder / "teacher-causal-lm", seed=1, **TINY)
+    names = {0: "a", 1: "b", 2: "c"}
+    config = LlamaConfig.from_pretrained(
+        folder / "base", id2label=names, label2id={v: k for k, v in names.items()}, initializer_range=0.3
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        LlamaForSequenceClassification(config).save_pretrained(folder / "teacher-sequence-classification")
+    make_tokenizer(folder / "teacher-sequence-classification")
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("bcdfghjklmnp", k=7 + number % 3)) for number in range(12)]
+    rows = {
+        "causal-lm": [
+            {"prompt": text[:-3], "completion": text[-3 + number % 2 :]} for number, text in enumerate(texts)
+        ],
+        "sequence-classification": [{"text": text, "label": "abc"[n % 3]} for n, text in enumerate(texts)],
+    }
+    for task, found in rows.items():
+        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    return folder
+
+
+def recipe_of(
+    files: Path, task: str, strategies: list[Any], output: Path, quantization: str = "none"
+) -> dict[str, Any]:
+    return {
+        "base": {"model": str(files / "base"), "quantization": quantization, "task": task},
+        "data": {"train": str(files / f"{task}.jsonl"), "max_length": LONGEST},
+        "strategies": strategies,
+        "train": {
+            "steps": 3, "batch_examples": 4, "micro_tokens": 4 * LONGEST, "learning_rate": 1e-2, "precision": "fp32",
+            "schedule": "constant", "warmup": 0,
+        },
+        "output": str(output),
+    }  # fmt: skip
+
+
+class Seen:
+    """A run of a combination, and what stood in its model when its optimizer moved."""
+
+    def __init__(self, recipe: dict[str, Any], micro_tokens: int) -> None:
+        recipe["train"]["micro_tokens"] = micro_tokens
+        self.report = Report(quiet=True)
+        self.run, self.hooks, self.engine = setup.prepare(Recipe.from_dict(recipe), self.report, True)
+        self.micro_batches: list[list[int]] = []
+        self.strays: list[str] = []
+        self.without: list[str] = []
+        self.run.optimizer.register_step_pre_hook(lambda *_: self.look())
+
+    def look(self) -> None:
+        named = {id(p): name for g in self.run.groups for name, p in g.parameters.items()}
+        for name, parameter in [*self.run.model.named_parameters(), *self.teacher_parameters()]:
+            if id(parameter) not in named and parameter.grad is not None:
+                self.strays.append(f"step {self.run.step + 1}: {name}")
+        self.without += [
+            f"step {self.run.step + 1}: {named[id(p)]}" for p in self.run.trainable if p.numel() and p.grad is None
+        ]
+        self.last = {named[id(p)]: p.grad.abs().max() for p in self.run.trainable if p.numel() and p.grad is not None}
+
+    def teacher_parameters(self) -> list[tuple[str, Tensor]]:
+        found = [s.teacher for s in self.run.strategies if s.name == "distillation"]
+        return [(f"teacher's {name}", p) for teacher in found for name, p in teacher.model.named_parameters()]
+
+    def frozen(self) -> dict[str, Tensor]:
+        """The bytes of all that does not train, quantisation's own numbers included."""
+        trained = {p.data_ptr() for p in self.run.trainable}
+        state = {f"model.{k}": v for k, v in self.run.model.state_dict().items() if v.data_ptr() not in trained}
+        state |= dict(self.teacher_parameters())
+        return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+    def train(self, monkeypatch: pytest.MonkeyPatch) -> Seen:
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "write_results", lambda *_, **__: None)  # what a run writes has tests of its own
+            plans = loop.split_micro
+
+            def split(*args: Any) -> Any:
+                rows = plans(*args)
+                self.micro_batches.append([len(row) for row in rows])
+                return rows
+
+            patch.setattr(loop, "split_micro", split)
+            loop.train(self.run, self.hooks, self.engine, self.report)
+        self.report.close()
+        return self
+
+    def adapter(self) -> dict[str, Tensor]:
+        return {name: p.detach() for g in self.run.groups for name, p in g.parameters.items()}
+
+    def steps(self) -> list[dict[str, float]]:
+        lines = (self.run.directory / "metrics.jsonl").read_text().splitlines()
+        return [row for row in map(json.loads, lines) if row["kind"] == "step"]
+
+
+def declared(case: Combination) -> tuple[dict[str, float], set[str]]:
+    """Weight of each loss term by the name it is logged under; other numbers that the strategies log."""
+    share = 0.4 if case.teacher != "none" else 0.0
+    terms = {case.task.replace("-", "_"): 1 - share}
+    if case.teacher != "none":
+        terms["distillation"] = share
+    if case.adapter == "adalora":
+        terms["orthogonality"] = 0.1
+    if case.adversary in ("smart", "vat"):
+        terms[case.adversary] = 1.0
+    others = {"rank_budget"} if case.adapter == "adalora" else set()
+    return terms, others | ({"adversarial_gain"} if case.adversary not in ("none", "neftune") else set())
+
+
+@pytest.mark.parametrize("case", COMBINATIONS, ids=[case.id for case in COMBINATIONS])
+def test_combination(case: Combination, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    strategies = case.strategies(str(files / f"teacher-{case.task}"))
+    recipe = recipe_of(files, case.task, strategies, tmp_path / "run", case.quantization)
+    whole = Seen(recipe, 4 * LONGEST)
+    assert whole.run.packed
+    before = whole.frozen()
+    assert any(tensor.dtype == torch.uint8 for tensor in before.values()) == (case.quantization == "nf4")
+    whole.train(monkeypatch)
+
+    terms, others = declared(case)
+    steps = whole.steps()
+    assert len(steps) == 3
+    for step in steps:
+        assert set(step) - CORE_NUMBERS == set(terms) | others
+        assert step["loss"] == pytest.approx(sum(weight * step[name] for name, weight in terms.items()), rel=1e-5)
+    assert all(torch.isfinite(tensor).all() for tensor in whole.adapter().values())
+
+    assert not whole.strays, "a gradient on what does not train"
+    assert not whole.without, "no gradient on what trains"
+    assert not [name for name, size in whole.last.items() if size == 0], "a gradient of zero after two steps"
+    after = whole.frozen()
+    assert after.keys() == before.keys()
+    assert not [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
+
+    halves = Seen(recipe, 2 * LONGEST).train(monkeypatch)
+    assert whole.micro_batches == [[4]] * 3 and halves.micro_batches == [[2, 2]] * 3
+    torch.testing.assert_close(halves.adapter(), whole.adapter(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=[refusal.what for refusal in REFUSALS])
+def test_what_cannot_combine_says_so_before_the_base_loads(
+    refusal: Refusal, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(setup, "load_base", lambda *_: pytest.fail("the base loads"))
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(recipe_of(files, refusal.task, refusal.strategies, tmp_path / "run")), encoding="utf-8")
+    assert app.run(["tune", str(path)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert refusal.message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_page_of_combinations_is_up_to_date() -> None:
+    outcomes = {case.id: True for case in COMBINATIONS}  # the tests above, which fail where one of them does not hold
+    assert PAGE.read_text(encoding="utf-8") == page(outcomes), "run `make docs`"
