@@ -26,8 +26,8 @@ def _targets_given(value: str | list[str]) -> str | list[str]:
     return value
 
 
-def _layers_positive(value: list[int] | None) -> list[int] | None:
-    if value is not None and min(value) < 0:
+def _layers_positive(value: list[int]) -> list[int]:
+    if min(value) < 0:
         raise ValueError("layer indices start at 0")
     return value
 
@@ -45,9 +45,8 @@ Targets = Annotated[
 ]
 """Option type: which modules an adapter goes on; see `match_targets`."""
 Layers = Annotated[
-    list[int] | None,
-    AfterValidator(_layers_positive),
-    Field(min_length=1, description="indices of the layers to adapt; all if absent"),
+    Annotated[list[int], Field(min_length=1), AfterValidator(_layers_positive)] | None,
+    Field(description="indices of the layers to adapt; all if absent"),
 ]
 """Option type: in which layers."""
 ModulesToSave = Annotated[
