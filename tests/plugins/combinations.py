@@ -130,7 +130,8 @@ def page(passed: Mapping[str, bool]) -> str:
     for task in TASKS:
         settings = [(quantization, teacher) for quantization in QUANTIZATIONS for teacher in DISTILLATION]
         titles = [
-            _joined("unquantised" if quantization == "none" else quantization, teacher) for quantization, teacher in settings
+            _joined("unquantised" if quantization == "none" else quantization, teacher)
+            for quantization, teacher in settings
         ]
         lines += [f"## {task}", "", f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
         for adapter in ADAPTERS:
