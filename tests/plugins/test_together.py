@@ -70,7 +70,7 @@ def recipe_of(
         "strategies": strategies,
         "train": {
             "steps": 3, "batch_examples": 4, "micro_tokens": 4 * LONGEST, "learning_rate": 1e-2, "precision": "fp32",
-            "schedule": "constant", "warmup": 0,
+            "schedule": "constant", "warmup": 0, "clip": 0,
         },
         "output": str(output),
     }  # fmt: skip
@@ -96,6 +96,8 @@ class Seen:
         self.without += [
             f"step {self.run.step + 1}: {named[id(p)]}" for p in self.run.trainable if p.numel() and p.grad is None
         ]
+        if self.run.step == 0:
+            self.first = {named[id(p)]: (p.detach().clone(), p.grad.clone()) for p in self.run.trainable}
         self.last = {named[id(p)]: p.grad.abs().max() for p in self.run.trainable if p.numel() and p.grad is not None}
 
     def teacher_parameters(self) -> list[tuple[str, Tensor]]:
@@ -161,12 +163,18 @@ def test_combination(case: Combination, files: Path, tmp_path: Path, monkeypatch
     assert len(steps) == 3
     for step in steps:
         assert set(step) - CORE_NUMBERS == set(terms) | others
+        assert all(step[name] > 0 for name in {*terms, *others}), "what has no effect"
         assert step["loss"] == pytest.approx(sum(weight * step[name] for name, weight in terms.items()), rel=1e-5)
     assert all(torch.isfinite(tensor).all() for tensor in whole.adapter().values())
 
     assert not whole.strays, "a gradient on what does not train"
     assert not whole.without, "no gradient on what trains"
     assert not [name for name, size in whole.last.items() if size == 0], "a gradient of zero after two steps"
+    if case.adapter == "adalora":  # its values start at zero: in the first step A has the gradient of the penalty alone
+        right = {name: found for name, found in whole.first.items() if name.endswith("lora_A")}
+        for vectors, gradient in right.values():
+            penalty = 4 * (vectors @ vectors.T - torch.eye(len(vectors))) @ vectors / len(right)
+            torch.testing.assert_close(gradient, 0.1 * penalty, rtol=1e-5, atol=1e-9, msg="penalty: once, in full")
     after = whole.frozen()
     assert after.keys() == before.keys()
     assert not [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
