@@ -17,7 +17,7 @@ demo: .venv/installed ## Fine-tune the tiny 4-bit base that ships with Budwood, 
 	@$(BIN)/budwood demo --overwrite
 
 test: .venv/installed ## Run the tests
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/installed ## Check formatting, rules, types, and who imports whom
 	@$(BIN)/ruff format --check .
