@@ -60,7 +60,7 @@ class SVDUpdate(LowRankUpdate):
         if not len(values):
             return None
         a, b = layer.lora_A[name] * values, layer.lora_B[name]
-        # oneDNN compiles a kernel for every new shape, and each batch has a length of its own: at a dozen ranks compiling
+        # oneDNN compiles a kernel for every new shape, and each batch has a length of its own: at a dozen ranks that
         # costs more than pruning saves, while a row of zeros costs next to nothing. So on the CPU all run at one width.
         if a.device.type == "cpu" and (fill := layer.width[name] - len(a)):
             a, b = F.pad(a, (0, 0, 0, fill)), F.pad(b, (0, fill))
