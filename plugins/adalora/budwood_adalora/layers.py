@@ -14,38 +14,41 @@ from torch import Tensor, nn
 from budwood import LowRankUpdate, Run, register_adapter
 
 KIND = "adalora"
-CPU_MULTIPLE = 4
-"""On the CPU, products run at ranks filled up with zeros to a multiple of this. oneDNN compiles a kernel for every new
-shape, and each batch has a length of its own: with a dozen different ranks compiling costs more than pruning saves."""
 
 
 class SVDLinear(nn.Module, AdaLoraLayer):
     """PEFT's layer with a rank of its own for each adapter, also 0: A [r, in], E [r, 1], B [out, r], in fp32.
 
     It holds parameters; what is computed is `SVDUpdate`.
+
+    Attributes:
+        width: the largest rank that the adapter has anywhere, by its name.
     """
+
+    other_param_names = (*AdaLoraLayer.other_param_names, "width")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         AdaLoraLayer.__init__(self, base_layer)
+        self.width: dict[str, int] = {}
 
-    def add(self, name: str, rank: int, scaling: float, dropout: float) -> None:
+    def add(self, name: str, rank: int, width: int, scaling: float, dropout: float) -> None:
         """Add an adapter: A and B normal with deviation 0.02, E zero (as PEFT and the paper's authors begin)."""
         device = self.get_base_layer().weight.device
-        self.r[name], self.scaling[name] = rank, scaling
+        self.r[name], self.width[name], self.scaling[name] = rank, width, scaling
         self.lora_dropout[name] = nn.Dropout(dropout) if dropout else nn.Identity()
         self.lora_A[name] = nn.Parameter((torch.randn(rank, self.in_features) * 0.02).to(device))
         self.lora_B[name] = nn.Parameter((torch.randn(self.out_features, rank) * 0.02).to(device))
         self.lora_E[name] = nn.Parameter(torch.zeros(rank, 1, device=device))
 
-    def shrink(self, run: Run, name: str, keep: Tensor) -> None:
+    def shrink(self, run: Run, name: str, keep: Tensor, width: int) -> None:
         """Keep the triplets `keep` (indices, int64) alone, with their state in the run's optimizer."""
         for held, index in ((self.lora_A, (keep,)), (self.lora_E, (keep,)), (self.lora_B, (slice(None), keep))):
             old = held[name]
             new = nn.Parameter(old.detach()[index].clone())
             run.replace_parameter(old, new, index)
             held[name] = new
-        self.r[name] = len(keep)
+        self.r[name], self.width[name] = len(keep), width
 
 
 class SVDUpdate(LowRankUpdate):
@@ -57,7 +60,9 @@ class SVDUpdate(LowRankUpdate):
         if not len(values):
             return None
         a, b = layer.lora_A[name] * values, layer.lora_B[name]
-        if a.device.type == "cpu" and (fill := -len(a) % CPU_MULTIPLE):
+        # oneDNN compiles a kernel for every new shape, and each batch has a length of its own: at a dozen ranks that
+        # costs more than pruning saves, while a row of zeros costs next to nothing. So on the CPU all run at one width.
+        if a.device.type == "cpu" and (fill := layer.width[name] - len(a)):
             a, b = F.pad(a, (0, 0, 0, fill)), F.pad(b, (0, fill))
         return a, b, layer.scaling[name]
 
@@ -83,12 +88,13 @@ def add_adapter(
         scaling: factor of each update, likewise.
         modules_to_save: names (or ends of names) of modules that it replaces whole.
     """
+    width = max(ranks.values(), default=0)
     for path, rank in ranks.items():
         parent, leaf, module = _find(model, path)
         if not isinstance(module, SVDLinear):
             module = SVDLinear(module)
             setattr(parent, leaf, module)
-        module.add(name, rank, scaling[path], dropout)
+        module.add(name, rank, width, scaling[path], dropout)
     for path in [path for path, _ in model.named_modules()]:
         if any(path == wanted or path.endswith("." + wanted) for wanted in modules_to_save):
             parent, leaf, module = _find(model, path)

@@ -249,8 +249,9 @@ class AdaLoRA(Strategy):
         return [f"{path}.{part}" for path in self._layers for part in ("lora_A", "lora_B", "lora_E")]
 
     def _shrink(self, run: Run, keep: dict[str, Tensor]) -> None:
+        width = max(len(indices) for indices in keep.values())
         for path, indices in keep.items():
             layer = self._layers[path]
-            layer.shrink(run, RUN_ADAPTER, indices.to(layer.lora_E[RUN_ADAPTER].device))
+            layer.shrink(run, RUN_ADAPTER, indices.to(layer.lora_E[RUN_ADAPTER].device), width)
         self._importance = None
         run.adapter_final = True

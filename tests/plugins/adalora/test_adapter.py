@@ -52,11 +52,13 @@ def put_on(model: Any, steps: int = 20, **options: Any) -> tuple[AdaLoRA, Run]:
 
 
 def randomise(run: Run, seed: int = 1) -> None:
-    """Random numbers in the place of the start."""
+    """Random numbers in the place of the start; a little of them on modules that train whole."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in run.trainable:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        for group in run.groups:
+            for parameter in group.parameters.values():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(parameter + 0.02 * noise if group.name == "modules_to_save" else 0.3 * noise)
 
 
 @torch.no_grad()
