@@ -56,7 +56,7 @@ def test_two_processes_equal_one(make_recipe: Make, tmp_path: Path) -> None:
         encoding="utf-8",
     )
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29611", str(script)],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)],
         check=True, capture_output=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert distance(adapter(one), adapter(tmp_path / "two")) < 1e-5

@@ -166,7 +166,7 @@ def test_two_processes_equal_one(make_recipe: Callable, tmp_path: Path) -> None:
         encoding="utf-8",
     )
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29613", str(script)],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)],
         check=True, capture_output=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     two = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]

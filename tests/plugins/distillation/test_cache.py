@@ -236,7 +236,7 @@ def test_two_processes_share_the_work(
         encoding="utf-8",
     )
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29617", str(script)],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)],
         check=True, capture_output=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     parts = [sorted(Path(folder).glob("shard-*")) for folder in (tmp_path / "one-cache", options["cache"])]
