@@ -37,6 +37,7 @@ def test_the_wheel_holds_core_plugins_and_demo(wheel):
         "budwood_distillation",
         "budwood_lora",
         "budwood_adalora",
+        "budwood_adversarial",
         "budwood_demo",
     }
     for needed in (
