@@ -1,7 +1,7 @@
 """`python -m benchmarks.train`: Budwood, transformers' Trainer and TRL train the same LoRA adapter, in turns.
 
 Every arm is a process of its own that stands still while it is not its turn, so that noise of the machine falls on all
-of them alike. Before each round the bf16 matmul rate of the machine is measured. Reported: real (not padding) tokens a
+of them alike. The Trainer's arms and TRL's are two such rounds, each with Budwood in it: all at once need over 24 GB. Before each round the bf16 matmul rate of the machine is measured. Reported: real (not padding) tokens a
 second; the median over the rounds of Budwood's rate divided by the peer's; the peak memory of each process; the
 share of the matmul rate; the largest difference of a step's loss from Budwood's.
 """
@@ -136,6 +136,13 @@ def measure(names: list[str], rounds: int, steps: int, warmup: int, threads: int
     }
 
 
+def together(names: list[str]) -> list[list[str]]:
+    """The arms that stand in memory at once: Budwood beside the Trainer's, and beside TRL's."""
+    peers = [[n for n in names if n.startswith(kind)] for kind in ("trainer", "trl")]
+    ours = [OURS] if OURS in names else []
+    return [[*ours, *group] for group in peers if group] or [ours]
+
+
 def compare(found: dict[str, Any]) -> None:
     """Add to each peer how it stands to Budwood."""
     if OURS not in found:
@@ -217,8 +224,12 @@ def main() -> None:
     chosen = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    with tempfile.TemporaryDirectory(prefix="budwood-bench-") as folder:
-        result = measure(chosen.arms, chosen.rounds, chosen.steps, chosen.warmup, chosen.threads, Path(folder))
+    result: dict[str, Any] = {}
+    for names in together(chosen.arms):
+        with tempfile.TemporaryDirectory(prefix="budwood-bench-") as folder:
+            found = measure(names, chosen.rounds, chosen.steps, chosen.warmup, chosen.threads, Path(folder))
+        result = {**found, **result, "arms": {**found["arms"], **result.get("arms", {})}}
+    result["arms"] = {name: result["arms"][name] for name in ARMS if name in result["arms"]}
     say("\n" + table(result["arms"]) + "\n")
     say(" · ".join(f"{name} {value}" for name, value in result["machine"].items()))
     say(f"matmul limit {result['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s, {result['threads']} threads")
