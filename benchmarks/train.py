@@ -1,9 +1,10 @@
 """`python -m benchmarks.train`: Budwood, transformers' Trainer and TRL train the same LoRA adapter, in turns.
 
-Every arm is a process of its own that stands still while it is not its turn, so that noise of the machine falls on all
-of them alike. The Trainer's arms and TRL's are two such rounds, each with Budwood in it: all at once need over 24 GB. Before each round the bf16 matmul rate of the machine is measured. Reported: real (not padding) tokens a
-second; the median over the rounds of Budwood's rate divided by the peer's; the peak memory of each process; the
-share of the matmul rate; the largest difference of a step's loss from Budwood's.
+Every arm is a process of its own that stands still while it is not its turn, so that noise of the machine falls on
+all of them alike. The Trainer's arms and TRL's are two such rounds, each with Budwood in it: all at once need over 24
+GB. Before each round the bf16 matmul rate of the machine is measured. Reported: real (not padding) tokens a second;
+the median over the rounds of Budwood's rate divided by the peer's; the peak memory of each process; the share of the
+matmul rate; the largest difference of a step's loss from Budwood's.
 """
 
 from __future__ import annotations
@@ -227,8 +228,8 @@ def main() -> None:
     result: dict[str, Any] = {}
     for names in together(chosen.arms):
         with tempfile.TemporaryDirectory(prefix="budwood-bench-") as folder:
-            found = measure(names, chosen.rounds, chosen.steps, chosen.warmup, chosen.threads, Path(folder))
-        result = {**found, **result, "arms": {**found["arms"], **result.get("arms", {})}}
+            measured = measure(names, chosen.rounds, chosen.steps, chosen.warmup, chosen.threads, Path(folder))
+        result = {**measured, **result, "arms": {**measured["arms"], **result.get("arms", {})}}
     result["arms"] = {name: result["arms"][name] for name in ARMS if name in result["arms"]}
     say("\n" + table(result["arms"]) + "\n")
     say(" · ".join(f"{name} {value}" for name, value in result["machine"].items()))
