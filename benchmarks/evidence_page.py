@@ -119,6 +119,7 @@ def _head(result: dict[str, Any]) -> str:
     seconds = sum(run["processor_seconds"] for run in runs)
     versions = ", ".join(f"{k} {v}" for k, v in machine.items() if k not in ("processor", "cores"))
     sets = "\n".join(f"- {text}." for text in SETS.values())
+    trials = len(next(iter(s["trials"].values())))
     return f"""# Evidence
 
 Written by `python -m benchmarks.evidence`; raw numbers in [benchmarks/evidence.json](benchmarks/evidence.json).
@@ -126,35 +127,34 @@ Written by `python -m benchmarks.evidence`; raw numbers in [benchmarks/evidence.
 Does AdaLoRA, adversarial training or a teacher help, on a tiny base (6 million parameters), few rows and short runs?
 That is all that is measured here: nothing follows for large models or long runs.
 
-{machine["processor"]}, {machine["cores"]} cores; {versions}. {len(runs)} runs, {seconds / 60:.0f} minutes of processor time.
-{_seeds(result)}
+{machine["processor"]}, {machine["cores"]} cores; {versions}.
+{len(runs)} runs, {seconds / 60:.0f} minutes of processor time. {_seeds(result)}
 
 **Sets.** Both are classified by a new head on the demo's base, {s["quantization"]} quantization, {s["precision"]}:
 
 {sets}
 
-Both come from `examples/budwood_demo/data/sections`. For `order` the benchmark draws a coin for each description and puts
-its words in another order or not; descriptions of less than four words are left out. No source package stands in both
-train and eval.
+Both come from `examples/budwood_demo/data/sections`. For `order` the benchmark draws a coin for each description and
+puts its words in another order or not; descriptions of less than four words are left out. No source package stands in
+both train and eval.
 
 **Runs.** {s["rows"]} rows of train, drawn anew by each seed with at least one of each class, the same for all arms;
 {s["epochs"]} epochs, {s["batch_examples"]} examples a step, AdamW, cosine, defaults otherwise. The seed also decides
 initialisation, order and noise.
 
-**Tuning.** {len(next(iter(s["trials"].values())))} trials for every arm, one run each, on rows of a seed of its own, scored on
-{s["heldout_rows"]} rows of train that nothing else sees: by clean accuracy in (a) and (c), by the mean of clean accuracy and the
-two attacked ones in (b), for plain training too. The rows of eval ({s["eval_rows"]}, the same for all) are used once a final run.
+**Tuning.** {trials} trials for every arm, one run each, trained on rows that a seed of their own draws and scored on
+{s["heldout_rows"]} rows of train that nothing else sees: by clean accuracy in (a) and (c), by the mean of clean
+accuracy and the two attacked ones in (b), for plain training too. The rows of eval ({s["eval_rows"]}, the same for
+all) are used once a final run.
 
-**Reading.** Accuracy in percent, mean ± standard deviation over seeds. Differences are taken seed by seed, in percentage
-points, mean ± standard deviation; "better" or "worse" where the 95 % interval of Student's t over the seeds leaves out
-zero, else "not shown". The interval is of seeds, not of other rows for evaluation. Of 20 comparisons without any real
-difference one would leave out zero."""
+**Reading.** Accuracy in percent, mean ± standard deviation over seeds. Differences are taken seed by seed, in
+percentage points, mean ± standard deviation; "better" or "worse" where the 95 % interval of Student's t over the seeds
+leaves out zero, else "not shown". The interval is of seeds, not of other rows for
+evaluation. Of 20 comparisons without any real difference one would leave out zero."""
 
 
 def _compare(result: dict[str, Any], arm: str, other: str, by: str, metric: str) -> dict[str, Difference]:
-    return {
-        name: Difference(finals(result, name, arm, by), finals(result, name, other, by), metric) for name in SETS
-    }
+    return {name: Difference(finals(result, name, arm, by), finals(result, name, other, by), metric) for name in SETS}
 
 
 def _summary(result: dict[str, Any]) -> str:
@@ -168,7 +168,9 @@ def _summary(result: dict[str, Any]) -> str:
                 methods = [method for method, d in found.items() if d.verdict == verdict]
                 words += [f"{verdict}: {', '.join(methods)}"] if methods else []
             lines.append(f"- Adversarial methods against plain training, {said} on `{name}`: {'; '.join(words)}.")
-    lines.append("- Student with a teacher against without: " + _told(_compare(result, "taught", "plain", "clean", "clean")))
+    lines.append(
+        "- Student with a teacher against without: " + _told(_compare(result, "taught", "plain", "clean", "clean"))
+    )
     return "\n".join(lines)
 
 
@@ -192,9 +194,10 @@ def _adalora(result: dict[str, Any]) -> str:
     table = _table(["set", "arm", "final parameters", "in its own form", "accuracy", "AdaLoRA − LoRA"], rows)
     return f"""## (a) AdaLoRA against LoRA, at an equal final number of parameters
 
-On the attention's four projections, whose sizes are all the same, so that the budget costs the same wherever it goes. Both have
-scale 2. Parameters are counted in the adapter's file, without the classification head: AdaLoRA's as exported to LoRA,
-which is the same function; in its own form it has one singular value more for each rank that is left.
+On the attention's four projections, whose sizes are all the same, so that the budget costs the same wherever it goes.
+Both have scale 2; AdaLoRA allocates every second step. Parameters are counted in the adapter's file, without the
+classification head: AdaLoRA's as exported to LoRA, which is the same function; in its own form it has one singular
+value more for each rank that is left.
 
 {table}"""
 
@@ -228,15 +231,20 @@ def _distillation(result: dict[str, Any]) -> str:
         for arm in ("plain", "taught"):
             runs = finals(result, name, arm, "clean")
             shown = "without" if arm == "plain" else "with"
-            rows.append([name, shown, spread(runs, "clean"), "" if arm == "plain" else str(Difference(runs, without, "clean"))])
-        teacher = result["teachers"].get(name)
-        rows.append([name, "the teacher itself", f"{100 * teacher['clean']:.1f} (one run)" if teacher else "not run", ""])
+            rows.append(
+                [name, shown, spread(runs, "clean"), "" if arm == "plain" else str(Difference(runs, without, "clean"))]
+            )
+        teacher = result["teachers"].get(f"{name}/teacher")
+        rows.append(
+            [name, "the teacher itself", f"{100 * teacher['clean']:.1f} (one run)" if teacher else "not run", ""]
+        )
     table = _table(["set", "student", "accuracy", "with − without"], rows)
     return f"""## (c) A student with and without a teacher
 
-The student is LoRA of rank 8 on {s["rows"]} rows. The teacher is `base+DIR`: LoRA of rank {s["teacher_rank"]} that was trained, for
-{s["teacher_epochs"]} epochs at rate {s["teacher_rate"]:g}, on all rows of train but those held out for tuning. It knows more rows than the
-student, and teaches on the student's rows alone; they are among those that it was trained on. Temperature 2, forward KL.
+The student is LoRA of rank 8 on {s["rows"]} rows. The teacher is `base+DIR`: LoRA of rank {s["teacher_rank"]}, trained
+on all rows of train but those held out for tuning, epochs: {s["teacher_epochs"]}, rate {s["teacher_rate"]:g}. It has
+seen more rows than the student, and teaches on the student's rows alone, which are among its own. Temperature 2,
+forward KL.
 
 {table}"""
 
