@@ -14,6 +14,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -311,6 +312,7 @@ def main() -> None:
     if chosen.quick and not (chosen.json and chosen.page):
         parser.error("--quick: give --json and --page too, so that it does not replace the evidence")
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the workers would stay
     out = chosen.json or JSON, chosen.page or PAGE
     result = begin({**SETTINGS, **(QUICK if chosen.quick else {})}, out[0], chosen.go_on)
     with tempfile.TemporaryDirectory(prefix="budwood-bench-") as folder:

@@ -139,8 +139,8 @@ puts its words in another order or not; descriptions of less than four words are
 both train and eval.
 
 **Runs.** {s["rows"]} rows of train, drawn anew by each seed with at least one of each class, the same for all arms;
-{s["epochs"]} epochs, {s["batch_examples"]} examples a step, AdamW, cosine, defaults otherwise. The seed also decides
-initialisation, order and noise.
+{s["epochs"]} epochs, {s["batch_examples"]} examples a step, defaults otherwise. The seed also decides initialisation,
+order and noise.
 
 **Tuning.** {trials} trials for every arm, one run each, trained on rows that a seed of their own draws and scored on
 {s["heldout_rows"]} rows of train that nothing else sees: by clean accuracy in (a) and (c), by the mean of clean
@@ -260,7 +260,11 @@ def _tuning(result: dict[str, Any]) -> str:
         label = "the mean of the three" if by == "robust" else "clean accuracy"
         rows.append([NAMES[arm], label, "; ".join(describe(t) for t in tried[arm]), *(chosen(name) for name in SETS)])
     head = ["arm", "chosen by", "trials", *(f"chosen on {name}" for name in SETS)]
-    return "## What was tried, and chosen\n\n" + _table(head, rows)
+    told = (
+        "In brackets the score of the trial on the held-out rows. Arms with options of their own try two rates, the "
+        "others four.\nWhere the best trial stands at the edge of its grid, a wider one might do better."
+    )
+    return f"## What was tried, and chosen\n\n{told}\n\n{_table(head, rows)}"
 
 
 def _chosen(result: dict[str, Any], name: str, arm: str, by: str) -> str:
