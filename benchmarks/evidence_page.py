@@ -146,8 +146,8 @@ order and noise.
 {s["heldout_rows"]} rows of train that nothing else sees: by clean accuracy in (a) and (c), by the mean of clean
 accuracy and the two attacked ones in (b), for plain training too. The rows of eval ({s["eval_rows"]}, the same for
 all) are used once a final run. Before that, pilots on rows of eval set two things that are the same for every arm: the
-size of the PGD attack (at four times the size little accuracy was left), and the second set (two others were dropped, on
-which the base was near chance).
+size of the PGD attack (at four times the size little accuracy was left), and the second set (two others were dropped,
+on which the base was near chance).
 
 **Reading.** Accuracy in percent, mean ± standard deviation over seeds. Differences are taken seed by seed, in
 percentage points, mean ± standard deviation; "better" or "worse" where the 95 % interval of Student's t over the seeds
