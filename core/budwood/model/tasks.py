@@ -202,7 +202,7 @@ def own_head(model: nn.Module, rows: Tensor) -> Tensor:
     (soft-capping, logit scales, a bias) is done, without Budwood knowing of it.
     """
     decoder = decoder_of(model)
-    out = _DecoderOutput(last_hidden_state=rows[None], past_key_values=None, hidden_states=None, attentions=None)
+    out = _DecoderOutput(last_hidden_state=rows[None])
     decoder.forward = lambda *args, **kwargs: out
     try:
         logits: Tensor = model(inputs_embeds=rows[None], use_cache=False).logits
@@ -212,7 +212,11 @@ def own_head(model: nn.Module, rows: Tensor) -> Tensor:
 
 
 class _DecoderOutput(SimpleNamespace):
-    """Stands for transformers' model output: by attribute and, as some heads do, by index."""
+    """Stands for transformers' model output: by attribute and, as some heads do, by index. All else in it is None, such
+    as the cache, which versions name differently."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
     def __getitem__(self, index: int) -> Tensor:
         return (self.last_hidden_state,)[index]
