@@ -6,7 +6,6 @@ import ast
 import functools
 import importlib
 import importlib.util
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
@@ -65,12 +64,6 @@ class Installed:
 
 def installed(group: str = STRATEGIES) -> dict[str, list[Installed]]:
     """Return every entry point of `group` by name; more than one under a name is a clash that `find` refuses."""
-    return _installed(group, tuple(sys.path))
-
-
-@functools.lru_cache(maxsize=32)
-def _installed(group: str, path: tuple[str, ...]) -> dict[str, list[Installed]]:
-    """The entry points on `path`; reading the metadata of all that is installed takes a tenth of a second."""
     found: dict[str, list[Installed]] = {}
     for point in metadata.entry_points(group=group):
         dist = point.dist
