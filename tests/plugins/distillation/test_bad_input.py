@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from budwood import BudwoodError, CorruptError, InputError, Run
+from budwood import BudwoodError, CorruptError, InputError, Plan, Run
 from budwood.training.loop import tune
-from budwood.training.recipe import Recipe
+from budwood.training.recipe import Recipe, build_composition
 
 Runs = Callable[..., Run]
 LABELS = ("yes", "no", "maybe")
@@ -221,10 +221,12 @@ def test_two_teachers(refused: Callable[..., str]) -> None:
 
 
 def test_no_adapter_to_switch_off(make_recipe: Callable) -> None:
-    values = make_recipe({"teacher": "base"}).to_dict()
-    values["strategies"] = values["strategies"][:1]
-    with pytest.raises(InputError, match="base is this base without the run's adapter, and no strategy has one"):
-        tune(Recipe.from_dict(values), quiet=True)
+    recipe = make_recipe({"teacher": "base"})
+    strategy = next(s for s in build_composition(recipe).strategies if s.name == "distillation")
+    plan = Plan(recipe, [strategy])  # beside something that trains, but owns no adapter
+    strategy.check_plan(plan)
+    assert len(plan.problems) == 1
+    assert "base is this base without the run's adapter, and no strategy has one" in plan.problems[0]
 
 
 def test_the_command_ends_with_2(make_recipe: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
