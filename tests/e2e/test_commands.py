@@ -140,7 +140,7 @@ def test_a_signal_ends_a_run_in_one_line_and_keeps_its_adapter(
     process = subprocess.Popen(
         [str(BUDWOOD), "tune", "rows.jsonl", "--base", str(tiny_base), *options],
         cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # workers of the tests ignore it, and so would it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # pytest's workers ignore it
     )  # fmt: skip
     log, deadline = tmp_path / "runs/rows/metrics.jsonl", time.monotonic() + 120
     while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 3):

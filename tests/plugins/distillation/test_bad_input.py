@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from budwood import BudwoodError, CorruptError, InputError, Plan, Run
 from budwood.training.loop import tune
-from budwood.training.recipe import Recipe, build_composition
+from budwood.training.recipe import build_composition
 
 Runs = Callable[..., Run]
 LABELS = ("yes", "no", "maybe")
