@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from budwood.contract.discovery import STRATEGIES, find
-from budwood.contract.registry import Composition, build_strategy
+from budwood.contract.loading import build_strategy
+from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy
 from budwood.contract.validation import Location, dotted, first_problem, sentence
 from budwood.errors import InputError
@@ -265,14 +266,14 @@ def _make(data: dict[str, Any], places: Places, source: Path | None, overrides: 
             raise InputError(f"{places.nearest(place)}: {sentence(text)}") from None
         raise InputError(f"{places.nearest(place)}: {dotted(place)}: {sentence(text)}") from None
     recipe._places, recipe._source = places, source
-    named: list[tuple[Location, str, str, str]] = [
-        (("base", "quantization"), recipe.base.quantization, QUANTIZERS, "quantiser"),
-        (("base", "task"), recipe.base.task, TASKS, "task"),
-        *((("strategies", i), c.name, STRATEGIES, "strategy") for i, c in enumerate(recipe.strategies)),
+    named: list[tuple[Location, str, str]] = [
+        (("base", "quantization"), recipe.base.quantization, QUANTIZERS),
+        (("base", "task"), recipe.base.task, TASKS),
+        *((("strategies", i), c.name, STRATEGIES) for i, c in enumerate(recipe.strategies)),
     ]
-    for place, name, group, what in named:
+    for place, name, group in named:
         try:
-            find(name, group, what)
+            find(name, group)
         except InputError as error:
             raise InputError(f"{places.nearest(place)}: {error}") from None
     return recipe
