@@ -18,11 +18,10 @@ from budwood.contract.strategy import API_VERSION, Options, Strategy
 from budwood.contract.validation import dotted, first_problem, sentence
 from budwood.errors import BudwoodError, InputError, did_you_mean
 
-ONE_OWNER = ("load_base", "build_optimizer", "build_scheduler")
-CORES_OWN = ("forward", "backward")
-"""Hooks that the task or core implements; a strategy may only wrap them."""
-WRAPPABLE = (*CORES_OWN, "evaluate", "export")
-HOOKS = tuple(name for name, value in vars(HookSpecs).items() if hasattr(value, "budwood_spec"))
+HOOKS = tuple(name for name, value in vars(HookSpecs).items() if hasattr(value, "how"))
+ONE_OWNER = tuple(name for name in HOOKS if getattr(HookSpecs, name).how == "one owner")
+CORES_OWN = tuple(name for name in HOOKS if getattr(HookSpecs, name).how == "core's own")
+WRAPPABLE = tuple(name for name in HOOKS if getattr(HookSpecs, name).wrappable)
 
 
 def load_strategy(name: str) -> tuple[type[Strategy], Installed]:
