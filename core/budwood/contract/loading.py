@@ -17,11 +17,10 @@ from budwood.contract.strategy import API_VERSION, Options, Plugin, Strategy
 from budwood.contract.validation import dotted, find_problems, sentence
 from budwood.errors import BudwoodError, InputError, describe, did_you_mean
 
-ONE_OWNER = ("load_base", "build_optimizer", "build_scheduler")
-CORES_OWN = ("forward", "backward")
-"""Hooks that the task or core implements; a strategy may only wrap them."""
-WRAPPABLE = (*CORES_OWN, "evaluate", "export")
-HOOKS = tuple(name for name, value in vars(HookSpecs).items() if hasattr(value, "budwood_spec"))
+HOOKS = tuple(name for name, value in vars(HookSpecs).items() if hasattr(value, "how"))
+ONE_OWNER = tuple(name for name in HOOKS if getattr(HookSpecs, name).how == "one owner")
+CORES_OWN = tuple(name for name in HOOKS if getattr(HookSpecs, name).how == "core's own")
+WRAPPABLE = tuple(name for name in HOOKS if getattr(HookSpecs, name).wrappable)
 _BASES = {
     STRATEGIES: "budwood.Strategy",
     "budwood.tasks": "budwood.model.tasks.Task",
@@ -265,7 +264,8 @@ def validate_options(
         validated = cls.Options.model_validate(options)
         validated.model_dump(mode="json")
     except ValidationError as error:
-        raise InputError(" ".join(say(*problem) for problem in find_problems(error, cls.Options))) from None
+        problems = [say(*problem) for problem in find_problems(error, cls.Options)]
+        raise InputError(" ".join(problems), problems) from None
     except BudwoodError:
         raise
     except (Exception, SystemExit) as error:
