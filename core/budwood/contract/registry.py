@@ -16,7 +16,7 @@ from budwood.contract.discovery import installed as installed  # the other half 
 from budwood.contract.hookspecs import HookSpecs
 from budwood.contract.strategy import API_VERSION, Options, Strategy
 from budwood.contract.validation import dotted, first_problem, sentence
-from budwood.errors import BudwoodError, InputError, did_you_mean
+from budwood.errors import BudwoodError, InputError, did_you_mean, is_out_of_memory
 
 ONE_OWNER = ("load_base", "build_optimizer", "build_scheduler")
 CORES_OWN = ("forward", "backward")
@@ -219,7 +219,7 @@ class Composition:
 
         Returns where it is none's: Budwood's own errors, what the machine cannot, and core's or the task's hooks.
         """
-        if isinstance(error, BudwoodError | OSError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        if isinstance(error, BudwoodError | OSError) or is_out_of_memory(error):
             return
         owner, hook = None, ""
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
