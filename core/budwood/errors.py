@@ -14,9 +14,13 @@ class BudwoodError(Exception):
 
 
 class InputError(BudwoodError):
-    """What the user gave is wrong: recipe, data, options, names."""
+    """What the user gave is wrong: recipe, data, options, names. `problems`: all that were found."""
 
     exit_code = 2
+
+    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems) or (message,)
 
 
 class ResourceError(BudwoodError):

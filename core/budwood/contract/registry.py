@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
@@ -122,6 +123,15 @@ class _Manager(pluggy.PluginManager):
         return super().parse_hookimpl_opts(plugin, name) if name in HOOKS else None
 
 
+@dataclass(frozen=True)
+class HookCall:
+    """One implementation of a hook: the name under which its plugin stands, and whether it wraps all that follow."""
+
+    name: str
+    plugin: Any
+    wraps: bool
+
+
 class Composition:
     """Strategies that fit together, in the solved order, and the hook calls over them.
 
@@ -129,19 +139,28 @@ class Composition:
         InputError: two owners of a slot or of a hook, a missing requirement, a conflict, a cycle in the order.
     """
 
-    def __init__(self, strategies: Sequence[Strategy]) -> None:
-        _check_slots(strategies)
-        for hook in ONE_OWNER:
-            owners = [s for s in strategies if hasattr(getattr(type(s), hook, None), "budwood_impl")]
-            if len(owners) > 1:
-                raise InputError(f"{owners[0]} and {owners[1]} both implement '{hook}': leave one out.")
-        self.strategies = _solve_order(strategies)
+    def __init__(
+        self, strategies: Sequence[Strategy], problems: list[str] | None = None, complete: bool = True
+    ) -> None:
+        """Compose.
+
+        Args:
+            problems: gathers what does not fit together, in place of an error; a cycle leaves the order as it was.
+            complete: no strategy is missing, which might provide what others require.
+        """
+        found = _find_clashes(strategies, complete)
+        self.strategies = _solve_order(strategies, found)
+        if problems is not None:
+            problems += found
+        elif found:
+            raise InputError(" ".join(found), found)
         self._manager = _Manager("budwood")
         self._manager.add_hookspecs(HookSpecs)
         self._set_aside: set[int] = set()
         # pluggy calls last-in first-out: registered in reverse, the first in order is called first and wraps outermost.
         for strategy in reversed(self.strategies):
-            self._manager.register(strategy, name=strategy.name)
+            if not self._manager.has_plugin(strategy.name):
+                self._manager.register(strategy, name=strategy.name)
         self._manager.check_pending()
 
     def register_core(self, plugin: object, name: str) -> None:
@@ -161,7 +180,11 @@ class Composition:
 
     def implements(self, hook: str) -> list[str]:
         """Names of the plugins that implement `hook`, in the order in which they are called."""
-        return [impl.plugin_name for impl in self._implementations(hook)]
+        return [call.name for call in self.calls(hook)]
+
+    def calls(self, hook: str) -> list[HookCall]:
+        """Who implements `hook`: wrappers, outermost first, then the others in the order in which they are called."""
+        return [HookCall(i.plugin_name, i.plugin, i.wrapper or i.hookwrapper) for i in self._implementations(hook)]
 
     def call(self, hook: str, **arguments: Any) -> Any:
         """Call a hook: the first result of a hook with one owner, else the list of results that are not None."""
@@ -246,27 +269,36 @@ def _owns(strategy: Strategy) -> set[str]:
     return {strategy.name, *strategy.slots, *strategy.provides}
 
 
-def _check_slots(strategies: Sequence[Strategy]) -> None:
+def _find_clashes(strategies: Sequence[Strategy], complete: bool) -> list[str]:
+    """What keeps the strategies from being in one recipe; requirements only where none is missing."""
+    problems = []
     names: dict[str, Strategy] = {}
     owners: dict[str, Strategy] = {}
     for strategy in strategies:
         if strategy.name in names:
-            raise InputError(f"strategy '{strategy.name}' stands twice in the recipe: leave one out.")
+            problems.append(f"strategy '{strategy.name}' stands twice in the recipe: leave one out.")
+            continue
         names[strategy.name] = strategy
         for slot in strategy.slots:
             if slot in owners:
-                raise InputError(f"{owners[slot]} and {strategy} both own the slot '{slot}': leave one out.")
+                problems.append(f"{owners[slot]} and {strategy} both own the slot '{slot}': leave one out.")
             owners[slot] = strategy
-    for strategy in strategies:
-        others = set().union(*(_owns(other) for other in strategies if other is not strategy))
-        for missing in (need for need in strategy.requires if need not in others):
-            raise InputError(f"{strategy} requires '{missing}': add a strategy that provides it to the recipe.")
-        for clash in (name for name in strategy.conflicts if name in others):
-            raise InputError(f"{strategy} conflicts with '{clash}': leave one out.")
+    for hook in ONE_OWNER:
+        both = [s for s in names.values() if hasattr(getattr(type(s), hook, None), "budwood_impl")]
+        problems += [f"{both[0]} and {other} both implement '{hook}': leave one out." for other in both[1:]]
+    for strategy in names.values():
+        present = set().union(*(_owns(other) for other in names.values() if other is not strategy))
+        missing = [need for need in strategy.requires if need not in present] if complete else []
+        problems += [
+            f"{strategy} requires '{need}': add a strategy that provides it to the recipe." for need in missing
+        ]
+        clashes = [name for name in strategy.conflicts if name in present]
+        problems += [f"{strategy} conflicts with '{name}': leave one out." for name in clashes]
+    return problems
 
 
-def _solve_order(strategies: Sequence[Strategy]) -> list[Strategy]:
-    """Topological order over `before` and `after`; the recipe's order breaks ties."""
+def _solve_order(strategies: Sequence[Strategy], problems: list[str]) -> list[Strategy]:
+    """Topological order over `before` and `after`; the recipe's order breaks ties, and stays where there is a cycle."""
     graph: TopologicalSorter[int] = TopologicalSorter({index: () for index in range(len(strategies))})
     for index, strategy in enumerate(strategies):
         for other_index, other in enumerate(strategies):
@@ -280,7 +312,8 @@ def _solve_order(strategies: Sequence[Strategy]) -> list[Strategy]:
         graph.prepare()
     except CycleError as error:
         cycle = " before ".join(str(strategies[index]) for index in error.args[1])
-        raise InputError(f"strategies cannot be put in an order: {cycle}. Leave one of them out.") from None
+        problems.append(f"strategies cannot be put in an order: {cycle}. Leave one of them out.")
+        return list(strategies)
     order: list[int] = []
     ready: list[int] = []
     while graph.is_active():
