@@ -25,7 +25,7 @@ def main() -> None:
     from jinja2.sandbox import SandboxedEnvironment
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    SandboxedEnvironment.unsafe_undefined = _refuse  # type: ignore[method-assign]
+    SandboxedEnvironment.unsafe_undefined = _refuse  # type: ignore[method-assign,assignment]
     (template,) = json.loads(requests.readline())
     with open("/proc/self/statm", encoding="ascii") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()

@@ -94,12 +94,7 @@ def test_the_limit_of_time_holds_in_a_thread_too():
 
 
 def test_a_template_that_does_not_compile():
-    for template in (
-        "{% for",
-        "{{ " + "(" * 10_000 + " }}",
-        "{% if a %}" * 2_000,
-        "{{ '" + "9" * 5_000 + "'|int }}{{ 9",
-    ):
+    for template in ("{{ " + "(" * 10_000 + " }}", "{% if a %}" * 2_000):
         assert isinstance(next(render(template, [([], {})])), InputError)
 
 
