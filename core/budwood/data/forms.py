@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from budwood.contract.discovery import PluginError, find, installed
+from budwood.contract.discovery import installed
+from budwood.contract.loading import create
+from budwood.contract.strategy import Plugin
 from budwood.data.encoder import Encoder, Span, check_template
 from budwood.data.reading import Row, read_rows
-from budwood.errors import InputError, did_you_mean
+from budwood.errors import BudwoodError, InputError, did_you_mean
 
 GROUP = "budwood.forms"
 ROLES = ("system", "developer", "user", "assistant")
@@ -36,9 +38,11 @@ class Dropped:
     reason: str
 
 
-class Form:
+class Form(Plugin):
     """What every data form brings: it is recognised when a file has all its columns."""
 
+    group = GROUP
+    must_declare = ("name", "columns", "tasks")
     name: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
     tasks: ClassVar[tuple[str, ...]]
@@ -248,18 +252,14 @@ def recognise(columns: Sequence[str], task: str, where: str) -> Form:
 
 
 def _installed_forms() -> tuple[list[Form], str]:
-    """Every form that imports, and a sentence on those that do not: they matter only where no other form fits."""
-    forms, broken = [], ""
+    """Every form that works, and a sentence on those that do not: they matter only where no other form fits."""
+    forms: list[Form] = []
+    broken = ""
     for name in installed(GROUP):
-        entry = find(name, GROUP, "data form")
         try:
-            form = entry.load()
-        except PluginError as error:
+            forms.append(create(name, GROUP))
+        except BudwoodError as error:
             broken += f" {error}"
-            continue
-        if not (isinstance(form, type) and issubclass(form, Form)):
-            raise PluginError(f"data form '{name}' of {entry.owner} is not a subclass of budwood.data.forms.Form.")
-        forms.append(form())
     return forms, broken
 
 
