@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from budwood.model.checkpoint import Entry
+from budwood.model.files import TensorInfo
 
 TRIM_EVERY = 8 << 20
 """Bytes read and converted before the heap is made to give back what was freed: without, the holes that quantising
@@ -60,7 +60,7 @@ def keep_heap() -> None:
         libc.mallopt(mmap_threshold, 1 << 30)
 
 
-def slices(tensors: dict[str, Entry], views: bool) -> dict[str, Any]:
+def slices(tensors: dict[str, TensorInfo], views: bool) -> dict[str, Any]:
     """Every tensor of a checkpoint, not read yet.
 
     Args:
@@ -72,4 +72,4 @@ def slices(tensors: dict[str, Entry], views: bool) -> dict[str, Any]:
         if entry.file not in files:
             files[entry.file] = safe_open(entry.file, framework="pt", backend="mmap" if views else "pread")
     parts = {name: files[entry.file].get_slice(name) for name, entry in tensors.items()}
-    return parts if views else {name: _Slice(parts[name], entry.end - entry.start) for name, entry in tensors.items()}
+    return parts if views else {name: _Slice(parts[name], entry.bytes) for name, entry in tensors.items()}

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from budwood.contract.strategy import hookimpl
+from budwood.contract.strategy import Plugin, hookimpl
 from budwood.contract.types import Batch, LossTerm, Outputs, Run, Step
 from budwood.data.packing import collate, split_micro
 from budwood.errors import InputError, ResourceError, is_out_of_memory
@@ -32,9 +32,11 @@ CHUNK = 256
 """Label positions whose logits exist at once."""
 
 
-class Task:
+class Task(Plugin):
     """What every task brings. A subclass sets the class attributes and implements `head_modules` and `metrics`."""
 
+    group = "budwood.tasks"
+    must_declare = ("name", "auto_class")
     name: ClassVar[str]
     auto_class: ClassVar[str]
     """Name of transformers' auto class."""
@@ -291,9 +293,7 @@ def over_eval_batches(run: Run, work: Callable[[Batch], T]) -> Iterator[T]:
             if len(rows[0]) == 1:
                 raise ResourceError(does_not_fit(run.recipe, examples, rows[0][0]))
             run.eval_tokens = int(sizes.sum() if run.packed else sizes.max() * len(sizes)) // 2
-            run.say(
-                f"out of memory: from here on an evaluation takes at most {run.eval_tokens:,} tokens at once"
-            )
+            run.say(f"out of memory: from here on an evaluation takes at most {run.eval_tokens:,} tokens at once")
             rows = [part for row in rows for part in split_micro(row, examples.lengths, run.eval_tokens, run.packed)]
     finally:
         run.model.train(was_training)

@@ -136,6 +136,7 @@ def train(run: Run, hooks: Composition, engine: Engine, report: Report) -> None:
     restore(run, best)
     check_changed(run, hooks, start, probe)
     write_results(run, hooks, report, probe)
+    hooks.notify(Event("end", run.step, run.metrics), report.say)
 
 
 def optimizer_steps(run: Run) -> Iterator[tuple[StepBatches, dict[str, int]]]:
