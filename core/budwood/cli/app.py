@@ -13,7 +13,8 @@ import typer.main
 
 import budwood
 from budwood.cli import adapter, data, demo, generate, plugins, recipe, tune
-from budwood.errors import BudwoodError, Interrupted
+from budwood.contract.calls import noted
+from budwood.errors import BudwoodError, Interrupted, is_out_of_memory
 from budwood.model.quiet import hush
 
 app = typer.Typer(
@@ -106,11 +107,13 @@ def explain(error: BaseException) -> tuple[int, str]:
         usage: Any = error
         path = usage.ctx.command_path if usage.ctx else "budwood"
         return 2, f"{usage.format_message()} See `{path} --help`."
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return 3, "out of memory: lower train.micro_tokens or data.max_length, or turn on train.gradient_checkpointing."
+    if is_out_of_memory(error):
+        remedy = "lower train.micro_tokens or data.max_length, or turn on train.gradient_checkpointing."
+        return 3, f"out of memory{noted(error)}: {remedy}"
     if isinstance(error, OSError):
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-        return 3, f"{' → '.join(names) or 'the system says'}: {error.strerror or error}."
+        what = f"{' → '.join(names) or 'the system says'}: {error.strerror or error}"
+        return 3, f"{what}{noted(error)}."
     what = f"{type(error).__name__}: {error}".strip().removesuffix(":")
     return 1, f"unexpected {what}. This is a bug; run again with --debug and report what it shows."
 

@@ -14,7 +14,7 @@ from budwood.contract.discovery import PluginError
 from budwood.contract.loading import HOOKS
 from budwood.contract.results import find_problem
 from budwood.contract.strategy import Plugin, Strategy
-from budwood.errors import BudwoodError, describe
+from budwood.errors import BudwoodError, describe, is_out_of_memory
 
 _BEFORE_STEPS = HOOKS[: HOOKS.index("prepare_batch")]
 _IN_STEP = HOOKS[HOOKS.index("prepare_batch") : HOOKS.index("after_optimizer_step") + 1]
@@ -223,7 +223,7 @@ class Calls:
         if not isinstance(owner, Plugin):
             raise error
         where = self._where(owner, plugin, hook)
-        if isinstance(error, OSError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        if isinstance(error, OSError) or is_out_of_memory(error):
             if isinstance(owner, Strategy) and not noted(error):
                 error.add_note(f"in {where}")
             raise error
@@ -250,8 +250,8 @@ class Calls:
 
 
 def noted(error: BaseException) -> str:
-    """ "in strategy 'x' (dist 1.0), hook …": where an error came up that kept its type; empty where that is unknown."""
-    return next((note for note in getattr(error, "__notes__", ()) if note.startswith("in strategy ")), "")
+    """ " in strategy 'x' (dist 1.0), hook …": where an error came up that kept its type; empty where in none."""
+    return next((f" {note}" for note in getattr(error, "__notes__", ()) if note.startswith("in strategy ")), "")
 
 
 @contextmanager
@@ -259,12 +259,8 @@ def blame(plugin: Plugin, doing: str) -> Iterator[None]:
     """Name a plugin in the error of what it does outside of hooks; `doing` is the method."""
     try:
         yield
-    except BudwoodError:
-        raise
-    except (OSError, MemoryError):
-        raise
     except (Exception, SystemExit) as error:
-        if type(error).__name__ == "OutOfMemoryError":
+        if isinstance(error, BudwoodError | OSError) or is_out_of_memory(error):
             raise
         raise PluginError(
             f"{plugin}, {doing}: {describe(error)}. Report it to its author; --debug shows the traceback."
