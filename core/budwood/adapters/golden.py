@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from budwood.adapters.files import read_header
 from budwood.adapters.store import GoldenRecord
 from budwood.errors import CorruptError
+from budwood.model.files import read_header
 
 if TYPE_CHECKING:
     from budwood.model.base import Base

@@ -1,10 +1,13 @@
-"""Every hook that a strategy can take part in, in the order in which a run calls them."""
+"""Every hook that a strategy can take part in, in the order in which a run calls them.
+
+docs/hooks.md is made of these declarations: how each is called, when it runs, what it may change, what it returns.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import pluggy
 
@@ -15,118 +18,263 @@ if TYPE_CHECKING:
 
     from budwood.contract.types import Batch, Event, Example, LossTerm, Outputs, ParameterGroup, Plan, Run, Step
 
-hookspec = pluggy.HookspecMarker("budwood")
+How = Literal["collect", "chain", "one owner", "core's own", "its own", "observe", "adapter's owner"]
+"""How a hook is called:
+
+- collect: every strategy, in the solved order; all results are used.
+- chain: every strategy, in the solved order; each receives what the last returned.
+- one owner: at most one strategy, in place of core's own way.
+- core's own: core or the task implements it; strategies may only wrap it.
+- its own: every strategy for itself, with what is its own.
+- observe: every strategy; one that fails is named and set aside, and the run goes on.
+- adapter's owner: the one strategy whose kind of adapter it is; also outside of runs, by the pool.
+"""
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _hook(how: How, *, wrappable: bool = False, first: bool = False) -> Callable[[_Function], _Function]:
+    """Declare a hook: how it is called, whether strategies may wrap it, whether the first result is the only one."""
+
+    def declare(function: _Function) -> _Function:
+        function.how, function.wrappable = how, wrappable  # type: ignore[attr-defined]
+        return pluggy.HookspecMarker("budwood")(function, firstresult=first)
+
+    return declare
 
 
 class HookSpecs:
-    """The contract. "One owner": at most one strategy implements it. "Chain": each receives what the last returned,
-    in the solved order. "Collect": every result is used. "Wrappable": `@hookimpl(wrapper=True)` may surround it."""
+    """The contract. An implementation may take fewer arguments, by name, than a hook has.
 
-    @hookspec
+    "Wrappable": `@hookimpl(wrapper=True)` may surround the whole call: it yields once, and returns the result.
+    """
+
+    @_hook("collect")
     def check_plan(self, plan: Plan) -> None:
-        """Collect. Call `plan.problem(self, text)` for what cannot work. `plan.steps` may be None before the data."""
+        """Say what stands against the plan, by `plan.problem(self, text)`; all problems are reported at once.
 
-    @hookspec(firstresult=True)
-    def load_base(self, run: Run) -> Any:
-        """One owner. Return a `Base` in place of the one that the recipe's quantiser loads."""
-
-    @hookspec
-    def prepare_examples(self, run: Run, examples: Sequence[Example]) -> Sequence[Example]:
-        """Chain, before packing. Return the examples to train on; `example.columns` may carry more arrays."""
-
-    @hookspec
-    def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
-        """Chain. Change the loaded model, for instance put an adapter on it, and return it."""
-
-    @hookspec
-    def trainable_parameters(self, run: Run, model: nn.Module) -> list[ParameterGroup]:
-        """Collect. Return named groups of what trains; a parameter that stands in two groups is an error."""
-
-    @hookspec(firstresult=True)
-    def build_optimizer(self, run: Run, groups: list[dict[str, Any]]) -> Optimizer:
-        """One owner. Build the optimizer from torch parameter groups ("params", "lr", "weight_decay", "name")."""
-
-    @hookspec(firstresult=True)
-    def build_scheduler(self, run: Run, optimizer: Optimizer) -> LRScheduler:
-        """One owner. Build the learning-rate scheduler; it is stepped once an optimizer step."""
-
-    @hookspec
-    def prepare_batch(self, run: Run, batch: Batch) -> Batch:
-        """Chain. Change a packed batch on its device, or add to `batch.columns`, before its step."""
-
-    @hookspec(firstresult=True)
-    def forward(self, step: Step) -> Outputs:
-        """One implementation (the task's), wrappable. Run the model up to its head; adds `step.noise` to embeddings."""
-
-    @hookspec
-    def token_terms(self, step: Step, logits: Tensor, positions: Tensor) -> list[LossTerm] | LossTerm | None:
-        """Collect. Loss terms of unit "label" for one chunk of the head's output.
-
-        `logits` [n, vocabulary or classes] belong to the labels `positions` [n] int64, which index `batch.labels`,
-        `batch.label_positions` and `batch.example_of_label`. Values are [n], in the order of `positions`.
+        When: before the data is read, and again before the base loads; by `budwood plan` too. `plan.steps` may be None
+            the first time, where the recipe counts epochs.
+        May change: nothing.
         """
 
-    @hookspec
-    def loss_terms(self, step: Step, outputs: Outputs) -> list[LossTerm] | LossTerm | None:
-        """Collect. Loss terms that need no head: unit "example" (values [examples]) or "step" (a scalar)."""
+    @_hook("chain")
+    def prepare_examples(self, run: Run, examples: Sequence[Example]) -> Sequence[Example]:
+        """Filter, change or make the examples to train on.
 
-    @hookspec(firstresult=True)
+        When: once, after the data is read, before it is packed and before the base loads.
+        May change: the examples and their order; `example.columns` may carry more arrays, one value a token ([T, …]) or
+            a scalar. Evaluation examples are left alone.
+        Returns: the examples to train on.
+        """
+
+    @_hook("one owner", first=True)
+    def load_base(self, run: Run) -> Any:
+        """Load the base in place of the recipe's quantiser.
+
+        When: once, after the plan was checked with the number of steps.
+        May change: nothing but what it makes.
+        Returns: a `Base`.
+        """
+
+    @_hook("chain")
+    def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
+        """Change the loaded model, for instance put an adapter on it.
+
+        When: once, after the base is loaded and frozen; `run.examples` and `run.steps` are known.
+        May change: the model's modules; not the bytes of the base's weights. `run.task_weight`, where a strategy shares
+            the loss with the task.
+        Returns: the model.
+        """
+
+    @_hook("collect")
+    def trainable_parameters(self, run: Run, model: nn.Module) -> list[ParameterGroup]:
+        """Name what trains. All that no strategy names is frozen.
+
+        When: once, after every `prepare_model`.
+        May change: nothing.
+        Returns: groups of parameters, fp32; one that stands in two groups is an error.
+        """
+
+    @_hook("one owner", first=True)
+    def build_optimizer(self, run: Run, groups: list[dict[str, Any]]) -> Optimizer:
+        """Build the optimizer in place of AdamW.
+
+        When: once, after `trainable_parameters`; `groups` are torch's parameter groups, with the keys "params", "lr",
+            "weight_decay" and "name".
+        May change: the groups' values, such as a learning rate.
+        Returns: a torch optimizer over all of the groups.
+        """
+
+    @_hook("one owner", first=True)
+    def build_scheduler(self, run: Run, optimizer: Optimizer) -> LRScheduler:
+        """Build the learning-rate scheduler in place of the recipe's `train.schedule`.
+
+        When: once, after `build_optimizer`; `run.steps` is known.
+        May change: nothing but what it makes.
+        Returns: a torch scheduler; it is stepped once an optimizer step that is not skipped.
+        """
+
+    @_hook("chain")
+    def prepare_batch(self, run: Run, batch: Batch) -> Batch:
+        """Change a micro-batch, or add to its columns.
+
+        When: before each micro-step, when the batch is on its device. Not in evaluations.
+        May change: the batch, but not how many labels and examples it holds, since the counts of the optimizer step are
+            known by then; `batch.columns` may carry more tensors.
+        Returns: the batch.
+        """
+
+    @_hook("core's own", wrappable=True, first=True)
     def backward(self, step: Step) -> None:
-        """One implementation (core's), wrappable. Forward, loss terms and backward of a micro-step."""
+        """Forward, loss terms and backward of a micro-step: core's.
 
-    @hookspec
+        When: once a micro-step. A wrapper may run further passes before or after its yield: `step.replay`,
+            `step.noise_gradient`.
+        May change: before the yield `step.noise`, `step.main_weight` and `step.track_noise`; after it gradients, which
+            add up over the micro-steps.
+        """
+
+    @_hook("core's own", wrappable=True, first=True)
+    def forward(self, step: Step) -> Outputs:
+        """Run the model up to its head, with `step.noise` added to the embeddings' output: the task's.
+
+        When: in each pass of a micro-step, inside `backward`. Not in evaluations and generation.
+        May change: the outputs; a wrapper may run `step.forward(noise)` to compare with.
+        Returns: the outputs: hidden states [R, T, d] and the head that maps rows of them to logits.
+        """
+
+    @_hook("collect")
+    def token_terms(self, step: Step, logits: Tensor, positions: Tensor) -> list[LossTerm] | LossTerm | None:
+        """Add loss terms that need the head, one value a label; all such terms share one chunked pass of the head.
+
+        When: for each chunk of the labels of each pass, after `forward`. `logits` [n, vocabulary or classes] belong to
+            the labels `positions` [n] int64, which index `batch.labels`, `batch.label_positions` and
+            `batch.example_of_label`.
+        May change: nothing.
+        Returns: terms of unit "label", values [n] in the order of `positions`; or None.
+        """
+
+    @_hook("collect")
+    def loss_terms(self, step: Step, outputs: Outputs) -> list[LossTerm] | LossTerm | None:
+        """Add loss terms that need no head.
+
+        When: once a pass, after its `token_terms`.
+        May change: nothing.
+        Returns: terms of unit "example" (values [examples]) or "step" (a scalar, added once an optimizer step and never
+            replayed); or None.
+        """
+
+    @_hook("collect")
     def before_clip(self, run: Run) -> None:
-        """Collect. Gradients are whole (all micro-steps and processes), unscaled and not yet clipped."""
+        """Read or change the whole gradients before they are clipped.
 
-    @hookspec
+        When: once an optimizer step: gradients are summed over all micro-steps and processes, and unscaled. Not in a
+            step that the fp16 scaler skips.
+        May change: the gradients of `run.trainable`.
+        """
+
+    @_hook("collect")
     def before_optimizer_step(self, run: Run) -> None:
-        """Collect. Gradients are clipped; the optimizer has not moved."""
+        """Read or change the gradients that the optimizer will use.
 
-    @hookspec
+        When: once an optimizer step, after clipping and before the optimizer moves. Not in a step that is skipped.
+        May change: the gradients of `run.trainable`.
+        """
+
+    @_hook("collect")
     def after_optimizer_step(self, run: Run) -> None:
-        """Collect. The optimizer has moved; gradients are still there, and are zeroed afterwards."""
+        """Follow the parameters: average them, shrink them, log about them.
 
-    @hookspec
-    def evaluate(self, run: Run) -> dict[str, float]:
-        """Collect, wrappable. Return named metrics of the model on `run.eval_examples`."""
+        When: once an optimizer step, after the optimizer moved; `run.step` counts the steps before this one, and the
+            gradients are still there. Not in a step that is skipped.
+        May change: the values of `run.trainable`; their shapes by `run.replace_parameter`.
+        """
 
-    @hookspec
-    def state_dict(self, run: Run) -> dict[str, Any]:
-        """Collect. Return tensors and JSON values that a resume needs."""
-
-    @hookspec
-    def load_state_dict(self, run: Run, state: dict[str, Any]) -> None:
-        """Receive what `state_dict` of the same strategy returned, before shapes and optimizer are restored."""
-
-    @hookspec
-    def export(self, run: Run, model: nn.Module, directory: Path) -> None:
-        """Collect, wrappable. Write what the run made into `directory`, a temporary folder renamed when complete."""
-
-    @hookspec
+    @_hook("observe")
     def on_event(self, event: Event) -> None:
-        """Observe. One that fails is named and set aside; the run goes on."""
+        """Learn what happened: a tracker, a notifier.
 
-    @hookspec
+        When: at the "start", after each "step" and each "evaluation", at the "end".
+        May change: nothing of the run.
+        """
+
+    @_hook("collect", wrappable=True)
+    def evaluate(self, run: Run) -> dict[str, float]:
+        """Measure the model on `run.eval_examples`; the task's metrics stand beside the strategies'.
+
+        When: before the first step, each `train.eval_every` steps and at the end, where the recipe has `data.eval`.
+        May change: nothing that lasts; a wrapper may put other weights in place (an average), and puts them back.
+        Returns: metrics by name.
+        """
+
+    @_hook("collect")
+    def state_dict(self, run: Run) -> dict[str, Any]:
+        """Give what a resume needs beyond parameters and optimizer.
+
+        When: whenever a checkpoint is written.
+        May change: nothing.
+        Returns: tensors and JSON values by name; a version among them is wise.
+        """
+
+    @_hook("its own")
+    def load_state_dict(self, run: Run, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` of the same strategy returned.
+
+        When: at a resume, after `trainable_parameters` and before parameters and optimizer are restored.
+        May change: its own state; shapes of parameters by `run.replace_parameter`.
+        """
+
+    @_hook("collect", wrappable=True)
+    def export(self, run: Run, model: nn.Module, directory: Path) -> None:
+        """Write what the run made.
+
+        When: at the end, after the best evaluation's parameters were put back. `directory` is a temporary folder, which
+            is renamed when it is complete.
+        May change: the folder.
+        """
+
+    @_hook("adapter's owner")
     def attach_adapter(self, model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], name: str) -> None:
-        """Owner of the adapter's kind. Put a saved adapter on a live model, not in use; every tensor is consumed."""
+        """Put a saved adapter on a live model, not in use yet.
 
-    @hookspec
+        When: the pool loads an adapter of this kind, or a strategy wants one beside the run's. `config` is
+            adapter_config.json.
+        May change: the model's modules, not its weights; every tensor is used, and what does not fit is refused.
+        """
+
+    @_hook("adapter's owner")
     def use_adapters(self, model: nn.Module, names: Sequence[str | None]) -> None:
-        """Owner. [] : none; one name: for every row; else one name or None for each row of the next batches."""
+        """Choose which adapters compute.
 
-    @hookspec
+        When: before each generation of the pool, around the base's own logits in a run. `names` is [] for none, one
+            name for every row, or one name or None for each row of the next batches.
+        May change: the choice alone.
+        """
+
+    @_hook("adapter's owner")
     def detach_adapter(self, model: nn.Module, name: str) -> None:
-        """Owner. Take an adapter off; without any left the model's modules are those of the base."""
+        """Take an adapter off.
 
-    @hookspec(firstresult=True)
+        When: the pool unloads it.
+        May change: the model's modules; without any adapter left they are those of the base, bit for bit.
+        """
+
+    @_hook("adapter's owner", first=True)
     def convert_adapter(
         self, config: dict[str, Any], tensors: dict[str, Tensor], kind: str
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """Owner, optional. A saved adapter as one of another `kind` that computes the same; None where it cannot be.
+        """Turn a saved adapter into one of another `kind` that computes the same; optional.
 
-        Both are adapter_config.json and the tensors of PEFT's file.
+        When: `budwood adapter export --as KIND`. `config` and `tensors` are those of PEFT's files.
+        May change: nothing.
+        Returns: config and tensors of the other kind, or None where it cannot be.
         """
 
-    @hookspec
+    @_hook("adapter's owner")
     def merge_adapter(self, model: nn.Module, name: str) -> None:
-        """Owner. Add an attached adapter into the (unquantised) weights and take it off."""
+        """Add an attached adapter into the weights, and take it off.
+
+        When: `budwood adapter merge`, on unquantised fp32 weights.
+        May change: the model's weights and modules.
+        """

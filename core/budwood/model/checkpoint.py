@@ -3,43 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from budwood.errors import CorruptError, InputError, ResourceError, did_you_mean
+from budwood.model.files import MAX_HEADER, TensorInfo, read_header, read_json
 
-HEADER_LIMIT = 100_000_000
-"""Bytes of a safetensors header, as the format's own library allows."""
 PAGE = 4096
 PAGES = 8
 """A tensor's fingerprint reads so many pages of it, evenly spread, the first and the last among them."""
 
-_BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
-    **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
-}
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib")
 _SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor as a safetensors header describes it; `start` and `end` are offsets into `file`, in bytes."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-    end: int
 
 
 def resolve(model: str | Path, weights: bool = True, code: bool = False) -> Path:
@@ -109,13 +87,13 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise InputError(f"base '{folder}' is an adapter: give the base that it was trained on.")
         _refuse_other_weights(folder)
         raise InputError(f"base '{folder}' holds no config.json, so it is no model folder.")
-    config = _read_json(path)
+    config = read_json(path, finite=False)
     if not isinstance(config.get("model_type"), str):
         raise CorruptError(f"{path}: 'model_type' is missing.")
     return config
 
 
-def read_tensors(folder: Path) -> dict[str, Entry]:
+def read_tensors(folder: Path) -> dict[str, TensorInfo]:
     """Read the headers of all of a base's safetensors, and check that the files are whole.
 
     Raises:
@@ -129,55 +107,16 @@ def read_tensors(folder: Path) -> dict[str, Entry]:
     if not index:
         _refuse_other_weights(folder)
         raise InputError(f"base '{folder}' holds no model.safetensors and no model.safetensors.index.json.")
-    tensors: dict[str, Entry] = {}
+    tensors: dict[str, TensorInfo] = {}
     for name in sorted(set(index.values())):
         if not (folder / name).is_file():
             raise CorruptError(f"{folder / name} is missing, and model.safetensors.index.json names it.")
-        tensors |= read_header(folder / name)
+        found = read_header(folder / name)
+        tensors |= {key: info for key, info in found.items() if index.get(key, name) == name}
     lost = [name for name in index if name not in tensors]
     if lost:
         raise CorruptError(f"{folder / index[lost[0]]} does not hold '{lost[0]}', which the index says is there.")
     return tensors
-
-
-def read_header(path: Path) -> dict[str, Entry]:
-    """Read the header of one safetensors file, without its tensors.
-
-    Raises:
-        CorruptError: the header is too long or not sound, or the file is truncated or too long for it.
-    """
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(0)
-        first = file.read(8)
-        if first == b"version " and size < 1024:
-            raise CorruptError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`.")
-        length = int.from_bytes(first, "little")
-        if len(first) < 8 or length > HEADER_LIMIT or 8 + length > size:
-            raise CorruptError(f"{path} is truncated, or no safetensors file.")
-        text = file.read(length)
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        entries = {name: _entry(name, item, path, 8 + length) for name, item in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CorruptError(f"{path}: its header is not that of a safetensors file.") from error
-    end = max((entry.end for entry in entries.values()), default=8 + length)
-    if end != size:
-        state = "truncated" if end > size else "longer than its header says"
-        raise CorruptError(f"{path} is {state}: {size:,} bytes, its header says {end:,}.")
-    return entries
-
-
-def _entry(name: str, item: dict[str, Any], path: Path, data: int) -> Entry:
-    shape, (start, end) = tuple(item["shape"]), item["data_offsets"]
-    numbers = (*shape, start, end)
-    if not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError(name)
-    bits = _BITS.get(item["dtype"])  # of a newer dtype only the offsets are checked
-    if end < start or (bits is not None and (end - start) * 8 != math.prod(shape) * bits):
-        raise ValueError(name)
-    return Entry(name, str(item["dtype"]), shape, path, data + start, data + end)
 
 
 def fingerprint(folder: str | Path) -> str:
@@ -192,7 +131,7 @@ def fingerprint(folder: str | Path) -> str:
     Raises:
         InputError, ResourceError, CorruptError: as `resolve` and `read_tensors`.
     """
-    files: dict[Path, list[Entry]] = {}
+    files: dict[Path, list[TensorInfo]] = {}
     for entry in read_tensors(resolve(folder)).values():
         files.setdefault(entry.file, []).append(entry)
     with ThreadPoolExecutor(8) as pool:  # it waits for the disk
@@ -203,7 +142,7 @@ def fingerprint(folder: str | Path) -> str:
     return total.hexdigest()
 
 
-def _digests(entries: list[Entry]) -> list[tuple[str, bytes]]:
+def _digests(entries: list[TensorInfo]) -> list[tuple[str, bytes]]:
     digests = []
     with entries[0].file.open("rb", buffering=0) as file:
         for entry in sorted(entries, key=lambda e: e.start):
@@ -229,7 +168,7 @@ def _index(folder: Path) -> dict[str, str]:
     path = folder / "model.safetensors.index.json"
     if not path.is_file():
         return {}
-    index = _read_json(path).get("weight_map")
+    index = read_json(path, MAX_HEADER).get("weight_map")
     names = index.values() if isinstance(index, dict) else [None]
     if not index or not all(isinstance(n, str) and n == Path(n).name and n.endswith(".safetensors") for n in names):
         raise CorruptError(f"{path}: 'weight_map' does not name files of the same folder.")
@@ -246,18 +185,6 @@ def _refuse_other_weights(folder: Path) -> None:
             f"base '{folder}' holds pickled weights alone ({pickles[0]}), which can run code and are never opened: "
             "convert them once, if you trust them, by transformers' from_pretrained(…).save_pretrained(…)."
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{path} is not JSON: {first_line(error)}") from error
-    except OSError as error:
-        raise ResourceError(f"{path} cannot be read: {error.strerror}.") from error
-    if not isinstance(value, dict):
-        raise CorruptError(f"{path} is not a JSON object.")
-    return value
 
 
 def first_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from budwood.model.checkpoint import Entry
+from budwood.model.files import TensorInfo
 
 TRIM_EVERY = 8 << 20
 """Bytes read and converted before the heap is made to give back what was freed: without, the holes that quantising
@@ -43,6 +44,14 @@ def trim_heap() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def release_memory() -> None:
+    """Give back what nobody uses: after an allocation failed, before it is tried again with less."""
+    gc.collect()
+    trim_heap()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def keep_heap() -> None:
     """Have glibc keep freed memory for the next step instead of giving it back, and faulting every page in again."""
     if platform.libc_ver()[0] == "glibc":
@@ -51,7 +60,7 @@ def keep_heap() -> None:
         libc.mallopt(mmap_threshold, 1 << 30)
 
 
-def slices(tensors: dict[str, Entry], views: bool) -> dict[str, Any]:
+def slices(tensors: dict[str, TensorInfo], views: bool) -> dict[str, Any]:
     """Every tensor of a checkpoint, not read yet.
 
     Args:
@@ -63,4 +72,4 @@ def slices(tensors: dict[str, Entry], views: bool) -> dict[str, Any]:
         if entry.file not in files:
             files[entry.file] = safe_open(entry.file, framework="pt", backend="mmap" if views else "pread")
     parts = {name: files[entry.file].get_slice(name) for name, entry in tensors.items()}
-    return parts if views else {name: _Slice(parts[name], entry.end - entry.start) for name, entry in tensors.items()}
+    return parts if views else {name: _Slice(parts[name], entry.bytes) for name, entry in tensors.items()}
