@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from budwood import installed
+from budwood.testing import Files, StrategyConformance
+from budwood.testing.bench import FIRST_PARTY
 from budwood_adalora import AdaLoRA
 from budwood_adversarial import Adversarial
 from budwood_distillation import Distillation
 from budwood_lora import LoRA
-
-from budwood import installed
-from budwood.testing import Files, StrategyConformance
-from budwood.testing.bench import FIRST_PARTY
 
 LOW_RANK = {"rank": 2, "alpha": 4}
 

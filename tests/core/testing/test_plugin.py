@@ -1,4 +1,4 @@
-"""The conformance kit as a pytest plugin: light for tests that have nothing to do with it, and plain where it is used."""
+"""The conformance kit as a pytest plugin: light where tests have nothing to do with it, plain where it is used."""
 
 from __future__ import annotations
 
