@@ -16,7 +16,7 @@ from budwood.contract.discovery import Installed, PluginError, find
 from budwood.contract.discovery import installed as installed  # the other half of this module, which loads nothing
 from budwood.contract.hookspecs import HookSpecs
 from budwood.contract.strategy import API_VERSION, Options, Strategy
-from budwood.contract.validation import dotted, first_problem, sentence
+from budwood.contract.validation import dotted, find_problems, sentence
 from budwood.errors import BudwoodError, InputError, did_you_mean
 
 HOOKS = tuple(name for name, value in vars(HookSpecs).items() if hasattr(value, "how"))
@@ -102,9 +102,11 @@ def build_strategy(name: str, options: dict[str, Any], where: str | Callable[...
     try:
         validated = cls.Options.model_validate(options)
     except ValidationError as error:
-        place, text = first_problem(error, cls.Options)
-        at = where if isinstance(where, str) else where(*place)
-        raise InputError(f"{at}: {dotted((name, *place))}: {sentence(text)}") from None
+        problems = [
+            f"{where if isinstance(where, str) else where(*place)}: {dotted((name, *place))}: {sentence(text)}"
+            for place, text in find_problems(error, cls.Options)
+        ]
+        raise InputError(" ".join(problems), problems) from None
     try:
         return cls(validated, name=name, distribution=entry.owner)
     except BudwoodError:

@@ -56,6 +56,13 @@ class Core:
         return transformers.get_scheduler(names[recipe.schedule], optimizer, warmup, steps)
 
 
+def register_parts(hooks: Composition, task: Task, engine: Engine) -> None:
+    """Put the task and core's own hooks under the strategies."""
+    hooks.register_core(task, f"task {task.name}")
+    hooks.register_core(engine, "core step")
+    hooks.register_core(Core(), "core")
+
+
 def prepare(recipe: Recipe | str | Path, report: Report, overwrite: bool) -> tuple[Run, Composition, Engine]:
     """Make a run ready to train.
 
@@ -109,9 +116,7 @@ def prepare(recipe: Recipe | str | Path, report: Report, overwrite: bool) -> tup
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     run.groups = trainable_groups(run, hooks)
     engine = Engine(run, hooks)
-    hooks.register_core(task, f"task {task.name}")
-    hooks.register_core(engine, "core step")
-    hooks.register_core(Core(), "core")
+    register_parts(hooks, task, engine)
     _say_size(run, report)
     run.optimizer = hooks.call("build_optimizer", run=run, groups=_torch_groups(run))
     run.scheduler = hooks.call("build_scheduler", run=run, optimizer=run.optimizer)
@@ -156,7 +161,7 @@ def check_plan(plan: Plan, hooks: Composition) -> None:
     plan.problems.clear()
     hooks.call("check_plan", plan=plan)
     if plan.problems:
-        raise InputError("; ".join(plan.problems))
+        raise InputError("; ".join(plan.problems), plan.problems)
 
 
 def read_data(run: Run, hooks: Composition, report: Report) -> None:
