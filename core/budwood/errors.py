@@ -49,6 +49,15 @@ class Interrupted(BudwoodError):
         self.exit_code = exit_code
 
 
+def describe(error: BaseException) -> str:
+    """Return "KeyError: 'x'": the type and the first line of the text of an exception that anybody may have raised."""
+    try:
+        text = str(error).strip()
+    except Exception:  # a message that cannot be made is no reason to lose the type
+        text = ""
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the nearest of `choices`, or an empty string when none is near."""
     choices = list(choices)

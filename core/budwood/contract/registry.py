@@ -1,8 +1,7 @@
-"""From a recipe's names to a composition: import what is named, check the contract, solve slots and order."""
+"""From strategies to a composition: slots, requirements and order solved, and the hook calls over them."""
 
 from __future__ import annotations
 
-import inspect
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,112 +9,12 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import pluggy
-from pydantic import ValidationError
 
-from budwood.contract.discovery import Installed, PluginError, find
-from budwood.contract.discovery import installed as installed  # the other half of this module, which loads nothing
+from budwood.contract.discovery import PluginError
 from budwood.contract.hookspecs import HookSpecs
-from budwood.contract.strategy import API_VERSION, Options, Strategy
-from budwood.contract.validation import dotted, find_problems, sentence
-from budwood.errors import BudwoodError, InputError, did_you_mean
-
-HOOKS = tuple(name for name, value in vars(HookSpecs).items() if hasattr(value, "how"))
-ONE_OWNER = tuple(name for name in HOOKS if getattr(HookSpecs, name).how == "one owner")
-CORES_OWN = tuple(name for name in HOOKS if getattr(HookSpecs, name).how == "core's own")
-WRAPPABLE = tuple(name for name in HOOKS if getattr(HookSpecs, name).wrappable)
-
-
-def load_strategy(name: str) -> tuple[type[Strategy], Installed]:
-    """Import the strategy `name` and check that it keeps the contract.
-
-    Raises:
-        InputError: it is not installed, or two distributions have it.
-        PluginError: it fails to import, is not a Strategy, or has a misspelt, unmarked or wrongly declared hook.
-    """
-    entry = find(name)
-    cls = entry.load()
-    who = f"strategy '{name}' of {entry.owner}"
-    if not (isinstance(cls, type) and issubclass(cls, Strategy)):
-        raise PluginError(f"{who}: {entry.value} is not a subclass of budwood.Strategy. Point the entry point at one.")
-    if cls.api != API_VERSION:
-        raise PluginError(
-            f"{who} was written for version {cls.api} of the contract, and this Budwood has {API_VERSION}: "
-            f"update it (pip install -U {entry.distribution})."
-        )
-    for declared in ("slots", "provides", "requires", "conflicts", "before", "after"):
-        names = getattr(cls, declared)
-        if isinstance(names, str) or not all(isinstance(item, str) for item in names):
-            raise PluginError(f"{who}: '{declared}' must be a tuple of names, not {names!r}.")
-    if not (isinstance(cls.Options, type) and issubclass(cls.Options, Options)):
-        raise PluginError(f"{who}: its Options must be a subclass of budwood.Options, which refuses unknown keys.")
-    check_hooks(cls, who)
-    return cls, entry
-
-
-def check_hooks(cls: type, who: str) -> None:
-    """Check every hook of a class against the contract; `who` leads messages.
-
-    Raises:
-        PluginError: a hook is misspelt, unmarked, takes an unknown argument, or wraps what cannot be wrapped.
-    """
-    for method, function in inspect.getmembers(cls, callable):
-        marks: dict[str, Any] | None = getattr(function, "budwood_impl", None)
-        if marks is None:
-            if method in HOOKS:
-                raise PluginError(
-                    f"{who}: method '{method}' is named like a hook; mark it with @hookimpl, or rename it."
-                )
-            continue
-        if method not in HOOKS:
-            raise PluginError(f"{who}: there is no hook '{method}'.{did_you_mean(method, HOOKS)}")
-        wrapper = marks["wrapper"] or marks["hookwrapper"]
-        if wrapper and method not in WRAPPABLE:
-            raise PluginError(f"{who}: hook '{method}' cannot be wrapped; only {', '.join(WRAPPABLE)} can.")
-        if not wrapper and method in CORES_OWN and issubclass(cls, Strategy):
-            raise PluginError(f"{who}: hook '{method}' is not a strategy's own; use @hookimpl(wrapper=True).")
-        if marks["tryfirst"] or marks["trylast"]:
-            raise PluginError(f"{who}: hook '{method}': declare the order with `before` and `after` of the class.")
-        allowed = list(inspect.signature(getattr(HookSpecs, method)).parameters)[1:]
-        for argument in list(inspect.signature(function).parameters.values())[1:]:
-            if argument.name not in allowed:
-                raise PluginError(
-                    f"{who}: hook '{method}' has no argument '{argument.name}'."
-                    f"{did_you_mean(argument.name, allowed)} It may take {', '.join(allowed)}."
-                )
-            if argument.default is not argument.empty:
-                raise PluginError(f"{who}: hook '{method}': argument '{argument.name}' must have no default.")
-
-
-def build_strategy(name: str, options: dict[str, Any], where: str | Callable[..., str]) -> Strategy:
-    """Import and instantiate a strategy with validated options.
-
-    Args:
-        name: under which it is installed.
-        options: as written.
-        where: leads messages ("recipe.yaml:7"), or gives that for an option's place (`where("rank")`).
-
-    Raises:
-        InputError: an option is unknown or out of range.
-        PluginError: see `load_strategy`, or it fails to start.
-    """
-    cls, entry = load_strategy(name)
-    try:
-        validated = cls.Options.model_validate(options)
-    except ValidationError as error:
-        problems = [
-            f"{where if isinstance(where, str) else where(*place)}: {dotted((name, *place))}: {sentence(text)}"
-            for place, text in find_problems(error, cls.Options)
-        ]
-        raise InputError(" ".join(problems), problems) from None
-    try:
-        return cls(validated, name=name, distribution=entry.owner)
-    except BudwoodError:
-        raise
-    except Exception as error:
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise PluginError(
-            f"strategy '{name}' of {entry.owner} cannot start: {what}. Report it to its author."
-        ) from error
+from budwood.contract.loading import HOOKS, ONE_OWNER, check_hooks
+from budwood.contract.strategy import Strategy
+from budwood.errors import BudwoodError, InputError
 
 
 class _Manager(pluggy.PluginManager):

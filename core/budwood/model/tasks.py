@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from budwood.contract.strategy import hookimpl
+from budwood.contract.strategy import Plugin, hookimpl
 from budwood.contract.types import Batch, LossTerm, Outputs, Run, Step
 from budwood.data.packing import collate, split_micro
 from budwood.errors import InputError
@@ -29,9 +29,11 @@ CHUNK = 256
 """Label positions whose logits exist at once."""
 
 
-class Task:
+class Task(Plugin):
     """What every task brings. A subclass sets the class attributes and implements `head_modules` and `metrics`."""
 
+    group = "budwood.tasks"
+    must_declare = ("name", "auto_class")
     name: ClassVar[str]
     auto_class: ClassVar[str]
     """Name of transformers' auto class."""

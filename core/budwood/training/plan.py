@@ -18,7 +18,8 @@ from rich.text import Text
 
 from budwood.contract.discovery import find
 from budwood.contract.hookspecs import HookSpecs
-from budwood.contract.registry import HOOKS, Composition, build_strategy, load_strategy
+from budwood.contract.loading import HOOKS, build_strategy, create, load_strategy
+from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy
 from budwood.contract.types import Plan, Run
 from budwood.errors import BudwoodError, InputError
@@ -127,7 +128,7 @@ def plan(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> RunPlan:
     order = {id(strategy): index for index, strategy in enumerate(hooks.strategies)}
     by_order = sorted(zip(strategies, parts, strict=True), key=lambda pair: order[id(pair[0])])
     made = RunPlan(loaded, hooks.strategies, loaded.train.steps, parts=[part for _, part in by_order])
-    made.task = problems.of(lambda: find(loaded.base.task, TASKS, "task").load()())
+    made.task = problems.of(lambda: create(loaded.base.task, TASKS))
     _look_at_base(loaded, made, problems)
     _look_at_machine(loaded, made.notes, problems)
     ready = whole and len(sound) == len(strategies) and made.model is not None and made.tokenizer is not None
@@ -281,7 +282,7 @@ def _describe(plugin: Any, recipe: Recipe) -> tuple[str, str, str]:
 
 def _owner(name: str, group: str) -> str:
     try:
-        return find(name, group, "plugin").owner
+        return find(name, group).owner
     except BudwoodError:
         return UNKNOWN
 

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from budwood.contract.discovery import STRATEGIES, find
-from budwood.contract.registry import Composition, build_strategy
+from budwood.contract.loading import build_strategy
+from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy
 from budwood.contract.validation import Location, dotted, find_problems, sentence
 from budwood.errors import InputError
@@ -305,14 +306,14 @@ def _examine(
                 mended.add(at)
                 meant.update((*at[:-1], near[1]) for near in re.finditer(r"Did you mean '(\w+)'", text))
     recipe._places, recipe._source = places, source
-    named: list[tuple[Location, str, str, str]] = [
-        (("base", "quantization"), recipe.base.quantization, QUANTIZERS, "quantiser"),
-        (("base", "task"), recipe.base.task, TASKS, "task"),
-        *((("strategies", i), c.name, STRATEGIES, "strategy") for i, c in enumerate(recipe.strategies)),
+    named: list[tuple[Location, str, str]] = [
+        (("base", "quantization"), recipe.base.quantization, QUANTIZERS),
+        (("base", "task"), recipe.base.task, TASKS),
+        *((("strategies", i), c.name, STRATEGIES) for i, c in enumerate(recipe.strategies)),
     ]
-    for place, name, group, what in (item for item in named if item[1] != UNKNOWN):
+    for place, name, group in (item for item in named if item[1] != UNKNOWN):
         try:
-            find(name, group, what)
+            find(name, group)
         except InputError as error:
             problems.append(f"{places.nearest(place)}: {error}")
     return recipe, problems

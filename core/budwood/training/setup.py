@@ -18,8 +18,9 @@ import transformers
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
-from budwood.contract.discovery import find
-from budwood.contract.registry import Composition, PluginError
+from budwood.contract.discovery import PluginError
+from budwood.contract.loading import create
+from budwood.contract.registry import Composition
 from budwood.contract.strategy import hookimpl
 from budwood.contract.types import Batch, Plan, Run
 from budwood.data.examples import Examples, build_examples, overlap
@@ -77,7 +78,7 @@ def prepare(recipe: Recipe | str | Path, report: Report, overwrite: bool) -> tup
     hooks = build_composition(recipe)
     if not hooks.implements("trainable_parameters"):
         raise InputError(NOTHING_TRAINS)
-    task: Task = find(recipe.base.task, "budwood.tasks", "task").load()()
+    task: Task = create(recipe.base.task, "budwood.tasks")
     directory = Path(recipe.output)
     device, dtype, reason = pick_device_precision(recipe.base.device, recipe.train.precision)
     check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code, device)
