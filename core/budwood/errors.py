@@ -6,11 +6,16 @@ import difflib
 import re
 from collections.abc import Iterable
 
+from budwood.redaction import redact
+
 
 class BudwoodError(Exception):
     """Base of every error that a user meets; `exit_code` is what the command ends with."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redact(message))
 
 
 class InputError(BudwoodError):
@@ -20,7 +25,7 @@ class InputError(BudwoodError):
 
     def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
         super().__init__(message)
-        self.problems = tuple(problems) or (message,)
+        self.problems = tuple(map(redact, problems)) or (str(self),)
 
 
 class ResourceError(BudwoodError):
