@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from collections.abc import Iterable
 
@@ -52,6 +53,16 @@ class Interrupted(BudwoodError):
     def __init__(self, message: str, exit_code: int = 130) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that the device or the host has no memory left, whoever's allocator said it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error).lower() if isinstance(error, RuntimeError) and not isinstance(error, BudwoodError) else ""
+    return any(words in text for words in ("can't allocate memory", "out of memory", "alloc_failed"))
 
 
 def describe(error: BaseException) -> str:

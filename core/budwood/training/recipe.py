@@ -94,6 +94,9 @@ class TrainSection(_Section):
         100, description="prompts that an evaluation answers for exact match; 0: none"
     )
     patience: Count | None = Field(None, description="stop after so many evaluations without a gain")
+    non_finite: Literal["stop", "skip"] = Field(
+        "stop", description="a step whose loss or gradient is not finite ends the run, or is left out and counted"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = Field(0, description="of all randomness of the run")
     trackers: Sequence[Literal["tensorboard", "wandb", "trackio"]] = Field(
