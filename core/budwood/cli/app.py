@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ import budwood
 from budwood.cli import adapter, data, demo, generate, plan, plugins, recipe, tune
 from budwood.errors import BudwoodError, Interrupted, is_out_of_memory
 from budwood.model.quiet import hush
+from budwood.redaction import RedactedStream
 
 app = typer.Typer(
     name="budwood",
@@ -74,6 +76,11 @@ def run(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without UTF-8 is no error
+    with contextlib.redirect_stderr(RedactedStream(sys.stderr)):
+        return _run(arguments, debug)
+
+
+def _run(arguments: list[str], debug: bool) -> int:
     try:
         command = typer.main.get_command(app)
         with command.make_context("budwood", arguments) as context:

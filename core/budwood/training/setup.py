@@ -30,6 +30,7 @@ from budwood.model import attention
 from budwood.model.base import Base, check_base, load_base, load_tokenizer, pick_device_precision, skeleton
 from budwood.model.streaming import keep_heap
 from budwood.model.tasks import Task, autocast, collate_for
+from budwood.redaction import redact_values
 from budwood.training.preflight import preflight
 from budwood.training.recipe import Recipe, build_composition, load_recipe
 from budwood.training.report import Report
@@ -124,7 +125,7 @@ def prepare(recipe: Recipe | str | Path, report: Report, overwrite: bool) -> tup
     if accelerator.is_main_process:
         write_manifest(run)
         (directory / "recipe.yaml").write_text(recipe.to_yaml(hooks.strategies), encoding="utf-8")
-    report.open(directory, accelerator, recipe.train.trackers, recipe.model_dump(mode="json"))
+    report.open(directory, accelerator, recipe.train.trackers, redact_values(recipe.model_dump(mode="json")))
     return run, hooks, engine
 
 
@@ -329,13 +330,13 @@ def write_manifest(run: Run) -> None:
         "precision": precision_name(run.dtype),
         "processes": run.processes,
     }  # fmt: skip
-    text = json.dumps(manifest, indent=2, default=str) + "\n"
+    text = json.dumps(redact_values(manifest), indent=2, default=str) + "\n"
     (run.directory / "manifest.json").write_text(text, encoding="utf-8")
 
 
 def strategies_record(strategies: Sequence[Any]) -> list[dict[str, Any]]:
     """Name, distribution and options of each strategy, as manifests keep them."""
     return [
-        {"name": s.name, "distribution": s.distribution, "options": s.options.model_dump(mode="json")}
+        {"name": s.name, "distribution": s.distribution, "options": redact_values(s.options.model_dump(mode="json"))}
         for s in strategies
     ]
