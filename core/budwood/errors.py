@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from collections.abc import Iterable
+
+from budwood.redaction import redact
 
 
 class BudwoodError(Exception):
     """Base of every error that a user meets; `exit_code` is what the command ends with."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redact(message))
 
 
 class InputError(BudwoodError):
@@ -20,7 +26,7 @@ class InputError(BudwoodError):
 
     def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
         super().__init__(message)
-        self.problems = tuple(problems) or (message,)
+        self.problems = tuple(map(redact, problems)) or (str(self),)
 
 
 class ResourceError(BudwoodError):
@@ -47,6 +53,16 @@ class Interrupted(BudwoodError):
     def __init__(self, message: str, exit_code: int = 130) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that the device or the host has no memory left, whoever's allocator said it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error).lower() if isinstance(error, RuntimeError) and not isinstance(error, BudwoodError) else ""
+    return any(words in text for words in ("can't allocate memory", "out of memory", "alloc_failed"))
 
 
 def describe(error: BaseException) -> str:

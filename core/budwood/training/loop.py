@@ -16,19 +16,17 @@ import torch
 from torch import Tensor
 
 from budwood.contract.registry import Composition
-from budwood.contract.types import Batch, Event, Run, Step
-from budwood.data.packing import plan_epoch, split_micro
-from budwood.errors import BudwoodError, DivergedError, Interrupted
+from budwood.contract.types import Event, Run
+from budwood.data.packing import plan_epoch
+from budwood.errors import BudwoodError, DivergedError, Interrupted, ResourceError, is_out_of_memory
 from budwood.model.quiet import hush
-from budwood.model.tasks import autocast, collate_for
 from budwood.training.finish import adapter_probe, check_changed, write_results
+from budwood.training.memory import StepBatches, TornStepError, accumulate, explain_out_of_memory, optimizer_step
+from budwood.training.non_finite import check_skip
 from budwood.training.recipe import Recipe
 from budwood.training.report import Report
 from budwood.training.setup import prepare
 from budwood.training.step import Engine
-
-MAX_SKIPPED = 20
-"""Consecutive steps that the fp16 scaler may skip before the run counts as diverged."""
 
 
 @dataclass
@@ -75,7 +73,7 @@ def train(run: Run, hooks: Composition, engine: Engine, report: Report) -> None:
     start = [p.detach().cpu().clone() for p in run.trainable]
     probe = adapter_probe(run)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    best, skipped, stopped = Best(), 0, None
+    best, skipped, stopped, failure = Best(), 0, None, None
     run.before = evaluate(run, hooks, report, best)
     report.start(run.steps or 0)
     hooks.notify(Event("start", 0, {"steps": run.steps}), report.say)
@@ -83,31 +81,25 @@ def train(run: Run, hooks: Composition, engine: Engine, report: Report) -> None:
     run.model.train()
     run.optimizer.zero_grad(set_to_none=True)
     try:
-        for batches, counts in optimizer_steps(run):
+        for todo, counts in optimizer_steps(run):
             run.counts = counts
             engine.loss_scale = scaler.scale(torch.ones((), device=run.device)) if scaler.is_enabled() else 1.0
-            for index, batch in enumerate(batches):
-                batch = hooks.chain("prepare_batch", "batch", batch.to(run.device), run=run)
-                hooks.call("backward", step=Step(run, batch, engine, index))
+            batches = accumulate(run, hooks, engine, todo)
             sum_gradients(run)
             scaler.unscale_(run.optimizer)
             values = engine.finish_step()
             norm = torch.nn.utils.get_total_norm([p.grad for p in run.trainable if p.grad is not None])
             finite = bool(torch.isfinite(norm) & torch.isfinite(values["loss"]))
-            if not finite and not scaler.is_enabled():
-                raise DivergedError(_not_finite(run, engine, hooks, batches, values, norm))
             skipped, rate = 0 if finite else skipped + 1, run.optimizer.param_groups[0]["lr"]
-            if skipped > MAX_SKIPPED:
-                raise DivergedError(
-                    f"step {run.step + 1}: {skipped} steps in a row overflowed in fp16: use bf16 or fp32"
-                )
+            if not finite:
+                check_skip(run, engine, hooks, batches, values, norm, skipped, scaler.is_enabled())
             if finite:
                 hooks.call("before_clip", run=run)
                 if recipe.clip:
                     trained = [p for p in run.trainable if p.grad is not None]
                     torch.nn.utils.clip_grad_norm_(trained, recipe.clip)
                 hooks.call("before_optimizer_step", run=run)
-                scaler.step(run.optimizer)
+                optimizer_step(run, scaler)
                 hooks.call("after_optimizer_step", run=run)
                 run.scheduler.step()
             scaler.update()
@@ -126,16 +118,20 @@ def train(run: Run, hooks: Composition, engine: Engine, report: Report) -> None:
                     break
     except KeyboardInterrupt as error:
         stopped = error
-    except DivergedError as error:
+    except Exception as error:
+        failure = explain_out_of_memory(run, error)
+        if not isinstance(failure, DivergedError | ResourceError):
+            raise
+    if failure is not None:
         report.stop()
-        kept = _keep(run, hooks, best, start, report, probe)
-        raise DivergedError(f"{error}; {kept}") from error
+        kept = _keep(run, hooks, best, start, report, probe, torn=isinstance(failure, TornStepError))
+        raise type(failure)(f"{failure}; {kept}") from failure
     report.stop()
     if stopped is not None:
         kept = _keep(run, hooks, best, start, report, probe)
         raise Interrupted(f"interrupted at step {run.step}; {kept}", _signal_code(stopped))
     if run.metrics.get("skipped"):
-        report.say(f"{run.metrics['skipped']:.0f} steps overflowed in fp16 and were skipped")
+        report.say(f"{run.metrics['skipped']:.0f} steps were skipped: their loss or gradient was not finite")
     evaluate(run, hooks, report, best)
     restore(run, best)
     check_changed(run, hooks, start, probe)
@@ -143,29 +139,31 @@ def train(run: Run, hooks: Composition, engine: Engine, report: Report) -> None:
     hooks.notify(Event("end", run.step, run.metrics), report.say)
 
 
-def optimizer_steps(run: Run) -> Iterator[tuple[list[Batch], dict[str, int]]]:
+def optimizer_steps(run: Run) -> Iterator[tuple[StepBatches, dict[str, int]]]:
     """For each optimizer step: this process's micro-batches, and the counts of units over all processes.
 
     The next step's batches are collated by a thread beside the step.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="collate") as pool:
         plans = _plans(run)
-        upcoming = pool.submit(_collate_step, run, next(plans)[1])
-        for epoch, batches in _ahead(pool, plans, upcoming, run):
+        upcoming = pool.submit(StepBatches.collate, run, next(plans)[1])
+        for epoch, step in _ahead(pool, plans, upcoming, run):
             run.epoch = epoch
-            counts = {unit: sum(b.counts[unit] for b in batches) for unit in ("label", "example", "token")}
+            if step.micro_tokens != run.micro_tokens:  # it was collated before memory ran out
+                step = StepBatches.collate(run, step.indices)
+            counts = {unit: sum(b.counts[unit] for b in step.batches) for unit in ("label", "example", "token")}
             if run.processes > 1:
                 total = torch.tensor(list(counts.values()), dtype=torch.int64, device=run.device)
                 torch.distributed.all_reduce(total)
                 counts = dict(zip(counts, total.tolist(), strict=True))
-            yield batches, counts
+            yield step, counts
 
 
-def _ahead(pool: Any, plans: Any, upcoming: Any, run: Run) -> Iterator[tuple[int, list[Batch]]]:
+def _ahead(pool: Any, plans: Any, upcoming: Any, run: Run) -> Iterator[tuple[int, StepBatches]]:
     epoch = 0
     for next_epoch, indices in plans:
-        batches, upcoming = upcoming.result(), pool.submit(_collate_step, run, indices)
-        yield epoch, batches
+        step, upcoming = upcoming.result(), pool.submit(StepBatches.collate, run, indices)
+        yield epoch, step
         epoch = next_epoch
     yield epoch, upcoming.result()
 
@@ -180,11 +178,6 @@ def _plans(run: Run) -> Iterator[tuple[int, np.ndarray]]:
             left -= 1
             yield epoch, indices
         epoch += 1
-
-
-def _collate_step(run: Run, indices: np.ndarray) -> list[Batch]:
-    rows = split_micro(indices, run.examples.lengths, run.recipe.train.micro_tokens, run.packed)
-    return [collate_for(run, [run.examples[i] for i in row]) for row in rows[run.process_index :: run.processes]]
 
 
 def sum_gradients(run: Run) -> None:
@@ -226,43 +219,23 @@ def restore(run: Run, best: Best) -> None:
     run.metrics["best_step"] = best.step or run.step
 
 
-def _keep(run: Run, hooks: Composition, best: Best, start: list[Tensor], report: Report, probe: Any) -> str:
+def _keep(
+    run: Run, hooks: Composition, best: Best, start: list[Tensor], report: Report, probe: Any, torn: bool = False
+) -> str:
     """Write the best adapter of a run that ends early (the last one if none was evaluated), and say where it is."""
-    finite = all(bool(torch.isfinite(p).all()) for p in run.trainable)
-    if run.step == 0 or not (best.step or finite):
+    sound = not torn and all(bool(torch.isfinite(p).all()) for p in run.trainable)
+    if run.step == 0 or not (best.step or sound):
         return "no adapter is kept, since none was trained"
     restore(run, best)
     try:
         check_changed(run, hooks, start, probe)
         write_results(run, hooks, Report(quiet=True), probe, finished=False)
-    except BudwoodError as error:
+    except Exception as error:
+        if not isinstance(error, BudwoodError) and not is_out_of_memory(error):
+            raise
         return f"no adapter is kept: {error}"
     report.plot(run.directory)
     return f"the adapter of step {run.metrics['best_step']:.0f} is kept in {run.directory / 'adapter'}"
-
-
-def _not_finite(
-    run: Run, engine: Engine, hooks: Composition, batches: list[Batch], values: dict[str, Tensor], norm: Tensor
-) -> str:
-    """Name the step, what is not finite, and the rows that cause it, found by running each example's loss again."""
-    what = next((f"loss '{k}'" for k, v in values.items() if not torch.isfinite(v)), "the gradient")
-    rows: list[int] = []
-    everyone: list[int] = []
-    with torch.no_grad(), autocast(run):
-        for batch in (b.to(run.device) for b in batches):
-            everyone += batch.example_ids
-            step = Step(run, batch, engine)
-            outputs = hooks.call("forward", step=step)
-            flat = outputs.hidden.reshape(-1, outputs.hidden.shape[-1])
-            finite = torch.isfinite(outputs.head(flat[batch.label_positions])).all(-1)
-            bad = batch.example_of_label[~finite].unique().tolist()
-            rows += [batch.example_ids[i] for i in bad]
-    named = [run.examples.rows.location(i) for i in (rows or everyone)[:5]]
-    more = f" and {len(rows or everyone) - 5} more" if len(rows or everyone) > 5 else ""
-    return (
-        f"step {run.step + 1}: {what} is not finite (gradient norm {float(norm):g}); rows {', '.join(named)}{more}. "
-        "Lower train.learning_rate, or look at these rows"
-    )
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from budwood.model import attention
 from budwood.model.base import Base, check_base, load_base, load_tokenizer, pick_device_precision, skeleton
 from budwood.model.streaming import keep_heap
 from budwood.model.tasks import Task, autocast, collate_for
+from budwood.redaction import redact_values
 from budwood.training.preflight import preflight
 from budwood.training.recipe import Recipe, build_composition, load_recipe
 from budwood.training.report import Report
@@ -55,6 +56,13 @@ class Core:
         recipe, steps = run.recipe.train, run.steps or 1
         warmup = int(recipe.warmup) if recipe.warmup >= 1 else round(recipe.warmup * steps)
         return transformers.get_scheduler(names[recipe.schedule], optimizer, warmup, steps)
+
+
+def register_parts(hooks: Composition, task: Task, engine: Engine) -> None:
+    """Put the task and core's own hooks under the strategies."""
+    hooks.register_core(task, f"task {task.name}")
+    hooks.register_core(engine, "core step")
+    hooks.register_core(Core(), "core")
 
 
 def prepare(recipe: Recipe | str | Path, report: Report, overwrite: bool) -> tuple[Run, Composition, Engine]:
@@ -110,16 +118,14 @@ def prepare(recipe: Recipe | str | Path, report: Report, overwrite: bool) -> tup
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     run.groups = trainable_groups(run, hooks)
     engine = Engine(run, hooks)
-    hooks.register_core(task, f"task {task.name}")
-    hooks.register_core(engine, "core step")
-    hooks.register_core(Core(), "core")
+    register_parts(hooks, task, engine)
     _say_size(run, report)
     run.optimizer = hooks.call("build_optimizer", run=run, groups=_torch_groups(run))
     run.scheduler = hooks.call("build_scheduler", run=run, optimizer=run.optimizer)
     if accelerator.is_main_process:
         write_manifest(run)
         (directory / "recipe.yaml").write_text(recipe.to_yaml(hooks.strategies), encoding="utf-8")
-    report.open(directory, accelerator, recipe.train.trackers, recipe.model_dump(mode="json"))
+    report.open(directory, accelerator, recipe.train.trackers, redact_values(recipe.model_dump(mode="json")))
     return run, hooks, engine
 
 
@@ -157,7 +163,7 @@ def check_plan(plan: Plan, hooks: Composition) -> None:
     plan.problems.clear()
     hooks.call("check_plan", plan=plan)
     if plan.problems:
-        raise InputError("; ".join(plan.problems))
+        raise InputError("; ".join(plan.problems), plan.problems)
 
 
 def read_data(run: Run, hooks: Composition, report: Report) -> None:
@@ -324,13 +330,13 @@ def write_manifest(run: Run) -> None:
         "precision": precision_name(run.dtype),
         "processes": run.processes,
     }  # fmt: skip
-    text = json.dumps(manifest, indent=2, default=str) + "\n"
+    text = json.dumps(redact_values(manifest), indent=2, default=str) + "\n"
     (run.directory / "manifest.json").write_text(text, encoding="utf-8")
 
 
 def strategies_record(strategies: Sequence[Any]) -> list[dict[str, Any]]:
     """Name, distribution and options of each strategy, as manifests keep them."""
     return [
-        {"name": s.name, "distribution": s.distribution, "options": s.options.model_dump(mode="json")}
+        {"name": s.name, "distribution": s.distribution, "options": redact_values(s.options.model_dump(mode="json"))}
         for s in strategies
     ]
