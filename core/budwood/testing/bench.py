@@ -17,7 +17,7 @@ from torch import Tensor
 
 from budwood.adapters.golden import measure, threads
 from budwood.contract.discovery import installed
-from budwood.contract.registry import load_strategy
+from budwood.contract.loading import load_strategy
 from budwood.contract.strategy import Strategy
 from budwood.contract.types import RUN_ADAPTER, Run
 from budwood.errors import BudwoodError
@@ -157,7 +157,7 @@ class Bench:
                 self._results[key] = error
         found = self._results[key]
         if isinstance(found, Exception):
-            raise PromiseBroken(f"{promise}: the run ended with {describe(found)}") from found
+            raise PromiseBroken(f"{promise}: the run ended with {explain(found)}") from found
         return found
 
     def fail(self, fail_at: int) -> tuple[Probe, Run, Exception | None]:
@@ -197,7 +197,7 @@ def adapter_owner(run: Run) -> Strategy | None:
     return next((strategy for strategy in run.strategies if "adapter" in strategy.slots), None)
 
 
-def describe(error: BaseException) -> str:
+def explain(error: BaseException) -> str:
     """An error in words, with the place in the author's code that it came from."""
     if isinstance(error, BudwoodError) and error.__cause__ is None:
         return str(error)

@@ -17,7 +17,7 @@ from budwood.adapters.golden import TOLERANCE, threads
 from budwood.adapters.live import module_ids
 from budwood.adapters.pool import AdapterPool
 from budwood.contract.discovery import PluginError
-from budwood.contract.registry import HOOKS, build_strategy, check_hooks, load_strategy
+from budwood.contract.loading import HOOKS, build_strategy, check_hooks, load_strategy
 from budwood.errors import BudwoodError, InputError
 from budwood.testing import processes
 from budwood.testing.bench import (
@@ -26,7 +26,7 @@ from budwood.testing.bench import (
     NotApplicable,
     PromiseBroken,
     Result,
-    describe,
+    explain,
     implements,
     registered,
 )
@@ -92,7 +92,7 @@ def options_round_trip(bench: Bench) -> None:
         schema = model.model_json_schema()
         json.dumps(schema, allow_nan=False)
     except Exception as error:
-        raise PromiseBroken(f"{promise}: they give no JSON schema: {describe(error)}") from error
+        raise PromiseBroken(f"{promise}: they give no JSON schema: {explain(error)}") from error
     absent = sorted({field.alias or name for name, field in model.model_fields.items()} - set(schema["properties"]))
     if absent:
         raise PromiseBroken(f"{promise}: the schema lacks {', '.join(absent)}.")
@@ -223,7 +223,7 @@ def merge(bench: Bench) -> None:
     try:
         pool.merge("adapter")
     except BudwoodError as error:
-        raise PromiseBroken(f"{promise}: merging ended with {describe(error)}") from error
+        raise PromiseBroken(f"{promise}: merging ended with {explain(error)}") from error
     merged = pool.logits(result.probe.prompts)
     gap, due = distance(beside, merged), MERGED * float(beside.abs().max())
     if not gap <= due:
@@ -265,7 +265,7 @@ def off(bench: Bench) -> None:
         try:
             pool.unload("adapter")
         except BudwoodError as error:
-            raise PromiseBroken(f"{promise}: detach_adapter: {describe(error)}") from error
+            raise PromiseBroken(f"{promise}: detach_adapter: {explain(error)}") from error
         gap = distance(before, pool.logits(prompts))
     if gap:
         raise PromiseBroken(f"{promise}: after detach_adapter a logit differs by {gap:.3g}.")
@@ -291,7 +291,7 @@ def fake_tensors(bench: Bench) -> None:
         run_on_fake_tensors(bench.recipe("fake"))
     except Exception as error:
         raise PromiseBroken(
-            f"{promise}: {describe(error)}. A decision that depends on values takes the largest case "
+            f"{promise}: {explain(error)}. A decision that depends on values takes the largest case "
             "where run.planning is set."
         ) from error
 
@@ -310,7 +310,7 @@ def after_an_exception(bench: Bench) -> None:
         while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
             chain.append(cause)
         if not any(isinstance(link, InjectedError) for link in chain):
-            raise PromiseBroken(f"{promise}: in place of the exception in forward {number} came {describe(error)}")
+            raise PromiseBroken(f"{promise}: in place of the exception in forward {number} came {explain(error)}")
         _expect_state(
             f"{promise}: after an exception in forward {number} of a step", probe.snapshot, state_of(run.model)
         )
@@ -401,7 +401,7 @@ def _load(pool: AdapterPool, result: Result, promise: str) -> None:
     try:
         pool.load("adapter", result.adapter)
     except BudwoodError as error:
-        raise PromiseBroken(f"{promise}: the saved adapter is not taken: {describe(error)}") from error
+        raise PromiseBroken(f"{promise}: the saved adapter is not taken: {explain(error)}") from error
 
 
 def _other_modules(pool: AdapterPool, modules: list[tuple[str, int]]) -> str:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from budwood.contract.discovery import find
+from budwood.contract.loading import create
 from budwood.contract.types import Batch, Plan, Run, Step
 from budwood.model import attention
 from budwood.model.base import load_tokenizer, skeleton
@@ -19,7 +19,7 @@ from budwood.model.fake import fake_base, fake_tensors
 from budwood.model.tasks import Task, collate_for
 from budwood.training.recipe import Recipe, build_composition
 from budwood.training.report import Report
-from budwood.training.setup import Core, check_plan, read_data, torch_groups, trainable_groups
+from budwood.training.setup import check_plan, read_data, register_parts, torch_groups, trainable_groups
 from budwood.training.step import Engine
 
 
@@ -31,7 +31,7 @@ def run_on_fake_tensors(recipe: Recipe) -> Run:
         BudwoodError: as `tune`.
     """
     hooks = build_composition(recipe)
-    task: Task = find(recipe.base.task, "budwood.tasks", "task").load()()
+    task: Task = create(recipe.base.task, "budwood.tasks")
     run = Run(
         recipe, Path(recipe.output), torch.device("cpu"), torch.float32, hooks.strategies, hooks, task,
         seed=recipe.train.seed, accelerator=Accelerator(cpu=True), planning=True, say=lambda text: None,
@@ -49,8 +49,7 @@ def run_on_fake_tensors(recipe: Recipe) -> Run:
         run.model = hooks.chain("prepare_model", "model", run.model, run=run)
         run.groups = trainable_groups(run, hooks)
         engine = Engine(run, hooks)
-        for part, name in ((task, f"task {task.name}"), (engine, "core step"), (Core(), "core")):
-            hooks.register_core(part, name)
+        register_parts(hooks, task, engine)
         run.optimizer = hooks.call("build_optimizer", run=run, groups=torch_groups(run))
         run.scheduler = hooks.call("build_scheduler", run=run, optimizer=run.optimizer)
         run.model.train()
