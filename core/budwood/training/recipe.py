@@ -82,6 +82,10 @@ class TrainSection(_Section):
         100, description="prompts that an evaluation answers for exact match; 0: none"
     )
     patience: Count | None = Field(None, description="stop after so many evaluations without a gain")
+    save_every: Count | None = Field(
+        None, description="steps between checkpoints; without it one about every ten minutes"
+    )
+    keep_checkpoints: Count = Field(2, description="so many of the last checkpoints are kept, and the best")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = Field(0, description="of all randomness of the run")
     trackers: Sequence[Literal["tensorboard", "wandb", "trackio"]] = Field(
