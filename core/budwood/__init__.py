@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from budwood.contract.attack import Attack as Attack
-    from budwood.contract.registry import PluginError as PluginError
+    from budwood.contract.discovery import PluginError as PluginError
     from budwood.contract.strategy import Options as Options
     from budwood.contract.strategy import Strategy as Strategy
     from budwood.contract.strategy import hookimpl as hookimpl
@@ -38,7 +38,7 @@ _EXPORTS = {
         ("RUN_ADAPTER", "Batch", "Event", "Example", "LossTerm", "Outputs", "ParameterGroup", "Plan", "Run", "Step"),
         "budwood.contract.types",
     ),
-    **dict.fromkeys(("PluginError", "installed"), "budwood.contract.registry"),
+    **dict.fromkeys(("PluginError", "installed"), "budwood.contract.discovery"),
     **dict.fromkeys(
         ("BudwoodError", "CorruptError", "DivergedError", "InputError", "ResourceError", "did_you_mean"),
         "budwood.errors",

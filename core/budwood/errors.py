@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from collections.abc import Iterable
 
@@ -14,9 +15,13 @@ class BudwoodError(Exception):
 
 
 class InputError(BudwoodError):
-    """What the user gave is wrong: recipe, data, options, names."""
+    """What the user gave is wrong: recipe, data, options, names. `problems`: all that were found."""
 
     exit_code = 2
+
+    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems) or (message,)
 
 
 class ResourceError(BudwoodError):
@@ -43,6 +48,25 @@ class Interrupted(BudwoodError):
     def __init__(self, message: str, exit_code: int = 130) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that the device or the host has no memory left, whoever's allocator said it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error).lower() if isinstance(error, RuntimeError) and not isinstance(error, BudwoodError) else ""
+    return any(words in text for words in ("can't allocate memory", "out of memory", "alloc_failed"))
+
+
+def describe(error: BaseException) -> str:
+    """Return "KeyError: 'x'": the type and the first line of the text of an exception that anybody may have raised."""
+    try:
+        text = str(error).strip()
+    except Exception:  # a message that cannot be made is no reason to lose the type
+        text = ""
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

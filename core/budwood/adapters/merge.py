@@ -19,7 +19,7 @@ from budwood.adapters.live import ask_owner
 from budwood.adapters.store import CONFIG, GOLDEN, WEIGHTS, SavedAdapter, read_adapter
 from budwood.adapters.verify import open_pool
 from budwood.contract.discovery import PluginError
-from budwood.contract.registry import load_strategy
+from budwood.contract.loading import load_strategy, start
 from budwood.errors import InputError
 from budwood.model.checkpoint import read_config, resolve
 
@@ -207,7 +207,7 @@ def _convert(saved: SavedAdapter, tensors: dict[str, Tensor], kind: str) -> tupl
     cls, entry = load_strategy(saved.kind)
     converted = None
     if hasattr(cls, "convert_adapter"):
-        owner = cls(name=saved.kind, distribution=entry.owner)
+        owner = start(cls, entry)
         converted = ask_owner(owner, "convert_adapter", config=saved.config, tensors=tensors, kind=kind)
     if converted is None:
         raise InputError(f"{saved.directory}: kind '{saved.kind}' cannot be exported as '{kind}'; choose peft.")

@@ -15,8 +15,8 @@ from budwood.adapters.files import check_name
 from budwood.adapters.golden import measure
 from budwood.adapters.live import ask_owner, module_ids, unchanged_on_error
 from budwood.adapters.store import SavedAdapter, read_adapter, template_hash, tokenizer_hash
-from budwood.contract.discovery import PluginError, find
-from budwood.contract.registry import load_strategy
+from budwood.contract.discovery import PluginError
+from budwood.contract.loading import create, load_strategy, start
 from budwood.contract.strategy import Strategy
 from budwood.data.encoder import Encoder, encode_chat, encode_prompt
 from budwood.errors import BudwoodError, InputError, did_you_mean
@@ -80,7 +80,7 @@ class AdapterPool:
         self.task = task
         if not isinstance(base, Base):
             chosen, dtype, _ = pick_device_precision(device, precision)
-            kind = find(task, "budwood.tasks", "task").load()()
+            kind = create(task, "budwood.tasks")
             options = {"model_kwargs": kind.model_kwargs(list(labels or ()))}
             base = load_base(base, quantization, kind.auto_class, dtype, chosen, **options)
         self.base = base
@@ -287,7 +287,7 @@ class AdapterPool:
             cls, entry = load_strategy(kind)
             if not hasattr(cls, "attach_adapter"):
                 raise InputError(f"strategy '{kind}' of {entry.owner} attaches no adapters.")
-            self._owners[kind] = cls(name=kind, distribution=entry.owner)
+            self._owners[kind] = start(cls, entry)
         return self._owners[kind]
 
     def _check_task(self, saved: SavedAdapter) -> None:

@@ -13,7 +13,7 @@ import typer.main
 
 import budwood
 from budwood.cli import adapter, data, demo, generate, plugins, recipe, tune
-from budwood.errors import BudwoodError, Interrupted
+from budwood.errors import BudwoodError, Interrupted, is_out_of_memory
 from budwood.model.quiet import hush
 
 app = typer.Typer(
@@ -106,7 +106,7 @@ def explain(error: BaseException) -> tuple[int, str]:
         usage: Any = error
         path = usage.ctx.command_path if usage.ctx else "budwood"
         return 2, f"{usage.format_message()} See `{path} --help`."
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         return 3, "out of memory: lower train.micro_tokens or data.max_length, or turn on train.gradient_checkpointing."
     if isinstance(error, OSError):
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]

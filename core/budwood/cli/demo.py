@@ -17,6 +17,6 @@ def demo(
     """Fine-tune the tiny base that ships with Budwood twice, swap the adapters on it, and measure (minutes)."""
     from budwood.contract.discovery import find
 
-    result = find("demo", "budwood.demos", "demo").load()(output, overwrite)
+    result = find("demo", "budwood.demos").load()(output, overwrite)
     if as_json:
         typer.echo(json.dumps(result))

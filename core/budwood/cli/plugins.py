@@ -57,7 +57,7 @@ def _describe(name: str, as_json: bool) -> None:
         raise InputError(f"no plugin is called '{name}'.{did_you_mean(name, known)} See `budwood plugins`.")
     about = []
     for kind in kinds:
-        entry = find(name, GROUPS[kind], kind)
+        entry = find(name, GROUPS[kind])
         record: dict[str, Any] = {
             "kind": kind,
             "name": name,
@@ -80,7 +80,7 @@ def _describe(name: str, as_json: bool) -> None:
 
 def _strategy(name: str) -> dict[str, Any]:
     """Import a strategy and return what it declares."""
-    from budwood.contract.registry import HOOKS, load_strategy
+    from budwood.contract.loading import HOOKS, load_strategy
     from budwood.training.recipe_schema import describe_fields, strategy_schema
 
     cls, _ = load_strategy(name)

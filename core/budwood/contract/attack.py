@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 
-from budwood.contract.strategy import Options
+from budwood.contract.strategy import Options, Plugin
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from budwood.contract.types import Step
 
 
-class Attack:
+class Attack(Plugin):
     """What is done to data or model before it is measured again; comes through the entry point group budwood.attacks.
 
     A subclass overrides `change`, or `noise`, or both.
     """
 
+    group = "budwood.attacks"
     Options: ClassVar[type[BaseModel]] = Options
 
     def __init__(self, options: Any = None, name: str = "") -> None:

@@ -12,10 +12,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from budwood.errors import InputError, ResourceError, did_you_mean
+from budwood.errors import InputError, ResourceError, describe, did_you_mean
 
 STRATEGIES = "budwood"
-"""Entry point group of strategies; tasks, data forms and quantisers have groups of their own below it."""
+"""Entry point group of strategies; tasks, data forms, quantisers and attacks have groups of their own below it."""
+WORDS = {
+    STRATEGIES: "strategy",
+    "budwood.tasks": "task",
+    "budwood.forms": "data form",
+    "budwood.quantizers": "quantiser",
+    "budwood.attacks": "attack",
+    "budwood.demos": "demo",
+}
+"""Every entry point group, and what messages call one of it."""
 
 
 class PluginError(ResourceError):
@@ -48,13 +57,13 @@ class Installed:
         Raises:
             PluginError: it cannot be imported, or names nothing.
         """
-        module, _, attribute = self.value.partition(":")
+        module, _, attribute = self.value.partition("[")[0].strip().partition(":")
         try:
             target: Any = importlib.import_module(module)
             for part in filter(None, attribute.split(".")):
                 target = getattr(target, part)
         except (Exception, SystemExit) as error:
-            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            what = describe(error)
             raise PluginError(
                 f"plugin '{self.name}' of {self.owner} ({self.value}) cannot be imported: {what}. "
                 f"Repair or update it (pip install -U {self.distribution}), or leave it out of the recipe."
@@ -75,13 +84,13 @@ def installed(group: str = STRATEGIES) -> dict[str, list[Installed]]:
     return dict(sorted(found.items()))
 
 
-def find(name: str, group: str = STRATEGIES, what: str = "strategy") -> Installed:
+def find(name: str, group: str = STRATEGIES) -> Installed:
     """Return the one entry point called `name`.
 
     Raises:
         InputError: none or several distributions have it; the message names the nearest or all of them.
     """
-    available = installed(group)
+    available, what = installed(group), WORDS[group]
     if name not in available:
         known = ", ".join(available) or "none"
         raise InputError(f"{what} '{name}' is not installed.{did_you_mean(name, available)} Installed: {known}.")

@@ -1,4 +1,4 @@
-"""The base class of every strategy, its options, and the marker for its hooks."""
+"""The base class of every plugin and of every strategy, its options, and the marker for its hooks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 import pluggy
 from pydantic import BaseModel, ConfigDict
+
+from budwood.contract.discovery import STRATEGIES, WORDS
 
 API_VERSION = 1
 """Major version of the contract; a strategy that was written for another one is refused by name."""
@@ -20,12 +22,31 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Strategy:
+class Plugin:
+    """Base of everything that comes through an entry point. A subclass of `Strategy`, `Task`, … has all of it."""
+
+    group: ClassVar[str] = ""
+    """Entry point group that it registers in."""
+    api: ClassVar[int] = 1
+    """Major version of the contract that it was written for. Stays 1 here: who declares none knew of no other."""
+    must_declare: ClassVar[tuple[str, ...]] = ()
+    """Class attributes without a default."""
+    distribution: str = ""
+    """Whose it is ("dist 1.2"); the registry sets it, and the name."""
+
+    def __str__(self) -> str:
+        name = getattr(self, "name", "") or type(self).__name__
+        owner = f" ({self.distribution})" if self.distribution else ""
+        return f"{WORDS[self.group]} '{name}'{owner}"
+
+
+class Strategy(Plugin):
     """One way to change training. Subclass it, declare, and mark the hooks that it takes part in with `@hookimpl`.
 
     The first line of the subclass's docstring is what `budwood plugins` shows.
     """
 
+    group = STRATEGIES
     Options: ClassVar[type[BaseModel]] = Options
     slots: ClassVar[tuple[str, ...]] = ()
     """What the strategy owns alone, such as "adapter", "teacher", "optimizer"."""
@@ -39,13 +60,9 @@ class Strategy:
     """Strategies (or owners of a slot or capability) that this one goes before, where they are present."""
     after: ClassVar[tuple[str, ...]] = ()
     """Strategies (or owners of a slot or capability) that this one goes after, where they are present."""
-    api: ClassVar[int] = API_VERSION
 
     def __init__(self, options: Any = None, name: str = "", distribution: str = "") -> None:
         """Hold validated `options`; `name` and `distribution` ("dist 1.2") come from the registry."""
         self.options: Any = self.Options() if options is None else options
         self.name = name or type(self).__name__
         self.distribution = distribution
-
-    def __str__(self) -> str:
-        return f"strategy '{self.name}' ({self.distribution})" if self.distribution else f"strategy '{self.name}'"

@@ -297,6 +297,10 @@ class Run:
     """Factor of the task's own loss term; a strategy that shares the loss with it lowers it in `prepare_model`."""
     planning: bool = False
     packed: bool = True
+    micro_tokens: int = 0
+    """At most so many tokens at once in training: the recipe's, until memory runs out."""
+    eval_tokens: int = 0
+    """The same in evaluation."""
     adapter_final: bool = True
     """A strategy sets False while its adapter is not yet what it will be; until then no evaluation can be the best."""
     process_index: int = 0
@@ -312,6 +316,12 @@ class Run:
     """Show one line to the user."""
     _generators: dict[str, tuple[int, Generator]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        train = getattr(self.recipe, "train", None)
+        if train is not None:
+            self.micro_tokens = self.micro_tokens or train.micro_tokens
+            self.eval_tokens = self.eval_tokens or train.micro_tokens
+
     @property
     def trainable(self) -> list[nn.Parameter]:
         """Every parameter that trains, in the order of its group."""
@@ -324,6 +334,13 @@ class Run:
             generator = Generator(self.seed, strategy.name, self.step)
             self._generators[strategy.name] = (self.step, generator)
         return generator
+
+    def begin_step_again(self) -> None:
+        """Forget the optimizer step under way: gradients, what was logged, what the strategies' streams have drawn."""
+        for parameter in self.trainable:
+            parameter.grad = None
+        self.logged.clear()
+        self._generators.clear()
 
     def log(self, name: str, value: float | Tensor) -> None:
         """Log a number with the optimizer step under way; a tensor is read off the device when the step ends."""

@@ -31,8 +31,24 @@ _KINDS = {
 
 def first_problem(error: ValidationError, model: type[BaseModel]) -> tuple[Location, str]:
     """Return the place (keys and indices) and the text of the most telling problem: an unknown key before others."""
+    return find_problems(error, model)[0]
+
+
+def find_problems(error: ValidationError, model: type[BaseModel]) -> list[tuple[Location, str]]:
+    """Return place (keys and indices) and text of every problem, unknown keys first; one for each place."""
     problems = error.errors(include_url=False)
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    problems.sort(key=lambda p: p["type"] != "extra_forbidden")  # stable
+    found: dict[Location, str] = {}
+    for problem in problems:
+        place, text = _explain(problem, problems, model)
+        known = any(other[: len(place)] == place for other in found)  # of a union's members, the one that came furthest
+        wanted = problem["type"] == "missing" and any(f"'{place[-1]}'?" in t for t in found.values())  # misspelt above
+        if not known and not wanted:
+            found[place] = text
+    return list(found.items())
+
+
+def _explain(problem: Any, problems: list[Any], model: type[BaseModel]) -> tuple[Location, str]:
     place, owner = _place(model, problem["loc"])
     if problem["type"] != "extra_forbidden":  # of a union's members, the one that came furthest
         within = [p for p in problems if _place(model, p["loc"])[0][: len(place)] == place]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from budwood.data.chat_template import render
 from budwood.errors import InputError
 
 Span = tuple[int, int]
@@ -113,12 +114,22 @@ class Encoder:
             results[index] = _join(results[index][0], [next(pieces) for _ in cut])
         return results
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], answer: bool) -> str:
-        """Render messages by the chat template; with `answer`, up to where the assistant's answer begins."""
-        text: str = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=answer, **self.template_options
-        )
-        return text
+    def chat(self, conversations: Iterable[tuple[Sequence[Mapping[str, Any]], bool]]) -> Iterator[str | InputError]:
+        """Render messages by the chat template; with True beside them, up to where the assistant's answer begins.
+
+        Yields:
+            The text of each, or the error that stands in its place; see `render`.
+        """
+        variables = {**self.tokenizer.special_tokens_map, **self.template_options}
+        given = ((messages, {**variables, "add_generation_prompt": answer}) for messages, answer in conversations)
+        return render(self._template, given)
+
+    @cached_property
+    def _template(self) -> str:
+        try:
+            return str(self.tokenizer.get_chat_template())
+        except ValueError as error:  # several, and none of them the default
+            raise InputError(f"the chat template is not one: {str(error).partition('.')[0]}.") from error
 
     @cached_property
     def prefix(self) -> list[int]:
@@ -173,10 +184,10 @@ def encode_chat(
     """
     check_template(tokenizer, "chat")
     encoder = Encoder(tokenizer, template_options=template_options)
-    try:
-        return encoder.plain([encoder.chat(messages, answer=True)])[0]
-    except Exception as error:  # a template is a program of the base's author and raises what it likes
-        raise InputError(f"chat: the chat template refuses the messages: {error}") from error
+    text = next(encoder.chat([(messages, True)]))
+    if isinstance(text, InputError):
+        raise InputError(f"chat: {text}")
+    return encoder.plain([text])[0]
 
 
 def check_template(tokenizer: Any, where: str) -> None:

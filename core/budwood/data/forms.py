@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from budwood.contract.discovery import PluginError, find, installed
+from budwood.contract.discovery import installed
+from budwood.contract.loading import create
+from budwood.contract.strategy import Plugin
 from budwood.data.encoder import Encoder, Span, check_template
 from budwood.data.reading import Row, read_rows
-from budwood.errors import InputError, did_you_mean
+from budwood.errors import BudwoodError, InputError, did_you_mean
 
 GROUP = "budwood.forms"
 ROLES = ("system", "developer", "user", "assistant")
@@ -36,9 +38,11 @@ class Dropped:
     reason: str
 
 
-class Form:
+class Form(Plugin):
     """What every data form brings: it is recognised when a file has all its columns."""
 
+    group = GROUP
+    must_declare = ("name", "columns", "tasks")
     name: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
     tasks: ClassVar[tuple[str, ...]]
@@ -166,21 +170,18 @@ class Messages(Form):
 
     def encode(self, rows: Sequence[Row], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
         """See `Form.encode`."""
-        results: list[Encoded | Dropped] = []
+        reasons = [self.check(row, place) for row, place in zip(rows, where, strict=True)]
+        results: list[Encoded | Dropped] = [Dropped(reason) if reason else Encoded([]) for reason in reasons]
+        kept = [at for at, reason in enumerate(reasons) if reason is None]
+        check_template(encoder.tokenizer, where[0])
+        rendered = encoder.chat(part for at in kept for part in _parts(rows[at]["messages"]))
         texts: list[str] = []
         spans: list[list[Span]] = []
-        kept: list[int] = []
-        for row, place in zip(rows, where, strict=True):
-            reason = self.check(row, place)
-            messages = row["messages"]
-            check_template(encoder.tokenizer, place)
-            results.append(Dropped(reason) if reason else Encoded([]))
-            if reason:
-                continue
+        for at in kept:
+            messages = rows[at]["messages"]
             if any(encoder.end_marks.search(message["content"]) for message in messages):
                 encoder.remarks["conversations that spell out control tokens, which are read as such"] += 1
-            text, found = _find_turns(messages, place, encoder)
-            kept.append(len(results) - 1)
+            text, found = _find_turns(messages, where[at], encoder, rendered)
             texts.append(text[: found[-1][1]])  # what follows the last turn has no loss and is not needed
             spans.append(found)
         for at, (ids, found) in zip(kept, encoder.split(texts, spans, rendered=True), strict=True):
@@ -251,18 +252,14 @@ def recognise(columns: Sequence[str], task: str, where: str) -> Form:
 
 
 def _installed_forms() -> tuple[list[Form], str]:
-    """Every form that imports, and a sentence on those that do not: they matter only where no other form fits."""
-    forms, broken = [], ""
+    """Every form that works, and a sentence on those that do not: they matter only where no other form fits."""
+    forms: list[Form] = []
+    broken = ""
     for name in installed(GROUP):
-        entry = find(name, GROUP, "data form")
         try:
-            form = entry.load()
-        except PluginError as error:
+            forms.append(create(name, GROUP))
+        except BudwoodError as error:
             broken += f" {error}"
-            continue
-        if not (isinstance(form, type) and issubclass(form, Form)):
-            raise PluginError(f"data form '{name}' of {entry.owner} is not a subclass of budwood.data.forms.Form.")
-        forms.append(form())
     return forms, broken
 
 
@@ -349,9 +346,22 @@ def _unusable(messages: Sequence[Row]) -> str | None:
     return None if all(message["content"].strip() for message in answers) else "empty assistant turn"
 
 
-def _find_turns(messages: Sequence[dict[str, Any]], where: str, encoder: Encoder) -> tuple[str, list[Span]]:
-    """Render a conversation; return it with (start, stop) in characters of each assistant turn and its end token."""
-    text = _render(messages, False, where, encoder)
+def _parts(messages: Sequence[dict[str, Any]]) -> Iterator[tuple[Sequence[dict[str, Any]], bool]]:
+    """What has to be rendered to find a conversation's turns: all of it, and what stands before each answer."""
+    yield messages, False
+    for at, message in enumerate(messages):
+        if message["role"] == "assistant":
+            yield messages[:at], True
+
+
+def _find_turns(
+    messages: Sequence[dict[str, Any]], where: str, encoder: Encoder, rendered: Iterator[str | InputError]
+) -> tuple[str, list[Span]]:
+    """A conversation's text with (start, stop) in characters of each assistant turn and its end token.
+
+    `rendered` gives the next of its `_parts`.
+    """
+    text = _next(rendered, where)
     for number, message in enumerate(messages, 1):
         if message["content"].strip() not in text:
             raise InputError(f"{where}: the chat template leaves out or changes message {number} ({message['role']}).")
@@ -359,7 +369,7 @@ def _find_turns(messages: Sequence[dict[str, Any]], where: str, encoder: Encoder
     for number, message in enumerate(messages, 1):
         if message["role"] != "assistant":
             continue
-        before = _render(messages[: number - 1], True, where, encoder)
+        before = _next(rendered, where)
         if not text.startswith(before):
             raise _unproved(where, number, "renders the messages before it differently once it is there")
         content = message["content"].strip()
@@ -377,12 +387,11 @@ def _find_turns(messages: Sequence[dict[str, Any]], where: str, encoder: Encoder
     return text, spans
 
 
-def _render(messages: Sequence[dict[str, Any]], answer: bool, where: str, encoder: Encoder) -> str:
-    try:
-        return encoder.chat(messages, answer)
-    except Exception as error:  # a template is a program of the base's author and raises what it likes
-        what = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{where}: the chat template refuses the conversation: {what[0]}") from error
+def _next(rendered: Iterator[str | InputError], where: str) -> str:
+    text = next(rendered)
+    if isinstance(text, InputError):
+        raise InputError(f"{where}: {text}")
+    return text
 
 
 def _unproved(where: str, number: int, reason: str) -> InputError:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from budwood.contract.discovery import find
+from budwood.contract.loading import create
 from budwood.errors import CorruptError, InputError
 from budwood.model.checkpoint import first_line, read_config, read_tensors, resolve
 from budwood.model.quantizers import Quantizer
@@ -83,7 +83,7 @@ def check_base(
 
 
 def find_quantizer(name: str) -> Quantizer:
-    quantizer: Quantizer = find(name, "budwood.quantizers", "quantization").load()()
+    quantizer: Quantizer = create(name, "budwood.quantizers")
     return quantizer
 
 

@@ -22,7 +22,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from budwood.errors import InputError
+from budwood.errors import InputError, is_out_of_memory
+from budwood.model.streaming import release_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,7 +73,7 @@ def generate(
         stop: strings that end the text, and are cut from it.
         stop_ids: for each prompt, tokens that end its text beside the end-of-sequence tokens.
         on_token: called with a prompt's index and a piece of its text, whole characters, as soon as it is certain.
-        batch_tokens: most tokens at once: prompts, what follows them, and padding.
+        batch_tokens: most tokens at once: prompts, what follows them, and padding; where memory runs out, fewer.
         before_batch: called with the indices of the prompts of a batch, in the order of its rows.
 
     Returns:
@@ -95,16 +96,33 @@ def generate(
     own: list[dict[int, Literal["eos", "stop"]]] = [
         ends | dict.fromkeys(stop_ids[i] if stop_ids else (), "eos") for i in range(len(prompts))
     ]
-    writers = [_Writer(tokenizer, limits[i], own[i], stop, i, on_token) for i in range(len(prompts))]
+
+    def writer(i: int) -> _Writer:
+        return _Writer(tokenizer, limits[i], own[i], stop, i, on_token)
+
+    writers = [writer(i) for i in range(len(prompts))]
     if temperature > 0 and seed is None:
         seed = int(torch.randint(2**62, ()).item())
     with _answering(model):
-        for rows in _batches([len(p) for p in prompts], limits, batch_tokens):
+        todo = list(_batches([len(p) for p in prompts], limits, batch_tokens))
+        while todo:
+            rows = todo.pop(0)
             if before_batch is not None:
                 before_batch(rows)
             processors = _processors(temperature, top_p, top_k, [(seed, i) for i in rows], model.device)
             batch = [writers[i] for i in rows]
-            _run(model, tokenizer, [prompts[i] for i in rows], max(limits[i] for i in rows), processors, batch)
+            try:
+                _run(model, tokenizer, [prompts[i] for i in rows], max(limits[i] for i in rows), processors, batch)
+                continue
+            except Exception as error:
+                if not is_out_of_memory(error) or len(rows) == 1 or on_token is not None:  # what was shown stays shown
+                    raise
+            release_memory()
+            half = (len(rows) + 1) // 2
+            for i in rows:
+                writers[i] = writer(i)
+            del batch
+            todo = [part for other in (rows, *todo) for part in (other[:half], other[half:]) if part]
     return [writer.result() for writer in writers]
 
 

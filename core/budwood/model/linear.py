@@ -134,7 +134,8 @@ class LowRankLinear(torch.autograd.Function):
             if b is not None and (wants_x or wants_a):
                 grad_narrow = (gradient @ b.to(ctx.dtype)).mul_(ctx.scaling)
             if wants_b:
-                grad_b = (gradient.t() @ narrow).to(b.dtype).mul_(ctx.scaling)
+                # Not gradient.t() @ narrow, which oneDNN computes at a fifth to a half of this speed.
+                grad_b = (narrow.t() @ gradient).t().to(b.dtype).mul_(ctx.scaling)
             if wants_a and grad_narrow is not None:
                 inner = rows if mask is None else torch.ops.aten.native_dropout_backward(rows, mask, keep)
                 grad_a = (grad_narrow.t() @ inner).to(a.dtype)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from budwood.contract.strategy import Plugin
 from budwood.errors import ResourceError
 from budwood.model.quiet import hide_hub_kernels
 
@@ -15,9 +16,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class Quantizer:
+class Quantizer(Plugin):
     """How a base's linears are stored. This one leaves them as they are."""
 
+    group = "budwood.quantizers"
     takes_fused_experts: bool = True
     """False: three-dimensional tensors of experts would stay in 16 bit, so such a base is refused."""
 

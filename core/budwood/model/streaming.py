@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,14 @@ def trim_heap() -> None:
     _Slice.since_trim = 0
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def release_memory() -> None:
+    """Give back what nobody uses: after an allocation failed, before it is tried again with less."""
+    gc.collect()
+    trim_heap()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def keep_heap() -> None:

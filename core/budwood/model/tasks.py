@@ -10,28 +10,33 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from budwood.contract.strategy import hookimpl
+from budwood.contract.strategy import Plugin, hookimpl
 from budwood.contract.types import Batch, LossTerm, Outputs, Run, Step
 from budwood.data.packing import collate, split_micro
-from budwood.errors import InputError
+from budwood.errors import InputError, ResourceError, is_out_of_memory
 from budwood.model.attention import packed_mask
 from budwood.model.cross_entropy import cross_entropy
 from budwood.model.generate import generate
+from budwood.model.streaming import release_memory
+
+T = TypeVar("T")
 
 CHUNK = 256
 """Label positions whose logits exist at once."""
 
 
-class Task:
+class Task(Plugin):
     """What every task brings. A subclass sets the class attributes and implements `head_modules` and `metrics`."""
 
+    group = "budwood.tasks"
+    must_declare = ("name", "auto_class")
     name: ClassVar[str]
     auto_class: ClassVar[str]
     """Name of transformers' auto class."""
@@ -81,14 +86,21 @@ class Task:
 
     def measure(self, run: Run, noise: Callable[[Batch], Tensor | None] | None = None) -> dict[str, float]:
         """The metrics of `evaluate`, with `noise(batch)` [R, T, d] on the embeddings' output."""
-        gathered = Logits()
-        for batch in eval_batches(run):
+
+        def gather(batch: Batch) -> Logits:
+            found = Logits()
             with noisy_embeddings(run.model, None if noise is None else noise(batch)):
                 outputs = self.outputs(run.model, batch)
             flat = outputs.hidden.reshape(-1, outputs.hidden.shape[-1])
             for chunk in torch.arange(len(batch.labels), device=flat.device).split(CHUNK):
                 logits = outputs.head(flat[batch.label_positions[chunk]]).float()
-                gathered.add(logits, batch.labels[chunk])
+                found.add(logits, batch.labels[chunk])
+            return found
+
+        gathered = Logits()
+        for found in over_eval_batches(run, gather):
+            gathered.sums += found.sums
+            gathered.pairs += found.pairs
         gathered.reduce(run)
         return {"eval_loss": gathered.loss, **self.metrics(run, gathered)}
 
@@ -255,24 +267,69 @@ def _inputs(batch: Batch) -> dict[str, Any]:
     return {**given, "attention_mask": packed_mask(batch.input_ids.device), "segments": batch.segments}
 
 
-def eval_batches(run: Run, indices: Iterable[int] | None = None) -> Iterator[Batch]:
-    """Batches of `run.eval_examples` on the device, this process's share, without gradients and in eval mode."""
+def over_eval_batches(run: Run, work: Callable[[Batch], T]) -> Iterator[T]:
+    """`work` of each batch of `run.eval_examples`, this process's share, without gradients and in eval mode.
+
+    Where memory runs out, the batch is split and done again, and later batches are as small; so `work` must leave
+    nothing behind but what it returns.
+
+    Raises:
+        ResourceError: memory does not even hold one example.
+    """
     examples = run.eval_examples
-    chosen = list(range(len(examples))) if indices is None else list(indices)
-    rows = split_micro(chosen, examples.lengths, run.recipe.train.micro_tokens, run.packed)
+    rows = split_micro(range(len(examples)), examples.lengths, run.eval_tokens, run.packed)
+    rows = rows[run.process_index :: run.processes]
     was_training = run.model.training
     run.model.eval()
     try:
-        with torch.no_grad(), autocast(run):
-            for row in rows[run.process_index :: run.processes]:
-                yield collate_for(run, [examples[i] for i in row]).to(run.device)
+        while rows:
+            done = _attempt(run, rows[0], work)
+            if done is not None:
+                rows.pop(0)
+                yield done[0]
+                continue
+            release_memory()
+            sizes = examples.lengths[rows[0]]
+            if len(rows[0]) == 1:
+                raise ResourceError(does_not_fit(run.recipe, examples, rows[0][0]))
+            run.eval_tokens = int(sizes.sum() if run.packed else sizes.max() * len(sizes)) // 2
+            run.say(f"out of memory: from here on an evaluation takes at most {run.eval_tokens:,} tokens at once")
+            rows = [part for row in rows for part in split_micro(row, examples.lengths, run.eval_tokens, run.packed)]
     finally:
         run.model.train(was_training)
 
 
+def _attempt(run: Run, row: list[int], work: Callable[[Batch], T]) -> tuple[T] | None:
+    """None where memory runs out; the error, and all that it holds on to, is gone by then."""
+    try:
+        with torch.no_grad(), autocast(run):
+            return (work(collate_for(run, [run.eval_examples[i] for i in row]).to(run.device)),)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+
+
+def does_not_fit(recipe: Any, examples: Any, index: int) -> str:
+    """Say that the memory does not hold the example alone, and what would change that."""
+    base, train = recipe.base, recipe.train
+    remedies = ["lower data.max_length"]
+    if not train.gradient_checkpointing:
+        remedies.append("turn on train.gradient_checkpointing")
+    if base.quantization == "none":
+        remedies.append("set base.quantization to nf4")
+    if train.precision == "fp32":
+        remedies.append("set train.precision to bf16")
+    tokens, where = int(examples.lengths[index]), examples.rows.location(examples[index].id)
+    return (
+        f"out of memory: one example of {tokens:,} tokens ({where}) does not fit by itself, so a smaller "
+        f"train.micro_tokens cannot help: {', '.join(remedies)}, or take a smaller base"
+    )
+
+
 def batches_of(run: Run, indices: Iterable[int]) -> Iterator[Batch]:
     """Batches of `run.examples` on the device, as training would split these examples; in an order of their own."""
-    for row in split_micro(list(indices), run.examples.lengths, run.recipe.train.micro_tokens, run.packed):
+    for row in split_micro(list(indices), run.examples.lengths, run.micro_tokens, run.packed):
         yield collate_for(run, [run.examples[i] for i in row]).to(run.device)
 
 

@@ -8,21 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from ruamel.yaml import YAML, YAMLError
 from torch import Tensor
 
 from budwood.contract.attack import Attack
-from budwood.contract.discovery import PluginError, find
+from budwood.contract.loading import load, start, validate_options
 from budwood.contract.registry import Composition
-from budwood.contract.strategy import Options
 from budwood.contract.types import Batch, Run, Step
-from budwood.contract.validation import dotted, first_problem, sentence
+from budwood.contract.validation import Location, dotted, sentence
 from budwood.data.examples import Examples
 from budwood.errors import InputError
 from budwood.training.step import Engine
-
-GROUP = "budwood.attacks"
 
 
 def build_attacks(texts: Sequence[str]) -> dict[str, Attack]:
@@ -40,10 +36,7 @@ def build_attacks(texts: Sequence[str]) -> dict[str, Attack]:
 
 def _build(text: str) -> Attack:
     name, _, rest = text.partition(":")
-    entry = find(name.strip(), GROUP, "attack")
-    cls = entry.load()
-    if not (isinstance(cls, type) and issubclass(cls, Attack) and issubclass(cls.Options, Options)):
-        raise PluginError(f"attack '{entry.name}' of {entry.owner} is not a subclass of budwood.Attack with Options.")
+    cls, entry = load(name.strip(), Attack.group)
     options: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in rest.split(","))):
         key, equals, value = (piece.strip() for piece in part.partition("="))
@@ -55,12 +48,12 @@ def _build(text: str) -> Attack:
             options[key] = YAML(typ="safe", pure=True).load(value)
         except YAMLError:
             options[key] = value
-    try:
-        return cls(cls.Options.model_validate(options), text)
-    except ValidationError as error:
-        place, problem = first_problem(error, cls.Options)
-        at = f"{dotted(place)}: " if place else ""
-        raise InputError(f"--attack {text}: {at}{sentence(problem)}") from None
+
+    def say(place: Location, problem: str) -> str:
+        return f"--attack {text}: " + (f"{dotted(place)}: " if place else "") + sentence(problem)
+
+    attack: Attack = start(cls, entry, options=validate_options(cls, entry, options, say), name=text)
+    return attack
 
 
 def _example(cls: type[Attack]) -> str:

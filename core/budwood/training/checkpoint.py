@@ -222,6 +222,7 @@ class Saver:
             "before": run.before,
             "task_weight": run.task_weight,
             "adapter_final": run.adapter_final,
+            "micro_tokens": [run.micro_tokens, run.eval_tokens],
             "seconds": self._seconds + time.monotonic() - self._started,
         }
         tree = pack(state, tensors)
@@ -356,6 +357,7 @@ class Saver:
             run.task_weight, run.adapter_final = state["task_weight"], state["adapter_final"]
             self._seconds = state["seconds"]
             if not resume.changes:
+                run.micro_tokens, run.eval_tokens = state["micro_tokens"]
                 planned = sum(len(indices) for _, indices in islice(planned_steps(run), run.step))
                 if planned != progress.examples:
                     raise CorruptError(

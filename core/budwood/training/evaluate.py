@@ -9,7 +9,7 @@ from pathlib import Path
 
 from budwood.adapters.pool import AdapterPool
 from budwood.adapters.store import read_adapter
-from budwood.contract.discovery import find
+from budwood.contract.loading import create
 from budwood.contract.types import Run
 from budwood.data.examples import build_examples
 from budwood.data.forms import recognise
@@ -80,7 +80,7 @@ def evaluate_adapter(
     overrides = [f"base.quantization={chosen}", f"train.eval_generate={generate}", f"data.max_length={max_length}"]
     overrides.append(f"train.micro_tokens={max(max_length, 2048)}")
     recipe = default_recipe(data, name, task=task_name, overrides=overrides)
-    task: Task = find(task_name, "budwood.tasks", "task").load()()
+    task: Task = create(task_name, "budwood.tasks")
     if chosen_attacks:
         form = recognise(read_rows(data).columns, task_name, str(data)).name
         modules = skeleton(name, task.auto_class)

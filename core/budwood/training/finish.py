@@ -15,7 +15,7 @@ from budwood.adapters.golden import measure
 from budwood.adapters.store import write_adapter
 from budwood.contract.registry import Composition
 from budwood.contract.types import RUN_ADAPTER, Run
-from budwood.errors import BudwoodError, DivergedError
+from budwood.errors import BudwoodError, DivergedError, is_out_of_memory
 from budwood.training.progress import Progress, restore
 from budwood.training.report import Report, duration, peak_memory
 from budwood.training.setup import strategies_record
@@ -54,17 +54,23 @@ class Ending:
         check_changed(self.run, self.start, self.probe)
         write_results(self.run, self.hooks, self.report, self.probe)
 
-    def keep(self, progress: Progress) -> str:
-        """Write the best adapter of a run that ends early (the last where none was evaluated); says where it is."""
+    def keep(self, progress: Progress, torn: bool = False) -> str:
+        """Write the best adapter of a run that ends early (the last where none was evaluated); says where it is.
+
+        Args:
+            torn: what trains stands in the middle of a step.
+        """
         run, best = self.run, progress.best
-        finite = all(bool(torch.isfinite(p).all()) for p in run.trainable)
-        if run.step == 0 or not (best.step or finite):
+        sound = not torn and all(bool(torch.isfinite(p).all()) for p in run.trainable)
+        if run.step == 0 or not (best.step or sound):
             return "no adapter is kept, since none was trained"
         restore(run, best)
         try:
             check_changed(run, self.start, self.probe)
             write_results(run, self.hooks, Report(quiet=True), self.probe, finished=False)
-        except BudwoodError as error:
+        except Exception as error:
+            if not isinstance(error, BudwoodError) and not is_out_of_memory(error):
+                raise
             return f"no adapter is kept: {error}"
         self.report.plot(run.directory)
         return f"the adapter of step {run.metrics['best_step']:.0f} is kept in {run.directory / 'adapter'}"

@@ -8,19 +8,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from budwood.contract.registry import Composition
-from budwood.contract.types import Batch, Event, Run, Step
-from budwood.data.packing import split_micro
-from budwood.errors import DivergedError, Interrupted
+from budwood.contract.types import Event, Run
+from budwood.errors import DivergedError, Interrupted, ResourceError
 from budwood.model.quiet import hush
-from budwood.model.tasks import autocast, collate_for
 from budwood.training.checkpoint import Saver
 from budwood.training.finish import Ending
 from budwood.training.lock import locked
+from budwood.training.memory import StepBatches, TornStepError, accumulate, explain_out_of_memory, optimizer_step
+from budwood.training.non_finite import check_skip
 from budwood.training.preflight import check_output
 from budwood.training.progress import Progress, evaluate, planned_steps
 from budwood.training.recipe import Recipe, load_recipe
@@ -29,9 +27,6 @@ from budwood.training.resume import Resume, find_resume
 from budwood.training.setup import prepare
 from budwood.training.signals import Signals, exit_code
 from budwood.training.step import Engine
-
-MAX_SKIPPED = 20
-"""Consecutive steps that the fp16 scaler may skip before the run counts as diverged."""
 
 
 def tune(
@@ -97,12 +92,16 @@ def train(
         try:
             with signals.finishing():
                 take_steps(run, hooks, engine, report, progress, saver, signals)
-        except DivergedError as error:
+        except Exception as error:
+            failure = explain_out_of_memory(run, error)
+            if not isinstance(failure, DivergedError | ResourceError):
+                raise
             report.stop()
-            raise DivergedError(f"{error}; {ending.keep(progress)}") from error
+            kept = ending.keep(progress, torn=isinstance(failure, TornStepError))
+            raise type(failure)(f"{failure}; {kept}") from failure
         report.stop()
         if run.metrics.get("skipped"):
-            report.say(f"{run.metrics['skipped']:.0f} steps overflowed in fp16 and were skipped")
+            report.say(f"{run.metrics['skipped']:.0f} steps were skipped: their loss or gradient was not finite")
         evaluate(run, hooks, report, progress.best)
         ending.complete(progress)
         saver.finish(report)
@@ -127,31 +126,25 @@ def take_steps(
     run.optimizer.zero_grad(set_to_none=True)
     if run.step and not between_steps(run, hooks, report, progress, saver, signals):
         return
-    for batches, counts in optimizer_steps(run):
+    for todo, counts in optimizer_steps(run):
         run.counts = counts
         engine.loss_scale = scaler.scale(torch.ones((), device=run.device)) if scaler.is_enabled() else 1.0
-        for index, batch in enumerate(batches):
-            batch = hooks.chain("prepare_batch", "batch", batch.to(run.device), run=run)
-            hooks.call("backward", step=Step(run, batch, engine, index))
+        batches = accumulate(run, hooks, engine, todo)
         sum_gradients(run)
         scaler.unscale_(run.optimizer)
         values = engine.finish_step()
         norm = torch.nn.utils.get_total_norm([p.grad for p in run.trainable if p.grad is not None])
         finite = bool(torch.isfinite(norm) & torch.isfinite(values["loss"]))
-        if not finite and not scaler.is_enabled():
-            raise DivergedError(_not_finite(run, engine, hooks, batches, values, norm))
         progress.skipped = 0 if finite else progress.skipped + 1
-        if progress.skipped > MAX_SKIPPED:
-            raise DivergedError(
-                f"step {run.step + 1}: {progress.skipped} steps in a row overflowed in fp16: use bf16 or fp32"
-            )
+        if not finite:
+            check_skip(run, engine, hooks, batches, values, norm, progress.skipped, scaler.is_enabled())
         rate = run.optimizer.param_groups[0]["lr"]
         if finite:
             hooks.call("before_clip", run=run)
             if recipe.clip:
                 torch.nn.utils.clip_grad_norm_([p for p in run.trainable if p.grad is not None], recipe.clip)
             hooks.call("before_optimizer_step", run=run)
-            scaler.step(run.optimizer)
+            optimizer_step(run, scaler)
             hooks.call("after_optimizer_step", run=run)
             run.scheduler.step()
         scaler.update()
@@ -218,36 +211,32 @@ def interrupted(
     return Interrupted(text, exit_code(signals.number or error))
 
 
-def optimizer_steps(run: Run) -> Iterator[tuple[list[Batch], dict[str, int]]]:
+def optimizer_steps(run: Run) -> Iterator[tuple[StepBatches, dict[str, int]]]:
     """For each optimizer step: this process's micro-batches, and the counts of units over all processes.
 
     The next step's batches are collated by a thread beside the step.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="collate") as pool:
-        left = planned_steps(run, run.step)
         upcoming = None
-        for epoch, indices in left:
-            ready, upcoming = upcoming, (epoch, pool.submit(_collate_step, run, indices))
+        for epoch, indices in planned_steps(run, run.step):
+            ready, upcoming = upcoming, (epoch, pool.submit(StepBatches.collate, run, indices))
             if ready is not None:
                 yield _counted(run, *ready)
         if upcoming is not None:
             yield _counted(run, *upcoming)
 
 
-def _counted(run: Run, epoch: int, batches: Future[list[Batch]]) -> tuple[list[Batch], dict[str, int]]:
+def _counted(run: Run, epoch: int, collated: Future[StepBatches]) -> tuple[StepBatches, dict[str, int]]:
     """A step's micro-batches, waited for, and their counts over all processes."""
-    run.epoch, found = epoch, batches.result()
-    counts = {unit: sum(b.counts[unit] for b in found) for unit in ("label", "example", "token")}
+    run.epoch, step = epoch, collated.result()
+    if step.micro_tokens != run.micro_tokens:  # it was collated before memory ran out
+        step = StepBatches.collate(run, step.indices)
+    counts = {unit: sum(b.counts[unit] for b in step.batches) for unit in ("label", "example", "token")}
     if run.processes > 1:
         total = torch.tensor(list(counts.values()), dtype=torch.int64, device=run.device)
         torch.distributed.all_reduce(total)
         counts = dict(zip(counts, total.tolist(), strict=True))
-    return found, counts
-
-
-def _collate_step(run: Run, indices: np.ndarray) -> list[Batch]:
-    rows = split_micro(indices, run.examples.lengths, run.recipe.train.micro_tokens, run.packed)
-    return [collate_for(run, [run.examples[i] for i in row]) for row in rows[run.process_index :: run.processes]]
+    return step, counts
 
 
 def sum_gradients(run: Run) -> None:
@@ -258,27 +247,3 @@ def sum_gradients(run: Run) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         torch.distributed.all_reduce(parameter.grad)
-
-
-def _not_finite(
-    run: Run, engine: Engine, hooks: Composition, batches: list[Batch], values: dict[str, Tensor], norm: Tensor
-) -> str:
-    """Name the step, what is not finite, and the rows that cause it, found by running each example's loss again."""
-    what = next((f"loss '{k}'" for k, v in values.items() if not torch.isfinite(v)), "the gradient")
-    rows: list[int] = []
-    everyone: list[int] = []
-    with torch.no_grad(), autocast(run):
-        for batch in (b.to(run.device) for b in batches):
-            everyone += batch.example_ids
-            step = Step(run, batch, engine)
-            outputs = hooks.call("forward", step=step)
-            flat = outputs.hidden.reshape(-1, outputs.hidden.shape[-1])
-            finite = torch.isfinite(outputs.head(flat[batch.label_positions])).all(-1)
-            bad = batch.example_of_label[~finite].unique().tolist()
-            rows += [batch.example_ids[i] for i in bad]
-    named = [run.examples.rows.location(i) for i in (rows or everyone)[:5]]
-    more = f" and {len(rows or everyone) - 5} more" if len(rows or everyone) > 5 else ""
-    return (
-        f"step {run.step + 1}: {what} is not finite (gradient norm {float(norm):g}); rows {', '.join(named)}{more}. "
-        "Lower train.learning_rate, or look at these rows"
-    )

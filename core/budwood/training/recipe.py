@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from budwood.contract.discovery import STRATEGIES, find
-from budwood.contract.registry import Composition, build_strategy
+from budwood.contract.loading import build_strategy
+from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy
-from budwood.contract.validation import Location, dotted, first_problem, sentence
+from budwood.contract.validation import Location, dotted, find_problems, sentence
 from budwood.errors import InputError
-from budwood.training.recipe_file import Places, apply_overrides, dump, normalise_strategies, read_recipe_file
+from budwood.training.recipe_file import UNKNOWN, Places, apply_overrides, dump, normalise_strategies, read_recipe_file
 
 QUANTIZERS = "budwood.quantizers"
 TASKS = "budwood.tasks"
@@ -86,6 +89,9 @@ class TrainSection(_Section):
         None, description="steps between checkpoints; without it one about every ten minutes"
     )
     keep_checkpoints: Count = Field(2, description="so many of the last checkpoints are kept, and the best")
+    non_finite: Literal["stop", "skip"] = Field(
+        "stop", description="a step whose loss or gradient is not finite ends the run, or is left out and counted"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = Field(0, description="of all randomness of the run")
     trackers: Sequence[Literal["tensorboard", "wandb", "trackio"]] = Field(
@@ -165,7 +171,8 @@ class Recipe(_Section):
         Raises:
             InputError: see `load_recipe`; files are not looked for.
         """
-        return _make(copy.deepcopy(dict(data)), Places("recipe"), None, overrides)
+        recipe, problems = _examine(copy.deepcopy(dict(data)), Places("recipe"), None, overrides)
+        return _sound(recipe, problems)
 
     @property
     def source(self) -> Path | None:
@@ -201,14 +208,27 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         InputError: what is wrong, led by file and line or by the override: not UTF-8, not YAML, an unknown key, a
             value out of range, a strategy, task or quantiser that is not installed, a data file that is not there.
     """
+    recipe, problems = read_recipe(path, overrides)
+    return _sound(recipe, problems)
+
+
+def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Recipe | None, list[str]]:
+    """Read a recipe as far as it can be read: what is wrong stands at its default, what is missing at `UNKNOWN`.
+
+    Returns:
+        The recipe, None where it names no strategy; and all that is wrong, each as `load_recipe` would say it.
+
+    Raises:
+        InputError: the file is no YAML or JSON that holds a mapping.
+    """
     path = Path(path)
     data, places = read_recipe_file(path)
-    recipe = _make(data, places, path, overrides)
+    recipe, problems = _examine(data, places, path, overrides)
     for field in ("train", "eval"):
-        file = getattr(recipe.data, field)
-        if file is not None and not file.exists():
-            raise InputError(f"{recipe.where('data', field)}: data.{field}: there is no {file} (from {Path.cwd()}).")
-    return recipe
+        file = getattr(recipe.data, field) if recipe is not None else None
+        if recipe is not None and file not in (None, Path(UNKNOWN)) and not file.exists():
+            problems.append(f"{recipe.where('data', field)}: data.{field}: there is no {file} (from {Path.cwd()}).")
+    return recipe, problems
 
 
 def default_recipe(
@@ -253,30 +273,72 @@ def build_composition(recipe: Recipe) -> Composition:
     return Composition(strategies)
 
 
-def _make(data: dict[str, Any], places: Places, source: Path | None, overrides: Sequence[str]) -> Recipe:
-    normalise_strategies(data, places)
-    apply_overrides(data, places, overrides, Recipe.model_fields)
+def _sound(recipe: Recipe | None, problems: Sequence[str]) -> Recipe:
+    """The recipe, if nothing is wrong with it; else the first problem is raised, with the others."""
+    if recipe is None or problems:
+        more = f" ({len(problems) - 1} more: `budwood plan` lists all)" if len(problems) > 1 else ""
+        raise InputError(problems[0] + more, problems)
+    return recipe
+
+
+def _examine(
+    data: dict[str, Any], places: Places, source: Path | None, overrides: Sequence[str]
+) -> tuple[Recipe | None, list[str]]:
+    """See `read_recipe`; `data` is used up."""
+    problems = normalise_strategies(data, places)
+    items_are_wrong = bool(problems)
+    problems += apply_overrides(data, places, overrides, Recipe.model_fields)
     if data.get("output") is None:
         section = data.get("data")
         train = section.get("train") if isinstance(section, dict) else None
         data["output"] = f"runs/{source.stem if source else Path(str(train)).stem}"
-    try:
-        recipe = Recipe.model_validate(data)
-    except ValidationError as error:
-        place, text = first_problem(error, Recipe)
-        if place in ((), ("train",)) and text.startswith("train."):  # a check across fields names its own
-            place = tuple(text.partition(":")[0].split("."))
-            raise InputError(f"{places.nearest(place)}: {sentence(text)}") from None
-        raise InputError(f"{places.nearest(place)}: {dotted(place)}: {sentence(text)}") from None
-    recipe._places, recipe._source = places, source
-    named: list[tuple[Location, str, str, str]] = [
-        (("base", "quantization"), recipe.base.quantization, QUANTIZERS, "quantiser"),
-        (("base", "task"), recipe.base.task, TASKS, "task"),
-        *((("strategies", i), c.name, STRATEGIES, "strategy") for i, c in enumerate(recipe.strategies)),
-    ]
-    for place, name, group, what in named:
+    recipe: Recipe | None = None
+    mended: set[Location] = set()
+    meant: set[Location] = set()
+    while recipe is None:
         try:
-            find(name, group, what)
+            recipe = Recipe.model_validate(data)
+        except ValidationError as error:
+            for place, text in find_problems(error, Recipe):
+                across = place in ((), ("train",)) and text.startswith("train.")  # such a check names its own field
+                at = tuple(text.partition(":")[0].split(".")) if across else place
+                told = at == ("strategies",) and items_are_wrong
+                told = told or at in meant  # and misspelt
+                told = told or (across and any(dotted(other) in text for other in mended | meant))  # of the mending
+                if not told:
+                    problems.append(f"{places.nearest(at)}: {'' if across else dotted(at) + ': '}{sentence(text)}")
+                at = tuple(takewhile(lambda part: isinstance(part, str), at))
+                if at in mended or not _mend(data, at):
+                    return None, problems
+                mended.add(at)
+                meant.update((*at[:-1], near[1]) for near in re.finditer(r"Did you mean '(\w+)'", text))
+    recipe._places, recipe._source = places, source
+    named: list[tuple[Location, str, str]] = [
+        (("base", "quantization"), recipe.base.quantization, QUANTIZERS),
+        (("base", "task"), recipe.base.task, TASKS),
+        *((("strategies", i), c.name, STRATEGIES) for i, c in enumerate(recipe.strategies)),
+    ]
+    for place, name, group in (item for item in named if item[1] != UNKNOWN):
+        try:
+            find(name, group)
         except InputError as error:
-            raise InputError(f"{places.nearest(place)}: {error}") from None
-    return recipe
+            problems.append(f"{places.nearest(place)}: {error}")
+    return recipe, problems
+
+
+def _mend(data: dict[str, Any], place: Location) -> bool:
+    """Take what is wrong out of `data`, so that its default takes its place; whether that can be done."""
+    required: dict[Location, Any] = {
+        ("base",): {"model": UNKNOWN}, ("base", "model"): UNKNOWN,
+        ("data",): {"train": UNKNOWN}, ("data", "train"): UNKNOWN,
+    }  # fmt: skip
+    if not place or place[0] == "strategies":
+        return False
+    holder: Any = data
+    for key in place[:-1]:
+        holder[key] = {} if holder.get(key) is None else holder[key]
+        holder = holder[key]
+    holder.pop(place[-1], None)
+    if place in required:
+        holder[place[-1]] = required[place]
+    return True

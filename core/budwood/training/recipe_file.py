@@ -22,6 +22,8 @@ from budwood.errors import InputError, did_you_mean
 MAX_BYTES = 100_000
 """A recipe is a page; what is longer is another file, and parsing it would take seconds."""
 MAX_DEPTH = 100
+UNKNOWN = "?"
+"""Stands for a base, a data file or a strategy that a recipe should name, while the rest of it is looked at."""
 _TAGS = ("null", "bool", "int", "float", "str", "timestamp", "merge", "map", "seq")
 _RIVALS: dict[Location, str] = {
     ("train", "epochs"): "steps",
@@ -69,18 +71,20 @@ def read_recipe_file(path: Path) -> tuple[dict[str, Any], Places]:
     return data, places
 
 
-def normalise_strategies(data: dict[str, Any], places: Places) -> None:
+def normalise_strategies(data: dict[str, Any], places: Places) -> list[str]:
     """Turn `lora` and `lora: {rank: 8}` in `data["strategies"]` into `{"name": …, "options": …}`, places with them.
 
-    Raises:
-        InputError: an item is neither.
+    Returns:
+        What is wrong with items that are neither; an `UNKNOWN` one takes their place.
     """
     items = data.get("strategies")
     if items is None:
-        return
+        return []
     if not isinstance(items, list):
-        raise InputError(f"{places.nearest(('strategies',))}: strategies: must be a list, for instance [lora].")
-    result = []
+        del data["strategies"]
+        return [f"{places.nearest(('strategies',))}: strategies: must be a list, for instance [lora]."]
+    result: list[dict[str, Any]] = []
+    problems = []
     for index, item in enumerate(items):
         place = ("strategies", index)
         if isinstance(item, dict) and set(item) == {"name", "options"}:
@@ -91,36 +95,48 @@ def normalise_strategies(data: dict[str, Any], places: Places) -> None:
             what = "must be NAME or NAME: {OPTION: VALUE}"
             if isinstance(named, dict) and len(named) > 1:
                 what = f"has {len(named)} keys ({', '.join(named)}); indent the options below the name"
-            raise InputError(f"{places.nearest(place)}: {dotted(place)}: {what}.")
+            problems.append(f"{places.nearest(place)}: {dotted(place)}: {what}.")
+            result.append({"name": UNKNOWN, "options": {}})
+            continue
         ((name, options),) = named.items()
         if options is not None and not isinstance(options, dict):
-            raise InputError(
-                f"{places.nearest((*place, name))}: {dotted((*place, name))}: must be a mapping of options."
-            )
+            where = places.nearest((*place, name))
+            problems.append(f"{where}: {dotted((*place, name))}: must be a mapping of options.")
+            options = None
         for known in [known for known in places if known[:3] == (*place, name)]:
             places[(*place, "options", *known[3:])] = places.pop(known)
         result.append({"name": name, "options": options or {}})
     data["strategies"] = result
+    return problems
 
 
-def apply_overrides(data: dict[str, Any], places: Places, overrides: Sequence[str], sections: Iterable[str]) -> None:
+def apply_overrides(
+    data: dict[str, Any], places: Places, overrides: Sequence[str], sections: Iterable[str]
+) -> list[str]:
     """Put each KEY=VALUE into `data`, whose strategies are normalised; later ones win.
 
     KEY is dotted: `train.steps`, `strategies.lora.rank`, or short `lora.rank`. VALUE is YAML.
 
-    Raises:
-        InputError: no "=", VALUE is not YAML, or KEY leads nowhere (the nearest is named).
+    Returns:
+        What is wrong with those that are left out: no "=", VALUE is not YAML, or KEY leads nowhere (the nearest is
+        named).
     """
     sections = list(sections)
     chosen: set[Location] = set()
+    problems = []
     for override in overrides:
         who = f"-o {shorten(override)}"
         key, equals, text = override.partition("=")
         parts = key.strip().split(".")
         if not equals or not all(parts):
-            raise InputError(f"{who}: write KEY=VALUE, for instance -o train.steps=100.")
-        value = _parse(text, who, Places(who))
-        place, holder, last = _holder(data, parts, sections, who)
+            problems.append(f"{who}: write KEY=VALUE, for instance -o train.steps=100.")
+            continue
+        try:
+            value = _parse(text, who, Places(who))
+            place, holder, last = _holder(data, parts, sections, who)
+        except InputError as error:
+            problems.append(str(error))
+            continue
         holder[last] = value
         rival = _RIVALS.get(place)
         if rival and (*place[:-1], rival) not in chosen:
@@ -129,7 +145,8 @@ def apply_overrides(data: dict[str, Any], places: Places, overrides: Sequence[st
         places.forget(place)
         places[place] = who
         if place == ("strategies",):
-            normalise_strategies(data, places)
+            problems += normalise_strategies(data, places)
+    return problems
 
 
 def _holder(

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from budwood.contract.discovery import installed
-from budwood.contract.registry import load_strategy
+from budwood.contract.loading import load_strategy
 from budwood.errors import BudwoodError
 from budwood.training.recipe import QUANTIZERS, TASKS, Recipe
 

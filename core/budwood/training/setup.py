@@ -19,8 +19,9 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
 from budwood.adapters.files import complete_file
-from budwood.contract.discovery import find
-from budwood.contract.registry import Composition, PluginError
+from budwood.contract.discovery import PluginError
+from budwood.contract.loading import create
+from budwood.contract.registry import Composition
 from budwood.contract.strategy import hookimpl
 from budwood.contract.types import Batch, Plan, Run
 from budwood.data.examples import Examples, build_examples, overlap
@@ -82,7 +83,7 @@ def prepare(
     hooks = build_composition(recipe)
     if not hooks.implements("trainable_parameters"):
         raise InputError(NOTHING_TRAINS)
-    task: Task = find(recipe.base.task, "budwood.tasks", "task").load()()
+    task: Task = create(recipe.base.task, "budwood.tasks")
     directory = Path(recipe.output)
     device, dtype, reason = pick_device_precision(recipe.base.device, recipe.train.precision)
     check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code, device)

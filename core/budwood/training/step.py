@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from budwood.contract.registry import Composition, PluginError
+from budwood.contract.discovery import PluginError
+from budwood.contract.registry import Composition
 from budwood.contract.strategy import hookimpl
 from budwood.contract.types import LossTerm, Outputs, Run, Step, Terms
 from budwood.model.tasks import CHUNK, autocast

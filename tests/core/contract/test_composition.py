@@ -278,3 +278,35 @@ def test_a_failing_observer_is_named_once_and_set_aside():
         hooks.notify(Event("step", step, {}), said.append)
     assert seen == [1, "silent", 2, "silent"]
     assert said == ["strategy 'a' (a-dist 1.0) failed in on_event and is set aside: ConnectionError: no network"]
+
+
+def test_all_that_does_not_fit_is_said_at_once():
+    strategies = [
+        make("a", slots=("adapter",), after=("b",), requires=("teacher",)),
+        make("b", slots=("adapter",), after=("a",)),
+        make("c", conflicts=("a",)),
+        make("c"),
+    ]
+    problems: list[str] = []
+    hooks = Composition(strategies, problems)
+    assert [problem.partition(": ")[0] for problem in problems] == [
+        "strategy 'a' (a-dist 1.0) and strategy 'b' (b-dist 1.0) both own the slot 'adapter'",
+        "strategy 'c' stands twice in the recipe",
+        "strategy 'a' (a-dist 1.0) requires 'teacher'",
+        "strategy 'c' (c-dist 1.0) conflicts with 'a'",
+        "strategies cannot be put in an order",
+    ]
+    assert hooks.strategies == strategies
+    with pytest.raises(InputError) as error:
+        Composition(strategies)
+    assert list(error.value.problems) == problems
+    Composition([strategies[0]], problems := [], complete=False)  # one that is missing may be the teacher
+    assert problems == []
+
+
+def test_calls_tell_wrappers_from_the_rest():
+    hooks = Composition([wrapping("a", []), wrapping("b", [])])
+    hooks.register_core(Core([]), "core")
+    assert [(call.name, call.wraps) for call in hooks.calls("backward")] == [
+        ("a", True), ("b", True), ("budwood: core", False),
+    ]  # fmt: skip

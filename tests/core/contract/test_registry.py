@@ -8,7 +8,7 @@ import pytest
 
 from budwood import InputError, PluginError
 from budwood.contract.discovery import find, installed
-from budwood.contract.registry import build_strategy, load_strategy
+from budwood.contract.loading import build_strategy, check_installed, create, load_strategy
 
 
 def refused(kind: type[Exception], *parts: str):
@@ -88,12 +88,50 @@ def test_failing_import_names_plugin_distribution_and_remedy(distribution, sourc
         ),
         ("def prepare_model(self, run, model): ...", "'prepare_model' is named like a hook; mark it with @hookimpl"),
         ("@hookimpl\ndef before_clip(self, rnu): ...", "hook 'before_clip' has no argument 'rnu'. Did you mean 'run'?"),
-        ("@hookimpl\ndef before_clip(self, *args): ...", "hook 'before_clip' has no argument 'args'"),
+        ("@hookimpl\ndef before_clip(self, *args): ...", "cannot take *args: name those of run that it uses"),
+        ("@hookimpl\ndef before_clip(self, run, **more): ...", "cannot take **more: name those of run"),
+        ("@hookimpl\ndef before_clip(self, *, run): ...", "argument 'run' must not be keyword-only"),
+        ("@hookimpl\ndef before_clip(run): ...", "hook 'before_clip' must take self first, then any of run"),
+        ("@hookimpl\ndef before_clip(): ...", "hook 'before_clip' must take self first"),
+        ("@hookimpl\n@staticmethod\ndef before_clip(run): ...", "must be a plain method with self, not a staticmethod"),
+        ("@staticmethod\n@hookimpl\ndef before_clip(run): ...", "must be a plain method with self, not a staticmethod"),
+        ("@classmethod\n@hookimpl\ndef before_clip(cls): ...", "must be a plain method with self, not a classmethod"),
+        ("import functools\nbefore_clip = functools.cache(hookimpl(lambda s, run: 0))", "not a _lru_cache_wrapper"),
+        ("@hookimpl\nasync def before_clip(self, run): ...", "hook 'before_clip' must not be async"),
+        ("@hookimpl\nasync def before_clip(self, run): yield", "hook 'before_clip' must not be async"),
+        ("@hookimpl\ndef before_clip(self, run): yield", "has a yield, which only @hookimpl(wrapper=True) takes"),
+        ("@hookimpl(wrapper=True)\ndef backward(self, step): ...", "'backward' is a wrapper, so it must yield once"),
+        ("@hookimpl(hookwrapper=True)\ndef backward(self, step): yield", "use @hookimpl(wrapper=True)"),
+        (
+            "@hookimpl(specname='evaluate')\ndef export(self, run): ...",
+            "name the method 'evaluate' in place of specname",
+        ),
+        ("before_clip = 3", "'before_clip' is named like a hook and is a int, not a method"),
+        ("@property\ndef export(self): ...", "'export' is named like a hook and is a property, not a method"),
+        ("class Options(Options):\n    kind: 'NotThere' = 3", "its Options give no schema: "),
+        (
+            "class Options(Options):\n    model_config = {'arbitrary_types_allowed': True}\n    x: Strategy = None",
+            "its Options give no schema: ",
+        ),
+        ("class Options(Options):\n    y: object = Strategy", "its Options fail: "),
+        (
+            "class Options(Options):\n    x: int = 3\n    def model_post_init(self, _):\n        1 / 0",
+            "its Options fail: ZeroDivisionError: division by zero. Report it to its author.",
+        ),
+        ("def __init__(self, options, name, distribution): ...", "does not call super().__init__(options, name,"),
+        ("def __init__(self, **options): raise RuntimeError('no\\nway')", "cannot start: RuntimeError: no. Report it"),
+        ("def __init__(self, **options): raise SystemExit", "cannot start: SystemExit. Report it"),
+        ("after = None", "'after' must be a tuple of names, not None"),
+        ("requires = (3,)", "'requires' must be a tuple of names, not (3,)"),
+        ("api = 0", "written for version 0 of the contract, and this Budwood has 1: pip install -U sprout."),
+        ("api = '1'", "'api' must be a version of the contract, such as 1, not '1'"),
+        ("api = None", "'api' must be a version of the contract, such as 1, not None"),
+        ("api = True", "'api' must be a version of the contract, such as 1, not True"),
         ("@hookimpl\ndef before_clip(self, run=None): ...", "argument 'run' must have no default"),
         ("@hookimpl\ndef forward(self, step): ...", "'forward' is not a strategy's own; use @hookimpl(wrapper=True)"),
         ("@hookimpl(wrapper=True)\ndef before_clip(self, run): yield", "hook 'before_clip' cannot be wrapped"),
         ("@hookimpl(tryfirst=True)\ndef before_clip(self, run): ...", "declare the order with `before` and `after`"),
-        ("api = 99", "written for version 99 of the contract"),
+        ("api = 99", "written for version 99 of the contract, and this Budwood has 1: pip install -U budwood."),
         ("slots = 'adapter'", "'slots' must be a tuple of names, not 'adapter'"),
         ("class Options: pass", "its Options must be a subclass of budwood.Options"),
         ("def __init__(self): ...", "cannot start: TypeError"),
@@ -103,6 +141,41 @@ def test_what_breaks_the_contract_is_named(distribution, body, says):
     one(distribution, body)
     with refused(PluginError, "strategy 'mine' of sprout 1.0", says):
         build_strategy("mine", {}, "recipe.yaml:7")
+
+
+def test_who_declares_no_version_knew_of_the_first_only(distribution, monkeypatch):
+    one(distribution, "pass")
+    load_strategy("mine")
+    monkeypatch.setattr("budwood.contract.loading.API_VERSION", 2)
+    with refused(PluginError, "strategy 'mine' of sprout 1.0 was written for version 1", "pip install -U sprout"):
+        load_strategy("mine")
+
+
+BASES = {
+    "budwood.tasks": ("from budwood.model.tasks import CausalLM as Base", "task 'mine'"),
+    "budwood.forms": ("from budwood.data.forms import Text as Base", "data form 'mine'"),
+    "budwood.quantizers": ("from budwood.model.quantizers import Quantizer as Base", "quantiser 'mine'"),
+    "budwood.attacks": ("from budwood import Attack as Base", "attack 'mine'"),
+}
+
+
+@pytest.mark.parametrize("group", BASES)
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("class Mine(Base): api = 2", "was written for version 2 of the contract, and this Budwood has 1"),
+        ("class Mine(Base): api = 'new'", "'api' must be a version of the contract, such as 1, not 'new'"),
+        ("class Mine: pass", "sprout:Mine is not a subclass of budwood."),
+        ("Mine = Base()", "sprout:Mine is not a subclass of budwood."),
+        ("class Mine(Strategy): pass", "sprout:Mine is not a subclass of budwood."),
+        ("class Mine(Base):\n    def __init__(self): raise OSError('gone')", "cannot start: OSError: gone"),
+    ],
+)
+def test_every_kind_of_plugin_is_checked(distribution, group, body, says):
+    head, who = BASES[group]
+    distribution("sprout", f"{head}\n{body}", {"mine": "Mine"}, group=group)
+    with refused(PluginError, who, "sprout 1.0", says):
+        create("mine", group)
 
 
 def test_an_entry_point_to_something_else_is_refused(distribution):
@@ -175,3 +248,37 @@ def test_a_module_that_is_not_there_has_no_summary(distribution):
     folder = distribution("sprout", "", {"mine": "Mine"})
     (folder / "sprout.py").unlink()
     assert find("mine").summary == ""
+
+
+def test_two_wrong_options_are_both_named(distribution):
+    one(distribution, "class Options(Options):\n    epsilon: float = Field(gt=0)\n    steps: int = 3")
+    expected = "r:7: mine.stepss: unknown key. Did you mean 'steps'? r:7: mine.epsilon: must be greater than 0 (got 0)."
+    with pytest.raises(InputError) as error:
+        build_strategy("mine", {"epsilon": 0, "stepss": 4}, "r:7")
+    assert str(error.value) == expected
+    with pytest.raises(InputError) as error:  # one mistake, one message: the missing option is the misspelt one
+        build_strategy("mine", {"epsilonn": 1}, "r:7")
+    assert str(error.value) == "r:7: mine.epsilonn: unknown key. Did you mean 'epsilon'?"
+
+
+def test_all_that_is_installed_is_listed_with_what_is_wrong(distribution):
+    distribution("fine", "class Fine(Strategy): pass", {"fine": "Fine"})
+    distribution("broken", "raise RuntimeError('no GPU')", {"broken": "Broken"})
+    distribution("nothing", "", {"nothing": "Nothing"})
+    distribution("odd", "class Odd: pass", {"odd": "Odd"}, group="budwood.forms")
+    distribution("shy", "", {"shy": "Shy"}, group="budwood.task")
+    for name in ("one", "two"):
+        distribution(name, "class Twice(Strategy): pass", {"twice": "Twice"})
+    found = [(status.kind, status.entry.name, status.problem) for status in check_installed()]
+    problems = {name: (kind, problem) for kind, name, problem in found if problem}
+    assert set(problems) == {"broken", "nothing", "odd", "shy", "twice"}
+    assert len([name for _, name, _ in found if name == "twice"]) == 2
+    assert "cannot be imported: RuntimeError: no GPU. Repair or update it" in problems["broken"][1]
+    assert "cannot be imported: AttributeError: module 'nothing' has no attribute 'Nothing'" in problems["nothing"][1]
+    assert problems["odd"][0] == "data form" and "is not a subclass" in problems["odd"][1]
+    assert problems["shy"] == (
+        "budwood.task",
+        "plugin 'shy' of shy 1.0: there is no entry point group 'budwood.task'. Did you mean 'budwood.tasks'?",
+    )
+    assert "is provided by" in problems["twice"][1] and "uninstall one" in problems["twice"][1]
+    assert ("strategy", "fine", "") in found and ("task", "causal-lm", "") in found and ("demo", "demo", "") in found

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from budwood.contract.discovery import PluginError
 from budwood.data.encoder import Encoder, encode_prompt
 from budwood.data.forms import Dropped, Encoded, PromptCompletion, Text, TextLabel, recognise
 from budwood.errors import InputError
@@ -189,5 +188,11 @@ def test_forms_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(InputError, match="good . bad; .*plugin 'broken' of broken-form 1.2.*cannot be imported"):
         recognise(["good"], LM, "x")
     install_form(tmp_path, "odd", "class Made: pass\n")
-    with pytest.raises(PluginError, match="data form 'odd' of odd-form 1.2 is not a subclass"):
-        recognise(["text"], LM, "x")
+    install_form(tmp_path, "partial", "from budwood.data.forms import Form\nclass Made(Form): name = 'x'\n")
+    assert recognise(["text"], LM, "x").name == "text"
+    with pytest.raises(
+        InputError, match="'odd' of odd-form 1.2: odd_form:Made is not a subclass of budwood.data.*Form"
+    ):
+        recognise(["good"], LM, "x")
+    with pytest.raises(InputError, match="data form 'partial' of partial-form 1.2: .* declares no 'columns'"):
+        recognise(["good"], LM, "x")

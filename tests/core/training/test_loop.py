@@ -108,7 +108,7 @@ def _fresh_a(run: object) -> dict[str, Tensor]:
     """The seeded start of every A: what `prepare_model` draws."""
     from transformers import AutoModelForCausalLM
 
-    from budwood.contract.registry import build_strategy
+    from budwood.contract.loading import build_strategy
 
     model = AutoModelForCausalLM.from_pretrained(run.recipe.base.model)
     strategy = build_strategy("lora", {"rank": 4}, lambda *place: "test")

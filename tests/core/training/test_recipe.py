@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from budwood import InputError
-from budwood.training.recipe import Recipe, build_composition, default_recipe, load_recipe
-from budwood.training.recipe_file import read_recipe_file
+from budwood.training.recipe import Recipe, build_composition, default_recipe, load_recipe, read_recipe
+from budwood.training.recipe_file import UNKNOWN, read_recipe_file
 
 SMALLEST = """\
 base:
@@ -227,7 +227,7 @@ def test_billions_of_laughs_end_at_once():
     ],
 )
 def test_bad_json(content, message):
-    assert error_of(content, name="recipe.json") == message
+    assert error_of(content, name="recipe.json").startswith(message)
 
 
 def test_bom_and_crlf_are_read():
@@ -317,6 +317,53 @@ def test_where_a_value_stands():
     assert recipe.where("strategies", "lora", "dropout") == "recipe.yaml:6"
     assert recipe.where("strategies", "lora", "alpha") == "-o lora.alpha=4"
     assert recipe.where("train", "seed") == "recipe.yaml"
+
+
+def test_all_that_is_wrong_is_known_at_once_and_the_rest_is_read():
+    text = """\
+base: {modle: some/base}
+data: {train: nope.jsonl, evl: eval.jsonl}
+strategies:
+  - lora: {rank: 4}
+  - 3
+  - lorra
+train: {epochs: 2, steps: 3, patience: 2, eval_every: -1, learning_rate: fast, trackers: [mlflow], schedule: linear}
+"""
+    Path("recipe.yaml").write_text(text)
+    recipe, problems = read_recipe("recipe.yaml", ["train.x=3", "foo=2"])
+    assert [problem.partition(": ")[2].split(": ")[0].removesuffix(".") for problem in problems] == [
+        "strategies[1]", "the recipe has no 'foo'", "base.modle", "data.evl", "train.steps", "train.x",
+        "train.learning_rate", "train.eval_every", "train.trackers[0]",
+        "strategy 'lorra' is not installed. Did you mean 'lora'? Installed", "data.train",
+    ]  # fmt: skip
+    assert problems[0].startswith("recipe.yaml:5: ")
+    assert recipe is not None
+    assert [choice.name for choice in recipe.strategies] == ["lora", UNKNOWN, "lorra"]
+    assert (recipe.base.model, recipe.train.schedule, recipe.train.learning_rate) == (UNKNOWN, "linear", 2e-4)
+    with pytest.raises(InputError, match=r"^recipe.yaml:5: .*\(10 more: `budwood plan` lists all\)$") as error:
+        load_recipe("recipe.yaml", ["train.x=3", "foo=2"])
+    assert list(error.value.problems) == problems
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "count"),
+    [
+        ("max_length: 128", "max_length: many", 1),  # micro_tokens is too small for the default alone
+        ("eval: eval.jsonl", "evl: eval.jsonl", 1),  # so that eval_every needs a file is no second problem
+        ("strategies: [lora]", "", 1),
+        ("base: {model: some/base}", "", 1),
+        ("base: {model: some/base}", "base: some/base", 1),
+    ],
+)
+def test_what_comes_of_a_mistake_is_no_second_one(old, new, count):
+    text = """\
+base: {model: some/base}
+data: {train: train.jsonl, eval: eval.jsonl, max_length: 128}
+strategies: [lora]
+train: {micro_tokens: 512, eval_every: 10}
+"""
+    Path("recipe.yaml").write_text(text.replace(old, new))
+    assert len(read_recipe("recipe.yaml")[1]) == count
 
 
 OPTIONAL = """

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from budwood import Event, Options, PluginError, Strategy, hookimpl
-from budwood.contract.registry import build_strategy
+from budwood.contract.loading import build_strategy
 from budwood.contract.types import Plan
 from budwood.errors import InputError
 from budwood.model.tasks import noisy_embeddings

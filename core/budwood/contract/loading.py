@@ -1,0 +1,274 @@
+"""From an entry point to a plugin that keeps the contract: import, check, validate options, start."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from types import FunctionType
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from budwood.contract.discovery import STRATEGIES, WORDS, Installed, PluginError, find, installed
+from budwood.contract.hookspecs import HookSpecs
+from budwood.contract.strategy import API_VERSION, Options, Plugin, Strategy
+from budwood.contract.validation import dotted, find_problems, sentence
+from budwood.errors import BudwoodError, InputError, describe, did_you_mean
+
+HOOKS = tuple(name for name, value in vars(HookSpecs).items() if hasattr(value, "how"))
+ONE_OWNER = tuple(name for name in HOOKS if getattr(HookSpecs, name).how == "one owner")
+CORES_OWN = tuple(name for name in HOOKS if getattr(HookSpecs, name).how == "core's own")
+WRAPPABLE = tuple(name for name in HOOKS if getattr(HookSpecs, name).wrappable)
+_BASES = {
+    STRATEGIES: "budwood.Strategy",
+    "budwood.tasks": "budwood.model.tasks.Task",
+    "budwood.forms": "budwood.data.forms.Form",
+    "budwood.quantizers": "budwood.model.quantizers.Quantizer",
+    "budwood.attacks": "budwood.Attack",
+}
+
+
+@dataclass(frozen=True)
+class PluginStatus:
+    """An installed entry point and what is wrong with it.
+
+    Attributes:
+        kind: strategy, task, data form, quantiser, attack or demo; or its group, where there is none of that name.
+        entry: its name, its object, its distribution and version.
+        problem: one line that names it and says what to do; empty where it works.
+    """
+
+    kind: str
+    entry: Installed
+    problem: str
+
+
+def check_installed() -> list[PluginStatus]:
+    """Import every installed plugin of every group, and say what is wrong with those that no recipe could use."""
+    found = [
+        PluginStatus(word, entry, _problem(entry, group))
+        for group, word in WORDS.items()
+        for entries in installed(group).values()
+        for entry in entries
+    ]
+    unknown = sorted(g for g in metadata.entry_points().groups if g.startswith("budwood.") and g not in WORDS)
+    for group in unknown:
+        for entry in (entry for entries in installed(group).values() for entry in entries):
+            near = did_you_mean(group, WORDS)
+            problem = f"plugin '{entry.name}' of {entry.owner}: there is no entry point group '{group}'.{near}"
+            found.append(PluginStatus(group, entry, problem))
+    return found
+
+
+def _problem(entry: Installed, group: str) -> str:
+    try:
+        if group == STRATEGIES:
+            load_strategy(entry.name)
+        elif group in _BASES:
+            load(entry.name, group)
+        else:
+            find(entry.name, group).load()
+    except BudwoodError as error:
+        return str(error)
+    return ""
+
+
+def load(name: str, group: str) -> tuple[type[Any], Installed]:
+    """Import the class of a plugin and check what all plugins keep.
+
+    Raises:
+        InputError: it is not installed, or two distributions have it.
+        PluginError: it fails to import, is not what its group takes, was written for another version of the contract,
+            or its Options are none.
+    """
+    entry = find(name, group)
+    cls = entry.load()
+    who = f"{WORDS[group]} '{name}' of {entry.owner}"
+    if not (isinstance(cls, type) and issubclass(cls, Plugin) and cls.group == group):
+        raise PluginError(f"{who}: {entry.value} is not a subclass of {_BASES[group]}. Point the entry point at one.")
+    if not isinstance(cls.api, int) or isinstance(cls.api, bool):
+        raise PluginError(f"{who}: 'api' must be a version of the contract, such as {API_VERSION}, not {cls.api!r}.")
+    if cls.api != API_VERSION:
+        behind = entry.distribution if cls.api < API_VERSION else "budwood"
+        raise PluginError(
+            f"{who} was written for version {cls.api} of the contract, and this Budwood has {API_VERSION}: "
+            f"pip install -U {behind}."
+        )
+    for name in cls.must_declare:
+        if not hasattr(cls, name):
+            raise PluginError(f"{who}: {entry.value} declares no '{name}', which its class must.")
+    if hasattr(cls, "Options"):
+        _check_options(cls.Options, who)
+    return cls, entry
+
+
+def _check_options(options: Any, who: str) -> None:
+    if not (isinstance(options, type) and issubclass(options, Options)):
+        raise PluginError(f"{who}: its Options must be a subclass of budwood.Options, which refuses unknown keys.")
+    try:
+        options.model_json_schema()
+    except Exception as error:  # pydantic has several, and what an author's types raise is theirs
+        raise PluginError(f"{who}: its Options give no schema: {describe(error)}. Report it to its author.") from error
+
+
+def load_strategy(name: str) -> tuple[type[Strategy], Installed]:
+    """Import the strategy `name` and check that it keeps the contract.
+
+    Raises:
+        InputError: it is not installed, or two distributions have it.
+        PluginError: as `load`, or it has a misspelt, unmarked or wrongly declared hook.
+    """
+    cls, entry = load(name, STRATEGIES)
+    who = f"strategy '{name}' of {entry.owner}"
+    for declared in ("slots", "provides", "requires", "conflicts", "before", "after"):
+        names = getattr(cls, declared)
+        if not isinstance(names, tuple | list) or not all(isinstance(item, str) for item in names):
+            raise PluginError(f"{who}: '{declared}' must be a tuple of names, not {names!r}.")
+    check_hooks(cls, who)
+    return cls, entry
+
+
+def check_hooks(cls: type, who: str) -> None:
+    """Check every hook of a class against the contract; `who` leads messages.
+
+    Raises:
+        PluginError: a hook is misspelt, unmarked, no plain method, takes what it is not given, or wraps what cannot be
+            wrapped.
+    """
+    for name in dir(cls):
+        member = inspect.getattr_static(cls, name)
+        function = getattr(member, "__func__", member)  # what a staticmethod or a classmethod holds
+        marks = getattr(member, "budwood_impl", None) or getattr(function, "budwood_impl", None)
+        if isinstance(marks, dict):
+            problem = _hook_problem(name, member, marks, issubclass(cls, Strategy))
+        elif name not in HOOKS:
+            continue
+        elif callable(function):
+            problem = f"method '{name}' is named like a hook; mark it with @hookimpl, or rename it."
+        else:
+            kind = type(member).__name__
+            problem = f"'{name}' is named like a hook and is a {kind}, not a method marked with @hookimpl; rename it."
+        if problem:
+            raise PluginError(f"{who}: {problem}")
+
+
+def _hook_problem(name: str, member: Any, marks: dict[str, Any], of_strategy: bool) -> str:
+    """What is wrong with a method marked as a hook; empty where nothing is."""
+    if name not in HOOKS:
+        return f"there is no hook '{name}'.{did_you_mean(name, HOOKS)}"
+    hook = f"hook '{name}'"
+    if not isinstance(member, FunctionType):
+        return f"{hook} must be a plain method with self, not a {type(member).__name__}."
+    plain = inspect.unwrap(member)
+    if inspect.iscoroutinefunction(plain) or inspect.isasyncgenfunction(plain):
+        return f"{hook} must not be async."
+    if marks["hookwrapper"]:
+        return f"{hook}: hookwrapper is pluggy's old way; use @hookimpl(wrapper=True)."
+    if marks["wrapper"] and name not in WRAPPABLE:
+        return f"{hook} cannot be wrapped; only {', '.join(WRAPPABLE)} can."
+    if marks["wrapper"] and not inspect.isgeneratorfunction(member):
+        return f"{hook} is a wrapper, so it must yield once where what it wraps shall run."
+    if not marks["wrapper"] and name in CORES_OWN and of_strategy:
+        return f"{hook} is not a strategy's own; use @hookimpl(wrapper=True)."
+    if not marks["wrapper"] and inspect.isgeneratorfunction(plain):
+        return f"{hook} has a yield, which only @hookimpl(wrapper=True) takes; return what it gives."
+    if marks["tryfirst"] or marks["trylast"]:
+        return f"{hook}: declare the order with `before` and `after` of the class."
+    if marks["specname"]:
+        return f"{hook}: name the method '{marks['specname']}' in place of specname."
+    return _argument_problem(hook, getattr(HookSpecs, name), list(inspect.signature(member).parameters.values()))
+
+
+def _argument_problem(hook: str, spec: Any, given: list[inspect.Parameter]) -> str:
+    allowed = list(inspect.signature(spec).parameters)[1:]
+    if not given or given[0].name in allowed:
+        return f"{hook} must take self first, then any of {', '.join(allowed)}."
+    for argument in given[1:]:
+        if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
+            return f"{hook} cannot take {argument}: name those of {', '.join(allowed)} that it uses."
+        if argument.name not in allowed:
+            near = did_you_mean(argument.name, allowed)
+            return f"{hook} has no argument '{argument.name}'.{near} It may take {', '.join(allowed)}."
+        if argument.default is not argument.empty:
+            return f"{hook}: argument '{argument.name}' must have no default."
+        if argument.kind is argument.KEYWORD_ONLY:
+            return f"{hook}: argument '{argument.name}' must not be keyword-only; leave out the *."
+    return ""
+
+
+def create(name: str, group: str) -> Any:
+    """Import, check and start a task, a data form or a quantiser.
+
+    Raises:
+        InputError, PluginError: as `load`; or it fails to start.
+    """
+    return start(*load(name, group))
+
+
+def start(cls: type[Any], entry: Installed, **arguments: Any) -> Any:
+    """Make the plugin of a loaded class, which then knows its name and distribution.
+
+    Raises:
+        PluginError: its `__init__` fails, or does not call that of its base class.
+    """
+    who = f"{WORDS[cls.group]} '{entry.name}' of {entry.owner}"
+    try:
+        if issubclass(cls, Strategy):
+            plugin: Any = cls(**arguments, name=entry.name, distribution=entry.owner)
+            if not isinstance(getattr(plugin, "options", None), BaseModel) or plugin.name != entry.name:
+                raise TypeError("its __init__ does not call super().__init__(options, name, distribution)")
+        else:
+            plugin = cls(**arguments)
+            plugin.distribution = entry.owner
+    except BudwoodError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"{who} cannot start: {describe(error)}. Report it to its author.") from error
+    return plugin
+
+
+def build_strategy(name: str, options: dict[str, Any], where: str | Callable[..., str]) -> Strategy:
+    """Import and start a strategy with validated options.
+
+    Args:
+        name: under which it is installed.
+        options: as written.
+        where: leads messages ("recipe.yaml:7"), or gives that for an option's place (`where("rank")`).
+
+    Raises:
+        InputError: options are unknown or out of range; all of them are named.
+        PluginError: see `load_strategy`, or it fails to start.
+    """
+    cls, entry = load_strategy(name)
+
+    def say(place: tuple[str | int, ...], text: str) -> str:
+        at = where if isinstance(where, str) else where(*place)
+        return f"{at}: {dotted((name, *place))}: {sentence(text)}"
+
+    strategy: Strategy = start(cls, entry, options=validate_options(cls, entry, options, say))
+    return strategy
+
+
+def validate_options(
+    cls: type[Any], entry: Installed, options: dict[str, Any], say: Callable[[tuple[str | int, ...], str], str]
+) -> Any:
+    """Return an instance of the class's Options; `say(place, text)` makes the message of a problem.
+
+    Raises:
+        InputError: options are unknown or out of range; all of them are named.
+        PluginError: a validator of the Options fails, or they cannot be written to the run's manifest.
+    """
+    try:
+        validated = cls.Options.model_validate(options)
+        validated.model_dump(mode="json")
+    except ValidationError as error:
+        problems = [say(*problem) for problem in find_problems(error, cls.Options)]
+        raise InputError(" ".join(problems), problems) from None
+    except BudwoodError:
+        raise
+    except (Exception, SystemExit) as error:
+        who = f"{WORDS[cls.group]} '{entry.name}' of {entry.owner}"
+        raise PluginError(f"{who}: its Options fail: {describe(error)}. Report it to its author.") from error
+    return validated

@@ -1,0 +1,66 @@
+"""The process in which chat templates run; `chat_template.py` starts it as a script, and nothing else imports it.
+
+Usage: template_process.py SECONDS BYTES. The first line of standard input is the template as JSON, each further one a
+list of conversations; each of these is answered by one line of JSON: its text, or what stood against it.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import sys
+from typing import Any
+
+MAX_TEXT = 16 << 20
+"""Characters of a rendered conversation."""
+
+
+def main() -> None:
+    """Render conversations until standard input ends."""
+    seconds, room = float(sys.argv[1]), int(sys.argv[2])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, and its end is this one's
+    requests, replies = sys.stdin.buffer, sys.stdout.buffer
+    sys.stdout = sys.stderr
+    from jinja2.sandbox import SandboxedEnvironment
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    SandboxedEnvironment.unsafe_undefined = _refuse  # type: ignore[method-assign,assignment]
+    (template,) = json.loads(requests.readline())
+    with open("/proc/self/statm", encoding="ascii") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + room, used + room))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    replies.write(b'{"text": "ready"}\n')
+    replies.flush()
+    for line in requests:
+        for messages, variables in json.loads(line):
+            # Processor time, so that a busy machine refuses nothing; the signal ends the process wherever it is.
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+            reply = _render(render_jinja_template, template, messages, variables)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            replies.write(reply + b"\n")
+            replies.flush()
+
+
+def _refuse(environment: Any, value: Any, attribute: str) -> Any:
+    """Raise where jinja would give an undefined value, which prints as nothing."""
+    from jinja2.exceptions import SecurityError
+
+    raise SecurityError(f"access to attribute {attribute!r} of a {type(value).__name__} is unsafe.")
+
+
+def _render(render: Any, template: str, messages: list[dict[str, Any]], variables: dict[str, Any]) -> bytes:
+    try:
+        (text,), _ = render([messages], chat_template=template, **variables)
+        if len(text) > MAX_TEXT:
+            return json.dumps({"limit": f"writes {len(text):,} characters; at most {MAX_TEXT:,} are taken"}).encode()
+        return json.dumps({"text": text}).encode()
+    except MemoryError:
+        return json.dumps({"limit": "needs too much memory"}).encode()
+    except Exception as error:  # a template is a program of the base's author and raises what it likes
+        return json.dumps({"error": str(error).strip()[:1000] or type(error).__name__}).encode()
+
+
+if __name__ == "__main__":
+    main()

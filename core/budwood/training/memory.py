@@ -1,0 +1,160 @@
+"""Memory that runs out in a step: the step begins again in smaller parts, or the run says what to change.
+
+What it has done by then is undone first: gradients, sums of the loss terms, what was logged, what was drawn of the
+streams of random numbers. So an optimizer step is the same however often it began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from budwood.contract.registry import Composition
+from budwood.contract.types import Batch, Run, Step
+from budwood.data.packing import split_micro
+from budwood.errors import ResourceError, is_out_of_memory
+from budwood.model.streaming import release_memory
+from budwood.model.tasks import collate_for, does_not_fit
+from budwood.training.step import Engine
+
+_DONE = 1 << 62
+REMEDIES = "lower train.micro_tokens or data.max_length, turn on train.gradient_checkpointing, or take a smaller base"
+
+
+class TornStepError(ResourceError):
+    """An optimizer ran out of memory when it had moved some parameters and not others: together they are no adapter."""
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """An optimizer step's examples, and this process's micro-batches of them, each of at most `micro_tokens`."""
+
+    indices: np.ndarray
+    micro_tokens: int
+    batches: list[Batch]
+
+    @classmethod
+    def collate(cls, run: Run, indices: np.ndarray) -> StepBatches:
+        """Split among micro-batches and processes as `run.micro_tokens` says now."""
+        limit = run.micro_tokens
+        rows = split_micro(indices, run.examples.lengths, limit, run.packed)[run.process_index :: run.processes]
+        return cls(indices, limit, [collate_for(run, [run.examples[i] for i in row]) for row in rows])
+
+
+def accumulate(run: Run, hooks: Composition, engine: Engine, step: StepBatches) -> list[Batch]:
+    """Add up the gradients of an optimizer step's micro-batches; returns these, as they were in the end.
+
+    Where memory runs out, on whichever process, all of them begin the step again with micro-batches half as large as
+    the one that failed, and keep to that size.
+
+    Raises:
+        ResourceError: memory does not even hold one example.
+    """
+    while True:
+        limit = _agree(run, _passes(run, hooks, engine, step.batches))
+        if limit == _DONE:
+            return step.batches
+        run.begin_step_again()
+        engine.sums = {}
+        release_memory()
+        if limit == 0:
+            alone = [b for b in step.batches if len(b.example_ids) == 1]
+            longest = max(alone or step.batches, key=lambda batch: batch.num_tokens).example_ids[0]
+            raise ResourceError(f"step {run.step + 1}: {does_not_fit(run.recipe, run.examples, longest)}")
+        run.micro_tokens = limit
+        run.say(
+            f"step {run.step + 1}: out of memory: the step begins again, and from here on there are at most {limit:,} "
+            f"tokens at once (train.micro_tokens: {limit})"
+        )
+        step = StepBatches.collate(run, step.indices)
+
+
+def _passes(run: Run, hooks: Composition, engine: Engine, batches: Sequence[Batch]) -> int:
+    """Run every micro-batch. Returns _DONE, or where one is too large half its tokens, 0 where it is one example.
+
+    The error, and all that its frames hold on to, is gone by then.
+    """
+    for index, batch in enumerate(batches):
+        try:
+            prepared = hooks.chain("prepare_batch", "batch", batch.to(run.device), run=run)
+            hooks.call("backward", step=Step(run, prepared, engine, index))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return batch.input_ids.numel() // 2 if len(batch.example_ids) > 1 else 0
+    return _DONE
+
+
+def _agree(run: Run, limit: int) -> int:
+    """The smallest limit of all processes."""
+    if run.processes > 1:
+        least = torch.tensor(limit, dtype=torch.int64, device=run.device)
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        return int(least)
+    return limit
+
+
+def optimizer_step(run: Run, scaler: torch.amp.GradScaler) -> None:
+    """Step the optimizer; where memory runs out before it has moved anything, once more.
+
+    Raises:
+        ResourceError: memory ran out again.
+        TornStepError: it ran out halfway, or it cannot be told.
+    """
+    before = _versions(run.optimizer)
+    if _stepped(run, scaler):
+        return
+    release_memory()
+    text = f"step {run.step + 1}: out of memory in the optimizer: {REMEDIES}"
+    # Others may write past torch's counters of changes.
+    if not type(run.optimizer).__module__.startswith("torch.optim") or not _untouched(run.optimizer, before):
+        raise TornStepError(text)
+    for parameter in [p for p in run.optimizer.state if id(p) not in before[1]]:
+        del run.optimizer.state[parameter]  # made in the attempt, perhaps half
+    if not _stepped(run, scaler):
+        raise ResourceError(text) if _untouched(run.optimizer, before) else TornStepError(text)
+    run.say(f"step {run.step + 1}: out of memory in the optimizer; it went through at the second attempt")
+
+
+def _stepped(run: Run, scaler: torch.amp.GradScaler) -> bool:
+    try:
+        scaler.step(run.optimizer)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+_Versions = tuple[list[int], dict[int, list[int]]]
+
+
+def _versions(optimizer: Any) -> _Versions:
+    """Torch's counters of changes in place: of the parameters, and of the states by parameter."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    states = {id(p): [v._version for v in s.values() if isinstance(v, Tensor)] for p, s in optimizer.state.items() if s}
+    return [p._version for p in parameters], states
+
+
+def _untouched(optimizer: Any, before: _Versions) -> bool:
+    """Whether nothing has moved. States that are new have counted no step."""
+    parameters, states = _versions(optimizer)
+    new = [s for p, s in optimizer.state.items() if s and id(p) not in before[1]]
+    return (
+        parameters == before[0]
+        and all(states.get(key) == versions for key, versions in before[1].items())
+        and not any(float(state.get("step", 0)) for state in new)
+    )
+
+
+def explain_out_of_memory(run: Run, error: Exception) -> Exception:
+    """The error itself, or where memory ran out elsewhere in a step a ResourceError with a remedy."""
+    if not is_out_of_memory(error):
+        return error
+    what = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ResourceError(f"step {run.step + 1}: out of memory ({what}): {REMEDIES}")

@@ -1,0 +1,82 @@
+"""A loss or gradient that is not finite: who caused it, and whether the run may go on without the step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from budwood.contract.registry import Composition
+from budwood.contract.types import Batch, Run, Step
+from budwood.errors import DivergedError
+from budwood.model.tasks import autocast
+from budwood.training.step import Engine
+
+MAX_SKIPPED = 20
+"""Consecutive steps that may be skipped before the run counts as diverged."""
+
+
+def check_skip(
+    run: Run,
+    engine: Engine,
+    hooks: Composition,
+    batches: Sequence[Batch],
+    values: dict[str, Tensor],
+    norm: Tensor,
+    skipped: int,
+    scaled: bool,
+) -> None:
+    """Return where a step that is not finite may be skipped, which is said; the caller leaves all state as it was.
+
+    Args:
+        batches: the step's micro-batches on this process.
+        values: its loss terms and their sum, over all processes.
+        norm: of its gradient, over all processes.
+        skipped: steps in a row that were not finite, this one included.
+        scaled: the loss is scaled for fp16: a gradient that overflows under a finite loss is the scaler's to mend.
+
+    Raises:
+        DivergedError: the recipe says stop, or too many in a row were skipped.
+    """
+    if scaled and bool(torch.isfinite(values["loss"])):
+        text = f"step {run.step + 1}: the gradient overflowed in fp16"
+        remedy = "use bf16 or fp32"
+    else:
+        text = f"step {run.step + 1}: {_cause(run, engine, hooks, batches, values, norm)}"
+        remedy = "lower train.learning_rate, or look at these rows"
+        if run.recipe.train.non_finite == "stop":
+            raise DivergedError(f"{text}; {remedy}, or skip such steps with train.non_finite: skip")
+        run.say(f"warning: {text}: the step is skipped")
+    if skipped > MAX_SKIPPED:
+        raise DivergedError(f"{text}; {skipped} steps in a row were skipped: {remedy}")
+
+
+def _cause(
+    run: Run, engine: Engine, hooks: Composition, batches: Sequence[Batch], values: dict[str, Tensor], norm: Tensor
+) -> str:
+    """What is not finite, and the rows that cause it, found by running each example's forward again."""
+    what = next((f"loss '{k}'" for k, v in values.items() if not torch.isfinite(v)), "the gradient")
+    rows: list[int] = []
+    everyone: list[int] = []
+    with torch.no_grad(), autocast(run):
+        for batch in (b.to(run.device) for b in batches):
+            everyone += batch.example_ids
+            outputs = hooks.call("forward", step=Step(run, batch, engine))
+            flat = outputs.hidden.reshape(-1, outputs.hidden.shape[-1])
+            finite = torch.isfinite(outputs.head(flat[batch.label_positions])).all(-1)
+            rows += [batch.example_ids[i] for i in batch.example_of_label[~finite].unique().tolist()]
+    rows, everyone = _gather(run, rows), _gather(run, everyone)
+    named = [run.examples.rows.location(i) for i in (rows or everyone)[:5]]
+    more = f" and {len(rows or everyone) - 5} more" if len(rows or everyone) > 5 else ""
+    return f"{what} is not finite (gradient norm {float(norm):g}); rows {', '.join(named)}{more}"
+
+
+def _gather(run: Run, rows: list[int]) -> list[int]:
+    """The rows of all processes, in order."""
+    found: list[Any] = [rows]
+    if run.processes > 1:
+        found = [None] * run.processes
+        torch.distributed.all_gather_object(found, rows)
+    return sorted(row for some in found for row in some)

@@ -1,0 +1,21 @@
+"""The recipes of the loop's tests, and the strategies that bring faults about."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.core.training.conftest import make_recipe as make_recipe
+
+STRATEGIES = Path(__file__).parent / "strategies"
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Put the strategies that bring faults about on the path."""
+    monkeypatch.syspath_prepend(str(STRATEGIES))
+    yield importlib.import_module("budwood_fault_strategies")
+    sys.modules.pop("budwood_fault_strategies", None)
