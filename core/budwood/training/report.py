@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from budwood.adapters.files import complete_file
+from budwood.redaction import redact, redact_values
 
 PLAIN_LINES = 4
 """Progress lines of a whole run where there is no terminal."""
@@ -45,7 +46,7 @@ class Report:
     def say(self, text: str) -> None:
         """Show one line."""
         if not (self.quiet or self.mute):
-            self.console.print(text, markup=False)
+            self.console.print(redact(text), markup=False)
 
     def open(
         self, directory: Path, accelerator: Any, trackers: Sequence[str], config: Mapping[str, Any], step: int = 0
@@ -103,7 +104,7 @@ class Report:
             return
         finite = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
         try:
-            self._metrics.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
+            self._metrics.write(json.dumps({"kind": kind, "step": step, **redact_values(finite)}) + "\n")
             self._metrics.flush()
         except OSError as error:
             self.say(f"warning: metrics.jsonl cannot be written ({error.strerror}); the run goes on")

@@ -39,6 +39,7 @@ from budwood.model.base import (
 )
 from budwood.model.streaming import keep_heap
 from budwood.model.tasks import Task, autocast, collate_for
+from budwood.redaction import redact_values
 from budwood.training import changes
 from budwood.training.lock import LOCK
 from budwood.training.preflight import preflight
@@ -65,6 +66,13 @@ class Core:
         recipe, steps = run.recipe.train, run.steps or 1
         warmup = int(recipe.warmup) if recipe.warmup >= 1 else round(recipe.warmup * steps)
         return transformers.get_scheduler(names[recipe.schedule], optimizer, warmup, steps)
+
+
+def register_parts(hooks: Composition, task: Task, engine: Engine) -> None:
+    """Put the task and core's own hooks under the strategies."""
+    hooks.register_core(task, f"task {task.name}")
+    hooks.register_core(engine, "core step")
+    hooks.register_core(Core(), "core")
 
 
 def prepare(
@@ -130,9 +138,7 @@ def prepare(
     if resume is not None:
         resume.compare(changes.adapted(run), run)
     engine = Engine(run, hooks)
-    hooks.register_core(task, f"task {task.name}")
-    hooks.register_core(engine, "core step")
-    hooks.register_core(Core(), "core")
+    register_parts(hooks, task, engine)
     _say_size(run, report)
     run.optimizer = hooks.call("build_optimizer", run=run, groups=_torch_groups(run))
     run.scheduler = hooks.call("build_scheduler", run=run, optimizer=run.optimizer)
@@ -140,7 +146,7 @@ def prepare(
         write_manifest(run, resume)
         complete_file(directory / "recipe.yaml", recipe.to_yaml(hooks.strategies).encode())
     step = resume.checkpoint.step if resume is not None else 0
-    report.open(directory, accelerator, recipe.train.trackers, recipe.model_dump(mode="json"), step)
+    report.open(directory, accelerator, recipe.train.trackers, redact_values(recipe.model_dump(mode="json")), step)
     return run, hooks, engine
 
 
@@ -185,7 +191,7 @@ def check_plan(plan: Plan, hooks: Composition) -> None:
     plan.problems.clear()
     hooks.call("check_plan", plan=plan)
     if plan.problems:
-        raise InputError("; ".join(plan.problems))
+        raise InputError("; ".join(plan.problems), plan.problems)
 
 
 def read_data(run: Run, hooks: Composition, report: Report) -> None:
@@ -354,12 +360,14 @@ def write_manifest(run: Run, resume: Resume | None = None) -> None:
     }  # fmt: skip
     if resume is not None:
         manifest |= {"resumed_from_step": resume.checkpoint.step, "accepted_changes": resume.accepted}
-    complete_file(run.directory / "manifest.json", (json.dumps(manifest, indent=2, default=str) + "\n").encode())
+    complete_file(
+        run.directory / "manifest.json", (json.dumps(redact_values(manifest), indent=2, default=str) + "\n").encode()
+    )
 
 
 def strategies_record(strategies: Sequence[Any]) -> list[dict[str, Any]]:
     """Name, distribution and options of each strategy, as manifests keep them."""
     return [
-        {"name": s.name, "distribution": s.distribution, "options": s.options.model_dump(mode="json")}
+        {"name": s.name, "distribution": s.distribution, "options": redact_values(s.options.model_dump(mode="json"))}
         for s in strategies
     ]
