@@ -7,11 +7,16 @@ import errno
 import re
 from collections.abc import Iterable
 
+from budwood.redaction import redact
+
 
 class BudwoodError(Exception):
     """Base of every error that a user meets; `exit_code` is what the command ends with."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redact(message))
 
 
 class InputError(BudwoodError):
@@ -21,7 +26,7 @@ class InputError(BudwoodError):
 
     def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
         super().__init__(message)
-        self.problems = tuple(problems) or (message,)
+        self.problems = tuple(map(redact, problems)) or (str(self),)
 
 
 class ResourceError(BudwoodError):

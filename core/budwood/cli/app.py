@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -12,10 +13,11 @@ import typer
 import typer.main
 
 import budwood
-from budwood.cli import adapter, data, demo, generate, plugins, recipe, tune
+from budwood.cli import adapter, data, demo, generate, plan, plugins, recipe, tune
 from budwood.contract.calls import noted
 from budwood.errors import BudwoodError, Interrupted, is_out_of_memory
 from budwood.model.quiet import hush
+from budwood.redaction import RedactedStream
 
 app = typer.Typer(
     name="budwood",
@@ -31,6 +33,7 @@ _USAGE_ERROR = typer.BadParameter.__bases__[0]
 
 app.command("demo", short_help="See it work, on what ships with it.")(demo.demo)
 app.command("plugins", short_help="What is installed; all about one.")(plugins.plugins)
+app.command("plan", short_help="How a recipe is composed; all that is wrong.")(plan.plan)
 app.command("data", short_help="What training will see.")(data.data)
 app.command("tune", short_help="Fine-tune: a recipe, or a data file and a base.")(tune.tune)
 app.command("eval", short_help="Measure an adapter on data.")(tune.eval_)
@@ -74,6 +77,11 @@ def run(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without UTF-8 is no error
+    with contextlib.redirect_stderr(RedactedStream(sys.stderr)):
+        return _run(arguments, debug)
+
+
+def _run(arguments: list[str], debug: bool) -> int:
     try:
         command = typer.main.get_command(app)
         with command.make_context("budwood", arguments) as context:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from budwood.errors import did_you_mean
+from budwood.redaction import redact
 
 Location = tuple[str | int, ...]
 
@@ -83,7 +84,7 @@ def dotted(place: Location) -> str:
 
 def shorten(text: str, limit: int = 60) -> str:
     """Cut `text` to one line of at most `limit` characters."""
-    line = " ".join(text.split())
+    line = redact(" ".join(text.split()))  # before it is cut: half a secret would not be known as one
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 

@@ -17,7 +17,16 @@ from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy
 from budwood.contract.validation import Location, dotted, find_problems, sentence
 from budwood.errors import InputError
-from budwood.training.recipe_file import UNKNOWN, Places, apply_overrides, dump, normalise_strategies, read_recipe_file
+from budwood.redaction import redact_values, remember
+from budwood.training.recipe_file import (
+    UNKNOWN,
+    Places,
+    apply_overrides,
+    dump,
+    find_masked,
+    normalise_strategies,
+    read_recipe_file,
+)
 
 QUANTIZERS = "budwood.quantizers"
 TASKS = "budwood.tasks"
@@ -85,6 +94,10 @@ class TrainSection(_Section):
         100, description="prompts that an evaluation answers for exact match; 0: none"
     )
     patience: Count | None = Field(None, description="stop after so many evaluations without a gain")
+    save_every: Count | None = Field(
+        None, description="steps between checkpoints; without it one about every ten minutes"
+    )
+    keep_checkpoints: Count = Field(2, description="so many of the last checkpoints are kept, and the best")
     non_finite: Literal["stop", "skip"] = Field(
         "stop", description="a step whose loss or gradient is not finite ends the run, or is left out and counted"
     )
@@ -186,11 +199,15 @@ class Recipe(_Section):
         return self._places.nearest(place)
 
     def to_dict(self, strategies: Sequence[Strategy] = ()) -> dict[str, Any]:
-        """Return plain values that `from_dict` reads; with built `strategies` every one of their options."""
+        """Return plain values that `from_dict` reads; with built `strategies` every one of their options.
+
+        In the place of a secret stands a mask, which `from_dict` refuses.
+        """
         built = {strategy.name: strategy.options.model_dump(mode="json") for strategy in strategies}
         data = self.model_dump(mode="json", exclude_none=True)
         data["strategies"] = [{c.name: built.get(c.name, c.options)} for c in self.strategies]
-        return data
+        masked: dict[str, Any] = redact_values(data)
+        return masked
 
     def to_yaml(self, strategies: Sequence[Strategy] = ()) -> str:
         """Return the recipe with every default written out; see `to_dict`."""
@@ -281,9 +298,12 @@ def _examine(
     data: dict[str, Any], places: Places, source: Path | None, overrides: Sequence[str]
 ) -> tuple[Recipe | None, list[str]]:
     """See `read_recipe`; `data` is used up."""
+    remember(data)
     problems = normalise_strategies(data, places)
     items_are_wrong = bool(problems)
     problems += apply_overrides(data, places, overrides, Recipe.model_fields)
+    remember(data)
+    problems += find_masked(data, places)
     if data.get("output") is None:
         section = data.get("data")
         train = section.get("train") if isinstance(section, dict) else None

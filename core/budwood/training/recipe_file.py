@@ -18,6 +18,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from budwood.contract.validation import Location, dotted, shorten
 from budwood.errors import InputError, did_you_mean
+from budwood.redaction import MASK
 
 MAX_BYTES = 100_000
 """A recipe is a page; what is longer is another file, and parsing it would take seconds."""
@@ -171,6 +172,17 @@ def _holder(
         if not isinstance(holder, dict):
             raise InputError(f"{who}: '{part}' has no keys below it.")
     return (*start, *parts), holder, parts[-1]
+
+
+def find_masked(data: Any, places: Places, place: Location = ()) -> list[str]:
+    """What is wrong with values that stand for secrets, as in the recipe.yaml of a run."""
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    problems = [problem for key, value in items for problem in find_masked(value, places, (*place, key))]
+    if isinstance(data, str) and MASK in data:
+        problems.append(
+            f"{places.nearest(place)}: {dotted(place)}: {MASK} stands for a secret that was not written; put it back."
+        )
+    return problems
 
 
 def dump(data: dict[str, Any]) -> str:
