@@ -123,15 +123,15 @@ class Distillation(Strategy):
             distances = 1 - F.cosine_similarity(ours, theirs, dim=-1)
         else:
             distances = (ours - theirs).square().mean(-1)
-        owner, count = batch.example_of_label, len(batch.example_ids)
-        sums = distances.new_zeros(count).index_add(0, owner, distances)
-        values = sums / torch.bincount(owner, minlength=count)
+        owner, none = batch.example_of_label, distances.new_zeros(len(batch.example_ids))
+        sums, labels = none.index_add(0, owner, distances), none.index_add(0, owner, torch.ones_like(distances))
+        values = sums / labels  # not bincount: the shape of its result depends on values
         return LossTerm(f"{self.name}_hidden", values, "example", self.options.hidden_weight)
 
     @hookimpl
     def after_optimizer_step(self, run: Run) -> None:
         """Say once where the student has equalled its teacher to the last bit for as long as training goes on."""
-        if self._differed is None:
+        if self._differed is None or run.planning:
             return
         warmup, steps, done = run.recipe.train.warmup, run.steps or 1, run.step + 1
         warmup = int(warmup) if warmup >= 1 else round(warmup * steps)
