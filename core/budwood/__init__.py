@@ -64,6 +64,7 @@ _EXPORTS = {
     ),
     "AdapterPool": "budwood.adapters.pool",
     "load_recipe": "budwood.training.recipe",
+    "plan": "budwood.training.plan",
     "tune": "budwood.training.loop",
     **dict.fromkeys(("frozen_linear", "low_rank_linear", "mixed_low_rank_linear"), "budwood.model.linear"),
     **dict.fromkeys(("check_adapter_tensors", "read_adapter"), "budwood.adapters.store"),

@@ -13,7 +13,7 @@ import typer
 import typer.main
 
 import budwood
-from budwood.cli import adapter, data, demo, generate, plugins, recipe, tune
+from budwood.cli import adapter, data, demo, generate, plan, plugins, recipe, tune
 from budwood.errors import BudwoodError, Interrupted, is_out_of_memory
 from budwood.model.quiet import hush
 from budwood.redaction import RedactedStream
@@ -32,6 +32,7 @@ _USAGE_ERROR = typer.BadParameter.__bases__[0]
 
 app.command("demo", short_help="See it work, on what ships with it.")(demo.demo)
 app.command("plugins", short_help="What is installed; all about one.")(plugins.plugins)
+app.command("plan", short_help="How a recipe is composed; all that is wrong.")(plan.plan)
 app.command("data", short_help="What training will see.")(data.data)
 app.command("tune", short_help="Fine-tune: a recipe, or a data file and a base.")(tune.tune)
 app.command("eval", short_help="Measure an adapter on data.")(tune.eval_)

@@ -104,6 +104,12 @@ class Composition:
                 pairs.append((impl.plugin, result))
         return pairs
 
+    def give(self, hook: str, name: str, **arguments: Any) -> None:
+        """Call a hook of the plugin called `name` alone, where there is one that implements it."""
+        for impl in self._implementations(hook):
+            if impl.plugin.name == name:
+                self._call_one(impl, arguments)
+
     def chain(self, hook: str, key: str, value: Any, **arguments: Any) -> Any:
         """Pass `value` as argument `key` through each implementer in order; each receives what the last returned.
 

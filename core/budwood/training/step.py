@@ -175,7 +175,7 @@ class Engine:
             unit, weight = self.terms[name]
             values[name] = total / (1 if unit == "step" else self.run.counts[unit])
             loss = loss + weight * values[name]
-        self.sums = {}
+        self.sums, self.terms = {}, {}
         return {"loss": loss, **values}
 
 
