@@ -1,4 +1,4 @@
-"""The N-th operation on the disk fails: open, write, fsync, rename, mkdir, with EIO once or ENOSPC from then on."""
+"""The N-th operation on the disk fails: open, write, fsync, rename, mkdir; with EIO once, or ENOSPC from then on."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import builtins
 import errno
 import io
 import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,16 +18,14 @@ from safetensors import SafetensorError
 
 from budwood.adapters import files
 
-from .harness import METHODS, Ended, Outcome, Shop, unsound
-
 ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC}
 
 
 class Disk:
-    """Counts the operations under `root` and fails from the N-th on; 0: none fails.
+    """Counts the operations below `root` and fails from the N-th on; 0: none fails.
 
-    An EIO is of one operation. A full disk stays full: every later open for writing, write, fsync and mkdir fails too,
-    while a rename, which needs no room, works again. A write that fails has written half.
+    An EIO is of one operation. A full disk stays full: all that needs room fails too from then on, while a rename
+    works. A write that fails has written half.
     """
 
     def __init__(self, root: Path, fail_at: int = 0, error: str = "EIO") -> None:
@@ -36,20 +34,20 @@ class Disk:
         self.failed: list[str] = []
         """What failed: operation and file."""
 
-    def check(self, operation: str, path: Any) -> bool:
+    def fails(self, operation: str, path: Any) -> bool:
         """Count an operation; whether it shall fail."""
         if not str(path).startswith(self.root):
             return False
         self.count += 1
         again = self.error == "ENOSPC" and self.failed and operation != "rename"
-        if not (again or (self.fail_at and self.count == self.fail_at)):
+        if not (again or self.count == self.fail_at):
             return False
         self.failed.append(f"{operation} {Path(str(path)).relative_to(self.root)}")
         return True
 
     def strike(self, operation: str, path: Any) -> None:
         """Raise where the operation shall fail."""
-        if self.check(operation, path):
+        if self.fails(operation, path):
             raise self.exception(path)
 
     def exception(self, path: Any) -> OSError:
@@ -57,93 +55,71 @@ class Disk:
         return OSError(ERRORS[self.error], os.strerror(ERRORS[self.error]), str(path))
 
     @contextmanager
-    def failing(self) -> Iterator[Disk]:
+    def failing(self) -> Iterator[None]:
         """Stand between the process and the system inside the context."""
-        opened = io.open
-        with mock.patch.multiple(
-            os,
-            fsync=lambda fd, do=os.fsync: (self.strike("fsync", os.readlink(f"/proc/self/fd/{fd}")), do(fd))[1],
-            rename=lambda a, b, do=os.rename, **k: (self.strike("rename", b), do(a, b, **k))[1],
-            replace=lambda a, b, do=os.replace, **k: (self.strike("rename", b), do(a, b, **k))[1],
-            mkdir=lambda p, *a, do=os.mkdir, **k: (self.strike("mkdir", p), do(p, *a, **k))[1],
-        ):
-            # Patched by hand: mock keeps no order among modules that share a function.
-            def open_(file: Any, mode: str = "r", buffering: int = -1, *args: Any, **kwargs: Any) -> Any:
-                if not isinstance(file, str | bytes | os.PathLike) or not set(mode) & set("wax+"):
-                    return opened(file, mode, buffering, *args, **kwargs)
-                path = os.fspath(file)
-                self.strike("open", path)
-                return _watch(opened(file, mode, buffering, *args, **kwargs), self, path)
+        fsync, rename, replace, mkdir, opened = os.fsync, os.rename, os.replace, os.mkdir, io.open
+        exchange, save_file = files._exchange, safetensors.torch.save_file
 
-            def save_file(tensors: Any, filename: Any, *args: Any, do: Any = safetensors.torch.save_file, **k: Any) -> Any:
-                self.strike("open", filename)
-                do(tensors, filename, *args, **k)
-                if self.check("write", filename):  # written in Rust, whose errors are these
-                    os.truncate(filename, os.path.getsize(filename) // 2)
-                    code = ERRORS[self.error]
-                    raise SafetensorError(
-                        f'Error while serializing: I/O error: {os.strerror(code)} (os error {code})'
-                    )
+        def fsync_(descriptor: int) -> None:
+            self.strike("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
+            fsync(descriptor)
 
-            def exchange(first: Path, second: Path, do: Any = files._exchange) -> bool:
-                self.strike("rename", second)
-                return bool(do(first, second))
+        def rename_(source: Any, target: Any, **kwargs: Any) -> None:
+            self.strike("rename", target)
+            rename(source, target, **kwargs)
 
-            users = [module for module in _modules() if getattr(module, "save_file", None) is safetensors.torch.save_file]
-            with (
-                mock.patch.object(io, "open", open_),
-                mock.patch.object(builtins, "open", open_),
-                mock.patch.object(files, "_exchange", exchange),
-                mock.patch.object(safetensors.torch, "save_file", save_file),
-            ):
-                for module in users:
-                    module.save_file = save_file
-                try:
-                    yield self
-                finally:
-                    for module in users:
-                        module.save_file = save_file.__kwdefaults__["do"]
+        def replace_(source: Any, target: Any, **kwargs: Any) -> None:
+            self.strike("rename", target)
+            replace(source, target, **kwargs)
 
+        def exchange_(first: Path, second: Path) -> bool:
+            self.strike("rename", second)
+            return exchange(first, second)
 
-def _modules() -> list[Any]:
-    import sys
+        def mkdir_(path: Any, *args: Any, **kwargs: Any) -> None:
+            self.strike("mkdir", path)
+            mkdir(path, *args, **kwargs)
 
-    return [m for name, m in list(sys.modules.items()) if name.startswith(("budwood", "peft")) and m is not None]
+        def open_(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            writes = isinstance(file, str | os.PathLike) and set(mode) & set("wax+")
+            if writes:
+                self.strike("open", os.fspath(file))
+            found = opened(file, mode, *args, **kwargs)
+            if writes:
+                self._watch(found, os.fspath(file))
+            return found
 
+        def save_file_(tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> None:
+            # Written in Rust to a temporary file beside, which goes away when that fails; the error has this text.
+            if self.fails("write", filename):
+                why = self.exception(filename)
+                raise SafetensorError(f"Error while serializing: I/O error: {why.strerror} (os error {why.errno})")
+            save_file(tensors, filename, *args, **kwargs)
 
-def _watch(file: Any, disk: Disk, path: str) -> Any:
-    """A file whose writes may fail, halfway."""
-    write = file.write
+        with ExitStack() as stack:
+            for owner, name, function in (
+                (os, "fsync", fsync_), (os, "rename", rename_), (os, "replace", replace_), (os, "mkdir", mkdir_),
+                (io, "open", open_), (builtins, "open", open_), (files, "_exchange", exchange_),
+                *((module, "save_file", save_file_) for module in _importers(save_file)),
+            ):  # fmt: skip
+                stack.enter_context(mock.patch.object(owner, name, function))
+            yield
 
-    def failing(data: Any) -> Any:
-        if disk.check("write", path):
-            half = data[: len(data) // 2]
-            write(half)
-            file.flush()
-            raise disk.exception(path)
-        return write(data)
+    def _watch(self, file: Any, path: str) -> None:
+        """Let the writes of an open file fail, halfway."""
+        write = file.write
 
-    try:
-        file.write = failing
-    except AttributeError:  # FileIO and the like take no attributes
-        return _Watched(file, failing)
-    return file
+        def write_(data: Any) -> Any:
+            if self.fails("write", path):
+                write(data[: len(data) // 2])
+                file.flush()
+                raise self.exception(path)
+            return write(data)
+
+        file.write = write_
 
 
-class _Watched:
-    """A file object that is not to be changed, with a `write` of its own."""
-
-    def __init__(self, file: Any, write: Callable[[Any], Any]) -> None:
-        self._file, self.write = file, write
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def __enter__(self) -> _Watched:
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._file.close()
-
-    def __iter__(self) -> Any:
-        return iter(self._file)
+def _importers(function: Any) -> list[Any]:
+    """Every module that holds `function` under its name."""
+    name = function.__name__
+    return [module for module in list(sys.modules.values()) if vars(module).get(name) is function]

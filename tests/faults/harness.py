@@ -1,4 +1,4 @@
-"""What the faults are tried on: runs in processes forked from one that has loaded everything, so that a run costs a second.
+"""What the faults are tried on: runs forked from a process that has loaded everything, so that each costs a second.
 
 The parent computes nothing and starts no thread; a child may be killed, or have its disk fail, at any instant.
 """
@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from tests.conftest import make_base
+from tests.core.training.conftest import write_rows
 
 from budwood.adapters.store import read_adapter
 from budwood.errors import BudwoodError
 from budwood.training.checkpoint import FOLDER, read_checkpoint, steps_in
 from budwood.training.loop import tune
 from budwood.training.recipe import Recipe
-from tests.conftest import make_base
-from tests.core.training.conftest import write_rows
 
 PRELOADED = (
     "matplotlib.figure",

@@ -14,7 +14,7 @@ from budwood.contract.discovery import PluginError
 from budwood.contract.hookspecs import HookSpecs
 from budwood.contract.loading import HOOKS, ONE_OWNER, check_hooks
 from budwood.contract.strategy import Strategy
-from budwood.errors import BudwoodError, InputError, is_out_of_memory
+from budwood.errors import BudwoodError, InputError, is_out_of_memory, system_error
 
 
 class _Manager(pluggy.PluginManager):
@@ -148,7 +148,7 @@ class Composition:
 
         Returns where it is none's: Budwood's own errors, what the machine cannot, and core's or the task's hooks.
         """
-        if isinstance(error, BudwoodError | OSError) or is_out_of_memory(error):
+        if isinstance(error, BudwoodError) or system_error(error) or is_out_of_memory(error):
             return
         owner, hook = None, ""
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]

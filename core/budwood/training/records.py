@@ -1,7 +1,8 @@
-"""Where a run's numbers go: metrics.jsonl and the trackers. Neither can stop a run; what they did not get is counted."""
+"""Where a run's numbers go: metrics.jsonl and the trackers. Neither can stop a run; what they lack is counted."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -40,11 +41,9 @@ class MetricsFile:
 
     def _take_back(self) -> None:
         """Cut off what was written of a line, so that the next one stands alone."""
-        try:
+        with contextlib.suppress(OSError):  # a reader skips a line that is no JSON
             self._file.truncate(self._end)
             self._file.seek(self._end)
-        except OSError:
-            pass  # a reader skips a line that is no JSON
 
     def close(self) -> None:
         """Close the file, and say how much it lacks."""
@@ -60,7 +59,8 @@ class Trackers:
     """The trackers of a run, each by itself. One that fails is asked again after 1, 2, 4, … records."""
 
     def __init__(self, accelerator: Any, config: Mapping[str, Any], say: Say) -> None:
-        self._say, self.lost = say, {}
+        self._say = say
+        self.lost: dict[str, int] = {}
         self._wait: dict[str, int] = {}
         self._failures: dict[str, int] = {}
         self._trackers: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -22,10 +23,8 @@ class Terminal:
 
     def flush(self) -> None:
         """Flush, as far as it goes."""
-        try:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             self._stream.flush()
-        except (OSError, ValueError, AttributeError):
-            pass
 
     def isatty(self) -> bool:
         """Whether someone can watch."""
