@@ -29,6 +29,7 @@ bench: .venv/installed-bench ## Measure training side by side with Trainer + PEF
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.train
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.hooks
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.adalora
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.adalora --initial-rank 64 --target-rank 16 --no-peft
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.adversarial
 
 docs: .venv/installed ## Write docs/recipe.md from the recipe's schema, docs/combinations.md from the tests

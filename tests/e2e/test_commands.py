@@ -46,7 +46,8 @@ def tuned(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_its_recipe_which_runs_again(tuned: Path) -> None:
     run = tuned / "runs" / "rows"
-    assert {p.name for p in run.iterdir()} == {"adapter", "loss.png", "manifest.json", "metrics.jsonl", "recipe.yaml"}
+    left = {"adapter", "checkpoints", "loss.png", "manifest.json", "metrics.jsonl", "recipe.yaml"}
+    assert {p.name for p in run.iterdir()} == left
     done = budwood("tune", "runs/rows/recipe.yaml", "-o", "output=again", "--json", cwd=tuned)
     assert json.loads(done.stdout)["metrics"]["loss"] > 0
     first, second = (p / "adapter" / "adapter_model.safetensors" for p in (run, tuned / "again"))

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from budwood.cli import app
-from budwood.training import loop, setup
+from budwood.training import finish, loop, memory, setup
 from budwood.training.recipe import Recipe
 from budwood.training.report import Report
 
@@ -113,15 +113,15 @@ class Seen:
 
     def train(self, monkeypatch: pytest.MonkeyPatch) -> Seen:
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "write_results", lambda *_, **__: None)  # what a run writes has tests of its own
-            plans = loop.split_micro
+            patch.setattr(finish, "write_results", lambda *_, **__: None)  # what a run writes has tests of its own
+            plans = memory.split_micro
 
             def split(*args: Any) -> Any:
                 rows = plans(*args)
                 self.micro_batches.append([len(row) for row in rows])
                 return rows
 
-            patch.setattr(loop, "split_micro", split)
+            patch.setattr(memory, "split_micro", split)
             loop.train(self.run, self.hooks, self.engine, self.report)
         self.report.close()
         return self

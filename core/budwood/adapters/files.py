@@ -78,6 +78,24 @@ def complete_directory(directory: Path, replace: bool = False) -> Iterator[Path]
             shutil.rmtree(old, ignore_errors=True)
 
 
+def complete_file(path: Path, data: bytes) -> None:
+    """Write a file; whoever looks, or kills the process, finds the old one or the new one, synced to disk.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(data)
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise ResourceError(f"{path}: cannot be written: {error.strerror or error}.") from error
+
+
 def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
 

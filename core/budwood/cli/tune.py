@@ -19,6 +19,12 @@ def tune(
         typer.Option("-o", "--override", metavar="KEY=VALUE", help="Change a value of the recipe, as in lora.rank=16."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in the output folder; where there is none, begin it.")
+    ] = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="With --resume: go on although recipe, data or versions changed.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the final metrics as JSON.")] = False,
 ) -> None:
     """Run a recipe: fine-tune, and leave the adapter, the log and a plot in its output folder."""
@@ -26,6 +32,8 @@ def tune(
     from budwood.training.preflight import preflight
     from budwood.training.recipe import default_recipe, load_recipe
 
+    if accept_changes and not resume:
+        raise InputError("--accept-changes goes with --resume.")
     is_data = recipe.suffix.lower() in DATA_SUFFIXES or recipe.is_dir()
     if is_data and base is None:
         raise InputError(f"{recipe} is a data file: say which model to tune on it with --base DIR, or name a recipe.")
@@ -35,10 +43,10 @@ def tune(
         loaded = default_recipe(recipe, base, overrides=override or [])
     else:
         loaded = load_recipe(recipe, override or [])
-    preflight(loaded, overwrite)  # before torch is imported, which takes seconds
+    preflight(loaded, overwrite, resume)  # before torch is imported, which takes seconds
     from budwood.training.loop import tune as run_recipe
 
-    run = run_recipe(loaded, overwrite=overwrite)
+    run = run_recipe(loaded, overwrite=overwrite, resume=resume, accept_changes=accept_changes)
     if as_json:
         typer.echo(json.dumps({"before": run.before, "metrics": run.metrics, "output": str(run.directory)}))
 

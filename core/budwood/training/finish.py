@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from budwood.adapters.files import complete_file
 from budwood.adapters.golden import measure
 from budwood.adapters.store import write_adapter
+from budwood.contract.calls import ask_owner
 from budwood.contract.registry import Composition
 from budwood.contract.types import RUN_ADAPTER, Run
-from budwood.errors import DivergedError
+from budwood.errors import BudwoodError, DivergedError, is_out_of_memory
+from budwood.training.progress import Progress, restore
 from budwood.training.report import Report, duration, peak_memory
 from budwood.training.setup import strategies_record
 
@@ -28,6 +31,50 @@ class Probe:
 
     prompts: list[list[int]]
     base: Tensor
+
+
+class Ending:
+    """How a run ends. Made before its first step: it remembers where what trains began.
+
+    Attributes:
+        start: what trains, as it was, on the CPU.
+    """
+
+    def __init__(self, run: Run, hooks: Composition, report: Report) -> None:
+        self.run, self.hooks, self.report = run, hooks, report
+        self.start = [p.detach().cpu().clone() for p in run.trainable]
+        self.probe = adapter_probe(run)
+
+    def complete(self, progress: Progress) -> None:
+        """Put the best parameters back, check that they changed, and write adapter, plot and numbers.
+
+        Raises:
+            DivergedError: training changed nothing.
+        """
+        restore(self.run, progress.best)
+        check_changed(self.run, self.start, self.probe)
+        write_results(self.run, self.hooks, self.report, self.probe)
+
+    def keep(self, progress: Progress, torn: bool = False) -> str:
+        """Write the best adapter of a run that ends early (the last where none was evaluated); says where it is.
+
+        Args:
+            torn: what trains stands in the middle of a step.
+        """
+        run, best = self.run, progress.best
+        sound = not torn and all(bool(torch.isfinite(p).all()) for p in run.trainable)
+        if run.step == 0 or not (best.step or sound):
+            return "no adapter is kept, since none was trained"
+        restore(run, best)
+        try:
+            check_changed(run, self.start, self.probe)
+            write_results(run, self.hooks, Report(quiet=True), self.probe, finished=False)
+        except Exception as error:
+            if not isinstance(error, BudwoodError) and not is_out_of_memory(error):
+                raise
+            return f"no adapter is kept: {error}"
+        self.report.plot(run.directory)
+        return f"the adapter of step {run.metrics['best_step']:.0f} is kept in {run.directory / 'adapter'}"
 
 
 def adapter_probe(run: Run) -> Probe | None:
@@ -46,14 +93,14 @@ def adapter_probe(run: Run) -> Probe | None:
 def _base_logits(run: Run, prompts: list[list[int]]) -> Tensor:
     """Logits [prompts, vocabulary or classes] after each prompt with the run's adapter off."""
     owner = _owner(run)
-    owner.use_adapters(model=run.model, names=[])
+    ask_owner(owner, "use_adapters", model=run.model, names=[])
     try:
         return measure(run.model, prompts, run.dtype)
     finally:
-        owner.use_adapters(model=run.model, names=[RUN_ADAPTER])
+        ask_owner(owner, "use_adapters", model=run.model, names=[RUN_ADAPTER])
 
 
-def check_changed(run: Run, hooks: Composition, start: list[Tensor], probe: Probe | None) -> None:
+def check_changed(run: Run, start: list[Tensor], probe: Probe | None) -> None:
     """Check that training changed something.
 
     Raises:
@@ -122,7 +169,7 @@ def _finish_manifest(path: Path, run: Run, seconds: float, report: Report, finis
         "tokens_per_second": round(report.tokens_per_second, 1),
         "peak_memory_bytes": peak_memory(),
     }
-    path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    complete_file(path, (json.dumps(manifest, indent=2) + "\n").encode())
 
 
 def _owner(run: Run) -> Any:

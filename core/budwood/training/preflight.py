@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from budwood.data.forms import check_rows
 from budwood.errors import InputError, ResourceError
@@ -14,7 +16,7 @@ LARGE = 64 << 20
 """Larger data files, in bytes, are looked through only when they are read for training."""
 
 
-def preflight(recipe: Recipe, overwrite: bool = False) -> BaseInfo:
+def preflight(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> BaseInfo:
     """Check output, data and base as far as files alone tell.
 
     Raises:
@@ -22,27 +24,47 @@ def preflight(recipe: Recipe, overwrite: bool = False) -> BaseInfo:
         ResourceError: the output cannot be written, or the hub cannot be reached.
         CorruptError: a file of the base is damaged.
     """
-    check_output(recipe.output, overwrite)
+    check_output(recipe.output, overwrite, resume)
     for path in (recipe.data.train, recipe.data.eval):
         if path is not None and (path.is_dir() or not path.exists() or path.stat().st_size <= LARGE):
             check_rows(path, recipe.base.task)
     return check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code)
 
 
-def check_output(directory: Path, overwrite: bool) -> None:
-    """Refuse an output folder that holds something, or that cannot be written.
+def check_output(directory: Path, overwrite: bool, resume: bool = False) -> None:
+    """Refuse an output folder that holds something, or that cannot be written. Hidden files do not count.
 
     Raises:
-        InputError: it holds a run, or other files, or is a file.
+        InputError: it holds a run that shall neither go on nor be replaced, or other files, or is a file.
         ResourceError: it cannot be written.
     """
+    if overwrite and resume:
+        raise InputError("--resume goes on with a run and --overwrite replaces it: give one of them.")
     if directory.exists() and not directory.is_dir():
         raise InputError(f"output: {directory} is a file: name a folder.")
-    if directory.is_dir() and any(directory.iterdir()):
-        if not (directory / "manifest.json").is_file():
+    if directory.is_dir() and any(not path.name.startswith(".") for path in directory.iterdir()):
+        manifest = read_manifest(directory)
+        if manifest is None:
             raise InputError(f"output: {directory} is not empty and holds no run: name another folder.")
-        if not overwrite:
+        if not (overwrite or resume or manifest.get("finished")):
+            raise InputError(
+                f"output: {directory} holds a run that is not finished: go on with --resume, start over with "
+                "--overwrite, or name another folder."
+            )
+        if not (overwrite or resume):
             raise InputError(f"output: {directory} holds another run: name another folder, or use --overwrite.")
     parent = next(p for p in (directory, *directory.absolute().parents) if p.exists())
     if not os.access(parent, os.W_OK):
         raise ResourceError(f"output: {directory} cannot be written ({parent} is read-only): name another folder.")
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest.json of a run's folder, {} where it cannot be read; None where there is none."""
+    path = directory / "manifest.json"
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

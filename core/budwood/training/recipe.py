@@ -94,6 +94,10 @@ class TrainSection(_Section):
         100, description="prompts that an evaluation answers for exact match; 0: none"
     )
     patience: Count | None = Field(None, description="stop after so many evaluations without a gain")
+    save_every: Count | None = Field(
+        None, description="steps between checkpoints; without it one about every ten minutes"
+    )
+    keep_checkpoints: Count = Field(2, description="so many of the last checkpoints are kept, and the best")
     non_finite: Literal["stop", "skip"] = Field(
         "stop", description="a step whose loss or gradient is not finite ends the run, or is left out and counted"
     )

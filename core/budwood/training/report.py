@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from budwood.adapters.files import complete_file
 from budwood.redaction import redact, redact_values
 
 PLAIN_LINES = 4
@@ -40,33 +41,38 @@ class Report:
         self._tracking = False
         self._tokens = 0
         self._clock = 0.0
-        self._total = 0
+        self._total = self._first = 0
 
     def say(self, text: str) -> None:
         """Show one line."""
         if not (self.quiet or self.mute):
             self.console.print(redact(text), markup=False)
 
-    def open(self, directory: Path, accelerator: Any, trackers: Sequence[str], config: Mapping[str, Any]) -> None:
-        """Begin metrics.jsonl in `directory` and start the trackers."""
+    def open(
+        self, directory: Path, accelerator: Any, trackers: Sequence[str], config: Mapping[str, Any], step: int = 0
+    ) -> None:
+        """Begin metrics.jsonl in `directory`, or go on with it after `step`, and start the trackers."""
         if self.mute:
             return
-        self._metrics = (directory / "metrics.jsonl").open("w", encoding="utf-8")
+        path = directory / "metrics.jsonl"
+        if step and path.exists():
+            complete_file(path, b"".join(_until(step, path.read_bytes().splitlines(keepends=True))))
+        self._metrics = path.open("a" if step else "w", encoding="utf-8")
         self._accelerator = accelerator
         if trackers:
             self._safely("start", lambda: accelerator.init_trackers("budwood", config=_flat(config)))
             self._tracking = True
 
-    def start(self, total: int) -> None:
-        """Begin the progress of `total` optimizer steps; the clock of tokens/s runs from here."""
-        self._total, self._clock = total, time.perf_counter()
+    def start(self, total: int, done: int = 0) -> None:
+        """Begin the progress of `total` optimizer steps, `done` of them before; tokens/s are counted from here."""
+        self._total, self._first, self._clock = total, done, time.perf_counter()
         if not (self.quiet or self.mute) and self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"),
                 TimeRemainingColumn(), console=self.console, transient=True,
             )  # fmt: skip
             self._progress.start()
-            self._bar = self._progress.add_task("training", total=total, state="")
+            self._bar = self._progress.add_task("training", total=total, completed=done, state="")
 
     def step(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
         """Record one optimizer step of `tokens` real tokens."""
@@ -78,8 +84,8 @@ class Report:
         state = f"loss {values['loss']:.4f} · {rate:,.0f} tokens/s · {peak_memory() / 2**30:.2f} GiB"
         if self._progress is not None and self._bar is not None:
             self._progress.update(self._bar, completed=step, state=state)
-        elif step == 1 or step * PLAIN_LINES // self._total > (step - 1) * PLAIN_LINES // self._total:
-            left = (time.perf_counter() - self._clock) / step * (self._total - step)
+        elif step == self._first + 1 or step * PLAIN_LINES // self._total > (step - 1) * PLAIN_LINES // self._total:
+            left = (time.perf_counter() - self._clock) / (step - self._first) * (self._total - step)
             self.say(f"step {step}/{self._total} · {state} · {duration(left)} left")
 
     @property
@@ -136,6 +142,21 @@ class Report:
         except Exception as error:
             self._tracking = False
             self.say(f"warning: tracking stopped ({doing}: {type(error).__name__}: {error}); the run goes on")
+
+
+def _until(step: int, lines: Sequence[bytes]) -> Iterator[bytes]:
+    """The lines of metrics.jsonl that stand as they are when a run goes on after `step`.
+
+    An evaluation of that very step is made again. A line that a killed process left half written is dropped.
+    """
+    for line in lines:
+        try:
+            record = json.loads(line)
+            kept = record["step"] <= step - (record["kind"] != "step")
+        except (ValueError, KeyError, TypeError):
+            continue
+        if kept and line.endswith(b"\n"):
+            yield line
 
 
 def draw_loss(metrics: Path, picture: Path) -> None:

@@ -18,6 +18,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
+from budwood.adapters.files import complete_file
 from budwood.contract.discovery import PluginError
 from budwood.contract.loading import create
 from budwood.contract.registry import Composition
@@ -27,17 +28,26 @@ from budwood.data.examples import Examples, build_examples, overlap
 from budwood.data.packing import plan_epoch
 from budwood.errors import InputError, ResourceError
 from budwood.model import attention
-from budwood.model.base import Base, check_base, load_base, load_tokenizer, pick_device_precision, skeleton
+from budwood.model.base import (
+    Base,
+    check_base,
+    fingerprint,
+    load_base,
+    load_tokenizer,
+    pick_device_precision,
+    skeleton,
+)
 from budwood.model.streaming import keep_heap
 from budwood.model.tasks import Task, autocast, collate_for
 from budwood.redaction import redact_values
+from budwood.training import changes
+from budwood.training.lock import LOCK
 from budwood.training.preflight import preflight
 from budwood.training.recipe import Recipe, build_composition, load_recipe
 from budwood.training.report import Report
+from budwood.training.resume import Resume
 from budwood.training.step import Engine
 
-PINNED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers")
-"""Libraries whose versions a manifest records."""
 NOTHING_TRAINS = "strategies: none of them trains anything: add an adapter such as lora."
 
 
@@ -65,17 +75,19 @@ def register_parts(hooks: Composition, task: Task, engine: Engine) -> None:
     hooks.register_core(Core(), "core")
 
 
-def prepare(recipe: Recipe | str | Path, report: Report, overwrite: bool) -> tuple[Run, Composition, Engine]:
-    """Make a run ready to train.
+def prepare(
+    recipe: Recipe | str | Path, report: Report, overwrite: bool, resume: Resume | None = None
+) -> tuple[Run, Composition, Engine]:
+    """Make a run ready to train; with `resume` one that goes on, whose state is not put back yet.
 
     Raises:
-        InputError: the recipe, the data, or what the strategies say of the plan.
+        InputError: the recipe, the data, what the strategies say of the plan, or a change since the checkpoint.
         ResourceError: the machine cannot run it.
         CorruptError: the base is damaged.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Path(recipe))
-    preflight(recipe, overwrite)
+    preflight(recipe, overwrite, resume is not None)
     hooks = build_composition(recipe)
     if not hooks.implements("trainable_parameters"):
         raise InputError(NOTHING_TRAINS)
@@ -103,6 +115,12 @@ def prepare(recipe: Recipe | str | Path, report: Report, overwrite: bool) -> tup
     read_data(run, hooks, report)
     plan.steps = run.steps
     check_plan(plan, hooks)
+    if resume is not None:
+        now = changes.setting(run)
+        if not hooks.implements("load_base"):
+            now["base"] = {"fingerprint": fingerprint(recipe.base.model)}
+        resume.compare(now, run)
+        resume.check_steps(run)
     make_output(directory, overwrite, accelerator)
 
     run.base = _base(run, hooks, task, trust)
@@ -117,15 +135,18 @@ def prepare(recipe: Recipe | str | Path, report: Report, overwrite: bool) -> tup
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     run.groups = trainable_groups(run, hooks)
+    if resume is not None:
+        resume.compare(changes.adapted(run), run)
     engine = Engine(run, hooks)
     register_parts(hooks, task, engine)
     _say_size(run, report)
-    run.optimizer = hooks.call("build_optimizer", run=run, groups=_torch_groups(run))
+    run.optimizer = hooks.call("build_optimizer", run=run, groups=torch_groups(run))
     run.scheduler = hooks.call("build_scheduler", run=run, optimizer=run.optimizer)
     if accelerator.is_main_process:
-        write_manifest(run)
-        (directory / "recipe.yaml").write_text(recipe.to_yaml(hooks.strategies), encoding="utf-8")
-    report.open(directory, accelerator, recipe.train.trackers, redact_values(recipe.model_dump(mode="json")))
+        write_manifest(run, resume)
+        complete_file(directory / "recipe.yaml", recipe.to_yaml(hooks.strategies).encode())
+    step = resume.checkpoint.step if resume is not None else 0
+    report.open(directory, accelerator, recipe.train.trackers, redact_values(recipe.model_dump(mode="json")), step)
     return run, hooks, engine
 
 
@@ -142,13 +163,20 @@ def check_trackers(wanted: Sequence[str]) -> None:
 
 
 def make_output(directory: Path, overwrite: bool, accelerator: Any) -> None:
-    """Make the output folder, empty; only now, after all that could be refused, does an old run go."""
+    """Make the output folder, empty where asked; only now, after all that could be refused, does an old run go.
+
+    At every instant it is empty but for hidden files, or holds a manifest.json, so that it is known for a run's.
+    """
     if accelerator.is_main_process:
         try:
-            if overwrite and directory.is_dir():
-                shutil.rmtree(directory)
             directory.mkdir(parents=True, exist_ok=True)
-            (directory / "manifest.json").write_text("{}\n", encoding="utf-8")
+            if overwrite or not (directory / "manifest.json").exists():
+                complete_file(directory / "manifest.json", b"{}\n")
+            for path in directory.iterdir() if overwrite else ():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name not in ("manifest.json", LOCK):
+                    path.unlink()
         except OSError as error:
             raise ResourceError(f"output: {directory} cannot be written: {error.strerror}.") from error
     accelerator.wait_for_everyone()
@@ -281,7 +309,7 @@ def trainable_groups(run: Run, hooks: Composition) -> list[Any]:
     return groups
 
 
-def _torch_groups(run: Run) -> list[dict[str, Any]]:
+def torch_groups(run: Run) -> list[dict[str, Any]]:
     recipe = run.recipe.train
     return [
         {
@@ -310,12 +338,12 @@ def precision_name(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
-def write_manifest(run: Run) -> None:
-    """Write manifest.json: versions, strategies with options, base, data, seed, device."""
+def write_manifest(run: Run, resume: Resume | None = None) -> None:
+    """Write manifest.json: versions, strategies with options, base, data, seed, device, accepted changes."""
     manifest = {
         "budwood": metadata.version("budwood"),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PINNED},
+        "versions": {name: metadata.version(name) for name in changes.PINNED},
         "strategies": strategies_record(run.strategies),
         "base": {
             "name": run.base.name, "fingerprint": run.base.fingerprint, "quantization": run.base.quantization,
@@ -330,8 +358,11 @@ def write_manifest(run: Run) -> None:
         "precision": precision_name(run.dtype),
         "processes": run.processes,
     }  # fmt: skip
-    text = json.dumps(redact_values(manifest), indent=2, default=str) + "\n"
-    (run.directory / "manifest.json").write_text(text, encoding="utf-8")
+    if resume is not None:
+        manifest |= {"resumed_from_step": resume.checkpoint.step, "accepted_changes": resume.accepted}
+    complete_file(
+        run.directory / "manifest.json", (json.dumps(redact_values(manifest), indent=2, default=str) + "\n").encode()
+    )
 
 
 def strategies_record(strategies: Sequence[Any]) -> list[dict[str, Any]]:

@@ -1,0 +1,111 @@
+"""What decides a run, as manifests record it, and what of it differs where a run is gone on with."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from budwood.contract.types import Run
+from budwood.errors import InputError
+
+PINNED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "numpy")
+"""Libraries whose versions a manifest records."""
+FIXED = ("base.", "recipe.base.task", "recipe.base.quantization", "recipe.base.double_quantization", "parameters.")
+"""Begin the fields whose change makes another run of it, which nothing can accept."""
+NOTED = ("threads",)
+"""Fields whose change may move the last digits, and is only said."""
+
+
+class Change(NamedTuple):
+    """A field that differs: as in the checkpoint, and now."""
+
+    field: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.field}: {_short(self.before)} → {_short(self.now)}"
+
+
+def setting(run: Run) -> dict[str, Any]:
+    """What decides a run, as far as it is known before its base loads."""
+    return {
+        "recipe": run.recipe.to_dict(run.strategies),
+        "versions": {
+            "budwood": metadata.version("budwood"),
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in PINNED},
+        },
+        "strategies": {s.name: s.distribution for s in run.strategies},
+        "data": {"train": run.examples.sha256, "eval": run.eval_examples.sha256 if run.eval_examples else None},
+        "device": str(run.device),
+        "precision": str(run.dtype).removeprefix("torch."),
+        "processes": run.processes,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def adapted(run: Run) -> dict[str, Any]:
+    """The rest, once the model is prepared: the base, and the shape of each parameter before the first step."""
+    shapes = {name: list(p.shape) for name, p in named_parameters(run).items()}
+    return {"base": {"fingerprint": run.base.fingerprint}, "parameters": shapes}
+
+
+def named_parameters(run: Run) -> dict[str, nn.Parameter]:
+    """What trains, by the names of its group and of itself."""
+    return {f"{group.name}/{name}": p for group in run.groups for name, p in group.parameters.items()}
+
+
+def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """The fields that differ, as far as `now` knows them."""
+    old = dict(_flat({name: before.get(name) for name in now}))
+    new = dict(_flat(now))
+    return [Change(name, old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+def accept(changes: Sequence[Change], where: str, accepted: bool) -> list[Change]:
+    """Return the changes that the user accepted.
+
+    Raises:
+        InputError: there are some and nothing was accepted, or one of them cannot be.
+    """
+    fixed = [change for change in changes if change.field.startswith(FIXED)]
+    if fixed:
+        raise InputError(
+            f"{where} is of another adapter or base: {_list(fixed)}. That cannot be accepted: undo the change, name "
+            "another output folder, or start over with --overwrite."
+        )
+    if changes and not accepted:
+        raise InputError(
+            f"{where} was made otherwise: {_list(changes)}. Undo the change, or accept it with --accept-changes."
+        )
+    return list(changes)
+
+
+def _list(changes: Sequence[Change], most: int = 12) -> str:
+    more = f"; and {len(changes) - most} more" if len(changes) > most else ""
+    return "; ".join(map(str, changes[:most])) + more
+
+
+def _flat(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{place}.{key}" if place else str(key))
+    elif place == "recipe.strategies":
+        yield f"{place}", [name for choice in value for name in choice]
+        for choice in value:
+            yield from _flat(choice, place)
+    else:
+        yield place, value
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "none"
+    text = " ".join(str(value).split())
+    return f"{text[:12]}…" if len(text) == 64 and " " not in text else text if len(text) <= 80 else f"{text[:79]}…"

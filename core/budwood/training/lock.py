@@ -1,0 +1,80 @@
+"""One run per folder: a lock file in it, held by the system for as long as the process lives. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from budwood.errors import InputError, ResourceError
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def locked(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the run's folder; it is made where it is missing, and goes again where nothing was put into it.
+
+    The system lets go of the lock when its process ends, however it ends; what is left in the file of a process that
+    was killed tells whose it was.
+
+    Raises:
+        InputError: another process holds it; named by number and machine.
+        ResourceError: the folder cannot be written, or its file system knows no locks.
+    """
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    path = directory / LOCK
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor, left = _take(path)
+    except OSError as error:
+        raise ResourceError(f"output: {directory} cannot be locked: {error.strerror}.") from error
+    try:
+        if left:
+            say(f"{directory}: the lock of {left}, which ended without letting go, is taken over")
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
+        for made in missing:
+            with contextlib.suppress(OSError):
+                made.rmdir()  # only where it is empty
+
+
+def _take(path: Path) -> tuple[int, str]:
+    """Lock the file; returns its descriptor and the holder that it names, "" where it names none."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
+                os.close(descriptor)  # its last holder removed it in between
+                continue
+            left = _read(descriptor)
+            text = json.dumps({"process": os.getpid(), "host": socket.gethostname()})
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, text.encode(), 0)
+            return descriptor, left
+        except BlockingIOError:
+            holder = _read(descriptor) or "another process"
+            os.close(descriptor)
+            raise InputError(
+                f"output: {path.parent} is in use by {holder}: wait for it, or name another folder."
+            ) from None
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+            raise
+
+
+def _read(descriptor: int) -> str:
+    try:
+        found = json.loads(os.pread(descriptor, 1000, 0))
+        return f"process {int(found['process'])} on {found['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
