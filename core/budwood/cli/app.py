@@ -14,6 +14,7 @@ import typer.main
 
 import budwood
 from budwood.cli import adapter, data, demo, generate, plan, plugins, recipe, tune
+from budwood.contract.calls import noted
 from budwood.errors import BudwoodError, Interrupted, is_out_of_memory
 from budwood.model.quiet import hush
 from budwood.redaction import RedactedStream
@@ -115,10 +116,12 @@ def explain(error: BaseException) -> tuple[int, str]:
         path = usage.ctx.command_path if usage.ctx else "budwood"
         return 2, f"{usage.format_message()} See `{path} --help`."
     if is_out_of_memory(error):
-        return 3, "out of memory: lower train.micro_tokens or data.max_length, or turn on train.gradient_checkpointing."
+        remedy = "lower train.micro_tokens or data.max_length, or turn on train.gradient_checkpointing."
+        return 3, f"out of memory{noted(error)}: {remedy}"
     if isinstance(error, OSError):
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-        return 3, f"{' → '.join(names) or 'the system says'}: {error.strerror or error}."
+        what = f"{' → '.join(names) or 'the system says'}: {error.strerror or error}"
+        return 3, f"{what}{noted(error)}."
     what = f"{type(error).__name__}: {error}".strip().removesuffix(":")
     return 1, f"unexpected {what}. This is a bug; run again with --debug and report what it shows."
 
