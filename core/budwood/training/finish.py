@@ -139,6 +139,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
             prompts=probe.prompts,
             base_logits=list(probe.base),
             adapter_logits=list(measure(run.model, probe.prompts, run.dtype)),
+            needs=sum(p.numel() * p.element_size() for p in run.trainable) + 2 * probe.base.nbytes + (1 << 20),
         )
     report.stop()
     report.plot(directory)
@@ -170,6 +171,7 @@ def _finish_manifest(path: Path, run: Run, seconds: float, report: Report, finis
         "peak_memory_bytes": peak_memory(),
         "profiled": run.hooks.profiled,
         "hooks": [cost.record(run.hooks.profiled) for cost in run.hooks.costs],
+        "lost": report.lost,
     }
     complete_file(path, (json.dumps(manifest, indent=2) + "\n").encode())
 
