@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from budwood import Event, InputError, Outputs, PluginError, Strategy, ask_owner, hookimpl
-from budwood.contract.calls import noted
+from budwood.contract.calls import blame, noted
 from budwood.contract.hookspecs import HookSpecs
 from budwood.contract.loading import CORES_OWN, HOOKS, WRAPPABLE
 from budwood.contract.registry import Composition
@@ -373,3 +373,13 @@ def test_growth_of_the_peak_belongs_to_the_innermost():
         ("mine", "backward"): 11, ("owner", "use_adapters"): 5,
     }  # fmt: skip
     assert waits
+
+
+@pytest.mark.parametrize("error", [InputError("x"), OSError(28, "No space"), MemoryError()])
+def test_what_a_plugin_does_outside_of_hooks_is_named_too(error):
+    task, named = Model(lambda: None), r"^task 'made' \(made 2.0\), metrics: KeyError: 'f1'\. Report it"
+    with pytest.raises(PluginError, match=named), blame(task, "metrics"):
+        raise KeyError("f1")
+    with pytest.raises(type(error)) as raised, blame(task, "metrics"):
+        raise error
+    assert raised.value is error
