@@ -13,7 +13,8 @@ import typer
 import typer.main
 
 import budwood
-from budwood.cli import adapter, data, demo, generate, plan, plugins, recipe, tune
+from budwood.cli import adapter, data, demo, doctor, generate, plan, plugins, recipe, tune
+from budwood.contract.calls import noted
 from budwood.errors import BudwoodError, Interrupted, is_out_of_memory
 from budwood.model.quiet import hush
 from budwood.redaction import RedactedStream
@@ -37,6 +38,7 @@ app.command("data", short_help="What training will see.")(data.data)
 app.command("tune", short_help="Fine-tune: a recipe, or a data file and a base.")(tune.tune)
 app.command("eval", short_help="Measure an adapter on data.")(tune.eval_)
 app.command("generate", short_help="Answer a prompt with a base and its adapters.")(generate.generate)
+app.command("doctor", short_help="Whether this machine can tune; what to do.")(doctor.doctor)
 app.add_typer(recipe.app, name="recipe", short_help="What a recipe may hold.")
 app.add_typer(adapter.app, name="adapter", short_help="Look at adapters, verify, merge, export.")
 
@@ -115,10 +117,12 @@ def explain(error: BaseException) -> tuple[int, str]:
         path = usage.ctx.command_path if usage.ctx else "budwood"
         return 2, f"{usage.format_message()} See `{path} --help`."
     if is_out_of_memory(error):
-        return 3, "out of memory: lower train.micro_tokens or data.max_length, or turn on train.gradient_checkpointing."
+        remedy = "lower train.micro_tokens or data.max_length, or turn on train.gradient_checkpointing."
+        return 3, f"out of memory{noted(error)}: {remedy}"
     if isinstance(error, OSError):
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-        return 3, f"{' → '.join(names) or 'the system says'}: {error.strerror or error}."
+        what = f"{' → '.join(names) or 'the system says'}: {error.strerror or error}"
+        return 3, f"{what}{noted(error)}."
     what = f"{type(error).__name__}: {error}".strip().removesuffix(":")
     return 1, f"unexpected {what}. This is a bug; run again with --debug and report what it shows."
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from budwood.adapters.files import complete_file
 from budwood.adapters.golden import measure
 from budwood.adapters.store import write_adapter
+from budwood.contract.calls import ask_owner
 from budwood.contract.registry import Composition
 from budwood.contract.types import RUN_ADAPTER, Run
 from budwood.errors import BudwoodError, DivergedError, is_out_of_memory
@@ -92,11 +93,11 @@ def adapter_probe(run: Run) -> Probe | None:
 def _base_logits(run: Run, prompts: list[list[int]]) -> Tensor:
     """Logits [prompts, vocabulary or classes] after each prompt with the run's adapter off."""
     owner = _owner(run)
-    owner.use_adapters(model=run.model, names=[])
+    ask_owner(owner, "use_adapters", model=run.model, names=[])
     try:
         return measure(run.model, prompts, run.dtype)
     finally:
-        owner.use_adapters(model=run.model, names=[RUN_ADAPTER])
+        ask_owner(owner, "use_adapters", model=run.model, names=[RUN_ADAPTER])
 
 
 def check_changed(run: Run, start: list[Tensor], probe: Probe | None) -> None:

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from budwood.contract.types import Run
 from budwood.errors import InputError
+from budwood.model import attention
 from budwood.model.base import Base, load_base
+from budwood.model.fake import fake_base
 from budwood.training.setup import check_packing
 
 
@@ -15,7 +17,7 @@ def load_frozen(run: Run, model: str, quantization: str | None = None) -> Base:
 
     It computes in the run's dtype, every parameter is frozen, and it stays in evaluation mode. `run.task.outputs` runs
     it on the run's batches. It never runs code of its own: a recipe's `trust_remote_code` is for the base. Where it
-    does not take packed rows, the run's rows are padded from here on.
+    does not take packed rows, the run's rows are padded from here on. In planning it is of fake tensors, unquantised.
 
     Args:
         run: past its base.
@@ -28,6 +30,10 @@ def load_frozen(run: Run, model: str, quantization: str | None = None) -> Base:
         PluginError: Budwood's way through the model gives other logits than the model's own.
     """
     recipe = run.recipe.base
+    if run.planning:
+        base = fake_base(model, run.task.auto_class, run.dtype, **run.task.model_kwargs(run.examples.labels))
+        base.model.set_attn_implementation(attention.IMPLEMENTATION)
+        return base
     base = load_base(
         model, quantization, run.task.auto_class, run.dtype, run.device, False,
         recipe.double_quantization, run.task.model_kwargs(run.examples.labels), run.seed,

@@ -151,7 +151,7 @@ def prepare(
     engine = Engine(run, hooks)
     register_parts(hooks, task, engine)
     _say_size(run, report)
-    run.optimizer = hooks.call("build_optimizer", run=run, groups=_torch_groups(run))
+    run.optimizer = hooks.call("build_optimizer", run=run, groups=torch_groups(run))
     run.scheduler = hooks.call("build_scheduler", run=run, optimizer=run.optimizer)
     if accelerator.is_main_process:
         write_manifest(run, resume)
@@ -320,7 +320,7 @@ def trainable_groups(run: Run, hooks: Composition) -> list[Any]:
     return groups
 
 
-def _torch_groups(run: Run) -> list[dict[str, Any]]:
+def torch_groups(run: Run) -> list[dict[str, Any]]:
     recipe = run.recipe.train
     return [
         {

@@ -129,6 +129,9 @@ class AdaLoRA(Strategy):
         target = self.options.target_rank * len(self._paths)
         budget = self._schedule.budget(step, start, target)
         if self._importance is not None and step >= self._schedule.last:  # or later: fp16 may have skipped that step
+            if run.planning:  # which ranks go depends on values: the largest case is that a module keeps all of its own
+                self._importance, run.adapter_final = None, True
+                return
             keep = choose(self._importance.scores(), target)
             self._shrink(run, {path: mask.nonzero()[:, 0] for path, mask in zip(self._layers, keep, strict=True)})
             ranks = self.ranks().values()

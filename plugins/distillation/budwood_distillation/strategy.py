@@ -25,6 +25,7 @@ from budwood import (
     Run,
     Step,
     Strategy,
+    ask_owner,
     batches_of,
     fingerprint,
     hookimpl,
@@ -123,15 +124,15 @@ class Distillation(Strategy):
             distances = 1 - F.cosine_similarity(ours, theirs, dim=-1)
         else:
             distances = (ours - theirs).square().mean(-1)
-        owner, count = batch.example_of_label, len(batch.example_ids)
-        sums = distances.new_zeros(count).index_add(0, owner, distances)
-        values = sums / torch.bincount(owner, minlength=count)
+        owner, none = batch.example_of_label, distances.new_zeros(len(batch.example_ids))
+        sums, labels = none.index_add(0, owner, distances), none.index_add(0, owner, torch.ones_like(distances))
+        values = sums / labels  # not bincount: the shape of its result depends on values
         return LossTerm(f"{self.name}_hidden", values, "example", self.options.hidden_weight)
 
     @hookimpl
     def after_optimizer_step(self, run: Run) -> None:
         """Say once where the student has equalled its teacher to the last bit for as long as training goes on."""
-        if self._differed is None:
+        if self._differed is None or run.planning:
             return
         warmup, steps, done = run.recipe.train.warmup, run.steps or 1, run.step + 1
         warmup = int(warmup) if warmup >= 1 else round(warmup * steps)
@@ -184,10 +185,10 @@ class Distillation(Strategy):
             )
         try:
             tensors = saved.load_tensors()
-            owner.attach_adapter(model=model, config=saved.config, tensors=tensors, name=TEACHER_ADAPTER)
+            ask_owner(owner, "attach_adapter", model=model, config=saved.config, tensors=tensors, name=TEACHER_ADAPTER)
         except BudwoodError as error:
             raise type(error)(f"{self}: teacher: {saved.directory}: {error}") from error
-        owner.use_adapters(model=model, names=[RUN_ADAPTER])
+        ask_owner(owner, "use_adapters", model=model, names=[RUN_ADAPTER])
         kept = f"{saved.bytes / 1e6:.1f} MB, no second copy of the base"
         run.say("; ".join([f"teacher: this base with the adapter in {saved.directory}, {kept}", *saved.notes]))
         return Teacher(model, owner, (TEACHER_ADAPTER,))
@@ -268,7 +269,7 @@ class Distillation(Strategy):
             if 4 * done // len(shards) > 4 * (done - 1) // len(shards):
                 run.say(f"teacher's cache: {done} of {len(shards)} parts made")
         if teacher.adapters:
-            teacher.owner.detach_adapter(model=model, name=TEACHER_ADAPTER)
+            ask_owner(teacher.owner, "detach_adapter", model=model, name=TEACHER_ADAPTER)
         run.packed = packed  # as in a run that only reads
         del teacher
         gc.collect()

@@ -1,0 +1,257 @@
+"""Short runs of one strategy, each made once and shared by the checks that ask about it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+import traceback
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from budwood.adapters.golden import measure, threads
+from budwood.contract.discovery import installed
+from budwood.contract.loading import load_strategy
+from budwood.contract.strategy import Strategy
+from budwood.contract.types import RUN_ADAPTER, Run
+from budwood.errors import BudwoodError
+from budwood.testing.files import LONGEST, Files, make_files, session_folder
+from budwood.testing.probe import Probe, named_parameters
+from budwood.training.loop import tune
+from budwood.training.recipe import Recipe
+
+BATCH = 4
+PROBE = "conformance-probe"
+MODULE = "budwood_testing_strategies"
+"""Module under which classes that no distribution offers can be imported."""
+FIRST_PARTY: dict[str, Callable[[Files], dict[str, Any]]] = {
+    "lora": lambda files: {"rank": 2, "alpha": 4},
+    "adalora": lambda files: {
+        "initial_rank": 3, "target_rank": 2, "alpha": 6, "initial_phase": 0, "final_phase": 1, "interval": 1,
+    },
+    "adversarial": lambda files: {"method": "fgm", "epsilon": 0.5},
+    "distillation": lambda files: {"teacher": str(files.teacher), "weight": 0.4},
+}  # fmt: skip
+"""Strategies that come with Budwood, with options for a run of three steps."""
+
+
+class PromiseBroken(AssertionError):
+    """A strategy does not keep what every strategy promises; the message says which promise, and the numbers."""
+
+
+class NotApplicable(Exception):
+    """A check has nothing to ask of a strategy; the message says why."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a bench runs.
+
+    Attributes:
+        strategy: the class.
+        options: its options.
+        companions: the recipe's other strategies, as a recipe lists them; None: LoRA, where nothing else trains.
+        task: of the recipe.
+        steps: optimizer steps of each run.
+    """
+
+    strategy: type[Strategy]
+    options: dict[str, Any] = field(default_factory=dict)
+    companions: Sequence[Any] | None = None
+    task: str = "causal-lm"
+    steps: int = 3
+
+
+@dataclass
+class Result:
+    """A finished run."""
+
+    run: Run
+    probe: Probe
+    parameters: dict[str, Tensor]
+    """What trained, by group and name."""
+    logits: Tensor
+    """[prompts, vocabulary or classes] after the last step."""
+    off: Tensor | None
+    """The same with the run's adapter off; None where no strategy owns one."""
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the saved adapter."""
+        return self.run.directory / "adapter"
+
+
+class Bench:
+    """Runs of one strategy on the kit's own base and data: fp32, 4 examples an optimizer step, on the CPU."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.files = make_files(spec.task)
+        self.name = register(spec.strategy)
+        register(Probe, PROBE)
+        self._results: dict[tuple[Any, ...], Result | Exception] = {}
+
+    @property
+    def owns_adapter(self) -> bool:
+        """Whether the strategy itself owns the adapter."""
+        return "adapter" in self.spec.strategy.slots
+
+    @property
+    def companions(self) -> list[Any]:
+        """The recipe's other strategies."""
+        if self.spec.companions is not None:
+            return list(self.spec.companions)
+        trains = implements(self.spec.strategy, "trainable_parameters")
+        return [] if trains else [{"lora": FIRST_PARTY["lora"](self.files)}]
+
+    def strategies(self, other: str | None = None) -> list[Any]:
+        """The recipe's list, with a first-party strategy `other` beside it, in the place of a rival for its slots."""
+        companions = self.companions
+        if other is not None:
+            slots = set(load_strategy(other)[0].slots)
+            companions = [c for c in companions if not slots & set(load_strategy(_name(c))[0].slots)]
+            companions.append({other: FIRST_PARTY[other](self.files)})
+        return [{self.name: self.spec.options}, *companions]
+
+    def recipe(
+        self, output: str, other: str | None = None, quantization: str = "none", fail_at: int = 0, **train: Any
+    ) -> Recipe:
+        """A recipe whose result depends on nothing but its arguments; the probe is its first strategy."""
+        data = {"train": str(self.files.train), "max_length": LONGEST}
+        if implements(self.spec.strategy, "evaluate"):
+            data["eval"] = str(self.files.eval)
+        steps = {
+            "steps": self.spec.steps, "batch_examples": BATCH, "micro_tokens": BATCH * LONGEST, "learning_rate": 1e-2,
+            "precision": "fp32", "schedule": "constant", "warmup": 0, "eval_generate": 0,
+        }  # fmt: skip
+        return Recipe.from_dict(
+            {
+                "base": {
+                    "model": str(self.files.base), "quantization": quantization, "task": self.spec.task,
+                    "device": "cpu",
+                },
+                "data": data,
+                "strategies": [{PROBE: {"fail_at": fail_at}}, *self.strategies(other)],
+                "train": steps | train,
+                "output": str(session_folder() / "runs" / self.name / output),
+            }
+        )  # fmt: skip
+
+    def run(self, promise: str, output: str = "whole", **changes: Any) -> Result:
+        """The run `output` of the recipe with `changes`; made once.
+
+        Raises:
+            PromiseBroken: it ended with an error, which breaks `promise`.
+        """
+        key = (output, *sorted(changes.items()))
+        if key not in self._results:
+            try:
+                self._results[key] = self._tune(self.recipe(output, **changes))
+            except Exception as error:
+                self._results[key] = error
+        found = self._results[key]
+        if isinstance(found, Exception):
+            raise PromiseBroken(f"{promise}: the run ended with {explain(found)}") from found
+        return found
+
+    def fail(self, fail_at: int) -> tuple[Probe, Run, Exception | None]:
+        """A run in which the model's forward number `fail_at` of step 2 raises; what came out of it."""
+        error: Exception | None = None
+        recipe = self.recipe("failing", fail_at=fail_at)
+        Probe.last = None
+        try:
+            with threads(1):
+                tune(recipe, overwrite=True, quiet=True)
+        except Exception as raised:
+            error = raised
+        assert Probe.last is not None and Probe.last.run is not None
+        return Probe.last, Probe.last.run, error
+
+    def _tune(self, recipe: Recipe) -> Result:
+        with threads(1):
+            run = tune(recipe, overwrite=True, quiet=True)
+            probe = next(strategy for strategy in run.strategies if isinstance(strategy, Probe))
+            parameters = named_parameters(run)
+            logits, off = measure(run.model, probe.prompts, run.dtype), None
+            owner: Any = adapter_owner(run)
+            if owner is not None:
+                owner.use_adapters(model=run.model, names=[])
+                off = measure(run.model, probe.prompts, run.dtype)
+                owner.use_adapters(model=run.model, names=[RUN_ADAPTER])
+        return Result(run, probe, parameters, logits, off)
+
+
+def implements(strategy: type, hook: str) -> bool:
+    """Whether a class has an implementation of a hook."""
+    return hasattr(getattr(strategy, hook, None), "budwood_impl")
+
+
+def adapter_owner(run: Run) -> Strategy | None:
+    """The strategy of a run that owns the adapter."""
+    return next((strategy for strategy in run.strategies if "adapter" in strategy.slots), None)
+
+
+def explain(error: BaseException) -> str:
+    """An error in words, with the place in the author's code that it came from."""
+    if isinstance(error, BudwoodError) and error.__cause__ is None:
+        return str(error)
+    origin = error.__cause__ or error
+    frames = traceback.extract_tb(origin.__traceback__)
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
+    text = str(error) if isinstance(error, BudwoodError) else f"{type(error).__name__}: {error}"
+    return f"{text}{place}"
+
+
+def register(strategy: type[Strategy], name: str | None = None) -> str:
+    """Return the name under which a class is installed; one that no distribution offers is made to look installed."""
+    own = getattr(sys.modules.get(MODULE), "classes", {})
+    for known, cls in own.items():
+        if cls is strategy:
+            return str(known)
+    if name is None:
+        package = strategy.__module__.partition(".")[0]
+        for known, entries in installed().items():
+            for entry in entries:
+                if entry.value.partition(".")[0].partition(":")[0] == package and entry.load() is strategy:
+                    return known
+        plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", strategy.__name__).lower().strip("_")
+        taken = {*installed(), *own}
+        name = next(n for n in (plain, *(f"{plain}-{i}" for i in range(2, 10**6))) if n not in taken)
+    pretend_installed(strategy, name)
+    return name
+
+
+def pretend_installed(strategy: type[Strategy], name: str) -> None:
+    """Add a class to a distribution of this session's own, which `budwood.testing` puts on the path."""
+    module: Any = sys.modules.get(MODULE)
+    if module is None:
+        module = sys.modules[MODULE] = types.ModuleType(MODULE)
+        module.classes = {}
+        sys.path.append(str(session_folder() / "site"))
+    module.classes[name] = strategy
+    attribute = re.sub(r"\W", "_", name)
+    setattr(module, attribute, strategy)
+    info = session_folder() / "site" / f"{MODULE}-0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {MODULE}\nVersion: 0\n", encoding="utf-8")
+    lines = [f"{n} = {MODULE}:{re.sub(r'[^0-9A-Za-z_]', '_', n)}" for n in module.classes]
+    (info / "entry_points.txt").write_text("\n".join(["[budwood]", *lines, ""]), encoding="utf-8")
+    importlib.invalidate_caches()
+
+
+def registered() -> dict[str, dict[str, str]]:
+    """Name, module, file and qualified name of every class that only looks installed, for another process."""
+    found = {}
+    for name, cls in getattr(sys.modules.get(MODULE), "classes", {}).items():
+        found[name] = {"module": cls.__module__, "file": inspect.getsourcefile(cls) or "", "class": cls.__qualname__}
+    return found
+
+
+def _name(choice: Any) -> str:
+    return choice if isinstance(choice, str) else str(next(iter(choice)))

@@ -1,0 +1,432 @@
+"""The promises that every strategy makes, one function each: it returns where the promise is kept."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import math
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from torch import Tensor
+
+from budwood.adapters.golden import TOLERANCE, threads
+from budwood.adapters.live import module_ids
+from budwood.adapters.pool import AdapterPool
+from budwood.contract.discovery import PluginError
+from budwood.contract.loading import HOOKS, build_strategy, check_hooks, load_strategy
+from budwood.errors import BudwoodError, InputError
+from budwood.testing import processes
+from budwood.testing.bench import (
+    BATCH,
+    Bench,
+    NotApplicable,
+    PromiseBroken,
+    Result,
+    explain,
+    implements,
+    registered,
+)
+from budwood.testing.fake import run_on_fake_tensors
+from budwood.testing.files import LONGEST, session_folder
+from budwood.testing.probe import InjectedError, distance, farthest, same_bytes, state_of, stored
+from budwood.training.loop import tune
+from budwood.training.recipe import Recipe, build_composition
+
+EXACT = 1e-5
+"""Largest difference of a parameter between two runs that split a step otherwise, in fp32 and without dropout."""
+MERGED = 1e-4
+"""Largest difference of a logit between a merged and an attached adapter, in units of the largest logit."""
+OWNER_HOOKS = ("attach_adapter", "use_adapters", "detach_adapter", "export", "trainable_parameters")
+
+
+def declares(bench: Bench) -> None:
+    """It says what it is, implements hooks that exist, and owns what it implements."""
+    promise, cls = "declares what it implements", bench.spec.strategy
+    try:
+        check_hooks(cls, f"strategy '{bench.name}'")
+        load_strategy(bench.name)
+    except BudwoodError as error:
+        raise PromiseBroken(f"{promise}: {error}") from error
+    hooks = [hook for hook in HOOKS if implements(cls, hook)]
+    if not hooks:
+        raise PromiseBroken(f"{promise}: it implements no hook. Mark its methods with @hookimpl.")
+    if not ((vars(cls).get("__doc__") or "").strip()):
+        raise PromiseBroken(f"{promise}: the class has no docstring; its first line is what `budwood plugins` shows.")
+    missing = [hook for hook in OWNER_HOOKS if hook not in hooks]
+    if bench.owns_adapter and missing:
+        raise PromiseBroken(
+            f"{promise}: it owns the slot 'adapter' and implements {len(OWNER_HOOKS) - len(missing)} of the "
+            f"{len(OWNER_HOOKS)} hooks that come with it; missing: {', '.join(missing)}."
+        )
+    if not bench.owns_adapter and implements(cls, "attach_adapter"):
+        raise PromiseBroken(f"{promise}: it implements attach_adapter, and its slots {cls.slots} lack 'adapter'.")
+    states = [hook for hook in ("state_dict", "load_state_dict") if hook in hooks]
+    if len(states) == 1:
+        raise PromiseBroken(f"{promise}: of state_dict and load_state_dict it implements {states[0]} alone.")
+
+
+def options_round_trip(bench: Bench) -> None:
+    """Its options come back from YAML as they were, have a schema, and refuse keys that they do not know."""
+    promise, model, given = "options round-trip, unknown keys refused", bench.spec.strategy.Options, bench.spec.options
+    try:
+        options = model.model_validate(given)
+    except ValidationError as error:
+        raise PromiseBroken(f"{promise}: the options of the test, {given}, are refused: {error}") from error
+    stream, yaml = io.StringIO(), YAML(typ="safe", pure=True)
+    yaml.dump(options.model_dump(mode="json"), stream)
+    try:
+        again = model.model_validate(YAML(typ="safe", pure=True).load(stream.getvalue()))
+    except ValidationError as error:
+        raise PromiseBroken(
+            f"{promise}: what they are written as is refused: {stream.getvalue()!r}: {error}"
+        ) from error
+    for name in model.model_fields:
+        before, after = getattr(options, name), getattr(again, name)
+        if before != after:
+            raise PromiseBroken(f"{promise}: option '{name}' was {before!r} and came back from YAML as {after!r}.")
+    try:
+        schema = model.model_json_schema()
+        json.dumps(schema, allow_nan=False)
+    except Exception as error:
+        raise PromiseBroken(f"{promise}: they give no JSON schema: {explain(error)}") from error
+    absent = sorted({field.alias or name for name, field in model.model_fields.items()} - set(schema["properties"]))
+    if absent:
+        raise PromiseBroken(f"{promise}: the schema lacks {', '.join(absent)}.")
+    for where, part in {"Options": schema, **schema.get("$defs", {})}.items():
+        if "properties" in part and part.get("additionalProperties") is not False:
+            raise PromiseBroken(f"{promise}: {where} takes keys that it does not know (extra is not 'forbid').")
+    unknown = "no_such_option"
+    try:
+        build_strategy(bench.name, {**given, unknown: 1}, "recipe")
+    except InputError as error:
+        if unknown not in str(error):
+            raise PromiseBroken(f"{promise}: the refusal of '{unknown}' does not name it: {error}") from error
+    else:
+        raise PromiseBroken(f"{promise}: the unknown key '{unknown}' was taken without a word.")
+    if isinstance(options, BaseModel) and not type(options).model_config.get("frozen"):
+        raise PromiseBroken(f"{promise}: the options are not frozen, so that a run could change what is recorded.")
+
+
+def zero_effect_at_start(bench: Bench) -> None:
+    """Before the first step the model gives the base's logits."""
+    promise = "zero effect at initialisation"
+    if not implements(bench.spec.strategy, "prepare_model"):
+        raise NotApplicable("it has no prepare_model, so it changes no model before the first step")
+    probe = bench.run(promise).probe
+    gap, size = distance(probe.base_logits, probe.start_logits), float(probe.base_logits.abs().max())
+    if gap > 1e-6 * size:
+        raise PromiseBroken(
+            f"{promise}: before the first step a logit differs from the base's by {gap:.3g} "
+            f"(largest logit {size:.3g}, at most {1e-6 * size:.1g} is due)."
+        )
+
+
+def gradients_where_declared(bench: Bench) -> None:
+    """What trainable_parameters names has a gradient, and nothing else has."""
+    promise = "gradients only where declared"
+    probe = bench.run(promise).probe
+    if probe.strays:
+        raise PromiseBroken(f"{promise}: {len(probe.strays)} elsewhere: {'; '.join(probe.strays[:3])}.")
+    for name, size in probe.largest.items():
+        if not size:
+            what = "no gradient" if size is None else "a gradient of 0"
+            raise PromiseBroken(f"{promise}: {name} is declared and had {what} in all {bench.spec.steps} steps.")
+
+
+def base_unchanged(bench: Bench) -> None:
+    """Not a byte of the base changes."""
+    promise = "the base's bytes do not change"
+    for quantization in ("none", "nf4"):
+        changed = bench.run(promise, quantization, quantization=quantization).probe.changed_base()
+        if changed:
+            raise PromiseBroken(
+                f"{promise}: {len(changed)} tensors of the {quantization} base differ after {bench.spec.steps} steps: "
+                f"{', '.join(changed[:3])}."
+            )
+
+
+def same_seed_same_bytes(bench: Bench) -> None:
+    """Two runs of one recipe give the same bits."""
+    promise = "same seed, same bytes"
+    first, again = bench.run(promise), bench.run(promise, "again")
+    name, gap = farthest(first.parameters, again.parameters)
+    alike = all(same_bytes(first.parameters[key], again.parameters[key]) for key in first.parameters)
+    if gap or not alike:
+        raise PromiseBroken(
+            f"{promise}: two runs with seed 0 differ by {gap:.3g} in {name} after {bench.spec.steps} steps. "
+            "Draw from run.generator(self) or step.generator(self, example)."
+        )
+
+
+def micro_batches(bench: Bench) -> None:
+    """One micro-batch of four examples gives what two of two give."""
+    promise = "1×4 equals 2×2"
+    whole, halves = bench.run(promise), bench.run(promise, "halves", micro_tokens=BATCH // 2 * LONGEST)
+    ones, twos = whole.probe.micro_batches, halves.probe.micro_batches
+    if any(len(step) != 1 for step in ones) or any(len(step) != 2 for step in twos):
+        raise NotApplicable(f"its batches are {ones[0]} and {twos[0]} examples, where 4 and 2 + 2 can be compared")
+    _expect_equal(promise, whole, halves.parameters, f"micro-batches of {ones[0]} and of {twos[0]} examples", bench)
+
+
+def two_processes(bench: Bench) -> None:
+    """Two processes that torchrun starts give what one gives."""
+    promise = "2 processes equal 1"
+    whole = bench.run(promise)
+    outcome = in_two_processes(bench)
+    if outcome.error:
+        raise PromiseBroken(f"{promise}: the run in two processes did not finish:\n{outcome.error}")
+    if (outcome.processes, outcome.world) != (processes.PROCESSES, processes.PROCESSES):
+        raise PromiseBroken(f"{promise}: torchrun made {outcome.world} processes, and the run saw {outcome.processes}.")
+    from safetensors.torch import load_file
+
+    assert outcome.parameters is not None
+    _expect_equal(promise, whole, load_file(outcome.parameters), "one process and two", bench)
+
+
+def save_and_load(bench: Bench) -> None:
+    """A saved adapter, loaded on the base, gives the logits that were trained."""
+    promise = "save → load → same logits"
+    result = bench.run(promise)
+    pool, _ = _pool(bench, result, promise)
+    pool.use("adapter")
+    loaded = pool.logits(result.probe.prompts)
+    gap, due = distance(result.logits, loaded), TOLERANCE * max(1.0, float(result.logits.abs().max()))
+    if not gap <= due:
+        raise PromiseBroken(
+            f"{promise}: a logit of the loaded adapter differs from the trained one's by {gap:.3g} "
+            f"(at most {due:.1g} is due; the adapter itself moves logits by {_effect(result):.3g})."
+        )
+
+
+def resume(bench: Bench) -> None:
+    """A run that was interrupted and resumed gives the bytes of one that was not."""
+    if "resume" not in inspect.signature(tune).parameters:
+        raise NotApplicable("this Budwood writes no checkpoints, so no run can be resumed")
+    raise NotApplicable("not written yet")
+
+
+def merge(bench: Bench) -> None:
+    """The adapter merged into the unquantised fp32 base gives the logits of the adapter beside it."""
+    promise = "merged equals unmerged"
+    if not bench.owns_adapter:
+        raise NotApplicable("it owns no adapter")
+    if not implements(bench.spec.strategy, "merge_adapter"):
+        raise NotApplicable("it has no merge_adapter")
+    result = bench.run(promise)
+    pool, modules = _pool(bench, result, promise)
+    pool.use("adapter")
+    beside = pool.logits(result.probe.prompts)
+    try:
+        pool.merge("adapter")
+    except BudwoodError as error:
+        raise PromiseBroken(f"{promise}: merging ended with {explain(error)}") from error
+    merged = pool.logits(result.probe.prompts)
+    gap, due = distance(beside, merged), MERGED * float(beside.abs().max())
+    if not gap <= due:
+        raise PromiseBroken(
+            f"{promise}: a logit of the merged model differs by {gap:.3g} (at most {due:.1g} is due; the adapter "
+            f"itself moves logits by {_effect(result):.3g})."
+        )
+    if module_ids(pool.model) != modules:
+        raise PromiseBroken(f"{promise}: after merging {_other_modules(pool, modules)} stand on the base.")
+
+
+def off(bench: Bench) -> None:
+    """With the adapter off the model computes the base's own bits; taken off, nothing of it is left."""
+    promise = "off restores the base's bits"
+    result = bench.run(promise)
+    if result.off is None:
+        raise NotApplicable("no strategy of its recipe owns an adapter")
+    gap = distance(result.probe.base_logits, result.off)
+    if gap or not same_bytes(result.probe.base_logits, result.off):
+        raise PromiseBroken(
+            f"{promise}: after training, with the adapter off, a logit differs from the base's by {gap:.3g}."
+        )
+    if not bench.owns_adapter:
+        return
+    prompts = result.probe.prompts
+    pool = AdapterPool(
+        str(bench.files.base), task=bench.spec.task, precision="fp32", device="cpu", labels=_labels(result)
+    )
+    with threads(1):
+        before, state = pool.logits(prompts), state_of(pool.model)
+        tensors = {name: (tensor, tensor.clone()) for name, tensor in stored(pool.model).items()}
+        _load(pool, result, promise)
+        pool.use("adapter")
+        pool.logits(prompts)
+        pool.use(None)
+        gap = distance(before, pool.logits(prompts))
+        if gap:
+            raise PromiseBroken(f"{promise}: in a pool, with no adapter in use, a logit differs by {gap:.3g}.")
+        try:
+            pool.unload("adapter")
+        except BudwoodError as error:
+            raise PromiseBroken(f"{promise}: detach_adapter: {explain(error)}") from error
+        gap = distance(before, pool.logits(prompts))
+    if gap:
+        raise PromiseBroken(f"{promise}: after detach_adapter a logit differs by {gap:.3g}.")
+    _expect_state(f"{promise}: detach_adapter", state, state_of(pool.model))
+    changed = [
+        f"{name} by {distance(live, old):.3g}" for name, (live, old) in tensors.items() if not same_bytes(live, old)
+    ]
+    if changed:
+        raise PromiseBroken(f"{promise}: detach_adapter left {len(changed)} tensors changed: {', '.join(changed[:3])}.")
+
+
+def runs_on(bench: Bench, quantization: str) -> None:
+    """It trains on a base in this quantization: all numbers finite, something learned."""
+    promise = f"runs on {'an unquantised base' if quantization == 'none' else quantization.upper()}"
+    result = bench.run(promise, quantization, quantization=quantization)
+    _expect_sound(promise, result)
+
+
+def fake_tensors(bench: Bench) -> None:
+    """Its steps run on fake CPU tensors, with run.planning set."""
+    promise = "runs on fake CPU tensors"
+    try:
+        run_on_fake_tensors(bench.recipe("fake"))
+    except Exception as error:
+        raise PromiseBroken(
+            f"{promise}: {explain(error)}. A decision that depends on values takes the largest case "
+            "where run.planning is set."
+        ) from error
+
+
+def after_an_exception(bench: Bench) -> None:
+    """An exception in the middle of a step passes through, and nothing that the step put on the model stays there."""
+    promise = "hooks removed after an exception"
+    calls = bench.run(promise).probe.calls[1:2]
+    for number in range(1, min(sum(calls), 4) + 1):
+        probe, run, error = bench.fail(number)
+        if not probe.failed:
+            raise PromiseBroken(f"{promise}: a step that made {sum(calls)} forwards did not reach number {number}.")
+        if error is None:
+            raise PromiseBroken(f"{promise}: an exception in forward {number} of a step was swallowed.")
+        chain: list[BaseException] = [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+            chain.append(cause)
+        if not any(isinstance(link, InjectedError) for link in chain):
+            raise PromiseBroken(f"{promise}: in place of the exception in forward {number} came {explain(error)}")
+        _expect_state(
+            f"{promise}: after an exception in forward {number} of a step", probe.snapshot, state_of(run.model)
+        )
+
+
+def composes(bench: Bench, other: str) -> None:
+    """It trains together with a strategy that comes with Budwood, unless one of them declares that it does not."""
+    promise = f"composes with {other}"
+    if bench.name == other:
+        raise NotApplicable("it is that strategy itself")
+    try:
+        recipe: Recipe = bench.recipe(f"with-{other}", other)
+        build_composition(recipe)
+    except PluginError:
+        raise
+    except InputError as error:
+        raise NotApplicable(f"refused before anything runs: {error}") from error
+    result = bench.run(promise, f"with-{other}", other=other)
+    _expect_sound(promise, result)
+    if result.probe.strays:
+        raise PromiseBroken(f"{promise}: a gradient on what does not train: {'; '.join(result.probe.strays[:3])}.")
+    changed = result.probe.changed_base()
+    if changed:
+        raise PromiseBroken(f"{promise}: the base's bytes changed: {', '.join(changed[:3])}.")
+
+
+def _expect_equal(promise: str, whole: Result, other: dict[str, Tensor], what: str, bench: Bench) -> None:
+    name, gap = farthest(whole.parameters, other)
+    if not gap <= EXACT:
+        raise PromiseBroken(
+            f"{promise}: {what} differ by {gap:.3g} in {name} after {bench.spec.steps} steps in fp32 "
+            f"(at most {EXACT:g} is due). Values go by label or example, and noise by step.generator(self, example)."
+        )
+
+
+def _expect_state(promise: str, before: dict[str, Any], after: dict[str, Any]) -> None:
+    changed = [what for what in {**before, **after} if before.get(what) != after.get(what)]
+    if changed:
+        named = "; ".join(
+            f"{what}: {_short(before.get(what))} before, {_short(after.get(what))} after" for what in changed[:3]
+        )
+        raise PromiseBroken(f"{promise}, {len(changed)} things on the model are not as before: {named}.")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple):
+        return str(len(value))
+    return (
+        "absent"
+        if value is None
+        else "another"
+        if isinstance(value, int) and not isinstance(value, bool)
+        else str(value)
+    )
+
+
+def _expect_sound(promise: str, result: Result) -> None:
+    bad = [name for name, tensor in result.parameters.items() if not bool(torch.isfinite(tensor).all())]
+    numbers = {name: value for name, value in result.run.metrics.items() if not math.isfinite(float(value))}
+    if bad or numbers:
+        raise PromiseBroken(f"{promise}: not finite: {', '.join([*bad, *map(str, numbers)][:5])}.")
+    moved = distance(result.logits, result.probe.base_logits)
+    if not moved:
+        raise PromiseBroken(f"{promise}: after training every logit is the base's own.")
+
+
+def _effect(result: Result) -> float:
+    return distance(result.logits, result.probe.base_logits)
+
+
+def _labels(result: Result) -> list[str] | None:
+    return list(result.run.examples.labels) or None
+
+
+def _pool(bench: Bench, result: Result, promise: str) -> tuple[AdapterPool, list[tuple[str, int]]]:
+    """The base with the run's adapter on it, and its modules as they were without."""
+    if not result.adapter.is_dir():
+        raise NotApplicable("no strategy of its recipe owns an adapter")
+    pool = AdapterPool(
+        str(bench.files.base), task=bench.spec.task, precision="fp32", device="cpu", labels=_labels(result)
+    )
+    modules = module_ids(pool.model)
+    _load(pool, result, promise)
+    return pool, modules
+
+
+def _load(pool: AdapterPool, result: Result, promise: str) -> None:
+    try:
+        pool.load("adapter", result.adapter)
+    except BudwoodError as error:
+        raise PromiseBroken(f"{promise}: the saved adapter is not taken: {explain(error)}") from error
+
+
+def _other_modules(pool: AdapterPool, modules: list[tuple[str, int]]) -> str:
+    found = [path for path, identity in module_ids(pool.model) if (path, identity) not in set(modules)]
+    return f"{len(found)} other modules ({', '.join(found[:2])})"
+
+
+_waiting: dict[int, Bench] = {}
+_outcomes: dict[int, processes.Outcome] = {}
+
+
+def wait_for_processes(bench: Bench) -> None:
+    """Let a bench's run in two processes share the next start of torchrun."""
+    _waiting[id(bench)] = bench
+
+
+def in_two_processes(bench: Bench) -> processes.Outcome:
+    """The bench's recipe in two processes, with all that waits for them."""
+    if id(bench) not in _outcomes:
+        wait_for_processes(bench)
+        benches = [b for key, b in _waiting.items() if key not in _outcomes]
+        recipes = [
+            b.recipe(f"two-{number}", micro_tokens=BATCH // 2 * LONGEST).to_dict() for number, b in enumerate(benches)
+        ]
+        found = processes.tune_in_processes(recipes, registered(), session_folder())
+        _outcomes.update({id(b): outcome for b, outcome in zip(benches, found, strict=True)})
+        _waiting.clear()
+    return _outcomes[id(bench)]

@@ -1,0 +1,137 @@
+"""What a strategy's author inherits: every promise as a test."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import pytest
+
+from budwood.contract.strategy import Strategy
+from budwood.testing import checks
+from budwood.testing.bench import FIRST_PARTY, Bench, NotApplicable, PromiseBroken, Spec
+from budwood.testing.files import Files, make_files
+from budwood.testing.plugin import SKIPPED
+
+
+class StrategyConformance:
+    """Subclass it under a name that starts with Test, and say which strategy.
+
+    Each test is one promise; a failure says which, with the numbers. What does not apply is skipped with its reason.
+    All runs take a few steps on a tiny base that the kit makes, in fp32 on the CPU; give options without dropout.
+
+    Attributes:
+        strategy: the class.
+        options: its options in the kit's recipes; where they need paths, override `make_options`.
+        companions: the other strategies of these recipes; None: LoRA, where this one trains nothing itself.
+        task: causal-lm or sequence-classification.
+        steps: optimizer steps of each run.
+        does_not_apply: name of a test (without `test_`) → why this strategy does not promise it.
+    """
+
+    strategy: ClassVar[type[Strategy]]
+    options: ClassVar[dict[str, Any]] = {}
+    companions: ClassVar[Sequence[Any] | None] = None
+    task: ClassVar[str] = "causal-lm"
+    steps: ClassVar[int] = 3
+    does_not_apply: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def make_options(cls, files: Files) -> dict[str, Any]:
+        """The strategy's options; `files` are the kit's own base, teacher and data."""
+        return dict(cls.options)
+
+    @classmethod
+    def bench(cls) -> Bench:
+        """The runs that the tests of this class share."""
+        if cls not in _benches:
+            if not hasattr(cls, "strategy"):
+                pytest.fail(f"{cls.__name__}: say which strategy: strategy = Mine", pytrace=False)
+            options = cls.make_options(make_files(cls.task))
+            _benches[cls] = Bench(Spec(cls.strategy, options, cls.companions, cls.task, cls.steps))
+        return _benches[cls]
+
+    @classmethod
+    def announce(cls, path: str) -> None:
+        """Let the run in two processes share a start with those of other classes in the same file."""
+        if "two_processes_equal_one" not in cls.does_not_apply:
+            _announced.setdefault(path, []).append(cls)
+
+    def test_declares_what_it_implements(self, request: pytest.FixtureRequest) -> None:
+        self._keeps(request, checks.declares)
+
+    def test_options_round_trip(self, request: pytest.FixtureRequest) -> None:
+        self._keeps(request, checks.options_round_trip)
+
+    def test_zero_effect_at_start(self, request: pytest.FixtureRequest) -> None:
+        self._keeps(request, checks.zero_effect_at_start)
+
+    def test_gradients_only_where_declared(self, request: pytest.FixtureRequest) -> None:
+        self._keeps(request, checks.gradients_where_declared)
+
+    def test_base_unchanged(self, request: pytest.FixtureRequest) -> None:
+        self._keeps(request, checks.base_unchanged)
+
+    def test_same_seed_same_bytes(self, request: pytest.FixtureRequest) -> None:
+        self._keeps(request, checks.same_seed_same_bytes)
+
+    def test_one_batch_equals_two_halves(self, request: pytest.FixtureRequest) -> None:
+        self._keeps(request, checks.micro_batches)
+
+    def test_two_processes_equal_one(self, request: pytest.FixtureRequest) -> None:
+        for cls in _announced.pop(str(request.node.path), ()):
+            checks.wait_for_processes(cls.bench())
+        self._keeps(request, checks.two_processes)
+
+    def test_save_and_load(self, request: pytest.FixtureRequest) -> None:
+        self._keeps(request, checks.save_and_load)
+
+    def test_resumed_equals_uninterrupted(self, request: pytest.FixtureRequest) -> None:
+        self._keeps(request, checks.resume)
+
+    def test_merged_equals_unmerged(self, request: pytest.FixtureRequest) -> None:
+        self._keeps(request, checks.merge)
+
+    def test_off_restores_the_base(self, request: pytest.FixtureRequest) -> None:
+        self._keeps(request, checks.off)
+
+    @pytest.mark.parametrize("quantization", ["none", "nf4"])
+    def test_runs_on(self, quantization: str, request: pytest.FixtureRequest) -> None:
+        self._keeps(request, functools.partial(checks.runs_on, quantization=quantization))
+
+    def test_runs_on_fake_tensors(self, request: pytest.FixtureRequest) -> None:
+        self._keeps(request, checks.fake_tensors)
+
+    def test_hooks_removed_after_an_exception(self, request: pytest.FixtureRequest) -> None:
+        self._keeps(request, checks.after_an_exception)
+
+    @pytest.mark.parametrize("other", FIRST_PARTY)
+    def test_composes_with(self, other: str, request: pytest.FixtureRequest) -> None:
+        self._keeps(request, functools.partial(checks.composes, other=other))
+
+    def _keeps(self, request: pytest.FixtureRequest, check: Callable[[Bench], None]) -> None:
+        """Run a check; a broken promise fails the test, and what does not apply skips it."""
+        name = request.node.originalname.removeprefix("test_")
+        unknown = [key for key in self.does_not_apply if not hasattr(type(self), f"test_{key}")]
+        if unknown:
+            pytest.fail(f"does_not_apply: there is no test '{unknown[0]}'", pytrace=False)
+        reason = self.does_not_apply.get(name)
+        broken = ""
+        if reason is None:
+            try:
+                check(self.bench())
+                return
+            except NotApplicable as error:
+                reason = str(error)
+            except PromiseBroken as error:
+                broken = str(error)
+        if broken:
+            pytest.fail(f"promise broken: {broken}", pytrace=False)
+        request.node.user_properties.append((SKIPPED, reason))
+        pytest.skip(f"does not apply: {reason}")
+
+
+_announced: dict[str, list[type[StrategyConformance]]] = {}
+
+_benches: dict[type[StrategyConformance], Bench] = {}

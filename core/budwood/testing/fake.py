@@ -1,0 +1,90 @@
+"""A run's steps on fake CPU tensors, every strategy included: what a plan of memory and time stands on."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from budwood.contract.loading import create
+from budwood.contract.types import Batch, Plan, Run, Step
+from budwood.model import attention
+from budwood.model.base import load_tokenizer, skeleton
+from budwood.model.fake import fake_base, fake_tensors
+from budwood.model.tasks import Task, collate_for
+from budwood.training.recipe import Recipe, build_composition
+from budwood.training.report import Report
+from budwood.training.setup import check_plan, read_data, register_parts, torch_groups, trainable_groups
+from budwood.training.step import Engine
+
+
+def run_on_fake_tensors(recipe: Recipe) -> Run:
+    """Run a recipe's optimizer steps with `run.planning` set; every tensor has a shape, none has numbers.
+
+    Raises:
+        DataDependentOutputException, DynamicOutputShapeException: torch's, where a strategy asks for a number.
+        BudwoodError: as `tune`.
+    """
+    hooks = build_composition(recipe)
+    task: Task = create(recipe.base.task, "budwood.tasks")
+    run = Run(
+        recipe, Path(recipe.output), torch.device("cpu"), torch.float32, hooks.strategies, hooks, task,
+        seed=recipe.train.seed, accelerator=Accelerator(cpu=True), planning=True, say=lambda text: None,
+    )  # fmt: skip
+    run.tokenizer = load_tokenizer(recipe.base.model)
+    modules = skeleton(recipe.base.model, task.auto_class)
+    check_plan(Plan(recipe, hooks.strategies, recipe.train.steps, modules, task=task, tokenizer=run.tokenizer), hooks)
+    read_data(run, hooks, Report(quiet=True))
+    with fake_tensors() as mode:
+        kwargs = task.model_kwargs(run.examples.labels)
+        run.base = fake_base(recipe.base.model, task.auto_class, run.dtype, **kwargs)
+        run.model = run.base.model
+        attention.register()
+        run.model.set_attn_implementation(attention.IMPLEMENTATION)
+        run.model = hooks.chain("prepare_model", "model", run.model, run=run)
+        run.groups = trainable_groups(run, hooks)
+        engine = Engine(run, hooks)
+        register_parts(hooks, task, engine)
+        run.optimizer = hooks.call("build_optimizer", run=run, groups=torch_groups(run))
+        run.scheduler = hooks.call("build_scheduler", run=run, optimizer=run.optimizer)
+        run.model.train()
+        examples = [run.examples[index] for index in range(recipe.train.batch_examples or 1)]
+        halves = [half for half in (examples[::2], examples[1::2]) if half]
+        while run.step < (run.steps or 1):  # the first of two micro-batches, to save time the others of one
+            _step(run, engine, [_fake(collate_for(run, half), mode) for half in halves[: 1 if run.step else 2]])
+    return run
+
+
+def _step(run: Run, engine: Engine, batches: list[Batch]) -> None:
+    """One optimizer step of the given micro-batches."""
+    hooks = run.hooks
+    run.counts = {unit: sum(b.counts[unit] for b in batches) for unit in ("label", "example", "token")}
+    for index, batch in enumerate(batches):
+        batch = hooks.chain("prepare_batch", "batch", batch, run=run)
+        hooks.call("backward", step=Step(run, batch, engine, index))
+    engine.finish_step()
+    hooks.call("before_clip", run=run)
+    torch.nn.utils.clip_grad_norm_([p for p in run.trainable if p.grad is not None], 1.0)
+    hooks.call("before_optimizer_step", run=run)
+    run.optimizer.step()
+    hooks.call("after_optimizer_step", run=run)
+    run.scheduler.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.logged.clear()
+    run.step += 1
+
+
+def _fake(batch: Batch, mode: FakeTensorMode) -> Batch:
+    """The batch with every tensor's shape, dtype and device, and no numbers."""
+
+    def convert(value: Any) -> Any:
+        return mode.from_tensor(value) if isinstance(value, Tensor) and not isinstance(value, FakeTensor) else value
+
+    values = {field.name: convert(getattr(batch, field.name)) for field in fields(batch)}
+    values["columns"] = {name: convert(column) for name, column in batch.columns.items()}
+    return Batch(**values)

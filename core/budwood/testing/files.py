@@ -1,0 +1,106 @@
+"""What the kit's runs stand on, made on the spot: a tiny base, a teacher, and data, for each task."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import random
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+LONGEST = 12
+"""Tokens of the longest example; the shortest is so long that three do not fit into twice this."""
+LABELS = ("a", "b", "c")
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+SPECIAL = ("<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>")
+
+
+@dataclass(frozen=True)
+class Files:
+    """Paths that options may need.
+
+    Attributes:
+        folder: of this session; what is written into it is removed when the session ends.
+        base: a random fp32 Llama of two layers, hidden size 32, whose tokenizer has one token for each byte.
+        teacher: another one of the same shape, with other weights and the same tokenizer; for a classification it has a
+            trained head.
+        train, eval: rows of 9 to 12 tokens each, JSONL.
+    """
+
+    folder: Path
+    base: Path
+    teacher: Path
+    train: Path
+    eval: Path
+
+
+@functools.cache
+def session_folder() -> Path:
+    """The folder of this session's files; it is removed when Python ends."""
+    folder = Path(tempfile.mkdtemp(prefix="budwood-testing-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.cache
+def make_files(task: str) -> Files:
+    """Make, once a session, the files for a task: causal-lm or sequence-classification."""
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+    from transformers.utils import logging
+
+    folder = session_folder() / task
+    classify = task == "sequence-classification"
+    config = LlamaConfig(
+        vocab_size=256 + len(SPECIAL), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=False,
+        initializer_range=0.1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    logging.disable_progress_bar()
+    with torch.random.fork_rng(devices=[]):
+        for seed, name in enumerate(("base", "teacher")):
+            torch.manual_seed(seed)
+            model: torch.nn.Module = LlamaForCausalLM(config)
+            if classify and name == "teacher":
+                config.id2label = dict(enumerate(LABELS))
+                config.label2id = {label: number for number, label in enumerate(LABELS)}
+                model = LlamaForSequenceClassification(config)
+            model.save_pretrained(folder / name)  # type: ignore[operator]
+            _save_tokenizer(folder / name)
+    draw = random.Random(0)
+    for name, count in (("train", 12), ("eval", 4)):
+        texts = ["".join(draw.choices("bcdfghjklmnp", k=7 + number % 3)) for number in range(count)]
+        rows: list[dict[str, str]] = [
+            {"text": text, "label": LABELS[number % len(LABELS)]}
+            if classify
+            else {"prompt": text[:-3], "completion": text[-3 + number % 2 :]}
+            for number, text in enumerate(texts)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return Files(session_folder(), *(folder / name for name in ("base", "teacher", "train.jsonl", "eval.jsonl")))
+
+
+def _save_tokenizer(folder: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate([*SPECIAL, *alphabet])}, []))
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 1)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=512
+    )
+    fast.chat_template = CHATML
+    fast.save_pretrained(folder)

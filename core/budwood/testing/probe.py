@@ -1,0 +1,175 @@
+"""What looks on in the kit's runs: a strategy that changes nothing, and notes what the checks ask about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from budwood.adapters.golden import measure
+from budwood.contract.strategy import Options, Strategy, hookimpl
+from budwood.contract.types import Batch, Run
+from budwood.errors import InputError
+
+PROMPTS = 3
+
+
+class InjectedError(Exception):
+    """What the probe raises in the middle of a step."""
+
+
+class Probe(Strategy):
+    """Looks on for the conformance kit; the first of its recipe, so that it sees the model before anyone changed it.
+
+    Attributes:
+        prompts: token ids by which logits are compared.
+        base_logits: [prompts, vocabulary or classes] of the base, before any strategy saw it.
+        start_logits: the same just before the first step.
+        micro_batches: examples in each micro-batch, for each optimizer step.
+        calls: forwards of the model in the first micro-batch of each step.
+        strays: "step 1: name" of every gradient on a parameter that is in no group.
+        largest: largest absolute gradient of each trained parameter over the run, by name; None where it had none.
+        snapshot: state of the model's modules right before the step in which the probe fails.
+        failed: whether it did.
+    """
+
+    last: ClassVar[Probe | None] = None
+    """That of the latest run, also of one that failed."""
+
+    class Options(Options):
+        """`fail_at`: raise in the model's forward number so many of step 2; 0: never."""
+
+        fail_at: int = 0
+
+    def __init__(self, options: Any = None, name: str = "", distribution: str = "") -> None:
+        super().__init__(options, name, distribution)
+        self.prompts: list[list[int]] = []
+        self.base_logits = self.start_logits = torch.empty(0)
+        self.base_tensors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.micro_batches: list[list[int]] = []
+        self.calls: list[int] = []
+        self.strays: list[str] = []
+        self.largest: dict[str, float | None] = {}
+        self.snapshot: dict[str, Any] = {}
+        self.failed = False
+        self.run: Run | None = None
+
+    @hookimpl
+    def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
+        self.run, Probe.last = run, self
+        if run.planning:
+            return model
+        for index in range(min(PROMPTS, len(run.examples))):
+            self.prompts.append([int(token) for token in run.examples[index].input_ids])
+        self.base_logits = measure(model, self.prompts, run.dtype)
+        self.base_tensors = {name: (tensor, tensor.clone()) for name, tensor in stored(model).items()}
+        return model
+
+    @hookimpl
+    def prepare_batch(self, run: Run, batch: Batch) -> Batch:
+        if run.planning:
+            return batch
+        if not self.micro_batches:
+            self.start_logits = measure(run.model, self.prompts, run.dtype)
+            _last_norm(run.model).register_forward_pre_hook(lambda *_: self._forward())
+        if len(self.micro_batches) == run.step:
+            self.micro_batches.append([])
+            self.calls.append(0)
+            if self.options.fail_at and run.step == 1:
+                self.snapshot = state_of(run.model)
+        self.micro_batches[-1].append(len(batch.example_ids))
+        return batch
+
+    def _forward(self) -> None:
+        if len(self.micro_batches[-1]) > 1:
+            return
+        self.calls[-1] += 1
+        if len(self.calls) == 2 and self.calls[-1] == self.options.fail_at:
+            self.failed = True
+            raise InjectedError("raised by the conformance kit in the middle of a step")
+
+    @hookimpl
+    def before_clip(self, run: Run) -> None:
+        if run.planning:
+            return
+        named = {id(p): f"{group.name}: {name}" for group in run.groups for name, p in group.parameters.items()}
+        for name, parameter in run.model.named_parameters():
+            if id(parameter) not in named and parameter.grad is not None:
+                size = float(parameter.grad.abs().max()) if parameter.numel() else 0.0
+                self.strays.append(f"step {run.step + 1}: {name}, largest gradient {size:.3g}")
+        for parameter in run.trainable:
+            name, gradient = named[id(parameter)], parameter.grad
+            self.largest.setdefault(name, None)
+            if gradient is not None and gradient.numel():
+                self.largest[name] = max(self.largest[name] or 0.0, float(gradient.abs().max()))
+
+    def changed_base(self) -> list[str]:
+        """The base's tensors whose bytes are not what they were, each with the largest difference."""
+        found = []
+        for name, (live, before) in self.base_tensors.items():
+            if live.shape != before.shape or not same_bytes(live, before):
+                found.append(f"{name} by {distance(live, before):.3g}")
+        return found
+
+
+def stored(model: nn.Module) -> dict[str, Tensor]:
+    """All tensors of a model, a quantiser's own constants included, sharing its memory."""
+    return {name: tensor.detach() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+
+
+def same_bytes(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same bits."""
+    first, second = first.detach().cpu().contiguous(), second.detach().cpu().contiguous()
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
+
+
+def distance(first: Tensor, second: Tensor) -> float:
+    """Largest absolute difference; infinite where shapes differ."""
+    if first.shape != second.shape:
+        return float("inf")
+    if not first.numel():
+        return 0.0
+    return float((first.detach().double().cpu() - second.detach().double().cpu()).abs().max())
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """Modules, their hooks, training flags, and which parameters require a gradient: what a step must leave."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    state: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        where = path or "the model"
+        state[f"module {where}"] = id(module)
+        state[f"training mode of {where}"] = module.training
+        for kind in kinds:
+            state[f"{kind.strip('_').replace('_', ' ')} of {where}"] = tuple(getattr(module, kind))
+    for name, parameter in model.named_parameters():
+        state[f"requires_grad of {name}"] = parameter.requires_grad
+    return state
+
+
+def _last_norm(model: nn.Module) -> nn.Module:
+    """The decoder's last norm, which each forward of the kit's base passes once."""
+    found = [module for path, module in model.named_modules() if path.split(".")[-1] == "norm"]
+    if not found:
+        raise InputError("the conformance kit finds no norm in the model that prepare_model returned")
+    return found[-1]
+
+
+def named_parameters(run: Run) -> dict[str, Tensor]:
+    """What trained, by group and name."""
+    return {f"{g.name}: {name}": p.detach().clone() for g in run.groups for name, p in g.parameters.items()}
+
+
+def farthest(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> tuple[str, float]:
+    """The tensor in which two runs differ most, and by how much.
+
+    Tensors that only one of them has count as infinitely far.
+    """
+    names: Sequence[str] = [*first, *(name for name in second if name not in first)]
+    gaps = {n: distance(first[n], second[n]) if n in first and n in second else float("inf") for n in names}
+    worst = max(gaps, key=lambda name: gaps[name])
+    return worst, gaps[worst]

@@ -1,0 +1,145 @@
+"""Two processes: the parent starts torchrun once for many recipes; run as a module, this file is each process's part.
+
+torchrun --nproc-per-node 2 -m budwood.testing.processes JOBS.json
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PROCESSES = 2
+LIMIT = 300
+"""Seconds after which processes that wait for each other count as stuck."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one recipe in two processes.
+
+    Attributes:
+        processes: how many the run itself counted.
+        world: how many torch.distributed counted.
+        metrics: the run's last numbers.
+        parameters: safetensors file of what trained, by group and name.
+        error: why it did not finish, else "".
+    """
+
+    processes: int = 0
+    world: int = 0
+    metrics: Mapping[str, float] | None = None
+    parameters: Path | None = None
+    error: str = ""
+
+
+def tune_in_processes(
+    recipes: Sequence[Mapping[str, Any]], classes: Mapping[str, Mapping[str, str]], folder: Path
+) -> list[Outcome]:
+    """Run recipes one after another in two processes that torchrun starts.
+
+    One that fails ends the processes; they are started again for those behind it.
+
+    Args:
+        recipes: plain values, as `Recipe.to_dict` gives them.
+        classes: what only looks installed, as `bench.registered` gives it.
+        folder: for what the processes leave.
+    """
+    done: list[Outcome] = []
+    while len(done) < len(recipes):
+        here = Path(tempfile.mkdtemp(dir=folder, prefix="processes-"))
+        jobs = {"recipes": list(recipes[len(done) :]), "classes": dict(classes), "folder": str(here)}
+        (here / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
+        said = _start(here / "jobs.json")
+        found = [_read(here, number) for number in range(len(jobs["recipes"]))]
+        finished = [outcome for outcome in found if outcome is not None]
+        done += finished
+        if len(done) < len(recipes) and not (finished and finished[-1].error):
+            done.append(Outcome(error=said))
+    return done
+
+
+def _start(jobs: Path) -> str:
+    """Run torchrun to its end; return the last lines that it said."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={PROCESSES}", "--standalone"]
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    try:
+        done = subprocess.run(
+            [*torchrun, "-m", "budwood.testing.processes", str(jobs)],
+            capture_output=True, text=True, timeout=LIMIT, env=environment, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"the processes waited for each other for {LIMIT} seconds"
+    return "\n".join((done.stderr or done.stdout).strip().splitlines()[-20:])
+
+
+def _read(folder: Path, number: int) -> Outcome | None:
+    path = folder / f"{number}.json"
+    if not path.exists():
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    parameters = folder / f"{number}.safetensors"
+    return Outcome(**values, parameters=parameters if parameters.exists() else None)
+
+
+def _work(path: Path) -> None:
+    """One process's part."""
+    import torch
+    from safetensors.torch import save_file
+
+    from budwood.testing.bench import explain, pretend_installed
+    from budwood.testing.probe import named_parameters
+    from budwood.training.loop import tune
+    from budwood.training.recipe import Recipe
+
+    torch.set_num_threads(1)
+    jobs = json.loads(path.read_text(encoding="utf-8"))
+    folder, main = Path(jobs["folder"]), os.environ["RANK"] == "0"
+    for name, where in jobs["classes"].items():
+        pretend_installed(_find(where["module"], where["file"], where["class"]), name)
+    for number, recipe in enumerate(jobs["recipes"]):
+        try:
+            run = tune(Recipe.from_dict(recipe), overwrite=True, quiet=True)
+        except Exception as error:
+            failure = {"error": f"in process {os.environ['RANK']}: {explain(error)}"}
+            (folder / f"{number}.json").write_text(json.dumps(failure), encoding="utf-8")
+            raise
+        if main:
+            tensors = {name: tensor.contiguous() for name, tensor in named_parameters(run).items()}
+            save_file(tensors, folder / f"{number}.safetensors")
+            values = {
+                "processes": run.processes,
+                "world": torch.distributed.get_world_size(),
+                "metrics": {name: float(value) for name, value in run.metrics.items()},
+            }
+            (folder / f"{number}.json").write_text(json.dumps(values), encoding="utf-8")
+    torch.distributed.destroy_process_group()
+
+
+def _find(module: str, file: str, class_name: str) -> Any:
+    """A class by its module, which is loaded from its file where it cannot be imported (a test module)."""
+    try:
+        found = sys.modules.get(module) or importlib.import_module(module)
+    except ImportError:
+        spec = importlib.util.spec_from_file_location(module, file)
+        assert spec is not None and spec.loader is not None, file
+        found = importlib.util.module_from_spec(spec)
+        sys.modules[module] = found
+        spec.loader.exec_module(found)
+    target: Any = found
+    for part in class_name.split("."):
+        target = getattr(target, part)
+    return target
+
+
+if __name__ == "__main__":
+    _work(Path(sys.argv[1]))

@@ -1,0 +1,89 @@
+"""Every strategy that comes with Budwood keeps what every strategy promises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from budwood import installed
+from budwood.testing import Files, StrategyConformance
+from budwood.testing.bench import FIRST_PARTY
+from budwood_adalora import AdaLoRA
+from budwood_adversarial import Adversarial
+from budwood_distillation import Distillation
+from budwood_lora import LoRA
+
+LOW_RANK = {"rank": 2, "alpha": 4}
+
+
+class TestLoRA(StrategyConformance):
+    strategy = LoRA
+    options = LOW_RANK
+
+
+class TestDoRA(StrategyConformance):
+    strategy = LoRA
+    options = {**LOW_RANK, "dora": True, "rslora": True, "init": "gaussian"}
+
+
+class TestLoRAClassifier(StrategyConformance):
+    strategy = LoRA
+    options = LOW_RANK
+    task = "sequence-classification"
+
+
+class TestAdaLoRA(StrategyConformance):
+    strategy = AdaLoRA
+
+    @classmethod
+    def make_options(cls, files: Files) -> dict[str, Any]:
+        return FIRST_PARTY["adalora"](files)
+
+
+class TestFGM(StrategyConformance):
+    strategy = Adversarial
+    options = {"method": "fgm", "epsilon": 0.5}
+
+
+class TestPGD(StrategyConformance):
+    strategy = Adversarial
+    options = {"method": "pgd", "epsilon": 0.5, "steps": 2}
+
+
+class TestFreeLB(StrategyConformance):
+    strategy = Adversarial
+    options = {"method": "freelb", "epsilon": 0.5, "steps": 2}
+
+
+class TestSMART(StrategyConformance):
+    strategy = Adversarial
+    options = {"method": "smart", "epsilon": 0.01}
+
+
+class TestVAT(StrategyConformance):
+    strategy = Adversarial
+    options = {"method": "vat", "epsilon": 0.5}
+
+
+class TestNEFTune(StrategyConformance):
+    strategy = Adversarial
+    options = {"method": "neftune"}
+
+
+class TestDistillation(StrategyConformance):
+    strategy = Distillation
+
+    @classmethod
+    def make_options(cls, files: Files) -> dict[str, Any]:
+        return {"teacher": str(files.teacher), "temperature": 2.0, "weight": 0.4, "hidden_weight": 0.1}
+
+
+class TestSelfDistillation(StrategyConformance):
+    """The teacher is the run's own base with the adapter off."""
+
+    strategy = Distillation
+    options = {"teacher": "base"}
+
+
+def test_the_kit_knows_every_strategy_that_comes_with_budwood() -> None:
+    own = {name for name, entries in installed().items() if any(entry.distribution == "budwood" for entry in entries)}
+    assert own == set(FIRST_PARTY)
