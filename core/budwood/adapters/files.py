@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import os
 import re
@@ -11,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from budwood.errors import InputError, ResourceError
+from budwood.errors import InputError, ResourceError, system_error
 
 _RESERVED_NAMES = {"con", "prn", "aux", "nul", *(f"com{n}" for n in range(10)), *(f"lpt{n}" for n in range(10))}
 
@@ -39,11 +40,17 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def complete_directory(directory: Path, replace: bool = False) -> Iterator[Path]:
+def complete_directory(directory: Path, replace: bool = False, needs: int = 0) -> Iterator[Path]:
     """Yield a temporary sibling of `directory` that takes its place, synced to disk, when the block ends well.
 
     An exception or a crash leaves what was there before. With `replace` an existing folder is exchanged in one
-    rename; where the file system cannot exchange, the old one stands beside as `.NAME.old` for an instant.
+    rename; where the file system cannot exchange, the old one stands beside as `.NAME.old` for an instant, and is
+    put back by the next call where a crash hit that instant.
+
+    Args:
+        directory: what is to appear.
+        replace: whether it may exist.
+        needs: bytes that it will take, for the message where there is no room; 0: not known.
 
     Raises:
         InputError: `directory` exists and `replace` is False.
@@ -58,10 +65,11 @@ def complete_directory(directory: Path, replace: bool = False) -> Iterator[Path]
         directory.parent.mkdir(parents=True, exist_ok=True)
         for made in missing:
             _sync(made.parent)
+        _put_back(old, directory)
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         partial.mkdir()
     except OSError as error:
-        raise ResourceError(f"{directory}: cannot be written: {error.strerror}. Choose another folder.") from error
+        raise cannot_write(directory, error, needs) from error
     try:
         yield partial
         for path in sorted(partial.rglob("*"), reverse=True):
@@ -73,8 +81,13 @@ def complete_directory(directory: Path, replace: bool = False) -> Iterator[Path]
                 directory.rename(old)
             partial.rename(directory)
         _sync(directory.parent)
-    except OSError as error:
-        raise ResourceError(f"{directory}: cannot be written: {error.strerror or error}.") from error
+    except Exception as error:
+        needs = needs or sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+        with contextlib.suppress(OSError):
+            _put_back(old, directory)
+        if (cause := system_error(error)) is None:
+            raise
+        raise cannot_write(directory, cause, needs) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # what was there before, or what did not become complete
         if directory.exists():
@@ -96,7 +109,24 @@ def complete_file(path: Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise ResourceError(f"{path}: cannot be written: {error.strerror or error}.") from error
+        raise cannot_write(path, error, len(data)) from error
+
+
+def cannot_write(path: Path, error: OSError, needs: int) -> ResourceError:
+    """The error for what the system refuses to write; where it lacks room, with the bytes needed (or 0) and free."""
+    text = f"{path}: cannot be written: {error.strerror or error}"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(f"{text}. Choose another folder.")
+    free = shutil.disk_usage(next(p for p in Path(os.path.abspath(path)).parents if p.exists())).free
+    return ResourceError(
+        f"{text}: {needs:,} bytes are needed, and {free:,} are free. Make room, or choose another folder."
+    )
+
+
+def _put_back(old: Path, directory: Path) -> None:
+    """Undo the first of two renames, where the second did not follow."""
+    if old.is_dir() and not directory.exists():
+        old.rename(directory)
 
 
 def _is_empty_folder(path: Path) -> bool:

@@ -30,7 +30,7 @@ from torch import Tensor
 from budwood.adapters.files import complete_directory, sha256
 from budwood.contract.registry import Composition, PluginError
 from budwood.contract.types import Run
-from budwood.errors import CorruptError, InputError, ResourceError
+from budwood.errors import CorruptError, InputError, ResourceError, system_error
 from budwood.model.files import read_header, read_json
 from budwood.training.changes import adapted, named_parameters, setting
 from budwood.training.progress import Best, Progress, planned_steps
@@ -298,7 +298,8 @@ class Saver:
                 }
                 (folder / MANIFEST).write_bytes(_text(manifest | {"sha256": _digest(manifest)}))
         except (SafetensorError, ResourceError) as error:
-            reason = getattr(error.__cause__, "strerror", None) or str(error)
+            cause = system_error(error.__cause__ or error)
+            reason = (cause is not None and cause.strerror) or str(error)
             raise self._failed(snapshot, reason) from error
         self.last = snapshot.step
         try:

@@ -139,6 +139,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
             prompts=probe.prompts,
             base_logits=list(probe.base),
             adapter_logits=list(measure(run.model, probe.prompts, run.dtype)),
+            needs=sum(p.numel() * p.element_size() for p in run.trainable) + 2 * probe.base.nbytes + (1 << 20),
         )
     report.stop()
     report.plot(directory)
@@ -168,6 +169,7 @@ def _finish_manifest(path: Path, run: Run, seconds: float, report: Report, finis
         "seconds": round(seconds, 3),
         "tokens_per_second": round(report.tokens_per_second, 1),
         "peak_memory_bytes": peak_memory(),
+        "lost": report.lost,
     }
     complete_file(path, (json.dumps(manifest, indent=2) + "\n").encode())
 

@@ -20,14 +20,15 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def edit_json(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    values = json.loads(path.read_text()) | changes
+    path.write_text(store.sealed(values) if path.name == "budwood.json" else json.dumps(values))
 
 
 def rehash(folder: Path) -> None:
     """Make budwood.json agree with altered files, as whoever alters with care would."""
     manifest = json.loads((folder / "budwood.json").read_text())
     manifest["files"] = {name: sha256(folder / name) for name in manifest["files"]}
-    (folder / "budwood.json").write_text(json.dumps(manifest))
+    (folder / "budwood.json").write_text(store.sealed(manifest))
 
 
 def test_what_is_written_reads_back(small):
@@ -162,7 +163,7 @@ def test_another_base_is_the_users_input_and_can_be_allowed(small):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"format": 2}, "format 2"),
+        ({"format": 3}, "format 3"),
         ({"format": "x" * 1000}, "format"),
         ({"files": {"../../etc/passwd": "0"}}, "no hash for"),
         ({"base": "tiny"}, "base"),
@@ -176,6 +177,21 @@ def test_a_manifest_that_lies_is_corrupt(small, change, what):
     with pytest.raises(CorruptError, match=what) as error:
         store.read_adapter(small)
     assert "\n" not in str(error.value)
+
+
+def test_a_flipped_byte_of_budwood_json_is_noticed_wherever_it_is(small):
+    path = small / "budwood.json"
+    data = path.read_bytes()
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(CorruptError, match="budwood.json"):
+            store.read_adapter(small, hashes=False)
+
+
+def test_budwood_json_cannot_go_unnoticed(small):
+    (small / "budwood.json").unlink()
+    with pytest.raises(CorruptError, match="budwood.json: is missing"):
+        store.read_adapter(small)
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "missing", "~/x", "x" * 5000, "a\0b"])
@@ -192,8 +208,13 @@ def test_a_kind_that_is_not_installed_names_its_distribution(small):
         store.read_adapter(small)
 
 
+def as_stock_peft(folder: Path) -> None:
+    (folder / "budwood.json").unlink()
+    (folder / "golden.safetensors").unlink()
+
+
 def test_an_adapter_of_stock_peft_has_its_kind_from_its_config(small):
-    (small / "budwood.json").unlink()
+    as_stock_peft(small)
     saved = store.read_adapter(small, base_fingerprint="e" * 64)
     assert saved.kind == "lora"
     assert saved.manifest is None
@@ -202,7 +223,7 @@ def test_an_adapter_of_stock_peft_has_its_kind_from_its_config(small):
 
 @pytest.mark.parametrize(("peft_type", "error"), [("MOSS", InputError), (None, CorruptError), ([1], CorruptError)])
 def test_a_type_that_nobody_reads_is_refused(small, peft_type, error):
-    (small / "budwood.json").unlink()
+    as_stock_peft(small)
     edit_json(small / "adapter_config.json", peft_type=peft_type)
     with pytest.raises(error):
         store.read_adapter(small)
