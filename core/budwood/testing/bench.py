@@ -149,6 +149,8 @@ class Bench:
         Raises:
             PromiseBroken: it ended with an error, which breaks `promise`.
         """
+        if changes.get("quantization") == "none":
+            output, changes = "whole", {}
         key = (output, *sorted(changes.items()))
         if key not in self._results:
             try:
@@ -199,13 +201,14 @@ def adapter_owner(run: Run) -> Strategy | None:
 
 def explain(error: BaseException) -> str:
     """An error in words, with the place in the author's code that it came from."""
-    if isinstance(error, BudwoodError) and error.__cause__ is None:
+    origin = error
+    while origin.__cause__ is not None:
+        origin = origin.__cause__
+    if isinstance(origin, BudwoodError):
         return str(error)
-    origin = error.__cause__ or error
     frames = traceback.extract_tb(origin.__traceback__)
-    place = f" ({frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
     text = str(error) if isinstance(error, BudwoodError) else f"{type(error).__name__}: {error}"
-    return f"{text}{place}"
+    return f"{text} ({frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line})" if frames else text
 
 
 def register(strategy: type[Strategy], name: str | None = None) -> str:
