@@ -305,11 +305,11 @@ def fake_tensors(bench: Bench) -> None:
 def after_an_exception(bench: Bench) -> None:
     """An exception in the middle of a step passes through, and nothing that the step put on the model stays there."""
     promise = "hooks removed after an exception"
-    calls = bench.run(promise).probe.calls[1:2]
-    for number in range(1, min(sum(calls), 4) + 1):
+    calls = bench.run(promise).probe.calls[1]
+    for number in sorted({1, calls}):  # the first and the last forward of a step
         probe, run, error = bench.fail(number)
         if not probe.failed:
-            raise PromiseBroken(f"{promise}: a step that made {sum(calls)} forwards did not reach number {number}.")
+            raise PromiseBroken(f"{promise}: a step that made {calls} forwards did not reach number {number}.")
         if error is None:
             raise PromiseBroken(f"{promise}: an exception in forward {number} of a step was swallowed.")
         chain: list[BaseException] = [error]
