@@ -6,8 +6,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 PACKAGES := core plugins examples
+SECONDS := 300
 
-.PHONY: help demo test lint bench docs
+.PHONY: help demo test lint bench docs audit fuzz
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -29,7 +30,14 @@ bench: .venv/installed-bench ## Measure training side by side with Trainer + PEF
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.train
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.hooks
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.adalora
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.adalora --initial-rank 64 --target-rank 16 --no-peft
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.adversarial
+
+audit: .venv/installed-audit ## Look the pinned versions up in a database of known vulnerabilities (needs a network)
+	@$(BIN)/python -m tests.hostile.audit
+
+fuzz: .venv/installed-fuzz ## Fuzz the parsers, guided by coverage, for SECONDS (300) in all
+	@$(BIN)/python -m tests.hostile.fuzz --seconds $(SECONDS)
 
 docs: .venv/installed ## Write docs/recipe.md from the recipe's schema, docs/combinations.md from the tests
 	@$(BIN)/python docs/make_recipe_page.py > docs/recipe.md
@@ -48,4 +56,12 @@ docs: .venv/installed ## Write docs/recipe.md from the recipe's schema, docs/com
 .venv/installed-bench: .venv/installed
 	@echo "  what the benchmark compares with"
 	@$(PIP) -e '.[bench]'
+	@touch $@
+
+.venv/installed-audit: .venv/installed
+	@$(PIP) -e '.[audit]'
+	@touch $@
+
+.venv/installed-fuzz: .venv/installed
+	@$(PIP) -e '.[fuzz]'
 	@touch $@

@@ -25,7 +25,7 @@ from benchmarks import workload as w
 from benchmarks.train import machine, say
 from budwood import Event, hookimpl
 
-INITIAL_RANK, TARGET_RANK, ALPHA = 12, 8, 24
+ALPHA = 24
 TARGETS = {"adalora before": 1.05, "adalora during": 1.05, "adalora after": 1.0}
 PEFT_ROWS = 4
 
@@ -120,7 +120,9 @@ def budwood(workload: w.Workload, strategy: dict[str, Any], steps: int, name: st
     train(run, hooks, engine, report)
 
 
-def peft(workload: w.Workload, adaptive: bool, steps: int, stand: Callable[[], None]) -> None:
+def peft(
+    workload: w.Workload, adaptive: bool, initial_rank: int, target_rank: int, steps: int, stand: Callable[[], None]
+) -> None:
     """PEFT's model in a plain loop; its AdaLoRA allocates at every step from the first on."""
     import torch
     from peft import AdaLoraConfig, LoraConfig, get_peft_model
@@ -128,8 +130,8 @@ def peft(workload: w.Workload, adaptive: bool, steps: int, stand: Callable[[], N
 
     common: dict[str, Any] = {"lora_alpha": ALPHA, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     phases = {"total_step": steps, "tinit": 0, "tfinal": 1, "deltaT": 1}
-    ranks = {"init_r": INITIAL_RANK, "target_r": TARGET_RANK}
-    config = AdaLoraConfig(**common, **phases, **ranks) if adaptive else LoraConfig(r=INITIAL_RANK, **common)
+    ranks = {"init_r": initial_rank, "target_r": target_rank}
+    config = AdaLoraConfig(**common, **phases, **ranks) if adaptive else LoraConfig(r=initial_rank, **common)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(workload.base, dtype=torch.bfloat16), config)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=w.LEARNING_RATE, weight_decay=0.0, fused=True)
@@ -170,20 +172,25 @@ def padded_steps(workload: w.Workload) -> Iterator[list[dict[str, Any]]]:
         yield batches
 
 
-def measure(folder: Path, rounds: int, warmup: int, threads: int, with_peft: bool) -> list[Arm]:
+def measure(
+    folder: Path, initial_rank: int, target_rank: int, rounds: int, warmup: int, threads: int, with_peft: bool
+) -> list[Arm]:
     """Run all arms. At the end of the warm-up the third AdaLoRA loses its ranks, by what it has seen until then."""
     steps = warmup + rounds + 1
     workload = w.build(folder, steps)
-    ranks = {"initial_rank": INITIAL_RANK, "target_rank": TARGET_RANK, "alpha": ALPHA, "interval": 1}
+    ranks = {"initial_rank": initial_rank, "target_rank": target_rank, "alpha": ALPHA, "interval": 1}
     strategies = {
-        "lora": {"lora": {"rank": INITIAL_RANK, "alpha": ALPHA}},
+        "lora": {"lora": {"rank": initial_rank, "alpha": ALPHA}},
         "adalora before": {"adalora": ranks | {"initial_phase": steps - 2, "final_phase": 1}},
         "adalora during": {"adalora": ranks | {"initial_phase": 0, "final_phase": 1}},
         "adalora after": {"adalora": ranks | {"initial_phase": 0, "final_phase": steps - warmup}},
     }
     works = {name: partial(budwood, workload, strategy, steps, name) for name, strategy in strategies.items()}
     if with_peft:
-        works |= {f"peft {name}": partial(peft, workload, name == "adalora", steps) for name in ("lora", "adalora")}
+        works |= {
+            f"peft {name}": partial(peft, workload, name == "adalora", initial_rank, target_rank, steps)
+            for name in ("lora", "adalora")
+        }
     arms: list[Arm] = []
     try:
         for name, work in works.items():
@@ -210,6 +217,8 @@ def ratio(values: list[float], base: list[float]) -> float:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adalora", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--initial-rank", type=int, default=12, help="of AdaLoRA, and LoRA's (default 12)")
+    parser.add_argument("--target-rank", type=int, default=8, help="mean rank at AdaLoRA's end (default 8)")
     parser.add_argument("--rounds", type=int, default=9, help="how often the arms take turns (default 9)")
     parser.add_argument("--warmup", type=int, default=4, help="steps before the first round, at least 2 (default 4)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each arm (default: all cores)")
@@ -217,7 +226,10 @@ def main() -> None:
     chosen = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryDirectory(prefix="budwood-bench-") as folder:
-        arms = measure(Path(folder), chosen.rounds, max(chosen.warmup, 2), chosen.threads, not chosen.no_peft)
+        arms = measure(
+            Path(folder), chosen.initial_rank, chosen.target_rank, chosen.rounds, max(chosen.warmup, 2),
+            chosen.threads, not chosen.no_peft,
+        )  # fmt: skip
     by_name = {arm.name: arm for arm in arms}
     say("\n| arm | seconds a step | of its LoRA | by processor time |\n|---|---:|---:|---:|")
     verdicts = []

@@ -1,7 +1,7 @@
 """`python -m benchmarks.hooks`: what the hook calls of one optimizer step cost, with four strategies that do nothing.
 
 The strategies implement every hook of a step, two of them as wrappers where a hook can be wrapped. The step has two
-micro-steps of four chunks of labels. Target: at most 1 % of a step of 100 ms.
+micro-steps of four chunks of labels. Target: at most 0.5 % of a step of 100 ms.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import statistics
 import time
 from typing import Any
 
+import torch
+
 from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy, hookimpl
-from budwood.contract.types import Event
+from budwood.contract.types import Batch, Event, Outputs
 
-MICRO_STEPS, CHUNKS, REPEATS, TARGET = 2, 4, 2000, 1e-3
+MICRO_STEPS, CHUNKS, REPEATS, TARGET = 2, 4, 2000, 5e-4
+OUTPUTS = Outputs(torch.empty(0), torch.nn.Identity())
 
 
 class Idle(Strategy):
@@ -66,18 +69,19 @@ class Core:
 
     @hookimpl
     def forward(self, step: Any) -> Any:
-        return step
+        return OUTPUTS
 
     @hookimpl
-    def backward(self, step: Any) -> Any:
-        return step
+    def backward(self, step: Any) -> None:
+        return None
 
 
 def step(hooks: Composition) -> None:
     """The hook calls of one optimizer step."""
-    thing = object()
+    thing, none = object(), torch.empty(0)
+    batch = Batch(none, none, None, (), none, none, none, none, (), 0, ())
     for _ in range(MICRO_STEPS):
-        hooks.chain("prepare_batch", "batch", thing, run=thing)
+        hooks.chain("prepare_batch", "batch", batch, run=thing)
         hooks.call("backward", step=thing)
         hooks.call("forward", step=thing)
         for _ in range(CHUNKS):
@@ -98,7 +102,7 @@ def main() -> None:
         step(hooks)
         seconds.append(time.perf_counter() - started)
     cost = statistics.median(seconds)
-    print(f"hooks of a step, 4 strategies: {cost * 1e6:.0f} µs, {cost / 0.1:.3%} of a step of 100 ms (target 1 %)")
+    print(f"hooks of a step, 4 strategies: {cost * 1e6:.0f} µs, {cost / 0.1:.3%} of a step of 100 ms (target 0.5 %)")
     print("met" if cost <= TARGET else "MISSED")
 
 

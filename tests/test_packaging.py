@@ -41,6 +41,7 @@ def test_the_wheel_holds_core_plugins_and_demo(wheel):
         "budwood_demo",
     }
     for needed in (
+        "budwood/constraints.txt",
         "budwood_demo/base/model.safetensors",
         "budwood_demo/base/tokenizer.json",
         "budwood_demo/data/sections/train.jsonl",

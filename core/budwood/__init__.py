@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from budwood.contract.attack import Attack as Attack
+    from budwood.contract.calls import ask_owner as ask_owner
     from budwood.contract.discovery import PluginError as PluginError
     from budwood.contract.strategy import Options as Options
     from budwood.contract.strategy import Strategy as Strategy
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 # name → module that defines it; the package's public names, loaded when they are first asked for.
 _EXPORTS = {
     "Attack": "budwood.contract.attack",
+    "ask_owner": "budwood.contract.calls",
     **dict.fromkeys(("Options", "Strategy", "hookimpl"), "budwood.contract.strategy"),
     **dict.fromkeys(
         ("RUN_ADAPTER", "Batch", "Event", "Example", "LossTerm", "Outputs", "ParameterGroup", "Plan", "Run", "Step"),

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from budwood import __version__
 from budwood.adapters.files import complete_directory
 from budwood.adapters.golden import Distance, Golden, measure
-from budwood.adapters.live import ask_owner
 from budwood.adapters.store import CONFIG, GOLDEN, WEIGHTS, SavedAdapter, read_adapter
 from budwood.adapters.verify import open_pool
+from budwood.contract.calls import ask_owner
 from budwood.contract.discovery import PluginError
 from budwood.contract.loading import load_strategy, start
 from budwood.errors import InputError

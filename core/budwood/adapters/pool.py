@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from budwood.adapters.files import check_name
 from budwood.adapters.golden import measure
-from budwood.adapters.live import ask_owner, module_ids, unchanged_on_error
+from budwood.adapters.live import module_ids, unchanged_on_error
 from budwood.adapters.store import SavedAdapter, read_adapter, template_hash, tokenizer_hash
+from budwood.contract.calls import ask_owner
 from budwood.contract.discovery import PluginError
 from budwood.contract.loading import create, load_strategy, start
 from budwood.contract.strategy import Strategy

@@ -13,7 +13,8 @@ import typer
 import typer.main
 
 import budwood
-from budwood.cli import adapter, data, demo, generate, plan, plugins, recipe, tune
+from budwood.cli import adapter, data, demo, doctor, generate, plan, plugins, recipe, tune
+from budwood.contract.calls import noted
 from budwood.errors import BudwoodError, Interrupted, is_out_of_memory
 from budwood.model.quiet import hush
 from budwood.redaction import RedactedStream
@@ -37,6 +38,7 @@ app.command("data", short_help="What training will see.")(data.data)
 app.command("tune", short_help="Fine-tune: a recipe, or a data file and a base.")(tune.tune)
 app.command("eval", short_help="Measure an adapter on data.")(tune.eval_)
 app.command("generate", short_help="Answer a prompt with a base and its adapters.")(generate.generate)
+app.command("doctor", short_help="Whether this machine can tune; what to do.")(doctor.doctor)
 app.add_typer(recipe.app, name="recipe", short_help="What a recipe may hold.")
 app.add_typer(adapter.app, name="adapter", short_help="Look at adapters, verify, merge, export.")
 
@@ -74,10 +76,14 @@ def run(arguments: list[str]) -> int:
     # Threads that wait spin for microseconds, then sleep: by default they take the cores from whatever else runs.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     signal.signal(signal.SIGTERM, _terminate)
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without UTF-8 is no error
-    with contextlib.redirect_stderr(RedactedStream(sys.stderr)):
-        return _run(arguments, debug)
+    try:
+        with contextlib.redirect_stderr(RedactedStream(sys.stderr)):
+            return _run(arguments, debug)
+    finally:
+        _settle_streams()
 
 
 def _run(arguments: list[str], debug: bool) -> int:
@@ -100,8 +106,29 @@ def _run(arguments: list[str], debug: bool) -> int:
             traceback.print_exception(error)
         code, text = explain(error)
         line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))  # names in it may be hostile
-        print(f"error: {line}", file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):  # nobody is there to read it
+            print(f"error: {line}", file=sys.stderr)
         return code
+
+
+def _open_streams() -> None:
+    """Put the null device where a standard stream was closed, lest a file of the run's should get its number."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))
+
+
+def _settle_streams() -> None:
+    """Let what a stream could not write go to the null device, since Python would end with a code of its own else."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def explain(error: BaseException) -> tuple[int, str]:
@@ -115,10 +142,12 @@ def explain(error: BaseException) -> tuple[int, str]:
         path = usage.ctx.command_path if usage.ctx else "budwood"
         return 2, f"{usage.format_message()} See `{path} --help`."
     if is_out_of_memory(error):
-        return 3, "out of memory: lower train.micro_tokens or data.max_length, or turn on train.gradient_checkpointing."
+        remedy = "lower train.micro_tokens or data.max_length, or turn on train.gradient_checkpointing."
+        return 3, f"out of memory{noted(error)}: {remedy}"
     if isinstance(error, OSError):
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-        return 3, f"{' → '.join(names) or 'the system says'}: {error.strerror or error}."
+        what = f"{' → '.join(names) or 'the system says'}: {error.strerror or error}"
+        return 3, f"{what}{noted(error)}."
     what = f"{type(error).__name__}: {error}".strip().removesuffix(":")
     return 1, f"unexpected {what}. This is a bug; run again with --debug and report what it shows."
 

@@ -47,19 +47,22 @@ class PluginStatus:
 
 def check_installed() -> list[PluginStatus]:
     """Import every installed plugin of every group, and say what is wrong with those that no recipe could use."""
-    found = [
-        PluginStatus(word, entry, _problem(entry, group))
-        for group, word in WORDS.items()
-        for entries in installed(group).values()
-        for entry in entries
-    ]
+    return [check_plugin(group, entry) for group, entry in every_installed()]
+
+
+def every_installed() -> list[tuple[str, Installed]]:
+    """Group and entry point of every installed plugin; those of groups that there are not come last."""
     unknown = sorted(g for g in metadata.entry_points().groups if g.startswith("budwood.") and g not in WORDS)
-    for group in unknown:
-        for entry in (entry for entries in installed(group).values() for entry in entries):
-            near = did_you_mean(group, WORDS)
-            problem = f"plugin '{entry.name}' of {entry.owner}: there is no entry point group '{group}'.{near}"
-            found.append(PluginStatus(group, entry, problem))
-    return found
+    return [(g, entry) for g in (*WORDS, *unknown) for entries in installed(g).values() for entry in entries]
+
+
+def check_plugin(group: str, entry: Installed) -> PluginStatus:
+    """Import one plugin, and say what is wrong with it."""
+    if group in WORDS:
+        return PluginStatus(WORDS[group], entry, _problem(entry, group))
+    near = did_you_mean(group, WORDS)
+    problem = f"plugin '{entry.name}' of {entry.owner}: there is no entry point group '{group}'.{near}"
+    return PluginStatus(group, entry, problem)
 
 
 def _problem(entry: Installed, group: str) -> str:

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import pluggy
 
+from budwood.contract.calls import Calls, Cost
 from budwood.contract.discovery import PluginError
 from budwood.contract.hookspecs import HookSpecs
 from budwood.contract.loading import HOOKS, ONE_OWNER, check_hooks
-from budwood.contract.strategy import Strategy
-from budwood.errors import BudwoodError, InputError, is_out_of_memory
+from budwood.contract.strategy import Plugin, Strategy
+from budwood.errors import InputError, describe
 
 
 class _Manager(pluggy.PluginManager):
-    """pluggy's, but it looks only at methods named like hooks, so that no property of a plugin is ever read."""
+    """pluggy's, but it looks only at methods named like hooks, so that no property of a plugin is ever read, and
+    guards what it finds."""
+
+    def __init__(self, calls: Calls) -> None:
+        super().__init__("budwood")
+        self._calls = calls
+        self.add_hookspecs(HookSpecs)
+
+    def register(self, plugin: Any, name: str | None = None) -> str | None:
+        registered = super().register(plugin, name)
+        for caller in self.get_hookcallers(plugin) or ():
+            for impl in (impl for impl in caller.get_hookimpls() if impl.plugin is plugin):
+                guarded = self._calls.guard(plugin, caller.name, impl.function, impl.wrapper)
+                impl.function = guarded  # type: ignore[misc]
+        return registered
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
         return super().parse_hookimpl_opts(plugin, name) if name in HOOKS else None
@@ -55,8 +72,8 @@ class Composition:
             problems += found
         elif found:
             raise InputError(" ".join(found), found)
-        self._manager = _Manager("budwood")
-        self._manager.add_hookspecs(HookSpecs)
+        self._calls = Calls()
+        self._manager = _Manager(self._calls)
         self._set_aside: set[int] = set()
         # pluggy calls last-in first-out: registered in reverse, the first in order is called first and wraps outermost.
         for strategy in reversed(self.strategies):
@@ -85,41 +102,36 @@ class Composition:
 
     def calls(self, hook: str) -> list[HookCall]:
         """Who implements `hook`: wrappers, outermost first, then the others in the order in which they are called."""
-        return [HookCall(i.plugin_name, i.plugin, i.wrapper or i.hookwrapper) for i in self._implementations(hook)]
+        return [HookCall(i.plugin_name, i.plugin, i.wrapper) for i in self._implementations(hook)]
 
     def call(self, hook: str, **arguments: Any) -> Any:
         """Call a hook: the first result of a hook with one owner, else the list of results that are not None."""
-        try:
-            return getattr(self._manager.hook, hook)(**arguments)
-        except Exception as error:
-            self._name_owner(error, arguments)
-            raise
+        self._note_run(arguments)
+        return getattr(self._manager.hook, hook)(**arguments)
 
     def collect(self, hook: str, **arguments: Any) -> list[tuple[Any, Any]]:
         """Call a hook on each implementer in order; return (plugin, result) pairs whose result is not None."""
+        self._note_run(arguments)
         pairs = []
         for impl in self._implementations(hook):
-            result = self._call_one(impl, arguments)
+            result = impl.function(*(arguments[name] for name in impl.argnames))
             if result is not None:
                 pairs.append((impl.plugin, result))
         return pairs
 
     def give(self, hook: str, name: str, **arguments: Any) -> None:
         """Call a hook of the plugin called `name` alone, where there is one that implements it."""
+        self._note_run(arguments)
         for impl in self._implementations(hook):
             if impl.plugin.name == name:
-                self._call_one(impl, arguments)
+                impl.function(*(arguments[argument] for argument in impl.argnames))
 
     def chain(self, hook: str, key: str, value: Any, **arguments: Any) -> Any:
-        """Pass `value` as argument `key` through each implementer in order; each receives what the last returned.
-
-        Raises:
-            PluginError: one returned None.
-        """
+        """Pass `value` as argument `key` through each implementer in order; each receives what the last returned."""
+        self._note_run(arguments)
         for impl in self._implementations(hook):
-            value = self._call_one(impl, {**arguments, key: value})
-            if value is None:
-                raise PluginError(f"{impl.plugin}: hook '{hook}' returned None; it must return the {key}.")
+            arguments[key] = value
+            value = impl.function(*(arguments[name] for name in impl.argnames))
         return value
 
     def notify(self, event: Any, say: Callable[[str], Any]) -> None:
@@ -131,45 +143,40 @@ class Composition:
                 impl.function(*(event for _ in impl.argnames))
             except Exception as error:
                 self._set_aside.add(id(impl.plugin))
-                say(f"{impl.plugin} failed in on_event and is set aside: {type(error).__name__}: {error}")
+                cause = error.__cause__ if isinstance(error, PluginError) and error.__cause__ else error
+                say(f"{impl.plugin} failed in on_event and is set aside: {describe(cause)}")
+                if os.environ.get("BUDWOOD_DEBUG", "0") not in ("", "0"):
+                    say("".join(traceback.format_exception(cause)).rstrip())
+
+    @property
+    def costs(self) -> list[Cost]:
+        """What every hook of every owner, and core's own parts, have cost so far, the dearest first."""
+        return sorted((c for c in self._calls.costs.values() if c.calls), key=lambda cost: -cost.own_seconds)
+
+    def part(self, name: str) -> AbstractContextManager[None]:
+        """Measure a part of core that is no hook, under a name."""
+        return self._calls.part(name)
+
+    def measure(self, peak: Callable[[], int], wait: Callable[[], None] | None) -> None:
+        """From here on measure memory too, and times after `wait()`; for a run that is profiled, since it takes time.
+
+        Args:
+            peak: gives the process's peak memory in bytes.
+            wait: returns when the device has done all it was given; None where it works at once.
+        """
+        self._calls.peak, self._calls.wait = peak, wait
+
+    def culprit(self, error: BaseException) -> Plugin | None:
+        """The plugin in whose code an error came up; None where it is in none's."""
+        return self._calls.culprit(error)
 
     def _implementations(self, hook: str) -> list[Any]:
         return list(reversed(getattr(self._manager.hook, hook).get_hookimpls()))
 
-    def _call_one(self, impl: Any, arguments: dict[str, Any]) -> Any:
-        try:
-            return impl.function(*(arguments[name] for name in impl.argnames))
-        except Exception as error:
-            self._name_owner(error, arguments)
-            raise
-
-    def _name_owner(self, error: Exception, arguments: dict[str, Any]) -> None:
-        """Raise a PluginError that names the strategy in whose hook `error` came up.
-
-        Returns where it is none's: Budwood's own errors, what the machine cannot, and core's or the task's hooks.
-        """
-        if isinstance(error, BudwoodError | OSError) or is_out_of_memory(error):
-            return
-        owner, hook = None, ""
-        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-        for frame, inner in zip(frames, [*frames[1:], None], strict=True):
-            # Right above another hook's caller stands a wrapper that waits at its yield: not where it came up.
-            waiting = inner is not None and inner.f_code.co_name == "_multicall"
-            if frame.f_code.co_name in HOOKS and not waiting:
-                this = frame.f_locals.get("self")
-                if isinstance(this, Strategy):
-                    owner, hook = this, frame.f_code.co_name
-        if owner is None:
-            return
+    def _note_run(self, arguments: dict[str, Any]) -> None:
         run = arguments.get("run") or getattr(arguments.get("step"), "run", None)
-        at = f", step {run.step + 1}" if run is not None and hook not in _BEFORE_STEPS else ""
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise PluginError(
-            f"{owner}, hook {hook}{at}: {what}. Report it to its author; --debug shows the traceback."
-        ) from error
-
-
-_BEFORE_STEPS = HOOKS[: HOOKS.index("prepare_batch")]
+        if run is not None:
+            self._calls.run = run
 
 
 def _owns(strategy: Strategy) -> set[str]:

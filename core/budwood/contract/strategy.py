@@ -33,6 +33,8 @@ class Plugin:
     """Class attributes without a default."""
     distribution: str = ""
     """Whose it is ("dist 1.2"); the registry sets it, and the name."""
+    _calls: Any = None
+    """The guarded calls of the composition that it stands in."""
 
     def __str__(self) -> str:
         name = getattr(self, "name", "") or type(self).__name__

@@ -223,6 +223,7 @@ def _read_folder(path: Path, files: list[Path]) -> Rows:
         return _arrow_rows(path, [_read_parquet_table(file) for file in files])
     import datasets
 
+    _check_names(path)
     try:
         table = datasets.load_from_disk(str(path)).with_format("arrow")[:]
     except Exception as error:  # the library raises whatever its files make it raise
@@ -230,13 +231,21 @@ def _read_folder(path: Path, files: list[Path]) -> Rows:
     return _arrow_rows(path, [table])
 
 
+def _check_names(path: Path) -> None:
+    """Refuse a folder of `datasets` whose list of files leads elsewhere."""
+    state = _parse_json(_decode_whole(path / "state.json", []), str(path / "state.json"), whole=True)
+    files = state.get("_data_files") if isinstance(state, dict) else None
+    names = [file.get("filename") if isinstance(file, dict) else None for file in files or ()]
+    if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
+        raise InputError(f"{path / 'state.json'}: '_data_files' does not name files of the same folder.")
+
+
 def _read_parquet_table(path: Path) -> pa.Table:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         return pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
+    except Exception as error:  # types that a file brings may raise what they like
         raise InputError(f"{path}: not a readable Parquet file: {_first_line(error)}.") from error
 
 
@@ -279,7 +288,7 @@ def _class_names(table: pa.Table) -> dict[str, list[str]]:
             for name, feature in features.items()
             if name in table.column_names and feature.get("_type") == "ClassLabel" and feature.get("names")
         }
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return {}
 
 

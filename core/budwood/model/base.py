@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from budwood.errors import CorruptError, ResourceError
+from budwood.errors import CorruptError, ResourceError, describe
 from budwood.model.checkpoint import fingerprint, first_line, read_tensors, resolve
 from budwood.model.checks import (
     BaseInfo,
@@ -21,6 +22,7 @@ from budwood.model.checks import (
     size,
     skeleton,
 )
+from budwood.model.files import TensorInfo, read_json
 from budwood.model.machine import pick_device_precision
 from budwood.model.quantizers import assert_not_packed, guard_repacking
 from budwood.model.quiet import hide_hub_kernels, hush
@@ -30,7 +32,7 @@ from budwood.model.streaming import slices, trim_heap
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "Base",
@@ -115,7 +117,6 @@ def load_base(
             is missing from the checkpoint, or has another shape.
     """
     import torch
-    from transformers import GenerationConfig
 
     device = torch.device(device)
     info = check_base(model, quantization, trust_remote_code, device)
@@ -124,6 +125,7 @@ def load_base(
     tokenizer = load_tokenizer(path)
     config = load_config(path, trust_remote_code, model_kwargs or {})
     frame = build_skeleton(name, config, auto_class, trust_remote_code)
+    _check_size(name, frame, tensors.values())
     quantizer = find_quantizer(info.quantization)
     if not quantizer.takes_fused_experts:
         check_fused(name, frame, info.quantization)
@@ -154,6 +156,10 @@ def load_base(
             raise ResourceError(f"base '{name}' does not fit into memory.") from error
         except ImportError as error:
             raise ResourceError(f"base '{name}' needs a library: {first_line(error)}") from error
+        except Exception as error:  # a model class may raise anything on values that it does not expect
+            if "can't allocate memory" in str(error):
+                raise ResourceError(f"base '{name}' does not fit into memory: {first_line(error)}") from error
+            raise CorruptError(f"base '{name}' does not load: {describe(error)}") from error
     loaded: PreTrainedModel
     report: dict[str, Any]
     loaded, report = pair  # output_loading_info
@@ -165,7 +171,7 @@ def load_base(
     save_memory_in_norms(loaded)
     loaded.config.name_or_path = name
     if loaded.can_generate() and (path / "generation_config.json").is_file():
-        loaded.generation_config = GenerationConfig.from_pretrained(str(path), local_files_only=True)
+        loaded.generation_config = _generation_config(path)
     new = tuple(sorted(report["missing_keys"]))
     base = Base(
         name, path, loaded, tokenizer, fingerprint(path), info.quantization, *_sizes(loaded), dtype, device, new, []
@@ -177,6 +183,30 @@ def load_base(
     if unused and not new:  # a model with a head of its own has no use for the checkpoint's
         base.notes.append(f"{len(unused)} tensors of the checkpoint are not used: {_some(unused)}")
     return base
+
+
+def _check_size(name: str, frame: PreTrainedModel, tensors: Iterable[TensorInfo]) -> None:
+    """Refuse a configuration whose model is far larger than its checkpoint, before anything is allocated by it.
+
+    Raises:
+        CorruptError: it has over 4 times the numbers; a checkpoint in 4 bit holds two in a byte.
+    """
+    described = sum(tensor.numel() for tensor in (*frame.parameters(), *frame.buffers()))
+    held = sum(math.prod(tensor.shape) for tensor in tensors)
+    if described > 4 * held + (1 << 24):  # and a new head
+        raise CorruptError(
+            f"base '{name}': config.json describes a model of {described:,} numbers, and its checkpoint holds {held:,}."
+        )
+
+
+def _generation_config(path: Path) -> GenerationConfig:
+    from transformers import GenerationConfig
+
+    read_json(path / "generation_config.json", finite=False)
+    try:
+        return GenerationConfig.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # it may raise anything on values that it does not expect
+        raise CorruptError(f"{path / 'generation_config.json'}: {describe(error)}") from error
 
 
 def _heads(model: PreTrainedModel) -> list[str]:

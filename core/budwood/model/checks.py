@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import os
 import re
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from budwood.contract.loading import create
-from budwood.errors import CorruptError, InputError
+from budwood.contract.validation import shorten
+from budwood.errors import CorruptError, InputError, ResourceError, describe
 from budwood.model.checkpoint import first_line, read_config, read_tensors, resolve
 from budwood.model.quantizers import Quantizer
 
@@ -18,6 +22,12 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+GUARDED = ("jinja2", "safetensors", "torch", "transformers")
+"""Libraries that read what strangers wrote."""
+TOKENIZER_BYTES = 256_000_000
+"""Largest file of a tokenizer that is read, in bytes; those of the largest vocabularies have 40 MB."""
+LAYERS = 2000
+"""More layers than this are believed only of a checkpoint that has as many tensors."""
 FUSED_SHARE = 0.05
 """A base is refused where tensors that its quantiser cannot take hold a larger share of its weights."""
 
@@ -41,6 +51,25 @@ class BaseInfo:
     prequantized: bool
 
 
+@functools.cache
+def check_versions() -> None:
+    """Refuse libraries that are older than Budwood asks for: older ones have holes by which a file can run code.
+
+    Raises:
+        ResourceError: it names the library, its version, and how to upgrade it.
+    """
+    for requirement in metadata.requires("budwood") or ():
+        asked = re.match(r"(\w+)>=([\d.]+)$", requirement)
+        if asked is not None and asked[1] in GUARDED:
+            have = metadata.version(asked[1])
+            old, least = ([int(n) for n in re.findall(r"\d+", version)] for version in (have, asked[2]))
+            if old[: len(least)] < least:
+                raise ResourceError(
+                    f"{asked[1]} {have} is installed, and older than {asked[2]} it has holes by which a file can run "
+                    f"code: pip install -U '{asked[1]}>={asked[2]}'"
+                )
+
+
 def check_base(
     model: str | Path,
     quantization: str | None = None,
@@ -61,11 +90,12 @@ def check_base(
         ResourceError: the hub is out of reach; the machine cannot do the quantisation.
         CorruptError: a file is missing, truncated or not what it claims to be.
     """
+    check_versions()
     wanted = None if quantization is None else find_quantizer(quantization)
     path = resolve(model, weights=False, code=trust_remote_code)
     config = read_config(path)
-    if Path(str(model)).expanduser().is_dir():  # a hub name's weights may not be here yet
-        read_tensors(path)
+    here = Path(os.path.expanduser(str(model))).is_dir()  # a hub name's weights may not be here yet
+    _check_layers(path, config, len(read_tensors(path)) if here else 0)
     _check_architecture(str(model), config, trust_remote_code)
     stored = _stored_quantization(str(model), config)
     if stored is not None and quantization not in (None, stored):
@@ -80,6 +110,22 @@ def check_base(
     if not quantizer.takes_fused_experts and _has_experts(config):
         check_fused(str(model), skeleton(path, "AutoModel", trust_remote_code), name)
     return BaseInfo(str(model), path, config, name, stored is not None)
+
+
+def _check_layers(path: Path, config: dict[str, Any], tensors: int) -> None:
+    """Refuse a configuration that counts modules by the million, which would be built one by one.
+
+    Raises:
+        CorruptError: it counts more layers than `LAYERS`, or ten times as many experts, and than there are tensors.
+    """
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_layers(path, value, tensors)
+        counts = re.search(r"^n_layer$|^depth$|(layers|blocks|experts)$", key)
+        limit = 10 * LAYERS if key.endswith("experts") else LAYERS
+        if counts and type(value) is int and value > max(limit, tensors):
+            told = f"{shorten(key)}: {shorten(str(value), 20)}"
+            raise CorruptError(f"{path / 'config.json'}: {told}; its checkpoint has {tensors:,} tensors.")
 
 
 def find_quantizer(name: str) -> Quantizer:
@@ -188,10 +234,12 @@ def build_skeleton(name: str, config: PretrainedConfig, auto_class: str, trust_r
             model: PreTrainedModel = getattr(transformers, auto_class).from_config(
                 config, trust_remote_code=trust_remote_code
             )
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise CorruptError(f"base '{name}': config.json: {first_line(error)}") from error
-        raise InputError(f"base '{name}': '{config.model_type}' has no {auto_class} in transformers.") from error
+    except ImportError as error:
+        raise ResourceError(f"base '{name}' needs a library: {first_line(error)}") from error
+    except Exception as error:  # a model class may raise anything on values that it does not expect
+        if "Unrecognized configuration class" in str(error):
+            raise InputError(f"base '{name}': '{config.model_type}' has no {auto_class} in transformers.") from error
+        raise CorruptError(f"base '{name}': config.json describes no model: {describe(error)}") from error
     return model
 
 
@@ -204,15 +252,24 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    check_versions()
     path = resolve(model, weights=False)
+    for file in (*path.glob("*token*"), *path.glob("vocab*"), *path.glob("chat_template*"), path / "config.json"):
+        if file.exists() and (file.is_fifo() or file.is_file() and file.stat().st_size > TOKENIZER_BYTES):
+            raise CorruptError(f"{file}: is no plain file of at most {size(TOKENIZER_BYTES)}.")
     files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
     if not any((path / file).is_file() for file in files):
         raise InputError(f"base '{model}' holds no tokenizer (tokenizer.json): copy that of its original.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"base '{model}': its tokenizer needs Python code of its own, which is never run: give it one that the "
+                "installed transformers knows."
+            ) from error
         raise CorruptError(f"base '{model}': its tokenizer does not load: {first_line(error)}") from error
-    if not tokenizer.is_fast:
+    if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"base '{model}': its tokenizer has no tokenizer.json, and cannot be converted to one.")
     return tokenizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from budwood.adapters.files import complete_file
 from budwood.adapters.golden import measure
 from budwood.adapters.store import write_adapter
+from budwood.contract.calls import ask_owner
 from budwood.contract.registry import Composition
 from budwood.contract.types import RUN_ADAPTER, Run
 from budwood.errors import BudwoodError, DivergedError, is_out_of_memory
@@ -92,11 +94,11 @@ def adapter_probe(run: Run) -> Probe | None:
 def _base_logits(run: Run, prompts: list[list[int]]) -> Tensor:
     """Logits [prompts, vocabulary or classes] after each prompt with the run's adapter off."""
     owner = _owner(run)
-    owner.use_adapters(model=run.model, names=[])
+    ask_owner(owner, "use_adapters", model=run.model, names=[])
     try:
         return measure(run.model, prompts, run.dtype)
     finally:
-        owner.use_adapters(model=run.model, names=[RUN_ADAPTER])
+        ask_owner(owner, "use_adapters", model=run.model, names=[RUN_ADAPTER])
 
 
 def check_changed(run: Run, start: list[Tensor], probe: Probe | None) -> None:
@@ -138,6 +140,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
             prompts=probe.prompts,
             base_logits=list(probe.base),
             adapter_logits=list(measure(run.model, probe.prompts, run.dtype)),
+            needs=sum(p.numel() * p.element_size() for p in run.trainable) + 2 * probe.base.nbytes + (1 << 20),
         )
     report.stop()
     report.plot(directory)
@@ -152,7 +155,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
     report.say(
         f"adapter: {directory / 'adapter'} · log: {directory / 'metrics.jsonl'} · plot: {directory / 'loss.png'}"
     )
-    name = directory.name
+    name = directory.name if re.fullmatch(r"[\w-]+", directory.name, re.ASCII) else "adapter"
     report.say(f"next: budwood generate {run.recipe.base.model} --adapter {name}={directory / 'adapter'} --prompt '…'")
     run.accelerator.wait_for_everyone()
 
@@ -167,6 +170,7 @@ def _finish_manifest(path: Path, run: Run, seconds: float, report: Report, finis
         "seconds": round(seconds, 3),
         "tokens_per_second": round(report.tokens_per_second, 1),
         "peak_memory_bytes": peak_memory(),
+        "lost": report.lost,
     }
     complete_file(path, (json.dumps(manifest, indent=2) + "\n").encode())
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from budwood.contract.calls import noted
 from budwood.contract.registry import Composition
 from budwood.contract.types import Batch, Run, Step
 from budwood.data.packing import split_micro
@@ -157,4 +158,4 @@ def explain_out_of_memory(run: Run, error: Exception) -> Exception:
     if not is_out_of_memory(error):
         return error
     what = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ResourceError(f"step {run.step + 1}: out of memory ({what}): {REMEDIES}")
+    return ResourceError(f"step {run.step + 1}: out of memory{noted(error)} ({what}): {REMEDIES}")

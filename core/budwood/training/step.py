@@ -7,7 +7,7 @@ So it is with a second forward that terms compare with the first (`Step.forward`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from budwood.contract.discovery import PluginError
 from budwood.contract.registry import Composition
-from budwood.contract.strategy import hookimpl
+from budwood.contract.strategy import Strategy, hookimpl
 from budwood.contract.types import LossTerm, Outputs, Run, Step, Terms
+from budwood.errors import BudwoodError, describe, is_out_of_memory
 from budwood.model.tasks import CHUNK, autocast
 
 
@@ -44,6 +45,8 @@ class Engine:
         """Sum of each loss term in core's own passes over the optimizer step's micro-steps on this process, by name."""
         self.terms: dict[str, tuple[str, float]] = {}
         """Unit and weight of each loss term, by name."""
+        self.owners: dict[str, tuple[Any, str]] = {}
+        """The plugin and the hook that each loss term comes from, by name."""
         self._pass: _Pass | None = None
 
     @hookimpl
@@ -54,7 +57,7 @@ class Engine:
 
     def noisy_forward(self, step: Step, noise: Tensor | None) -> Outputs:
         """See `Step.forward`."""
-        with _replaying(step, noise), autocast(self.run):
+        with self.hooks.part("Step.forward"), _replaying(step, noise), autocast(self.run):
             outputs: Outputs = self.hooks.call("forward", step=step)
         if self._pass is None or not outputs.hidden.requires_grad:
             return outputs
@@ -65,15 +68,15 @@ class Engine:
     def replay(self, step: Step, noise: Tensor | None, weight: float, gradient: bool) -> Tensor | None:
         """See `Step.replay`."""
         if not gradient:
-            with _replaying(step, noise):
+            with self.hooks.part("Step.replay"), _replaying(step, noise):
                 return self._run(step, weight)
         given = step.zero_noise() if noise is None else noise
-        with _replaying(step, None):
+        with self.hooks.part("Step.replay"), _replaying(step, None):
             return self._run(step, weight, given.detach().requires_grad_())
 
     def noise_gradient(self, step: Step, noise: Tensor, terms: Terms | None) -> Tensor:
         """See `Step.noise_gradient`."""
-        with _replaying(step, None), _frozen(self.run):
+        with self.hooks.part("Step.noise_gradient"), _replaying(step, None), _frozen(self.run):
             gradient = self._run(step, 1.0, noise.detach().requires_grad_(), terms=terms)
         assert gradient is not None
         return gradient
@@ -99,7 +102,8 @@ class Engine:
             tensors, gradients = [outputs.hidden], [grad_hidden]
         if extra is not None and extra.requires_grad:
             tensors, gradients = [*tensors, extra], [*gradients, torch.ones_like(extra)]
-        with torch.autocast(self.run.device.type, enabled=False):  # a pass inside another's forward stands in autocast
+        no_cast = torch.autocast(self.run.device.type, enabled=False)
+        with no_cast, self._naming(step):  # a pass inside another's forward stands in autocast
             if tensors:
                 torch.autograd.backward(tensors, gradients)
             # Behind the pass's own outputs, since a term that needs no head may send its gradient to a copy there.
@@ -121,27 +125,63 @@ class Engine:
             rows = flat[where].requires_grad_(grad is not None)
             logits = outputs.head(rows)
             if terms is None:
-                results = self.hooks.call("token_terms", step=step, logits=logits, positions=chunk)
+                given = self._terms(step, "token_terms", {"label": (len(chunk),)}, logits=logits, positions=chunk)
             else:
-                results = [LossTerm("terms", terms(logits, chunk))]
-            given = _flatten(results)
-            _check_terms(given, "token_terms", {"label": (len(chunk),)})
+                given = [LossTerm("terms", terms(logits, chunk))]
             loss = self._loss(given, weight, main)
             if loss is None or not loss.requires_grad:
                 continue
-            loss.backward()
+            with self._naming(step):
+                loss.backward()
             if grad is not None and rows.grad is not None:
                 grad.index_add_(0, where, rows.grad)
         return None if grad is None else grad.view_as(hidden)
 
     def _other_terms(self, step: Step, outputs: Outputs, weight: float, main: bool) -> Tensor | None:
-        terms = _flatten(self.hooks.call("loss_terms", step=step, outputs=outputs))
-        _check_terms(terms, "loss_terms", {"example": (len(step.batch.example_ids),), "step": ()})
+        shapes = {"example": (len(step.batch.example_ids),), "step": ()}
+        terms = self._terms(step, "loss_terms", shapes, outputs=outputs)
         once = main and step.micro_step == 0 and self.run.process_index == 0
         per_example = self._loss([t for t in terms if t.unit != "step"], weight, main)
         per_step = self._loss([t for t in terms if t.unit == "step"], 1.0, main) if once else None
         found = [loss for loss in (per_example, per_step) if loss is not None]
         return sum(found[1:], found[0]) if found else None
+
+    def _terms(self, step: Step, hook: str, shapes: dict[str, tuple[int, ...]], **arguments: Any) -> list[LossTerm]:
+        """Ask for the loss terms of `hook`; `shapes` are those of the values by the units that it takes.
+
+        Raises:
+            PluginError: a unit that the hook does not take, values of another shape, or a name that another term has.
+        """
+        terms: list[LossTerm] = []
+        for plugin, result in self.hooks.collect(hook, step=step, **arguments):
+            for term in [result] if isinstance(result, LossTerm) else result:
+                if tuple(term.values.shape) != shapes.get(term.unit):
+                    wanted = " or ".join(f"{list(shape)} of unit '{unit}'" for unit, shape in shapes.items())
+                    found = f"{list(term.values.shape)} of unit '{term.unit}'"
+                    raise PluginError(
+                        f"{plugin}: loss term '{term.name}' of {hook}: values must be {wanted}, not {found}."
+                    )
+                owner, origin = self.owners.setdefault(term.name, (plugin, hook))
+                if owner is not plugin or origin != hook or any(other.name == term.name for other in terms):
+                    raise PluginError(f"{owner} and {plugin}: two loss terms are called '{term.name}': rename one.")
+                terms.append(term)
+        return terms
+
+    @contextmanager
+    def _naming(self, step: Step) -> Iterator[None]:
+        """Name the loss terms in an error of autograd, which knows none; where only the task has some, it is core's."""
+        try:
+            yield
+        except Exception as error:
+            tells = isinstance(error, BudwoodError | OSError) or is_out_of_memory(error)
+            own = any(isinstance(plugin, Strategy) for plugin, _ in self.owners.values())
+            if tells or not own or self.hooks.culprit(error) is not None:
+                raise
+            named = ", ".join(f"'{name}' of {plugin}" for name, (plugin, _) in self.owners.items())
+            raise PluginError(
+                f"step {step.run.step + 1}: the backward of the loss terms {named} fails: {describe(error)}. "
+                "--debug shows the traceback."
+            ) from error
 
     def _loss(self, terms: list[LossTerm], weight: float, main: bool) -> Tensor | None:
         """Weighted sum of the terms, each divided by its unit's count in the optimizer step, times the loss scale."""
@@ -201,28 +241,3 @@ def _frozen(run: Run) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
-
-
-def _flatten(results: Iterable[Any]) -> list[LossTerm]:
-    """Terms from hook results, each a LossTerm or a list of them, names unique."""
-    terms: list[LossTerm] = []
-    for result in results:
-        terms += [result] if isinstance(result, LossTerm) else result
-    names = [term.name for term in terms]
-    for name in names:
-        if names.count(name) > 1:
-            raise PluginError(f"two loss terms are called '{name}': rename one.")
-    return terms
-
-
-def _check_terms(terms: list[LossTerm], hook: str, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Refuse a term whose unit the hook does not take, or whose values have not the unit's shape.
-
-    Raises:
-        PluginError: it names the term.
-    """
-    for term in terms:
-        if tuple(term.values.shape) != shapes.get(term.unit):
-            wanted = " or ".join(f"{list(shape)} of unit '{unit}'" for unit, shape in shapes.items())
-            found = f"{list(term.values.shape)} of unit '{term.unit}'"
-            raise PluginError(f"loss term '{term.name}' of {hook}: values must be {wanted}, not {found}.")

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from budwood import LowRankUpdate, Run, register_adapter
 
 KIND = "adalora"
+WIDTH_STEP = 16
+"""On the CPU, products run at the next multiple of this above a rank, and at most at the largest rank left."""
 
 
 class SVDLinear(nn.Module, AdaLoraLayer):
@@ -60,9 +62,10 @@ class SVDUpdate(LowRankUpdate):
         if not len(values):
             return None
         a, b = layer.lora_A[name] * values, layer.lora_B[name]
-        # oneDNN compiles a kernel for every new shape, and each batch has a length of its own: at a dozen ranks that
-        # costs more than pruning saves, while a row of zeros costs next to nothing. So on the CPU all run at one width.
-        if a.device.type == "cpu" and (fill := layer.width[name] - len(a)):
+        # oneDNN compiles a kernel for every new shape, and each batch has a length of its own: that costs more than a
+        # few ranks save, while a few rows of zeros cost next to nothing. So on the CPU ranks share a few widths.
+        fill = min(layer.width[name], -len(a) // WIDTH_STEP * -WIDTH_STEP) - len(a)
+        if a.device.type == "cpu" and fill:
             a, b = F.pad(a, (0, 0, 0, fill)), F.pad(b, (0, fill))
         return a, b, layer.scaling[name]
 

@@ -25,6 +25,7 @@ from budwood import (
     Run,
     Step,
     Strategy,
+    ask_owner,
     batches_of,
     fingerprint,
     hookimpl,
@@ -144,6 +145,15 @@ class Distillation(Strategy):
                 f"so that its term is zero: the adapter does not move, or '{self.options.teacher}' is the student"
             )
 
+    @hookimpl
+    def state_dict(self, run: Run) -> dict[str, Any]:
+        return {"differed": self._differed is None or bool(self._differed)}
+
+    @hookimpl
+    def load_state_dict(self, run: Run, state: dict[str, Any]) -> None:
+        if state["differed"]:
+            self._differed = None
+
     def _target(self, step: Step) -> Reading | tuple[Tensor, Tensor]:
         """What the teacher says of the batch, once a micro-step however often it is replayed."""
         if self.name not in step.kept:
@@ -175,10 +185,10 @@ class Distillation(Strategy):
             )
         try:
             tensors = saved.load_tensors()
-            owner.attach_adapter(model=model, config=saved.config, tensors=tensors, name=TEACHER_ADAPTER)
+            ask_owner(owner, "attach_adapter", model=model, config=saved.config, tensors=tensors, name=TEACHER_ADAPTER)
         except BudwoodError as error:
             raise type(error)(f"{self}: teacher: {saved.directory}: {error}") from error
-        owner.use_adapters(model=model, names=[RUN_ADAPTER])
+        ask_owner(owner, "use_adapters", model=model, names=[RUN_ADAPTER])
         kept = f"{saved.bytes / 1e6:.1f} MB, no second copy of the base"
         run.say("; ".join([f"teacher: this base with the adapter in {saved.directory}, {kept}", *saved.notes]))
         return Teacher(model, owner, (TEACHER_ADAPTER,))
@@ -259,7 +269,7 @@ class Distillation(Strategy):
             if 4 * done // len(shards) > 4 * (done - 1) // len(shards):
                 run.say(f"teacher's cache: {done} of {len(shards)} parts made")
         if teacher.adapters:
-            teacher.owner.detach_adapter(model=model, name=TEACHER_ADAPTER)
+            ask_owner(teacher.owner, "detach_adapter", model=model, name=TEACHER_ADAPTER)
         run.packed = packed  # as in a run that only reads
         del teacher
         gc.collect()

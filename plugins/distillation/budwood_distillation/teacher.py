@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from budwood import RUN_ADAPTER, Batch, Run
+from budwood import RUN_ADAPTER, Batch, Run, ask_owner
 
 TEACHER_ADAPTER = "teacher"
 
@@ -45,12 +45,12 @@ class Teacher:
             if training:
                 self.model.eval()
             if self.owner is not None:
-                self.owner.use_adapters(model=self.model, names=list(self.adapters))
+                ask_owner(self.owner, "use_adapters", model=self.model, names=list(self.adapters))
             with torch.no_grad(), cast:
                 yield
         finally:
             if self.owner is not None:
-                self.owner.use_adapters(model=self.model, names=[RUN_ADAPTER])
+                ask_owner(self.owner, "use_adapters", model=self.model, names=[RUN_ADAPTER])
             if training:
                 self.model.train()
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
-from budwood import Event, InputError, PluginError, Strategy, hookimpl
+from budwood import Event, Example, InputError, LossTerm, PluginError, Strategy, hookimpl
 from budwood.contract.registry import Composition
 
 
@@ -99,30 +101,33 @@ def test_chain_passes_results_on_in_order():
         return hook(_chain(letter))
 
     def _chain(letter):
-        def prepare_model(self, run, model):
-            return [*model, letter]
+        def prepare_examples(self, run, examples):
+            return [*examples, Example(letter, np.zeros(1), np.zeros(1))]
 
-        return prepare_model
+        return prepare_examples
 
-    hooks = Composition([make("a", prepare_model=append("a"), after=("b",)), make("b", prepare_model=append("b"))])
-    assert hooks.chain("prepare_model", "model", [], run=None) == ["b", "a"]
-    assert hooks.implements("prepare_model") == ["b", "a"]
+    hooks = Composition([make("a", prepare_examples=append(1), after=("b",)), make("b", prepare_examples=append(2))])
+    assert [example.id for example in hooks.chain("prepare_examples", "examples", [], run=None)] == [2, 1]
+    assert hooks.implements("prepare_examples") == ["b", "a"]
 
 
 def test_chain_refuses_none():
     def prepare_model(self, model): ...
 
     hooks = Composition([make("a", prepare_model=hook(prepare_model))])
-    with pytest.raises(PluginError, match=r"strategy 'a' \(a-dist 1.0\): hook 'prepare_model' returned None"):
+    with pytest.raises(
+        PluginError, match=r"'a' \(a-dist 1.0\), hook prepare_model: returned None; it must return the model"
+    ):
         hooks.chain("prepare_model", "model", [], run=None)
 
 
 def test_collect_pairs_results_with_strategies():
-    def state_dict(self, run):
-        return {"of": self.name} if self.name != "b" else None
+    def loss_terms(self, step):
+        return [LossTerm(self.name, torch.zeros(()), "step")] if self.name != "b" else None
 
-    hooks = Composition([make(name, state_dict=hook(state_dict)) for name in "abc"])
-    assert [(s.name, r) for s, r in hooks.collect("state_dict", run=None)] == [("a", {"of": "a"}), ("c", {"of": "c"})]
+    hooks = Composition([make(name, loss_terms=hook(loss_terms)) for name in "abc"])
+    found = hooks.collect("loss_terms", step=None, outputs=None)
+    assert [(strategy.name, terms[0].name) for strategy, terms in found] == [("a", "a"), ("c", "c")]
 
 
 def test_hooks_may_take_fewer_arguments():

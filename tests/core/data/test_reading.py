@@ -87,7 +87,7 @@ def test_datasets_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"splits test, train. Name one of them: .*both/test"):
         read_rows(tmp_path / "both")
     (tmp_path / "one" / "state.json").write_text("{}")
-    with pytest.raises(InputError, match="not a readable `datasets` folder"):
+    with pytest.raises(InputError, match="does not name files of the same folder"):
         read_rows(tmp_path / "one")
 
 

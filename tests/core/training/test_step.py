@@ -121,9 +121,9 @@ def ready(recipe: Any, *extra: Strategy) -> tuple[Any, Any, Step]:
     with torch.no_grad():
         for parameter in run.trainable:
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    batches, run.counts = next(optimizer_steps(run))
-    assert len(batches) == 1
-    return run, engine, Step(run, batches[0], engine)
+    todo, run.counts = next(optimizer_steps(run))
+    assert len(todo.batches) == 1
+    return run, engine, Step(run, todo.batches[0], engine)
 
 
 @pytest.mark.parametrize("chunk", [3, 256])

@@ -1,0 +1,280 @@
+"""One call of a hook: whose an exception is, what the call cost, and whether it returned what it must."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, NoReturn
+
+from budwood.contract.discovery import PluginError
+from budwood.contract.loading import HOOKS
+from budwood.contract.results import find_problem
+from budwood.contract.strategy import Plugin, Strategy
+from budwood.errors import BudwoodError, describe, is_out_of_memory, system_error
+
+_BEFORE_STEPS = HOOKS[: HOOKS.index("prepare_batch")]
+_IN_STEP = HOOKS[HOOKS.index("prepare_batch") : HOOKS.index("after_optimizer_step") + 1]
+
+
+@dataclass
+class Cost:
+    """What the calls of one owner's hook have cost so far.
+
+    Attributes:
+        owner: name of a strategy, "task NAME", or "core".
+        hook: the hook, or one of core's own parts.
+        calls: how many there were.
+        seconds: wall-clock time with all that ran inside: hooks of others, replays, what a wrapper surrounds. A call
+            inside another call of the same row counts once.
+        own_seconds: without the rows' calls inside it; those of all rows add up to the time spent in rows.
+        peak_growth: bytes by which the process's peak memory rose, likewise without the calls inside.
+    """
+
+    owner: str
+    hook: str
+    calls: int = 0
+    seconds: float = 0.0
+    own_seconds: float = 0.0
+    peak_growth: int = 0
+    depth: int = 0
+    """Calls that have begun and not ended."""
+
+
+class _Frame:
+    """A stretch of time in one row: a call, or a wrapper's part before or after its yield."""
+
+    __slots__ = ("cost", "grown", "inside", "outer", "peak", "started")
+
+    def __init__(self, cost: Cost, outer: _Frame | None) -> None:
+        self.cost, self.outer, self.inside, self.grown, self.started, self.peak = cost, outer, 0.0, 0, 0.0, 0
+
+
+class Calls:
+    """The guarded hook calls of one composition, and their costs.
+
+    Attributes:
+        costs: by (owner, hook), in the order of the first call.
+        run: the run that the calls belong to, once a call has named it.
+        peak: gives the process's peak memory in bytes; set by a run that is profiled.
+        wait: waits until the device has done what it was given, so that times are those of the work; likewise.
+    """
+
+    def __init__(self) -> None:
+        self.costs: dict[tuple[str, str], Cost] = {}
+        self.run: Any = None
+        self.peak: Callable[[], int] | None = None
+        self.wait: Callable[[], None] | None = None
+        self._strategies: dict[str, Strategy | None] = {}
+        self._asked: dict[tuple[int, str], tuple[Callable[..., Any], list[str]]] = {}
+        self._frame: _Frame | None = None
+
+    def guard(self, plugin: Any, hook: str, function: Callable[..., Any], wrapper: bool = False) -> Callable[..., Any]:
+        """Return `function`, the plugin's implementation of `hook`, with its errors named, measured and checked."""
+        if isinstance(plugin, Strategy):
+            package = type(plugin).__module__.partition(".")[0]
+            alone = self._strategies.get(package, plugin) is plugin
+            self._strategies[package] = plugin if alone else None
+            plugin._calls = self
+        cost = self._cost(plugin, hook)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            started = self._begin(cost)
+            frame = self._enter(cost)
+            try:
+                result = function(*arguments, **named)
+            except (Exception, SystemExit) as error:
+                self._raise(error, plugin, hook)
+            finally:
+                self._leave(frame)
+                self._end(cost, started)
+            self._check(plugin, hook, result, False)
+            return result
+
+        def surround(*arguments: Any) -> Generator[None, Any, Any]:
+            started, failed, received = self._begin(cost), None, None
+            inner = function(*arguments)
+            try:
+                frame = self._enter(cost)
+                try:
+                    next(inner)
+                except StopIteration:
+                    self._refuse(plugin, hook, "never comes to its yield, so that what it wraps would not run.")
+                except (Exception, SystemExit) as error:
+                    self._raise(error, plugin, hook)
+                finally:
+                    self._leave(frame)
+                try:
+                    received = yield
+                except GeneratorExit:
+                    inner.close()
+                    raise
+                except BaseException as error:
+                    failed = error
+                frame = self._enter(cost)
+                try:
+                    if failed is None:
+                        inner.send(received)
+                    else:
+                        inner.throw(failed)
+                except StopIteration as done:
+                    result = done.value
+                except (Exception, SystemExit) as error:
+                    if error is failed:  # it came up in what the wrapper surrounds
+                        raise
+                    self._raise(error, plugin, hook)
+                else:
+                    inner.close()
+                    self._refuse(plugin, hook, "has a second yield; what it wraps runs once.")
+                finally:
+                    self._leave(frame)
+            finally:
+                self._end(cost, started)
+            self._check(plugin, hook, result, True)
+            return result
+
+        return surround if wrapper else call
+
+    def asked(self, owner: Strategy, hook: str, method: Callable[..., Any]) -> tuple[Callable[..., Any], list[str]]:
+        """The guarded method of an owner, and the names of its arguments; made once."""
+        key = (id(owner), hook)  # which lives at least as long as what it holds
+        if key not in self._asked:
+            self._asked[key] = (self.guard(owner, hook, method), list(inspect.signature(method).parameters))
+        return self._asked[key]
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Measure a part of core that is no hook."""
+        cost = self.costs.setdefault(("core", name), Cost("core", name))
+        started, frame = self._begin(cost), self._enter(cost)
+        try:
+            yield
+        finally:
+            self._leave(frame)
+            self._end(cost, started)
+
+    def culprit(self, error: BaseException) -> Plugin | None:
+        """The plugin in whose code an error came up, whoever called that code; None where it is in none's."""
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        for frame, inner in zip(reversed(frames), [None, *reversed(frames[1:])], strict=True):
+            if inner is not None and inner.f_code.co_name == "surround" and inner.f_code.co_filename == __file__:
+                continue  # a wrapper that waits at its yield
+            this = frame.f_locals.get("self")
+            if isinstance(this, Plugin):
+                return this
+            package = str(frame.f_globals.get("__name__")).partition(".")[0]
+            if (strategy := self._strategies.get(package)) is not None:
+                return strategy
+        return None
+
+    def _cost(self, plugin: Any, hook: str) -> Cost:
+        name = "core"
+        if isinstance(plugin, Plugin):
+            name = str(getattr(plugin, "name", ""))
+            name = name if isinstance(plugin, Strategy) else f"task {name}"
+        return self.costs.setdefault((name, hook), Cost(name, hook))
+
+    def _begin(self, cost: Cost) -> float:
+        cost.calls += 1
+        cost.depth += 1
+        return perf_counter()
+
+    def _end(self, cost: Cost, started: float) -> None:
+        cost.depth -= 1
+        if cost.depth == 0:
+            cost.seconds += perf_counter() - started
+
+    def _enter(self, cost: Cost) -> _Frame:
+        frame = self._frame = _Frame(cost, self._frame)
+        if self.wait is not None:
+            self.wait()
+        if self.peak is not None:
+            frame.peak = self.peak()
+        frame.started = perf_counter()
+        return frame
+
+    def _leave(self, frame: _Frame) -> None:
+        if self.wait is not None:
+            self.wait()
+        cost, outer = frame.cost, frame.outer
+        elapsed = perf_counter() - frame.started
+        cost.own_seconds += elapsed - frame.inside
+        self._frame = outer
+        if outer is not None:
+            outer.inside += elapsed
+        if self.peak is not None:
+            grown = self.peak() - frame.peak
+            cost.peak_growth += grown - frame.grown
+            if outer is not None:
+                outer.grown += grown
+
+    def _raise(self, error: BaseException, plugin: Any, hook: str) -> NoReturn:
+        """Raise what came up in a hook again: as a PluginError that names the strategy, unless it tells by itself.
+
+        Budwood's own errors keep their text, what the machine cannot do its type: that of a strategy gets a note.
+        """
+        __tracebackhide__ = True
+        if isinstance(error, BudwoodError):
+            raise error
+        owner = self.culprit(error) or plugin
+        if not isinstance(owner, Plugin):
+            raise error
+        where = self._where(owner, plugin, hook)
+        if system_error(error) or is_out_of_memory(error):
+            if isinstance(owner, Strategy) and not noted(error):
+                error.add_note(f"in {where}")
+            raise error
+        raise PluginError(
+            f"{where}: {describe(error)}. Report it to its author; --debug shows the traceback."
+        ) from error
+
+    def _check(self, plugin: Any, hook: str, result: Any, wrapper: bool) -> None:
+        problem = find_problem(hook, result, wrapper)
+        if problem:
+            self._refuse(plugin, hook, problem)
+
+    def _refuse(self, plugin: Any, hook: str, problem: str) -> NoReturn:
+        raise PluginError(f"{self._where(plugin, plugin, hook)}: {problem}")
+
+    def _where(self, owner: Any, plugin: Any, hook: str) -> str:
+        """ "strategy 'x' (dist 1.0), hook before_clip, step 8"; where it ran inside another's hook, that one's too."""
+        who = f"{plugin}" if isinstance(plugin, Plugin) else "core"
+        text = f"{owner}, hook {hook}" if owner is plugin or owner is None else f"{owner}, in hook {hook} of {who}"
+        step = getattr(self.run, "step", None)
+        if step is None or hook in _BEFORE_STEPS:
+            return text
+        return f"{text}, step {step + 1}" if hook in _IN_STEP else f"{text}, after step {step}"
+
+
+def noted(error: BaseException) -> str:
+    """ " in strategy 'x' (dist 1.0), hook …": where an error came up that kept its type; empty where in none."""
+    return next((f" {note}" for note in getattr(error, "__notes__", ()) if note.startswith("in strategy ")), "")
+
+
+@contextmanager
+def blame(plugin: Plugin, doing: str) -> Iterator[None]:
+    """Name a plugin in the error of what it does outside of hooks; `doing` is the method."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if isinstance(error, BudwoodError) or system_error(error) or is_out_of_memory(error):
+            raise
+        raise PluginError(
+            f"{plugin}, {doing}: {describe(error)}. Report it to its author; --debug shows the traceback."
+        ) from error
+
+
+def ask_owner(owner: Strategy, hook: str, **arguments: Any) -> Any:
+    """Call one strategy's hook with those of the arguments that it takes; return its result.
+
+    Raises:
+        PluginError: it has no such hook, or an error that is not Budwood's own; the strategy is named.
+    """
+    method = getattr(owner, hook, None)
+    if method is None:
+        raise PluginError(f"{owner} has no hook '{hook}', which an adapter's owner needs. Report it to its author.")
+    guarded, taken = (owner._calls or Calls()).asked(owner, hook, method)
+    return guarded(**{name: value for name, value in arguments.items() if name in taken})

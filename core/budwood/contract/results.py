@@ -1,0 +1,170 @@
+"""What each hook must return, and the words for what it did not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import TYPE_CHECKING, Any, get_args
+
+if TYPE_CHECKING:
+    from budwood.contract.types import LossTerm
+
+# torch is imported by what calls hooks, and not by what only looks at plugins: hence no import of it up here.
+
+
+def find_problem(hook: str, result: Any, wrapper: bool = False) -> str:
+    """Say what is wrong with what an implementation of `hook` returned; empty where nothing is.
+
+    A wrapper returns for all that it wraps: of a hook that collects, the list of results.
+    """
+    wanted, is_right = _MUST_RETURN[hook]
+    if wrapper and hook in _COLLECTED:
+        wanted, inner = f"the list that its yield gave, each {wanted}", is_right
+        right = isinstance(result, list) and all(inner(item) for item in result)
+        right = right or (result is None and hook == "export")
+    else:
+        right = is_right(result)
+    if right:
+        return ""
+    return f"returned {_shown(result)}; it must return {wanted}."
+
+
+def _shown(result: Any) -> str:
+    if result is None:
+        return "None"
+    if isinstance(result, list | tuple) and result:
+        kinds = list(dict.fromkeys(type(item).__name__ for item in result))
+        return f"a {type(result).__name__} of {', '.join(kinds[:3])}"
+    return f"a {type(result).__name__}"
+
+
+def _is_nothing(result: Any) -> bool:
+    return result is None
+
+
+def _is_base(result: Any) -> bool:
+    return all(hasattr(result, name) for name in ("model", "tokenizer", "fingerprint", "quantization"))
+
+
+def _are_examples(result: Any) -> bool:
+    from budwood.contract.types import Example
+
+    if isinstance(result, list | tuple):
+        return all(isinstance(item, Example) for item in result)
+    return isinstance(result, Sequence) and (not len(result) or isinstance(result[0], Example))
+
+
+def _is_model(result: Any) -> bool:
+    from torch import nn
+
+    return isinstance(result, nn.Module)
+
+
+def _are_groups(result: Any) -> bool:
+    from torch import nn
+
+    from budwood.contract.types import ParameterGroup
+
+    return isinstance(result, list | tuple) and all(
+        isinstance(group, ParameterGroup)
+        and isinstance(group.parameters, dict)
+        and all(isinstance(p, nn.Parameter) for p in group.parameters.values())
+        for group in result
+    )
+
+
+def _is_optimizer(result: Any) -> bool:
+    from torch.optim import Optimizer
+
+    return isinstance(result, Optimizer)
+
+
+def _is_scheduler(result: Any) -> bool:
+    from torch.optim.lr_scheduler import LRScheduler
+
+    return isinstance(result, LRScheduler)
+
+
+def _is_batch(result: Any) -> bool:
+    from budwood.contract.types import Batch
+
+    return isinstance(result, Batch)
+
+
+def _are_outputs(result: Any) -> bool:
+    from budwood.contract.types import Outputs
+
+    return isinstance(result, Outputs)
+
+
+def _are_terms(result: Any) -> bool:
+    from budwood.contract.types import LossTerm
+
+    if result is None or isinstance(result, LossTerm):
+        return result is None or _is_term(result)
+    return isinstance(result, list | tuple) and all(isinstance(t, LossTerm) and _is_term(t) for t in result)
+
+
+def _is_term(term: LossTerm) -> bool:
+    from torch import Tensor
+
+    from budwood.contract.types import Unit
+
+    values: Any = term.values
+    return (
+        isinstance(term.name, str)
+        and isinstance(values, Tensor)
+        and values.is_floating_point()
+        and term.unit in get_args(Unit)
+        and isinstance(term.weight, Real)
+    )
+
+
+def _are_metrics(result: Any) -> bool:
+    return isinstance(result, dict) and all(isinstance(k, str) and isinstance(v, Real) for k, v in result.items())
+
+
+def _is_state(result: Any) -> bool:
+    return isinstance(result, dict) and all(isinstance(key, str) for key in result)
+
+
+def _is_conversion(result: Any) -> bool:
+    return result is None or (
+        isinstance(result, tuple) and len(result) == 2 and all(isinstance(part, dict) for part in result)
+    )
+
+
+_TERMS = (
+    "None, a LossTerm or a list of them, each with a name, a floating tensor of values, a unit and a weight",
+    _are_terms,
+)
+_NOTHING = ("nothing", _is_nothing)
+_MUST_RETURN: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "check_plan": _NOTHING,
+    "prepare_examples": ("the examples, a sequence of Example", _are_examples),
+    "load_base": ("a Base", _is_base),
+    "prepare_model": ("the model, a torch.nn.Module", _is_model),
+    "trainable_parameters": ("a list of ParameterGroup, whose parameters are nn.Parameter by name", _are_groups),
+    "build_optimizer": ("a torch.optim.Optimizer", _is_optimizer),
+    "build_scheduler": ("a torch.optim.lr_scheduler.LRScheduler", _is_scheduler),
+    "prepare_batch": ("the batch, a Batch", _is_batch),
+    "backward": _NOTHING,
+    "forward": ("the outputs, an Outputs", _are_outputs),
+    "token_terms": _TERMS,
+    "loss_terms": _TERMS,
+    "before_clip": _NOTHING,
+    "before_optimizer_step": _NOTHING,
+    "after_optimizer_step": _NOTHING,
+    "on_event": _NOTHING,
+    "evaluate": ("a dict of numbers by name", _are_metrics),
+    "state_dict": ("a dict with names as keys", _is_state),
+    "load_state_dict": _NOTHING,
+    "export": _NOTHING,
+    "attach_adapter": _NOTHING,
+    "use_adapters": _NOTHING,
+    "detach_adapter": _NOTHING,
+    "convert_adapter": ("None, or a tuple of two dicts: config and tensors", _is_conversion),
+    "merge_adapter": _NOTHING,
+}
+_COLLECTED = ("evaluate", "export")
+"""Wrappable hooks whose results are gathered in a list."""

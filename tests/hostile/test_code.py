@@ -1,0 +1,399 @@
+"""Nothing that is read may run code: pickles in any place and files that name code, whose payloads leave a trace."""
+
+from __future__ import annotations
+
+import ast
+import json
+import pickle
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from budwood.data.reading import read_rows
+from budwood.errors import BudwoodError, CorruptError, InputError
+from budwood.model.base import load_base, load_tokenizer
+
+ROOT = Path(__file__).parents[2]
+FORMATS = ["pickle", "zip"]
+"""A bare pickle, and what `torch.save` writes."""
+
+
+class Payload:
+    """Leaves a trace when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return (Path.touch, (self.trace,))
+
+
+@pytest.fixture
+def trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A file that every payload would make; that none has made it is checked at the end.
+
+    A module `payload` that would make it lies in the working folder, which is on the path.
+    """
+    trace = tmp_path / "trace"
+    (tmp_path / "payload.py").write_text(f"open({str(trace)!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield trace
+    assert not trace.exists(), "code ran"
+    assert "payload" not in sys.modules
+
+
+@pytest.fixture
+def plant(trace: Path) -> Callable[[Path, str], None]:
+    """Function `plant(path, format)`: put a pickle that leaves a trace in a file's place."""
+
+    def put(path: Path, form: str) -> None:
+        if form == "zip":
+            torch.save(Payload(trace), path)
+        else:
+            path.write_bytes(pickle.dumps(Payload(trace), protocol=2))
+
+    return put
+
+
+@pytest.fixture
+def base(tiny_base: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny base, with a module `payload` in it."""
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    (folder / "payload.py").write_text(
+        f"open({str(tmp_path / 'trace')!r}, 'w')\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
+        "class Config(LlamaConfig): model_type = 'own'\n"
+        "class Model(LlamaForCausalLM): config_class = Config\n"
+        "class Tokenizer(PreTrainedTokenizerFast): pass\n"
+    )
+    return folder
+
+
+def outcome(call: Callable[[], object]) -> BudwoodError | None:
+    """What reading ended with: nothing, or an error of the user's or the file's, in one line."""
+    try:
+        call()
+    except BudwoodError as error:
+        assert error.exit_code in (2, 4)
+        assert "\n" not in str(error)
+        return error
+    return None
+
+
+def open_base(folder: Path) -> BudwoodError | None:
+    return outcome(lambda: load_base(folder, "none", "AutoModelForCausalLM", torch.float32))
+
+
+def test_the_payloads_work(trace, plant, tmp_path):
+    """Else the tests below would show nothing."""
+    for form in FORMATS:
+        plant(tmp_path / "x", form)
+        torch.load(tmp_path / "x", weights_only=False) if form == "zip" else pickle.loads((tmp_path / "x").read_bytes())
+        assert trace.exists()
+        trace.unlink()
+    __import__("payload")
+    del sys.modules["payload"]
+    trace.unlink()
+
+
+# --- pickles
+
+
+READ = ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"]
+READ += ["model.safetensors", "special_tokens_map.json", "added_tokens.json"]
+BESIDE = ["pytorch_model.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "tokenizer.model"]
+BESIDE += ["vocab.pkl", "processor_config.json", "model.safetensors.index.json", "merges.txt", "vocab.json", "x.npy"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("name", READ)
+def test_a_pickle_in_the_place_of_a_bases_file_is_refused(base, plant, name, form):
+    plant(base / name, form)
+    error = open_base(base)
+    assert isinstance(error, CorruptError)
+    assert str(base) in str(error)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_pickles_beside_a_base_are_not_opened(base, plant, form):
+    for name in BESIDE:
+        plant(base / name, form)
+    assert open_base(base) is None
+
+
+def test_a_base_of_pickles_alone_is_refused_with_a_remedy(base, plant):
+    (base / "model.safetensors").unlink()
+    for name in ("pytorch_model.bin", "model.ckpt", "weights.pkl"):
+        plant(base / name, "zip")
+        error = open_base(base)
+        assert isinstance(error, InputError)
+        assert name in str(error)
+        assert "convert them once, if you trust them" in str(error)
+        (base / name).unlink()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.parquet"])
+def test_a_pickle_in_the_place_of_data_is_refused(plant, tmp_path, name, form):
+    plant(tmp_path / name, form)
+    assert isinstance(outcome(lambda: list(read_rows(tmp_path / name))), InputError)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """A folder of `datasets`, with a module `payload` in it."""
+    import datasets
+
+    folder = tmp_path / "dataset"
+    datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(str(folder))
+    (folder / "payload.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')\n")
+    return folder
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
+def test_a_pickle_in_a_folder_of_datasets_is_refused(dataset, plant, name, form):
+    plant(dataset / name, form)
+    plant(dataset / "cache.pkl", form)
+    assert isinstance(outcome(lambda: list(read_rows(dataset))), InputError)
+
+
+def test_a_pickle_in_the_schema_of_a_table_is_not_opened(trace, dataset, tmp_path):
+    """Arrow's Python extension types used to be pickles in a field's metadata."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    marks = {b"ARROW:extension:name": b"arrow.py_extension_type"}
+    marks[b"ARROW:extension:metadata"] = pickle.dumps(Payload(trace))
+    table = pa.table({"text": ["a"]}, schema=pa.schema([pa.field("text", pa.string(), metadata=marks)]))
+    with pa.ipc.new_stream(str(dataset / "data-00000-of-00001.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    assert outcome(lambda: list(read_rows(dataset))) is None
+    pq.write_table(table, tmp_path / "x.parquet")
+    assert outcome(lambda: list(read_rows(tmp_path / "x.parquet"))) is None
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_pickle_in_the_place_of_cached_tokens_is_made_anew(tiny_base, plant, tmp_path, form):
+    from budwood.data.examples import build_examples
+
+    (tmp_path / "x.jsonl").write_text('{"text": "a b c"}\n')
+    tokenizer, folder = load_tokenizer(tiny_base), tmp_path / "cache"
+    first = build_examples(tmp_path / "x.jsonl", tokenizer, "causal-lm", 64, cache_dir=folder)
+    for path in folder.iterdir():
+        plant(path, form)
+    again = build_examples(tmp_path / "x.jsonl", tokenizer, "causal-lm", 64, cache_dir=folder)
+    assert again[0].input_ids.tolist() == first[0].input_ids.tolist()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("name", ["cache.json", "shard-00000.safetensors"])
+def test_a_pickle_in_a_teachers_cache_is_refused(plant, tmp_path, name, form):
+    from types import SimpleNamespace
+
+    import numpy as np
+
+    from budwood_distillation.cache import TeacherCache
+
+    examples = [SimpleNamespace(id=0, label=0)]
+    key, folder = {"top_k": 2}, tmp_path / "cache"
+    cache = TeacherCache(folder, key, examples)
+    cache.begin()
+    cache.write(0, np.zeros((1, 2), np.int32), np.zeros((1, 3), np.float32))
+    cache.verify()
+    plant(folder / name, form)
+    assert isinstance(outcome(lambda: TeacherCache(folder, key, examples).verify()), CorruptError)
+
+
+def test_the_code_has_no_call_that_unpickles_or_evaluates():
+    """Of the libraries' readers that can run code, none is called; `weights_only` has had holes."""
+    forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+    calls = {"eval", "exec", "torch.load", "np.load", "numpy.load", "pd.read_pickle", "yaml.load", "yaml.unsafe_load"}
+    found = []
+    for path in [*ROOT.glob("core/**/*.py"), *ROOT.glob("plugins/**/*.py"), *ROOT.glob("examples/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if forbidden & {name.split(".")[0] for name in names} or called in calls:
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert found == []
+
+
+# --- files that name code
+
+CLASSES = {"AutoConfig": "payload.Config", "AutoModelForCausalLM": "payload.Model"}
+TOKENIZERS = {"AutoTokenizer": ["payload.Tokenizer", "payload.Tokenizer"]}
+
+
+def change(path: Path, **changes: object) -> None:
+    before = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(before | changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "refused"),
+    [
+        ("config.json", {"auto_map": CLASSES}, None),  # transformers knows the type: its own class serves
+        ("config.json", {"auto_map": CLASSES | TOKENIZERS, "trust_remote_code": True}, None),
+        ("config.json", {"auto_map": {"AutoConfig": "someone/else--payload.Config"}, "trust_remote_code": True}, None),
+        (
+            "config.json",
+            {"auto_map": CLASSES, "trust_remote_code": True, "model_type": "own"},
+            "Python code of its own",
+        ),
+        ("config.json", {"model_type": "payload.Config"}, "not known"),
+        ("config.json", {"model_type": "../../payload"}, "not known"),
+        (
+            "config.json",
+            {"architectures": ["payload.Model"], "_target_": "payload.Model", "custom_code": "payload"},
+            None,
+        ),
+        ("config.json", {"custom_pipelines": {"x": {"impl": "payload.Model", "pt": ["payload.Model"]}}}, None),
+        ("config.json", {"_attn_implementation": "someone/kernel", "attn_implementation": "payload"}, None),
+        ("config.json", {"hidden_act": "payload.Model"}, "KeyError"),
+        ("config.json", {"rope_parameters": {"rope_type": "payload"}}, "payload"),
+        ("config.json", {"dtype": "save"}, ""),
+        ("config.json", {"quantization_config": {"quant_method": "payload.Model"}}, "quantised already, with payload"),
+        ("config.json", {"configuration_files": ["../payload.py", "config.4.0.0.json"]}, ""),
+        ("tokenizer_config.json", {"auto_map": TOKENIZERS, "trust_remote_code": True}, None),
+        ("tokenizer_config.json", {"auto_map": TOKENIZERS, "tokenizer_class": "Tokenizer"}, "code of its own"),
+        ("tokenizer_config.json", {"tokenizer_class": "payload.Tokenizer"}, None),
+        ("tokenizer_config.json", {"tokenizer_class": "os.system"}, None),
+        ("tokenizer_config.json", {"tokenizer_class": "RagTokenizer"}, ""),
+        ("tokenizer_config.json", {"backend": "payload", "processor_class": "payload.X", "_target_": "payload"}, None),
+        (
+            "generation_config.json",
+            {"custom_generate": "payload", "auto_map": CLASSES, "trust_remote_code": True},
+            None,
+        ),
+        ("adapter_config.json", {"peft_type": "LORA", "auto_mapping": {"parent_library": "payload"}}, None),
+    ],
+)
+def test_a_base_that_names_code_runs_none(base, trace, name, changes, refused):
+    """`refused`: a word of the error; "" where the library in use decides; None where the base loads without it."""
+    change(base / name, **changes)
+    if "tokenizer_class" in changes and "auto_map" in changes:
+        change(base / "config.json", model_type="llama", auto_map=TOKENIZERS)
+    error = open_base(base)
+    if refused is None:
+        assert error is None
+    elif refused:
+        assert refused in str(error)
+
+
+def test_only_the_recipe_turns_code_on(base, trace):
+    """Not a file, and not `--base`: only `trust_remote_code` of the recipe, which is not what a base can write."""
+    from budwood.training.recipe import Recipe
+
+    change(base / "config.json", auto_map=CLASSES, model_type="own")
+    data = {"base": {"model": str(base)}, "data": {"train": "x.jsonl"}, "strategies": ["lora"]}
+    assert Recipe.from_dict(data).base.trust_remote_code is False
+    assert open_base(base) is not None
+    assert not trace.exists()
+    load_base(base, "none", "AutoModelForCausalLM", torch.float32, trust_remote_code=True)
+    assert trace.exists()
+    trace.unlink()
+
+
+ADAPTER = {
+    "auto_mapping": {"base_model_class": "Model", "parent_library": "payload"},
+    "auto_map": CLASSES,
+    "base_model_class": "payload.Model",
+    "parent_library": "payload",
+    "trust_remote_code": True,
+    "megatron_config": {"a": 1},
+    "megatron_core": "payload",
+    "custom_modules": {"payload.Model": "payload.Model"},
+    "_custom_modules": {"payload.Model": "payload.Model"},
+    "runtime_config": {"ephemeral_gpu_offload": True, "_target_": "payload.Model"},
+    "loftq_config": {"_target_": "payload.Model"},
+    "eva_config": {"_target_": "payload.Model"},
+    "corda_config": {"_target_": "payload.Model"},
+    "init_lora_weights": "payload.Model",
+    "layer_replication": [[0, 10**9]],
+    "peft_type": "payload.Model",
+    "task_type": "payload.Model",
+    "target_modules": "payload.Model",
+    "modules_to_save": ["payload.Model"],
+    "_target_": "payload.Model",
+}
+
+
+@pytest.mark.parametrize("field", ADAPTER)
+def test_an_adapter_that_names_code_runs_none(tiny_base, lora, tmp_path, trace, field):
+    from budwood import AdapterPool
+
+    folder = shutil.copytree(lora, tmp_path / "adapter")
+    shutil.copyfile("payload.py", folder / "payload.py")
+    change(folder / "adapter_config.json", **{field: ADAPTER[field]})
+    pool = AdapterPool(tiny_base, precision="fp32", device="cpu")
+    outcome(lambda: pool.load("a", folder))
+
+
+@pytest.fixture(scope="session")
+def lora(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter of the tiny base, of stock PEFT."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("adapters") / "stock"
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("dataset_info.json", {"features": {"text": {"_type": "payload.Model"}}}),
+        ("dataset_info.json", {"features": {"text": {"_type": "Value", "dtype": "__import__('payload')"}}}),
+        ("dataset_info.json", {"builder_name": "payload", "_target_": "payload.Model"}),
+        ("state.json", {"_format_type": "payload.Model"}),
+        ("state.json", {"_data_files": [{"filename": "../payload.py"}]}),
+        ("state.json", {"_data_files": [{"filename": "/etc/passwd"}]}),
+        ("state.json", {"_data_files": []}),
+    ],
+)
+def test_a_folder_of_datasets_that_names_code_or_files_elsewhere(dataset, trace, name, changes):
+    change(dataset / name, **changes)
+    error = outcome(lambda: list(read_rows(dataset)))
+    assert isinstance(error, InputError) or "builder_name" in changes
+
+
+# --- absurd sizes
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"hidden_size": 10**9}, "describes a model of"),
+        ({"vocab_size": 10**15}, "describes a model of"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000; its checkpoint has 21 tensors"),
+        ({"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers"),
+        ({"hidden_size": -4}, "config.json"),
+        ({"num_attention_heads": 0}, ""),
+        ({"num_hidden_layers": "many"}, ""),
+    ],
+)
+def test_a_configuration_of_absurd_sizes_is_refused_before_anything_is_allocated(base, changes, word):
+    change(base / "config.json", **changes)
+    error = open_base(base)
+    assert isinstance(error, CorruptError)
+    assert word in str(error)
+
+
+def test_a_tokenizer_of_absurd_size_or_no_file_is_not_read(base):
+    import os
+
+    with (base / "tokenizer.json").open("wb") as file:
+        file.truncate(1 << 40)
+    assert "tokenizer.json: is no plain file of at most 256.0 MB" in str(outcome(lambda: load_tokenizer(base)))
+    (base / "tokenizer.json").unlink()
+    os.mkfifo(base / "tokenizer.json")
+    assert "tokenizer.json: is no plain file" in str(outcome(lambda: load_tokenizer(base)))
