@@ -215,8 +215,8 @@ def failing(hook: str, error: str) -> str:
     [
         ("prepare_model", "KeyError('x')", 3, "error: WHO, hook prepare_model: KeyError: 'x'. Report it to its author"),
         ("prepare_model", "SystemExit(0)", 3, "error: WHO, hook prepare_model: SystemExit: 0. Report it"),
-        ("prepare_model", "MemoryError", 3, "error: out of memory in WHO, hook prepare_model: lower train.micro_tokens"),
-        ("before_clip", "MemoryError", 3, "error: step 1: out of memory in WHO, hook before_clip, step 1 (MemoryError): "),
+        ("prepare_model", "MemoryError", 3, "error: out of memory in WHO, hook prepare_model: lower train."),
+        ("before_clip", "MemoryError", 3, "error: step 1: out of memory in WHO, hook before_clip, step 1 (Memory"),
         ("prepare_model", "OSError(28, 'No space', '/x')", 3, "error: /x: No space in WHO, hook prepare_model.\n"),
         ("prepare_model", "__import__('budwood').InputError('x: is wrong.')", 2, "error: x: is wrong.\n"),
         ("before_clip", "__import__('budwood').DivergedError('all is zero')", 5, "error: all is zero; "),
