@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 import re
 from collections.abc import Iterable
 
@@ -63,6 +64,14 @@ def is_out_of_memory(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     text = str(error).lower() if isinstance(error, RuntimeError) and not isinstance(error, BudwoodError) else ""
     return any(words in text for words in ("can't allocate memory", "out of memory", "alloc_failed"))
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """What the system said where `error` is its refusal to read or write, also as safetensors words it; else None."""
+    if isinstance(error, OSError):
+        return error
+    found = re.search(r"I/O error: .*\(os error (\d+)\)", str(error)) if "Safetensor" in type(error).__name__ else None
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
 
 
 def describe(error: BaseException) -> str:

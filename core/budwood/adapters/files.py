@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from budwood.errors import InputError, ResourceError
+from budwood.contract.validation import shorten
+from budwood.errors import CorruptError, InputError, ResourceError, system_error
 
 _RESERVED_NAMES = {"con", "prn", "aux", "nul", *(f"com{n}" for n in range(10)), *(f"lpt{n}" for n in range(10))}
 
@@ -32,6 +34,44 @@ def check_name(name: str, what: str = "adapter") -> str:
     return name
 
 
+def check_folder(directory: Path, what: str = "folder") -> Path:
+    """Return `directory` when a folder can have this path on every system, and it is no device's.
+
+    Raises:
+        InputError: a part of it is longer than 255 bytes, a device's name, or holds control characters or marks that
+            are not seen (zero width, direction of writing); or it lies in /dev, /proc or /sys.
+    """
+    shown = shorten("".join(c if c.isprintable() else "?" for c in str(directory)))
+    for part in directory.parts:
+        if not part.isprintable():
+            raise InputError(f"{what} {shown}: holds characters that cannot be seen: choose another name.")
+        if len(os.fsencode(part)) > 255:
+            raise InputError(f"{what} {shown}: a name of {len(os.fsencode(part))} bytes; at most 255 can be.")
+        if part.split(".")[0].strip().lower() in _RESERVED_NAMES:
+            raise InputError(f"{what} {shown}: '{part}' is the name of a device: choose another.")
+    parts = Path(os.path.abspath(directory)).parts
+    if parts[1:2] in (("dev",), ("proc",), ("sys",)) and parts[1:3] != ("dev", "shm"):
+        raise InputError(f"{what} {shown}: lies among the system's devices: choose another.")
+    return directory
+
+
+def check_inside(directory: Path, names: Iterable[str]) -> None:
+    """Check that files of a folder, which a stranger may have named, lie in it; links that lead out are refused.
+
+    Raises:
+        CorruptError: it names the first that does not, or that no file can be called.
+    """
+    root = os.path.realpath(directory)
+    snapshots, repository = os.path.split(os.path.dirname(root))[::-1]
+    cached = os.path.join(repository, "blobs") if snapshots == "snapshots" else root  # where the hub's cache keeps them
+    for name in names:
+        if not name.isprintable() or len(name) > 200 or name.startswith("~") or ".." in Path(name).parts:
+            raise CorruptError(f"{directory}: names a file {shorten(repr(name))}, which it cannot hold.")
+        place = os.path.realpath(os.path.join(directory, name))
+        if not place.startswith((root + os.sep, cached + os.sep)):
+            raise CorruptError(f"{directory / name}: leads out of its folder.")
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
@@ -39,26 +79,36 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def complete_directory(directory: Path, replace: bool = False) -> Iterator[Path]:
+def complete_directory(directory: Path, replace: bool = False, needs: int = 0) -> Iterator[Path]:
     """Yield a temporary sibling of `directory` that takes its place, synced to disk, when the block ends well.
 
     An exception or a crash leaves what was there before. With `replace` an existing folder is exchanged in one
-    rename; where the file system cannot exchange, the old one stands beside as `.NAME.old` for an instant.
+    rename; where the file system cannot exchange, the old one stands beside as `.NAME.old` for an instant, and is
+    put back by the next call where a crash hit that instant.
+
+    Args:
+        directory: what is to appear.
+        replace: whether it may exist.
+        needs: bytes that it will take, for the message where there is no room; 0: not known.
 
     Raises:
-        InputError: `directory` exists and `replace` is False.
+        InputError: `directory` exists and `replace` is False, or no folder can be called so.
         ResourceError: it cannot be written.
     """
-    directory = Path(os.path.abspath(directory))
+    directory = check_folder(Path(os.path.abspath(directory)))
     if not replace and (directory.is_symlink() or directory.exists()) and not _is_empty_folder(directory):
         raise InputError(f"{directory} exists already: choose another folder, or remove it.")
     partial, old = (directory.with_name(f".{directory.name}.{end}") for end in ("partial", "old"))
     try:
+        missing = [path for path in directory.parents if not path.exists()]
         directory.parent.mkdir(parents=True, exist_ok=True)
+        for made in missing:
+            _sync(made.parent)
+        _put_back(old, directory)
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         partial.mkdir()
     except OSError as error:
-        raise ResourceError(f"{directory}: cannot be written: {error.strerror}. Choose another folder.") from error
+        raise cannot_write(directory, error, needs) from error
     try:
         yield partial
         for path in sorted(partial.rglob("*"), reverse=True):
@@ -70,8 +120,13 @@ def complete_directory(directory: Path, replace: bool = False) -> Iterator[Path]
                 directory.rename(old)
             partial.rename(directory)
         _sync(directory.parent)
-    except OSError as error:
-        raise ResourceError(f"{directory}: cannot be written: {error.strerror or error}.") from error
+    except Exception as error:
+        needs = needs or sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+        with contextlib.suppress(OSError):
+            _put_back(old, directory)
+        if (cause := system_error(error)) is None:
+            raise
+        raise cannot_write(directory, cause, needs) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # what was there before, or what did not become complete
         if directory.exists():
@@ -93,7 +148,24 @@ def complete_file(path: Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise ResourceError(f"{path}: cannot be written: {error.strerror or error}.") from error
+        raise cannot_write(path, error, len(data)) from error
+
+
+def cannot_write(path: Path, error: OSError, needs: int) -> ResourceError:
+    """The error for what the system refuses to write; where it lacks room, with the bytes needed (or 0) and free."""
+    text = f"{path}: cannot be written: {error.strerror or error}"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(f"{text}. Choose another folder.")
+    free = shutil.disk_usage(next(p for p in Path(os.path.abspath(path)).parents if p.exists())).free
+    return ResourceError(
+        f"{text}: {needs:,} bytes are needed, and {free:,} are free. Make room, or choose another folder."
+    )
+
+
+def _put_back(old: Path, directory: Path) -> None:
+    """Undo the first of two renames, where the second did not follow."""
+    if old.is_dir() and not directory.exists():
+        old.rename(directory)
 
 
 def _is_empty_folder(path: Path) -> bool:

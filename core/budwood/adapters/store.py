@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from budwood import __version__
-from budwood.adapters.files import complete_directory, sha256
+from budwood.adapters.files import check_inside, complete_directory, sha256
 from budwood.contract.discovery import installed
-from budwood.errors import CorruptError, InputError, did_you_mean
+from budwood.errors import CorruptError, InputError, ResourceError, did_you_mean
 from budwood.model.files import TensorInfo, read_header, read_json
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 MANIFEST = "budwood.json"
 GOLDEN = "golden.safetensors"
-FORMAT = 1
+FORMAT = 2
+"""2: budwood.json carries its own hash."""
 
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 _NAMES_CODE = ("auto_mapping", "auto_map", "megatron_config", "megatron_core", "custom_modules")
@@ -122,11 +124,14 @@ class SavedAdapter:
 
         Raises:
             CorruptError: the file changed since, or holds NaN or infinity.
+            ResourceError: it is larger than memory.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         path = self.directory / WEIGHTS
+        if self.bytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):  # a sparse file claims what it likes
+            raise ResourceError(f"{path}: {self.bytes:,} bytes of tensors are more than this machine's memory.")
         try:
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
@@ -153,6 +158,7 @@ def write_adapter(
     prompts: Sequence[Sequence[int]] = (),
     base_logits: Sequence[Tensor] = (),
     adapter_logits: Sequence[Tensor] = (),
+    needs: int = 0,
 ) -> SavedAdapter:
     """Write an adapter; whoever looks, or kills the process, finds the old folder or the new one, never half of one.
 
@@ -171,6 +177,7 @@ def write_adapter(
         prompts: token ids of the golden prompts; empty leaves `verify` nothing to replay.
         base_logits: [vocabulary or classes] fp32 after each prompt, of the base alone.
         adapter_logits: the same with the adapter.
+        needs: bytes that it will take, for the message where the disk is full; 0: not known.
 
     Raises:
         InputError: `directory` holds something that is no adapter.
@@ -188,7 +195,7 @@ def write_adapter(
         raise InputError(f"{directory} exists and is no adapter: choose another folder.")
     golden = Golden.of(prompts, base_logits, adapter_logits) if prompts else None
     values: dict[str, float | None] = {k: v if math.isfinite(v) else None for k, v in (metrics or {}).items()}
-    with complete_directory(directory, replace=True) as folder:
+    with complete_directory(directory, replace=True, needs=needs) as folder:
         write(folder)
         if golden is not None:
             golden.save(folder / GOLDEN)
@@ -213,9 +220,25 @@ def write_adapter(
             files=files,
             created_by=f"budwood {__version__}",
         )
-        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (folder / MANIFEST).write_text(sealed(manifest.model_dump(mode="json")), encoding="utf-8")
         saved = read_adapter(folder)
     return SavedAdapter(directory, saved.kind, saved.config, saved.infos, saved.manifest)
+
+
+def sealed(values: Mapping[str, Any]) -> str:
+    """The text of budwood.json: `values`, and as "sha256" the hash of that text with an empty one in its place."""
+    text = json.dumps({**values, "sha256": ""}, indent=2, ensure_ascii=False) + "\n"
+    return text.replace('"sha256": ""', f'"sha256": "{hashlib.sha256(text.encode()).hexdigest()}"')
+
+
+def _check_seal(path: Path, values: Mapping[str, Any]) -> None:
+    stated, data = values.get("sha256"), path.read_bytes()
+    if stated is None and values.get("format") == 1:
+        return
+    if not isinstance(stated, str) or len(stated) != 64:
+        raise CorruptError(f"{path}: was altered after it was saved: it holds no hash of itself.")
+    if hashlib.sha256(data.replace(stated.encode(), b"")).hexdigest() != stated:
+        raise CorruptError(f"{path}: was altered after it was saved (its SHA-256 differs).")
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -259,6 +282,7 @@ def read_adapter(
         raise InputError(f"{directory}: no such folder.")
     notes: list[str] = []
     _find_weights(directory, notes)
+    check_inside(directory, (CONFIG, WEIGHTS, MANIFEST, GOLDEN))
     config = read_json(directory / CONFIG)
     manifest = _read_manifest(directory)
     infos = read_header(directory / WEIGHTS)
@@ -305,10 +329,13 @@ def _check_ranks(directory: Path, config: dict[str, Any], infos: dict[str, Tenso
 def _read_manifest(directory: Path) -> Manifest | None:
     path = directory / MANIFEST
     if not path.exists():
+        if (directory / GOLDEN).exists():  # which stock PEFT does not write
+            raise CorruptError(f"{path}: is missing.")
         return None
     values = read_json(path)
-    if values.get("format") != FORMAT:
-        raise CorruptError(f"{path}: format {str(values.get('format'))[:20]}; this Budwood reads format {FORMAT}.")
+    if values.get("format") not in (1, FORMAT):
+        raise CorruptError(f"{path}: format {str(values.get('format'))[:20]}; this Budwood reads up to {FORMAT}.")
+    _check_seal(path, values)
     try:
         return Manifest.model_validate(values)
     except ValidationError as error:
@@ -320,9 +347,9 @@ def _check_files(directory: Path, manifest: Manifest, hashes: bool) -> None:
     for required in (CONFIG, WEIGHTS, *([GOLDEN] if manifest.golden else [])):
         if required not in manifest.files:
             raise CorruptError(f"{directory / MANIFEST}: gives no hash for {required}.")
+    check_inside(directory, manifest.files)
     for name, expected in manifest.files.items():
-        outside = len(name) > 200 or name.startswith(("/", "~")) or ".." in Path(name).parts
-        if outside or not (path := directory / name).is_file():
+        if not (path := directory / name).is_file():
             raise CorruptError(f"{directory / MANIFEST}: lists {name[:80]!r}, which is no file of the adapter.")
         if hashes and sha256(path) != expected:
             raise CorruptError(f"{path}: was altered after it was saved (its SHA-256 differs from {MANIFEST}).")

@@ -76,10 +76,14 @@ def run(arguments: list[str]) -> int:
     # Threads that wait spin for microseconds, then sleep: by default they take the cores from whatever else runs.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     signal.signal(signal.SIGTERM, _terminate)
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without UTF-8 is no error
-    with contextlib.redirect_stderr(RedactedStream(sys.stderr)):
-        return _run(arguments, debug)
+    try:
+        with contextlib.redirect_stderr(RedactedStream(sys.stderr)):
+            return _run(arguments, debug)
+    finally:
+        _settle_streams()
 
 
 def _run(arguments: list[str], debug: bool) -> int:
@@ -102,8 +106,29 @@ def _run(arguments: list[str], debug: bool) -> int:
             traceback.print_exception(error)
         code, text = explain(error)
         line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))  # names in it may be hostile
-        print(f"error: {line}", file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):  # nobody is there to read it
+            print(f"error: {line}", file=sys.stderr)
         return code
+
+
+def _open_streams() -> None:
+    """Put the null device where a standard stream was closed, lest a file of the run's should get its number."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))
+
+
+def _settle_streams() -> None:
+    """Let what a stream could not write go to the null device, since Python would end with a code of its own else."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def explain(error: BaseException) -> tuple[int, str]:

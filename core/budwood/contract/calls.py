@@ -14,7 +14,7 @@ from budwood.contract.discovery import PluginError
 from budwood.contract.loading import HOOKS
 from budwood.contract.results import find_problem
 from budwood.contract.strategy import Plugin, Strategy
-from budwood.errors import BudwoodError, describe, is_out_of_memory
+from budwood.errors import BudwoodError, describe, is_out_of_memory, system_error
 
 _BEFORE_STEPS = HOOKS[: HOOKS.index("prepare_batch")]
 _IN_STEP = HOOKS[HOOKS.index("prepare_batch") : HOOKS.index("after_optimizer_step") + 1]
@@ -223,7 +223,7 @@ class Calls:
         if not isinstance(owner, Plugin):
             raise error
         where = self._where(owner, plugin, hook)
-        if isinstance(error, OSError) or is_out_of_memory(error):
+        if system_error(error) or is_out_of_memory(error):
             if isinstance(owner, Strategy) and not noted(error):
                 error.add_note(f"in {where}")
             raise error
@@ -260,7 +260,7 @@ def blame(plugin: Plugin, doing: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        if isinstance(error, BudwoodError | OSError) or is_out_of_memory(error):
+        if isinstance(error, BudwoodError) or system_error(error) or is_out_of_memory(error):
             raise
         raise PluginError(
             f"{plugin}, {doing}: {describe(error)}. Report it to its author; --debug shows the traceback."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
             prompts=probe.prompts,
             base_logits=list(probe.base),
             adapter_logits=list(measure(run.model, probe.prompts, run.dtype)),
+            needs=sum(p.numel() * p.element_size() for p in run.trainable) + 2 * probe.base.nbytes + (1 << 20),
         )
     report.stop()
     report.plot(directory)
@@ -153,7 +155,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
     report.say(
         f"adapter: {directory / 'adapter'} · log: {directory / 'metrics.jsonl'} · plot: {directory / 'loss.png'}"
     )
-    name = directory.name
+    name = directory.name if re.fullmatch(r"[\w-]+", directory.name, re.ASCII) else "adapter"
     report.say(f"next: budwood generate {run.recipe.base.model} --adapter {name}={directory / 'adapter'} --prompt '…'")
     run.accelerator.wait_for_everyone()
 
@@ -168,6 +170,7 @@ def _finish_manifest(path: Path, run: Run, seconds: float, report: Report, finis
         "seconds": round(seconds, 3),
         "tokens_per_second": round(report.tokens_per_second, 1),
         "peak_memory_bytes": peak_memory(),
+        "lost": report.lost,
     }
     complete_file(path, (json.dumps(manifest, indent=2) + "\n").encode())
 

@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from budwood.adapters.files import check_folder
 from budwood.data.forms import check_rows
 from budwood.errors import InputError, ResourceError
 from budwood.model.checks import BaseInfo, check_base
+from budwood.training.lock import holder, in_use
 from budwood.training.recipe import Recipe
 
 LARGE = 64 << 20
@@ -40,12 +42,15 @@ def check_output(directory: Path, overwrite: bool, resume: bool = False) -> None
     """
     if overwrite and resume:
         raise InputError("--resume goes on with a run and --overwrite replaces it: give one of them.")
+    check_folder(directory, "output:")
     if directory.exists() and not directory.is_dir():
         raise InputError(f"output: {directory} is a file: name a folder.")
     if directory.is_dir() and any(not path.name.startswith(".") for path in directory.iterdir()):
         manifest = read_manifest(directory)
         if manifest is None:
             raise InputError(f"output: {directory} is not empty and holds no run: name another folder.")
+        if not (overwrite or resume) and (running := holder(directory)):
+            raise in_use(directory, running)
         if not (overwrite or resume or manifest.get("finished")):
             raise InputError(
                 f"output: {directory} holds a run that is not finished: go on with --resume, start over with "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
@@ -33,7 +34,11 @@ TASKS = "budwood.tasks"
 
 
 def _path(value: Any) -> Any:
-    return Path(value).expanduser() if isinstance(value, str) and value else value
+    if not isinstance(value, str) or not value:
+        return value
+    if "\0" in value or len(value) > 4096:
+        raise ValueError("no path is called so")
+    return Path(os.path.expanduser(value))
 
 
 Count = Annotated[int, Field(strict=True, gt=0)]
@@ -102,6 +107,9 @@ class TrainSection(_Section):
         "stop", description="a step whose loss or gradient is not finite ends the run, or is left out and counted"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
+    deterministic: bool = Field(
+        False, description="only kernels that give the same bits each time; on CUDA slower, elsewhere they are anyway"
+    )
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = Field(0, description="of all randomness of the run")
     trackers: Sequence[Literal["tensorboard", "wandb", "trackio"]] = Field(
         [], description="also log there (budwood[track])"

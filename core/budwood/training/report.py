@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import resource
@@ -9,14 +10,17 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from budwood.adapters.files import complete_file
+from budwood.errors import ResourceError
 from budwood.redaction import redact, redact_values
+from budwood.training.records import MetricsFile, Trackers
+from budwood.training.terminal import Terminal
 
 PLAIN_LINES = 4
 """Progress lines of a whole run where there is no terminal."""
@@ -25,20 +29,21 @@ PLAIN_LINES = 4
 class Report:
     """Speaks and writes for one run; every process but the first is `mute` and does neither.
 
-    Lines and progress go to stderr unless `quiet`. A tracker or a plot that fails is said once and never stops the run.
+    Lines and progress go to stderr unless `quiet`. A terminal, a log, a tracker or a plot that fails never stops the
+    run: it is said once, and what was lost is counted.
     """
 
     mute = False
 
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
         self.quiet = quiet
-        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self._terminal = Terminal()
+        self.console = console or Console(file=self._terminal, highlight=False, soft_wrap=True)  # type: ignore[arg-type]
         self.started = time.perf_counter()
         self._progress: Progress | None = None
         self._bar: TaskID | None = None
-        self._metrics: TextIO | None = None
-        self._accelerator: Any = None
-        self._tracking = False
+        self._metrics: MetricsFile | None = None
+        self._trackers: Trackers | None = None
         self._tokens = 0
         self._clock = 0.0
         self._total = self._first = 0
@@ -57,11 +62,9 @@ class Report:
         path = directory / "metrics.jsonl"
         if step and path.exists():
             complete_file(path, b"".join(_until(step, path.read_bytes().splitlines(keepends=True))))
-        self._metrics = path.open("a" if step else "w", encoding="utf-8")
-        self._accelerator = accelerator
+        self._metrics = MetricsFile(path, self.say, append=step > 0)
         if trackers:
-            self._safely("start", lambda: accelerator.init_trackers("budwood", config=_flat(config)))
-            self._tracking = True
+            self._trackers = Trackers(accelerator, config, self.say)
 
     def start(self, total: int, done: int = 0) -> None:
         """Begin the progress of `total` optimizer steps, `done` of them before; tokens/s are counted from here."""
@@ -103,14 +106,9 @@ class Report:
         if self._metrics is None:
             return
         finite = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
-        try:
-            self._metrics.write(json.dumps({"kind": kind, "step": step, **redact_values(finite)}) + "\n")
-            self._metrics.flush()
-        except OSError as error:
-            self.say(f"warning: metrics.jsonl cannot be written ({error.strerror}); the run goes on")
-            self._metrics = None
-        if self._tracking:
-            self._safely("log", lambda: self._accelerator.log(dict(finite), step=step))
+        self._metrics.write({"kind": kind, "step": step, **redact_values(finite)})
+        if self._trackers is not None:
+            self._trackers.log(finite, step)
 
     def stop(self) -> None:
         """End the progress bar."""
@@ -119,29 +117,29 @@ class Report:
             self._progress = None
 
     def close(self) -> None:
-        """Close metrics.jsonl and the trackers."""
+        """Close metrics.jsonl and the trackers, and say what they lack."""
         self.stop()
-        if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
-        if self._tracking:
-            self._safely("finish", self._accelerator.end_training)
-            self._tracking = False
+        for records in (self._metrics, self._trackers):
+            if records is not None:
+                records.close()
+        self._metrics = self._trackers = None
 
     def plot(self, directory: Path) -> None:
         """Draw loss.png from metrics.jsonl in `directory`."""
         if not self.mute:
             try:
                 draw_loss(directory / "metrics.jsonl", directory / "loss.png")
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, ResourceError) as error:
                 self.say(f"warning: loss.png was not drawn: {error}")
 
-    def _safely(self, doing: str, call: Any) -> None:
-        try:
-            call()
-        except Exception as error:
-            self._tracking = False
-            self.say(f"warning: tracking stopped ({doing}: {type(error).__name__}: {error}); the run goes on")
+    @property
+    def lost(self) -> dict[str, int]:
+        """What was lost up to now, counted: lines of the terminal, records of metrics.jsonl and of each tracker."""
+        records = self._metrics.lost if self._metrics is not None else 0
+        trackers = self._trackers.lost if self._trackers is not None else {}
+        found = {"terminal lines": self._terminal.lost, "metrics.jsonl records": records}
+        found |= {f"{name} records": count for name, count in trackers.items()}
+        return {name: count for name, count in found.items() if count}
 
 
 def _until(step: int, lines: Sequence[bytes]) -> Iterator[bytes]:
@@ -150,13 +148,20 @@ def _until(step: int, lines: Sequence[bytes]) -> Iterator[bytes]:
     An evaluation of that very step is made again. A line that a killed process left half written is dropped.
     """
     for line in lines:
+        for record in _records([line]):
+            if record["step"] <= step - (record["kind"] != "step") and line.endswith(b"\n"):
+                yield line
+
+
+def _records(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
+    """The records of metrics.jsonl, without lines that are none."""
+    for line in lines:
         try:
             record = json.loads(line)
-            kept = record["step"] <= step - (record["kind"] != "step")
-        except (ValueError, KeyError, TypeError):
+        except ValueError:
             continue
-        if kept and line.endswith(b"\n"):
-            yield line
+        if isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record:
+            yield record
 
 
 def draw_loss(metrics: Path, picture: Path) -> None:
@@ -164,7 +169,7 @@ def draw_loss(metrics: Path, picture: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    records = list(_records(metrics.read_bytes().splitlines()))
     train = [(r["step"], r["loss"]) for r in records if r["kind"] == "step" and "loss" in r]
     evaluated = [(r["step"], r["eval_loss"]) for r in records if r["kind"] == "evaluation" and "eval_loss" in r]
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
@@ -185,7 +190,9 @@ def draw_loss(metrics: Path, picture: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(picture)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    complete_file(picture, drawn.getvalue())
 
 
 def peak_memory() -> int:
@@ -204,15 +211,3 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = (
-                value if isinstance(value, int | float | str | bool) else json.dumps(value, default=str)
-            )
-    return flat

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while a run lasts: what is under way ends in a state that can be gone on from."""
+"""Signals while a run lasts: what is under way ends in a state that can be gone on from."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ class Signals:
             yield
             return
         previous = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        if hasattr(signal, "SIGHUP"):  # a terminal that goes away takes no run with it
+            previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         try:
             yield
         finally:

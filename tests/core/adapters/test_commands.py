@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from budwood import AdapterPool
+from budwood.adapters.store import sealed
 from budwood.cli.app import run
 
 
@@ -164,6 +165,6 @@ def test_control_codes_in_an_adapter_do_not_reach_the_terminal(saved, tmp_path, 
     folder = shutil.copytree(saved, tmp_path / "a")
     manifest = json.loads((folder / "budwood.json").read_text())
     manifest["base"]["name"] = "\x1b[2Jtiny"
-    (folder / "budwood.json").write_text(json.dumps(manifest))
+    (folder / "budwood.json").write_text(sealed(manifest))
     assert run(["adapter", "info", str(folder)]) == 0
     assert "\x1b" not in capsys.readouterr().out

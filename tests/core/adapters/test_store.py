@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from budwood import CorruptError, InputError, check_adapter_tensors
+from budwood import CorruptError, InputError, ResourceError, check_adapter_tensors
 from budwood.adapters import store
 from budwood.adapters.files import sha256
 
@@ -20,14 +20,15 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def edit_json(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    values = json.loads(path.read_text()) | changes
+    path.write_text(store.sealed(values) if path.name == "budwood.json" else json.dumps(values))
 
 
 def rehash(folder: Path) -> None:
     """Make budwood.json agree with altered files, as whoever alters with care would."""
     manifest = json.loads((folder / "budwood.json").read_text())
     manifest["files"] = {name: sha256(folder / name) for name in manifest["files"]}
-    (folder / "budwood.json").write_text(json.dumps(manifest))
+    (folder / "budwood.json").write_text(store.sealed(manifest))
 
 
 def test_what_is_written_reads_back(small):
@@ -162,7 +163,7 @@ def test_another_base_is_the_users_input_and_can_be_allowed(small):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"format": 2}, "format 2"),
+        ({"format": 3}, "format 3"),
         ({"format": "x" * 1000}, "format"),
         ({"files": {"../../etc/passwd": "0"}}, "no hash for"),
         ({"base": "tiny"}, "base"),
@@ -178,11 +179,26 @@ def test_a_manifest_that_lies_is_corrupt(small, change, what):
     assert "\n" not in str(error.value)
 
 
+def test_a_flipped_byte_of_budwood_json_is_noticed_wherever_it_is(small):
+    path = small / "budwood.json"
+    data = path.read_bytes()
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(CorruptError, match="budwood.json"):
+            store.read_adapter(small, hashes=False)
+
+
+def test_budwood_json_cannot_go_unnoticed(small):
+    (small / "budwood.json").unlink()
+    with pytest.raises(CorruptError, match="budwood.json: is missing"):
+        store.read_adapter(small)
+
+
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "missing", "~/x", "x" * 5000, "a\0b"])
 def test_files_outside_the_adapter_are_not_read(small, name):
     manifest = json.loads((small / "budwood.json").read_text())
     edit_json(small / "budwood.json", files=manifest["files"] | {name: "0" * 64})
-    with pytest.raises(CorruptError, match="no file of the adapter"):
+    with pytest.raises(CorruptError, match="no file of the adapter|cannot hold|leads out"):
         store.read_adapter(small)
 
 
@@ -192,8 +208,13 @@ def test_a_kind_that_is_not_installed_names_its_distribution(small):
         store.read_adapter(small)
 
 
+def as_stock_peft(folder: Path) -> None:
+    (folder / "budwood.json").unlink()
+    (folder / "golden.safetensors").unlink()
+
+
 def test_an_adapter_of_stock_peft_has_its_kind_from_its_config(small):
-    (small / "budwood.json").unlink()
+    as_stock_peft(small)
     saved = store.read_adapter(small, base_fingerprint="e" * 64)
     assert saved.kind == "lora"
     assert saved.manifest is None
@@ -202,7 +223,7 @@ def test_an_adapter_of_stock_peft_has_its_kind_from_its_config(small):
 
 @pytest.mark.parametrize(("peft_type", "error"), [("MOSS", InputError), (None, CorruptError), ([1], CorruptError)])
 def test_a_type_that_nobody_reads_is_refused(small, peft_type, error):
-    (small / "budwood.json").unlink()
+    as_stock_peft(small)
     edit_json(small / "adapter_config.json", peft_type=peft_type)
     with pytest.raises(error):
         store.read_adapter(small)
@@ -243,3 +264,17 @@ def test_tensors_must_be_those_that_are_expected():
         check_adapter_tensors({"a.lora_B.weight": (2, 3), "b": (1,), "c": (2,)}, tensors)
     with pytest.raises(CorruptError, match=r"'b' is \[1\]; config and base call for \[2\]"):
         check_adapter_tensors({"a.lora_A.weight": (2, 3), "b": (2,)}, tensors)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS, "golden.safetensors", "budwood.json"])
+def test_an_adapter_whose_files_lie_elsewhere_is_corrupt(small, tmp_path, name):
+    (small / name).rename(tmp_path / "elsewhere")
+    (small / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CorruptError, match=f"{name}: leads out of its folder"):
+        store.read_adapter(small)
+
+
+def test_tensors_larger_than_memory_are_not_read(small, monkeypatch):
+    monkeypatch.setattr(store.os, "sysconf", lambda name: 7)
+    with pytest.raises(ResourceError, match="64 bytes of tensors are more than this machine's memory"):
+        store.read_adapter(small).load_tensors()

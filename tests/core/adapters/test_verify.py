@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from budwood import CorruptError, InputError
 from budwood.adapters.files import sha256
 from budwood.adapters.golden import Distance, Golden, comparable
-from budwood.adapters.store import GoldenRecord
+from budwood.adapters.store import GoldenRecord, sealed
 from budwood.adapters.verify import verify
 
 
@@ -93,7 +93,7 @@ def test_the_threads_of_the_record_are_used_and_put_back(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "a")
     manifest = json.loads((saved / "budwood.json").read_text())
     manifest["golden"]["threads"] = 10**9
-    (tmp_path / "a" / "budwood.json").write_text(json.dumps(manifest))
+    (tmp_path / "a" / "budwood.json").write_text(sealed(manifest))
     before = torch.get_num_threads()
     assert verify(tmp_path / "a").exact
     assert torch.get_num_threads() == before
@@ -107,7 +107,7 @@ def alter(saved, to, name: str, change) -> None:
     save_file(tensors, to / name)
     manifest = json.loads((to / "budwood.json").read_text())
     manifest["files"][name] = sha256(to / name)
-    (to / "budwood.json").write_text(json.dumps(manifest))
+    (to / "budwood.json").write_text(sealed(manifest))
 
 
 def test_weights_that_answer_otherwise_are_corrupt(saved, tmp_path):
@@ -153,6 +153,6 @@ def test_what_cannot_be_verified_is_said_before_a_base_loads(saved, stock, tiny_
     shutil.copytree(saved, tmp_path / "a")
     manifest = json.loads((saved / "budwood.json").read_text())
     manifest["base"]["name"] = str(tmp_path / "moved")
-    (tmp_path / "a" / "budwood.json").write_text(json.dumps(manifest))
+    (tmp_path / "a" / "budwood.json").write_text(sealed(manifest))
     with pytest.raises(InputError, match="--base says where it is now"):
         verify(tmp_path / "a")

@@ -201,7 +201,10 @@ def test_a_failing_tracker_never_stops_the_run(make_recipe: Make, capsys: object
     monkeypatch.setattr(setup, "get_available_trackers", lambda: ["tensorboard"])
     monkeypatch.setattr(Accelerator, "init_trackers", fail)
     run = tune(make_recipe(train={"trackers": ["tensorboard"]}))
-    assert "warning: tracking stopped (start: ConnectionError: no route to the tracker)" in capsys.readouterr().err
+    assert (
+        "warning: no tracker is used: they did not start (ConnectionError: no route to the tracker)"
+        in capsys.readouterr().err
+    )
     assert adapter(run)
 
 

@@ -12,6 +12,7 @@ import pytest
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from budwood import BudwoodError, CorruptError, InputError, Plan, Run
+from budwood.adapters.store import sealed
 from budwood.training.loop import tune
 from budwood.training.recipe import build_composition
 
@@ -153,7 +154,7 @@ def test_an_adapter_of_another_base_task_or_kind(
     own = run_it(None, "second").directory / "adapter"
     assert "is for causal-lm, not sequence-classification" in refused({"teacher": f"base+{own}"}, labels=LABELS)
     manifest = json.loads((own / "budwood.json").read_text())
-    (own / "budwood.json").write_text(json.dumps({**manifest, "kind": "distillation"}))
+    (own / "budwood.json").write_text(sealed({**manifest, "kind": "distillation"}))
     message = refused({"teacher": f"base+{own}"})
     assert "is of the kind 'distillation' and the run's is 'lora'" in message and "budwood adapter merge" in message
 

@@ -1,0 +1,114 @@
+"""Where a run's numbers go: metrics.jsonl and the trackers. Neither can stop a run; what they lack is counted."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from budwood.errors import describe
+
+Say = Callable[[str], None]
+
+
+class MetricsFile:
+    """metrics.jsonl, a JSON object a line. A line that the disk does not take leaves nothing behind.
+
+    Raises (on construction):
+        OSError: it cannot be made.
+    """
+
+    def __init__(self, path: Path, say: Say, append: bool = False) -> None:
+        self.path, self._say, self.lost = path, say, 0
+        self._file = path.open("ab" if append else "wb", buffering=0)
+        self._end = self._file.seek(0, 2)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Add a line, or count it as lost; the first loss is said."""
+        line = json.dumps(record).encode() + b"\n"
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+            self._end = self._file.tell()
+        except OSError as error:
+            self.lost += 1
+            if self.lost == 1:
+                why = error.strerror or error
+                self._say(f"warning: {self.path} cannot be written ({why}); the run goes on, and counts what is lost")
+            self._take_back()
+
+    def _take_back(self) -> None:
+        """Cut off what was written of a line, so that the next one stands alone."""
+        with contextlib.suppress(OSError):  # a reader skips a line that is no JSON
+            self._file.truncate(self._end)
+            self._file.seek(self._end)
+
+    def close(self) -> None:
+        """Close the file, and say how much it lacks."""
+        try:
+            self._file.close()
+        except OSError as error:
+            self._say(f"warning: {self.path} may lack its last lines ({error.strerror or error})")
+        if self.lost:
+            self._say(f"warning: {self.path} lacks {self.lost} records, which could not be written")
+
+
+class Trackers:
+    """The trackers of a run, each by itself. One that fails is asked again after 1, 2, 4, … records."""
+
+    def __init__(self, accelerator: Any, config: Mapping[str, Any], say: Say) -> None:
+        self._say = say
+        self.lost: dict[str, int] = {}
+        self._wait: dict[str, int] = {}
+        self._failures: dict[str, int] = {}
+        self._trackers: dict[str, Any] = {}
+        try:
+            accelerator.init_trackers("budwood", config=flat(config))
+        except Exception as error:
+            say(f"warning: no tracker is used: they did not start ({describe(error)}); the run goes on")
+            return
+        self._trackers = {tracker.name: tracker for tracker in accelerator.trackers}
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Tell every tracker; the first failure of each is said."""
+        for name, tracker in self._trackers.items():
+            if self._wait.get(name, 0) > 0:
+                self._wait[name] -= 1
+                self.lost[name] = self.lost.get(name, 0) + 1
+                continue
+            try:
+                tracker.log(dict(values), step=step)
+                self._failures[name] = 0
+            except Exception as error:
+                if name not in self.lost:
+                    self._say(
+                        f"warning: tracker {name} failed ({describe(error)}); the run goes on, and counts what is lost"
+                    )
+                self.lost[name] = self.lost.get(name, 0) + 1
+                self._wait[name] = 2 ** self._failures.get(name, 0)
+                self._failures[name] = self._failures.get(name, 0) + 1
+
+    def close(self) -> None:
+        """Finish the trackers, and say what they lack."""
+        for name, tracker in self._trackers.items():
+            try:
+                tracker.finish()
+            except Exception as error:
+                self._say(f"warning: tracker {name} did not finish ({describe(error)})")
+            if name in self.lost:
+                self._say(f"warning: tracker {name} lacks {self.lost[name]} records")
+        self._trackers = {}
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values as "section.field": value, each a number, a text, or JSON."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            plain = isinstance(value, int | float | str | bool)
+            found[prefix + key] = value if plain else json.dumps(value, default=str)
+    return found

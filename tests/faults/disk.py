@@ -1,0 +1,125 @@
+"""The N-th operation on the disk fails: open, write, fsync, rename, mkdir; with EIO once, or ENOSPC from then on."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from budwood.adapters import files
+
+ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC}
+
+
+class Disk:
+    """Counts the operations below `root` and fails from the N-th on; 0: none fails.
+
+    An EIO is of one operation. A full disk stays full: all that needs room fails too from then on, while a rename
+    works. A write that fails has written half.
+    """
+
+    def __init__(self, root: Path, fail_at: int = 0, error: str = "EIO") -> None:
+        self.root, self.fail_at, self.error = str(root), fail_at, error
+        self.count = 0
+        self.failed: list[str] = []
+        """What failed: operation and file."""
+
+    def fails(self, operation: str, path: Any) -> bool:
+        """Count an operation; whether it shall fail."""
+        if not str(path).startswith(self.root):
+            return False
+        self.count += 1
+        again = self.error == "ENOSPC" and self.failed and operation != "rename"
+        if not (again or self.count == self.fail_at):
+            return False
+        self.failed.append(f"{operation} {Path(str(path)).relative_to(self.root)}")
+        return True
+
+    def strike(self, operation: str, path: Any) -> None:
+        """Raise where the operation shall fail."""
+        if self.fails(operation, path):
+            raise self.exception(path)
+
+    def exception(self, path: Any) -> OSError:
+        """As the system raises it."""
+        return OSError(ERRORS[self.error], os.strerror(ERRORS[self.error]), str(path))
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """Stand between the process and the system inside the context."""
+        fsync, rename, replace, mkdir, opened = os.fsync, os.rename, os.replace, os.mkdir, io.open
+        exchange, save_file = files._exchange, safetensors.torch.save_file
+
+        def fsync_(descriptor: int) -> None:
+            self.strike("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
+            fsync(descriptor)
+
+        def rename_(source: Any, target: Any, **kwargs: Any) -> None:
+            self.strike("rename", target)
+            rename(source, target, **kwargs)
+
+        def replace_(source: Any, target: Any, **kwargs: Any) -> None:
+            self.strike("rename", target)
+            replace(source, target, **kwargs)
+
+        def exchange_(first: Path, second: Path) -> bool:
+            self.strike("rename", second)
+            return exchange(first, second)
+
+        def mkdir_(path: Any, *args: Any, **kwargs: Any) -> None:
+            self.strike("mkdir", path)
+            mkdir(path, *args, **kwargs)
+
+        def open_(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            writes = isinstance(file, str | os.PathLike) and set(mode) & set("wax+")
+            if writes:
+                self.strike("open", os.fspath(file))
+            found = opened(file, mode, *args, **kwargs)
+            if writes:
+                self._watch(found, os.fspath(file))
+            return found
+
+        def save_file_(tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> None:
+            # Written in Rust to a temporary file beside, which goes away when that fails; the error has this text.
+            if self.fails("write", filename):
+                why = self.exception(filename)
+                raise SafetensorError(f"Error while serializing: I/O error: {why.strerror} (os error {why.errno})")
+            save_file(tensors, filename, *args, **kwargs)
+
+        with ExitStack() as stack:
+            for owner, name, function in (
+                (os, "fsync", fsync_), (os, "rename", rename_), (os, "replace", replace_), (os, "mkdir", mkdir_),
+                (io, "open", open_), (builtins, "open", open_), (files, "_exchange", exchange_),
+                *((module, "save_file", save_file_) for module in _importers(save_file)),
+            ):  # fmt: skip
+                stack.enter_context(mock.patch.object(owner, name, function))
+            yield
+
+    def _watch(self, file: Any, path: str) -> None:
+        """Let the writes of an open file fail, halfway."""
+        write = file.write
+
+        def write_(data: Any) -> Any:
+            if self.fails("write", path):
+                write(data[: len(data) // 2])
+                file.flush()
+                raise self.exception(path)
+            return write(data)
+
+        file.write = write_
+
+
+def _importers(function: Any) -> list[Any]:
+    """Every module that holds `function` under its name."""
+    name = function.__name__
+    return [module for module in list(sys.modules.values()) if vars(module).get(name) is function]

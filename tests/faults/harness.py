@@ -1,0 +1,200 @@
+"""What the faults are tried on: runs forked from a process that has loaded everything, so that each costs a second.
+
+The parent computes nothing and starts no thread; a child may be killed, or have its disk fail, at any instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import random
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from tests.conftest import make_base
+from tests.core.training.conftest import write_rows
+
+from budwood.adapters.store import read_adapter
+from budwood.errors import BudwoodError
+from budwood.training.checkpoint import FOLDER, read_checkpoint, steps_in
+from budwood.training.loop import tune
+from budwood.training.recipe import Recipe
+
+PRELOADED = (
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "PIL.PngImagePlugin",
+    "transformers.models.llama.modeling_llama",
+    "budwood_lora",
+    "budwood_adalora",
+    "budwood_adversarial",
+    "budwood_distillation",
+)
+STRATEGIES = Path(__file__).parent / "strategies"
+TRAIN = {
+    "steps": 6, "batch_examples": 8, "micro_tokens": 128, "learning_rate": 1e-2, "precision": "fp32",
+    "schedule": "linear", "warmup": 1, "eval_generate": 0, "eval_every": 2, "save_every": 1,
+}  # fmt: skip
+METHODS: dict[str, list[Any]] = {
+    "lora, dropout": [{"lora": {"rank": 4, "dropout": 0.1}}],
+    "adalora, fgm": [
+        {"adalora": {"initial_rank": 4, "target_rank": 2, "initial_phase": 1, "final_phase": 2, "interval": 1}},
+        {"adversarial": {"method": "fgm", "epsilon": 0.5}},
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One fault that was tried: of which kind, what exactly, and "" or what was lost."""
+
+    kind: str
+    what: str
+    lost: str = ""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a forked run ended: its exit code (-9: killed), what it said, and the text of its error."""
+
+    code: int
+    said: str = ""
+    error: str = ""
+
+
+class Shop:
+    """A folder with a tiny base, data, and runs on them."""
+
+    def __init__(self, folder: Path) -> None:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        torch.set_num_threads(1)
+        sys.path.insert(0, str(STRATEGIES))
+        for name in PRELOADED:
+            importlib.import_module(name)
+        self.folder = folder
+        self.base = folder / "base"
+        self.train = write_rows(folder / "train.jsonl")
+        self.eval = write_rows(folder / "eval.jsonl", 8, seed=1)
+        self.finish(self.fork(lambda: make_base(self.base)))
+        self._references: dict[str, Path] = {}
+
+    def recipe(self, method: str, output: str, strategies: list[Any] | None = None, **train: Any) -> Recipe:
+        """A recipe of a few steps, saved after each."""
+        return Recipe.from_dict(
+            {
+                "base": {"model": str(self.base), "quantization": "none"},
+                "data": {"train": str(self.train), "eval": str(self.eval), "max_length": 128},
+                "strategies": [*METHODS[method], *(strategies or [])],
+                "train": {**TRAIN, **train},
+                "output": str(self.folder / output),
+            }
+        )
+
+    def fork(self, work: Callable[[], Any]) -> tuple[int, Path]:
+        """Start `work` in a process of its own; `finish` waits for it."""
+        report = self.folder / f"ended-{random.getrandbits(64):x}.json"
+        pid = os.fork()
+        if pid:
+            return pid, report
+        said, error, code = io.StringIO(), "", 0
+        try:
+            with redirect_stderr(said):
+                work()
+        except BudwoodError as failure:
+            code, error = failure.exit_code, str(failure)
+        except BaseException:
+            code, error = 1, traceback.format_exc()
+        try:
+            report.write_text(json.dumps([said.getvalue(), error]))
+        finally:
+            os._exit(code)
+
+    def finish(self, started: tuple[int, Path]) -> Ended:
+        """Wait for a forked process."""
+        pid, report = started
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        said, error = json.loads(report.read_text()) if code >= 0 and report.exists() else ("", "")
+        report.unlink(missing_ok=True)
+        return Ended(code, said, error)
+
+    def tune(self, recipe: Recipe, **options: Any) -> Ended:
+        """Run a recipe in a process of its own to its end."""
+        return self.finish(self.fork(lambda: tune(recipe, **options)))
+
+    def reference(self, method: str) -> Path:
+        """Folder of the uninterrupted run of a method."""
+        if method not in self._references:
+            name = f"whole-{len(self._references)}"
+            ended = self.tune(self.recipe(method, name))
+            if ended.code:
+                raise RuntimeError(f"the uninterrupted run failed: {ended.error}")
+            self._references[method] = self.folder / name
+        return self._references[method]
+
+    def compare(self, method: str, output: Path) -> str:
+        """ "" where a run ended with the uninterrupted one's bytes and numbers, else what differs."""
+        whole = self.reference(method)
+        for name in ("adapter_model.safetensors", "adapter_config.json", "golden.safetensors"):
+            if (output / "adapter" / name).read_bytes() != (whole / "adapter" / name).read_bytes():
+                return f"{name} differs from the uninterrupted run's"
+        if records(output) != records(whole):
+            return "metrics.jsonl differs from the uninterrupted run's"
+        return ""
+
+    def remove(self, output: Path) -> None:
+        """Make room."""
+        shutil.rmtree(output, ignore_errors=True)
+
+
+def records(directory: Path) -> list[dict[str, Any]]:
+    """Every logged number but those of the clock."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
+
+
+def unsound(directory: Path) -> str:
+    """ "" where all that a reader finds in a run's folder is complete, else what is not."""
+    for path in steps_in(directory / FOLDER).values():
+        try:
+            read_checkpoint(path).load()
+        except Exception as error:
+            return f"{path.name}: {error}"
+    if (directory / "adapter").exists():
+        try:
+            read_adapter(directory / "adapter").load_tensors()
+            load_file(directory / "adapter" / "golden.safetensors")
+        except Exception as error:
+            return f"adapter: {error}"
+    for name in ("manifest.json",):
+        try:
+            json.loads((directory / name).read_text() if (directory / name).exists() else "{}")
+        except ValueError as error:
+            return f"{name}: {error}"
+    return ""
+
+
+def tally(outcomes: Iterator[Outcome] | list[Outcome]) -> tuple[str, int]:
+    """The table of faults by kind, and how many were lost; what was lost is listed below it."""
+    kinds: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        kinds.setdefault(outcome.kind, []).append(outcome)
+    rows = [("fault", "tried", "survived", "lost")]
+    lost = [outcome for found in kinds.values() for outcome in found if outcome.lost]
+    for kind, found in kinds.items():
+        bad = sum(bool(outcome.lost) for outcome in found)
+        rows.append((kind, str(len(found)), str(len(found) - bad), str(bad)))
+    total = sum(map(len, kinds.values()))
+    rows.append(("all", str(total), str(total - len(lost)), str(len(lost))))
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{name:{width}}  {tried:>6}  {survived:>8}  {bad:>5}" for name, tried, survived, bad in rows]
+    return "\n".join([*lines, *(f"lost: {o.kind}: {o.what}: {o.lost}" for o in lost)]), len(lost)

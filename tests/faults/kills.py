@@ -1,0 +1,114 @@
+"""SIGKILL at random instants, half of them inside a save; then resumed, perhaps killed again, and compared."""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from budwood.training import checkpoint
+from budwood.training.loop import tune
+from budwood.training.recipe import Recipe
+
+from .harness import METHODS, Outcome, Shop, unsound
+
+CHAIN = 3
+"""At most so many kills before a run is let through to its end."""
+
+
+def kills(shop: Shop, count: int, seed: int = 0) -> Iterator[Outcome]:
+    """`count` kills, each an outcome once the run that it hit has been gone on with to its end."""
+    draw, done, chain = random.Random(seed), 0, 0
+    methods = list(METHODS)
+    length = {method: _seconds(shop, method) for method in methods}
+    while done < count:
+        method = methods[chain % len(methods)]
+        recipe = shop.recipe(method, f"killed-{chain}")
+        planned = min(draw.randint(1, CHAIN), count - done)
+        hit: list[tuple[str, str]] = []
+        lost = ""
+        for _ in range(planned):
+            inside = draw.random() < 0.5
+            at = _kill(shop, recipe, draw, length[method], inside)
+            if at:
+                hit.append(("SIGKILL inside a save" if "save" in at else "SIGKILL at a random instant", at))
+            lost = lost or unsound(recipe.output)
+            if lost:
+                break
+        if not lost:
+            ended = shop.tune(recipe, resume=True)
+            lost = f"the resume ended with {ended.code}: {ended.error}" if ended.code else ""
+            lost = lost or shop.compare(method, recipe.output) or _leftovers(recipe.output)
+        for kind, at in hit:
+            yield Outcome(kind, f"{method}, {at} (chain {chain}, seed {seed})", lost)
+        done, chain = done + len(hit), chain + 1
+        shop.remove(recipe.output)
+
+
+def _seconds(shop: Shop, method: str) -> float:
+    """How long an uninterrupted run takes here and now."""
+    shop.reference(method)
+    recipe, start = shop.recipe(method, "timed"), time.monotonic()
+    shop.tune(recipe)
+    shop.remove(recipe.output)
+    return time.monotonic() - start
+
+
+def _kill(shop: Shop, recipe: Recipe, draw: random.Random, seconds: float, inside: bool) -> str:
+    """Go on with a run and kill it; returns at which instant, "" where it was over before.
+
+    Inside a save: the child tells when one begins, and dies up to as much later as one takes.
+    """
+    reading, writing = os.pipe()
+    chosen = draw.randint(1, 6)
+
+    def work() -> None:
+        os.close(reading)
+        if inside:
+            _tell_saves(writing)
+        tune(recipe, resume=True)
+
+    started = shop.fork(work)
+    os.close(writing)
+    begun = time.monotonic()
+    at = f"after {(delay := draw.uniform(0, seconds)):.3f} s"
+    try:
+        if inside:
+            saves = 0
+            while saves < chosen and select.select([reading], [], [], 60)[0] and os.read(reading, 1):
+                saves += 1
+            delay = draw.uniform(0, 0.02)
+            at = f"{delay * 1000:.1f} ms into save {saves}"
+            time.sleep(delay)
+        else:
+            while time.monotonic() < begun + delay and not select.select([reading], [], [], 0.002)[0]:
+                pass  # readable: the child is gone
+    finally:
+        os.close(reading)
+    os.kill(started[0], signal.SIGKILL)
+    return at if shop.finish(started).code == -signal.SIGKILL else ""
+
+
+def _tell_saves(pipe: int) -> None:
+    """Write a byte when a checkpoint begins to be written, and when an adapter does."""
+    from budwood.adapters import store
+
+    for module in (checkpoint, store):
+        whole: Any = module.complete_directory
+
+        def begin(*args: Any, whole: Any = whole, **kwargs: Any) -> Any:
+            os.write(pipe, b".")
+            return whole(*args, **kwargs)
+
+        module.complete_directory = begin  # type: ignore[attr-defined]
+
+
+def _leftovers(directory: Path) -> str:
+    """Nothing half-made may stay behind once a run has gone through."""
+    left = [str(p.relative_to(directory)) for p in directory.rglob(".*")]
+    return f"left behind: {', '.join(left)}" if left else ""

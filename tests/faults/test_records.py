@@ -1,0 +1,133 @@
+"""The log, the trackers, the terminal and the clock fail: the run goes on, and what was lost is said and counted."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from budwood.training import records, report
+from budwood.training.loop import tune
+
+from .test_memory import distance, tensors
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A device that is always full, in the place of metrics.jsonl."""
+    (tmp_path / "full").symlink_to("/dev/full")
+    whole = records.MetricsFile
+    monkeypatch.setattr(report, "MetricsFile", lambda path, say, append: whole(tmp_path / "full", say, append))
+    return tmp_path / "full"
+
+
+def test_a_full_disk_of_the_log_does_not_stop_the_run(make_recipe: Make, full_disk: Path, capsys: Any) -> None:
+    run = tune(make_recipe(evaluate=True))
+    said = capsys.readouterr().err
+    assert said.count("cannot be written (No space left on device); the run goes on") == 1
+    assert "lacks 6 records" in said  # four steps and two evaluations
+    assert json.loads((run.directory / "manifest.json").read_text())["lost"] == {"metrics.jsonl records": 6}
+    assert tensors(run.directory)
+
+
+def test_a_line_that_the_disk_takes_half_leaves_nothing_behind(tmp_path: Path) -> None:
+    said: list[str] = []
+    log = records.MetricsFile(tmp_path / "metrics.jsonl", said.append)
+    log.write({"step": 1})
+    whole, log._file = log._file, SimpleNamespace(
+        write=lambda data: whole.write(data[:4]) if len(data) > 8 else _raise(errno.ENOSPC),
+        truncate=lambda size: whole.truncate(size), seek=lambda at: whole.seek(at), tell=lambda: whole.tell(),
+    )  # fmt: skip
+    log.write({"step": 2})
+    log._file = whole
+    log.write({"step": 3})
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 3}\n'
+    assert "lacks 1 records" in said[-1]
+
+
+def _raise(code: int) -> int:
+    raise OSError(code, os.strerror(code))
+
+
+class Tracker:
+    """Fails at the calls that are named."""
+
+    def __init__(self, name: str, fails: set[int]) -> None:
+        self.name, self.fails, self.calls, self.seen = name, fails, 0, []
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.calls += 1
+        if self.calls in self.fails:
+            raise ConnectionError("no route to the tracker")
+        self.seen.append(step)
+
+    def finish(self) -> None:
+        raise ConnectionError("gone for good")
+
+
+def test_a_tracker_that_fails_is_asked_again_and_takes_no_other_with_it() -> None:
+    said: list[str] = []
+    bad, good = Tracker("bad", {2, 3}), Tracker("good", set())
+    accelerator = SimpleNamespace(init_trackers=lambda *args, **kwargs: None, trackers=[bad, good])
+    trackers = records.Trackers(accelerator, {"train": {"steps": 3}}, said.append)
+    for step in range(1, 11):
+        trackers.log({"loss": 1.0}, step)
+    assert good.seen == list(range(1, 11))
+    assert bad.seen == [1, 7, 8, 9, 10]  # lost: 2, then one unasked, 4, then two unasked
+    assert trackers.lost == {"bad": 5}
+    trackers.close()
+    assert [line for line in said if "bad" in line] == [
+        "warning: tracker bad failed (ConnectionError: no route to the tracker); the run goes on, "
+        "and counts what is lost",
+        "warning: tracker bad did not finish (ConnectionError: gone for good)",
+        "warning: tracker bad lacks 5 records",
+    ]
+
+
+def test_a_pipe_that_nobody_reads_any_more_does_not_stop_the_run(
+    make_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, writing = os.pipe()
+    stream = os.fdopen(writing, "w", buffering=1)
+    monkeypatch.setattr(sys, "stderr", stream)
+    os.close(reading)
+    run = tune(make_recipe())
+    lost = json.loads((run.directory / "manifest.json").read_text())["lost"]
+    assert lost["terminal lines"] >= 6
+    monkeypatch.undo()
+    with pytest.raises(BrokenPipeError):
+        stream.close()
+
+
+@pytest.mark.parametrize("stream", [None, "closed"])
+def test_without_a_stderr_the_run_goes_on(make_recipe: Make, monkeypatch: pytest.MonkeyPatch, stream: Any) -> None:
+    if stream:
+        stream = open(os.devnull, "w")  # noqa: SIM115
+        stream.close()
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert tensors(tune(make_recipe()).directory)
+
+
+def test_a_clock_that_is_set_back_changes_nothing(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tune(make_recipe("whole", evaluate=True, train={"eval_every": 1, "save_every": 1}), quiet=True)
+    now = [2e9]
+
+    def back() -> float:
+        now[0] -= 3600.0
+        return now[0]
+
+    monkeypatch.setattr(time, "time", back)
+    run = tune(make_recipe("back", evaluate=True, train={"eval_every": 1, "save_every": 1}), quiet=True)
+    assert distance(whole.directory, run.directory) == 0
+    assert json.loads((run.directory / "manifest.json").read_text())["seconds"] > 0
