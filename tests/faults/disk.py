@@ -6,6 +6,8 @@ import builtins
 import errno
 import io
 import os
+import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +19,10 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from budwood.adapters import files
+from budwood.training import loop
+from budwood.training.loop import tune
+
+from .harness import Ended, Outcome, Shop, unsound
 
 ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC}
 
@@ -123,3 +129,82 @@ def _importers(function: Any) -> list[Any]:
     """Every module that holds `function` under its name."""
     name = function.__name__
     return [module for module in list(sys.modules.values()) if vars(module).get(name) is function]
+
+
+def failing_disk(shop: Shop, every: int = 1) -> Iterator[Outcome]:
+    """Let every (or every n-th) operation of a run fail: of a new one, and of one that is gone on with."""
+    method = "lora, dropout"
+    shop.reference(method)
+    old = shop.recipe(method, "stopped")
+    shop.finish(shop.fork(lambda: _die_in_step(old, 4)))
+    cases = {"a new run": None, "a resumed run": old.output}
+    for exchange in (True, False):
+        for case, start in cases.items():
+            total = int(_attempt(shop, method, start, 0, "EIO", exchange)[1][0])
+            for error in ERRORS:
+                for number in range(1 + (every > 1), total + 1, every):
+                    yield _outcome(shop, method, case, start, number, error, exchange)
+        cases = {"a resumed run, folders that cannot be exchanged": old.output}
+
+
+def _outcome(
+    shop: Shop, method: str, case: str, start: Path | None, number: int, error: str, exchange: bool
+) -> Outcome:
+    output = shop.folder / "failing"
+    ended, (_, *failed) = _attempt(shop, method, start, number, error, exchange)
+    what = f"{case}, operation {number}: {failed[0] if failed else 'none'}"
+    kind = f"{error}: {failed[0].split(' ')[0]}" if failed else error
+    lost = "" if failed else "no operation failed"
+    if ended.code not in (0, 3):
+        lost = f"exit code {ended.code}: {ended.error}"
+    if ended.code == 3 and error == "ENOSPC" and not re.search(r"\d bytes", ended.error):
+        lost = f"the bytes needed are not said: {ended.error}"
+    if ended.code == 0 and not ended.said.count("warning"):
+        lost = "nothing was said of it"
+    lost = lost or unsound(output)
+    if not lost:
+        again = shop.tune(shop.recipe(method, "failing"), resume=True)
+        lost = f"the resume ended with {again.code}: {again.error}" if again.code else ""
+    lost = lost or shop.compare(method, output, numbers=False)
+    shop.remove(output)
+    return Outcome(kind, what, lost)
+
+
+def _attempt(
+    shop: Shop, method: str, start: Path | None, number: int, error: str, exchange: bool
+) -> tuple[Ended, list[str]]:
+    """Run, or go on from a copy of `start`, with the N-th operation failing; returns also the count and what failed."""
+    recipe = shop.recipe(method, "failing")
+    if start is not None:
+        shutil.copytree(start, recipe.output, dirs_exist_ok=True)
+    note = shop.folder / "operations.txt"
+
+    def work() -> None:
+        disk = Disk(recipe.output, number, error)
+        try:
+            with ExitStack() as stack:
+                if not exchange:
+                    stack.enter_context(mock.patch.object(files, "_exchange", lambda first, second: False))
+                stack.enter_context(disk.failing())
+                tune(recipe, resume=start is not None)
+        finally:
+            note.write_text("\n".join([str(disk.count), *disk.failed]))
+
+    ended = shop.finish(shop.fork(work))
+    found = note.read_text().splitlines()
+    if not number:
+        shop.remove(recipe.output)
+    return ended, found
+
+
+def _die_in_step(recipe: Any, step: int) -> None:
+    """Leave a run as a kill in the middle of a step leaves it."""
+    whole = loop.sum_gradients
+
+    def die(run: Any) -> None:
+        if run.step == step:
+            os._exit(9)
+        whole(run)
+
+    with mock.patch.object(loop, "sum_gradients", die):
+        tune(recipe)
