@@ -61,7 +61,10 @@ def complete_directory(directory: Path, replace: bool = False, needs: int = 0) -
         raise InputError(f"{directory} exists already: choose another folder, or remove it.")
     partial, old = (directory.with_name(f".{directory.name}.{end}") for end in ("partial", "old"))
     try:
+        missing = [path for path in directory.parents if not path.exists()]
         directory.parent.mkdir(parents=True, exist_ok=True)
+        for made in missing:
+            _sync(made.parent)
         _put_back(old, directory)
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         partial.mkdir()

@@ -47,6 +47,10 @@ SECONDS = 600
 """Time between checkpoints where the recipe gives no `train.save_every`."""
 
 
+class NotSavedError(ResourceError):
+    """A checkpoint could not be written; the one before is whole."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint that was found sound on disk: every file has the hash that its manifest says.
@@ -100,7 +104,7 @@ def find_newest(directory: Path, say: Callable[[str], None]) -> Checkpoint | Non
     for _, path in found:
         try:
             return read_checkpoint(path)
-        except (CorruptError, ResourceError) as error:
+        except (CorruptError, ResourceError, OSError) as error:
             say(f"warning: {error} The checkpoint before it is tried.")
     if found:
         raise CorruptError(f"{directory / FOLDER}: no checkpoint is sound: start over with --overwrite.")
@@ -172,21 +176,23 @@ class Saver:
         return late
 
     def check_space(self) -> None:
-        """Check before the first step that the disk has room for what the run will keep.
+        """Check before training begins that the disk has room for what the run will keep.
 
         Raises:
             ResourceError: with the bytes needed.
         """
-        one = self.snapshot().bytes
+        now = self.snapshot()
         if not self.run.accelerator.is_main_process:
             return
-        train = sum(p.numel() * p.element_size() for p in self.run.trainable)
-        evaluates = self.run.eval_examples is not None
-        one += train * (2 + evaluates)  # an optimizer's two moments, the best parameters
+        train, evaluates = sum(p.nbytes for p in self.run.trainable), self.run.eval_examples is not None
+        moments = sum(t.nbytes for name, t in now.tensors.items() if name.startswith("optimizer/"))
+        best = sum(t.nbytes for name, t in now.tensors.items() if name.startswith("best/"))
+        # What is not there yet: an optimizer's two moments, the best parameters.
+        one = now.bytes + max(2 * train - moments, 0) + max(train * evaluates - best, 0)
         there = sum(f.stat().st_size for f in self.folder.rglob("*") if f.is_file()) if self.folder.is_dir() else 0
         # A new one is complete before an old one goes; the best may be beside the last.
         needed = one * (self.run.recipe.train.keep_checkpoints + 1 + evaluates) + train - there
-        free = shutil.disk_usage(self.run.directory).free
+        free = _free(self.run.directory)
         if needed > free:
             raise ResourceError(
                 f"output: the run needs {needed:,} bytes for checkpoints and adapter, and {free:,} are free in "
@@ -234,23 +240,22 @@ class Saver:
         """Begin to write a snapshot, once the one before is written; does nothing where it is written already.
 
         Raises:
-            ResourceError: the disk has no room for it, or the one before could not be written.
+            NotSavedError: the disk has no room for it, or the one before could not be written.
         """
         self.wait()
         self._saved_at = time.monotonic()
         if snapshot.step == self._submitted or not self.run.accelerator.is_main_process:
             return
         self._submitted = snapshot.step
-        free = shutil.disk_usage(self.run.directory).free
-        if snapshot.bytes > free:
-            raise self._failed(snapshot, "no space left on device")
+        if snapshot.bytes > _free(self.run.directory):
+            raise self._failed(snapshot, "No space left on device")
         self._writing = self._pool.submit(self._write, snapshot)
 
     def wait(self) -> None:
         """Wait for what is being written.
 
         Raises:
-            ResourceError: it could not be.
+            NotSavedError: it could not be.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
@@ -265,7 +270,7 @@ class Saver:
         """Wait for the last checkpoint of a run whose results are written; without it they are no less whole."""
         try:
             self.wait()
-        except ResourceError as error:
+        except NotSavedError as error:
             report.say(f"warning: {error}")
 
     def close(self, wait: bool = True) -> None:
@@ -297,7 +302,10 @@ class Saver:
             reason = (cause is not None and cause.strerror) or str(error)
             raise self._failed(snapshot, reason) from error
         self.last = snapshot.step
-        self._prune()
+        try:
+            self._prune()
+        except OSError as error:
+            self.run.say(f"warning: an old checkpoint cannot be removed: {error}")
 
     def _prune(self) -> None:
         """Remove all but the last and the best; whatever stands behind the newest is of a run that was not gone on."""
@@ -309,9 +317,9 @@ class Saver:
                 path.rename(hidden)
                 shutil.rmtree(hidden, ignore_errors=True)
 
-    def _failed(self, snapshot: Snapshot, reason: str) -> ResourceError:
-        free = shutil.disk_usage(self.run.directory).free
-        return ResourceError(
+    def _failed(self, snapshot: Snapshot, reason: str) -> NotSavedError:
+        free = _free(self.run.directory)
+        return NotSavedError(
             f"the checkpoint of step {snapshot.step} cannot be written ({reason}): it needs {snapshot.bytes:,} bytes, "
             f"and {free:,} are free in {self.folder}. Make room; {self.how_to_go_on()}"
         )
@@ -464,6 +472,14 @@ def _set_random_state(run: Run, everyone: Tensor) -> None:
     torch.set_rng_state(cpu.to(torch.uint8))
     if run.device.type == "cuda" and len(cuda):
         torch.cuda.set_rng_state(cuda.to(torch.uint8), run.device)
+
+
+def _free(directory: Path) -> int:
+    """Free bytes of the folder's disk; 0 where the folder is gone."""
+    try:
+        return shutil.disk_usage(directory).free
+    except OSError:
+        return 0
 
 
 def _name(step: int) -> str:

@@ -46,6 +46,28 @@ def locked(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
                 made.rmdir()  # only where it is empty
 
 
+def in_use(directory: Path, by: str) -> InputError:
+    """The error of a folder in which another process runs."""
+    return InputError(f"output: {directory} is in use by {by}: wait for it, or name another folder.")
+
+
+def holder(directory: Path) -> str:
+    """Who holds the folder now: "process 12 on host", or "" for nobody."""
+    try:
+        descriptor = os.open(directory / LOCK, os.O_RDONLY)
+    except OSError:
+        return ""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return ""
+    except BlockingIOError:
+        return _read(descriptor) or "another process"
+    except OSError:
+        return ""
+    finally:
+        os.close(descriptor)
+
+
 def _take(path: Path) -> tuple[int, str]:
     """Lock the file; returns its descriptor and the holder that it names, "" where it names none."""
     while True:
@@ -61,11 +83,9 @@ def _take(path: Path) -> tuple[int, str]:
             os.pwrite(descriptor, text.encode(), 0)
             return descriptor, left
         except BlockingIOError:
-            holder = _read(descriptor) or "another process"
+            found = _read(descriptor) or "another process"
             os.close(descriptor)
-            raise InputError(
-                f"output: {path.parent} is in use by {holder}: wait for it, or name another folder."
-            ) from None
+            raise in_use(path.parent, found) from None
         except BaseException:
             with contextlib.suppress(OSError):
                 os.close(descriptor)

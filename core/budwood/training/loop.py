@@ -14,7 +14,7 @@ from budwood.contract.registry import Composition
 from budwood.contract.types import Event, Run
 from budwood.errors import DivergedError, Interrupted, ResourceError
 from budwood.model.quiet import hush
-from budwood.training.checkpoint import Saver
+from budwood.training.checkpoint import NotSavedError, Saver
 from budwood.training.finish import Ending
 from budwood.training.lock import locked
 from budwood.training.memory import StepBatches, TornStepError, accumulate, explain_out_of_memory, optimizer_step
@@ -63,10 +63,10 @@ def tune(
             found = find_resume(recipe, report, accept_changes) if resume else None
             if isinstance(found, Run):
                 return found
-            run, hooks, engine = prepare(recipe, report, overwrite, found)
+            run, hooks, engine = prepare(recipe, report, overwrite, found, in_place=resume)
             train(run, hooks, engine, report, found, signals)
     except KeyboardInterrupt as error:
-        text = f"interrupted before a step was made; what is in {recipe.output} stays as it was"
+        text = f"interrupted before a step was made; {'the checkpoints stay' if resume else 'nothing is kept'}"
         raise Interrupted(text, exit_code(signals.number or error)) from None
     finally:
         report.close()
@@ -83,12 +83,12 @@ def train(
     progress = Progress(torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16))
     saver = Saver(run, hooks, progress, resume)
     try:
+        if resume is not None:
+            saver.restore(resume)
+        saver.check_space()
         if resume is None:
-            saver.check_space()
             run.before = evaluate(run, hooks, report, progress.best)
             torch.manual_seed(run.seed + run.process_index)  # dropout: the only draw that is not keyed
-        else:
-            saver.restore(resume)
         try:
             with signals.finishing():
                 take_steps(run, hooks, engine, report, progress, saver, signals)
@@ -97,6 +97,8 @@ def train(
             if not isinstance(failure, DivergedError | ResourceError):
                 raise
             report.stop()
+            if isinstance(failure, NotSavedError) and run.processes > 1:
+                raise  # the other processes do not know of it, and writing an adapter waits for them
             kept = ending.keep(progress, torn=isinstance(failure, TornStepError))
             raise type(failure)(f"{failure}; {kept}") from failure
         report.stop()

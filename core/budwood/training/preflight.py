@@ -10,6 +10,7 @@ from typing import Any
 from budwood.data.forms import check_rows
 from budwood.errors import InputError, ResourceError
 from budwood.model.checks import BaseInfo, check_base
+from budwood.training.lock import holder, in_use
 from budwood.training.recipe import Recipe
 
 LARGE = 64 << 20
@@ -46,6 +47,8 @@ def check_output(directory: Path, overwrite: bool, resume: bool = False) -> None
         manifest = read_manifest(directory)
         if manifest is None:
             raise InputError(f"output: {directory} is not empty and holds no run: name another folder.")
+        if not (overwrite or resume) and (running := holder(directory)):
+            raise in_use(directory, running)
         if not (overwrite or resume or manifest.get("finished")):
             raise InputError(
                 f"output: {directory} holds a run that is not finished: go on with --resume, start over with "

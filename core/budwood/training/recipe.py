@@ -102,6 +102,9 @@ class TrainSection(_Section):
         "stop", description="a step whose loss or gradient is not finite ends the run, or is left out and counted"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
+    deterministic: bool = Field(
+        False, description="only kernels that give the same bits each time; on CUDA slower, elsewhere they are anyway"
+    )
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = Field(0, description="of all randomness of the run")
     trackers: Sequence[Literal["tensorboard", "wandb", "trackio"]] = Field(
         [], description="also log there (budwood[track])"

@@ -6,6 +6,7 @@ Everything that can be refused without the base is refused before it loads.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 from collections.abc import Sequence
@@ -76,9 +77,13 @@ def register_parts(hooks: Composition, task: Task, engine: Engine) -> None:
 
 
 def prepare(
-    recipe: Recipe | str | Path, report: Report, overwrite: bool, resume: Resume | None = None
+    recipe: Recipe | str | Path, report: Report, overwrite: bool, resume: Resume | None = None, in_place: bool = False
 ) -> tuple[Run, Composition, Engine]:
     """Make a run ready to train; with `resume` one that goes on, whose state is not put back yet.
+
+    Args:
+        overwrite: an old run in the output folder goes.
+        in_place: it may stay until this one's files take the place of its own.
 
     Raises:
         InputError: the recipe, the data, what the strategies say of the plan, or a change since the checkpoint.
@@ -87,7 +92,9 @@ def prepare(
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Path(recipe))
-    preflight(recipe, overwrite, resume is not None)
+    if recipe.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    preflight(recipe, overwrite, in_place)
     hooks = build_composition(recipe)
     if not hooks.implements("trainable_parameters"):
         raise InputError(NOTHING_TRAINS)
@@ -99,6 +106,8 @@ def prepare(
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=recipe.train.trackers or None, project_dir=directory)
     if accelerator.num_processes > 1:
         device = accelerator.device
+    if recipe.train.deterministic:
+        torch.use_deterministic_algorithms(True)
     report.mute = not accelerator.is_main_process
     run = Run(
         recipe, directory, device, dtype, hooks.strategies, hooks, task,
@@ -121,6 +130,8 @@ def prepare(
             now["base"] = {"fingerprint": fingerprint(recipe.base.model)}
         resume.compare(now, run)
         resume.check_steps(run)
+        if device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+            report.say("note: on CUDA the run goes on up to rounding; to the same bits with train.deterministic")
     make_output(directory, overwrite, accelerator)
 
     run.base = _base(run, hooks, task, trust)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,14 @@ class Gain:
         self._last: tuple[Batch, Tensor] | None = None
         self._window: list[float] = []
         self._said = False
+
+    def state(self) -> dict[str, Any]:
+        """What was seen of the window under way, and whether it was said already."""
+        return {"window": list(self._window), "said": self._said}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self._window, self._said = list(state["window"]), bool(state["said"])
 
     def begin(self, step: Step) -> None:
         """Start the sum of an optimizer step at its first micro-step."""

@@ -82,6 +82,14 @@ class Adversarial(Strategy):
     def on_event(self, event: Event) -> None:
         self.gain.watch(event)
 
+    @hookimpl
+    def state_dict(self, run: Run) -> dict[str, Any]:
+        return self.gain.state()
+
+    @hookimpl
+    def load_state_dict(self, run: Run, state: dict[str, Any]) -> None:
+        self.gain.load(state)
+
     def places(self, batch: Batch) -> Places:
         """Where noise may go in a batch."""
         return Places(batch, self._special, self.options.skip_masked)

@@ -145,6 +145,15 @@ class Distillation(Strategy):
                 f"so that its term is zero: the adapter does not move, or '{self.options.teacher}' is the student"
             )
 
+    @hookimpl
+    def state_dict(self, run: Run) -> dict[str, Any]:
+        return {"differed": self._differed is None or bool(self._differed)}
+
+    @hookimpl
+    def load_state_dict(self, run: Run, state: dict[str, Any]) -> None:
+        if state["differed"]:
+            self._differed = None
+
     def _target(self, step: Step) -> Reading | tuple[Tensor, Tensor]:
         """What the teacher says of the batch, once a micro-step however often it is replayed."""
         if self.name not in step.kept:
