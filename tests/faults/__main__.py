@@ -1,6 +1,6 @@
 """`make faults`: brings every fault about, and ends with a table: tried, survived, lost. Exit code 1 where any was lost.
 
-    python -m tests.faults [--kills 100] [--every 1] [--seed 0] [KIND …]
+python -m tests.faults [--kills 100] [--every 1] [--seed 0] [KIND …]
 """
 
 from __future__ import annotations

@@ -83,7 +83,8 @@ class Disk:
             return exchange(first, second)
 
         def mkdir_(path: Any, *args: Any, **kwargs: Any) -> None:
-            self.strike("mkdir", path)
+            if not os.path.isdir(path):
+                self.strike("mkdir", path)
             mkdir(path, *args, **kwargs)
 
         def open_(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
@@ -128,7 +129,7 @@ class Disk:
 def _importers(function: Any) -> list[Any]:
     """Every module that holds `function` under its name."""
     name = function.__name__
-    return [module for module in list(sys.modules.values()) if vars(module).get(name) is function]
+    return [module for module in list(sys.modules.values()) if getattr(module, "__dict__", {}).get(name) is function]
 
 
 def failing_disk(shop: Shop, every: int = 1) -> Iterator[Outcome]:

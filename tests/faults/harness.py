@@ -46,6 +46,7 @@ TRAIN = {
     "schedule": "linear", "warmup": 1, "eval_generate": 0, "eval_every": 2, "save_every": 1,
 }  # fmt: skip
 METHODS: dict[str, list[Any]] = {
+    "lora": [{"lora": {"rank": 4}}],
     "lora, dropout": [{"lora": {"rank": 4, "dropout": 0.1}}],
     "adalora, fgm": [
         {"adalora": {"initial_rank": 4, "target_rank": 2, "initial_phase": 1, "final_phase": 2, "interval": 1}},

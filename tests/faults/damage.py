@@ -1,0 +1,110 @@
+"""Each file of a checkpoint and of an adapter truncated, one byte flipped, deleted, or replaced by another run's."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from budwood.adapters.store import read_adapter
+from budwood.errors import CorruptError
+from budwood.training.checkpoint import FOLDER, read_checkpoint, steps_in
+
+from .disk import _die_in_step
+from .harness import Outcome, Shop
+
+FLIPS = 12
+"""Places in a file where a byte is flipped, beside its first and last."""
+
+
+def damage(shop: Shop, every: int = 1, seed: int = 0) -> Iterator[Outcome]:
+    """Damage every (or every n-th) file in every way: it is named, exit 4, and a resume falls back, aloud."""
+    first, second = "lora, dropout", "adalora, fgm"
+    stopped = shop.recipe(first, "damaged").output
+    for method, name in ((first, "damaged"), (second, "of-another")):
+        recipe = shop.recipe(method, name)
+        shop.finish(shop.fork(lambda recipe=recipe: _die_in_step(recipe, 5)))  # type: ignore[misc]
+    found = steps_in(stopped / FOLDER)
+    newest, other = found[max(found)], steps_in(stopped.parent / "of-another" / FOLDER)[max(found)]
+    yield from _resumes(shop, first, newest, other, every, seed)
+    whole, foreign = shop.reference(first) / "adapter", shop.reference(second) / "adapter"
+    for what, path in list(_damaged(shop, whole, foreign, seed))[::every]:
+        yield Outcome(f"adapter: {what.split(':')[0]}", what, _named(path, lambda p: read_adapter(p.parent), whole))
+
+
+def _resumes(shop: Shop, method: str, newest: Path, other: Path, every: int, seed: int) -> Iterator[Outcome]:
+    """Damage the newest checkpoint; both of a run once."""
+    ways = list(_damaged(shop, newest, other, seed))
+    run = newest.parents[1]
+    for number, (what, path) in enumerate(ways[::every]):
+        kind = f"checkpoint: {what.split(':')[0]}"
+        lost = _named(path, lambda p: read_checkpoint(p.parent), newest)
+        if not lost and (number % 5 == 0 or "flipped" not in what):  # a resume costs a second
+            copy = shop.folder / "falls-back"
+            shutil.copytree(run, copy)
+            shutil.rmtree(copy / FOLDER / newest.name)
+            shutil.copytree(path.parent, copy / FOLDER / newest.name)
+            ended = shop.tune(shop.recipe(method, copy.name), resume=True)
+            lost = f"the resume ended with {ended.code}: {ended.error}" if ended.code else ""
+            if not lost and not (path.name in ended.said and "before it" in ended.said):
+                lost = "the resume did not say which file is damaged, and that the checkpoint before is tried"
+            lost = lost or shop.compare(method, copy)
+            shop.remove(copy)
+        yield Outcome(kind, what, lost)
+    copy = shop.folder / "none-left"
+    shutil.copytree(run, copy)
+    for path in steps_in(copy / FOLDER).values():
+        (path / "state.json").unlink()
+    ended = shop.tune(shop.recipe(method, copy.name), resume=True)
+    lost = "" if ended.code == 4 and "state.json" in ended.said else f"exit code {ended.code}: {ended.error}"
+    yield Outcome("checkpoint: all damaged", "every state.json deleted", lost)
+
+
+def _damaged(shop: Shop, folder: Path, other: Path, seed: int) -> Iterator[tuple[str, Path]]:
+    """A copy of the folder for each way, and the file in it that is damaged; a copy lasts until the next."""
+    draw = random.Random(seed)
+    ways: list[tuple[str, str, Callable[[Path], None]]] = []
+    for file in sorted(path.name for path in folder.iterdir()):
+        size = (folder / file).stat().st_size
+        for kept in (0, 1, size // 2, size - 1):
+            ways.append((f"truncated: {file} to {kept}", file, lambda p, n=kept: _cut(p, n)))  # type: ignore[misc]
+        for place in sorted({0, size - 1, *(draw.randrange(size) for _ in range(FLIPS))}):
+            bit = 1 << draw.randrange(8)
+            text = f"one byte flipped: {file} at {place}"
+            ways.append((text, file, lambda p, n=place, b=bit: _flip(p, n, b)))  # type: ignore[misc]
+        ways.append((f"deleted: {file}", file, lambda p: p.unlink()))
+        text = f"replaced by another run's: {file}"
+        ways.append((text, file, lambda p, f=file: _replace(p, other / f)))  # type: ignore[misc]
+    for number, (what, file, change) in enumerate(ways):
+        copy = shop.folder / "copies" / str(number) / folder.name
+        shutil.copytree(folder, copy)
+        change(copy / file)
+        yield what, copy / file
+
+
+def _cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def _flip(path: Path, place: int, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= bit
+    path.write_bytes(data)
+
+
+def _replace(path: Path, other: Path) -> None:
+    shutil.copyfile(other, path)
+
+
+def _named(path: Path, read: Callable[[Path], object], original: Path) -> str:
+    """ "" where reading fails and names the file, or the folder's list that it is missing from."""
+    if path.exists() and path.read_bytes() == (original / path.name).read_bytes():
+        return ""  # both runs have the same file
+    try:
+        read(path)
+    except CorruptError as error:
+        return "" if path.name in str(error) else f"the error names another file: {error}"
+    except Exception as error:
+        return f"{type(error).__name__}, not exit 4: {error}"
+    return "it was read as if nothing were wrong"
