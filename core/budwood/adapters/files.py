@@ -9,10 +9,11 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from budwood.errors import InputError, ResourceError, system_error
+from budwood.contract.validation import shorten
+from budwood.errors import CorruptError, InputError, ResourceError, system_error
 
 _RESERVED_NAMES = {"con", "prn", "aux", "nul", *(f"com{n}" for n in range(10)), *(f"lpt{n}" for n in range(10))}
 
@@ -31,6 +32,44 @@ def check_name(name: str, what: str = "adapter") -> str:
     if name.split(".")[0].lower() in _RESERVED_NAMES:
         raise InputError(f"{what} name {shown!r} is the name of a device: choose another.")
     return name
+
+
+def check_folder(directory: Path, what: str = "folder") -> Path:
+    """Return `directory` when a folder can have this path on every system, and it is no device's.
+
+    Raises:
+        InputError: a part of it is longer than 255 bytes, a device's name, or holds control characters or marks that
+            are not seen (zero width, direction of writing); or it lies in /dev, /proc or /sys.
+    """
+    shown = shorten("".join(c if c.isprintable() else "?" for c in str(directory)))
+    for part in directory.parts:
+        if not part.isprintable():
+            raise InputError(f"{what} {shown}: holds characters that cannot be seen: choose another name.")
+        if len(os.fsencode(part)) > 255:
+            raise InputError(f"{what} {shown}: a name of {len(os.fsencode(part))} bytes; at most 255 can be.")
+        if part.split(".")[0].strip().lower() in _RESERVED_NAMES:
+            raise InputError(f"{what} {shown}: '{part}' is the name of a device: choose another.")
+    parts = Path(os.path.abspath(directory)).parts
+    if parts[1:2] in (("dev",), ("proc",), ("sys",)) and parts[1:3] != ("dev", "shm"):
+        raise InputError(f"{what} {shown}: lies among the system's devices: choose another.")
+    return directory
+
+
+def check_inside(directory: Path, names: Iterable[str]) -> None:
+    """Check that files of a folder, which a stranger may have named, lie in it; links that lead out are refused.
+
+    Raises:
+        CorruptError: it names the first that does not, or that no file can be called.
+    """
+    root = os.path.realpath(directory)
+    snapshots, repository = os.path.split(os.path.dirname(root))[::-1]
+    cached = os.path.join(repository, "blobs") if snapshots == "snapshots" else root  # where the hub's cache keeps them
+    for name in names:
+        if not name.isprintable() or len(name) > 200 or name.startswith("~") or ".." in Path(name).parts:
+            raise CorruptError(f"{directory}: names a file {shorten(repr(name))}, which it cannot hold.")
+        place = os.path.realpath(os.path.join(directory, name))
+        if not place.startswith((root + os.sep, cached + os.sep)):
+            raise CorruptError(f"{directory / name}: leads out of its folder.")
 
 
 def sha256(path: Path) -> str:
@@ -53,10 +92,10 @@ def complete_directory(directory: Path, replace: bool = False, needs: int = 0) -
         needs: bytes that it will take, for the message where there is no room; 0: not known.
 
     Raises:
-        InputError: `directory` exists and `replace` is False.
+        InputError: `directory` exists and `replace` is False, or no folder can be called so.
         ResourceError: it cannot be written.
     """
-    directory = Path(os.path.abspath(directory))
+    directory = check_folder(Path(os.path.abspath(directory)))
     if not replace and (directory.is_symlink() or directory.exists()) and not _is_empty_folder(directory):
         raise InputError(f"{directory} exists already: choose another folder, or remove it.")
     partial, old = (directory.with_name(f".{directory.name}.{end}") for end in ("partial", "old"))

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from budwood import __version__
-from budwood.adapters.files import complete_directory, sha256
+from budwood.adapters.files import check_inside, complete_directory, sha256
 from budwood.contract.discovery import installed
-from budwood.errors import CorruptError, InputError, did_you_mean
+from budwood.errors import CorruptError, InputError, ResourceError, did_you_mean
 from budwood.model.files import TensorInfo, read_header, read_json
 
 if TYPE_CHECKING:
@@ -123,11 +124,14 @@ class SavedAdapter:
 
         Raises:
             CorruptError: the file changed since, or holds NaN or infinity.
+            ResourceError: it is larger than memory.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         path = self.directory / WEIGHTS
+        if self.bytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):  # a sparse file claims what it likes
+            raise ResourceError(f"{path}: {self.bytes:,} bytes of tensors are more than this machine's memory.")
         try:
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
@@ -278,6 +282,7 @@ def read_adapter(
         raise InputError(f"{directory}: no such folder.")
     notes: list[str] = []
     _find_weights(directory, notes)
+    check_inside(directory, (CONFIG, WEIGHTS, MANIFEST, GOLDEN))
     config = read_json(directory / CONFIG)
     manifest = _read_manifest(directory)
     infos = read_header(directory / WEIGHTS)
@@ -342,9 +347,9 @@ def _check_files(directory: Path, manifest: Manifest, hashes: bool) -> None:
     for required in (CONFIG, WEIGHTS, *([GOLDEN] if manifest.golden else [])):
         if required not in manifest.files:
             raise CorruptError(f"{directory / MANIFEST}: gives no hash for {required}.")
+    check_inside(directory, manifest.files)
     for name, expected in manifest.files.items():
-        outside = len(name) > 200 or name.startswith(("/", "~")) or ".." in Path(name).parts
-        if outside or not (path := directory / name).is_file():
+        if not (path := directory / name).is_file():
             raise CorruptError(f"{directory / MANIFEST}: lists {name[:80]!r}, which is no file of the adapter.")
         if hashes and sha256(path) != expected:
             raise CorruptError(f"{path}: was altered after it was saved (its SHA-256 differs from {MANIFEST}).")

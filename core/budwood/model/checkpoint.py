@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from budwood.contract.validation import shorten
 from budwood.errors import CorruptError, InputError, ResourceError, did_you_mean
 from budwood.model.files import MAX_HEADER, TensorInfo, read_header, read_json
 
@@ -32,10 +34,14 @@ def resolve(model: str | Path, weights: bool = True, code: bool = False) -> Path
         ResourceError: it would have to be downloaded, and cannot be.
     """
     name = str(model)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
+    path = Path(os.path.expanduser(name))
+    try:
+        if path.is_dir():
+            return path
+        there = path.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise InputError(f"base '{shorten(name)}': {error.strerror}.") from error
+    if there:
         raise InputError(f"base '{name}' is a file: give the folder that holds config.json and *.safetensors.")
     inside = path.parent != Path(".") and path.parent.is_dir()
     if inside or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name, re.ASCII):

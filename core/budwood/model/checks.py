@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import re
 from dataclasses import dataclass
 from importlib import metadata
@@ -93,7 +94,7 @@ def check_base(
     wanted = None if quantization is None else find_quantizer(quantization)
     path = resolve(model, weights=False, code=trust_remote_code)
     config = read_config(path)
-    here = Path(str(model)).expanduser().is_dir()  # a hub name's weights may not be here yet
+    here = Path(os.path.expanduser(str(model))).is_dir()  # a hub name's weights may not be here yet
     _check_layers(path, config, len(read_tensors(path)) if here else 0)
     _check_architecture(str(model), config, trust_remote_code)
     stored = _stored_quantization(str(model), config)

@@ -130,8 +130,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     stated = manifest.pop("sha256", None)
     if stated != _digest(manifest) or where.read_bytes() != _text(manifest | {"sha256": stated}):
         raise CorruptError(f"{where}: was altered after it was saved.")
-    if manifest["format"] != FORMAT:
-        raise CorruptError(f"{where}: format {manifest['format']}; this Budwood reads format {FORMAT}.")
+    kinds = {"files": dict, "setting": dict, "accepted": list, "step": int}
+    if not all(type(manifest.get(name)) is kind for name, kind in kinds.items()):
+        raise CorruptError(f"{where}: is not that of a checkpoint.")
+    if manifest.get("format") != FORMAT:
+        raise CorruptError(f"{where}: format {manifest.get('format')}; this Budwood reads format {FORMAT}.")
     if path.name != _name(manifest["step"]):
         raise CorruptError(f"{path}: is the checkpoint of step {manifest['step']}.")
     present = {p.name for p in path.iterdir()} - {MANIFEST}

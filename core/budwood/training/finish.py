@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
     report.say(
         f"adapter: {directory / 'adapter'} · log: {directory / 'metrics.jsonl'} · plot: {directory / 'loss.png'}"
     )
-    name = directory.name
+    name = directory.name if re.fullmatch(r"[\w-]+", directory.name, re.ASCII) else "adapter"
     report.say(f"next: budwood generate {run.recipe.base.model} --adapter {name}={directory / 'adapter'} --prompt '…'")
     run.accelerator.wait_for_everyone()
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from budwood.adapters.files import check_folder
 from budwood.data.forms import check_rows
 from budwood.errors import InputError, ResourceError
 from budwood.model.checks import BaseInfo, check_base
@@ -41,6 +42,7 @@ def check_output(directory: Path, overwrite: bool, resume: bool = False) -> None
     """
     if overwrite and resume:
         raise InputError("--resume goes on with a run and --overwrite replaces it: give one of them.")
+    check_folder(directory, "output:")
     if directory.exists() and not directory.is_dir():
         raise InputError(f"output: {directory} is a file: name a folder.")
     if directory.is_dir() and any(not path.name.startswith(".") for path in directory.iterdir()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
@@ -33,7 +34,11 @@ TASKS = "budwood.tasks"
 
 
 def _path(value: Any) -> Any:
-    return Path(value).expanduser() if isinstance(value, str) and value else value
+    if not isinstance(value, str) or not value:
+        return value
+    if "\0" in value or len(value) > 4096:
+        raise ValueError("no path is called so")
+    return Path(os.path.expanduser(value))
 
 
 Count = Annotated[int, Field(strict=True, gt=0)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from budwood import InputError, ResourceError
+from budwood import CorruptError, InputError, ResourceError
 from budwood.adapters import files
 
 
@@ -26,6 +26,60 @@ def test_names_that_leave_a_root_or_break_a_system_are_refused_in_one_line(name)
         files.check_name(name)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("path", ["runs/a b", "/tmp/x", "../x", "ä/日本", "x.con", "console", "/dev/shm/x", "runs/.."])
+def test_folders_that_are_taken(path):
+    assert files.check_folder(Path(path)) == Path(path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["a\nb", "a\x1b[31mb", "runs/a\u202eb/c", "a\u200bb", "a\x00b", "a\x7f", "a\u2066b", "x" * 256, "ä" * 128]
+    + ["runs/CON", "NUL.txt/x", "aux", "com1.log", "/dev/sda", "/dev/null/x", "/proc/self/x", "/sys/x", "/x/../dev/x"],
+)
+def test_folders_of_devices_or_of_names_that_mislead_are_refused_in_one_line(path, tmp_path):
+    with pytest.raises(InputError) as error:
+        files.check_folder(Path(path))
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 250
+    with pytest.raises(InputError), files.complete_directory(tmp_path / path):
+        pass
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_files_that_lead_out_of_their_folder_are_refused(tmp_path):
+    folder = tmp_path / "adapter"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a").write_text("a")
+    (tmp_path / "adapter2").mkdir()
+    (tmp_path / "adapter2" / "b").write_text("b")
+    (folder / "inside").symlink_to("sub/../a")
+    (folder / "out").symlink_to(tmp_path / "adapter2" / "b")
+    (folder / "sub" / "up").symlink_to("../../adapter2")
+    (folder / "loop").symlink_to("loop")
+    files.check_inside(folder, ["a", "inside", "missing", "loop", "sub/x"])
+    linked = tmp_path / "linked"
+    linked.symlink_to(folder)
+    files.check_inside(linked, ["a", "inside"])  # the user named it
+    names = ["out", "sub/up/b", "../adapter2/b", str(tmp_path / "adapter2" / "b"), "sub/../../adapter2/b", "~/x"]
+    for name in [*names, "/etc/passwd", "a\0", "a\n", "\u202e", "x" * 201, "."]:
+        with pytest.raises(CorruptError) as error:
+            files.check_inside(folder, [name])
+        assert str(error.value).isprintable()
+
+
+def test_the_hubs_cache_keeps_files_behind_links(tmp_path):
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    (blobs / "sha").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/sha")
+    files.check_inside(snapshot, ["config.json"])
+    (snapshot / "other").symlink_to("../../refs")
+    with pytest.raises(CorruptError, match="leads out"):
+        files.check_inside(snapshot, ["other"])
 
 
 def test_a_folder_appears_complete_or_not_at_all(tmp_path):

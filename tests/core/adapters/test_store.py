@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from budwood import CorruptError, InputError, check_adapter_tensors
+from budwood import CorruptError, InputError, ResourceError, check_adapter_tensors
 from budwood.adapters import store
 from budwood.adapters.files import sha256
 
@@ -198,7 +198,7 @@ def test_budwood_json_cannot_go_unnoticed(small):
 def test_files_outside_the_adapter_are_not_read(small, name):
     manifest = json.loads((small / "budwood.json").read_text())
     edit_json(small / "budwood.json", files=manifest["files"] | {name: "0" * 64})
-    with pytest.raises(CorruptError, match="no file of the adapter"):
+    with pytest.raises(CorruptError, match="no file of the adapter|cannot hold|leads out"):
         store.read_adapter(small)
 
 
@@ -264,3 +264,17 @@ def test_tensors_must_be_those_that_are_expected():
         check_adapter_tensors({"a.lora_B.weight": (2, 3), "b": (1,), "c": (2,)}, tensors)
     with pytest.raises(CorruptError, match=r"'b' is \[1\]; config and base call for \[2\]"):
         check_adapter_tensors({"a.lora_A.weight": (2, 3), "b": (2,)}, tensors)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS, "golden.safetensors", "budwood.json"])
+def test_an_adapter_whose_files_lie_elsewhere_is_corrupt(small, tmp_path, name):
+    (small / name).rename(tmp_path / "elsewhere")
+    (small / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CorruptError, match=f"{name}: leads out of its folder"):
+        store.read_adapter(small)
+
+
+def test_tensors_larger_than_memory_are_not_read(small, monkeypatch):
+    monkeypatch.setattr(store.os, "sysconf", lambda name: 7)
+    with pytest.raises(ResourceError, match="64 bytes of tensors are more than this machine's memory"):
+        store.read_adapter(small).load_tensors()
