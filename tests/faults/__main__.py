@@ -1,4 +1,4 @@
-"""`make faults`: brings every fault about, and ends with a table: tried, survived, lost. Exit code 1 where any was lost.
+"""`make faults`: brings every fault about, and ends with a table: tried, survived, lost. Exit code 1 if any is lost.
 
 python -m tests.faults [--kills 100] [--every 1] [--seed 0] [KIND …]
 """

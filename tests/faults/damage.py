@@ -11,9 +11,9 @@ from budwood.adapters.store import read_adapter
 from budwood.errors import CorruptError
 from budwood.training.checkpoint import FOLDER, read_checkpoint, steps_in
 
-from .disk import _die_in_step
 from .harness import Outcome, Shop
 
+LISTS = ("manifest.json", "budwood.json")
 FLIPS = 12
 """Places in a file where a byte is flipped, beside its first and last."""
 
@@ -21,44 +21,38 @@ FLIPS = 12
 def damage(shop: Shop, every: int = 1, seed: int = 0) -> Iterator[Outcome]:
     """Damage every (or every n-th) file in every way: it is named, exit 4, and a resume falls back, aloud."""
     first, second = "lora, dropout", "adalora, fgm"
-    stopped = shop.recipe(first, "damaged").output
-    for method, name in ((first, "damaged"), (second, "of-another")):
-        recipe = shop.recipe(method, name)
-        shop.finish(shop.fork(lambda recipe=recipe: _die_in_step(recipe, 5)))  # type: ignore[misc]
-    found = steps_in(stopped / FOLDER)
-    newest, other = found[max(found)], steps_in(stopped.parent / "of-another" / FOLDER)[max(found)]
-    yield from _resumes(shop, first, newest, other, every, seed)
+    stopped, foreign = (shop.stopped(shop.recipe(m, f"of {m}"), 5) for m in (first, second))
+    yield from _resumes(shop, first, stopped, foreign, every, seed)
     whole, foreign = shop.reference(first) / "adapter", shop.reference(second) / "adapter"
     for what, path in list(_damaged(shop, whole, foreign, seed))[::every]:
         yield Outcome(f"adapter: {what.split(':')[0]}", what, _named(path, lambda p: read_adapter(p.parent), whole))
 
 
-def _resumes(shop: Shop, method: str, newest: Path, other: Path, every: int, seed: int) -> Iterator[Outcome]:
-    """Damage the newest checkpoint; both of a run once."""
-    ways = list(_damaged(shop, newest, other, seed))
-    run = newest.parents[1]
-    for number, (what, path) in enumerate(ways[::every]):
-        kind = f"checkpoint: {what.split(':')[0]}"
+def _resumes(shop: Shop, method: str, stopped: Path, foreign: Path, every: int, seed: int) -> Iterator[Outcome]:
+    """Damage the newest checkpoint of a run; then all of them."""
+    recipe = shop.recipe(method, f"of {method}")
+    found = steps_in(stopped / FOLDER)
+    newest, other = found[max(found)], steps_in(foreign / FOLDER)[max(found)]
+    for number, (what, path) in enumerate(list(_damaged(shop, newest, other, seed))[::every]):
         lost = _named(path, lambda p: read_checkpoint(p.parent), newest)
         if not lost and (number % 5 == 0 or "flipped" not in what):  # a resume costs a second
-            copy = shop.folder / "falls-back"
-            shutil.copytree(run, copy)
-            shutil.rmtree(copy / FOLDER / newest.name)
-            shutil.copytree(path.parent, copy / FOLDER / newest.name)
-            ended = shop.tune(shop.recipe(method, copy.name), resume=True)
+            shutil.copytree(stopped, recipe.output)
+            shutil.rmtree(recipe.output / FOLDER / newest.name)
+            shutil.copytree(path.parent, recipe.output / FOLDER / newest.name)
+            ended = shop.tune(recipe, resume=True)
             lost = f"the resume ended with {ended.code}: {ended.error}" if ended.code else ""
-            if not lost and not (path.name in ended.said and "before it" in ended.said):
-                lost = "the resume did not say which file is damaged, and that the checkpoint before is tried"
-            lost = lost or shop.compare(method, copy)
-            shop.remove(copy)
-        yield Outcome(kind, what, lost)
-    copy = shop.folder / "none-left"
-    shutil.copytree(run, copy)
-    for path in steps_in(copy / FOLDER).values():
+            if not lost and not (newest.name in ended.said and "before it" in ended.said):
+                lost = "the resume did not say what is damaged, and that the checkpoint before it is tried"
+            lost = lost or shop.compare(method, recipe.output)
+            shop.remove(recipe.output)
+        yield Outcome(f"checkpoint: {what.split(':')[0]}", what, lost)
+    shutil.copytree(stopped, recipe.output)
+    for path in steps_in(recipe.output / FOLDER).values():
         (path / "state.json").unlink()
-    ended = shop.tune(shop.recipe(method, copy.name), resume=True)
+    ended = shop.tune(recipe, resume=True)
     lost = "" if ended.code == 4 and "state.json" in ended.said else f"exit code {ended.code}: {ended.error}"
     yield Outcome("checkpoint: all damaged", "every state.json deleted", lost)
+    shop.remove(recipe.output)
 
 
 def _damaged(shop: Shop, folder: Path, other: Path, seed: int) -> Iterator[tuple[str, Path]]:
@@ -104,7 +98,9 @@ def _named(path: Path, read: Callable[[Path], object], original: Path) -> str:
     try:
         read(path)
     except CorruptError as error:
-        return "" if path.name in str(error) else f"the error names another file: {error}"
+        # A list of files that is another run's is at odds with each of them: one is named.
+        names = [p.name for p in path.parent.iterdir()] if path.name in LISTS else [path.name]
+        return "" if any(name in str(error) for name in names) else f"the error names no file: {error}"
     except Exception as error:
         return f"{type(error).__name__}, not exit 4: {error}"
     return "it was read as if nothing were wrong"

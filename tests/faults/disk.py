@@ -19,7 +19,6 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from budwood.adapters import files
-from budwood.training import loop
 from budwood.training.loop import tune
 
 from .harness import Ended, Outcome, Shop, unsound
@@ -136,16 +135,17 @@ def failing_disk(shop: Shop, every: int = 1) -> Iterator[Outcome]:
     """Let every (or every n-th) operation of a run fail: of a new one, and of one that is gone on with."""
     method = "lora, dropout"
     shop.reference(method)
-    old = shop.recipe(method, "stopped")
-    shop.finish(shop.fork(lambda: _die_in_step(old, 4)))
-    cases = {"a new run": None, "a resumed run": old.output}
+    old = shop.stopped(shop.recipe(method, "failing"), 4)
+    cases = {"a new run": None, "a resumed run": old}
     for exchange in (True, False):
         for case, start in cases.items():
-            total = int(_attempt(shop, method, start, 0, "EIO", exchange)[1][0])
+            ended, (total, *_) = _attempt(shop, method, start, 0, "EIO", exchange)
+            if ended.code:
+                raise RuntimeError(f"{case}: {ended.error}")
             for error in ERRORS:
-                for number in range(1 + (every > 1), total + 1, every):
+                for number in range(1 + (every > 1), int(total) + 1, every):
                     yield _outcome(shop, method, case, start, number, error, exchange)
-        cases = {"a resumed run, folders that cannot be exchanged": old.output}
+        cases = {"a resumed run, folders that cannot be exchanged": old}
 
 
 def _outcome(
@@ -196,16 +196,3 @@ def _attempt(
     if not number:
         shop.remove(recipe.output)
     return ended, found
-
-
-def _die_in_step(recipe: Any, step: int) -> None:
-    """Leave a run as a kill in the middle of a step leaves it."""
-    whole = loop.sum_gradients
-
-    def die(run: Any) -> None:
-        if run.step == step:
-            os._exit(9)
-        whole(run)
-
-    with mock.patch.object(loop, "sum_gradients", die):
-        tune(recipe)

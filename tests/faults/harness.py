@@ -18,6 +18,7 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file
@@ -26,6 +27,7 @@ from tests.core.training.conftest import write_rows
 
 from budwood.adapters.store import read_adapter
 from budwood.errors import BudwoodError
+from budwood.training import loop
 from budwood.training.checkpoint import FOLDER, read_checkpoint, steps_in
 from budwood.training.loop import tune
 from budwood.training.recipe import Recipe
@@ -131,6 +133,22 @@ class Shop:
     def tune(self, recipe: Recipe, **options: Any) -> Ended:
         """Run a recipe in a process of its own to its end."""
         return self.finish(self.fork(lambda: tune(recipe, **options)))
+
+    def stopped(self, recipe: Recipe, step: int) -> Path:
+        """A folder as a kill in the middle of the step after `step` leaves it; kept aside, to be copied back."""
+        whole = loop.sum_gradients
+
+        def die(run: Any) -> None:
+            if run.step == step:
+                os._exit(9)
+            whole(run)
+
+        def work() -> None:
+            with mock.patch.object(loop, "sum_gradients", die):
+                tune(recipe)
+
+        self.finish(self.fork(work))
+        return recipe.output.rename(recipe.output.with_name(f"{recipe.output.name}-stopped"))
 
     def reference(self, method: str) -> Path:
         """Folder of the uninterrupted run of a method."""

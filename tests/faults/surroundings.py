@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,28 +42,21 @@ def surroundings(shop: Shop) -> Iterator[Outcome]:
         shop.remove(recipe.output)
 
 
-def _command(path: Path) -> None:
-    """Run the command as its process would, and end with its code."""
-    os._exit(app.run(["tune", str(path), "--json"]))
-
-
-def _streams(write: int) -> None:
-    """Make a descriptor stdout and stderr."""
-    import sys
-
+def _command(path: Path, write: int | None = None) -> None:
+    """Run the command as its process would, with a descriptor as stdout and stderr, and end with its code."""
+    write = os.open(os.devnull, os.O_WRONLY) if write is None else write
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(write, number)
         setattr(sys, name, os.fdopen(number, "w", buffering=1, closefd=False))
+    os._exit(app.run(["tune", str(path)]))
 
 
 def _hung_up(path: Path) -> None:
     """On a terminal of its own, which is closed in the middle of step 3."""
     pid, terminal = pty.fork()
     if pid == 0:
-        reached = _at_step(3, lambda: os.write(1, b"NOW"))
-        with reached:
-            _streams(1)
-            os._exit(app.run(["tune", str(path)]))
+        with _at_step(3, lambda: os.write(1, b"NOW")):
+            _command(path, 1)
     seen = b""
     while b"NOW" not in seen:
         seen += os.read(terminal, 4096)
@@ -71,24 +65,20 @@ def _hung_up(path: Path) -> None:
 
 
 def _closed(path: Path) -> None:
-    import sys
-
     for number in range(3):
         os.close(number)
     sys.stdin = sys.stdout = sys.stderr = None  # type: ignore[assignment]  # as Python finds them then
-    _command(path)
+    os._exit(app.run(["tune", str(path), "--json"]))
 
 
 def _unread(path: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    _streams(writing)
-    os._exit(app.run(["tune", str(path)]))
+    _command(path, writing)
 
 
 def _on_full_disk(path: Path) -> None:
-    _streams(os.open("/dev/full", os.O_WRONLY))
-    os._exit(app.run(["tune", str(path)]))
+    _command(path, os.open("/dev/full", os.O_WRONLY))
 
 
 def _full_log(folder: Path, path: Path) -> None:
@@ -97,8 +87,7 @@ def _full_log(folder: Path, path: Path) -> None:
         link.symlink_to("/dev/full")
     whole = records.MetricsFile
     with mock.patch.object(report, "MetricsFile", lambda path, say, append: whole(link, say, append)):
-        code = app.run(["tune", str(path)])
-    os._exit(code)
+        _command(path)
 
 
 def _set_back(path: Path) -> None:
