@@ -13,6 +13,8 @@ from budwood_distillation import Distillation
 from budwood_lora import LoRA
 
 LOW_RANK = {"rank": 2, "alpha": 4}
+ELSEWHERE = {"composes_with": "test_together.py trains every combination of the strategies that come with Budwood"}
+"""For further options of a strategy that is tested here in company already."""
 
 
 class TestLoRA(StrategyConformance):
@@ -23,12 +25,14 @@ class TestLoRA(StrategyConformance):
 class TestDoRA(StrategyConformance):
     strategy = LoRA
     options = {**LOW_RANK, "dora": True, "rslora": True, "init": "gaussian"}
+    does_not_apply = ELSEWHERE
 
 
 class TestLoRAClassifier(StrategyConformance):
     strategy = LoRA
     options = LOW_RANK
     task = "sequence-classification"
+    does_not_apply = ELSEWHERE
 
 
 class TestAdaLoRA(StrategyConformance):
@@ -47,26 +51,31 @@ class TestFGM(StrategyConformance):
 class TestPGD(StrategyConformance):
     strategy = Adversarial
     options = {"method": "pgd", "epsilon": 0.5, "steps": 2}
+    does_not_apply = ELSEWHERE
 
 
 class TestFreeLB(StrategyConformance):
     strategy = Adversarial
     options = {"method": "freelb", "epsilon": 0.5, "steps": 2}
+    does_not_apply = ELSEWHERE
 
 
 class TestSMART(StrategyConformance):
     strategy = Adversarial
     options = {"method": "smart", "epsilon": 0.01}
+    does_not_apply = ELSEWHERE
 
 
 class TestVAT(StrategyConformance):
     strategy = Adversarial
     options = {"method": "vat", "epsilon": 0.5}
+    does_not_apply = ELSEWHERE
 
 
 class TestNEFTune(StrategyConformance):
     strategy = Adversarial
     options = {"method": "neftune"}
+    does_not_apply = ELSEWHERE
 
 
 class TestDistillation(StrategyConformance):
@@ -82,6 +91,7 @@ class TestSelfDistillation(StrategyConformance):
 
     strategy = Distillation
     options = {"teacher": "base"}
+    does_not_apply = ELSEWHERE
 
 
 def test_the_kit_knows_every_strategy_that_comes_with_budwood() -> None:

@@ -83,7 +83,7 @@ class Probe(Strategy):
         return batch
 
     def _forward(self) -> None:
-        if len(self.micro_batches[-1]) > 1:
+        if len(self.micro_batches[-1]) > 1 or not self.run or not self.run.model.training:
             return
         self.calls[-1] += 1
         if len(self.calls) == 2 and self.calls[-1] == self.options.fail_at:

@@ -1,0 +1,246 @@
+"""Strategies that each break one promise, and no other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ConfigDict, Field, field_serializer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from budwood import (
+    RUN_ADAPTER,
+    Batch,
+    LossTerm,
+    Options,
+    Outputs,
+    Run,
+    Step,
+    Strategy,
+    adapter_layers,
+    hookimpl,
+)
+from budwood_lora import LoRA
+
+
+class SavesStateAlone(Strategy):
+    """Gives its state away and takes none back."""
+
+    @hookimpl
+    def state_dict(self, run: Run) -> dict[str, Any]:
+        return {"step": run.step}
+
+
+class Undocumented(Strategy):
+    @hookimpl
+    def before_clip(self, run: Run) -> None: ...
+
+
+class OwnsNothingButTheName(Strategy):
+    """Says that it owns the adapter, and knows how to attach one only."""
+
+    slots = ("adapter",)
+
+    @hookimpl
+    def attach_adapter(self, model: nn.Module) -> None: ...
+
+
+class _Observes(Strategy):
+    """Takes part in a run without an effect."""
+
+    @hookimpl
+    def before_clip(self, run: Run) -> None: ...
+
+
+class TakesAnything(_Observes):
+    """Ignores options that it does not know."""
+
+    class Options(Options):
+        model_config = ConfigDict(extra="ignore")
+        rate: float = 0.5
+
+
+class ComesBackOtherwise(_Observes):
+    """Writes an option as it was not."""
+
+    class Options(Options):
+        rate: float = Field(0.123, gt=0)
+
+        @field_serializer("rate")
+        def _rounded(self, value: float) -> float:
+            return round(value, 1)
+
+
+class CanBeChanged(_Observes):
+    """Has options that a run could change."""
+
+    class Options(Options):
+        model_config = ConfigDict(frozen=False)
+        rate: float = 0.5
+
+
+class StartsElsewhere(LoRA):
+    """LoRA whose B does not start at zero."""
+
+    @hookimpl
+    def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
+        model = super().prepare_model(run, model)
+        with torch.no_grad():
+            for _, layer in adapter_layers(model, RUN_ADAPTER):
+                layer.lora_B[RUN_ADAPTER].weight.fill_(0.01)
+        return model
+
+
+class Unfreezes(Strategy):
+    """Lets a gradient come to the base's head."""
+
+    @hookimpl
+    def prepare_batch(self, run: Run, batch: Batch) -> Batch:
+        run.model.get_output_embeddings().weight.requires_grad_(True)
+        return batch
+
+
+class DeclaresWhatItDoesNotUse(LoRA):
+    """LoRA that declares a parameter that the model never sees."""
+
+    @hookimpl
+    def trainable_parameters(self, run: Run, model: nn.Module) -> Any:
+        groups = super().trainable_parameters(run, model)
+        groups[0].parameters["idle"] = nn.Parameter(torch.ones(3))
+        return groups
+
+
+class WearsTheBase(Strategy):
+    """Changes a row of the base's embeddings that no example uses."""
+
+    @hookimpl
+    def after_optimizer_step(self, run: Run) -> None:
+        with torch.no_grad():
+            run.model.get_input_embeddings().weight[3] *= 1.01
+
+
+class Unseeded(Strategy):
+    """Adds noise that no seed decides."""
+
+    @hookimpl
+    def after_optimizer_step(self, run: Run) -> None:
+        draw = torch.Generator().manual_seed(int.from_bytes(os.urandom(6), "little"))
+        with torch.no_grad():
+            for parameter in run.trainable:
+                parameter += 1e-7 * torch.randn(parameter.shape, generator=draw)
+
+
+def _size(step: Step, outputs: Outputs) -> Tensor:
+    """Mean square of the first of each example's hidden states, [examples]."""
+    squares = outputs.hidden.flatten(0, 1)[:, 0].float().square()
+    sums = squares.new_zeros(len(step.batch.example_ids)).index_add(0, step.batch.example_of_token, squares)
+    return sums / torch.tensor(step.batch.lengths)
+
+
+class FirstMicroBatchAlone(Strategy):
+    """Adds its term to the first micro-batch of a step only."""
+
+    @hookimpl
+    def loss_terms(self, step: Step, outputs: Outputs) -> LossTerm | None:
+        return None if step.micro_step else LossTerm("size", _size(step, outputs), "example", 0.1)
+
+
+class FirstProcessAlone(Strategy):
+    """Adds its term in the first process only."""
+
+    @hookimpl
+    def loss_terms(self, step: Step, outputs: Outputs) -> LossTerm | None:
+        return None if step.run.process_index else LossTerm("size", _size(step, outputs), "example", 0.1)
+
+
+class SavesHalf(LoRA):
+    """LoRA that saves half of what it learned."""
+
+    @hookimpl
+    def export(self, run: Run, model: nn.Module, directory: Path) -> None:
+        super().export(run, model, directory)
+        file = directory / "adapter_model.safetensors"
+        tensors = {key: tensor / 2 if "lora_B" in key else tensor for key, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+class MergesHalf(LoRA):
+    """LoRA that merges half of what it learned."""
+
+    @hookimpl
+    def merge_adapter(self, model: nn.Module, name: str) -> None:
+        with torch.no_grad():
+            for _, layer in adapter_layers(model, name):
+                layer.lora_B[name].weight /= 2
+        super().merge_adapter(model, name)
+
+
+class StaysOn(LoRA):
+    """LoRA that does not turn itself off."""
+
+    @hookimpl
+    def use_adapters(self, model: nn.Module, names: Sequence[str | None]) -> None:
+        if names:
+            super().use_adapters(model, names)
+
+
+class LeavesAHook(LoRA):
+    """LoRA that leaves something on the model when it comes off."""
+
+    @hookimpl
+    def detach_adapter(self, model: nn.Module, name: str) -> None:
+        super().detach_adapter(model, name)
+        model.get_input_embeddings().register_forward_hook(lambda *_: None)
+
+
+class NeedsFloats(Strategy):
+    """Works on unquantised weights only, and does not say so."""
+
+    @hookimpl
+    def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
+        assert all(parameter.is_floating_point() for parameter in model.parameters()), "weights must be floating"
+        return model
+
+
+class AsksForANumber(Strategy):
+    """Decides by a value that a plan does not have."""
+
+    @hookimpl
+    def before_clip(self, run: Run) -> None:
+        if any(float(parameter.grad.abs().max()) > 1e9 for parameter in run.trainable):
+            run.say("large")
+
+
+class ForgetsItsHook(Strategy):
+    """Puts a hook on the model for a forward, and takes it off only where all goes well."""
+
+    @hookimpl(wrapper=True)
+    def forward(self, step: Step) -> Any:
+        handle = step.run.model.get_input_embeddings().register_forward_hook(lambda *_: None)
+        outputs = yield
+        handle.remove()
+        return outputs
+
+
+class Swallows(Strategy):
+    """Lets no exception through."""
+
+    @hookimpl(wrapper=True)
+    def backward(self, step: Step) -> Any:
+        try:
+            return (yield)
+        except Exception:
+            return None
+
+
+class KnowsNoReplay(Strategy):
+    """Fails where another strategy runs a pass of its own."""
+
+    @hookimpl
+    def loss_terms(self, step: Step, outputs: Outputs) -> None:
+        if step.replaying:
+            raise RuntimeError("a pass that is not core's own")

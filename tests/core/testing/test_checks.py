@@ -1,0 +1,164 @@
+"""Each check of the conformance kit against strategies that break just its promise; to all others they are sound."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+from tests.core.testing import broken
+
+from budwood import Strategy, installed
+from budwood.testing import StrategyConformance, bench, checks, plugin
+from budwood.testing.bench import Bench, NotApplicable, PromiseBroken, Spec
+from budwood.training.report import Report
+
+CHECKS: dict[str, Callable[[Bench], None]] = {
+    "declares": checks.declares,
+    "options": checks.options_round_trip,
+    "start": checks.zero_effect_at_start,
+    "gradients": checks.gradients_where_declared,
+    "base": checks.base_unchanged,
+    "seed": checks.same_seed_same_bytes,
+    "micro-batches": checks.micro_batches,
+    "processes": checks.two_processes,
+    "save": checks.save_and_load,
+    "resume": checks.resume,
+    "merge": checks.merge,
+    "off": checks.off,
+    "unquantised": functools.partial(checks.runs_on, quantization="none"),
+    "nf4": functools.partial(checks.runs_on, quantization="nf4"),
+    "fake": checks.fake_tensors,
+    "exception": checks.after_an_exception,
+    "composes": functools.partial(checks.composes, other="adversarial"),
+}
+DEAR = ("base", "nf4", "fake", "exception", "composes")
+"""Checks that need runs of their own: each is asked of the strategy that breaks it, and of those that break another."""
+BROKEN: list[tuple[type[Strategy], str, str]] = [
+    (broken.SavesStateAlone, "declares", "of state_dict and load_state_dict it implements state_dict alone"),
+    (broken.TakesAnything, "options", "Options takes keys that it does not know"),
+    (broken.StartsElsewhere, "start", r"a logit differs from the base's by 0\.\d+ "),
+    (broken.Unfreezes, "gradients", r"elsewhere: step 1: lm_head.weight, largest gradient \d"),
+    (broken.WearsTheBase, "base", r"1 tensors of the none base differ after 2 steps: \S*embed_tokens.weight by 0\.\d+"),
+    (broken.Unseeded, "seed", r"two runs with seed 0 differ by \de-0\d|two runs with seed 0 differ by \d\.\d+e-0\d"),
+    (broken.FirstMicroBatchAlone, "micro-batches", r"micro-batches of \[4\] and of \[2, 2\] examples differ by \d"),
+    (broken.FirstProcessAlone, "processes", r"one process and two differ by \d"),
+    (broken.SavesHalf, "save", r"loaded adapter differs from the trained one's by \d\.\d+ \(at most"),
+    (broken.MergesHalf, "merge", r"a logit of the merged model differs by \d\.\d+"),
+    (broken.StaysOn, "off", r"after training, with the adapter off, a logit differs from the base's by \d\.\d+"),
+    (broken.NeedsFloats, "nf4", "runs on NF4: the run ended with .*weights must be floating"),
+    (broken.AsksForANumber, "fake", "DataDependentOutputException"),
+    (broken.ForgetsItsHook, "exception", r"forward hooks of model.embed_tokens: 0 before, 1 after"),
+    (broken.KnowsNoReplay, "composes", r"with adversarial: .*a pass that is not core's own.*broken.py, line \d+"),
+]
+ALSO_BROKEN: list[tuple[type[Strategy], str, str]] = [
+    (broken.Undocumented, "declares", "no docstring"),
+    (broken.OwnsNothingButTheName, "declares", "1 of the 5 hooks .* missing: use_adapters, detach_adapter, export"),
+    (broken.ComesBackOtherwise, "options", r"'rate' was 0.123 and came back from YAML as 0.1"),
+    (broken.CanBeChanged, "options", "not frozen"),
+    (broken.DeclaresWhatItDoesNotUse, "gradients", "idle is declared and had no gradient in all 2 steps"),
+    (broken.LeavesAHook, "off", "detach_adapter, 1 things on the model are not as before: forward hooks of"),
+    (broken.Swallows, "exception", "an exception in forward 1 of a step was swallowed"),
+]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Report, "plot", lambda self, directory: None)
+
+
+@functools.cache
+def bench_of(strategy: type[Strategy]) -> Bench:
+    return Bench(Spec(strategy, steps=2))
+
+
+@pytest.fixture(scope="module")
+def benches() -> None:
+    """Lets the runs in two processes share one start."""
+    for strategy, _, _ in BROKEN:
+        checks.wait_for_processes(bench_of(strategy))
+
+
+def outcome(check: str, strategy: type[Strategy]) -> str:
+    """The broken promise in words, or an empty text where it is kept or does not apply."""
+    try:
+        CHECKS[check](bench_of(strategy))
+    except PromiseBroken as error:
+        return str(error)
+    except NotApplicable:
+        pass
+    return ""
+
+
+@pytest.mark.parametrize(("strategy", "check", "message"), BROKEN, ids=[row[1] for row in BROKEN])
+def test_a_check_finds_what_breaks_its_promise_and_the_others_do_not(
+    strategy: type[Strategy], check: str, message: str, benches: None
+) -> None:
+    asked = [name for name in CHECKS if name not in DEAR or name == check or check in DEAR]
+    found = {name: text for name in asked if (text := outcome(name, strategy))}
+    assert set(found) == {check}, found
+    assert re.search(message, found[check], re.DOTALL), found[check]
+
+
+@pytest.mark.parametrize(("strategy", "check", "message"), ALSO_BROKEN, ids=[row[0].__name__ for row in ALSO_BROKEN])
+def test_other_ways_to_break_a_promise(strategy: type[Strategy], check: str, message: str) -> None:
+    found = outcome(check, strategy)
+    assert re.search(message, found), found
+
+
+def test_every_check_has_a_strategy_that_breaks_it() -> None:
+    assert {check for _, check, _ in BROKEN} == set(CHECKS) - {"unquantised", "resume"}
+
+
+class Conformance(StrategyConformance):
+    strategy = broken.TakesAnything
+
+
+def request(test: str) -> SimpleNamespace:
+    return SimpleNamespace(node=SimpleNamespace(originalname=test, user_properties=[]))
+
+
+def test_a_failure_says_which_promise_broke() -> None:
+    with pytest.raises(pytest.fail.Exception, match="^promise broken: options round-trip, unknown keys refused: "):
+        Conformance().test_options_round_trip(request("test_options_round_trip"))
+
+
+def test_what_does_not_apply_is_skipped_and_listed_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = request("test_merged_equals_unmerged")
+    with pytest.raises(pytest.skip.Exception, match="does not apply: it owns no adapter"):
+        Conformance().test_merged_equals_unmerged(asked)
+    monkeypatch.setattr(Conformance, "does_not_apply", {"options_round_trip": "they are another's"})
+    waived = request("test_options_round_trip")
+    with pytest.raises(pytest.skip.Exception, match="they are another's"):
+        Conformance().test_options_round_trip(waived)
+
+    lines: list[str] = []
+    reports = [
+        SimpleNamespace(nodeid=f"test_mine.py::TestMine::{asked_of.node.originalname}", user_properties=properties)
+        for asked_of in (asked, waived)
+        for properties in [asked_of.node.user_properties]
+    ]
+    other = SimpleNamespace(nodeid="test_mine.py::test_other", user_properties=[])
+    reporter = SimpleNamespace(stats={"skipped": [*reports, other]}, section=lines.append, line=lines.append)
+    plugin.pytest_terminal_summary(reporter)
+    assert lines == [
+        "budwood: checks that do not apply",
+        "TestMine::test_merged_equals_unmerged: it owns no adapter",
+        "TestMine::test_options_round_trip: they are another's",
+    ]
+
+
+def test_a_waiver_of_a_test_that_is_none_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Conformance, "does_not_apply", {"micro_batch": "…"})
+    with pytest.raises(pytest.fail.Exception, match="there is no test 'micro_batch'"):
+        Conformance().test_base_unchanged(request("test_base_unchanged"))
+
+
+def test_what_is_tested_looks_installed_under_a_name_of_its_own() -> None:
+    name = bench.register(broken.Undocumented)
+    assert name == "undocumented"
+    assert bench.register(broken.Undocumented) == name
+    assert [entry.load() for entry in installed()[name]] == [broken.Undocumented]
+    assert bench.register(broken.LoRA) == "lora"
