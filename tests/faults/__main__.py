@@ -24,7 +24,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.splitlines()[0])
     parser.add_argument("kinds", nargs="*", metavar="KIND", help="kills, disk, damage, training, surroundings")
     parser.add_argument("--kills", type=int, default=100, help="so many SIGKILLs")
-    parser.add_argument("--every", type=int, default=1, help="of disk operations and damaged files try every n-th")
+    parser.add_argument(
+        "--every", type=int, default=1, help="of disk operations, damaged files and surroundings try every n-th"
+    )
     parser.add_argument("--late", type=int, default=500, help="the late step at which memory runs out")
     parser.add_argument("--seed", type=int, default=0, help="of the instants of the kills, and the bytes that flip")
     options = parser.parse_args()
@@ -35,7 +37,7 @@ def main() -> int:
             "disk": lambda: failing_disk(shop, options.every),
             "damage": lambda: damage(shop, options.every, options.seed),
             "training": lambda: training(shop, options.late),
-            "surroundings": lambda: surroundings(shop),
+            "surroundings": lambda: surroundings(shop, options.every),
         }
         outcomes: list[Outcome] = []
         for name in options.kinds or parts:

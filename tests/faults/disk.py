@@ -23,6 +23,7 @@ from budwood.training.loop import tune
 
 from .harness import Ended, Outcome, Shop, unsound
 
+TRAIN = {"save_every": 3}
 ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC}
 
 
@@ -135,7 +136,7 @@ def failing_disk(shop: Shop, every: int = 1) -> Iterator[Outcome]:
     """Let every (or every n-th) operation of a run fail: of a new one, and of one that is gone on with."""
     method = "lora, dropout"
     shop.reference(method)
-    old = shop.stopped(shop.recipe(method, "failing"), 4)
+    old = shop.stopped(shop.recipe(method, "failing", **TRAIN), 4)
     cases = {"a new run": None, "a resumed run": old}
     for exchange in (True, False):
         for case, start in cases.items():
@@ -164,7 +165,7 @@ def _outcome(
         lost = "nothing was said of it"
     lost = lost or unsound(output)
     if not lost:
-        again = shop.tune(shop.recipe(method, "failing"), resume=True)
+        again = shop.tune(shop.recipe(method, "failing", **TRAIN), resume=True)
         lost = f"the resume ended with {again.code}: {again.error}" if again.code else ""
     lost = lost or shop.compare(method, output, numbers=False)
     shop.remove(output)
@@ -175,7 +176,7 @@ def _attempt(
     shop: Shop, method: str, start: Path | None, number: int, error: str, exchange: bool
 ) -> tuple[Ended, list[str]]:
     """Run, or go on from a copy of `start`, with the N-th operation failing; returns also the count and what failed."""
-    recipe = shop.recipe(method, "failing")
+    recipe = shop.recipe(method, "failing", **TRAIN)
     if start is not None:
         shutil.copytree(start, recipe.output, dirs_exist_ok=True)
     note = shop.folder / "operations.txt"

@@ -17,21 +17,22 @@ from budwood.training import loop, records, report
 from .harness import Outcome, Shop
 
 
-def surroundings(shop: Shop) -> Iterator[Outcome]:
-    """Each fault in a run of the command; the adapter must be the uninterrupted run's."""
+def surroundings(shop: Shop, every: int = 1) -> Iterator[Outcome]:
+    """Each fault (or every n-th) in a run of the command; the adapter must be the uninterrupted run's."""
     method = "lora, dropout"
     shop.reference(method)
     path = shop.folder / "around.yaml"
     recipe = shop.recipe(method, "around")
     path.write_text(recipe.to_yaml())
-    for what, work in {
+    faults: dict[str, Callable[[], None]] = {
         "terminal hung up in a step (SIGHUP, then EIO)": lambda: _hung_up(path),
         "standard streams closed before the start": lambda: _closed(path),
         "stderr a pipe that nobody reads": lambda: _unread(path),
         "stderr on a full disk": lambda: _on_full_disk(path),
         "disk of metrics.jsonl full": lambda: _full_log(shop.folder, path),
         "clock set back": lambda: _set_back(path),
-    }.items():
+    }
+    for what, work in list(faults.items())[::every]:
         ended = shop.finish(shop.fork(work))
         lost = f"exit code {ended.code}: {ended.error}{ended.said}" if ended.code else ""
         lost = lost or shop.compare(method, recipe.output, numbers="metrics" not in what)
