@@ -74,7 +74,9 @@ def parameter_groups(model: nn.Module, options: LoRAOptions) -> list[ParameterGr
 
 def write(model: nn.Module, config: LoraConfig, directory: Path) -> None:
     """Write the run's adapter as PEFT does."""
-    dataclasses.replace(config, inference_mode=True).save_pretrained(str(directory))
+    saved = dataclasses.replace(config, inference_mode=True)
+    saved.target_modules = sorted(saved.target_modules or ())  # PEFT makes a set of it, in no order
+    saved.save_pretrained(str(directory))
     tensors = {key: slot.detach().cpu().contiguous() for key, slot in tensor_slots(model, RUN_ADAPTER).items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
