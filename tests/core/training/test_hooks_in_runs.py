@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from budwood import PluginError, hookimpl, tune
 from budwood.adapters.merge import export
 from budwood.adapters.pool import AdapterPool
+from budwood.cli import app as cli
 from budwood.contract.hookspecs import HookSpecs
 from budwood.contract.loading import CORES_OWN, HOOKS
 
@@ -192,3 +194,70 @@ def test_a_profile_is_shown_with_memory(make_recipe, monkeypatch, capsys):
     assert len(table) == len(manifest["hooks"]) + 1 and table[-1].split()[:2] == ["core", "elsewhere"]
     shares = [float(share.rstrip("%")) for line in table for share in line.split() if share.endswith("%")]
     assert shares[:-1] == sorted(shares[:-1], reverse=True) and 98 < sum(shares) < 102
+
+
+def run_command(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> int:
+    """`budwood tune` in this process; returns the exit code."""
+    monkeypatch.setattr(cli, "hush", lambda debug: None)
+    monkeypatch.setenv("BUDWOOD_DEBUG", "")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    return cli.run(["tune", str(path), *more])
+
+
+def failing(hook: str, error: str) -> str:
+    """Source of a strategy whose `hook` raises `error`."""
+    return f"class Fails(Strategy):\n    @hookimpl\n    def {hook}(self):\n        raise {error}\n"
+
+
+@pytest.mark.parametrize(
+    ("hook", "error", "code", "says"),
+    [
+        ("prepare_model", "KeyError('x')", 3, "error: WHO, hook prepare_model: KeyError: 'x'. Report it to its author"),
+        ("prepare_model", "SystemExit(0)", 3, "error: WHO, hook prepare_model: SystemExit: 0. Report it"),
+        ("prepare_model", "MemoryError", 3, "error: out of memory in WHO, hook prepare_model: lower train."),
+        ("before_clip", "MemoryError", 3, "error: step 1: out of memory in WHO, hook before_clip, step 1 (Memory"),
+        ("prepare_model", "OSError(28, 'No space', '/x')", 3, "error: /x: No space in WHO, hook prepare_model.\n"),
+        ("prepare_model", "__import__('budwood').InputError('x: is wrong.')", 2, "error: x: is wrong.\n"),
+        ("before_clip", "__import__('budwood').DivergedError('all is zero')", 5, "error: all is zero; "),
+    ],
+)  # fmt: skip
+def test_the_command_ends_with_the_code_of_the_error(
+    hook, error, code, says, distribution, make_recipe, tmp_path, monkeypatch, capsys
+):
+    distribution("sprout", failing(hook, error), {"fails": "Fails"})
+    recipe = make_recipe(strategies=[{"lora": {"rank": 2}}, "fails"])
+    assert run_command(recipe, tmp_path, monkeypatch) == code
+    shown = capsys.readouterr().err
+    assert says.replace("WHO", "strategy 'fails' (sprout 1.0)") in shown and "Traceback" not in shown
+
+
+def test_debug_shows_the_authors_traceback(distribution, make_recipe, tmp_path, monkeypatch, capsys):
+    observer = failing("on_event", "ConnectionError('gone')").replace("Fails", "Sees")
+    folder = distribution(
+        "sprout", failing("before_clip", "KeyError('x')") + observer, {"fails": "Fails", "sees": "Sees"}
+    )
+    recipe = make_recipe(strategies=[{"lora": {"rank": 2}}, "fails", "sees"])
+    assert run_command(recipe, tmp_path, monkeypatch, "--debug") == 3
+    shown = capsys.readouterr().err
+    assert "strategy 'sees' (sprout 1.0) failed in on_event and is set aside: ConnectionError: gone" in shown
+    for line in ("raise KeyError('x')", "raise ConnectionError('gone')"):
+        assert line in shown
+    assert shown.count(f'File "{folder}/sprout.py"') == 2
+
+
+def test_a_broken_plugin_matters_only_where_it_is_named(distribution, make_recipe, tmp_path, monkeypatch, capsys):
+    distribution("broken", "raise RuntimeError('no GPU')", {"broken": "Broken"})
+    distribution("shapeless", "class Shapeless: pass", {"shapeless": "Shapeless"}, "budwood.forms")
+    distribution(
+        "older", "from budwood import Attack\nclass Older(Attack): api = 0", {"older": "Older"}, "budwood.attacks"
+    )
+    lora = {"lora": {"rank": 2}}
+    assert run_command(make_recipe(strategies=[lora]), tmp_path, monkeypatch) == 0
+    capsys.readouterr()
+    recipe = make_recipe(strategies=[lora, "broken"], output="other")
+    assert run_command(recipe, tmp_path, monkeypatch) == 3
+    assert "error: plugin 'broken' of broken 1.0 (broken:Broken) cannot be imported: RuntimeError: no GPU. " in (
+        capsys.readouterr().err
+    )
+    assert not recipe.output.exists()
