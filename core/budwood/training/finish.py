@@ -16,7 +16,8 @@ from budwood.adapters.golden import measure
 from budwood.adapters.store import write_adapter
 from budwood.contract.calls import ask_owner
 from budwood.contract.registry import Composition
-from budwood.contract.types import RUN_ADAPTER, Run
+from budwood.contract.strategy import RUN_ADAPTER
+from budwood.contract.types import Run
 from budwood.errors import BudwoodError, DivergedError, is_out_of_memory
 from budwood.training.progress import Progress, restore
 from budwood.training.report import Report, duration, peak_memory
