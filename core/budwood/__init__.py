@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from budwood.contract.types import Batch as Batch
     from budwood.contract.types import Event as Event
     from budwood.contract.types import Example as Example
+    from budwood.contract.types import Generator as Generator
     from budwood.contract.types import LossTerm as LossTerm
     from budwood.contract.types import Outputs as Outputs
     from budwood.contract.types import ParameterGroup as ParameterGroup
@@ -37,7 +38,19 @@ _EXPORTS = {
     "ask_owner": "budwood.contract.calls",
     **dict.fromkeys(("Options", "Strategy", "hookimpl"), "budwood.contract.strategy"),
     **dict.fromkeys(
-        ("RUN_ADAPTER", "Batch", "Event", "Example", "LossTerm", "Outputs", "ParameterGroup", "Plan", "Run", "Step"),
+        (
+            "RUN_ADAPTER",
+            "Batch",
+            "Event",
+            "Example",
+            "Generator",
+            "LossTerm",
+            "Outputs",
+            "ParameterGroup",
+            "Plan",
+            "Run",
+            "Step",
+        ),
         "budwood.contract.types",
     ),
     **dict.fromkeys(("PluginError", "installed"), "budwood.contract.discovery"),
