@@ -85,7 +85,7 @@ _EXPORTS = {
     **dict.fromkeys(("check_adapter_tensors", "read_adapter"), "budwood.adapters.store"),
     **dict.fromkeys(("check_base", "fingerprint", "load_tokenizer", "skeleton"), "budwood.model.base"),
     "batches_of": "budwood.model.tasks",
-    "load_frozen": "budwood.training.frozen",
+    **dict.fromkeys(("adapter_off", "load_frozen"), "budwood.training.frozen"),
 }
 
 __all__ = ["__version__", *_EXPORTS]
