@@ -32,6 +32,7 @@ bench: .venv/installed-bench ## Measure training side by side with Trainer + PEF
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.adalora
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.adalora --initial-rank 64 --target-rank 16 --no-peft
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.adversarial
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.checkpoint
 
 audit: .venv/installed-audit ## Look the pinned versions up in a database of known vulnerabilities (needs a network)
 	@$(BIN)/python -m tests.hostile.audit
@@ -39,8 +40,9 @@ audit: .venv/installed-audit ## Look the pinned versions up in a database of kno
 fuzz: .venv/installed-fuzz ## Fuzz the parsers, guided by coverage, for SECONDS (300) in all
 	@$(BIN)/python -m tests.hostile.fuzz --seconds $(SECONDS)
 
-docs: .venv/installed ## Write docs/recipe.md from the recipe's schema, docs/combinations.md from the tests
+docs: .venv/installed ## Write docs/recipe.md from the recipe's schema, docs/hooks.md from the contract, docs/combinations.md from the tests
 	@$(BIN)/python docs/make_recipe_page.py > docs/recipe.md
+	@$(BIN)/python docs/make_hooks_page.py > docs/hooks.md
 	@$(BIN)/python -m tests.plugins.combinations
 
 .venv/installed: pyproject.toml constraints.txt

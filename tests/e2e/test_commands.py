@@ -125,6 +125,22 @@ def test_bad_data_is_one_line_and_imports_no_torch(
     assert not (tmp_path / "runs").exists()
 
 
+def test_wrong_options_are_all_named_and_import_no_torch(tmp_path: Path, tiny_base: Path) -> None:
+    write(tmp_path / "rows.jsonl")
+    wrong = [part for option in ("lora.rank=0", "lora.alhpa=3") for part in ("-o", option)]
+    code = (
+        "import sys\nfrom budwood.cli.app import run\n"
+        f"code = run(['tune', 'rows.jsonl', '--base', {str(tiny_base)!r}, *{wrong!r}])\n"
+        "assert 'torch' not in sys.modules\nsys.exit(code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == (
+        "error: -o lora.alhpa=3: lora.alhpa: unknown key. Did you mean 'alpha'? "
+        "-o lora.rank=0: lora.rank: must be greater than or equal to 1 (got 0).\n"
+    )
+
+
 def test_an_output_folder_that_holds_a_run_is_refused(tuned: Path, tiny_base: Path) -> None:
     before = (tuned / "runs/rows/manifest.json").read_bytes()
     done = budwood("tune", "rows.jsonl", "--base", tiny_base, cwd=tuned, code=2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import torch
 
 from budwood import LossTerm, Options, Run, Step, Strategy, hookimpl
@@ -103,3 +105,36 @@ class PerExample(Strategy):
         count = len(step.batch.example_ids)
         sums = torch.zeros(count).index_add(0, owner, squares)
         return LossTerm("size", sums / torch.bincount(owner, minlength=count), "example", 0.1)
+
+
+class Counter(Strategy):
+    """Keeps counts as tensors and plain values, and uses the global random states."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.steps, self.sum = 0, torch.zeros(())
+
+    @hookimpl
+    def before_optimizer_step(self, run: Run) -> None:
+        self.steps += 1
+        noise = random.random() + np.random.rand() + random.gauss(0, 1) + float(torch.rand(()))
+        for parameter in run.trainable:
+            parameter.grad.add_(noise * 1e-3)
+        self.sum = self.sum + noise
+
+    @hookimpl
+    def state_dict(self, run: Run) -> dict[str, Any]:
+        return {"steps": self.steps, "sum": self.sum, "nested": ({1: float("inf"), "a/b": np.arange(3)},)}
+
+    @hookimpl
+    def load_state_dict(self, run: Run, state: dict[str, Any]) -> None:
+        assert state["nested"][0][1] == float("inf") and state["nested"][0]["a/b"].tolist() == [0, 1, 2]
+        self.steps, self.sum = state["steps"], state["sum"]
+
+
+class Unsaveable(Strategy):
+    """Gives a state that no file can hold."""
+
+    @hookimpl
+    def state_dict(self, run: Run) -> dict[str, Any]:
+        return {"inner": [{"a": object()}]}

@@ -6,14 +6,16 @@ import dataclasses
 import json
 import re
 from collections.abc import Collection
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import nn
 
 from budwood.adapters.targets import match_targets
 from budwood.errors import CorruptError, InputError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import nn
 
 TASK_TYPES = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
 """PEFT's names of the tasks."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from pydantic import AfterValidator, Field
-from torch import nn
 
 from budwood.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:  # the types of options are here too, and are checked before torch is imported
+    from torch import nn
 
 LAYER_INDEX = re.compile(r"\.(\d+)\.")
 
@@ -59,6 +59,10 @@ ModulesToSave = Annotated[
 
 def linear_modules(model: nn.Module) -> list[str]:
     """Names of the model's linear modules, quantised ones included, without its output head."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+    from torch import nn
+
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     heads = {"score", "classifier"}
     found = []

@@ -25,6 +25,9 @@ def tune(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="With --resume: go on although recipe, data or versions changed.")
     ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show the time and memory of every strategy's hooks at the end.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the final metrics as JSON.")] = False,
 ) -> None:
     """Run a recipe: fine-tune, and leave the adapter, the log and a plot in its output folder."""
@@ -46,7 +49,7 @@ def tune(
     preflight(loaded, overwrite, resume)  # before torch is imported, which takes seconds
     from budwood.training.loop import tune as run_recipe
 
-    run = run_recipe(loaded, overwrite=overwrite, resume=resume, accept_changes=accept_changes)
+    run = run_recipe(loaded, overwrite=overwrite, resume=resume, accept_changes=accept_changes, profile=profile)
     if as_json:
         typer.echo(json.dumps({"before": run.before, "metrics": run.metrics, "output": str(run.directory)}))
 

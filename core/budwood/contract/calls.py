@@ -43,6 +43,17 @@ class Cost:
     depth: int = 0
     """Calls that have begun and not ended."""
 
+    def record(self, profiled: bool) -> dict[str, Any]:
+        """As manifest.json holds it; memory is null where it was not measured."""
+        return {
+            "owner": self.owner,
+            "hook": self.hook,
+            "calls": self.calls,
+            "seconds": round(self.seconds, 6),
+            "own_seconds": round(self.own_seconds, 6),
+            "peak_growth_bytes": self.peak_growth if profiled else None,
+        }
+
 
 class _Frame:
     """A stretch of time in one row: a call, or a wrapper's part before or after its yield."""
@@ -72,13 +83,17 @@ class Calls:
         self._asked: dict[tuple[int, str], tuple[Callable[..., Any], list[str]]] = {}
         self._frame: _Frame | None = None
 
+    def add(self, strategy: Strategy) -> None:
+        """Know a strategy by its package, where it is the only one of it, and let its hooks be asked for."""
+        package = type(strategy).__module__.partition(".")[0]
+        alone = self._strategies.get(package, strategy) is strategy
+        self._strategies[package] = strategy if alone else None
+        strategy._calls = self
+
     def guard(self, plugin: Any, hook: str, function: Callable[..., Any], wrapper: bool = False) -> Callable[..., Any]:
         """Return `function`, the plugin's implementation of `hook`, with its errors named, measured and checked."""
         if isinstance(plugin, Strategy):
-            package = type(plugin).__module__.partition(".")[0]
-            alone = self._strategies.get(package, plugin) is plugin
-            self._strategies[package] = plugin if alone else None
-            plugin._calls = self
+            self.add(plugin)
         cost = self._cost(plugin, hook)
 
         def call(*arguments: Any, **named: Any) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
 
     from budwood.contract.types import Batch, Event, Example, LossTerm, Outputs, ParameterGroup, Plan, Run, Step
 
-How = Literal["collect", "chain", "one owner", "core's own", "its own", "observe", "adapter's owner"]
-"""How a hook is called:
-
-- collect: every strategy, in the solved order; all results are used.
-- chain: every strategy, in the solved order; each receives what the last returned.
-- one owner: at most one strategy, in place of core's own way.
-- core's own: core or the task implements it; strategies may only wrap it.
-- its own: every strategy for itself, with what is its own.
-- observe: every strategy; one that fails is named and set aside, and the run goes on.
-- adapter's owner: the one strategy whose kind of adapter it is; also outside of runs, by the pool.
-"""
+HOW = {
+    "collect": "every strategy, in the solved order; all results are used",
+    "chain": "every strategy, in the solved order; each receives what the last returned",
+    "one owner": "at most one strategy, in place of core's own way",
+    "core's own": "core or the task implements it; strategies may only wrap it",
+    "its own": "every strategy for itself, with what is its own",
+    "observe": "every strategy; one that fails is named and set aside, and the run goes on",
+    "adapter's owner": "the one strategy whose kind of adapter it is; also outside of runs, by the pool",
+}
+"""How a hook is called."""
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _hook(how: How, *, wrappable: bool = False, first: bool = False) -> Callable[[_Function], _Function]:
+def _hook(how: str, *, wrappable: bool = False, first: bool = False) -> Callable[[_Function], _Function]:
     """Declare a hook: how it is called, whether strategies may wrap it, whether the first result is the only one."""
+    assert how in HOW
 
     def declare(function: _Function) -> _Function:
         function.how, function.wrappable = how, wrappable  # type: ignore[attr-defined]

@@ -225,6 +225,7 @@ def start(cls: type[Any], entry: Installed, **arguments: Any) -> Any:
         else:
             plugin = cls(**arguments)
             plugin.distribution = entry.owner
+            plugin.name = getattr(plugin, "name", entry.name)
     except BudwoodError:
         raise
     except (Exception, SystemExit) as error:

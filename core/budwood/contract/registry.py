@@ -17,7 +17,7 @@ from budwood.contract.discovery import PluginError
 from budwood.contract.hookspecs import HookSpecs
 from budwood.contract.loading import HOOKS, ONE_OWNER, check_hooks
 from budwood.contract.strategy import Plugin, Strategy
-from budwood.errors import InputError, describe
+from budwood.errors import BudwoodError, InputError, describe
 
 
 class _Manager(pluggy.PluginManager):
@@ -77,6 +77,7 @@ class Composition:
         self._set_aside: set[int] = set()
         # pluggy calls last-in first-out: registered in reverse, the first in order is called first and wraps outermost.
         for strategy in reversed(self.strategies):
+            self._calls.add(strategy)
             if not self._manager.has_plugin(strategy.name):
                 self._manager.register(strategy, name=strategy.name)
         self._manager.check_pending()
@@ -144,7 +145,8 @@ class Composition:
             except Exception as error:
                 self._set_aside.add(id(impl.plugin))
                 cause = error.__cause__ if isinstance(error, PluginError) and error.__cause__ else error
-                say(f"{impl.plugin} failed in on_event and is set aside: {describe(cause)}")
+                what = str(cause) if isinstance(cause, BudwoodError) else describe(cause)
+                say(f"{impl.plugin} failed in on_event and is set aside: {what}")
                 if os.environ.get("BUDWOOD_DEBUG", "0") not in ("", "0"):
                     say("".join(traceback.format_exception(cause)).rstrip())
 
@@ -152,6 +154,11 @@ class Composition:
     def costs(self) -> list[Cost]:
         """What every hook of every owner, and core's own parts, have cost so far, the dearest first."""
         return sorted((c for c in self._calls.costs.values() if c.calls), key=lambda cost: -cost.own_seconds)
+
+    @property
+    def profiled(self) -> bool:
+        """Whether memory is measured too."""
+        return self._calls.peak is not None
 
     def part(self, name: str) -> AbstractContextManager[None]:
         """Measure a part of core that is no hook, under a name."""

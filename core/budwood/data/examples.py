@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from budwood.contract.discovery import installed
+from budwood.contract.calls import blame
+from budwood.contract.discovery import PluginError, installed
 from budwood.contract.types import Example
 from budwood.data import cache
 from budwood.data.encoder import Encoder
@@ -266,7 +267,11 @@ def _encode(
         where = [rows.location(start + i) for i in range(len(chunk))]
         if change is not None:
             chunk = [change(row, start + i) for i, row in enumerate(chunk)]
-        for offset, result in enumerate(form.encode(chunk, where, encoder)):
+        with blame(form, "encode"):
+            results = form.encode(chunk, where, encoder)
+        if len(results) != len(chunk) or not all(isinstance(result, Encoded | Dropped) for result in results):
+            raise PluginError(f"{form}, encode: must return an Encoded or a Dropped for each of its {len(chunk)} rows.")
+        for offset, result in enumerate(results):
             cut = _cut(result, max_length) if isinstance(result, Encoded) else result
             if isinstance(cut, Dropped):
                 dropped[cut.reason] += 1

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from budwood.contract.calls import blame
 from budwood.errors import CorruptError, ResourceError, describe
 from budwood.model.checkpoint import fingerprint, first_line, read_tensors, resolve
 from budwood.model.checks import (
@@ -134,7 +135,8 @@ def load_base(
     if info.prequantized:
         config.quantization_config = _with_dtype(config.quantization_config, dtype)
     else:
-        plan = quantizer.config(dtype, double_quantization, heads)
+        with blame(quantizer, "config"):
+            plan = quantizer.config(dtype, double_quantization, heads)
     views = info.quantization == "none" and {entry.dtype for entry in tensors.values()} == {STORED[str(dtype)]}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from budwood.contract.calls import blame
 from budwood.contract.loading import create
 from budwood.contract.validation import shorten
 from budwood.errors import CorruptError, InputError, ResourceError, describe
@@ -106,7 +107,8 @@ def check_base(
     name = stored or quantization or "none"
     quantizer = wanted or find_quantizer(name)
     if device is not None:
-        quantizer.check(str(device))
+        with blame(quantizer, "check"):
+            quantizer.check(str(device))
     if not quantizer.takes_fused_experts and _has_experts(config):
         check_fused(str(model), skeleton(path, "AutoModel", trust_remote_code), name)
     return BaseInfo(str(model), path, config, name, stored is not None)

@@ -322,12 +322,17 @@ def _answering(model: PreTrainedModel) -> Iterator[None]:
     assert isinstance(weight, nn.Parameter | Tensor)
     half = weight.dtype in (torch.bfloat16, torch.float16)
     precision = torch.autocast(weight.device.type, weight.dtype if half else torch.bfloat16, enabled=half)
+    # The head sees the last position alone, a slice, for which torch would copy the head's weight once for each row.
+    head = model.get_output_embeddings()
+    dense = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:])) if head else None
     model.generation_config = GenerationConfig()
     model.eval()
     try:
         with torch.no_grad(), precision:
             yield
     finally:
+        if dense is not None:
+            dense.remove()
         model.generation_config = settings
         for module, training in modes:
             module.training = training

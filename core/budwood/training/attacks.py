@@ -12,6 +12,8 @@ from ruamel.yaml import YAML, YAMLError
 from torch import Tensor
 
 from budwood.contract.attack import Attack
+from budwood.contract.calls import blame
+from budwood.contract.discovery import PluginError
 from budwood.contract.loading import load, start, validate_options
 from budwood.contract.registry import Composition
 from budwood.contract.types import Batch, Run, Step
@@ -99,7 +101,10 @@ def _changed(run: Run, attack: Attack, build: Callable[..., Examples]) -> Exampl
 
     def change(row: Mapping[str, Any], index: int) -> Mapping[str, Any]:
         nonlocal changed, rows
-        new = attack.change(row, index, form)
+        with blame(attack, "change"):
+            new = attack.change(row, index, form)
+        if not isinstance(new, Mapping):
+            raise PluginError(f"{attack}, change: returned a {type(new).__name__}; it must return the row, a mapping.")
         rows, changed = rows + 1, changed + (new != row)
         return new
 
@@ -123,7 +128,13 @@ def _noise(run: Run, attack: Attack) -> Callable[[Batch], Tensor | None]:
 
     def find_noise(batch: Batch) -> Tensor | None:
         run.counts = batch.counts
-        with torch.enable_grad():
-            return attack.noise(Step(run, batch, engine))
+        step = Step(run, batch, engine)
+        with torch.enable_grad(), blame(attack, "noise"):
+            noise = attack.noise(step)
+        if noise is not None and not (isinstance(noise, Tensor) and noise.shape == step.zero_noise().shape):
+            found = list(noise.shape) if isinstance(noise, Tensor) else f"a {type(noise).__name__}"
+            wanted = list(step.zero_noise().shape)
+            raise PluginError(f"{attack}, noise: returned {found}; it must return None or a tensor {wanted}.")
+        return noise
 
     return find_noise

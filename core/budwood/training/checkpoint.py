@@ -157,6 +157,8 @@ class Saver:
         self.setting = {**setting(run), **adapted(run)}
         self.accepted = resume.accepted if resume is not None else []
         self.folder = run.directory / FOLDER
+        for left in self.folder.glob(".*") if run.accelerator.is_main_process else ():  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         self.last = 0
         """Step of the newest complete checkpoint; 0: none."""
         self._submitted = 0
@@ -316,7 +318,7 @@ class Saver:
         kept = sorted(step for step in found if step <= self.last)[-self.run.recipe.train.keep_checkpoints :]
         for step, path in found.items():
             if step not in (*kept, self.progress.best.step):
-                hidden = path.with_name(f".{path.name}.old")  # what has its name is whole, also when this is cut short
+                hidden = path.with_name(f".{path.name}.gone")  # what has its name is whole, also when this is cut short
                 path.rename(hidden)
                 shutil.rmtree(hidden, ignore_errors=True)
 
@@ -337,9 +339,6 @@ class Saver:
             CorruptError: the state does not fit the run.
         """
         run, progress, checkpoint = self.run, self.progress, resume.checkpoint
-        for left in self.folder.glob(".*"):  # of a process that was killed
-            if run.accelerator.is_main_process:
-                shutil.rmtree(left, ignore_errors=True)
         state = checkpoint.load()
         try:
             for name, saved in state["strategies"].items():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from budwood.adapters.pool import AdapterPool
 from budwood.adapters.store import read_adapter
+from budwood.contract.calls import blame
 from budwood.contract.loading import create
 from budwood.contract.types import Run
 from budwood.data.examples import build_examples
@@ -85,7 +86,8 @@ def evaluate_adapter(
         form = recognise(read_rows(data).columns, task_name, str(data)).name
         modules = skeleton(name, task.auto_class)
         for attack in chosen_attacks.values():
-            attack.check(form, task_name, modules)
+            with blame(attack, "check"):
+                attack.check(form, task_name, modules)
     device, dtype, reason = pick_device_precision("auto", precision)
     pool = AdapterPool(
         name, quantization=chosen, precision=precision, task=task_name, labels=labels or None, device=str(device)

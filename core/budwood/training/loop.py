@@ -22,7 +22,7 @@ from budwood.training.non_finite import check_skip
 from budwood.training.preflight import check_output
 from budwood.training.progress import Progress, evaluate, planned_steps
 from budwood.training.recipe import Recipe, load_recipe
-from budwood.training.report import Report
+from budwood.training.report import Report, profile_table
 from budwood.training.resume import Resume, find_resume
 from budwood.training.setup import prepare
 from budwood.training.signals import Signals, exit_code
@@ -35,6 +35,7 @@ def tune(
     overwrite: bool = False,
     resume: bool = False,
     accept_changes: bool = False,
+    profile: bool = False,
     quiet: bool = False,
 ) -> Run:
     """Run a recipe and leave adapter, log and plot in its output folder.
@@ -45,6 +46,8 @@ def tune(
         resume: go on from the newest sound checkpoint in the output folder; where there is none the run begins, and a
             finished run is returned as it is.
         accept_changes: go on although the recipe, the data or versions are not what they were.
+        profile: measure the memory of every strategy's hooks beside their time, and show both at the end; it takes
+            time itself.
         quiet: show nothing.
 
     Returns:
@@ -63,8 +66,12 @@ def tune(
             found = find_resume(recipe, report, accept_changes) if resume else None
             if isinstance(found, Run):
                 return found
-            run, hooks, engine = prepare(recipe, report, overwrite, found, in_place=resume)
-            train(run, hooks, engine, report, found, signals)
+            run, hooks, engine = prepare(recipe, report, overwrite, found, in_place=resume, profile=profile)
+            try:
+                train(run, hooks, engine, report, found, signals)
+            finally:
+                for line in profile_table(hooks.costs, report.seconds) if profile else ():
+                    report.say(line)
     except KeyboardInterrupt as error:
         text = f"interrupted before a step was made; {'the checkpoints stay' if resume else 'nothing is kept'}"
         raise Interrupted(text, exit_code(signals.number or error)) from None
@@ -100,7 +107,7 @@ def train(
             if isinstance(failure, NotSavedError) and run.processes > 1:
                 raise  # the other processes do not know of it, and writing an adapter waits for them
             kept = ending.keep(progress, torn=isinstance(failure, TornStepError))
-            raise type(failure)(f"{failure}; {kept}") from failure
+            raise type(failure)(f"{str(failure).removesuffix('.')}; {kept}") from failure
         report.stop()
         if run.metrics.get("skipped"):
             report.say(f"{run.metrics['skipped']:.0f} steps were skipped: their loss or gradient was not finite")
@@ -146,7 +153,8 @@ def take_steps(
             if recipe.clip:
                 torch.nn.utils.clip_grad_norm_([p for p in run.trainable if p.grad is not None], recipe.clip)
             hooks.call("before_optimizer_step", run=run)
-            optimizer_step(run, scaler)
+            with hooks.part("optimizer_step"):
+                optimizer_step(run, scaler)
             hooks.call("after_optimizer_step", run=run)
             run.scheduler.step()
         scaler.update()

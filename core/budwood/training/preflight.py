@@ -11,22 +11,26 @@ from budwood.adapters.files import check_folder
 from budwood.data.forms import check_rows
 from budwood.errors import InputError, ResourceError
 from budwood.model.checks import BaseInfo, check_base
+from budwood.model.quiet import hide_hub_kernels
 from budwood.training.lock import holder, in_use
-from budwood.training.recipe import Recipe
+from budwood.training.recipe import Recipe, build_composition
 
 LARGE = 64 << 20
 """Larger data files, in bytes, are looked through only when they are read for training."""
 
 
 def preflight(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> BaseInfo:
-    """Check output, data and base as far as files alone tell.
+    """Check output, strategies with their options, data and base as far as files alone tell.
 
     Raises:
-        InputError: the output folder is in use, a data file is malformed, the base is none.
-        ResourceError: the output cannot be written, or the hub cannot be reached.
+        InputError: the output folder is in use, an option is wrong, the strategies do not fit together, a data file is
+            malformed, the base is none.
+        ResourceError: the output cannot be written, a plugin is broken, or the hub cannot be reached.
         CorruptError: a file of the base is damaged.
     """
     check_output(recipe.output, overwrite, resume)
+    hide_hub_kernels()  # before a plugin imports peft, which imports bitsandbytes, which fetches them
+    build_composition(recipe)
     for path in (recipe.data.train, recipe.data.eval):
         if path is not None and (path.is_dir() or not path.exists() or path.stat().st_size <= LARGE):
             check_rows(path, recipe.base.task)

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from budwood.adapters.files import complete_file
+from budwood.contract.calls import Cost
 from budwood.errors import ResourceError
 from budwood.redaction import redact, redact_values
 from budwood.training.records import MetricsFile, Trackers
@@ -193,6 +194,34 @@ def draw_loss(metrics: Path, picture: Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
     complete_file(picture, drawn.getvalue())
+
+
+def profile_table(costs: Sequence[Cost], seconds: float) -> list[str]:
+    """Lines of a table of what hooks and core's parts have cost, the dearest first; the last is what no row holds.
+
+    Args:
+        costs: of a run that was profiled, sorted.
+        seconds: of the whole run.
+    """
+    head = ("whose", "what", "calls", "own", "share", "with all inside", "peak memory")
+    rows = [
+        (
+            cost.owner, cost.hook, f"{cost.calls:,}", f"{cost.own_seconds:.3f} s",
+            f"{cost.own_seconds / max(seconds, 1e-9):.1%}", f"{cost.seconds:.3f} s",
+            f"+{cost.peak_growth / 2**20:,.1f} MiB" if cost.peak_growth else "",
+        )
+        for cost in costs
+    ]  # fmt: skip
+    rest = max(seconds - sum(cost.own_seconds for cost in costs), 0.0)
+    rows.append(("core", "elsewhere", "", f"{rest:.3f} s", f"{rest / max(seconds, 1e-9):.1%}", "", ""))
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    return [
+        "  ".join(
+            text.ljust(width) if column < 2 else text.rjust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (head, *rows)
+    ]
 
 
 def peak_memory() -> int:

@@ -45,7 +45,7 @@ from budwood.training import changes
 from budwood.training.lock import LOCK
 from budwood.training.preflight import preflight
 from budwood.training.recipe import Recipe, build_composition, load_recipe
-from budwood.training.report import Report
+from budwood.training.report import Report, peak_memory
 from budwood.training.resume import Resume
 from budwood.training.step import Engine
 
@@ -77,13 +77,15 @@ def register_parts(hooks: Composition, task: Task, engine: Engine) -> None:
 
 
 def prepare(
-    recipe: Recipe | str | Path, report: Report, overwrite: bool, resume: Resume | None = None, in_place: bool = False
-) -> tuple[Run, Composition, Engine]:
+    recipe: Recipe | str | Path, report: Report, overwrite: bool, resume: Resume | None = None,
+    in_place: bool = False, profile: bool = False,
+) -> tuple[Run, Composition, Engine]:  # fmt: skip
     """Make a run ready to train; with `resume` one that goes on, whose state is not put back yet.
 
     Args:
         overwrite: an old run in the output folder goes.
         in_place: it may stay until this one's files take the place of its own.
+        profile: the memory of every hook is measured too, and times are those of the device's work.
 
     Raises:
         InputError: the recipe, the data, what the strategies say of the plan, or a change since the checkpoint.
@@ -103,6 +105,8 @@ def prepare(
     device, dtype, reason = pick_device_precision(recipe.base.device, recipe.train.precision)
     check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code, device)
     check_trackers(recipe.train.trackers)
+    if profile:
+        hooks.measure(peak_memory, torch.cuda.synchronize if device.type == "cuda" else None)
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=recipe.train.trackers or None, project_dir=directory)
     if accelerator.num_processes > 1:
         device = accelerator.device
@@ -121,7 +125,8 @@ def prepare(
     plan = Plan(recipe, hooks.strategies, recipe.train.steps, model, task=task, tokenizer=run.tokenizer)
     check_plan(plan, hooks)
 
-    read_data(run, hooks, report)
+    with hooks.part("read_data"):
+        read_data(run, hooks, report)
     plan.steps = run.steps
     check_plan(plan, hooks)
     if resume is not None:
@@ -235,10 +240,11 @@ def _base(run: Run, hooks: Composition, task: Task, trust: bool) -> Base:
         base: Base = hooks.call("load_base", run=run)
         return base
     recipe = run.recipe.base
-    return load_base(
-        recipe.model, recipe.quantization, task.auto_class, run.dtype, run.device, trust,
-        recipe.double_quantization, task.model_kwargs(run.examples.labels), run.seed,
-    )  # fmt: skip
+    with hooks.part("load_base"):
+        return load_base(
+            recipe.model, recipe.quantization, task.auto_class, run.dtype, run.device, trust,
+            recipe.double_quantization, task.model_kwargs(run.examples.labels), run.seed,
+        )  # fmt: skip
 
 
 def check_packing(run: Run, report: Report | Run) -> None:

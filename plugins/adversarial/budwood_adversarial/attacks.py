@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from pydantic import Field
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
-from budwood import Attack, InputError, Options, Step
-from budwood_adversarial.noise import Places, ascend
+from pydantic import Field
+
+from budwood import Attack, InputError, Options
 from budwood_adversarial.options import Norm
 from budwood_adversarial.strategy import has_embeddings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from budwood import Step
 
 
 class PGDOptions(Options):
@@ -36,6 +41,8 @@ class PGD(Attack):
 
     def noise(self, step: Step) -> Tensor:
         """Ascend from no noise."""
+        from budwood_adversarial.noise import Places, ascend
+
         options = self.options
         special = step.run.tokenizer.all_special_ids if options.skip_special else ()
         places = Places(step.batch, special, options.skip_masked)

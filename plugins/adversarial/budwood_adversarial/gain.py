@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from budwood import Batch, Event, Run, Step
-
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from budwood import Batch, Event, Run, Step
     from budwood_adversarial.strategy import Adversarial
 
 WINDOW = 20
@@ -41,6 +39,8 @@ class Gain:
 
     def begin(self, step: Step) -> None:
         """Start the sum of an optimizer step at its first micro-step."""
+        import torch
+
         self._run = step.run
         if self.total is None or step.micro_step == 0:
             self.total, self._last = torch.zeros((), device=step.run.device), None
@@ -61,6 +61,8 @@ class Gain:
 
     def log(self, run: Run) -> None:
         """Log the optimizer step's gain, over all processes."""
+        import torch
+
         if self.strategy.method == "neftune":
             return
         total = torch.zeros((), device=run.device) if self.total is None else self.total
@@ -88,6 +90,8 @@ class Gain:
         self._last = None
 
     def _cause(self) -> str:
+        import torch
+
         if self._last is None or self._run is None:
             return "this process had no batch"
         batch, noise = self._last

@@ -1,20 +1,25 @@
-"""Adversarial training as a strategy: six methods that put noise on the embeddings' output."""
+"""Adversarial training as a strategy: six methods that put noise on the embeddings' output.
+
+Torch, which takes seconds to import, is imported in the hooks: wrong options are refused before that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from budwood import Batch, Event, InputError, LossTerm, Outputs, Plan, Run, Step, Strategy, hookimpl
-from budwood_adversarial.divergence import kl, symmetric_kl
+from budwood import InputError, Strategy, hookimpl
 from budwood_adversarial.gain import Gain
-from budwood_adversarial.noise import Places, ascend
 from budwood_adversarial.options import AdversarialOptions
 
-DIVERGENCES = {"smart": symmetric_kl, "vat": kl}
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from budwood import Batch, Event, LossTerm, Outputs, Plan, Run, Step
+    from budwood_adversarial.noise import Places
+
+COMPARING = ("smart", "vat")
+"""Methods that compare noisy outputs with clean ones, by a divergence."""
 
 
 class Adversarial(Strategy):
@@ -60,17 +65,21 @@ class Adversarial(Strategy):
 
     @hookimpl(wrapper=True)
     def forward(self, step: Step) -> Any:
+        import torch
+
         outputs = yield
-        if self.method in DIVERGENCES and not step.replaying and torch.is_grad_enabled():
+        if self.method in COMPARING and not step.replaying and torch.is_grad_enabled():
             step.kept[self.name] = self._compare(step, outputs)
         return outputs
 
     @hookimpl
     def token_terms(self, step: Step, logits: Tensor, positions: Tensor) -> LossTerm | None:
+        from budwood import LossTerm
+
         noisy = step.kept.get(self.name)
         if noisy is None or step.replaying:
             return None
-        values = DIVERGENCES[self.method](logits, step.logits(noisy, positions))
+        values = self._divergence()(logits, step.logits(noisy, positions))
         self.gain.add(values.detach().sum() / step.run.counts["label"])
         return LossTerm(self.method, values, weight=self.options.value("weight"))
 
@@ -92,10 +101,14 @@ class Adversarial(Strategy):
 
     def places(self, batch: Batch) -> Places:
         """Where noise may go in a batch."""
+        from budwood_adversarial.noise import Places
+
         return Places(batch, self._special, self.options.skip_masked)
 
     def _perturbed(self, step: Step) -> Iterator[None]:
         """FGM and PGD: clean_weight · L(x) + weight · L(x + δ), δ the ascent from 0 in `steps` steps."""
+        from budwood_adversarial.noise import ascend
+
         value = self.options.value
         epsilon, norm, clean = value("epsilon"), value("norm"), value("clean_weight")
         steps, size = (1, epsilon) if self.method == "fgm" else (value("steps"), value("step_size"))
@@ -138,9 +151,11 @@ class Adversarial(Strategy):
 
     def _compare(self, step: Step, clean: Outputs) -> Outputs:
         """SMART and VAT: find the noise by ascents on the divergence from the clean outputs; run the model on it."""
+        import torch
+
         value, places, zeros = self.options.value, self.places(step.batch), step.zero_noise()
         normal = places.draw(zeros, lambda i, like: step.generator(self, i).normal_like(like))
-        divergence = DIVERGENCES[self.method]
+        divergence = self._divergence()
 
         def terms(logits: Tensor, positions: Tensor) -> Tensor:
             with torch.no_grad():
@@ -162,6 +177,11 @@ class Adversarial(Strategy):
                 noise = (value("epsilon") if last else value("xi")) * unit
         self.gain.keep(step, noise)
         return step.forward(noise)
+
+    def _divergence(self) -> Callable[[Tensor, Tensor], Tensor]:
+        from budwood_adversarial.divergence import kl, symmetric_kl
+
+        return symmetric_kl if self.method == "smart" else kl
 
     def _uniform(self, step: Step, example: int, like: Tensor) -> Tensor:
         return step.generator(self, example).uniform_like(like, -1.0, 1.0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
-from torch import nn
 
 from budwood import Attack, InputError, Options
+
+if TYPE_CHECKING:
+    from torch import nn
 
 KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 TEXTS = {"prompt-completion": "prompt", "text-label": "text"}

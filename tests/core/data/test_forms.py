@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from budwood.contract.discovery import PluginError
 from budwood.data.encoder import Encoder, encode_prompt
+from budwood.data.examples import build_examples
 from budwood.data.forms import Dropped, Encoded, PromptCompletion, Text, TextLabel, recognise
 from budwood.errors import InputError
 
@@ -173,6 +175,27 @@ def install_form(folder: Path, name: str, source: str) -> None:
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-form\nVersion: 1.2\n")
     (info / "entry_points.txt").write_text(f"[budwood.forms]\n{name} = {name}_form:Made\n")
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("raise KeyError('good')", "encode: KeyError: 'good'. Report it to its author"),
+        ("return []", "encode: must return an Encoded or a Dropped for each of its 1 rows."),
+        ("return [None]", "encode: must return an Encoded or a Dropped for each of its 1 rows."),
+    ],
+)
+def test_a_form_of_others_that_fails_is_named(body, says, byte_level, tmp_path, distribution):
+    source = (
+        "from budwood.data.forms import Form\nclass Made(Form):\n    name = 'pairs'\n    columns = ('good', 'bad')\n"
+    )
+    source += f"    tasks = ('causal-lm',)\n    def encode(self, rows, where, encoder):\n        {body}\n"
+    distribution("pairs-form", source, {"pairs": "Made"}, "budwood.forms", "1.2")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"good": "a", "bad": "b"}\n')
+    with pytest.raises(PluginError) as error:
+        build_examples(rows, byte_level(), LM, 64)
+    assert str(error.value).startswith(f"data form 'pairs' (pairs-form 1.2), {says}")
 
 
 def test_forms_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

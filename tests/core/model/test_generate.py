@@ -70,6 +70,18 @@ def test_batches_hold_rows_of_similar_length_within_the_limit(base, prompts):
     assert lengths == sorted(lengths, reverse=True)
 
 
+def test_head_gets_dense_rows(base, prompts):
+    seen = []
+    handle = base.model.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    try:
+        generate(base.model, base.tokenizer, prompts, 2)
+    finally:
+        handle.remove()
+    assert max(len(rows) for rows in seen) > 1
+    assert all(rows.shape[1] == 1 and rows.is_contiguous() for rows in seen)
+    assert not base.model.lm_head._forward_pre_hooks
+
+
 def test_4bit_base_in_bf16_generates_the_same_again(tiny_base, prompts):
     base = load_base(tiny_base, "nf4", LM, torch.bfloat16)
     first = generate(base.model, base.tokenizer, prompts, 8)

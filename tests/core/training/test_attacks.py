@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from budwood import Attack, InputError, Options, Step
+from budwood import Attack, InputError, Options, PluginError, Step
 from budwood.cli import app as cli
 from budwood.training.attacks import build_attacks
 from budwood.training.evaluate import evaluate_adapter
@@ -97,6 +97,27 @@ def test_an_attack_without_effect_is_said(trained: Any, capsys: Any) -> None:
     found = evaluate_adapter(adapter, data, precision="fp32", attacks=["pgd:epsilon=1e-30"])
     assert found.attacks["pgd:epsilon=1e-30"]["eval_loss"] == found.adapter["eval_loss"]
     assert "warning: pgd:epsilon=1e-30 did not raise the loss" in capsys.readouterr().err
+
+
+FAILING = {
+    "def noise(self, step): 1 / 0": "noise: ZeroDivisionError: division by zero. Report it to its author",
+    "def noise(self, step): return 3": "noise: returned a int; it must return None or a tensor [",
+    "def noise(self, step): return step.zero_noise()[0]": "it must return None or a tensor [",
+    "def change(self, row, index, form): return [][0]": "change: IndexError: list index out of range. Report it",
+    "def change(self, row, index, form): return None": "change: returned a NoneType; it must return the row",
+    "def check(self, form, task, model): raise KeyError(form)": "check: KeyError: 'prompt-completion'. Report it",
+}
+
+
+def test_an_attack_that_fails_is_named(trained: Any, distribution: Callable) -> None:
+    adapter, data = trained
+    for number, (body, says) in enumerate(FAILING.items()):
+        source = f"from budwood import Attack\nclass Mine(Attack):\n    {body}"
+        distribution(f"sprout{number}", source, {f"mine{number}": "Mine"}, "budwood.attacks")
+        with pytest.raises(PluginError) as error:
+            evaluate_adapter(adapter, data, precision="fp32", attacks=[f"mine{number}"], generate=0, quiet=True)
+        assert str(error.value).startswith(f"attack 'mine{number}' (sprout{number} 1.0), ")
+        assert says in str(error.value)
 
 
 def test_what_makes_no_sense_is_refused_before_the_base_loads(trained: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -76,8 +76,8 @@ class Ready:
     def step(self) -> dict[str, torch.Tensor]:
         """Run one optimizer step's passes; returns the gradients by parameter."""
         self.run.optimizer.zero_grad(set_to_none=True)
-        batches, self.run.counts = next(optimizer_steps(self.run))
-        for index, batch in enumerate(batches):
+        todo, self.run.counts = next(optimizer_steps(self.run))
+        for index, batch in enumerate(todo.batches):
             batch = self.hooks.chain("prepare_batch", "batch", batch, run=self.run)
             self.steps.append(Step(self.run, batch, self.engine, index))
             self.hooks.call("backward", step=self.steps[-1])

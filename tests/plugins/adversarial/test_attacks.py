@@ -25,19 +25,19 @@ PROSE = "The quick brown fox jumps over the lazy dog, 17 times a day. " * 20
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_pgd_is_the_papers_ascent_for_each_example(make_recipe: Callable, norm: str) -> None:
     ready = Ready(make_recipe(None, train={"micro_tokens": 200}))
-    batches, _ = next(optimizer_steps(ready.run))
+    todo, _ = next(optimizer_steps(ready.run))
     epsilon = 0.6 if norm == "l2" else 0.01
     attack = PGD(PGDOptions(epsilon=epsilon, steps=3, norm=norm))
     reference = Reference(ready.run, 2.0)
-    ready.run.counts = batches[0].counts
-    noise = attack.noise(Step(ready.run, batches[0], ready.engine)).flatten(0, 1)
-    for index, example in enumerate(ready.run.examples[i] for i in batches[0].example_ids):
+    ready.run.counts = todo.batches[0].counts
+    noise = attack.noise(Step(ready.run, todo.batches[0], ready.engine)).flatten(0, 1)
+    for index, example in enumerate(ready.run.examples[i] for i in todo.batches[0].example_ids):
         delta = reference.zeros(example)
         for _ in range(3):
             gradient = reference.slope(reference.loss, example, delta)
             up = normed(gradient, "l2") if norm == "l2" else gradient.sign()
             delta = ball(delta + 2.5 * epsilon / 3 * up, epsilon, norm)
-        found = noise[batches[0].example_of_token == index].double()
+        found = noise[todo.batches[0].example_of_token == index].double()
         wrong = (found - delta).abs() > 1e-4 * epsilon + 1e-3 * delta.abs()
         assert wrong.float().mean() < 0.002, "but for signs of gradients that are zero but for rounding"
 

@@ -1,0 +1,155 @@
+"""`python -m benchmarks.checkpoint`: what saving costs the training, for the adapter of an 8B base and its states.
+
+LoRA of rank 16 on all linears of Llama-3-8B with AdamW's two moments: 503 MB. The foreground (what training waits for)
+is compared with a plain copy of the same tensors in memory, and all of it with `torch.save` and fsync. While the
+background writes, another thread notes the longest time that it could not run: the longest wait of a training step.
+A step of the 8B base is not run but computed, from the speed of this machine's matrix products. On CUDA where there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+LAYERS, RANK = 32, 16
+LINEARS = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336), (14336, 4096)]
+"""Inputs and outputs of a layer's linears in Llama-3-8B."""
+PARAMETERS, TOKENS = 8.0e9, 4096
+"""Of the base, and of an optimizer step by default."""
+TARGET = 2.0
+"""The foreground's largest time, in plain copies; and it is at most a step."""
+
+
+def make_run(folder: Path, layers: int) -> tuple[Any, Any, Any]:
+    """A run without a base, whose adapter has moved once; its composition and progress."""
+    import torch
+    from torch import nn
+
+    from budwood.contract.registry import Composition
+    from budwood.contract.types import ParameterGroup, Run
+    from budwood.training.progress import Progress
+    from budwood.training.recipe import Recipe
+
+    recipe = Recipe.from_dict(
+        {"base": {"model": "none"}, "data": {"train": "none.jsonl"}, "strategies": ["lora"], "output": str(folder)}
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run = Run(recipe, folder, device, torch.float32)
+    parameters = {}
+    for layer in range(layers):
+        for number, (inputs, outputs) in enumerate(LINEARS):
+            parameters[f"layers.{layer}.{number}.lora_A"] = nn.Parameter(torch.randn(RANK, inputs, device=device))
+            parameters[f"layers.{layer}.{number}.lora_B"] = nn.Parameter(torch.randn(outputs, RANK, device=device))
+    run.groups = [ParameterGroup("lora", parameters)]
+    run.optimizer = torch.optim.AdamW(run.trainable, fused=True)
+    for parameter in run.trainable:
+        parameter.grad = torch.randn_like(parameter)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.scheduler = torch.optim.lr_scheduler.ConstantLR(run.optimizer)
+    run.examples, run.base = SimpleNamespace(sha256=""), SimpleNamespace(fingerprint="")
+    run.accelerator = SimpleNamespace(is_main_process=True)
+    folder.mkdir(exist_ok=True)
+    return run, Composition([]), Progress(torch.amp.GradScaler("cpu", enabled=False))
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds that a call takes."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def products_a_second(device: Any) -> float:
+    """FLOP/s of large bf16 or fp32 matrix products, whichever are faster."""
+    import torch
+
+    best = 0.0
+    for dtype in (torch.bfloat16, torch.float32):
+        a = torch.randn(2048, 2048, device=device, dtype=dtype)
+        for _ in range(3):
+            best = max(best, 2 * 2048**3 / timed(lambda a=a: (a @ a).sum().item()))  # type: ignore[misc]
+    return best
+
+
+class Watch(threading.Thread):
+    """Wakes every millisecond, and notes the longest time that it could not."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.longest, self.stop = 0.0, False
+
+    def run(self) -> None:
+        last = time.perf_counter()
+        while not self.stop:
+            time.sleep(1e-3)
+            now = time.perf_counter()
+            self.longest, last = max(self.longest, now - last), now
+
+
+def plain_save(state: Any, path: Path) -> None:
+    """`torch.save`, and fsync."""
+    import torch
+
+    with path.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--rounds", type=int, default=5, help="(default 5)")
+    parser.add_argument("--layers", type=int, default=LAYERS, help=f"of the base (default {LAYERS})")
+    parser.add_argument("--folder", type=Path, default=None, help="where to write (default: the temporary folder)")
+    chosen = parser.parse_args()
+    import torch
+
+    from budwood.training.checkpoint import Saver
+
+    times: dict[str, list[float]] = {name: [] for name in ("copy", "foreground", "background", "torch.save", "stall")}
+    with tempfile.TemporaryDirectory(prefix="budwood-bench-", dir=chosen.folder) as folder:
+        run, hooks, progress = make_run(Path(folder) / "run", chosen.layers)
+        saver = Saver(run, hooks, progress)
+        state = {"parameters": dict(enumerate(run.trainable)), "optimizer": run.optimizer.state_dict()}
+        tensors = [t.detach() for t in run.trainable]
+        tensors += [t for moments in run.optimizer.state.values() for t in moments.values()]
+        for number in range(1, chosen.rounds + 2):
+            run.step = number
+            times["copy"].append(timed(lambda: [t.to("cpu", copy=True) for t in tensors]))
+            times["foreground"].append(timed(lambda: saver.save(saver.snapshot())))
+            watch = Watch()
+            watch.start()
+            times["background"].append(timed(saver.wait))
+            watch.stop = True
+            watch.join()
+            times["stall"].append(watch.longest)
+            times["torch.save"].append(timed(lambda: plain_save(state, Path(folder) / "plain.pt")))
+        size = sum(t.nbytes for t in saver.snapshot().tensors.values())
+        saver.close()
+    found = {name: statistics.median(values[1:]) for name, values in times.items()}  # without the first, which warms up
+    speed = products_a_second(run.device)
+    step, ratio = 4 * PARAMETERS * TOKENS / speed, found["foreground"] / found["copy"]
+    print(f"{size / 1e6:,.0f} MB on {run.device}, {chosen.rounds} rounds, {torch.get_num_threads()} threads")
+    print(f"a plain copy in memory {found['copy']:.3f} s; torch.save and fsync {found['torch.save']:.2f} s")
+    print(
+        f"in the background {found['background']:.2f} s; a thread beside it waits {found['stall'] * 1e3:.0f} ms at most"
+    )
+    print(f"{TOKENS:,} tokens through an 8B base at this machine's {speed / 1e12:,.2f} TFLOP/s: {step:,.1f} s")
+    verdict = "met" if ratio <= TARGET and found["foreground"] <= step else "MISSED"
+    print(
+        f"{verdict}: foreground {found['foreground']:.3f} s, {ratio:.2f} plain copies (target {TARGET:.0f}, and a step)"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""One example of each hook, as docs/hooks.md shows it. The tests run all of them in one run, and one adapter's life."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from budwood import (
+    RUN_ADAPTER,
+    Batch,
+    Event,
+    Example,
+    InputError,
+    LossTerm,
+    Options,
+    Outputs,
+    ParameterGroup,
+    Plan,
+    Run,
+    Step,
+    Strategy,
+    hookimpl,
+    load_base,
+    match_targets,
+)
+
+
+class LongEnough(Strategy):
+    """Refuses a run that is too short."""
+
+    class Options(Options):
+        steps: int = Field(10, ge=1, description="fewest optimizer steps")
+
+    @hookimpl
+    def check_plan(self, plan: Plan) -> None:
+        if plan.steps is not None and plan.steps < self.options.steps:
+            plan.problem(self, f"{plan.steps} steps are too few: raise train.epochs, or lower long-enough.steps.")
+
+
+class OnlyShort(Strategy):
+    """Trains on short examples alone."""
+
+    class Options(Options):
+        tokens: int = Field(256, ge=1, description="longest example that is kept")
+
+    @hookimpl
+    def prepare_examples(self, run: Run, examples: Sequence[Example]) -> Sequence[Example]:
+        kept = [example for example in examples if len(example) <= self.options.tokens]
+        run.say(f"only-short: {len(kept)} of {len(examples)} examples are kept")
+        return kept
+
+
+class RoundedBase(Strategy):
+    """Loads the base with every linear rounded to 15 levels a row, as if it were quantised."""
+
+    @hookimpl
+    def load_base(self, run: Run) -> Any:
+        recipe, task = run.recipe.base, run.task
+        kwargs = task.model_kwargs(run.examples.labels)
+        base = load_base(recipe.model, "none", task.auto_class, run.dtype, run.device, model_kwargs=kwargs)
+        for module in base.model.modules():
+            if isinstance(module, nn.Linear):
+                step = module.weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 7
+                module.weight.copy_((module.weight / step).round() * step)
+        return base
+
+
+class Scaled(nn.Module):
+    """A linear whose output is multiplied by 1 + s: `scales` holds s of each adapter, `chosen` which of them count."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+        self.scales = nn.ParameterDict()
+        self.chosen: list[str | None] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if not self.chosen:
+            return y
+        rows = [torch.zeros_like(y[0, 0]) if name is None else self.scales[name] for name in self.chosen]
+        return y * (1 + torch.stack(rows)[:, None]).to(y.dtype)  # one for all rows, or one for each
+
+
+def scaled(model: nn.Module) -> dict[str, Scaled]:
+    """The scaled linears of a model, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Scaled)}
+
+
+def put_scale(model: nn.Module, path: str, name: str, scale: Tensor) -> None:
+    """Put one adapter's vector on one linear."""
+    module: Any = model.get_submodule(path)
+    if not isinstance(module, Scaled):
+        module = Scaled(module)
+        model.set_submodule(path, module)
+    module.scales[name] = nn.Parameter(scale.float().to(module.linear.weight.device))
+
+
+class OutputScale(Strategy):
+    """An adapter of one vector a linear, which scales its output (Liu et al., 2022, on attention)."""
+
+    slots = ("adapter",)
+
+    class Options(Options):
+        targets: list[str] = Field(["k_proj", "v_proj"], description="names of linears")
+
+    @hookimpl
+    def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
+        for path in match_targets(model, self.options.targets, layers=None):
+            linear: Any = model.get_submodule(path)
+            put_scale(model, path, RUN_ADAPTER, torch.zeros(linear.out_features))  # no effect at the start
+        self.use_adapters(model, [RUN_ADAPTER])
+        return model
+
+    @hookimpl
+    def trainable_parameters(self, run: Run, model: nn.Module) -> list[ParameterGroup]:
+        parameters = {path: module.scales[RUN_ADAPTER] for path, module in scaled(model).items()}
+        return [ParameterGroup("scales", parameters, learning_rate_ratio=10.0)]
+
+    @hookimpl
+    def export(self, run: Run, model: nn.Module, directory: Path) -> None:
+        tensors = {path: module.scales[RUN_ADAPTER].detach().cpu() for path, module in scaled(model).items()}
+        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "OUTPUT_SCALE", "modules": [*tensors]}))
+
+    @hookimpl
+    def attach_adapter(self, model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], name: str) -> None:
+        linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | Scaled)}
+        for path, scale in tensors.items():
+            module: Any = linears.get(path)
+            linear = module.linear if isinstance(module, Scaled) else module
+            if linear is None or scale.shape != (linear.out_features,):
+                raise InputError(f"the adapter's '{path}' fits no linear of this model.")
+        for path, scale in tensors.items():
+            put_scale(model, path, name, scale)
+
+    @hookimpl
+    def use_adapters(self, model: nn.Module, names: Sequence[str | None]) -> None:
+        for module in scaled(model).values():
+            module.chosen = [name if name in module.scales else None for name in names]
+
+    @hookimpl
+    def detach_adapter(self, model: nn.Module, name: str) -> None:
+        for path, module in scaled(model).items():
+            if name in module.scales:
+                del module.scales[name]
+            if not module.scales:
+                model.set_submodule(path, module.linear)
+
+    @hookimpl
+    def convert_adapter(
+        self, config: dict[str, Any], tensors: dict[str, Tensor], kind: str
+    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        if kind != "ia3":  # PEFT's name for the same; its vector is the whole factor
+            return None
+        values = {"peft_type": "IA3", "target_modules": config["modules"], "feedforward_modules": []}
+        return values, {f"base_model.model.{path}.ia3_l": 1 + scale[:, None] for path, scale in tensors.items()}
+
+    @hookimpl
+    @torch.no_grad()
+    def merge_adapter(self, model: nn.Module, name: str) -> None:
+        for module in scaled(model).values():
+            if name in module.scales:
+                module.linear.weight.mul_(1 + module.scales[name][:, None])
+                if module.linear.bias is not None:
+                    module.linear.bias.mul_(1 + module.scales[name])
+        self.detach_adapter(model, name)
+
+
+class Momentum(Strategy):
+    """SGD with momentum in place of AdamW, and a rate that falls by a constant factor."""
+
+    slots = ("optimizer",)
+
+    class Options(Options):
+        momentum: float = Field(0.9, ge=0, lt=1, description="share of the last update that stays")
+        decay: float = Field(0.99, gt=0, le=1, description="factor of the learning rate after each step")
+
+    @hookimpl
+    def build_optimizer(self, run: Run, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, momentum=self.options.momentum)
+
+    @hookimpl
+    def build_scheduler(self, run: Run, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, self.options.decay)
+
+
+class EqualSay(Strategy):
+    """A second cross-entropy, in which an example counts the same however long its answer is."""
+
+    class Options(Options):
+        weight: float = Field(0.5, gt=0, description="of the term in the loss")
+
+    @hookimpl
+    def prepare_batch(self, run: Run, batch: Batch) -> Batch:
+        labels = torch.bincount(batch.example_of_label, minlength=len(batch.example_ids))
+        batch.columns["share"] = 1.0 / labels[batch.example_of_label]
+        return batch
+
+    @hookimpl
+    def token_terms(self, step: Step, logits: Tensor, positions: Tensor) -> LossTerm:
+        loss = F.cross_entropy(logits.float(), step.batch.labels[positions], reduction="none")
+        return LossTerm("equal_say", loss * step.batch.columns["share"][positions], weight=self.options.weight)
+
+
+class Perturbed(Strategy):
+    """A second pass on noise that raises the loss, of one length at each token (after Miyato et al., 2017)."""
+
+    class Options(Options):
+        epsilon: float = Field(0.1, gt=0, description="length of the noise at a token")
+
+    @hookimpl(wrapper=True)
+    def backward(self, step: Step) -> Iterator[None]:
+        step.track_noise = True
+        yield  # core's own pass
+        gradient = step.noise_grad
+        noise = self.options.epsilon * gradient / gradient.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        step.replay(noise, weight=1.0)
+
+
+class HiddenNoise(Strategy):
+    """Gaussian noise on the decoder's output, the same however a batch is split."""
+
+    class Options(Options):
+        deviation: float = Field(0.01, gt=0, description="of the noise")
+
+    @hookimpl(wrapper=True)
+    def forward(self, step: Step) -> Any:
+        outputs = yield
+        hidden = outputs.hidden.flatten(0, 1)
+        noise = torch.zeros_like(hidden)
+        for index in range(len(step.batch.example_ids)):
+            rows = step.batch.example_of_token == index
+            noise[rows] = step.generator(self, index).normal_like(noise[rows])
+        noisy = hidden + self.options.deviation * noise
+        return Outputs(noisy.view_as(outputs.hidden), outputs.head)
+
+
+class SmallHidden(Strategy):
+    """Keeps the decoder's output small: its mean square over the tokens of each example."""
+
+    @hookimpl
+    def loss_terms(self, step: Step, outputs: Outputs) -> LossTerm:
+        squares = outputs.hidden.flatten(0, 1).float().square().mean(-1)
+        lengths = torch.tensor(step.batch.lengths, device=squares.device)
+        real = step.batch.example_of_token >= 0
+        sums = torch.zeros(len(lengths), device=squares.device)
+        sums = sums.index_add(0, step.batch.example_of_token[real], squares[real])
+        return LossTerm("small_hidden", sums / lengths, unit="example", weight=0.01)
+
+
+class Centred(Strategy):
+    """Takes the mean off each gradient (after Yong et al., 2020)."""
+
+    @hookimpl
+    def before_clip(self, run: Run) -> None:
+        for parameter in run.trainable:
+            if parameter.grad is not None:
+                parameter.grad -= parameter.grad.mean()
+
+
+class GradientNoise(Strategy):
+    """Annealed Gaussian noise on the gradients (Neelakantan et al., 2015, eq. 1)."""
+
+    class Options(Options):
+        eta: float = Field(0.01, gt=0, description="variance at step 0")
+
+    @hookimpl
+    def before_optimizer_step(self, run: Run) -> None:
+        deviation = (self.options.eta / (1 + run.step) ** 0.55) ** 0.5
+        for parameter in run.trainable:
+            if parameter.grad is not None:
+                parameter.grad.add_(run.generator(self).normal_like(parameter), alpha=deviation)
+
+
+class Steadiness(Strategy):
+    """How far the parameters are from their running average; a run that oscillates shows here."""
+
+    class Options(Options):
+        decay: float = Field(0.9, ge=0, lt=1, description="share of the average that stays")
+
+    def __init__(self, options: Any = None, name: str = "", distribution: str = "") -> None:
+        super().__init__(options, name, distribution)
+        self.average: list[Tensor] = []
+
+    @hookimpl
+    def after_optimizer_step(self, run: Run) -> None:
+        now = [parameter.detach().clone() for parameter in run.trainable]
+        self.average = [
+            old.lerp(new, 1 - self.options.decay) for old, new in zip(self.average or now, now, strict=True)
+        ]
+        run.log("unsteadiness", self._distance(run))
+
+    @hookimpl
+    def evaluate(self, run: Run) -> dict[str, float]:
+        return {"eval_unsteadiness": float(self._distance(run)) if self.average else 0.0}
+
+    @hookimpl
+    def state_dict(self, run: Run) -> dict[str, Any]:
+        return {"version": 1, **{str(index): tensor for index, tensor in enumerate(self.average)}}
+
+    @hookimpl
+    def load_state_dict(self, run: Run, state: dict[str, Any]) -> None:
+        if state["version"] != 1:
+            raise InputError(f"{self}: its state is of version {state['version']}; this one reads 1.")
+        self.average = [state[str(index)].to(run.device) for index in range(len(state) - 1)]
+
+    def _distance(self, run: Run) -> Tensor:
+        pairs = zip(run.trainable, self.average, strict=True)
+        return torch.stack([(parameter.detach() - average).square().sum() for parameter, average in pairs]).sum().sqrt()
+
+
+class Diary(Strategy):
+    """Writes down what happens, one line an event."""
+
+    class Options(Options):
+        file: str = Field("diary.txt", description="where")
+
+    @hookimpl
+    def on_event(self, event: Event) -> None:
+        with open(self.options.file, "a", encoding="utf-8") as file:
+            file.write(f"{event.kind} {event.step}: loss {event.values.get('loss', '–')}\n")

@@ -1,0 +1,118 @@
+"""A LoRA adapter on a model: put on, named as parameters, written in PEFT's layout, attached, merged."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from budwood import (
+    RUN_ADAPTER,
+    TASK_TYPES,
+    ParameterGroup,
+    Run,
+    adapter_layers,
+    check_adapter_tensors,
+    match_modules,
+    match_targets,
+    merge_whole_parts,
+    parse_saved_config,
+    remove_adapter,
+    saved_targets,
+    select_adapters,
+    whole_groups,
+    whole_tensors,
+)
+from budwood_lora.layers import KIND, add_adapter
+from budwood_lora.options import LoRAOptions, SavedConfig
+
+
+def put_on(run: Run, model: nn.Module, options: LoRAOptions) -> LoraConfig:
+    """Put the run's adapter on its model, in use; returns PEFT's config of it."""
+    heads = [name for name in run.task.head_modules(model) if name not in options.modules_to_save]
+    match_modules(model, options.modules_to_save)
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]
+        lora_dropout=options.dropout,
+        target_modules=match_targets(model, options.targets, options.layers),
+        use_rslora=options.rslora,
+        use_dora=options.dora,
+        init_lora_weights=True if options.init == "default" else "gaussian",
+        modules_to_save=[*options.modules_to_save, *heads] or None,
+        bias=options.bias,
+        task_type=TASK_TYPES.get(run.recipe.base.task),
+        base_model_name_or_path=run.recipe.base.model,
+    )
+    with torch.random.fork_rng(devices=[]):  # the adapter's start depends on the seed alone
+        torch.manual_seed(run.seed)
+        add_adapter(model, config, RUN_ADAPTER)
+    select_adapters(model, KIND, [RUN_ADAPTER])
+    return config
+
+
+def parameter_groups(model: nn.Module, options: LoRAOptions) -> list[ParameterGroup]:
+    """A and B of the run's adapter, which learn at rates of their own, and what trains whole."""
+    down: dict[str, nn.Parameter] = {}
+    up: dict[str, nn.Parameter] = {}
+    for path, layer in adapter_layers(model, RUN_ADAPTER):
+        down[f"{path}.lora_A"] = layer.lora_A[RUN_ADAPTER].weight
+        up[f"{path}.lora_B"] = layer.lora_B[RUN_ADAPTER].weight
+        if RUN_ADAPTER in layer.lora_magnitude_vector:
+            down[f"{path}.lora_magnitude_vector"] = layer.lora_magnitude_vector[RUN_ADAPTER].weight
+    return [
+        ParameterGroup("lora_A", down),
+        ParameterGroup("lora_B", up, learning_rate_ratio=options.learning_rate_ratio),
+        *whole_groups(model, RUN_ADAPTER),
+    ]
+
+
+def write(model: nn.Module, config: LoraConfig, directory: Path) -> None:
+    """Write the run's adapter as PEFT does."""
+    dataclasses.replace(config, inference_mode=True).save_pretrained(str(directory))
+    tensors = {key: slot.detach().cpu().contiguous() for key, slot in tensor_slots(model, RUN_ADAPTER).items()}
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], name: str) -> None:
+    """Put a saved adapter on a model, not in use."""
+    saved = parse_saved_config(KIND, SavedConfig, LoraConfig(), config)
+    fields = saved.model_dump(exclude={"target_modules", "layers_to_transform"}, exclude_none=True)
+    lora_config = LoraConfig(**fields, target_modules=saved_targets(model, saved))
+    try:
+        add_adapter(model, lora_config, name)
+        slots = tensor_slots(model, name)
+        check_adapter_tensors({key: tuple(slot.shape) for key, slot in slots.items()}, tensors)
+        for key, slot in slots.items():
+            slot.copy_(tensors[key])
+    except BaseException:
+        remove_adapter(model, name)
+        raise
+
+
+def merge(model: nn.Module, name: str) -> None:
+    """Add an adapter into the weights, and take it off."""
+    select_adapters(model, KIND, [name])
+    for _, layer in adapter_layers(model, name):
+        layer.merge(safe_merge=True, adapter_names=[name])
+    merge_whole_parts(model, name)
+    remove_adapter(model, name)
+
+
+def tensor_slots(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The live tensors of an adapter, by key in PEFT's file."""
+    slots: dict[str, Tensor] = {}
+    for path, layer in adapter_layers(model, name):
+        prefix = f"base_model.model.{path}"
+        slots[f"{prefix}.lora_A.weight"] = layer.lora_A[name].weight.data
+        slots[f"{prefix}.lora_B.weight"] = layer.lora_B[name].weight.data
+        if layer.lora_B[name].bias is not None:
+            slots[f"{prefix}.lora_B.bias"] = layer.lora_B[name].bias.data
+        if name in layer.lora_magnitude_vector:
+            slots[f"{prefix}.lora_magnitude_vector"] = layer.lora_magnitude_vector[name].weight.data
+    return slots | whole_tensors(model, name)

@@ -1,0 +1,385 @@
+"""Every hook in turn: whose an error in it is, what it may return, what it costs. A new hook is in by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from budwood import Event, InputError, Outputs, PluginError, Strategy, ask_owner, hookimpl
+from budwood.contract.calls import blame, noted
+from budwood.contract.hookspecs import HookSpecs
+from budwood.contract.loading import CORES_OWN, HOOKS, WRAPPABLE
+from budwood.contract.registry import Composition
+from budwood.contract.results import _MUST_RETURN
+from budwood.model.tasks import Task
+
+RUN = SimpleNamespace(step=7)
+STEP = SimpleNamespace(run=RUN)
+
+
+def make(name: str = "mine", **members: Any) -> Strategy:
+    """A strategy of a class of its own, of the distribution NAME-dist 1.0."""
+    return type(name.capitalize(), (Strategy,), members)(name=name, distribution=f"{name}-dist 1.0")
+
+
+def implement(hook: str, body: Callable[[], Any], wrapper: bool = False) -> Strategy:
+    """A strategy whose `hook` runs `body`; a wrapper runs it behind its yield and returns what it gives."""
+
+    def plain(self):
+        return body()
+
+    def wraps(self):
+        yield
+        return body()
+
+    return make(**{hook: hookimpl(wrapper=wrapper)(wraps if wrapper else plain)})
+
+
+def call(hooks: Composition, hook: str) -> list[str]:
+    """Call a hook in the way in which core does; returns what was said to the user."""
+    arguments: dict[str, Any] = dict.fromkeys(list(getattr(HookSpecs, hook).__annotations__)[:-1])
+    if "run" in arguments:
+        arguments["run"] = RUN
+    if "step" in arguments:
+        arguments["step"] = STEP
+    said: list[str] = []
+    how = getattr(HookSpecs, hook).how
+    if how == "chain":
+        hooks.chain(hook, list(arguments)[-1], None, **arguments)
+    elif how == "observe":
+        hooks.notify(Event("step", 1, {}), said.append)
+    elif how == "adapter's owner":
+        ask_owner(hooks.strategies[0], hook, **arguments)
+    elif how == "its own":
+        hooks.give(hook, "mine", **arguments)
+    else:
+        hooks.call(hook, **arguments)
+        hooks.collect(hook, **arguments) if how == "collect" else None
+    return said
+
+
+def at(hook: str) -> str:
+    """How a message names `hook`."""
+    steps = HOOKS[HOOKS.index("prepare_batch") : HOOKS.index("after_optimizer_step") + 1]
+    after = HOOKS[HOOKS.index("on_event") : HOOKS.index("attach_adapter")]
+    where = ", step 8" if hook in steps else ", after step 7" if hook in after else ""
+    return f"strategy 'mine' (mine-dist 1.0), hook {hook}{where}: "
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("error", [ZeroDivisionError("by zero\nmore"), SystemExit(3), TypeError()])
+def test_an_error_in_any_hook_says_whose(hook, error):
+    def body():
+        raise error
+
+    hooks = Composition([implement(hook, body, hook in CORES_OWN)])
+    what = {ZeroDivisionError: "ZeroDivisionError: by zero", SystemExit: "SystemExit: 3"}.get(type(error), "TypeError")
+    if hook == "on_event":
+        assert call(hooks, hook) == [f"strategy 'mine' (mine-dist 1.0) failed in on_event and is set aside: {what}"]
+        return
+    with pytest.raises(PluginError) as raised:
+        call(hooks, hook)
+    assert str(raised.value) == f"{at(hook)}{what}. Report it to its author; --debug shows the traceback."
+    assert raised.value.__cause__ is error and raised.value.exit_code == 3
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_what_any_hook_returns_is_checked(hook):
+    hooks = Composition([implement(hook, object, hook in CORES_OWN)])
+    says = f"returned a object; it must return {_MUST_RETURN[hook][0]}."
+    if hook == "on_event":
+        [said] = call(hooks, hook)
+        assert said.startswith("strategy 'mine' (mine-dist 1.0) failed in on_event and is set aside: ")
+        assert said.endswith(f"hook on_event: {says}")
+        return
+    with pytest.raises(PluginError) as raised:
+        call(hooks, hook)
+    assert str(raised.value) == at(hook) + says
+
+
+def test_what_every_hook_must_return_is_known():
+    assert set(_MUST_RETURN) == set(HOOKS)
+
+
+@pytest.mark.parametrize("hook", WRAPPABLE)
+def test_a_wrapper_around_any_hook_is_named(hook):
+    def fails():
+        raise KeyError("delta")
+
+    @hookimpl(wrapper=True)
+    def at_once(self):
+        fails()
+        yield
+
+    @hookimpl(wrapper=True)
+    def never(self):
+        if self is None:
+            yield
+
+    @hookimpl(wrapper=True)
+    def twice(self):
+        yield
+        yield
+
+    for wrapper, says in (
+        (implement(hook, fails, wrapper=True), "KeyError: 'delta'. Report it"),
+        (make(**{hook: at_once}), "KeyError: 'delta'. Report it"),
+        (make(**{hook: never}), "never comes to its yield, so that what it wraps would not run."),
+        (make(**{hook: twice}), "has a second yield; what it wraps runs once."),
+        (implement(hook, lambda: 3, wrapper=True), "returned a int; it must return "),
+    ):
+        with pytest.raises(PluginError) as raised:
+            call(Composition([wrapper]), hook)
+        assert str(raised.value).startswith(at(hook) + says)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("error", [MemoryError(), OSError(28, "No space left"), InputError("mine: x is wrong")])
+def test_what_tells_by_itself_keeps_its_type_and_names_the_hook(hook, error):
+    def body():
+        raise error
+
+    error.__notes__ = []
+    hooks = Composition([implement(hook, body, hook in CORES_OWN)])
+    if hook == "on_event":
+        assert len(call(hooks, hook)) == 1
+        return
+    with pytest.raises(type(error)) as raised:
+        call(hooks, hook)
+    assert raised.value is error
+    assert noted(error) == ("" if isinstance(error, InputError) else f" in {at(hook).removesuffix(': ')}")
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_signals_pass_through_any_hook(hook):
+    def body():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        call(Composition([implement(hook, body, hook in CORES_OWN)]), hook)
+
+
+def test_a_message_that_cannot_be_made_is_no_second_error():
+    class Odd(Exception):
+        def __str__(self):
+            raise ValueError
+
+    def body():
+        raise Odd
+
+    with pytest.raises(PluginError, match=r"hook before_clip, step 8: Odd\. Report"):
+        call(Composition([implement("before_clip", body)]), "before_clip")
+
+
+class Model(Task):
+    """A task whose forward runs what a strategy put into the model."""
+
+    name, auto_class = "made", ""
+    distribution = "made 2.0"
+
+    def __init__(self, layer: Callable[[], Any]) -> None:
+        self.layer = layer
+
+    @hookimpl
+    def forward(self, step):
+        return self.layer()
+
+    @hookimpl
+    def evaluate(self, run):
+        return {}
+
+
+def test_a_strategy_is_named_for_its_code_in_anothers_hook():
+    class Mine(Strategy):
+        def layer(self):
+            raise IndexError("rank 3")
+
+    strategy = Mine(name="mine", distribution="mine-dist 1.0")
+    hooks = Composition([strategy])
+    hooks.register_core(Model(strategy.layer), "task made")
+    with pytest.raises(PluginError) as raised:
+        hooks.call("forward", step=STEP)
+    assert str(raised.value).startswith(
+        "strategy 'mine' (mine-dist 1.0), in hook forward of task 'made' (made 2.0), step 8: IndexError: rank 3. "
+    )
+
+
+def test_a_function_of_a_strategys_package_is_the_strategys(distribution):
+    source = "def layer(): return [][0]\nclass Mine(Strategy): pass"
+    distribution("sprout", source, {"mine": "Mine"})
+    import sprout  # the package made above
+
+    hooks = Composition([sprout.Mine(name="mine", distribution="sprout 1.0"), make("other")])
+    hooks.register_core(Model(sprout.layer), "task made")
+    with pytest.raises(PluginError, match=r"^strategy 'mine' \(sprout 1.0\), in hook forward of task 'made'"):
+        hooks.call("forward", step=STEP)
+
+
+def test_a_tasks_own_error_is_the_tasks():
+    hooks = Composition([make("other")])
+    hooks.register_core(Model(lambda: None), "task made")
+    with pytest.raises(PluginError, match=r"^task 'made' \(made 2.0\), hook forward, step 8: returned None; it must"):
+        hooks.call("forward", step=STEP)
+
+
+class Clock:
+    """Time that passes only where a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def work(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """In the place of the clock by which calls are measured."""
+    clock = Clock()
+    monkeypatch.setattr("budwood.contract.calls.perf_counter", clock)
+    return clock
+
+
+def costs(hooks: Composition) -> dict[tuple[str, str], tuple[int, float, float]]:
+    """(calls, own seconds, seconds) of each row."""
+    return {(c.owner, c.hook): (c.calls, c.own_seconds, c.seconds) for c in hooks.costs}
+
+
+def test_an_owner_that_another_asks_is_named_and_its_time_is_its_own(clock):
+    @hookimpl
+    def use_adapters(self, model, names):
+        clock.work(2)
+        if names == ["x"]:
+            raise KeyError("x")
+
+    owner = make("owner", use_adapters=use_adapters)
+
+    @hookimpl
+    def before_clip(self, run):
+        clock.work(1)
+        ask_owner(owner, "use_adapters", model=None, names=self.names)
+
+    asks = make("asks", before_clip=before_clip, names=[])
+    hooks = Composition([owner, asks])
+    hooks.call("before_clip", run=RUN)
+    assert costs(hooks) == {("owner", "use_adapters"): (1, 2, 2), ("asks", "before_clip"): (1, 1, 3)}
+    asks.names = ["x"]
+    with pytest.raises(
+        PluginError, match=r"^strategy 'owner' \(owner-dist 1.0\), hook use_adapters, after step 7: Key"
+    ):
+        hooks.call("before_clip", run=RUN)
+
+
+def test_an_owner_without_the_hook_is_refused():
+    with pytest.raises(PluginError, match="strategy 'mine' .* has no hook 'attach_adapter', which an adapter's owner"):
+        ask_owner(make(), "attach_adapter", model=None)
+
+
+def test_times_of_wrappers_replays_and_parts_are_counted_once(clock):
+    class Core:
+        def run(self):
+            clock.work(8)
+            with hooks.part("inner"):
+                clock.work(4)
+
+        @hookimpl
+        def backward(self, step):
+            self.run()
+
+    core = Core()
+
+    @hookimpl(wrapper=True)
+    def backward(self, step):
+        clock.work(1)
+        yield
+        clock.work(2)
+        with hooks.part("replay"):
+            core.run()
+
+    hooks = Composition([make(backward=backward)])
+    hooks.register_core(core, "core")
+    hooks.call("backward", step=STEP)
+    assert costs(hooks) == {
+        ("core", "backward"): (1, 8, 12),
+        ("core", "inner"): (2, 8, 8),
+        ("core", "replay"): (1, 8, 12),
+        ("mine", "backward"): (1, 3, 27),
+    }
+    assert sum(cost.own_seconds for cost in hooks.costs) == clock.now
+    assert list(costs(hooks))[-1] == ("mine", "backward")  # the dearest first
+
+
+def test_a_hook_inside_itself_counts_once(clock):
+    """As where a strategy's forward runs the model again: the outer call's time holds the inner call's."""
+
+    class Core:
+        @hookimpl
+        def forward(self, step):
+            clock.work(1)
+            if step.depth == 0:
+                hooks.call("forward", step=SimpleNamespace(run=RUN, depth=1))
+            return outputs
+
+    outputs = Outputs(torch.zeros(1, 1, 1), torch.nn.Identity())
+    hooks = Composition([])
+    hooks.register_core(Core(), "core")
+    hooks.call("forward", step=SimpleNamespace(run=RUN, depth=0))
+    assert costs(hooks) == {("core", "forward"): (2, 2, 2)}
+
+
+def test_costs_survive_an_error_and_go_on(clock):
+    fail = [True]
+
+    def body():
+        clock.work(1)
+        if fail.pop():
+            raise MemoryError
+
+    hooks = Composition([implement("backward", body, wrapper=True)])
+    with pytest.raises(MemoryError):
+        call(hooks, "backward")
+    fail.append(False)
+    call(hooks, "backward")
+    assert costs(hooks) == {("mine", "backward"): (2, 2, 2)}
+
+
+def test_growth_of_the_peak_belongs_to_the_innermost():
+    peak, waits = [100], []
+
+    @hookimpl
+    def use_adapters(self, model, names):
+        peak[0] += 5
+
+    owner = make("owner", use_adapters=use_adapters)
+
+    @hookimpl(wrapper=True)
+    def backward(self, step):
+        peak[0] += 10
+        yield
+        ask_owner(owner, "use_adapters", model=None, names=[])
+        peak[0] += 1
+
+    hooks = Composition([owner, make(backward=backward)])
+    hooks.measure(lambda: peak[0], lambda: waits.append(None))
+    call(hooks, "backward")
+    assert {(c.owner, c.hook): c.peak_growth for c in hooks.costs if c.peak_growth} == {
+        ("mine", "backward"): 11, ("owner", "use_adapters"): 5,
+    }  # fmt: skip
+    assert waits
+
+
+@pytest.mark.parametrize("error", [InputError("x"), OSError(28, "No space"), MemoryError()])
+def test_what_a_plugin_does_outside_of_hooks_is_named_too(error):
+    task, named = Model(lambda: None), r"^task 'made' \(made 2.0\), metrics: KeyError: 'f1'\. Report it"
+    with pytest.raises(PluginError, match=named), blame(task, "metrics"):
+        raise KeyError("f1")
+    with pytest.raises(type(error)) as raised, blame(task, "metrics"):
+        raise error
+    assert raised.value is error
