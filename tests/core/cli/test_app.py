@@ -14,7 +14,7 @@ from budwood import CorruptError, DivergedError, InputError, PluginError, Resour
 from budwood.cli import app as cli
 from budwood.errors import Interrupted
 
-COMMANDS = ["demo", "plugins", "plan", "data", "tune", "eval", "generate", "doctor", "recipe", "adapter"]
+COMMANDS = ["demo", "plugins", "plan", "data", "tune", "eval", "generate", "new", "doctor", "recipe", "adapter"]
 SUBCOMMANDS = [["recipe", "schema"], *(["adapter", name] for name in ("info", "verify", "merge", "export"))]
 HEAVY = {
     "torch",
