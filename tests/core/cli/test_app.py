@@ -15,7 +15,11 @@ from budwood.cli import app as cli
 from budwood.errors import Interrupted
 
 COMMANDS = ["demo", "plugins", "plan", "data", "tune", "eval", "generate", "doctor", "new", "recipe", "adapter"]
-SUBCOMMANDS = [["recipe", "schema"], ["new", "strategy"], *(["adapter", name] for name in ("info", "verify", "merge", "export"))]
+SUBCOMMANDS = [
+    ["recipe", "schema"],
+    ["new", "strategy"],
+    *(["adapter", name] for name in ("info", "verify", "merge", "export")),
+]
 HEAVY = {
     "torch",
     "transformers",
