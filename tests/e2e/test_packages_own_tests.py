@@ -1,4 +1,4 @@
-"""What `budwood new strategy` writes, for every hook that it offers: the tests pass as they are."""
+"""What `budwood new strategy` writes, for every hook that it offers, and the example packages: their own tests pass."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from budwood.cli import app
 from budwood.cli.new import HOOKS
 
 
-def test_the_tests_of_every_package_pass_as_generated(tmp_path: Path) -> None:
+EXAMPLES = Path(__file__).parents[2] / "examples" / "strategies"
+
+
+def test_the_tests_of_every_package_pass_as_they_are(tmp_path: Path) -> None:
     paths = [tmp_path / f"package-{number}" for number in range(len(HOOKS))]
     for number, hook in enumerate(HOOKS):
         assert app.run(["new", "strategy", f"mine-{number}", "--hook", hook, "--folder", str(paths[number])]) == 0
+    paths += [EXAMPLES / "budwood-base-kl", EXAMPLES / "budwood-scaling"]
     # All in one process, so that torch is imported once.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
@@ -25,3 +29,5 @@ def test_the_tests_of_every_package_pass_as_generated(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     for number in range(len(HOOKS)):
         assert f"TestMine{number}::test_merged_equals_unmerged: it owns no adapter" in done.stdout
+    assert "TestBaseKl::test_merged_equals_unmerged: it owns no adapter" in done.stdout
+    assert "TestScaling::test_merged_equals_unmerged" not in done.stdout
