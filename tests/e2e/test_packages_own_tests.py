@@ -10,7 +10,6 @@ from pathlib import Path
 from budwood.cli import app
 from budwood.cli.new import HOOKS
 
-
 EXAMPLES = Path(__file__).parents[2] / "examples" / "strategies"
 
 
