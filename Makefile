@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 PACKAGES := core plugins examples
 SECONDS := 300
 
-.PHONY: help demo test lint bench docs audit fuzz
+.PHONY: help demo test faults lint bench docs audit fuzz
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -19,6 +19,9 @@ demo: .venv/installed ## Fine-tune the tiny 4-bit base that ships with Budwood, 
 
 test: .venv/installed ## Run the tests
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+faults: .venv/installed ## Kill, fill the disk, damage files, run out of memory: what is lost? (20 to 40 minutes)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
 
 lint: .venv/installed ## Check formatting, rules, types, and who imports whom
 	@$(BIN)/ruff format --check .

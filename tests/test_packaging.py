@@ -58,6 +58,8 @@ def test_the_wheel_runs_outside_the_checkout(wheel, tmp_path):
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
         "import budwood; from budwood.cli.app import run\n"
         "assert budwood.__file__.startswith(sys.path[0])\n"
+        "from budwood.model.doctor import tested_versions\n"
+        "assert tested_versions()['torch'], 'the pins are not in the wheel'\n"
         "sys.exit(run(['plugins']))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)

@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from budwood.contract.attack import Attack as Attack
     from budwood.contract.calls import ask_owner as ask_owner
     from budwood.contract.discovery import PluginError as PluginError
+    from budwood.contract.strategy import RUN_ADAPTER as RUN_ADAPTER
     from budwood.contract.strategy import Options as Options
     from budwood.contract.strategy import Strategy as Strategy
     from budwood.contract.strategy import hookimpl as hookimpl
-    from budwood.contract.types import RUN_ADAPTER as RUN_ADAPTER
     from budwood.contract.types import Batch as Batch
     from budwood.contract.types import Event as Event
     from budwood.contract.types import Example as Example
@@ -36,21 +36,9 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Attack": "budwood.contract.attack",
     "ask_owner": "budwood.contract.calls",
-    **dict.fromkeys(("Options", "Strategy", "hookimpl"), "budwood.contract.strategy"),
+    **dict.fromkeys(("RUN_ADAPTER", "Options", "Strategy", "hookimpl"), "budwood.contract.strategy"),
     **dict.fromkeys(
-        (
-            "RUN_ADAPTER",
-            "Batch",
-            "Event",
-            "Example",
-            "Generator",
-            "LossTerm",
-            "Outputs",
-            "ParameterGroup",
-            "Plan",
-            "Run",
-            "Step",
-        ),
+        ("Batch", "Event", "Example", "Generator", "LossTerm", "Outputs", "ParameterGroup", "Plan", "Run", "Step"),
         "budwood.contract.types",
     ),
     **dict.fromkeys(("PluginError", "installed"), "budwood.contract.discovery"),

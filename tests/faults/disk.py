@@ -6,6 +6,8 @@ import builtins
 import errno
 import io
 import os
+import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,7 +19,11 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from budwood.adapters import files
+from budwood.training.loop import tune
 
+from .harness import Ended, Outcome, Shop, unsound
+
+TRAIN = {"save_every": 3}
 ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC}
 
 
@@ -77,7 +83,8 @@ class Disk:
             return exchange(first, second)
 
         def mkdir_(path: Any, *args: Any, **kwargs: Any) -> None:
-            self.strike("mkdir", path)
+            if not os.path.isdir(path):
+                self.strike("mkdir", path)
             mkdir(path, *args, **kwargs)
 
         def open_(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
@@ -122,4 +129,71 @@ class Disk:
 def _importers(function: Any) -> list[Any]:
     """Every module that holds `function` under its name."""
     name = function.__name__
-    return [module for module in list(sys.modules.values()) if vars(module).get(name) is function]
+    return [module for module in list(sys.modules.values()) if getattr(module, "__dict__", {}).get(name) is function]
+
+
+def failing_disk(shop: Shop, every: int = 1) -> Iterator[Outcome]:
+    """Let every (or every n-th) operation of a run fail: of a new one, and of one that is gone on with."""
+    method = "lora, dropout"
+    shop.reference(method)
+    old = shop.stopped(shop.recipe(method, "failing", **TRAIN), 4)
+    cases = {"a new run": None, "a resumed run": old}
+    for exchange in (True, False):
+        for case, start in cases.items():
+            ended, (total, *_) = _attempt(shop, method, start, 0, "EIO", exchange)
+            if ended.code:
+                raise RuntimeError(f"{case}: {ended.error}")
+            for error in ERRORS:
+                for number in range(1 + (every > 1), int(total) + 1, every):
+                    yield _outcome(shop, method, case, start, number, error, exchange)
+        cases = {"a resumed run, folders that cannot be exchanged": old}
+
+
+def _outcome(
+    shop: Shop, method: str, case: str, start: Path | None, number: int, error: str, exchange: bool
+) -> Outcome:
+    output = shop.folder / "failing"
+    ended, (_, *failed) = _attempt(shop, method, start, number, error, exchange)
+    what = f"{case}, operation {number}: {failed[0] if failed else 'none'}"
+    kind = f"{error}: {failed[0].split(' ')[0]}" if failed else error
+    lost = "" if failed else "no operation failed"
+    if ended.code not in (0, 3):
+        lost = f"exit code {ended.code}: {ended.error}"
+    if ended.code == 3 and error == "ENOSPC" and not re.search(r"\d bytes", ended.error):
+        lost = f"the bytes needed are not said: {ended.error}"
+    if ended.code == 0 and not ended.said.count("warning"):
+        lost = "nothing was said of it"
+    lost = lost or unsound(output)
+    if not lost:
+        again = shop.tune(shop.recipe(method, "failing", **TRAIN), resume=True)
+        lost = f"the resume ended with {again.code}: {again.error}" if again.code else ""
+    lost = lost or shop.compare(method, output, numbers=False)
+    shop.remove(output)
+    return Outcome(kind, what, lost)
+
+
+def _attempt(
+    shop: Shop, method: str, start: Path | None, number: int, error: str, exchange: bool
+) -> tuple[Ended, list[str]]:
+    """Run, or go on from a copy of `start`, with the N-th operation failing; returns also the count and what failed."""
+    recipe = shop.recipe(method, "failing", **TRAIN)
+    if start is not None:
+        shutil.copytree(start, recipe.output, dirs_exist_ok=True)
+    note = shop.folder / "operations.txt"
+
+    def work() -> None:
+        disk = Disk(recipe.output, number, error)
+        try:
+            with ExitStack() as stack:
+                if not exchange:
+                    stack.enter_context(mock.patch.object(files, "_exchange", lambda first, second: False))
+                stack.enter_context(disk.failing())
+                tune(recipe, resume=start is not None)
+        finally:
+            note.write_text("\n".join([str(disk.count), *disk.failed]))
+
+    ended = shop.finish(shop.fork(work))
+    found = note.read_text().splitlines()
+    if not number:
+        shop.remove(recipe.output)
+    return ended, found

@@ -18,6 +18,7 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file
@@ -26,6 +27,7 @@ from tests.core.training.conftest import write_rows
 
 from budwood.adapters.store import read_adapter
 from budwood.errors import BudwoodError
+from budwood.training import loop
 from budwood.training.checkpoint import FOLDER, read_checkpoint, steps_in
 from budwood.training.loop import tune
 from budwood.training.recipe import Recipe
@@ -46,6 +48,7 @@ TRAIN = {
     "schedule": "linear", "warmup": 1, "eval_generate": 0, "eval_every": 2, "save_every": 1,
 }  # fmt: skip
 METHODS: dict[str, list[Any]] = {
+    "lora": [{"lora": {"rank": 4}}],
     "lora, dropout": [{"lora": {"rank": 4, "dropout": 0.1}}],
     "adalora, fgm": [
         {"adalora": {"initial_rank": 4, "target_rank": 2, "initial_phase": 1, "final_phase": 2, "interval": 1}},
@@ -131,6 +134,22 @@ class Shop:
         """Run a recipe in a process of its own to its end."""
         return self.finish(self.fork(lambda: tune(recipe, **options)))
 
+    def stopped(self, recipe: Recipe, step: int) -> Path:
+        """A folder as a kill in the middle of the step after `step` leaves it; kept aside, to be copied back."""
+        whole = loop.sum_gradients
+
+        def die(run: Any) -> None:
+            if run.step == step:
+                os._exit(9)
+            whole(run)
+
+        def work() -> None:
+            with mock.patch.object(loop, "sum_gradients", die):
+                tune(recipe)
+
+        self.finish(self.fork(work))
+        return recipe.output.rename(recipe.output.with_name(f"{recipe.output.name}-stopped"))
+
     def reference(self, method: str) -> Path:
         """Folder of the uninterrupted run of a method."""
         if method not in self._references:
@@ -141,13 +160,13 @@ class Shop:
             self._references[method] = self.folder / name
         return self._references[method]
 
-    def compare(self, method: str, output: Path) -> str:
-        """ "" where a run ended with the uninterrupted one's bytes and numbers, else what differs."""
+    def compare(self, method: str, output: Path, numbers: bool = True) -> str:
+        """Return "" where a run ended with the uninterrupted one's bytes and numbers, else what differs."""
         whole = self.reference(method)
         for name in ("adapter_model.safetensors", "adapter_config.json", "golden.safetensors"):
             if (output / "adapter" / name).read_bytes() != (whole / "adapter" / name).read_bytes():
                 return f"{name} differs from the uninterrupted run's"
-        if records(output) != records(whole):
+        if numbers and records(output) != records(whole):
             return "metrics.jsonl differs from the uninterrupted run's"
         return ""
 
@@ -163,7 +182,7 @@ def records(directory: Path) -> list[dict[str, Any]]:
 
 
 def unsound(directory: Path) -> str:
-    """ "" where all that a reader finds in a run's folder is complete, else what is not."""
+    """Return "" where all that a reader finds in a run's folder is complete, else what is not."""
     for path in steps_in(directory / FOLDER).values():
         try:
             read_checkpoint(path).load()

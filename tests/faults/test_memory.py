@@ -198,3 +198,31 @@ def test_two_processes_begin_the_step_again_together(make_recipe: Make, faults: 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert distance(one.directory, tmp_path / "two") < 1e-5
+
+
+def test_a_resume_keeps_the_smaller_size(make_recipe: Make, faults: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over other micro-batches round otherwise: the last byte tells."""
+    from budwood.training import loop
+
+    strategies = [{"lora": {"rank": 4}}, {"exhaust": {"where": "backward", "step": 2, "tokens": 100}}]
+    train = {**TRAIN, "save_every": 1}
+    whole = tune(make_recipe("run", strategies=strategies, train=train), quiet=True)
+    kept = whole.directory.rename(whole.directory.with_name("kept"))
+    summed = loop.sum_gradients
+
+    class Killed(BaseException):
+        pass
+
+    def die(run: Any) -> None:
+        if run.step == 3:
+            raise Killed
+        summed(run)
+
+    recipe = make_recipe("run", strategies=strategies, train=train)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "sum_gradients", die)
+        with pytest.raises(Killed):
+            tune(recipe, quiet=True)
+    run = tune(recipe, quiet=True, resume=True)
+    assert run.micro_tokens == whole.micro_tokens < 512
+    assert distance(kept, run.directory) == 0

@@ -131,3 +131,14 @@ def test_a_clock_that_is_set_back_changes_nothing(make_recipe: Make, monkeypatch
     run = tune(make_recipe("back", evaluate=True, train={"eval_every": 1, "save_every": 1}), quiet=True)
     assert distance(whole.directory, run.directory) == 0
     assert json.loads((run.directory / "manifest.json").read_text())["seconds"] > 0
+
+
+def test_a_log_that_cannot_be_made_is_made_when_it_can(tmp_path: Path) -> None:
+    said: list[str] = []
+    log = records.MetricsFile(tmp_path / "later" / "metrics.jsonl", said.append)
+    log.write({"step": 1})
+    (tmp_path / "later").mkdir()
+    log.write({"step": 2})
+    log.close()
+    assert (tmp_path / "later" / "metrics.jsonl").read_text() == '{"step": 2}\n'
+    assert ["cannot be written" in said[0], "lacks 1 records" in said[1], len(said)] == [True, True, 2]

@@ -147,6 +147,7 @@ class Calls:
                 finally:
                     self._leave(frame)
             finally:
+                failed = None  # else it and this frame would hold on to each other, and to every tensor below
                 self._end(cost, started)
             self._check(plugin, hook, result, True)
             return result

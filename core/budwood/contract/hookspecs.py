@@ -130,7 +130,8 @@ class HookSpecs:
         """Forward, loss terms and backward of a micro-step: core's.
 
         When: once a micro-step. A wrapper may run further passes before or after its yield: `step.replay`,
-            `step.noise_gradient`.
+            `step.noise_gradient`. Where memory runs out, the whole optimizer step begins again from micro-step 0 with
+            smaller micro-batches: start at `step.micro_step == 0` what is summed over an optimizer step.
         May change: before the yield `step.noise`, `step.main_weight` and `step.track_noise`; after it gradients, which
             add up over the micro-steps.
         """

@@ -12,6 +12,9 @@ from budwood.contract.discovery import STRATEGIES, WORDS
 API_VERSION = 1
 """Major version of the contract; a strategy that was written for another one is refused by name."""
 
+RUN_ADAPTER = "default"
+"""Name under which a run's adapter stands on its model; the slot "adapter" has one owner, so there is one."""
+
 hookimpl = pluggy.HookimplMarker("budwood")
 """Marks a method of a strategy as an implementation of the hook of the same name."""
 

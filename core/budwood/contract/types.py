@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
 Unit = Literal["label", "example", "step"]
 
-RUN_ADAPTER = "default"
-"""Name under which a run's adapter stands on its model; the slot "adapter" has one owner, so there is one."""
-
 
 @dataclass(frozen=True)
 class LossTerm:

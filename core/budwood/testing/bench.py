@@ -21,8 +21,8 @@ from torch import Tensor
 from budwood.adapters.golden import measure, threads
 from budwood.contract.discovery import installed
 from budwood.contract.loading import load_strategy
-from budwood.contract.strategy import Strategy
-from budwood.contract.types import RUN_ADAPTER, Run
+from budwood.contract.strategy import RUN_ADAPTER, Strategy
+from budwood.contract.types import Run
 from budwood.errors import BudwoodError
 from budwood.testing.files import LONGEST, Files, make_files, session_folder
 from budwood.testing.probe import Probe, named_parameters

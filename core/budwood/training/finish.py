@@ -16,7 +16,8 @@ from budwood.adapters.golden import measure
 from budwood.adapters.store import write_adapter
 from budwood.contract.calls import ask_owner
 from budwood.contract.registry import Composition
-from budwood.contract.types import RUN_ADAPTER, Run
+from budwood.contract.strategy import RUN_ADAPTER
+from budwood.contract.types import Run
 from budwood.errors import BudwoodError, DivergedError, is_out_of_memory
 from budwood.training.progress import Progress, restore
 from budwood.training.report import Report, duration, peak_memory
@@ -145,7 +146,6 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
     report.stop()
     report.plot(directory)
     seconds = report.seconds
-    _finish_manifest(directory / "manifest.json", run, seconds, report, finished)
     for name in ("loss", "perplexity", "token_accuracy", "exact_match", "accuracy", "macro_f1"):
         after = run.metrics.get(f"eval_{name}")
         if after is not None and f"eval_{name}" in run.before:
@@ -157,6 +157,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
     )
     name = directory.name if re.fullmatch(r"[\w-]+", directory.name, re.ASCII) else "adapter"
     report.say(f"next: budwood generate {run.recipe.base.model} --adapter {name}={directory / 'adapter'} --prompt '…'")
+    _finish_manifest(directory / "manifest.json", run, seconds, report, finished)
     run.accelerator.wait_for_everyone()
 
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 
 from budwood.contract.calls import ask_owner
-from budwood.contract.types import RUN_ADAPTER, Run
+from budwood.contract.strategy import RUN_ADAPTER
+from budwood.contract.types import Run
 from budwood.errors import InputError
 from budwood.model import attention
 from budwood.model.base import Base, load_base

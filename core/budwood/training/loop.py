@@ -17,7 +17,14 @@ from budwood.model.quiet import hush
 from budwood.training.checkpoint import NotSavedError, Saver
 from budwood.training.finish import Ending
 from budwood.training.lock import locked
-from budwood.training.memory import StepBatches, TornStepError, accumulate, explain_out_of_memory, optimizer_step
+from budwood.training.memory import (
+    DoesNotFitError,
+    StepBatches,
+    TornStepError,
+    accumulate,
+    explain_out_of_memory,
+    optimizer_step,
+)
 from budwood.training.non_finite import check_skip
 from budwood.training.preflight import check_output
 from budwood.training.progress import Progress, evaluate, planned_steps
@@ -104,9 +111,11 @@ def train(
             if not isinstance(failure, DivergedError | ResourceError):
                 raise
             report.stop()
-            if isinstance(failure, NotSavedError) and run.processes > 1:
-                raise  # the other processes do not know of it, and writing an adapter waits for them
+            if run.processes > 1 and not isinstance(failure, DivergedError | DoesNotFitError):
+                raise failure from error  # the other processes do not know of it, and writing waits for them
             kept = ending.keep(progress, torn=isinstance(failure, TornStepError))
+            if saver.last and not isinstance(failure, NotSavedError):  # which says it itself
+                kept = f"{kept}; {saver.how_to_go_on()}"
             raise type(failure)(f"{str(failure).removesuffix('.')}; {kept}") from failure
         report.stop()
         if run.metrics.get("skipped"):

@@ -31,6 +31,10 @@ class TornStepError(ResourceError):
     """An optimizer ran out of memory when it had moved some parameters and not others: together they are no adapter."""
 
 
+class DoesNotFitError(ResourceError):
+    """One example is more than memory holds; every process raises it in the same step."""
+
+
 @dataclass(frozen=True)
 class StepBatches:
     """An optimizer step's examples, and this process's micro-batches of them, each of at most `micro_tokens`."""
@@ -66,7 +70,7 @@ def accumulate(run: Run, hooks: Composition, engine: Engine, step: StepBatches) 
         if limit == 0:
             alone = [b for b in step.batches if len(b.example_ids) == 1]
             longest = max(alone or step.batches, key=lambda batch: batch.num_tokens).example_ids[0]
-            raise ResourceError(f"step {run.step + 1}: {does_not_fit(run.recipe, run.examples, longest)}")
+            raise DoesNotFitError(f"step {run.step + 1}: {does_not_fit(run.recipe, run.examples, longest)}")
         run.micro_tokens = limit
         run.say(
             f"step {run.step + 1}: out of memory: the step begins again, and from here on there are at most {limit:,} "

@@ -26,6 +26,7 @@ from budwood.errors import BudwoodError, InputError
 from budwood.model.base import check_base, load_tokenizer, pick_device_precision, skeleton
 from budwood.model.quiet import hush
 from budwood.model.tasks import Task
+from budwood.redaction import redact, redact_values
 from budwood.training.preflight import check_output
 from budwood.training.recipe import QUANTIZERS, TASKS, Choice, Recipe, read_recipe
 from budwood.training.recipe_file import UNKNOWN
@@ -76,7 +77,7 @@ class RunPlan(Plan):
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as `budwood plan --json` prints them; `steps` is None where only the data tells."""
         recipe: Recipe | None = self.recipe
-        return {
+        values: dict[str, Any] = {
             "recipe": recipe.to_dict() if recipe else None,
             "steps": self.steps,
             "strategies": [vars(part) for part in self.parts],
@@ -92,6 +93,7 @@ class RunPlan(Plan):
             "notes": self.notes,
             "problems": self.problems,
         }
+        return redact_values(values)
 
 
 def plan(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> RunPlan:
@@ -197,7 +199,7 @@ def _build(recipe: Recipe, problems: _Problems) -> tuple[list[Strategy], list[Pa
                 version=owner.version if owner else UNKNOWN,
                 api=strategy.api,
                 declared={key: list(getattr(strategy, key)) for key in DECLARED},
-                options=strategy.options.model_dump(mode="json") if sound else choice.options,
+                options=redact_values(strategy.options.model_dump(mode="json") if sound else choice.options),
                 sound=sound,
             )
         )
@@ -344,4 +346,4 @@ def _table(*titles: str) -> Table:
 
 
 def _text(value: str) -> Text:
-    return Text("".join(c if c.isprintable() else "?" for c in value))
+    return Text("".join(c if c.isprintable() else "?" for c in redact(value)))

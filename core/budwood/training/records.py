@@ -14,41 +14,51 @@ Say = Callable[[str], None]
 
 
 class MetricsFile:
-    """metrics.jsonl, a JSON object a line. A line that the disk does not take leaves nothing behind.
-
-    Raises (on construction):
-        OSError: it cannot be made.
-    """
+    """metrics.jsonl, a JSON object a line. A line that the disk does not take leaves nothing behind."""
 
     def __init__(self, path: Path, say: Say, append: bool = False) -> None:
         self.path, self._say, self.lost = path, say, 0
-        self._file = path.open("ab" if append else "wb", buffering=0)
+        self._mode, self._end = "ab" if append else "wb", 0
+        self._file: Any = None
+        try:
+            self._open()
+        except OSError as error:
+            self._warn(error)
+
+    def _open(self) -> None:
+        self._file = self.path.open(self._mode, buffering=0)
         self._end = self._file.seek(0, 2)
+
+    def _warn(self, error: OSError) -> None:
+        why = error.strerror or error
+        self._say(f"warning: {self.path} cannot be written ({why}); the run goes on, and counts what is lost")
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Add a line, or count it as lost; the first loss is said."""
         line = json.dumps(record).encode() + b"\n"
         try:
+            if self._file is None:
+                self._open()
             while line:
                 line = line[self._file.write(line) :]
             self._end = self._file.tell()
         except OSError as error:
             self.lost += 1
-            if self.lost == 1:
-                why = error.strerror or error
-                self._say(f"warning: {self.path} cannot be written ({why}); the run goes on, and counts what is lost")
+            if self.lost == 1 and self._file is not None:
+                self._warn(error)
             self._take_back()
 
     def _take_back(self) -> None:
         """Cut off what was written of a line, so that the next one stands alone."""
-        with contextlib.suppress(OSError):  # a reader skips a line that is no JSON
+        with contextlib.suppress(OSError, AttributeError):  # a line that is no JSON is skipped when it is read
             self._file.truncate(self._end)
             self._file.seek(self._end)
 
     def close(self) -> None:
         """Close the file, and say how much it lacks."""
         try:
-            self._file.close()
+            if self._file is not None:
+                self._file.close()
         except OSError as error:
             self._say(f"warning: {self.path} may lack its last lines ({error.strerror or error})")
         if self.lost:

@@ -13,13 +13,15 @@ from budwood import (
     InputError,
     adapter_layers,
     check_adapter_tensors,
+    merge_whole_parts,
     parse_saved_config,
     remove_adapter,
     saved_targets,
+    select_adapters,
     whole_tensors,
 )
-from budwood_adalora.layers import KIND, add_adapter, scale
-from budwood_adalora.options import UNUSED, SavedConfig
+from budwood_adalora.layers import add_adapter, scale
+from budwood_adalora.options import KIND, UNUSED, SavedConfig
 
 PREFIX = "base_model.model."
 
@@ -56,6 +58,18 @@ def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor],
     except BaseException:
         remove_adapter(model, name)
         raise
+
+
+@torch.no_grad()
+def merge(model: nn.Module, name: str) -> None:
+    """Add an adapter into the weights, and take it off."""
+    select_adapters(model, KIND, [])
+    for _, layer in adapter_layers(model, name):
+        delta = layer.scaling[name] * (layer.lora_B[name] @ (layer.lora_A[name] * layer.lora_E[name]))
+        weight = layer.get_base_layer().weight
+        weight.copy_(weight + delta)
+    merge_whole_parts(model, name)
+    remove_adapter(model, name)
 
 
 def as_lora(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:

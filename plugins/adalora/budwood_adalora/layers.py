@@ -12,8 +12,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from budwood import LowRankUpdate, Run, register_adapter
+from budwood_adalora.options import KIND
 
-KIND = "adalora"
 WIDTH_STEP = 16
 """On the CPU, products run at the next multiple of this above a rank, and at most at the largest rank left."""
 

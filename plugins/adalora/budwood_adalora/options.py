@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from budwood import Layers, ModulesToSave, Options, SavedLowRankConfig, Targets
 
+KIND = "adalora"
+
 
 class AdaLoRAOptions(Options):
     """Options of `adalora`; in PEFT's AdaLoraConfig: init_r, target_r, tinit, tfinal, deltaT, orth_reg_weight."""

@@ -1,44 +1,24 @@
-"""AdaLoRA as a strategy: it drives its own schedule, prices its penalty, and reads and writes PEFT's file."""
+"""AdaLoRA as a strategy: it drives its own schedule, prices its penalty, and reads and writes PEFT's file.
+
+Torch and PEFT, which take seconds to import, are imported in the hooks: wrong options are refused before that.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from peft import AdaLoraConfig
-from safetensors.torch import save_file
-from torch import Tensor, nn
-
-from budwood import (
-    RUN_ADAPTER,
-    TASK_TYPES,
-    CorruptError,
-    InputError,
-    LossTerm,
-    Outputs,
-    ParameterGroup,
-    Plan,
-    Run,
-    Step,
-    Strategy,
-    adapter_layers,
-    hookimpl,
-    match_modules,
-    match_targets,
-    merge_whole_parts,
-    remove_adapter,
-    select_adapters,
-    whole_groups,
-)
-from budwood_adalora.file import adapter_tensors, as_lora, attach
-from budwood_adalora.importance import Importance, choose
-from budwood_adalora.layers import KIND, SVDLinear, add_adapter, scale
-from budwood_adalora.options import AdaLoRAOptions
-from budwood_adalora.penalty import orthogonality
-from budwood_adalora.picture import draw_ranks
+from budwood import RUN_ADAPTER, TASK_TYPES, CorruptError, InputError, Strategy, hookimpl, match_modules, match_targets
+from budwood_adalora.options import KIND, AdaLoRAOptions
 from budwood_adalora.schedule import Schedule, smallest_steps
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from budwood import LossTerm, Outputs, ParameterGroup, Plan, Run, Step
+    from budwood_adalora.importance import Importance
+    from budwood_adalora.layers import SVDLinear
 
 STATE_VERSION = 1
 
@@ -78,6 +58,12 @@ class AdaLoRA(Strategy):
 
     @hookimpl
     def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
+        import torch
+
+        from budwood import adapter_layers, select_adapters
+        from budwood_adalora.importance import Importance
+        from budwood_adalora.layers import add_adapter, scale
+
         options = self.options
         self._schedule = Schedule.of(options, run.steps or 0)
         self._paths = match_targets(model, options.targets, options.layers)
@@ -99,6 +85,8 @@ class AdaLoRA(Strategy):
 
     @hookimpl
     def trainable_parameters(self, run: Run, model: nn.Module) -> list[ParameterGroup]:
+        from budwood import ParameterGroup, whole_groups
+
         parameters = {
             f"{path}.{part}": getattr(layer, part)[RUN_ADAPTER]
             for path, layer in self._layers.items()
@@ -108,6 +96,9 @@ class AdaLoRA(Strategy):
 
     @hookimpl
     def loss_terms(self, step: Step, outputs: Outputs) -> LossTerm | None:
+        from budwood import LossTerm
+        from budwood_adalora.penalty import orthogonality
+
         # Of the parameters alone: one micro-step of one process has it, and no replay.
         if not self.options.orthogonality or step.micro_step or step.replaying or step.run.process_index:
             return None
@@ -125,6 +116,10 @@ class AdaLoRA(Strategy):
 
     @hookimpl
     def after_optimizer_step(self, run: Run) -> None:
+        import torch
+
+        from budwood_adalora.importance import choose
+
         step, start = run.step + 1, self.options.initial_rank * len(self._paths)
         target = self.options.target_rank * len(self._paths)
         budget = self._schedule.budget(step, start, target)
@@ -157,6 +152,8 @@ class AdaLoRA(Strategy):
 
     @hookimpl
     def load_state_dict(self, run: Run, state: dict[str, Any]) -> None:
+        import torch
+
         if state.get("version") != STATE_VERSION:
             raise CorruptError(f"state of adalora: version {state.get('version')}; this one reads {STATE_VERSION}.")
         if state["ranks"].keys() != self._layers.keys():
@@ -173,6 +170,12 @@ class AdaLoRA(Strategy):
 
     @hookimpl
     def export(self, run: Run, model: nn.Module, directory: Path) -> None:
+        from peft import AdaLoraConfig
+        from safetensors.torch import save_file
+
+        from budwood_adalora.file import adapter_tensors
+        from budwood_adalora.picture import draw_ranks
+
         options, ranks = self.options, self.ranks()
         if self._importance is not None:
             run.say(f"adalora: the budget was not reached; all {sum(ranks.values())} ranks are saved")
@@ -212,31 +215,34 @@ class AdaLoRA(Strategy):
 
     @hookimpl
     def attach_adapter(self, model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], name: str) -> None:
+        from budwood_adalora.file import attach
+
         attach(model, config, tensors, name)
 
     @hookimpl
     def use_adapters(self, model: nn.Module, names: Sequence[str | None]) -> None:
+        from budwood import select_adapters
+
         select_adapters(model, KIND, names)
 
     @hookimpl
     def detach_adapter(self, model: nn.Module, name: str) -> None:
+        from budwood import remove_adapter
+
         remove_adapter(model, name)
 
     @hookimpl
-    @torch.no_grad()
     def merge_adapter(self, model: nn.Module, name: str) -> None:
-        select_adapters(model, KIND, [])
-        for _, layer in adapter_layers(model, name):
-            delta = layer.scaling[name] * (layer.lora_B[name] @ (layer.lora_A[name] * layer.lora_E[name]))
-            weight = layer.get_base_layer().weight
-            weight.copy_(weight + delta)
-        merge_whole_parts(model, name)
-        remove_adapter(model, name)
+        from budwood_adalora.file import merge
+
+        merge(model, name)
 
     @hookimpl
     def convert_adapter(
         self, config: dict[str, Any], tensors: dict[str, Tensor], kind: str
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        from budwood_adalora.file import as_lora
+
         return as_lora(config, tensors) if kind == "lora" else None
 
     def ranks(self) -> dict[str, int]:

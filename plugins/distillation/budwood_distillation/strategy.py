@@ -1,4 +1,7 @@
-"""Distillation as a strategy: its teacher, or the cache in the teacher's place, gives terms at the labels."""
+"""Distillation as a strategy: its teacher, or the cache in the teacher's place, gives terms at the labels.
+
+Torch, which takes seconds to import, is imported in the hooks: wrong options are refused before that.
+"""
 
 from __future__ import annotations
 
@@ -7,36 +10,18 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from budwood import (
-    RUN_ADAPTER,
-    BudwoodError,
-    Example,
-    InputError,
-    LossTerm,
-    Outputs,
-    Plan,
-    Run,
-    Step,
-    Strategy,
-    ask_owner,
-    batches_of,
-    fingerprint,
-    hookimpl,
-    load_frozen,
-    read_adapter,
-)
-from budwood_distillation.cache import TeacherCache
-from budwood_distillation.checks import TeacherInfo, check_labels, check_teacher
-from budwood_distillation.divergence import bucketed, divergence, log_probabilities
+from budwood import RUN_ADAPTER, BudwoodError, InputError, Strategy, ask_owner, hookimpl, read_adapter
 from budwood_distillation.options import BASE, DEFAULT_TOP_K, DistillationOptions
-from budwood_distillation.teacher import TEACHER_ADAPTER, Reading, Teacher
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from budwood import Example, LossTerm, Outputs, Plan, Run, Step
+    from budwood_distillation.cache import TeacherCache
+    from budwood_distillation.checks import TeacherInfo
+    from budwood_distillation.teacher import Reading, Teacher
 
 CHUNK = 256
 """Labels whose teacher logits exist at once while a cache is filled."""
@@ -66,6 +51,8 @@ class Distillation(Strategy):
 
     @hookimpl
     def check_plan(self, plan: Plan) -> None:
+        from budwood_distillation.checks import check_teacher
+
         if self.info is not None:
             return
         try:
@@ -82,6 +69,8 @@ class Distillation(Strategy):
 
     @hookimpl
     def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
+        import torch
+
         self._check_data(run, run.examples)
         run.task_weight *= 1 - self.options.weight
         assert self.info is not None
@@ -100,6 +89,10 @@ class Distillation(Strategy):
 
     @hookimpl
     def token_terms(self, step: Step, logits: Tensor, positions: Tensor) -> LossTerm:
+        from budwood import LossTerm
+        from budwood_distillation.divergence import bucketed, divergence, log_probabilities
+        from budwood_distillation.teacher import Reading
+
         options, target = self.options, self._target(step)
         if isinstance(target, Reading):
             log_p = log_probabilities(target.logits(step.run, positions), self.size, options.temperature)
@@ -117,6 +110,12 @@ class Distillation(Strategy):
         """The hidden-state term: of each example the mean over its labels."""
         if self.options.hidden_weight == 0:
             return None
+        import torch
+        import torch.nn.functional as F
+
+        from budwood import LossTerm
+        from budwood_distillation.teacher import Reading
+
         batch, target = step.batch, self._target(step)
         assert isinstance(target, Reading)  # a cache and this term exclude each other
         ours, theirs = outputs.hidden.flatten(0, 1)[batch.label_positions].float(), target.hidden.float()
@@ -167,6 +166,9 @@ class Distillation(Strategy):
 
     def _load(self, run: Run, model: nn.Module) -> Teacher:
         """Load the teacher, and say what it costs."""
+        from budwood import load_frozen
+        from budwood_distillation.teacher import TEACHER_ADAPTER, Teacher
+
         name = self.options.teacher
         if self.options.own_model:
             base = load_frozen(run, name, self.options.quantization)
@@ -199,6 +201,9 @@ class Distillation(Strategy):
         Raises:
             InputError: other classes, or a cache of another run.
         """
+        from budwood_distillation.cache import TeacherCache
+        from budwood_distillation.checks import check_labels
+
         info = self.info
         assert info is not None  # check_plan has found no problem
         if examples is self._checked:
@@ -216,6 +221,8 @@ class Distillation(Strategy):
 
     def _key(self, run: Run, examples: Any) -> dict[str, Any]:
         """All that decides what a cache holds."""
+        from budwood import fingerprint
+
         assert self.info is not None
         content = hashlib.sha256()
         for e in examples:
@@ -261,6 +268,8 @@ class Distillation(Strategy):
 
     def _fill(self, run: Run, model: nn.Module, cache: TeacherCache, shards: Sequence[int]) -> None:
         """Load the teacher, run it over the examples of `shards`, and let it go."""
+        from budwood_distillation.teacher import TEACHER_ADAPTER
+
         if not shards:
             return
         packed, teacher = run.packed, self._load(run, model)
@@ -275,6 +284,12 @@ class Distillation(Strategy):
         gc.collect()
 
     def _fill_shard(self, run: Run, teacher: Teacher, cache: TeacherCache, shard: int) -> None:
+        import numpy as np
+        import torch
+
+        from budwood import batches_of
+        from budwood_distillation.divergence import bucketed
+
         first, last = cache.shards[shard]
         start, rows = int(cache.offsets[first]), int(cache.offsets[last] - cache.offsets[first])
         ids, log_probs = np.empty((rows, cache.k), np.int32), np.empty((rows, cache.k + 1), np.float32)

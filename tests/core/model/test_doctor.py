@@ -108,6 +108,18 @@ def test_torch_and_the_device_that_a_run_would_take():
     assert "problem" not in statuses(found)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
+def test_a_gpu_is_described_and_exercised():
+    (device,) = [f for f in doctor.check_torch() if f.values.get("device") == "cuda:0"]
+    assert device.status in ("ok", "warning")  # another program may fill it
+    assert device.values["capability"] == list(torch.cuda.get_device_capability(0))
+    assert device.values["memory"] > 2**30
+    assert device.values["driver"]
+    (finding,) = doctor.check_bitsandbytes()
+    assert (finding.status, finding.values["device"]) == ("ok", "cuda")
+
+
 def test_a_device_that_cannot_compute_is_a_problem(monkeypatch):
     def fail(index):
         raise RuntimeError("no kernel image is available for execution on the device")

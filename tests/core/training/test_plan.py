@@ -281,6 +281,17 @@ def shown(made, **options) -> str:
     return console.file.getvalue()
 
 
+def test_a_plan_tells_no_secret(make_recipe, distribution):
+    source = "class Mine(Strategy):\n    class Options(Options):\n        api_key: str\n        rank: int = 3"
+    distribution("sprout", source, {"mine": "Mine"})
+    for rank in (3, "x"):  # as written, where the options are wrong
+        recipe = make_recipe(strategies=[{"lora": None}, {"mine": {"api_key": "c0rrect-h0rse", "rank": rank}}])
+        made = budwood.plan(recipe)
+        for text in (json.dumps(made.as_dict()), shown(made), *made.problems):
+            assert "c0rrect-h0rse" not in text
+        assert "api_key" in shown(made)
+
+
 def test_without_a_terminal_a_row_is_a_line(make_recipe, ordered):
     made = budwood.plan(make_recipe(strategies=[{"lora": None}, {"second": None}, {"first": None}]))
     lines = shown(made, width=40).splitlines()

@@ -16,8 +16,8 @@ import torch
 from safetensors.numpy import load_file, save
 from transformers import AutoModelForCausalLM
 
+import budwood
 import budwood_distillation.cache as cache_module
-import budwood_distillation.strategy as strategy_module
 from budwood import CorruptError, InputError, ResourceError, Run
 
 Runs = Callable[..., Run]
@@ -40,7 +40,7 @@ def no_teacher(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def refuse(*args: Any) -> None:
         raise AssertionError("the teacher was loaded")
 
-    return lambda: monkeypatch.setattr(strategy_module, "load_frozen", refuse)
+    return lambda: monkeypatch.setattr(budwood, "load_frozen", refuse)
 
 
 def files(options: dict[str, Any]) -> dict[str, bytes]:

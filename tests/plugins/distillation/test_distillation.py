@@ -24,6 +24,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+import budwood
 from budwood import Run, hookimpl
 from budwood.training.loop import tune
 
@@ -157,12 +158,11 @@ def test_another_adapter_on_the_base_teaches_and_does_not_train(
 def test_a_teacher_in_four_bits(
     run_it: Runs, losses: Callable, at_labels: Callable, tiny_base: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import budwood_distillation.strategy as module
     from budwood.model.base import assert_not_packed
 
     loaded = []
-    load = module.load_frozen
-    monkeypatch.setattr(module, "load_frozen", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    load = budwood.load_frozen
+    monkeypatch.setattr(budwood, "load_frozen", lambda *args: loaded.append(load(*args)) or loaded[-1])
     run = run_it({"teacher": str(teacher), "quantization": "nf4"}, base={"double_quantization": False})
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     peer = AutoModelForCausalLM.from_pretrained(teacher, quantization_config=config, dtype=torch.float32).eval()
@@ -240,8 +240,8 @@ def test_the_teacher_runs_once_a_micro_step_under_replay(
     probes = []
     from budwood.training import loop, setup
 
-    def prepare(*args: Any) -> Any:
-        made = setup.prepare(*args)
+    def prepare(*args: Any, **more: Any) -> Any:
+        made = setup.prepare(*args, **more)
         monkeypatch.setattr(CausalLM, "outputs", counting)
         probes.append(len(quiet))
         return made
@@ -298,14 +298,14 @@ def test_the_full_logits_of_the_teacher_never_exist(
     import budwood_distillation.strategy as module
 
     rows = []
-    load = module.load_frozen
+    load = budwood.load_frozen
 
     def watched(*args: Any) -> Any:
         base = load(*args)
         base.model.lm_head.register_forward_hook(lambda layer, given, out: rows.append(out.shape[:-1].numel()))
         return base
 
-    monkeypatch.setattr(module, "load_frozen", watched)
+    monkeypatch.setattr(budwood, "load_frozen", watched)
     monkeypatch.setattr("budwood.training.step.CHUNK", 20)
     monkeypatch.setattr(module, "CHUNK", 20)
     for number, cache in enumerate(({}, {"cache": str(tmp_path / "cache")})):

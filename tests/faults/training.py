@@ -1,0 +1,104 @@
+"""Memory that runs out, and losses that are not finite, in whole runs: at step 1 and at a late one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from safetensors.torch import load_file
+
+from budwood.model.tasks import CausalLM
+from budwood.training.loop import tune
+
+from .harness import Ended, Outcome, Shop, unsound
+
+LORA = "lora"
+PLACES = ("forward", "head", "backward", "optimizer", "evaluation")
+
+
+def training(shop: Shop, late: int = 500) -> Iterator[Outcome]:
+    """Every place where memory runs out, at step 1 and at step `late`; and losses that are not finite."""
+    method = "lora"
+    for step in (1, late):
+        train = {"steps": step + 3, "save_every": 1000, "eval_every": step, "micro_tokens": 512, "batch_examples": 4}
+        whole = shop.recipe(method, "memory-whole", **train)
+        shop.tune(whole)
+        for where in PLACES:
+            recipe, strategies = shop.recipe(method, "memory", **train), []
+            if where in ("forward", "head", "backward"):
+                strategies = [{"exhaust": {"where": where, "step": step, "tokens": 100}}]
+                recipe = shop.recipe(method, "memory", strategies, **train)
+            ended = shop.finish(shop.fork(lambda r=recipe, w=where, s=step: _exhausted(r, w, s)))  # type: ignore[misc]
+            lost = _same(ended, whole.output, recipe.output)
+            lost = lost or ("" if "out of memory" in ended.said else "nothing was said of it")
+            yield Outcome("out of memory: split", f"{where}, step {step}", lost)
+            shop.remove(recipe.output)
+        recipe = shop.recipe(method, "memory", [{"exhaust": {"step": step, "tokens": 1}}], **train)
+        lost = _refused(shop.tune(recipe), 3, f"step {step}: out of memory: one example of")
+        yield Outcome("out of memory: one row does not fit", f"step {step}", lost or unsound(recipe.output))
+        shop.remove(recipe.output)
+        shop.remove(whole.output)
+    yield from _not_finite(shop, method)
+
+
+def _exhausted(recipe: Any, where: str, step: int) -> None:
+    """Run a recipe; memory runs out in the optimizer at a step, or in every evaluation of more than one example."""
+    steps, outputs = torch.optim.AdamW.step, CausalLM.outputs
+    calls: list[int] = []
+
+    def fail_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == step:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return steps(self, *args, **kwargs)
+
+    def fail_evaluation(self: Any, model: Any, batch: Any) -> Any:
+        if not model.training and batch.num_tokens > 100 and len(batch.example_ids) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return outputs(self, model, batch)
+
+    patches = {
+        "optimizer": lambda: mock.patch.object(torch.optim.AdamW, "step", fail_step),
+        "evaluation": lambda: mock.patch.object(CausalLM, "outputs", fail_evaluation),
+    }
+    if where in patches:
+        with patches[where]():
+            tune(recipe)
+    else:
+        tune(recipe)
+
+
+def _not_finite(shop: Shop, method: str) -> Iterator[Outcome]:
+    """At step k, by policy: the run stops and keeps what it had, or leaves the step out."""
+    for what in ("loss", "gradient"):
+        for step in (1, 4):
+            spoil = [{"spoil": {"what": what, "steps": [step]}}]
+            recipe = shop.recipe(method, "spoiled", spoil, batch_examples=24)
+            lost = _refused(shop.tune(recipe), 5, f"step {step}: ") or unsound(recipe.output)
+            yield Outcome(f"{what} not finite: stop", f"step {step}", lost)
+            shop.remove(recipe.output)
+            recipe = shop.recipe(method, "spoiled", spoil, batch_examples=24, non_finite="skip")
+            ended = shop.tune(recipe)
+            said = (
+                f"step {step}: " in ended.said and "the step is skipped" in ended.said and "train.jsonl:" in ended.said
+            )
+            lost = f"exit code {ended.code}: {ended.error}" if ended.code else "" if said else "the rows are not named"
+            lost = lost or unsound(recipe.output)
+            yield Outcome(f"{what} not finite: skip", f"step {step}", lost)
+            shop.remove(recipe.output)
+
+
+def _same(ended: Ended, whole: Any, output: Any) -> str:
+    if ended.code:
+        return f"exit code {ended.code}: {ended.error}"
+    one, two = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, output))
+    distance = max(float((one[key] - two[key]).abs().max()) for key in one)
+    return "" if distance < 1e-5 else f"the adapter differs by {distance:.1e}"
+
+
+def _refused(ended: Ended, code: int, text: str) -> str:
+    if ended.code != code or text not in ended.error:
+        return f"exit code {ended.code}, not {code}: {ended.error}"
+    return ""
