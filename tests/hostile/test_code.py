@@ -210,6 +210,35 @@ def test_a_pickle_in_a_teachers_cache_is_refused(plant, tmp_path, name, form):
     assert isinstance(outcome(lambda: TeacherCache(folder, key, examples).verify()), CorruptError)
 
 
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "manifest.json"])
+def test_a_pickle_in_a_checkpoint_is_not_opened(plant, tmp_path, name, form):
+    """Optimizer and random states too; also where the hashes agree with it, as whoever alters with care would do."""
+    from safetensors.torch import save_file
+
+    from budwood.adapters.files import sha256
+    from budwood.training import checkpoint
+
+    folder = tmp_path / "step-00000003"
+    folder.mkdir()
+    save_file({"random": torch.zeros(2)}, folder / "state.safetensors")
+    (folder / "state.json").write_text('{"random": {"$tensor": "random"}}')
+
+    def seal() -> None:
+        files = {file: sha256(folder / file) for file in ("state.safetensors", "state.json")}
+        manifest = {"format": checkpoint.FORMAT, "step": 3, "setting": {}, "accepted": [], "files": files}
+        text = checkpoint._text(manifest | {"sha256": checkpoint._digest(manifest)})
+        (folder / "manifest.json").write_bytes(text)
+
+    seal()
+    assert checkpoint.read_checkpoint(folder).load()["random"].equal(torch.zeros(2))
+    plant(folder / name, form)
+    assert isinstance(outcome(lambda: checkpoint.read_checkpoint(folder)), CorruptError)
+    if name != "manifest.json":
+        seal()
+        assert isinstance(outcome(lambda: checkpoint.read_checkpoint(folder).load()), CorruptError)
+
+
 def test_the_code_has_no_call_that_unpickles_or_evaluates():
     """Of the libraries' readers that can run code, none is called; `weights_only` has had holes."""
     forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
