@@ -23,6 +23,7 @@ from budwood import (
     merge_whole_parts,
     parse_saved_config,
     remove_adapter,
+    saved_pattern,
     saved_targets,
     select_adapters,
     whole_groups,
@@ -84,8 +85,11 @@ def write(model: nn.Module, config: LoraConfig, directory: Path) -> None:
 def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], name: str) -> None:
     """Put a saved adapter on a model, not in use."""
     saved = parse_saved_config(KIND, SavedConfig, LoraConfig(), config)
-    fields = saved.model_dump(exclude={"target_modules", "layers_to_transform"}, exclude_none=True)
-    lora_config = LoraConfig(**fields, target_modules=saved_targets(model, saved))
+    targets = saved_targets(model, saved)
+    resolved = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+    fields = saved.model_dump(exclude=resolved, exclude_none=True)
+    fields |= {key: saved_pattern(getattr(saved, key), targets) for key in ("rank_pattern", "alpha_pattern")}
+    lora_config = LoraConfig(**fields, target_modules=targets)
     try:
         add_adapter(model, lora_config, name)
         slots = tensor_slots(model, name)
