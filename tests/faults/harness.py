@@ -86,17 +86,27 @@ class Shop:
             importlib.import_module(name)
         self.folder = folder
         self.base = folder / "base"
-        self.train = write_rows(folder / "train.jsonl")
+        write_rows(folder / "train.jsonl")
         self.eval = write_rows(folder / "eval.jsonl", 8, seed=1)
         self.finish(self.fork(lambda: make_base(self.base)))
         self._references: dict[str, Path] = {}
 
-    def recipe(self, method: str, output: str, strategies: list[Any] | None = None, **train: Any) -> Recipe:
+    def write_long_rows(self) -> None:
+        """long.jsonl: rows of some 300 tokens, so that a step has something to hold."""
+        draw = random.Random(0)
+        texts = [" ".join(draw.choices("games section library terminal files".split(), k=60)) for _ in range(64)]  # noqa: SIM905
+        lines = [json.dumps({"prompt": f"{text}:", "completion": " x"}) for text in texts]
+        (self.folder / "long.jsonl").write_text("\n".join(lines))
+
+    def recipe(
+        self, method: str, output: str, strategies: list[Any] | None = None, data: str = "train.jsonl",
+        max_length: int = 128, **train: Any,
+    ) -> Recipe:  # fmt: skip
         """A recipe of a few steps, saved after each."""
         return Recipe.from_dict(
             {
                 "base": {"model": str(self.base), "quantization": "none"},
-                "data": {"train": str(self.train), "eval": str(self.eval), "max_length": 128},
+                "data": {"train": str(self.folder / data), "eval": str(self.eval), "max_length": max_length},
                 "strategies": [*METHODS[method], *(strategies or [])],
                 "train": {**TRAIN, **train},
                 "output": str(self.folder / output),

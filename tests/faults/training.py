@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -10,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from budwood.model.tasks import CausalLM
+from budwood.training import loop
 from budwood.training.loop import tune
 
 from .harness import Ended, Outcome, Shop, unsound
@@ -40,6 +43,7 @@ def training(shop: Shop, late: int = 500) -> Iterator[Outcome]:
         yield Outcome("out of memory: one row does not fit", f"step {step}", lost or unsound(recipe.output))
         shop.remove(recipe.output)
         shop.remove(whole.output)
+    yield from _limited(shop, method)
     yield from _not_finite(shop, method)
 
 
@@ -68,6 +72,30 @@ def _exhausted(recipe: Any, where: str, step: int) -> None:
             tune(recipe)
     else:
         tune(recipe)
+
+
+def _limited(shop: Shop, method: str) -> Iterator[Outcome]:
+    """The process is given so little more memory than it has before the first step that torch's own allocator fails."""
+    shop.write_long_rows()
+    train = {"steps": 3, "batch_examples": 64, "micro_tokens": 40000, "eval_every": None, "save_every": 1000}
+    recipes = [shop.recipe(method, name, data="long.jsonl", max_length=400, **train) for name in ("roomy", "tight")]
+    shop.tune(recipes[0])
+    for mebibytes in (200, 100, 60):
+
+        def work(limit: int = mebibytes << 20) -> None:
+            whole = loop.take_steps
+
+            def take_steps(*args: Any) -> None:
+                now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (now + limit, now + limit))
+                whole(*args)
+
+            with mock.patch.object(loop, "take_steps", take_steps):
+                tune(recipes[1])
+
+        lost = _same(shop.finish(shop.fork(work)), recipes[0].output, recipes[1].output)
+        yield Outcome("out of memory: split", f"a process with {mebibytes} MiB to spare", lost)
+        shop.remove(recipes[1].output)
 
 
 def _not_finite(shop: Shop, method: str) -> Iterator[Outcome]:

@@ -210,6 +210,35 @@ def test_a_pickle_in_a_teachers_cache_is_refused(plant, tmp_path, name, form):
     assert isinstance(outcome(lambda: TeacherCache(folder, key, examples).verify()), CorruptError)
 
 
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "manifest.json"])
+def test_a_pickle_in_a_checkpoint_is_not_opened(plant, tmp_path, name, form):
+    """Optimizer and random states too; also where the hashes agree with it, as whoever alters with care would do."""
+    from safetensors.torch import save_file
+
+    from budwood.adapters.files import sha256
+    from budwood.training import checkpoint
+
+    folder = tmp_path / "step-00000003"
+    folder.mkdir()
+    save_file({"random": torch.zeros(2)}, folder / "state.safetensors")
+    (folder / "state.json").write_text('{"random": {"$tensor": "random"}}')
+
+    def seal() -> None:
+        files = {file: sha256(folder / file) for file in ("state.safetensors", "state.json")}
+        manifest = {"format": checkpoint.FORMAT, "step": 3, "setting": {}, "accepted": [], "files": files}
+        text = checkpoint._text(manifest | {"sha256": checkpoint._digest(manifest)})
+        (folder / "manifest.json").write_bytes(text)
+
+    seal()
+    assert checkpoint.read_checkpoint(folder).load()["random"].equal(torch.zeros(2))
+    plant(folder / name, form)
+    assert isinstance(outcome(lambda: checkpoint.read_checkpoint(folder)), CorruptError)
+    if name != "manifest.json":
+        seal()
+        assert isinstance(outcome(lambda: checkpoint.read_checkpoint(folder).load()), CorruptError)
+
+
 def test_the_code_has_no_call_that_unpickles_or_evaluates():
     """Of the libraries' readers that can run code, none is called; `weights_only` has had holes."""
     forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
@@ -397,3 +426,61 @@ def test_a_tokenizer_of_absurd_size_or_no_file_is_not_read(base):
     (base / "tokenizer.json").unlink()
     os.mkfifo(base / "tokenizer.json")
     assert "tokenizer.json: is no plain file" in str(outcome(lambda: load_tokenizer(base)))
+
+
+# --- expressions that never end
+
+ENDLESS = r"((\w|[._]|.)+)+\d"
+"""Its ways through a name double with each character."""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ENDLESS},
+        {"exclude_modules": ENDLESS},
+        {"rank_pattern": {ENDLESS: 2}},
+        {"alpha_pattern": {ENDLESS: 2.0}},
+        {"target_modules": "("},
+        {"rank_pattern": {"(": 2}},
+        {"exclude_modules": "(" * 10_000},
+    ],
+)
+def test_an_adapters_regular_expression_has_little_time(tiny_base, lora, tmp_path, monkeypatch, changes):
+    from budwood import AdapterPool
+    from budwood.adapters import targets
+
+    monkeypatch.setattr(targets, "SECONDS", 0.2)
+    folder = shutil.copytree(lora, tmp_path / "adapter")
+    change(folder / "adapter_config.json", **changes)
+    pool = AdapterPool(tiny_base, precision="fp32", device="cpu")
+    error = outcome(lambda: pool.load("a", folder))
+    assert isinstance(error, CorruptError)
+    assert "takes too long" in str(error) or "no regular expression" in str(error)
+
+
+def test_patterns_mean_what_they_mean_in_peft(tiny_base, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from budwood import AdapterPool
+
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=r".*\.(q_proj|v_proj|down_proj)",
+        exclude_modules=r".*layers\.1.*down_proj",
+        rank_pattern={r"layers\.0\..*q_proj": 2, "v_proj": 3},
+        alpha_pattern={r"^model\.layers\.1\.self_attn\.v_proj": 16},
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), config).save_pretrained(tmp_path / "a")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path / "a").eval()
+    with torch.no_grad():
+        theirs = model(torch.tensor([[1, 50, 60, 70]])).logits[0, -1]
+    pool = AdapterPool(tiny_base, precision="fp32", device="cpu")
+    pool.load("a", tmp_path / "a")
+    pool.use("a")
+    assert torch.allclose(pool.logits([[1, 50, 60, 70]])[0], theirs, atol=1e-5)
