@@ -213,9 +213,10 @@ class HookSpecs:
     def state_dict(self, run: Run) -> dict[str, Any]:
         """Give what a resume needs beyond parameters and optimizer.
 
-        When: whenever a checkpoint is written.
+        When: at the end of an optimizer step, before any evaluation of it: whenever a checkpoint is taken, and before an
+            evaluation, in case it is cut short. Every process calls it; what the first one returns is saved for all.
         May change: nothing.
-        Returns: tensors and JSON values by name; a version among them is wise.
+        Returns: tensors, arrays and JSON values by name, nested as you like; a version among them is wise.
         """
 
     @_hook("its own")
