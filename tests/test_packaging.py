@@ -46,6 +46,8 @@ def test_the_wheel_holds_core_plugins_and_demo(wheel):
         "budwood_demo/base/tokenizer.json",
         "budwood_demo/data/sections/train.jsonl",
         "budwood_demo/data/sections/eval.jsonl",
+        "budwood/templates/strategy/pyproject.toml.template",
+        "budwood/testing/plugin.py",
     ):
         assert needed in names
     assert any(name.startswith("budwood_demo/recipes/") for name in names)
@@ -60,11 +62,13 @@ def test_the_wheel_runs_outside_the_checkout(wheel, tmp_path):
         "assert budwood.__file__.startswith(sys.path[0])\n"
         "from budwood.model.doctor import tested_versions\n"
         "assert tested_versions()['torch'], 'the pins are not in the wheel'\n"
+        "assert run(['new', 'strategy', 'mine']) == 0\n"
         "sys.exit(run(['plugins']))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^  lora +budwood ", done.stdout, re.MULTILINE)
+    assert (tmp_path / "budwood-mine" / "budwood_mine" / "strategy.py").exists()
 
 
 def test_what_was_tested_is_pinned():

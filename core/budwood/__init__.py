@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from budwood.contract.types import Batch as Batch
     from budwood.contract.types import Event as Event
     from budwood.contract.types import Example as Example
+    from budwood.contract.types import Generator as Generator
     from budwood.contract.types import LossTerm as LossTerm
     from budwood.contract.types import Outputs as Outputs
     from budwood.contract.types import ParameterGroup as ParameterGroup
@@ -37,7 +38,7 @@ _EXPORTS = {
     "ask_owner": "budwood.contract.calls",
     **dict.fromkeys(("RUN_ADAPTER", "Options", "Strategy", "hookimpl"), "budwood.contract.strategy"),
     **dict.fromkeys(
-        ("Batch", "Event", "Example", "LossTerm", "Outputs", "ParameterGroup", "Plan", "Run", "Step"),
+        ("Batch", "Event", "Example", "Generator", "LossTerm", "Outputs", "ParameterGroup", "Plan", "Run", "Step"),
         "budwood.contract.types",
     ),
     **dict.fromkeys(("PluginError", "installed"), "budwood.contract.discovery"),
@@ -59,7 +60,8 @@ _EXPORTS = {
         "budwood.adapters.peft_layers",
     ),
     **dict.fromkeys(
-        ("TASK_TYPES", "SavedLowRankConfig", "parse_saved_config", "saved_targets"), "budwood.adapters.peft_config"
+        ("TASK_TYPES", "SavedLowRankConfig", "parse_saved_config", "saved_pattern", "saved_targets"),
+        "budwood.adapters.peft_config",
     ),
     **dict.fromkeys(
         ("Layers", "ModulesToSave", "Targets", "match_modules", "match_targets"), "budwood.adapters.targets"
@@ -72,7 +74,7 @@ _EXPORTS = {
     **dict.fromkeys(("check_adapter_tensors", "read_adapter"), "budwood.adapters.store"),
     **dict.fromkeys(("check_base", "fingerprint", "load_base", "load_tokenizer", "skeleton"), "budwood.model.base"),
     "batches_of": "budwood.model.tasks",
-    "load_frozen": "budwood.training.frozen",
+    **dict.fromkeys(("adapter_off", "load_frozen"), "budwood.training.frozen"),
 }
 
 __all__ = ["__version__", *_EXPORTS]

@@ -13,7 +13,7 @@ import typer
 import typer.main
 
 import budwood
-from budwood.cli import adapter, data, demo, doctor, generate, plan, plugins, recipe, tune
+from budwood.cli import adapter, data, demo, doctor, generate, new, plan, plugins, recipe, tune
 from budwood.contract.calls import noted
 from budwood.errors import BudwoodError, Interrupted, is_out_of_memory
 from budwood.model.quiet import hush
@@ -39,6 +39,7 @@ app.command("tune", short_help="Fine-tune: a recipe, or a data file and a base."
 app.command("eval", short_help="Measure an adapter on data.")(tune.eval_)
 app.command("generate", short_help="Answer a prompt with a base and its adapters.")(generate.generate)
 app.command("doctor", short_help="Whether this machine can tune; what to do.")(doctor.doctor)
+app.add_typer(new.app, name="new", short_help="Start a package of your own.")
 app.add_typer(recipe.app, name="recipe", short_help="What a recipe may hold.")
 app.add_typer(adapter.app, name="adapter", short_help="Look at adapters, verify, merge, export.")
 

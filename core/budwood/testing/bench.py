@@ -122,9 +122,7 @@ class Bench:
             companions.append({other: FIRST_PARTY[other](self.files)})
         return [{self.name: self.spec.options}, *companions]
 
-    def recipe(
-        self, output: str, other: str | None = None, quantization: str = "none", fail_at: int = 0, **train: Any
-    ) -> Recipe:
+    def recipe(self, output: str, other: str | None = None, quantization: str = "none", **train: Any) -> Recipe:
         """A recipe whose result depends on nothing but its arguments; the probe is its first strategy."""
         data = {"train": str(self.files.train), "max_length": LONGEST}
         if implements(self.spec.strategy, "evaluate"):
@@ -140,7 +138,7 @@ class Bench:
                     "device": "cpu",
                 },
                 "data": data,
-                "strategies": [{PROBE: {"fail_at": fail_at}}, *self.strategies(other)],
+                "strategies": [PROBE, *self.strategies(other)],
                 "train": steps | train,
                 "output": str(session_folder() / "runs" / self.name / output),
             }
@@ -165,22 +163,35 @@ class Bench:
             raise PromiseBroken(f"{promise}: the run ended with {explain(found)}") from found
         return found
 
-    def fail(self, fail_at: int) -> tuple[Probe, Run, Exception | None]:
+    def fail(self, fail_at: int, output: str = "failing", **train: Any) -> tuple[Probe, Run, Exception | None]:
         """A run in which the model's forward number `fail_at` of step 2 raises; what came out of it."""
         error: Exception | None = None
-        recipe = self.recipe("failing", fail_at=fail_at)
-        Probe.last = None
+        Probe.last, Probe.fail_at = None, fail_at
         try:
             with threads(1), _installed_once():
-                tune(recipe, overwrite=True, quiet=True)
+                tune(self.recipe(output, **train), overwrite=True, quiet=True)
         except Exception as raised:
             error = raised
+        finally:
+            Probe.fail_at = 0
         assert Probe.last is not None and Probe.last.run is not None
         return Probe.last, Probe.last.run, error
 
-    def _tune(self, recipe: Recipe) -> Result:
+    def resume(self, promise: str) -> Result:
+        """A run that failed in step 2, resumed from its checkpoint of step 1.
+
+        Raises:
+            PromiseBroken: it cannot be resumed, which breaks `promise`.
+        """
+        self.fail(1, "resumed", save_every=1)
+        try:
+            return self._tune(self.recipe("resumed", save_every=1), overwrite=False, resume=True)
+        except Exception as error:
+            raise PromiseBroken(f"{promise}: the resumed run ended with {explain(error)}") from error
+
+    def _tune(self, recipe: Recipe, overwrite: bool = True, resume: bool = False) -> Result:
         with threads(1), _installed_once():
-            run = tune(recipe, overwrite=True, quiet=True)
+            run = tune(recipe, overwrite=overwrite, resume=resume, quiet=True)
             probe = next(strategy for strategy in run.strategies if isinstance(strategy, Probe))
             parameters = named_parameters(run)
             logits, off = measure(run.model, probe.prompts, run.dtype), None

@@ -53,10 +53,10 @@ class StrategyConformance:
         return _benches[cls]
 
     @classmethod
-    def announce(cls, path: str) -> None:
-        """Let the run in two processes share a start with those of other classes in the same file."""
+    def announce(cls, group: str) -> None:
+        """Let the run in two processes share a start with those of the other classes of `group`."""
         if "two_processes_equal_one" not in cls.does_not_apply:
-            _announced.setdefault(path, []).append(cls)
+            _announced.setdefault(group, []).append(cls)
 
     def test_declares_what_it_implements(self, request: pytest.FixtureRequest) -> None:
         self._keeps(request, checks.declares)
@@ -80,8 +80,9 @@ class StrategyConformance:
         self._keeps(request, checks.micro_batches)
 
     def test_two_processes_equal_one(self, request: pytest.FixtureRequest) -> None:
-        for cls in _announced.pop(str(request.node.path), ()):
-            checks.wait_for_processes(cls.bench())
+        for group in ("", str(request.node.path)):
+            for cls in _announced.pop(group, ()):
+                checks.wait_for_processes(cls.bench())
         self._keeps(request, checks.two_processes)
 
     def test_save_and_load(self, request: pytest.FixtureRequest) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from budwood.adapters.golden import measure
-from budwood.contract.strategy import Options, Strategy, hookimpl
+from budwood.contract.strategy import Strategy, hookimpl
 from budwood.contract.types import Batch, Run
 from budwood.errors import InputError
 
@@ -27,8 +27,8 @@ class Probe(Strategy):
         prompts: token ids by which logits are compared.
         base_logits: [prompts, vocabulary or classes] of the base, before any strategy saw it.
         start_logits: the same just before the first step.
-        micro_batches: examples in each micro-batch, for each optimizer step.
-        calls: forwards of the model in the first micro-batch of each step.
+        micro_batches: examples in each micro-batch, by the number of steps before.
+        calls: forwards of the model in the first micro-batch of a step, likewise.
         strays: "step 1: name" of every gradient on a parameter that is in no group.
         largest: largest absolute gradient of each trained parameter over the run, by name; None where it had none.
         snapshot: state of the model's modules right before the step in which the probe fails.
@@ -38,18 +38,16 @@ class Probe(Strategy):
     last: ClassVar[Probe | None] = None
     """That of the latest run, also of one that failed."""
 
-    class Options(Options):
-        """`fail_at`: raise in the model's forward number so many of step 2; 0: never."""
-
-        fail_at: int = 0
+    fail_at: ClassVar[int] = 0
+    """Raise in the model's forward number so many of step 2; 0: never. No option, since a resumed run has the same."""
 
     def __init__(self, options: Any = None, name: str = "", distribution: str = "") -> None:
         super().__init__(options, name, distribution)
         self.prompts: list[list[int]] = []
         self.base_logits = self.start_logits = torch.empty(0)
         self.base_tensors: dict[str, tuple[Tensor, Tensor]] = {}
-        self.micro_batches: list[list[int]] = []
-        self.calls: list[int] = []
+        self.micro_batches: dict[int, list[int]] = {}
+        self.calls: dict[int, int] = {}
         self.strays: list[str] = []
         self.largest: dict[str, float | None] = {}
         self.snapshot: dict[str, Any] = {}
@@ -74,19 +72,19 @@ class Probe(Strategy):
         if not self.micro_batches:
             self.start_logits = measure(run.model, self.prompts, run.dtype)
             _last_norm(run.model).register_forward_pre_hook(lambda *_: self._forward())
-        if len(self.micro_batches) == run.step:
-            self.micro_batches.append([])
-            self.calls.append(0)
-            if self.options.fail_at and run.step == 1:
+        if run.step not in self.micro_batches:
+            self.micro_batches[run.step], self.calls[run.step] = [], 0
+            if self.fail_at and run.step == 1:
                 self.snapshot = state_of(run.model)
-        self.micro_batches[-1].append(len(batch.example_ids))
+        self.micro_batches[run.step].append(len(batch.example_ids))
         return batch
 
     def _forward(self) -> None:
-        if len(self.micro_batches[-1]) > 1 or not self.run or not self.run.model.training:
+        run = self.run
+        if run is None or not run.model.training or len(self.micro_batches[run.step]) > 1:
             return
-        self.calls[-1] += 1
-        if len(self.calls) == 2 and self.calls[-1] == self.options.fail_at:
+        self.calls[run.step] += 1
+        if run.step == 1 and self.calls[run.step] == self.fail_at:
             self.failed = True
             raise InjectedError("raised by the conformance kit in the middle of a step")
 

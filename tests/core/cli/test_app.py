@@ -14,8 +14,12 @@ from budwood import CorruptError, DivergedError, InputError, PluginError, Resour
 from budwood.cli import app as cli
 from budwood.errors import Interrupted
 
-COMMANDS = ["demo", "plugins", "plan", "data", "tune", "eval", "generate", "doctor", "recipe", "adapter"]
-SUBCOMMANDS = [["recipe", "schema"], *(["adapter", name] for name in ("info", "verify", "merge", "export"))]
+COMMANDS = ["demo", "plugins", "plan", "data", "tune", "eval", "generate", "doctor", "new", "recipe", "adapter"]
+SUBCOMMANDS = [
+    ["recipe", "schema"],
+    ["new", "strategy"],
+    *(["adapter", name] for name in ("info", "verify", "merge", "export")),
+]
 HEAVY = {
     "torch",
     "transformers",

@@ -81,6 +81,13 @@ TABLE: dict[tuple[str, ...], dict[int, Case]] = {
         4: NEVER,
         5: ONLY_TUNE,
     },
+    ("new", "strategy"): {
+        0: lambda w: ["mine", "--folder", w.new],
+        2: lambda w: ["mine", "--folder", w.run],
+        3: lambda w: ["mine", "--folder", f"{w.rows}/x/y"],
+        4: NEVER,
+        5: ONLY_TUNE,
+    },
     ("recipe", "schema"): {
         0: lambda w: [],
         2: lambda w: ["--nothing"],

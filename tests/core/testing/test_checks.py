@@ -34,8 +34,8 @@ CHECKS: dict[str, Callable[[Bench], None]] = {
     "exception": checks.after_an_exception,
     "composes": functools.partial(checks.composes, other="adversarial"),
 }
-DEAR = ("base", "nf4", "fake", "exception", "composes")
-"""Checks that need runs of their own: each is asked of the strategy that breaks it, and of those that break another."""
+DEAR = ("processes", "resume", "base", "nf4", "fake", "exception", "composes")
+"""Checks that need runs of their own: asked of the strategies that break them, and of all that come with Budwood."""
 BROKEN: list[tuple[type[Strategy], str, str]] = [
     (broken.SavesStateAlone, "declares", "of state_dict and load_state_dict it implements state_dict alone"),
     (broken.TakesAnything, "options", "Options takes keys that it does not know"),
@@ -46,6 +46,7 @@ BROKEN: list[tuple[type[Strategy], str, str]] = [
     (broken.FirstMicroBatchAlone, "micro-batches", r"micro-batches of \[4\] and of \[2, 2\] examples differ by \d"),
     (broken.FirstProcessAlone, "processes", r"one process and two differ by \d"),
     (broken.SavesHalf, "save", r"loaded adapter differs from the trained one's by \d\.\d+ \(at most"),
+    (broken.Forgets, "resume", r"a run resumed after step 1 differs by \d\S* in \S+: .* after 2 steps"),
     (broken.MergesHalf, "merge", r"a logit of the merged model differs by \d\.\d+"),
     (broken.StaysOn, "off", r"after training, with the adapter off, a logit differs from the base's by \d\.\d+"),
     (broken.NeedsFloats, "nf4", "runs on NF4: the run ended with .*weights must be floating"),
@@ -77,7 +78,7 @@ def bench_of(strategy: type[Strategy]) -> Bench:
 @pytest.fixture(scope="module")
 def benches() -> None:
     """Lets the runs in two processes share one start."""
-    for strategy, _, _ in BROKEN:
+    for strategy in (broken.FirstProcessAlone, broken.FirstMicroBatchAlone):
         checks.wait_for_processes(bench_of(strategy))
 
 
@@ -96,7 +97,9 @@ def outcome(check: str, strategy: type[Strategy]) -> str:
 def test_a_check_finds_what_breaks_its_promise_and_the_others_do_not(
     strategy: type[Strategy], check: str, message: str, benches: None
 ) -> None:
-    asked = [name for name in CHECKS if name not in DEAR or name == check or check in DEAR]
+    asked = {name for name in CHECKS if name not in DEAR} | {check}
+    if check == "micro-batches":  # how a step is split over processes is another question
+        asked.add("processes")
     found = {name: text for name in asked if (text := outcome(name, strategy))}
     assert set(found) == {check}, found
     assert re.search(message, found[check], re.DOTALL), found[check]
@@ -109,7 +112,7 @@ def test_other_ways_to_break_a_promise(strategy: type[Strategy], check: str, mes
 
 
 def test_every_check_has_a_strategy_that_breaks_it() -> None:
-    assert {check for _, check, _ in BROKEN} == set(CHECKS) - {"unquantised", "resume"}
+    assert {check for _, check, _ in BROKEN} == set(CHECKS) - {"unquantised"}
 
 
 class Conformance(StrategyConformance):

@@ -1,0 +1,183 @@
+"""`budwood new`: a package of one's own to begin with, whose tests pass as it is."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import keyword
+import re
+from importlib import metadata, resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help="Start a package of your own.", no_args_is_help=True, rich_markup_mode=None)
+
+HOOKS = {
+    "before_optimizer_step": ("annealed Gaussian noise on the gradients", "{eta: 0.01}"),
+    "after_optimizer_step": ("a bound on the norm of every trained tensor", "{bound: 10}"),
+    "loss_terms": ("a penalty on jumps of the last hidden state", "{weight: 0.1}"),
+    "token_terms": ("a penalty on confident predictions", "{weight: 0.1}"),
+    "prepare_batch": ("word dropout", "{rate: 0.1}"),
+    "prepare_examples": ("leaving out repeated examples", "{copies: 1}"),
+    "evaluate": ("a metric, with a warning where it grows too large", "{limit: 1000}"),
+}
+"""Hooks to begin with → what the package does, and options for its README's recipe."""
+LICENSES = ("Apache-2.0", "MIT", "BSD-3-Clause")
+TAKEN = ("base", "data", "strategies", "train", "output")
+"""What a recipe calls its own sections, by which -o finds them."""
+NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+
+
+@app.callback()
+def _group() -> None:
+    pass
+
+
+@app.command("strategy", short_help="A strategy: package, options, tests, README.")
+def strategy(
+    name: Annotated[str, typer.Argument(help="Its name in recipes, such as gradient-noise.")],
+    hook: Annotated[
+        str, typer.Option("--hook", metavar="HOOK", help="Where it takes part: " + ", ".join(HOOKS) + ".")
+    ] = "before_optimizer_step",
+    author: Annotated[str, typer.Option("--author", help="As in 'Ada Lovelace <ada@example.org>'.")] = "",
+    license: Annotated[str, typer.Option("--license", help=", ".join(LICENSES) + ".")] = LICENSES[0],
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="Where it goes; budwood-NAME here, if not given.")
+    ] = None,
+) -> None:
+    """Write an installable package with one strategy that does something, and tests that pass as they are."""
+    from budwood.adapters.files import complete_directory
+    from budwood.errors import InputError, did_you_mean
+
+    check_name(name)
+    if hook not in HOOKS:
+        raise InputError(f"--hook: there is no '{hook}' to begin with.{did_you_mean(hook, HOOKS)} {_listed(HOOKS)}")
+    license = next((known for known in LICENSES if known.casefold() == license.casefold()), license)
+    if license not in LICENSES:
+        raise InputError(f"--license: '{license}' is not offered.{did_you_mean(license, LICENSES)} {_listed(LICENSES)}")
+    folder = folder or Path(f"budwood-{name}")
+    if folder.exists() or folder.is_symlink():
+        raise InputError(f"{folder} exists already, and is left as it is: choose another with --folder, or remove it.")
+    files = render(name, hook, author, license)
+    with complete_directory(folder) as partial:
+        for path, text in files.items():
+            (partial / path).parent.mkdir(parents=True, exist_ok=True)
+            (partial / path).write_text(text, encoding="utf-8")
+    typer.echo(f"{folder}: {len(files)} files, {HOOKS[hook][0]}, in the hook {hook}")
+    typer.echo(f"next: cd {folder} && pip install -e '.[test]' && pytest && budwood plugins {name}", err=True)
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that a recipe, Python or pip could not use, or that is taken.
+
+    Raises:
+        InputError: it says which.
+    """
+    from budwood.contract.discovery import installed
+    from budwood.errors import InputError
+
+    plain = re.sub(r"[^a-z0-9]+", "-", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()).strip("-")
+    if name.startswith("budwood-") or name == "budwood":
+        raise InputError(f"'{name[:60]}': leave out budwood, which the package's name begins with by itself.")
+    if not NAME.fullmatch(name) or len(name) > 30:
+        near = f" Did you mean '{plain}'?" if plain != name and NAME.fullmatch(plain) and len(plain) <= 30 else ""
+        raise InputError(
+            f"'{name[:60]}' is no name of a strategy: at most 30 small letters and digits, in words that single "
+            f"dashes join, beginning with a letter.{near}"
+        )
+    if keyword.iskeyword(name) or keyword.issoftkeyword(name) or keyword.iskeyword(class_name(name)):
+        raise InputError(f"'{name}' is a word of Python's own: choose another name.")
+    if name in TAKEN:
+        raise InputError(f"'{name}' is a section of every recipe: choose another name.")
+    if owners := installed().get(name):
+        raise InputError(f"strategy '{name}' is installed already ({owners[0].owner}): choose another name.")
+    distribution, module = f"budwood-{name}", _module(name)
+    if find_spec(module) is not None or any(True for _ in metadata.Distribution.discover(name=distribution)):
+        raise InputError(f"a package {distribution} or module {module} is installed already: choose another name.")
+
+
+def class_name(name: str) -> str:
+    """GradientNoise for gradient-noise."""
+    return "".join(part.capitalize() for part in name.split("-"))
+
+
+def render(name: str, hook: str, author: str, license: str) -> dict[str, str]:
+    """The package's files, by path."""
+    import budwood
+
+    who, mail = _split_author(author)
+    distribution, module, cls = f"budwood-{name}", _module(name), class_name(name)
+    source = _read(f"hooks/{hook}.py")
+    summary = re.findall(r'"""(.*?)"""', source)[1]  # the class's
+    people = f"{{name = {_toml(who)}" + (f", email = {_toml(mail)}" if mail else "") + "}" if who else ""
+    values = {
+        "about": f"It takes part in the hook `{hook}`.",
+        "authors": f"authors = [{people}]\n" if who else "",
+        "budwood": ".".join(budwood.__version__.split(".")[:2]),
+        "class": cls,
+        "description": _toml(summary.split(" (")[0].rstrip(".")),
+        "distribution": distribution,
+        "example": HOOKS[hook][1],
+        "holder": who or f"the authors of {distribution}",
+        "license": license,
+        "module": module,
+        "name": name,
+        "options": "\n".join(f"- {line}" for line in _option_lines(source)),
+        "summary": summary,
+        "year": str(datetime.date.today().year),
+    }
+    templates = {
+        ".github/workflows/test.yml": "workflow.yml",
+        ".gitignore": "gitignore",
+        "LICENSE": f"licenses/{license}",
+        "README.md": "README.md",
+        "pyproject.toml": "pyproject.toml",
+        f"{module}/__init__.py": "init.py",
+        f"{module}/strategy.py": f"hooks/{hook}.py",
+        f"tests/test_{module.removeprefix('budwood_')}.py": f"tests/{hook}.py",
+    }
+    return {path: _fill(_read(template), values) for path, template in templates.items()}
+
+
+def _option_lines(source: str) -> list[str]:
+    """A line of README for each option of a template."""
+    found = re.findall(r'^        (\w+): (\w+) = Field\(([^,]+), .*description="([^"]*)"\)$', source, re.MULTILINE)
+    return [f"`{name}` ({kind}, default {default}): {text}" for name, kind, default, text in found]
+
+
+def _read(template: str) -> str:
+    path = resources.files("budwood").joinpath("templates", "strategy", *f"{template}.template".split("/"))
+    return path.read_text(encoding="utf-8")
+
+
+def _fill(text: str, values: dict[str, str]) -> str:
+    return re.sub(r"(?<!\$)\{\{(\w+)\}\}", lambda match: values[match[1]], text)
+
+
+def _split_author(author: str) -> tuple[str, str]:
+    """Name and mail address of 'Name <mail>'.
+
+    Raises:
+        InputError: no name, or what a line of pyproject.toml cannot hold.
+    """
+    from budwood.errors import InputError
+
+    match = re.fullmatch(r"\s*([^<>]*?)\s*(?:<([^<>@\s]+@[^<>@\s]+)>)?\s*", author)
+    if match is None or not author.isprintable() or (match[2] and not match[1]):
+        raise InputError(f"--author: {author[:60]!r} is not like 'Ada Lovelace <ada@example.org>'.")
+    return match[1], match[2] or ""
+
+
+def _module(name: str) -> str:
+    return f"budwood_{name.replace('-', '_')}"
+
+
+def _toml(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _listed(names: Any) -> str:
+    return f"There are {', '.join(names)}."
