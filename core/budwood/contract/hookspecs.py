@@ -213,7 +213,7 @@ class HookSpecs:
     def state_dict(self, run: Run) -> dict[str, Any]:
         """Give what a resume needs beyond parameters and optimizer.
 
-        When: at the end of an optimizer step, before any evaluation of it: whenever a checkpoint is taken, and before an
+        When: at the end of an optimizer step, before any evaluation of it: when a checkpoint is taken, and before an
             evaluation, in case it is cut short. Every process calls it; what the first one returns is saved for all.
         May change: nothing.
         Returns: tensors, arrays and JSON values by name, nested as you like; a version among them is wise.
