@@ -60,7 +60,8 @@ _EXPORTS = {
         "budwood.adapters.peft_layers",
     ),
     **dict.fromkeys(
-        ("TASK_TYPES", "SavedLowRankConfig", "parse_saved_config", "saved_targets"), "budwood.adapters.peft_config"
+        ("TASK_TYPES", "SavedLowRankConfig", "parse_saved_config", "saved_pattern", "saved_targets"),
+        "budwood.adapters.peft_config",
     ),
     **dict.fromkeys(
         ("Layers", "ModulesToSave", "Targets", "match_modules", "match_targets"), "budwood.adapters.targets"

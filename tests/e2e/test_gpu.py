@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 import budwood
+from budwood.errors import Interrupted
+from budwood.training import loop
 from budwood.training.recipe import Recipe
 
 pytestmark = [
@@ -53,6 +55,35 @@ def test_an_fp32_run_ends_where_it_ends_on_the_cpu(recipe: Callable[..., Recipe]
     there = adapter(budwood.tune(recipe("cpu", base={"device": "cpu"}), quiet=True))
     for name, tensor in here.items():
         torch.testing.assert_close(tensor, there[name], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_run_that_stops_goes_on(
+    recipe: Callable[..., Recipe], deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout: to the same bits under deterministic kernels, else within rounding."""
+    strategies = [{"lora": {"rank": 4, "dropout": 0.2}}, {"adversarial": {"method": "pgd"}}]
+    options = {"base": {"quantization": "nf4"}, "steps": 6, "save_every": 2, "deterministic": deterministic}
+    sum_gradients = loop.sum_gradients
+
+    def stop(run: Any) -> None:
+        if run.step == 3:
+            raise KeyboardInterrupt
+        sum_gradients(run)
+
+    try:
+        whole = adapter(budwood.tune(recipe("whole", *strategies, **options), quiet=True))
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(loop, "sum_gradients", stop)
+            budwood.tune(recipe("run", *strategies, **options), quiet=True)
+        run = budwood.tune(recipe("run", *strategies, **options), quiet=True, resume=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert json.loads((run.directory / "manifest.json").read_text())["resumed_from_step"] == 2
+    for name, tensor in adapter(run).items():
+        if deterministic:
+            assert torch.equal(tensor, whole[name])
+        torch.testing.assert_close(tensor, whole[name], atol=1e-3, rtol=1e-2)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4", "fp4"])

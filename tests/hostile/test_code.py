@@ -426,3 +426,61 @@ def test_a_tokenizer_of_absurd_size_or_no_file_is_not_read(base):
     (base / "tokenizer.json").unlink()
     os.mkfifo(base / "tokenizer.json")
     assert "tokenizer.json: is no plain file" in str(outcome(lambda: load_tokenizer(base)))
+
+
+# --- expressions that never end
+
+ENDLESS = r"((\w|[._]|.)+)+\d"
+"""Its ways through a name double with each character."""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ENDLESS},
+        {"exclude_modules": ENDLESS},
+        {"rank_pattern": {ENDLESS: 2}},
+        {"alpha_pattern": {ENDLESS: 2.0}},
+        {"target_modules": "("},
+        {"rank_pattern": {"(": 2}},
+        {"exclude_modules": "(" * 10_000},
+    ],
+)
+def test_an_adapters_regular_expression_has_little_time(tiny_base, lora, tmp_path, monkeypatch, changes):
+    from budwood import AdapterPool
+    from budwood.adapters import targets
+
+    monkeypatch.setattr(targets, "SECONDS", 0.2)
+    folder = shutil.copytree(lora, tmp_path / "adapter")
+    change(folder / "adapter_config.json", **changes)
+    pool = AdapterPool(tiny_base, precision="fp32", device="cpu")
+    error = outcome(lambda: pool.load("a", folder))
+    assert isinstance(error, CorruptError)
+    assert "takes too long" in str(error) or "no regular expression" in str(error)
+
+
+def test_patterns_mean_what_they_mean_in_peft(tiny_base, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from budwood import AdapterPool
+
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=r".*\.(q_proj|v_proj|down_proj)",
+        exclude_modules=r".*layers\.1.*down_proj",
+        rank_pattern={r"layers\.0\..*q_proj": 2, "v_proj": 3},
+        alpha_pattern={r"^model\.layers\.1\.self_attn\.v_proj": 16},
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), config).save_pretrained(tmp_path / "a")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path / "a").eval()
+    with torch.no_grad():
+        theirs = model(torch.tensor([[1, 50, 60, 70]])).logits[0, -1]
+    pool = AdapterPool(tiny_base, precision="fp32", device="cpu")
+    pool.load("a", tmp_path / "a")
+    pool.use("a")
+    assert torch.allclose(pool.logits([[1, 50, 60, 70]])[0], theirs, atol=1e-5)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from budwood.adapters.targets import match_targets
+from budwood.adapters.targets import match_targets, matches
 from budwood.errors import CorruptError, InputError
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class SavedLowRankConfig(BaseModel):
 
 
 Saved = TypeVar("Saved", bound=SavedLowRankConfig)
+Value = TypeVar("Value", int, float)
 
 
 def parse_saved_config(
@@ -77,6 +78,25 @@ def parse_saved_config(
         raise CorruptError(f"adapter_config.json: {field}: {problem['msg']}.") from error
 
 
+def saved_pattern(patterns: Mapping[str, Value], names: Sequence[str]) -> dict[str, Value]:
+    """A saved `rank_pattern` or `alpha_pattern`, whose keys match the ends of names, for the names themselves.
+
+    What PEFT is given then is plain names, escaped; it would match a stranger's expressions without a limit of time.
+
+    Raises:
+        CorruptError: a key is no regular expression, or takes too long.
+    """
+    found = {}
+    for name in names:
+        try:
+            key = next((key for key in patterns if matches(rf"(?:.*\.)?(?:{key})", name)), None)
+        except InputError as error:
+            raise CorruptError(f"adapter_config.json: {error}") from error
+        if key is not None:
+            found[re.escape(name)] = patterns[key]
+    return found
+
+
 def saved_targets(model: nn.Module, saved: SavedLowRankConfig) -> list[str]:
     """Full names of the modules that a saved adapter stands on.
 
@@ -87,9 +107,14 @@ def saved_targets(model: nn.Module, saved: SavedLowRankConfig) -> list[str]:
     paths = [path for path, _ in model.named_modules()]
     try:
         names = match_targets(model, saved.target_modules, layers)
+        left_out = saved.exclude_modules or []
+        if isinstance(left_out, str):
+            names = [name for name in names if not matches(left_out, name)]
+        else:
+            names = [name for name in names if not any(name == out or name.endswith("." + out) for out in left_out)]
         wanted = saved.modules_to_save or []
         if wanted and not any(path == name or path.endswith("." + name) for name in wanted for path in paths):
             raise InputError(f"modules_to_save: the model has none of {', '.join(wanted)}.")
-    except (InputError, re.error) as error:
+    except InputError as error:
         raise CorruptError(f"adapter_config.json: {error}") from error
     return names

@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Annotated
 
+import regex
 from pydantic import AfterValidator, Field
 
+from budwood.contract.validation import shorten
 from budwood.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:  # the types of options are here too, and are checked before torch is imported
     from torch import nn
 
+SECONDS = 5.0
+"""For a regular expression on one name."""
 LAYER_INDEX = re.compile(r"\.(\d+)\.")
 
 
@@ -88,8 +92,7 @@ def match_targets(model: nn.Module, targets: str | list[str], layers: list[int] 
     if targets == "all-linear":
         chosen = linear
     elif isinstance(targets, str):
-        pattern = re.compile(targets)
-        chosen = [name for name in linear if pattern.fullmatch(name)]
+        chosen = [name for name in linear if matches(targets, name)]
         if not chosen:
             raise InputError(
                 f"targets: the regular expression '{targets}' matches none of the linear modules, "
@@ -110,6 +113,20 @@ def match_targets(model: nn.Module, targets: str | list[str], layers: list[int] 
     if not chosen:
         raise InputError("targets and layers together match no linear module.")
     return chosen
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a regular expression, which a stranger may have written, matches all of a module's name.
+
+    Raises:
+        InputError: it is none, or takes longer than 5 s: nested repetitions can take for ever.
+    """
+    try:
+        return regex.fullmatch(pattern, name, timeout=SECONDS) is not None
+    except TimeoutError as error:
+        raise InputError(f"the regular expression '{shorten(pattern)}' takes too long on '{shorten(name)}'.") from error
+    except (regex.error, RecursionError, MemoryError) as error:
+        raise InputError(f"'{shorten(pattern)}' is no regular expression: {error}.") from error
 
 
 def match_modules(model: nn.Module, names: list[str]) -> None:

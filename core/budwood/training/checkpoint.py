@@ -249,6 +249,8 @@ class Saver:
         """
         self.wait()
         self._saved_at = time.monotonic()
+        if not self.run.accelerator.is_main_process:
+            self.last = snapshot.step
         if snapshot.step == self._submitted or not self.run.accelerator.is_main_process:
             return
         self._submitted = snapshot.step

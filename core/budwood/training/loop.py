@@ -65,7 +65,7 @@ def tune(
     """
     hush()
     report, signals = Report(quiet), Signals()
-    report.mute = os.environ.get("RANK", "0") != "0"
+    report.mute = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
     check_output(recipe.output, overwrite, resume)
     try:

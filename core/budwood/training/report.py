@@ -203,7 +203,7 @@ def profile_table(costs: Sequence[Cost], seconds: float) -> list[str]:
         costs: of a run that was profiled, sorted.
         seconds: of the whole run.
     """
-    head = ("whose", "what", "calls", "own", "share", "with all inside", "peak memory")
+    head = ("whose", "what", "calls", "own time", "share", "with all inside", "peak raised by")
     rows = [
         (
             cost.owner, cost.hook, f"{cost.calls:,}", f"{cost.own_seconds:.3f} s",

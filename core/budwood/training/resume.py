@@ -74,7 +74,10 @@ def find_resume(recipe: Recipe, report: Report, accept_changes: bool) -> Resume 
     if manifest.get("finished"):
         before, _ = read_recipe_file(directory / "recipe.yaml")
         now = recipe.to_dict(build_composition(recipe).strategies)
-        if not accept(compare({"recipe": before}, {"recipe": now}), f"the finished run in {directory}", accept_changes):
+        changes = accept(
+            compare({"recipe": before}, {"recipe": now}), f"the finished run in {directory}", accept_changes
+        )
+        if all(change.field == "recipe.output" for change in changes):
             report.say(f"{directory}: the run is finished at step {manifest['step']}; there is nothing to go on with")
             return _finished(recipe, manifest)
     checkpoint = find_newest(directory, report.say)

@@ -203,6 +203,7 @@ class AdaLoRA(Strategy):
             base_model_name_or_path=run.recipe.base.model,
             inference_mode=True,
         )
+        config.target_modules = sorted(config.target_modules or ())  # PEFT makes a set of it, in no order
         config.save_pretrained(str(directory))
         tensors = {key: slot.detach().cpu().contiguous() for key, slot in adapter_tensors(model, RUN_ADAPTER).items()}
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})

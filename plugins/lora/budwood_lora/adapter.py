@@ -23,6 +23,7 @@ from budwood import (
     merge_whole_parts,
     parse_saved_config,
     remove_adapter,
+    saved_pattern,
     saved_targets,
     select_adapters,
     whole_groups,
@@ -74,7 +75,9 @@ def parameter_groups(model: nn.Module, options: LoRAOptions) -> list[ParameterGr
 
 def write(model: nn.Module, config: LoraConfig, directory: Path) -> None:
     """Write the run's adapter as PEFT does."""
-    dataclasses.replace(config, inference_mode=True).save_pretrained(str(directory))
+    saved = dataclasses.replace(config, inference_mode=True)
+    saved.target_modules = sorted(saved.target_modules or ())  # PEFT makes a set of it, in no order
+    saved.save_pretrained(str(directory))
     tensors = {key: slot.detach().cpu().contiguous() for key, slot in tensor_slots(model, RUN_ADAPTER).items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
@@ -82,8 +85,11 @@ def write(model: nn.Module, config: LoraConfig, directory: Path) -> None:
 def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], name: str) -> None:
     """Put a saved adapter on a model, not in use."""
     saved = parse_saved_config(KIND, SavedConfig, LoraConfig(), config)
-    fields = saved.model_dump(exclude={"target_modules", "layers_to_transform"}, exclude_none=True)
-    lora_config = LoraConfig(**fields, target_modules=saved_targets(model, saved))
+    targets = saved_targets(model, saved)
+    resolved = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+    fields = saved.model_dump(exclude=resolved, exclude_none=True)
+    fields |= {key: saved_pattern(getattr(saved, key), targets) for key in ("rank_pattern", "alpha_pattern")}
+    lora_config = LoraConfig(**fields, target_modules=targets)
     try:
         add_adapter(model, lora_config, name)
         slots = tensor_slots(model, name)
