@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from budwood.errors import ResourceError
 from budwood.training import records, report
 from budwood.training.loop import tune
 
+from .disk import Disk
 from .test_memory import distance, tensors
 
 Make = Callable[..., Any]
@@ -142,3 +144,10 @@ def test_a_log_that_cannot_be_made_is_made_when_it_can(tmp_path: Path) -> None:
     log.close()
     assert (tmp_path / "later" / "metrics.jsonl").read_text() == '{"step": 2}\n'
     assert ["cannot be written" in said[0], "lacks 1 records" in said[1], len(said)] == [True, True, 2]
+
+
+def test_a_disk_that_is_full_from_the_start_says_the_bytes_needed(tmp_path: Path, make_recipe: Make) -> None:
+    recipe = make_recipe("new")
+    with Disk(recipe.output, 1, "ENOSPC").failing(), pytest.raises(ResourceError, match=r"[\d,]+ bytes are needed"):
+        tune(recipe, quiet=True)
+    assert not recipe.output.exists()

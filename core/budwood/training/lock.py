@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -10,6 +11,7 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from budwood.adapters.files import cannot_write
 from budwood.errors import InputError, ResourceError
 
 LOCK = ".lock"
@@ -32,6 +34,8 @@ def locked(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor, left = _take(path)
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise cannot_write(directory, error, 4096) from error
         raise ResourceError(f"output: {directory} cannot be locked: {error.strerror}.") from error
     try:
         if left:
