@@ -16,7 +16,7 @@ from budwood import __version__
 from budwood.adapters.files import complete_directory
 from budwood.adapters.golden import Distance, Golden, measure
 from budwood.adapters.store import CONFIG, GOLDEN, WEIGHTS, SavedAdapter, read_adapter
-from budwood.adapters.verify import open_pool
+from budwood.adapters.verify import base_name, open_pool
 from budwood.contract.calls import ask_owner
 from budwood.contract.discovery import PluginError
 from budwood.contract.loading import load_strategy, start
@@ -126,7 +126,7 @@ def merge(
 
 
 def _refuse_quantised(saved: SavedAdapter, base: str | None) -> None:
-    name = base or (saved.manifest.base.name if saved.manifest else None)
+    name = base_name(saved, base)
     if name is not None and "quantization_config" in read_config(resolve(name, weights=False)):
         raise InputError(
             f"base '{name}' is quantised on disk, and an adapter is merged into original weights only: "

@@ -12,6 +12,7 @@ from budwood.adapters.pool import AdapterPool
 from budwood.adapters.store import GOLDEN, GoldenRecord, SavedAdapter, read_adapter
 from budwood.errors import CorruptError, InputError
 from budwood.model.base import check_base, fingerprint
+from budwood.model.checkpoint import would_fetch
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -41,6 +42,23 @@ class VerifyReport:
     notes: list[str] = field(default_factory=list)
 
 
+def base_name(saved: SavedAdapter, base: str | None = None) -> str | None:
+    """The base that the user named, else the one that the adapter names; None where nobody names one.
+
+    Raises:
+        InputError: the adapter's would have to be fetched, which only the user may ask for.
+    """
+    if base is not None or saved.manifest is None:
+        return base
+    name = saved.manifest.base.name
+    if would_fetch(name):
+        raise InputError(
+            f"{saved.directory}: was trained on the base '{name}', which is not on this machine, and only a base that "
+            f"you name is fetched: --base {name}"
+        )
+    return name
+
+
 def open_pool(
     saved: SavedAdapter,
     base: str | None = None,
@@ -56,7 +74,7 @@ def open_pool(
         InputError: no base is recorded or given, or it is another one, which is found before it loads.
     """
     recorded = saved.manifest.base if saved.manifest else None
-    name = base or (recorded.name if recorded else None)
+    name = base_name(saved, base)
     if name is None:
         raise InputError(f"{saved.directory}: an adapter of stock PEFT; give its base with --base.")
     quantization = quantization or (recorded.quantization if recorded else "none")

@@ -18,6 +18,7 @@ PAGE = 4096
 PAGES = 8
 """A tensor's fingerprint reads so many pages of it, evenly spread, the first and the last among them."""
 
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib")
 _SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 
@@ -44,10 +45,19 @@ def resolve(model: str | Path, weights: bool = True, code: bool = False) -> Path
     if there:
         raise InputError(f"base '{name}' is a file: give the folder that holds config.json and *.safetensors.")
     inside = path.parent != Path(".") and path.parent.is_dir()
-    if inside or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name, re.ASCII):
+    if inside or not HUB_NAME.fullmatch(name):
         siblings = [str(path.parent / p.name) for p in path.parent.iterdir() if p.is_dir()] if inside else []
         raise InputError(f"base '{name}': no such folder.{did_you_mean(name, siblings)}")
     return _from_hub(name, weights, code)
+
+
+def would_fetch(name: str) -> bool:
+    """Whether `resolve` would ask the hub for a base: it is neither a folder here nor in the hub's cache."""
+    if Path(os.path.expanduser(name)).exists() or not HUB_NAME.fullmatch(name):
+        return False
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    return not constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def _from_hub(name: str, weights: bool, code: bool) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from budwood.adapters.pool import AdapterPool
 from budwood.adapters.store import read_adapter
+from budwood.adapters.verify import base_name
 from budwood.contract.calls import blame
 from budwood.contract.loading import create
 from budwood.contract.types import Run
@@ -72,7 +73,7 @@ def evaluate_adapter(
     chosen_attacks = build_attacks(attacks)
     saved = read_adapter(directory)
     manifest = saved.manifest
-    name = base or (manifest.base.name if manifest else None)
+    name = base_name(saved, base)
     if not name:
         raise InputError(f"{directory} does not name its base: say which with --base DIR.")
     chosen = quantization or (manifest.base.quantization if manifest else "none")

@@ -168,3 +168,22 @@ def test_control_codes_in_an_adapter_do_not_reach_the_terminal(saved, tmp_path, 
     (folder / "budwood.json").write_text(sealed(manifest))
     assert run(["adapter", "info", str(folder)]) == 0
     assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["adapter", "verify"], ["adapter", "merge"], ["eval"]])
+def test_a_base_that_only_the_adapter_names_is_not_fetched(saved, tmp_path, capsys, monkeypatch, command):
+    import huggingface_hub
+
+    folder = shutil.copytree(saved, tmp_path / "a")
+    manifest = json.loads((folder / "budwood.json").read_text())
+    manifest["base"]["name"] = "someone/else"
+    (folder / "budwood.json").write_text(sealed(manifest))
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+
+    def fetch(name, **options):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    more = {"merge": [str(tmp_path / "out")], "eval": ["--data", str(tmp_path / "rows.jsonl")]}.get(command[-1], [])
+    refused(capsys, [*command, folder, *more], 2, "only a base that you name is fetched: --base someone/else")
