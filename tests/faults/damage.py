@@ -99,7 +99,7 @@ def _named(path: Path, read: Callable[[Path], object], original: Path) -> str:
         read(path)
     except CorruptError as error:
         # A list of files that is another run's is at odds with each of them: one is named.
-        names = [p.name for p in path.parent.iterdir()] if path.name in LISTS else [path.name]
+        names = [path.name, *(p.name for p in path.parent.iterdir() if path.name in LISTS)]
         return "" if any(name in str(error) for name in names) else f"the error names no file: {error}"
     except Exception as error:
         return f"{type(error).__name__}, not exit 4: {error}"

@@ -28,6 +28,7 @@ from budwood.testing.files import LONGEST, Files, make_files, session_folder
 from budwood.testing.probe import Probe, named_parameters
 from budwood.training.loop import tune
 from budwood.training.recipe import Recipe
+from budwood.training.report import Report
 
 BATCH = 4
 PROBE = "conformance-probe"
@@ -168,7 +169,7 @@ class Bench:
         error: Exception | None = None
         Probe.last, Probe.fail_at = None, fail_at
         try:
-            with threads(1), _installed_once():
+            with threads(1), quick():
                 tune(self.recipe(output, **train), overwrite=True, quiet=True)
         except Exception as raised:
             error = raised
@@ -190,7 +191,7 @@ class Bench:
             raise PromiseBroken(f"{promise}: the resumed run ended with {explain(error)}") from error
 
     def _tune(self, recipe: Recipe, overwrite: bool = True, resume: bool = False) -> Result:
-        with threads(1), _installed_once():
+        with threads(1), quick():
             run = tune(recipe, overwrite=overwrite, resume=resume, quiet=True)
             probe = next(strategy for strategy in run.strategies if isinstance(strategy, Probe))
             parameters = named_parameters(run)
@@ -271,14 +272,15 @@ def registered() -> dict[str, dict[str, str]]:
 
 
 @contextmanager
-def _installed_once() -> Iterator[None]:
-    """Read what is installed once: a third of the time of so short a run goes into the metadata of distributions."""
-    original = metadata.entry_points
-    metadata.entry_points = functools.cache(original)  # type: ignore[assignment]
+def quick() -> Iterator[None]:
+    """Leave out what takes as long as so short a run: reading again what is installed, and drawing the loss."""
+    entry_points, plot = metadata.entry_points, Report.plot
+    metadata.entry_points = functools.cache(entry_points)  # type: ignore[assignment]
+    Report.plot = lambda self, directory: None  # type: ignore[method-assign]
     try:
         yield
     finally:
-        metadata.entry_points = original
+        metadata.entry_points, Report.plot = entry_points, plot  # type: ignore[method-assign]
 
 
 def _name(choice: Any) -> str:

@@ -96,7 +96,7 @@ def _work(path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from budwood.testing.bench import explain, pretend_installed
+    from budwood.testing.bench import explain, pretend_installed, quick
     from budwood.testing.probe import named_parameters
     from budwood.training.loop import tune
     from budwood.training.recipe import Recipe
@@ -108,7 +108,8 @@ def _work(path: Path) -> None:
         pretend_installed(_find(where["module"], where["file"], where["class"]), name)
     for number, recipe in enumerate(jobs["recipes"]):
         try:
-            run = tune(Recipe.from_dict(recipe), overwrite=True, quiet=True)
+            with quick():
+                run = tune(Recipe.from_dict(recipe), overwrite=True, quiet=True)
         except Exception as error:
             failure = {"error": f"in process {os.environ['RANK']}: {explain(error)}"}
             (folder / f"{number}.json").write_text(json.dumps(failure), encoding="utf-8")
