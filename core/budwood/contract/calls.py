@@ -43,7 +43,7 @@ class Cost:
     depth: int = 0
     """Calls that have begun and not ended."""
 
-    def record(self, profiled: bool) -> dict[str, Any]:
+    def record(self, memory: bool) -> dict[str, Any]:
         """As manifest.json holds it; memory is null where it was not measured."""
         return {
             "owner": self.owner,
@@ -51,7 +51,7 @@ class Cost:
             "calls": self.calls,
             "seconds": round(self.seconds, 6),
             "own_seconds": round(self.own_seconds, 6),
-            "peak_growth_bytes": self.peak_growth if profiled else None,
+            "peak_growth_bytes": self.peak_growth if memory else None,
         }
 
 
@@ -70,8 +70,8 @@ class Calls:
     Attributes:
         costs: by (owner, hook), in the order of the first call.
         run: the run that the calls belong to, once a call has named it.
-        peak: gives the process's peak memory in bytes; set by a run that is profiled.
-        wait: waits until the device has done what it was given, so that times are those of the work; likewise.
+        peak: gives the process's peak memory in bytes, where it is measured.
+        wait: waits until the device has done what it was given, so that times are those of the work.
     """
 
     def __init__(self) -> None:

@@ -156,8 +156,8 @@ class Composition:
         return sorted((c for c in self._calls.costs.values() if c.calls), key=lambda cost: -cost.own_seconds)
 
     @property
-    def profiled(self) -> bool:
-        """Whether memory is measured too."""
+    def measures_memory(self) -> bool:
+        """Whether hooks' memory is measured too."""
         return self._calls.peak is not None
 
     def part(self, name: str) -> AbstractContextManager[None]:
@@ -165,7 +165,7 @@ class Composition:
         return self._calls.part(name)
 
     def measure(self, peak: Callable[[], int], wait: Callable[[], None] | None) -> None:
-        """From here on measure memory too, and times after `wait()`; for a run that is profiled, since it takes time.
+        """From here on measure memory too, and times after `wait()`.
 
         Args:
             peak: gives the process's peak memory in bytes.

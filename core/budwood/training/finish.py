@@ -171,8 +171,7 @@ def _finish_manifest(path: Path, run: Run, seconds: float, report: Report, finis
         "seconds": round(seconds, 3),
         "tokens_per_second": round(report.tokens_per_second, 1),
         "peak_memory_bytes": peak_memory(),
-        "profiled": run.hooks.profiled,
-        "hooks": [cost.record(run.hooks.profiled) for cost in run.hooks.costs],
+        "hooks": [cost.record(run.hooks.measures_memory) for cost in run.hooks.costs],
         "lost": report.lost,
     }
     complete_file(path, (json.dumps(manifest, indent=2) + "\n").encode())

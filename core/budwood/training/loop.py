@@ -53,8 +53,7 @@ def tune(
         resume: go on from the newest sound checkpoint in the output folder; where there is none the run begins, and a
             finished run is returned as it is.
         accept_changes: go on although the recipe, the data or versions are not what they were.
-        profile: measure the memory of every strategy's hooks beside their time, and show both at the end; it takes
-            time itself.
+        profile: show the time and memory of every strategy's hooks at the end; on CUDA measuring takes time itself.
         quiet: show nothing.
 
     Returns:

@@ -45,7 +45,7 @@ from budwood.training import changes
 from budwood.training.lock import LOCK
 from budwood.training.preflight import preflight
 from budwood.training.recipe import Recipe, build_composition, load_recipe
-from budwood.training.report import Report, peak_memory
+from budwood.training.report import Report, peak_memory, resident_peak
 from budwood.training.resume import Resume
 from budwood.training.step import Engine
 
@@ -85,7 +85,7 @@ def prepare(
     Args:
         overwrite: an old run in the output folder goes.
         in_place: it may stay until this one's files take the place of its own.
-        profile: the memory of every hook is measured too, and times are those of the device's work.
+        profile: on CUDA, too, the memory of every hook is measured, and times are those of the device's work.
 
     Raises:
         InputError: the recipe, the data, what the strategies say of the plan, or a change since the checkpoint.
@@ -105,8 +105,9 @@ def prepare(
     device, dtype, reason = pick_device_precision(recipe.base.device, recipe.train.precision)
     check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code, device)
     check_trackers(recipe.train.trackers)
-    if profile:
-        hooks.measure(peak_memory, torch.cuda.synchronize if device.type == "cuda" else None)
+    if profile or device.type == "cpu":  # where it costs a microsecond; CUDA's allocator takes long to ask
+        on_cuda = device.type == "cuda"
+        hooks.measure(peak_memory if on_cuda else resident_peak, torch.cuda.synchronize if on_cuda else None)
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=recipe.train.trackers or None, project_dir=directory)
     if accelerator.num_processes > 1:
         device = accelerator.device
