@@ -122,9 +122,9 @@ def _scale(rows: list[Tensor | None]) -> Callable[[nn.Module, Any, Tensor], Tens
 
     def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         if len(rows) == 1 and rows[0] is not None:
-            return output * rows[0].to(output.dtype)
-        one = output.new_ones(output.shape[-1])
-        vectors = torch.stack([one if vector is None else vector.to(output.dtype) for vector in rows])
-        return output * vectors[:, None]
+            return (output * rows[0]).to(output.dtype)  # in fp32: the first steps move s less than bf16 tells
+        one = torch.ones(output.shape[-1], device=output.device)
+        vectors = torch.stack([one if vector is None else vector for vector in rows])
+        return (output * vectors[:, None]).to(output.dtype)
 
     return hook
