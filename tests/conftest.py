@@ -82,6 +82,12 @@ def make_base(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5G
     return folder
 
 
+@pytest.fixture(autouse=True)
+def quiet_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `--debug` sets for a command's children in one test is gone in the next."""
+    monkeypatch.setenv("BUDWOOD_DEBUG", "0")
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random fp32 Llama (hidden 64, 2 layers, vocabulary 300) with tokenizer and chat template."""

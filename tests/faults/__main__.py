@@ -1,60 +1,50 @@
 """`make faults`: brings every fault about, and ends with a table: tried, survived, lost. Exit code 1 if any is lost.
 
-python -m tests.faults [--kills 100] [--every 1] [--seed 0] [KIND …]
+python -m tests.faults [--kills 100] [--every 1] [--seed 0] [--workers N] [KIND …]
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
-from .damage import damage
-from .disk import failing_disk
-from .harness import Outcome, Shop, tally
-from .kills import kills
-from .surroundings import surroundings
-from .training import training
+from .harness import Outcome, tally
+from .trials import KINDS, attempt
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.splitlines()[0])
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help="kills, disk, damage, training, surroundings")
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("--kills", type=int, default=100, help="so many SIGKILLs")
     parser.add_argument(
         "--every", type=int, default=1, help="of disk operations, damaged files and surroundings try every n-th"
     )
     parser.add_argument("--late", type=int, default=500, help="the late step at which memory runs out")
     parser.add_argument("--seed", type=int, default=0, help="of the instants of the kills, and the bytes that flip")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="budwood-faults-") as folder:
-        shop = Shop(Path(folder))
-        parts = {
-            "kills": lambda: kills(shop, options.kills, options.seed),
-            "disk": lambda: failing_disk(shop, options.every),
-            "damage": lambda: damage(shop, options.every, options.seed),
-            "training": lambda: training(shop, options.late),
-            "surroundings": lambda: surroundings(shop, options.every),
-        }
-        outcomes: list[Outcome] = []
-        for name in options.kinds or parts:
-            outcomes += _shown(name, parts[name]())
+    kinds = [kind for kind in KINDS if not options.kinds or kind in options.kinds]
+    parts = [(kind, 0) for kind in kinds] if options.workers == 1 else _parts(kinds, options.workers)
+    outcomes: list[Outcome] = []
+    if len(parts) == 1 or options.workers == 1:
+        for part in parts:
+            outcomes += attempt(*part, 1, options)
+    else:
+        with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
+            trials = [pool.submit(attempt, *part, options.workers, options) for part in parts]
+            for trial in trials:
+                outcomes += trial.result()
     table, lost = tally(outcomes)
     print(table)
     return 1 if lost else 0
 
 
-def _shown(name: str, found: Iterator[Outcome]) -> Iterator[Outcome]:
-    start, count = time.monotonic(), 0
-    for count, outcome in enumerate(found, 1):
-        if sys.stderr.isatty() or outcome.lost:
-            end = "\n" if outcome.lost else "\r"
-            print(f"{name} {count}: {outcome.what[:70]} {outcome.lost}", end=end, file=sys.stderr)
-        yield outcome
-    print(f"{name}: {count} in {time.monotonic() - start:.0f} s", file=sys.stderr)
+def _parts(kinds: list[str], workers: int) -> list[tuple[str, int]]:
+    """What each process does in turn: the disk's operations in as many shares as there are processes."""
+    return [(kind, share) for kind in kinds for share in range(workers if kind == "disk" else 1)]
 
 
 if __name__ == "__main__":

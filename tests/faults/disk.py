@@ -132,8 +132,8 @@ def _importers(function: Any) -> list[Any]:
     return [module for module in list(sys.modules.values()) if getattr(module, "__dict__", {}).get(name) is function]
 
 
-def failing_disk(shop: Shop, every: int = 1) -> Iterator[Outcome]:
-    """Let every (or every n-th) operation of a run fail: of a new one, and of one that is gone on with."""
+def failing_disk(shop: Shop, every: int = 1, first: int = 1) -> Iterator[Outcome]:
+    """Let every n-th operation of a run fail, from the `first` on: of a new one, and of one that is gone on with."""
     method = "lora, dropout"
     shop.reference(method)
     old = shop.stopped(shop.recipe(method, "failing", **TRAIN), 4)
@@ -144,7 +144,7 @@ def failing_disk(shop: Shop, every: int = 1) -> Iterator[Outcome]:
             if ended.code:
                 raise RuntimeError(f"{case}: {ended.error}")
             for error in ERRORS:
-                for number in range(1 + (every > 1), int(total) + 1, every):
+                for number in range(first, int(total) + 1, every):
                     yield _outcome(shop, method, case, start, number, error, exchange)
         cases = {"a resumed run, folders that cannot be exchanged": old}
 
