@@ -71,7 +71,7 @@ _EXPORTS = {
     "plan": "budwood.training.plan",
     "tune": "budwood.training.loop",
     **dict.fromkeys(("frozen_linear", "low_rank_linear", "mixed_low_rank_linear"), "budwood.model.linear"),
-    **dict.fromkeys(("check_adapter_tensors", "read_adapter"), "budwood.adapters.store"),
+    **dict.fromkeys(("check_adapter_tensors", "copy_adapter_tensors", "read_adapter"), "budwood.adapters.store"),
     **dict.fromkeys(("check_base", "fingerprint", "load_base", "load_tokenizer", "skeleton"), "budwood.model.base"),
     "batches_of": "budwood.model.tasks",
     **dict.fromkeys(("adapter_off", "load_frozen"), "budwood.training.frozen"),

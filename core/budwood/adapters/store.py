@@ -392,6 +392,21 @@ def _find_kind(directory: Path, config: dict[str, Any], manifest: Manifest | Non
     return peft_type.lower()
 
 
+def copy_adapter_tensors(slots: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    """Copy an adapter's tensors into their places on a model, once they are checked to be exactly those.
+
+    Args:
+        slots: the live tensor of each key on disk.
+        tensors: what the adapter holds.
+
+    Raises:
+        CorruptError: see `check_adapter_tensors`; nothing is copied then.
+    """
+    check_adapter_tensors({key: tuple(slot.shape) for key, slot in slots.items()}, tensors)
+    for key, slot in slots.items():
+        slot.copy_(tensors[key])
+
+
 def check_adapter_tensors(
     expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Any], where: str = "adapter"
 ) -> None:

@@ -12,7 +12,7 @@ from budwood import (
     CorruptError,
     InputError,
     adapter_layers,
-    check_adapter_tensors,
+    copy_adapter_tensors,
     merge_whole_parts,
     parse_saved_config,
     remove_adapter,
@@ -51,10 +51,7 @@ def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor],
     scaling = {path: _scale(saved, rank) for path, rank in ranks.items()}
     try:
         add_adapter(model, name, ranks, scaling, saved.lora_dropout, saved.modules_to_save or (), saved.bias)
-        slots = adapter_tensors(model, name)
-        check_adapter_tensors({key: tuple(slot.shape) for key, slot in slots.items()}, tensors)
-        for key, slot in slots.items():
-            slot.copy_(tensors[key])
+        copy_adapter_tensors(adapter_tensors(model, name), tensors)
     except BaseException:
         remove_adapter(model, name)
         raise

@@ -17,7 +17,7 @@ from budwood import (
     ParameterGroup,
     Run,
     adapter_layers,
-    check_adapter_tensors,
+    copy_adapter_tensors,
     match_modules,
     match_targets,
     merge_whole_parts,
@@ -92,10 +92,7 @@ def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor],
     lora_config = LoraConfig(**fields, target_modules=targets)
     try:
         add_adapter(model, lora_config, name)
-        slots = tensor_slots(model, name)
-        check_adapter_tensors({key: tuple(slot.shape) for key, slot in slots.items()}, tensors)
-        for key, slot in slots.items():
-            slot.copy_(tensors[key])
+        copy_adapter_tensors(tensor_slots(model, name), tensors)
     except BaseException:
         remove_adapter(model, name)
         raise

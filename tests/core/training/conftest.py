@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from budwood.training.recipe import Recipe
+from budwood.training.report import Report
 
 STRATEGIES = Path(__file__).parents[2] / "strategies"
 WORDS = "games section library terminal description runtime shared files data model tokens small headers".split()  # noqa: SIM905
@@ -26,6 +27,20 @@ def test_strategies(monkeypatch: pytest.MonkeyPatch) -> Any:
     module.SEEN.clear()
     yield module
     sys.modules.pop("budwood_test_strategies", None)
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw no pictures, which takes longer than their steps."""
+    monkeypatch.setattr(Report, "plot", lambda self, directory: None)
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every line that runs say."""
+    lines: list[str] = []
+    monkeypatch.setattr(Report, "say", lambda self, text: lines.append(text))
+    return lines
 
 
 def write_rows(path: Path, count: int = 24, seed: int = 0) -> Path:

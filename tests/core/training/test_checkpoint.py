@@ -36,17 +36,7 @@ Make = Callable[..., Recipe]
 Usage = namedtuple("Usage", "total used free")
 
 
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Report, "plot", lambda self, directory: None)
-
-
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every line that runs say."""
-    lines: list[str] = []
-    monkeypatch.setattr(Report, "say", lambda self, text: lines.append(text))
-    return lines
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 def saved(run: Run) -> list[int]:

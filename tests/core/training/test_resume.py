@@ -48,17 +48,7 @@ def manifest(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "manifest.json").read_text())
 
 
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Report, "plot", lambda self, directory: None)
-
-
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every line that runs say."""
-    lines: list[str] = []
-    monkeypatch.setattr(Report, "say", lambda self, text: lines.append(text))
-    return lines
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 @pytest.fixture
