@@ -1,7 +1,7 @@
 """A frozen linear layer plus a low-rank update, as one autograd function: y = x Wᵀ + bias + s · drop(x) Aᵀ Bᵀ.
 
 Composed of separate layers, the update keeps the input twice, the dequantised weight once, and casts of everything;
-here the backward finds the input once and [n, r] numbers, and dequantises W anew. W gets no gradient.
+here the backward finds the input once and [r, n] numbers, and dequantises W anew. W gets no gradient.
 """
 
 from __future__ import annotations
@@ -110,8 +110,9 @@ class LowRankLinear(torch.autograd.Function):
                 inner = rows
                 if dropout > 0.0:
                     inner, mask = torch.native_dropout(rows, dropout, True)
-                narrow = inner @ a.to(dtype).t()
-                y.addmm_(narrow, b.to(dtype).t(), alpha=scaling)
+                # Transposed, [r, n], and the scale in B: oneDNN computes these thin products faster so.
+                narrow = a.to(dtype) @ inner.t()
+                y.addmm_(narrow.t(), (b * scaling).to(dtype).t())
         keeps_rows = a is not None and ctx.needs_input_grad[2]
         dense = base.weight if ctx.needs_input_grad[0] and _quantization(base) is None else None
         ctx.save_for_backward(rows if keeps_rows else None, narrow, a, b, mask, dense)
@@ -132,20 +133,19 @@ class LowRankLinear(torch.autograd.Function):
                 grad_bias = gradient.sum(0, dtype=ctx.bias_dtype)
             grad_narrow = None
             if b is not None and (wants_x or wants_a):
-                grad_narrow = (gradient @ b.to(ctx.dtype)).mul_(ctx.scaling)
+                grad_narrow = (b * ctx.scaling).to(ctx.dtype).t() @ gradient.t()
             if wants_b:
-                # Not gradient.t() @ narrow, which oneDNN computes at a fifth to a half of this speed.
-                grad_b = (narrow.t() @ gradient).t().to(b.dtype).mul_(ctx.scaling)
+                grad_b = (narrow @ gradient).t().to(b.dtype).mul_(ctx.scaling)
             if wants_a and grad_narrow is not None:
                 inner = rows if mask is None else torch.ops.aten.native_dropout_backward(rows, mask, keep)
-                grad_a = (grad_narrow.t() @ inner).to(a.dtype)
+                grad_a = (grad_narrow @ inner).to(a.dtype)
             if wants_x:
                 weight = _dequantize(ctx.base, ctx.dtype) if dense is None else dense.to(ctx.dtype)
                 grad_x = gradient @ weight
                 if grad_narrow is not None and mask is None:
-                    grad_x.addmm_(grad_narrow, a.to(ctx.dtype))
+                    grad_x.addmm_(grad_narrow.t(), a.to(ctx.dtype))
                 elif grad_narrow is not None:
-                    through = grad_narrow @ a.to(ctx.dtype)
+                    through = grad_narrow.t() @ a.to(ctx.dtype)
                     grad_x.add_(torch.ops.aten.native_dropout_backward(through, mask, keep))
                 grad_x = grad_x.view(ctx.shape).to(ctx.x_dtype)
         return grad_x, None, grad_a, grad_b, grad_bias, None, None

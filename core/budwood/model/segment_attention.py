@@ -24,6 +24,8 @@ PAD = 64
 """Segments are padded to a multiple of so many tokens."""
 BLOCK = 256
 """Queries of a causal segment are taken so many at a time, each block with the keys up to its end alone."""
+CACHED = 1 << 19
+"""Short segments are computed together up to so many scores, which then stay in a core's cache."""
 
 
 def longest(head_size: int) -> int:
@@ -82,26 +84,28 @@ class _SegmentAttention(torch.autograd.Function):
         window: int | None,
         scaling: float,
     ) -> Tensor:
-        heads, groups = query.shape[1], query.shape[1] // key.shape[1]
-        at_queries, at_keys = _layout(segments, heads), _layout(segments, key.shape[1])
+        heads, shared = query.shape[1], query.shape[1] // key.shape[1]
+        groups = _groups(segments, heads, causal)
+        at_queries, at_keys = _layout(segments, groups, heads), _layout(segments, groups, key.shape[1])
         q, k, v = at_queries.gather(query), at_keys.gather(key), at_keys.gather(value)
         q32, k32 = q.float(), k.float()
         out, weights = torch.empty_like(q), []
         with torch.autocast("cpu", enabled=False), _bf16_products():
-            for segment in range(len(segments) - 1):
+            for group in groups:
                 qs, ks, vs, outs = (
-                    layout.of(rows, segment)
+                    layout.of(rows, group)
                     for layout, rows in ((at_queries, q32), (at_keys, k32), (at_keys, v), (at_queries, out))
                 )
-                for first, last, seen in _blocks(at_keys.lengths[segment], qs.shape[1], causal):
-                    scores = torch.bmm(_rows(qs, first, last, groups), ks[:, :seen].mT).view(heads, last - first, seen)
-                    mask = _mask(first, last, seen, at_keys.lengths[segment], causal, window)
+                for first, last, seen in _blocks(group.length, group.padded, causal):
+                    scores = torch.bmm(_rows(qs, first, last, shared), ks[:, :seen].mT)
+                    scores = scores.view(len(qs), last - first, seen)
+                    mask = _mask(first, last, seen, group.length, causal, window)
                     torch.add(mask, scores, alpha=scaling, out=scores)
                     weight = torch.softmax(scores, -1).to(v.dtype)
                     weights.append(weight)
                     seen_values = vs[:, :seen]
-                    product = torch.bmm(weight.view(len(ks), -1, seen), seen_values).view(heads, last - first, -1)
-                    outs[:, first:last] = product
+                    product = torch.bmm(weight.view(len(ks), -1, seen), seen_values)
+                    outs[:, first:last] = product.view(len(qs), last - first, -1)
         ctx.save_for_backward(q, k, v, *weights)
         ctx.segments, ctx.causal, ctx.scaling = segments, causal, scaling
         return at_queries.scatter(out)
@@ -110,27 +114,26 @@ class _SegmentAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *weights = ctx.saved_tensors
-        heads = gradients[0].shape[2]
-        at_queries = _layout(ctx.segments, heads)
-        kv_heads = heads * len(k) // len(q)
-        groups, at_keys = heads // kv_heads, _layout(ctx.segments, kv_heads)
+        heads, shared = gradients[0].shape[2], len(q) // len(k)
+        groups = _groups(ctx.segments, heads, ctx.causal)
+        at_queries, at_keys = _layout(ctx.segments, groups, heads), _layout(ctx.segments, groups, heads // shared)
         # Padding has no gradient, and so gives none to any key or value.
         gradient = at_queries.gather(gradients[0].transpose(1, 2)).index_fill_(0, at_queries.padding, 0)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         taken = 0
-        for segment in range(len(ctx.segments) - 1):
-            qs, gs, grad_qs = (at_queries.of(rows, segment) for rows in (q, gradient, grad_q))
-            ks, vs, grad_ks, grad_vs = (at_keys.of(rows, segment) for rows in (k, v, grad_k, grad_v))
-            blocks = list(_blocks(at_keys.lengths[segment], qs.shape[1], ctx.causal))
+        for group in groups:
+            qs, gs, grad_qs = (at_queries.of(rows, group) for rows in (q, gradient, grad_q))
+            ks, vs, grad_ks, grad_vs = (at_keys.of(rows, group) for rows in (k, v, grad_k, grad_v))
+            blocks = list(_blocks(group.length, group.padded, ctx.causal))
             # The last block sees every key: it fills the keys' gradients, the others add to them.
             for index in reversed(range(len(blocks))):
                 first, last, seen = blocks[index]
                 weight = weights[taken + index]
-                rows_q, rows_g = _rows(qs, first, last, groups), _rows(gs, first, last, groups)
+                rows_q, rows_g = _rows(qs, first, last, shared), _rows(gs, first, last, shared)
                 grad_weight = torch.bmm(rows_g, vs[:, :seen].mT).view_as(weight)
                 grad_scores = torch._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
-                grad_scores, weight = grad_scores.view(kv_heads, -1, seen), weight.view(kv_heads, -1, seen)
-                grad_qs[:, first:last] = torch.bmm(grad_scores, ks[:, :seen]).view(heads, last - first, -1)
+                grad_scores, weight = grad_scores.view(len(ks), -1, seen), weight.view(len(ks), -1, seen)
+                grad_qs[:, first:last] = torch.bmm(grad_scores, ks[:, :seen]).view(len(qs), last - first, -1)
                 part_k, part_v = torch.bmm(grad_scores.mT, rows_q), torch.bmm(weight.mT, rows_g)
                 if index == len(blocks) - 1:
                     grad_ks.copy_(part_k), grad_vs.copy_(part_v)
@@ -146,20 +149,54 @@ class _SegmentAttention(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """Where tokens stand when each segment is one dense block [heads, padded length, D], end to end.
+class _Group:
+    """Segments that are computed together.
 
     Attributes:
-        lengths: tokens of each segment.
-        starts: first row of each segment's block, and all rows at the end.
+        members: their numbers, in the order of the row.
+        length: tokens of each, or, where causality hides what is behind a token, the padded length for all.
+        padded: tokens of each with padding.
+        first: first of all segments' padded tokens, in the order of the groups.
+    """
+
+    members: tuple[int, ...]
+    length: int
+    padded: int
+    first: int
+
+
+@functools.lru_cache(maxsize=8)
+def _groups(segments: tuple[int, ...], heads: int, causal: bool) -> tuple[_Group, ...]:
+    """The segments of a row by their length, at most CACHED scores in each group."""
+    alike: dict[int, list[int]] = {}
+    for number, (first, last) in enumerate(zip(segments, segments[1:], strict=False)):
+        alike.setdefault(_padded(last - first) if causal else last - first, []).append(number)
+    groups, start = [], 0
+    for length, members in alike.items():
+        padded = _padded(length)
+        most = max(1, CACHED // (heads * padded * (min(padded, BLOCK) if causal else padded)))
+        for at in range(0, len(members), most):
+            group = _Group(tuple(members[at : at + most]), length, padded, start)
+            groups.append(group)
+            start += len(group.members) * padded
+    return tuple(groups)
+
+
+def _padded(length: int) -> int:
+    return -(-length // PAD) * PAD
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where tokens stand when each segment is one dense block [heads, padded length, D], group after group.
+
+    Attributes:
         source: [rows] int64 into the row's [T · heads]; padding repeats a segment's last token.
         target: [T · heads] int64, the way back.
         padding: int64, the rows that no token owns.
     """
 
     heads: int
-    lengths: tuple[int, ...]
-    starts: tuple[int, ...]
     source: Tensor
     target: Tensor
     padding: Tensor
@@ -172,28 +209,29 @@ class _Layout:
         """[rows, D] to [1, T, heads, D]."""
         return rows.index_select(0, self.target).view(1, -1, self.heads, rows.shape[-1])
 
-    def of(self, rows: Tensor, segment: int) -> Tensor:
-        """View [heads, padded length, D] of one segment's rows [rows, D]."""
-        return rows[self.starts[segment] : self.starts[segment + 1]].view(self.heads, -1, rows.shape[-1])
+    def of(self, rows: Tensor, group: _Group) -> Tensor:
+        """View [segments · heads, padded length, D] of one group's rows [rows, D]."""
+        first, last = (self.heads * at for at in (group.first, group.first + len(group.members) * group.padded))
+        return rows[first:last].view(-1, group.padded, rows.shape[-1])
 
 
 @functools.lru_cache(maxsize=8)
-def _layout(segments: tuple[int, ...], heads: int) -> _Layout:
+def _layout(segments: tuple[int, ...], groups: tuple[_Group, ...], heads: int) -> _Layout:
     """The layout of a row: the same for all layers of a micro-step and their recomputation."""
     with torch.inference_mode(False):
         head = torch.arange(heads)
-        sources, targets, starts, lengths = [], [], [0], []
-        for first, last in zip(segments, segments[1:], strict=False):
-            padded = -(-(last - first) // PAD) * PAD
-            tokens = torch.arange(first, first + padded).clamp(max=last - 1)
-            sources.append((tokens * heads + head[:, None]).flatten())
-            targets.append((starts[-1] + head * padded + torch.arange(last - first)[:, None]).flatten())
-            starts.append(starts[-1] + heads * padded)
-            lengths.append(last - first)
-        source, target = torch.cat(sources), torch.cat(targets)
+        sources, start = [], 0
+        target = torch.empty(segments[-1], heads, dtype=torch.int64)
+        for group in groups:
+            for first, last in ((segments[number], segments[number + 1]) for number in group.members):
+                tokens = torch.arange(first, first + group.padded).clamp(max=last - 1)
+                sources.append((tokens * heads + head[:, None]).flatten())
+                target[first:last] = start + head * group.padded + torch.arange(last - first)[:, None]
+                start += heads * group.padded
+        source, target = torch.cat(sources), target.flatten()
         unowned = torch.ones(len(source), dtype=torch.bool)
         unowned[target] = False
-        return _Layout(heads, tuple(lengths), tuple(starts), source, target, unowned.nonzero()[:, 0])
+        return _Layout(heads, source, target, unowned.nonzero()[:, 0])
 
 
 def _blocks(length: int, padded: int, causal: bool) -> Iterator[tuple[int, int, int]]:

@@ -14,7 +14,7 @@ from budwood.model import segment_attention as module
 from budwood.model.attention import IMPLEMENTATION, packed_mask, register
 from budwood.model.segment_attention import longest, segment_attention, takes
 
-LENGTHS = (1, 63, 64, 65, 300, 20)
+LENGTHS = (1, 63, 64, 65, 300, 20, 65)
 
 
 def states(heads: int, kv_heads: int, size: int, lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
@@ -105,6 +105,29 @@ def test_segments_do_not_see_each_other() -> None:
     assert torch.equal(whole[0][:, :128], again[0][:, :128])
     for mine, other in zip(whole[1:], again[1:], strict=True):
         assert torch.equal(mine[:, :, :128], other[:, :, :128])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_short_segments_are_computed_together_and_give_what_they_give_alone(causal, monkeypatch) -> None:
+    lengths = (5, 30, 5, 64, 5, 130, 5, 5)
+    *qkv, pull = states(4, 2, 16, lengths)
+    monkeypatch.setattr(module, "CACHED", 4 * 64 * 64 * 3)  # three short ones at most, so that a group is cut
+    module._groups.cache_clear()
+    groups = [group.members for group in module._groups(bounds(lengths), 4, causal)]
+    assert groups == ([(0, 1, 2), (3, 4, 6), (7,), (5,)] if causal else [(0, 2, 4), (6, 7), (1,), (3,), (5,)])
+    together = with_gradients(lambda *x: segment_attention(*x, bounds(lengths), causal), *qkv, pull)
+    module._groups.cache_clear()
+    at = 0
+    for length in lengths:
+        alone = [x[:, :, at : at + length].detach().requires_grad_() for x in qkv]
+        parts = with_gradients(
+            lambda *x, n=length: segment_attention(*x, (0, n), causal), *alone, pull[:, at : at + length]
+        )
+        assert torch.equal(together[0][:, at : at + length], parts[0])
+        for mine, other in zip(together[1:], parts[1:], strict=True):
+            assert torch.equal(mine[:, :, at : at + length], other)
+        at += length
+    module._groups.cache_clear()
 
 
 def test_backward_can_run_twice() -> None:
