@@ -18,9 +18,9 @@ demo: .venv/installed ## Fine-tune the tiny 4-bit base that ships with Budwood, 
 	@$(BIN)/budwood demo --overwrite
 
 test: .venv/installed ## Run the tests
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-faults: .venv/installed ## Kill, fill the disk, damage files, run out of memory: what is lost? (20 to 40 minutes)
+faults: .venv/installed ## Kill, fill the disk, damage files, run out of memory: what is lost? (20 to 30 minutes)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
 
 lint: .venv/installed ## Check formatting, rules, types, and who imports whom

@@ -16,6 +16,11 @@ os.environ["GOMP_SPINCOUNT"] = "1000"
 import pytest
 import torch
 
+LONGEST = (
+    "test_conformance.py", "test_packages_own_tests.py", "test_together.py", "test_harness.py", "test_checks.py",
+)  # fmt: skip
+"""Files of tests that take longest."""
+
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 
 CHATML = (
@@ -82,6 +87,19 @@ def make_base(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5G
     return folder
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files, so that no process is left with one of them at the end."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
+@pytest.fixture(autouse=True)
+def no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw no pictures, which takes longer than their steps, but in tests marked `plots`."""
+    if "plots" not in request.keywords:
+        monkeypatch.setattr("budwood.training.report.draw_loss", lambda metrics, picture: None)
+
+
 @pytest.fixture(autouse=True)
 def quiet_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `--debug` sets for a command's children in one test is gone in the next."""
@@ -100,8 +118,9 @@ def tiny_bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     made: dict[str, Path] = {}
 
     def make(name: str, **changes) -> Path:
-        if name not in made:
-            made[name] = make_base(tmp_path_factory.mktemp("base") / name, **changes)
-        return made[name]
+        key = repr((name, changes))
+        if key not in made:
+            made[key] = make_base(tmp_path_factory.mktemp("base") / name, **changes)
+        return made[key]
 
     return make

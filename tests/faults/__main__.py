@@ -33,6 +33,8 @@ def main() -> int:
         for part in parts:
             outcomes += attempt(*part, 1, options)
     else:
+        # At the end Python's tracker counts the semaphores of processes that were killed, and takes them away.
+        os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
         with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
             trials = [pool.submit(attempt, *part, options.workers, options) for part in parts]
             for trial in trials:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from types import FunctionType
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from budwood.contract.discovery import STRATEGIES, WORDS, Installed, PluginError, find, installed
+from budwood.contract.discovery import STRATEGIES, WORDS, Installed, PluginError, find, installed, unknown_groups
 from budwood.contract.hookspecs import HookSpecs
 from budwood.contract.strategy import API_VERSION, Options, Plugin, Strategy
 from budwood.contract.validation import dotted, find_problems, sentence
@@ -52,8 +51,7 @@ def check_installed() -> list[PluginStatus]:
 
 def every_installed() -> list[tuple[str, Installed]]:
     """Group and entry point of every installed plugin; those of groups that there are not come last."""
-    unknown = sorted(g for g in metadata.entry_points().groups if g.startswith("budwood.") and g not in WORDS)
-    return [(g, entry) for g in (*WORDS, *unknown) for entries in installed(g).values() for entry in entries]
+    return [(g, entry) for g in (*WORDS, *unknown_groups()) for entries in installed(g).values() for entry in entries]
 
 
 def check_plugin(group: str, entry: Installed) -> PluginStatus:

@@ -77,7 +77,7 @@ def mixed_low_rank_linear(
         whole = len(chosen) == len(rows)
         where = torch.tensor(chosen, device=x.device)
         part = (x if whole else x.index_select(0, where)).to(y.dtype)
-        update = F.linear(F.linear(part, a.to(y.dtype)), b.to(y.dtype)) * scaling
+        update = F.linear(F.linear(part, a.to(y.dtype)), (b * scaling).to(y.dtype))
         y = y + update if whole else y.index_add(0, where, update)
     return y
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 import re
@@ -12,14 +11,13 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from budwood.adapters.golden import measure, threads
-from budwood.contract.discovery import installed
+from budwood.contract.discovery import installed, scan
 from budwood.contract.loading import load_strategy
 from budwood.contract.strategy import RUN_ADAPTER, Strategy
 from budwood.contract.types import Run
@@ -261,6 +259,7 @@ def pretend_installed(strategy: type[Strategy], name: str) -> None:
     lines = [f"{n} = {MODULE}:{re.sub(r'[^0-9A-Za-z_]', '_', n)}" for n in module.classes]
     (info / "entry_points.txt").write_text("\n".join(["[budwood]", *lines, ""]), encoding="utf-8")
     importlib.invalidate_caches()
+    scan.cache_clear()  # a file changed inside a folder, which no date of a folder tells
 
 
 def registered() -> dict[str, dict[str, str]]:
@@ -273,14 +272,13 @@ def registered() -> dict[str, dict[str, str]]:
 
 @contextmanager
 def quick() -> Iterator[None]:
-    """Leave out what takes as long as so short a run: reading again what is installed, and drawing the loss."""
-    entry_points, plot = metadata.entry_points, Report.plot
-    metadata.entry_points = functools.cache(entry_points)  # type: ignore[assignment]
+    """Leave out what takes as long as so short a run: drawing the loss."""
+    plot = Report.plot
     Report.plot = lambda self, directory: None  # type: ignore[method-assign]
     try:
         yield
     finally:
-        metadata.entry_points, Report.plot = entry_points, plot  # type: ignore[method-assign]
+        Report.plot = plot  # type: ignore[method-assign]
 
 
 def _name(choice: Any) -> str:

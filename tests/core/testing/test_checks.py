@@ -13,7 +13,6 @@ from tests.core.testing import broken
 from budwood import Strategy, installed
 from budwood.testing import StrategyConformance, bench, checks, plugin
 from budwood.testing.bench import Bench, NotApplicable, PromiseBroken, Spec
-from budwood.training.report import Report
 
 CHECKS: dict[str, Callable[[Bench], None]] = {
     "declares": checks.declares,
@@ -63,11 +62,6 @@ ALSO_BROKEN: list[tuple[type[Strategy], str, str]] = [
     (broken.LeavesAHook, "off", "detach_adapter, 1 things on the model are not as before: forward hooks of"),
     (broken.Swallows, "exception", "an exception in forward 1 of a step was swallowed"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Report, "plot", lambda self, directory: None)
 
 
 @functools.cache

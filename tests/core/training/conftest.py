@@ -30,12 +30,6 @@ def test_strategies(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs draw no pictures, which takes longer than their steps."""
-    monkeypatch.setattr(Report, "plot", lambda self, directory: None)
-
-
-@pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every line that runs say."""
     lines: list[str] = []

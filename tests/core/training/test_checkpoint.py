@@ -36,9 +36,6 @@ Make = Callable[..., Recipe]
 Usage = namedtuple("Usage", "total used free")
 
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
-
 def saved(run: Run) -> list[int]:
     return sorted(steps_in(run.directory / "checkpoints"))
 

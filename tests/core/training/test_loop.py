@@ -143,6 +143,7 @@ def test_training_learns_and_leaves_what_it_promises(make_recipe: Make) -> None:
     assert manifest["strategies"][0]["options"]["rank"] == 4
 
 
+@pytest.mark.plots
 def test_a_run_prints_at_most_fifteen_lines_and_writes_log_and_plot(make_recipe: Make, capsys: object) -> None:
     run = tune(make_recipe(evaluate=True, train={"eval_every": 2, "eval_generate": 4}))
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("step ")]

@@ -48,9 +48,6 @@ def manifest(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "manifest.json").read_text())
 
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
-
 @pytest.fixture
 def kill_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kill]:
     """Function `kill_at(step)`: from then on a run dies in the middle of the step after `step`; None: no more."""
@@ -143,12 +140,13 @@ def test_a_teacher_from_its_cache_with_adalora_and_an_adversary(
     same(kills=(2, 4), strategies=strategies, train={"steps": 5, "save_every": 2})
 
 
-def test_the_best_adapter_and_an_early_stop(same: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_adapter_and_an_early_stop(same: Callable[..., Run], make_recipe: Make) -> None:
     """The best is of a step long before the run is killed, and the run stops at the same evaluation."""
-    train = {"steps": 40, "eval_every": 2, "patience": 2, "learning_rate": 0.3, "save_every": 3}
-    run = same(kills=(22,), evaluate=True, train=train)
-    assert manifest(run.directory)["resumed_from_step"] == 21
-    assert run.metrics["best_step"] < 21 < run.step < 40
+    train = {"steps": 60, "eval_every": 2, "patience": 2, "learning_rate": 0.3, "save_every": 1}
+    last = tune(make_recipe("first", evaluate=True, train=train), quiet=True).step
+    run = same(kills=(last - 1,), evaluate=True, train=train)
+    assert manifest(run.directory)["resumed_from_step"] == last - 1
+    assert run.metrics["best_step"] < last - 1 < run.step == last < 60
 
 
 @pytest.mark.parametrize("where", ["evaluate", "write_results"])
@@ -166,7 +164,6 @@ def test_killed_after_the_last_step(
         if where == "evaluate":  # of the last step, not the ones before
             steps = loop.take_steps
             patch.undo()
-            patch.setattr(Report, "plot", lambda self, directory: None)
 
             def take(*args: Any) -> None:
                 steps(*args)

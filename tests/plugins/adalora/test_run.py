@@ -276,6 +276,7 @@ def test_an_interrupted_run_keeps_what_it_has_and_says_that_the_budget_was_not_r
     AdapterPool(tiny_base, precision="fp32", device="cpu").load("a", run.directory / "adapter")
 
 
+@pytest.mark.plots
 def test_a_run_without_pruning_says_so_and_ends_whole(make_recipe: Make, tmp_path: Path, capsys: object) -> None:
     run = tune(make_recipe(tmp_path / "run", {"initial_rank": 2, "target_rank": 2}))
     assert "no rank will be taken away" in capsys.readouterr().err

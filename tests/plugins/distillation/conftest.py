@@ -89,9 +89,8 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def run_it(make_recipe: Callable[..., Recipe], lines: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
-    """Function of `make_recipe`'s arguments -> the finished run, without its plot."""
-    monkeypatch.setattr(Report, "plot", lambda self, directory: None)
+def run_it(make_recipe: Callable[..., Recipe], lines: list[str]) -> Callable[..., Run]:
+    """Function of `make_recipe`'s arguments -> the finished run."""
     return lambda *args, **kwargs: tune(make_recipe(*args, **kwargs), quiet=True)
 
 
