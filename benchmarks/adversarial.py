@@ -66,13 +66,11 @@ class Arm:
         """One optimizer step on the arm's batches, as the loop does it, measured."""
         import torch
 
-        from budwood.contract.types import Step
+        from budwood.training.memory import accumulate
 
         run, hooks = self.run, self.hooks
         wall, processor = time.perf_counter(), time.process_time()
-        for index, batch in enumerate(self.batches):
-            batch = hooks.chain("prepare_batch", "batch", batch.to(run.device), run=run)
-            hooks.call("backward", step=Step(run, batch, self.engine, index))
+        accumulate(run, hooks, self.engine, self.batches)
         loss = self.engine.finish_step()["loss"]
         norm = torch.nn.utils.clip_grad_norm_(run.trainable, w.CLIP)
         hooks.call("before_clip", run=run)

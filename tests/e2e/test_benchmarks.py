@@ -1,0 +1,51 @@
+"""Budwood's arms of the benchmarks run on the core as it is now; what they measure is not looked at."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from benchmarks import adalora, adversarial, arms
+from benchmarks import workload as w
+
+SMALL = {"LAYERS": 1, "WIDTH": 32, "INNER": 48, "HEADS": 2, "VOCABULARY": 300, "EXAMPLES_PER_STEP": 4}
+
+
+@pytest.fixture
+def workload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> w.Workload:
+    """Two steps of a tiny model."""
+    for name, value in SMALL.items():
+        monkeypatch.setattr(w, name, value)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # an arm adds its strategy's distribution
+    return w.build(tmp_path / "workload", 2)
+
+
+def test_training(workload: w.Workload) -> None:
+    seen: list[float] = []
+
+    class Pace:
+        def ready(self) -> None:
+            seen.append(math.nan)
+
+        def stepped(self, loss: float) -> None:
+            seen.append(loss)
+
+    arms.budwood(workload, 2, Pace())
+    assert len(seen) == 3 and all(map(math.isfinite, seen[1:]))
+
+
+@pytest.mark.parametrize("name", adversarial.ARMS)
+def test_adversarial_training(workload: w.Workload, tmp_path: Path, name: str) -> None:
+    arm = adversarial.Arm(adversarial.ARMS[name][0], workload, tmp_path / "run", 2)
+    arm.step()
+    arm.step()
+    assert arm.run.step == 2 and len(arm.wall) == len(arm.processor) == 2
+
+
+def test_adalora(workload: w.Workload) -> None:
+    stood: list[None] = []
+    strategy = {"adalora": {"initial_rank": 4, "target_rank": 2, "initial_phase": 0, "final_phase": 1, "interval": 1}}
+    adalora.budwood(workload, strategy, 2, "run", lambda: stood.append(None))
+    assert len(stood) == 3
