@@ -14,7 +14,7 @@ from budwood_lora import LoRA
 
 LOW_RANK = {"rank": 2, "alpha": 4}
 ELSEWHERE = {"composes_with": "test_together.py trains every combination of the strategies that come with Budwood"}
-"""For further options of a strategy that is tested here in company already."""
+"""For what is combined there: all methods of adversaries, and both tasks."""
 
 
 class TestLoRA(StrategyConformance):
@@ -25,7 +25,6 @@ class TestLoRA(StrategyConformance):
 class TestDoRA(StrategyConformance):
     strategy = LoRA
     options = {**LOW_RANK, "dora": True, "rslora": True, "init": "gaussian"}
-    does_not_apply = ELSEWHERE
 
 
 class TestLoRAClassifier(StrategyConformance):
@@ -91,7 +90,6 @@ class TestSelfDistillation(StrategyConformance):
 
     strategy = Distillation
     options = {"teacher": "base"}
-    does_not_apply = ELSEWHERE
 
 
 def test_the_kit_knows_every_strategy_that_comes_with_budwood() -> None:
