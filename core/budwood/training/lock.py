@@ -50,6 +50,11 @@ def locked(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
                 made.rmdir()  # only where it is empty
 
 
+def first_process() -> bool:
+    """Whether this is the first process of its run, as torchrun counts them: the one that the folder belongs to."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
 def in_use(directory: Path, by: str) -> InputError:
     """The error of a folder in which another process runs."""
     return InputError(f"output: {directory} is in use by {by}: wait for it, or name another folder.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -16,7 +15,7 @@ from budwood.errors import DivergedError, Interrupted, ResourceError
 from budwood.model.quiet import hush
 from budwood.training.checkpoint import NotSavedError, Saver
 from budwood.training.finish import Ending
-from budwood.training.lock import locked
+from budwood.training.lock import first_process, locked
 from budwood.training.memory import (
     DoesNotFitError,
     StepBatches,
@@ -64,7 +63,7 @@ def tune(
     """
     hush()
     report, signals = Report(quiet), Signals()
-    report.mute = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
+    report.mute = not first_process()
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
     check_output(recipe.output, overwrite, resume)
     try:

@@ -12,7 +12,7 @@ from budwood.data.forms import check_rows
 from budwood.errors import InputError, ResourceError
 from budwood.model.checks import BaseInfo, check_base
 from budwood.model.quiet import hide_hub_kernels
-from budwood.training.lock import holder, in_use
+from budwood.training.lock import first_process, holder, in_use
 from budwood.training.recipe import Recipe, build_composition
 
 LARGE = 64 << 20
@@ -40,12 +40,16 @@ def preflight(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> 
 def check_output(directory: Path, overwrite: bool, resume: bool = False) -> None:
     """Refuse an output folder that holds something, or that cannot be written. Hidden files do not count.
 
+    Of a run's processes the first alone looks.
+
     Raises:
         InputError: it holds a run that shall neither go on nor be replaced, or other files, or is a file.
         ResourceError: it cannot be written.
     """
     if overwrite and resume:
         raise InputError("--resume goes on with a run and --overwrite replaces it: give one of them.")
+    if not first_process():  # the first may hold the folder already, and have put files into it
+        return
     check_folder(directory, "output:")
     if directory.exists() and not directory.is_dir():
         raise InputError(f"output: {directory} is a file: name a folder.")

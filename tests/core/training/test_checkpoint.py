@@ -29,6 +29,7 @@ from budwood.training import checkpoint, loop
 from budwood.training.checkpoint import Saver, pack, read_checkpoint, steps_in, unpack
 from budwood.training.lock import locked
 from budwood.training.loop import tune
+from budwood.training.preflight import preflight
 from budwood.training.recipe import Recipe
 from budwood.training.report import Report
 
@@ -241,6 +242,21 @@ def test_one_run_per_folder(make_recipe: Make, tmp_path: Path, said: list[str]) 
     tune(recipe)
     assert f"the lock of process {killed.pid} on" in said[0] and "is taken over" in said[0]
     assert not (recipe.output / ".lock").exists()
+
+
+def test_a_slower_process_of_the_same_run_finds_its_folder_in_use(
+    make_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first process may have begun with the folder when the others come to look at it."""
+    recipe = make_recipe()
+    with locked(recipe.output, print):
+        (recipe.output / "manifest.json").write_text("{}")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", "1")
+        preflight(recipe)
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(InputError, match="is in use by process"):
+            preflight(recipe)
 
 
 def _hold(folder: Path, ready: Any, go: Any) -> None:
