@@ -16,7 +16,7 @@ import typer
 app = typer.Typer(help="Start a package of your own.", no_args_is_help=True, rich_markup_mode=None)
 
 HOOKS = {
-    "before_optimizer_step": ("annealed Gaussian noise on the gradients", "{eta: 0.01}"),
+    "before_optimizer_step": ("annealed Gaussian noise on the gradients", "{eta: 1e-6}"),
     "after_optimizer_step": ("a bound on the norm of every trained tensor", "{bound: 10}"),
     "loss_terms": ("a penalty on jumps of the last hidden state", "{weight: 0.1}"),
     "token_terms": ("a penalty on confident predictions", "{weight: 0.1}"),
