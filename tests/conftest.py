@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,6 +16,8 @@ os.environ["GOMP_SPINCOUNT"] = "1000"
 
 import pytest
 import torch
+
+from budwood.testing.bench import without_plots
 
 LONGEST = (
     "test_conformance.py", "test_packages_own_tests.py", "test_together.py", "test_harness.py", "test_checks.py",
@@ -94,10 +97,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_plots(request: pytest.FixtureRequest) -> Iterator[None]:
     """Runs draw no pictures, which takes longer than their steps, but in tests marked `plots`."""
-    if "plots" not in request.keywords:
-        monkeypatch.setattr("budwood.training.report.draw_loss", lambda metrics, picture: None)
+    with nullcontext() if "plots" in request.keywords else without_plots():
+        yield
 
 
 @pytest.fixture(autouse=True)

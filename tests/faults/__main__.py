@@ -27,11 +27,12 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     options = parser.parse_args()
     kinds = [kind for kind in KINDS if not options.kinds or kind in options.kinds]
-    parts = [(kind, 0) for kind in kinds] if options.workers == 1 else _parts(kinds, options.workers)
+    # The disk's operations in as many shares as there are processes.
+    parts = [(kind, share) for kind in kinds for share in range(options.workers if kind == "disk" else 1)]
     outcomes: list[Outcome] = []
     if len(parts) == 1 or options.workers == 1:
         for part in parts:
-            outcomes += attempt(*part, 1, options)
+            outcomes += attempt(*part, options.workers, options)
     else:
         # At the end Python's tracker counts the semaphores of processes that were killed, and takes them away.
         os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
@@ -42,11 +43,6 @@ def main() -> int:
     table, lost = tally(outcomes)
     print(table)
     return 1 if lost else 0
-
-
-def _parts(kinds: list[str], workers: int) -> list[tuple[str, int]]:
-    """What each process does in turn: the disk's operations in as many shares as there are processes."""
-    return [(kind, share) for kind in kinds for share in range(workers if kind == "disk" else 1)]
 
 
 if __name__ == "__main__":

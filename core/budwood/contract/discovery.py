@@ -90,13 +90,14 @@ def scan(path: tuple[tuple[str, int | None], ...]) -> dict[str, dict[str, list[I
     found: dict[str, dict[str, list[Installed]]] = {}
     everything = metadata.entry_points()
     ours = [group for group in everything.groups if group in WORDS or group.startswith(f"{STRATEGIES}.")]
-    for point in (point for group in ours for point in everything.select(group=group)):
-        dist = point.dist
-        owner = (dist.name or "unknown", dist.version or "0") if dist else ("unknown", "0")
-        entry = Installed(point.name, point.value, *owner)
-        entries = found.setdefault(point.group, {}).setdefault(point.name, [])
-        if entry not in entries:  # a distribution that is seen twice on sys.path is one
-            entries.append(entry)
+    for group in ours:
+        for point in everything.select(group=group):
+            dist = point.dist
+            owner = (dist.name or "unknown", dist.version or "0") if dist else ("unknown", "0")
+            entry = Installed(point.name, point.value, *owner)
+            entries = found.setdefault(group, {}).setdefault(point.name, [])
+            if entry not in entries:  # a distribution that is seen twice on sys.path is one
+                entries.append(entry)
     return found
 
 

@@ -77,7 +77,8 @@ def mixed_low_rank_linear(
         whole = len(chosen) == len(rows)
         where = torch.tensor(chosen, device=x.device)
         part = (x if whole else x.index_select(0, where)).to(y.dtype)
-        update = F.linear(F.linear(part, a.to(y.dtype)), (b * scaling).to(y.dtype))
+        narrow = a.to(y.dtype) @ part.reshape(-1, part.shape[-1]).t()  # in the order of `low_rank_linear`
+        update = (narrow.t() @ (b * scaling).to(y.dtype).t()).view(*part.shape[:-1], -1)
         y = y + update if whole else y.index_add(0, where, update)
     return y
 

@@ -96,7 +96,7 @@ class _SegmentAttention(torch.autograd.Function):
                     layout.of(rows, group)
                     for layout, rows in ((at_queries, q32), (at_keys, k32), (at_keys, v), (at_queries, out))
                 )
-                for first, last, seen in _blocks(group.length, group.padded, causal):
+                for first, last, seen in _blocks(group.padded, causal):
                     scores = torch.bmm(_rows(qs, first, last, shared), ks[:, :seen].mT)
                     scores = scores.view(len(qs), last - first, seen)
                     mask = _mask(first, last, seen, group.length, causal, window)
@@ -124,7 +124,7 @@ class _SegmentAttention(torch.autograd.Function):
         for group in groups:
             qs, gs, grad_qs = (at_queries.of(rows, group) for rows in (q, gradient, grad_q))
             ks, vs, grad_ks, grad_vs = (at_keys.of(rows, group) for rows in (k, v, grad_k, grad_v))
-            blocks = list(_blocks(group.length, group.padded, ctx.causal))
+            blocks = list(_blocks(group.padded, ctx.causal))
             # The last block sees every key: it fills the keys' gradients, the others add to them.
             for index in reversed(range(len(blocks))):
                 first, last, seen = blocks[index]
@@ -234,12 +234,12 @@ def _layout(segments: tuple[int, ...], groups: tuple[_Group, ...], heads: int) -
         return _Layout(heads, source, target, unowned.nonzero()[:, 0])
 
 
-def _blocks(length: int, padded: int, causal: bool) -> Iterator[tuple[int, int, int]]:
+def _blocks(padded: int, causal: bool) -> Iterator[tuple[int, int, int]]:
     """(first, last, seen) of each block of queries, and how many keys it sees at most."""
     if not causal:
         yield 0, padded, padded
         return
-    for first in range(0, length, BLOCK):
+    for first in range(0, padded, BLOCK):
         last = min(first + BLOCK, padded)
         yield first, last, last
 

@@ -167,7 +167,7 @@ class Bench:
         error: Exception | None = None
         Probe.last, Probe.fail_at = None, fail_at
         try:
-            with threads(1), quick():
+            with threads(1), without_plots():
                 tune(self.recipe(output, **train), overwrite=True, quiet=True)
         except Exception as raised:
             error = raised
@@ -189,7 +189,7 @@ class Bench:
             raise PromiseBroken(f"{promise}: the resumed run ended with {explain(error)}") from error
 
     def _tune(self, recipe: Recipe, overwrite: bool = True, resume: bool = False) -> Result:
-        with threads(1), quick():
+        with threads(1), without_plots():
             run = tune(recipe, overwrite=overwrite, resume=resume, quiet=True)
             probe = next(strategy for strategy in run.strategies if isinstance(strategy, Probe))
             parameters = named_parameters(run)
@@ -271,8 +271,8 @@ def registered() -> dict[str, dict[str, str]]:
 
 
 @contextmanager
-def quick() -> Iterator[None]:
-    """Leave out what takes as long as so short a run: drawing the loss."""
+def without_plots() -> Iterator[None]:
+    """Draw no loss.png, which takes as long as so short a run."""
     plot = Report.plot
     Report.plot = lambda self, directory: None  # type: ignore[method-assign]
     try:

@@ -96,7 +96,7 @@ def _work(path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from budwood.testing.bench import explain, pretend_installed, quick
+    from budwood.testing.bench import explain, pretend_installed, without_plots
     from budwood.testing.probe import named_parameters
     from budwood.training.loop import tune
     from budwood.training.recipe import Recipe
@@ -108,7 +108,7 @@ def _work(path: Path) -> None:
         pretend_installed(_find(where["module"], where["file"], where["class"]), name)
     for number, recipe in enumerate(jobs["recipes"]):
         try:
-            with quick():
+            with without_plots():
                 run = tune(Recipe.from_dict(recipe), overwrite=True, quiet=True)
         except Exception as error:
             failure = {"error": f"in process {os.environ['RANK']}: {explain(error)}"}
