@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 PACKAGES := core plugins examples
 SECONDS := 300
 
-.PHONY: help demo test faults lint bench docs audit fuzz
+.PHONY: help demo test gpu faults lint bench docs audit fuzz
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -20,8 +20,11 @@ demo: .venv/installed ## Fine-tune the tiny 4-bit base that ships with Budwood, 
 test: .venv/installed ## Run the tests
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
+gpu: .venv/installed ## Run the tests that need an NVIDIA GPU, on the first one
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
+
 faults: .venv/installed ## Kill, fill the disk, damage files, run out of memory: what is lost? (20 to 30 minutes)
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m tests.faults
 
 lint: .venv/installed ## Check formatting, rules, types, and who imports whom
 	@$(BIN)/ruff format --check .

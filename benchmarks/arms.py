@@ -39,6 +39,7 @@ class Pace:
         self.losses.append(loss)
         self.left -= 1
         if self.left == 0:
+            _synchronize()
             seconds = time.perf_counter() - self.started
             processor = time.process_time() - self.started_processor
             report = {"seconds": seconds, "processor": processor, "losses": self.losses, "peak": _peak_bytes()}
@@ -50,15 +51,28 @@ class Pace:
         if self.left == 0:
             raise SystemExit(0)  # what an arm does at its end (checks, saving) is not measured
         self.losses = []
+        _synchronize()
         self.started, self.started_processor = time.perf_counter(), time.process_time()
 
 
 def _peak_bytes() -> int:
+    """The peak of CUDA's allocator where there is one, else of the process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def work(name: str, folder: Path, steps: int, threads: int, log: Path, connection: Connection) -> None:
+def _synchronize() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def work(name: str, workload: Workload, steps: int, threads: int, log: Path, connection: Connection) -> None:
     """Entry point of an arm's process."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -66,7 +80,7 @@ def work(name: str, folder: Path, steps: int, threads: int, log: Path, connectio
     import torch
 
     torch.set_num_threads(threads)
-    ARMS[name](Workload(folder), steps, Pace(connection))
+    ARMS[name](workload, steps, Pace(connection))
 
 
 def budwood(workload: Workload, steps: int, pace: Pace) -> None:
@@ -77,17 +91,19 @@ def budwood(workload: Workload, steps: int, pace: Pace) -> None:
     PaceStrategy.pace = pace
     _install_strategy(workload.folder, "pace", "benchmarks.arms:PaceStrategy")
     recipe = {
-        "base": {"model": str(workload.base), "quantization": "none"},
+        "base": {"model": str(workload.base), "quantization": workload.size.quantization},
         "data": {"train": str(workload.data), "max_length": w.MAX_LENGTH},
         "strategies": [{"lora": {"rank": w.RANK, "alpha": w.ALPHA, "targets": "all-linear"}}, "pace"],
         "train": {
             "steps": steps,
             "batch_examples": w.EXAMPLES_PER_STEP,
+            "micro_tokens": 8192 if workload.size.whole_steps else 2048,
             "learning_rate": w.LEARNING_RATE,
             "schedule": "constant",
             "warmup": 0,
             "clip": w.CLIP,
             "precision": "bf16",
+            "gradient_checkpointing": workload.size.gradient_checkpointing,
             "seed": w.SEED,
         },
         "output": str(workload.folder / "run"),
@@ -147,8 +163,9 @@ def sft(packed: bool) -> Callable[[Workload, int, Pace], None]:
     def run(workload: Workload, steps: int, pace: Pace) -> None:
         from trl import SFTConfig, SFTTrainer
 
-        rows = 1 if packed else 8
-        micro_steps = PACKED_ROWS if packed else w.EXAMPLES_PER_STEP // rows
+        at_once = PACKED_ROWS if workload.size.whole_steps else 1
+        rows = at_once if packed else 8
+        micro_steps = (PACKED_ROWS if packed else w.EXAMPLES_PER_STEP) // rows
         config = SFTConfig(
             **_arguments(workload, steps, rows) | {"gradient_accumulation_steps": micro_steps},
             max_length=None,
@@ -174,6 +191,7 @@ ARMS: dict[str, Callable[[Workload, int, Pace], None]] = {
     "trainer-2": trainer(2),
     "trainer-4": trainer(4),
     "trainer-8": trainer(8),
+    "trainer-16": trainer(16),
     "trl": sft(packed=False),
     "trl-packed": sft(packed=True),
 }
@@ -181,6 +199,8 @@ ARMS: dict[str, Callable[[Workload, int, Pace], None]] = {
 
 def _arguments(workload: Workload, steps: int, rows: int) -> dict[str, Any]:
     """Training arguments that the peers share; everything else is the peer's default."""
+    import torch
+
     return {
         "output_dir": str(workload.folder / "peers"),
         "per_device_train_batch_size": rows,
@@ -190,7 +210,9 @@ def _arguments(workload: Workload, steps: int, rows: int) -> dict[str, Any]:
         "lr_scheduler_type": "constant",
         "max_grad_norm": w.CLIP,
         "bf16": True,
-        "use_cpu": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "gradient_checkpointing": workload.size.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if workload.size.gradient_checkpointing else None,
         "train_sampling_strategy": "sequential",
         "logging_steps": 1,
         "save_strategy": "no",
@@ -209,9 +231,20 @@ def _tokenizer(workload: Workload) -> Any:
 def _peft_model(workload: Workload) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, set_seed
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
-    model = AutoModelForCausalLM.from_pretrained(workload.base, dtype=torch.bfloat16)
+    quantization = None
+    if workload.size.quantization != "none":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=workload.size.quantization,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(
+        workload.base, dtype=torch.bfloat16, quantization_config=quantization, device_map={"": device}
+    )
     set_seed(w.SEED)
     lora = LoraConfig(r=w.RANK, lora_alpha=w.ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, lora)

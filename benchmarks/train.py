@@ -27,23 +27,31 @@ from benchmarks import workload as w
 from benchmarks.arms import ARMS, work
 
 OURS = "budwood"
+DEFAULT = {
+    False: ["budwood", "trainer-1", "trainer-2", "trainer-4", "trainer-8", "trl", "trl-packed"],
+    True: ["budwood", "trainer-4", "trainer-8", "trainer-16", "trl-packed"],
+}
+"""The arms, by whether an optimizer step is one micro-batch."""
 TARGET_FASTEST, TARGET_EIGHT, TARGET_MEMORY = 3.0, 3.5, 0.32
 
 
 class Arm:
     """An arm's process, and what it has reported."""
 
-    def __init__(self, name: str, folder: Path, steps: int, threads: int) -> None:
+    def __init__(self, name: str, workload: w.Workload, steps: int, threads: int) -> None:
         context = get_context("spawn")
-        self.name, self.log = name, folder / f"{name}.log"
+        self.name, self.log = name, workload.folder / f"{name}.log"
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(name, folder, steps, threads, self.log, theirs))
+        self.process = context.Process(target=work, args=(name, workload, steps, threads, self.log, theirs))
         self.process.start()
         theirs.close()
         self.seconds: list[float] = []
         self.processor: list[float] = []
         self.losses: list[float] = []
         self.peak = 0
+
+    def wait(self) -> None:
+        """Return when it stands before its first step."""
         self._receive()
 
     def run(self, steps: int) -> float:
@@ -72,31 +80,40 @@ class Arm:
 
 
 def matmul_rate(threads: int) -> float:
-    """FLOPs a second of a large bf16 matmul on this machine, the best of a few."""
+    """FLOPs a second of a large bf16 matmul on this machine, or its GPU, the best of a few."""
     import torch
 
     torch.set_num_threads(threads)
-    size = 2048
-    a, b = (torch.randn(size, size).to(torch.bfloat16) for _ in range(2))
+    on_cuda = torch.cuda.is_available()
+    size = 8192 if on_cuda else 2048
+    device = "cuda" if on_cuda else "cpu"
+    a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+    wait = torch.cuda.synchronize if on_cuda else lambda: None
     best = 0.0
     for _ in range(6):
+        wait()
         started = time.perf_counter()
         a @ b
+        wait()
         best = max(best, 2.0 * size**3 / (time.perf_counter() - started))
     return best
 
 
-def measure(names: list[str], rounds: int, steps: int, warmup: int, threads: int, folder: Path) -> dict[str, Any]:
+def measure(
+    names: list[str], rounds: int, steps: int, warmup: int, threads: int, folder: Path, size: str
+) -> dict[str, Any]:
     """Run all arms; returns what was measured."""
     total = warmup + rounds * steps
-    workload = w.build(folder, total)
+    workload = w.build(folder, total, w.SIZES[size])
     tokens, flops = workload.step_sizes()
     arms = []
     rates: list[float] = []
     try:
         for name in names:
-            say(f"starting {name}")
-            arms.append(Arm(name, folder, total, threads))
+            arms.append(Arm(name, workload, total, threads))
+        for arm in arms:
+            arm.wait()
+            say(f"ready: {arm.name}")
         for arm in arms:
             say(f"warming up {arm.name}: {arm.run(warmup):.1f} s")
             arm.seconds.clear()
@@ -133,6 +150,7 @@ def measure(names: list[str], rounds: int, steps: int, warmup: int, threads: int
         "examples_per_step": w.EXAMPLES_PER_STEP,
         "mean_length": round(float(workload.lengths().mean()), 1),
         "threads": threads,
+        "size": size,
         "machine": machine(),
     }
 
@@ -196,14 +214,19 @@ def table(found: dict[str, Any]) -> str:
 
 
 def machine() -> dict[str, str]:
-    """Processor and versions."""
+    """Processor, GPU and versions."""
+    import torch
+
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    packages = ("budwood", "torch", "transformers", "peft", "accelerate", "trl")
+    packages = ("budwood", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "trl")
     installed = {d.metadata["Name"] for d in metadata.distributions()}
     versions = {name: metadata.version(name) for name in packages if name in installed}
     processor = names[0].split(":")[1].strip() if names else platform.processor()
-    return {"processor": processor, "cores": str(os.cpu_count()), "python": platform.python_version(), **versions}
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {
+        "processor": processor, "cores": str(os.cpu_count()), **gpu, "python": platform.python_version(), **versions
+    }  # fmt: skip
 
 
 def say(text: str) -> None:
@@ -214,9 +237,8 @@ def say(text: str) -> None:
 def main() -> None:
     """Measure, show, and write the result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__.split("\n", 1)[0])
-    parser.add_argument(
-        "--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help=", ".join(ARMS)
-    )
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument("--size", choices=list(w.SIZES), default="41m", help="of the model; the larger need a GPU")
     parser.add_argument("--rounds", type=int, default=5, help="how often the arms take turns (default 5)")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a turn (default 2)")
     parser.add_argument("--warmup", type=int, default=1, help="optimizer steps before the first round (default 1)")
@@ -226,15 +248,17 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     result: dict[str, Any] = {}
-    for names in together(chosen.arms):
+    names = chosen.arms or DEFAULT[w.SIZES[chosen.size].whole_steps]
+    for names in [names] if w.SIZES[chosen.size].whole_steps else together(names):
         with tempfile.TemporaryDirectory(prefix="budwood-bench-") as folder:
-            measured = measure(names, chosen.rounds, chosen.steps, chosen.warmup, chosen.threads, Path(folder))
+            options = (chosen.rounds, chosen.steps, chosen.warmup, chosen.threads)
+            measured = measure(names, *options, Path(folder), chosen.size)
         result = {**measured, **result, "arms": {**measured["arms"], **result.get("arms", {})}}
     result["arms"] = {name: result["arms"][name] for name in ARMS if name in result["arms"]}
     say("\n" + table(result["arms"]) + "\n")
     say(" · ".join(f"{name} {value}" for name, value in result["machine"].items()))
     say(f"matmul limit {result['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s, {result['threads']} threads")
-    for text, met in verdicts(result["arms"]):
+    for text, met in verdicts(result["arms"]) if chosen.size == "41m" else ():
         say(f"{'met' if met else 'MISSED'}: {text}")
     if chosen.out:
         chosen.out.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-VOCABULARY = 32_000
 MAX_LENGTH = 1024
 EXAMPLES_PER_STEP = 16
 PROMPT_SHARE = 0.6
@@ -20,8 +19,31 @@ LEARNING_RATE = 1e-3
 CLIP = 1.0
 RANK, ALPHA = 8, 16
 SEED = 0
-LAYERS, WIDTH, INNER, HEADS = 8, 512, 1376, 8
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+
+
+@dataclass(frozen=True)
+class Size:
+    """A Llama's shape, and how it is trained."""
+
+    layers: int
+    width: int
+    inner: int
+    heads: int
+    key_heads: int
+    vocabulary: int
+    quantization: str = "none"
+    gradient_checkpointing: bool = False
+    whole_steps: bool = False
+    """An optimizer step is one micro-batch of Budwood's and of packed rows, since a large GPU has room for it."""
+
+
+SIZES = {
+    "41m": Size(8, 512, 1376, 8, 8, 32_000),
+    "1b": Size(16, 2048, 8192, 32, 8, 128_256, "nf4", whole_steps=True),
+    "8b": Size(32, 4096, 14_336, 32, 8, 128_256, "nf4", gradient_checkpointing=True, whole_steps=True),
+}
+"""By name; the larger ones have the shapes of Llama 3.2 1B and Llama 3 8B, and are for a GPU."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +51,7 @@ class Workload:
     """A folder with `base/` and `train.jsonl`, and what is known of them."""
 
     folder: Path
+    size: Size = SIZES["41m"]
 
     @property
     def base(self) -> Path:
@@ -56,37 +79,42 @@ class Workload:
         for start in range(0, len(examples), EXAMPLES_PER_STEP):
             step = examples[start : start + EXAMPLES_PER_STEP]
             tokens.append(sum(len(ids) for ids, _ in step))
-            flops.append(sum(example_flops(len(ids), len(ids) - prompt) for ids, prompt in step))
+            flops.append(sum(example_flops(self.size, len(ids), len(ids) - prompt) for ids, prompt in step))
         return np.array(tokens), np.array(flops, dtype=float)
 
 
-def example_flops(length: int, labels: int) -> float:
+def example_flops(size: Size, length: int, labels: int) -> float:
     """FLOPs of a training step on one example: per token 4P + 6Pₐ + 6·L·T·d, and the head only at labels.
 
-    P are the frozen weights of the layers (forward, and the gradient of their input), Pₐ the adapter's.
+    P are the frozen weights of the layers (forward, and the gradient of their input), Pₐ the adapter's. What gradient
+    checkpointing computes again is not counted.
     """
-    frozen = LAYERS * (4 * WIDTH * WIDTH + 3 * WIDTH * INNER)
-    adapter = LAYERS * RANK * (4 * 2 * WIDTH + 3 * (WIDTH + INNER))
-    attention = 6 * LAYERS * length * WIDTH
-    return length * (4.0 * frozen + 6.0 * adapter + attention) + labels * 4.0 * WIDTH * VOCABULARY
+    keys = size.width * size.key_heads // size.heads
+    linears = [(size.width, size.width)] * 2 + [(size.width, keys)] * 2 + [(size.width, size.inner)] * 3
+    frozen = size.layers * sum(inputs * outputs for inputs, outputs in linears)
+    adapter = size.layers * RANK * sum(inputs + outputs for inputs, outputs in linears)
+    attention = 6 * size.layers * length * size.width
+    return length * (4.0 * frozen + 6.0 * adapter + attention) + labels * 4.0 * size.width * size.vocabulary
 
 
-def build(folder: Path, steps: int) -> Workload:
+def build(folder: Path, steps: int, size: Size = SIZES["41m"]) -> Workload:
     """Write base, tokenizer and the data of `steps` optimizer steps into `folder`."""
-    workload = Workload(folder)
+    workload = Workload(folder, size)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_base(workload.base)
+    _write_base(workload.base, size)
     _write_data(workload, steps)
     return workload
 
 
-def _write_base(folder: Path) -> None:
+def _write_base(folder: Path, size: Size) -> None:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+    from budwood.model.streaming import release_memory
+
     words = {word: i for i, word in enumerate(SPECIAL)}
-    words |= {f"w{i}": i for i in range(len(SPECIAL), VOCABULARY)}
+    words |= {f"w{i}": i for i in range(len(SPECIAL), size.vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     pad, bos, eos, unk = SPECIAL
@@ -94,11 +122,12 @@ def _write_base(folder: Path) -> None:
         tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos, unk_token=unk
     ).save_pretrained(folder)
     config = LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=INNER,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        vocab_size=VOCABULARY,
+        hidden_size=size.width,
+        intermediate_size=size.inner,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.key_heads,
+        vocab_size=size.vocabulary,
         max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=True,
         pad_token_id=0,
@@ -106,7 +135,11 @@ def _write_base(folder: Path) -> None:
         eos_token_id=2,
     )
     torch.manual_seed(SEED)
-    LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    del model
+    release_memory()
 
 
 def _write_data(workload: Workload, steps: int) -> None:
@@ -116,7 +149,7 @@ def _write_data(workload: Workload, steps: int) -> None:
     count = steps * EXAMPLES_PER_STEP
     # exp(5.0 + 0.7 z) has mean 190; an example holds at least two tokens and the end of the sequence.
     lengths = np.clip(np.exp(random.normal(5.0, 0.7, count)), 8, MAX_LENGTH).astype(int)
-    words = np.minimum(random.zipf(1.2, int(lengths.sum())) + len(SPECIAL) - 1, VOCABULARY - 1)
+    words = np.minimum(random.zipf(1.2, int(lengths.sum())) + len(SPECIAL) - 1, workload.size.vocabulary - 1)
     examples, at = [], 0
     for length in lengths:
         ids = words[at : at + length - 1].tolist() + [SPECIAL.index("</s>")]

@@ -1,8 +1,12 @@
-"""What every test stands on: no network, few threads, a cache of its own, and tiny bases made on the spot."""
+"""What every test stands on: no network, few threads, a cache of its own, and tiny bases made on the spot.
+
+Tests compute on the CPU. `pytest -m gpu` runs those that need a GPU; any other run hides it, from children too.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -90,8 +94,24 @@ def make_base(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5G
     return folder
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPU, before anybody looks for it, unless the tests are chosen by `gpu`."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_unconfigure() -> None:
+    """Remove the caches."""
+    for name in ("BUDWOOD_CACHE", "HF_HOME"):
+        shutil.rmtree(os.environ[name], ignore_errors=True)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest files, so that no process is left with one of them at the end."""
+    """Begin with the longest files, so that no process is left with one of them at the end; skip what needs a GPU."""
+    without = pytest.mark.skip(reason="needs a CUDA device, and `make gpu`")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(without)
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 

@@ -10,16 +10,15 @@ import pytest
 from benchmarks import adalora, adversarial, arms
 from benchmarks import workload as w
 
-SMALL = {"LAYERS": 1, "WIDTH": 32, "INNER": 48, "HEADS": 2, "VOCABULARY": 300, "EXAMPLES_PER_STEP": 4}
+SMALL = w.Size(1, 32, 48, 4, 2, 300)
 
 
 @pytest.fixture
 def workload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> w.Workload:
     """Two steps of a tiny model."""
-    for name, value in SMALL.items():
-        monkeypatch.setattr(w, name, value)
+    monkeypatch.setattr(w, "EXAMPLES_PER_STEP", 4)
     monkeypatch.setattr(sys, "path", list(sys.path))  # an arm adds its strategy's distribution
-    return w.build(tmp_path / "workload", 2)
+    return w.build(tmp_path / "workload", 2, SMALL)
 
 
 def test_training(workload: w.Workload) -> None:

@@ -1,4 +1,4 @@
-"""The same runs on CUDA: quantised base, packed rows, adapters and their pool. Skipped where there is none."""
+"""The same runs on CUDA: quantised base, packed rows, adapters and their pool."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ import torch
 from safetensors.torch import load_file
 
 import budwood
+from budwood.adapters.verify import verify
 from budwood.errors import Interrupted
 from budwood.training import loop
 from budwood.training.recipe import Recipe
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
 def recipe(tiny_base: Path, tmp_path: Path) -> Callable[..., Recipe]:
-    rows = [{"prompt": f"number {n}:", "completion": f" {n % 3}"} for n in range(24)]
-    data = tmp_path / "train.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-    def make(output: str, *strategies: Any, base: dict[str, Any] | None = None, **train: Any) -> Recipe:
+    def make(
+        output: str, *strategies: Any, base: dict[str, Any] | None = None, rows: int = 24, labels: bool = False,
+        **train: Any,
+    ) -> Recipe:  # fmt: skip
+        data = tmp_path / "train.jsonl"
+        if labels:
+            lines = [{"text": f"number {n} of {rows}", "label": ("even", "odd")[n % 2]} for n in range(rows)]
+        else:
+            lines = [{"prompt": f"number {n}:", "completion": f" {n % 3}"} for n in range(rows)]
+        data.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         section = {
             "steps": 4, "batch_examples": 8, "micro_tokens": 256, "learning_rate": 1e-2, "schedule": "constant",
             "warmup": 0, "precision": "fp32", "eval_generate": 0,
@@ -36,7 +39,7 @@ def recipe(tiny_base: Path, tmp_path: Path) -> Callable[..., Recipe]:
         return Recipe.from_dict(
             {
                 "base": {"model": str(tiny_base), "quantization": "none", "device": "cuda", **(base or {})},
-                "data": {"train": str(data), "max_length": 64},
+                "data": {"train": str(data), "max_length": 64} | ({"eval": str(data)} if labels else {}),
                 "strategies": list(strategies) or [{"lora": {"rank": 4}}],
                 "train": section | train,
                 "output": str(tmp_path / output),
@@ -57,13 +60,15 @@ def test_an_fp32_run_ends_where_it_ends_on_the_cpu(recipe: Callable[..., Recipe]
         torch.testing.assert_close(tensor, there[name], atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_a_run_that_stops_goes_on(
-    recipe: Callable[..., Recipe], deterministic: bool, monkeypatch: pytest.MonkeyPatch
+    recipe: Callable[..., Recipe], deterministic: bool, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With dropout: to the same bits under deterministic kernels, else within rounding."""
     strategies = [{"lora": {"rank": 4, "dropout": 0.2}}, {"adversarial": {"method": "pgd"}}]
-    options = {"base": {"quantization": "nf4"}, "steps": 6, "save_every": 2, "deterministic": deterministic}
+    options = {"base": {"quantization": "nf4"}, "steps": 6, "save_every": 2}
+    options |= {"deterministic": deterministic, "precision": precision}
     sum_gradients = loop.sum_gradients
 
     def stop(run: Any) -> None:
@@ -93,6 +98,57 @@ def test_a_quantised_base_trains(recipe: Callable[..., Recipe], quantization: st
     losses = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
     values = [row["loss"] for row in losses if "loss" in row]
     assert values[-1] < values[0]
+
+
+@pytest.mark.parametrize("options", [{"precision": "fp16"}, {"precision": "bf16", "gradient_checkpointing": True}])
+def test_a_step_is_the_same_in_half_precision_and_recomputed(
+    recipe: Callable[..., Recipe], options: dict[str, Any]
+) -> None:
+    """Up to the rounding of 16 bits, which Adam's first steps make a sign of: so plain losses are compared."""
+    plain, other = (
+        [
+            row["loss"]
+            for row in map(json.loads, (run.directory / "metrics.jsonl").read_text().splitlines())
+            if row["kind"] == "step"
+        ]
+        for run in (
+            budwood.tune(recipe("plain", precision="bf16", base={"quantization": "nf4"}), quiet=True),
+            budwood.tune(recipe("other", **options, base={"quantization": "nf4"}), quiet=True),
+        )
+    )
+    assert len(plain) == 4
+    assert other == pytest.approx(plain, rel=0.02)
+
+
+def test_memory_that_runs_out_splits_the_step(recipe: Callable[..., Recipe], capfd: pytest.CaptureFixture) -> None:
+    """Not injected: the allocator is given less than the step takes."""
+    options = {"micro_tokens": 1 << 20, "batch_examples": 2048, "steps": 2}
+    torch.cuda.reset_peak_memory_stats()
+    whole = adapter(budwood.tune(recipe("whole", rows=2048, **options), quiet=True))
+    needed = torch.cuda.max_memory_allocated()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.7 * needed / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        run = budwood.tune(recipe("split", rows=2048, **options))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "out of memory: the step begins again" in capfd.readouterr().err
+    assert run.micro_tokens < 1 << 20
+    for name, tensor in adapter(run).items():
+        torch.testing.assert_close(tensor, whole[name], atol=1e-5, rtol=1e-3)
+
+
+def test_an_adapter_is_verified_here_and_elsewhere(recipe: Callable[..., Recipe]) -> None:
+    run = budwood.tune(recipe("run", base={"quantization": "nf4"}, precision="bf16"), quiet=True)
+    assert verify(run.directory / "adapter", device="cuda").exact
+    there = verify(run.directory / "adapter", device="cpu")
+    assert not there.exact and there.adapter.divergence < 0.05
+
+
+def test_a_classifier_trains(recipe: Callable[..., Recipe]) -> None:
+    base = {"quantization": "nf4", "task": "sequence-classification"}
+    run = budwood.tune(recipe("run", base=base, precision="bf16", steps=40, labels=True), quiet=True)
+    assert run.metrics["eval_accuracy"] > 0.9
 
 
 def test_micro_batches_do_not_change_a_quantised_run(recipe: Callable[..., Recipe]) -> None:

@@ -26,8 +26,8 @@ IMPLEMENTATION = "budwood"
 """What `attn_implementation` must be for `segments` to count."""
 
 _NOT_GIVEN: Any = object()
-_VARLEN_IS_COMPLETE = {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
-"""Older versions of torch have the kernel without windows and without grouped heads."""
+_VARLEN_TAKES = frozenset(inspect.signature(varlen_attn).parameters)
+"""torch 2.10 has the kernel without windows, torch 2.11 without grouped heads."""
 
 
 def register() -> None:
@@ -131,9 +131,11 @@ def _packed(
         reach = -1 if window is None else window - 1
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         sides = (reach, 0 if causal else reach)
-        out = varlen_attn(
-            q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=sides, enable_gqa=grouped
-        )
+        groups: dict[str, Any] = {"enable_gqa": True} if grouped else {}
+        if not groups.keys() <= _VARLEN_TAKES:
+            k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+            groups = {}
+        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=sides, **groups)
         assert isinstance(out, Tensor)  # a pair only where the sums of the softmax are asked for
         return out.unsqueeze(0)
     if not plain and dropout == 0.0 and takes(query, value, segments):
@@ -195,7 +197,7 @@ def _varlen_takes(query: Tensor, value: Tensor) -> bool:
     """Whether the variable-length kernel (CUDA, 16 bit) takes these tensors."""
     size = query.shape[-1]
     return (
-        _VARLEN_IS_COMPLETE
+        "window_size" in _VARLEN_TAKES
         and query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
         and size == value.shape[-1]

@@ -99,6 +99,7 @@ class LowRankLinear(torch.autograd.Function):
     ) -> Tensor:
         if base.weight.requires_grad:
             raise ValueError("low_rank_linear: the base's weight wants a gradient; freeze it")
+        dtypes = [None if tensor is None else tensor.dtype for tensor in (x, a, b, bias)]
         kind = x.device.type
         autocast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
@@ -111,14 +112,14 @@ class LowRankLinear(torch.autograd.Function):
                 inner = rows
                 if dropout > 0.0:
                     inner, mask = torch.native_dropout(rows, dropout, True)
-                # Transposed, [r, n], and the scale in B: oneDNN computes these thin products faster so.
-                narrow = a.to(dtype) @ inner.t()
-                y.addmm_(narrow.t(), (b * scaling).to(dtype).t())
+                a, b = a.to(dtype), b.to(dtype)  # kept for the backward: small, and a GPU feels each operation
+                narrow = a @ inner.t()  # transposed, [r, n]: oneDNN computes these thin products faster so
+                y.addmm_(narrow.t(), b.t(), alpha=scaling)
         keeps_rows = a is not None and ctx.needs_input_grad[2]
         dense = base.weight if ctx.needs_input_grad[0] and _quantization(base) is None else None
         ctx.save_for_backward(rows if keeps_rows else None, narrow, a, b, mask, dense)
-        ctx.base, ctx.shape, ctx.x_dtype, ctx.dtype = base, x.shape, x.dtype, dtype
-        ctx.scaling, ctx.dropout, ctx.bias_dtype = scaling, dropout, None if bias is None else bias.dtype
+        ctx.base, ctx.shape, ctx.dtype, ctx.scaling, ctx.dropout = base, x.shape, dtype, scaling, dropout
+        ctx.dtypes = dtypes
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -127,29 +128,35 @@ class LowRankLinear(torch.autograd.Function):
         rows, narrow, a, b, mask, dense = ctx.saved_tensors
         wants_x, _, wants_a, wants_b, wants_bias, *_ = ctx.needs_input_grad
         grad_x = grad_a = grad_b = grad_bias = None
+        x_dtype, a_dtype, b_dtype, bias_dtype = ctx.dtypes
         keep = 1.0 / (1.0 - ctx.dropout) if mask is not None else 1.0
         with torch.autocast(gradients[0].device.type, enabled=False):
             gradient = gradients[0].reshape(-1, gradients[0].shape[-1]).to(ctx.dtype)
             if wants_bias:
-                grad_bias = gradient.sum(0, dtype=ctx.bias_dtype)
+                grad_bias = gradient.sum(0, dtype=bias_dtype)
             grad_narrow = None
             if b is not None and (wants_x or wants_a):
-                grad_narrow = (b * ctx.scaling).to(ctx.dtype).t() @ gradient.t()
+                grad_narrow = _scaled_product(ctx.scaling, b.t(), gradient.t())
             if wants_b:
-                grad_b = (narrow @ gradient).t().to(b.dtype).mul_(ctx.scaling)
+                grad_b = _scaled_product(ctx.scaling, narrow, gradient).t().to(b_dtype)
             if wants_a and grad_narrow is not None:
                 inner = rows if mask is None else torch.ops.aten.native_dropout_backward(rows, mask, keep)
-                grad_a = (grad_narrow @ inner).to(a.dtype)
+                grad_a = (grad_narrow @ inner).to(a_dtype)
             if wants_x:
                 weight = _dequantize(ctx.base, ctx.dtype) if dense is None else dense.to(ctx.dtype)
                 grad_x = gradient @ weight
                 if grad_narrow is not None and mask is None:
-                    grad_x.addmm_(grad_narrow.t(), a.to(ctx.dtype))
+                    grad_x.addmm_(grad_narrow.t(), a)
                 elif grad_narrow is not None:
-                    through = grad_narrow.t() @ a.to(ctx.dtype)
+                    through = grad_narrow.t() @ a
                     grad_x.add_(torch.ops.aten.native_dropout_backward(through, mask, keep))
-                grad_x = grad_x.view(ctx.shape).to(ctx.x_dtype)
+                grad_x = grad_x.view(ctx.shape).to(x_dtype)
         return grad_x, None, grad_a, grad_b, grad_bias, None, None
+
+
+def _scaled_product(scale: float, left: Tensor, right: Tensor) -> Tensor:
+    """scale · left @ right, in one operation."""
+    return torch.addmm(left.new_empty(1, 1), left, right, beta=0, alpha=scale)
 
 
 def _quantization(base: nn.Linear) -> Literal["4bit", "8bit"] | None:

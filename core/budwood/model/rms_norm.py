@@ -9,24 +9,30 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Return weight · x / sqrt(mean(x²) + epsilon) over the last dimension, computed in fp32.
+    """Return weight · x / sqrt(mean(x²) + epsilon) over the last dimension, computed in fp32, rounded before `weight`.
+
+    On CUDA the sum is torch's own kernel's, in an order of its own.
 
     Args:
         x: [..., d], floating.
         weight: [d], frozen.
         epsilon: added to the mean square.
     """
+    if x.is_cuda:  # one kernel in each direction; written out they are eight and eleven
+        with torch.autocast("cuda", enabled=False):
+            return weight * F.rms_norm(x, x.shape[-1:], None, epsilon)
     result: Tensor = _RMSNorm.apply(x, weight, epsilon)
     return result
 
 
 def save_memory_in_norms(model: nn.Module) -> int:
-    """Let each RMSNorm of `model` compute by `rms_norm`, where that gives its own numbers, bit for bit.
+    """Let each RMSNorm of `model` compute by `rms_norm`, where its formula, written out, gives its own bits.
 
     Returns:
         How many norms there are that do.
@@ -48,7 +54,7 @@ def _same(module: nn.Module, weight: Tensor, epsilon: float) -> bool:
     x = torch.randn(3, weight.shape[-1], generator=draw).to(weight)
     with torch.no_grad():
         try:
-            return torch.equal(module(x), rms_norm(x, weight, epsilon))
+            return torch.equal(module(x), _RMSNorm.apply(x, weight, epsilon))
         except (RuntimeError, TypeError):  # a norm that takes other arguments
             return False
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -19,7 +18,14 @@ from budwood.model.fake import fake_base, fake_tensors
 from budwood.model.tasks import Task, collate_for
 from budwood.training.recipe import Recipe, build_composition
 from budwood.training.report import Report
-from budwood.training.setup import check_plan, read_data, register_parts, torch_groups, trainable_groups
+from budwood.training.setup import (
+    check_plan,
+    make_accelerator,
+    read_data,
+    register_parts,
+    torch_groups,
+    trainable_groups,
+)
 from budwood.training.step import Engine
 
 
@@ -34,7 +40,7 @@ def run_on_fake_tensors(recipe: Recipe) -> Run:
     task: Task = create(recipe.base.task, "budwood.tasks")
     run = Run(
         recipe, Path(recipe.output), torch.device("cpu"), torch.float32, hooks.strategies, hooks, task,
-        seed=recipe.train.seed, accelerator=Accelerator(cpu=True), planning=True, say=lambda text: None,
+        seed=recipe.train.seed, accelerator=make_accelerator(torch.device("cpu")), planning=True, say=lambda text: None,
     )  # fmt: skip
     run.tokenizer = load_tokenizer(recipe.base.model)
     modules = skeleton(recipe.base.model, task.auto_class)

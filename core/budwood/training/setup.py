@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.state import PartialState, is_initialized
 from accelerate.tracking import get_available_trackers
 
 from budwood.adapters.files import complete_file
@@ -108,7 +109,7 @@ def prepare(
     if profile or device.type == "cpu":  # where it costs a microsecond; CUDA's allocator takes long to ask
         on_cuda = device.type == "cuda"
         hooks.measure(peak_memory if on_cuda else resident_peak, torch.cuda.synchronize if on_cuda else None)
-    accelerator = Accelerator(cpu=device.type == "cpu", log_with=recipe.train.trackers or None, project_dir=directory)
+    accelerator = make_accelerator(device, log_with=recipe.train.trackers or None, project_dir=directory)
     if accelerator.num_processes > 1:
         device = accelerator.device
     if recipe.train.deterministic:
@@ -165,6 +166,12 @@ def prepare(
     step = resume.checkpoint.step if resume is not None else 0
     report.open(directory, accelerator, recipe.train.trackers, redact_values(recipe.model_dump(mode="json")), step)
     return run, hooks, engine
+
+
+def make_accelerator(device: torch.device, **options: Any) -> Accelerator:
+    """accelerate's, which refuses the CPU to a process that it has seen on a GPU; a run alone asks it for no device."""
+    elsewhere = is_initialized() and PartialState().device.type != "cpu"
+    return Accelerator(cpu=device.type == "cpu" and not elsewhere, **options)
 
 
 def check_trackers(wanted: Sequence[str]) -> None:

@@ -109,7 +109,6 @@ def test_torch_and_the_device_that_a_run_would_take():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
 def test_a_gpu_is_described_and_exercised():
     (device,) = [f for f in doctor.check_torch() if f.values.get("device") == "cuda:0"]
     assert device.status in ("ok", "warning")  # another program may fill it

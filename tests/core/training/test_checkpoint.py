@@ -14,6 +14,7 @@ import threading
 import types
 from collections import namedtuple
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def test_all_is_there_and_nothing_is_pickled(
     assert {p.name for p in folder.iterdir()} == {"manifest.json", "state.json", "state.safetensors"}
     found = read_checkpoint(folder)
     assert found.setting["recipe"]["train"]["steps"] == 6
-    assert found.setting["versions"]["torch"] == torch.__version__
+    assert found.setting["versions"]["torch"] == metadata.version("torch")
     state = found.load()
     assert state["strategies"]["counter"]["distribution"] == "budwood-test-strategies 1.0"
     assert state["strategies"]["counter"]["state"]["steps"] == 3
