@@ -48,11 +48,12 @@ class Arm:
         self.seconds: list[float] = []
         self.processor: list[float] = []
         self.losses: list[float] = []
-        self.peak = 0
+        self.peak = self.loaded = 0
 
     def wait(self) -> None:
         """Return when it stands before its first step."""
         self._receive()
+        self.loaded = self.peak
 
     def run(self, steps: int) -> float:
         """Let it train `steps` optimizer steps; returns the seconds."""
@@ -137,6 +138,7 @@ def measure(
             "tokens_per_second_by_round": (per_round / seconds).round(1).tolist(),
             "processor_seconds_by_round": [round(s, 3) for s in arm.processor],
             "peak_bytes": arm.peak,
+            "peak_bytes_before_training": arm.loaded,
             "share_of_matmul_rate": statistics.median((work_done / seconds / np.array(rates)).tolist()),
             "losses": [round(loss, 5) for loss in arm.losses],
         }
@@ -248,8 +250,9 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     result: dict[str, Any] = {}
-    names = chosen.arms or DEFAULT[w.SIZES[chosen.size].whole_steps]
-    for names in [names] if w.SIZES[chosen.size].whole_steps else together(names):
+    whole_steps = w.SIZES[chosen.size].whole_steps
+    arms = chosen.arms or DEFAULT[whole_steps]
+    for names in [arms] if whole_steps else together(arms):
         with tempfile.TemporaryDirectory(prefix="budwood-bench-") as folder:
             options = (chosen.rounds, chosen.steps, chosen.warmup, chosen.threads)
             measured = measure(names, *options, Path(folder), chosen.size)

@@ -53,6 +53,11 @@ def adapter(run: Any) -> dict[str, torch.Tensor]:
     return load_file(run.directory / "adapter" / "adapter_model.safetensors")
 
 
+def steps(run: Any) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run.directory / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == "step"]
+
+
 def test_an_fp32_run_ends_where_it_ends_on_the_cpu(recipe: Callable[..., Recipe]) -> None:
     here = adapter(budwood.tune(recipe("cuda"), quiet=True))
     there = adapter(budwood.tune(recipe("cpu", base={"device": "cpu"}), quiet=True))
@@ -63,9 +68,10 @@ def test_an_fp32_run_ends_where_it_ends_on_the_cpu(recipe: Callable[..., Recipe]
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_a_run_that_stops_goes_on(
-    recipe: Callable[..., Recipe], deterministic: bool, precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With dropout: to the same bits under deterministic kernels, else within rounding."""
+    recipe: Callable[..., Recipe], deterministic: bool, precision: str, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    """With dropout: to the same bits under deterministic kernels, else within rounding, which is said."""
     strategies = [{"lora": {"rank": 4, "dropout": 0.2}}, {"adversarial": {"method": "pgd"}}]
     options = {"base": {"quantization": "nf4"}, "steps": 6, "save_every": 2}
     options |= {"deterministic": deterministic, "precision": precision}
@@ -81,9 +87,10 @@ def test_a_run_that_stops_goes_on(
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
             patch.setattr(loop, "sum_gradients", stop)
             budwood.tune(recipe("run", *strategies, **options), quiet=True)
-        run = budwood.tune(recipe("run", *strategies, **options), quiet=True, resume=True)
+        run = budwood.tune(recipe("run", *strategies, **options), resume=True)
     finally:
         torch.use_deterministic_algorithms(False)
+    assert ("up to rounding" in capfd.readouterr().err) is not deterministic
     assert json.loads((run.directory / "manifest.json").read_text())["resumed_from_step"] == 2
     for name, tensor in adapter(run).items():
         if deterministic:
@@ -95,22 +102,16 @@ def test_a_run_that_stops_goes_on(
 def test_a_quantised_base_trains(recipe: Callable[..., Recipe], quantization: str) -> None:
     run = budwood.tune(recipe("run", base={"quantization": quantization}, precision="bf16", steps=12), quiet=True)
     assert run.base.device.type == "cuda"
-    losses = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
-    values = [row["loss"] for row in losses if "loss" in row]
-    assert values[-1] < values[0]
+    assert steps(run)[-1]["loss"] < steps(run)[0]["loss"]
 
 
 @pytest.mark.parametrize("options", [{"precision": "fp16"}, {"precision": "bf16", "gradient_checkpointing": True}])
 def test_a_step_is_the_same_in_half_precision_and_recomputed(
     recipe: Callable[..., Recipe], options: dict[str, Any]
 ) -> None:
-    """Up to the rounding of 16 bits, which Adam's first steps make a sign of: so plain losses are compared."""
+    """Up to the rounding of 16 bits, which Adam's first steps make a sign of: so losses are compared."""
     plain, other = (
-        [
-            row["loss"]
-            for row in map(json.loads, (run.directory / "metrics.jsonl").read_text().splitlines())
-            if row["kind"] == "step"
-        ]
+        [step["loss"] for step in steps(run)]
         for run in (
             budwood.tune(recipe("plain", precision="bf16", base={"quantization": "nf4"}), quiet=True),
             budwood.tune(recipe("other", **options, base={"quantization": "nf4"}), quiet=True),
@@ -152,12 +153,16 @@ def test_a_classifier_trains(recipe: Callable[..., Recipe]) -> None:
 
 
 def test_micro_batches_do_not_change_a_quantised_run(recipe: Callable[..., Recipe]) -> None:
-    one, two = (
-        adapter(budwood.tune(recipe(f"run{tokens}", base={"quantization": "nf4"}, micro_tokens=tokens), quiet=True))
+    """The first gradient to 1e-5; Adam then makes more of the rounding of cuBLAS, whose kernels differ by shape."""
+    runs = [
+        budwood.tune(recipe(f"run{tokens}", base={"quantization": "nf4"}, micro_tokens=tokens), quiet=True)
         for tokens in (256, 64)
-    )
+    ]
+    (first, second), (one, two) = map(steps, runs), map(adapter, runs)
+    assert second[0]["gradient_norm"] == pytest.approx(first[0]["gradient_norm"], rel=1e-5)
+    assert [step["loss"] for step in second] == pytest.approx([step["loss"] for step in first], rel=1e-4)
     for name, tensor in one.items():
-        torch.testing.assert_close(tensor, two[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(tensor, two[name], atol=5e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

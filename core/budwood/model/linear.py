@@ -39,7 +39,8 @@ def low_rank_linear(
         [..., out]. With B = 0 they are the numbers of `frozen_linear(x, base)`.
 
     Raises:
-        ValueError: the weight of `base` wants a gradient, which this function does not compute.
+        ValueError: the weight of `base` wants a gradient, which this function does not compute; or it is on another
+            device than `x`, of which bitsandbytes would read memory that is not its own.
         RuntimeError: in the backward, a 4-bit weight that bitsandbytes has repacked for inference.
     """
     return LowRankLinear.apply(x, base, a, b, base.bias, scaling, dropout)
@@ -99,6 +100,8 @@ class LowRankLinear(torch.autograd.Function):
     ) -> Tensor:
         if base.weight.requires_grad:
             raise ValueError("low_rank_linear: the base's weight wants a gradient; freeze it")
+        if base.weight.device != x.device:
+            raise ValueError(f"low_rank_linear: the input is on {x.device}, the base's weight on {base.weight.device}")
         dtypes = [None if tensor is None else tensor.dtype for tensor in (x, a, b, bias)]
         kind = x.device.type
         autocast = torch.is_autocast_enabled(kind)

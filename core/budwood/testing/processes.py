@@ -71,7 +71,7 @@ def _start(jobs: Path) -> str:
     """Run torchrun to its end; return the last lines that it said."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={PROCESSES}", "--standalone"]
     path = os.pathsep.join(entry for entry in sys.path if entry)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     try:
         done = subprocess.run(
             [*torchrun, "-m", "budwood.testing.processes", str(jobs)],

@@ -205,6 +205,13 @@ def test_a_base_that_wants_a_gradient_is_refused() -> None:
         low_rank_linear(inputs(3), base, *factors())
 
 
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_an_input_on_another_device_is_refused(kind: str) -> None:
+    """bitsandbytes does not look, and reads memory that is not its own."""
+    with pytest.raises(ValueError, match="the input is on meta, the base's weight on cpu"):
+        low_rank_linear(inputs(3).to("meta"), make_base(kind), *factors())
+
+
 def test_dropout_draws_from_torchs_generator_and_survives_recomputation() -> None:
     base = make_base()
     leaves = (inputs(40), *factors())
