@@ -78,8 +78,8 @@ def mixed_low_rank_linear(
         whole = len(chosen) == len(rows)
         where = torch.tensor(chosen, device=x.device)
         part = (x if whole else x.index_select(0, where)).to(y.dtype)
-        narrow = a.to(y.dtype) @ part.reshape(-1, part.shape[-1]).t()  # in the order of `low_rank_linear`
-        update = (narrow.t() @ (b * scaling).to(y.dtype).t()).view(*part.shape[:-1], -1)
+        narrow = _thin_product(part.reshape(-1, part.shape[-1]), a.to(y.dtype).t())
+        update = (narrow @ (b * scaling).to(y.dtype).t()).view(*part.shape[:-1], -1)
         y = y + update if whole else y.index_add(0, where, update)
     return y
 
@@ -116,8 +116,8 @@ class LowRankLinear(torch.autograd.Function):
                 if dropout > 0.0:
                     inner, mask = torch.native_dropout(rows, dropout, True)
                 a, b = a.to(dtype), b.to(dtype)  # kept for the backward: small, and a GPU feels each operation
-                narrow = a @ inner.t()  # transposed, [r, n]: oneDNN computes these thin products faster so
-                y.addmm_(narrow.t(), b.t(), alpha=scaling)
+                narrow = _thin_product(inner, a.t())
+                y.addmm_(narrow, b.t(), alpha=scaling)
         keeps_rows = a is not None and ctx.needs_input_grad[2]
         dense = base.weight if ctx.needs_input_grad[0] and _quantization(base) is None else None
         ctx.save_for_backward(rows if keeps_rows else None, narrow, a, b, mask, dense)
@@ -139,27 +139,37 @@ class LowRankLinear(torch.autograd.Function):
                 grad_bias = gradient.sum(0, dtype=bias_dtype)
             grad_narrow = None
             if b is not None and (wants_x or wants_a):
-                grad_narrow = _scaled_product(ctx.scaling, b.t(), gradient.t())
+                grad_narrow = _thin_product(gradient, b, ctx.scaling)
             if wants_b:
-                grad_b = _scaled_product(ctx.scaling, narrow, gradient).t().to(b_dtype)
+                grad_b = _thin_product(gradient.t(), narrow, ctx.scaling).to(b_dtype)
             if wants_a and grad_narrow is not None:
                 inner = rows if mask is None else torch.ops.aten.native_dropout_backward(rows, mask, keep)
-                grad_a = (grad_narrow @ inner).to(a_dtype)
+                grad_a = (grad_narrow.t() @ inner).to(a_dtype)
             if wants_x:
                 weight = _dequantize(ctx.base, ctx.dtype) if dense is None else dense.to(ctx.dtype)
                 grad_x = gradient @ weight
                 if grad_narrow is not None and mask is None:
-                    grad_x.addmm_(grad_narrow.t(), a)
+                    grad_x.addmm_(grad_narrow, a)
                 elif grad_narrow is not None:
-                    through = grad_narrow.t() @ a
+                    through = grad_narrow @ a
                     grad_x.add_(torch.ops.aten.native_dropout_backward(through, mask, keep))
                 grad_x = grad_x.view(ctx.shape).to(x_dtype)
         return grad_x, None, grad_a, grad_b, grad_bias, None, None
 
 
-def _scaled_product(scale: float, left: Tensor, right: Tensor) -> Tensor:
-    """scale · left @ right, in one operation."""
-    return torch.addmm(left.new_empty(1, 1), left, right, beta=0, alpha=scale)
+def _thin_product(wide: Tensor, thin: Tensor, scale: float = 1.0) -> Tensor:
+    """scale · wide [m, k] @ thin [k, r], r small, in one operation; laid out as the device computes such products best.
+
+    oneDNN: transposed, [r, m]. cuBLAS: not so: its fast kernels want rows of a multiple of 8 numbers, and m is any.
+    """
+    unused = wide.new_empty(1, 1)
+    if _transposes(wide.device):
+        return torch.addmm(unused, thin.t(), wide.t(), beta=0, alpha=scale).t()
+    return torch.addmm(unused, wide, thin, beta=0, alpha=scale)
+
+
+def _transposes(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def _quantization(base: nn.Linear) -> Literal["4bit", "8bit"] | None:

@@ -78,8 +78,10 @@ def test_gradcheck_in_float64(bias: bool) -> None:
     assert torch.autograd.gradcheck(function, (x, a, b, *([base.bias] if bias else [])))
 
 
+@pytest.mark.parametrize("transposes", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_forward_and_gradients_against_float64(kind: str) -> None:
+def test_forward_and_gradients_against_float64(kind: str, transposes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("budwood.model.linear._transposes", lambda device: transposes)
     base = make_base(kind)
     weight = dense_weight(base)
     leaves = (inputs(2, 5), *factors())
@@ -181,7 +183,7 @@ def test_it_keeps_its_input_once() -> None:
         low_rank_linear(x, base, a, b, SCALING)
     others = [t.shape for t in kept if t.data_ptr() != x.data_ptr()]
     assert sum(t.data_ptr() == x.data_ptr() for t in kept) == 1
-    assert others == [(RANK, 50), a.shape, b.shape]
+    assert others == [(50, RANK), a.shape, b.shape]
 
 
 def test_it_computes_only_the_gradients_that_are_asked_for() -> None:
