@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from budwood import CorruptError, InputError, ResourceError
 from budwood.adapters import files
@@ -89,6 +91,13 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path):
         assert not target.exists()
     assert (target / "a").read_text() == "1"
     assert [path.name for path in target.parent.iterdir()] == ["target"]
+
+
+def test_its_files_have_the_mode_of_any_new_file(tmp_path):
+    (tmp_path / "plain").write_bytes(b"")
+    with files.complete_directory(tmp_path / "adapter") as folder:
+        save_file({"a": torch.ones(2)}, folder / "a.safetensors")
+    assert (tmp_path / "adapter" / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 @pytest.mark.parametrize("exchange", [True, False])
