@@ -80,6 +80,12 @@ def test_the_commands_are_those_of_this_version(capsys):
     assert [line.split()[0] for line in listed.splitlines()] == COMMANDS
 
 
+def test_the_package_runs_as_the_command_does():
+    done = subprocess.run([sys.executable, "-m", "budwood", "tnue"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: No such command 'tnue'. Did you mean 'tune'?")
+
+
 def test_help_and_plugins_import_nothing_heavy_and_no_plugin():
     every = [["--help"], *([name, "--help"] for name in COMMANDS), *([*names, "--help"] for names in SUBCOMMANDS)]
     assert loaded_by(*every, [], ["--version"], ["plugins"], ["plugins", "--json"]) == set()
