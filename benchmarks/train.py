@@ -5,6 +5,9 @@ all of them alike. The Trainer's arms and TRL's are two such rounds, each with B
 GB. Before each round the bf16 matmul rate of the machine is measured. Reported: real (not padding) tokens a second;
 the median over the rounds of Budwood's rate divided by the peer's; the peak memory of each process; the share of the
 matmul rate; the largest difference of a step's loss from Budwood's.
+
+On a machine with a GPU all arms train there, memory is the peak of its allocator, and `--size 1b` or `8b` fills it: bases
+in NF4, 8b with gradient checkpointing. All arms then stand in memory at once, up to 140 GB of it.
 """
 
 from __future__ import annotations
