@@ -6,8 +6,8 @@ GB. Before each round the bf16 matmul rate of the machine is measured. Reported:
 the median over the rounds of Budwood's rate divided by the peer's; the peak memory of each process; the share of the
 matmul rate; the largest difference of a step's loss from Budwood's.
 
-On a machine with a GPU all arms train there, memory is the peak of its allocator, and `--size 1b` or `8b` fills it: bases
-in NF4, 8b with gradient checkpointing. All arms then stand in memory at once, up to 140 GB of it.
+On a machine with a GPU all arms train there, and memory is the peak of its allocator. `--size 1b` and `8b` are for one:
+bases in NF4, 8b with gradient checkpointing. All arms then stand in memory at once, up to 140 GB of it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,75 @@
+"""Before the first step: whether a model takes packed rows, told from rounding, and what is said where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from budwood import PluginError
+from budwood.model import attention
+from budwood.training import setup
+from budwood.training.loop import tune
+from budwood.training.recipe import Recipe
+
+Make = Callable[..., Recipe]
+PADDED = "rows are padded, not packed, for this model"
+
+
+@pytest.fixture
+def leak(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Function `leak(share)`: from now on attention in a packed row adds so much of the mean over the whole row."""
+    inside = attention._packed
+
+    def install(share: float) -> None:
+        def outside(*arguments: Any) -> torch.Tensor:
+            out = inside(*arguments)
+            return out + share * out.mean(1, keepdim=True)
+
+        monkeypatch.setattr(attention, "_packed", outside)
+
+    return install
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rows_are_packed(make_recipe: Make, said: list[str], precision: str) -> None:
+    run = tune(make_recipe(train={"precision": precision, "steps": 1}))
+    assert run.packed and not any(PADDED in line for line in said)
+
+
+@pytest.mark.parametrize(("precision", "share"), [("fp32", 0.01), ("bf16", 0.5)])
+def test_a_model_that_mixes_examples_gets_padded_rows(
+    make_recipe: Make, said: list[str], leak: Callable[[float], None], precision: str, share: float
+) -> None:
+    leak(share)
+    run = tune(make_recipe(train={"precision": precision, "steps": 1}))
+    assert not run.packed
+    assert any(line.startswith(f"{PADDED}: packed, its logits differ by ") for line in said)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_rounding_of_a_deep_model_is_no_reason_to_pad(
+    make_recipe: Make, monkeypatch: pytest.MonkeyPatch, quantization: str
+) -> None:
+    """As if a model rounded by more than is taken for rounding: its examples do not see each other."""
+    monkeypatch.setattr(setup, "ROUNDING", -1.0)
+    run = tune(make_recipe(train={"precision": "bf16", "steps": 1}, base={"quantization": quantization}))
+    assert run.packed
+
+
+def test_a_little_mixing_is_told_from_rounding(
+    make_recipe: Make, monkeypatch: pytest.MonkeyPatch, said: list[str], leak: Callable[[float], None]
+) -> None:
+    monkeypatch.setattr(setup, "ROUNDING", 0.0)
+    leak(0.02)
+    run = tune(make_recipe(train={"precision": "bf16", "steps": 1}))
+    assert not run.packed and any(PADDED in line for line in said)
+
+
+def test_a_model_that_is_another_even_alone_is_refused(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = setup._own_logits
+    monkeypatch.setattr(setup, "_own_logits", lambda run, batch: 2 * own(run, batch))
+    with pytest.raises(PluginError, match="LlamaForCausalLM: logits at labels differ .* by 50.0%; it is not supported"):
+        tune(make_recipe(train={"steps": 1}))
