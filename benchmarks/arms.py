@@ -16,7 +16,7 @@ from benchmarks.workload import Workload
 from budwood import Strategy, hookimpl
 
 if TYPE_CHECKING:
-    from budwood import Event
+    from budwood import Event, Run
 
 
 @dataclass
@@ -115,6 +115,13 @@ class PaceStrategy(Strategy):
     """Hands the turn back to the benchmark after so many steps."""
 
     pace: ClassVar[Pace]
+
+    @hookimpl
+    def prepare_model(self, model: Any, run: Run) -> Any:
+        """Measure nothing where rows are padded."""
+        if not run.packed:
+            raise SystemExit("the rows are not packed: what the run says tells why")
+        return model
 
     @hookimpl
     def on_event(self, event: Event) -> None:

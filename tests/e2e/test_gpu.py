@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import budwood
 from budwood.adapters.verify import verify
 from budwood.errors import Interrupted
-from budwood.training import loop
+from budwood.training import loop, setup
 from budwood.training.recipe import Recipe
 
 pytestmark = pytest.mark.gpu
@@ -177,6 +177,12 @@ def test_micro_batches_do_not_change_a_quantised_run(recipe: Callable[..., Recip
 def test_strategies_run(recipe: Callable[..., Recipe], strategies: tuple[Any, ...]) -> None:
     run = budwood.tune(recipe("run", *strategies, base={"quantization": "nf4"}, steps=12, precision="bf16"), quiet=True)
     assert all(torch.isfinite(p).all() for p in run.trainable)
+
+
+def test_a_neighbours_tokens_change_no_bit(recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tells the rounding of a deep model from a mixture of packed examples."""
+    monkeypatch.setattr(setup, "ROUNDING", -1.0)
+    assert budwood.tune(recipe("run", base={"quantization": "nf4"}, precision="bf16"), quiet=True).packed
 
 
 def test_off_is_the_bases_own_bits(recipe: Callable[..., Recipe], tiny_base: Path) -> None:
