@@ -13,8 +13,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["BUDWOOD_CACHE"] = tempfile.mkdtemp(prefix="budwood-cache-")
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="budwood-hub-")
+if os.environ.get("BUDWOOD_TESTS") != str(os.getpid()):  # else this file is imported once more, as tests.conftest
+    os.environ["BUDWOOD_TESTS"] = str(os.getpid())
+    os.environ["BUDWOOD_CACHE"] = tempfile.mkdtemp(prefix="budwood-cache-")
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="budwood-hub-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["GOMP_SPINCOUNT"] = "1000"
 
