@@ -51,6 +51,8 @@ from budwood.training.report import Report, peak_memory, resident_peak
 from budwood.training.resume import Resume
 from budwood.training.step import Engine
 
+FEW_STEPS = 20
+"""Fewer than these are remarked on, where the data and not the recipe makes them."""
 ROUNDING, SIMILAR = 0.05, 0.25
 """Largest differences of logits in 16 bit, in units of the largest: for rounding alone, and before all else is asked.
 Where a token sees another example, it is over 1."""
@@ -378,6 +380,12 @@ def _say_size(run: Run, report: Report) -> None:
     names = ", ".join(strategy.name for strategy in run.strategies)
     report.say(f"{names}: {trained:,} trainable parameters ({trained / total:.2%} of {total:,})")
     report.say(f"{run.steps} optimizer steps of {size}, at most {train.micro_tokens} tokens at once")
+    if train.steps is None and (run.steps or 0) < FEW_STEPS:
+        unit = "batch_examples" if train.batch_examples else "batch_tokens"
+        epoch = len(run.examples) if train.batch_examples else int(run.examples.lengths.sum())
+        report.say(
+            f"note: so few steps teach little: lower train.{unit} (an epoch has {epoch:,}), or raise train.epochs"
+        )
 
 
 def precision_name(dtype: torch.dtype) -> str:

@@ -158,6 +158,24 @@ def test_a_run_prints_at_most_fifteen_lines_and_writes_log_and_plot(make_recipe:
     assert (run.directory / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("train", "remark"),
+    [
+        ({"steps": None, "epochs": 2}, "lower train.batch_examples (an epoch has 24), or raise train.epochs"),
+        (
+            {"steps": None, "epochs": 1, "batch_examples": None, "batch_tokens": 4096},
+            "lower train.batch_tokens (an epo",
+        ),
+        ({"steps": None, "epochs": 3, "batch_examples": 3}, None),
+        ({"steps": 2}, None),
+    ],
+)
+def test_few_steps_are_remarked_on(make_recipe: Make, said: list[str], train: dict, remark: str | None) -> None:
+    tune(make_recipe(train=train))
+    notes = [line for line in said if "so few steps" in line]
+    assert bool(notes) is bool(remark) and all(remark in note for note in notes)
+
+
 def test_a_loss_that_is_not_finite_names_step_and_row_and_keeps_the_best(
     make_recipe: Make, test_strategies: object
 ) -> None:
