@@ -19,6 +19,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from benchmarks.train import matmul_rate
+
 LAYERS, RANK = 32, 16
 LINEARS = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336), (14336, 4096)]
 """Inputs and outputs of a layer's linears in Llama-3-8B."""
@@ -66,18 +68,6 @@ def timed(call: Callable[[], Any]) -> float:
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
-
-
-def products_a_second(device: Any) -> float:
-    """FLOP/s of large bf16 or fp32 matrix products, whichever are faster."""
-    import torch
-
-    best = 0.0
-    for dtype in (torch.bfloat16, torch.float32):
-        a = torch.randn(2048, 2048, device=device, dtype=dtype)
-        for _ in range(3):
-            best = max(best, 2 * 2048**3 / timed(lambda a=a: (a @ a).sum().item()))  # type: ignore[misc]
-    return best
 
 
 class Watch(threading.Thread):
@@ -137,7 +127,7 @@ def main() -> None:
         size = sum(t.nbytes for t in saver.snapshot().tensors.values())
         saver.close()
     found = {name: statistics.median(values[1:]) for name, values in times.items()}  # without the first, which warms up
-    speed = products_a_second(run.device)
+    speed = max(matmul_rate(torch.get_num_threads(), dtype) for dtype in ("bfloat16", "float32"))
     step, ratio = 4 * PARAMETERS * TOKENS / speed, found["foreground"] / found["copy"]
     print(f"{size / 1e6:,.0f} MB on {run.device}, {chosen.rounds} rounds, {torch.get_num_threads()} threads")
     print(f"a plain copy in memory {found['copy']:.3f} s; torch.save and fsync {found['torch.save']:.2f} s")

@@ -83,15 +83,15 @@ class Arm:
         return report
 
 
-def matmul_rate(threads: int) -> float:
-    """FLOPs a second of a large bf16 matmul on this machine, or its GPU, the best of a few."""
+def matmul_rate(threads: int, dtype: str = "bfloat16") -> float:
+    """FLOPs a second of a large matmul on this machine, or its GPU, the best of a few."""
     import torch
 
     torch.set_num_threads(threads)
     on_cuda = torch.cuda.is_available()
     size = 8192 if on_cuda else 2048
     device = "cuda" if on_cuda else "cpu"
-    a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
     wait = torch.cuda.synchronize if on_cuda else lambda: None
     best = 0.0
     for _ in range(6):

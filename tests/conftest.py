@@ -5,6 +5,7 @@ Tests compute on the CPU. `pytest -m gpu` runs those that need a GPU; any other 
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import tempfile
@@ -17,6 +18,8 @@ if os.environ.get("BUDWOOD_TESTS") != str(os.getpid()):  # else this file is imp
     os.environ["BUDWOOD_TESTS"] = str(os.getpid())
     os.environ["BUDWOOD_CACHE"] = tempfile.mkdtemp(prefix="budwood-cache-")
     os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="budwood-hub-")
+    for name in ("BUDWOOD_CACHE", "HF_HOME"):
+        atexit.register(shutil.rmtree, os.environ[name], ignore_errors=True)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["GOMP_SPINCOUNT"] = "1000"
 
@@ -100,12 +103,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hide the GPU, before anybody looks for it, unless the tests are chosen by `gpu`."""
     if "gpu" not in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
-def pytest_unconfigure() -> None:
-    """Remove the caches."""
-    for name in ("BUDWOOD_CACHE", "HF_HOME"):
-        shutil.rmtree(os.environ[name], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

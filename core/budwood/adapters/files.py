@@ -111,9 +111,8 @@ def complete_directory(directory: Path, replace: bool = False, needs: int = 0) -
         raise cannot_write(directory, error, needs) from error
     try:
         yield partial
-        shared = (
-            partial.stat().st_mode & 0o666
-        )  # as the user's umask has it; safetensors gives files to the owner alone
+        # As the user's umask has it: safetensors gives its files to the owner alone.
+        shared = partial.stat().st_mode & 0o666
         for path in sorted(partial.rglob("*"), reverse=True):
             if path.is_file() and not path.is_symlink():
                 with contextlib.suppress(OSError):  # some file systems have no modes

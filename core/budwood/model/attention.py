@@ -131,11 +131,10 @@ def _packed(
         reach = -1 if window is None else window - 1
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         sides = (reach, 0 if causal else reach)
-        groups: dict[str, Any] = {"enable_gqa": True} if grouped else {}
-        if not groups.keys() <= _VARLEN_TAKES:
+        options: dict[str, Any] = {"enable_gqa": grouped} if "enable_gqa" in _VARLEN_TAKES else {}
+        if grouped and not options:
             k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
-            groups = {}
-        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=sides, **groups)
+        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=sides, **options)
         assert isinstance(out, Tensor)  # a pair only where the sums of the softmax are asked for
         return out.unsqueeze(0)
     if not plain and dropout == 0.0 and takes(query, value, segments):

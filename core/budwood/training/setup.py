@@ -284,8 +284,9 @@ def check_packing(run: Run, report: Report | Run) -> None:
     try:
         model.set_attn_implementation(attention.IMPLEMENTATION)
         run.packed = True
-        worst = _distance(_logits(run, collate_for(run, pair)), torch.cat(own))
-        differs = worst > same and (worst > similar or not _independent(run, pair))
+        packed = _logits(run, collate_for(run, pair))
+        worst = _distance(packed, torch.cat(own))
+        differs = worst > same and (worst > similar or not _independent(run, pair, packed))
         reason = f"packed, its logits differ by {worst:.1%}" if differs else ""
     except Exception as error:  # whatever a model class does with segments that it does not know
         reason = f"it does not take packed rows ({type(error).__name__})"
@@ -302,15 +303,15 @@ def check_packing(run: Run, report: Report | Run) -> None:
         report.say(f"rows are padded, not packed, for this model: {reason}")
 
 
-def _independent(run: Run, pair: list[Example]) -> bool:
-    """Whether in a packed row neither example's logits change by a bit when the other's tokens do."""
-    before, vocabulary = _logits(run, collate_for(run, pair)), run.model.get_input_embeddings().num_embeddings
+def _independent(run: Run, pair: list[Example], packed: torch.Tensor) -> bool:
+    """Whether neither example's `packed` logits change by a bit when the other's tokens do."""
+    vocabulary = run.model.get_input_embeddings().num_embeddings
     for number in range(len(pair)):
         others = list(pair)
         others[number] = replace(pair[number], input_ids=(pair[number].input_ids + 1) % vocabulary)
         batch = collate_for(run, others)
         rest = batch.example_of_label != number
-        if not torch.equal(_logits(run, batch)[rest], before[rest]):
+        if not torch.equal(_logits(run, batch)[rest], packed[rest]):
             return False
     return True
 
