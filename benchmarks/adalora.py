@@ -92,8 +92,8 @@ def _work(work: Callable[[Callable[[], None]], None], threads: int, log: Path, c
 
 def budwood(workload: w.Workload, strategy: dict[str, Any], steps: int, name: str, stand: Callable[[], None]) -> None:
     """A recipe's run."""
+    from budwood.recipe.schema import Recipe
     from budwood.training.loop import train
-    from budwood.training.recipe import Recipe
     from budwood.training.report import Report
     from budwood.training.setup import prepare
 

@@ -34,8 +34,8 @@ class Arm:
     """A run before its first step, and the seconds of its steps."""
 
     def __init__(self, options: dict[str, Any] | None, workload: w.Workload, output: Path, examples: int) -> None:
+        from budwood.recipe.schema import Recipe
         from budwood.training.loop import optimizer_steps
-        from budwood.training.recipe import Recipe
         from budwood.training.report import Report
         from budwood.training.setup import prepare
 

@@ -86,7 +86,7 @@ def work(name: str, workload: Workload, steps: int, threads: int, log: Path, con
 def budwood(workload: Workload, steps: int, pace: Pace) -> None:
     """`budwood.tune` on a recipe, as a user runs it, with one more strategy, which observes and sets the pace."""
     import budwood
-    from budwood.training.recipe import Recipe
+    from budwood.recipe.schema import Recipe
 
     PaceStrategy.pace = pace
     _install_strategy(workload.folder, "pace", "benchmarks.arms:PaceStrategy")

@@ -37,8 +37,8 @@ def make_run(folder: Path, layers: int) -> tuple[Any, Any, Any]:
 
     from budwood.contract.registry import Composition
     from budwood.contract.types import ParameterGroup, Run
+    from budwood.recipe.schema import Recipe
     from budwood.training.progress import Progress
-    from budwood.training.recipe import Recipe
 
     recipe = Recipe.from_dict(
         {"base": {"model": "none"}, "data": {"train": "none.jsonl"}, "strategies": ["lora"], "output": str(folder)}
@@ -104,7 +104,7 @@ def main() -> None:
     chosen = parser.parse_args()
     import torch
 
-    from budwood.training.checkpoint import Saver
+    from budwood.training.durability.checkpoint import Saver
 
     times: dict[str, list[float]] = {name: [] for name in ("copy", "foreground", "background", "torch.save", "stall")}
     with tempfile.TemporaryDirectory(prefix="budwood-bench-", dir=chosen.folder) as folder:

@@ -181,8 +181,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     """Tune and evaluate; returns accuracies, and the adapter's parameters without the classification head."""
     import budwood
     from budwood.adapters.merge import export
+    from budwood.recipe.schema import Recipe
     from budwood.training.evaluate import evaluate_adapter
-    from budwood.training.recipe import Recipe
 
     started, output = time.process_time(), Path(job["output"])
     run = budwood.tune(Recipe.from_dict({**job["recipe"], "output": str(output)}), overwrite=True, quiet=True)

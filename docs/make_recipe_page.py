@@ -7,8 +7,8 @@ from typing import Any
 
 from budwood.contract.discovery import find, installed
 from budwood.model.quiet import hush
-from budwood.training.recipe import Recipe
-from budwood.training.recipe_schema import FieldDoc, describe_fields, strategy_schema
+from budwood.recipe.reference import FieldDoc, describe_fields, strategy_schema
+from budwood.recipe.schema import Recipe
 
 HEAD = """\
 # The recipe

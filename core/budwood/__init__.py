@@ -67,10 +67,10 @@ _EXPORTS = {
         ("Layers", "ModulesToSave", "Targets", "match_modules", "match_targets"), "budwood.adapters.targets"
     ),
     "AdapterPool": "budwood.adapters.pool",
-    "load_recipe": "budwood.training.recipe",
-    "plan": "budwood.training.plan",
+    "load_recipe": "budwood.recipe.schema",
+    "plan": "budwood.planning.composition",
     "tune": "budwood.training.loop",
-    **dict.fromkeys(("frozen_linear", "low_rank_linear", "mixed_low_rank_linear"), "budwood.model.linear"),
+    **dict.fromkeys(("frozen_linear", "low_rank_linear", "mixed_low_rank_linear"), "budwood.model.ops.linear"),
     **dict.fromkeys(("check_adapter_tensors", "copy_adapter_tensors", "read_adapter"), "budwood.adapters.store"),
     **dict.fromkeys(("check_base", "fingerprint", "load_base", "load_tokenizer", "skeleton"), "budwood.model.base"),
     "batches_of": "budwood.model.tasks",

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable
 
-from budwood.redaction import redact
+from budwood.untrusted.redaction import redact
 
 
 class BudwoodError(Exception):

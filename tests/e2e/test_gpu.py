@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 import budwood
 from budwood.adapters.verify import verify
 from budwood.errors import Interrupted
+from budwood.recipe.schema import Recipe
 from budwood.training import loop, setup
-from budwood.training.recipe import Recipe
 
 pytestmark = pytest.mark.gpu
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.core.training.conftest import make_recipe as make_recipe
+from tests.core.conftest import make_recipe as make_recipe
 
 STRATEGIES = Path(__file__).parent / "strategies"
 

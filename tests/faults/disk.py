@@ -18,8 +18,8 @@ from unittest import mock
 import safetensors.torch
 from safetensors import SafetensorError
 
-from budwood.adapters import files
 from budwood.training.loop import tune
+from budwood.untrusted import files
 
 from .harness import Ended, Outcome, Shop, unsound
 

@@ -23,14 +23,14 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file
 from tests.conftest import make_base
-from tests.core.training.conftest import write_rows
+from tests.core.conftest import write_rows
 
 from budwood.adapters.store import read_adapter
 from budwood.errors import BudwoodError
+from budwood.recipe.schema import Recipe
 from budwood.training import loop
-from budwood.training.checkpoint import FOLDER, read_checkpoint, steps_in
+from budwood.training.durability.checkpoint import FOLDER, read_checkpoint, steps_in
 from budwood.training.loop import tune
-from budwood.training.recipe import Recipe
 
 PRELOADED = (
     "matplotlib.figure",

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from budwood.training import checkpoint
+from budwood.recipe.schema import Recipe
+from budwood.training.durability import checkpoint
 from budwood.training.loop import tune
-from budwood.training.recipe import Recipe
 
 from .harness import Outcome, Shop, unsound
 

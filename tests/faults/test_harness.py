@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from budwood.errors import ResourceError
-from budwood.training import checkpoint
+from budwood.training.durability import checkpoint
 from budwood.training.loop import tune
 
 from .disk import Disk

@@ -40,14 +40,14 @@ def header(*tensors: tuple[str, str, list[int], int, int]) -> bytes:
 
 
 def recipe() -> tuple[str, list[bytes], Callable[[Path], object]]:
-    from budwood.training.recipe import load_recipe
+    from budwood.recipe.schema import load_recipe
 
     plain = json.dumps({"base": {"model": "b"}, "data": {"train": "x"}, "strategies": ["lora"]}).encode()
     return "recipe.yaml", [RECIPE, plain], load_recipe
 
 
 def override() -> tuple[str, list[bytes], Callable[[Path], object]]:
-    from budwood.training.recipe import Recipe
+    from budwood.recipe.schema import Recipe
 
     data = {"base": {"model": "b"}, "data": {"train": "x"}, "strategies": [{"lora": {"rank": 4}}], "output": "run"}
     sound = [b"train.steps=3", b"lora.rank=8", b"strategies=[lora]", b"output=x\ntrain.learning_rate=1e-3"]
@@ -80,7 +80,7 @@ def csv() -> tuple[str, list[bytes], Callable[[Path], object]]:
 
 
 def safetensors() -> tuple[str, list[bytes], Callable[[Path], object]]:
-    from budwood.model.files import read_header
+    from budwood.untrusted.formats import read_header
 
     sound = [header(("a", "F32", [2, 2], 0, 16), ("b", "BF16", [3], 16, 22)), header(("c", "F4", [0], 0, 0)), header()]
     return "x.safetensors", sound, read_header

@@ -9,7 +9,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from budwood.adapters.files import sha256
+from budwood.untrusted.files import sha256
 
 WORDS = ["", " ", "~nobody/x", "a\0b", "../..", "/dev/null", "/", "CON", "a\u202eb", "x" * 300, "x" * 5000, "hub/name"]
 WORDS += ["1e999", "-1", "nan", "null", "[redacted]", "https://me:pw@host/x", "<|im_end|>", "\ud800", "{{ 1/0 }}", "é"]

@@ -216,8 +216,8 @@ def test_a_pickle_in_a_checkpoint_is_not_opened(plant, tmp_path, name, form):
     """Optimizer and random states too; also where the hashes agree with it, as whoever alters with care would do."""
     from safetensors.torch import save_file
 
-    from budwood.adapters.files import sha256
-    from budwood.training import checkpoint
+    from budwood.training.durability import checkpoint
+    from budwood.untrusted.files import sha256
 
     folder = tmp_path / "step-00000003"
     folder.mkdir()
@@ -318,7 +318,7 @@ def test_a_base_that_names_code_runs_none(base, trace, name, changes, refused):
 
 def test_only_the_recipe_turns_code_on(base, trace):
     """Not a file, and not `--base`: only `trust_remote_code` of the recipe, which is not what a base can write."""
-    from budwood.training.recipe import Recipe
+    from budwood.recipe.schema import Recipe
 
     change(base / "config.json", auto_map=CLASSES, model_type="own")
     data = {"base": {"model": str(base)}, "data": {"train": "x.jsonl"}, "strategies": ["lora"]}

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from budwood.cli import app
+from budwood.recipe.schema import Recipe
 from budwood.training import finish, loop, memory, setup
-from budwood.training.recipe import Recipe
 from budwood.training.report import Report
 
 from .combinations import COMBINATIONS, PAGE, REFUSALS, Combination, Refusal, page

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from budwood.adapters.store import GoldenRecord
 from budwood.errors import CorruptError
-from budwood.model.files import read_header
+from budwood.untrusted.formats import read_header
 
 if TYPE_CHECKING:
     from budwood.model.base import Base

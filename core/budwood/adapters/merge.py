@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from budwood import __version__
-from budwood.adapters.files import complete_directory
 from budwood.adapters.golden import Distance, Golden, measure
 from budwood.adapters.store import CONFIG, GOLDEN, WEIGHTS, SavedAdapter, read_adapter
 from budwood.adapters.verify import base_name, open_pool
@@ -22,6 +21,7 @@ from budwood.contract.discovery import PluginError
 from budwood.contract.loading import load_strategy, start
 from budwood.errors import InputError
 from budwood.model.checkpoint import read_config, resolve
+from budwood.untrusted.files import complete_directory
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_ROUNDED_AWAY = 0.05

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from budwood.contract.types import ParameterGroup
 from budwood.errors import InputError
-from budwood.model.linear import frozen_linear, low_rank_linear, mixed_low_rank_linear
+from budwood.model.ops.linear import frozen_linear, low_rank_linear, mixed_low_rank_linear
 
 _STATE = "_budwood_adapters"
 PREFIX = "base_model.model."

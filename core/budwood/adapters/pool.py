@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from budwood.adapters.files import check_name
 from budwood.adapters.golden import measure
 from budwood.adapters.live import module_ids, unchanged_on_error
 from budwood.adapters.store import SavedAdapter, read_adapter, template_hash, tokenizer_hash
@@ -24,6 +23,7 @@ from budwood.errors import BudwoodError, InputError, did_you_mean
 from budwood.model.base import Base, load_base, pick_device_precision
 from budwood.model.generate import Generated, generate
 from budwood.model.quiet import hush
+from budwood.untrusted.files import check_name
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 """A text, chat messages, or token ids."""

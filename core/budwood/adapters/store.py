@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from budwood import __version__
-from budwood.adapters.files import check_inside, complete_directory, sha256
 from budwood.contract.discovery import installed
 from budwood.errors import CorruptError, InputError, ResourceError, did_you_mean
-from budwood.model.files import TensorInfo, read_header, read_json
+from budwood.untrusted.files import check_inside, complete_directory, sha256
+from budwood.untrusted.formats import TensorInfo, read_header, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor

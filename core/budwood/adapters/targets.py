@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import regex
 from pydantic import AfterValidator, Field
 
-from budwood.contract.validation import shorten
 from budwood.errors import InputError, did_you_mean
+from budwood.untrusted.redaction import shorten
 
 if TYPE_CHECKING:  # the types of options are here too, and are checked before torch is imported
     from torch import nn

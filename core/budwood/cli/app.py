@@ -13,11 +13,12 @@ import typer
 import typer.main
 
 import budwood
-from budwood.cli import adapter, data, demo, doctor, generate, new, plan, plugins, recipe, tune
+from budwood.cli import adapter, data, demo, generate, new, plan, plugins, recipe, tune
+from budwood.cli.doctor.command import doctor
 from budwood.contract.calls import noted
 from budwood.errors import BudwoodError, Interrupted, is_out_of_memory
 from budwood.model.quiet import hush
-from budwood.redaction import RedactedStream
+from budwood.untrusted.redaction import RedactedStream
 
 app = typer.Typer(
     name="budwood",
@@ -38,7 +39,7 @@ app.command("data", short_help="What training will see.")(data.data)
 app.command("tune", short_help="Fine-tune: a recipe, or a data file and a base.")(tune.tune)
 app.command("eval", short_help="Measure an adapter on data.")(tune.eval_)
 app.command("generate", short_help="Answer a prompt with a base and its adapters.")(generate.generate)
-app.command("doctor", short_help="Whether this machine can tune; what to do.")(doctor.doctor)
+app.command("doctor", short_help="Whether this machine can tune; what to do.")(doctor)
 app.add_typer(new.app, name="new", short_help="Start a package of your own.")
 app.add_typer(recipe.app, name="recipe", short_help="What a recipe may hold.")
 app.add_typer(adapter.app, name="adapter", short_help="Look at adapters, verify, merge, export.")

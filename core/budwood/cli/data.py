@@ -26,7 +26,7 @@ def data(
     from budwood.data.examples import build_examples
     from budwood.data.packing import plan_epoch
     from budwood.model.base import load_tokenizer
-    from budwood.training.recipe import load_recipe
+    from budwood.recipe.schema import load_recipe
 
     loaded = load_recipe(recipe, override or [])
     tokenizer = load_tokenizer(loaded.base.model)

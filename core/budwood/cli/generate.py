@@ -91,8 +91,8 @@ def generate(
 
 
 def _parse_adapters(given: list[str]) -> dict[str, Path]:
-    from budwood.adapters.files import check_name
     from budwood.errors import InputError
+    from budwood.untrusted.files import check_name
 
     found: dict[str, Path] = {}
     for text in given:

@@ -49,8 +49,8 @@ def strategy(
     ] = None,
 ) -> None:
     """Write an installable package with one strategy that does something, and tests that pass as they are."""
-    from budwood.adapters.files import complete_directory
     from budwood.errors import InputError, did_you_mean
+    from budwood.untrusted.files import complete_directory
 
     check_name(name)
     if hook not in HOOKS:

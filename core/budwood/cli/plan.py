@@ -20,8 +20,8 @@ def plan(
     """Show how a recipe's strategies are composed, hook by hook, and all that is wrong with it. Reads no data."""
     from rich.console import Console
 
-    from budwood.training.plan import plan as make_plan
-    from budwood.training.plan import show_plan
+    from budwood.planning.composition import plan as make_plan
+    from budwood.planning.composition import show_plan
 
     made = make_plan(recipe, override or [])
     if as_json:

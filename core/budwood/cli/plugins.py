@@ -81,7 +81,7 @@ def _describe(name: str, as_json: bool) -> None:
 def _strategy(name: str) -> dict[str, Any]:
     """Import a strategy and return what it declares."""
     from budwood.contract.loading import HOOKS, load_strategy
-    from budwood.training.recipe_schema import describe_fields, strategy_schema
+    from budwood.recipe.reference import describe_fields, strategy_schema
 
     cls, _ = load_strategy(name)
     declared = ("slots", "provides", "requires", "conflicts", "before", "after")
@@ -96,7 +96,7 @@ def _strategy(name: str) -> dict[str, Any]:
 
 def _options(loaded: Any) -> dict[str, Any]:
     """Options of a plugin that is no strategy, where it takes any."""
-    from budwood.training.recipe_schema import describe_fields
+    from budwood.recipe.reference import describe_fields
 
     model = getattr(loaded, "Options", None)
     return {"options": [field.as_dict() for field in describe_fields(model.model_json_schema())]} if model else {}

@@ -17,7 +17,7 @@ def _group() -> None:
 @app.command("schema")
 def schema() -> None:
     """Print the JSON Schema of a recipe, with the options of every installed strategy, for your editor."""
-    from budwood.training.recipe_schema import recipe_schema
+    from budwood.recipe.reference import recipe_schema
 
     result, problems = recipe_schema()
     for problem in problems:

@@ -32,8 +32,8 @@ def tune(
 ) -> None:
     """Run a recipe: fine-tune, and leave the adapter, the log and a plot in its output folder."""
     from budwood.errors import InputError
+    from budwood.recipe.schema import default_recipe, load_recipe
     from budwood.training.preflight import preflight
-    from budwood.training.recipe import default_recipe, load_recipe
 
     if accept_changes and not resume:
         raise InputError("--accept-changes goes with --resume.")

@@ -8,7 +8,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from budwood.errors import did_you_mean
-from budwood.redaction import redact
+from budwood.untrusted.redaction import shorten
 
 Location = tuple[str | int, ...]
 
@@ -80,12 +80,6 @@ def dotted(place: Location) -> str:
     """Write a place as messages do: `train.learning_rate`, `targets[0]`."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
     return text.removeprefix(".")
-
-
-def shorten(text: str, limit: int = 60) -> str:
-    """Cut `text` to one line of at most `limit` characters."""
-    line = redact(" ".join(text.split()))  # before it is cut: half a secret would not be known as one
-    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def _text(problem: Any) -> str:

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from budwood.data.chat_template import render
 from budwood.errors import InputError
+from budwood.untrusted.chat_template import render
 
 Span = tuple[int, int]
 

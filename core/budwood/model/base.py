@@ -23,12 +23,12 @@ from budwood.model.checks import (
     size,
     skeleton,
 )
-from budwood.model.files import TensorInfo, read_json
 from budwood.model.machine import pick_device_precision
+from budwood.model.ops.rms_norm import save_memory_in_norms
 from budwood.model.quantizers import assert_not_packed, guard_repacking
 from budwood.model.quiet import hide_hub_kernels, hush
-from budwood.model.rms_norm import save_memory_in_norms
 from budwood.model.streaming import slices, trim_heap
+from budwood.untrusted.formats import TensorInfo, read_json
 
 if TYPE_CHECKING:
     import torch

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from budwood.contract.validation import shorten
 from budwood.errors import CorruptError, InputError, ResourceError, did_you_mean
-from budwood.model.files import MAX_HEADER, TensorInfo, read_header, read_json
+from budwood.untrusted.formats import MAX_HEADER, TensorInfo, read_header, read_json
+from budwood.untrusted.redaction import shorten
 
 PAGE = 4096
 PAGES = 8

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from budwood.contract.calls import blame
 from budwood.contract.loading import create
-from budwood.contract.validation import shorten
 from budwood.errors import CorruptError, InputError, ResourceError, describe
 from budwood.model.checkpoint import first_line, read_config, read_tensors, resolve
 from budwood.model.quantizers import Quantizer
+from budwood.untrusted.redaction import shorten
 
 if TYPE_CHECKING:
     import torch

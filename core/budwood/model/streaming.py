@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from budwood.model.files import TensorInfo
+from budwood.untrusted.formats import TensorInfo
 
 TRIM_EVERY = 8 << 20
 """Bytes read and converted before the heap is made to give back what was freed: without, the holes that quantising

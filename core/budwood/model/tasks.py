@@ -21,9 +21,9 @@ from budwood.contract.strategy import Plugin, hookimpl
 from budwood.contract.types import Batch, LossTerm, Outputs, Run, Step
 from budwood.data.packing import collate, split_micro
 from budwood.errors import InputError, ResourceError, is_out_of_memory
-from budwood.model.attention import packed_mask
-from budwood.model.cross_entropy import cross_entropy
 from budwood.model.generate import generate
+from budwood.model.ops.attention import packed_mask
+from budwood.model.ops.cross_entropy import cross_entropy
 from budwood.model.streaming import release_memory
 
 T = TypeVar("T")

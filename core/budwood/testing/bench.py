@@ -22,10 +22,10 @@ from budwood.contract.loading import load_strategy
 from budwood.contract.strategy import RUN_ADAPTER, Strategy
 from budwood.contract.types import Run
 from budwood.errors import BudwoodError
+from budwood.recipe.schema import Recipe
 from budwood.testing.files import LONGEST, Files, make_files, session_folder
 from budwood.testing.probe import Probe, named_parameters
 from budwood.training.loop import tune
-from budwood.training.recipe import Recipe
 from budwood.training.report import Report
 
 BATCH = 4

@@ -18,6 +18,7 @@ from budwood.adapters.pool import AdapterPool
 from budwood.contract.discovery import PluginError
 from budwood.contract.loading import HOOKS, build_strategy, check_hooks, load_strategy
 from budwood.errors import BudwoodError, InputError
+from budwood.recipe.schema import Recipe, build_composition
 from budwood.testing import processes
 from budwood.testing.bench import (
     BATCH,
@@ -32,7 +33,6 @@ from budwood.testing.bench import (
 from budwood.testing.fake import run_on_fake_tensors
 from budwood.testing.files import LONGEST, session_folder
 from budwood.testing.probe import InjectedError, distance, farthest, same_bytes, state_of, stored
-from budwood.training.recipe import Recipe, build_composition
 
 EXACT = 1e-5
 """Largest difference of a parameter between two runs that split a step otherwise, in fp32 and without dropout."""

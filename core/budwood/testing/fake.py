@@ -12,11 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from budwood.contract.loading import create
 from budwood.contract.types import Batch, Plan, Run, Step
-from budwood.model import attention
 from budwood.model.base import load_tokenizer, skeleton
 from budwood.model.fake import fake_base, fake_tensors
+from budwood.model.ops import attention
 from budwood.model.tasks import Task, collate_for
-from budwood.training.recipe import Recipe, build_composition
+from budwood.recipe.schema import Recipe, build_composition
 from budwood.training.report import Report
 from budwood.training.setup import (
     check_plan,

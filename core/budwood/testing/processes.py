@@ -96,10 +96,10 @@ def _work(path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
+    from budwood.recipe.schema import Recipe
     from budwood.testing.bench import explain, pretend_installed, without_plots
     from budwood.testing.probe import named_parameters
     from budwood.training.loop import tune
-    from budwood.training.recipe import Recipe
 
     torch.set_num_threads(1)
     jobs = json.loads(path.read_text(encoding="utf-8"))

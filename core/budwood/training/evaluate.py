@@ -17,11 +17,11 @@ from budwood.data.examples import build_examples
 from budwood.data.forms import recognise
 from budwood.data.reading import read_rows
 from budwood.errors import InputError
-from budwood.model import attention
 from budwood.model.base import pick_device_precision, skeleton
+from budwood.model.ops import attention
 from budwood.model.tasks import Task
+from budwood.recipe.schema import default_recipe
 from budwood.training.attacks import build_attacks, measure_attacked
-from budwood.training.recipe import default_recipe
 from budwood.training.report import Report
 from budwood.training.setup import check_packing
 

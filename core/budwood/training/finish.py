@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from budwood.adapters.files import complete_file
 from budwood.adapters.golden import measure
 from budwood.adapters.store import write_adapter
 from budwood.contract.calls import ask_owner
@@ -22,6 +21,7 @@ from budwood.errors import BudwoodError, DivergedError, is_out_of_memory
 from budwood.training.progress import Progress, restore
 from budwood.training.report import Report, duration, peak_memory
 from budwood.training.setup import strategies_record
+from budwood.untrusted.files import complete_file
 
 PROBES = 4
 PROBE_TOKENS = 64

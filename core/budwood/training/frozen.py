@@ -12,9 +12,9 @@ from budwood.contract.calls import ask_owner
 from budwood.contract.strategy import RUN_ADAPTER
 from budwood.contract.types import Run
 from budwood.errors import InputError
-from budwood.model import attention
 from budwood.model.base import Base, load_base
 from budwood.model.fake import fake_base
+from budwood.model.ops import attention
 from budwood.training.setup import check_packing
 
 

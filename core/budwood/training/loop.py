@@ -13,9 +13,12 @@ from budwood.contract.registry import Composition
 from budwood.contract.types import Event, Run
 from budwood.errors import DivergedError, Interrupted, ResourceError
 from budwood.model.quiet import hush
-from budwood.training.checkpoint import NotSavedError, Saver
+from budwood.recipe.schema import Recipe, load_recipe
+from budwood.training.durability.checkpoint import NotSavedError, Saver
+from budwood.training.durability.lock import first_process, locked
+from budwood.training.durability.resume import Resume, find_resume
+from budwood.training.durability.signals import Signals, exit_code
 from budwood.training.finish import Ending
-from budwood.training.lock import first_process, locked
 from budwood.training.memory import (
     DoesNotFitError,
     StepBatches,
@@ -27,11 +30,8 @@ from budwood.training.memory import (
 from budwood.training.non_finite import check_skip
 from budwood.training.preflight import check_output
 from budwood.training.progress import Progress, evaluate, planned_steps
-from budwood.training.recipe import Recipe, load_recipe
 from budwood.training.report import Report, profile_table
-from budwood.training.resume import Resume, find_resume
 from budwood.training.setup import prepare
-from budwood.training.signals import Signals, exit_code
 from budwood.training.step import Engine
 
 

@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from budwood.adapters.files import check_folder
 from budwood.data.forms import check_rows
 from budwood.errors import InputError, ResourceError
 from budwood.model.checks import BaseInfo, check_base
 from budwood.model.quiet import hide_hub_kernels
-from budwood.training.lock import first_process, holder, in_use
-from budwood.training.recipe import Recipe, build_composition
+from budwood.recipe.schema import Recipe, build_composition
+from budwood.training.durability.lock import first_process, holder, in_use
+from budwood.untrusted.files import check_folder
 
 LARGE = 64 << 20
 """Larger data files, in bytes, are looked through only when they are read for training."""

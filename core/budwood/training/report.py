@@ -16,12 +16,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from budwood.adapters.files import complete_file
 from budwood.contract.calls import Cost
 from budwood.errors import ResourceError
-from budwood.redaction import redact, redact_values
 from budwood.training.records import MetricsFile, Trackers
 from budwood.training.terminal import Terminal
+from budwood.untrusted.files import complete_file
+from budwood.untrusted.redaction import redact, redact_values
 
 PLAIN_LINES = 4
 """Progress lines of a whole run where there is no terminal."""

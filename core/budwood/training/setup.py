@@ -21,7 +21,6 @@ from accelerate import Accelerator
 from accelerate.state import PartialState, is_initialized
 from accelerate.tracking import get_available_trackers
 
-from budwood.adapters.files import complete_file
 from budwood.contract.discovery import PluginError
 from budwood.contract.loading import create
 from budwood.contract.registry import Composition
@@ -30,7 +29,6 @@ from budwood.contract.types import Batch, Example, Plan, Run
 from budwood.data.examples import Examples, build_examples, overlap
 from budwood.data.packing import plan_epoch
 from budwood.errors import InputError, ResourceError
-from budwood.model import attention
 from budwood.model.base import (
     Base,
     check_base,
@@ -40,16 +38,18 @@ from budwood.model.base import (
     pick_device_precision,
     skeleton,
 )
+from budwood.model.ops import attention
 from budwood.model.streaming import keep_heap
 from budwood.model.tasks import Task, autocast, collate_for
-from budwood.redaction import redact_values
-from budwood.training import changes
-from budwood.training.lock import LOCK
+from budwood.recipe.schema import Recipe, build_composition, load_recipe
+from budwood.training.durability import changes
+from budwood.training.durability.lock import LOCK
+from budwood.training.durability.resume import Resume
 from budwood.training.preflight import preflight
-from budwood.training.recipe import Recipe, build_composition, load_recipe
 from budwood.training.report import Report, peak_memory, resident_peak
-from budwood.training.resume import Resume
 from budwood.training.step import Engine
+from budwood.untrusted.files import complete_file
+from budwood.untrusted.redaction import redact_values
 
 FEW_STEPS = 20
 """Fewer than these are remarked on, where the data and not the recipe makes them."""

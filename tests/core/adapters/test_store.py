@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from budwood import CorruptError, InputError, ResourceError, check_adapter_tensors
 from budwood.adapters import store
-from budwood.adapters.files import sha256
+from budwood.untrusted.files import sha256
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from budwood import CorruptError, InputError
-from budwood.adapters.files import sha256
 from budwood.adapters.golden import Distance, Golden, comparable
 from budwood.adapters.store import GoldenRecord, sealed
 from budwood.adapters.verify import verify
+from budwood.untrusted.files import sha256
 
 
 def test_golden_logits_read_back(tmp_path):

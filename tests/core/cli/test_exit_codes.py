@@ -75,9 +75,9 @@ TABLE: dict[tuple[str, ...], dict[int, Case]] = {
         5: ONLY_TUNE,
     },
     ("doctor",): {
-        0: lambda w: [w.stub("budwood.model.doctor.examine", lambda: [])],
+        0: lambda w: [w.stub("budwood.cli.doctor.checks.examine", lambda: [])],
         2: lambda w: ["--nothing"],
-        3: lambda w: [w.stub("budwood.model.doctor.examine", lambda: [w.finding])],
+        3: lambda w: [w.stub("budwood.cli.doctor.checks.examine", lambda: [w.finding])],
         4: NEVER,
         5: ONLY_TUNE,
     },

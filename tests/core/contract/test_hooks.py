@@ -24,7 +24,7 @@ from budwood.contract.loading import HOOKS, check_hooks, load_strategy
 from budwood.contract.registry import Composition
 from budwood.contract.types import Batch, Example, LossTerm, Outputs
 from budwood.model.base import load_base
-from budwood.training.recipe import Recipe
+from budwood.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[3]
 PAGE = SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "make_hooks_page.py")))

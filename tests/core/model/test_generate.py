@@ -103,7 +103,7 @@ def test_layers_of_peft_are_used(tiny_base, prompts):
 
 
 def test_attention_by_segments_generates_the_same(tiny_base, prompts):
-    from budwood.model import attention
+    from budwood.model.ops import attention
 
     base = load_base(tiny_base, "none", LM, torch.float32)
     plain = generate(base.model, base.tokenizer, prompts, 8)

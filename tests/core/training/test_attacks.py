@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.core.conftest import write_rows
 
 from budwood import Attack, InputError, Options, PluginError, Step
 from budwood.cli import app as cli
 from budwood.training.attacks import build_attacks
 from budwood.training.evaluate import evaluate_adapter
 from budwood.training.loop import tune
-
-from .conftest import write_rows
 
 
 @pytest.mark.parametrize(

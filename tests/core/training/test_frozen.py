@@ -10,8 +10,8 @@ import torch
 
 from budwood.errors import InputError
 from budwood.model.tasks import batches_of
+from budwood.recipe.schema import Recipe
 from budwood.training.frozen import load_frozen
-from budwood.training.recipe import Recipe
 from budwood.training.report import Report
 from budwood.training.setup import prepare
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from budwood import PluginError
-from budwood.model import attention
+from budwood.model.ops import attention
+from budwood.recipe.schema import Recipe
 from budwood.training import setup
 from budwood.training.loop import tune
-from budwood.training.recipe import Recipe
 
 Make = Callable[..., Recipe]
 PADDED = "rows are padded, not packed, for this model"

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from budwood import InputError, redaction
+from budwood import InputError
 from budwood.cli import app as cli
-from budwood.redaction import MASK, RedactedStream, redact, redact_values
-from budwood.training.recipe import Recipe
+from budwood.recipe.schema import Recipe
+from budwood.untrusted import redaction
+from budwood.untrusted.redaction import MASK, RedactedStream, redact, redact_values
 
 HUB = "hub-0123456789abcdef"
 PROXY = "pr0xy-p4ss"

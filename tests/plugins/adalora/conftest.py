@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from budwood import Run, tune
-from budwood.training.recipe import Recipe
+from budwood.recipe.schema import Recipe
 
 WORDS = "games section library terminal description runtime shared files data model tokens small headers".split()  # noqa: SIM905
 

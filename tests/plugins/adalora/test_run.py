@@ -19,9 +19,9 @@ from budwood.adapters.merge import export
 from budwood.adapters.verify import verify
 from budwood.cli.app import run as command
 from budwood.errors import Interrupted
+from budwood.recipe.schema import Recipe
 from budwood.training import setup
 from budwood.training.loop import train
-from budwood.training.recipe import Recipe
 from budwood.training.report import Report
 from budwood_adalora.strategy import AdaLoRA
 

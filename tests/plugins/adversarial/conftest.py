@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from budwood.contract.types import Step
+from budwood.recipe.schema import Recipe
 from budwood.training import setup
 from budwood.training.loop import optimizer_steps
-from budwood.training.recipe import Recipe
 from budwood.training.report import Report
 
 WORDS = "games section library terminal description runtime shared files data model tokens small headers".split()  # noqa: SIM905

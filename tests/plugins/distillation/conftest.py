@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from budwood import Run
+from budwood.recipe.schema import Recipe
 from budwood.training.loop import tune
-from budwood.training.recipe import Recipe
 from budwood.training.report import Report
 
 WORDS = ["games", "section", "library", "terminal", "description", "runtime", "shared", "files", "data", "tokens"]

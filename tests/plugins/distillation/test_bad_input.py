@@ -13,8 +13,8 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from budwood import BudwoodError, CorruptError, InputError, Plan, Run
 from budwood.adapters.store import sealed
+from budwood.recipe.schema import build_composition
 from budwood.training.loop import tune
-from budwood.training.recipe import build_composition
 
 Runs = Callable[..., Run]
 LABELS = ("yes", "no", "maybe")

@@ -1,0 +1,1 @@
+"""`budwood doctor`."""

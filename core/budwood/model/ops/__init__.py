@@ -1,0 +1,1 @@
+"""Operations of a model: a torch reference each, kernels beside it."""

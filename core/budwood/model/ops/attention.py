@@ -1,0 +1,213 @@
+"""The attention named "budwood": inside the segments of a packed row where there are any, else transformers' "sdpa".
+
+A packed row [1, T] holds several examples one after the other. Its model is called with `segments` (their boundaries)
+and with `packed_mask` in the place of an attention mask, so that nobody builds a mask of T×T and nothing looks for
+segments in `position_ids` by reading the device. Other calls, generation with a cache among them, know no difference
+from "sdpa"; softcapping and attention sinks, which "sdpa" lacks, are computed here in plain operations.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from budwood.model.ops.segment_attention import segment_attention, takes
+
+IMPLEMENTATION = "budwood"
+"""What `attn_implementation` must be for `segments` to count."""
+
+_NOT_GIVEN: Any = object()
+_VARLEN_TAKES = frozenset(inspect.signature(varlen_attn).parameters)
+"""torch 2.10 has the kernel without windows, torch 2.11 without grouped heads."""
+
+
+def register() -> None:
+    """Make "budwood" known to transformers; calling it again changes nothing."""
+    AttentionInterface.register(IMPLEMENTATION, attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def packed_mask(device: torch.device | str = "cpu") -> Tensor:
+    """Return what stands for the attention mask of a packed row: bool [1, 1, 0, 0], without one element.
+
+    transformers passes a mask of four dimensions on as it is, at no cost. A model that does not hand `segments` to its
+    attention fails on the shape instead of mixing examples.
+    """
+    return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    segments: tuple[int, ...] | None = None,
+    sliding_window: int | None = _NOT_GIVEN,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend, as transformers' attention functions do; inside each segment where `segments` are given.
+
+    Args:
+        module: the model's attention module; its `is_causal` counts where the argument is None.
+        query: [R, H, T, D], R = 1 where there are segments.
+        key: [R, K, T, D]; H is a multiple of K.
+        value: [R, K, T, Dv].
+        attention_mask: bool [R, 1, T, S], True where a token is seen; not looked at where there are segments.
+        scaling: of the scores; None: D to the power of -1/2.
+        dropout: probability that an attention weight is dropped.
+        is_causal: whether a token sees only what is before it.
+        segments: boundaries in tokens, (0, …, T).
+        sliding_window: a causal token sees so many, itself among them; others see so many to each side.
+        softcap: scores are squeezed to ± softcap by tanh.
+        s_aux: [H] attention sinks: one more score for each head, whose weight goes nowhere.
+        kwargs: what other models pass.
+
+    Returns:
+        [R, T, H, Dv] and None (no attention weights).
+
+    Raises:
+        NotImplementedError: with segments, a kind of attention that is known by its mask alone.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if segments:
+        window = _window(module, sliding_window, kwargs)
+        return _packed(query, key, value, segments, causal, window, scaling, dropout, softcap, s_aux), None
+    if softcap is not None or s_aux is not None:
+        length = query.shape[2]
+        if attention_mask is None and causal and length > 1:
+            attention_mask = _band(length, query.device, True, None)
+        return _plain(query, key, value, attention_mask, scaling, dropout, softcap, s_aux), None
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+    )
+
+
+def _window(module: nn.Module, given: int | None, kwargs: dict[str, Any]) -> int | None:
+    """The sliding window of a layer; refuses layers whose restriction shows in the mask that is not built."""
+    if kwargs.get("position_bias") is not None:
+        raise NotImplementedError("this model adds a bias to the attention of each pair of positions")
+    if given is not _NOT_GIVEN:
+        return given
+    config = getattr(module, "config", None)
+    for name in ("sliding_window", "attention_chunk_size"):
+        if getattr(config, name, None) is not None:
+            raise NotImplementedError(f"this model's attention does not say which of its layers have a {name}")
+    return None
+
+
+def _packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: tuple[int, ...],
+    causal: bool,
+    window: int | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention inside each segment of one row: [1, H, T, D] to [1, T, H, Dv]."""
+    lengths = [end - start for start, end in zip(segments, segments[1:], strict=False)]
+    grouped = key.shape[1] != query.shape[1]
+    plain = softcap is not None or sinks is not None
+    if not plain and dropout == 0.0 and _varlen_takes(query, value):
+        bounds, longest = _device_bounds(segments, query.device), max(lengths)
+        reach = -1 if window is None else window - 1
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        sides = (reach, 0 if causal else reach)
+        options: dict[str, Any] = {"enable_gqa": grouped} if "enable_gqa" in _VARLEN_TAKES else {}
+        if grouped and not options:
+            k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=sides, **options)
+        assert isinstance(out, Tensor)  # a pair only where the sums of the softmax are asked for
+        return out.unsqueeze(0)
+    if not plain and dropout == 0.0 and takes(query, value, segments):
+        return segment_attention(query, key, value, segments, causal, window, scaling)
+    outputs: list[Tensor] = []
+    # `split`, not slices: the backward of a slice fills a tensor of the whole row for each segment.
+    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
+        length = q.shape[2]
+        narrow = window is not None and window < length
+        mask = _band(length, q.device, causal, window) if narrow or (plain and causal) else None
+        if plain:
+            outputs.append(_plain(q, k, v, mask, scaling, dropout, softcap, sinks))
+            continue
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, dropout, is_causal=causal and mask is None, scale=scaling, enable_gqa=grouped
+        )
+        outputs.append(out.transpose(1, 2))
+    return torch.cat(outputs, 1)
+
+
+def _plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention in plain operations: [R, H, T, D] to [R, T, H, Dv]; softmax in fp32 as in transformers' "eager"."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask[..., : key.shape[2]], torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        rows, heads, length, _ = scores.shape
+        scores = torch.cat([scores, sinks.to(scores.dtype).view(1, heads, 1, 1).expand(rows, -1, length, 1)], -1)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return (F.dropout(weights, dropout) @ value).transpose(1, 2)
+
+
+def _band(length: int, device: torch.device, causal: bool, window: int | None) -> Tensor:
+    """Bool [length, length]: which tokens (columns) a token (row) sees."""
+    ones = torch.ones(length, length, dtype=torch.bool, device=device)
+    seen = ones.tril() if causal else ones
+    if window is None:
+        return seen
+    return seen.triu(1 - window) if causal else seen.triu(1 - window).tril(window - 1)
+
+
+def _varlen_takes(query: Tensor, value: Tensor) -> bool:
+    """Whether the variable-length kernel (CUDA, 16 bit) takes these tensors."""
+    size = query.shape[-1]
+    return (
+        "window_size" in _VARLEN_TAKES
+        and query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and size == value.shape[-1]
+        and size <= 256
+        and size % 8 == 0
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _device_bounds(segments: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 copy of the boundaries on the device: one for all layers of a micro-step and their recomputation."""
+    with torch.inference_mode(False):
+        return torch.tensor(segments, dtype=torch.int32).to(device, non_blocking=True)

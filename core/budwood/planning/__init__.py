@@ -1,0 +1,1 @@
+"""A recipe before it runs."""

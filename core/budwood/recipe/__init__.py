@@ -1,0 +1,1 @@
+"""The recipe: schema, YAML with line numbers, overrides, reference page."""

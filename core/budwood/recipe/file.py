@@ -1,0 +1,271 @@
+"""A recipe as text: YAML or JSON to plain values, with the place of each; `-o key=value` on top.
+
+Values are built from the parsed nodes one by one, so every one keeps its line, and what a recipe has no use for
+(tags, anchors, duplicate keys) is refused before it can do anything.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from budwood.contract.validation import Location, dotted
+from budwood.errors import InputError, did_you_mean
+from budwood.untrusted.redaction import MASK, shorten
+
+MAX_BYTES = 100_000
+"""A recipe is a page; what is longer is another file, and parsing it would take seconds."""
+MAX_DEPTH = 100
+UNKNOWN = "?"
+"""Stands for a base, a data file or a strategy that a recipe should name, while the rest of it is looked at."""
+_TAGS = ("null", "bool", "int", "float", "str", "timestamp", "merge", "map", "seq")
+_RIVALS: dict[Location, str] = {
+    ("train", "epochs"): "steps",
+    ("train", "steps"): "epochs",
+    ("train", "batch_tokens"): "batch_examples",
+    ("train", "batch_examples"): "batch_tokens",
+}
+"""Fields that exclude each other: an override of one takes the place of the other in the file."""
+
+
+class Places(dict[Location, str]):
+    """Where each value of a recipe stands: "recipe.yaml:7", or the override that set it."""
+
+    def __init__(self, name: str) -> None:
+        """Start without a place; `name` stands for whatever has none."""
+        super().__init__()
+        self.name = name
+
+    def nearest(self, place: Location) -> str:
+        """Place of the value, or of the nearest mapping or list around it."""
+        for end in range(len(place), 0, -1):
+            if place[:end] in self:
+                return self[place[:end]]
+        return self.name
+
+    def forget(self, place: Location) -> None:
+        """Drop the places of a value and of all below it."""
+        for known in [known for known in self if known[: len(place)] == place]:
+            del self[known]
+
+
+def read_recipe_file(path: Path) -> tuple[dict[str, Any], Places]:
+    """Read a recipe's values and their places.
+
+    Raises:
+        InputError: the file is missing, unreadable, empty, not UTF-8, not YAML (or JSON), or not a mapping.
+    """
+    text = _read_text(path)
+    places = Places(str(path))
+    data = _parse(text, str(path), places, is_json=path.suffix.lower() == ".json")
+    if data is None:
+        raise InputError(f"{path}: is empty. The smallest recipe names a base, a data file and a strategy.")
+    if not isinstance(data, dict):
+        raise InputError(f"{path}:1: is not a recipe: the top level must be a mapping (base, data, strategies).")
+    return data, places
+
+
+def normalise_strategies(data: dict[str, Any], places: Places) -> list[str]:
+    """Turn `lora` and `lora: {rank: 8}` in `data["strategies"]` into `{"name": …, "options": …}`, places with them.
+
+    Returns:
+        What is wrong with items that are neither; an `UNKNOWN` one takes their place.
+    """
+    items = data.get("strategies")
+    if items is None:
+        return []
+    if not isinstance(items, list):
+        del data["strategies"]
+        return [f"{places.nearest(('strategies',))}: strategies: must be a list, for instance [lora]."]
+    result: list[dict[str, Any]] = []
+    problems = []
+    for index, item in enumerate(items):
+        place = ("strategies", index)
+        if isinstance(item, dict) and set(item) == {"name", "options"}:
+            result.append(item)
+            continue
+        named = {item: None} if isinstance(item, str) else item
+        if not isinstance(named, dict) or len(named) != 1:
+            what = "must be NAME or NAME: {OPTION: VALUE}"
+            if isinstance(named, dict) and len(named) > 1:
+                what = f"has {len(named)} keys ({', '.join(named)}); indent the options below the name"
+            problems.append(f"{places.nearest(place)}: {dotted(place)}: {what}.")
+            result.append({"name": UNKNOWN, "options": {}})
+            continue
+        ((name, options),) = named.items()
+        if options is not None and not isinstance(options, dict):
+            where = places.nearest((*place, name))
+            problems.append(f"{where}: {dotted((*place, name))}: must be a mapping of options.")
+            options = None
+        for known in [known for known in places if known[:3] == (*place, name)]:
+            places[(*place, "options", *known[3:])] = places.pop(known)
+        result.append({"name": name, "options": options or {}})
+    data["strategies"] = result
+    return problems
+
+
+def apply_overrides(
+    data: dict[str, Any], places: Places, overrides: Sequence[str], sections: Iterable[str]
+) -> list[str]:
+    """Put each KEY=VALUE into `data`, whose strategies are normalised; later ones win.
+
+    KEY is dotted: `train.steps`, `strategies.lora.rank`, or short `lora.rank`. VALUE is YAML.
+
+    Returns:
+        What is wrong with those that are left out: no "=", VALUE is not YAML, or KEY leads nowhere (the nearest is
+        named).
+    """
+    sections = list(sections)
+    chosen: set[Location] = set()
+    problems = []
+    for override in overrides:
+        who = f"-o {shorten(override)}"
+        key, equals, text = override.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            problems.append(f"{who}: write KEY=VALUE, for instance -o train.steps=100.")
+            continue
+        try:
+            value = _parse(text, who, Places(who))
+            place, holder, last = _holder(data, parts, sections, who)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        holder[last] = value
+        rival = _RIVALS.get(place)
+        if rival and (*place[:-1], rival) not in chosen:
+            holder.pop(rival, None)
+        chosen.add(place)
+        places.forget(place)
+        places[place] = who
+        if place == ("strategies",):
+            problems += normalise_strategies(data, places)
+    return problems
+
+
+def _holder(
+    data: dict[str, Any], parts: list[str], sections: list[str], who: str
+) -> tuple[Location, dict[str, Any], str]:
+    """Return the place that an override sets, the mapping that holds it, and its key there."""
+    start: Location = ()
+    holder: Any = data
+    if parts[0] not in sections or (parts[0] == "strategies" and len(parts) > 1):
+        named = {item["name"]: index for index, item in enumerate(data.get("strategies") or [])}
+        known = list(named) if parts[0] == "strategies" else [*sections, *named]
+        name, *options = parts[1:] if parts[0] == "strategies" else parts
+        if name not in named:
+            raise InputError(f"{who}: the recipe has no '{name}'.{did_you_mean(name, known)}")
+        start = ("strategies", named[name])
+        holder = data["strategies"][named[name]]
+        parts = ["options", *options]
+    for part in parts[:-1]:
+        if holder.get(part) is None:
+            holder[part] = {}
+        holder = holder[part]
+        if not isinstance(holder, dict):
+            raise InputError(f"{who}: '{part}' has no keys below it.")
+    return (*start, *parts), holder, parts[-1]
+
+
+def find_masked(data: Any, places: Places, place: Location = ()) -> list[str]:
+    """What is wrong with values that stand for secrets, as in the recipe.yaml of a run."""
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    problems = [problem for key, value in items for problem in find_masked(value, places, (*place, key))]
+    if isinstance(data, str) and MASK in data:
+        problems.append(
+            f"{places.nearest(place)}: {dotted(place)}: {MASK} stands for a secret that was not written; put it back."
+        )
+    return problems
+
+
+def dump(data: dict[str, Any]) -> str:
+    """Write plain values as YAML, in their order."""
+    yaml: Any = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.width = 4096
+    out = io.StringIO()
+    yaml.dump(data, out)
+    return out.getvalue()
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such recipe.") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
+    if len(raw) > MAX_BYTES:
+        raise InputError(f"{path}: is longer than {MAX_BYTES:,} bytes; that is no recipe.")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}:{line}: is not UTF-8 (byte 0x{raw[error.start]:02x}); save it as UTF-8.") from None
+
+
+def _parse(text: str, who: str, places: Places, is_json: bool = False) -> Any:
+    """Parse YAML or JSON into plain values and fill `places`; `who` leads messages, with the line for a file."""
+
+    def at(line: int) -> str:
+        return who if who.startswith("-o ") else f"{who}:{line + 1}"
+
+    yaml = YAML(typ="safe", pure=True)
+    data: Any = None
+    try:
+        if max(accumulate((c in "[{") - (c in "]}") for c in text), default=0) > MAX_DEPTH:
+            raise RecursionError  # the scanner's time grows with its square
+        if is_json and text.strip():
+            data = json.loads(text)
+        node = yaml.compose(io.StringIO(text))
+        values = None if node is None else _build(node, (), yaml, places, at)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{at(error.lineno - 1)}: is not JSON: {error.msg} (column {error.colno}).") from None
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        line = mark.line if mark is not None else text[: getattr(error, "position", 0)].count("\n")
+        if "'\\t'" in what:
+            what = "a tab cannot indent or start a value; use spaces"
+        raise InputError(f"{at(line)}: is not YAML: {shorten(what, 120)}.") from None
+    except (RecursionError, ValueError) as error:  # nesting without end; a number of thousands of digits
+        reason = "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
+        raise InputError(f"{at(0)}: is not a recipe: {reason}.") from None
+    return data if is_json else values
+
+
+def _build(node: Node, place: Location, yaml: YAML, places: Places, at: Any) -> Any:
+    where = at(node.start_mark.line)
+    places.setdefault(place, where)
+    if node.anchor:
+        raise InputError(f"{where}: '&{node.anchor}': anchors and aliases are not allowed; write the value out.")
+    tag = str(node.tag).removeprefix("tag:yaml.org,2002:")
+    if tag not in _TAGS:
+        raise InputError(f"{where}: '{shorten(str(node.tag))}': tags are not allowed; write a plain value.")
+    if isinstance(node, SequenceNode):
+        return [_build(item, (*place, i), yaml, places, at) for i, item in enumerate(node.value)]
+    if isinstance(node, MappingNode):
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            line = at(key_node.start_mark.line)
+            if not isinstance(key_node, ScalarNode):
+                raise InputError(f"{line}: a key must be a plain word.")
+            key = str(key_node.value)
+            if key in result:
+                first = places[(*place, key)].rpartition(":")[2]
+                raise InputError(f"{line}: duplicate key '{shorten(key)}' (first in line {first}).")
+            places[(*place, key)] = line
+            result[key] = _build(value_node, (*place, key), yaml, places, at)
+        return result
+    if tag in ("null", "bool", "int", "float"):
+        return yaml.constructor.construct_object(node)
+    return node.value

@@ -1,0 +1,1 @@
+"""What keeps a run's work: checkpoints, resume, lock, signals."""

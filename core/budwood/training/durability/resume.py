@@ -1,0 +1,96 @@
+"""Where a run is gone on with: what is found in its folder, and whether it is still the same run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from budwood.contract.types import Run
+from budwood.errors import InputError
+from budwood.recipe.file import read_recipe_file
+from budwood.recipe.schema import Recipe, build_composition
+from budwood.training.durability.changes import NOTED, Change, accept, compare
+from budwood.training.durability.checkpoint import Checkpoint, find_newest
+from budwood.training.preflight import read_manifest
+from budwood.training.report import Report
+
+
+@dataclass
+class Resume:
+    """A checkpoint to go on from, and what has changed since it was made and was accepted."""
+
+    checkpoint: Checkpoint
+    accept_changes: bool = False
+    changes: list[Change] = field(default_factory=list)
+
+    def compare(self, now: dict[str, Any], run: Run) -> None:
+        """Compare the part of a run's setting that is known by now.
+
+        Raises:
+            InputError: something changed that was not accepted or cannot be.
+        """
+        found = compare(self.checkpoint.setting, now)
+        for change in found:
+            if change.field in NOTED:
+                run.say(f"note: {change}: the last digits of what is computed may differ from the run so far")
+        where = str(self.checkpoint.directory)
+        changes = accept([c for c in found if c.field not in NOTED], where, self.accept_changes)
+        for change in changes:
+            run.say(f"accepted: {change}")
+        self.changes += changes
+
+    def check_steps(self, run: Run) -> None:
+        """Refuse a run that shall be shorter than it is already.
+
+        Raises:
+            InputError: it is.
+        """
+        if (run.steps or 0) < self.checkpoint.step:
+            raise InputError(
+                f"{self.checkpoint.directory}: a run of {run.steps} steps is over by then: raise train.steps or epochs."
+            )
+
+    @property
+    def accepted(self) -> list[dict[str, Any]]:
+        """All accepted changes up to now, as manifests keep them."""
+        now = [{"step": self.checkpoint.step, **change._asdict()} for change in self.changes]
+        return [*self.checkpoint.accepted, *now]
+
+
+def find_resume(recipe: Recipe, report: Report, accept_changes: bool) -> Resume | Run | None:
+    """Return what to go on from, the run itself where it is finished, or None where there is nothing yet.
+
+    Raises:
+        InputError: the run is finished, and the recipe is another one.
+        CorruptError: there are checkpoints, and none is sound.
+    """
+    directory = recipe.output
+    manifest = read_manifest(directory)
+    if manifest is None:
+        report.say(f"{directory} holds no run to go on with: it begins anew")
+        return None
+    if manifest.get("finished"):
+        before, _ = read_recipe_file(directory / "recipe.yaml")
+        now = recipe.to_dict(build_composition(recipe).strategies)
+        changes = accept(
+            compare({"recipe": before}, {"recipe": now}), f"the finished run in {directory}", accept_changes
+        )
+        if all(change.field == "recipe.output" for change in changes):
+            report.say(f"{directory}: the run is finished at step {manifest['step']}; there is nothing to go on with")
+            return _finished(recipe, manifest)
+    checkpoint = find_newest(directory, report.say)
+    if checkpoint is None:
+        report.say(f"{directory} holds no checkpoint: the run begins anew")
+        return None
+    report.say(f"going on from step {checkpoint.step}, {checkpoint.directory}")
+    return Resume(checkpoint, accept_changes)
+
+
+def _finished(recipe: Recipe, manifest: dict[str, Any]) -> Run:
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[manifest["precision"]]
+    run = Run(recipe, recipe.output, torch.device(manifest["device"]), dtype, seed=recipe.train.seed)
+    run.step, run.steps = manifest["step"], manifest["steps"]
+    run.before, run.metrics = manifest["before"], manifest["metrics"]
+    return run

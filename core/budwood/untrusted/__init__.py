@@ -1,0 +1,1 @@
+"""What reads files and text from outside: headers, JSON, names and paths, redaction, the template sandbox."""

@@ -1,0 +1,192 @@
+"""Names that leave no root, and folders that appear complete or not at all. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from budwood.errors import CorruptError, InputError, ResourceError, system_error
+from budwood.untrusted.redaction import shorten
+
+_RESERVED_NAMES = {"con", "prn", "aux", "nul", *(f"com{n}" for n in range(10)), *(f"lpt{n}" for n in range(10))}
+
+
+def check_name(name: str, what: str = "adapter") -> str:
+    """Return `name` when it can name a file on every system and leave no root.
+
+    Raises:
+        InputError: it is empty, longer than 64, a device's name, or holds other than letters, digits, `_`, `-`, `.`.
+    """
+    shown = name if len(name) <= 40 else name[:37] + "..."
+    if len(name) > 64:
+        raise InputError(f"{what} name {shown!r} has {len(name)} characters: use at most 64.")
+    if not re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_-])?", name) or ".." in name:
+        raise InputError(f"{what} name {shown!r}: use letters, digits, '_', '-' and '.', and begin with no sign.")
+    if name.split(".")[0].lower() in _RESERVED_NAMES:
+        raise InputError(f"{what} name {shown!r} is the name of a device: choose another.")
+    return name
+
+
+def check_folder(directory: Path, what: str = "folder") -> Path:
+    """Return `directory` when a folder can have this path on every system, and it is no device's.
+
+    Raises:
+        InputError: a part of it is longer than 255 bytes, a device's name, or holds control characters or marks that
+            are not seen (zero width, direction of writing); or it lies in /dev, /proc or /sys.
+    """
+    shown = shorten("".join(c if c.isprintable() else "?" for c in str(directory)))
+    for part in directory.parts:
+        if not part.isprintable():
+            raise InputError(f"{what} {shown}: holds characters that cannot be seen: choose another name.")
+        if len(os.fsencode(part)) > 255:
+            raise InputError(f"{what} {shown}: a name of {len(os.fsencode(part))} bytes; at most 255 can be.")
+        if part.split(".")[0].strip().lower() in _RESERVED_NAMES:
+            raise InputError(f"{what} {shown}: '{part}' is the name of a device: choose another.")
+    parts = Path(os.path.abspath(directory)).parts
+    if parts[1:2] in (("dev",), ("proc",), ("sys",)) and parts[1:3] != ("dev", "shm"):
+        raise InputError(f"{what} {shown}: lies among the system's devices: choose another.")
+    return directory
+
+
+def check_inside(directory: Path, names: Iterable[str]) -> None:
+    """Check that files of a folder, which a stranger may have named, lie in it; links that lead out are refused.
+
+    Raises:
+        CorruptError: it names the first that does not, or that no file can be called.
+    """
+    root = os.path.realpath(directory)
+    snapshots, repository = os.path.split(os.path.dirname(root))[::-1]
+    cached = os.path.join(repository, "blobs") if snapshots == "snapshots" else root  # where the hub's cache keeps them
+    for name in names:
+        if not name.isprintable() or len(name) > 200 or name.startswith("~") or ".." in Path(name).parts:
+            raise CorruptError(f"{directory}: names a file {shorten(repr(name))}, which it cannot hold.")
+        place = os.path.realpath(os.path.join(directory, name))
+        if not place.startswith((root + os.sep, cached + os.sep)):
+            raise CorruptError(f"{directory / name}: leads out of its folder.")
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def complete_directory(directory: Path, replace: bool = False, needs: int = 0) -> Iterator[Path]:
+    """Yield a temporary sibling of `directory` that takes its place, synced to disk, when the block ends well.
+
+    An exception or a crash leaves what was there before. With `replace` an existing folder is exchanged in one
+    rename; where the file system cannot exchange, the old one stands beside as `.NAME.old` for an instant, and is
+    put back by the next call where a crash hit that instant.
+
+    Args:
+        directory: what is to appear.
+        replace: whether it may exist.
+        needs: bytes that it will take, for the message where there is no room; 0: not known.
+
+    Raises:
+        InputError: `directory` exists and `replace` is False, or no folder can be called so.
+        ResourceError: it cannot be written.
+    """
+    directory = check_folder(Path(os.path.abspath(directory)))
+    if not replace and (directory.is_symlink() or directory.exists()) and not _is_empty_folder(directory):
+        raise InputError(f"{directory} exists already: choose another folder, or remove it.")
+    partial, old = (directory.with_name(f".{directory.name}.{end}") for end in ("partial", "old"))
+    try:
+        missing = [path for path in directory.parents if not path.exists()]
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        for made in missing:
+            _sync(made.parent)
+        _put_back(old, directory)
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        partial.mkdir()
+    except OSError as error:
+        raise cannot_write(directory, error, needs) from error
+    try:
+        yield partial
+        # As the user's umask has it: safetensors gives its files to the owner alone.
+        shared = partial.stat().st_mode & 0o666
+        for path in sorted(partial.rglob("*"), reverse=True):
+            if path.is_file() and not path.is_symlink():
+                with contextlib.suppress(OSError):  # some file systems have no modes
+                    path.chmod(shared)
+            _sync(path)
+        _sync(partial)
+        if not directory.exists() or not _exchange(partial, directory):
+            if directory.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                directory.rename(old)
+            partial.rename(directory)
+        _sync(directory.parent)
+    except Exception as error:
+        needs = needs or sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+        with contextlib.suppress(OSError):
+            _put_back(old, directory)
+        if (cause := system_error(error)) is None:
+            raise
+        raise cannot_write(directory, cause, needs) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # what was there before, or what did not become complete
+        if directory.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def complete_file(path: Path, data: bytes) -> None:
+    """Write a file; whoever looks, or kills the process, finds the old one or the new one, synced to disk.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(data)
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise cannot_write(path, error, len(data)) from error
+
+
+def cannot_write(path: Path, error: OSError, needs: int) -> ResourceError:
+    """The error for what the system refuses to write; where it lacks room, with the bytes needed (or 0) and free."""
+    text = f"{path}: cannot be written: {error.strerror or error}"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(f"{text}. Choose another folder.")
+    free = shutil.disk_usage(next(p for p in Path(os.path.abspath(path)).parents if p.exists())).free
+    return ResourceError(
+        f"{text}: {needs:,} bytes are needed, and {free:,} are free. Make room, or choose another folder."
+    )
+
+
+def _put_back(old: Path, directory: Path) -> None:
+    """Undo the first of two renames, where the second did not follow."""
+    if old.is_dir() and not directory.exists():
+        old.rename(directory)
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders in one atomic rename (Linux); False where the system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2 is not None and renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0

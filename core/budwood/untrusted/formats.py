@@ -1,0 +1,160 @@
+"""JSON and the headers of safetensors from strangers: one strict reader. Imports no torch and unpickles nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from budwood.errors import CorruptError, ResourceError
+from budwood.untrusted.redaction import shorten
+
+MAX_JSON = 4 << 20
+"""Largest JSON file that is read, in bytes."""
+MAX_HEADER = 16 << 20
+"""Largest safetensors header that is read, in bytes: about 100,000 tensors."""
+
+_BITS = {
+    "F4": 4,
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as a safetensors header describes it; `start` and `end` are offsets into `file`, in bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.end - self.start
+
+
+def read_json(path: Path, limit: int = MAX_JSON, finite: bool = True) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Args:
+        limit: largest file that is read, in bytes.
+        finite: refuse NaN and infinity, which are no JSON; some libraries write them all the same.
+
+    Raises:
+        CorruptError: it is larger, not UTF-8 JSON, nested too deep, no object, or has a key twice or a number that is
+            not finite.
+        ResourceError: it cannot be read.
+    """
+    try:
+        if not path.is_file():  # a pipe would be waited for, a device read without end
+            raise CorruptError(f"{path}: is no plain file.")
+        size = path.stat().st_size
+        if size > limit:
+            raise CorruptError(f"{path}: {size:,} bytes is no plain JSON file of at most {limit:,} bytes.")
+        return parse_object(path.read_bytes(), str(path), finite)
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be read: {error.strerror}.") from error
+
+
+def parse_object(data: bytes, where: str, finite: bool = True) -> dict[str, Any]:
+    """Parse a JSON object; `where` leads messages. See `read_json`."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(items)
+        if len(value) != len(items):
+            raise ValueError("a key stands twice")
+        return value
+
+    def number(text: str) -> float:
+        if finite and not math.isfinite(float(text)):  # NaN, Infinity and 1e999
+            raise ValueError(f"{text[:20]} is no finite number")
+        return float(text)
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=number, parse_float=number)
+    except RecursionError as error:
+        raise CorruptError(f"{where}: nested too deep to be read.") from error
+    except ValueError as error:  # not UTF-8, not JSON, an integer of thousands of digits
+        raise CorruptError(f"{where}: not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise CorruptError(f"{where}: holds no JSON object.")
+    return value
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Read and check the header of a safetensors file without reading its tensors.
+
+    Raises:
+        CorruptError: it is no safetensors file (a pickle is named as one), its header is larger than 16 MiB or than
+            the file, a tensor has an unknown dtype or an impossible shape, or the tensors do not fill the file exactly.
+        ResourceError: it cannot be read.
+    """
+    try:
+        if not path.is_file():
+            raise CorruptError(f"{path}: is no plain file.")
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            _refuse_others(path, start)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > size - 8:
+                raise CorruptError(
+                    f"{path}: truncated or no safetensors file: {size:,} bytes, and a header of {length:,} is claimed."
+                )
+            if length > MAX_HEADER:
+                raise CorruptError(f"{path}: a header of {length:,} bytes; at most {MAX_HEADER:,} are read.")
+            header = parse_object(file.read(length), f"{path}, header")
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be read: {error.strerror}.") from error
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CorruptError(f"{path}: its metadata are not texts.")
+    entries = sorted((_offsets(path, name, entry), name) for name, entry in header.items())
+    return {info.name: info for info in _infos(path, header, entries, 8 + length, size)}
+
+
+def _refuse_others(path: Path, start: bytes) -> None:
+    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
+        raise CorruptError(f"{path}: is a pickle, not safetensors; it was not opened. Convert it where you trust it.")
+    if start == b"version ":
+        raise CorruptError(f"{path}: is a git-lfs pointer, not the weights: run `git lfs pull`.")
+
+
+def _infos(
+    path: Path, header: dict[str, Any], entries: list[tuple[tuple[int, int], str]], data: int, size: int
+) -> Iterator[TensorInfo]:
+    """The tensors in their order in the file, `data` bytes from whose start they begin; they must fill it exactly."""
+    end = 0
+    for (begin, stop), name in entries:
+        dtype, shape = header[name].get("dtype"), header[name].get("shape")
+        shown = shorten(name)
+        bits = _BITS.get(dtype) if isinstance(dtype, str) else None
+        if bits is None:
+            raise CorruptError(f"{path}: tensor '{shown}' has the unknown dtype {shorten(repr(dtype))}.")
+        whole = isinstance(shape, list) and len(shape) <= 8
+        if not (whole and all(type(n) is int and 0 <= n < 1 << 40 for n in shape)):
+            raise CorruptError(f"{path}: tensor '{shown}' has an impossible shape.")
+        if begin != end or (stop - begin) * 8 != math.prod(shape) * bits:
+            raise CorruptError(f"{path}: tensor '{shown}' overlaps, leaves a gap, or has not the bytes of its shape.")
+        end = stop
+        yield TensorInfo(name, dtype, tuple(shape), path, data + begin, data + stop)
+    if end != size - data:
+        raise CorruptError(f"{path}: truncated or padded: tensors end at {end:,} of {size - data:,} bytes.")
+
+
+def _offsets(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(o) is int and o >= 0 for o in offsets)):
+        raise CorruptError(f"{path}: tensor '{shorten(name)}' has no valid offsets.")
+    return offsets[0], offsets[1]

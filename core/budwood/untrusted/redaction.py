@@ -1,0 +1,110 @@
+"""Secrets stay where they are: whatever is printed, logged or written goes through here first.
+
+Known as secrets are the values of environment variables and recipe fields whose names say so, credentials in URLs and
+headers, and what has the shape of a well-known service's token.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+MASK = "[redacted]"
+SHORTEST = 6
+"""Characters; a shorter value is taken for a switch or a number, and replacing it everywhere would garble messages."""
+
+_WORDS = r"password|passwd|passphrase|secret|api_?key|access_?key|private_?key|credentials?"
+_VARIABLE = re.compile(rf"(?i)(^|_)({_WORDS}|token|auth)$")
+# In a recipe a token may well be one of a tokenizer's: mask_token, stop_token.
+_TOKENS = r"(?:access|api|auth|bearer|github|hf|hub|refresh|session|wandb)_?token"
+_FIELD = rf"(?:\w*_)?(?:{_WORDS})|token|\w*{_TOKENS}"
+_NAMES_SECRET = re.compile(rf"(?i)({_FIELD})$")
+_PATTERNS = (
+    (re.compile(r"(?i)\b([a-z][a-z0-9+.-]{1,20}://)[^\s/'\"]*@"), rf"\1{MASK}@"),
+    (re.compile(r"(?i)([?&][\w-]{0,40}(?:token|key|secret|password|signature|sig)=)[^&\s'\"]+"), rf"\1{MASK}"),
+    (re.compile(rf"(?i)((?<!\w)(?:{_FIELD})=)[^\s,;&'\"]+"), rf"\1{MASK}"),
+    (re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*['\"]?\w+\s+)[^\s'\"]+"), rf"\1{MASK}"),
+    (re.compile(r"\b(hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[abp]-|AKIA)[A-Za-z0-9_-]{12,}"), MASK),
+)
+
+_remembered: set[str] = set()
+
+
+def redact(text: str) -> str:
+    """Return `text` with every secret in it replaced."""
+    for secret in sorted(_secrets(), key=len, reverse=True):
+        text = text.replace(secret, MASK)
+    for pattern, mask in _PATTERNS:
+        text = pattern.sub(mask, text)
+    return text
+
+
+def shorten(text: str, limit: int = 60) -> str:
+    """Cut `text` to one line of at most `limit` characters."""
+    line = redact(" ".join(text.split()))  # before it is cut: half a secret would not be known as one
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def redact_values(value: Any) -> Any:
+    """Return plain values (mappings, lists, texts, numbers) with every secret in them replaced."""
+    if isinstance(value, Mapping):
+        return {key: MASK if _is_secret(key, item) else redact_values(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact_values(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
+
+
+def remember(value: Any) -> None:
+    """From now on, know the secrets in plain values: a recipe's, whose fields name them."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if _is_secret(key, item) and len(item) >= SHORTEST:
+                _remembered.add(item)
+            remember(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            remember(item)
+    elif isinstance(value, str):
+        _remembered.update(_password(value))
+
+
+class RedactedStream:
+    """A text stream that redacts what is written to it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write; returns the number of characters given."""
+        self._stream.write(redact(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _is_secret(key: Any, value: Any) -> bool:
+    return isinstance(key, str) and isinstance(value, str) and bool(value) and bool(_NAMES_SECRET.match(key))
+
+
+def _secrets() -> set[str]:
+    found = set(_remembered)
+    for name, value in os.environ.items():
+        if _VARIABLE.search(name):
+            found.update([value.strip(), *(line.strip() for line in value.splitlines())])
+        elif "://" in value:
+            found.update(_password(value))
+    found |= {quote(secret, safe="") for secret in found}
+    return {secret for secret in found if len(secret) >= SHORTEST}
+
+
+def _password(text: str) -> set[str]:
+    """The password of a URL, as it stands there and as it is meant."""
+    try:
+        password = urlsplit(text).password
+    except ValueError:  # no URL after all
+        return set()
+    return {password, unquote(password)} if password else set()

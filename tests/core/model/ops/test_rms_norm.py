@@ -1,0 +1,56 @@
+"""RMSNorm that keeps less: the model's own numbers bit for bit, its gradient, and no norm that differs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from budwood.model.ops.rms_norm import rms_norm, save_memory_in_norms
+
+
+def norm(dtype: torch.dtype) -> LlamaRMSNorm:
+    module = LlamaRMSNorm(48).to(dtype)
+    nn.init.normal_(module.weight, generator=torch.Generator().manual_seed(0))
+    return module.requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_output_and_gradient_are_the_models_own(dtype: torch.dtype) -> None:
+    module = norm(dtype)
+    x = torch.randn(2, 5, 48).to(dtype).requires_grad_()
+    pull = torch.randn(2, 5, 48).to(dtype)
+    own = module(x)
+    (own_gradient,) = torch.autograd.grad(own, x, pull)
+    assert save_memory_in_norms(module) == 1
+    ours = module(x)
+    assert torch.equal(ours, own)
+    (gradient,) = torch.autograd.grad(ours, x, pull)
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(gradient, own_gradient, rtol=tolerance, atol=tolerance)
+
+
+def test_it_keeps_the_input_and_no_copy_of_it() -> None:
+    x = torch.randn(64, 48).bfloat16().requires_grad_()
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        rms_norm(x, norm(torch.bfloat16).weight, 1e-6)
+    large = [t for t in kept if t.numel() >= x.numel()]
+    assert [t.data_ptr() for t in large] == [x.data_ptr()]
+
+
+def test_a_norm_of_another_formula_is_left_alone() -> None:
+    other = Gemma2RMSNorm(48)
+    nn.init.normal_(other.weight)
+    assert save_memory_in_norms(other) == 0
+    assert "forward" not in vars(other)
+
+
+def test_a_norm_whose_weight_trains_computes_its_gradient() -> None:
+    module = norm(torch.float32)
+    save_memory_in_norms(module)
+    module.weight.requires_grad_(True)
+    module(torch.randn(3, 48)).sum().backward()
+    assert module.weight.grad is not None and module.weight.grad.abs().sum() > 0

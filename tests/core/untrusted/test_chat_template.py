@@ -1,0 +1,141 @@
+"""Chat templates of hostile authors: the sandbox, the limits, and that neither changes what a sound one renders."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from budwood.data.encoder import encode_chat
+from budwood.errors import InputError, ResourceError
+from budwood.untrusted import chat_template
+from budwood.untrusted.chat_template import render
+
+# One template for all, so that only an attack that ends its process costs the start of another.
+ATTACKS = {
+    "loops for ever": "{% for a in range(n) %}{% for b in range(n) %}{% endfor %}{% endfor %}",
+    "computes for ever": "{{ (n ** n) ** n }}",
+    "too long a range": "{% for a in range(n ** 3) %}{% endfor %}",
+    "multiplies a string": "{{ 'a' * n ** 3 }}",
+    "pads a string": "{{ 'a'|center(n ** 3) }}",
+    "formats a string": "{{ '%1000000000d'|format(1) }}{{ '%9999999999d'|format(1) }}",
+    "doubles a string": "{% set s = namespace(t='aaa') %}{% for a in range(60) %}{% set s.t = s.t ~ s.t %}{% endfor %}",
+    "writes too much": "{% for a in range(99) %}{{ 'a' * n * 2 }}{% endfor %}",
+    "calls itself": "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+    "attribute of a string": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "attribute by a filter": "{{ (messages|attr('__class__')).__base__ }}",
+    "attribute by a format": "{{ '{0.__class__.__init__}'.format(messages) }}",
+    "attribute by a format map": "{{ '{a.__class__}'.format_map({'a': messages}) }}",
+    "globals of a helper": "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+    "globals of lipsum": "{{ lipsum.__globals__['os'] }}",
+    "another file": "{% include '/etc/passwd' %}",
+    "changes its input": "{{ messages.append(1) }}",
+}
+TEMPLATE = "{% set n = 99999 %}{{ bos_token }}{% if add_generation_prompt %}?{% endif %}" + "".join(
+    f"{{% if messages[0].content == '{name}' %}}{attack}{{% endif %}}" for name, attack in ATTACKS.items()
+)
+EXPECTED = {
+    "loops for ever": "takes more than 0.3 s",
+    "computes for ever": "takes more than 0.3 s",
+    "writes too much": "writes 19,799,805 characters",
+    "multiplies a string": "memory",
+    "pads a string": "memory",
+    "formats a string": "memory",
+    "doubles a string": "memory",
+    "calls itself": "recursion|nests too deep",
+    "another file": "refuses the conversation",
+    "too long a range": "Range too big",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_limits() -> Iterator[None]:
+    """Limits that a test need not wait for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_template, "SECONDS", 0.3)
+        patch.setattr(chat_template, "MEMORY", 128 << 20)
+        patch.setattr(chat_template, "_processes", {})
+        yield
+        for process in chat_template._processes.values():
+            process.end()
+
+
+def ask(content: str) -> str | InputError:
+    return next(render(TEMPLATE, [([{"role": "user", "content": content}], {"bos_token": "<s>"})]))
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_ends_in_one_error(name):
+    answer = ask(name)
+    assert isinstance(answer, InputError), answer[:100]
+    assert answer.exit_code == 2
+    assert str(answer).startswith("the chat template ")
+    assert "\n" not in str(answer)
+    assert len(str(answer)) < 400
+    with pytest.raises(InputError, match=EXPECTED.get(name, "unsafe|immutable|safely|not allowed|append")):
+        raise answer
+    assert ask("nothing") == "<s>"  # the next one is answered as ever
+
+
+def test_those_before_and_behind_an_attack_are_answered():
+    names = ["nothing", "loops for ever", "nothing", "attribute of a string", "nothing"]
+    given = [([{"role": "user", "content": name}], {"bos_token": "<s>"}) for name in names]
+    answers = list(render(TEMPLATE, given))
+    assert [isinstance(answer, InputError) for answer in answers] == [False, True, False, True, False]
+
+
+def test_the_limit_of_time_holds_in_a_thread_too():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(ask("loops for ever")))
+    thread.start()
+    thread.join()
+    assert "takes more than" in str(found[0])
+
+
+def test_a_template_that_does_not_compile():
+    for template in ("{{ " + "(" * 10_000 + " }}", "{% if a %}" * 2_000):
+        assert isinstance(next(render(template, [([], {})])), InputError)
+
+
+def test_it_renders_what_transformers_renders(byte_level):
+    templates = [
+        "{% for m in messages %}{{ m['role'] }}:{{ m.content|trim }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}",
+        "{{ bos_token }}{% for m in messages if m.role != 'system' %}{%- if loop.first %}<{% endif %}{{ m | tojson }}"
+        "{% if loop.index is even %}{% continue %}{% endif %} {{ loop.index0 }}{% endfor %}",
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{{ m.reasoning_content }}{% endfor %}"
+        "{{ thinking|default('no') }}",
+        {"default": "{{ messages|length }}", "tool_use": "x"},
+    ]
+    messages = [
+        {"role": "system", "content": " naïve 😀\n", "name": None},
+        {"role": "user", "content": "a\u2028b\"'<&", "reasoning": "because"},
+        {"role": "assistant", "content": "c", "extra": [1, 2.5, None, True, {"a": "b"}]},
+    ]
+    for template in templates:
+        tokenizer = byte_level(True, None)
+        tokenizer.chat_template = template
+        theirs = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, thinking="yes")
+        source = tokenizer.get_chat_template()
+        variables = {**tokenizer.special_tokens_map, "thinking": "yes", "add_generation_prompt": True}
+        assert list(render(source, [(messages, variables)])) == [theirs]
+        tokenizer.chat_template = None
+
+
+def test_a_prompt_through_a_hostile_template_is_an_input_error(byte_level):
+    tokenizer = byte_level(True, None)
+    for template, word in (
+        ("{{ ''.__class__ }}", "'__class__' of a str is unsafe"),
+        ({"a": "x"}, "multiple chat templates"),
+    ):
+        tokenizer.chat_template = template
+        with pytest.raises(InputError, match=f"chat.*{word}"):
+            encode_chat(tokenizer, [{"role": "user", "content": "x"}])
+    tokenizer.chat_template = None
+
+
+def test_a_process_that_cannot_start_is_the_machines_matter(monkeypatch):
+    monkeypatch.setattr(chat_template.sys, "executable", "/nowhere/python")
+    with pytest.raises(ResourceError, match="did not start.*No such file"):
+        next(render("another {{ 1 }}", [([], {})]))
