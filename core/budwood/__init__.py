@@ -9,20 +9,27 @@ if TYPE_CHECKING:
     from budwood.contract.attack import Attack as Attack
     from budwood.contract.calls import ask_owner as ask_owner
     from budwood.contract.discovery import PluginError as PluginError
+    from budwood.contract.examples import Batch as Batch
+    from budwood.contract.examples import Column as Column
+    from budwood.contract.examples import Example as Example
     from budwood.contract.strategy import RUN_ADAPTER as RUN_ADAPTER
     from budwood.contract.strategy import Options as Options
     from budwood.contract.strategy import Strategy as Strategy
     from budwood.contract.strategy import hookimpl as hookimpl
-    from budwood.contract.types import Batch as Batch
+    from budwood.contract.types import BestMetric as BestMetric
     from budwood.contract.types import Event as Event
-    from budwood.contract.types import Example as Example
     from budwood.contract.types import Generator as Generator
     from budwood.contract.types import LossTerm as LossTerm
     from budwood.contract.types import Outputs as Outputs
     from budwood.contract.types import ParameterGroup as ParameterGroup
     from budwood.contract.types import Plan as Plan
+    from budwood.contract.types import Reference as Reference
     from budwood.contract.types import Run as Run
     from budwood.contract.types import Step as Step
+    from budwood.data.build import Encoded as Encoded
+    from budwood.data.encoder import Encoder as Encoder
+    from budwood.data.formats import DataFormat as DataFormat
+    from budwood.data.formats import Dropped as Dropped
     from budwood.errors import BudwoodError as BudwoodError
     from budwood.errors import CorruptError as CorruptError
     from budwood.errors import DivergedError as DivergedError
@@ -37,10 +44,29 @@ _EXPORTS = {
     "Attack": "budwood.contract.attack",
     "ask_owner": "budwood.contract.calls",
     **dict.fromkeys(("RUN_ADAPTER", "Options", "Strategy", "hookimpl"), "budwood.contract.strategy"),
+    **dict.fromkeys(("Batch", "Column", "Example"), "budwood.contract.examples"),
     **dict.fromkeys(
-        ("Batch", "Event", "Example", "Generator", "LossTerm", "Outputs", "ParameterGroup", "Plan", "Run", "Step"),
+        (
+            "BestMetric",
+            "Event",
+            "Generator",
+            "LossTerm",
+            "Outputs",
+            "ParameterGroup",
+            "Plan",
+            "Reference",
+            "Run",
+            "Step",
+        ),
         "budwood.contract.types",
     ),
+    "Encoded": "budwood.data.build",
+    "Encoder": "budwood.data.encoder",
+    **dict.fromkeys(("DataFormat", "Dropped"), "budwood.data.formats"),
+    **dict.fromkeys(("collate_rows", "collate_tokens"), "budwood.data.packing"),
+    **dict.fromkeys(("CausalLM", "SequenceClassification"), "budwood.model.text_tasks"),
+    "EvalTotals": "budwood.model.evaluation",
+    "Task": "budwood.model.task",
     **dict.fromkeys(("PluginError", "installed"), "budwood.contract.discovery"),
     **dict.fromkeys(
         ("BudwoodError", "CorruptError", "DivergedError", "InputError", "ResourceError", "did_you_mean"),
@@ -73,8 +99,9 @@ _EXPORTS = {
     **dict.fromkeys(("frozen_linear", "low_rank_linear", "mixed_low_rank_linear"), "budwood.model.ops.linear"),
     **dict.fromkeys(("check_adapter_tensors", "copy_adapter_tensors", "read_adapter"), "budwood.adapters.store"),
     **dict.fromkeys(("check_base", "fingerprint", "load_base", "load_tokenizer", "skeleton"), "budwood.model.base"),
-    "batches_of": "budwood.model.tasks",
-    **dict.fromkeys(("adapter_off", "load_frozen"), "budwood.training.frozen"),
+    **dict.fromkeys(("autocast", "batches_of"), "budwood.model.evaluation"),
+    "load_frozen": "budwood.training.frozen",
+    "adapter_off": "budwood.training.reference",
 }
 
 __all__ = ["__version__", *_EXPORTS]

@@ -8,17 +8,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from budwood.adapters.store import GoldenRecord
+from budwood.contract.examples import Example
 from budwood.errors import CorruptError
 from budwood.untrusted.formats import read_header
 
 if TYPE_CHECKING:
     from budwood.model.base import Base
+    from budwood.model.task import Task
 
 TOLERANCE = 1e-5
 """Largest difference of a logit that a replay in the same setting may show."""
@@ -26,35 +29,38 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Golden:
-    """Prompts and the logits after them.
+    """Probes and the logits at them.
 
     Attributes:
-        prompts: token ids.
-        base: [prompts, vocabulary or classes] fp32, of the base alone.
+        probes: what the model is asked, each scored at one position.
+        base: [probes, vocabulary or classes] fp32, of the base alone.
         adapter: the same with the adapter.
     """
 
-    prompts: list[list[int]]
+    probes: list[Example]
     base: Tensor
     adapter: Tensor
 
     @classmethod
-    def of(cls, prompts: Sequence[Sequence[int]], base: Sequence[Tensor], adapter: Sequence[Tensor]) -> Golden:
-        """Gather prompts and logits [vocabulary or classes], one of each for a prompt."""
+    def of(cls, probes: Sequence[Example], base: Sequence[Tensor], adapter: Sequence[Tensor]) -> Golden:
+        """Gather probes and logits [vocabulary or classes], one of each for a probe."""
         rows = [torch.stack([row.detach().float().cpu() for row in logits]) for logits in (base, adapter)]
-        return cls([list(prompt) for prompt in prompts], *rows)
+        return cls(list(probes), *rows)
 
     def save(self, path: Path) -> None:
-        """Write as safetensors."""
+        """Write as safetensors: `base`, `adapter`, and of probe i `i/position` and `i/inputs/NAME`."""
         from safetensors.torch import save_file
 
-        flat = torch.tensor([token for prompt in self.prompts for token in prompt], dtype=torch.int32)
-        lengths = torch.tensor([len(prompt) for prompt in self.prompts], dtype=torch.int32)
-        save_file({"prompts": flat, "lengths": lengths, "base": self.base, "adapter": self.adapter}, path)
+        tensors = {"base": self.base, "adapter": self.adapter}
+        for number, probe in enumerate(self.probes):
+            tensors[f"{number}/position"] = torch.from_numpy(probe.label_positions[:1].astype(np.int64))
+            for name, value in probe.inputs.items():
+                tensors[f"{number}/inputs/{name}"] = torch.from_numpy(np.ascontiguousarray(value))
+        save_file(tensors, path)
 
     @classmethod
     def load(cls, path: Path) -> Golden:
-        """Read what `save` wrote.
+        """Read what `save` wrote, or what an earlier version did: `prompts` and their `lengths`.
 
         Raises:
             CorruptError: it is no such file.
@@ -62,20 +68,49 @@ class Golden:
         from safetensors.torch import load_file
 
         infos = read_header(path)
-        tensors = load_file(path) if set(infos) == {"prompts", "lengths", "base", "adapter"} else {}
-        lengths = tensors["lengths"].tolist() if tensors else []
+        tensors = load_file(path) if {"base", "adapter"} <= set(infos) else {}
+        base, adapter = tensors.pop("base", torch.empty(0)), tensors.pop("adapter", torch.empty(0))
+        probes = _read_prompts(tensors) if set(tensors) == {"prompts", "lengths"} else _read_probes(tensors)
         sound = (
-            lengths
-            and all(infos[name].dtype == "I32" for name in ("prompts", "lengths"))
-            and all(n > 0 for n in lengths)
-            and tensors["prompts"].shape == (sum(lengths),)
-            and tensors["base"].shape == tensors["adapter"].shape == (len(lengths), tensors["base"].shape[-1])
-            and all(tensors[name].isfinite().all() for name in ("base", "adapter"))
+            probes
+            and base.ndim == 2
+            and base.shape == adapter.shape
+            and len(base) == len(probes)
+            and all(logits.isfinite().all() for logits in (base, adapter))
         )
         if not sound:
             raise CorruptError(f"{path}: holds no golden logits.")
-        prompts = [ids.tolist() for ids in tensors["prompts"].split(lengths)]
-        return cls(prompts, tensors["base"], tensors["adapter"])
+        return cls(probes, base, adapter)
+
+
+def _read_probes(tensors: dict[str, Tensor]) -> list[Example]:
+    """The probes in a file's tensors; none if they are not sound."""
+    probes: list[Example] = []
+    while f"{len(probes)}/position" in tensors:
+        prefix = f"{len(probes)}/inputs/"
+        position = tensors.pop(f"{len(probes)}/position")
+        names = [name for name in tensors if name.startswith(prefix)]
+        inputs = {name.removeprefix(prefix): tensors.pop(name).numpy() for name in names}
+        if position.shape != (1,) or position.dtype != torch.int64 or int(position) < 0 or not inputs:
+            return []
+        if any(value.ndim == 0 or not value.size or not np.isfinite(value).all() for value in inputs.values()):
+            return []
+        if "input_ids" in inputs and not 0 <= int(position) < len(inputs["input_ids"]):
+            return []
+        probes.append(_probe(inputs, int(position)))
+    return [] if tensors else probes
+
+
+def _read_prompts(tensors: dict[str, Tensor]) -> list[Example]:
+    prompts, lengths = tensors["prompts"], tensors["lengths"].tolist()
+    whole = all(tensor.dtype == torch.int32 and tensor.ndim == 1 for tensor in tensors.values())
+    if not whole or not lengths or min(lengths) < 1 or len(prompts) != sum(lengths):
+        return []
+    return [_probe({"input_ids": ids.numpy()}, len(ids) - 1) for ids in prompts.split(lengths)]
+
+
+def _probe(inputs: dict[str, np.ndarray], position: int) -> Example:
+    return Example(inputs, np.array([position]), np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.float32))
 
 
 @dataclass(frozen=True)
@@ -108,21 +143,23 @@ class Distance:
         )
 
 
-def measure(model: nn.Module, prompts: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
-    """Logits [prompts, vocabulary or classes] fp32 on the CPU after each prompt, one prompt at a time, in eval mode.
+def measure(task: Task, model: nn.Module, tokenizer: Any, probes: Sequence[Example], dtype: torch.dtype) -> Tensor:
+    """Logits [probes, …] fp32 on the CPU at each probe's position, one probe at a time, in evaluation mode.
 
-    `dtype` is the compute dtype; 16 bit runs under autocast, as training does.
+    The model's own forward computes them. `dtype` is the compute dtype; 16 bit runs under autocast, as training does.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     rows = []
     try:
-        with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            for prompt in prompts:
-                ids = torch.tensor([list(prompt)], device=device)
-                logits = model(input_ids=ids, use_cache=False).logits
-                rows.append((logits[0, -1] if logits.ndim == 3 else logits[0]).float().cpu())
+        with (
+            torch.no_grad(),
+            torch.autocast(device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16)),
+        ):
+            for probe in probes:
+                batch = task.collate([probe], model, tokenizer, False).to(device)
+                rows.append(task.own_logits(model, batch)[0].float().cpu())
     finally:
         model.train(was_training)
     return torch.stack(rows)

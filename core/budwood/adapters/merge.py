@@ -21,6 +21,7 @@ from budwood.contract.discovery import PluginError
 from budwood.contract.loading import load_strategy, start
 from budwood.errors import InputError
 from budwood.model.checkpoint import read_config, resolve
+from budwood.model.text_tasks import as_probe
 from budwood.untrusted.files import complete_directory
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -95,14 +96,14 @@ def merge(
     before = _originals(model)
     notes = pool.load("adapter", saved.directory, allow_other_base=allow_other_base).notes
     golden = Golden.load(saved.directory / GOLDEN) if (saved.directory / GOLDEN).exists() and saved.manifest else None
-    prompts = golden.prompts if golden else [pool.tokenizer(text)["input_ids"] for text in SENTENCES]
+    probes = golden.probes if golden else [as_probe(pool.tokenizer(text)["input_ids"]) for text in SENTENCES]
     pool.use("adapter")
-    with_adapter = measure(model, prompts, torch.float32)
+    with_adapter = measure(pool.kind, model, pool.tokenizer, probes, torch.float32)
     pool.merge("adapter")
     changed, rounded_away, worst = _round(model, before, target)
     if not changed:
         raise InputError(f"{saved.directory}: merging changes no weight of the base.")
-    merged = measure(model, prompts, torch.float32)
+    merged = measure(pool.kind, model, pool.tokenizer, probes, torch.float32)
     report = MergeReport(
         out,
         dtype,

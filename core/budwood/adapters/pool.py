@@ -16,6 +16,7 @@ from budwood.adapters.live import module_ids, unchanged_on_error
 from budwood.adapters.store import SavedAdapter, read_adapter, template_hash, tokenizer_hash
 from budwood.contract.calls import ask_owner
 from budwood.contract.discovery import PluginError
+from budwood.contract.examples import Example
 from budwood.contract.loading import create, load_strategy, start
 from budwood.contract.strategy import Strategy
 from budwood.data.encoder import Encoder, encode_chat, encode_prompt
@@ -23,6 +24,8 @@ from budwood.errors import BudwoodError, InputError, did_you_mean
 from budwood.model.base import Base, load_base, pick_device_precision
 from budwood.model.generate import Generated, generate
 from budwood.model.quiet import hush
+from budwood.model.task import Task
+from budwood.model.text_tasks import as_probe
 from budwood.untrusted.files import check_name
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
@@ -79,11 +82,13 @@ class AdapterPool:
         """
         hush()
         self.task = task
+        self.kind: Task = create(task, "budwood.tasks")
         if not isinstance(base, Base):
             chosen, dtype, _ = pick_device_precision(device, precision)
-            kind = create(task, "budwood.tasks")
-            options = {"model_kwargs": kind.model_kwargs(list(labels or ()))}
-            base = load_base(base, quantization, kind.auto_class, dtype, chosen, **options)
+            kwargs, tokenizer = self.kind.model_kwargs(list(labels or ())), self.kind.needs_tokenizer
+            base = load_base(
+                base, quantization, self.kind.auto_class, dtype, chosen, model_kwargs=kwargs, needs_tokenizer=tokenizer
+            )
         self.base = base
         self.model: nn.Module = base.model.eval().requires_grad_(False)
         self.tokenizer = base.tokenizer
@@ -231,11 +236,15 @@ class AdapterPool:
         manifest = self._find(name).saved.manifest if name is not None else None
         return manifest.stop_ids if manifest else []
 
-    def logits(self, prompts: Sequence[Prompt]) -> Tensor:
+    def logits(self, prompts: Sequence[Prompt | Example]) -> Tensor:
         """Logits [prompts, vocabulary or classes] fp32 on the CPU after each prompt, by the adapter in use."""
-        encoded = [self._encode(prompt) for prompt in prompts]
+        probes = [p if isinstance(p, Example) else as_probe(self._encode(p)) for p in prompts]
         dtype = torch.float32 if self._current is None else self.base.dtype
-        return measure(self.model, encoded, dtype)
+        return measure(self.kind, self.model, self.tokenizer, probes, dtype)
+
+    def measure(self, probes: Sequence[Example]) -> Tensor:
+        """Logits [probes, …] fp32 on the CPU at each probe's position, by the adapter in use, in the compute dtype."""
+        return measure(self.kind, self.model, self.tokenizer, probes, self.base.dtype)
 
     def classify(self, texts: Sequence[str]) -> list[Classified]:
         """Classes of texts, by the adapter in use.

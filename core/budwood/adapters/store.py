@@ -26,6 +26,7 @@ from budwood.untrusted.formats import TensorInfo, read_header, read_json
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from budwood.contract.examples import Example
     from budwood.model.base import Base
 
 CONFIG = "adapter_config.json"
@@ -155,7 +156,7 @@ def write_adapter(
     metrics: Mapping[str, float] | None = None,
     strategies: Sequence[dict[str, Any]] = (),
     stop_ids: Sequence[int] = (),
-    prompts: Sequence[Sequence[int]] = (),
+    probes: Sequence[Example] = (),
     base_logits: Sequence[Tensor] = (),
     adapter_logits: Sequence[Tensor] = (),
     needs: int = 0,
@@ -174,8 +175,8 @@ def write_adapter(
         metrics: of the last evaluation.
         strategies: name, distribution and options of every strategy of the run.
         stop_ids: tokens that end an answer, beside the end-of-sequence token.
-        prompts: token ids of the golden prompts; empty leaves `verify` nothing to replay.
-        base_logits: [vocabulary or classes] fp32 after each prompt, of the base alone.
+        probes: what golden outputs are taken of; empty leaves `verify` nothing to replay.
+        base_logits: [vocabulary or classes] fp32 at each probe, of the base alone.
         adapter_logits: the same with the adapter.
         needs: bytes that it will take, for the message where the disk is full; 0: not known.
 
@@ -193,7 +194,7 @@ def write_adapter(
         and (not directory.is_dir() or any(directory.iterdir()))
     ):
         raise InputError(f"{directory} exists and is no adapter: choose another folder.")
-    golden = Golden.of(prompts, base_logits, adapter_logits) if prompts else None
+    golden = Golden.of(probes, base_logits, adapter_logits) if probes else None
     values: dict[str, float | None] = {k: v if math.isfinite(v) else None for k, v in (metrics or {}).items()}
     with complete_directory(directory, replace=True, needs=needs) as folder:
         write(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from budwood.adapters.golden import TOLERANCE, Distance, Golden, comparable, current_setting, measure, threads
+from budwood.adapters.golden import TOLERANCE, Distance, Golden, comparable, current_setting, threads
 from budwood.adapters.pool import AdapterPool
 from budwood.adapters.store import GOLDEN, GoldenRecord, SavedAdapter, read_adapter
 from budwood.errors import CorruptError, InputError
@@ -140,21 +140,21 @@ def verify(
         allow_other_base=allow_other_base,
     )
     loaded = pool.load("adapter", saved.directory, allow_other_base=allow_other_base)
-    vocabulary = pool.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    if max(max(prompt) for prompt in golden.prompts) >= vocabulary or min(map(min, golden.prompts)) < 0:
-        raise CorruptError(f"{saved.directory / GOLDEN}: a prompt holds a token that the base does not have.")
+    problem = next(filter(None, (pool.kind.check_inputs(pool.model, probe) for probe in golden.probes)), "")
+    if problem:
+        raise CorruptError(f"{saved.directory / GOLDEN}: {problem}.")
     with threads(recorded.threads):
         current = current_setting(pool.base)
-        base_now = measure(pool.model, golden.prompts, pool.base.dtype)
+        base_now = pool.measure(golden.probes)
         pool.use("adapter")
-        adapter_now = measure(pool.model, golden.prompts, pool.base.dtype)
+        adapter_now = pool.measure(golden.probes)
     if adapter_now.shape != golden.adapter.shape:
         raise CorruptError(
             f"{saved.directory / GOLDEN}: {golden.adapter.shape[1]} logits, and {adapter_now.shape[1]} now."
         )
     report = VerifyReport(
         comparable(recorded, current),
-        len(golden.prompts),
+        len(golden.probes),
         Distance.between(golden.adapter, adapter_now),
         Distance.between(golden.base, base_now),
         Distance.between(golden.base, golden.adapter),

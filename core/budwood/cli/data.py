@@ -22,20 +22,22 @@ def data(
     """Show what training will see: examples with what has a loss, lengths, what is cut or dropped."""
     from rich.console import Console
 
+    from budwood.contract.loading import create
+    from budwood.data.build import build_examples
     from budwood.data.display import make_report, show_report
-    from budwood.data.examples import build_examples
     from budwood.data.packing import plan_epoch
     from budwood.model.base import load_tokenizer
     from budwood.recipe.schema import load_recipe
 
     loaded = load_recipe(recipe, override or [])
-    tokenizer = load_tokenizer(loaded.base.model)
-    build = partial(build_examples, tokenizer=tokenizer, task=loaded.base.task, max_length=loaded.data.max_length)
+    task = create(loaded.base.task, "budwood.tasks")
+    tokenizer = load_tokenizer(loaded.base.model) if task.needs_tokenizer else None
+    build = partial(build_examples, tokenizer=tokenizer, task=task, max_length=loaded.data.max_length)
     train = build(loaded.data.train)
     other = build(loaded.data.eval, labels=train.labels or None) if loaded.data.eval is not None else None
     size = loaded.train
-    steps = len(plan_epoch(train.lengths, size.seed, 0, size.batch_tokens, size.batch_examples))
-    report = make_report(train, other, tokenizer, samples, steps)
+    steps = len(plan_epoch(train.lengths, size.seed, 0, size.batch_tokens, size.batch_examples, train.groups))
+    report = make_report(train, other, task, tokenizer, samples, steps)
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
     else:

@@ -10,7 +10,7 @@ import typer
 GROUPS = {
     "strategies": "budwood",
     "tasks": "budwood.tasks",
-    "forms": "budwood.forms",
+    "formats": "budwood.formats",
     "quantizers": "budwood.quantizers",
     "attacks": "budwood.attacks",
 }
@@ -20,7 +20,7 @@ def plugins(
     name: Annotated[str | None, typer.Argument(help="A plugin to import and describe.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """List installed strategies, tasks, data forms, quantisers and attacks; or describe one."""
+    """List installed strategies, tasks, data formats, quantisers and attacks; or describe one."""
     if name is None:
         _list(as_json)
     else:

@@ -16,8 +16,8 @@ from budwood.contract.results import find_problem
 from budwood.contract.strategy import Plugin, Strategy
 from budwood.errors import BudwoodError, describe, is_out_of_memory, system_error
 
-_BEFORE_STEPS = HOOKS[: HOOKS.index("prepare_batch")]
-_IN_STEP = HOOKS[HOOKS.index("prepare_batch") : HOOKS.index("after_optimizer_step") + 1]
+_BEFORE_STEPS = HOOKS[: HOOKS.index("next_examples")]
+_IN_STEP = HOOKS[HOOKS.index("next_examples") : HOOKS.index("after_optimizer_step") + 1]
 
 
 @dataclass
@@ -239,6 +239,8 @@ class Calls:
         if not isinstance(owner, Plugin):
             raise error
         where = self._where(owner, plugin, hook)
+        if type(error).__name__ == "GoneError":  # of contract.examples, which imports torch
+            raise PluginError(f"{where}: {error}.") from error
         if system_error(error) or is_out_of_memory(error):
             if isinstance(owner, Strategy) and not noted(error):
                 error.add_note(f"in {where}")

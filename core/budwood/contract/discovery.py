@@ -17,11 +17,11 @@ from typing import Any
 from budwood.errors import InputError, ResourceError, describe, did_you_mean
 
 STRATEGIES = "budwood"
-"""Entry point group of strategies; tasks, data forms, quantisers and attacks have groups of their own below it."""
+"""Entry point group of strategies; tasks, data formats, quantisers and attacks have groups of their own below it."""
 WORDS = {
     STRATEGIES: "strategy",
     "budwood.tasks": "task",
-    "budwood.forms": "data form",
+    "budwood.formats": "data format",
     "budwood.quantizers": "quantiser",
     "budwood.attacks": "attack",
     "budwood.demos": "demo",

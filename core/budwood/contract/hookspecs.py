@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-    from budwood.contract.types import Batch, Event, Example, LossTerm, Outputs, ParameterGroup, Plan, Run, Step
+    from budwood.contract.examples import Batch, Example
+    from budwood.contract.types import Event, LossTerm, Outputs, ParameterGroup, Plan, Run, Step
+    from budwood.model.base import Base
 
 HOW = {
     "collect": "every strategy, in the solved order; all results are used",
@@ -63,13 +65,22 @@ class HookSpecs:
         """Filter, change or make the examples to train on.
 
         When: once, after the data is read, before it is packed and before the base loads.
-        May change: the examples and their order; `example.columns` may carry more arrays, one value a token ([T, …]) or
-            a scalar. Evaluation examples are left alone.
-        Returns: the examples to train on.
+        May change: the examples and their order; `example.columns` may carry more values, each a `Column` with its
+            axis. Evaluation examples are left alone.
+        Returns: the examples to train on; those of a group stand together.
+        """
+
+    @_hook("collect")
+    def planned_examples(self, run: Run) -> Sequence[Example]:
+        """Give examples of the sizes that `next_examples` will make, for planning, which never samples.
+
+        When: only in planning, in place of `next_examples`.
+        May change: nothing.
+        Returns: examples of one optimizer step, the largest that are expected; their values do not matter.
         """
 
     @_hook("one owner", first=True)
-    def load_base(self, run: Run) -> Any:
+    def load_base(self, run: Run) -> Base:
         """Load the base in place of the recipe's quantiser.
 
         When: once, after the plan was checked with the number of steps.
@@ -115,13 +126,34 @@ class HookSpecs:
         Returns: a torch scheduler; it is stepped once an optimizer step that is not skipped.
         """
 
+    @_hook("one owner", first=True)
+    def next_examples(self, run: Run, indices: Sequence[int]) -> Sequence[Sequence[Example]]:
+        """Make the examples of the next optimizer steps with the model as it is now: on-policy data.
+
+        When: whenever the last set is used up, on the main thread between optimizer steps. `indices` are this process's
+            share of the rows of `run.examples` (prompts) that the plan draws for the set; every process's results are
+            gathered. `run.generate` samples on the live model.
+        May change: nothing of the run. Core keeps the set until it is used up, and saves it with a checkpoint.
+        Returns: one sequence of examples for each optimizer step that uses the set, `updates` of them in all (a class
+            attribute of the strategy); columns carry what belongs to a sample: its advantage, its log-probabilities.
+        """
+
+    @_hook("collect")
+    def batch_counts(self, run: Run, batch: Batch) -> dict[str, float]:
+        """Count units of one's own, by which core divides loss terms of that unit.
+
+        When: for each micro-batch of an optimizer step, before the first of them is run; the batch is on the host.
+        May change: nothing.
+        Returns: how much of each unit the batch holds, by the unit's name. Core adds up micro-batches and processes.
+        """
+
     @_hook("chain")
     def prepare_batch(self, run: Run, batch: Batch) -> Batch:
         """Change a micro-batch, or add to its columns.
 
         When: before each micro-step, when the batch is on its device. Not in evaluations.
-        May change: the batch, but not how many labels and examples it holds, since the counts of the optimizer step are
-            known by then; `batch.columns` may carry more tensors.
+        May change: the batch, but not its counts (labels, their weights, examples, groups), since the optimizer step's
+            are known by then; `batch.columns` may carry more tensors.
         Returns: the batch.
         """
 
@@ -157,13 +189,45 @@ class HookSpecs:
         """
 
     @_hook("collect")
+    def sequence_terms(self, step: Step, log_probs: Tensor) -> list[LossTerm] | LossTerm | None:
+        """Add loss terms that are functions of the labels' log-probabilities: preference losses, clipped ratios.
+
+        When: once a pass, after its `token_terms`. `log_probs` [L] has a graph; `batch.example_of_label` and
+            `batch.groups` tell whose each label is. The task must have log-probabilities.
+        May change: nothing.
+        Returns: terms of unit "label" (values [L]), "example", "group", or one that `batch_counts` counts; or None.
+        """
+
+    @_hook("collect")
     def loss_terms(self, step: Step, outputs: Outputs) -> list[LossTerm] | LossTerm | None:
         """Add loss terms that need no head.
 
         When: once a pass, after its `token_terms`.
         May change: nothing.
-        Returns: terms of unit "example" (values [examples]) or "step" (a scalar, added once an optimizer step and never
-            replayed); or None.
+        Returns: terms of unit "example" (values [examples]), "group" (values [groups]), "step" (a scalar, added once an
+            optimizer step and never replayed), or one that `batch_counts` counts; or None.
+        """
+
+    @_hook("its own")
+    def step_values(self, step: Step, outputs: Outputs, log_probs: Tensor | None) -> dict[str, Tensor] | None:
+        """Give what `step_terms` of the same strategy needs of a micro-batch: embeddings, scores.
+
+        When: once a pass. `outputs.hidden` and `log_probs` [L] (None if the task has none) have a graph. If a step has
+            several micro-batches or processes, also once for each micro-batch before micro-step 0, without a graph.
+        May change: nothing.
+        Returns: tensors by name, whose first dimension core concatenates over the optimizer step.
+        """
+
+    @_hook("its own")
+    def step_terms(self, run: Run, values: dict[str, Tensor]) -> list[LossTerm] | LossTerm | None:
+        """Add a loss across all examples of the optimizer step: in-batch negatives, a baseline over the batch.
+
+        When: once an optimizer step. `values` are those of `step_values` over all micro-batches and processes. Core
+            finds the loss's gradient with respect to them once, with the model unperturbed, and uses it in every pass
+            of the step (Gao et al., 2021, "Scaling deep contrastive learning batch size", section 3.2), so that the
+            result does not depend on how the step is split.
+        May change: nothing.
+        Returns: terms of unit "step", each a scalar; or None.
         """
 
     @_hook("collect")

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from budwood.contract.discovery import STRATEGIES, WORDS, Installed, PluginError, find, installed, unknown_groups
 from budwood.contract.hookspecs import HookSpecs
-from budwood.contract.strategy import API_VERSION, Options, Plugin, Strategy
+from budwood.contract.strategy import API_VERSION, SUPPORTED, Options, Plugin, Strategy
 from budwood.contract.validation import dotted, find_problems, sentence
 from budwood.errors import BudwoodError, InputError, describe, did_you_mean
 
@@ -22,8 +22,8 @@ CORES_OWN = tuple(name for name in HOOKS if getattr(HookSpecs, name).how == "cor
 WRAPPABLE = tuple(name for name in HOOKS if getattr(HookSpecs, name).wrappable)
 _BASES = {
     STRATEGIES: "budwood.Strategy",
-    "budwood.tasks": "budwood.model.tasks.Task",
-    "budwood.forms": "budwood.data.forms.Form",
+    "budwood.tasks": "budwood.Task",
+    "budwood.formats": "budwood.DataFormat",
     "budwood.quantizers": "budwood.model.quantizers.Quantizer",
     "budwood.attacks": "budwood.Attack",
 }
@@ -34,7 +34,7 @@ class PluginStatus:
     """An installed entry point and what is wrong with it.
 
     Attributes:
-        kind: strategy, task, data form, quantiser, attack or demo; or its group, where there is none of that name.
+        kind: strategy, task, data format, quantiser, attack or demo; or its group, where there is none of that name.
         entry: its name, its object, its distribution and version.
         problem: one line that names it and says what to do; empty where it works.
     """
@@ -91,7 +91,7 @@ def load(name: str, group: str) -> tuple[type[Any], Installed]:
         raise PluginError(f"{who}: {entry.value} is not a subclass of {_BASES[group]}. Point the entry point at one.")
     if not isinstance(cls.api, int) or isinstance(cls.api, bool):
         raise PluginError(f"{who}: 'api' must be a version of the contract, such as {API_VERSION}, not {cls.api!r}.")
-    if cls.api != API_VERSION:
+    if cls.api not in SUPPORTED.get(group, (API_VERSION,)):
         behind = entry.distribution if cls.api < API_VERSION else "budwood"
         raise PluginError(
             f"{who} was written for version {cls.api} of the contract, and this Budwood has {API_VERSION}: "
@@ -200,7 +200,7 @@ def _argument_problem(hook: str, spec: Any, given: list[inspect.Parameter]) -> s
 
 
 def create(name: str, group: str) -> Any:
-    """Import, check and start a task, a data form or a quantiser.
+    """Import, check and start a task, a data format or a quantiser.
 
     Raises:
         InputError, PluginError: as `load`; or it fails to start.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -120,20 +120,26 @@ class Composition:
                 pairs.append((impl.plugin, result))
         return pairs
 
-    def give(self, hook: str, name: str, **arguments: Any) -> None:
-        """Call a hook of the plugin called `name` alone, where there is one that implements it."""
+    def ask(self, hook: str, name: str, **arguments: Any) -> tuple[Any, Any]:
+        """Call a hook of the plugin called `name` alone; return it and its result, or None twice if there is none."""
         self._note_run(arguments)
         for impl in self._implementations(hook):
             if impl.plugin.name == name:
-                impl.function(*(arguments[argument] for argument in impl.argnames))
+                return impl.plugin, impl.function(*(arguments[argument] for argument in impl.argnames))
+        return None, None
 
     def chain(self, hook: str, key: str, value: Any, **arguments: Any) -> Any:
         """Pass `value` as argument `key` through each implementer in order; each receives what the last returned."""
+        results = [result for _, result in self.follow(hook, key, value, **arguments)]
+        return results[-1] if results else value
+
+    def follow(self, hook: str, key: str, value: Any, **arguments: Any) -> Iterator[tuple[Any, Any]]:
+        """The steps of `chain`: each implementer with what it returned."""
         self._note_run(arguments)
         for impl in self._implementations(hook):
             arguments[key] = value
             value = impl.function(*(arguments[name] for name in impl.argnames))
-        return value
+            yield impl.plugin, value
 
     def notify(self, event: Any, say: Callable[[str], Any]) -> None:
         """Tell observers; one that fails is named through `say(text)` once and set aside."""

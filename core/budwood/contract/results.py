@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from budwood.contract.types import LossTerm
@@ -47,11 +47,26 @@ def _is_base(result: Any) -> bool:
 
 
 def _are_examples(result: Any) -> bool:
-    from budwood.contract.types import Example
+    from budwood.contract.examples import Example
 
     if isinstance(result, list | tuple):
         return all(isinstance(item, Example) for item in result)
     return isinstance(result, Sequence) and (not len(result) or isinstance(result[0], Example))
+
+
+def _are_steps(result: Any) -> bool:
+    return isinstance(result, Sequence) and all(_are_examples(step) for step in result)
+
+
+def _are_tensors(result: Any) -> bool:
+    from torch import Tensor
+
+    named = isinstance(result, dict) and all(isinstance(k, str) for k in result)
+    return result is None or (named and all(isinstance(v, Tensor) and v.ndim > 0 for v in result.values()))
+
+
+def _are_counts(result: Any) -> bool:
+    return _are_metrics(result) and all(0 <= value < float("inf") for value in result.values())
 
 
 def _is_model(result: Any) -> bool:
@@ -86,7 +101,7 @@ def _is_scheduler(result: Any) -> bool:
 
 
 def _is_batch(result: Any) -> bool:
-    from budwood.contract.types import Batch
+    from budwood.contract.examples import Batch
 
     return isinstance(result, Batch)
 
@@ -108,14 +123,12 @@ def _are_terms(result: Any) -> bool:
 def _is_term(term: LossTerm) -> bool:
     from torch import Tensor
 
-    from budwood.contract.types import Unit
-
     values: Any = term.values
     return (
         isinstance(term.name, str)
         and isinstance(values, Tensor)
         and values.is_floating_point()
-        and term.unit in get_args(Unit)
+        and isinstance(term.unit, str)
         and isinstance(term.weight, Real)
     )
 
@@ -142,16 +155,22 @@ _NOTHING = ("nothing", _is_nothing)
 _MUST_RETURN: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "check_plan": _NOTHING,
     "prepare_examples": ("the examples, a sequence of Example", _are_examples),
+    "planned_examples": ("examples, a sequence of Example", _are_examples),
     "load_base": ("a Base", _is_base),
     "prepare_model": ("the model, a torch.nn.Module", _is_model),
     "trainable_parameters": ("a list of ParameterGroup, whose parameters are nn.Parameter by name", _are_groups),
     "build_optimizer": ("a torch.optim.Optimizer", _is_optimizer),
     "build_scheduler": ("a torch.optim.lr_scheduler.LRScheduler", _is_scheduler),
+    "next_examples": ("a sequence of Example for each optimizer step that uses the set", _are_steps),
+    "batch_counts": ("a dict of counts from 0 by name", _are_counts),
     "prepare_batch": ("the batch, a Batch", _is_batch),
     "backward": _NOTHING,
     "forward": ("the outputs, an Outputs", _are_outputs),
     "token_terms": _TERMS,
+    "sequence_terms": _TERMS,
     "loss_terms": _TERMS,
+    "step_values": ("None or a dict of tensors [n, …] by name", _are_tensors),
+    "step_terms": _TERMS,
     "before_clip": _NOTHING,
     "before_optimizer_step": _NOTHING,
     "after_optimizer_step": _NOTHING,

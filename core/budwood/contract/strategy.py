@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pluggy
 from pydantic import BaseModel, ConfigDict
 
 from budwood.contract.discovery import STRATEGIES, WORDS
 
-API_VERSION = 1
-"""Major version of the contract; a strategy that was written for another one is refused by name."""
+API_VERSION = 2
+"""Major version of the contract."""
+SUPPORTED = {STRATEGIES: (1, 2), "budwood.attacks": (1, 2)}
+"""Versions that still load, by entry point group; of other groups only the current one."""
 
 RUN_ADAPTER = "default"
 """Name under which a run's adapter stands on its model; the slot "adapter" has one owner, so there is one."""
@@ -65,6 +67,11 @@ class Strategy(Plugin):
     """Strategies (or owners of a slot or capability) that this one goes before, where they are present."""
     after: ClassVar[tuple[str, ...]] = ()
     """Strategies (or owners of a slot or capability) that this one goes after, where they are present."""
+
+    uses_reference: Literal["", "base", "start"] = ""
+    """Which `step.reference()` it asks for: the adapter off, or as it started; it then comes before the forward."""
+    updates: int = 1
+    """Optimizer steps that use one set of `next_examples`."""
 
     def __init__(self, options: Any = None, name: str = "", distribution: str = "") -> None:
         """Hold validated `options`; `name` and `distribution` ("dist 1.2") come from the registry."""

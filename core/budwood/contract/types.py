@@ -1,21 +1,33 @@
-"""What hooks receive and return: Run, Step, Batch, LossTerm and their parts."""
+"""What hooks receive and return: Run, Step, LossTerm and their parts. Examples and batches are in examples.py."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from budwood.contract.strategy import Strategy
+from budwood.contract.examples import Batch
 
-Unit = Literal["label", "example", "step"]
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from budwood.contract.registry import Composition
+    from budwood.contract.strategy import Strategy
+    from budwood.data.examples import Examples
+    from budwood.model.base import Base
+    from budwood.model.task import Task
+    from budwood.recipe.schema import Recipe
+
+UNITS = ("label", "example", "group", "step")
+"""Core's units of loss terms; `batch_counts` adds others."""
 
 
 @dataclass(frozen=True)
@@ -24,84 +36,17 @@ class LossTerm:
 
     Attributes:
         name: under which it is logged; unique in a run.
-        values: [labels] or [examples] or a scalar, by unit; floating, attached to the graph.
-        unit: what one value belongs to. A term of unit "step" is added once an optimizer step and never replayed.
-        weight: factor in the loss; the log shows the clean, unweighted mean.
+        values: [labels], [examples] or [groups] or a scalar, by unit; floating, attached to the graph. Core multiplies
+            values of unit "label" by the labels' weights.
+        unit: what one value belongs to: "label", "example", "group", "step", or a name that `batch_counts` counts,
+            whose values have any shape. A term of unit "step" is added once an optimizer step and never replayed.
+        weight: factor in the loss; the log shows the clean mean without it.
     """
 
     name: str
     values: Tensor
-    unit: Unit = "label"
+    unit: str = "label"
     weight: float = 1.0
-
-
-@dataclass
-class Example:
-    """One training example, as tokens.
-
-    Attributes:
-        id: index of its row in the data file; stable over epochs, runs and packing.
-        input_ids: [T] int32.
-        supervised: [T] bool; True where the token is a label, which is predicted from the position before.
-        label: class index for classification, else None.
-        columns: further arrays that a strategy adds in `prepare_examples`; [T, ...] or a scalar.
-        prompt_length: tokens before the first supervised one, what generation starts from (0: no prompt).
-    """
-
-    id: int
-    input_ids: np.ndarray
-    supervised: np.ndarray
-    label: int | None = None
-    columns: dict[str, np.ndarray] = field(default_factory=dict)
-    prompt_length: int = 0
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-
-@dataclass
-class Batch:
-    """One micro-batch: a packed row of whole examples (R = 1), or rows of one example each, padded on the right.
-
-    Attributes:
-        input_ids: [R, T] int64.
-        position_ids: [R, T] int64, restarting at 0 with each example.
-        attention_mask: [R, T] bool where rows are padded, else None.
-        segments: boundaries of the examples in a packed row, (0, …, T), plain integers; () where rows are padded.
-        example_of_token: [R·T] int64 index into `example_ids`; -1 on padding.
-        label_positions: [L] int64 index into the flattened [R·T]: the position whose output is scored.
-        labels: [L] int64 token or class index.
-        example_of_label: [L] int64 index into `example_ids`.
-        example_ids: stable ids of the examples, in the order in which they stand.
-        lengths: tokens of each example, plain integers.
-        columns: tensors that strategies add.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    attention_mask: Tensor | None
-    segments: tuple[int, ...]
-    example_of_token: Tensor
-    label_positions: Tensor
-    labels: Tensor
-    example_of_label: Tensor
-    example_ids: tuple[int, ...]
-    num_tokens: int
-    """Real tokens, without padding."""
-    lengths: tuple[int, ...]
-    columns: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many of each unit the batch holds."""
-        return {"label": len(self.labels), "example": len(self.example_ids), "token": self.num_tokens}
-
-    def to(self, device: torch.device | str) -> Batch:
-        """Return the batch with every tensor on `device`."""
-        tensors: dict[str, Any] = {
-            k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)
-        }
-        return replace(self, **tensors, columns={k: v.to(device, non_blocking=True) for k, v in self.columns.items()})
 
 
 @dataclass
@@ -115,6 +60,21 @@ class Outputs:
 
     hidden: Tensor
     head: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the reference model gives at a micro-batch's labels; nothing has a graph.
+
+    Attributes:
+        hidden: [L, d], the reference's outputs at the labels.
+        log_probs: [L] of the labels; None if the task has no log-probabilities.
+        logits: maps labels' positions [n] to the reference's logits [n, vocabulary or classes].
+    """
+
+    hidden: Tensor
+    log_probs: Tensor | None
+    logits: Callable[[Tensor], Tensor]
 
 
 class Generator:
@@ -132,6 +92,11 @@ class Generator:
         """Numbers uniform in [low, high) in the shape, dtype and device of `tensor`."""
         return torch.empty(tensor.shape).uniform_(low, high, generator=self._generator).to(tensor)
 
+    @property
+    def torch_generator(self) -> torch.Generator:
+        """The generator itself, on the CPU, for other draws."""
+        return self._generator
+
 
 Terms = Callable[[Tensor, Tensor], Tensor]
 """From logits [n, V] and the labels they belong to, `positions` [n], to values [n] of unit "label"."""
@@ -140,9 +105,12 @@ Terms = Callable[[Tensor, Tensor], Tensor]
 class StepEngine(Protocol):
     """What core puts behind `Step` (training.step.Engine)."""
 
+    scores_sequences: bool
+
     def noisy_forward(self, step: Step, noise: Tensor | None) -> Outputs: ...
     def replay(self, step: Step, noise: Tensor | None, weight: float, gradient: bool) -> Tensor | None: ...
     def noise_gradient(self, step: Step, noise: Tensor, terms: Terms | None) -> Tensor: ...
+    def reference(self, step: Step, start: bool) -> Reference: ...
 
 
 @dataclass
@@ -161,7 +129,7 @@ class Step:
         noise_grad: [R, T, d] fp32, the gradient of core's own pass with respect to the embeddings' output.
         loss: of the last pass: its label and example terms, each over its unit's count in the optimizer step and times
             its own weight; summed over the micro-steps, they are the optimizer step's loss. A scalar, detached.
-        kept: what is computed once a step and does not depend on the noise, such as a teacher's logits.
+        cache: what is computed once a micro-step and does not depend on the noise, such as a teacher's logits.
         replaying: True inside `forward`, `replay` and `noise_gradient`.
     """
 
@@ -175,7 +143,17 @@ class Step:
     noise_grad: Tensor | None = None
     loss: Tensor | None = None
     replaying: bool = False
-    kept: dict[str, Any] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def scores_sequences(self) -> bool:
+        """Whether a strategy's terms need the labels' log-probabilities."""
+        return self.engine.scores_sequences
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """`cache`, as version 1 of the contract called it."""
+        return self.cache
 
     def forward(self, noise: Tensor | None = None) -> Outputs:
         """Run the model with `noise`, and no other, on the embeddings, for terms that compare clean with noisy.
@@ -200,7 +178,7 @@ class Step:
         return self.engine.replay(self, noise, weight, gradient)
 
     def noise_gradient(self, noise: Tensor, terms: Terms | None = None) -> Tensor:
-        """Gradient [R, T, d] fp32 of the label and example terms with respect to `noise`; no parameter's is touched.
+        """Gradient [R, T, d] fp32 of the terms that are replayed with respect to `noise`; no parameter's is touched.
 
         Args:
             noise: [R, T, d] fp32.
@@ -209,17 +187,27 @@ class Step:
         """
         return self.engine.noise_gradient(self, noise, terms)
 
+    def reference(self, start: bool = False) -> Reference:
+        """What the model gives with the run's adapter off; with `start`, with the adapter that the run started from.
+
+        It is computed once a micro-step and shared by all strategies that ask. A strategy that sets `uses_reference`
+        has it computed before the policy's forward, so that both never take memory at the same time.
+
+        Raises:
+            InputError: no strategy of the run owns an adapter; declare `requires = ("adapter",)`.
+        """
+        return self.engine.reference(self, start)
+
     def zero_noise(self) -> Tensor:
-        """Zeros [R, T, d] fp32 on the device, in the shape of the embeddings' output."""
-        width = self.run.model.get_input_embeddings().weight.shape[-1]
-        return torch.zeros(*self.batch.input_ids.shape, width, device=self.batch.input_ids.device)
+        """Zeros fp32 on the device, in the shape of what noise is added to: [rows, width, d] for text."""
+        return self.run.task.noise_like(self.run.model, self.batch)
 
     def generator(self, strategy: Strategy, example: int) -> Generator:
-        """A generator keyed by seed, strategy, optimizer step and the example (index into `batch.example_ids`).
+        """A generator keyed by seed, strategy, optimizer step and the example (index into `batch.keys`).
 
         Each call starts it anew, so that a replay draws the same numbers.
         """
-        return Generator(self.run.seed, strategy.name, self.run.step, self.batch.example_ids[example])
+        return Generator(self.run.seed, strategy.name, self.run.step, self.batch.keys[example])
 
 
 @dataclass
@@ -241,20 +229,28 @@ class Event:
     values: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class BestMetric:
+    """The metric by which the best adapter is chosen, and whether more is better."""
+
+    name: str
+    higher: bool = False
+
+
 @dataclass
 class Plan:
-    """A recipe before it runs: the composition and what stands against it."""
+    """A recipe before it runs: the composition and its problems."""
 
-    recipe: Any
+    recipe: Recipe
     strategies: Sequence[Strategy]
     steps: int | None = None
-    """Optimizer steps of the run; where it counts epochs, None until the data has been read."""
-    model: nn.Module | None = None
-    """The base's modules on the meta device, without weights; None where the config alone does not give them."""
-    task: Any = None
-    """The recipe's task (`budwood.model.tasks.Task`)."""
-    tokenizer: Any = None
-    """That of the base."""
+    """Optimizer steps of the run; if the recipe counts epochs, None until the data has been read."""
+    model: PreTrainedModel | None = None
+    """The base's modules on the meta device, without weights; None if the config alone does not give them."""
+    task: Task = None  # type: ignore[assignment]  # None only if the recipe's task cannot be loaded
+    """The recipe's task."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """That of the base; None for a task that needs none."""
     problems: list[str] = field(default_factory=list)
 
     def problem(self, strategy: Strategy, text: str) -> None:
@@ -262,29 +258,33 @@ class Plan:
         self.problems.append(f"{strategy}: {text}")
 
 
+_LATER: Any = None
+
+
 @dataclass
 class Run:
     """What a run is made of. Attributes are filled in the order of the run; a hook finds all that came before it.
 
     `dtype` is the compute dtype; `trainable` parameters are fp32; `step` counts completed optimizer steps; `counts`
-    are the units of the optimizer step under way, over all micro-steps and processes.
+    are the units of the current optimizer step, over all micro-steps and processes.
     """
 
-    recipe: Any
+    recipe: Recipe
     directory: Path
     device: torch.device
     dtype: torch.dtype
     strategies: Sequence[Strategy] = ()
-    hooks: Any = None
-    task: Any = None
-    tokenizer: Any = None
-    base: Any = None
-    model: Any = None
-    accelerator: Any = None
-    optimizer: Any = None
-    scheduler: Any = None
-    examples: Any = None
-    eval_examples: Any = None
+    hooks: Composition = _LATER
+    task: Task = _LATER
+    tokenizer: PreTrainedTokenizerBase = _LATER
+    """None for a task that needs none."""
+    base: Base = _LATER
+    model: PreTrainedModel = _LATER
+    accelerator: Accelerator = _LATER
+    optimizer: Optimizer = _LATER
+    scheduler: LRScheduler = _LATER
+    examples: Examples = _LATER
+    eval_examples: Examples | None = None
     groups: list[ParameterGroup] = field(default_factory=list)
     seed: int = 0
     steps: int | None = None
@@ -292,6 +292,8 @@ class Run:
     epoch: int = 0
     task_weight: float = 1.0
     """Factor of the task's own loss term; a strategy that shares the loss with it lowers it in `prepare_model`."""
+    best_metric: BestMetric | None = None
+    """By default the task's; a strategy that is the run's objective may set another in `prepare_model`."""
     planning: bool = False
     packed: bool = True
     micro_tokens: int = 0
@@ -302,15 +304,17 @@ class Run:
     """A strategy sets False while its adapter is not yet what it will be; until then no evaluation can be the best."""
     process_index: int = 0
     processes: int = 1
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
     before: dict[str, float] = field(default_factory=dict)
     """Metrics of the evaluation before the first step."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Latest value of every logged number."""
     logged: dict[str, Any] = field(default_factory=dict)
-    """What `log` was given in the optimizer step under way."""
+    """What `log` was given in the current optimizer step."""
     say: Callable[[str], None] = print
     """Show one line to the user."""
+    start: list[Tensor] = field(default_factory=list)
+    """Trainable parameters as they were before the first step, in the order of `trainable`."""
     _generators: dict[str, tuple[int, Generator]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-VERSION = 1
+VERSION = 2
 """Goes up when the same file and options give other tokens, or the file's layout changes."""
 
 Arrays = dict[str, np.ndarray]
@@ -29,6 +29,10 @@ def default_folder() -> Path:
 
 def make_key(tokenizer: Any, options: Mapping[str, Any]) -> str | None:
     """Hex digest of everything that decides the tokens; None for a tokenizer whose state cannot be read."""
+    if tokenizer is None:
+        return hashlib.sha256(
+            json.dumps({"version": VERSION, **options}, sort_keys=True, default=str).encode()
+        ).hexdigest()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None

@@ -11,8 +11,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from budwood.contract.types import Example
-from budwood.data.examples import Examples, overlap
+from budwood.contract.examples import Example
+from budwood.data.build import overlap
+from budwood.data.examples import Examples
 
 BINS = 12
 CLASSES = 30
@@ -24,12 +25,15 @@ LONGEST_PIECE = 600
 PLAIN, LOSS = "dim", "bold green"
 
 
-def make_report(train: Examples, other: Examples | None, tokenizer: Any, samples: int, steps: int) -> dict[str, Any]:
+def make_report(
+    train: Examples, other: Examples | None, task: Any, tokenizer: Any, samples: int, steps: int
+) -> dict[str, Any]:
     """Gather everything that is shown, as values that JSON can hold.
 
     Args:
         train: the training examples.
         other: the evaluation examples.
+        task: of the recipe; its `show` gives the pieces of a sample.
         tokenizer: of the base.
         samples: how many examples are shown, evenly spread over the file.
         steps: optimizer steps an epoch.
@@ -39,7 +43,7 @@ def make_report(train: Examples, other: Examples | None, tokenizer: Any, samples
         shared = overlap(train, other)
         report["eval"] = {**_describe(other), "overlap": shared, "overlap_share": shared / len(other)}
     chosen = np.unique(np.linspace(0, len(train) - 1, min(samples, len(train))).round().astype(int))
-    report["samples"] = [_sample(train, int(i), tokenizer) for i in chosen]
+    report["samples"] = [_sample(train, int(i), task, tokenizer) for i in chosen]
     return report
 
 
@@ -59,26 +63,12 @@ def show_report(report: dict[str, Any], console: Console) -> None:
     console.print(f"{packing}{PADDED_ROWS} at random would be {report['padding']:.0%} padding.", soft_wrap=True)
 
 
-def find_pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
-    """Text of an example in runs of tokens with and without a loss, special tokens spelled out."""
-    edges = np.flatnonzero(np.diff(example.supervised)) + 1
-    bounds = [0, *edges.tolist(), len(example)]
-    pieces, shown = [], ""
-    for start, stop in zip(bounds, bounds[1:], strict=False):
-        # Decoded from the beginning, since some tokenizers drop a space at the start of what they decode.
-        whole = tokenizer.decode(example.input_ids[:stop].tolist(), skip_special_tokens=False)
-        alone = tokenizer.decode(example.input_ids[start:stop].tolist(), skip_special_tokens=False)
-        pieces.append((whole[len(shown) :] if whole.startswith(shown) else alone, bool(example.supervised[start])))
-        shown = whole
-    return pieces
-
-
 def _describe(examples: Examples) -> dict[str, Any]:
     stats = examples.stats
     counts, edges = np.histogram(examples.lengths, bins=_edges(stats.shortest, stats.longest))
     return {
         "path": str(examples.path),
-        "form": examples.form,
+        "format": examples.format,
         "columns": examples.columns,
         "task": examples.task,
         "description": examples.describe(),
@@ -116,13 +106,14 @@ def _padding(lengths: np.ndarray) -> float:
     return 1.0 - float(lengths.sum()) / sum(int(row.max()) * len(row) for row in rows)
 
 
-def _sample(examples: Examples, index: int, tokenizer: Any) -> dict[str, Any]:
-    example = examples[index]
+def _sample(examples: Examples, index: int, task: Any, tokenizer: Any) -> dict[str, Any]:
+    example: Example = examples[index]
+    classes = [examples.labels[int(label)] for label in example.labels] if examples.labels else []
     return {
-        "where": examples.rows.location(example.id),
-        "tokens": len(example),
-        "pieces": [list(piece) for piece in find_pieces(example, tokenizer)],
-        "label": None if example.label is None else examples.labels[example.label],
+        "where": examples.location(index),
+        "tokens": int(examples.lengths[index]),
+        "pieces": [list(piece) for piece in task.show(example, tokenizer)],
+        "label": ", ".join(classes) if classes else None,
     }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from budwood.data.classes import Classes
 from budwood.errors import InputError
 from budwood.untrusted.chat_template import render
 
@@ -23,19 +24,26 @@ class Encoder:
       them: as in the whole text where the prompt's tokens are proved to begin the whole text's, else tokenised apart.
 
     Attributes:
-        tokenizer: a transformers tokenizer.
+        tokenizer: a transformers tokenizer; None for a task that needs none.
         template_options: variables for the chat template, such as `enable_thinking`.
+        classes: names of the classes that labels index.
         remarks: counts of what the user should hear of, by text.
         stop_ids: tokens that end an answer: the tokenizer's EOS, and what the chat template puts behind a turn.
     """
 
     def __init__(
-        self, tokenizer: Any, max_length: int | None = None, template_options: Mapping[str, Any] | None = None
+        self,
+        tokenizer: Any,
+        max_length: int | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        labels: Sequence[str] | None = None,
     ) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
         self.template_options = dict(template_options or {})
+        self.classes = Classes(labels)
         self.remarks: Counter[str] = Counter()
-        self.stop_ids: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+        end = getattr(tokenizer, "eos_token_id", None)
+        self.stop_ids: set[int] = set() if end is None else {end}
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of each text, with nothing before or behind."""

@@ -1,11 +1,10 @@
-"""Rows as examples: tokens in flat arrays, with counts of all that was cut, dropped and seen."""
+"""The examples of a data file: arrays in flat buffers, with counts of all that was cut, dropped and seen."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,20 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from budwood.contract.calls import blame
-from budwood.contract.discovery import PluginError, installed
-from budwood.contract.types import Example
+from budwood.contract.examples import Column, Example, Key
 from budwood.data import cache
-from budwood.data.encoder import Encoder
-from budwood.data.forms import GROUP, Dropped, Encoded, Form, all_dropped, recognise
-from budwood.data.reading import Row, Rows, hash_file, read_rows
-from budwood.errors import InputError, did_you_mean
+from budwood.data.formats import DataFormat, recognise
+from budwood.data.ragged import Ragged
+from budwood.data.reading import Rows, read_rows
+from budwood.errors import InputError
 
-CHUNK = 1024
-"""Rows that are tokenised at once."""
 PERCENTILES = (50, 90, 99)
-BEYOND = "answer beyond max_length"
-"""Why a row is dropped of which a cut would leave the prompt alone."""
 
 
 @dataclass
@@ -38,8 +31,10 @@ class DataStats:
         examples: that are left.
         dropped: number of rows by reason; `first_dropped` has the place of the first of each.
         truncated: examples that were cut to `max_length`; `tokens_cut` is what they lost.
-        tokens: of all examples; `supervised` of them have a loss (0 for classification, where examples have).
-        shortest, mean, longest, percentiles: lengths of examples in tokens; percentiles by "50", "90", "99".
+        tokens: lengths of all examples, as the task counts them; `supervised` labels have a loss (0 if the labels are
+            classes, of which each example has one).
+        shortest, mean, longest, percentiles: lengths of examples; percentiles by "50", "90", "99".
+        weights: smallest and largest weight of a label.
         classes: number of examples of each class, in the order of the labels.
         remarks: what else the user should hear, with its count.
     """
@@ -57,6 +52,7 @@ class DataStats:
     longest: int = 0
     percentiles: dict[str, float] = field(default_factory=dict)
     classes: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=lambda: [1.0, 1.0])
     remarks: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -66,29 +62,30 @@ class DataStats:
 
 
 class Examples(Sequence[Example]):
-    """Training examples of one file, in the file's order; each `Example` is a view that is made when asked for.
+    """The examples of one file, in the file's order; each `Example` is a view, made when it is asked for.
 
     Attributes:
         path: the file.
-        form: name of the form that was recognised.
-        columns: that the form reads.
-        task: for which the examples were made.
+        format: name of the data format that was recognised.
+        columns: that the format reads.
+        task: name of the task that encoded them.
         max_length: in tokens, to which they were cut.
-        labels: names of the classes, whose indices are `Example.label`; empty where there are none.
+        labels: names of the classes, which `Example.labels` index; empty if there are none.
         stats: what became of the rows.
         notes: lines that the user should see.
         sha256: of the file.
         stop_ids: tokens that end an answer.
-        from_cache: the tokens were read, not made.
-        lengths: [n] int64, tokens of each example.
+        from_cache: the examples were read, not made.
+        lengths: [n] int64, the size of each example as the task counts it.
+        groups: [n] int64, the number of each example's group, from 0 in order.
     """
 
     def __init__(self, path: Path, arrays: cache.Arrays, facts: Mapping[str, Any], from_cache: bool = False) -> None:
         self.path, self.from_cache = path, from_cache
         self._arrays, self._facts = arrays, facts
-        self._extra: Sequence[dict[str, np.ndarray]] | None = None
+        self._extra: Sequence[dict[str, Column]] | None = None
         self._rows: Rows | None = None
-        self.form: str = facts["form"]
+        self.format: str = facts["format"]
         self.columns: list[str] = facts["columns"]
         self.task: str = facts["task"]
         self.max_length: int = facts["max_length"]
@@ -97,7 +94,11 @@ class Examples(Sequence[Example]):
         self.sha256: str = facts["sha256"]
         self.stop_ids: list[int] = facts["stop_ids"]
         self.stats = DataStats(**facts["stats"])
-        self.lengths: np.ndarray = np.diff(arrays["offsets"])
+        self.lengths: np.ndarray = arrays["lengths"]
+        self.groups: np.ndarray = arrays["groups"]
+        names = [name.removesuffix(".shapes") for name in arrays if name.endswith(".shapes")]
+        self._parts = {name: Ragged(arrays[f"{name}.values"], arrays[f"{name}.shapes"]) for name in names}
+        self._inputs = [name for name in names if name.startswith("inputs/")]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -106,58 +107,59 @@ class Examples(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
-        arrays = self._arrays
-        span = slice(int(arrays["offsets"][index]), int(arrays["offsets"][index + 1]))
-        label = int(arrays["label"][index])
         return Example(
-            id=int(arrays["ids"][index]),
-            input_ids=arrays["input_ids"][span],
-            supervised=arrays["supervised"][span],
-            label=None if label < 0 else label,
+            inputs={name.removeprefix("inputs/"): self._parts[name][index] for name in self._inputs},
+            label_positions=self._parts["label_positions"][index],
+            labels=self._parts["labels"][index],
+            weights=self._parts["weights"][index],
+            group=int(self.groups[index]),
+            key=self.keys[index],
+            row=int(self._arrays["rows"][index]),
             columns=dict(self._extra[index]) if self._extra is not None else {},
-            prompt_length=int(arrays["prompt_length"][index]),
         )
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
 
+    @cached_property
+    def keys(self) -> Sequence[Key]:
+        """Identity of each example."""
+        keys = self._arrays["keys"]
+        return json.loads(keys.tobytes()) if keys.dtype == np.uint8 else keys.tolist()
+
     @classmethod
-    def gather(cls, examples: Sequence[Example], like: Examples) -> Examples:
-        """Put examples that a strategy chose or made into arrays; everything but the counts is as in `like`."""
-        rows = [
-            (e.id, e.input_ids, e.supervised, -1 if e.label is None else e.label, e.prompt_length) for e in examples
-        ]
-        arrays = _pack(rows)
-        stats = dataclasses.replace(like.stats, **_measure(arrays, like.labels))
+    def gather(cls, examples: Sequence[Example], like: Examples, task: Any) -> Examples:
+        """Put examples that a strategy chose or made into arrays; everything but the counts is as in `like`.
+
+        Raises:
+            InputError: an example is not sound, two have one key, or those of a group do not stand together.
+        """
+        check_examples(examples, like)
+        arrays = pack(examples, task)
+        stats = dataclasses.replace(like.stats, **measure(arrays, like.labels))
         gathered = cls(like.path, arrays, {**like._facts, "stats": dataclasses.asdict(stats)})
-        gathered._extra = [e.columns for e in examples]
+        gathered._extra = [example.columns for example in examples]
         gathered._rows = like._rows
         return gathered
 
-    def prompt_ids(self, index: int) -> list[int]:
-        """Tokens from which generation starts; empty where the form has no prompt."""
-        start, length = int(self._arrays["offsets"][index]), int(self._arrays["prompt_length"][index])
-        ids: list[int] = self._arrays["input_ids"][start : start + length].tolist()
-        return ids
-
     def reference(self, index: int) -> str | None:
-        """The answer that the file gives to the prompt, as text; None where the form has no prompt.
+        """The answer that the file gives to an example's prompt, as text; None if the format has no prompt.
 
         Raises:
-            InputError: the file has changed since its tokens were made.
+            InputError: the file has changed since its examples were made.
         """
-        return self._form.reference(self.rows[int(self._arrays["ids"][index])])
+        return self._format.reference(self.rows[int(self._arrays["rows"][index])])
 
     @cached_property
-    def _form(self) -> Form:
+    def _format(self) -> DataFormat:
         return recognise(self.columns, self.task, str(self.path))
 
     @property
     def rows(self) -> Rows:
-        """The file's rows, read again when they are first asked for; `Example.id` indexes them.
+        """The file's rows, read again when they are first asked for; `Example.row` indexes them.
 
         Raises:
-            InputError: the file has changed since its tokens were made.
+            InputError: the file has changed since its examples were made.
         """
         if self._rows is None:
             rows = read_rows(self.path)
@@ -166,11 +168,17 @@ class Examples(Sequence[Example]):
             self._rows = rows
         return self._rows
 
+    def location(self, index: int) -> str:
+        """Where the row of an example is, for messages."""
+        return self.rows.location(int(self._arrays["rows"][index]))
+
     def describe(self) -> str:
         """One line on what was recognised, counted, cut and dropped."""
         stats = self.stats
         parts = [f"{stats.examples:,} examples", f"{stats.tokens:,} tokens"]
         parts.append(f"{len(self.labels)} classes" if self.labels else f"{stats.supervised_share:.0%} with a loss")
+        if stats.weights != [1.0, 1.0]:
+            parts.append("weights {:g} to {:g}".format(*stats.weights))
         if stats.truncated:
             parts.append(f"{stats.truncated:,} cut at {self.max_length}")
         if stats.dropped:
@@ -184,197 +192,94 @@ class Examples(Sequence[Example]):
         return ", ".join(f"{reason} {n:,}, first at {first[reason]}" for reason, n in self.stats.dropped.items())
 
 
-def build_examples(
-    path: str | Path,
-    tokenizer: Any,
-    task: str,
-    max_length: int,
-    labels: Sequence[str] | None = None,
-    cache_dir: Path | None = None,
-    template_options: Mapping[str, Any] | None = None,
-    change: Callable[[Row, int], Row] | None = None,
-) -> Examples:
-    """Read a data file, recognise its form and turn its rows into tokens, or take them from the cache.
+def check_examples(examples: Sequence[Example], like: Examples | None = None, where: Sequence[str] = ()) -> None:
+    """Check examples that a task or a strategy made.
 
     Args:
-        path: a data file or folder.
-        tokenizer: of the base.
-        task: "causal-lm", "sequence-classification", or one that an installed form names.
-        max_length: in tokens; longer rows are cut at the end, or dropped when nothing with a loss is left.
-        labels: names of the classes, as training data gave them; None: learn them from this file.
-        cache_dir: where tokens are kept; None: `cache.default_folder()`.
-        template_options: variables for the chat template.
-        change: from a row and its number to the row that is made into tokens, which are then not cached.
+        like: the file's examples, whose rows and classes they refer to.
+        where: place of each example, for messages; by default that of its row in `like`.
 
     Raises:
-        InputError: what `read_rows` and the forms raise; a label that training data does not have; no row is left.
+        InputError: an example is not sound, two have one key, or those of a group do not stand together.
     """
-    path = Path(path)
-    if change is not None:
-        return Examples(
-            path,
-            *_encode(
-                read_rows(path), Encoder(tokenizer, max_length, template_options), task, max_length, labels, change
-            ),
-        )
-    folder = cache.default_folder() if cache_dir is None else Path(cache_dir)
-    forms = [(e.name, e.value, e.owner) for entries in installed(GROUP).values() for e in entries]
-    options = {
-        "file": hash_file(path),
-        "path": str(path),
-        "forms": forms,
-        "task": task,
-        "max_length": max_length,
-        "labels": None if labels is None else list(labels),
-        "template_options": dict(template_options or {}),
+    keys: set[Key] = set()
+    groups: set[int] = set()
+    last: int | None = None
+    for index, example in enumerate(examples):
+        problem = _find_problem(example, len(like.labels) if like is not None else 0)
+        if example.key in keys:
+            problem = problem or f"key {example.key!r} is that of another example too"
+        keys.add(example.key)
+        if example.group is not None and example.group != last and example.group in groups:
+            problem = problem or f"the examples of group {example.group} do not stand together"
+        last = example.group
+        groups.update(() if last is None else (last,))
+        if problem:
+            place = where[index] if where else like.rows.location(example.row) if like is not None else f"row {index}"
+            raise InputError(f"{place}: {problem}.")
+
+
+def _find_problem(example: Example, classes: int) -> str:
+    """What is wrong with an example; empty if nothing is."""
+    count, weights = len(example.label_positions), np.asarray(example.weights)
+    if not example.inputs or not all(isinstance(a, np.ndarray) and a.size for a in example.inputs.values()):
+        return "an example's inputs must be arrays that are not empty"
+    if len(example.labels) != count or len(weights) != count:
+        return f"an example has {count} label positions, {len(example.labels)} labels and {len(weights)} weights"
+    if count and not (np.isfinite(weights).all() and (weights > 0).all()):
+        wrong = weights[~(np.isfinite(weights) & (weights > 0))][0]
+        return f"a label's weight must be finite and above 0, not {wrong:g}; leave labels of weight 0 out"
+    if count and (example.label_positions < 0).any():
+        return "a label's position is negative"
+    labels = np.asarray(example.labels)
+    if classes and count and labels.dtype.kind in "iu" and not ((labels >= 0) & (labels < classes)).all():
+        return f"a label is outside the {classes} classes"
+    return ""
+
+
+def pack(examples: Sequence[Example], task: Any) -> cache.Arrays:
+    """Put examples into flat arrays, whose names `Examples` knows. `task.length` counts each."""
+    parts: dict[str, list[np.ndarray]] = {"label_positions": [], "labels": [], "weights": []}
+    groups: list[int] = []
+    before: int | None = None
+    for example in examples:
+        for name, value in example.inputs.items():
+            parts.setdefault(f"inputs/{name}", []).append(value)
+        parts["label_positions"].append(np.asarray(example.label_positions, dtype=np.int64))
+        parts["labels"].append(np.asarray(example.labels))
+        parts["weights"].append(np.asarray(example.weights, dtype=np.float32))
+        same = bool(groups) and example.group is not None and example.group == before
+        groups.append(groups[-1] + (not same) if groups else 0)
+        before = example.group
+    keys = [example.key for example in examples]
+    plain = all(isinstance(key, int) for key in keys)
+    arrays = {
+        "keys": np.array(keys, dtype=np.int64) if plain else np.frombuffer(json.dumps(keys).encode(), dtype=np.uint8),
+        "rows": np.array([example.row for example in examples], dtype=np.int64),
+        "groups": np.array(groups, dtype=np.int64),
+        "lengths": np.array([task.length(example) for example in examples], dtype=np.int64),
     }
-    key = cache.make_key(tokenizer, options)
-    entry = cache.load(folder, key) if key else None
-    if entry is not None:
-        return Examples(path, *entry, from_cache=True)
-    rows = read_rows(path)
-    arrays, facts = _encode(rows, Encoder(tokenizer, max_length, template_options), task, max_length, labels)
-    if key and rows.sha256 == options["file"]:
-        cache.save(folder, key, arrays, facts)
-    return Examples(path, arrays, facts)
+    for name, values in parts.items():
+        if len(values) != len(examples):
+            raise InputError(f"examples differ in their inputs: not all have '{name.removeprefix('inputs/')}'.")
+        ragged = Ragged.of(values)
+        arrays |= {f"{name}.values": ragged.values, f"{name}.shapes": ragged.shapes}
+    return arrays
 
 
-def overlap(train: Examples, other: Examples) -> int:
-    """How many of `other`'s examples have the very tokens of an example of `train`."""
-
-    def digests(examples: Examples) -> list[bytes]:
-        return [hashlib.blake2b(e.input_ids.tobytes(), digest_size=16).digest() for e in examples]
-
-    seen = set(digests(train))
-    return sum(digest in seen for digest in digests(other))
-
-
-def _encode(
-    rows: Rows,
-    encoder: Encoder,
-    task: str,
-    max_length: int,
-    labels: Sequence[str] | None,
-    change: Callable[[Row, int], Row] | None = None,
-) -> tuple[cache.Arrays, dict[str, Any]]:
-    form = recognise(rows.columns, task, str(rows.path))
-    dropped: Counter[str] = Counter()
-    first: dict[str, str] = {}
-    kept: list[tuple[int, np.ndarray, np.ndarray, int, int]] = []
-    names: list[str] = []
-    truncated = tokens_cut = 0
-    for start, chunk in _chunks(rows):
-        where = [rows.location(start + i) for i in range(len(chunk))]
-        if change is not None:
-            chunk = [change(row, start + i) for i, row in enumerate(chunk)]
-        with blame(form, "encode"):
-            results = form.encode(chunk, where, encoder)
-        if len(results) != len(chunk) or not all(isinstance(result, Encoded | Dropped) for result in results):
-            raise PluginError(f"{form}, encode: must return an Encoded or a Dropped for each of its {len(chunk)} rows.")
-        for offset, result in enumerate(results):
-            cut = _cut(result, max_length) if isinstance(result, Encoded) else result
-            if isinstance(cut, Dropped):
-                dropped[cut.reason] += 1
-                first.setdefault(cut.reason, where[offset])
-                continue
-            ids, supervised = cut
-            assert isinstance(result, Encoded)
-            truncated += result.truncated or len(ids) < len(result.input_ids)
-            tokens_cut += len(result.input_ids) - len(ids)
-            kept.append((start + offset, ids, supervised, -1, result.prompt_length))
-            names.append(result.label or "")
-    if not kept:
-        remedy = " Raise data.max_length." if BEYOND in dropped else ""
-        raise InputError(all_dropped(rows.path, dropped) + remedy)
-    classes: list[str] = []
-    if any(names):
-        classes = sorted(set(names), key=_label_order) if labels is None else list(labels)
-        _check_labels(rows, classes, names, [row[0] for row in kept], learned=labels is None)
-        index = {name: i for i, name in enumerate(classes)}
-        kept = [(i, ids, s, index[name], p) for (i, ids, s, _, p), name in zip(kept, names, strict=True)]
-    arrays = _pack(kept)
-    stats = DataStats(
-        rows=len(rows), dropped=dict(dropped), first_dropped=first, truncated=truncated, tokens_cut=tokens_cut,
-        remarks=dict(encoder.remarks), **_measure(arrays, classes),
-    )  # fmt: skip
-    facts = {
-        "form": form.name,
-        "columns": list(form.columns),
-        "task": task,
-        "max_length": max_length,
-        "labels": classes,
-        "notes": rows.notes,
-        "sha256": rows.sha256,
-        "stop_ids": sorted(encoder.stop_ids),
-        "stats": dataclasses.asdict(stats),
-    }
-    return arrays, facts
-
-
-def _chunks(rows: Rows) -> Iterator[tuple[int, list[Row]]]:
-    chunk: list[Row] = []
-    for index, row in enumerate(rows):
-        chunk.append(row)
-        if len(chunk) == CHUNK or index == len(rows) - 1:
-            yield index + 1 - len(chunk), chunk
-            chunk = []
-
-
-def _cut(row: Encoded, max_length: int) -> tuple[np.ndarray, np.ndarray] | Dropped:
-    """Tokens cut to `max_length`, and which of them have a loss."""
-    ids = np.asarray(row.input_ids[:max_length], dtype=np.int32)
-    supervised = np.zeros(len(ids), dtype=bool)
-    for start, stop in row.spans:
-        supervised[start:stop] = True
-    supervised[:1] = False  # there is no position before it that could predict it
-    if row.label is None and not supervised.any():
-        beyond = any(stop > max(start, 1) for start, stop in row.spans)
-        return Dropped(BEYOND if beyond else "no token with a loss")
-    return ids, supervised
-
-
-def _pack(rows: Sequence[tuple[int, np.ndarray, np.ndarray, int, int]]) -> cache.Arrays:
-    empty = np.zeros(0, dtype=np.int32)
-    return {
-        "ids": np.array([row[0] for row in rows], dtype=np.int64),
-        "input_ids": np.concatenate([empty, *(row[1] for row in rows)]).astype(np.int32, copy=False),
-        "supervised": np.concatenate([empty.astype(bool), *(row[2] for row in rows)]),
-        "offsets": np.cumsum([0, *(len(row[1]) for row in rows)], dtype=np.int64),
-        "label": np.array([row[3] for row in rows], dtype=np.int64),
-        "prompt_length": np.array([row[4] for row in rows], dtype=np.int64),
-    }
-
-
-def _measure(arrays: cache.Arrays, labels: Sequence[str]) -> dict[str, Any]:
-    lengths = np.diff(arrays["offsets"])
+def measure(arrays: cache.Arrays, labels: Sequence[str]) -> dict[str, Any]:
+    """What `DataStats` says of examples."""
+    lengths, weights = arrays["lengths"], arrays["weights.values"]
     if not len(lengths):
         return {"examples": 0, "tokens": 0, "supervised": 0}
     return {
         "examples": len(lengths),
         "tokens": int(lengths.sum()),
-        "supervised": int(arrays["supervised"].sum()),
+        "supervised": 0 if labels else int(arrays["label_positions.shapes"].sum()),
         "shortest": int(lengths.min()),
         "mean": float(lengths.mean()),
         "longest": int(lengths.max()),
         "percentiles": {str(p): float(np.percentile(lengths, p)) for p in PERCENTILES},
-        "classes": np.bincount(arrays["label"], minlength=len(labels)).tolist() if labels else [],
+        "classes": np.bincount(arrays["labels.values"], minlength=len(labels)).tolist() if labels else [],
+        "weights": [float(weights.min()), float(weights.max())] if len(weights) else [1.0, 1.0],
     }
-
-
-def _label_order(name: str) -> tuple[bool, int, str]:
-    """Whole numbers by value, then names by letter."""
-    number = name.isascii() and name.isdigit()
-    return (not number, int(name) if number else 0, name)
-
-
-def _check_labels(rows: Rows, classes: Sequence[str], names: Sequence[str], ids: Sequence[int], learned: bool) -> None:
-    if learned and len(classes) < 2:
-        raise InputError(f"{rows.path}: every label is '{classes[0]}'. Classification needs at least two classes.")
-    known = set(classes)
-    for row, name in zip(ids, names, strict=True):
-        if name not in known:
-            some = ", ".join(classes[:10]) + (f" and {len(classes) - 10} more" if len(classes) > 10 else "")
-            raise InputError(
-                f"{rows.location(row)}: label '{name}' is not in the training data.{did_you_mean(name, classes)} "
-                f"Known: {some}."
-            )

@@ -64,6 +64,7 @@ class Base:
     Attributes:
         name: as the user gave it.
         path: its folder.
+        tokenizer: None if the task needs none.
         fingerprint: of its checkpoint, as `fingerprint` gives it.
         quantization: none, int8, nf4, fp4, or a third party's.
         bytes: of its parameters and buffers as they are stored, with the quantiser's constants.
@@ -101,6 +102,7 @@ def load_base(
     double_quantization: bool = True,
     model_kwargs: dict[str, Any] | None = None,
     seed: int = 0,
+    needs_tokenizer: bool = True,
 ) -> Base:
     """Load a base: quantised tensor by tensor as it is read, so that memory never holds all of it in 16 bit.
 
@@ -112,6 +114,7 @@ def load_base(
         double_quantization: quantise the constants too (4 bit).
         model_kwargs: changes to the configuration, such as `num_labels`.
         seed: of a new head's weights.
+        needs_tokenizer: False leaves `Base.tokenizer` None.
 
     Raises:
         InputError, ResourceError, CorruptError: as `check_base`; memory is too small; a weight that the model needs
@@ -123,7 +126,7 @@ def load_base(
     info = check_base(model, quantization, trust_remote_code, device)
     name, path = info.name, resolve(model, code=trust_remote_code)
     tensors = read_tensors(path)
-    tokenizer = load_tokenizer(path)
+    tokenizer: Any = load_tokenizer(path) if needs_tokenizer else None
     config = load_config(path, trust_remote_code, model_kwargs or {})
     frame = build_skeleton(name, config, auto_class, trust_remote_code)
     _check_size(name, frame, tensors.values())

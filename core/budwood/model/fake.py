@@ -55,7 +55,12 @@ def fake_tensors() -> Iterator[FakeTensorMode]:
 
 
 def fake_base(
-    model: str, auto_class: str, dtype: torch.dtype, trust_remote_code: bool = False, **model_kwargs: Any
+    model: str,
+    auto_class: str,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    needs_tokenizer: bool = True,
+    **model_kwargs: Any,
 ) -> Base:
     """Build a base of fake CPU tensors from its configuration, unquantised; call it inside `fake_tensors`.
 
@@ -87,7 +92,8 @@ def fake_base(
     frame.eval()
     path = resolve(model, weights=False, code=trust_remote_code)
     device = torch.device("cpu")
+    tokenizer: Any = load_tokenizer(path) if needs_tokenizer else None
     return Base(
-        str(model), path, frame, load_tokenizer(path), "", "none", stored, 2 * numbers, 1.0, numbers,
+        str(model), path, frame, tokenizer, "", "none", stored, 2 * numbers, 1.0, numbers,
         dtype, device, (), ["fake"],
     )  # fmt: skip

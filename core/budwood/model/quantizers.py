@@ -20,6 +20,7 @@ class Quantizer(Plugin):
     """How a base's linears are stored. This one leaves them as they are."""
 
     group = "budwood.quantizers"
+    api = 2
     takes_fused_experts: bool = True
     """False: three-dimensional tensors of experts would stay in 16 bit, so such a base is refused."""
 

@@ -25,7 +25,7 @@ from budwood.contract.types import Plan, Run
 from budwood.errors import BudwoodError, InputError
 from budwood.model.base import check_base, load_tokenizer, pick_device_precision, skeleton
 from budwood.model.quiet import hush
-from budwood.model.tasks import Task
+from budwood.model.task import Task
 from budwood.recipe.file import UNKNOWN
 from budwood.recipe.schema import QUANTIZERS, TASKS, Choice, Recipe, read_recipe
 from budwood.training.preflight import check_output
@@ -116,7 +116,7 @@ def plan(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> RunPlan:
         problems.texts += wrong
         problems.codes += [InputError.exit_code] * len(wrong)
     if loaded is None:
-        return problems.on(RunPlan(None, []))
+        return problems.on(RunPlan(None, []))  # type: ignore[arg-type]  # it cannot be read
 
     strategies, parts = _build(loaded, problems)
     whole = UNKNOWN not in (part.version for part in parts)

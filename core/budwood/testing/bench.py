@@ -193,11 +193,11 @@ class Bench:
             run = tune(recipe, overwrite=overwrite, resume=resume, quiet=True)
             probe = next(strategy for strategy in run.strategies if isinstance(strategy, Probe))
             parameters = named_parameters(run)
-            logits, off = measure(run.model, probe.prompts, run.dtype), None
+            logits, off = measure(run.task, run.model, run.tokenizer, probe.prompts, run.dtype), None
             owner: Any = adapter_owner(run)
             if owner is not None:
                 owner.use_adapters(model=run.model, names=[])
-                off = measure(run.model, probe.prompts, run.dtype)
+                off = measure(run.task, run.model, run.tokenizer, probe.prompts, run.dtype)
                 owner.use_adapters(model=run.model, names=[RUN_ADAPTER])
         return Result(run, probe, parameters, logits, off)
 

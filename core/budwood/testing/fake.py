@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from budwood.contract.examples import Batch
 from budwood.contract.loading import create
-from budwood.contract.types import Batch, Plan, Run, Step
+from budwood.contract.types import BestMetric, Plan, Run, Step
 from budwood.model.base import load_tokenizer, skeleton
+from budwood.model.evaluation import collate_for
 from budwood.model.fake import fake_base, fake_tensors
 from budwood.model.ops import attention
-from budwood.model.tasks import Task, collate_for
+from budwood.model.task import Task
 from budwood.recipe.schema import Recipe, build_composition
+from budwood.training.batches import count_units
 from budwood.training.report import Report
 from budwood.training.setup import (
     check_plan,
@@ -42,7 +45,8 @@ def run_on_fake_tensors(recipe: Recipe) -> Run:
         recipe, Path(recipe.output), torch.device("cpu"), torch.float32, hooks.strategies, hooks, task,
         seed=recipe.train.seed, accelerator=make_accelerator(torch.device("cpu")), planning=True, say=lambda text: None,
     )  # fmt: skip
-    run.tokenizer = load_tokenizer(recipe.base.model)
+    if task.needs_tokenizer:
+        run.tokenizer = load_tokenizer(recipe.base.model)
     modules = skeleton(recipe.base.model, task.auto_class)
     check_plan(Plan(recipe, hooks.strategies, recipe.train.steps, modules, task=task, tokenizer=run.tokenizer), hooks)
     read_data(run, hooks, Report(quiet=True))
@@ -52,27 +56,35 @@ def run_on_fake_tensors(recipe: Recipe) -> Run:
         run.model = run.base.model
         attention.register()
         run.model.set_attn_implementation(attention.IMPLEMENTATION)
+        run.best_metric = BestMetric(task.best_metric, not task.lower_is_better)
         run.model = hooks.chain("prepare_model", "model", run.model, run=run)
         run.groups = trainable_groups(run, hooks)
+        run.start = [p.detach().clone() for p in run.trainable]
         engine = Engine(run, hooks)
         register_parts(hooks, task, engine)
         run.optimizer = hooks.call("build_optimizer", run=run, groups=torch_groups(run))
         run.scheduler = hooks.call("build_scheduler", run=run, optimizer=run.optimizer)
         run.model.train()
-        examples = [run.examples[index] for index in range(recipe.train.batch_examples or 1)]
+        planned = [example for found in hooks.call("planned_examples", run=run) for example in found]
+        examples = planned or [run.examples[index] for index in range(recipe.train.batch_examples or 1)]
         halves = [half for half in (examples[::2], examples[1::2]) if half]
         while run.step < (run.steps or 1):  # the first of two micro-batches, to save time the others of one
-            _step(run, engine, [_fake(collate_for(run, half), mode) for half in halves[: 1 if run.step else 2]])
+            _step(run, engine, [_fake(collate_for(run, half, 0), mode) for half in halves[: 1 if run.step else 2]])
     return run
 
 
 def _step(run: Run, engine: Engine, batches: list[Batch]) -> None:
     """One optimizer step of the given micro-batches."""
     hooks = run.hooks
-    run.counts = {unit: sum(b.counts[unit] for b in batches) for unit in ("label", "example", "token")}
+    run.counts = count_units(run, hooks, batches)
+    steps = []
     for index, batch in enumerate(batches):
-        batch = hooks.chain("prepare_batch", "batch", batch, run=run)
-        hooks.call("backward", step=Step(run, batch, engine, index))
+        steps.append(Step(run, hooks.chain("prepare_batch", "batch", batch, run=run), engine, index))
+    engine.step_terms.gather(steps)
+    for step in steps:
+        engine.begin(step)
+        engine.step_terms.restore_random(step)
+        hooks.call("backward", step=step)
     engine.finish_step()
     hooks.call("before_clip", run=run)
     torch.nn.utils.clip_grad_norm_([p for p in run.trainable if p.grad is not None], 1.0)
@@ -92,5 +104,6 @@ def _fake(batch: Batch, mode: FakeTensorMode) -> Batch:
         return mode.from_tensor(value) if isinstance(value, Tensor) and not isinstance(value, FakeTensor) else value
 
     values = {field.name: convert(getattr(batch, field.name)) for field in fields(batch)}
-    values["columns"] = {name: convert(column) for name, column in batch.columns.items()}
+    for name in ("inputs", "columns"):
+        values[name] = {key: convert(tensor) for key, tensor in values[name].items()}
     return Batch(**values)

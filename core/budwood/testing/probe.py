@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from budwood.adapters.golden import measure
+from budwood.contract.examples import Batch, Example
 from budwood.contract.strategy import Strategy, hookimpl
-from budwood.contract.types import Batch, Run
+from budwood.contract.types import Run
 from budwood.errors import InputError
 
 PROMPTS = 3
@@ -24,7 +26,7 @@ class Probe(Strategy):
     """Looks on for the conformance kit; the first of its recipe, so that it sees the model before anyone changed it.
 
     Attributes:
-        prompts: token ids by which logits are compared.
+        prompts: examples by which logits are compared.
         base_logits: [prompts, vocabulary or classes] of the base, before any strategy saw it.
         start_logits: the same just before the first step.
         micro_batches: examples in each micro-batch, by the number of steps before.
@@ -43,7 +45,7 @@ class Probe(Strategy):
 
     def __init__(self, options: Any = None, name: str = "", distribution: str = "") -> None:
         super().__init__(options, name, distribution)
-        self.prompts: list[list[int]] = []
+        self.prompts: list[Example] = []
         self.base_logits = self.start_logits = torch.empty(0)
         self.base_tensors: dict[str, tuple[Tensor, Tensor]] = {}
         self.micro_batches: dict[int, list[int]] = {}
@@ -60,8 +62,9 @@ class Probe(Strategy):
         if run.planning:
             return model
         for index in range(min(PROMPTS, len(run.examples))):
-            self.prompts.append([int(token) for token in run.examples[index].input_ids])
-        self.base_logits = measure(model, self.prompts, run.dtype)
+            example = run.examples[index]
+            self.prompts.append(run.task.probe(replace(example, label_positions=example.label_positions[-1:])))
+        self.base_logits = measure(run.task, model, run.tokenizer, self.prompts, run.dtype)
         self.base_tensors = {name: (tensor, tensor.clone()) for name, tensor in stored(model).items()}
         return model
 
@@ -70,13 +73,13 @@ class Probe(Strategy):
         if run.planning:
             return batch
         if not self.micro_batches:
-            self.start_logits = measure(run.model, self.prompts, run.dtype)
+            self.start_logits = measure(run.task, run.model, run.tokenizer, self.prompts, run.dtype)
             _last_norm(run.model).register_forward_pre_hook(lambda *_: self._forward())
         if run.step not in self.micro_batches:
             self.micro_batches[run.step], self.calls[run.step] = [], 0
             if self.fail_at and run.step == 1:
                 self.snapshot = state_of(run.model)
-        self.micro_batches[run.step].append(len(batch.example_ids))
+        self.micro_batches[run.step].append(len(batch.keys))
         return batch
 
     def _forward(self) -> None:

@@ -14,9 +14,10 @@ from torch import Tensor
 from budwood.contract.attack import Attack
 from budwood.contract.calls import blame
 from budwood.contract.discovery import PluginError
+from budwood.contract.examples import Batch
 from budwood.contract.loading import load, start, validate_options
 from budwood.contract.registry import Composition
-from budwood.contract.types import Batch, Run, Step
+from budwood.contract.types import Run, Step
 from budwood.contract.validation import Location, dotted, sentence
 from budwood.data.examples import Examples
 from budwood.errors import InputError
@@ -97,7 +98,8 @@ def measure_attacked(
 
 
 def _changed(run: Run, attack: Attack, build: Callable[..., Examples]) -> Examples:
-    form, changed, rows = run.eval_examples.form, 0, 0
+    assert run.eval_examples is not None
+    form, changed, rows = run.eval_examples.format, 0, 0
 
     def change(row: Mapping[str, Any], index: int) -> Mapping[str, Any]:
         nonlocal changed, rows
@@ -112,9 +114,10 @@ def _changed(run: Run, attack: Attack, build: Callable[..., Examples]) -> Exampl
     run.say(
         f"{attack.name}: {changed:,} of {rows:,} rows changed" if changed else f"warning: {attack.name} changed no row"
     )
-    if len(examples) != len(run.eval_examples):
+    before = len(run.eval_examples)
+    if len(examples) != before:
         run.say(
-            f"warning: {attack.name}: {len(examples):,} examples are left of {len(run.eval_examples):,}, so the "
+            f"warning: {attack.name}: {len(examples):,} examples are left of {before:,}, so the "
             f"metrics are not of the same rows: {examples.describe_dropped()}"
         )
     return examples

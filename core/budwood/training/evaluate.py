@@ -13,17 +13,17 @@ from budwood.adapters.verify import base_name
 from budwood.contract.calls import blame
 from budwood.contract.loading import create
 from budwood.contract.types import Run
-from budwood.data.examples import build_examples
-from budwood.data.forms import recognise
+from budwood.data.build import build_examples
+from budwood.data.formats import recognise
 from budwood.data.reading import read_rows
 from budwood.errors import InputError
 from budwood.model.base import pick_device_precision, skeleton
 from budwood.model.ops import attention
-from budwood.model.tasks import Task
+from budwood.model.task import Task
 from budwood.recipe.schema import default_recipe
 from budwood.training.attacks import build_attacks, measure_attacked
+from budwood.training.packing_check import check_packing
 from budwood.training.report import Report
-from budwood.training.setup import check_packing
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def evaluate_adapter(
     pool = AdapterPool(
         name, quantization=chosen, precision=precision, task=task_name, labels=labels or None, device=str(device)
     )
-    build = partial(build_examples, data, pool.base.tokenizer, task_name, max_length, labels or None)
+    build = partial(build_examples, data, pool.base.tokenizer, task, max_length, labels or None)
     examples = build()
     report.say(examples.describe())
     run = Run(recipe, directory, device, dtype, task=task, say=report.say)

@@ -14,6 +14,7 @@ from torch import Tensor
 from budwood.adapters.golden import measure
 from budwood.adapters.store import write_adapter
 from budwood.contract.calls import ask_owner
+from budwood.contract.examples import Example
 from budwood.contract.registry import Composition
 from budwood.contract.strategy import RUN_ADAPTER
 from budwood.contract.types import Run
@@ -29,9 +30,9 @@ PROBE_TOKENS = 64
 
 @dataclass
 class Probe:
-    """Prompts by which an adapter is known: token ids, and the base's logits [prompts, vocabulary or classes] fp32."""
+    """What an adapter is known by: probes of the data, and the base's logits [probes, …] fp32 at them."""
 
-    prompts: list[list[int]]
+    examples: list[Example]
     base: Tensor
 
 
@@ -80,26 +81,22 @@ class Ending:
 
 
 def adapter_probe(run: Run) -> Probe | None:
-    """Take a few prompts from the data and the base's own logits after them; None where no strategy owns an adapter."""
-    if not _owner(run):
+    """Take a few probes from the data and the base's own logits at them; None if no strategy owns an adapter."""
+    owner = _owner(run)
+    if not owner:
         return None
     examples = run.eval_examples if run.eval_examples is not None else run.examples
-    prompts = []
-    for index in range(min(PROBES, len(examples))):
-        example = examples[index * max(len(examples) // PROBES, 1)]
-        length = example.prompt_length or (len(example) if example.label is not None else (len(example) + 1) // 2)
-        prompts.append([int(token) for token in example.input_ids[: max(length, 1)]][-PROBE_TOKENS:])
-    return Probe(prompts, _base_logits(run, prompts))
-
-
-def _base_logits(run: Run, prompts: list[list[int]]) -> Tensor:
-    """Logits [prompts, vocabulary or classes] after each prompt with the run's adapter off."""
-    owner = _owner(run)
+    chosen = [index * max(len(examples) // PROBES, 1) for index in range(min(PROBES, len(examples)))]
+    probes = [run.task.probe(examples[index], PROBE_TOKENS) for index in chosen]
     ask_owner(owner, "use_adapters", model=run.model, names=[])
     try:
-        return measure(run.model, prompts, run.dtype)
+        return Probe(probes, _measure(run, probes))
     finally:
         ask_owner(owner, "use_adapters", model=run.model, names=[RUN_ADAPTER])
+
+
+def _measure(run: Run, probes: list[Example]) -> Tensor:
+    return measure(run.task, run.model, run.tokenizer, probes, run.dtype)
 
 
 def check_changed(run: Run, start: list[Tensor], probe: Probe | None) -> None:
@@ -114,7 +111,7 @@ def check_changed(run: Run, start: list[Tensor], probe: Probe | None) -> None:
         raise DivergedError(
             f"no trained tensor moved in {run.step} steps: raise train.learning_rate, or check that labels remain"
         )
-    if probe is not None and torch.equal(measure(run.model, probe.prompts, run.dtype), probe.base):
+    if probe is not None and torch.equal(_measure(run, probe.examples), probe.base):
         raise DivergedError("the adapter changes no logit of the base: it trained nothing that the model uses")
 
 
@@ -138,9 +135,9 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
             metrics={k: float(v) for k, v in run.metrics.items()},
             strategies=strategies_record(run.strategies),
             stop_ids=run.examples.stop_ids,
-            prompts=probe.prompts,
+            probes=probe.examples,
             base_logits=list(probe.base),
-            adapter_logits=list(measure(run.model, probe.prompts, run.dtype)),
+            adapter_logits=list(_measure(run, probe.examples)),
             needs=sum(p.numel() * p.element_size() for p in run.trainable) + 2 * probe.base.nbytes + (1 << 20),
         )
     report.stop()

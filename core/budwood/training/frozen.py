@@ -1,21 +1,15 @@
-"""Models beside the one that is tuned: a second one, frozen, such as a teacher; or the run's own base, adapter off."""
+"""A second, frozen model beside the one that is tuned, such as a teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
-import torch
-
-from budwood.contract.calls import ask_owner
-from budwood.contract.strategy import RUN_ADAPTER
 from budwood.contract.types import Run
 from budwood.errors import InputError
 from budwood.model.base import Base, load_base
 from budwood.model.fake import fake_base
 from budwood.model.ops import attention
-from budwood.training.setup import check_packing
+from budwood.training.packing_check import check_packing
 
 
 def load_frozen(run: Run, model: str, quantization: str | None = None) -> Base:
@@ -37,12 +31,18 @@ def load_frozen(run: Run, model: str, quantization: str | None = None) -> Base:
     """
     recipe = run.recipe.base
     if run.planning:
-        base = fake_base(model, run.task.auto_class, run.dtype, **run.task.model_kwargs(run.examples.labels))
+        base = fake_base(
+            model,
+            run.task.auto_class,
+            run.dtype,
+            needs_tokenizer=run.task.needs_tokenizer,
+            **run.task.model_kwargs(run.examples.labels),
+        )
         base.model.set_attn_implementation(attention.IMPLEMENTATION)
         return base
     base = load_base(
         model, quantization, run.task.auto_class, run.dtype, run.device, False,
-        recipe.double_quantization, run.task.model_kwargs(run.examples.labels), run.seed,
+        recipe.double_quantization, run.task.model_kwargs(run.examples.labels), run.seed, run.task.needs_tokenizer,
     )  # fmt: skip
     if base.new:
         raise InputError(f"model '{model}' holds no weights for {base.new[0]}: give one that was trained for the task.")
@@ -50,26 +50,3 @@ def load_frozen(run: Run, model: str, quantization: str | None = None) -> Base:
     check_packing(beside, beside)
     run.packed = run.packed and beside.packed
     return base
-
-
-@contextmanager
-def adapter_off(run: Run) -> Iterator[None]:
-    """Let `run.model` answer as its base inside the context: adapter off, evaluation mode, no gradients.
-
-    Raises:
-        InputError: no strategy of the run owns an adapter; declare `requires = ("adapter",)`.
-    """
-    owner = next((strategy for strategy in run.strategies if "adapter" in strategy.slots), None)
-    if owner is None:
-        raise InputError("no strategy of the recipe owns an adapter that could be off: add one such as lora.")
-    training = run.model.training
-    # Without its cache, in which casts made without a gradient would stay for the forward that has one.
-    cast = torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32, cache_enabled=False)
-    run.model.eval()
-    ask_owner(owner, "use_adapters", model=run.model, names=[])
-    try:
-        with torch.no_grad(), cast:
-            yield
-    finally:
-        ask_owner(owner, "use_adapters", model=run.model, names=[RUN_ADAPTER])
-        run.model.train(training)

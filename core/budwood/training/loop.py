@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from budwood.contract.types import Event, Run
 from budwood.errors import DivergedError, Interrupted, ResourceError
 from budwood.model.quiet import hush
 from budwood.recipe.schema import Recipe, load_recipe
+from budwood.training.batches import optimizer_steps
 from budwood.training.durability.checkpoint import NotSavedError, Saver
 from budwood.training.durability.lock import first_process, locked
 from budwood.training.durability.resume import Resume, find_resume
@@ -21,7 +20,6 @@ from budwood.training.durability.signals import Signals, exit_code
 from budwood.training.finish import Ending
 from budwood.training.memory import (
     DoesNotFitError,
-    StepBatches,
     TornStepError,
     accumulate,
     explain_out_of_memory,
@@ -29,7 +27,7 @@ from budwood.training.memory import (
 )
 from budwood.training.non_finite import check_skip
 from budwood.training.preflight import check_output
-from budwood.training.progress import Progress, evaluate, planned_steps
+from budwood.training.progress import Progress, evaluate
 from budwood.training.report import Report, profile_table
 from budwood.training.setup import prepare
 from budwood.training.step import Engine
@@ -142,7 +140,7 @@ def take_steps(
     run.optimizer.zero_grad(set_to_none=True)
     if run.step and not between_steps(run, hooks, report, progress, saver, signals):
         return
-    for todo, counts in optimizer_steps(run):
+    for todo, counts in optimizer_steps(run, hooks):
         run.counts = counts
         engine.loss_scale = scaler.scale(torch.ones((), device=run.device)) if scaler.is_enabled() else 1.0
         batches = accumulate(run, hooks, engine, todo)
@@ -166,12 +164,12 @@ def take_steps(
             run.scheduler.step()
         scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
-        run.step, progress.examples = run.step + 1, progress.examples + counts["example"]
+        run.step, progress.examples = run.step + 1, progress.examples + int(counts["example"])
         numbers = {**values, "gradient_norm": norm, "learning_rate": rate, "skipped": not finite, **run.logged}
         numbers = {name: float(value) for name, value in numbers.items()}
         run.logged.clear()
         run.metrics |= {**numbers, "skipped": run.metrics.get("skipped", 0.0) + numbers["skipped"]}
-        report.step(run.step, counts["token"], numbers)
+        report.step(run.step, int(counts["token"]), numbers)
         hooks.notify(Event("step", run.step, numbers), report.say)
         if not between_steps(run, hooks, report, progress, saver, signals):
             return
@@ -226,34 +224,6 @@ def interrupted(
                 kept = f"{ending.keep(progress)}; "
     text = f"interrupted at step {run.step}; {kept}{saver.how_to_go_on()}"
     return Interrupted(text, exit_code(signals.number or error))
-
-
-def optimizer_steps(run: Run) -> Iterator[tuple[StepBatches, dict[str, int]]]:
-    """For each optimizer step: this process's micro-batches, and the counts of units over all processes.
-
-    The next step's batches are collated by a thread beside the step.
-    """
-    with ThreadPoolExecutor(1, thread_name_prefix="collate") as pool:
-        upcoming = None
-        for epoch, indices in planned_steps(run, run.step):
-            ready, upcoming = upcoming, (epoch, pool.submit(StepBatches.collate, run, indices))
-            if ready is not None:
-                yield _counted(run, *ready)
-        if upcoming is not None:
-            yield _counted(run, *upcoming)
-
-
-def _counted(run: Run, epoch: int, collated: Future[StepBatches]) -> tuple[StepBatches, dict[str, int]]:
-    """A step's micro-batches, waited for, and their counts over all processes."""
-    run.epoch, step = epoch, collated.result()
-    if step.micro_tokens != run.micro_tokens:  # it was collated before memory ran out
-        step = StepBatches.collate(run, step.indices)
-    counts = {unit: sum(b.counts[unit] for b in step.batches) for unit in ("label", "example", "token")}
-    if run.processes > 1:
-        total = torch.tensor(list(counts.values()), dtype=torch.int64, device=run.device)
-        torch.distributed.all_reduce(total)
-        counts = dict(zip(counts, total.tolist(), strict=True))
-    return step, counts
 
 
 def sum_gradients(run: Run) -> None:

@@ -7,20 +7,20 @@ streams of random numbers. So an optimizer step is the same however often it beg
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from budwood.contract.calls import noted
+from budwood.contract.discovery import PluginError
+from budwood.contract.examples import Batch
 from budwood.contract.registry import Composition
-from budwood.contract.types import Batch, Run, Step
-from budwood.data.packing import split_micro
+from budwood.contract.types import Run, Step
 from budwood.errors import ResourceError, is_out_of_memory
+from budwood.model.evaluation import does_not_fit
 from budwood.model.streaming import release_memory
-from budwood.model.tasks import collate_for, does_not_fit
+from budwood.training.batches import StepBatches
 from budwood.training.step import Engine
 
 _DONE = 1 << 62
@@ -32,23 +32,7 @@ class TornStepError(ResourceError):
 
 
 class DoesNotFitError(ResourceError):
-    """One example is more than memory holds; every process raises it in the same step."""
-
-
-@dataclass(frozen=True)
-class StepBatches:
-    """An optimizer step's examples, and this process's micro-batches of them, each of at most `micro_tokens`."""
-
-    indices: np.ndarray
-    micro_tokens: int
-    batches: list[Batch]
-
-    @classmethod
-    def collate(cls, run: Run, indices: np.ndarray) -> StepBatches:
-        """Split among micro-batches and processes as `run.micro_tokens` says now."""
-        limit = run.micro_tokens
-        rows = split_micro(indices, run.examples.lengths, limit, run.packed)[run.process_index :: run.processes]
-        return cls(indices, limit, [collate_for(run, [run.examples[i] for i in row]) for row in rows])
+    """One group of examples is more than memory holds; every process raises it in the same step."""
 
 
 def accumulate(run: Run, hooks: Composition, engine: Engine, step: StepBatches) -> list[Batch]:
@@ -58,41 +42,74 @@ def accumulate(run: Run, hooks: Composition, engine: Engine, step: StepBatches) 
     the one that failed, and keep to that size.
 
     Raises:
-        ResourceError: memory does not even hold one example.
+        ResourceError: memory does not even hold one group of examples.
     """
     while True:
         limit = _agree(run, _passes(run, hooks, engine, step.batches))
         if limit == _DONE:
             return step.batches
         run.begin_step_again()
-        engine.sums = {}
+        engine.forget_step()
         release_memory()
         if limit == 0:
-            alone = [b for b in step.batches if len(b.example_ids) == 1]
-            longest = max(alone or step.batches, key=lambda batch: batch.num_tokens).example_ids[0]
-            raise DoesNotFitError(f"step {run.step + 1}: {does_not_fit(run.recipe, run.examples, longest)}")
+            alone = [b for b in step.batches if len(b.groups) == 1]
+            keys = set(max(alone or step.batches, key=lambda batch: sum(batch.lengths)).keys)
+            members = [int(i) for i in step.indices if step.examples.keys[int(i)] in keys]
+            raise DoesNotFitError(f"step {run.step + 1}: {does_not_fit(run.recipe, step.examples, members)}")
         run.micro_tokens = limit
         run.say(
             f"step {run.step + 1}: out of memory: the step begins again, and from here on there are at most {limit:,} "
             f"tokens at once (train.micro_tokens: {limit})"
         )
-        step = StepBatches.collate(run, step.indices)
+        step = step.again(run)
 
 
 def _passes(run: Run, hooks: Composition, engine: Engine, batches: Sequence[Batch]) -> int:
-    """Run every micro-batch. Returns _DONE, or where one is too large half its tokens, 0 where it is one example.
+    """Run every micro-batch. Returns _DONE, or if one is too large half its tokens, 0 if it is one group.
 
     The error, and all that its frames hold on to, is gone by then.
     """
-    for index, batch in enumerate(batches):
-        try:
-            prepared = hooks.chain("prepare_batch", "batch", batch.to(run.device), run=run)
-            hooks.call("backward", step=Step(run, prepared, engine, index))
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            return batch.input_ids.numel() // 2 if len(batch.example_ids) > 1 else 0
+    at = 0
+    try:
+        if engine.step_terms.active:
+            steps = [Step(run, _prepared(run, hooks, batch), engine, i) for i, batch in enumerate(batches)]
+            engine.step_terms.gather(steps)
+            ready = [step.batch for step in steps]
+            del steps
+        for index, batch in enumerate(batches):
+            at = index
+            prepared = ready[index] if engine.step_terms.active else _prepared(run, hooks, batch)
+            step = Step(run, prepared, engine, index)
+            engine.begin(step)
+            engine.step_terms.restore_random(step)
+            hooks.call("backward", step=step)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        failed = batches[at]
+        return failed.rows * failed.width // 2 if len(failed.groups) > 1 else 0
     return _DONE
+
+
+def _prepared(run: Run, hooks: Composition, batch: Batch) -> Batch:
+    """A micro-batch on its device, as the strategies' `prepare_batch` leave it.
+
+    Raises:
+        PluginError: they changed its counts, which the optimizer step's loss is divided by.
+    """
+    moved = batch.to(run.device)
+    for plugin, prepared in hooks.follow("prepare_batch", "batch", moved, run=run):
+        if prepared.weights is not moved.weights:
+            prepared.total_weight = float(prepared.weights.sum(dtype=torch.float64))
+        for unit, count in moved.counts.items():
+            found = prepared.counts[unit]
+            if abs(found - count) > 1e-6 * max(abs(count), 1.0) or len(prepared.labels) != len(moved.labels):
+                raise PluginError(
+                    f"{plugin}, hook prepare_batch: the batch now counts {found:g} of unit '{unit}', not {count:g}; "
+                    "change the examples in prepare_examples, before they are counted."
+                )
+        moved = prepared
+    return moved
 
 
 def _agree(run: Run, limit: int) -> int:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from budwood.contract.examples import Batch
 from budwood.contract.registry import Composition
-from budwood.contract.types import Batch, Run, Step
+from budwood.contract.strategy import Strategy
+from budwood.contract.types import Run, Step
 from budwood.errors import DivergedError
-from budwood.model.tasks import autocast
+from budwood.model.evaluation import autocast
 from budwood.training.step import Engine
 
 MAX_SKIPPED = 20
@@ -57,16 +59,20 @@ def _cause(
     run: Run, engine: Engine, hooks: Composition, batches: Sequence[Batch], values: dict[str, Tensor], norm: Tensor
 ) -> str:
     """What is not finite, and the rows that cause it, found by running each example's forward again."""
-    what = next((f"loss '{k}'" for k, v in values.items() if not torch.isfinite(v)), "the gradient")
+    wrong = [name for name, value in values.items() if not torch.isfinite(value)]
+    wrong = [name for name in wrong if name != "loss"] or wrong
+    owner = engine.owners[wrong[0]][0] if wrong and wrong[0] in engine.owners else None
+    whose = f" of {owner}" if isinstance(owner, Strategy) else ""
+    what = f"loss '{wrong[0]}'{whose}" if wrong else "the gradient"
     rows: list[int] = []
     everyone: list[int] = []
     with torch.no_grad(), autocast(run):
         for batch in (b.to(run.device) for b in batches):
-            everyone += batch.example_ids
+            everyone += batch.source_rows
             outputs = hooks.call("forward", step=Step(run, batch, engine))
             flat = outputs.hidden.reshape(-1, outputs.hidden.shape[-1])
             finite = torch.isfinite(outputs.head(flat[batch.label_positions])).all(-1)
-            rows += [batch.example_ids[i] for i in batch.example_of_label[~finite].unique().tolist()]
+            rows += [batch.source_rows[i] for i in batch.example_of_label[~finite].unique().tolist()]
     rows, everyone = _gather(run, rows), _gather(run, everyone)
     named = [run.examples.rows.location(i) for i in (rows or everyone)[:5]]
     more = f" and {len(rows or everyone) - 5} more" if len(rows or everyone) > 5 else ""

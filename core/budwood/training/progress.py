@@ -75,9 +75,10 @@ def restore(run: Run, best: Best) -> None:
 
 def planned_steps(run: Run, first: int = 0) -> Iterator[tuple[int, np.ndarray]]:
     """(epoch, example indices) of each optimizer step of the run from `first` on, which is counted from 0."""
-    number, epoch, recipe = 0, 0, run.recipe.train
+    number, epoch, recipe, examples = 0, 0, run.recipe.train, run.examples
+    sizes = (recipe.batch_tokens, recipe.batch_examples, examples.groups)
     while number < (run.steps or 0):
-        for indices in plan_epoch(run.examples.lengths, run.seed, epoch, recipe.batch_tokens, recipe.batch_examples):
+        for indices in plan_epoch(examples.lengths, run.seed, epoch, *sizes):
             if first <= number < (run.steps or 0):
                 yield epoch, indices
             number += 1

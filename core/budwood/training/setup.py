@@ -10,11 +10,11 @@ import os
 import platform
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
@@ -25,8 +25,9 @@ from budwood.contract.discovery import PluginError
 from budwood.contract.loading import create
 from budwood.contract.registry import Composition
 from budwood.contract.strategy import hookimpl
-from budwood.contract.types import Batch, Example, Plan, Run
-from budwood.data.examples import Examples, build_examples, overlap
+from budwood.contract.types import BestMetric, Plan, Run
+from budwood.data.build import build_examples, overlap
+from budwood.data.examples import Examples, check_examples
 from budwood.data.packing import plan_epoch
 from budwood.errors import InputError, ResourceError
 from budwood.model.base import (
@@ -40,11 +41,12 @@ from budwood.model.base import (
 )
 from budwood.model.ops import attention
 from budwood.model.streaming import keep_heap
-from budwood.model.tasks import Task, autocast, collate_for
+from budwood.model.task import Task
 from budwood.recipe.schema import Recipe, build_composition, load_recipe
 from budwood.training.durability import changes
 from budwood.training.durability.lock import LOCK
 from budwood.training.durability.resume import Resume
+from budwood.training.packing_check import check_packing
 from budwood.training.preflight import preflight
 from budwood.training.report import Report, peak_memory, resident_peak
 from budwood.training.step import Engine
@@ -53,9 +55,6 @@ from budwood.untrusted.redaction import redact_values
 
 FEW_STEPS = 20
 """Fewer than these are remarked on, where the data and not the recipe makes them."""
-ROUNDING, SIMILAR = 0.05, 0.25
-"""Largest differences of logits in 16 bit, in units of the largest: for rounding alone, and before all else is asked.
-Where a token sees another example, it is over 1."""
 NOTHING_TRAINS = "strategies: none of them trains anything: add an adapter such as lora."
 
 
@@ -128,7 +127,8 @@ def prepare(
     )  # fmt: skip
     report.say(f"{device} · {precision_name(dtype)} ({reason}) · {torch.get_num_threads()} threads")
     trust = recipe.base.trust_remote_code
-    run.tokenizer = load_tokenizer(recipe.base.model)
+    if task.needs_tokenizer:
+        run.tokenizer = load_tokenizer(recipe.base.model)
     model = skeleton(recipe.base.model, task.auto_class, trust)
     plan = Plan(recipe, hooks.strategies, recipe.train.steps, model, task=task, tokenizer=run.tokenizer)
     check_plan(plan, hooks)
@@ -154,11 +154,13 @@ def prepare(
     run.model = run.base.model
     attention.register()
     check_packing(run, report)
+    run.best_metric = BestMetric(task.best_metric, not task.lower_is_better)
     model = hooks.chain("prepare_model", "model", run.model, run=run)
     run.model = model
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     run.groups = trainable_groups(run, hooks)
+    run.start = [p.detach().clone() for p in run.trainable]
     if resume is not None:
         resume.compare(changes.adapted(run), run)
     engine = Engine(run, hooks)
@@ -227,7 +229,7 @@ def check_plan(plan: Plan, hooks: Composition) -> None:
 def read_data(run: Run, hooks: Composition, report: Report) -> None:
     """Read training and evaluation data into `run`, say what was recognised, and count the optimizer steps."""
     data, train = run.recipe.data, run.recipe.train
-    options = {"tokenizer": run.tokenizer, "task": run.task.name, "max_length": data.max_length}
+    options: dict[str, Any] = {"tokenizer": run.tokenizer, "task": run.task, "max_length": data.max_length}
     examples = build_examples(data.train, **options)
     report.say(examples.describe())
     if data.eval is not None:
@@ -236,17 +238,40 @@ def read_data(run: Run, hooks: Composition, report: Report) -> None:
         shared = overlap(examples, run.eval_examples)
         if shared:
             report.say(f"warning: {shared} evaluation examples are also training examples; the metrics flatter")
-    run.examples = hooks.chain("prepare_examples", "examples", examples, run=run)
-    if not isinstance(run.examples, Examples):
-        run.examples = Examples.gather(run.examples, like=examples)
-    sizes = (run.examples.lengths, run.seed)
+    run.examples = _prepared_examples(run, hooks, examples)
+    sizes = (train.batch_tokens, train.batch_examples, run.examples.groups)
     if train.steps is not None:
         run.steps = train.steps
     else:
-        epochs = range(train.epochs)
-        run.steps = sum(len(plan_epoch(*sizes, epoch, train.batch_tokens, train.batch_examples)) for epoch in epochs)
+        epochs = range(train.epochs or 0)
+        run.steps = sum(len(plan_epoch(run.examples.lengths, run.seed, epoch, *sizes)) for epoch in epochs)
     if hooks.implements("prepare_examples") and len(run.examples) == 0:
         raise InputError("no example is left after the strategies' prepare_examples")
+    _say_large_groups(run, report)
+
+
+def _prepared_examples(run: Run, hooks: Composition, examples: Examples) -> Examples:
+    """The examples as the strategies' `prepare_examples` leave them.
+
+    Raises:
+        InputError: a strategy made an example that is not sound; it is named, with the row.
+    """
+    found: Any = examples
+    for plugin, result in hooks.follow("prepare_examples", "examples", examples, run=run):
+        if result is not found and not isinstance(result, Examples):
+            try:
+                check_examples(result, examples)
+            except InputError as error:
+                raise InputError(f"{plugin}, hook prepare_examples: {error}") from error
+        found = result
+    return found if isinstance(found, Examples) else Examples.gather(found, examples, run.task)
+
+
+def _say_large_groups(run: Run, report: Report) -> None:
+    sizes = np.bincount(run.examples.groups, weights=run.examples.lengths) if len(run.examples) else np.zeros(0)
+    large = int((sizes > run.micro_tokens).sum())
+    if large and len(sizes) < len(run.examples):
+        report.say(f"note: {large:,} groups are larger than train.micro_tokens; each is a micro-batch of its own")
 
 
 def _base(run: Run, hooks: Composition, task: Task, trust: bool) -> Base:
@@ -257,83 +282,8 @@ def _base(run: Run, hooks: Composition, task: Task, trust: bool) -> Base:
     with hooks.part("load_base"):
         return load_base(
             recipe.model, recipe.quantization, task.auto_class, run.dtype, run.device, trust,
-            recipe.double_quantization, task.model_kwargs(run.examples.labels), run.seed,
+            recipe.double_quantization, task.model_kwargs(run.examples.labels), run.seed, task.needs_tokenizer,
         )  # fmt: skip
-
-
-def check_packing(run: Run, report: Report | Run) -> None:
-    """Run two examples packed and alone, and alone by the model's own forward; where they differ, rows are padded.
-
-    In 16 bit a deep or quantised model's rounding may differ by more than ROUNDING: then it is packed if neither
-    example's logits depend on the other's tokens, not by a bit.
-
-    Raises:
-        PluginError: even padded, Budwood's way through the model gives other logits than the model's own.
-    """
-    model = run.model
-    model.eval()
-    if run.task.pool(model) == "row":
-        run.packed = False
-        report.say("rows are grouped by length and padded: this model pools by row")
-        return
-    order = [int(i) for i in run.examples.lengths.argsort(kind="stable")]
-    pair = [run.examples[order[len(order) // 2]], run.examples[order[len(order) // 4]]]
-    run.packed = False
-    own = [_own_logits(run, collate_for(run, [example])) for example in pair]
-    same, similar = (1e-4, 1e-4) if run.dtype == torch.float32 else (ROUNDING, SIMILAR)
-    try:
-        model.set_attn_implementation(attention.IMPLEMENTATION)
-        run.packed = True
-        packed = _logits(run, collate_for(run, pair))
-        worst = _distance(packed, torch.cat(own))
-        differs = worst > same and (worst > similar or not _independent(run, pair, packed))
-        reason = f"packed, its logits differ by {worst:.1%}" if differs else ""
-    except Exception as error:  # whatever a model class does with segments that it does not know
-        reason = f"it does not take packed rows ({type(error).__name__})"
-    if reason:
-        run.packed = False
-        model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
-        alone = [_distance(_logits(run, collate_for(run, [e])), logits) for e, logits in zip(pair, own, strict=True)]
-        padded = _distance(_logits(run, collate_for(run, pair)), torch.cat(own))
-        if max(alone) > same or padded > similar:
-            raise PluginError(
-                f"model class {type(model).__name__}: logits at labels differ from those of its own forward "
-                f"by {max(*alone, padded):.1%}; it is not supported."
-            )
-        report.say(f"rows are padded, not packed, for this model: {reason}")
-
-
-def _independent(run: Run, pair: list[Example], packed: torch.Tensor) -> bool:
-    """Whether neither example's `packed` logits change by a bit when the other's tokens do."""
-    vocabulary = run.model.get_input_embeddings().num_embeddings
-    for number in range(len(pair)):
-        others = list(pair)
-        others[number] = replace(pair[number], input_ids=(pair[number].input_ids + 1) % vocabulary)
-        batch = collate_for(run, others)
-        rest = batch.example_of_label != number
-        if not torch.equal(_logits(run, batch)[rest], packed[rest]):
-            return False
-    return True
-
-
-def _logits(run: Run, batch: Batch) -> torch.Tensor:
-    batch = batch.to(run.device)
-    with torch.no_grad(), autocast(run):
-        outputs = run.task.outputs(run.model, batch)
-        return outputs.head(outputs.hidden.flatten(0, 1)[batch.label_positions]).float()
-
-
-def _own_logits(run: Run, batch: Batch) -> torch.Tensor:
-    """Logits of one example by the model's own forward, at its labels."""
-    batch = batch.to(run.device)
-    with torch.no_grad(), autocast(run):
-        logits = run.model(input_ids=batch.input_ids, use_cache=False).logits
-        return (logits[0][batch.label_positions] if logits.ndim == 3 else logits).float()
-
-
-def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference in units of the largest logit."""
-    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-6))
 
 
 def trainable_groups(run: Run, hooks: Composition) -> list[Any]:

@@ -1,13 +1,15 @@
 """One micro-step: forward, loss terms, backward; and what a step offers to strategies that perturb or compare.
 
-The head runs only where there is a label, a chunk of positions at a time: its gradient with respect to the decoder's
-output is gathered chunk by chunk, and one backward pass then goes through the decoder. So the full logits never exist.
-So it is with a second forward that terms compare with the first (`Step.forward`): its backward, too, runs once.
+The head runs only at labels, a chunk of positions at a time: its gradient with respect to the decoder's output is
+gathered chunk by chunk, and one backward pass then goes through the decoder. So the full logits never exist. Terms that
+are functions of log-probabilities get these from the same chunks: a label's log-probability depends on its own row of
+the output alone, so its gradient there is kept, [L, d], and scaled once the terms have theirs. The same holds for a
+second forward that terms compare with the first (`Step.forward`): its backward, too, runs once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +20,11 @@ from torch import Tensor
 from budwood.contract.discovery import PluginError
 from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy, hookimpl
-from budwood.contract.types import LossTerm, Outputs, Run, Step, Terms
-from budwood.errors import BudwoodError, describe, is_out_of_memory
-from budwood.model.tasks import CHUNK, autocast
+from budwood.contract.types import UNITS, LossTerm, Outputs, Reference, Run, Step, Terms
+from budwood.errors import BudwoodError, InputError, describe, is_out_of_memory
+from budwood.model.evaluation import CHUNK, at_least_fp32, autocast
+from budwood.training.reference import read_reference
+from budwood.training.step_terms import StepTerms
 
 
 @dataclass
@@ -35,19 +39,44 @@ class _Pass:
     compared: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
+@dataclass
+class _LogProbs:
+    """Log-probabilities [L] of a pass, by chunks, and their gradients at the rows [L, d] that they come from."""
+
+    values: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
+
+
 class Engine:
-    """Core's implementation of `backward`, and of `Step.forward`, `replay` and `noise_gradient`."""
+    """Core's implementation of `backward`, and of what `Step` offers.
+
+    Attributes:
+        scores_sequences: whether a strategy's terms need the labels' log-probabilities.
+        step_terms: losses across the examples of an optimizer step.
+        sums: sum of each loss term in core's own passes over the optimizer step's micro-steps on this process, by name.
+        terms: unit and weight of each loss term, by name.
+        owners: the plugin and the hook that each loss term comes from, by name.
+    """
 
     def __init__(self, run: Run, hooks: Composition) -> None:
         self.run, self.hooks = run, hooks
         self.loss_scale: Tensor | float = 1.0
         self.sums: dict[str, Tensor] = {}
-        """Sum of each loss term in core's own passes over the optimizer step's micro-steps on this process, by name."""
         self.terms: dict[str, tuple[str, float]] = {}
-        """Unit and weight of each loss term, by name."""
         self.owners: dict[str, tuple[Any, str]] = {}
-        """The plugin and the hook that each loss term comes from, by name."""
+        self.step_terms = StepTerms(run, hooks, self)
+        asked = [c.plugin for c in hooks.calls("sequence_terms") if isinstance(c.plugin, Strategy)]
+        if asked and not run.task.has_log_probs():
+            raise InputError(f"{asked[0]}: task '{run.task.name}' has no log-probabilities, which its loss needs.")
+        self.scores_sequences = bool(asked) or (self.step_terms.active and run.task.has_log_probs())
         self._pass: _Pass | None = None
+        self._frozen = False
+        self._head_trains: bool | None = None
+
+    def begin(self, step: Step) -> None:
+        """Compute the references that strategies declare, before any forward of the micro-step keeps memory."""
+        for which in sorted({s.uses_reference for s in self.run.strategies if s.uses_reference}):
+            self.reference(step, which == "start")
 
     @hookimpl
     def backward(self, step: Step) -> None:
@@ -76,10 +105,29 @@ class Engine:
 
     def noise_gradient(self, step: Step, noise: Tensor, terms: Terms | None) -> Tensor:
         """See `Step.noise_gradient`."""
-        with self.hooks.part("Step.noise_gradient"), _replaying(step, None), _frozen(self.run):
+        with self.hooks.part("Step.noise_gradient"), _replaying(step, None), self._freezing():
             gradient = self._run(step, 1.0, noise.detach().requires_grad_(), terms=terms)
         assert gradient is not None
         return gradient
+
+    def reference(self, step: Step, start: bool) -> Reference:
+        """See `Step.reference`."""
+        key = "reference from the start" if start else "reference"
+        if key not in step.cache:
+            with self.hooks.part("Step.reference"):
+                step.cache[key] = read_reference(self.run, step.batch, start)
+        found: Reference = step.cache[key]
+        return found
+
+    def look(self, step: Step, ask: Callable[[Outputs, Tensor | None], Any]) -> Any:
+        """Run the model on a micro-batch without a graph, and give `ask` its outputs and log-probabilities."""
+        with torch.no_grad(), autocast(self.run):
+            outputs: Outputs = self.hooks.call("forward", step=step)
+            found = _LogProbs()
+            if self.scores_sequences:
+                for chunk, rows in self._chunks(step, outputs.hidden.flatten(0, -2)):
+                    found.values.append(self.run.task.log_probs(outputs.head(rows), step.batch.labels[chunk]))
+            return ask(outputs, torch.cat(found.values) if self.scores_sequences else None)
 
     def _run(
         self, step: Step, weight: float, leaf: Tensor | None = None, main: bool = False, terms: Terms | None = None
@@ -103,10 +151,10 @@ class Engine:
         if extra is not None and extra.requires_grad:
             tensors, gradients = [*tensors, extra], [*gradients, torch.ones_like(extra)]
         no_cast = torch.autocast(self.run.device.type, enabled=False)
-        with no_cast, self._naming(step):  # a pass inside another's forward stands in autocast
+        with no_cast, self._naming(step):  # a pass inside another's forward runs under autocast
             if tensors:
                 torch.autograd.backward(tensors, gradients)
-            # Behind the pass's own outputs, since a term that needs no head may send its gradient to a copy there.
+            # After the pass's own outputs, since a term that needs no head may send its gradient to a copy there.
             found = [(hidden, copy.grad) for hidden, copy in current.compared if copy.grad is not None]
             if found:
                 torch.autograd.backward([hidden for hidden, _ in found], [gradient for _, gradient in found])
@@ -115,36 +163,108 @@ class Engine:
         return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad / self.loss_scale
 
     def _head(self, step: Step, outputs: Outputs, weight: float, main: bool, terms: Terms | None) -> Tensor | None:
-        """Run the head and the token terms in chunks; returns the gradient with respect to `outputs.hidden`."""
+        """Run the head and its terms in chunks; returns the gradient with respect to `outputs.hidden`."""
         hidden = outputs.hidden
-        flat = hidden.detach().reshape(-1, hidden.shape[-1])
+        flat = hidden.detach().flatten(0, -2)
         grad = torch.zeros_like(flat) if hidden.requires_grad else None
-        positions = torch.arange(len(step.batch.labels), device=flat.device)
-        for chunk in positions.split(CHUNK):
-            where = step.batch.label_positions[chunk]
-            rows = flat[where].requires_grad_(grad is not None)
+        scores = self.scores_sequences and terms is None
+        twice = scores and self._trains_head(step, outputs, flat)
+        found = _LogProbs()
+        for chunk, rows in self._chunks(step, flat):
+            rows.requires_grad_(grad is not None)
             logits = outputs.head(rows)
             if terms is None:
                 given = self._terms(step, "token_terms", {"label": (len(chunk),)}, logits=logits, positions=chunk)
             else:
                 given = [LossTerm("terms", terms(logits, chunk))]
-            loss = self._loss(given, weight, main)
-            if loss is None or not loss.requires_grad:
-                continue
-            with self._naming(step):
-                loss.backward()
-            if grad is not None and rows.grad is not None:
-                grad.index_add_(0, where, rows.grad)
+            loss = self._loss(step, given, weight, main, chunk)
+            goes_back = loss is not None and loss.requires_grad
+            if scores:
+                self._score(step, logits, chunk, None if twice else rows, found, keep=goes_back)
+            if loss is not None and goes_back:
+                with self._naming(step):
+                    loss.backward()
+                if grad is not None and rows.grad is not None:
+                    grad.index_add_(0, step.batch.label_positions[chunk], rows.grad)
+        if scores:
+            self._sequences(step, outputs, flat, grad, found, twice, weight, main)
         return None if grad is None else grad.view_as(hidden)
 
+    def _score(
+        self, step: Step, logits: Tensor, chunk: Tensor, rows: Tensor | None, found: _LogProbs, keep: bool
+    ) -> None:
+        """Add a chunk's log-probabilities, and their gradient with respect to `rows` if they are given and take one."""
+        values = self.run.task.log_probs(logits, step.batch.labels[chunk])
+        if values.shape != chunk.shape:
+            raise PluginError(
+                f"{self.run.task}: log_probs returned {list(values.shape)}; it must give one value for each of "
+                f"{len(chunk)} labels."
+            )
+        found.values.append(values.detach())
+        if rows is not None and rows.requires_grad and values.requires_grad:
+            (gradient,) = torch.autograd.grad(values.sum() * self.loss_scale, rows, retain_graph=keep)
+            found.gradients.append(gradient)
+
+    def _sequences(
+        self, step: Step, outputs: Outputs, flat: Tensor, grad: Tensor | None, found: _LogProbs, twice: bool,
+        weight: float, main: bool,
+    ) -> None:  # fmt: skip
+        """Terms of log-probabilities and of the whole optimizer step; adds their gradient to `grad`."""
+        batch = step.batch
+        log_probs = torch.cat(found.values).requires_grad_() if found.values else flat.new_zeros(0).requires_grad_()
+        copy = flat.view_as(outputs.hidden).detach().requires_grad_(grad is not None)
+        terms = self._terms(step, "sequence_terms", self._shapes(step, "label"), log_probs=log_probs)
+        self._check_reach(terms, log_probs)
+        loss = self._loss(step, terms, weight, main, scale=False)
+        surrogate = self.step_terms.surrogate(step, Outputs(copy, outputs.head), log_probs, weight)
+        parts = [part for part in (loss, surrogate) if part is not None and part.requires_grad]
+        if not parts:
+            return
+        with self._naming(step), torch.autocast(self.run.device.type, enabled=False):
+            torch.autograd.backward(parts)
+        coefficients = log_probs.grad
+        if grad is not None and copy.grad is not None:
+            grad += (copy.grad * self.loss_scale).flatten(0, -2).to(grad.dtype)
+        if coefficients is None:
+            return
+        if grad is not None and found.gradients:
+            scaled = torch.cat(found.gradients) * coefficients[:, None].to(found.gradients[0].dtype)
+            grad.index_add_(0, batch.label_positions, scaled.to(grad.dtype))
+        for chunk, rows in self._chunks(step, flat) if twice else ():
+            rows.requires_grad_(grad is not None)
+            values = self.run.task.log_probs(outputs.head(rows), batch.labels[chunk])
+            ((values * coefficients[chunk]).sum() * self.loss_scale).backward()
+            if grad is not None and rows.grad is not None:
+                grad.index_add_(0, batch.label_positions[chunk], rows.grad)
+
     def _other_terms(self, step: Step, outputs: Outputs, weight: float, main: bool) -> Tensor | None:
-        shapes = {"example": (len(step.batch.example_ids),), "step": ()}
-        terms = self._terms(step, "loss_terms", shapes, outputs=outputs)
+        terms = self._terms(step, "loss_terms", {**self._shapes(step), "step": ()}, outputs=outputs)
         once = main and step.micro_step == 0 and self.run.process_index == 0
-        per_example = self._loss([t for t in terms if t.unit != "step"], weight, main)
-        per_step = self._loss([t for t in terms if t.unit == "step"], 1.0, main) if once else None
-        found = [loss for loss in (per_example, per_step) if loss is not None]
+        replayed = self._loss(step, [t for t in terms if t.unit != "step"], weight, main)
+        per_step = self._loss(step, [t for t in terms if t.unit == "step"], 1.0, main) if once else None
+        found = [loss for loss in (replayed, per_step) if loss is not None]
+        if not self.scores_sequences and self.step_terms.active:
+            surrogate = self.step_terms.surrogate(step, outputs, None, weight)
+            found += [surrogate * self.loss_scale] if surrogate is not None else []
         return sum(found[1:], found[0]) if found else None
+
+    def _chunks(self, step: Step, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Labels' positions [n] and the rows [n, d] of the output that they are for."""
+        for chunk in torch.arange(len(step.batch.labels), device=flat.device).split(CHUNK):
+            yield chunk, flat[step.batch.label_positions[chunk]]
+
+    def _trains_head(self, step: Step, outputs: Outputs, flat: Tensor) -> bool:
+        """Whether the head itself has parameters that train, so that rows alone do not give its gradient."""
+        if self._frozen or not len(step.batch.labels):
+            return False
+        if self._head_trains is None:
+            self._head_trains = bool(outputs.head(flat[step.batch.label_positions[:1]]).requires_grad)
+        return self._head_trains
+
+    def _shapes(self, step: Step, *more: str) -> dict[str, tuple[int, ...]]:
+        """Shape of a term's values by its unit."""
+        shapes = {"example": (len(step.batch.keys),), "group": (len(step.batch.groups),)}
+        return {**shapes, **{unit: (len(step.batch.labels),) for unit in more}}
 
     def _terms(self, step: Step, hook: str, shapes: dict[str, tuple[int, ...]], **arguments: Any) -> list[LossTerm]:
         """Ask for the loss terms of `hook`; `shapes` are those of the values by the units that it takes.
@@ -155,21 +275,43 @@ class Engine:
         terms: list[LossTerm] = []
         for plugin, result in self.hooks.collect(hook, step=step, **arguments):
             for term in [result] if isinstance(result, LossTerm) else result:
-                if tuple(term.values.shape) != shapes.get(term.unit):
+                counted = hook != "token_terms" and term.unit not in UNITS and term.unit in self.run.counts
+                if not counted and tuple(term.values.shape) != shapes.get(term.unit):
                     wanted = " or ".join(f"{list(shape)} of unit '{unit}'" for unit, shape in shapes.items())
                     found = f"{list(term.values.shape)} of unit '{term.unit}'"
                     raise PluginError(
                         f"{plugin}: loss term '{term.name}' of {hook}: values must be {wanted}, not {found}."
                     )
-                owner, origin = self.owners.setdefault(term.name, (plugin, hook))
-                if owner is not plugin or origin != hook or any(other.name == term.name for other in terms):
-                    raise PluginError(f"{owner} and {plugin}: two loss terms are called '{term.name}': rename one.")
+                self.own(plugin, hook, term)
+                if any(other.name == term.name for other in terms):
+                    raise PluginError(f"{plugin} and {plugin}: two loss terms are called '{term.name}': rename one.")
                 terms.append(term)
         return terms
 
+    def own(self, plugin: Any, hook: str, term: LossTerm) -> None:
+        """Remember whose a term is.
+
+        Raises:
+            PluginError: another plugin, or another hook, has a term of that name.
+        """
+        owner, origin = self.owners.setdefault(term.name, (plugin, hook))
+        both = {origin, hook} == {"token_terms", "sequence_terms"}  # the task's, wherever it is cheaper
+        if owner is not plugin or (origin != hook and not both):
+            raise PluginError(f"{owner} and {plugin}: two loss terms are called '{term.name}': rename one.")
+
+    def _check_reach(self, terms: list[LossTerm], log_probs: Tensor) -> None:
+        """Refuse a strategy's term without a graph: its gradient would silently be zero."""
+        for term in terms:
+            if not term.values.requires_grad and len(log_probs):
+                plugin, _ = self.owners[term.name]
+                raise PluginError(
+                    f"{plugin}: loss term '{term.name}' of sequence_terms has no graph to the log-probabilities: it "
+                    "would train nothing. Compute it from `log_probs` without detaching them."
+                )
+
     @contextmanager
     def _naming(self, step: Step) -> Iterator[None]:
-        """Name the loss terms in an error of autograd, which knows none; where only the task has some, it is core's."""
+        """Name the loss terms in an error of autograd, which knows none; if only the task has some, it is core's."""
         try:
             yield
         except Exception as error:
@@ -183,22 +325,44 @@ class Engine:
                 "--debug shows the traceback."
             ) from error
 
-    def _loss(self, terms: list[LossTerm], weight: float, main: bool) -> Tensor | None:
-        """Weighted sum of the terms, each divided by its unit's count in the optimizer step, times the loss scale."""
+    def _loss(
+        self, step: Step, terms: list[LossTerm], weight: float, main: bool, chunk: Tensor | None = None,
+        scale: bool = True,
+    ) -> Tensor | None:  # fmt: skip
+        """Weighted sum of the terms, each divided by its unit's count in the optimizer step, times the loss scale.
+
+        Args:
+            chunk: the labels that values of unit "label" are for; None: all.
+            scale: False leaves the loss scale out.
+        """
         total = None
         for term in terms:
-            count = 1 if term.unit == "step" else self.run.counts[term.unit]
+            values = at_least_fp32(term.values)
+            if term.unit == "label":
+                values = values * (step.batch.weights if chunk is None else step.batch.weights[chunk])
             if main:
-                previous = self.sums.get(term.name)
-                clean = term.values.detach().float().sum()
-                self.sums[term.name] = clean if previous is None else previous + clean
-                self.terms[term.name] = (term.unit, term.weight)
-            loss = term.values.float().sum() * (term.weight / count)
-            if term.unit != "step" and self._pass is not None:
-                plain, before = loss.detach(), self._pass.loss
-                self._pass.loss = plain if before is None else before + plain
+                self.add(term, values.detach().sum())
+            loss = values.sum() * (term.weight / self.count(term.unit))
+            if term.unit != "step":
+                self.add_to_pass(loss)
             total = loss * weight if total is None else total + loss * weight
-        return None if total is None else total * self.loss_scale
+        return total if total is None or not scale else total * self.loss_scale
+
+    def count(self, unit: str) -> float:
+        """Count of a unit in the optimizer step; 1 if there is none of it, so that an empty term is zero."""
+        return 1.0 if unit == "step" else self.run.counts[unit] or 1.0
+
+    def add(self, term: LossTerm, value: Tensor) -> None:
+        """Add a term's sum over a micro-batch to those of the optimizer step."""
+        before = self.sums.get(term.name)
+        self.sums[term.name] = value if before is None else before + value
+        self.terms[term.name] = (term.unit, term.weight)
+
+    def add_to_pass(self, loss: Tensor) -> None:
+        """Add to what `Step.loss` is after the pass."""
+        if self._pass is not None:
+            before = self._pass.loss
+            self._pass.loss = loss.detach() if before is None else before + loss.detach()
 
     def finish_step(self) -> dict[str, Tensor]:
         """Mean of each loss term over the optimizer step and all processes, and their weighted sum "loss"; resets."""
@@ -213,10 +377,29 @@ class Engine:
         loss = torch.zeros((), device=self.run.device)
         for name, total in self.sums.items():
             unit, weight = self.terms[name]
-            values[name] = total / (1 if unit == "step" else self.run.counts[unit])
+            values[name] = total / self.count(unit)
             loss = loss + weight * values[name]
-        self.sums, self.terms = {}, {}
+        self.forget_step()
         return {"loss": loss, **values}
+
+    def forget_step(self) -> None:
+        """Drop what was gathered in the current optimizer step."""
+        self.sums, self.terms = {}, {}
+        self.step_terms.forget()
+
+    @contextmanager
+    def _freezing(self) -> Iterator[None]:
+        """Let nothing train inside the context, so that the noise alone has a gradient and no layer keeps its input."""
+        parameters = self.run.trainable
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        self._frozen = True
+        try:
+            yield
+        finally:
+            self._frozen = False
+            for parameter in parameters:
+                parameter.requires_grad_(True)
 
 
 @contextmanager
@@ -228,16 +411,3 @@ def _replaying(step: Step, noise: Tensor | None) -> Iterator[None]:
         yield
     finally:
         step.noise, step.replaying = outer
-
-
-@contextmanager
-def _frozen(run: Run) -> Iterator[None]:
-    """Let nothing train inside the context, so that the noise alone has a gradient and no layer keeps its input."""
-    parameters = run.trainable
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)

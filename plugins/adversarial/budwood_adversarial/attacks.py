@@ -41,11 +41,10 @@ class PGD(Attack):
 
     def noise(self, step: Step) -> Tensor:
         """Ascend from no noise."""
-        from budwood_adversarial.noise import Places, ascend
+        from budwood_adversarial.noise import PerturbationMask, ascend
 
         options = self.options
-        special = step.run.tokenizer.all_special_ids if options.skip_special else ()
-        places = Places(step.batch, special, options.skip_masked)
+        places = PerturbationMask(step.run, step.batch, options.skip_special, options.skip_masked)
         size = options.step_size or 2.5 * options.epsilon / options.steps
         start = step.zero_noise()
         return ascend(places, start, step.noise_gradient, options.steps, size, options.epsilon, options.norm)

@@ -95,12 +95,12 @@ class Gain:
         if self._last is None or self._run is None:
             return "this process had no batch"
         batch, noise = self._last
-        if not self.strategy.places(batch).open.any():
+        if not self.strategy.mask(self._run, batch).open.any():
             return "skip_special and skip_masked leave no token that noise may go to"
         if not noise.any():
             return "the loss has no gradient at the embeddings"
         with torch.no_grad():
-            embedded = self._run.model.get_input_embeddings()(batch.input_ids)
+            embedded = _embedded(self._run, batch)
             arrived = (embedded + noise.to(embedded.dtype) != embedded) & (noise != 0)
         size = float(embedded.float().norm(dim=-1).mean())
         dtype = str(embedded.dtype).removeprefix("torch.")
@@ -111,3 +111,14 @@ class Gain:
         if largest > size:
             return f"noise of norm {largest:.3g} a token {beside} overshoots; lower epsilon or step_size"
         return f"noise of norm {largest:.3g} a token is too small {beside}; raise epsilon"
+
+
+def _embedded(run: Run, batch: Batch) -> Tensor:
+    """What noise is added to: the output of the task's noise module on the batch."""
+    found: list[Tensor] = []
+    handle = run.task.noise_module(run.model).register_forward_hook(lambda module, args, output: found.append(output))
+    try:
+        run.task.outputs(run.model, batch)
+    finally:
+        handle.remove()
+    return found[0]

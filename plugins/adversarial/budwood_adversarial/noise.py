@@ -6,15 +6,15 @@ a packed row, in a padded row, and alone; nothing here loops over tokens or read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from budwood import Batch
+from budwood import Batch, Run
 
 
-class Places:
+class PerturbationMask:
     """Where noise may go in a batch.
 
     Attributes:
@@ -23,17 +23,17 @@ class Places:
         counts: [examples + 1] fp32, positions of each example where noise may go.
     """
 
-    def __init__(self, batch: Batch, special: Sequence[int] = (), skip_masked: bool = False) -> None:
+    def __init__(self, run: Run, batch: Batch, skip_special: bool = False, skip_masked: bool = False) -> None:
         self.batch = batch
-        examples = len(batch.example_ids)
-        owner = batch.example_of_token
+        examples = len(batch.keys)
+        owner = run.task.noise_owner(batch)
         where = owner >= 0
-        if special:
-            ids = torch.tensor(list(special), device=owner.device)
-            where = where & ~torch.isin(batch.input_ids.flatten(), ids)
-        if skip_masked:  # a label's token stands right behind the position that is scored
-            labels = torch.zeros_like(owner).index_fill_(0, batch.label_positions + 1, 1)
-            where = where & (labels > 0)
+        special = run.task.special_positions(run, batch) if skip_special else None
+        if special is not None:
+            where = where & ~special
+        labelled = run.task.labelled_positions(batch) if skip_masked else None
+        if labelled is not None:
+            where = where & labelled
         self.owner = torch.where(owner >= 0, owner, examples)
         self.open = where.float()[:, None]
         self.counts = torch.zeros(examples + 1, device=owner.device).index_add_(0, self.owner, where.float())
@@ -89,8 +89,8 @@ class Places:
 
 
 def ascend(
-    places: Places, start: Tensor, gradient: Callable[[Tensor], Tensor], steps: int, step_size: float, epsilon: float,
-    norm: str, first: Tensor | None = None,
+    places: PerturbationMask, start: Tensor, gradient: Callable[[Tensor], Tensor], steps: int, step_size: float,
+    epsilon: float, norm: str, first: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Projected gradient ascent (Madry et al., 2018): δ ← Π(δ + step_size · steepest(∇)), `steps` times.
 

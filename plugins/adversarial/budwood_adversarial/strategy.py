@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from budwood import Batch, Event, LossTerm, Outputs, Plan, Run, Step
-    from budwood_adversarial.noise import Places
+    from budwood_adversarial.noise import PerturbationMask
 
 COMPARING = ("smart", "vat")
 """Methods that compare noisy outputs with clean ones, by a divergence."""
@@ -31,7 +31,6 @@ class Adversarial(Strategy):
         super().__init__(options, name, distribution)
         self.method: str = self.options.method
         self.gain = Gain(self)
-        self._special: list[int] = []
 
     @hookimpl
     def check_plan(self, plan: Plan) -> None:
@@ -44,8 +43,6 @@ class Adversarial(Strategy):
     def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
         if not has_embeddings(model):
             raise InputError(f"{self}: {no_embeddings(model)}")
-        if self.options.skip_special:
-            self._special = list(run.tokenizer.all_special_ids)
         return model
 
     @hookimpl(wrapper=True)
@@ -55,7 +52,7 @@ class Adversarial(Strategy):
         elif self.method == "freelb":
             yield from self._free(step)
         elif self.method == "neftune":
-            places = self.places(step.batch)
+            places = self.mask(step.run, step.batch)
             uniform = places.draw(step.zero_noise(), lambda i, like: self._uniform(step, i, like))
             step.noise = self.options.value("alpha") * places.per_root(uniform)
             yield
@@ -69,18 +66,18 @@ class Adversarial(Strategy):
 
         outputs = yield
         if self.method in COMPARING and not step.replaying and torch.is_grad_enabled():
-            step.kept[self.name] = self._compare(step, outputs)
+            step.cache[self.name] = self._compare(step, outputs)
         return outputs
 
     @hookimpl
     def token_terms(self, step: Step, logits: Tensor, positions: Tensor) -> LossTerm | None:
         from budwood import LossTerm
 
-        noisy = step.kept.get(self.name)
+        noisy = step.cache.get(self.name)
         if noisy is None or step.replaying:
             return None
         values = self._divergence()(logits, step.logits(noisy, positions))
-        self.gain.add(values.detach().sum() / step.run.counts["label"])
+        self.gain.add((values.detach() * step.batch.weights[positions]).sum() / step.run.counts["label"])
         return LossTerm(self.method, values, weight=self.options.value("weight"))
 
     @hookimpl
@@ -99,11 +96,11 @@ class Adversarial(Strategy):
     def load_state_dict(self, run: Run, state: dict[str, Any]) -> None:
         self.gain.load(state)
 
-    def places(self, batch: Batch) -> Places:
+    def mask(self, run: Run, batch: Batch) -> PerturbationMask:
         """Where noise may go in a batch."""
-        from budwood_adversarial.noise import Places
+        from budwood_adversarial.noise import PerturbationMask
 
-        return Places(batch, self._special, self.options.skip_masked)
+        return PerturbationMask(run, batch, self.options.skip_special, self.options.skip_masked)
 
     def _perturbed(self, step: Step) -> Iterator[None]:
         """FGM and PGD: clean_weight · L(x) + weight · L(x + δ), δ the ascent from 0 in `steps` steps."""
@@ -112,7 +109,7 @@ class Adversarial(Strategy):
         value = self.options.value
         epsilon, norm, clean = value("epsilon"), value("norm"), value("clean_weight")
         steps, size = (1, epsilon) if self.method == "fgm" else (value("steps"), value("step_size"))
-        places, zeros = self.places(step.batch), step.zero_noise()
+        places, zeros = self.mask(step.run, step.batch), step.zero_noise()
         self.gain.begin(step)
         if clean:
             step.main_weight, step.track_noise = clean, True
@@ -134,7 +131,7 @@ class Adversarial(Strategy):
         """FreeLB (Zhu et al., 2020, algorithm 1): each ascent's pass gives the parameters 1/K of their gradient too."""
         value = self.options.value
         epsilon, norm, steps, size = value("epsilon"), value("norm"), value("steps"), value("step_size")
-        places = self.places(step.batch)
+        places = self.mask(step.run, step.batch)
         uniform = places.draw(step.zero_noise(), lambda i, like: self._uniform(step, i, like))
         noise = epsilon * (places.per_root(uniform) if norm == "l2" else uniform)
         self.gain.begin(step)
@@ -153,7 +150,7 @@ class Adversarial(Strategy):
         """SMART and VAT: find the noise by ascents on the divergence from the clean outputs; run the model on it."""
         import torch
 
-        value, places, zeros = self.options.value, self.places(step.batch), step.zero_noise()
+        value, places, zeros = self.options.value, self.mask(step.run, step.batch), step.zero_noise()
         normal = places.draw(zeros, lambda i, like: step.generator(self, i).normal_like(like))
         divergence = self._divergence()
 

@@ -36,23 +36,23 @@ class TeacherCache:
     Args (on construction):
         directory: where it lies; need not exist.
         key: all that decides its content, plain JSON values; `top_k` is one of them.
-        examples: those of the run, with ids of their own.
+        examples: those of the run, with keys of their own.
 
     Raises (on construction):
         InputError: the folder holds something else, or the cache of another key; what differs is named. Two examples
-            have the same id.
+            have the same key.
         CorruptError: its `cache.json` is damaged.
     """
 
     def __init__(self, directory: Path, key: Mapping[str, Any], examples: Sequence[Example]) -> None:
         self.directory, self.key = directory, dict(key)
         self.k: int = self.key["top_k"]
-        counts = [1 if e.label is not None else int(e.supervised.sum()) for e in examples]
+        counts = [len(e.labels) for e in examples]
         self.offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        self._index = {e.id: i for i, e in enumerate(examples)}
+        self._index = {e.key: i for i, e in enumerate(examples)}
         if len(self._index) < len(counts):
             raise InputError(
-                "cache: two examples have the same id, so that their teacher's output cannot be told apart."
+                "cache: two examples have the same key, so that their teacher's output cannot be told apart."
             )
         self.shards = _cut(self.offsets)
         self._check_key()
@@ -105,13 +105,13 @@ class TeacherCache:
 
     def rows(self, batch: Batch) -> np.ndarray:
         """Number of each of the batch's labels, in the batch's order, among the labels of all examples."""
-        spans = [self.offsets[i : i + 2] for i in map(self._index.__getitem__, batch.example_ids)]
+        spans = [self.offsets[i : i + 2] for i in map(self._index.__getitem__, batch.keys)]
         return np.concatenate([np.arange(*span) for span in spans])
 
     def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The teacher at the batch's labels: ids [labels, k] int64 and log-probabilities [labels, k + 1] fp32."""
         parts = []
-        for index in map(self._index.__getitem__, batch.example_ids):
+        for index in map(self._index.__getitem__, batch.keys):
             shard = int(np.searchsorted(self._firsts, index, side="right")) - 1
             span = self.offsets[index : index + 2] - self.offsets[self._firsts[shard]]
             parts.append([column[int(span[0]) : int(span[1])] for column in self._columns[shard]])

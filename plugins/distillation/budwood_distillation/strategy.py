@@ -18,16 +18,16 @@ from budwood_distillation.options import BASE, DEFAULT_TOP_K, DistillationOption
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from budwood import Example, LossTerm, Outputs, Plan, Run, Step
+    from budwood import Example, LossTerm, Outputs, Plan, Reference, Run, Step
     from budwood_distillation.cache import TeacherCache
     from budwood_distillation.checks import TeacherInfo
-    from budwood_distillation.teacher import Reading, Teacher
+    from budwood_distillation.teacher import Teacher
 
 CHUNK = 256
 """Labels whose teacher logits exist at once while a cache is filled."""
 WINDOW = 10
 """Steps after the warm-up in which student and teacher must have differed once."""
-FORMAT = 1
+FORMAT = 2
 """Goes up when a cache of the same key would hold other numbers."""
 
 
@@ -82,6 +82,8 @@ class Distillation(Strategy):
             )
         if self.options.cache is None:
             self.teacher = self._load(run, model)
+            if self.options.teacher == BASE:
+                self.uses_reference = "base"  # shared with whoever else compares with the base
         else:
             self._prepare_cache(run, model)
         self._differed = torch.zeros((), dtype=torch.bool, device=run.device)
@@ -91,11 +93,10 @@ class Distillation(Strategy):
     def token_terms(self, step: Step, logits: Tensor, positions: Tensor) -> LossTerm:
         from budwood import LossTerm
         from budwood_distillation.divergence import bucketed, divergence, log_probabilities
-        from budwood_distillation.teacher import Reading
 
         options, target = self.options, self._target(step)
-        if isinstance(target, Reading):
-            log_p = log_probabilities(target.logits(step.run, positions), self.size, options.temperature)
+        if not isinstance(target, tuple):
+            log_p = log_probabilities(target.logits(positions), self.size, options.temperature)
             log_q = log_probabilities(logits, self.size, options.temperature)
         else:
             ids, log_p = (column[positions] for column in target)
@@ -107,25 +108,25 @@ class Distillation(Strategy):
 
     @hookimpl
     def loss_terms(self, step: Step, outputs: Outputs) -> LossTerm | None:
-        """The hidden-state term: of each example the mean over its labels."""
+        """The hidden-state term: of each example the weighted mean over its labels."""
         if self.options.hidden_weight == 0:
             return None
         import torch
         import torch.nn.functional as F
 
         from budwood import LossTerm
-        from budwood_distillation.teacher import Reading
 
         batch, target = step.batch, self._target(step)
-        assert isinstance(target, Reading)  # a cache and this term exclude each other
+        assert not isinstance(target, tuple)  # a cache and this term exclude each other
         ours, theirs = outputs.hidden.flatten(0, 1)[batch.label_positions].float(), target.hidden.float()
         if self.options.hidden_distance == "cosine":
             distances = 1 - F.cosine_similarity(ours, theirs, dim=-1)
         else:
             distances = (ours - theirs).square().mean(-1)
-        owner, none = batch.example_of_label, distances.new_zeros(len(batch.example_ids))
-        sums, labels = none.index_add(0, owner, distances), none.index_add(0, owner, torch.ones_like(distances))
-        values = sums / labels  # not bincount: the shape of its result depends on values
+        owner, none = batch.example_of_label, distances.new_zeros(len(batch.keys))
+        weights = batch.weights.to(distances.dtype)
+        sums, labels = none.index_add(0, owner, distances * weights), none.index_add(0, owner, weights)
+        values = sums / labels.clamp(min=torch.finfo(labels.dtype).tiny)  # not bincount, whose shape depends on values
         return LossTerm(f"{self.name}_hidden", values, "example", self.options.hidden_weight)
 
     @hookimpl
@@ -153,15 +154,17 @@ class Distillation(Strategy):
         if state["differed"]:
             self._differed = None
 
-    def _target(self, step: Step) -> Reading | tuple[Tensor, Tensor]:
+    def _target(self, step: Step) -> Reference | tuple[Tensor, Tensor]:
         """What the teacher says of the batch, once a micro-step however often it is replayed."""
-        if self.name not in step.kept:
+        if self.uses_reference:
+            return step.reference()
+        if self.name not in step.cache:
             if self.cache is not None:
-                step.kept[self.name] = self.cache.read(step.batch)
+                step.cache[self.name] = self.cache.read(step.batch)
             else:
                 assert self.teacher is not None
-                step.kept[self.name] = self.teacher.read(step.run, step.batch)
-        target: Reading | tuple[Tensor, Tensor] = step.kept[self.name]
+                step.cache[self.name] = self.teacher.read(step.run, step.batch)
+        target: Reference | tuple[Tensor, Tensor] = step.cache[self.name]
         return target
 
     def _load(self, run: Run, model: nn.Module) -> Teacher:
@@ -226,7 +229,9 @@ class Distillation(Strategy):
         assert self.info is not None
         content = hashlib.sha256()
         for e in examples:
-            content.update(f"{e.id} {e.label} {len(e)} ".encode() + e.input_ids.tobytes() + e.supervised.tobytes())
+            content.update(f"{e.key} {len(e.labels)} ".encode() + e.label_positions.tobytes() + e.labels.tobytes())
+            for name in sorted(e.inputs):
+                content.update(name.encode() + e.inputs[name].tobytes())
         vocabulary = json.dumps(sorted(run.tokenizer.get_vocab().items()))
         return {
             "format": FORMAT,
@@ -296,7 +301,7 @@ class Distillation(Strategy):
         for batch in batches_of(run, range(first, last)):
             reading, where = teacher.read(run, batch), cache.rows(batch) - start
             for chunk in torch.arange(len(where), device=run.device).split(CHUNK):
-                logits = reading.logits(run, chunk)
+                logits = reading.logits(chunk)
                 top = logits[:, : self.size].float().topk(cache.k).indices
                 place = where[chunk.cpu().numpy()]
                 ids[place] = top.cpu().numpy()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from budwood import RUN_ADAPTER, Batch, Run, ask_owner
+from budwood import RUN_ADAPTER, Batch, Reference, Run, ask_owner
 
 TEACHER_ADAPTER = "teacher"
 
@@ -29,11 +29,17 @@ class Teacher:
     owner: Any = None
     adapters: Sequence[str] = ()
 
-    def read(self, run: Run, batch: Batch) -> Reading:
+    def read(self, run: Run, batch: Batch) -> Reference:
         """Run the teacher on a batch up to its head."""
         with self.teaching(run):
             outputs = run.task.outputs(self.model, batch)
-            return Reading(self, outputs.hidden.flatten(0, 1)[batch.label_positions], outputs.head)
+            hidden = outputs.hidden.flatten(0, 1)[batch.label_positions]
+
+        def logits(positions: Tensor) -> Tensor:
+            with self.teaching(run):
+                return outputs.head(hidden[positions])
+
+        return Reference(hidden, None, logits)
 
     @contextmanager
     def teaching(self, run: Run) -> Iterator[None]:
@@ -53,21 +59,3 @@ class Teacher:
                 ask_owner(self.owner, "use_adapters", model=self.model, names=[RUN_ADAPTER])
             if training:
                 self.model.train()
-
-
-@dataclass(frozen=True)
-class Reading:
-    """A teacher's last hidden states at a batch's labels, and its head.
-
-    Attributes:
-        hidden: [labels, d] in the run's dtype, without a graph.
-    """
-
-    teacher: Teacher
-    hidden: Tensor
-    head: Callable[[Tensor], Tensor]
-
-    def logits(self, run: Run, positions: Tensor) -> Tensor:
-        """Logits [n, V] of the labels `positions` [n]."""
-        with self.teacher.teaching(run):
-            return self.head(self.hidden[positions])

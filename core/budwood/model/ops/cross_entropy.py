@@ -22,7 +22,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         labels: [n] int64 in [0, V).
     """
     if logits.device.type != "cpu":  # other devices are not slowed by the passes, and their kernel checks the labels
-        return F.cross_entropy(logits.float(), labels, reduction="none")
+        return F.cross_entropy(_wide(logits), labels, reduction="none")
     values: Tensor = _CrossEntropy.apply(logits, labels)
     return values
 

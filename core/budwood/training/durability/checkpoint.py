@@ -344,7 +344,7 @@ class Saver:
         state = checkpoint.load()
         try:
             for name, saved in state["strategies"].items():
-                self.hooks.give("load_state_dict", name, run=run, state=saved["state"])
+                self.hooks.ask("load_state_dict", name, run=run, state=saved["state"])
             for name, parameter in named_parameters(run).items():
                 kept = state["parameters"][name]
                 if kept.shape != parameter.shape:

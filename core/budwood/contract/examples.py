@@ -1,0 +1,166 @@
+"""Examples and the batches made of them: what a task feeds the model, and what it is scored on."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Key = int | str
+Axis = Literal["example", "input", "label"]
+
+
+class GoneError(AttributeError):
+    """A plugin asks for a name that an earlier version of the contract had; the message has the line to change."""
+
+
+def refuse_gone(owner: object, name: str, gone: dict[str, str]) -> NoReturn:
+    """Raise the error for an attribute that `owner` does not have.
+
+    Args:
+        gone: what to write instead, for each name that version 1 of the contract had.
+    """
+    what = f"{type(owner).__name__}.{name}"
+    if name not in gone:
+        raise AttributeError(f"'{type(owner).__name__}' has no attribute '{name}'")
+    caller = sys._getframe(2)
+    line = f"{caller.f_code.co_filename.rpartition('/')[2]}:{caller.f_lineno}"
+    raise GoneError(f"{line}: {what} was removed in version 2 of the contract; use {gone[name]}")
+
+
+@dataclass(frozen=True)
+class Column:
+    """Values that a strategy adds to an example.
+
+    Attributes:
+        values: [] for the axis "example", [T, …] for "input", [L, …] for "label".
+        axis: what the values belong to: the example, its input positions, or its labels.
+    """
+
+    values: np.ndarray
+    axis: Axis = "example"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", np.asarray(self.values))
+
+
+@dataclass
+class Example:
+    """One training example.
+
+    Attributes:
+        inputs: what the task feeds the model, by name: `input_ids` [T] int32, `pixel_values` [C, H, W], …
+        label_positions: [L] int64, the output positions that are scored; empty for a prompt.
+        labels: [L, …]: token ids, classes, or real values.
+        weights: [L] float32, above 0: the factor of each label in loss, counts and metrics.
+        group: examples with the same number stand together, in order, as a pair does; None: a group of its own.
+        key: stable identity, which randomness and caches depend on; the row's number where a row is one example.
+        row: index of its row in the data file, for messages.
+        columns: what strategies add in `prepare_examples`.
+    """
+
+    inputs: dict[str, np.ndarray]
+    label_positions: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+    group: int | None = None
+    key: Key = 0
+    row: int = 0
+    columns: dict[str, Column] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        refuse_gone(self, name, _GONE_EXAMPLE)
+
+
+_GONE_EXAMPLE = {
+    "id": "example.key (identity) or example.row (messages)",
+    "input_ids": 'example.inputs["input_ids"]',
+    "supervised": "example.label_positions",
+    "label": "example.labels",
+    "prompt_length": "run.task.probe(example)",
+}
+
+
+@dataclass
+class Batch:
+    """One micro-batch: a packed row of whole examples (rows = 1), or rows of one example each, padded on the right.
+
+    Attributes:
+        inputs: what the model is called with, by name; for text `input_ids` [rows, width] int64, `position_ids`, which
+            restart at 0 with each example, and `attention_mask` (bool) if rows are padded.
+        label_positions: [L] int64 index into the outputs, flattened to [rows · width].
+        labels: [L, …]: token ids, classes, or real values.
+        weights: [L] float32, the factor of each label.
+        example_of_label: [L] int64 index into `keys`.
+        example_of_position: [rows · width] int64 index into `keys`; -1 on padding.
+        keys: identity of each example, in order.
+        lengths: size of each example as the task counts it (tokens of a text), on the host.
+        groups: (start, stop) of the examples of each group, on the host.
+        rows, width: layout of the outputs.
+        segments: boundaries of the examples in a packed row, (0, …, width), on the host; () if rows are padded.
+        source_rows: row of each example in the data file, for messages.
+        columns: tensors that strategies add, laid out by their axis: [examples], [rows, width, …] or [L, …].
+        total_weight: sum of `weights` in float64, on the host.
+    """
+
+    inputs: dict[str, Tensor]
+    label_positions: Tensor
+    labels: Tensor
+    weights: Tensor
+    example_of_label: Tensor
+    example_of_position: Tensor
+    keys: tuple[Key, ...]
+    lengths: tuple[int, ...]
+    groups: tuple[tuple[int, int], ...]
+    rows: int
+    width: int
+    segments: tuple[int, ...] = ()
+    source_rows: tuple[int, ...] = ()
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    total_weight: float = -1.0
+
+    def __post_init__(self) -> None:
+        if self.total_weight < 0:
+            self.total_weight = float(self.weights.sum(dtype=torch.float64))
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """How much of each unit the batch holds: "label" (the sum of weights), "example", "group", "token"."""
+        return {
+            "label": self.total_weight,
+            "example": float(len(self.keys)),
+            "group": float(len(self.groups)),
+            "token": float(sum(self.lengths)),
+        }
+
+    @property
+    def group_of_example(self) -> Tensor:
+        """[examples] int64 index into `groups`, on the CPU."""
+        return torch.repeat_interleave(torch.tensor([stop - start for start, stop in self.groups]))
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch with every tensor on `device`."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: item.to(device, non_blocking=True) for name, item in value.items()}
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        return replace(self, **{name: move(value) for name, value in vars(self).items()})
+
+    def __getattr__(self, name: str) -> NoReturn:
+        refuse_gone(self, name, _GONE_BATCH)
+
+
+_GONE_BATCH = {
+    "input_ids": 'batch.inputs["input_ids"], or batch.rows and batch.width for its shape',
+    "position_ids": 'batch.inputs["position_ids"]',
+    "attention_mask": 'batch.inputs.get("attention_mask")',
+    "example_of_token": "batch.example_of_position",
+    "example_ids": "batch.keys",
+    "num_tokens": "sum(batch.lengths)",
+}

@@ -1,0 +1,178 @@
+"""From a data file to examples: the format is recognised, rows become items, and the task encodes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from budwood.contract.calls import blame
+from budwood.contract.discovery import PluginError, find, installed
+from budwood.contract.examples import Example
+from budwood.contract.loading import create
+from budwood.data import cache
+from budwood.data.encoder import Encoder
+from budwood.data.examples import DataStats, Examples, check_examples, measure, pack
+from budwood.data.formats import GROUP, Dropped, all_dropped, recognise
+from budwood.data.reading import Row, Rows, hash_file, read_rows
+from budwood.errors import InputError
+
+CHUNK = 1024
+"""Rows that are encoded at once."""
+BEYOND = "answer beyond max_length"
+"""Why a row is dropped if a cut would leave the prompt alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What a task made of one item: its examples, and how many tokens were cut off."""
+
+    examples: Sequence[Example]
+    cut: int = 0
+
+
+def build_examples(
+    path: str | Path,
+    tokenizer: Any,
+    task: Any,
+    max_length: int,
+    labels: Sequence[str] | None = None,
+    cache_dir: Path | None = None,
+    template_options: Mapping[str, Any] | None = None,
+    change: Callable[[Row, int], Row] | None = None,
+) -> Examples:
+    """Read a data file, recognise its format and let the task encode its rows, or take them from the cache.
+
+    Args:
+        path: a data file or folder.
+        tokenizer: of the base; None for a task that needs none.
+        task: a task, or its name.
+        max_length: in tokens; longer rows are cut at the end, or dropped if nothing with a loss is left.
+        labels: names of the classes, as training data gave them; None: learn them from this file.
+        cache_dir: where examples are kept; None: `cache.default_folder()`.
+        template_options: variables for the chat template.
+        change: from a row and its number to the row that is encoded; then nothing is cached.
+
+    Raises:
+        InputError: what `read_rows`, the format and the task raise; a label that training data does not have; no row
+            is left.
+    """
+    path = Path(path)
+    task = create(task, "budwood.tasks") if isinstance(task, str) else task
+    encoder = Encoder(tokenizer, max_length, template_options, labels)
+    if change is not None:
+        return Examples(path, *_encode(read_rows(path), encoder, task, max_length, change))
+    folder = cache.default_folder() if cache_dir is None else Path(cache_dir)
+    plugins = [(e.name, e.value, e.owner) for entries in installed(GROUP).values() for e in entries]
+    owner = find(task.name, "budwood.tasks")
+    options = {
+        "file": hash_file(path),
+        "path": str(path),
+        "formats": plugins,
+        "task": (task.name, owner.value, owner.owner),
+        "max_length": max_length,
+        "labels": None if labels is None else list(labels),
+        "template_options": dict(template_options or {}),
+    }
+    key = cache.make_key(tokenizer, options)
+    entry = cache.load(folder, key) if key else None
+    if entry is not None:
+        return Examples(path, *entry, from_cache=True)
+    rows = read_rows(path)
+    arrays, facts = _encode(rows, encoder, task, max_length)
+    if key and rows.sha256 == options["file"]:
+        cache.save(folder, key, arrays, facts)
+    return Examples(path, arrays, facts)
+
+
+def overlap(train: Examples, other: Examples) -> int:
+    """How many of `other`'s examples have the very inputs of an example of `train`."""
+
+    def digests(examples: Examples) -> list[bytes]:
+        joined = (b"".join(e.inputs[name].tobytes() for name in sorted(e.inputs)) for e in examples)
+        return [hashlib.blake2b(inputs, digest_size=16).digest() for inputs in joined]
+
+    seen = set(digests(train))
+    return sum(digest in seen for digest in digests(other))
+
+
+def _encode(
+    rows: Rows, encoder: Encoder, task: Any, max_length: int, change: Callable[[Row, int], Row] | None = None
+) -> tuple[cache.Arrays, dict[str, Any]]:
+    data_format = recognise(rows.columns, task.name, str(rows.path))
+    dropped: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    kept: list[Example] = []
+    truncated = tokens_cut = groups = 0
+    for start, chunk in _chunks(rows):
+        where = [rows.location(start + i) for i in range(len(chunk))]
+        if change is not None:
+            chunk = [change(row, start + i) for i, row in enumerate(chunk)]
+        with blame(data_format, "item"):
+            results: list[Any] = [data_format.item(row, place) for row, place in zip(chunk, where, strict=True)]
+        at = [i for i, item in enumerate(results) if not isinstance(item, Dropped)]
+        if at:
+            with blame(task, "encode"):
+                encoded = task.encode([results[i] for i in at], [where[i] for i in at], encoder)
+            if len(encoded) != len(at) or not all(isinstance(result, Encoded | Dropped) for result in encoded):
+                raise PluginError(
+                    f"{task}, encode: must return an Encoded or a Dropped for each of its {len(at)} items."
+                )
+            for i, result in zip(at, encoded, strict=True):
+                results[i] = result
+        for offset, result in enumerate(results):
+            if isinstance(result, Dropped):
+                dropped[result.reason] += 1
+                first.setdefault(result.reason, where[offset])
+                continue
+            row, several = start + offset, len(result.examples) > 1
+            made = [
+                dataclasses.replace(
+                    example,
+                    key=f"{row}.{number}" if several else row,
+                    row=row,
+                    group=None if example.group is None else groups + example.group,
+                )
+                for number, example in enumerate(result.examples)
+            ]
+            check_examples(made, where=[where[offset]] * len(made))
+            groups += max((example.group + 1 for example in result.examples if example.group is not None), default=0)
+            truncated += result.cut > 0
+            tokens_cut += result.cut
+            kept += made
+    if not kept:
+        remedy = " Raise data.max_length." if BEYOND in dropped else ""
+        raise InputError(all_dropped(rows.path, dropped) + remedy)
+    arrays = pack(kept, task)
+    classes = encoder.classes.finish(str(rows.path))
+    if classes:
+        arrays["labels.values"] = encoder.classes.order(arrays["labels.values"])
+    stats = DataStats(
+        rows=len(rows), dropped=dict(dropped), first_dropped=first, truncated=truncated, tokens_cut=tokens_cut,
+        remarks=dict(encoder.remarks), **measure(arrays, classes),
+    )  # fmt: skip
+    facts = {
+        "format": data_format.name,
+        "columns": [*data_format.columns, *(name for name in data_format.optional if name in rows.columns)],
+        "task": task.name,
+        "max_length": max_length,
+        "labels": classes,
+        "notes": rows.notes,
+        "sha256": rows.sha256,
+        "stop_ids": sorted(encoder.stop_ids),
+        "stats": dataclasses.asdict(stats),
+    }
+    return arrays, facts
+
+
+def _chunks(rows: Rows) -> Iterator[tuple[int, list[Row]]]:
+    chunk: list[Row] = []
+    for index, row in enumerate(rows):
+        chunk.append(row)
+        if len(chunk) == CHUNK or index == len(rows) - 1:
+            yield index + 1 - len(chunk), chunk
+            chunk = []

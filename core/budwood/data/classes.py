@@ -1,0 +1,60 @@
+"""Names of classes, learned from training data or given by it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from budwood.errors import InputError, did_you_mean
+
+
+class Classes:
+    """The classes of a file's labels. While they are learned, indices are provisional; `order` makes them final."""
+
+    def __init__(self, names: Sequence[str] | None = None) -> None:
+        self.given = None if names is None else list(names)
+        self._index = {name: index for index, name in enumerate(names or ())}
+        self._order: np.ndarray | None = None
+
+    def index(self, name: str, where: str) -> int:
+        """The index of a class.
+
+        Raises:
+            InputError: the classes are given, and `name` is none of them.
+        """
+        if name not in self._index:
+            if self.given is not None:
+                some = ", ".join(self.given[:10]) + (
+                    f" and {len(self.given) - 10} more" if len(self.given) > 10 else ""
+                )
+                raise InputError(
+                    f"{where}: label '{name}' is not in the training data.{did_you_mean(name, self.given)} "
+                    f"Known: {some}."
+                )
+            self._index[name] = len(self._index)
+        return self._index[name]
+
+    def finish(self, path: str) -> list[str]:
+        """All classes, in their final order: whole numbers by value, then names by letter. Empty if none was asked for.
+
+        Raises:
+            InputError: a file that teaches classes has only one.
+        """
+        if self.given is not None or not self._index:
+            return self.given or []
+        names = sorted(self._index, key=_label_order)
+        if len(names) < 2:
+            raise InputError(f"{path}: every label is '{names[0]}'. Classification needs at least two classes.")
+        self._order = np.empty(len(names), dtype=np.int64)
+        self._order[[self._index[name] for name in names]] = np.arange(len(names))
+        return names
+
+    def order(self, labels: np.ndarray) -> np.ndarray:
+        """Final indices of provisional ones."""
+        return labels if self._order is None else self._order[labels]
+
+
+def _label_order(name: str) -> tuple[bool, int, str]:
+    number = name.isascii() and name.isdigit()
+    return (not number, int(name) if number else 0, name)

@@ -1,0 +1,44 @@
+"""Arrays of different lengths in one flat buffer: what a file of examples is kept in, and cached as."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class Ragged:
+    """Arrays of one dtype and rank, end to end in one flat buffer; an item is a view.
+
+    Attributes:
+        values: [n] all elements.
+        shapes: [arrays, rank] int64.
+    """
+
+    def __init__(self, values: np.ndarray, shapes: np.ndarray) -> None:
+        self.values, self.shapes = values, shapes
+        self._starts = np.concatenate([[0], np.cumsum(shapes.prod(1, dtype=np.int64))])
+
+    @classmethod
+    def of(cls, arrays: Sequence[np.ndarray]) -> Ragged:
+        """Put arrays end to end.
+
+        Raises:
+            ValueError: they differ in rank.
+        """
+        if len({array.ndim for array in arrays}) > 1:
+            raise ValueError(f"arrays of {sorted({array.ndim for array in arrays})} dimensions")
+        rank = arrays[0].ndim if arrays else 1
+        shapes = np.array([array.shape for array in arrays], dtype=np.int64).reshape(len(arrays), rank)
+        empty = np.zeros(0, dtype=arrays[0].dtype if arrays else np.int64)
+        return cls(np.concatenate([empty, *(np.ravel(array) for array in arrays)]), shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.values[self._starts[index] : self._starts[index + 1]].reshape(self.shapes[index])
+
+    def span(self, index: int) -> slice:
+        """Where an array's elements are in `values`."""
+        return slice(int(self._starts[index]), int(self._starts[index + 1]))

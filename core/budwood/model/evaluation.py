@@ -1,0 +1,168 @@
+"""Batches of a run's examples, and the sums that an evaluation takes over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from budwood.contract.examples import Batch, Example
+from budwood.contract.types import Generator, Run
+from budwood.data.packing import split_micro
+from budwood.errors import ResourceError, is_out_of_memory
+from budwood.model.streaming import release_memory
+
+T = TypeVar("T")
+
+CHUNK = 256
+"""Label positions whose logits exist at once."""
+
+
+class EvalTotals:
+    """Weighted sums over the labels of an evaluation, and the (label, prediction) pairs of tasks that keep them."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.weight = 0.0
+        self.pairs: list[tuple[Any, Any]] = []
+
+    @classmethod
+    def of(cls, task: Any, run: Run, noise: Callable[[Batch], Tensor | None] | None = None) -> EvalTotals:
+        """Gather the task's loss and label metrics over `run.eval_examples`, all processes together."""
+
+        def gather(batch: Batch) -> EvalTotals:
+            found = cls()
+            with task.noisy(run.model, None if noise is None else noise(batch)):
+                outputs = task.outputs(run.model, batch)
+            flat = outputs.hidden.reshape(-1, outputs.hidden.shape[-1])
+            for chunk in torch.arange(len(batch.labels), device=flat.device).split(CHUNK):
+                logits = at_least_fp32(outputs.head(flat[batch.label_positions[chunk]]))
+                found.add(task, logits, batch.labels[chunk], batch.weights[chunk])
+            return found
+
+        total = cls()
+        for found in over_eval_batches(run, gather):
+            total.merge(found)
+        if run.processes > 1:
+            gathered: list[Any] = [None] * run.processes
+            torch.distributed.all_gather_object(gathered, total)
+            total = cls()
+            for found in gathered:
+                total.merge(found)
+        return total
+
+    def add(self, task: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> None:
+        """Add labels [n] with their logits [n, …] and weights [n]."""
+        values = {"loss": task.loss(logits, labels), **task.label_metrics(logits, labels)}
+        weights = weights.double()
+        sums = torch.stack([weights.sum(), *((value.double() * weights).sum() for value in values.values())]).tolist()
+        self.weight += sums[0]
+        for name, value in zip(values, sums[1:], strict=True):
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        if task.gathers_predictions:
+            self.pairs += list(zip(labels.tolist(), task.predict(logits).tolist(), strict=True))
+
+    def merge(self, other: EvalTotals) -> None:
+        """Add another's sums and pairs."""
+        for name, value in other.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.weight += other.weight
+        self.pairs += other.pairs
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Weighted mean of each value over the labels."""
+        return {name: value / self.weight if self.weight else 0.0 for name, value in self.sums.items()}
+
+
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    """The tensor in fp32, or in its own dtype if that is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def over_eval_batches(run: Run, work: Callable[[Batch], T]) -> Iterator[T]:
+    """`work` of each batch of `run.eval_examples`, this process's share, without gradients and in eval mode.
+
+    Where memory runs out, the batch is split and done again, and later batches are as small; so `work` must leave
+    nothing behind but what it returns.
+
+    Raises:
+        ResourceError: memory does not even hold one example.
+    """
+    examples = run.eval_examples
+    assert examples is not None
+    rows = split_micro(range(len(examples)), examples.lengths, run.eval_tokens, run.packed, examples.groups)
+    rows = rows[run.process_index :: run.processes]
+    was_training = run.model.training
+    run.model.eval()
+    try:
+        while rows:
+            done = _attempt(run, rows[0], work)
+            if done is not None:
+                rows.pop(0)
+                yield done[0]
+                continue
+            release_memory()
+            sizes = examples.lengths[rows[0]]
+            if len(set(examples.groups[rows[0]].tolist())) == 1:
+                raise ResourceError(does_not_fit(run.recipe, examples, rows[0]))
+            run.eval_tokens = int(sizes.sum() if run.packed else sizes.max() * len(sizes)) // 2
+            run.say(f"out of memory: from here on an evaluation takes at most {run.eval_tokens:,} tokens at once")
+            again = (examples.lengths, run.eval_tokens, run.packed, examples.groups)
+            rows = [part for row in rows for part in split_micro(sorted(row), *again)]
+    finally:
+        run.model.train(was_training)
+
+
+def _attempt(run: Run, row: list[int], work: Callable[[Batch], T]) -> tuple[T] | None:
+    """None where memory runs out; the error, and all that it holds on to, is gone by then."""
+    try:
+        with torch.no_grad(), autocast(run):
+            assert run.eval_examples is not None
+            return (work(collate_for(run, [run.eval_examples[i] for i in row], "eval").to(run.device)),)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+
+
+def does_not_fit(recipe: Any, examples: Any, indices: list[int]) -> str:
+    """Say that memory does not hold a group of examples by itself, and what would change that."""
+    base, train = recipe.base, recipe.train
+    remedies = ["lower data.max_length"]
+    if not train.gradient_checkpointing:
+        remedies.append("turn on train.gradient_checkpointing")
+    if base.quantization == "none":
+        remedies.append("set base.quantization to nf4")
+    if train.precision == "fp32":
+        remedies.append("set train.precision to bf16")
+    tokens, where = int(examples.lengths[indices].sum()), examples.location(indices[0])
+    what = f"one example of {tokens:,} tokens ({where})"
+    if len(indices) > 1:
+        what = f"one group of {len(indices)} examples and {tokens:,} tokens ({where})"
+    return (
+        f"out of memory: {what} does not fit by itself, so a smaller train.micro_tokens cannot help: "
+        f"{', '.join(remedies)}, or take a smaller base"
+    )
+
+
+def batches_of(run: Run, indices: Iterable[int]) -> Iterator[Batch]:
+    """Batches of `run.examples` on the device, as training would split these examples; in an order of their own."""
+    examples = run.examples
+    for row in split_micro(list(indices), examples.lengths, run.micro_tokens, run.packed, examples.groups):
+        yield collate_for(run, [examples[i] for i in row], "eval").to(run.device)
+
+
+def collate_for(run: Run, examples: Iterable[Example], epoch: int | str) -> Batch:
+    """Make a batch as the run's task and model take it; `epoch` is "eval" in evaluations. See `Task.vary`."""
+    task = run.task
+    if task.varies():
+        examples = [task.vary(example, Generator(run.seed, epoch, example.key)) for example in examples]
+    return task.collate(list(examples), run.model, run.tokenizer, run.packed)
+
+
+def autocast(run: Run) -> torch.autocast:
+    """Autocast to the run's compute dtype; none in fp32."""
+    return torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32)

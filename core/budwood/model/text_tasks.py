@@ -1,0 +1,262 @@
+"""The tasks on text that come with core: the next token, and one class for a text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from budwood.contract.examples import Batch, Example
+from budwood.contract.types import Outputs, Run
+from budwood.data.build import BEYOND, Encoded
+from budwood.data.encoder import Encoder
+from budwood.data.formats import Dropped
+from budwood.data.packing import collate_tokens
+from budwood.data.text import tokenise
+from budwood.model.evaluation import EvalTotals, at_least_fp32, autocast
+from budwood.model.generate import generate
+from budwood.model.heads import body_of, own_head
+from budwood.model.ops.attention import packed_mask
+from budwood.model.ops.cross_entropy import cross_entropy
+from budwood.model.task import Task
+
+
+class TextTask(Task):
+    """What tasks on token ids share: packing, special tokens, probes cut to a few tokens."""
+
+    def length(self, example: Example) -> int:
+        """Tokens."""
+        return len(example.inputs["input_ids"])
+
+    def collate(self, examples: Sequence[Example], model: nn.Module, tokenizer: Any, packed: bool) -> Batch:
+        """Pack the examples into one row, or pad a row each."""
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+        return collate_tokens(examples, packed, pad, self.pads_rows(model))
+
+    def check_inputs(self, model: nn.Module, example: Example) -> str:
+        """See `Task.check_inputs`."""
+        ids, known = example.inputs.get("input_ids"), model.get_input_embeddings().num_embeddings  # type: ignore
+        if ids is None or not len(ids) or ids.min() < 0 or ids.max() >= known:
+            return "a prompt holds a token that the base does not have"
+        return ""
+
+    def loss_is_log_prob(self) -> bool:
+        """The cross-entropy of a token or class is the negative of its log-probability."""
+        return True
+
+    def log_probs(self, logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+        """See `Task.log_probs`."""
+        return -cross_entropy(logits if temperature == 1 else at_least_fp32(logits) / temperature, labels)
+
+    def special_positions(self, run: Run, batch: Batch) -> Tensor:
+        """See `Task.special_positions`."""
+        ids = batch.inputs["input_ids"].flatten()
+        return torch.isin(ids, torch.tensor(run.tokenizer.all_special_ids, device=ids.device))
+
+    def show(self, example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
+        """Runs of tokens with and without a loss, special tokens spelled out."""
+        ids = example.inputs["input_ids"]
+        scored = np.zeros(len(ids) + 1, dtype=bool)
+        scored[self.labelled(example)] = True
+        edges = np.flatnonzero(np.diff(scored[: len(ids)])) + 1
+        bounds = [0, *edges.tolist(), len(ids)]
+        pieces, shown = [], ""
+        for start, stop in zip(bounds, bounds[1:], strict=False):
+            # Decoded from the beginning, since some tokenizers drop a space at the start of what they decode.
+            whole = tokenizer.decode(ids[:stop].tolist(), skip_special_tokens=False)
+            alone = tokenizer.decode(ids[start:stop].tolist(), skip_special_tokens=False)
+            pieces.append((whole[len(shown) :] if whole.startswith(shown) else alone, bool(scored[start])))
+            shown = whole
+        return pieces
+
+    def labelled(self, example: Example) -> np.ndarray:
+        """Positions of the tokens that are labels."""
+        return np.zeros(0, dtype=np.int64)
+
+    def altered(self, model: nn.Module, example: Example) -> Example:
+        """The example with every token replaced by the next in the vocabulary."""
+        vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        ids = (example.inputs["input_ids"] + 1) % vocabulary
+        return replace(example, inputs={**example.inputs, "input_ids": ids})
+
+
+class CausalLM(TextTask):
+    """Next-token prediction, with a loss on completions."""
+
+    api = 2
+    name = "causal-lm"
+    auto_class = "AutoModelForCausalLM"
+
+    def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
+        """See `Task.encode`."""
+        results: list[Encoded | Dropped] = []
+        for found in tokenise(items, where, encoder):
+            ids = np.asarray(found.ids[: encoder.max_length], dtype=np.int32)
+            weights = np.zeros(len(ids), dtype=np.float32)
+            for (start, stop), weight in zip(found.spans, found.weights, strict=True):
+                weights[start:stop] = weight
+            weights[:1] = 0  # there is no position before it that could predict it
+            at = np.flatnonzero(weights)
+            if not len(at):
+                beyond = any(stop > max(start, 1) for start, stop in found.spans)
+                results.append(Dropped(BEYOND if beyond else "no token with a loss"))
+                continue
+            example = Example({"input_ids": ids}, at - 1, ids[at], weights[at])
+            results.append(Encoded([example], len(found.ids) - len(ids)))
+        return results
+
+    def pads_rows(self, model: nn.Module) -> bool:
+        """A decoder gives an output for each token."""
+        return False
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
+        """Run what is below the head; the head is the model's own forward on rows of its output."""
+        hidden = body_of(model)(**_inputs(batch)).last_hidden_state
+        return Outputs(hidden, lambda rows: own_head(model, rows))
+
+    def own_logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """See `Task.own_logits`."""
+        given = {name: t for name, t in batch.inputs.items() if name not in ("position_ids", "attention_mask")}
+        logits: Tensor = model(**given, use_cache=False).logits[0]
+        return logits[batch.label_positions]
+
+    def labelled_positions(self, batch: Batch) -> Tensor:
+        """A label's token stands right behind the position that is scored."""
+        none = torch.zeros(batch.rows * batch.width, dtype=torch.bool, device=batch.label_positions.device)
+        return none.index_fill_(0, batch.label_positions + 1, True)
+
+    def labelled(self, example: Example) -> np.ndarray:
+        """The token after each position that is scored."""
+        return example.label_positions + 1
+
+    def prompt(self, example: Example) -> np.ndarray:
+        """Tokens from which generation starts: those up to the first label; half of a text without a prompt."""
+        ids, first = example.inputs["input_ids"], example.label_positions[:1]
+        size = int(first[0]) + 1 if len(first) and first[0] else (len(ids) + 1) // 2 if len(first) else len(ids)
+        return ids[:size]
+
+    def probe(self, example: Example, limit: int | None = None) -> Example:
+        """See `Task.probe`."""
+        inputs = self.prompt(example)[-limit if limit else None :]
+        made = as_probe(inputs, int(example.labels[0]) if len(example.labels) else 0)
+        return replace(made, inputs={**example.inputs, **made.inputs}, key=example.key, row=example.row)
+
+    def label_metrics(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Whether the most probable token is the label."""
+        return {"token_accuracy": (logits.argmax(-1) == labels).float()}
+
+    def metrics(self, run: Run, totals: EvalTotals) -> dict[str, float]:
+        """Perplexity; exact match of what is generated, for prompts with short completions."""
+        found = {"eval_perplexity": math.exp(min(totals.means["loss"], 700.0))}
+        match = exact_match(run, self)
+        return found if match is None else {**found, "eval_exact_match": match}
+
+
+class SequenceClassification(TextTask):
+    """One class for a text; the labels are learned from the data and kept in the adapter."""
+
+    api = 2
+    name = "sequence-classification"
+    auto_class = "AutoModelForSequenceClassification"
+    gathers_predictions = True
+
+    def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
+        """See `Task.encode`."""
+        results: list[Encoded | Dropped] = []
+        for item, place, ids in zip(items, where, encoder.whole([item.text for item in items]), strict=True):
+            cut = max(len(ids) - (encoder.max_length or len(ids)), 0)
+            if cut:
+                ids = encoder.cut(item.text, encoder.max_length or 0)
+            tokens, label = np.asarray(ids, dtype=np.int32), encoder.classes.index(item.label, place)
+            weights = np.full(1, item.weight, dtype=np.float32)
+            example = Example({"input_ids": tokens}, np.array([len(tokens) - 1]), np.array([label]), weights)
+            results.append(Encoded([example], cut))
+        return results
+
+    def model_kwargs(self, labels: list[str]) -> dict[str, Any]:
+        """Number and names of the classes."""
+        names = dict(enumerate(labels))
+        return {"num_labels": len(labels), "id2label": names, "label2id": {v: k for k, v in names.items()}}
+
+    def head_modules(self, model: nn.Module) -> list[str]:
+        """The classification head, `score` or `classifier`."""
+        return [name for name in ("score", "classifier") if hasattr(model, name)]
+
+    def pads_rows(self, model: nn.Module) -> bool:
+        """A decoder's head reads each example's last token; other models pool their rows themselves."""
+        return not hasattr(model, "score")
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
+        """Run the decoder and take its head, or run the whole model if it pools."""
+        if not self.pads_rows(model):
+            hidden = model.get_submodule(model.base_model_prefix)(**_inputs(batch)).last_hidden_state  # type: ignore
+            return Outputs(hidden, model.score)  # type: ignore[arg-type]
+        inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "position_ids"}
+        return Outputs(model(**inputs).logits[:, None], lambda rows: rows)
+
+    def own_logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """See `Task.own_logits`."""
+        extra = {} if self.pads_rows(model) else {"use_cache": False}
+        logits: Tensor = model(input_ids=batch.inputs["input_ids"], **extra).logits
+        return logits
+
+    def probe(self, example: Example, limit: int | None = None) -> Example:
+        """See `Task.probe`."""
+        return as_probe(example.inputs["input_ids"][-limit if limit else None :], int(example.labels[0]))
+
+    def metrics(self, run: Run, totals: EvalTotals) -> dict[str, float]:
+        """Accuracy and macro F1; the classification report goes to `report`."""
+        from sklearn.metrics import classification_report, f1_score
+
+        truth, predicted = np.array(totals.pairs).T
+        examples = run.examples if run.examples is not None else run.eval_examples
+        names = examples.labels if examples is not None else []
+        self.report = classification_report(
+            truth, predicted, labels=range(len(names)), target_names=names, zero_division=0
+        )
+        macro = f1_score(truth, predicted, average="macro", zero_division=0)
+        return {"eval_macro_f1": float(macro)}
+
+    def label_metrics(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Whether the most probable class is the label."""
+        return {"accuracy": (logits.argmax(-1) == labels).float()}
+
+
+def as_probe(ids: Sequence[int] | np.ndarray, label: int = 0) -> Example:
+    """An example of token ids that is scored at its last position."""
+    tokens = np.asarray(ids, dtype=np.int32)
+    return Example({"input_ids": tokens}, np.array([len(tokens) - 1]), np.array([label]), np.ones(1, dtype=np.float32))
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    given: dict[str, Any] = {**batch.inputs, "use_cache": False}
+    if not batch.segments:
+        return given
+    return {**given, "attention_mask": packed_mask(batch.label_positions.device), "segments": batch.segments}
+
+
+def exact_match(run: Run, task: CausalLM) -> float | None:
+    """Share of evaluation prompts whose greedy answer is the completion; None where there is nothing to compare.
+
+    At most `train.eval_generate` prompts, evenly spread, answered by this process; none where the mean completion is
+    longer than 64 tokens, where equality to the letter says nothing.
+    """
+    examples, limit = run.eval_examples, run.recipe.train.eval_generate
+    assert examples is not None
+    if limit == 0 or examples.format != "prompt-completion":
+        return None
+    chosen = np.unique(np.linspace(0, len(examples) - 1, min(limit, len(examples))).astype(int))
+    lengths = [len(examples[int(i)].labels) for i in chosen]
+    if np.mean(lengths) > 64:
+        return None
+    prompts = [task.probe(examples[int(i)]).inputs["input_ids"].tolist() for i in chosen]
+    with torch.no_grad(), autocast(run):
+        ends = [examples.stop_ids] * len(prompts)
+        answers = generate(run.model, run.tokenizer, prompts, max_new_tokens=max(lengths) + 4, stop_ids=ends)
+    references = [examples.reference(int(i)) for i in chosen]
+    return float(np.mean([a.text.strip() == (r or "").strip() for a, r in zip(answers, references, strict=True)]))

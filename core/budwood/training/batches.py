@@ -1,0 +1,93 @@
+"""The micro-batches of each optimizer step, and the counts by which its loss terms are divided."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from budwood.contract.discovery import PluginError
+from budwood.contract.examples import Batch
+from budwood.contract.registry import Composition
+from budwood.contract.types import UNITS, Run
+from budwood.data.examples import Examples
+from budwood.data.packing import split_micro
+from budwood.model.evaluation import collate_for
+from budwood.training.progress import planned_steps
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """An optimizer step's examples, and this process's micro-batches of them, each of at most `micro_tokens`."""
+
+    examples: Examples
+    indices: np.ndarray
+    epoch: int
+    micro_tokens: int
+    batches: list[Batch]
+
+    @classmethod
+    def collate(cls, run: Run, examples: Examples, indices: np.ndarray, epoch: int) -> StepBatches:
+        """Split among micro-batches and processes as `run.micro_tokens` says now."""
+        limit = run.micro_tokens
+        rows = split_micro(indices, examples.lengths, limit, run.packed, examples.groups)
+        rows = rows[run.process_index :: run.processes]
+        made = [collate_for(run, [examples[i] for i in row], epoch) for row in rows]
+        return cls(examples, indices, epoch, limit, made)
+
+    def again(self, run: Run) -> StepBatches:
+        """The same step, split as `run.micro_tokens` says now."""
+        return self.collate(run, self.examples, self.indices, self.epoch)
+
+
+def optimizer_steps(run: Run, hooks: Composition) -> Iterator[tuple[StepBatches, dict[str, float]]]:
+    """For each optimizer step: this process's micro-batches, and the counts of units over all processes.
+
+    The next step's batches are collated by a thread beside the step.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="collate") as pool:
+        upcoming = None
+        for epoch, indices in planned_steps(run, run.step):
+            ready, upcoming = upcoming, pool.submit(StepBatches.collate, run, run.examples, indices, epoch)
+            if ready is not None:
+                yield _counted(run, hooks, ready)
+        if upcoming is not None:
+            yield _counted(run, hooks, upcoming)
+
+
+def _counted(run: Run, hooks: Composition, collated: Future[StepBatches]) -> tuple[StepBatches, dict[str, float]]:
+    """A step's micro-batches, waited for, and their counts over all processes."""
+    step = collated.result()
+    run.epoch = step.epoch
+    if step.micro_tokens != run.micro_tokens:  # it was collated before memory ran out
+        step = step.again(run)
+    return step, count_units(run, hooks, step.batches)
+
+
+def count_units(run: Run, hooks: Composition, batches: list[Batch]) -> dict[str, float]:
+    """Sum of each unit over the step's micro-batches and all processes, in float64.
+
+    Raises:
+        PluginError: a strategy counts a unit that core or another strategy has.
+    """
+    counts = dict.fromkeys((*(unit for unit in UNITS if unit != "step"), "token"), 0.0)
+    owners: dict[str, object] = dict.fromkeys((*UNITS, "token"), "core")
+    for batch in batches:
+        for unit, value in batch.counts.items():
+            counts[unit] += value
+        for plugin, found in hooks.collect("batch_counts", run=run, batch=batch):
+            for unit, value in found.items():
+                if owners.setdefault(unit, plugin) is not plugin:
+                    raise PluginError(
+                        f"{plugin}: batch_counts counts '{unit}', which {owners[unit]} counts: rename it."
+                    )
+                counts[unit] = counts.get(unit, 0.0) + float(value)
+    if run.processes > 1:
+        everyone: list[dict[str, float]] = [{}] * run.processes
+        torch.distributed.all_gather_object(everyone, counts)
+        names = dict.fromkeys(name for each in everyone for name in each)
+        counts = {name: sum(each.get(name, 0.0) for each in everyone) for name in names}
+    return counts

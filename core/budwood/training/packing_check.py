@@ -1,0 +1,118 @@
+"""Whether a model keeps the examples of a packed row apart; if it does not, its rows are padded."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from budwood.contract.discovery import PluginError
+from budwood.contract.examples import Batch, Example
+from budwood.contract.types import Run
+from budwood.errors import BudwoodError, ResourceError, is_out_of_memory
+from budwood.model.evaluation import at_least_fp32, autocast, collate_for
+from budwood.model.ops import attention
+
+ROUNDING, SIMILAR = 0.05, 0.25
+"""Largest differences of logits in 16 bit, in units of the largest: for rounding alone, and before all else is asked.
+If a token sees another example, the difference is above 1."""
+
+
+def check_packing(run: Run, report: Any) -> None:
+    """Run two examples packed and alone, and alone by the model's own forward; pad rows if they differ.
+
+    In 16 bit a deep or quantised model's rounding may differ by more than ROUNDING: then rows are packed if neither
+    example's logits depend on the other's inputs, not by a bit.
+
+    Args:
+        report: whatever has `say`.
+
+    Raises:
+        PluginError: even padded, Budwood's way through the model gives other logits than the model's own.
+        ResourceError: memory does not hold two examples.
+    """
+    model, task = run.model, run.task
+    model.eval()
+    if task.pads_rows(model):
+        run.packed = False
+        report.say("rows are grouped by length and padded: this model pools by row")
+        return
+    order = [int(i) for i in run.examples.lengths.argsort(kind="stable") if len(run.examples[int(i)].labels)]
+    if not order:
+        return
+    pair = [run.examples[order[len(order) // 2]], run.examples[order[len(order) // 4]]]
+    run.packed = False
+    own = [_own_logits(run, [example]) for example in pair]
+    same, similar = (ROUNDING, SIMILAR) if run.dtype in (torch.float16, torch.bfloat16) else (1e-4, 1e-4)
+    reason = ""
+    try:
+        model.set_attn_implementation(attention.IMPLEMENTATION)
+        run.packed = True
+        packed = _logits(run, pair)
+        worst = _distance(packed, torch.cat(own))
+        if worst > same and (worst > similar or not _independent(run, pair, packed)):
+            reason = f"packed, its logits differ by {worst:.1%}"
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise ResourceError("out of memory: two examples do not fit at once: lower data.max_length") from error
+        if not _is_the_models(error):
+            raise
+        reason = f"it does not take packed rows ({type(error).__name__})"
+    if reason:
+        run.packed = False
+        model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
+        alone = [_distance(_logits(run, [e]), logits) for e, logits in zip(pair, own, strict=True)]
+        padded = _distance(_logits(run, pair), torch.cat(own))
+        if max(alone) > same or padded > similar:
+            raise PluginError(
+                f"model class {type(model).__name__}: logits at labels differ from those of its own forward "
+                f"by {max(*alone, padded):.1%}; it is not supported."
+            )
+        report.say(f"rows are padded, not packed, for this model: {reason}")
+
+
+def _is_the_models(error: Exception) -> bool:
+    """Whether the model class or torch raised the error, or core's attention says that it cannot do the model's."""
+    if isinstance(error, BudwoodError):
+        return False
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    inner = next((name for name in reversed(frames) if not name.startswith("torch.")), "")
+    return isinstance(error, NotImplementedError) or not inner.startswith("budwood") or "model.ops" in inner
+
+
+def _independent(run: Run, pair: list[Example], packed: Tensor) -> bool:
+    """Whether neither example's `packed` logits change by a bit if the other's inputs do."""
+    for number in range(len(pair)):
+        changed = run.task.altered(run.model, pair[number])
+        if changed is None:
+            return False
+        others = list(pair)
+        others[number] = changed
+        rest = collate_for(run, others, "eval").example_of_label != number
+        if not torch.equal(_logits(run, others)[rest], packed[rest]):
+            return False
+    return True
+
+
+def _batch(run: Run, examples: list[Example]) -> Batch:
+    return collate_for(run, examples, "eval").to(run.device)
+
+
+def _logits(run: Run, examples: list[Example]) -> Tensor:
+    batch = _batch(run, examples)
+    with torch.no_grad(), autocast(run):
+        return at_least_fp32(run.task.logits(run.task.outputs(run.model, batch), batch))
+
+
+def _own_logits(run: Run, examples: list[Example]) -> Tensor:
+    """Logits at the labels of one example by the model's own forward."""
+    batch = _batch(run, examples)
+    with torch.no_grad(), autocast(run):
+        return at_least_fp32(run.task.own_logits(run.model, batch))
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Largest difference in units of the largest logit."""
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-6))

@@ -1,0 +1,84 @@
+"""The reference that objectives compare with: the run's model with its adapter off, or as the run started from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor
+
+from budwood.contract.calls import ask_owner
+from budwood.contract.examples import Batch
+from budwood.contract.strategy import RUN_ADAPTER
+from budwood.contract.types import Reference, Run
+from budwood.errors import InputError
+from budwood.model.evaluation import CHUNK
+
+
+def read_reference(run: Run, batch: Batch, start: bool = False) -> Reference:
+    """Run the reference on a batch; see `Step.reference`."""
+    with as_reference(run, start):
+        outputs = run.task.outputs(run.model, batch)
+        hidden = outputs.hidden.flatten(0, -2)[batch.label_positions]
+        log_probs = None
+        if run.task.has_log_probs():
+            parts = zip(hidden.split(CHUNK), batch.labels.split(CHUNK), strict=True)
+            log_probs = torch.cat([run.task.log_probs(outputs.head(rows), labels) for rows, labels in parts])
+
+    def logits(positions: Tensor) -> Tensor:
+        with as_reference(run, start):
+            return outputs.head(hidden[positions])
+
+    return Reference(hidden, log_probs, logits)
+
+
+def as_reference(run: Run, start: bool) -> AbstractContextManager[None]:
+    """The model as the reference inside the context: evaluation mode, no gradients."""
+    return _as_started(run) if start else adapter_off(run)
+
+
+@contextmanager
+def adapter_off(run: Run) -> Iterator[None]:
+    """Let `run.model` answer as its base inside the context: adapter off, evaluation mode, no gradients.
+
+    Raises:
+        InputError: no strategy of the run owns an adapter; declare `requires = ("adapter",)`.
+    """
+    owner = next((strategy for strategy in run.strategies if "adapter" in strategy.slots), None)
+    if owner is None:
+        raise InputError("no strategy of the recipe owns an adapter that could be off: add one such as lora.")
+    ask_owner(owner, "use_adapters", model=run.model, names=[])
+    try:
+        with _answering(run):
+            yield
+    finally:
+        ask_owner(owner, "use_adapters", model=run.model, names=[RUN_ADAPTER])
+
+
+@contextmanager
+def _as_started(run: Run) -> Iterator[None]:
+    """Let `run.model` answer inside the context with what trains as it was before the first step."""
+    parameters = run.trainable
+    now = [parameter.data for parameter in parameters]
+    for parameter, value in zip(parameters, run.start, strict=True):
+        parameter.data = value
+    try:
+        with _answering(run):
+            yield
+    finally:
+        for parameter, value in zip(parameters, now, strict=True):
+            parameter.data = value
+
+
+@contextmanager
+def _answering(run: Run) -> Iterator[None]:
+    training = run.model.training
+    # Without its cache, in which casts made without a gradient would stay for the forward that has one.
+    cast = torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32, cache_enabled=False)
+    run.model.eval()
+    try:
+        with torch.no_grad(), cast:
+            yield
+    finally:
+        run.model.train(training)
