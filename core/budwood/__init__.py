@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from budwood.errors import InputError as InputError
     from budwood.errors import ResourceError as ResourceError
     from budwood.errors import did_you_mean as did_you_mean
+    from budwood.model.quantizers import Quantizer as Quantizer
 
 __version__ = "0.1.0"
 
@@ -50,6 +51,7 @@ _EXPORTS = {
         (
             "LowRankUpdate",
             "adapter_layers",
+            "known_to_peft",
             "merge_whole_parts",
             "register_adapter",
             "remove_adapter",
@@ -73,6 +75,7 @@ _EXPORTS = {
     **dict.fromkeys(("frozen_linear", "low_rank_linear", "mixed_low_rank_linear"), "budwood.model.ops.linear"),
     **dict.fromkeys(("check_adapter_tensors", "copy_adapter_tensors", "read_adapter"), "budwood.adapters.store"),
     **dict.fromkeys(("check_base", "fingerprint", "load_base", "load_tokenizer", "skeleton"), "budwood.model.base"),
+    **dict.fromkeys(("Quantizer", "linear_shape"), "budwood.model.quantizers"),
     "batches_of": "budwood.model.tasks",
     **dict.fromkeys(("adapter_off", "load_frozen"), "budwood.training.frozen"),
 }

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from budwood.contract.types import ParameterGroup
 from budwood.errors import InputError
 from budwood.model.ops.linear import frozen_linear, low_rank_linear, mixed_low_rank_linear
+from budwood.model.quantizers import quantizer_of
 
 _STATE = "_budwood_adapters"
 PREFIX = "base_model.model."
@@ -112,6 +113,12 @@ def adapter_layers(model: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
             yield _canonical(path), module
 
 
+def known_to_peft(module: nn.Module) -> bool:
+    """Whether PEFT has layers of its own for a linear, however it is stored."""
+    quantizer = quantizer_of(module)
+    return quantizer is not None and quantizer.known_to_peft
+
+
 def saved_modules(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     """The whole modules that the adapter `name` replaces, each with its path."""
     for path, module in model.named_modules():
@@ -166,7 +173,7 @@ def register_adapter(
         state.biases[name] = {key: state.base_biases[key].clone().float() for key in found}
     for _, layer in adapter_layers(model, name):
         base = layer.get_base_layer()
-        if isinstance(base, nn.Linear):
+        if quantizer_of(base) is not None:
             forward = state.forwards.setdefault(base, _Forward(base, state))
             forward.updates[name] = update(layer, name)
             layer.forward = forward

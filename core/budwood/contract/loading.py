@@ -24,9 +24,11 @@ _BASES = {
     STRATEGIES: "budwood.Strategy",
     "budwood.tasks": "budwood.model.tasks.Task",
     "budwood.forms": "budwood.data.forms.Form",
-    "budwood.quantizers": "budwood.model.quantizers.Quantizer",
+    "budwood.quantizers": "budwood.Quantizer",
     "budwood.attacks": "budwood.Attack",
 }
+_OLDEST = {"budwood.quantizers": 2}
+"""Groups whose plugins of earlier versions no longer load."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def load(name: str, group: str) -> tuple[type[Any], Installed]:
         raise PluginError(f"{who}: {entry.value} is not a subclass of {_BASES[group]}. Point the entry point at one.")
     if not isinstance(cls.api, int) or isinstance(cls.api, bool):
         raise PluginError(f"{who}: 'api' must be a version of the contract, such as {API_VERSION}, not {cls.api!r}.")
-    if cls.api != API_VERSION:
+    if not _OLDEST.get(group, 1) <= cls.api <= API_VERSION:
         behind = entry.distribution if cls.api < API_VERSION else "budwood"
         raise PluginError(
             f"{who} was written for version {cls.api} of the contract, and this Budwood has {API_VERSION}: "

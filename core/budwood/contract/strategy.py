@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict
 
 from budwood.contract.discovery import STRATEGIES, WORDS
 
-API_VERSION = 1
-"""Major version of the contract; a strategy that was written for another one is refused by name."""
+API_VERSION = 2
+"""Major version of the contract; what was written for a later one, or for one that is gone, is refused by name."""
 
 RUN_ADAPTER = "default"
 """Name under which a run's adapter stands on its model; the slot "adapter" has one owner, so there is one."""

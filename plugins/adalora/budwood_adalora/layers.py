@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from peft.tuners.adalora import AdaLoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from budwood import LowRankUpdate, Run, register_adapter
+from budwood import LowRankUpdate, Run, linear_shape, register_adapter
 from budwood_adalora.options import KIND
 
 WIDTH_STEP = 16
@@ -31,12 +33,16 @@ class SVDLinear(nn.Module, AdaLoraLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        AdaLoraLayer.__init__(self, base_layer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that PEFT does not know a quantiser's class
+            AdaLoraLayer.__init__(self, base_layer)
+        self.out_features, self.in_features = linear_shape(self.get_base_layer())
         self.width: dict[str, int] = {}
 
     def add(self, name: str, rank: int, width: int, scaling: float, dropout: float) -> None:
         """Add an adapter: A and B normal with deviation 0.02, E zero (as PEFT and the paper's authors begin)."""
-        device = self.get_base_layer().weight.device
+        base = self.get_base_layer()
+        device = next(chain(base.parameters(), base.buffers())).device
         self.r[name], self.width[name], self.scaling[name] = rank, width, scaling
         self.lora_dropout[name] = nn.Dropout(dropout) if dropout else nn.Identity()
         self.lora_A[name] = nn.Parameter((torch.randn(rank, self.in_features) * 0.02).to(device))

@@ -9,7 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from budwood import RUN_ADAPTER, TASK_TYPES, CorruptError, InputError, Strategy, hookimpl, match_modules, match_targets
+from budwood import (
+    RUN_ADAPTER,
+    TASK_TYPES,
+    CorruptError,
+    InputError,
+    Strategy,
+    hookimpl,
+    linear_shape,
+    match_modules,
+    match_targets,
+)
 from budwood_adalora.options import KIND, AdaLoRAOptions
 from budwood_adalora.schedule import Schedule, smallest_steps
 
@@ -49,8 +59,7 @@ class AdaLoRA(Strategy):
             plan.problem(self, str(error))
             return
         for path in targets:
-            linear: Any = plan.model.get_submodule(path)
-            if options.initial_rank > (largest := min(linear.in_features, linear.out_features)):
+            if options.initial_rank > (largest := min(linear_shape(plan.model.get_submodule(path)))):
                 plan.problem(
                     self, f"initial_rank {options.initial_rank}: '{path}' has {largest} singular values; lower it."
                 )
