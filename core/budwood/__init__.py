@@ -51,6 +51,8 @@ _EXPORTS = {
         (
             "LowRankUpdate",
             "adapter_layers",
+            "add_to_weight",
+            "fan_in_fan_out",
             "known_to_peft",
             "merge_whole_parts",
             "register_adapter",

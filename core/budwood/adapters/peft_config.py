@@ -37,7 +37,7 @@ class SavedLowRankConfig(BaseModel):
     target_modules: str | list[str] = Field(min_length=1)
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
-    fan_in_fan_out: Literal[False] = False
+    fan_in_fan_out: bool = False  # PEFT, too, goes by the class of each module, whatever is written
     bias: Literal["none", "lora_only", "all"] = "none"
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None

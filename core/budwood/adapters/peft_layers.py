@@ -8,7 +8,7 @@ there, of whatever method, so that methods share a model, and the rows of one ba
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from budwood.contract.types import ParameterGroup
 from budwood.errors import InputError
 from budwood.model.ops.linear import frozen_linear, low_rank_linear, mixed_low_rank_linear
-from budwood.model.quantizers import quantizer_of
+from budwood.model.quantizers import is_transposed, quantizer_of
 
 _STATE = "_budwood_adapters"
 PREFIX = "base_model.model."
@@ -117,6 +117,19 @@ def known_to_peft(module: nn.Module) -> bool:
     """Whether PEFT has layers of its own for a linear, however it is stored."""
     quantizer = quantizer_of(module)
     return quantizer is not None and quantizer.known_to_peft
+
+
+def fan_in_fan_out(model: nn.Module, paths: Iterable[str]) -> bool:
+    """PEFT's field of that name: whether one of these linears holds its weight as [in, out], as GPT-2's do."""
+    modules = map(model.get_submodule, paths)
+    return any(is_transposed(m.get_base_layer() if isinstance(m, LoraLayer) else m) for m in modules)
+
+
+@torch.no_grad()
+def add_to_weight(base: Any, update: Tensor) -> None:
+    """Add an update [out, in] to the weight of an unquantised linear, for good."""
+    weight = base.weight
+    weight.copy_(weight + (update.t() if is_transposed(base) else update))
 
 
 def saved_modules(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

@@ -12,6 +12,7 @@ from budwood import (
     CorruptError,
     InputError,
     adapter_layers,
+    add_to_weight,
     copy_adapter_tensors,
     merge_whole_parts,
     parse_saved_config,
@@ -63,8 +64,7 @@ def merge(model: nn.Module, name: str) -> None:
     select_adapters(model, KIND, [])
     for _, layer in adapter_layers(model, name):
         delta = layer.scaling[name] * (layer.lora_B[name] @ (layer.lora_A[name] * layer.lora_E[name]))
-        weight = layer.get_base_layer().weight
-        weight.copy_(weight + delta)
+        add_to_weight(layer.get_base_layer(), delta)
     merge_whole_parts(model, name)
     remove_adapter(model, name)
 
@@ -93,6 +93,7 @@ def as_lora(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[st
     first = next(iter(ranks))
     fields = {**LoraConfig(r=ranks[first]).to_dict(), **{key: config.get(key) for key in _SHARED}}
     fields |= {
+        "fan_in_fan_out": saved.fan_in_fan_out,
         "lora_alpha": alphas[first],
         "target_modules": sorted(ranks),
         "rank_pattern": ranks,

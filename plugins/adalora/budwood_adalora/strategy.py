@@ -182,6 +182,7 @@ class AdaLoRA(Strategy):
         from peft import AdaLoraConfig
         from safetensors.torch import save_file
 
+        from budwood import fan_in_fan_out
         from budwood_adalora.file import adapter_tensors
         from budwood_adalora.picture import draw_ranks
 
@@ -194,6 +195,7 @@ class AdaLoRA(Strategy):
             lora_alpha=options.alpha,
             lora_dropout=options.dropout,
             target_modules=[path for path, rank in ranks.items() if rank],  # rank 0: the base's own module
+            fan_in_fan_out=fan_in_fan_out(model, self._paths),
             modules_to_save=self._modules_to_save or None,
             tinit=self._schedule.initial,
             tfinal=self._schedule.final,

@@ -18,6 +18,7 @@ from budwood import (
     Run,
     adapter_layers,
     copy_adapter_tensors,
+    fan_in_fan_out,
     match_modules,
     match_targets,
     merge_whole_parts,
@@ -37,11 +38,13 @@ def put_on(run: Run, model: nn.Module, options: LoRAOptions) -> LoraConfig:
     """Put the run's adapter on its model, in use; returns PEFT's config of it."""
     heads = [name for name in run.task.head_modules(model) if name not in options.modules_to_save]
     match_modules(model, options.modules_to_save)
+    targets = match_targets(model, options.targets, options.layers)
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,  # type: ignore[arg-type]
         lora_dropout=options.dropout,
-        target_modules=match_targets(model, options.targets, options.layers),
+        target_modules=targets,
+        fan_in_fan_out=fan_in_fan_out(model, targets),
         use_rslora=options.rslora,
         use_dora=options.dora,
         init_lora_weights=True if options.init == "default" else "gaussian",
@@ -89,6 +92,7 @@ def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor],
     resolved = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
     fields = saved.model_dump(exclude=resolved, exclude_none=True)
     fields |= {key: saved_pattern(getattr(saved, key), targets) for key in ("rank_pattern", "alpha_pattern")}
+    fields["fan_in_fan_out"] = fan_in_fan_out(model, targets)
     lora_config = LoraConfig(**fields, target_modules=targets)
     try:
         add_adapter(model, lora_config, name)

@@ -123,7 +123,7 @@ def test_failing_import_names_plugin_distribution_and_remedy(distribution, sourc
         ("def __init__(self, **options): raise SystemExit", "cannot start: SystemExit. Report it"),
         ("after = None", "'after' must be a tuple of names, not None"),
         ("requires = (3,)", "'requires' must be a tuple of names, not (3,)"),
-        ("api = 0", "written for version 0 of the contract, and this Budwood has 1: pip install -U sprout."),
+        ("api = 0", "written for version 0 of the contract, and this Budwood has 2: pip install -U sprout."),
         ("api = '1'", "'api' must be a version of the contract, such as 2, not '1'"),
         ("api = None", "'api' must be a version of the contract, such as 2, not None"),
         ("api = True", "'api' must be a version of the contract, such as 2, not True"),
