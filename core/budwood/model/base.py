@@ -23,6 +23,7 @@ from budwood.model.checks import (
     size,
     skeleton,
 )
+from budwood.model.experts import count_experts
 from budwood.model.machine import pick_device_precision
 from budwood.model.ops.rms_norm import save_memory_in_norms
 from budwood.model.quantizers import claim, is_quantized, linear_shape, quantizer_of
@@ -180,6 +181,11 @@ def load_base(
         name, path, loaded, tokenizer, fingerprint(path), info.quantization, *_sizes(loaded), dtype, device, new, []
     )
     base.notes.append(_describe(base, heads))
+    experts = count_experts(loaded)
+    if experts.total:
+        counted = f"{experts.quantized:,} of {experts.total:,} in {base.quantization}"
+        counted = f"{experts.total:,}, not quantised" if base.quantization == "none" else counted
+        base.notes.append(f"experts: {counted}")
     if new:
         base.notes.append(f"new, from the seed: {_some(list(new))}")
     unused = sorted(report["unexpected_keys"])
