@@ -71,6 +71,7 @@ _EXPORTS = {
         ("Layers", "ModulesToSave", "Targets", "match_modules", "match_targets"), "budwood.adapters.targets"
     ),
     "AdapterPool": "budwood.adapters.pool",
+    "use_adapters": "budwood.adapters.use",
     "load_recipe": "budwood.recipe.schema",
     "plan": "budwood.planning.composition",
     "tune": "budwood.training.loop",

@@ -66,6 +66,9 @@ class Strategy(Plugin):
     after: ClassVar[tuple[str, ...]] = ()
     """Strategies (or owners of a slot or capability) that this one goes after, where they are present."""
 
+    adapter_types: ClassVar[tuple[str, ...]] = ()
+    """PEFT's names of the adapter types that it reads, such as "LORA", for adapters that stock PEFT saved."""
+
     def __init__(self, options: Any = None, name: str = "", distribution: str = "") -> None:
         """Hold validated `options`; `name` and `distribution` ("dist 1.2") come from the registry."""
         self.options: Any = self.Options() if options is None else options

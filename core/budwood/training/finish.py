@@ -13,7 +13,7 @@ from torch import Tensor
 
 from budwood.adapters.golden import measure
 from budwood.adapters.store import write_adapter
-from budwood.contract.calls import ask_owner
+from budwood.adapters.use import use_adapters
 from budwood.contract.registry import Composition
 from budwood.contract.strategy import RUN_ADAPTER
 from budwood.contract.types import Run
@@ -95,11 +95,11 @@ def adapter_probe(run: Run) -> Probe | None:
 def _base_logits(run: Run, prompts: list[list[int]]) -> Tensor:
     """Logits [prompts, vocabulary or classes] after each prompt with the run's adapter off."""
     owner = _owner(run)
-    ask_owner(owner, "use_adapters", model=run.model, names=[])
+    use_adapters(owner, run.model)
     try:
         return measure(run.model, prompts, run.dtype)
     finally:
-        ask_owner(owner, "use_adapters", model=run.model, names=[RUN_ADAPTER])
+        use_adapters(owner, run.model, [RUN_ADAPTER])
 
 
 def check_changed(run: Run, start: list[Tensor], probe: Probe | None) -> None:
@@ -129,7 +129,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
         write_adapter(
             directory / "adapter",
             lambda folder: hooks.call("export", run=run, model=run.model, directory=folder),
-            kind=owner.name,
+            adapter_type=owner.name,
             distribution=owner.distribution,
             base=run.base,
             task=run.task.name,

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from budwood.contract.calls import ask_owner
+from budwood.adapters.use import use_adapters
 from budwood.contract.strategy import RUN_ADAPTER
 from budwood.contract.types import Run
 from budwood.errors import InputError
@@ -66,10 +66,10 @@ def adapter_off(run: Run) -> Iterator[None]:
     # Without its cache, in which casts made without a gradient would stay for the forward that has one.
     cast = torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32, cache_enabled=False)
     run.model.eval()
-    ask_owner(owner, "use_adapters", model=run.model, names=[])
+    use_adapters(owner, run.model)
     try:
         with torch.no_grad(), cast:
             yield
     finally:
-        ask_owner(owner, "use_adapters", model=run.model, names=[RUN_ADAPTER])
+        use_adapters(owner, run.model, [RUN_ADAPTER])
         run.model.train(training)

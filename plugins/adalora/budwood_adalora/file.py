@@ -22,7 +22,7 @@ from budwood import (
     whole_tensors,
 )
 from budwood_adalora.layers import add_adapter, scale
-from budwood_adalora.options import KIND, UNUSED, SavedConfig
+from budwood_adalora.options import TYPE, UNUSED, SavedConfig
 
 PREFIX = "base_model.model."
 
@@ -61,7 +61,7 @@ def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor],
 @torch.no_grad()
 def merge(model: nn.Module, name: str) -> None:
     """Add an adapter into the weights, and take it off."""
-    select_adapters(model, KIND, [])
+    select_adapters(model, TYPE, [])
     for _, layer in adapter_layers(model, name):
         delta = layer.scaling[name] * (layer.lora_B[name] @ (layer.lora_A[name] * layer.lora_E[name]))
         add_to_weight(layer.get_base_layer(), delta)
@@ -107,7 +107,7 @@ _SHARED = ("base_model_name_or_path", "bias", "lora_dropout", "modules_to_save",
 
 
 def _parse(config: dict[str, Any]) -> SavedConfig:
-    return parse_saved_config(KIND, SavedConfig, AdaLoraConfig(total_step=1), config, UNUSED)
+    return parse_saved_config(TYPE, SavedConfig, AdaLoraConfig(total_step=1), config, UNUSED)
 
 
 def _scale(saved: SavedConfig, rank: int) -> float:

@@ -14,7 +14,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from budwood import LowRankUpdate, Run, linear_shape, register_adapter
-from budwood_adalora.options import KIND
+from budwood_adalora.options import TYPE
 
 WIDTH_STEP = 16
 """On the CPU, products run at the next multiple of this above a rank, and at most at the largest rank left."""
@@ -75,6 +75,10 @@ class SVDUpdate(LowRankUpdate):
             a, b = F.pad(a, (0, 0, 0, fill)), F.pad(b, (0, fill))
         return a, b, layer.scaling[name]
 
+    def sources(self) -> tuple[Tensor, ...]:
+        layer, name = self.layer, self.name
+        return layer.lora_A[name], layer.lora_E[name], layer.lora_B[name]
+
 
 def scale(alpha: float, initial_rank: int) -> float:
     """Factor of an update: that of PEFT's layer, which divides by the initial rank (plus 1e-5) at every rank."""
@@ -111,7 +115,7 @@ def add_adapter(
                 module.update(name)
             else:
                 setattr(parent, leaf, ModulesToSaveWrapper(module, name))
-    register_adapter(model, KIND, name, SVDUpdate, bias)
+    register_adapter(model, TYPE, name, SVDUpdate, bias)
 
 
 def _find(model: nn.Module, path: str) -> tuple[nn.Module, str, Any]:

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from budwood import Layers, ModulesToSave, Options, SavedLowRankConfig, Targets
 
-KIND = "adalora"
+TYPE = "adalora"
 
 
 class AdaLoRAOptions(Options):

@@ -20,7 +20,7 @@ from budwood import (
     match_modules,
     match_targets,
 )
-from budwood_adalora.options import KIND, AdaLoRAOptions
+from budwood_adalora.options import TYPE, AdaLoRAOptions
 from budwood_adalora.schedule import Schedule, smallest_steps
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ class AdaLoRA(Strategy):
     """Low-rank adapters W + s · B diag(E) A that spend a budget of ranks where it matters (Zhang et al., 2023)."""
 
     Options = AdaLoRAOptions
+    api = 2
     slots = ("adapter",)
+    adapter_types = ("ADALORA",)
 
     @hookimpl
     def check_plan(self, plan: Plan) -> None:
@@ -84,7 +86,7 @@ class AdaLoRA(Strategy):
         with torch.random.fork_rng(devices=[]):  # the adapter's start depends on the seed alone
             torch.manual_seed(run.seed)
             add_adapter(model, RUN_ADAPTER, ranks, scaling, options.dropout, self._modules_to_save)
-        select_adapters(model, KIND, [RUN_ADAPTER])
+        select_adapters(model, TYPE, [RUN_ADAPTER])
         self._layers: dict[str, SVDLinear] = dict(adapter_layers(model, RUN_ADAPTER))
         self._importance: Importance | None = Importance(self._triplets(), options.beta1, options.beta2)
         run.adapter_final = False
@@ -232,10 +234,10 @@ class AdaLoRA(Strategy):
         attach(model, config, tensors, name)
 
     @hookimpl
-    def use_adapters(self, model: nn.Module, names: Sequence[str | None]) -> None:
+    def use_adapters(self, model: nn.Module, names: Sequence[str], index: Sequence[int]) -> None:
         from budwood import select_adapters
 
-        select_adapters(model, KIND, names)
+        select_adapters(model, TYPE, names, index)
 
     @hookimpl
     def detach_adapter(self, model: nn.Module, name: str) -> None:
@@ -251,11 +253,11 @@ class AdaLoRA(Strategy):
 
     @hookimpl
     def convert_adapter(
-        self, config: dict[str, Any], tensors: dict[str, Tensor], kind: str
+        self, config: dict[str, Any], tensors: dict[str, Tensor], adapter_type: str
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         from budwood_adalora.file import as_lora
 
-        return as_lora(config, tensors) if kind == "lora" else None
+        return as_lora(config, tensors) if adapter_type == "lora" else None
 
     def ranks(self) -> dict[str, int]:
         """Rank of each adapted module of the run, by its path."""

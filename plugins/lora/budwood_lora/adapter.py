@@ -30,7 +30,7 @@ from budwood import (
     whole_groups,
     whole_tensors,
 )
-from budwood_lora.layers import KIND, add_adapter
+from budwood_lora.layers import TYPE, add_adapter
 from budwood_lora.options import LoRAOptions, SavedConfig
 
 
@@ -56,7 +56,7 @@ def put_on(run: Run, model: nn.Module, options: LoRAOptions) -> LoraConfig:
     with torch.random.fork_rng(devices=[]):  # the adapter's start depends on the seed alone
         torch.manual_seed(run.seed)
         add_adapter(model, config, RUN_ADAPTER)
-    select_adapters(model, KIND, [RUN_ADAPTER])
+    select_adapters(model, TYPE, [RUN_ADAPTER])
     return config
 
 
@@ -87,7 +87,7 @@ def write(model: nn.Module, config: LoraConfig, directory: Path) -> None:
 
 def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], name: str) -> None:
     """Put a saved adapter on a model, not in use."""
-    saved = parse_saved_config(KIND, SavedConfig, LoraConfig(), config)
+    saved = parse_saved_config(TYPE, SavedConfig, LoraConfig(), config)
     targets = saved_targets(model, saved)
     resolved = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
     fields = saved.model_dump(exclude=resolved, exclude_none=True)
@@ -104,7 +104,7 @@ def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor],
 
 def merge(model: nn.Module, name: str) -> None:
     """Add an adapter into the weights, and take it off."""
-    select_adapters(model, KIND, [name])
+    select_adapters(model, TYPE, [name])
     for _, layer in adapter_layers(model, name):
         layer.merge(safe_merge=True, adapter_names=[name])
     merge_whole_parts(model, name)

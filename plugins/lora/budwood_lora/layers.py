@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from budwood import InputError, LowRankUpdate, adapter_layers, known_to_peft, linear_shape, register_adapter
 
-KIND = "lora"
+TYPE = "lora"
 
 
 class LoRAUpdate(LowRankUpdate):
@@ -25,6 +25,9 @@ class LoRAUpdate(LowRankUpdate):
     def weights(self) -> tuple[Tensor, Tensor, float]:
         layer, name = self.layer, self.name
         return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+
+    def sources(self) -> tuple[Tensor, ...]:
+        return self.layer.lora_A[self.name].weight, self.layer.lora_B[self.name].weight
 
     def forward(self, x: Tensor, base: nn.Linear) -> Tensor:
         layer, name = self.layer, self.name
@@ -64,7 +67,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str) -> None:
         device = next(chain(base.parameters(), base.buffers())).device
         layer.lora_A[name].to(device, torch.float32)
         layer.lora_B[name].to(device, torch.float32)
-    register_adapter(model, KIND, name, LoRAUpdate, config.bias)
+    register_adapter(model, TYPE, name, LoRAUpdate, config.bias)
 
 
 def _make_known(model: nn.Module, path: str, config: LoraConfig) -> None:

@@ -97,6 +97,14 @@ def test_failing_import_names_plugin_distribution_and_remedy(distribution, sourc
         ("@staticmethod\n@hookimpl\ndef before_clip(run): ...", "must be a plain method with self, not a staticmethod"),
         ("@classmethod\n@hookimpl\ndef before_clip(cls): ...", "must be a plain method with self, not a classmethod"),
         ("import functools\nbefore_clip = functools.cache(hookimpl(lambda s, run: 0))", "not a _lru_cache_wrapper"),
+        (
+            "@hookimpl\ndef convert_adapter(self, config, tensors, kind): ...",
+            "argument 'kind' is called 'adapter_type' since version 2; rename it.",
+        ),
+        (
+            "api = 2\n@hookimpl\ndef use_adapters(self, model, names): ...",
+            "'use_adapters' must take 'index', which",
+        ),
         ("@hookimpl\nasync def before_clip(self, run): ...", "hook 'before_clip' must not be async"),
         ("@hookimpl\nasync def before_clip(self, run): yield", "hook 'before_clip' must not be async"),
         ("@hookimpl\ndef before_clip(self, run): yield", "has a yield, which only @hookimpl(wrapper=True) takes"),

@@ -195,9 +195,9 @@ class StaysOn(LoRA):
     """LoRA that does not turn itself off."""
 
     @hookimpl
-    def use_adapters(self, model: nn.Module, names: Sequence[str | None]) -> None:
+    def use_adapters(self, model: nn.Module, names: Sequence[str], index: Sequence[int]) -> None:
         if names:
-            super().use_adapters(model, names)
+            super().use_adapters(model, names, index)
 
 
 class LeavesAHook(LoRA):

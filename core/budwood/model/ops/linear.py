@@ -68,19 +68,24 @@ def mixed_low_rank_linear(
         [R, ..., out]. Rows without an update are, bit for bit, those of `frozen_linear` on the same batch.
     """
     y = frozen_linear(x, base)
-    members: dict[int, list[int]] = {}
-    for row, index in enumerate(rows):
-        if adapters[index] is not None:
-            members.setdefault(index, []).append(row)
-    for index, chosen in members.items():
-        a, b, scaling = adapters[index]  # type: ignore[misc]
-        whole = len(chosen) == len(rows)
-        where = torch.tensor(chosen, device=x.device)
-        part = (x if whole else x.index_select(0, where)).to(y.dtype)
-        narrow = _thin_product(part.reshape(-1, part.shape[-1]), a.to(y.dtype).t())
-        update = (narrow @ (b * scaling).to(y.dtype).t()).view(*part.shape[:-1], -1)
-        y = y + update if whole else y.index_add(0, where, update)
+    for index, weights in enumerate(adapters):
+        chosen = [row for row, which in enumerate(rows) if which == index]
+        if weights is not None and chosen:
+            y = add_update(x, y, *cast_factors(*weights, y.dtype), torch.tensor(chosen, device=x.device))
     return y
+
+
+def cast_factors(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A and scaling · B in `dtype`, as `add_update` takes them."""
+    return a.to(dtype), (b * scaling).to(dtype)
+
+
+def add_update(x: Tensor, y: Tensor, a: Tensor, b: Tensor, rows: Tensor) -> Tensor:
+    """Add x Aᵀ Bᵀ to y [R, ..., out] in the rows [n] int64 of x [R, ..., in]."""
+    whole = len(rows) == len(x)
+    part = (x if whole else x.index_select(0, rows)).to(y.dtype)
+    update = (_thin_product(part.reshape(-1, part.shape[-1]), a.t()) @ b.t()).view(*part.shape[:-1], -1)
+    return y + update if whole else y.index_add(0, rows, update)
 
 
 class LowRankLinear(torch.autograd.Function):
