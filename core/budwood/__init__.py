@@ -48,26 +48,6 @@ _EXPORTS = {
         "budwood.errors",
     ),
     **dict.fromkeys(
-        (
-            "LowRankUpdate",
-            "adapter_layers",
-            "add_to_weight",
-            "fan_in_fan_out",
-            "known_to_peft",
-            "merge_whole_parts",
-            "register_adapter",
-            "remove_adapter",
-            "select_adapters",
-            "whole_groups",
-            "whole_tensors",
-        ),
-        "budwood.adapters.peft_layers",
-    ),
-    **dict.fromkeys(
-        ("TASK_TYPES", "SavedLowRankConfig", "parse_saved_config", "saved_pattern", "saved_targets"),
-        "budwood.adapters.peft_config",
-    ),
-    **dict.fromkeys(
         ("Layers", "ModulesToSave", "Targets", "match_modules", "match_targets"), "budwood.adapters.targets"
     ),
     "AdapterPool": "budwood.adapters.pool",
@@ -75,7 +55,6 @@ _EXPORTS = {
     "load_recipe": "budwood.recipe.schema",
     "plan": "budwood.planning.composition",
     "tune": "budwood.training.loop",
-    **dict.fromkeys(("frozen_linear", "low_rank_linear", "mixed_low_rank_linear"), "budwood.model.ops.linear"),
     **dict.fromkeys(("check_adapter_tensors", "copy_adapter_tensors", "read_adapter"), "budwood.adapters.store"),
     **dict.fromkeys(("check_base", "fingerprint", "load_base", "load_tokenizer", "skeleton"), "budwood.model.base"),
     **dict.fromkeys(("Quantizer", "linear_shape"), "budwood.model.quantizers"),
@@ -88,6 +67,8 @@ __all__ = ["__version__", *_EXPORTS]
 
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
+        if name in importlib.import_module("budwood.lowrank").__all__:  # where version 1 of the contract had it
+            raise ImportError(f"'{name}' is in budwood.lowrank: write `from budwood.lowrank import {name}`")
         raise AttributeError(f"module 'budwood' has no attribute '{name}'")
     return getattr(importlib.import_module(_EXPORTS[name]), name)
 

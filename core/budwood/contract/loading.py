@@ -133,7 +133,8 @@ def load_strategy(name: str) -> tuple[type[Strategy], Installed]:
         if not isinstance(names, tuple | list | frozenset) or not all(isinstance(item, str) for item in names):
             raise PluginError(f"{who}: '{declared}' must be a tuple of names, not {names!r}.")
     check_hooks(cls, who)
-    if cls.api > 1 and hasattr(cls, "use_adapters") and "index" not in inspect.signature(cls.use_adapters).parameters:
+    taken = inspect.signature(cls.use_adapters).parameters if hasattr(cls, "use_adapters") else ()
+    if cls.api > 1 and "names" in taken and "index" not in taken:
         raise PluginError(f"{who}: hook 'use_adapters' must take 'index', which says who computes which row.")
     return cls, entry
 

@@ -8,12 +8,10 @@ import torch
 from peft import AdaLoraConfig, LoraConfig
 from torch import Tensor, nn
 
-from budwood import (
-    CorruptError,
-    InputError,
+from budwood import CorruptError, InputError, copy_adapter_tensors
+from budwood.lowrank import (
     adapter_layers,
     add_to_weight,
-    copy_adapter_tensors,
     merge_whole_parts,
     parse_saved_config,
     remove_adapter,

@@ -13,7 +13,8 @@ from peft.tuners.adalora import AdaLoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from budwood import LowRankUpdate, Run, linear_shape, register_adapter
+from budwood import Run, linear_shape
+from budwood.lowrank import LowRankUpdate, register_adapter
 from budwood_adalora.options import TYPE
 
 WIDTH_STEP = 16

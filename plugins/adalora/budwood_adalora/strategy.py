@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from budwood import (
     RUN_ADAPTER,
-    TASK_TYPES,
     CorruptError,
     InputError,
     Strategy,
@@ -20,6 +19,7 @@ from budwood import (
     match_modules,
     match_targets,
 )
+from budwood.lowrank import TASK_TYPES
 from budwood_adalora.options import TYPE, AdaLoRAOptions
 from budwood_adalora.schedule import Schedule, smallest_steps
 
@@ -71,7 +71,7 @@ class AdaLoRA(Strategy):
     def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
         import torch
 
-        from budwood import adapter_layers, select_adapters
+        from budwood.lowrank import adapter_layers, select_adapters
         from budwood_adalora.importance import Importance
         from budwood_adalora.layers import add_adapter, scale
 
@@ -96,7 +96,8 @@ class AdaLoRA(Strategy):
 
     @hookimpl
     def trainable_parameters(self, run: Run, model: nn.Module) -> list[ParameterGroup]:
-        from budwood import ParameterGroup, whole_groups
+        from budwood import ParameterGroup
+        from budwood.lowrank import whole_groups
 
         parameters = {
             f"{path}.{part}": getattr(layer, part)[RUN_ADAPTER]
@@ -184,7 +185,7 @@ class AdaLoRA(Strategy):
         from peft import AdaLoraConfig
         from safetensors.torch import save_file
 
-        from budwood import fan_in_fan_out
+        from budwood.lowrank import fan_in_fan_out
         from budwood_adalora.file import adapter_tensors
         from budwood_adalora.picture import draw_ranks
 
@@ -235,13 +236,13 @@ class AdaLoRA(Strategy):
 
     @hookimpl
     def use_adapters(self, model: nn.Module, names: Sequence[str], index: Sequence[int]) -> None:
-        from budwood import select_adapters
+        from budwood.lowrank import select_adapters
 
         select_adapters(model, TYPE, names, index)
 
     @hookimpl
     def detach_adapter(self, model: nn.Module, name: str) -> None:
-        from budwood import remove_adapter
+        from budwood.lowrank import remove_adapter
 
         remove_adapter(model, name)
 

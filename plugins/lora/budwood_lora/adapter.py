@@ -11,16 +11,11 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from budwood import (
-    RUN_ADAPTER,
+from budwood import RUN_ADAPTER, ParameterGroup, Run, copy_adapter_tensors, match_modules, match_targets
+from budwood.lowrank import (
     TASK_TYPES,
-    ParameterGroup,
-    Run,
     adapter_layers,
-    copy_adapter_tensors,
     fan_in_fan_out,
-    match_modules,
-    match_targets,
     merge_whole_parts,
     parse_saved_config,
     remove_adapter,

@@ -10,7 +10,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from budwood import InputError, LowRankUpdate, adapter_layers, known_to_peft, linear_shape, register_adapter
+from budwood import InputError, linear_shape
+from budwood.lowrank import LowRankUpdate, adapter_layers, known_to_peft, register_adapter
 
 TYPE = "lora"
 

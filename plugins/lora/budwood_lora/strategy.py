@@ -63,14 +63,14 @@ class LoRA(Strategy):
 
     @hookimpl
     def use_adapters(self, model: nn.Module, names: Sequence[str], index: Sequence[int]) -> None:
-        from budwood import select_adapters
+        from budwood.lowrank import select_adapters
         from budwood_lora.layers import TYPE
 
         select_adapters(model, TYPE, names, index)
 
     @hookimpl
     def detach_adapter(self, model: nn.Module, name: str) -> None:
-        from budwood import remove_adapter
+        from budwood.lowrank import remove_adapter
 
         remove_adapter(model, name)
 

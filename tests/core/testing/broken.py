@@ -12,18 +12,8 @@ from pydantic import ConfigDict, Field, field_serializer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from budwood import (
-    RUN_ADAPTER,
-    Batch,
-    LossTerm,
-    Options,
-    Outputs,
-    Run,
-    Step,
-    Strategy,
-    adapter_layers,
-    hookimpl,
-)
+from budwood import RUN_ADAPTER, Batch, LossTerm, Options, Outputs, Run, Step, Strategy, hookimpl
+from budwood.lowrank import adapter_layers
 from budwood_lora import LoRA
 
 

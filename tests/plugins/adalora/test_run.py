@@ -111,7 +111,7 @@ def test_it_is_exported_as_lora_with_the_same_function(trained: Run, tiny_base: 
     assert command(["adapter", "export", str(trained.directory / "adapter"), str(out), "--as", "lora"]) == 0
     pool = AdapterPool(tiny_base, precision="fp32", device="cpu")
     pool.load("adalora", trained.directory / "adapter")
-    assert pool.load("lora", out).kind == "lora"
+    assert pool.load("lora", out).adapter_type == "lora"
     pool.use("adalora")
     expected = pool.logits([PROMPT])
     pool.use("lora")
