@@ -120,7 +120,7 @@ def test_it_is_exported_as_lora_with_the_same_function(trained: Run, tiny_base: 
     with torch.no_grad():
         peer = PeftModel.from_pretrained(model, out).eval()(torch.tensor([PROMPT])).logits[:, -1]
     torch.testing.assert_close(peer, expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(InputError, match="kind 'adalora' cannot be exported as 'ia3'; choose peft"):
+    with pytest.raises(InputError, match="adapter type 'adalora' cannot be exported as 'ia3': use peft"):
         export(trained.directory / "adapter", tmp_path / "other", "ia3")
 
 
