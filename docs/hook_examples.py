@@ -107,6 +107,7 @@ def put_scale(model: nn.Module, path: str, name: str, scale: Tensor) -> None:
 class OutputScale(Strategy):
     """An adapter of one vector a linear, which scales its output (Liu et al., 2022, on attention)."""
 
+    api = 2
     slots = ("adapter",)
 
     class Options(Options):
@@ -117,7 +118,7 @@ class OutputScale(Strategy):
         for path in match_targets(model, self.options.targets, layers=None):
             linear: Any = model.get_submodule(path)
             put_scale(model, path, RUN_ADAPTER, torch.zeros(linear.out_features))  # no effect at the start
-        self.use_adapters(model, [RUN_ADAPTER])
+        self.use_adapters(model, [RUN_ADAPTER], index=[])
         return model
 
     @hookimpl
@@ -143,9 +144,10 @@ class OutputScale(Strategy):
             put_scale(model, path, name, scale)
 
     @hookimpl
-    def use_adapters(self, model: nn.Module, names: Sequence[str | None]) -> None:
+    def use_adapters(self, model: nn.Module, names: Sequence[str], index: Sequence[int]) -> None:
+        rows = [names[i] if i >= 0 else None for i in index] if index else names
         for module in scaled(model).values():
-            module.chosen = [name if name in module.scales else None for name in names]
+            module.chosen = [name if name in module.scales else None for name in rows]
 
     @hookimpl
     def detach_adapter(self, model: nn.Module, name: str) -> None:
@@ -157,9 +159,9 @@ class OutputScale(Strategy):
 
     @hookimpl
     def convert_adapter(
-        self, config: dict[str, Any], tensors: dict[str, Tensor], kind: str
+        self, config: dict[str, Any], tensors: dict[str, Tensor], adapter_type: str
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        if kind != "ia3":  # PEFT's name for the same; its vector is the whole factor
+        if adapter_type != "ia3":  # PEFT's name for the same; its vector is the whole factor
             return None
         values = {"peft_type": "IA3", "target_modules": config["modules"], "feedforward_modules": []}
         return values, {f"base_model.model.{path}.ia3_l": 1 + scale[:, None] for path, scale in tensors.items()}

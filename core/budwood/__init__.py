@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from budwood.errors import InputError as InputError
     from budwood.errors import ResourceError as ResourceError
     from budwood.errors import did_you_mean as did_you_mean
+    from budwood.model.quantizers import Quantizer as Quantizer
 
 __version__ = "0.1.0"
 
@@ -73,32 +74,16 @@ _EXPORTS = {
         "budwood.errors",
     ),
     **dict.fromkeys(
-        (
-            "LowRankUpdate",
-            "adapter_layers",
-            "merge_whole_parts",
-            "register_adapter",
-            "remove_adapter",
-            "select_adapters",
-            "whole_groups",
-            "whole_tensors",
-        ),
-        "budwood.adapters.peft_layers",
-    ),
-    **dict.fromkeys(
-        ("TASK_TYPES", "SavedLowRankConfig", "parse_saved_config", "saved_pattern", "saved_targets"),
-        "budwood.adapters.peft_config",
-    ),
-    **dict.fromkeys(
         ("Layers", "ModulesToSave", "Targets", "match_modules", "match_targets"), "budwood.adapters.targets"
     ),
     "AdapterPool": "budwood.adapters.pool",
+    "use_adapters": "budwood.adapters.use",
     "load_recipe": "budwood.recipe.schema",
     "plan": "budwood.planning.composition",
     "tune": "budwood.training.loop",
-    **dict.fromkeys(("frozen_linear", "low_rank_linear", "mixed_low_rank_linear"), "budwood.model.ops.linear"),
     **dict.fromkeys(("check_adapter_tensors", "copy_adapter_tensors", "read_adapter"), "budwood.adapters.store"),
     **dict.fromkeys(("check_base", "fingerprint", "load_base", "load_tokenizer", "skeleton"), "budwood.model.base"),
+    **dict.fromkeys(("Quantizer", "linear_shape"), "budwood.model.quantizers"),
     **dict.fromkeys(("autocast", "batches_of"), "budwood.model.evaluation"),
     "load_frozen": "budwood.training.frozen",
     "adapter_off": "budwood.training.reference",
@@ -109,6 +94,8 @@ __all__ = ["__version__", *_EXPORTS]
 
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
+        if name in importlib.import_module("budwood.lowrank").__all__:  # where version 1 of the contract had it
+            raise ImportError(f"'{name}' is in budwood.lowrank: write `from budwood.lowrank import {name}`")
         raise AttributeError(f"module 'budwood' has no attribute '{name}'")
     return getattr(importlib.import_module(_EXPORTS[name]), name)
 

@@ -149,10 +149,10 @@ def test_they_live_on_the_command_line_and_go(environment: Environment, files: F
     assert all(f"{name}" in generated.out for name in ("s", "l"))
     assert "scaling" in info.out and "budwood-scaling 0.1.0" in info.out
     assert (tmp_path / "merged" / "config.json").exists() and not (tmp_path / "exported").exists()
-    assert exported.code == 2 and "kind 'scaling' is none that PEFT knows" in exported.err
+    assert exported.code == 2 and "PEFT does not know the adapter type 'scaling'" in exported.err
     assert refused.code == 2 and "Did you mean 'k_proj'?" in refused.err
     manifest = json.loads((tmp_path / "scaling" / "adapter" / "budwood.json").read_text())
-    assert (manifest["kind"], manifest["distribution"]) == ("scaling", "budwood-scaling 0.1.0")
+    assert (manifest["adapter_type"], manifest["distribution"]) == ("scaling", "budwood-scaling 0.1.0")
 
     environment.pip("uninstall", "-y", "budwood-scaling")
     after = environment.budwood(
@@ -163,8 +163,8 @@ def test_they_live_on_the_command_line_and_go(environment: Environment, files: F
     for done in after[1:3]:
         assert done.code == 2
         assert (
-            "scaling/adapter: kind 'scaling' needs the strategy 'scaling' of budwood-scaling 0.1.0, which is not "
-            "installed: pip install budwood-scaling" in done.err
+            "scaling/adapter: adapter type 'scaling' needs the strategy 'scaling' of budwood-scaling 0.1.0, which is "
+            "not installed: pip install budwood-scaling" in done.err
         )
     assert after[3].code == 2 and "strategy 'scaling' is not installed" in after[3].err
     assert (tmp_path / "scaling" / "adapter").is_dir(), "what was refused leaves the run alone"

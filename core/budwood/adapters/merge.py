@@ -168,7 +168,7 @@ def _round(model: nn.Module, before: dict[str, Tensor], target: torch.dtype) -> 
 
 def _record(saved: SavedAdapter, base: str, report: MergeReport, force: bool) -> dict[str, Any]:
     values = asdict(report) | {"directory": None, "base": base, "forced": force, "created_by": f"budwood {__version__}"}
-    values["adapter"] = {"kind": saved.kind, "files": saved.manifest.files if saved.manifest else {}}
+    values["adapter"] = {"adapter_type": saved.adapter_type, "files": saved.manifest.files if saved.manifest else {}}
     values.pop("directory")
     return values
 
@@ -179,38 +179,44 @@ def export(directory: str | Path, out: str | Path, format: str = "peft") -> Path
     Args:
         directory: the adapter.
         out: where it goes; must not exist.
-        format: peft: as it is; or the name of another kind that its owner can turn it into, such as lora.
+        format: peft: as it is; or another adapter type that its owner can turn it into, such as lora.
 
     Raises:
-        InputError: a format that the adapter does not have, a kind that PEFT does not know, or `out` exists.
+        InputError: a format that the adapter does not have, a type that PEFT does not know, or `out` exists.
         CorruptError: the adapter is damaged.
     """
     saved = read_adapter(directory)
     config, tensors = saved.config, saved.load_tensors()
-    if format not in ("peft", saved.kind):
+    if format not in ("peft", saved.adapter_type):
         config, tensors = _convert(saved, tensors, format)
     from peft import PeftType
 
     if config.get("peft_type") not in list(PeftType):
-        raise InputError(f"{saved.directory}: kind '{saved.kind}' is none that PEFT knows; it cannot be exported.")
+        raise InputError(
+            f"{saved.directory}: PEFT does not know the adapter type '{saved.adapter_type}': it cannot be exported."
+        )
     with complete_directory(Path(out)) as folder:
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        if format != "peft" and (kind := read_adapter(folder).kind) != format:
+        if format != "peft" and (made := read_adapter(folder).adapter_type) != format:
             raise PluginError(
-                f"strategy '{saved.kind}' made an adapter of kind '{kind}' where '{format}' was asked for."
+                f"strategy '{saved.adapter_type}' made an adapter of type '{made}' where '{format}' was asked for."
             )
     return Path(out)
 
 
-def _convert(saved: SavedAdapter, tensors: dict[str, Tensor], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors of the adapter as one of another kind, by its owner."""
-    cls, entry = load_strategy(saved.kind)
+def _convert(
+    saved: SavedAdapter, tensors: dict[str, Tensor], adapter_type: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of the adapter as one of another type, by its owner."""
+    cls, entry = load_strategy(saved.adapter_type)
     converted = None
     if hasattr(cls, "convert_adapter"):
         owner = start(cls, entry)
-        converted = ask_owner(owner, "convert_adapter", config=saved.config, tensors=tensors, kind=kind)
+        converted = ask_owner(owner, "convert_adapter", config=saved.config, tensors=tensors, adapter_type=adapter_type)
     if converted is None:
-        raise InputError(f"{saved.directory}: kind '{saved.kind}' cannot be exported as '{kind}'; choose peft.")
+        raise InputError(
+            f"{saved.directory}: adapter type '{saved.adapter_type}' cannot be exported as '{adapter_type}': use peft."
+        )
     config, tensors = converted
     return config, {key: tensor.contiguous() for key, tensor in tensors.items()}

@@ -37,7 +37,7 @@ class SavedLowRankConfig(BaseModel):
     target_modules: str | list[str] = Field(min_length=1)
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
-    fan_in_fan_out: Literal[False] = False
+    fan_in_fan_out: bool = False  # PEFT, too, goes by the class of each module, whatever is written
     bias: Literal["none", "lora_only", "all"] = "none"
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
@@ -48,12 +48,12 @@ Value = TypeVar("Value", int, float)
 
 
 def parse_saved_config(
-    kind: str, fields: type[Saved], defaults: LoraConfig, config: dict[str, Any], unused: Collection[str] = ()
+    adapter_type: str, fields: type[Saved], defaults: LoraConfig, config: dict[str, Any], unused: Collection[str] = ()
 ) -> Saved:
     """Validate adapter_config.json.
 
     Args:
-        kind: name of the strategy that reads it, in messages.
+        adapter_type: name of the strategy that reads it, in messages.
         fields: what the method computes by.
         defaults: PEFT's config; a field at its default needs no support.
         config: as read.
@@ -68,7 +68,7 @@ def parse_saved_config(
         fine = key in fields.model_fields or key in WITHOUT_EFFECT or key in unused or value in (None, False, [], {})
         if not fine and not (key in known and value == getattr(defaults, key)):
             raise InputError(
-                f"adapter_config.json: '{key}: {json.dumps(value)}' is not supported by strategy '{kind}'."
+                f"adapter_config.json: '{key}: {json.dumps(value)}' is not supported by strategy '{adapter_type}'."
             )
     try:
         return fields.model_validate(config)

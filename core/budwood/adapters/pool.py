@@ -1,4 +1,4 @@
-"""Adapters on a live model: load, use, swap, unload, generate. The pool knows no method; the owner of a kind does."""
+"""Adapters on a live model: load, use, swap, unload, generate. The pool knows no method; an adapter's owner does."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from budwood.adapters.golden import measure
 from budwood.adapters.live import module_ids, unchanged_on_error
 from budwood.adapters.store import SavedAdapter, read_adapter, template_hash, tokenizer_hash
+from budwood.adapters.use import use_adapters
 from budwood.contract.calls import ask_owner
 from budwood.contract.discovery import PluginError
 from budwood.contract.examples import Example
@@ -50,7 +51,7 @@ class Classified:
 
 
 class AdapterPool:
-    """A base with any number of adapters on it, of any installed kinds, one, another or none in use.
+    """A base with any number of adapters on it, of any installed types, one, another or none in use.
 
     With none in use the model computes the base's own bits.
     """
@@ -123,7 +124,7 @@ class AdapterPool:
             The adapter; its `notes` say what the user should know.
 
         Raises:
-            InputError: the name is taken or impossible; another base, task or labels; a kind that is not installed.
+            InputError: the name is taken or impossible; another base, task or labels; no strategy owns its type.
             CorruptError: the folder is not what it claims to be, or its tensors do not fit the base.
         """
         check_name(name)
@@ -136,7 +137,7 @@ class AdapterPool:
             allow_other_base=allow_other_base,
         )
         self._check_task(saved)
-        owner = self._owner(saved.kind)
+        owner = self._owner(saved.adapter_type)
         key = next(self._keys)
         tensors = saved.load_tensors()
         with unchanged_on_error(self.model):
@@ -271,7 +272,7 @@ class AdapterPool:
         """Add an adapter into the model's weights for good and take it off; the base must not be quantised.
 
         Raises:
-            InputError: the base is quantised, other adapters are loaded, or the kind cannot be merged.
+            InputError: the base is quantised, other adapters are loaded, or its type cannot be merged.
         """
         loaded = self._find(name)
         if self.base.quantization != "none":
@@ -292,13 +293,13 @@ class AdapterPool:
             raise InputError(f"no adapter '{name[:64]}' is loaded.{did_you_mean(name, self._loaded)} Loaded: {known}.")
         return self._loaded[name]
 
-    def _owner(self, kind: str) -> Strategy:
-        if kind not in self._owners:
-            cls, entry = load_strategy(kind)
+    def _owner(self, adapter_type: str) -> Strategy:
+        if adapter_type not in self._owners:
+            cls, entry = load_strategy(adapter_type)
             if not hasattr(cls, "attach_adapter"):
-                raise InputError(f"strategy '{kind}' of {entry.owner} attaches no adapters.")
-            self._owners[kind] = start(cls, entry)
-        return self._owners[kind]
+                raise InputError(f"strategy '{adapter_type}' of {entry.owner} attaches no adapters.")
+            self._owners[adapter_type] = start(cls, entry)
+        return self._owners[adapter_type]
 
     def _check_task(self, saved: SavedAdapter) -> None:
         """Refuse another task or other classes; note another tokenizer, template or quantization."""
@@ -334,9 +335,8 @@ class AdapterPool:
         chosen = [None if name is None else self._find(name) for name in names]
         for owner in self._owners.values():
             keys = [None if entry is None or entry.owner is not owner else entry.key for entry in chosen]
-            if len(set(keys)) == 1:
-                keys = keys[:1] if keys[0] is not None else []
-            ask_owner(owner, "use_adapters", model=self.model, names=keys)
+            own = [key for key in dict.fromkeys(keys) if key is not None]
+            use_adapters(owner, self.model, own, [-1 if key is None else own.index(key) for key in keys])
 
     def _groups(self, adapters: Sequence[str | None]) -> list[list[int]]:
         """Rows that may share a batch: all, or where their adapters cannot, those of each adapter."""

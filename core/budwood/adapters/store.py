@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from budwood import __version__
 from budwood.contract.discovery import installed
-from budwood.errors import CorruptError, InputError, ResourceError, did_you_mean
+from budwood.contract.loading import adapter_owner
+from budwood.errors import CorruptError, InputError, ResourceError
 from budwood.untrusted.files import check_inside, complete_directory, sha256
 from budwood.untrusted.formats import TensorInfo, read_header, read_json
 
@@ -33,8 +34,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 MANIFEST = "budwood.json"
 GOLDEN = "golden.safetensors"
-FORMAT = 2
-"""2: budwood.json carries its own hash."""
+FORMAT = 3
+"""2: budwood.json carries its own hash. 3: `adapter_type` was `kind`."""
 
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 _NAMES_CODE = ("auto_mapping", "auto_map", "megatron_config", "megatron_core", "custom_modules")
@@ -71,7 +72,7 @@ class Manifest(_Record):
     """budwood.json: what an adapter is, of whom, and the hash of every file beside it."""
 
     format: int = FORMAT
-    kind: str = Field(pattern=r"^[\w.-]+$")
+    adapter_type: str = Field(pattern=r"^[\w.-]+$")
     """Name of the strategy that attaches it."""
     distribution: str = Field(pattern=r"^([\w.-]+ [\w.+!-]+)?$")
     """Distribution and version of that strategy, "budwood 0.1.0"."""
@@ -96,7 +97,7 @@ class SavedAdapter:
     """An adapter that was found sound on disk, without its tensors.
 
     Attributes:
-        kind: name of the strategy that attaches it.
+        adapter_type: name of the strategy that attaches it.
         config: adapter_config.json without the fields that name code.
         infos: dtype and shape of every tensor, in PEFT's key layout.
         manifest: budwood.json; None for an adapter of stock PEFT.
@@ -104,7 +105,7 @@ class SavedAdapter:
     """
 
     directory: Path
-    kind: str
+    adapter_type: str
     config: dict[str, Any]
     infos: dict[str, TensorInfo]
     manifest: Manifest | None
@@ -147,7 +148,7 @@ def write_adapter(
     directory: Path,
     write: Callable[[Path], None],
     *,
-    kind: str,
+    adapter_type: str,
     distribution: str,
     base: Base,
     task: str,
@@ -166,7 +167,7 @@ def write_adapter(
     Args:
         directory: where it goes; an adapter that is there is replaced.
         write: writes adapter_config.json, adapter_model.safetensors and whatever else into the folder it is given.
-        kind: name of the strategy that attaches it.
+        adapter_type: name of the strategy that attaches it.
         distribution: that strategy's distribution and version, "budwood 0.1.0".
         base: the base it was trained on.
         task: name of the task.
@@ -202,7 +203,7 @@ def write_adapter(
             golden.save(folder / GOLDEN)
         files = {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
         manifest = Manifest(
-            kind=kind,
+            adapter_type=adapter_type,
             distribution=distribution,
             base=BaseRecord(
                 name=base.name,
@@ -223,7 +224,7 @@ def write_adapter(
         )
         (folder / MANIFEST).write_text(sealed(manifest.model_dump(mode="json")), encoding="utf-8")
         saved = read_adapter(folder)
-    return SavedAdapter(directory, saved.kind, saved.config, saved.infos, saved.manifest)
+    return SavedAdapter(directory, saved.adapter_type, saved.config, saved.infos, saved.manifest)
 
 
 def sealed(values: Mapping[str, Any]) -> str:
@@ -275,7 +276,7 @@ def read_adapter(
         hashes: compare every file with its hash in budwood.json, which reads them whole.
 
     Raises:
-        InputError: no such folder, no adapter in it, an adapter of another base, or of a kind that is not installed.
+        InputError: no such folder, no adapter in it, an adapter of another base, or of a type that is not installed.
         CorruptError: pickled, truncated, altered, absurd, or not what budwood.json says.
     """
     directory = Path(directory)
@@ -295,10 +296,10 @@ def read_adapter(
     else:
         _check_files(directory, manifest, hashes)
         _check_base(directory, manifest, base_name, base_fingerprint, allow_other_base, notes)
-    kind = _find_kind(directory, config, manifest)
+    adapter_type = _find_type(directory, config, manifest)
     for name in _NAMES_CODE:
         config.pop(name, None)
-    return SavedAdapter(directory, kind, config, infos, manifest, notes)
+    return SavedAdapter(directory, adapter_type, config, infos, manifest, notes)
 
 
 def _find_weights(directory: Path, notes: list[str]) -> None:
@@ -334,9 +335,11 @@ def _read_manifest(directory: Path) -> Manifest | None:
             raise CorruptError(f"{path}: is missing.")
         return None
     values = read_json(path)
-    if values.get("format") not in (1, FORMAT):
+    if values.get("format") not in range(1, FORMAT + 1):
         raise CorruptError(f"{path}: format {str(values.get('format'))[:20]}; this Budwood reads up to {FORMAT}.")
     _check_seal(path, values)
+    if values["format"] < 3 and "kind" in values:
+        values["adapter_type"] = values.pop("kind")
     try:
         return Manifest.model_validate(values)
     except ValidationError as error:
@@ -371,26 +374,23 @@ def _check_base(
     notes.append(f"{text}: allowed by --allow-other-base.")
 
 
-def _find_kind(directory: Path, config: dict[str, Any], manifest: Manifest | None) -> str:
-    """Return the name of the strategy that owns the adapter; it must be installed, and is not imported."""
-    available = installed()
+def _find_type(directory: Path, config: dict[str, Any], manifest: Manifest | None) -> str:
+    """Return the adapter's type, the name of the strategy that owns it; it must be installed."""
     if manifest is not None:
-        if manifest.kind not in available:
+        if manifest.adapter_type not in installed():
             name = manifest.distribution.split(" ")[0]
             raise InputError(
-                f"{directory}: kind '{manifest.kind}' needs the strategy '{manifest.kind}' of "
+                f"{directory}: adapter type '{manifest.adapter_type}' needs the strategy '{manifest.adapter_type}' of "
                 f"{manifest.distribution}, which is not installed: pip install {name}"
             )
-        return manifest.kind
+        return manifest.adapter_type
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str):
         raise CorruptError(f"{directory / CONFIG}: names no peft_type.")
-    if peft_type.lower() not in available:
-        raise InputError(
-            f"{directory}: no installed strategy reads PEFT's type {peft_type[:40]!r}."
-            f"{did_you_mean(peft_type.lower(), available)} Install one that does; see `budwood plugins`."
-        )
-    return peft_type.lower()
+    try:
+        return adapter_owner(peft_type).name
+    except InputError as error:
+        raise InputError(f"{directory}: {error}") from error
 
 
 def copy_adapter_tensors(slots: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import regex
 from pydantic import AfterValidator, Field
 
 from budwood.errors import InputError, did_you_mean
+from budwood.model.quantizers import quantizer_of
 from budwood.untrusted.redaction import shorten
 
 if TYPE_CHECKING:  # the types of options are here too, and are checked before torch is imported
@@ -62,10 +63,9 @@ ModulesToSave = Annotated[
 
 
 def linear_modules(model: nn.Module) -> list[str]:
-    """Names of the model's linear modules, quantised ones included, without its output head."""
+    """Names of the model's linear modules, however they are stored, without its output head."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
-    from torch import nn
 
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     heads = {"score", "classifier"}
@@ -77,7 +77,7 @@ def linear_modules(model: nn.Module) -> list[str]:
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             inside = f"{name}."
             module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
-        if isinstance(module, nn.Linear) and module is not head and name.split(".")[0] not in heads:
+        if quantizer_of(module) is not None and module is not head and name.split(".")[0] not in heads:
             found.append(name)
     return found
 

@@ -24,7 +24,7 @@ Device = Annotated[str, typer.Option("--device", help="cpu, cuda or auto.")]
 
 @app.command()
 def info(directory: Directory, as_json: AsJson = False) -> None:
-    """Show what an adapter is: kind, base, task, size, metrics. Reads no weights."""
+    """Show what an adapter is: its type, base, task, size, metrics. Reads no weights."""
     from budwood.adapters.store import read_adapter
 
     saved = read_adapter(directory, hashes=False)
@@ -33,13 +33,13 @@ def info(directory: Directory, as_json: AsJson = False) -> None:
         return
     for key, value in _lines(saved):
         shown = "".join(c if c.isprintable() else "?" for c in value)  # the file may hold a terminal's control codes
-        typer.echo(f"{key:<11} {shown}")
+        typer.echo(f"{key:<13} {shown}")
     _say_notes(saved.notes)
 
 
 def _as_json(saved: SavedAdapter) -> dict[str, Any]:
     return {
-        "kind": saved.kind,
+        "adapter_type": saved.adapter_type,
         "tensors": len(saved.infos),
         "parameters": saved.parameters,
         "bytes": saved.bytes,
@@ -55,10 +55,10 @@ def _lines(saved: SavedAdapter) -> list[tuple[str, str]]:
     dtypes = ", ".join(sorted({info.dtype for info in saved.infos.values()}))
     size = f"{len(saved.infos)} tensors, {saved.parameters:,} parameters, {saved.bytes:,} bytes ({dtypes})"
     if manifest is None:
-        return [("kind", f"{saved.kind}, saved by stock PEFT"), ("size", size)]
+        return [("adapter type", f"{saved.adapter_type}, saved by stock PEFT"), ("size", size)]
     base = manifest.base
     lines = [
-        ("kind", f"{manifest.kind}, of {manifest.distribution}"),
+        ("adapter type", f"{manifest.adapter_type}, of {manifest.distribution}"),
         ("base", f"{base.name} ({base.fingerprint[:12]}), {base.quantization}, {base.dtype}"),
         ("task", manifest.task + (f": {', '.join(manifest.labels)}" if manifest.labels else "")),
         ("size", size),
@@ -149,9 +149,11 @@ def merge(
 def export(
     directory: Directory,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the export.")],
-    format: Annotated[str, typer.Option("--as", help="peft, or a kind to turn it into, such as lora.")] = "peft",
+    format: Annotated[
+        str, typer.Option("--as", help="peft, or an adapter type to turn it into, such as lora.")
+    ] = "peft",
 ) -> None:
-    """Write a folder that stock PEFT opens, as the adapter is or as another kind with the same function."""
+    """Write a folder that stock PEFT opens, as the adapter is or as another adapter type with the same function."""
     from budwood.adapters.merge import export as write
 
     typer.echo(f"exported to {write(directory, out, format)}")

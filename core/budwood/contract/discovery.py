@@ -51,7 +51,22 @@ class Installed:
     def summary(self) -> str:
         """First line of the object's docstring, parsed from its source file without running it."""
         module, _, attribute = self.value.partition(":")
-        return _parse_summary(module, attribute) or ""
+        node = _find_node(module, attribute)
+        text = ast.get_docstring(node) if node is not None else None
+        return text.splitlines()[0] if text else ""
+
+    def declared(self, attribute: str) -> tuple[str, ...]:
+        """Names that the class gives to an attribute, parsed from its source without running it; () if it cannot be."""
+        module, _, name = self.value.partition(":")
+        node = _find_node(module, name)
+        for statement in node.body if isinstance(node, ast.ClassDef) else ():
+            targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+            if any(isinstance(target, ast.Name) and target.id == attribute for target in targets):
+                try:
+                    return tuple(ast.literal_eval(statement.value))  # type: ignore[attr-defined]
+                except (ValueError, TypeError):
+                    return ()
+        return ()
 
     def load(self) -> Any:
         """Import the object.
@@ -131,21 +146,20 @@ def find(name: str, group: str = STRATEGIES) -> Installed:
     return entries[0]
 
 
-def _parse_summary(module: str, attribute: str, depth: int = 0) -> str | None:
-    """First docstring line of `attribute` in `module`, following `from x import attribute` through source files."""
+def _find_node(module: str, attribute: str, depth: int = 0) -> ast.ClassDef | ast.FunctionDef | None:
+    """The definition of `attribute` in `module`, following `from x import attribute` through source files."""
     path = _source_of(module)
     if path is None or depth > 3:
         return None
     for node in _statements(path):
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == attribute:
-            text = ast.get_docstring(node)
-            return text.splitlines()[0] if text else None
+            return node
         if isinstance(node, ast.ImportFrom) and any((alias.asname or alias.name) == attribute for alias in node.names):
             package = module if path.name == "__init__.py" else module.rpartition(".")[0]
             parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             target = ".".join([*parts, *filter(None, [node.module])])
             original = next(alias.name for alias in node.names if (alias.asname or alias.name) == attribute)
-            return _parse_summary(target, original, depth + 1)
+            return _find_node(target, original, depth + 1)
     return None
 
 

@@ -27,7 +27,7 @@ HOW = {
     "core's own": "core or the task implements it; strategies may only wrap it",
     "its own": "every strategy for itself, with what is its own",
     "observe": "every strategy; one that fails is named and set aside, and the run goes on",
-    "adapter's owner": "the one strategy whose kind of adapter it is; also outside of runs, by the pool",
+    "adapter's owner": "the one strategy that owns the adapter's type; also outside of runs, by the pool",
 }
 """How a hook is called."""
 
@@ -304,18 +304,21 @@ class HookSpecs:
     def attach_adapter(self, model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], name: str) -> None:
         """Put a saved adapter on a live model, not in use yet.
 
-        When: the pool loads an adapter of this kind, or a strategy wants one beside the run's. `config` is
+        When: the pool loads an adapter of this type, or a strategy wants one beside the run's. `config` is
             adapter_config.json.
         May change: the model's modules, not its weights; every tensor is used, and what does not fit is refused.
         """
 
     @_hook("adapter's owner")
-    def use_adapters(self, model: nn.Module, names: Sequence[str | None]) -> None:
+    def use_adapters(self, model: nn.Module, names: Sequence[str], index: Sequence[int]) -> None:
         """Choose which adapters compute.
 
-        When: before each generation of the pool, around the base's own logits in a run. `names` is [] for none, one
-            name for every row, or one name or None for each row of the next batches.
-        May change: the choice alone.
+        When: before each generation of the pool, around the base's own logits in a run. `names` are the distinct names
+            in use, and `index` says for each row of the next batches which of them computes it; -1: the base alone.
+            Without an index, one name computes every row, and no name leaves the base alone. If adapters share packed
+            rows, `index` has one entry for each of the batch's positions.
+        May change: the choice alone. A method that cannot mix these in one batch raises InputError, and is then asked
+            for batches with one adapter each.
         """
 
     @_hook("adapter's owner")
@@ -328,13 +331,13 @@ class HookSpecs:
 
     @_hook("adapter's owner", first=True)
     def convert_adapter(
-        self, config: dict[str, Any], tensors: dict[str, Tensor], kind: str
+        self, config: dict[str, Any], tensors: dict[str, Tensor], adapter_type: str
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """Turn a saved adapter into one of another `kind` that computes the same; optional.
+        """Turn a saved adapter into one of another type that computes the same; optional.
 
-        When: `budwood adapter export --as KIND`. `config` and `tensors` are those of PEFT's files.
+        When: `budwood adapter export --as TYPE`. `config` and `tensors` are those of PEFT's files.
         May change: nothing.
-        Returns: config and tensors of the other kind, or None where it cannot be.
+        Returns: config and tensors of the other type, or None where it cannot be.
         """
 
     @_hook("adapter's owner")

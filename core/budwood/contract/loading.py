@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -15,6 +15,7 @@ from budwood.contract.hookspecs import HookSpecs
 from budwood.contract.strategy import API_VERSION, SUPPORTED, Options, Plugin, Strategy
 from budwood.contract.validation import dotted, find_problems, sentence
 from budwood.errors import BudwoodError, InputError, describe, did_you_mean
+from budwood.untrusted.redaction import shorten
 
 HOOKS = tuple(name for name, value in vars(HookSpecs).items() if hasattr(value, "how"))
 ONE_OWNER = tuple(name for name in HOOKS if getattr(HookSpecs, name).how == "one owner")
@@ -24,9 +25,11 @@ _BASES = {
     STRATEGIES: "budwood.Strategy",
     "budwood.tasks": "budwood.Task",
     "budwood.formats": "budwood.DataFormat",
-    "budwood.quantizers": "budwood.model.quantizers.Quantizer",
+    "budwood.quantizers": "budwood.Quantizer",
     "budwood.attacks": "budwood.Attack",
 }
+_RENAMED = {"kind": "adapter_type"}
+"""Arguments of hooks, from version 1 to 2."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +126,51 @@ def load_strategy(name: str) -> tuple[type[Strategy], Installed]:
     """
     cls, entry = load(name, STRATEGIES)
     who = f"strategy '{name}' of {entry.owner}"
-    for declared in ("slots", "provides", "requires", "conflicts", "before", "after"):
+    for declared in ("slots", "provides", "requires", "conflicts", "before", "after", "adapter_types"):
         names = getattr(cls, declared)
-        if not isinstance(names, tuple | list) or not all(isinstance(item, str) for item in names):
+        if not isinstance(names, tuple | list | frozenset) or not all(isinstance(item, str) for item in names):
             raise PluginError(f"{who}: '{declared}' must be a tuple of names, not {names!r}.")
     check_hooks(cls, who)
+    taken = inspect.signature(cls.use_adapters).parameters if hasattr(cls, "use_adapters") else ()
+    if cls.api > 1 and "names" in taken and "index" not in taken:
+        raise PluginError(f"{who}: hook 'use_adapters' must take 'index', which says who computes which row.")
     return cls, entry
+
+
+def adapter_owner(peft_type: str) -> Installed:
+    """Find the installed strategy that owns an adapter type of PEFT's.
+
+    A strategy's source tells its types in most cases. Only if none does, the strategies are imported.
+
+    Raises:
+        InputError: none owns the type, or several do.
+    """
+    entries = [entry for same_name in installed().values() for entry in same_name]
+    types = {entry: entry.declared("adapter_types") for entry in entries}
+    owners = [entry for entry in entries if peft_type in types[entry]]
+    owners = owners or [entry for entry in entries if peft_type in _imported_types(entry)]
+    if not owners:
+        known = sorted({name for names in types.values() for name in names})
+        raise InputError(
+            f"no installed strategy reads PEFT's type '{shorten(peft_type)}'.{did_you_mean(peft_type, known)} Install "
+            "one that does; see `budwood plugins`."
+        )
+    if len(owners) > 1:
+        names = " and ".join(f"strategy '{entry.name}' of {entry.owner}" for entry in owners)
+        raise InputError(
+            f"PEFT's type '{peft_type}' is owned by {names}: uninstall one of them "
+            f"(pip uninstall {owners[-1].distribution})."
+        )
+    return owners[0]
+
+
+def _imported_types(entry: Installed) -> Sequence[str]:
+    """Adapter types of a strategy, imported; of version 1, which declared none, its own name in capitals."""
+    try:
+        cls, _ = load_strategy(entry.name)
+    except BudwoodError:  # broken, or provided twice: it owns nothing
+        return ()
+    return tuple(cls.adapter_types) or ((entry.name.upper(),) if cls.api == 1 else ())
 
 
 def check_hooks(cls: type, who: str) -> None:
@@ -189,6 +231,10 @@ def _argument_problem(hook: str, spec: Any, given: list[inspect.Parameter]) -> s
     for argument in given[1:]:
         if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
             return f"{hook} cannot take {argument}: name those of {', '.join(allowed)} that it uses."
+        if argument.name in _RENAMED and _RENAMED[argument.name] in allowed:
+            return (
+                f"{hook}: argument '{argument.name}' is called '{_RENAMED[argument.name]}' since version 2; rename it."
+            )
         if argument.name not in allowed:
             near = did_you_mean(argument.name, allowed)
             return f"{hook} has no argument '{argument.name}'.{near} It may take {', '.join(allowed)}."

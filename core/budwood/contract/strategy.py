@@ -68,6 +68,8 @@ class Strategy(Plugin):
     after: ClassVar[tuple[str, ...]] = ()
     """Strategies (or owners of a slot or capability) that this one goes after, where they are present."""
 
+    adapter_types: ClassVar[tuple[str, ...]] = ()
+    """PEFT's names of the adapter types that it reads, such as "LORA", for adapters that stock PEFT saved."""
     uses_reference: Literal["", "base", "start"] = ""
     """Which `step.reference()` it asks for: the adapter off, or as it started; it then comes before the forward."""
     updates: int = 1

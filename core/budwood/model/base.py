@@ -23,9 +23,10 @@ from budwood.model.checks import (
     size,
     skeleton,
 )
+from budwood.model.experts import count_experts
 from budwood.model.machine import pick_device_precision
 from budwood.model.ops.rms_norm import save_memory_in_norms
-from budwood.model.quantizers import assert_not_packed, guard_repacking
+from budwood.model.quantizers import claim, is_quantized, linear_shape, quantizer_of
 from budwood.model.quiet import hide_hub_kernels, hush
 from budwood.model.streaming import slices, trim_heap
 from budwood.untrusted.formats import TensorInfo, read_json
@@ -38,10 +39,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Base",
     "BaseInfo",
-    "assert_not_packed",
     "check_base",
     "fingerprint",
-    "guard_repacking",
     "hush",
     "load_base",
     "load_tokenizer",
@@ -136,7 +135,8 @@ def load_base(
     heads = _heads(frame)
     plan = None
     if info.prequantized:
-        config.quantization_config = _with_dtype(config.quantization_config, dtype)
+        with blame(quantizer, "stored_config"):
+            config.quantization_config = quantizer.stored_config(info.config["quantization_config"], dtype)
     else:
         with blame(quantizer, "config"):
             plan = quantizer.config(dtype, double_quantization, heads)
@@ -169,8 +169,10 @@ def load_base(
     report: dict[str, Any]
     loaded, report = pair  # output_loading_info
     trim_heap()
-    _check_complete(name, loaded, report)
-    guard_repacking(loaded)
+    with blame(quantizer, "after_load"), torch.no_grad():
+        quantizer.after_load(loaded, heads)
+    claim(loaded, quantizer)
+    _check_complete(name, loaded, frame, report)
     loaded.requires_grad_(False)
     loaded.eval()
     save_memory_in_norms(loaded)
@@ -182,6 +184,11 @@ def load_base(
         name, path, loaded, tokenizer, fingerprint(path), info.quantization, *_sizes(loaded), dtype, device, new, []
     )
     base.notes.append(_describe(base, heads))
+    experts = count_experts(loaded)
+    if experts.total:
+        counted = f"{experts.quantized:,} of {experts.total:,} in {base.quantization}"
+        counted = f"{experts.total:,}, not quantised" if base.quantization == "none" else counted
+        base.notes.append(f"experts: {counted}")
     if new:
         base.notes.append(f"new, from the seed: {_some(list(new))}")
     unused = sorted(report["unexpected_keys"])
@@ -219,15 +226,7 @@ def _heads(model: PreTrainedModel) -> list[str]:
     return [name for name, _ in model.named_children() if name != model.base_model_prefix]
 
 
-def _with_dtype(stored: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """The checkpoint's own bitsandbytes configuration, computing in `dtype`."""
-    values = dict(stored if isinstance(stored, dict) else stored.to_dict())
-    if values.get("load_in_4bit"):
-        values["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
-    return values
-
-
-def _check_complete(name: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
+def _check_complete(name: str, model: PreTrainedModel, frame: PreTrainedModel, report: dict[str, Any]) -> None:
     """Refuse a checkpoint that does not fill its model; only a classifier's head may be new.
 
     Raises:
@@ -239,7 +238,7 @@ def _check_complete(name: str, model: PreTrainedModel, report: dict[str, Any]) -
         missing = [key for key in missing if key.startswith(within)]
     if missing:
         raise CorruptError(f"base '{name}': {len(missing)} weights are missing: {_some(missing)}")
-    mismatched = sorted({str(item[0]) for item in report["mismatched_keys"]} | _wrong_shapes(model))
+    mismatched = sorted({str(item[0]) for item in report["mismatched_keys"]} | _wrong_shapes(model, frame))
     if mismatched:
         raise CorruptError(f"base '{name}': {len(mismatched)} weights have another shape than config.json says: "
                            f"{_some(mismatched)}")  # fmt: skip
@@ -251,36 +250,32 @@ def _check_complete(name: str, model: PreTrainedModel, report: dict[str, Any]) -
         raise CorruptError(f"base '{name}': {str(report['error_msgs'][0]).splitlines()[0]}")
 
 
-def _wrong_shapes(model: nn.Module) -> set[str]:
-    """Quantised weights that do not fit their layers, which transformers takes for their packed shape's sake."""
-    wrong = set()
-    for name, layer in model.named_modules():
-        weight: Any = getattr(layer, "weight", None)
-        if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):
-            shape = weight.quant_state.shape if hasattr(weight, "quant_state") else weight.shape
-            if tuple(shape) != (layer.out_features, layer.in_features):
-                wrong.add(f"{name}.weight")
-    return wrong
+def _wrong_shapes(model: nn.Module, frame: nn.Module) -> set[str]:
+    """Quantised weights that do not fit the model, which transformers takes because of their packed shape.
+
+    Args:
+        frame: the same model without weights, as config.json describes it.
+    """
+    described = dict(frame.named_modules())
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if is_quantized(module) and linear_shape(module) != linear_shape(described[name])
+    }
 
 
 def _sizes(model: nn.Module) -> tuple[int, int, float, int]:
     """Bytes as stored, bytes in 16 bit, share of weights not quantised, count of parameters."""
-    import torch
-
-    storages = {buffer.data_ptr(): buffer.nbytes for buffer in model.buffers()}
-    count = unquantized = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        numbers = math.prod(state.shape) if state is not None else parameter.numel()
-        count += numbers
-        unquantized += numbers if parameter.is_floating_point() else 0
-        nested = getattr(state, "state2", None)
-        constants = [getattr(parameter, "SCB", None), getattr(state, "offset", None)]
-        constants += [getattr(owner, name, None) for owner in (state, nested) for name in ("absmax", "code")]
-        for tensor in (parameter.data, *constants):
-            if isinstance(tensor, torch.Tensor):
-                storages[tensor.data_ptr()] = tensor.nbytes
-    return sum(storages.values()), 2 * count, unquantized / max(count, 1), count
+    tensors = [*model.parameters(), *model.buffers()]
+    elements = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    quantized = {}
+    for module in filter(is_quantized, model.modules()):
+        quantizer: Any = quantizer_of(module)
+        quantized[id(quantizer.weight(module))] = math.prod(quantizer.shape(module))
+        tensors += [quantizer.weight(module), *quantizer.constants(module)]
+    count = sum((elements | quantized).values())
+    stored = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}  # tables may be shared
+    return sum(stored.values()), 2 * count, (count - sum(quantized.values())) / max(count, 1), count
 
 
 def _describe(base: Base, heads: list[str]) -> str:

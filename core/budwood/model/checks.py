@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from budwood.contract.calls import blame
+from budwood.contract.discovery import PluginError, installed
 from budwood.contract.loading import create
 from budwood.errors import CorruptError, InputError, ResourceError, describe
 from budwood.model.checkpoint import first_line, read_config, read_tensors, resolve
@@ -98,7 +99,7 @@ def check_base(
     here = Path(os.path.expanduser(str(model))).is_dir()  # a hub name's weights may not be here yet
     _check_layers(path, config, len(read_tensors(path)) if here else 0)
     _check_architecture(str(model), config, trust_remote_code)
-    stored = _stored_quantization(str(model), config)
+    stored = _stored_quantization(str(model), config, wanted)
     if stored is not None and quantization not in (None, stored):
         raise InputError(
             f"base '{model}' is quantised already, with {stored}: write `quantization: {stored}`, "
@@ -154,22 +155,42 @@ def _check_architecture(name: str, config: dict[str, Any], trust_remote_code: bo
     raise InputError(f"base '{name}': model type '{kind}' is not known to the installed transformers: upgrade it.")
 
 
-def _stored_quantization(name: str, config: dict[str, Any]) -> str | None:
-    """Name of the quantiser that a checkpoint has been saved with.
+def _stored_quantization(name: str, config: dict[str, Any], wanted: Quantizer | None) -> str | None:
+    """Name of the installed quantiser that a checkpoint was saved by: `wanted` if it is that one.
 
     Raises:
-        InputError: it is one whose weights cannot be trained on here.
+        InputError: no installed quantiser reads it, or several do.
+        PluginError: no quantiser that works reads it, and one is broken.
     """
     stored = config.get("quantization_config")
     if not isinstance(stored, dict):
         return None
-    method = str(stored.get("quant_method", "unknown"))
-    if method == "bitsandbytes" or stored.get("load_in_4bit") or stored.get("load_in_8bit"):
-        return "int8" if stored.get("load_in_8bit") else str(stored.get("bnb_4bit_quant_type", "fp4"))
+    readers, broken = [], []
+    for candidate in [wanted] if wanted is not None and _reads(wanted, stored) else installed("budwood.quantizers"):
+        try:
+            quantizer = candidate if isinstance(candidate, Quantizer) else find_quantizer(candidate)
+            if _reads(quantizer, stored):
+                readers.append(quantizer)
+        except PluginError as error:
+            broken.append(error)
+    if len(readers) > 1:
+        raise InputError(
+            f"base '{name}' is quantised already, and {' and '.join(map(str, readers))} read it: "
+            "name one of them as `quantization`."
+        )
+    if readers:
+        return readers[0].name
+    if broken:
+        raise broken[0]
     raise InputError(
-        f"base '{name}' is quantised already, with {method}, which is not supported: "
-        "give the unquantised base and `quantization: nf4`."
+        f"base '{name}' is quantised already, with {shorten(str(stored.get('quant_method', 'unknown')))}, which no "
+        "installed quantiser reads: give the unquantised base and `quantization: nf4`."
     )
+
+
+def _reads(quantizer: Quantizer, stored: dict[str, Any]) -> bool:
+    with blame(quantizer, "reads"):
+        return quantizer.reads(stored)
 
 
 def _has_experts(config: dict[str, Any]) -> bool:

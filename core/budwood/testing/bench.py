@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from budwood.adapters.golden import measure, threads
+from budwood.adapters.use import use_adapters
 from budwood.contract.discovery import installed, scan
 from budwood.contract.loading import load_strategy
 from budwood.contract.strategy import RUN_ADAPTER, Strategy
@@ -196,9 +197,9 @@ class Bench:
             logits, off = measure(run.task, run.model, run.tokenizer, probe.prompts, run.dtype), None
             owner: Any = adapter_owner(run)
             if owner is not None:
-                owner.use_adapters(model=run.model, names=[])
+                use_adapters(owner, run.model)
                 off = measure(run.task, run.model, run.tokenizer, probe.prompts, run.dtype)
-                owner.use_adapters(model=run.model, names=[RUN_ADAPTER])
+                use_adapters(owner, run.model, [RUN_ADAPTER])
         return Result(run, probe, parameters, logits, off)
 
 

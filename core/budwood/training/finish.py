@@ -13,7 +13,7 @@ from torch import Tensor
 
 from budwood.adapters.golden import measure
 from budwood.adapters.store import write_adapter
-from budwood.contract.calls import ask_owner
+from budwood.adapters.use import use_adapters
 from budwood.contract.examples import Example
 from budwood.contract.registry import Composition
 from budwood.contract.strategy import RUN_ADAPTER
@@ -88,11 +88,11 @@ def adapter_probe(run: Run) -> Probe | None:
     examples = run.eval_examples if run.eval_examples is not None else run.examples
     chosen = [index * max(len(examples) // PROBES, 1) for index in range(min(PROBES, len(examples)))]
     probes = [run.task.probe(examples[index], PROBE_TOKENS) for index in chosen]
-    ask_owner(owner, "use_adapters", model=run.model, names=[])
+    use_adapters(owner, run.model)
     try:
         return Probe(probes, _measure(run, probes))
     finally:
-        ask_owner(owner, "use_adapters", model=run.model, names=[RUN_ADAPTER])
+        use_adapters(owner, run.model, [RUN_ADAPTER])
 
 
 def _measure(run: Run, probes: list[Example]) -> Tensor:
@@ -126,7 +126,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
         write_adapter(
             directory / "adapter",
             lambda folder: hooks.call("export", run=run, model=run.model, directory=folder),
-            kind=owner.name,
+            adapter_type=owner.name,
             distribution=owner.distribution,
             base=run.base,
             task=run.task.name,

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor
 
-from budwood.contract.calls import ask_owner
+from budwood.adapters.use import use_adapters
 from budwood.contract.examples import Batch
 from budwood.contract.strategy import RUN_ADAPTER
 from budwood.contract.types import Reference, Run
@@ -48,12 +48,12 @@ def adapter_off(run: Run) -> Iterator[None]:
     owner = next((strategy for strategy in run.strategies if "adapter" in strategy.slots), None)
     if owner is None:
         raise InputError("no strategy of the recipe owns an adapter that could be off: add one such as lora.")
-    ask_owner(owner, "use_adapters", model=run.model, names=[])
+    use_adapters(owner, run.model)
     try:
         with _answering(run):
             yield
     finally:
-        ask_owner(owner, "use_adapters", model=run.model, names=[RUN_ADAPTER])
+        use_adapters(owner, run.model, [RUN_ADAPTER])
 
 
 @contextmanager

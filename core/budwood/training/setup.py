@@ -39,6 +39,7 @@ from budwood.model.base import (
     pick_device_precision,
     skeleton,
 )
+from budwood.model.experts import count_experts
 from budwood.model.ops import attention
 from budwood.model.streaming import keep_heap
 from budwood.model.task import Task
@@ -329,7 +330,9 @@ def _say_size(run: Run, report: Report) -> None:
     train = run.recipe.train
     size = f"{train.batch_examples} examples" if train.batch_examples else f"{train.batch_tokens} tokens"
     names = ", ".join(strategy.name for strategy in run.strategies)
-    report.say(f"{names}: {trained:,} trainable parameters ({trained / total:.2%} of {total:,})")
+    experts = count_experts(run.model)
+    counted = f"; {experts.trained:,} of {experts.total:,} experts adapted" if experts.total else ""
+    report.say(f"{names}: {trained:,} trainable parameters ({trained / total:.2%} of {total:,}){counted}")
     report.say(f"{run.steps} optimizer steps of {size}, at most {train.micro_tokens} tokens at once")
     if train.steps is None and (run.steps or 0) < FEW_STEPS:
         unit = "batch_examples" if train.batch_examples else "batch_tokens"

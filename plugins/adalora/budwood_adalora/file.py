@@ -8,11 +8,10 @@ import torch
 from peft import AdaLoraConfig, LoraConfig
 from torch import Tensor, nn
 
-from budwood import (
-    CorruptError,
-    InputError,
+from budwood import CorruptError, InputError, copy_adapter_tensors
+from budwood.lowrank import (
     adapter_layers,
-    copy_adapter_tensors,
+    add_to_weight,
     merge_whole_parts,
     parse_saved_config,
     remove_adapter,
@@ -21,7 +20,7 @@ from budwood import (
     whole_tensors,
 )
 from budwood_adalora.layers import add_adapter, scale
-from budwood_adalora.options import KIND, UNUSED, SavedConfig
+from budwood_adalora.options import TYPE, UNUSED, SavedConfig
 
 PREFIX = "base_model.model."
 
@@ -60,11 +59,10 @@ def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor],
 @torch.no_grad()
 def merge(model: nn.Module, name: str) -> None:
     """Add an adapter into the weights, and take it off."""
-    select_adapters(model, KIND, [])
+    select_adapters(model, TYPE, [])
     for _, layer in adapter_layers(model, name):
         delta = layer.scaling[name] * (layer.lora_B[name] @ (layer.lora_A[name] * layer.lora_E[name]))
-        weight = layer.get_base_layer().weight
-        weight.copy_(weight + delta)
+        add_to_weight(layer.get_base_layer(), delta)
     merge_whole_parts(model, name)
     remove_adapter(model, name)
 
@@ -93,6 +91,7 @@ def as_lora(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[st
     first = next(iter(ranks))
     fields = {**LoraConfig(r=ranks[first]).to_dict(), **{key: config.get(key) for key in _SHARED}}
     fields |= {
+        "fan_in_fan_out": saved.fan_in_fan_out,
         "lora_alpha": alphas[first],
         "target_modules": sorted(ranks),
         "rank_pattern": ranks,
@@ -106,7 +105,7 @@ _SHARED = ("base_model_name_or_path", "bias", "lora_dropout", "modules_to_save",
 
 
 def _parse(config: dict[str, Any]) -> SavedConfig:
-    return parse_saved_config(KIND, SavedConfig, AdaLoraConfig(total_step=1), config, UNUSED)
+    return parse_saved_config(TYPE, SavedConfig, AdaLoraConfig(total_step=1), config, UNUSED)
 
 
 def _scale(saved: SavedConfig, rank: int) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,8 +13,9 @@ from peft.tuners.adalora import AdaLoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from budwood import LowRankUpdate, Run, register_adapter
-from budwood_adalora.options import KIND
+from budwood import Run, linear_shape
+from budwood.lowrank import LowRankUpdate, register_adapter
+from budwood_adalora.options import TYPE
 
 WIDTH_STEP = 16
 """On the CPU, products run at the next multiple of this above a rank, and at most at the largest rank left."""
@@ -31,12 +34,16 @@ class SVDLinear(nn.Module, AdaLoraLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        AdaLoraLayer.__init__(self, base_layer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that PEFT does not know a quantiser's class
+            AdaLoraLayer.__init__(self, base_layer)
+        self.out_features, self.in_features = linear_shape(self.get_base_layer())
         self.width: dict[str, int] = {}
 
     def add(self, name: str, rank: int, width: int, scaling: float, dropout: float) -> None:
         """Add an adapter: A and B normal with deviation 0.02, E zero (as PEFT and the paper's authors begin)."""
-        device = self.get_base_layer().weight.device
+        base = self.get_base_layer()
+        device = next(chain(base.parameters(), base.buffers())).device
         self.r[name], self.width[name], self.scaling[name] = rank, width, scaling
         self.lora_dropout[name] = nn.Dropout(dropout) if dropout else nn.Identity()
         self.lora_A[name] = nn.Parameter((torch.randn(rank, self.in_features) * 0.02).to(device))
@@ -68,6 +75,10 @@ class SVDUpdate(LowRankUpdate):
         if a.device.type == "cpu" and fill:
             a, b = F.pad(a, (0, 0, 0, fill)), F.pad(b, (0, fill))
         return a, b, layer.scaling[name]
+
+    def sources(self) -> tuple[Tensor, ...]:
+        layer, name = self.layer, self.name
+        return layer.lora_A[name], layer.lora_E[name], layer.lora_B[name]
 
 
 def scale(alpha: float, initial_rank: int) -> float:
@@ -105,7 +116,7 @@ def add_adapter(
                 module.update(name)
             else:
                 setattr(parent, leaf, ModulesToSaveWrapper(module, name))
-    register_adapter(model, KIND, name, SVDUpdate, bias)
+    register_adapter(model, TYPE, name, SVDUpdate, bias)
 
 
 def _find(model: nn.Module, path: str) -> tuple[nn.Module, str, Any]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from budwood import Layers, ModulesToSave, Options, SavedLowRankConfig, Targets
+from budwood import Layers, ModulesToSave, Options, Targets
+from budwood.lowrank import SavedLowRankConfig
 
-KIND = "adalora"
+TYPE = "adalora"
 
 
 class AdaLoRAOptions(Options):

@@ -9,8 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from budwood import RUN_ADAPTER, TASK_TYPES, CorruptError, InputError, Strategy, hookimpl, match_modules, match_targets
-from budwood_adalora.options import KIND, AdaLoRAOptions
+from budwood import (
+    RUN_ADAPTER,
+    CorruptError,
+    InputError,
+    Strategy,
+    hookimpl,
+    linear_shape,
+    match_modules,
+    match_targets,
+)
+from budwood.lowrank import TASK_TYPES
+from budwood_adalora.options import TYPE, AdaLoRAOptions
 from budwood_adalora.schedule import Schedule, smallest_steps
 
 if TYPE_CHECKING:
@@ -27,7 +37,9 @@ class AdaLoRA(Strategy):
     """Low-rank adapters W + s · B diag(E) A that spend a budget of ranks where it matters (Zhang et al., 2023)."""
 
     Options = AdaLoRAOptions
+    api = 2
     slots = ("adapter",)
+    adapter_types = ("ADALORA",)
 
     @hookimpl
     def check_plan(self, plan: Plan) -> None:
@@ -49,8 +61,7 @@ class AdaLoRA(Strategy):
             plan.problem(self, str(error))
             return
         for path in targets:
-            linear: Any = plan.model.get_submodule(path)
-            if options.initial_rank > (largest := min(linear.in_features, linear.out_features)):
+            if options.initial_rank > (largest := min(linear_shape(plan.model.get_submodule(path)))):
                 plan.problem(
                     self, f"initial_rank {options.initial_rank}: '{path}' has {largest} singular values; lower it."
                 )
@@ -60,7 +71,7 @@ class AdaLoRA(Strategy):
     def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
         import torch
 
-        from budwood import adapter_layers, select_adapters
+        from budwood.lowrank import adapter_layers, select_adapters
         from budwood_adalora.importance import Importance
         from budwood_adalora.layers import add_adapter, scale
 
@@ -75,7 +86,7 @@ class AdaLoRA(Strategy):
         with torch.random.fork_rng(devices=[]):  # the adapter's start depends on the seed alone
             torch.manual_seed(run.seed)
             add_adapter(model, RUN_ADAPTER, ranks, scaling, options.dropout, self._modules_to_save)
-        select_adapters(model, KIND, [RUN_ADAPTER])
+        select_adapters(model, TYPE, [RUN_ADAPTER])
         self._layers: dict[str, SVDLinear] = dict(adapter_layers(model, RUN_ADAPTER))
         self._importance: Importance | None = Importance(self._triplets(), options.beta1, options.beta2)
         run.adapter_final = False
@@ -85,7 +96,8 @@ class AdaLoRA(Strategy):
 
     @hookimpl
     def trainable_parameters(self, run: Run, model: nn.Module) -> list[ParameterGroup]:
-        from budwood import ParameterGroup, whole_groups
+        from budwood import ParameterGroup
+        from budwood.lowrank import whole_groups
 
         parameters = {
             f"{path}.{part}": getattr(layer, part)[RUN_ADAPTER]
@@ -173,6 +185,7 @@ class AdaLoRA(Strategy):
         from peft import AdaLoraConfig
         from safetensors.torch import save_file
 
+        from budwood.lowrank import fan_in_fan_out
         from budwood_adalora.file import adapter_tensors
         from budwood_adalora.picture import draw_ranks
 
@@ -185,6 +198,7 @@ class AdaLoRA(Strategy):
             lora_alpha=options.alpha,
             lora_dropout=options.dropout,
             target_modules=[path for path, rank in ranks.items() if rank],  # rank 0: the base's own module
+            fan_in_fan_out=fan_in_fan_out(model, self._paths),
             modules_to_save=self._modules_to_save or None,
             tinit=self._schedule.initial,
             tfinal=self._schedule.final,
@@ -221,14 +235,14 @@ class AdaLoRA(Strategy):
         attach(model, config, tensors, name)
 
     @hookimpl
-    def use_adapters(self, model: nn.Module, names: Sequence[str | None]) -> None:
-        from budwood import select_adapters
+    def use_adapters(self, model: nn.Module, names: Sequence[str], index: Sequence[int]) -> None:
+        from budwood.lowrank import select_adapters
 
-        select_adapters(model, KIND, names)
+        select_adapters(model, TYPE, names, index)
 
     @hookimpl
     def detach_adapter(self, model: nn.Module, name: str) -> None:
-        from budwood import remove_adapter
+        from budwood.lowrank import remove_adapter
 
         remove_adapter(model, name)
 
@@ -240,11 +254,11 @@ class AdaLoRA(Strategy):
 
     @hookimpl
     def convert_adapter(
-        self, config: dict[str, Any], tensors: dict[str, Tensor], kind: str
+        self, config: dict[str, Any], tensors: dict[str, Tensor], adapter_type: str
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         from budwood_adalora.file import as_lora
 
-        return as_lora(config, tensors) if kind == "lora" else None
+        return as_lora(config, tensors) if adapter_type == "lora" else None
 
     def ranks(self) -> dict[str, int]:
         """Rank of each adapted module of the run, by its path."""

@@ -71,10 +71,10 @@ def check_teacher(options: DistillationOptions, plan: Plan) -> TeacherInfo:
     _outside_output("teacher", options.adapter, plan.recipe.output)
     with _named("teacher"):
         saved = read_adapter(options.adapter)
-    if saved.kind != owner.name:
+    if saved.adapter_type != owner.name:
         raise InputError(
-            f"teacher: the adapter in {options.adapter} is of the kind '{saved.kind}' and the run's is '{owner.name}', "
-            "and one base carries one kind: `budwood adapter merge` it, and give the merged folder."
+            f"teacher: the adapter in {options.adapter} is of the type '{saved.adapter_type}' and the run's is "
+            f"'{owner.name}', and one base carries one type: `budwood adapter merge` it, and give the merged folder."
         )
     manifest = saved.manifest
     if manifest is not None:

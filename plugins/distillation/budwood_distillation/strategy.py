@@ -12,7 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from budwood import RUN_ADAPTER, BudwoodError, InputError, Strategy, ask_owner, hookimpl, read_adapter
+from budwood import (
+    RUN_ADAPTER,
+    BudwoodError,
+    InputError,
+    Strategy,
+    ask_owner,
+    hookimpl,
+    read_adapter,
+    use_adapters,
+)
 from budwood_distillation.options import BASE, DEFAULT_TOP_K, DistillationOptions
 
 if TYPE_CHECKING:
@@ -193,7 +202,7 @@ class Distillation(Strategy):
             ask_owner(owner, "attach_adapter", model=model, config=saved.config, tensors=tensors, name=TEACHER_ADAPTER)
         except BudwoodError as error:
             raise type(error)(f"{self}: teacher: {saved.directory}: {error}") from error
-        ask_owner(owner, "use_adapters", model=model, names=[RUN_ADAPTER])
+        use_adapters(owner, model, [RUN_ADAPTER])
         kept = f"{saved.bytes / 1e6:.1f} MB, no second copy of the base"
         run.say("; ".join([f"teacher: this base with the adapter in {saved.directory}, {kept}", *saved.notes]))
         return Teacher(model, owner, (TEACHER_ADAPTER,))

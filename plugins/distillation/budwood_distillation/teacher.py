@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from budwood import RUN_ADAPTER, Batch, Reference, Run, ask_owner
+from budwood import RUN_ADAPTER, Batch, Reference, Run, use_adapters
 
 TEACHER_ADAPTER = "teacher"
 
@@ -51,11 +51,11 @@ class Teacher:
             if training:
                 self.model.eval()
             if self.owner is not None:
-                ask_owner(self.owner, "use_adapters", model=self.model, names=list(self.adapters))
+                use_adapters(self.owner, self.model, self.adapters)
             with torch.no_grad(), cast:
                 yield
         finally:
             if self.owner is not None:
-                ask_owner(self.owner, "use_adapters", model=self.model, names=[RUN_ADAPTER])
+                use_adapters(self.owner, self.model, [RUN_ADAPTER])
             if training:
                 self.model.train()

@@ -11,15 +11,11 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from budwood import (
-    RUN_ADAPTER,
+from budwood import RUN_ADAPTER, ParameterGroup, Run, copy_adapter_tensors, match_modules, match_targets
+from budwood.lowrank import (
     TASK_TYPES,
-    ParameterGroup,
-    Run,
     adapter_layers,
-    copy_adapter_tensors,
-    match_modules,
-    match_targets,
+    fan_in_fan_out,
     merge_whole_parts,
     parse_saved_config,
     remove_adapter,
@@ -29,7 +25,7 @@ from budwood import (
     whole_groups,
     whole_tensors,
 )
-from budwood_lora.layers import KIND, add_adapter
+from budwood_lora.layers import TYPE, add_adapter
 from budwood_lora.options import LoRAOptions, SavedConfig
 
 
@@ -37,11 +33,13 @@ def put_on(run: Run, model: nn.Module, options: LoRAOptions) -> LoraConfig:
     """Put the run's adapter on its model, in use; returns PEFT's config of it."""
     heads = [name for name in run.task.head_modules(model) if name not in options.modules_to_save]
     match_modules(model, options.modules_to_save)
+    targets = match_targets(model, options.targets, options.layers)
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,  # type: ignore[arg-type]
         lora_dropout=options.dropout,
-        target_modules=match_targets(model, options.targets, options.layers),
+        target_modules=targets,
+        fan_in_fan_out=fan_in_fan_out(model, targets),
         use_rslora=options.rslora,
         use_dora=options.dora,
         init_lora_weights=True if options.init == "default" else "gaussian",
@@ -53,7 +51,7 @@ def put_on(run: Run, model: nn.Module, options: LoRAOptions) -> LoraConfig:
     with torch.random.fork_rng(devices=[]):  # the adapter's start depends on the seed alone
         torch.manual_seed(run.seed)
         add_adapter(model, config, RUN_ADAPTER)
-    select_adapters(model, KIND, [RUN_ADAPTER])
+    select_adapters(model, TYPE, [RUN_ADAPTER])
     return config
 
 
@@ -84,11 +82,12 @@ def write(model: nn.Module, config: LoraConfig, directory: Path) -> None:
 
 def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], name: str) -> None:
     """Put a saved adapter on a model, not in use."""
-    saved = parse_saved_config(KIND, SavedConfig, LoraConfig(), config)
+    saved = parse_saved_config(TYPE, SavedConfig, LoraConfig(), config)
     targets = saved_targets(model, saved)
     resolved = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
     fields = saved.model_dump(exclude=resolved, exclude_none=True)
     fields |= {key: saved_pattern(getattr(saved, key), targets) for key in ("rank_pattern", "alpha_pattern")}
+    fields["fan_in_fan_out"] = fan_in_fan_out(model, targets)
     lora_config = LoraConfig(**fields, target_modules=targets)
     try:
         add_adapter(model, lora_config, name)
@@ -100,7 +99,7 @@ def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor],
 
 def merge(model: nn.Module, name: str) -> None:
     """Add an adapter into the weights, and take it off."""
-    select_adapters(model, KIND, [name])
+    select_adapters(model, TYPE, [name])
     for _, layer in adapter_layers(model, name):
         layer.merge(safe_merge=True, adapter_names=[name])
     merge_whole_parts(model, name)

@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from budwood import Layers, ModulesToSave, Options, SavedLowRankConfig, Targets
+from budwood import Layers, ModulesToSave, Options, Targets
+from budwood.lowrank import SavedLowRankConfig
 
 REFUSED_INITS = ("pissa", "olora", "orthogonal", "loftq", "eva", "corda", "lora_ga", "mica")
 

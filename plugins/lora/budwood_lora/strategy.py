@@ -22,7 +22,9 @@ class LoRA(Strategy):
     """Low-rank adapters W + (alpha / rank) · B A on frozen linears (Hu et al., 2021)."""
 
     Options = LoRAOptions
+    api = 2
     slots = ("adapter",)
+    adapter_types = ("LORA",)
 
     @hookimpl
     def check_plan(self, plan: Plan) -> None:
@@ -60,15 +62,15 @@ class LoRA(Strategy):
         attach(model, config, tensors, name)
 
     @hookimpl
-    def use_adapters(self, model: nn.Module, names: Sequence[str | None]) -> None:
-        from budwood import select_adapters
-        from budwood_lora.layers import KIND
+    def use_adapters(self, model: nn.Module, names: Sequence[str], index: Sequence[int]) -> None:
+        from budwood.lowrank import select_adapters
+        from budwood_lora.layers import TYPE
 
-        select_adapters(model, KIND, names)
+        select_adapters(model, TYPE, names, index)
 
     @hookimpl
     def detach_adapter(self, model: nn.Module, name: str) -> None:
-        from budwood import remove_adapter
+        from budwood.lowrank import remove_adapter
 
         remove_adapter(model, name)
 

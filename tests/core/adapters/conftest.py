@@ -35,7 +35,7 @@ def write_small(folder: Path, fill: float = 1.0) -> None:
 def save_small(directory: Path, **changes) -> SavedAdapter:
     """Write the small adapter with budwood.json and golden logits."""
     given = {
-        "kind": "lora",
+        "adapter_type": "lora",
         "distribution": "budwood 0.1.0",
         "base": FAKE_BASE,
         "task": "causal-lm",
@@ -92,7 +92,7 @@ def make_saved(base: Path, folder: Path, quantization: str = "none", precision: 
     write_adapter(
         folder,
         write,
-        kind="lora",
+        adapter_type="lora",
         distribution="budwood 0.1.0",
         base=pool.base,
         task="causal-lm",

@@ -154,7 +154,7 @@ def test_an_export_opens_in_stock_peft_with_the_same_logits(saved, tiny_base, tm
 def test_exports_that_are_refused(saved, small, tmp_path):
     with pytest.raises(InputError, match="exists"):
         export(saved, small)
-    with pytest.raises(InputError, match="choose peft"):
+    with pytest.raises(InputError, match="use peft"):
         export(saved, tmp_path / "out", "gguf")
     (small / "adapter_model.safetensors").write_bytes(b"x")
     with pytest.raises(CorruptError):

@@ -282,7 +282,7 @@ SHIFT = """
 
 @pytest.fixture
 def shift(tmp_path, distribution) -> Path:
-    """An adapter of a third party's kind, whose strategy is installed for the test."""
+    """An adapter of a third party's type, whose strategy is installed for the test."""
     distribution("budwood-shift", SHIFT, {"shift": "Shift", "broken": "Broken", "nothing": "Nothing"})
     folder = tmp_path / "shift"
     folder.mkdir()
@@ -318,13 +318,13 @@ def test_an_owner_that_fails_half_way_is_named_and_leaves_the_model_as_it_was(ti
     assert pool.names == []
 
 
-def test_a_kind_whose_strategy_owns_no_adapters_is_refused(tiny_base, shift):
+def test_a_type_whose_strategy_owns_no_adapters_is_refused(tiny_base, shift):
     (shift / "adapter_config.json").write_text(json.dumps({"peft_type": "NOTHING"}))
     with pytest.raises(InputError, match="'nothing' of budwood-shift 1.0 attaches no adapters"):
         open_pool(tiny_base).load("a", shift)
 
 
-def test_a_kind_that_cannot_be_merged_is_refused(tiny_base, shift):
+def test_a_type_that_cannot_be_merged_is_refused(tiny_base, shift):
     pool = open_pool(tiny_base)
     pool.load("a", shift)
     with pytest.raises(InputError, match="cannot merge"):
@@ -362,7 +362,7 @@ def classifier(tiny_base, tmp_path) -> Path:
             shutil.copyfile(tmp_path / "stock" / name, folder / name)
 
     base = load_base(tiny_base, "none", "AutoModelForCausalLM", torch.float32)
-    given = {"kind": "lora", "distribution": "budwood 0.1.0", "base": base, "task": "sequence-classification"}
+    given = {"adapter_type": "lora", "distribution": "budwood 0.1.0", "base": base, "task": "sequence-classification"}
     write_adapter(tmp_path / "classifier", write, **given, labels=LABELS, tokenizer=base.tokenizer)
     return tmp_path / "classifier"
 

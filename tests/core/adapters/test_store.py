@@ -33,7 +33,7 @@ def rehash(folder: Path) -> None:
 
 def test_what_is_written_reads_back(small):
     saved = store.read_adapter(small, base_fingerprint="f" * 64)
-    assert saved.kind == "lora"
+    assert saved.adapter_type == "lora"
     assert saved.notes == []
     assert saved.parameters == 16
     assert saved.bytes == 64
@@ -61,7 +61,7 @@ def test_a_failing_export_leaves_the_old_adapter(small, save):
 
     before = {path.name: path.read_bytes() for path in small.iterdir()}
     with pytest.raises(RuntimeError, match="export failed"):
-        store.write_adapter(small, fail, kind="lora", distribution="x 1", base=None, task="causal-lm")
+        store.write_adapter(small, fail, adapter_type="lora", distribution="x 1", base=None, task="causal-lm")
     assert {path.name: path.read_bytes() for path in small.iterdir()} == before
     assert [path.name for path in small.parent.iterdir()] == ["small"]
 
@@ -163,11 +163,11 @@ def test_another_base_is_the_users_input_and_can_be_allowed(small):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"format": 3}, "format 3"),
+        ({"format": 4}, "format 4"),
         ({"format": "x" * 1000}, "format"),
         ({"files": {"../../etc/passwd": "0"}}, "no hash for"),
         ({"base": "tiny"}, "base"),
-        ({"kind": 3}, "kind"),
+        ({"adapter_type": 3}, "adapter_type"),
         ({"distribution": "x; rm -rf ~"}, "distribution"),
         ({"labels": [1]}, "labels"),
     ],
@@ -202,8 +202,8 @@ def test_files_outside_the_adapter_are_not_read(small, name):
         store.read_adapter(small)
 
 
-def test_a_kind_that_is_not_installed_names_its_distribution(small):
-    edit_json(small / "budwood.json", kind="moss", distribution="budwood-moss 1.2")
+def test_a_type_that_is_not_installed_names_its_distribution(small):
+    edit_json(small / "budwood.json", adapter_type="moss", distribution="budwood-moss 1.2")
     with pytest.raises(InputError, match=r"strategy 'moss' of budwood-moss 1\.2.*pip install budwood-moss$"):
         store.read_adapter(small)
 
@@ -213,10 +213,10 @@ def as_stock_peft(folder: Path) -> None:
     (folder / "golden.safetensors").unlink()
 
 
-def test_an_adapter_of_stock_peft_has_its_kind_from_its_config(small):
+def test_an_adapter_of_stock_peft_has_its_type_from_its_config(small):
     as_stock_peft(small)
     saved = store.read_adapter(small, base_fingerprint="e" * 64)
-    assert saved.kind == "lora"
+    assert saved.adapter_type == "lora"
     assert saved.manifest is None
     assert "base is not checked" in saved.notes[0]
 
@@ -227,6 +227,63 @@ def test_a_type_that_nobody_reads_is_refused(small, peft_type, error):
     edit_json(small / "adapter_config.json", peft_type=peft_type)
     with pytest.raises(error):
         store.read_adapter(small)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_earlier_versions_wrote_is_read(small, version):
+    values = json.loads((small / "budwood.json").read_text())
+    assert values["format"] == store.FORMAT
+    values |= {"format": version, "kind": values.pop("adapter_type")}
+    del values["sha256"]
+    (small / "budwood.json").write_text(store.sealed(values) if version == 2 else json.dumps(values))
+    assert store.read_adapter(small).adapter_type == "lora"
+
+
+MOSS = """
+class Moss(Strategy):
+    api = 2
+    adapter_types = ("MOSS", "LICHEN")
+    raise OSError("imported")
+"""
+
+
+def test_the_owner_of_a_peft_type_declares_it_and_is_not_imported_to_be_found(small, distribution):
+    distribution("budwood-moss", MOSS, {"green": "Moss"})
+    as_stock_peft(small)
+    edit_json(small / "adapter_config.json", peft_type="LICHEN")
+    assert store.read_adapter(small).adapter_type == "green"
+    edit_json(small / "adapter_config.json", peft_type="LICHENN")
+    with pytest.raises(InputError, match="no installed strategy reads PEFT's type 'LICHENN'. Did you mean 'LICHEN'?"):
+        store.read_adapter(small)
+
+
+def test_a_type_that_only_an_import_tells_is_found(small, distribution):
+    source = "TYPES = ('MOSS',)\nclass Moss(Strategy):\n    api = 2\n    adapter_types = TYPES\n"
+    distribution("budwood-moss", source, {"green": "Moss"})
+    as_stock_peft(small)
+    edit_json(small / "adapter_config.json", peft_type="MOSS")
+    assert store.read_adapter(small).adapter_type == "green"
+
+
+def test_two_owners_of_a_type_are_named(small, distribution):
+    for name in ("budwood-moss", "budwood-fern"):
+        distribution(name, MOSS, {name.removeprefix("budwood-"): "Moss"})
+    as_stock_peft(small)
+    edit_json(small / "adapter_config.json", peft_type="MOSS")
+    with pytest.raises(InputError, match="owned by strategy .fern. of budwood-fern 1.0 and strategy .moss. of "):
+        store.read_adapter(small)
+
+
+@pytest.mark.parametrize(("version", "owner"), [(1, "moss"), (2, "")])
+def test_a_strategy_of_version_1_owns_the_type_of_its_name(small, distribution, version, owner):
+    distribution("budwood-moss", f"class Moss(Strategy): api = {version}", {"moss": "Moss"})
+    as_stock_peft(small)
+    edit_json(small / "adapter_config.json", peft_type="MOSS")
+    if owner:
+        assert store.read_adapter(small).adapter_type == owner
+    else:
+        with pytest.raises(InputError, match="no installed strategy reads"):
+            store.read_adapter(small)
 
 
 def test_fields_that_name_code_are_not_handed_on(small):

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import budwood
 from budwood import AdapterPool, InputError, ask_owner, hookimpl
+from budwood.adapters.use import use_adapters
 from budwood.contract.hookspecs import HookSpecs
 from budwood.contract.loading import HOOKS, check_hooks, load_strategy
 from budwood.contract.registry import Composition
@@ -305,7 +306,7 @@ def test_an_adapter_is_attached_used_and_taken_off(run, saved, tiny_base, exampl
     changed = pool.logits(prompt)
     assert not torch.equal(changed, base)
     (key,) = {key for module in examples.scaled(pool.model).values() for key in module.scales}
-    ask_owner(examples.OutputScale(), "use_adapters", model=pool.model, names=[None, key])  # one for each row
+    use_adapters(examples.OutputScale(), pool.model, [key], [-1, 0])  # one for each row
     ids = torch.tensor([pool.tokenizer(prompt[0])["input_ids"]] * 2)
     with torch.no_grad():
         torch.testing.assert_close(pool.model(input_ids=ids).logits[:, -1], torch.cat([base, changed]))
@@ -329,8 +330,8 @@ def test_convert_adapter_gives_what_peft_reads(run, saved, tiny_base, examples, 
     owner = examples.OutputScale(name="output-scale")
     config = json.loads((saved / "adapter_config.json").read_text())
     tensors = load_file(saved / "adapter_model.safetensors")
-    assert ask_owner(owner, "convert_adapter", config=config, tensors=tensors, kind="lora") is None
-    values, converted = ask_owner(owner, "convert_adapter", config=config, tensors=tensors, kind="ia3")
+    assert ask_owner(owner, "convert_adapter", config=config, tensors=tensors, adapter_type="lora") is None
+    values, converted = ask_owner(owner, "convert_adapter", config=config, tensors=tensors, adapter_type="ia3")
     (tmp_path / "adapter_config.json").write_text(json.dumps(values))
     save_file({key: tensor.contiguous() for key, tensor in converted.items()}, tmp_path / "adapter_model.safetensors")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path).eval()

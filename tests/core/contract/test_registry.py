@@ -97,6 +97,14 @@ def test_failing_import_names_plugin_distribution_and_remedy(distribution, sourc
         ("@staticmethod\n@hookimpl\ndef before_clip(run): ...", "must be a plain method with self, not a staticmethod"),
         ("@classmethod\n@hookimpl\ndef before_clip(cls): ...", "must be a plain method with self, not a classmethod"),
         ("import functools\nbefore_clip = functools.cache(hookimpl(lambda s, run: 0))", "not a _lru_cache_wrapper"),
+        (
+            "@hookimpl\ndef convert_adapter(self, config, tensors, kind): ...",
+            "argument 'kind' is called 'adapter_type' since version 2; rename it.",
+        ),
+        (
+            "api = 2\n@hookimpl\ndef use_adapters(self, model, names): ...",
+            "'use_adapters' must take 'index', which",
+        ),
         ("@hookimpl\nasync def before_clip(self, run): ...", "hook 'before_clip' must not be async"),
         ("@hookimpl\nasync def before_clip(self, run): yield", "hook 'before_clip' must not be async"),
         ("@hookimpl\ndef before_clip(self, run): yield", "has a yield, which only @hookimpl(wrapper=True) takes"),
@@ -123,15 +131,15 @@ def test_failing_import_names_plugin_distribution_and_remedy(distribution, sourc
         ("def __init__(self, **options): raise SystemExit", "cannot start: SystemExit. Report it"),
         ("after = None", "'after' must be a tuple of names, not None"),
         ("requires = (3,)", "'requires' must be a tuple of names, not (3,)"),
-        ("api = 0", "written for version 0 of the contract, and this Budwood has 1: pip install -U sprout."),
-        ("api = '1'", "'api' must be a version of the contract, such as 1, not '1'"),
-        ("api = None", "'api' must be a version of the contract, such as 1, not None"),
-        ("api = True", "'api' must be a version of the contract, such as 1, not True"),
+        ("api = 0", "written for version 0 of the contract, and this Budwood has 2: pip install -U sprout."),
+        ("api = '1'", "'api' must be a version of the contract, such as 2, not '1'"),
+        ("api = None", "'api' must be a version of the contract, such as 2, not None"),
+        ("api = True", "'api' must be a version of the contract, such as 2, not True"),
         ("@hookimpl\ndef before_clip(self, run=None): ...", "argument 'run' must have no default"),
         ("@hookimpl\ndef forward(self, step): ...", "'forward' is not a strategy's own; use @hookimpl(wrapper=True)"),
         ("@hookimpl(wrapper=True)\ndef before_clip(self, run): yield", "hook 'before_clip' cannot be wrapped"),
         ("@hookimpl(tryfirst=True)\ndef before_clip(self, run): ...", "declare the order with `before` and `after`"),
-        ("api = 99", "written for version 99 of the contract, and this Budwood has 1: pip install -U budwood."),
+        ("api = 99", "written for version 99 of the contract, and this Budwood has 2: pip install -U budwood."),
         ("slots = 'adapter'", "'slots' must be a tuple of names, not 'adapter'"),
         ("class Options: pass", "its Options must be a subclass of budwood.Options"),
         ("def __init__(self): ...", "cannot start: TypeError"),
@@ -143,18 +151,21 @@ def test_what_breaks_the_contract_is_named(distribution, body, says):
         build_strategy("mine", {}, "recipe.yaml:7")
 
 
-def test_who_declares_no_version_knew_of_the_first_only(distribution, monkeypatch):
+def test_who_declares_no_version_knew_of_the_first_only(distribution):
     one(distribution, "pass")
-    load_strategy("mine")
-    monkeypatch.setattr("budwood.contract.loading.API_VERSION", 2)
-    with refused(PluginError, "strategy 'mine' of sprout 1.0 was written for version 1", "pip install -U sprout"):
-        load_strategy("mine")
+    assert load_strategy("mine")[0].api == 1
+    distribution("twig", "from budwood import Quantizer\nclass Old(Quantizer): pass", {"old": "Old"}, QUANTIZERS)
+    with refused(PluginError, "quantiser 'old' of twig 1.0 was written for version 1", "pip install -U twig"):
+        create("old", QUANTIZERS)
+
+
+QUANTIZERS = "budwood.quantizers"
 
 
 BASES = {
     "budwood.tasks": ("from budwood.model.tasks import CausalLM as Base", "task 'mine'"),
     "budwood.forms": ("from budwood.data.forms import Text as Base", "data form 'mine'"),
-    "budwood.quantizers": ("from budwood.model.quantizers import Quantizer as Base", "quantiser 'mine'"),
+    "budwood.quantizers": ("from budwood.model.quantizers import Unquantized as Base", "quantiser 'mine'"),
     "budwood.attacks": ("from budwood import Attack as Base", "attack 'mine'"),
 }
 
@@ -163,8 +174,8 @@ BASES = {
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ("class Mine(Base): api = 2", "was written for version 2 of the contract, and this Budwood has 1"),
-        ("class Mine(Base): api = 'new'", "'api' must be a version of the contract, such as 1, not 'new'"),
+        ("class Mine(Base): api = 3", "was written for version 3 of the contract, and this Budwood has 2"),
+        ("class Mine(Base): api = 'new'", "'api' must be a version of the contract, such as 2, not 'new'"),
         ("class Mine: pass", "sprout:Mine is not a subclass of budwood."),
         ("Mine = Base()", "sprout:Mine is not a subclass of budwood."),
         ("class Mine(Strategy): pass", "sprout:Mine is not a subclass of budwood."),

@@ -12,18 +12,8 @@ from pydantic import ConfigDict, Field, field_serializer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from budwood import (
-    RUN_ADAPTER,
-    Batch,
-    LossTerm,
-    Options,
-    Outputs,
-    Run,
-    Step,
-    Strategy,
-    adapter_layers,
-    hookimpl,
-)
+from budwood import RUN_ADAPTER, Batch, LossTerm, Options, Outputs, Run, Step, Strategy, hookimpl
+from budwood.lowrank import adapter_layers
 from budwood_lora import LoRA
 
 
@@ -195,9 +185,9 @@ class StaysOn(LoRA):
     """LoRA that does not turn itself off."""
 
     @hookimpl
-    def use_adapters(self, model: nn.Module, names: Sequence[str | None]) -> None:
+    def use_adapters(self, model: nn.Module, names: Sequence[str], index: Sequence[int]) -> None:
         if names:
-            super().use_adapters(model, names)
+            super().use_adapters(model, names, index)
 
 
 class LeavesAHook(LoRA):

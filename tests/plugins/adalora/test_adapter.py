@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from budwood import CorruptError, InputError, Run
 from budwood.adapters.peft_layers import live_adapters
+from budwood.adapters.use import use_adapters
 from budwood_adalora.options import AdaLoRAOptions
 from budwood_adalora.strategy import AdaLoRA
 from budwood_lora.options import LoRAOptions
@@ -93,7 +94,7 @@ def test_it_starts_as_the_base_and_comes_off_without_a_trace(tiny_base: Path, qu
                 parameter.fill_(1.0)
     on = logits(model)
     assert (on - before).abs().max() > 1e-3
-    strategy.use_adapters(model=model, names=[])
+    use_adapters(strategy, model, [])
     assert torch.equal(logits(model), before)
     strategy.detach_adapter(model=model, name="default")
     assert torch.equal(logits(model), before)
@@ -192,7 +193,7 @@ def test_its_file_opens_in_stock_peft_with_the_same_logits_and_comes_back(
     config, tensors = saved(tmp_path)
     strategy.attach_adapter(model=fresh, config=config, tensors=tensors, name="a")
     assert torch.equal(logits(fresh), before), "attached is not in use"
-    strategy.use_adapters(model=fresh, names=["a"])
+    use_adapters(strategy, fresh, ["a"])
     assert torch.equal(logits(fresh), on)
     strategy.merge_adapter(model=fresh, name="a")
     torch.testing.assert_close(logits(fresh), on, atol=1e-4, rtol=1e-4)
@@ -221,7 +222,7 @@ def test_an_adapter_of_stock_peft_opens_here(tiny_base: Path, tmp_path: Path, pa
     strategy = AdaLoRA(AdaLoRAOptions(), "adalora")
     settings, tensors = saved(tmp_path)
     strategy.attach_adapter(model=model, config=settings, tensors=tensors, name="a")
-    strategy.use_adapters(model=model, names=["a"])
+    use_adapters(strategy, model, ["a"])
     expected = logits(PeftModel.from_pretrained(load(tiny_base), tmp_path).eval())
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits(model), logits(peer), atol=1e-5, rtol=1e-5)
@@ -235,7 +236,7 @@ def test_as_lora_it_computes_the_same_here_and_in_stock_peft(tiny_base: Path, tm
     run.directory = tmp_path
     on = logits(model)
     strategy.export(run=run, model=model, directory=tmp_path)
-    config, tensors = strategy.convert_adapter(*saved(tmp_path), kind="lora")
+    config, tensors = strategy.convert_adapter(*saved(tmp_path), adapter_type="lora")
     folder = tmp_path / "lora"
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -245,9 +246,9 @@ def test_as_lora_it_computes_the_same_here_and_in_stock_peft(tiny_base: Path, tm
     torch.testing.assert_close(logits(peer), on, atol=1e-5, rtol=1e-5)
     fresh, lora = load(tiny_base), LoRA(LoRAOptions(), "lora")
     lora.attach_adapter(model=fresh, config=config, tensors=tensors, name="a")
-    lora.use_adapters(model=fresh, names=["a"])
+    use_adapters(lora, fresh, ["a"])
     torch.testing.assert_close(logits(fresh), on, atol=1e-5, rtol=1e-5)
-    assert strategy.convert_adapter(config=config, tensors=tensors, kind="other") is None
+    assert strategy.convert_adapter(config=config, tensors=tensors, adapter_type="other") is None
 
 
 @pytest.mark.parametrize("order", [("a", "ab", "lora"), ("lora", "ab", "a")])
@@ -278,8 +279,8 @@ def test_adapters_of_two_methods_share_a_model_and_a_batch(
 
     def use(*names: str | None) -> None:
         for owner in set(owners.values()):
-            own = [name if name is not None and owners[name] is owner else None for name in names]
-            owner.use_adapters(model=model, names=[] if set(own) == {None} else own)
+            own = [name for name in dict.fromkeys(names) if name is not None and owners[name] is owner]
+            use_adapters(owner, model, own, [own.index(name) if name in own else -1 for name in names])
 
     alone = {}
     for name in order:
@@ -334,11 +335,11 @@ def test_whole_modules_of_two_methods_do_not_switch_each_other_off(tiny_base: Pa
     for name, (strategy, (config, tensors), _) in files.items():
         strategy.attach_adapter(model=model, config=config, tensors=tensors, name=name)
     lora, adalora = files["x"][0], files["y"][0]
-    adalora.use_adapters(model=model, names=["y"])
-    lora.use_adapters(model=model, names=[])
+    use_adapters(adalora, model, ["y"])
+    use_adapters(lora, model, [])
     torch.testing.assert_close(logits(model), files["y"][2], atol=1e-5, rtol=1e-5)
     with pytest.raises(InputError, match="cannot share a batch"):
-        lora.use_adapters(model=model, names=["x", None])
+        use_adapters(lora, model, ["x"], [0, -1])
 
 
 @pytest.mark.parametrize("damage", ["renamed", "missing", "surplus", "rank", "pattern", "shape", "variant"])

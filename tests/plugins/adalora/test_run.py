@@ -111,7 +111,7 @@ def test_it_is_exported_as_lora_with_the_same_function(trained: Run, tiny_base: 
     assert command(["adapter", "export", str(trained.directory / "adapter"), str(out), "--as", "lora"]) == 0
     pool = AdapterPool(tiny_base, precision="fp32", device="cpu")
     pool.load("adalora", trained.directory / "adapter")
-    assert pool.load("lora", out).kind == "lora"
+    assert pool.load("lora", out).adapter_type == "lora"
     pool.use("adalora")
     expected = pool.logits([PROMPT])
     pool.use("lora")
@@ -120,7 +120,7 @@ def test_it_is_exported_as_lora_with_the_same_function(trained: Run, tiny_base: 
     with torch.no_grad():
         peer = PeftModel.from_pretrained(model, out).eval()(torch.tensor([PROMPT])).logits[:, -1]
     torch.testing.assert_close(peer, expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(InputError, match="kind 'adalora' cannot be exported as 'ia3'; choose peft"):
+    with pytest.raises(InputError, match="adapter type 'adalora' cannot be exported as 'ia3': use peft"):
         export(trained.directory / "adapter", tmp_path / "other", "ia3")
 
 

@@ -144,7 +144,7 @@ def test_hidden_states_of_another_width(refused: Callable[..., str], tiny_bases:
     assert f"hidden_weight: the base's hidden states are 64 wide and those of '{wide}' 96" in message
 
 
-def test_an_adapter_of_another_base_task_or_kind(
+def test_an_adapter_of_another_base_task_or_type(
     refused: Callable[..., str], run_it: Runs, tiny_bases: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     other = tiny_bases("other-base", seed=7)
@@ -154,9 +154,9 @@ def test_an_adapter_of_another_base_task_or_kind(
     own = run_it(None, "second").directory / "adapter"
     assert "is for causal-lm, not sequence-classification" in refused({"teacher": f"base+{own}"}, labels=LABELS)
     manifest = json.loads((own / "budwood.json").read_text())
-    (own / "budwood.json").write_text(sealed({**manifest, "kind": "distillation"}))
+    (own / "budwood.json").write_text(sealed({**manifest, "adapter_type": "distillation"}))
     message = refused({"teacher": f"base+{own}"})
-    assert "is of the kind 'distillation' and the run's is 'lora'" in message and "budwood adapter merge" in message
+    assert "is of the type 'distillation' and the run's is 'lora'" in message and "budwood adapter merge" in message
 
 
 def test_classes(refused: Callable[..., str], run_it: Runs, tiny_base: Path, tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_another_adapter_on_the_base_teaches_and_does_not_train(
 def test_a_teacher_in_four_bits(
     run_it: Runs, losses: Callable, at_labels: Callable, tiny_base: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from budwood.model.base import assert_not_packed
+    from budwood.model.quantizers.bitsandbytes import assert_not_packed
 
     loaded = []
     load = budwood.load_frozen

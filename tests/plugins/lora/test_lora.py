@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from budwood.adapters.peft_layers import live_adapters
+from budwood.adapters.use import use_adapters
 from budwood.errors import CorruptError, InputError
 from budwood_lora.options import LoRAOptions
 from budwood_lora.strategy import LoRA
@@ -82,9 +83,9 @@ def test_an_adapter_starts_as_the_base_and_comes_off_without_a_trace(
                 parameter.add_(0.05)
     on = logits(model)
     assert not torch.equal(on, before)
-    strategy.use_adapters(model=model, names=[])
+    use_adapters(strategy, model, [])
     assert torch.equal(logits(model), before)
-    strategy.use_adapters(model=model, names=["default"])
+    use_adapters(strategy, model, ["default"])
     assert torch.equal(logits(model), on)
     strategy.detach_adapter(model=model, name="default")
     assert torch.equal(logits(model), before)
@@ -109,7 +110,7 @@ def test_its_file_opens_in_stock_peft_with_the_same_logits_and_comes_back(
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     strategy.attach_adapter(model=fresh, config=config, tensors=tensors, name="a")
     assert torch.equal(logits(fresh), before), "attached is not in use"
-    strategy.use_adapters(model=fresh, names=["a"])
+    use_adapters(strategy, fresh, ["a"])
     assert torch.equal(logits(fresh), on)
     strategy.merge_adapter(model=fresh, name="a")
     torch.testing.assert_close(logits(fresh), on, atol=1e-4, rtol=1e-4)
@@ -161,15 +162,15 @@ def test_rows_of_a_batch_use_each_its_own_adapter(tiny_base: Path, tmp_path: Pat
     strategy.attach_adapter(model=fresh, config=config, tensors=halved, name="ab")
     alone = {}
     for name in ("a", "ab"):
-        strategy.use_adapters(model=fresh, names=[name])
+        use_adapters(strategy, fresh, [name])
         alone[name] = logits(fresh)
-    strategy.use_adapters(model=fresh, names=["ab", None, "a"])
+    use_adapters(strategy, fresh, ["ab", "a"], [0, -1, 1])
     together = logits(fresh, IDS.repeat(3, 1))
     torch.testing.assert_close(together[0], alone["ab"][0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(together[1], base[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(together[2], alone["a"][0], atol=1e-5, rtol=1e-5)
     strategy.detach_adapter(model=fresh, name="a")
-    strategy.use_adapters(model=fresh, names=["ab"])
+    use_adapters(strategy, fresh, ["ab"])
     assert torch.equal(logits(fresh), alone["ab"])
 
 
@@ -192,14 +193,14 @@ def test_trained_biases_come_off_and_go_to_disk(tmp_path: Path, bias: str) -> No
     strategy.export(run=run, model=model, directory=tmp_path)
     peer = PeftModel.from_pretrained(load(base), tmp_path).eval()
     torch.testing.assert_close(logits(peer), on, atol=1e-5, rtol=1e-5)
-    strategy.use_adapters(model=model, names=[])
+    use_adapters(strategy, model, [])
     assert torch.equal(logits(model), before)
     config_json = json.loads((tmp_path / "adapter_config.json").read_text())
     fresh = load(base)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     strategy.attach_adapter(model=fresh, config=config_json, tensors=tensors, name="a")
     assert torch.equal(logits(fresh), before)
-    strategy.use_adapters(model=fresh, names=["a"])
+    use_adapters(strategy, fresh, ["a"])
     assert torch.equal(logits(fresh), on)
     strategy.merge_adapter(model=fresh, name="a")
     torch.testing.assert_close(logits(fresh), on, atol=1e-4, rtol=1e-4)

@@ -6,14 +6,14 @@ here the backward finds the input once and [r, n] numbers, and dequantises W ane
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from budwood.model.quantizers import quantizer_of
 
 
 def low_rank_linear(
@@ -28,8 +28,7 @@ def low_rank_linear(
 
     Args:
         x: [..., in].
-        base: holds W [out, in] and the bias: nn.Linear, or bitsandbytes' Linear4bit or Linear8bitLt. Its own forward
-            is not called on a 4-bit weight, so that bitsandbytes never repacks it.
+        base: a linear that a quantiser knows (`quantizer_of`): it holds W and the bias.
         a: [r, in], of any floating dtype; its gradient comes back in that dtype. It need not be a leaf.
         b: [out, r], likewise.
         scaling: factor of the update.
@@ -39,16 +38,16 @@ def low_rank_linear(
         [..., out]. With B = 0 they are the numbers of `frozen_linear(x, base)`.
 
     Raises:
+        TypeError: `base` is not a linear.
         ValueError: the weight of `base` wants a gradient, which this function does not compute; or it is on another
-            device than `x`, of which bitsandbytes would read memory that is not its own.
-        RuntimeError: in the backward, a 4-bit weight that bitsandbytes has repacked for inference.
+            device than `x`, where a native kernel would read memory that is not its own.
     """
-    return LowRankLinear.apply(x, base, a, b, base.bias, scaling, dropout)
+    return LowRankLinear.apply(x, base, a, b, getattr(base, "bias", None), scaling, dropout)
 
 
 def frozen_linear(x: Tensor, base: nn.Linear) -> Tensor:
     """Return x Wᵀ + bias [..., out], as `low_rank_linear` computes it, without an update."""
-    return LowRankLinear.apply(x, base, None, None, base.bias, 1.0, 0.0)
+    return LowRankLinear.apply(x, base, None, None, getattr(base, "bias", None), 1.0, 0.0)
 
 
 def mixed_low_rank_linear(
@@ -69,19 +68,24 @@ def mixed_low_rank_linear(
         [R, ..., out]. Rows without an update are, bit for bit, those of `frozen_linear` on the same batch.
     """
     y = frozen_linear(x, base)
-    members: dict[int, list[int]] = {}
-    for row, index in enumerate(rows):
-        if adapters[index] is not None:
-            members.setdefault(index, []).append(row)
-    for index, chosen in members.items():
-        a, b, scaling = adapters[index]  # type: ignore[misc]
-        whole = len(chosen) == len(rows)
-        where = torch.tensor(chosen, device=x.device)
-        part = (x if whole else x.index_select(0, where)).to(y.dtype)
-        narrow = _thin_product(part.reshape(-1, part.shape[-1]), a.to(y.dtype).t())
-        update = (narrow @ (b * scaling).to(y.dtype).t()).view(*part.shape[:-1], -1)
-        y = y + update if whole else y.index_add(0, where, update)
+    for index, weights in enumerate(adapters):
+        chosen = [row for row, which in enumerate(rows) if which == index]
+        if weights is not None and chosen:
+            y = add_update(x, y, *cast_factors(*weights, y.dtype), torch.tensor(chosen, device=x.device))
     return y
+
+
+def cast_factors(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A and scaling · B in `dtype`, as `add_update` takes them."""
+    return a.to(dtype), (b * scaling).to(dtype)
+
+
+def add_update(x: Tensor, y: Tensor, a: Tensor, b: Tensor, rows: Tensor) -> Tensor:
+    """Add x Aᵀ Bᵀ to y [R, ..., out] in the rows [n] int64 of x [R, ..., in]."""
+    whole = len(rows) == len(x)
+    part = (x if whole else x.index_select(0, rows)).to(y.dtype)
+    update = (_thin_product(part.reshape(-1, part.shape[-1]), a.t()) @ b.t()).view(*part.shape[:-1], -1)
+    return y + update if whole else y.index_add(0, rows, update)
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -98,10 +102,14 @@ class LowRankLinear(torch.autograd.Function):
         scaling: float,
         dropout: float,
     ) -> Tensor:
-        if base.weight.requires_grad:
+        quantizer = quantizer_of(base)
+        if quantizer is None:
+            raise TypeError(f"low_rank_linear: {type(base).__name__} is not a linear that any quantiser knows")
+        weight = quantizer.weight(base)
+        if weight.requires_grad:
             raise ValueError("low_rank_linear: the base's weight wants a gradient; freeze it")
-        if base.weight.device != x.device:
-            raise ValueError(f"low_rank_linear: the input is on {x.device}, the base's weight on {base.weight.device}")
+        if weight.device != x.device:
+            raise ValueError(f"low_rank_linear: the input is on {x.device}, the base's weight on {weight.device}")
         dtypes = [None if tensor is None else tensor.dtype for tensor in (x, a, b, bias)]
         kind = x.device.type
         autocast = torch.is_autocast_enabled(kind)
@@ -109,7 +117,7 @@ class LowRankLinear(torch.autograd.Function):
         with torch.autocast(kind, enabled=False):
             # The reshaped and cast input is what is kept: a view of `x` where its dtype is right already.
             rows = x.reshape(-1, x.shape[-1]).to(dtype)
-            y = _base_forward(rows, base, bias)
+            y = quantizer.forward(base, rows, bias)
             narrow, mask = None, None
             if a is not None and b is not None:
                 inner = rows
@@ -119,16 +127,17 @@ class LowRankLinear(torch.autograd.Function):
                 narrow = _thin_product(inner, a.t())
                 y.addmm_(narrow, b.t(), alpha=scaling)
         keeps_rows = a is not None and ctx.needs_input_grad[2]
-        dense = base.weight if ctx.needs_input_grad[0] and _quantization(base) is None else None
+        # Saved for torch's check that nobody changes it before the backward, which gets W from the quantiser.
+        dense = weight if ctx.needs_input_grad[0] and weight.is_floating_point() else None
         ctx.save_for_backward(rows if keeps_rows else None, narrow, a, b, mask, dense)
         ctx.base, ctx.shape, ctx.dtype, ctx.scaling, ctx.dropout = base, x.shape, dtype, scaling, dropout
-        ctx.dtypes = dtypes
+        ctx.quantizer, ctx.dtypes = quantizer, dtypes
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        rows, narrow, a, b, mask, dense = ctx.saved_tensors
+        rows, narrow, a, b, mask, _ = ctx.saved_tensors
         wants_x, _, wants_a, wants_b, wants_bias, *_ = ctx.needs_input_grad
         grad_x = grad_a = grad_b = grad_bias = None
         x_dtype, a_dtype, b_dtype, bias_dtype = ctx.dtypes
@@ -146,8 +155,7 @@ class LowRankLinear(torch.autograd.Function):
                 inner = rows if mask is None else torch.ops.aten.native_dropout_backward(rows, mask, keep)
                 grad_a = (grad_narrow.t() @ inner).to(a_dtype)
             if wants_x:
-                weight = _dequantize(ctx.base, ctx.dtype) if dense is None else dense.to(ctx.dtype)
-                grad_x = gradient @ weight
+                grad_x = gradient @ ctx.quantizer.dequantize(ctx.base, ctx.dtype)
                 if grad_narrow is not None and mask is None:
                     grad_x.addmm_(grad_narrow, a)
                 elif grad_narrow is not None:
@@ -170,47 +178,3 @@ def _thin_product(wide: Tensor, thin: Tensor, scale: float = 1.0) -> Tensor:
 
 def _transposes(device: torch.device) -> bool:
     return device.type == "cpu"
-
-
-def _quantization(base: nn.Linear) -> Literal["4bit", "8bit"] | None:
-    """How bitsandbytes holds the weight; where bitsandbytes has not been imported (seconds), nothing is its module."""
-    bnb = sys.modules.get("bitsandbytes")
-    if bnb is None:
-        return None
-    return "4bit" if isinstance(base, bnb.nn.Linear4bit) else "8bit" if isinstance(base, bnb.nn.Linear8bitLt) else None
-
-
-def _base_forward(rows: Tensor, base: Any, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + bias for rows [n, in], in their dtype: the base module's own numbers, in a fresh tensor."""
-    kind = _quantization(base)
-    if kind == "4bit":
-        import bitsandbytes as bnb
-
-        dtype = base.compute_dtype or rows.dtype
-        bias = None if bias is None else bias.to(dtype)
-        return bnb.matmul_4bit(rows.to(dtype), base.weight, base.weight.quant_state, bias=bias).to(rows.dtype)
-    if kind == "8bit":
-        result: Tensor = base(rows)
-        return result
-    return F.linear(rows, base.weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
-
-
-def _dequantize(base: Any, dtype: torch.dtype) -> Tensor:
-    """W [out, in] as the forward used it, in `dtype`: a temporary where the base is quantised."""
-    kind = _quantization(base)
-    if kind == "4bit":
-        import bitsandbytes as bnb
-
-        state = base.weight.quant_state
-        if getattr(state, "packing_format_for_cpu", False):
-            raise RuntimeError("bitsandbytes has repacked this 4-bit weight for inference; it has no gradient any more")
-        absmax = state.absmax
-        if state.nested:
-            absmax = bnb.functional.dequantize_blockwise(absmax, state.state2) + state.offset
-        weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-            base.weight.data.view(-1, 1), absmax.float(), state.blocksize, state.quant_type, state.shape, dtype
-        )
-        return weight
-    if kind == "8bit":
-        return base.state.CB.to(dtype).mul_(base.state.SCB.unsqueeze(1).mul(1.0 / 127.0))
-    return base.weight.to(dtype)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from budwood.model.ops.linear import frozen_linear, low_rank_linear, mixed_low_rank_linear
 
@@ -76,6 +77,32 @@ def test_gradcheck_in_float64(bias: bool) -> None:
     expected = x @ (base.weight + SCALING * b @ a).t() + (base.bias if bias else 0)
     torch.testing.assert_close(function(x, a, b), expected)
     assert torch.autograd.gradcheck(function, (x, a, b, *([base.bias] if bias else [])))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_transposed_weight_in_float64(bias: bool) -> None:
+    """transformers' Conv1D, which holds W as [in, out]."""
+    torch.manual_seed(0)
+    base: Any = Conv1D(OUT, IN).double().requires_grad_(False)
+    torch.nn.init.normal_(base.bias)
+    if not bias:
+        base.bias = None
+    x, (a, b) = inputs(2, 3, dtype=torch.float64), factors(torch.float64)
+    if bias:
+        base.bias.requires_grad_()
+    leaves = (x, a, b, *([base.bias] if bias else []))
+
+    def function(x: Tensor, a: Tensor, b: Tensor, *_: Tensor) -> Tensor:
+        return low_rank_linear(x, base, a, b, SCALING)
+
+    def reference(x: Tensor, a: Tensor, b: Tensor, *_: Tensor) -> Tensor:
+        return x @ (base.weight + SCALING * (b @ a).t()) + (base.bias if bias else 0)
+
+    for ours, wanted in zip(run(function, *leaves), run(reference, *leaves), strict=True):
+        torch.testing.assert_close(ours, wanted, atol=1e-12, rtol=1e-12)
+    if bias:
+        with torch.no_grad():
+            assert torch.equal(frozen_linear(x, base), base(x))
 
 
 @pytest.mark.parametrize("transposes", [True, False])

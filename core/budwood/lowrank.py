@@ -1,0 +1,67 @@
+"""What strategies of low-rank adapters build on: PEFT's layers on a live model, PEFT's file, and the fused linear.
+
+Importing it imports neither torch nor PEFT; a name that needs them does, when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from budwood.adapters.peft_config import TASK_TYPES as TASK_TYPES
+    from budwood.adapters.peft_config import SavedLowRankConfig as SavedLowRankConfig
+    from budwood.adapters.peft_config import parse_saved_config as parse_saved_config
+    from budwood.adapters.peft_config import saved_pattern as saved_pattern
+    from budwood.adapters.peft_config import saved_targets as saved_targets
+    from budwood.adapters.peft_layers import LowRankUpdate as LowRankUpdate
+    from budwood.adapters.peft_layers import adapter_layers as adapter_layers
+    from budwood.adapters.peft_layers import add_to_weight as add_to_weight
+    from budwood.adapters.peft_layers import fan_in_fan_out as fan_in_fan_out
+    from budwood.adapters.peft_layers import known_to_peft as known_to_peft
+    from budwood.adapters.peft_layers import merge_whole_parts as merge_whole_parts
+    from budwood.adapters.peft_layers import register_adapter as register_adapter
+    from budwood.adapters.peft_layers import remove_adapter as remove_adapter
+    from budwood.adapters.peft_layers import select_adapters as select_adapters
+    from budwood.adapters.peft_layers import whole_groups as whole_groups
+    from budwood.adapters.peft_layers import whole_tensors as whole_tensors
+    from budwood.model.ops.linear import frozen_linear as frozen_linear
+    from budwood.model.ops.linear import low_rank_linear as low_rank_linear
+    from budwood.model.ops.linear import mixed_low_rank_linear as mixed_low_rank_linear
+
+# name → module that defines it
+_EXPORTS = {
+    **dict.fromkeys(
+        ("TASK_TYPES", "SavedLowRankConfig", "parse_saved_config", "saved_pattern", "saved_targets"),
+        "budwood.adapters.peft_config",
+    ),
+    **dict.fromkeys(
+        (
+            "LowRankUpdate",
+            "adapter_layers",
+            "add_to_weight",
+            "fan_in_fan_out",
+            "known_to_peft",
+            "merge_whole_parts",
+            "register_adapter",
+            "remove_adapter",
+            "select_adapters",
+            "whole_groups",
+            "whole_tensors",
+        ),
+        "budwood.adapters.peft_layers",
+    ),
+    **dict.fromkeys(("frozen_linear", "low_rank_linear", "mixed_low_rank_linear"), "budwood.model.ops.linear"),
+}
+
+__all__ = [*_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'budwood.lowrank' has no attribute '{name}'")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,194 @@
+"""bitsandbytes as a quantiser, and the guard against its repacking of 4-bit weights."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from budwood.errors import ResourceError
+from budwood.model.quantizers.protocol import Quantizer
+from budwood.model.quiet import hide_hub_kernels
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+class _BitsAndBytes(Quantizer):
+    api = 2
+    takes_fused_experts = False
+    known_to_peft = True
+
+    def check(self, device: str) -> None:
+        hide_hub_kernels()
+        try:
+            import bitsandbytes
+        except Exception as error:  # a broken native library raises whatever the linker does
+            raise ResourceError(
+                f"quantization needs bitsandbytes, which does not import here ({error}): "
+                "`pip install bitsandbytes`, or use `quantization: none`."
+            ) from error
+        kind = device.split(":")[0]
+        if kind not in bitsandbytes.supported_torch_devices:
+            known = ", ".join(sorted(bitsandbytes.supported_torch_devices))
+            raise ResourceError(
+                f"bitsandbytes {bitsandbytes.__version__} does not quantise on '{kind}' (it does on {known}): "
+                "use `quantization: none`, or another device."
+            )
+
+
+class Int8(_BitsAndBytes):
+    """8 bits, one scale a row (LLM.int8(), Dettmers et al., 2022)."""
+
+    def config(self, dtype: torch.dtype, double_quantization: bool, skip: list[str]) -> Any:
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+
+    def reads(self, config: Mapping[str, Any]) -> bool:
+        return _is_ours(config) and bool(config.get("load_in_8bit"))
+
+    def is_linear(self, module: nn.Module) -> bool:
+        library = _library()
+        return library is not None and isinstance(module, library.nn.Linear8bitLt)
+
+    def constants(self, module: Any) -> list[Tensor]:
+        return [self._codes(module)[1]]
+
+    def shape(self, module: Any) -> tuple[int, int]:
+        outputs, inputs = module.weight.shape
+        return outputs, inputs
+
+    def forward(self, module: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        result: Tensor = module(x)
+        return result
+
+    def dequantize(self, module: Any, dtype: torch.dtype) -> Tensor:
+        codes, scales = self._codes(module)
+        return codes.to(dtype).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
+
+    def _codes(self, module: Any) -> tuple[Tensor, Tensor]:
+        """Codes [out, in] int8 and scales [out] fp32; the first forward moves them from the weight to the state."""
+        owner = module.state if module.state.CB is not None else module.weight
+        return owner.CB, owner.SCB
+
+
+class _FourBit(_BitsAndBytes):
+    kind: str
+
+    def config(self, dtype: torch.dtype, double_quantization: bool, skip: list[str]) -> Any:
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.kind,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=double_quantization,
+            llm_int8_skip_modules=skip,
+        )
+
+    def reads(self, config: Mapping[str, Any]) -> bool:
+        eight = config.get("load_in_8bit")
+        return _is_ours(config) and not eight and config.get("bnb_4bit_quant_type", "fp4") == self.kind
+
+    def stored_config(self, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        return {**config, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
+
+    def after_load(self, model: nn.Module, skip: list[str]) -> None:
+        guard_repacking(model)
+
+    def is_linear(self, module: nn.Module) -> bool:
+        return _is_four_bit(module) and getattr(module.weight, "quant_type", "") == self.kind
+
+    def constants(self, module: Any) -> list[Tensor]:
+        import torch
+
+        state = module.weight.quant_state
+        found = [getattr(state, "offset", None)]
+        found += [
+            getattr(o, name, None) for o in (state, getattr(state, "state2", None)) for name in ("absmax", "code")
+        ]
+        return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+
+    def shape(self, module: Any) -> tuple[int, int]:
+        outputs, inputs = module.weight.quant_state.shape
+        return outputs, inputs
+
+    def forward(self, module: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        import bitsandbytes
+
+        # The module's own forward is not called, so that it never repacks the weight.
+        dtype = module.compute_dtype or x.dtype
+        bias = None if bias is None else bias.to(dtype)
+        weight = module.weight
+        result: Tensor = bitsandbytes.matmul_4bit(x.to(dtype), weight, weight.quant_state, bias=bias).to(x.dtype)
+        return result
+
+    def dequantize(self, module: Any, dtype: torch.dtype) -> Tensor:
+        import bitsandbytes
+        import torch
+
+        state = module.weight.quant_state
+        if getattr(state, "packing_format_for_cpu", False):
+            raise RuntimeError("bitsandbytes has repacked this 4-bit weight for inference; it has no gradient any more")
+        absmax = state.absmax
+        if state.nested:
+            absmax = bitsandbytes.functional.dequantize_blockwise(absmax, state.state2) + state.offset
+        weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+            module.weight.data.view(-1, 1), absmax.float(), state.blocksize, state.quant_type, state.shape, dtype
+        )
+        return weight
+
+
+class NF4(_FourBit):
+    """4 bits, quantiles of a normal distribution, one scale for 64 weights (QLoRA, Dettmers et al., 2023)."""
+
+    kind = "nf4"
+
+
+class FP4(_FourBit):
+    """4-bit floating point, one scale for 64 weights."""
+
+    kind = "fp4"
+
+
+def guard_repacking(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking the 4-bit weights of `model` in place.
+
+    On a CPU with AVX512-BF16 `Linear4bit` does so in the first forward in evaluation mode without a gradient; all that
+    dequantises the weight afterwards (backward, merge) gets zeros or garbage without an error. bitsandbytes has no
+    switch; the layers ask the attribute that is set off here, and copies of a layer keep it.
+    """
+    for layer in _four_bit_layers(model):
+        layer.support_avx512bf16_for_cpu = False
+
+
+def assert_not_packed(model: nn.Module) -> None:
+    """Check that no 4-bit weight of `model` has been repacked; cheap, for use before training and merging.
+
+    Raises:
+        RuntimeError: a weight has been repacked, so that gradients and merged weights would be garbage.
+    """
+    for layer in _four_bit_layers(model):
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            raise RuntimeError("a 4-bit weight has been repacked for inference: its gradients would be garbage")
+
+
+def _is_ours(config: Mapping[str, Any]) -> bool:
+    ours = config.get("quant_method") == "bitsandbytes"
+    return ours or bool(config.get("load_in_4bit") or config.get("load_in_8bit"))
+
+
+def _library() -> Any:
+    """bitsandbytes, if it has been imported, which takes seconds: until then nothing is a module of its."""
+    return sys.modules.get("bitsandbytes")
+
+
+def _is_four_bit(module: nn.Module) -> bool:
+    library = _library()
+    return library is not None and isinstance(module, library.nn.Linear4bit)
+
+
+def _four_bit_layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if _is_four_bit(module)]
