@@ -35,8 +35,8 @@ class Probe:
     base: Tensor
 
 
-class Ending:
-    """How a run ends. Made before its first step: it remembers where what trains began.
+class RunFinalizer:
+    """Ends a run. Made before the first step: it remembers the trained parameters as they began.
 
     Attributes:
         start: what trains, as it was, on the CPU.

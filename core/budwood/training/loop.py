@@ -18,7 +18,7 @@ from budwood.training.durability.checkpoint import NotSavedError, Saver
 from budwood.training.durability.lock import first_process, locked
 from budwood.training.durability.resume import Resume, find_resume
 from budwood.training.durability.signals import Signals, exit_code
-from budwood.training.finish import Ending
+from budwood.training.finish import RunFinalizer
 from budwood.training.memory import (
     DoesNotFitError,
     StepBatches,
@@ -91,7 +91,7 @@ def train(
 ) -> None:  # fmt: skip
     """Train a prepared run to its end, then keep the best adapter, check that it changed something, and write it."""
     signals = signals or Signals()
-    ending = Ending(run, hooks, report)
+    finalizer = RunFinalizer(run, hooks, report)
     progress = Progress(torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16))
     saver = Saver(run, hooks, progress, resume)
     try:
@@ -111,7 +111,7 @@ def train(
             report.stop()
             if run.processes > 1 and not isinstance(failure, DivergedError | DoesNotFitError):
                 raise failure from error  # the other processes do not know of it, and writing waits for them
-            kept = ending.keep(progress, torn=isinstance(failure, TornStepError))
+            kept = finalizer.keep(progress, torn=isinstance(failure, TornStepError))
             if saver.last and not isinstance(failure, NotSavedError):  # which says it itself
                 kept = f"{kept}; {saver.how_to_go_on()}"
             raise type(failure)(f"{str(failure).removesuffix('.')}; {kept}") from failure
@@ -119,14 +119,14 @@ def train(
         if run.metrics.get("skipped"):
             report.say(f"{run.metrics['skipped']:.0f} steps were skipped: their loss or gradient was not finite")
         evaluate(run, hooks, report, progress.best)
-        ending.complete(progress)
+        finalizer.complete(progress)
         saver.finish(report)
         hooks.notify(Event("end", run.step, run.metrics), report.say)
     except KeyboardInterrupt as error:
         report.stop()
         if run.step == 0:
             raise
-        raise interrupted(error, signals, saver, ending, progress) from None
+        raise interrupted(error, signals, saver, finalizer, progress) from None
     finally:
         saver.close(wait=signals.count < 3)
 
@@ -215,15 +215,15 @@ def between_steps(
 
 
 def interrupted(
-    error: KeyboardInterrupt, signals: Signals, saver: Saver, ending: Ending, progress: Progress
+    error: KeyboardInterrupt, signals: Signals, saver: Saver, finalizer: RunFinalizer, progress: Progress
 ) -> Interrupted:
     """The end of a run that was stopped: what is being saved is complete, then the best adapter so far is written."""
-    run, kept = ending.run, ""
+    run, kept = finalizer.run, ""
     with signals.finishing():
         if signals.count < 3:  # else: at once
             saver.wait()
             if run.processes == 1 or signals.requested(run):
-                kept = f"{ending.keep(progress)}; "
+                kept = f"{finalizer.keep(progress)}; "
     text = f"interrupted at step {run.step}; {kept}{saver.how_to_go_on()}"
     return Interrupted(text, exit_code(signals.number or error))
 
