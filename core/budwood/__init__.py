@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from budwood.contract.strategy import Strategy as Strategy
     from budwood.contract.strategy import hookimpl as hookimpl
     from budwood.contract.types import Batch as Batch
+    from budwood.contract.types import BestMetric as BestMetric
     from budwood.contract.types import Event as Event
     from budwood.contract.types import Example as Example
     from budwood.contract.types import Generator as Generator
@@ -38,7 +39,19 @@ _EXPORTS = {
     "ask_owner": "budwood.contract.calls",
     **dict.fromkeys(("RUN_ADAPTER", "Options", "Strategy", "hookimpl"), "budwood.contract.strategy"),
     **dict.fromkeys(
-        ("Batch", "Event", "Example", "Generator", "LossTerm", "Outputs", "ParameterGroup", "Plan", "Run", "Step"),
+        (
+            "Batch",
+            "BestMetric",
+            "Event",
+            "Example",
+            "Generator",
+            "LossTerm",
+            "Outputs",
+            "ParameterGroup",
+            "Plan",
+            "Run",
+            "Step",
+        ),
         "budwood.contract.types",
     ),
     **dict.fromkeys(("PluginError", "installed"), "budwood.contract.discovery"),

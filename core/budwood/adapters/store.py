@@ -21,7 +21,7 @@ from budwood import __version__
 from budwood.contract.discovery import installed
 from budwood.errors import CorruptError, InputError, ResourceError, did_you_mean
 from budwood.untrusted.files import check_inside, complete_directory, sha256
-from budwood.untrusted.formats import TensorInfo, read_header, read_json
+from budwood.untrusted.formats import TensorInfo, json_numbers, read_header, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -194,7 +194,6 @@ def write_adapter(
     ):
         raise InputError(f"{directory} exists and is no adapter: choose another folder.")
     golden = Golden.of(prompts, base_logits, adapter_logits) if prompts else None
-    values: dict[str, float | None] = {k: v if math.isfinite(v) else None for k, v in (metrics or {}).items()}
     with complete_directory(directory, replace=True, needs=needs) as folder:
         write(folder)
         if golden is not None:
@@ -213,7 +212,7 @@ def write_adapter(
             labels=list(labels),
             tokenizer=tokenizer_hash(tokenizer),
             template=template_hash(tokenizer),
-            metrics=values,
+            metrics=json_numbers(metrics or {}),
             strategies=list(strategies),
             stop_ids=list(stop_ids),
             golden=current_setting(base) if golden else None,

@@ -8,6 +8,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from budwood.untrusted.formats import json_numbers
+
 DATA_SUFFIXES = {".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"}
 
 
@@ -51,7 +53,8 @@ def tune(
 
     run = run_recipe(loaded, overwrite=overwrite, resume=resume, accept_changes=accept_changes, profile=profile)
     if as_json:
-        typer.echo(json.dumps({"before": run.before, "metrics": run.metrics, "output": str(run.directory)}))
+        numbers = {"before": json_numbers(run.before), "metrics": json_numbers(run.metrics)}
+        typer.echo(json.dumps({**numbers, "output": str(run.directory)}))
 
 
 def eval_(
@@ -83,7 +86,9 @@ def eval_(
         allow_other_base=allow_other_base,
     )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps({"adapter": result.adapter, "attacks": result.attacks, "base": result.base}))
+        attacks = {text: json_numbers(values) for text, values in result.attacks.items()}
+        numbers = {"adapter": json_numbers(result.adapter), "attacks": attacks, "base": json_numbers(result.base)}
+        typer.echo(json.dumps(numbers))
         return
     columns = {"adapter": result.adapter, **result.attacks, "base": result.base}
     width = max(map(len, result.adapter)) - len("eval_")

@@ -83,7 +83,8 @@ class HookSpecs:
 
         When: once, after the base is loaded and frozen; `run.examples` and `run.steps` are known.
         May change: the model's modules; not the bytes of the base's weights. `run.task_weight`, where a strategy shares
-            the loss with the task.
+            the loss with the task; `run.best_metric`, where another metric than the task's decides which adapter is
+            kept.
         Returns: the model.
         """
 

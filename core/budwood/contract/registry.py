@@ -120,12 +120,13 @@ class Composition:
                 pairs.append((impl.plugin, result))
         return pairs
 
-    def give(self, hook: str, name: str, **arguments: Any) -> None:
-        """Call a hook of the plugin called `name` alone, where there is one that implements it."""
+    def give(self, hook: str, name: str, **arguments: Any) -> Any:
+        """Call a hook of the plugin called `name` alone, if there is one that implements it; return its result."""
         self._note_run(arguments)
         for impl in self._implementations(hook):
-            if impl.plugin.name == name:
-                impl.function(*(arguments[argument] for argument in impl.argnames))
+            if impl.plugin_name == name:
+                return impl.function(*(arguments[argument] for argument in impl.argnames))
+        return None
 
     def chain(self, hook: str, key: str, value: Any, **arguments: Any) -> Any:
         """Pass `value` as argument `key` through each implementer in order; each receives what the last returned."""

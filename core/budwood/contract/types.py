@@ -233,6 +233,21 @@ class ParameterGroup:
 
 
 @dataclass(frozen=True)
+class BestMetric:
+    """The metric by which a run keeps its best evaluation, early stopping included.
+
+    Attributes:
+        name: as an evaluation gives it, such as "eval_loss".
+        higher: whether a higher value is better.
+        owner: who chose it, for messages; core fills it in.
+    """
+
+    name: str
+    higher: bool = False
+    owner: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
 class Event:
     """Something that happened: kind "start", "step", "evaluation", "end"; `values` by name."""
 
@@ -298,6 +313,9 @@ class Run:
     """At most so many tokens at once in training: the recipe's, until memory runs out."""
     eval_tokens: int = 0
     """The same in evaluation."""
+    best_metric: BestMetric | None = None
+    """What decides which evaluation is the best: the task's choice, unless a strategy sets another in `prepare_model`.
+    """
     adapter_final: bool = True
     """A strategy sets False while its adapter is not yet what it will be; until then no evaluation can be the best."""
     process_index: int = 0
@@ -318,6 +336,8 @@ class Run:
         if train is not None:
             self.micro_tokens = self.micro_tokens or train.micro_tokens
             self.eval_tokens = self.eval_tokens or train.micro_tokens
+        if self.task is not None and self.best_metric is None:
+            self.best_metric = BestMetric(self.task.best_metric, not self.task.lower_is_better, str(self.task))
 
     @property
     def trainable(self) -> list[nn.Parameter]:

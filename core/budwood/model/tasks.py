@@ -40,9 +40,10 @@ class Task(Plugin):
     name: ClassVar[str]
     auto_class: ClassVar[str]
     """Name of transformers' auto class."""
-    lower_is_better: ClassVar[bool] = True
     best_metric: ClassVar[str] = "eval_loss"
     """Metric by which the best adapter is chosen."""
+    lower_is_better: ClassVar[bool] = True
+    """Whether a lower value of it is better."""
 
     report: str = ""
     """Text of the last evaluation, for people."""

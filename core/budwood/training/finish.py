@@ -22,9 +22,12 @@ from budwood.training.progress import Progress, restore
 from budwood.training.report import Report, duration, peak_memory
 from budwood.training.setup import strategies_record
 from budwood.untrusted.files import complete_file
+from budwood.untrusted.formats import json_numbers
 
 PROBES = 4
 PROBE_TOKENS = 64
+SHOWN = ("loss", "perplexity", "token_accuracy", "exact_match", "accuracy", "macro_f1")
+"""Metrics that are said at the end, before and after training, beside the run's best metric."""
 
 
 @dataclass
@@ -135,7 +138,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
             task=run.task.name,
             labels=run.examples.labels,
             tokenizer=run.tokenizer,
-            metrics={k: float(v) for k, v in run.metrics.items()},
+            metrics=run.metrics,
             strategies=strategies_record(run.strategies),
             stop_ids=run.examples.stop_ids,
             prompts=probe.prompts,
@@ -146,10 +149,11 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
     report.stop()
     report.plot(directory)
     seconds = report.seconds
-    for name in ("loss", "perplexity", "token_accuracy", "exact_match", "accuracy", "macro_f1"):
-        after = run.metrics.get(f"eval_{name}")
-        if after is not None and f"eval_{name}" in run.before:
-            report.say(f"{name.replace('_', ' ')}: {run.before[f'eval_{name}']:.4f} before, {after:.4f} after")
+    shown = [f"eval_{name}" for name in SHOWN]
+    for name in dict.fromkeys([*shown, *([run.best_metric.name] if run.best_metric else [])]):
+        if name in run.metrics and name in run.before:
+            label = name.removeprefix("eval_").replace("_", " ")
+            report.say(f"{label}: {run.before[name]:.4f} before, {run.metrics[name]:.4f} after")
     memory = peak_memory() / 2**30
     report.say(f"{duration(seconds)} · {report.tokens_per_second:,.0f} tokens/s · peak memory {memory:.2f} GiB")
     report.say(
@@ -166,15 +170,15 @@ def _finish_manifest(path: Path, run: Run, seconds: float, report: Report, finis
     manifest |= {
         "finished": finished,
         "step": run.step,
-        "before": run.before,
-        "metrics": {k: float(v) for k, v in run.metrics.items()},
+        "before": json_numbers(run.before),
+        "metrics": json_numbers(run.metrics),
         "seconds": round(seconds, 3),
         "tokens_per_second": round(report.tokens_per_second, 1),
         "peak_memory_bytes": peak_memory(),
         "hooks": [cost.record(run.hooks.measures_memory) for cost in run.hooks.costs],
         "lost": report.lost,
     }
-    complete_file(path, (json.dumps(manifest, indent=2) + "\n").encode())
+    complete_file(path, (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _owner(run: Run) -> Any:

@@ -20,12 +20,13 @@ import transformers
 from accelerate import Accelerator
 from accelerate.state import PartialState, is_initialized
 from accelerate.tracking import get_available_trackers
+from torch import nn
 
 from budwood.contract.discovery import PluginError
 from budwood.contract.loading import create
 from budwood.contract.registry import Composition
 from budwood.contract.strategy import hookimpl
-from budwood.contract.types import Batch, Example, Plan, Run
+from budwood.contract.types import Batch, BestMetric, Example, Plan, Run
 from budwood.data.examples import Examples, build_examples, overlap
 from budwood.data.packing import plan_epoch
 from budwood.errors import InputError, ResourceError
@@ -154,10 +155,9 @@ def prepare(
     run.model = run.base.model
     attention.register()
     check_packing(run, report)
-    model = hooks.chain("prepare_model", "model", run.model, run=run)
-    run.model = model
+    run.model = prepare_model(run, hooks)
     if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     run.groups = trainable_groups(run, hooks)
     if resume is not None:
         resume.compare(changes.adapted(run), run)
@@ -259,6 +259,24 @@ def _base(run: Run, hooks: Composition, task: Task, trust: bool) -> Base:
             recipe.model, recipe.quantization, task.auto_class, run.dtype, run.device, trust,
             recipe.double_quantization, task.model_kwargs(run.examples.labels), run.seed,
         )  # fmt: skip
+
+
+def prepare_model(run: Run, hooks: Composition) -> nn.Module:
+    """Let every strategy change the model, and note who chose the run's best metric.
+
+    Raises:
+        PluginError: `run.best_metric` was set to something else than a BestMetric.
+    """
+    model = run.model
+    for call in hooks.calls("prepare_model"):
+        before = run.best_metric
+        model = hooks.give("prepare_model", call.name, run=run, model=model)
+        if run.best_metric is before:
+            continue
+        if not isinstance(run.best_metric, BestMetric):
+            raise PluginError(f"{call.plugin}: run.best_metric must be a BestMetric, not {run.best_metric!r}.")
+        run.best_metric = replace(run.best_metric, owner=str(call.plugin))
+    return model
 
 
 def check_packing(run: Run, report: Report | Run) -> None:
@@ -407,6 +425,7 @@ def write_manifest(run: Run, resume: Resume | None = None) -> None:
         },
         "data": {"train": run.examples.sha256, "eval": run.eval_examples.sha256 if run.eval_examples else None},
         "task": run.task.name,
+        "best_metric": {"name": run.best_metric.name, "higher": run.best_metric.higher} if run.best_metric else None,
         "seed": run.seed,
         "steps": run.steps,
         "packed": run.packed,
