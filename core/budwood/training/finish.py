@@ -67,10 +67,13 @@ class RunFinalizer:
             torn: what trains stands in the middle of a step.
         """
         run, best = self.run, progress.best
-        sound = not torn and all(bool(torch.isfinite(p).all()) for p in run.trainable)
-        if run.step == 0 or not (best.step or sound):
+        if run.step == 0:
             return "no adapter is kept, since none was trained"
         restore(run, best)
+        if torn and not best.step:
+            return "no adapter is kept: the step moved some parameters and not others, and no evaluation came before it"
+        if not all(bool(torch.isfinite(p).all()) for p in run.trainable):
+            return "no adapter is kept: what was trained is not finite, and no evaluation came before it"
         try:
             check_changed(run, self.start, self.probe)
             write_results(run, self.hooks, Report(quiet=True), self.probe, finished=False)
@@ -106,10 +109,10 @@ def _base_logits(run: Run, prompts: list[list[int]]) -> Tensor:
 
 
 def check_changed(run: Run, start: list[Tensor], probe: Probe | None) -> None:
-    """Check that training changed something.
+    """Check that training changed something, into something that answers.
 
     Raises:
-        DivergedError: no trained tensor moved, or adapter on equals adapter off.
+        DivergedError: no trained tensor moved, adapter on equals adapter off, or its logits are not finite.
     """
     # One that has lost some of its rows has changed; `equal` is false where shapes differ.
     moved = sum(not torch.equal(p.detach().cpu(), old) for p, old in zip(run.trainable, start, strict=True))
@@ -117,8 +120,13 @@ def check_changed(run: Run, start: list[Tensor], probe: Probe | None) -> None:
         raise DivergedError(
             f"no trained tensor moved in {run.step} steps: raise train.learning_rate, or check that labels remain"
         )
-    if probe is not None and torch.equal(measure(run.model, probe.prompts, run.dtype), probe.base):
+    if probe is None:
+        return
+    logits = measure(run.model, probe.prompts, run.dtype)
+    if torch.equal(logits, probe.base):
         raise DivergedError("the adapter changes no logit of the base: it trained nothing that the model uses")
+    if probe.base.isfinite().all() and not logits.isfinite().all():
+        raise DivergedError("the adapter makes the model's logits NaN or infinite: lower train.learning_rate")
 
 
 def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | None, finished: bool = True) -> None:

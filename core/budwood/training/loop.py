@@ -27,7 +27,7 @@ from budwood.training.memory import (
     explain_out_of_memory,
     optimizer_step,
 )
-from budwood.training.non_finite import check_skip
+from budwood.training.non_finite import check_parameters, check_skip
 from budwood.training.preflight import check_output
 from budwood.training.progress import Progress, evaluate, planned_steps
 from budwood.training.report import Report, profile_table
@@ -186,6 +186,7 @@ def between_steps(
 
     Raises:
         KeyboardInterrupt: a signal asks for the end; the step is saved.
+        DivergedError: the parameters are not finite.
     """
     recipe, best, last = run.recipe.train, progress.best, run.step == run.steps
     evaluates = bool(recipe.eval_every) and run.step % (recipe.eval_every or 1) == 0 and not last
@@ -193,6 +194,7 @@ def between_steps(
     saver.check()
     if not (number or due or last or evaluates):
         return True
+    check_parameters(run)
     snapshot = saver.snapshot()
     if number or due or last:
         saver.save(snapshot)
