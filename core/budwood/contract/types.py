@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from budwood.contract.average import Average, Update
+
 if TYPE_CHECKING:
     from budwood.contract.strategy import Strategy
 
@@ -316,6 +318,8 @@ class Run:
     best_metric: BestMetric | None = None
     """What decides which evaluation is the best: the task's choice, unless a strategy sets another in `prepare_model`.
     """
+    average: Average | None = None
+    """What `average_with` asked for."""
     adapter_final: bool = True
     """A strategy sets False while its adapter is not yet what it will be; until then no evaluation can be the best."""
     process_index: int = 0
@@ -363,13 +367,36 @@ class Run:
         """Log a number with the optimizer step under way; a tensor is read off the device when the step ends."""
         self.logged[name] = value
 
+    def average_with(self, update: Update, start: int = 1, every: int = 1) -> None:
+        """Average what trains over the steps of the run; call it in `prepare_model`, and own the slot "average".
+
+        Core keeps a shadow of each parameter, in checkpoints too, and slices it in `replace_parameter`. From step
+        `start` on, the averaged parameters are what is evaluated, kept as the best, exported and reported; training
+        goes on with the parameters themselves.
+
+        Args:
+            update: `update(shadow, parameter, updates)` moves a shadow in place; see `budwood.contract.average.Update`.
+            start: the first step that is averaged, from 1.
+            every: of the steps from there on, each `every`-th is averaged.
+
+        Raises:
+            ValueError: `start` or `every` is below 1, the run has an average already, or its parameters are chosen.
+        """
+        if start < 1 or every < 1:
+            raise ValueError(f"average_with: start {start} and every {every} count steps, from 1")
+        if self.average is not None:
+            raise ValueError('average_with: the run has an average already; declare slots = ("average",)')
+        if self.groups:
+            raise ValueError("average_with: call it in prepare_model")
+        self.average = Average(update, start, every)
+
     def replace_parameter(self, old: nn.Parameter, new: nn.Parameter, index: Any) -> None:
         """Put `new` in the place of `old` in the groups and the optimizer; the caller puts it into its module.
 
         Args:
             old: a trainable parameter.
             new: its successor, of the shape of `old[index]`.
-            index: what is kept of `old`, and of each optimizer state of its shape.
+            index: what is kept of `old`, of each optimizer state of its shape, and of its average.
 
         Raises:
             ValueError: `old` does not train, or `new` has not the shape of `old[index]`.
@@ -386,6 +413,8 @@ class Run:
             break
         else:
             raise ValueError("replace_parameter: the parameter does not train")
+        if self.average is not None:
+            self.average.replace(old, new, index)
         if self.optimizer is None:
             return
         for torch_group in self.optimizer.param_groups:

@@ -54,6 +54,8 @@ def run_on_fake_tensors(recipe: Recipe) -> Run:
         run.model.set_attn_implementation(attention.IMPLEMENTATION)
         run.model = hooks.chain("prepare_model", "model", run.model, run=run)
         run.groups = trainable_groups(run, hooks)
+        if run.average is not None:
+            run.average.begin(run.trainable)
         engine = Engine(run, hooks)
         register_parts(hooks, task, engine)
         run.optimizer = hooks.call("build_optimizer", run=run, groups=torch_groups(run))
@@ -79,6 +81,8 @@ def _step(run: Run, engine: Engine, batches: list[Batch]) -> None:
     hooks.call("before_optimizer_step", run=run)
     run.optimizer.step()
     hooks.call("after_optimizer_step", run=run)
+    if run.average is not None:
+        run.average.follow(run.step + 1)
     run.scheduler.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.logged.clear()

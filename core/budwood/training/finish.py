@@ -18,7 +18,7 @@ from budwood.contract.registry import Composition
 from budwood.contract.strategy import RUN_ADAPTER
 from budwood.contract.types import Run
 from budwood.errors import BudwoodError, DivergedError, is_out_of_memory
-from budwood.training.progress import Progress, restore
+from budwood.training.progress import Best, Progress, restore
 from budwood.training.report import Report, duration, peak_memory
 from budwood.training.setup import strategies_record
 from budwood.untrusted.files import complete_file
@@ -57,8 +57,18 @@ class RunFinalizer:
             DivergedError: training changed nothing.
         """
         restore(self.run, progress.best)
+        self._say_what_is_averaged(progress.best)
         check_changed(self.run, self.start, self.probe)
         write_results(self.run, self.hooks, self.report, self.probe)
+
+    def _say_what_is_averaged(self, best: Best) -> None:
+        """Say so if the run averages, and what it ends with is no average."""
+        average = self.run.average
+        if average is not None and (best.step or self.run.step) < average.start:
+            step = f"the best evaluation, of step {best.step}," if best.step else f"the last step, {self.run.step},"
+            self.run.say(
+                f"note: {step} came before averaging began at step {average.start}: the adapter is that step's"
+            )
 
     def keep(self, progress: Progress, torn: bool = False) -> str:
         """Write the best adapter of a run that ends early (the last where none was evaluated); says where it is.
@@ -70,7 +80,9 @@ class RunFinalizer:
         if run.step == 0:
             return "no adapter is kept, since none was trained"
         restore(run, best)
-        if torn and not best.step:
+        self._say_what_is_averaged(best)
+        averaged = run.average is not None and run.average.updates > 0
+        if torn and not (best.step or averaged):
             return "no adapter is kept: the step moved some parameters and not others, and no evaluation came before it"
         if not all(bool(torch.isfinite(p).all()) for p in run.trainable):
             return "no adapter is kept: what was trained is not finite, and no evaluation came before it"

@@ -163,6 +163,8 @@ def take_steps(
             with hooks.part("optimizer_step"):
                 optimizer_step(run, scaler)
             hooks.call("after_optimizer_step", run=run)
+            if run.average is not None:
+                run.average.follow(run.step + 1)
             run.scheduler.step()
         scaler.update()
         run.optimizer.zero_grad(set_to_none=True)

@@ -14,6 +14,7 @@ from budwood.contract.discovery import PluginError
 from budwood.contract.registry import Composition
 from budwood.contract.types import Event, Run
 from budwood.data.packing import plan_epoch
+from budwood.training.averages import put_average, put_back
 from budwood.training.report import Report
 
 
@@ -52,6 +53,7 @@ class Progress:
 def evaluate(run: Run, hooks: Composition, report: Report, best: Best) -> dict[str, float]:
     """Call the `evaluate` hook and record its metrics; keeps the parameters of the best evaluation.
 
+    They are the averaged ones if the run has an average; whatever happens, the others are in their place afterwards.
     Does nothing if this step was evaluated already, or there is nothing to evaluate on.
 
     Raises:
@@ -59,13 +61,17 @@ def evaluate(run: Run, hooks: Composition, report: Report, best: Best) -> dict[s
     """
     if run.eval_examples is None or best.evaluated == run.step:
         return {}
-    metrics = {k: v for found in hooks.call("evaluate", run=run) for k, v in found.items()}
-    report.record("evaluation", run.step, metrics)
-    hooks.notify(Event("evaluation", run.step, metrics), report.say)
-    run.metrics |= metrics
-    best.evaluated = run.step
-    _report_not_finite(run, metrics, best)
-    _rank(run, metrics, best)
+    own = put_average(run)
+    try:
+        metrics = {k: v for found in hooks.call("evaluate", run=run) for k, v in found.items()}
+        report.record("evaluation", run.step, metrics)
+        hooks.notify(Event("evaluation", run.step, metrics), report.say)
+        run.metrics |= metrics
+        best.evaluated = run.step
+        _report_not_finite(run, metrics, best)
+        _rank(run, metrics, best)
+    finally:
+        put_back(run, own)
     return metrics
 
 
@@ -102,12 +108,14 @@ def _rank(run: Run, metrics: dict[str, float], best: Best) -> None:
 
 
 def restore(run: Run, best: Best) -> None:
-    """Put the best evaluation's parameters back, where a later one was not the best."""
-    if best.step and best.step != run.step:
+    """Put the parameters in place that the run ends with: the best evaluation's, else the average, else the last."""
+    if best.step:
         with torch.no_grad():
             for parameter, kept in zip(run.trainable, best.parameters, strict=True):
                 parameter.copy_(kept)
         run.metrics |= best.metrics  # what is reported is what is written
+    else:
+        put_average(run)
     run.metrics["best_step"] = best.step or run.step
 
 

@@ -159,6 +159,8 @@ def prepare(
     if recipe.train.gradient_checkpointing:
         run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     run.groups = trainable_groups(run, hooks)
+    if run.average is not None:
+        run.average.begin(run.trainable)
     if resume is not None:
         resume.compare(changes.adapted(run), run)
     engine = Engine(run, hooks)
