@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from budwood.adapters.store import GoldenRecord
+from budwood.adapters.manifest import GoldenRecord
 from budwood.errors import CorruptError
 from budwood.untrusted.formats import read_header
 

@@ -61,6 +61,7 @@ class AdapterPool:
         labels: Sequence[str] | None = None,
         precision: str = "auto",
         device: str = "auto",
+        double_quantization: bool = True,
     ) -> None:
         """Load the base.
 
@@ -71,6 +72,7 @@ class AdapterPool:
             labels: classes, for a classification.
             precision: fp32, bf16, fp16, or auto: what is fast here.
             device: cpu, cuda, or auto.
+            double_quantization: quantise the constants of nf4 and fp4 too.
 
         Raises:
             InputError: no such base, quantization or task.
@@ -82,7 +84,9 @@ class AdapterPool:
         if not isinstance(base, Base):
             chosen, dtype, _ = pick_device_precision(device, precision)
             kind = create(task, "budwood.tasks")
-            options = {"model_kwargs": kind.model_kwargs(list(labels or ()))}
+            options = {
+                "double_quantization": double_quantization, "model_kwargs": kind.model_kwargs(list(labels or ())),
+            }  # fmt: skip
             base = load_base(base, quantization, kind.auto_class, dtype, chosen, **options)
         self.base = base
         self.model: nn.Module = base.model.eval().requires_grad_(False)

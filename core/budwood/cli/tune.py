@@ -62,9 +62,16 @@ def eval_(
     data: Annotated[Path, typer.Option("--data", help="Data in any form that `tune` takes.")],
     base: Annotated[Optional[str], typer.Option("--base", help="Base model, if not the one the adapter names.")] = None,  # noqa: UP045
     quantization: Annotated[str | None, typer.Option("--quantization", help="As the adapter's, if not given.")] = None,
-    precision: Annotated[str, typer.Option("--precision", help="auto, bf16, fp16 or fp32.")] = "auto",
-    max_length: Annotated[int, typer.Option("--max-length", help="Longer rows are cut and counted.")] = 1024,
-    generate: Annotated[int, typer.Option("--generate", help="Prompts that are answered, for exact match.")] = 1000,
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="auto, bf16, fp16 or fp32; the adapter's, if not given.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", min=1, help="Longer rows are cut and counted; as in its run.")
+    ] = None,
+    generate: Annotated[
+        int | None, typer.Option("--generate", min=0, help="Prompts that are answered, for exact match; as in its run.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda or auto.")] = "auto",
     attack: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
@@ -83,7 +90,7 @@ def eval_(
 
     result = evaluate_adapter(
         adapter, data, base, quantization, precision, max_length, generate, attack or [],
-        allow_other_base=allow_other_base,
+        device=device, allow_other_base=allow_other_base,
     )  # fmt: skip
     if as_json:
         attacks = {text: json_numbers(values) for text, values in result.attacks.items()}

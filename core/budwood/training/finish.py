@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from budwood.adapters.golden import measure
+from budwood.adapters.manifest import EvaluationRecord
 from budwood.adapters.store import write_adapter
 from budwood.contract.calls import ask_owner
 from budwood.contract.registry import Composition
@@ -159,6 +160,13 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
             labels=run.examples.labels,
             tokenizer=run.tokenizer,
             metrics=run.metrics,
+            evaluation=EvaluationRecord(
+                max_length=run.recipe.data.max_length,
+                tokens=run.eval_tokens,
+                packed=run.packed,
+                attention=str(run.model.config._attn_implementation),
+                generate=run.recipe.train.eval_generate,
+            ),
             strategies=strategies_record(run.strategies),
             stop_ids=run.examples.stop_ids,
             prompts=probe.prompts,

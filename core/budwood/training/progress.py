@@ -31,6 +31,8 @@ class Best:
     """0: there is none."""
     parameters: list[Tensor] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    eval_tokens: int = 0
+    """`Run.eval_tokens` as it was."""
     without_gain: int = 0
     evaluated: int = -1
     """Step of the last evaluation."""
@@ -63,7 +65,7 @@ def evaluate(run: Run, hooks: Composition, report: Report, best: Best) -> dict[s
         return {}
     own = put_average(run)
     try:
-        metrics = {k: v for found in hooks.call("evaluate", run=run) for k, v in found.items()}
+        metrics = _measure(run, hooks)
         report.record("evaluation", run.step, metrics)
         hooks.notify(Event("evaluation", run.step, metrics), report.say)
         run.metrics |= metrics
@@ -73,6 +75,22 @@ def evaluate(run: Run, hooks: Composition, report: Report, best: Best) -> dict[s
     finally:
         put_back(run, own)
     return metrics
+
+
+def _measure(run: Run, hooks: Composition) -> dict[str, float]:
+    """Call the hook; again if memory made its batches smaller on the way, so that they are all of one size.
+
+    What stands in a batch decides the last digits, and which process measures which examples.
+    """
+    while True:
+        tokens = run.eval_tokens
+        metrics = {k: v for found in hooks.call("evaluate", run=run) for k, v in found.items()}
+        if run.processes > 1:
+            least = torch.tensor(run.eval_tokens, device=run.device)
+            torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+            run.eval_tokens = int(least)
+        if run.eval_tokens == tokens:
+            return metrics
 
 
 def _report_not_finite(run: Run, metrics: dict[str, float], best: Best) -> None:
@@ -101,7 +119,7 @@ def _rank(run: Run, metrics: dict[str, float], best: Best) -> None:
     value, sign = metrics[metric.name], 1 if metric.higher else -1
     if math.isfinite(value) and (best.step == 0 or sign * value > sign * best.value):
         best.metric, best.higher, best.value, best.step = metric.name, metric.higher, value, run.step
-        best.without_gain, best.metrics = 0, metrics
+        best.without_gain, best.metrics, best.eval_tokens = 0, metrics, run.eval_tokens
         best.parameters = [p.detach().cpu().clone() for p in run.trainable]
     else:
         best.without_gain += 1
@@ -114,6 +132,7 @@ def restore(run: Run, best: Best) -> None:
             for parameter, kept in zip(run.trainable, best.parameters, strict=True):
                 parameter.copy_(kept)
         run.metrics |= best.metrics  # what is reported is what is written
+        run.eval_tokens = best.eval_tokens or run.eval_tokens
     else:
         put_average(run)
     run.metrics["best_step"] = best.step or run.step
