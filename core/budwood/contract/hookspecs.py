@@ -83,7 +83,7 @@ class HookSpecs:
 
         When: once, after the base is loaded and frozen; `run.examples` and `run.steps` are known.
         May change: the model's modules; not the bytes of the base's weights. `run.task_weight`, where a strategy shares
-            the loss with the task; `run.best_metric`, where another metric than the task's decides which adapter is
+            the loss with the task; `run.best_metric`, if another metric than the task's decides which adapter is
             kept; `run.average_with`, to average what trains.
         Returns: the model.
         """

@@ -17,7 +17,7 @@ from budwood.training.durability.changes import named_parameters
 
 @torch.no_grad()
 def put_average(run: Run) -> list[Tensor]:
-    """Copy the average into the parameters; return their own values, [] where there is no average yet."""
+    """Copy the average into the parameters; return their own values, [] if there is no average yet."""
     average = run.average
     if average is None or not average.updates:
         return []
