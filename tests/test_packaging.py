@@ -38,6 +38,7 @@ def test_the_wheel_holds_core_plugins_and_demo(wheel):
         "budwood_lora",
         "budwood_adalora",
         "budwood_adversarial",
+        "budwood_averaging",
         "budwood_demo",
     }
     for needed in (

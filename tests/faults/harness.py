@@ -40,6 +40,7 @@ PRELOADED = (
     "budwood_lora",
     "budwood_adalora",
     "budwood_adversarial",
+    "budwood_averaging",
     "budwood_distillation",
 )
 STRATEGIES = Path(__file__).parent / "strategies"

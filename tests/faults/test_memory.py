@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from budwood.model.tasks import CausalLM
 from safetensors.torch import load_file
 
 from budwood.errors import ResourceError
-from budwood.model.tasks import CausalLM
 from budwood.training.loop import tune
 
 from .conftest import STRATEGIES
@@ -202,6 +202,36 @@ def test_two_processes_begin_the_step_again_together(make_recipe: Make, faults: 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert distance(one.directory, tmp_path / "two") < 1e-5
+
+
+def test_two_processes_share_an_evaluation_out_anew_when_one_has_no_memory(make_recipe: Make, tmp_path: Path) -> None:
+    """Else the two would split the examples otherwise, measuring some twice and others never."""
+    train = {**TRAIN, "steps": 1, "micro_tokens": 128}
+    one = tune(make_recipe("one", evaluate=True, train=train), quiet=True)
+    path, script = tmp_path / "two.yaml", tmp_path / "worker.py"
+    path.write_text(make_recipe("two", evaluate=True, train=train).to_yaml(), encoding="utf-8")
+    script.write_text(
+        "import os, torch\ntorch.set_num_threads(1)\n"
+        "from budwood.model import tasks\nfrom budwood.training.loop import tune\n"
+        "attempt = tasks._attempt\n"
+        "def scarce(run, row, work):\n"
+        "    tokens = int(run.eval_examples.lengths[row].sum())\n"
+        "    return None if run.process_index and tokens > 80 else attempt(run, row, work)\n"
+        "tasks._attempt = scarce\n"
+        f"run = tune({str(path)!r}, quiet=True)\n"
+        f"given = {one.before['eval_loss']!r}, {one.metrics['eval_loss']!r}\n"
+        "found = run.before['eval_loss'], run.metrics['eval_loss']\n"
+        "assert all(abs(a - b) < 1e-5 * a for a, b in zip(given, found)), (given, found)\n"
+        "sizes = [None, None]\n"
+        "torch.distributed.all_gather_object(sizes, run.eval_tokens)\n"
+        "assert sizes[0] == sizes[1] < 100, sizes\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)],
+        check=False, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_resume_keeps_the_smaller_size(make_recipe: Make, faults: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+from budwood.model.tasks import CausalLM
 from safetensors.torch import load_file
 
-from budwood.model.tasks import CausalLM
 from budwood.training import loop
 from budwood.training.loop import tune
 

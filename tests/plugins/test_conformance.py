@@ -9,11 +9,14 @@ from budwood.testing import Files, StrategyConformance
 from budwood.testing.bench import FIRST_PARTY
 from budwood_adalora import AdaLoRA
 from budwood_adversarial import Adversarial
+from budwood_averaging import EMA, SWA
 from budwood_distillation import Distillation
 from budwood_lora import LoRA
 
 LOW_RANK = {"rank": 2, "alpha": 4}
-ELSEWHERE = {"composes_with": "test_together.py trains every combination of the strategies that come with Budwood"}
+ELSEWHERE = {
+    "composes_with": "test_together.py trains every combination of adapter, adversary and teacher; averages see none"
+}
 """For what is combined there: all methods of adversaries, and both tasks."""
 
 
@@ -90,6 +93,18 @@ class TestSelfDistillation(StrategyConformance):
 
     strategy = Distillation
     options = {"teacher": "base"}
+
+
+class TestEMA(StrategyConformance):
+    strategy = EMA
+    options = {"decay": 0.9}
+
+
+class TestSWA(StrategyConformance):
+    """The average is of steps 1 and 3."""
+
+    strategy = SWA
+    options = {"start": 0, "every": 2}
 
 
 def test_the_kit_knows_every_strategy_that_comes_with_budwood() -> None:

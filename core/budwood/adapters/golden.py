@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from budwood.adapters.store import GoldenRecord
+from budwood.adapters.manifest import GoldenRecord
 from budwood.contract.examples import Example
 from budwood.errors import CorruptError
 from budwood.untrusted.formats import read_header

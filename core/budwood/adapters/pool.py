@@ -65,6 +65,7 @@ class AdapterPool:
         labels: Sequence[str] | None = None,
         precision: str = "auto",
         device: str = "auto",
+        double_quantization: bool = True,
     ) -> None:
         """Load the base.
 
@@ -75,6 +76,7 @@ class AdapterPool:
             labels: classes, for a classification.
             precision: fp32, bf16, fp16, or auto: what is fast here.
             device: cpu, cuda, or auto.
+            double_quantization: quantise the constants of nf4 and fp4 too.
 
         Raises:
             InputError: no such base, quantization or task.
@@ -88,8 +90,9 @@ class AdapterPool:
             chosen, dtype, _ = pick_device_precision(device, precision)
             kwargs, tokenizer = self.kind.model_kwargs(list(labels or ())), self.kind.needs_tokenizer
             base = load_base(
-                base, quantization, self.kind.auto_class, dtype, chosen, model_kwargs=kwargs, needs_tokenizer=tokenizer
-            )
+                base, quantization, self.kind.auto_class, dtype, chosen, double_quantization=double_quantization,
+                model_kwargs=kwargs, needs_tokenizer=tokenizer,
+            )  # fmt: skip
         self.base = base
         self.model: nn.Module = base.model.eval().requires_grad_(False)
         self.tokenizer = base.tokenizer

@@ -15,14 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from budwood import __version__
+from budwood.adapters.manifest import FORMAT, BaseRecord, EvaluationRecord, Manifest
 from budwood.contract.discovery import installed
 from budwood.contract.loading import adapter_owner
 from budwood.errors import CorruptError, InputError, ResourceError
 from budwood.untrusted.files import check_inside, complete_directory, sha256
-from budwood.untrusted.formats import TensorInfo, read_header, read_json
+from budwood.untrusted.formats import TensorInfo, json_numbers, read_header, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,62 +35,11 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 MANIFEST = "budwood.json"
 GOLDEN = "golden.safetensors"
-FORMAT = 3
-"""2: budwood.json carries its own hash. 3: `adapter_type` was `kind`."""
 
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 _NAMES_CODE = ("auto_mapping", "auto_map", "megatron_config", "megatron_core", "custom_modules")
 """Fields of a config by which a library would import what the file names (PEFT writes some into every adapter); they
 are never handed on."""
-
-
-class _Record(BaseModel):
-    """Part of budwood.json. Fields of a later minor version are let through; wrong types are refused."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-
-class BaseRecord(_Record):
-    """The base that an adapter was trained on; `fingerprint` is that of its unquantised weights on disk."""
-
-    name: str
-    fingerprint: str
-    quantization: str = "none"
-    dtype: str = "float32"
-
-
-class GoldenRecord(_Record):
-    """Where the golden logits were computed: what `verify` needs to know whether it may expect the same numbers."""
-
-    device: str
-    dtype: str
-    quantization: str
-    threads: int
-    torch: str
-
-
-class Manifest(_Record):
-    """budwood.json: what an adapter is, of whom, and the hash of every file beside it."""
-
-    format: int = FORMAT
-    adapter_type: str = Field(pattern=r"^[\w.-]+$")
-    """Name of the strategy that attaches it."""
-    distribution: str = Field(pattern=r"^([\w.-]+ [\w.+!-]+)?$")
-    """Distribution and version of that strategy, "budwood 0.1.0"."""
-    base: BaseRecord
-    task: str = "causal-lm"
-    labels: list[str] = Field(default_factory=list)
-    stop_ids: list[int] = Field(default_factory=list)
-    """Tokens that end an answer, beside the end-of-sequence token: ends of turn of the chat template."""
-    tokenizer: str = ""
-    template: str = ""
-    metrics: dict[str, float | None] = Field(default_factory=dict)
-    strategies: list[dict[str, Any]] = Field(default_factory=list)
-    """Name, distribution and options of every strategy of the run."""
-    golden: GoldenRecord | None = None
-    files: dict[str, str] = Field(default_factory=dict)
-    """SHA-256 of every other file in the folder; filled when it is written."""
-    created_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,6 +105,7 @@ def write_adapter(
     labels: Sequence[str] = (),
     tokenizer: Any = None,
     metrics: Mapping[str, float] | None = None,
+    evaluation: EvaluationRecord | None = None,
     strategies: Sequence[dict[str, Any]] = (),
     stop_ids: Sequence[int] = (),
     probes: Sequence[Example] = (),
@@ -173,7 +124,8 @@ def write_adapter(
         task: name of the task.
         labels: classes of a classification, in the order of the head's rows.
         tokenizer: whose vocabulary and chat template are recorded by hash.
-        metrics: of the last evaluation.
+        metrics: of the evaluation that measured it.
+        evaluation: how that was done.
         strategies: name, distribution and options of every strategy of the run.
         stop_ids: tokens that end an answer, beside the end-of-sequence token.
         probes: what golden outputs are taken of; empty leaves `verify` nothing to replay.
@@ -196,7 +148,6 @@ def write_adapter(
     ):
         raise InputError(f"{directory} exists and is no adapter: choose another folder.")
     golden = Golden.of(probes, base_logits, adapter_logits) if probes else None
-    values: dict[str, float | None] = {k: v if math.isfinite(v) else None for k, v in (metrics or {}).items()}
     with complete_directory(directory, replace=True, needs=needs) as folder:
         write(folder)
         if golden is not None:
@@ -209,13 +160,15 @@ def write_adapter(
                 name=base.name,
                 fingerprint=base.fingerprint,
                 quantization=base.quantization,
+                double_quantization=base.double_quantization,
                 dtype=str(base.dtype).removeprefix("torch."),
             ),
             task=task,
             labels=list(labels),
             tokenizer=tokenizer_hash(tokenizer),
             template=template_hash(tokenizer),
-            metrics=values,
+            metrics=json_numbers(metrics or {}),
+            evaluation=evaluation,
             strategies=list(strategies),
             stop_ids=list(stop_ids),
             golden=current_setting(base) if golden else None,

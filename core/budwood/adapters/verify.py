@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from budwood.adapters.golden import TOLERANCE, Distance, Golden, comparable, current_setting, threads
+from budwood.adapters.manifest import GoldenRecord
 from budwood.adapters.pool import AdapterPool
-from budwood.adapters.store import GOLDEN, GoldenRecord, SavedAdapter, read_adapter
+from budwood.adapters.store import GOLDEN, SavedAdapter, read_adapter
 from budwood.errors import CorruptError, InputError
 from budwood.model.base import check_base, fingerprint
 from budwood.model.checkpoint import would_fetch
@@ -100,6 +101,7 @@ def open_pool(
         labels=saved.manifest.labels if saved.manifest else (),
         precision=precision or (PRECISIONS.get(recorded.dtype, "auto") if recorded else "auto"),
         device=device,
+        double_quantization=recorded.double_quantization if recorded else True,
     )
 
 

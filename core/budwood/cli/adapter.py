@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from budwood.adapters.store import GoldenRecord, SavedAdapter
+    from budwood.adapters.manifest import GoldenRecord
+    from budwood.adapters.store import SavedAdapter
     from budwood.adapters.verify import VerifyReport
 
 app = typer.Typer(help="Look at saved adapters, check them, merge them, export them.", no_args_is_help=True)

@@ -55,6 +55,7 @@ def generate(
         labels=first.labels if first else (),
         precision=precision,
         device=device,
+        double_quantization=first.base.double_quantization if first else True,
     )
     for name, directory in directories.items():
         for note in pool.load(name, directory, allow_other_base=allow_other_base).notes:

@@ -8,6 +8,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from budwood.untrusted.formats import json_numbers
+
 DATA_SUFFIXES = {".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"}
 
 
@@ -51,7 +53,8 @@ def tune(
 
     run = run_recipe(loaded, overwrite=overwrite, resume=resume, accept_changes=accept_changes, profile=profile)
     if as_json:
-        typer.echo(json.dumps({"before": run.before, "metrics": run.metrics, "output": str(run.directory)}))
+        numbers = {"before": json_numbers(run.before), "metrics": json_numbers(run.metrics)}
+        typer.echo(json.dumps({**numbers, "output": str(run.directory)}))
 
 
 def eval_(
@@ -59,9 +62,16 @@ def eval_(
     data: Annotated[Path, typer.Option("--data", help="Data in any form that `tune` takes.")],
     base: Annotated[Optional[str], typer.Option("--base", help="Base model, if not the one the adapter names.")] = None,  # noqa: UP045
     quantization: Annotated[str | None, typer.Option("--quantization", help="As the adapter's, if not given.")] = None,
-    precision: Annotated[str, typer.Option("--precision", help="auto, bf16, fp16 or fp32.")] = "auto",
-    max_length: Annotated[int, typer.Option("--max-length", help="Longer rows are cut and counted.")] = 1024,
-    generate: Annotated[int, typer.Option("--generate", help="Prompts that are answered, for exact match.")] = 1000,
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="auto, bf16, fp16 or fp32; the adapter's, if not given.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", min=1, help="Longer rows are cut and counted; as in its run.")
+    ] = None,
+    generate: Annotated[
+        int | None, typer.Option("--generate", min=0, help="Prompts that are answered, for exact match; as in its run.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda or auto.")] = "auto",
     attack: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
@@ -80,10 +90,12 @@ def eval_(
 
     result = evaluate_adapter(
         adapter, data, base, quantization, precision, max_length, generate, attack or [],
-        allow_other_base=allow_other_base,
+        device=device, allow_other_base=allow_other_base,
     )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps({"adapter": result.adapter, "attacks": result.attacks, "base": result.base}))
+        attacks = {text: json_numbers(values) for text, values in result.attacks.items()}
+        numbers = {"adapter": json_numbers(result.adapter), "attacks": attacks, "base": json_numbers(result.base)}
+        typer.echo(json.dumps(numbers))
         return
     columns = {"adapter": result.adapter, **result.attacks, "base": result.base}
     width = max(map(len, result.adapter)) - len("eval_")

@@ -94,7 +94,8 @@ class HookSpecs:
 
         When: once, after the base is loaded and frozen; `run.examples` and `run.steps` are known.
         May change: the model's modules; not the bytes of the base's weights. `run.task_weight`, where a strategy shares
-            the loss with the task.
+            the loss with the task; `run.best_metric`, if another metric than the task's decides which adapter is
+            kept; `run.average_with`, to average what trains.
         Returns: the model.
         """
 
@@ -249,7 +250,7 @@ class HookSpecs:
 
     @_hook("collect")
     def after_optimizer_step(self, run: Run) -> None:
-        """Follow the parameters: average them, shrink them, log about them.
+        """Follow the parameters: shrink them, log about them.
 
         When: once an optimizer step, after the optimizer moved; `run.step` counts the steps before this one, and the
             gradients are still there. Not in a step that is skipped.
@@ -269,7 +270,7 @@ class HookSpecs:
         """Measure the model on `run.eval_examples`; the task's metrics stand beside the strategies'.
 
         When: before the first step, each `train.eval_every` steps and at the end, where the recipe has `data.eval`.
-        May change: nothing that lasts; a wrapper may put other weights in place (an average), and puts them back.
+        May change: nothing that lasts. What trains is what would be exported: the average, if the run has one.
         Returns: metrics by name.
         """
 

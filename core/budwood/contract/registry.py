@@ -124,7 +124,7 @@ class Composition:
         """Call a hook of the plugin called `name` alone; return it and its result, or None twice if there is none."""
         self._note_run(arguments)
         for impl in self._implementations(hook):
-            if impl.plugin.name == name:
+            if impl.plugin_name == name:
                 return impl.plugin, impl.function(*(arguments[argument] for argument in impl.argnames))
         return None, None
 

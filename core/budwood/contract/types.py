@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from budwood.contract.average import Average, Update
 from budwood.contract.examples import Batch
 
 if TYPE_CHECKING:
@@ -221,20 +222,27 @@ class ParameterGroup:
 
 
 @dataclass(frozen=True)
+class BestMetric:
+    """The metric by which a run keeps its best evaluation, early stopping included.
+
+    Attributes:
+        name: as an evaluation gives it, such as "eval_loss".
+        higher: whether a higher value is better.
+        owner: who chose it, for messages; core fills it in.
+    """
+
+    name: str
+    higher: bool = False
+    owner: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
 class Event:
     """Something that happened: kind "start", "step", "evaluation", "end"; `values` by name."""
 
     kind: str
     step: int
     values: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class BestMetric:
-    """The metric by which the best adapter is chosen, and whether more is better."""
-
-    name: str
-    higher: bool = False
 
 
 @dataclass
@@ -292,14 +300,17 @@ class Run:
     epoch: int = 0
     task_weight: float = 1.0
     """Factor of the task's own loss term; a strategy that shares the loss with it lowers it in `prepare_model`."""
-    best_metric: BestMetric | None = None
-    """By default the task's; a strategy that is the run's objective may set another in `prepare_model`."""
     planning: bool = False
     packed: bool = True
     micro_tokens: int = 0
     """At most so many tokens at once in training: the recipe's, until memory runs out."""
     eval_tokens: int = 0
     """The same in evaluation."""
+    best_metric: BestMetric | None = None
+    """What decides which evaluation is the best: the task's choice, unless a strategy sets another in `prepare_model`.
+    """
+    average: Average | None = None
+    """What `average_with` asked for."""
     adapter_final: bool = True
     """A strategy sets False while its adapter is not yet what it will be; until then no evaluation can be the best."""
     process_index: int = 0
@@ -322,6 +333,8 @@ class Run:
         if train is not None:
             self.micro_tokens = self.micro_tokens or train.micro_tokens
             self.eval_tokens = self.eval_tokens or train.micro_tokens
+        if self.task is not None and self.best_metric is None:
+            self.best_metric = BestMetric(self.task.best_metric, not self.task.lower_is_better, str(self.task))
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -347,13 +360,36 @@ class Run:
         """Log a number with the optimizer step under way; a tensor is read off the device when the step ends."""
         self.logged[name] = value
 
+    def average_with(self, update: Update, start: int = 1, every: int = 1) -> None:
+        """Average what trains over the steps of the run; call it in `prepare_model`, and own the slot "average".
+
+        Core keeps a shadow of each parameter, in checkpoints too, and slices it in `replace_parameter`. From step
+        `start` on, the averaged parameters are what is evaluated, kept as the best, exported and reported; training
+        goes on with the parameters themselves.
+
+        Args:
+            update: `update(shadow, parameter, updates)` moves a shadow in place; see `budwood.contract.average.Update`.
+            start: the first step that is averaged, from 1.
+            every: of the steps from there on, each `every`-th is averaged.
+
+        Raises:
+            ValueError: `start` or `every` is below 1, the run has an average already, or its parameters are chosen.
+        """
+        if start < 1 or every < 1:
+            raise ValueError(f"average_with: start {start} and every {every} count steps, from 1")
+        if self.average is not None:
+            raise ValueError('average_with: the run has an average already; declare slots = ("average",)')
+        if self.groups:
+            raise ValueError("average_with: call it in prepare_model")
+        self.average = Average(update, start, every)
+
     def replace_parameter(self, old: nn.Parameter, new: nn.Parameter, index: Any) -> None:
         """Put `new` in the place of `old` in the groups and the optimizer; the caller puts it into its module.
 
         Args:
             old: a trainable parameter.
             new: its successor, of the shape of `old[index]`.
-            index: what is kept of `old`, and of each optimizer state of its shape.
+            index: what is kept of `old`, of each optimizer state of its shape, and of its average.
 
         Raises:
             ValueError: `old` does not train, or `new` has not the shape of `old[index]`.
@@ -370,6 +406,11 @@ class Run:
             break
         else:
             raise ValueError("replace_parameter: the parameter does not train")
+        if self.start:
+            place = next(i for i, parameter in enumerate(self.trainable) if parameter is new)
+            self.start[place] = self.start[place][index].clone()
+        if self.average is not None:
+            self.average.replace(old, new, index)
         if self.optimizer is None:
             return
         for torch_group in self.optimizer.param_groups:

@@ -73,6 +73,7 @@ class Base:
         dtype: what it computes in, and of what is not quantised.
         new: names of parameters that the checkpoint does not hold: a new classification head, drawn from the seed.
         notes: lines for people.
+        double_quantization: whether a 4-bit quantiser was told to quantise its constants too.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Base:
     device: torch.device
     new: tuple[str, ...]
     notes: list[str]
+    double_quantization: bool = True
 
 
 def load_base(
@@ -181,8 +183,9 @@ def load_base(
         loaded.generation_config = _generation_config(path)
     new = tuple(sorted(report["missing_keys"]))
     base = Base(
-        name, path, loaded, tokenizer, fingerprint(path), info.quantization, *_sizes(loaded), dtype, device, new, []
-    )
+        name, path, loaded, tokenizer, fingerprint(path), info.quantization, *_sizes(loaded), dtype, device, new, [],
+        double_quantization,
+    )  # fmt: skip
     base.notes.append(_describe(base, heads))
     experts = count_experts(loaded)
     if experts.total:

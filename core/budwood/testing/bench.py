@@ -40,6 +40,8 @@ FIRST_PARTY: dict[str, Callable[[Files], dict[str, Any]]] = {
     },
     "adversarial": lambda files: {"method": "fgm", "epsilon": 0.5},
     "distillation": lambda files: {"teacher": str(files.teacher), "weight": 0.4},
+    "ema": lambda files: {"decay": 0.9},
+    "swa": lambda files: {"start": 2},
 }  # fmt: skip
 """Strategies that come with Budwood, with options for a run of three steps."""
 

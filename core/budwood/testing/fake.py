@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from budwood.contract.examples import Batch
 from budwood.contract.loading import create
-from budwood.contract.types import BestMetric, Plan, Run, Step
+from budwood.contract.types import Plan, Run, Step
 from budwood.model.base import load_tokenizer, skeleton
 from budwood.model.evaluation import collate_for
 from budwood.model.fake import fake_base, fake_tensors
@@ -56,10 +56,11 @@ def run_on_fake_tensors(recipe: Recipe) -> Run:
         run.model = run.base.model
         attention.register()
         run.model.set_attn_implementation(attention.IMPLEMENTATION)
-        run.best_metric = BestMetric(task.best_metric, not task.lower_is_better)
         run.model = hooks.chain("prepare_model", "model", run.model, run=run)
         run.groups = trainable_groups(run, hooks)
         run.start = [p.detach().clone() for p in run.trainable]
+        if run.average is not None:
+            run.average.begin(run.trainable)
         engine = Engine(run, hooks)
         register_parts(hooks, task, engine)
         run.optimizer = hooks.call("build_optimizer", run=run, groups=torch_groups(run))
@@ -91,6 +92,8 @@ def _step(run: Run, engine: Engine, batches: list[Batch]) -> None:
     hooks.call("before_optimizer_step", run=run)
     run.optimizer.step()
     hooks.call("after_optimizer_step", run=run)
+    if run.average is not None:
+        run.average.follow(run.step + 1)
     run.scheduler.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.logged.clear()

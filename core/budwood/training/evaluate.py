@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from budwood.adapters.pool import AdapterPool
+import torch
+
+from budwood.adapters.golden import comparable, current_setting, threads
 from budwood.adapters.store import read_adapter
-from budwood.adapters.verify import base_name
+from budwood.adapters.verify import base_name, open_pool
 from budwood.contract.calls import blame
 from budwood.contract.loading import create
 from budwood.contract.types import Run
@@ -17,7 +20,7 @@ from budwood.data.build import build_examples
 from budwood.data.formats import recognise
 from budwood.data.reading import read_rows
 from budwood.errors import InputError
-from budwood.model.base import pick_device_precision, skeleton
+from budwood.model.base import skeleton
 from budwood.model.ops import attention
 from budwood.model.task import Task
 from budwood.recipe.schema import default_recipe
@@ -44,25 +47,27 @@ def evaluate_adapter(
     data: Path,
     base: str | None = None,
     quantization: str | None = None,
-    precision: str = "auto",
-    max_length: int = 1024,
-    generate: int = 1000,
+    precision: str | None = None,
+    max_length: int | None = None,
+    generate: int | None = None,
     attacks: Sequence[str] = (),
     *,
+    device: str = "auto",
     allow_other_base: bool = False,
     quiet: bool = False,
 ) -> Evaluation:
-    """Measure an adapter, by default on the base and in the quantization that it was trained in.
+    """Measure an adapter, by default as its run measured it: on the same machine and data to the same digits.
 
     Args:
         directory: the adapter.
         data: a file in a form that the adapter's task takes.
         base: folder or hub name; None: the one that the adapter names.
         quantization: None: the adapter's.
-        precision: "auto", "bf16", "fp16" or "fp32".
-        max_length: tokens; longer rows are cut and counted.
-        generate: at most so many prompts are answered for exact match.
+        precision: "auto", "bf16", "fp16" or "fp32"; None: the adapter's.
+        max_length: tokens; longer rows are cut and counted; None: the run's, else 1024.
+        generate: at most so many prompts are answered for exact match; None: as many as in the run, else 1000.
         attacks: each as NAME:KEY=VALUE,…; the adapter is measured again under each of them.
+        device: "cpu", "cuda" or "auto".
         allow_other_base: also where the base's fingerprint is not the adapter's.
         quiet: show nothing.
 
@@ -76,11 +81,16 @@ def evaluate_adapter(
     name = base_name(saved, base)
     if not name:
         raise InputError(f"{directory} does not name its base: say which with --base DIR.")
-    chosen = quantization or (manifest.base.quantization if manifest else "none")
     task_name = manifest.task if manifest else "causal-lm"
     labels = list(manifest.labels) if manifest else []
+    as_run = manifest.evaluation if manifest else None
+    max_length = max_length or (as_run.max_length if as_run else 1024)
+    if generate is None:
+        generate = (as_run.generate if as_run else 0) or 1000
+    tokens = as_run.tokens if as_run else max(max_length, 2048)
+    chosen = quantization or (manifest.base.quantization if manifest else "none")
     overrides = [f"base.quantization={chosen}", f"train.eval_generate={generate}", f"data.max_length={max_length}"]
-    overrides.append(f"train.micro_tokens={max(max_length, 2048)}")
+    overrides.append(f"train.micro_tokens={max(max_length, tokens)}")
     recipe = default_recipe(data, name, task=task_name, overrides=overrides)
     task: Task = create(task_name, "budwood.tasks")
     if chosen_attacks:
@@ -89,26 +99,38 @@ def evaluate_adapter(
         for attack in chosen_attacks.values():
             with blame(attack, "check"):
                 attack.check(form, task_name, modules)
-    device, dtype, reason = pick_device_precision("auto", precision)
-    pool = AdapterPool(
-        name, quantization=chosen, precision=precision, task=task_name, labels=labels or None, device=str(device)
+    pool = open_pool(
+        saved, base, quantization=quantization, precision=precision, device=device, allow_other_base=allow_other_base
     )
     build = partial(build_examples, data, pool.base.tokenizer, task, max_length, labels or None)
     examples = build()
     report.say(examples.describe())
-    run = Run(recipe, directory, device, dtype, task=task, say=report.say)
+    run = Run(recipe, directory, torch.device(pool.base.device), pool.base.dtype, task=task, say=report.say)
     run.base, run.model, run.tokenizer, run.examples, run.eval_examples = (
         pool.base, pool.base.model, pool.base.tokenizer, examples, examples,
     )  # fmt: skip
+    run.eval_tokens = tokens
     attention.register()
-    check_packing(run, report)
-    without = task.evaluate(run) if not task.head_modules(run.model) else {}
-    pool.load("adapter", directory, allow_other_base=allow_other_base)
-    pool.use("adapter")
-    clean = task.evaluate(run)
-    text = task.report
-    found = {
-        attack.name: measure_attacked(run, attack, lambda change: build(change=change), clean)
-        for attack in chosen_attacks.values()
-    }
+    golden, here = manifest.golden if manifest else None, current_setting(pool.base)
+    same = golden is not None and comparable(golden, here)
+    if golden is not None and not same:
+        report.say(
+            f"note: measured on {here.device} in {here.dtype}, quantization {here.quantization}; in its run on "
+            f"{golden.device} in {golden.dtype}, {golden.quantization}: the metrics may differ from those"
+        )
+    with threads(golden.threads) if golden is not None and same else nullcontext():
+        check_packing(run, report)
+        if as_run is not None and run.packed and not as_run.packed:
+            run.packed = False
+            if as_run.attention in ("sdpa", "eager"):
+                pool.base.model.set_attn_implementation(as_run.attention)
+        without = task.evaluate(run) if not task.head_modules(run.model) else {}
+        pool.load("adapter", directory, allow_other_base=allow_other_base)
+        pool.use("adapter")
+        clean = task.evaluate(run)
+        text = task.report
+        found = {
+            attack.name: measure_attacked(run, attack, lambda change: build(change=change), clean)
+            for attack in chosen_attacks.values()
+        }
     return Evaluation(clean, without, text, found)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from budwood.adapters.golden import measure
+from budwood.adapters.manifest import EvaluationRecord
 from budwood.adapters.store import write_adapter
 from budwood.adapters.use import use_adapters
 from budwood.contract.examples import Example
@@ -19,13 +20,16 @@ from budwood.contract.registry import Composition
 from budwood.contract.strategy import RUN_ADAPTER
 from budwood.contract.types import Run
 from budwood.errors import BudwoodError, DivergedError, is_out_of_memory
-from budwood.training.progress import Progress, restore
+from budwood.training.progress import Best, Progress, restore
 from budwood.training.report import Report, duration, peak_memory
 from budwood.training.setup import strategies_record
 from budwood.untrusted.files import complete_file
+from budwood.untrusted.formats import json_numbers
 
 PROBES = 4
 PROBE_TOKENS = 64
+SHOWN = ("loss", "perplexity", "token_accuracy", "exact_match", "accuracy", "macro_f1")
+"""Metrics that are said at the end, before and after training, beside the run's best metric."""
 
 
 @dataclass
@@ -36,8 +40,8 @@ class Probe:
     base: Tensor
 
 
-class Ending:
-    """How a run ends. Made before its first step: it remembers where what trains began.
+class RunFinalizer:
+    """Ends a run. Made before the first step: it remembers the trained parameters as they began.
 
     Attributes:
         start: what trains, as it was, on the CPU.
@@ -55,8 +59,18 @@ class Ending:
             DivergedError: training changed nothing.
         """
         restore(self.run, progress.best)
+        self._say_what_is_averaged(progress.best)
         check_changed(self.run, self.start, self.probe)
         write_results(self.run, self.hooks, self.report, self.probe)
+
+    def _say_what_is_averaged(self, best: Best) -> None:
+        """Say so if the run averages, and what it ends with is no average."""
+        average = self.run.average
+        if average is not None and (best.step or self.run.step) < average.start:
+            step = f"the best evaluation, of step {best.step}," if best.step else f"the last step, {self.run.step},"
+            self.run.say(
+                f"note: {step} came before averaging began at step {average.start}: the adapter is that step's"
+            )
 
     def keep(self, progress: Progress, torn: bool = False) -> str:
         """Write the best adapter of a run that ends early (the last where none was evaluated); says where it is.
@@ -65,10 +79,15 @@ class Ending:
             torn: what trains stands in the middle of a step.
         """
         run, best = self.run, progress.best
-        sound = not torn and all(bool(torch.isfinite(p).all()) for p in run.trainable)
-        if run.step == 0 or not (best.step or sound):
+        if run.step == 0:
             return "no adapter is kept, since none was trained"
         restore(run, best)
+        self._say_what_is_averaged(best)
+        averaged = run.average is not None and run.average.updates > 0
+        if torn and not (best.step or averaged):
+            return "no adapter is kept: the step moved some parameters and not others, and no evaluation came before it"
+        if not all(bool(torch.isfinite(p).all()) for p in run.trainable):
+            return "no adapter is kept: what was trained is not finite, and no evaluation came before it"
         try:
             check_changed(run, self.start, self.probe)
             write_results(run, self.hooks, Report(quiet=True), self.probe, finished=False)
@@ -100,10 +119,10 @@ def _measure(run: Run, probes: list[Example]) -> Tensor:
 
 
 def check_changed(run: Run, start: list[Tensor], probe: Probe | None) -> None:
-    """Check that training changed something.
+    """Check that training changed something, into something that answers.
 
     Raises:
-        DivergedError: no trained tensor moved, or adapter on equals adapter off.
+        DivergedError: no trained tensor moved, adapter on equals adapter off, or its logits are not finite.
     """
     # One that has lost some of its rows has changed; `equal` is false where shapes differ.
     moved = sum(not torch.equal(p.detach().cpu(), old) for p, old in zip(run.trainable, start, strict=True))
@@ -111,8 +130,13 @@ def check_changed(run: Run, start: list[Tensor], probe: Probe | None) -> None:
         raise DivergedError(
             f"no trained tensor moved in {run.step} steps: raise train.learning_rate, or check that labels remain"
         )
-    if probe is not None and torch.equal(_measure(run, probe.examples), probe.base):
+    if probe is None:
+        return
+    logits = _measure(run, probe.examples)
+    if torch.equal(logits, probe.base):
         raise DivergedError("the adapter changes no logit of the base: it trained nothing that the model uses")
+    if probe.base.isfinite().all() and not logits.isfinite().all():
+        raise DivergedError("the adapter makes the model's logits NaN or infinite: lower train.learning_rate")
 
 
 def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | None, finished: bool = True) -> None:
@@ -132,7 +156,14 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
             task=run.task.name,
             labels=run.examples.labels,
             tokenizer=run.tokenizer,
-            metrics={k: float(v) for k, v in run.metrics.items()},
+            metrics=run.metrics,
+            evaluation=EvaluationRecord(
+                max_length=run.recipe.data.max_length,
+                tokens=run.eval_tokens,
+                packed=run.packed,
+                attention=str(run.model.config._attn_implementation),
+                generate=run.recipe.train.eval_generate,
+            ),
             strategies=strategies_record(run.strategies),
             stop_ids=run.examples.stop_ids,
             probes=probe.examples,
@@ -143,10 +174,11 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
     report.stop()
     report.plot(directory)
     seconds = report.seconds
-    for name in ("loss", "perplexity", "token_accuracy", "exact_match", "accuracy", "macro_f1"):
-        after = run.metrics.get(f"eval_{name}")
-        if after is not None and f"eval_{name}" in run.before:
-            report.say(f"{name.replace('_', ' ')}: {run.before[f'eval_{name}']:.4f} before, {after:.4f} after")
+    shown = [f"eval_{name}" for name in SHOWN]
+    for name in dict.fromkeys([*shown, *([run.best_metric.name] if run.best_metric else [])]):
+        if name in run.metrics and name in run.before:
+            label = name.removeprefix("eval_").replace("_", " ")
+            report.say(f"{label}: {run.before[name]:.4f} before, {run.metrics[name]:.4f} after")
     memory = peak_memory() / 2**30
     report.say(f"{duration(seconds)} · {report.tokens_per_second:,.0f} tokens/s · peak memory {memory:.2f} GiB")
     report.say(
@@ -163,15 +195,15 @@ def _finish_manifest(path: Path, run: Run, seconds: float, report: Report, finis
     manifest |= {
         "finished": finished,
         "step": run.step,
-        "before": run.before,
-        "metrics": {k: float(v) for k, v in run.metrics.items()},
+        "before": json_numbers(run.before),
+        "metrics": json_numbers(run.metrics),
         "seconds": round(seconds, 3),
         "tokens_per_second": round(report.tokens_per_second, 1),
         "peak_memory_bytes": peak_memory(),
         "hooks": [cost.record(run.hooks.measures_memory) for cost in run.hooks.costs],
         "lost": report.lost,
     }
-    complete_file(path, (json.dumps(manifest, indent=2) + "\n").encode())
+    complete_file(path, (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _owner(run: Run) -> Any:

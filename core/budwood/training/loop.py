@@ -17,7 +17,7 @@ from budwood.training.durability.checkpoint import NotSavedError, Saver
 from budwood.training.durability.lock import first_process, locked
 from budwood.training.durability.resume import Resume, find_resume
 from budwood.training.durability.signals import Signals, exit_code
-from budwood.training.finish import Ending
+from budwood.training.finish import RunFinalizer
 from budwood.training.memory import (
     DoesNotFitError,
     TornStepError,
@@ -25,7 +25,7 @@ from budwood.training.memory import (
     explain_out_of_memory,
     optimizer_step,
 )
-from budwood.training.non_finite import check_skip
+from budwood.training.non_finite import check_parameters, check_skip
 from budwood.training.preflight import check_output
 from budwood.training.progress import Progress, evaluate
 from budwood.training.report import Report, profile_table
@@ -89,7 +89,7 @@ def train(
 ) -> None:  # fmt: skip
     """Train a prepared run to its end, then keep the best adapter, check that it changed something, and write it."""
     signals = signals or Signals()
-    ending = Ending(run, hooks, report)
+    finalizer = RunFinalizer(run, hooks, report)
     progress = Progress(torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16))
     saver = Saver(run, hooks, progress, resume)
     try:
@@ -109,7 +109,7 @@ def train(
             report.stop()
             if run.processes > 1 and not isinstance(failure, DivergedError | DoesNotFitError):
                 raise failure from error  # the other processes do not know of it, and writing waits for them
-            kept = ending.keep(progress, torn=isinstance(failure, TornStepError))
+            kept = finalizer.keep(progress, torn=isinstance(failure, TornStepError))
             if saver.last and not isinstance(failure, NotSavedError):  # which says it itself
                 kept = f"{kept}; {saver.how_to_go_on()}"
             raise type(failure)(f"{str(failure).removesuffix('.')}; {kept}") from failure
@@ -117,14 +117,14 @@ def train(
         if run.metrics.get("skipped"):
             report.say(f"{run.metrics['skipped']:.0f} steps were skipped: their loss or gradient was not finite")
         evaluate(run, hooks, report, progress.best)
-        ending.complete(progress)
+        finalizer.complete(progress)
         saver.finish(report)
         hooks.notify(Event("end", run.step, run.metrics), report.say)
     except KeyboardInterrupt as error:
         report.stop()
         if run.step == 0:
             raise
-        raise interrupted(error, signals, saver, ending, progress) from None
+        raise interrupted(error, signals, saver, finalizer, progress) from None
     finally:
         saver.close(wait=signals.count < 3)
 
@@ -161,6 +161,8 @@ def take_steps(
             with hooks.part("optimizer_step"):
                 optimizer_step(run, scaler)
             hooks.call("after_optimizer_step", run=run)
+            if run.average is not None:
+                run.average.follow(run.step + 1)
             run.scheduler.step()
         scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
@@ -184,6 +186,7 @@ def between_steps(
 
     Raises:
         KeyboardInterrupt: a signal asks for the end; the step is saved.
+        DivergedError: the parameters are not finite.
     """
     recipe, best, last = run.recipe.train, progress.best, run.step == run.steps
     evaluates = bool(recipe.eval_every) and run.step % (recipe.eval_every or 1) == 0 and not last
@@ -191,6 +194,7 @@ def between_steps(
     saver.check()
     if not (number or due or last or evaluates):
         return True
+    check_parameters(run)
     snapshot = saver.snapshot()
     if number or due or last:
         saver.save(snapshot)
@@ -213,15 +217,15 @@ def between_steps(
 
 
 def interrupted(
-    error: KeyboardInterrupt, signals: Signals, saver: Saver, ending: Ending, progress: Progress
+    error: KeyboardInterrupt, signals: Signals, saver: Saver, finalizer: RunFinalizer, progress: Progress
 ) -> Interrupted:
     """The end of a run that was stopped: what is being saved is complete, then the best adapter so far is written."""
-    run, kept = ending.run, ""
+    run, kept = finalizer.run, ""
     with signals.finishing():
         if signals.count < 3:  # else: at once
             saver.wait()
             if run.processes == 1 or signals.requested(run):
-                kept = f"{ending.keep(progress)}; "
+                kept = f"{finalizer.keep(progress)}; "
     text = f"interrupted at step {run.step}; {kept}{saver.how_to_go_on()}"
     return Interrupted(text, exit_code(signals.number or error))
 

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: who caused it, and whether the run may go on without the step."""
+"""Numbers that are not finite: who caused a loss or gradient, may the run go on; and the parameters after a step."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from budwood.contract.strategy import Strategy
 from budwood.contract.types import Run, Step
 from budwood.errors import DivergedError
 from budwood.model.evaluation import autocast
+from budwood.training.durability.changes import named_parameters
 from budwood.training.step import Engine
 
 MAX_SKIPPED = 20
@@ -40,8 +41,9 @@ def check_skip(
         scaled: the loss is scaled for fp16: a gradient that overflows under a finite loss is the scaler's to mend.
 
     Raises:
-        DivergedError: the recipe says stop, or too many in a row were skipped.
+        DivergedError: the recipe says stop, too many in a row were skipped, or the parameters are not finite.
     """
+    check_parameters(run)
     if scaled and bool(torch.isfinite(values["loss"])):
         text = f"step {run.step + 1}: the gradient overflowed in fp16"
         remedy = "use bf16 or fp32"
@@ -53,6 +55,25 @@ def check_skip(
         run.say(f"warning: {text}: the step is skipped")
     if skipped > MAX_SKIPPED:
         raise DivergedError(f"{text}; {skipped} steps in a row were skipped: {remedy}")
+
+
+def check_parameters(run: Run) -> None:
+    """Check that the optimizer has left finite parameters; call it before they are saved, evaluated or written.
+
+    After the last step no loss would tell.
+
+    Raises:
+        DivergedError: a parameter holds NaN or infinity; whatever the recipe says of steps, it cannot be taken back.
+    """
+    named = named_parameters(run)
+    finite = torch.stack([torch.isfinite(parameter).all() for parameter in named.values()]).tolist()
+    bad = [name for name, sound in zip(named, finite, strict=True) if not sound]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise DivergedError(
+            f"step {run.step}: the optimizer left NaN or infinity in '{bad[0]}'{more}, although loss and gradient were "
+            "finite; lower train.learning_rate"
+        )
 
 
 def _cause(

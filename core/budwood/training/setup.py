@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -155,13 +156,13 @@ def prepare(
     run.model = run.base.model
     attention.register()
     check_packing(run, report)
-    run.best_metric = BestMetric(task.best_metric, not task.lower_is_better)
-    model = hooks.chain("prepare_model", "model", run.model, run=run)
-    run.model = model
+    run.model = prepare_model(run, hooks)
     if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     run.groups = trainable_groups(run, hooks)
     run.start = [p.detach().clone() for p in run.trainable]
+    if run.average is not None:
+        run.average.begin(run.trainable)
     if resume is not None:
         resume.compare(changes.adapted(run), run)
     engine = Engine(run, hooks)
@@ -287,6 +288,24 @@ def _base(run: Run, hooks: Composition, task: Task, trust: bool) -> Base:
         )  # fmt: skip
 
 
+def prepare_model(run: Run, hooks: Composition) -> Any:
+    """Let every strategy change the model, and note who chose the run's best metric.
+
+    Raises:
+        PluginError: `run.best_metric` was set to something else than a BestMetric.
+    """
+    model = run.model
+    for call in hooks.calls("prepare_model"):
+        before = run.best_metric
+        model = hooks.ask("prepare_model", call.name, run=run, model=model)[1]
+        if run.best_metric is before:
+            continue
+        if not isinstance(run.best_metric, BestMetric):
+            raise PluginError(f"{call.plugin}: run.best_metric must be a BestMetric, not {run.best_metric!r}.")
+        run.best_metric = replace(run.best_metric, owner=str(call.plugin))
+    return model
+
+
 def trainable_groups(run: Run, hooks: Composition) -> list[Any]:
     """Collect what trains; freeze all the rest.
 
@@ -360,6 +379,7 @@ def write_manifest(run: Run, resume: Resume | None = None) -> None:
         },
         "data": {"train": run.examples.sha256, "eval": run.eval_examples.sha256 if run.eval_examples else None},
         "task": run.task.name,
+        "best_metric": {"name": run.best_metric.name, "higher": run.best_metric.higher} if run.best_metric else None,
         "seed": run.seed,
         "steps": run.steps,
         "packed": run.packed,

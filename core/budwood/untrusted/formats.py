@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,12 @@ def parse_object(data: bytes, where: str, finite: bool = True) -> dict[str, Any]
     if not isinstance(value, dict):
         raise CorruptError(f"{where}: holds no JSON object.")
     return value
+
+
+def json_numbers(values: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return numbers by name as JSON can hold them: None for NaN and infinity."""
+    numbers = {name: float(value) for name, value in values.items()}
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

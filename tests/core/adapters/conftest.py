@@ -17,7 +17,12 @@ from budwood.adapters.pool import AdapterPool
 from budwood.adapters.store import SavedAdapter, write_adapter
 
 FAKE_BASE = SimpleNamespace(
-    name="tiny", fingerprint="f" * 64, quantization="none", dtype=torch.float32, device=torch.device("cpu")
+    double_quantization=True,
+    name="tiny",
+    fingerprint="f" * 64,
+    quantization="none",
+    dtype=torch.float32,
+    device=torch.device("cpu"),
 )
 
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from budwood import CorruptError, InputError
 from budwood.adapters.golden import Distance, Golden, comparable
-from budwood.adapters.store import GoldenRecord, sealed
+from budwood.adapters.manifest import GoldenRecord
+from budwood.adapters.store import sealed
 from budwood.adapters.verify import verify
 from budwood.untrusted.files import sha256
 

@@ -30,6 +30,7 @@ HEAVY = {
     "budwood_lora",
     "budwood_adalora",
     "budwood_adversarial",
+    "budwood_averaging",
     "budwood_distillation",
     "matplotlib",
     "sklearn",

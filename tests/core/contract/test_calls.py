@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from budwood.model.tasks import Task
 
 from budwood import Event, InputError, Outputs, PluginError, Strategy, ask_owner, hookimpl
 from budwood.contract.calls import blame, noted
@@ -15,7 +16,6 @@ from budwood.contract.hookspecs import HookSpecs
 from budwood.contract.loading import CORES_OWN, HOOKS, WRAPPABLE
 from budwood.contract.registry import Composition
 from budwood.contract.results import _MUST_RETURN
-from budwood.model.tasks import Task
 
 RUN = SimpleNamespace(step=7)
 STEP = SimpleNamespace(run=RUN)

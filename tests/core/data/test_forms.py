@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from budwood.data.forms import Dropped, Encoded, PromptCompletion, Text, TextLabel, recognise
 
 from budwood.contract.discovery import PluginError
 from budwood.data.encoder import Encoder, encode_prompt
 from budwood.data.examples import build_examples
-from budwood.data.forms import Dropped, Encoded, PromptCompletion, Text, TextLabel, recognise
 from budwood.errors import InputError
 
 LM, CLASSIFY = "causal-lm", "sequence-classification"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from budwood.data.forms import Dropped, Encoded, Messages
 
 from budwood.data.encoder import Encoder, encode_chat
-from budwood.data.forms import Dropped, Encoded, Messages
 from budwood.errors import InputError
 
 CHATML = (

@@ -5,9 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
-from torch import nn
-
 from budwood.model.tasks import own_head
+from torch import nn
 
 
 class Model(nn.Module):

@@ -122,7 +122,7 @@ def test_an_attack_that_fails_is_named(trained: Any, distribution: Callable) -> 
 def test_what_makes_no_sense_is_refused_before_the_base_loads(trained: Any, tmp_path: Path, monkeypatch: Any) -> None:
     from budwood.training import evaluate
 
-    monkeypatch.setattr(evaluate, "AdapterPool", None)
+    monkeypatch.setattr(evaluate, "open_pool", None)
     data = tmp_path / "plain.jsonl"
     data.write_text('{"text": "some text"}\n', encoding="utf-8")
     with pytest.raises(InputError, match="no typos for data of the form 'text': its text is what the model is scored"):

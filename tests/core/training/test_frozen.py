@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from budwood.model.tasks import batches_of
 
 from budwood.errors import InputError
-from budwood.model.tasks import batches_of
 from budwood.recipe.schema import Recipe
 from budwood.training.frozen import load_frozen
 from budwood.training.report import Report

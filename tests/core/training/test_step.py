@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from budwood.model.tasks import noisy_embeddings
 from transformers import AutoModelForCausalLM
 
 from budwood import LossTerm, Outputs, Step, Strategy, hookimpl
-from budwood.model.tasks import noisy_embeddings
 from budwood.training.loop import optimizer_steps, tune
 from budwood.training.report import Report
 from budwood.training.setup import prepare

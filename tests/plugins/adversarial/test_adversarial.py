@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from budwood.model.tasks import noisy_embeddings
 from torch import nn
 
 from budwood import Event, Options, PluginError, Strategy, hookimpl
 from budwood.contract.loading import build_strategy
 from budwood.contract.types import Plan
 from budwood.errors import InputError
-from budwood.model.tasks import noisy_embeddings
 from budwood.training.loop import tune
 from budwood_adversarial import Adversarial
 from budwood_adversarial.options import DEFAULTS, AdversarialOptions

@@ -30,6 +30,7 @@ from torch import Tensor
 from budwood.contract.registry import Composition, PluginError
 from budwood.contract.types import Run
 from budwood.errors import CorruptError, InputError, ResourceError, system_error
+from budwood.training.averages import average_state, load_average_state
 from budwood.training.durability.changes import adapted, named_parameters, setting
 from budwood.training.progress import Best, Progress, planned_steps
 from budwood.training.report import Report
@@ -224,6 +225,7 @@ class Saver:
             "epoch": run.epoch,
             "examples": progress.examples,
             "parameters": named_parameters(run),
+            "average": average_state(run),
             "optimizer": run.optimizer.state_dict(),
             "scheduler": run.scheduler.state_dict(),
             "scaler": progress.scaler.state_dict(),
@@ -352,6 +354,7 @@ class Saver:
                         f"{checkpoint.directory}: '{name}' is {list(kept.shape)} there and {list(parameter.shape)} here"
                     )
                 parameter.data.copy_(kept)
+            load_average_state(run, state.get("average"))
             fresh = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in run.optimizer.param_groups]
             rates = getattr(run.scheduler, "base_lrs", None)
             run.optimizer.load_state_dict(state["optimizer"])

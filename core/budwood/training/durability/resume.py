@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,5 +93,8 @@ def _finished(recipe: Recipe, manifest: dict[str, Any]) -> Run:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[manifest["precision"]]
     run = Run(recipe, recipe.output, torch.device(manifest["device"]), dtype, seed=recipe.train.seed)
     run.step, run.steps = manifest["step"], manifest["steps"]
-    run.before, run.metrics = manifest["before"], manifest["metrics"]
+    run.before, run.metrics = (
+        {name: math.nan if value is None else value for name, value in manifest[part].items()}
+        for part in ("before", "metrics")
+    )
     return run

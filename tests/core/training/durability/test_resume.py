@@ -131,6 +131,27 @@ def test_adalora_in_each_of_its_phases(same: Callable[..., Run]) -> None:
     assert sum(ranks) == 14 and len(set(ranks)) > 1
 
 
+@pytest.mark.parametrize("average", [{"ema": {"decay": 0.5}}, {"swa": {"start": 4, "every": 2}}], ids=["ema", "swa"])
+def test_an_average_with_adalora_in_each_of_its_phases(same: Callable[..., Run], average: dict[str, Any]) -> None:
+    """As above; the best evaluation and the adapter are the average's, whose shadows lose their ranks with the rest."""
+    options = {"initial_rank": 4, "target_rank": 1, "initial_phase": 3, "final_phase": 4, "interval": 2, "dropout": 0.1}
+    train = {"steps": 12, "save_every": 1, "eval_every": 3}
+    run = same(kills=(2, 5, 6, 8, 10), strategies=[{"adalora": options}, average], evaluate=True, train=train)
+    assert run.average.updates == (12 if "ema" in average else 5)
+    assert [tuple(s.shape) for s in run.average.shadows.values()] == [tuple(p.shape) for p in run.trainable]
+
+
+def test_an_average_that_is_new_begins_at_the_resume(
+    killed: Callable[..., Recipe], make_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = killed(3, strategies=[{"lora": {"rank": 4}}])
+    run = tune(
+        make_recipe(strategies=[{"lora": {"rank": 4}}, "ema"], train={"save_every": 1}),
+        quiet=True, resume=True, accept_changes=True,
+    )  # fmt: skip
+    assert run.directory == recipe.output and run.average.updates == run.step - 3 == 1
+
+
 def test_a_teacher_from_its_cache_with_adalora_and_an_adversary(
     same: Callable[..., Run], tmp_path: Path, tiny_bases: Callable[..., Path]
 ) -> None:

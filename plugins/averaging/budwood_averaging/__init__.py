@@ -1,0 +1,5 @@
+"""Averages of what trains over the steps of a run."""
+
+from budwood_averaging.strategy import EMA, SWA
+
+__all__ = ["EMA", "SWA"]

@@ -1,0 +1,153 @@
+"""`budwood eval` gives a run's metrics again, to the digit: nothing that decides them is left to a default."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.core.conftest import write_rows
+
+from budwood.cli.app import run as command
+from budwood.contract.types import Run
+from budwood.model import tasks
+from budwood.recipe.schema import Recipe
+from budwood.training.evaluate import evaluate_adapter
+from budwood.training.loop import tune
+
+Make = Callable[..., Recipe]
+LORA = {"lora": {"rank": 4}}
+ADALORA = {"adalora": {"initial_rank": 4, "target_rank": 2, "initial_phase": 1, "final_phase": 4, "interval": 1}}
+ADAPTERS = {
+    "lora": [LORA],
+    "adalora": [ADALORA],
+    "ema": [LORA, {"ema": {"decay": 0.7}}],
+    "dropout and head": [{"lora": {"rank": 4, "dropout": 0.3, "modules_to_save": ["lm_head"], "dora": True}}],
+}
+EVAL = {"steps": 8, "eval_every": 2, "eval_generate": 3, "micro_tokens": 64}
+"""Several packed rows an evaluation, and some of the prompts answered."""
+
+
+def recorded(run: Run) -> dict[str, float]:
+    """The evaluation's metrics that the adapter's file holds."""
+    metrics = json.loads((run.directory / "adapter" / "budwood.json").read_text())["metrics"]
+    return {name: value for name, value in metrics.items() if name.startswith("eval_")}
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("strategies", ADAPTERS.values(), ids=ADAPTERS)
+def test_the_metrics_of_a_run_come_again_to_the_digit(
+    make_recipe: Make, strategies: list[Any], quantization: str
+) -> None:
+    """Rows are cut, batches are small, and the best evaluation is the one that is recorded."""
+    recipe = make_recipe(
+        strategies=strategies, evaluate=True, base={"quantization": quantization}, data={"max_length": 64}, train=EVAL
+    )
+    run = tune(recipe, quiet=True)
+    assert run.packed
+    again = evaluate_adapter(run.directory / "adapter", Path(recipe.data.eval), quiet=True)
+    assert again.adapter == recorded(run) and "eval_exact_match" in again.adapter
+    assert again.base == run.before
+
+
+@pytest.mark.parametrize(
+    ("base", "train"),
+    [
+        ({"quantization": "nf4", "double_quantization": False}, {}),
+        ({"quantization": "int8"}, {}),
+        ({}, {"precision": "bf16"}),
+        ({"quantization": "nf4"}, {"precision": "bf16", "micro_tokens": 1000}),
+        ({}, {"eval_every": 3, "learning_rate": 0.3}),
+    ],
+)
+def test_in_every_setting_that_a_recipe_knows(make_recipe: Make, base: dict[str, Any], train: dict[str, Any]) -> None:
+    recipe = make_recipe(evaluate=True, base=base, data={"max_length": 64}, train=EVAL | train)
+    run = tune(recipe, quiet=True)
+    again = evaluate_adapter(run.directory / "adapter", Path(recipe.data.eval), quiet=True)
+    assert again.adapter == recorded(run)
+
+
+def test_where_the_run_padded_its_rows(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a run does whose teacher does not take packed rows."""
+    from budwood.training import setup
+
+    check = setup.check_packing
+
+    def padded(run: Run, report: Any) -> None:
+        check(run, report)
+        run.packed = False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(setup, "check_packing", padded)
+        recipe = make_recipe(evaluate=True, train=EVAL, data={"max_length": 64})
+        run = tune(recipe, quiet=True)
+    assert not run.packed
+    again = evaluate_adapter(run.directory / "adapter", Path(recipe.data.eval), quiet=True)
+    assert again.adapter == recorded(run)
+
+
+def test_a_classifier(make_recipe: Make, tmp_path: Path) -> None:
+    rows = [{"text": f"{word} things number {i}", "label": word} for i in range(9) for word in ("games", "fonts", "x")]
+    path = tmp_path / "labelled.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = make_recipe(
+        base={"task": "sequence-classification"}, data={"train": str(path), "eval": str(path), "max_length": 64},
+        train=EVAL,
+    )  # fmt: skip
+    run = tune(recipe, quiet=True)
+    assert evaluate_adapter(run.directory / "adapter", path, quiet=True).adapter == recorded(run)
+
+
+def test_where_memory_ran_out_in_an_evaluation_of_the_run(
+    make_recipe: Make, monkeypatch: pytest.MonkeyPatch, said: list[str], tmp_path: Path
+) -> None:
+    """The evaluation is made again with the smaller batches, and the record says how small."""
+    attempt, tried = tasks._attempt, []
+
+    def scarce(run: Run, row: list[int], work: Any) -> Any:
+        tried.append(run.step)
+        if run.step == 8 and tried.count(run.step) > 1 and run.eval_tokens == 128 and len(row) > 1:
+            return None
+        return attempt(run, row, work)
+
+    rows = str(write_rows(tmp_path / "many.jsonl", 40, seed=2))
+    recipe = make_recipe(evaluate=True, train=EVAL | {"micro_tokens": 128}, data={"eval": rows})
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "_attempt", scarce)
+        run = tune(recipe)
+    assert any("out of memory: from here on an evaluation takes at most" in line for line in said)
+    assert run.eval_tokens < 70 and run.metrics["best_step"] == 8
+    again = evaluate_adapter(run.directory / "adapter", Path(recipe.data.eval), quiet=True)
+    assert again.adapter == recorded(run)
+
+
+def test_the_command_in_a_process_of_its_own_with_other_threads(make_recipe: Make) -> None:
+    recipe = make_recipe(evaluate=True, train=EVAL, data={"max_length": 64})
+    run = tune(recipe, quiet=True)
+    line = ["eval", str(run.directory / "adapter"), "--data", str(recipe.data.eval), "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "budwood", *line],
+        capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )  # fmt: skip
+    assert json.loads(done.stdout)["adapter"] == recorded(run)
+
+
+def test_another_setting_is_used_where_it_is_asked_for_and_said(
+    make_recipe: Make, said: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe(evaluate=True, train=EVAL, data={"max_length": 64})
+    run = tune(recipe, quiet=True)
+    adapter, data = str(run.directory / "adapter"), str(recipe.data.eval)
+    assert command(["eval", adapter, "--data", data, "--json", "--max-length", "12"]) == 0
+    assert any("cut at 12" in line for line in said) and not any("the metrics may differ" in line for line in said)
+    assert command(["eval", adapter, "--data", data, "--json", "--precision", "bf16", "--device", "cpu"]) == 0
+    (note,) = [line for line in said if "the metrics may differ" in line]
+    assert "in bfloat16, quantization none; in its run on" in note
+    assert command(["eval", adapter, "--data", data, "--device", "tpu"]) == 2
+    assert torch.get_num_threads() == 1, "left as it was"
