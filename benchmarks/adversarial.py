@@ -35,7 +35,7 @@ class Arm:
 
     def __init__(self, options: dict[str, Any] | None, workload: w.Workload, output: Path, examples: int) -> None:
         from budwood.recipe.schema import Recipe
-        from budwood.training.loop import optimizer_steps
+        from budwood.training.batches import optimizer_steps
         from budwood.training.report import Report
         from budwood.training.setup import prepare
 

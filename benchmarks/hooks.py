@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from budwood.contract.examples import Batch
 from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy, hookimpl
-from budwood.contract.types import Batch, Event, Outputs
+from budwood.contract.types import Event, Outputs
 from budwood.training.report import resident_peak
 
 MICRO_STEPS, CHUNKS, REPEATS, TARGET = 2, 4, 2000, 1e-3

@@ -53,7 +53,7 @@ class OnlyShort(Strategy):
 
     @hookimpl
     def prepare_examples(self, run: Run, examples: Sequence[Example]) -> Sequence[Example]:
-        kept = [example for example in examples if len(example) <= self.options.tokens]
+        kept = [example for example in examples if run.task.length(example) <= self.options.tokens]
         run.say(f"only-short: {len(kept)} of {len(examples)} examples are kept")
         return kept
 
@@ -203,7 +203,7 @@ class EqualSay(Strategy):
 
     @hookimpl
     def prepare_batch(self, run: Run, batch: Batch) -> Batch:
-        labels = torch.bincount(batch.example_of_label, minlength=len(batch.example_ids))
+        labels = torch.bincount(batch.example_of_label, minlength=len(batch.keys))
         batch.columns["share"] = 1.0 / labels[batch.example_of_label]
         return batch
 
@@ -239,8 +239,8 @@ class HiddenNoise(Strategy):
         outputs = yield
         hidden = outputs.hidden.flatten(0, 1)
         noise = torch.zeros_like(hidden)
-        for index in range(len(step.batch.example_ids)):
-            rows = step.batch.example_of_token == index
+        for index in range(len(step.batch.keys)):
+            rows = step.batch.example_of_position == index
             noise[rows] = step.generator(self, index).normal_like(noise[rows])
         noisy = hidden + self.options.deviation * noise
         return Outputs(noisy.view_as(outputs.hidden), outputs.head)
@@ -253,10 +253,47 @@ class SmallHidden(Strategy):
     def loss_terms(self, step: Step, outputs: Outputs) -> LossTerm:
         squares = outputs.hidden.flatten(0, 1).float().square().mean(-1)
         lengths = torch.tensor(step.batch.lengths, device=squares.device)
-        real = step.batch.example_of_token >= 0
+        real = step.batch.example_of_position >= 0
         sums = torch.zeros(len(lengths), device=squares.device)
-        sums = sums.index_add(0, step.batch.example_of_token[real], squares[real])
+        sums = sums.index_add(0, step.batch.example_of_position[real], squares[real])
         return LossTerm("small_hidden", sums / lengths, unit="example", weight=0.01)
+
+
+class LongAnswers(Strategy):
+    """A term on long answers alone: the mean negative log-likelihood of their labels."""
+
+    class Options(Options):
+        labels: int = Field(2, ge=1, description="answers of more labels than this are long")
+
+    def long(self, batch: Batch) -> Tensor:
+        """Which labels [L] belong to a long answer."""
+        counts = torch.bincount(batch.example_of_label, minlength=len(batch.keys))
+        return counts[batch.example_of_label] > self.options.labels
+
+    @hookimpl
+    def batch_counts(self, run: Run, batch: Batch) -> dict[str, float]:
+        return {"long_label": float(self.long(batch).sum())}
+
+    @hookimpl
+    def sequence_terms(self, step: Step, log_probs: Tensor) -> LossTerm:
+        values = torch.where(self.long(step.batch), -log_probs, 0.0)
+        return LossTerm("long_answers", values, unit="long_label", weight=0.1)
+
+
+class Apart(Strategy):
+    """Keeps the optimizer step's examples apart: the mean cosine similarity of their answers' hidden states."""
+
+    @hookimpl
+    def step_values(self, step: Step, outputs: Outputs, log_probs: Tensor | None) -> dict[str, Tensor]:
+        rows = outputs.hidden.flatten(0, 1)[step.batch.label_positions]
+        none = rows.new_zeros(len(step.batch.keys), rows.shape[-1])
+        return {"answers": none.index_add(0, step.batch.example_of_label, rows)}  # a mean has the same direction
+
+    @hookimpl
+    def step_terms(self, run: Run, values: dict[str, Tensor]) -> LossTerm:
+        unit = F.normalize(values["answers"].float(), dim=-1)
+        others = unit @ unit.t() - torch.eye(len(unit), device=unit.device)
+        return LossTerm("apart", others.mean(), unit="step", weight=0.1)
 
 
 class Centred(Strategy):

@@ -8,12 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from budwood.model.tasks import Task
-
 from budwood.contract.discovery import installed
 from budwood.contract.hookspecs import HOW, HookSpecs
 from budwood.contract.loading import HOOKS, load_strategy
 from budwood.model.quiet import hush
+from budwood.model.task import Task
 from budwood.training.setup import Core
 from budwood.training.step import Engine
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from budwood.model.tasks import CausalLM
 from safetensors.torch import load_file
 
 from budwood.errors import ResourceError
+from budwood.model.text_tasks import CausalLM
 from budwood.training.loop import tune
 
 from .conftest import STRATEGIES
@@ -137,7 +137,7 @@ def test_an_evaluation_is_split_and_measures_the_same(
     original = CausalLM.outputs
 
     def outputs(self: Any, model: Any, batch: Any) -> Any:
-        if not torch.is_grad_enabled() and batch.num_tokens > 40 and len(batch.example_ids) > 1:
+        if not torch.is_grad_enabled() and sum(batch.lengths) > 40 and len(batch.keys) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return original(self, model, batch)
 
@@ -172,7 +172,7 @@ def test_one_row_that_no_evaluation_holds_ends_the_run(make_recipe: Make, monkey
     original = CausalLM.outputs
 
     def outputs(self: Any, model: Any, batch: Any) -> Any:
-        if not torch.is_grad_enabled() and 7 in batch.example_ids:
+        if not torch.is_grad_enabled() and 7 in batch.keys:
             raise MemoryError
         return original(self, model, batch)
 
@@ -212,12 +212,12 @@ def test_two_processes_share_an_evaluation_out_anew_when_one_has_no_memory(make_
     path.write_text(make_recipe("two", evaluate=True, train=train).to_yaml(), encoding="utf-8")
     script.write_text(
         "import os, torch\ntorch.set_num_threads(1)\n"
-        "from budwood.model import tasks\nfrom budwood.training.loop import tune\n"
-        "attempt = tasks._attempt\n"
+        "from budwood.model import evaluation\nfrom budwood.training.loop import tune\n"
+        "attempt = evaluation._attempt\n"
         "def scarce(run, row, work):\n"
         "    tokens = int(run.eval_examples.lengths[row].sum())\n"
         "    return None if run.process_index and tokens > 80 else attempt(run, row, work)\n"
-        "tasks._attempt = scarce\n"
+        "evaluation._attempt = scarce\n"
         f"run = tune({str(path)!r}, quiet=True)\n"
         f"given = {one.before['eval_loss']!r}, {one.metrics['eval_loss']!r}\n"
         "found = run.before['eval_loss'], run.metrics['eval_loss']\n"

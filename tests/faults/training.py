@@ -9,9 +9,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from budwood.model.tasks import CausalLM
 from safetensors.torch import load_file
 
+from budwood.model.text_tasks import CausalLM
 from budwood.training import loop
 from budwood.training.loop import tune
 
@@ -59,7 +59,7 @@ def _exhausted(recipe: Any, where: str, step: int) -> None:
         return steps(self, *args, **kwargs)
 
     def fail_evaluation(self: Any, model: Any, batch: Any) -> Any:
-        if not model.training and batch.num_tokens > 100 and len(batch.example_ids) > 4:
+        if not model.training and sum(batch.lengths) > 100 and len(batch.keys) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return outputs(self, model, batch)
 

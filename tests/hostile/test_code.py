@@ -180,7 +180,7 @@ def test_a_pickle_in_the_schema_of_a_table_is_not_opened(trace, dataset, tmp_pat
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_pickle_in_the_place_of_cached_tokens_is_made_anew(tiny_base, plant, tmp_path, form):
-    from budwood.data.examples import build_examples
+    from budwood.data.build import build_examples
 
     (tmp_path / "x.jsonl").write_text('{"text": "a b c"}\n')
     tokenizer, folder = load_tokenizer(tiny_base), tmp_path / "cache"
@@ -188,7 +188,7 @@ def test_a_pickle_in_the_place_of_cached_tokens_is_made_anew(tiny_base, plant, t
     for path in folder.iterdir():
         plant(path, form)
     again = build_examples(tmp_path / "x.jsonl", tokenizer, "causal-lm", 64, cache_dir=folder)
-    assert again[0].input_ids.tolist() == first[0].input_ids.tolist()
+    assert again[0].inputs["input_ids"].tolist() == first[0].inputs["input_ids"].tolist()
 
 
 @pytest.mark.parametrize("form", FORMATS)

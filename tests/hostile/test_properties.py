@@ -15,7 +15,7 @@ from tests.core.adapters.conftest import save_small
 from tests.hostile.mutations import broken_file, damaged, dump, edited, rehash, scalars, values
 
 from budwood.cli import app as cli
-from budwood.data.examples import build_examples
+from budwood.data.build import build_examples
 from budwood.errors import BudwoodError
 from budwood.model.base import load_tokenizer
 

@@ -39,9 +39,9 @@ class Poison(Strategy):
     @hookimpl(wrapper=True)
     def forward(self, step: Step) -> Any:
         outputs = yield
-        if step.run.step >= self.options.step and self.options.example in step.batch.example_ids:
-            index = step.batch.example_ids.index(self.options.example)
-            bad = (step.batch.example_of_token == index).view(outputs.hidden.shape[:2])
+        if step.run.step >= self.options.step and self.options.example in step.batch.keys:
+            index = step.batch.keys.index(self.options.example)
+            bad = (step.batch.example_of_position == index).view(outputs.hidden.shape[:2])
             outputs.hidden = torch.where(bad[..., None], torch.inf, outputs.hidden)
         return outputs
 
@@ -78,12 +78,12 @@ class FastGradient(Strategy):
         step.track_noise = True
         yield
         gradient = step.noise_grad
-        norms = torch.zeros(len(step.batch.example_ids), dtype=gradient.dtype)
+        norms = torch.zeros(len(step.batch.keys), dtype=gradient.dtype)
         flat = gradient.flatten(0, 1)
-        norms.index_add_(0, step.batch.example_of_token, flat.square().sum(-1))
+        norms.index_add_(0, step.batch.example_of_position, flat.square().sum(-1))
         scale = self.options.epsilon / norms.sqrt().clamp(min=1e-12)
-        noise = (flat * scale[step.batch.example_of_token][:, None]).view_as(gradient)
-        SEEN.append(("noise", step.batch.example_ids, noise, step.noise_gradient(torch.zeros_like(noise)), gradient))
+        noise = (flat * scale[step.batch.example_of_position][:, None]).view_as(gradient)
+        SEEN.append(("noise", step.batch.keys, noise, step.noise_gradient(torch.zeros_like(noise)), gradient))
         step.replay(noise, 1.0)
 
 
@@ -101,8 +101,8 @@ class PerExample(Strategy):
     @hookimpl
     def loss_terms(self, step: Step, outputs: Any) -> LossTerm:
         squares = outputs.hidden.flatten(0, 1).float().square().mean(-1)
-        owner = step.batch.example_of_token
-        count = len(step.batch.example_ids)
+        owner = step.batch.example_of_position
+        count = len(step.batch.keys)
         sums = torch.zeros(count).index_add(0, owner, squares)
         return LossTerm("size", sums / torch.bincount(owner, minlength=count), "example", 0.1)
 

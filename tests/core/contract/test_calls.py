@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from budwood.model.tasks import Task
 
 from budwood import Event, InputError, Outputs, PluginError, Strategy, ask_owner, hookimpl
 from budwood.contract.calls import blame, noted
@@ -16,6 +15,7 @@ from budwood.contract.hookspecs import HookSpecs
 from budwood.contract.loading import CORES_OWN, HOOKS, WRAPPABLE
 from budwood.contract.registry import Composition
 from budwood.contract.results import _MUST_RETURN
+from budwood.model.task import Task
 
 RUN = SimpleNamespace(step=7)
 STEP = SimpleNamespace(run=RUN)
@@ -55,7 +55,7 @@ def call(hooks: Composition, hook: str) -> list[str]:
     elif how == "adapter's owner":
         ask_owner(hooks.strategies[0], hook, **arguments)
     elif how == "its own":
-        hooks.give(hook, "mine", **arguments)
+        hooks.ask(hook, "mine", **arguments)
     else:
         hooks.call(hook, **arguments)
         hooks.collect(hook, **arguments) if how == "collect" else None
@@ -64,7 +64,7 @@ def call(hooks: Composition, hook: str) -> list[str]:
 
 def at(hook: str) -> str:
     """How a message names `hook`."""
-    steps = HOOKS[HOOKS.index("prepare_batch") : HOOKS.index("after_optimizer_step") + 1]
+    steps = HOOKS[HOOKS.index("next_examples") : HOOKS.index("after_optimizer_step") + 1]
     after = HOOKS[HOOKS.index("on_event") : HOOKS.index("attach_adapter")]
     where = ", step 8" if hook in steps else ", after step 7" if hook in after else ""
     return f"strategy 'mine' (mine-dist 1.0), hook {hook}{where}: "

@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 import budwood
 from budwood import AdapterPool, InputError, ask_owner, hookimpl
 from budwood.adapters.use import use_adapters
+from budwood.contract.examples import Batch, Example
 from budwood.contract.hookspecs import HookSpecs
 from budwood.contract.loading import HOOKS, check_hooks, load_strategy
 from budwood.contract.registry import Composition
-from budwood.contract.types import Batch, Example, LossTerm, Outputs
+from budwood.contract.types import LossTerm, Outputs
 from budwood.model.base import load_base
 from budwood.recipe.schema import Recipe
 
@@ -32,9 +33,8 @@ PAGE = SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "make_hooks_page.py"
 STRATEGIES = {
     "long-enough": "LongEnough", "only-short": "OnlyShort", "rounded-base": "RoundedBase",
     "output-scale": "OutputScale", "momentum": "Momentum", "equal-say": "EqualSay", "perturbed": "Perturbed",
-    "hidden-noise": "HiddenNoise",
-    "small-hidden": "SmallHidden", "centred": "Centred", "gradient-noise": "GradientNoise", "steadiness": "Steadiness",
-    "diary": "Diary",
+    "hidden-noise": "HiddenNoise", "small-hidden": "SmallHidden", "long-answers": "LongAnswers", "apart": "Apart",
+    "centred": "Centred", "gradient-noise": "GradientNoise", "steadiness": "Steadiness", "diary": "Diary",
 }  # fmt: skip
 STEPS = 3
 EXERCISED: dict[str, str] = {}
@@ -121,7 +121,7 @@ def recorded(method: Any, calls: list[Any]) -> Any:
         given = dict(zip(names, arguments, strict=True))
         if "run" in given and getattr(given["run"], "groups", None):
             given["gradients"] = [None if p.grad is None else p.grad.clone() for p in given["run"].trainable]
-            given["values"] = [p.detach().clone() for p in given["run"].trainable]
+            given["parameters"] = [p.detach().clone() for p in given["run"].trainable]
             given["at"] = given["run"].step
         calls.append((self, given, result))
 
@@ -201,13 +201,36 @@ def test_build_optimizer_and_scheduler(run):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.99**STEPS)  # ten times the recipe's, then decayed
 
 
+@exercises("batch_counts", "sequence_terms")
+def test_terms_of_log_probabilities_over_a_unit_of_ones_own(run):
+    counts = [result["long_label"] for _, _, result in run.seen["batch_counts"]]
+    assert sum(counts) > 0
+    for _, given, term in run.seen["sequence_terms"]:
+        assert term.unit == "long_label"
+        assert given["log_probs"].shape == given["step"].batch.labels.shape
+        assert (given["log_probs"] <= 0).all()
+        assert given["log_probs"].requires_grad
+    logged = [json.loads(line) for line in (run.folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["long_answers"] > 0 for row in logged if row["kind"] == "step")
+
+
+@exercises("step_values", "step_terms")
+def test_terms_of_the_whole_step(run):
+    """Once a step, however many passes it has; the values are of all of its examples."""
+    assert len(run.seen["step_terms"]) == STEPS
+    for _, given, term in run.seen["step_terms"]:
+        assert term.unit == "step"
+        assert given["values"]["answers"].shape == (4, 64)
+    assert len(run.seen["step_values"]) > 2 * STEPS, "gathered, and in each pass"
+
+
 @exercises("prepare_batch")
 def test_prepare_batch(run):
     calls = run.seen["prepare_batch"]
     assert len(calls) >= STEPS
     for _, given, batch in calls:
         assert isinstance(batch, Batch)
-        assert batch.columns["share"].sum() == pytest.approx(len(given["batch"].example_ids))
+        assert batch.columns["share"].sum() == pytest.approx(len(given["batch"].keys))
 
 
 @exercises("backward", "forward")
@@ -219,7 +242,7 @@ def test_backward_and_forward(run):
     assert all(isinstance(outputs, Outputs) for _, _, outputs in run.seen["forward"])
     step = run.seen["backward"][0][1]["step"]
     assert step.noise_grad is not None
-    assert step.noise_grad.shape == (*step.batch.input_ids.shape, 64)
+    assert step.noise_grad.shape == (step.batch.rows, step.batch.width, 64)
 
 
 @exercises("token_terms", "loss_terms")
@@ -228,13 +251,14 @@ def test_token_terms_and_loss_terms(run):
         for _, given, term in run.seen[hook]:
             assert isinstance(term, LossTerm)
             assert term.unit == unit
-            size = len(given["positions"]) if unit == "label" else len(given["step"].batch.example_ids)
+            size = len(given["positions"]) if unit == "label" else len(given["step"].batch.keys)
             assert term.values.shape == (size,)
     logged = [json.loads(line) for line in (run.folder / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in logged if "equal_say" in line]
     assert len(steps) == STEPS
     for line in steps:
         expected = line["causal_lm"] + 0.5 * line["equal_say"] + 0.01 * line["small_hidden"]
+        expected += 0.1 * line["long_answers"] + 0.1 * line["apart"]
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -247,7 +271,7 @@ def test_the_hooks_around_the_optimizer(run):
         noise = [b - c for b, c in zip(before[1]["gradients"], clip[1]["gradients"], strict=True)]
         deviation = float(torch.cat(noise).std())
         assert deviation == pytest.approx((0.01 / (1 + step) ** 0.55) ** 0.5, rel=0.4)  # clipping apart
-        pairs = zip(before[1]["values"], after[1]["values"], strict=True)
+        pairs = zip(before[1]["parameters"], after[1]["parameters"], strict=True)
         assert any(not torch.equal(old, new) for old, new in pairs)
         assert all(gradient is not None for gradient in after[1]["gradients"])
     assert len(run.seen["after_optimizer_step"]) == STEPS
@@ -275,13 +299,13 @@ def test_state_dict_and_load_state_dict(run, examples):
     steady = next(s for s in run.run.strategies if s.name == "steadiness")
     hooks = Composition([examples.Steadiness(name="steadiness")])
     ((_, state),) = Composition([steady]).collect("state_dict", run=run.run)
-    hooks.give("load_state_dict", "steadiness", run=run.run, state=state)
+    hooks.ask("load_state_dict", "steadiness", run=run.run, state=state)
     ((_, again),) = hooks.collect("state_dict", run=run.run)
     assert list(again) == list(state)
     assert len(state) == 1 + len(run.run.trainable)
     assert all(np.array_equal(again[key], state[key]) for key in state)
     with pytest.raises(InputError, match="version 2"):
-        hooks.give("load_state_dict", "steadiness", run=run.run, state={"version": 2})
+        hooks.ask("load_state_dict", "steadiness", run=run.run, state={"version": 2})
 
 
 @exercises("export")

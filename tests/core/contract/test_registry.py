@@ -163,8 +163,8 @@ QUANTIZERS = "budwood.quantizers"
 
 
 BASES = {
-    "budwood.tasks": ("from budwood.model.tasks import CausalLM as Base", "task 'mine'"),
-    "budwood.forms": ("from budwood.data.forms import Text as Base", "data form 'mine'"),
+    "budwood.tasks": ("from budwood import CausalLM as Base", "task 'mine'"),
+    "budwood.formats": ("from budwood.data.formats import PlainText as Base", "data format 'mine'"),
     "budwood.quantizers": ("from budwood.model.quantizers import Unquantized as Base", "quantiser 'mine'"),
     "budwood.attacks": ("from budwood import Attack as Base", "attack 'mine'"),
 }
@@ -276,7 +276,7 @@ def test_all_that_is_installed_is_listed_with_what_is_wrong(distribution):
     distribution("fine", "class Fine(Strategy): pass", {"fine": "Fine"})
     distribution("broken", "raise RuntimeError('no GPU')", {"broken": "Broken"})
     distribution("nothing", "", {"nothing": "Nothing"})
-    distribution("odd", "class Odd: pass", {"odd": "Odd"}, group="budwood.forms")
+    distribution("odd", "class Odd: pass", {"odd": "Odd"}, group="budwood.formats")
     distribution("shy", "", {"shy": "Shy"}, group="budwood.task")
     for name in ("one", "two"):
         distribution(name, "class Twice(Strategy): pass", {"twice": "Twice"})
@@ -286,7 +286,7 @@ def test_all_that_is_installed_is_listed_with_what_is_wrong(distribution):
     assert len([name for _, name, _ in found if name == "twice"]) == 2
     assert "cannot be imported: RuntimeError: no GPU. Repair or update it" in problems["broken"][1]
     assert "cannot be imported: AttributeError: module 'nothing' has no attribute 'Nothing'" in problems["nothing"][1]
-    assert problems["odd"][0] == "data form" and "is not a subclass" in problems["odd"][1]
+    assert problems["odd"][0] == "data format" and "is not a subclass" in problems["odd"][1]
     assert problems["shy"] == (
         "budwood.task",
         "plugin 'shy' of shy 1.0: there is no entry point group 'budwood.task'. Did you mean 'budwood.tasks'?",

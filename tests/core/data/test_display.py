@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from budwood.data.display import find_pieces, make_report, show_report
-from budwood.data.examples import build_examples
+from budwood.data.build import build_examples
+from budwood.data.display import make_report, show_report
+from budwood.model.text_tasks import CausalLM, SequenceClassification
 
 ROWS = [{"prompt": f"Question: {i} é\nAnswer:", "completion": " 你好" + " yes" * i} for i in range(20)]
 
@@ -26,7 +27,7 @@ def report(write: Any, byte_level: Any) -> dict[str, Any]:
     rows = [*ROWS, {"prompt": "x", "completion": ""}]
     train = build_examples(write(rows), byte_level(), "causal-lm", 64)
     held_out = build_examples(write(rows[:2], "eval.jsonl"), byte_level(), "causal-lm", 64)
-    return make_report(train, held_out, byte_level(), samples=3, steps=7)
+    return make_report(train, held_out, CausalLM(), byte_level(), samples=3, steps=7)
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
@@ -35,7 +36,7 @@ def test_pieces_spell_out_every_token(request: pytest.FixtureRequest, kind: str,
     tokenizer = made() if kind == "byte_level" else made
     examples = build_examples(write(ROWS), tokenizer, "causal-lm", 512)
     for example, row in zip(examples, ROWS, strict=True):
-        pieces = find_pieces(example, tokenizer)
+        pieces = CausalLM().show(example, tokenizer)
         assert [supervised for _, supervised in pieces] == [False, True]
         spelled = "".join(text for text, _ in pieces).replace("<s> ", "<s>")  # a space that SentencePiece puts there
         assert spelled == f"<s>{row['prompt']}{row['completion']}</s>"
@@ -73,7 +74,7 @@ def test_two_colours(report: dict[str, Any]) -> None:
 def test_data_does_not_steer_the_terminal(write: Any, byte_level: Any) -> None:
     rows = [{"text": "\x1b[31mred [bold]\u202e" + "x" * 2000, "label": name} for name in ("[a]", "\x07b")]
     examples = build_examples(write(rows), byte_level(), "sequence-classification", 4096)
-    text = shown(make_report(examples, None, byte_level(), 9, 1), colour=False)
+    text = shown(make_report(examples, None, SequenceClassification(), byte_level(), 9, 1), colour=False)
     assert not {"\x1b", "\x07", "\u202e"} & set(text)
     assert r"\x1b[31mred [bold]\u202e" in " ".join(text.split())
     assert "→ ⟦[a]⟧" in text
@@ -84,6 +85,6 @@ def test_data_does_not_steer_the_terminal(write: Any, byte_level: Any) -> None:
 
 def test_no_samples(write: Any, byte_level: Any) -> None:
     examples = build_examples(write(ROWS[:1]), byte_level(), "causal-lm", 64)
-    report = make_report(examples, None, byte_level(), samples=0, steps=1)
+    report = make_report(examples, None, CausalLM(), byte_level(), samples=0, steps=1)
     assert report["samples"] == []
     assert "eval:" not in shown(report, colour=False)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from budwood.contract.types import Example
+from budwood.contract.examples import Column, Example
 from budwood.data import cache
-from budwood.data.examples import Examples, build_examples, overlap
+from budwood.data.build import build_examples, overlap
+from budwood.data.examples import Examples
 from budwood.errors import InputError
+from budwood.model.text_tasks import CausalLM, SequenceClassification
 
 LM, CLASSIFY = "causal-lm", "sequence-classification"
 PAIRS = [{"prompt": f"Question: {i}\nAnswer:", "completion": " yes" * (i + 1)} for i in range(5)]
@@ -22,19 +25,20 @@ def test_examples_are_views_of_what_the_rows_hold(write: Any, byte_level: Any) -
     tokenizer = byte_level()
     examples = build_examples(write(PAIRS), tokenizer, LM, 512)
     assert len(examples) == len(list(examples)) == 5
-    assert examples.lengths.tolist() == [len(example) for example in examples]
+    assert examples.lengths.tolist() == [len(example.inputs["input_ids"]) for example in examples]
     for index, example in enumerate(examples):
-        assert example.id == index
-        assert example.input_ids.dtype == np.int32
-        assert example.supervised.dtype == bool
-        assert example.label is None
-        assert tokenizer.decode(example.input_ids[example.supervised]) == PAIRS[index]["completion"] + "</s>"
-        assert not example.supervised[: example.prompt_length].any()
-        assert tokenizer.decode(examples.prompt_ids(index)) == "<s>" + PAIRS[index]["prompt"]
+        assert (example.key, example.row) == (index, index)
+        ids = example.inputs["input_ids"]
+        assert ids.dtype == np.int32
+        assert ids[example.label_positions + 1].tolist() == example.labels.tolist()
+        assert example.weights.tolist() == [1.0] * len(example.labels)
+        assert tokenizer.decode(example.labels) == PAIRS[index]["completion"] + "</s>"
+        assert tokenizer.decode(CausalLM().prompt(example)) == "<s>" + PAIRS[index]["prompt"]
         assert examples.reference(index) == PAIRS[index]["completion"]
-    assert examples[-1].id == 4
-    assert [example.id for example in examples[1:3]] == [1, 2]
-    assert examples.form == "prompt-completion"
+    assert examples[-1].key == 4
+    assert [example.key for example in examples[1:3]] == [1, 2]
+    assert examples.groups.tolist() == [0, 1, 2, 3, 4]
+    assert examples.format == "prompt-completion"
     with pytest.raises(IndexError):
         examples[5]
 
@@ -61,7 +65,7 @@ def test_a_byte_order_mark_is_said(tmp_path: Path, byte_level: Any) -> None:
 
 def test_too_long_is_cut_or_dropped_and_counted(write: Any, byte_level: Any) -> None:
     tokenizer = byte_level()
-    prompt = len(build_examples(write(PAIRS), tokenizer, LM, 512).prompt_ids(0))
+    prompt = len(CausalLM().prompt(build_examples(write(PAIRS), tokenizer, LM, 512)[0]))
     examples = build_examples(write(PAIRS), tokenizer, LM, prompt + 3)
     assert len(examples) == 5
     assert examples.lengths.max() == prompt + 3
@@ -69,9 +73,10 @@ def test_too_long_is_cut_or_dropped_and_counted(write: Any, byte_level: Any) -> 
     assert examples.stats.truncated == (full.lengths > prompt + 3).sum()
     assert examples.stats.tokens_cut == (full.lengths - examples.lengths).sum()
     for cut, whole in zip(examples, full, strict=True):
-        assert np.array_equal(cut.input_ids, whole.input_ids[: len(cut)])
-        assert np.array_equal(cut.supervised, whole.supervised[: len(cut)])
-        assert cut.supervised.any()
+        count, labels = len(cut.inputs["input_ids"]), len(cut.labels)
+        assert np.array_equal(cut.inputs["input_ids"], whole.inputs["input_ids"][:count])
+        assert np.array_equal(cut.labels, whole.labels[:labels])
+        assert labels
     rows = [*PAIRS, {"prompt": "maybe " * 50, "completion": "yes"}, {"prompt": "x", "completion": ""}]
     examples = build_examples(write(rows), tokenizer, LM, prompt + 3)
     assert examples.stats.rows == 7
@@ -95,10 +100,10 @@ def test_nothing_left_is_an_error(rows: Any, message: str, write: Any, byte_leve
 def test_labels_are_learned_sorted_and_kept(write: Any, byte_level: Any) -> None:
     train = build_examples(write(LABELLED), byte_level(), CLASSIFY, 64)
     assert train.labels == ["eggs", "ham", "spam"]
-    assert [example.label for example in train] == [2, 1, 0, 1]
+    assert [int(example.labels[0]) for example in train] == [2, 1, 0, 1]
     assert train.stats.classes == [1, 2, 1]
     held_out = build_examples(write(LABELLED[:1], "eval.jsonl"), byte_level(), CLASSIFY, 64, labels=train.labels)
-    assert (held_out.labels, held_out[0].label) == (train.labels, 2)
+    assert (held_out.labels, held_out[0].labels.tolist()) == (train.labels, [2])
     numbers = [{"text": "x", "label": i} for i in (10, 9, 100, 9)]
     assert build_examples(write(numbers), byte_level(), CLASSIFY, 64).labels == ["9", "10", "100"]
 
@@ -123,16 +128,57 @@ def test_gather(write: Any, byte_level: Any) -> None:
     """What a strategy returns from prepare_examples, as arrays again."""
     examples = build_examples(write(LABELLED), byte_level(), CLASSIFY, 64)
     chosen = [examples[2], examples[0]]
-    chosen[0].columns["score"] = np.float32(0.5)
-    chosen.append(Example(7, np.arange(4, dtype=np.int32), np.zeros(4, dtype=bool), 1))
-    gathered = Examples.gather(chosen, like=examples)
-    assert [example.id for example in gathered] == [2, 0, 7]
-    assert gathered.lengths.tolist() == [len(example) for example in chosen]
-    assert gathered[0].columns == {"score": 0.5}
-    assert np.array_equal(gathered[1].input_ids, examples[0].input_ids)
+    chosen[0].columns["score"] = Column(np.float32(0.5))
+    ids, one = {"input_ids": np.arange(4, dtype=np.int32)}, np.ones(1, dtype=np.float32)
+    chosen.append(Example(ids, np.array([3]), np.array([1]), one, key="made", row=3))
+    task = SequenceClassification()
+    gathered = Examples.gather(chosen, examples, task)
+    assert [example.key for example in gathered] == [2, 0, "made"]
+    assert gathered.lengths.tolist() == [len(example.inputs["input_ids"]) for example in chosen]
+    assert gathered[0].columns["score"].values == 0.5
+    assert np.array_equal(gathered[1].inputs["input_ids"], examples[0].inputs["input_ids"])
     assert gathered.labels == examples.labels
     assert (gathered.stats.examples, gathered.stats.classes) == (3, [1, 1, 1])
-    assert len(Examples.gather([], like=examples)) == 0
+    assert len(Examples.gather([], examples, task)) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"weights": np.array([-1.0], np.float32)},
+            "train.jsonl:1: a label's weight must be .* above 0, not -1",
+        ),
+        ({"weights": np.array([np.nan], np.float32)}, "a label's weight must be finite and above 0, not nan"),
+        ({"weights": np.zeros(1, np.float32)}, "a label's weight must be finite and above 0, not 0"),
+        ({"weights": np.ones(2, np.float32)}, "1 label positions, 1 labels and 2 weights"),
+        ({"labels": np.array([3])}, "a label is outside the 3 classes"),
+        ({"label_positions": np.array([-1])}, "a label's position is negative"),
+        ({"inputs": {}}, "inputs must be arrays that are not empty"),
+        ({"key": 1}, "train.jsonl:2: key 1 is that of another example too"),
+    ],
+)
+def test_examples_that_are_not_sound(changes: Any, message: str, write: Any, byte_level: Any) -> None:
+    examples = build_examples(write(LABELLED), byte_level(), CLASSIFY, 64)
+    with pytest.raises(InputError, match=message):
+        Examples.gather([replace(examples[0], **changes), examples[1]], examples, SequenceClassification())
+
+
+def test_groups_must_stand_together(write: Any, byte_level: Any) -> None:
+    examples = build_examples(write(LABELLED), byte_level(), CLASSIFY, 64)
+    one, two, three = (replace(examples[i], group=g) for i, g in ((0, 7), (1, 8), (2, 7)))
+    with pytest.raises(InputError, match="train.jsonl:3: the examples of group 7 do not stand together"):
+        Examples.gather([one, two, three], examples, SequenceClassification())
+    assert Examples.gather([one, three, two], examples, SequenceClassification()).groups.tolist() == [0, 0, 1]
+
+
+def test_weights_of_rows(write: Any, byte_level: Any) -> None:
+    rows = [{**PAIRS[0], "weight": 0.5}, {**PAIRS[1], "weight": 0}, PAIRS[2]]
+    examples = build_examples(write(rows), byte_level(), LM, 512)
+    assert [set(example.weights.tolist()) for example in examples] == [{0.5}, {1.0}]
+    assert examples.stats.dropped == {"weight 0": 1}
+    assert "prompt + completion + weight" in examples.describe()
+    assert "weights 0.5 to 1" in examples.describe()
 
 
 class TestCache:
@@ -148,9 +194,10 @@ class TestCache:
         made, read = build(), build()
         assert (made.from_cache, read.from_cache) == (False, True)
         for one, two in zip(made, read, strict=True):
-            assert np.array_equal(one.input_ids, two.input_ids)
-            assert np.array_equal(one.supervised, two.supervised)
-            assert (one.id, one.label, one.prompt_length) == (two.id, two.label, two.prompt_length)
+            assert np.array_equal(one.inputs["input_ids"], two.inputs["input_ids"])
+            assert np.array_equal(one.label_positions, two.label_positions)
+            assert np.array_equal(one.labels, two.labels)
+            assert (one.key, one.row, one.group) == (two.key, two.row, two.group)
         assert read.stats == made.stats
         assert read.describe() == made.describe()
         assert read.reference(3) == PAIRS[3]["completion"]
@@ -182,7 +229,7 @@ class TestCache:
         entry.write_bytes(damaged)
         again = build()
         assert not again.from_cache
-        assert all(np.array_equal(a.input_ids, b.input_ids) for a, b in zip(made, again, strict=True))
+        assert all(np.array_equal(a.labels, b.labels) for a, b in zip(made, again, strict=True))
         assert build().from_cache
 
     def test_a_folder_that_cannot_be_written(self, build: Any, tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from budwood.data.forms import Dropped, Encoded, Messages
 
 from budwood.data.encoder import Encoder, encode_chat
+from budwood.data.formats import Dropped, Messages
+from budwood.data.text import Tokens, tokenise
 from budwood.errors import InputError
 
 CHATML = (
@@ -57,11 +58,20 @@ def say(*contents: str, first: str = "user") -> list[dict[str, str]]:
 
 
 def encode(messages: Any, tokenizer: Any, **options: Any) -> Any:
-    return Messages().encode([{"messages": messages}], ["train.jsonl:1"], Encoder(tokenizer, 512, options))[0]
+    item = Messages().item({"messages": messages}, "train.jsonl:1")
+    if isinstance(item, Dropped):
+        return item
+    return tokenise([item], ["train.jsonl:1"], Encoder(tokenizer, 512, options))[0]
 
 
-def supervised(tokenizer: Any, row: Encoded) -> list[str]:
-    return [tokenizer.decode(row.input_ids[start:stop]) for start, stop in row.spans]
+def encode_all(conversations: list[Any], encoder: Encoder) -> list[Tokens]:
+    places = [f"a:{number}" for number, _ in enumerate(conversations, 1)]
+    rows = zip(conversations, places, strict=True)
+    return tokenise([Messages().item({"messages": m}, place) for m, place in rows], places, encoder)
+
+
+def supervised(tokenizer: Any, row: Tokens) -> list[str]:
+    return [tokenizer.decode(row.ids[start:stop]) for start, stop in row.spans]
 
 
 TEMPLATES = {
@@ -81,12 +91,11 @@ def test_assistant_turns_and_their_ends(name: str, byte_level: Any) -> None:
     assert supervised(tokenizer, row) == expected
     # Before every turn stand exactly the tokens from which generation would answer.
     for (start, _), count in zip(row.spans, (1, 3) if name != "llama3" else (1,), strict=False):
-        assert row.input_ids[:start] == encode_chat(tokenizer, messages[:count])
-    assert row.prompt_length == row.spans[0][0]
-    assert row.input_ids.count(tokenizer.bos_token_id) == template.count("bos_token")
-    assert row.spans[-1][1] == len(row.input_ids)
+        assert row.ids[:start] == encode_chat(tokenizer, messages[:count])
+    assert row.ids.count(tokenizer.bos_token_id) == template.count("bos_token")
+    assert row.spans[-1][1] == len(row.ids)
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert rendered.startswith(tokenizer.decode(row.input_ids))
+    assert rendered.startswith(tokenizer.decode(row.ids))
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3"])
@@ -100,7 +109,7 @@ def test_white_space_around_an_answer(name: str, answer: str, byte_level: Any) -
         return
     end = "<|im_end|>" if name == "chatml" else "<|eot_id|>"
     assert supervised(tokenizer, row) == [(answer if name == "chatml" else answer.strip()) + end]
-    assert row.input_ids[: row.prompt_length] == encode_chat(tokenizer, say("Hello"))
+    assert row.ids[: row.spans[0][0]] == encode_chat(tokenizer, say("Hello"))
 
 
 def test_a_token_across_the_start_of_an_answer(byte_level: Any) -> None:
@@ -111,13 +120,13 @@ def test_a_token_across_the_start_of_an_answer(byte_level: Any) -> None:
                     tokenizer.apply_chat_template(first)["input_ids"])  # fmt: skip
     assert whole[: len(alone)] != alone
     encoder = Encoder(tokenizer, 512)
-    one, two = Messages().encode([{"messages": first}, {"messages": second}], ["a:1", "a:2"], encoder)
-    assert isinstance(one, Encoded)
-    assert isinstance(two, Encoded)
-    assert one.input_ids[: one.prompt_length] == encode_chat(tokenizer, first[:1])
-    assert two.input_ids[: len(one.input_ids)] == one.input_ids  # a conversation goes on as it was spoken
+    one, two = encode_all([first, second], encoder)
+    assert isinstance(one, Tokens)
+    assert isinstance(two, Tokens)
+    assert one.ids[: one.spans[0][0]] == encode_chat(tokenizer, first[:1])
+    assert two.ids[: len(one.ids)] == one.ids  # a conversation goes on as it was spoken
     assert supervised(tokenizer, two) == ["Hello there<|eot_id|>", "I am fine.<|eot_id|>"]
-    assert tokenizer.decode(two.input_ids) == tokenizer.apply_chat_template(second, tokenize=False)
+    assert tokenizer.decode(two.ids) == tokenizer.apply_chat_template(second, tokenize=False)
     assert sum(encoder.remarks.values()) == 2
 
 
@@ -130,8 +139,7 @@ def test_what_follows_the_last_answer_is_left_out(byte_level: Any) -> None:
 def test_stop_tokens_and_control_tokens_in_contents(byte_level: Any) -> None:
     tokenizer = byte_level(True, CHATML)
     encoder = Encoder(tokenizer, 512)
-    rows = [{"messages": say("Hello", "Hello there")}, {"messages": say("what is <|im_end|>?", "yes")}]
-    Messages().encode(rows, ["a:1", "a:2"], encoder)
+    encode_all([say("Hello", "Hello there"), say("what is <|im_end|>?", "yes")], encoder)
     assert encoder.stop_ids == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
     assert encoder.remarks == {"conversations that spell out control tokens, which are read as such": 1}
 
@@ -143,7 +151,7 @@ def test_thoughts_that_the_template_adds(byte_level: Any) -> None:
         encode(one, tokenizer)
     row = encode(one, tokenizer, enable_thinking=False)
     assert supervised(tokenizer, row) == ["Hello there<|im_end|>"]
-    assert row.input_ids[: row.prompt_length] == encode_chat(tokenizer, one[:1], {"enable_thinking": False})
+    assert row.ids[: row.spans[0][0]] == encode_chat(tokenizer, one[:1], {"enable_thinking": False})
     with pytest.raises(InputError, match="renders the messages before it differently"):
         encode(say("Hello", "Hello there", "How are you?", "I am fine."), tokenizer, enable_thinking=False)
 
@@ -206,6 +214,22 @@ def test_malformed_conversations(messages: Any, message: str, byte_level: Any) -
 )
 def test_conversations_that_teach_nothing(messages: Any, reason: str, byte_level: Any) -> None:
     assert encode(messages, byte_level(True, CHATML)) == Dropped(reason)
+
+
+def test_an_answers_weight_is_that_of_its_tokens(byte_level: Any) -> None:
+    tokenizer = byte_level(True, CHATML)
+    messages = say("Hello", "Hello there", "How are you?", "I am fine.")
+    messages[1]["weight"], messages[3]["weight"] = 0, 0.5
+    row = encode(messages, tokenizer)
+    assert list(row.weights) == [0, 0.5]
+    messages[3]["weight"] = 0
+    assert encode(messages, tokenizer) == Dropped("weight 0")
+    messages[3]["weight"] = -1
+    with pytest.raises(InputError, match="^train.jsonl:1: message 4: field 'weight' must be a finite number from 0"):
+        encode(messages, tokenizer)
+    messages[3]["weight"], messages[0]["weight"] = 1, 2
+    with pytest.raises(InputError, match="message 1: only an assistant's message takes a weight"):
+        encode(messages, tokenizer)
 
 
 def test_reference_is_the_first_answer() -> None:

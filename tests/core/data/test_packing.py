@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from budwood.contract.types import Batch, Example
-from budwood.data.packing import collate, pad_share, plan_epoch, split_micro
+from budwood.contract.examples import Batch, Column, Example
+from budwood.data.packing import collate_tokens, pad_share, plan_epoch, split_micro
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80).map(np.array)
 settings.register_profile("fast", max_examples=60, deadline=None)
@@ -85,6 +86,18 @@ def test_rows_are_few_and_even() -> None:
     assert split_micro([0, 1, 2], np.array([200, 60, 40]), 100, packed=True) == [[0], [1, 2]]
 
 
+def text(ids: Any, at: Any, key: Any = 5, label: int | None = None, **more: Any) -> Example:
+    """An example of token ids with labels behind the positions `at`; with `label`, one class at the end."""
+    tokens = np.asarray(ids, dtype=np.int32)
+    if label is not None:
+        where, labels = np.array([len(tokens) - 1]), np.array([label])
+    else:
+        where = np.asarray(at, dtype=np.int64)
+        labels = tokens[where + 1]
+    weights = more.pop("weights", np.ones(len(where), dtype=np.float32))
+    return Example({"input_ids": tokens}, where, labels, weights, key=key, **more)
+
+
 @st.composite
 def examples(draw: Any, labels: bool = False) -> list[Example]:
     made = []
@@ -92,112 +105,162 @@ def examples(draw: Any, labels: bool = False) -> list[Example]:
         length = draw(st.integers(1, 9))
         supervised = np.array(draw(st.lists(st.booleans(), min_size=length, max_size=length)))
         supervised[0] = False
-        tokens = np.array(draw(st.lists(st.integers(1, 99), min_size=length, max_size=length)), dtype=np.int32)
-        made.append(Example(10 * number + 3, tokens, supervised, number % 3 if labels else None))
+        tokens = draw(st.lists(st.integers(1, 99), min_size=length, max_size=length))
+        at, key = np.flatnonzero(supervised) - 1, 10 * number + 3
+        made.append(text(tokens, at, key, number % 3 if labels else None))
     return made
+
+
+def ids_of(row: Example) -> list[int]:
+    return row.inputs["input_ids"].tolist()
+
+
+def size(row: Example) -> int:
+    return len(row.inputs["input_ids"])
 
 
 def labels_by_hand(rows: list[Example]) -> list[tuple[int, int, int]]:
     """(example, position in it, label) of each label."""
-    return [
-        (e, at - 1, int(row.input_ids[at]))
-        for e, row in enumerate(rows)
-        for at in range(len(row))
-        if row.supervised[at]
-    ]
+    return [(e, int(at), ids_of(row)[at + 1]) for e, row in enumerate(rows) for at in row.label_positions]
 
 
 def where(batch: Batch, flat: int) -> tuple[int, int]:
     """(example, position in it) of a place in the flattened batch."""
-    return int(batch.example_of_token[flat]), int(batch.position_ids.flatten()[flat])
+    return int(batch.example_of_position[flat]), int(batch.inputs["position_ids"].flatten()[flat])
 
 
 @given(examples(), st.booleans())
 def test_labels_stand_where_they_are_predicted(rows: list[Example], packed: bool) -> None:
-    batch = collate(rows, packed, pad_id=0)
+    batch = collate_tokens(rows, packed, pad_id=0)
     found = [(*where(batch, int(p)), int(y)) for p, y in zip(batch.label_positions, batch.labels, strict=True)]
     assert found == labels_by_hand(rows)
     assert batch.example_of_label.tolist() == [e for e, _, _ in found]
-    assert batch.example_ids == tuple(row.id for row in rows)
-    assert batch.counts == {"label": len(found), "example": len(rows), "token": sum(map(len, rows))}
+    assert batch.keys == tuple(row.key for row in rows)
+    assert batch.groups == tuple((e, e + 1) for e in range(len(rows)))
+    tokens = sum(map(size, rows))
+    assert batch.counts == {"label": len(found), "example": len(rows), "group": len(rows), "token": tokens}
 
 
 @given(examples(), st.booleans())
 def test_tokens_and_positions(rows: list[Example], packed: bool) -> None:
-    batch = collate(rows, packed, pad_id=77)
-    flat, owner = batch.input_ids.flatten(), batch.example_of_token
+    batch = collate_tokens(rows, packed, pad_id=77)
+    ids, positions, owner = batch.inputs["input_ids"], batch.inputs["position_ids"], batch.example_of_position
+    flat = ids.flatten()
     for e, row in enumerate(rows):
-        assert flat[owner == e].tolist() == row.input_ids.tolist()
-        assert batch.position_ids.flatten()[owner == e].tolist() == list(range(len(row)))
-    for tensor in (batch.input_ids, batch.position_ids, owner, batch.label_positions, batch.labels):
+        assert flat[owner == e].tolist() == ids_of(row)
+        assert positions.flatten()[owner == e].tolist() == list(range(size(row)))
+    for tensor in (ids, positions, owner, batch.label_positions, batch.labels):
         assert tensor.dtype == torch.int64
+    assert ids.shape == (batch.rows, batch.width)
     if packed:
-        assert batch.input_ids.shape == (1, sum(map(len, rows)))
-        assert batch.segments == tuple(np.cumsum([0, *map(len, rows)]).tolist())
+        assert ids.shape == (1, sum(map(size, rows)))
+        assert batch.segments == tuple(np.cumsum([0, *map(size, rows)]).tolist())
         assert all(type(bound) is int for bound in batch.segments)
-        assert batch.attention_mask is None
+        assert "attention_mask" not in batch.inputs
         assert pad_share(batch) == 0.0
         return
-    assert batch.input_ids.shape == (len(rows), max(map(len, rows)))
+    assert ids.shape == (len(rows), max(map(size, rows)))
     assert batch.segments == ()
-    assert batch.attention_mask is not None
-    assert batch.attention_mask.dtype == torch.bool
-    assert torch.equal(batch.attention_mask.flatten(), owner >= 0)
+    mask = batch.inputs["attention_mask"]
+    assert mask.dtype == torch.bool
+    assert torch.equal(mask.flatten(), owner >= 0)
     assert set(flat[owner < 0].tolist()) <= {77}
     assert pad_share(batch) == pytest.approx(float((owner < 0).float().mean()), abs=1e-6)
     starts = [int((owner == e).nonzero()[0]) for e in range(len(rows))]
-    assert starts == [e * batch.input_ids.shape[1] for e in range(len(rows))]  # padded on the right
+    assert starts == [e * ids.shape[1] for e in range(len(rows))]  # padded on the right
 
 
-@given(examples(labels=True), st.sampled_from([(True, "last"), (False, "last"), (False, "row")]))
-def test_classes(rows: list[Example], how: tuple[bool, Any]) -> None:
-    packed, pool = how
-    batch = collate(rows, packed, 0, pool)
-    assert batch.labels.tolist() == [row.label for row in rows]
+@given(examples(labels=True), st.sampled_from([(True, False), (False, False), (False, True)]))
+def test_classes(rows: list[Example], how: tuple[bool, bool]) -> None:
+    packed, pools = how
+    batch = collate_tokens(rows, packed, 0, pools)
+    assert batch.labels.tolist() == [int(row.labels[0]) for row in rows]
     assert batch.example_of_label.tolist() == list(range(len(rows)))
-    if pool == "row":
+    if pools:
         assert batch.label_positions.tolist() == list(range(len(rows)))
     else:
-        assert [where(batch, int(p)) for p in batch.label_positions] == [(e, len(r) - 1) for e, r in enumerate(rows)]
+        assert [where(batch, int(p)) for p in batch.label_positions] == [(e, size(r) - 1) for e, r in enumerate(rows)]
 
 
 @given(examples(), st.booleans())
 def test_columns(rows: list[Example], packed: bool) -> None:
     for number, row in enumerate(rows):
-        row.columns["score"] = np.float32(number)
-        row.columns["weights"] = row.input_ids.astype(np.float32) / 2
-        row.columns["vectors"] = np.stack([row.input_ids, -row.input_ids], axis=1).astype(np.int64)
-    batch = collate(rows, packed, pad_id=0)
+        ids = row.inputs["input_ids"]
+        row.columns["score"] = Column(np.float32(number))
+        row.columns["halves"] = Column(ids.astype(np.float32) / 2, "input")
+        row.columns["vectors"] = Column(np.stack([ids, -ids], axis=1).astype(np.int64), "input")
+        row.columns["old"] = Column(row.labels * 2, "label")
+    batch = collate_tokens(rows, packed, pad_id=0)
+    ids = batch.inputs["input_ids"]
     assert batch.columns["score"].tolist() == list(range(len(rows)))
-    assert torch.equal(batch.columns["weights"], batch.input_ids / 2)
-    assert batch.columns["weights"].dtype == torch.float32
-    assert torch.equal(batch.columns["vectors"], torch.stack([batch.input_ids, -batch.input_ids], dim=-1))
+    assert torch.equal(batch.columns["halves"], ids / 2)
+    assert batch.columns["halves"].dtype == torch.float32
+    assert torch.equal(batch.columns["vectors"], torch.stack([ids, -ids], dim=-1))
+    assert batch.columns["old"].tolist() == (2 * batch.labels).tolist()
 
 
-def example(*tokens: int, number: int = 5, supervised: int = 1, **columns: np.ndarray) -> Example:
-    return Example(number, np.array(tokens, np.int32), np.arange(len(tokens)) >= supervised, columns=columns)
+def test_weights_are_counted_in_float64() -> None:
+    weights = np.array([0.1, 0.2], dtype=np.float32)
+    batch = collate_tokens([text([1, 2, 3], [0, 1], weights=weights)], packed=True, pad_id=0)
+    assert batch.weights.tolist() == weights.tolist()
+    assert batch.counts["label"] == float(weights.astype(np.float64).sum())
+
+
+GROUPED = np.array([0, 0, 1, 2, 2, 2, 3, 4, 4])
+
+
+@pytest.mark.parametrize("sizes", [{"batch_examples": 2}, {"batch_tokens": 12}])
+def test_groups_stay_together_and_in_order(sizes: dict[str, int]) -> None:
+    lengths = np.array([3, 4, 5, 2, 2, 2, 6, 1, 9])
+    for epoch in range(5):
+        steps = plan_epoch(lengths, 0, epoch, **sizes, groups=GROUPED)
+        assert sorted(np.concatenate(steps).tolist()) == list(range(9))
+        for step in steps:
+            micro = [
+                split_micro(step, lengths, tokens, packed, GROUPED) for tokens in (4, 12) for packed in (True, False)
+            ]
+            for batch in (step.tolist(), *(batch for found in micro for batch in found)):
+                for group in set(GROUPED[batch].tolist()):
+                    members = np.flatnonzero(group == GROUPED).tolist()
+                    at = batch.index(members[0])
+                    assert batch[at : at + len(members)] == members
+            if "batch_examples" in sizes:
+                assert len(set(GROUPED[step].tolist())) <= 2  # groups are counted
+    pair = [text([1, 2], [0], key=0, group=7), text([3, 4], [0], key=1, group=7), text([5, 6], [0], key=2, group=8)]
+    assert collate_tokens(pair, packed=True, pad_id=0).groups == ((0, 2), (2, 3))
+
+
+def test_a_group_that_is_too_large_has_a_micro_batch_of_its_own() -> None:
+    lengths = np.array([3, 3, 3, 2])
+    assert split_micro([0, 1, 2, 3], lengths, 4, True, np.array([0, 0, 0, 1])) == [[0, 1, 2], [3]]
+    assert split_micro([0, 1, 2, 3], lengths, 4, False, np.array([0, 0, 0, 1])) == [[0, 1, 2], [3]]
+
+
+def example(*tokens: int, number: int = 5, **columns: Any) -> Example:
+    return text(tokens, np.arange(len(tokens) - 1), number, columns=columns)
 
 
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
         ([], {}, "no example"),
-        ([example()], {}, "empty one"),
-        ([example(1, 2), example(3, 4, number=9, supervised=0)], {}, "first token of example 9 is supervised"),
-        ([example(1, 2)], {"pool": "last"}, "example 5 has no label"),
-        ([example(1, 2)], {"pool": "row"}, "pools by row"),
-        ([example(1, x=np.array(1)), example(2)], {}, "column x is not in all"),
-        ([example(1, 2, x=np.zeros(3))], {}, r"column x of example 5 has shape \(3,\)"),
-        ([example(1, x=np.zeros(1)), example(2, x=np.array(1))], {}, r"column x of example 5 has shape \(\)"),
+        ([Example({"input_ids": np.zeros(0, np.int32)}, np.zeros(0, int), np.zeros(0), np.zeros(0))], {}, "empty one"),
+        ([replace(text([1, 2], [0]), label_positions=np.array([2]), key=9)], {}, "example 9 has a label at 2 of 2"),
+        ([example(1, 2)], {"pool_rows": True}, "pools by row"),
+        ([example(1, x=Column(1)), example(2)], {}, "column x is not in all"),
+        ([example(1, 2, x=Column(np.zeros(3), "input"))], {}, r"column x of example 5 has shape \(3,\)"),
+        ([example(1, 2, x=Column(np.zeros(2), "label"))], {}, r"shape \(2,\); its axis is label"),
+        ([example(1, x=np.zeros(1))], {}, "must be a Column"),
+        ([example(1, x=Column(np.zeros(1), "input")), example(2, x=Column(1))], {}, "column x has several axes"),
     ],
 )
 def test_what_cannot_be_collated(rows: list[Example], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        collate(rows, **{"packed": True, "pad_id": 0, **options})
+        collate_tokens(rows, **{"packed": True, "pad_id": 0, **options})
 
 
 def test_the_batch_shares_no_memory_with_the_examples() -> None:
     row = example(1, 2, 3)
-    batch = collate([row], packed=True, pad_id=0)
-    batch.input_ids.zero_()
-    assert row.input_ids.tolist() == [1, 2, 3]
+    batch = collate_tokens([row], packed=True, pad_id=0)
+    batch.inputs["input_ids"].zero_()
+    assert ids_of(row) == [1, 2, 3]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
-from budwood.model.tasks import own_head
 from torch import nn
+
+from budwood.model.heads import own_head
 
 
 class Model(nn.Module):

@@ -127,7 +127,7 @@ class Unseeded(Strategy):
 def _size(step: Step, outputs: Outputs) -> Tensor:
     """Mean square of the first of each example's hidden states, [examples]."""
     squares = outputs.hidden.flatten(0, 1)[:, 0].float().square()
-    sums = squares.new_zeros(len(step.batch.example_ids)).index_add(0, step.batch.example_of_token, squares)
+    sums = squares.new_zeros(len(step.batch.keys)).index_add(0, step.batch.example_of_position, squares)
     return sums / torch.tensor(step.batch.lengths)
 
 

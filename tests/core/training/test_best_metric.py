@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from budwood.model.tasks import CausalLM
 
 from budwood.cli.app import run as command
 from budwood.contract.discovery import PluginError
 from budwood.contract.types import BestMetric, Run
+from budwood.model.text_tasks import CausalLM
 from budwood.recipe.schema import Recipe
 from budwood.training import setup
 from budwood.training.loop import train, tune
@@ -70,7 +70,7 @@ def test_the_accuracy_of_a_classifier_keeps_the_highest(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     """A task of one's own; accuracies as they come, and the last learning rate destroys what was learned."""
-    from budwood.model.tasks import SequenceClassification
+    from budwood.model.text_tasks import SequenceClassification
 
     monkeypatch.setattr(SequenceClassification, "best_metric", "eval_accuracy")
     monkeypatch.setattr(SequenceClassification, "lower_is_better", False)

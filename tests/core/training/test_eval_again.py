@@ -16,7 +16,7 @@ from tests.core.conftest import write_rows
 
 from budwood.cli.app import run as command
 from budwood.contract.types import Run
-from budwood.model import tasks
+from budwood.model import evaluation
 from budwood.recipe.schema import Recipe
 from budwood.training.evaluate import evaluate_adapter
 from budwood.training.loop import tune
@@ -108,7 +108,7 @@ def test_where_memory_ran_out_in_an_evaluation_of_the_run(
     make_recipe: Make, monkeypatch: pytest.MonkeyPatch, said: list[str], tmp_path: Path
 ) -> None:
     """The evaluation is made again with the smaller batches, and the record says how small."""
-    attempt, tried = tasks._attempt, []
+    attempt, tried = evaluation._attempt, []
 
     def scarce(run: Run, row: list[int], work: Any) -> Any:
         tried.append(run.step)
@@ -119,7 +119,7 @@ def test_where_memory_ran_out_in_an_evaluation_of_the_run(
     rows = str(write_rows(tmp_path / "many.jsonl", 40, seed=2))
     recipe = make_recipe(evaluate=True, train=EVAL | {"micro_tokens": 128}, data={"eval": rows})
     with monkeypatch.context() as patch:
-        patch.setattr(tasks, "_attempt", scarce)
+        patch.setattr(evaluation, "_attempt", scarce)
         run = tune(recipe)
     assert any("out of memory: from here on an evaluation takes at most" in line for line in said)
     assert run.eval_tokens < 70 and run.metrics["best_step"] == 8

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from budwood.model.tasks import batches_of
 
 from budwood.errors import InputError
+from budwood.model.evaluation import batches_of
 from budwood.recipe.schema import Recipe
 from budwood.training.frozen import load_frozen
 from budwood.training.report import Report
@@ -23,12 +23,12 @@ def test_it_takes_the_runs_packed_batches(make_recipe: Callable[..., Recipe], ti
     assert not any(parameter.requires_grad for parameter in frozen.model.parameters())
     seen = []
     for batch in batches_of(run, range(3, 9)):
-        seen += batch.example_ids
+        seen += batch.keys
         outputs = run.task.outputs(frozen.model, batch)
         logits = outputs.head(outputs.hidden.flatten(0, 1)[batch.label_positions])
-        for index, example in enumerate(batch.example_ids):
-            ids = torch.tensor(run.examples[example].input_ids[None].astype("int64"))
-            where = torch.tensor(run.examples[example].supervised).nonzero()[:, 0] - 1
+        for index, example in enumerate(batch.keys):
+            ids = torch.tensor(run.examples[example].inputs["input_ids"][None].astype("int64"))
+            where = torch.tensor(run.examples[example].label_positions)
             alone = frozen.model(ids).logits[0, where]
             torch.testing.assert_close(logits[batch.example_of_label == index], alone, atol=1e-5, rtol=1e-4)
     assert sorted(seen) == list(range(3, 9))

@@ -249,7 +249,7 @@ def test_debug_shows_the_authors_traceback(distribution, make_recipe, tmp_path, 
 
 def test_a_broken_plugin_matters_only_where_it_is_named(distribution, make_recipe, tmp_path, monkeypatch, capsys):
     distribution("broken", "raise RuntimeError('no GPU')", {"broken": "Broken"})
-    distribution("shapeless", "class Shapeless: pass", {"shapeless": "Shapeless"}, "budwood.forms")
+    distribution("shapeless", "class Shapeless: pass", {"shapeless": "Shapeless"}, "budwood.formats")
     distribution(
         "older", "from budwood import Attack\nclass Older(Attack): api = 0", {"older": "Older"}, "budwood.attacks"
     )

@@ -88,11 +88,12 @@ def test_packed_equals_padded_in_the_peer_library(make_recipe: Make, test_strate
                 parameter.copy_(fresh[key].double())
     total, labels = 0.0, 0
     for example in run.examples:
-        ids = torch.tensor(example.input_ids[None].astype("int64"))
-        targets = ids.masked_fill(~torch.tensor(example.supervised[None]), -100)
+        ids = torch.tensor(example.inputs["input_ids"][None].astype("int64"))
+        targets = torch.full_like(ids, -100)
+        targets[0, example.label_positions + 1] = torch.tensor(example.labels.astype("int64"))
         logits = peer(input_ids=ids).logits[:, :-1].flatten(0, 1)
         total = total + torch.nn.functional.cross_entropy(logits, targets[:, 1:].flatten(), reduction="sum")
-        labels += int(example.supervised.sum())
+        labels += len(example.labels)
     (total / labels).backward()
     compared = 0
     for name, parameter in peer.named_parameters():

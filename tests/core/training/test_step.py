@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from budwood.model.tasks import noisy_embeddings
 from transformers import AutoModelForCausalLM
 
 from budwood import LossTerm, Outputs, Step, Strategy, hookimpl
-from budwood.training.loop import optimizer_steps, tune
+from budwood.training.batches import optimizer_steps
+from budwood.training.loop import tune
 from budwood.training.report import Report
 from budwood.training.setup import prepare
 
@@ -48,22 +48,22 @@ def test_noise_gradient_and_replay_equal_plain_autograd(
     model = AutoModelForCausalLM.from_pretrained(tiny_base).double()
     passes = [entry for entry in test_strategies.SEEN if entry[0] == "noise"]
     assert len(passes) > 1, "the step must have several micro-steps"
-    labels = sum(int(run.examples[i].supervised.sum()) for _, ids, *_ in passes for i in ids)
+    labels = sum(len(run.examples[i].labels) for _, ids, *_ in passes for i in ids)
     for _, ids, noise, asked, clean in passes:
         torch.testing.assert_close(asked, clean, atol=1e-7, rtol=1e-4)
         position = 0
         for example in (run.examples[i] for i in ids):
-            tokens = torch.tensor(example.input_ids[None].astype("int64"))
+            tokens = torch.tensor(example.inputs["input_ids"][None].astype("int64"))
             leaf = model.get_input_embeddings()(tokens).detach().requires_grad_()
             logits = model(inputs_embeds=leaf).logits[0, :-1]
-            where = torch.tensor(example.supervised[1:])
+            where = torch.tensor(example.label_positions)
             loss = torch.nn.functional.cross_entropy(logits[where], tokens[0, 1:][where], reduction="sum") / labels
             (gradient,) = torch.autograd.grad(loss, leaf)
-            span = slice(position, position + len(example))
+            span = slice(position, position + len(example.inputs["input_ids"]))
             torch.testing.assert_close(clean[0, span].double(), gradient[0], atol=1e-6, rtol=1e-3)
             expected = 0.5 * gradient[0] / gradient[0].norm()
             torch.testing.assert_close(noise[0, span].double(), expected, atol=1e-4, rtol=1e-3)
-            position += len(example)
+            position += len(example.inputs["input_ids"])
 
 
 def test_replay_adds_the_noisy_pass_to_the_clean_one(make_recipe: Callable, test_strategies: Any) -> None:
@@ -97,18 +97,18 @@ class Compare(Strategy):
 
             type(self).asked = step.noise_gradient(start, terms)
             type(self).noise = 0.1 * self.asked / self.asked.norm()
-            step.kept["compare"] = step.forward(self.noise)
+            step.cache["compare"] = step.forward(self.noise)
         return outputs
 
     @hookimpl
     def token_terms(self, step: Step, logits: torch.Tensor, positions: torch.Tensor) -> LossTerm | None:
         if step.replaying:
             return None
-        return LossTerm("compare", (logits - step.logits(step.kept["compare"], positions)).square().mean(-1), weight=3)
+        return LossTerm("compare", (logits - step.logits(step.cache["compare"], positions)).square().mean(-1), weight=3)
 
     @hookimpl
     def loss_terms(self, step: Step, outputs: Outputs) -> LossTerm | None:
-        noisy = step.kept["compare"].hidden
+        noisy = step.cache["compare"].hidden
         return None if step.replaying else LossTerm("hidden", (outputs.hidden - noisy).square().mean(), "step", 0.5)
 
 
@@ -121,7 +121,7 @@ def ready(recipe: Any, *extra: Strategy) -> tuple[Any, Any, Step]:
     with torch.no_grad():
         for parameter in run.trainable:
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    todo, run.counts = next(optimizer_steps(run))
+    todo, run.counts = next(optimizer_steps(run, hooks))
     assert len(todo.batches) == 1
     return run, engine, Step(run, todo.batches[0], engine)
 
@@ -140,7 +140,7 @@ def test_outputs_that_are_compared_share_the_chunked_pass(make_recipe: Callable,
     task, batch = run.task, step.batch
 
     def outputs(noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        with noisy_embeddings(run.model, noise):
+        with run.task.noisy(run.model, noise):
             given = task.outputs(run.model, batch)
         return given.hidden, given.head(given.hidden.flatten(0, 1)[batch.label_positions])
 
@@ -181,7 +181,7 @@ def test_noise_gradients_do_not_depend_on_the_loss_scale_and_parameters_do(make_
     assert float(step.loss) == pytest.approx(float(loss), rel=1e-6), "a pass's loss is without its weight"
     assert step.replay(noise, 1.0) is None
     leaf = noise.clone().requires_grad_()
-    with noisy_embeddings(run.model, leaf):
+    with run.task.noisy(run.model, leaf):
         outputs = run.task.outputs(run.model, step.batch)
     logits = outputs.head(outputs.hidden.flatten(0, 1)[step.batch.label_positions])
     exact = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, step.batch.labels), [leaf, *run.trainable])

@@ -29,7 +29,7 @@ class Exhaust(Strategy):
     def _check(self, where: str, step: Step) -> None:
         options, run = self.options, step.run
         here = options.where == where and run.step + 1 >= options.step and run.model.training
-        if here and options.rank in (-1, run.process_index) and step.batch.num_tokens > options.tokens:
+        if here and options.rank in (-1, run.process_index) and sum(step.batch.lengths) > options.tokens:
             raise ERRORS[options.error]()
 
     @hookimpl(wrapper=True)
@@ -65,9 +65,9 @@ class Spoil(Strategy):
     @hookimpl(wrapper=True)
     def forward(self, step: Step) -> Any:
         outputs = yield
-        ids = step.batch.example_ids
+        ids = step.batch.keys
         if self.options.what == "loss" and step.run.step + 1 in self.options.steps and self.options.example in ids:
-            bad = (step.batch.example_of_token == ids.index(self.options.example)).view(outputs.hidden.shape[:2])
+            bad = (step.batch.example_of_position == ids.index(self.options.example)).view(outputs.hidden.shape[:2])
             outputs.hidden = torch.where(bad[..., None], torch.nan, outputs.hidden)
         return outputs
 

@@ -14,7 +14,7 @@ import torch
 from budwood.contract.types import Step
 from budwood.recipe.schema import Recipe
 from budwood.training import setup
-from budwood.training.loop import optimizer_steps
+from budwood.training.batches import optimizer_steps
 from budwood.training.report import Report
 
 WORDS = "games section library terminal description runtime shared files data model tokens small headers".split()  # noqa: SIM905
@@ -76,7 +76,7 @@ class Ready:
     def step(self) -> dict[str, torch.Tensor]:
         """Run one optimizer step's passes; returns the gradients by parameter."""
         self.run.optimizer.zero_grad(set_to_none=True)
-        todo, self.run.counts = next(optimizer_steps(self.run))
+        todo, self.run.counts = next(optimizer_steps(self.run, self.hooks))
         for index, batch in enumerate(todo.batches):
             batch = self.hooks.chain("prepare_batch", "batch", batch, run=self.run)
             self.steps.append(Step(self.run, batch, self.engine, index))
@@ -88,16 +88,16 @@ class Ready:
 @pytest.fixture
 def noises(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], torch.Tensor]]:
     """What every pass of a run put on the embeddings: (example ids, noise by example as [tokens, d] of the batch)."""
-    from budwood.model import tasks
+    from budwood.model.task import Task
 
     seen: list[Any] = []
-    original = tasks.noisy_embeddings
+    original = Task.noisy
 
-    def record(model: Any, noise: Any) -> Any:
+    def record(self: Any, model: Any, noise: Any) -> Any:
         seen.append(None if noise is None else noise.detach().clone())
-        return original(model, noise)
+        return original(self, model, noise)
 
-    monkeypatch.setattr(tasks, "noisy_embeddings", record)
+    monkeypatch.setattr(Task, "noisy", record)
     return seen
 
 

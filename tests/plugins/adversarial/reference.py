@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from budwood.contract.types import Example, Generator, Run
+from budwood.contract.examples import Example
+from budwood.contract.types import Generator, Run
 
 
 class Reference:
@@ -39,30 +40,32 @@ class Reference:
 
     def logits(self, example: Example, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [labels, V] at the example's labels with noise [T, d] on its embeddings, and the labels."""
-        ids = torch.tensor(example.input_ids[None].astype("int64"))
+        ids = torch.tensor(example.inputs["input_ids"][None].astype("int64"))
         embedded = self.model.get_input_embeddings()(ids).detach() + noise
         given = {"inputs_embeds": embedded}
-        if example.label is None:
-            logits = functional_call(self.model, self.weights, (), {**given, "use_cache": False}).logits[0, :-1]
-            where = torch.tensor(example.supervised[1:])
-            return logits[where], ids[0, 1:][where]
+        labels = torch.tensor(example.labels.astype("int64"))
+        if self.run.task.name == "causal-lm":
+            logits = functional_call(self.model, self.weights, (), {**given, "use_cache": False}).logits[0]
+            return logits[torch.tensor(example.label_positions)], labels
         if hasattr(self.model, "score"):
             self.model.config.pad_token_id = None  # so that a single row is pooled at its end
-        return functional_call(self.model, self.weights, (), given).logits, torch.tensor([example.label])
+        return functional_call(self.model, self.weights, (), given).logits, labels
 
     def loss(self, example: Example, noise: Tensor) -> Tensor:
         """Sum over the labels of -log p(y | x + noise)."""
         return F.cross_entropy(*self.logits(example, noise), reduction="sum")
 
     def zeros(self, example: Example) -> Tensor:
-        return torch.zeros(len(example), self.model.get_input_embeddings().weight.shape[1], dtype=torch.float64)
+        return torch.zeros(
+            len(example.inputs["input_ids"]), self.model.get_input_embeddings().weight.shape[1], dtype=torch.float64
+        )
 
     def slope(self, loss: Callable[[Example, Tensor], Tensor], example: Example, noise: Tensor) -> Tensor:
         leaf = noise.detach().requires_grad_()
         return torch.autograd.grad(loss(example, leaf), leaf)[0]
 
     def draws(self, example: Example) -> Generator:
-        return Generator(self.run.seed, "adversarial", self.run.step, example.id)
+        return Generator(self.run.seed, "adversarial", self.run.step, example.key)
 
     def gradients(self, total: Tensor) -> dict[str, Tensor]:
         found = torch.autograd.grad(total, list(self.leaves.values()))
@@ -104,7 +107,7 @@ def naive(reference: Reference, options: Any, may: Callable[[Example], Tensor]) 
                 delta = ball(delta + value("step_size") * up, value("epsilon"), value("norm"))
             total = total + value("clean_weight") * r.loss(example, zero) + value("weight") * r.loss(example, delta)
         elif method == "freelb":  # Zhu et al. 2020, algorithm 1
-            like = torch.empty(len(example), zero.shape[1])
+            like = torch.empty(len(zero), zero.shape[1])
             start = r.draws(example).uniform_like(like, -value("epsilon"), value("epsilon")).double() * where
             delta = start / elements**0.5 if value("norm") == "l2" else start
             for number in range(value("steps")):
@@ -121,7 +124,7 @@ def naive(reference: Reference, options: Any, may: Callable[[Example], Tensor]) 
                 forward = F.kl_div(q, p, reduction="sum", log_target=True)
                 return forward + F.kl_div(p, q, reduction="sum", log_target=True)
 
-            like = torch.empty(len(example), zero.shape[1])
+            like = torch.empty(len(zero), zero.shape[1])
             delta = value("sigma") * r.draws(example).normal_like(like).double() * where
             for _ in range(value("steps")):
                 g = normed(r.slope(symmetric, example, delta) * where, value("norm"))
@@ -133,16 +136,16 @@ def naive(reference: Reference, options: Any, may: Callable[[Example], Tensor]) 
                 p = r.logits(example, r.zeros(example))[0].detach().log_softmax(-1)
                 return F.kl_div(r.logits(example, noise)[0].log_softmax(-1), p, reduction="sum", log_target=True)
 
-            like = torch.empty(len(example), zero.shape[1])
+            like = torch.empty(len(zero), zero.shape[1])
             d = normed(r.draws(example).normal_like(like).double() * where, "l2")
             for _ in range(value("steps")):
                 d = normed(r.slope(divergence, example, value("xi") * d) * where, "l2")
             delta = value("epsilon") * d
             total = total + r.loss(example, zero) + value("weight") * divergence(example, delta)
         else:  # Jain et al. 2024, algorithm 1
-            like = torch.empty(len(example), zero.shape[1])
+            like = torch.empty(len(zero), zero.shape[1])
             uniform = r.draws(example).uniform_like(like, -1.0, 1.0).double() * where
             delta = value("alpha") / elements**0.5 * uniform
             total = total + r.loss(example, delta)
-        noises[example.id] = delta
+        noises[example.key] = delta
     return noises, total

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from budwood.model.tasks import noisy_embeddings
 from torch import nn
 
 from budwood import Event, Options, PluginError, Strategy, hookimpl
 from budwood.contract.loading import build_strategy
 from budwood.contract.types import Plan
 from budwood.errors import InputError
+from budwood.model.text_tasks import CausalLM
 from budwood.training.loop import tune
 from budwood_adversarial import Adversarial
 from budwood_adversarial.options import DEFAULTS, AdversarialOptions
@@ -102,7 +102,7 @@ def test_noise_that_goes_nowhere_is_an_error() -> None:
             return self.embeddings
 
     refused = pytest.raises(InputError, match="Deaf does not call its input embeddings")
-    with refused, noisy_embeddings(Deaf(), torch.zeros(1, 1, 2)):
+    with refused, CausalLM().noisy(Deaf(), torch.zeros(1, 1, 2)):
         pass
 
 
@@ -223,9 +223,9 @@ def test_a_perturbation_without_effect_is_said_once(
 
 
 def test_noise_on_no_token_is_said(make_recipe: Callable, capsys: Any) -> None:
-    ready = Ready(make_recipe({"method": "fgm", "epsilon": 0.5}))
+    ready = Ready(make_recipe({"method": "fgm", "epsilon": 0.5, "skip_special": True}))
     strategy = next(s for s in ready.run.strategies if s.name == "adversarial")
-    strategy._special = list(range(300))
+    ready.run.task.special_positions = lambda run, batch: batch.example_of_position >= 0
     lines: list[str] = []
     ready.run.say = lines.append
     ready.step()
@@ -255,8 +255,8 @@ def noise_of(step: Any, epsilon: float) -> torch.Tensor:
     """FGM's noise by a loop over examples."""
     gradient = step.noise_grad
     noise = torch.zeros_like(gradient).flatten(0, 1)
-    for index in range(len(step.batch.example_ids)):
-        where = step.batch.example_of_token == index
+    for index in range(len(step.batch.keys)):
+        where = step.batch.example_of_position == index
         part = gradient.flatten(0, 1)[where]
         noise[where] = epsilon * part / part.norm()
     return noise.view_as(gradient)

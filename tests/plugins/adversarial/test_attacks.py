@@ -12,7 +12,7 @@ import torch
 
 from budwood import InputError
 from budwood.contract.types import Step
-from budwood.training.loop import optimizer_steps
+from budwood.training.batches import optimizer_steps
 from budwood_adversarial.attacks import PGD, PGDOptions
 from budwood_adversarial.typos import NEIGHBOURS, Typos, TyposOptions, mistype
 
@@ -31,13 +31,13 @@ def test_pgd_is_the_papers_ascent_for_each_example(make_recipe: Callable, norm: 
     reference = Reference(ready.run, 2.0)
     ready.run.counts = todo.batches[0].counts
     noise = attack.noise(Step(ready.run, todo.batches[0], ready.engine)).flatten(0, 1)
-    for index, example in enumerate(ready.run.examples[i] for i in todo.batches[0].example_ids):
+    for index, example in enumerate(ready.run.examples[i] for i in todo.batches[0].keys):
         delta = reference.zeros(example)
         for _ in range(3):
             gradient = reference.slope(reference.loss, example, delta)
             up = normed(gradient, "l2") if norm == "l2" else gradient.sign()
             delta = ball(delta + 2.5 * epsilon / 3 * up, epsilon, norm)
-        found = noise[todo.batches[0].example_of_token == index].double()
+        found = noise[todo.batches[0].example_of_position == index].double()
         wrong = (found - delta).abs() > 1e-4 * epsilon + 1e-3 * delta.abs()
         assert wrong.float().mean() < 0.002, "but for signs of gradients that are zero but for rounding"
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from budwood.contract.types import Example
+from budwood.contract.examples import Example
 
 from .conftest import Ready
 from .reference import Reference, naive
@@ -42,9 +42,9 @@ def by_example(ready: Ready, noise_of_step: list[Tensor]) -> dict[int, Tensor]:
     found: dict[int, Tensor] = {}
     for step, noise in zip(ready.steps, noise_of_step, strict=True):
         flat = noise.flatten(0, 1)
-        for index, example in enumerate(step.batch.example_ids):
-            found[example] = flat[step.batch.example_of_token == index]
-        assert not flat[step.batch.example_of_token < 0].any(), "noise on padding"
+        for index, example in enumerate(step.batch.keys):
+            found[example] = flat[step.batch.example_of_position == index]
+        assert not flat[step.batch.example_of_position < 0].any(), "noise on padding"
     return found
 
 
@@ -59,11 +59,13 @@ def compare(recipe: Any, noises: list[Any], scaling: float = 2.0) -> None:
     special = set(ready.run.tokenizer.all_special_ids)
 
     def may(example: Example) -> Tensor:
-        where = torch.ones(len(example), 1, dtype=torch.float64)
+        where = torch.ones(len(example.inputs["input_ids"]), 1, dtype=torch.float64)
         if options.skip_special:
-            where *= torch.tensor([[i not in special] for i in example.input_ids.tolist()])
+            where *= torch.tensor([[i not in special] for i in example.inputs["input_ids"].tolist()])
         if options.skip_masked:
-            where *= torch.tensor(example.supervised)[:, None]
+            labelled = torch.zeros(len(where), dtype=torch.bool)
+            labelled[example.label_positions + 1] = True
+            where *= labelled[:, None]
         return where
 
     reference = Reference(ready.run, scaling)

@@ -115,14 +115,10 @@ def at_labels() -> Callable[..., tuple[Tensor, Tensor]]:
     def read(run: Run, model: Any) -> tuple[Tensor, Tensor]:
         logits, hidden = [], []
         for example in run.examples:
-            ids = torch.tensor(example.input_ids[None].astype("int64"))
+            ids = torch.tensor(example.inputs["input_ids"][None].astype("int64"))
             out = model(ids, use_cache=False, output_hidden_states=True)
-            if example.label is None:
-                where = torch.tensor(example.supervised).nonzero()[:, 0] - 1
-                logits.append(out.logits[0, where])
-            else:
-                where = torch.tensor([len(example) - 1])
-                logits.append(out.logits)
+            where = torch.tensor(example.label_positions)
+            logits.append(out.logits if run.task.name == "sequence-classification" else out.logits[0, where])
             hidden.append(out.hidden_states[-1][0, where])
         return torch.cat(logits).double(), torch.cat(hidden).double()
 

@@ -116,7 +116,7 @@ def test_the_gradient_is_that_of_plain_autograd(
     log_p, log_q = ((z[:, :300] / 3).log_softmax(-1) for z in (p, q))
     log_m = (0.3 * log_p.exp() + 0.7 * log_q.exp()).log()
     parts = [(a.exp() * (a - log_m)).sum(-1) for a in (log_p, log_q)]
-    labels = torch.cat([torch.tensor(e.input_ids[e.supervised].astype("int64")) for e in run.examples])
+    labels = torch.cat([torch.tensor(e.labels.astype("int64")) for e in run.examples])
     loss = 0.5 * 9 * (0.3 * parts[0] + 0.7 * parts[1]).mean() + 0.5 * F.cross_entropy(q, labels)
     loss.backward()
     compared = 0
@@ -191,7 +191,7 @@ def test_the_hidden_states_at_the_labels(
         values = (ours - theirs).square().mean(-1)
     else:
         values = 1 - (ours * theirs).sum(-1) / ours.norm(dim=-1) / theirs.norm(dim=-1)
-    counts = [int(e.supervised.sum()) for e in run.examples]
+    counts = [len(e.labels) for e in run.examples]
     expected = torch.stack([part.mean() for part in values.split(counts)]).mean()
     assert losses(run, "distillation_hidden")[0] == pytest.approx(float(expected), rel=1e-5)
     numbers = [losses(run, name)[0] for name in ("loss", "causal_lm", "distillation", "distillation_hidden")]
@@ -226,13 +226,13 @@ def test_the_teacher_runs_once_a_micro_step_under_replay(
     make_recipe: Callable, teacher: Path, test_strategies: Any, monkeypatch: pytest.MonkeyPatch, options: dict
 ) -> None:
     """FGM replays each micro-step twice: by the gradient of the noise, and with the noise."""
-    from budwood.model.tasks import CausalLM
+    from budwood.model.text_tasks import CausalLM
 
     quiet, noisy = [], []
     outputs = CausalLM.outputs
 
     def counting(self: CausalLM, model: Any, batch: Any) -> Any:
-        (noisy if torch.is_grad_enabled() else quiet).append(batch.example_ids)
+        (noisy if torch.is_grad_enabled() else quiet).append(batch.keys)
         return outputs(self, model, batch)
 
     recipe = make_recipe({"teacher": str(teacher), **options}, others=({"fgm": {"epsilon": 0.1}},),
@@ -371,7 +371,8 @@ def test_encoders_teach_encoders(run_it: Runs, losses: Callable, tiny_base: Path
         folders.append(save_beside_tokenizer(models[-1], tiny_base, tmp_path / f"bert{seed}"))
     run = run_it({"teacher": str(folders[0])}, labels=LABELS, base={"model": str(folders[1])})
     p, q = (
-        torch.cat([m(torch.tensor(e.input_ids[None].astype("int64"))).logits for e in run.examples]) for m in models
+        torch.cat([m(torch.tensor(e.inputs["input_ids"][None].astype("int64"))).logits for e in run.examples])
+        for m in models
     )
     assert losses(run)[0] == pytest.approx(kl(p, q), rel=1e-4)
 

@@ -6,22 +6,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from budwood.data.forms import Dropped, Encoded, PromptCompletion, Text, TextLabel, recognise
 
 from budwood.contract.discovery import PluginError
+from budwood.data.build import build_examples
 from budwood.data.encoder import Encoder, encode_prompt
-from budwood.data.examples import build_examples
+from budwood.data.formats import Dropped, PlainText, PromptCompletion, TextLabel, recognise
+from budwood.data.text import Tokens, tokenise
 from budwood.errors import InputError
+from budwood.model.text_tasks import SequenceClassification
 
 LM, CLASSIFY = "causal-lm", "sequence-classification"
+MADE = "from budwood import DataFormat\nclass Made(DataFormat):\n    api = 2\n"
 
 
 def encode(form: Any, row: dict[str, Any], tokenizer: Any, max_length: int = 512) -> Any:
-    return form.encode([row], ["train.jsonl:1"], Encoder(tokenizer, max_length))[0]
+    item, encoder = form.item(row, "train.jsonl:1"), Encoder(tokenizer, max_length)
+    if isinstance(item, Dropped):
+        return item
+    if form.name == "text-label":
+        return SequenceClassification().encode([item], ["train.jsonl:1"], encoder)[0]
+    return tokenise([item], ["train.jsonl:1"], encoder)[0]
 
 
-def texts(tokenizer: Any, row: Encoded) -> list[str]:
-    return [tokenizer.decode(row.input_ids[start:stop]) for start, stop in row.spans]
+def texts(tokenizer: Any, row: Tokens) -> list[str]:
+    return [tokenizer.decode(row.ids[start:stop]) for start, stop in row.spans]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +64,7 @@ def test_columns_that_are_not_taken(columns: list[str], task: str, message: str)
     assert str(caught.value).startswith("train.jsonl: ")
 
 
-@pytest.mark.parametrize("form", [PromptCompletion(), Text(), TextLabel()], ids=lambda form: form.name)
+@pytest.mark.parametrize("form", [PromptCompletion(), PlainText(), TextLabel()], ids=lambda form: form.name)
 @pytest.mark.parametrize("value", [None, 3, ["x"], {"a": 1}, True], ids=repr)
 def test_fields_that_are_not_text(form: Any, value: Any, byte_level: Any) -> None:
     for field in form.columns:
@@ -72,17 +80,17 @@ def test_fields_that_are_not_text(form: Any, value: Any, byte_level: Any) -> Non
 
 def test_half_a_character_is_refused(byte_level: Any) -> None:
     with pytest.raises(InputError, match="^train.jsonl:1: field 'text' has half a character"):
-        encode(Text(), {"text": "x\ud800"}, byte_level())
+        encode(PlainText(), {"text": "x\ud800"}, byte_level())
 
 
 @pytest.mark.parametrize("bos", [True, False])
 def test_prompt_and_completion(byte_level: Any, bos: bool) -> None:
     tokenizer = byte_level(bos)
     row = encode(PromptCompletion(), {"prompt": "Question: yes?\nAnswer:", "completion": " yes"}, tokenizer)
-    assert tokenizer.decode(row.input_ids) == "<s>" * bos + "Question: yes?\nAnswer: yes</s>"
+    assert tokenizer.decode(row.ids) == "<s>" * bos + "Question: yes?\nAnswer: yes</s>"
     assert texts(tokenizer, row) == [" yes</s>"]
-    assert row.input_ids[: row.prompt_length] == encode_prompt(tokenizer, "Question: yes?\nAnswer:")
-    assert row.input_ids[:-1] == encode_prompt(tokenizer, "Question: yes?\nAnswer: yes")
+    assert row.ids[: row.spans[0][0]] == encode_prompt(tokenizer, "Question: yes?\nAnswer:")
+    assert row.ids[:-1] == encode_prompt(tokenizer, "Question: yes?\nAnswer: yes")
 
 
 @pytest.mark.parametrize(
@@ -96,8 +104,8 @@ def test_a_token_never_straddles_prompt_and_completion(
     made = request.getfixturevalue(kind)
     tokenizer = made() if kind == "byte_level" else made
     row = encode(PromptCompletion(), {"prompt": prompt, "completion": completion}, tokenizer)
-    assert row.input_ids[: row.prompt_length] == encode_prompt(tokenizer, prompt)
-    assert tokenizer.decode(row.input_ids[1:-1]) == prompt + completion
+    assert row.ids[: row.spans[0][0]] == encode_prompt(tokenizer, prompt)
+    assert tokenizer.decode(row.ids[1:-1]) == prompt + completion
 
 
 def test_merging_boundary_is_remarked(byte_level: Any) -> None:
@@ -105,7 +113,7 @@ def test_merging_boundary_is_remarked(byte_level: Any) -> None:
     whole = encoder.plain(["hello"])[0]
     assert len(whole) < len(encoder.plain(["hel"])[0]) + len(encoder.plain(["lo"])[0])  # it does merge
     rows = [{"prompt": "hel", "completion": "lo"}, {"prompt": "hello", "completion": " there"}]
-    PromptCompletion().encode(rows, ["a:1", "a:2"], encoder)
+    tokenise([PromptCompletion().item(row, "a:1") for row in rows], ["a:1", "a:2"], encoder)
     assert list(encoder.remarks.values()) == [1]
 
 
@@ -113,27 +121,26 @@ def test_no_space_before_a_continuation(sentencepiece: Any) -> None:
     """The tokenizer puts a space before every text, which is wrong within one."""
     assert sentencepiece.decode(sentencepiece("lo", add_special_tokens=False)["input_ids"][:1]) == ""
     row = encode(PromptCompletion(), {"prompt": "hel", "completion": "lo"}, sentencepiece)
-    assert sentencepiece.decode(row.input_ids, skip_special_tokens=True) == "hello"
+    assert sentencepiece.decode(row.ids, skip_special_tokens=True) == "hello"
 
 
-@pytest.mark.parametrize("form", [PromptCompletion(), Text()], ids=lambda form: form.name)
+@pytest.mark.parametrize("form", [PromptCompletion(), PlainText()], ids=lambda form: form.name)
 def test_bos_and_eos_stand_once(form: Any, byte_level: Any) -> None:
     tokenizer = byte_level(bos=True)
     row = {"prompt": "<s>Question:", "completion": " yes</s>", "text": "<s>Question: yes</s>"}
     encoded = encode(form, row, tokenizer)
-    assert tokenizer.decode(encoded.input_ids) == "<s>Question: yes</s>"
-    assert encoded.input_ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(encoded.ids) == "<s>Question: yes</s>"
+    assert encoded.ids.count(tokenizer.bos_token_id) == 1
     assert encode_prompt(tokenizer, "<s>Question:").count(tokenizer.bos_token_id) == 1
-    assert encoded.spans[-1][1] == len(encoded.input_ids)
+    assert encoded.spans[-1][1] == len(encoded.ids)
 
 
 @pytest.mark.parametrize("bos", [True, False])
 def test_text(byte_level: Any, bos: bool) -> None:
     tokenizer = byte_level(bos)
-    row = encode(Text(), {"text": "Hello there"}, tokenizer)
-    assert tokenizer.decode(row.input_ids) == "<s>" * bos + "Hello there</s>"
-    assert row.spans == [(1, len(row.input_ids))]
-    assert row.prompt_length == 0
+    row = encode(PlainText(), {"text": "Hello there"}, tokenizer)
+    assert tokenizer.decode(row.ids) == "<s>" * bos + "Hello there</s>"
+    assert row.spans == [(1, len(row.ids))]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +149,7 @@ def test_text(byte_level: Any, bos: bool) -> None:
         (PromptCompletion(), {"prompt": "x", "completion": ""}, "empty completion"),
         (PromptCompletion(), {"prompt": "x", "completion": " \n"}, "empty completion"),
         (PromptCompletion(), {"prompt": "", "completion": "x"}, "empty prompt"),
-        (Text(), {"text": " \t"}, "empty text"),
+        (PlainText(), {"text": " \t"}, "empty text"),
         (TextLabel(), {"text": "", "label": "a"}, "empty text"),
         (TextLabel(), {"text": "x", "label": " "}, "empty label"),
     ],
@@ -153,20 +160,33 @@ def test_empty_rows_are_dropped(form: Any, row: dict[str, str], reason: str, byt
 
 def test_a_tokenizer_without_an_end(byte_level: Any) -> None:
     with pytest.raises(InputError, match="no end-of-sequence token.*tokenizer_config.json"):
-        encode(Text(), {"text": "x"}, byte_level(eos=None))
+        encode(PlainText(), {"text": "x"}, byte_level(eos=None))
 
 
 def test_classification_keeps_what_the_tokenizer_puts_around(word_piece: Any, byte_level: Any) -> None:
     text = "hello there how are you " * 10
-    row = encode(TextLabel(), {"text": text, "label": "a"}, word_piece, max_length=8)
-    assert len(row.input_ids) == 8
-    assert row.truncated
-    assert [row.input_ids[0], row.input_ids[-1]] == [2, 3]
+    encoded = encode(TextLabel(), {"text": text, "label": "a"}, word_piece, max_length=8)
+    (row,) = encoded.examples
+    ids = row.inputs["input_ids"].tolist()
+    assert len(ids) == 8
+    assert encoded.cut > 0
+    assert [ids[0], ids[-1]] == [2, 3]
+    assert row.label_positions.tolist() == [7]
     short = encode(TextLabel(), {"text": "hello", "label": 7}, word_piece, max_length=8)
-    assert (short.truncated, short.label) == (False, "7")
+    assert (short.cut, short.examples[0].labels.tolist()) == (0, [0])
     tokenizer = byte_level(bos=True)
-    row = encode(TextLabel(), {"text": "<s>hello", "label": "a"}, tokenizer)
-    assert row.input_ids.count(tokenizer.bos_token_id) == 1
+    (row,) = encode(TextLabel(), {"text": "<s>hello", "label": "a"}, tokenizer).examples
+    assert row.inputs["input_ids"].tolist().count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), "2", True])
+@pytest.mark.parametrize("form", [PromptCompletion(), PlainText(), TextLabel()], ids=lambda form: form.name)
+def test_weights_that_are_none(form: Any, weight: Any) -> None:
+    row = dict.fromkeys(form.columns, "x")
+    with pytest.raises(InputError, match="^train.jsonl:1: field 'weight' must be a finite number from 0"):
+        form.item({**row, "weight": weight}, "train.jsonl:1")
+    assert form.item({**row, "weight": 0}, "train.jsonl:1") == Dropped("weight 0")
+    assert form.item({**row, "weight": 2}, "train.jsonl:1").weight == 2.0
 
 
 def install_form(folder: Path, name: str, source: str) -> None:
@@ -174,35 +194,29 @@ def install_form(folder: Path, name: str, source: str) -> None:
     info = folder / f"{name}_form-1.2.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-form\nVersion: 1.2\n")
-    (info / "entry_points.txt").write_text(f"[budwood.forms]\n{name} = {name}_form:Made\n")
+    (info / "entry_points.txt").write_text(f"[budwood.formats]\n{name} = {name}_form:Made\n")
 
 
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ("raise KeyError('good')", "encode: KeyError: 'good'. Report it to its author"),
-        ("return []", "encode: must return an Encoded or a Dropped for each of its 1 rows."),
-        ("return [None]", "encode: must return an Encoded or a Dropped for each of its 1 rows."),
+        ("raise KeyError('good')", "item: KeyError: 'good'. Report it to its author"),
     ],
 )
 def test_a_form_of_others_that_fails_is_named(body, says, byte_level, tmp_path, distribution):
-    source = (
-        "from budwood.data.forms import Form\nclass Made(Form):\n    name = 'pairs'\n    columns = ('good', 'bad')\n"
-    )
-    source += f"    tasks = ('causal-lm',)\n    def encode(self, rows, where, encoder):\n        {body}\n"
-    distribution("pairs-form", source, {"pairs": "Made"}, "budwood.forms", "1.2")
+    source = MADE + "    name = 'pairs'\n    columns = ('good', 'bad')\n"
+    source += f"    tasks = ('causal-lm',)\n    def item(self, row, where):\n        {body}\n"
+    distribution("pairs-form", source, {"pairs": "Made"}, "budwood.formats", "1.2")
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"good": "a", "bad": "b"}\n')
     with pytest.raises(PluginError) as error:
         build_examples(rows, byte_level(), LM, 64)
-    assert str(error.value).startswith(f"data form 'pairs' (pairs-form 1.2), {says}")
+    assert str(error.value).startswith(f"data format 'pairs' (pairs-form 1.2), {says}")
 
 
 def test_forms_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A form of another distribution is found by its columns; a broken one matters only where no other fits."""
-    source = (
-        "from budwood.data.forms import Form\nclass Made(Form):\n    name = 'pairs'\n    columns = ('good', 'bad')\n"
-    )
+    source = MADE + "    name = 'pairs'\n    columns = ('good', 'bad')\n"
     install_form(tmp_path, "pairs", source + "    tasks = ('causal-lm',)\n")
     install_form(tmp_path, "broken", "import no_such_module\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -211,11 +225,11 @@ def test_forms_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(InputError, match="good . bad; .*plugin 'broken' of broken-form 1.2.*cannot be imported"):
         recognise(["good"], LM, "x")
     install_form(tmp_path, "odd", "class Made: pass\n")
-    install_form(tmp_path, "partial", "from budwood.data.forms import Form\nclass Made(Form): name = 'x'\n")
+    install_form(tmp_path, "partial", MADE + "    name = 'x'\n")
     assert recognise(["text"], LM, "x").name == "text"
     with pytest.raises(
-        InputError, match="'odd' of odd-form 1.2: odd_form:Made is not a subclass of budwood.data.*Form"
+        InputError, match="'odd' of odd-form 1.2: odd_form:Made is not a subclass of budwood.DataFormat"
     ):
         recognise(["good"], LM, "x")
-    with pytest.raises(InputError, match="data form 'partial' of partial-form 1.2: .* declares no 'columns'"):
+    with pytest.raises(InputError, match="data format 'partial' of partial-form 1.2: .* declares no 'columns'"):
         recognise(["good"], LM, "x")
