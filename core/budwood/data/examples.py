@@ -232,8 +232,23 @@ def _find_problem(example: Example, classes: int) -> str:
     if count and (example.label_positions < 0).any():
         return "a label's position is negative"
     labels = np.asarray(example.labels)
-    if classes and count and labels.dtype.kind in "iu" and not ((labels >= 0) & (labels < classes)).all():
-        return f"a label is outside the {classes} classes"
+    if classes and count and not (labels.dtype.kind in "iu" and ((labels >= 0) & (labels < classes)).all()):
+        return f"a label is outside the {classes} classes: it must be an index from 0 to {classes - 1}"
+    return next(filter(None, (_find_column_problem(example, name) for name in example.columns)), "")
+
+
+def _find_column_problem(example: Example, name: str) -> str:
+    column = example.columns[name]
+    if not isinstance(column, Column):
+        return (
+            f"column '{name}' must be a Column, such as Column(values, axis=\"input\"), not a {type(column).__name__}"
+        )
+    sizes = {"label": len(example.label_positions), "input": len(next(iter(example.inputs.values())))}
+    if column.axis != "example" and column.values.shape[:1] != (sizes.get(column.axis),):
+        return (
+            f"column '{name}' has shape {list(column.values.shape)}; its axis is '{column.axis}', so that it must have "
+            f"one value for each of its {sizes.get(column.axis)}"
+        )
     return ""
 
 

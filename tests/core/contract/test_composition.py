@@ -102,12 +102,12 @@ def test_chain_passes_results_on_in_order():
 
     def _chain(letter):
         def prepare_examples(self, run, examples):
-            return [*examples, Example(letter, np.zeros(1), np.zeros(1))]
+            return [*examples, Example({"x": np.zeros(1)}, np.zeros(0), np.zeros(0), np.zeros(0), key=letter)]
 
         return prepare_examples
 
     hooks = Composition([make("a", prepare_examples=append(1), after=("b",)), make("b", prepare_examples=append(2))])
-    assert [example.id for example in hooks.chain("prepare_examples", "examples", [], run=None)] == [2, 1]
+    assert [example.key for example in hooks.chain("prepare_examples", "examples", [], run=None)] == [2, 1]
     assert hooks.implements("prepare_examples") == ["b", "a"]
 
 

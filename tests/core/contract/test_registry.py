@@ -140,6 +140,12 @@ def test_failing_import_names_plugin_distribution_and_remedy(distribution, sourc
         ("@hookimpl(wrapper=True)\ndef before_clip(self, run): yield", "hook 'before_clip' cannot be wrapped"),
         ("@hookimpl(tryfirst=True)\ndef before_clip(self, run): ...", "declare the order with `before` and `after`"),
         ("api = 99", "written for version 99 of the contract, and this Budwood has 2: pip install -U budwood."),
+        ("@hookimpl\ndef state_dict(self): ...", "it implements state_dict alone, which has no effect"),
+        (
+            "@hookimpl\ndef step_terms(self): ...",
+            "of the hooks step_values and step_terms it implements step_terms alone",
+        ),
+        ("@hookimpl\ndef load_state_dict(self): ...", "it implements load_state_dict alone, which has no"),
         ("slots = 'adapter'", "'slots' must be a tuple of names, not 'adapter'"),
         ("class Options: pass", "its Options must be a subclass of budwood.Options"),
         ("def __init__(self): ...", "cannot start: TypeError"),
@@ -154,17 +160,45 @@ def test_what_breaks_the_contract_is_named(distribution, body, says):
 def test_who_declares_no_version_knew_of_the_first_only(distribution):
     one(distribution, "pass")
     assert load_strategy("mine")[0].api == 1
-    distribution("twig", "from budwood import Quantizer\nclass Old(Quantizer): pass", {"old": "Old"}, QUANTIZERS)
-    with refused(PluginError, "quantiser 'old' of twig 1.0 was written for version 1", "pip install -U twig"):
-        create("old", QUANTIZERS)
+    distribution(
+        "twig", "from budwood import Quantizer\nclass Old(Quantizer): pass", {"old": "Old"}, "budwood.quantizers"
+    )
 
 
-QUANTIZERS = "budwood.quantizers"
+@pytest.mark.parametrize(
+    ("group", "source", "who"),
+    [
+        ("budwood.quantizers", "from budwood import Quantizer as Base", "quantiser 'old' of twig 1.0"),
+        ("budwood.tasks", "from budwood import Task as Base", "task 'old' of twig 1.0"),
+        ("budwood.formats", "from budwood import DataFormat as Base", "data format 'old' of twig 1.0"),
+    ],
+)
+def test_of_other_plugins_the_version_must_be_declared(distribution, group, source, who):
+    distribution("twig", f"{source}\nclass Old(Base): pass\nclass First(Base): api = 1", {"old": "Old"}, group)
+    with refused(PluginError, who, "twig:Old declares no version of the contract: declare `api = 2`", "-U twig"):
+        create("old", group)
+    distribution("sprout", f"{source}\nclass First(Base): api = 1", {"first": "First"}, group)
+    with refused(PluginError, "'first' of sprout 1.0 was written for version 1 of the contract", "-U sprout"):
+        create("first", group)
+
+
+@pytest.mark.parametrize("missing", ["encode", "outputs"])
+def test_a_task_without_a_method_that_it_must_have_is_refused(distribution, missing):
+    (other,) = {"encode", "outputs"} - {missing}
+    source = f"""
+        from budwood import Task
+        class Mine(Task):
+            api, name, auto_class = 2, "mine", "AutoModel"
+            def {other}(self, *_): ...
+    """
+    distribution("sprout", source, {"mine": "Mine"}, "budwood.tasks")
+    with refused(PluginError, f"task 'mine' of sprout 1.0: sprout:Mine does not implement '{missing}', which"):
+        create("mine", "budwood.tasks")
 
 
 BASES = {
-    "budwood.tasks": ("from budwood.model.tasks import CausalLM as Base", "task 'mine'"),
-    "budwood.forms": ("from budwood.data.forms import Text as Base", "data form 'mine'"),
+    "budwood.tasks": ("from budwood import CausalLM as Base", "task 'mine'"),
+    "budwood.formats": ("from budwood.data.formats import PlainText as Base", "data format 'mine'"),
     "budwood.quantizers": ("from budwood.model.quantizers import Unquantized as Base", "quantiser 'mine'"),
     "budwood.attacks": ("from budwood import Attack as Base", "attack 'mine'"),
 }
@@ -276,7 +310,7 @@ def test_all_that_is_installed_is_listed_with_what_is_wrong(distribution):
     distribution("fine", "class Fine(Strategy): pass", {"fine": "Fine"})
     distribution("broken", "raise RuntimeError('no GPU')", {"broken": "Broken"})
     distribution("nothing", "", {"nothing": "Nothing"})
-    distribution("odd", "class Odd: pass", {"odd": "Odd"}, group="budwood.forms")
+    distribution("odd", "class Odd: pass", {"odd": "Odd"}, group="budwood.formats")
     distribution("shy", "", {"shy": "Shy"}, group="budwood.task")
     for name in ("one", "two"):
         distribution(name, "class Twice(Strategy): pass", {"twice": "Twice"})
@@ -286,7 +320,7 @@ def test_all_that_is_installed_is_listed_with_what_is_wrong(distribution):
     assert len([name for _, name, _ in found if name == "twice"]) == 2
     assert "cannot be imported: RuntimeError: no GPU. Repair or update it" in problems["broken"][1]
     assert "cannot be imported: AttributeError: module 'nothing' has no attribute 'Nothing'" in problems["nothing"][1]
-    assert problems["odd"][0] == "data form" and "is not a subclass" in problems["odd"][1]
+    assert problems["odd"][0] == "data format" and "is not a subclass" in problems["odd"][1]
     assert problems["shy"] == (
         "budwood.task",
         "plugin 'shy' of shy 1.0: there is no entry point group 'budwood.task'. Did you mean 'budwood.tasks'?",
