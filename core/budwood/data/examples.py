@@ -192,11 +192,14 @@ class Examples(Sequence[Example]):
         return ", ".join(f"{reason} {n:,}, first at {first[reason]}" for reason, n in self.stats.dropped.items())
 
 
-def check_examples(examples: Sequence[Example], like: Examples | None = None, where: Sequence[str] = ()) -> None:
+def check_examples(
+    examples: Sequence[Example], like: Examples | None = None, where: Sequence[str] = (), classes: int = 0
+) -> None:
     """Check examples that a task or a strategy made.
 
     Args:
         like: the file's examples, whose rows and classes they refer to.
+        classes: how many there are, without `like`; 0: labels are no classes.
         where: place of each example, for messages; by default that of its row in `like`.
 
     Raises:
@@ -206,7 +209,7 @@ def check_examples(examples: Sequence[Example], like: Examples | None = None, wh
     groups: set[int] = set()
     last: int | None = None
     for index, example in enumerate(examples):
-        problem = _find_problem(example, len(like.labels) if like is not None else 0)
+        problem = _find_problem(example, len(like.labels) if like is not None else classes)
         if example.key in keys:
             problem = problem or f"key {example.key!r} is that of another example too"
         keys.add(example.key)
