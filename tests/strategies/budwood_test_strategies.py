@@ -139,6 +139,9 @@ class Unsaveable(Strategy):
     def state_dict(self, run: Run) -> dict[str, Any]:
         return {"inner": [{"a": object()}]}
 
+    @hookimpl
+    def load_state_dict(self, run: Run, state: dict[str, Any]) -> None: ...
+
 
 class Reward(Strategy):
     """Gives a metric of its own, best at step 2, and chooses it as the run's best metric."""

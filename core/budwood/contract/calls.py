@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,11 @@ from budwood.errors import BudwoodError, describe, is_out_of_memory, system_erro
 
 _BEFORE_STEPS = HOOKS[: HOOKS.index("next_examples")]
 _IN_STEP = HOOKS[HOOKS.index("next_examples") : HOOKS.index("after_optimizer_step") + 1]
+_NUMBERS = (
+    "kind", "step", "epoch", "loss", "gradient_norm", "learning_rate", "skipped", "tokens", "tokens_per_second",
+    "best_step",
+)  # fmt: skip
+"""Names of the numbers that core logs itself."""
 
 
 @dataclass
@@ -80,6 +86,8 @@ class Calls:
         self.peak: Callable[[], int] | None = None
         self.wait: Callable[[], None] | None = None
         self._strategies: dict[str, Strategy | None] = {}
+        self._numbers: dict[str, tuple[Plugin, str]] = {}
+        """Whose a logged number is, and the hook that gave it first, by its name."""
         self._asked: dict[tuple[int, str], tuple[Callable[..., Any], list[str]]] = {}
         self._frame: _Frame | None = None
 
@@ -178,19 +186,48 @@ class Calls:
         for frame, inner in zip(reversed(frames), [None, *reversed(frames[1:])], strict=True):
             if inner is not None and inner.f_code.co_name == "surround" and inner.f_code.co_filename == __file__:
                 continue  # a wrapper that waits at its yield
-            this = frame.f_locals.get("self")
-            if isinstance(this, Plugin):
-                return this
-            package = str(frame.f_globals.get("__name__")).partition(".")[0]
-            if (strategy := self._strategies.get(package)) is not None:
-                return strategy
+            if (plugin := self._in_frame(frame)) is not None:
+                return plugin
         return None
 
+    def claim(self, name: str, plugin: Any = None, hook: str = "") -> None:
+        """Note that a number is a plugin's: by default, of the one whose code is running.
+
+        Raises:
+            PluginError: a number of core or of another plugin has that name; both are named.
+        """
+        if plugin is None:
+            plugin, hook = self._running()
+        if plugin is None and name not in _NUMBERS:
+            return
+        where = self._where(plugin, plugin, hook)
+        if name in _NUMBERS:
+            raise PluginError(f"{where}: '{name}' is a number of core's own: choose another name.")
+        owner, origin = self._numbers.setdefault(name, (plugin, hook))
+        if owner is not plugin:
+            raise PluginError(f"{where}: '{name}' is also a number of {owner}, hook {origin}: rename one of them.")
+
+    def _running(self) -> tuple[Plugin | None, str]:
+        """The plugin whose code is running, and the hook of its that core called."""
+        python: Any = sys._getframe(1)
+        while python is not None and (plugin := self._in_frame(python)) is None:
+            python = python.f_back
+        if python is None:
+            return None, ""
+        frame = self._frame
+        while frame is not None and frame.cost.owner != _owner_name(plugin):
+            frame = frame.outer
+        return plugin, frame.cost.hook if frame is not None else ""
+
+    def _in_frame(self, frame: Any) -> Plugin | None:
+        """The plugin whose code a Python frame runs."""
+        this = frame.f_locals.get("self")
+        if isinstance(this, Plugin):
+            return this
+        return self._strategies.get(str(frame.f_globals.get("__name__")).partition(".")[0])
+
     def _cost(self, plugin: Any, hook: str) -> Cost:
-        name = "core"
-        if isinstance(plugin, Plugin):
-            name = str(getattr(plugin, "name", ""))
-            name = name if isinstance(plugin, Strategy) else f"task {name}"
+        name = _owner_name(plugin)
         return self.costs.setdefault((name, hook), Cost(name, hook))
 
     def _begin(self, cost: Cost) -> float:
@@ -265,6 +302,14 @@ class Calls:
         if step is None or hook in _BEFORE_STEPS:
             return text
         return f"{text}, step {step + 1}" if hook in _IN_STEP else f"{text}, after step {step}"
+
+
+def _owner_name(plugin: Any) -> str:
+    """The name of a row of costs."""
+    if not isinstance(plugin, Plugin):
+        return "core"
+    name = str(getattr(plugin, "name", ""))
+    return name if isinstance(plugin, Strategy) else f"task {name}"
 
 
 def noted(error: BaseException) -> str:

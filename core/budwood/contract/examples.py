@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Self
 
 import numpy as np
 import torch
@@ -18,18 +18,36 @@ class GoneError(AttributeError):
     """A plugin asks for a name that an earlier version of the contract had; the message has the line to change."""
 
 
-def refuse_gone(owner: object, name: str, gone: dict[str, str]) -> NoReturn:
-    """Raise the error for an attribute that `owner` does not have.
+class _Gone:
+    """An attribute that version 1 of the contract had: whoever reads, sets or passes it is told what to write."""
 
-    Args:
-        gone: what to write instead, for each name that version 1 of the contract had.
-    """
-    what = f"{type(owner).__name__}.{name}"
-    if name not in gone:
-        raise AttributeError(f"'{type(owner).__name__}' has no attribute '{name}'")
-    caller = sys._getframe(2)
-    line = f"{caller.f_code.co_filename.rpartition('/')[2]}:{caller.f_lineno}"
-    raise GoneError(f"{line}: {what} was removed in version 2 of the contract; use {gone[name]}")
+    def __init__(self, name: str, use: str) -> None:
+        self.name, self.use = name, use
+
+    def __get__(self, instance: object, owner: type) -> NoReturn:
+        self.refuse(owner)
+
+    def __set__(self, instance: object, value: object) -> NoReturn:
+        self.refuse(type(instance))
+
+    def refuse(self, owner: type) -> NoReturn:
+        frame: Any = sys._getframe(2)
+        while frame.f_back is not None and frame.f_globals.get("__name__") == "dataclasses":  # of `replace`
+            frame = frame.f_back
+        line = f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
+        what = f"{owner.__name__}.{self.name}"
+        raise GoneError(f"{line}: {what} was removed in version 2 of the contract; use {self.use}")
+
+
+class _Renewed:
+    """A class whose attributes of version 1 are refused by name, in its constructor too."""
+
+    def __new__(cls, *_: Any, **named: Any) -> Self:
+        for name in named:
+            gone = vars(cls).get(name)
+            if isinstance(gone, _Gone):
+                gone.refuse(cls)
+        return super().__new__(cls)
 
 
 @dataclass(frozen=True)
@@ -49,7 +67,7 @@ class Column:
 
 
 @dataclass
-class Example:
+class Example(_Renewed):
     """One training example.
 
     Attributes:
@@ -72,8 +90,11 @@ class Example:
     row: int = 0
     columns: dict[str, Column] = field(default_factory=dict)
 
-    def __getattr__(self, name: str) -> NoReturn:
-        refuse_gone(self, name, _GONE_EXAMPLE)
+    def __len__(self) -> NoReturn:
+        _Gone("__len__", "run.task.length(example)").refuse(type(self))
+
+    def __bool__(self) -> bool:
+        return True
 
 
 _GONE_EXAMPLE = {
@@ -86,7 +107,7 @@ _GONE_EXAMPLE = {
 
 
 @dataclass
-class Batch:
+class Batch(_Renewed):
     """One micro-batch: a packed row of whole examples (rows = 1), or rows of one example each, padded on the right.
 
     Attributes:
@@ -152,9 +173,6 @@ class Batch:
 
         return replace(self, **{name: move(value) for name, value in vars(self).items()})
 
-    def __getattr__(self, name: str) -> NoReturn:
-        refuse_gone(self, name, _GONE_BATCH)
-
 
 _GONE_BATCH = {
     "input_ids": 'batch.inputs["input_ids"], or batch.rows and batch.width for its shape',
@@ -164,3 +182,6 @@ _GONE_BATCH = {
     "example_ids": "batch.keys",
     "num_tokens": "sum(batch.lengths)",
 }
+for _class, _names in ((Example, _GONE_EXAMPLE), (Batch, _GONE_BATCH)):
+    for _name, _use in _names.items():
+        setattr(_class, _name, _Gone(_name, _use))

@@ -21,6 +21,8 @@ HOOKS = tuple(name for name, value in vars(HookSpecs).items() if hasattr(value, 
 ONE_OWNER = tuple(name for name in HOOKS if getattr(HookSpecs, name).how == "one owner")
 CORES_OWN = tuple(name for name in HOOKS if getattr(HookSpecs, name).how == "core's own")
 WRAPPABLE = tuple(name for name in HOOKS if getattr(HookSpecs, name).wrappable)
+PAIRS = (("state_dict", "load_state_dict"), ("step_values", "step_terms"))
+"""Hooks that are of use only together."""
 _BASES = {
     STRATEGIES: "budwood.Strategy",
     "budwood.tasks": "budwood.Task",
@@ -84,8 +86,8 @@ def load(name: str, group: str) -> tuple[type[Any], Installed]:
 
     Raises:
         InputError: it is not installed, or two distributions have it.
-        PluginError: it fails to import, is not what its group takes, was written for another version of the contract,
-            or its Options are none.
+        PluginError: it fails to import, is not what its group takes, was written for another version of the contract
+            or declares none, lacks an attribute or method that its class must have, or its Options are none.
     """
     entry = find(name, group)
     cls = entry.load()
@@ -94,7 +96,13 @@ def load(name: str, group: str) -> tuple[type[Any], Installed]:
         raise PluginError(f"{who}: {entry.value} is not a subclass of {_BASES[group]}. Point the entry point at one.")
     if not isinstance(cls.api, int) or isinstance(cls.api, bool):
         raise PluginError(f"{who}: 'api' must be a version of the contract, such as {API_VERSION}, not {cls.api!r}.")
-    if cls.api not in SUPPORTED.get(group, (API_VERSION,)):
+    supported = SUPPORTED.get(group, (API_VERSION,))
+    if 1 not in supported and not any("api" in vars(base) for base in cls.__mro__ if base is not Plugin):
+        raise PluginError(
+            f"{who}: {entry.value} declares no version of the contract: declare `api = {API_VERSION}` in the class, or "
+            f"ask its author for an update (pip install -U {entry.distribution})."
+        )
+    if cls.api not in supported:
         behind = entry.distribution if cls.api < API_VERSION else "budwood"
         raise PluginError(
             f"{who} was written for version {cls.api} of the contract, and this Budwood has {API_VERSION}: "
@@ -103,6 +111,10 @@ def load(name: str, group: str) -> tuple[type[Any], Installed]:
     for name in cls.must_declare:
         if not hasattr(cls, name):
             raise PluginError(f"{who}: {entry.value} declares no '{name}', which its class must.")
+    for name in cls.must_implement:
+        defined = next(vars(base) for base in cls.__mro__ if name in vars(base))
+        if "must_implement" in defined:
+            raise PluginError(f"{who}: {entry.value} does not implement '{name}', which its class must.")
     if hasattr(cls, "Options"):
         _check_options(cls.Options, who)
     return cls, entry
@@ -122,7 +134,7 @@ def load_strategy(name: str) -> tuple[type[Strategy], Installed]:
 
     Raises:
         InputError: it is not installed, or two distributions have it.
-        PluginError: as `load`, or it has a misspelt, unmarked or wrongly declared hook.
+        PluginError: as `load`, or it has a misspelt, unmarked or wrongly declared hook, or one of a pair alone.
     """
     cls, entry = load(name, STRATEGIES)
     who = f"strategy '{name}' of {entry.owner}"
@@ -131,6 +143,13 @@ def load_strategy(name: str) -> tuple[type[Strategy], Installed]:
         if not isinstance(names, tuple | list | frozenset) or not all(isinstance(item, str) for item in names):
             raise PluginError(f"{who}: '{declared}' must be a tuple of names, not {names!r}.")
     check_hooks(cls, who)
+    for pair in PAIRS:
+        given = [hook for hook in pair if hasattr(cls, hook)]
+        if len(given) == 1:
+            raise PluginError(
+                f"{who}: of the hooks {' and '.join(pair)} it implements {given[0]} alone, which has no effect without "
+                "the other; implement both or neither."
+            )
     taken = inspect.signature(cls.use_adapters).parameters if hasattr(cls, "use_adapters") else ()
     if cls.api > 1 and "names" in taken and "index" not in taken:
         raise PluginError(f"{who}: hook 'use_adapters' must take 'index', which says who computes which row.")

@@ -179,6 +179,14 @@ class Composition:
         """
         self._calls.peak, self._calls.wait = peak, wait
 
+    def claim(self, name: str, plugin: Any = None, hook: str = "") -> None:
+        """Note that a logged number is a plugin's, by default of the one whose code is running.
+
+        Raises:
+            PluginError: a number of core or of another plugin has that name.
+        """
+        self._calls.claim(name, plugin, hook)
+
     def culprit(self, error: BaseException) -> Plugin | None:
         """The plugin in whose code an error came up; None where it is in none's."""
         return self._calls.culprit(error)

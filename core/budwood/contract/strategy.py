@@ -36,6 +36,8 @@ class Plugin:
     """Major version of the contract that it was written for. Stays 1 here: who declares none knew of no other."""
     must_declare: ClassVar[tuple[str, ...]] = ()
     """Class attributes without a default."""
+    must_implement: ClassVar[tuple[str, ...]] = ()
+    """Methods that the class which lists them leaves to its subclasses."""
     distribution: str = ""
     """Whose it is ("dist 1.2"); the registry sets it, and the name."""
     _calls: Any = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -357,7 +358,16 @@ class Run:
         self._generators.clear()
 
     def log(self, name: str, value: float | Tensor) -> None:
-        """Log a number with the optimizer step under way; a tensor is read off the device when the step ends."""
+        """Log a number with the optimizer step under way; a tensor is read off the device when the step ends.
+
+        Raises:
+            PluginError: a number of core or of another plugin has that name.
+            ValueError: it is not one number.
+        """
+        if not (value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real)):
+            raise ValueError(f"run.log: '{name}' must be one number")
+        if self.hooks is not None:
+            self.hooks.claim(name)
         self.logged[name] = value
 
     def average_with(self, update: Update, start: int = 1, every: int = 1) -> None:

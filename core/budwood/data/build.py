@@ -139,7 +139,7 @@ def _encode(
                 )
                 for number, example in enumerate(result.examples)
             ]
-            check_examples(made, where=[where[offset]] * len(made))
+            check_examples(made, where=[where[offset]] * len(made), classes=encoder.classes.count)
             groups += max((example.group + 1 for example in result.examples if example.group is not None), default=0)
             truncated += result.cut > 0
             tokens_cut += result.cut

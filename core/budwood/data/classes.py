@@ -17,6 +17,11 @@ class Classes:
         self._index = {name: index for index, name in enumerate(names or ())}
         self._order: np.ndarray | None = None
 
+    @property
+    def count(self) -> int:
+        """How many are known so far."""
+        return len(self._index)
+
     def index(self, name: str, where: str) -> int:
         """The index of a class.
 

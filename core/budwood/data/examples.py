@@ -192,11 +192,14 @@ class Examples(Sequence[Example]):
         return ", ".join(f"{reason} {n:,}, first at {first[reason]}" for reason, n in self.stats.dropped.items())
 
 
-def check_examples(examples: Sequence[Example], like: Examples | None = None, where: Sequence[str] = ()) -> None:
+def check_examples(
+    examples: Sequence[Example], like: Examples | None = None, where: Sequence[str] = (), classes: int = 0
+) -> None:
     """Check examples that a task or a strategy made.
 
     Args:
         like: the file's examples, whose rows and classes they refer to.
+        classes: how many there are, without `like`; 0: labels are no classes.
         where: place of each example, for messages; by default that of its row in `like`.
 
     Raises:
@@ -206,7 +209,7 @@ def check_examples(examples: Sequence[Example], like: Examples | None = None, wh
     groups: set[int] = set()
     last: int | None = None
     for index, example in enumerate(examples):
-        problem = _find_problem(example, len(like.labels) if like is not None else 0)
+        problem = _find_problem(example, len(like.labels) if like is not None else classes)
         if example.key in keys:
             problem = problem or f"key {example.key!r} is that of another example too"
         keys.add(example.key)
@@ -232,8 +235,23 @@ def _find_problem(example: Example, classes: int) -> str:
     if count and (example.label_positions < 0).any():
         return "a label's position is negative"
     labels = np.asarray(example.labels)
-    if classes and count and labels.dtype.kind in "iu" and not ((labels >= 0) & (labels < classes)).all():
-        return f"a label is outside the {classes} classes"
+    if classes and count and not (labels.dtype.kind in "iu" and ((labels >= 0) & (labels < classes)).all()):
+        return f"a label is outside the {classes} classes: it must be an index from 0 to {classes - 1}"
+    return next(filter(None, (_find_column_problem(example, name) for name in example.columns)), "")
+
+
+def _find_column_problem(example: Example, name: str) -> str:
+    column = example.columns[name]
+    if not isinstance(column, Column):
+        return (
+            f"column '{name}' must be a Column, such as Column(values, axis=\"input\"), not a {type(column).__name__}"
+        )
+    sizes = {"label": len(example.label_positions), "input": len(next(iter(example.inputs.values())))}
+    if column.axis != "example" and column.values.shape[:1] != (sizes.get(column.axis),):
+        return (
+            f"column '{name}' has shape {list(column.values.shape)}; its axis is '{column.axis}', so that it must have "
+            f"one value for each of its {sizes.get(column.axis)}"
+        )
     return ""
 
 

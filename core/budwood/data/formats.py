@@ -18,7 +18,10 @@ from budwood.contract.loading import create
 from budwood.contract.strategy import Plugin
 from budwood.data.reading import Row, read_rows
 from budwood.errors import BudwoodError, InputError, did_you_mean
+from budwood.untrusted.redaction import shorten
 
+_SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+"""The normal numbers of fp32 above 0."""
 GROUP = "budwood.formats"
 ROLES = ("system", "developer", "user", "assistant")
 CAUSAL_LM, CLASSIFICATION = "causal-lm", "sequence-classification"
@@ -151,18 +154,25 @@ class TextLabel(DataFormat):
 
 
 class Messages(DataFormat):
-    """A conversation; the loss is on the assistant's turns and the token that ends each of them."""
+    """A conversation; the loss is on the assistant's turns and the token that ends each of them.
+
+    A row's weight multiplies those of its messages.
+    """
 
     api = 2
     name = "messages"
     columns = ("messages",)
+    optional = ("weight",)
     tasks = (CAUSAL_LM,)
 
     def item(self, row: Row, where: str) -> Conversation | Dropped:
         """See `DataFormat.item`."""
         messages = _check_messages(row, where)
+        weight = read_weight(row, where)
         reason = _unusable(messages, where)
-        return Conversation(messages) if reason is None else Dropped(reason)
+        if reason is not None or not weight:
+            return Dropped(reason or "weight 0")
+        return Conversation([_times(m, weight, where) if m["role"] == "assistant" else m for m in messages])
 
     def reference(self, row: Row) -> str | None:
         """The assistant's first turn."""
@@ -173,15 +183,25 @@ def read_weight(row: Row, where: str) -> float:
     """A row's or message's `weight`, the factor of its labels in the loss; 1 if there is none.
 
     Raises:
-        InputError: it is not a number from 0.
+        InputError: it is not a number from 0 that fp32 holds, or text that is one, as CSV has.
     """
-    weight = row.get("weight", 1.0)
-    if weight is None:
+    given = row.get("weight")
+    if given is None or given == "":
         return 1.0
-    number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not (number and 0 <= weight < math.inf):
-        raise InputError(f"{where}: field 'weight' must be a finite number from 0 (got {str(weight)[:40]}).")
-    return float(weight)
+    try:
+        weight = math.nan if isinstance(given, bool) else float(given)
+    except (TypeError, ValueError, OverflowError):
+        weight = math.nan
+    if not (weight == 0 or _SMALLEST <= weight <= _LARGEST):
+        raise InputError(f"{where}: field 'weight' must be a finite number from 0 (got {shorten(repr(given))}).")
+    return weight
+
+
+def _times(message: Row, weight: float, where: str) -> Row:
+    """A message whose weight is `weight` times its own."""
+    if weight == 1:
+        return message
+    return {**message, "weight": read_weight({"weight": weight * read_weight(message, where)}, where)}
 
 
 def _weighted(item: Any) -> Any:

@@ -31,6 +31,7 @@ class Task(Plugin):
 
     group = "budwood.tasks"
     must_declare = ("name", "auto_class")
+    must_implement = ("encode", "outputs")
     name: ClassVar[str]
     auto_class: ClassVar[str]
     """Name of one of transformers' auto classes."""

@@ -62,9 +62,6 @@ def declares(bench: Bench) -> None:
         )
     if not bench.owns_adapter and implements(cls, "attach_adapter"):
         raise PromiseBroken(f"{promise}: it implements attach_adapter, and its slots {cls.slots} lack 'adapter'.")
-    states = [hook for hook in ("state_dict", "load_state_dict") if hook in hooks]
-    if len(states) == 1:
-        raise PromiseBroken(f"{promise}: of state_dict and load_state_dict it implements {states[0]} alone.")
 
 
 def options_round_trip(bench: Bench) -> None:

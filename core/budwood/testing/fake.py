@@ -20,15 +20,9 @@ from budwood.model.ops import attention
 from budwood.model.task import Task
 from budwood.recipe.schema import Recipe, build_composition
 from budwood.training.batches import count_units
+from budwood.training.parameters import torch_groups, trainable_groups
 from budwood.training.report import Report
-from budwood.training.setup import (
-    check_plan,
-    make_accelerator,
-    read_data,
-    register_parts,
-    torch_groups,
-    trainable_groups,
-)
+from budwood.training.setup import check_plan, make_accelerator, read_data, register_parts
 from budwood.training.step import Engine
 
 

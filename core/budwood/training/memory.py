@@ -97,19 +97,21 @@ def _prepared(run: Run, hooks: Composition, batch: Batch) -> Batch:
     Raises:
         PluginError: they changed its counts, which the optimizer step's loss is divided by.
     """
-    moved = batch.to(run.device)
+    moved = prepared = batch.to(run.device)
+    before = {**moved.counts, "labels": float(len(moved.labels))}
+    weights, version = prepared.weights, prepared.weights._version  # a hook may write into the tensor it was given
     for plugin, prepared in hooks.follow("prepare_batch", "batch", moved, run=run):
-        if prepared.weights is not moved.weights:
-            prepared.total_weight = float(prepared.weights.sum(dtype=torch.float64))
-        for unit, count in moved.counts.items():
-            found = prepared.counts[unit]
-            if abs(found - count) > 1e-6 * max(abs(count), 1.0) or len(prepared.labels) != len(moved.labels):
+        if prepared.weights is not weights or weights._version != version:
+            weights, version = prepared.weights, prepared.weights._version
+            prepared.total_weight = float(weights.sum(dtype=torch.float64))
+        now = {**prepared.counts, "labels": float(len(prepared.labels))}
+        for unit, count in before.items():
+            if not abs(now[unit] - count) <= 1e-6 * max(abs(count), 1.0):
                 raise PluginError(
-                    f"{plugin}, hook prepare_batch: the batch now counts {found:g} of unit '{unit}', not {count:g}; "
+                    f"{plugin}, hook prepare_batch: the batch now counts {now[unit]:g} of '{unit}', not {count:g}; "
                     "change the examples in prepare_examples, before they are counted."
                 )
-        moved = prepared
-    return moved
+    return prepared
 
 
 def _agree(run: Run, limit: int) -> int:

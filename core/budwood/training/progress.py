@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,13 +86,25 @@ def _measure(run: Run, hooks: Composition) -> dict[str, float]:
     """
     while True:
         tokens = run.eval_tokens
-        metrics = {k: v for found in hooks.call("evaluate", run=run) for k, v in found.items()}
+        metrics: dict[str, float] = {}
+        for plugin, found in _given(hooks, hooks.call("evaluate", run=run)):
+            for name, value in found.items():
+                hooks.claim(name, plugin, "evaluate")
+                metrics[name] = value
         if run.processes > 1:
             least = torch.tensor(run.eval_tokens, device=run.device)
             torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
             run.eval_tokens = int(least)
         if run.eval_tokens == tokens:
             return metrics
+
+
+def _given(hooks: Composition, results: list[dict[str, float]]) -> Iterator[tuple[Any, dict[str, float]]]:
+    """Each result of `evaluate` with the plugin that gave it; a result that a wrapper added is the outermost one's."""
+    calls = hooks.calls("evaluate")
+    inner = [call.plugin for call in calls if not call.wraps]
+    outermost = calls[0].plugin if calls else None
+    yield from zip_longest(inner[: len(results)], results, fillvalue=outermost)
 
 
 def _report_not_finite(run: Run, metrics: dict[str, float], best: Best) -> None:

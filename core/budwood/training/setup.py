@@ -25,7 +25,7 @@ from accelerate.tracking import get_available_trackers
 from budwood.contract.discovery import PluginError
 from budwood.contract.loading import create
 from budwood.contract.registry import Composition
-from budwood.contract.strategy import hookimpl
+from budwood.contract.strategy import Strategy, hookimpl
 from budwood.contract.types import BestMetric, Plan, Run
 from budwood.data.build import build_examples, overlap
 from budwood.data.examples import Examples, check_examples
@@ -49,6 +49,7 @@ from budwood.training.durability import changes
 from budwood.training.durability.lock import LOCK
 from budwood.training.durability.resume import Resume
 from budwood.training.packing_check import check_packing
+from budwood.training.parameters import NOTHING_TRAINS, torch_groups, trainable_groups
 from budwood.training.preflight import preflight
 from budwood.training.report import Report, peak_memory, resident_peak
 from budwood.training.step import Engine
@@ -57,7 +58,6 @@ from budwood.untrusted.redaction import redact_values
 
 FEW_STEPS = 20
 """Fewer than these are remarked on, where the data and not the recipe makes them."""
-NOTHING_TRAINS = "strategies: none of them trains anything: add an adapter such as lora."
 
 
 class Core:
@@ -217,13 +217,16 @@ def make_output(directory: Path, overwrite: bool, accelerator: Any) -> None:
 
 
 def check_plan(plan: Plan, hooks: Composition) -> None:
-    """Ask every strategy what stands against the plan.
+    """Ask every strategy what stands against the plan, and see that the task has what their losses need.
 
     Raises:
         InputError: all problems at once.
     """
     plan.problems.clear()
     hooks.call("check_plan", plan=plan)
+    for call in hooks.calls("sequence_terms"):
+        if plan.task is not None and isinstance(call.plugin, Strategy) and not plan.task.has_log_probs():
+            plan.problem(call.plugin, f"{plan.task} has no log-probabilities, which its loss needs (sequence_terms)")
     if plan.problems:
         raise InputError("; ".join(plan.problems), plan.problems)
 
@@ -304,43 +307,6 @@ def prepare_model(run: Run, hooks: Composition) -> Any:
             raise PluginError(f"{call.plugin}: run.best_metric must be a BestMetric, not {run.best_metric!r}.")
         run.best_metric = replace(run.best_metric, owner=str(call.plugin))
     return model
-
-
-def trainable_groups(run: Run, hooks: Composition) -> list[Any]:
-    """Collect what trains; freeze all the rest.
-
-    Raises:
-        InputError: nothing trains.
-        PluginError: a parameter stands in two groups.
-    """
-    groups = [group for _, found in hooks.collect("trainable_parameters", run=run, model=run.model) for group in found]
-    if not any(group.parameters for group in groups):
-        raise InputError(NOTHING_TRAINS)
-    run.model.requires_grad_(False)
-    seen: dict[int, str] = {}
-    for group in groups:
-        for name, parameter in group.parameters.items():
-            if id(parameter) in seen:
-                raise PluginError(
-                    f"parameter '{name}' stands in the groups '{seen[id(parameter)]}' and '{group.name}'."
-                )
-            seen[id(parameter)] = group.name
-            parameter.requires_grad_(True)
-    return groups
-
-
-def torch_groups(run: Run) -> list[dict[str, Any]]:
-    recipe = run.recipe.train
-    return [
-        {
-            "params": list(group.parameters.values()),
-            "name": group.name,
-            "lr": recipe.learning_rate * group.learning_rate_ratio,
-            "weight_decay": recipe.weight_decay if group.weight_decay is None else group.weight_decay,
-        }
-        for group in run.groups
-        if group.parameters
-    ]
 
 
 def _say_size(run: Run, report: Report) -> None:

@@ -21,7 +21,7 @@ from budwood.contract.discovery import PluginError
 from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy, hookimpl
 from budwood.contract.types import UNITS, LossTerm, Outputs, Reference, Run, Step, Terms
-from budwood.errors import BudwoodError, InputError, describe, is_out_of_memory
+from budwood.errors import BudwoodError, describe, is_out_of_memory
 from budwood.model.evaluation import CHUNK, at_least_fp32, autocast
 from budwood.training.reference import read_reference
 from budwood.training.step_terms import StepTerms
@@ -66,12 +66,12 @@ class Engine:
         self.owners: dict[str, tuple[Any, str]] = {}
         self.step_terms = StepTerms(run, hooks, self)
         asked = [c.plugin for c in hooks.calls("sequence_terms") if isinstance(c.plugin, Strategy)]
-        if asked and not run.task.has_log_probs():
-            raise InputError(f"{asked[0]}: task '{run.task.name}' has no log-probabilities, which its loss needs.")
         self.scores_sequences = bool(asked) or (self.step_terms.active and run.task.has_log_probs())
         self._pass: _Pass | None = None
         self._frozen = False
         self._head_trains: bool | None = None
+        self._reaching: set[str] = set()
+        """Terms of `sequence_terms` whose graph was found to reach the log-probabilities."""
 
     def begin(self, step: Step) -> None:
         """Compute the references that strategies declare, before any forward of the micro-step keeps memory."""
@@ -214,7 +214,7 @@ class Engine:
         log_probs = torch.cat(found.values).requires_grad_() if found.values else flat.new_zeros(0).requires_grad_()
         copy = flat.view_as(outputs.hidden).detach().requires_grad_(grad is not None)
         terms = self._terms(step, "sequence_terms", self._shapes(step, "label"), log_probs=log_probs)
-        self._check_reach(terms, log_probs)
+        self._check_reach(step, terms, log_probs)
         loss = self._loss(step, terms, weight, main, scale=False)
         surrogate = self.step_terms.surrogate(step, Outputs(copy, outputs.head), log_probs, weight)
         parts = [part for part in (loss, surrogate) if part is not None and part.requires_grad]
@@ -292,17 +292,25 @@ class Engine:
         """Remember whose a term is.
 
         Raises:
-            PluginError: another plugin, or another hook, has a term of that name.
+            PluginError: another plugin, or another hook, has a term of that name, or core or another plugin a number.
         """
+        if term.name not in self.owners:
+            self.hooks.claim(term.name, plugin, hook)
         owner, origin = self.owners.setdefault(term.name, (plugin, hook))
         both = {origin, hook} == {"token_terms", "sequence_terms"}  # the task's, wherever it is cheaper
         if owner is not plugin or (origin != hook and not both):
             raise PluginError(f"{owner} and {plugin}: two loss terms are called '{term.name}': rename one.")
 
-    def _check_reach(self, terms: list[LossTerm], log_probs: Tensor) -> None:
-        """Refuse a strategy's term without a graph: its gradient would silently be zero."""
-        for term in terms:
-            if not term.values.requires_grad and len(log_probs):
+    def _check_reach(self, step: Step, terms: list[LossTerm], log_probs: Tensor) -> None:
+        """Refuse a term whose graph does not reach the log-probabilities: its gradient would silently be zero."""
+        for term in terms if len(log_probs) else ():
+            reaches = term.values.requires_grad
+            if reaches and term.values.numel() and term.name not in self._reaching:
+                with self._naming(step):
+                    (found,) = torch.autograd.grad(term.values.sum(), log_probs, retain_graph=True, allow_unused=True)
+                reaches = found is not None
+                self._reaching.add(term.name)
+            if not reaches:
                 plugin, _ = self.owners[term.name]
                 raise PluginError(
                     f"{plugin}: loss term '{term.name}' of sequence_terms has no graph to the log-probabilities: it "

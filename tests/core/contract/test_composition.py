@@ -102,7 +102,7 @@ def test_chain_passes_results_on_in_order():
 
     def _chain(letter):
         def prepare_examples(self, run, examples):
-            return [*examples, Example({}, np.zeros(0), np.zeros(0), np.zeros(0), key=letter)]
+            return [*examples, Example({"x": np.zeros(1)}, np.zeros(0), np.zeros(0), np.zeros(0), key=letter)]
 
         return prepare_examples
 

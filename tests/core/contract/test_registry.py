@@ -140,6 +140,12 @@ def test_failing_import_names_plugin_distribution_and_remedy(distribution, sourc
         ("@hookimpl(wrapper=True)\ndef before_clip(self, run): yield", "hook 'before_clip' cannot be wrapped"),
         ("@hookimpl(tryfirst=True)\ndef before_clip(self, run): ...", "declare the order with `before` and `after`"),
         ("api = 99", "written for version 99 of the contract, and this Budwood has 2: pip install -U budwood."),
+        ("@hookimpl\ndef state_dict(self): ...", "it implements state_dict alone, which has no effect"),
+        (
+            "@hookimpl\ndef step_terms(self): ...",
+            "of the hooks step_values and step_terms it implements step_terms alone",
+        ),
+        ("@hookimpl\ndef load_state_dict(self): ...", "it implements load_state_dict alone, which has no"),
         ("slots = 'adapter'", "'slots' must be a tuple of names, not 'adapter'"),
         ("class Options: pass", "its Options must be a subclass of budwood.Options"),
         ("def __init__(self): ...", "cannot start: TypeError"),
@@ -154,12 +160,40 @@ def test_what_breaks_the_contract_is_named(distribution, body, says):
 def test_who_declares_no_version_knew_of_the_first_only(distribution):
     one(distribution, "pass")
     assert load_strategy("mine")[0].api == 1
-    distribution("twig", "from budwood import Quantizer\nclass Old(Quantizer): pass", {"old": "Old"}, QUANTIZERS)
-    with refused(PluginError, "quantiser 'old' of twig 1.0 was written for version 1", "pip install -U twig"):
-        create("old", QUANTIZERS)
+    distribution(
+        "twig", "from budwood import Quantizer\nclass Old(Quantizer): pass", {"old": "Old"}, "budwood.quantizers"
+    )
 
 
-QUANTIZERS = "budwood.quantizers"
+@pytest.mark.parametrize(
+    ("group", "source", "who"),
+    [
+        ("budwood.quantizers", "from budwood import Quantizer as Base", "quantiser 'old' of twig 1.0"),
+        ("budwood.tasks", "from budwood import Task as Base", "task 'old' of twig 1.0"),
+        ("budwood.formats", "from budwood import DataFormat as Base", "data format 'old' of twig 1.0"),
+    ],
+)
+def test_of_other_plugins_the_version_must_be_declared(distribution, group, source, who):
+    distribution("twig", f"{source}\nclass Old(Base): pass\nclass First(Base): api = 1", {"old": "Old"}, group)
+    with refused(PluginError, who, "twig:Old declares no version of the contract: declare `api = 2`", "-U twig"):
+        create("old", group)
+    distribution("sprout", f"{source}\nclass First(Base): api = 1", {"first": "First"}, group)
+    with refused(PluginError, "'first' of sprout 1.0 was written for version 1 of the contract", "-U sprout"):
+        create("first", group)
+
+
+@pytest.mark.parametrize("missing", ["encode", "outputs"])
+def test_a_task_without_a_method_that_it_must_have_is_refused(distribution, missing):
+    (other,) = {"encode", "outputs"} - {missing}
+    source = f"""
+        from budwood import Task
+        class Mine(Task):
+            api, name, auto_class = 2, "mine", "AutoModel"
+            def {other}(self, *_): ...
+    """
+    distribution("sprout", source, {"mine": "Mine"}, "budwood.tasks")
+    with refused(PluginError, f"task 'mine' of sprout 1.0: sprout:Mine does not implement '{missing}', which"):
+        create("mine", "budwood.tasks")
 
 
 BASES = {

@@ -17,14 +17,6 @@ from budwood.lowrank import adapter_layers
 from budwood_lora import LoRA
 
 
-class SavesStateAlone(Strategy):
-    """Gives its state away and takes none back."""
-
-    @hookimpl
-    def state_dict(self, run: Run) -> dict[str, Any]:
-        return {"step": run.step}
-
-
 class Undocumented(Strategy):
     @hookimpl
     def before_clip(self, run: Run) -> None: ...

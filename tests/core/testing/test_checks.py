@@ -36,7 +36,6 @@ CHECKS: dict[str, Callable[[Bench], None]] = {
 DEAR = ("processes", "resume", "base", "nf4", "fake", "exception", "composes")
 """Checks that need runs of their own: asked of the strategies that break them, and of all that come with Budwood."""
 BROKEN: list[tuple[type[Strategy], str, str]] = [
-    (broken.SavesStateAlone, "declares", "of state_dict and load_state_dict it implements state_dict alone"),
     (broken.TakesAnything, "options", "Options takes keys that it does not know"),
     (broken.StartsElsewhere, "start", r"a logit differs from the base's by 0\.\d+ "),
     (broken.Unfreezes, "gradients", r"elsewhere: step 1: lm_head.weight, largest gradient \d"),

@@ -27,11 +27,19 @@ class Fails(Strategy):
         raise ArithmeticError("no\\nmore")
         {rest}
 """
-RESUMED = """
+PAIRED = """
     @hookimpl
-    def state_dict(self):
-        return {}
-
+    def {other}(self):
+        return {returned}
+"""
+OTHER = {
+    "state_dict": ("load_state_dict", "None"),
+    "load_state_dict": ("state_dict", "{}"),
+    "step_values": ("step_terms", "None"),
+    "step_terms": ("step_values", "{'x': __import__('torch').ones(1)}"),
+}
+"""The other hook of a pair, and what it returns."""
+RESUMED = """
     @hookimpl
     def before_clip(self, run):
         if run.step == 1:
@@ -39,11 +47,14 @@ RESUMED = """
 """
 
 
-@pytest.mark.parametrize("hook", [hook for hook in HOOKS if hook not in OWNERS])
+@pytest.mark.parametrize("hook", [hook for hook in HOOKS if hook not in (*OWNERS, "planned_examples")])
 def test_a_plugin_that_fails_in_a_hook_of_a_run_is_named(hook, distribution, make_recipe, capsys):
     own = hook in CORES_OWN
     source = FAILS.format(hook=hook, mark="(wrapper=True)" if own else "", rest="yield" if own else "")
-    distribution("sprout", source + (RESUMED if hook == "load_state_dict" else ""), {"fails": "Fails"})
+    if hook in OTHER:
+        source += PAIRED.format(other=OTHER[hook][0], returned=OTHER[hook][1])
+    source += RESUMED if hook == "load_state_dict" else ""
+    distribution("sprout", source, {"fails": "Fails"})
     train = {"steps": 2, "save_every": 1}
     recipe = make_recipe(strategies=[{"lora": {"rank": 2}}, "fails"], evaluate=True, train=train)
     who = "strategy 'fails' (sprout 1.0)"
@@ -120,7 +131,11 @@ def test_autograd_that_fails_names_the_loss_terms(distribution, make_recipe):
             r"strategy 'mine' \(sprout 1.0\), hook loss_terms, step 1: returned a LossTerm; it",
         ),
         ("LossTerm('x', zero.long(), 'step')", "each with a name, a floating tensor of values, a unit and a weight"),
-        ("LossTerm('x', zero, 'stepp')", "each with a name, a floating tensor of values, a unit and a weight"),
+        ("LossTerm('x', zero, 'stepp')", r"of unit 'example' or .* of unit 'step', not \[\] of unit 'stepp'"),
+        (
+            "LossTerm('loss', zero, 'step')",
+            r"'mine' \(sprout 1.0\), hook loss_terms, step 1: 'loss' is a number of core",
+        ),
     ],
 )
 def test_a_loss_term_that_is_none_names_its_strategy(distribution, make_recipe, terms, says):

@@ -32,6 +32,7 @@ from budwood.contract.types import Run
 from budwood.errors import CorruptError, InputError, ResourceError, system_error
 from budwood.training.averages import average_state, load_average_state
 from budwood.training.durability.changes import adapted, named_parameters, setting
+from budwood.training.durability.lossless import check_same, pack_array
 from budwood.training.progress import Best, Progress, planned_steps
 from budwood.training.report import Report
 from budwood.untrusted.files import complete_directory, sha256
@@ -163,6 +164,8 @@ class Saver:
         self.last = 0
         """Step of the newest complete checkpoint; 0: none."""
         self._submitted = 0
+        self._checked = False
+        """Whether what the strategies save was found to come back the same."""
         self._saved_at = time.monotonic()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -217,9 +220,13 @@ class Saver:
         for plugin, found in states:
             try:
                 packed = pack(found, tensors, f"strategies/{plugin.name}")
-            except TypeError as error:
+                if not self._checked:
+                    back = unpack(json.loads(json.dumps(packed, allow_nan=False)), tensors)
+                    check_same(found, back, f"strategies/{plugin.name}")
+            except (TypeError, ValueError) as error:
                 raise PluginError(f"{plugin}, hook state_dict: {error}.") from error
             strategies[plugin.name] = {"distribution": getattr(plugin, "distribution", ""), "state": packed}
+        self._checked = True
         state = {
             "step": run.step,
             "epoch": run.epoch,
@@ -398,10 +405,12 @@ def pack(value: Any, tensors: dict[str, Tensor], place: str = "", copy: bool = T
     if isinstance(value, Tensor | np.ndarray) and place in tensors:
         place = f"{place}#{len(tensors)}"  # keys that hold slashes may meet
     if isinstance(value, Tensor):
+        if value.layout is not torch.strided or value.is_quantized or value.dtype is torch.complex128:
+            raise TypeError(f"{place}: a tensor of {value.layout} and {value.dtype} cannot be saved")
         tensors[place] = (value.detach().to("cpu", copy=True) if copy else value).contiguous()
         return {"$tensor": place}
     if isinstance(value, np.ndarray):
-        tensors[place] = torch.from_numpy(value.copy())
+        tensors[place] = pack_array(value, place)
         return {"$array": place}
     if isinstance(value, np.generic):
         value = value.item()
@@ -410,6 +419,10 @@ def pack(value: Any, tensors: dict[str, Tensor], place: str = "", copy: bool = T
     if isinstance(value, float):
         return value if math.isfinite(value) else {"$float": str(value)}
     if isinstance(value, Mapping):
+        numbers = (k for k in value if not isinstance(k, str | int | None))
+        wrong = next((k for k in numbers if not isinstance(k, float) or not math.isfinite(k)), None)
+        if wrong is not None:
+            raise TypeError(f"{place}: the key {wrong!r} cannot be saved; give text or numbers as keys")
         plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
         packed = {key: pack(item, tensors, f"{place}/{key}".lstrip("/"), copy) for key, item in value.items()}
         return packed if plain else {"$items": [[key, item] for key, item in packed.items()]}

@@ -1,0 +1,576 @@
+"""What a hook may not do, and examples that cannot be trained on: one line each, with plugin, hook or row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+
+from budwood import PluginError, tune
+from budwood.cli import app as cli
+from budwood.errors import DivergedError, InputError, ResourceError
+
+Make = Callable[..., Any]
+LORA = {"lora": {"rank": 2}}
+WHO = "strategy 'mine' (sprout 1.0)"
+HEAD = """
+import dataclasses, enum
+import numpy as np
+import torch
+from budwood import Column, Example, LossTerm, Outputs, ParameterGroup
+"""
+
+
+def mine(body: str, name: str = "Mine") -> str:
+    """Source of a strategy whose class has `body`."""
+    lines = "\n".join(f"    {line}" for line in body.strip("\n").splitlines())
+    return f"{HEAD}\nclass {name}(Strategy):\n    '''Does what it may not.'''\n    api = 2\n{lines}\n"
+
+
+@pytest.fixture
+def refused(distribution: Callable, make_recipe: Make) -> Callable[..., str]:
+    """Function `refused(body, kind, **sections)`: the one line with which a run of such a strategy ends."""
+
+    def run(body: str, kind: type[Exception] = PluginError, **sections: Any) -> str:
+        distribution("sprout", mine(body), {"mine": "Mine"})
+        sections = {"strategies": [LORA, "mine"], "train": {"steps": 2}, **sections}
+        with pytest.raises(kind) as caught:
+            tune(make_recipe(**sections), quiet=True)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("dataclasses.replace(batch, weights=batch.weights * 2)", "of 'label', not"),
+        ("batch.weights.mul_(2) is None or batch", "of 'label', not"),
+        ("setattr(batch, 'weights', batch.weights * 2) or batch", "of 'label', not"),
+        ("setattr(batch, 'keys', batch.keys[:-1]) or batch", "now counts 7 of 'example', not 8"),
+        ("dataclasses.replace(batch, groups=((0, 8),))", "now counts 1 of 'group', not 8"),
+        ("dataclasses.replace(batch, labels=batch.labels[:5])", "now counts 5 of 'labels', not"),
+        ("batch.weights.fill_(float('nan')) is None or batch", "now counts nan of 'label', not"),
+    ],
+)
+def test_prepare_batch_leaves_the_counts(refused: Callable, change: str, says: str) -> None:
+    line = refused(f"@hookimpl\ndef prepare_batch(self, run, batch):\n    return {change}")
+    assert line.startswith(f"{WHO}, hook prepare_batch: the batch now counts ") and says in line
+    assert "change the examples in prepare_examples" in line
+
+
+def test_prepare_batch_may_change_all_else(distribution: Callable, make_recipe: Make) -> None:
+    body = """
+        @hookimpl
+        def prepare_batch(self, run, batch):
+            batch.columns["more"] = torch.ones(len(batch.keys))
+            weights = batch.weights.clone()
+            return dataclasses.replace(batch, weights=weights, labels=batch.labels.clone())
+    """
+    distribution("sprout", mine(dedent(body)), {"mine": "Mine"})
+    changed = tune(make_recipe("changed", strategies=[LORA, "mine"]), quiet=True)
+    plain = tune(make_recipe("plain", strategies=[LORA]), quiet=True)
+    assert changed.metrics["loss"] == plain.metrics["loss"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "says"),
+    [
+        ("[ParameterGroup('lora_A', {'x': new})]", "two groups are called 'lora_A': rename one."),
+        ("[ParameterGroup('a', {'x': new}), ParameterGroup('a', {})]", "two groups are called 'a': rename one."),
+        (
+            "[ParameterGroup('a', {'x': new}), ParameterGroup('b', {'x': other})]",
+            "parameter 'x' stands in the groups 'a' and 'b': name each once.",
+        ),
+        (
+            "[ParameterGroup('a', {'x': new}), ParameterGroup('b', {'y': new})]",
+            "parameter 'y' stands in the groups 'a' and 'b': name each once.",
+        ),
+    ],
+)
+def test_groups_and_parameters_have_names_of_their_own(refused: Callable, groups: str, says: str) -> None:
+    body = f"""
+@hookimpl
+def trainable_parameters(self, run, model):
+    new, other = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+    return {groups}
+after = ("adapter",)
+"""
+    assert refused(body) == f"{WHO}, hook trainable_parameters: {says}"
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        ("{'a': {1, 2}}", "strategies/mine/a: a set cannot be saved"),
+        ("{'a': [{(1, 2): 3}]}", "strategies/mine/a/0: the key (1, 2) cannot be saved"),
+        ("{'a': {float('inf'): 3}}", "strategies/mine/a: the key inf cannot be saved"),
+        ("{'a': np.array(['x'])}", "strategies/mine/a: an array of <U1 cannot be saved"),
+        ("{'a': np.array([1], dtype='>i4')}", "strategies/mine/a: an array of >i4 cannot be saved"),
+        ("{'a': torch.eye(2).to_sparse()}", "strategies/mine/a: a tensor of torch.sparse_coo and torch.float32 cannot"),
+        ("{'a': torch.ones(2, dtype=torch.complex128)}", "and torch.complex128 cannot be saved"),
+        (
+            "{'a': enum.IntEnum('Colour', 'RED').RED}",
+            "strategies/mine/a: a Colour comes back from a checkpoint as a int",
+        ),
+        (
+            "{'a': enum.StrEnum('Colour', 'RED').RED}",
+            "strategies/mine/a: a Colour comes back from a checkpoint as a str",
+        ),
+        ("{'a': [dataclasses.make_dataclass('P', ['x'])(1)]}", "strategies/mine/a/0: a P cannot be saved"),
+        ("{'a': __import__('collections').namedtuple('P', 'x')(1)}", "a P comes back from a checkpoint as a tuple"),
+        ("{1: 2}", "returned a dict; it must return a dict with names as keys"),
+    ],
+)
+def test_a_state_that_a_checkpoint_does_not_give_back(refused: Callable, state: str, says: str) -> None:
+    """Refused before the first step, not when a resume needs it."""
+    body = f"""
+@hookimpl
+def state_dict(self, run):
+    assert run.step == 0
+    return {state}
+@hookimpl
+def load_state_dict(self, run, state): ...
+"""
+    line = refused(body, train={"steps": 2, "save_every": 1})
+    assert line.startswith(f"{WHO}, hook state_dict") and says in line
+
+
+def test_a_state_of_all_that_can_be_saved(distribution: Callable, make_recipe: Make) -> None:
+    body = """
+@hookimpl
+def state_dict(self, run):
+    return {
+        "t": torch.ones(2, dtype=torch.bfloat16), "a": np.ones((2, 1), dtype=np.int16), "n": None, "s": np.float32(0.5),
+        "nested": {1: [True, "x", float("nan")], 2.5: (float("-inf"), {"$tensor": "x"})}, "empty": {}, "list": [],
+    }
+@hookimpl
+def load_state_dict(self, run, state):
+    assert (state["t"].dtype, state["a"].dtype, state["s"]) == (torch.bfloat16, np.int16, 0.5)
+    assert state["nested"][1][:2] == [True, "x"] and state["nested"][2.5] == (float("-inf"), {"$tensor": "x"})
+    type(self).taken_back = True
+taken_back = False
+@hookimpl
+def before_clip(self, run):
+    if run.step == 1 and not self.taken_back:
+        raise ValueError("stop here")
+"""
+    distribution("sprout", mine(body), {"mine": "Mine"})
+    recipe = make_recipe(strategies=[LORA, "mine"], train={"steps": 2, "save_every": 1})
+    with pytest.raises(PluginError, match="stop here"):
+        tune(recipe, quiet=True)
+    assert tune(recipe, quiet=True, resume=True).step == 2
+
+
+CORES = (
+    "loss",
+    "gradient_norm",
+    "learning_rate",
+    "skipped",
+    "step",
+    "epoch",
+    "tokens",
+    "tokens_per_second",
+    "best_step",
+)
+
+
+@pytest.mark.parametrize("name", CORES)
+def test_a_logged_number_is_none_of_cores(refused: Callable, name: str) -> None:
+    line = refused(f"@hookimpl\ndef before_clip(self, run):\n    run.log('{name}', 1.0)")
+    assert line.startswith(f"{WHO}, hook before_clip, step 1: '{name}' is a number of core's own: choose another name")
+
+
+@pytest.mark.parametrize("name", ["loss", "skipped"])
+def test_a_metric_is_none_of_cores(refused: Callable, name: str) -> None:
+    line = refused(f"@hookimpl\ndef evaluate(self, run):\n    return {{'{name}': 1.0}}", evaluate=True)
+    assert line.startswith(f"{WHO}, hook evaluate, after step 0: '{name}' is a number of core's own")
+
+
+TASK = "task 'causal-lm' (budwood 0.1.0), hook evaluate"
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (
+            "def evaluate(self, run):\n    return {'eval_loss': 0.0}",
+            "task 'causal-lm' (budwood 0.1.0), hook evaluate, after step 0: 'eval_loss' is also a number of "
+            f"{WHO}, hook evaluate: rename one of them.",
+        ),
+        (
+            "def before_clip(self, run):\n    run.log('eval_loss', 0.0)",
+            f"{WHO}, hook before_clip, step 1: 'eval_loss' is also a number of {TASK}: rename one of them",
+        ),
+        (
+            "def before_clip(self, run):\n    run.log('causal_lm', 0.0)",
+            f"{WHO}, hook before_clip, step 1: 'causal_lm' is also a number of task 'causal-lm' (budwood 0.1.0), hook "
+            "token_terms: rename one of them",
+        ),
+        (
+            "def loss_terms(self, step, outputs):\n    return LossTerm('eval_loss', torch.zeros(()), 'step')",
+            f"{WHO}, hook loss_terms, step 1: 'eval_loss' is also a number of {TASK}: rename one of them",
+        ),
+    ],
+)
+def test_a_number_is_none_of_the_tasks(refused: Callable, body: str, says: str) -> None:
+    assert refused(f"@hookimpl\n{body}", evaluate=True).startswith(says)
+
+
+def test_two_strategies_log_under_names_of_their_own(distribution: Callable, make_recipe: Make) -> None:
+    """Whoever logs is found in the stack: also where a helper of the package does it."""
+    distribution("sprout", mine("@hookimpl\ndef before_clip(self, run):\n    run.log('x', 1.0)"), {"mine": "Mine"})
+    helper = "def note(run):\n    run.log('x', torch.ones(1))\n"
+    theirs = mine("@hookimpl\ndef evaluate(self, run):\n    note(run)\n    return {}", "Theirs")
+    distribution("twig", helper + theirs, {"theirs": "Theirs"})
+    with pytest.raises(PluginError) as caught:
+        tune(make_recipe(strategies=[LORA, "theirs", "mine"], evaluate=True), quiet=True)
+    says = f"{WHO}, hook before_clip, step 1: 'x' is also a number of strategy 'theirs' (twig 1.0), hook evaluate"
+    assert str(caught.value).startswith(says)
+
+
+def test_a_strategys_own_name_may_be_used_from_several_of_its_hooks(distribution: Callable, make_recipe: Make) -> None:
+    body = """
+@hookimpl
+def before_clip(self, run):
+    run.log("x", 1)
+@hookimpl
+def after_optimizer_step(self, run):
+    run.log("x", torch.tensor([2.0]))
+@hookimpl
+def evaluate(self, run):
+    return {"eval_x": 3.0}
+"""
+    distribution("sprout", mine(body), {"mine": "Mine"})
+    run = tune(make_recipe(strategies=[LORA, "mine"], evaluate=True), quiet=True)
+    assert (run.metrics["x"], run.metrics["eval_x"]) == (2.0, 3.0)
+
+
+@pytest.mark.parametrize("value", ["'text'", "None", "torch.ones(2)"])
+def test_what_is_logged_is_one_number(refused: Callable, value: str) -> None:
+    line = refused(f"@hookimpl\ndef before_clip(self, run):\n    run.log('x', {value})")
+    assert line.startswith(f"{WHO}, hook before_clip, step 1: ValueError: run.log: 'x' must be one number")
+
+
+@pytest.mark.parametrize(
+    ("hook", "unit"), [("loss_terms(self, step, outputs)", "step"), ("sequence_terms(self, step, log_probs)", "label")]
+)
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_term_that_is_not_finite_is_named(
+    distribution: Callable, make_recipe: Make, said: list[str], hook: str, unit: str, policy: str
+) -> None:
+    values = "log_probs" if "log_probs" in hook else "outputs.hidden.sum()"
+    body = f"@hookimpl\ndef {hook}:\n    wrong = float('nan') if step.run.step == 1 else 0.0\n"
+    body += f"    return LossTerm('odd', {values} * wrong, '{unit}')"
+    distribution("sprout", mine(body), {"mine": "Mine"})
+    recipe = make_recipe(strategies=[LORA, "mine"], train={"steps": 3, "non_finite": policy})
+    if policy == "stop":
+        with pytest.raises(DivergedError) as caught:
+            tune(recipe)
+        said.append(str(caught.value))
+    else:
+        assert tune(recipe).metrics["skipped"] == 1
+    assert any(f"step 2: loss 'odd' of {WHO} is not finite" in line for line in said), said
+
+
+@pytest.mark.parametrize(
+    ("unit", "other"), [("pairs", "strategy 'theirs' (twig 1.0)"), ("label", "core"), ("token", "core")]
+)
+def test_a_unit_is_counted_once(distribution: Callable, make_recipe: Make, unit: str, other: str) -> None:
+    body = f"@hookimpl\ndef batch_counts(self, run, batch):\n    return {{'{unit}': 1.0}}"
+    distribution("sprout", mine(body), {"mine": "Mine"})
+    theirs = "@hookimpl\ndef batch_counts(self, run, batch):\n    return {'pairs': 1.0}"
+    distribution("twig", mine(theirs, "Theirs"), {"theirs": "Theirs"})
+    with pytest.raises(PluginError) as caught:
+        tune(make_recipe(strategies=[LORA, "theirs", "mine"]), quiet=True)
+    assert str(caught.value).startswith(f"{WHO}: batch_counts counts '{unit}', which {other} counts: rename it")
+
+
+SEQUENCE = "@hookimpl\ndef sequence_terms(self, step, log_probs):\n    return LossTerm('mine', {values}, '{unit}')"
+
+
+@pytest.mark.parametrize(
+    ("values", "unit", "says"),
+    [
+        ("log_probs[:3]", "label", "values must be [8] of unit 'example' or [8] of unit 'group' or ["),
+        ("log_probs.sum()", "example", "of unit 'label', not [] of unit 'example'"),
+        ("log_probs", "pairs", "of unit 'pairs'"),
+        ("log_probs", "step", "of unit 'step'"),
+        ("log_probs.detach()", "label", "has no graph to the log-probabilities: it would train nothing"),
+        ("torch.zeros_like(log_probs).requires_grad_()", "label", "has no graph to the log-probabilities: it would"),
+        (
+            "log_probs.detach() * next(iter(step.run.trainable)).sum()",
+            "label",
+            "has no graph to the log-probabilities: it would train nothing. Compute it from `log_probs` without",
+        ),
+    ],
+)
+def test_a_sequence_term_of_another_shape_or_without_a_graph(
+    refused: Callable, values: str, unit: str, says: str
+) -> None:
+    line = refused(SEQUENCE.format(values=values, unit=unit))
+    assert line.startswith(f"{WHO}: loss term 'mine' of sequence_terms") and says in line
+
+
+FORMAT = """
+from budwood.data.formats import PromptCompletion
+
+class Pairs(PromptCompletion):
+    name, tasks = "pairs", ("regression", "bare")
+"""
+REGRESSION = """
+from budwood import CausalLM
+
+class Regression(CausalLM):
+    name = "regression"
+
+    def loss(self, logits, labels):
+        return (logits.float().mean(-1) - labels) ** 2
+
+    def has_log_probs(self):
+        return False
+"""
+
+
+def test_an_objective_on_a_task_without_log_probabilities_is_refused_before_the_base_loads(
+    distribution: Callable, make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    distribution("sprout", mine(SEQUENCE.format(values="log_probs", unit="label")), {"mine": "Mine"})
+    distribution("twig", REGRESSION, {"regression": "Regression"}, "budwood.tasks")
+    distribution("leaf", FORMAT, {"pairs": "Pairs"}, "budwood.formats")
+    recipe = make_recipe(strategies=[LORA, "mine"], base={"task": "regression"})
+    says = f"{WHO}: task 'regression' (twig 1.0) has no log-probabilities, which its loss needs (sequence_terms)"
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("the base was loaded, or the data read")
+
+    monkeypatch.setattr("budwood.training.setup.load_base", never)
+    monkeypatch.setattr("budwood.training.setup.read_data", never)
+    with pytest.raises(InputError) as caught:
+        tune(recipe, quiet=True)
+    assert str(caught.value) == says
+    monkeypatch.setattr(cli, "hush", lambda debug: None)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert cli.run(["plan", str(path)]) == 2
+    assert says in capsys.readouterr().err
+
+
+EXAMPLE = "Example({inputs}, np.array([0]), np.array([{label}]), np.array([{weight}], dtype=np.float32), key=99, row=3)"
+
+
+def prepare(example: str) -> str:
+    return f"@hookimpl\ndef prepare_examples(self, run, examples):\n    return [*examples, {example}]"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"weight": "-1"}, "a label's weight must be finite and above 0, not -1"),
+        ({"weight": "0"}, "a label's weight must be finite and above 0, not 0; leave labels of weight 0 out"),
+        ({"weight": "float('nan')"}, "a label's weight must be finite and above 0, not nan"),
+        ({"weight": "1e39"}, "a label's weight must be finite and above 0, not inf"),
+        ({"inputs": "{'input_ids': np.zeros(0)}"}, "an example's inputs must be arrays that are not empty"),
+    ],
+)
+def test_an_example_that_is_not_sound_names_who_made_it(refused: Callable, change: dict[str, str], says: str) -> None:
+    values = {"inputs": "{'input_ids': np.array([5, 6], dtype=np.int32)}", "label": "6", "weight": "1", **change}
+    line = refused(prepare(EXAMPLE.format(**values)), InputError)
+    assert line.startswith(f"{WHO}, hook prepare_examples: ") and "train.jsonl:4: " in line and says in line
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ("np.float32(0.5)", "column 'x' must be a Column, such as Column(values, axis=\"input\"), not a float32"),
+        ("Column(np.zeros(2), 'label')", "column 'x' has shape [2]; its axis is 'label', so that it must have one"),
+        ("Column(np.zeros(()), 'input')", "column 'x' has shape []; its axis is 'input', so that it must have one"),
+    ],
+)
+def test_a_column_that_does_not_fit_names_who_made_it(refused: Callable, columns: str, says: str) -> None:
+    body = f"""
+@hookimpl
+def prepare_examples(self, run, examples):
+    made = list(examples)
+    for example in made:
+        example.columns["x"] = {columns}
+    return made
+"""
+    line = refused(body, InputError)
+    assert line.startswith(f"{WHO}, hook prepare_examples: ") and "train.jsonl:1: " in line and says in line
+
+
+@pytest.mark.parametrize("label", ["2", "-1", "0.5"])
+def test_a_label_outside_the_classes_names_who_made_it(refused: Callable, write: Callable, label: str) -> None:
+    rows = write([{"text": f"hello {i}", "label": "ab"[i % 2]} for i in range(8)], "classes.jsonl")
+    body = prepare(EXAMPLE.format(inputs="{'input_ids': np.array([5, 6], dtype=np.int32)}", label=label, weight="1"))
+    sections = {"base": {"task": "sequence-classification"}, "data": {"train": str(rows)}}
+    line = refused(body, InputError, **sections)
+    assert line.startswith(f"{WHO}, hook prepare_examples: ") and "classes.jsonl:4: " in line
+    assert "a label is outside the 2 classes: it must be an index from 0 to 1" in line
+
+
+@pytest.mark.parametrize("label", ["len(seen)", "-1", "0.5"])
+def test_a_label_of_a_task_outside_its_classes_names_the_row(
+    distribution: Callable, make_recipe: Make, write: Callable, label: str
+) -> None:
+    source = f"""
+import dataclasses
+import numpy as np
+from budwood import SequenceClassification
+from budwood.data.formats import TextLabel
+
+class Odd(SequenceClassification):
+    name = "odd"
+
+    def encode(self, items, where, encoder):
+        made = super().encode(items, where, encoder)
+        seen = set(item.label for item in items)
+        labels = np.array([{label}])
+        third = made[2].examples[0]
+        made[2] = dataclasses.replace(made[2], examples=[dataclasses.replace(third, labels=labels)])
+        return made
+
+class Form(TextLabel):
+    name, tasks = "odd", ("odd",)
+"""
+    distribution("sprout", source, {"odd": "Odd"}, "budwood.tasks")
+    distribution("leaf", "from sprout import Form", {"odd": "Form"}, "budwood.formats")
+    rows = write([{"text": f"hello {i}", "label": "ab"[i % 2]} for i in range(8)], "classes.jsonl")
+    with pytest.raises(InputError, match=r"classes\.jsonl:3: a label is outside the 2 classes: it must be an index"):
+        tune(make_recipe(base={"task": "odd"}, data={"train": str(rows)}), quiet=True)
+
+
+def rows_of(weights: list[Any], form: str) -> list[dict[str, Any]]:
+    """A row of a data format for each weight."""
+    makers: dict[str, Callable[[int, Any], dict[str, Any]]] = {
+        "completion": lambda i, w: {"prompt": f"{i} a", "completion": " b", "weight": w},
+        "text": lambda i, w: {"text": f"{i} a b", "weight": w},
+        "row of messages": lambda i, w: {"messages": talk(i, 1.0), "weight": w},
+        "message": lambda i, w: {"messages": talk(i, w)},
+    }
+    return [makers[form](i, w) for i, w in enumerate(weights)]
+
+
+def talk(index: int, weight: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": f"{index} a"}, {"role": "assistant", "content": "b", "weight": weight}]
+
+
+FORMS = ("completion", "text", "row of messages", "message")
+WRONG = (-1, -0.5, "nan", "inf", True, "heavy", [1], 10**400, 1e39, 1e-50)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("weight", WRONG, ids=lambda w: str(w)[:8])
+def test_a_weight_that_is_none_names_its_row(make_recipe: Make, write: Callable, form: str, weight: Any) -> None:
+    rows = write(rows_of([1.0, weight, 2.0], form), "weights.jsonl")
+    with pytest.raises(InputError, match=r"weights\.jsonl:2: .*weight") as caught:
+        tune(make_recipe(data={"train": str(rows)}), quiet=True)
+    assert "must be a finite number from 0 (got" in str(caught.value) and "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_json_has_no_weight_that_is_not_finite(make_recipe: Make, write: Callable) -> None:
+    rows = write(rows_of([1.0, float("nan")], "text"), "weights.jsonl")
+    with pytest.raises(InputError, match=r"weights\.jsonl:2: malformed JSON: NaN is not JSON"):
+        tune(make_recipe(data={"train": str(rows)}), quiet=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_that_are_all_zero_leave_nothing(make_recipe: Make, write: Callable, form: str) -> None:
+    rows = write(rows_of([0, 0.0, 0], form), "weights.jsonl")
+    with pytest.raises(InputError, match=r"weights\.jsonl: all of its 3 rows were dropped: weight 0 3"):
+        tune(make_recipe(data={"train": str(rows)}), quiet=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_reach_the_labels(make_recipe: Make, write: Callable, form: str) -> None:
+    rows = write(rows_of([0.5, 0, None, 4], form), "weights.jsonl")
+    run = tune(make_recipe(data={"train": str(rows)}, train={"steps": 1}), quiet=True)
+    assert [set(example.weights.tolist()) for example in run.examples] == [{0.5}, {1.0}, {4.0}]
+
+
+def test_a_row_times_its_message_and_text_of_csv(make_recipe: Make, write: Callable, tmp_path: Path) -> None:
+    rows = write([{"messages": talk(0, 0.5), "weight": 3}, {"messages": talk(1, 1), "weight": 1}], "both.jsonl")
+    run = tune(make_recipe(data={"train": str(rows)}, train={"steps": 1}), quiet=True)
+    assert [set(example.weights.tolist()) for example in run.examples] == [{1.5}, {1.0}]
+    table = tmp_path / "table.csv"
+    table.write_text("prompt,completion,weight\na, b,0.5\nc, d,\n")
+    run = tune(make_recipe("other", data={"train": str(table)}, train={"steps": 1}), quiet=True)
+    assert [set(example.weights.tolist()) for example in run.examples] == [{0.5}, {1.0}]
+
+
+def test_a_group_that_does_not_fit_by_itself_is_named(refused: Callable) -> None:
+    body = """
+@hookimpl
+def prepare_examples(self, run, examples):
+    made = list(examples)
+    for index, example in enumerate(made):
+        example.group = index // 2
+    return made
+@hookimpl(wrapper=True)
+def forward(self, step):
+    if len(step.batch.keys) > 1:
+        raise MemoryError
+    return (yield)
+"""
+    line = refused(body, ResourceError)
+    assert "step 1: out of memory: one group of 2 examples and" in line and "train.jsonl:" in line
+    assert "a smaller train.micro_tokens cannot help" in line
+
+
+OLD = {
+    "prepare_batch(self, run, batch)": [
+        ("batch.input_ids", 'Batch.input_ids was removed in version 2 of the contract; use batch.inputs["input_ids"]'),
+        ("setattr(batch, 'input_ids', 3)", "Batch.input_ids was removed in version 2"),
+        ("dataclasses.replace(batch, position_ids=3)", "Batch.position_ids was removed in version 2"),
+        ("batch.example_of_token", "use batch.example_of_position"),
+        ("batch.example_ids", "use batch.keys"),
+        ("batch.num_tokens", "use sum(batch.lengths)"),
+        ("batch.attention_mask", 'use batch.inputs.get("attention_mask")'),
+    ],
+    "prepare_examples(self, run, examples)": [
+        ("examples[0].id", "Example.id was removed in version 2 of the contract; use example.key"),
+        ("examples[0].input_ids", 'use example.inputs["input_ids"]'),
+        ("examples[0].supervised", "use example.label_positions"),
+        ("examples[0].label", "use example.labels"),
+        ("examples[0].prompt_length", "use run.task.probe(example)"),
+        ("len(examples[0])", "use run.task.length(example)"),
+        ("Example(7, input_ids=np.arange(4), supervised=np.zeros(4, bool))", 'use example.inputs["input_ids"]'),
+    ],
+}
+
+
+@pytest.mark.parametrize(("hook", "code", "says"), [(hook, *case) for hook, cases in OLD.items() for case in cases])
+def test_what_version_1_had_is_told_with_its_line(
+    distribution: Callable, make_recipe: Make, hook: str, code: str, says: str
+) -> None:
+    source = mine(f"@hookimpl\ndef {hook}:\n    gone = {code}").replace("    api = 2\n", "")
+    line = next(i for i, text in enumerate(source.splitlines(), 3) if "gone =" in text)  # after the fixture's two
+    distribution("sprout", source, {"mine": "Mine"})
+    with pytest.raises(PluginError) as caught:
+        tune(make_recipe(strategies=[LORA, "mine"]), quiet=True)
+    where = ", step 1" if "prepare_batch" in hook else ""
+    text = str(caught.value)
+    assert text.startswith(f"{WHO}, hook {hook.partition('(')[0]}{where}: sprout.py:{line}: ") and says in text
+
+
+def test_a_task_without_a_method_ends_the_command_with_3(
+    distribution: Callable, make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    source = "from budwood import Task\nclass Bare(Task):\n    api, name, auto_class = 2, 'bare', 'AutoModel'\n"
+    distribution("sprout", source, {"bare": "Bare"}, "budwood.tasks")
+    distribution("leaf", FORMAT, {"pairs": "Pairs"}, "budwood.formats")
+    monkeypatch.setattr(cli, "hush", lambda debug: None)
+    path = tmp_path / "recipe.json"
+    recipe = json.loads(json.dumps(make_recipe(base={"task": "bare"}).to_dict(), default=str))
+    path.write_text(json.dumps(recipe), encoding="utf-8")
+    assert cli.run(["tune", str(path)]) == 3
+    shown = capsys.readouterr().err
+    assert "error: task 'bare' of sprout 1.0: sprout:Bare does not implement 'encode', which its class must" in shown
+    assert "Traceback" not in shown
