@@ -231,10 +231,20 @@ def interrupted(
 
 
 def sum_gradients(run: Run) -> None:
-    """Sum the gradients of all processes; adapters are small, so this happens once an optimizer step."""
+    """Sum the gradients of all processes: once an optimizer step, in one all-reduce of each data type.
+
+    A parameter that had no gradient in this process gets one, as it may have had one in another.
+    """
     if run.processes == 1:
         return
+    gradients: dict[torch.dtype, list[torch.Tensor]] = {}
     for parameter in run.trainable:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        torch.distributed.all_reduce(parameter.grad)
+        gradients.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for alike in gradients.values():
+        flat = torch.cat([gradient.reshape(-1) for gradient in alike])
+        torch.distributed.all_reduce(flat)
+        parts = flat.split([gradient.numel() for gradient in alike])
+        for gradient, part in zip(alike, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
