@@ -13,7 +13,7 @@ from pathlib import Path
 import filelock
 
 from budwood.errors import InputError, ResourceError
-from budwood.untrusted.files import cannot_write
+from budwood.untrusted.files import PARTIAL, cannot_write
 
 LOCK = ".lock"
 
@@ -36,6 +36,9 @@ def locked(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
         lock.acquire()
         left = _named_in(path)
         path.write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
+        for partial in directory.glob(f".*{PARTIAL}"):  # of a process that was killed
+            if partial.is_file():
+                partial.unlink()
     except filelock.Timeout:
         raise in_use(directory, _named_in(path) or "another process") from None
     except OSError as error:
