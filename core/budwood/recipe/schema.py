@@ -27,7 +27,7 @@ from budwood.recipe.file import (
     normalise_strategies,
     read_recipe_file,
 )
-from budwood.untrusted.redaction import redact_values, remember
+from budwood.untrusted.redaction import redact_url, redact_values, remember
 
 QUANTIZERS = "budwood.quantizers"
 TASKS = "budwood.tasks"
@@ -209,12 +209,19 @@ class Recipe(_Section):
     def to_dict(self, strategies: Sequence[Strategy] = ()) -> dict[str, Any]:
         """Return plain values that `from_dict` reads; with built `strategies` every one of their options.
 
-        In the place of a secret stands a mask, which `from_dict` refuses.
+        In the place of a secret stands a mask, which `from_dict` refuses. Paths and the model's name stay as they are,
+        but for the credentials of a URL.
         """
         built = {strategy.name: strategy.options.model_dump(mode="json") for strategy in strategies}
         data = self.model_dump(mode="json", exclude_none=True)
         data["strategies"] = [{c.name: built.get(c.name, c.options)} for c in self.strategies]
         masked: dict[str, Any] = redact_values(data)
+        for holder, original, field in (
+            (masked["base"], data["base"], "model"), (masked["data"], data["data"], "train"),
+            (masked["data"], data["data"], "eval"), (masked, data, "output"),
+        ):  # fmt: skip
+            if field in original:
+                holder[field] = redact_url(original[field])
         return masked
 
     def to_yaml(self, strategies: Sequence[Strategy] = ()) -> str:
