@@ -18,6 +18,7 @@ from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy
 from budwood.contract.validation import Location, dotted, find_problems, sentence
 from budwood.errors import InputError
+from budwood.model.checkpoint import folder_with_revision
 from budwood.recipe.file import (
     UNKNOWN,
     Places,
@@ -59,6 +60,9 @@ class BaseSection(_Section):
     """The model that stays frozen."""
 
     model: str = Field(min_length=1, description="a folder with safetensors, or a hub name")
+    revision: str | None = Field(
+        None, min_length=1, max_length=255, description="branch, tag or commit of a hub name; main if absent"
+    )
     quantization: str = Field("nf4", description="none, int8, nf4, fp4, or another installed quantiser")
     double_quantization: bool = Field(True, description="quantise the constants of nf4 and fp4 too")
     task: str = Field("causal-lm", description="causal-lm, sequence-classification, or another installed task")
@@ -256,6 +260,9 @@ def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Recipe
         file = getattr(recipe.data, field) if recipe is not None else None
         if recipe is not None and file not in (None, Path(UNKNOWN)) and not file.exists():
             problems.append(f"{recipe.where('data', field)}: data.{field}: there is no {file} (from {Path.cwd()}).")
+    if recipe is not None and recipe.base.revision and Path(os.path.expanduser(recipe.base.model)).is_dir():
+        text = folder_with_revision(recipe.base.model, recipe.base.revision)
+        problems.append(f"{recipe.where('base', 'revision')}: {text}")
     return recipe, problems
 
 

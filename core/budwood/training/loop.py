@@ -10,6 +10,7 @@ import torch
 from budwood.contract.registry import Composition
 from budwood.contract.types import Event, Run
 from budwood.errors import DivergedError, Interrupted, ResourceError
+from budwood.model.checkpoint import one_revision
 from budwood.model.quiet import hush
 from budwood.recipe.schema import Recipe, load_recipe
 from budwood.training.batches import optimizer_steps
@@ -65,7 +66,11 @@ def tune(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
     check_output(recipe.output, overwrite, resume)
     try:
-        with signals.listening(), nullcontext() if report.mute else locked(recipe.output, report.say):
+        with (
+            signals.listening(),
+            nullcontext() if report.mute else locked(recipe.output, report.say),
+            one_revision(recipe.base.model, recipe.base.revision),
+        ):
             found = find_resume(recipe, report, accept_changes) if resume else None
             if isinstance(found, Run):
                 return found
