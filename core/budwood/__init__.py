@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from budwood.errors import ResourceError as ResourceError
     from budwood.errors import did_you_mean as did_you_mean
     from budwood.model.quantizers import Quantizer as Quantizer
+    from budwood.untrusted.files import complete_directory as complete_directory
+    from budwood.untrusted.files import complete_file as complete_file
 
 __version__ = "0.1.0"
 
@@ -85,6 +87,7 @@ _EXPORTS = {
     **dict.fromkeys(("check_base", "fingerprint", "load_base", "load_tokenizer", "skeleton"), "budwood.model.base"),
     **dict.fromkeys(("Quantizer", "linear_shape"), "budwood.model.quantizers"),
     **dict.fromkeys(("autocast", "batches_of"), "budwood.model.evaluation"),
+    **dict.fromkeys(("complete_directory", "complete_file"), "budwood.untrusted.files"),
     "load_frozen": "budwood.training.frozen",
     "adapter_off": "budwood.training.reference",
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from budwood.adapters.store import read_adapter
 from budwood.errors import CorruptError
-from budwood.training.durability.checkpoint import FOLDER, read_checkpoint, steps_in
+from budwood.training.durability.reading import FOLDER, read_checkpoint, steps_in
 
 from .harness import Outcome, Shop
 

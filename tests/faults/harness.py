@@ -29,7 +29,7 @@ from budwood.adapters.store import read_adapter
 from budwood.errors import BudwoodError
 from budwood.recipe.schema import Recipe
 from budwood.training import loop
-from budwood.training.durability.checkpoint import FOLDER, read_checkpoint, steps_in
+from budwood.training.durability.reading import FOLDER, read_checkpoint, steps_in
 from budwood.training.loop import tune
 
 PRELOADED = (

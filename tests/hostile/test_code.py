@@ -216,7 +216,7 @@ def test_a_pickle_in_a_checkpoint_is_not_opened(plant, tmp_path, name, form):
     """Optimizer and random states too; also where the hashes agree with it, as whoever alters with care would do."""
     from safetensors.torch import save_file
 
-    from budwood.training.durability import checkpoint
+    from budwood.training.durability.reading import FORMAT, read_checkpoint, sealed
     from budwood.untrusted.files import sha256
 
     folder = tmp_path / "step-00000003"
@@ -226,17 +226,16 @@ def test_a_pickle_in_a_checkpoint_is_not_opened(plant, tmp_path, name, form):
 
     def seal() -> None:
         files = {file: sha256(folder / file) for file in ("state.safetensors", "state.json")}
-        manifest = {"format": checkpoint.FORMAT, "step": 3, "setting": {}, "accepted": [], "files": files}
-        text = checkpoint._text(manifest | {"sha256": checkpoint._digest(manifest)})
-        (folder / "manifest.json").write_bytes(text)
+        manifest = {"format": FORMAT, "step": 3, "setting": {}, "accepted": [], "files": files}
+        (folder / "manifest.json").write_bytes(sealed(manifest))
 
     seal()
-    assert checkpoint.read_checkpoint(folder).load()["random"].equal(torch.zeros(2))
+    assert read_checkpoint(folder).load()["random"].equal(torch.zeros(2))
     plant(folder / name, form)
-    assert isinstance(outcome(lambda: checkpoint.read_checkpoint(folder)), CorruptError)
+    assert isinstance(outcome(lambda: read_checkpoint(folder)), CorruptError)
     if name != "manifest.json":
         seal()
-        assert isinstance(outcome(lambda: checkpoint.read_checkpoint(folder).load()), CorruptError)
+        assert isinstance(outcome(lambda: read_checkpoint(folder).load()), CorruptError)
 
 
 def test_the_code_has_no_call_that_unpickles_or_evaluates():

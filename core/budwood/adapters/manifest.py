@@ -17,10 +17,14 @@ class _Record(BaseModel):
 
 
 class BaseRecord(_Record):
-    """The base that an adapter was trained on; `fingerprint` is that of its unquantised weights on disk."""
+    """The base that an adapter was trained on; `fingerprint` is that of its unquantised weights on disk.
+
+    `revision` is the hub's commit, None for a folder.
+    """
 
     name: str
     fingerprint: str
+    revision: str | None = None
     quantization: str = "none"
     double_quantization: bool = True
     dtype: str = "float32"

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from budwood import __version__
 from budwood.adapters.golden import Distance, Golden, measure
+from budwood.adapters.owner import start_owner
 from budwood.adapters.store import CONFIG, GOLDEN, WEIGHTS, SavedAdapter, read_adapter
 from budwood.adapters.verify import base_name, open_pool
 from budwood.contract.calls import ask_owner
 from budwood.contract.discovery import PluginError
-from budwood.contract.loading import load_strategy, start
+from budwood.contract.loading import load_strategy
 from budwood.errors import InputError
 from budwood.model.checkpoint import read_config, resolve
 from budwood.model.text_tasks import as_probe
@@ -209,10 +210,10 @@ def _convert(
     saved: SavedAdapter, tensors: dict[str, Tensor], adapter_type: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and tensors of the adapter as one of another type, by its owner."""
-    cls, entry = load_strategy(saved.adapter_type)
+    cls, _ = load_strategy(saved.adapter_type)
     converted = None
     if hasattr(cls, "convert_adapter"):
-        owner = start(cls, entry)
+        owner = start_owner(saved)
         converted = ask_owner(owner, "convert_adapter", config=saved.config, tensors=tensors, adapter_type=adapter_type)
     if converted is None:
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 
 from budwood.adapters.golden import measure
 from budwood.adapters.live import module_ids, unchanged_on_error
+from budwood.adapters.owner import owner_options, start_owner
 from budwood.adapters.store import SavedAdapter, read_adapter, template_hash, tokenizer_hash
 from budwood.adapters.use import use_adapters
 from budwood.contract.calls import ask_owner
 from budwood.contract.discovery import PluginError
 from budwood.contract.examples import Example
-from budwood.contract.loading import create, load_strategy, start
+from budwood.contract.loading import create, load_strategy
 from budwood.contract.strategy import Strategy
 from budwood.data.encoder import Encoder, encode_chat, encode_prompt
 from budwood.errors import BudwoodError, InputError, did_you_mean
@@ -98,7 +100,7 @@ class AdapterPool:
         self.tokenizer = base.tokenizer
         self._modules = module_ids(self.model)
         self._loaded: dict[str, _Loaded] = {}
-        self._owners: dict[str, Strategy] = {}
+        self._owners: dict[tuple[str, str], Strategy] = {}  # by adapter type and options
         self._keys = (f"adapter{number}" for number in itertools.count(1))
         self._current: str | None = None
 
@@ -140,7 +142,7 @@ class AdapterPool:
             allow_other_base=allow_other_base,
         )
         self._check_task(saved)
-        owner = self._owner(saved.adapter_type)
+        owner = self._owner(saved)
         key = next(self._keys)
         tensors = saved.load_tensors()
         with unchanged_on_error(self.model):
@@ -296,13 +298,14 @@ class AdapterPool:
             raise InputError(f"no adapter '{name[:64]}' is loaded.{did_you_mean(name, self._loaded)} Loaded: {known}.")
         return self._loaded[name]
 
-    def _owner(self, adapter_type: str) -> Strategy:
-        if adapter_type not in self._owners:
-            cls, entry = load_strategy(adapter_type)
-            if not hasattr(cls, "attach_adapter"):
-                raise InputError(f"strategy '{adapter_type}' of {entry.owner} attaches no adapters.")
-            self._owners[adapter_type] = start(cls, entry)
-        return self._owners[adapter_type]
+    def _owner(self, saved: SavedAdapter) -> Strategy:
+        cls, entry = load_strategy(saved.adapter_type)
+        if not hasattr(cls, "attach_adapter"):
+            raise InputError(f"strategy '{saved.adapter_type}' of {entry.owner} attaches no adapters.")
+        key = saved.adapter_type, json.dumps(owner_options(saved), sort_keys=True)
+        if key not in self._owners:
+            self._owners[key] = start_owner(saved)
+        return self._owners[key]
 
     def _check_task(self, saved: SavedAdapter) -> None:
         """Refuse another task or other classes; note another tokenizer, template or quantization."""
@@ -336,7 +339,12 @@ class AdapterPool:
     def _select(self, names: Sequence[str | None]) -> None:
         """Use one adapter (or None) for all rows, or one for each row of the next batches."""
         chosen = [None if name is None else self._find(name) for name in names]
-        for owner in self._owners.values():
+        computing = {id(entry.owner): entry.owner for entry in chosen if entry is not None}
+        types = [owner.name for owner in computing.values()]
+        if twice := [name for name in types if types.count(name) > 1]:
+            raise InputError(f"adapters of type {twice[0]} that were trained with other options cannot share a batch.")
+        # Those without an adapter in use first: an owner may keep its choice on the model, by adapter type.
+        for owner in sorted(self._owners.values(), key=lambda owner: id(owner) in computing):
             keys = [None if entry is None or entry.owner is not owner else entry.key for entry in chosen]
             own = [key for key in dict.fromkeys(keys) if key is not None]
             use_adapters(owner, self.model, own, [-1 if key is None else own.index(key) for key in keys])

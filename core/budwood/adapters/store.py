@@ -159,6 +159,7 @@ def write_adapter(
             base=BaseRecord(
                 name=base.name,
                 fingerprint=base.fingerprint,
+                revision=base.revision,
                 quantization=base.quantization,
                 double_quantization=base.double_quantization,
                 dtype=str(base.dtype).removeprefix("torch."),

@@ -13,7 +13,7 @@ from budwood.adapters.pool import AdapterPool
 from budwood.adapters.store import GOLDEN, SavedAdapter, read_adapter
 from budwood.errors import CorruptError, InputError
 from budwood.model.base import check_base, fingerprint
-from budwood.model.checkpoint import would_fetch
+from budwood.model.checkpoint import one_revision, would_fetch
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -79,30 +79,31 @@ def open_pool(
     if name is None:
         raise InputError(f"{saved.directory}: an adapter of stock PEFT; give its base with --base.")
     quantization = quantization or (recorded.quantization if recorded else "none")
-    try:
-        info = check_base(name, quantization)
-    except InputError as error:
-        if base is None:
-            raise InputError(
-                f"{error} It is what {saved.directory} was trained on; --base says where it is now."
-            ) from error
-        raise
-    read_adapter(
-        saved.directory,
-        base_name=name,
-        base_fingerprint=fingerprint(info.path),
-        allow_other_base=allow_other_base,
-        hashes=False,
-    )
-    return AdapterPool(
-        name,
-        quantization,
-        task=saved.manifest.task if saved.manifest else "causal-lm",
-        labels=saved.manifest.labels if saved.manifest else (),
-        precision=precision or (PRECISIONS.get(recorded.dtype, "auto") if recorded else "auto"),
-        device=device,
-        double_quantization=recorded.double_quantization if recorded else True,
-    )
+    with one_revision(name, recorded.revision if recorded and base is None else None):
+        try:
+            info = check_base(name, quantization)
+        except InputError as error:
+            if base is None:
+                raise InputError(
+                    f"{error} It is what {saved.directory} was trained on; --base says where it is now."
+                ) from error
+            raise
+        read_adapter(
+            saved.directory,
+            base_name=name,
+            base_fingerprint=fingerprint(info.path),
+            allow_other_base=allow_other_base,
+            hashes=False,
+        )
+        return AdapterPool(
+            name,
+            quantization,
+            task=saved.manifest.task if saved.manifest else "causal-lm",
+            labels=saved.manifest.labels if saved.manifest else (),
+            precision=precision or (PRECISIONS.get(recorded.dtype, "auto") if recorded else "auto"),
+            device=device,
+            double_quantization=recorded.double_quantization if recorded else True,
+        )
 
 
 def verify(

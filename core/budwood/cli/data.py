@@ -27,11 +27,13 @@ def data(
     from budwood.data.display import make_report, show_report
     from budwood.data.packing import plan_epoch
     from budwood.model.base import load_tokenizer
+    from budwood.model.checkpoint import one_revision
     from budwood.recipe.schema import load_recipe
 
     loaded = load_recipe(recipe, override or [])
     task = create(loaded.base.task, "budwood.tasks")
-    tokenizer = load_tokenizer(loaded.base.model) if task.needs_tokenizer else None
+    with one_revision(loaded.base.model, loaded.base.revision):
+        tokenizer = load_tokenizer(loaded.base.model) if task.needs_tokenizer else None
     build = partial(build_examples, tokenizer=tokenizer, task=task, max_length=loaded.data.max_length)
     train = build(loaded.data.train)
     other = build(loaded.data.eval, labels=train.labels or None) if loaded.data.eval is not None else None

@@ -59,7 +59,7 @@ def build_examples(
 
     Raises:
         InputError: what `read_rows`, the format and the task raise; a label that training data does not have; no row
-            is left.
+            is left; `BUDWOOD_CACHE_LIMIT` is not a size.
     """
     path = Path(path)
     task = create(task, "budwood.tasks") if isinstance(task, str) else task
@@ -67,6 +67,7 @@ def build_examples(
     if change is not None:
         return Examples(path, *_encode(read_rows(path), encoder, task, max_length, change))
     folder = cache.default_folder() if cache_dir is None else Path(cache_dir)
+    limit = cache.size_limit()
     plugins = [(e.name, e.value, e.owner) for entries in installed(GROUP).values() for e in entries]
     owner = find(task.name, "budwood.tasks")
     options = {
@@ -85,7 +86,7 @@ def build_examples(
     rows = read_rows(path)
     arrays, facts = _encode(rows, encoder, task, max_length)
     if key and rows.sha256 == options["file"]:
-        cache.save(folder, key, arrays, facts)
+        cache.save(folder, key, arrays, facts, limit)
     return Examples(path, arrays, facts)
 
 

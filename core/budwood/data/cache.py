@@ -6,7 +6,8 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,17 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from budwood.errors import InputError, ResourceError
+from budwood.untrusted.files import PARTIAL, complete_file
+from budwood.untrusted.redaction import shorten
+
 VERSION = 2
 """Goes up when the same file and options give other tokens, or the file's layout changes."""
+
+LIMIT = 5_000_000_000
+"""Bytes that the cache may take where `BUDWOOD_CACHE_LIMIT` does not say."""
+ABANDONED = 24 * 3600
+"""Seconds after its last change in which a file that is still partial counts as left by a killed process."""
 
 Arrays = dict[str, np.ndarray]
 
@@ -50,32 +60,71 @@ def make_key(tokenizer: Any, options: Mapping[str, Any]) -> str | None:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def save(folder: Path, key: str, arrays: Arrays, facts: dict[str, Any]) -> None:
-    """Write an entry, whole or not at all. A folder that cannot be written costs only time, so it is no error."""
+def size_limit() -> int:
+    """`$BUDWOOD_CACHE_LIMIT`, such as "2GB" or "500 MiB", in bytes; `LIMIT` if it is not set.
+
+    Raises:
+        InputError: it is not a size.
+    """
+    text = os.environ.get("BUDWOOD_CACHE_LIMIT", "").strip()
+    if not text:
+        return LIMIT
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(i?))?b?", text.lower(), re.ASCII)
+    if found is None:
+        raise InputError(f"BUDWOOD_CACHE_LIMIT: '{shorten(text)}' is not a size: write it like 2GB or 500MB.")
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** (" kmgt".index(unit) if unit else 0))
+
+
+def save(folder: Path, key: str, arrays: Arrays, facts: dict[str, Any], limit: int = LIMIT) -> None:
+    """Write an entry, whole or not at all; then prune the folder to `limit` bytes.
+
+    A folder that cannot be written costs only time, so it is not an error.
+    """
     metadata = {"facts": json.dumps(facts), "sha256": _digest(arrays, facts)}
-    temporary = None
-    with contextlib.suppress(OSError, SafetensorError):
+    path = _path(folder, key)
+    with contextlib.suppress(OSError, SafetensorError, ResourceError):
         folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".writing-")
-        os.close(handle)
-        save_file(arrays, temporary, metadata)
-        os.replace(temporary, _path(folder, key))
-        return
-    if temporary:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        complete_file(path, lambda partial: save_file(arrays, partial, metadata))
+        _prune(folder, path, limit)
 
 
 def load(folder: Path, key: str) -> tuple[Arrays, dict[str, Any]] | None:
-    """Read an entry; None where there is none, or where it is not whole."""
+    """Read an entry, which then counts as used now; None where there is none, or where it is not whole."""
+    path = _path(folder, key)
     try:
-        with safe_open(_path(folder, key), framework="np") as file:
+        with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         facts = json.loads(metadata["facts"])
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
-    return (arrays, facts) if metadata.get("sha256") == _digest(arrays, facts) else None
+    if metadata.get("sha256") != _digest(arrays, facts):
+        return None
+    with contextlib.suppress(OSError):  # a folder that is read-only
+        os.utime(path)
+    return arrays, facts
+
+
+def entries(folder: Path) -> dict[Path, os.stat_result]:
+    """Return the files of the cache, those that a killed process left half written among them."""
+    found = {}
+    for path in (*folder.glob("*.safetensors"), *folder.glob(f".*{PARTIAL}")):
+        with contextlib.suppress(OSError):  # another process pruned it
+            found[path] = path.stat()
+    return found
+
+
+def _prune(folder: Path, newest: Path, limit: int) -> None:
+    """Remove the least recently used entries until the rest take at most `limit` bytes; `newest` stays."""
+    found = entries(folder)
+    now = time.time()
+    total = sum(stat.st_size for stat in found.values())
+    for path, stat in sorted(found.items(), key=lambda item: item[1].st_mtime_ns):
+        partial = path.name.endswith(PARTIAL)
+        if path != newest and (now - stat.st_mtime > ABANDONED if partial else total > limit):
+            path.unlink(missing_ok=True)
+            total -= stat.st_size
 
 
 def _path(folder: Path, key: str) -> Path:

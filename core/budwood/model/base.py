@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from budwood.contract.calls import blame
 from budwood.errors import CorruptError, ResourceError, describe
-from budwood.model.checkpoint import fingerprint, first_line, read_tensors, resolve
+from budwood.model.checkpoint import commit_of, fingerprint, first_line, read_tensors, resolve
 from budwood.model.checks import (
     BaseInfo,
     build_skeleton,
@@ -91,6 +91,11 @@ class Base:
     new: tuple[str, ...]
     notes: list[str]
     double_quantization: bool = True
+
+    @property
+    def revision(self) -> str | None:
+        """The hub's commit that it is of; None for a folder."""
+        return commit_of(self.path)
 
 
 def load_base(

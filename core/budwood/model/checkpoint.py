@@ -7,6 +7,8 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +25,45 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib")
 _SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 
 
-def resolve(model: str | Path, weights: bool = True, code: bool = False) -> Path:
+_revisions: ContextVar[dict[str, str] | None] = ContextVar("revisions", default=None)
+"""Revision of each hub name in `one_revision`."""
+
+
+@contextmanager
+def one_revision(model: str, revision: str | None = None) -> Iterator[None]:
+    """Let `resolve` find every hub name at one commit in the block: the one that it finds first.
+
+    Args:
+        model: a folder or a hub name.
+        revision: branch, tag or commit of `model`; None: the main branch.
+    """
+    token = _revisions.set({} if revision is None else {model: revision})
+    try:
+        yield
+    finally:
+        _revisions.reset(token)
+
+
+def resolve(model: str | Path, weights: bool = True, code: bool = False, revision: str | None = None) -> Path:
     """Find the folder of a base: a folder, or a name on the hub, downloaded into its cache.
 
     Args:
         weights: download the weights too, not only what is small.
         code: download Python files too.
+        revision: branch, tag or commit on the hub; None: as `one_revision` has it, or the main branch.
 
     Raises:
-        InputError: there is no such folder or name.
+        InputError: there is no such folder, name or revision; a folder was given with a revision.
         ResourceError: it would have to be downloaded, and cannot be.
     """
     name = str(model)
     path = Path(os.path.expanduser(name))
+    revisions = _revisions.get()
+    revision = revision or (revisions or {}).get(name)
     try:
         if path.is_dir():
+            if revision is not None:
+                raise InputError(folder_with_revision(name, revision))
             return path
         there = path.exists()
     except OSError as error:  # a name that is too long, a folder that may not be entered
@@ -48,7 +74,21 @@ def resolve(model: str | Path, weights: bool = True, code: bool = False) -> Path
     if inside or not HUB_NAME.fullmatch(name):
         siblings = [str(path.parent / p.name) for p in path.parent.iterdir() if p.is_dir()] if inside else []
         raise InputError(f"base '{name}': no such folder.{did_you_mean(name, siblings)}")
-    return _from_hub(name, weights, code)
+    folder = _from_hub(name, weights, code, revision)
+    if revisions is not None and (commit := commit_of(folder)):
+        revisions[name] = commit  # a branch may move during the run
+    return folder
+
+
+def folder_with_revision(model: str, revision: str) -> str:
+    """Return the message for a revision beside a local folder."""
+    return f"base.revision: '{shorten(revision)}' is of the hub, and '{shorten(model)}' is a folder here: leave it out."
+
+
+def commit_of(folder: Path) -> str | None:
+    """The hub's commit of a base's folder; None for a folder that is not in the hub's cache."""
+    cached = folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name)
+    return folder.name if cached else None
 
 
 def would_fetch(name: str) -> bool:
@@ -57,37 +97,42 @@ def would_fetch(name: str) -> bool:
         return False
     from huggingface_hub import constants, try_to_load_from_cache
 
-    return not constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(name, "config.json"), str)
+    return not constants.HF_HUB_OFFLINE and not isinstance(
+        try_to_load_from_cache(name, "config.json", revision=(_revisions.get() or {}).get(name)), str
+    )
 
 
-def _from_hub(name: str, weights: bool, code: bool) -> Path:
+def _from_hub(name: str, weights: bool, code: bool, revision: str | None) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub import errors as hub
 
+    shown = f"'{name}'" if revision is None else f"'{name}' at revision '{shorten(revision)}'"
     small = [*_SMALL_FILES, *(["*.py"] if code else [])]
     try:
-        folder = Path(snapshot_download(name, allow_patterns=small, ignore_patterns=["*/*"]))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=small, ignore_patterns=["*/*"]))
         if weights:
             files = sorted(set(_index(folder).values())) or ["model.safetensors"]
-            snapshot_download(name, allow_patterns=files)
+            snapshot_download(name, revision=commit_of(folder) or revision, allow_patterns=files)
             missing = [file for file in files if not (folder / file).is_file()]
             if missing and constants.HF_HUB_OFFLINE:
-                raise ResourceError(f"base '{name}': {missing[0]} is not in the hub's cache, and the hub is offline.")
+                raise ResourceError(f"base {shown}: {missing[0]} is not in the hub's cache, and the hub is offline.")
         return folder
     except hub.GatedRepoError as error:
         raise ResourceError(
             f"base '{name}' is gated: accept its licence on huggingface.co, then `hf auth login`."
         ) from error
+    except hub.RevisionNotFoundError as error:
+        raise InputError(f"base '{name}' has no revision '{shorten(str(revision))}' on the hub.") from error
     except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
         raise InputError(f"base '{name}' is neither a folder here nor a model on the hub.") from error
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise ResourceError(
-            f"base '{name}' is neither a folder here nor in the hub's cache, and {why}: "
+            f"base {shown} is neither a folder here nor in the hub's cache, and {why}: "
             "give a folder, or go online and fetch it once."
         ) from error
     except (hub.HfHubHTTPError, OSError) as error:
-        raise ResourceError(f"base '{name}' cannot be downloaded: {first_line(error)}") from error
+        raise ResourceError(f"base {shown} cannot be downloaded: {first_line(error)}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from budwood.contract.strategy import Strategy
 from budwood.contract.types import Plan, Run
 from budwood.errors import BudwoodError, InputError
 from budwood.model.base import check_base, load_tokenizer, pick_device_precision, skeleton
+from budwood.model.checkpoint import one_revision
 from budwood.model.quiet import hush
 from budwood.model.task import Task
 from budwood.recipe.file import UNKNOWN
@@ -118,7 +119,12 @@ def plan(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> RunPlan:
         problems.codes += [InputError.exit_code] * len(wrong)
     if loaded is None:
         return problems.on(RunPlan(None, []))  # type: ignore[arg-type]  # it cannot be read
+    with one_revision(loaded.base.model, loaded.base.revision):
+        return _plan(loaded, problems)
 
+
+def _plan(loaded: Recipe, problems: _Problems) -> RunPlan:
+    """See `plan`; `problems` holds those of the file."""
     strategies, parts = _build(loaded, problems)
     whole = UNKNOWN not in (part.version for part in parts)
     sound = [s for s, part in zip(strategies, parts, strict=True) if part.sound]

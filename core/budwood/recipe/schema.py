@@ -18,6 +18,7 @@ from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy
 from budwood.contract.validation import Location, dotted, find_problems, sentence
 from budwood.errors import InputError
+from budwood.model.checkpoint import folder_with_revision
 from budwood.recipe.file import (
     UNKNOWN,
     Places,
@@ -27,7 +28,7 @@ from budwood.recipe.file import (
     normalise_strategies,
     read_recipe_file,
 )
-from budwood.untrusted.redaction import redact_values, remember
+from budwood.untrusted.redaction import redact_url, redact_values, remember
 
 QUANTIZERS = "budwood.quantizers"
 TASKS = "budwood.tasks"
@@ -59,6 +60,9 @@ class BaseSection(_Section):
     """The model that stays frozen."""
 
     model: str = Field(min_length=1, description="a folder with safetensors, or a hub name")
+    revision: str | None = Field(
+        None, min_length=1, max_length=255, description="branch, tag or commit of a hub name; main if absent"
+    )
     quantization: str = Field("nf4", description="none, int8, nf4, fp4, or another installed quantiser")
     double_quantization: bool = Field(True, description="quantise the constants of nf4 and fp4 too")
     task: str = Field("causal-lm", description="causal-lm, sequence-classification, or another installed task")
@@ -209,12 +213,19 @@ class Recipe(_Section):
     def to_dict(self, strategies: Sequence[Strategy] = ()) -> dict[str, Any]:
         """Return plain values that `from_dict` reads; with built `strategies` every one of their options.
 
-        In the place of a secret stands a mask, which `from_dict` refuses.
+        In the place of a secret stands a mask, which `from_dict` refuses. Paths and the model's name stay as they are,
+        but for the credentials of a URL.
         """
         built = {strategy.name: strategy.options.model_dump(mode="json") for strategy in strategies}
         data = self.model_dump(mode="json", exclude_none=True)
         data["strategies"] = [{c.name: built.get(c.name, c.options)} for c in self.strategies]
         masked: dict[str, Any] = redact_values(data)
+        for holder, original, field in (
+            (masked["base"], data["base"], "model"), (masked["data"], data["data"], "train"),
+            (masked["data"], data["data"], "eval"), (masked, data, "output"),
+        ):  # fmt: skip
+            if field in original:
+                holder[field] = redact_url(original[field])
         return masked
 
     def to_yaml(self, strategies: Sequence[Strategy] = ()) -> str:
@@ -249,6 +260,9 @@ def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Recipe
         file = getattr(recipe.data, field) if recipe is not None else None
         if recipe is not None and file not in (None, Path(UNKNOWN)) and not file.exists():
             problems.append(f"{recipe.where('data', field)}: data.{field}: there is no {file} (from {Path.cwd()}).")
+    if recipe is not None and recipe.base.revision and Path(os.path.expanduser(recipe.base.model)).is_dir():
+        text = folder_with_revision(recipe.base.model, recipe.base.revision)
+        problems.append(f"{recipe.where('base', 'revision')}: {text}")
     return recipe, problems
 
 

@@ -10,6 +10,7 @@ import torch
 from budwood.contract.registry import Composition
 from budwood.contract.types import Event, Run
 from budwood.errors import DivergedError, Interrupted, ResourceError
+from budwood.model.checkpoint import one_revision
 from budwood.model.quiet import hush
 from budwood.recipe.schema import Recipe, load_recipe
 from budwood.training.batches import optimizer_steps
@@ -65,7 +66,11 @@ def tune(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
     check_output(recipe.output, overwrite, resume)
     try:
-        with signals.listening(), nullcontext() if report.mute else locked(recipe.output, report.say):
+        with (
+            signals.listening(),
+            nullcontext() if report.mute else locked(recipe.output, report.say),
+            one_revision(recipe.base.model, recipe.base.revision),
+        ):
             found = find_resume(recipe, report, accept_changes) if resume else None
             if isinstance(found, Run):
                 return found
@@ -231,10 +236,20 @@ def interrupted(
 
 
 def sum_gradients(run: Run) -> None:
-    """Sum the gradients of all processes; adapters are small, so this happens once an optimizer step."""
+    """Sum the gradients of all processes: once an optimizer step, in one all-reduce of each data type.
+
+    A parameter that had no gradient in this process gets one, as it may have had one in another.
+    """
     if run.processes == 1:
         return
+    gradients: dict[torch.dtype, list[torch.Tensor]] = {}
     for parameter in run.trainable:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        torch.distributed.all_reduce(parameter.grad)
+        gradients.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for alike in gradients.values():
+        flat = torch.cat([gradient.reshape(-1) for gradient in alike])
+        torch.distributed.all_reduce(flat)
+        parts = flat.split([gradient.numel() for gradient in alike])
+        for gradient, part in zip(alike, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))

@@ -340,7 +340,8 @@ def write_manifest(run: Run, resume: Resume | None = None) -> None:
         "versions": {name: metadata.version(name) for name in changes.PINNED},
         "strategies": strategies_record(run.strategies),
         "base": {
-            "name": run.base.name, "fingerprint": run.base.fingerprint, "quantization": run.base.quantization,
+            "name": run.base.name, "revision": run.base.revision, "fingerprint": run.base.fingerprint,
+            "quantization": run.base.quantization,
             "bytes": run.base.bytes, "bytes_16bit": run.base.bytes_16bit,
         },
         "data": {"train": run.examples.sha256, "eval": run.eval_examples.sha256 if run.eval_examples else None},

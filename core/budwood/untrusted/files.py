@@ -9,12 +9,14 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from budwood.errors import CorruptError, InputError, ResourceError, system_error
 from budwood.untrusted.redaction import shorten
 
+PARTIAL = ".partial"
+"""How the hidden name of a file or folder ends that is being written."""
 _RESERVED_NAMES = {"con", "prn", "aux", "nul", *(f"com{n}" for n in range(10)), *(f"lpt{n}" for n in range(10))}
 
 
@@ -138,22 +140,41 @@ def complete_directory(directory: Path, replace: bool = False, needs: int = 0) -
             shutil.rmtree(old, ignore_errors=True)
 
 
-def complete_file(path: Path, data: bytes) -> None:
+def complete_file(path: Path, data: bytes | Callable[[Path], object]) -> None:
     """Write a file; whoever looks, or kills the process, finds the old one or the new one, synced to disk.
+
+    Several processes may write the same file at once; the last one's stays. A process that is killed leaves a hidden
+    file whose name ends with `PARTIAL`.
+
+    Args:
+        path: what is to appear; its folder exists.
+        data: its bytes, or a function that writes them to the path that it is given.
 
     Raises:
         ResourceError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial, needs = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}"), 0
     try:
-        partial.write_bytes(data)
+        partial.touch()
+        mode = partial.stat().st_mode & 0o666  # as the user's umask has it: safetensors gives files to the owner alone
+        if callable(data):
+            data(partial)
+        else:
+            needs = len(data)
+            partial.write_bytes(data)
+        with contextlib.suppress(OSError):  # some file systems have no modes
+            partial.chmod(mode)
+        needs = partial.stat().st_size
         _sync(partial)
         os.replace(partial, path)
         _sync(path.parent)
-    except OSError as error:
+    except Exception as error:
+        if (cause := system_error(error)) is None:
+            raise
+        raise cannot_write(path, cause, needs) from error
+    finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise cannot_write(path, error, len(data)) from error
 
 
 def cannot_write(path: Path, error: OSError, needs: int) -> ResourceError:

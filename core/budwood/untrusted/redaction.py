@@ -22,13 +22,18 @@ _VARIABLE = re.compile(rf"(?i)(^|_)({_WORDS}|token|auth)$")
 _TOKENS = r"(?:access|api|auth|bearer|github|hf|hub|refresh|session|wandb)_?token"
 _FIELD = rf"(?:\w*_)?(?:{_WORDS})|token|\w*{_TOKENS}"
 _NAMES_SECRET = re.compile(rf"(?i)({_FIELD})$")
-_PATTERNS = (
+_URL_PATTERNS = (
     (re.compile(r"(?i)\b([a-z][a-z0-9+.-]{1,20}://)[^\s/'\"]*@"), rf"\1{MASK}@"),
     (re.compile(r"(?i)([?&][\w-]{0,40}(?:token|key|secret|password|signature|sig)=)[^&\s'\"]+"), rf"\1{MASK}"),
+)
+_PATTERNS = (
+    *_URL_PATTERNS,
     (re.compile(rf"(?i)((?<!\w)(?:{_FIELD})=)[^\s,;&'\"]+"), rf"\1{MASK}"),
     (re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*['\"]?\w+\s+)[^\s'\"]+"), rf"\1{MASK}"),
     (re.compile(r"\b(hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[abp]-|AKIA)[A-Za-z0-9_-]{12,}"), MASK),
 )
+# Folders and files with a slash between them; "host.example/…" may be an address, whose parts may be secrets.
+_PATH = re.compile(r"(?![\w-]+(\.[\w-]+)+/)[\w.~+-]*(/[\w.~+-]*)+")
 
 _remembered: set[str] = set()
 
@@ -48,13 +53,26 @@ def shorten(text: str, limit: int = 60) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
+def redact_url(text: str) -> str:
+    """Return `text`, a path, a model's name or a URL, with a URL's credentials replaced and nothing else."""
+    for pattern, mask in _URL_PATTERNS:
+        text = pattern.sub(mask, text)
+    return text
+
+
 def redact_values(value: Any) -> Any:
-    """Return plain values (mappings, lists, texts, numbers) with every secret in them replaced."""
+    """Return plain values (mappings, lists, texts, numbers) with every secret in them replaced.
+
+    A text that is a path or a model's name stays, also where a folder is called like a secret: with a word replaced it
+    would name another file.
+    """
     if isinstance(value, Mapping):
         return {key: MASK if _is_secret(key, item) else redact_values(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [redact_values(item) for item in value]
-    return redact(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return value if _PATH.fullmatch(value) and value not in _secrets() else redact(value)
 
 
 def remember(value: Any) -> None:

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from budwood import Batch, Event, Run, Step
-    from budwood_adversarial.strategy import Adversarial
+    from budwood_adversarial.noise import PerturbationMask
 
 WINDOW = 20
 """Optimizer steps over which a perturbation must raise the loss, on average."""
@@ -19,13 +19,16 @@ class Gain:
 
     FreeLB compares the last pass with the first, whose noise is random; SMART and VAT compare the divergence under the
     noise that they found with that under the noise that they started from.
+
+    Args (on construction):
+        about: the strategy and its method, for messages.
     """
 
-    def __init__(self, strategy: Adversarial) -> None:
-        self.strategy = strategy
+    def __init__(self, about: str) -> None:
+        self.about = about
         self.total: Tensor | None = None
         self._run: Run | None = None
-        self._last: tuple[Batch, Tensor] | None = None
+        self._last: tuple[PerturbationMask, Tensor] | None = None
         self._window: list[float] = []
         self._said = False
 
@@ -55,16 +58,19 @@ class Gain:
         if loss is not None:
             self.add(-loss)
 
-    def keep(self, step: Step, noise: Tensor) -> None:
-        """Remember the last noise, in case its cause must be looked for; released when the next step begins."""
-        self._last = None if self._said else (step.batch, noise.detach())
+    def keep(self, mask: PerturbationMask, noise: Tensor) -> None:
+        """Remember the last noise and where it may go, in case its cause must be looked for; released at the next step.
+
+        Args:
+            mask: of the noise's batch.
+            noise: [R, T, d] fp32.
+        """
+        self._last = None if self._said else (mask, noise.detach())
 
     def log(self, run: Run) -> None:
         """Log the optimizer step's gain, over all processes."""
         import torch
 
-        if self.strategy.method == "neftune":
-            return
         total = torch.zeros((), device=run.device) if self.total is None else self.total
         if run.processes > 1:
             torch.distributed.all_reduce(total)
@@ -82,10 +88,9 @@ class Gain:
         self._window = []
         if not mean > 0:
             self._said = True
-            about = f"{self.strategy.name} ({self.strategy.method})"
             self._run.say(
-                f"warning: {about}: the perturbation did not raise the loss in {count} steps (mean gain {mean:.1e}); "
-                f"likely cause: {self._cause()}"
+                f"warning: {self.about}: the perturbation did not raise the loss in {count} steps "
+                f"(mean gain {mean:.1e}); likely cause: {self._cause()}"
             )
         self._last = None
 
@@ -94,13 +99,13 @@ class Gain:
 
         if self._last is None or self._run is None:
             return "this process had no batch"
-        batch, noise = self._last
-        if not self.strategy.mask(self._run, batch).open.any():
+        mask, noise = self._last
+        if not mask.open.any():
             return "skip_special and skip_masked leave no token that noise may go to"
         if not noise.any():
             return "the loss has no gradient at the embeddings"
         with torch.no_grad():
-            embedded = _embedded(self._run, batch)
+            embedded = _embedded(self._run, mask.batch)
             arrived = (embedded + noise.to(embedded.dtype) != embedded) & (noise != 0)
         size = float(embedded.float().norm(dim=-1).mean())
         dtype = str(embedded.dtype).removeprefix("torch.")

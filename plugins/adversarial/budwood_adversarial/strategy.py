@@ -30,7 +30,7 @@ class Adversarial(Strategy):
     def __init__(self, options: Any = None, name: str = "", distribution: str = "") -> None:
         super().__init__(options, name, distribution)
         self.method: str = self.options.method
-        self.gain = Gain(self)
+        self.gain = Gain(f"{self.name} ({self.method})")
 
     @hookimpl
     def check_plan(self, plan: Plan) -> None:
@@ -82,7 +82,8 @@ class Adversarial(Strategy):
 
     @hookimpl
     def before_clip(self, run: Run) -> None:
-        self.gain.log(run)
+        if self.method != "neftune":  # which has no clean pass to compare with
+            self.gain.log(run)
 
     @hookimpl
     def on_event(self, event: Event) -> None:
@@ -125,7 +126,7 @@ class Adversarial(Strategy):
             step.noise, step.main_weight = noise, value("weight")
             yield
         self.gain.add(step.loss)
-        self.gain.keep(step, noise)
+        self.gain.keep(places, noise)
 
     def _free(self, step: Step) -> Iterator[None]:
         """FreeLB (Zhu et al., 2020, algorithm 1): each ascent's pass gives the parameters 1/K of their gradient too."""
@@ -144,7 +145,7 @@ class Adversarial(Strategy):
             noise = places.project(noise + size * places.unit(gradient, norm), epsilon, norm)
             gradient = step.replay(noise, 1 / steps, gradient=number < steps - 1)
         self.gain.add(step.loss)
-        self.gain.keep(step, noise)
+        self.gain.keep(places, noise)
 
     def _compare(self, step: Step, clean: Outputs) -> Outputs:
         """SMART and VAT: find the noise by ascents on the divergence from the clean outputs; run the model on it."""
@@ -172,7 +173,7 @@ class Adversarial(Strategy):
             else:
                 last = number == value("steps") - 1
                 noise = (value("epsilon") if last else value("xi")) * unit
-        self.gain.keep(step, noise)
+        self.gain.keep(places, noise)
         return step.forward(noise)
 
     def _divergence(self) -> Callable[[Tensor, Tensor], Tensor]:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,10 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from budwood import Batch, CorruptError, Example, InputError, ResourceError
+from budwood import Batch, CorruptError, Example, InputError, ResourceError, complete_file
 
 KEY = "cache.json"
-WRITING = ".writing-"
+PARTIAL = ".*.partial"
+"""What a killed run leaves of files that it was writing."""
 SHARD_LABELS = 1 << 16
 """A shard is closed at the example that brings it to so many labels."""
 
@@ -68,19 +67,19 @@ class TeacherCache:
 
     def begin(self) -> None:
         """Make the folder and its key; clear away what a killed run left half written."""
-        with _disk(self.directory):
+        try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            for path in self.directory.glob(f"{WRITING}*"):
+            for path in self.directory.glob(PARTIAL):
                 path.unlink()
-            text = json.dumps(self.key, indent=2) + "\n"
-            _replace(self.directory / KEY, lambda path: path.write_text(text, encoding="utf-8"))
+        except OSError as error:
+            raise ResourceError(f"cache: {self.directory} cannot be written: {error.strerror}.") from error
+        complete_file(self.directory / KEY, (json.dumps(self.key, indent=2) + "\n").encode())
 
     def write(self, shard: int, ids: np.ndarray, log_probs: np.ndarray) -> None:
         """Write a shard: `ids` [labels, k] int32 and `log_probs` [labels, k + 1] fp32 of its examples, in order."""
         arrays = {"ids": ids, "log_probs": log_probs}
         metadata = {"sha256": self._digest(shard, arrays)}
-        with _disk(self.directory):
-            _replace(self._path(shard), lambda path: save_file(arrays, path, metadata))
+        complete_file(self._path(shard), lambda path: save_file(arrays, path, metadata))
 
     def verify(self) -> None:
         """Read every shard whole and compare its hash.
@@ -143,7 +142,7 @@ class TeacherCache:
         try:
             if not where.exists():
                 return
-            if where.is_dir() and all(entry.name.startswith(WRITING) for entry in where.iterdir()):
+            if where.is_dir() and all(entry.match(PARTIAL) for entry in where.iterdir()):
                 return
             if not path.is_file():
                 raise InputError(f"cache: {where} is in use and holds no teacher's cache: name another folder.")
@@ -170,22 +169,6 @@ def _cut(offsets: np.ndarray) -> list[tuple[int, int]]:
             shards.append((first, last))
             first = last
     return shards
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f"{WRITING}{os.getpid()}-{path.name}")
-    write(temporary)
-    os.replace(temporary, path)
-
-
-@contextmanager
-def _disk(directory: Path) -> Iterator[None]:
-    """Turn what the disk refuses into a ResourceError that names the folder."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ResourceError(f"cache: {directory} cannot be written: {reason}.") from error
 
 
 def _short(value: Any) -> str:

@@ -20,6 +20,7 @@ FAKE_BASE = SimpleNamespace(
     double_quantization=True,
     name="tiny",
     fingerprint="f" * 64,
+    revision=None,
     quantization="none",
     dtype=torch.float32,
     device=torch.device("cpu"),

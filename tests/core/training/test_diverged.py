@@ -14,7 +14,7 @@ from budwood.cli.app import run as command
 from budwood.errors import DivergedError
 from budwood.recipe.schema import Recipe
 from budwood.training import setup
-from budwood.training.durability.checkpoint import steps_in
+from budwood.training.durability.reading import steps_in
 from budwood.training.loop import train
 from budwood.training.report import Report
 

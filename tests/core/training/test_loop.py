@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from budwood.errors import DivergedError, InputError, Interrupted, ResourceError
-from budwood.training.loop import tune
+from budwood.training.loop import sum_gradients, tune
 
 Make = Callable[..., object]
 
@@ -286,3 +287,27 @@ def test_classification_learns_its_labels_and_trains_its_head(make_recipe: Make,
     assert "fonts" in run.task.report
     assert json.loads((run.directory / "adapter" / "budwood.json").read_text())["labels"] == ["fonts", "games"]
     assert any("score" in key for key in adapter(run))
+
+
+def test_the_gradients_of_all_processes_are_summed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One all-reduce a data type, whatever the parameters' shapes and layouts; who had no gradient adds zeros."""
+    shapes, sent = [(3, 4), (), (0, 2), (5,)], []
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    parameters.append(torch.nn.Parameter(torch.randn(2, 2, dtype=torch.bfloat16)))
+    own = [torch.randn_like(p) for p in parameters]
+    own[0] = torch.randn(4, 3).T  # not contiguous
+    for parameter, gradient in zip(parameters[1:], own[1:], strict=True):
+        parameter.grad = gradient.clone()
+    parameters[0].grad = own[0]
+    without = torch.nn.Parameter(torch.randn(2))
+
+    def all_reduce(tensor: Tensor) -> None:
+        sent.append(tensor.dtype)
+        tensor.mul_(2)  # two processes with the same gradients
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    expected = [2 * gradient for gradient in own]
+    sum_gradients(SimpleNamespace(processes=2, trainable=[*parameters, without]))
+    assert sent == [torch.float32, torch.bfloat16]
+    assert all(torch.equal(p.grad, want) for p, want in zip(parameters, expected, strict=True))
+    assert torch.equal(without.grad, torch.zeros(2))

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from ruamel import yaml
 
 from budwood import InputError
 from budwood.cli import app as cli
@@ -162,3 +163,32 @@ def test_a_recipe_keeps_its_secrets_to_itself():
     with pytest.raises(InputError, match=r"strategies\[0\].options.password: \[redacted\] stands for"):
         Recipe.from_dict(recipe.to_dict())
     assert KEY not in str(InputError(f"got '{KEY}'"))
+
+
+def test_a_path_or_a_models_name_stays_what_it_is(monkeypatch):
+    """Folders may be called like a secret, and a model like a token."""
+    monkeypatch.setenv("MY_TOKEN", "data123")
+    data = {
+        "base": {"model": "/data123/base"},
+        "data": {"train": "data123/hf_internal_testing_tiny.jsonl", "eval": "/mnt/my data123/token=a b.jsonl"},
+        "strategies": [
+            {"distillation": {"teacher": "data123/teacher", "cache": "../data123/cache", "note": "it is data123"}},
+            {"lora": {"key": "data123", "at": "hooks.example.com/data123", "url": "https://me:pw@host/data123"}},
+        ],
+        "output": "data123",
+    }
+    recipe = Recipe.from_dict(data)
+    again = recipe.to_dict()
+    assert again["base"]["model"] == "/data123/base"
+    assert again["data"]["train"] == data["data"]["train"] and again["data"]["eval"] == data["data"]["eval"]
+    assert again["output"] == "data123"
+    distillation, lora = again["strategies"]
+    teacher = {"teacher": "data123/teacher", "cache": "../data123/cache", "note": f"it is {MASK}"}
+    assert distillation == {"distillation": teacher}
+    assert lora == {"lora": {"key": MASK, "at": f"hooks.example.com/{MASK}", "url": f"https://{MASK}@host/{MASK}"}}
+    read = yaml.YAML(typ="safe").load(recipe.to_yaml())
+    assert (read["base"]["model"], read["data"]["train"]) == ("/data123/base", data["data"]["train"])
+    named = Recipe.from_dict({**data, "base": {"model": "data123"}})
+    assert named.to_dict()["base"]["model"] == "data123"
+    bucket = Recipe.from_dict({**data, "base": {"model": "https://me:pw@host/data123?token=abc"}})
+    assert bucket.to_dict()["base"]["model"] == f"https://{MASK}@host/data123?token={MASK}"

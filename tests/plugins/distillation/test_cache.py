@@ -120,7 +120,7 @@ def test_a_killed_run_is_completed(
     assert len(whole) > 5
     (folder / "shard-00001.safetensors").unlink()
     (folder / "shard-00003.safetensors").unlink()
-    (folder / ".writing-1-shard-00003.safetensors").write_bytes(b"half")
+    (folder / ".shard-00003.safetensors.1.partial").write_bytes(b"half")
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
     lines.clear()
     again = run_it(options, "again")
@@ -133,7 +133,7 @@ def test_a_killed_run_is_completed(
 def test_a_run_killed_before_its_first_part_leaves_a_folder_that_is_taken(run_it: Runs, options: dict) -> None:
     folder = Path(options["cache"])
     folder.mkdir()
-    (folder / ".writing-1-cache.json").write_text("{")
+    (folder / ".cache.json.1.partial").write_text("{")
     run_it(options)
     assert sorted(files(options)) == ["cache.json", "shard-00000.safetensors"]
 

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import budwood
 from budwood.contract.discovery import WORDS, Installed
 from budwood.contract.loading import check_plugin, every_installed
-from budwood.errors import BudwoodError, describe
+from budwood.errors import BudwoodError, InputError, describe
 from budwood.model.quiet import hush
 
 Status = Literal["ok", "note", "warning", "problem"]
@@ -46,7 +46,7 @@ class Finding:
     """One thing that was looked at.
 
     Attributes:
-        topic: python, versions, memory, disk, torch, device, bitsandbytes or plugins.
+        topic: python, versions, memory, disk, cache, torch, device, bitsandbytes or plugins.
         status: "problem": tuning would fail; "warning": something is wrong that no usual run needs; "note": worth
             knowing.
         text: what was found.
@@ -66,6 +66,7 @@ def examine() -> list[Finding]:
     found: list[Finding] = []
     for topic, check in (
         ("python", check_python), ("versions", check_versions), ("memory", check_memory), ("disk", check_disk),
+        ("cache", check_cache),
     ):  # fmt: skip
         try:
             found += check()
@@ -194,7 +195,7 @@ def _cgroup(name: str) -> int | None:
 
 
 def check_disk(working: Path | None = None) -> Iterator[Finding]:
-    """Whether the working folder (None: the current one), temporary files and the cache can be written."""
+    """Whether the working folder (None: the current one) and temporary files can be written."""
     try:
         yield _disk(
             "working folder", working or Path.cwd(), "change to a folder that you may write, or name an output."
@@ -228,6 +229,22 @@ def _disk(what: str, folder: Path, remedy: str) -> Finding:
     if free < LOW_DISK:
         return Finding("disk", "warning", text, "make room: a run writes its adapter and its checkpoints.", values)
     return Finding("disk", "ok", text, values=values)
+
+
+def check_cache() -> Iterator[Finding]:
+    """Where the token cache is, how large it is, and how large it may become."""
+    from budwood.data import cache
+
+    folder = cache.default_folder()
+    size = sum(stat.st_size for stat in cache.entries(folder).values())
+    values: dict[str, Any] = {"folder": str(folder), "size": size}
+    try:
+        limit = cache.size_limit()
+    except InputError as error:
+        yield Finding("cache", "problem", str(error), "correct or unset BUDWOOD_CACHE_LIMIT.", values)
+        return
+    text = f"token cache: {folder}, {_gb(size)} of at most {_gb(limit)} (BUDWOOD_CACHE_LIMIT changes that)"
+    yield Finding("cache", "ok", text, values=values | {"limit": limit})
 
 
 def check_torch() -> Iterator[Finding]:
@@ -466,6 +483,10 @@ def report(sink: int, names: Sequence[str], skip: int) -> None:
 
 def _untried(topic: str) -> Finding:
     return Finding(topic, "note", f"{topic} cannot be tried while torch does not work")
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB"
 
 
 def _gib(count: int) -> str:

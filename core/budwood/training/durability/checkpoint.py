@@ -7,24 +7,18 @@ ever unpickled. What is saved is the state at the end of an optimizer step, befo
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import random
-import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from budwood.contract.registry import Composition, PluginError
@@ -32,54 +26,29 @@ from budwood.contract.types import Run
 from budwood.errors import CorruptError, InputError, ResourceError, system_error
 from budwood.training.averages import average_state, load_average_state
 from budwood.training.durability.changes import adapted, named_parameters, setting
-from budwood.training.durability.lossless import check_same, pack_array
+from budwood.training.durability.lossless import check_same
+from budwood.training.durability.reading import (
+    FOLDER,
+    FORMAT,
+    MANIFEST,
+    STATE,
+    TENSORS,
+    folder_name,
+    sealed,
+    steps_in,
+)
+from budwood.training.durability.resume import Resume
+from budwood.training.durability.state import all_random_states, pack, set_random_state, unpack
 from budwood.training.progress import Best, Progress, planned_steps
 from budwood.training.report import Report
 from budwood.untrusted.files import complete_directory, sha256
-from budwood.untrusted.formats import read_header, read_json
 
-if TYPE_CHECKING:
-    from budwood.training.durability.resume import Resume
-
-FOLDER, TENSORS, STATE, MANIFEST = "checkpoints", "state.safetensors", "state.json", "manifest.json"
-FORMAT = 1
-MAX_STATE = 64 << 20
-"""Largest state.json and manifest.json that are read, in bytes."""
 SECONDS = 600
 """Time between checkpoints where the recipe gives no `train.save_every`."""
 
 
 class NotSavedError(ResourceError):
     """A checkpoint could not be written; the one before is whole."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint that was found sound on disk: every file has the hash that its manifest says.
-
-    `setting` is what the run was made of; see `changes`.
-    """
-
-    directory: Path
-    step: int
-    setting: dict[str, Any]
-    accepted: list[dict[str, Any]]
-
-    def load(self) -> dict[str, Any]:
-        """Read the state.
-
-        Raises:
-            CorruptError: it changed since it was found.
-        """
-        read_header(self.directory / TENSORS)
-        try:
-            tensors = load_file(self.directory / TENSORS)
-            state = unpack(read_json(self.directory / STATE, MAX_STATE), tensors)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CorruptError(f"{self.directory}: cannot be read: {error}.") from error
-        if not isinstance(state, dict):
-            raise CorruptError(f"{self.directory / STATE}: holds no state.")
-        return state
 
 
 @dataclass(frozen=True)
@@ -94,61 +63,6 @@ class Snapshot:
     def bytes(self) -> int:
         """About as much as it takes on disk."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values()) + (1 << 20)
-
-
-def find_newest(directory: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest sound checkpoint of the run in `directory`; one that is damaged is named and passed over.
-
-    Raises:
-        CorruptError: there are some, and none is sound.
-    """
-    found = sorted(steps_in(directory / FOLDER).items(), reverse=True)
-    for _, path in found:
-        try:
-            return read_checkpoint(path)
-        except (CorruptError, ResourceError, OSError) as error:
-            say(f"warning: {error} The checkpoint before it is tried.")
-    if found:
-        raise CorruptError(f"{directory / FOLDER}: no checkpoint is sound: start over with --overwrite.")
-    return None
-
-
-def steps_in(folder: Path) -> dict[int, Path]:
-    """Folders of checkpoints by their step."""
-    paths = folder.iterdir() if folder.is_dir() else ()
-    return {int(p.name[5:]): p for p in paths if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir()}
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Check a checkpoint, every file by its hash.
-
-    Raises:
-        CorruptError: it names the file that is truncated, altered, missing, or too many.
-    """
-    where = path / MANIFEST
-    if not where.is_file():
-        raise CorruptError(f"{where}: is missing.")
-    manifest = read_json(where, MAX_STATE)
-    stated = manifest.pop("sha256", None)
-    if stated != _digest(manifest) or where.read_bytes() != _text(manifest | {"sha256": stated}):
-        raise CorruptError(f"{where}: was altered after it was saved.")
-    kinds = {"files": dict, "setting": dict, "accepted": list, "step": int}
-    if not all(type(manifest.get(name)) is kind for name, kind in kinds.items()):
-        raise CorruptError(f"{where}: is not that of a checkpoint.")
-    if manifest.get("format") != FORMAT:
-        raise CorruptError(f"{where}: format {manifest.get('format')}; this Budwood reads format {FORMAT}.")
-    if path.name != _name(manifest["step"]):
-        raise CorruptError(f"{path}: is the checkpoint of step {manifest['step']}.")
-    present = {p.name for p in path.iterdir()} - {MANIFEST}
-    for name in sorted(present ^ manifest["files"].keys()):
-        raise CorruptError(f"{path / name}: {'does not belong there' if name in present else 'is missing'}.")
-    for name, expected in manifest["files"].items():
-        try:
-            if sha256(path / name) != expected:
-                raise CorruptError(f"{path / name}: was altered after it was saved (its SHA-256 differs).")
-        except OSError as error:
-            raise CorruptError(f"{path / name}: cannot be read: {error.strerror}.") from error
-    return Checkpoint(path, manifest["step"], manifest["setting"], manifest["accepted"])
 
 
 class Saver:
@@ -212,7 +126,7 @@ class Saver:
         """Copy the state at the end of the step that was completed last. Every process must call it."""
         run, progress = self.run, self.progress
         states = self.hooks.collect("state_dict", run=run)
-        everyone = _all_random_states(run)
+        everyone = all_random_states(run)
         if not run.accelerator.is_main_process:
             return Snapshot(run.step, None, {})
         tensors: dict[str, Tensor] = {}
@@ -300,7 +214,7 @@ class Saver:
         return f"go on from step {self.last} with: budwood tune {self.run.directory / 'recipe.yaml'} --resume"
 
     def _write(self, snapshot: Snapshot) -> None:
-        target = self.folder / _name(snapshot.step)
+        target = self.folder / folder_name(snapshot.step)
         try:
             with complete_directory(target, replace=True) as folder:
                 save_file(snapshot.tensors, folder / TENSORS)
@@ -312,7 +226,7 @@ class Saver:
                     "accepted": self.accepted,
                     "files": {name: sha256(folder / name) for name in (TENSORS, STATE)},
                 }
-                (folder / MANIFEST).write_bytes(_text(manifest | {"sha256": _digest(manifest)}))
+                (folder / MANIFEST).write_bytes(sealed(manifest))
         except (SafetensorError, ResourceError) as error:
             cause = system_error(error.__cause__ or error)
             reason = (cause is not None and cause.strerror) or str(error)
@@ -387,111 +301,11 @@ class Saver:
                         f"{checkpoint.directory}: {progress.examples} examples were seen by then, and the plan of the "
                         f"run makes them {planned}"
                     )
-            _set_random_state(run, state["random"])
+            set_random_state(run, state["random"])
         except (KeyError, TypeError, ValueError, IndexError) as error:
             what = f"{type(error).__name__}: {error}"
             raise CorruptError(f"{checkpoint.directory}: its state does not fit the run ({what}).") from error
         self.last = self._submitted = checkpoint.step
-
-
-def pack(value: Any, tensors: dict[str, Tensor], place: str = "", copy: bool = True) -> Any:
-    """Turn nested values into plain JSON; tensors are copied to the CPU, into `tensors`, under their place.
-
-    Tuples, arrays, keys that are no text, and numbers that are not finite are marked, so that `unpack` gives the same.
-
-    Raises:
-        TypeError: a value is none of these; the message names its place.
-    """
-    if isinstance(value, Tensor | np.ndarray) and place in tensors:
-        place = f"{place}#{len(tensors)}"  # keys that hold slashes may meet
-    if isinstance(value, Tensor):
-        if value.layout is not torch.strided or value.is_quantized or value.dtype is torch.complex128:
-            raise TypeError(f"{place}: a tensor of {value.layout} and {value.dtype} cannot be saved")
-        tensors[place] = (value.detach().to("cpu", copy=True) if copy else value).contiguous()
-        return {"$tensor": place}
-    if isinstance(value, np.ndarray):
-        tensors[place] = pack_array(value, place)
-        return {"$array": place}
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else {"$float": str(value)}
-    if isinstance(value, Mapping):
-        numbers = (k for k in value if not isinstance(k, str | int | None))
-        wrong = next((k for k in numbers if not isinstance(k, float) or not math.isfinite(k)), None)
-        if wrong is not None:
-            raise TypeError(f"{place}: the key {wrong!r} cannot be saved; give text or numbers as keys")
-        plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
-        packed = {key: pack(item, tensors, f"{place}/{key}".lstrip("/"), copy) for key, item in value.items()}
-        return packed if plain else {"$items": [[key, item] for key, item in packed.items()]}
-    if isinstance(value, list | tuple):
-        items = [pack(item, tensors, f"{place}/{i}", copy) for i, item in enumerate(value)]
-        return items if isinstance(value, list) else {"$tuple": items}
-    raise TypeError(f"{place}: a {type(value).__name__} cannot be saved; give tensors and JSON values")
-
-
-def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Undo `pack`."""
-    if isinstance(value, list):
-        return [unpack(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if len(value) == 1:
-        ((mark, inner),) = value.items()
-        if mark == "$tensor":
-            return tensors[inner]
-        if mark == "$array":
-            return tensors[inner].numpy()
-        if mark == "$float":
-            return float(inner)
-        if mark == "$tuple":
-            return tuple(unpack(item, tensors) for item in inner)
-        if mark == "$items":
-            return {key: unpack(item, tensors) for key, item in inner}
-    return {key: unpack(item, tensors) for key, item in value.items()}
-
-
-def _random_state(run: Run) -> Tensor:
-    """Python's, NumPy's and torch's random states as one vector [n] float64, which holds all their integers exactly."""
-    version, internal, gauss = random.getstate()
-    legacy: Any = np.random.get_state()
-    _, keys, position, has_gauss, cached = legacy
-    parts = [
-        torch.tensor([version, *internal, math.nan if gauss is None else gauss], dtype=torch.float64),
-        torch.tensor([*keys.tolist(), position, has_gauss, cached], dtype=torch.float64),
-        torch.get_rng_state().double(),
-    ]
-    if run.device.type == "cuda":
-        parts.append(torch.cuda.get_rng_state(run.device).double())
-    return torch.cat(parts)
-
-
-def _all_random_states(run: Run) -> Tensor:
-    """The random states of every process, [processes, n] float64."""
-    own = _random_state(run)
-    if run.processes == 1:
-        return own[None]
-    everyone = [torch.empty_like(own, device=run.device) for _ in range(run.processes)]
-    torch.distributed.all_gather(everyone, own.to(run.device))
-    return torch.stack(everyone).cpu()
-
-
-def _set_random_state(run: Run, everyone: Tensor) -> None:
-    """Put this process's random states back; one that had none starts a stream of its own."""
-    if run.process_index >= len(everyone):
-        torch.manual_seed(run.seed + run.process_index + run.step)
-        return
-    sizes = [627, 627, len(torch.get_rng_state())]
-    python, numpy, cpu, cuda = everyone[run.process_index].split([*sizes, everyone.shape[1] - sum(sizes)])
-    version, *internal, gauss = python.tolist()
-    random.setstate((int(version), tuple(map(int, internal)), None if math.isnan(gauss) else gauss))
-    *keys, position, has_gauss, cached = numpy.tolist()
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), int(position), int(has_gauss), cached))
-    torch.set_rng_state(cpu.to(torch.uint8))
-    if run.device.type == "cuda" and len(cuda):
-        torch.cuda.set_rng_state(cuda.to(torch.uint8), run.device)
 
 
 def _free(directory: Path) -> int:
@@ -500,15 +314,3 @@ def _free(directory: Path) -> int:
         return shutil.disk_usage(directory).free
     except OSError:
         return 0
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def _text(manifest: Mapping[str, Any]) -> bytes:
-    return (json.dumps(manifest, indent=2) + "\n").encode()
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_text(manifest)).hexdigest()

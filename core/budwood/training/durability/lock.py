@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import filelock
+
 from budwood.errors import InputError, ResourceError
-from budwood.untrusted.files import cannot_write
+from budwood.untrusted.files import PARTIAL, cannot_write
 
 LOCK = ".lock"
 
@@ -29,11 +30,19 @@ def locked(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
         ResourceError: the folder cannot be written, or its file system knows no locks.
     """
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
-    path = directory / LOCK
+    path, lock = directory / LOCK, _lock(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor, left = _take(path)
+        lock.acquire()
+        left = _named_in(path)
+        path.write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
+        for partial in directory.glob(f".*{PARTIAL}"):  # of a process that was killed
+            if partial.is_file():
+                partial.unlink()
+    except filelock.Timeout:
+        raise in_use(directory, _named_in(path) or "another process") from None
     except OSError as error:
+        lock.release()
         if error.errno == errno.ENOSPC:
             raise cannot_write(directory, error, 4096) from error
         raise ResourceError(f"output: {directory} cannot be locked: {error.strerror}.") from error
@@ -43,8 +52,8 @@ def locked(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            path.unlink()
-        os.close(descriptor)
+            path.unlink()  # before it is released: afterwards it may be another's
+        lock.release()
         for made in missing:
             with contextlib.suppress(OSError):
                 made.rmdir()  # only where it is empty
@@ -62,48 +71,28 @@ def in_use(directory: Path, by: str) -> InputError:
 
 def holder(directory: Path) -> str:
     """Who holds the folder now: "process 12 on host", or "" for nobody."""
+    path = directory / LOCK
+    if not path.is_file():
+        return ""
     try:
-        descriptor = os.open(directory / LOCK, os.O_RDONLY)
+        with _lock(directory):
+            return ""
+    except filelock.Timeout:
+        return _named_in(path) or "another process"
     except OSError:
         return ""
+
+
+def _lock(directory: Path) -> filelock.FileLock:
+    """The folder's lock, which is tried once; a file system without locks is an error, not another kind of lock."""
+    return filelock.FileLock(directory / LOCK, blocking=False, fallback_to_soft=False)
+
+
+def _named_in(path: Path) -> str:
+    """The process that a lock's file names, "" where it names none."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return ""
-    except BlockingIOError:
-        return _read(descriptor) or "another process"
-    except OSError:
-        return ""
-    finally:
-        os.close(descriptor)
-
-
-def _take(path: Path) -> tuple[int, str]:
-    """Lock the file; returns its descriptor and the holder that it names, "" where it names none."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
-                os.close(descriptor)  # its last holder removed it in between
-                continue
-            left = _read(descriptor)
-            text = json.dumps({"process": os.getpid(), "host": socket.gethostname()})
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, text.encode(), 0)
-            return descriptor, left
-        except BlockingIOError:
-            found = _read(descriptor) or "another process"
-            os.close(descriptor)
-            raise in_use(path.parent, found) from None
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-            raise
-
-
-def _read(descriptor: int) -> str:
-    try:
-        found = json.loads(os.pread(descriptor, 1000, 0))
+        with path.open("rb") as file:
+            found = json.loads(file.read(1000))
         return f"process {int(found['process'])} on {found['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         return ""

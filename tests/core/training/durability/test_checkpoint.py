@@ -28,8 +28,10 @@ from budwood.errors import InputError, ResourceError
 from budwood.recipe.schema import Recipe
 from budwood.training import loop
 from budwood.training.durability import checkpoint
-from budwood.training.durability.checkpoint import Saver, pack, read_checkpoint, steps_in, unpack
+from budwood.training.durability.checkpoint import Saver
 from budwood.training.durability.lock import locked
+from budwood.training.durability.reading import read_checkpoint, steps_in
+from budwood.training.durability.state import pack, unpack
 from budwood.training.loop import tune
 from budwood.training.preflight import preflight
 from budwood.training.report import Report

@@ -22,7 +22,7 @@ from budwood.contract.types import Run
 from budwood.errors import CorruptError, DivergedError, InputError, Interrupted
 from budwood.recipe.schema import Recipe
 from budwood.training import finish, loop, setup
-from budwood.training.durability.checkpoint import steps_in
+from budwood.training.durability.reading import steps_in
 from budwood.training.loop import tune
 from budwood.training.report import Report
 

@@ -1,0 +1,107 @@
+"""The token cache's size: what goes first, what stays, and what the limit may say."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from budwood.cli.doctor.checks import check_cache
+from budwood.data import cache
+from budwood.data.build import build_examples
+from budwood.errors import InputError
+
+ROW = 1000
+
+
+def put(folder: Path, key: str, limit: int = cache.LIMIT) -> None:
+    """An entry of about 4 · ROW bytes."""
+    cache.save(folder, key, {"ids": np.zeros(ROW, np.int32)}, {"name": key}, limit)
+
+
+def keys(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.safetensors"))
+
+
+def age(folder: Path, *names: str) -> None:
+    """Make the entries the older, the earlier they are named."""
+    for seconds, name in zip(range(len(names), 0, -1), names, strict=True):
+        then = time.time() - 60 * seconds
+        os.utime(folder / f"{name}.safetensors", (then, then))
+
+
+def test_the_least_recently_used_entry_goes_first(tmp_path: Path) -> None:
+    for key in "abc":
+        put(tmp_path, key)
+    size = (tmp_path / "a.safetensors").stat().st_size
+    age(tmp_path, "a", "b", "c")
+    assert cache.load(tmp_path, "a") is not None  # a was written first and is used last
+    put(tmp_path, "d", limit=3 * size)
+    assert keys(tmp_path) == ["a", "c", "d"]
+    put(tmp_path, "e", limit=2 * size)
+    assert keys(tmp_path) == ["d", "e"]
+
+
+def test_the_entry_just_written_stays_whatever_its_size(tmp_path: Path) -> None:
+    put(tmp_path, "a")
+    put(tmp_path, "b", limit=10)
+    assert keys(tmp_path) == ["b"]
+    assert cache.load(tmp_path, "b") is not None
+
+
+def test_other_files_stay_and_a_killed_process_files_go(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    old, new = tmp_path / ".a.safetensors.1.partial", tmp_path / ".b.safetensors.2.partial"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    then = time.time() - 2 * cache.ABANDONED
+    os.utime(old, (then, then))
+    put(tmp_path, "c", limit=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, "c.safetensors", "notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"),
+    [("", 5e9), ("2GB", 2e9), ("1.5 GiB", 1.5 * 2**30), ("500mb", 5e8), ("10K", 1e4), ("123", 123), ("0", 0)],
+)
+def test_the_limit(text: str, limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BUDWOOD_CACHE_LIMIT", text)
+    assert cache.size_limit() == limit
+
+
+@pytest.mark.parametrize("text", ["many", "-1GB", "2 bananas", "1e9", "GB", "nan", "٣GB"])
+def test_a_limit_that_is_no_size_is_refused_before_a_row_is_encoded(
+    text: str, monkeypatch: pytest.MonkeyPatch, write: Any, byte_level: Any
+) -> None:
+    monkeypatch.setenv("BUDWOOD_CACHE_LIMIT", text)
+    tokenizer = byte_level()
+    with pytest.raises(InputError, match="BUDWOOD_CACHE_LIMIT: .* is not a size: write it like 2GB"):
+        build_examples(write([{"text": "hello there"}]), tokenizer, "causal-lm", 64)
+
+
+def test_a_run_keeps_to_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any, byte_level: Any) -> None:
+    tokenizer = byte_level()
+    monkeypatch.setenv("BUDWOOD_CACHE_LIMIT", "1")
+    for name in ("a.jsonl", "b.jsonl"):
+        build_examples(write([{"text": "hello there"}], name), tokenizer, "causal-lm", 64, cache_dir=tmp_path / "cache")
+        assert len(list((tmp_path / "cache").iterdir())) == 1
+    again = build_examples(tmp_path / "b.jsonl", tokenizer, "causal-lm", 64, cache_dir=tmp_path / "cache")
+    assert again.from_cache, "the newest stayed"
+
+
+def test_doctor_says_folder_size_and_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BUDWOOD_CACHE", str(tmp_path))
+    monkeypatch.setenv("BUDWOOD_CACHE_LIMIT", "2GB")
+    (found,) = check_cache()
+    assert found.values == {"folder": str(tmp_path / "tokens"), "size": 0, "limit": 2_000_000_000}
+    put(tmp_path / "tokens", "a")
+    (found,) = check_cache()
+    assert (found.status, found.values["size"]) == ("ok", (tmp_path / "tokens" / "a.safetensors").stat().st_size)
+    assert f"{tmp_path}/tokens, 0.00 GB of at most 2.00 GB" in found.text
+    monkeypatch.setenv("BUDWOOD_CACHE_LIMIT", "much")
+    (found,) = check_cache()
+    assert (found.status, "'much' is not a size" in found.text) == ("problem", True)
