@@ -22,7 +22,7 @@ from budwood.data.encoder import Encoder, encode_chat, encode_prompt
 from budwood.errors import BudwoodError, InputError, did_you_mean
 from budwood.model.base import Base, load_base, pick_device_precision
 from budwood.model.generate import Generated, generate
-from budwood.model.quiet import hush
+from budwood.model.quiet import silence_libraries
 from budwood.untrusted.files import check_name
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
@@ -77,7 +77,7 @@ class AdapterPool:
             ResourceError: the machine cannot load it.
             CorruptError: the base is damaged.
         """
-        hush()
+        silence_libraries()
         self.task = task
         if not isinstance(base, Base):
             chosen, dtype, _ = pick_device_precision(device, precision)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from budwood.contract.calls import blame
+from budwood.contract.calls import attribute_errors
 from budwood.contract.discovery import PluginError, installed
 from budwood.contract.types import Example
 from budwood.data import cache
@@ -267,7 +267,7 @@ def _encode(
         where = [rows.location(start + i) for i in range(len(chunk))]
         if change is not None:
             chunk = [change(row, start + i) for i, row in enumerate(chunk)]
-        with blame(form, "encode"):
+        with attribute_errors(form, "encode"):
             results = form.encode(chunk, where, encoder)
         if len(results) != len(chunk) or not all(isinstance(result, Encoded | Dropped) for result in results):
             raise PluginError(f"{form}, encode: must return an Encoded or a Dropped for each of its {len(chunk)} rows.")

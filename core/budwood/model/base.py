@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from budwood.contract.calls import blame
+from budwood.contract.calls import attribute_errors
 from budwood.errors import CorruptError, ResourceError, describe
 from budwood.model.checkpoint import fingerprint, first_line, read_tensors, resolve
 from budwood.model.checks import (
@@ -26,7 +26,7 @@ from budwood.model.checks import (
 from budwood.model.machine import pick_device_precision
 from budwood.model.ops.rms_norm import save_memory_in_norms
 from budwood.model.quantizers import assert_not_packed, guard_repacking
-from budwood.model.quiet import hide_hub_kernels, hush
+from budwood.model.quiet import hide_hub_kernels, silence_libraries
 from budwood.model.streaming import slices, trim_heap
 from budwood.untrusted.formats import TensorInfo, read_json
 
@@ -42,7 +42,7 @@ __all__ = [
     "check_base",
     "fingerprint",
     "guard_repacking",
-    "hush",
+    "silence_libraries",
     "load_base",
     "load_tokenizer",
     "pick_device_precision",
@@ -135,7 +135,7 @@ def load_base(
     if info.prequantized:
         config.quantization_config = _with_dtype(config.quantization_config, dtype)
     else:
-        with blame(quantizer, "config"):
+        with attribute_errors(quantizer, "config"):
             plan = quantizer.config(dtype, double_quantization, heads)
     views = info.quantization == "none" and {entry.dtype for entry in tensors.values()} == {STORED[str(dtype)]}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from budwood.contract.calls import blame
+from budwood.contract.calls import attribute_errors
 from budwood.contract.loading import create
 from budwood.errors import CorruptError, InputError, ResourceError, describe
 from budwood.model.checkpoint import first_line, read_config, read_tensors, resolve
@@ -107,7 +107,7 @@ def check_base(
     name = stored or quantization or "none"
     quantizer = wanted or find_quantizer(name)
     if device is not None:
-        with blame(quantizer, "check"):
+        with attribute_errors(quantizer, "check"):
             quantizer.check(str(device))
     if not quantizer.takes_fused_experts and _has_experts(config):
         check_fused(str(model), skeleton(path, "AutoModel", trust_remote_code), name)

@@ -10,7 +10,7 @@ from pathlib import Path
 from budwood.adapters.pool import AdapterPool
 from budwood.adapters.store import read_adapter
 from budwood.adapters.verify import base_name
-from budwood.contract.calls import blame
+from budwood.contract.calls import attribute_errors
 from budwood.contract.loading import create
 from budwood.contract.types import Run
 from budwood.data.examples import build_examples
@@ -87,7 +87,7 @@ def evaluate_adapter(
         form = recognise(read_rows(data).columns, task_name, str(data)).name
         modules = skeleton(name, task.auto_class)
         for attack in chosen_attacks.values():
-            with blame(attack, "check"):
+            with attribute_errors(attack, "check"):
                 attack.check(form, task_name, modules)
     device, dtype, reason = pick_device_precision("auto", precision)
     pool = AdapterPool(

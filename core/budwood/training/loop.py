@@ -12,7 +12,7 @@ import torch
 from budwood.contract.registry import Composition
 from budwood.contract.types import Event, Run
 from budwood.errors import DivergedError, Interrupted, ResourceError
-from budwood.model.quiet import hush
+from budwood.model.quiet import silence_libraries
 from budwood.recipe.schema import Recipe, load_recipe
 from budwood.training.durability.checkpoint import NotSavedError, Saver
 from budwood.training.durability.lock import first_process, locked
@@ -61,7 +61,7 @@ def tune(
     Raises:
         BudwoodError: one of its subclasses, with the exit code that the command ends with.
     """
-    hush()
+    silence_libraries()
     report, signals = Report(quiet), Signals()
     report.mute = not first_process()
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))

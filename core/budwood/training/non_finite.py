@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: who caused it, and whether the run may go on without the step."""
+"""Handles a non-finite loss or gradient: what caused it, and whether the run may skip the step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from budwood.model.tasks import autocast
 from budwood.training.step import Engine
 
 MAX_SKIPPED = 20
-"""Consecutive steps that may be skipped before the run counts as diverged."""
+"""Consecutive steps that may be skipped before the run is considered diverged."""
 
 
 def check_skip(
@@ -28,17 +28,17 @@ def check_skip(
     skipped: int,
     scaled: bool,
 ) -> None:
-    """Return where a step that is not finite may be skipped, which is said; the caller leaves all state as it was.
+    """Return if a non-finite step may be skipped, and report it; the caller leaves all state unchanged.
 
     Args:
         batches: the step's micro-batches on this process.
         values: its loss terms and their sum, over all processes.
-        norm: of its gradient, over all processes.
-        skipped: steps in a row that were not finite, this one included.
-        scaled: the loss is scaled for fp16: a gradient that overflows under a finite loss is the scaler's to mend.
+        norm: its gradient norm, over all processes.
+        skipped: consecutive non-finite steps, including this one.
+        scaled: the loss is scaled for fp16: an overflowing gradient under a finite loss is left to the scaler.
 
     Raises:
-        DivergedError: the recipe says stop, or too many in a row were skipped.
+        DivergedError: the recipe says stop, or too many steps in a row were skipped.
     """
     if scaled and bool(torch.isfinite(values["loss"])):
         text = f"step {run.step + 1}: the gradient overflowed in fp16"
@@ -56,7 +56,7 @@ def check_skip(
 def _cause(
     run: Run, engine: Engine, hooks: Composition, batches: Sequence[Batch], values: dict[str, Tensor], norm: Tensor
 ) -> str:
-    """What is not finite, and the rows that cause it, found by running each example's forward again."""
+    """Return what is not finite and the rows that cause it, found by repeating each example's forward pass."""
     what = next((f"loss '{k}'" for k, v in values.items() if not torch.isfinite(v)), "the gradient")
     rows: list[int] = []
     everyone: list[int] = []
@@ -74,7 +74,7 @@ def _cause(
 
 
 def _gather(run: Run, rows: list[int]) -> list[int]:
-    """The rows of all processes, in order."""
+    """Return the rows of all processes, sorted."""
     found: list[Any] = [rows]
     if run.processes > 1:
         found = [None] * run.processes

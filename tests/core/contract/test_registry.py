@@ -88,8 +88,11 @@ def test_failing_import_names_plugin_distribution_and_remedy(distribution, sourc
         ),
         ("def prepare_model(self, run, model): ...", "'prepare_model' is named like a hook; mark it with @hookimpl"),
         ("@hookimpl\ndef before_clip(self, rnu): ...", "hook 'before_clip' has no argument 'rnu'. Did you mean 'run'?"),
-        ("@hookimpl\ndef before_clip(self, *args): ...", "cannot take *args: name those of run that it uses"),
-        ("@hookimpl\ndef before_clip(self, run, **more): ...", "cannot take **more: name those of run"),
+        ("@hookimpl\ndef before_clip(self, *args): ...", "cannot take *args: name the arguments that it uses, of run"),
+        (
+            "@hookimpl\ndef before_clip(self, run, **more): ...",
+            "cannot take **more: name the arguments that it uses, of run",
+        ),
         ("@hookimpl\ndef before_clip(self, *, run): ...", "argument 'run' must not be keyword-only"),
         ("@hookimpl\ndef before_clip(run): ...", "hook 'before_clip' must take self first, then any of run"),
         ("@hookimpl\ndef before_clip(): ...", "hook 'before_clip' must take self first"),
@@ -99,19 +102,19 @@ def test_failing_import_names_plugin_distribution_and_remedy(distribution, sourc
         ("import functools\nbefore_clip = functools.cache(hookimpl(lambda s, run: 0))", "not a _lru_cache_wrapper"),
         ("@hookimpl\nasync def before_clip(self, run): ...", "hook 'before_clip' must not be async"),
         ("@hookimpl\nasync def before_clip(self, run): yield", "hook 'before_clip' must not be async"),
-        ("@hookimpl\ndef before_clip(self, run): yield", "has a yield, which only @hookimpl(wrapper=True) takes"),
+        ("@hookimpl\ndef before_clip(self, run): yield", "has a yield, which only @hookimpl(wrapper=True) allows"),
         ("@hookimpl(wrapper=True)\ndef backward(self, step): ...", "'backward' is a wrapper, so it must yield once"),
         ("@hookimpl(hookwrapper=True)\ndef backward(self, step): yield", "use @hookimpl(wrapper=True)"),
         (
             "@hookimpl(specname='evaluate')\ndef export(self, run): ...",
-            "name the method 'evaluate' in place of specname",
+            "name the method 'evaluate' instead of using specname",
         ),
-        ("before_clip = 3", "'before_clip' is named like a hook and is a int, not a method"),
-        ("@property\ndef export(self): ...", "'export' is named like a hook and is a property, not a method"),
-        ("class Options(Options):\n    kind: 'NotThere' = 3", "its Options give no schema: "),
+        ("before_clip = 3", "'before_clip' is named like a hook but is a int, not a method"),
+        ("@property\ndef export(self): ...", "'export' is named like a hook but is a property, not a method"),
+        ("class Options(Options):\n    kind: 'NotThere' = 3", "its Options have no schema: "),
         (
             "class Options(Options):\n    model_config = {'arbitrary_types_allowed': True}\n    x: Strategy = None",
-            "its Options give no schema: ",
+            "its Options have no schema: ",
         ),
         ("class Options(Options):\n    y: object = Strategy", "its Options fail: "),
         (
@@ -123,15 +126,21 @@ def test_failing_import_names_plugin_distribution_and_remedy(distribution, sourc
         ("def __init__(self, **options): raise SystemExit", "cannot start: SystemExit. Report it"),
         ("after = None", "'after' must be a tuple of names, not None"),
         ("requires = (3,)", "'requires' must be a tuple of names, not (3,)"),
-        ("api = 0", "written for version 0 of the contract, and this Budwood has 1: pip install -U sprout."),
-        ("api = '1'", "'api' must be a version of the contract, such as 1, not '1'"),
-        ("api = None", "'api' must be a version of the contract, such as 1, not None"),
-        ("api = True", "'api' must be a version of the contract, such as 1, not True"),
+        ("api = 0", "written for version 0 of the contract, but this Budwood has 1: pip install -U sprout."),
+        ("api = '1'", "'api' must be a contract version, such as 1, not '1'"),
+        ("api = None", "'api' must be a contract version, such as 1, not None"),
+        ("api = True", "'api' must be a contract version, such as 1, not True"),
         ("@hookimpl\ndef before_clip(self, run=None): ...", "argument 'run' must have no default"),
-        ("@hookimpl\ndef forward(self, step): ...", "'forward' is not a strategy's own; use @hookimpl(wrapper=True)"),
+        (
+            "@hookimpl\ndef forward(self, step): ...",
+            "'forward' is core's own; a strategy can only wrap it, with @hookimpl(wrapper=True)",
+        ),
         ("@hookimpl(wrapper=True)\ndef before_clip(self, run): yield", "hook 'before_clip' cannot be wrapped"),
-        ("@hookimpl(tryfirst=True)\ndef before_clip(self, run): ...", "declare the order with `before` and `after`"),
-        ("api = 99", "written for version 99 of the contract, and this Budwood has 1: pip install -U budwood."),
+        (
+            "@hookimpl(tryfirst=True)\ndef before_clip(self, run): ...",
+            "declare the order with the class's `before` and `after`",
+        ),
+        ("api = 99", "written for version 99 of the contract, but this Budwood has 1: pip install -U budwood."),
         ("slots = 'adapter'", "'slots' must be a tuple of names, not 'adapter'"),
         ("class Options: pass", "its Options must be a subclass of budwood.Options"),
         ("def __init__(self): ...", "cannot start: TypeError"),
@@ -153,7 +162,7 @@ def test_who_declares_no_version_knew_of_the_first_only(distribution, monkeypatc
 
 BASES = {
     "budwood.tasks": ("from budwood.model.tasks import CausalLM as Base", "task 'mine'"),
-    "budwood.forms": ("from budwood.data.forms import Text as Base", "data form 'mine'"),
+    "budwood.forms": ("from budwood.data.forms import Text as Base", "data format 'mine'"),
     "budwood.quantizers": ("from budwood.model.quantizers import Quantizer as Base", "quantiser 'mine'"),
     "budwood.attacks": ("from budwood import Attack as Base", "attack 'mine'"),
 }
@@ -163,8 +172,8 @@ BASES = {
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ("class Mine(Base): api = 2", "was written for version 2 of the contract, and this Budwood has 1"),
-        ("class Mine(Base): api = 'new'", "'api' must be a version of the contract, such as 1, not 'new'"),
+        ("class Mine(Base): api = 2", "was written for version 2 of the contract, but this Budwood has 1"),
+        ("class Mine(Base): api = 'new'", "'api' must be a contract version, such as 1, not 'new'"),
         ("class Mine: pass", "sprout:Mine is not a subclass of budwood."),
         ("Mine = Base()", "sprout:Mine is not a subclass of budwood."),
         ("class Mine(Strategy): pass", "sprout:Mine is not a subclass of budwood."),
@@ -275,7 +284,7 @@ def test_all_that_is_installed_is_listed_with_what_is_wrong(distribution):
     assert len([name for _, name, _ in found if name == "twice"]) == 2
     assert "cannot be imported: RuntimeError: no GPU. Repair or update it" in problems["broken"][1]
     assert "cannot be imported: AttributeError: module 'nothing' has no attribute 'Nothing'" in problems["nothing"][1]
-    assert problems["odd"][0] == "data form" and "is not a subclass" in problems["odd"][1]
+    assert problems["odd"][0] == "data format" and "is not a subclass" in problems["odd"][1]
     assert problems["shy"] == (
         "budwood.task",
         "plugin 'shy' of shy 1.0: there is no entry point group 'budwood.task'. Did you mean 'budwood.tasks'?",

@@ -195,7 +195,7 @@ def test_a_form_of_others_that_fails_is_named(body, says, byte_level, tmp_path, 
     rows.write_text('{"good": "a", "bad": "b"}\n')
     with pytest.raises(PluginError) as error:
         build_examples(rows, byte_level(), LM, 64)
-    assert str(error.value).startswith(f"data form 'pairs' (pairs-form 1.2), {says}")
+    assert str(error.value).startswith(f"data format 'pairs' (pairs-form 1.2), {says}")
 
 
 def test_forms_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,5 +217,5 @@ def test_forms_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         InputError, match="'odd' of odd-form 1.2: odd_form:Made is not a subclass of budwood.data.*Form"
     ):
         recognise(["good"], LM, "x")
-    with pytest.raises(InputError, match="data form 'partial' of partial-form 1.2: .* declares no 'columns'"):
+    with pytest.raises(InputError, match="data format 'partial' of partial-form 1.2: .* must declare 'columns'"):
         recognise(["good"], LM, "x")
