@@ -11,7 +11,7 @@ from typing import Any
 from budwood.contract.discovery import installed
 from budwood.contract.hookspecs import HOW, HookSpecs
 from budwood.contract.loading import HOOKS, load_strategy
-from budwood.model.quiet import hush
+from budwood.model.quiet import silence_libraries
 from budwood.model.task import Task
 from budwood.training.setup import Core
 from budwood.training.step import Engine
@@ -130,5 +130,5 @@ def escaped(text: str) -> str:
 
 
 if __name__ == "__main__":
-    hush()
+    silence_libraries()
     print(page(), end="")

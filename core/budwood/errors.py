@@ -1,4 +1,4 @@
-"""One exception for each exit code. The message is one plain line: file, line or field, what is wrong, the remedy."""
+"""One exception per exit code. A message is one plain line: file, line or field, what is wrong, and the remedy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from budwood.untrusted.redaction import redact
 
 
 class BudwoodError(Exception):
-    """Base of every error that a user meets; `exit_code` is what the command ends with."""
+    """Base class of every error shown to the user; `exit_code` is the command's exit code."""
 
     exit_code = 1
 
@@ -21,7 +21,7 @@ class BudwoodError(Exception):
 
 
 class InputError(BudwoodError):
-    """What the user gave is wrong: recipe, data, options, names. `problems`: all that were found."""
+    """The user's input is wrong: recipe, data, options, names. `problems` lists everything that was found."""
 
     exit_code = 2
 
@@ -31,7 +31,7 @@ class InputError(BudwoodError):
 
 
 class ResourceError(BudwoodError):
-    """The machine cannot: memory, disk, device, a missing library, no network."""
+    """The machine cannot do it: memory, disk, device, a missing library, no network."""
 
     exit_code = 3
 
@@ -43,13 +43,13 @@ class CorruptError(BudwoodError):
 
 
 class DivergedError(BudwoodError):
-    """Training ran into a loss or gradient that is not finite, or changed nothing."""
+    """Training hit a non-finite loss or gradient, or changed nothing."""
 
     exit_code = 5
 
 
 class Interrupted(BudwoodError):
-    """The run was stopped by a signal: 130 for Ctrl-C, 143 for SIGTERM."""
+    """A signal stopped the run: 130 for Ctrl-C, 143 for SIGTERM."""
 
     def __init__(self, message: str, exit_code: int = 130) -> None:
         super().__init__(message)
@@ -57,7 +57,7 @@ class Interrupted(BudwoodError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that the device or the host has no memory left, whoever's allocator said it."""
+    """Return whether `error` means that the device or host is out of memory, whichever allocator raised it."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
         return True
     if isinstance(error, OSError):
@@ -67,7 +67,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """What the system said where `error` is its refusal to read or write, also as safetensors words it; else None."""
+    """Return the OSError behind a failed read or write, even if safetensors wrapped it; None for any other error."""
     if isinstance(error, OSError):
         return error
     found = re.search(r"I/O error: .*\(os error (\d+)\)", str(error)) if "Safetensor" in type(error).__name__ else None
@@ -75,16 +75,16 @@ def system_error(error: BaseException) -> OSError | None:
 
 
 def describe(error: BaseException) -> str:
-    """Return "KeyError: 'x'": the type and the first line of the text of an exception that anybody may have raised."""
+    """Return "KeyError: 'x'": the type and the first line of the message of any exception."""
     try:
         text = str(error).strip()
-    except Exception:  # a message that cannot be made is no reason to lose the type
+    except Exception:  # a broken __str__ must not hide the type
         text = ""
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Return " Did you mean 'x'?" for the nearest of `choices`, or an empty string when none is near."""
+    """Return " Did you mean 'x'?" for the closest of `choices`, or an empty string if none is close."""
     choices = list(choices)
     near = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
     near = near or [c for c in choices if "".join(word[:1] for word in re.split("[_-]", c)) == name]  # lr, wd

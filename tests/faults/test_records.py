@@ -36,8 +36,8 @@ def full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_full_disk_of_the_log_does_not_stop_the_run(make_recipe: Make, full_disk: Path, capsys: Any) -> None:
     run = tune(make_recipe(evaluate=True))
     said = capsys.readouterr().err
-    assert said.count("cannot be written (No space left on device); the run goes on") == 1
-    assert "lacks 6 records" in said  # four steps and two evaluations
+    assert said.count("cannot be written (No space left on device); the run continues") == 1
+    assert "is missing 6 records" in said  # four steps and two evaluations
     assert json.loads((run.directory / "manifest.json").read_text())["lost"] == {"metrics.jsonl records": 6}
     assert tensors(run.directory)
 
@@ -55,7 +55,7 @@ def test_a_line_that_the_disk_takes_half_leaves_nothing_behind(tmp_path: Path) -
     log.write({"step": 3})
     log.close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 3}\n'
-    assert "lacks 1 records" in said[-1]
+    assert "is missing 1 records" in said[-1]
 
 
 def _raise(code: int) -> int:
@@ -90,10 +90,10 @@ def test_a_tracker_that_fails_is_asked_again_and_takes_no_other_with_it() -> Non
     assert trackers.lost == {"bad": 5}
     trackers.close()
     assert [line for line in said if "bad" in line] == [
-        "warning: tracker bad failed (ConnectionError: no route to the tracker); the run goes on, "
+        "warning: tracker bad failed (ConnectionError: no route to the tracker); the run continues "
         "and counts what is lost",
         "warning: tracker bad did not finish (ConnectionError: gone for good)",
-        "warning: tracker bad lacks 5 records",
+        "warning: tracker bad is missing 5 records",
     ]
 
 
@@ -143,7 +143,7 @@ def test_a_log_that_cannot_be_made_is_made_when_it_can(tmp_path: Path) -> None:
     log.write({"step": 2})
     log.close()
     assert (tmp_path / "later" / "metrics.jsonl").read_text() == '{"step": 2}\n'
-    assert ["cannot be written" in said[0], "lacks 1 records" in said[1], len(said)] == [True, True, 2]
+    assert ["cannot be written" in said[0], "is missing 1 records" in said[1], len(said)] == [True, True, 2]
 
 
 def test_a_disk_that_is_full_from_the_start_says_the_bytes_needed(tmp_path: Path, make_recipe: Make) -> None:

@@ -133,7 +133,7 @@ def test_a_base_of_pickles_alone_is_refused_with_a_remedy(base, plant):
         error = open_base(base)
         assert isinstance(error, InputError)
         assert name in str(error)
-        assert "convert them once, if you trust them" in str(error)
+        assert "if you trust them, convert them once" in str(error)
         (base / name).unlink()
 
 

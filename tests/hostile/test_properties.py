@@ -46,7 +46,7 @@ ROWS = [
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A working folder with a data file; the process's signals and warnings are left alone."""
-    monkeypatch.setattr(cli, "hush", lambda debug: None)
+    monkeypatch.setattr(cli, "silence_libraries", lambda debug: None)
     monkeypatch.delenv("BUDWOOD_DEBUG", raising=False)
     before = signal.getsignal(signal.SIGTERM)
     (tmp_path / "work").mkdir()

@@ -26,7 +26,7 @@ from budwood.data.encoder import Encoder, encode_chat, encode_prompt
 from budwood.errors import BudwoodError, InputError, did_you_mean
 from budwood.model.base import Base, load_base, pick_device_precision
 from budwood.model.generate import Generated, generate
-from budwood.model.quiet import hush
+from budwood.model.quiet import silence_libraries
 from budwood.model.task import Task
 from budwood.model.text_tasks import as_probe
 from budwood.untrusted.files import check_name
@@ -85,7 +85,7 @@ class AdapterPool:
             ResourceError: the machine cannot load it.
             CorruptError: the base is damaged.
         """
-        hush()
+        silence_libraries()
         self.task = task
         self.kind: Task = create(task, "budwood.tasks")
         if not isinstance(base, Base):

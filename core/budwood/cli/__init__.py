@@ -1,1 +1,1 @@
-"""The commands: thin, one file a group; heavy imports stand inside the functions so that `--help` stays light."""
+"""The commands: thin, one file per group. Heavy imports are inside the functions, so that `--help` stays fast."""

@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from budwood.adapters.store import SavedAdapter
     from budwood.adapters.verify import VerifyReport
 
-app = typer.Typer(help="Look at saved adapters, check them, merge them, export them.", no_args_is_help=True)
+app = typer.Typer(help="Inspect, verify, merge and export saved adapters.", no_args_is_help=True)
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="An adapter's folder.")]
-Base = Annotated[str | None, typer.Option("--base", help="Where its base is now, if not where it was.")]
-OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Go on with a base it was not trained on.")]
+Base = Annotated[str | None, typer.Option("--base", help="Path of its base, if it has moved.")]
+OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Accept a base it was not trained on.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or auto.")]
 
 
 @app.command()
 def info(directory: Directory, as_json: AsJson = False) -> None:
-    """Show what an adapter is: its type, base, task, size, metrics. Reads no weights."""
+    """Show what an adapter is: type, base, task, size, metrics. Reads no weights."""
     from budwood.adapters.store import read_adapter
 
     saved = read_adapter(directory, hashes=False)
@@ -51,7 +51,7 @@ def _as_json(saved: SavedAdapter) -> dict[str, Any]:
 
 
 def _lines(saved: SavedAdapter) -> list[tuple[str, str]]:
-    """What a person wants to know, most important first."""
+    """Return what a user wants to know, most important first."""
     manifest = saved.manifest
     dtypes = ", ".join(sorted({info.dtype for info in saved.infos.values()}))
     size = f"{len(saved.infos)} tensors, {saved.parameters:,} parameters, {saved.bytes:,} bytes ({dtypes})"
@@ -75,13 +75,15 @@ def _lines(saved: SavedAdapter) -> list[tuple[str, str]]:
 def verify(
     directory: Directory,
     base: Base = None,
-    quantization: Annotated[str | None, typer.Option("--quantization", help="If not as recorded.")] = None,
-    precision: Annotated[str | None, typer.Option("--precision", help="bf16, fp16, fp32; if not as recorded.")] = None,
+    quantization: Annotated[str | None, typer.Option("--quantization", help="Default: as recorded.")] = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="bf16, fp16 or fp32. Default: as recorded.")
+    ] = None,
     device: Device = "auto",
     allow_other_base: OtherBase = False,
     as_json: AsJson = False,
 ) -> None:
-    """Replay the answers that were recorded when an adapter was saved."""
+    """Replay the answers recorded when an adapter was saved."""
     from budwood.adapters.verify import verify as replay
 
     report = replay(
@@ -105,12 +107,12 @@ def verify(
 def _show_replay(report: VerifyReport) -> None:
     if report.exact:
         typer.echo(f"verified: {report.prompts} golden prompts, same setting ({_setting(report.current)}), within 1e-5")
-        typer.echo(f"now against the record   {report.adapter}")
+        typer.echo(f"adapter, now vs. recorded {report.adapter}")
     else:
-        typer.echo(f"another setting: recorded on {_setting(report.recorded)}; here {_setting(report.current)}")
-        typer.echo(f"now against the record   {report.adapter}")
-        typer.echo(f"the base alone, likewise {report.base}")
-    typer.echo(f"what the adapter changes {report.effect}")
+        typer.echo(f"different setting: recorded on {_setting(report.recorded)}; here {_setting(report.current)}")
+        typer.echo(f"adapter, now vs. recorded {report.adapter}")
+        typer.echo(f"base, now vs. recorded    {report.base}")
+    typer.echo(f"adapter vs. base          {report.effect}")
 
 
 def _setting(record: GoldenRecord) -> str:
@@ -122,13 +124,15 @@ def merge(
     directory: Directory,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the merged model.")],
     base: Base = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="Of the merged weights: bf16, fp16 or fp32.")] = "bf16",
+    dtype: Annotated[str, typer.Option("--dtype", help="Dtype of the merged weights: bf16, fp16 or fp32.")] = "bf16",
     device: Device = "cpu",
-    force: Annotated[bool, typer.Option("--force", help="Write although rounding takes over 5 % away.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write even if rounding loses over 5 % of the update.")
+    ] = False,
     allow_other_base: OtherBase = False,
     as_json: AsJson = False,
 ) -> None:
-    """Merge an adapter into its base's original weights; any library opens the result."""
+    """Merge an adapter into its base's original weights; any library can open the result."""
     from budwood.adapters.merge import merge as merge_into
 
     report = merge_into(
@@ -140,9 +144,9 @@ def merge(
     name, share = report.worst
     typer.echo(f"merged: {report.weights} weights changed, saved in {report.dtype} to {report.directory}")
     typer.echo(f"{report.dtype} rounds away {report.rounded_away:.1%} of the update (most in {name}: {share:.1%})")
-    typer.echo(f"from unquantised base + adapter  {report.unquantized}")
+    typer.echo(f"vs. unquantised base + adapter {report.unquantized}")
     if report.recorded is not None:
-        typer.echo(f"from what training recorded      {report.recorded}")
+        typer.echo(f"vs. what training recorded     {report.recorded}")
     _say_notes(report.notes)
 
 
@@ -151,10 +155,10 @@ def export(
     directory: Directory,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the export.")],
     format: Annotated[
-        str, typer.Option("--as", help="peft, or an adapter type to turn it into, such as lora.")
+        str, typer.Option("--as", help="peft, or an adapter type to convert it to, such as lora.")
     ] = "peft",
 ) -> None:
-    """Write a folder that stock PEFT opens, as the adapter is or as another adapter type with the same function."""
+    """Write a folder that stock PEFT opens: the adapter as it is, or converted to an equivalent of another type."""
     from budwood.adapters.merge import export as write
 
     typer.echo(f"exported to {write(directory, out, format)}")

@@ -1,4 +1,4 @@
-"""The command `budwood`: what it offers, and how errors end it: one line on stderr and the exit code of the error."""
+"""The `budwood` command: its subcommands, and how errors end it: one line on stderr and the error's exit code."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from budwood.cli import adapter, data, demo, generate, new, plan, plugins, recip
 from budwood.cli.doctor.command import doctor
 from budwood.contract.calls import noted
 from budwood.errors import BudwoodError, Interrupted, is_out_of_memory
-from budwood.model.quiet import hush
+from budwood.model.quiet import silence_libraries
 from budwood.untrusted.redaction import RedactedStream
 
 app = typer.Typer(
     name="budwood",
-    help="Fine-tune large models on one small machine, by plugins.",
-    epilog="Exit codes: 0 done, 2 your input, 3 the machine, 4 a corrupt artifact, 5 diverged, 130/143 signalled.",
+    help="Fine-tune large models on one small machine, with plugins.",
+    epilog="Exit codes: 0 done, 2 your input, 3 the machine, 4 a corrupt artifact, 5 diverged, 130/143 signal.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 _USAGE_ERROR = typer.BadParameter.__bases__[0]
-"""Parent of all errors in how a command is written; typer exports it under no name."""
+"""Base class of all usage errors; typer does not export it."""
 
 
-app.command("demo", short_help="See it work, on what ships with it.")(demo.demo)
-app.command("plugins", short_help="What is installed; all about one.")(plugins.plugins)
-app.command("plan", short_help="How a recipe is composed; all that is wrong.")(plan.plan)
-app.command("data", short_help="What training will see.")(data.data)
-app.command("tune", short_help="Fine-tune: a recipe, or a data file and a base.")(tune.tune)
-app.command("eval", short_help="Measure an adapter on data.")(tune.eval_)
+app.command("demo", short_help="See it work, on a base and data that ship with it.")(demo.demo)
+app.command("plugins", short_help="List installed plugins, or describe one.")(plugins.plugins)
+app.command("plan", short_help="Show how a recipe is composed, and all problems.")(plan.plan)
+app.command("data", short_help="Show what training will see.")(data.data)
+app.command("tune", short_help="Fine-tune with a recipe, or a data file and a base.")(tune.tune)
+app.command("eval", short_help="Evaluate an adapter on data.")(tune.eval_)
 app.command("generate", short_help="Answer a prompt with a base and its adapters.")(generate.generate)
-app.command("doctor", short_help="Whether this machine can tune; what to do.")(doctor)
-app.add_typer(new.app, name="new", short_help="Start a package of your own.")
-app.add_typer(recipe.app, name="recipe", short_help="What a recipe may hold.")
-app.add_typer(adapter.app, name="adapter", short_help="Look at adapters, verify, merge, export.")
+app.command("doctor", short_help="Check whether this machine can fine-tune.")(doctor)
+app.add_typer(new.app, name="new", short_help="Create a package of your own.")
+app.add_typer(recipe.app, name="recipe", short_help="Show what a recipe may contain.")
+app.add_typer(adapter.app, name="adapter", short_help="Inspect, verify, merge and export adapters.")
 
 
 def _show_version(wanted: bool) -> None:
@@ -57,7 +57,7 @@ def _options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks and what the libraries say; stands anywhere.")
+        bool, typer.Option("--debug", help="Show tracebacks and the libraries' messages; goes anywhere.")
     ] = False,
 ) -> None:
     pass
@@ -74,13 +74,13 @@ def run(arguments: list[str]) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
     if debug:
         os.environ["BUDWOOD_DEBUG"] = "1"
-    hush(debug)
-    # Threads that wait spin for microseconds, then sleep: by default they take the cores from whatever else runs.
+    silence_libraries(debug)
+    # Waiting threads spin for microseconds, then sleep; by default they spin longer, at the cost of other processes.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     signal.signal(signal.SIGTERM, _terminate)
     _open_streams()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without UTF-8 is no error
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without UTF-8 is not an error
     try:
         with contextlib.redirect_stderr(RedactedStream(sys.stderr)):
             return _run(arguments, debug)
@@ -97,7 +97,7 @@ def _run(arguments: list[str], debug: bool) -> int:
         return 0
     except typer.Exit as done:
         return done.exit_code
-    except BrokenPipeError:  # the reader has seen enough, as in `budwood plugins | head -1`
+    except BrokenPipeError:  # the reader has gone, as in `budwood plugins | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Exception, KeyboardInterrupt) as error:
@@ -108,13 +108,13 @@ def _run(arguments: list[str], debug: bool) -> int:
             traceback.print_exception(error)
         code, text = explain(error)
         line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))  # names in it may be hostile
-        with contextlib.suppress(OSError, ValueError):  # nobody is there to read it
+        with contextlib.suppress(OSError, ValueError):  # nobody is reading
             print(f"error: {line}", file=sys.stderr)
         return code
 
 
 def _open_streams() -> None:
-    """Put the null device where a standard stream was closed, lest a file of the run's should get its number."""
+    """Replace closed standard streams with the null device, so that no other file gets their descriptors."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)
@@ -124,7 +124,7 @@ def _open_streams() -> None:
 
 
 def _settle_streams() -> None:
-    """Let what a stream could not write go to the null device, since Python would end with a code of its own else."""
+    """Send what a stream could not write to the null device; otherwise Python exits with a code of its own."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -148,7 +148,7 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 3, f"out of memory{noted(error)}: {remedy}"
     if isinstance(error, OSError):
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-        what = f"{' → '.join(names) or 'the system says'}: {error.strerror or error}"
+        what = f"{' → '.join(names) or 'system error'}: {error.strerror or error}"
         return 3, f"{what}{noted(error)}."
     what = f"{type(error).__name__}: {error}".strip().removesuffix(":")
     return 1, f"unexpected {what}. This is a bug; run again with --debug and report what it shows."

@@ -14,12 +14,12 @@ def data(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML or JSON).")],
     override: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option("-o", "--override", metavar="KEY=VALUE", help="Change a value of the recipe."),
+        typer.Option("-o", "--override", metavar="KEY=VALUE", help="Override a value of the recipe."),
     ] = None,
-    samples: Annotated[int, typer.Option("-n", "--samples", min=0, help="How many examples are shown.")] = 3,
+    samples: Annotated[int, typer.Option("-n", "--samples", min=0, help="Number of examples to show.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Show what training will see: examples with what has a loss, lengths, what is cut or dropped."""
+    """Show what training will see: examples with their loss mask, lengths, and what is truncated or dropped."""
     from rich.console import Console
 
     from budwood.contract.loading import create

@@ -1,4 +1,4 @@
-"""`budwood demo`: the whole way, on what ships with Budwood."""
+"""`budwood demo`: the whole workflow, on a base and data that ship with Budwood."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import typer
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", help="Folder of the demo's runs.")] = Path("runs/demo"),
+    output: Annotated[Path, typer.Option("--output", help="Folder for the demo's runs.")] = Path("runs/demo"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the demo's runs in that folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Fine-tune the tiny base that ships with Budwood twice, swap the adapters on it, and measure (minutes)."""
+    """Fine-tune the tiny base that ships with Budwood twice, swap the adapters, and evaluate (takes minutes)."""
     from budwood.contract.discovery import find
 
     result = find("demo", "budwood.demos").load()(output, overwrite)

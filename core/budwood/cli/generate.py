@@ -17,25 +17,25 @@ if TYPE_CHECKING:
 def generate(
     base: Annotated[str, typer.Argument(help="A base: folder or hub name.")],
     adapter: Annotated[
-        list[str] | None, typer.Option("--adapter", metavar="NAME=DIR", help="An adapter; may be given several times.")
+        list[str] | None, typer.Option("--adapter", metavar="NAME=DIR", help="An adapter; may be repeated.")
     ] = None,
-    use: Annotated[str | None, typer.Option("--use", metavar="NAME", help="The adapter that answers.")] = None,
+    use: Annotated[str | None, typer.Option("--use", metavar="NAME", help="The adapter to answer with.")] = None,
     prompt: Annotated[str, typer.Option("--prompt", help="The prompt; - reads it from stdin.")] = "-",
-    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt through the chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most probable token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from this share of the probability.")] = 1.0,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Text that ends an answer; may be given several times.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template to the prompt.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely token.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Sample from the top tokens of this total probability.")
+    ] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     quantization: Annotated[
-        str | None, typer.Option(help="none, int8, nf4, fp4; absent: as the adapter was trained.")
+        str | None, typer.Option(help="none, int8, nf4 or fp4. Default: as the adapter was trained.")
     ] = None,
     precision: Annotated[str, typer.Option(help="bf16, fp16, fp32 or auto.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     allow_other_base: Annotated[
-        bool, typer.Option("--allow-other-base", help="Use adapters of another base all the same.")
+        bool, typer.Option("--allow-other-base", help="Accept adapters of another base.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -101,7 +101,7 @@ def _parse_adapters(given: list[str]) -> dict[str, Path]:
         if not equals or not directory:
             raise InputError(f"--adapter {text[:80]!r}: write NAME=DIR.")
         if check_name(name) in found:
-            raise InputError(f"--adapter: the name '{name}' stands twice.")
+            raise InputError(f"--adapter: the name '{name}' is given twice.")
         found[name] = Path(directory)
     return found
 
@@ -109,7 +109,7 @@ def _parse_adapters(given: list[str]) -> dict[str, Path]:
 def _read_adapters(
     directories: dict[str, Path], base: str, allow_other_base: bool, quantization: str | None
 ) -> dict[str, SavedAdapter]:
-    """Refuse bad adapters, and those of another base, before the base loads."""
+    """Refuse bad adapters, and those of another base, before the base is loaded."""
     from budwood.adapters.store import read_adapter
     from budwood.errors import InputError
     from budwood.model.base import check_base, fingerprint
@@ -121,7 +121,7 @@ def _read_adapters(
         read_adapter(directory, base_name=base, base_fingerprint=mark, allow_other_base=allow_other_base, hashes=False)
     tasks = sorted({saved.manifest.task for saved in found.values() if saved.manifest})
     if len(tasks) > 1:
-        raise InputError(f"the adapters are of the tasks {' and '.join(tasks)}: give those of one task.")
+        raise InputError(f"the adapters are for different tasks, {' and '.join(tasks)}: give adapters for one task.")
     return found
 
 

@@ -1,4 +1,4 @@
-"""`budwood new`: a package of one's own to begin with, whose tests pass as it is."""
+"""`budwood new`: writes a starter package whose tests pass as they are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Start a package of your own.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Create a package of your own.", no_args_is_help=True, rich_markup_mode=None)
 
 HOOKS = {
     "before_optimizer_step": ("annealed Gaussian noise on the gradients", "{eta: 1e-6}"),
@@ -21,13 +21,13 @@ HOOKS = {
     "loss_terms": ("a penalty on jumps of the last hidden state", "{weight: 0.1}"),
     "token_terms": ("a penalty on confident predictions", "{weight: 0.1}"),
     "prepare_batch": ("word dropout", "{rate: 0.1}"),
-    "prepare_examples": ("leaving out repeated examples", "{copies: 1}"),
-    "evaluate": ("a metric, with a warning where it grows too large", "{limit: 1000}"),
+    "prepare_examples": ("removal of duplicate examples", "{copies: 1}"),
+    "evaluate": ("a metric, with a warning if it grows too large", "{limit: 1000}"),
 }
-"""Hooks to begin with → what the package does, and options for its README's recipe."""
+"""Hooks with a template → what the package does, and options for its README's recipe."""
 LICENSES = ("Apache-2.0", "MIT", "BSD-3-Clause")
 TAKEN = ("base", "data", "strategies", "train", "output")
-"""What a recipe calls its own sections, by which -o finds them."""
+"""Sections of a recipe, which -o looks up by name."""
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
@@ -38,29 +38,27 @@ def _group() -> None:
 
 @app.command("strategy", short_help="A strategy: package, options, tests, README.")
 def strategy(
-    name: Annotated[str, typer.Argument(help="Its name in recipes, such as gradient-noise.")],
+    name: Annotated[str, typer.Argument(help="Name in recipes, such as gradient-noise.")],
     hook: Annotated[
-        str, typer.Option("--hook", metavar="HOOK", help="Where it takes part: " + ", ".join(HOOKS) + ".")
+        str, typer.Option("--hook", metavar="HOOK", help="The hook it implements: " + ", ".join(HOOKS) + ".")
     ] = "before_optimizer_step",
-    author: Annotated[str, typer.Option("--author", help="As in 'Ada Lovelace <ada@example.org>'.")] = "",
+    author: Annotated[str, typer.Option("--author", help="Such as 'Ada Lovelace <ada@example.org>'.")] = "",
     license: Annotated[str, typer.Option("--license", help=", ".join(LICENSES) + ".")] = LICENSES[0],
-    folder: Annotated[
-        Path | None, typer.Option("--folder", help="Where it goes; budwood-NAME here, if not given.")
-    ] = None,
+    folder: Annotated[Path | None, typer.Option("--folder", help="Output folder. Default: budwood-NAME.")] = None,
 ) -> None:
-    """Write an installable package with one strategy that does something, and tests that pass as they are."""
+    """Write an installable package with one working strategy, and tests that pass as they are."""
     from budwood.errors import InputError, did_you_mean
     from budwood.untrusted.files import complete_directory
 
     check_name(name)
     if hook not in HOOKS:
-        raise InputError(f"--hook: there is no '{hook}' to begin with.{did_you_mean(hook, HOOKS)} {_listed(HOOKS)}")
+        raise InputError(f"--hook: there is no template for '{hook}'.{did_you_mean(hook, HOOKS)} {_listed(HOOKS)}")
     license = next((known for known in LICENSES if known.casefold() == license.casefold()), license)
     if license not in LICENSES:
         raise InputError(f"--license: '{license}' is not offered.{did_you_mean(license, LICENSES)} {_listed(LICENSES)}")
     folder = folder or Path(f"budwood-{name}")
     if folder.exists() or folder.is_symlink():
-        raise InputError(f"{folder} exists already, and is left as it is: choose another with --folder, or remove it.")
+        raise InputError(f"{folder} already exists and was left unchanged: choose another with --folder, or remove it.")
     files = render(name, hook, author, license)
     with complete_directory(folder) as partial:
         for path, text in files.items():
@@ -71,41 +69,41 @@ def strategy(
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that a recipe, Python or pip could not use, or that is taken.
+    """Refuse a name that is taken, or that a recipe, Python or pip cannot use.
 
     Raises:
-        InputError: it says which.
+        InputError: says why.
     """
     from budwood.contract.discovery import installed
     from budwood.errors import InputError
 
     plain = re.sub(r"[^a-z0-9]+", "-", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()).strip("-")
     if name.startswith("budwood-") or name == "budwood":
-        raise InputError(f"'{name[:60]}': leave out budwood, which the package's name begins with by itself.")
+        raise InputError(f"'{name[:60]}': leave out budwood; the package's name gets this prefix automatically.")
     if not NAME.fullmatch(name) or len(name) > 30:
         near = f" Did you mean '{plain}'?" if plain != name and NAME.fullmatch(plain) and len(plain) <= 30 else ""
         raise InputError(
-            f"'{name[:60]}' is no name of a strategy: at most 30 small letters and digits, in words that single "
-            f"dashes join, beginning with a letter.{near}"
+            f"'{name[:60]}' is not a strategy name: use at most 30 lower-case letters and digits, in words joined by "
+            f"single dashes, starting with a letter.{near}"
         )
     if keyword.iskeyword(name) or keyword.issoftkeyword(name) or keyword.iskeyword(class_name(name)):
-        raise InputError(f"'{name}' is a word of Python's own: choose another name.")
+        raise InputError(f"'{name}' is a Python keyword: choose another name.")
     if name in TAKEN:
         raise InputError(f"'{name}' is a section of every recipe: choose another name.")
     if owners := installed().get(name):
-        raise InputError(f"strategy '{name}' is installed already ({owners[0].owner}): choose another name.")
+        raise InputError(f"strategy '{name}' is already installed ({owners[0].owner}): choose another name.")
     distribution, module = f"budwood-{name}", _module(name)
     if find_spec(module) is not None or any(True for _ in metadata.Distribution.discover(name=distribution)):
-        raise InputError(f"a package {distribution} or module {module} is installed already: choose another name.")
+        raise InputError(f"a package {distribution} or module {module} is already installed: choose another name.")
 
 
 def class_name(name: str) -> str:
-    """GradientNoise for gradient-noise."""
+    """Return the class name for a strategy name: GradientNoise for gradient-noise."""
     return "".join(part.capitalize() for part in name.split("-"))
 
 
 def render(name: str, hook: str, author: str, license: str) -> dict[str, str]:
-    """The package's files, by path."""
+    """Return the package's files, by path."""
     import budwood
 
     who, mail = _split_author(author)
@@ -114,7 +112,7 @@ def render(name: str, hook: str, author: str, license: str) -> dict[str, str]:
     summary = re.findall(r'"""(.*?)"""', source)[1]  # the class's
     people = f"{{name = {_toml(who)}" + (f", email = {_toml(mail)}" if mail else "") + "}" if who else ""
     values = {
-        "about": f"It takes part in the hook `{hook}`.",
+        "about": f"It implements the hook `{hook}`.",
         "authors": f"authors = [{people}]\n" if who else "",
         "budwood": ".".join(budwood.__version__.split(".")[:2]),
         "class": cls,
@@ -143,7 +141,7 @@ def render(name: str, hook: str, author: str, license: str) -> dict[str, str]:
 
 
 def _option_lines(source: str) -> list[str]:
-    """A line of README for each option of a template."""
+    """Return a README line for each option of a template."""
     found = re.findall(r'^        (\w+): (\w+) = Field\(([^,]+), .*description="([^"]*)"\)$', source, re.MULTILINE)
     return [f"`{name}` ({kind}, default {default}): {text}" for name, kind, default, text in found]
 
@@ -158,16 +156,16 @@ def _fill(text: str, values: dict[str, str]) -> str:
 
 
 def _split_author(author: str) -> tuple[str, str]:
-    """Name and mail address of 'Name <mail>'.
+    """Return name and email address of 'Name <email>'.
 
     Raises:
-        InputError: no name, or what a line of pyproject.toml cannot hold.
+        InputError: the name is missing, or cannot go on a line of pyproject.toml.
     """
     from budwood.errors import InputError
 
     match = re.fullmatch(r"\s*([^<>]*?)\s*(?:<([^<>@\s]+@[^<>@\s]+)>)?\s*", author)
     if match is None or not author.isprintable() or (match[2] and not match[1]):
-        raise InputError(f"--author: {author[:60]!r} is not like 'Ada Lovelace <ada@example.org>'.")
+        raise InputError(f"--author: {author[:60]!r} does not look like 'Ada Lovelace <ada@example.org>'.")
     return match[1], match[2] or ""
 
 
@@ -180,4 +178,4 @@ def _toml(text: str) -> str:
 
 
 def _listed(names: Any) -> str:
-    return f"There are {', '.join(names)}."
+    return f"Available: {', '.join(names)}."

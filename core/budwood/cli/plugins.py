@@ -1,4 +1,4 @@
-"""`budwood plugins`: what is installed, without running it; or all about one."""
+"""`budwood plugins`: lists what is installed without running it, or describes one plugin."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ GROUPS = {
 
 def plugins(
     name: Annotated[str | None, typer.Argument(help="A plugin to import and describe.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List installed strategies, tasks, data formats, quantisers and attacks; or describe one."""
+    """List installed strategies, tasks, data formats, quantisers and attacks, or describe one."""
     if name is None:
         _list(as_json)
     else:
@@ -42,7 +42,7 @@ def _list(as_json: bool) -> None:
     for kind, entries in found.items():
         typer.echo(kind)
         for entry in entries:
-            clash = "  (twice: uninstall one)" if [e.name for e in entries].count(entry.name) > 1 else ""
+            clash = "  (installed twice: uninstall one)" if [e.name for e in entries].count(entry.name) > 1 else ""
             typer.echo(f"  {entry.name:{names}}  {entry.owner:{owners}}  {entry.summary}{clash}".rstrip())
     typer.echo("`budwood plugins NAME` shows hooks and options.", err=True)
 
@@ -95,7 +95,7 @@ def _strategy(name: str) -> dict[str, Any]:
 
 
 def _options(loaded: Any) -> dict[str, Any]:
-    """Options of a plugin that is no strategy, where it takes any."""
+    """Return the options of a plugin that is not a strategy, if it takes any."""
     from budwood.recipe.reference import describe_fields
 
     model = getattr(loaded, "Options", None)

@@ -1,4 +1,4 @@
-"""`budwood recipe`: what a recipe may hold."""
+"""`budwood recipe`: what a recipe may contain."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import typer
 
-app = typer.Typer(help="What a recipe may hold.", no_args_is_help=True)
+app = typer.Typer(help="Show what a recipe may contain.", no_args_is_help=True)
 
 
 @app.callback()

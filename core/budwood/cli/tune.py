@@ -14,36 +14,39 @@ DATA_SUFFIXES = {".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"}
 
 
 def tune(
-    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML or JSON); or a data file, together with --base.")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML or JSON), or a data file together with --base.")],
     base: Annotated[str | None, typer.Option("--base", help="Base model for a data file: folder or hub name.")] = None,
     override: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option("-o", "--override", metavar="KEY=VALUE", help="Change a value of the recipe, as in lora.rank=16."),
+        typer.Option(
+            "-o", "--override", metavar="KEY=VALUE", help="Override a value of the recipe, as in lora.rank=16."
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in the output folder; where there is none, begin it.")
+        bool, typer.Option("--resume", help="Resume the run in the output folder; if there is none, start it.")
     ] = False,
     accept_changes: Annotated[
-        bool, typer.Option("--accept-changes", help="With --resume: go on although recipe, data or versions changed.")
+        bool,
+        typer.Option("--accept-changes", help="With --resume: continue although recipe, data or versions changed."),
     ] = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="Show the time and memory of every strategy's hooks at the end.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the final metrics as JSON.")] = False,
 ) -> None:
-    """Run a recipe: fine-tune, and leave the adapter, the log and a plot in its output folder."""
+    """Run a recipe: fine-tune, and write the adapter, the log and a plot to its output folder."""
     from budwood.errors import InputError
     from budwood.recipe.schema import default_recipe, load_recipe
     from budwood.training.preflight import preflight
 
     if accept_changes and not resume:
-        raise InputError("--accept-changes goes with --resume.")
+        raise InputError("--accept-changes needs --resume.")
     is_data = recipe.suffix.lower() in DATA_SUFFIXES or recipe.is_dir()
     if is_data and base is None:
-        raise InputError(f"{recipe} is a data file: say which model to tune on it with --base DIR, or name a recipe.")
+        raise InputError(f"{recipe} is a data file: give the model to tune with --base DIR, or give a recipe.")
     if base is not None and not is_data:
-        raise InputError("--base goes with a data file; in a recipe it is base.model (or -o base.model=DIR).")
+        raise InputError("--base needs a data file; for a recipe, set base.model (or -o base.model=DIR).")
     if base is not None:
         loaded = default_recipe(recipe, base, overrides=override or [])
     else:
@@ -77,7 +80,7 @@ def eval_(
         typer.Option(
             "--attack",
             metavar="NAME:KEY=VALUE,…",
-            help="Measure under an attack too, as pgd:epsilon=0.5,steps=10 or typos:rate=0.1; may be repeated.",
+            help="Also evaluate under an attack, as pgd:epsilon=0.5,steps=10 or typos:rate=0.1; may be repeated.",
         ),
     ] = None,
     allow_other_base: Annotated[
@@ -85,7 +88,7 @@ def eval_(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
 ) -> None:
-    """Measure an adapter on data: loss and the task's metrics, with the adapter and without it."""
+    """Evaluate an adapter on data: loss and the task's metrics, with and without the adapter."""
     from budwood.training.evaluate import evaluate_adapter
 
     result = evaluate_adapter(

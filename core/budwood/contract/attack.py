@@ -1,4 +1,4 @@
-"""The base class of every attack that `budwood eval --attack` can make."""
+"""The base class of the attacks that `budwood eval --attack` can run."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ if TYPE_CHECKING:
 
 
 class Attack(Plugin):
-    """What is done to data or model before it is measured again; comes through the entry point group budwood.attacks.
+    """Perturbs data or model before it is evaluated again; registered in the entry point group budwood.attacks.
 
-    A subclass overrides `change`, or `noise`, or both.
+    A subclass overrides `change`, `noise`, or both.
     """
 
     group = "budwood.attacks"
     Options: ClassVar[type[BaseModel]] = Options
 
     def __init__(self, options: Any = None, name: str = "") -> None:
-        """Hold validated `options`; `name` is how the user wrote the attack, for messages."""
+        """Store validated `options`; `name` is the attack as the user wrote it, for messages."""
         self.options: Any = self.Options() if options is None else options
         self.name = name or type(self).__name__
 
     def check(self, form: str, task: str, model: nn.Module | None) -> None:
-        """Look at the data's form, the task and the base's modules without weights (None: unknown), before it loads.
+        """Check data format, task and the base's modules without weights (None: unknown), before anything is loaded.
 
         Raises:
-            InputError: the attack makes no sense on them.
+            InputError: the attack does not apply to them.
         """
 
     def change(self, row: Mapping[str, Any], index: int, form: str) -> Mapping[str, Any]:
-        """Return the row, number `index` of its file, as the model shall read it; never with another answer."""
+        """Return row `index` of the file as the model should read it; the answer must not change."""
         return row
 
     def noise(self, step: Step) -> Tensor | None:
-        """Return noise [R, T, d] fp32 for the embeddings' output of `step.batch`, or None.
+        """Return noise [R, T, d] fp32 to add to the embeddings' output for `step.batch`, or None.
 
         `step.noise_gradient(noise)` is the gradient of the batch's mean loss; gradients are enabled.
         """

@@ -1,4 +1,4 @@
-"""One call of a hook: whose an exception is, what the call cost, and whether it returned what it must."""
+"""Guards hook calls: attributes errors to their plugin, measures costs, and checks results."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _NUMBERS = (
 
 @dataclass
 class Cost:
-    """What the calls of one owner's hook have cost so far.
+    """The cost so far of one owner's hook.
 
     Attributes:
         owner: name of a strategy, "task NAME", or "core".
         hook: the hook, or one of core's own parts.
-        calls: how many there were.
-        seconds: wall-clock time with all that ran inside: hooks of others, replays, what a wrapper surrounds. A call
-            inside another call of the same row counts once.
-        own_seconds: without the rows' calls inside it; those of all rows add up to the time spent in rows.
-        peak_growth: bytes by which the process's peak memory rose, likewise without the calls inside.
+        calls: number of calls.
+        seconds: wall-clock time including everything that ran inside: other hooks, replays, what a wrapper surrounds.
+            A call inside another call of the same row counts once.
+        own_seconds: excluding other rows' calls inside it; over all rows, these add up to the time spent in rows.
+        peak_growth: bytes by which the process's peak memory grew, also excluding the calls inside.
     """
 
     owner: str
@@ -47,10 +47,10 @@ class Cost:
     own_seconds: float = 0.0
     peak_growth: int = 0
     depth: int = 0
-    """Calls that have begun and not ended."""
+    """Calls in progress."""
 
     def record(self, memory: bool) -> dict[str, Any]:
-        """As manifest.json holds it; memory is null where it was not measured."""
+        """Return the row for manifest.json; memory is null if it was not measured."""
         return {
             "owner": self.owner,
             "hook": self.hook,
@@ -62,7 +62,7 @@ class Cost:
 
 
 class _Frame:
-    """A stretch of time in one row: a call, or a wrapper's part before or after its yield."""
+    """A timed stretch of one row: a call, or a wrapper's part before or after its yield."""
 
     __slots__ = ("cost", "grown", "inside", "outer", "peak", "started")
 
@@ -74,10 +74,10 @@ class Calls:
     """The guarded hook calls of one composition, and their costs.
 
     Attributes:
-        costs: by (owner, hook), in the order of the first call.
-        run: the run that the calls belong to, once a call has named it.
-        peak: gives the process's peak memory in bytes, where it is measured.
-        wait: waits until the device has done what it was given, so that times are those of the work.
+        costs: by (owner, hook), in order of the first call.
+        run: the run that the calls belong to, once a call has passed it.
+        peak: returns the process's peak memory in bytes, if that is measured.
+        wait: blocks until the device has finished all queued work, so that times are those of the work.
     """
 
     def __init__(self) -> None:
@@ -92,14 +92,14 @@ class Calls:
         self._frame: _Frame | None = None
 
     def add(self, strategy: Strategy) -> None:
-        """Know a strategy by its package, where it is the only one of it, and let its hooks be asked for."""
+        """Register a strategy: attribute errors in its package to it, if it is the only one there."""
         package = type(strategy).__module__.partition(".")[0]
         alone = self._strategies.get(package, strategy) is strategy
         self._strategies[package] = strategy if alone else None
         strategy._calls = self
 
     def guard(self, plugin: Any, hook: str, function: Callable[..., Any], wrapper: bool = False) -> Callable[..., Any]:
-        """Return `function`, the plugin's implementation of `hook`, with its errors named, measured and checked."""
+        """Wrap `function`, the plugin's implementation of `hook`: attribute errors, measure cost, check the result."""
         if isinstance(plugin, Strategy):
             self.add(plugin)
         cost = self._cost(plugin, hook)
@@ -125,7 +125,7 @@ class Calls:
                 try:
                     next(inner)
                 except StopIteration:
-                    self._refuse(plugin, hook, "never comes to its yield, so that what it wraps would not run.")
+                    self._refuse(plugin, hook, "never reaches its yield, so the call that it wraps would not run.")
                 except (Exception, SystemExit) as error:
                     self._raise(error, plugin, hook)
                 finally:
@@ -146,16 +146,16 @@ class Calls:
                 except StopIteration as done:
                     result = done.value
                 except (Exception, SystemExit) as error:
-                    if error is failed:  # it came up in what the wrapper surrounds
+                    if error is failed:  # raised by the call that it wraps
                         raise
                     self._raise(error, plugin, hook)
                 else:
                     inner.close()
-                    self._refuse(plugin, hook, "has a second yield; what it wraps runs once.")
+                    self._refuse(plugin, hook, "yields a second time; the call that it wraps runs once.")
                 finally:
                     self._leave(frame)
             finally:
-                failed = None  # else it and this frame would hold on to each other, and to every tensor below
+                failed = None  # breaks a reference cycle with this frame, which keeps every tensor below it alive
                 self._end(cost, started)
             self._check(plugin, hook, result, True)
             return result
@@ -163,15 +163,15 @@ class Calls:
         return surround if wrapper else call
 
     def asked(self, owner: Strategy, hook: str, method: Callable[..., Any]) -> tuple[Callable[..., Any], list[str]]:
-        """The guarded method of an owner, and the names of its arguments; made once."""
-        key = (id(owner), hook)  # which lives at least as long as what it holds
+        """Return the guarded method of an owner and its argument names, cached."""
+        key = (id(owner), hook)  # unique, because the cached method keeps the owner alive
         if key not in self._asked:
             self._asked[key] = (self.guard(owner, hook, method), list(inspect.signature(method).parameters))
         return self._asked[key]
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Measure a part of core that is no hook."""
+        """Measure a part of core that is not a hook."""
         cost = self.costs.setdefault(("core", name), Cost("core", name))
         started, frame = self._begin(cost), self._enter(cost)
         try:
@@ -181,7 +181,7 @@ class Calls:
             self._end(cost, started)
 
     def culprit(self, error: BaseException) -> Plugin | None:
-        """The plugin in whose code an error came up, whoever called that code; None where it is in none's."""
+        """Return the plugin whose code raised an error, whoever called that code, or None."""
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         for frame, inner in zip(reversed(frames), [None, *reversed(frames[1:])], strict=True):
             if inner is not None and inner.f_code.co_name == "surround" and inner.f_code.co_filename == __file__:
@@ -265,9 +265,9 @@ class Calls:
                 outer.grown += grown
 
     def _raise(self, error: BaseException, plugin: Any, hook: str) -> NoReturn:
-        """Raise what came up in a hook again: as a PluginError that names the strategy, unless it tells by itself.
+        """Re-raise an error from a hook as a PluginError that names the strategy.
 
-        Budwood's own errors keep their text, what the machine cannot do its type: that of a strategy gets a note.
+        Budwood's own errors are raised unchanged. Resource errors keep their type; a strategy's get a note.
         """
         __tracebackhide__ = True
         if isinstance(error, BudwoodError):
@@ -295,7 +295,7 @@ class Calls:
         raise PluginError(f"{self._where(plugin, plugin, hook)}: {problem}")
 
     def _where(self, owner: Any, plugin: Any, hook: str) -> str:
-        """ "strategy 'x' (dist 1.0), hook before_clip, step 8"; where it ran inside another's hook, that one's too."""
+        """Return "strategy 'x' (dist 1.0), hook before_clip, step 8", with the outer hook if it ran inside another."""
         who = f"{plugin}" if isinstance(plugin, Plugin) else "core"
         text = f"{owner}, hook {hook}" if owner is plugin or owner is None else f"{owner}, in hook {hook} of {who}"
         step = getattr(self.run, "step", None)
@@ -313,13 +313,13 @@ def _owner_name(plugin: Any) -> str:
 
 
 def noted(error: BaseException) -> str:
-    """ " in strategy 'x' (dist 1.0), hook …": where an error came up that kept its type; empty where in none."""
+    """Return " in strategy 'x' (dist 1.0), hook …" for an error that kept its type; empty if no strategy raised it."""
     return next((f" {note}" for note in getattr(error, "__notes__", ()) if note.startswith("in strategy ")), "")
 
 
 @contextmanager
-def blame(plugin: Plugin, doing: str) -> Iterator[None]:
-    """Name a plugin in the error of what it does outside of hooks; `doing` is the method."""
+def attribute_errors(plugin: Plugin, doing: str) -> Iterator[None]:
+    """Attribute errors raised outside of hooks to a plugin; `doing` is the method."""
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -334,10 +334,10 @@ def ask_owner(owner: Strategy, hook: str, **arguments: Any) -> Any:
     """Call one strategy's hook with those of the arguments that it takes; return its result.
 
     Raises:
-        PluginError: it has no such hook, or an error that is not Budwood's own; the strategy is named.
+        PluginError: names the strategy: it has no such hook, or raised an error that is not Budwood's own.
     """
     method = getattr(owner, hook, None)
     if method is None:
-        raise PluginError(f"{owner} has no hook '{hook}', which an adapter's owner needs. Report it to its author.")
+        raise PluginError(f"{owner} has no hook '{hook}', which an adapter's owner must have. Report it to its author.")
     guarded, taken = (owner._calls or Calls()).asked(owner, hook, method)
     return guarded(**{name: value for name, value in arguments.items() if name in taken})

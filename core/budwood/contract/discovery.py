@@ -1,4 +1,4 @@
-"""What is installed, found without running it: names, versions, summaries from metadata and parsed sources."""
+"""Finds installed plugins without running them: names, versions, and summaries from metadata and parsed sources."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ WORDS = {
     "budwood.attacks": "attack",
     "budwood.demos": "demo",
 }
-"""Every entry point group, and what messages call one of it."""
+"""Every entry point group, and what messages call a member of it."""
 
 
 class PluginError(ResourceError):
-    """A plugin is broken; the message names it, its distribution and what to do."""
+    """A plugin is broken; the message names it, its distribution and the remedy."""
 
 
 @dataclass(frozen=True)
 class Installed:
-    """An entry point of an installed distribution. Nothing of it has been imported."""
+    """An entry point of an installed distribution; nothing has been imported yet."""
 
     name: str
     value: str
@@ -44,12 +44,12 @@ class Installed:
 
     @property
     def owner(self) -> str:
-        """Distribution and version, as messages name them."""
+        """Distribution and version, as shown in messages."""
         return f"{self.distribution} {self.version}"
 
     @property
     def summary(self) -> str:
-        """First line of the object's docstring, parsed from its source file without running it."""
+        """First line of the object's docstring, parsed from its source without running it."""
         module, _, attribute = self.value.partition(":")
         node = _find_node(module, attribute)
         text = ast.get_docstring(node) if node is not None else None
@@ -72,7 +72,7 @@ class Installed:
         """Import the object.
 
         Raises:
-            PluginError: it cannot be imported, or names nothing.
+            PluginError: it cannot be imported or does not exist.
         """
         module, _, attribute = self.value.partition("[")[0].strip().partition(":")
         try:
@@ -89,19 +89,22 @@ class Installed:
 
 
 def installed(group: str = STRATEGIES) -> dict[str, list[Installed]]:
-    """Return every entry point of `group` by name; more than one under a name is a clash that `find` refuses."""
+    """Return all entry points of `group` by name; `find` refuses a name that has more than one."""
     return {name: list(entries) for name, entries in sorted(scan(_path_state()).get(group, {}).items())}
 
 
 def unknown_groups() -> list[str]:
-    """Groups that some distribution has points in, named like Budwood's, that are none of them."""
+    """Return entry point groups that are named like Budwood's but are not among them."""
     return sorted(scan(_path_state()).keys() - WORDS.keys())
 
 
 @functools.lru_cache(maxsize=4)
 def scan(path: tuple[tuple[str, int | None], ...]) -> dict[str, dict[str, list[Installed]]]:
-    """Budwood's entry points by group and name. Reading the metadata of all distributions takes 10 ms and more, and a
-    command asks some twenty times; `path` is the state of what is read."""
+    """Return Budwood's entry points by group and name.
+
+    Cached: reading the metadata of all distributions takes 10 ms or more, and a command asks some twenty times. `path`
+    is the state of what is read.
+    """
     found: dict[str, dict[str, list[Installed]]] = {}
     everything = metadata.entry_points()
     ours = [group for group in everything.groups if group in WORDS or group.startswith(f"{STRATEGIES}.")]
@@ -111,13 +114,13 @@ def scan(path: tuple[tuple[str, int | None], ...]) -> dict[str, dict[str, list[I
             owner = (dist.name or "unknown", dist.version or "0") if dist else ("unknown", "0")
             entry = Installed(point.name, point.value, *owner)
             entries = found.setdefault(group, {}).setdefault(point.name, [])
-            if entry not in entries:  # a distribution that is seen twice on sys.path is one
+            if entry not in entries:  # a distribution found twice on sys.path counts once
                 entries.append(entry)
     return found
 
 
 def _path_state() -> tuple[tuple[str, int | None], ...]:
-    """The folders of sys.path, and when something was last put into each or taken away."""
+    """Return the folders of sys.path and when each was last modified."""
     return tuple((entry, _changed(entry)) for entry in sys.path)
 
 
@@ -132,7 +135,7 @@ def find(name: str, group: str = STRATEGIES) -> Installed:
     """Return the one entry point called `name`.
 
     Raises:
-        InputError: none or several distributions have it; the message names the nearest or all of them.
+        InputError: no distribution or several provide it; the message names the closest match, or all of them.
     """
     available, what = installed(group), WORDS[group]
     if name not in available:
@@ -172,7 +175,7 @@ def _statements(path: Path) -> list[ast.stmt]:
 
 
 def _source_of(module: str) -> Path | None:
-    """Source file of a module, found without importing it or its parents."""
+    """Return the source file of a module, without importing it or its parents."""
     top, *rest = module.split(".")
     try:
         spec = importlib.util.find_spec(top)

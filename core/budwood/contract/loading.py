@@ -1,4 +1,4 @@
-"""From an entry point to a plugin that keeps the contract: import, check, validate options, start."""
+"""Turns an entry point into a plugin that satisfies the contract: import, check, validate options, instantiate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from budwood.errors import BudwoodError, InputError, describe, did_you_mean
 from budwood.untrusted.redaction import shorten
 
 HOOKS = tuple(name for name, value in vars(HookSpecs).items() if hasattr(value, "how"))
-ONE_OWNER = tuple(name for name in HOOKS if getattr(HookSpecs, name).how == "one owner")
+EXCLUSIVE = tuple(name for name in HOOKS if getattr(HookSpecs, name).how == "one owner")
 CORES_OWN = tuple(name for name in HOOKS if getattr(HookSpecs, name).how == "core's own")
 WRAPPABLE = tuple(name for name in HOOKS if getattr(HookSpecs, name).wrappable)
 PAIRS = (("state_dict", "load_state_dict"), ("step_values", "step_terms"))
@@ -36,12 +36,12 @@ _RENAMED = {"kind": "adapter_type"}
 
 @dataclass(frozen=True)
 class PluginStatus:
-    """An installed entry point and what is wrong with it.
+    """An installed entry point and its problem, if any.
 
     Attributes:
-        kind: strategy, task, data format, quantiser, attack or demo; or its group, where there is none of that name.
-        entry: its name, its object, its distribution and version.
-        problem: one line that names it and says what to do; empty where it works.
+        kind: strategy, task, data format, quantiser, attack or demo; or its group, if that is unknown.
+        entry: its name, object, distribution and version.
+        problem: one line with its name and the remedy; empty if it works.
     """
 
     kind: str
@@ -50,17 +50,17 @@ class PluginStatus:
 
 
 def check_installed() -> list[PluginStatus]:
-    """Import every installed plugin of every group, and say what is wrong with those that no recipe could use."""
+    """Import every installed plugin of every group, and return the status of each."""
     return [check_plugin(group, entry) for group, entry in every_installed()]
 
 
 def every_installed() -> list[tuple[str, Installed]]:
-    """Group and entry point of every installed plugin; those of groups that there are not come last."""
+    """Return group and entry point of every installed plugin; those of unknown groups come last."""
     return [(g, entry) for g in (*WORDS, *unknown_groups()) for entries in installed(g).values() for entry in entries]
 
 
 def check_plugin(group: str, entry: Installed) -> PluginStatus:
-    """Import one plugin, and say what is wrong with it."""
+    """Import one plugin and return its status."""
     if group in WORDS:
         return PluginStatus(WORDS[group], entry, _problem(entry, group))
     near = did_you_mean(group, WORDS)
@@ -82,7 +82,7 @@ def _problem(entry: Installed, group: str) -> str:
 
 
 def load(name: str, group: str) -> tuple[type[Any], Installed]:
-    """Import the class of a plugin and check what all plugins keep.
+    """Import the class of a plugin and check what holds for all plugins.
 
     Raises:
         InputError: it is not installed, or two distributions have it.
@@ -105,7 +105,7 @@ def load(name: str, group: str) -> tuple[type[Any], Installed]:
     if cls.api not in supported:
         behind = entry.distribution if cls.api < API_VERSION else "budwood"
         raise PluginError(
-            f"{who} was written for version {cls.api} of the contract, and this Budwood has {API_VERSION}: "
+            f"{who} was written for version {cls.api} of the contract, but this Budwood has {API_VERSION}: "
             f"pip install -U {behind}."
         )
     for name in cls.must_declare:
@@ -125,12 +125,12 @@ def _check_options(options: Any, who: str) -> None:
         raise PluginError(f"{who}: its Options must be a subclass of budwood.Options, which refuses unknown keys.")
     try:
         options.model_json_schema()
-    except Exception as error:  # pydantic has several, and what an author's types raise is theirs
-        raise PluginError(f"{who}: its Options give no schema: {describe(error)}. Report it to its author.") from error
+    except Exception as error:  # pydantic has several, and an author's types can raise anything
+        raise PluginError(f"{who}: its Options have no schema: {describe(error)}. Report it to its author.") from error
 
 
 def load_strategy(name: str) -> tuple[type[Strategy], Installed]:
-    """Import the strategy `name` and check that it keeps the contract.
+    """Import the strategy `name` and check it against the contract.
 
     Raises:
         InputError: it is not installed, or two distributions have it.
@@ -193,15 +193,15 @@ def _imported_types(entry: Installed) -> Sequence[str]:
 
 
 def check_hooks(cls: type, who: str) -> None:
-    """Check every hook of a class against the contract; `who` leads messages.
+    """Check every hook of a class against the contract; `who` prefixes messages.
 
     Raises:
-        PluginError: a hook is misspelt, unmarked, no plain method, takes what it is not given, or wraps what cannot be
-            wrapped.
+        PluginError: a hook is misspelt, unmarked, not a plain method, takes an unknown argument, or wraps a hook that
+            cannot be wrapped.
     """
     for name in dir(cls):
         member = inspect.getattr_static(cls, name)
-        function = getattr(member, "__func__", member)  # what a staticmethod or a classmethod holds
+        function = getattr(member, "__func__", member)  # unwraps a staticmethod or a classmethod
         marks = getattr(member, "budwood_impl", None) or getattr(function, "budwood_impl", None)
         if isinstance(marks, dict):
             problem = _hook_problem(name, member, marks, issubclass(cls, Strategy))
@@ -211,13 +211,13 @@ def check_hooks(cls: type, who: str) -> None:
             problem = f"method '{name}' is named like a hook; mark it with @hookimpl, or rename it."
         else:
             kind = type(member).__name__
-            problem = f"'{name}' is named like a hook and is a {kind}, not a method marked with @hookimpl; rename it."
+            problem = f"'{name}' is named like a hook but is a {kind}, not a method marked with @hookimpl; rename it."
         if problem:
             raise PluginError(f"{who}: {problem}")
 
 
 def _hook_problem(name: str, member: Any, marks: dict[str, Any], of_strategy: bool) -> str:
-    """What is wrong with a method marked as a hook; empty where nothing is."""
+    """Return what is wrong with a method marked as a hook; empty if nothing is."""
     if name not in HOOKS:
         return f"there is no hook '{name}'.{did_you_mean(name, HOOKS)}"
     hook = f"hook '{name}'"
@@ -227,19 +227,19 @@ def _hook_problem(name: str, member: Any, marks: dict[str, Any], of_strategy: bo
     if inspect.iscoroutinefunction(plain) or inspect.isasyncgenfunction(plain):
         return f"{hook} must not be async."
     if marks["hookwrapper"]:
-        return f"{hook}: hookwrapper is pluggy's old way; use @hookimpl(wrapper=True)."
+        return f"{hook}: hookwrapper is pluggy's old style; use @hookimpl(wrapper=True)."
     if marks["wrapper"] and name not in WRAPPABLE:
         return f"{hook} cannot be wrapped; only {', '.join(WRAPPABLE)} can."
     if marks["wrapper"] and not inspect.isgeneratorfunction(member):
-        return f"{hook} is a wrapper, so it must yield once where what it wraps shall run."
+        return f"{hook} is a wrapper, so it must yield once, where the call that it wraps should run."
     if not marks["wrapper"] and name in CORES_OWN and of_strategy:
-        return f"{hook} is not a strategy's own; use @hookimpl(wrapper=True)."
+        return f"{hook} is core's own; a strategy can only wrap it, with @hookimpl(wrapper=True)."
     if not marks["wrapper"] and inspect.isgeneratorfunction(plain):
-        return f"{hook} has a yield, which only @hookimpl(wrapper=True) takes; return what it gives."
+        return f"{hook} has a yield, which only @hookimpl(wrapper=True) allows; return the result instead."
     if marks["tryfirst"] or marks["trylast"]:
-        return f"{hook}: declare the order with `before` and `after` of the class."
+        return f"{hook}: declare the order with the class's `before` and `after`."
     if marks["specname"]:
-        return f"{hook}: name the method '{marks['specname']}' in place of specname."
+        return f"{hook}: name the method '{marks['specname']}' instead of using specname."
     return _argument_problem(hook, getattr(HookSpecs, name), list(inspect.signature(member).parameters.values()))
 
 
@@ -265,19 +265,19 @@ def _argument_problem(hook: str, spec: Any, given: list[inspect.Parameter]) -> s
 
 
 def create(name: str, group: str) -> Any:
-    """Import, check and start a task, a data format or a quantiser.
+    """Import, check and instantiate a task, a data format or a quantiser.
 
     Raises:
-        InputError, PluginError: as `load`; or it fails to start.
+        InputError, PluginError: see `load`; or it fails to start.
     """
     return start(*load(name, group))
 
 
 def start(cls: type[Any], entry: Installed, **arguments: Any) -> Any:
-    """Make the plugin of a loaded class, which then knows its name and distribution.
+    """Instantiate a loaded plugin class and set its name and distribution.
 
     Raises:
-        PluginError: its `__init__` fails, or does not call that of its base class.
+        PluginError: its `__init__` fails, or does not call its base class's.
     """
     who = f"{WORDS[cls.group]} '{entry.name}' of {entry.owner}"
     try:
@@ -297,15 +297,15 @@ def start(cls: type[Any], entry: Installed, **arguments: Any) -> Any:
 
 
 def build_strategy(name: str, options: dict[str, Any], where: str | Callable[..., str]) -> Strategy:
-    """Import and start a strategy with validated options.
+    """Import and instantiate a strategy with validated options.
 
     Args:
-        name: under which it is installed.
+        name: the name it is installed under.
         options: as written.
-        where: leads messages ("recipe.yaml:7"), or gives that for an option's place (`where("rank")`).
+        where: prefix of messages ("recipe.yaml:7"), or a function that returns it for an option (`where("rank")`).
 
     Raises:
-        InputError: options are unknown or out of range; all of them are named.
+        InputError: options are unknown or out of range; the message names all of them.
         PluginError: see `load_strategy`, or it fails to start.
     """
     cls, entry = load_strategy(name)
@@ -321,10 +321,10 @@ def build_strategy(name: str, options: dict[str, Any], where: str | Callable[...
 def validate_options(
     cls: type[Any], entry: Installed, options: dict[str, Any], say: Callable[[tuple[str | int, ...], str], str]
 ) -> Any:
-    """Return an instance of the class's Options; `say(place, text)` makes the message of a problem.
+    """Return an instance of the class's Options; `say(place, text)` formats a problem.
 
     Raises:
-        InputError: options are unknown or out of range; all of them are named.
+        InputError: options are unknown or out of range; the message names all of them.
         PluginError: a validator of the Options fails, or they cannot be written to the run's manifest.
     """
     try:

@@ -1,4 +1,4 @@
-"""From strategies to a composition: slots, requirements and order solved, and the hook calls over them."""
+"""Composes strategies: checks slots and requirements, resolves their order, and calls their hooks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ import pluggy
 from budwood.contract.calls import Calls, Cost
 from budwood.contract.discovery import PluginError
 from budwood.contract.hookspecs import HookSpecs
-from budwood.contract.loading import HOOKS, ONE_OWNER, check_hooks
+from budwood.contract.loading import EXCLUSIVE, HOOKS, check_hooks
 from budwood.contract.strategy import Plugin, Strategy
 from budwood.errors import BudwoodError, InputError, describe
 
 
 class _Manager(pluggy.PluginManager):
-    """pluggy's, but it looks only at methods named like hooks, so that no property of a plugin is ever read, and
-    guards what it finds."""
+    """pluggy's manager, but it guards hooks and only looks at attributes named like one, so no property is read."""
 
     def __init__(self, calls: Calls) -> None:
         super().__init__("budwood")
@@ -43,7 +42,7 @@ class _Manager(pluggy.PluginManager):
 
 @dataclass(frozen=True)
 class HookCall:
-    """One implementation of a hook: the name under which its plugin stands, and whether it wraps all that follow."""
+    """One implementation of a hook: its plugin, the plugin's name, and whether it wraps those that follow."""
 
     name: str
     plugin: Any
@@ -51,31 +50,31 @@ class HookCall:
 
 
 class Composition:
-    """Strategies that fit together, in the solved order, and the hook calls over them.
+    """Compatible strategies in resolved order, and the hook calls over them.
 
     Raises (on construction):
-        InputError: two owners of a slot or of a hook, a missing requirement, a conflict, a cycle in the order.
+        InputError: two owners of a slot or an exclusive hook, a missing requirement, a conflict, a cycle in the order.
     """
 
     def __init__(
         self, strategies: Sequence[Strategy], problems: list[str] | None = None, complete: bool = True
     ) -> None:
-        """Compose.
+        """Compose strategies.
 
         Args:
-            problems: gathers what does not fit together, in place of an error; a cycle leaves the order as it was.
-            complete: no strategy is missing, which might provide what others require.
+            problems: collects incompatibilities instead of raising; a cycle leaves the order unchanged.
+            complete: False if strategies are missing that might provide what others require.
         """
-        found = _find_clashes(strategies, complete)
-        self.strategies = _solve_order(strategies, found)
+        found = _find_conflicts(strategies, complete)
+        self.strategies = _resolve_order(strategies, found)
         if problems is not None:
             problems += found
         elif found:
             raise InputError(" ".join(found), found)
         self._calls = Calls()
         self._manager = _Manager(self._calls)
-        self._set_aside: set[int] = set()
-        # pluggy calls last-in first-out: registered in reverse, the first in order is called first and wraps outermost.
+        self._disabled: set[int] = set()
+        # pluggy calls last-in first-out: register in reverse, so that the first in order is called first and outermost.
         for strategy in reversed(self.strategies):
             self._calls.add(strategy)
             if not self._manager.has_plugin(strategy.name):
@@ -83,7 +82,7 @@ class Composition:
         self._manager.check_pending()
 
     def register_core(self, plugin: object, name: str) -> None:
-        """Add a part of core, or the task, under the strategies: called last and wrapped by all of them.
+        """Register a part of core, or the task, below the strategies: called last and wrapped by all of them.
 
         Raises:
             PluginError: see `check_hooks`.
@@ -98,20 +97,20 @@ class Composition:
         self._manager.check_pending()
 
     def implements(self, hook: str) -> list[str]:
-        """Names of the plugins that implement `hook`, in the order in which they are called."""
+        """Return the names of the plugins that implement `hook`, in call order."""
         return [call.name for call in self.calls(hook)]
 
     def calls(self, hook: str) -> list[HookCall]:
-        """Who implements `hook`: wrappers, outermost first, then the others in the order in which they are called."""
+        """Return the implementations of `hook`: wrappers, outermost first, then the others in call order."""
         return [HookCall(i.plugin_name, i.plugin, i.wrapper) for i in self._implementations(hook)]
 
     def call(self, hook: str, **arguments: Any) -> Any:
-        """Call a hook: the first result of a hook with one owner, else the list of results that are not None."""
+        """Call a hook; return the first result of an exclusive hook, else the list of results that are not None."""
         self._note_run(arguments)
         return getattr(self._manager.hook, hook)(**arguments)
 
     def collect(self, hook: str, **arguments: Any) -> list[tuple[Any, Any]]:
-        """Call a hook on each implementer in order; return (plugin, result) pairs whose result is not None."""
+        """Call a hook on each plugin in order; return the (plugin, result) pairs whose result is not None."""
         self._note_run(arguments)
         pairs = []
         for impl in self._implementations(hook):
@@ -142,40 +141,40 @@ class Composition:
             yield impl.plugin, value
 
     def notify(self, event: Any, say: Callable[[str], Any]) -> None:
-        """Tell observers; one that fails is named through `say(text)` once and set aside."""
+        """Notify observers; one that fails is reported through `say(text)` once and disabled."""
         for impl in self._implementations("on_event"):
-            if id(impl.plugin) in self._set_aside:
+            if id(impl.plugin) in self._disabled:
                 continue
             try:
                 impl.function(*(event for _ in impl.argnames))
             except Exception as error:
-                self._set_aside.add(id(impl.plugin))
+                self._disabled.add(id(impl.plugin))
                 cause = error.__cause__ if isinstance(error, PluginError) and error.__cause__ else error
                 what = str(cause) if isinstance(cause, BudwoodError) else describe(cause)
-                say(f"{impl.plugin} failed in on_event and is set aside: {what}")
+                say(f"{impl.plugin} failed in on_event and is disabled: {what}")
                 if os.environ.get("BUDWOOD_DEBUG", "0") not in ("", "0"):
                     say("".join(traceback.format_exception(cause)).rstrip())
 
     @property
     def costs(self) -> list[Cost]:
-        """What every hook of every owner, and core's own parts, have cost so far, the dearest first."""
+        """The cost so far of every owner's hooks and of core's own parts, most expensive first."""
         return sorted((c for c in self._calls.costs.values() if c.calls), key=lambda cost: -cost.own_seconds)
 
     @property
     def measures_memory(self) -> bool:
-        """Whether hooks' memory is measured too."""
+        """Whether memory is measured too."""
         return self._calls.peak is not None
 
     def part(self, name: str) -> AbstractContextManager[None]:
-        """Measure a part of core that is no hook, under a name."""
+        """Measure a part of core that is not a hook, under a name."""
         return self._calls.part(name)
 
     def measure(self, peak: Callable[[], int], wait: Callable[[], None] | None) -> None:
-        """From here on measure memory too, and times after `wait()`.
+        """From now on measure memory too, and read the clock after `wait()`.
 
         Args:
-            peak: gives the process's peak memory in bytes.
-            wait: returns when the device has done all it was given; None where it works at once.
+            peak: returns the process's peak memory in bytes.
+            wait: returns when the device has finished all queued work; None if the device is synchronous.
         """
         self._calls.peak, self._calls.wait = peak, wait
 
@@ -188,7 +187,7 @@ class Composition:
         self._calls.claim(name, plugin, hook)
 
     def culprit(self, error: BaseException) -> Plugin | None:
-        """The plugin in whose code an error came up; None where it is in none's."""
+        """Return the plugin whose code raised an error, or None."""
         return self._calls.culprit(error)
 
     def _implementations(self, hook: str) -> list[Any]:
@@ -204,21 +203,21 @@ def _owns(strategy: Strategy) -> set[str]:
     return {strategy.name, *strategy.slots, *strategy.provides}
 
 
-def _find_clashes(strategies: Sequence[Strategy], complete: bool) -> list[str]:
-    """What keeps the strategies from being in one recipe; requirements only where none is missing."""
+def _find_conflicts(strategies: Sequence[Strategy], complete: bool) -> list[str]:
+    """Return why the strategies cannot be combined; requirements are only checked if no strategy is missing."""
     problems = []
     names: dict[str, Strategy] = {}
     owners: dict[str, Strategy] = {}
     for strategy in strategies:
         if strategy.name in names:
-            problems.append(f"strategy '{strategy.name}' stands twice in the recipe: leave one out.")
+            problems.append(f"strategy '{strategy.name}' appears twice in the recipe: leave one out.")
             continue
         names[strategy.name] = strategy
         for slot in strategy.slots:
             if slot in owners:
                 problems.append(f"{owners[slot]} and {strategy} both own the slot '{slot}': leave one out.")
             owners[slot] = strategy
-    for hook in ONE_OWNER:
+    for hook in EXCLUSIVE:
         both = [s for s in names.values() if hasattr(getattr(type(s), hook, None), "budwood_impl")]
         problems += [f"{both[0]} and {other} both implement '{hook}': leave one out." for other in both[1:]]
     for strategy in names.values():
@@ -232,8 +231,8 @@ def _find_clashes(strategies: Sequence[Strategy], complete: bool) -> list[str]:
     return problems
 
 
-def _solve_order(strategies: Sequence[Strategy], problems: list[str]) -> list[Strategy]:
-    """Topological order over `before` and `after`; the recipe's order breaks ties, and stays where there is a cycle."""
+def _resolve_order(strategies: Sequence[Strategy], problems: list[str]) -> list[Strategy]:
+    """Sort topologically by `before` and `after`; the recipe's order breaks ties, and is kept if there is a cycle."""
     graph: TopologicalSorter[int] = TopologicalSorter({index: () for index in range(len(strategies))})
     for index, strategy in enumerate(strategies):
         for other_index, other in enumerate(strategies):
@@ -247,7 +246,7 @@ def _solve_order(strategies: Sequence[Strategy], problems: list[str]) -> list[St
         graph.prepare()
     except CycleError as error:
         cycle = " before ".join(str(strategies[index]) for index in error.args[1])
-        problems.append(f"strategies cannot be put in an order: {cycle}. Leave one of them out.")
+        problems.append(f"strategies cannot be ordered: {cycle}. Leave one of them out.")
         return list(strategies)
     order: list[int] = []
     ready: list[int] = []

@@ -1,4 +1,4 @@
-"""What each hook must return, and the words for what it did not."""
+"""Checks what each hook returns, and words the message if it is wrong."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from budwood.contract.types import LossTerm
 
-# torch is imported by what calls hooks, and not by what only looks at plugins: hence no import of it up here.
+# Code that calls hooks imports torch; code that only lists plugins does not. Hence no import of torch up here.
 
 
 def find_problem(hook: str, result: Any, wrapper: bool = False) -> str:
-    """Say what is wrong with what an implementation of `hook` returned; empty where nothing is.
+    """Return what is wrong with the result of an implementation of `hook`; empty if nothing is.
 
-    A wrapper returns for all that it wraps: of a hook that collects, the list of results.
+    A wrapper returns for everything that it wraps: for a hook that collects, the list of results.
     """
     wanted, is_right = _MUST_RETURN[hook]
     if wrapper and hook in _COLLECTED:
-        wanted, inner = f"the list that its yield gave, each {wanted}", is_right
+        wanted, inner = f"the list that its yield returned, each {wanted}", is_right
         right = isinstance(result, list) and all(inner(item) for item in result)
         right = right or (result is None and hook == "export")
     else:
@@ -148,7 +148,7 @@ def _is_conversion(result: Any) -> bool:
 
 
 _TERMS = (
-    "None, a LossTerm or a list of them, each with a name, a floating tensor of values, a unit and a weight",
+    "None, a LossTerm or a list of them, each with a name, a floating-point tensor of values, a unit and a weight",
     _are_terms,
 )
 _NOTHING = ("nothing", _is_nothing)
@@ -158,7 +158,7 @@ _MUST_RETURN: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "planned_examples": ("examples, a sequence of Example", _are_examples),
     "load_base": ("a Base", _is_base),
     "prepare_model": ("the model, a torch.nn.Module", _is_model),
-    "trainable_parameters": ("a list of ParameterGroup, whose parameters are nn.Parameter by name", _are_groups),
+    "trainable_parameters": ("a list of ParameterGroup, each with a dict of nn.Parameter by name", _are_groups),
     "build_optimizer": ("a torch.optim.Optimizer", _is_optimizer),
     "build_scheduler": ("a torch.optim.lr_scheduler.LRScheduler", _is_scheduler),
     "next_examples": ("a sequence of Example for each optimizer step that uses the set", _are_steps),
@@ -175,8 +175,8 @@ _MUST_RETURN: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "before_optimizer_step": _NOTHING,
     "after_optimizer_step": _NOTHING,
     "on_event": _NOTHING,
-    "evaluate": ("a dict of numbers by name", _are_metrics),
-    "state_dict": ("a dict with names as keys", _is_state),
+    "evaluate": ("a dict of numbers by metric name", _are_metrics),
+    "state_dict": ("a dict with string keys", _is_state),
     "load_state_dict": _NOTHING,
     "export": _NOTHING,
     "attach_adapter": _NOTHING,
@@ -186,4 +186,4 @@ _MUST_RETURN: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "merge_adapter": _NOTHING,
 }
 _COLLECTED = ("evaluate", "export")
-"""Wrappable hooks whose results are gathered in a list."""
+"""Wrappable hooks whose results are collected in a list."""

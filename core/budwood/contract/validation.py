@@ -1,4 +1,4 @@
-"""What pydantic finds wrong, as one plain line that knows the place and the nearest name."""
+"""Turns pydantic errors into one plain line each, with the location and the closest known name."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ _KINDS = {
 
 
 def first_problem(error: ValidationError, model: type[BaseModel]) -> tuple[Location, str]:
-    """Return the place (keys and indices) and the text of the most telling problem: an unknown key before others."""
+    """Return location (keys and indices) and text of the most relevant problem; unknown keys come first."""
     return find_problems(error, model)[0]
 
 
 def find_problems(error: ValidationError, model: type[BaseModel]) -> list[tuple[Location, str]]:
-    """Return place (keys and indices) and text of every problem, unknown keys first; one for each place."""
+    """Return location (keys and indices) and text of every problem, unknown keys first; one per location."""
     problems = error.errors(include_url=False)
     problems.sort(key=lambda p: p["type"] != "extra_forbidden")  # stable
     found: dict[Location, str] = {}
     for problem in problems:
         place, text = _explain(problem, problems, model)
-        known = any(other[: len(place)] == place for other in found)  # of a union's members, the one that came furthest
-        wanted = problem["type"] == "missing" and any(f"'{place[-1]}'?" in t for t in found.values())  # misspelt above
-        if not known and not wanted:
+        known = any(other[: len(place)] == place for other in found)  # of a union, report the member that got furthest
+        misspelt = problem["type"] == "missing" and any(f"'{place[-1]}'?" in t for t in found.values())
+        if not known and not misspelt:
             found[place] = text
     return list(found.items())
 
 
 def _explain(problem: Any, problems: list[Any], model: type[BaseModel]) -> tuple[Location, str]:
     place, owner = _place(model, problem["loc"])
-    if problem["type"] != "extra_forbidden":  # of a union's members, the one that came furthest
+    if problem["type"] != "extra_forbidden":  # of a union, report the member that got furthest
         within = [p for p in problems if _place(model, p["loc"])[0][: len(place)] == place]
         problem = max(within, key=lambda p: len(_place(model, p["loc"])[0]))
         place, owner = _place(model, problem["loc"])
@@ -59,12 +59,12 @@ def _explain(problem: Any, problems: list[Any], model: type[BaseModel]) -> tuple
         key = str(problem["loc"][-1])
         known = list(owner.model_fields) if owner else []
         near = did_you_mean(key, known)
-        return (*place, key), f"unknown key.{near or ' Known here: ' + (', '.join(known) or 'none')}"
+        return (*place, key), f"unknown key.{near or ' Known keys: ' + (', '.join(known) or 'none')}"
     if problem["type"] == "missing":
         field = _field(model, place)
         about = f" ({field.description})" if field is not None and field.description else ""
         return place, f"missing{about}"
-    same = [p for p in problems if _place(model, p["loc"])[0] == place]  # one of each member of a union
+    same = [p for p in problems if _place(model, p["loc"])[0] == place]  # one per member of a union
     text = " or ".join(dict.fromkeys(_text(p) for p in same))
     if problem["type"] in ("value_error", "assertion_error") and isinstance(problem["input"], dict | BaseModel):
         return place, text
@@ -72,12 +72,12 @@ def _explain(problem: Any, problems: list[Any], model: type[BaseModel]) -> tuple
 
 
 def sentence(text: str) -> str:
-    """End `text` with a full stop, where it does not end already."""
+    """End `text` with a full stop, unless it already ends with punctuation."""
     return text if text.endswith((".", "?", "!", "…")) else f"{text}."
 
 
 def dotted(place: Location) -> str:
-    """Write a place as messages do: `train.learning_rate`, `targets[0]`."""
+    """Format a location for messages: `train.learning_rate`, `targets[0]`."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
     return text.removeprefix(".")
 
@@ -88,7 +88,7 @@ def _text(problem: Any) -> str:
 
 
 def _place(model: type[BaseModel], location: Location) -> tuple[Location, type[BaseModel] | None]:
-    """Keep of a pydantic location what the user wrote, and find the model at its end; union members drop out."""
+    """Reduce a pydantic location to what the user wrote, without union members, and find the model at its end."""
     place: list[str | int] = []
     owner: type[BaseModel] | None = model
     for part in location:

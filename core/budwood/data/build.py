@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from budwood.contract.calls import blame
+from budwood.contract.calls import attribute_errors
 from budwood.contract.discovery import PluginError, find, installed
 from budwood.contract.examples import Example
 from budwood.contract.loading import create
@@ -113,11 +113,11 @@ def _encode(
         where = [rows.location(start + i) for i in range(len(chunk))]
         if change is not None:
             chunk = [change(row, start + i) for i, row in enumerate(chunk)]
-        with blame(data_format, "item"):
+        with attribute_errors(data_format, "item"):
             results: list[Any] = [data_format.item(row, place) for row, place in zip(chunk, where, strict=True)]
         at = [i for i, item in enumerate(results) if not isinstance(item, Dropped)]
         if at:
-            with blame(task, "encode"):
+            with attribute_errors(task, "encode"):
                 encoded = task.encode([results[i] for i in at], [where[i] for i in at], encoder)
             if len(encoded) != len(at) or not all(isinstance(result, Encoded | Dropped) for result in encoded):
                 raise PluginError(

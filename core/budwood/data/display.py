@@ -1,4 +1,4 @@
-"""What `budwood data` shows: samples with their loss, lengths, shares. One report, as plain values and for people."""
+"""The report of `budwood data`: samples with their loss mask, lengths, counts; as plain values or human-readable."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from budwood.data.examples import Examples
 
 BINS = 12
 CLASSES = 30
-"""Classes that are listed."""
+"""Maximum number of classes listed."""
 PADDED_ROWS = 8
-"""Rows a batch when the padding that packing saves is estimated."""
+"""Rows per batch in the estimate of the padding that packing saves."""
 LONGEST_PIECE = 600
-"""Characters of a piece of a sample that are shown."""
+"""Characters shown of one piece of a sample."""
 PLAIN, LOSS = "dim", "bold green"
 
 
@@ -48,7 +48,7 @@ def make_report(
 
 
 def show_report(report: dict[str, Any], console: Console) -> None:
-    """Print a report; where there is no colour, brackets stand around what has a loss."""
+    """Print a report; without colour, brackets mark what has a loss."""
     coloured = console.color_system is not None and not console.no_color
     for sample in report["samples"]:
         console.print(Text(sample["where"], style="cyan"), Padding(_paint(sample, coloured), (0, 0, 1, 2)))
@@ -59,8 +59,8 @@ def show_report(report: dict[str, Any], console: Console) -> None:
     for name in ("train", "eval"):
         if name in report:
             _show_file(name, report[name], console)
-    packing = f"{report['steps_per_epoch']:,} optimizer steps an epoch. Packed rows have no padding; rows of "
-    console.print(f"{packing}{PADDED_ROWS} at random would be {report['padding']:.0%} padding.", soft_wrap=True)
+    packing = f"{report['steps_per_epoch']:,} optimizer steps per epoch. Packed rows have no padding; random batches "
+    console.print(f"{packing}of {PADDED_ROWS} rows would be {report['padding']:.0%} padding.", soft_wrap=True)
 
 
 def _describe(examples: Examples) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _edges(shortest: int, longest: int) -> np.ndarray:
 
 
 def _padding(lengths: np.ndarray) -> float:
-    """Share of padding if rows of random examples were padded to their longest."""
+    """Return the share of padding if batches of random examples were padded to their longest."""
     order = np.random.default_rng(0).permutation(lengths)
     rows = [order[i : i + PADDED_ROWS] for i in range(0, len(order), PADDED_ROWS)]
     return 1.0 - float(lengths.sum()) / sum(int(row.max()) * len(row) for row in rows)
@@ -129,7 +129,7 @@ def _paint(sample: dict[str, Any], coloured: bool) -> Text:
 
 
 def _visible(text: str) -> str:
-    """Line ends marked, control characters spelled out (data must not steer a terminal), long pieces shortened."""
+    """Mark line ends, escape control characters (data must not control a terminal), and shorten long pieces."""
     if len(text) > LONGEST_PIECE:
         half = LONGEST_PIECE // 2
         text = f"{text[:half]} […{len(text) - 2 * half:,} characters…] {text[-half:]}"
@@ -145,7 +145,7 @@ def _show_file(name: str, file: dict[str, Any], console: Console) -> None:
     lines.append(f"{file['examples']:,} of {file['rows']:,} rows, {file['tokens']:,} tokens")
     if not file["labels"]:
         lines.append(f"{file['supervised_share']:.1%} of them with a loss")
-    lines.append(f"{file['truncated']:,} cut at {file['max_length']} ({file['tokens_cut']:,} tokens lost)")
+    lines.append(f"{file['truncated']:,} truncated at {file['max_length']} ({file['tokens_cut']:,} tokens lost)")
     dropped = ", ".join(f"{n:,} {why} (first {file['first_dropped'][why]})" for why, n in file["dropped"].items())
     lines.append(f"dropped: {dropped or 'none'}")
     if "overlap" in file:
@@ -155,7 +155,7 @@ def _show_file(name: str, file: dict[str, Any], console: Console) -> None:
     if file["labels"]:
         classes = sorted(file["labels"].items(), key=lambda item: -item[1])
         rest = f", the largest {CLASSES} of {len(classes)}" if len(classes) > CLASSES else ""
-        console.print(f"  examples of each class{rest}", style="cyan")
+        console.print(f"  examples per class{rest}", style="cyan")
         console.print(_bars([(_visible(label), count) for label, count in classes[:CLASSES]]))
     lengths = ", ".join(f"{n + ' %' if n.isdigit() else n} {v:,.0f}" for n, v in file["lengths"].items())
     console.print(f"  length in tokens: {lengths}", style="cyan", soft_wrap=True)

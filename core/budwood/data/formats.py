@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from budwood.contract.calls import blame
+from budwood.contract.calls import attribute_errors
 from budwood.contract.discovery import installed
 from budwood.contract.loading import create
 from budwood.contract.strategy import Plugin
@@ -218,7 +218,7 @@ def check_rows(path: str | Path, task: str) -> None:
     data_format = recognise(rows.columns, task, str(rows.path))
     reasons: Counter[str] = Counter()
     for index, row in enumerate(rows):
-        with blame(data_format, "item"):
+        with attribute_errors(data_format, "item"):
             item = data_format.item(row, rows.location(index))
         reasons[item.reason if isinstance(item, Dropped) else ""] += 1
     if "" not in reasons:

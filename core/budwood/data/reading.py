@@ -1,4 +1,4 @@
-"""Data files as rows: JSONL, JSON, CSV, Parquet, folders of `datasets`. Every complaint names file and line."""
+"""Reads data files as rows: JSONL, JSON, CSV, Parquet, `datasets` folders. Every error names file and line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Row = Mapping[str, Any]
-_ACCEPTED = ".jsonl, .json (a list of objects), .csv, .tsv, .parquet, a folder of `datasets` or of Parquet files"
+_ACCEPTED = ".jsonl, .json (a list of objects), .csv, .tsv, .parquet, a `datasets` folder, a folder of Parquet files"
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z")
 _WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 
@@ -28,10 +28,10 @@ class Rows(Sequence[Row]):
     """The rows of a data file, in order.
 
     Attributes:
-        path: the file or folder, as the user named it.
-        columns: names, in the order in which they first appear.
-        sha256: hex digest of the file's bytes (of all files' names and bytes for a folder).
-        notes: lines that the user should see, such as a byte order mark that was skipped.
+        path: the file or folder, as the user gave it.
+        columns: names, in order of first appearance.
+        sha256: hex digest of the file's bytes (for a folder, of all files' names and bytes).
+        notes: lines to show to the user, such as a skipped byte order mark.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Rows(Sequence[Row]):
         notes: Sequence[str] = (),
     ) -> None:
         if not len(rows):
-            raise InputError(f"{path}: there is no row in it. Give a file with at least one.")
+            raise InputError(f"{path}: it has no rows. Give a file with at least one.")
         self.path, self.columns, self.notes = path, list(columns), list(notes)
         self._rows, self._place = rows, place
         self.sha256 = hash_file(path)
@@ -58,7 +58,7 @@ class Rows(Sequence[Row]):
         return iter(self._rows)
 
     def location(self, index: int) -> str:
-        """Where row `index` stands, as messages name it: "train.jsonl:17", or "train.parquet:row 17"."""
+        """Return the location of row `index` for messages: "train.jsonl:17", or "train.parquet:row 17"."""
         return f"{self.path}:{self._place(index)}"
 
 
@@ -66,7 +66,7 @@ def read_rows(path: str | Path) -> Rows:
     """Read the rows of a data file or folder.
 
     Raises:
-        InputError: it is missing, unreadable, empty, of an unknown kind, not UTF-8, or malformed; with file and line.
+        InputError: names file and line: missing, unreadable, empty, of an unknown type, not UTF-8, or malformed.
     """
     path = Path(path)
     files = find_files(path)
@@ -77,10 +77,10 @@ def read_rows(path: str | Path) -> Rows:
 
 
 def hash_file(path: Path) -> str:
-    """Hex SHA-256 of a data file, or of the names and bytes of a data folder's files.
+    """Return the hex SHA-256 of a data file, or of the names and bytes of a data folder's files.
 
     Raises:
-        InputError: it cannot be read, or is no data.
+        InputError: it cannot be read, or is not data.
     """
     digest = hashlib.sha256()
     try:
@@ -96,10 +96,10 @@ def hash_file(path: Path) -> str:
 
 
 def find_files(path: Path) -> list[Path]:
-    """Files that hold the data of a file or folder, by their names; none is read.
+    """Return the files that hold the data of a file or folder, without reading them.
 
     Raises:
-        InputError: it is missing, empty, or of an unknown kind.
+        InputError: it is missing, empty, or of an unknown type.
     """
     try:
         if path.is_dir():
@@ -108,12 +108,12 @@ def find_files(path: Path) -> list[Path]:
             siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             raise InputError(f"{path}: no such file.{did_you_mean(path.name, siblings)}")
         if not path.is_file():
-            raise InputError(f"{path}: not an ordinary file. Save the data to a file first.")
+            raise InputError(f"{path}: not a regular file. Save the data to a file first.")
         suffix = path.suffix.lower()
         if suffix in _COMPRESSED:
-            raise InputError(f"{path}: compressed files are not read. Unpack it first.")
+            raise InputError(f"{path}: compressed files are not supported. Decompress it first.")
         if suffix not in _READERS:
-            raise InputError(f"{path}: unknown kind of file '{suffix or path.name}'. Accepted: {_ACCEPTED}.")
+            raise InputError(f"{path}: unknown file type '{suffix or path.name}'. Accepted: {_ACCEPTED}.")
         if not path.stat().st_size:
             raise InputError(f"{path}: the file is empty.")
         return [path]
@@ -129,10 +129,10 @@ def _find_in_folder(path: Path) -> list[Path]:
         return sorted(p for p in path.iterdir() if p.suffix in (".arrow", ".json") and p.is_file())
     files = sorted(p for p in path.glob("*.parquet") if p.is_file())
     if not files:
-        raise InputError(f"{path}: neither a folder of `datasets` nor one with Parquet files. Accepted: {_ACCEPTED}.")
+        raise InputError(f"{path}: neither a `datasets` folder nor a folder of Parquet files. Accepted: {_ACCEPTED}.")
     shards = {match[1] for file in files if (match := re.fullmatch(r"(.+)-\d{5}-of-\d{5}\.parquet", file.name))}
     if len(shards) > 1:
-        raise InputError(f"{path}: holds the splits {', '.join(sorted(shards))}. Put each into a folder of its own.")
+        raise InputError(f"{path}: holds the splits {', '.join(sorted(shards))}. Put each in a folder of its own.")
     return files
 
 
@@ -149,8 +149,8 @@ def _read_jsonl(path: Path) -> Rows:
                 continue
             row = _parse_json(_decode(raw, path, number), f"{path}:{number}")
             if not isinstance(row, dict):
-                hint = " (a list of objects belongs into a .json file)" if isinstance(row, list) else ""
-                raise InputError(f"{path}:{number}: a line must hold one JSON object, not {_kind(row)}{hint}.")
+                hint = " (a list of objects belongs in a .json file)" if isinstance(row, list) else ""
+                raise InputError(f"{path}:{number}: each line must be one JSON object, not {_kind(row)}{hint}.")
             columns.update(dict.fromkeys(row))
             rows.append(row)
             lines.append(number)
@@ -161,14 +161,14 @@ def _read_json(path: Path) -> Rows:
     notes: list[str] = []
     with path.open("rb") as file:
         head = _strip_mark(path, file.read(4096), []).lstrip()
-    if head.startswith(b"{"):  # a widespread habit: JSON Lines under the name .json
+    if head.startswith(b"{"):  # common: JSON Lines in a file named .json
         rows = _read_jsonl(path)
-        rows.notes.append(f"{path}: read as JSON Lines, one object a line")
+        rows.notes.append(f"{path}: read as JSON Lines, one object per line")
         return rows
     text = _decode_whole(path, notes)
     data = _parse_json(text, str(path), whole=True)
     if not isinstance(data, list):
-        raise InputError(f"{path}: must hold a list of objects, not {_kind(data)}.")
+        raise InputError(f"{path}: must be a list of objects, not {_kind(data)}.")
     columns: dict[str, None] = {}
     for number, row in enumerate(data, 1):
         if not isinstance(row, dict):
@@ -210,7 +210,7 @@ def _check_header(path: Path, names: list[str]) -> list[str]:
             raise InputError(f"{path}:1: the columns are separated by {what}. Save it with commas.")
     for name in names:
         if name and names.count(name) > 1:
-            raise InputError(f"{path}:1: column '{name}' stands twice in the header.")
+            raise InputError(f"{path}:1: column '{name}' appears twice in the header.")
     return names
 
 
@@ -226,18 +226,18 @@ def _read_folder(path: Path, files: list[Path]) -> Rows:
     _check_names(path)
     try:
         table = datasets.load_from_disk(str(path)).with_format("arrow")[:]
-    except Exception as error:  # the library raises whatever its files make it raise
+    except Exception as error:  # the library can raise anything on bad files
         raise InputError(f"{path}: not a readable `datasets` folder: {_first_line(error)}.") from error
     return _arrow_rows(path, [table])
 
 
 def _check_names(path: Path) -> None:
-    """Refuse a folder of `datasets` whose list of files leads elsewhere."""
+    """Refuse a `datasets` folder whose list of files points elsewhere."""
     state = _parse_json(_decode_whole(path / "state.json", []), str(path / "state.json"), whole=True)
     files = state.get("_data_files") if isinstance(state, dict) else None
     names = [file.get("filename") if isinstance(file, dict) else None for file in files or ()]
     if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
-        raise InputError(f"{path / 'state.json'}: '_data_files' does not name files of the same folder.")
+        raise InputError(f"{path / 'state.json'}: '_data_files' does not name files in the same folder.")
 
 
 def _read_parquet_table(path: Path) -> pa.Table:
@@ -245,12 +245,12 @@ def _read_parquet_table(path: Path) -> pa.Table:
 
     try:
         return pq.read_table(path)
-    except Exception as error:  # types that a file brings may raise what they like
+    except Exception as error:  # types defined by the file can raise anything
         raise InputError(f"{path}: not a readable Parquet file: {_first_line(error)}.") from error
 
 
 class _Table(Sequence[Row]):
-    """Rows of an Arrow table, turned into Python values in batches, as they are asked for."""
+    """Rows of an Arrow table, converted to Python values in batches on access."""
 
     def __init__(self, table: pa.Table) -> None:
         self._table = table
@@ -280,7 +280,7 @@ class _Table(Sequence[Row]):
 
 
 def _class_names(table: pa.Table) -> dict[str, list[str]]:
-    """Columns whose integers stand for names: `datasets` keeps a ClassLabel's names in the schema's metadata."""
+    """Return the names behind integer columns: `datasets` keeps a ClassLabel's names in the schema's metadata."""
     try:
         features = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {
@@ -302,7 +302,7 @@ def _arrow_rows(path: Path, tables: list[pa.Table]) -> Rows:
     names = table.column_names
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"{path}: column '{name}' stands twice.")
+            raise InputError(f"{path}: column '{name}' appears twice.")
     return Rows(path, _Table(table), names, lambda i: f"row {i + 1}")
 
 
@@ -314,7 +314,7 @@ def _parse_json(text: str, where: str, whole: bool = False) -> Any:
         raise InputError(f"{where}: malformed JSON at {place}: {error.msg}.") from error
     except RecursionError as error:
         raise InputError(f"{where}: malformed JSON: nested too deeply.") from error
-    except ValueError as error:  # ours below, and numbers of thousands of digits
+    except ValueError as error:  # ours below, and numbers with thousands of digits
         raise InputError(f"{where}: malformed JSON: {_first_line(error)}.") from error
 
 
@@ -323,7 +323,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key '{twice}' stands twice in an object")
+        raise ValueError(f"duplicate key '{twice}' in an object")
     return row
 
 
@@ -332,7 +332,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _strip_mark(path: Path, data: bytes, notes: list[str]) -> bytes:
-    """Skip a UTF-8 byte order mark, and refuse other encodings' marks by name."""
+    """Skip a UTF-8 byte order mark; refuse other encodings' marks."""
     if data.startswith(_WIDE_MARKS):
         raise InputError(f"{path}: encoded in UTF-16 or UTF-32. Convert it: iconv -f utf-16 -t utf-8 {path.name}")
     if data.startswith(codecs.BOM_UTF8):
@@ -360,9 +360,9 @@ def _decode_whole(path: Path, notes: list[str]) -> str:
             return data.decode("utf-8")
         except UnicodeDecodeError:
             pass
-    for number, raw in enumerate(data.split(b"\n"), 1):  # once more, for the line
+    for number, raw in enumerate(data.split(b"\n"), 1):  # again, to find the line
         _decode(raw, path, number)
-    raise AssertionError("the whole file decodes where each line does")
+    raise AssertionError("every line decodes, so the whole file must")
 
 
 def _kind(value: Any) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from budwood.contract.calls import blame
+from budwood.contract.calls import attribute_errors
 from budwood.errors import CorruptError, ResourceError, describe
 from budwood.model.checkpoint import commit_of, fingerprint, first_line, read_tensors, resolve
 from budwood.model.checks import (
@@ -27,7 +27,7 @@ from budwood.model.experts import count_experts
 from budwood.model.machine import pick_device_precision
 from budwood.model.ops.rms_norm import save_memory_in_norms
 from budwood.model.quantizers import claim, is_quantized, linear_shape, quantizer_of
-from budwood.model.quiet import hide_hub_kernels, hush
+from budwood.model.quiet import hide_hub_kernels, silence_libraries
 from budwood.model.streaming import slices, trim_heap
 from budwood.untrusted.formats import TensorInfo, read_json
 
@@ -41,7 +41,7 @@ __all__ = [
     "BaseInfo",
     "check_base",
     "fingerprint",
-    "hush",
+    "silence_libraries",
     "load_base",
     "load_tokenizer",
     "pick_device_precision",
@@ -142,10 +142,10 @@ def load_base(
     heads = _heads(frame)
     plan = None
     if info.prequantized:
-        with blame(quantizer, "stored_config"):
+        with attribute_errors(quantizer, "stored_config"):
             config.quantization_config = quantizer.stored_config(info.config["quantization_config"], dtype)
     else:
-        with blame(quantizer, "config"):
+        with attribute_errors(quantizer, "config"):
             plan = quantizer.config(dtype, double_quantization, heads)
     views = info.quantization == "none" and {entry.dtype for entry in tensors.values()} == {STORED[str(dtype)]}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -176,7 +176,7 @@ def load_base(
     report: dict[str, Any]
     loaded, report = pair  # output_loading_info
     trim_heap()
-    with blame(quantizer, "after_load"), torch.no_grad():
+    with attribute_errors(quantizer, "after_load"), torch.no_grad():
         quantizer.after_load(loaded, heads)
     claim(loaded, quantizer)
     _check_complete(name, loaded, frame, report)

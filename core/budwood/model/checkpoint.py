@@ -1,4 +1,4 @@
-"""A base on disk: finding it, its configuration, the headers of its safetensors, its fingerprint. Imports no torch."""
+"""Reads a base on disk: its folder, configuration, safetensors headers and fingerprint. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from budwood.untrusted.redaction import shorten
 
 PAGE = 4096
 PAGES = 8
-"""A tensor's fingerprint reads so many pages of it, evenly spread, the first and the last among them."""
+"""Pages read for a tensor's fingerprint, evenly spread, including the first and the last."""
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib")
@@ -48,7 +48,7 @@ def resolve(model: str | Path, weights: bool = True, code: bool = False, revisio
     """Find the folder of a base: a folder, or a name on the hub, downloaded into its cache.
 
     Args:
-        weights: download the weights too, not only what is small.
+        weights: download the weights too, not only the small files.
         code: download Python files too.
         revision: branch, tag or commit on the hub; None: as `one_revision` has it, or the main branch.
 
@@ -66,10 +66,10 @@ def resolve(model: str | Path, weights: bool = True, code: bool = False, revisio
                 raise InputError(folder_with_revision(name, revision))
             return path
         there = path.exists()
-    except OSError as error:  # a name that is too long, a folder that may not be entered
+    except OSError as error:  # the name is too long, or the folder is not accessible
         raise InputError(f"base '{shorten(name)}': {error.strerror}.") from error
     if there:
-        raise InputError(f"base '{name}' is a file: give the folder that holds config.json and *.safetensors.")
+        raise InputError(f"base '{name}' is a file: give the folder that contains config.json and *.safetensors.")
     inside = path.parent != Path(".") and path.parent.is_dir()
     if inside or not HUB_NAME.fullmatch(name):
         siblings = [str(path.parent / p.name) for p in path.parent.iterdir() if p.is_dir()] if inside else []
@@ -92,7 +92,7 @@ def commit_of(folder: Path) -> str | None:
 
 
 def would_fetch(name: str) -> bool:
-    """Whether `resolve` would ask the hub for a base: it is neither a folder here nor in the hub's cache."""
+    """Return whether `resolve` would contact the hub: the base is neither a local folder nor in the hub's cache."""
     if Path(os.path.expanduser(name)).exists() or not HUB_NAME.fullmatch(name):
         return False
     from huggingface_hub import constants, try_to_load_from_cache
@@ -124,7 +124,7 @@ def _from_hub(name: str, weights: bool, code: bool, revision: str | None) -> Pat
     except hub.RevisionNotFoundError as error:
         raise InputError(f"base '{name}' has no revision '{shorten(str(revision))}' on the hub.") from error
     except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
-        raise InputError(f"base '{name}' is neither a folder here nor a model on the hub.") from error
+        raise InputError(f"base '{name}' is neither a local folder nor a model on the hub.") from error
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise ResourceError(
@@ -139,7 +139,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json.
 
     Raises:
-        InputError: the folder holds no base, and what it holds instead.
+        InputError: the folder is not a base; the message says what it is instead.
         CorruptError: config.json is not a JSON object that names a model type.
     """
     path = folder / "config.json"
@@ -147,7 +147,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         if (folder / "adapter_config.json").is_file():
             raise InputError(f"base '{folder}' is an adapter: give the base that it was trained on.")
         _refuse_other_weights(folder)
-        raise InputError(f"base '{folder}' holds no config.json, so it is no model folder.")
+        raise InputError(f"base '{folder}' has no config.json, so it is not a model folder.")
     config = read_json(path, finite=False)
     if not isinstance(config.get("model_type"), str):
         raise CorruptError(f"{path}: 'model_type' is missing.")
@@ -155,47 +155,47 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """Read the headers of all of a base's safetensors, and check that the files are whole.
+    """Read the headers of all of a base's safetensors, and check that the files are complete.
 
     Raises:
         InputError: there are no safetensors.
         CorruptError: a file is missing, truncated or not what it claims to be.
     """
     single = folder / "model.safetensors"
-    if single.is_file():  # as transformers has it, where there is an index beside it too
+    if single.is_file():  # as in transformers, even if there is an index too
         return read_header(single)
     index = _index(folder)
     if not index:
         _refuse_other_weights(folder)
-        raise InputError(f"base '{folder}' holds no model.safetensors and no model.safetensors.index.json.")
+        raise InputError(f"base '{folder}' has neither model.safetensors nor model.safetensors.index.json.")
     tensors: dict[str, TensorInfo] = {}
     for name in sorted(set(index.values())):
         if not (folder / name).is_file():
-            raise CorruptError(f"{folder / name} is missing, and model.safetensors.index.json names it.")
+            raise CorruptError(f"{folder / name} is missing, but model.safetensors.index.json names it.")
         found = read_header(folder / name)
         tensors |= {key: info for key, info in found.items() if index.get(key, name) == name}
     lost = [name for name in index if name not in tensors]
     if lost:
-        raise CorruptError(f"{folder / index[lost[0]]} does not hold '{lost[0]}', which the index says is there.")
+        raise CorruptError(f"{folder / index[lost[0]]} does not contain '{lost[0]}', although the index says so.")
     return tensors
 
 
 def fingerprint(folder: str | Path) -> str:
-    """Hash a base: every tensor's name, dtype, shape and a sample of its bytes; the same however it is sharded.
+    """Hash a base: every tensor's name, dtype, shape and a sample of its bytes, independent of sharding.
 
-    At most 32 KiB of a tensor are read, so it takes seconds on 70 billion parameters. A tensor that differs only
-    between the sampled pages is not told apart. Of a hub name the weights are downloaded where they are not here yet.
+    Reads at most 32 KiB per tensor, so 70 billion parameters take seconds. Differences between the sampled pages are
+    not detected. For a hub name, weights that are not cached are downloaded.
 
     Returns:
         64 hexadecimal digits (SHA-256).
 
     Raises:
-        InputError, ResourceError, CorruptError: as `resolve` and `read_tensors`.
+        InputError, ResourceError, CorruptError: see `resolve` and `read_tensors`.
     """
     files: dict[Path, list[TensorInfo]] = {}
     for entry in read_tensors(resolve(folder)).values():
         files.setdefault(entry.file, []).append(entry)
-    with ThreadPoolExecutor(8) as pool:  # it waits for the disk
+    with ThreadPoolExecutor(8) as pool:  # disk-bound
         digests = dict(pair for part in pool.map(_digests, files.values()) for pair in part)
     total = hashlib.sha256(b"budwood base 1\n")
     for name in sorted(digests):
@@ -225,26 +225,26 @@ def _sample(start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def _index(folder: Path) -> dict[str, str]:
-    """Tensor → file of a sharded base; empty where it is not sharded."""
+    """Return tensor → file for a sharded base; empty if it is not sharded."""
     path = folder / "model.safetensors.index.json"
     if not path.is_file():
         return {}
     index = read_json(path, MAX_HEADER).get("weight_map")
     names = index.values() if isinstance(index, dict) else [None]
     if not index or not all(isinstance(n, str) and n == Path(n).name and n.endswith(".safetensors") for n in names):
-        raise CorruptError(f"{path}: 'weight_map' does not name files of the same folder.")
+        raise CorruptError(f"{path}: 'weight_map' does not name files in the same folder.")
     return index
 
 
 def _refuse_other_weights(folder: Path) -> None:
-    """Say what to do where there are weights, but in no form that is read."""
+    """Raise an error with a remedy if there are weights, but only in formats that are not read."""
     if any(folder.glob("*.gguf")):
-        raise InputError(f"base '{folder}' holds GGUF weights, which cannot be trained: give the original safetensors.")
+        raise InputError(f"base '{folder}' has GGUF weights, which cannot be trained: give the original safetensors.")
     pickles = [path.name for pattern in _PICKLES for path in sorted(folder.glob(pattern))]
     if pickles:
         raise InputError(
-            f"base '{folder}' holds pickled weights alone ({pickles[0]}), which can run code and are never opened: "
-            "convert them once, if you trust them, by transformers' from_pretrained(…).save_pretrained(…)."
+            f"base '{folder}' has only pickled weights ({pickles[0]}), which can run code and are never opened: "
+            "if you trust them, convert them once with transformers' from_pretrained(…).save_pretrained(…)."
         )
 
 

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from budwood.contract.calls import blame
+from budwood.contract.calls import attribute_errors
 from budwood.contract.discovery import PluginError, installed
 from budwood.contract.loading import create
 from budwood.errors import CorruptError, InputError, ResourceError, describe
@@ -108,7 +108,7 @@ def check_base(
     name = stored or quantization or "none"
     quantizer = wanted or find_quantizer(name)
     if device is not None:
-        with blame(quantizer, "check"):
+        with attribute_errors(quantizer, "check"):
             quantizer.check(str(device))
     if not quantizer.takes_fused_experts and _has_experts(config):
         check_fused(str(model), skeleton(path, "AutoModel", trust_remote_code), name)
@@ -189,7 +189,7 @@ def _stored_quantization(name: str, config: dict[str, Any], wanted: Quantizer | 
 
 
 def _reads(quantizer: Quantizer, stored: dict[str, Any]) -> bool:
-    with blame(quantizer, "reads"):
+    with attribute_errors(quantizer, "reads"):
         return quantizer.reads(stored)
 
 

@@ -1,4 +1,4 @@
-"""Device and precision that suit the machine."""
+"""Picks the device and precision for this machine."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from budwood.errors import InputError, ResourceError
 
 
 def pick_device_precision(device: str | None, precision: str | None) -> tuple[torch.device, torch.dtype, str]:
-    """Choose device and precision for this machine, where the user has not.
+    """Choose device and precision for this machine, unless the user has.
 
     Args:
-        device: a torch device such as "cpu" or "cuda:1"; None or "auto": CUDA where there is one.
-        precision: bf16, fp16 or fp32; None or "auto": bf16 where the device computes it natively.
+        device: a torch device such as "cpu" or "cuda:1"; None or "auto": CUDA if available.
+        precision: bf16, fp16 or fp32; None or "auto": bf16 if the device computes it natively.
 
     Returns:
         Device, dtype, and the reason in words.
 
     Raises:
-        InputError: no such device name or precision.
-        ResourceError: the machine has not that device, or the device not that precision.
+        InputError: unknown device or precision.
+        ResourceError: the machine does not have that device.
     """
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if precision not in (None, "auto", *dtypes):
@@ -31,19 +31,23 @@ def pick_device_precision(device: str | None, precision: str | None) -> tuple[to
     try:
         chosen = torch.device(str(device))
     except RuntimeError as error:
-        raise InputError(f"device '{device}': no such name; use cpu, cuda or cuda:0.") from error
+        raise InputError(f"device '{device}': unknown device; use cpu, cuda or cuda:0.") from error
     available = getattr(getattr(torch, chosen.type, None), "is_available", lambda: False)
     if not available():
         raise ResourceError(f"device '{device}': torch {torch.__version__} finds none here; use cpu.")
     if chosen.type == "cpu":
         _limit_kernel_caches()
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ResourceError(f"device '{device}': this machine has {torch.cuda.device_count()}; count from cuda:0.")
+        raise ResourceError(f"device '{device}': this machine has {torch.cuda.device_count()}, counted from cuda:0.")
     native = _native_precisions(chosen)
     if precision is not None and precision != "auto":
         native_or_full = precision in native or precision == "fp32"
-        return chosen, dtypes[precision], "as asked" if native_or_full else "as asked; this device emulates it, slowly"
-    # fp16 needs its losses scaled, which is worth it only where there is no bf16 and fp32 is slow.
+        return (
+            chosen,
+            dtypes[precision],
+            "as requested" if native_or_full else "as requested; this device emulates it, slowly",
+        )
+    # fp16 needs loss scaling, which is only worth it without bf16 and if fp32 is slow.
     order = ("bf16",) if chosen.type == "cpu" else ("bf16", "fp16")
     precision = next((name for name in order if name in native), "fp32")
     reason = "no fast bf16 here" if precision == "fp32" else "native here"
@@ -51,17 +55,17 @@ def pick_device_precision(device: str | None, precision: str | None) -> tuple[to
 
 
 def _limit_kernel_caches() -> None:
-    """Bound what oneDNN keeps: compiled code for every shape of a product, and packed rows differ in shape each time.
+    """Limit oneDNN's cache of compiled code, one entry per shape of a product: packed rows differ in shape every time.
 
-    Its own bound is 1,024 shapes, some hundred megabytes. Read at the first product of the process; what the user has
-    set stays.
+    Its default limit is 1,024 shapes, some hundred megabytes. oneDNN reads the limit at the process's first product;
+    the user's own setting is kept.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")
 
 
 def _native_precisions(device: torch.device) -> set[str]:
-    """Which of the 16-bit precisions the device multiplies in hardware."""
+    """Return the 16-bit precisions that the device multiplies in hardware."""
     if device.type == "cuda":
         return {"fp16", *(["bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else [])}
     if device.type != "cpu":

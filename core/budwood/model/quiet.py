@@ -1,4 +1,4 @@
-"""Keeps the libraries below from chattering, and from fetching anything by themselves. Imports none of them."""
+"""Silences the libraries, and keeps them from downloading anything unasked. Imports none of them."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _LIBRARIES = (
 
 
 def hide_hub_kernels() -> None:
-    """Make the package `kernels` unimportable in this process from here on.
+    """Make the package `kernels` unimportable in this process from now on.
 
     bitsandbytes downloads native code through it as soon as it is imported on a CPU with AVX512-BF16, and peft imports
-    bitsandbytes; neither asks. transformers, which may have imported it already, uses it only where it is told to.
+    bitsandbytes; neither asks. transformers, which may have imported it already, only uses it if told to.
     """
     sys.modules["kernels"] = None  # type: ignore[assignment]
 
 
-def hush(debug: bool | None = None) -> None:
-    """Keep warnings, hints and progress bars of the libraries from the user; call it before they are imported.
+def silence_libraries(debug: bool | None = None) -> None:
+    """Hide the libraries' warnings, hints and progress bars; call it before they are imported.
 
     Args:
-        debug: let them speak; None: as BUDWOOD_DEBUG says. Telemetry and kernels from the hub stay off either way.
+        debug: show them; None: as BUDWOOD_DEBUG says. Telemetry and kernels from the hub stay off either way.
     """
     if debug is None:
         debug = os.environ.get("BUDWOOD_DEBUG", "0") not in ("", "0")
@@ -51,7 +51,7 @@ def hush(debug: bool | None = None) -> None:
     warnings.simplefilter("ignore")
     for name in _LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
-    if "transformers" in sys.modules:  # it read its environment when it was imported
+    if "transformers" in sys.modules:  # it has read its environment already
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Reads a checkpoint tensor by tensor, so that memory never holds all of it beside what is made of it."""
+"""Reads a checkpoint tensor by tensor, so that memory never holds both all of it and the converted model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from safetensors import safe_open
 from budwood.untrusted.formats import TensorInfo
 
 TRIM_EVERY = 8 << 20
-"""Bytes read and converted before the heap is made to give back what was freed: without, the holes that quantising
-leaves grow larger than the base."""
+"""Bytes read and converted between heap trims. Without trimming, the holes that quantising leaves in the heap grow
+larger than the base."""
 
 
 class _Slice:
-    """A tensor of a checkpoint, read when it is indexed; in between the heap gives back what was freed."""
+    """A tensor of a checkpoint, read when it is indexed; trims the heap from time to time."""
 
     since_trim = 0
 
@@ -38,14 +38,14 @@ class _Slice:
 
 
 def trim_heap() -> None:
-    """Have glibc give back the free pages between what is still in use; it does not do so by itself."""
+    """Make glibc return free pages between blocks in use to the system, which it does not do by itself."""
     _Slice.since_trim = 0
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def release_memory() -> None:
-    """Give back what nobody uses: after an allocation failed, before it is tried again with less."""
+    """Free all unused memory: call it after a failed allocation, before retrying with less."""
     gc.collect()
     trim_heap()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -53,7 +53,7 @@ def release_memory() -> None:
 
 
 def keep_heap() -> None:
-    """Have glibc keep freed memory for the next step instead of giving it back, and faulting every page in again."""
+    """Make glibc keep freed memory for the next step, instead of returning it and faulting every page in again."""
     if platform.libc_ver()[0] == "glibc":
         libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3  # from malloc.h
         libc.mallopt(trim_threshold, (1 << 31) - 1)
@@ -61,11 +61,11 @@ def keep_heap() -> None:
 
 
 def slices(tensors: dict[str, TensorInfo], views: bool) -> dict[str, Any]:
-    """Every tensor of a checkpoint, not read yet.
+    """Return every tensor of a checkpoint as a lazy slice.
 
     Args:
-        views: give views of the mapped files, which nobody copies; else the bytes are read, because the pages of a
-            mapped file that have been converted would still count as memory of the process.
+        views: return views of the mapped files, without a copy; else read the bytes, because pages of a mapped file
+            would still count as the process's memory after conversion.
     """
     files: dict[Path, Any] = {}
     for entry in tensors.values():

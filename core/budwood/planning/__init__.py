@@ -1,1 +1,1 @@
-"""A recipe before it runs."""
+"""Plans a recipe before it runs."""

@@ -1,6 +1,6 @@
-"""A recipe before it runs: which strategies, who is called in which order, and all that stands against it.
+"""Plans a recipe before it runs: which strategies take part, who is called in which order, and every problem.
 
-Reads the base's configuration and tokenizer, no weights and no data.
+Reads the base's configuration and tokenizer, but no weights and no data.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from budwood.contract.types import Plan, Run
 from budwood.errors import BudwoodError, InputError
 from budwood.model.base import check_base, load_tokenizer, pick_device_precision, skeleton
 from budwood.model.checkpoint import one_revision
-from budwood.model.quiet import hush
+from budwood.model.quiet import silence_libraries
 from budwood.model.task import Task
 from budwood.recipe.file import UNKNOWN
 from budwood.recipe.schema import QUANTIZERS, TASKS, Choice, Recipe, read_recipe
@@ -40,7 +40,7 @@ DECLARED = ("slots", "provides", "requires", "conflicts", "before", "after")
 
 @dataclass(frozen=True)
 class Part:
-    """A strategy of the recipe: whose it is, what it declares, and its options (as written, where they are wrong)."""
+    """A strategy in the recipe: its distribution, declarations and options (as written, if they are invalid)."""
 
     name: str
     distribution: str
@@ -53,9 +53,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Call:
-    """One that a hook calls: kind "strategy", "task", "quantizer" or "core".
+    """One callee of a hook: kind "strategy", "task", "quantizer" or "core".
 
-    `wraps` names those inside of it, in order; `replaced` is core, where a strategy stands in its place.
+    `wraps` names the callees inside it, in order; `replaced` marks core's own if a strategy takes its place.
     """
 
     name: str
@@ -67,17 +67,17 @@ class Call:
 
 @dataclass
 class RunPlan(Plan):
-    """What `plan` returns: a `Plan` with the strategies' parts and, for every hook, who is called in which order."""
+    """The result of `plan`: a `Plan` with the strategies' parts and, for every hook, who is called in which order."""
 
     parts: list[Part] = field(default_factory=list)
     hooks: dict[str, list[Call]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    """What does not stand against the plan, and is worth knowing on this machine."""
+    """Not problems, but worth knowing on this machine."""
     exit_code: int = 0
-    """What the command ends with: that of an `InputError`, if there is one among the problems; 0 without problems."""
+    """The command's exit code: 0 without problems, that of an `InputError` if one is among them, else the highest."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as `budwood plan --json` prints them; `steps` is None where only the data tells."""
+        """Return plain values, as `budwood plan --json` prints them; `steps` is None if it depends on the data."""
         recipe: Recipe | None = self.recipe
         values: dict[str, Any] = {
             "recipe": recipe.to_dict() if recipe else None,
@@ -99,16 +99,16 @@ class RunPlan(Plan):
 
 
 def plan(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> RunPlan:
-    """Compose a recipe and find all that stands against it: `problems` of what is returned, which `tune` would refuse.
+    """Compose a recipe and collect every problem for which `tune` would refuse it in the result's `problems`.
 
     Args:
         recipe: a `Recipe`, or the path of one.
-        overrides: KEY=VALUE, on top of a path's.
+        overrides: KEY=VALUE, applied to the recipe at a path.
 
     Raises:
-        InputError: the file is no recipe at all.
+        InputError: the file is not a recipe at all.
     """
-    hush()
+    silence_libraries()
     problems = _Problems()
     loaded: Recipe | None
     if isinstance(recipe, Recipe):
@@ -118,7 +118,7 @@ def plan(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> RunPlan:
         problems.texts += wrong
         problems.codes += [InputError.exit_code] * len(wrong)
     if loaded is None:
-        return problems.on(RunPlan(None, []))  # type: ignore[arg-type]  # it cannot be read
+        return problems.attach_to(RunPlan(None, []))  # type: ignore[arg-type]  # it cannot be read
     with one_revision(loaded.base.model, loaded.base.revision):
         return _plan(loaded, problems)
 
@@ -136,26 +136,26 @@ def _plan(loaded: Recipe, problems: _Problems) -> RunPlan:
         problems.add(InputError(NOTHING_TRAINS))
     order = {id(strategy): index for index, strategy in enumerate(hooks.strategies)}
     by_order = sorted(zip(strategies, parts, strict=True), key=lambda pair: order[id(pair[0])])
-    made = RunPlan(loaded, hooks.strategies, loaded.train.steps, parts=[part for _, part in by_order])
-    made.task = problems.of(lambda: create(loaded.base.task, TASKS))
-    _look_at_base(loaded, made, problems)
-    _look_at_machine(loaded, made.notes, problems)
-    ready = whole and len(sound) == len(strategies) and made.model is not None and made.tokenizer is not None
-    for strategy in sound if loaded.base.model != UNKNOWN and made.task is not None else ():
+    run_plan = RunPlan(loaded, hooks.strategies, loaded.train.steps, parts=[part for _, part in by_order])
+    run_plan.task = problems.attempt(lambda: create(loaded.base.task, TASKS))
+    _inspect_base(loaded, run_plan, problems)
+    _inspect_machine(loaded, run_plan.notes, problems)
+    ready = whole and len(sound) == len(strategies) and run_plan.model is not None and run_plan.tokenizer is not None
+    for strategy in sound if loaded.base.model != UNKNOWN and run_plan.task is not None else ():
         try:
-            check_plan(made, Composition([strategy], []))
+            check_plan(run_plan, Composition([strategy], []))
         except BudwoodError as error:
             if ready or isinstance(error, InputError):
                 problems.add(error)
-            else:  # it may have stumbled over what is missing
-                made.notes.append(f"{strategy} could not check the plan: mend what stands against it first")
-    made.hooks = _resolve(loaded, made.task or _bare_task(loaded.base.task), hooks)
-    return problems.on(made)
+            else:  # probably caused by what is missing
+                run_plan.notes.append(f"{strategy} could not check the plan: fix the other problems first")
+    run_plan.hooks = _resolve(loaded, run_plan.task or _bare_task(loaded.base.task), hooks)
+    return problems.attach_to(run_plan)
 
 
 @dataclass
 class _Problems:
-    """What stands against a plan, each once, with its exit code."""
+    """The problems of a plan, without duplicates, and their exit codes."""
 
     texts: list[str] = field(default_factory=list)
     codes: list[int] = field(default_factory=list)
@@ -166,22 +166,22 @@ class _Problems:
                 self.texts.append(text)
                 self.codes.append(error.exit_code)
 
-    def of(self, find_out: Callable[[], Any]) -> Any:
-        """Return what a function finds; None, and its error among the problems, where it fails."""
+    def attempt(self, function: Callable[[], Any]) -> Any:
+        """Return the function's result; if it fails, record the error and return None."""
         try:
-            return find_out()
+            return function()
         except BudwoodError as error:
             self.add(error)
             return None
 
-    def on(self, made: RunPlan) -> RunPlan:
-        made.problems = self.texts
-        made.exit_code = InputError.exit_code if InputError.exit_code in self.codes else max(self.codes, default=0)
-        return made
+    def attach_to(self, run_plan: RunPlan) -> RunPlan:
+        run_plan.problems = self.texts
+        run_plan.exit_code = InputError.exit_code if InputError.exit_code in self.codes else max(self.codes, default=0)
+        return run_plan
 
 
 def _build(recipe: Recipe, problems: _Problems) -> tuple[list[Strategy], list[Part]]:
-    """The recipe's strategies in its order; one that cannot start is there for its declarations and hooks alone."""
+    """Build the recipe's strategies in its order; one that cannot start still gives its declarations and hooks."""
     strategies, parts = [], []
     for index, choice in enumerate(recipe.strategies):
 
@@ -195,7 +195,7 @@ def _build(recipe: Recipe, problems: _Problems) -> tuple[list[Strategy], list[Pa
         except BudwoodError as error:
             if choice.name != UNKNOWN:
                 problems.add(error)
-            strategy = _stand_in(choice, index)
+            strategy = _placeholder(choice, index)
         known = type(strategy) is not Strategy
         owner = find(choice.name) if known else None
         strategies.append(strategy)
@@ -213,8 +213,8 @@ def _build(recipe: Recipe, problems: _Problems) -> tuple[list[Strategy], list[Pa
     return strategies, parts
 
 
-def _stand_in(choice: Choice, index: int) -> Strategy:
-    """A strategy that never started; a bare one where its class cannot be loaded."""
+def _placeholder(choice: Choice, index: int) -> Strategy:
+    """Return a strategy that was never initialised, or a bare one if its class cannot be loaded."""
     try:
         cls, entry = load_strategy(choice.name)
     except BudwoodError:
@@ -225,30 +225,32 @@ def _stand_in(choice: Choice, index: int) -> Strategy:
 
 
 def _bare_task(name: str) -> Task:
-    """What every task implements, in the place of one that cannot be loaded."""
+    """Return the base class's task, in place of one that cannot be loaded."""
     task = Task()
-    task.name = name  # type: ignore[misc]  # of this one
+    task.name = name  # type: ignore[misc]  # of the instance
     return task
 
 
-def _look_at_base(recipe: Recipe, made: RunPlan, problems: _Problems) -> None:
+def _inspect_base(recipe: Recipe, run_plan: RunPlan, problems: _Problems) -> None:
     base = recipe.base
     if base.model == UNKNOWN:
         return
-    problems.of(lambda: check_base(base.model, base.quantization, base.trust_remote_code))
-    made.tokenizer = problems.of(lambda: load_tokenizer(base.model))
-    if made.task is not None:
-        made.model = problems.of(lambda: skeleton(base.model, made.task.auto_class, base.trust_remote_code))
+    problems.attempt(lambda: check_base(base.model, base.quantization, base.trust_remote_code))
+    run_plan.tokenizer = problems.attempt(lambda: load_tokenizer(base.model))
+    if run_plan.task is not None:
+        run_plan.model = problems.attempt(
+            lambda: skeleton(base.model, run_plan.task.auto_class, base.trust_remote_code)
+        )
 
 
-def _look_at_machine(recipe: Recipe, notes: list[str], problems: _Problems) -> None:
-    """What this machine says to the recipe. A plan may be made for another one, so that only the output counts."""
-    problems.of(lambda: check_output(recipe.output, overwrite=True))
+def _inspect_machine(recipe: Recipe, notes: list[str], problems: _Problems) -> None:
+    """Check the recipe against this machine. It may be meant for another one, so only the output is a problem."""
+    problems.attempt(lambda: check_output(recipe.output, overwrite=True))
     if (recipe.output / "manifest.json").is_file():
         notes.append(f"output: {recipe.output} holds another run")
     try:
         device, dtype, reason = pick_device_precision(recipe.base.device, recipe.train.precision)
-        notes.append(f"here it would run on {device} in {precision_name(dtype)} ({reason})")
+        notes.append(f"on this machine: {device}, {precision_name(dtype)} ({reason})")
     except BudwoodError as error:
         notes.append(f"not on this machine: {error}")
     try:
@@ -258,7 +260,7 @@ def _look_at_machine(recipe: Recipe, notes: list[str], problems: _Problems) -> N
 
 
 def _resolve(recipe: Recipe, task: Task, hooks: Composition) -> dict[str, list[Call]]:
-    """For every hook those that it calls, in order, core and task among them."""
+    """Return, for every hook, its callees in order, including core and the task."""
     run = Run(recipe, recipe.output, torch.device("cpu"), torch.float32, hooks.strategies, hooks, task, planning=True)
     register_parts(hooks, task, Engine(run, hooks))
     found: dict[str, list[Call]] = {}
@@ -281,7 +283,7 @@ def _is_replaced(hook: str, index: int) -> bool:
 
 
 def _describe(plugin: Any, recipe: Recipe) -> tuple[str, str, str]:
-    """Name, kind and distribution of one that a hook calls."""
+    """Return name, kind and distribution of a hook's callee."""
     if isinstance(plugin, Strategy):
         return plugin.name, "strategy", plugin.distribution or UNKNOWN
     if isinstance(plugin, Task):
@@ -296,31 +298,35 @@ def _owner(name: str, group: str) -> str:
         return UNKNOWN
 
 
-def show_plan(made: RunPlan, console: Console) -> None:
-    """Print the plan as tables; without a terminal as plain columns, one line a row."""
-    recipe: Recipe | None = made.recipe
+def show_plan(run_plan: RunPlan, console: Console) -> None:
+    """Print the plan as tables; without a terminal, as plain columns with one line per row."""
+    recipe: Recipe | None = run_plan.recipe
     if recipe is None:
         return
     head = Table.grid(padding=(0, 2))
     base, data, train = recipe.base, recipe.data, recipe.train
-    steps = f"{made.steps:,}" if made.steps is not None else f"unknown: {train.epochs} epochs, counted with the data"
+    steps = (
+        f"{run_plan.steps:,}"
+        if run_plan.steps is not None
+        else f"unknown until the data is read ({train.epochs} epochs)"
+    )
     rows = [
         ("base", f"{base.model} · {base.quantization} · {base.task}"),
-        ("data", f"{data.train}" + (f" · measured on {data.eval}" if data.eval else "")),
-        ("steps", steps + ("" if made.steps else "; `budwood tune` checks the plan again then")),
+        ("data", f"{data.train}" + (f" · evaluated on {data.eval}" if data.eval else "")),
+        ("steps", steps + ("" if run_plan.steps else "; `budwood tune` checks the plan again then")),
         ("output", str(recipe.output)),
     ]
-    for key, value in (*rows, *(("note", note) for note in made.notes)):
+    for key, value in (*rows, *(("note", note) for note in run_plan.notes)):
         head.add_row(_text(key), _text(value))
     strategies = _table("strategy", "distribution", "declares", "options")
-    for part in made.parts:
+    for part in run_plan.parts:
         declared = "; ".join(f"{key} {', '.join(names)}" for key, names in part.declared.items() if names)
         options = ", ".join(f"{key} {json.dumps(value)}" for key, value in part.options.items() if value is not None)
         flaw = "" if part.sound else " (with problems)"
         row = (part.name + flaw, f"{part.distribution} {part.version}", declared or "–", options or "–")
         strategies.add_row(*map(_text, row))
-    hooks = _table("hook", "called", "in this order")
-    for hook, calls in made.hooks.items():
+    hooks = _table("hook", "called", "order")
+    for hook, calls in run_plan.hooks.items():
         spec = getattr(HookSpecs, hook)
         how = spec.how + (", wrappable" if spec.wrappable and spec.how != "core's own" else "")
         hooks.add_row(*map(_text, (hook, how, describe_order(calls))))
@@ -336,7 +342,7 @@ def show_plan(made: RunPlan, console: Console) -> None:
 
 
 def describe_order(calls: Sequence[Call]) -> str:
-    """One line: `a wraps b wraps (c → task causal-lm)`."""
+    """Return the order on one line: `a wraps b wraps (c → task causal-lm)`."""
     names = [f"{call.kind} {call.name}" if call.kind in ("task", "quantizer") else call.name for call in calls]
     around = sum(bool(call.wraps) for call in calls)
     inner = [name + (" (replaced)" if call.replaced else "") for name, call in zip(names, calls, strict=True)][around:]

@@ -1,7 +1,7 @@
-"""A recipe as text: YAML or JSON to plain values, with the place of each; `-o key=value` on top.
+"""Parses a recipe: YAML or JSON to plain values, each with its source line, and `-o key=value` overrides on top.
 
-Values are built from the parsed nodes one by one, so every one keeps its line, and what a recipe has no use for
-(tags, anchors, duplicate keys) is refused before it can do anything.
+Values are built from the parsed nodes one by one, so that each keeps its line, and what a recipe does not need (tags,
+anchors, duplicate keys) is refused before it can do anything.
 """
 
 from __future__ import annotations
@@ -21,69 +21,69 @@ from budwood.errors import InputError, did_you_mean
 from budwood.untrusted.redaction import MASK, shorten
 
 MAX_BYTES = 100_000
-"""A recipe is a page; what is longer is another file, and parsing it would take seconds."""
+"""A recipe is about a page; anything longer is some other file, and parsing it would take seconds."""
 MAX_DEPTH = 100
 UNKNOWN = "?"
-"""Stands for a base, a data file or a strategy that a recipe should name, while the rest of it is looked at."""
+"""Placeholder for a missing base, data file or strategy, so that the rest of the recipe can be checked."""
 _TAGS = ("null", "bool", "int", "float", "str", "timestamp", "merge", "map", "seq")
-_RIVALS: dict[Location, str] = {
+_EXCLUSIVE: dict[Location, str] = {
     ("train", "epochs"): "steps",
     ("train", "steps"): "epochs",
     ("train", "batch_tokens"): "batch_examples",
     ("train", "batch_examples"): "batch_tokens",
 }
-"""Fields that exclude each other: an override of one takes the place of the other in the file."""
+"""Mutually exclusive fields: an override of one replaces the other in the file."""
 
 
-class Places(dict[Location, str]):
-    """Where each value of a recipe stands: "recipe.yaml:7", or the override that set it."""
+class SourceMap(dict[Location, str]):
+    """Maps each value of a recipe to its source: "recipe.yaml:7", or the override that set it."""
 
     def __init__(self, name: str) -> None:
-        """Start without a place; `name` stands for whatever has none."""
+        """Start empty; `name` is the source of values that are not in the map."""
         super().__init__()
         self.name = name
 
     def nearest(self, place: Location) -> str:
-        """Place of the value, or of the nearest mapping or list around it."""
+        """Return the source of a value, or of the nearest mapping or list around it."""
         for end in range(len(place), 0, -1):
             if place[:end] in self:
                 return self[place[:end]]
         return self.name
 
     def forget(self, place: Location) -> None:
-        """Drop the places of a value and of all below it."""
+        """Remove a value and everything below it."""
         for known in [known for known in self if known[: len(place)] == place]:
             del self[known]
 
 
-def read_recipe_file(path: Path) -> tuple[dict[str, Any], Places]:
-    """Read a recipe's values and their places.
+def read_recipe_file(path: Path) -> tuple[dict[str, Any], SourceMap]:
+    """Read a recipe's values and where each comes from.
 
     Raises:
         InputError: the file is missing, unreadable, empty, not UTF-8, not YAML (or JSON), or not a mapping.
     """
     text = _read_text(path)
-    places = Places(str(path))
-    data = _parse(text, str(path), places, is_json=path.suffix.lower() == ".json")
+    source_map = SourceMap(str(path))
+    data = _parse(text, str(path), source_map, is_json=path.suffix.lower() == ".json")
     if data is None:
         raise InputError(f"{path}: is empty. The smallest recipe names a base, a data file and a strategy.")
     if not isinstance(data, dict):
         raise InputError(f"{path}:1: is not a recipe: the top level must be a mapping (base, data, strategies).")
-    return data, places
+    return data, source_map
 
 
-def normalise_strategies(data: dict[str, Any], places: Places) -> list[str]:
-    """Turn `lora` and `lora: {rank: 8}` in `data["strategies"]` into `{"name": …, "options": …}`, places with them.
+def normalise_strategies(data: dict[str, Any], source_map: SourceMap) -> list[str]:
+    """Turn `lora` and `lora: {rank: 8}` in `data["strategies"]` into `{"name": …, "options": …}`.
 
     Returns:
-        What is wrong with items that are neither; an `UNKNOWN` one takes their place.
+        The problems of items that are neither; each is replaced by an `UNKNOWN` one.
     """
     items = data.get("strategies")
     if items is None:
         return []
     if not isinstance(items, list):
         del data["strategies"]
-        return [f"{places.nearest(('strategies',))}: strategies: must be a list, for instance [lora]."]
+        return [f"{source_map.nearest(('strategies',))}: strategies: must be a list, such as [lora]."]
     result: list[dict[str, Any]] = []
     problems = []
     for index, item in enumerate(items):
@@ -96,31 +96,31 @@ def normalise_strategies(data: dict[str, Any], places: Places) -> list[str]:
             what = "must be NAME or NAME: {OPTION: VALUE}"
             if isinstance(named, dict) and len(named) > 1:
                 what = f"has {len(named)} keys ({', '.join(named)}); indent the options below the name"
-            problems.append(f"{places.nearest(place)}: {dotted(place)}: {what}.")
+            problems.append(f"{source_map.nearest(place)}: {dotted(place)}: {what}.")
             result.append({"name": UNKNOWN, "options": {}})
             continue
         ((name, options),) = named.items()
         if options is not None and not isinstance(options, dict):
-            where = places.nearest((*place, name))
+            where = source_map.nearest((*place, name))
             problems.append(f"{where}: {dotted((*place, name))}: must be a mapping of options.")
             options = None
-        for known in [known for known in places if known[:3] == (*place, name)]:
-            places[(*place, "options", *known[3:])] = places.pop(known)
+        for known in [known for known in source_map if known[:3] == (*place, name)]:
+            source_map[(*place, "options", *known[3:])] = source_map.pop(known)
         result.append({"name": name, "options": options or {}})
     data["strategies"] = result
     return problems
 
 
 def apply_overrides(
-    data: dict[str, Any], places: Places, overrides: Sequence[str], sections: Iterable[str]
+    data: dict[str, Any], source_map: SourceMap, overrides: Sequence[str], sections: Iterable[str]
 ) -> list[str]:
-    """Put each KEY=VALUE into `data`, whose strategies are normalised; later ones win.
+    """Apply each KEY=VALUE to `data`, whose strategies are already normalised; later ones win.
 
-    KEY is dotted: `train.steps`, `strategies.lora.rank`, or short `lora.rank`. VALUE is YAML.
+    KEY is dotted: `train.steps`, `strategies.lora.rank`, or `lora.rank` for short. VALUE is YAML.
 
     Returns:
-        What is wrong with those that are left out: no "=", VALUE is not YAML, or KEY leads nowhere (the nearest is
-        named).
+        The problems of overrides that were skipped: no "=", VALUE is not YAML, or KEY leads nowhere (the closest match
+        is suggested).
     """
     sections = list(sections)
     chosen: set[Location] = set()
@@ -130,30 +130,30 @@ def apply_overrides(
         key, equals, text = override.partition("=")
         parts = key.strip().split(".")
         if not equals or not all(parts):
-            problems.append(f"{who}: write KEY=VALUE, for instance -o train.steps=100.")
+            problems.append(f"{who}: write KEY=VALUE, as in -o train.steps=100.")
             continue
         try:
-            value = _parse(text, who, Places(who))
+            value = _parse(text, who, SourceMap(who))
             place, holder, last = _holder(data, parts, sections, who)
         except InputError as error:
             problems.append(str(error))
             continue
         holder[last] = value
-        rival = _RIVALS.get(place)
-        if rival and (*place[:-1], rival) not in chosen:
-            holder.pop(rival, None)
+        excluded = _EXCLUSIVE.get(place)
+        if excluded and (*place[:-1], excluded) not in chosen:
+            holder.pop(excluded, None)
         chosen.add(place)
-        places.forget(place)
-        places[place] = who
+        source_map.forget(place)
+        source_map[place] = who
         if place == ("strategies",):
-            problems += normalise_strategies(data, places)
+            problems += normalise_strategies(data, source_map)
     return problems
 
 
 def _holder(
     data: dict[str, Any], parts: list[str], sections: list[str], who: str
 ) -> tuple[Location, dict[str, Any], str]:
-    """Return the place that an override sets, the mapping that holds it, and its key there."""
+    """Return the location that an override sets, the mapping that contains it, and its key there."""
     start: Location = ()
     holder: Any = data
     if parts[0] not in sections or (parts[0] == "strategies" and len(parts) > 1):
@@ -174,19 +174,19 @@ def _holder(
     return (*start, *parts), holder, parts[-1]
 
 
-def find_masked(data: Any, places: Places, place: Location = ()) -> list[str]:
-    """What is wrong with values that stand for secrets, as in the recipe.yaml of a run."""
+def find_masked(data: Any, source_map: SourceMap, place: Location = ()) -> list[str]:
+    """Return a problem for each value in which a secret was masked, as in a run's recipe.yaml."""
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
-    problems = [problem for key, value in items for problem in find_masked(value, places, (*place, key))]
+    problems = [problem for key, value in items for problem in find_masked(value, source_map, (*place, key))]
     if isinstance(data, str) and MASK in data:
         problems.append(
-            f"{places.nearest(place)}: {dotted(place)}: {MASK} stands for a secret that was not written; put it back."
+            f"{source_map.nearest(place)}: {dotted(place)}: {MASK} replaces a secret that was not saved; put it back."
         )
     return problems
 
 
 def dump(data: dict[str, Any]) -> str:
-    """Write plain values as YAML, in their order."""
+    """Return plain values as YAML, keeping their order."""
     yaml: Any = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False
@@ -201,11 +201,11 @@ def _read_text(path: Path) -> str:
         with open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise InputError(f"{path}: there is no such recipe.") from None
+        raise InputError(f"{path}: no such recipe.") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
     if len(raw) > MAX_BYTES:
-        raise InputError(f"{path}: is longer than {MAX_BYTES:,} bytes; that is no recipe.")
+        raise InputError(f"{path}: is longer than {MAX_BYTES:,} bytes, so it is not a recipe.")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -213,8 +213,8 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path}:{line}: is not UTF-8 (byte 0x{raw[error.start]:02x}); save it as UTF-8.") from None
 
 
-def _parse(text: str, who: str, places: Places, is_json: bool = False) -> Any:
-    """Parse YAML or JSON into plain values and fill `places`; `who` leads messages, with the line for a file."""
+def _parse(text: str, who: str, source_map: SourceMap, is_json: bool = False) -> Any:
+    """Parse YAML or JSON into plain values and fill `source_map`; `who` (and a file's line) prefixes messages."""
 
     def at(line: int) -> str:
         return who if who.startswith("-o ") else f"{who}:{line + 1}"
@@ -227,7 +227,7 @@ def _parse(text: str, who: str, places: Places, is_json: bool = False) -> Any:
         if is_json and text.strip():
             data = json.loads(text)
         node = yaml.compose(io.StringIO(text))
-        values = None if node is None else _build(node, (), yaml, places, at)
+        values = None if node is None else _build(node, (), yaml, source_map, at)
     except json.JSONDecodeError as error:
         raise InputError(f"{at(error.lineno - 1)}: is not JSON: {error.msg} (column {error.colno}).") from None
     except YAMLError as error:
@@ -237,34 +237,34 @@ def _parse(text: str, who: str, places: Places, is_json: bool = False) -> Any:
         if "'\\t'" in what:
             what = "a tab cannot indent or start a value; use spaces"
         raise InputError(f"{at(line)}: is not YAML: {shorten(what, 120)}.") from None
-    except (RecursionError, ValueError) as error:  # nesting without end; a number of thousands of digits
+    except (RecursionError, ValueError) as error:  # endless nesting; a number with thousands of digits
         reason = "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
         raise InputError(f"{at(0)}: is not a recipe: {reason}.") from None
     return data if is_json else values
 
 
-def _build(node: Node, place: Location, yaml: YAML, places: Places, at: Any) -> Any:
+def _build(node: Node, place: Location, yaml: YAML, source_map: SourceMap, at: Any) -> Any:
     where = at(node.start_mark.line)
-    places.setdefault(place, where)
+    source_map.setdefault(place, where)
     if node.anchor:
         raise InputError(f"{where}: '&{node.anchor}': anchors and aliases are not allowed; write the value out.")
     tag = str(node.tag).removeprefix("tag:yaml.org,2002:")
     if tag not in _TAGS:
         raise InputError(f"{where}: '{shorten(str(node.tag))}': tags are not allowed; write a plain value.")
     if isinstance(node, SequenceNode):
-        return [_build(item, (*place, i), yaml, places, at) for i, item in enumerate(node.value)]
+        return [_build(item, (*place, i), yaml, source_map, at) for i, item in enumerate(node.value)]
     if isinstance(node, MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             line = at(key_node.start_mark.line)
             if not isinstance(key_node, ScalarNode):
-                raise InputError(f"{line}: a key must be a plain word.")
+                raise InputError(f"{line}: a key must be a plain string.")
             key = str(key_node.value)
             if key in result:
-                first = places[(*place, key)].rpartition(":")[2]
-                raise InputError(f"{line}: duplicate key '{shorten(key)}' (first in line {first}).")
-            places[(*place, key)] = line
-            result[key] = _build(value_node, (*place, key), yaml, places, at)
+                first = source_map[(*place, key)].rpartition(":")[2]
+                raise InputError(f"{line}: duplicate key '{shorten(key)}' (first on line {first}).")
+            source_map[(*place, key)] = line
+            result[key] = _build(value_node, (*place, key), yaml, source_map, at)
         return result
     if tag in ("null", "bool", "int", "float"):
         return yaml.constructor.construct_object(node)

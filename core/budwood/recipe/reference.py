@@ -1,4 +1,4 @@
-"""The recipe as JSON Schema, with the options of the installed strategies, for editors and the reference page."""
+"""The recipe's JSON Schema, with the options of the installed strategies, for editors and the reference page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BOUNDS = {
 
 @dataclass(frozen=True)
 class FieldDoc:
-    """One field or option, in words."""
+    """Documentation of one field or option."""
 
     name: str
     type: str
@@ -35,15 +35,15 @@ class FieldDoc:
     description: str
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the fields as plain values."""
         return asdict(self)
 
 
 def recipe_schema(names: Iterable[str] | None = None) -> tuple[dict[str, Any], list[str]]:
-    """Return the JSON Schema (draft 2020-12) of a recipe, and what is wrong with the strategies it leaves out.
+    """Return the JSON Schema (draft 2020-12) of a recipe, and the problems of strategies that it leaves out.
 
     Args:
-        names: of the strategies to import; every installed one by default.
+        names: the strategies to import; all installed ones by default.
     """
     schema = Recipe.model_json_schema()
     definitions = schema["$defs"]
@@ -81,7 +81,7 @@ def recipe_schema(names: Iterable[str] | None = None) -> tuple[dict[str, Any], l
 
 
 def strategy_schema(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Import a strategy; return the schema of its options, and definitions that it refers to.
+    """Import a strategy; return the schema of its options, and the definitions that it refers to.
 
     Raises:
         InputError, PluginError: see `load_strategy`.
@@ -94,7 +94,7 @@ def strategy_schema(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def describe_fields(schema: dict[str, Any]) -> list[FieldDoc]:
-    """Describe the properties of an object's schema, in their order."""
+    """Describe the properties of an object's schema, in order."""
     required = schema.get("required", ())
     return [
         FieldDoc(

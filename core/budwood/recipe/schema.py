@@ -1,4 +1,4 @@
-"""The recipe: everything that decides a run, each field with a default that a practitioner would choose."""
+"""The recipe: everything that determines a run. Each default is what a practitioner would choose."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from budwood.errors import InputError
 from budwood.model.checkpoint import folder_with_revision
 from budwood.recipe.file import (
     UNKNOWN,
-    Places,
+    SourceMap,
     apply_overrides,
     dump,
     find_masked,
@@ -38,7 +38,7 @@ def _path(value: Any) -> Any:
     if not isinstance(value, str) or not value:
         return value
     if "\0" in value or len(value) > 4096:
-        raise ValueError("no path is called so")
+        raise ValueError("not a valid path")
     return Path(os.path.expanduser(value))
 
 
@@ -57,14 +57,14 @@ class _Section(BaseModel):
 
 
 class BaseSection(_Section):
-    """The model that stays frozen."""
+    """The frozen base model."""
 
     model: str = Field(min_length=1, description="a folder with safetensors, or a hub name")
     revision: str | None = Field(
         None, min_length=1, max_length=255, description="branch, tag or commit of a hub name; main if absent"
     )
     quantization: str = Field("nf4", description="none, int8, nf4, fp4, or another installed quantiser")
-    double_quantization: bool = Field(True, description="quantise the constants of nf4 and fp4 too")
+    double_quantization: bool = Field(True, description="also quantise the constants of nf4 and fp4")
     task: str = Field("causal-lm", description="causal-lm, sequence-classification, or another installed task")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     device: str = Field(
@@ -73,50 +73,48 @@ class BaseSection(_Section):
 
 
 class DataSection(_Section):
-    """What it learns from; the form is recognised by the columns."""
+    """The training and evaluation data; its format is recognised by the columns."""
 
-    train: File = Field(description="JSONL, CSV, Parquet, or a folder of `datasets`")
-    eval: File | None = Field(None, description="the same, held out; without it nothing is measured")
-    max_length: Count = Field(1024, description="tokens of an example; what is cut is counted and reported")
+    train: File = Field(description="JSONL, CSV, Parquet, or a `datasets` folder")
+    eval: File | None = Field(None, description="held-out data, in the same formats; without it nothing is evaluated")
+    max_length: Count = Field(1024, description="maximum tokens per example; truncation is counted and reported")
 
 
 class TrainSection(_Section):
-    """How long, how much at once, how fast."""
+    """Length of the run, batch sizes, optimizer."""
 
     epochs: Count | None = Field(3, description="passes over the data; or give steps")
-    steps: Count | None = Field(None, description="optimizer steps, in place of epochs")
-    batch_tokens: Count | None = Field(4096, description="real tokens an optimizer step; packing decides the rows")
-    batch_examples: Count | None = Field(None, description="examples an optimizer step, in place of batch_tokens")
-    micro_tokens: Count = Field(
-        2048, description="at most so many tokens at once: memory depends on it, the result does not"
-    )
+    steps: Count | None = Field(None, description="optimizer steps, instead of epochs")
+    batch_tokens: Count | None = Field(4096, description="real tokens per optimizer step; packing decides the rows")
+    batch_examples: Count | None = Field(None, description="examples per optimizer step, instead of batch_tokens")
+    micro_tokens: Count = Field(2048, description="maximum tokens per micro-batch; affects memory, not the result")
     learning_rate: Number = Field(2e-4, gt=0, description="peak learning rate")
-    weight_decay: Number = Field(0.0, ge=0, description="AdamW's decoupled decay")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate after the warm-up")
-    warmup: Number = Field(0.03, ge=0, description="below 1 a share of the run, else steps")
-    clip: Number = Field(1.0, ge=0, description="largest norm of the gradient; 0: no clipping")
+    weight_decay: Number = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate after warm-up")
+    warmup: Number = Field(0.03, ge=0, description="below 1: fraction of the run; otherwise steps")
+    clip: Number = Field(1.0, ge=0, description="maximum gradient norm; 0: no clipping")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="compute dtype; auto: bf16 where the device is fast at it"
+        "auto", description="compute dtype; auto: bf16 if the device is fast at it"
     )
-    eval_every: Count | None = Field(None, description="steps between evaluations; without it one at the end")
+    eval_every: Count | None = Field(None, description="steps between evaluations; by default one at the end")
     eval_generate: Annotated[int, Field(strict=True, ge=0)] = Field(
-        100, description="prompts that an evaluation answers for exact match; 0: none"
+        100, description="prompts answered per evaluation to measure exact match; 0: none"
     )
-    patience: Count | None = Field(None, description="stop after so many evaluations without a gain")
+    patience: Count | None = Field(None, description="stop after this many evaluations without improvement")
     save_every: Count | None = Field(
-        None, description="steps between checkpoints; without it one about every ten minutes"
+        None, description="steps between checkpoints; by default one about every ten minutes"
     )
-    keep_checkpoints: Count = Field(2, description="so many of the last checkpoints are kept, and the best")
+    keep_checkpoints: Count = Field(2, description="number of latest checkpoints to keep, besides the best")
     non_finite: Literal["stop", "skip"] = Field(
-        "stop", description="a step whose loss or gradient is not finite ends the run, or is left out and counted"
+        "stop", description="if a step's loss or gradient is not finite: stop the run, or skip and count the step"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
     deterministic: bool = Field(
-        False, description="only kernels that give the same bits each time; on CUDA slower, elsewhere they are anyway"
+        False, description="use only bitwise reproducible kernels: slower on CUDA, no difference elsewhere"
     )
-    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = Field(0, description="of all randomness of the run")
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = Field(0, description="seed of all randomness in the run")
     trackers: Sequence[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        [], description="also log there (budwood[track])"
+        [], description="also log to these (needs budwood[track])"
     )
 
     @model_validator(mode="before")
@@ -127,7 +125,7 @@ class TrainSection(_Section):
         for default, other in (("epochs", "steps"), ("batch_tokens", "batch_examples")):
             if data.get(other) is not None:
                 if data.get(default) is not None:
-                    raise ValueError(f"train.{other}: excludes train.{default}; give one of them")
+                    raise ValueError(f"train.{other}: cannot be combined with train.{default}; give only one")
                 data = {**data, default: None}
             elif data.get(default, True) is None:
                 data = {key: value for key, value in data.items() if key != default}
@@ -136,31 +134,31 @@ class TrainSection(_Section):
     @model_validator(mode="after")
     def _fits(self) -> TrainSection:
         if self.warmup >= 1 and self.warmup != int(self.warmup):
-            raise ValueError(f"train.warmup: from 1 on it counts steps and must be whole (got {self.warmup})")
+            raise ValueError(f"train.warmup: from 1 on it counts steps, so it must be whole (got {self.warmup})")
         if self.patience and not self.eval_every:
             raise ValueError("train.patience: counts evaluations during the run; give train.eval_every too")
         return self
 
 
 class Choice(_Section):
-    """A strategy that the recipe names, with its options as they were written."""
+    """A strategy named in the recipe, with its options as written."""
 
-    name: str = Field(min_length=1, description="under which it is installed")
+    name: str = Field(min_length=1, description="the name it is installed under")
     options: dict[str, Any] = Field({}, description="its options; see `budwood plugins NAME`")
 
 
 class Recipe(_Section):
     """A recipe; get one from `load_recipe`, `Recipe.from_dict` or `default_recipe`."""
 
-    base: BaseSection = Field(description="the model that stays frozen")
-    data: DataSection = Field(description="what it learns from")
+    base: BaseSection = Field(description="the frozen base model")
+    data: DataSection = Field(description="training and evaluation data")
     strategies: Annotated[list[Choice], Field(min_length=1)] = Field(
-        description="what trains it, for instance `- lora: {rank: 8}`; names and one-key mappings"
+        description="the strategies to compose, such as `- lora: {rank: 8}`; names or one-key mappings"
     )
-    train: TrainSection = Field(TrainSection(), description="how long, how much at once, how fast")
-    output: File = Field(description="folder of the run; by default runs/ and the name of the recipe")
+    train: TrainSection = Field(TrainSection(), description="length of the run, batch sizes, optimizer")
+    output: File = Field(description="folder of the run; by default runs/ plus the recipe's name")
 
-    _places: Places = PrivateAttr(default_factory=lambda: Places("recipe"))
+    _source_map: SourceMap = PrivateAttr(default_factory=lambda: SourceMap("recipe"))
     _source: Path | None = PrivateAttr(None)
 
     @model_validator(mode="before")
@@ -178,7 +176,7 @@ class Recipe(_Section):
         if train.micro_tokens < data.max_length:
             raise ValueError(
                 f"train.micro_tokens: {train.micro_tokens} is less than data.max_length ({data.max_length}), "
-                "and an example must fit; raise the one or lower the other"
+                "but a whole example must fit; raise one or lower the other"
             )
         for name in ("eval_every", "patience"):
             if getattr(train, name) is not None and data.eval is None:
@@ -187,31 +185,31 @@ class Recipe(_Section):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
-        """Make a recipe from plain values, as they stand in a recipe file.
+        """Build a recipe from plain values, laid out as in a recipe file.
 
         Raises:
-            InputError: see `load_recipe`; files are not looked for.
+            InputError: see `load_recipe`; whether files exist is not checked.
         """
-        recipe, problems = _examine(copy.deepcopy(dict(data)), Places("recipe"), None, overrides)
-        return _sound(recipe, problems)
+        recipe, problems = _validate(copy.deepcopy(dict(data)), SourceMap("recipe"), None, overrides)
+        return _checked(recipe, problems)
 
     @property
     def source(self) -> Path | None:
-        """The file that it came from."""
+        """The file it was loaded from."""
         return self._source
 
     def where(self, *place: str | int) -> str:
-        """Return the line of a field ("recipe.yaml:7") or the override that set it; the nearest one around it.
+        """Return the source of a field ("recipe.yaml:7", or the override that set it), or of the nearest one around it.
 
-        A strategy stands under its name: `where("strategies", "lora", "rank")`.
+        Strategies are addressed by name: `where("strategies", "lora", "rank")`.
         """
         if len(place) > 1 and place[0] == "strategies" and isinstance(place[1], str):
             index = next((i for i, choice in enumerate(self.strategies) if choice.name == place[1]), None)
             place = ("strategies",) if index is None else ("strategies", index, "options", *place[2:])
-        return self._places.nearest(place)
+        return self._source_map.nearest(place)
 
     def to_dict(self, strategies: Sequence[Strategy] = ()) -> dict[str, Any]:
-        """Return plain values that `from_dict` reads; with built `strategies` every one of their options.
+        """Return plain values for `from_dict`; with built `strategies`, every one of their options is included.
 
         In the place of a secret stands a mask, which `from_dict` refuses. Paths and the model's name stay as they are,
         but for the credentials of a URL.
@@ -229,7 +227,7 @@ class Recipe(_Section):
         return masked
 
     def to_yaml(self, strategies: Sequence[Strategy] = ()) -> str:
-        """Return the recipe with every default written out; see `to_dict`."""
+        """Return the recipe as YAML with every default written out; see `to_dict`."""
         return dump(self.to_dict(strategies))
 
 
@@ -237,25 +235,25 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, YAML or JSON (`.json`), with `overrides` (KEY=VALUE) on top. Imports no plugin.
 
     Raises:
-        InputError: what is wrong, led by file and line or by the override: not UTF-8, not YAML, an unknown key, a
-            value out of range, a strategy, task or quantiser that is not installed, a data file that is not there.
+        InputError: names file and line, or the override: not UTF-8, not YAML, an unknown key, a value out of range, a
+            strategy, task or quantiser that is not installed, a missing data file.
     """
     recipe, problems = read_recipe(path, overrides)
-    return _sound(recipe, problems)
+    return _checked(recipe, problems)
 
 
 def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Recipe | None, list[str]]:
-    """Read a recipe as far as it can be read: what is wrong stands at its default, what is missing at `UNKNOWN`.
+    """Read as much of a recipe as possible: invalid values become defaults, missing ones `UNKNOWN`.
 
     Returns:
-        The recipe, None where it names no strategy; and all that is wrong, each as `load_recipe` would say it.
+        The recipe, or None if it names no strategy; and all problems, each as `load_recipe` would report it.
 
     Raises:
-        InputError: the file is no YAML or JSON that holds a mapping.
+        InputError: the file is not a YAML or JSON mapping.
     """
     path = Path(path)
-    data, places = read_recipe_file(path)
-    recipe, problems = _examine(data, places, path, overrides)
+    data, source_map = read_recipe_file(path)
+    recipe, problems = _validate(data, source_map, path, overrides)
     for field in ("train", "eval"):
         file = getattr(recipe.data, field) if recipe is not None else None
         if recipe is not None and file not in (None, Path(UNKNOWN)) and not file.exists():
@@ -275,7 +273,7 @@ def default_recipe(
     output: Path | str | None = None,
     overrides: Sequence[str] = (),
 ) -> Recipe:
-    """Return the recipe of `budwood tune FILE --base DIR`: LoRA, everything else by default.
+    """Return the recipe behind `budwood tune FILE --base DIR`: LoRA, with defaults for everything else.
 
     Raises:
         InputError: see `load_recipe`.
@@ -287,15 +285,15 @@ def default_recipe(
     if output is not None:
         data["output"] = str(output)
     if not Path(train).exists():
-        raise InputError(f"{train}: there is no such file (from {Path.cwd()}).")
+        raise InputError(f"{train}: no such file (from {Path.cwd()}).")
     return Recipe.from_dict(data, overrides)
 
 
 def build_composition(recipe: Recipe) -> Composition:
-    """Import and build the recipe's strategies, in their solved order.
+    """Import and build the recipe's strategies, in resolved order.
 
     Raises:
-        InputError: an option is wrong (with its line), or the strategies do not fit together.
+        InputError: an option is wrong (with its line), or the strategies cannot be combined.
         PluginError: a plugin is broken.
     """
     strategies = []
@@ -308,49 +306,49 @@ def build_composition(recipe: Recipe) -> Composition:
     return Composition(strategies)
 
 
-def _sound(recipe: Recipe | None, problems: Sequence[str]) -> Recipe:
-    """The recipe, if nothing is wrong with it; else the first problem is raised, with the others."""
+def _checked(recipe: Recipe | None, problems: Sequence[str]) -> Recipe:
+    """Return the recipe if it has no problems; else raise the first one, with the others attached."""
     if recipe is None or problems:
-        more = f" ({len(problems) - 1} more: `budwood plan` lists all)" if len(problems) > 1 else ""
+        more = f" ({len(problems) - 1} more: `budwood plan` lists them)" if len(problems) > 1 else ""
         raise InputError(problems[0] + more, problems)
     return recipe
 
 
-def _examine(
-    data: dict[str, Any], places: Places, source: Path | None, overrides: Sequence[str]
+def _validate(
+    data: dict[str, Any], source_map: SourceMap, source: Path | None, overrides: Sequence[str]
 ) -> tuple[Recipe | None, list[str]]:
-    """See `read_recipe`; `data` is used up."""
+    """See `read_recipe`; modifies `data`."""
     remember(data)
-    problems = normalise_strategies(data, places)
+    problems = normalise_strategies(data, source_map)
     items_are_wrong = bool(problems)
-    problems += apply_overrides(data, places, overrides, Recipe.model_fields)
+    problems += apply_overrides(data, source_map, overrides, Recipe.model_fields)
     remember(data)
-    problems += find_masked(data, places)
+    problems += find_masked(data, source_map)
     if data.get("output") is None:
         section = data.get("data")
         train = section.get("train") if isinstance(section, dict) else None
         data["output"] = f"runs/{source.stem if source else Path(str(train)).stem}"
     recipe: Recipe | None = None
-    mended: set[Location] = set()
-    meant: set[Location] = set()
+    reset: set[Location] = set()
+    suggested: set[Location] = set()
     while recipe is None:
         try:
             recipe = Recipe.model_validate(data)
         except ValidationError as error:
             for place, text in find_problems(error, Recipe):
-                across = place in ((), ("train",)) and text.startswith("train.")  # such a check names its own field
+                across = place in ((), ("train",)) and text.startswith("train.")  # this check names its field itself
                 at = tuple(text.partition(":")[0].split(".")) if across else place
-                told = at == ("strategies",) and items_are_wrong
-                told = told or at in meant  # and misspelt
-                told = told or (across and any(dotted(other) in text for other in mended | meant))  # of the mending
-                if not told:
-                    problems.append(f"{places.nearest(at)}: {'' if across else dotted(at) + ': '}{sentence(text)}")
+                reported = at == ("strategies",) and items_are_wrong
+                reported = reported or at in suggested  # there, but misspelt
+                caused_by_reset = across and any(dotted(other) in text for other in reset | suggested)
+                if not (reported or caused_by_reset):
+                    problems.append(f"{source_map.nearest(at)}: {'' if across else dotted(at) + ': '}{sentence(text)}")
                 at = tuple(takewhile(lambda part: isinstance(part, str), at))
-                if at in mended or not _mend(data, at):
+                if at in reset or not _reset_to_default(data, at):
                     return None, problems
-                mended.add(at)
-                meant.update((*at[:-1], near[1]) for near in re.finditer(r"Did you mean '(\w+)'", text))
-    recipe._places, recipe._source = places, source
+                reset.add(at)
+                suggested.update((*at[:-1], near[1]) for near in re.finditer(r"Did you mean '(\w+)'", text))
+    recipe._source_map, recipe._source = source_map, source
     named: list[tuple[Location, str, str]] = [
         (("base", "quantization"), recipe.base.quantization, QUANTIZERS),
         (("base", "task"), recipe.base.task, TASKS),
@@ -360,12 +358,12 @@ def _examine(
         try:
             find(name, group)
         except InputError as error:
-            problems.append(f"{places.nearest(place)}: {error}")
+            problems.append(f"{source_map.nearest(place)}: {error}")
     return recipe, problems
 
 
-def _mend(data: dict[str, Any], place: Location) -> bool:
-    """Take what is wrong out of `data`, so that its default takes its place; whether that can be done."""
+def _reset_to_default(data: dict[str, Any], place: Location) -> bool:
+    """Reset an invalid value in `data` to its default; return whether that is possible."""
     required: dict[Location, Any] = {
         ("base",): {"model": UNKNOWN}, ("base", "model"): UNKNOWN,
         ("data",): {"train": UNKNOWN}, ("data", "train"): UNKNOWN,

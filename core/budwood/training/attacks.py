@@ -12,7 +12,7 @@ from ruamel.yaml import YAML, YAMLError
 from torch import Tensor
 
 from budwood.contract.attack import Attack
-from budwood.contract.calls import blame
+from budwood.contract.calls import attribute_errors
 from budwood.contract.discovery import PluginError
 from budwood.contract.examples import Batch
 from budwood.contract.loading import load, start, validate_options
@@ -103,7 +103,7 @@ def _changed(run: Run, attack: Attack, build: Callable[..., Examples]) -> Exampl
 
     def change(row: Mapping[str, Any], index: int) -> Mapping[str, Any]:
         nonlocal changed, rows
-        with blame(attack, "change"):
+        with attribute_errors(attack, "change"):
             new = attack.change(row, index, form)
         if not isinstance(new, Mapping):
             raise PluginError(f"{attack}, change: returned a {type(new).__name__}; it must return the row, a mapping.")
@@ -132,7 +132,7 @@ def _noise(run: Run, attack: Attack) -> Callable[[Batch], Tensor | None]:
     def find_noise(batch: Batch) -> Tensor | None:
         run.counts = batch.counts
         step = Step(run, batch, engine)
-        with torch.enable_grad(), blame(attack, "noise"):
+        with torch.enable_grad(), attribute_errors(attack, "noise"):
             noise = attack.noise(step)
         if noise is not None and not (isinstance(noise, Tensor) and noise.shape == step.zero_noise().shape):
             found = list(noise.shape) if isinstance(noise, Tensor) else f"a {type(noise).__name__}"

@@ -13,7 +13,7 @@ import torch
 from budwood.adapters.golden import comparable, current_setting, threads
 from budwood.adapters.store import read_adapter
 from budwood.adapters.verify import base_name, open_pool
-from budwood.contract.calls import blame
+from budwood.contract.calls import attribute_errors
 from budwood.contract.loading import create
 from budwood.contract.types import Run
 from budwood.data.build import build_examples
@@ -97,7 +97,7 @@ def evaluate_adapter(
         form = recognise(read_rows(data).columns, task_name, str(data)).name
         modules = skeleton(name, task.auto_class)
         for attack in chosen_attacks.values():
-            with blame(attack, "check"):
+            with attribute_errors(attack, "check"):
                 attack.check(form, task_name, modules)
     pool = open_pool(
         saved, base, quantization=quantization, precision=precision, device=device, allow_other_base=allow_other_base

@@ -11,7 +11,7 @@ from budwood.contract.registry import Composition
 from budwood.contract.types import Event, Run
 from budwood.errors import DivergedError, Interrupted, ResourceError
 from budwood.model.checkpoint import one_revision
-from budwood.model.quiet import hush
+from budwood.model.quiet import silence_libraries
 from budwood.recipe.schema import Recipe, load_recipe
 from budwood.training.batches import optimizer_steps
 from budwood.training.durability.checkpoint import NotSavedError, Saver
@@ -60,7 +60,7 @@ def tune(
     Raises:
         BudwoodError: one of its subclasses, with the exit code that the command ends with.
     """
-    hush()
+    silence_libraries()
     report, signals = Report(quiet), Signals()
     report.mute = not first_process()
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))

@@ -18,7 +18,7 @@ from budwood.training.durability.changes import named_parameters
 from budwood.training.step import Engine
 
 MAX_SKIPPED = 20
-"""Consecutive steps that may be skipped before the run counts as diverged."""
+"""Consecutive steps that may be skipped before the run is considered diverged."""
 
 
 def check_skip(
@@ -31,14 +31,14 @@ def check_skip(
     skipped: int,
     scaled: bool,
 ) -> None:
-    """Return where a step that is not finite may be skipped, which is said; the caller leaves all state as it was.
+    """Return if a non-finite step may be skipped, and report it; the caller leaves all state unchanged.
 
     Args:
         batches: the step's micro-batches on this process.
         values: its loss terms and their sum, over all processes.
-        norm: of its gradient, over all processes.
-        skipped: steps in a row that were not finite, this one included.
-        scaled: the loss is scaled for fp16: a gradient that overflows under a finite loss is the scaler's to mend.
+        norm: its gradient norm, over all processes.
+        skipped: consecutive non-finite steps, including this one.
+        scaled: the loss is scaled for fp16: an overflowing gradient under a finite loss is left to the scaler.
 
     Raises:
         DivergedError: the recipe says stop, too many in a row were skipped, or the parameters are not finite.
@@ -101,7 +101,7 @@ def _cause(
 
 
 def _gather(run: Run, rows: list[int]) -> list[int]:
-    """The rows of all processes, in order."""
+    """Return the rows of all processes, sorted."""
     found: list[Any] = [rows]
     if run.processes > 1:
         found = [None] * run.processes

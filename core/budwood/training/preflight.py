@@ -1,4 +1,4 @@
-"""What can be refused at once: output folder, data rows, base. Imports no torch, so that a mistake costs no wait."""
+"""Refuses what it can at once: output folder, data rows, base. Imports no torch, so that a mistake costs no wait."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from budwood.training.durability.lock import first_process, holder, in_use
 from budwood.untrusted.files import check_folder
 
 LARGE = 64 << 20
-"""Larger data files, in bytes, are looked through only when they are read for training."""
+"""Data files above this size, in bytes, are only checked when they are read for training."""
 
 
 def preflight(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> BaseInfo:
-    """Check output, strategies with their options, data and base as far as files alone tell.
+    """Check output, strategies with their options, data and base, as far as files alone can tell.
 
     Raises:
-        InputError: the output folder is in use, an option is wrong, the strategies do not fit together, a data file is
-            malformed, the base is none.
+        InputError: the output folder is in use, an option is wrong, the strategies cannot be combined, a data file is
+            malformed, or the base is not a base.
         ResourceError: the output cannot be written, a plugin is broken, or the hub cannot be reached.
         CorruptError: a file of the base is damaged.
     """
     check_output(recipe.output, overwrite, resume)
-    hide_hub_kernels()  # before a plugin imports peft, which imports bitsandbytes, which fetches them
+    hide_hub_kernels()  # before a plugin imports peft, which imports bitsandbytes, which downloads them
     build_composition(recipe)
     for path in (recipe.data.train, recipe.data.eval):
         if path is not None and (path.is_dir() or not path.exists() or path.stat().st_size <= LARGE):
@@ -38,17 +38,17 @@ def preflight(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> 
 
 
 def check_output(directory: Path, overwrite: bool, resume: bool = False) -> None:
-    """Refuse an output folder that holds something, or that cannot be written. Hidden files do not count.
+    """Refuse an output folder that is not empty or cannot be written. Hidden files do not count.
 
-    Of a run's processes the first alone looks.
+    Only a run's first process checks.
 
     Raises:
-        InputError: it holds a run that shall neither go on nor be replaced, or other files, or is a file.
+        InputError: it holds a run that is neither to be resumed nor replaced, holds other files, or is a file.
         ResourceError: it cannot be written.
     """
     if overwrite and resume:
-        raise InputError("--resume goes on with a run and --overwrite replaces it: give one of them.")
-    if not first_process():  # the first may hold the folder already, and have put files into it
+        raise InputError("--resume continues a run and --overwrite replaces it: give only one.")
+    if not first_process():  # the first may hold the folder already and have written files to it
         return
     check_folder(directory, "output:")
     if directory.exists() and not directory.is_dir():
@@ -56,12 +56,12 @@ def check_output(directory: Path, overwrite: bool, resume: bool = False) -> None
     if directory.is_dir() and any(not path.name.startswith(".") for path in directory.iterdir()):
         manifest = read_manifest(directory)
         if manifest is None:
-            raise InputError(f"output: {directory} is not empty and holds no run: name another folder.")
+            raise InputError(f"output: {directory} is not empty and does not hold a run: name another folder.")
         if not (overwrite or resume) and (running := holder(directory)):
             raise in_use(directory, running)
         if not (overwrite or resume or manifest.get("finished")):
             raise InputError(
-                f"output: {directory} holds a run that is not finished: go on with --resume, start over with "
+                f"output: {directory} holds an unfinished run: continue it with --resume, start over with "
                 "--overwrite, or name another folder."
             )
         if not (overwrite or resume):
@@ -72,7 +72,7 @@ def check_output(directory: Path, overwrite: bool, resume: bool = False) -> None
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """The manifest.json of a run's folder, {} where it cannot be read; None where there is none."""
+    """Return the manifest.json of a run's folder; {} if it cannot be read, None if there is none."""
     path = directory / "manifest.json"
     if not path.is_file():
         return None

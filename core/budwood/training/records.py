@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl and the trackers. Neither can stop a run; what they lack is counted."""
+"""Writes a run's records to metrics.jsonl and the trackers. Neither can stop a run; what they lose is counted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Say = Callable[[str], None]
 
 
 class MetricsFile:
-    """metrics.jsonl, a JSON object a line. A line that the disk does not take leaves nothing behind."""
+    """metrics.jsonl, one JSON object per line. A line that cannot be written leaves nothing behind."""
 
     def __init__(self, path: Path, say: Say, append: bool = False) -> None:
         self.path, self._say, self.lost = path, say, 0
@@ -31,10 +31,10 @@ class MetricsFile:
 
     def _warn(self, error: OSError) -> None:
         why = error.strerror or error
-        self._say(f"warning: {self.path} cannot be written ({why}); the run goes on, and counts what is lost")
+        self._say(f"warning: {self.path} cannot be written ({why}); the run continues and counts what is lost")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Add a line, or count it as lost; the first loss is said."""
+        """Append a line, or count it as lost; the first loss is reported."""
         line = json.dumps(record).encode() + b"\n"
         try:
             if self._file is None:
@@ -46,27 +46,27 @@ class MetricsFile:
             self.lost += 1
             if self.lost == 1 and self._file is not None:
                 self._warn(error)
-            self._take_back()
+            self._truncate()
 
-    def _take_back(self) -> None:
-        """Cut off what was written of a line, so that the next one stands alone."""
-        with contextlib.suppress(OSError, AttributeError):  # a line that is no JSON is skipped when it is read
+    def _truncate(self) -> None:
+        """Cut off a partly written line, so that the next one starts on its own."""
+        with contextlib.suppress(OSError, AttributeError):  # a line that is not JSON is skipped on reading
             self._file.truncate(self._end)
             self._file.seek(self._end)
 
     def close(self) -> None:
-        """Close the file, and say how much it lacks."""
+        """Close the file and report what it lost."""
         try:
             if self._file is not None:
                 self._file.close()
         except OSError as error:
-            self._say(f"warning: {self.path} may lack its last lines ({error.strerror or error})")
+            self._say(f"warning: {self.path} may be missing its last lines ({error.strerror or error})")
         if self.lost:
-            self._say(f"warning: {self.path} lacks {self.lost} records, which could not be written")
+            self._say(f"warning: {self.path} is missing {self.lost} records, which could not be written")
 
 
 class Trackers:
-    """The trackers of a run, each by itself. One that fails is asked again after 1, 2, 4, … records."""
+    """The trackers of a run, independent of each other. One that fails is retried after 1, 2, 4, … records."""
 
     def __init__(self, accelerator: Any, config: Mapping[str, Any], say: Say) -> None:
         self._say = say
@@ -77,12 +77,12 @@ class Trackers:
         try:
             accelerator.init_trackers("budwood", config=flat(config))
         except Exception as error:
-            say(f"warning: no tracker is used: they did not start ({describe(error)}); the run goes on")
+            say(f"warning: the trackers did not start ({describe(error)}); the run continues without them")
             return
         self._trackers = {tracker.name: tracker for tracker in accelerator.trackers}
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Tell every tracker; the first failure of each is said."""
+        """Send a record to every tracker; the first failure of each is reported."""
         for name, tracker in self._trackers.items():
             if self._wait.get(name, 0) > 0:
                 self._wait[name] -= 1
@@ -94,26 +94,26 @@ class Trackers:
             except Exception as error:
                 if name not in self.lost:
                     self._say(
-                        f"warning: tracker {name} failed ({describe(error)}); the run goes on, and counts what is lost"
+                        f"warning: tracker {name} failed ({describe(error)}); the run continues and counts what is lost"
                     )
                 self.lost[name] = self.lost.get(name, 0) + 1
                 self._wait[name] = 2 ** self._failures.get(name, 0)
                 self._failures[name] = self._failures.get(name, 0) + 1
 
     def close(self) -> None:
-        """Finish the trackers, and say what they lack."""
+        """Finish the trackers and report what they lost."""
         for name, tracker in self._trackers.items():
             try:
                 tracker.finish()
             except Exception as error:
                 self._say(f"warning: tracker {name} did not finish ({describe(error)})")
             if name in self.lost:
-                self._say(f"warning: tracker {name} lacks {self.lost[name]} records")
+                self._say(f"warning: tracker {name} is missing {self.lost[name]} records")
         self._trackers = {}
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values as "section.field": value, each a number, a text, or JSON."""
+    """Flatten nested values to "section.field": value, each a number, a string, or JSON."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):

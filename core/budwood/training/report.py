@@ -1,4 +1,4 @@
-"""What a run shows and writes: lines, a progress bar, metrics.jsonl, loss.png, and the trackers."""
+"""Shows and records a run: lines, a progress bar, metrics.jsonl, loss.png, and the trackers."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from budwood.untrusted.files import complete_file
 from budwood.untrusted.redaction import redact, redact_values
 
 PLAIN_LINES = 4
-"""Progress lines of a whole run where there is no terminal."""
+"""Progress lines per run without a terminal."""
 
 
 class Report:
-    """Speaks and writes for one run; every process but the first is `mute` and does neither.
+    """The output of one run. All processes but the first are `mute`: they print and write nothing.
 
-    Lines and progress go to stderr unless `quiet`. A terminal, a log, a tracker or a plot that fails never stops the
-    run: it is said once, and what was lost is counted.
+    Lines and progress go to stderr unless `quiet`. A terminal, log, tracker or plot that fails never stops the run: it
+    is reported once, and what was lost is counted.
     """
 
     mute = False
@@ -50,25 +50,25 @@ class Report:
         self._total = self._first = 0
 
     def say(self, text: str) -> None:
-        """Show one line."""
+        """Print one line."""
         if not (self.quiet or self.mute):
             self.console.print(redact(text), markup=False)
 
     def open(
         self, directory: Path, accelerator: Any, trackers: Sequence[str], config: Mapping[str, Any], step: int = 0
     ) -> None:
-        """Begin metrics.jsonl in `directory`, or go on with it after `step`, and start the trackers."""
+        """Create metrics.jsonl in `directory`, or continue it after `step`, and start the trackers."""
         if self.mute:
             return
         path = directory / "metrics.jsonl"
         if step and path.exists():
-            complete_file(path, b"".join(_until(step, path.read_bytes().splitlines(keepends=True))))
+            complete_file(path, b"".join(_kept_lines(step, path.read_bytes().splitlines(keepends=True))))
         self._metrics = MetricsFile(path, self.say, append=step > 0)
         if trackers:
             self._trackers = Trackers(accelerator, config, self.say)
 
     def start(self, total: int, done: int = 0) -> None:
-        """Begin the progress of `total` optimizer steps, `done` of them before; tokens/s are counted from here."""
+        """Start the progress of `total` optimizer steps, `done` of them complete; tokens/s count from here."""
         self._total, self._first, self._clock = total, done, time.perf_counter()
         if not (self.quiet or self.mute) and self.console.is_terminal:
             self._progress = Progress(
@@ -94,16 +94,16 @@ class Report:
 
     @property
     def seconds(self) -> float:
-        """Wall-clock seconds since the report was made."""
+        """Wall-clock seconds since the report was created."""
         return time.perf_counter() - self.started
 
     @property
     def tokens_per_second(self) -> float:
-        """Real tokens a second since `start`, evaluations included."""
+        """Real tokens per second since `start`, evaluations included."""
         return self._tokens / max(time.perf_counter() - self._clock, 1e-9)
 
     def record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Write one line of metrics.jsonl, and tell the trackers."""
+        """Write one record to metrics.jsonl and to the trackers."""
         if self._metrics is None:
             return
         finite = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
@@ -118,7 +118,7 @@ class Report:
             self._progress = None
 
     def close(self) -> None:
-        """Close metrics.jsonl and the trackers, and say what they lack."""
+        """Close metrics.jsonl and the trackers, and report what they lost."""
         self.stop()
         for records in (self._metrics, self._trackers):
             if records is not None:
@@ -135,7 +135,7 @@ class Report:
 
     @property
     def lost(self) -> dict[str, int]:
-        """What was lost up to now, counted: lines of the terminal, records of metrics.jsonl and of each tracker."""
+        """Counts of what was lost so far: terminal lines, records of metrics.jsonl and of each tracker."""
         records = self._metrics.lost if self._metrics is not None else 0
         trackers = self._trackers.lost if self._trackers is not None else {}
         found = {"terminal lines": self._terminal.lost, "metrics.jsonl records": records}
@@ -143,10 +143,10 @@ class Report:
         return {name: count for name, count in found.items() if count}
 
 
-def _until(step: int, lines: Sequence[bytes]) -> Iterator[bytes]:
-    """The lines of metrics.jsonl that stand as they are when a run goes on after `step`.
+def _kept_lines(step: int, lines: Sequence[bytes]) -> Iterator[bytes]:
+    """Yield the lines of metrics.jsonl to keep when a run resumes after `step`.
 
-    An evaluation of that very step is made again. A line that a killed process left half written is dropped.
+    An evaluation at that step is repeated. A line that a killed process left half written is dropped.
     """
     for line in lines:
         for record in _records([line]):
@@ -155,7 +155,7 @@ def _until(step: int, lines: Sequence[bytes]) -> Iterator[bytes]:
 
 
 def _records(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
-    """The records of metrics.jsonl, without lines that are none."""
+    """Yield the records of metrics.jsonl, skipping invalid lines."""
     for line in lines:
         try:
             record = json.loads(line)
@@ -197,13 +197,13 @@ def draw_loss(metrics: Path, picture: Path) -> None:
 
 
 def profile_table(costs: Sequence[Cost], seconds: float) -> list[str]:
-    """Lines of a table of what hooks and core's parts have cost, the dearest first; the last is what no row holds.
+    """Return the lines of a table of costs of hooks and core's parts, most expensive first; the last row is the rest.
 
     Args:
-        costs: of a run that was profiled, sorted.
-        seconds: of the whole run.
+        costs: of a profiled run, sorted.
+        seconds: duration of the whole run.
     """
-    head = ("whose", "what", "calls", "own time", "share", "with all inside", "peak raised by")
+    head = ("owner", "hook", "calls", "own time", "share", "total time", "peak growth")
     rows = [
         (
             cost.owner, cost.hook, f"{cost.calls:,}", f"{cost.own_seconds:.3f} s",
@@ -213,7 +213,7 @@ def profile_table(costs: Sequence[Cost], seconds: float) -> list[str]:
         for cost in costs
     ]  # fmt: skip
     rest = max(seconds - sum(cost.own_seconds for cost in costs), 0.0)
-    rows.append(("core", "elsewhere", "", f"{rest:.3f} s", f"{rest / max(seconds, 1e-9):.1%}", "", ""))
+    rows.append(("core", "everything else", "", f"{rest:.3f} s", f"{rest / max(seconds, 1e-9):.1%}", "", ""))
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     return [
         "  ".join(
@@ -225,20 +225,20 @@ def profile_table(costs: Sequence[Cost], seconds: float) -> list[str]:
 
 
 def peak_memory() -> int:
-    """Peak memory in bytes: of the CUDA allocator where there is one in use, else the process's resident peak."""
+    """Return the peak memory in bytes: the CUDA allocator's if it is in use, else the process's resident peak."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
     return resident_peak()
 
 
 def resident_peak() -> int:
-    """The process's resident peak in bytes; asked in a microsecond."""
+    """Return the process's resident peak in bytes; takes a microsecond."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: "42 s", "3 min 05 s", "2 h 10 min"."""
+    """Return a human-readable duration: "42 s", "3 min 05 s", "2 h 10 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

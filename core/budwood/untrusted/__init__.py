@@ -1,1 +1,1 @@
-"""What reads files and text from outside: headers, JSON, names and paths, redaction, the template sandbox."""
+"""Guards against untrusted input: safetensors headers, JSON, names and paths, redaction, the template sandbox."""

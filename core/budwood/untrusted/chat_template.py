@@ -1,7 +1,7 @@
-"""Chat templates are programs of the base's author: they run in jinja's sandbox, in a process with little room.
+"""Runs chat templates, which are untrusted programs, in jinja's sandbox inside a process with tight limits.
 
-The sandbox keeps a template from the machine. It does not keep it from looping for ever or from asking for all memory,
-often within one call that nothing in the same process can interrupt; the limits of a process of its own do.
+The sandbox cuts a template off from the machine. It does not stop it from looping forever or allocating all memory,
+often inside one call that nothing in the same process can interrupt. The limits of a separate process do.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from typing import Any
 from budwood.errors import InputError, ResourceError
 
 SECONDS = 5.0
-"""Processor time for one conversation; a template of a real model takes about a ten-thousandth of it."""
+"""CPU time limit per conversation; a real model's template takes about a ten-thousandth of it."""
 MEMORY = 1 << 30
-"""Bytes for one conversation."""
-KEPT = 4
-"""Templates whose processes are kept."""
+"""Memory limit per conversation, in bytes."""
+MAX_PROCESSES = 4
+"""Processes kept alive, one per template."""
 GROUP = 1 << 17
-"""Characters that are sent at once: to ask for each conversation alone would cost more than to render it."""
+"""Characters sent at once: a round trip per conversation would cost more than rendering it."""
 
 Conversation = tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]
-"""Messages of plain JSON values (what is none is given as text), and variables for the template."""
+"""Messages of plain JSON values (anything else is sent as text), and variables for the template."""
 
 _processes: dict[tuple[int, str], _Process] = {}
 _lock = threading.Lock()
 
 
 def render(template: str, conversations: Iterable[Conversation]) -> Iterator[str | InputError]:
-    """Render conversations by a chat template, each as transformers' `apply_chat_template` does.
+    """Render conversations with a chat template, each as transformers' `apply_chat_template` does.
 
     Args:
         template: jinja source.
-        conversations: messages and variables, `add_generation_prompt` and special tokens among them.
+        conversations: messages and variables, including `add_generation_prompt` and special tokens.
 
     Yields:
-        For each its text, or the error "the chat template …": it refuses the conversation, does what the sandbox
-        forbids, or needs more than 5 s of processor time, 1 GiB or 16 Mi characters.
+        The text of each, or the error "the chat template …" if the template refuses the conversation, does what the
+        sandbox forbids, or needs more than 5 s of CPU time, 1 GiB or 16 Mi characters.
 
     Raises:
-        ResourceError: its process cannot be started.
+        ResourceError: the process cannot be started.
     """
     for group in _groups(conversations):
         while group:
@@ -57,7 +57,7 @@ def render(template: str, conversations: Iterable[Conversation]) -> Iterator[str
 
 
 def _groups(conversations: Iterable[Conversation]) -> Iterator[list[str]]:
-    """Conversations as JSON, as many together as are sent at once."""
+    """Group conversations, as JSON, into batches that are sent at once."""
     group: list[str] = []
     size = 0
     for messages, variables in conversations:
@@ -71,8 +71,8 @@ def _groups(conversations: Iterable[Conversation]) -> Iterator[list[str]]:
 
 
 def _ask(template: str, group: list[str]) -> list[str | InputError]:
-    """Answers to the conversations of a group, at least one; the first that ends the process is the last of them."""
-    key = (os.getpid(), template)  # a forked process must not talk into its parent's pipes
+    """Return answers to a group of conversations, at least one; an answer that ends the process is the last."""
+    key = (os.getpid(), template)  # a forked process must not write to its parent's pipes
     answers: list[str | InputError] = []
     with _lock:
         process = _processes.pop(key, None) or _Process(template)
@@ -82,12 +82,12 @@ def _ask(template: str, group: list[str]) -> list[str | InputError]:
                 answers.append(process.receive())
         except EOFError:
             answers.append(process.end())
-        except BaseException:  # Ctrl-C too: what it would still answer belongs to no question
+        except BaseException:  # Ctrl-C too: a late answer would be taken for that of the next question
             process.end()
             raise
         else:
             _processes[key] = process
-            while len(_processes) > KEPT:
+            while len(_processes) > MAX_PROCESSES:
                 _processes.pop(next(iter(_processes))).end()
     return answers
 
@@ -111,8 +111,8 @@ class _Process:
             self.receive()
         except (OSError, EOFError) as error:
             self._errors.seek(0)
-            said = self._errors.read().decode(errors="replace").strip().splitlines() or [str(error)]
-            raise ResourceError(f"the process that renders chat templates did not start: {said[-1]}") from error
+            lines = self._errors.read().decode(errors="replace").strip().splitlines() or [str(error)]
+            raise ResourceError(f"the process that renders chat templates did not start: {lines[-1]}") from error
 
     def send(self, values: list[str]) -> None:
         assert self._popen.stdin is not None
@@ -120,13 +120,13 @@ class _Process:
             self._popen.stdin.write(f"[{', '.join(values)}]\n".encode())
             self._popen.stdin.flush()
         except BrokenPipeError as error:
-            raise EOFError("it ended") from error
+            raise EOFError("the process ended") from error
 
     def receive(self) -> str | InputError:
         assert self._popen.stdout is not None
         line = self._popen.stdout.readline()
         if not line.endswith(b"\n"):
-            raise EOFError("it ended")
+            raise EOFError("the process ended")
         reply = json.loads(line)
         if "text" in reply:
             return str(reply["text"])
@@ -135,12 +135,12 @@ class _Process:
         return InputError(f"the chat template refuses the conversation: {reply['error'].splitlines()[0][:300]}")
 
     def end(self) -> InputError:
-        """End it, if it has not ended; what to say of a conversation during which it did."""
+        """Kill the process if it is still running; return the error for the conversation during which it ended."""
         self._popen.kill()
         self._popen.communicate()
         self._errors.close()
         if self._popen.returncode == -signal.SIGPROF:
             return InputError(
-                f"the chat template takes more than {SECONDS:g} s for one conversation: does it never end?"
+                f"the chat template takes more than {SECONDS:g} s for one conversation: does it loop forever?"
             )
-        return InputError("the chat template nests too deep or needs too much memory.")
+        return InputError("the chat template nests too deeply or needs too much memory.")

@@ -1,4 +1,4 @@
-"""Names that leave no root, and folders that appear complete or not at all. Imports no torch."""
+"""Checks names and paths, and writes files and folders that appear complete or not at all. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,99 +21,104 @@ _RESERVED_NAMES = {"con", "prn", "aux", "nul", *(f"com{n}" for n in range(10)), 
 
 
 def check_name(name: str, what: str = "adapter") -> str:
-    """Return `name` when it can name a file on every system and leave no root.
+    """Return `name` if it is a valid file name on every system and cannot lead out of its folder.
 
     Raises:
-        InputError: it is empty, longer than 64, a device's name, or holds other than letters, digits, `_`, `-`, `.`.
+        InputError: it is empty, longer than 64 characters, a device name, or contains anything but letters, digits,
+            `_`, `-` and `.`.
     """
     shown = name if len(name) <= 40 else name[:37] + "..."
     if len(name) > 64:
         raise InputError(f"{what} name {shown!r} has {len(name)} characters: use at most 64.")
     if not re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_-])?", name) or ".." in name:
-        raise InputError(f"{what} name {shown!r}: use letters, digits, '_', '-' and '.', and begin with no sign.")
+        raise InputError(
+            f"{what} name {shown!r}: use letters, digits, '_', '-' and '.', and start with a letter, a digit or '_'."
+        )
     if name.split(".")[0].lower() in _RESERVED_NAMES:
-        raise InputError(f"{what} name {shown!r} is the name of a device: choose another.")
+        raise InputError(f"{what} name {shown!r} is a device name: choose another.")
     return name
 
 
 def check_folder(directory: Path, what: str = "folder") -> Path:
-    """Return `directory` when a folder can have this path on every system, and it is no device's.
+    """Return `directory` if it is a valid folder path on every system and not a device's.
 
     Raises:
-        InputError: a part of it is longer than 255 bytes, a device's name, or holds control characters or marks that
-            are not seen (zero width, direction of writing); or it lies in /dev, /proc or /sys.
+        InputError: a part of it is longer than 255 bytes, a device name, or contains control or invisible characters
+            (zero width, writing direction); or it is in /dev, /proc or /sys.
     """
     shown = shorten("".join(c if c.isprintable() else "?" for c in str(directory)))
     for part in directory.parts:
         if not part.isprintable():
-            raise InputError(f"{what} {shown}: holds characters that cannot be seen: choose another name.")
+            raise InputError(f"{what} {shown}: contains invisible characters: choose another name.")
         if len(os.fsencode(part)) > 255:
-            raise InputError(f"{what} {shown}: a name of {len(os.fsencode(part))} bytes; at most 255 can be.")
+            raise InputError(f"{what} {shown}: a name has {len(os.fsencode(part))} bytes; the limit is 255.")
         if part.split(".")[0].strip().lower() in _RESERVED_NAMES:
-            raise InputError(f"{what} {shown}: '{part}' is the name of a device: choose another.")
+            raise InputError(f"{what} {shown}: '{part}' is a device name: choose another.")
     parts = Path(os.path.abspath(directory)).parts
     if parts[1:2] in (("dev",), ("proc",), ("sys",)) and parts[1:3] != ("dev", "shm"):
-        raise InputError(f"{what} {shown}: lies among the system's devices: choose another.")
+        raise InputError(f"{what} {shown}: is in one of the system's device folders: choose another.")
     return directory
 
 
 def check_inside(directory: Path, names: Iterable[str]) -> None:
-    """Check that files of a folder, which a stranger may have named, lie in it; links that lead out are refused.
+    """Check that files named by an untrusted source are inside `directory`; links that lead out are refused.
 
     Raises:
-        CorruptError: it names the first that does not, or that no file can be called.
+        CorruptError: names the first file that is outside, or whose name is invalid.
     """
     root = os.path.realpath(directory)
     snapshots, repository = os.path.split(os.path.dirname(root))[::-1]
-    cached = os.path.join(repository, "blobs") if snapshots == "snapshots" else root  # where the hub's cache keeps them
+    cached = (
+        os.path.join(repository, "blobs") if snapshots == "snapshots" else root
+    )  # where the hub's cache keeps files
     for name in names:
         if not name.isprintable() or len(name) > 200 or name.startswith("~") or ".." in Path(name).parts:
-            raise CorruptError(f"{directory}: names a file {shorten(repr(name))}, which it cannot hold.")
+            raise CorruptError(f"{directory}: refers to a file {shorten(repr(name))}, which cannot be inside it.")
         place = os.path.realpath(os.path.join(directory, name))
         if not place.startswith((root + os.sep, cached + os.sep)):
             raise CorruptError(f"{directory / name}: leads out of its folder.")
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, as hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def complete_directory(directory: Path, replace: bool = False, needs: int = 0) -> Iterator[Path]:
-    """Yield a temporary sibling of `directory` that takes its place, synced to disk, when the block ends well.
+    """Yield a temporary sibling of `directory` that replaces it, synced to disk, if the block succeeds.
 
-    An exception or a crash leaves what was there before. With `replace` an existing folder is exchanged in one
-    rename; where the file system cannot exchange, the old one stands beside as `.NAME.old` for an instant, and is
-    put back by the next call where a crash hit that instant.
+    An exception or a crash leaves the previous state intact. With `replace`, an existing folder is swapped in one
+    rename. If the file system cannot swap, the old folder is briefly called `.NAME.old`; after a crash at that moment
+    the next call restores it.
 
     Args:
-        directory: what is to appear.
-        replace: whether it may exist.
-        needs: bytes that it will take, for the message where there is no room; 0: not known.
+        directory: the folder to write.
+        replace: whether it may exist already.
+        needs: bytes that it will take, for the message if the disk is full; 0: unknown.
 
     Raises:
-        InputError: `directory` exists and `replace` is False, or no folder can be called so.
+        InputError: `directory` exists and `replace` is False, or its path is invalid.
         ResourceError: it cannot be written.
     """
     directory = check_folder(Path(os.path.abspath(directory)))
     if not replace and (directory.is_symlink() or directory.exists()) and not _is_empty_folder(directory):
-        raise InputError(f"{directory} exists already: choose another folder, or remove it.")
+        raise InputError(f"{directory} already exists: choose another folder, or remove it.")
     partial, old = (directory.with_name(f".{directory.name}.{end}") for end in ("partial", "old"))
     try:
         missing = [path for path in directory.parents if not path.exists()]
         directory.parent.mkdir(parents=True, exist_ok=True)
         for made in missing:
             _sync(made.parent)
-        _put_back(old, directory)
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        _restore(old, directory)
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
         partial.mkdir()
     except OSError as error:
         raise cannot_write(directory, error, needs) from error
     try:
         yield partial
-        # As the user's umask has it: safetensors gives its files to the owner alone.
+        # Follow the user's umask: safetensors makes its files readable by the owner only.
         shared = partial.stat().st_mode & 0o666
         for path in sorted(partial.rglob("*"), reverse=True):
             if path.is_file() and not path.is_symlink():
@@ -130,12 +135,12 @@ def complete_directory(directory: Path, replace: bool = False, needs: int = 0) -
     except Exception as error:
         needs = needs or sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
         with contextlib.suppress(OSError):
-            _put_back(old, directory)
+            _restore(old, directory)
         if (cause := system_error(error)) is None:
             raise
         raise cannot_write(directory, cause, needs) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # what was there before, or what did not become complete
+        shutil.rmtree(partial, ignore_errors=True)  # the old folder, or an incomplete new one
         if directory.exists():
             shutil.rmtree(old, ignore_errors=True)
 
@@ -178,18 +183,18 @@ def complete_file(path: Path, data: bytes | Callable[[Path], object]) -> None:
 
 
 def cannot_write(path: Path, error: OSError, needs: int) -> ResourceError:
-    """The error for what the system refuses to write; where it lacks room, with the bytes needed (or 0) and free."""
+    """Return the error for a failed write; if the disk is full, it names the bytes needed (or 0) and free."""
     text = f"{path}: cannot be written: {error.strerror or error}"
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(f"{text}. Choose another folder.")
     free = shutil.disk_usage(next(p for p in Path(os.path.abspath(path)).parents if p.exists())).free
     return ResourceError(
-        f"{text}: {needs:,} bytes are needed, and {free:,} are free. Make room, or choose another folder."
+        f"{text}: {needs:,} bytes are needed, and {free:,} are free. Free some space, or choose another folder."
     )
 
 
-def _put_back(old: Path, directory: Path) -> None:
-    """Undo the first of two renames, where the second did not follow."""
+def _restore(old: Path, directory: Path) -> None:
+    """Undo the first of two renames if the second did not happen."""
     if old.is_dir() and not directory.exists():
         old.rename(directory)
 
@@ -207,7 +212,7 @@ def _sync(path: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two folders in one atomic rename (Linux); False where the system cannot."""
+    """Swap two folders in one atomic rename (Linux); return False if the system cannot."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return renameat2 is not None and renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0

@@ -1,4 +1,4 @@
-"""JSON and the headers of safetensors from strangers: one strict reader. Imports no torch and unpickles nothing."""
+"""A strict reader of untrusted JSON and safetensors headers. Imports no torch and unpickles nothing."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from budwood.errors import CorruptError, ResourceError
 from budwood.untrusted.redaction import shorten
 
 MAX_JSON = 4 << 20
-"""Largest JSON file that is read, in bytes."""
+"""Size limit of a JSON file, in bytes."""
 MAX_HEADER = 16 << 20
-"""Largest safetensors header that is read, in bytes: about 100,000 tensors."""
+"""Size limit of a safetensors header, in bytes: about 100,000 tensors."""
 
 _BITS = {
     "F4": 4,
@@ -29,7 +29,7 @@ _BITS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as a safetensors header describes it; `start` and `end` are offsets into `file`, in bytes."""
+    """A tensor as described by a safetensors header; `start` and `end` are byte offsets into `file`."""
 
     name: str
     dtype: str
@@ -40,7 +40,7 @@ class TensorInfo:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the tensor."""
+        """Size of the tensor, in bytes."""
         return self.end - self.start
 
 
@@ -48,47 +48,47 @@ def read_json(path: Path, limit: int = MAX_JSON, finite: bool = True) -> dict[st
     """Read a JSON object from a file.
 
     Args:
-        limit: largest file that is read, in bytes.
-        finite: refuse NaN and infinity, which are no JSON; some libraries write them all the same.
+        limit: size limit of the file, in bytes.
+        finite: refuse NaN and infinity, which are not JSON, although some libraries write them.
 
     Raises:
-        CorruptError: it is larger, not UTF-8 JSON, nested too deep, no object, or has a key twice or a number that is
-            not finite.
+        CorruptError: it is too large, not UTF-8 JSON, nested too deeply, not an object, or has a duplicate key or a
+            number that is not finite.
         ResourceError: it cannot be read.
     """
     try:
-        if not path.is_file():  # a pipe would be waited for, a device read without end
-            raise CorruptError(f"{path}: is no plain file.")
+        if not path.is_file():  # a pipe would block, a device would never end
+            raise CorruptError(f"{path}: not a regular file.")
         size = path.stat().st_size
         if size > limit:
-            raise CorruptError(f"{path}: {size:,} bytes is no plain JSON file of at most {limit:,} bytes.")
+            raise CorruptError(f"{path}: {size:,} bytes; a JSON file may have at most {limit:,}.")
         return parse_object(path.read_bytes(), str(path), finite)
     except OSError as error:
         raise ResourceError(f"{path}: cannot be read: {error.strerror}.") from error
 
 
 def parse_object(data: bytes, where: str, finite: bool = True) -> dict[str, Any]:
-    """Parse a JSON object; `where` leads messages. See `read_json`."""
+    """Parse a JSON object; `where` prefixes messages. See `read_json`."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(items)
         if len(value) != len(items):
-            raise ValueError("a key stands twice")
+            raise ValueError("duplicate key")
         return value
 
     def number(text: str) -> float:
         if finite and not math.isfinite(float(text)):  # NaN, Infinity and 1e999
-            raise ValueError(f"{text[:20]} is no finite number")
+            raise ValueError(f"{text[:20]} is not a finite number")
         return float(text)
 
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=number, parse_float=number)
     except RecursionError as error:
-        raise CorruptError(f"{where}: nested too deep to be read.") from error
-    except ValueError as error:  # not UTF-8, not JSON, an integer of thousands of digits
+        raise CorruptError(f"{where}: nested too deeply.") from error
+    except ValueError as error:  # not UTF-8, not JSON, an integer with thousands of digits
         raise CorruptError(f"{where}: not valid JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise CorruptError(f"{where}: holds no JSON object.")
+        raise CorruptError(f"{where}: not a JSON object.")
     return value
 
 
@@ -102,37 +102,38 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """Read and check the header of a safetensors file without reading its tensors.
 
     Raises:
-        CorruptError: it is no safetensors file (a pickle is named as one), its header is larger than 16 MiB or than
-            the file, a tensor has an unknown dtype or an impossible shape, or the tensors do not fill the file exactly.
+        CorruptError: it is not a safetensors file (the message says if it is a pickle), its header is larger than
+            16 MiB or than the file, a tensor has an unknown dtype or an impossible shape, or the tensors do not fill
+            the file exactly.
         ResourceError: it cannot be read.
     """
     try:
         if not path.is_file():
-            raise CorruptError(f"{path}: is no plain file.")
+            raise CorruptError(f"{path}: not a regular file.")
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
-            _refuse_others(path, start)
+            _refuse_other_formats(path, start)
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > size - 8:
                 raise CorruptError(
-                    f"{path}: truncated or no safetensors file: {size:,} bytes, and a header of {length:,} is claimed."
+                    f"{path}: truncated or not safetensors: it has {size:,} bytes and claims a header of {length:,}."
                 )
             if length > MAX_HEADER:
-                raise CorruptError(f"{path}: a header of {length:,} bytes; at most {MAX_HEADER:,} are read.")
+                raise CorruptError(f"{path}: its header has {length:,} bytes; the limit is {MAX_HEADER:,}.")
             header = parse_object(file.read(length), f"{path}, header")
     except OSError as error:
         raise ResourceError(f"{path}: cannot be read: {error.strerror}.") from error
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CorruptError(f"{path}: its metadata are not texts.")
+        raise CorruptError(f"{path}: its metadata values are not strings.")
     entries = sorted((_offsets(path, name, entry), name) for name, entry in header.items())
     return {info.name: info for info in _infos(path, header, entries, 8 + length, size)}
 
 
-def _refuse_others(path: Path, start: bytes) -> None:
+def _refuse_other_formats(path: Path, start: bytes) -> None:
     if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
-        raise CorruptError(f"{path}: is a pickle, not safetensors; it was not opened. Convert it where you trust it.")
+        raise CorruptError(f"{path}: is a pickle, not safetensors; it was not opened. Convert it if you trust it.")
     if start == b"version ":
         raise CorruptError(f"{path}: is a git-lfs pointer, not the weights: run `git lfs pull`.")
 
@@ -140,7 +141,7 @@ def _refuse_others(path: Path, start: bytes) -> None:
 def _infos(
     path: Path, header: dict[str, Any], entries: list[tuple[tuple[int, int], str]], data: int, size: int
 ) -> Iterator[TensorInfo]:
-    """The tensors in their order in the file, `data` bytes from whose start they begin; they must fill it exactly."""
+    """Yield the tensors in file order; they start at byte `data` and must fill the file exactly."""
     end = 0
     for (begin, stop), name in entries:
         dtype, shape = header[name].get("dtype"), header[name].get("shape")
@@ -152,7 +153,7 @@ def _infos(
         if not (whole and all(type(n) is int and 0 <= n < 1 << 40 for n in shape)):
             raise CorruptError(f"{path}: tensor '{shown}' has an impossible shape.")
         if begin != end or (stop - begin) * 8 != math.prod(shape) * bits:
-            raise CorruptError(f"{path}: tensor '{shown}' overlaps, leaves a gap, or has not the bytes of its shape.")
+            raise CorruptError(f"{path}: tensor '{shown}' overlaps, leaves a gap, or has the wrong size for its shape.")
         end = stop
         yield TensorInfo(name, dtype, tuple(shape), path, data + begin, data + stop)
     if end != size - data:

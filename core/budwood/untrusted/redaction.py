@@ -1,7 +1,7 @@
-"""Secrets stay where they are: whatever is printed, logged or written goes through here first.
+"""Redacts secrets: everything that is printed, logged or written goes through here first.
 
-Known as secrets are the values of environment variables and recipe fields whose names say so, credentials in URLs and
-headers, and what has the shape of a well-known service's token.
+Secrets are the values of environment variables and recipe fields whose names say so, credentials in URLs and headers,
+and anything that looks like a well-known service's token.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from urllib.parse import quote, unquote, urlsplit
 
 MASK = "[redacted]"
 SHORTEST = 6
-"""Characters; a shorter value is taken for a switch or a number, and replacing it everywhere would garble messages."""
+"""Characters. A shorter value is probably a flag or a number; replacing it everywhere would garble messages."""
 
 _WORDS = r"password|passwd|passphrase|secret|api_?key|access_?key|private_?key|credentials?"
 _VARIABLE = re.compile(rf"(?i)(^|_)({_WORDS}|token|auth)$")
-# In a recipe a token may well be one of a tokenizer's: mask_token, stop_token.
+# In a recipe, a token may also be a tokenizer's: mask_token, stop_token.
 _TOKENS = r"(?:access|api|auth|bearer|github|hf|hub|refresh|session|wandb)_?token"
 _FIELD = rf"(?:\w*_)?(?:{_WORDS})|token|\w*{_TOKENS}"
 _NAMES_SECRET = re.compile(rf"(?i)({_FIELD})$")
@@ -49,7 +49,7 @@ def redact(text: str) -> str:
 
 def shorten(text: str, limit: int = 60) -> str:
     """Cut `text` to one line of at most `limit` characters."""
-    line = redact(" ".join(text.split()))  # before it is cut: half a secret would not be known as one
+    line = redact(" ".join(text.split()))  # before cutting: half a secret would not be recognised
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
@@ -76,7 +76,7 @@ def redact_values(value: Any) -> Any:
 
 
 def remember(value: Any) -> None:
-    """From now on, know the secrets in plain values: a recipe's, whose fields name them."""
+    """Register the secrets in plain values, such as a recipe's, so that they are redacted from now on."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             if _is_secret(key, item) and len(item) >= SHORTEST:
@@ -96,7 +96,7 @@ class RedactedStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write; returns the number of characters given."""
+        """Write `text` redacted; return the number of characters given."""
         self._stream.write(redact(text))
         return len(text)
 
@@ -120,9 +120,9 @@ def _secrets() -> set[str]:
 
 
 def _password(text: str) -> set[str]:
-    """The password of a URL, as it stands there and as it is meant."""
+    """Return the password in a URL, both as written and unquoted."""
     try:
         password = urlsplit(text).password
-    except ValueError:  # no URL after all
+    except ValueError:  # not a URL after all
         return set()
     return {password, unquote(password)} if password else set()

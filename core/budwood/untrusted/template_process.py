@@ -1,7 +1,7 @@
-"""The process in which chat templates run; `chat_template.py` starts it as a script, and nothing else imports it.
+"""The process in which chat templates run. `chat_template.py` starts it as a script; nothing imports it.
 
-Usage: template_process.py SECONDS BYTES. The first line of standard input is the template as JSON, each further one a
-list of conversations; each of these is answered by one line of JSON: its text, or what stood against it.
+Usage: template_process.py SECONDS BYTES. The first line of stdin is the template as JSON; each further line is a list
+of conversations. Each conversation is answered with one line of JSON: its text, or why it failed.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import sys
 from typing import Any
 
 MAX_TEXT = 16 << 20
-"""Characters of a rendered conversation."""
+"""Size limit of a rendered conversation, in characters."""
 
 
 def main() -> None:
-    """Render conversations until standard input ends."""
+    """Render conversations until stdin ends."""
     seconds, room = float(sys.argv[1]), int(sys.argv[2])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, and its end is this one's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, whose exit ends this process
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr
     from jinja2.sandbox import SandboxedEnvironment
@@ -35,7 +35,7 @@ def main() -> None:
     replies.flush()
     for line in requests:
         for messages, variables in json.loads(line):
-            # Processor time, so that a busy machine refuses nothing; the signal ends the process wherever it is.
+            # CPU time, so that a busy machine fails nothing; the signal ends the process wherever it is.
             signal.setitimer(signal.ITIMER_PROF, seconds)
             reply = _render(render_jinja_template, template, messages, variables)
             signal.setitimer(signal.ITIMER_PROF, 0)
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def _refuse(environment: Any, value: Any, attribute: str) -> Any:
-    """Raise where jinja would give an undefined value, which prints as nothing."""
+    """Raise instead of returning jinja's undefined value, which would print as nothing."""
     from jinja2.exceptions import SecurityError
 
     raise SecurityError(f"access to attribute {attribute!r} of a {type(value).__name__} is unsafe.")
@@ -54,11 +54,11 @@ def _render(render: Any, template: str, messages: list[dict[str, Any]], variable
     try:
         (text,), _ = render([messages], chat_template=template, **variables)
         if len(text) > MAX_TEXT:
-            return json.dumps({"limit": f"writes {len(text):,} characters; at most {MAX_TEXT:,} are taken"}).encode()
+            return json.dumps({"limit": f"writes {len(text):,} characters; the limit is {MAX_TEXT:,}"}).encode()
         return json.dumps({"text": text}).encode()
     except MemoryError:
         return json.dumps({"limit": "needs too much memory"}).encode()
-    except Exception as error:  # a template is a program of the base's author and raises what it likes
+    except Exception as error:  # a template can raise anything
         return json.dumps({"error": str(error).strip()[:1000] or type(error).__name__}).encode()
 
 

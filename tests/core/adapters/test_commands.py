@@ -38,7 +38,7 @@ def refused(capsys, arguments: list[str], code: int, *words: str) -> None:
 def test_info_tells_a_person_and_a_program(saved, stock, capsys):
     assert run(["adapter", "info", str(saved)]) == 0
     text = capsys.readouterr().out
-    for word in ("lora, of budwood", "none, float32", "causal-lm", "28 tensors"):
+    for word in ("lora, from budwood", "none, float32", "causal-lm", "28 tensors"):
         assert word in text
     assert run(["adapter", "info", str(saved), "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
@@ -66,7 +66,7 @@ def test_verify_says_what_it_found(saved, capsys):
     assert "verified: 3 golden prompts, same setting" in capsys.readouterr().out
     assert run(["adapter", "verify", str(saved), "--quantization", "nf4"]) == 0
     text = capsys.readouterr().out
-    assert "another setting: recorded on" in text
+    assert "different setting: recorded on" in text
     assert "top-1 agreement" in text
     assert run(["adapter", "verify", str(saved), "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
@@ -77,7 +77,7 @@ def test_verify_says_what_it_found(saved, capsys):
 def test_merge_and_export_write_folders(saved, tmp_path, capsys):
     assert run(["adapter", "merge", str(saved), str(tmp_path / "merged"), "--dtype", "fp32"]) == 0
     text = capsys.readouterr().out
-    for word in ("14 weights changed", "rounds away 0.0%", "from unquantised base + adapter"):
+    for word in ("14 weights changed", "rounds away 0.0%", "vs. unquantised base + adapter"):
         assert word in text
     assert (tmp_path / "merged" / "model.safetensors").exists()
     assert run(["adapter", "export", str(saved), str(tmp_path / "out"), "--as", "peft"]) == 0

@@ -40,7 +40,7 @@ HEAVY = {
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     """Leave the test process's signals and warnings alone."""
-    monkeypatch.setattr(cli, "hush", lambda debug: None)
+    monkeypatch.setattr(cli, "silence_libraries", lambda debug: None)
     monkeypatch.delenv("BUDWOOD_DEBUG", raising=False)
     before = signal.getsignal(signal.SIGTERM)
     yield
@@ -120,7 +120,7 @@ def test_no_command_shows_the_help(capsys):
         (KeyboardInterrupt(), 130, "error: interrupted."),
         (typer.Abort(), 130, "error: interrupted."),
         (PermissionError(13, "Permission denied", "runs/x"), 3, "error: runs/x: Permission denied."),
-        (OSError(28, "No space left on device"), 3, "error: the system says: No space left on device."),
+        (OSError(28, "No space left on device"), 3, "error: system error: No space left on device."),
         (MemoryError(), 3, "error: out of memory: lower train.micro_tokens"),
         (TypeError("a bug"), 1, "error: unexpected TypeError: a bug. This is a bug; run again with --debug"),
         (AssertionError(), 1, "error: unexpected AssertionError. This is a bug"),

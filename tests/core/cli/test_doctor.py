@@ -221,7 +221,7 @@ def test_a_name_that_hides_one_of_budwoods_own_makes_tuning_fail(distribution):
 
 
 def test_a_plugin_that_ends_the_process_is_a_warning_like_any_other(distribution, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "hush", lambda debug: None)
+    monkeypatch.setattr(cli, "silence_libraries", lambda debug: None)
     before = signal.getsignal(signal.SIGTERM)
     distribution("crash", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", {"aaa": "Mine"})
     distribution("stalk", SOURCES["stalk"], {"aab": "Mine"})

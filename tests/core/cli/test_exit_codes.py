@@ -223,7 +223,7 @@ def things(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleN
 @pytest.fixture
 def world(things, tmp_path, monkeypatch, distribution) -> Iterator[SimpleNamespace]:
     """The things, a working folder to write into, and ways to change what is installed."""
-    monkeypatch.setattr(cli, "hush", lambda debug: None)
+    monkeypatch.setattr(cli, "silence_libraries", lambda debug: None)
     monkeypatch.delenv("BUDWOOD_DEBUG", raising=False)
 
     def stub(name: str, value: Any) -> None:

@@ -79,27 +79,27 @@ def test_what_exists_is_left_alone(here: Path, capsys: pytest.CaptureFixture[str
             (target / "mine.txt").write_text("mine")
     before = files(here)
     assert new("mine") == 2
-    assert "budwood-mine exists already, and is left as it is" in capsys.readouterr().err
+    assert "budwood-mine already exists and was left unchanged" in capsys.readouterr().err
     assert files(here) == before and sorted(path.name for path in here.iterdir()) == ["budwood-mine"]
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("GradientNoise", "'GradientNoise' is no name of a strategy: at most 30 small letters and digits, in words "
-         "that single dashes join, beginning with a letter. Did you mean 'gradient-noise'?"),
+        ("GradientNoise", "'GradientNoise' is not a strategy name: use at most 30 lower-case letters and digits, in "
+         "words joined by single dashes, starting with a letter. Did you mean 'gradient-noise'?"),
         ("gradient_noise", "Did you mean 'gradient-noise'?"),
-        ("2nd", "beginning with a letter."),
+        ("2nd", "starting with a letter."),
         ("a--b", "Did you mean 'a-b'?"),
         ("../mine", "Did you mean 'mine'?"),
-        ("", "'' is no name of a strategy"),
+        ("", "'' is not a strategy name"),
         ("a" * 31, "at most 30"),
-        ("nöise", "is no name of a strategy"),
-        ("lambda", "'lambda' is a word of Python's own"),
-        ("none", "'none' is a word of Python's own"),
-        ("lora", "strategy 'lora' is installed already (budwood "),
+        ("nöise", "is not a strategy name"),
+        ("lambda", "'lambda' is a Python keyword"),
+        ("none", "'none' is a Python keyword"),
+        ("lora", "strategy 'lora' is already installed (budwood "),
         ("train", "'train' is a section of every recipe"),
-        ("demo", "module budwood_demo is installed already"),
+        ("demo", "module budwood_demo is already installed"),
         ("budwood-mine", "leave out budwood"),
     ],
 )  # fmt: skip
@@ -116,9 +116,9 @@ def test_a_name_that_cannot_be_is_refused(
     ("arguments", "message"),
     [
         (["--hook", "before_optimiser_step"], "Did you mean 'before_optimizer_step'?"),
-        (["--license", "MTI"], "--license: 'MTI' is not offered. Did you mean 'MIT'? There are Apache-2.0, MIT, BSD"),
-        (["--author", "<ada@example.org>"], "--author: '<ada@example.org>' is not like 'Ada Lovelace <ada@"),
-        (["--author", "Ada\nLovelace"], "--author: 'Ada\\nLovelace' is not like"),
+        (["--license", "MTI"], "--license: 'MTI' is not offered. Did you mean 'MIT'? Available: Apache-2.0, MIT, BSD"),
+        (["--author", "<ada@example.org>"], "--author: '<ada@example.org>' does not look like 'Ada Lovelace <ada@"),
+        (["--author", "Ada\nLovelace"], "--author: 'Ada\\nLovelace' does not look like"),
     ],
 )
 def test_other_bad_input(here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:

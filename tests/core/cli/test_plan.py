@@ -14,7 +14,7 @@ from budwood.cli import app as cli
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     """Leave the test process's signals and warnings alone."""
-    monkeypatch.setattr(cli, "hush", lambda debug: None)
+    monkeypatch.setattr(cli, "silence_libraries", lambda debug: None)
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
@@ -69,4 +69,4 @@ def test_every_problem_has_its_line(recipe, capsys, as_json):
 def test_what_is_no_recipe_is_one_line(capsys):
     assert cli.run(["plan", "nothing.yaml", "--json"]) == 2
     out, err = capsys.readouterr()
-    assert (out, err) == ("", "error: nothing.yaml: there is no such recipe.\n")
+    assert (out, err) == ("", "error: nothing.yaml: no such recipe.\n")

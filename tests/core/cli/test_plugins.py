@@ -62,7 +62,7 @@ def test_a_name_that_is_there_twice_is_marked(distribution, capsys):
     for name in ("sprout", "twig"):
         distribution(name, NOISE, {"noise": "Noise"})
     plugins()
-    assert capsys.readouterr().out.count("(twice: uninstall one)") == 2
+    assert capsys.readouterr().out.count("(installed twice: uninstall one)") == 2
     with pytest.raises(InputError, match="is provided by"):
         plugins("noise")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from budwood import Event, InputError, Outputs, PluginError, Strategy, ask_owner, hookimpl
-from budwood.contract.calls import blame, noted
+from budwood.contract.calls import attribute_errors, noted
 from budwood.contract.hookspecs import HookSpecs
 from budwood.contract.loading import CORES_OWN, HOOKS, WRAPPABLE
 from budwood.contract.registry import Composition
@@ -79,7 +79,7 @@ def test_an_error_in_any_hook_says_whose(hook, error):
     hooks = Composition([implement(hook, body, hook in CORES_OWN)])
     what = {ZeroDivisionError: "ZeroDivisionError: by zero", SystemExit: "SystemExit: 3"}.get(type(error), "TypeError")
     if hook == "on_event":
-        assert call(hooks, hook) == [f"strategy 'mine' (mine-dist 1.0) failed in on_event and is set aside: {what}"]
+        assert call(hooks, hook) == [f"strategy 'mine' (mine-dist 1.0) failed in on_event and is disabled: {what}"]
         return
     with pytest.raises(PluginError) as raised:
         call(hooks, hook)
@@ -93,7 +93,7 @@ def test_what_any_hook_returns_is_checked(hook):
     says = f"returned a object; it must return {_MUST_RETURN[hook][0]}."
     if hook == "on_event":
         [said] = call(hooks, hook)
-        assert said.startswith("strategy 'mine' (mine-dist 1.0) failed in on_event and is set aside: ")
+        assert said.startswith("strategy 'mine' (mine-dist 1.0) failed in on_event and is disabled: ")
         assert said.endswith(f"hook on_event: {says}")
         return
     with pytest.raises(PluginError) as raised:
@@ -128,8 +128,8 @@ def test_a_wrapper_around_any_hook_is_named(hook):
     for wrapper, says in (
         (implement(hook, fails, wrapper=True), "KeyError: 'delta'. Report it"),
         (make(**{hook: at_once}), "KeyError: 'delta'. Report it"),
-        (make(**{hook: never}), "never comes to its yield, so that what it wraps would not run."),
-        (make(**{hook: twice}), "has a second yield; what it wraps runs once."),
+        (make(**{hook: never}), "never reaches its yield, so the call that it wraps would not run."),
+        (make(**{hook: twice}), "yields a second time; the call that it wraps runs once."),
         (implement(hook, lambda: 3, wrapper=True), "returned a int; it must return "),
     ):
         with pytest.raises(PluginError) as raised:
@@ -378,8 +378,8 @@ def test_growth_of_the_peak_belongs_to_the_innermost():
 @pytest.mark.parametrize("error", [InputError("x"), OSError(28, "No space"), MemoryError()])
 def test_what_a_plugin_does_outside_of_hooks_is_named_too(error):
     task, named = Model(lambda: None), r"^task 'made' \(made 2.0\), metrics: KeyError: 'f1'\. Report it"
-    with pytest.raises(PluginError, match=named), blame(task, "metrics"):
+    with pytest.raises(PluginError, match=named), attribute_errors(task, "metrics"):
         raise KeyError("f1")
-    with pytest.raises(type(error)) as raised, blame(task, "metrics"):
+    with pytest.raises(type(error)) as raised, attribute_errors(task, "metrics"):
         raise error
     assert raised.value is error

@@ -46,7 +46,7 @@ def test_two_owners_of_a_hook_are_both_named():
 
 
 def test_the_same_strategy_twice():
-    with pytest.raises(InputError, match="strategy 'lora' stands twice in the recipe"):
+    with pytest.raises(InputError, match="strategy 'lora' appears twice in the recipe"):
         Composition([make("lora"), make("lora")])
 
 
@@ -92,7 +92,7 @@ def test_order_by_slot_and_capability():
 def test_a_cycle_names_the_strategies_and_their_distributions():
     with pytest.raises(InputError) as error:
         Composition([make("a", after=("b",)), make("b", after=("a",))])
-    assert "cannot be put in an order" in str(error.value)
+    assert "cannot be ordered" in str(error.value)
     assert "strategy 'a' (a-dist 1.0) before strategy 'b' (b-dist 1.0)" in str(error.value)
 
 
@@ -263,7 +263,7 @@ def test_signals_pass_through():
         hooks.call("before_clip", run=None)
 
 
-def test_a_failing_observer_is_named_once_and_set_aside():
+def test_a_failing_observer_is_named_once_and_disabled():
     seen, said = [], []
 
     def fails(self, event):
@@ -282,7 +282,7 @@ def test_a_failing_observer_is_named_once_and_set_aside():
     for step in (1, 2):
         hooks.notify(Event("step", step, {}), said.append)
     assert seen == [1, "silent", 2, "silent"]
-    assert said == ["strategy 'a' (a-dist 1.0) failed in on_event and is set aside: ConnectionError: no network"]
+    assert said == ["strategy 'a' (a-dist 1.0) failed in on_event and is disabled: ConnectionError: no network"]
 
 
 def test_all_that_does_not_fit_is_said_at_once():
@@ -296,10 +296,10 @@ def test_all_that_does_not_fit_is_said_at_once():
     hooks = Composition(strategies, problems)
     assert [problem.partition(": ")[0] for problem in problems] == [
         "strategy 'a' (a-dist 1.0) and strategy 'b' (b-dist 1.0) both own the slot 'adapter'",
-        "strategy 'c' stands twice in the recipe",
+        "strategy 'c' appears twice in the recipe",
         "strategy 'a' (a-dist 1.0) requires 'teacher'",
         "strategy 'c' (c-dist 1.0) conflicts with 'a'",
-        "strategies cannot be put in an order",
+        "strategies cannot be ordered",
     ]
     assert hooks.strategies == strategies
     with pytest.raises(InputError) as error:

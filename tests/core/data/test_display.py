@@ -61,7 +61,7 @@ def test_brackets_where_there_is_no_colour(report: dict[str, Any]) -> None:
     assert "<s>Question: 0 é↵" in text
     assert "dropped: 1 empty completion (first " in text
     assert "2 also in the training data (100.0%)" in text
-    assert "7 optimizer steps an epoch. Packed rows have no padding" in text
+    assert "7 optimizer steps per epoch. Packed rows have no padding" in text
 
 
 def test_two_colours(report: dict[str, Any]) -> None:

@@ -264,7 +264,7 @@ class TestCache:
 def test_errors_come_before_the_tokenizer_works(tmp_path: Path, byte_level: Any) -> None:
     for path, message in (
         (tmp_path / "none.jsonl", "no such file"),
-        ("/dev/zero", "not an ordinary"),
+        ("/dev/zero", "not a regular file"),
         ("/", "neither"),
     ):
         with pytest.raises(InputError, match=message):

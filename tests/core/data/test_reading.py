@@ -87,21 +87,21 @@ def test_datasets_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"splits test, train. Name one of them: .*both/test"):
         read_rows(tmp_path / "both")
     (tmp_path / "one" / "state.json").write_text("{}")
-    with pytest.raises(InputError, match="does not name files of the same folder"):
+    with pytest.raises(InputError, match="does not name files in the same folder"):
         read_rows(tmp_path / "one")
 
 
 BAD = {
     "empty": ("a.jsonl", b"", "the file is empty"),
-    "blank": ("a.jsonl", b"\n \n", "there is no row"),
-    "header only": ("a.csv", b"text,label\n", "there is no row"),
-    "empty list": ("a.json", b"[]", "there is no row"),
+    "blank": ("a.jsonl", b"\n \n", "it has no rows"),
+    "header only": ("a.csv", b"text,label\n", "it has no rows"),
+    "empty list": ("a.json", b"[]", "it has no rows"),
     "malformed": ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl:2: malformed JSON at column"),
     "trailing": ("a.jsonl", b'{"a": 1} x\n', r"a\.jsonl:1: malformed JSON at column 10"),
-    "list in a line": ("a.jsonl", b"[1]\n", r"a\.jsonl:1: a line must hold one JSON object, not a list"),
+    "list in a line": ("a.jsonl", b"[1]\n", r"a\.jsonl:1: each line must be one JSON object, not a list"),
     "string in a line": ("a.jsonl", b'"x"\n', r"a\.jsonl:1: .* not a string"),
     "null in a line": ("a.jsonl", b"null\n", r"a\.jsonl:1: .* not null"),
-    "twice": ("a.jsonl", b'{"a": 1, "a": 2}\n', r"a\.jsonl:1: .*key 'a' stands twice"),
+    "twice": ("a.jsonl", b'{"a": 1, "a": 2}\n', r"a\.jsonl:1: .*duplicate key 'a'"),
     "NaN": ("a.jsonl", b'{"a": NaN}\n', r"a\.jsonl:1: .*NaN is not JSON"),
     "deep": ("a.jsonl", b'{"a": ' + b"[" * 200_000 + b"\n", r"a\.jsonl:1: .*nested too deeply"),
     "long number": ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}\n", r"a\.jsonl:1: malformed JSON"),
@@ -111,17 +111,17 @@ BAD = {
     "utf-16": ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "UTF-16 or UTF-32"),
     "binary": ("a.jsonl", b"\x00\x01\x02" * 50_000, r"a\.jsonl:1: binary data"),
     "binary csv": ("a.csv", b"a,b\n\x00\n", r"a\.csv:2: binary data"),
-    "not a list": ("a.json", b"3", "must hold a list of objects, not a number"),
+    "not a list": ("a.json", b"3", "must be a list of objects, not a number"),
     "not objects": ("a.json", b'[{"a": 1}, 2]', r"a\.json:row 2: must be an object, not a number"),
     "broken list": ("a.json", b'[{"a": 1},\n', r"a\.json: malformed JSON at line 2"),
     "short row": ("a.csv", b"a,b\n1,2\n3\n", r"a\.csv:3: 1 fields, but the header has 2"),
     "long row": ("a.csv", b"a,b\n1,2,3\n", r"a\.csv:2: 3 fields"),
     "open quote": ("a.csv", b'a,b\n1,2\n"3,4\n', r"a\.csv:3: malformed CSV"),
-    "header twice": ("a.csv", b"a,a\n1,2\n", "column 'a' stands twice"),
+    "header twice": ("a.csv", b"a,a\n1,2\n", "column 'a' appears twice"),
     "semicolons": ("a.csv", b"text;label\nx;y\n", r"a\.csv:1: .*semicolons"),
     "not parquet": ("a.parquet", b"PAR1 not really", "not a readable Parquet file"),
     "compressed": ("a.jsonl.gz", b"\x1f\x8b", "compressed"),
-    "unknown": ("a.xlsx", b"PK", r"unknown kind of file '\.xlsx'"),
+    "unknown": ("a.xlsx", b"PK", r"unknown file type '\.xlsx'"),
 }
 
 
@@ -143,9 +143,9 @@ def test_missing_and_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         read_rows(tmp_path / "trian.jsonl")
     with pytest.raises(InputError, match="no such file"):
         read_rows(tmp_path / "no" / "such.jsonl")
-    with pytest.raises(InputError, match="neither a folder of"):
+    with pytest.raises(InputError, match="neither a `datasets` folder"):
         read_rows(tmp_path)
-    with pytest.raises(InputError, match="not an ordinary file"):
+    with pytest.raises(InputError, match="not a regular file"):
         read_rows("/dev/null")
 
     def refuse(*_: object, **__: object) -> None:

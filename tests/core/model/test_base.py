@@ -223,9 +223,9 @@ def test_no_such_folder(tiny_base, tmp_path):
 
 def test_no_model_files(broken):
     (broken / "model.safetensors").unlink()
-    refused(InputError, "holds no model.safetensors", broken)
+    refused(InputError, "has neither model.safetensors", broken)
     (broken / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    refused(InputError, r"pickled weights alone \(pytorch_model.bin\).*convert", broken)
+    refused(InputError, r"only pickled weights \(pytorch_model.bin\).*convert", broken)
     (broken / "model.Q4_K_M.gguf").write_bytes(b"GGUF")
     refused(InputError, "GGUF", broken)
     (broken / "config.json").unlink()
@@ -373,13 +373,13 @@ def test_device_and_precision_are_chosen_and_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     assert pick_device_precision(None, None) == (torch.device("cpu"), torch.bfloat16, "native here")
-    assert pick_device_precision("cpu", "fp16")[1:] == (torch.float16, "as asked; this device emulates it, slowly")
+    assert pick_device_precision("cpu", "fp16")[1:] == (torch.float16, "as requested; this device emulates it, slowly")
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     assert pick_device_precision("auto", "auto") == (torch.device("cpu"), torch.float32, "no fast bf16 here")
-    assert pick_device_precision("cpu", "fp32")[1:] == (torch.float32, "as asked")
+    assert pick_device_precision("cpu", "fp32")[1:] == (torch.float32, "as requested")
     with pytest.raises(ResourceError, match="'cuda'.*none here"):
         pick_device_precision("cuda", None)
-    with pytest.raises(InputError, match="no such name"):
+    with pytest.raises(InputError, match="unknown device"):
         pick_device_precision("gpu0", None)
     with pytest.raises(InputError, match="precision 'int4'"):
         pick_device_precision("cpu", "int4")
@@ -400,9 +400,9 @@ def child(code: str, **environment: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("failure", "error", "message"),
     [
-        ("RepositoryNotFoundError", InputError, "neither a folder here nor a model on the hub"),
+        ("RepositoryNotFoundError", InputError, "neither a local folder nor a model on the hub"),
         ("GatedRepoError", ResourceError, "is gated.*hf auth login"),
-        ("LocalEntryNotFoundError", ResourceError, "neither a folder here nor in the hub's cache"),
+        ("LocalEntryNotFoundError", ResourceError, "neither a local folder nor in the hub's cache"),
         ("HfHubHTTPError", ResourceError, "cannot be downloaded"),
     ],
 )
@@ -432,7 +432,7 @@ def test_hub_name_while_offline(tmp_path):
         HF_HUB_OFFLINE="1",
         HF_HOME=str(tmp_path),
     )
-    assert result.stdout.startswith("3 True base 'someone/some-model' is neither a folder here nor in the hub's cache")
+    assert result.stdout.startswith("3 True base 'someone/some-model' is neither a local folder nor in the hub's cache")
     assert "HF_HUB_OFFLINE is set" in result.stdout
 
 
@@ -468,8 +468,8 @@ def test_loading_streams_is_silent_and_fetches_nothing(tiny_base, tiny_bases, tm
             raise SystemExit(f"connection to {{address}}")
         socket.socket.connect = socket.socket.connect_ex = refuse
         import kernels
-        from budwood.model.base import hush, load_base
-        hush()
+        from budwood.model.base import silence_libraries, load_base
+        silence_libraries()
         import peft, torch, transformers.models.llama.modeling_llama
         torch.set_num_threads(1)
         def memory(key):

@@ -40,11 +40,11 @@ def save(folder, values, name="model.safetensors") -> None:
     ("weight_map", "message"),
     [
         ({"a": "part-2.safetensors"}, "part-2.safetensors is missing"),
-        ({"zzz": "part-1.safetensors"}, "does not hold 'zzz'"),
-        ({"a": "../part-1.safetensors"}, "does not name files of the same folder"),
-        ({"a": "part-1.bin"}, "does not name files of the same folder"),
-        ({"a": 1}, "does not name files of the same folder"),
-        ([], "does not name files of the same folder"),
+        ({"zzz": "part-1.safetensors"}, "does not contain 'zzz'"),
+        ({"a": "../part-1.safetensors"}, "does not name files in the same folder"),
+        ({"a": "part-1.bin"}, "does not name files in the same folder"),
+        ({"a": 1}, "does not name files in the same folder"),
+        ([], "does not name files in the same folder"),
     ],
 )
 def test_index_that_lies(tmp_path, weight_map, message):

@@ -104,17 +104,17 @@ def test_one_e_minus_four_is_a_number(written):
         ("  learning_rate: 0", "recipe.yaml:8: train.learning_rate: must be greater than 0 (got 0)."),
         ("  learning_rate: fast", "recipe.yaml:8: train.learning_rate: must be a number (got 'fast')."),
         ("  schedule: cos", "recipe.yaml:8: train.schedule: must be 'cosine', 'linear' or 'constant' (got 'cos')."),
-        ("  warmup: 1.5", "recipe.yaml:8: train.warmup: from 1 on it counts steps and must be whole (got 1.5)."),
+        ("  warmup: 1.5", "recipe.yaml:8: train.warmup: from 1 on it counts steps, so it must be whole (got 1.5)."),
         ("  warmup: -1", "recipe.yaml:8: train.warmup: must be greater than or equal to 0 (got -1)."),
-        ("  epochs: 2\n  steps: 3", "recipe.yaml:9: train.steps: excludes train.epochs; give one of them."),
+        ("  epochs: 2\n  steps: 3", "recipe.yaml:9: train.steps: cannot be combined with train.epochs; give only one."),
         (
             "  batch_tokens: 2\n  batch_examples: 3",
-            "recipe.yaml:9: train.batch_examples: excludes train.batch_tokens; give one of them.",
+            "recipe.yaml:9: train.batch_examples: cannot be combined with train.batch_tokens; give only one.",
         ),
         (
             "  micro_tokens: 512",
-            "recipe.yaml:8: train.micro_tokens: 512 is less than data.max_length (1024), and an example must fit; "
-            "raise the one or lower the other.",
+            "recipe.yaml:8: train.micro_tokens: 512 is less than data.max_length (1024), but a whole example must fit; "
+            "raise one or lower the other.",
         ),
         (
             "  patience: 2",
@@ -125,7 +125,7 @@ def test_one_e_minus_four_is_a_number(written):
             "  trackers: [mlflow]",
             "recipe.yaml:8: train.trackers[0]: must be 'tensorboard', 'wandb' or 'trackio' (got 'mlflow').",
         ),
-        ("  seed: 1\n  epochs: 1\n  seed: 2", "recipe.yaml:10: duplicate key 'seed' (first in line 8)."),
+        ("  seed: 1\n  epochs: 1\n  seed: 2", "recipe.yaml:10: duplicate key 'seed' (first on line 8)."),
         ("  seed: &s 1", "recipe.yaml:8: '&s': anchors and aliases are not allowed; write the value out."),
         ("\tseed: 1", "recipe.yaml:8: is not YAML: a tab cannot indent or start a value; use spaces."),
         (
@@ -134,7 +134,7 @@ def test_one_e_minus_four_is_a_number(written):
             "write a plain value.",
         ),
         ("  seed: [1", "recipe.yaml:9: is not YAML: expected ',' or ']', but got '<stream end>'."),
-        ("  ? [1, 2]\n  : 3", "recipe.yaml:8: a key must be a plain word."),
+        ("  ? [1, 2]\n  : 3", "recipe.yaml:8: a key must be a plain string."),
         ("  seed: " + "9" * 5000, "recipe.yaml:1: is not a recipe: a number has too many digits."),
     ],
 )
@@ -150,7 +150,7 @@ def test_bad_training_section(lines, message):
         ("some/base", "5", "recipe.yaml:2: base.model: must be text (got 5)."),
         ("some/base", "''", "recipe.yaml:2: base.model: must have at least 1 character (got '')."),
         ("base:\n  model: some/base", "base:", "recipe.yaml:1: base.model: missing (a folder with safetensors"),
-        ("base:\n  model: some/base\n", "", "recipe.yaml: base: missing (the model that stays frozen)."),
+        ("base:\n  model: some/base\n", "", "recipe.yaml: base: missing (the frozen base model)."),
         ("base:\n  model: some/base", "base: some/base", "recipe.yaml:1: base: must be a mapping (got 'some/base')."),
         ("some/base", "x\n  device: gpu", "recipe.yaml:3: base.device: must match pattern"),
         (
@@ -171,8 +171,8 @@ def test_bad_training_section(lines, message):
         ),
         ("strategies: [lora]", "", "recipe.yaml: strategies: missing"),
         ("[lora]", "[]", "recipe.yaml:5: strategies: must have at least 1 item after validation, not 0 (got [])."),
-        ("[lora]", "lora", "recipe.yaml:5: strategies: must be a list, for instance [lora]."),
-        ("[lora]", "{lora: }", "recipe.yaml:5: strategies: must be a list, for instance [lora]."),
+        ("[lora]", "lora", "recipe.yaml:5: strategies: must be a list, such as [lora]."),
+        ("[lora]", "{lora: }", "recipe.yaml:5: strategies: must be a list, such as [lora]."),
         ("[lora]", "[3]", "recipe.yaml:5: strategies[0]: must be NAME or NAME: {OPTION: VALUE}."),
         ("[lora]", "\n  - lora: 8", "recipe.yaml:6: strategies[0].lora: must be a mapping of options."),
         (
@@ -198,7 +198,7 @@ def test_bad_sections(old, new, message):
             "recipe.yaml:2: is not YAML: unacceptable character #x0000: special characters are not allowed.",
         ),
         ("[" * 50_000, "recipe.yaml:1: is not a recipe: nested too deeply."),
-        ("x" * 200_000, "recipe.yaml: is longer than 100,000 bytes; that is no recipe."),
+        ("x" * 200_000, "recipe.yaml: is longer than 100,000 bytes, so it is not a recipe."),
         ("a: 1\n---\nb: 1\n", "recipe.yaml:2: is not YAML: but found another document."),
     ],
 )
@@ -216,7 +216,7 @@ def test_billions_of_laughs_end_at_once():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"base": {},\n "data": {},\n "base": {}}', "recipe.json:3: duplicate key 'base' (first in line 1)."),
+        ('{"base": {},\n "data": {},\n "base": {}}', "recipe.json:3: duplicate key 'base' (first on line 1)."),
         ('{"base": {\n', "recipe.json:2: is not JSON: Expecting property name enclosed in double quotes (column 1)."),
         ('{"base": {},\n "dta": {}}', "recipe.json:2: dta: unknown key. Did you mean 'data'?"),
         (
@@ -235,12 +235,12 @@ def test_bom_and_crlf_are_read():
 
 
 def test_files_that_are_not_there():
-    with pytest.raises(InputError, match=r"^nowhere.yaml: there is no such recipe\.$"):
+    with pytest.raises(InputError, match=r"^nowhere.yaml: no such recipe\.$"):
         load_recipe("nowhere.yaml")
     with pytest.raises(InputError, match=r"cannot be read: Is a directory\.$"):
         load_recipe(Path.cwd())
     assert error_of(SMALLEST.replace("train.jsonl", "trian.jsonl")) == (
-        f"recipe.yaml:4: data.train: there is no trian.jsonl (from {Path.cwd()})."
+        f"recipe.yaml:4: data.train: no such file: trian.jsonl (from {Path.cwd()})."
     )
 
 
@@ -280,9 +280,9 @@ def test_overriding_all_strategies():
     [
         ("train.lr=3", "-o train.lr=3: train.lr: unknown key. Did you mean 'learning_rate'?"),
         ("train.epochs=-1", "-o train.epochs=-1: train.epochs: must be greater than 0 (got -1)."),
-        ("train.seed", "-o train.seed: write KEY=VALUE, for instance -o train.steps=100."),
-        ("=3", "-o =3: write KEY=VALUE, for instance -o train.steps=100."),
-        ("train..seed=3", "-o train..seed=3: write KEY=VALUE, for instance -o train.steps=100."),
+        ("train.seed", "-o train.seed: write KEY=VALUE, as in -o train.steps=100."),
+        ("=3", "-o =3: write KEY=VALUE, as in -o train.steps=100."),
+        ("train..seed=3", "-o train..seed=3: write KEY=VALUE, as in -o train.steps=100."),
         ("trian.steps=3", "-o trian.steps=3: the recipe has no 'trian'. Did you mean 'train'?"),
         ("lorra.rank=3", "-o lorra.rank=3: the recipe has no 'lorra'. Did you mean 'lora'?"),
         ("strategies.lorra.rank=3", "-o strategies.lorra.rank=3: the recipe has no 'lorra'. Did you mean 'lora'?"),
@@ -290,7 +290,7 @@ def test_overriding_all_strategies():
         ("train.seed=[1", "-o train.seed=[1: is not YAML: expected ',' or ']', but got '<stream end>'."),
         ("train.seed=!!float 1", "-o train.seed=!!float 1: train.seed: must be a whole number (got 1.0)."),
         ("strategies=[lorra]", "-o strategies=[lorra]: strategy 'lorra' is not installed. Did you mean 'lora'?"),
-        ("data.train=no.csv", "-o data.train=no.csv: data.train: there is no no.csv"),
+        ("data.train=no.csv", "-o data.train=no.csv: data.train: no such file: no.csv"),
     ],
 )
 def test_errors_lead_with_the_override(override, message):
@@ -340,7 +340,7 @@ train: {epochs: 2, steps: 3, patience: 2, eval_every: -1, learning_rate: fast, t
     assert recipe is not None
     assert [choice.name for choice in recipe.strategies] == ["lora", UNKNOWN, "lorra"]
     assert (recipe.base.model, recipe.train.schedule, recipe.train.learning_rate) == (UNKNOWN, "linear", 2e-4)
-    with pytest.raises(InputError, match=r"^recipe.yaml:5: .*\(10 more: `budwood plan` lists all\)$") as error:
+    with pytest.raises(InputError, match=r"^recipe.yaml:5: .*\(10 more: `budwood plan` lists them\)$") as error:
         load_recipe("recipe.yaml", ["train.x=3", "foo=2"])
     assert list(error.value.problems) == problems
 
@@ -417,7 +417,7 @@ def test_the_recipe_of_a_bare_data_file():
     assert recipe.output == Path("runs/train")
     with pytest.raises(InputError, match=r"^recipe: base.model: must have at least 1 character"):
         default_recipe("train.jsonl", "")
-    with pytest.raises(InputError, match=r"^trian.jsonl: there is no such file \(from "):
+    with pytest.raises(InputError, match=r"^trian.jsonl: no such file \(from "):
         default_recipe("trian.jsonl", "some/base")
 
 

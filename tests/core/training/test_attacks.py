@@ -52,7 +52,7 @@ def trained(make_recipe: Callable, tmp_path: Path) -> tuple[Path, Path]:
 
 def test_clean_and_attacked_metrics_stand_side_by_side(trained: Any, capsys: Any, monkeypatch: Any) -> None:
     adapter, data = trained
-    monkeypatch.setattr(cli, "hush", lambda debug: None)
+    monkeypatch.setattr(cli, "silence_libraries", lambda debug: None)
     attacks = ["pgd:epsilon=2,steps=3", "typos:rate=0.5"]
     line = ["eval", str(adapter), "--data", str(data), "--precision", "fp32"]
     for attack in attacks:

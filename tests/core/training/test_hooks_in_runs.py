@@ -61,7 +61,7 @@ def test_a_plugin_that_fails_in_a_hook_of_a_run_is_named(hook, distribution, mak
     if hook == "on_event":
         tune(recipe)
         said = capsys.readouterr().err
-        assert said.count(f"{who} failed in on_event and is set aside: ArithmeticError: no") == 1
+        assert said.count(f"{who} failed in on_event and is disabled: ArithmeticError: no") == 1
         assert (recipe.output / "adapter" / "adapter_config.json").exists()
         return
     if hook == "load_state_dict":
@@ -130,7 +130,10 @@ def test_autograd_that_fails_names_the_loss_terms(distribution, make_recipe):
             "LossTerm('x', 0.0, 'step')",
             r"strategy 'mine' \(sprout 1.0\), hook loss_terms, step 1: returned a LossTerm; it",
         ),
-        ("LossTerm('x', zero.long(), 'step')", "each with a name, a floating tensor of values, a unit and a weight"),
+        (
+            "LossTerm('x', zero.long(), 'step')",
+            "each with a name, a floating-point tensor of values, a unit and",
+        ),
         ("LossTerm('x', zero, 'stepp')", r"of unit 'example' or .* of unit 'step', not \[\] of unit 'stepp'"),
         (
             "LossTerm('loss', zero, 'step')",
@@ -205,16 +208,16 @@ def test_a_profile_is_shown_with_memory(make_recipe, monkeypatch, capsys):
     manifest = json.loads((recipe.output / "manifest.json").read_text())
     assert all(isinstance(row["peak_growth_bytes"], int) for row in manifest["hooks"])
     lines = capsys.readouterr().err.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("whose "))
+    start = next(i for i, line in enumerate(lines) if line.startswith("owner "))
     table = lines[start + 1 :]
-    assert len(table) == len(manifest["hooks"]) + 1 and table[-1].split()[:2] == ["core", "elsewhere"]
+    assert len(table) == len(manifest["hooks"]) + 1 and table[-1].split()[:2] == ["core", "everything"]
     shares = [float(share.rstrip("%")) for line in table for share in line.split() if share.endswith("%")]
     assert shares[:-1] == sorted(shares[:-1], reverse=True) and 98 < sum(shares) < 102
 
 
 def run_command(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> int:
     """`budwood tune` in this process; returns the exit code."""
-    monkeypatch.setattr(cli, "hush", lambda debug: None)
+    monkeypatch.setattr(cli, "silence_libraries", lambda debug: None)
     monkeypatch.setenv("BUDWOOD_DEBUG", "")
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8")
@@ -256,7 +259,7 @@ def test_debug_shows_the_authors_traceback(distribution, make_recipe, tmp_path, 
     recipe = make_recipe(strategies=[{"lora": {"rank": 2}}, "fails", "sees"])
     assert run_command(recipe, tmp_path, monkeypatch, "--debug") == 3
     shown = capsys.readouterr().err
-    assert "strategy 'sees' (sprout 1.0) failed in on_event and is set aside: ConnectionError: gone" in shown
+    assert "strategy 'sees' (sprout 1.0) failed in on_event and is disabled: ConnectionError: gone" in shown
     for line in ("raise KeyError('x')", "raise ConnectionError('gone')"):
         assert line in shown
     assert shown.count(f'File "{folder}/sprout.py"') == 2

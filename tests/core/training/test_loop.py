@@ -222,10 +222,7 @@ def test_a_failing_tracker_never_stops_the_run(make_recipe: Make, capsys: object
     monkeypatch.setattr(setup, "get_available_trackers", lambda: ["tensorboard"])
     monkeypatch.setattr(Accelerator, "init_trackers", fail)
     run = tune(make_recipe(train={"trackers": ["tensorboard"]}))
-    assert (
-        "warning: no tracker is used: they did not start (ConnectionError: no route to the tracker)"
-        in capsys.readouterr().err
-    )
+    assert "warning: the trackers did not start (ConnectionError: no route to the tracker)" in capsys.readouterr().err
     assert adapter(run)
 
 
@@ -246,7 +243,7 @@ def test_the_output_of_another_run_is_refused_and_overwritten_when_asked(make_re
     tune(make_recipe(), quiet=True, overwrite=True)
     assert not (first.directory / "leftover").exists()
     (first.directory / "manifest.json").unlink()
-    with pytest.raises(InputError, match="not empty and holds no run"):
+    with pytest.raises(InputError, match="not empty and does not hold a run"):
         tune(make_recipe(), quiet=True, overwrite=True)
 
 

@@ -354,7 +354,7 @@ def test_an_objective_on_a_task_without_log_probabilities_is_refused_before_the_
     with pytest.raises(InputError) as caught:
         tune(recipe, quiet=True)
     assert str(caught.value) == says
-    monkeypatch.setattr(cli, "hush", lambda debug: None)
+    monkeypatch.setattr(cli, "silence_libraries", lambda debug: None)
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8")
     assert cli.run(["plan", str(path)]) == 2
@@ -566,7 +566,7 @@ def test_a_task_without_a_method_ends_the_command_with_3(
     source = "from budwood import Task\nclass Bare(Task):\n    api, name, auto_class = 2, 'bare', 'AutoModel'\n"
     distribution("sprout", source, {"bare": "Bare"}, "budwood.tasks")
     distribution("leaf", FORMAT, {"pairs": "Pairs"}, "budwood.formats")
-    monkeypatch.setattr(cli, "hush", lambda debug: None)
+    monkeypatch.setattr(cli, "silence_libraries", lambda debug: None)
     path = tmp_path / "recipe.json"
     recipe = json.loads(json.dumps(make_recipe(base={"task": "bare"}).to_dict(), default=str))
     path.write_text(json.dumps(recipe), encoding="utf-8")

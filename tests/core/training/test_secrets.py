@@ -110,7 +110,7 @@ def leaks(text: str) -> list[str]:
 
 
 def test_a_run_leaves_no_secret_behind(distribution, make_recipe, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "hush", lambda debug: None)
+    monkeypatch.setattr(cli, "silence_libraries", lambda debug: None)
     distribution("spy", SPY, {"spy": "Spy"})
     options = {"api_key": KEY, "endpoint": f"https://me:{URL}@api.example/v1"}
     recipe = make_recipe(strategies=[{"lora": {"rank": 2}}, {"spy": options}], train={"steps": 2}).model_dump(
@@ -132,7 +132,7 @@ def test_a_run_leaves_no_secret_behind(distribution, make_recipe, tmp_path, caps
 
     assert cli.run(["tune", str(run / "recipe.yaml"), "-o", f"output={tmp_path / 'again'}"]) == 2
     err = capsys.readouterr().err
-    assert "options.api_key: [redacted] stands for a secret" in err
+    assert "options.api_key: [redacted] replaces a secret" in err
     assert "recipe.yaml:" in err
 
     talk = ["-o", "spy.talk=true", "-o", f"output={tmp_path / 'talks'}"]
@@ -160,7 +160,7 @@ def test_a_recipe_keeps_its_secrets_to_itself():
     recipe = Recipe.from_dict(data)
     assert recipe.strategies[0].options == {"password": KEY}
     assert KEY not in recipe.to_yaml()
-    with pytest.raises(InputError, match=r"strategies\[0\].options.password: \[redacted\] stands for"):
+    with pytest.raises(InputError, match=r"strategies\[0\].options.password: \[redacted\] replaces"):
         Recipe.from_dict(recipe.to_dict())
     assert KEY not in str(InputError(f"got '{KEY}'"))
 

@@ -43,7 +43,7 @@ EXPECTED = {
     "pads a string": "memory",
     "formats a string": "memory",
     "doubles a string": "memory",
-    "calls itself": "recursion|nests too deep",
+    "calls itself": "recursion|nests too deeply",
     "another file": "refuses the conversation",
     "too long a range": "Range too big",
 }

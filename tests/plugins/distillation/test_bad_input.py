@@ -78,7 +78,7 @@ def test_a_teacher_that_does_not_exist(refused: Callable[..., str], tiny_base: P
     assert "teacher: " in refused({"teacher": f"base+{tmp_path / 'none'}"})
     assert "no adapter" in refused({"teacher": f"base+{tiny_base}"})
     (tmp_path / "empty").mkdir()
-    assert "holds no config.json" in refused({"teacher": str(tmp_path / "empty")})
+    assert "has no config.json" in refused({"teacher": str(tmp_path / "empty")})
     assert "quantiser 'nf5' is not installed. Did you mean 'nf4'?" in refused(
         {"teacher": str(tiny_base), "quantization": "nf5"}
     )
@@ -218,7 +218,7 @@ def test_folders_that_overwrite_would_empty(
 
 def test_two_teachers(refused: Callable[..., str]) -> None:
     message = refused({"teacher": "base"}, others=({"distillation": {"teacher": "base"}},))
-    assert "strategy 'distillation' stands twice" in message
+    assert "strategy 'distillation' appears twice" in message
 
 
 def test_no_adapter_to_switch_off(make_recipe: Callable) -> None:

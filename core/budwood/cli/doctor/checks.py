@@ -27,7 +27,7 @@ import budwood
 from budwood.contract.discovery import WORDS, Installed
 from budwood.contract.loading import check_plugin, every_installed
 from budwood.errors import BudwoodError, InputError, describe
-from budwood.model.quiet import hush
+from budwood.model.quiet import silence_libraries
 
 Status = Literal["ok", "note", "warning", "problem"]
 
@@ -469,7 +469,7 @@ def _lines(text: bytes) -> list[dict[str, Any]]:
 
 def report(sink: int, names: Sequence[str], skip: int) -> None:
     """Run checks of this module by name, and write what they find to a file descriptor, one JSON object a line."""
-    hush()
+    silence_libraries()
     broken = False
     with os.fdopen(sink, "w", encoding="utf-8") as file:
         for name in names:

@@ -346,9 +346,9 @@ def test_with_nothing_to_go_on_with_a_run_begins(make_recipe: Make, kill_at: Kil
 
 def test_a_run_that_is_not_finished_is_refused_without_a_word(killed: Callable[..., Recipe]) -> None:
     recipe = killed(2)
-    with pytest.raises(InputError, match="not finished: go on with --resume, start over with --overwrite"):
+    with pytest.raises(InputError, match="unfinished run: continue it with --resume, start over with --overwrite"):
         tune(recipe, quiet=True)
-    with pytest.raises(InputError, match="give one of them"):
+    with pytest.raises(InputError, match="give only one"):
         tune(recipe, quiet=True, resume=True, overwrite=True)
     run = tune(recipe, quiet=True, overwrite=True)
     assert "resumed_from_step" not in manifest(run.directory)
