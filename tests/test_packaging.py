@@ -61,7 +61,7 @@ def test_the_wheel_runs_outside_the_checkout(wheel, tmp_path):
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
         "import budwood; from budwood.cli.app import run\n"
         "assert budwood.__file__.startswith(sys.path[0])\n"
-        "from budwood.cli.doctor.checks import tested_versions\n"
+        "from budwood.cli.doctor.software import tested_versions\n"
         "assert tested_versions()['torch'], 'the pins are not in the wheel'\n"
         "assert run(['new', 'strategy', 'mine']) == 0\n"
         "sys.exit(run(['plugins']))"

@@ -236,7 +236,8 @@ def _inspect_base(recipe: Recipe, run_plan: RunPlan, problems: _Problems) -> Non
     if base.model == UNKNOWN:
         return
     problems.attempt(lambda: check_base(base.model, base.quantization, base.trust_remote_code))
-    run_plan.tokenizer = problems.attempt(lambda: load_tokenizer(base.model))
+    if run_plan.task is None or run_plan.task.needs_tokenizer:
+        run_plan.tokenizer = problems.attempt(lambda: load_tokenizer(base.model))
     if run_plan.task is not None:
         run_plan.model = problems.attempt(
             lambda: skeleton(base.model, run_plan.task.auto_class, base.trust_remote_code)

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-import math
-from typing import Any
 
-import torch
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
-from torch import Tensor
 
-from budwood.adapters.golden import TOLERANCE, threads
-from budwood.adapters.live import module_ids
-from budwood.adapters.pool import AdapterPool
 from budwood.contract.discovery import PluginError
 from budwood.contract.loading import HOOKS, build_strategy, check_hooks, load_strategy
 from budwood.errors import BudwoodError, InputError
@@ -25,19 +18,15 @@ from budwood.testing.bench import (
     Bench,
     NotApplicable,
     PromiseBroken,
-    Result,
     explain,
     implements,
     registered,
 )
+from budwood.testing.expect import expect_equal, expect_sound, expect_state
 from budwood.testing.fake import run_on_fake_tensors
 from budwood.testing.files import LONGEST, session_folder
-from budwood.testing.probe import InjectedError, distance, farthest, same_bytes, state_of, stored
+from budwood.testing.probe import InjectedError, distance, farthest, same_bytes, state_of
 
-EXACT = 1e-5
-"""Largest difference of a parameter between two runs that split a step otherwise, in fp32 and without dropout."""
-MERGED = 1e-4
-"""Largest difference of a logit between a merged and an attached adapter, in units of the largest logit."""
 OWNER_HOOKS = ("attach_adapter", "use_adapters", "detach_adapter", "export", "trainable_parameters")
 
 
@@ -170,7 +159,7 @@ def micro_batches(bench: Bench) -> None:
     ones, twos = whole.probe.micro_batches, halves.probe.micro_batches
     if any(len(step) != 1 for step in ones.values()) or any(len(step) != 2 for step in twos.values()):
         raise NotApplicable(f"its batches are {ones[0]} and {twos[0]} examples, where 4 and 2 + 2 can be compared")
-    _expect_equal(promise, whole, halves.parameters, f"micro-batches of {ones[0]} and of {twos[0]} examples", bench)
+    expect_equal(promise, whole, halves.parameters, f"micro-batches of {ones[0]} and of {twos[0]} examples", bench)
 
 
 def two_processes(bench: Bench) -> None:
@@ -185,22 +174,7 @@ def two_processes(bench: Bench) -> None:
     from safetensors.torch import load_file
 
     assert outcome.parameters is not None
-    _expect_equal(promise, whole, load_file(outcome.parameters), "one process and two", bench)
-
-
-def save_and_load(bench: Bench) -> None:
-    """A saved adapter, loaded on the base, gives the logits that were trained."""
-    promise = "save → load → same logits"
-    result = bench.run(promise)
-    pool, _ = _pool(bench, result, promise)
-    pool.use("adapter")
-    loaded = pool.logits(result.probe.prompts)
-    gap, due = distance(result.logits, loaded), TOLERANCE * max(1.0, float(result.logits.abs().max()))
-    if not gap <= due:
-        raise PromiseBroken(
-            f"{promise}: a logit of the loaded adapter differs from the trained one's by {gap:.3g} "
-            f"(at most {due:.1g} is due; the adapter itself moves logits by {_effect(result):.3g})."
-        )
+    expect_equal(promise, whole, load_file(outcome.parameters), "one process and two", bench)
 
 
 def resume(bench: Bench) -> None:
@@ -217,79 +191,11 @@ def resume(bench: Bench) -> None:
         )
 
 
-def merge(bench: Bench) -> None:
-    """The adapter merged into the unquantised fp32 base gives the logits of the adapter beside it."""
-    promise = "merged equals unmerged"
-    if not bench.owns_adapter:
-        raise NotApplicable("it owns no adapter")
-    if not implements(bench.spec.strategy, "merge_adapter"):
-        raise NotApplicable("it has no merge_adapter")
-    result = bench.run(promise)
-    pool, modules = _pool(bench, result, promise)
-    pool.use("adapter")
-    beside = pool.logits(result.probe.prompts)
-    try:
-        pool.merge("adapter")
-    except BudwoodError as error:
-        raise PromiseBroken(f"{promise}: merging ended with {explain(error)}") from error
-    merged = pool.logits(result.probe.prompts)
-    gap, due = distance(beside, merged), MERGED * float(beside.abs().max())
-    if not gap <= due:
-        raise PromiseBroken(
-            f"{promise}: a logit of the merged model differs by {gap:.3g} (at most {due:.1g} is due; the adapter "
-            f"itself moves logits by {_effect(result):.3g})."
-        )
-    if module_ids(pool.model) != modules:
-        raise PromiseBroken(f"{promise}: after merging {_other_modules(pool, modules)} stand on the base.")
-
-
-def off(bench: Bench) -> None:
-    """With the adapter off the model computes the base's own bits; taken off, nothing of it is left."""
-    promise = "off restores the base's bits"
-    result = bench.run(promise)
-    if result.off is None:
-        raise NotApplicable("no strategy of its recipe owns an adapter")
-    gap = distance(result.probe.base_logits, result.off)
-    if gap or not same_bytes(result.probe.base_logits, result.off):
-        raise PromiseBroken(
-            f"{promise}: after training, with the adapter off, a logit differs from the base's by {gap:.3g}."
-        )
-    if not bench.owns_adapter:
-        return
-    prompts = result.probe.prompts
-    pool = AdapterPool(
-        str(bench.files.base), task=bench.spec.task, precision="fp32", device="cpu", labels=_labels(result)
-    )
-    with threads(1):
-        before, state = pool.logits(prompts), state_of(pool.model)
-        tensors = {name: (tensor, tensor.clone()) for name, tensor in stored(pool.model).items()}
-        _load(pool, result, promise)
-        pool.use("adapter")
-        pool.logits(prompts)
-        pool.use(None)
-        gap = distance(before, pool.logits(prompts))
-        if gap:
-            raise PromiseBroken(f"{promise}: in a pool, with no adapter in use, a logit differs by {gap:.3g}.")
-        try:
-            pool.unload("adapter")
-        except BudwoodError as error:
-            raise PromiseBroken(f"{promise}: detach_adapter: {explain(error)}") from error
-        gap = distance(before, pool.logits(prompts))
-    if gap:
-        raise PromiseBroken(f"{promise}: after detach_adapter a logit differs by {gap:.3g}.")
-    _expect_state(f"{promise}: detach_adapter", state, state_of(pool.model))
-    changed = [
-        f"{name} by {distance(live, old):.3g}" for name, (live, old) in tensors.items() if not same_bytes(live, old)
-    ]
-    if changed:
-        raise PromiseBroken(f"{promise}: detach_adapter left {len(changed)} tensors changed: {', '.join(changed[:3])}.")
-
-
 def runs_on(bench: Bench, quantization: str) -> None:
     """It trains on a base in this quantization: all numbers finite, something learned."""
     promise = f"runs on {'an unquantised base' if quantization == 'none' else quantization.upper()}"
     result = bench.run(promise, quantization, quantization=quantization)
-    _expect_sound(promise, result)
+    expect_sound(promise, result)
 
 
 def fake_tensors(bench: Bench) -> None:
@@ -319,7 +225,7 @@ def after_an_exception(bench: Bench) -> None:
             chain.append(cause)
         if not any(isinstance(link, InjectedError) for link in chain):
             raise PromiseBroken(f"{promise}: in place of the exception in forward {number} came {explain(error)}")
-        _expect_state(
+        expect_state(
             f"{promise}: after an exception in forward {number} of a step", probe.snapshot, state_of(run.model)
         )
 
@@ -340,85 +246,13 @@ def composes(bench: Bench, other: str) -> None:
         result = bench.run(promise)
     else:
         result = bench.run(promise, f"with-{other}", other=other)
-    _expect_sound(promise, result)
+    expect_sound(promise, result)
     alone = bench.run(promise).probe  # what it does alone too is no matter of company
     if result.probe.strays and not alone.strays:
         raise PromiseBroken(f"{promise}: a gradient on what does not train: {'; '.join(result.probe.strays[:3])}.")
     changed = result.probe.changed_base()
     if changed and not alone.changed_base():
         raise PromiseBroken(f"{promise}: the base's bytes changed: {', '.join(changed[:3])}.")
-
-
-def _expect_equal(promise: str, whole: Result, other: dict[str, Tensor], what: str, bench: Bench) -> None:
-    name, gap = farthest(whole.parameters, other)
-    if not gap <= EXACT:
-        raise PromiseBroken(
-            f"{promise}: {what} differ by {gap:.3g} in {name} after {bench.spec.steps} steps in fp32 "
-            f"(at most {EXACT:g} is due). Values go by label or example, and noise by step.generator(self, example)."
-        )
-
-
-def _expect_state(promise: str, before: dict[str, Any], after: dict[str, Any]) -> None:
-    changed = [what for what in {**before, **after} if before.get(what) != after.get(what)]
-    if changed:
-        named = "; ".join(
-            f"{what}: {_short(before.get(what))} before, {_short(after.get(what))} after" for what in changed[:3]
-        )
-        raise PromiseBroken(f"{promise}, {len(changed)} things on the model are not as before: {named}.")
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, tuple):
-        return str(len(value))
-    return (
-        "absent"
-        if value is None
-        else "another"
-        if isinstance(value, int) and not isinstance(value, bool)
-        else str(value)
-    )
-
-
-def _expect_sound(promise: str, result: Result) -> None:
-    bad = [name for name, tensor in result.parameters.items() if not bool(torch.isfinite(tensor).all())]
-    numbers = {name: value for name, value in result.run.metrics.items() if not math.isfinite(float(value))}
-    if bad or numbers:
-        raise PromiseBroken(f"{promise}: not finite: {', '.join([*bad, *map(str, numbers)][:5])}.")
-    moved = distance(result.logits, result.probe.base_logits)
-    if not moved:
-        raise PromiseBroken(f"{promise}: after training every logit is the base's own.")
-
-
-def _effect(result: Result) -> float:
-    return distance(result.logits, result.probe.base_logits)
-
-
-def _labels(result: Result) -> list[str] | None:
-    return list(result.run.examples.labels) or None
-
-
-def _pool(bench: Bench, result: Result, promise: str) -> tuple[AdapterPool, list[tuple[str, int]]]:
-    """The base with the run's adapter on it, and its modules as they were without."""
-    if not result.adapter.is_dir():
-        raise NotApplicable("no strategy of its recipe owns an adapter")
-    pool = AdapterPool(
-        str(bench.files.base), task=bench.spec.task, precision="fp32", device="cpu", labels=_labels(result)
-    )
-    modules = module_ids(pool.model)
-    _load(pool, result, promise)
-    return pool, modules
-
-
-def _load(pool: AdapterPool, result: Result, promise: str) -> None:
-    try:
-        pool.load("adapter", result.adapter)
-    except BudwoodError as error:
-        raise PromiseBroken(f"{promise}: the saved adapter is not taken: {explain(error)}") from error
-
-
-def _other_modules(pool: AdapterPool, modules: list[tuple[str, int]]) -> str:
-    found = [path for path, identity in module_ids(pool.model) if (path, identity) not in set(modules)]
-    return f"{len(found)} other modules ({', '.join(found[:2])})"
 
 
 _waiting: dict[int, Bench] = {}

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 
 from budwood.contract.strategy import Strategy
-from budwood.testing import checks
+from budwood.testing import adapter_checks, checks
 from budwood.testing.bench import FIRST_PARTY, Bench, NotApplicable, PromiseBroken, Spec
 from budwood.testing.files import Files, make_files
 from budwood.testing.plugin import SKIPPED
@@ -86,16 +86,16 @@ class StrategyConformance:
         self._keeps(request, checks.two_processes)
 
     def test_save_and_load(self, request: pytest.FixtureRequest) -> None:
-        self._keeps(request, checks.save_and_load)
+        self._keeps(request, adapter_checks.save_and_load)
 
     def test_resumed_equals_uninterrupted(self, request: pytest.FixtureRequest) -> None:
         self._keeps(request, checks.resume)
 
     def test_merged_equals_unmerged(self, request: pytest.FixtureRequest) -> None:
-        self._keeps(request, checks.merge)
+        self._keeps(request, adapter_checks.merge)
 
     def test_off_restores_the_base(self, request: pytest.FixtureRequest) -> None:
-        self._keeps(request, checks.off)
+        self._keeps(request, adapter_checks.off)
 
     @pytest.mark.parametrize("quantization", ["none", "nf4"])
     def test_runs_on(self, quantization: str, request: pytest.FixtureRequest) -> None:

@@ -185,7 +185,9 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
         f"adapter: {directory / 'adapter'} · log: {directory / 'metrics.jsonl'} · plot: {directory / 'loss.png'}"
     )
     name = directory.name if re.fullmatch(r"[\w-]+", directory.name, re.ASCII) else "adapter"
-    report.say(f"next: budwood generate {run.recipe.base.model} --adapter {name}={directory / 'adapter'} --prompt '…'")
+    if run.model.can_generate():
+        adapter = f"--adapter {name}={directory / 'adapter'}"
+        report.say(f"next: budwood generate {run.recipe.base.model} {adapter} --prompt '…'")
     _finish_manifest(directory / "manifest.json", run, seconds, report, finished)
     run.accelerator.wait_for_everyone()
 

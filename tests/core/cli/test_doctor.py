@@ -17,7 +17,8 @@ import torch
 
 from budwood.cli import app as cli
 from budwood.cli.doctor import checks as doctor
-from budwood.cli.doctor.checks import Finding
+from budwood.cli.doctor import devices, software
+from budwood.cli.doctor.finding import Finding
 
 ROOT = Path(__file__).parents[3]
 
@@ -27,7 +28,7 @@ def statuses(findings) -> list[str]:
 
 
 def test_pins_are_those_of_constraints_txt():
-    pins = doctor.tested_versions()
+    pins = software.tested_versions()
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     assert f"torch=={pins['torch']}" in lines
     assert len(pins) == sum("==" in line for line in lines)
@@ -67,7 +68,7 @@ def test_another_version_is_told_and_fails_only_out_of_range(monkeypatch, versio
 
 
 def test_a_local_build_of_the_tested_version_is_that_version(monkeypatch):
-    pin = doctor.tested_versions()["torch"]
+    pin = software.tested_versions()["torch"]
     genuine = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: f"{pin}+cu130" if name == "torch" else genuine(name))
     assert not [finding for finding in doctor.check_versions() if finding.values.get("package") == "torch"]
@@ -134,17 +135,17 @@ def test_a_device_that_cannot_compute_is_a_problem(monkeypatch):
 def test_a_gpu_that_torch_cannot_use_is_a_warning(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.version.cuda", None)
-    monkeypatch.setattr(doctor, "_driver", lambda: "570.86.15")
+    monkeypatch.setattr(devices, "_driver", lambda: "570.86.15")
     (finding,) = [finding for finding in doctor.check_torch() if finding.status == "warning"]
     assert "570.86.15" in finding.text
     assert "install torch for CUDA" in finding.remedy
 
 
 def test_bitsandbytes_is_exercised_within_its_bounds():
-    weight, forward, backward = doctor.exercise_four_bit(bitsandbytes, "cpu")
+    weight, forward, backward = devices.exercise_four_bit(bitsandbytes, "cpu")
     levels = bitsandbytes.functional.get_4bit_type("nf4", device="cpu").sort().values
-    assert float(levels.diff().max()) / 2 <= doctor.NF4_GAP < float(levels.diff().max()) / 2 + 1e-3
-    assert 0.1 < weight <= doctor.NF4_GAP
+    assert float(levels.diff().max()) / 2 <= devices.NF4_GAP < float(levels.diff().max()) / 2 + 1e-3
+    assert 0.1 < weight <= devices.NF4_GAP
     assert max(forward, backward) < 1e-2
     assert statuses(doctor.check_bitsandbytes()) == ["ok"]
 

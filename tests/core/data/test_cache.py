@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from budwood.cli.doctor.checks import check_cache
+from budwood.cli.doctor.machine import check_cache
 from budwood.data import cache
 from budwood.data.build import build_examples
 from budwood.errors import InputError

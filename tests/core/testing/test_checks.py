@@ -11,7 +11,7 @@ import pytest
 from tests.core.testing import broken
 
 from budwood import Strategy, installed
-from budwood.testing import StrategyConformance, bench, checks, plugin
+from budwood.testing import StrategyConformance, adapter_checks, bench, checks, plugin
 from budwood.testing.bench import Bench, NotApplicable, PromiseBroken, Spec
 
 CHECKS: dict[str, Callable[[Bench], None]] = {
@@ -23,10 +23,10 @@ CHECKS: dict[str, Callable[[Bench], None]] = {
     "seed": checks.same_seed_same_bytes,
     "micro-batches": checks.micro_batches,
     "processes": checks.two_processes,
-    "save": checks.save_and_load,
+    "save": adapter_checks.save_and_load,
     "resume": checks.resume,
-    "merge": checks.merge,
-    "off": checks.off,
+    "merge": adapter_checks.merge,
+    "off": adapter_checks.off,
     "unquantised": functools.partial(checks.runs_on, quantization="none"),
     "nf4": functools.partial(checks.runs_on, quantization="nf4"),
     "fake": checks.fake_tensors,

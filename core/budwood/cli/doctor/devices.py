@@ -1,0 +1,158 @@
+"""What computes: torch, the GPUs that it sees, bitsandbytes, each tried."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from budwood.cli.doctor.finding import LOW_MEMORY, Finding, gib
+from budwood.errors import BudwoodError, describe
+
+NF4_GAP = 0.1520
+"""Half of the widest gap between two levels of NF4 (-1 and -0.6962), and a little: the largest error, in a block's
+largest weight."""
+
+
+def check_torch() -> Iterator[Finding]:
+    """torch, tried on the CPU; the devices that it sees, each tried; and the one that a run would take."""
+    try:
+        import torch
+
+        a = torch.ones(8, 8, requires_grad=True)
+        (a @ a).sum().backward()
+        version, built_for = torch.__version__, torch.version.cuda
+    except Exception as error:
+        text = f"torch does not work: {describe(error)}"
+        yield Finding("torch", "problem", text, "install it as pytorch.org says, in this environment.")
+        return
+    kind = f"CUDA {built_for}" if built_for else "the CPU alone" if torch.version.hip is None else "ROCm"
+    values = {"version": version, "cuda": built_for, "threads": torch.get_num_threads()}
+    yield Finding("torch", "ok", f"torch {version}, built for {kind}, {torch.get_num_threads()} threads", values=values)
+    yield from _check_cuda(torch)
+    try:
+        from budwood.model.machine import pick_device_precision
+
+        device, dtype, reason = pick_device_precision("auto", "auto")
+        name = str(dtype).removeprefix("torch.")
+        values = {"device": str(device), "dtype": name}
+        yield Finding("device", "ok", f"a run would compute on {device} in {name} ({reason})", values=values)
+    except BudwoodError as error:
+        yield Finding("device", "problem", str(error))
+
+
+def _check_cuda(torch: Any) -> Iterator[Finding]:
+    driver = _driver()
+    if not torch.cuda.is_available():
+        if driver is None:
+            yield Finding("device", "ok", "no CUDA device")
+        elif torch.version.cuda is None:
+            text = f"NVIDIA driver {driver} is here, but this torch is built for the CPU alone"
+            yield Finding("device", "warning", text, "install torch for CUDA as pytorch.org says, to use the GPU.")
+        else:
+            text = (
+                f"NVIDIA driver {driver} is here, but torch finds no device (it is built for CUDA {torch.version.cuda})"
+            )
+            remedy = "update the driver, or install torch for an older CUDA; look at CUDA_VISIBLE_DEVICES."
+            yield Finding("device", "warning", text, remedy)
+        return
+    for index in range(torch.cuda.device_count()):
+        where = f"cuda:{index}"
+        try:
+            about = torch.cuda.get_device_properties(index)
+            a = torch.ones(64, 64, device=where)
+            if float((a @ a).sum()) != 64.0**3:
+                raise RuntimeError("a product of matrices came out wrong")
+            free, total = torch.cuda.mem_get_info(index)
+        except Exception as error:
+            remedy = "install torch for this device and driver as pytorch.org says, or use base.device: cpu."
+            yield Finding("device", "problem", f"{where} does not work: {describe(error)}", remedy)
+            continue
+        values = {
+            "device": where, "name": about.name, "capability": [about.major, about.minor],
+            "memory": total, "free": free, "driver": driver, "cuda": torch.version.cuda,
+        }  # fmt: skip
+        text = f"{where}: {about.name}, capability {about.major}.{about.minor}, {gib(free)} of {gib(total)} free, "
+        text += f"driver {driver or 'unknown'}"
+        low = free < LOW_MEMORY
+        remedy = "end what else uses it (nvidia-smi lists that)." if low else ""
+        yield Finding("device", "warning" if low else "ok", text, remedy, values)
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA driver, where there is one."""
+    try:
+        found = re.search(r"Kernel Module[^\n]*?\s(\d+\.[\d.]+)", Path("/proc/driver/nvidia/version").read_text())
+        return found[1] if found else "of unknown version"
+    except OSError:
+        pass
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+        return done.stdout.split()[0] if done.returncode == 0 and done.stdout.strip() else None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def check_bitsandbytes() -> Iterator[Finding]:
+    """bitsandbytes on the device at hand: NF4 there and back within its bound, a 4-bit linear forward and backward."""
+    remedy = "pip install -U bitsandbytes; without it `quantization: none` still works."
+    import torch
+
+    try:
+        bitsandbytes: Any = importlib.import_module("bitsandbytes")
+    except Exception as error:
+        yield Finding("bitsandbytes", "problem", f"bitsandbytes does not import: {describe(error)}", remedy)
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    version = bitsandbytes.__version__
+    try:
+        error_share, forward, backward = exercise_four_bit(bitsandbytes, device)
+    except Exception as error:
+        text = f"bitsandbytes {version} fails on {device}: {describe(error)}"
+        yield Finding("bitsandbytes", "problem", text, remedy)
+        return
+    values = {
+        "version": version, "device": device, "nf4_error": error_share, "nf4_bound": NF4_GAP,
+        "forward_error": forward, "backward_error": backward,
+    }  # fmt: skip
+    text = f"bitsandbytes {version} on {device}: NF4 within {error_share:.3f} of a block's largest weight "
+    text += f"(bound {NF4_GAP}), Linear4bit forward within {forward:.0e}, backward within {backward:.0e}"
+    if error_share <= NF4_GAP and forward <= 0.01 and backward <= 0.01:  # TF32 keeps three digits
+        yield Finding("bitsandbytes", "ok", text, values=values)
+    else:  # NaN too
+        yield Finding("bitsandbytes", "problem", f"{text}: it computes wrongly here", remedy, values)
+
+
+def exercise_four_bit(bitsandbytes: Any, device: str) -> tuple[float, float, float]:
+    """Use NF4 on a small tensor.
+
+    Returns:
+        The largest error of a weight, in units of its block's largest; the largest error of a 4-bit linear's output and
+        of its input's gradient against the dequantised weight, in units of the largest value.
+    """
+    import torch
+
+    functional = bitsandbytes.functional
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 128, generator=draw).to(device)
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    restored = functional.dequantize_4bit(packed, state)
+    errors = (restored - weight).abs().view(-1, 64).amax(1) / weight.abs().view(-1, 64).amax(1)
+    layer = bitsandbytes.nn.Linear4bit(128, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    layer.weight = bitsandbytes.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4")
+    layer = layer.to(device)
+    inputs = torch.randn(4, 128, generator=draw).to(device).requires_grad_()
+    outputs = layer(inputs)
+    gradient = torch.randn(4, 64, generator=draw).to(device)
+    outputs.backward(gradient)
+    dense = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    assert inputs.grad is not None
+    return float(errors.max()), _off(outputs, inputs @ dense.T), _off(inputs.grad, gradient @ dense)
+
+
+def _off(found: Any, expected: Any) -> float:
+    return float((found - expected).detach().abs().max() / expected.detach().abs().max())

@@ -1,0 +1,95 @@
+"""The host: its memory, the folders that a run writes to, the token cache."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from budwood.cli.doctor.finding import LOW_MEMORY, Finding, gb, gib
+from budwood.errors import InputError
+
+LOW_DISK = 2 << 30
+
+
+def check_memory() -> Iterator[Finding]:
+    """The host's memory, as far as this process may use it."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
+    total, available = memory.total, memory.available
+    text = ""
+    if limit is not None and limit < total:  # a container's
+        total, available, text = limit, min(available, limit - (used or 0)), ", as this container is limited"
+    values = {"total": total, "available": available}
+    text = f"{gib(available)} of {gib(total)} memory available{text}"
+    if available < LOW_MEMORY:
+        remedy = "close what else runs; quantise the base; lower train.micro_tokens and data.max_length."
+        yield Finding("memory", "warning", text, remedy, values)
+    else:
+        yield Finding("memory", "ok", text, values=values)
+
+
+def _cgroup(name: str) -> int | None:
+    """A figure of the process's control group, version 2, in bytes."""
+    try:
+        return int(Path("/sys/fs/cgroup", name).read_text())
+    except (OSError, ValueError):  # none, or "max"
+        return None
+
+
+def check_disk(working: Path | None = None) -> Iterator[Finding]:
+    """Whether the working folder (None: the current one) and temporary files can be written."""
+    try:
+        yield _disk(
+            "working folder", working or Path.cwd(), "change to a folder that you may write, or name an output."
+        )
+    except OSError as error:  # the folder is gone
+        yield Finding("disk", "problem", f"the working folder: {error.strerror}", "change to another folder.")
+    wanted = os.environ.get("TMPDIR")
+    try:
+        folder = Path(tempfile.gettempdir())
+    except OSError as error:
+        yield Finding("disk", "problem", f"no folder for temporary files: {error}", "set TMPDIR to one.")
+    else:
+        yield _disk("temporary files", folder, "set TMPDIR to a folder that you may write.")
+        if wanted and Path(wanted).resolve() != folder.resolve():
+            text = f"TMPDIR is {wanted}, which cannot be used; temporary files go to {folder}"
+            yield Finding("disk", "warning", text, "make that folder, or set TMPDIR to another.")
+
+
+def _disk(what: str, folder: Path, remedy: str) -> Finding:
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".budwood-doctor-") as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        text = f"{what}: {folder} cannot be written ({error.strerror or error})"
+        return Finding("disk", "problem", text, remedy, {"folder": str(folder), "writable": False})
+    values = {"folder": str(folder), "writable": True, "free": free}
+    text = f"{what}: {folder} is writable, {gib(free)} free"
+    if free < LOW_DISK:
+        return Finding("disk", "warning", text, "make room: a run writes its adapter and its checkpoints.", values)
+    return Finding("disk", "ok", text, values=values)
+
+
+def check_cache() -> Iterator[Finding]:
+    """Where the token cache is, how large it is, and how large it may become."""
+    from budwood.data import cache
+
+    folder = cache.default_folder()
+    size = sum(stat.st_size for stat in cache.entries(folder).values())
+    values: dict[str, Any] = {"folder": str(folder), "size": size}
+    try:
+        limit = cache.size_limit()
+    except InputError as error:
+        yield Finding("cache", "problem", str(error), "correct or unset BUDWOOD_CACHE_LIMIT.", values)
+        return
+    text = f"token cache: {folder}, {gb(size)} of at most {gb(limit)} (BUDWOOD_CACHE_LIMIT changes that)"
+    yield Finding("cache", "ok", text, values=values | {"limit": limit})

@@ -1,0 +1,129 @@
+"""The promises of a strategy that owns an adapter: saved and loaded, merged, taken off."""
+
+from __future__ import annotations
+
+from budwood.adapters.golden import TOLERANCE, threads
+from budwood.adapters.live import module_ids
+from budwood.adapters.pool import AdapterPool
+from budwood.errors import BudwoodError
+from budwood.testing.bench import Bench, NotApplicable, PromiseBroken, Result, explain, implements
+from budwood.testing.expect import expect_state
+from budwood.testing.probe import distance, same_bytes, state_of, stored
+
+MERGED = 1e-4
+"""Largest difference of a logit between a merged and an attached adapter, in units of the largest logit."""
+
+
+def save_and_load(bench: Bench) -> None:
+    """A saved adapter, loaded on the base, gives the logits that were trained."""
+    promise = "save → load → same logits"
+    result = bench.run(promise)
+    pool, _ = _pool(bench, result, promise)
+    pool.use("adapter")
+    loaded = pool.logits(result.probe.prompts)
+    gap, due = distance(result.logits, loaded), TOLERANCE * max(1.0, float(result.logits.abs().max()))
+    if not gap <= due:
+        raise PromiseBroken(
+            f"{promise}: a logit of the loaded adapter differs from the trained one's by {gap:.3g} "
+            f"(at most {due:.1g} is due; the adapter itself moves logits by {_effect(result):.3g})."
+        )
+
+
+def merge(bench: Bench) -> None:
+    """The adapter merged into the unquantised fp32 base gives the logits of the adapter beside it."""
+    promise = "merged equals unmerged"
+    if not bench.owns_adapter:
+        raise NotApplicable("it owns no adapter")
+    if not implements(bench.spec.strategy, "merge_adapter"):
+        raise NotApplicable("it has no merge_adapter")
+    result = bench.run(promise)
+    pool, modules = _pool(bench, result, promise)
+    pool.use("adapter")
+    beside = pool.logits(result.probe.prompts)
+    try:
+        pool.merge("adapter")
+    except BudwoodError as error:
+        raise PromiseBroken(f"{promise}: merging ended with {explain(error)}") from error
+    merged = pool.logits(result.probe.prompts)
+    gap, due = distance(beside, merged), MERGED * float(beside.abs().max())
+    if not gap <= due:
+        raise PromiseBroken(
+            f"{promise}: a logit of the merged model differs by {gap:.3g} (at most {due:.1g} is due; the adapter "
+            f"itself moves logits by {_effect(result):.3g})."
+        )
+    if module_ids(pool.model) != modules:
+        raise PromiseBroken(f"{promise}: after merging {_other_modules(pool, modules)} stand on the base.")
+
+
+def off(bench: Bench) -> None:
+    """With the adapter off the model computes the base's own bits; taken off, nothing of it is left."""
+    promise = "off restores the base's bits"
+    result = bench.run(promise)
+    if result.off is None:
+        raise NotApplicable("no strategy of its recipe owns an adapter")
+    gap = distance(result.probe.base_logits, result.off)
+    if gap or not same_bytes(result.probe.base_logits, result.off):
+        raise PromiseBroken(
+            f"{promise}: after training, with the adapter off, a logit differs from the base's by {gap:.3g}."
+        )
+    if not bench.owns_adapter:
+        return
+    prompts = result.probe.prompts
+    pool = AdapterPool(
+        str(bench.files.base), task=bench.spec.task, precision="fp32", device="cpu", labels=_labels(result)
+    )
+    with threads(1):
+        before, state = pool.logits(prompts), state_of(pool.model)
+        tensors = {name: (tensor, tensor.clone()) for name, tensor in stored(pool.model).items()}
+        _load(pool, result, promise)
+        pool.use("adapter")
+        pool.logits(prompts)
+        pool.use(None)
+        gap = distance(before, pool.logits(prompts))
+        if gap:
+            raise PromiseBroken(f"{promise}: in a pool, with no adapter in use, a logit differs by {gap:.3g}.")
+        try:
+            pool.unload("adapter")
+        except BudwoodError as error:
+            raise PromiseBroken(f"{promise}: detach_adapter: {explain(error)}") from error
+        gap = distance(before, pool.logits(prompts))
+    if gap:
+        raise PromiseBroken(f"{promise}: after detach_adapter a logit differs by {gap:.3g}.")
+    expect_state(f"{promise}: detach_adapter", state, state_of(pool.model))
+    changed = [
+        f"{name} by {distance(live, old):.3g}" for name, (live, old) in tensors.items() if not same_bytes(live, old)
+    ]
+    if changed:
+        raise PromiseBroken(f"{promise}: detach_adapter left {len(changed)} tensors changed: {', '.join(changed[:3])}.")
+
+
+def _effect(result: Result) -> float:
+    return distance(result.logits, result.probe.base_logits)
+
+
+def _labels(result: Result) -> list[str] | None:
+    return list(result.run.examples.labels) or None
+
+
+def _pool(bench: Bench, result: Result, promise: str) -> tuple[AdapterPool, list[tuple[str, int]]]:
+    """The base with the run's adapter on it, and its modules as they were without."""
+    if not result.adapter.is_dir():
+        raise NotApplicable("no strategy of its recipe owns an adapter")
+    pool = AdapterPool(
+        str(bench.files.base), task=bench.spec.task, precision="fp32", device="cpu", labels=_labels(result)
+    )
+    modules = module_ids(pool.model)
+    _load(pool, result, promise)
+    return pool, modules
+
+
+def _load(pool: AdapterPool, result: Result, promise: str) -> None:
+    try:
+        pool.load("adapter", result.adapter)
+    except BudwoodError as error:
+        raise PromiseBroken(f"{promise}: the saved adapter is not taken: {explain(error)}") from error
+
+
+def _other_modules(pool: AdapterPool, modules: list[tuple[str, int]]) -> str:
+    found = [path for path, identity in module_ids(pool.model) if (path, identity) not in set(modules)]
+    return f"{len(found)} other modules ({', '.join(found[:2])})"
