@@ -105,7 +105,7 @@ class HookSpecs:
 
         When: once, after every `prepare_model`.
         May change: nothing.
-        Returns: groups of parameters, fp32; one that stands in two groups is an error.
+        Returns: groups of parameters, fp32; groups and parameters have names of their own, and each stands once.
         """
 
     @_hook("one owner", first=True)

@@ -36,6 +36,7 @@ CHECKS: dict[str, Callable[[Bench], None]] = {
 DEAR = ("processes", "resume", "base", "nf4", "fake", "exception", "composes")
 """Checks that need runs of their own: asked of the strategies that break them, and of all that come with Budwood."""
 BROKEN: list[tuple[type[Strategy], str, str]] = [
+    (broken.Undocumented, "declares", "no docstring"),
     (broken.TakesAnything, "options", "Options takes keys that it does not know"),
     (broken.StartsElsewhere, "start", r"a logit differs from the base's by 0\.\d+ "),
     (broken.Unfreezes, "gradients", r"elsewhere: step 1: lm_head.weight, largest gradient \d"),
@@ -53,7 +54,6 @@ BROKEN: list[tuple[type[Strategy], str, str]] = [
     (broken.KnowsNoReplay, "composes", r"with adversarial: .*a pass that is not core's own.*broken.py, line \d+"),
 ]
 ALSO_BROKEN: list[tuple[type[Strategy], str, str]] = [
-    (broken.Undocumented, "declares", "no docstring"),
     (broken.OwnsNothingButTheName, "declares", "1 of the 5 hooks .* missing: use_adapters, detach_adapter, export"),
     (broken.ComesBackOtherwise, "options", r"'rate' was 0.123 and came back from YAML as 0.1"),
     (broken.CanBeChanged, "options", "not frozen"),
