@@ -262,6 +262,8 @@ class SmallHidden(Strategy):
 class LongAnswers(Strategy):
     """A term on long answers alone: the mean negative log-likelihood of their labels."""
 
+    api = 2
+
     class Options(Options):
         labels: int = Field(2, ge=1, description="answers of more labels than this are long")
 
@@ -282,6 +284,8 @@ class LongAnswers(Strategy):
 
 class Apart(Strategy):
     """Keeps the optimizer step's examples apart: the mean cosine similarity of their answers' hidden states."""
+
+    api = 2
 
     @hookimpl
     def step_values(self, step: Step, outputs: Outputs, log_probs: Tensor | None) -> dict[str, Tensor]:
