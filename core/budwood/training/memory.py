@@ -44,11 +44,13 @@ def accumulate(run: Run, hooks: Composition, engine: Engine, step: StepBatches) 
     Raises:
         ResourceError: memory does not even hold one group of examples.
     """
+    logged = dict(run.logged)  # while the step's examples were made, which is not done again
     while True:
         limit = _agree(run, _passes(run, hooks, engine, step.batches))
         if limit == _DONE:
             return step.batches
         run.begin_step_again()
+        run.logged |= logged
         engine.forget_step()
         release_memory()
         if limit == 0:
