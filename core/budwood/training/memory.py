@@ -76,7 +76,8 @@ def _passes(run: Run, hooks: Composition, engine: Engine, batches: Sequence[Batc
         engine.step_terms.look(Step(run, ready[index], engine, index))
 
     def work(index: int, batch: Batch) -> None:
-        step = Step(run, ready.pop(index, None) or _prepared(run, hooks, batch), engine, index)
+        prepared = ready.pop(index) if index in ready else _prepared(run, hooks, batch)
+        step = Step(run, prepared, engine, index)
         engine.begin(step)
         engine.step_terms.restore_random(step)
         hooks.call("backward", step=step)

@@ -35,12 +35,15 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float = 0.5) -> Te
 
 
 def log_probabilities(logits: Tensor, size: int, temperature: float) -> Tensor:
-    """Log-probabilities [n, size], fp32 or wider, of softmax(logits / T) over the first `size` entries; the others are padding."""
+    """Log-probabilities [n, size] of softmax(logits / T) over the first `size` entries, at least fp32.
+
+    The other entries are padding.
+    """
     return _scaled(logits, size, temperature).log_softmax(-1)
 
 
 def bucketed(logits: Tensor, size: int, temperature: float, ids: Tensor) -> Tensor:
-    """Log-probabilities [n, k + 1], fp32 or wider, of the entries `ids` [n, k] int64, and last of all the others together.
+    """Log-probabilities [n, k + 1] (at least fp32) of the entries `ids` [n, k] int64, and last of all others together.
 
     `ids` are distinct in each row, and fewer than `size`; so the rest is never empty and its logarithm is finite.
     """
