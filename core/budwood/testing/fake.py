@@ -80,7 +80,10 @@ def _step(run: Run, engine: Engine, batches: list[Batch]) -> None:
     steps = []
     for index, batch in enumerate(batches):
         steps.append(Step(run, hooks.chain("prepare_batch", "batch", batch, run=run), engine, index))
-    engine.step_terms.gather(steps)
+    if engine.step_terms.gathers(len(steps)):
+        for step in steps:
+            engine.step_terms.look(step)
+        engine.step_terms.exchange()
     for step in steps:
         engine.begin(step)
         engine.step_terms.restore_random(step)

@@ -202,7 +202,8 @@ class Engine:
             )
         found.values.append(values.detach())
         if rows is not None and rows.requires_grad and values.requires_grad:
-            (gradient,) = torch.autograd.grad(values.sum() * self.loss_scale, rows, retain_graph=keep)
+            # Not times the loss scale, which the coefficients carry: a sum over labels would overflow fp16.
+            (gradient,) = torch.autograd.grad(values.sum(), rows, retain_graph=keep)
             found.gradients.append(gradient)
 
     def _sequences(
@@ -215,7 +216,7 @@ class Engine:
         copy = flat.view_as(outputs.hidden).detach().requires_grad_(grad is not None)
         terms = self._terms(step, "sequence_terms", self._shapes(step, "label"), log_probs=log_probs)
         self._check_reach(step, terms, log_probs)
-        loss = self._loss(step, terms, weight, main, scale=False)
+        loss = self._loss(step, terms, weight, main)
         surrogate = self.step_terms.surrogate(step, Outputs(copy, outputs.head), log_probs, weight)
         parts = [part for part in (loss, surrogate) if part is not None and part.requires_grad]
         if not parts:
@@ -224,16 +225,18 @@ class Engine:
             torch.autograd.backward(parts)
         coefficients = log_probs.grad
         if grad is not None and copy.grad is not None:
-            grad += (copy.grad * self.loss_scale).flatten(0, -2).to(grad.dtype)
+            grad += copy.grad.flatten(0, -2)
         if coefficients is None:
             return
-        if grad is not None and found.gradients:
-            scaled = torch.cat(found.gradients) * coefficients[:, None].to(found.gradients[0].dtype)
-            grad.index_add_(0, batch.label_positions, scaled.to(grad.dtype))
+        if grad is not None:
+            # strict=False: where the head trains there are no gradients to scale.
+            pieces = zip(found.gradients, coefficients.split(CHUNK), batch.label_positions.split(CHUNK), strict=False)
+            for gradient, factors, positions in pieces:
+                grad.index_add_(0, positions, (gradient * factors[:, None]).to(grad.dtype))
         for chunk, rows in self._chunks(step, flat) if twice else ():
             rows.requires_grad_(grad is not None)
             values = self.run.task.log_probs(outputs.head(rows), batch.labels[chunk])
-            ((values * coefficients[chunk]).sum() * self.loss_scale).backward()
+            (values * coefficients[chunk]).sum().backward()
             if grad is not None and rows.grad is not None:
                 grad.index_add_(0, batch.label_positions[chunk], rows.grad)
 
@@ -245,7 +248,7 @@ class Engine:
         found = [loss for loss in (replayed, per_step) if loss is not None]
         if not self.scores_sequences and self.step_terms.active:
             surrogate = self.step_terms.surrogate(step, outputs, None, weight)
-            found += [surrogate * self.loss_scale] if surrogate is not None else []
+            found += [surrogate] if surrogate is not None else []
         return sum(found[1:], found[0]) if found else None
 
     def _chunks(self, step: Step, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -334,14 +337,12 @@ class Engine:
             ) from error
 
     def _loss(
-        self, step: Step, terms: list[LossTerm], weight: float, main: bool, chunk: Tensor | None = None,
-        scale: bool = True,
-    ) -> Tensor | None:  # fmt: skip
+        self, step: Step, terms: list[LossTerm], weight: float, main: bool, chunk: Tensor | None = None
+    ) -> Tensor | None:
         """Weighted sum of the terms, each divided by its unit's count in the optimizer step, times the loss scale.
 
         Args:
             chunk: the labels that values of unit "label" are for; None: all.
-            scale: False leaves the loss scale out.
         """
         total = None
         for term in terms:
@@ -354,7 +355,7 @@ class Engine:
             if term.unit != "step":
                 self.add_to_pass(loss)
             total = loss * weight if total is None else total + loss * weight
-        return total if total is None or not scale else total * self.loss_scale
+        return None if total is None else total * self.loss_scale
 
     def count(self, unit: str) -> float:
         """Count of a unit in the optimizer step; 1 if there is none of it, so that an empty term is zero."""
