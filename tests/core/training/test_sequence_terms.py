@@ -50,9 +50,9 @@ def test_a_preference_over_pairs(ready: Callable, split: str, share: float) -> N
 def test_clipped_ratios_over_labels_and_a_unit_of_ones_own(
     ready: Callable, rows: Any, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from budwood.training import step
+    from budwood.training import label_scores
 
-    monkeypatch.setattr(step, "CHUNK", chunk)
+    monkeypatch.setattr(label_scores, "CHUNK", chunk)
     run, engine = ready("ratio", pairs=False)
     found = f64.take(run, engine, rows)
     f64.agree(found, f64.expect(run, rows, [f64.own("causal_lm", 1.0), f64.ratio(run.counts)]))
