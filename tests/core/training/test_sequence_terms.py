@@ -9,6 +9,10 @@ import pytest
 import torch
 from tests.core.training import float64 as f64
 
+from budwood import LossTerm, PluginError, Step, Strategy, hookimpl
+from budwood.model.evaluation import collate_for
+from budwood.testing.bench import register
+
 ROWS = {"1×8": [list(range(8))], "2×4": [[0, 1, 2, 3], [4, 5, 6, 7]], "4×2": [[0, 1], [2, 3], [4, 5], [6, 7]]}
 ALONE = [[i] for i in range(8)]
 FGM = {"adversarial": {"method": "fgm", "epsilon": 0.5, "weight": 0.6}}
@@ -46,9 +50,9 @@ def test_a_preference_over_pairs(ready: Callable, split: str, share: float) -> N
 def test_clipped_ratios_over_labels_and_a_unit_of_ones_own(
     ready: Callable, rows: Any, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from budwood.training import step
+    from budwood.training import label_scores
 
-    monkeypatch.setattr(step, "CHUNK", chunk)
+    monkeypatch.setattr(label_scores, "CHUNK", chunk)
     run, engine = ready("ratio", pairs=False)
     found = f64.take(run, engine, rows)
     f64.agree(found, f64.expect(run, rows, [f64.own("causal_lm", 1.0), f64.ratio(run.counts)]))
@@ -67,7 +71,7 @@ def test_under_noise_with_distillation_beside(
     f64.agree(found, f64.expect(run, rows, terms, passes=passes))
 
 
-@pytest.mark.parametrize("lora", [{"modules_to_save": ["lm_head"]}, {"targets": ["q_proj", "lm_head"]}, {}])
+@pytest.mark.parametrize("lora", [{"modules_to_save": ["lm_head"]}, {}])
 def test_a_head_that_trains_is_passed_twice_and_a_frozen_one_once(ready: Callable, lora: dict[str, Any]) -> None:
     run, engine = ready("preference", "ratio", DISTILLATION, lora=lora)
     run.hooks.register_core(Heads(), "heads")
@@ -85,7 +89,7 @@ class Heads:
 
     calls = 0
 
-    @f64.hookimpl(wrapper=True)
+    @hookimpl(wrapper=True)
     def forward(self, step: Any) -> Any:
         outputs = yield
         head = outputs.head
@@ -98,43 +102,15 @@ class Heads:
         return outputs
 
 
-def test_a_head_with_dropout_draws_the_same_in_both_of_its_passes(ready: Callable) -> None:
-    """With the same draw the whole step is that of one graph through body and head."""
-    run, engine = ready("ratio", pairs=False, lora={"targets": ["lm_head"], "dropout": 0.5})
-    rows = [list(range(8))]
-    f64.take(run, engine, rows)
-    torch.manual_seed(5)
-    found = f64.take(run, engine, rows)
-    batch = f64.collate_for(run, [run.examples[i] for i in rows[0]], 0)
-    torch.manual_seed(5)
-    outputs = run.task.outputs(run.model, batch)
-    logits = outputs.head(outputs.hidden.flatten(0, 1)[batch.label_positions])
-    log_probs = logits.log_softmax(-1).gather(-1, batch.labels[:, None])[:, 0]
-    values = f64.clipped(log_probs, batch.columns["old"], batch.columns["advantage"][batch.example_of_label])
-    weights = batch.weights.double()
-    total = ((0.7 * values - log_probs) * weights).sum() / run.counts["label"]
-    total = total + 1.3 * values.sum() / run.counts["answer"]
-    names = f64.named(run)
-    exact = dict(zip(names, torch.autograd.grad(total, list(names.values())), strict=True))
-    for name, gradient in exact.items():
-        torch.testing.assert_close(found.gradients[name], gradient, atol=1e-12, rtol=1e-9)
-
-
-def test_a_classification(ready: Callable, labelled: Any) -> None:
+def test_a_classification(ready: Callable, write: Callable) -> None:
+    words = ("games", "fonts", "libs")
+    rows = [{"text": f"{words[i % 3]} number {i} " + "x " * (i % 5), "label": words[i % 3]} for i in range(12)]
+    labelled = write(rows, "labelled.jsonl")
     run, engine = ready("preference", "ratio", base={"task": "sequence-classification"}, data={"train": str(labelled)})
     for rows in (ROWS["1×8"], ROWS["4×2"]):
         found = f64.take(run, engine, rows)
         terms = [f64.own("sequence_classification", 1.0), f64.preference, f64.ratio(run.counts)]
         f64.agree(found, f64.expect(run, rows, terms))
-
-
-@pytest.fixture
-def labelled(write: Callable) -> Any:
-    words = ("games", "fonts", "libs")
-    return write(
-        [{"text": f"{words[i % 3]} number {i} " + "x " * (i % 5), "label": words[i % 3]} for i in range(12)],
-        "labelled.jsonl",
-    )
 
 
 @pytest.mark.parametrize("lora", [{}, {"modules_to_save": ["lm_head"]}])
@@ -149,15 +125,15 @@ def test_a_loss_scale_multiplies_the_gradients_and_no_value(ready: Callable, lor
 def test_the_reference_is_the_base_or_the_start_and_is_computed_once(ready: Callable) -> None:
     run, engine = ready("preference", DISTILLATION)
     stock, rows = f64.Stock(run), [0, 1, 2, 3]
-    batch = f64.collate_for(run, [run.examples[i] for i in rows], 0)
+    batch = collate_for(run, [run.examples[i] for i in rows], 0)
     run.start = [p.detach().clone() for p in run.trainable]
     before = torch.cat([stock.score(i).log_probs for i in rows]).detach()
     base = torch.cat([stock.score(i).base for i in rows])
-    torch.testing.assert_close(f64.Step(run, batch, engine).reference().log_probs, base, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(Step(run, batch, engine).reference().log_probs, base, atol=1e-12, rtol=1e-12)
     for _ in range(3):
         f64.take(run, engine, [rows])
         run.optimizer.step()
-    step = f64.Step(run, batch, engine)
+    step = Step(run, batch, engine)
     now = torch.cat([stock.score(i).log_probs for i in rows])
     assert bool(((now - before).abs() > 1e-3).any()), "the steps must have moved the adapter"
     start = step.reference(start=True)
@@ -197,28 +173,28 @@ def test_log_probabilities_at_a_temperature(ready: Callable, temperature: float)
     torch.testing.assert_close(one, other, atol=1e-13, rtol=1e-13)
 
 
-class Detached(f64.Strategy):
+class Detached(Strategy):
     api = 2
 
-    @f64.hookimpl
-    def sequence_terms(self, step: Any, log_probs: torch.Tensor) -> f64.LossTerm:
-        return f64.LossTerm("detached", log_probs.detach() * 2)
+    @hookimpl
+    def sequence_terms(self, step: Any, log_probs: torch.Tensor) -> LossTerm:
+        return LossTerm("detached", log_probs.detach() * 2)
 
 
-class Elsewhere(f64.Strategy):
+class Elsewhere(Strategy):
     api = 2
 
-    @f64.hookimpl
-    def sequence_terms(self, step: Any, log_probs: torch.Tensor) -> f64.LossTerm:
-        return f64.LossTerm("elsewhere", log_probs.detach() * step.run.trainable[0].sum())
+    @hookimpl
+    def sequence_terms(self, step: Any, log_probs: torch.Tensor) -> LossTerm:
+        return LossTerm("elsewhere", log_probs.detach() * step.run.trainable[0].sum())
 
 
-class Short(f64.Strategy):
+class Short(Strategy):
     api = 2
 
-    @f64.hookimpl
-    def sequence_terms(self, step: Any, log_probs: torch.Tensor) -> f64.LossTerm:
-        return f64.LossTerm("short", log_probs[1:])
+    @hookimpl
+    def sequence_terms(self, step: Any, log_probs: torch.Tensor) -> LossTerm:
+        return LossTerm("short", log_probs[1:])
 
 
 @pytest.mark.parametrize(
@@ -230,7 +206,7 @@ class Short(f64.Strategy):
     ],
 )
 def test_a_term_that_cannot_be_used_is_named(ready: Callable, strategy: Any, says: str) -> None:
-    run, engine = ready(f64.register(strategy))
-    with pytest.raises(f64.PluginError, match=says) as error:
+    run, engine = ready(register(strategy))
+    with pytest.raises(PluginError, match=says) as error:
         f64.take(run, engine, ROWS["1×8"])
     assert f"strategy '{strategy.__name__.lower()}'" in str(error.value)
