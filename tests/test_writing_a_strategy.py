@@ -7,10 +7,22 @@ from pathlib import Path
 
 from budwood.cli import app
 from budwood.cli.new import render
+from budwood.contract.examples import _GONE_BATCH, _GONE_EXAMPLE
+from budwood.contract.hookspecs import HookSpecs
 from budwood.testing import StrategyConformance
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "writing-a-strategy.md").read_text(encoding="utf-8")
+
+
+NUMBERS = ROOT / "tests" / "fixtures" / "number_task" / "budwood_numbers" / "__init__.py"
+
+
+def hook_example(name: str) -> str:
+    """The source of a class of docs/hook_examples.py, whose hooks run in the tests of the contract."""
+    text = (ROOT / "docs" / "hook_examples.py").read_text(encoding="utf-8")
+    (found,) = re.findall(rf"^class {name}\(.*?\n(?=\n\n\S|\Z)", text, re.MULTILINE | re.DOTALL)
+    return found
 
 
 def blocks(language: str) -> list[str]:
@@ -33,6 +45,8 @@ def test_the_code_is_that_of_the_files() -> None:
                 "budwood-scaling/tests/test_scaling.py",
             )
         },
+        **{f"{name} of docs/hook_examples.py": hook_example(name) for name in ("LongAnswers", "Apart")},
+        "the task of numbers": NUMBERS.read_text(encoding="utf-8"),
     }
     assert len(blocks("python")) == len(files)
     for (name, text), block in zip(files.items(), blocks("python"), strict=True):
@@ -63,3 +77,15 @@ def test_its_commands_exist() -> None:
 def test_every_promise_of_the_kit_is_in_its_table() -> None:
     tests = {name.removeprefix("test_") for name in dir(StrategyConformance) if name.startswith("test_")}
     assert tests == set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE))
+
+
+def test_every_name_that_is_gone_is_in_the_table_of_version_1() -> None:
+    table = PAGE.partition("## From version 1")[2].partition("\n## ")[0]
+    gone = [f"example.{name}" for name in _GONE_EXAMPLE] + [f"batch.{name}" for name in _GONE_BATCH]
+    assert [name for name in gone if f"`{name}" not in table] == []
+    assert "`len(example)`" in table
+
+
+def test_its_links_to_hooks_name_hooks() -> None:
+    named = re.findall(r"hooks\.md#(\w+)", PAGE)
+    assert len(named) > 5 and all(hasattr(HookSpecs, name) for name in named)

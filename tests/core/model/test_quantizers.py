@@ -8,6 +8,8 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
 from budwood import AdapterPool, load_base
@@ -194,6 +196,12 @@ def test_what_is_no_linear_is_refused():
         linear_shape(nn.Embedding(3, 4))
     with pytest.raises(TypeError, match="Embedding is not a linear"):
         low_rank_linear(torch.randn(2, 4), nn.Embedding(3, 4), None, None)
+
+
+def test_a_linear_under_layers_of_peft_has_its_shape():
+    linear = nn.Linear(4, 3)
+    layer = LoraLinear(linear, "default", config=LoraConfig(r=2), r=2, lora_alpha=2)
+    assert linear_shape(layer) == linear_shape(linear) == (3, 4)
 
 
 def test_a_quantiser_may_store_plain_modules(rows):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from budwood.model.quantizers.bitsandbytes import FP4, NF4, Int8
 from budwood.model.quantizers.protocol import Quantizer, Unquantized, is_transposed
@@ -44,12 +44,15 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """Outputs and inputs of a linear module, however its weight is stored.
+    """Outputs and inputs of a linear module, however its weight is stored, and under layers that PEFT puts around it.
 
     Raises:
         TypeError: the module is not a linear.
     """
-    quantizer = quantizer_of(module)
+    inner: Any = module
+    while hasattr(inner, "base_layer"):
+        inner = inner.base_layer
+    quantizer = quantizer_of(inner)
     if quantizer is None:
         raise TypeError(f"{type(module).__name__} is not a linear module")
-    return quantizer.shape(module)
+    return quantizer.shape(inner)

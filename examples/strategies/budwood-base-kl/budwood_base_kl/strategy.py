@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from budwood import LossTerm, Options, Step, Strategy, adapter_off, hookimpl
+from budwood import LossTerm, Options, Step, Strategy, hookimpl
 from pydantic import Field
 from torch import Tensor
 
@@ -10,17 +10,15 @@ from torch import Tensor
 class BaseKl(Strategy):
     """Keeps the tuned model near its base: the divergence from the base's predictions at every label."""
 
+    api = 2
     requires = ("adapter",)  # what can be turned off, so that the base answers
-    after = ("adapter",)
+    uses_reference = "base"  # computed before the model's own forward
 
     class Options(Options):
         weight: float = Field(0.1, gt=0, description="factor of the divergence in the loss")
 
     @hookimpl
     def token_terms(self, step: Step, logits: Tensor, positions: Tensor) -> LossTerm:
-        with adapter_off(step.run):
-            if self.name not in step.kept:  # once a micro-step, however many passes and chunks it has
-                step.kept[self.name] = step.run.task.outputs(step.run.model, step.batch)
-            base = step.logits(step.kept[self.name], positions).float().log_softmax(-1)
+        base = step.reference().logits(positions).float().log_softmax(-1)
         own = logits.float().log_softmax(-1)
         return LossTerm(self.name, (base.exp() * (base - own)).sum(-1), weight=self.options.weight)

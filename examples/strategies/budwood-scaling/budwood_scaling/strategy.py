@@ -1,4 +1,4 @@
-"""A diagonal scaling of activations: an adapter of a kind that Budwood itself does not know."""
+"""A diagonal scaling of activations: an adapter type that Budwood itself does not know."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from budwood import (
     Targets,
     check_adapter_tensors,
     hookimpl,
+    linear_shape,
     match_targets,
 )
 from safetensors.torch import save_file
@@ -29,10 +30,11 @@ from torch import Tensor, nn
 class Scaling(Strategy):
     """Multiplies the outputs of linear modules by learned vectors: y = s ⊙ W x ((IA)³; Liu et al., 2022)."""
 
+    api = 2
+    slots = ("adapter",)
+
     class Options(Options):
         targets: Targets = ["k_proj", "v_proj", "up_proj"]
-
-    slots = ("adapter",)
 
     def __init__(self, options: Any = None, name: str = "", distribution: str = "") -> None:
         super().__init__(options, name, distribution)
@@ -53,7 +55,7 @@ class Scaling(Strategy):
     def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
         paths = match_targets(model, self.options.targets, None)
         self._add(model, RUN_ADAPTER, {path: torch.ones(_width(model, path)) for path in paths})
-        self.use_adapters(model, [RUN_ADAPTER])
+        self.use_adapters(model, [RUN_ADAPTER], index=[])
         return model
 
     @hookimpl
@@ -81,19 +83,19 @@ class Scaling(Strategy):
         self._add(model, name, tensors)
 
     @hookimpl
-    def use_adapters(self, model: nn.Module, names: Sequence[str | None]) -> None:
+    def use_adapters(self, model: nn.Module, names: Sequence[str], index: Sequence[int]) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        rows = [self._vectors[name] if name is not None else {} for name in names]
-        for path in dict.fromkeys(path for vectors in rows for path in vectors):
+        used = [self._vectors[name] for name in names]
+        for path in dict.fromkeys(path for vectors in used for path in vectors):
             # Whatever stands there now: the base's linear, or a layer in which another method keeps it.
             module = model.get_submodule(path)
-            self._hooks.append(module.register_forward_hook(_scale([vectors.get(path) for vectors in rows])))
+            self._hooks.append(module.register_forward_hook(_scale([vectors.get(path) for vectors in used], index)))
 
     @hookimpl
     def detach_adapter(self, model: nn.Module, name: str) -> None:
-        self.use_adapters(model, [])
+        self.use_adapters(model, [], index=[])
         del self._vectors[name]
 
     @hookimpl
@@ -114,17 +116,18 @@ class Scaling(Strategy):
 
 
 def _width(model: nn.Module, path: str) -> int:
-    return int(model.get_submodule(path).out_features)
+    return linear_shape(model.get_submodule(path))[0]
 
 
-def _scale(rows: list[Tensor | None]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    """A forward hook that multiplies by one vector for every row, or by one (or none) for each row of the batch."""
+def _scale(vectors: list[Tensor | None], index: Sequence[int]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    """A forward hook that multiplies by the one vector, or row by row (position by position) by that of the index."""
 
     def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        if len(rows) == 1 and rows[0] is not None:
-            return (output * rows[0]).to(output.dtype)  # in fp32: the first steps move s less than bf16 tells
-        one = torch.ones(output.shape[-1], device=output.device)
-        vectors = torch.stack([one if vector is None else vector for vector in rows])
-        return (output * vectors[:, None]).to(output.dtype)
+        factor = vectors[0]
+        if index:
+            one = torch.ones(output.shape[-1], device=output.device)
+            table = torch.stack([one if vector is None else vector for vector in (*vectors, None)])  # -1: ones
+            factor = table[list(index)].view(len(output), -1, output.shape[-1])
+        return (output * factor).to(output.dtype)  # in fp32: the first steps move s less than bf16 resolves
 
     return hook

@@ -62,6 +62,25 @@ def test_it_swaps_with_a_lora_and_shares_a_batch_with_it(adapters: dict[str, Pat
     assert torch.equal(pool.logits(prompts), base)
 
 
+def test_rows_and_positions_are_scaled_by_their_own_adapter() -> None:
+    model = AdapterPool(TestScaling.bench().files.base, precision="fp32", device="cpu").model
+    path = "model.layers.0.self_attn.k_proj"
+    linear = model.get_submodule(path)
+    x = torch.randn(3, 2, linear.in_features)
+    with torch.no_grad():
+        base = linear(x)
+        strategy, vectors = Scaling(), {name: torch.rand(base.shape[-1]) for name in ("a", "b")}
+        for name, vector in vectors.items():
+            strategy.attach_adapter(model, {"modules": [path]}, {path: vector}, name)
+        strategy.use_adapters(model, ["a", "b"], index=[1, -1, 0])
+        expected = torch.stack([base[0] * vectors["b"], base[1], base[2] * vectors["a"]])
+        assert torch.equal(linear(x), expected)
+        strategy.use_adapters(model, ["a", "b"], index=[1, 1, -1, -1, 0, 0])  # of one packed row
+        torch.testing.assert_close(linear(x.reshape(1, 6, -1)), expected.reshape(1, 6, -1))
+        strategy.use_adapters(model, [], index=[])
+        assert torch.equal(linear(x), base)
+
+
 def test_merging_multiplies_rows(adapters: dict[str, Path]) -> None:
     pool = AdapterPool(TestScaling.bench().files.base, precision="fp32", device="cpu")
     path = "model.layers.0.self_attn.k_proj"
