@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from budwood import (
     RUN_ADAPTER,
     Batch,
+    Column,
     Event,
     Example,
     InputError,
@@ -25,6 +27,7 @@ from budwood import (
     ParameterGroup,
     Plan,
     Run,
+    Sample,
     Step,
     Strategy,
     hookimpl,
@@ -298,6 +301,47 @@ class Apart(Strategy):
         unit = F.normalize(values["answers"].float(), dim=-1)
         others = unit @ unit.t() - torch.eye(len(unit), device=unit.device)
         return LossTerm("apart", others.mean(), unit="step", weight=0.1)
+
+
+class Shorter(Strategy):
+    """Samples answers and makes short ones more likely (REINFORCE; Williams, 1992): the reward is minus the length."""
+
+    api = 2
+    requires = ("adapter",)
+
+    class Options(Options):
+        tokens: int = Field(8, ge=1, description="longest answer that is sampled")
+
+    @hookimpl
+    def planned_examples(self, run: Run) -> Sequence[Example]:
+        longest = Sample([0] * 16, [0] * self.options.tokens, [0.0] * self.options.tokens, "", "length")
+        return [self.example(0, 0, number, longest, 0.0) for number in range(4)]
+
+    @hookimpl
+    def next_examples(self, run: Run, indices: Sequence[int]) -> Sequence[Sequence[Example]]:
+        prompts = [run.examples[index] for index in indices]
+        found = run.generate(prompts, samples=2, max_new_tokens=self.options.tokens)
+        mean = np.mean([len(sample.tokens) for samples in found for sample in samples])
+        return [
+            [
+                self.example(prompt.key, prompt.row, number, sample, float(mean - len(sample.tokens)))
+                for prompt, samples in zip(prompts, found, strict=True)
+                for number, sample in enumerate(samples)
+            ]
+        ]  # one optimizer step: `updates` is 1
+
+    def example(self, key: Any, row: int, number: int, sample: Sample, advantage: float) -> Example:
+        """A sample as an example: its own tokens are the labels."""
+        ids = np.array([*sample.prompt, *sample.tokens], dtype=np.int32)
+        at = np.arange(len(sample.prompt) - 1, len(ids) - 1)
+        columns = {"advantage": Column(np.float32(advantage))}
+        ones = np.ones(len(at), dtype=np.float32)
+        return Example({"input_ids": ids}, at, ids[at + 1], ones, key=f"{key}/{number}", row=row, columns=columns)
+
+    @hookimpl
+    def sequence_terms(self, step: Step, log_probs: Tensor) -> LossTerm:
+        advantages = step.batch.columns["advantage"][step.batch.example_of_label]
+        return LossTerm("shorter", -advantages * log_probs)
 
 
 class Centred(Strategy):

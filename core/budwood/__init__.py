@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from budwood.contract.examples import Batch as Batch
     from budwood.contract.examples import Column as Column
     from budwood.contract.examples import Example as Example
+    from budwood.contract.samples import Sample as Sample
     from budwood.contract.strategy import RUN_ADAPTER as RUN_ADAPTER
     from budwood.contract.strategy import Options as Options
     from budwood.contract.strategy import Strategy as Strategy
@@ -48,6 +49,7 @@ _EXPORTS = {
     "ask_owner": "budwood.contract.calls",
     **dict.fromkeys(("RUN_ADAPTER", "Options", "Strategy", "hookimpl"), "budwood.contract.strategy"),
     **dict.fromkeys(("Batch", "Column", "Example"), "budwood.contract.examples"),
+    "Sample": "budwood.contract.samples",
     **dict.fromkeys(
         (
             "BestMetric",

@@ -84,6 +84,7 @@ def test_the_recipe_that_combines_strategies_runs_and_its_adapter_is_attacked(tm
         "train.batch_tokens": 128, "adalora.interval": 1,
     }  # fmt: skip
     options = [text for key, value in shorter.items() for text in ("-o", f"{key}={value}")]
+    options += ["-o", "train.precision=bf16"]  # what fits any processor
     done = budwood("tune", demo / "recipes" / "combined.yaml", *options, cwd=ROOT)
     assert "teacher examples/budwood_demo/base: 11.8 MB in bf16, not quantised" in done.stderr
     assert "adalora: 224 of 336 ranks are left after step 2" in done.stderr

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from budwood.cli import app
 from budwood.recipe.schema import Recipe
-from budwood.training import finish, loop, memory, setup
+from budwood.training import batches, finish, loop, setup
 from budwood.training.report import Report
 
 from .combinations import COMBINATIONS, PAGE, REFUSALS, Combination, Refusal, page
@@ -114,14 +114,14 @@ class Seen:
     def train(self, monkeypatch: pytest.MonkeyPatch) -> Seen:
         with monkeypatch.context() as patch:
             patch.setattr(finish, "write_results", lambda *_, **__: None)  # what a run writes has tests of its own
-            plans = memory.split_micro
+            plans = batches.split_micro
 
             def split(*args: Any) -> Any:
                 rows = plans(*args)
                 self.micro_batches.append([len(row) for row in rows])
                 return rows
 
-            patch.setattr(memory, "split_micro", split)
+            patch.setattr(batches, "split_micro", split)
             loop.train(self.run, self.hooks, self.engine, self.report)
         self.report.close()
         return self

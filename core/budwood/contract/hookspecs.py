@@ -131,12 +131,14 @@ class HookSpecs:
     def next_examples(self, run: Run, indices: Sequence[int]) -> Sequence[Sequence[Example]]:
         """Make the examples of the next optimizer steps with the model as it is now: on-policy data.
 
-        When: whenever the last set is used up, on the main thread between optimizer steps. `indices` are this process's
-            share of the rows of `run.examples` (prompts) that the plan draws for the set; every process's results are
-            gathered. `run.generate` samples on the live model.
-        May change: nothing of the run. Core keeps the set until it is used up, and saves it with a checkpoint.
+        When: whenever the last set is used up, on the main thread between optimizer steps, without gradients. `indices`
+            are this process's share of the rows of `run.examples` (prompts) that the plan draws for the set, perhaps
+            none; every process's results are gathered. `run.generate` samples on the live model.
+        May change: nothing of the run. Core keeps the set until it is used up, and saves it with a checkpoint. What is
+            logged counts for the first of its steps; `run.generator` begins anew for that step.
         Returns: one sequence of examples for each optimizer step that uses the set, `updates` of them in all (a class
-            attribute of the strategy); columns carry what belongs to a sample: its advantage, its log-probabilities.
+            attribute of the strategy). Keys are unique within a step, over all processes; columns carry what belongs
+            to a sample: its advantage, its log-probabilities.
         """
 
     @_hook("collect")

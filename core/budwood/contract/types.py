@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from budwood.contract.average import Average, Update
 from budwood.contract.examples import Batch
+from budwood.contract.samples import Prompts, Sample, Sampler
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -327,6 +328,8 @@ class Run:
     """Show one line to the user."""
     start: list[Tensor] = field(default_factory=list)
     """Trainable parameters as they were before the first step, in the order of `trainable`."""
+    sampler: Sampler | None = None
+    """What `generate` asks; core sets it once the model is prepared, never in planning."""
     _generators: dict[str, tuple[int, Generator]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -356,6 +359,41 @@ class Run:
             parameter.grad = None
         self.logged.clear()
         self._generators.clear()
+
+    def generate(
+        self, prompts: Prompts, *, adapter: bool = True, max_new_tokens: int = 64, temperature: float = 1.0,
+        top_p: float = 1.0, stop: Sequence[str] = (), samples: int = 1,
+    ) -> list[list[Sample]]:  # fmt: skip
+        """Continue prompts with the model as it is now, in evaluation mode.
+
+        Between steps the weights that train compute; inside `evaluate` their average does, if the run has one. Random
+        numbers are keyed by seed, optimizer step, prompt and sample, and batches depend on the prompts and their order
+        alone: the same call in the same step gives the same samples.
+
+        Args:
+            prompts: examples, of which `task.probe` gives the prompt; texts; or token ids. Random numbers know an
+                example by its key, another prompt by its tokens and its index.
+            adapter: False: the run's adapter is off, the base answers.
+            max_new_tokens: of each sample.
+            temperature: 0: greedy, the most likely token.
+            top_p: sample among the most likely tokens that hold this share of the probability.
+            stop: strings that end a sample's text, and are cut from it.
+            samples: of each prompt.
+
+        Returns:
+            The samples of each prompt, in the order of `prompts`.
+
+        Raises:
+            InputError: the task generates no text; an empty prompt, or one that fills the model's context; an option
+                out of range; with `adapter=False`, no strategy owns an adapter.
+            RuntimeError: the model is not prepared yet, or the run is a plan.
+        """
+        if self.sampler is None:
+            raise RuntimeError("run.generate: a plan never samples, and a run not before its model is prepared")
+        return self.sampler(
+            self, prompts, adapter=adapter, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+            stop=stop, samples=samples,
+        )  # fmt: skip
 
     def log(self, name: str, value: float | Tensor) -> None:
         """Log a number with the optimizer step under way; a tensor is read off the device when the step ends.

@@ -135,12 +135,14 @@ class Examples(Sequence[Example]):
             InputError: an example is not sound, two have one key, or those of a group do not stand together.
         """
         check_examples(examples, like)
-        arrays = pack(examples, task)
-        stats = dataclasses.replace(like.stats, **measure(arrays, like.labels))
-        gathered = cls(like.path, arrays, {**like._facts, "stats": dataclasses.asdict(stats)})
-        gathered._extra = [example.columns for example in examples]
-        gathered._rows = like._rows
-        return gathered
+        return like.with_arrays(pack(examples, task), [example.columns for example in examples])
+
+    def with_arrays(self, arrays: cache.Arrays, columns: Sequence[dict[str, Column]]) -> Examples:
+        """Other examples of the same file: what `pack` gave, and the columns of each."""
+        stats = dataclasses.replace(self.stats, **measure(arrays, self.labels))
+        made = Examples(self.path, arrays, {**self._facts, "stats": dataclasses.asdict(stats)})
+        made._extra, made._rows = columns, self._rows
+        return made
 
     def reference(self, index: int) -> str | None:
         """The answer that the file gives to an example's prompt, as text; None if the format has no prompt.

@@ -163,6 +163,7 @@ def collate_for(run: Run, examples: Iterable[Example], epoch: int | str) -> Batc
     return task.collate(list(examples), run.model, run.tokenizer, run.packed)
 
 
-def autocast(run: Run) -> torch.autocast:
-    """Autocast to the run's compute dtype; none in fp32."""
-    return torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32)
+def autocast(run: Run, cache: bool = True) -> torch.autocast:
+    """Autocast to the run's compute dtype, if that is a 16-bit one; `cache` keeps the casts of parameters."""
+    narrow = run.dtype in (torch.float16, torch.bfloat16)
+    return torch.autocast(run.device.type, run.dtype if narrow else None, narrow, cache)

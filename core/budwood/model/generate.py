@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -37,11 +37,19 @@ class Generated:
         tokens: as generated, without the end-of-sequence token; those of a stop string are among them.
         text: decoded, without special tokens; ends before the stop string, and before half a character.
         finish_reason: "eos": an end-of-sequence token; "stop": a stop string; "length": the limit or the context.
+        end_token: the token that ended it; None if a stop string in the text or a limit did.
+        log_probs: of each of `tokens`, then of `end_token` if there is one; empty unless asked for.
     """
 
     tokens: list[int]
     text: str
     finish_reason: Literal["eos", "stop", "length"]
+    end_token: int | None = None
+    log_probs: list[float] = field(default_factory=list)
+
+
+LogProbs = Callable[[Tensor, Tensor, float], Tensor]
+"""From logits [n, V], tokens [n] and the temperature to the log-probabilities [n]; `Task.log_probs` is one."""
 
 
 def generate(
@@ -58,6 +66,8 @@ def generate(
     on_token: Callable[[int, str], None] | None = None,
     batch_tokens: int = 16384,
     before_batch: Callable[[list[int]], None] | None = None,
+    keys: Sequence[object] | None = None,
+    log_probs: LogProbs | None = None,
 ) -> list[Generated]:
     """Continue each of `prompts`, in batches of similar length. What a prompt gets does not depend on the others.
 
@@ -75,6 +85,9 @@ def generate(
         on_token: called with a prompt's index and a piece of its text, whole characters, as soon as it is certain.
         batch_tokens: most tokens at once: prompts, what follows them, and padding; where memory runs out, fewer.
         before_batch: called with the indices of the prompts of a batch, in the order of its rows.
+        keys: what each prompt's samples depend on, in place of `seed` and its index.
+        log_probs: gives the log-probability of each token at the temperature (1 if greedy), all tokens being possible
+            whatever `top_p` and `top_k` are; None: they are not computed.
 
     Returns:
         One result a prompt, in the order of `prompts`.
@@ -101,18 +114,20 @@ def generate(
         return _Writer(tokenizer, limits[i], own[i], stop, i, on_token)
 
     writers = [writer(i) for i in range(len(prompts))]
-    if temperature > 0 and seed is None:
+    if temperature > 0 and seed is None and keys is None:
         seed = int(torch.randint(2**62, ()).item())
+    keys = [(seed, i) for i in range(len(prompts))] if keys is None else keys
     with _answering(model):
         todo = list(_batches([len(p) for p in prompts], limits, batch_tokens))
         while todo:
             rows = todo.pop(0)
             if before_batch is not None:
                 before_batch(rows)
-            processors = _processors(temperature, top_p, top_k, [(seed, i) for i in rows], model.device)
             batch = [writers[i] for i in rows]
+            collector = _Collector(batch, temperature or 1.0, log_probs)
+            processors = _processors(temperature, top_p, top_k, [keys[i] for i in rows], collector)
             try:
-                _run(model, tokenizer, [prompts[i] for i in rows], max(limits[i] for i in rows), processors, batch)
+                _run(model, tokenizer, [prompts[i] for i in rows], max(limits[i] for i in rows), processors, collector)
                 continue
             except Exception as error:
                 if not is_out_of_memory(error) or len(rows) == 1 or on_token is not None:  # what was shown stays shown
@@ -121,7 +136,7 @@ def generate(
             half = (len(rows) + 1) // 2
             for i in rows:
                 writers[i] = writer(i)
-            del batch
+            del batch, collector, processors
             todo = [part for other in (rows, *todo) for part in (other[:half], other[half:]) if part]
     return [writer.result() for writer in writers]
 
@@ -181,9 +196,9 @@ def _run(
     prompts: list[Sequence[int]],
     max_new_tokens: int,
     processors: LogitsProcessorList,
-    writers: list[_Writer],
+    collector: _Collector,
 ) -> None:
-    """Generate for one batch, padded on the left, into its writers."""
+    """Generate for one batch, padded on the left, into the collector's writers."""
     width = max(len(prompt) for prompt in prompts)
     pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
     ids = torch.full((len(prompts), width), pad, dtype=torch.long)
@@ -197,7 +212,7 @@ def _run(
         attention_mask=mask.to(model.device),
         generation_config=config,
         logits_processor=processors,
-        stopping_criteria=StoppingCriteriaList([_Collector(writers)]),
+        stopping_criteria=StoppingCriteriaList([collector]),
     )
 
 
@@ -215,6 +230,8 @@ class _Writer:
     ) -> None:
         self.tokenizer, self.limit, self.ends, self.stop = tokenizer, limit, ends, stop
         self.tokens: list[int] = []
+        self.log_probs: list[float] = []
+        self.end_token: int | None = None
         self.reason: Literal["eos", "stop", "length"] | None = None
         self.text = ""
         self.sent = 0
@@ -222,12 +239,14 @@ class _Writer:
         # Without stop strings and listeners the text is decoded once, at the end.
         self.stream = DecodeStream(skip_special_tokens=True) if stop or on_token else None
 
-    def add(self, token: int) -> None:
+    def add(self, token: int, log_prob: float | None = None) -> None:
         """Take the next token, unless the text has ended."""
         if self.reason is not None:
             return
+        if log_prob is not None:
+            self.log_probs.append(log_prob)
         if token in self.ends:
-            self.reason = self.ends[token]
+            self.reason, self.end_token = self.ends[token], token
         else:
             self.tokens.append(token)
             if self.stream is not None:
@@ -271,39 +290,57 @@ class _Writer:
     def result(self) -> Generated:
         """What has been generated."""
         assert self.reason is not None
-        return Generated(self.tokens, self.text, self.reason)
+        return Generated(self.tokens, self.text, self.reason, self.end_token, self.log_probs)
 
 
 class _Collector(StoppingCriteria):
-    """Hands each row's last token to its writer, and says which rows have ended."""
+    """Hands each row's last token to its writer, with its log-probability if asked, and says which rows have ended."""
 
-    def __init__(self, writers: list[_Writer]) -> None:
-        self.writers = writers
+    def __init__(self, writers: list[_Writer], temperature: float, log_probs: LogProbs | None) -> None:
+        self.writers, self.temperature, self.log_probs = writers, temperature, log_probs
+        self.kept = _Kept()
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        for writer, token in zip(self.writers, input_ids[:, -1].tolist(), strict=True):
-            writer.add(token)
+        tokens = input_ids[:, -1]
+        values: list[float] | list[None] = [None] * len(self.writers)
+        if self.log_probs is not None:
+            assert self.kept.logits is not None
+            values = self.log_probs(self.kept.logits, tokens, self.temperature).tolist()
+        for writer, token, value in zip(self.writers, tokens.tolist(), values, strict=True):
+            writer.add(token, value)
         return torch.tensor([writer.reason is not None for writer in self.writers], device=input_ids.device)
 
 
+class _Kept(LogitsProcessor):
+    """Keeps the model's own logits [rows, V] fp32 until their tokens are drawn: it comes before other processors."""
+
+    logits: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.logits = scores
+        return scores
+
+
 def _processors(
-    temperature: float, top_p: float, top_k: int, keys: list[tuple[int | None, int]], device: torch.device
+    temperature: float, top_p: float, top_k: int, keys: list[object], collector: _Collector
 ) -> LogitsProcessorList:
     processors = LogitsProcessorList()
+    if collector.log_probs is not None:
+        processors.append(collector.kept)
     if temperature > 0:
         processors.append(TemperatureLogitsWarper(float(temperature)))
         if top_k:
             processors.append(TopKLogitsWarper(top_k))
         if top_p < 1:
             processors.append(TopPLogitsWarper(top_p))
-        processors.append(_Gumbel(keys, device))
+        processors.append(_Gumbel(keys))
     return processors
 
 
 class _Gumbel(LogitsProcessor):
     """Adds Gumbel noise, so that the largest logit is an exact sample; each row draws from a generator of its own."""
 
-    def __init__(self, keys: list[tuple[int | None, int]], device: torch.device) -> None:
+    def __init__(self, keys: list[object]) -> None:
         digests = [hashlib.sha256(repr(key).encode()).digest() for key in keys]
         self.generators = [torch.Generator().manual_seed(int.from_bytes(d[:8], "little") >> 1) for d in digests]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from budwood.contract.discovery import PluginError
 from budwood.contract.examples import Batch
 from budwood.contract.loading import create
 from budwood.contract.types import Plan, Run, Step
@@ -20,6 +21,7 @@ from budwood.model.ops import attention
 from budwood.model.task import Task
 from budwood.recipe.schema import Recipe, build_composition
 from budwood.training.batches import count_units
+from budwood.training.on_policy import find_maker
 from budwood.training.parameters import torch_groups, trainable_groups
 from budwood.training.report import Report
 from budwood.training.setup import check_plan, make_accelerator, read_data, register_parts
@@ -61,6 +63,9 @@ def run_on_fake_tensors(recipe: Recipe) -> Run:
         run.scheduler = hooks.call("build_scheduler", run=run, optimizer=run.optimizer)
         run.model.train()
         planned = [example for found in hooks.call("planned_examples", run=run) for example in found]
+        maker = find_maker(hooks)
+        if maker is not None and not planned:
+            raise PluginError(f"{maker} implements next_examples: give planned_examples too, which a plan stands on.")
         examples = planned or [run.examples[index] for index in range(recipe.train.batch_examples or 1)]
         halves = [half for half in (examples[::2], examples[1::2]) if half]
         while run.step < (run.steps or 1):  # the first of two micro-batches, to save time the others of one
@@ -75,7 +80,10 @@ def _step(run: Run, engine: Engine, batches: list[Batch]) -> None:
     steps = []
     for index, batch in enumerate(batches):
         steps.append(Step(run, hooks.chain("prepare_batch", "batch", batch, run=run), engine, index))
-    engine.step_terms.gather(steps)
+    if engine.step_terms.gathers(len(steps)):
+        for step in steps:
+            engine.step_terms.look(step)
+        engine.step_terms.exchange()
     for step in steps:
         engine.begin(step)
         engine.step_terms.restore_random(step)

@@ -16,7 +16,8 @@ from budwood.contract.types import UNITS, Run
 from budwood.data.examples import Examples
 from budwood.data.packing import split_micro
 from budwood.model.evaluation import collate_for
-from budwood.training.progress import planned_steps
+from budwood.training.on_policy import find_maker, make_set, sets_begun
+from budwood.training.progress import Progress, planned_steps
 
 
 @dataclass(frozen=True)
@@ -26,36 +27,61 @@ class StepBatches:
     examples: Examples
     indices: np.ndarray
     epoch: int
+    drawn: int
+    """Examples of `run.examples` that the plan draws with this step."""
     micro_tokens: int
     batches: list[Batch]
 
     @classmethod
-    def collate(cls, run: Run, examples: Examples, indices: np.ndarray, epoch: int) -> StepBatches:
+    def collate(cls, run: Run, examples: Examples, indices: np.ndarray, epoch: int, drawn: int) -> StepBatches:
         """Split among micro-batches and processes as `run.micro_tokens` says now."""
         limit = run.micro_tokens
         rows = split_micro(indices, examples.lengths, limit, run.packed, examples.groups)
         rows = rows[run.process_index :: run.processes]
         made = [collate_for(run, [examples[i] for i in row], epoch) for row in rows]
-        return cls(examples, indices, epoch, limit, made)
+        return cls(examples, indices, epoch, drawn, limit, made)
 
     def again(self, run: Run) -> StepBatches:
         """The same step, split as `run.micro_tokens` says now."""
-        return self.collate(run, self.examples, self.indices, self.epoch)
+        return self.collate(run, self.examples, self.indices, self.epoch, self.drawn)
 
 
-def optimizer_steps(run: Run, hooks: Composition) -> Iterator[tuple[StepBatches, dict[str, float]]]:
+def optimizer_steps(run: Run, hooks: Composition, progress: Progress) -> Iterator[tuple[StepBatches, dict[str, float]]]:
     """For each optimizer step: this process's micro-batches, and the counts of units over all processes.
 
-    The next step's batches are collated by a thread beside the step.
+    The next step's batches are collated by a thread beside the step, unless a strategy makes its examples.
     """
+    if find_maker(hooks) is not None:
+        for step in _steps_on_policy(run, hooks, progress):
+            yield step, count_units(run, hooks, step.batches)
+        return
     with ThreadPoolExecutor(1, thread_name_prefix="collate") as pool:
         upcoming = None
         for epoch, indices in planned_steps(run, run.step):
-            ready, upcoming = upcoming, pool.submit(StepBatches.collate, run, run.examples, indices, epoch)
+            ready, upcoming = (
+                upcoming,
+                pool.submit(StepBatches.collate, run, run.examples, indices, epoch, len(indices)),
+            )
             if ready is not None:
                 yield _counted(run, hooks, ready)
         if upcoming is not None:
             yield _counted(run, hooks, upcoming)
+
+
+def _steps_on_policy(run: Run, hooks: Composition, progress: Progress) -> Iterator[StepBatches]:
+    """The optimizer steps of a run whose examples are made as it goes, a set for each step of the plan."""
+    plan = planned_steps(run, sets_begun(hooks, run.step))
+    while run.step < (run.steps or 0):
+        drawn = 0
+        if progress.active is None or progress.active.is_used_up(run.step):
+            run.epoch, prompts = next(plan)
+            progress.active, drawn = make_set(run, hooks, prompts), len(prompts)
+        examples = progress.active.examples_of(run.step)
+        try:
+            step = StepBatches.collate(run, examples, np.arange(len(examples)), run.epoch, drawn)
+        except ValueError as error:
+            raise PluginError(f"{find_maker(hooks)}, hook next_examples: {error}.") from error
+        yield step
 
 
 def _counted(run: Run, hooks: Composition, collated: Future[StepBatches]) -> tuple[StepBatches, dict[str, float]]:

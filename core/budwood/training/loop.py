@@ -145,7 +145,7 @@ def take_steps(
     run.optimizer.zero_grad(set_to_none=True)
     if run.step and not between_steps(run, hooks, report, progress, saver, signals):
         return
-    for todo, counts in optimizer_steps(run, hooks):
+    for todo, counts in optimizer_steps(run, hooks, progress):
         run.counts = counts
         engine.loss_scale = scaler.scale(torch.ones((), device=run.device)) if scaler.is_enabled() else 1.0
         batches = accumulate(run, hooks, engine, todo)
@@ -171,7 +171,7 @@ def take_steps(
             run.scheduler.step()
         scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
-        run.step, progress.examples = run.step + 1, progress.examples + int(counts["example"])
+        run.step, progress.examples = run.step + 1, progress.examples + todo.drawn
         numbers = {**values, "gradient_norm": norm, "learning_rate": rate, "skipped": not finite, **run.logged}
         numbers = {name: float(value) for name, value in numbers.items()}
         run.logged.clear()

@@ -6,7 +6,7 @@ streams of random numbers. So an optimizer step is the same however often it beg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,11 +44,13 @@ def accumulate(run: Run, hooks: Composition, engine: Engine, step: StepBatches) 
     Raises:
         ResourceError: memory does not even hold one group of examples.
     """
+    logged = dict(run.logged)  # while the step's examples were made, which is not done again
     while True:
         limit = _agree(run, _passes(run, hooks, engine, step.batches))
         if limit == _DONE:
             return step.batches
         run.begin_step_again()
+        run.logged |= logged
         engine.forget_step()
         release_memory()
         if limit == 0:
@@ -69,20 +71,33 @@ def _passes(run: Run, hooks: Composition, engine: Engine, batches: Sequence[Batc
 
     The error, and all that its frames hold on to, is gone by then.
     """
+    ready: dict[int, Batch] = {}
+
+    def look(index: int, batch: Batch) -> None:
+        ready[index] = _prepared(run, hooks, batch)
+        engine.step_terms.look(Step(run, ready[index], engine, index))
+
+    def work(index: int, batch: Batch) -> None:
+        prepared = ready.pop(index) if index in ready else _prepared(run, hooks, batch)
+        step = Step(run, prepared, engine, index)
+        engine.begin(step)
+        engine.step_terms.restore_random(step)
+        hooks.call("backward", step=step)
+
+    if engine.step_terms.gathers(len(batches)):
+        limit = _agree(run, _each(batches, look))  # the others would wait for one that runs out of memory
+        if limit != _DONE:
+            return limit
+        engine.step_terms.exchange()
+    return _each(batches, work)
+
+
+def _each(batches: Sequence[Batch], work: Callable[[int, Batch], None]) -> int:
     at = 0
     try:
-        if engine.step_terms.active:
-            steps = [Step(run, _prepared(run, hooks, batch), engine, i) for i, batch in enumerate(batches)]
-            engine.step_terms.gather(steps)
-            ready = [step.batch for step in steps]
-            del steps
         for index, batch in enumerate(batches):
             at = index
-            prepared = ready[index] if engine.step_terms.active else _prepared(run, hooks, batch)
-            step = Step(run, prepared, engine, index)
-            engine.begin(step)
-            engine.step_terms.restore_random(step)
-            hooks.call("backward", step=step)
+            work(index, batch)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

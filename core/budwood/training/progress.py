@@ -17,6 +17,7 @@ from budwood.contract.registry import Composition
 from budwood.contract.types import Event, Run
 from budwood.data.packing import plan_epoch
 from budwood.training.averages import put_average, put_back
+from budwood.training.on_policy import ActiveSet
 from budwood.training.report import Report
 
 
@@ -51,7 +52,9 @@ class Progress:
     skipped: int = 0
     """Optimizer steps in a row, up to now, that the fp16 scaler skipped."""
     examples: int = 0
-    """Training examples seen, over all epochs and processes: the position in the data."""
+    """Examples of `run.examples` drawn, over all epochs and processes: the position in the data."""
+    active: ActiveSet | None = None
+    """On-policy examples whose optimizer steps are under way."""
 
 
 def evaluate(run: Run, hooks: Composition, report: Report, best: Best) -> dict[str, float]:

@@ -13,7 +13,7 @@ from budwood.contract.examples import Batch
 from budwood.contract.strategy import RUN_ADAPTER
 from budwood.contract.types import Reference, Run
 from budwood.errors import InputError
-from budwood.model.evaluation import CHUNK
+from budwood.model.evaluation import CHUNK, autocast
 
 
 def read_reference(run: Run, batch: Batch, start: bool = False) -> Reference:
@@ -74,11 +74,10 @@ def _as_started(run: Run) -> Iterator[None]:
 @contextmanager
 def _answering(run: Run) -> Iterator[None]:
     training = run.model.training
-    # Without its cache, in which casts made without a gradient would stay for the forward that has one.
-    cast = torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32, cache_enabled=False)
     run.model.eval()
     try:
-        with torch.no_grad(), cast:
+        # Without its cache, in which casts made without a gradient would stay for the forward that has one.
+        with torch.no_grad(), autocast(run, cache=False):
             yield
     finally:
         run.model.train(training)

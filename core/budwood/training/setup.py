@@ -48,10 +48,12 @@ from budwood.recipe.schema import Recipe, build_composition, load_recipe
 from budwood.training.durability import changes
 from budwood.training.durability.lock import LOCK
 from budwood.training.durability.resume import Resume
+from budwood.training.on_policy import updates_of
 from budwood.training.packing_check import check_packing
 from budwood.training.parameters import NOTHING_TRAINS, torch_groups, trainable_groups
 from budwood.training.preflight import preflight
 from budwood.training.report import Report, peak_memory, resident_peak
+from budwood.training.sampling import sample
 from budwood.training.step import Engine
 from budwood.untrusted.files import complete_file
 from budwood.untrusted.redaction import redact_values
@@ -159,6 +161,7 @@ def prepare(
     run.model = prepare_model(run, hooks)
     if recipe.train.gradient_checkpointing:
         run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    run.sampler = sample
     run.groups = trainable_groups(run, hooks)
     run.start = [p.detach().clone() for p in run.trainable]
     if run.average is not None:
@@ -249,7 +252,8 @@ def read_data(run: Run, hooks: Composition, report: Report) -> None:
         run.steps = train.steps
     else:
         epochs = range(train.epochs or 0)
-        run.steps = sum(len(plan_epoch(run.examples.lengths, run.seed, epoch, *sizes)) for epoch in epochs)
+        planned = sum(len(plan_epoch(run.examples.lengths, run.seed, epoch, *sizes)) for epoch in epochs)
+        run.steps = planned * updates_of(hooks)
     if hooks.implements("prepare_examples") and len(run.examples) == 0:
         raise InputError("no example is left after the strategies' prepare_examples")
     _say_large_groups(run, report)

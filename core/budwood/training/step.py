@@ -2,9 +2,8 @@
 
 The head runs only at labels, a chunk of positions at a time: its gradient with respect to the decoder's output is
 gathered chunk by chunk, and one backward pass then goes through the decoder. So the full logits never exist. Terms that
-are functions of log-probabilities get these from the same chunks: a label's log-probability depends on its own row of
-the output alone, so its gradient there is kept, [L, d], and scaled once the terms have theirs. The same holds for a
-second forward that terms compare with the first (`Step.forward`): its backward, too, runs once.
+are functions of log-probabilities get these from the same chunks (`label_scores`). A second forward that terms compare
+with the first (`Step.forward`) goes back in the same way: its backward, too, runs once.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy, hookimpl
 from budwood.contract.types import UNITS, LossTerm, Outputs, Reference, Run, Step, Terms
 from budwood.errors import BudwoodError, describe, is_out_of_memory
-from budwood.model.evaluation import CHUNK, at_least_fp32, autocast
+from budwood.model.evaluation import at_least_fp32, autocast
+from budwood.training.label_scores import LabelScores, chunks, depends
 from budwood.training.reference import read_reference
 from budwood.training.step_terms import StepTerms
 
@@ -37,14 +37,6 @@ class _Pass:
 
     loss: Tensor | None = None
     compared: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-
-@dataclass
-class _LogProbs:
-    """Log-probabilities [L] of a pass, by chunks, and their gradients at the rows [L, d] that they come from."""
-
-    values: list[Tensor] = field(default_factory=list)
-    gradients: list[Tensor] = field(default_factory=list)
 
 
 class Engine:
@@ -70,8 +62,6 @@ class Engine:
         self._pass: _Pass | None = None
         self._frozen = False
         self._head_trains: bool | None = None
-        self._reaching: set[str] = set()
-        """Terms of `sequence_terms` whose graph was found to reach the log-probabilities."""
 
     def begin(self, step: Step) -> None:
         """Compute the references that strategies declare, before any forward of the micro-step keeps memory."""
@@ -123,11 +113,12 @@ class Engine:
         """Run the model on a micro-batch without a graph, and give `ask` its outputs and log-probabilities."""
         with torch.no_grad(), autocast(self.run):
             outputs: Outputs = self.hooks.call("forward", step=step)
-            found = _LogProbs()
-            if self.scores_sequences:
-                for chunk, rows in self._chunks(step, outputs.hidden.flatten(0, -2)):
-                    found.values.append(self.run.task.log_probs(outputs.head(rows), step.batch.labels[chunk]))
-            return ask(outputs, torch.cat(found.values) if self.scores_sequences else None)
+            if not self.scores_sequences:
+                return ask(outputs, None)
+            scores = LabelScores(self.run.task, step.batch, twice=False)
+            for chunk, rows in chunks(step.batch, outputs.hidden.flatten(0, -2)):
+                scores.add(outputs.head(rows), chunk, rows, keep=False)
+            return ask(outputs, scores.values())
 
     def _run(
         self, step: Step, weight: float, leaf: Tensor | None = None, main: bool = False, terms: Terms | None = None
@@ -167,10 +158,10 @@ class Engine:
         hidden = outputs.hidden
         flat = hidden.detach().flatten(0, -2)
         grad = torch.zeros_like(flat) if hidden.requires_grad else None
-        scores = self.scores_sequences and terms is None
-        twice = scores and self._trains_head(step, outputs, flat)
-        found = _LogProbs()
-        for chunk, rows in self._chunks(step, flat):
+        scores = None
+        if self.scores_sequences and terms is None:
+            scores = LabelScores(self.run.task, step.batch, self._trains_head(step, outputs, flat))
+        for chunk, rows in chunks(step.batch, flat):
             rows.requires_grad_(grad is not None)
             logits = outputs.head(rows)
             if terms is None:
@@ -179,63 +170,37 @@ class Engine:
                 given = [LossTerm("terms", terms(logits, chunk))]
             loss = self._loss(step, given, weight, main, chunk)
             goes_back = loss is not None and loss.requires_grad
-            if scores:
-                self._score(step, logits, chunk, None if twice else rows, found, keep=goes_back)
+            if scores is not None:
+                scores.add(logits, chunk, rows, keep=goes_back)
             if loss is not None and goes_back:
                 with self._naming(step):
                     loss.backward()
                 if grad is not None and rows.grad is not None:
                     grad.index_add_(0, step.batch.label_positions[chunk], rows.grad)
-        if scores:
-            self._sequences(step, outputs, flat, grad, found, twice, weight, main)
+        if scores is not None:
+            self._sequences(step, outputs, flat, grad, scores, weight, main)
         return None if grad is None else grad.view_as(hidden)
 
-    def _score(
-        self, step: Step, logits: Tensor, chunk: Tensor, rows: Tensor | None, found: _LogProbs, keep: bool
-    ) -> None:
-        """Add a chunk's log-probabilities, and their gradient with respect to `rows` if they are given and take one."""
-        values = self.run.task.log_probs(logits, step.batch.labels[chunk])
-        if values.shape != chunk.shape:
-            raise PluginError(
-                f"{self.run.task}: log_probs returned {list(values.shape)}; it must give one value for each of "
-                f"{len(chunk)} labels."
-            )
-        found.values.append(values.detach())
-        if rows is not None and rows.requires_grad and values.requires_grad:
-            (gradient,) = torch.autograd.grad(values.sum() * self.loss_scale, rows, retain_graph=keep)
-            found.gradients.append(gradient)
-
     def _sequences(
-        self, step: Step, outputs: Outputs, flat: Tensor, grad: Tensor | None, found: _LogProbs, twice: bool,
+        self, step: Step, outputs: Outputs, flat: Tensor, grad: Tensor | None, scores: LabelScores,
         weight: float, main: bool,
     ) -> None:  # fmt: skip
         """Terms of log-probabilities and of the whole optimizer step; adds their gradient to `grad`."""
-        batch = step.batch
-        log_probs = torch.cat(found.values).requires_grad_() if found.values else flat.new_zeros(0).requires_grad_()
+        log_probs = scores.values().requires_grad_()
         copy = flat.view_as(outputs.hidden).detach().requires_grad_(grad is not None)
         terms = self._terms(step, "sequence_terms", self._shapes(step, "label"), log_probs=log_probs)
-        self._check_reach(step, terms, log_probs)
-        loss = self._loss(step, terms, weight, main, scale=False)
+        self._check_reach(terms, log_probs)
+        loss = self._loss(step, terms, weight, main)
         surrogate = self.step_terms.surrogate(step, Outputs(copy, outputs.head), log_probs, weight)
         parts = [part for part in (loss, surrogate) if part is not None and part.requires_grad]
         if not parts:
             return
         with self._naming(step), torch.autocast(self.run.device.type, enabled=False):
             torch.autograd.backward(parts)
-        coefficients = log_probs.grad
         if grad is not None and copy.grad is not None:
-            grad += (copy.grad * self.loss_scale).flatten(0, -2).to(grad.dtype)
-        if coefficients is None:
-            return
-        if grad is not None and found.gradients:
-            scaled = torch.cat(found.gradients) * coefficients[:, None].to(found.gradients[0].dtype)
-            grad.index_add_(0, batch.label_positions, scaled.to(grad.dtype))
-        for chunk, rows in self._chunks(step, flat) if twice else ():
-            rows.requires_grad_(grad is not None)
-            values = self.run.task.log_probs(outputs.head(rows), batch.labels[chunk])
-            ((values * coefficients[chunk]).sum() * self.loss_scale).backward()
-            if grad is not None and rows.grad is not None:
-                grad.index_add_(0, batch.label_positions[chunk], rows.grad)
+            grad += copy.grad.flatten(0, -2)
+        if log_probs.grad is not None:
+            scores.backward(outputs.head, flat, grad, log_probs.grad)
 
     def _other_terms(self, step: Step, outputs: Outputs, weight: float, main: bool) -> Tensor | None:
         terms = self._terms(step, "loss_terms", {**self._shapes(step), "step": ()}, outputs=outputs)
@@ -245,13 +210,8 @@ class Engine:
         found = [loss for loss in (replayed, per_step) if loss is not None]
         if not self.scores_sequences and self.step_terms.active:
             surrogate = self.step_terms.surrogate(step, outputs, None, weight)
-            found += [surrogate * self.loss_scale] if surrogate is not None else []
+            found += [surrogate] if surrogate is not None else []
         return sum(found[1:], found[0]) if found else None
-
-    def _chunks(self, step: Step, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Labels' positions [n] and the rows [n, d] of the output that they are for."""
-        for chunk in torch.arange(len(step.batch.labels), device=flat.device).split(CHUNK):
-            yield chunk, flat[step.batch.label_positions[chunk]]
 
     def _trains_head(self, step: Step, outputs: Outputs, flat: Tensor) -> bool:
         """Whether the head itself has parameters that train, so that rows alone do not give its gradient."""
@@ -301,16 +261,10 @@ class Engine:
         if owner is not plugin or (origin != hook and not both):
             raise PluginError(f"{owner} and {plugin}: two loss terms are called '{term.name}': rename one.")
 
-    def _check_reach(self, step: Step, terms: list[LossTerm], log_probs: Tensor) -> None:
-        """Refuse a term whose graph does not reach the log-probabilities: its gradient would silently be zero."""
-        for term in terms if len(log_probs) else ():
-            reaches = term.values.requires_grad
-            if reaches and term.values.numel() and term.name not in self._reaching:
-                with self._naming(step):
-                    (found,) = torch.autograd.grad(term.values.sum(), log_probs, retain_graph=True, allow_unused=True)
-                reaches = found is not None
-                self._reaching.add(term.name)
-            if not reaches:
+    def _check_reach(self, terms: list[LossTerm], log_probs: Tensor) -> None:
+        """Refuse a strategy's term without a graph: its gradient would silently be zero."""
+        for term in terms:
+            if len(log_probs) and not depends(term.values, log_probs):
                 plugin, _ = self.owners[term.name]
                 raise PluginError(
                     f"{plugin}: loss term '{term.name}' of sequence_terms has no graph to the log-probabilities: it "
@@ -334,14 +288,12 @@ class Engine:
             ) from error
 
     def _loss(
-        self, step: Step, terms: list[LossTerm], weight: float, main: bool, chunk: Tensor | None = None,
-        scale: bool = True,
-    ) -> Tensor | None:  # fmt: skip
+        self, step: Step, terms: list[LossTerm], weight: float, main: bool, chunk: Tensor | None = None
+    ) -> Tensor | None:
         """Weighted sum of the terms, each divided by its unit's count in the optimizer step, times the loss scale.
 
         Args:
             chunk: the labels that values of unit "label" are for; None: all.
-            scale: False leaves the loss scale out.
         """
         total = None
         for term in terms:
@@ -354,7 +306,7 @@ class Engine:
             if term.unit != "step":
                 self.add_to_pass(loss)
             total = loss * weight if total is None else total + loss * weight
-        return total if total is None or not scale else total * self.loss_scale
+        return None if total is None else total * self.loss_scale
 
     def count(self, unit: str) -> float:
         """Count of a unit in the optimizer step; 1 if there is none of it, so that an empty term is zero."""

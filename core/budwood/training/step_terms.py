@@ -17,6 +17,7 @@ from budwood.contract.discovery import PluginError
 from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy
 from budwood.contract.types import LossTerm, Outputs, Run, Step
+from budwood.model.evaluation import at_least_fp32
 
 if TYPE_CHECKING:
     from budwood.training.step import Engine
@@ -33,34 +34,43 @@ class StepTerms:
 
     def __init__(self, run: Run, hooks: Composition, engine: Engine) -> None:
         self.run, self.hooks, self.engine = run, hooks, engine
-        self.active = bool(hooks.calls("step_terms"))
+        calls = hooks.calls("step_terms")
+        self.active = bool(calls)
+        givers = {call.plugin for call in hooks.calls("step_values")}
+        for call in calls:
+            if call.plugin not in givers:
+                raise PluginError(f"{call.plugin} implements step_terms without step_values: it would have no values.")
         wraps = [c for name in ("backward", "forward") for c in hooks.calls(name) if c.wraps]
         self._perturbed = any(isinstance(call.plugin, Strategy) for call in wraps)
         self._coefficients: dict[int, dict[str, Values]] | None = None
         """By micro-step and strategy; None until they are known."""
+        self._found: list[dict[str, Values]] = []
         self._random: dict[int, list[Tensor]] = {}
 
     def forget(self) -> None:
         """Begin an optimizer step."""
-        self._coefficients, self._random = None, {}
+        self._coefficients, self._found, self._random = None, [], {}
 
-    def gather(self, steps: list[Step]) -> None:
-        """Find the coefficients of every micro-batch from passes without a graph, if passes of their own are needed."""
-        if not self.active or not (self.run.processes > 1 or len(steps) > 1 or self._perturbed):
-            return
-        found: list[dict[str, Values]] = []
-        for step in steps:
-            self._random[step.micro_step] = _random_state(self.run)
-            found.append(self.engine.look(step, partial(self._values, step)))
-        everyone: list[Any] = [found]
+    def gathers(self, micro_batches: int) -> bool:
+        """Whether the coefficients need passes of their own, if this process has so many micro-batches."""
+        return self.active and (self.run.processes > 1 or micro_batches > 1 or self._perturbed)
+
+    def look(self, step: Step) -> None:
+        """Take a micro-batch's values, from a pass without a graph."""
+        self._random[step.micro_step] = _random_state(self.run)
+        self._found.append(self.engine.look(step, partial(self._values, step)))
+
+    def exchange(self) -> None:
+        """Find the coefficients of every micro-batch, once each process has taken the values of all of its own."""
+        everyone: list[Any] = [self._found]
         if self.run.processes > 1:
-            mine = [{name: {k: v.cpu() for k, v in values.items()} for name, values in each.items()} for each in found]
+            mine = [{name: {k: v.cpu() for k, v in each[name].items()} for name in each} for each in self._found]
             everyone = [None] * self.run.processes
             torch.distributed.all_gather_object(everyone, mine)
-        flat = [each for process in everyone for each in process]
-        coefficients = self._differentiate(flat)
+        coefficients = self._differentiate([each for process in everyone for each in process])
         first = sum(len(process) for process in everyone[: self.run.process_index])
-        self._coefficients = {s.micro_step: coefficients[first + i] for i, s in enumerate(steps)}
+        self._coefficients = {index: coefficients[first + index] for index in range(len(self._found))}
+        self._found = []
 
     def restore_random(self, step: Step) -> None:
         """Let a micro-batch's passes draw the dropout that its values were gathered with."""
@@ -68,7 +78,7 @@ class StepTerms:
             _set_random_state(self.run, self._random.pop(step.micro_step))
 
     def surrogate(self, step: Step, outputs: Outputs, log_probs: Tensor | None, weight: float) -> Tensor | None:
-        """A scalar whose gradient is that of the step's loss through this micro-batch, times `weight`, unscaled."""
+        """A scalar whose gradient is that of the step's loss through this micro-batch, times weight and loss scale."""
         if not self.active:
             return None
         values = self._values(step, outputs, log_probs)
@@ -80,12 +90,12 @@ class StepTerms:
             for key, coefficient in given.items():
                 if values[name][key].shape != coefficient.shape:
                     raise PluginError(f"strategy '{name}': step_values: '{key}' changes its shape from pass to pass.")
-                part = (values[name][key] * coefficient.to(values[name][key])).sum()
+                part = (at_least_fp32(values[name][key]) * coefficient).sum()
                 total = part if total is None else total + part
         if total is None:
             return None
         self.engine.add_to_pass(total)
-        return total * weight
+        return total * weight * self.engine.loss_scale
 
     def _values(self, step: Step, outputs: Outputs, log_probs: Tensor | None) -> dict[str, Values]:
         asked = self.hooks.collect("step_values", step=step, outputs=outputs, log_probs=log_probs)
@@ -103,12 +113,12 @@ class StepTerms:
                 parts = [micro_batches[i][name][key].detach().to(device) for i in holders]
                 whole[key] = torch.cat(parts)
                 if whole[key].is_floating_point():
-                    whole[key].requires_grad_()
+                    whole[key] = at_least_fp32(whole[key]).requires_grad_()
             with torch.enable_grad(), torch.autocast(device.type, enabled=False):
                 plugin, result = self.hooks.ask("step_terms", name, run=self.run, values=whole)
                 terms = [result] if isinstance(result, LossTerm) else list(result or ())
-                for term in terms:
-                    self._check(plugin, term)
+                for index, term in enumerate(terms):
+                    self._check(plugin, term, terms[:index])
                 losses = [term.values * term.weight for term in terms]
                 if losses:
                     torch.autograd.backward(losses)
@@ -119,7 +129,7 @@ class StepTerms:
                         coefficients[i].setdefault(name, {})[key] = part
         return coefficients
 
-    def _check(self, plugin: Any, term: LossTerm) -> None:
+    def _check(self, plugin: Any, term: LossTerm, others: list[LossTerm]) -> None:
         if term.unit != "step" or term.values.ndim != 0:
             raise PluginError(
                 f"{plugin}: loss term '{term.name}' of step_terms must be a scalar of unit 'step', not "
@@ -128,6 +138,8 @@ class StepTerms:
         if not term.values.requires_grad:
             raise PluginError(f"{plugin}: loss term '{term.name}' of step_terms does not depend on its values.")
         self.engine.own(plugin, "step_terms", term)
+        if any(other.name == term.name for other in others):
+            raise PluginError(f"{plugin}: two loss terms of step_terms are called '{term.name}': rename one.")
         first = self.run.process_index == 0
         self.engine.add(term, term.values.detach() if first else torch.zeros_like(term.values))
 

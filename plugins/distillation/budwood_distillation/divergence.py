@@ -35,12 +35,15 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float = 0.5) -> Te
 
 
 def log_probabilities(logits: Tensor, size: int, temperature: float) -> Tensor:
-    """Log-probabilities [n, size] fp32 of softmax(logits / T) over the first `size` entries; the others are padding."""
+    """Log-probabilities [n, size] of softmax(logits / T) over the first `size` entries, at least fp32.
+
+    The other entries are padding.
+    """
     return _scaled(logits, size, temperature).log_softmax(-1)
 
 
 def bucketed(logits: Tensor, size: int, temperature: float, ids: Tensor) -> Tensor:
-    """Log-probabilities [n, k + 1] fp32 of the entries `ids` [n, k] int64, and last of all the others together.
+    """Log-probabilities [n, k + 1] (at least fp32) of the entries `ids` [n, k] int64, and last of all others together.
 
     `ids` are distinct in each row, and fewer than `size`; so the rest is never empty and its logarithm is finite.
     """
@@ -50,7 +53,7 @@ def bucketed(logits: Tensor, size: int, temperature: float, ids: Tensor) -> Tens
 
 
 def _scaled(logits: Tensor, size: int, temperature: float) -> Tensor:
-    values = logits[:, :size].float()
+    values = logits[:, :size].to(torch.promote_types(logits.dtype, torch.float32))
     return values if temperature == 1 else values / temperature  # a chunk over a large vocabulary is no small copy
 
 

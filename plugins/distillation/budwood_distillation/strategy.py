@@ -127,7 +127,8 @@ class Distillation(Strategy):
 
         batch, target = step.batch, self._target(step)
         assert not isinstance(target, tuple)  # a cache and this term exclude each other
-        ours, theirs = outputs.hidden.flatten(0, 1)[batch.label_positions].float(), target.hidden.float()
+        dtype = torch.promote_types(outputs.hidden.dtype, torch.float32)
+        ours, theirs = outputs.hidden.flatten(0, 1)[batch.label_positions].to(dtype), target.hidden.to(dtype)
         if self.options.hidden_distance == "cosine":
             distances = 1 - F.cosine_similarity(ours, theirs, dim=-1)
         else:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from budwood import RUN_ADAPTER, Batch, Reference, Run, use_adapters
+from budwood import RUN_ADAPTER, Batch, Reference, Run, autocast, use_adapters
 
 TEACHER_ADAPTER = "teacher"
 
@@ -46,7 +46,7 @@ class Teacher:
         """No gradients, evaluation mode, the teacher's adapters; all as it was afterwards."""
         training = self.model.training
         # Without its cache, in which casts made without a gradient would stay for the student's own forward.
-        cast = torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32, cache_enabled=False)
+        cast = autocast(run, cache=False)
         try:
             if training:
                 self.model.eval()

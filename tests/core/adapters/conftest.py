@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from budwood.adapters.golden import measure
 from budwood.adapters.pool import AdapterPool
 from budwood.adapters.store import SavedAdapter, write_adapter
+from budwood.model.text_tasks import as_probe
 
 FAKE_BASE = SimpleNamespace(
     double_quantization=True,
@@ -47,7 +47,7 @@ def save_small(directory: Path, **changes) -> SavedAdapter:
         "task": "causal-lm",
         "metrics": {"eval_loss": 1.5, "eval_perplexity": float("inf")},
         "strategies": [{"name": "lora", "distribution": "budwood 0.1.0", "options": {"rank": 2}}],
-        "prompts": [[1, 2, 3], [4]],
+        "probes": [as_probe([1, 2, 3]), as_probe([4])],
         "base_logits": [torch.zeros(5), torch.zeros(5)],
         "adapter_logits": [torch.ones(5), torch.arange(5.0)],
     }
@@ -86,8 +86,8 @@ def make_saved(base: Path, folder: Path, quantization: str = "none", precision: 
     """Save the stock adapter as a run does: with budwood.json and golden logits of `base`."""
     stock = make_stock(base, folder.with_name(folder.name + "-stock"), **changes)
     pool = AdapterPool(base, quantization, precision=precision, device="cpu")
-    prompts = [[1, 40, 50, 60, 70], [1, 99, 7], [1, 200, 201, 202, 203, 204, 205]]
-    without = measure(pool.model, prompts, pool.base.dtype)
+    probes = [as_probe(ids) for ids in ([1, 40, 50, 60, 70], [1, 99, 7], [1, 200, 201, 202, 203, 204, 205])]
+    without = pool.measure(probes)
     pool.load("adapter", stock)
     pool.use("adapter")
 
@@ -103,9 +103,9 @@ def make_saved(base: Path, folder: Path, quantization: str = "none", precision: 
         base=pool.base,
         task="causal-lm",
         tokenizer=pool.tokenizer,
-        prompts=prompts,
+        probes=probes,
         base_logits=list(without),
-        adapter_logits=list(measure(pool.model, prompts, pool.base.dtype)),
+        adapter_logits=list(pool.measure(probes)),
     )
     return folder
 

@@ -14,14 +14,34 @@ from budwood.adapters.golden import Distance, Golden, comparable
 from budwood.adapters.manifest import GoldenRecord
 from budwood.adapters.store import sealed
 from budwood.adapters.verify import verify
+from budwood.model.text_tasks import as_probe
 from budwood.untrusted.files import sha256
+
+PROBES = [as_probe([1, 2, 3]), as_probe([4])]
+
+
+def test_an_earlier_versions_golden_logits_are_read(tmp_path):
+    logits = {"base": torch.zeros(2, 5), "adapter": torch.ones(2, 5)}
+    flat = {
+        "prompts": torch.tensor([1, 2, 3, 4], dtype=torch.int32),
+        "lengths": torch.tensor([3, 1], dtype=torch.int32),
+    }
+    save_file({**logits, **flat}, tmp_path / "g.safetensors")
+    back = Golden.load(tmp_path / "g.safetensors")
+    assert [probe.inputs["input_ids"].tolist() for probe in back.probes] == [[1, 2, 3], [4]]
+    assert [probe.label_positions.tolist() for probe in back.probes] == [[2], [0]]
+    save_file({**logits, **flat, "lengths": torch.tensor([4, 0], dtype=torch.int32)}, tmp_path / "g.safetensors")
+    with pytest.raises(CorruptError, match="golden"):
+        Golden.load(tmp_path / "g.safetensors")
 
 
 def test_golden_logits_read_back(tmp_path):
-    golden = Golden.of([[1, 2, 3], [4]], [torch.zeros(5), torch.ones(5)], [torch.ones(5), torch.arange(5.0)])
+    golden = Golden.of(PROBES, [torch.zeros(5), torch.ones(5)], [torch.ones(5), torch.arange(5.0)])
     golden.save(tmp_path / "g.safetensors")
     back = Golden.load(tmp_path / "g.safetensors")
-    assert back.prompts == golden.prompts
+    for one, other in zip(back.probes, golden.probes, strict=True):
+        assert one.inputs["input_ids"].tolist() == other.inputs["input_ids"].tolist()
+        assert one.label_positions.tolist() == other.label_positions.tolist()
     assert back.base.equal(golden.base)
     assert back.adapter.equal(golden.adapter)
 
@@ -29,19 +49,21 @@ def test_golden_logits_read_back(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"lengths": torch.tensor([3, 2], dtype=torch.int32)},
-        {"lengths": torch.tensor([4, 0], dtype=torch.int32)},
+        {"0/position": torch.tensor([3])},
+        {"0/position": torch.tensor([-1])},
+        {"1/position": torch.tensor([0, 0])},
         {"adapter": torch.zeros(2, 6)},
         {"base": torch.zeros(1, 5)},
         {"adapter": torch.full((2, 5), float("nan"))},
         {"more": torch.zeros(1)},
-        {"prompts": torch.zeros(4)},
+        {"2/position": torch.tensor([0])},
+        {"1/inputs/input_ids": torch.zeros(0)},
     ],
     ids=lambda change: next(iter(change)),
 )
 def test_golden_logits_that_do_not_fit_together_are_corrupt(tmp_path, change):
     path = tmp_path / "g.safetensors"
-    Golden.of([[1, 2, 3], [4]], [torch.zeros(5)] * 2, [torch.ones(5)] * 2).save(path)
+    Golden.of(PROBES, [torch.zeros(5)] * 2, [torch.ones(5)] * 2).save(path)
     save_file(load_file(path) | change, path)
     with pytest.raises(CorruptError, match="golden"):
         Golden.load(path)
@@ -127,7 +149,7 @@ def test_an_adapter_that_changes_nothing_is_corrupt_in_any_setting(saved, tmp_pa
 
 
 def test_golden_prompts_that_the_base_cannot_read_are_corrupt(saved, tmp_path):
-    alter(saved, tmp_path / "a", "golden.safetensors", lambda t: t["prompts"].fill_(10**6))
+    alter(saved, tmp_path / "a", "golden.safetensors", lambda t: t["0/inputs/input_ids"].fill_(10**6))
     with pytest.raises(CorruptError, match="token"):
         verify(tmp_path / "a")
 

@@ -26,7 +26,8 @@ from budwood.contract.loading import HOOKS, check_hooks, load_strategy
 from budwood.contract.registry import Composition
 from budwood.contract.types import LossTerm, Outputs
 from budwood.model.base import load_base
-from budwood.recipe.schema import Recipe
+from budwood.recipe.schema import Choice, Recipe
+from budwood.testing.fake import run_on_fake_tensors
 
 ROOT = Path(__file__).parents[3]
 PAGE = SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "make_hooks_page.py")))
@@ -65,7 +66,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Any:
     info = folder / "hook_examples-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hook-examples\nVersion: 1.0\n")
-    lines = [f"{name} = hook_examples:{value}" for name, value in STRATEGIES.items()]
+    lines = [f"{name} = hook_examples:{value}" for name, value in [*STRATEGIES.items(), ("shorter", "Shorter")]]
     (info / "entry_points.txt").write_text("\n".join(["[budwood]", *lines, ""]))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
@@ -212,6 +213,34 @@ def test_terms_of_log_probabilities_over_a_unit_of_ones_own(run):
         assert given["log_probs"].requires_grad
     logged = [json.loads(line) for line in (run.folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(row["long_answers"] > 0 for row in logged if row["kind"] == "step")
+
+
+@exercises("next_examples", "planned_examples")
+def test_examples_that_the_run_makes_itself(examples, run, monkeypatch):
+    """A set for each step, sampled with the model as it is; planning asks for sizes instead."""
+    seen = {"next_examples": [], "planned_examples": []}
+    for hook in seen:
+        monkeypatch.setattr(examples.Shorter, hook, recorded(getattr(examples.Shorter, hook), seen[hook]))
+    recipe = run.recipe.model_copy(
+        update={
+            "strategies": [choice_of("lora"), choice_of("shorter")],
+            "output": run.folder / "sampled",
+            "data": run.recipe.data.model_copy(update={"eval": None}),
+        }
+    )
+    budwood.tune(recipe, quiet=True)
+    assert not seen["planned_examples"]
+    assert len(seen["next_examples"]) == STEPS
+    for _, given, sets in seen["next_examples"]:
+        assert [len(made) for made in sets] == [2 * len(given["indices"])]
+        assert all(example.columns["advantage"].axis == "example" for example in sets[0])
+    run_on_fake_tensors(recipe)
+    assert len(seen["planned_examples"]) == 1
+    assert len(seen["next_examples"]) == STEPS
+
+
+def choice_of(name):
+    return Choice(name=name)
 
 
 @exercises("step_values", "step_terms")

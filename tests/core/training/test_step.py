@@ -129,7 +129,7 @@ def ready(recipe: Any, *extra: Strategy) -> tuple[Any, Any, Step]:
 @pytest.mark.parametrize("chunk", [3, 256])
 def test_outputs_that_are_compared_share_the_chunked_pass(make_recipe: Callable, monkeypatch: Any, chunk: int) -> None:
     """Against plain autograd on whole logits: the same noise, the same gradients of clean and noisy side."""
-    from budwood.training import step as module
+    from budwood.training import label_scores as module
 
     monkeypatch.setattr(module, "CHUNK", chunk)
     run, engine, step = ready(make_recipe(), Compare(name="compare"))

@@ -306,7 +306,7 @@ def test_the_full_logits_of_the_teacher_never_exist(
         return base
 
     monkeypatch.setattr(budwood, "load_frozen", watched)
-    monkeypatch.setattr("budwood.training.step.CHUNK", 20)
+    monkeypatch.setattr("budwood.training.label_scores.CHUNK", 20)
     monkeypatch.setattr(module, "CHUNK", 20)
     for number, cache in enumerate(({}, {"cache": str(tmp_path / "cache")})):
         rows.clear()

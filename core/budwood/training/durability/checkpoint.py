@@ -39,6 +39,7 @@ from budwood.training.durability.reading import (
 )
 from budwood.training.durability.resume import Resume
 from budwood.training.durability.state import all_random_states, pack, set_random_state, unpack
+from budwood.training.on_policy import active_state, load_active_state, sets_begun
 from budwood.training.progress import Best, Progress, planned_steps
 from budwood.training.report import Report
 from budwood.untrusted.files import complete_directory, sha256
@@ -147,6 +148,7 @@ class Saver:
             "examples": progress.examples,
             "parameters": named_parameters(run),
             "average": average_state(run),
+            "active": active_state(progress.active, run),
             "optimizer": run.optimizer.state_dict(),
             "scheduler": run.scheduler.state_dict(),
             "scaler": progress.scaler.state_dict(),
@@ -276,6 +278,7 @@ class Saver:
                     )
                 parameter.data.copy_(kept)
             load_average_state(run, state.get("average"))
+            progress.active = load_active_state(run, self.hooks, state.get("active"))
             fresh = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in run.optimizer.param_groups]
             rates = getattr(run.scheduler, "base_lrs", None)
             run.optimizer.load_state_dict(state["optimizer"])
@@ -295,10 +298,11 @@ class Saver:
             self._seconds = state["seconds"]
             if not resume.changes:
                 run.micro_tokens, run.eval_tokens = state["micro_tokens"]
-                planned = sum(len(indices) for _, indices in islice(planned_steps(run), run.step))
+                drawn = islice(planned_steps(run), sets_begun(self.hooks, run.step))
+                planned = sum(len(indices) for _, indices in drawn)
                 if planned != progress.examples:
                     raise CorruptError(
-                        f"{checkpoint.directory}: {progress.examples} examples were seen by then, and the plan of the "
+                        f"{checkpoint.directory}: {progress.examples} examples were drawn by then, and the plan of the "
                         f"run makes them {planned}"
                     )
             set_random_state(run, state["random"])

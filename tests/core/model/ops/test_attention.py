@@ -81,7 +81,9 @@ def test_packed_equals_alone(name: str) -> None:
     expected, expected_gradient = outputs_and_gradient(model_of(name, "eager"), alone)
     found, gradient = outputs_and_gradient(model_of(name, IMPLEMENTATION), [packed])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(gradient, expected_gradient, atol=1e-4, rtol=1e-5)
+    # Each gradient is a sum over the tokens of all examples, in another order: n · eps of the largest.
+    bound = sum(LENGTHS) * torch.finfo(torch.float32).eps * float(expected_gradient.abs().max())
+    torch.testing.assert_close(gradient, expected_gradient, atol=max(bound, 1e-4), rtol=1e-5)
 
 
 def test_packed_with_an_ordinary_mask_is_the_same() -> None:
