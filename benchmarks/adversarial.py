@@ -58,7 +58,7 @@ class Arm:
         }
         self.run, self.hooks, self.engine = prepare(Recipe.from_dict(recipe), Report(quiet=True), True)
         self.run.model.train()
-        self.batches, self.run.counts = next(optimizer_steps(self.run))
+        self.batches, self.run.counts = next(optimizer_steps(self.run, self.hooks))
         self.wall: list[float] = []
         self.processor: list[float] = []
 

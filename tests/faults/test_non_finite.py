@@ -20,7 +20,7 @@ WHOLE = {"batch_examples": 24, "steps": 4}
 
 
 @pytest.mark.parametrize(
-    ("what", "named"), [("loss", r"loss 'loss'.* rows .*train.jsonl:4[.;]"), ("gradient", "the gradient is")]
+    ("what", "named"), [("loss", r"loss 'causal_lm'.* rows .*train.jsonl:4[.;]"), ("gradient", "the gradient is")]
 )
 def test_by_default_the_run_stops_and_keeps_what_it_had(make_recipe: Make, faults: Any, what: str, named: str) -> None:
     recipe = make_recipe(strategies=[LORA, {"spoil": {"what": what, "steps": [3]}}], train=WHOLE)

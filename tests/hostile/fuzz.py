@@ -66,7 +66,7 @@ def rows(suffix: str, sound: list[bytes]) -> tuple[str, list[bytes], Callable[[P
         found = read_rows(path)
         form = recognise(found.columns, "causal-lm", str(path))
         for index, row in enumerate(found):
-            form.check(row, found.location(index))
+            form.item(row, found.location(index))
 
     return f"rows{suffix}", sound, parse
 

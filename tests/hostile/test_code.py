@@ -200,7 +200,7 @@ def test_a_pickle_in_a_teachers_cache_is_refused(plant, tmp_path, name, form):
 
     from budwood_distillation.cache import TeacherCache
 
-    examples = [SimpleNamespace(id=0, label=0)]
+    examples = [SimpleNamespace(key=0, labels=[0])]
     key, folder = {"top_k": 2}, tmp_path / "cache"
     cache = TeacherCache(folder, key, examples)
     cache.begin()

@@ -59,7 +59,7 @@ def _lines(saved: SavedAdapter) -> list[tuple[str, str]]:
         return [("adapter type", f"{saved.adapter_type}, saved by stock PEFT"), ("size", size)]
     base = manifest.base
     lines = [
-        ("adapter type", f"{manifest.adapter_type}, of {manifest.distribution}"),
+        ("adapter type", f"{manifest.adapter_type}, from {manifest.distribution}"),
         ("base", f"{base.name} ({base.fingerprint[:12]}), {base.quantization}, {base.dtype}"),
         ("task", manifest.task + (f": {', '.join(manifest.labels)}" if manifest.labels else "")),
         ("size", size),

@@ -249,7 +249,7 @@ def _argument_problem(hook: str, spec: Any, given: list[inspect.Parameter]) -> s
         return f"{hook} must take self first, then any of {', '.join(allowed)}."
     for argument in given[1:]:
         if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
-            return f"{hook} cannot take {argument}: name those of {', '.join(allowed)} that it uses."
+            return f"{hook} cannot take {argument}: name the arguments that it uses, of {', '.join(allowed)}."
         if argument.name in _RENAMED and _RENAMED[argument.name] in allowed:
             return (
                 f"{hook}: argument '{argument.name}' is called '{_RENAMED[argument.name]}' since version 2; rename it."

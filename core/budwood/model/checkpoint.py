@@ -128,8 +128,8 @@ def _from_hub(name: str, weights: bool, code: bool, revision: str | None) -> Pat
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise ResourceError(
-            f"base {shown} is neither a folder here nor in the hub's cache, and {why}: "
-            "give a folder, or go online and fetch it once."
+            f"base {shown} is neither a local folder nor in the hub's cache, and {why}: "
+            "give a folder, or go online and download it once."
         ) from error
     except (hub.HfHubHTTPError, OSError) as error:
         raise ResourceError(f"base {shown} cannot be downloaded: {first_line(error)}") from error

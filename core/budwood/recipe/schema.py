@@ -257,7 +257,7 @@ def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Recipe
     for field in ("train", "eval"):
         file = getattr(recipe.data, field) if recipe is not None else None
         if recipe is not None and file not in (None, Path(UNKNOWN)) and not file.exists():
-            problems.append(f"{recipe.where('data', field)}: data.{field}: there is no {file} (from {Path.cwd()}).")
+            problems.append(f"{recipe.where('data', field)}: data.{field}: no such file: {file} (from {Path.cwd()}).")
     if recipe is not None and recipe.base.revision and Path(os.path.expanduser(recipe.base.model)).is_dir():
         text = folder_with_revision(recipe.base.model, recipe.base.revision)
         problems.append(f"{recipe.where('base', 'revision')}: {text}")

@@ -27,10 +27,10 @@ class StepBatches:
     examples: Examples
     indices: np.ndarray
     epoch: int
-    drawn: int
-    """Examples of `run.examples` that the plan draws with this step."""
     micro_tokens: int
     batches: list[Batch]
+    drawn: int = 0
+    """Examples of `run.examples` that the plan draws with this step."""
 
     @classmethod
     def collate(cls, run: Run, examples: Examples, indices: np.ndarray, epoch: int, drawn: int) -> StepBatches:
@@ -39,19 +39,23 @@ class StepBatches:
         rows = split_micro(indices, examples.lengths, limit, run.packed, examples.groups)
         rows = rows[run.process_index :: run.processes]
         made = [collate_for(run, [examples[i] for i in row], epoch) for row in rows]
-        return cls(examples, indices, epoch, drawn, limit, made)
+        return cls(examples, indices, epoch, limit, made, drawn)
 
     def again(self, run: Run) -> StepBatches:
         """The same step, split as `run.micro_tokens` says now."""
         return self.collate(run, self.examples, self.indices, self.epoch, self.drawn)
 
 
-def optimizer_steps(run: Run, hooks: Composition, progress: Progress) -> Iterator[tuple[StepBatches, dict[str, float]]]:
+def optimizer_steps(
+    run: Run, hooks: Composition, progress: Progress | None = None
+) -> Iterator[tuple[StepBatches, dict[str, float]]]:
     """For each optimizer step: this process's micro-batches, and the counts of units over all processes.
 
-    The next step's batches are collated by a thread beside the step, unless a strategy makes its examples.
+    The next step's batches are collated by a thread beside the step, unless a strategy makes its examples; then the
+    active set is kept in `progress`.
     """
     if find_maker(hooks) is not None:
+        assert progress is not None
         for step in _steps_on_policy(run, hooks, progress):
             yield step, count_units(run, hooks, step.batches)
         return

@@ -37,6 +37,8 @@ STRATEGIES = {
     "hidden-noise": "HiddenNoise", "small-hidden": "SmallHidden", "long-answers": "LongAnswers", "apart": "Apart",
     "centred": "Centred", "gradient-noise": "GradientNoise", "steadiness": "Steadiness", "diary": "Diary",
 }  # fmt: skip
+ALONE = ("shorter", "Shorter")
+"""One that makes its examples itself, in a run of its own."""
 STEPS = 3
 EXERCISED: dict[str, str] = {}
 """Hook → name of the test that exercises it."""
@@ -66,7 +68,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Any:
     info = folder / "hook_examples-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hook-examples\nVersion: 1.0\n")
-    lines = [f"{name} = hook_examples:{value}" for name, value in [*STRATEGIES.items(), ("shorter", "Shorter")]]
+    lines = [f"{name} = hook_examples:{value}" for name, value in [*STRATEGIES.items(), ALONE]]
     (info / "entry_points.txt").write_text("\n".join(["[budwood]", *lines, ""]))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
@@ -417,7 +419,7 @@ def test_a_hook_has_documentation_an_implementer_an_example_and_a_test(hook, exa
         assert "Returns" in about, f"{hook}: its docstring does not say what it returns"
     owners = [
         name
-        for name, value in STRATEGIES.items()
+        for name, value in [*STRATEGIES.items(), ALONE]
         if hasattr(getattr(getattr(examples, value), hook, None), "budwood_impl")
     ]
     assert PAGE.implementers(hook) or owners, f"{hook}: nobody implements it"
@@ -435,7 +437,7 @@ def test_a_hook_has_documentation_an_implementer_an_example_and_a_test(hook, exa
 
 def test_every_example_is_shown():
     shown = {PAGE.example(hook)[0].partition("(")[0].removeprefix("class ") for hook in HOOKS}
-    assert shown == set(STRATEGIES.values())
+    assert shown == {*STRATEGIES.values(), ALONE[1]}
 
 
 def test_the_page_is_up_to_date():

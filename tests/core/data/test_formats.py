@@ -179,7 +179,7 @@ def test_classification_keeps_what_the_tokenizer_puts_around(word_piece: Any, by
     assert row.inputs["input_ids"].tolist().count(tokenizer.bos_token_id) == 1
 
 
-@pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), "2", True])
+@pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), "two", True])
 @pytest.mark.parametrize("form", [PromptCompletion(), PlainText(), TextLabel()], ids=lambda form: form.name)
 def test_weights_that_are_none(form: Any, weight: Any) -> None:
     row = dict.fromkeys(form.columns, "x")

@@ -62,7 +62,7 @@ def test_clean_and_attacked_metrics_stand_side_by_side(trained: Any, capsys: Any
     header, *rows = out.splitlines()
     assert header.split() == ["adapter", *attacks, "base"]
     table = {row.split()[0]: row.split()[1:] for row in rows}
-    assert list(table) == ["loss", "perplexity", "token_accuracy", "exact_match"]
+    assert list(table) == ["loss", "token_accuracy", "perplexity", "exact_match"]
     clean, pgd, typos, _ = map(float, table["loss"])
     assert pgd > clean + 0.1
     assert typos > clean

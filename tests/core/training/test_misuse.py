@@ -124,7 +124,7 @@ after = ("adapter",)
         ),
         ("{'a': [dataclasses.make_dataclass('P', ['x'])(1)]}", "strategies/mine/a/0: a P cannot be saved"),
         ("{'a': __import__('collections').namedtuple('P', 'x')(1)}", "a P comes back from a checkpoint as a tuple"),
-        ("{1: 2}", "returned a dict; it must return a dict with names as keys"),
+        ("{1: 2}", "returned a dict; it must return a dict with string keys"),
     ],
 )
 def test_a_state_that_a_checkpoint_does_not_give_back(refused: Callable, state: str, says: str) -> None:

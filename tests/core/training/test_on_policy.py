@@ -22,7 +22,7 @@ from budwood.model.generate import generate
 from budwood.recipe.schema import Recipe
 from budwood.testing.fake import run_on_fake_tensors
 from budwood.training import batches, loop, memory
-from budwood.training.durability.checkpoint import read_checkpoint, steps_in
+from budwood.training.durability.reading import read_checkpoint, steps_in
 from budwood.training.loop import tune
 from budwood.training.on_policy import ActiveSet
 from budwood.training.report import Report

@@ -11,7 +11,7 @@ import torch
 from budwood import PluginError
 from budwood.model.ops import attention
 from budwood.recipe.schema import Recipe
-from budwood.training import setup
+from budwood.training import packing_check
 from budwood.training.loop import tune
 
 Make = Callable[..., Recipe]
@@ -54,7 +54,7 @@ def test_rounding_of_a_deep_model_is_no_reason_to_pad(
     make_recipe: Make, monkeypatch: pytest.MonkeyPatch, quantization: str
 ) -> None:
     """As if a model rounded by more than is taken for rounding: its examples do not see each other."""
-    monkeypatch.setattr(setup, "ROUNDING", -1.0)
+    monkeypatch.setattr(packing_check, "ROUNDING", -1.0)
     run = tune(make_recipe(train={"precision": "bf16", "steps": 1}, base={"quantization": quantization}))
     assert run.packed
 
@@ -62,14 +62,14 @@ def test_rounding_of_a_deep_model_is_no_reason_to_pad(
 def test_a_little_mixing_is_told_from_rounding(
     make_recipe: Make, monkeypatch: pytest.MonkeyPatch, said: list[str], leak: Callable[[float], None]
 ) -> None:
-    monkeypatch.setattr(setup, "ROUNDING", 0.0)
+    monkeypatch.setattr(packing_check, "ROUNDING", 0.0)
     leak(0.02)
     run = tune(make_recipe(train={"precision": "bf16", "steps": 1}))
     assert not run.packed and any(PADDED in line for line in said)
 
 
 def test_a_model_that_is_another_even_alone_is_refused(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = setup._own_logits
-    monkeypatch.setattr(setup, "_own_logits", lambda run, batch: 2 * own(run, batch))
+    own = packing_check._own_logits
+    monkeypatch.setattr(packing_check, "_own_logits", lambda run, batch: 2 * own(run, batch))
     with pytest.raises(PluginError, match="LlamaForCausalLM: logits at labels differ .* by 50.0%; it is not supported"):
         tune(make_recipe(train={"steps": 1}))

@@ -25,7 +25,7 @@ PROSE = "The quick brown fox jumps over the lazy dog, 17 times a day. " * 20
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_pgd_is_the_papers_ascent_for_each_example(make_recipe: Callable, norm: str) -> None:
     ready = Ready(make_recipe(None, train={"micro_tokens": 200}))
-    todo, _ = next(optimizer_steps(ready.run))
+    todo, _ = next(optimizer_steps(ready.run, ready.hooks))
     epsilon = 0.6 if norm == "l2" else 0.01
     attack = PGD(PGDOptions(epsilon=epsilon, steps=3, norm=norm))
     reference = Reference(ready.run, 2.0)

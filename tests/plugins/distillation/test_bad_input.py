@@ -193,7 +193,7 @@ def test_encoders(refused: Callable[..., str], tiny_base: Path, tmp_path: Path) 
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (bert / file).write_bytes((tiny_base / file).read_bytes())
     message = refused({"teacher": str(bert)}, labels=LABELS)
-    assert "pools its tokens by 'row' and the base by 'last'" in message
+    assert "pools its tokens by 'row' and the base by 'token'" in message
     message = refused({"teacher": "base", "hidden_weight": 1.0}, labels=LABELS, base={"model": str(bert)})
     assert "hidden_weight: the base pools by row" in message
 
