@@ -131,7 +131,8 @@ class Step:
         track_noise: set before core's backward to find that pass's gradient in `noise_grad`.
         noise_grad: [R, T, d] fp32, the gradient of core's own pass with respect to the embeddings' output.
         loss: of the last pass: its label and example terms, each over its unit's count in the optimizer step and times
-            its own weight; summed over the micro-steps, they are the optimizer step's loss. A scalar, detached.
+            its own weight; summed over the micro-steps, they are the optimizer step's loss. A scalar, detached. With
+            `step_terms` their linear form is in it, so that only differences between passes mean something.
         cache: what is computed once a micro-step and does not depend on the noise, such as a teacher's logits.
         replaying: True inside `forward`, `replay` and `noise_gradient`.
     """

@@ -30,10 +30,10 @@ def installed() -> None:
 
 @pytest.fixture
 def ready(make_recipe: Callable) -> Callable:
-    """Function (strategies, lora, **sections) -> a float64 run and its engine."""
+    """Function (strategies, pairs, lora, **sections) -> a float64 run and its engine."""
 
-    def make(*strategies: Any, lora: dict[str, Any] | None = None, **sections: Any) -> Any:
-        chosen = [{"lora": {"rank": 3, **(lora or {})}}, {"exact": {"pairs": False}}, *strategies]
+    def make(*strategies: Any, pairs: bool = False, lora: dict[str, Any] | None = None, **sections: Any) -> Any:
+        chosen = [{"lora": {"rank": 3, **(lora or {})}}, {"exact": {"pairs": pairs}}, *strategies]
         return f64.ready(make_recipe(strategies=chosen, **sections))
 
     return make
@@ -101,6 +101,26 @@ def test_one_micro_batch_that_nobody_perturbs_needs_no_pass_of_its_own(ready: Ca
         assert len(calls) == 1
         f64.take(run, engine, SPLITS["2×4"])
         assert len(calls) == 5
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_memory_that_runs_out_while_values_are_gathered_or_replayed(
+    ready: Callable, graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, engine = ready("contrast", pairs=True)  # the step is split anew, and pairs stay neighbours
+    expected = f64.expect(run, SPLITS["1×8"], [f64.own("causal_lm", 1.0)], f64.across)
+    whole, failed = type(run.task).outputs, []
+
+    def outputs(self: Any, model: Any, batch: Any) -> Any:
+        if len(batch.keys) > 3 and torch.is_grad_enabled() == graph:
+            failed.append(batch)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, model, batch)
+
+    monkeypatch.setattr(type(run.task), "outputs", outputs)
+    found = f64.take(run, engine, SPLITS["2×4"])
+    assert failed
+    f64.agree(found, expected)
 
 
 def test_two_processes_give_what_one_does(make_recipe: Callable, tmp_path: Path) -> None:
