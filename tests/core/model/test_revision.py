@@ -46,7 +46,7 @@ def test_a_branch_a_tag_and_a_commit_are_found(hub: Path) -> None:
     with one_revision(NAME, "v1"):
         assert commit_of(resolve(NAME)) == OLD
     assert commit_of(resolve(NAME)) == NEW
-    with pytest.raises(ResourceError, match="'someone/tiny' at revision 'v2' is neither a folder here nor in the hub"):
+    with pytest.raises(ResourceError, match="'someone/tiny' at revision 'v2' is neither a local folder nor in the hub"):
         resolve(NAME, revision="v2")
 
 
