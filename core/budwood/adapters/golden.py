@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-5
 """Largest difference of a logit that a replay in the same setting may show."""
-ROUNDING = 0.05
-"""The same in units of the largest logit, if 16-bit products depend on where their operands lie in memory."""
+KERNEL_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
+"""Environment variables that choose kernels of oneDNN and MKL, whose numbers differ in their last bits."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,8 @@ def _device_name(device: torch.device) -> str:
     except OSError:
         lines = []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    return f"cpu {model} {torch.backends.cpu.get_cpu_capability()}"
+    limits = [f"{name}={os.environ[name]}" for name in KERNEL_LIMITS if name in os.environ]
+    return " ".join(["cpu", model, torch.backends.cpu.get_cpu_capability(), *limits])
 
 
 def comparable(recorded: GoldenRecord, current: GoldenRecord) -> bool:
@@ -197,18 +198,6 @@ def comparable(recorded: GoldenRecord, current: GoldenRecord) -> bool:
     if any(getattr(recorded, name) != getattr(current, name) for name in ("device", "dtype", "quantization")):
         return False
     return recorded.dtype == "float32" or recorded.torch == current.torch
-
-
-def tolerance(recorded: GoldenRecord, logits: Tensor) -> float:
-    """Largest difference from `logits` that a replay in the recorded setting may show.
-
-    A CPU without AVX-512 has no bf16 products of its own. What stands in for them splits its sums by the operands'
-    place in memory, so that the same adapter gives other last bits once it is loaded anew.
-    """
-    emulated = recorded.device.startswith("cpu ") and "AVX512" not in recorded.device
-    if recorded.dtype == "float32" or not emulated:
-        return TOLERANCE
-    return ROUNDING * float(logits.abs().max())
 
 
 @contextmanager

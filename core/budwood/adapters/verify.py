@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from budwood.adapters.golden import Distance, Golden, comparable, current_setting, threads, tolerance
+from budwood.adapters.golden import TOLERANCE, Distance, Golden, comparable, current_setting, threads
 from budwood.adapters.manifest import GoldenRecord
 from budwood.adapters.pool import AdapterPool
 from budwood.adapters.store import GOLDEN, SavedAdapter, read_adapter
@@ -23,8 +23,7 @@ class VerifyReport:
     """What a replay found.
 
     Attributes:
-        exact: the setting is the recorded one, so that logits had to agree to `tolerance`, and did.
-        tolerance: largest difference that is due: 1e-5, or what rounding in 16 bit makes on this processor.
+        exact: the setting is the recorded one, so that logits had to agree to 1e-5, and did.
         prompts: how many were replayed.
         adapter: base and adapter now, from what was recorded.
         base: the base alone now, from what was recorded: what the setting itself changes.
@@ -35,7 +34,6 @@ class VerifyReport:
     """
 
     exact: bool
-    tolerance: float
     prompts: int
     adapter: Distance
     base: Distance
@@ -117,7 +115,7 @@ def verify(
     device: str = "auto",
     allow_other_base: bool = False,
 ) -> VerifyReport:
-    """Replay an adapter's golden logits; in the recorded setting they must agree: to 1e-5, or see `golden.tolerance`.
+    """Replay an adapter's golden logits; on the recorded device, dtype and quantization they must agree to 1e-5.
 
     Args:
         directory: the adapter.
@@ -159,7 +157,6 @@ def verify(
         )
     report = VerifyReport(
         comparable(recorded, current),
-        tolerance(recorded, golden.adapter),
         len(golden.probes),
         Distance.between(golden.adapter, adapter_now),
         Distance.between(golden.base, base_now),
@@ -170,11 +167,10 @@ def verify(
     )
     if torch.equal(base_now, adapter_now):
         raise CorruptError(f"{saved.directory}: changes no logit of the base on its golden prompts.")
-    if report.exact and not report.adapter.largest <= report.tolerance:
-        other = report.base.largest > report.tolerance
-        whose = "the base itself answers otherwise" if other else "the base answers as before"
+    if report.exact and not report.adapter.largest <= TOLERANCE:
+        whose = "the base itself answers otherwise" if report.base.largest > TOLERANCE else "the base answers as before"
         raise CorruptError(
-            f"{saved.directory}: golden logits differ by up to {report.adapter.largest:.3g}, and at most "
-            f"{report.tolerance:.3g} is due in the same setting; {whose}."
+            f"{saved.directory}: golden logits differ by up to {report.adapter.largest:.3g}, and at most {TOLERANCE:g} "
+            f"is due in the same setting; {whose}."
         )
     return report

@@ -91,7 +91,10 @@ def test_what_counts_as_the_same_setting():
     assert not comparable(record(dtype="bfloat16"), record(dtype="bfloat16", torch="2.14"))
 
 
-@pytest.mark.parametrize(("quantization", "precision"), [("none", "fp32"), ("nf4", "fp32"), ("nf4", "bf16")])
+@pytest.mark.parametrize(
+    ("quantization", "precision"),
+    [("none", "fp32"), ("nf4", "fp32"), ("nf4", "bf16"), ("int8", "bf16")],
+)
 def test_the_same_setting_gives_the_same_logits(tiny_base, tmp_path, make_saved, quantization, precision):
     folder = make_saved(tiny_base, tmp_path / "a", quantization, precision)
     report = verify(folder)
@@ -138,6 +141,21 @@ def test_weights_that_answer_otherwise_are_corrupt(saved, tmp_path):
     with pytest.raises(CorruptError, match="differ by up to .*the base answers as before") as error:
         verify(tmp_path / "a")
     assert error.value.exit_code == 4
+
+
+def test_weights_that_are_off_by_little_are_corrupt_in_16_bit_too(tiny_base, tmp_path, make_saved):
+    folder = make_saved(tiny_base, tmp_path / "a", "int8", "bf16")
+    alter(folder, tmp_path / "b", "adapter_model.safetensors", lambda t: [x.mul_(1.02) for x in t.values()])
+    with pytest.raises(CorruptError, match="differ by up to .*the base answers as before"):
+        verify(tmp_path / "b")
+
+
+def test_other_kernels_are_another_setting(saved, monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")  # oneDNN has read it already: the record alone is asked here
+    report = verify(saved)
+    assert not report.exact
+    assert "ONEDNN_MAX_CPU_ISA=SSE41" in report.current.device
+    assert "SSE41" not in report.recorded.device
 
 
 def test_an_adapter_that_changes_nothing_is_corrupt_in_any_setting(saved, tmp_path):

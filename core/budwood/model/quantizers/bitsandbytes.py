@@ -1,9 +1,10 @@
-"""bitsandbytes as a quantiser, and the guard against its repacking of 4-bit weights."""
+"""bitsandbytes as a quantiser, and two guards: against its repacking of 4-bit weights, and against autocast in int8."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from budwood.errors import ResourceError
@@ -49,9 +50,11 @@ class Int8(_BitsAndBytes):
     def reads(self, config: Mapping[str, Any]) -> bool:
         return _is_ours(config) and bool(config.get("load_in_8bit"))
 
+    def after_load(self, model: nn.Module, skip: list[str]) -> None:
+        guard_autocast(model)
+
     def is_linear(self, module: nn.Module) -> bool:
-        library = _library()
-        return library is not None and isinstance(module, library.nn.Linear8bitLt)
+        return _is_eight_bit(module)
 
     def constants(self, module: Any) -> list[Tensor]:
         return [self._codes(module)[1]]
@@ -175,6 +178,37 @@ def assert_not_packed(model: nn.Module) -> None:
             raise RuntimeError("a 4-bit weight has been repacked for inference: its gradients would be garbage")
 
 
+def guard_autocast(model: nn.Module) -> None:
+    """Keep autocast out of the 8-bit linears of `model`.
+
+    On a CPU without AVX-512, bitsandbytes multiplies the integers as fp32 numbers, whose sums are exact. Autocast would
+    round those sums to 16 bit, and a linear would answer otherwise by itself than under an adapter's layer, which
+    computes outside of autocast. Copies of a layer keep the guard.
+    """
+    for layer in model.modules():
+        if _is_eight_bit(layer):
+            layer.__class__ = _guarded_linear()
+
+
+@cache
+def _guarded_linear() -> type[nn.Module]:
+    import bitsandbytes
+    import torch
+
+    class Linear8bit(bitsandbytes.nn.Linear8bitLt):
+        """bitsandbytes' 8-bit linear in autocast's dtype, computed outside of autocast."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            device = x.device.type
+            if torch.is_autocast_enabled(device):
+                x = x.to(torch.get_autocast_dtype(device))
+            with torch.autocast(device, enabled=False):
+                result: Tensor = super().forward(x)
+            return result
+
+    return Linear8bit
+
+
 def _is_ours(config: Mapping[str, Any]) -> bool:
     ours = config.get("quant_method") == "bitsandbytes"
     return ours or bool(config.get("load_in_4bit") or config.get("load_in_8bit"))
@@ -183,6 +217,11 @@ def _is_ours(config: Mapping[str, Any]) -> bool:
 def _library() -> Any:
     """bitsandbytes, if it has been imported, which takes seconds: until then nothing is a module of its."""
     return sys.modules.get("bitsandbytes")
+
+
+def _is_eight_bit(module: nn.Module) -> bool:
+    library = _library()
+    return library is not None and isinstance(module, library.nn.Linear8bitLt)
 
 
 def _is_four_bit(module: nn.Module) -> bool:
