@@ -71,6 +71,11 @@ def _native_precisions(device: torch.device) -> set[str]:
     if device.type != "cpu":
         return {"fp16", "bf16"}
     has = torch.cpu.get_capabilities()
-    bf16 = any(has.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
-    fp16 = any(has.get(key) for key in ("avx512_fp16", "amx_fp16", "fp16_arith"))
-    return {name for name, there in (("bf16", bf16), ("fp16", fp16)) if there}
+    flags = {"bf16": ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"), "fp16": ("avx512_fp16", "amx_fp16", "fp16_arith")}
+    return {name for name, keys in flags.items() if any(has.get(key) for key in keys) and _onednn_multiplies(name)}
+
+
+def _onednn_multiplies(precision: str) -> bool:
+    """Whether torch gives products in `precision` to oneDNN, which `ONEDNN_MAX_CPU_ISA` keeps below the processor."""
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", None)  # None: torch without oneDNN
+    return supported is None or bool(supported())
