@@ -29,10 +29,10 @@ def main(output: Path, overwrite: bool = False) -> dict[str, Any]:
     tell("2. The base, quantised to 4 bits (NF4)")
     pool = AdapterPool(HERE / "base", quantization="nf4")
     base = pool.base
-    saved = base.bytes_16bit - base.bytes
+    saved = base.bytes_unquantized - base.bytes
     say(
-        f"   {base.bytes:,} bytes instead of {base.bytes_16bit:,} in 16 bits: "
-        f"{saved:,} ({saved / base.bytes_16bit:.0%}) saved"
+        f"   {base.bytes:,} bytes instead of {base.bytes_unquantized:,} in {str(base.dtype).removeprefix('torch.')}: "
+        f"{saved:,} ({saved / base.bytes_unquantized:.0%}) saved"
     )
 
     tell("3. Train a LoRA adapter to name the section of a package from its description")
@@ -62,7 +62,7 @@ def main(output: Path, overwrite: bool = False) -> dict[str, Any]:
         "accuracy_after": after,
         "seconds": round(time.perf_counter() - started, 1),
         "base_bytes": base.bytes,
-        "base_bytes_16bit": base.bytes_16bit,
+        "base_bytes_unquantized": base.bytes_unquantized,
         "adapter_bytes": (output / "name" / "adapter" / "adapter_model.safetensors").stat().st_size,
     }
     tell(f"Done in {result['seconds']:.0f} s")

@@ -67,7 +67,7 @@ class Base:
         fingerprint: of its checkpoint, as `fingerprint` gives it.
         quantization: none, int8, nf4, fp4, or a third party's.
         bytes: of its parameters and buffers as they are stored, with the quantiser's constants.
-        bytes_16bit: of its parameters in 16 bit.
+        bytes_unquantized: of its parameters in `dtype`, with none quantised.
         unquantized_share: of its weights, by count, that the quantiser has not taken.
         parameters: how many there are.
         dtype: what it computes in, and of what is not quantised.
@@ -83,7 +83,7 @@ class Base:
     fingerprint: str
     quantization: str
     bytes: int
-    bytes_16bit: int
+    bytes_unquantized: int
     unquantized_share: float
     parameters: int
     dtype: torch.dtype
@@ -188,8 +188,8 @@ def load_base(
         loaded.generation_config = _generation_config(path)
     new = tuple(sorted(report["missing_keys"]))
     base = Base(
-        name, path, loaded, tokenizer, fingerprint(path), info.quantization, *_sizes(loaded), dtype, device, new, [],
-        double_quantization,
+        name, path, loaded, tokenizer, fingerprint(path), info.quantization, *_sizes(loaded, dtype), dtype, device, new,
+        [], double_quantization,
     )  # fmt: skip
     base.notes.append(_describe(base, heads))
     experts = count_experts(loaded)
@@ -272,8 +272,8 @@ def _wrong_shapes(model: nn.Module, frame: nn.Module) -> set[str]:
     }
 
 
-def _sizes(model: nn.Module) -> tuple[int, int, float, int]:
-    """Bytes as stored, bytes in 16 bit, share of weights not quantised, count of parameters."""
+def _sizes(model: nn.Module, dtype: torch.dtype) -> tuple[int, int, float, int]:
+    """Bytes as stored, bytes in `dtype`, share of weights not quantised, count of parameters."""
     tensors = [*model.parameters(), *model.buffers()]
     elements = {id(parameter): parameter.numel() for parameter in model.parameters()}
     quantized = {}
@@ -283,16 +283,17 @@ def _sizes(model: nn.Module) -> tuple[int, int, float, int]:
         tensors += [quantizer.weight(module), *quantizer.constants(module)]
     count = sum((elements | quantized).values())
     stored = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}  # tables may be shared
-    return sum(stored.values()), 2 * count, (count - sum(quantized.values())) / max(count, 1), count
+    return sum(stored.values()), dtype.itemsize * count, (count - sum(quantized.values())) / max(count, 1), count
 
 
 def _describe(base: Base, heads: list[str]) -> str:
+    precision = PRECISIONS[str(base.dtype)]
     if base.quantization == "none":
-        return f"{size(base.bytes)} in {PRECISIONS[str(base.dtype)]}, not quantised"
+        return f"{size(base.bytes)} in {precision}, not quantised"
     kept = ["embeddings", *(head for head in heads if any(True for _ in base.model.get_submodule(head).parameters()))]
     return (
-        f"{size(base.bytes)} in {base.quantization} ({size(base.bytes_16bit)} in 16 bit); "
-        f"{base.unquantized_share:.0%} of the weights stay unquantised: {', '.join(kept)}, norms"
+        f"{size(base.bytes)} in {base.quantization} ({size(base.bytes_unquantized)} in {precision}); "
+        f"{base.unquantized_share:.0%} of the weights stay in {precision}: {', '.join(kept)}, norms"
     )
 
 

@@ -346,7 +346,7 @@ def write_manifest(run: Run, resume: Resume | None = None) -> None:
         "base": {
             "name": run.base.name, "revision": run.base.revision, "fingerprint": run.base.fingerprint,
             "quantization": run.base.quantization,
-            "bytes": run.base.bytes, "bytes_16bit": run.base.bytes_16bit,
+            "bytes": run.base.bytes, "bytes_unquantized": run.base.bytes_unquantized,
         },
         "data": {"train": run.examples.sha256, "eval": run.eval_examples.sha256 if run.eval_examples else None},
         "task": run.task.name,

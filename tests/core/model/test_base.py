@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from budwood.errors import BudwoodError, CorruptError, InputError, ResourceError
+from budwood.model import machine
 from budwood.model.base import (
     check_base,
     load_base,
@@ -59,7 +60,7 @@ def test_base_is_frozen_whole_and_measured(tiny_base, quantization):
     numbers = sum(tensor.numel() for tensor in original.values())
     linears = sum(tensor.numel() for name, tensor in original.items() if "proj" in name)
     assert base.parameters == numbers
-    assert base.bytes_16bit == 2 * numbers
+    assert base.bytes_unquantized == 4 * numbers
     assert base.quantization == quantization
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
     assert not base.model.training
@@ -73,7 +74,7 @@ def test_base_is_frozen_whole_and_measured(tiny_base, quantization):
         bits = 8 if quantization == "int8" else 4
         assert linears * bits / 8 < base.bytes - 4 * (numbers - linears) < linears * bits / 8 + 25_000
         assert f"in {quantization}" in base.notes[0]
-        assert "34% of the weights stay unquantised: embeddings, lm_head" in base.notes[0]
+        assert "34% of the weights stay in fp32: embeddings, lm_head" in base.notes[0]
         assert torch.equal(base.model.lm_head.weight, original["lm_head.weight"])
 
 
@@ -201,6 +202,28 @@ def test_without_the_guard_the_gradient_is_garbage(tiny_base):
     with pytest.raises(RuntimeError, match="repacked"):
         assert_not_packed(model)
     assert (gradient(model) - before).norm() > 0.5 * before.norm()
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_autocast_does_not_round_the_sums_of_an_8_bit_linear(tiny_base, monkeypatch, copied):
+    def product(codes, weights):  # bitsandbytes' own on a CPU without AVX-512
+        return (codes.float() @ weights.float()).to(torch.int32)
+
+    monkeypatch.setattr(torch, "_int_mm", product)
+    model = load(tiny_base, "int8", dtype=torch.bfloat16).model
+    layer = (copy.deepcopy(model) if copied else model).model.layers[0].mlp.down_proj
+    x = torch.randn(20, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        alone = layer(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(layer(x), alone)
+            assert torch.equal(layer(x.float()), alone), "as a 16-bit linear takes autocast's dtype"
+    codes, scales = layer.state.CB.double(), layer.state.SCB.double() / 127
+    most = x.double().abs().amax(-1, keepdim=True)
+    exact = ((x.double() * 127 / most).round() @ codes.T) * (most / 127) * scales
+    # The result is rounded to bf16 once; beside it, fp16 rounds an input, and so a code by one where it is near a half.
+    codes_off = (most / 127) * (codes.abs().amax(-1) * scales) * 2
+    assert ((alone.double() - exact).abs() <= 2**-8 * exact.abs() + codes_off).all()
 
 
 # --- what is refused
@@ -372,8 +395,11 @@ def test_tokenizer_is_missing_or_damaged(broken):
 def test_device_and_precision_are_chosen_and_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(machine, "_onednn_multiplies", lambda precision: True)
     assert pick_device_precision(None, None) == (torch.device("cpu"), torch.bfloat16, "native here")
     assert pick_device_precision("cpu", "fp16")[1:] == (torch.float16, "as requested; this device emulates it, slowly")
+    monkeypatch.setattr(machine, "_onednn_multiplies", lambda precision: False)
+    assert pick_device_precision(None, None)[1] == torch.float32, "the processor could, and oneDNN is kept from it"
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     assert pick_device_precision("auto", "auto") == (torch.device("cpu"), torch.float32, "no fast bf16 here")
     assert pick_device_precision("cpu", "fp32")[1:] == (torch.float32, "as requested")
@@ -479,7 +505,7 @@ def test_loading_streams_is_silent_and_fetches_nothing(tiny_base, tiny_bases, tm
         open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
         before = memory("VmRSS")
         base = load_base({str(folder)!r}, "nf4", "AutoModelForCausalLM", torch.bfloat16)
-        print(json.dumps([memory("VmHWM") - before, base.bytes, base.bytes_16bit]))
+        print(json.dumps([memory("VmHWM") - before, base.bytes, base.bytes_unquantized]))
         """,
         PYTHONPATH=str(tmp_path),
     )
