@@ -26,7 +26,7 @@ Each cell is a test: three optimizer steps on a tiny base, in fp32 and without d
 - the log has every declared loss term under its name and no other, and the loss is their weighted sum;
 - all that trains has a gradient, and nothing else has one;
 - not a byte of the base or the teacher changes;
-- one micro-batch of 4 examples gives the same adapter as two of 2, to 1e-5.
+- one micro-batch of 4 examples gives the same adapter as two of 2, but for the rounding of fp32 sums.
 
 The teacher is a model of its own, other than the base.
 """
