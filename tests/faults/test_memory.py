@@ -211,7 +211,8 @@ def test_two_processes_share_an_evaluation_out_anew_when_one_has_no_memory(make_
     path, script = tmp_path / "two.yaml", tmp_path / "worker.py"
     path.write_text(make_recipe("two", evaluate=True, train=train).to_yaml(), encoding="utf-8")
     script.write_text(
-        "import os, torch\ntorch.set_num_threads(1)\n"
+        "import atexit, os, torch\ntorch.set_num_threads(1)\n"
+        "atexit.register(lambda: torch.distributed.is_initialized() and os._exit(9))  # runs last\n"
         "from budwood.model import evaluation\nfrom budwood.training.loop import tune\n"
         "attempt = evaluation._attempt\n"
         "def scarce(run, row, work):\n"

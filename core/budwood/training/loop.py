@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -85,7 +86,16 @@ def tune(
         raise Interrupted(text, exit_code(signals.number or error)) from None
     finally:
         report.close()
+    if run.processes > 1:
+        atexit.unregister(_leave_processes)
+        atexit.register(_leave_processes)
     return run
+
+
+def _leave_processes() -> None:
+    """Leave the process group while Python still runs: gloo's threads may abort a process that exits in it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def train(
