@@ -73,7 +73,7 @@ def section(hook: str) -> list[str]:
 def called(hook: str) -> str:
     """How a hook is called, in words."""
     spec = getattr(HookSpecs, hook)
-    return spec.how + (", wrappable" if spec.wrappable and spec.how != "core's own" else "")
+    return spec.how + (", wrappable" if spec.wrappable and spec.how != "core" else "")
 
 
 def documentation(hook: str) -> dict[str, str]:

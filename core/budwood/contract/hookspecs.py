@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from budwood.model.base import Base
 
 HOW = {
-    "collect": "every strategy, in the solved order; all results are used",
-    "chain": "every strategy, in the solved order; each receives what the last returned",
-    "one owner": "at most one strategy, in place of core's own way",
-    "core's own": "core or the task implements it; strategies may only wrap it",
-    "its own": "every strategy for itself, with what is its own",
-    "observe": "every strategy; one that fails is named and set aside, and the run goes on",
-    "adapter's owner": "the one strategy that owns the adapter's type; also outside of runs, by the pool",
+    "collect": "every strategy, in the resolved order; all results are used",
+    "chain": "every strategy, in the resolved order; each receives what the previous one returned",
+    "exclusive": "at most one strategy; it replaces core's implementation",
+    "core": "implemented by core or the task; strategies may only wrap it",
+    "per strategy": "every strategy, with its own state only",
+    "observe": "every strategy; one that raises is named and disabled, and the run continues",
+    "adapter owner": "the one strategy that owns the adapter type; called outside of runs too, by the pool",
 }
 """How a hook is called."""
 
@@ -79,7 +79,7 @@ class HookSpecs:
         Returns: examples of one optimizer step, the largest that are expected; their values do not matter.
         """
 
-    @_hook("one owner", first=True)
+    @_hook("exclusive", first=True)
     def load_base(self, run: Run) -> Base:
         """Load the base in place of the recipe's quantiser.
 
@@ -108,7 +108,7 @@ class HookSpecs:
         Returns: groups of parameters, fp32; groups and parameters have names of their own, and each stands once.
         """
 
-    @_hook("one owner", first=True)
+    @_hook("exclusive", first=True)
     def build_optimizer(self, run: Run, groups: list[dict[str, Any]]) -> Optimizer:
         """Build the optimizer in place of AdamW.
 
@@ -118,7 +118,7 @@ class HookSpecs:
         Returns: a torch optimizer over all of the groups.
         """
 
-    @_hook("one owner", first=True)
+    @_hook("exclusive", first=True)
     def build_scheduler(self, run: Run, optimizer: Optimizer) -> LRScheduler:
         """Build the learning-rate scheduler in place of the recipe's `train.schedule`.
 
@@ -127,7 +127,7 @@ class HookSpecs:
         Returns: a torch scheduler; it is stepped once an optimizer step that is not skipped.
         """
 
-    @_hook("one owner", first=True)
+    @_hook("exclusive", first=True)
     def next_examples(self, run: Run, indices: Sequence[int]) -> Sequence[Sequence[Example]]:
         """Make the examples of the next optimizer steps with the model as it is now: on-policy data.
 
@@ -160,7 +160,7 @@ class HookSpecs:
         Returns: the batch.
         """
 
-    @_hook("core's own", wrappable=True, first=True)
+    @_hook("core", wrappable=True, first=True)
     def backward(self, step: Step) -> None:
         """Forward, loss terms and backward of a micro-step: core's.
 
@@ -171,7 +171,7 @@ class HookSpecs:
             add up over the micro-steps.
         """
 
-    @_hook("core's own", wrappable=True, first=True)
+    @_hook("core", wrappable=True, first=True)
     def forward(self, step: Step) -> Outputs:
         """Run the model up to its head, with `step.noise` added to the embeddings' output: the task's.
 
@@ -211,7 +211,7 @@ class HookSpecs:
             optimizer step and never replayed), or one that `batch_counts` counts; or None.
         """
 
-    @_hook("its own")
+    @_hook("per strategy")
     def step_values(self, step: Step, outputs: Outputs, log_probs: Tensor | None) -> dict[str, Tensor] | None:
         """Give what `step_terms` of the same strategy needs of a micro-batch: embeddings, scores.
 
@@ -221,7 +221,7 @@ class HookSpecs:
         Returns: tensors by name, whose first dimension core concatenates over the optimizer step.
         """
 
-    @_hook("its own")
+    @_hook("per strategy")
     def step_terms(self, run: Run, values: dict[str, Tensor]) -> list[LossTerm] | LossTerm | None:
         """Add a loss across all examples of the optimizer step: in-batch negatives, a baseline over the batch.
 
@@ -286,7 +286,7 @@ class HookSpecs:
         Returns: tensors, arrays and JSON values by name, nested as you like; a version among them is wise.
         """
 
-    @_hook("its own")
+    @_hook("per strategy")
     def load_state_dict(self, run: Run, state: dict[str, Any]) -> None:
         """Take back what `state_dict` of the same strategy returned.
 
@@ -303,7 +303,7 @@ class HookSpecs:
         May change: the folder.
         """
 
-    @_hook("adapter's owner")
+    @_hook("adapter owner")
     def attach_adapter(self, model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], name: str) -> None:
         """Put a saved adapter on a live model, not in use yet.
 
@@ -312,7 +312,7 @@ class HookSpecs:
         May change: the model's modules, not its weights; every tensor is used, and what does not fit is refused.
         """
 
-    @_hook("adapter's owner")
+    @_hook("adapter owner")
     def use_adapters(self, model: nn.Module, names: Sequence[str], index: Sequence[int]) -> None:
         """Choose which adapters compute.
 
@@ -324,7 +324,7 @@ class HookSpecs:
             for batches with one adapter each.
         """
 
-    @_hook("adapter's owner")
+    @_hook("adapter owner")
     def detach_adapter(self, model: nn.Module, name: str) -> None:
         """Take an adapter off.
 
@@ -332,7 +332,7 @@ class HookSpecs:
         May change: the model's modules; without any adapter left they are those of the base, bit for bit.
         """
 
-    @_hook("adapter's owner", first=True)
+    @_hook("adapter owner", first=True)
     def convert_adapter(
         self, config: dict[str, Any], tensors: dict[str, Tensor], adapter_type: str
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
@@ -343,7 +343,7 @@ class HookSpecs:
         Returns: config and tensors of the other type, or None where it cannot be.
         """
 
-    @_hook("adapter's owner")
+    @_hook("adapter owner")
     def merge_adapter(self, model: nn.Module, name: str) -> None:
         """Add an attached adapter into the weights, and take it off.
 

@@ -18,8 +18,8 @@ from budwood.errors import BudwoodError, InputError, describe, did_you_mean
 from budwood.untrusted.redaction import shorten
 
 HOOKS = tuple(name for name, value in vars(HookSpecs).items() if hasattr(value, "how"))
-EXCLUSIVE = tuple(name for name in HOOKS if getattr(HookSpecs, name).how == "one owner")
-CORES_OWN = tuple(name for name in HOOKS if getattr(HookSpecs, name).how == "core's own")
+EXCLUSIVE = tuple(name for name in HOOKS if getattr(HookSpecs, name).how == "exclusive")
+CORE = tuple(name for name in HOOKS if getattr(HookSpecs, name).how == "core")
 WRAPPABLE = tuple(name for name in HOOKS if getattr(HookSpecs, name).wrappable)
 PAIRS = (("state_dict", "load_state_dict"), ("step_values", "step_terms"))
 """Hooks that are of use only together."""
@@ -232,8 +232,8 @@ def _hook_problem(name: str, member: Any, marks: dict[str, Any], of_strategy: bo
         return f"{hook} cannot be wrapped; only {', '.join(WRAPPABLE)} can."
     if marks["wrapper"] and not inspect.isgeneratorfunction(member):
         return f"{hook} is a wrapper, so it must yield once, where the call that it wraps should run."
-    if not marks["wrapper"] and name in CORES_OWN and of_strategy:
-        return f"{hook} is core's own; a strategy can only wrap it, with @hookimpl(wrapper=True)."
+    if not marks["wrapper"] and name in CORE and of_strategy:
+        return f"{hook} is implemented by core; a strategy can only wrap it, with @hookimpl(wrapper=True)."
     if not marks["wrapper"] and inspect.isgeneratorfunction(plain):
         return f"{hook} has a yield, which only @hookimpl(wrapper=True) allows; return the result instead."
     if marks["tryfirst"] or marks["trylast"]:

@@ -12,7 +12,7 @@ import torch
 from budwood import Event, InputError, Outputs, PluginError, Strategy, ask_owner, hookimpl
 from budwood.contract.calls import attribute_errors, noted
 from budwood.contract.hookspecs import HookSpecs
-from budwood.contract.loading import CORES_OWN, HOOKS, WRAPPABLE
+from budwood.contract.loading import CORE, HOOKS, WRAPPABLE
 from budwood.contract.registry import Composition
 from budwood.contract.results import _MUST_RETURN
 from budwood.model.task import Task
@@ -52,9 +52,9 @@ def call(hooks: Composition, hook: str) -> list[str]:
         hooks.chain(hook, list(arguments)[-1], None, **arguments)
     elif how == "observe":
         hooks.notify(Event("step", 1, {}), said.append)
-    elif how == "adapter's owner":
+    elif how == "adapter owner":
         ask_owner(hooks.strategies[0], hook, **arguments)
-    elif how == "its own":
+    elif how == "per strategy":
         hooks.ask(hook, "mine", **arguments)
     else:
         hooks.call(hook, **arguments)
@@ -76,7 +76,7 @@ def test_an_error_in_any_hook_says_whose(hook, error):
     def body():
         raise error
 
-    hooks = Composition([implement(hook, body, hook in CORES_OWN)])
+    hooks = Composition([implement(hook, body, hook in CORE)])
     what = {ZeroDivisionError: "ZeroDivisionError: by zero", SystemExit: "SystemExit: 3"}.get(type(error), "TypeError")
     if hook == "on_event":
         assert call(hooks, hook) == [f"strategy 'mine' (mine-dist 1.0) failed in on_event and is disabled: {what}"]
@@ -89,7 +89,7 @@ def test_an_error_in_any_hook_says_whose(hook, error):
 
 @pytest.mark.parametrize("hook", HOOKS)
 def test_what_any_hook_returns_is_checked(hook):
-    hooks = Composition([implement(hook, object, hook in CORES_OWN)])
+    hooks = Composition([implement(hook, object, hook in CORE)])
     says = f"returned a object; it must return {_MUST_RETURN[hook][0]}."
     if hook == "on_event":
         [said] = call(hooks, hook)
@@ -144,7 +144,7 @@ def test_what_tells_by_itself_keeps_its_type_and_names_the_hook(hook, error):
         raise error
 
     error.__notes__ = []
-    hooks = Composition([implement(hook, body, hook in CORES_OWN)])
+    hooks = Composition([implement(hook, body, hook in CORE)])
     if hook == "on_event":
         assert len(call(hooks, hook)) == 1
         return
@@ -160,7 +160,7 @@ def test_signals_pass_through_any_hook(hook):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        call(Composition([implement(hook, body, hook in CORES_OWN)]), hook)
+        call(Composition([implement(hook, body, hook in CORE)]), hook)
 
 
 def test_a_message_that_cannot_be_made_is_no_second_error():

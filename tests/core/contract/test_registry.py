@@ -141,7 +141,7 @@ def test_failing_import_names_plugin_distribution_and_remedy(distribution, sourc
         ("@hookimpl\ndef before_clip(self, run=None): ...", "argument 'run' must have no default"),
         (
             "@hookimpl\ndef forward(self, step): ...",
-            "'forward' is core's own; a strategy can only wrap it, with @hookimpl(wrapper=True)",
+            "'forward' is implemented by core; a strategy can only wrap it, with @hookimpl(wrapper=True)",
         ),
         ("@hookimpl(wrapper=True)\ndef before_clip(self, run): yield", "hook 'before_clip' cannot be wrapped"),
         (

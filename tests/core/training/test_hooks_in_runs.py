@@ -14,9 +14,9 @@ from budwood.adapters.merge import export
 from budwood.adapters.pool import AdapterPool
 from budwood.cli import app as cli
 from budwood.contract.hookspecs import HookSpecs
-from budwood.contract.loading import CORES_OWN, HOOKS
+from budwood.contract.loading import CORE, HOOKS
 
-OWNERS = [hook for hook in HOOKS if getattr(HookSpecs, hook).how == "adapter's owner"]
+OWNERS = [hook for hook in HOOKS if getattr(HookSpecs, hook).how == "adapter owner"]
 BEFORE = HOOKS[: HOOKS.index("prepare_batch")]
 STEPS = HOOKS[HOOKS.index("prepare_batch") : HOOKS.index("after_optimizer_step") + 1]
 
@@ -49,7 +49,7 @@ RESUMED = """
 
 @pytest.mark.parametrize("hook", [hook for hook in HOOKS if hook not in (*OWNERS, "planned_examples")])
 def test_a_plugin_that_fails_in_a_hook_of_a_run_is_named(hook, distribution, make_recipe, capsys):
-    own = hook in CORES_OWN
+    own = hook in CORE
     source = FAILS.format(hook=hook, mark="(wrapper=True)" if own else "", rest="yield" if own else "")
     if hook in OTHER:
         source += PAIRED.format(other=OTHER[hook][0], returned=OTHER[hook][1])
