@@ -216,8 +216,9 @@ class SequenceClassification(TextTask):
         truth, predicted = np.array(totals.pairs).T
         examples = run.examples if run.examples is not None else run.eval_examples
         names = examples.labels if examples is not None else []
+        shown = np.unique(np.concatenate([truth, predicted]))  # those that the macro F1 is a mean of
         self.report = classification_report(
-            truth, predicted, labels=range(len(names)), target_names=names, zero_division=0
+            truth, predicted, labels=shown, target_names=[names[i] for i in shown], zero_division=0
         )
         macro = f1_score(truth, predicted, average="macro", zero_division=0)
         return {"eval_macro_f1": float(macro)}

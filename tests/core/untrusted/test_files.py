@@ -167,3 +167,37 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ResourceError, match="cannot be written"), files.complete_directory(tmp_path / "file" / "x"):
         pass
+
+
+def test_a_complete_file_is_written_by_a_function_with_the_users_mode(tmp_path):
+    """safetensors creates files that only their owner may read."""
+
+    def write(path):
+        path.write_bytes(b"new")
+        path.chmod(0o600)
+
+    before = os.umask(0o022)
+    try:
+        files.complete_file(tmp_path / "a", write)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("bug"), OSError(28, "No space left on device")])
+def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, error):
+    (tmp_path / "a").write_bytes(b"old")
+
+    def write(path):
+        path.write_bytes(b"half")
+        raise error
+
+    expected = ResourceError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected) as raised:
+        files.complete_file(tmp_path / "a", write)
+    if isinstance(error, OSError):
+        assert "bytes are needed" in str(raised.value) and str(tmp_path / "a") in str(raised.value)
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
