@@ -182,7 +182,7 @@ class Examples(Sequence[Example]):
         if stats.weights != [1.0, 1.0]:
             parts.append("weights {:g} to {:g}".format(*stats.weights))
         if stats.truncated:
-            parts.append(f"{stats.truncated:,} cut at {self.max_length}")
+            parts.append(f"{stats.truncated:,} truncated at {self.max_length}")
         if stats.dropped:
             parts.append(f"{sum(stats.dropped.values()):,} dropped ({self.describe_dropped()})")
         parts += [f"{count:,} {remark}" for remark, count in stats.remarks.items()]

@@ -50,7 +50,7 @@ def test_what_is_recognised_is_said(write: Any, byte_level: Any) -> None:
     rows = [*LABELLED, {"text": " ", "label": "ham"}]
     line = build_examples(write(rows), byte_level(), CLASSIFY, 4).describe()
     assert "text + label; 4 examples" in line
-    assert "3 classes, 4 cut at 4, 1 dropped (empty text 1, first at " in line
+    assert "3 classes, 4 truncated at 4, 1 dropped (empty text 1, first at " in line
     assert "train.jsonl:5)" in line
 
 
