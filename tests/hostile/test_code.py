@@ -273,7 +273,7 @@ def change(path: Path, **changes: object) -> None:
         (
             "config.json",
             {"auto_map": CLASSES, "trust_remote_code": True, "model_type": "own"},
-            "Python code of its own",
+            "custom Python code",
         ),
         ("config.json", {"model_type": "payload.Config"}, "not known"),
         ("config.json", {"model_type": "../../payload"}, "not known"),
@@ -287,10 +287,10 @@ def change(path: Path, **changes: object) -> None:
         ("config.json", {"hidden_act": "payload.Model"}, "KeyError"),
         ("config.json", {"rope_parameters": {"rope_type": "payload"}}, "payload"),
         ("config.json", {"dtype": "save"}, ""),
-        ("config.json", {"quantization_config": {"quant_method": "payload.Model"}}, "quantised already, with payload"),
+        ("config.json", {"quantization_config": {"quant_method": "payload.Model"}}, "already quantised, with payload"),
         ("config.json", {"configuration_files": ["../payload.py", "config.4.0.0.json"]}, ""),
         ("tokenizer_config.json", {"auto_map": TOKENIZERS, "trust_remote_code": True}, None),
-        ("tokenizer_config.json", {"auto_map": TOKENIZERS, "tokenizer_class": "Tokenizer"}, "code of its own"),
+        ("tokenizer_config.json", {"auto_map": TOKENIZERS, "tokenizer_class": "Tokenizer"}, "custom Python code"),
         ("tokenizer_config.json", {"tokenizer_class": "payload.Tokenizer"}, None),
         ("tokenizer_config.json", {"tokenizer_class": "os.system"}, None),
         ("tokenizer_config.json", {"tokenizer_class": "RagTokenizer"}, ""),
@@ -421,10 +421,10 @@ def test_a_tokenizer_of_absurd_size_or_no_file_is_not_read(base):
 
     with (base / "tokenizer.json").open("wb") as file:
         file.truncate(1 << 40)
-    assert "tokenizer.json: is no plain file of at most 256.0 MB" in str(outcome(lambda: load_tokenizer(base)))
+    assert "tokenizer.json: not a regular file of at most 256.0 MB" in str(outcome(lambda: load_tokenizer(base)))
     (base / "tokenizer.json").unlink()
     os.mkfifo(base / "tokenizer.json")
-    assert "tokenizer.json: is no plain file" in str(outcome(lambda: load_tokenizer(base)))
+    assert "tokenizer.json: not a regular file" in str(outcome(lambda: load_tokenizer(base)))
 
 
 # --- expressions that never end

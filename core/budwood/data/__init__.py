@@ -1,1 +1,1 @@
-"""From a data file to packed batches: reading → forms → examples → packing."""
+"""From a data file to packed batches: reading → formats → examples → packing."""

@@ -1,4 +1,4 @@
-"""From a data file to examples: the format is recognised, rows become items, and the task encodes them."""
+"""Builds examples from a data file: recognises its data format, and lets the task encode its rows."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from budwood.data.reading import Row, Rows, hash_file, read_rows
 from budwood.errors import InputError
 
 CHUNK = 1024
-"""Rows that are encoded at once."""
+"""Number of rows encoded per call of the task."""
 BEYOND = "answer beyond max_length"
-"""Why a row is dropped if a cut would leave the prompt alone."""
+"""Reason for dropping a row whose truncation would leave only the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What a task made of one item: its examples, and how many tokens were cut off."""
+    """The examples that a task encoded from one item, and the number of tokens cut off."""
 
     examples: Sequence[Example]
     cut: int = 0
@@ -45,21 +45,21 @@ def build_examples(
     template_options: Mapping[str, Any] | None = None,
     change: Callable[[Row, int], Row] | None = None,
 ) -> Examples:
-    """Read a data file, recognise its format and let the task encode its rows, or take them from the cache.
+    """Build the examples of a data file, or load them from the cache.
 
     Args:
         path: a data file or folder.
-        tokenizer: of the base; None for a task that needs none.
+        tokenizer: the base's tokenizer; None for a task that does not need one.
         task: a task, or its name.
-        max_length: in tokens; longer rows are cut at the end, or dropped if nothing with a loss is left.
-        labels: names of the classes, as training data gave them; None: learn them from this file.
-        cache_dir: where examples are kept; None: `cache.default_folder()`.
+        max_length: maximum length in tokens; longer rows are truncated, or dropped if no label with a loss is left.
+        labels: class names from the training data; None: learn them from this file.
+        cache_dir: folder of the cache; None: `cache.default_folder()`.
         template_options: variables for the chat template.
-        change: from a row and its number to the row that is encoded; then nothing is cached.
+        change: maps a row and its index to the row to encode; disables the cache.
 
     Raises:
-        InputError: what `read_rows`, the format and the task raise; a label that training data does not have; no row
-            is left; `BUDWOOD_CACHE_LIMIT` is not a size.
+        InputError: as `read_rows`, the data format and the task; a label is not in the training data; all rows were
+            dropped; `BUDWOOD_CACHE_LIMIT` is not a size.
     """
     path = Path(path)
     task = create(task, "budwood.tasks") if isinstance(task, str) else task
@@ -91,7 +91,7 @@ def build_examples(
 
 
 def overlap(train: Examples, other: Examples) -> int:
-    """How many of `other`'s examples have the very inputs of an example of `train`."""
+    """Count the examples of `other` whose inputs equal those of an example of `train`."""
 
     def digests(examples: Examples) -> list[bytes]:
         joined = (b"".join(e.inputs[name].tobytes() for name in sorted(e.inputs)) for e in examples)
@@ -107,7 +107,7 @@ def _encode(
     data_format = recognise(rows.columns, task.name, str(rows.path))
     dropped: Counter[str] = Counter()
     first: dict[str, str] = {}
-    kept: list[Example] = []
+    examples: list[Example] = []
     truncated = tokens_cut = groups = 0
     for start, chunk in _chunks(rows):
         where = [rows.location(start + i) for i in range(len(chunk))]
@@ -131,7 +131,7 @@ def _encode(
                 first.setdefault(result.reason, where[offset])
                 continue
             row, several = start + offset, len(result.examples) > 1
-            made = [
+            new = [
                 dataclasses.replace(
                     example,
                     key=f"{row}.{number}" if several else row,
@@ -140,15 +140,15 @@ def _encode(
                 )
                 for number, example in enumerate(result.examples)
             ]
-            check_examples(made, where=[where[offset]] * len(made), classes=encoder.classes.count)
+            check_examples(new, where=[where[offset]] * len(new), classes=encoder.classes.count)
             groups += max((example.group + 1 for example in result.examples if example.group is not None), default=0)
             truncated += result.cut > 0
             tokens_cut += result.cut
-            kept += made
-    if not kept:
+            examples += new
+    if not examples:
         remedy = " Raise data.max_length." if BEYOND in dropped else ""
         raise InputError(all_dropped(rows.path, dropped) + remedy)
-    arrays = pack(kept, task)
+    arrays = pack(examples, task)
     classes = encoder.classes.finish(str(rows.path))
     if classes:
         arrays["labels.values"] = encoder.classes.order(arrays["labels.values"])

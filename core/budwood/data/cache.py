@@ -1,4 +1,4 @@
-"""Tokens on disk: a safetensors file for each data file, tokenizer, template and set of options."""
+"""The token cache: one safetensors file per data file, tokenizer, chat template and set of options."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from budwood.untrusted.files import PARTIAL, complete_file
 from budwood.untrusted.redaction import shorten
 
 VERSION = 2
-"""Goes up when the same file and options give other tokens, or the file's layout changes."""
+"""Incremented when the same file and options produce other tokens, or the layout of a cache file changes."""
 
 LIMIT = 5_000_000_000
-"""Bytes that the cache may take where `BUDWOOD_CACHE_LIMIT` does not say."""
+"""Maximum size of the cache in bytes, if `BUDWOOD_CACHE_LIMIT` is not set."""
 ABANDONED = 24 * 3600
-"""Seconds after its last change in which a file that is still partial counts as left by a killed process."""
+"""Seconds since its last change after which a partial file is considered to be left by a killed process."""
 
 Arrays = dict[str, np.ndarray]
 
@@ -38,7 +38,7 @@ def default_folder() -> Path:
 
 
 def make_key(tokenizer: Any, options: Mapping[str, Any]) -> str | None:
-    """Hex digest of everything that decides the tokens; None for a tokenizer whose state cannot be read."""
+    """Return the hex digest of everything that determines the tokens; None if the tokenizer's state is unreadable."""
     if tokenizer is None:
         return hashlib.sha256(
             json.dumps({"version": VERSION, **options}, sort_keys=True, default=str).encode()
@@ -46,7 +46,7 @@ def make_key(tokenizer: Any, options: Mapping[str, Any]) -> str | None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
-    # Calls leave their truncation and padding behind in the backend; every call sets its own.
+    # The backend keeps the truncation and padding of the last call; every call sets its own.
     backend.no_truncation()
     backend.no_padding()
     identity = {
@@ -61,7 +61,7 @@ def make_key(tokenizer: Any, options: Mapping[str, Any]) -> str | None:
 
 
 def size_limit() -> int:
-    """`$BUDWOOD_CACHE_LIMIT`, such as "2GB" or "500 MiB", in bytes; `LIMIT` if it is not set.
+    """Return `$BUDWOOD_CACHE_LIMIT`, such as "2GB" or "500 MiB", in bytes; `LIMIT` if it is not set.
 
     Raises:
         InputError: it is not a size.
@@ -69,17 +69,17 @@ def size_limit() -> int:
     text = os.environ.get("BUDWOOD_CACHE_LIMIT", "").strip()
     if not text:
         return LIMIT
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(i?))?b?", text.lower(), re.ASCII)
-    if found is None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(i?))?b?", text.lower(), re.ASCII)
+    if match is None:
         raise InputError(f"BUDWOOD_CACHE_LIMIT: '{shorten(text)}' is not a size: write it like 2GB or 500MB.")
-    number, unit, binary = found.groups()
+    number, unit, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** (" kmgt".index(unit) if unit else 0))
 
 
 def save(folder: Path, key: str, arrays: Arrays, facts: dict[str, Any], limit: int = LIMIT) -> None:
-    """Write an entry, whole or not at all; then prune the folder to `limit` bytes.
+    """Write an entry atomically, then prune the folder to `limit` bytes.
 
-    A folder that cannot be written costs only time, so it is not an error.
+    A folder that cannot be written only costs time, so it is not an error.
     """
     metadata = {"facts": json.dumps(facts), "sha256": _digest(arrays, facts)}
     path = _path(folder, key)
@@ -90,7 +90,7 @@ def save(folder: Path, key: str, arrays: Arrays, facts: dict[str, Any], limit: i
 
 
 def load(folder: Path, key: str) -> tuple[Arrays, dict[str, Any]] | None:
-    """Read an entry, which then counts as used now; None where there is none, or where it is not whole."""
+    """Read an entry and mark it as recently used; None if it is missing or incomplete."""
     path = _path(folder, key)
     try:
         with safe_open(path, framework="np") as file:
@@ -101,26 +101,26 @@ def load(folder: Path, key: str) -> tuple[Arrays, dict[str, Any]] | None:
         return None
     if metadata.get("sha256") != _digest(arrays, facts):
         return None
-    with contextlib.suppress(OSError):  # a folder that is read-only
+    with contextlib.suppress(OSError):  # the folder may be read-only
         os.utime(path)
     return arrays, facts
 
 
 def entries(folder: Path) -> dict[Path, os.stat_result]:
-    """Return the files of the cache, those that a killed process left half written among them."""
-    found = {}
+    """Return the files of the cache, including partial ones that a killed process left."""
+    files = {}
     for path in (*folder.glob("*.safetensors"), *folder.glob(f".*{PARTIAL}")):
         with contextlib.suppress(OSError):  # another process pruned it
-            found[path] = path.stat()
-    return found
+            files[path] = path.stat()
+    return files
 
 
 def _prune(folder: Path, newest: Path, limit: int) -> None:
-    """Remove the least recently used entries until the rest take at most `limit` bytes; `newest` stays."""
-    found = entries(folder)
+    """Remove the least recently used entries until the rest take at most `limit` bytes; `newest` is kept."""
+    files = entries(folder)
     now = time.time()
-    total = sum(stat.st_size for stat in found.values())
-    for path, stat in sorted(found.items(), key=lambda item: item[1].st_mtime_ns):
+    total = sum(stat.st_size for stat in files.values())
+    for path, stat in sorted(files.items(), key=lambda item: item[1].st_mtime_ns):
         partial = path.name.endswith(PARTIAL)
         if path != newest and (now - stat.st_mtime > ABANDONED if partial else total > limit):
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Names of classes, learned from training data or given by it."""
+"""Class names, learned from the training data or fixed by it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from budwood.errors import InputError, did_you_mean
 
 
 class Classes:
-    """The classes of a file's labels. While they are learned, indices are provisional; `order` makes them final."""
+    """The classes of a file's labels. Indices are provisional while classes are being learned; see `order`."""
 
     def __init__(self, names: Sequence[str] | None = None) -> None:
         self.given = None if names is None else list(names)
@@ -19,32 +19,32 @@ class Classes:
 
     @property
     def count(self) -> int:
-        """How many are known so far."""
+        """Number of classes known so far."""
         return len(self._index)
 
     def index(self, name: str, where: str) -> int:
-        """The index of a class.
+        """Index of a class, which is added if classes are being learned.
 
         Raises:
-            InputError: the classes are given, and `name` is none of them.
+            InputError: the classes are fixed, and `name` is not one of them.
         """
         if name not in self._index:
             if self.given is not None:
-                some = ", ".join(self.given[:10]) + (
+                names = ", ".join(self.given[:10]) + (
                     f" and {len(self.given) - 10} more" if len(self.given) > 10 else ""
                 )
                 raise InputError(
                     f"{where}: label '{name}' is not in the training data.{did_you_mean(name, self.given)} "
-                    f"Known: {some}."
+                    f"Known: {names}."
                 )
             self._index[name] = len(self._index)
         return self._index[name]
 
     def finish(self, path: str) -> list[str]:
-        """All classes, in their final order: whole numbers by value, then names by letter. Empty if none was asked for.
+        """All classes in their final order: integers by value, then names alphabetically. Empty if no label was read.
 
         Raises:
-            InputError: a file that teaches classes has only one.
+            InputError: the classes are learned from the file, and it has only one.
         """
         if self.given is not None or not self._index:
             return self.given or []
@@ -56,7 +56,7 @@ class Classes:
         return names
 
     def order(self, labels: np.ndarray) -> np.ndarray:
-        """Final indices of provisional ones."""
+        """Map provisional indices to final ones."""
         return labels if self._order is None else self._order[labels]
 
 

@@ -1,4 +1,4 @@
-"""The report of `budwood data`: samples with their loss mask, lengths, counts; as plain values or human-readable."""
+"""The report of `budwood data`: samples with their loss mask, lengths and counts, as JSON values or human-readable."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ BINS = 12
 CLASSES = 30
 """Maximum number of classes listed."""
 PADDED_ROWS = 8
-"""Rows per batch in the estimate of the padding that packing saves."""
+"""Rows per batch in the estimate of the padding that packing avoids."""
 LONGEST_PIECE = 600
-"""Characters shown of one piece of a sample."""
+"""Maximum number of characters shown of one piece of a sample."""
 PLAIN, LOSS = "dim", "bold green"
 
 
 def make_report(
     train: Examples, other: Examples | None, task: Any, tokenizer: Any, samples: int, steps: int
 ) -> dict[str, Any]:
-    """Gather everything that is shown, as values that JSON can hold.
+    """Return the contents of the report as JSON values.
 
     Args:
         train: the training examples.
         other: the evaluation examples.
-        task: of the recipe; its `show` gives the pieces of a sample.
-        tokenizer: of the base.
-        samples: how many examples are shown, evenly spread over the file.
-        steps: optimizer steps an epoch.
+        task: the recipe's task; its `show` returns the pieces of a sample.
+        tokenizer: the base's tokenizer.
+        samples: number of examples to show, evenly spread over the file.
+        steps: optimizer steps per epoch.
     """
     report = {"train": _describe(train), "steps_per_epoch": steps, "padding": _padding(train.lengths)}
     if other is not None:
@@ -48,7 +48,7 @@ def make_report(
 
 
 def show_report(report: dict[str, Any], console: Console) -> None:
-    """Print a report; without colour, brackets mark what has a loss."""
+    """Print a report; without colour, brackets mark text with a loss."""
     coloured = console.color_system is not None and not console.no_color
     for sample in report["samples"]:
         console.print(Text(sample["where"], style="cyan"), Padding(_paint(sample, coloured), (0, 0, 1, 2)))
@@ -100,7 +100,7 @@ def _edges(shortest: int, longest: int) -> np.ndarray:
 
 
 def _padding(lengths: np.ndarray) -> float:
-    """Return the share of padding if batches of random examples were padded to their longest."""
+    """Return the fraction of padding if batches of random examples were padded to the longest of each batch."""
     order = np.random.default_rng(0).permutation(lengths)
     rows = [order[i : i + PADDED_ROWS] for i in range(0, len(order), PADDED_ROWS)]
     return 1.0 - float(lengths.sum()) / sum(int(row.max()) * len(row) for row in rows)
@@ -129,7 +129,7 @@ def _paint(sample: dict[str, Any], coloured: bool) -> Text:
 
 
 def _visible(text: str) -> str:
-    """Mark line ends, escape control characters (data must not control a terminal), and shorten long pieces."""
+    """Mark line ends, escape control characters (data may not control a terminal), and shorten long pieces."""
     if len(text) > LONGEST_PIECE:
         half = LONGEST_PIECE // 2
         text = f"{text[:half]} […{len(text) - 2 * half:,} characters…] {text[-half:]}"
@@ -146,7 +146,8 @@ def _show_file(name: str, file: dict[str, Any], console: Console) -> None:
     if not file["labels"]:
         lines.append(f"{file['supervised_share']:.1%} of them with a loss")
     lines.append(f"{file['truncated']:,} truncated at {file['max_length']} ({file['tokens_cut']:,} tokens lost)")
-    dropped = ", ".join(f"{n:,} {why} (first {file['first_dropped'][why]})" for why, n in file["dropped"].items())
+    first = file["first_dropped"]
+    dropped = ", ".join(f"{n:,} {reason} (first {first[reason]})" for reason, n in file["dropped"].items())
     lines.append(f"dropped: {dropped or 'none'}")
     if "overlap" in file:
         lines.append(f"{file['overlap']:,} also in the training data ({file['overlap_share']:.1%})")

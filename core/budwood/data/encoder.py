@@ -1,4 +1,4 @@
-"""Text to tokens, the same at training and at generation."""
+"""Tokenises text identically for training and generation."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ Span = tuple[int, int]
 
 
 class Encoder:
-    """A tokenizer under the rules that training and generation share.
+    """A tokenizer with the rules that training and generation share.
 
-    - A text begins with what the tokenizer puts before every text (usually BOS), once: a text that spells BOS out
-      itself gets no second one. What the tokenizer puts behind a text is left out; a form adds the end token itself.
-    - The tokens of a prompt are those of the prompt alone, since generation sees nothing else. What follows continues
-      them: as in the whole text where the prompt's tokens are proved to begin the whole text's, else tokenised apart.
+    - A text begins with the tokenizer's prefix tokens (usually BOS), once: a text that spells out BOS does not get a
+      second one. Tokens that the tokenizer appends are omitted; the end token is added explicitly.
+    - A prompt is tokenised as it is alone, since generation sees nothing else. If the tokens of the complete text begin
+      with those of the prompt, the completion has the rest of them. Otherwise it is tokenised separately.
 
     Attributes:
-        tokenizer: a transformers tokenizer; None for a task that needs none.
+        tokenizer: a transformers tokenizer; None for a task that does not need one.
         template_options: variables for the chat template, such as `enable_thinking`.
         classes: names of the classes that labels index.
-        remarks: counts of what the user should hear of, by text.
-        stop_ids: tokens that end an answer: the tokenizer's EOS, and what the chat template puts behind a turn.
+        remarks: number of occurrences of each remark to the user.
+        stop_ids: tokens that end an answer: the tokenizer's EOS, and the end tokens of the chat template's turns.
     """
 
     def __init__(
@@ -46,27 +46,27 @@ class Encoder:
         self.stop_ids: set[int] = set() if end is None else {end}
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of each text, with nothing before or behind."""
+        """Return the tokens of each text, without special tokens around it."""
         return self._call(texts, add_special_tokens=False) if texts else []
 
     def whole(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of each text with all that the tokenizer puts around it, as a classifier reads it; not cut."""
+        """Return the tokens of each text with the tokenizer's special tokens, as classifiers read it; not truncated."""
         rows = self._call(texts, add_special_tokens=True)
         bos = self.tokenizer.bos_token_id
         return [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in rows]
 
     def cut(self, text: str, length: int) -> list[int]:
-        """The first `length` tokens of a text, with all that the tokenizer puts around it kept."""
+        """Return the tokens of a text, truncated to `length` including the tokenizer's special tokens."""
         return self._call([text], add_special_tokens=True, truncation=True, max_length=length)[0]
 
     def start(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of each text as the beginning of a sequence: BOS once, where the tokenizer wants one."""
+        """Return the tokens of each text at the start of a sequence: with BOS once, if the tokenizer uses it."""
         rows = self.plain(texts)
         prefix = self.prefix
         return [ids if ids[: len(prefix)] == prefix else prefix + ids for ids in rows]
 
     def continuation(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of texts that follow others, without the space that some tokenizers put before every text."""
+        """Return the tokens of texts that follow others, without the space that some tokenizers add before a text."""
         if not texts or not self._adds_space:
             return self.plain(texts)
         line, *joined = self.plain(["\n", *("\n" + text for text in texts)])
@@ -74,7 +74,7 @@ class Encoder:
         return [after[len(line) :] if after[: len(line)] == line else alone for after, alone in rows]
 
     def end(self, where: str) -> int:
-        """The end-of-sequence token.
+        """Return the end-of-sequence token.
 
         Raises:
             InputError: the tokenizer has none.
@@ -90,18 +90,18 @@ class Encoder:
     def split(
         self, texts: Sequence[str], spans: Sequence[Sequence[Span]], rendered: bool
     ) -> list[tuple[list[int], list[Span]]]:
-        """Tokenise texts so that what stands before the first span is what generation would see.
+        """Tokenise texts such that the tokens before the first span are those that generation would see.
 
-        Where a token of the whole text would reach across a boundary, the pieces between boundaries are tokenised one
-        by one: a prompt and its answer, or a conversation as it is spoken turn by turn.
+        If a token of the complete text would cross a boundary, the pieces between boundaries are tokenised separately:
+        a prompt and its answer, or a conversation turn by turn.
 
         Args:
-            texts: whole texts, each ending where its last span ends.
-            spans: of each text, (start, stop) in characters, what a model has to write.
-            rendered: the texts come from a chat template, which alone decides what stands at their beginning.
+            texts: complete texts, each ending at the end of its last span.
+            spans: (start, stop) in characters of what the model should write, for each text.
+            rendered: the texts were rendered by a chat template, so no prefix tokens are added.
 
         Returns:
-            For each text its tokens, and the spans in tokens.
+            The tokens of each text, and its spans in tokens.
         """
         parts = [text[:at] for text, row in zip(texts, spans, strict=True) for span in row for at in span]
         known = dict(zip(parts, self.plain(parts) if rendered else self.start(parts), strict=True))
@@ -116,39 +116,42 @@ class Encoder:
                 ids = bounds[0][0]
             results.append((ids, [(len(before), len(upto)) for before, upto in bounds]))
         if apart:
-            self.remarks["rows where a token would reach across the start of an answer: tokenised apart"] += len(apart)
+            self.remarks["rows where a token would cross the start of an answer: tokenised separately"] += len(apart)
         pieces = iter(self.continuation([piece for row in apart.values() for piece in row]))
         for index, cut in apart.items():
             results[index] = _join(results[index][0], [next(pieces) for _ in cut])
         return results
 
     def chat(self, conversations: Iterable[tuple[Sequence[Mapping[str, Any]], bool]]) -> Iterator[str | InputError]:
-        """Render messages by the chat template; with True beside them, up to where the assistant's answer begins.
+        """Render conversations with the chat template.
+
+        Args:
+            conversations: messages, and whether to append the generation prompt, after which the assistant answers.
 
         Yields:
-            The text of each, or the error that stands in its place; see `render`.
+            The text of each conversation, or its error; see `render`.
         """
         variables = {**self.tokenizer.special_tokens_map, **self.template_options}
-        given = ((messages, {**variables, "add_generation_prompt": answer}) for messages, answer in conversations)
-        return render(self._template, given)
+        inputs = ((messages, {**variables, "add_generation_prompt": prompt}) for messages, prompt in conversations)
+        return render(self._template, inputs)
 
     @cached_property
     def _template(self) -> str:
         try:
             return str(self.tokenizer.get_chat_template())
-        except ValueError as error:  # several, and none of them the default
-            raise InputError(f"the chat template is not one: {str(error).partition('.')[0]}.") from error
+        except ValueError as error:  # several templates, and no default
+            raise InputError(f"no default chat template: {str(error).partition('.')[0]}.") from error
 
     @cached_property
     def prefix(self) -> list[int]:
-        """What the tokenizer puts before every text."""
+        """Tokens that the tokenizer puts before every text."""
         body, full = self.plain(["a"])[0], self._call(["a"], add_special_tokens=True)[0]
         places = range(len(full) - len(body) + 1)
         return next((full[:at] for at in places if full[at : at + len(body)] == body), [])
 
     @cached_property
     def end_marks(self) -> re.Pattern[str]:
-        """Matches any token that cannot be split: special and added ones."""
+        """Pattern of all tokens that cannot be split: special and added ones."""
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
         marks = {mark for mark in added | set(self.tokenizer.all_special_tokens) if mark.strip()}
         longest_first = sorted(marks, key=lambda mark: (-len(mark), mark))
@@ -168,7 +171,7 @@ class Encoder:
 
 
 def _join(prompt: list[int], pieces: Sequence[list[int]]) -> tuple[list[int], list[Span]]:
-    """A prompt and what follows it (an answer, what comes behind, an answer, ...) with the answers' places."""
+    """Concatenate a prompt and the pieces after it, of which every other one is an answer; also return their spans."""
     ids, spans = list(prompt), []
     for number, piece in enumerate(pieces):
         if number % 2 == 0:
@@ -178,17 +181,17 @@ def _join(prompt: list[int], pieces: Sequence[list[int]]) -> tuple[list[int], li
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Tokens from which generation continues `prompt`: exactly those that training put before a completion."""
+    """Return the tokens from which generation continues `prompt`, exactly as training tokenises a prompt."""
     return Encoder(tokenizer).start([prompt])[0]
 
 
 def encode_chat(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], template_options: Mapping[str, Any] | None = None
 ) -> list[int]:
-    """Tokens from which the assistant answers `messages`: exactly those that training put before its turn.
+    """Return the tokens from which the assistant answers `messages`, exactly as training tokenises them.
 
     Raises:
-        InputError: the tokenizer has no chat template, or the template refuses the messages.
+        InputError: the tokenizer has no chat template, or the template rejects the messages.
     """
     check_template(tokenizer, "chat")
     encoder = Encoder(tokenizer, template_options=template_options)
@@ -199,13 +202,13 @@ def encode_chat(
 
 
 def check_template(tokenizer: Any, where: str) -> None:
-    """Check that there is a chat template.
+    """Check that a tokenizer has a chat template.
 
     Raises:
-        InputError: there is none.
+        InputError: it has none.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(
             f"{where}: the base's tokenizer has no chat template, which messages need. "
-            "Use columns prompt and completion, or a base that was made for chat."
+            "Use the columns prompt and completion, or a chat model as the base."
         )

@@ -1,4 +1,4 @@
-"""The examples of a data file: arrays in flat buffers, with counts of all that was cut, dropped and seen."""
+"""The examples of a data file as flat arrays, with counts of rows read, truncated and dropped."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass
 class DataStats:
-    """What became of a file's rows.
+    """Counts of a file's rows and of the examples made from them.
 
     Attributes:
-        rows: in the file.
-        examples: that are left.
-        dropped: number of rows by reason; `first_dropped` has the place of the first of each.
-        truncated: examples that were cut to `max_length`; `tokens_cut` is what they lost.
-        tokens: lengths of all examples, as the task counts them; `supervised` labels have a loss (0 if the labels are
-            classes, of which each example has one).
-        shortest, mean, longest, percentiles: lengths of examples; percentiles by "50", "90", "99".
+        rows: number of rows in the file.
+        examples: number of examples.
+        dropped: number of dropped rows by reason; `first_dropped` has the location of the first row for each reason.
+        truncated: number of examples truncated to `max_length`, which lost `tokens_cut` tokens in total.
+        tokens: sum of the examples' lengths, as the task counts them.
+        supervised: number of labels that have a loss (0 if the labels are classes, one per example).
+        shortest, mean, longest, percentiles: lengths of examples; percentiles have the keys "50", "90", "99".
         weights: smallest and largest weight of a label.
-        classes: number of examples of each class, in the order of the labels.
-        remarks: what else the user should hear, with its count.
+        classes: number of examples in each class, in the order of the labels.
+        remarks: number of occurrences of each further remark to the user.
     """
 
     rows: int = 0
@@ -57,27 +57,27 @@ class DataStats:
 
     @property
     def supervised_share(self) -> float:
-        """Share of the tokens that have a loss."""
+        """Fraction of the tokens that have a loss."""
         return self.supervised / self.tokens if self.tokens else 0.0
 
 
 class Examples(Sequence[Example]):
-    """The examples of one file, in the file's order; each `Example` is a view, made when it is asked for.
+    """The examples of one file, in file order; each `Example` is a view, created on access.
 
     Attributes:
         path: the file.
-        format: name of the data format that was recognised.
-        columns: that the format reads.
-        task: name of the task that encoded them.
-        max_length: in tokens, to which they were cut.
-        labels: names of the classes, which `Example.labels` index; empty if there are none.
-        stats: what became of the rows.
-        notes: lines that the user should see.
-        sha256: of the file.
+        format: name of the recognised data format.
+        columns: names of the columns that the data format reads.
+        task: name of the task that encoded the examples.
+        max_length: maximum length of an example, in tokens; longer ones were truncated.
+        labels: names of the classes, indexed by `Example.labels`; empty if there are none.
+        stats: counts of rows and examples.
+        notes: lines to show to the user.
+        sha256: hash of the file.
         stop_ids: tokens that end an answer.
-        from_cache: the examples were read, not made.
+        from_cache: whether the examples were read from the cache.
         lengths: [n] int64, the size of each example as the task counts it.
-        groups: [n] int64, the number of each example's group, from 0 in order.
+        groups: [n] int64, the group of each example, numbered from 0 in order.
     """
 
     def __init__(self, path: Path, arrays: cache.Arrays, facts: Mapping[str, Any], from_cache: bool = False) -> None:
@@ -129,26 +129,26 @@ class Examples(Sequence[Example]):
 
     @classmethod
     def gather(cls, examples: Sequence[Example], like: Examples, task: Any) -> Examples:
-        """Put examples that a strategy chose or made into arrays; everything but the counts is as in `like`.
+        """Pack examples that a strategy selected or created; everything but the counts is taken from `like`.
 
         Raises:
-            InputError: an example is not sound, two have one key, or those of a group do not stand together.
+            InputError: an example is invalid, two examples share a key, or a group is not contiguous.
         """
         check_examples(examples, like)
         return like.with_arrays(pack(examples, task), [example.columns for example in examples])
 
     def with_arrays(self, arrays: cache.Arrays, columns: Sequence[dict[str, Column]]) -> Examples:
-        """Other examples of the same file: what `pack` gave, and the columns of each."""
+        """Return other examples of the same file, from the result of `pack` and the columns of each example."""
         stats = dataclasses.replace(self.stats, **measure(arrays, self.labels))
-        made = Examples(self.path, arrays, {**self._facts, "stats": dataclasses.asdict(stats)})
-        made._extra, made._rows = columns, self._rows
-        return made
+        examples = Examples(self.path, arrays, {**self._facts, "stats": dataclasses.asdict(stats)})
+        examples._extra, examples._rows = columns, self._rows
+        return examples
 
     def reference(self, index: int) -> str | None:
-        """The answer that the file gives to an example's prompt, as text; None if the format has no prompt.
+        """The file's answer to an example's prompt, as text; None if the data format has no prompt.
 
         Raises:
-            InputError: the file has changed since its examples were made.
+            InputError: the file has changed since the examples were built.
         """
         return self._format.reference(self.rows[int(self._arrays["rows"][index])])
 
@@ -158,10 +158,10 @@ class Examples(Sequence[Example]):
 
     @property
     def rows(self) -> Rows:
-        """The file's rows, read again when they are first asked for; `Example.row` indexes them.
+        """The file's rows, indexed by `Example.row`; read again on first access.
 
         Raises:
-            InputError: the file has changed since its examples were made.
+            InputError: the file has changed since the examples were built.
         """
         if self._rows is None:
             rows = read_rows(self.path)
@@ -171,25 +171,25 @@ class Examples(Sequence[Example]):
         return self._rows
 
     def location(self, index: int) -> str:
-        """Where the row of an example is, for messages."""
+        """Location of an example's row, for messages."""
         return self.rows.location(int(self._arrays["rows"][index]))
 
     def describe(self) -> str:
-        """One line on what was recognised, counted, cut and dropped."""
+        """One line with the data format and the counts of examples, tokens, truncated and dropped rows."""
         stats = self.stats
         parts = [f"{stats.examples:,} examples", f"{stats.tokens:,} tokens"]
         parts.append(f"{len(self.labels)} classes" if self.labels else f"{stats.supervised_share:.0%} with a loss")
         if stats.weights != [1.0, 1.0]:
             parts.append("weights {:g} to {:g}".format(*stats.weights))
         if stats.truncated:
-            parts.append(f"{stats.truncated:,} cut at {self.max_length}")
+            parts.append(f"{stats.truncated:,} truncated at {self.max_length}")
         if stats.dropped:
             parts.append(f"{sum(stats.dropped.values()):,} dropped ({self.describe_dropped()})")
         parts += [f"{count:,} {remark}" for remark, count in stats.remarks.items()]
         return "; ".join([f"{self.path}: {' + '.join(self.columns)}", ", ".join(parts), *self.notes])
 
     def describe_dropped(self) -> str:
-        """Reasons, counts and first places of the dropped rows."""
+        """Reasons for dropped rows, each with its count and the location of its first row."""
         first = self.stats.first_dropped
         return ", ".join(f"{reason} {n:,}, first at {first[reason]}" for reason, n in self.stats.dropped.items())
 
@@ -197,15 +197,15 @@ class Examples(Sequence[Example]):
 def check_examples(
     examples: Sequence[Example], like: Examples | None = None, where: Sequence[str] = (), classes: int = 0
 ) -> None:
-    """Check examples that a task or a strategy made.
+    """Check examples that a task or a strategy created.
 
     Args:
-        like: the file's examples, whose rows and classes they refer to.
-        classes: how many there are, without `like`; 0: labels are no classes.
-        where: place of each example, for messages; by default that of its row in `like`.
+        like: the file's examples, to whose rows and classes `examples` refer.
+        where: location of each example, for messages; by default that of its row in `like`.
+        classes: number of classes if `like` is None; 0: labels are not classes.
 
     Raises:
-        InputError: an example is not sound, two have one key, or those of a group do not stand together.
+        InputError: an example is invalid, two examples share a key, or a group is not contiguous.
     """
     keys: set[Key] = set()
     groups: set[int] = set()
@@ -213,10 +213,10 @@ def check_examples(
     for index, example in enumerate(examples):
         problem = _find_problem(example, len(like.labels) if like is not None else classes)
         if example.key in keys:
-            problem = problem or f"key {example.key!r} is that of another example too"
+            problem = problem or f"another example has the same key {example.key!r}"
         keys.add(example.key)
         if example.group is not None and example.group != last and example.group in groups:
-            problem = problem or f"the examples of group {example.group} do not stand together"
+            problem = problem or f"the examples of group {example.group} are not contiguous"
         last = example.group
         groups.update(() if last is None else (last,))
         if problem:
@@ -225,15 +225,15 @@ def check_examples(
 
 
 def _find_problem(example: Example, classes: int) -> str:
-    """What is wrong with an example; empty if nothing is."""
+    """Return the problem with an example; empty if there is none."""
     count, weights = len(example.label_positions), np.asarray(example.weights)
     if not example.inputs or not all(isinstance(a, np.ndarray) and a.size for a in example.inputs.values()):
-        return "an example's inputs must be arrays that are not empty"
+        return "an example's inputs must be non-empty arrays"
     if len(example.labels) != count or len(weights) != count:
         return f"an example has {count} label positions, {len(example.labels)} labels and {len(weights)} weights"
     if count and not (np.isfinite(weights).all() and (weights > 0).all()):
         wrong = weights[~(np.isfinite(weights) & (weights > 0))][0]
-        return f"a label's weight must be finite and above 0, not {wrong:g}; leave labels of weight 0 out"
+        return f"a label's weight must be finite and above 0, not {wrong:g}; leave out labels of weight 0"
     if count and (example.label_positions < 0).any():
         return "a label's position is negative"
     labels = np.asarray(example.labels)
@@ -251,26 +251,26 @@ def _find_column_problem(example: Example, name: str) -> str:
     sizes = {"label": len(example.label_positions), "input": len(next(iter(example.inputs.values())))}
     if column.axis != "example" and column.values.shape[:1] != (sizes.get(column.axis),):
         return (
-            f"column '{name}' has shape {list(column.values.shape)}; its axis is '{column.axis}', so that it must have "
-            f"one value for each of its {sizes.get(column.axis)}"
+            f"column '{name}' has shape {list(column.values.shape)}; its axis is '{column.axis}', so its first "
+            f"dimension must be {sizes.get(column.axis)}"
         )
     return ""
 
 
 def pack(examples: Sequence[Example], task: Any) -> cache.Arrays:
-    """Put examples into flat arrays, whose names `Examples` knows. `task.length` counts each."""
+    """Pack examples into the flat arrays that `Examples` reads; lengths are those of `task.length`."""
     parts: dict[str, list[np.ndarray]] = {"label_positions": [], "labels": [], "weights": []}
     groups: list[int] = []
-    before: int | None = None
+    previous: int | None = None
     for example in examples:
         for name, value in example.inputs.items():
             parts.setdefault(f"inputs/{name}", []).append(value)
         parts["label_positions"].append(np.asarray(example.label_positions, dtype=np.int64))
         parts["labels"].append(np.asarray(example.labels))
         parts["weights"].append(np.asarray(example.weights, dtype=np.float32))
-        same = bool(groups) and example.group is not None and example.group == before
+        same = bool(groups) and example.group is not None and example.group == previous
         groups.append(groups[-1] + (not same) if groups else 0)
-        before = example.group
+        previous = example.group
     keys = [example.key for example in examples]
     plain = all(isinstance(key, int) for key in keys)
     arrays = {
@@ -281,14 +281,14 @@ def pack(examples: Sequence[Example], task: Any) -> cache.Arrays:
     }
     for name, values in parts.items():
         if len(values) != len(examples):
-            raise InputError(f"examples differ in their inputs: not all have '{name.removeprefix('inputs/')}'.")
-        ragged = Ragged.of(values)
-        arrays |= {f"{name}.values": ragged.values, f"{name}.shapes": ragged.shapes}
+            raise InputError(f"examples have different inputs: not all have '{name.removeprefix('inputs/')}'.")
+        flat = Ragged.of(values)
+        arrays |= {f"{name}.values": flat.values, f"{name}.shapes": flat.shapes}
     return arrays
 
 
 def measure(arrays: cache.Arrays, labels: Sequence[str]) -> dict[str, Any]:
-    """What `DataStats` says of examples."""
+    """Return the fields of `DataStats` that describe packed examples."""
     lengths, weights = arrays["lengths"], arrays["weights.values"]
     if not len(lengths):
         return {"examples": 0, "tokens": 0, "supervised": 0}

@@ -1,6 +1,6 @@
-"""Data formats: what a file's columns mean, and each row as an item that a task can encode.
+"""Data formats, which map the columns of a row to an item that a task can encode.
 
-Others come through entry points, group budwood.formats.
+Plugins register further ones in the entry point group budwood.formats.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from budwood.errors import BudwoodError, InputError, did_you_mean
 from budwood.untrusted.redaction import shorten
 
 _SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
-"""The normal numbers of fp32 above 0."""
+"""Range of the positive normal fp32 numbers."""
 GROUP = "budwood.formats"
 ROLES = ("system", "developer", "user", "assistant")
 CAUSAL_LM, CLASSIFICATION = "causal-lm", "sequence-classification"
@@ -29,7 +29,7 @@ CAUSAL_LM, CLASSIFICATION = "causal-lm", "sequence-classification"
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A row that nothing can be learned from, and why, in a few words that are counted."""
+    """A row without anything to learn from, and a short reason, by which such rows are counted."""
 
     reason: str
 
@@ -44,7 +44,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A prompt and what follows it."""
+    """A prompt and its completion."""
 
     prompt: str
     completion: str
@@ -68,7 +68,7 @@ class Conversation:
 
 
 class DataFormat(Plugin):
-    """What every data format provides. A file is in it if it has all its columns."""
+    """Base class of data formats. A file has this format if it has all its `columns`."""
 
     group = GROUP
     must_declare = ("name", "columns", "tasks")
@@ -77,14 +77,14 @@ class DataFormat(Plugin):
     tasks: ClassVar[tuple[str, ...]]
     """Tasks that encode its items."""
     optional: ClassVar[tuple[str, ...]] = ()
-    """Columns that are read if they are there."""
+    """Columns that are read if they are present."""
 
     def item(self, row: Row, where: str) -> Any:
-        """Turn a row into what the task encodes, or a `Dropped`; by default the row itself.
+        """Convert a row to the item that the task encodes, or to a `Dropped`; by default return the row itself.
 
         Args:
             row: values by column.
-            where: the row's place, which leads messages.
+            where: the row's location, with which messages begin.
 
         Raises:
             InputError: a field is missing, null or of the wrong type.
@@ -92,7 +92,7 @@ class DataFormat(Plugin):
         return row
 
     def reference(self, row: Row) -> str | None:
-        """What a right answer to the row's prompt would be, or None if there is no prompt."""
+        """Return the correct answer to the row's prompt; None if there is no prompt."""
         return None
 
 
@@ -154,9 +154,9 @@ class TextLabel(DataFormat):
 
 
 class Messages(DataFormat):
-    """A conversation; the loss is on the assistant's turns and the token that ends each of them.
+    """A conversation; the loss is on the assistant's turns and the end token of each.
 
-    A row's weight multiplies those of its messages.
+    A row's weight multiplies the weights of its messages.
     """
 
     api = 2
@@ -180,25 +180,25 @@ class Messages(DataFormat):
 
 
 def read_weight(row: Row, where: str) -> float:
-    """A row's or message's `weight`, the factor of its labels in the loss; 1 if there is none.
+    """Return the `weight` of a row or message, a factor of its labels' loss; 1 if it has none.
 
     Raises:
-        InputError: it is not a number from 0 that fp32 holds, or text that is one, as CSV has.
+        InputError: it is not a non-negative fp32 number, nor the text of one (as in CSV).
     """
-    given = row.get("weight")
-    if given is None or given == "":
+    value = row.get("weight")
+    if value is None or value == "":
         return 1.0
     try:
-        weight = math.nan if isinstance(given, bool) else float(given)
+        weight = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         weight = math.nan
     if not (weight == 0 or _SMALLEST <= weight <= _LARGEST):
-        raise InputError(f"{where}: field 'weight' must be a finite number from 0 (got {shorten(repr(given))}).")
+        raise InputError(f"{where}: field 'weight' must be 0 or a positive fp32 number, not {shorten(repr(value))}.")
     return weight
 
 
 def _times(message: Row, weight: float, where: str) -> Row:
-    """A message whose weight is `weight` times its own."""
+    """Return a message with its weight multiplied by `weight`."""
     if weight == 1:
         return message
     return {**message, "weight": read_weight({"weight": weight * read_weight(message, where)}, where)}
@@ -209,10 +209,11 @@ def _weighted(item: Any) -> Any:
 
 
 def check_rows(path: str | Path, task: str) -> None:
-    """Look through a file's fields, without a tokenizer, for what would end a run after a long wait.
+    """Check a file's fields without a tokenizer, so that errors show before a run spends time on loading.
 
     Raises:
-        InputError: unreadable, malformed, of no form that the task takes, or without a row to learn from.
+        InputError: the file is unreadable or malformed, has no data format that the task accepts, or all its rows
+            would be dropped.
     """
     rows = read_rows(path)
     data_format = recognise(rows.columns, task, str(rows.path))
@@ -226,33 +227,34 @@ def check_rows(path: str | Path, task: str) -> None:
 
 
 def all_dropped(path: Path, reasons: Mapping[Any, int]) -> str:
-    """The line that says that no row of a file is left, and why."""
-    told = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
-    return f"{path}: all of its {sum(reasons.values()):,} rows were dropped: {told}."
+    """Return the message for a file all of whose rows were dropped, with the count of each reason."""
+    counts = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
+    return f"{path}: all of its {sum(reasons.values()):,} rows were dropped: {counts}."
 
 
 def recognise(columns: Sequence[str], task: str, where: str) -> DataFormat:
-    """Find the one data format of `task` whose columns a file has.
+    """Return the one data format of `task` whose columns a file has.
 
-    A format whose columns are a subset of another match's (text, beside text and label) yields to it.
+    If the columns of a match are a subset of another's (text, and text with label), the larger match wins.
 
     Raises:
-        InputError: no format matches, several do, or one of another task; the message says what is accepted.
+        InputError: no format matches, several do, or the match is for another task; the message lists the accepted
+            ones.
     """
     formats, broken = _installed_formats()
-    found = [f for f in formats if set(f.columns) <= set(columns)]
-    found = [f for f in found if not any(set(f.columns) < set(other.columns) for other in found)]
-    found = [f for f in found if task in f.tasks] or found
+    matches = [f for f in formats if set(f.columns) <= set(columns)]
+    matches = [f for f in matches if not any(set(f.columns) < set(other.columns) for other in matches)]
+    matches = [f for f in matches if task in f.tasks] or matches
     here = ", ".join(f"'{name}'" for name in columns) or "none"
-    if len(found) > 1:
-        names = " and as ".join(_spell(data_format) for data_format in found)
-        raise InputError(f"{where}: columns {here} can be read as {names}. Leave the columns of one of them only.")
-    if not found:
+    if len(matches) > 1:
+        names = " and as ".join(_spell(data_format) for data_format in matches)
+        raise InputError(f"{where}: columns {here} can be read as {names}. Keep the columns of only one of them.")
+    if not matches:
         accepted = "; ".join(_spell(data_format) for data_format in formats)
         raise InputError(
-            f"{where}: columns {here} are not understood.{_nearest(columns, formats)} Accepted: {accepted}.{broken}"
+            f"{where}: columns {here} match no data format.{_nearest(columns, formats)} Accepted: {accepted}.{broken}"
         )
-    data_format = found[0]
+    data_format = matches[0]
     if task in data_format.tasks:
         return data_format
     remedy = f"Set base.task: {data_format.tasks[0]}"
@@ -261,15 +263,15 @@ def recognise(columns: Sequence[str], task: str, where: str) -> DataFormat:
         extra = " and ".join(f"'{name}'" for name in data_format.columns if name not in narrower[0].columns)
         remedy += f", or remove {extra} to train on {_spell(narrower[0])} alone"
     else:
-        wanted = "; ".join(_spell(f) for f in formats if task in f.tasks)
-        remedy += f", or give {wanted}" if wanted else ""
+        accepted = "; ".join(_spell(f) for f in formats if task in f.tasks)
+        remedy += f", or give {accepted}" if accepted else ""
     raise InputError(
         f"{where}: {_spell(data_format)} is data for {data_format.tasks[0]}, but the task is {task}. {remedy}."
     )
 
 
 def _installed_formats() -> tuple[list[DataFormat], str]:
-    """Every format that loads, and a sentence on those that do not: it matters only if no other format fits."""
+    """Return the formats that load, and the errors of the others, which matter only if no format matches."""
     formats: list[DataFormat] = []
     broken = ""
     for name in installed(GROUP):
@@ -285,21 +287,21 @@ def _spell(data_format: DataFormat) -> str:
 
 
 def _nearest(columns: Sequence[str], formats: Sequence[DataFormat]) -> str:
-    """Say which column is missing, or misspelt, in the nearest format."""
-    partly = [(f, [name for name in f.columns if name not in columns]) for f in formats]
-    near = [(f, missing) for f, missing in partly if len(missing) < len(f.columns)]
-    if near:
-        data_format, missing = min(near, key=lambda pair: len(pair[1]))
+    """Name the column that is missing from the closest format, or misspelt."""
+    partial = [(f, [name for name in f.columns if name not in columns]) for f in formats]
+    partial = [(f, missing) for f, missing in partial if len(missing) < len(f.columns)]
+    if partial:
+        data_format, missing = min(partial, key=lambda pair: len(pair[1]))
         return f" {_spell(data_format)} lacks '{missing[0]}'."
     guesses = (did_you_mean(name, [known for f in formats for known in f.columns]) for name in columns)
     return next(filter(None, guesses), "")
 
 
 def string(row: Row, field: str, where: str) -> str:
-    """The text of a field.
+    """Return the text of a field.
 
     Raises:
-        InputError: it is missing, null, not text, or text that no encoding can hold.
+        InputError: it is missing, null, not text, or not encodable as UTF-8.
     """
     value = row.get(field)
     if not isinstance(value, str):
@@ -307,12 +309,12 @@ def string(row: Row, field: str, where: str) -> str:
     return _encodable(value, f"field '{field}'", where)
 
 
-def _encodable(text: str, what: str, where: str) -> str:
+def _encodable(text: str, field: str, where: str) -> str:
     if not text.isascii():
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise InputError(f"{where}: {what} has half a character (\\u{ord(text[error.start]):04x}).") from error
+            raise InputError(f"{where}: {field} has half a character (\\u{ord(text[error.start]):04x}).") from error
     return text
 
 
@@ -328,7 +330,7 @@ def _check_messages(row: Row, where: str) -> list[dict[str, Any]]:
     if not isinstance(messages, list):
         raise InputError(f"{where}: field 'messages' must be a list, not {_kind(row, 'messages')}.")
     if not messages:
-        raise InputError(f"{where}: field 'messages' is an empty list.")
+        raise InputError(f"{where}: field 'messages' is empty.")
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
             raise InputError(f"{where}: message {number} must be an object with role and content.")
@@ -351,7 +353,7 @@ def _unusable(messages: Sequence[Row], where: str) -> str | None:
     for number, message in enumerate(messages, 1):
         weight = read_weight(message, f"{where}: message {number}")
         if weight != 1 and message["role"] != "assistant":
-            raise InputError(f"{where}: message {number}: only an assistant's message takes a weight.")
+            raise InputError(f"{where}: message {number}: only an assistant message may have a weight.")
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         return "no assistant turn"

@@ -1,4 +1,4 @@
-"""From examples to optimizer steps, micro-batches and tensors. Only `plan_epoch` draws random numbers."""
+"""Splits examples into optimizer steps and micro-batches, and collates them. Only `plan_epoch` is random."""
 
 from __future__ import annotations
 
@@ -21,22 +21,26 @@ def plan_epoch(
     batch_examples: int | None = None,
     groups: np.ndarray | None = None,
 ) -> list[np.ndarray]:
-    """Order of an epoch, cut into optimizer steps of about equal size; depends on nothing but the arguments.
+    """Shuffle the examples of an epoch and split them into optimizer steps of similar size.
+
+    The result depends only on the arguments.
 
     Args:
         lengths: [n] size of each example.
-        seed: of the run.
-        epoch: from 0.
-        batch_tokens: a step has at most so many tokens, unless it is a single larger group.
-        batch_examples: a step has at most so many groups (examples, if none are grouped). Exactly one of the two is
-            given.
-        groups: [n] number of each example's group, from 0 in order; None: each example is one. Groups stay together.
+        seed: seed of the run.
+        epoch: index of the epoch, from 0.
+        batch_tokens: maximum number of tokens in a step; a larger group is a step by itself.
+        batch_examples: maximum number of groups in a step (of examples, if they are not grouped). Exactly one of the
+            two limits must be set.
+        groups: [n] group of each example, numbered from 0 in order; None: each example is a group. Groups are not
+            split.
 
     Returns:
-        Indices of each step, every example in exactly one. As few steps as the order allows, then as even as it allows.
+        Indices of the examples in each step; each example is in exactly one. The number of steps is the minimum that
+        the order allows, and their sizes are as equal as it allows.
     """
     if (batch_tokens is None) == (batch_examples is None):
-        raise ValueError("plan_epoch: give batch_tokens or batch_examples, one of the two")
+        raise ValueError("plan_epoch: exactly one of batch_tokens and batch_examples must be set")
     if not len(lengths):
         return []
     starts = np.arange(len(lengths)) if groups is None else np.flatnonzero(np.diff(groups, prepend=-1))
@@ -53,23 +57,24 @@ def plan_epoch(
     return [np.concatenate([np.arange(starts[g], stops[g]) for g in step]) for step in steps]
 
 
-def _cut_evenly(upto: np.ndarray, capacity: int) -> list[int]:
-    """Where steps meet: the fewest steps of at most `capacity` tokens, each near its share of what is left.
+def _cut_evenly(offsets: np.ndarray, capacity: int) -> list[int]:
+    """Boundaries of the fewest steps of at most `capacity` tokens, each close to an equal share of the remaining ones.
 
-    `upto` [n + 1] are the tokens before each example, and all at the end.
+    Args:
+        offsets: [n + 1] number of tokens before each example, then the total.
     """
-    least = [len(upto) - 1]  # filled from the end: where each step must stop at least for the rest to fit
-    while least[-1] > 0:
-        first = int(np.searchsorted(upto, upto[least[-1]] - capacity, side="left"))
-        least.append(min(first, least[-1] - 1))
-    least = least[::-1][1:-1]
+    earliest = [len(offsets) - 1]  # earliest end of each step such that the rest fits; filled from the last step
+    while earliest[-1] > 0:
+        first = int(np.searchsorted(offsets, offsets[earliest[-1]] - capacity, side="left"))
+        earliest.append(min(first, earliest[-1] - 1))
+    earliest = earliest[::-1][1:-1]
     stops: list[int] = []
     at = 0
-    for number, low in enumerate(least):
-        share = (upto[-1] - upto[at]) / (len(least) + 1 - number)
-        high = int(np.searchsorted(upto, upto[at] + capacity, side="right")) - 1
-        near = int(np.searchsorted(upto, upto[at] + share))
-        near -= upto[near] - upto[at] - share > share - (upto[near - 1] - upto[at])
+    for number, low in enumerate(earliest):
+        share = (offsets[-1] - offsets[at]) / (len(earliest) + 1 - number)
+        high = int(np.searchsorted(offsets, offsets[at] + capacity, side="right")) - 1
+        near = int(np.searchsorted(offsets, offsets[at] + share))
+        near -= offsets[near] - offsets[at] - share > share - (offsets[near - 1] - offsets[at])
         at = max(low, at + 1, min(near, high))
         stops.append(at)
     return stops
@@ -82,18 +87,18 @@ def split_micro(
     packed: bool,
     groups: np.ndarray | None = None,
 ) -> list[list[int]]:
-    """Split examples into micro-batches of at most `micro_tokens` tokens; a larger group has one of its own.
+    """Split examples into micro-batches of at most `micro_tokens` tokens; a larger group is a micro-batch by itself.
 
     Args:
-        indices: of the examples; those of a group are adjacent and in order.
-        lengths: sizes of all examples, which `indices` index.
-        micro_tokens: real tokens if rows are packed; else rows times the longest, padding included.
-        packed: as few rows as best-fit decreasing needs, then as even as they get, since the largest row decides how
-            much memory a step takes; else put examples of like length together.
-        groups: [n] number of the group of every example; None: each is one of its own.
+        indices: indices of the examples; those of a group are adjacent and in order.
+        lengths: [n] sizes of all examples, indexed by `indices`.
+        micro_tokens: limit on real tokens if rows are packed, otherwise on rows times the longest, padding included.
+        packed: if True, use as many rows as best-fit decreasing needs, then equalize them, since the largest row
+            determines the memory of a step. If False, examples of similar length are batched together.
+        groups: [n] group of each example; None: each example is a group.
 
     Returns:
-        Indices of each micro-batch, the same for the same examples in whatever order. Groups stay together.
+        Indices of the examples in each micro-batch, independent of the order of `indices`. Groups are not split.
     """
     atoms = _atoms(indices, lengths, groups)
     batches: list[list[_Atom]] = []
@@ -120,7 +125,7 @@ def split_micro(
 
 
 class _Atom(NamedTuple):
-    """Examples that stay together."""
+    """A group of examples, which must be in the same micro-batch."""
 
     members: tuple[int, ...]
     tokens: int
@@ -138,7 +143,7 @@ def _atoms(indices: Sequence[int] | np.ndarray, lengths: np.ndarray, groups: np.
 
 
 def _even(largest_first: list[_Atom], count: int, micro_tokens: int) -> list[list[_Atom]] | None:
-    """Deal groups into `count` rows, each to the emptiest (largest first); None if one becomes too full."""
+    """Distribute groups over `count` rows, largest first to the emptiest row; None if a row would exceed the limit."""
     batches: list[list[_Atom]] = [[] for _ in range(count)]
     fill = [(0, batch) for batch in range(count)]
     for atom in largest_first:
@@ -151,26 +156,28 @@ def _even(largest_first: list[_Atom], count: int, micro_tokens: int) -> list[lis
 
 
 def collate_tokens(examples: Sequence[Example], packed: bool, pad_id: int, pool_rows: bool = False) -> Batch:
-    """Make a micro-batch of text; its label positions are computed here, so a step has no shape that depends on data.
+    """Collate text examples into a micro-batch.
+
+    Label positions are computed here, so that no shape in a step depends on data.
 
     Args:
         examples: at least one, whose inputs include `input_ids` [T]; all with the same inputs and `columns`. Inputs as
-            long as `input_ids` are laid out as the tokens are, others are concatenated along their first dimension.
-        packed: one row of all, end to end; else a row each, padded on the right.
-        pad_id: what rows are padded with.
-        pool_rows: the model pools by row and gives one output for each, which the labels are for.
+            long as `input_ids` are laid out like the tokens; others are concatenated along their first dimension.
+        packed: concatenate all examples in one row; otherwise each example is a row, padded on the right.
+        pad_id: token that rows are padded with.
+        pool_rows: the model pools each row to one output, to which the labels apply.
 
     Raises:
-        ValueError: an example is empty, a label stands beyond its example, columns differ, or packed rows are to be
-            pooled.
+        ValueError: an example is empty, a label is beyond the end of its example, columns differ, or `packed` and
+            `pool_rows` are both set.
     """
     lengths = np.array([len(example.inputs["input_ids"]) for example in examples], dtype=np.int64)
     if not len(lengths) or not lengths.all():
-        raise ValueError("collate: there is no example, or an empty one")
+        raise ValueError("collate: there are no examples, or one is empty")
     if packed and pool_rows:
-        raise ValueError("collate: a model that pools by row takes padded rows, not packed ones")
+        raise ValueError("collate: a model that pools each row needs padded rows, not packed ones")
     count, longest = len(lengths), int(lengths.max())
-    firsts = np.concatenate([[0], np.cumsum(lengths)[:-1]])  # of each example among the real tokens
+    firsts = np.concatenate([[0], np.cumsum(lengths)[:-1]])  # index of each example's first token in all real tokens
     owner = np.repeat(np.arange(count), lengths)
     position = np.arange(int(lengths.sum())) - firsts[owner]
     # The index of each real token in the flattened [rows, width].
@@ -178,9 +185,9 @@ def collate_tokens(examples: Sequence[Example], packed: bool, pad_id: int, pool_
     rows, width = (1, len(place)) if packed else (count, longest)
 
     def spread(values: np.ndarray, fill: int) -> torch.Tensor:
-        whole = np.full((rows * width, *values.shape[1:]), fill, dtype=values.dtype)
-        whole[place] = values
-        return torch.from_numpy(whole).view(rows, width, *values.shape[1:])
+        grid = np.full((rows * width, *values.shape[1:]), fill, dtype=values.dtype)
+        grid[place] = values
+        return torch.from_numpy(grid).view(rows, width, *values.shape[1:])
 
     tokens = np.concatenate([example.inputs["input_ids"] for example in examples]).astype(np.int64)
     inputs = {"input_ids": spread(tokens, pad_id), "position_ids": spread(position, 0)}
@@ -203,11 +210,11 @@ def collate_tokens(examples: Sequence[Example], packed: bool, pad_id: int, pool_
 
 
 def collate_rows(examples: Sequence[Example], lengths: Sequence[int]) -> Batch:
-    """Make a micro-batch of inputs that are all of one shape: each example is a row, with one output position.
+    """Stack examples whose inputs have equal shapes into a micro-batch: each is a row with one output position.
 
     Args:
         examples: at least one; every input is stacked.
-        lengths: size of each, as the task counts it.
+        lengths: size of each example, as the task counts it.
 
     Raises:
         ValueError: shapes or columns differ.
@@ -253,12 +260,12 @@ def _finish(
 
 
 def _groups(examples: Sequence[Example]) -> tuple[tuple[int, int], ...]:
-    found: list[tuple[int, int]] = []
+    groups: list[tuple[int, int]] = []
     for index, example in enumerate(examples):
         same = index > 0 and example.group is not None and example.group == examples[index - 1].group
-        start = found.pop()[0] if same else index
-        found.append((start, index + 1))
-    return tuple(found)
+        start = groups.pop()[0] if same else index
+        groups.append((start, index + 1))
+    return tuple(groups)
 
 
 def _column_names(examples: Sequence[Example]) -> list[str]:
@@ -266,14 +273,14 @@ def _column_names(examples: Sequence[Example]) -> list[str]:
     for example in examples:
         if set(example.columns) != set(names):
             differ = ", ".join(sorted(set(example.columns) ^ set(names)))
-            raise ValueError(f"collate: column {differ} is not in all of the examples {examples[0].key}, {example.key}")
+            raise ValueError(f"collate: column {differ} is missing from example {examples[0].key} or {example.key}")
     return names
 
 
 def _column(
     name: str, examples: Sequence[Example], spread: Callable[[np.ndarray, int], torch.Tensor] | None
 ) -> torch.Tensor:
-    """A column laid out by its axis: [examples, …], [L, …], or as the inputs are, padded with zeros."""
+    """Collate a column along its axis: [examples, …], [L, …], or like the inputs, padded with zeros."""
     columns = [example.columns[name] for example in examples]
     wrong = next((e for e, c in zip(examples, columns, strict=True) if not isinstance(c, Column)), None)
     if wrong is not None:
@@ -282,7 +289,7 @@ def _column(
         )
     axis = columns[0].axis
     if any(column.axis != axis for column in columns):
-        raise ValueError(f"collate: column {name} has several axes: {sorted({column.axis for column in columns})}")
+        raise ValueError(f"collate: column {name} has different axes: {sorted({column.axis for column in columns})}")
     if axis == "example":
         return torch.from_numpy(np.stack([column.values for column in columns]))
     for example, column in zip(examples, columns, strict=True):
@@ -290,12 +297,12 @@ def _column(
         if column.values.ndim == 0 or len(column.values) != size:
             raise ValueError(
                 f"collate: column {name} of example {example.key} has shape {column.values.shape}; its axis is {axis}, "
-                f"so that it must have one value for each of its {size}"
+                f"so its first dimension must be {size}"
             )
-    whole = np.concatenate([column.values for column in columns])
-    return torch.from_numpy(whole) if axis == "label" or spread is None else spread(whole, 0)
+    values = np.concatenate([column.values for column in columns])
+    return torch.from_numpy(values) if axis == "label" or spread is None else spread(values, 0)
 
 
 def pad_share(batch: Batch) -> float:
-    """Share of the batch's positions that are padding."""
+    """Fraction of the batch's positions that are padding."""
     return 1.0 - sum(batch.lengths) / (batch.rows * batch.width)

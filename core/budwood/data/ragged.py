@@ -1,4 +1,4 @@
-"""Arrays of different lengths in one flat buffer: what a file of examples is kept in, and cached as."""
+"""Arrays of different lengths in one flat buffer, the layout of a file's examples in memory and in the cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Ragged:
-    """Arrays of one dtype and rank, end to end in one flat buffer; an item is a view.
+    """Arrays of one dtype and rank, concatenated in one flat buffer; indexing returns a view.
 
     Attributes:
         values: [n] all elements.
@@ -21,10 +21,10 @@ class Ragged:
 
     @classmethod
     def of(cls, arrays: Sequence[np.ndarray]) -> Ragged:
-        """Put arrays end to end.
+        """Concatenate arrays.
 
         Raises:
-            ValueError: they differ in rank.
+            ValueError: the arrays differ in rank.
         """
         if len({array.ndim for array in arrays}) > 1:
             raise ValueError(f"arrays of {sorted({array.ndim for array in arrays})} dimensions")
@@ -40,5 +40,5 @@ class Ragged:
         return self.values[self._starts[index] : self._starts[index + 1]].reshape(self.shapes[index])
 
     def span(self, index: int) -> slice:
-        """Where an array's elements are in `values`."""
+        """Slice of `values` that holds the array at `index`."""
         return slice(int(self._starts[index]), int(self._starts[index + 1]))

@@ -30,7 +30,7 @@ class Rows(Sequence[Row]):
     Attributes:
         path: the file or folder, as the user gave it.
         columns: names, in order of first appearance.
-        sha256: hex digest of the file's bytes (for a folder, of all files' names and bytes).
+        sha256: hex digest of the file's bytes (for a folder, of the names and bytes of its files).
         notes: lines to show to the user, such as a skipped byte order mark.
     """
 
@@ -43,7 +43,7 @@ class Rows(Sequence[Row]):
         notes: Sequence[str] = (),
     ) -> None:
         if not len(rows):
-            raise InputError(f"{path}: it has no rows. Give a file with at least one.")
+            raise InputError(f"{path}: no rows. Give a file with at least one.")
         self.path, self.columns, self.notes = path, list(columns), list(notes)
         self._rows, self._place = rows, place
         self.sha256 = hash_file(path)
@@ -66,7 +66,8 @@ def read_rows(path: str | Path) -> Rows:
     """Read the rows of a data file or folder.
 
     Raises:
-        InputError: names file and line: missing, unreadable, empty, of an unknown type, not UTF-8, or malformed.
+        InputError: the file is missing, unreadable, empty, of an unknown type, not UTF-8, or malformed; the message
+            has its path and line.
     """
     path = Path(path)
     files = find_files(path)
@@ -80,16 +81,16 @@ def hash_file(path: Path) -> str:
     """Return the hex SHA-256 of a data file, or of the names and bytes of a data folder's files.
 
     Raises:
-        InputError: it cannot be read, or is not data.
+        InputError: the file or folder cannot be read, or its type is unknown.
     """
     digest = hashlib.sha256()
     try:
         for file_path in find_files(path):
             with file_path.open("rb") as file:
-                one = hashlib.file_digest(file, "sha256")
+                file_digest = hashlib.file_digest(file, "sha256").hexdigest()
             if file_path == path:
-                return one.hexdigest()
-            digest.update(f"{file_path.name}\0{one.hexdigest()}\0".encode())
+                return file_digest
+            digest.update(f"{file_path.name}\0{file_digest}\0".encode())
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
     return digest.hexdigest()
@@ -99,7 +100,7 @@ def find_files(path: Path) -> list[Path]:
     """Return the files that hold the data of a file or folder, without reading them.
 
     Raises:
-        InputError: it is missing, empty, or of an unknown type.
+        InputError: the file or folder is missing, empty, or of an unknown type.
     """
     try:
         if path.is_dir():
@@ -132,7 +133,7 @@ def _find_in_folder(path: Path) -> list[Path]:
         raise InputError(f"{path}: neither a `datasets` folder nor a folder of Parquet files. Accepted: {_ACCEPTED}.")
     shards = {match[1] for file in files if (match := re.fullmatch(r"(.+)-\d{5}-of-\d{5}\.parquet", file.name))}
     if len(shards) > 1:
-        raise InputError(f"{path}: holds the splits {', '.join(sorted(shards))}. Put each in a folder of its own.")
+        raise InputError(f"{path}: holds the splits {', '.join(sorted(shards))}. Put each split in a separate folder.")
     return files
 
 
@@ -205,9 +206,9 @@ def _read_csv(path: Path) -> Rows:
 
 
 def _check_header(path: Path, names: list[str]) -> list[str]:
-    for other, what in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
-        if len(names) == 1 and other in names[0]:
-            raise InputError(f"{path}:1: the columns are separated by {what}. Save it with commas.")
+    for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        if len(names) == 1 and separator in names[0]:
+            raise InputError(f"{path}:1: the columns are separated by {name}. Save the file with commas.")
     for name in names:
         if name and names.count(name) > 1:
             raise InputError(f"{path}:1: column '{name}' appears twice in the header.")
@@ -226,7 +227,7 @@ def _read_folder(path: Path, files: list[Path]) -> Rows:
     _check_names(path)
     try:
         table = datasets.load_from_disk(str(path)).with_format("arrow")[:]
-    except Exception as error:  # the library can raise anything on bad files
+    except Exception as error:  # the library may raise any exception on bad files
         raise InputError(f"{path}: not a readable `datasets` folder: {_first_line(error)}.") from error
     return _arrow_rows(path, [table])
 
@@ -245,7 +246,7 @@ def _read_parquet_table(path: Path) -> pa.Table:
 
     try:
         return pq.read_table(path)
-    except Exception as error:  # types defined by the file can raise anything
+    except Exception as error:  # types defined by the file may raise any exception
         raise InputError(f"{path}: not a readable Parquet file: {_first_line(error)}.") from error
 
 
@@ -280,7 +281,7 @@ class _Table(Sequence[Row]):
 
 
 def _class_names(table: pa.Table) -> dict[str, list[str]]:
-    """Return the names behind integer columns: `datasets` keeps a ClassLabel's names in the schema's metadata."""
+    """Return the class names of integer columns, which `datasets` stores in the schema's metadata (ClassLabel)."""
     try:
         features = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {
@@ -314,7 +315,7 @@ def _parse_json(text: str, where: str, whole: bool = False) -> Any:
         raise InputError(f"{where}: malformed JSON at {place}: {error.msg}.") from error
     except RecursionError as error:
         raise InputError(f"{where}: malformed JSON: nested too deeply.") from error
-    except ValueError as error:  # ours below, and numbers with thousands of digits
+    except ValueError as error:  # raised by the hooks below, and for numbers with thousands of digits
         raise InputError(f"{where}: malformed JSON: {_first_line(error)}.") from error
 
 
@@ -322,8 +323,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) != len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"duplicate key '{twice}' in an object")
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"duplicate key '{duplicate}' in an object")
     return row
 
 
@@ -360,7 +361,7 @@ def _decode_whole(path: Path, notes: list[str]) -> str:
             return data.decode("utf-8")
         except UnicodeDecodeError:
             pass
-    for number, raw in enumerate(data.split(b"\n"), 1):  # again, to find the line
+    for number, raw in enumerate(data.split(b"\n"), 1):  # decode line by line to find the bad one
         _decode(raw, path, number)
     raise AssertionError("every line decodes, so the whole file must")
 

@@ -1,1 +1,1 @@
-"""Models: a base, its fingerprint, tasks, generation, and linears for strategies."""
+"""Models: loading a base, its fingerprint, tasks, generation, and linear operations for strategies."""

@@ -1,4 +1,4 @@
-"""The frozen base of a run, loaded quantised."""
+"""Loads the frozen base of a run, quantised if requested."""
 
 from __future__ import annotations
 
@@ -48,32 +48,32 @@ __all__ = [
     "skeleton",
 ]
 
-hide_hub_kernels()  # before a plugin imports peft, which imports bitsandbytes, which fetches them
+hide_hub_kernels()  # before a plugin imports peft, which imports bitsandbytes, which downloads kernels
 
 STORED = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
-"""What safetensors call torch's dtypes."""
+"""Names of torch dtypes in safetensors."""
 PRECISIONS = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
-"""What recipes call them."""
+"""Names of torch dtypes in recipes."""
 
 
 @dataclass
 class Base:
-    """A loaded base; every parameter is frozen, and the model is in evaluation mode.
+    """A loaded base; every parameter is frozen, and the model is in eval mode.
 
     Attributes:
-        name: as the user gave it.
+        name: folder or hub name, as the user gave it.
         path: its folder.
-        tokenizer: None if the task needs none.
-        fingerprint: of its checkpoint, as `fingerprint` gives it.
-        quantization: none, int8, nf4, fp4, or a third party's.
-        bytes: of its parameters and buffers as they are stored, with the quantiser's constants.
-        bytes_unquantized: of its parameters in `dtype`, with none quantised.
-        unquantized_share: of its weights, by count, that the quantiser has not taken.
-        parameters: how many there are.
-        dtype: what it computes in, and of what is not quantised.
-        new: names of parameters that the checkpoint does not hold: a new classification head, drawn from the seed.
-        notes: lines for people.
-        double_quantization: whether a 4-bit quantiser was told to quantise its constants too.
+        tokenizer: None if the task does not need one.
+        fingerprint: hash of its checkpoint; see `fingerprint`.
+        quantization: none, int8, nf4, fp4, or the name of a third party's quantiser.
+        bytes: stored size of parameters and buffers, including the quantiser's constants.
+        bytes_unquantized: size of all parameters in `dtype` without quantisation.
+        unquantized_share: fraction of the weights, by count, that are not quantised.
+        parameters: number of parameters.
+        dtype: dtype of computation and of weights that are not quantised.
+        new: names of parameters that are not in the checkpoint: a new classification head, initialised from the seed.
+        notes: lines for the user.
+        double_quantization: whether a 4-bit quantiser also quantises its constants.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Base:
 
     @property
     def revision(self) -> str | None:
-        """The hub's commit that it is of; None for a folder."""
+        """Commit of the base on the hub; None for a local folder."""
         return commit_of(self.path)
 
 
@@ -110,21 +110,21 @@ def load_base(
     seed: int = 0,
     needs_tokenizer: bool = True,
 ) -> Base:
-    """Load a base: quantised tensor by tensor as it is read, so that memory never holds all of it in 16 bit.
+    """Load a base, and quantise each tensor as it is read, so that memory never holds the complete base in 16 bit.
 
     Args:
         model: a folder or a hub name.
-        quantization: name of a quantiser; None: what the checkpoint has, or none.
+        quantization: name of a quantiser; None: that of the checkpoint, if it is quantised.
         auto_class: name of one of transformers' auto classes.
-        dtype: float32, bfloat16 or float16; of computation and of all that is not quantised.
-        double_quantization: quantise the constants too (4 bit).
+        dtype: float32, bfloat16 or float16; dtype of computation and of weights that are not quantised.
+        double_quantization: also quantise the constants (4 bit).
         model_kwargs: changes to the configuration, such as `num_labels`.
-        seed: of a new head's weights.
+        seed: seed for the weights of a new head.
         needs_tokenizer: False leaves `Base.tokenizer` None.
 
     Raises:
-        InputError, ResourceError, CorruptError: as `check_base`; memory is too small; a weight that the model needs
-            is missing from the checkpoint, or has another shape.
+        InputError, ResourceError, CorruptError: as `check_base`; the base does not fit in memory; a weight of the
+            model is missing from the checkpoint, or has the wrong shape.
     """
     import torch
 
@@ -159,18 +159,18 @@ def load_base(
                 dtype=dtype,
                 device_map={"": device},
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # judged below, by name
+                ignore_mismatched_sizes=True,  # reported by name below
                 local_files_only=True,
             )
         except torch.OutOfMemoryError as error:
             raise ResourceError(f"base '{name}' does not fit on {device}: {first_line(error)}") from error
         except MemoryError as error:
-            raise ResourceError(f"base '{name}' does not fit into memory.") from error
+            raise ResourceError(f"base '{name}' does not fit in memory.") from error
         except ImportError as error:
             raise ResourceError(f"base '{name}' needs a library: {first_line(error)}") from error
-        except Exception as error:  # a model class may raise anything on values that it does not expect
+        except Exception as error:  # a model class may raise any exception on unexpected values
             if "can't allocate memory" in str(error):
-                raise ResourceError(f"base '{name}' does not fit into memory: {first_line(error)}") from error
+                raise ResourceError(f"base '{name}' does not fit in memory: {first_line(error)}") from error
             raise CorruptError(f"base '{name}' does not load: {describe(error)}") from error
     loaded: PreTrainedModel
     report: dict[str, Any]
@@ -194,28 +194,29 @@ def load_base(
     base.notes.append(_describe(base, heads))
     experts = count_experts(loaded)
     if experts.total:
-        counted = f"{experts.quantized:,} of {experts.total:,} in {base.quantization}"
-        counted = f"{experts.total:,}, not quantised" if base.quantization == "none" else counted
-        base.notes.append(f"experts: {counted}")
+        counts = f"{experts.quantized:,} of {experts.total:,} in {base.quantization}"
+        counts = f"{experts.total:,}, not quantised" if base.quantization == "none" else counts
+        base.notes.append(f"experts: {counts}")
     if new:
-        base.notes.append(f"new, from the seed: {_some(list(new))}")
+        base.notes.append(f"new, initialised from the seed: {_some(list(new))}")
     unused = sorted(report["unexpected_keys"])
-    if unused and not new:  # a model with a head of its own has no use for the checkpoint's
+    if unused and not new:  # a model with a new head does not use the checkpoint's
         base.notes.append(f"{len(unused)} tensors of the checkpoint are not used: {_some(unused)}")
     return base
 
 
 def _check_size(name: str, frame: PreTrainedModel, tensors: Iterable[TensorInfo]) -> None:
-    """Refuse a configuration whose model is far larger than its checkpoint, before anything is allocated by it.
+    """Refuse a configuration whose model is far larger than its checkpoint, before memory is allocated for it.
 
     Raises:
-        CorruptError: it has over 4 times the numbers; a checkpoint in 4 bit holds two in a byte.
+        CorruptError: the model has over 4 times as many elements; a 4-bit checkpoint stores two per byte.
     """
     described = sum(tensor.numel() for tensor in (*frame.parameters(), *frame.buffers()))
-    held = sum(math.prod(tensor.shape) for tensor in tensors)
-    if described > 4 * held + (1 << 24):  # and a new head
+    stored = sum(math.prod(tensor.shape) for tensor in tensors)
+    if described > 4 * stored + (1 << 24):  # room for a new head
         raise CorruptError(
-            f"base '{name}': config.json describes a model of {described:,} numbers, and its checkpoint holds {held:,}."
+            f"base '{name}': config.json describes a model of {described:,} elements, but its checkpoint has "
+            f"{stored:,}."
         )
 
 
@@ -225,41 +226,42 @@ def _generation_config(path: Path) -> GenerationConfig:
     read_json(path / "generation_config.json", finite=False)
     try:
         return GenerationConfig.from_pretrained(str(path), local_files_only=True)
-    except Exception as error:  # it may raise anything on values that it does not expect
+    except Exception as error:  # it may raise any exception on unexpected values
         raise CorruptError(f"{path / 'generation_config.json'}: {describe(error)}") from error
 
 
 def _heads(model: PreTrainedModel) -> list[str]:
-    """Names of modules beside the decoder or encoder; they stay in the compute dtype."""
+    """Return the names of modules other than the decoder or encoder, which stay in the compute dtype."""
     return [name for name, _ in model.named_children() if name != model.base_model_prefix]
 
 
 def _check_complete(name: str, model: PreTrainedModel, frame: PreTrainedModel, report: dict[str, Any]) -> None:
-    """Refuse a checkpoint that does not fill its model; only a classifier's head may be new.
+    """Refuse a checkpoint that does not match its model; only the head of a classifier may be new.
 
     Raises:
-        CorruptError: it names what is missing, or has another shape, or belongs to layers that the model has not.
+        CorruptError: weights are missing, have the wrong shape, or belong to layers that the model does not have; the
+            message names them.
     """
-    within = f"{model.base_model_prefix}."
+    prefix = f"{model.base_model_prefix}."
     missing = sorted(report["missing_keys"])
     if model.get_output_embeddings() is None:
-        missing = [key for key in missing if key.startswith(within)]
+        missing = [key for key in missing if key.startswith(prefix)]
     if missing:
         raise CorruptError(f"base '{name}': {len(missing)} weights are missing: {_some(missing)}")
     mismatched = sorted({str(item[0]) for item in report["mismatched_keys"]} | _wrong_shapes(model, frame))
     if mismatched:
-        raise CorruptError(f"base '{name}': {len(mismatched)} weights have another shape than config.json says: "
+        raise CorruptError(f"base '{name}': {len(mismatched)} weights do not have the shape given by config.json: "
                            f"{_some(mismatched)}")  # fmt: skip
     numbered = {re.sub(r"\d+", "#", key) for key in model.state_dict()}
-    beyond = [key for key in sorted(report["unexpected_keys"]) if re.sub(r"\d+", "#", key) in numbered]
-    if beyond:
-        raise CorruptError(f"base '{name}': the checkpoint holds layers beyond those of config.json: {_some(beyond)}")
+    extra = [key for key in sorted(report["unexpected_keys"]) if re.sub(r"\d+", "#", key) in numbered]
+    if extra:
+        raise CorruptError(f"base '{name}': the checkpoint has more layers than config.json: {_some(extra)}")
     if report.get("error_msgs"):
         raise CorruptError(f"base '{name}': {str(report['error_msgs'][0]).splitlines()[0]}")
 
 
 def _wrong_shapes(model: nn.Module, frame: nn.Module) -> set[str]:
-    """Quantised weights that do not fit the model, which transformers takes because of their packed shape.
+    """Return the names of quantised weights of the wrong shape, which transformers accepts as they are packed.
 
     Args:
         frame: the same model without weights, as config.json describes it.
@@ -273,7 +275,7 @@ def _wrong_shapes(model: nn.Module, frame: nn.Module) -> set[str]:
 
 
 def _sizes(model: nn.Module, dtype: torch.dtype) -> tuple[int, int, float, int]:
-    """Bytes as stored, bytes in `dtype`, share of weights not quantised, count of parameters."""
+    """Return stored bytes, bytes in `dtype`, fraction of weights not quantised, and number of parameters."""
     tensors = [*model.parameters(), *model.buffers()]
     elements = {id(parameter): parameter.numel() for parameter in model.parameters()}
     quantized = {}
@@ -290,10 +292,10 @@ def _describe(base: Base, heads: list[str]) -> str:
     precision = PRECISIONS[str(base.dtype)]
     if base.quantization == "none":
         return f"{size(base.bytes)} in {precision}, not quantised"
-    kept = ["embeddings", *(head for head in heads if any(True for _ in base.model.get_submodule(head).parameters()))]
+    names = ["embeddings", *(head for head in heads if any(True for _ in base.model.get_submodule(head).parameters()))]
     return (
         f"{size(base.bytes)} in {base.quantization} ({size(base.bytes_unquantized)} in {precision}); "
-        f"{base.unquantized_share:.0%} of the weights stay in {precision}: {', '.join(kept)}, norms"
+        f"{base.unquantized_share:.0%} of the weights stay in {precision}: {', '.join(names)}, norms"
     )
 
 

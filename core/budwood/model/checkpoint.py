@@ -1,4 +1,4 @@
-"""Reads a base on disk: its folder, configuration, safetensors headers and fingerprint. Imports no torch."""
+"""Reads a base on disk: folder, configuration, safetensors headers, fingerprint. Does not import torch."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 
 
 _revisions: ContextVar[dict[str, str] | None] = ContextVar("revisions", default=None)
-"""Revision of each hub name in `one_revision`."""
+"""Revision of each hub name inside `one_revision`."""
 
 
 @contextmanager
 def one_revision(model: str, revision: str | None = None) -> Iterator[None]:
-    """Let `resolve` find every hub name at one commit in the block: the one that it finds first.
+    """Pin every hub name in the block to one commit: the one to which `resolve` first resolves it.
 
     Args:
         model: a folder or a hub name.
@@ -45,16 +45,17 @@ def one_revision(model: str, revision: str | None = None) -> Iterator[None]:
 
 
 def resolve(model: str | Path, weights: bool = True, code: bool = False, revision: str | None = None) -> Path:
-    """Find the folder of a base: a folder, or a name on the hub, downloaded into its cache.
+    """Return the folder of a base, downloading it to the hub's cache if `model` is a hub name.
 
     Args:
-        weights: download the weights too, not only the small files.
-        code: download Python files too.
-        revision: branch, tag or commit on the hub; None: as `one_revision` has it, or the main branch.
+        model: a folder or a hub name.
+        weights: also download the weights, not only the small files.
+        code: also download Python files.
+        revision: branch, tag or commit on the hub; None: that of `one_revision`, or the main branch.
 
     Raises:
-        InputError: there is no such folder, name or revision; a folder was given with a revision.
-        ResourceError: it would have to be downloaded, and cannot be.
+        InputError: the folder, name or revision does not exist; a folder was given with a revision.
+        ResourceError: the base is not cached and cannot be downloaded.
     """
     name = str(model)
     path = Path(os.path.expanduser(name))
@@ -65,14 +66,14 @@ def resolve(model: str | Path, weights: bool = True, code: bool = False, revisio
             if revision is not None:
                 raise InputError(folder_with_revision(name, revision))
             return path
-        there = path.exists()
+        exists = path.exists()
     except OSError as error:  # the name is too long, or the folder is not accessible
         raise InputError(f"base '{shorten(name)}': {error.strerror}.") from error
-    if there:
+    if exists:
         raise InputError(f"base '{name}' is a file: give the folder that contains config.json and *.safetensors.")
-    inside = path.parent != Path(".") and path.parent.is_dir()
-    if inside or not HUB_NAME.fullmatch(name):
-        siblings = [str(path.parent / p.name) for p in path.parent.iterdir() if p.is_dir()] if inside else []
+    in_folder = path.parent != Path(".") and path.parent.is_dir()
+    if in_folder or not HUB_NAME.fullmatch(name):
+        siblings = [str(path.parent / p.name) for p in path.parent.iterdir() if p.is_dir()] if in_folder else []
         raise InputError(f"base '{name}': no such folder.{did_you_mean(name, siblings)}")
     folder = _from_hub(name, weights, code, revision)
     if revisions is not None and (commit := commit_of(folder)):
@@ -81,12 +82,15 @@ def resolve(model: str | Path, weights: bool = True, code: bool = False, revisio
 
 
 def folder_with_revision(model: str, revision: str) -> str:
-    """Return the message for a revision beside a local folder."""
-    return f"base.revision: '{shorten(revision)}' is of the hub, and '{shorten(model)}' is a folder here: leave it out."
+    """Return the message for a revision given with a local folder."""
+    return (
+        f"base.revision: '{shorten(revision)}' needs a model from the hub, but '{shorten(model)}' is a local folder: "
+        "leave it out."
+    )
 
 
 def commit_of(folder: Path) -> str | None:
-    """The hub's commit of a base's folder; None for a folder that is not in the hub's cache."""
+    """Return the hub commit of a base's folder; None if the folder is not in the hub's cache."""
     cached = folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name)
     return folder.name if cached else None
 
@@ -126,9 +130,9 @@ def _from_hub(name: str, weights: bool, code: bool, revision: str | None) -> Pat
     except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
         raise InputError(f"base '{name}' is neither a local folder nor a model on the hub.") from error
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise ResourceError(
-            f"base {shown} is neither a local folder nor in the hub's cache, and {why}: "
+            f"base {shown} is neither a local folder nor in the hub's cache, and {reason}: "
             "give a folder, or go online and download it once."
         ) from error
     except (hub.HfHubHTTPError, OSError) as error:
@@ -139,7 +143,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json.
 
     Raises:
-        InputError: the folder is not a base; the message says what it is instead.
+        InputError: the folder is not a base.
         CorruptError: config.json is not a JSON object that names a model type.
     """
     path = folder / "config.json"
@@ -155,11 +159,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """Read the headers of all of a base's safetensors, and check that the files are complete.
+    """Read the headers of all safetensors files of a base, and check that the files are complete.
 
     Raises:
-        InputError: there are no safetensors.
-        CorruptError: a file is missing, truncated or not what it claims to be.
+        InputError: there are no safetensors files.
+        CorruptError: a file is missing, truncated or malformed.
     """
     single = folder / "model.safetensors"
     if single.is_file():  # as in transformers, even if there is an index too
@@ -171,20 +175,22 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for name in sorted(set(index.values())):
         if not (folder / name).is_file():
-            raise CorruptError(f"{folder / name} is missing, but model.safetensors.index.json names it.")
-        found = read_header(folder / name)
-        tensors |= {key: info for key, info in found.items() if index.get(key, name) == name}
-    lost = [name for name in index if name not in tensors]
-    if lost:
-        raise CorruptError(f"{folder / index[lost[0]]} does not contain '{lost[0]}', although the index says so.")
+            raise CorruptError(f"{folder / name} is missing, but listed in model.safetensors.index.json.")
+        header = read_header(folder / name)
+        tensors |= {key: info for key, info in header.items() if index.get(key, name) == name}
+    missing = [name for name in index if name not in tensors]
+    if missing:
+        raise CorruptError(
+            f"{folder / index[missing[0]]} does not contain '{missing[0]}', which model.safetensors.index.json lists."
+        )
     return tensors
 
 
 def fingerprint(folder: str | Path) -> str:
     """Hash a base: every tensor's name, dtype, shape and a sample of its bytes, independent of sharding.
 
-    Reads at most 32 KiB per tensor, so 70 billion parameters take seconds. Differences between the sampled pages are
-    not detected. For a hub name, weights that are not cached are downloaded.
+    Reads at most 32 KiB per tensor, so that a base of 70 billion parameters takes seconds. Differences between the
+    sampled pages are not detected. For a hub name, weights that are not cached are downloaded.
 
     Returns:
         64 hexadecimal digits (SHA-256).
@@ -237,7 +243,7 @@ def _index(folder: Path) -> dict[str, str]:
 
 
 def _refuse_other_weights(folder: Path) -> None:
-    """Raise an error with a remedy if there are weights, but only in formats that are not read."""
+    """Raise an error with a remedy if the folder has weights only in unsupported formats."""
     if any(folder.glob("*.gguf")):
         raise InputError(f"base '{folder}' has GGUF weights, which cannot be trained: give the original safetensors.")
     pickles = [path.name for pattern in _PICKLES for path in sorted(folder.glob(pattern))]

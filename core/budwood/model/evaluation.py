@@ -1,4 +1,4 @@
-"""Batches of a run's examples, and the sums that an evaluation takes over them."""
+"""Batches of a run's examples, and the weighted sums of an evaluation over them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from budwood.model.streaming import release_memory
 T = TypeVar("T")
 
 CHUNK = 256
-"""Label positions whose logits exist at once."""
+"""Number of label positions whose logits are in memory at the same time."""
 
 
 class EvalTotals:
-    """Weighted sums over the labels of an evaluation, and the (label, prediction) pairs of tasks that keep them."""
+    """Weighted sums over the labels of an evaluation, with (label, prediction) pairs if the task gathers them."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
@@ -30,27 +30,27 @@ class EvalTotals:
 
     @classmethod
     def of(cls, task: Any, run: Run, noise: Callable[[Batch], Tensor | None] | None = None) -> EvalTotals:
-        """Gather the task's loss and label metrics over `run.eval_examples`, all processes together."""
+        """Sum the task's loss and label metrics over `run.eval_examples` and all processes."""
 
         def gather(batch: Batch) -> EvalTotals:
-            found = cls()
+            totals = cls()
             with task.noisy(run.model, None if noise is None else noise(batch)):
                 outputs = task.outputs(run.model, batch)
             flat = outputs.hidden.reshape(-1, outputs.hidden.shape[-1])
             for chunk in torch.arange(len(batch.labels), device=flat.device).split(CHUNK):
                 logits = at_least_fp32(outputs.head(flat[batch.label_positions[chunk]]))
-                found.add(task, logits, batch.labels[chunk], batch.weights[chunk])
-            return found
+                totals.add(task, logits, batch.labels[chunk], batch.weights[chunk])
+            return totals
 
         total = cls()
-        for found in over_eval_batches(run, gather):
-            total.merge(found)
+        for part in over_eval_batches(run, gather):
+            total.merge(part)
         if run.processes > 1:
             gathered: list[Any] = [None] * run.processes
             torch.distributed.all_gather_object(gathered, total)
             total = cls()
-            for found in gathered:
-                total.merge(found)
+            for part in gathered:
+                total.merge(part)
         return total
 
     def add(self, task: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> None:
@@ -65,7 +65,7 @@ class EvalTotals:
             self.pairs += list(zip(labels.tolist(), task.predict(logits).tolist(), strict=True))
 
     def merge(self, other: EvalTotals) -> None:
-        """Add another's sums and pairs."""
+        """Add the sums and pairs of `other`."""
         for name, value in other.sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.weight += other.weight
@@ -78,18 +78,18 @@ class EvalTotals:
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:
-    """The tensor in fp32, or in its own dtype if that is wider."""
+    """Return the tensor in fp32, or in its own dtype if that is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def over_eval_batches(run: Run, work: Callable[[Batch], T]) -> Iterator[T]:
-    """`work` of each batch of `run.eval_examples`, this process's share, without gradients and in eval mode.
+    """Yield `work(batch)` for this process's batches of `run.eval_examples`, in eval mode without gradients.
 
-    Where memory runs out, the batch is split and done again, and later batches are as small; so `work` must leave
-    nothing behind but what it returns.
+    If memory runs out, the batch is split and repeated, and later batches are limited to the same size. `work` may
+    therefore have no effect other than its return value.
 
     Raises:
-        ResourceError: memory does not even hold one example.
+        ResourceError: a single example does not fit in memory.
     """
     examples = run.eval_examples
     assert examples is not None
@@ -109,15 +109,15 @@ def over_eval_batches(run: Run, work: Callable[[Batch], T]) -> Iterator[T]:
             if len(set(examples.groups[rows[0]].tolist())) == 1:
                 raise ResourceError(does_not_fit(run.recipe, examples, rows[0]))
             run.eval_tokens = int(sizes.sum() if run.packed else sizes.max() * len(sizes)) // 2
-            run.say(f"out of memory: from here on an evaluation takes at most {run.eval_tokens:,} tokens at once")
-            again = (examples.lengths, run.eval_tokens, run.packed, examples.groups)
-            rows = [part for row in rows for part in split_micro(sorted(row), *again)]
+            run.say(f"out of memory: from now on, evaluation batches have at most {run.eval_tokens:,} tokens")
+            options = (examples.lengths, run.eval_tokens, run.packed, examples.groups)
+            rows = [part for row in rows for part in split_micro(sorted(row), *options)]
     finally:
         run.model.train(was_training)
 
 
 def _attempt(run: Run, row: list[int], work: Callable[[Batch], T]) -> tuple[T] | None:
-    """None where memory runs out; the error, and all that it holds on to, is gone by then."""
+    """Return `work` of a batch; None if memory runs out, after the error and all that it references are released."""
     try:
         with torch.no_grad(), autocast(run):
             assert run.eval_examples is not None
@@ -129,7 +129,7 @@ def _attempt(run: Run, row: list[int], work: Callable[[Batch], T]) -> tuple[T] |
 
 
 def does_not_fit(recipe: Any, examples: Any, indices: list[int]) -> str:
-    """Say that memory does not hold a group of examples by itself, and what would change that."""
+    """Return the message for a group of examples that alone does not fit in memory, with the remedies."""
     base, train = recipe.base, recipe.train
     remedies = ["lower data.max_length"]
     if not train.gradient_checkpointing:
@@ -139,24 +139,24 @@ def does_not_fit(recipe: Any, examples: Any, indices: list[int]) -> str:
     if train.precision == "fp32":
         remedies.append("set train.precision to bf16")
     tokens, where = int(examples.lengths[indices].sum()), examples.location(indices[0])
-    what = f"one example of {tokens:,} tokens ({where})"
+    subject = f"one example of {tokens:,} tokens ({where})"
     if len(indices) > 1:
-        what = f"one group of {len(indices)} examples and {tokens:,} tokens ({where})"
+        subject = f"one group of {len(indices)} examples and {tokens:,} tokens ({where})"
     return (
-        f"out of memory: {what} does not fit by itself, so a smaller train.micro_tokens cannot help: "
-        f"{', '.join(remedies)}, or take a smaller base"
+        f"out of memory: {subject} does not fit by itself, so a smaller train.micro_tokens cannot help: "
+        f"{', '.join(remedies)}, or use a smaller base"
     )
 
 
 def batches_of(run: Run, indices: Iterable[int]) -> Iterator[Batch]:
-    """Batches of `run.examples` on the device, as training would split these examples; in an order of their own."""
+    """Yield batches of `run.examples` on the device, split as in training; their order is unspecified."""
     examples = run.examples
     for row in split_micro(list(indices), examples.lengths, run.micro_tokens, run.packed, examples.groups):
         yield collate_for(run, [examples[i] for i in row], "eval").to(run.device)
 
 
 def collate_for(run: Run, examples: Iterable[Example], epoch: int | str) -> Batch:
-    """Make a batch as the run's task and model take it; `epoch` is "eval" in evaluations. See `Task.vary`."""
+    """Collate a batch for the run's task and model; `epoch` is "eval" in evaluations. See `Task.vary`."""
     task = run.task
     if task.varies():
         examples = [task.vary(example, Generator(run.seed, epoch, example.key)) for example in examples]
@@ -164,6 +164,6 @@ def collate_for(run: Run, examples: Iterable[Example], epoch: int | str) -> Batc
 
 
 def autocast(run: Run, cache: bool = True) -> torch.autocast:
-    """Autocast to the run's compute dtype, if that is a 16-bit one; `cache` keeps the casts of parameters."""
+    """Return autocast to the run's compute dtype, disabled unless that is 16-bit; `cache` keeps parameters' casts."""
     narrow = run.dtype in (torch.float16, torch.bfloat16)
     return torch.autocast(run.device.type, run.dtype if narrow else None, narrow, cache)

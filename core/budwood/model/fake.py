@@ -1,4 +1,4 @@
-"""Fake tensors: shapes, dtypes and devices without numbers, on which a step runs before any weight is read."""
+"""Fake tensors, with shape, dtype and device but no data, on which a step is checked before weights are read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class _Mode(FakeTensorMode):
-    """torch's, but a copied tensor belongs to the same mode: a module's copy copies its tensors whole."""
+    """torch's mode, but a deep copy is the mode itself: copying a module copies all attributes of its tensors."""
 
     def __deepcopy__(self, memo: Any) -> _Mode:
         return self
@@ -26,10 +26,10 @@ class _Mode(FakeTensorMode):
 
 @contextmanager
 def fake_tensors() -> Iterator[FakeTensorMode]:
-    """Let every tensor that is made inside the context be a fake one, and modules convert their fake parameters.
+    """Create only fake tensors inside the context, and let modules convert their fake parameters.
 
-    `Module.to` swaps the contents of fake parameters, which torch refuses for those that the mode itself knows; here it
-    puts a new parameter in the old one's place.
+    `Module.to` swaps the contents of fake parameters, which torch rejects for parameters registered with the mode. Here
+    it replaces the parameter instead.
     """
 
     def convert(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
@@ -62,15 +62,15 @@ def fake_base(
     needs_tokenizer: bool = True,
     **model_kwargs: Any,
 ) -> Base:
-    """Build a base of fake CPU tensors from its configuration, unquantised; call it inside `fake_tensors`.
+    """Build an unquantised base of fake CPU tensors from its configuration; call it inside `fake_tensors`.
 
-    It reads no weights, so its fingerprint is empty.
+    No weights are read, and the fingerprint is empty.
 
     Args:
         model: a folder or a hub name.
         auto_class: name of one of transformers' auto classes.
-        dtype: of every floating parameter.
-        model_kwargs: changes to its configuration, such as `num_labels`.
+        dtype: dtype of every floating parameter.
+        model_kwargs: changes to the configuration, such as `num_labels`.
 
     Raises:
         InputError, CorruptError: as `skeleton`.
@@ -78,13 +78,13 @@ def fake_base(
     from budwood.model.base import Base
 
     frame = skeleton(model, auto_class, trust_remote_code, **model_kwargs)
-    numbers = stored = 0
+    elements = stored = 0
     for module in frame.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 empty = torch.empty(parameter.shape, dtype=dtype)
                 module._parameters[name] = nn.Parameter(empty, requires_grad=False)
-                numbers, stored = numbers + empty.numel(), stored + empty.nbytes
+                elements, stored = elements + empty.numel(), stored + empty.nbytes
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
@@ -94,6 +94,6 @@ def fake_base(
     device = torch.device("cpu")
     tokenizer: Any = load_tokenizer(path) if needs_tokenizer else None
     return Base(
-        str(model), path, frame, tokenizer, "", "none", stored, 2 * numbers, 1.0, numbers,
+        str(model), path, frame, tokenizer, "", "none", stored, 2 * elements, 1.0, elements,
         dtype, device, (), ["fake"],
     )  # fmt: skip

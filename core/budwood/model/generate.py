@@ -1,4 +1,4 @@
-"""Generation for many prompts at once: greedy or sampled, streamed, with stop strings."""
+"""Batched generation, greedy or sampled, with streaming and stop strings."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Generated:
-    """What followed one prompt.
+    """The result of generation for one prompt.
 
     Attributes:
-        tokens: as generated, without the end-of-sequence token; those of a stop string are among them.
-        text: decoded, without special tokens; ends before the stop string, and before half a character.
+        tokens: generated tokens without the end-of-sequence token, but with those of a stop string.
+        text: decoded text without special tokens; ends before the stop string or an incomplete character.
         finish_reason: "eos": an end-of-sequence token; "stop": a stop string; "length": the limit or the context.
-        end_token: the token that ended it; None if a stop string in the text or a limit did.
-        log_probs: of each of `tokens`, then of `end_token` if there is one; empty unless asked for.
+        end_token: the token that ended generation; None if a stop string in the text or a limit did.
+        log_probs: those of `tokens`, then that of `end_token` if there is one; empty unless requested.
     """
 
     tokens: list[int]
@@ -49,7 +49,7 @@ class Generated:
 
 
 LogProbs = Callable[[Tensor, Tensor, float], Tensor]
-"""From logits [n, V], tokens [n] and the temperature to the log-probabilities [n]; `Task.log_probs` is one."""
+"""Maps logits [n, V], tokens [n] and the temperature to log-probabilities [n]; for example, `Task.log_probs`."""
 
 
 def generate(
@@ -69,31 +69,33 @@ def generate(
     keys: Sequence[object] | None = None,
     log_probs: LogProbs | None = None,
 ) -> list[Generated]:
-    """Continue each of `prompts`, in batches of similar length. What a prompt gets does not depend on the others.
+    """Continue each of `prompts`, in batches of similar length. The result for a prompt does not depend on the others.
 
-    Of the model's own generation settings only the end-of-sequence tokens are kept: penalties, forced tokens and the
-    like would make "greedy" something else.
+    Of the model's generation settings, only the end-of-sequence tokens are used: others, such as penalties and forced
+    tokens, would change the meaning of "greedy".
 
     Args:
-        prompts: token ids, not empty.
-        temperature: 0: greedy, the most likely token.
-        top_p: sample among the most likely tokens that hold this share of the probability.
-        top_k: sample among so many most likely tokens; 0: all.
-        seed: of the samples, together with a prompt's index; None: others each time.
-        stop: strings that end the text, and are cut from it.
-        stop_ids: for each prompt, tokens that end its text beside the end-of-sequence tokens.
-        on_token: called with a prompt's index and a piece of its text, whole characters, as soon as it is certain.
-        batch_tokens: most tokens at once: prompts, what follows them, and padding; where memory runs out, fewer.
-        before_batch: called with the indices of the prompts of a batch, in the order of its rows.
-        keys: what each prompt's samples depend on, in place of `seed` and its index.
-        log_probs: gives the log-probability of each token at the temperature (1 if greedy), all tokens being possible
-            whatever `top_p` and `top_k` are; None: they are not computed.
+        prompts: token ids of each prompt, not empty.
+        max_new_tokens: maximum number of generated tokens per prompt.
+        temperature: 0: greedy decoding.
+        top_p: sample from the most likely tokens with this total probability.
+        top_k: sample from this number of most likely tokens; 0: from all.
+        seed: seed of the samples, combined with a prompt's index; None: a random seed.
+        stop: strings that end the text, and are removed from it.
+        stop_ids: for each prompt, tokens that end its text in addition to the end-of-sequence tokens.
+        on_token: called with a prompt's index and the next piece of its text (complete characters) once it is final.
+        batch_tokens: maximum number of tokens per batch: prompts, generated tokens and padding; reduced if memory runs
+            out.
+        before_batch: called before each batch with the indices of its prompts, in the order of its rows.
+        keys: seed of each prompt's samples, replacing `seed` and its index.
+        log_probs: computes the log-probability of each token at the temperature (1 if greedy), over all tokens
+            regardless of `top_p` and `top_k`; None: log-probabilities are not computed.
 
     Returns:
-        One result a prompt, in the order of `prompts`.
+        One result per prompt, in the order of `prompts`.
 
     Raises:
-        InputError: an empty prompt, one that fills the model's context, or an option out of range.
+        InputError: a prompt is empty or fills the model's context, or an option is out of range.
     """
     _check_options(max_new_tokens, temperature, top_p, top_k)
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -102,7 +104,7 @@ def generate(
             raise InputError(f"prompt {index + 1} is empty.")
         if context is not None and len(prompt) >= context:
             raise InputError(
-                f"prompt {index + 1} has {len(prompt)} tokens, and the base takes {context} with what follows."
+                f"prompt {index + 1} has {len(prompt)} tokens; the base's context holds {context} with the answer."
             )
     ends, stop = _end_tokens(model, tokenizer, stop)
     limits = [min(max_new_tokens, (context or len(p) + max_new_tokens) - len(p)) for p in prompts]
@@ -130,7 +132,7 @@ def generate(
                 _run(model, tokenizer, [prompts[i] for i in rows], max(limits[i] for i in rows), processors, collector)
                 continue
             except Exception as error:
-                if not is_out_of_memory(error) or len(rows) == 1 or on_token is not None:  # what was shown stays shown
+                if not is_out_of_memory(error) or len(rows) == 1 or on_token is not None:  # text was already emitted
                     raise
             release_memory()
             half = (len(rows) + 1) // 2
@@ -145,19 +147,19 @@ def _check_options(max_new_tokens: int, temperature: float, top_p: float, top_k:
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens: {max_new_tokens} is less than 1.")
     if not 0 <= temperature < float("inf"):
-        raise InputError(f"temperature: {temperature} is not a number from 0.")
+        raise InputError(f"temperature: {temperature} is not finite and at least 0.")
     if not 0 < top_p <= 1:
         raise InputError(f"top_p: {top_p} is not above 0 and at most 1.")
     if top_k < 0:
-        raise InputError(f"top_k: {top_k} is negative; 0 stands for all.")
+        raise InputError(f"top_k: {top_k} is negative; use 0 for all tokens.")
 
 
 def _end_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]
 ) -> tuple[dict[int, Literal["eos", "stop"]], list[str]]:
-    """Tokens that end a text, each with its reason, and the stop strings that are no token of their own.
+    """Return the tokens that end a text, each with its reason, and the stop strings that are not a token.
 
-    A stop string that is an added token, such as `<|im_end|>`, would not show in the text.
+    A stop string that is an added token, such as `<|im_end|>`, would not appear in the text.
     """
     ends: dict[int, Literal["eos", "stop"]] = {}
     added = tokenizer.get_added_vocab()
@@ -168,15 +170,15 @@ def _end_tokens(
         else:
             strings.append(string)
     for owner in (tokenizer, model.config, getattr(model, "generation_config", None)):
-        found = getattr(owner, "eos_token_id", None)
-        for token in found if isinstance(found, list | tuple) else [found]:
+        tokens = getattr(owner, "eos_token_id", None)
+        for token in tokens if isinstance(tokens, list | tuple) else [tokens]:
             if isinstance(token, int):
                 ends[token] = "eos"
     return ends, strings
 
 
 def _batches(lengths: list[int], limits: list[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of prompts, the longest first, so that memory is asked for at the start."""
+    """Yield batches of prompt indices, the longest first, so that most memory is allocated at the start."""
     rows: list[int] = []
     width = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -198,7 +200,7 @@ def _run(
     processors: LogitsProcessorList,
     collector: _Collector,
 ) -> None:
-    """Generate for one batch, padded on the left, into the collector's writers."""
+    """Generate one batch, padded on the left, into the collector's writers."""
     width = max(len(prompt) for prompt in prompts)
     pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
     ids = torch.full((len(prompts), width), pad, dtype=torch.long)
@@ -217,7 +219,7 @@ def _run(
 
 
 class _Writer:
-    """Takes the tokens of one prompt as they come, and turns them into text."""
+    """Decodes the tokens of one prompt to text as they are generated."""
 
     def __init__(
         self,
@@ -236,11 +238,11 @@ class _Writer:
         self.text = ""
         self.sent = 0
         self.send = None if on_token is None else lambda piece: on_token(index, piece)
-        # Without stop strings and listeners the text is decoded once, at the end.
+        # Without stop strings and `on_token`, the text is decoded once, at the end.
         self.stream = DecodeStream(skip_special_tokens=True) if stop or on_token else None
 
     def add(self, token: int, log_prob: float | None = None) -> None:
-        """Take the next token, unless the text has ended."""
+        """Add the next token, unless the text has ended."""
         if self.reason is not None:
             return
         if log_prob is not None:
@@ -257,17 +259,17 @@ class _Writer:
         if self.reason is not None:
             self._finish()
         elif self.send is not None:
-            self._send(len(self.text) - self._held())
+            self._send(len(self.text) - self._count_held())
 
     def _find_stop(self) -> None:
-        """End the text before the first stop string in it; what has been sent cannot hold the start of one."""
-        found = [at for at in (self.text.find(string, self.sent) for string in self.stop) if at >= 0]
-        if found:
-            self.text = self.text[: min(found)]
+        """End the text before the first stop string in it; sent text cannot contain the start of one."""
+        starts = [at for at in (self.text.find(string, self.sent) for string in self.stop) if at >= 0]
+        if starts:
+            self.text = self.text[: min(starts)]
             self.reason = "stop"
 
-    def _held(self) -> int:
-        """How many last characters may be the start of a stop string."""
+    def _count_held(self) -> int:
+        """Return how many characters at the end of the text may be the start of a stop string."""
         longest = max((len(string) for string in self.stop), default=1) - 1
         for count in range(min(longest, len(self.text)), 0, -1):
             if any(string.startswith(self.text[-count:]) for string in self.stop):
@@ -281,38 +283,38 @@ class _Writer:
 
     def _finish(self) -> None:
         if self.reason != "stop" or self.stream is None:
-            whole = str(self.tokenizer.decode(self.tokens, skip_special_tokens=True)).rstrip("\ufffd")
-            # What is cut is half a character, whose other bytes will not come.
-            if whole.startswith(self.text):
-                self.text = whole
+            # Remove an incomplete character, whose other bytes will not be generated.
+            text = str(self.tokenizer.decode(self.tokens, skip_special_tokens=True)).rstrip("\ufffd")
+            if text.startswith(self.text):
+                self.text = text
         self._send(len(self.text))
 
     def result(self) -> Generated:
-        """What has been generated."""
+        """Return the generated tokens and text."""
         assert self.reason is not None
         return Generated(self.tokens, self.text, self.reason, self.end_token, self.log_probs)
 
 
 class _Collector(StoppingCriteria):
-    """Hands each row's last token to its writer, with its log-probability if asked, and says which rows have ended."""
+    """Passes each row's last token to its writer, with its log-probability if requested; returns which rows ended."""
 
     def __init__(self, writers: list[_Writer], temperature: float, log_probs: LogProbs | None) -> None:
         self.writers, self.temperature, self.log_probs = writers, temperature, log_probs
-        self.kept = _Kept()
+        self.raw_logits = _RawLogits()
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         tokens = input_ids[:, -1]
         values: list[float] | list[None] = [None] * len(self.writers)
         if self.log_probs is not None:
-            assert self.kept.logits is not None
-            values = self.log_probs(self.kept.logits, tokens, self.temperature).tolist()
+            assert self.raw_logits.logits is not None
+            values = self.log_probs(self.raw_logits.logits, tokens, self.temperature).tolist()
         for writer, token, value in zip(self.writers, tokens.tolist(), values, strict=True):
             writer.add(token, value)
         return torch.tensor([writer.reason is not None for writer in self.writers], device=input_ids.device)
 
 
-class _Kept(LogitsProcessor):
-    """Keeps the model's own logits [rows, V] fp32 until their tokens are drawn: it comes before other processors."""
+class _RawLogits(LogitsProcessor):
+    """Stores the model's logits [rows, V] fp32 until their tokens are sampled; must precede other processors."""
 
     logits: Tensor | None = None
 
@@ -326,7 +328,7 @@ def _processors(
 ) -> LogitsProcessorList:
     processors = LogitsProcessorList()
     if collector.log_probs is not None:
-        processors.append(collector.kept)
+        processors.append(collector.raw_logits)
     if temperature > 0:
         processors.append(TemperatureLogitsWarper(float(temperature)))
         if top_k:
@@ -338,7 +340,7 @@ def _processors(
 
 
 class _Gumbel(LogitsProcessor):
-    """Adds Gumbel noise, so that the largest logit is an exact sample; each row draws from a generator of its own."""
+    """Adds Gumbel noise, so that the largest logit is an exact sample; each row has a separate generator."""
 
     def __init__(self, keys: list[object]) -> None:
         digests = [hashlib.sha256(repr(key).encode()).digest() for key in keys]
@@ -352,14 +354,14 @@ class _Gumbel(LogitsProcessor):
 
 @contextmanager
 def _answering(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, neutral generation settings and the base's precision; all as it was afterwards."""
+    """Set eval mode, neutral generation settings and the base's precision; restore the previous state on exit."""
     modes = [(module, module.training) for module in model.modules()]
     settings = model.generation_config
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, nn.Parameter | Tensor)
     half = weight.dtype in (torch.bfloat16, torch.float16)
     precision = torch.autocast(weight.device.type, weight.dtype if half else torch.bfloat16, enabled=half)
-    # The head sees the last position alone, a slice, for which torch would copy the head's weight once for each row.
+    # The head's input is a slice, the last position, for which torch would copy the head's weight once per row.
     head = model.get_output_embeddings()
     dense = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:])) if head else None
     model.generation_config = GenerationConfig()

@@ -1,4 +1,4 @@
-"""A model in two parts: everything below its head, and the head, which is the model's own forward on given rows."""
+"""Splits a model into its body, everything below the head, and its head, applied by the model's own forward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def body_of(model: nn.Module) -> nn.Module:
-    """The part of a causal language model below its head: its decoder, and other modalities' towers beside it."""
+    """Return the part of a causal language model below its head: its decoder, and the towers of other modalities."""
     base: nn.Module = getattr(model, "base_model", model)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
     if decoder is None or decoder is model:
@@ -22,11 +22,11 @@ def body_of(model: nn.Module) -> nn.Module:
 
 
 def own_head(model: nn.Module, rows: Tensor) -> Tensor:
-    """Logits [n, V] of rows [n, d] of the body's output, by the model's own forward.
+    """Return logits [n, V] of rows [n, d] of the body's output, computed by the model's own forward.
 
-    The forward runs on a shallow copy of the model whose body is replaced by one that returns the rows. So whatever the
-    model does after its body (soft-capping, logit scales, a bias) is done, without Budwood knowing of it; the model
-    itself is left as it is, so that several threads may ask at once.
+    The forward runs on a shallow copy of the model, with a body that returns the rows. This includes all that the model
+    does after its body (soft-capping, logit scales, a bias), without model-specific code. The model itself is not
+    modified, so that several threads may call this at the same time.
     """
     out = _BodyOutput(last_hidden_state=rows[None])
     logits: Tensor = _with_body(model, body_of(model), _Given(out))(inputs_embeds=rows[None], use_cache=False).logits
@@ -34,7 +34,7 @@ def own_head(model: nn.Module, rows: Tensor) -> Tensor:
 
 
 def _with_body(model: nn.Module, body: nn.Module, other: nn.Module) -> nn.Module:
-    """A shallow copy of the model, and of the modules on the way to its body, with another body."""
+    """Return a shallow copy of the model, and of the modules on the path to its body, with another body."""
     path = next(name for name, module in model.named_modules() if module is body)
     top = current = _shallow(model)
     *parents, last = path.split(".")
@@ -48,12 +48,12 @@ def _with_body(model: nn.Module, body: nn.Module, other: nn.Module) -> nn.Module
 def _shallow(module: nn.Module) -> nn.Module:
     twin = copy.copy(module)
     twin.__dict__["_modules"] = dict(module._modules)
-    twin.__dict__.pop("forward", None)  # an instance's own forward would run on the original
+    twin.__dict__.pop("forward", None)  # a forward set on the instance would run on the original
     return twin
 
 
 class _Given(nn.Module):
-    """Stands for a body: returns what it was made with."""
+    """Replaces a body: returns the output that it was created with."""
 
     def __init__(self, out: _BodyOutput) -> None:
         super().__init__()
@@ -64,8 +64,8 @@ class _Given(nn.Module):
 
 
 class _BodyOutput(SimpleNamespace):
-    """Stands for transformers' model output: by attribute and, as some heads do, by index. Anything else is None, such
-    as the cache, which versions name differently."""
+    """Replaces transformers' model output, read by attribute and, by some heads, by index. Any other attribute is None,
+    such as the cache, whose name depends on the version."""
 
     def __getattr__(self, name: str) -> None:
         return None

@@ -10,18 +10,18 @@ from budwood.errors import InputError, ResourceError
 
 
 def pick_device_precision(device: str | None, precision: str | None) -> tuple[torch.device, torch.dtype, str]:
-    """Choose device and precision for this machine, unless the user has.
+    """Choose the device and precision for this machine, unless the user has set them.
 
     Args:
         device: a torch device such as "cpu" or "cuda:1"; None or "auto": CUDA if available.
         precision: bf16, fp16 or fp32; None or "auto": bf16 if the device computes it natively.
 
     Returns:
-        Device, dtype, and the reason in words.
+        Device, dtype, and the reason for the precision in words.
 
     Raises:
-        InputError: unknown device or precision.
-        ResourceError: the machine does not have that device.
+        InputError: the device or precision is unknown.
+        ResourceError: the machine does not have the device.
     """
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if precision not in (None, "auto", *dtypes):
@@ -55,10 +55,10 @@ def pick_device_precision(device: str | None, precision: str | None) -> tuple[to
 
 
 def _limit_kernel_caches() -> None:
-    """Limit oneDNN's cache of compiled code, one entry per shape of a product: packed rows differ in shape every time.
+    """Limit oneDNN's cache of compiled code, which has an entry per shape: the shapes of packed rows rarely repeat.
 
-    Its default limit is 1,024 shapes, some hundred megabytes. oneDNN reads the limit at the process's first product;
-    the user's own setting is kept.
+    The default limit is 1,024 shapes, which take hundreds of megabytes. oneDNN reads the limit at the first product in
+    the process. A setting of the user is kept.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")
@@ -76,6 +76,6 @@ def _native_precisions(device: torch.device) -> set[str]:
 
 
 def _onednn_multiplies(precision: str) -> bool:
-    """Whether torch gives products in `precision` to oneDNN, which `ONEDNN_MAX_CPU_ISA` keeps below the processor."""
+    """Return whether torch uses oneDNN for products in `precision`; `ONEDNN_MAX_CPU_ISA` may disable that."""
     supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", None)  # None: torch without oneDNN
     return supported is None or bool(supported())

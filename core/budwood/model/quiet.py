@@ -1,4 +1,4 @@
-"""Silences the libraries, and keeps them from downloading anything unasked. Imports none of them."""
+"""Silences the libraries, and keeps them from downloading anything unrequested. Imports none of them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _LIBRARIES = (
 def hide_hub_kernels() -> None:
     """Make the package `kernels` unimportable in this process from now on.
 
-    bitsandbytes downloads native code through it as soon as it is imported on a CPU with AVX512-BF16, and peft imports
-    bitsandbytes; neither asks. transformers, which may have imported it already, only uses it if told to.
+    On a CPU with AVX512-BF16, importing bitsandbytes downloads native code through it without asking, and peft imports
+    bitsandbytes. transformers, which may have imported it already, only uses it on request.
     """
     sys.modules["kernels"] = None  # type: ignore[assignment]
 
@@ -32,7 +32,7 @@ def silence_libraries(debug: bool | None = None) -> None:
     """Hide the libraries' warnings, hints and progress bars; call it before they are imported.
 
     Args:
-        debug: show them; None: as BUDWOOD_DEBUG says. Telemetry and kernels from the hub stay off either way.
+        debug: show them; None: read BUDWOOD_DEBUG. Telemetry and kernels from the hub stay off in either case.
     """
     if debug is None:
         debug = os.environ.get("BUDWOOD_DEBUG", "0") not in ("", "0")

@@ -19,7 +19,7 @@ larger than the base."""
 
 
 class _Slice:
-    """A tensor of a checkpoint, read when it is indexed; trims the heap from time to time."""
+    """A tensor of a checkpoint, read when it is indexed; trims the heap periodically."""
 
     since_trim = 0
 
@@ -38,7 +38,7 @@ class _Slice:
 
 
 def trim_heap() -> None:
-    """Make glibc return free pages between blocks in use to the system, which it does not do by itself."""
+    """Make glibc return free pages between used blocks to the system, which it does not do automatically."""
     _Slice.since_trim = 0
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
@@ -64,8 +64,8 @@ def slices(tensors: dict[str, TensorInfo], views: bool) -> dict[str, Any]:
     """Return every tensor of a checkpoint as a lazy slice.
 
     Args:
-        views: return views of the mapped files, without a copy; else read the bytes, because pages of a mapped file
-            would still count as the process's memory after conversion.
+        views: return views of the mapped files without a copy; otherwise read the bytes, because pages of a mapped
+            file would still count as memory of the process after conversion.
     """
     files: dict[Path, Any] = {}
     for entry in tensors.values():

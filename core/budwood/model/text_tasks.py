@@ -1,4 +1,4 @@
-"""The tasks on text that come with core: the next token, and one class for a text."""
+"""The text tasks of core: next-token prediction and sequence classification."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from budwood.model.task import Task
 
 
 class TextTask(Task):
-    """What tasks on token ids share: packing, special tokens, probes cut to a few tokens."""
+    """Base class of tasks on token ids: packing, special tokens, truncated probes."""
 
     def length(self, example: Example) -> int:
-        """Tokens."""
+        """Return the number of tokens."""
         return len(example.inputs["input_ids"])
 
     def collate(self, examples: Sequence[Example], model: nn.Module, tokenizer: Any, packed: bool) -> Batch:
-        """Pack the examples into one row, or pad a row each."""
+        """Pack the examples into one row, or pad each to a row."""
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
         return collate_tokens(examples, packed, pad, self.pads_rows(model))
 
@@ -42,11 +42,11 @@ class TextTask(Task):
         """See `Task.check_inputs`."""
         ids, known = example.inputs.get("input_ids"), model.get_input_embeddings().num_embeddings  # type: ignore
         if ids is None or not len(ids) or ids.min() < 0 or ids.max() >= known:
-            return "a prompt holds a token that the base does not have"
+            return "a prompt contains a token that is not in the base's vocabulary"
         return ""
 
     def loss_is_log_prob(self) -> bool:
-        """The cross-entropy of a token or class is the negative of its log-probability."""
+        """Return True: the cross-entropy of a token or class is the negative of its log-probability."""
         return True
 
     def log_probs(self, logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
@@ -59,7 +59,7 @@ class TextTask(Task):
         return torch.isin(ids, torch.tensor(run.tokenizer.all_special_ids, device=ids.device))
 
     def show(self, example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
-        """Runs of tokens with and without a loss, special tokens spelled out."""
+        """Return runs of tokens with and without a loss, with special tokens spelled out."""
         ids = example.inputs["input_ids"]
         scored = np.zeros(len(ids) + 1, dtype=bool)
         scored[self.labelled(example)] = True
@@ -67,7 +67,7 @@ class TextTask(Task):
         bounds = [0, *edges.tolist(), len(ids)]
         pieces, shown = [], ""
         for start, stop in zip(bounds, bounds[1:], strict=False):
-            # Decoded from the beginning, since some tokenizers drop a space at the start of what they decode.
+            # Decode from the beginning, since some tokenizers drop a space at the start of the decoded text.
             whole = tokenizer.decode(ids[:stop].tolist(), skip_special_tokens=False)
             alone = tokenizer.decode(ids[start:stop].tolist(), skip_special_tokens=False)
             pieces.append((whole[len(shown) :] if whole.startswith(shown) else alone, bool(scored[start])))
@@ -75,11 +75,11 @@ class TextTask(Task):
         return pieces
 
     def labelled(self, example: Example) -> np.ndarray:
-        """Positions of the tokens that are labels."""
+        """Return the positions of tokens that are labels."""
         return np.zeros(0, dtype=np.int64)
 
     def altered(self, model: nn.Module, example: Example) -> Example:
-        """The example with every token replaced by the next in the vocabulary."""
+        """Return the example with every token replaced by the next in the vocabulary."""
         vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         ids = (example.inputs["input_ids"] + 1) % vocabulary
         return replace(example, inputs={**example.inputs, "input_ids": ids})
@@ -95,47 +95,47 @@ class CausalLM(TextTask):
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
         """See `Task.encode`."""
         results: list[Encoded | Dropped] = []
-        for found in tokenise(items, where, encoder):
-            ids = np.asarray(found.ids[: encoder.max_length], dtype=np.int32)
+        for tokens in tokenise(items, where, encoder):
+            ids = np.asarray(tokens.ids[: encoder.max_length], dtype=np.int32)
             weights = np.zeros(len(ids), dtype=np.float32)
-            for (start, stop), weight in zip(found.spans, found.weights, strict=True):
+            for (start, stop), weight in zip(tokens.spans, tokens.weights, strict=True):
                 weights[start:stop] = weight
-            weights[:1] = 0  # there is no position before it that could predict it
+            weights[:1] = 0  # no position precedes the first token to predict it
             at = np.flatnonzero(weights)
             if not len(at):
-                beyond = any(stop > max(start, 1) for start, stop in found.spans)
+                beyond = any(stop > max(start, 1) for start, stop in tokens.spans)
                 results.append(Dropped(BEYOND if beyond else "no token with a loss"))
                 continue
             example = Example({"input_ids": ids}, at - 1, ids[at], weights[at])
-            results.append(Encoded([example], len(found.ids) - len(ids)))
+            results.append(Encoded([example], len(tokens.ids) - len(ids)))
         return results
 
     def pads_rows(self, model: nn.Module) -> bool:
-        """A decoder gives an output for each token."""
+        """Return False: a decoder has an output for each token."""
         return False
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
-        """Run what is below the head; the head is the model's own forward on rows of its output."""
+        """Run the model below its head; the head is the model's own forward on rows of that output."""
         hidden = body_of(model)(**_inputs(batch)).last_hidden_state
         return Outputs(hidden, lambda rows: own_head(model, rows))
 
     def own_logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """See `Task.own_logits`."""
-        given = {name: t for name, t in batch.inputs.items() if name not in ("position_ids", "attention_mask")}
-        logits: Tensor = model(**given, use_cache=False).logits[0]
+        inputs = {name: t for name, t in batch.inputs.items() if name not in ("position_ids", "attention_mask")}
+        logits: Tensor = model(**inputs, use_cache=False).logits[0]
         return logits[batch.label_positions]
 
     def labelled_positions(self, batch: Batch) -> Tensor:
-        """A label's token stands right behind the position that is scored."""
-        none = torch.zeros(batch.rows * batch.width, dtype=torch.bool, device=batch.label_positions.device)
-        return none.index_fill_(0, batch.label_positions + 1, True)
+        """Return the mask of labels as inputs: each is the token after the position that predicts it."""
+        mask = torch.zeros(batch.rows * batch.width, dtype=torch.bool, device=batch.label_positions.device)
+        return mask.index_fill_(0, batch.label_positions + 1, True)
 
     def labelled(self, example: Example) -> np.ndarray:
-        """The token after each position that is scored."""
+        """Return the positions after those that predict a label."""
         return example.label_positions + 1
 
     def prompt(self, example: Example) -> np.ndarray:
-        """Tokens from which generation starts: those up to the first label; half of a text without a prompt."""
+        """Return the tokens from which generation starts: those before the first label, or half of plain text."""
         ids, first = example.inputs["input_ids"], example.label_positions[:1]
         size = int(first[0]) + 1 if len(first) and first[0] else (len(ids) + 1) // 2 if len(first) else len(ids)
         return ids[:size]
@@ -143,22 +143,22 @@ class CausalLM(TextTask):
     def probe(self, example: Example, limit: int | None = None) -> Example:
         """See `Task.probe`."""
         inputs = self.prompt(example)[-limit if limit else None :]
-        made = as_probe(inputs, int(example.labels[0]) if len(example.labels) else 0)
-        return replace(made, inputs={**example.inputs, **made.inputs}, key=example.key, row=example.row)
+        probe = as_probe(inputs, int(example.labels[0]) if len(example.labels) else 0)
+        return replace(probe, inputs={**example.inputs, **probe.inputs}, key=example.key, row=example.row)
 
     def label_metrics(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Whether the most probable token is the label."""
+        """Return whether the most probable token is the label."""
         return {"token_accuracy": (logits.argmax(-1) == labels).float()}
 
     def metrics(self, run: Run, totals: EvalTotals) -> dict[str, float]:
-        """Perplexity; exact match of what is generated, for prompts with short completions."""
-        found = {"eval_perplexity": math.exp(min(totals.means["loss"], 700.0))}
+        """Return the perplexity and, for prompts with short completions, the exact match of generated text."""
+        metrics = {"eval_perplexity": math.exp(min(totals.means["loss"], 700.0))}
         match = exact_match(run, self)
-        return found if match is None else {**found, "eval_exact_match": match}
+        return metrics if match is None else {**metrics, "eval_exact_match": match}
 
 
 class SequenceClassification(TextTask):
-    """One class for a text; the labels are learned from the data and kept in the adapter."""
+    """Classification of texts; the classes are learned from the training data and stored in the adapter."""
 
     api = 2
     name = "sequence-classification"
@@ -179,20 +179,20 @@ class SequenceClassification(TextTask):
         return results
 
     def model_kwargs(self, labels: list[str]) -> dict[str, Any]:
-        """Number and names of the classes."""
+        """Return the number and names of the classes."""
         names = dict(enumerate(labels))
         return {"num_labels": len(labels), "id2label": names, "label2id": {v: k for k, v in names.items()}}
 
     def head_modules(self, model: nn.Module) -> list[str]:
-        """The classification head, `score` or `classifier`."""
+        """Return the name of the classification head, `score` or `classifier`."""
         return [name for name in ("score", "classifier") if hasattr(model, name)]
 
     def pads_rows(self, model: nn.Module) -> bool:
-        """A decoder's head reads each example's last token; other models pool their rows themselves."""
+        """Return False for a decoder, whose head reads each example's last token; other models pool each row."""
         return not hasattr(model, "score")
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
-        """Run the decoder and take its head, or run the whole model if it pools."""
+        """Run the decoder and return its head; if the model pools each row, run the complete model."""
         if not self.pads_rows(model):
             hidden = model.get_submodule(model.base_model_prefix)(**_inputs(batch)).last_hidden_state  # type: ignore
             return Outputs(hidden, model.score)  # type: ignore[arg-type]
@@ -210,7 +210,7 @@ class SequenceClassification(TextTask):
         return as_probe(example.inputs["input_ids"][-limit if limit else None :], int(example.labels[0]))
 
     def metrics(self, run: Run, totals: EvalTotals) -> dict[str, float]:
-        """Accuracy and macro F1; the classification report goes to `report`."""
+        """Return macro F1, and set `report` to the classification report."""
         from sklearn.metrics import classification_report, f1_score
 
         truth, predicted = np.array(totals.pairs).T
@@ -224,28 +224,28 @@ class SequenceClassification(TextTask):
         return {"eval_macro_f1": float(macro)}
 
     def label_metrics(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Whether the most probable class is the label."""
+        """Return whether the most probable class is the label."""
         return {"accuracy": (logits.argmax(-1) == labels).float()}
 
 
 def as_probe(ids: Sequence[int] | np.ndarray, label: int = 0) -> Example:
-    """An example of token ids that is scored at its last position."""
+    """Return an example of token ids with one label at its last position."""
     tokens = np.asarray(ids, dtype=np.int32)
     return Example({"input_ids": tokens}, np.array([len(tokens) - 1]), np.array([label]), np.ones(1, dtype=np.float32))
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:
-    given: dict[str, Any] = {**batch.inputs, "use_cache": False}
+    inputs: dict[str, Any] = {**batch.inputs, "use_cache": False}
     if not batch.segments:
-        return given
-    return {**given, "attention_mask": packed_mask(batch.label_positions.device), "segments": batch.segments}
+        return inputs
+    return {**inputs, "attention_mask": packed_mask(batch.label_positions.device), "segments": batch.segments}
 
 
 def exact_match(run: Run, task: CausalLM) -> float | None:
-    """Share of evaluation prompts whose greedy answer is the completion; None where there is nothing to compare.
+    """Return the fraction of evaluation prompts whose greedy answer equals the completion.
 
-    At most `train.eval_generate` prompts, evenly spread, answered by this process; none where the mean completion is
-    longer than 64 tokens, where equality to the letter says nothing.
+    At most `train.eval_generate` prompts are used, evenly spread; this process answers all of them. Returns None if the
+    data has no completions, or their mean length exceeds 64 tokens, for which exact match is not informative.
     """
     examples, limit = run.eval_examples, run.recipe.train.eval_generate
     assert examples is not None

@@ -1,1 +1,1 @@
-"""Guards against untrusted input: safetensors headers, JSON, names and paths, redaction, the template sandbox."""
+"""Guards against untrusted input: safetensors headers, JSON, names and paths, redaction, chat template sandbox."""

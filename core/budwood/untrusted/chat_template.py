@@ -20,13 +20,13 @@ from typing import Any
 from budwood.errors import InputError, ResourceError
 
 SECONDS = 5.0
-"""CPU time limit per conversation; a real model's template takes about a ten-thousandth of it."""
+"""CPU time limit per conversation; the template of a real model needs about a ten-thousandth of it."""
 MEMORY = 1 << 30
 """Memory limit per conversation, in bytes."""
 MAX_PROCESSES = 4
 """Processes kept alive, one per template."""
 GROUP = 1 << 17
-"""Characters sent at once: a round trip per conversation would cost more than rendering it."""
+"""Characters sent per batch: a round trip per conversation would cost more than rendering it."""
 
 Conversation = tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]
 """Messages of plain JSON values (anything else is sent as text), and variables for the template."""
@@ -36,15 +36,15 @@ _lock = threading.Lock()
 
 
 def render(template: str, conversations: Iterable[Conversation]) -> Iterator[str | InputError]:
-    """Render conversations with a chat template, each as transformers' `apply_chat_template` does.
+    """Render conversations with a chat template, as transformers' `apply_chat_template` does.
 
     Args:
         template: jinja source.
         conversations: messages and variables, including `add_generation_prompt` and special tokens.
 
     Yields:
-        The text of each, or the error "the chat template …" if the template refuses the conversation, does what the
-        sandbox forbids, or needs more than 5 s of CPU time, 1 GiB or 16 Mi characters.
+        The text of each conversation, or an error "the chat template …" if the template rejects the conversation,
+        violates the sandbox, or exceeds 5 s of CPU time, 1 GiB or 16 Mi characters.
 
     Raises:
         ResourceError: the process cannot be started.
@@ -57,7 +57,7 @@ def render(template: str, conversations: Iterable[Conversation]) -> Iterator[str
 
 
 def _groups(conversations: Iterable[Conversation]) -> Iterator[list[str]]:
-    """Group conversations, as JSON, into batches that are sent at once."""
+    """Serialize conversations to JSON, and group them into batches."""
     group: list[str] = []
     size = 0
     for messages, variables in conversations:
@@ -71,8 +71,8 @@ def _groups(conversations: Iterable[Conversation]) -> Iterator[list[str]]:
 
 
 def _ask(template: str, group: list[str]) -> list[str | InputError]:
-    """Return answers to a group of conversations, at least one; an answer that ends the process is the last."""
-    key = (os.getpid(), template)  # a forked process must not write to its parent's pipes
+    """Return the answers to the first conversations of a group, at least one: up to one that ends the process."""
+    key = (os.getpid(), template)  # a forked process may not write to its parent's pipes
     answers: list[str | InputError] = []
     with _lock:
         process = _processes.pop(key, None) or _Process(template)
@@ -82,7 +82,7 @@ def _ask(template: str, group: list[str]) -> list[str | InputError]:
                 answers.append(process.receive())
         except EOFError:
             answers.append(process.end())
-        except BaseException:  # Ctrl-C too: a late answer would be taken for that of the next question
+        except BaseException:  # also on Ctrl-C: a late answer would be mistaken for that of the next conversation
             process.end()
             raise
         else:
@@ -132,7 +132,7 @@ class _Process:
             return str(reply["text"])
         if "limit" in reply:
             return InputError(f"the chat template {reply['limit']}.")
-        return InputError(f"the chat template refuses the conversation: {reply['error'].splitlines()[0][:300]}")
+        return InputError(f"the chat template rejects the conversation: {reply['error'].splitlines()[0][:300]}")
 
     def end(self) -> InputError:
         """Kill the process if it is still running; return the error for the conversation during which it ended."""
@@ -141,6 +141,6 @@ class _Process:
         self._errors.close()
         if self._popen.returncode == -signal.SIGPROF:
             return InputError(
-                f"the chat template takes more than {SECONDS:g} s for one conversation: does it loop forever?"
+                f"the chat template takes more than {SECONDS:g} s for one conversation: check it for an endless loop."
             )
         return InputError("the chat template nests too deeply or needs too much memory.")

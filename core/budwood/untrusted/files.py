@@ -16,7 +16,7 @@ from budwood.errors import CorruptError, InputError, ResourceError, system_error
 from budwood.untrusted.redaction import shorten
 
 PARTIAL = ".partial"
-"""How the hidden name of a file or folder ends that is being written."""
+"""Suffix of the hidden temporary name of a file or folder that is being written."""
 _RESERVED_NAMES = {"con", "prn", "aux", "nul", *(f"com{n}" for n in range(10)), *(f"lpt{n}" for n in range(10))}
 
 
@@ -24,8 +24,8 @@ def check_name(name: str, what: str = "adapter") -> str:
     """Return `name` if it is a valid file name on every system and cannot lead out of its folder.
 
     Raises:
-        InputError: it is empty, longer than 64 characters, a device name, or contains anything but letters, digits,
-            `_`, `-` and `.`.
+        InputError: the name is empty, longer than 64 characters, a device name, or contains characters other than
+            letters, digits, `_`, `-` and `.`.
     """
     shown = name if len(name) <= 40 else name[:37] + "..."
     if len(name) > 64:
@@ -43,15 +43,15 @@ def check_folder(directory: Path, what: str = "folder") -> Path:
     """Return `directory` if it is a valid folder path on every system and not a device's.
 
     Raises:
-        InputError: a part of it is longer than 255 bytes, a device name, or contains control or invisible characters
-            (zero width, writing direction); or it is in /dev, /proc or /sys.
+        InputError: a component of the path is longer than 255 bytes, a device name, or contains control or invisible
+            characters (zero width, writing direction); or the path is in /dev, /proc or /sys.
     """
     shown = shorten("".join(c if c.isprintable() else "?" for c in str(directory)))
     for part in directory.parts:
         if not part.isprintable():
             raise InputError(f"{what} {shown}: contains invisible characters: choose another name.")
         if len(os.fsencode(part)) > 255:
-            raise InputError(f"{what} {shown}: a name has {len(os.fsencode(part))} bytes; the limit is 255.")
+            raise InputError(f"{what} {shown}: a component has {len(os.fsencode(part))} bytes; the limit is 255.")
         if part.split(".")[0].strip().lower() in _RESERVED_NAMES:
             raise InputError(f"{what} {shown}: '{part}' is a device name: choose another.")
     parts = Path(os.path.abspath(directory)).parts
@@ -64,16 +64,15 @@ def check_inside(directory: Path, names: Iterable[str]) -> None:
     """Check that files named by an untrusted source are inside `directory`; links that lead out are refused.
 
     Raises:
-        CorruptError: names the first file that is outside, or whose name is invalid.
+        CorruptError: a file is outside, or its name is invalid; the message names the first one.
     """
     root = os.path.realpath(directory)
     snapshots, repository = os.path.split(os.path.dirname(root))[::-1]
-    cached = (
-        os.path.join(repository, "blobs") if snapshots == "snapshots" else root
-    )  # where the hub's cache keeps files
+    # The folder to which the links in the hub's cache point.
+    cached = os.path.join(repository, "blobs") if snapshots == "snapshots" else root
     for name in names:
         if not name.isprintable() or len(name) > 200 or name.startswith("~") or ".." in Path(name).parts:
-            raise CorruptError(f"{directory}: refers to a file {shorten(repr(name))}, which cannot be inside it.")
+            raise CorruptError(f"{directory}: refers to the file {shorten(repr(name))}, which cannot be inside it.")
         place = os.path.realpath(os.path.join(directory, name))
         if not place.startswith((root + os.sep, cached + os.sep)):
             raise CorruptError(f"{directory / name}: leads out of its folder.")
@@ -87,20 +86,20 @@ def sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def complete_directory(directory: Path, replace: bool = False, needs: int = 0) -> Iterator[Path]:
-    """Yield a temporary sibling of `directory` that replaces it, synced to disk, if the block succeeds.
+    """Yield a temporary sibling of `directory`, which replaces it, synced to disk, if the block succeeds.
 
     An exception or a crash leaves the previous state intact. With `replace`, an existing folder is swapped in one
-    rename. If the file system cannot swap, the old folder is briefly called `.NAME.old`; after a crash at that moment
-    the next call restores it.
+    rename. If the file system cannot swap, the old folder is briefly renamed to `.NAME.old`; after a crash at that
+    moment, the next call restores it.
 
     Args:
         directory: the folder to write.
-        replace: whether it may exist already.
-        needs: bytes that it will take, for the message if the disk is full; 0: unknown.
+        replace: whether the folder may already exist.
+        needs: size of the contents in bytes, for the message if the disk is full; 0: unknown.
 
     Raises:
         InputError: `directory` exists and `replace` is False, or its path is invalid.
-        ResourceError: it cannot be written.
+        ResourceError: the folder cannot be written.
     """
     directory = check_folder(Path(os.path.abspath(directory)))
     if not replace and (directory.is_symlink() or directory.exists()) and not _is_empty_folder(directory):
@@ -109,8 +108,8 @@ def complete_directory(directory: Path, replace: bool = False, needs: int = 0) -
     try:
         missing = [path for path in directory.parents if not path.exists()]
         directory.parent.mkdir(parents=True, exist_ok=True)
-        for made in missing:
-            _sync(made.parent)
+        for created in missing:
+            _sync(created.parent)
         _restore(old, directory)
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
         partial.mkdir()
@@ -146,22 +145,23 @@ def complete_directory(directory: Path, replace: bool = False, needs: int = 0) -
 
 
 def complete_file(path: Path, data: bytes | Callable[[Path], object]) -> None:
-    """Write a file; whoever looks, or kills the process, finds the old one or the new one, synced to disk.
+    """Write a file atomically and sync it to disk: readers see the old file or the new one, also after a crash.
 
-    Several processes may write the same file at once; the last one's stays. A process that is killed leaves a hidden
-    file whose name ends with `PARTIAL`.
+    If several processes write the same file at the same time, the last one wins. A process that is killed leaves a
+    hidden file whose name ends with `PARTIAL`.
 
     Args:
-        path: what is to appear; its folder exists.
-        data: its bytes, or a function that writes them to the path that it is given.
+        path: the file, whose folder must exist.
+        data: the contents, or a function that writes them to the path that is passed to it.
 
     Raises:
-        ResourceError: it cannot be written.
+        ResourceError: the file cannot be written.
     """
     partial, needs = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}"), 0
     try:
         partial.touch()
-        mode = partial.stat().st_mode & 0o666  # as the user's umask has it: safetensors gives files to the owner alone
+        # Follow the user's umask: safetensors makes its files readable by the owner only.
+        mode = partial.stat().st_mode & 0o666
         if callable(data):
             data(partial)
         else:
@@ -183,7 +183,7 @@ def complete_file(path: Path, data: bytes | Callable[[Path], object]) -> None:
 
 
 def cannot_write(path: Path, error: OSError, needs: int) -> ResourceError:
-    """Return the error for a failed write; if the disk is full, it names the bytes needed (or 0) and free."""
+    """Return the error for a failed write; if the disk is full, it reports the bytes needed (or 0) and free."""
     text = f"{path}: cannot be written: {error.strerror or error}"
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(f"{text}. Choose another folder.")

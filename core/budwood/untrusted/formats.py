@@ -52,9 +52,9 @@ def read_json(path: Path, limit: int = MAX_JSON, finite: bool = True) -> dict[st
         finite: refuse NaN and infinity, which are not JSON, although some libraries write them.
 
     Raises:
-        CorruptError: it is too large, not UTF-8 JSON, nested too deeply, not an object, or has a duplicate key or a
-            number that is not finite.
-        ResourceError: it cannot be read.
+        CorruptError: the file is too large, not UTF-8 JSON, nested too deeply, not an object, or has a duplicate key
+            or a number that is not finite.
+        ResourceError: the file cannot be read.
     """
     try:
         if not path.is_file():  # a pipe would block, a device would never end
@@ -93,7 +93,7 @@ def parse_object(data: bytes, where: str, finite: bool = True) -> dict[str, Any]
 
 
 def json_numbers(values: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return numbers by name as JSON can hold them: None for NaN and infinity."""
+    """Convert numbers by name to valid JSON values: None replaces NaN and infinity."""
     numbers = {name: float(value) for name, value in values.items()}
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
@@ -102,10 +102,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """Read and check the header of a safetensors file without reading its tensors.
 
     Raises:
-        CorruptError: it is not a safetensors file (the message says if it is a pickle), its header is larger than
-            16 MiB or than the file, a tensor has an unknown dtype or an impossible shape, or the tensors do not fill
-            the file exactly.
-        ResourceError: it cannot be read.
+        CorruptError: the file is not safetensors (a pickle is named as such), its header is larger than 16 MiB or
+            than the file, a tensor has an unknown dtype or an impossible shape, or the tensors do not fill the file
+            exactly.
+        ResourceError: the file cannot be read.
     """
     try:
         if not path.is_file():
@@ -149,8 +149,8 @@ def _infos(
         bits = _BITS.get(dtype) if isinstance(dtype, str) else None
         if bits is None:
             raise CorruptError(f"{path}: tensor '{shown}' has the unknown dtype {shorten(repr(dtype))}.")
-        whole = isinstance(shape, list) and len(shape) <= 8
-        if not (whole and all(type(n) is int and 0 <= n < 1 << 40 for n in shape)):
+        is_list = isinstance(shape, list) and len(shape) <= 8
+        if not (is_list and all(type(n) is int and 0 <= n < 1 << 40 for n in shape)):
             raise CorruptError(f"{path}: tensor '{shown}' has an impossible shape.")
         if begin != end or (stop - begin) * 8 != math.prod(shape) * bits:
             raise CorruptError(f"{path}: tensor '{shown}' overlaps, leaves a gap, or has the wrong size for its shape.")

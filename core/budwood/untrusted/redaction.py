@@ -1,7 +1,7 @@
-"""Redacts secrets: everything that is printed, logged or written goes through here first.
+"""Redacts secrets in everything that is printed, logged or written.
 
-Secrets are the values of environment variables and recipe fields whose names say so, credentials in URLs and headers,
-and anything that looks like a well-known service's token.
+Secrets are the values of environment variables and recipe fields with names such as "password", credentials in URLs
+and headers, and anything that looks like a token of a well-known service.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from urllib.parse import quote, unquote, urlsplit
 
 MASK = "[redacted]"
 SHORTEST = 6
-"""Characters. A shorter value is probably a flag or a number; replacing it everywhere would garble messages."""
+"""Minimum length of a secret, in characters. A shorter value is probably a flag or a number; replacing it everywhere
+would garble messages."""
 
 _WORDS = r"password|passwd|passphrase|secret|api_?key|access_?key|private_?key|credentials?"
 _VARIABLE = re.compile(rf"(?i)(^|_)({_WORDS}|token|auth)$")
-# In a recipe, a token may also be a tokenizer's: mask_token, stop_token.
+# In a recipe, a token may also be a tokenizer token: mask_token, stop_token.
 _TOKENS = r"(?:access|api|auth|bearer|github|hf|hub|refresh|session|wandb)_?token"
 _FIELD = rf"(?:\w*_)?(?:{_WORDS})|token|\w*{_TOKENS}"
 _NAMES_SECRET = re.compile(rf"(?i)({_FIELD})$")
@@ -32,7 +33,7 @@ _PATTERNS = (
     (re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*['\"]?\w+\s+)[^\s'\"]+"), rf"\1{MASK}"),
     (re.compile(r"\b(hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[abp]-|AKIA)[A-Za-z0-9_-]{12,}"), MASK),
 )
-# Folders and files with a slash between them; "host.example/…" may be an address, whose parts may be secrets.
+# A path with at least one slash. "host.example/…" may be an address, whose components may be secrets.
 _PATH = re.compile(r"(?![\w-]+(\.[\w-]+)+/)[\w.~+-]*(/[\w.~+-]*)+")
 
 _remembered: set[str] = set()
@@ -49,22 +50,22 @@ def redact(text: str) -> str:
 
 def shorten(text: str, limit: int = 60) -> str:
     """Cut `text` to one line of at most `limit` characters."""
-    line = redact(" ".join(text.split()))  # before cutting: half a secret would not be recognised
+    line = redact(" ".join(text.split()))  # before truncation: half a secret would not be recognised
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def redact_url(text: str) -> str:
-    """Return `text`, a path, a model's name or a URL, with a URL's credentials replaced and nothing else."""
+    """Return `text`, a path, a model name or a URL, with only the credentials in a URL replaced."""
     for pattern, mask in _URL_PATTERNS:
         text = pattern.sub(mask, text)
     return text
 
 
 def redact_values(value: Any) -> Any:
-    """Return plain values (mappings, lists, texts, numbers) with every secret in them replaced.
+    """Return plain values (mappings, lists, strings, numbers) with every secret in them replaced.
 
-    A text that is a path or a model's name stays, also where a folder is called like a secret: with a word replaced it
-    would name another file.
+    A string that is a path or a model name is kept, even if a folder has the name of a secret: with a word replaced,
+    it would name another file.
     """
     if isinstance(value, Mapping):
         return {key: MASK if _is_secret(key, item) else redact_values(item) for key, item in value.items()}
@@ -76,7 +77,7 @@ def redact_values(value: Any) -> Any:
 
 
 def remember(value: Any) -> None:
-    """Register the secrets in plain values, such as a recipe's, so that they are redacted from now on."""
+    """Register the secrets in plain values, such as a recipe, so that they are redacted from now on."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             if _is_secret(key, item) and len(item) >= SHORTEST:
@@ -96,7 +97,7 @@ class RedactedStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write `text` redacted; return the number of characters given."""
+        """Write `text` redacted; return the length of the original."""
         self._stream.write(redact(text))
         return len(text)
 
@@ -109,14 +110,14 @@ def _is_secret(key: Any, value: Any) -> bool:
 
 
 def _secrets() -> set[str]:
-    found = set(_remembered)
+    secrets = set(_remembered)
     for name, value in os.environ.items():
         if _VARIABLE.search(name):
-            found.update([value.strip(), *(line.strip() for line in value.splitlines())])
+            secrets.update([value.strip(), *(line.strip() for line in value.splitlines())])
         elif "://" in value:
-            found.update(_password(value))
-    found |= {quote(secret, safe="") for secret in found}
-    return {secret for secret in found if len(secret) >= SHORTEST}
+            secrets.update(_password(value))
+    secrets |= {quote(secret, safe="") for secret in secrets}
+    return {secret for secret in secrets if len(secret) >= SHORTEST}
 
 
 def _password(text: str) -> set[str]:

@@ -1,7 +1,7 @@
 """The process in which chat templates run. `chat_template.py` starts it as a script; nothing imports it.
 
 Usage: template_process.py SECONDS BYTES. The first line of stdin is the template as JSON; each further line is a list
-of conversations. Each conversation is answered with one line of JSON: its text, or why it failed.
+of conversations. The reply to each conversation is one line of JSON: its text, or the reason for the failure.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_TEXT = 16 << 20
 
 def main() -> None:
     """Render conversations until stdin ends."""
-    seconds, room = float(sys.argv[1]), int(sys.argv[2])
+    seconds, memory = float(sys.argv[1]), int(sys.argv[2])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, whose exit ends this process
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr
@@ -29,13 +29,13 @@ def main() -> None:
     (template,) = json.loads(requests.readline())
     with open("/proc/self/statm", encoding="ascii") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + room, used + room))
+    resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     replies.write(b'{"text": "ready"}\n')
     replies.flush()
     for line in requests:
         for messages, variables in json.loads(line):
-            # CPU time, so that a busy machine fails nothing; the signal ends the process wherever it is.
+            # CPU time, so that a busy machine causes no failure; the signal ends the process at any point.
             signal.setitimer(signal.ITIMER_PROF, seconds)
             reply = _render(render_jinja_template, template, messages, variables)
             signal.setitimer(signal.ITIMER_PROF, 0)
@@ -58,7 +58,7 @@ def _render(render: Any, template: str, messages: list[dict[str, Any]], variable
         return json.dumps({"text": text}).encode()
     except MemoryError:
         return json.dumps({"limit": "needs too much memory"}).encode()
-    except Exception as error:  # a template can raise anything
+    except Exception as error:  # a template may raise any exception
         return json.dumps({"error": str(error).strip()[:1000] or type(error).__name__}).encode()
 
 

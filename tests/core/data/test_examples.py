@@ -50,7 +50,7 @@ def test_what_is_recognised_is_said(write: Any, byte_level: Any) -> None:
     rows = [*LABELLED, {"text": " ", "label": "ham"}]
     line = build_examples(write(rows), byte_level(), CLASSIFY, 4).describe()
     assert "text + label; 4 examples" in line
-    assert "3 classes, 4 cut at 4, 1 dropped (empty text 1, first at " in line
+    assert "3 classes, 4 truncated at 4, 1 dropped (empty text 1, first at " in line
     assert "train.jsonl:5)" in line
 
 
@@ -154,8 +154,8 @@ def test_gather(write: Any, byte_level: Any) -> None:
         ({"weights": np.ones(2, np.float32)}, "1 label positions, 1 labels and 2 weights"),
         ({"labels": np.array([3])}, "a label is outside the 3 classes"),
         ({"label_positions": np.array([-1])}, "a label's position is negative"),
-        ({"inputs": {}}, "inputs must be arrays that are not empty"),
-        ({"key": 1}, "train.jsonl:2: key 1 is that of another example too"),
+        ({"inputs": {}}, "inputs must be non-empty arrays"),
+        ({"key": 1}, "train.jsonl:2: another example has the same key 1"),
     ],
 )
 def test_examples_that_are_not_sound(changes: Any, message: str, write: Any, byte_level: Any) -> None:
@@ -167,7 +167,7 @@ def test_examples_that_are_not_sound(changes: Any, message: str, write: Any, byt
 def test_groups_must_stand_together(write: Any, byte_level: Any) -> None:
     examples = build_examples(write(LABELLED), byte_level(), CLASSIFY, 64)
     one, two, three = (replace(examples[i], group=g) for i, g in ((0, 7), (1, 8), (2, 7)))
-    with pytest.raises(InputError, match="train.jsonl:3: the examples of group 7 do not stand together"):
+    with pytest.raises(InputError, match="train.jsonl:3: the examples of group 7 are not contiguous"):
         Examples.gather([one, two, three], examples, SequenceClassification())
     assert Examples.gather([one, three, two], examples, SequenceClassification()).groups.tolist() == [0, 0, 1]
 

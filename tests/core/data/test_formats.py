@@ -48,7 +48,11 @@ def test_recognised_by_columns(columns: list[str], task: str, name: str) -> None
 @pytest.mark.parametrize(
     ("columns", "task", "message"),
     [
-        (["prompt", "response"], LM, "'prompt', 'response' are not understood. prompt . completion lacks 'completion'"),
+        (
+            ["prompt", "response"],
+            LM,
+            "'prompt', 'response' match no data format. prompt . completion lacks 'completion'",
+        ),
         (["txt"], LM, "Did you mean 'text'"),
         (["a"], LM, "Accepted: messages; prompt . completion; text; text . label"),
         (["messages", "prompt", "completion"], LM, "can be read as messages and as prompt . completion"),
@@ -183,7 +187,7 @@ def test_classification_keeps_what_the_tokenizer_puts_around(word_piece: Any, by
 @pytest.mark.parametrize("form", [PromptCompletion(), PlainText(), TextLabel()], ids=lambda form: form.name)
 def test_weights_that_are_none(form: Any, weight: Any) -> None:
     row = dict.fromkeys(form.columns, "x")
-    with pytest.raises(InputError, match="^train.jsonl:1: field 'weight' must be a finite number from 0"):
+    with pytest.raises(InputError, match="^train.jsonl:1: field 'weight' must be 0 or a positive fp32 number"):
         form.item({**row, "weight": weight}, "train.jsonl:1")
     assert form.item({**row, "weight": 0}, "train.jsonl:1") == Dropped("weight 0")
     assert form.item({**row, "weight": 2}, "train.jsonl:1").weight == 2.0

@@ -161,10 +161,10 @@ def test_thoughts_that_the_template_adds(byte_level: Any) -> None:
     [
         (FORGETFUL, "leaves out or changes message 1"),
         (NO_PROMPT, r"writes '<\|im_start\|>assistant\\n' where the answer should begin"),
-        (NO_END, "puts no token behind it that ends an answer"),
+        (NO_END, "adds no end token after it"),
         (CHATML.replace("m.content", "m.content | upper"), "leaves out or changes message 1"),
-        ("{{ messages[0].nothing.at.all }}", "the chat template refuses the conversation"),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "puts no token behind it"),
+        ("{{ messages[0].nothing.at.all }}", "the chat template rejects the conversation"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "adds no end token after it"),
         (None, "has no chat template"),
     ],
     ids=["forgetful", "no prompt", "no end", "upper", "raises", "bare", "none"],
@@ -185,7 +185,7 @@ def test_the_templates_own_complaint_is_passed_on(byte_level: Any) -> None:
     [
         (None, "field 'messages' must be a list, not null"),
         ("hello", "field 'messages' must be a list, not a str"),
-        ([], "empty list"),
+        ([], "'messages' is empty"),
         (["hello"], "message 1 must be an object"),
         ([{"content": "x"}], "message 1: 'role' must be text, not missing"),
         ([{"role": 3, "content": "x"}], "message 1: 'role' must be text, not a int"),
@@ -225,10 +225,12 @@ def test_an_answers_weight_is_that_of_its_tokens(byte_level: Any) -> None:
     messages[3]["weight"] = 0
     assert encode(messages, tokenizer) == Dropped("weight 0")
     messages[3]["weight"] = -1
-    with pytest.raises(InputError, match="^train.jsonl:1: message 4: field 'weight' must be a finite number from 0"):
+    with pytest.raises(
+        InputError, match="^train.jsonl:1: message 4: field 'weight' must be 0 or a positive fp32 number"
+    ):
         encode(messages, tokenizer)
     messages[3]["weight"], messages[0]["weight"] = 1, 2
-    with pytest.raises(InputError, match="message 1: only an assistant's message takes a weight"):
+    with pytest.raises(InputError, match="message 1: only an assistant message may have a weight"):
         encode(messages, tokenizer)
 
 

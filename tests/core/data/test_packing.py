@@ -59,7 +59,7 @@ def test_order_depends_on_seed_and_epoch() -> None:
     assert len({tuple(order) for order in orders}) == 4
     assert plan_epoch(np.array([], dtype=np.int64), 0, 0, batch_examples=8) == []
     for sizes in ({}, {"batch_tokens": 8, "batch_examples": 8}):
-        with pytest.raises(ValueError, match="one of the two"):
+        with pytest.raises(ValueError, match="exactly one of"):
             plan_epoch(lengths, 0, 0, **sizes)
 
 
@@ -243,15 +243,19 @@ def example(*tokens: int, number: int = 5, **columns: Any) -> Example:
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        ([], {}, "no example"),
-        ([Example({"input_ids": np.zeros(0, np.int32)}, np.zeros(0, int), np.zeros(0), np.zeros(0))], {}, "empty one"),
+        ([], {}, "there are no examples"),
+        (
+            [Example({"input_ids": np.zeros(0, np.int32)}, np.zeros(0, int), np.zeros(0), np.zeros(0))],
+            {},
+            "one is empty",
+        ),
         ([replace(text([1, 2], [0]), label_positions=np.array([2]), key=9)], {}, "example 9 has a label at 2 of 2"),
-        ([example(1, 2)], {"pool_rows": True}, "pools by row"),
-        ([example(1, x=Column(1)), example(2)], {}, "column x is not in all"),
+        ([example(1, 2)], {"pool_rows": True}, "pools each row"),
+        ([example(1, x=Column(1)), example(2)], {}, "column x is missing from"),
         ([example(1, 2, x=Column(np.zeros(3), "input"))], {}, r"column x of example 5 has shape \(3,\)"),
         ([example(1, 2, x=Column(np.zeros(2), "label"))], {}, r"shape \(2,\); its axis is label"),
         ([example(1, x=np.zeros(1))], {}, "must be a Column"),
-        ([example(1, x=Column(np.zeros(1), "input")), example(2, x=Column(1))], {}, "column x has several axes"),
+        ([example(1, x=Column(np.zeros(1), "input")), example(2, x=Column(1))], {}, "column x has different axes"),
     ],
 )
 def test_what_cannot_be_collated(rows: list[Example], options: dict[str, Any], message: str) -> None:

@@ -93,9 +93,9 @@ def test_datasets_folder(tmp_path: Path) -> None:
 
 BAD = {
     "empty": ("a.jsonl", b"", "the file is empty"),
-    "blank": ("a.jsonl", b"\n \n", "it has no rows"),
-    "header only": ("a.csv", b"text,label\n", "it has no rows"),
-    "empty list": ("a.json", b"[]", "it has no rows"),
+    "blank": ("a.jsonl", b"\n \n", ": no rows"),
+    "header only": ("a.csv", b"text,label\n", ": no rows"),
+    "empty list": ("a.json", b"[]", ": no rows"),
     "malformed": ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl:2: malformed JSON at column"),
     "trailing": ("a.jsonl", b'{"a": 1} x\n', r"a\.jsonl:1: malformed JSON at column 10"),
     "list in a line": ("a.jsonl", b"[1]\n", r"a\.jsonl:1: each line must be one JSON object, not a list"),

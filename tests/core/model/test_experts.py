@@ -43,7 +43,7 @@ def test_a_run_says_how_many_experts_are_adapted(mixture, make_recipe, said):
 def test_a_base_says_how_many_a_quantiser_left(mixture):
     base = load_base(mixture(1), "nf4", "AutoModelForCausalLM", torch.float32)
     assert base.notes[1] == "experts: 0 of 8 in nf4"
-    with pytest.raises(InputError, match="fused tensors such as .* nf4 cannot take them"):
+    with pytest.raises(InputError, match="fused tensors such as .* nf4 cannot quantise them"):
         load_base(mixture(32), "nf4", "AutoModelForCausalLM", torch.float32)
 
 

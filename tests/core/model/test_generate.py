@@ -158,7 +158,7 @@ def test_modes_of_modules_are_as_they_were(base, prompts):
     ("prompt", "options", "message"),
     [
         ([], {}, "prompt 2 is empty"),
-        ([5] * 512, {}, "prompt 2 has 512 tokens, and the base takes 512"),
+        ([5] * 512, {}, "prompt 2 has 512 tokens; the base's context holds 512"),
         ([5], {"temperature": -1.0}, "temperature"),
         ([5], {"temperature": float("nan")}, "temperature"),
         ([5], {"top_p": 0.0}, "top_p"),

@@ -140,7 +140,7 @@ def test_dora_needs_a_quantiser_that_peft_knows(rows, make_recipe):
         tune(recipe)
 
 
-# --- checkpoints that are quantised already
+# --- checkpoints that are already quantised
 
 
 @pytest.fixture
@@ -168,14 +168,16 @@ def stored(tiny_base, tmp_path):
 def test_a_quantiser_recognises_its_checkpoints(rows, stored, config, name):
     info = check_base(stored(config))
     assert (info.quantization, info.prequantized) == (name, True)
-    with pytest.raises(InputError, match=f"quantised already, with {name}: write `quantization: {name}`"):
+    with pytest.raises(InputError, match=f"already quantised, with {name}: write `quantization: {name}`"):
         check_base(stored(config), "none")
 
 
 def test_two_quantisers_of_one_checkpoint_are_named_and_the_recipe_decides(rows, stored, distribution):
     distribution("twin-quant", ROWS, {"twins": "Rows"}, group=GROUP)
     folder = stored({"quant_method": "rows"})
-    with pytest.raises(InputError, match=r"'rows' \(row-quant 1.0\) and .* \(twin-quant 1.0\) read it: name one"):
+    with pytest.raises(
+        InputError, match=r"'rows' \(row-quant 1.0\) and .* \(twin-quant 1.0\) read it: set `quantization` to one"
+    ):
         check_base(folder)
     assert check_base(folder, "twins").quantization == "twins"
 

@@ -80,7 +80,9 @@ def test_a_folder_has_no_revision(
     tiny_base: Path, tmp_path: Path, make_recipe: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = make_recipe(base={"revision": "v1"})
-    with pytest.raises(InputError, match=f"base.revision: 'v1' is of the hub, and '{tiny_base}' is a folder here"):
+    with pytest.raises(
+        InputError, match=f"base.revision: 'v1' needs a model from the hub, but '{tiny_base}' is a local folder"
+    ):
         tune(recipe, quiet=True)
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml())
@@ -88,5 +90,5 @@ def test_a_folder_has_no_revision(
     for command in ("tune", "plan", "data"):
         assert cli.run([command, str(path)]) == 2
         out, err = capsys.readouterr()
-        assert f"recipe.yaml:{line}: base.revision: 'v1' is of the hub" in (out + err).replace("\n", " ")
+        assert f"recipe.yaml:{line}: base.revision: 'v1' needs a model from the hub" in (out + err).replace("\n", " ")
         assert "Traceback" not in err

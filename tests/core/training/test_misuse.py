@@ -372,10 +372,10 @@ def prepare(example: str) -> str:
     ("change", "says"),
     [
         ({"weight": "-1"}, "a label's weight must be finite and above 0, not -1"),
-        ({"weight": "0"}, "a label's weight must be finite and above 0, not 0; leave labels of weight 0 out"),
+        ({"weight": "0"}, "a label's weight must be finite and above 0, not 0; leave out labels of weight 0"),
         ({"weight": "float('nan')"}, "a label's weight must be finite and above 0, not nan"),
         ({"weight": "1e39"}, "a label's weight must be finite and above 0, not inf"),
-        ({"inputs": "{'input_ids': np.zeros(0)}"}, "an example's inputs must be arrays that are not empty"),
+        ({"inputs": "{'input_ids': np.zeros(0)}"}, "an example's inputs must be non-empty arrays"),
     ],
 )
 def test_an_example_that_is_not_sound_names_who_made_it(refused: Callable, change: dict[str, str], says: str) -> None:
@@ -388,8 +388,14 @@ def test_an_example_that_is_not_sound_names_who_made_it(refused: Callable, chang
     ("columns", "says"),
     [
         ("np.float32(0.5)", "column 'x' must be a Column, such as Column(values, axis=\"input\"), not a float32"),
-        ("Column(np.zeros(2), 'label')", "column 'x' has shape [2]; its axis is 'label', so that it must have one"),
-        ("Column(np.zeros(()), 'input')", "column 'x' has shape []; its axis is 'input', so that it must have one"),
+        (
+            "Column(np.zeros(2), 'label')",
+            "column 'x' has shape [2]; its axis is 'label', so its first dimension must be",
+        ),
+        (
+            "Column(np.zeros(()), 'input')",
+            "column 'x' has shape []; its axis is 'input', so its first dimension must be",
+        ),
     ],
 )
 def test_a_column_that_does_not_fit_names_who_made_it(refused: Callable, columns: str, says: str) -> None:
@@ -471,7 +477,7 @@ def test_a_weight_that_is_none_names_its_row(make_recipe: Make, write: Callable,
     rows = write(rows_of([1.0, weight, 2.0], form), "weights.jsonl")
     with pytest.raises(InputError, match=r"weights\.jsonl:2: .*weight") as caught:
         tune(make_recipe(data={"train": str(rows)}), quiet=True)
-    assert "must be a finite number from 0 (got" in str(caught.value) and "\n" not in str(caught.value)
+    assert "must be 0 or a positive fp32 number, not" in str(caught.value) and "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
 
 

@@ -308,7 +308,7 @@ def test_planning_takes_planned_examples_and_never_samples(make: Make, policy: A
         ("number", "1 entries; it must give one for each of `updates` = 2"),
         ("empty", r"entry 2: there is no example"),
         ("labels", r"entry 1: example '\d+/0' has no labels"),
-        ("keys", r"entry 1: .*key '\d+/0' is that of another example too"),
+        ("keys", r"entry 1: .*another example has the same key '\d+/0'"),
         ("column", r"entry 1: column old is not in both"),
         ("position", r"has a label at \d+ of \d+ positions"),
     ],

@@ -44,7 +44,7 @@ EXPECTED = {
     "formats a string": "memory",
     "doubles a string": "memory",
     "calls itself": "recursion|nests too deeply",
-    "another file": "refuses the conversation",
+    "another file": "rejects the conversation",
     "too long a range": "Range too big",
 }
 

@@ -1,1 +1,1 @@
-"""Operations of a model: a torch reference each, kernels beside it."""
+"""Model operations with a smaller memory footprint or faster kernels than their composition in torch."""

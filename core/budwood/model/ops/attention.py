@@ -1,9 +1,9 @@
-"""The attention named "budwood": inside the segments of a packed row where there are any, else transformers' "sdpa".
+"""The attention implementation "budwood": within the segments of a packed row, otherwise transformers' "sdpa".
 
-A packed row [1, T] holds several examples one after the other. Its model is called with `segments` (their boundaries)
-and with `packed_mask` in the place of an attention mask, so that nobody builds a mask of T×T and nothing looks for
-segments in `position_ids` by reading the device. Other calls, generation with a cache among them, know no difference
-from "sdpa"; softcapping and attention sinks, which "sdpa" lacks, are computed here in plain operations.
+A packed row [1, T] is a concatenation of examples. The model is called with `segments` (their boundaries) and with
+`packed_mask` as attention mask, so that no T×T mask is built, and no segments are inferred from `position_ids`, which
+would synchronise with the device. Other calls, such as generation with a cache, are identical to "sdpa". Soft-capping
+and attention sinks, which "sdpa" does not support, are computed here with torch operations.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from transformers.masking_utils import sdpa_mask
 from budwood.model.ops.segment_attention import segment_attention, takes
 
 IMPLEMENTATION = "budwood"
-"""What `attn_implementation` must be for `segments` to count."""
+"""Value of `attn_implementation` with which `segments` takes effect."""
 
 _NOT_GIVEN: Any = object()
 _VARLEN_TAKES = frozenset(inspect.signature(varlen_attn).parameters)
-"""torch 2.10 has the kernel without windows, torch 2.11 without grouped heads."""
+"""The kernel has no windows in torch 2.10, and no grouped heads in torch 2.11."""
 
 
 def register() -> None:
-    """Make "budwood" known to transformers; calling it again changes nothing."""
+    """Register "budwood" with transformers; may be called repeatedly."""
     AttentionInterface.register(IMPLEMENTATION, attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
 def packed_mask(device: torch.device | str = "cpu") -> Tensor:
-    """Return what stands for the attention mask of a packed row: bool [1, 1, 0, 0], without one element.
+    """Return a placeholder for the attention mask of a packed row: an empty bool tensor [1, 1, 0, 0].
 
-    transformers passes a mask of four dimensions on as it is, at no cost. A model that does not hand `segments` to its
+    transformers passes a four-dimensional mask through unchanged. A model that does not pass `segments` to its
     attention fails on the shape instead of mixing examples.
     """
     return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
@@ -60,28 +60,29 @@ def attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend, as transformers' attention functions do; inside each segment where `segments` are given.
+    """Compute attention with the interface of transformers; within each segment if `segments` is set.
 
     Args:
-        module: the model's attention module; its `is_causal` counts where the argument is None.
-        query: [R, H, T, D], R = 1 where there are segments.
+        module: the model's attention module; its `is_causal` applies if the argument is None.
+        query: [R, H, T, D], R = 1 with segments.
         key: [R, K, T, D]; H is a multiple of K.
         value: [R, K, T, Dv].
-        attention_mask: bool [R, 1, T, S], True where a token is seen; not looked at where there are segments.
-        scaling: of the scores; None: D to the power of -1/2.
-        dropout: probability that an attention weight is dropped.
-        is_causal: whether a token sees only what is before it.
+        attention_mask: bool [R, 1, T, S], True: attend to the token; ignored with segments.
+        scaling: factor of the scores; None: D to the power of -1/2.
+        dropout: probability of dropping an attention weight.
+        is_causal: whether a token attends only to itself and the tokens before it.
         segments: boundaries in tokens, (0, …, T).
-        sliding_window: a causal token sees so many, itself among them; others see so many to each side.
-        softcap: scores are squeezed to ± softcap by tanh.
-        s_aux: [H] attention sinks: one more score for each head, whose weight goes nowhere.
-        kwargs: what other models pass.
+        sliding_window: number of tokens to which a causal token attends, including itself; otherwise, their number
+            on each side, also including itself.
+        softcap: bound of the scores, applied with tanh.
+        s_aux: [H] attention sinks: one additional score per head, whose weight is discarded.
+        kwargs: further arguments of some models.
 
     Returns:
         [R, T, H, Dv] and None (no attention weights).
 
     Raises:
-        NotImplementedError: with segments, a kind of attention that is known by its mask alone.
+        NotImplementedError: with segments, a type of attention that only its mask would define.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if segments:
@@ -97,16 +98,16 @@ def attention(
     )
 
 
-def _window(module: nn.Module, given: int | None, kwargs: dict[str, Any]) -> int | None:
-    """The sliding window of a layer; refuses layers whose restriction shows in the mask that is not built."""
+def _window(module: nn.Module, sliding_window: int | None, kwargs: dict[str, Any]) -> int | None:
+    """Return the sliding window of a layer; refuse layers whose restriction only the mask would define."""
     if kwargs.get("position_bias") is not None:
         raise NotImplementedError("this model adds a bias to the attention of each pair of positions")
-    if given is not _NOT_GIVEN:
-        return given
+    if sliding_window is not _NOT_GIVEN:
+        return sliding_window
     config = getattr(module, "config", None)
     for name in ("sliding_window", "attention_chunk_size"):
         if getattr(config, name, None) is not None:
-            raise NotImplementedError(f"this model's attention does not say which of its layers have a {name}")
+            raise NotImplementedError(f"this model's attention does not report which layers have a {name}")
     return None
 
 
@@ -122,7 +123,7 @@ def _packed(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention inside each segment of one row: [1, H, T, D] to [1, T, H, Dv]."""
+    """Compute attention within each segment of one row: [1, H, T, D] to [1, T, H, Dv]."""
     lengths = [end - start for start, end in zip(segments, segments[1:], strict=False)]
     grouped = key.shape[1] != query.shape[1]
     plain = softcap is not None or sinks is not None
@@ -135,12 +136,12 @@ def _packed(
         if grouped and not options:
             k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
         out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=sides, **options)
-        assert isinstance(out, Tensor)  # a pair only where the sums of the softmax are asked for
+        assert isinstance(out, Tensor)  # a pair only if the log-sum-exp is requested
         return out.unsqueeze(0)
     if not plain and dropout == 0.0 and takes(query, value, segments):
         return segment_attention(query, key, value, segments, causal, window, scaling)
     outputs: list[Tensor] = []
-    # `split`, not slices: the backward of a slice fills a tensor of the whole row for each segment.
+    # `split`, not slices: the backward of each slice would allocate a tensor for the complete row.
     for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
         length = q.shape[2]
         narrow = window is not None and window < length
@@ -165,7 +166,7 @@ def _plain(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention in plain operations: [R, H, T, D] to [R, T, H, Dv]; softmax in fp32 as in transformers' "eager"."""
+    """Compute attention with torch operations, [R, H, T, D] to [R, T, H, Dv]; fp32 softmax as in "eager"."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -184,16 +185,16 @@ def _plain(
 
 
 def _band(length: int, device: torch.device, causal: bool, window: int | None) -> Tensor:
-    """Bool [length, length]: which tokens (columns) a token (row) sees."""
+    """Return a bool mask [length, length]: True where a token (row) attends to another (column)."""
     ones = torch.ones(length, length, dtype=torch.bool, device=device)
-    seen = ones.tril() if causal else ones
+    mask = ones.tril() if causal else ones
     if window is None:
-        return seen
-    return seen.triu(1 - window) if causal else seen.triu(1 - window).tril(window - 1)
+        return mask
+    return mask.triu(1 - window) if causal else mask.triu(1 - window).tril(window - 1)
 
 
 def _varlen_takes(query: Tensor, value: Tensor) -> bool:
-    """Whether the variable-length kernel (CUDA, 16 bit) takes these tensors."""
+    """Return whether the variable-length kernel (CUDA, 16 bit) supports these tensors."""
     size = query.shape[-1]
     return (
         "window_size" in _VARLEN_TAKES
@@ -208,6 +209,6 @@ def _varlen_takes(query: Tensor, value: Tensor) -> bool:
 
 @functools.lru_cache(maxsize=4)
 def _device_bounds(segments: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 copy of the boundaries on the device: one for all layers of a micro-step and their recomputation."""
+    """Return the boundaries as int32 on the device; cached for all layers of a micro-step and their recomputation."""
     with torch.inference_mode(False):
         return torch.tensor(segments, dtype=torch.int32).to(device, non_blocking=True)

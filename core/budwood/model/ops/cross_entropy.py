@@ -11,24 +11,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CACHED = 1 << 19
-"""fp32 numbers of a block of rows, which then stays in a core's cache between the passes over it."""
+"""fp32 elements in a block of rows, chosen such that a block stays in a core's cache between passes."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return -log softmax(logits)[label] of each row [n], in fp32 (fp64 where the logits are).
+    """Return -log softmax(logits)[label] of each row [n], in fp32 (fp64 if the logits are fp64).
 
     Args:
         logits: [n, V], floating.
         labels: [n] int64 in [0, V).
     """
-    if logits.device.type != "cpu":  # other devices are not slowed by the passes, and their kernel checks the labels
+    if logits.device.type != "cpu":  # there, extra passes cost little, and the kernel checks the labels
         return F.cross_entropy(_wide(logits), labels, reduction="none")
     values: Tensor = _CrossEntropy.apply(logits, labels)
     return values
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Works through blocks of rows, so that memory sees the logits once in each direction, and once their gradient."""
+    """Processes blocks of rows, so that each pass reads the logits from memory once and writes the gradient once."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
@@ -54,6 +54,6 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def _blocks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Blocks of the rows of all tensors, together."""
+    """Split the rows of all tensors into blocks, and yield them together."""
     rows = max(1, CACHED // max(1, logits.shape[-1]))
     return zip(*(tensor.split(rows) for tensor in (logits, *others)), strict=True)

@@ -1,7 +1,7 @@
 """A frozen linear layer plus a low-rank update, as one autograd function: y = x Wᵀ + bias + s · drop(x) Aᵀ Bᵀ.
 
-Composed of separate layers, the update keeps the input twice, the dequantised weight once, and casts of everything;
-here the backward finds the input once and [r, n] numbers, and dequantises W anew. W gets no gradient.
+With separate layers, autograd would save the input twice, the dequantised weight once, and casts of everything. This
+function saves the input once and an [r, n] tensor, and dequantises W again in the backward pass. W has no gradient.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ def low_rank_linear(
     scaling: float = 1.0,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Return x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ in the compute dtype (autocast's, else that of `x`).
+    """Return x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ in the compute dtype (that of autocast if enabled, or of `x`).
 
     Args:
         x: [..., in].
-        base: a linear that a quantiser knows (`quantizer_of`): it holds W and the bias.
-        a: [r, in], of any floating dtype; its gradient comes back in that dtype. It need not be a leaf.
+        base: a linear that has a quantiser (`quantizer_of`), with W and the bias.
+        a: [r, in], any floating dtype, which its gradient has too. It need not be a leaf.
         b: [out, r], likewise.
         scaling: factor of the update.
-        dropout: probability that an element of the update's input is dropped; 0 where the model does not train.
+        dropout: probability of dropping an element of the update's input; 0 outside of training.
 
     Returns:
-        [..., out]. With B = 0 they are the numbers of `frozen_linear(x, base)`.
+        [..., out]. With B = 0, it equals `frozen_linear(x, base)`.
 
     Raises:
         TypeError: `base` is not a linear.
-        ValueError: the weight of `base` wants a gradient, which this function does not compute; or it is on another
-            device than `x`, where a native kernel would read memory that is not its own.
+        ValueError: the weight of `base` requires a gradient, which this function does not compute; or it is on another
+            device than `x`, so a native kernel would access invalid memory.
     """
     return LowRankLinear.apply(x, base, a, b, getattr(base, "bias", None), scaling, dropout)
 
 
 def frozen_linear(x: Tensor, base: nn.Linear) -> Tensor:
-    """Return x Wᵀ + bias [..., out], as `low_rank_linear` computes it, without an update."""
+    """Return x Wᵀ + bias [..., out], computed like `low_rank_linear` without an update."""
     return LowRankLinear.apply(x, base, None, None, getattr(base, "bias", None), 1.0, 0.0)
 
 
@@ -56,36 +56,36 @@ def mixed_low_rank_linear(
     adapters: Sequence[tuple[Tensor, Tensor, float] | None],
     rows: Sequence[int],
 ) -> Tensor:
-    """Apply to each row of a batch its own update.
+    """Apply a separate update to each row of a batch.
 
     Args:
         x: [R, ..., in].
         base: as in `low_rank_linear`.
-        adapters: (A [r, in], B [out, r], scaling) each, of any ranks; None stands for no update.
-        rows: for each of the R rows, the index of its adapter.
+        adapters: (A [r, in], B [out, r], scaling) each, of any ranks; None: no update.
+        rows: [R] index of each row's adapter.
 
     Returns:
-        [R, ..., out]. Rows without an update are, bit for bit, those of `frozen_linear` on the same batch.
+        [R, ..., out]. Rows without an update are bitwise identical to those of `frozen_linear` on the same batch.
     """
     y = frozen_linear(x, base)
     for index, weights in enumerate(adapters):
-        chosen = [row for row, which in enumerate(rows) if which == index]
+        chosen = [row for row, adapter in enumerate(rows) if adapter == index]
         if weights is not None and chosen:
             y = add_update(x, y, *cast_factors(*weights, y.dtype), torch.tensor(chosen, device=x.device))
     return y
 
 
 def cast_factors(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A and scaling · B in `dtype`, as `add_update` takes them."""
+    """Return A and scaling · B in `dtype`, for `add_update`."""
     return a.to(dtype), (b * scaling).to(dtype)
 
 
 def add_update(x: Tensor, y: Tensor, a: Tensor, b: Tensor, rows: Tensor) -> Tensor:
     """Add x Aᵀ Bᵀ to y [R, ..., out] in the rows [n] int64 of x [R, ..., in]."""
-    whole = len(rows) == len(x)
-    part = (x if whole else x.index_select(0, rows)).to(y.dtype)
+    all_rows = len(rows) == len(x)
+    part = (x if all_rows else x.index_select(0, rows)).to(y.dtype)
     update = (_thin_product(part.reshape(-1, part.shape[-1]), a.t()) @ b.t()).view(*part.shape[:-1], -1)
-    return y + update if whole else y.index_add(0, rows, update)
+    return y + update if all_rows else y.index_add(0, rows, update)
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -104,10 +104,10 @@ class LowRankLinear(torch.autograd.Function):
     ) -> Tensor:
         quantizer = quantizer_of(base)
         if quantizer is None:
-            raise TypeError(f"low_rank_linear: {type(base).__name__} is not a linear that any quantiser knows")
+            raise TypeError(f"low_rank_linear: {type(base).__name__} is not a linear of any known quantiser")
         weight = quantizer.weight(base)
         if weight.requires_grad:
-            raise ValueError("low_rank_linear: the base's weight wants a gradient; freeze it")
+            raise ValueError("low_rank_linear: the base's weight requires a gradient; freeze it")
         if weight.device != x.device:
             raise ValueError(f"low_rank_linear: the input is on {x.device}, the base's weight on {weight.device}")
         dtypes = [None if tensor is None else tensor.dtype for tensor in (x, a, b, bias)]
@@ -115,7 +115,7 @@ class LowRankLinear(torch.autograd.Function):
         autocast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
         with torch.autocast(kind, enabled=False):
-            # The reshaped and cast input is what is kept: a view of `x` where its dtype is right already.
+            # The reshaped and cast input is saved: a view of `x` if it already has the dtype.
             rows = x.reshape(-1, x.shape[-1]).to(dtype)
             y = quantizer.forward(base, rows, bias)
             narrow, mask = None, None
@@ -123,11 +123,11 @@ class LowRankLinear(torch.autograd.Function):
                 inner = rows
                 if dropout > 0.0:
                     inner, mask = torch.native_dropout(rows, dropout, True)
-                a, b = a.to(dtype), b.to(dtype)  # kept for the backward: small, and a GPU feels each operation
+                a, b = a.to(dtype), b.to(dtype)  # saved for the backward: small, and saves a GPU kernel launch
                 narrow = _thin_product(inner, a.t())
                 y.addmm_(narrow, b.t(), alpha=scaling)
         keeps_rows = a is not None and ctx.needs_input_grad[2]
-        # Saved for torch's check that nobody changes it before the backward, which gets W from the quantiser.
+        # Saved so that torch detects in-place changes before the backward, which reads W through the quantiser.
         dense = weight if ctx.needs_input_grad[0] and weight.is_floating_point() else None
         ctx.save_for_backward(rows if keeps_rows else None, narrow, a, b, mask, dense)
         ctx.base, ctx.shape, ctx.dtype, ctx.scaling, ctx.dropout = base, x.shape, dtype, scaling, dropout
@@ -166,9 +166,10 @@ class LowRankLinear(torch.autograd.Function):
 
 
 def _thin_product(wide: Tensor, thin: Tensor, scale: float = 1.0) -> Tensor:
-    """scale · wide [m, k] @ thin [k, r], r small, in one operation; laid out as the device computes such products best.
+    """Return scale · wide [m, k] @ thin [k, r], with small r, in one operation and the device's fastest layout.
 
-    oneDNN: transposed, [r, m]. cuBLAS: not so: its fast kernels want rows of a multiple of 8 numbers, and m is any.
+    oneDNN computes such products faster transposed, [r, m]. cuBLAS does not: its fast kernels need rows of a multiple
+    of 8 elements, and m is arbitrary.
     """
     unused = wide.new_empty(1, 1)
     if _transposes(wide.device):

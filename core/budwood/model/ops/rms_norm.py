@@ -1,7 +1,7 @@
-"""RMSNorm (Zhang & Sennrich, 2019) that keeps its input alone for the backward pass, in the input's dtype.
+"""RMSNorm (Zhang & Sennrich, 2019) that saves only its input for the backward pass, in the input's dtype.
 
-Written out in torch operations, as the models have it, it keeps two copies of its input in fp32: in 16 bit four times
-as much, for two norms a layer.
+The implementation in the models, from torch operations, saves two fp32 copies of its input, four times as much for a
+16-bit input, and there are two norms per layer.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch.autograd.function import once_differentiable
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Return weight · x / sqrt(mean(x²) + epsilon) over the last dimension, computed in fp32, rounded before `weight`.
 
-    On CUDA the sum is torch's own kernel's, in an order of its own.
+    On CUDA, torch's kernel computes it, which sums in another order.
 
     Args:
         x: [..., d], floating.
         weight: [d], frozen.
         epsilon: added to the mean square.
     """
-    if x.is_cuda:  # one kernel in each direction; written out they are eight and eleven
+    if x.is_cuda:  # one kernel per direction instead of eight (forward) and eleven (backward)
         with torch.autocast("cuda", enabled=False):
             return weight * F.rms_norm(x, x.shape[-1:], None, epsilon)
     result: Tensor = _RMSNorm.apply(x, weight, epsilon)
@@ -32,43 +32,43 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def save_memory_in_norms(model: nn.Module) -> int:
-    """Let each RMSNorm of `model` compute by `rms_norm`, where its formula, written out, gives its own bits.
+    """Make the RMSNorm modules of `model` use `rms_norm`, if their outputs are bitwise identical to its formula's.
 
     Returns:
-        How many norms there are that do.
+        The number of modules changed.
     """
-    found = 0
+    changed = 0
     for module in model.modules():
         weight = getattr(module, "weight", None)
         epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         if not (type(module).__name__.endswith("RMSNorm") and isinstance(weight, Tensor)):
             continue
-        if isinstance(epsilon, float) and _same(module, weight, epsilon):
+        if isinstance(epsilon, float) and _is_identical(module, weight, epsilon):
             module.forward = _Forward(module, module.forward, epsilon)
-            found += 1
-    return found
+            changed += 1
+    return changed
 
 
-def _same(module: nn.Module, weight: Tensor, epsilon: float) -> bool:
+def _is_identical(module: nn.Module, weight: Tensor, epsilon: float) -> bool:
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(3, weight.shape[-1], generator=draw).to(weight)
     with torch.no_grad():
         try:
             return torch.equal(module(x), _RMSNorm.apply(x, weight, epsilon))
-        except (RuntimeError, TypeError):  # a norm that takes other arguments
+        except (RuntimeError, TypeError):  # a norm with other arguments
             return False
 
 
 class _Forward:
-    """In the place of a norm's forward; its own runs where its weight trains."""
+    """Replaces a norm's forward; calls the original if the weight is trainable."""
 
-    def __init__(self, module: nn.Module, own: Any, epsilon: float) -> None:
-        self.module, self.own, self.epsilon = module, own, epsilon
+    def __init__(self, module: nn.Module, original: Any, epsilon: float) -> None:
+        self.module, self.original, self.epsilon = module, original, epsilon
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight: Tensor = self.module.weight  # type: ignore[assignment]
         if args or kwargs or weight.requires_grad:
-            result: Tensor = self.own(x, *args, **kwargs)
+            result: Tensor = self.original(x, *args, **kwargs)
             return result
         return rms_norm(x, weight, self.epsilon)
 

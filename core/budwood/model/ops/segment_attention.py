@@ -1,10 +1,10 @@
-"""Attention inside the segments of a packed row as batched 16-bit matrix products, for CPUs that have them.
+"""Attention within the segments of a packed row as batched bf16 matrix products, for CPUs that support them.
 
-torch's own CPU attention kernel is written for long sequences: on the short segments of a packed row its backward pass
-in bf16 takes several times what the products alone take. Here each segment is padded to a multiple of 64 (so that
-oneDNN, which compiles code for each shape, meets few of them), scores and softmax are fp32 as in that kernel, and the
-attention weights are kept in bf16 for the backward pass. They take length / (8 · head size) times the memory of query,
-key, value and output, so rows with a segment longer than `longest(head size)` are left to the other kernel.
+torch's CPU attention kernel is written for long sequences: on the short segments of a packed row, its backward pass in
+bf16 takes several times as long as the products alone. Here, each segment is padded to a multiple of 64, because oneDNN
+compiles code for each shape. Scores and softmax are fp32 as in torch's kernel, and the attention weights are saved in
+bf16 for the backward pass. They take length / (8 · head size) times the memory of query, key, value and output, so
+rows with a segment longer than `longest(head size)` use torch's kernel.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 PAD = 64
-"""Segments are padded to a multiple of so many tokens."""
+"""Segments are padded to a multiple of this number of tokens."""
 BLOCK = 256
-"""Queries of a causal segment are taken so many at a time, each block with the keys up to its end alone."""
+"""Queries per block of a causal segment; a block only computes scores for keys up to its end."""
 CACHED = 1 << 19
-"""Short segments are computed together up to so many scores, which then stay in a core's cache."""
+"""Maximum number of scores of short segments computed together, chosen such that they stay in a core's cache."""
 
 
 def longest(head_size: int) -> int:
-    """Longest segment, in tokens, for which keeping the attention weights is worth their memory."""
+    """Return the longest segment, in tokens, for which saving the attention weights is worth the memory."""
     return 16 * head_size
 
 
 def takes(query: Tensor, value: Tensor, segments: tuple[int, ...]) -> bool:
-    """Whether `segment_attention` is the better kernel for these tensors: bf16 on a CPU with bf16 products."""
+    """Return whether `segment_attention` is the better kernel for these tensors: bf16 on a CPU with bf16 products."""
     return (
         query.device.type == "cpu"
         and query.dtype == torch.bfloat16
@@ -53,16 +53,17 @@ def segment_attention(
     window: int | None = None,
     scaling: float | None = None,
 ) -> Tensor:
-    """Attend inside each segment of one packed row: softmax(scaling · Q Kᵀ + mask) V.
+    """Compute attention within each segment of one packed row: softmax(scaling · Q Kᵀ + mask) V.
 
     Args:
         query: [1, H, T, D] bf16.
         key: [1, K, T, D]; H is a multiple of K.
         value: [1, K, T, D].
         segments: boundaries in tokens, (0, …, T).
-        causal: whether a token sees only what is before it.
-        window: a causal token sees so many, itself among them; others see so many to each side, less one.
-        scaling: of the scores; None: D to the power of -1/2.
+        causal: whether a token attends only to itself and the tokens before it.
+        window: number of tokens to which a causal token attends, including itself; otherwise, their number on each
+            side, also including itself.
+        scaling: factor of the scores; None: D to the power of -1/2.
 
     Returns:
         [1, T, H, D] bf16.
@@ -117,18 +118,18 @@ class _SegmentAttention(torch.autograd.Function):
         heads, shared = gradients[0].shape[2], len(q) // len(k)
         groups = _groups(ctx.segments, heads, ctx.causal)
         at_queries, at_keys = _layout(ctx.segments, groups, heads), _layout(ctx.segments, groups, heads // shared)
-        # Padding has no gradient, and so gives none to any key or value.
+        # Padding has no gradient, so it adds none to any key or value.
         gradient = at_queries.gather(gradients[0].transpose(1, 2)).index_fill_(0, at_queries.padding, 0)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        taken = 0
+        used = 0
         for group in groups:
             qs, gs, grad_qs = (at_queries.of(rows, group) for rows in (q, gradient, grad_q))
             ks, vs, grad_ks, grad_vs = (at_keys.of(rows, group) for rows in (k, v, grad_k, grad_v))
             blocks = list(_blocks(group.padded, ctx.causal))
-            # The last block sees every key: it fills the keys' gradients, the others add to them.
+            # The last block attends to every key: it initialises the gradients of keys, the others add to them.
             for index in reversed(range(len(blocks))):
                 first, last, seen = blocks[index]
-                weight = weights[taken + index]
+                weight = weights[used + index]
                 rows_q, rows_g = _rows(qs, first, last, shared), _rows(gs, first, last, shared)
                 grad_weight = torch.bmm(rows_g, vs[:, :seen].mT).view_as(weight)
                 grad_scores = torch._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
@@ -139,7 +140,7 @@ class _SegmentAttention(torch.autograd.Function):
                     grad_ks.copy_(part_k), grad_vs.copy_(part_v)
                 else:
                     grad_ks[:, :seen].add_(part_k), grad_vs[:, :seen].add_(part_v)
-            taken += len(blocks)
+            used += len(blocks)
         grads = (
             at_queries.scatter(grad_q.mul_(ctx.scaling)),
             at_keys.scatter(grad_k.mul_(ctx.scaling)),
@@ -153,10 +154,10 @@ class _Group:
     """Segments that are computed together.
 
     Attributes:
-        members: their numbers, in the order of the row.
-        length: tokens of each, or, where causality hides what is behind a token, the padded length for all.
-        padded: tokens of each with padding.
-        first: first of all segments' padded tokens, in the order of the groups.
+        members: indices of the segments, in the order of the row.
+        length: tokens per segment; for causal attention, which never attends to padding, the padded length.
+        padded: tokens per segment with padding.
+        first: offset of the group's first token among the padded tokens of all groups.
     """
 
     members: tuple[int, ...]
@@ -167,12 +168,12 @@ class _Group:
 
 @functools.lru_cache(maxsize=8)
 def _groups(segments: tuple[int, ...], heads: int, causal: bool) -> tuple[_Group, ...]:
-    """The segments of a row by their length, at most CACHED scores in each group."""
-    alike: dict[int, list[int]] = {}
+    """Group the segments of a row by length, with at most CACHED scores per group."""
+    by_length: dict[int, list[int]] = {}
     for number, (first, last) in enumerate(zip(segments, segments[1:], strict=False)):
-        alike.setdefault(_padded(last - first) if causal else last - first, []).append(number)
+        by_length.setdefault(_padded(last - first) if causal else last - first, []).append(number)
     groups, start = [], 0
-    for length, members in alike.items():
+    for length, members in by_length.items():
         padded = _padded(length)
         most = max(1, CACHED // (heads * padded * (min(padded, BLOCK) if causal else padded)))
         for at in range(0, len(members), most):
@@ -188,12 +189,12 @@ def _padded(length: int) -> int:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where tokens stand when each segment is one dense block [heads, padded length, D], group after group.
+    """Token indices for a layout with one dense block [heads, padded length, D] per segment, group after group.
 
     Attributes:
         source: [rows] int64 into the row's [T · heads]; padding repeats a segment's last token.
-        target: [T · heads] int64, the way back.
-        padding: int64, the rows that no token owns.
+        target: [T · heads] int64, the inverse mapping.
+        padding: int64, the rows that are padding.
     """
 
     heads: int
@@ -202,22 +203,22 @@ class _Layout:
     padding: Tensor
 
     def gather(self, states: Tensor) -> Tensor:
-        """[1, heads, T, D] to [rows, D]."""
+        """Convert [1, heads, T, D] to [rows, D]."""
         return states.transpose(1, 2).reshape(-1, states.shape[-1]).index_select(0, self.source)
 
     def scatter(self, rows: Tensor) -> Tensor:
-        """[rows, D] to [1, T, heads, D]."""
+        """Convert [rows, D] to [1, T, heads, D]."""
         return rows.index_select(0, self.target).view(1, -1, self.heads, rows.shape[-1])
 
     def of(self, rows: Tensor, group: _Group) -> Tensor:
-        """View [segments · heads, padded length, D] of one group's rows [rows, D]."""
+        """Return a view [segments · heads, padded length, D] of one group's part of `rows` [rows, D]."""
         first, last = (self.heads * at for at in (group.first, group.first + len(group.members) * group.padded))
         return rows[first:last].view(-1, group.padded, rows.shape[-1])
 
 
 @functools.lru_cache(maxsize=8)
 def _layout(segments: tuple[int, ...], groups: tuple[_Group, ...], heads: int) -> _Layout:
-    """The layout of a row: the same for all layers of a micro-step and their recomputation."""
+    """Return the layout of a row; cached for all layers of a micro-step and their recomputation."""
     with torch.inference_mode(False):
         head = torch.arange(heads)
         sources, start = [], 0
@@ -235,7 +236,7 @@ def _layout(segments: tuple[int, ...], groups: tuple[_Group, ...], heads: int) -
 
 
 def _blocks(padded: int, causal: bool) -> Iterator[tuple[int, int, int]]:
-    """(first, last, seen) of each block of queries, and how many keys it sees at most."""
+    """Yield (first, last, seen) of each block of queries; `seen` is the number of keys to which it may attend."""
     if not causal:
         yield 0, padded, padded
         return
@@ -245,13 +246,13 @@ def _blocks(padded: int, causal: bool) -> Iterator[tuple[int, int, int]]:
 
 
 def _rows(states: Tensor, first: int, last: int, groups: int) -> Tensor:
-    """Queries of a block [H, padded, D] as [K, groups · rows, D], those that share a key's head together."""
+    """Reshape the queries of a block [H, padded, D] to [K, groups · rows, D], grouped by their key head."""
     return states[:, first:last].reshape(len(states) // groups, -1, states.shape[-1])
 
 
 @functools.lru_cache(maxsize=256)
 def _mask(first: int, last: int, seen: int, length: int, causal: bool, window: int | None) -> Tensor:
-    """fp32 [rows, seen]: 0 where a query sees a key, else -inf. A row of padding sees at least its first key."""
+    """Return fp32 [rows, seen]: 0 to attend, -inf otherwise. A row of padding attends at least to its first key."""
     with torch.inference_mode(False):
         row, column = torch.arange(first, last)[:, None], torch.arange(seen)
         hidden = column >= length
@@ -265,7 +266,7 @@ def _mask(first: int, last: int, seen: int, length: int, causal: bool, window: i
 
 @contextmanager
 def _bf16_products() -> Iterator[None]:
-    """Let products of fp32 tensors multiply in bf16 and add in fp32: exact here, since the numbers come from bf16."""
+    """Multiply fp32 tensors in bf16 with fp32 accumulation; exact here, because their values were cast from bf16."""
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"

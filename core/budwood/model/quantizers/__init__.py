@@ -1,4 +1,4 @@
-"""Quantisers of a base's linears: the protocol, bitsandbytes, and whose linear a module is."""
+"""Quantisers of a base's linears: the interface, bitsandbytes, and the lookup of a module's quantiser."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ __all__ = [
 
 _MARK = "_budwood_quantizer"
 _KNOWN = (Int8(), NF4(), FP4(), Unquantized())
-"""Whose linears are recognised on any model; another quantiser's are marked when the base loads."""
+"""Quantisers whose linears are recognised on any model; those of others are marked when the base loads."""
 
 
 def claim(model: nn.Module, quantizer: Quantizer) -> None:
-    """Mark the linears that `quantizer` stores, so that whoever meets one finds it at once."""
+    """Mark the linears that `quantizer` stores, so that `quantizer_of` returns it."""
     for module in model.modules():
         if quantizer.is_linear(module):
             module.__dict__[_MARK] = quantizer
 
 
 def quantizer_of(module: nn.Module) -> Quantizer | None:
-    """The quantiser that stores a linear module; None if it is not a linear."""
-    found: Quantizer | None = module.__dict__.get(_MARK)
-    if found is None:
-        found = next((known for known in _KNOWN if known.is_linear(module)), None)
-        if found is not None:
-            module.__dict__[_MARK] = found
-    return found
+    """Return the quantiser that stores a linear module; None if it is not a linear."""
+    quantizer: Quantizer | None = module.__dict__.get(_MARK)
+    if quantizer is None:
+        quantizer = next((known for known in _KNOWN if known.is_linear(module)), None)
+        if quantizer is not None:
+            module.__dict__[_MARK] = quantizer
+    return quantizer
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a module is a linear that does not hold its weight in floating point as it is."""
+    """Return whether a module is a linear with a quantised weight."""
     quantizer = quantizer_of(module)
     return quantizer is not None and not isinstance(quantizer, Unquantized)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """Outputs and inputs of a linear module, however its weight is stored, and under layers that PEFT puts around it.
+    """Return the number of outputs and inputs of a linear module, quantised or not, also if wrapped in PEFT layers.
 
     Raises:
         TypeError: the module is not a linear.

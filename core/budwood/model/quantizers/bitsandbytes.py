@@ -1,4 +1,4 @@
-"""bitsandbytes as a quantiser, and two guards: against its repacking of 4-bit weights, and against autocast in int8."""
+"""The bitsandbytes quantisers, with guards against repacking of 4-bit weights and against autocast in int8."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ class _BitsAndBytes(Quantizer):
         hide_hub_kernels()
         try:
             import bitsandbytes
-        except Exception as error:  # a broken native library raises whatever the linker does
+        except Exception as error:  # a broken native library may raise any exception
             raise ResourceError(
-                f"quantization needs bitsandbytes, which does not import here ({error}): "
+                f"quantization needs bitsandbytes, which cannot be imported here ({error}): "
                 "`pip install bitsandbytes`, or use `quantization: none`."
             ) from error
         kind = device.split(":")[0]
         if kind not in bitsandbytes.supported_torch_devices:
             known = ", ".join(sorted(bitsandbytes.supported_torch_devices))
             raise ResourceError(
-                f"bitsandbytes {bitsandbytes.__version__} does not quantise on '{kind}' (it does on {known}): "
+                f"bitsandbytes {bitsandbytes.__version__} does not support '{kind}' (it supports {known}): "
                 "use `quantization: none`, or another device."
             )
 
 
 class Int8(_BitsAndBytes):
-    """8 bits, one scale a row (LLM.int8(), Dettmers et al., 2022)."""
+    """8 bits, one scale per row (LLM.int8(), Dettmers et al., 2022)."""
 
     def config(self, dtype: torch.dtype, double_quantization: bool, skip: list[str]) -> Any:
         from transformers import BitsAndBytesConfig
@@ -72,7 +72,7 @@ class Int8(_BitsAndBytes):
         return codes.to(dtype).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
 
     def _codes(self, module: Any) -> tuple[Tensor, Tensor]:
-        """Codes [out, in] int8 and scales [out] fp32; the first forward moves them from the weight to the state."""
+        """Return codes [out, in] int8 and scales [out] fp32; the first forward moves them from weight to state."""
         owner = module.state if module.state.CB is not None else module.weight
         return owner.CB, owner.SCB
 
@@ -108,11 +108,11 @@ class _FourBit(_BitsAndBytes):
         import torch
 
         state = module.weight.quant_state
-        found = [getattr(state, "offset", None)]
-        found += [
+        constants = [getattr(state, "offset", None)]
+        constants += [
             getattr(o, name, None) for o in (state, getattr(state, "state2", None)) for name in ("absmax", "code")
         ]
-        return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+        return [tensor for tensor in constants if isinstance(tensor, torch.Tensor)]
 
     def shape(self, module: Any) -> tuple[int, int]:
         outputs, inputs = module.weight.quant_state.shape
@@ -121,7 +121,7 @@ class _FourBit(_BitsAndBytes):
     def forward(self, module: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         import bitsandbytes
 
-        # The module's own forward is not called, so that it never repacks the weight.
+        # The module's own forward is not called, because it might repack the weight.
         dtype = module.compute_dtype or x.dtype
         bias = None if bias is None else bias.to(dtype)
         weight = module.weight
@@ -134,7 +134,7 @@ class _FourBit(_BitsAndBytes):
 
         state = module.weight.quant_state
         if getattr(state, "packing_format_for_cpu", False):
-            raise RuntimeError("bitsandbytes has repacked this 4-bit weight for inference; it has no gradient any more")
+            raise RuntimeError("bitsandbytes has repacked this 4-bit weight for inference; it cannot be dequantised")
         absmax = state.absmax
         if state.nested:
             absmax = bitsandbytes.functional.dequantize_blockwise(absmax, state.state2) + state.offset
@@ -145,13 +145,13 @@ class _FourBit(_BitsAndBytes):
 
 
 class NF4(_FourBit):
-    """4 bits, quantiles of a normal distribution, one scale for 64 weights (QLoRA, Dettmers et al., 2023)."""
+    """4 bits, quantiles of a normal distribution, one scale per 64 weights (QLoRA, Dettmers et al., 2023)."""
 
     kind = "nf4"
 
 
 class FP4(_FourBit):
-    """4-bit floating point, one scale for 64 weights."""
+    """4-bit floating point, one scale per 64 weights."""
 
     kind = "fp4"
 
@@ -159,19 +159,19 @@ class FP4(_FourBit):
 def guard_repacking(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking the 4-bit weights of `model` in place.
 
-    On a CPU with AVX512-BF16 `Linear4bit` does so in the first forward in evaluation mode without a gradient; all that
-    dequantises the weight afterwards (backward, merge) gets zeros or garbage without an error. bitsandbytes has no
-    switch; the layers ask the attribute that is set off here, and copies of a layer keep it.
+    On a CPU with AVX512-BF16, `Linear4bit` repacks its weight in the first forward in eval mode without gradients.
+    Later dequantisation (backward, merge) returns zeros or garbage without an error. bitsandbytes has no option for
+    this. Its layers read the attribute that is cleared here, and copies of a layer keep it.
     """
     for layer in _four_bit_layers(model):
         layer.support_avx512bf16_for_cpu = False
 
 
 def assert_not_packed(model: nn.Module) -> None:
-    """Check that no 4-bit weight of `model` has been repacked; cheap, for use before training and merging.
+    """Check that no 4-bit weight of `model` has been repacked; a cheap check before training and merging.
 
     Raises:
-        RuntimeError: a weight has been repacked, so that gradients and merged weights would be garbage.
+        RuntimeError: a weight has been repacked, so gradients and merged weights would be garbage.
     """
     for layer in _four_bit_layers(model):
         if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
@@ -179,11 +179,11 @@ def assert_not_packed(model: nn.Module) -> None:
 
 
 def guard_autocast(model: nn.Module) -> None:
-    """Keep autocast out of the 8-bit linears of `model`.
+    """Disable autocast inside the 8-bit linears of `model`.
 
-    On a CPU without AVX-512, bitsandbytes multiplies the integers as fp32 numbers, whose sums are exact. Autocast would
-    round those sums to 16 bit, and a linear would answer otherwise by itself than under an adapter's layer, which
-    computes outside of autocast. Copies of a layer keep the guard.
+    On a CPU without AVX-512, bitsandbytes multiplies the integers in fp32, where the sums are exact. Autocast would
+    round those sums to 16 bit. The output of a linear would then differ from that inside an adapter layer, which
+    disables autocast. Copies of a layer keep the guard.
     """
     for layer in model.modules():
         if _is_eight_bit(layer):
@@ -196,7 +196,7 @@ def _guarded_linear() -> type[nn.Module]:
     import torch
 
     class Linear8bit(bitsandbytes.nn.Linear8bitLt):
-        """bitsandbytes' 8-bit linear in autocast's dtype, computed outside of autocast."""
+        """bitsandbytes' 8-bit linear with its input in the autocast dtype, computed with autocast disabled."""
 
         def forward(self, x: Tensor) -> Tensor:
             device = x.device.type
@@ -215,7 +215,7 @@ def _is_ours(config: Mapping[str, Any]) -> bool:
 
 
 def _library() -> Any:
-    """bitsandbytes, if it has been imported, which takes seconds: until then nothing is a module of its."""
+    """Return bitsandbytes if it is imported; otherwise None, since no module can then be an instance of its classes."""
     return sys.modules.get("bitsandbytes")
 
 
