@@ -87,7 +87,7 @@ def test_the_recipe_that_combines_strategies_runs_and_its_adapter_is_attacked(tm
     options += ["-o", "train.precision=bf16"]  # what fits any processor
     done = budwood("tune", demo / "recipes" / "combined.yaml", *options, cwd=ROOT)
     assert "teacher examples/budwood_demo/base: 11.8 MB in bf16, not quantised" in done.stderr
-    assert "adalora: 224 of 336 ranks are left after step 2" in done.stderr
+    assert "adalora: 224 of 336 ranks remain after step 2" in done.stderr
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [step for step in steps if step["kind"] == "step"]
     assert len(steps) == 3

@@ -150,7 +150,7 @@ def test_the_penalty_and_its_gradient_are_those_of_the_formula() -> None:
     ("options", "message"),
     [
         ({"target_rank": 13}, "target_rank 13 is above initial_rank 12"),
-        ({"initial_phase": 1.5}, "must be whole"),
+        ({"initial_phase": 1.5}, "must be integers"),
         ({"initial_phase": 0.6, "final_phase": 0.4}, "leave no share"),
         ({"interval": 0}, "greater than or equal to 1"),
         ({"beta1": 1.0}, "less than 1"),

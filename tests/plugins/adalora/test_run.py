@@ -214,7 +214,7 @@ def test_a_run_that_is_too_short_names_the_smallest_before_the_base_loads(
 ) -> None:
     monkeypatch.setattr(setup, "load_base", lambda *a, **k: pytest.fail("the base was loaded"))
     recipe = make_recipe(tmp_path / "run", {"interval": 10}, **train)
-    with pytest.raises(InputError, match="a run of 15 steps is too short .* the smallest that works is 17 steps"):
+    with pytest.raises(InputError, match="a run of 15 steps is too short .* it needs at least 17 steps"):
         tune(recipe, quiet=True)
 
 
@@ -279,7 +279,7 @@ def test_an_interrupted_run_keeps_what_it_has_and_says_that_the_budget_was_not_r
 @pytest.mark.plots
 def test_a_run_without_pruning_says_so_and_ends_whole(make_recipe: Make, tmp_path: Path, capsys: object) -> None:
     run = tune(make_recipe(tmp_path / "run", {"initial_rank": 2, "target_rank": 2}))
-    assert "no rank will be taken away" in capsys.readouterr().err
+    assert "no ranks will be pruned" in capsys.readouterr().err
     assert set(ranks(run).values()) == {2}
     assert len(ranks(run)) == 14
     assert (run.directory / "ranks.png").exists()

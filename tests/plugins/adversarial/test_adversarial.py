@@ -49,11 +49,11 @@ def name(options: dict[str, Any]) -> str:
         ({"method": "freelb", "steps": 1}, "freelb with steps: 1 would train on random noise alone; use 2 or more."),
         (
             {"method": "fgm", "steps": 3},
-            "steps is no option of fgm, which has epsilon, norm, weight, clean_weight",
+            "steps is not an option of fgm (options: epsilon, norm, weight, clean_weight)",
         ),
-        ({"method": "neftune", "epsilon": 1.0}, "epsilon is no option of neftune, which has alpha; leave it out."),
-        ({"method": "vat", "norm": "linf"}, "norm is no option of vat"),
-        ({"method": "freelb", "clean_weight": 1.0}, "clean_weight is no option of freelb"),
+        ({"method": "neftune", "epsilon": 1.0}, "epsilon is not an option of neftune (options: alpha); remove it."),
+        ({"method": "vat", "norm": "linf"}, "norm is not an option of vat"),
+        ({"method": "freelb", "clean_weight": 1.0}, "clean_weight is not an option of freelb"),
         ({"method": "fmg"}, "adversarial.method: "),
         ({"epsilom": 1}, "adversarial.epsilom: unknown key. Did you mean 'epsilon'?"),
     ],
@@ -234,7 +234,7 @@ def test_noise_on_no_token_is_said(make_recipe: Callable, capsys: Any) -> None:
     assert not lines
     strategy.on_event(event=Event("step", 3, {"adversarial_gain": 0.0}))
     assert len(lines) == 1
-    assert "leave no token that noise may go to" in lines[0]
+    assert "exclude all tokens from noise" in lines[0]
 
 
 def test_the_logged_gain_is_the_perturbed_minus_the_clean_loss(make_recipe: Callable) -> None:

@@ -87,6 +87,6 @@ def test_typos_depend_on_seed_and_row_alone_and_spare_the_answer() -> None:
 @pytest.mark.parametrize("form", ["text", "pairs"])
 def test_forms_without_a_prompt_are_refused(form: str) -> None:
     with pytest.raises(
-        InputError, match=f"--attack typos: no typos for data of the form '{form}'.*text-label, messages"
+        InputError, match=f"--attack typos: no typos for the data format '{form}'.*text-label, messages"
     ):
         Typos(name="typos").check(form, "causal-lm", SimpleNamespace())

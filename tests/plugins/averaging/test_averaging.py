@@ -242,9 +242,7 @@ def test_averaging_that_would_begin_after_the_run_is_refused_before_the_base_loa
     make_recipe: Make, monkeypatch: pytest.MonkeyPatch, planned: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(setup, "load_base", lambda *a, **k: pytest.fail("the base was loaded"))
-    with pytest.raises(
-        InputError, match="'swa' .*: start: averaging would begin at step 7, and the run has 6: lower it"
-    ):
+    with pytest.raises(InputError, match="'swa' .*: start: averaging would begin at step 7 of 6: lower it"):
         tune(make_recipe([LORA, {"swa": {"start": 7}}], **planned), quiet=True)
 
 
@@ -254,7 +252,7 @@ def test_averaging_that_would_begin_after_the_run_is_refused_before_the_base_loa
         ("ema", {"decay": 1}, "decay: must be less than 1"),
         ("ema", {"decay": 0}, "decay: must be greater than 0"),
         ("swa", {"start": -0.1}, "start: must be greater than or equal to 0"),
-        ("swa", {"start": 2.5}, "start: from 1 on it is a step and must be whole"),
+        ("swa", {"start": 2.5}, "start: values of 1 and above are steps and must be integers"),
         ("swa", {"every": 0}, "every: must be greater than or equal to 1"),
     ],
 )
