@@ -1,4 +1,4 @@
-"""What every strategy promises, and that the term holds the model near its base."""
+"""The conformance kit, and the values of the term."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every strategy promises, and life in a pool beside a LoRA."""
+"""The conformance kit, and use in a pool together with a LoRA."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class TestScaling(StrategyConformance):
 class TestScalingEverything(StrategyConformance):
     strategy = Scaling
     options = {"targets": "all-linear"}
-    does_not_apply = {"composes_with": "it is tested with the default targets"}
+    does_not_apply = {"composes_with": "tested with the default targets"}
 
 
 @pytest.fixture(scope="module")
 def adapters() -> dict[str, Path]:
-    """Folders of a trained scaling and of a trained LoRA on the kit's base."""
+    """Folders of a trained scaling and a trained LoRA on the kit's base."""
     runs = {"scaling": TestScaling.bench().run("a run"), "lora": Bench(Spec(LoRA, {"rank": 2})).run("a run")}
     return {name: run.adapter for name, run in runs.items()}
 
@@ -75,7 +75,7 @@ def test_rows_and_positions_are_scaled_by_their_adapter() -> None:
         strategy.use_adapters(model, ["a", "b"], index=[1, -1, 0])
         expected = torch.stack([base[0] * vectors["b"], base[1], base[2] * vectors["a"]])
         assert torch.equal(linear(x), expected)
-        strategy.use_adapters(model, ["a", "b"], index=[1, 1, -1, -1, 0, 0])  # of one packed row
+        strategy.use_adapters(model, ["a", "b"], index=[1, 1, -1, -1, 0, 0])  # one packed row
         torch.testing.assert_close(linear(x.reshape(1, 6, -1)), expected.reshape(1, 6, -1))
         strategy.use_adapters(model, [], index=[])
         assert torch.equal(linear(x), base)
