@@ -58,7 +58,7 @@ BROKEN: list[tuple[type[Strategy], str, str]] = [
     (broken.FailsInReplay, "composes", r"with adversarial: .*a replayed pass.*broken.py, line \d+"),
 ]
 ALSO_BROKEN: list[tuple[type[Strategy], str, str]] = [
-    (broken.MissingOwnerHooks, "declares", "1 of the 5 hooks .* missing: use_adapters, detach_adapter, export"),
+    (broken.MissingOwnerHooks, "declares", "1 of the 5 required hooks; missing: use_adapters, detach_adapter, export"),
     (broken.RoundsInYAML, "options", r"'rate' was 0.123 and is 0.1 after a YAML round trip"),
     (broken.NotFrozen, "options", "not frozen"),
     (broken.DeclaresUnused, "gradients", "idle is declared and had no gradient in all 2 steps"),
