@@ -1,1 +1,1 @@
-"""Budwood beside its peers, in one run on one machine."""
+"""Benchmarks of Budwood and its peers, measured in the same run on the same machine."""

@@ -1,10 +1,10 @@
-"""`python -m benchmarks.adalora`: what a step of AdaLoRA costs beside one of LoRA at its initial rank.
+"""`python -m benchmarks.adalora`: the cost of a step of AdaLoRA relative to LoRA at its initial rank.
 
-All arms, each a process of its own, take turns, a step each, on the same examples: LoRA; AdaLoRA before its budget
-falls, while it falls (allocating at every step, the dearest interval), and once it is final; and PEFT's LoRA and
-AdaLoRA with its allocator, in a plain loop over padded rows. Reported: the median over the rounds of an arm's seconds
-divided by those of its LoRA in the same round, and the same for processor time, which other work on the machine
-disturbs less.
+All arms run in separate processes and alternate step by step on the same examples: LoRA; AdaLoRA before its budget
+decreases, while it decreases (allocating at every step, the most expensive interval), and once it is final; and PEFT's
+LoRA and AdaLoRA with its allocator, in a plain loop over padded rows. Reported: the median over the rounds of an arm's
+time divided by that of its LoRA in the same round, in wall time and in processor time, which is less affected by other
+load on the machine.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ PEFT_ROWS = 4
 
 
 class Arm:
-    """Something that trains in a process of its own and stands still until it is its turn.
+    """A training process that pauses between its turns.
 
-    Not in threads of one process: there oneDNN's compiled kernels are shared, so that who comes second with a batch of
-    the same shape is faster.
+    Threads of one process would share oneDNN's compiled kernels, so that the second arm with a batch of the same shape
+    would be faster.
     """
 
     def __init__(self, name: str, work: Callable[[Callable[[], None]], None], threads: int, folder: Path) -> None:
@@ -49,25 +49,25 @@ class Arm:
         self._receive()
 
     def step(self) -> None:
-        """Let it train one optimizer step."""
+        """Run one optimizer step, and record its time."""
         self._connection.send(True)
         seconds, processor = self._receive()
         self.seconds.append(seconds)
         self.processor.append(processor)
 
     def stop(self) -> None:
-        """End the process; what a run does at its end is not measured."""
+        """End the process; final checks and saving are not measured."""
         if self._process.is_alive():
             self._connection.send(False)
         self._process.join()
 
     def _receive(self) -> tuple[float, float]:
         try:
-            found: tuple[float, float] = self._connection.recv()
+            times: tuple[float, float] = self._connection.recv()
         except EOFError:
             tail = self._log.read_text(encoding="utf-8", errors="replace")[-3000:]
             raise SystemExit(f"error: the arm {self.name} ended early:\n{tail}") from None
-        return found
+        return times
 
 
 def _work(work: Callable[[Callable[[], None]], None], threads: int, log: Path, connection: Connection) -> None:
@@ -80,18 +80,18 @@ def _work(work: Callable[[Callable[[], None]], None], threads: int, log: Path, c
     torch.set_num_threads(threads)
     started = (0.0, 0.0)
 
-    def stand() -> None:
+    def pause() -> None:
         nonlocal started
         connection.send((time.perf_counter() - started[0], time.process_time() - started[1]))
         if not connection.recv():
             raise SystemExit(0)
         started = (time.perf_counter(), time.process_time())
 
-    work(stand)
+    work(pause)
 
 
-def budwood(workload: w.Workload, strategy: dict[str, Any], steps: int, name: str, stand: Callable[[], None]) -> None:
-    """A recipe's run."""
+def budwood(workload: w.Workload, strategy: dict[str, Any], steps: int, name: str, pause: Callable[[], None]) -> None:
+    """Run a recipe, pausing before the first step and after each."""
     from budwood.recipe.schema import Recipe
     from budwood.training.loop import train
     from budwood.training.report import Report
@@ -101,7 +101,7 @@ def budwood(workload: w.Workload, strategy: dict[str, Any], steps: int, name: st
         @hookimpl
         def on_event(self, event: Event) -> None:
             if event.kind in ("start", "step"):
-                stand()
+                pause()
 
     recipe = Recipe.from_dict(
         {
@@ -121,9 +121,9 @@ def budwood(workload: w.Workload, strategy: dict[str, Any], steps: int, name: st
 
 
 def peft(
-    workload: w.Workload, adaptive: bool, initial_rank: int, target_rank: int, steps: int, stand: Callable[[], None]
+    workload: w.Workload, adaptive: bool, initial_rank: int, target_rank: int, steps: int, pause: Callable[[], None]
 ) -> None:
-    """PEFT's model in a plain loop; its AdaLoRA allocates at every step from the first on."""
+    """Train PEFT's model in a plain loop; its AdaLoRA allocates at every step."""
     import torch
     from peft import AdaLoraConfig, LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -135,7 +135,7 @@ def peft(
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(workload.base, dtype=torch.bfloat16), config)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=w.LEARNING_RATE, weight_decay=0.0, fused=True)
-    stand()
+    pause()
     for number, batches in enumerate(padded_steps(workload), start=1):
         labels = sum(int((batch["labels"] != -100).sum()) for batch in batches)
         for batch in batches:
@@ -147,11 +147,11 @@ def peft(
         if adaptive:
             model.base_model.update_and_allocate(number)
         optimizer.zero_grad(set_to_none=True)
-        stand()
+        pause()
 
 
 def padded_steps(workload: w.Workload) -> Iterator[list[dict[str, Any]]]:
-    """The micro-batches of each optimizer step: tensors of `PEFT_ROWS` padded rows."""
+    """Yield the micro-batches of each optimizer step: tensors of `PEFT_ROWS` padded rows."""
     import torch
 
     examples = workload.tokens()
@@ -175,7 +175,7 @@ def padded_steps(workload: w.Workload) -> Iterator[list[dict[str, Any]]]:
 def measure(
     folder: Path, initial_rank: int, target_rank: int, rounds: int, warmup: int, threads: int, with_peft: bool
 ) -> list[Arm]:
-    """Run all arms. At the end of the warm-up the third AdaLoRA loses its ranks, by what it has seen until then."""
+    """Run all arms. At the end of the warm-up the third AdaLoRA prunes its ranks."""
     steps = warmup + rounds + 1
     workload = w.build(folder, steps)
     ranks = {"initial_rank": initial_rank, "target_rank": target_rank, "alpha": ALPHA, "interval": 1}
@@ -210,19 +210,21 @@ def measure(
 
 
 def ratio(values: list[float], base: list[float]) -> float:
-    """Median of the ratios, round by round."""
-    return statistics.median(value / of for value, of in zip(values, base, strict=True))
+    """Return the median over rounds of the ratios."""
+    return statistics.median(value / reference for value, reference in zip(values, base, strict=True))
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adalora", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--initial-rank", type=int, default=12, help="of AdaLoRA, and LoRA's (default 12)")
-    parser.add_argument("--target-rank", type=int, default=8, help="mean rank at AdaLoRA's end (default 8)")
-    parser.add_argument("--rounds", type=int, default=9, help="how often the arms take turns (default 9)")
+    parser.add_argument(
+        "--initial-rank", type=int, default=12, help="initial rank of AdaLoRA, rank of LoRA (default 12)"
+    )
+    parser.add_argument("--target-rank", type=int, default=8, help="final mean rank of AdaLoRA (default 8)")
+    parser.add_argument("--rounds", type=int, default=9, help="measured steps per arm (default 9)")
     parser.add_argument("--warmup", type=int, default=4, help="steps before the first round, at least 2 (default 4)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each arm (default: all cores)")
-    parser.add_argument("--no-peft", action="store_true", help="without PEFT's arms, which take longest")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads per arm (default: all cores)")
+    parser.add_argument("--no-peft", action="store_true", help="skip PEFT's arms, the slowest")
     chosen = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryDirectory(prefix="budwood-bench-") as folder:
@@ -231,14 +233,14 @@ def main() -> None:
             chosen.threads, not chosen.no_peft,
         )  # fmt: skip
     by_name = {arm.name: arm for arm in arms}
-    say("\n| arm | seconds a step | of its LoRA | by processor time |\n|---|---:|---:|---:|")
+    say("\n| arm | seconds per step | relative to LoRA | in processor time |\n|---|---:|---:|---:|")
     verdicts = []
     for name, arm in by_name.items():
         base = by_name["peft lora" if name.startswith("peft") else "lora"]
         wall, processor = ratio(arm.seconds, base.seconds), ratio(arm.processor, base.processor)
         say(f"| {name} | {statistics.median(arm.seconds):.2f} | {wall:.3f}× | {processor:.3f}× |")
         if name in TARGETS:
-            verdicts.append((f"{name}: {wall:.3f}× LoRA's step; target {TARGETS[name]}×", wall <= TARGETS[name]))
+            verdicts.append((f"{name}: {wall:.3f}× a LoRA step; target {TARGETS[name]}×", wall <= TARGETS[name]))
     say("\n" + " · ".join(f"{name} {value}" for name, value in machine().items()))
     for text, met in verdicts:
         say(f"{'met' if met else 'MISSED'}: {text}")

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.adversarial`: what an optimizer step of each adversarial method costs against a plain one.
+"""`python -m benchmarks.adversarial`: the cost of an optimizer step of each adversarial method, in plain steps.
 
-All arms live in one process and take turns on the same batches, so that noise of the machine falls on all alike.
-Reported: the ratio of the median step to the plain one's, in wall time and in the process's processor time.
+All arms run in one process and alternate on the same batches, so that noise of the machine affects all equally.
+Reported: the ratio of the median step to that of the plain arm, in wall time and processor time.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Arm:
         self.processor: list[float] = []
 
     def step(self) -> None:
-        """One optimizer step on the arm's batches, as the loop does it, measured."""
+        """Run and time one optimizer step on the arm's batches, as in the training loop."""
         import torch
 
         from budwood.training.memory import accumulate
@@ -84,11 +84,11 @@ class Arm:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adversarial", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
-    parser.add_argument("--rounds", type=int, default=7, help="measured steps of each arm (default 7)")
-    parser.add_argument("--examples", type=int, default=8, help="examples of a step (default 8)")
+    parser.add_argument("--rounds", type=int, default=7, help="measured steps per arm (default 7)")
+    parser.add_argument("--examples", type=int, default=8, help="examples per step (default 8)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="(default: all cores)")
     chosen = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -105,18 +105,19 @@ def main() -> None:
                 arms[name].step()
     tokens = arms["plain"].run.counts["token"]
     print(
-        f"{tokens:,} tokens a step, K = {STEPS}, {chosen.rounds} rounds, {chosen.threads} threads, {torch.__version__}"
+        f"{tokens:,} tokens per step, K = {STEPS}, {chosen.rounds} rounds, {chosen.threads} threads, "
+        f"torch {torch.__version__}"
     )
     wall, processor = (
         {name: statistics.median(getattr(arm, kind)[1:]) for name, arm in arms.items()}
         for kind in ("wall", "processor")
     )
-    print(f"plain: {wall['plain']:.3f} s a step, {processor['plain']:.3f} s of processor time")
+    print(f"plain: {wall['plain']:.3f} s per step, {processor['plain']:.3f} s of processor time")
     for name in names[1:]:
         limit = ARMS[name][1]
-        found = wall[name] / wall["plain"], processor[name] / processor["plain"]
-        verdict = "met" if max(found) <= limit else "MISSED"
-        print(f"{verdict}: {name} {found[0]:.2f}× wall, {found[1]:.2f}× processor (target {limit:.2f}×)")
+        ratios = wall[name] / wall["plain"], processor[name] / processor["plain"]
+        verdict = "met" if max(ratios) <= limit else "MISSED"
+        print(f"{verdict}: {name} {ratios[0]:.2f}× wall, {ratios[1]:.2f}× processor (target {limit:.2f}×)")
 
 
 if __name__ == "__main__":

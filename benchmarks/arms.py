@@ -1,4 +1,4 @@
-"""The arms: each trains the workload in a process of its own, a few optimizer steps whenever it is told to."""
+"""The arms: each trains the workload in a separate process, a few optimizer steps at a time on request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Pace:
-    """Lets an arm run when it is its turn. `connection` receives a number of steps, and sends what they took."""
+    """Pauses an arm between its turns. `connection` receives a number of steps, and sends timings and losses."""
 
     connection: Connection
     left: int = 0
@@ -30,12 +30,12 @@ class Pace:
     losses: list[float] = field(default_factory=list)
 
     def ready(self) -> None:
-        """The arm stands before its first step."""
+        """Report that the arm is ready for its first step; return when its first turn starts."""
         self.connection.send({"peak": _peak_bytes()})
         self._wait()
 
     def stepped(self, loss: float) -> None:
-        """An optimizer step is done; returns when it is this arm's turn again."""
+        """Record a finished optimizer step; after the last of a turn, return when the next turn starts."""
         self.losses.append(loss)
         self.left -= 1
         if self.left == 0:
@@ -49,14 +49,14 @@ class Pace:
     def _wait(self) -> None:
         self.left = self.connection.recv()
         if self.left == 0:
-            raise SystemExit(0)  # what an arm does at its end (checks, saving) is not measured
+            raise SystemExit(0)  # final checks and saving are not measured
         self.losses = []
         _synchronize()
         self.started, self.started_processor = time.perf_counter(), time.process_time()
 
 
 def _peak_bytes() -> int:
-    """The peak of CUDA's allocator where there is one, else of the process."""
+    """Return the peak of CUDA's allocator, or of the process without a GPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -84,7 +84,7 @@ def work(name: str, workload: Workload, steps: int, threads: int, log: Path, con
 
 
 def budwood(workload: Workload, steps: int, pace: Pace) -> None:
-    """`budwood.tune` on a recipe, as a user runs it, with one more strategy, which observes and sets the pace."""
+    """Run `budwood.tune` on a recipe, with an additional strategy that pauses between turns."""
     import budwood
     from budwood.recipe.schema import Recipe
 
@@ -112,20 +112,20 @@ def budwood(workload: Workload, steps: int, pace: Pace) -> None:
 
 
 class PaceStrategy(Strategy):
-    """Hands the turn back to the benchmark after so many steps."""
+    """Returns control to the benchmark after each turn."""
 
     pace: ClassVar[Pace]
 
     @hookimpl
     def prepare_model(self, model: Any, run: Run) -> Any:
-        """Measure nothing where rows are padded."""
+        """Refuse to measure padded rows."""
         if not run.packed:
-            raise SystemExit("the rows are not packed: what the run says tells why")
+            raise SystemExit("the rows are not packed: see the output of the run")
         return model
 
     @hookimpl
     def on_event(self, event: Event) -> None:
-        """Stand still before the first step and after each turn."""
+        """Pause before the first step and after each turn."""
         if event.kind == "start":
             self.pace.ready()
         elif event.kind == "step":
@@ -133,7 +133,7 @@ class PaceStrategy(Strategy):
 
 
 def _install_strategy(folder: Path, name: str, target: str) -> None:
-    """Make a strategy known as an installed package's would be: by an entry point of a distribution on the path."""
+    """Register a strategy like an installed package, with an entry point of a distribution on sys.path."""
     package = folder / "installed" / "budwood_benchmarks-1.dist-info"
     package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: budwood-benchmarks\nVersion: 1\n")
@@ -142,7 +142,7 @@ def _install_strategy(folder: Path, name: str, target: str) -> None:
 
 
 def trainer(rows: int) -> Callable[[Workload, int, Pace], None]:
-    """transformers' Trainer on PEFT's model, `rows` padded rows a micro-batch."""
+    """The transformers Trainer on a PEFT model, with `rows` padded rows per micro-batch."""
 
     def run(workload: Workload, steps: int, pace: Pace) -> None:
         from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
@@ -161,17 +161,17 @@ def trainer(rows: int) -> Callable[[Workload, int, Pace], None]:
 
 
 def sft(packed: bool) -> Callable[[Workload, int, Pace], None]:
-    """TRL's SFTTrainer: its defaults, or its packing.
+    """TRL's SFTTrainer, with its defaults or with packed rows.
 
-    Packed, an optimizer step is four rows of at most 1024 tokens, filled by examples of that step alone, since the
-    losses of the arms are to agree; TRL's own packing would spread them over steps.
+    With packing, an optimizer step is four rows of at most 1024 tokens with the examples of that step only, so that the
+    losses of the arms agree; TRL's packing would distribute them over steps.
     """
 
     def run(workload: Workload, steps: int, pace: Pace) -> None:
         from trl import SFTConfig, SFTTrainer
 
-        at_once = PACKED_ROWS if workload.size.whole_steps else 1
-        rows = at_once if packed else 8
+        packed_rows = PACKED_ROWS if workload.size.whole_steps else 1
+        rows = packed_rows if packed else 8
         micro_steps = (PACKED_ROWS if packed else w.EXAMPLES_PER_STEP) // rows
         config = SFTConfig(
             **_arguments(workload, steps, rows) | {"gradient_accumulation_steps": micro_steps},
@@ -205,7 +205,7 @@ ARMS: dict[str, Callable[[Workload, int, Pace], None]] = {
 
 
 def _arguments(workload: Workload, steps: int, rows: int) -> dict[str, Any]:
-    """Training arguments that the peers share; everything else is the peer's default."""
+    """Return the training arguments shared by the peers; everything else is the peer's default."""
     import torch
 
     return {

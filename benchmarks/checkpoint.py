@@ -1,9 +1,9 @@
-"""`python -m benchmarks.checkpoint`: what saving costs the training, for the adapter of an 8B base and its states.
+"""`python -m benchmarks.checkpoint`: the cost of saving checkpoints, for the adapter of an 8B base and its states.
 
-LoRA of rank 16 on all linears of Llama-3-8B with AdamW's two moments: 503 MB. The foreground (what training waits for)
-is compared with a plain copy of the same tensors in memory, and all of it with `torch.save` and fsync. While the
-background writes, another thread notes the longest time that it could not run: the longest wait of a training step.
-A step of the 8B base is not run but computed, from the speed of this machine's matrix products. On CUDA where there is.
+LoRA of rank 16 on all linears of Llama-3-8B with AdamW's two moments: 503 MB. The foreground part, which blocks
+training, is compared with a plain copy of the same tensors in memory, and the total with `torch.save` and fsync. During
+the background write, another thread records the longest time that it was blocked: the longest stall of a training step.
+The duration of a step of the 8B base is estimated from this machine's matmul rate. Runs on CUDA if available.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ LAYERS, RANK = 32, 16
 LINEARS = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336), (14336, 4096)]
 """Inputs and outputs of a layer's linears in Llama-3-8B."""
 PARAMETERS, TOKENS = 8.0e9, 4096
-"""Of the base, and of an optimizer step by default."""
+"""Parameters of the base, and tokens of a default optimizer step."""
 TARGET = 2.0
-"""The foreground's largest time, in plain copies; and it is at most a step."""
+"""Largest foreground time in plain copies; it must also not exceed the time of a step."""
 
 
 def make_run(folder: Path, layers: int) -> tuple[Any, Any, Any]:
-    """A run without a base, whose adapter has moved once; its composition and progress."""
+    """Return a run without a base after one optimizer step, its composition, and its progress."""
     import torch
     from torch import nn
 
@@ -64,14 +64,14 @@ def make_run(folder: Path, layers: int) -> tuple[Any, Any, Any]:
 
 
 def timed(call: Callable[[], Any]) -> float:
-    """Seconds that a call takes."""
+    """Return the seconds that a call takes."""
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
 
 
 class Watch(threading.Thread):
-    """Wakes every millisecond, and notes the longest time that it could not."""
+    """Wakes up every millisecond, and records the longest delay."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -86,7 +86,7 @@ class Watch(threading.Thread):
 
 
 def plain_save(state: Any, path: Path) -> None:
-    """`torch.save`, and fsync."""
+    """Save with `torch.save` and fsync."""
     import torch
 
     with path.open("wb") as file:
@@ -96,11 +96,11 @@ def plain_save(state: Any, path: Path) -> None:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=5, help="(default 5)")
-    parser.add_argument("--layers", type=int, default=LAYERS, help=f"of the base (default {LAYERS})")
-    parser.add_argument("--folder", type=Path, default=None, help="where to write (default: the temporary folder)")
+    parser.add_argument("--layers", type=int, default=LAYERS, help=f"layers of the base (default {LAYERS})")
+    parser.add_argument("--folder", type=Path, default=None, help="output folder (default: the temporary folder)")
     chosen = parser.parse_args()
     import torch
 
@@ -126,18 +126,17 @@ def main() -> None:
             times["torch.save"].append(timed(lambda: plain_save(state, Path(folder) / "plain.pt")))
         size = sum(t.nbytes for t in saver.snapshot().tensors.values())
         saver.close()
-    found = {name: statistics.median(values[1:]) for name, values in times.items()}  # without the first, which warms up
+    median = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first is the warm-up
     speed = max(matmul_rate(torch.get_num_threads(), dtype) for dtype in ("bfloat16", "float32"))
-    step, ratio = 4 * PARAMETERS * TOKENS / speed, found["foreground"] / found["copy"]
+    step, ratio = 4 * PARAMETERS * TOKENS / speed, median["foreground"] / median["copy"]
     print(f"{size / 1e6:,.0f} MB on {run.device}, {chosen.rounds} rounds, {torch.get_num_threads()} threads")
-    print(f"a plain copy in memory {found['copy']:.3f} s; torch.save and fsync {found['torch.save']:.2f} s")
+    print(f"plain copy in memory {median['copy']:.3f} s; torch.save and fsync {median['torch.save']:.2f} s")
+    print(f"background {median['background']:.2f} s; longest stall of another thread {median['stall'] * 1e3:.0f} ms")
+    print(f"estimated step of {TOKENS:,} tokens on an 8B base at {speed / 1e12:,.2f} TFLOP/s: {step:,.1f} s")
+    verdict = "met" if ratio <= TARGET and median["foreground"] <= step else "MISSED"
     print(
-        f"in the background {found['background']:.2f} s; a thread beside it waits {found['stall'] * 1e3:.0f} ms at most"
-    )
-    print(f"{TOKENS:,} tokens through an 8B base at this machine's {speed / 1e12:,.2f} TFLOP/s: {step:,.1f} s")
-    verdict = "met" if ratio <= TARGET and found["foreground"] <= step else "MISSED"
-    print(
-        f"{verdict}: foreground {found['foreground']:.3f} s, {ratio:.2f} plain copies (target {TARGET:.0f}, and a step)"
+        f"{verdict}: foreground {median['foreground']:.3f} s, {ratio:.2f} plain copies "
+        f"(target {TARGET:.0f}, and at most a step)"
     )
 
 

@@ -1,9 +1,9 @@
 """`python -m benchmarks.evidence`: whether AdaLoRA, adversarial training and a teacher help, on two small text sets.
 
-Every arm is tuned alike: as many trials as any other, trained on rows of train.jsonl and scored on other rows of it.
-Then each arm trains once a seed with its best trial's options, on rows that the seed draws, and is measured once on
-rows of eval.jsonl. The runs go through `budwood.tune` and the evaluation of `budwood eval`, one thread each, as many at
-once as there are cores. Results are written as they come: raw to docs/benchmarks/evidence.json, as a page to
+Every arm is tuned with the same number of trials, trained on rows of train.jsonl and scored on other rows of it. Then
+each arm trains once per seed with the options of its best trial, on rows that the seed draws, and is evaluated once on
+rows of eval.jsonl. The runs use `budwood.tune` and the evaluation of `budwood eval`, one thread each, one run per core
+at the same time. Results are written as runs finish: raw to docs/benchmarks/evidence.json, as a page to
 docs/evidence.md.
 """
 
@@ -40,15 +40,15 @@ QUICK = {"rows": 96, "epochs": 2, "heldout_rows": 40, "eval_rows": 40, "teacher_
 RATES = (2e-3, 4e-3, 8e-3, 16e-3)
 TEACHER = "TEACHER"
 TUNING_SEED = 1000
-"""Of the trials; no final run has it."""
+"""Seed of the trials; final runs use others."""
 
 
 def trials() -> dict[str, list[dict[str, Any]]]:
-    """The trials of each arm: learning rate and strategies."""
-    narrow = {"targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}  # all 320 × 320: a rank costs the same anywhere
+    """Return the trials of each arm: learning rate and strategies."""
+    narrow = {"targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}  # all 320 × 320: a rank costs the same in each
     phases = {"initial_phase": 0.1, "final_phase": 0.3, "interval": 2}
     wide = {"lora": {"rank": 8, "alpha": 16}}
-    found = {
+    arms = {
         "lora-4": [_trial(rate, {"lora": {"rank": 4, "alpha": 8, **narrow}}) for rate in RATES],
         "adalora": [
             _trial(rate, {"adalora": {"initial_rank": 8, "target_rank": 4, "alpha": 16, **phases, **narrow}})
@@ -66,10 +66,10 @@ def trials() -> dict[str, list[dict[str, Any]]]:
     }
     for method, (fixed, size, values) in methods.items():
         options = [{"method": method, **fixed, size: value} for value in values]
-        found[method] = [_trial(rate, wide, {"adversarial": o}) for rate in RATES[1:3] for o in options]
+        arms[method] = [_trial(rate, wide, {"adversarial": o}) for rate in RATES[1:3] for o in options]
     taught = [{"teacher": f"base+{TEACHER}", "temperature": 2.0, "weight": weight} for weight in (0.5, 0.9)]
-    found["taught"] = [_trial(rate, wide, {"distillation": o}) for rate in RATES[1:3] for o in taught]
-    return found
+    arms["taught"] = [_trial(rate, wide, {"distillation": o}) for rate in RATES[1:3] for o in taught]
+    return arms
 
 
 def _trial(rate: float, *strategies: dict[str, Any]) -> dict[str, Any]:
@@ -77,11 +77,12 @@ def _trial(rate: float, *strategies: dict[str, Any]) -> dict[str, Any]:
 
 
 def shuffled(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The set `order`: is a description as it was written, or are its words in random order?
+    """Return the set `order`: is a description as written, or are its words in random order?
 
-    A coin, keyed by the description, decides. Those of less than four words, or of one word repeated, are left out.
+    Each is shuffled with probability 1/2, keyed by the description. Descriptions of fewer than four words, or of one
+    repeated word, are omitted.
     """
-    made = []
+    result = []
     for row in rows:
         words = row["text"].split()
         if len(words) < 4 or len({word.lower() for word in words}) < 2:
@@ -90,12 +91,12 @@ def shuffled(rows: list[dict[str, str]]) -> list[dict[str, str]]:
         if shuffle := draw.random() < 0.5:
             while [word.lower() for word in order] == [word.lower() for word in words]:
                 order = draw.sample(words, len(words))
-        made.append({"text": " ".join(order), "label": "shuffled" if shuffle else "as written"})
-    return made
+        result.append({"text": " ".join(order), "label": "shuffled" if shuffle else "as written"})
+    return result
 
 
 def read_sets() -> dict[str, tuple[list[dict[str, str]], list[dict[str, str]]]]:
-    """Train and eval rows of each set."""
+    """Return the train and eval rows of each set."""
     parts = []
     for part in ("train", "eval"):
         lines = (DEMO / "data" / "sections" / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -104,7 +105,7 @@ def read_sets() -> dict[str, tuple[list[dict[str, str]], list[dict[str, str]]]]:
 
 
 def draw(rows: list[dict[str, str]], count: int, seed: object) -> list[dict[str, str]]:
-    """So many rows at random, at least one of each label."""
+    """Draw `count` rows at random, at least one of each label."""
     mixed = random.Random(str(seed)).sample(rows, len(rows))
     first = {row["label"]: row for row in reversed(mixed)}
     rest = [row for row in mixed if first[row["label"]] is not row]
@@ -126,7 +127,7 @@ class Folder:
             self._write(f"{name}-pool", self.pool[name])
 
     def job(self, name: str, arm: str, number: int, trial: dict[str, Any], seed: int) -> dict[str, Any]:
-        """What a worker needs for one run."""
+        """Return the job of one run."""
         train = self.folder / f"{name}-{seed}.jsonl"
         if not train.exists():
             self._write(train.stem, draw(self.pool[name], self.settings["rows"], f"{name} {seed}"))
@@ -137,7 +138,7 @@ class Folder:
         return job
 
     def teacher(self, name: str) -> dict[str, Any]:
-        """What a worker needs for a set's teacher: of a higher rank, on all rows that are not held out."""
+        """Return the job of a set's teacher: a higher rank, on all rows that are not held out."""
         s = self.settings
         trial = _trial(s["teacher_rate"], {"lora": {"rank": s["teacher_rank"], "alpha": 2 * s["teacher_rank"]}})
         pool, held = self.folder / f"{name}-pool.jsonl", self.folder / f"{name}-eval.jsonl"
@@ -171,14 +172,14 @@ class Folder:
 
 
 def start_worker() -> None:
-    """One thread a run: matrices are small, and results do not depend on the number of workers."""
+    """Use one thread per run: matrices are small, and results do not depend on the number of workers."""
     import torch
 
     torch.set_num_threads(1)
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """Tune and evaluate; returns accuracies, and the adapter's parameters without the classification head."""
+    """Tune and evaluate; return accuracies, and the number of parameters without the classification head."""
     import budwood
     from budwood.adapters.merge import export
     from budwood.recipe.schema import Recipe
@@ -188,10 +189,10 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     run = budwood.tune(Recipe.from_dict({**job["recipe"], "output": str(output)}), overwrite=True, quiet=True)
     adapter = output / "adapter"
     precision = job["recipe"]["train"]["precision"]
-    found = evaluate_adapter(adapter, job["data"], precision=precision, attacks=[*job["attacks"].values()], quiet=True)
-    result: dict[str, Any] = {"clean": found.adapter["eval_accuracy"], "steps": run.steps}
+    scores = evaluate_adapter(adapter, job["data"], precision=precision, attacks=[*job["attacks"].values()], quiet=True)
+    result: dict[str, Any] = {"clean": scores.adapter["eval_accuracy"], "steps": run.steps}
     for name, text in job["attacks"].items():
-        result[name] = found.attacks[text]["eval_accuracy"]
+        result[name] = scores.attacks[text]["eval_accuracy"]
     if job["count"]:
         result["file_parameters"] = _parameters(adapter)
         as_lora = adapter if run.strategies[0].name == "lora" else export(adapter, output / "as-lora", "lora")
@@ -211,7 +212,7 @@ def _parameters(adapter: Path) -> int:
 
 
 class Benchmark:
-    """What has been found, and the runs that are left."""
+    """The results so far, and the remaining runs."""
 
     def __init__(self, result: dict[str, Any], folder: Path, workers: int, out: tuple[Path, Path]) -> None:
         self.result, self.out, self.arms = result, out, trials()
@@ -220,12 +221,12 @@ class Benchmark:
         self.pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
 
     def run(self, seeds: int) -> None:
-        """Teachers and trials, then the final runs seed by seed."""
+        """Run teachers and trials, then the final runs seed by seed."""
         names = list(self.files.pool)
         tuning = [
             self.files.job(name, arm, number, trial, TUNING_SEED)
-            for arm, found in self.arms.items()
-            for number, trial in enumerate(found)
+            for arm, arm_trials in self.arms.items()
+            for number, trial in enumerate(arm_trials)
             for name in names
         ]
         taught = [job for job in tuning if "/taught/" in job["key"]]
@@ -235,7 +236,7 @@ class Benchmark:
         self.save()
 
     def save(self) -> None:
-        """Write the raw numbers; and the page, as soon as there is a final run."""
+        """Write the raw results, and the page once there is a final run."""
         raw, page = self.out
         raw.parent.mkdir(parents=True, exist_ok=True)
         raw.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
@@ -243,88 +244,88 @@ class Benchmark:
             page.write_text(write_page(self.result), encoding="utf-8")
 
     def _finals(self, names: list[str], seed: int) -> list[dict[str, Any]]:
-        """Jobs of a seed: each arm with its best trial; the plain arm with that of either criterion."""
+        """Return the jobs of a seed: each arm with its best trial, the plain arm with the best by each criterion."""
         jobs = []
         for name in names:
-            for arm, found in self.arms.items():
+            for arm, arm_trials in self.arms.items():
                 for number in sorted({best_trial(self.result, name, arm, by) for by in _criteria(arm)}):
-                    jobs.append(self.files.job(name, arm, number, found[number], seed))
+                    jobs.append(self.files.job(name, arm, number, arm_trials[number], seed))
         return jobs
 
     def _teachers(self, names: list[str], seeds: int) -> list[dict[str, Any]]:
-        """Jobs of the teachers that are needed: none where all that they teach is done."""
+        """Return the jobs of the teachers that unfinished runs need."""
         done = [sum(key.startswith(f"{name}/taught/") for key in self.result["finals"]) for name in names]
         return [self.files.teacher(name) for name, count in zip(names, done, strict=True) if count < seeds]
 
     def _do(self, jobs: list[dict[str, Any]]) -> None:
-        for job, found in self._each(jobs):
+        for job, outcome in self._each(jobs):
             part = "teachers" if job.get("keep") else "trials" if job["key"].endswith(f"/{TUNING_SEED}") else "finals"
-            known = self.result[part].setdefault(job["key"], found)
-            if known["clean"] != found["clean"]:  # a teacher is made again, as its files are not kept
+            recorded = self.result[part].setdefault(job["key"], outcome)
+            if recorded["clean"] != outcome["clean"]:  # a teacher is trained again, as its files are not saved
                 raise SystemExit(
-                    f"error: {self.out[0]}: {job['key']} has an accuracy of {found['clean']:.4f} here, and "
-                    f"{known['clean']:.4f} there: the file is of another machine; start without --continue."
+                    f"error: {self.out[0]}: the accuracy of {job['key']} is {outcome['clean']:.4f} here and "
+                    f"{recorded['clean']:.4f} in the file, which is from another machine; start without --continue."
                 )
             self.save()
 
     def _each(self, jobs: list[dict[str, Any]]) -> Any:
-        """(job, what was found) of the jobs that are not done yet, as they end."""
+        """Run the unfinished jobs; yield (job, outcome) as they complete."""
         done = {**self.result["trials"], **self.result["finals"]}
-        left = {self.pool.submit(work, job): job for job in jobs if job["key"] not in done}
-        for future in as_completed(left):
-            job, found = left[future], future.result()
-            shown = ", ".join(f"{key} {value}" for key, value in found.items())
+        pending = {self.pool.submit(work, job): job for job in jobs if job["key"] not in done}
+        for future in as_completed(pending):
+            job, outcome = pending[future], future.result()
+            shown = ", ".join(f"{key} {value}" for key, value in outcome.items())
             say(f"{job['key']}: {shown}")
-            yield job, found
+            yield job, outcome
 
 
 def _criteria(arm: str) -> tuple[str, ...]:
     return ("clean", "robust") if arm == "plain" else ("robust",) if arm in ATTACKED else ("clean",)
 
 
-def begin(settings: dict[str, Any], file: Path, go_on: bool) -> dict[str, Any]:
-    """An empty result, or the one in `file`."""
+def begin(settings: dict[str, Any], file: Path, resume: bool) -> dict[str, Any]:
+    """Return an empty result, or the one in `file`."""
     settings = json.loads(json.dumps({**settings, "trials": trials()}))
-    if not go_on:
+    if not resume:
         return {"settings": settings, "machine": machine(), "teachers": {}, "trials": {}, "finals": {}}
     if not file.exists():
-        raise SystemExit(f"error: --continue: there is no {file}; start without it.")
+        raise SystemExit(f"error: --continue: {file} does not exist; start without it.")
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     differ = [name for name in settings if result["settings"].get(name) != settings[name]]
     differ += [f"machine's {key}" for key, value in machine().items() if result["machine"].get(key) != value]
     if differ:
-        raise SystemExit(f"error: --continue: {file} was made with another {', '.join(differ)}; start without it.")
+        raise SystemExit(f"error: --continue: {file} was made with a different {', '.join(differ)}; start without it.")
     return result
 
 
 def main() -> None:
-    """Run what is left, and write."""
+    """Run the remaining jobs, and write the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--seeds", type=int, default=5, help="final runs of each arm (default 5)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at once (default: all cores)")
-    parser.add_argument("--quick", action="store_true", help="few rows, one epoch: shows that it runs, not what helps")
-    parser.add_argument("--continue", dest="go_on", action="store_true", help="go on from what the JSON file holds")
-    parser.add_argument("--json", type=Path, help="raw numbers (default docs/benchmarks/evidence.json)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="concurrent runs (default: all cores)")
+    parser.add_argument("--quick", action="store_true", help="few rows, short runs: a smoke test, not evidence")
+    parser.add_argument("--continue", dest="resume", action="store_true", help="resume from the results in --json")
+    parser.add_argument("--json", type=Path, help="raw results (default docs/benchmarks/evidence.json)")
     parser.add_argument("--page", type=Path, help="page (default docs/evidence.md)")
     chosen = parser.parse_args()
     if chosen.seeds < 2 or chosen.workers < 1:
-        parser.error("--seeds: at least 2, for a deviation; --workers: at least 1")
+        parser.error("--seeds: at least 2, for a standard deviation; --workers: at least 1")
     if chosen.quick and not (chosen.json and chosen.page):
-        parser.error("--quick: give --json and --page too, so that it does not replace the evidence")
+        parser.error("--quick: set --json and --page too, so that it does not replace the evidence")
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the workers would stay
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # otherwise the workers would survive
     out = chosen.json or JSON, chosen.page or PAGE
-    result = begin({**SETTINGS, **(QUICK if chosen.quick else {})}, out[0], chosen.go_on)
+    result = begin({**SETTINGS, **(QUICK if chosen.quick else {})}, out[0], chosen.resume)
     with tempfile.TemporaryDirectory(prefix="budwood-bench-") as folder:
         benchmark = Benchmark(result, Path(folder), chosen.workers, out)
         try:
             benchmark.run(chosen.seeds)
         except KeyboardInterrupt:
-            say(f"interrupted; {out[0]} holds what is done: go on with --continue")
+            say(f"interrupted; {out[0]} has the finished runs: resume with --continue")
             sys.exit(130)
         finally:
             benchmark.pool.shutdown(cancel_futures=True)
-    say(f"written: {out[0]}, {out[1]}")
+    say(f"wrote {out[0]}, {out[1]}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""docs/evidence.md from the raw numbers of `benchmarks.evidence`: tables, paired differences, and verdicts by rule."""
+"""Generates docs/evidence.md from the raw results of `benchmarks.evidence`: tables, paired differences, verdicts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 METHODS = ("fgm", "pgd", "freelb", "smart", "vat", "neftune")
 ATTACKED = ("plain", *METHODS)
-"""Arms that are measured under attacks too, and tuned for the mean of the three accuracies."""
+"""Arms that are also measured under attacks, and tuned for the mean of the three accuracies."""
 METRICS = ("clean", "pgd", "typos")
 NAMES = {
     "lora-4": "LoRA, rank 4",
@@ -19,28 +19,28 @@ NAMES = {
     **{method: method for method in METHODS},
 }
 SETS = {
-    "sections": "`sections`: which of 15 sections is a package of, by its description",
-    "order": "`order`: is a description as it was written, or are its words shuffled",
+    "sections": "`sections`: which of 15 sections a package belongs to, given its description",
+    "order": "`order`: whether the words of a description are shuffled",
 }
 
 
 def score(values: dict[str, Any], by: str) -> float:
-    """By "clean" the clean accuracy, by "robust" its mean with those under the attacks."""
+    """Return the clean accuracy (`by="clean"`), or its mean with those under the attacks (`by="robust"`)."""
     return statistics.fmean(values[m] for m in METRICS) if by == "robust" else float(values["clean"])
 
 
 def best_trial(result: dict[str, Any], name: str, arm: str, by: str) -> int:
-    """Number of the arm's best trial on a set; of equal ones the first."""
+    """Return the number of the arm's best trial on a set, the first of equal ones."""
     scores = {}
     for key, values in result["trials"].items():
-        part, its_arm, number, _ = key.split("/")
-        if (part, its_arm) == (name, arm):
+        trial_set, trial_arm, number, _ = key.split("/")
+        if (trial_set, trial_arm) == (name, arm):
             scores[int(number)] = score(values, by)
     return min(scores, key=lambda number: (-scores[number], number))
 
 
 def finals(result: dict[str, Any], name: str, arm: str, by: str) -> dict[int, dict[str, Any]]:
-    """The final runs of an arm on a set, by seed."""
+    """Return the final runs of an arm on a set, by seed."""
     start = f"{name}/{arm}/{best_trial(result, name, arm, by)}/"
     return {int(key.rpartition("/")[2]): v for key, v in result["finals"].items() if key.startswith(start)}
 
@@ -59,7 +59,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """In a word; where the interval has zero in it, nothing is shown."""
+        """The difference in a word; "not shown" if the interval contains zero."""
         if math.isnan(self.half):
             return "too few seeds"
         return "better" if self.mean > self.half else "worse" if self.mean < -self.half else "not shown"
@@ -69,20 +69,20 @@ class Difference:
 
 
 def spread(runs: dict[int, dict[str, Any]], metric: str) -> str:
-    """Mean ± standard deviation in percent."""
+    """Format mean ± standard deviation in percent."""
     values = [100 * run[metric] for run in runs.values()]
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.1f}{deviation}" if values else "not run"
 
 
 def counts(runs: dict[int, dict[str, Any]], key: str) -> str:
-    """The number that all runs share, or their range."""
-    found = sorted({run[key] for run in runs.values()})
-    return "not run" if not found else f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"
+    """Format the count that all runs share, or the range."""
+    values = sorted({run[key] for run in runs.values()})
+    return "not run" if not values else f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,} to {values[-1]:,}"
 
 
 def describe(trial: dict[str, Any]) -> str:
-    """Options of a trial that the grid varies."""
+    """Format the options of a trial that the grid varies."""
     shown = [f"rate {trial['learning_rate']:g}"]
     for strategy in trial["strategies"]:
         for options in strategy.values():
@@ -92,24 +92,24 @@ def describe(trial: dict[str, Any]) -> str:
 
 
 def write_page(result: dict[str, Any]) -> str:
-    """The whole page."""
+    """Return the complete page."""
     parts = [_head(result), _summary(result), _adalora(result), _adversarial(result), _distillation(result)]
     return "\n\n".join(parts) + "\n\n" + _tuning(result) + "\n"
 
 
 def _seeds(result: dict[str, Any]) -> str:
-    """How many seeds the arms have, told truthfully where some lack."""
-    have = [
+    """Format the number of seeds per arm, and whether some are missing."""
+    seeds = [
         len(finals(result, name, arm, by))
         for name in SETS
         for arm, by in [("lora-4", "clean"), ("adalora", "clean"), ("plain", "clean"), ("taught", "clean")]
         + [(arm, "robust") for arm in ATTACKED]
     ]
-    if min(have) == max(have):
-        return f"{max(have)} seeds for every arm."
+    if min(seeds) == max(seeds):
+        return f"{max(seeds)} seeds for every arm."
     return (
-        f"**Not finished**: {max(have)} seeds for some arms, {min(have)} for others; paired differences are over "
-        "the seeds that both arms have. `--continue` goes on from here."
+        f"**Incomplete**: {max(seeds)} seeds for some arms, {min(seeds)} for others; paired differences are over "
+        "the seeds that both arms have. `--continue` resumes from here."
     )
 
 
@@ -122,10 +122,10 @@ def _head(result: dict[str, Any]) -> str:
     trials = len(next(iter(s["trials"].values())))
     return f"""# Evidence
 
-Written by `python -m benchmarks.evidence`; raw numbers in [benchmarks/evidence.json](benchmarks/evidence.json).
+Generated by `python -m benchmarks.evidence`; raw results in [benchmarks/evidence.json](benchmarks/evidence.json).
 
-Does AdaLoRA, adversarial training or a teacher help, on a tiny base (6 million parameters), few rows and short runs?
-That is all that is measured here: nothing follows for large models or long runs.
+Do AdaLoRA, adversarial training or a teacher help on a tiny base (6 million parameters) with few rows and short runs?
+The results do not carry over to large models or long runs.
 
 {machine["processor"]}, {machine["cores"]} cores; {versions}.
 {len(runs)} runs, {seconds / 60:.0f} minutes of processor time. {_seeds(result)}
@@ -134,25 +134,25 @@ That is all that is measured here: nothing follows for large models or long runs
 
 {sets}
 
-Both come from `examples/budwood_demo/data/sections`. For `order` the benchmark draws a coin for each description and
-puts its words in another order or not; descriptions of less than four words are left out. No source package stands in
-both train and eval.
+Both are derived from `examples/budwood_demo/data/sections`. For `order` the benchmark shuffles the words of each
+description with probability 1/2. Descriptions of fewer than four words are omitted. No source package appears in both
+train and eval.
 
-**Runs.** {s["rows"]} rows of train, drawn anew by each seed with at least one of each class, the same for all arms;
-{s["epochs"]} epochs, {s["batch_examples"]} examples a step, defaults otherwise. The seed also decides initialisation,
-order and noise.
+**Runs.** Each seed draws {s["rows"]} rows of train, at least one per class, the same for all arms; {s["epochs"]}
+epochs, {s["batch_examples"]} examples per step, defaults otherwise. The seed also determines initialisation, order and
+noise.
 
-**Tuning.** {trials} trials for every arm, one run each, trained on rows that a seed of their own draws and scored on
-{s["heldout_rows"]} rows of train that nothing else sees: by clean accuracy in (a) and (c), by the mean of clean
-accuracy and the two attacked ones in (b), for plain training too. The rows of eval ({s["eval_rows"]}, the same for
-all) are used once a final run. Before that, pilots on rows of eval set two things that are the same for every arm: the
-size of the PGD attack (at four times the size little accuracy was left), and the second set (two others were dropped,
-on which the base was near chance).
+**Tuning.** {trials} trials per arm, one run each, trained on rows drawn with a separate seed and scored on
+{s["heldout_rows"]} rows of train that no other run uses: by clean accuracy in (a) and (c), by the mean of clean
+accuracy and the two accuracies under attack in (b), including plain training. The rows of eval ({s["eval_rows"]}, the
+same for all) are used once per final run. Pilot runs on rows of eval determined two settings that are the same for
+every arm: the size of the PGD attack (at four times the size little accuracy was left), and the second set (two
+candidates were dropped because the base was near chance on them).
 
-**Reading.** Accuracy in percent, mean ± standard deviation over seeds. Differences are taken seed by seed, in
-percentage points, mean ± standard deviation; "better" or "worse" where the 95 % interval of Student's t over the seeds
-leaves out zero, else "not shown". The interval is of seeds, not of other rows for
-evaluation. Of 20 comparisons without any real difference one would leave out zero."""
+**Reading.** Accuracy in percent, mean ± standard deviation over seeds. Differences are paired by seed, in percentage
+points, mean ± standard deviation; "better" or "worse" if the 95 % interval of Student's t over the seeds excludes zero,
+otherwise "not shown". The interval covers variation over seeds, not over evaluation rows. Of 20 comparisons without a
+true difference, one would exclude zero on average."""
 
 
 def _compare(result: dict[str, Any], arm: str, other: str, by: str, metric: str) -> dict[str, Difference]:
@@ -161,23 +161,24 @@ def _compare(result: dict[str, Any], arm: str, other: str, by: str, metric: str)
 
 def _summary(result: dict[str, Any]) -> str:
     lines = ["## Summary", ""]
-    lines.append("- AdaLoRA against LoRA: " + _told(_compare(result, "adalora", "lora-4", "clean", "clean")))
-    for metric, said in (("clean", "clean accuracy"), ("pgd", "accuracy under PGD"), ("typos", "accuracy under typos")):
+    lines.append("- AdaLoRA against LoRA: " + _format(_compare(result, "adalora", "lora-4", "clean", "clean")))
+    labels = {"clean": "clean accuracy", "pgd": "accuracy under PGD", "typos": "accuracy under typos"}
+    for metric, label in labels.items():
         for name in SETS:
-            found = {m: _compare(result, m, "plain", "robust", metric)[name] for m in METHODS}
-            words = []
+            differences = {m: _compare(result, m, "plain", "robust", metric)[name] for m in METHODS}
+            parts = []
             for verdict in ("better", "worse", "not shown", "too few seeds"):
-                methods = [method for method, d in found.items() if d.verdict == verdict]
-                words += [f"{verdict}: {', '.join(methods)}"] if methods else []
-            lines.append(f"- Adversarial methods against plain training, {said} on `{name}`: {'; '.join(words)}.")
+                methods = [method for method, d in differences.items() if d.verdict == verdict]
+                parts += [f"{verdict}: {', '.join(methods)}"] if methods else []
+            lines.append(f"- Adversarial methods against plain training, {label} on `{name}`: {'; '.join(parts)}.")
     lines.append(
-        "- Student with a teacher against without: " + _told(_compare(result, "taught", "plain", "clean", "clean"))
+        "- Student with a teacher against without: " + _format(_compare(result, "taught", "plain", "clean", "clean"))
     )
     return "\n".join(lines)
 
 
-def _told(found: dict[str, Difference]) -> str:
-    return "; ".join(f"`{name}` {difference}" for name, difference in found.items()) + "."
+def _format(differences: dict[str, Difference]) -> str:
+    return "; ".join(f"`{name}` {difference}" for name, difference in differences.items()) + "."
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -193,13 +194,13 @@ def _adalora(result: dict[str, Any]) -> str:
             runs = finals(result, name, arm, "clean")
             row = [name, NAMES[arm], counts(runs, "parameters"), counts(runs, "file_parameters"), spread(runs, "clean")]
             rows.append([*row, "" if arm == "lora-4" else str(Difference(runs, plain, "clean"))])
-    table = _table(["set", "arm", "final parameters", "in its own form", "accuracy", "AdaLoRA − LoRA"], rows)
+    table = _table(["set", "arm", "final parameters", "as saved", "accuracy", "AdaLoRA − LoRA"], rows)
     return f"""## (a) AdaLoRA against LoRA, at an equal final number of parameters
 
-On the attention's four projections, whose sizes are all the same, so that the budget costs the same wherever it goes.
-Both have scale 2; AdaLoRA allocates every second step. Parameters are counted in the adapter's file, without the
-classification head: AdaLoRA's as exported to LoRA, which is the same function; in its own form it has one singular
-value more for each rank that is left.
+Targets are the attention's four projections, which have equal sizes, so a rank costs the same in each. Both have
+scale 2; AdaLoRA allocates every second step. Parameters are counted in the adapter's file, without the classification
+head. AdaLoRA is counted as exported to LoRA, which computes the same function; as saved, it has one additional singular
+value per remaining rank.
 
 {table}"""
 
@@ -222,9 +223,10 @@ def _adversarial(result: dict[str, Any]) -> str:
     shown = "\n\n".join(tables)
     return f"""## (b) Adversarial training against plain training
 
-LoRA of rank 8 on all linears. Attacks as `budwood eval --attack {attacks["pgd"]} --attack {attacks["typos"]}`. pgd and
-freelb with two steps; a method's step costs up to three plain ones, and all have the same number of steps. A plain
-rate that does worse here than the one chosen by clean accuracy is the tuning's noise, and flatters the methods.
+LoRA of rank 8 on all linears. Attacks: `budwood eval --attack {attacks["pgd"]} --attack {attacks["typos"]}`. pgd and
+freelb use two steps; a step of a method costs up to three plain ones, and all runs have the same number of steps. If
+the plain rate scores worse here than the one chosen by clean accuracy, that is tuning noise, and it favours the
+methods.
 
 {shown}"""
 
@@ -248,9 +250,9 @@ def _distillation(result: dict[str, Any]) -> str:
     return f"""## (c) A student with and without a teacher
 
 The student is LoRA of rank 8 on {s["rows"]} rows. The teacher is `base+DIR`: LoRA of rank {s["teacher_rank"]}, trained
-on all rows of train but those held out for tuning, epochs: {s["teacher_epochs"]}, rate {s["teacher_rate"]:g}. It has
-seen more rows than the student, and teaches on the student's rows alone, which are among its own. Temperature 2,
-forward KL.
+on all rows of train except those held out for tuning, epochs: {s["teacher_epochs"]}, rate {s["teacher_rate"]:g}. It was
+trained on more rows than the student, including all of the student's, and teaches only on those. Temperature 2, forward
+KL.
 
 {table}"""
 
@@ -266,11 +268,11 @@ def _tuning(result: dict[str, Any]) -> str:
         label = "the mean of the three" if by == "robust" else "clean accuracy"
         rows.append([NAMES[arm], label, "; ".join(describe(t) for t in tried[arm]), *(chosen(name) for name in SETS)])
     head = ["arm", "chosen by", "trials", *(f"chosen on {name}" for name in SETS)]
-    told = (
-        "In brackets the score of the trial on the held-out rows. Arms with options of their own try two rates, the "
-        "others four.\nWhere the best trial stands at the edge of its grid, a wider one might do better."
+    note = (
+        "The score of the trial on the held-out rows is in brackets. Arms with additional options try two rates, the "
+        "others four.\nIf the best trial is at the edge of its grid, a wider grid might do better."
     )
-    return f"## What was tried, and chosen\n\n{told}\n\n{_table(head, rows)}"
+    return f"## Trials\n\n{note}\n\n{_table(head, rows)}"
 
 
 def _chosen(result: dict[str, Any], name: str, arm: str, by: str) -> str:

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.hooks`: what the hook calls of one optimizer step cost, with four strategies that do nothing.
+"""`python -m benchmarks.hooks`: the cost of the hook calls of one optimizer step, with four strategies that do nothing.
 
-The strategies implement every hook of a step, two of them as wrappers where a hook can be wrapped. The step has two
-micro-steps of four chunks of labels. Target: at most 1 % of a step of 100 ms.
+The strategies implement every hook of a step, two of them also as wrappers. The step has two micro-steps of four chunks
+of labels. Target: at most 1 % of a 100 ms step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OUTPUTS = Outputs(torch.empty(0), torch.nn.Identity())
 
 
 class Idle(Strategy):
-    """Takes part in every hook of a step and does nothing."""
+    """Implements every hook of a step without doing anything."""
 
     @hookimpl
     def prepare_batch(self, run: Any, batch: Any) -> Any:
@@ -55,7 +55,7 @@ class Idle(Strategy):
 
 
 class Wrapping(Idle):
-    """The same, around forward and backward too."""
+    """The same, and wraps forward and backward."""
 
     @hookimpl(wrapper=True)
     def forward(self, step: Any) -> Any:
@@ -67,7 +67,7 @@ class Wrapping(Idle):
 
 
 class Core:
-    """In the place of the task and the step."""
+    """Replaces the task and the step."""
 
     @hookimpl
     def forward(self, step: Any) -> Any:
@@ -79,25 +79,25 @@ class Core:
 
 
 def step(hooks: Composition) -> None:
-    """The hook calls of one optimizer step."""
-    thing, none = object(), torch.empty(0)
-    batch = Batch(none, none, None, (), none, none, none, none, (), 0, ())
+    """Make the hook calls of one optimizer step."""
+    dummy, empty = object(), torch.empty(0)
+    batch = Batch(empty, empty, None, (), empty, empty, empty, empty, (), 0, ())
     for _ in range(MICRO_STEPS):
-        hooks.chain("prepare_batch", "batch", batch, run=thing)
-        hooks.call("backward", step=thing)
-        hooks.call("forward", step=thing)
+        hooks.chain("prepare_batch", "batch", batch, run=dummy)
+        hooks.call("backward", step=dummy)
+        hooks.call("forward", step=dummy)
         for _ in range(CHUNKS):
-            hooks.call("token_terms", step=thing, logits=thing, positions=thing)
-        hooks.call("loss_terms", step=thing, outputs=thing)
+            hooks.call("token_terms", step=dummy, logits=dummy, positions=dummy)
+        hooks.call("loss_terms", step=dummy, outputs=dummy)
     for name in ("before_clip", "before_optimizer_step", "after_optimizer_step"):
-        hooks.call(name, run=thing)
+        hooks.call(name, run=dummy)
     hooks.notify(Event("step", 1, {}), print)
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark and print the results."""
     hooks = Composition([Idle(name="a"), Wrapping(name="b"), Idle(name="c"), Wrapping(name="d")])
-    hooks.measure(resident_peak, None)  # as a run on the CPU does
+    hooks.measure(resident_peak, None)  # as in a CPU run
     hooks.register_core(Core(), "core")
     seconds = []
     for _ in range(REPEATS):
@@ -105,7 +105,7 @@ def main() -> None:
         step(hooks)
         seconds.append(time.perf_counter() - started)
     cost = statistics.median(seconds)
-    print(f"hooks of a step, 4 strategies: {cost * 1e6:.0f} µs, {cost / 0.1:.3%} of a step of 100 ms (target 1 %)")
+    print(f"hook calls of a step, 4 strategies: {cost * 1e6:.0f} µs, {cost / 0.1:.3%} of a 100 ms step (target 1 %)")
     print("met" if cost <= TARGET else "MISSED")
 
 

@@ -1,10 +1,10 @@
-"""`python -m benchmarks.objectives`: what a loss on log-probabilities costs beside supervised fine-tuning's own loss.
+"""`python -m benchmarks.objectives`: the cost of a loss on log-probabilities relative to supervised fine-tuning.
 
-Arms: `sft`, the task's loss alone; `beside`, a clipped ratio beside it; `alone`, the ratio with a task weight of 0. All
-train LoRA under a frozen head of 32,000 tokens, on the same micro-batch. Reported, as ratios to `sft`: the head's time
-(logits, terms, and the gradient at the decoder's output), the median over rounds in which the arms take turns in one
-process, in wall time and processor time, of which the worse one counts; and the step's peak memory above what the
-process held before it, the median over processes of their own, in which the arms take turns, where Linux tells it.
+Arms: `sft`, the task's loss alone; `beside`, with an additional clipped ratio; `alone`, the ratio with a task weight of
+0. All train LoRA with a frozen head of 32,000 tokens, on the same micro-batch. Reported, as ratios to `sft`: the time
+of the head (logits, terms, and the gradient at the decoder's output), the median over rounds in which the arms
+alternate in one process, the worse of wall time and processor time; and, on Linux, the growth of the peak memory in a
+step, the median over separate processes.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 SIZE = w.Size(2, 512, 1376, 8, 8, 32_000)
 ARMS: dict[str, float | None] = {"sft": None, "beside": 1.0, "alone": 0.0}
-"""The task's weight beside the ratio; None: there is no ratio."""
+"""The task's weight in addition to the ratio; None: without the ratio."""
 TIME, MEMORY = 1.10, 1.15
 """Largest allowed ratios."""
 PROCESSES = 3
-"""Processes of each arm whose peak memory is measured: one alone differs by a fifth from the next."""
+"""Processes per arm in which peak memory is measured; single measurements vary by a fifth."""
 
 
 class Ratio(Strategy):
@@ -63,7 +63,7 @@ class Ratio(Strategy):
 
 
 class Arm:
-    """A run before its first step, and the seconds that its head took in each step."""
+    """A run before its first step, and the seconds of its head in each step."""
 
     def __init__(self, name: str, workload: w.Workload, output: Path, precision: str) -> None:
         from budwood.recipe.schema import Recipe
@@ -92,11 +92,11 @@ class Arm:
         self.batches, self.run.counts = next(optimizer_steps(self.run, self.hooks))
         self.wall: list[float] = []
         self.processor: list[float] = []
-        self._whole: Callable[..., Any] = self.engine._head
+        self._original_head: Callable[..., Any] = self.engine._head
         self.engine._head = self._head  # type: ignore[method-assign]
 
     def step(self) -> None:
-        """Gradients of one optimizer step, as the loop finds them."""
+        """Compute the gradients of one optimizer step, as in the training loop."""
         from budwood.training.memory import accumulate
 
         self.wall.append(0.0)
@@ -107,20 +107,20 @@ class Arm:
 
     def _head(self, *args: Any) -> Any:
         wall, processor = time.perf_counter(), time.process_time()
-        found = self._whole(*args)
+        result = self._original_head(*args)
         self.wall[-1] += time.perf_counter() - wall
         self.processor[-1] += time.process_time() - processor
-        return found
+        return result
 
 
 def peak(name: str, workload: w.Workload, output: Path, precision: str, threads: int, connection: Connection) -> None:
-    """Entry point of a process: send the bytes by which three steps raise its peak memory."""
+    """Entry point of a process: send the growth of its peak memory over three steps, in bytes."""
     import torch
 
     torch.set_num_threads(threads)
     _install_strategy(output, "ratio", "benchmarks.objectives:Ratio")
     arm = Arm(name, workload, output / "run", precision)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak of loading
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # reset the peak of loading
     before = _status("VmRSS")
     for _ in range(3):
         arm.step()
@@ -133,24 +133,24 @@ def _status(name: str) -> int:
 
 
 def memory(workload: w.Workload, folder: Path, precision: str, threads: int) -> dict[str, list[int]]:
-    """Peak growth of each arm, in each of its processes."""
+    """Return the growth of the peak memory of each arm, for each of its processes."""
     context = multiprocessing.get_context("spawn")
-    found: dict[str, list[int]] = {name: [] for name in ARMS}
+    growth: dict[str, list[int]] = {name: [] for name in ARMS}
     for number, name in ((number, name) for number in range(PROCESSES) for name in ARMS):
         ours, theirs = context.Pipe()
         output = folder / f"memory-{name}-{number}"
         process = context.Process(target=peak, args=(name, workload, output, precision, threads, theirs))
         process.start()
         theirs.close()
-        found[name].append(ours.recv())
+        growth[name].append(ours.recv())
         process.join()
-    return found
+    return growth
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.objectives", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--rounds", type=int, default=9, help="measured steps of each arm (default 9)")
+    parser.add_argument("--rounds", type=int, default=9, help="measured steps per arm (default 9)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32", help="(default fp32)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="(default: all cores)")
     chosen = parser.parse_args()
@@ -159,10 +159,10 @@ def main() -> None:
 
     torch.set_num_threads(chosen.threads)
     names = list(ARMS)
-    with tempfile.TemporaryDirectory(prefix="budwood-bench-") as made:
-        folder = Path(made)
+    with tempfile.TemporaryDirectory(prefix="budwood-bench-") as temporary:
+        folder = Path(temporary)
         workload = w.build(folder / "work", 1, SIZE)
-        bytes_of = memory(workload, folder, chosen.precision, chosen.threads) if Path("/proc/self").exists() else {}
+        peaks = memory(workload, folder, chosen.precision, chosen.threads) if Path("/proc/self").exists() else {}
         _install_strategy(folder, "ratio", "benchmarks.objectives:Ratio")
         arms = {name: Arm(name, workload, folder / name, chosen.precision) for name in names}
         for number in range(chosen.rounds + 1):
@@ -174,20 +174,20 @@ def main() -> None:
     first = arms["sft"]
     say(
         f"sft: head {statistics.median(first.wall[1:]):.3f} s wall, "
-        f"{statistics.median(first.processor[1:]):.3f} s processor; load of the machine {os.getloadavg()[0]:.1f}"
+        f"{statistics.median(first.processor[1:]):.3f} s processor; load average {os.getloadavg()[0]:.1f}"
     )
-    for name, found in bytes_of.items():
-        say(f"{name}: peak memory " + ", ".join(f"+{size / 1e6:,.0f}" for size in sorted(found)) + " MB")
+    for name, sizes in peaks.items():
+        say(f"{name}: peak memory " + ", ".join(f"+{size / 1e6:,.0f}" for size in sorted(sizes)) + " MB")
     for name in names[1:]:
         arm = arms[name]
         wall, processor = (
-            statistics.median(a / b for a, b in zip(mine[1:], its[1:], strict=True))
-            for mine, its in ((arm.wall, first.wall), (arm.processor, first.processor))
+            statistics.median(a / b for a, b in zip(times[1:], reference[1:], strict=True))
+            for times, reference in ((arm.wall, first.wall), (arm.processor, first.processor))
         )
         verdict = "met" if max(wall, processor) <= TIME else "MISSED"
         say(f"{verdict}: {name}: head {wall:.3f}× wall, {processor:.3f}× processor (target {TIME:.2f}×)")
-        if bytes_of:
-            ratio = statistics.median(bytes_of[name]) / statistics.median(bytes_of["sft"])
+        if peaks:
+            ratio = statistics.median(peaks[name]) / statistics.median(peaks["sft"])
             verdict = "met" if ratio <= MEMORY else "MISSED"
             say(f"{verdict}: {name}: peak memory {ratio:.3f}× (target {MEMORY:.2f}×)")
 

@@ -1,13 +1,13 @@
-"""`python -m benchmarks.train`: Budwood, transformers' Trainer and TRL train the same LoRA adapter, in turns.
+"""`python -m benchmarks.train`: Budwood, the transformers Trainer and TRL train the same LoRA adapter, alternating.
 
-Every arm is a process of its own that stands still while it is not its turn, so that noise of the machine falls on
-all of them alike. The Trainer's arms and TRL's are two such rounds, each with Budwood in it: all at once need over 24
-GB. Before each round the bf16 matmul rate of the machine is measured. Reported: real (not padding) tokens a second;
-the median over the rounds of Budwood's rate divided by the peer's; the peak memory of each process; the share of the
-matmul rate; the largest difference of a step's loss from Budwood's.
+Every arm is a separate process that pauses between its turns, so that noise of the machine affects all equally. The
+arms of the Trainer and of TRL are measured in two groups, each with Budwood, since all together need over 24 GB. Before
+each round the bf16 matmul rate of the machine is measured. Reported: real (non-padding) tokens per second; the median
+over the rounds of Budwood's rate divided by the peer's; the peak memory of each process; the share of the matmul rate;
+the largest difference of a step's loss from Budwood's.
 
-On a machine with a GPU all arms train there, and memory is the peak of its allocator. `--size 1b` and `8b` are for one:
-bases in NF4, 8b with gradient checkpointing. All arms then stand in memory at once, up to 140 GB of it.
+On a machine with a GPU all arms train there, and memory is the peak of its allocator. `--size 1b` and `8b` need one:
+bases in NF4, 8b with gradient checkpointing. All arms are then in memory at the same time, up to 140 GB.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ DEFAULT = {
     False: ["budwood", "trainer-1", "trainer-2", "trainer-4", "trainer-8", "trl", "trl-packed"],
     True: ["budwood", "trainer-4", "trainer-8", "trainer-16", "trl-packed"],
 }
-"""The arms, by whether an optimizer step is one micro-batch."""
+"""The default arms, by whether an optimizer step is one micro-batch."""
 TARGET_FASTEST, TARGET_EIGHT, TARGET_MEMORY = 3.0, 3.5, 0.32
 
 
 class Arm:
-    """An arm's process, and what it has reported."""
+    """The process of an arm, and its measurements."""
 
     def __init__(self, name: str, workload: w.Workload, steps: int, threads: int) -> None:
         context = get_context("spawn")
@@ -54,12 +54,12 @@ class Arm:
         self.peak = self.loaded = 0
 
     def wait(self) -> None:
-        """Return when it stands before its first step."""
+        """Wait until the arm is ready for its first step."""
         self._receive()
         self.loaded = self.peak
 
     def run(self, steps: int) -> float:
-        """Let it train `steps` optimizer steps; returns the seconds."""
+        """Run `steps` optimizer steps; return the seconds."""
         self.connection.send(steps)
         report = self._receive()
         self.seconds.append(report["seconds"])
@@ -84,7 +84,7 @@ class Arm:
 
 
 def matmul_rate(threads: int, dtype: str = "bfloat16") -> float:
-    """FLOPs a second of a large matmul on this machine, or its GPU, the best of a few."""
+    """Return the FLOPs per second of a large matmul on this machine, or its GPU; the best of six."""
     import torch
 
     torch.set_num_threads(threads)
@@ -106,7 +106,7 @@ def matmul_rate(threads: int, dtype: str = "bfloat16") -> float:
 def measure(
     names: list[str], rounds: int, steps: int, warmup: int, threads: int, folder: Path, size: str
 ) -> dict[str, Any]:
-    """Run all arms; returns what was measured."""
+    """Run all arms; return the measurements."""
     total = warmup + rounds * steps
     workload = w.build(folder, total, w.SIZES[size])
     tokens, flops = workload.step_sizes()
@@ -133,10 +133,10 @@ def measure(
     # tokens and FLOPs of each round, the same for all arms
     per_round = tokens[warmup:].reshape(rounds, steps).sum(1)
     work_done = flops[warmup:].reshape(rounds, steps).sum(1)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for arm in arms:
         seconds = np.array(arm.seconds)
-        found[arm.name] = {
+        results[arm.name] = {
             "tokens_per_second": statistics.median((per_round / seconds).tolist()),
             "tokens_per_second_by_round": (per_round / seconds).round(1).tolist(),
             "processor_seconds_by_round": [round(s, 3) for s in arm.processor],
@@ -145,9 +145,9 @@ def measure(
             "share_of_matmul_rate": statistics.median((work_done / seconds / np.array(rates)).tolist()),
             "losses": [round(loss, 5) for loss in arm.losses],
         }
-    compare(found)
+    compare(results)
     return {
-        "arms": found,
+        "arms": results,
         "matmul_flops_per_second": statistics.median(rates),
         "rounds": rounds,
         "steps_per_round": steps,
@@ -161,18 +161,18 @@ def measure(
 
 
 def together(names: list[str]) -> list[list[str]]:
-    """The arms that stand in memory at once: Budwood beside the Trainer's, and beside TRL's."""
+    """Return the groups of arms measured together: Budwood with the Trainer's, and with TRL's."""
     peers = [[n for n in names if n.startswith(kind)] for kind in ("trainer", "trl")]
     ours = [OURS] if OURS in names else []
     return [[*ours, *group] for group in peers if group] or [ours]
 
 
-def compare(found: dict[str, Any]) -> None:
-    """Add to each peer how it stands to Budwood."""
-    if OURS not in found:
+def compare(results: dict[str, Any]) -> None:
+    """Add the comparison with Budwood to the results of each peer."""
+    if OURS not in results:
         return
-    ours = found[OURS]
-    for name, arm in found.items():
+    ours = results[OURS]
+    for name, arm in results.items():
         if name == OURS:
             continue
         pairs = zip(ours["tokens_per_second_by_round"], arm["tokens_per_second_by_round"], strict=True)
@@ -183,9 +183,9 @@ def compare(found: dict[str, Any]) -> None:
         arm["largest_loss_difference"] = max(abs(a - b) for a, b in zip(ours["losses"], arm["losses"], strict=True))
 
 
-def verdicts(found: dict[str, Any]) -> list[tuple[str, bool]]:
-    """The targets, and whether each is met; only those whose arms ran."""
-    trainers = {name: arm for name, arm in found.items() if name.startswith("trainer-") and OURS in found}
+def verdicts(results: dict[str, Any]) -> list[tuple[str, bool]]:
+    """Return the targets of the arms that ran, and whether each is met."""
+    trainers = {name: arm for name, arm in results.items() if name.startswith("trainer-") and OURS in results}
     lines = []
     if trainers:
         fastest = max(trainers, key=lambda name: trainers[name]["tokens_per_second"])
@@ -201,13 +201,13 @@ def verdicts(found: dict[str, Any]) -> list[tuple[str, bool]]:
     return lines
 
 
-def table(found: dict[str, Any]) -> str:
-    """The result as a Markdown table."""
+def table(results: dict[str, Any]) -> str:
+    """Return the results as a Markdown table."""
     lines = [
-        "| arm | real tokens/s | Budwood is faster by | by processor time | peak memory | of the matmul rate | loss differs by |",  # noqa: E501
+        "| arm | real tokens/s | Budwood's speedup | in CPU time | peak memory | share of matmul rate | loss difference |",  # noqa: E501
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for name, arm in found.items():
+    for name, arm in results.items():
         faster = f"{arm['budwood_is_faster_by']:.2f}×" if "budwood_is_faster_by" in arm else ""
         spent = f"{arm['processor_time_ratio']:.2f}×" if "processor_time_ratio" in arm else ""
         loss = f"{arm['largest_loss_difference']:.4f}" if "largest_loss_difference" in arm else ""
@@ -219,7 +219,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def machine() -> dict[str, str]:
-    """Processor, GPU and versions."""
+    """Return processor, GPU and versions."""
     import torch
 
     info = Path("/proc/cpuinfo")
@@ -235,20 +235,22 @@ def machine() -> dict[str, str]:
 
 
 def say(text: str) -> None:
-    """Show progress at once."""
+    """Print a line immediately."""
     print(text, flush=True)
 
 
 def main() -> None:
-    """Measure, show, and write the result."""
+    """Run the benchmark, print and write the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help=", ".join(ARMS))
-    parser.add_argument("--size", choices=list(w.SIZES), default="41m", help="of the model; the larger need a GPU")
-    parser.add_argument("--rounds", type=int, default=5, help="how often the arms take turns (default 5)")
-    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a turn (default 2)")
+    parser.add_argument(
+        "--size", choices=list(w.SIZES), default="41m", help="size of the model; the larger ones need a GPU"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="turns per arm (default 5)")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps per turn (default 2)")
     parser.add_argument("--warmup", type=int, default=1, help="optimizer steps before the first round (default 1)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each arm (default: all cores)")
-    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads per arm (default: all cores)")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     chosen = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -263,13 +265,13 @@ def main() -> None:
     result["arms"] = {name: result["arms"][name] for name in ARMS if name in result["arms"]}
     say("\n" + table(result["arms"]) + "\n")
     say(" · ".join(f"{name} {value}" for name, value in result["machine"].items()))
-    say(f"matmul limit {result['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s, {result['threads']} threads")
+    say(f"matmul rate {result['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s, {result['threads']} threads")
     for text, met in verdicts(result["arms"]) if chosen.size == "41m" else ():
         say(f"{'met' if met else 'MISSED'}: {text}")
     if chosen.out:
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
         chosen.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        say(f"written: {chosen.out}")
+        say(f"wrote {chosen.out}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What every arm trains: one model, one data file, one order of the examples, one optimizer.
+"""The workload of all arms: the same model, data, order of examples, and optimizer settings.
 
-The base has random weights and the text is made of words w0, w1, …, one token each: speed and memory do not depend on
-what a text says. Words are drawn by a Zipf law, so that there is something to learn and losses move.
+The base has random weights and the text consists of words w0, w1, …, one token each, since speed and memory do not
+depend on the content. Words follow a Zipf distribution, so that losses decrease.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
 @dataclass(frozen=True)
 class Size:
-    """A Llama's shape, and how it is trained."""
+    """The shape of a Llama, and its training settings."""
 
     layers: int
     width: int
@@ -35,7 +35,7 @@ class Size:
     quantization: str = "none"
     gradient_checkpointing: bool = False
     whole_steps: bool = False
-    """An optimizer step is one micro-batch of Budwood's and of packed rows, since a large GPU has room for it."""
+    """Whether an optimizer step is one micro-batch for Budwood and packed rows, which fits a large GPU."""
 
 
 SIZES = {
@@ -43,12 +43,12 @@ SIZES = {
     "1b": Size(16, 2048, 8192, 32, 8, 128_256, "nf4", whole_steps=True),
     "8b": Size(32, 4096, 14_336, 32, 8, 128_256, "nf4", gradient_checkpointing=True, whole_steps=True),
 }
-"""By name; the larger ones have the shapes of Llama 3.2 1B and Llama 3 8B, and are for a GPU."""
+"""Sizes by name; the larger ones have the shapes of Llama 3.2 1B and Llama 3 8B, and need a GPU."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A folder with `base/` and `train.jsonl`, and what is known of them."""
+    """A folder with `base/` and `train.jsonl`."""
 
     folder: Path
     size: Size = SIZES["41m"]
@@ -64,16 +64,16 @@ class Workload:
         return self.folder / "train.jsonl"
 
     def tokens(self) -> list[tuple[list[int], int]]:
-        """For each example in the order of training: its token ids, and how many of them are the prompt."""
-        made: list[tuple[list[int], int]] = json.loads((self.folder / "tokens.json").read_text(encoding="utf-8"))
-        return made
+        """Return, for each example in training order, its token ids and the length of its prompt."""
+        examples: list[tuple[list[int], int]] = json.loads((self.folder / "tokens.json").read_text(encoding="utf-8"))
+        return examples
 
     def lengths(self) -> np.ndarray:
-        """Tokens of each example [n], in the order of training."""
+        """Return the number of tokens of each example [n], in training order."""
         return np.array([len(ids) for ids, _ in self.tokens()])
 
     def step_sizes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Real tokens and FLOPs of each optimizer step."""
+        """Return the real tokens and FLOPs of each optimizer step."""
         tokens, flops = [], []
         examples = self.tokens()
         for start in range(0, len(examples), EXAMPLES_PER_STEP):
@@ -84,10 +84,10 @@ class Workload:
 
 
 def example_flops(size: Size, length: int, labels: int) -> float:
-    """FLOPs of a training step on one example: per token 4P + 6Pₐ + 6·L·T·d, and the head only at labels.
+    """Return the FLOPs of a training step on one example: per token 4P + 6Pₐ + 6·L·T·d, and the head only at labels.
 
-    P are the frozen weights of the layers (forward, and the gradient of their input), Pₐ the adapter's. What gradient
-    checkpointing computes again is not counted.
+    P are the frozen weights of the layers (forward, and the gradient of their input), Pₐ the adapter's. Recomputation
+    by gradient checkpointing is not counted.
     """
     keys = size.width * size.key_heads // size.heads
     linears = [(size.width, size.width)] * 2 + [(size.width, keys)] * 2 + [(size.width, size.inner)] * 3
@@ -147,7 +147,7 @@ def _write_data(workload: Workload, steps: int) -> None:
 
     random = np.random.default_rng(SEED)
     count = steps * EXAMPLES_PER_STEP
-    # exp(5.0 + 0.7 z) has mean 190; an example holds at least two tokens and the end of the sequence.
+    # exp(5.0 + 0.7 z) has mean 190; an example has at least two tokens and the end of the sequence.
     lengths = np.clip(np.exp(random.normal(5.0, 0.7, count)), 8, MAX_LENGTH).astype(int)
     words = np.minimum(random.zipf(1.2, int(lengths.sum())) + len(SPECIAL) - 1, workload.size.vocabulary - 1)
     examples, at = [], 0
@@ -159,7 +159,7 @@ def _write_data(workload: Workload, steps: int) -> None:
         for ids, prompt in examples:
             row = {"prompt": _text(ids[:prompt]), "completion": _text(ids[prompt:-1])}
             file.write(json.dumps(row) + "\n")
-    # The peers take the examples in the order in which Budwood's first epoch does.
+    # The peers use the example order of Budwood's first epoch.
     order = np.concatenate(plan_epoch(lengths, SEED, 0, None, EXAMPLES_PER_STEP))
     in_order = [examples[int(i)] for i in order]
     (workload.folder / "tokens.json").write_text(json.dumps(in_order), encoding="utf-8")

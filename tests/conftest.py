@@ -1,6 +1,6 @@
-"""What every test stands on: no network, few threads, a cache of its own, and tiny bases made on the spot.
+"""Configuration of all tests: no network, one thread, a temporary cache, and generated tiny bases.
 
-Tests compute on the CPU. `pytest -m gpu` runs those that need a GPU; any other run hides it, from children too.
+Tests run on the CPU. `pytest -m gpu` runs those that need a GPU; any other run hides it, also from subprocesses.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-if os.environ.get("BUDWOOD_TESTS") != str(os.getpid()):  # else this file is imported once more, as tests.conftest
+if os.environ.get("BUDWOOD_TESTS") != str(os.getpid()):  # otherwise it is the second import, as tests.conftest
     os.environ["BUDWOOD_TESTS"] = str(os.getpid())
     os.environ["BUDWOOD_CACHE"] = tempfile.mkdtemp(prefix="budwood-cache-")
     os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="budwood-hub-")
@@ -31,7 +31,7 @@ from budwood.testing.bench import without_plots
 LONGEST = (
     "test_conformance.py", "test_packages_own_tests.py", "test_together.py", "test_harness.py", "test_checks.py",
 )  # fmt: skip
-"""Files of tests that take longest."""
+"""Slowest test files, which run first."""
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 
@@ -74,7 +74,7 @@ def make_tokenizer(folder: Path, vocab_size: int = 300) -> None:
 
 
 def make_base(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", seed: int = 0, **changes) -> Path:
-    """Save a random Llama of 64 x 2 layers with its tokenizer into `folder`; `changes` go into its config."""
+    """Save a random Llama (hidden 64, 2 layers) with its tokenizer in `folder`; `changes` override its config."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     options = {
@@ -100,31 +100,31 @@ def make_base(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5G
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide the GPU, before anybody looks for it, unless the tests are chosen by `gpu`."""
+    """Hide the GPU before torch initialises it, unless the tests are selected by `gpu`."""
     if "gpu" not in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest files, so that no process is left with one of them at the end; skip what needs a GPU."""
-    without = pytest.mark.skip(reason="needs a CUDA device, and `make gpu`")
+    """Run the slowest files first, so that no worker ends with one of them; skip tests that need a GPU."""
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device, and `make gpu`")
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(without)
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+            item.add_marker(no_gpu)
+    order = {name: position for position, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True)
 def no_plots(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Runs draw no pictures, which takes longer than their steps, but in tests marked `plots`."""
+    """Draw plots, which takes longer than the steps of a run, only in tests marked `plots`."""
     with nullcontext() if "plots" in request.keywords else without_plots():
         yield
 
 
 @pytest.fixture(autouse=True)
 def quiet_commands(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `--debug` sets for a command's children in one test is gone in the next."""
+    """Reset the variable that `--debug` sets for subprocesses of a command."""
     monkeypatch.setenv("BUDWOOD_DEBUG", "0")
 
 
@@ -136,13 +136,13 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Function `tiny_bases(name, **changes)` -> folder of a tiny base of its own, made once a session."""
-    made: dict[str, Path] = {}
+    """Function `tiny_bases(name, **changes)` -> folder of a separate tiny base, created once per session."""
+    bases: dict[str, Path] = {}
 
     def make(name: str, **changes) -> Path:
         key = repr((name, changes))
-        if key not in made:
-            made[key] = make_base(tmp_path_factory.mktemp("base") / name, **changes)
-        return made[key]
+        if key not in bases:
+            bases[key] = make_base(tmp_path_factory.mktemp("base") / name, **changes)
+        return bases[key]
 
     return make

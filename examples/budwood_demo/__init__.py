@@ -1,1 +1,1 @@
-"""A small, complete Budwood demonstration: a tiny base model, a data set and what is made of them."""
+"""A small, complete demo of Budwood: a tiny base model, a data set, and recipes."""

@@ -1,4 +1,4 @@
-"""The corpus of the tiny base: which text is read, under which licences, and what is left out of it.
+"""The corpus of the tiny base: its sources, their licences, and the filters applied.
 
 The docstrings of the Python standard library and of the installed packages in ``INSTALLED``, the project descriptions
 of the PyPI releases that ``base/sources.tsv`` pins, and the descriptions of ``data/sections/train.jsonl``, without
@@ -61,7 +61,7 @@ FREE_FORM = [
 
 
 def licence_of(info: dict) -> str | None:
-    """The SPDX-like name of a permissive licence, or None where it is another or unclear."""
+    """Return the SPDX-like name of a permissive licence, or None for any other or an unclear one."""
     expression = info.get("license_expression")
     if expression:
         names = re.split(r"\s+(?:AND|OR)\s+|[()]", expression)
@@ -69,8 +69,8 @@ def licence_of(info: dict) -> str | None:
     classifiers = [c.split(" :: ")[-1] for c in info.get("classifiers") or []]
     classifiers = [c for c in classifiers if c not in ("License", "OSI Approved")]
     if classifiers:
-        found = [CLASSIFIERS.get(c) for c in classifiers]
-        return " OR ".join(sorted(found)) if all(found) else None  # type: ignore[arg-type]
+        names = [CLASSIFIERS.get(c) for c in classifiers]
+        return " OR ".join(sorted(names)) if all(names) else None  # type: ignore[arg-type]
     text = re.sub(r"\s+", " ", (info.get("license") or "").strip().lower())
     for pattern, name in FREE_FORM:
         if re.fullmatch(pattern, text):
@@ -92,7 +92,7 @@ SKIPPED_HEADINGS = re.compile(
 
 
 def clean(text: str) -> str:
-    """Prose out of Markdown, reStructuredText or a docstring: no code, tables, links or badges."""
+    """Extract prose from Markdown, reStructuredText or a docstring: no code, tables, links or badges."""
     text = text.replace("\r\n", "\n").replace("\t", "    ")
     text = re.sub(r"```.*?(```|\Z)|~~~.*?(~~~|\Z)", "\n", text, flags=re.S)
     text = re.sub(r"<!--.*?-->", " ", text, flags=re.S)
@@ -114,7 +114,7 @@ def clean(text: str) -> str:
             skipping = bool(SKIPPED_HEADINGS.match(bare))
         if skipping or re.match(r"(\.\. |>>>|\.\.\. |\$ |:\w+|\||\+[-=]|%|@|pip |-{3}|={3})", bare):
             continue
-        if re.match(r"section\s*:", bare, re.I):  # the form of the fine-tuning task
+        if re.match(r"section\s*:", bare, re.I):  # the format of the fine-tuning task
             continue
         letters = sum(c.isalpha() or c == " " for c in bare)
         if bare and (letters < 0.75 * len(bare) or len(bare) > 1500):
@@ -130,7 +130,7 @@ STOPWORDS = {
 
 
 def is_english(text: str) -> bool:
-    """A rough test: nearly all ASCII, and common English words are there."""
+    """A rough test: nearly all ASCII, with enough common English words."""
     words = re.findall(r"[a-z]+", text.lower())
     common = sum(w in STOPWORDS for w in words)
     return sum(map(str.isascii, text)) > 0.97 * len(text) and common > 0.08 * len(words)
@@ -175,7 +175,7 @@ class Leaks:
 
 
 def fetch_pypi(wanted: list[tuple[str, str]], cache: Path, index: str) -> list[dict]:
-    """The metadata of pinned PyPI releases; kept in one JSON-lines file under ``cache``."""
+    """Return the metadata of pinned PyPI releases; cached in one JSON-lines file under ``cache``."""
     cache.mkdir(parents=True, exist_ok=True)
     path = cache / "pypi.jsonl"
     have: dict[tuple[str, str], dict] = {}
@@ -223,7 +223,7 @@ def summary_of(row: dict) -> str:
 
 
 def readme_document(row: dict) -> str:
-    """One PyPI project as a plain document: name, summary, keywords, start of its description."""
+    """Return a PyPI project as a plain document: name, summary, keywords, start of its description."""
     text = f"{row['name']} - {summary_of(row)}\n"
     keywords = re.sub(r"[\s,;]+", " ", row.get("keywords") or "").strip()
     if keywords:
@@ -234,12 +234,12 @@ def readme_document(row: dict) -> str:
 
 
 def docstrings(path: Path) -> list[str]:
-    """The docstrings of one Python file, in order, without their parameter lists and examples."""
+    """Return the docstrings of one Python file, in order, without their parameter lists and examples."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError, ValueError):
         return []
-    found = []
+    texts = []
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(tree):
         if isinstance(node, kinds):
@@ -248,12 +248,12 @@ def docstrings(path: Path) -> list[str]:
                 doc = re.split(r"\n(Parameters|Args|Arguments|Returns|Examples?)\b.*\n", doc)[0]
                 doc = clean(inspect.cleandoc(doc))
                 if len(doc) >= 60:
-                    found.append(doc)
-    return found
+                    texts.append(doc)
+    return texts
 
 
 def python_documents(files: list[Path], limit: int) -> list[str]:
-    """A document a file, made of its docstrings; files in an order fixed by a hash, to a limit."""
+    """Return one document per file, with its docstrings; files are ordered by a hash, up to a size limit."""
     files.sort(key=lambda p: hashlib.sha256("/".join(p.parts[-3:]).encode()).digest())
     documents: list[str] = []
     seen: set[str] = set()
@@ -283,11 +283,11 @@ def installed_documents(name: str) -> tuple[list[str], str, str] | None:
         "license": "".join(dist.metadata.get_all("License") or []),
     }
     licence = licence_of(info)
-    # Some wheels also name the licences of the libraries they bundle; their Python text is BSD.
+    # Some wheels also list the licences of bundled libraries; their Python text is BSD.
     if licence is None and "BSD-3-Clause" in (info["license_expression"] or ""):
         licence = "BSD-3-Clause"
     if licence is None:
-        print(f"left out, licence not on the list: {name}")
+        print(f"omitted, licence not on the list: {name}")
         return None
     files = [Path(str(dist.locate_file(f))) for f in dist.files or [] if str(f).endswith(".py")]
     return python_documents(files, INSTALLED_LIMIT), dist.version, licence
@@ -299,7 +299,10 @@ def held_out(text: str) -> bool:
 
 
 def gather(sources: Path, cache: Path, index: str | None) -> dict:
-    """All text: documents, summaries, section descriptions; train and held-out; the sources. No index: no PyPI."""
+    """Return all text (documents, summaries, section descriptions; train and held-out) and its sources.
+
+    Without an index, nothing from PyPI is included.
+    """
 
     def read_texts(name: str) -> list[str]:
         return [json.loads(x)["text"] for x in (SECTIONS / name).open(encoding="utf-8")]
@@ -338,7 +341,7 @@ def gather(sources: Path, cache: Path, index: str | None) -> dict:
                   "DFSG-free, each line under its package's licence",
                   sum(len(t.encode()) for t in sections)))  # fmt: skip
     documents = sorted(set(documents))
-    print(f"{leaks.dropped} lines dropped that hold an eval description", flush=True)
+    print(f"{leaks.dropped} lines dropped that contain an eval description", flush=True)
     return {
         "documents": [d for d in documents if not held_out(d)],
         "documents_held_out": [d for d in documents if held_out(d)],

@@ -1,6 +1,6 @@
-"""The demonstration: fine-tune the tiny base twice, swap the two adapters on the live model, and measure.
+"""The demo: fine-tune two adapters on the tiny base, swap them on the live model, and report accuracy and size.
 
-It uses only what `budwood` exports, so it is also an example of the Python interface.
+It uses only the public API of `budwood`, so it is also an example of the Python interface.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ HERE = Path(__file__).parent
 
 
 def main(output: Path, overwrite: bool = False) -> dict[str, Any]:
-    """Run the demo into the folder `output`, telling each step on stderr; return the figures.
+    """Run the demo with output in the folder `output` and progress on stderr; return the figures.
 
     Raises:
-        InputError: `output` holds something and `overwrite` is False.
+        InputError: `output` is not empty and `overwrite` is False.
     """
     started = time.perf_counter()
-    tell("1. Strategies that are installed")
+    heading("1. Installed strategies")
     for name, (strategy, *_) in installed().items():
         say(f"   {name} ({strategy.owner}): {strategy.summary}")
 
-    tell("2. The base, quantised to 4 bits (NF4)")
+    heading("2. The base, quantised to 4 bits (NF4)")
     pool = AdapterPool(HERE / "base", quantization="nf4")
     base = pool.base
     saved = base.bytes_unquantized - base.bytes
@@ -35,12 +35,12 @@ def main(output: Path, overwrite: bool = False) -> dict[str, Any]:
         f"{saved:,} ({saved / base.bytes_unquantized:.0%}) saved"
     )
 
-    tell("3. Train a LoRA adapter to name the section of a package from its description")
+    heading("3. Train a LoRA adapter to name the section of a package from its description")
     name_run = tune(recipe("name", output), overwrite=overwrite)
-    tell("4. Train a second one, that writes a description for a section")
+    heading("4. Train a second adapter to write a description for a section")
     tune(recipe("describe", output), overwrite=overwrite)
 
-    tell("5. Both adapters and none, on one live model")
+    heading("5. Both adapters, and none, on one live model")
     untouched = pool.logits(prompts())
     pool.load("name", output / "name" / "adapter")
     pool.load("describe", output / "describe" / "adapter")
@@ -53,8 +53,8 @@ def main(output: Path, overwrite: bool = False) -> dict[str, Any]:
     pool.use(None)
     same = all(bool((a == b).all()) for a, b in zip(pool.logits(prompts()), untouched, strict=True))
     if not same:
-        raise RuntimeError("with the adapters off, the model's logits are not those of the base")
-    say("   off again: every logit equals the base's, bit for bit")
+        raise RuntimeError("with the adapters disabled, the model's logits differ from the base's")
+    say("   adapters disabled: all logits are bitwise identical to the base's")
 
     before, after = name_run.before["eval_exact_match"], name_run.metrics["eval_exact_match"]
     result = {
@@ -65,19 +65,19 @@ def main(output: Path, overwrite: bool = False) -> dict[str, Any]:
         "base_bytes_unquantized": base.bytes_unquantized,
         "adapter_bytes": (output / "name" / "adapter" / "adapter_model.safetensors").stat().st_size,
     }
-    tell(f"Done in {result['seconds']:.0f} s")
-    say(f"   accuracy on 933 unseen descriptions: {before:.3f} before, {after:.3f} after")
-    say("   (always the most frequent section: 0.10; TF-IDF with logistic regression: 0.72)")
+    heading(f"Done in {result['seconds']:.0f} s")
+    say(f"   accuracy on 933 held-out descriptions: {before:.3f} before, {after:.3f} after")
+    say("   (most frequent section: 0.10; TF-IDF with logistic regression: 0.72)")
     say(
         f"   adapter {output / 'name' / 'adapter'}, log {output / 'name' / 'metrics.jsonl'}, "
         f"plot {output / 'name' / 'loss.png'}"
     )
-    say("   next, your own data: budwood tune FILE.jsonl --base DIR")
+    say("   next, use your own data: budwood tune FILE.jsonl --base DIR")
     return result
 
 
 def recipe(name: str, output: Path) -> Any:
-    """The recipe `name` of this package, with its paths in the installed package and its run in `output`."""
+    """Load the recipe `name` of this package, with paths in the installed package and its run in `output`."""
     return load_recipe(
         HERE / "recipes" / f"{name}.yaml",
         [
@@ -91,15 +91,15 @@ def recipe(name: str, output: Path) -> Any:
 
 
 def prompts() -> list[str]:
-    """What the adapters are tried on: one prompt of each kind."""
+    """Return one example prompt for each adapter."""
     return ["a fast and friendly web browser\nSection:", "A package of the section games:"]
 
 
-def tell(text: str) -> None:
-    """Say what comes next."""
+def heading(text: str) -> None:
+    """Print the heading of a step."""
     say(f"\n{text}")
 
 
 def say(text: str) -> None:
-    """One line to the user; results alone go to stdout."""
+    """Print a line on stderr; only results go to stdout."""
     print(text, file=sys.stderr, flush=True)

@@ -1,16 +1,16 @@
-"""Make the tiny base model of the demonstration, from plain text, on a CPU.
+"""Train the tiny base model of the demo from plain text, on a CPU.
 
     python -m budwood_demo.make_base --minutes 55
 
-What it does, in order:
+Steps:
 
 1. gathers the corpus: the docstrings of the Python standard library and of the installed packages
    in ``corpus.INSTALLED``, the project descriptions of the PyPI releases pinned in ``base/sources.tsv``
-   (fetched once from the index that ``--index`` names and kept in ``--cache``), and the ``text`` field of
+   (fetched once from ``--index`` and stored in ``--cache``), and the ``text`` field of
    ``data/sections/train.jsonl``, without its labels;
 2. trains a byte-level BPE tokenizer of 4,096 tokens;
 3. trains a small Llama-style causal language model for ``--minutes`` of wall clock;
-4. measures held-out bits per byte, and writes the model, the tokenizer and the list of sources
+4. computes held-out bits per byte, and writes the model, the tokenizer and the list of sources
    to ``--out``.
 
 Only permissively licensed text is read (``corpus.PERMISSIVE``), and each source is listed with its
@@ -32,13 +32,13 @@ from typing import Any
 
 from budwood_demo.corpus import SECTIONS, gather
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave the CPU to others
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads yield the CPU
 
 HERE = Path(__file__).resolve().parent
 
 VOCAB_SIZE = 4096
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
-ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]  # reserved: the base never sees them
+ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]  # reserved, not in the training text
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -57,14 +57,14 @@ ARCHITECTURE: dict[str, Any] = {
     "max_position_embeddings": 1024,
     "tie_word_embeddings": True,
 }
-SECTION_EPOCHS = 6  # times the section descriptions pass in one pass over everything
-SUMMARY_EPOCHS = 2  # the same for the one-line summaries of the PyPI projects
+SECTION_EPOCHS = 6  # repetitions of the section descriptions in one pass over all text
+SUMMARY_EPOCHS = 2  # likewise for the one-line summaries of the PyPI projects
 
 # ----------------------------------------------------------------------------------- tokenizer
 
 
 def train_tokenizer(corpus: dict) -> Any:
-    """Byte-level BPE (nothing is unknown), digits in groups of up to three, BOS at the start."""
+    """Train a byte-level BPE tokenizer (no unknown tokens), digits in groups of up to three, BOS at the start."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -137,7 +137,7 @@ def new_model(tokenizer: Any) -> Any:
 
 
 def embeddings_of(corpus: dict, tokenizer: Any, size: int, reach: int = 12, scale: float = 0.06) -> Any:
-    """Token embeddings to start from: a truncated SVD of the positive PMI of neighbouring tokens.
+    """Return initial token embeddings: a truncated SVD of the positive PMI of neighbouring tokens.
 
     It takes seconds, and gives the model from the start what it would need many tokens to learn:
     which words belong together.
@@ -164,14 +164,14 @@ def embeddings_of(corpus: dict, tokenizer: Any, size: int, reach: int = 12, scal
     positive = torch.from_numpy(np.maximum(pmi, 0))
     left, values, _ = torch.svd_lowrank((positive + positive.T) / 2, q=size + 40, niter=3)
     vectors = (left * values.sqrt())[:, :size]
-    # Turned at random, so that no coordinate holds most of the variance.
+    # A random rotation, so that no coordinate carries most of the variance.
     turn, _ = torch.linalg.qr(torch.randn(size, size))
     vectors = vectors @ turn
     return vectors * (scale / vectors.square().mean().sqrt()) + 0.01 * torch.randn_like(vectors)
 
 
 def probe(corpus: dict, tokenizer: Any) -> dict[str, tuple[float, float]]:
-    """Accuracy of the sections from each start of the embeddings, mean and deviation over five folds.
+    """Return the section accuracy of a probe for each embedding initialisation, mean and deviation over five folds.
 
     A logistic regression on the mean embedding of a description; fitted and scored on labelled train rows alone, each
     fold on rows that its fit has not seen.
@@ -201,7 +201,7 @@ def probe(corpus: dict, tokenizer: Any) -> dict[str, tuple[float, float]]:
 
 
 def batches(corpus: dict, tokenizer: Any, length: int, size: int, seed: int) -> Iterator[Any]:
-    """Packed sequences of ``length`` + 1 tokens, for ever; every pass is shuffled anew."""
+    """Yield packed sequences of ``length`` + 1 tokens indefinitely, reshuffled in every pass."""
     import torch
 
     def encode(texts: list[str]) -> list[list[int]]:
@@ -215,7 +215,7 @@ def batches(corpus: dict, tokenizer: Any, length: int, size: int, seed: int) -> 
     rng = random.Random(seed)
 
     def grouped(items: list[list[int]]) -> Iterator[list[int]]:
-        """Short lines, one to eight to a document."""
+        """Group short lines into documents of one to eight."""
         items, i = rng.sample(items, len(items)), 0
         while i < len(items):
             n = rng.randint(1, 8)
@@ -239,7 +239,7 @@ def batches(corpus: dict, tokenizer: Any, length: int, size: int, seed: int) -> 
 
 
 def bits_per_byte(model: Any, tokenizer: Any, texts: list[str], limit: int = 250_000) -> float:
-    """Bits the model needs for a byte of unseen text; each document alone, after a BOS."""
+    """Return the bits per byte of held-out text; each document alone, after a BOS."""
     import torch
 
     nll, count = 0.0, 0
@@ -260,7 +260,7 @@ def bits_per_byte(model: Any, tokenizer: Any, texts: list[str], limit: int = 250
 
 
 def save(model: Any, tokenizer: Any, out: Path) -> None:
-    """bf16, safetensors, one file; the weights being trained stay as they are."""
+    """Save a bf16 copy as one safetensors file, without changing the weights in training."""
     import torch
 
     state = {k: v.detach().to(torch.bfloat16) for k, v in model.state_dict().items()}
@@ -294,7 +294,7 @@ def train(corpus: dict, tokenizer: Any, args: argparse.Namespace) -> dict:
         elapsed = time.monotonic() - start
         if elapsed >= budget:
             break
-        # The schedule follows the clock, so that it ends where the budget ends.
+        # The schedule follows the clock, so that it ends with the time budget.
         done = elapsed / budget
         factor = 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * done))
         factor *= min(1.0, (step + 1) / args.warmup)
@@ -356,33 +356,32 @@ to fine-tune in minutes on a laptop, and a stock `LlamaForCausalLM` in every oth
 {bits_per_byte_sections:.3f} on package descriptions |
 
 Every linear layer has sizes that are multiples of 64. The tokens `<|system|>`, `<|user|>` and
-`<|assistant|>` are reserved for the chat template; the base has never seen them.
+`<|assistant|>` are reserved for the chat template and do not occur in the training text.
 
 ## Training
 
 {tokens_seen:,} tokens in {steps:,} steps and {minutes} minutes on {threads} CPU cores, shared with
 other work; Muon for the matrices (peak learning rate {muon_lr:g}), AdamW for the tied embedding and
 the norms ({lr:g}), both warmed up over {warmup} steps, cosine over the wall-clock budget, {batch} packed
-sequences of {length} tokens a step, bf16 autocast over fp32 weights. Python {python},
-torch {torch}, transformers {transformers}. The same numbers are in `training.json`.
+sequences of {length} tokens per step, bf16 autocast over fp32 weights. Python {python},
+torch {torch}, transformers {transformers}. The same values are in `training.json`.
 
-The embeddings started from a truncated SVD of the tokens' positive PMI in the same text (neighbours
-within 12 tokens), the other weights at random. `make_base.py --probe` shows why, by a linear probe on mean
-embeddings, fitted and scored in five folds of the labelled train rows alone: 0.626 ± 0.017 with this
-start, 0.478 ± 0.010 with a random one (on the text that needs no index). The choice was first made by
-such a probe scored on `eval.jsonl`; the train rows alone choose the same start, from which the same base
-follows.
+The embeddings were initialised with a truncated SVD of the tokens' positive PMI in the same text (neighbours
+within 12 tokens), the other weights at random. `make_base.py --probe` gives the reason: the accuracy of a linear
+probe on mean embeddings, in five-fold cross-validation on the labelled train rows, is 0.626 ± 0.017 with this
+initialisation and 0.478 ± 0.010 with a random one (on the text that needs no index). The choice was first made
+with such a probe scored on `eval.jsonl`; the train rows alone lead to the same choice, and to the same base.
 
-Text that was held out: 2 % of the documents and of the package descriptions, chosen by a hash.
-Bits per byte are taken on at most 250,000 bytes of it, each document alone, cut at 512 tokens.
+Held-out text: 2 % of the documents and of the package descriptions, selected by a hash.
+Bits per byte are computed on at most 250,000 bytes of it, each document alone, truncated to 512 tokens.
 
 ## Sources
 
 Plain text only: {total:,} bytes; one pass over all of it is {pass_tokens:,} tokens. The section
-descriptions were read without their labels, and never in the form of the fine-tuning task. No text
-of `eval.jsonl` was trained on: any line that equals one of its descriptions, or holds one of four words
-or more, is dropped. In one pass the descriptions stand {section_epochs} times, and the one-line
-summaries of the PyPI projects {summary_epochs} times more.
+descriptions were used without their labels, and never in the format of the fine-tuning task. No text
+of `eval.jsonl` was used: any line that equals one of its descriptions, or contains one of four words
+or more, is dropped. In one pass the descriptions are repeated {section_epochs} times, and the one-line
+summaries of the PyPI projects an additional {summary_epochs} times.
 
 Each source, with version, licence and bytes, is in [`sources.tsv`](sources.tsv). In short:
 
@@ -390,28 +389,28 @@ Each source, with version, licence and bytes, is in [`sources.tsv`](sources.tsv)
 | --- | --- | --- | --- |
 {rows}
 
-The licence of a PyPI project is the one that its own metadata states.
+The licence of a PyPI project is the one in its metadata.
 
-## What it is not good for
+## Limitations
 
-Anything but demonstrations and tests. It writes software-like English that is mostly wrong, knows
-no facts to rely on, follows no instructions before it is tuned, and carries whatever its sources
-say. Contexts beyond {length} tokens were not trained.
+It is only for demonstrations and tests. It writes software-like English that is mostly wrong, is not a
+source of facts, follows no instructions before fine-tuning, and reproduces the biases of its sources.
+It was not trained on contexts beyond {length} tokens.
 
-## Making it again
+## Reproduction
 
     pip install torch transformers tokenizers matplotlib scipy scikit-learn pandas networkx sympy
     python -m budwood_demo.make_base --minutes {minutes:g} --index HOST
 
 from the folder that holds `budwood_demo`; HOST is a package index with PyPI's JSON interface. It
 fetches the pinned descriptions from there once
-(a few minutes, about 60 MB). The installed packages are read where they are there; their versions
-are in `sources.tsv`. The clock drives the schedule, so another machine ends with other weights.
+(a few minutes, about 60 MB). The installed packages are read if present; their versions
+are in `sources.tsv`. The schedule follows the clock, so the weights differ on another machine.
 """
 
 
 def write_card(report: dict, table: list[tuple], out: Path) -> None:
-    """README.md of the model, from what was measured."""
+    """Write the README.md of the model from the training report."""
     rows = [
         f"| {name} | {version} | {licence} | {size:,} |"
         for kind, name, version, licence, size in table
@@ -439,18 +438,18 @@ def write_card(report: dict, table: list[tuple], out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=55, help="wall clock of the training")
+    parser.add_argument("--minutes", type=float, default=55, help="training time")
     parser.add_argument("--out", type=Path, default=HERE / "base")
-    parser.add_argument("--checkpoint", type=Path, help="where to save on the way (default: --out)")
+    parser.add_argument("--checkpoint", type=Path, help="folder of intermediate checkpoints (default: --out)")
     parser.add_argument("--save-every", type=float, default=5, help="minutes")
     parser.add_argument("--sources", type=Path, default=HERE / "base" / "sources.tsv")
     parser.add_argument("--index", help="host of a package index with PyPI's JSON interface")
     parser.add_argument(
-        "--probe", action="store_true", help="only compare the starts of the embeddings, on train rows; needs no index"
+        "--probe", action="store_true", help="only compare embedding initialisations on train rows; needs no index"
     )
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "budwood-base")
-    parser.add_argument("--length", type=int, default=256, help="tokens a sequence")
-    parser.add_argument("--batch", type=int, default=16, help="sequences a step")
+    parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
+    parser.add_argument("--batch", type=int, default=16, help="sequences per step")
     parser.add_argument("--lr", type=float, default=1e-3, help="AdamW: embedding and norms")
     parser.add_argument("--muon-lr", type=float, default=5e-3, help="Muon: matrices")
     parser.add_argument("--warmup", type=int, default=50, help="steps")
@@ -458,7 +457,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if not (args.index or args.probe):
-        parser.error("say with --index where the descriptions of PyPI's projects are fetched")
+        parser.error("set --index to fetch the PyPI project descriptions")
 
     import torch
     import transformers

@@ -1,4 +1,4 @@
-"""Make the demo's two tasks from data/sections: name the section of a description, and describe a section.
+"""Generates the demo's two tasks from data/sections: name the section of a description, and describe a section.
 
 Run it from a checkout: python -m budwood_demo.make_data
 """
@@ -13,12 +13,12 @@ DATA = Path(__file__).parent / "data"
 
 
 def name_section(row: dict[str, str]) -> dict[str, str]:
-    """A description as the prompt, its section as the completion."""
+    """Return a row with the description as prompt and its section as completion."""
     return {"prompt": f"{row['text']}\nSection:", "completion": f" {row['label']}"}
 
 
 def describe_section(row: dict[str, str]) -> dict[str, str]:
-    """A section as the prompt, a description of a package in it as the completion."""
+    """Return a row with the section as prompt and the description of one of its packages as completion."""
     return {"prompt": f"A package of the section {row['label']}:", "completion": f" {row['text']}"}
 
 

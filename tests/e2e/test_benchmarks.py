@@ -1,4 +1,4 @@
-"""Budwood's arms of the benchmarks run on the core as it is now; what they measure is not looked at."""
+"""Budwood's arms of the benchmarks run on the current core; their measurements are not checked."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ SMALL = w.Size(1, 32, 48, 4, 2, 300)
 def workload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> w.Workload:
     """Two steps of a tiny model."""
     monkeypatch.setattr(w, "EXAMPLES_PER_STEP", 4)
-    monkeypatch.setattr(sys, "path", list(sys.path))  # an arm adds its strategy's distribution
+    monkeypatch.setattr(sys, "path", list(sys.path))  # an arm adds the distribution of its strategy
     return w.build(tmp_path / "workload", 2, SMALL)
 
 
 def test_training(workload: w.Workload) -> None:
-    seen: list[float] = []
+    losses: list[float] = []
 
     class Pace:
         def ready(self) -> None:
-            seen.append(math.nan)
+            losses.append(math.nan)
 
         def stepped(self, loss: float) -> None:
-            seen.append(loss)
+            losses.append(loss)
 
     arms.budwood(workload, 2, Pace())
-    assert len(seen) == 3 and all(map(math.isfinite, seen[1:]))
+    assert len(losses) == 3 and all(map(math.isfinite, losses[1:]))
 
 
 @pytest.mark.parametrize("name", adversarial.ARMS)
@@ -44,7 +44,7 @@ def test_adversarial_training(workload: w.Workload, tmp_path: Path, name: str) -
 
 
 def test_adalora(workload: w.Workload) -> None:
-    stood: list[None] = []
+    pauses: list[None] = []
     strategy = {"adalora": {"initial_rank": 4, "target_rank": 2, "initial_phase": 0, "final_phase": 1, "interval": 1}}
-    adalora.budwood(workload, strategy, 2, "run", lambda: stood.append(None))
-    assert len(stood) == 3
+    adalora.budwood(workload, strategy, 2, "run", lambda: pauses.append(None))
+    assert len(pauses) == 3

@@ -1,4 +1,4 @@
-"""The installed commands, as a user types them: tune a file, look, measure, ask; and what goes wrong on the way."""
+"""The installed commands as a user runs them: tune a file, inspect, evaluate, generate; and errors."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ def write(path: Path, count: int = 24) -> Path:
 
 @pytest.fixture(scope="module")
 def tuned(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder in which `budwood tune FILE --base DIR` has run, without any recipe."""
+    """A working folder in which `budwood tune FILE --base DIR` has run, without a recipe."""
     folder = tmp_path_factory.mktemp("work")
     write(folder / "rows.jsonl")
     options = ["-o", "train.steps=6", "-o", "train.learning_rate=1e-2", "-o", "train.precision=fp32"]
     done = budwood("tune", "rows.jsonl", "--base", tiny_base, *options, cwd=folder)
-    assert not done.stdout, "results alone go to stdout"
+    assert not done.stdout, "only results go to stdout"
     lines = [line for line in done.stderr.splitlines() if not line.startswith("step ")]
     assert len(lines) <= 15
     return folder
 
 
-def test_a_run_leaves_its_recipe_which_runs_again(tuned: Path) -> None:
+def test_a_run_saves_its_recipe_which_can_be_rerun(tuned: Path) -> None:
     run = tuned / "runs" / "rows"
-    left = {"adapter", "checkpoints", "loss.png", "manifest.json", "metrics.jsonl", "recipe.yaml"}
-    assert {p.name for p in run.iterdir()} == left
+    files = {"adapter", "checkpoints", "loss.png", "manifest.json", "metrics.jsonl", "recipe.yaml"}
+    assert {p.name for p in run.iterdir()} == files
     done = budwood("tune", "runs/rows/recipe.yaml", "-o", "output=again", "--json", cwd=tuned)
     assert json.loads(done.stdout)["metrics"]["loss"] > 0
     first, second = (p / "adapter" / "adapter_model.safetensors" for p in (run, tuned / "again"))
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_the_adapter_is_shown_verified_measured_and_asked(tuned: Path, tiny_base: Path) -> None:
+def test_the_adapter_is_shown_verified_evaluated_and_prompted(tuned: Path, tiny_base: Path) -> None:
     adapter = "runs/rows/adapter"
     assert "lora" in budwood("adapter", "info", adapter, cwd=tuned).stdout
     verified = json.loads(budwood("adapter", "verify", adapter, "--json", cwd=tuned).stdout)
@@ -65,7 +65,7 @@ def test_the_adapter_is_shown_verified_measured_and_asked(tuned: Path, tiny_base
     assert answer.stdout.strip()
 
 
-def test_a_classifier_is_tuned_and_measured_from_the_command_line(tuned: Path, tiny_base: Path) -> None:
+def test_a_classifier_is_tuned_and_evaluated_from_the_command_line(tuned: Path, tiny_base: Path) -> None:
     rows = [{"text": f"{word} {i}", "label": word} for i in range(8) for word in ("games", "fonts")]
     (tuned / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     options = ["-o", "base.task=sequence-classification", "-o", "train.steps=4", "-o", "train.precision=fp32"]
@@ -75,7 +75,7 @@ def test_a_classifier_is_tuned_and_measured_from_the_command_line(tuned: Path, t
     assert "precision" in done.stdout, "scikit-learn's report"
 
 
-def test_the_recipe_that_combines_strategies_runs_and_its_adapter_is_attacked(tmp_path: Path) -> None:
+def test_the_combined_recipe_runs_and_its_adapter_is_evaluated_under_attack(tmp_path: Path) -> None:
     demo = ROOT / "examples" / "budwood_demo"
     held_out = (demo / "data" / "describe" / "eval.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "eval.jsonl").write_text("".join(held_out[:8]), encoding="utf-8")
@@ -84,10 +84,10 @@ def test_the_recipe_that_combines_strategies_runs_and_its_adapter_is_attacked(tm
         "train.batch_tokens": 128, "adalora.interval": 1,
     }  # fmt: skip
     options = [text for key, value in shorter.items() for text in ("-o", f"{key}={value}")]
-    options += ["-o", "train.precision=bf16"]  # what fits any processor
+    options += ["-o", "train.precision=bf16"]  # supported on any processor
     done = budwood("tune", demo / "recipes" / "combined.yaml", *options, cwd=ROOT)
     assert "teacher examples/budwood_demo/base: 11.8 MB in bf16, not quantised" in done.stderr
-    assert "adalora: 224 of 336 ranks are left after step 2" in done.stderr
+    assert "adalora: 224 of 336 ranks remain after step 2" in done.stderr
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [step for step in steps if step["kind"] == "step"]
     assert len(steps) == 3
@@ -110,7 +110,7 @@ def test_the_recipe_that_combines_strategies_runs_and_its_adapter_is_attacked(tm
         (b'{"prompt": "a", "completion": " "}\n', "rows were dropped: empty completion"),
     ],
 )
-def test_bad_data_is_one_line_and_imports_no_torch(
+def test_bad_data_gives_one_line_without_importing_torch(
     tmp_path: Path, tiny_base: Path, content: bytes, message: str
 ) -> None:
     (tmp_path / "rows.jsonl").write_bytes(content)
@@ -126,7 +126,7 @@ def test_bad_data_is_one_line_and_imports_no_torch(
     assert not (tmp_path / "runs").exists()
 
 
-def test_wrong_options_are_all_named_and_import_no_torch(tmp_path: Path, tiny_base: Path) -> None:
+def test_all_invalid_options_are_named_without_importing_torch(tmp_path: Path, tiny_base: Path) -> None:
     write(tmp_path / "rows.jsonl")
     wrong = [part for option in ("lora.rank=0", "lora.alhpa=3") for part in ("-o", option)]
     code = (
@@ -142,7 +142,7 @@ def test_wrong_options_are_all_named_and_import_no_torch(tmp_path: Path, tiny_ba
     )
 
 
-def test_an_output_folder_that_holds_a_run_is_refused(tuned: Path, tiny_base: Path) -> None:
+def test_an_output_folder_with_a_run_is_refused(tuned: Path, tiny_base: Path) -> None:
     before = (tuned / "runs/rows/manifest.json").read_bytes()
     done = budwood("tune", "rows.jsonl", "--base", tiny_base, cwd=tuned, code=2)
     assert "--overwrite" in done.stderr

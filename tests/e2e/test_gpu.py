@@ -1,4 +1,4 @@
-"""The same runs on CUDA: quantised base, packed rows, adapters and their pool."""
+"""Runs on CUDA: quantised bases, packed rows, adapters and their pool."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def steps(run: Any) -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == "step"]
 
 
-def test_an_fp32_run_ends_where_it_ends_on_the_cpu(recipe: Callable[..., Recipe]) -> None:
+def test_an_fp32_run_matches_the_cpu(recipe: Callable[..., Recipe]) -> None:
     here = adapter(budwood.tune(recipe("cuda"), quiet=True))
     there = adapter(budwood.tune(recipe("cpu", base={"device": "cpu"}), quiet=True))
     for name, tensor in here.items():
@@ -67,11 +67,11 @@ def test_an_fp32_run_ends_where_it_ends_on_the_cpu(recipe: Callable[..., Recipe]
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_a_run_that_stops_goes_on(
+def test_an_interrupted_run_resumes(
     recipe: Callable[..., Recipe], deterministic: bool, precision: str, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture,
 ) -> None:  # fmt: skip
-    """With dropout: to the same bits under deterministic kernels, else within rounding, which is said."""
+    """With dropout: bitwise identical with deterministic kernels, otherwise up to rounding, which is reported."""
     strategies = [{"lora": {"rank": 4, "dropout": 0.2}}, {"adversarial": {"method": "pgd"}}]
     options = {"base": {"quantization": "nf4"}, "steps": 6, "save_every": 2}
     options |= {"deterministic": deterministic, "precision": precision}
@@ -106,10 +106,10 @@ def test_a_quantised_base_trains(recipe: Callable[..., Recipe], quantization: st
 
 
 @pytest.mark.parametrize("options", [{"precision": "fp16"}, {"precision": "bf16", "gradient_checkpointing": True}])
-def test_a_step_is_the_same_in_half_precision_and_recomputed(
+def test_half_precision_and_recomputation_give_the_same_losses(
     recipe: Callable[..., Recipe], options: dict[str, Any]
 ) -> None:
-    """Up to the rounding of 16 bits, which Adam's first steps make a sign of: so losses are compared."""
+    """Losses are compared, since Adam's first steps turn 16-bit rounding into the sign of an update."""
     plain, other = (
         [step["loss"] for step in steps(run)]
         for run in (
@@ -122,7 +122,7 @@ def test_a_step_is_the_same_in_half_precision_and_recomputed(
 
 
 def test_memory_that_runs_out_splits_the_step(recipe: Callable[..., Recipe], capfd: pytest.CaptureFixture) -> None:
-    """Not injected: the allocator is given less than the step takes."""
+    """Not injected: the allocator has less memory than the step needs."""
     options = {"micro_tokens": 1 << 20, "batch_examples": 2048, "steps": 2}
     torch.cuda.reset_peak_memory_stats()
     whole = adapter(budwood.tune(recipe("whole", rows=2048, **options), quiet=True))
@@ -153,7 +153,7 @@ def test_a_classifier_trains(recipe: Callable[..., Recipe]) -> None:
 
 
 def test_micro_batches_do_not_change_a_quantised_run(recipe: Callable[..., Recipe]) -> None:
-    """One step to 1e-5; later ones make more of the rounding of cuBLAS, whose kernels differ by shape."""
+    """One step to 1e-5; later ones amplify the rounding of cuBLAS, whose kernels depend on the shape."""
 
     def run(tokens: int, count: int) -> Any:
         options = {"base": {"quantization": "nf4"}, "micro_tokens": tokens, "steps": count}
@@ -180,13 +180,15 @@ def test_strategies_run(recipe: Callable[..., Recipe], strategies: tuple[Any, ..
     assert all(torch.isfinite(p).all() for p in run.trainable)
 
 
-def test_a_neighbours_tokens_change_no_bit(recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What tells the rounding of a deep model from a mixture of packed examples."""
+def test_tokens_of_other_examples_do_not_change_a_bit(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check that distinguishes the rounding of a deep model from mixed packed examples."""
     monkeypatch.setattr(setup, "ROUNDING", -1.0)
     assert budwood.tune(recipe("run", base={"quantization": "nf4"}, precision="bf16"), quiet=True).packed
 
 
-def test_off_is_the_bases_own_bits(recipe: Callable[..., Recipe], tiny_base: Path) -> None:
+def test_a_disabled_adapter_gives_the_base_bitwise(recipe: Callable[..., Recipe], tiny_base: Path) -> None:
     run = budwood.tune(recipe("run"), quiet=True)
     pool = budwood.AdapterPool(str(tiny_base), quantization="nf4", device="cuda")
     ids = torch.arange(5, 25, device="cuda")[None]
@@ -194,8 +196,8 @@ def test_off_is_the_bases_own_bits(recipe: Callable[..., Recipe], tiny_base: Pat
         before = pool.base.model(ids).logits
         pool.load("a", run.directory / "adapter")
         pool.use("a")
-        used = pool.base.model(ids).logits
+        active = pool.base.model(ids).logits
         pool.use(None)
         after = pool.base.model(ids).logits
     assert torch.equal(before, after)
-    assert not torch.equal(before, used)
+    assert not torch.equal(before, active)

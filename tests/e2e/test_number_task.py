@@ -1,4 +1,4 @@
-"""A third party's task of numbers alone, without a tokenizer and without text, installed as a wheel."""
+"""A third party's numeric task, without a tokenizer or text, installed as a package."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_task_of_numbers_trains_evaluates_saves_and_loads(folder: Path) -> None:
+def test_a_numeric_task_trains_evaluates_saves_and_loads(folder: Path) -> None:
     assert len(SOURCE.read_text().splitlines()) <= 60
     environment = Environment(folder / "venv")
     environment.pip("install", "--no-deps", "--no-build-isolation", str(PACKAGE))
@@ -59,7 +59,7 @@ def test_a_task_of_numbers_trains_evaluates_saves_and_loads(folder: Path) -> Non
     manifest = json.loads((folder / "run" / "manifest.json").read_text())
     before, after = manifest["before"]["eval_loss"], manifest["metrics"]["eval_loss"]
     assert after < before / 2, "it learns"
-    assert json.loads(evaluation.out)["adapter"]["eval_loss"] == after, "what was saved is what was measured"
+    assert json.loads(evaluation.out)["adapter"]["eval_loss"] == after, "the saved adapter is the evaluated one"
     assert json.loads(evaluation.out)["adapter"]["eval_absolute_error"] > 0
     assert "4 golden" in verify.out
     assert (wrong.code, wrong.err.count("\n")) == (2, 1)

@@ -1,4 +1,4 @@
-"""What `budwood new strategy` writes, for every hook that it offers, and the example packages: their own tests pass."""
+"""The tests of packages from `budwood new strategy`, for every hook that it offers, and of the example packages."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from budwood.cli.new import HOOKS
 EXAMPLES = Path(__file__).parents[2] / "examples" / "strategies"
 
 
-def test_the_tests_of_every_package_pass_as_they_are(tmp_path: Path) -> None:
+def test_the_tests_of_every_package_pass(tmp_path: Path) -> None:
     paths = [tmp_path / f"package-{number}" for number in range(len(HOOKS))]
     for number, hook in enumerate(HOOKS):
         assert app.run(["new", "strategy", f"mine-{number}", "--hook", hook, "--folder", str(paths[number])]) == 0
     paths += [EXAMPLES / "budwood-base-kl", EXAMPLES / "budwood-scaling"]
-    # All in one process, so that torch is imported once.
+    # One process for all, so that torch is imported once.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]

@@ -1,6 +1,6 @@
-"""The strategies under examples/strategies, and one that `budwood new` wrote, as a stranger's packages.
+"""The strategies under examples/strategies, and one from `budwood new`, as third-party packages.
 
-Built as wheels, installed into a fresh environment, planned, trained, evaluated, used beside a LoRA, uninstalled, gone.
+Built as wheels, installed into a new environment, planned, trained, evaluated, used with a LoRA, uninstalled.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ json.dump(results, sys.stdout)
 
 
 class Done(NamedTuple):
-    """What a command left."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -45,7 +45,7 @@ class Done(NamedTuple):
 
 
 class Environment:
-    """A fresh virtual environment that sees what is installed here, and has what it installs for itself."""
+    """A new virtual environment that inherits the installed packages of this one."""
 
     def __init__(self, folder: Path) -> None:
         venv.create(folder)
@@ -68,17 +68,17 @@ class Environment:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
-    def run(self, *arguments: str, cwd: Path, given: str = "") -> Done:
+    def run(self, *arguments: str, cwd: Path, stdin: str = "") -> Done:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         command = [str(self.python), *arguments]
         done = subprocess.run(
-            command, cwd=cwd, input=given, capture_output=True, text=True, env=environment, check=False
+            command, cwd=cwd, input=stdin, capture_output=True, text=True, env=environment, check=False
         )
         return Done(done.returncode, done.stdout, done.stderr)
 
     def budwood(self, *commands: Sequence[str], cwd: Path) -> list[Done]:
         """Run commands one after another in one process, so that torch is imported once."""
-        done = self.run("-c", DRIVER, cwd=cwd, given=json.dumps(commands))
+        done = self.run("-c", DRIVER, cwd=cwd, stdin=json.dumps(commands))
         assert done.code == 0, done.err
         return [Done(*values) for values in json.loads(done.out)]
 
@@ -90,18 +90,18 @@ def files() -> Files:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """With the example packages' wheels, and one that was generated."""
+    """An environment with the wheels of the example packages and of a generated one."""
     folder = tmp_path_factory.mktemp("packages")
     generated = folder / "budwood-mine"
     assert app.run(["new", "strategy", "mine", "--folder", str(generated)]) == 0
     for source in (PACKAGES / "budwood-base-kl", PACKAGES / "budwood-scaling", generated):
         command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder / "wheels")]
         subprocess.run(command, cwd=source, check=True, capture_output=True)
-    made = Environment(folder / "environment")
+    environment = Environment(folder / "environment")
     wheels = sorted(map(str, (folder / "wheels").glob("*.whl")))
     assert len(wheels) == 3
-    made.pip("install", "--no-deps", "--no-index", *wheels)
-    return made
+    environment.pip("install", "--no-deps", "--no-index", *wheels)
+    return environment
 
 
 def recipe(files: Files, strategies: list[Any], output: str) -> str:
@@ -116,7 +116,9 @@ def recipe(files: Files, strategies: list[Any], output: str) -> str:
     )
 
 
-def test_they_live_on_the_command_line_and_go(environment: Environment, files: Files, tmp_path: Path) -> None:
+def test_packages_work_on_the_command_line_until_uninstalled(
+    environment: Environment, files: Files, tmp_path: Path
+) -> None:
     listed = environment.budwood(["plugins"], cwd=tmp_path)[0].out
     assert re.search(r"^  scaling +budwood-scaling 0.1.0 +Multiplies the outputs of linear", listed, re.MULTILINE)
     assert re.search(r"^  base-kl +budwood-base-kl 0.1.0 +Keeps the tuned model near its base", listed, re.MULTILINE)
@@ -167,4 +169,4 @@ def test_they_live_on_the_command_line_and_go(environment: Environment, files: F
             "not installed: pip install budwood-scaling" in done.err
         )
     assert after[3].code == 2 and "strategy 'scaling' is not installed" in after[3].err
-    assert (tmp_path / "scaling" / "adapter").is_dir(), "what was refused leaves the run alone"
+    assert (tmp_path / "scaling" / "adapter").is_dir(), "a refused command does not change the run"

@@ -32,7 +32,7 @@ def files() -> Files:
 
 @pytest.fixture(autouse=True)
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The packages on the path, with the metadata that an installer makes of their pyproject.toml."""
+    """Put the packages on the path, with the metadata that an installer derives from pyproject.toml."""
     for source in sorted(path for path in PACKAGES.iterdir() if path.is_dir()):
         project = tomllib.loads((source / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         module, folder = project["name"].replace("-", "_"), tmp_path / "site" / project["name"]
@@ -51,7 +51,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def make(files: Files, tmp_path: Path) -> Callable[..., Any]:
-    """Function `make(output, strategies, **train)`: a recipe of three steps on the kit's base."""
+    """Function `make(output, strategies, **train)` -> a recipe of three steps on the kit's base."""
     from budwood.recipe.schema import Recipe
 
     def recipe(output: str, strategies: list[Any], **train: Any) -> Any:
@@ -75,15 +75,15 @@ def log(run: Any, name: str) -> list[float]:
 
 
 @pytest.mark.parametrize("name", ["scaling", "base-kl"])
-def test_they_declare_no_version_which_is_the_first(name: str) -> None:
+def test_an_undeclared_api_is_version_1(name: str) -> None:
     cls, entry = load_strategy(name)
     assert cls.api == 1 and "api" not in vars(cls) and entry.version == "0.1.0"
 
 
 def test_an_adapter_type_trains_saves_loads_and_merges(make: Callable, files: Files, tmp_path: Path) -> None:
     recipe = make("scaling", ["scaling"])
-    made = plan(recipe)
-    assert made.problems == [] and [part.api for part in made.parts] == [1]
+    outline = plan(recipe)
+    assert outline.problems == [] and [part.api for part in outline.parts] == [1]
     run = tune(recipe, quiet=True)
     assert run.metrics["eval_loss"] < run.before["eval_loss"]
     saved = recipe.output / "adapter"
@@ -91,7 +91,7 @@ def test_an_adapter_type_trains_saves_loads_and_merges(make: Callable, files: Fi
     assert tensors and all(float((vector - 1).abs().max()) > 0.01 for vector in tensors.values())
     assert json.loads((saved / "budwood.json").read_text())["adapter_type"] == "scaling"
     again = evaluate_adapter(saved, files.eval, quiet=True)
-    assert again.adapter["eval_loss"] == run.metrics["eval_loss"], "to the digit"
+    assert again.adapter["eval_loss"] == run.metrics["eval_loss"], "exactly equal"
 
     pool = AdapterPool(files.base, precision="fp32", device="cpu")
     prompts = ["the quick", "brown fox"]
@@ -111,7 +111,7 @@ def test_an_adapter_type_trains_saves_loads_and_merges(make: Callable, files: Fi
 
 
 def test_it_shares_a_batch_with_a_lora_and_the_base(make: Callable, files: Files) -> None:
-    """Its `use_adapters` gets a name a row, as version 1 had it."""
+    """Its `use_adapters` receives one name per row, as in version 1."""
     recipes = {"scaling": make("scaling", ["scaling"]), "lora": make("lora", [{"lora": {"rank": 2}}])}
     pool = AdapterPool(files.base, precision="fp32", device="cpu")
     for name, recipe in recipes.items():
@@ -128,8 +128,8 @@ def test_it_shares_a_batch_with_a_lora_and_the_base(make: Callable, files: Files
     assert pool.generate(prompts[2:3], max_new_tokens=8)[0].text == mixed[2].text
 
 
-def test_a_regulariser_holds_the_model_near_its_base(make: Callable) -> None:
-    """It keeps what it computes in `step.kept` and turns the adapter off itself."""
+def test_a_regulariser_keeps_the_model_near_its_base(make: Callable) -> None:
+    """It caches values in `step.kept` and disables the adapter itself."""
     terms = {}
     for weight in (1e-6, 30.0):
         run = tune(make(f"kl-{weight}", [{"lora": {"rank": 2}}, {"base-kl": {"weight": weight}}], steps=6), quiet=True)
@@ -141,7 +141,7 @@ def test_a_regulariser_holds_the_model_near_its_base(make: Callable) -> None:
 
 
 @pytest.mark.parametrize("strategies", [["scaling"], [{"lora": {"rank": 2}}, "base-kl"]])
-def test_a_run_that_was_cut_short_resumes_to_the_same_bytes(
+def test_an_interrupted_run_resumes_with_a_bitwise_identical_result(
     make: Callable, strategies: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, cut = make("whole", strategies, save_every=1), make("cut", strategies, save_every=1)
@@ -150,7 +150,7 @@ def test_a_run_that_was_cut_short_resumes_to_the_same_bytes(
 
     def fails(run: Any) -> None:
         if run.step == 2:
-            raise SystemError("the power goes")
+            raise SystemError("power cut")
         original(run)
 
     with monkeypatch.context() as patch, pytest.raises(SystemError):

@@ -1,4 +1,4 @@
-"""`make faults`: brings every fault about, and ends with a table: tried, survived, lost. Exit code 1 if any is lost.
+"""`make faults`: injects every fault, and prints a table: tried, survived, lost. Exit code 1 if any is lost.
 
 python -m tests.faults [--kills 100] [--every 1] [--seed 0] [--workers N] [KIND …]
 """
@@ -18,23 +18,23 @@ from .trials import KINDS, attempt
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.splitlines()[0])
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=", ".join(KINDS))
-    parser.add_argument("--kills", type=int, default=100, help="so many SIGKILLs")
+    parser.add_argument("--kills", type=int, default=100, help="number of SIGKILLs")
     parser.add_argument(
-        "--every", type=int, default=1, help="of disk operations, damaged files and surroundings try every n-th"
+        "--every", type=int, default=1, help="try every n-th disk operation, damaged file and environment fault"
     )
-    parser.add_argument("--late", type=int, default=500, help="the late step at which memory runs out")
-    parser.add_argument("--seed", type=int, default=0, help="of the instants of the kills, and the bytes that flip")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument("--late", type=int, default=500, help="late step at which memory runs out")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times of kills and of the flipped bytes")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     options = parser.parse_args()
     kinds = [kind for kind in KINDS if not options.kinds or kind in options.kinds]
-    # The disk's operations in as many shares as there are processes.
+    # The disk operations are split into one share per process.
     parts = [(kind, share) for kind in kinds for share in range(options.workers if kind == "disk" else 1)]
     outcomes: list[Outcome] = []
     if len(parts) == 1 or options.workers == 1:
         for part in parts:
             outcomes += attempt(*part, options.workers, options)
     else:
-        # At the end Python's tracker counts the semaphores of processes that were killed, and takes them away.
+        # Python's resource tracker warns about the semaphores of killed processes, and removes them.
         os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
         with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
             trials = [pool.submit(attempt, *part, options.workers, options) for part in parts]

@@ -1,4 +1,4 @@
-"""The recipes of the loop's tests, and the strategies that bring faults about."""
+"""The recipes of the loop tests, and the strategies that inject faults."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STRATEGIES = Path(__file__).parent / "strategies"
 
 @pytest.fixture
 def faults(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Put the strategies that bring faults about on the path."""
+    """Put the strategies that inject faults on the path."""
     monkeypatch.syspath_prepend(str(STRATEGIES))
     yield importlib.import_module("budwood_fault_strategies")
     sys.modules.pop("budwood_fault_strategies", None)

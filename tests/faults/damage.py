@@ -1,4 +1,4 @@
-"""Each file of a checkpoint and of an adapter truncated, one byte flipped, deleted, or replaced by another run's."""
+"""Corrupts each file of a checkpoint and of an adapter: truncated, one bit flipped, deleted, from another run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .harness import Outcome, Shop
 
 LISTS = ("manifest.json", "budwood.json")
 FLIPS = 12
-"""Places in a file where a byte is flipped, beside its first and last."""
+"""Random positions in a file at which a bit is flipped, in addition to the first and last byte."""
 
 
 def damage(shop: Shop, every: int = 1, seed: int = 0) -> Iterator[Outcome]:
-    """Damage every (or every n-th) file in every way: it is named, exit 4, and a resume falls back, aloud."""
+    """Corrupt every (or every n-th) file in every way: an error names it, exit 4, and a resume reports its fallback."""
     first, second = "lora, dropout", "adalora, fgm"
     stopped, foreign = (shop.stopped(shop.recipe(m, f"of {m}"), 5) for m in (first, second))
     yield from _resumes(shop, first, stopped, foreign, every, seed)
@@ -29,7 +29,7 @@ def damage(shop: Shop, every: int = 1, seed: int = 0) -> Iterator[Outcome]:
 
 
 def _resumes(shop: Shop, method: str, stopped: Path, foreign: Path, every: int, seed: int) -> Iterator[Outcome]:
-    """Damage the newest checkpoint of a run; then all of them."""
+    """Corrupt the newest checkpoint of a run, then all of them."""
     recipe = shop.recipe(method, f"of {method}")
     found = steps_in(stopped / FOLDER)
     newest, other = found[max(found)], steps_in(foreign / FOLDER)[max(found)]
@@ -42,7 +42,7 @@ def _resumes(shop: Shop, method: str, stopped: Path, foreign: Path, every: int, 
             ended = shop.tune(recipe, resume=True)
             lost = f"the resume ended with {ended.code}: {ended.error}" if ended.code else ""
             if not lost and not (newest.name in ended.said and "before it" in ended.said):
-                lost = "the resume did not say what is damaged, and that the checkpoint before it is tried"
+                lost = "the resume did not report the corrupt checkpoint and the fallback to the one before it"
             lost = lost or shop.compare(method, recipe.output)
             shop.remove(recipe.output)
         yield Outcome(f"checkpoint: {what.split(':')[0]}", what, lost)
@@ -56,7 +56,7 @@ def _resumes(shop: Shop, method: str, stopped: Path, foreign: Path, every: int, 
 
 
 def _damaged(shop: Shop, folder: Path, other: Path, seed: int) -> Iterator[tuple[str, Path]]:
-    """A copy of the folder for each way, and the file in it that is damaged; a copy lasts until the next."""
+    """Yield, for each kind of damage, its name and the corrupted file in a copy of the folder."""
     draw = random.Random(seed)
     ways: list[tuple[str, str, Callable[[Path], None]]] = []
     for file in sorted(path.name for path in folder.iterdir()):
@@ -92,15 +92,15 @@ def _replace(path: Path, other: Path) -> None:
 
 
 def _named(path: Path, read: Callable[[Path], object], original: Path) -> str:
-    """ "" where reading fails and names the file, or the folder's list that it is missing from."""
+    """Return "" if reading fails and names the file or the manifest of its folder, otherwise the problem."""
     if path.exists() and path.read_bytes() == (original / path.name).read_bytes():
         return ""  # both runs have the same file
     try:
         read(path)
     except CorruptError as error:
-        # A list of files that is another run's is at odds with each of them: one is named.
+        # A manifest of another run contradicts every file; the error names one of them.
         names = [path.name, *(p.name for p in path.parent.iterdir() if path.name in LISTS)]
         return "" if any(name in str(error) for name in names) else f"the error names no file: {error}"
     except Exception as error:
         return f"{type(error).__name__}, not exit 4: {error}"
-    return "it was read as if nothing were wrong"
+    return "it was read without an error"

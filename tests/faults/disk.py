@@ -1,4 +1,4 @@
-"""The N-th operation on the disk fails: open, write, fsync, rename, mkdir; with EIO once, or ENOSPC from then on."""
+"""Lets the N-th disk operation fail (open, write, fsync, rename, mkdir): EIO once, or ENOSPC from then on."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from safetensors import SafetensorError
 from budwood.training.loop import tune
 from budwood.untrusted import files
 
-from .harness import Ended, Outcome, Shop, unsound
+from .harness import Ended, Outcome, Shop, incomplete
 
 TRAIN = {"save_every": 3}
 ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC}
 
 
 class Disk:
-    """Counts the operations below `root` and fails from the N-th on; 0: none fails.
+    """Counts the operations below `root` and lets the N-th fail; 0: none fails.
 
-    An EIO is of one operation. A full disk stays full: all that needs room fails too from then on, while a rename
-    works. A write that fails has written half.
+    EIO affects one operation. A full disk stays full: all later operations that need space fail too, but renames
+    succeed. A failing write writes half of its data.
     """
 
     def __init__(self, root: Path, fail_at: int = 0, error: str = "EIO") -> None:
         self.root, self.fail_at, self.error = str(root), fail_at, error
         self.count = 0
         self.failed: list[str] = []
-        """What failed: operation and file."""
+        """Failed operations, each with its file."""
 
     def fails(self, operation: str, path: Any) -> bool:
-        """Count an operation; whether it shall fail."""
+        """Count an operation; return whether it should fail."""
         if not str(path).startswith(self.root):
             return False
         self.count += 1
@@ -52,17 +52,17 @@ class Disk:
         return True
 
     def strike(self, operation: str, path: Any) -> None:
-        """Raise where the operation shall fail."""
+        """Raise if the operation should fail."""
         if self.fails(operation, path):
             raise self.exception(path)
 
     def exception(self, path: Any) -> OSError:
-        """As the system raises it."""
+        """Return the exception as raised by the operating system."""
         return OSError(ERRORS[self.error], os.strerror(ERRORS[self.error]), str(path))
 
     @contextmanager
     def failing(self) -> Iterator[None]:
-        """Stand between the process and the system inside the context."""
+        """Intercept the system calls of this process inside the context."""
         fsync, rename, replace, mkdir, opened = os.fsync, os.rename, os.replace, os.mkdir, io.open
         exchange, save_file = files._exchange, safetensors.torch.save_file
 
@@ -91,16 +91,16 @@ class Disk:
             writes = isinstance(file, str | os.PathLike) and set(mode) & set("wax+")
             if writes:
                 self.strike("open", os.fspath(file))
-            found = opened(file, mode, *args, **kwargs)
+            handle = opened(file, mode, *args, **kwargs)
             if writes:
-                self._watch(found, os.fspath(file))
-            return found
+                self._intercept_writes(handle, os.fspath(file))
+            return handle
 
         def save_file_(tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> None:
-            # Written in Rust to a temporary file beside, which goes away when that fails; the error has this text.
+            # The Rust code writes to a temporary file, removes it on failure, and raises an error with this text.
             if self.fails("write", filename):
-                why = self.exception(filename)
-                raise SafetensorError(f"Error while serializing: I/O error: {why.strerror} (os error {why.errno})")
+                cause = self.exception(filename)
+                raise SafetensorError(f"Error while serializing: I/O error: {cause.strerror} (os error {cause.errno})")
             save_file(tensors, filename, *args, **kwargs)
 
         with ExitStack() as stack:
@@ -112,8 +112,8 @@ class Disk:
                 stack.enter_context(mock.patch.object(owner, name, function))
             yield
 
-    def _watch(self, file: Any, path: str) -> None:
-        """Let the writes of an open file fail, halfway."""
+    def _intercept_writes(self, file: Any, path: str) -> None:
+        """Let writes to an open file fail halfway."""
         write = file.write
 
         def write_(data: Any) -> Any:
@@ -127,13 +127,13 @@ class Disk:
 
 
 def _importers(function: Any) -> list[Any]:
-    """Every module that holds `function` under its name."""
+    """Return every module that has imported `function` under its name."""
     name = function.__name__
     return [module for module in list(sys.modules.values()) if getattr(module, "__dict__", {}).get(name) is function]
 
 
 def failing_disk(shop: Shop, every: int = 1, first: int = 1) -> Iterator[Outcome]:
-    """Let every n-th operation of a run fail, from the `first` on: of a new one, and of one that is gone on with."""
+    """Let every n-th operation fail, starting with the `first`, in a new run and in a resumed one."""
     method = "lora, dropout"
     shop.reference(method)
     old = shop.stopped(shop.recipe(method, "failing", **TRAIN), 4)
@@ -160,10 +160,10 @@ def _outcome(
     if ended.code not in (0, 3):
         lost = f"exit code {ended.code}: {ended.error}"
     if ended.code == 3 and error == "ENOSPC" and not re.search(r"\d bytes", ended.error):
-        lost = f"the bytes needed are not said: {ended.error}"
+        lost = f"the error does not report the bytes needed: {ended.error}"
     if ended.code == 0 and not ended.said.count("warning"):
-        lost = "nothing was said of it"
-    lost = lost or unsound(output)
+        lost = "no warning was printed"
+    lost = lost or incomplete(output)
     if not lost:
         again = shop.tune(shop.recipe(method, "failing", **TRAIN), resume=True)
         lost = f"the resume ended with {again.code}: {again.error}" if again.code else ""
@@ -175,7 +175,7 @@ def _outcome(
 def _attempt(
     shop: Shop, method: str, start: Path | None, number: int, error: str, exchange: bool
 ) -> tuple[Ended, list[str]]:
-    """Run, or go on from a copy of `start`, with the N-th operation failing; returns also the count and what failed."""
+    """Start a run, or resume a copy of `start`, with the N-th operation failing; return count and failed operations."""
     recipe = shop.recipe(method, "failing", **TRAIN)
     if start is not None:
         shutil.copytree(start, recipe.output, dirs_exist_ok=True)
@@ -193,7 +193,7 @@ def _attempt(
             note.write_text("\n".join([str(disk.count), *disk.failed]))
 
     ended = shop.finish(shop.fork(work))
-    found = note.read_text().splitlines()
+    lines = note.read_text().splitlines()
     if not number:
         shop.remove(recipe.output)
-    return ended, found
+    return ended, lines

@@ -1,6 +1,6 @@
-"""What the faults are tried on: runs forked from a process that has loaded everything, so that each costs a second.
+"""Runs for fault injection, forked from a process that has imported everything, so that each takes a second.
 
-The parent computes nothing and starts no thread; a child may be killed, or have its disk fail, at any instant.
+The parent computes nothing and starts no threads; a child may be killed, or have its disk fail, at any time.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ METHODS: dict[str, list[Any]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """One fault that was tried: of which kind, what exactly, and "" or what was lost."""
+    """One injected fault: kind, description, and the loss it caused ("" if none)."""
 
     kind: str
     what: str
@@ -69,7 +69,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a forked run ended: its exit code (-9: killed), what it said, and the text of its error."""
+    """The end of a forked run: exit code (-9: killed), stderr, and error message."""
 
     code: int
     said: str = ""
@@ -93,7 +93,7 @@ class Shop:
         self._references: dict[str, Path] = {}
 
     def write_long_rows(self) -> None:
-        """long.jsonl: rows of some 300 tokens, so that a step has something to hold."""
+        """Write long.jsonl: rows of about 300 tokens, so that a step needs noticeable memory."""
         draw = random.Random(0)
         texts = [" ".join(draw.choices("games section library terminal files".split(), k=60)) for _ in range(64)]  # noqa: SIM905
         lines = [json.dumps({"prompt": f"{text}:", "completion": " x"}) for text in texts]
@@ -103,7 +103,7 @@ class Shop:
         self, method: str, output: str, strategies: list[Any] | None = None, data: str = "train.jsonl",
         max_length: int = 128, **train: Any,
     ) -> Recipe:  # fmt: skip
-        """A recipe of a few steps, saved after each."""
+        """Return a recipe of a few steps with a checkpoint after each."""
         return Recipe.from_dict(
             {
                 "base": {"model": str(self.base), "quantization": "none"},
@@ -115,7 +115,7 @@ class Shop:
         )
 
     def fork(self, work: Callable[[], Any]) -> tuple[int, Path]:
-        """Start `work` in a process of its own; `finish` waits for it."""
+        """Start `work` in a forked process; `finish` waits for it."""
         report = self.folder / f"ended-{random.getrandbits(64):x}.json"
         pid = os.fork()
         if pid:
@@ -134,7 +134,7 @@ class Shop:
             os._exit(code)
 
     def finish(self, started: tuple[int, Path]) -> Ended:
-        """Wait for a forked process."""
+        """Wait for a forked process, and return how it ended."""
         pid, report = started
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         said, error = json.loads(report.read_text()) if code >= 0 and report.exists() else ("", "")
@@ -142,17 +142,17 @@ class Shop:
         return Ended(code, said, error)
 
     def tune(self, recipe: Recipe, **options: Any) -> Ended:
-        """Run a recipe in a process of its own to its end."""
+        """Run a recipe in a forked process, and wait for it."""
         return self.finish(self.fork(lambda: tune(recipe, **options)))
 
     def stopped(self, recipe: Recipe, step: int) -> Path:
-        """A folder as a kill in the middle of the step after `step` leaves it; kept aside, to be copied back."""
-        whole = loop.sum_gradients
+        """Return the run folder after a kill in the middle of the step after `step`, to be copied for each trial."""
+        sum_gradients = loop.sum_gradients
 
         def die(run: Any) -> None:
             if run.step == step:
                 os._exit(9)
-            whole(run)
+            sum_gradients(run)
 
         def work() -> None:
             with mock.patch.object(loop, "sum_gradients", die):
@@ -162,7 +162,7 @@ class Shop:
         return recipe.output.rename(recipe.output.with_name(f"{recipe.output.name}-stopped"))
 
     def reference(self, method: str) -> Path:
-        """Folder of the uninterrupted run of a method."""
+        """Return the folder of the uninterrupted run of a method."""
         if method not in self._references:
             name = f"whole-{len(self._references)}"
             ended = self.tune(self.recipe(method, name))
@@ -172,28 +172,28 @@ class Shop:
         return self._references[method]
 
     def compare(self, method: str, output: Path, numbers: bool = True) -> str:
-        """Return "" where a run ended with the uninterrupted one's bytes and numbers, else what differs."""
+        """Return "" if files and metrics of a run equal those of the uninterrupted run, otherwise the difference."""
         whole = self.reference(method)
         for name in ("adapter_model.safetensors", "adapter_config.json", "golden.safetensors"):
             if (output / "adapter" / name).read_bytes() != (whole / "adapter" / name).read_bytes():
-                return f"{name} differs from the uninterrupted run's"
+                return f"{name} differs from that of the uninterrupted run"
         if numbers and records(output) != records(whole):
-            return "metrics.jsonl differs from the uninterrupted run's"
+            return "metrics.jsonl differs from that of the uninterrupted run"
         return ""
 
     def remove(self, output: Path) -> None:
-        """Make room."""
+        """Delete the folder of a run."""
         shutil.rmtree(output, ignore_errors=True)
 
 
 def records(directory: Path) -> list[dict[str, Any]]:
-    """Every logged number but those of the clock."""
+    """Return all logged values except timings."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
 
 
-def unsound(directory: Path) -> str:
-    """Return "" where all that a reader finds in a run's folder is complete, else what is not."""
+def incomplete(directory: Path) -> str:
+    """Return "" if all files in a run's folder are complete and readable, otherwise the problem."""
     for path in steps_in(directory / FOLDER).values():
         try:
             read_checkpoint(path).load()
@@ -214,17 +214,17 @@ def unsound(directory: Path) -> str:
 
 
 def tally(outcomes: Iterator[Outcome] | list[Outcome]) -> tuple[str, int]:
-    """The table of faults by kind, and how many were lost; what was lost is listed below it."""
+    """Return a table of faults by kind followed by a list of losses, and the number of losses."""
     kinds: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         kinds.setdefault(outcome.kind, []).append(outcome)
     rows = [("fault", "tried", "survived", "lost")]
-    lost = [outcome for found in kinds.values() for outcome in found if outcome.lost]
-    for kind, found in kinds.items():
-        bad = sum(bool(outcome.lost) for outcome in found)
-        rows.append((kind, str(len(found)), str(len(found) - bad), str(bad)))
+    lost = [outcome for tried in kinds.values() for outcome in tried if outcome.lost]
+    for kind, tried in kinds.items():
+        bad = sum(bool(outcome.lost) for outcome in tried)
+        rows.append((kind, str(len(tried)), str(len(tried) - bad), str(bad)))
     total = sum(map(len, kinds.values()))
     rows.append(("all", str(total), str(total - len(lost)), str(len(lost))))
     width = max(len(row[0]) for row in rows)
-    lines = [f"{name:{width}}  {tried:>6}  {survived:>8}  {bad:>5}" for name, tried, survived, bad in rows]
+    lines = [f"{row[0]:{width}}  {row[1]:>6}  {row[2]:>8}  {row[3]:>5}" for row in rows]
     return "\n".join([*lines, *(f"lost: {o.kind}: {o.what}: {o.lost}" for o in lost)]), len(lost)

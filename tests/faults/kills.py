@@ -1,4 +1,4 @@
-"""SIGKILL at random instants, half of them inside a save; then resumed, perhaps killed again, and compared."""
+"""SIGKILL at random times, half of them inside a save; the run is resumed, possibly killed again, and compared."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from budwood.recipe.schema import Recipe
 from budwood.training.durability import checkpoint
 from budwood.training.loop import tune
 
-from .harness import Outcome, Shop, unsound
+from .harness import Outcome, Shop, incomplete
 
 ANYWHERE, INSIDE = "SIGKILL at a random instant", "SIGKILL inside a save"
 CHAIN = 3
-"""At most so many kills before a run is let through to its end."""
+"""Maximum number of kills before a run may finish."""
 
 
 def kills(shop: Shop, count: int, seed: int = 0) -> Iterator[Outcome]:
-    """`count` kills, each an outcome once the run that it hit has been gone on with to its end."""
+    """Kill runs `count` times; yield an outcome per kill once the run has been resumed and has finished."""
     draw, done, chain, saves, others = random.Random(seed), 0, 0, 0, 0
     methods = ["lora, dropout", "adalora, fgm"]
     length = {method: _seconds(shop, method) for method in methods}
@@ -38,7 +38,7 @@ def kills(shop: Shop, count: int, seed: int = 0) -> Iterator[Outcome]:
             if at := _kill(shop, recipe, draw, length[method], inside):
                 hit.append((INSIDE if inside else ANYWHERE, at))
                 saves, others = saves + inside, others + (not inside)
-            lost = lost or unsound(recipe.output)
+            lost = lost or incomplete(recipe.output)
             if lost:
                 break
         if not lost:
@@ -52,7 +52,7 @@ def kills(shop: Shop, count: int, seed: int = 0) -> Iterator[Outcome]:
 
 
 def _seconds(shop: Shop, method: str) -> float:
-    """How long an uninterrupted run takes here and now."""
+    """Return the duration of an uninterrupted run in seconds."""
     shop.reference(method)
     recipe, start = shop.recipe(method, "timed"), time.monotonic()
     shop.tune(recipe)
@@ -61,9 +61,9 @@ def _seconds(shop: Shop, method: str) -> float:
 
 
 def _kill(shop: Shop, recipe: Recipe, draw: random.Random, seconds: float, inside: bool) -> str:
-    """Go on with a run and kill it; returns at which instant, "" where it was over before.
+    """Resume a run and kill it; return the time of the kill, "" if the run finished before.
 
-    Inside a save: the child tells when one begins, and dies up to as much later as one takes.
+    Inside a save: the child signals the start of a save, and is killed within the duration of one.
     """
     reading, writing = os.pipe()
     chosen = draw.randint(1, 4)
@@ -71,7 +71,7 @@ def _kill(shop: Shop, recipe: Recipe, draw: random.Random, seconds: float, insid
     def work() -> None:
         os.close(reading)
         if inside:
-            _tell_saves(writing)
+            _signal_saves(writing)
         tune(recipe, resume=True)
 
     started = shop.fork(work)
@@ -95,21 +95,21 @@ def _kill(shop: Shop, recipe: Recipe, draw: random.Random, seconds: float, insid
     return at if shop.finish(started).code == -signal.SIGKILL else ""
 
 
-def _tell_saves(pipe: int) -> None:
-    """Write a byte when a checkpoint begins to be written, and when an adapter does."""
+def _signal_saves(pipe: int) -> None:
+    """Write a byte to the pipe whenever writing a checkpoint or an adapter starts."""
     from budwood.adapters import store
 
     for module in (checkpoint, store):
-        whole: Any = module.complete_directory
+        original: Any = module.complete_directory
 
-        def begin(*args: Any, whole: Any = whole, **kwargs: Any) -> Any:
+        def begin(*args: Any, original: Any = original, **kwargs: Any) -> Any:
             os.write(pipe, b".")
-            return whole(*args, **kwargs)
+            return original(*args, **kwargs)
 
         module.complete_directory = begin  # type: ignore[attr-defined]
 
 
 def _leftovers(directory: Path) -> str:
-    """Nothing half-made may stay behind once a run has gone through."""
-    left = [str(p.relative_to(directory)) for p in directory.rglob(".*")]
-    return f"left behind: {', '.join(left)}" if left else ""
+    """Return "" if no temporary files remain after a finished run, otherwise their names."""
+    remaining = [str(p.relative_to(directory)) for p in directory.rglob(".*")]
+    return f"left behind: {', '.join(remaining)}" if remaining else ""

@@ -1,4 +1,4 @@
-"""The terminal goes away, streams are closed, the log's disk is full: the command goes on to its end."""
+"""Environment faults (terminal hung up, streams closed, disk of the log full): the command still finishes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .harness import Outcome, Shop
 
 
 def surroundings(shop: Shop, every: int = 1) -> Iterator[Outcome]:
-    """Each fault (or every n-th) in a run of the command; the adapter must be the uninterrupted run's."""
+    """Inject each fault (or every n-th) in a run of the command; the adapter must equal the uninterrupted run's."""
     method = "lora, dropout"
     shop.reference(method)
     path = shop.folder / "around.yaml"
@@ -27,7 +27,7 @@ def surroundings(shop: Shop, every: int = 1) -> Iterator[Outcome]:
     faults: dict[str, Callable[[], None]] = {
         "terminal hung up in a step (SIGHUP, then EIO)": lambda: _hung_up(path),
         "standard streams closed before the start": lambda: _closed(path),
-        "stderr a pipe that nobody reads": lambda: _unread(path),
+        "stderr a closed pipe": lambda: _unread(path),
         "stderr on a full disk": lambda: _on_full_disk(path),
         "disk of metrics.jsonl full": lambda: _full_log(shop.folder, path),
         "clock set back": lambda: _set_back(path),
@@ -38,13 +38,13 @@ def surroundings(shop: Shop, every: int = 1) -> Iterator[Outcome]:
         lost = lost or shop.compare(method, recipe.output, numbers="metrics" not in what)
         if not lost and "clock" not in what and "before the start" not in what:
             counted = json.loads((recipe.output / "manifest.json").read_text())["lost"]
-            lost = "" if counted else "what was lost is not counted"
+            lost = "" if counted else "lost records are not counted"
         yield Outcome("surroundings", what, lost)
         shop.remove(recipe.output)
 
 
 def _command(path: Path, write: int | None = None) -> None:
-    """Run the command as its process would, with a descriptor as stdout and stderr, and end with its code."""
+    """Run the command with a descriptor as stdout and stderr, and exit with its code."""
     write = os.open(os.devnull, os.O_WRONLY) if write is None else write
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(write, number)
@@ -53,14 +53,14 @@ def _command(path: Path, write: int | None = None) -> None:
 
 
 def _hung_up(path: Path) -> None:
-    """On a terminal of its own, which is closed in the middle of step 3."""
+    """Run on a separate terminal that is closed in the middle of step 3."""
     pid, terminal = pty.fork()
     if pid == 0:
         with _at_step(3, lambda: os.write(1, b"NOW")):
             _command(path, 1)
-    seen = b""
-    while b"NOW" not in seen:
-        seen += os.read(terminal, 4096)
+    output = b""
+    while b"NOW" not in output:
+        output += os.read(terminal, 4096)
     os.close(terminal)
     os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 255)
 
@@ -68,7 +68,7 @@ def _hung_up(path: Path) -> None:
 def _closed(path: Path) -> None:
     for number in range(3):
         os.close(number)
-    sys.stdin = sys.stdout = sys.stderr = None  # type: ignore[assignment]  # as Python finds them then
+    sys.stdin = sys.stdout = sys.stderr = None  # type: ignore[assignment]  # as Python sets them in this case
     os._exit(app.run(["tune", str(path), "--json"]))
 
 
@@ -86,8 +86,8 @@ def _full_log(folder: Path, path: Path) -> None:
     link = folder / "full"
     if not link.is_symlink():
         link.symlink_to("/dev/full")
-    whole = records.MetricsFile
-    with mock.patch.object(report, "MetricsFile", lambda path, say, append: whole(link, say, append)):
+    original = records.MetricsFile
+    with mock.patch.object(report, "MetricsFile", lambda path, say, append: original(link, say, append)):
         _command(path)
 
 
@@ -103,12 +103,12 @@ def _set_back(path: Path) -> None:
 
 
 def _at_step(step: int, act: Callable[[], Any]) -> Any:
-    """Do something in the middle of a step."""
-    whole = loop.sum_gradients
+    """Call `act` in the middle of a step."""
+    original = loop.sum_gradients
 
     def sum_gradients(run: Any) -> None:
         if run.step + 1 == step:
             act()
-        whole(run)
+        original(run)
 
     return mock.patch.object(loop, "sum_gradients", sum_gradients)

@@ -1,4 +1,4 @@
-"""A sample of `make faults`, and that it would notice what it looks for."""
+"""A sample of `make faults`, and a check that it detects losses."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from budwood.training.durability import checkpoint
 from budwood.training.loop import tune
 
 from .disk import Disk
-from .harness import Outcome, tally, unsound
+from .harness import Outcome, incomplete, tally
 
 Make = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_sample_of_the_faults_is_survived() -> None:
-    """Kills, a failing disk, damaged files, a terminal that goes: `make faults` tries them all."""
+def test_a_run_survives_a_sample_of_the_faults() -> None:
+    """Kills, a failing disk, corrupt files, environment faults: `make faults` tries them all."""
     command = [sys.executable, "-m", "tests.faults", "kills", "disk", "damage", "surroundings"]
     done = subprocess.run(
         [*command, "--kills", "2", "--every", "53"], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    found = {line[:30].split("  ")[0]: line.split()[-3:] for line in done.stdout.splitlines()}
-    assert found["fault"] == ["tried", "survived", "lost"]
-    assert int(found["all"][0]) >= 8 and found["all"][2] == "0"
-    assert {kind.split(":")[0].split(" ")[0] for kind in found} >= {
+    table = {line[:30].split("  ")[0]: line.split()[-3:] for line in done.stdout.splitlines()}
+    assert table["fault"] == ["tried", "survived", "lost"]
+    assert int(table["all"][0]) >= 8 and table["all"][2] == "0"
+    assert {kind.split(":")[0].split(" ")[0] for kind in table} >= {
         "SIGKILL", "EIO", "ENOSPC", "checkpoint", "adapter", "surroundings",
     }  # fmt: skip
 
@@ -48,7 +48,7 @@ def test_the_table_counts_and_lists_what_was_lost() -> None:
 
 
 class BadState(Disk):
-    """The first write of a checkpoint's state.json fails, halfway."""
+    """Lets the first write of a checkpoint's state.json fail halfway."""
 
     def fails(self, operation: str, path: Any) -> bool:
         if self.failed or operation != "write" or not str(path).endswith("state.json"):
@@ -57,20 +57,20 @@ class BadState(Disk):
         return True
 
 
-def test_writing_in_place_would_be_found_out(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With checkpoints that are written where they stand, a failing write leaves half of one."""
+def test_the_harness_detects_writing_in_place(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If checkpoints are written in place, a failing write leaves an incomplete one."""
 
     @contextmanager
     def in_place(directory: Path, **_: Any) -> Iterator[Path]:
         directory.mkdir(parents=True, exist_ok=True)
         yield directory
 
-    def found(output: str) -> str:
+    def problem(output: str) -> str:
         recipe = make_recipe(output, train={"steps": 2, "save_every": 1})
         with BadState(recipe.output).failing(), pytest.raises((OSError, ResourceError), match="error"):
             tune(recipe, quiet=True)
-        return unsound(recipe.output)
+        return incomplete(recipe.output)
 
-    assert found("complete-or-absent") == ""
+    assert problem("complete-or-absent") == ""
     monkeypatch.setattr(checkpoint, "complete_directory", in_place)
-    assert "step-00000001: " in found("in-place")
+    assert "step-00000001: " in problem("in-place")

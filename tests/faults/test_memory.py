@@ -1,4 +1,4 @@
-"""Memory that runs out: the same adapter in smaller parts, or exit 3 with what to change."""
+"""Running out of memory: the same adapter with smaller micro-batches, or exit 3 with remedies."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def log(folder: Path) -> list[dict[str, Any]]:
         ("adalora + fgm", "backward", 1, "device"),
     ],
 )
-def test_the_step_is_the_same_in_smaller_parts(
+def test_the_result_does_not_change_with_smaller_micro_batches(
     make_recipe: Make, faults: Any, capsys: Any, method: str, where: str, step: int, error: str
 ) -> None:
     strategies = ADAPTERS[method]
@@ -62,17 +62,17 @@ def test_the_step_is_the_same_in_smaller_parts(
     whole = tune(make_recipe("whole", strategies=[*strategies, never], train=TRAIN), quiet=True)
     exhaust = {"exhaust": {"where": where, "step": step, "error": error, "tokens": 100}}
     run = tune(make_recipe("parts", strategies=[*strategies, exhaust], train=TRAIN))
-    said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
     assert run.micro_tokens <= 200
-    assert said[-1].startswith(f"step {step}: ") and f"train.micro_tokens: {run.micro_tokens}" in said[-1]
-    assert all(line.startswith(f"step {step}: ") for line in said), "later steps begin with the smaller size"
+    assert lines[-1].startswith(f"step {step}: ") and f"train.micro_tokens: {run.micro_tokens}" in lines[-1]
+    assert all(line.startswith(f"step {step}: ") for line in lines), "later steps start with the smaller size"
     assert distance(whole.directory, run.directory) < 1e-5
-    for expected, found in zip(log(whole.directory), log(run.directory), strict=True):
+    for expected, actual in zip(log(whole.directory), log(run.directory), strict=True):
         for name in ("causal_lm", "loss", "gradient_norm", "drawn", "tokens"):
-            assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+            assert actual[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
 
 
-def test_one_row_that_does_not_fit_says_what_to_change_and_keeps_what_there_is(make_recipe: Make, faults: Any) -> None:
+def test_one_row_that_does_not_fit_names_remedies_and_saves_the_adapter(make_recipe: Make, faults: Any) -> None:
     strategies = [{"lora": {"rank": 4}}, {"exhaust": {"step": 3, "tokens": 1}}]
     recipe = make_recipe(strategies=strategies, train=TRAIN)
     with pytest.raises(ResourceError) as caught:
@@ -86,7 +86,7 @@ def test_one_row_that_does_not_fit_says_what_to_change_and_keeps_what_there_is(m
     assert tensors(recipe.output)
 
 
-def test_an_optimizer_that_runs_out_before_it_moved_is_stepped_again(
+def test_an_optimizer_out_of_memory_before_any_update_is_retried(
     make_recipe: Make, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     whole = tune(make_recipe("whole", train=TRAIN), quiet=True)
@@ -94,7 +94,7 @@ def test_an_optimizer_that_runs_out_before_it_moved_is_stepped_again(
         calls, original = [], torch.optim.AdamW._init_group
 
         def fail(self: Any, group: Any, *args: Any, at: int = fail_at, seen: list = calls, do: Any = original) -> Any:
-            result = do(self, group, *args)  # at the first step the states are made by now
+            result = do(self, group, *args)  # in the first step this creates the states
             if group is self.param_groups[0]:
                 seen.append(1)
             if group is self.param_groups[0] and len(seen) == at:
@@ -108,7 +108,7 @@ def test_an_optimizer_that_runs_out_before_it_moved_is_stepped_again(
         assert distance(whole.directory, run.directory) == 0
 
 
-def test_an_optimizer_that_runs_out_halfway_ends_the_run_without_a_mixture(
+def test_an_optimizer_out_of_memory_halfway_ends_the_run_without_mixed_parameters(
     make_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = torch.optim.AdamW.step
@@ -153,8 +153,8 @@ def test_an_evaluation_is_split_and_measures_the_same(
     monkeypatch.setattr(type(whole.model), "generate", few)
     monkeypatch.setattr("budwood.training.setup.check_packing", lambda run, report: _packed(run))
     run = tune(make_recipe("parts", evaluate=True, train=train))
-    said = [line for line in capsys.readouterr().err.splitlines() if "an evaluation takes at most" in line]
-    assert said and len(said) < 6, "later evaluations begin with the smaller size"
+    lines = [line for line in capsys.readouterr().err.splitlines() if "an evaluation takes at most" in line]
+    assert lines and len(lines) < 6, "later evaluations start with the smaller size"
     assert run.micro_tokens == 512 and run.eval_tokens <= 80
     assert generated
     assert run.before == pytest.approx(whole.before, rel=1e-5)
@@ -168,7 +168,7 @@ def _packed(run: Any) -> None:
     run.model.set_attn_implementation("budwood")
 
 
-def test_one_row_that_no_evaluation_holds_ends_the_run(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_row_too_large_for_evaluation_ends_the_run(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     original = CausalLM.outputs
 
     def outputs(self: Any, model: Any, batch: Any) -> Any:
@@ -182,7 +182,7 @@ def test_one_row_that_no_evaluation_holds_ends_the_run(make_recipe: Make, monkey
         tune(make_recipe(evaluate=True, train=TRAIN), quiet=True)
 
 
-def test_two_processes_begin_the_step_again_together(make_recipe: Make, faults: Any, tmp_path: Path) -> None:
+def test_two_processes_restart_the_step_together(make_recipe: Make, faults: Any, tmp_path: Path) -> None:
     strategies = [{"lora": {"rank": 4}}]
     one = tune(make_recipe("one", strategies=strategies, train=TRAIN), quiet=True)
     exhaust = {"exhaust": {"where": "backward", "step": 2, "tokens": 100, "rank": 1}}
@@ -204,8 +204,8 @@ def test_two_processes_begin_the_step_again_together(make_recipe: Make, faults: 
     assert distance(one.directory, tmp_path / "two") < 1e-5
 
 
-def test_two_processes_share_an_evaluation_out_anew_when_one_has_no_memory(make_recipe: Make, tmp_path: Path) -> None:
-    """Else the two would split the examples otherwise, measuring some twice and others never."""
+def test_two_processes_redistribute_an_evaluation_if_one_runs_out_of_memory(make_recipe: Make, tmp_path: Path) -> None:
+    """Otherwise the two would distribute the examples differently, evaluating some twice and others never."""
     train = {**TRAIN, "steps": 1, "micro_tokens": 128}
     one = tune(make_recipe("one", evaluate=True, train=train), quiet=True)
     path, script = tmp_path / "two.yaml", tmp_path / "worker.py"
@@ -220,9 +220,9 @@ def test_two_processes_share_an_evaluation_out_anew_when_one_has_no_memory(make_
         "    return None if run.process_index and tokens > 80 else attempt(run, row, work)\n"
         "evaluation._attempt = scarce\n"
         f"run = tune({str(path)!r}, quiet=True)\n"
-        f"given = {one.before['eval_loss']!r}, {one.metrics['eval_loss']!r}\n"
-        "found = run.before['eval_loss'], run.metrics['eval_loss']\n"
-        "assert all(abs(a - b) < 1e-5 * a for a, b in zip(given, found)), (given, found)\n"
+        f"expected = {one.before['eval_loss']!r}, {one.metrics['eval_loss']!r}\n"
+        "actual = run.before['eval_loss'], run.metrics['eval_loss']\n"
+        "assert all(abs(a - b) < 1e-5 * a for a, b in zip(expected, actual)), (expected, actual)\n"
         "sizes = [None, None]\n"
         "torch.distributed.all_gather_object(sizes, run.eval_tokens)\n"
         "assert sizes[0] == sizes[1] < 100, sizes\n",
@@ -235,15 +235,17 @@ def test_two_processes_share_an_evaluation_out_anew_when_one_has_no_memory(make_
     assert done.returncode == 0, done.stderr
 
 
-def test_a_resume_keeps_the_smaller_size(make_recipe: Make, faults: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums over other micro-batches round otherwise: the last byte tells."""
+def test_a_resume_keeps_the_smaller_micro_batches(
+    make_recipe: Make, faults: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums over other micro-batches round differently, so the result is compared bitwise."""
     from budwood.training import loop
 
     strategies = [{"lora": {"rank": 4}}, {"exhaust": {"where": "backward", "step": 2, "tokens": 100}}]
     train = {**TRAIN, "save_every": 1}
     whole = tune(make_recipe("run", strategies=strategies, train=train), quiet=True)
-    kept = whole.directory.rename(whole.directory.with_name("kept"))
-    summed = loop.sum_gradients
+    reference = whole.directory.rename(whole.directory.with_name("reference"))
+    sum_gradients = loop.sum_gradients
 
     class Killed(BaseException):
         pass
@@ -251,7 +253,7 @@ def test_a_resume_keeps_the_smaller_size(make_recipe: Make, faults: Any, monkeyp
     def die(run: Any) -> None:
         if run.step == 3:
             raise Killed
-        summed(run)
+        sum_gradients(run)
 
     recipe = make_recipe("run", strategies=strategies, train=train)
     with monkeypatch.context() as patch:
@@ -260,4 +262,4 @@ def test_a_resume_keeps_the_smaller_size(make_recipe: Make, faults: Any, monkeyp
             tune(recipe, quiet=True)
     run = tune(recipe, quiet=True, resume=True)
     assert run.micro_tokens == whole.micro_tokens < 512
-    assert distance(kept, run.directory) == 0
+    assert distance(reference, run.directory) == 0

@@ -1,4 +1,4 @@
-"""The log, the trackers, the terminal and the clock fail: the run goes on, and what was lost is said and counted."""
+"""The log, trackers, the terminal or the clock fail: the run continues, and losses are reported and counted."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Make = Callable[..., Any]
 
 @pytest.fixture
 def full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A device that is always full, in the place of metrics.jsonl."""
+    """A device that is always full, in place of metrics.jsonl."""
     (tmp_path / "full").symlink_to("/dev/full")
-    whole = records.MetricsFile
-    monkeypatch.setattr(report, "MetricsFile", lambda path, say, append: whole(tmp_path / "full", say, append))
+    original = records.MetricsFile
+    monkeypatch.setattr(report, "MetricsFile", lambda path, say, append: original(tmp_path / "full", say, append))
     return tmp_path / "full"
 
 
-def test_a_full_disk_of_the_log_does_not_stop_the_run(make_recipe: Make, full_disk: Path, capsys: Any) -> None:
+def test_a_full_disk_for_the_log_does_not_stop_the_run(make_recipe: Make, full_disk: Path, capsys: Any) -> None:
     run = tune(make_recipe(evaluate=True))
     said = capsys.readouterr().err
     assert said.count("cannot be written (No space left on device); the run continues") == 1
@@ -42,7 +42,7 @@ def test_a_full_disk_of_the_log_does_not_stop_the_run(make_recipe: Make, full_di
     assert tensors(run.directory)
 
 
-def test_a_line_that_the_disk_takes_half_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_partially_written_line_is_removed(tmp_path: Path) -> None:
     said: list[str] = []
     log = records.MetricsFile(tmp_path / "metrics.jsonl", said.append)
     log.write({"step": 1})
@@ -63,30 +63,30 @@ def _raise(code: int) -> int:
 
 
 class Tracker:
-    """Fails at the calls that are named."""
+    """Fails in the calls with the given numbers."""
 
     def __init__(self, name: str, fails: set[int]) -> None:
-        self.name, self.fails, self.calls, self.seen = name, fails, 0, []
+        self.name, self.fails, self.calls, self.steps = name, fails, 0, []
 
     def log(self, values: dict[str, Any], step: int) -> None:
         self.calls += 1
         if self.calls in self.fails:
             raise ConnectionError("no route to the tracker")
-        self.seen.append(step)
+        self.steps.append(step)
 
     def finish(self) -> None:
         raise ConnectionError("gone for good")
 
 
-def test_a_tracker_that_fails_is_asked_again_and_takes_no_other_with_it() -> None:
+def test_a_failing_tracker_is_retried_and_does_not_affect_others() -> None:
     said: list[str] = []
     bad, good = Tracker("bad", {2, 3}), Tracker("good", set())
     accelerator = SimpleNamespace(init_trackers=lambda *args, **kwargs: None, trackers=[bad, good])
     trackers = records.Trackers(accelerator, {"train": {"steps": 3}}, said.append)
     for step in range(1, 11):
         trackers.log({"loss": 1.0}, step)
-    assert good.seen == list(range(1, 11))
-    assert bad.seen == [1, 7, 8, 9, 10]  # lost: 2, then one unasked, 4, then two unasked
+    assert good.steps == list(range(1, 11))
+    assert bad.steps == [1, 7, 8, 9, 10]  # lost: 2, one not sent, 4, two not sent
     assert trackers.lost == {"bad": 5}
     trackers.close()
     assert [line for line in said if "bad" in line] == [
@@ -97,9 +97,7 @@ def test_a_tracker_that_fails_is_asked_again_and_takes_no_other_with_it() -> Non
     ]
 
 
-def test_a_pipe_that_nobody_reads_any_more_does_not_stop_the_run(
-    make_recipe: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_closed_pipe_does_not_stop_the_run(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     reading, writing = os.pipe()
     stream = os.fdopen(writing, "w", buffering=1)
     monkeypatch.setattr(sys, "stderr", stream)
@@ -113,7 +111,7 @@ def test_a_pipe_that_nobody_reads_any_more_does_not_stop_the_run(
 
 
 @pytest.mark.parametrize("stream", [None, "closed"])
-def test_without_a_stderr_the_run_goes_on(make_recipe: Make, monkeypatch: pytest.MonkeyPatch, stream: Any) -> None:
+def test_a_run_without_stderr_continues(make_recipe: Make, monkeypatch: pytest.MonkeyPatch, stream: Any) -> None:
     if stream:
         stream = open(os.devnull, "w")  # noqa: SIM115
         stream.close()
@@ -135,7 +133,7 @@ def test_a_clock_that_is_set_back_changes_nothing(make_recipe: Make, monkeypatch
     assert json.loads((run.directory / "manifest.json").read_text())["seconds"] > 0
 
 
-def test_a_log_that_cannot_be_made_is_made_when_it_can(tmp_path: Path) -> None:
+def test_a_log_is_created_once_its_folder_exists(tmp_path: Path) -> None:
     said: list[str] = []
     log = records.MetricsFile(tmp_path / "later" / "metrics.jsonl", said.append)
     log.write({"step": 1})
@@ -146,7 +144,7 @@ def test_a_log_that_cannot_be_made_is_made_when_it_can(tmp_path: Path) -> None:
     assert ["cannot be written" in said[0], "is missing 1 records" in said[1], len(said)] == [True, True, 2]
 
 
-def test_a_disk_that_is_full_from_the_start_says_the_bytes_needed(tmp_path: Path, make_recipe: Make) -> None:
+def test_a_disk_full_from_the_start_reports_the_bytes_needed(tmp_path: Path, make_recipe: Make) -> None:
     recipe = make_recipe("new")
     with Disk(recipe.output, 1, "ENOSPC").failing(), pytest.raises(ResourceError, match=r"[\d,]+ bytes are needed"):
         tune(recipe, quiet=True)

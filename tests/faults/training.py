@@ -1,4 +1,4 @@
-"""Memory that runs out, and losses that are not finite, in whole runs: at step 1 and at a late one."""
+"""Runs out of memory, and non-finite losses, in complete runs: at step 1 and at a late step."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from budwood.model.text_tasks import CausalLM
 from budwood.training import loop
 from budwood.training.loop import tune
 
-from .harness import Ended, Outcome, Shop, unsound
+from .harness import Ended, Outcome, Shop, incomplete
 
 LORA = "lora"
 PLACES = ("forward", "head", "backward", "optimizer", "evaluation")
 
 
 def training(shop: Shop, late: int = 500) -> Iterator[Outcome]:
-    """Every place where memory runs out, at step 1 and at step `late`; and losses that are not finite."""
+    """Run out of memory in every place, at step 1 and at step `late`; then non-finite losses and gradients."""
     method = "lora"
     for step in (1, late):
         train = {"steps": step + 3, "save_every": 1000, "eval_every": step, "micro_tokens": 512, "batch_examples": 4}
@@ -35,12 +35,12 @@ def training(shop: Shop, late: int = 500) -> Iterator[Outcome]:
                 recipe = shop.recipe(method, "memory", strategies, **train)
             ended = shop.finish(shop.fork(lambda r=recipe, w=where, s=step: _exhausted(r, w, s)))  # type: ignore[misc]
             lost = _same(ended, whole.output, recipe.output)
-            lost = lost or ("" if "out of memory" in ended.said else "nothing was said of it")
+            lost = lost or ("" if "out of memory" in ended.said else "no message was printed")
             yield Outcome("out of memory: split", f"{where}, step {step}", lost)
             shop.remove(recipe.output)
         recipe = shop.recipe(method, "memory", [{"exhaust": {"step": step, "tokens": 1}}], **train)
         lost = _refused(shop.tune(recipe), 3, f"step {step}: out of memory: one example of")
-        yield Outcome("out of memory: one row does not fit", f"step {step}", lost or unsound(recipe.output))
+        yield Outcome("out of memory: one row does not fit", f"step {step}", lost or incomplete(recipe.output))
         shop.remove(recipe.output)
         shop.remove(whole.output)
     yield from _limited(shop, method)
@@ -48,7 +48,7 @@ def training(shop: Shop, late: int = 500) -> Iterator[Outcome]:
 
 
 def _exhausted(recipe: Any, where: str, step: int) -> None:
-    """Run a recipe; memory runs out in the optimizer at a step, or in every evaluation of more than one example."""
+    """Run a recipe that runs out of memory in the optimizer at a step, or in evaluations of several examples."""
     steps, outputs = torch.optim.AdamW.step, CausalLM.outputs
     calls: list[int] = []
 
@@ -75,7 +75,7 @@ def _exhausted(recipe: Any, where: str, step: int) -> None:
 
 
 def _limited(shop: Shop, method: str) -> Iterator[Outcome]:
-    """The process is given so little more memory than it has before the first step that torch's own allocator fails."""
+    """Limit the process's memory after setup, so that torch's allocator fails in the steps."""
     shop.write_long_rows()
     train = {"steps": 3, "batch_examples": 64, "micro_tokens": 40000, "eval_every": None, "save_every": 1000}
     recipes = [shop.recipe(method, name, data="long.jsonl", max_length=400, **train) for name in ("roomy", "tight")]
@@ -83,12 +83,12 @@ def _limited(shop: Shop, method: str) -> Iterator[Outcome]:
     for mebibytes in (200, 100, 60):
 
         def work(limit: int = mebibytes << 20) -> None:
-            whole = loop.take_steps
+            original = loop.take_steps
 
             def take_steps(*args: Any) -> None:
                 now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
                 resource.setrlimit(resource.RLIMIT_AS, (now + limit, now + limit))
-                whole(*args)
+                original(*args)
 
             with mock.patch.object(loop, "take_steps", take_steps):
                 tune(recipes[1])
@@ -99,12 +99,12 @@ def _limited(shop: Shop, method: str) -> Iterator[Outcome]:
 
 
 def _not_finite(shop: Shop, method: str) -> Iterator[Outcome]:
-    """At step k, by policy: the run stops and keeps what it had, or leaves the step out."""
+    """At step k, by policy: the run stops and saves the adapter so far, or skips the step."""
     for what in ("loss", "gradient"):
         for step in (1, 4):
             spoil = [{"spoil": {"what": what, "steps": [step]}}]
             recipe = shop.recipe(method, "spoiled", spoil, batch_examples=24)
-            lost = _refused(shop.tune(recipe), 5, f"step {step}: ") or unsound(recipe.output)
+            lost = _refused(shop.tune(recipe), 5, f"step {step}: ") or incomplete(recipe.output)
             yield Outcome(f"{what} not finite: stop", f"step {step}", lost)
             shop.remove(recipe.output)
             recipe = shop.recipe(method, "spoiled", spoil, batch_examples=24, non_finite="skip")
@@ -113,7 +113,7 @@ def _not_finite(shop: Shop, method: str) -> Iterator[Outcome]:
                 f"step {step}: " in ended.said and "the step is skipped" in ended.said and "train.jsonl:" in ended.said
             )
             lost = f"exit code {ended.code}: {ended.error}" if ended.code else "" if said else "the rows are not named"
-            lost = lost or unsound(recipe.output)
+            lost = lost or incomplete(recipe.output)
             yield Outcome(f"{what} not finite: skip", f"step {step}", lost)
             shop.remove(recipe.output)
 

@@ -1,4 +1,4 @@
-"""One kind of fault, or a share of one, tried in a process of its own."""
+"""Tries one kind of fault, or a share of it, in a separate process."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from .surroundings import surroundings
 from .training import training
 
 KINDS = ("disk", "kills", "training", "damage", "surroundings")
-"""The longest first, so that workers end together."""
+"""The slowest first, so that workers finish at the same time."""
 
 
 def attempt(kind: str, share: int, shares: int, options: argparse.Namespace) -> list[Outcome]:
-    """Try one kind of fault, or one share of it, on runs of its own."""
+    """Try one kind of fault, or one share of it, in separate runs."""
     every, start = options.every, time.monotonic()
     with tempfile.TemporaryDirectory(prefix="budwood-faults-") as folder:
         shop = Shop(Path(folder))
-        found: Iterator[Outcome]
+        trials: Iterator[Outcome]
         if kind == "disk":
-            found = failing_disk(shop, every * shares, 1 + (every > 1) + every * share)
+            trials = failing_disk(shop, every * shares, 1 + (every > 1) + every * share)
         elif kind == "kills":
-            found = kills(shop, options.kills, options.seed)
+            trials = kills(shop, options.kills, options.seed)
         elif kind == "training":
-            found = training(shop, options.late)
+            trials = training(shop, options.late)
         elif kind == "damage":
-            found = damage(shop, every, options.seed)
+            trials = damage(shop, every, options.seed)
         else:
-            found = surroundings(shop, every)
+            trials = surroundings(shop, every)
         outcomes = []
-        for outcome in found:
+        for outcome in trials:
             outcomes.append(outcome)
             if outcome.lost:
                 print(f"{kind} {len(outcomes)}: {outcome.what[:70]} {outcome.lost}", file=sys.stderr)

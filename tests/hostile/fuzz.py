@@ -1,8 +1,8 @@
-"""`make fuzz`: coverage-guided fuzzing (atheris, libFuzzer) of everything that parses what a stranger wrote.
+"""`make fuzz`: coverage-guided fuzzing (atheris, libFuzzer) of every parser of untrusted input.
 
-Each target gets its share of the time in a process of its own, with a corpus of sound inputs that is made here. What
-is found lies in .fuzz/TARGET/, to be run again by `python -m tests.hostile.fuzz --target TARGET --input FILE`.
-Exit codes: 0 nothing found, 1 something was, 3 atheris is not there.
+Each target gets its share of the time in a separate process, with a generated corpus of valid inputs. Findings are
+saved in .fuzz/TARGET/; reproduce one with `python -m tests.hostile.fuzz --target TARGET --input FILE`.
+Exit codes: 0 no findings, 1 findings, 3 atheris is not installed.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ MANIFEST = {"format": 1, "kind": "lora", "distribution": "budwood 0.1.0", "base"
 
 
 def header(*tensors: tuple[str, str, list[int], int, int]) -> bytes:
-    """A safetensors file of zeros."""
+    """Return a safetensors file of zeros."""
     entries = {name: {"dtype": dtype, "shape": shape, "data_offsets": [a, b]} for name, dtype, shape, a, b in tensors}
     text = json.dumps(entries | {"__metadata__": {"format": "pt"}}).encode()
     return len(text).to_bytes(8, "little") + text + bytes(max((t[4] for t in tensors), default=0))
 
 
-# Each: the file that is parsed, sound inputs, and a function that parses it in the working folder.
+# Each returns the name of the parsed file, valid inputs, and a function that parses it.
 
 
 def recipe() -> tuple[str, list[bytes], Callable[[Path], object]]:
@@ -63,10 +63,10 @@ def rows(suffix: str, sound: list[bytes]) -> tuple[str, list[bytes], Callable[[P
     from budwood.data.reading import read_rows
 
     def parse(path: Path) -> None:
-        found = read_rows(path)
-        form = recognise(found.columns, "causal-lm", str(path))
-        for index, row in enumerate(found):
-            form.item(row, found.location(index))
+        file_rows = read_rows(path)
+        form = recognise(file_rows.columns, "causal-lm", str(path))
+        for index, row in enumerate(file_rows):
+            form.item(row, file_rows.location(index))
 
     return f"rows{suffix}", sound, parse
 
@@ -142,7 +142,7 @@ TARGETS = {
 
 
 def fuzz(name: str, seconds: int, given: Path | None) -> None:
-    """Fuzz one target in this process until the time is over or something is found; does not return."""
+    """Fuzz one target in this process until the time is up or an input fails; does not return."""
     import atheris
 
     with atheris.instrument_imports(include=["budwood", "ruamel"]):
@@ -173,11 +173,11 @@ def fuzz(name: str, seconds: int, given: Path | None) -> None:
 
 
 def main() -> int:
-    """Fuzz every target, or the one that is named, and print a table."""
+    """Fuzz every target, or one of them, and print a table."""
     parser = argparse.ArgumentParser(prog="fuzz")
-    parser.add_argument("--seconds", type=int, default=300, help="for all targets together")
-    parser.add_argument("--target", choices=TARGETS, help="this one alone")
-    parser.add_argument("--input", type=Path, help="run this one file through the target")
+    parser.add_argument("--seconds", type=int, default=300, help="total time for all targets")
+    parser.add_argument("--target", choices=TARGETS, help="only this target")
+    parser.add_argument("--input", type=Path, help="run the target on this file only")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if importlib.util.find_spec("atheris") is None:
@@ -194,18 +194,19 @@ def main() -> int:
         before = set(FOUND.glob(f"{name}/*-*"))
         command = [sys.executable, "-m", "tests.hostile.fuzz", "--inside", "--target", name, "--seconds", str(share)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
-        said = done.stdout + done.stderr
+        output = done.stdout + done.stderr
         new = sorted(set(FOUND.glob(f"{name}/*-*")) - before)
-        inputs = (re.findall(r"number_of_executed_units: (\d+)", said) or ["?"])[-1]
-        features = (re.findall(r" ft: (\d+)", said) or ["?"])[-1]
+        inputs = (re.findall(r"number_of_executed_units: (\d+)", output) or ["?"])[-1]
+        features = (re.findall(r" ft: (\d+)", output) or ["?"])[-1]
         corpus = len(list((FOUND / name / "corpus").iterdir())) if (FOUND / name / "corpus").is_dir() else 0
         broken = bool(new) or done.returncode != 0
         found += broken
         print(f"{name:16} {inputs:>10} {features:>9} {corpus:>7} {broken:>6}")
         if broken:
-            print("\n".join(f"    {line}" for line in said.strip().splitlines()[-12:]))
+            print("\n".join(f"    {line}" for line in output.strip().splitlines()[-12:]))
             print(
-                f"    again: python -m tests.hostile.fuzz --target {name} --input {new[0] if new else '?'}", flush=True
+                f"    reproduce: python -m tests.hostile.fuzz --target {name} --input {new[0] if new else '?'}",
+                flush=True,
             )
     print(f"{len(names)} targets, {found} with findings")
     return 1 if found else 0

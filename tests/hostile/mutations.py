@@ -1,4 +1,4 @@
-"""Hypothesis strategies for what strangers, editors and disks make of recipes, rows and adapters."""
+"""Hypothesis strategies for mutated recipes, rows and adapters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ values = st.recursive(
 
 @st.composite
 def edited(draw: st.DrawFn, sound: Any, most: int = 3) -> Any:
-    """A copy of plain values with a few of them replaced, removed or added, anywhere."""
+    """A copy of plain values with a few entries replaced, removed or added anywhere."""
     result = copy.deepcopy(sound)
     for _ in range(draw(st.integers(1, most))):
         holder, key = None, None
@@ -54,7 +54,7 @@ def edited(draw: st.DrawFn, sound: Any, most: int = 3) -> Any:
 
 @st.composite
 def damaged(draw: st.DrawFn, data: bytes) -> bytes:
-    """Bytes of a file: cut, overwritten in places, with something put in, or others altogether."""
+    """The bytes of a file, truncated, partly overwritten, with insertions, or replaced."""
     kind = draw(st.sampled_from(["cut", "bytes", "insert", "other", "double"]))
     if kind == "cut":
         return data[: draw(st.integers(0, len(data)))]
@@ -73,25 +73,25 @@ def damaged(draw: st.DrawFn, data: bytes) -> bytes:
 
 
 def dump(value: Any) -> bytes:
-    """JSON, or nearly: half characters, NaN and long numbers go out as they are."""
+    """Return JSON, or nearly: lone surrogates, NaN and long numbers are written unchanged."""
     return json.dumps(value).encode("utf-8", "surrogatepass")
 
 
 def read_safetensors(data: bytes) -> tuple[Any, bytes]:
-    """Header and tensors of a sound file."""
+    """Return the header and the tensor bytes of a valid file."""
     length = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
 def write_safetensors(header: Any, tensors: bytes) -> bytes:
-    """A file of whatever header."""
+    """Return a file with an arbitrary header."""
     text = dump(header)
     return len(text).to_bytes(8, "little") + text + tensors
 
 
 @st.composite
 def broken_file(draw: st.DrawFn, path: Path) -> bytes | None:
-    """What has become of one of an adapter's files; None: it is gone."""
+    """The mutated content of a file of an adapter; None: deleted."""
     data = path.read_bytes()
     kind = draw(st.sampled_from(["gone", "damaged", "edited", "edited", "edited"]))
     if kind == "gone":
@@ -105,10 +105,10 @@ def broken_file(draw: st.DrawFn, path: Path) -> bytes | None:
 
 
 def rehash(folder: Path) -> None:
-    """Make budwood.json agree with altered files, as whoever alters with care would."""
+    """Update the hashes in budwood.json to altered files, as a careful attacker would."""
     try:
         manifest = json.loads((folder / "budwood.json").read_bytes())
         manifest["files"] = {name: sha256(folder / name) for name in manifest["files"] if (folder / name).is_file()}
         (folder / "budwood.json").write_bytes(dump(manifest))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        pass  # it is not what it was
+        pass  # the manifest itself was mutated

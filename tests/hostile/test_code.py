@@ -1,4 +1,4 @@
-"""Nothing that is read may run code: pickles in any place and files that name code, whose payloads leave a trace."""
+"""No input may execute code: pickles in place of any file, files that name code; the payloads leave a trace."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from budwood.model.base import load_base, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 FORMATS = ["pickle", "zip"]
-"""A bare pickle, and what `torch.save` writes."""
+"""A bare pickle, and the format of `torch.save`."""
 
 
 class Payload:
@@ -34,9 +34,9 @@ class Payload:
 
 @pytest.fixture
 def trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A file that every payload would make; that none has made it is checked at the end.
+    """A file that every payload would create; its absence is checked at the end.
 
-    A module `payload` that would make it lies in the working folder, which is on the path.
+    A module `payload` that would create it is in the working folder, which is on sys.path.
     """
     trace = tmp_path / "trace"
     (tmp_path / "payload.py").write_text(f"open({str(trace)!r}, 'w')\n")
@@ -49,7 +49,7 @@ def trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def plant(trace: Path) -> Callable[[Path, str], None]:
-    """Function `plant(path, format)`: put a pickle that leaves a trace in a file's place."""
+    """Function `plant(path, format)`: replace a file by a pickle that leaves a trace."""
 
     def put(path: Path, form: str) -> None:
         if form == "zip":
@@ -62,7 +62,7 @@ def plant(trace: Path) -> Callable[[Path, str], None]:
 
 @pytest.fixture
 def base(tiny_base: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny base, with a module `payload` in it."""
+    """A copy of the tiny base that contains a module `payload`."""
     folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))
     (folder / "payload.py").write_text(
         f"open({str(tmp_path / 'trace')!r}, 'w')\n"
@@ -75,7 +75,7 @@ def base(tiny_base: Path, tmp_path: Path) -> Path:
 
 
 def outcome(call: Callable[[], object]) -> BudwoodError | None:
-    """What reading ended with: nothing, or an error of the user's or the file's, in one line."""
+    """Return the error of `call`, if any; it must be an input or corruption error in one line."""
     try:
         call()
     except BudwoodError as error:
@@ -90,7 +90,7 @@ def open_base(folder: Path) -> BudwoodError | None:
 
 
 def test_the_payloads_work(trace, plant, tmp_path):
-    """Else the tests below would show nothing."""
+    """Otherwise the tests below would prove nothing."""
     for form in FORMATS:
         plant(tmp_path / "x", form)
         torch.load(tmp_path / "x", weights_only=False) if form == "zip" else pickle.loads((tmp_path / "x").read_bytes())
@@ -112,7 +112,7 @@ BESIDE += ["vocab.pkl", "processor_config.json", "model.safetensors.index.json",
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", READ)
-def test_a_pickle_in_the_place_of_a_bases_file_is_refused(base, plant, name, form):
+def test_a_pickle_in_place_of_a_base_file_is_refused(base, plant, name, form):
     plant(base / name, form)
     error = open_base(base)
     assert isinstance(error, CorruptError)
@@ -126,7 +126,7 @@ def test_pickles_beside_a_base_are_not_opened(base, plant, form):
     assert open_base(base) is None
 
 
-def test_a_base_of_pickles_alone_is_refused_with_a_remedy(base, plant):
+def test_a_base_with_only_pickles_is_refused_with_a_remedy(base, plant):
     (base / "model.safetensors").unlink()
     for name in ("pytorch_model.bin", "model.ckpt", "weights.pkl"):
         plant(base / name, "zip")
@@ -139,14 +139,14 @@ def test_a_base_of_pickles_alone_is_refused_with_a_remedy(base, plant):
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.parquet"])
-def test_a_pickle_in_the_place_of_data_is_refused(plant, tmp_path, name, form):
+def test_a_pickle_in_place_of_data_is_refused(plant, tmp_path, name, form):
     plant(tmp_path / name, form)
     assert isinstance(outcome(lambda: list(read_rows(tmp_path / name))), InputError)
 
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
-    """A folder of `datasets`, with a module `payload` in it."""
+    """A folder of `datasets` that contains a module `payload`."""
     import datasets
 
     folder = tmp_path / "dataset"
@@ -179,7 +179,7 @@ def test_a_pickle_in_the_schema_of_a_table_is_not_opened(trace, dataset, tmp_pat
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_pickle_in_the_place_of_cached_tokens_is_made_anew(tiny_base, plant, tmp_path, form):
+def test_a_pickle_in_place_of_cached_tokens_is_replaced(tiny_base, plant, tmp_path, form):
     from budwood.data.build import build_examples
 
     (tmp_path / "x.jsonl").write_text('{"text": "a b c"}\n')
@@ -193,7 +193,7 @@ def test_a_pickle_in_the_place_of_cached_tokens_is_made_anew(tiny_base, plant, t
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", ["cache.json", "shard-00000.safetensors"])
-def test_a_pickle_in_a_teachers_cache_is_refused(plant, tmp_path, name, form):
+def test_a_pickle_in_a_teacher_cache_is_refused(plant, tmp_path, name, form):
     from types import SimpleNamespace
 
     import numpy as np
@@ -213,7 +213,7 @@ def test_a_pickle_in_a_teachers_cache_is_refused(plant, tmp_path, name, form):
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json", "manifest.json"])
 def test_a_pickle_in_a_checkpoint_is_not_opened(plant, tmp_path, name, form):
-    """Optimizer and random states too; also where the hashes agree with it, as whoever alters with care would do."""
+    """Including optimizer and random states, and with matching hashes, as a careful attacker would write."""
     from safetensors.torch import save_file
 
     from budwood.training.durability.reading import FORMAT, read_checkpoint, sealed
@@ -238,19 +238,19 @@ def test_a_pickle_in_a_checkpoint_is_not_opened(plant, tmp_path, name, form):
         assert isinstance(outcome(lambda: read_checkpoint(folder).load()), CorruptError)
 
 
-def test_the_code_has_no_call_that_unpickles_or_evaluates():
-    """Of the libraries' readers that can run code, none is called; `weights_only` has had holes."""
+def test_the_code_never_unpickles_or_evaluates():
+    """No library reader that can execute code is called; `weights_only` has had vulnerabilities."""
     forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
     calls = {"eval", "exec", "torch.load", "np.load", "numpy.load", "pd.read_pickle", "yaml.load", "yaml.unsafe_load"}
-    found = []
+    violations = []
     for path in [*ROOT.glob("core/**/*.py"), *ROOT.glob("plugins/**/*.py"), *ROOT.glob("examples/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             if forbidden & {name.split(".")[0] for name in names} or called in calls:
-                found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
-    assert found == []
+                violations.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert violations == []
 
 
 # --- files that name code
@@ -267,7 +267,7 @@ def change(path: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "refused"),
     [
-        ("config.json", {"auto_map": CLASSES}, None),  # transformers knows the type: its own class serves
+        ("config.json", {"auto_map": CLASSES}, None),  # transformers has a class for this type
         ("config.json", {"auto_map": CLASSES | TOKENIZERS, "trust_remote_code": True}, None),
         ("config.json", {"auto_map": {"AutoConfig": "someone/else--payload.Config"}, "trust_remote_code": True}, None),
         (
@@ -303,8 +303,8 @@ def change(path: Path, **changes: object) -> None:
         ("adapter_config.json", {"peft_type": "LORA", "auto_mapping": {"parent_library": "payload"}}, None),
     ],
 )
-def test_a_base_that_names_code_runs_none(base, trace, name, changes, refused):
-    """`refused`: a word of the error; "" where the library in use decides; None where the base loads without it."""
+def test_code_named_by_a_base_does_not_run(base, trace, name, changes, refused):
+    """`refused`: a part of the error; "": depends on the library version; None: the base loads without the code."""
     change(base / name, **changes)
     if "tokenizer_class" in changes and "auto_map" in changes:
         change(base / "config.json", model_type="llama", auto_map=TOKENIZERS)
@@ -315,8 +315,8 @@ def test_a_base_that_names_code_runs_none(base, trace, name, changes, refused):
         assert refused in str(error)
 
 
-def test_only_the_recipe_turns_code_on(base, trace):
-    """Not a file, and not `--base`: only `trust_remote_code` of the recipe, which is not what a base can write."""
+def test_only_the_recipe_enables_code(base, trace):
+    """Neither a file nor `--base`: only `trust_remote_code` in the recipe, which a base cannot set."""
     from budwood.recipe.schema import Recipe
 
     change(base / "config.json", auto_map=CLASSES, model_type="own")
@@ -354,7 +354,7 @@ ADAPTER = {
 
 
 @pytest.mark.parametrize("field", ADAPTER)
-def test_an_adapter_that_names_code_runs_none(tiny_base, lora, tmp_path, trace, field):
+def test_code_named_by_an_adapter_does_not_run(tiny_base, lora, tmp_path, trace, field):
     from budwood import AdapterPool
 
     folder = shutil.copytree(lora, tmp_path / "adapter")
@@ -366,7 +366,7 @@ def test_an_adapter_that_names_code_runs_none(tiny_base, lora, tmp_path, trace, 
 
 @pytest.fixture(scope="session")
 def lora(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA adapter of the tiny base, of stock PEFT."""
+    """A LoRA adapter of the tiny base from stock PEFT."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -388,7 +388,7 @@ def lora(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("state.json", {"_data_files": []}),
     ],
 )
-def test_a_folder_of_datasets_that_names_code_or_files_elsewhere(dataset, trace, name, changes):
+def test_a_datasets_folder_that_names_code_or_outside_files(dataset, trace, name, changes):
     change(dataset / name, **changes)
     error = outcome(lambda: list(read_rows(dataset)))
     assert isinstance(error, InputError) or "builder_name" in changes
@@ -409,14 +409,14 @@ def test_a_folder_of_datasets_that_names_code_or_files_elsewhere(dataset, trace,
         ({"num_hidden_layers": "many"}, ""),
     ],
 )
-def test_a_configuration_of_absurd_sizes_is_refused_before_anything_is_allocated(base, changes, word):
+def test_a_config_with_absurd_sizes_is_refused_before_allocation(base, changes, word):
     change(base / "config.json", **changes)
     error = open_base(base)
     assert isinstance(error, CorruptError)
     assert word in str(error)
 
 
-def test_a_tokenizer_of_absurd_size_or_no_file_is_not_read(base):
+def test_a_huge_or_special_tokenizer_file_is_not_read(base):
     import os
 
     with (base / "tokenizer.json").open("wb") as file:
@@ -427,10 +427,10 @@ def test_a_tokenizer_of_absurd_size_or_no_file_is_not_read(base):
     assert "tokenizer.json: not a regular file" in str(outcome(lambda: load_tokenizer(base)))
 
 
-# --- expressions that never end
+# --- endless regular expressions
 
 ENDLESS = r"((\w|[._]|.)+)+\d"
-"""Its ways through a name double with each character."""
+"""The number of ways to match a name doubles with each character."""
 
 
 @pytest.mark.parametrize(
@@ -445,7 +445,7 @@ ENDLESS = r"((\w|[._]|.)+)+\d"
         {"exclude_modules": "(" * 10_000},
     ],
 )
-def test_an_adapters_regular_expression_has_little_time(tiny_base, lora, tmp_path, monkeypatch, changes):
+def test_the_regular_expressions_of_an_adapter_have_a_time_limit(tiny_base, lora, tmp_path, monkeypatch, changes):
     from budwood import AdapterPool
     from budwood.adapters import targets
 
@@ -458,7 +458,7 @@ def test_an_adapters_regular_expression_has_little_time(tiny_base, lora, tmp_pat
     assert "takes too long" in str(error) or "no regular expression" in str(error)
 
 
-def test_patterns_mean_what_they_mean_in_peft(tiny_base, tmp_path):
+def test_patterns_match_as_in_peft(tiny_base, tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
 

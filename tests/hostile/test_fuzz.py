@@ -1,4 +1,4 @@
-"""The targets of `make fuzz` parse what is sound, so that fuzzing begins there."""
+"""The targets of `make fuzz` accept their valid seed inputs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tests.hostile import fuzz
 from budwood.errors import BudwoodError
 
 UNFINISHED = {"manifest", "index", "base_config"}
-"""Their sound inputs name files or hashes that are not there; they end with an error of their own."""
+"""Targets whose valid inputs name missing files or hashes, so parsing raises a regular error."""
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)
-def test_a_target_takes_its_sound_inputs(tmp_path, name):
+def test_a_target_accepts_its_valid_inputs(tmp_path, name):
     file, sound, parse = fuzz.TARGETS[name]()
     for data in sound:
         (tmp_path / file).write_bytes(data)
@@ -28,7 +28,7 @@ def test_a_target_takes_its_sound_inputs(tmp_path, name):
             continue
 
 
-def test_without_atheris_it_says_what_to_install(tmp_path):
+def test_a_missing_atheris_is_reported_with_the_install_command(tmp_path):
     code = "import sys; sys.modules['atheris'] = None; sys.argv = ['fuzz']; from tests.hostile import fuzz; "
     code += "fuzz.importlib.util.find_spec = lambda name: None; sys.exit(fuzz.main())"
     done = subprocess.run(

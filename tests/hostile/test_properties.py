@@ -1,4 +1,4 @@
-"""Whatever a recipe, a row or an adapter's file holds: a documented exit code, one line, and nothing half written."""
+"""Any content of a recipe, a row or an adapter gives a documented exit code, one line, and no partial output."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from budwood.errors import BudwoodError
 from budwood.model.base import load_tokenizer
 
 MORE = int(os.environ.get("BUDWOOD_EXAMPLES", "1"))
-"""Multiplies the examples; each run of the tests sees the same ones."""
+"""Multiplier of the number of examples, which are the same in each run of the tests."""
 bounded = settings(
     deadline=None,
     derandomize=True,
@@ -45,7 +45,7 @@ ROWS = [
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working folder with a data file; the process's signals and warnings are left alone."""
+    """A working folder with a data file; signal handlers and warnings of the process are preserved."""
     monkeypatch.setattr(cli, "silence_libraries", lambda debug: None)
     monkeypatch.delenv("BUDWOOD_DEBUG", raising=False)
     before = signal.getsignal(signal.SIGTERM)
@@ -67,7 +67,7 @@ def copy(adapter: Path) -> None:
 
 
 def run(capsys, *arguments: str, lines: bool = False) -> int:
-    """Run a command and check how it ends: its exit code, one line (or, with `lines`, some) for an error."""
+    """Run a command; check its exit code, and that an error is one line (or, with `lines`, several)."""
     capsys.readouterr()
     code = cli.run(list(arguments))
     _, err = capsys.readouterr()
@@ -125,7 +125,7 @@ def test_any_override(folder, capsys, key, value):
 @settings(bounded, max_examples=40 * MORE)
 @given(rows=st.lists(st.sampled_from(ROWS).flatmap(edited) | values | st.sampled_from(ROWS), min_size=1, max_size=4))
 def test_any_rows(folder, capsys, tokenizer, rows):
-    """Both as far as a recipe's base is looked for, and through the tokenizer."""
+    """Both up to the search for the base, and through the tokenizer."""
     path = Path("other.jsonl")
     path.write_bytes(b"\n".join(map(dump, rows)))
     before = listing()
@@ -159,7 +159,7 @@ def tokenizer(tiny_base):
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory) -> Path:
-    """A sound adapter, to be copied and broken."""
+    """A valid adapter, to be copied and corrupted."""
     return save_small(tmp_path_factory.mktemp("sound") / "adapter").directory
 
 
@@ -182,7 +182,7 @@ def test_any_adapter(folder, capsys, sound, data):
 @settings(bounded, max_examples=25 * MORE)
 @given(data=st.data())
 def test_any_adapter_on_a_model(folder, pool, sound_on_model, data):
-    """One that is refused leaves the model as it was; the adapter's own tensors still fit their base's hashes."""
+    """A refused adapter does not change the model."""
     copy(sound_on_model)
     name = data.draw(st.sampled_from(["adapter_config.json", "adapter_config.json", "adapter_model.safetensors"]))
     content = data.draw(broken_file(sound_on_model / name))

@@ -1,4 +1,4 @@
-"""What the tests of all strategies stand on."""
+"""Fixtures of all strategy tests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def no_rank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """AdaLoRA draws no ranks.png, which takes longer than a run, but in tests marked `plots`."""
+    """Draw ranks.png, which takes longer than a run, only in tests marked `plots`."""
     if "plots" not in request.keywords:
         monkeypatch.setattr("budwood_adalora.picture.draw_ranks", lambda *given: None)

@@ -1,4 +1,4 @@
-"""Every strategy that comes with Budwood keeps what every strategy promises."""
+"""The conformance kit on every first-party strategy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOW_RANK = {"rank": 2, "alpha": 4}
 ELSEWHERE = {
     "composes_with": "test_together.py trains every combination of adapter, adversary and teacher; averages see none"
 }
-"""For what is combined there: all methods of adversaries, and both tasks."""
+"""Waiver for the combinations covered there: all adversarial methods, and both tasks."""
 
 
 class TestLoRA(StrategyConformance):
@@ -89,7 +89,7 @@ class TestDistillation(StrategyConformance):
 
 
 class TestSelfDistillation(StrategyConformance):
-    """The teacher is the run's own base with the adapter off."""
+    """The teacher is the run's base with the adapter disabled."""
 
     strategy = Distillation
     options = {"teacher": "base"}
@@ -107,6 +107,8 @@ class TestSWA(StrategyConformance):
     options = {"start": 0, "every": 2}
 
 
-def test_the_kit_knows_every_strategy_that_comes_with_budwood() -> None:
-    own = {name for name, entries in installed().items() if any(entry.distribution == "budwood" for entry in entries)}
-    assert own == set(FIRST_PARTY)
+def test_the_kit_lists_every_first_party_strategy() -> None:
+    first_party = {
+        name for name, entries in installed().items() if any(entry.distribution == "budwood" for entry in entries)
+    }
+    assert first_party == set(FIRST_PARTY)

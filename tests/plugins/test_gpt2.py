@@ -1,4 +1,4 @@
-"""Adapters on GPT-2, whose linears are transformers' Conv1D: they hold the transposed weight."""
+"""Adapters on GPT-2, whose linears are Conv1D modules of transformers with transposed weights."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def logits(model: Any) -> torch.Tensor:
     return model(torch.tensor([IDS]), use_cache=False).logits
 
 
-def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
 
 
 def put_on(kind: str, model: Any) -> tuple[Any, Run]:
-    """The strategy on `model` as a run puts it there, with random weights in the place of the start."""
+    """Set up the strategy on `model` as a run does, with random weights."""
     options: Any = {"rank": 4, "dora": kind == "dora"} if kind != "adalora" else {"initial_rank": 4, "target_rank": 4}
     strategy: Any = AdaLoRA(AdaLoRAOptions(**options), "adalora") if kind == "adalora" else None
     strategy = strategy or LoRA(LoRAOptions(**options), "lora")
@@ -76,7 +76,7 @@ def put_on(kind: str, model: Any) -> tuple[Any, Run]:
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "adalora"])
-def test_logits_and_gradients_are_stock_pefts_and_the_file_opens_there(gpt2: Path, tmp_path: Path, kind: str) -> None:
+def test_logits_and_gradients_match_stock_peft_which_opens_the_file(gpt2: Path, tmp_path: Path, kind: str) -> None:
     model = load(gpt2)
     strategy, run = put_on(kind, model)
     strategy.export(run=run, model=model, directory=tmp_path)
@@ -87,8 +87,8 @@ def test_logits_and_gradients_are_stock_pefts_and_the_file_opens_there(gpt2: Pat
     peer = PeftModel.from_pretrained(load(gpt2), tmp_path, is_trainable=True)
     ids = torch.tensor([IDS])
     for each in (model, peer):
-        found = each(ids, use_cache=False).logits[0]  # PEFT's loss would hold AdaLoRA's penalty too
-        torch.nn.functional.cross_entropy(found[:-1], ids[0, 1:]).backward()
+        output = each(ids, use_cache=False).logits[0]  # PEFT's loss would include AdaLoRA's penalty
+        torch.nn.functional.cross_entropy(output[:-1], ids[0, 1:]).backward()
     close(logits(model), logits(peer))
     assert (logits(model) - logits(load(gpt2))).abs().max() > 0.1
     theirs = {name: p.grad for name, p in peer.named_parameters() if p.grad is not None and "ranknum" not in name}

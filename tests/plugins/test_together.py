@@ -1,4 +1,4 @@
-"""Every combination of the first-party strategies, three optimizer steps of each, by the loop that users run."""
+"""Every combination of the first-party strategies, three optimizer steps of each in the regular training loop."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ TINY = {
     "num_key_value_heads": 1,
 }
 LONGEST = 12
-"""Tokens of the longest row; the shortest is so long that three do not fit twice this."""
+"""Tokens of the longest row; even three of the shortest rows exceed twice this."""
 SUMMANDS = 4 * LONGEST + TINY["intermediate_size"] + 300
-"""Longest sums on a gradient's way: over the batch's tokens, over a layer's width, over the vocabulary."""
+"""Longest sums in the backward pass: over the batch's tokens, a layer's width, the vocabulary."""
 CORE_NUMBERS = {
     "kind", "step", "loss", "gradient_norm", "learning_rate", "skipped", "skipped_steps", "tokens", "tokens_per_second",
 }  # fmt: skip
@@ -38,7 +38,7 @@ CORE_NUMBERS = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a base, data for both tasks, and a teacher for each task: other weights, the same tokenizer."""
+    """Folder with a base, data for both tasks, and a teacher per task: different weights, the same tokenizer."""
     folder = tmp_path_factory.mktemp("together")
     make_base(folder / "base", **TINY)
     make_base(folder / "teacher-causal-lm", seed=1, **TINY)
@@ -58,8 +58,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
         "sequence-classification": [{"text": text, "label": "abc"[n % 3]} for n, text in enumerate(texts)],
     }
-    for task, found in rows.items():
-        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    for task, task_rows in rows.items():
+        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in task_rows), encoding="utf-8")
     return folder
 
 
@@ -78,8 +78,8 @@ def recipe_of(
     }  # fmt: skip
 
 
-class Seen:
-    """A run of a combination, and what stood in its model when its optimizer moved."""
+class ObservedRun:
+    """A run of a combination, with the gradients before each optimizer step."""
 
     def __init__(self, recipe: dict[str, Any], micro_tokens: int) -> None:
         recipe["train"]["micro_tokens"] = micro_tokens
@@ -90,10 +90,10 @@ class Seen:
         self.without: list[str] = []
         self.largest = 0.0
         for group in self.run.optimizer.param_groups:
-            group["eps"] = 1.0  # with its own 1e-8, AdamW divides a gradient's rounding by a gradient as small
-        self.run.optimizer.register_step_pre_hook(lambda *_: self.look())
+            group["eps"] = 1.0  # with the default 1e-8, AdamW divides rounding errors by gradients of the same size
+        self.run.optimizer.register_step_pre_hook(lambda *_: self.record_gradients())
 
-    def look(self) -> None:
+    def record_gradients(self) -> None:
         named = {id(p): name for g in self.run.groups for name, p in g.parameters.items()}
         for name, parameter in [*self.run.model.named_parameters(), *self.teacher_parameters()]:
             if id(parameter) not in named and parameter.grad is not None:
@@ -107,23 +107,23 @@ class Seen:
         self.largest = max(self.largest, *map(float, self.last.values()))
 
     def teacher_parameters(self) -> list[tuple[str, Tensor]]:
-        found = [s.teacher for s in self.run.strategies if s.name == "distillation"]
-        return [(f"teacher's {name}", p) for teacher in found for name, p in teacher.model.named_parameters()]
+        teachers = [s.teacher for s in self.run.strategies if s.name == "distillation"]
+        return [(f"teacher's {name}", p) for teacher in teachers for name, p in teacher.model.named_parameters()]
 
     def frozen(self) -> dict[str, Tensor]:
-        """The bytes of all that does not train, quantisation's own numbers included."""
+        """Copies of all frozen tensors, including the constants of the quantiser."""
         trained = {p.data_ptr() for p in self.run.trainable}
         state = {f"model.{k}": v for k, v in self.run.model.state_dict().items() if v.data_ptr() not in trained}
         state |= dict(self.teacher_parameters())
         return {name: tensor.detach().clone() for name, tensor in state.items()}
 
-    def train(self, monkeypatch: pytest.MonkeyPatch) -> Seen:
+    def train(self, monkeypatch: pytest.MonkeyPatch) -> ObservedRun:
         with monkeypatch.context() as patch:
-            patch.setattr(finish, "write_results", lambda *_, **__: None)  # what a run writes has tests of its own
-            plans = batches.split_micro
+            patch.setattr(finish, "write_results", lambda *_, **__: None)  # tested elsewhere
+            split_micro = batches.split_micro
 
             def split(*args: Any) -> Any:
-                rows = plans(*args)
+                rows = split_micro(*args)
                 self.micro_batches.append([len(row) for row in rows])
                 return rows
 
@@ -141,7 +141,7 @@ class Seen:
 
 
 def declared(case: Combination) -> tuple[dict[str, float], set[str]]:
-    """Weight of each loss term by the name it is logged under; other numbers that the strategies log."""
+    """Return the weight of each loss term by its name in the log, and the names of other logged values."""
     share = 0.4 if case.teacher != "none" else 0.0
     terms = {case.task.replace("-", "_"): 1 - share}
     if case.teacher != "none":
@@ -158,7 +158,7 @@ def declared(case: Combination) -> tuple[dict[str, float], set[str]]:
 def test_combination(case: Combination, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     strategies = case.strategies(str(files / f"teacher-{case.task}"))
     recipe = recipe_of(files, case.task, strategies, tmp_path / "run", case.quantization)
-    whole = Seen(recipe, 4 * LONGEST)
+    whole = ObservedRun(recipe, 4 * LONGEST)
     assert whole.run.packed
     before = whole.frozen()
     assert any(tensor.dtype == torch.uint8 for tensor in before.values()) == (case.quantization == "nf4")
@@ -169,31 +169,31 @@ def test_combination(case: Combination, files: Path, tmp_path: Path, monkeypatch
     assert len(steps) == 3
     for step in steps:
         assert set(step) - CORE_NUMBERS == set(terms) | others
-        assert all(step[name] > 0 for name in {*terms, *others}), "what has no effect"
+        assert all(step[name] > 0 for name in {*terms, *others}), "a term without effect"
         assert step["loss"] == pytest.approx(sum(weight * step[name] for name, weight in terms.items()), rel=1e-5)
     assert all(torch.isfinite(tensor).all() for tensor in whole.adapter().values())
 
-    assert not whole.strays, "a gradient on what does not train"
-    assert not whole.without, "no gradient on what trains"
+    assert not whole.strays, "a gradient on a frozen parameter"
+    assert not whole.without, "no gradient on a trainable parameter"
     assert not [name for name, size in whole.last.items() if size == 0], "a gradient of zero after two steps"
-    if case.adapter == "adalora":  # its values start at zero: in the first step A has the gradient of the penalty alone
-        right = {name: found for name, found in whole.first.items() if name.endswith("lora_A")}
+    if case.adapter == "adalora":  # E starts at zero: in the first step only the penalty contributes to A's gradient
+        right = {name: pair for name, pair in whole.first.items() if name.endswith("lora_A")}
         for vectors, gradient in right.values():
             penalty = 4 * (vectors @ vectors.T - torch.eye(len(vectors))) @ vectors / len(right)
-            torch.testing.assert_close(gradient, 0.1 * penalty, rtol=1e-5, atol=1e-9, msg="penalty: once, in full")
+            torch.testing.assert_close(gradient, 0.1 * penalty, rtol=1e-5, atol=1e-9, msg="the penalty counts once")
     after = whole.frozen()
     assert after.keys() == before.keys()
     assert not [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
 
-    halves = Seen(recipe, 2 * LONGEST).train(monkeypatch)
+    halves = ObservedRun(recipe, 2 * LONGEST).train(monkeypatch)
     assert whole.micro_batches == [[4]] * 3 and halves.micro_batches == [[2, 2]] * 3
-    rounding = whole.largest * SUMMANDS * torch.finfo(torch.float32).eps  # of a gradient, AdamW's m and the root of v
+    rounding = whole.largest * SUMMANDS * torch.finfo(torch.float32).eps  # of a gradient, of AdamW's m and of √v
     bound = len(steps) * recipe["train"]["learning_rate"] * 2 * rounding
     torch.testing.assert_close(halves.adapter(), whole.adapter(), rtol=1e-6, atol=bound)
 
 
-@pytest.mark.parametrize("refusal", REFUSALS, ids=[refusal.what for refusal in REFUSALS])
-def test_what_cannot_combine_says_so_before_the_base_loads(
+@pytest.mark.parametrize("refusal", REFUSALS, ids=[refusal.title for refusal in REFUSALS])
+def test_invalid_combinations_are_refused_before_the_base_loads(
     refusal: Refusal, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(setup, "load_base", lambda *_: pytest.fail("the base loads"))
@@ -206,5 +206,5 @@ def test_what_cannot_combine_says_so_before_the_base_loads(
 
 
 def test_the_page_of_combinations_is_up_to_date() -> None:
-    outcomes = {case.id: True for case in COMBINATIONS}  # the tests above, which fail where one of them does not hold
+    outcomes = {case.id: True for case in COMBINATIONS}  # the tests above fail otherwise
     assert PAGE.read_text(encoding="utf-8") == page(outcomes), "run `make docs`"

@@ -1,4 +1,4 @@
-"""A small on-policy strategy: it samples, and rewards what holds a word."""
+"""A small on-policy strategy: it samples, and rewards samples that contain a word."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from budwood import Column, Example, LossTerm, Options, Run, Sample, Step, Strategy, hookimpl
 
 SETS: list[tuple[int, list[int]]] = []
-"""(step, indices) of each set that this process was asked for."""
+"""(step, indices) of each set requested in this process."""
 GAPS: dict[int, float] = {}
 """Largest difference, by step, between the sampler's log-probabilities and those of the step."""
 
@@ -50,12 +50,12 @@ class WordPolicy(Strategy):
     def next_examples(self, run: Run, indices: Sequence[int]) -> Sequence[Sequence[Example]]:
         SETS.append((run.step, list(indices)))
         prompts = [run.examples[index] for index in indices]
-        found = run.generate(prompts, max_new_tokens=self.options.new_tokens, samples=self.options.samples)
-        rewards = np.array([[float(self.options.word in sample.text) for sample in samples] for samples in found])
+        generated = run.generate(prompts, max_new_tokens=self.options.new_tokens, samples=self.options.samples)
+        rewards = np.array([[float(self.options.word in sample.text) for sample in samples] for samples in generated])
         run.log("reward", rewards.mean())
         examples = [
             self._example(prompt, number, sample, reward - row.mean())
-            for prompt, samples, row in zip(prompts, found, rewards, strict=True)
+            for prompt, samples, row in zip(prompts, generated, rewards, strict=True)
             for number, (sample, reward) in enumerate(zip(samples, row, strict=True))
         ]
         steps = [examples[number :: self.updates] for number in range(self.updates)]
@@ -74,7 +74,7 @@ class WordPolicy(Strategy):
         )  # fmt: skip
 
     def _spoiled(self, steps: list[list[Example]]) -> Any:
-        """What a strategy with a bug returns."""
+        """Return invalid steps, as a strategy with a bug might."""
         first = steps[0][0]
         none = np.zeros(0, dtype=np.int64)
         if self.options.fault == "number":

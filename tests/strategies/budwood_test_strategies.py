@@ -1,4 +1,4 @@
-"""Small strategies that the tests install as a third party's distribution."""
+"""Small strategies that the tests install as a third-party distribution."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SEEN: list[Any] = []
 
 
 class Recorder(Strategy):
-    """Notes gradients before they are clipped, and every hook it passes."""
+    """Records gradients before clipping, and calls of the optimizer hooks."""
 
     @hookimpl
     def before_clip(self, run: Run) -> None:
@@ -47,7 +47,7 @@ class Poison(Strategy):
 
 
 class Still(Strategy):
-    """Lets nothing move."""
+    """Sets all gradients to zero."""
 
     @hookimpl
     def before_optimizer_step(self, run: Run) -> None:
@@ -56,7 +56,7 @@ class Still(Strategy):
 
 
 class InterruptAt(Strategy):
-    """Presses Ctrl-C after a step."""
+    """Raises KeyboardInterrupt after a step."""
 
     class Options(Options):
         step: int = 3
@@ -68,7 +68,7 @@ class InterruptAt(Strategy):
 
 
 class FastGradient(Strategy):
-    """FGM (Miyato et al., 2017): a second pass at the embeddings plus epsilon times the normalised gradient."""
+    """FGM (Miyato et al., 2017): a second pass on the embeddings plus epsilon times the normalised gradient."""
 
     class Options(Options):
         epsilon: float = 0.5
@@ -88,7 +88,7 @@ class FastGradient(Strategy):
 
 
 class Penalty(Strategy):
-    """Squared norm of what trains, a term of the step."""
+    """Squared norm of the trainable parameters, a term of unit "step"."""
 
     @hookimpl
     def loss_terms(self, step: Step, outputs: Any) -> LossTerm:
@@ -96,7 +96,7 @@ class Penalty(Strategy):
 
 
 class PerExample(Strategy):
-    """Mean square of each example's hidden states, a term of the example."""
+    """Mean square of each example's hidden states, a term of unit "example"."""
 
     @hookimpl
     def loss_terms(self, step: Step, outputs: Any) -> LossTerm:
@@ -108,7 +108,7 @@ class PerExample(Strategy):
 
 
 class Counter(Strategy):
-    """Keeps counts as tensors and plain values, and uses the global random states."""
+    """Keeps state in tensors and plain values, and uses the global random states."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -133,7 +133,7 @@ class Counter(Strategy):
 
 
 class Unsaveable(Strategy):
-    """Gives a state that no file can hold."""
+    """Returns a state that cannot be saved."""
 
     @hookimpl
     def state_dict(self, run: Run) -> dict[str, Any]:
@@ -144,7 +144,7 @@ class Unsaveable(Strategy):
 
 
 class Reward(Strategy):
-    """Gives a metric of its own, best at step 2, and chooses it as the run's best metric."""
+    """Returns an additional metric, best at step 2, and makes it the run's best metric."""
 
     class Options(Options):
         metric: str = "eval_reward"

@@ -1,11 +1,11 @@
-"""The conformance kit: what every strategy promises, as tests that a strategy's author inherits.
+"""The conformance kit: the guarantees of every strategy, as tests to inherit.
 
     from budwood.testing import StrategyConformance
 
     class TestMine(StrategyConformance):
         strategy = Mine
 
-It comes with Budwood as a pytest plugin. Importing it imports neither torch nor pytest nor a strategy.
+Budwood installs it as a pytest plugin. Importing it imports neither torch nor pytest nor a strategy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The promises of a strategy that owns an adapter: saved and loaded, merged, taken off."""
+"""Checks for strategies that own an adapter: save and load, merge, detach."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from budwood.testing.expect import expect_state
 from budwood.testing.probe import distance, same_bytes, state_of, stored
 
 MERGED = 1e-4
-"""Largest difference of a logit between a merged and an attached adapter, in units of the largest logit."""
+"""Largest allowed difference of a logit between a merged and an attached adapter, relative to the largest logit."""
 
 
 def save_and_load(bench: Bench) -> None:
-    """A saved adapter, loaded on the base, gives the logits that were trained."""
+    """Check that a saved adapter, loaded on the base, reproduces the logits after training."""
     promise = "save → load → same logits"
     result = bench.run(promise)
     pool, _ = _pool(bench, result, promise)
     pool.use("adapter")
     loaded = pool.logits(result.probe.prompts)
-    gap, due = distance(result.logits, loaded), TOLERANCE * max(1.0, float(result.logits.abs().max()))
-    if not gap <= due:
+    gap, bound = distance(result.logits, loaded), TOLERANCE * max(1.0, float(result.logits.abs().max()))
+    if not gap <= bound:
         raise PromiseBroken(
-            f"{promise}: a logit of the loaded adapter differs from the trained one's by {gap:.3g} "
-            f"(at most {due:.1g} is due; the adapter itself moves logits by {_effect(result):.3g})."
+            f"{promise}: a logit of the loaded adapter differs from that of the trained one by {gap:.3g} "
+            f"(at most {bound:.1g} allowed; the adapter itself changes logits by {_effect(result):.3g})."
         )
 
 
 def merge(bench: Bench) -> None:
-    """The adapter merged into the unquantised fp32 base gives the logits of the adapter beside it."""
+    """Check that the logits after merging into the unquantised fp32 base equal those of the attached adapter."""
     promise = "merged equals unmerged"
     if not bench.owns_adapter:
         raise NotApplicable("it owns no adapter")
@@ -39,32 +39,32 @@ def merge(bench: Bench) -> None:
     result = bench.run(promise)
     pool, modules = _pool(bench, result, promise)
     pool.use("adapter")
-    beside = pool.logits(result.probe.prompts)
+    attached = pool.logits(result.probe.prompts)
     try:
         pool.merge("adapter")
     except BudwoodError as error:
-        raise PromiseBroken(f"{promise}: merging ended with {explain(error)}") from error
+        raise PromiseBroken(f"{promise}: merging failed with {explain(error)}") from error
     merged = pool.logits(result.probe.prompts)
-    gap, due = distance(beside, merged), MERGED * float(beside.abs().max())
-    if not gap <= due:
+    gap, bound = distance(attached, merged), MERGED * float(attached.abs().max())
+    if not gap <= bound:
         raise PromiseBroken(
-            f"{promise}: a logit of the merged model differs by {gap:.3g} (at most {due:.1g} is due; the adapter "
-            f"itself moves logits by {_effect(result):.3g})."
+            f"{promise}: a logit of the merged model differs by {gap:.3g} (at most {bound:.1g} allowed; the adapter "
+            f"itself changes logits by {_effect(result):.3g})."
         )
     if module_ids(pool.model) != modules:
-        raise PromiseBroken(f"{promise}: after merging {_other_modules(pool, modules)} stand on the base.")
+        raise PromiseBroken(f"{promise}: after merging, the base still has {_other_modules(pool, modules)}.")
 
 
 def off(bench: Bench) -> None:
-    """With the adapter off the model computes the base's own bits; taken off, nothing of it is left."""
-    promise = "off restores the base's bits"
+    """Check that a disabled adapter gives the base's logits bitwise, and that detaching leaves no trace."""
+    promise = "off restores the base bitwise"
     result = bench.run(promise)
     if result.off is None:
         raise NotApplicable("no strategy of its recipe owns an adapter")
     gap = distance(result.probe.base_logits, result.off)
     if gap or not same_bytes(result.probe.base_logits, result.off):
         raise PromiseBroken(
-            f"{promise}: after training, with the adapter off, a logit differs from the base's by {gap:.3g}."
+            f"{promise}: after training, with the adapter disabled, a logit differs from the base's by {gap:.3g}."
         )
     if not bench.owns_adapter:
         return
@@ -81,7 +81,7 @@ def off(bench: Bench) -> None:
         pool.use(None)
         gap = distance(before, pool.logits(prompts))
         if gap:
-            raise PromiseBroken(f"{promise}: in a pool, with no adapter in use, a logit differs by {gap:.3g}.")
+            raise PromiseBroken(f"{promise}: in a pool, with no active adapter, a logit differs by {gap:.3g}.")
         try:
             pool.unload("adapter")
         except BudwoodError as error:
@@ -106,7 +106,7 @@ def _labels(result: Result) -> list[str] | None:
 
 
 def _pool(bench: Bench, result: Result, promise: str) -> tuple[AdapterPool, list[tuple[str, int]]]:
-    """The base with the run's adapter on it, and its modules as they were without."""
+    """Return a pool with the run's adapter loaded, and the ids of the base's modules before loading."""
     if not result.adapter.is_dir():
         raise NotApplicable("no strategy of its recipe owns an adapter")
     pool = AdapterPool(
@@ -121,9 +121,9 @@ def _load(pool: AdapterPool, result: Result, promise: str) -> None:
     try:
         pool.load("adapter", result.adapter)
     except BudwoodError as error:
-        raise PromiseBroken(f"{promise}: the saved adapter is not taken: {explain(error)}") from error
+        raise PromiseBroken(f"{promise}: the saved adapter cannot be loaded: {explain(error)}") from error
 
 
 def _other_modules(pool: AdapterPool, modules: list[tuple[str, int]]) -> str:
-    found = [path for path, identity in module_ids(pool.model) if (path, identity) not in set(modules)]
-    return f"{len(found)} other modules ({', '.join(found[:2])})"
+    paths = [path for path, identity in module_ids(pool.model) if (path, identity) not in set(modules)]
+    return f"{len(paths)} other modules ({', '.join(paths[:2])})"

@@ -1,4 +1,4 @@
-"""Short runs of one strategy, each made once and shared by the checks that ask about it."""
+"""Short runs of one strategy, each executed once and shared by the checks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from budwood.training.report import Report
 BATCH = 4
 PROBE = "conformance-probe"
 MODULE = "budwood_testing_strategies"
-"""Module under which classes that no distribution offers can be imported."""
+"""Module from which classes without a distribution are imported."""
 FIRST_PARTY: dict[str, Callable[[Files], dict[str, Any]]] = {
     "lora": lambda files: {"rank": 2, "alpha": 4},
     "adalora": lambda files: {
@@ -43,26 +43,26 @@ FIRST_PARTY: dict[str, Callable[[Files], dict[str, Any]]] = {
     "ema": lambda files: {"decay": 0.9},
     "swa": lambda files: {"start": 2},
 }  # fmt: skip
-"""Strategies that come with Budwood, with options for a run of three steps."""
+"""Strategies included in Budwood, with options for a run of three steps."""
 
 
 class PromiseBroken(AssertionError):
-    """A strategy does not keep what every strategy promises; the message says which promise, and the numbers."""
+    """A strategy breaks a guarantee of every strategy; the message names it, with the measured values."""
 
 
 class NotApplicable(Exception):
-    """A check has nothing to ask of a strategy; the message says why."""
+    """A check does not apply to a strategy; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a bench runs.
+    """The settings of a bench.
 
     Attributes:
-        strategy: the class.
+        strategy: the class under test.
         options: its options.
-        companions: the recipe's other strategies, as a recipe lists them; None: LoRA, where nothing else trains.
-        task: of the recipe.
+        companions: the other strategies of the recipe, as listed there; None: LoRA, if nothing else trains.
+        task: task of the recipe.
         steps: optimizer steps of each run.
     """
 
@@ -80,11 +80,11 @@ class Result:
     run: Run
     probe: Probe
     parameters: dict[str, Tensor]
-    """What trained, by group and name."""
+    """The trained parameters, by group and name."""
     logits: Tensor
     """[prompts, vocabulary or classes] after the last step."""
     off: Tensor | None
-    """The same with the run's adapter off; None where no strategy owns one."""
+    """The logits with the run's adapter disabled; None if no strategy owns one."""
 
     @property
     def adapter(self) -> Path:
@@ -93,7 +93,7 @@ class Result:
 
 
 class Bench:
-    """Runs of one strategy on the kit's own base and data: fp32, 4 examples an optimizer step, on the CPU."""
+    """Runs of one strategy on the kit's base and data: fp32, 4 examples per optimizer step, on the CPU."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
@@ -109,14 +109,14 @@ class Bench:
 
     @property
     def companions(self) -> list[Any]:
-        """The recipe's other strategies."""
+        """The other strategies of the recipe."""
         if self.spec.companions is not None:
             return list(self.spec.companions)
         trains = implements(self.spec.strategy, "trainable_parameters")
         return [] if trains else [{"lora": FIRST_PARTY["lora"](self.files)}]
 
     def strategies(self, other: str | None = None) -> list[Any]:
-        """The recipe's list, with a first-party strategy `other` beside it, in the place of a rival for its slots."""
+        """Return the recipe's strategies; a first-party `other` is added and replaces companions with its slots."""
         companions = self.companions
         if other is not None:
             slots = set(load_strategy(other)[0].slots)
@@ -125,7 +125,7 @@ class Bench:
         return [{self.name: self.spec.options}, *companions]
 
     def recipe(self, output: str, other: str | None = None, quantization: str = "none", **train: Any) -> Recipe:
-        """A recipe whose result depends on nothing but its arguments; the probe is its first strategy."""
+        """Return a recipe whose result depends only on its arguments; the probe is its first strategy."""
         data = {"train": str(self.files.train), "max_length": LONGEST}
         if implements(self.spec.strategy, "evaluate"):
             data["eval"] = str(self.files.eval)
@@ -147,10 +147,10 @@ class Bench:
         )  # fmt: skip
 
     def run(self, promise: str, output: str = "whole", **changes: Any) -> Result:
-        """The run `output` of the recipe with `changes`; made once.
+        """Return the run `output` of the recipe with `changes`; executed once.
 
         Raises:
-            PromiseBroken: it ended with an error, which breaks `promise`.
+            PromiseBroken: the run failed, which breaks `promise`.
         """
         if changes.get("quantization") == "none":
             output, changes = "whole", {}
@@ -160,13 +160,13 @@ class Bench:
                 self._results[key] = self._tune(self.recipe(output, **changes))
             except Exception as error:
                 self._results[key] = error
-        found = self._results[key]
-        if isinstance(found, Exception):
-            raise PromiseBroken(f"{promise}: the run ended with {explain(found)}") from found
-        return found
+        result = self._results[key]
+        if isinstance(result, Exception):
+            raise PromiseBroken(f"{promise}: the run failed with {explain(result)}") from result
+        return result
 
     def fail(self, fail_at: int, output: str = "failing", **train: Any) -> tuple[Probe, Run, Exception | None]:
-        """A run in which the model's forward number `fail_at` of step 2 raises; what came out of it."""
+        """Run until the forward pass number `fail_at` of step 2 raises; return probe, run and exception."""
         error: Exception | None = None
         Probe.last, Probe.fail_at = None, fail_at
         try:
@@ -180,7 +180,7 @@ class Bench:
         return Probe.last, Probe.last.run, error
 
     def resume(self, promise: str) -> Result:
-        """A run that failed in step 2, resumed from its checkpoint of step 1.
+        """Let a run fail in step 2, and resume it from its checkpoint of step 1.
 
         Raises:
             PromiseBroken: it cannot be resumed, which breaks `promise`.
@@ -189,7 +189,7 @@ class Bench:
         try:
             return self._tune(self.recipe("resumed", save_every=1), overwrite=False, resume=True)
         except Exception as error:
-            raise PromiseBroken(f"{promise}: the resumed run ended with {explain(error)}") from error
+            raise PromiseBroken(f"{promise}: the resumed run failed with {explain(error)}") from error
 
     def _tune(self, recipe: Recipe, overwrite: bool = True, resume: bool = False) -> Result:
         with threads(1), without_plots():
@@ -206,17 +206,17 @@ class Bench:
 
 
 def implements(strategy: type, hook: str) -> bool:
-    """Whether a class has an implementation of a hook."""
+    """Whether a class implements a hook."""
     return hasattr(getattr(strategy, hook, None), "budwood_impl")
 
 
 def adapter_owner(run: Run) -> Strategy | None:
-    """The strategy of a run that owns the adapter."""
+    """Return the strategy of a run that owns the adapter."""
     return next((strategy for strategy in run.strategies if "adapter" in strategy.slots), None)
 
 
 def explain(error: BaseException) -> str:
-    """An error in words, with the place in the author's code that it came from."""
+    """Format an error, with the line of the author's code that raised it."""
     origin = error
     while origin.__cause__ is not None:
         origin = origin.__cause__
@@ -228,9 +228,9 @@ def explain(error: BaseException) -> str:
 
 
 def register(strategy: type[Strategy], name: str | None = None) -> str:
-    """Return the name under which a class is installed; one that no distribution offers is made to look installed."""
-    own = getattr(sys.modules.get(MODULE), "classes", {})
-    for known, cls in own.items():
+    """Return the name under which a class is installed; a class without a distribution is registered first."""
+    classes = getattr(sys.modules.get(MODULE), "classes", {})
+    for known, cls in classes.items():
         if cls is strategy:
             return str(known)
     if name is None:
@@ -240,14 +240,14 @@ def register(strategy: type[Strategy], name: str | None = None) -> str:
                 if entry.value.partition(".")[0].partition(":")[0] == package and entry.load() is strategy:
                     return known
         plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", strategy.__name__).lower().strip("_")
-        taken = {*installed(), *own}
+        taken = {*installed(), *classes}
         name = next(n for n in (plain, *(f"{plain}-{i}" for i in range(2, 10**6))) if n not in taken)
     pretend_installed(strategy, name)
     return name
 
 
 def pretend_installed(strategy: type[Strategy], name: str) -> None:
-    """Add a class to a distribution of this session's own, which `budwood.testing` puts on the path."""
+    """Add a class to a temporary distribution of this session on sys.path."""
     module: Any = sys.modules.get(MODULE)
     if module is None:
         module = sys.modules[MODULE] = types.ModuleType(MODULE)
@@ -262,20 +262,20 @@ def pretend_installed(strategy: type[Strategy], name: str) -> None:
     lines = [f"{n} = {MODULE}:{re.sub(r'[^0-9A-Za-z_]', '_', n)}" for n in module.classes]
     (info / "entry_points.txt").write_text("\n".join(["[budwood]", *lines, ""]), encoding="utf-8")
     importlib.invalidate_caches()
-    scan.cache_clear()  # a file changed inside a folder, which no date of a folder tells
+    scan.cache_clear()  # the folder's modification time does not show a changed file
 
 
 def registered() -> dict[str, dict[str, str]]:
-    """Name, module, file and qualified name of every class that only looks installed, for another process."""
-    found = {}
+    """Return name, module, file and qualified name of every class in the temporary distribution, for subprocesses."""
+    classes = {}
     for name, cls in getattr(sys.modules.get(MODULE), "classes", {}).items():
-        found[name] = {"module": cls.__module__, "file": inspect.getsourcefile(cls) or "", "class": cls.__qualname__}
-    return found
+        classes[name] = {"module": cls.__module__, "file": inspect.getsourcefile(cls) or "", "class": cls.__qualname__}
+    return classes
 
 
 @contextmanager
 def without_plots() -> Iterator[None]:
-    """Draw no loss.png, which takes as long as so short a run."""
+    """Disable loss.png, which takes as long as such a short run."""
     plot = Report.plot
     Report.plot = lambda self, directory: None  # type: ignore[method-assign]
     try:

@@ -1,4 +1,4 @@
-"""What a strategy's author inherits: every promise as a test."""
+"""The test class that strategy authors inherit: one test per guarantee."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from budwood.testing.plugin import SKIPPED
 
 
 class StrategyConformance:
-    """Subclass it under a name that starts with Test, and say which strategy.
+    """Base class for conformance tests; name the subclass Test… and set `strategy`.
 
-    Each test is one promise; a failure says which, with the numbers. What does not apply is skipped with its reason.
-    All runs take a few steps on a tiny base that the kit makes, in fp32 on the CPU; give options without dropout.
+    Each test checks one guarantee; a failure names it, with the measured values. Tests that do not apply are skipped
+    with the reason. All runs take a few steps on a tiny generated base, in fp32 on the CPU; do not use dropout.
 
     Attributes:
-        strategy: the class.
-        options: its options in the kit's recipes; where they need paths, override `make_options`.
-        companions: the other strategies of these recipes; None: LoRA, where this one trains nothing itself.
+        strategy: the class under test.
+        options: its options in the kit's recipes; override `make_options` if they need paths.
+        companions: the other strategies of these recipes; None: LoRA, if this one trains nothing itself.
         task: causal-lm or sequence-classification.
         steps: optimizer steps of each run.
-        does_not_apply: name of a test (without `test_`) → why this strategy does not promise it.
+        does_not_apply: name of a test (without `test_`) → why the guarantee does not apply to this strategy.
     """
 
     strategy: ClassVar[type[Strategy]]
@@ -39,80 +39,80 @@ class StrategyConformance:
 
     @classmethod
     def make_options(cls, files: Files) -> dict[str, Any]:
-        """The strategy's options; `files` are the kit's own base, teacher and data."""
+        """Return the strategy's options; `files` are the kit's base, teacher and data."""
         return dict(cls.options)
 
     @classmethod
     def bench(cls) -> Bench:
-        """The runs that the tests of this class share."""
+        """Return the runs shared by the tests of this class."""
         if cls not in _benches:
             if not hasattr(cls, "strategy"):
-                pytest.fail(f"{cls.__name__}: say which strategy: strategy = Mine", pytrace=False)
+                pytest.fail(f"{cls.__name__}: set the strategy under test: strategy = Mine", pytrace=False)
             options = cls.make_options(make_files(cls.task))
             _benches[cls] = Bench(Spec(cls.strategy, options, cls.companions, cls.task, cls.steps))
         return _benches[cls]
 
     @classmethod
     def announce(cls, group: str) -> None:
-        """Let the run in two processes share a start with those of the other classes of `group`."""
+        """Queue the two-process run to share one start of torchrun with the other classes of `group`."""
         if "two_processes_equal_one" not in cls.does_not_apply:
             _announced.setdefault(group, []).append(cls)
 
     def test_declares_what_it_implements(self, request: pytest.FixtureRequest) -> None:
-        self._keeps(request, checks.declares)
+        self._check(request, checks.declares)
 
     def test_options_round_trip(self, request: pytest.FixtureRequest) -> None:
-        self._keeps(request, checks.options_round_trip)
+        self._check(request, checks.options_round_trip)
 
     def test_zero_effect_at_start(self, request: pytest.FixtureRequest) -> None:
-        self._keeps(request, checks.zero_effect_at_start)
+        self._check(request, checks.zero_effect_at_start)
 
     def test_gradients_only_where_declared(self, request: pytest.FixtureRequest) -> None:
-        self._keeps(request, checks.gradients_where_declared)
+        self._check(request, checks.gradients_where_declared)
 
     def test_base_unchanged(self, request: pytest.FixtureRequest) -> None:
-        self._keeps(request, checks.base_unchanged)
+        self._check(request, checks.base_unchanged)
 
     def test_same_seed_same_bytes(self, request: pytest.FixtureRequest) -> None:
-        self._keeps(request, checks.same_seed_same_bytes)
+        self._check(request, checks.same_seed_same_bytes)
 
     def test_one_batch_equals_two_halves(self, request: pytest.FixtureRequest) -> None:
-        self._keeps(request, checks.micro_batches)
+        self._check(request, checks.micro_batches)
 
     def test_two_processes_equal_one(self, request: pytest.FixtureRequest) -> None:
         for group in ("", str(request.node.path)):
             for cls in _announced.pop(group, ()):
                 checks.wait_for_processes(cls.bench())
-        self._keeps(request, checks.two_processes)
+        self._check(request, checks.two_processes)
 
     def test_save_and_load(self, request: pytest.FixtureRequest) -> None:
-        self._keeps(request, adapter_checks.save_and_load)
+        self._check(request, adapter_checks.save_and_load)
 
     def test_resumed_equals_uninterrupted(self, request: pytest.FixtureRequest) -> None:
-        self._keeps(request, checks.resume)
+        self._check(request, checks.resume)
 
     def test_merged_equals_unmerged(self, request: pytest.FixtureRequest) -> None:
-        self._keeps(request, adapter_checks.merge)
+        self._check(request, adapter_checks.merge)
 
     def test_off_restores_the_base(self, request: pytest.FixtureRequest) -> None:
-        self._keeps(request, adapter_checks.off)
+        self._check(request, adapter_checks.off)
 
     @pytest.mark.parametrize("quantization", ["none", "nf4"])
     def test_runs_on(self, quantization: str, request: pytest.FixtureRequest) -> None:
-        self._keeps(request, functools.partial(checks.runs_on, quantization=quantization))
+        self._check(request, functools.partial(checks.runs_on, quantization=quantization))
 
     def test_runs_on_fake_tensors(self, request: pytest.FixtureRequest) -> None:
-        self._keeps(request, checks.fake_tensors)
+        self._check(request, checks.fake_tensors)
 
     def test_hooks_removed_after_an_exception(self, request: pytest.FixtureRequest) -> None:
-        self._keeps(request, checks.after_an_exception)
+        self._check(request, checks.after_an_exception)
 
     @pytest.mark.parametrize("other", FIRST_PARTY)
     def test_composes_with(self, other: str, request: pytest.FixtureRequest) -> None:
-        self._keeps(request, functools.partial(checks.composes, other=other))
+        self._check(request, functools.partial(checks.composes, other=other))
 
-    def _keeps(self, request: pytest.FixtureRequest, check: Callable[[Bench], None]) -> None:
-        """Run a check; a broken promise fails the test, and what does not apply skips it."""
+    def _check(self, request: pytest.FixtureRequest, check: Callable[[Bench], None]) -> None:
+        """Run a check: fail the test if the promise is broken, skip it if it does not apply."""
         name = request.node.originalname.removeprefix("test_")
         unknown = [key for key in self.does_not_apply if not hasattr(type(self), f"test_{key}")]
         if unknown:

@@ -1,4 +1,4 @@
-"""What several promises come down to: equal parameters, a model as it was, a sound run."""
+"""Assertions shared by several checks: equal parameters, an unchanged model, a successful run."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from budwood.testing.bench import Bench, PromiseBroken, Result
 from budwood.testing.probe import distance, farthest
 
 EXACT = 1e-5
-"""Largest difference of a parameter between two runs that split a step otherwise, in fp32 and without dropout."""
+"""Largest difference of a parameter between runs that split a step differently, in fp32 and without dropout."""
 
 
-def expect_equal(promise: str, whole: Result, other: dict[str, Tensor], what: str, bench: Bench) -> None:
-    """Check that another run gives the parameters of `whole`, within `EXACT`.
+def expect_equal(promise: str, whole: Result, other: dict[str, Tensor], label: str, bench: Bench) -> None:
+    """Check that the parameters of another run equal those of `whole`, within `EXACT`.
 
     Raises:
-        PromiseBroken: it is not so.
+        PromiseBroken: they differ; the message says where.
     """
     name, gap = farthest(whole.parameters, other)
     if not gap <= EXACT:
         raise PromiseBroken(
-            f"{promise}: {what} differ by {gap:.3g} in {name} after {bench.spec.steps} steps in fp32 "
-            f"(at most {EXACT:g} is due). Values go by label or example, and noise by step.generator(self, example)."
+            f"{promise}: {label} differ by {gap:.3g} in {name} after {bench.spec.steps} steps in fp32 "
+            f"(at most {EXACT:g} allowed). Return values per label or example, and draw noise from "
+            "step.generator(self, example)."
         )
 
 
 def expect_state(promise: str, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Check that what is on the model is as it was.
+    """Check that the state of the model is unchanged.
 
     Raises:
-        PromiseBroken: it is not; with what changed.
+        PromiseBroken: it changed; the message lists the changes.
     """
-    changed = [what for what in {**before, **after} if before.get(what) != after.get(what)]
+    changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     if changed:
-        named = "; ".join(
-            f"{what}: {_short(before.get(what))} before, {_short(after.get(what))} after" for what in changed[:3]
+        details = "; ".join(
+            f"{key}: {_short(before.get(key))} before, {_short(after.get(key))} after" for key in changed[:3]
         )
-        raise PromiseBroken(f"{promise}, {len(changed)} things on the model are not as before: {named}.")
+        raise PromiseBroken(f"{promise}, {len(changed)} properties of the model changed: {details}.")
 
 
 def _short(value: Any) -> str:
@@ -49,22 +50,21 @@ def _short(value: Any) -> str:
     return (
         "absent"
         if value is None
-        else "another"
+        else "a different one"
         if isinstance(value, int) and not isinstance(value, bool)
         else str(value)
     )
 
 
-def expect_sound(promise: str, result: Result) -> None:
-    """Check that a run's numbers are finite and that it changed the model.
+def expect_trained(promise: str, result: Result) -> None:
+    """Check that parameters and metrics of a run are finite and that it changed the model.
 
     Raises:
-        PromiseBroken: it is not so.
+        PromiseBroken: a value is not finite, or no logit changed.
     """
-    bad = [name for name, tensor in result.parameters.items() if not bool(torch.isfinite(tensor).all())]
-    numbers = {name: value for name, value in result.run.metrics.items() if not math.isfinite(float(value))}
-    if bad or numbers:
-        raise PromiseBroken(f"{promise}: not finite: {', '.join([*bad, *map(str, numbers)][:5])}.")
-    moved = distance(result.logits, result.probe.base_logits)
-    if not moved:
-        raise PromiseBroken(f"{promise}: after training every logit is the base's own.")
+    parameters = [name for name, tensor in result.parameters.items() if not bool(torch.isfinite(tensor).all())]
+    metrics = [str(name) for name, value in result.run.metrics.items() if not math.isfinite(float(value))]
+    if parameters or metrics:
+        raise PromiseBroken(f"{promise}: not finite: {', '.join([*parameters, *metrics][:5])}.")
+    if not distance(result.logits, result.probe.base_logits):
+        raise PromiseBroken(f"{promise}: after training all logits are those of the base.")

@@ -1,4 +1,4 @@
-"""A run's steps on fake CPU tensors, every strategy included: what a plan of memory and time stands on."""
+"""Runs optimizer steps on fake CPU tensors, with every strategy: the basis of a plan of memory and time."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from budwood.training.step import Engine
 
 
 def run_on_fake_tensors(recipe: Recipe) -> Run:
-    """Run a recipe's optimizer steps with `run.planning` set; every tensor has a shape, none has numbers.
+    """Run a recipe's optimizer steps with `run.planning` set, on tensors that have shapes but no values.
 
     Raises:
-        DataDependentOutputException, DynamicOutputShapeException: torch's, where a strategy asks for a number.
+        DataDependentOutputException, DynamicOutputShapeException: from torch, if a strategy reads a value.
         BudwoodError: as `tune`.
     """
     hooks = build_composition(recipe)
@@ -62,19 +62,19 @@ def run_on_fake_tensors(recipe: Recipe) -> Run:
         run.optimizer = hooks.call("build_optimizer", run=run, groups=torch_groups(run))
         run.scheduler = hooks.call("build_scheduler", run=run, optimizer=run.optimizer)
         run.model.train()
-        planned = [example for found in hooks.call("planned_examples", run=run) for example in found]
+        planned = [example for examples in hooks.call("planned_examples", run=run) for example in examples]
         maker = find_maker(hooks)
         if maker is not None and not planned:
-            raise PluginError(f"{maker} implements next_examples: give planned_examples too, which a plan stands on.")
+            raise PluginError(f"{maker} implements next_examples: a plan needs planned_examples too.")
         examples = planned or [run.examples[index] for index in range(recipe.train.batch_examples or 1)]
         halves = [half for half in (examples[::2], examples[1::2]) if half]
-        while run.step < (run.steps or 1):  # the first of two micro-batches, to save time the others of one
+        while run.step < (run.steps or 1):  # two micro-batches in the first step, one in the others to save time
             _step(run, engine, [_fake(collate_for(run, half, 0), mode) for half in halves[: 1 if run.step else 2]])
     return run
 
 
 def _step(run: Run, engine: Engine, batches: list[Batch]) -> None:
-    """One optimizer step of the given micro-batches."""
+    """Run one optimizer step on micro-batches."""
     hooks = run.hooks
     run.counts = count_units(run, hooks, batches)
     steps = []
@@ -103,7 +103,7 @@ def _step(run: Run, engine: Engine, batches: list[Batch]) -> None:
 
 
 def _fake(batch: Batch, mode: FakeTensorMode) -> Batch:
-    """The batch with every tensor's shape, dtype and device, and no numbers."""
+    """Convert the tensors of a batch to fake ones with the same shape, dtype and device."""
 
     def convert(value: Any) -> Any:
         return mode.from_tensor(value) if isinstance(value, Tensor) and not isinstance(value, FakeTensor) else value

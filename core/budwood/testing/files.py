@@ -1,4 +1,4 @@
-"""What the kit's runs stand on, made on the spot: a tiny base, a teacher, and data, for each task."""
+"""Generates the files of the kit's runs: a tiny base, a teacher, and data, for each task."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 LONGEST = 12
-"""Tokens of the longest example; the shortest is so long that three do not fit into twice this."""
+"""Tokens of the longest example; even three of the shortest exceed twice this."""
 LABELS = ("a", "b", "c")
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -25,14 +25,14 @@ SPECIAL = ("<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>")
 
 @dataclass(frozen=True)
 class Files:
-    """Paths that options may need.
+    """Paths for options.
 
     Attributes:
-        folder: of this session; what is written into it is removed when the session ends.
-        base: a random fp32 Llama of two layers, hidden size 32, whose tokenizer has one token for each byte.
-        teacher: another one of the same shape, with other weights and the same tokenizer; for a classification it has a
-            trained head.
-        train, eval: rows of 9 to 12 tokens each, JSONL.
+        folder: temporary folder of this session, removed when the session ends.
+        base: a random fp32 Llama with two layers and hidden size 32; its tokenizer has one token per byte.
+        teacher: a model of the same shape with different weights and the same tokenizer; for classification it has a
+            head.
+        train, eval: JSONL files with rows of 9 to 12 tokens.
     """
 
     folder: Path
@@ -44,7 +44,7 @@ class Files:
 
 @functools.cache
 def session_folder() -> Path:
-    """The folder of this session's files; it is removed when Python ends."""
+    """Return the temporary folder of this session; it is removed when Python exits."""
     folder = Path(tempfile.mkdtemp(prefix="budwood-testing-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -52,7 +52,7 @@ def session_folder() -> Path:
 
 @functools.cache
 def make_files(task: str) -> Files:
-    """Make, once a session, the files for a task: causal-lm or sequence-classification."""
+    """Generate, once per session, the files for a task: causal-lm or sequence-classification."""
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
     from transformers.utils import logging
 

@@ -1,6 +1,6 @@
-"""What pytest loads wherever Budwood is installed: it tells why a check of the conformance kit does not apply.
+"""The pytest plugin of Budwood: reports why checks of the conformance kit do not apply.
 
-It is loaded for tests that have nothing to do with Budwood too, so it imports nothing.
+pytest also loads it for unrelated tests, so it imports nothing.
 """
 
 from __future__ import annotations
@@ -8,27 +8,27 @@ from __future__ import annotations
 from typing import Any
 
 SKIPPED = "budwood: does not apply"
-"""Key of the property under which a skipped check keeps its reason."""
+"""Key of the test property that stores the reason of a skipped check."""
 
 
 def pytest_collection_finish(session: Any) -> None:
-    """Note which strategies are to run in two processes, so that they can share a start."""
+    """Collect the strategies to run in two processes, so that they share one start of torchrun."""
     for item in session.items:
         name = getattr(item, "originalname", "")
         if name == "test_two_processes_equal_one" and hasattr(item.cls, "announce"):
-            # Under xdist every worker collects all files, and runs some of them.
+            # Under xdist every worker collects all files but runs only some of them.
             item.cls.announce(str(item.path) if hasattr(session.config, "workerinput") else "")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """List the checks that do not apply, each with its reason."""
-    found = [
+    skipped = [
         (report.nodeid, reason)
         for report in terminalreporter.stats.get("skipped", ())
         for name, reason in getattr(report, "user_properties", ())
         if name == SKIPPED
     ]
-    if found:
+    if skipped:
         terminalreporter.section("budwood: checks that do not apply")
-        for nodeid, reason in found:
+        for nodeid, reason in skipped:
             terminalreporter.line(f"{nodeid.partition('::')[2]}: {reason}")

@@ -1,4 +1,4 @@
-"""What looks on in the kit's runs: a strategy that changes nothing, and notes what the checks ask about."""
+"""The observer in the kit's runs: a strategy that changes nothing and records what the checks need."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ PROMPTS = 3
 
 
 class InjectedError(Exception):
-    """What the probe raises in the middle of a step."""
+    """Raised by the probe in the middle of a step."""
 
 
 class Probe(Strategy):
-    """Looks on for the conformance kit; the first of its recipe, so that it sees the model before anyone changed it.
+    """Observes a run for the conformance kit; listed first, so that it sees the model before any change.
 
     Attributes:
-        prompts: examples by which logits are compared.
-        base_logits: [prompts, vocabulary or classes] of the base, before any strategy saw it.
+        prompts: examples on which logits are compared.
+        base_logits: [prompts, vocabulary or classes] of the unmodified base.
         start_logits: the same just before the first step.
-        micro_batches: examples in each micro-batch, by the number of steps before.
-        calls: forwards of the model in the first micro-batch of a step, likewise.
+        micro_batches: examples in each micro-batch, by the number of completed steps.
+        calls: forward passes in the first micro-batch of a step, likewise.
         strays: "step 1: name" of every gradient on a parameter that is in no group.
-        largest: largest absolute gradient of each trained parameter over the run, by name; None where it had none.
-        snapshot: state of the model's modules right before the step in which the probe fails.
-        failed: whether it did.
+        largest: largest absolute gradient of each trained parameter over the run, by name; None without a gradient.
+        snapshot: state of the model's modules just before the step in which the probe fails.
+        failed: whether it has failed.
     """
 
     last: ClassVar[Probe | None] = None
-    """That of the latest run, also of one that failed."""
+    """The probe of the latest run, including failed ones."""
 
     fail_at: ClassVar[int] = 0
-    """Raise in the model's forward number so many of step 2; 0: never. No option, since a resumed run has the same."""
+    """Number of the forward pass of step 2 that raises; 0: none. Not an option, which a resume could not change."""
 
     def __init__(self, options: Any = None, name: str = "", distribution: str = "") -> None:
         super().__init__(options, name, distribution)
@@ -107,21 +107,21 @@ class Probe(Strategy):
                 self.largest[name] = max(self.largest[name] or 0.0, float(gradient.abs().max()))
 
     def changed_base(self) -> list[str]:
-        """The base's tensors whose bytes are not what they were, each with the largest difference."""
-        found = []
+        """Return the tensors of the base that have changed, each with the largest difference."""
+        changed = []
         for name, (live, before) in self.base_tensors.items():
             if live.shape != before.shape or not same_bytes(live, before):
-                found.append(f"{name} by {distance(live, before):.3g}")
-        return found
+                changed.append(f"{name} by {distance(live, before):.3g}")
+        return changed
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:
-    """All tensors of a model, a quantiser's own constants included, sharing its memory."""
+    """Return all tensors of a model, including the constants of a quantiser, sharing its memory."""
     return {name: tensor.detach() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
 
 
 def same_bytes(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors of one shape hold the same bits."""
+    """Whether two tensors are bitwise identical."""
     first, second = first.detach().cpu().contiguous(), second.detach().cpu().contiguous()
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
@@ -129,7 +129,7 @@ def same_bytes(first: Tensor, second: Tensor) -> bool:
 
 
 def distance(first: Tensor, second: Tensor) -> float:
-    """Largest absolute difference; infinite where shapes differ."""
+    """Return the largest absolute difference; infinite if shapes differ."""
     if first.shape != second.shape:
         return float("inf")
     if not first.numel():
@@ -138,37 +138,37 @@ def distance(first: Tensor, second: Tensor) -> float:
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
-    """Modules, their hooks, training flags, and which parameters require a gradient: what a step must leave."""
+    """Return modules, their hooks, training modes and requires_grad flags, which a step must not change."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     state: dict[str, Any] = {}
     for path, module in model.named_modules():
-        where = path or "the model"
-        state[f"module {where}"] = id(module)
-        state[f"training mode of {where}"] = module.training
+        label = path or "the model"
+        state[f"module {label}"] = id(module)
+        state[f"training mode of {label}"] = module.training
         for kind in kinds:
-            state[f"{kind.strip('_').replace('_', ' ')} of {where}"] = tuple(getattr(module, kind))
+            state[f"{kind.strip('_').replace('_', ' ')} of {label}"] = tuple(getattr(module, kind))
     for name, parameter in model.named_parameters():
         state[f"requires_grad of {name}"] = parameter.requires_grad
     return state
 
 
 def _last_norm(model: nn.Module) -> nn.Module:
-    """The decoder's last norm, which each forward of the kit's base passes once."""
-    found = [module for path, module in model.named_modules() if path.split(".")[-1] == "norm"]
-    if not found:
+    """Return the decoder's final norm, which runs once per forward pass of the kit's base."""
+    norms = [module for path, module in model.named_modules() if path.split(".")[-1] == "norm"]
+    if not norms:
         raise InputError("the conformance kit finds no norm in the model that prepare_model returned")
-    return found[-1]
+    return norms[-1]
 
 
 def named_parameters(run: Run) -> dict[str, Tensor]:
-    """What trained, by group and name."""
+    """Return copies of the trained parameters, by group and name."""
     return {f"{g.name}: {name}": p.detach().clone() for g in run.groups for name, p in g.parameters.items()}
 
 
 def farthest(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> tuple[str, float]:
-    """The tensor in which two runs differ most, and by how much.
+    """Return the name of the tensor that differs most between two runs, and the difference.
 
-    Tensors that only one of them has count as infinitely far.
+    The difference of a tensor that only one of them has is infinite.
     """
     names: Sequence[str] = [*first, *(name for name in second if name not in first)]
     gaps = {n: distance(first[n], second[n]) if n in first and n in second else float("inf") for n in names}

@@ -1,4 +1,4 @@
-"""Two processes: the parent starts torchrun once for many recipes; run as a module, this file is each process's part.
+"""Two-process runs: the parent starts torchrun once for many recipes; as a module, this file is the worker.
 
 torchrun --nproc-per-node 2 -m budwood.testing.processes JOBS.json
 """
@@ -19,19 +19,19 @@ from typing import Any
 
 PROCESSES = 2
 LIMIT = 300
-"""Seconds after which processes that wait for each other count as stuck."""
+"""Timeout in seconds of processes that wait for each other."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one recipe in two processes.
+    """The outcome of one recipe in two processes.
 
     Attributes:
-        processes: how many the run itself counted.
-        world: how many torch.distributed counted.
-        metrics: the run's last numbers.
-        parameters: safetensors file of what trained, by group and name.
-        error: why it did not finish, else "".
+        processes: number of processes according to the run.
+        world: number of processes according to torch.distributed.
+        metrics: final metrics of the run.
+        parameters: safetensors file of the trained parameters, by group and name.
+        error: why it did not finish, or "".
     """
 
     processes: int = 0
@@ -44,31 +44,31 @@ class Outcome:
 def tune_in_processes(
     recipes: Sequence[Mapping[str, Any]], classes: Mapping[str, Mapping[str, str]], folder: Path
 ) -> list[Outcome]:
-    """Run recipes one after another in two processes that torchrun starts.
+    """Run recipes one after another in two processes started by torchrun.
 
-    One that fails ends the processes; they are started again for those behind it.
+    A failure ends the processes; they are restarted for the remaining recipes.
 
     Args:
-        recipes: plain values, as `Recipe.to_dict` gives them.
-        classes: what only looks installed, as `bench.registered` gives it.
-        folder: for what the processes leave.
+        recipes: plain values from `Recipe.to_dict`.
+        classes: classes of the temporary distribution, from `bench.registered`.
+        folder: folder for the output of the processes.
     """
     done: list[Outcome] = []
     while len(done) < len(recipes):
         here = Path(tempfile.mkdtemp(dir=folder, prefix="processes-"))
         jobs = {"recipes": list(recipes[len(done) :]), "classes": dict(classes), "folder": str(here)}
         (here / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
-        said = _start(here / "jobs.json")
-        found = [_read(here, number) for number in range(len(jobs["recipes"]))]
-        finished = [outcome for outcome in found if outcome is not None]
+        output = _start(here / "jobs.json")
+        outcomes = [_read(here, number) for number in range(len(jobs["recipes"]))]
+        finished = [outcome for outcome in outcomes if outcome is not None]
         done += finished
         if len(done) < len(recipes) and not (finished and finished[-1].error):
-            done.append(Outcome(error=said))
+            done.append(Outcome(error=output))
     return done
 
 
 def _start(jobs: Path) -> str:
-    """Run torchrun to its end; return the last lines that it said."""
+    """Run torchrun; return the last lines of its output."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={PROCESSES}", "--standalone"]
     path = os.pathsep.join(entry for entry in sys.path if entry)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
@@ -92,7 +92,7 @@ def _read(folder: Path, number: int) -> Outcome | None:
 
 
 def _work(path: Path) -> None:
-    """One process's part."""
+    """Entry point of a worker process."""
     import torch
     from safetensors.torch import save_file
 
@@ -127,16 +127,16 @@ def _work(path: Path) -> None:
 
 
 def _find(module: str, file: str, class_name: str) -> Any:
-    """A class by its module, which is loaded from its file where it cannot be imported (a test module)."""
+    """Return a class from its module, which is loaded from its file if it cannot be imported (a test module)."""
     try:
-        found = sys.modules.get(module) or importlib.import_module(module)
+        imported = sys.modules.get(module) or importlib.import_module(module)
     except ImportError:
         spec = importlib.util.spec_from_file_location(module, file)
         assert spec is not None and spec.loader is not None, file
-        found = importlib.util.module_from_spec(spec)
-        sys.modules[module] = found
-        spec.loader.exec_module(found)
-    target: Any = found
+        imported = importlib.util.module_from_spec(spec)
+        sys.modules[module] = imported
+        spec.loader.exec_module(imported)
+    target: Any = imported
     for part in class_name.split("."):
         target = getattr(target, part)
     return target

@@ -1,4 +1,4 @@
-"""Low-rank adapters whose ranks are allocated by importance while they train."""
+"""Low-rank adapters whose ranks are allocated by importance during training."""
 
 from budwood_adalora.strategy import AdaLoRA
 

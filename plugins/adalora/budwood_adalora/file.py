@@ -1,4 +1,4 @@
-"""AdaLoRA's file in PEFT's layout: read strictly, put on a model, and turned into plain LoRA."""
+"""AdaLoRA's file in PEFT's layout: read strictly, attach to a model, convert to plain LoRA."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PREFIX = "base_model.model."
 
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The live tensors of an adapter, by key in PEFT's file; updates of rank 0 have none."""
+    """Return the live tensors of an adapter, by key in PEFT's file; updates of rank 0 have none."""
     tensors = {
         f"{PREFIX}{path}.{part}": getattr(layer, part)[name].data
         for path, layer in adapter_layers(model, name)
@@ -37,11 +37,11 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], name: str) -> None:
-    """Put a saved adapter on the model, not in use.
+    """Attach a saved adapter to the model, inactive.
 
     Raises:
-        CorruptError: config, tensors and model do not fit together.
-        InputError: it uses a variant that is not supported.
+        CorruptError: config, tensors and model do not match.
+        InputError: the adapter uses an unsupported variant.
     """
     saved = _parse(config)
     targets = saved_targets(model, saved)
@@ -58,7 +58,7 @@ def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor],
 
 @torch.no_grad()
 def merge(model: nn.Module, name: str) -> None:
-    """Add an adapter into the weights, and take it off."""
+    """Merge an adapter into the weights, and detach it."""
     select_adapters(model, TYPE, [])
     for _, layer in adapter_layers(model, name):
         delta = layer.scaling[name] * (layer.lora_B[name] @ (layer.lora_A[name] * layer.lora_E[name]))
@@ -68,10 +68,10 @@ def merge(model: nn.Module, name: str) -> None:
 
 
 def as_lora(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The same function as plain LoRA: diag(E) goes into A, and each module has a rank and an alpha of its own.
+    """Convert to a plain LoRA adapter with the same function: diag(E) is multiplied into A; rank and alpha per module.
 
     Returns:
-        adapter_config.json and tensors of a LoRA adapter.
+        adapter_config.json and tensors of the LoRA adapter.
 
     Raises:
         CorruptError, InputError: see `attach`; or all its ranks are 0.
@@ -109,12 +109,12 @@ def _parse(config: dict[str, Any]) -> SavedConfig:
 
 
 def _scale(saved: SavedConfig, rank: int) -> float:
-    """What PEFT multiplies an update of this rank with; without a positive alpha it takes the rank for it."""
+    """Return PEFT's scaling of an update of this rank; without a positive alpha, PEFT uses the rank instead."""
     return scale(saved.lora_alpha if saved.lora_alpha > 0 else rank, saved.init_r)
 
 
 def _ranks(saved: SavedConfig, targets: list[str], tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Rank of each target, by the config's pattern and the tensors alike.
+    """Return the rank of each target, checked against both the config's pattern and the tensors.
 
     Raises:
         CorruptError: the two disagree, or the pattern names other modules.
@@ -123,12 +123,12 @@ def _ranks(saved: SavedConfig, targets: list[str], tensors: dict[str, Tensor]) -
     for key, mask in (saved.rank_pattern or {}).items():
         path = key.partition(".lora_E")[0]
         if path not in ranks or len(mask) != saved.init_r:
-            raise CorruptError(f"adapter_config.json: rank_pattern: '{key}' fits neither target_modules nor init_r.")
+            raise CorruptError(f"adapter_config.json: rank_pattern: '{key}' contradicts target_modules or init_r.")
         ranks[path] = sum(mask)
     for path, rank in ranks.items():
         values = tensors.get(f"{PREFIX}{path}.lora_E", torch.empty(0, 1))
         if values.shape[:1] != (rank,):
             raise CorruptError(
-                f"the rank of '{path}' is {rank} by adapter_config.json and {len(values)} by its tensors."
+                f"the rank of '{path}' is {rank} in adapter_config.json and {len(values)} in its tensors."
             )
     return ranks

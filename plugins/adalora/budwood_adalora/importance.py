@@ -1,4 +1,4 @@
-"""How much each singular triplet matters, and which are kept (Zhang et al., 2023, section 3.2)."""
+"""Importance scores of singular triplets, and the selection of those to keep (Zhang et al., 2023, section 3.2)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class Importance:
-    """Running averages of the sensitivity of weights and of its uncertainty.
+    """Moving averages of the sensitivity of parameters and of its uncertainty.
 
     Attributes:
-        sensitivity: Ī of each parameter, in its shape, fp32 (eq. 9).
+        sensitivity: Ī of each parameter, in the parameter's shape, fp32 (eq. 9).
         uncertainty: Ū of each parameter (eq. 10).
     """
 
@@ -23,7 +23,7 @@ class Importance:
 
     @torch.no_grad()
     def update(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Take in the sensitivity I = |w · ∂L/∂w| (eq. 8) of one step, from parameters with whole gradients."""
+        """Update with the sensitivity I = |w · ∂L/∂w| (eq. 8) of one step, from the fully accumulated gradients."""
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         now = torch._foreach_abs(torch._foreach_mul(list(parameters), gradients))
         torch._foreach_lerp_(self.sensitivity, now, 1 - self.beta1)
@@ -32,21 +32,21 @@ class Importance:
         torch._foreach_lerp_(self.uncertainty, now, 1 - self.beta2)
 
     def scores(self) -> list[Tensor]:
-        """Score S [r] of every triplet of each update, with s = Ī · Ū (eq. 11).
+        """Return the score S [r] of every triplet of each update, with s = Ī · Ū (eq. 11).
 
-        The parameters stand in threes: A [r, in], B [out, r], E [r, 1]. A triplet's score is that of its value, plus
-        the means over its right and its left vector.
+        The parameters come in threes: A [r, in], B [out, r], E [r, 1]. A triplet's score is that of its singular value
+        plus the means over its right and its left vector.
         """
         s = torch._foreach_mul(self.sensitivity, self.uncertainty)
         return [e[:, 0] + a.mean(1) + b.mean(0) for a, b, e in zip(s[0::3], s[1::3], s[2::3], strict=True)]
 
 
 def choose(scores: Sequence[Tensor], budget: int) -> list[Tensor]:
-    """Mask [r] of each update: True for the `budget` triplets with the highest scores.
+    """Return a mask [r] per update: True for the `budget` triplets with the highest scores.
 
-    Exactly so many: of equal scores those that stand first are kept, which is the same on every process.
+    Exactly `budget` are kept: of equal scores the first ones, which is the same on every process.
     """
-    together = torch.cat(list(scores))
-    keep = torch.zeros(len(together), dtype=torch.bool, device=together.device)
-    keep[torch.sort(together, descending=True, stable=True).indices[:budget]] = True
+    combined = torch.cat(list(scores))
+    keep = torch.zeros(len(combined), dtype=torch.bool, device=combined.device)
+    keep[torch.sort(combined, descending=True, stable=True).indices[:budget]] = True
     return list(keep.split([len(score) for score in scores]))

@@ -1,4 +1,4 @@
-"""PEFT's SVD layers on a live model: where they stand, what they add, and taking rank away."""
+"""PEFT's SVD layers on a live model: insert them, compute their updates, reduce their ranks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from budwood.lowrank import LowRankUpdate, register_adapter
 from budwood_adalora.options import TYPE
 
 WIDTH_STEP = 16
-"""On the CPU, products run at the next multiple of this above a rank, and at most at the largest rank left."""
+"""On the CPU, ranks are padded to the next multiple of this, but not beyond the largest remaining rank."""
 
 
 class SVDLinear(nn.Module, AdaLoraLayer):
-    """PEFT's layer with a rank of its own for each adapter, also 0: A [r, in], E [r, 1], B [out, r], in fp32.
+    """PEFT's layer with a separate rank, possibly 0, for each adapter: A [r, in], E [r, 1], B [out, r], in fp32.
 
-    It holds parameters; what is computed is `SVDUpdate`.
+    It only holds parameters; `SVDUpdate` computes the forward.
 
     Attributes:
-        width: the largest rank that the adapter has anywhere, by its name.
+        width: the largest rank of each adapter in the model, by name.
     """
 
     other_param_names = (*AdaLoraLayer.other_param_names, "width")
@@ -35,13 +35,13 @@ class SVDLinear(nn.Module, AdaLoraLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that PEFT does not know a quantiser's class
+            warnings.simplefilter("ignore")  # about a quantiser's class unknown to PEFT
             AdaLoraLayer.__init__(self, base_layer)
         self.out_features, self.in_features = linear_shape(self.get_base_layer())
         self.width: dict[str, int] = {}
 
     def add(self, name: str, rank: int, width: int, scaling: float, dropout: float) -> None:
-        """Add an adapter: A and B normal with deviation 0.02, E zero (as PEFT and the paper's authors begin)."""
+        """Add an adapter: A and B normal with standard deviation 0.02, E zero (as in PEFT and the authors' code)."""
         base = self.get_base_layer()
         device = next(chain(base.parameters(), base.buffers())).device
         self.r[name], self.width[name], self.scaling[name] = rank, width, scaling
@@ -51,17 +51,17 @@ class SVDLinear(nn.Module, AdaLoraLayer):
         self.lora_E[name] = nn.Parameter(torch.zeros(rank, 1, device=device))
 
     def shrink(self, run: Run, name: str, keep: Tensor, width: int) -> None:
-        """Keep the triplets `keep` (indices, int64) alone, with their state in the run's optimizer."""
-        for held, index in ((self.lora_A, (keep,)), (self.lora_E, (keep,)), (self.lora_B, (slice(None), keep))):
-            old = held[name]
+        """Keep only the triplets `keep` (indices, int64), and their state in the run's optimizer."""
+        for parameters, index in ((self.lora_A, (keep,)), (self.lora_E, (keep,)), (self.lora_B, (slice(None), keep))):
+            old = parameters[name]
             new = nn.Parameter(old.detach()[index].clone())
             run.replace_parameter(old, new, index)
-            held[name] = new
+            parameters[name] = new
         self.r[name], self.width[name] = len(keep), width
 
 
 class SVDUpdate(LowRankUpdate):
-    """scaling · B diag(E) A; nothing at rank 0."""
+    """The update scaling · B diag(E) A; none at rank 0."""
 
     def weights(self) -> tuple[Tensor, Tensor, float] | None:
         layer, name = self.layer, self.name
@@ -69,8 +69,8 @@ class SVDUpdate(LowRankUpdate):
         if not len(values):
             return None
         a, b = layer.lora_A[name] * values, layer.lora_B[name]
-        # oneDNN compiles a kernel for every new shape, and each batch has a length of its own: that costs more than a
-        # few ranks save, while a few rows of zeros cost next to nothing. So on the CPU ranks share a few widths.
+        # oneDNN compiles a kernel for every new shape, and batches differ in length: that costs more than a few ranks
+        # save, while a few rows of zeros cost next to nothing. On the CPU ranks therefore share a few widths.
         fill = min(layer.width[name], -len(a) // WIDTH_STEP * -WIDTH_STEP) - len(a)
         if a.device.type == "cpu" and fill:
             a, b = F.pad(a, (0, 0, 0, fill)), F.pad(b, (0, fill))
@@ -82,7 +82,7 @@ class SVDUpdate(LowRankUpdate):
 
 
 def scale(alpha: float, initial_rank: int) -> float:
-    """Factor of an update: that of PEFT's layer, which divides by the initial rank (plus 1e-5) at every rank."""
+    """Return the scaling of an update as in PEFT's layer, which divides by the initial rank (plus 1e-5) at any rank."""
     return alpha / (initial_rank + 1e-5)
 
 
@@ -95,12 +95,12 @@ def add_adapter(
     modules_to_save: Sequence[str] = (),
     bias: str = "none",
 ) -> None:
-    """Put a new adapter on the model in place, in fp32 and not in use.
+    """Add a new adapter to the model in place, in fp32 and inactive.
 
     Args:
-        ranks: rank of each linear that it adapts, by its path.
+        ranks: rank of each adapted linear, by its path.
         scaling: factor of each update, likewise.
-        modules_to_save: names (or ends of names) of modules that it replaces whole.
+        modules_to_save: names (or ends of names) of modules that are fully trained.
     """
     width = max(ranks.values(), default=0)
     for path, rank in ranks.items():

@@ -11,11 +11,11 @@ from torch.autograd.function import once_differentiable
 
 
 def orthogonality(right: Sequence[Tensor], left: Sequence[Tensor]) -> Tensor:
-    """Sum of ‖A Aᵀ − I‖² over A [r, in] in `right` and of ‖Bᵀ B − I‖² over B [out, r] in `left`, squared Frobenius.
+    """Return Σ ‖A Aᵀ − I‖² over A [r, in] in `right` plus Σ ‖Bᵀ B − I‖² over B [out, r] in `left`, Frobenius norms.
 
     Returns:
-        A scalar, fp32. Its gradient, 4 (A Aᵀ − I) A and 4 B (Bᵀ B − I), is computed with it, in stacks of equal shape:
-        matrix by matrix, starting the kernels costs more than what they do.
+        A scalar, fp32. Its gradient, 4 (A Aᵀ − I) A and 4 B (Bᵀ B − I), is computed with it. Matrices of equal shape
+        are stacked, since otherwise the kernel launches would cost more than the computation.
     """
     total: Tensor = _Orthogonality.apply(len(right), *right, *left)
     return total
@@ -42,8 +42,8 @@ class _Orthogonality(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        found: list[Tensor | None] = [None] * ctx.length
+        results: list[Tensor | None] = [None] * ctx.length
         for members, stack in ctx.groups:
             for index, gradient in zip(members, (stack * gradients[0]).unbind(0), strict=True):
-                found[index] = gradient
-        return None, *found
+                results[index] = gradient
+        return None, *results

@@ -1,4 +1,4 @@
-"""ranks.png: the rank of every adapted module, and the budget over time."""
+"""Draws ranks.png: the rank of every adapted module, and the budget over time."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 
 _IN_LAYER = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 _ANNOTATED = 40
-"""Up to so many layers, cells show their rank as a number."""
+"""Up to this many layers, cells show their rank as a number."""
 
 
 def draw_ranks(ranks: Mapping[str, int], budgets: Sequence[int], target: int, largest: int, picture: Path) -> None:
-    """Draw the picture.
+    """Draw ranks.png.
 
     Args:
         ranks: final rank of each module, by its path.
-        budgets: sum of the ranks that each step allowed, from the start on.
-        target: what it was to become.
-        largest: the initial rank, where the colours end.
-        picture: PNG file.
+        budgets: allowed sum of the ranks after each step, from step 0.
+        target: final budget.
+        largest: the initial rank, the upper end of the colour scale.
+        picture: path of the PNG file.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -75,7 +75,7 @@ def draw_ranks(ranks: Mapping[str, int], budgets: Sequence[int], target: int, la
 
 
 def _grid(ranks: Mapping[str, int]) -> tuple[list[str], list[str], np.ma.MaskedArray]:
-    """Names of the rows (modules) and columns (layers), and the ranks [rows, columns], masked where there is none."""
+    """Return the names of rows (modules) and columns (layers), and the ranks [rows, columns], masked if missing."""
     places: dict[str, tuple[tuple[str, str], int | None]] = {}
     for path in ranks:
         match = _IN_LAYER.match(path)

@@ -1,4 +1,4 @@
-"""When ranks are allocated, and how many (Zhang et al., 2023, section 3.3)."""
+"""The schedule of the rank budget (Zhang et al., 2023, section 3.3)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from budwood_adalora.options import AdaLoRAOptions
 class Schedule:
     """The phases of a run of `steps` optimizer steps.
 
-    In the first `initial` steps every update has its initial rank. Then the budget falls, and ranks are allocated every
-    `interval` steps, until `final` steps are left; from there on the ranks are what they are.
+    In the first `initial` steps every update has its initial rank. Then the budget decreases, and ranks are allocated
+    every `interval` steps. In the last `final` steps the ranks are fixed.
     """
 
     steps: int
@@ -23,7 +23,7 @@ class Schedule:
 
     @classmethod
     def of(cls, options: AdaLoRAOptions, steps: int) -> Schedule:
-        """The phases that the options give a run of `steps` steps."""
+        """Return the schedule of a run of `steps` steps with these options."""
         initial, final = _count(options.initial_phase, steps), max(_count(options.final_phase, steps), 1)
         return cls(steps, initial, final, options.interval)
 
@@ -38,13 +38,13 @@ class Schedule:
         return self.last - self.initial >= self.interval
 
     def allocates(self, step: int) -> bool:
-        """Whether ranks are allocated after the `step`-th step (from 1), before the last time."""
+        """Whether ranks are allocated after the `step`-th step (from 1), except for the final allocation."""
         return self.initial < step < self.last and (step - self.initial) % self.interval == 0
 
     def budget(self, step: int, start: int, target: int) -> int:
-        """Sum of the ranks after the `step`-th step, from `start` down to `target`.
+        """Return the allowed sum of ranks after the `step`-th step, from `start` down to `target`.
 
-        Eq. 12, read as its authors' code and PEFT read it: the cube falls from 1 at `initial` to 0 at `last`.
+        Eq. 12, as interpreted by the authors' code and PEFT: the cubic factor falls from 1 at `initial` to 0 at `last`.
         """
         if step <= self.initial:
             return start
@@ -55,10 +55,10 @@ class Schedule:
 
 
 def smallest_steps(options: AdaLoRAOptions) -> int:
-    """The smallest number of steps with room for the phases that the options ask for."""
+    """Return the smallest number of steps with room for the phases in the options."""
     phases = (options.initial_phase, options.final_phase)
     fixed, share = sum(int(p) for p in phases if p >= 1), sum(p for p in phases if p < 1)
-    too_few = int((options.interval + fixed - 1) / (1 - share))  # rounding gives a run one step at most
+    too_few = int((options.interval + fixed - 1) / (1 - share))  # rounding changes it by one step at most
     return next(n for n in itertools.count(max(too_few, 1)) if Schedule.of(options, n).fits)
 
 

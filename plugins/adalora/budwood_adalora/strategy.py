@@ -1,6 +1,6 @@
-"""AdaLoRA as a strategy: it drives its own schedule, prices its penalty, and reads and writes PEFT's file.
+"""AdaLoRA as a strategy: rank schedule, orthogonality penalty, and PEFT's file format.
 
-Torch and PEFT, which take seconds to import, are imported in the hooks: wrong options are refused before that.
+Torch and PEFT take seconds to import, so they are imported in the hooks: invalid options are refused before that.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STATE_VERSION = 1
 
 
 class AdaLoRA(Strategy):
-    """Low-rank adapters W + s · B diag(E) A that spend a budget of ranks where it matters (Zhang et al., 2023)."""
+    """Low-rank adapters W + s · B diag(E) A with ranks allocated by importance (Zhang et al., 2023)."""
 
     Options = AdaLoRAOptions
     api = 2
@@ -49,8 +49,8 @@ class AdaLoRA(Strategy):
             plan.problem(
                 self,
                 f"a run of {plan.steps} steps is too short for an initial phase of {phases.initial}, a final phase of "
-                f"{phases.final} and an interval of {phases.interval}: the smallest that works is "
-                f"{smallest_steps(options)} steps; or make initial_phase, final_phase or interval smaller.",
+                f"{phases.final} and an interval of {phases.interval}: it needs at least {smallest_steps(options)} "
+                "steps; or lower initial_phase, final_phase or interval.",
             )
         if plan.model is None:
             return
@@ -83,7 +83,7 @@ class AdaLoRA(Strategy):
         self._modules_to_save = [*options.modules_to_save, *heads]
         ranks = dict.fromkeys(self._paths, options.initial_rank)
         scaling = dict.fromkeys(self._paths, scale(options.alpha, options.initial_rank))
-        with torch.random.fork_rng(devices=[]):  # the adapter's start depends on the seed alone
+        with torch.random.fork_rng(devices=[]):  # the initialisation depends on the seed alone
             torch.manual_seed(run.seed)
             add_adapter(model, RUN_ADAPTER, ranks, scaling, options.dropout, self._modules_to_save)
         select_adapters(model, TYPE, [RUN_ADAPTER])
@@ -91,7 +91,7 @@ class AdaLoRA(Strategy):
         self._importance: Importance | None = Importance(self._triplets(), options.beta1, options.beta2)
         run.adapter_final = False
         if options.target_rank == options.initial_rank:
-            run.say("adalora: target_rank equals initial_rank, so that no rank will be taken away")
+            run.say("adalora: target_rank equals initial_rank, so no ranks will be pruned")
         return model
 
     @hookimpl
@@ -111,7 +111,7 @@ class AdaLoRA(Strategy):
         from budwood import LossTerm
         from budwood_adalora.penalty import orthogonality
 
-        # Of the parameters alone: one micro-step of one process has it, and no replay.
+        # It depends on the parameters alone, so only one micro-step of one process adds it, and no replay.
         if not self.options.orthogonality or step.micro_step or step.replaying or step.run.process_index:
             return None
         layers = [layer for layer in self._layers.values() if layer.r[RUN_ADAPTER]]
@@ -122,7 +122,7 @@ class AdaLoRA(Strategy):
 
     @hookimpl
     def before_clip(self, run: Run) -> None:
-        # Before clipping: it would weigh steps against each other by the norm of all that trains.
+        # Clipping would weight the steps by the norm of the full gradient.
         if self._importance is not None:
             self._importance.update(self._triplets())
 
@@ -135,16 +135,16 @@ class AdaLoRA(Strategy):
         step, start = run.step + 1, self.options.initial_rank * len(self._paths)
         target = self.options.target_rank * len(self._paths)
         budget = self._schedule.budget(step, start, target)
-        if self._importance is not None and step >= self._schedule.last:  # or later: fp16 may have skipped that step
-            if run.planning:  # which ranks go depends on values: the largest case is that a module keeps all of its own
+        if self._importance is not None and step >= self._schedule.last:  # later if fp16 skipped that step
+            if run.planning:  # the pruned ranks depend on values; at worst a module keeps all of its ranks
                 self._importance, run.adapter_final = None, True
                 return
             keep = choose(self._importance.scores(), target)
             self._shrink(run, {path: mask.nonzero()[:, 0] for path, mask in zip(self._layers, keep, strict=True)})
             ranks = self.ranks().values()
             run.say(
-                f"adalora: {sum(ranks)} of {start} ranks are left after step {step}, "
-                f"{min(ranks)} to {max(ranks)} a module"
+                f"adalora: {sum(ranks)} of {start} ranks remain after step {step}, "
+                f"{min(ranks)} to {max(ranks)} per module"
             )
         elif self._importance is not None and self._schedule.allocates(step):
             masks = choose(self._importance.scores(), budget)
@@ -167,17 +167,17 @@ class AdaLoRA(Strategy):
         import torch
 
         if state.get("version") != STATE_VERSION:
-            raise CorruptError(f"state of adalora: version {state.get('version')}; this one reads {STATE_VERSION}.")
+            raise CorruptError(f"state of adalora: version {state.get('version')} instead of {STATE_VERSION}.")
         if state["ranks"].keys() != self._layers.keys():
-            raise CorruptError("state of adalora: it is of a run with other targets.")
+            raise CorruptError("state of adalora: it is from a run with other targets.")
         if self._importance is None:
-            raise CorruptError("state of adalora: the run that it is loaded into is past its allocation.")
+            raise CorruptError("state of adalora: the ranks of the current run are already final.")
         importance, names = self._importance, self._names()
         if any(key.startswith("sensitivity.") for key in state):
-            for part, held in (("sensitivity", importance.sensitivity), ("uncertainty", importance.uncertainty)):
-                for name, tensor in zip(names, held, strict=True):
+            for part, averages in (("sensitivity", importance.sensitivity), ("uncertainty", importance.uncertainty)):
+                for name, tensor in zip(names, averages, strict=True):
                     tensor.copy_(state[f"{part}.{name}"])
-        else:  # the ranks are final: bring the shapes in line; their values are restored after this
+        else:  # the ranks are final: restore the shapes; core restores the values afterwards
             self._shrink(run, {path: torch.arange(rank) for path, rank in state["ranks"].items()})
 
     @hookimpl
@@ -197,7 +197,7 @@ class AdaLoRA(Strategy):
             target_r=options.target_rank,
             lora_alpha=options.alpha,
             lora_dropout=options.dropout,
-            target_modules=[path for path, rank in ranks.items() if rank],  # rank 0: the base's own module
+            target_modules=[path for path, rank in ranks.items() if rank],  # rank 0: the unchanged base module
             fan_in_fan_out=fan_in_fan_out(model, self._paths),
             modules_to_save=self._modules_to_save or None,
             tinit=self._schedule.initial,
@@ -207,7 +207,7 @@ class AdaLoRA(Strategy):
             beta2=options.beta2,
             orth_reg_weight=options.orthogonality,
             total_step=self._schedule.steps,
-            # PEFT counts the True of each mask; which of the first ranks they were plays no part any more.
+            # PEFT counts the True entries of each mask; the original positions no longer matter.
             rank_pattern={
                 f"{path}.lora_E": [True] * rank + [False] * (options.initial_rank - rank)
                 for path, rank in ranks.items()
@@ -217,7 +217,7 @@ class AdaLoRA(Strategy):
             base_model_name_or_path=run.recipe.base.model,
             inference_mode=True,
         )
-        config.target_modules = sorted(config.target_modules or ())  # PEFT makes a set of it, in no order
+        config.target_modules = sorted(config.target_modules or ())  # PEFT makes it an unordered set
         config.save_pretrained(str(directory))
         tensors = {key: slot.detach().cpu().contiguous() for key, slot in adapter_tensors(model, RUN_ADAPTER).items()}
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -261,11 +261,11 @@ class AdaLoRA(Strategy):
         return as_lora(config, tensors) if adapter_type == "lora" else None
 
     def ranks(self) -> dict[str, int]:
-        """Rank of each adapted module of the run, by its path."""
+        """Return the rank of each adapted module of the run, by its path."""
         return {path: layer.r[RUN_ADAPTER] for path, layer in self._layers.items()}
 
     def _triplets(self) -> list[nn.Parameter]:
-        """A [r, in], B [out, r], E [r, 1] of each module in turn."""
+        """Return A [r, in], B [out, r], E [r, 1] of each module in turn."""
         parts = ("lora_A", "lora_B", "lora_E")
         return [getattr(layer, part)[RUN_ADAPTER] for layer in self._layers.values() for part in parts]
 

@@ -1,4 +1,4 @@
-"""Adversarial training and adversarial evaluation, on the embeddings' output."""
+"""Adversarial training and evaluation with noise on the output of the embeddings."""
 
 from budwood_adversarial.attacks import PGD
 from budwood_adversarial.strategy import Adversarial

@@ -1,4 +1,4 @@
-"""Projected gradient descent as an attack on a finished model."""
+"""Projected gradient descent as an attack on a trained model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class PGDOptions(Options):
-    """Options of the attack `pgd`; sizes are in units of the embeddings' output, norms those of one example."""
+    """Options of the attack `pgd`; sizes are in units of the embeddings' output, norms are per example."""
 
     epsilon: float = Field(1.0, gt=0, description="size of the noise")
-    steps: int = Field(10, ge=1, description="ascents")
-    step_size: float | None = Field(None, gt=0, description="size of an ascent; 2.5 · epsilon / steps if not given")
-    norm: Norm = Field("l2", description="l2: norm of an example's noise, or linf: of its largest element")
+    steps: int = Field(10, ge=1, description="ascent steps")
+    step_size: float | None = Field(None, gt=0, description="size of an ascent step; default 2.5 · epsilon / steps")
+    norm: Norm = Field("l2", description="norm of an example's noise: l2 (Euclidean) or linf (largest element)")
     skip_special: bool = Field(False, description="put no noise on special tokens")
     skip_masked: bool = Field(False, description="put noise only on tokens that are labels: none on prompts")
 
@@ -40,11 +40,11 @@ class PGD(Attack):
             raise InputError(f"--attack {self.name}: skip_masked: in a classification no token is a label.")
 
     def noise(self, step: Step) -> Tensor:
-        """Ascend from no noise."""
+        """Return the noise of a gradient ascent that starts from zero."""
         from budwood_adversarial.noise import PerturbationMask, ascend
 
         options = self.options
-        places = PerturbationMask(step.run, step.batch, options.skip_special, options.skip_masked)
+        mask = PerturbationMask(step.run, step.batch, options.skip_special, options.skip_masked)
         size = options.step_size or 2.5 * options.epsilon / options.steps
         start = step.zero_noise()
-        return ascend(places, start, step.noise_gradient, options.steps, size, options.epsilon, options.norm)
+        return ascend(mask, start, step.noise_gradient, options.steps, size, options.epsilon, options.norm)

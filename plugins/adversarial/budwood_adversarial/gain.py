@@ -1,4 +1,4 @@
-"""What the perturbation gains: logged each step as `adversarial_gain`, and said once where it gains nothing."""
+"""The increase in loss from the perturbation, logged as `adversarial_gain`, with one warning if there is none."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ WINDOW = 20
 
 
 class Gain:
-    """Perturbed minus clean loss of each optimizer step, from passes that are made anyway.
+    """Perturbed minus clean loss of each optimizer step, without additional passes.
 
     FreeLB compares the last pass with the first, whose noise is random; SMART and VAT compare the divergence under the
-    noise that they found with that under the noise that they started from.
+    final noise with that under the initial noise.
 
     Args (on construction):
-        about: the strategy and its method, for messages.
+        label: the strategy and its method, for messages.
     """
 
-    def __init__(self, about: str) -> None:
-        self.about = about
+    def __init__(self, label: str) -> None:
+        self.label = label
         self.total: Tensor | None = None
         self._run: Run | None = None
         self._last: tuple[PerturbationMask, Tensor] | None = None
         self._window: list[float] = []
-        self._said = False
+        self._warned = False
 
     def state(self) -> dict[str, Any]:
-        """What was seen of the window under way, and whether it was said already."""
-        return {"window": list(self._window), "said": self._said}
+        """Return the gains of the current window, and whether the warning was issued."""
+        return {"window": list(self._window), "said": self._warned}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
-        self._window, self._said = list(state["window"]), bool(state["said"])
+        """Restore the result of `state`."""
+        self._window, self._warned = list(state["window"]), bool(state["said"])
 
     def begin(self, step: Step) -> None:
-        """Start the sum of an optimizer step at its first micro-step."""
+        """Reset the sum at the first micro-step of an optimizer step."""
         import torch
 
         self._run = step.run
@@ -49,26 +49,26 @@ class Gain:
             self.total, self._last = torch.zeros((), device=step.run.device), None
 
     def add(self, loss: Tensor | None) -> None:
-        """Add a perturbed pass's loss."""
+        """Add the loss of a perturbed pass."""
         if loss is not None and self.total is not None:
             self.total = self.total + loss
 
     def subtract(self, loss: Tensor | None) -> None:
-        """Subtract the loss that it is compared with."""
+        """Subtract the loss of the reference pass."""
         if loss is not None:
             self.add(-loss)
 
     def keep(self, mask: PerturbationMask, noise: Tensor) -> None:
-        """Remember the last noise and where it may go, in case its cause must be looked for; released at the next step.
+        """Store the last noise and its mask until the next step, to diagnose a missing gain.
 
         Args:
-            mask: of the noise's batch.
+            mask: mask of the noise's batch.
             noise: [R, T, d] fp32.
         """
-        self._last = None if self._said else (mask, noise.detach())
+        self._last = None if self._warned else (mask, noise.detach())
 
     def log(self, run: Run) -> None:
-        """Log the optimizer step's gain, over all processes."""
+        """Log the gain of the optimizer step, summed over all processes."""
         import torch
 
         total = torch.zeros((), device=run.device) if self.total is None else self.total
@@ -78,8 +78,8 @@ class Gain:
         self.total = None
 
     def watch(self, event: Event) -> None:
-        """At the end of each window of steps, say it where the mean gain is not above zero; once."""
-        if self._said or "adversarial_gain" not in event.values or self._run is None:
+        """At the end of each window of steps, warn once if the mean gain is not above zero."""
+        if self._warned or "adversarial_gain" not in event.values or self._run is None:
             return
         self._window.append(event.values["adversarial_gain"])
         if len(self._window) < min(WINDOW, self._run.steps or WINDOW):
@@ -87,9 +87,9 @@ class Gain:
         mean, count = sum(self._window) / len(self._window), len(self._window)
         self._window = []
         if not mean > 0:
-            self._said = True
+            self._warned = True
             self._run.say(
-                f"warning: {self.about}: the perturbation did not raise the loss in {count} steps "
+                f"warning: {self.label}: the perturbation did not raise the loss in {count} steps "
                 f"(mean gain {mean:.1e}); likely cause: {self._cause()}"
             )
         self._last = None
@@ -98,32 +98,34 @@ class Gain:
         import torch
 
         if self._last is None or self._run is None:
-            return "this process had no batch"
+            return "this process had no batches"
         mask, noise = self._last
         if not mask.open.any():
-            return "skip_special and skip_masked leave no token that noise may go to"
+            return "skip_special and skip_masked exclude all tokens from noise"
         if not noise.any():
             return "the loss has no gradient at the embeddings"
         with torch.no_grad():
             embedded = _embedded(self._run, mask.batch)
-            arrived = (embedded + noise.to(embedded.dtype) != embedded) & (noise != 0)
+            effective = (embedded + noise.to(embedded.dtype) != embedded) & (noise != 0)
         size = float(embedded.float().norm(dim=-1).mean())
         dtype = str(embedded.dtype).removeprefix("torch.")
-        beside = f"beside embeddings of norm {size:.3g} a token"
-        if int(arrived.sum()) * 2 < int((noise != 0).sum()):
-            return f"epsilon is so small {beside} that most of the noise is lost to {dtype}'s rounding; raise epsilon"
+        reference = f"embeddings of norm {size:.3g} per token"
+        if int(effective.sum()) * 2 < int((noise != 0).sum()):
+            return f"epsilon is so small relative to {reference} that {dtype} rounds off most noise; raise epsilon"
         largest = float(noise.norm(dim=-1).max())
         if largest > size:
-            return f"noise of norm {largest:.3g} a token {beside} overshoots; lower epsilon or step_size"
-        return f"noise of norm {largest:.3g} a token is too small {beside}; raise epsilon"
+            return (
+                f"noise of norm {largest:.3g} per token overshoots relative to {reference}; lower epsilon or step_size"
+            )
+        return f"noise of norm {largest:.3g} per token is too small relative to {reference}; raise epsilon"
 
 
 def _embedded(run: Run, batch: Batch) -> Tensor:
-    """What noise is added to: the output of the task's noise module on the batch."""
-    found: list[Tensor] = []
-    handle = run.task.noise_module(run.model).register_forward_hook(lambda module, args, output: found.append(output))
+    """Return the tensor that noise is added to: the output of the task's noise module on the batch."""
+    outputs: list[Tensor] = []
+    handle = run.task.noise_module(run.model).register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
         run.task.outputs(run.model, batch)
     finally:
         handle.remove()
-    return found[0]
+    return outputs[0]

@@ -1,6 +1,6 @@
-"""Adversarial training as a strategy: six methods that put noise on the embeddings' output.
+"""Adversarial training as a strategy: six methods that add noise to the output of the embeddings.
 
-Torch, which takes seconds to import, is imported in the hooks: wrong options are refused before that.
+Torch takes seconds to import, so it is imported in the hooks: invalid options are refused before that.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from budwood_adversarial.noise import PerturbationMask
 
 COMPARING = ("smart", "vat")
-"""Methods that compare noisy outputs with clean ones, by a divergence."""
+"""Methods that compare noisy with clean outputs by a divergence."""
 
 
 class Adversarial(Strategy):
-    """Adversarial training on the embeddings' output: fgm, pgd, freelb, smart, vat, neftune."""
+    """Adversarial training with noise on the embeddings: fgm, pgd, freelb, smart, vat, neftune."""
 
     Options = AdversarialOptions
 
@@ -52,13 +52,13 @@ class Adversarial(Strategy):
         elif self.method == "freelb":
             yield from self._free(step)
         elif self.method == "neftune":
-            places = self.mask(step.run, step.batch)
-            uniform = places.draw(step.zero_noise(), lambda i, like: self._uniform(step, i, like))
-            step.noise = self.options.value("alpha") * places.per_root(uniform)
+            mask = self.mask(step.run, step.batch)
+            uniform = mask.draw(step.zero_noise(), lambda i, like: self._uniform(step, i, like))
+            step.noise = self.options.value("alpha") * mask.per_root(uniform)
             yield
         else:
             self.gain.begin(step)
-            yield  # the divergence is one of the clean pass's terms
+            yield  # the divergence is a term of the clean pass
 
     @hookimpl(wrapper=True)
     def forward(self, step: Step) -> Any:
@@ -82,7 +82,7 @@ class Adversarial(Strategy):
 
     @hookimpl
     def before_clip(self, run: Run) -> None:
-        if self.method != "neftune":  # which has no clean pass to compare with
+        if self.method != "neftune":  # neftune has no clean pass to compare with
             self.gain.log(run)
 
     @hookimpl
@@ -98,19 +98,19 @@ class Adversarial(Strategy):
         self.gain.load(state)
 
     def mask(self, run: Run, batch: Batch) -> PerturbationMask:
-        """Where noise may go in a batch."""
+        """Return the positions of a batch that may carry noise."""
         from budwood_adversarial.noise import PerturbationMask
 
         return PerturbationMask(run, batch, self.options.skip_special, self.options.skip_masked)
 
     def _perturbed(self, step: Step) -> Iterator[None]:
-        """FGM and PGD: clean_weight · L(x) + weight · L(x + δ), δ the ascent from 0 in `steps` steps."""
+        """FGM and PGD: clean_weight · L(x) + weight · L(x + δ), δ from `steps` ascent steps starting at 0."""
         from budwood_adversarial.noise import ascend
 
         value = self.options.value
         epsilon, norm, clean = value("epsilon"), value("norm"), value("clean_weight")
         steps, size = (1, epsilon) if self.method == "fgm" else (value("steps"), value("step_size"))
-        places, zeros = self.mask(step.run, step.batch), step.zero_noise()
+        mask, zeros = self.mask(step.run, step.batch), step.zero_noise()
         self.gain.begin(step)
         if clean:
             step.main_weight, step.track_noise = clean, True
@@ -119,22 +119,22 @@ class Adversarial(Strategy):
         else:
             first = step.noise_gradient(zeros)
         self.gain.subtract(step.loss)
-        noise = ascend(places, zeros, step.noise_gradient, steps, size, epsilon, norm, first)
+        noise = ascend(mask, zeros, step.noise_gradient, steps, size, epsilon, norm, first)
         if clean:
             step.replay(noise, value("weight"))
         else:
             step.noise, step.main_weight = noise, value("weight")
             yield
         self.gain.add(step.loss)
-        self.gain.keep(places, noise)
+        self.gain.keep(mask, noise)
 
     def _free(self, step: Step) -> Iterator[None]:
-        """FreeLB (Zhu et al., 2020, algorithm 1): each ascent's pass gives the parameters 1/K of their gradient too."""
+        """FreeLB (Zhu et al., 2020, algorithm 1): each ascent pass also contributes 1/K of the parameters' gradient."""
         value = self.options.value
         epsilon, norm, steps, size = value("epsilon"), value("norm"), value("steps"), value("step_size")
-        places = self.mask(step.run, step.batch)
-        uniform = places.draw(step.zero_noise(), lambda i, like: self._uniform(step, i, like))
-        noise = epsilon * (places.per_root(uniform) if norm == "l2" else uniform)
+        mask = self.mask(step.run, step.batch)
+        uniform = mask.draw(step.zero_noise(), lambda i, like: self._uniform(step, i, like))
+        noise = epsilon * (mask.per_root(uniform) if norm == "l2" else uniform)
         self.gain.begin(step)
         step.noise, step.main_weight, step.track_noise = noise, 1 / steps, True
         yield
@@ -142,17 +142,17 @@ class Adversarial(Strategy):
         gradient = step.noise_grad
         for number in range(1, steps):
             assert gradient is not None
-            noise = places.project(noise + size * places.unit(gradient, norm), epsilon, norm)
+            noise = mask.project(noise + size * mask.unit(gradient, norm), epsilon, norm)
             gradient = step.replay(noise, 1 / steps, gradient=number < steps - 1)
         self.gain.add(step.loss)
-        self.gain.keep(places, noise)
+        self.gain.keep(mask, noise)
 
     def _compare(self, step: Step, clean: Outputs) -> Outputs:
-        """SMART and VAT: find the noise by ascents on the divergence from the clean outputs; run the model on it."""
+        """SMART and VAT: maximise the divergence from the clean outputs, and run the model with the resulting noise."""
         import torch
 
-        value, places, zeros = self.options.value, self.mask(step.run, step.batch), step.zero_noise()
-        normal = places.draw(zeros, lambda i, like: step.generator(self, i).normal_like(like))
+        value, mask, zeros = self.options.value, self.mask(step.run, step.batch), step.zero_noise()
+        normal = mask.draw(zeros, lambda i, like: step.generator(self, i).normal_like(like))
         divergence = self._divergence()
 
         def terms(logits: Tensor, positions: Tensor) -> Tensor:
@@ -163,17 +163,17 @@ class Adversarial(Strategy):
         if self.method == "smart":
             noise, norm = value("sigma") * normal, value("norm")
         else:
-            noise, norm = value("xi") * places.unit(normal, "l2"), "l2"
+            noise, norm = value("xi") * mask.unit(normal, "l2"), "l2"
         for number in range(value("steps")):
-            unit = places.unit(step.noise_gradient(noise, terms), norm)
+            unit = mask.unit(step.noise_gradient(noise, terms), norm)
             if number == 0:
                 self.gain.subtract(step.loss)
             if self.method == "smart":
-                noise = places.project(noise + value("step_size") * unit, value("epsilon"), norm)
+                noise = mask.project(noise + value("step_size") * unit, value("epsilon"), norm)
             else:
                 last = number == value("steps") - 1
                 noise = (value("epsilon") if last else value("xi")) * unit
-        self.gain.keep(places, noise)
+        self.gain.keep(mask, noise)
         return step.forward(noise)
 
     def _divergence(self) -> Callable[[Tensor, Tensor], Tensor]:
@@ -186,7 +186,7 @@ class Adversarial(Strategy):
 
 
 def has_embeddings(model: nn.Module) -> bool:
-    """Whether the model has a table of input embeddings, on whose output noise can go."""
+    """Whether the model has an input embedding table, to whose output noise can be added."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
@@ -195,5 +195,5 @@ def has_embeddings(model: nn.Module) -> bool:
 
 
 def no_embeddings(model: nn.Module) -> str:
-    """Why the model cannot be attacked."""
-    return f"{type(model).__name__} has no input embeddings to put noise on; leave the strategy out"
+    """Return the error message for a model without input embeddings."""
+    return f"{type(model).__name__} has no input embeddings to put noise on; remove the strategy"

@@ -1,4 +1,4 @@
-"""Typing errors as an attack on a finished model."""
+"""Typos as an attack on a trained model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 TEXTS = {"prompt-completion": "prompt", "text-label": "text"}
-"""Forms with one column that the model reads and is not scored on."""
+"""Data formats with one column that the model reads and is not scored on."""
 
 
 def _neighbours() -> dict[str, str]:
-    """For each letter, those beside it, above and below on an English keyboard."""
+    """Return the adjacent keys of each letter on an English keyboard."""
     near: dict[str, str] = {}
     for line, keys in enumerate(KEYS):
         for at, key in enumerate(keys):
@@ -36,24 +36,26 @@ NEIGHBOURS = _neighbours()
 class TyposOptions(Options):
     """Options of the attack `typos`."""
 
-    rate: float = Field(0.05, gt=0, le=1, description="share of letters at which an error is made")
-    seed: int = Field(0, ge=0, description="of the errors; a row's depend on it and on the row's number alone")
+    rate: float = Field(0.05, gt=0, le=1, description="share of letters with a typo")
+    seed: int = Field(0, ge=0, description="seed of the typos; those of a row depend only on it and the row's number")
 
 
 class Typos(Attack):
-    """Typing errors in what the model reads, never in the answer: swaps, drops, doubles, neighbouring keys."""
+    """Typos in the text that the model reads, never in the answer: swaps, drops, doubles, neighbouring keys."""
 
     Options = TyposOptions
 
     def check(self, form: str, task: str, model: nn.Module | None) -> None:
-        """Refuse forms whose text is scored itself, or is not known."""
+        """Refuse data formats whose text is scored itself, or whose prompt is unknown."""
         if form not in TEXTS and form != "messages":
             known = ", ".join([*TEXTS, "messages"])
-            why = "its text is what the model is scored on" if form == "text" else "which text is read is not known"
-            raise InputError(f"--attack {self.name}: no typos for data of the form '{form}': {why}. Forms: {known}.")
+            reason = "its text itself is scored" if form == "text" else "the text that the model reads is unknown"
+            raise InputError(
+                f"--attack {self.name}: no typos for the data format '{form}': {reason}. Supported formats: {known}."
+            )
 
     def change(self, row: Mapping[str, Any], index: int, form: str) -> Mapping[str, Any]:
-        """Put errors into the prompt, the text, or what the user says before the assistant's answers."""
+        """Add typos to the prompt, the text, or the user's messages."""
         draw = random.Random(f"{self.options.seed} {index}")
         if form != "messages":
             column = TEXTS[form]
@@ -66,7 +68,7 @@ class Typos(Attack):
 
 
 def mistype(text: str, rate: float, draw: random.Random) -> str:
-    """Make an error at each letter with probability `rate`; a text with a letter keeps at least one character."""
+    """Make a typo at each letter with probability `rate`; a text with a letter keeps at least one character."""
     written: list[str] = []
     letters = list(text)
     at = 0

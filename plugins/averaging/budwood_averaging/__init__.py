@@ -1,4 +1,4 @@
-"""Averages of what trains over the steps of a run."""
+"""Averages of the trainable parameters over the steps of a run."""
 
 from budwood_averaging.strategy import EMA, SWA
 

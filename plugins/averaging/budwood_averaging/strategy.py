@@ -1,4 +1,4 @@
-"""EMA and SWA as strategies: each says how a shadow moves and when; core does the rest."""
+"""EMA and SWA as strategies: each defines the update of a shadow parameter and its steps; core does the rest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class EMAOptions(Options):
 
 
 class EMA(Strategy):
-    """An exponential moving average of what trains is evaluated and saved (Polyak & Juditsky, 1992)."""
+    """Evaluates and saves an exponential moving average of the parameters (Polyak & Juditsky, 1992)."""
 
     Options = EMAOptions
     slots = ("average",)
@@ -32,9 +32,9 @@ class EMA(Strategy):
         return model
 
     def update(self, shadow: Tensor, parameter: Tensor, updates: int) -> None:
-        """shadow ← d · shadow + (1 - d) · parameter, d = min(decay, (1 + t) / (10 + t)), t = updates.
+        """Update in place: shadow ← d · shadow + (1 - d) · parameter, d = min(decay, (1 + t) / (10 + t)), t = updates.
 
-        The warm-up is that of TensorFlow's ExponentialMovingAverage(num_updates): the mean age of what is averaged is
+        The warm-up is that of TensorFlow's ExponentialMovingAverage(num_updates): the mean age of the averaged steps is
         at most about a tenth of the steps so far.
         """
         shadow.lerp_(parameter, 1 - min(self.options.decay, (1 + updates) / (10 + updates)))
@@ -43,19 +43,19 @@ class EMA(Strategy):
 class SWAOptions(Options):
     """Options of `swa`."""
 
-    start: float = Field(0.75, ge=0, description="the first step that is averaged: below 1 a share of the run, else it")
-    every: int = Field(1, ge=1, description="of the steps from there on, each so many-th is averaged")
+    start: float = Field(0.75, ge=0, description="first averaged step: below 1 a share of the run, otherwise a step")
+    every: int = Field(1, ge=1, description="interval between averaged steps")
 
     @field_validator("start")
     @classmethod
-    def _whole(cls, value: float) -> float:
+    def _integer_step(cls, value: float) -> float:
         if value >= 1 and value != int(value):
-            raise ValueError(f"from 1 on it is a step and must be whole (got {value})")
+            raise ValueError(f"values of 1 and above are steps and must be integers (got {value})")
         return value
 
 
 class SWA(Strategy):
-    """The mean of what trains over the last part of the run is evaluated and saved (Izmailov et al., 2018)."""
+    """Evaluates and saves the mean of the parameters over the last part of the run (Izmailov et al., 2018)."""
 
     Options = SWAOptions
     slots = ("average",)
@@ -63,7 +63,7 @@ class SWA(Strategy):
     @hookimpl
     def check_plan(self, plan: Plan) -> None:
         if plan.steps is not None and (start := self._start(plan.steps)) > plan.steps:
-            plan.problem(self, f"start: averaging would begin at step {start}, and the run has {plan.steps}: lower it.")
+            plan.problem(self, f"start: averaging would begin at step {start} of {plan.steps}: lower it.")
 
     @hookimpl
     def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
@@ -71,7 +71,7 @@ class SWA(Strategy):
         return model
 
     def update(self, shadow: Tensor, parameter: Tensor, updates: int) -> None:
-        """shadow ← shadow + (parameter - shadow) / (n + 1), n = updates: the mean of all, each with the same weight."""
+        """Update in place: shadow ← shadow + (parameter - shadow) / (n + 1), n = updates: the unweighted mean."""
         shadow.lerp_(parameter, 1 / (updates + 1))
 
     def _start(self, steps: int) -> int:

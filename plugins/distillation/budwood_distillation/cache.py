@@ -1,8 +1,8 @@
-"""A teacher's most probable tokens on disk: a folder of safetensors shards under a key of all that decides them.
+"""A teacher's most probable tokens on disk: a folder of safetensors shards with a key of everything that affects them.
 
-`cache.json` is the key. Shard i holds, of each label of its examples in order, `ids` [labels, k] int32 and `log_probs`
-[labels, k + 1] fp32, whose last column is the probability of all other tokens together. A shard is there whole or not
-at all, and its metadata hash covers its tensors, the key and its place.
+`cache.json` is the key. Shard i holds, for each label of its examples in order, `ids` [labels, k] int32 and `log_probs`
+[labels, k + 1] fp32, whose last column is the total probability of all other tokens. A shard is complete or missing,
+and its metadata hash covers its tensors, the key and its position.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from budwood import Batch, CorruptError, Example, InputError, ResourceError, com
 
 KEY = "cache.json"
 PARTIAL = ".*.partial"
-"""What a killed run leaves of files that it was writing."""
+"""Incomplete files of a killed run."""
 SHARD_LABELS = 1 << 16
-"""A shard is closed at the example that brings it to so many labels."""
+"""A shard ends with the example that brings it to this many labels."""
 
 
 class TeacherCache:
     """The cache of one teacher over one sequence of examples.
 
     Args (on construction):
-        directory: where it lies; need not exist.
-        key: all that decides its content, plain JSON values; `top_k` is one of them.
-        examples: those of the run, with keys of their own.
+        directory: folder of the cache; need not exist.
+        key: everything that affects its content, as plain JSON values, including `top_k`.
+        examples: those of the run, with unique keys.
 
     Raises (on construction):
-        InputError: the folder holds something else, or the cache of another key; what differs is named. Two examples
-            have the same key.
-        CorruptError: its `cache.json` is damaged.
+        InputError: the folder has other content, or a cache with a different key (the differences are listed). Two
+            examples have the same key.
+        CorruptError: its `cache.json` is corrupt.
     """
 
     def __init__(self, directory: Path, key: Mapping[str, Any], examples: Sequence[Example]) -> None:
@@ -51,22 +51,22 @@ class TeacherCache:
         self._index = {e.key: i for i, e in enumerate(examples)}
         if len(self._index) < len(counts):
             raise InputError(
-                "cache: two examples have the same key, so that their teacher's output cannot be told apart."
+                "cache: two examples have the same key, so the teacher's outputs for them cannot be distinguished."
             )
-        self.shards = _cut(self.offsets)
+        self.shards = _split(self.offsets)
         self._check_key()
 
     @property
     def labels(self) -> int:
-        """How many labels it is for."""
+        """Number of labels of all examples."""
         return int(self.offsets[-1])
 
     def missing(self) -> list[int]:
-        """Shards that are not there yet."""
+        """Return the numbers of the missing shards."""
         return [shard for shard in range(len(self.shards)) if not self._path(shard).is_file()]
 
     def begin(self) -> None:
-        """Make the folder and its key; clear away what a killed run left half written."""
+        """Create the folder and its key; remove the incomplete files of a killed run."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             for path in self.directory.glob(PARTIAL):
@@ -82,10 +82,10 @@ class TeacherCache:
         complete_file(self._path(shard), lambda path: save_file(arrays, path, metadata))
 
     def verify(self) -> None:
-        """Read every shard whole and compare its hash.
+        """Read every shard completely and compare its hash.
 
         Raises:
-            CorruptError: a shard is damaged; deleting it makes the next run compute it again.
+            CorruptError: a shard is corrupt; if it is deleted, the next run computes it again.
         """
         for shard, (first, last) in enumerate(self.shards):
             path, rows = self._path(shard), int(self.offsets[last] - self.offsets[first])
@@ -93,22 +93,23 @@ class TeacherCache:
             try:
                 with safe_open(path, framework="np") as file:
                     arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-                    stated = (file.metadata() or {}).get("sha256")
+                    recorded = (file.metadata() or {}).get("sha256")
             except (OSError, SafetensorError) as error:
-                raise CorruptError(f"{path}: {error}. Delete it: it is computed again.") from error
-            found = {name: (array.shape, array.dtype.type) for name, array in arrays.items()}
-            if found != expected or stated != self._digest(shard, arrays):
+                raise CorruptError(f"{path}: {error}. Delete it; the next run computes it again.") from error
+            layout = {name: (array.shape, array.dtype.type) for name, array in arrays.items()}
+            if layout != expected or recorded != self._digest(shard, arrays):
                 raise CorruptError(
-                    f"{path}: is not what was written (its hash differs). Delete it: it is computed again."
+                    f"{path}: was altered after it was written (its hash differs). "
+                    "Delete it; the next run computes it again."
                 )
 
     def rows(self, batch: Batch) -> np.ndarray:
-        """Number of each of the batch's labels, in the batch's order, among the labels of all examples."""
+        """Return the index of each label of the batch, in the batch's order, among the labels of all examples."""
         spans = [self.offsets[i : i + 2] for i in map(self._index.__getitem__, batch.keys)]
         return np.concatenate([np.arange(*span) for span in spans])
 
     def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The teacher at the batch's labels: ids [labels, k] int64 and log-probabilities [labels, k + 1] fp32."""
+        """Return the teacher's ids [labels, k] int64 and log-probabilities [labels, k + 1] fp32 for a batch."""
         parts = []
         for index in map(self._index.__getitem__, batch.keys):
             shard = int(np.searchsorted(self._firsts, index, side="right")) - 1
@@ -123,7 +124,7 @@ class TeacherCache:
 
     @cached_property
     def _columns(self) -> list[tuple[Any, Any]]:
-        """The two tensors of each shard, of which rows are read when they are asked for."""
+        """The two tensors of each shard, whose rows are read on access."""
         files = [safe_open(self._path(shard), framework="np") for shard in range(len(self.shards))]
         return [(file.get_slice("ids"), file.get_slice("log_probs")) for file in files]
 
@@ -138,31 +139,32 @@ class TeacherCache:
         return digest.hexdigest()
 
     def _check_key(self) -> None:
-        path, where = self.directory / KEY, self.directory
+        path, folder = self.directory / KEY, self.directory
         try:
-            if not where.exists():
+            if not folder.exists():
                 return
-            if where.is_dir() and all(entry.match(PARTIAL) for entry in where.iterdir()):
+            if folder.is_dir() and all(entry.match(PARTIAL) for entry in folder.iterdir()):
                 return
             if not path.is_file():
-                raise InputError(f"cache: {where} is in use and holds no teacher's cache: name another folder.")
-            found = json.loads(path.read_text(encoding="utf-8"))
+                raise InputError(f"cache: {folder} is not empty and not a teacher cache: choose another folder.")
+            key = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ResourceError(f"cache: {where} cannot be read: {error.strerror}.") from error
+            raise ResourceError(f"cache: {folder} cannot be read: {error.strerror}.") from error
         except (ValueError, RecursionError) as error:
-            raise CorruptError(f"{path}: is not JSON. Delete the folder, or name another one.") from error
-        if not isinstance(found, dict):
-            raise CorruptError(f"{path}: is no JSON object. Delete the folder, or name another one.")
-        names = [name for name in (*self.key, *(found.keys() - self.key)) if found.get(name) != self.key.get(name)]
+            raise CorruptError(f"{path}: is not JSON. Delete the folder, or choose another one.") from error
+        if not isinstance(key, dict):
+            raise CorruptError(f"{path}: is not a JSON object. Delete the folder, or choose another one.")
+        names = [name for name in (*self.key, *(key.keys() - self.key)) if key.get(name) != self.key.get(name)]
         if names:
-            differ = ", ".join(f"{n} ({_short(found.get(n))} there, {_short(self.key.get(n))} here)" for n in names)
+            differ = ", ".join(f"{n} ({_short(key.get(n))} there, {_short(self.key.get(n))} here)" for n in names)
             raise InputError(
-                f"cache: {where} is of another run; it differs in {differ}. Delete the folder, or name another one."
+                f"cache: {folder} is from a different run; it differs in {differ}. "
+                "Delete the folder, or choose another one."
             )
 
 
-def _cut(offsets: np.ndarray) -> list[tuple[int, int]]:
-    """First example and the one behind the last, of each shard."""
+def _split(offsets: np.ndarray) -> list[tuple[int, int]]:
+    """Return the first and the past-the-end example of each shard."""
     shards, first = [], 0
     for last in range(1, len(offsets)):
         if offsets[last] - offsets[first] >= SHARD_LABELS or last == len(offsets) - 1:

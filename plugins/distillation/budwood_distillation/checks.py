@@ -1,4 +1,4 @@
-"""What is known of a teacher before any weight loads, and what it is refused for."""
+"""Checks of a teacher before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from budwood_distillation.options import DistillationOptions
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """A teacher that nothing speaks against so far.
+    """A teacher that passed the checks.
 
     Attributes:
-        quantization: how its model is stored.
-        labels: classes of a classifier, in order; empty where there are none, or where its files do not name them.
-        vocabulary: entries of its logits that count; 0 where classes take their place.
-        adapter: SHA-256 of the adapter's weights; "" where there is none.
-        positions: tokens of a sequence that a model of its own was made for; 0 where its config does not say.
+        quantization: storage of its weights.
+        labels: classes of a classifier, in order; empty if there are none, or if its files do not name them.
+        vocabulary: number of logits in use; 0 for a classifier.
+        adapter: SHA-256 of the adapter's weights; "" without an adapter.
+        positions: maximum sequence length of a separate model; 0 if not in its config.
     """
 
     quantization: str
@@ -43,29 +43,29 @@ class TeacherInfo:
 
 
 def check_teacher(options: DistillationOptions, plan: Plan) -> TeacherInfo:
-    """Refuse whatever files alone tell.
+    """Check the teacher from its files alone.
 
     Raises:
-        InputError: one line that names the option.
-        ResourceError, CorruptError: as the teacher's files have it.
+        InputError: the teacher cannot be used; the message names the option.
+        ResourceError, CorruptError: the teacher's files are unreadable or corrupt.
     """
     recipe = plan.recipe.base
     student = check_base(recipe.model, recipe.quantization, recipe.trust_remote_code)
     _outside_output("cache", options.cache, plan.recipe.output)
     if options.hidden_weight > 0 and plan.task.pads_rows(plan.model):
-        raise InputError("hidden_weight: the base pools by row and shows no hidden state at the labels: leave it out.")
+        raise InputError("hidden_weight: the base pools by row and has no hidden states at the labels: remove it.")
     if options.own_model:
         return _own_model(options, plan, student)
     owner = next((s for s in plan.strategies if "adapter" in s.slots), None)
     if owner is None or not hasattr(owner, "use_adapters"):
-        raise InputError(f"teacher: {options.teacher} is this base without the run's adapter, and no strategy has one.")
+        raise InputError(f"teacher: {options.teacher} needs a strategy that owns an adapter: add one such as lora.")
     size = _vocabulary(plan.tokenizer, plan.model)
     heads = plan.task.head_modules(plan.model)
     if options.adapter is None:
         if heads and not _is_trained(student, plan.task):
             raise InputError(
-                f"teacher: the base '{recipe.model}' has no trained '{heads[0]}', so that alone it cannot teach "
-                f"{plan.task.name}: give a trained folder, or base+DIR."
+                f"teacher: the base '{recipe.model}' has no trained '{heads[0]}', so alone it cannot teach "
+                f"{plan.task.name}: use the folder of a trained model, or base+DIR."
             )
         return TeacherInfo(student.quantization, _classes(student) if heads else (), 0 if heads else size, "")
     _outside_output("teacher", options.adapter, plan.recipe.output)
@@ -73,8 +73,8 @@ def check_teacher(options: DistillationOptions, plan: Plan) -> TeacherInfo:
         saved = read_adapter(options.adapter)
     if saved.adapter_type != owner.name:
         raise InputError(
-            f"teacher: the adapter in {options.adapter} is of the type '{saved.adapter_type}' and the run's is "
-            f"'{owner.name}', and one base carries one type: `budwood adapter merge` it, and give the merged folder."
+            f"teacher: the adapter in {options.adapter} is of type '{saved.adapter_type}' and the run's of type "
+            f"'{owner.name}', but a base supports only one: `budwood adapter merge` it, and use the merged folder."
         )
     manifest = saved.manifest
     if manifest is not None:
@@ -83,7 +83,7 @@ def check_teacher(options: DistillationOptions, plan: Plan) -> TeacherInfo:
         if Path(recipe.model).expanduser().is_dir() and manifest.base.fingerprint != fingerprint(student.path):
             raise InputError(
                 f"teacher: the adapter in {options.adapter} was trained on the base '{manifest.base.name}', not on "
-                f"'{recipe.model}': merge it into that base, and give the merged folder."
+                f"'{recipe.model}': merge it into that base, and use the merged folder."
             )
     labels = tuple(manifest.labels) if manifest is not None else ()
     digest = manifest.files["adapter_model.safetensors"] if manifest is not None else _sha256(saved.directory)
@@ -91,10 +91,10 @@ def check_teacher(options: DistillationOptions, plan: Plan) -> TeacherInfo:
 
 
 def check_labels(teacher: str, theirs: Sequence[str], ours: Sequence[str]) -> None:
-    """Refuse a classifier of other classes, or of the same in another order.
+    """Check that a classifier has the same classes in the same order.
 
     Raises:
-        InputError: it has both lists.
+        InputError: they differ; the message lists both.
     """
     if list(theirs) != list(ours):
         raise InputError(
@@ -111,26 +111,24 @@ def _own_model(options: DistillationOptions, plan: Plan, student: Any) -> Teache
         try:
             info = check_base(name, options.quantization)
         except InputError as error:
-            if "trust_remote_code" in str(error):  # the recipe allows it for the base alone
-                raise InputError(f"'{name}' needs Python code of its own, which no teacher may run.") from error
+            if "trust_remote_code" in str(error):  # the recipe allows it only for the base
+                raise InputError(f"'{name}' needs custom Python code, which a teacher may not run.") from error
             raise
         same = info.path.resolve() == student.path.resolve() or (info.config == student.config and _same(info, student))
         if same and info.quantization == student.quantization:
             raise InputError(
-                f"'{name}' in {info.quantization} is the base itself: write `teacher: base`, without a second copy."
+                f"'{name}' in {info.quantization} is the base itself: write `teacher: base` to avoid a second copy."
             )
         _check_tokenizer(name, load_tokenizer(name), plan)
         frame = skeleton(name, plan.task.auto_class)
         pools = ["row" if plan.task.pads_rows(model) else "token" for model in (frame, plan.model)]
         if pools[0] != pools[1]:
             raise InputError(
-                f"'{name}' pools its tokens by '{pools[0]}' and the base by '{pools[1]}': give one like the base."
+                f"'{name}' pools by {pools[0]} and the base by {pools[1]}: use a teacher that pools like the base."
             )
         heads = plan.task.head_modules(frame)
         if heads and not _is_trained(info, plan.task):
-            raise InputError(
-                f"'{name}' has no trained '{heads[0]}': give a model that was trained for {plan.task.name}."
-            )
+            raise InputError(f"'{name}' has no trained '{heads[0]}': use a model trained for {plan.task.name}.")
     if options.hidden_weight > 0:
         _check_width(name, frame, plan.model)
     size = 0 if heads else min(_vocabulary(plan.tokenizer, plan.model), _vocabulary(plan.tokenizer, frame))
@@ -139,19 +137,19 @@ def _own_model(options: DistillationOptions, plan: Plan, student: Any) -> Teache
 
 
 def _is_trained(info: Any, task: Any) -> bool:
-    """Whether a checkpoint is one of the task's models, head and all, by what its config says."""
+    """Whether the config declares a model of the task, including its head."""
     suffix = task.auto_class.removeprefix("AutoModel")
     return any(str(name).endswith(suffix) for name in info.config.get("architectures") or ())
 
 
 def _classes(info: Any) -> tuple[str, ...]:
-    """Names of a classifier's classes, in order; transformers' own where its config gives none."""
+    """Return the names of a classifier's classes in order; those of transformers if its config has none."""
     named = info.config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     return tuple(str(named[key]) for key in sorted(named, key=int))
 
 
 def _same(info: Any, student: Any) -> bool:
-    """Whether two folders hold the same weights; no, where those of a hub name are not here yet."""
+    """Whether two folders hold the same weights; False if those of a hub name are not downloaded yet."""
     try:
         same: bool = fingerprint(info.path) == fingerprint(student.path)
     except InputError:
@@ -160,20 +158,20 @@ def _same(info: Any, student: Any) -> bool:
 
 
 def _check_tokenizer(name: str, theirs: Any, plan: Plan) -> None:
-    """Refuse a tokenizer under which an id is another token; how text becomes ids does not matter to a teacher."""
+    """Check that every id is the same token; the tokenization itself does not matter for a teacher."""
     base = {index: token for token, index in plan.tokenizer.get_vocab().items()}
     teacher = {index: token for token, index in theirs.get_vocab().items()}
     for index in sorted(base.keys() | teacher.keys()):
         if base.get(index) != teacher.get(index):
             shown = [json.dumps(v[index], ensure_ascii=False) if index in v else "none" for v in (base, teacher)]
             raise InputError(
-                f"'{name}' has another vocabulary than the base '{plan.recipe.base.model}': token {index} is "
-                f"{shown[1]} there and {shown[0]} in the base. Give a teacher with the base's tokenizer."
+                f"the vocabulary of '{name}' differs from that of the base '{plan.recipe.base.model}': token {index} "
+                f"is {shown[1]} there and {shown[0]} in the base. Use a teacher with the base's tokenizer."
             )
 
 
 def _vocabulary(tokenizer: Any, frame: Any) -> int:
-    """Logits that stand for tokens: those of the tokenizer; what a model has beyond them is padding."""
+    """Return the number of logits that represent tokens of the tokenizer; the others are padding."""
     width: int = frame.config.get_text_config().vocab_size
     return min(max(tokenizer.get_vocab().values()) + 1, width)
 
@@ -182,15 +180,15 @@ def _check_width(name: str, frame: Any, student: Any) -> None:
     ours, theirs = (model.config.get_text_config().hidden_size for model in (student, frame))
     if ours != theirs:
         raise InputError(
-            f"hidden_weight: the base's hidden states are {ours} wide and those of '{name}' {theirs}; "
-            "leave it out, or give a teacher of the same width."
+            f"hidden_weight: the hidden size of the base is {ours} and that of '{name}' {theirs}; "
+            "remove it, or use a teacher with the same hidden size."
         )
 
 
 def _outside_output(option: str, folder: str | None, output: Path) -> None:
-    """Refuse a folder that `--overwrite` would take away with the old run."""
+    """Refuse a folder that `--overwrite` would delete with the previous run."""
     if folder is not None and Path(folder).expanduser().resolve().is_relative_to(output.resolve()):
-        raise InputError(f"{option}: {folder} lies in the run's output folder, which --overwrite empties: move it.")
+        raise InputError(f"{option}: {folder} is in the run's output folder, which --overwrite empties: move it.")
 
 
 def _sha256(directory: Path) -> str:
@@ -200,7 +198,7 @@ def _sha256(directory: Path) -> str:
 
 @contextmanager
 def _named(option: str) -> Iterator[None]:
-    """Put the option's name before a message of core's, which takes the model for a base."""
+    """Prefix errors of core with the option's name, instead of "base"."""
     try:
         yield
     except BudwoodError as error:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float = 0.5) -> Tensor:
-    """Divergence of a student q from a teacher p, for each row.
+    """Return the divergence of a student q from a teacher p, for each row.
 
-    - "forward-kl": KL(p ‖ q), what a cross-entropy with soft labels minimises (Hinton et al., 2015).
+    - "forward-kl": KL(p ‖ q), minimised by a cross-entropy with soft labels (Hinton et al., 2015).
     - "reverse-kl": KL(q ‖ p).
     - "jensen-shannon": β KL(p ‖ m) + (1 - β) KL(q ‖ m) with m = β p + (1 - β) q (Agarwal et al., 2024, eq. 1). Over β
       it tends to the forward KL as β → 0, over 1 - β to the reverse one as β → 1.
@@ -35,7 +35,7 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float = 0.5) -> Te
 
 
 def log_probabilities(logits: Tensor, size: int, temperature: float) -> Tensor:
-    """Log-probabilities [n, size] of softmax(logits / T) over the first `size` entries, at least fp32.
+    """Return the log-probabilities [n, size] of softmax(logits / T) over the first `size` entries, at least fp32.
 
     The other entries are padding.
     """
@@ -43,9 +43,9 @@ def log_probabilities(logits: Tensor, size: int, temperature: float) -> Tensor:
 
 
 def bucketed(logits: Tensor, size: int, temperature: float, ids: Tensor) -> Tensor:
-    """Log-probabilities [n, k + 1] (at least fp32) of the entries `ids` [n, k] int64, and last of all others together.
+    """Return log-probabilities [n, k + 1] (at least fp32) of the entries `ids` [n, k] int64 and of the rest in total.
 
-    `ids` are distinct in each row, and fewer than `size`; so the rest is never empty and its logarithm is finite.
+    `ids` are distinct in each row and fewer than `size`, so the rest is never empty and its logarithm is finite.
     """
     scaled = _scaled(logits, size, temperature)
     rest = scaled.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
@@ -54,7 +54,7 @@ def bucketed(logits: Tensor, size: int, temperature: float, ids: Tensor) -> Tens
 
 def _scaled(logits: Tensor, size: int, temperature: float) -> Tensor:
     values = logits[:, :size].to(torch.promote_types(logits.dtype, torch.float32))
-    return values if temperature == 1 else values / temperature  # a chunk over a large vocabulary is no small copy
+    return values if temperature == 1 else values / temperature  # avoids copying a chunk over a large vocabulary
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

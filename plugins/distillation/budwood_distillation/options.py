@@ -19,32 +19,32 @@ class DistillationOptions(Options):
 
     teacher: str = Field(
         min_length=1,
-        description="a folder or hub name; base: this base with the adapter off; base+DIR: it with the adapter in DIR",
+        description="a folder or hub name; base: this base without the adapter; base+DIR: with the adapter in DIR",
     )
     quantization: str | None = Field(
-        None, description="of a teacher that is a folder or hub name: none, int8, nf4, fp4; as its checkpoint if absent"
+        None, description="of a teacher that is a folder or hub name: none, int8, nf4, fp4; default: its checkpoint's"
     )
     divergence: Literal["forward-kl", "reverse-kl", "jensen-shannon"] = Field(
         "forward-kl", description="KL(teacher ‖ student), KL(student ‖ teacher), or GKD's generalised Jensen-Shannon"
     )
     beta: float | None = Field(
-        None, gt=0, lt=1, description="the teacher's share of Jensen-Shannon's mixture; 0.5 if absent"
+        None, gt=0, lt=1, description="the teacher's share of the Jensen-Shannon mixture; default 0.5"
     )
     temperature: float = Field(
         1.0, ge=0.01, le=100, description="T, divides the logits of both; the divergence is multiplied by T²"
     )
     weight: float = Field(0.5, gt=0, le=1, description="share of distillation in the loss; the task's is 1 - weight")
     hidden_weight: float = Field(
-        0.0, ge=0, description="weight of a term between the last hidden states at the labels; 0: no such term"
+        0.0, ge=0, description="weight of the term between the last hidden states at the labels; 0: no such term"
     )
     hidden_distance: Literal["mse", "cosine"] | None = Field(
-        None, description="of that term: mean squared difference (mse, if absent) or 1 - cosine"
+        None, description="distance in that term: mean squared difference (mse, default) or 1 - cosine"
     )
     cache: str | None = Field(
-        None, min_length=1, description="folder where the teacher's top-k is kept; later epochs and runs read it"
+        None, min_length=1, description="folder for the teacher's top-k outputs; later epochs and runs read it"
     )
     top_k: int | None = Field(
-        None, ge=1, description=f"most probable tokens of each label that the cache keeps; {DEFAULT_TOP_K} if absent"
+        None, ge=1, description=f"most probable tokens per label in the cache; default {DEFAULT_TOP_K}"
     )
 
     @property
@@ -55,7 +55,7 @@ class DistillationOptions(Options):
 
     @property
     def own_model(self) -> bool:
-        """Whether the teacher is a model of its own, beside the base."""
+        """Whether the teacher is a separate model."""
         return self.teacher != BASE and self.adapter is None
 
     @field_validator("teacher")
@@ -66,15 +66,15 @@ class DistillationOptions(Options):
         return value
 
     @model_validator(mode="after")
-    def _every_option_counts(self) -> DistillationOptions:
+    def _no_unused_option(self) -> DistillationOptions:
         if self.quantization is not None and not self.own_model:
-            raise ValueError(f"quantization: the teacher '{self.teacher}' is the run's own base; leave it out")
+            raise ValueError(f"quantization: the teacher '{self.teacher}' is the run's own base; remove it")
         if self.beta is not None and self.divergence != "jensen-shannon":
-            raise ValueError(f"beta: has no part in {self.divergence}; leave it out, or use jensen-shannon")
+            raise ValueError(f"beta: not used by {self.divergence}; remove it, or use jensen-shannon")
         if self.hidden_distance is not None and self.hidden_weight == 0:
             raise ValueError("hidden_distance: needs a hidden_weight above 0")
         if self.top_k is not None and self.cache is None:
-            raise ValueError("top_k: says what the cache keeps; name a folder with cache")
+            raise ValueError("top_k: applies only to a cache; set its folder with cache")
         if self.cache is not None and self.hidden_weight > 0:
-            raise ValueError("hidden_weight: the cache keeps no hidden states; leave out the one or the other")
+            raise ValueError("hidden_weight: the cache stores no hidden states; remove hidden_weight or cache")
         return self

@@ -1,6 +1,6 @@
-"""Distillation as a strategy: its teacher, or the cache in the teacher's place, gives terms at the labels.
+"""Distillation as a strategy: loss terms at the labels from a live teacher or its cache.
 
-Torch, which takes seconds to import, is imported in the hooks: wrong options are refused before that.
+Torch takes seconds to import, so it is imported in the hooks: invalid options are refused before that.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
     from budwood_distillation.teacher import Teacher
 
 CHUNK = 256
-"""Labels whose teacher logits exist at once while a cache is filled."""
+"""Labels per chunk of teacher logits when a cache is filled."""
 WINDOW = 10
-"""Steps after the warm-up in which student and teacher must have differed once."""
+"""Steps after the warm-up within which student and teacher must differ."""
 FORMAT = 2
-"""Goes up when a cache of the same key would hold other numbers."""
+"""Version of the cache, raised if the content for the same key changes."""
 
 
 class Distillation(Strategy):
-    """Learns a teacher's distribution at every label, beside the task's own loss (Hinton et al., 2015)."""
+    """Trains on a teacher's distribution at every label, in addition to the task's loss (Hinton et al., 2015)."""
 
     Options = DistillationOptions
     slots = ("teacher",)
@@ -53,10 +53,10 @@ class Distillation(Strategy):
         self.teacher: Teacher | None = None
         self.cache: TeacherCache | None = None
         self.size = 0
-        """Entries of the logits that count: the vocabulary that both have, or the classes."""
+        """Number of logits in use: the shared vocabulary, or the classes."""
         self._checked: Any = None
         self._differed: Tensor | None = None
-        """Whether student and teacher have ever differed, on the device; None once that is known."""
+        """Whether student and teacher have differed so far, on the device; None once the check is complete."""
 
     @hookimpl
     def check_plan(self, plan: Plan) -> None:
@@ -71,8 +71,8 @@ class Distillation(Strategy):
 
     @hookimpl
     def prepare_examples(self, run: Run, examples: Sequence[Example]) -> Sequence[Example]:
-        """Changes nothing: with the data come the classes and the cache's key, and the base has not loaded yet."""
-        if hasattr(examples, "labels"):  # a strategy before this one may have made plain examples
+        """Check classes and cache key before the base loads; examples are returned unchanged."""
+        if hasattr(examples, "labels"):  # an earlier strategy may have returned a plain list
             self._check_data(run, examples)
         return examples
 
@@ -86,13 +86,13 @@ class Distillation(Strategy):
         longest = int(run.examples.lengths.max())
         if 0 < self.info.positions < longest:
             run.say(
-                f"warning: teacher {self.options.teacher}: its config says {self.info.positions} tokens, and the "
-                f"longest example has {longest}: lower data.max_length, unless it takes more"
+                f"warning: teacher {self.options.teacher}: its config allows {self.info.positions} tokens, and the "
+                f"longest example has {longest}: lower data.max_length, unless the model supports more"
             )
         if self.options.cache is None:
             self.teacher = self._load(run, model)
             if self.options.teacher == BASE:
-                self.uses_reference = "base"  # shared with whoever else compares with the base
+                self.uses_reference = "base"  # shared with other strategies that compare with the base
         else:
             self._prepare_cache(run, model)
         self._differed = torch.zeros((), dtype=torch.bool, device=run.device)
@@ -117,7 +117,7 @@ class Distillation(Strategy):
 
     @hookimpl
     def loss_terms(self, step: Step, outputs: Outputs) -> LossTerm | None:
-        """The hidden-state term: of each example the weighted mean over its labels."""
+        """The hidden-state term: the weighted mean over the labels of each example."""
         if self.options.hidden_weight == 0:
             return None
         import torch
@@ -133,15 +133,15 @@ class Distillation(Strategy):
             distances = 1 - F.cosine_similarity(ours, theirs, dim=-1)
         else:
             distances = (ours - theirs).square().mean(-1)
-        owner, none = batch.example_of_label, distances.new_zeros(len(batch.keys))
+        owner, zeros = batch.example_of_label, distances.new_zeros(len(batch.keys))
         weights = batch.weights.to(distances.dtype)
-        sums, labels = none.index_add(0, owner, distances * weights), none.index_add(0, owner, weights)
+        sums, labels = zeros.index_add(0, owner, distances * weights), zeros.index_add(0, owner, weights)
         values = sums / labels.clamp(min=torch.finfo(labels.dtype).tiny)  # not bincount, whose shape depends on values
         return LossTerm(f"{self.name}_hidden", values, "example", self.options.hidden_weight)
 
     @hookimpl
     def after_optimizer_step(self, run: Run) -> None:
-        """Say once where the student has equalled its teacher to the last bit for as long as training goes on."""
+        """Warn once if student and teacher outputs are bitwise identical up to `WINDOW` steps after the warm-up."""
         if self._differed is None or run.planning:
             return
         warmup, steps, done = run.recipe.train.warmup, run.steps or 1, run.step + 1
@@ -151,8 +151,8 @@ class Distillation(Strategy):
         elif done >= min(warmup + WINDOW, steps):
             self._differed = None
             run.say(
-                f"warning: {self}: after {done} steps teacher and student still give the same outputs to the last bit, "
-                f"so that its term is zero: the adapter does not move, or '{self.options.teacher}' is the student"
+                f"warning: {self}: after {done} steps the outputs of teacher and student are still bitwise identical, "
+                f"so its term is zero: the adapter does not change, or '{self.options.teacher}' is the student"
             )
 
     @hookimpl
@@ -165,7 +165,7 @@ class Distillation(Strategy):
             self._differed = None
 
     def _target(self, step: Step) -> Reference | tuple[Tensor, Tensor]:
-        """What the teacher says of the batch, once a micro-step however often it is replayed."""
+        """Return the teacher's outputs for the batch, computed once per micro-step, also if it is replayed."""
         if self.uses_reference:
             return step.reference()
         if self.name not in step.cache:
@@ -178,7 +178,7 @@ class Distillation(Strategy):
         return target
 
     def _load(self, run: Run, model: nn.Module) -> Teacher:
-        """Load the teacher, and say what it costs."""
+        """Load the teacher, and report its size."""
         from budwood import load_frozen
         from budwood_distillation.teacher import TEACHER_ADAPTER, Teacher
 
@@ -190,8 +190,8 @@ class Distillation(Strategy):
         owner: Any = next(s for s in run.strategies if "adapter" in s.slots)
         if self.options.adapter is None:
             if run.base.new:
-                raise InputError(f"{self}: teacher: the base holds no weights for {run.base.new[0]}: it cannot teach.")
-            run.say("teacher: this base with the adapter off, no second copy")
+                raise InputError(f"{self}: teacher: the base has no weights for {run.base.new[0]}: it cannot teach.")
+            run.say("teacher: this base with the adapter disabled, no second copy")
             return Teacher(model, owner)
         saved = read_adapter(self.options.adapter)
         if saved.manifest is not None and saved.manifest.base.fingerprint != run.base.fingerprint:
@@ -204,21 +204,21 @@ class Distillation(Strategy):
         except BudwoodError as error:
             raise type(error)(f"{self}: teacher: {saved.directory}: {error}") from error
         use_adapters(owner, model, [RUN_ADAPTER])
-        kept = f"{saved.bytes / 1e6:.1f} MB, no second copy of the base"
-        run.say("; ".join([f"teacher: this base with the adapter in {saved.directory}, {kept}", *saved.notes]))
+        size = f"{saved.bytes / 1e6:.1f} MB, no second copy of the base"
+        run.say("; ".join([f"teacher: this base with the adapter in {saved.directory}, {size}", *saved.notes]))
         return Teacher(model, owner, (TEACHER_ADAPTER,))
 
     def _check_data(self, run: Run, examples: Any) -> None:
-        """Check what comes with the data: classes, and the cache's key.
+        """Check the classes of the data and the key of the cache.
 
         Raises:
-            InputError: other classes, or a cache of another run.
+            InputError: the classes differ, or the cache is from a different run.
         """
         from budwood_distillation.cache import TeacherCache
         from budwood_distillation.checks import check_labels
 
         info = self.info
-        assert info is not None  # check_plan has found no problem
+        assert info is not None  # check_plan found no problem
         if examples is self._checked:
             return
         self._checked = examples
@@ -233,7 +233,7 @@ class Distillation(Strategy):
             raise type(error)(f"{self}: {error}") from error
 
     def _key(self, run: Run, examples: Any) -> dict[str, Any]:
-        """All that decides what a cache holds."""
+        """Return everything that affects the content of a cache."""
         from budwood import fingerprint
 
         assert self.info is not None
@@ -262,7 +262,7 @@ class Distillation(Strategy):
         }
 
     def _prepare_cache(self, run: Run, model: nn.Module) -> None:
-        """Complete the cache: the teacher runs over what is missing, then goes; where nothing is, it does not load."""
+        """Complete the cache: run the teacher for missing shards and release it; if none is missing, do not load it."""
         cache = self.cache
         assert cache is not None
         missing = cache.missing()
@@ -271,18 +271,18 @@ class Distillation(Strategy):
             if run.accelerator.is_main_process:
                 cache.begin()
             run.say(
-                f"teacher's cache {cache.directory}: {len(missing)} of {len(cache.shards)} parts to make, "
-                f"top {cache.k} and the rest of {cache.labels:,} labels"
+                f"teacher cache {cache.directory}: {len(missing)} of {len(cache.shards)} shards to compute, "
+                f"top {cache.k} and the rest for {cache.labels:,} labels"
             )
             run.accelerator.wait_for_everyone()
             self._fill(run, model, cache, missing[run.process_index :: run.processes])
             run.accelerator.wait_for_everyone()
         else:
-            run.say(f"teacher's cache {cache.directory}: {cache.labels:,} labels; the teacher is not loaded")
+            run.say(f"teacher cache {cache.directory}: {cache.labels:,} labels; the teacher is not loaded")
         cache.verify()
 
     def _fill(self, run: Run, model: nn.Module, cache: TeacherCache, shards: Sequence[int]) -> None:
-        """Load the teacher, run it over the examples of `shards`, and let it go."""
+        """Load the teacher, run it over the examples of `shards`, and release it."""
         from budwood_distillation.teacher import TEACHER_ADAPTER
 
         if not shards:
@@ -291,10 +291,10 @@ class Distillation(Strategy):
         for done, shard in enumerate(shards, 1):
             self._fill_shard(run, teacher, cache, shard)
             if 4 * done // len(shards) > 4 * (done - 1) // len(shards):
-                run.say(f"teacher's cache: {done} of {len(shards)} parts made")
+                run.say(f"teacher cache: {done} of {len(shards)} shards done")
         if teacher.adapters:
             ask_owner(teacher.owner, "detach_adapter", model=model, name=TEACHER_ADAPTER)
-        run.packed = packed  # as in a run that only reads
+        run.packed = packed  # as in a run that only reads the cache
         del teacher
         gc.collect()
 
@@ -309,13 +309,13 @@ class Distillation(Strategy):
         start, rows = int(cache.offsets[first]), int(cache.offsets[last] - cache.offsets[first])
         ids, log_probs = np.empty((rows, cache.k), np.int32), np.empty((rows, cache.k + 1), np.float32)
         for batch in batches_of(run, range(first, last)):
-            reading, where = teacher.read(run, batch), cache.rows(batch) - start
-            for chunk in torch.arange(len(where), device=run.device).split(CHUNK):
-                logits = reading.logits(chunk)
+            outputs, positions = teacher.read(run, batch), cache.rows(batch) - start
+            for chunk in torch.arange(len(positions), device=run.device).split(CHUNK):
+                logits = outputs.logits(chunk)
                 top = logits[:, : self.size].float().topk(cache.k).indices
-                place = where[chunk.cpu().numpy()]
-                ids[place] = top.cpu().numpy()
-                log_probs[place] = bucketed(logits, self.size, self.options.temperature, top).cpu().numpy()
+                rows_of_chunk = positions[chunk.cpu().numpy()]
+                ids[rows_of_chunk] = top.cpu().numpy()
+                log_probs[rows_of_chunk] = bucketed(logits, self.size, self.options.temperature, top).cpu().numpy()
         if not np.isfinite(log_probs).all():
-            raise InputError(f"{self}: teacher: '{self.options.teacher}' gives outputs that are not finite here.")
+            raise InputError(f"{self}: teacher: the outputs of '{self.options.teacher}' are not finite on this data.")
         cache.write(shard, ids, log_probs)

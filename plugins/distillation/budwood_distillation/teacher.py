@@ -1,4 +1,4 @@
-"""A loaded teacher: a model of its own, or the run's model with its adapter off or another one on."""
+"""A loaded teacher: a separate model, or the run's model with its adapter disabled or another one active."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ TEACHER_ADAPTER = "teacher"
 
 @dataclass(frozen=True)
 class Teacher:
-    """What teaches.
+    """A model that computes the targets.
 
     Attributes:
-        model: in evaluation mode while it teaches; every parameter frozen or its gradient off.
-        owner: the strategy that switches the run's adapter off and `adapters` on, where `model` is the run's own.
-        adapters: names of the adapters in use while it teaches.
+        model: in evaluation mode and without gradients while it computes targets.
+        owner: the strategy that switches from the run's adapter to `adapters`, if `model` is the run's own.
+        adapters: names of the adapters that are active while it computes targets.
     """
 
     model: nn.Module
@@ -30,7 +30,7 @@ class Teacher:
     adapters: Sequence[str] = ()
 
     def read(self, run: Run, batch: Batch) -> Reference:
-        """Run the teacher on a batch up to its head."""
+        """Run the teacher's decoder on a batch; the head is applied on access."""
         with self.teaching(run):
             outputs = run.task.outputs(self.model, batch)
             hidden = outputs.hidden.flatten(0, 1)[batch.label_positions]
@@ -43,9 +43,9 @@ class Teacher:
 
     @contextmanager
     def teaching(self, run: Run) -> Iterator[None]:
-        """No gradients, evaluation mode, the teacher's adapters; all as it was afterwards."""
+        """Disable gradients, set evaluation mode, activate the teacher's adapters; restore everything afterwards."""
         training = self.model.training
-        # Without its cache, in which casts made without a gradient would stay for the student's own forward.
+        # The autocast cache would keep casts without gradients for the student's forward.
         cast = autocast(run, cache=False)
         try:
             if training:

@@ -1,4 +1,4 @@
-"""A LoRA adapter on a model: put on, named as parameters, written in PEFT's layout, attached, merged."""
+"""A LoRA adapter on a model: create, list parameters, write in PEFT's layout, attach, merge."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from budwood_lora.layers import TYPE, add_adapter
 from budwood_lora.options import LoRAOptions, SavedConfig
 
 
-def put_on(run: Run, model: nn.Module, options: LoRAOptions) -> LoraConfig:
-    """Put the run's adapter on its model, in use; returns PEFT's config of it."""
+def create(run: Run, model: nn.Module, options: LoRAOptions) -> LoraConfig:
+    """Add the run's adapter to its model and activate it; return its PEFT config."""
     heads = [name for name in run.task.head_modules(model) if name not in options.modules_to_save]
     match_modules(model, options.modules_to_save)
     targets = match_targets(model, options.targets, options.layers)
@@ -48,7 +48,7 @@ def put_on(run: Run, model: nn.Module, options: LoRAOptions) -> LoraConfig:
         task_type=TASK_TYPES.get(run.recipe.base.task),
         base_model_name_or_path=run.recipe.base.model,
     )
-    with torch.random.fork_rng(devices=[]):  # the adapter's start depends on the seed alone
+    with torch.random.fork_rng(devices=[]):  # the initialisation depends on the seed alone
         torch.manual_seed(run.seed)
         add_adapter(model, config, RUN_ADAPTER)
     select_adapters(model, TYPE, [RUN_ADAPTER])
@@ -56,7 +56,7 @@ def put_on(run: Run, model: nn.Module, options: LoRAOptions) -> LoraConfig:
 
 
 def parameter_groups(model: nn.Module, options: LoRAOptions) -> list[ParameterGroup]:
-    """A and B of the run's adapter, which learn at rates of their own, and what trains whole."""
+    """Return A and B of the run's adapter, with separate learning rates, and the fully trained modules."""
     down: dict[str, nn.Parameter] = {}
     up: dict[str, nn.Parameter] = {}
     for path, layer in adapter_layers(model, RUN_ADAPTER):
@@ -72,16 +72,16 @@ def parameter_groups(model: nn.Module, options: LoRAOptions) -> list[ParameterGr
 
 
 def write(model: nn.Module, config: LoraConfig, directory: Path) -> None:
-    """Write the run's adapter as PEFT does."""
+    """Write the run's adapter in PEFT's format."""
     saved = dataclasses.replace(config, inference_mode=True)
-    saved.target_modules = sorted(saved.target_modules or ())  # PEFT makes a set of it, in no order
+    saved.target_modules = sorted(saved.target_modules or ())  # PEFT makes it an unordered set
     saved.save_pretrained(str(directory))
     tensors = {key: slot.detach().cpu().contiguous() for key, slot in tensor_slots(model, RUN_ADAPTER).items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], name: str) -> None:
-    """Put a saved adapter on a model, not in use."""
+    """Attach a saved adapter to a model, inactive."""
     saved = parse_saved_config(TYPE, SavedConfig, LoraConfig(), config)
     targets = saved_targets(model, saved)
     resolved = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
@@ -98,7 +98,7 @@ def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor],
 
 
 def merge(model: nn.Module, name: str) -> None:
-    """Add an adapter into the weights, and take it off."""
+    """Merge an adapter into the weights, and detach it."""
     select_adapters(model, TYPE, [name])
     for _, layer in adapter_layers(model, name):
         layer.merge(safe_merge=True, adapter_names=[name])
@@ -107,7 +107,7 @@ def merge(model: nn.Module, name: str) -> None:
 
 
 def tensor_slots(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The live tensors of an adapter, by key in PEFT's file."""
+    """Return the live tensors of an adapter, by key in PEFT's file."""
     slots: dict[str, Tensor] = {}
     for path, layer in adapter_layers(model, name):
         prefix = f"base_model.model.{path}"

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers on a live model, and what each of them adds to its linear."""
+"""PEFT's LoRA layers on a live model, and the update that each adds to its linear."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TYPE = "lora"
 
 
 class LoRAUpdate(LowRankUpdate):
-    """scaling · B A; PEFT's own code runs for variants such as DoRA only."""
+    """The update scaling · B A; variants such as DoRA run PEFT's code."""
 
     @property
     def mixes(self) -> bool:  # type: ignore[override]
@@ -41,27 +41,27 @@ class LoRAUpdate(LowRankUpdate):
 
 
 class PlainLayer(nn.Module, LoraLayer):
-    """PEFT's parameters of LoRA for a linear that PEFT does not know; what is computed is `LoRAUpdate`."""
+    """LoRA parameters for a linear that PEFT does not support; `LoRAUpdate` computes the forward."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that PEFT does not know the class
+            warnings.simplefilter("ignore")  # about a class unknown to PEFT
             LoraLayer.__init__(self, base_layer)
         self.out_features, self.in_features = linear_shape(self.get_base_layer())
 
 
 def add_adapter(model: nn.Module, config: LoraConfig, name: str) -> None:
-    """Put a new adapter called `name` on `model` in place, in fp32 and not in use.
+    """Add a new adapter called `name` to `model` in place, in fp32 and inactive.
 
     Args:
         config: its targets are full names of linears.
 
     Raises:
-        InputError: DoRA on linears that PEFT does not know.
+        InputError: DoRA on linears that PEFT does not support.
     """
     for path in sorted(config.target_modules or ()):
-        _make_known(model, path, config)
+        _wrap_unsupported(model, path, config)
     inject_adapter_in_model(config, model, name)
     for _, layer in adapter_layers(model, name):
         base = layer.get_base_layer()
@@ -71,8 +71,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str) -> None:
     register_adapter(model, TYPE, name, LoRAUpdate, config.bias)
 
 
-def _make_known(model: nn.Module, path: str, config: LoraConfig) -> None:
-    """Put a layer that PEFT adds its parameters to around a linear whose class it does not know."""
+def _wrap_unsupported(model: nn.Module, path: str, config: LoraConfig) -> None:
+    """Wrap a linear whose class PEFT does not support in a layer that PEFT can add its parameters to."""
     parent, _, leaf = path.rpartition(".")
     module = model.get_submodule(path)
     base = module.get_base_layer() if isinstance(module, LoraLayer) else module

@@ -1,4 +1,4 @@
-"""The options of LoRA, and what each of PEFT's other initialisations is refused for."""
+"""The options of LoRA, and the initialisations of PEFT that are refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REFUSED_INITS = ("pissa", "olora", "orthogonal", "loftq", "eva", "corda", "lora_
 
 
 class LoRAOptions(Options):
-    """Options of `lora`; the names in brackets are those of PEFT's LoraConfig."""
+    """Options of `lora`; names in brackets are those in PEFT's LoraConfig."""
 
     rank: int = Field(8, ge=1, le=4096, description="rank of every low-rank update (r)")
     alpha: float = Field(16, gt=0, description="scale of the update: alpha / rank, or alpha / sqrt(rank) with rslora")
@@ -45,7 +45,7 @@ class LoRAOptions(Options):
 
 
 class SavedConfig(SavedLowRankConfig):
-    """The fields of adapter_config.json by which a LoRA adapter computes."""
+    """The fields of adapter_config.json that determine the function of a LoRA adapter."""
 
     r: int = Field(8, ge=1)
     use_rslora: bool = False

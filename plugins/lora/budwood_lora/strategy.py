@@ -1,6 +1,6 @@
-"""LoRA as a strategy: what it does in each hook.
+"""LoRA as a strategy.
 
-Torch and PEFT, which take seconds to import, are imported in the hooks: wrong options are refused before that.
+Torch and PEFT take seconds to import, so they are imported in the hooks: invalid options are refused before that.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class LoRA(Strategy):
 
     @hookimpl
     def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
-        from budwood_lora.adapter import put_on
+        from budwood_lora.adapter import create
 
-        self._config = put_on(run, model, self.options)
+        self._config = create(run, model, self.options)
         return model
 
     @hookimpl

@@ -1,4 +1,4 @@
-"""Strategies that each break one promise, and no other."""
+"""Strategies that each break exactly one promise."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Undocumented(Strategy):
     def before_clip(self, run: Run) -> None: ...
 
 
-class OwnsNothingButTheName(Strategy):
-    """Says that it owns the adapter, and knows how to attach one only."""
+class MissingOwnerHooks(Strategy):
+    """Declares the slot of the adapter, but only implements attach_adapter."""
 
     slots = ("adapter",)
 
@@ -32,22 +32,22 @@ class OwnsNothingButTheName(Strategy):
 
 
 class _Observes(Strategy):
-    """Takes part in a run without an effect."""
+    """Implements a hook without an effect."""
 
     @hookimpl
     def before_clip(self, run: Run) -> None: ...
 
 
-class TakesAnything(_Observes):
-    """Ignores options that it does not know."""
+class AcceptsAnything(_Observes):
+    """Ignores unknown options."""
 
     class Options(Options):
         model_config = ConfigDict(extra="ignore")
         rate: float = 0.5
 
 
-class ComesBackOtherwise(_Observes):
-    """Writes an option as it was not."""
+class RoundsInYAML(_Observes):
+    """Changes the value of an option when it is written."""
 
     class Options(Options):
         rate: float = Field(0.123, gt=0)
@@ -57,15 +57,15 @@ class ComesBackOtherwise(_Observes):
             return round(value, 1)
 
 
-class CanBeChanged(_Observes):
-    """Has options that a run could change."""
+class NotFrozen(_Observes):
+    """Has mutable options."""
 
     class Options(Options):
         model_config = ConfigDict(frozen=False)
         rate: float = 0.5
 
 
-class StartsElsewhere(LoRA):
+class NonZeroStart(LoRA):
     """LoRA whose B does not start at zero."""
 
     @hookimpl
@@ -78,7 +78,7 @@ class StartsElsewhere(LoRA):
 
 
 class Unfreezes(Strategy):
-    """Lets a gradient come to the base's head."""
+    """Enables a gradient on the base's head."""
 
     @hookimpl
     def prepare_batch(self, run: Run, batch: Batch) -> Batch:
@@ -86,8 +86,8 @@ class Unfreezes(Strategy):
         return batch
 
 
-class DeclaresWhatItDoesNotUse(LoRA):
-    """LoRA that declares a parameter that the model never sees."""
+class DeclaresUnused(LoRA):
+    """LoRA that declares a parameter that the model does not use."""
 
     @hookimpl
     def trainable_parameters(self, run: Run, model: nn.Module) -> Any:
@@ -96,7 +96,7 @@ class DeclaresWhatItDoesNotUse(LoRA):
         return groups
 
 
-class WearsTheBase(Strategy):
+class ChangesTheBase(Strategy):
     """Changes a row of the base's embeddings that no example uses."""
 
     @hookimpl
@@ -106,7 +106,7 @@ class WearsTheBase(Strategy):
 
 
 class Unseeded(Strategy):
-    """Adds noise that no seed decides."""
+    """Adds noise that does not depend on the seed."""
 
     @hookimpl
     def after_optimizer_step(self, run: Run) -> None:
@@ -117,14 +117,14 @@ class Unseeded(Strategy):
 
 
 def _size(step: Step, outputs: Outputs) -> Tensor:
-    """Mean square of the first of each example's hidden states, [examples]."""
+    """Return the mean square of the first hidden element of each example, [examples]."""
     squares = outputs.hidden.flatten(0, 1)[:, 0].float().square()
     sums = squares.new_zeros(len(step.batch.keys)).index_add(0, step.batch.example_of_position, squares)
     return sums / torch.tensor(step.batch.lengths)
 
 
 class FirstMicroBatchAlone(Strategy):
-    """Adds its term to the first micro-batch of a step only."""
+    """Adds its term only to the first micro-batch of a step."""
 
     @hookimpl
     def loss_terms(self, step: Step, outputs: Outputs) -> LossTerm | None:
@@ -132,7 +132,7 @@ class FirstMicroBatchAlone(Strategy):
 
 
 class FirstProcessAlone(Strategy):
-    """Adds its term in the first process only."""
+    """Adds its term only in the first process."""
 
     @hookimpl
     def loss_terms(self, step: Step, outputs: Outputs) -> LossTerm | None:
@@ -140,7 +140,7 @@ class FirstProcessAlone(Strategy):
 
 
 class Forgets(Strategy):
-    """Counts steps, and begins again with zero when a run is resumed."""
+    """Counts steps, but restarts from zero when a run is resumed."""
 
     steps = 0
 
@@ -152,7 +152,7 @@ class Forgets(Strategy):
 
 
 class SavesHalf(LoRA):
-    """LoRA that saves half of what it learned."""
+    """LoRA that saves half of its update."""
 
     @hookimpl
     def export(self, run: Run, model: nn.Module, directory: Path) -> None:
@@ -163,7 +163,7 @@ class SavesHalf(LoRA):
 
 
 class MergesHalf(LoRA):
-    """LoRA that merges half of what it learned."""
+    """LoRA that merges half of its update."""
 
     @hookimpl
     def merge_adapter(self, model: nn.Module, name: str) -> None:
@@ -174,7 +174,7 @@ class MergesHalf(LoRA):
 
 
 class StaysOn(LoRA):
-    """LoRA that does not turn itself off."""
+    """LoRA that cannot be disabled."""
 
     @hookimpl
     def use_adapters(self, model: nn.Module, names: Sequence[str], index: Sequence[int]) -> None:
@@ -183,7 +183,7 @@ class StaysOn(LoRA):
 
 
 class LeavesAHook(LoRA):
-    """LoRA that leaves something on the model when it comes off."""
+    """LoRA that leaves a hook on the model when it is detached."""
 
     @hookimpl
     def detach_adapter(self, model: nn.Module, name: str) -> None:
@@ -192,7 +192,7 @@ class LeavesAHook(LoRA):
 
 
 class NeedsFloats(Strategy):
-    """Works on unquantised weights only, and does not say so."""
+    """Works only on unquantised weights, without declaring it."""
 
     @hookimpl
     def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
@@ -200,8 +200,8 @@ class NeedsFloats(Strategy):
         return model
 
 
-class AsksForANumber(Strategy):
-    """Decides by a value that a plan does not have."""
+class ReadsAValue(Strategy):
+    """Branches on a value that a plan does not have."""
 
     @hookimpl
     def before_clip(self, run: Run) -> None:
@@ -210,7 +210,7 @@ class AsksForANumber(Strategy):
 
 
 class ForgetsItsHook(Strategy):
-    """Puts a hook on the model for a forward, and takes it off only where all goes well."""
+    """Registers a hook on the model for a forward pass, and removes it only on success."""
 
     @hookimpl(wrapper=True)
     def forward(self, step: Step) -> Any:
@@ -221,7 +221,7 @@ class ForgetsItsHook(Strategy):
 
 
 class Swallows(Strategy):
-    """Lets no exception through."""
+    """Swallows every exception."""
 
     @hookimpl(wrapper=True)
     def backward(self, step: Step) -> Any:
@@ -231,10 +231,10 @@ class Swallows(Strategy):
             return None
 
 
-class KnowsNoReplay(Strategy):
-    """Fails where another strategy runs a pass of its own."""
+class FailsInReplay(Strategy):
+    """Fails if another strategy replays a pass."""
 
     @hookimpl
     def loss_terms(self, step: Step, outputs: Outputs) -> None:
         if step.replaying:
-            raise RuntimeError("a pass that is not core's own")
+            raise RuntimeError("a replayed pass")

@@ -1,4 +1,4 @@
-"""Each check of the conformance kit against strategies that break just its promise; to all others they are sound."""
+"""Each check of the conformance kit against strategies that break only its promise."""
 
 from __future__ import annotations
 
@@ -33,33 +33,37 @@ CHECKS: dict[str, Callable[[Bench], None]] = {
     "exception": checks.after_an_exception,
     "composes": functools.partial(checks.composes, other="adversarial"),
 }
-DEAR = ("processes", "resume", "base", "nf4", "fake", "exception", "composes")
-"""Checks that need runs of their own: asked of the strategies that break them, and of all that come with Budwood."""
+EXPENSIVE = ("processes", "resume", "base", "nf4", "fake", "exception", "composes")
+"""Checks with additional runs: tested only on the strategies that break them, and on all first-party ones."""
 BROKEN: list[tuple[type[Strategy], str, str]] = [
     (broken.Undocumented, "declares", "no docstring"),
-    (broken.TakesAnything, "options", "Options takes keys that it does not know"),
-    (broken.StartsElsewhere, "start", r"a logit differs from the base's by 0\.\d+ "),
+    (broken.AcceptsAnything, "options", "Options accepts unknown keys"),
+    (broken.NonZeroStart, "start", r"a logit differs from the base's by 0\.\d+ "),
     (broken.Unfreezes, "gradients", r"elsewhere: step 1: lm_head.weight, largest gradient \d"),
-    (broken.WearsTheBase, "base", r"1 tensors of the none base differ after 2 steps: \S*embed_tokens.weight by 0\.\d+"),
+    (
+        broken.ChangesTheBase,
+        "base",
+        r"1 tensors of the none base differ after 2 steps: \S*embed_tokens.weight by 0\.\d+",
+    ),
     (broken.Unseeded, "seed", r"two runs with seed 0 differ by \de-0\d|two runs with seed 0 differ by \d\.\d+e-0\d"),
     (broken.FirstMicroBatchAlone, "micro-batches", r"micro-batches of \[4\] and of \[2, 2\] examples differ by \d"),
     (broken.FirstProcessAlone, "processes", r"one process and two differ by \d"),
-    (broken.SavesHalf, "save", r"loaded adapter differs from the trained one's by \d\.\d+ \(at most"),
+    (broken.SavesHalf, "save", r"loaded adapter differs from that of the trained one by \d\.\d+ \(at most"),
     (broken.Forgets, "resume", r"a run resumed after step 1 differs by \d\S* in \S+: .* after 2 steps"),
     (broken.MergesHalf, "merge", r"a logit of the merged model differs by \d\.\d+"),
-    (broken.StaysOn, "off", r"after training, with the adapter off, a logit differs from the base's by \d\.\d+"),
-    (broken.NeedsFloats, "nf4", "runs on NF4: the run ended with .*weights must be floating"),
-    (broken.AsksForANumber, "fake", "DataDependentOutputException"),
+    (broken.StaysOn, "off", r"after training, with the adapter disabled, a logit differs from the base's by \d\.\d+"),
+    (broken.NeedsFloats, "nf4", "runs on NF4: the run failed with .*weights must be floating"),
+    (broken.ReadsAValue, "fake", "DataDependentOutputException"),
     (broken.ForgetsItsHook, "exception", r"forward hooks of model.embed_tokens: 0 before, 1 after"),
-    (broken.KnowsNoReplay, "composes", r"with adversarial: .*a pass that is not core's own.*broken.py, line \d+"),
+    (broken.FailsInReplay, "composes", r"with adversarial: .*a replayed pass.*broken.py, line \d+"),
 ]
 ALSO_BROKEN: list[tuple[type[Strategy], str, str]] = [
-    (broken.OwnsNothingButTheName, "declares", "1 of the 5 hooks .* missing: use_adapters, detach_adapter, export"),
-    (broken.ComesBackOtherwise, "options", r"'rate' was 0.123 and came back from YAML as 0.1"),
-    (broken.CanBeChanged, "options", "not frozen"),
-    (broken.DeclaresWhatItDoesNotUse, "gradients", "idle is declared and had no gradient in all 2 steps"),
-    (broken.LeavesAHook, "off", "detach_adapter, 1 things on the model are not as before: forward hooks of"),
-    (broken.Swallows, "exception", "an exception in forward 1 of a step was swallowed"),
+    (broken.MissingOwnerHooks, "declares", "1 of the 5 required hooks; missing: use_adapters, detach_adapter, export"),
+    (broken.RoundsInYAML, "options", r"'rate' was 0.123 and is 0.1 after a YAML round trip"),
+    (broken.NotFrozen, "options", "not frozen"),
+    (broken.DeclaresUnused, "gradients", "idle is declared and had no gradient in all 2 steps"),
+    (broken.LeavesAHook, "off", "detach_adapter, 1 properties of the model changed: forward hooks of"),
+    (broken.Swallows, "exception", "an exception in forward pass 1 of a step was swallowed"),
 ]
 
 
@@ -70,13 +74,13 @@ def bench_of(strategy: type[Strategy]) -> Bench:
 
 @pytest.fixture(scope="module")
 def benches() -> None:
-    """Lets the runs in two processes share one start."""
+    """Queue the two-process runs to share one start of torchrun."""
     for strategy in (broken.FirstProcessAlone, broken.FirstMicroBatchAlone):
         checks.wait_for_processes(bench_of(strategy))
 
 
 def outcome(check: str, strategy: type[Strategy]) -> str:
-    """The broken promise in words, or an empty text where it is kept or does not apply."""
+    """Return the message of the broken promise, or "" if it holds or does not apply."""
     try:
         CHECKS[check](bench_of(strategy))
     except PromiseBroken as error:
@@ -87,54 +91,55 @@ def outcome(check: str, strategy: type[Strategy]) -> str:
 
 
 @pytest.mark.parametrize(("strategy", "check", "message"), BROKEN, ids=[row[1] for row in BROKEN])
-def test_a_check_finds_what_breaks_its_promise_and_the_others_do_not(
+def test_only_the_matching_check_fails_for_a_broken_promise(
     strategy: type[Strategy], check: str, message: str, benches: None
 ) -> None:
-    asked = {name for name in CHECKS if name not in DEAR} | {check}
-    if check == "micro-batches":  # how a step is split over processes is another question
-        asked.add("processes")
-    found = {name: text for name in asked if (text := outcome(name, strategy))}
-    assert set(found) == {check}, found
-    assert re.search(message, found[check], re.DOTALL), found[check]
+    names = {name for name in CHECKS if name not in EXPENSIVE} | {check}
+    if check == "micro-batches":  # splitting a step over processes is a separate promise
+        names.add("processes")
+    failures = {name: text for name in names if (text := outcome(name, strategy))}
+    assert set(failures) == {check}, failures
+    assert re.search(message, failures[check], re.DOTALL), failures[check]
 
 
 @pytest.mark.parametrize(("strategy", "check", "message"), ALSO_BROKEN, ids=[row[0].__name__ for row in ALSO_BROKEN])
 def test_other_ways_to_break_a_promise(strategy: type[Strategy], check: str, message: str) -> None:
-    found = outcome(check, strategy)
-    assert re.search(message, found), found
+    failure = outcome(check, strategy)
+    assert re.search(message, failure), failure
 
 
-def test_every_check_has_a_strategy_that_breaks_it() -> None:
+def test_every_check_fails_for_some_strategy() -> None:
     assert {check for _, check, _ in BROKEN} == set(CHECKS) - {"unquantised"}
 
 
 class Conformance(StrategyConformance):
-    strategy = broken.TakesAnything
+    strategy = broken.AcceptsAnything
 
 
 def request(test: str) -> SimpleNamespace:
     return SimpleNamespace(node=SimpleNamespace(originalname=test, user_properties=[]))
 
 
-def test_a_failure_says_which_promise_broke() -> None:
+def test_a_failure_names_the_broken_promise() -> None:
     with pytest.raises(pytest.fail.Exception, match="^promise broken: options round-trip, unknown keys refused: "):
         Conformance().test_options_round_trip(request("test_options_round_trip"))
 
 
-def test_what_does_not_apply_is_skipped_and_listed_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = request("test_merged_equals_unmerged")
+def test_checks_that_do_not_apply_are_skipped_and_listed_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    inapplicable = request("test_merged_equals_unmerged")
     with pytest.raises(pytest.skip.Exception, match="does not apply: it owns no adapter"):
-        Conformance().test_merged_equals_unmerged(asked)
-    monkeypatch.setattr(Conformance, "does_not_apply", {"options_round_trip": "they are another's"})
+        Conformance().test_merged_equals_unmerged(inapplicable)
+    monkeypatch.setattr(Conformance, "does_not_apply", {"options_round_trip": "tested elsewhere"})
     waived = request("test_options_round_trip")
-    with pytest.raises(pytest.skip.Exception, match="they are another's"):
+    with pytest.raises(pytest.skip.Exception, match="tested elsewhere"):
         Conformance().test_options_round_trip(waived)
 
     lines: list[str] = []
     reports = [
-        SimpleNamespace(nodeid=f"test_mine.py::TestMine::{asked_of.node.originalname}", user_properties=properties)
-        for asked_of in (asked, waived)
-        for properties in [asked_of.node.user_properties]
+        SimpleNamespace(
+            nodeid=f"test_mine.py::TestMine::{skipped.node.originalname}", user_properties=skipped.node.user_properties
+        )
+        for skipped in (inapplicable, waived)
     ]
     other = SimpleNamespace(nodeid="test_mine.py::test_other", user_properties=[])
     reporter = SimpleNamespace(stats={"skipped": [*reports, other]}, section=lines.append, line=lines.append)
@@ -142,17 +147,17 @@ def test_what_does_not_apply_is_skipped_and_listed_with_its_reason(monkeypatch: 
     assert lines == [
         "budwood: checks that do not apply",
         "TestMine::test_merged_equals_unmerged: it owns no adapter",
-        "TestMine::test_options_round_trip: they are another's",
+        "TestMine::test_options_round_trip: tested elsewhere",
     ]
 
 
-def test_a_waiver_of_a_test_that_is_none_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_waiver_of_an_unknown_test_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Conformance, "does_not_apply", {"micro_batch": "…"})
     with pytest.raises(pytest.fail.Exception, match="there is no test 'micro_batch'"):
         Conformance().test_base_unchanged(request("test_base_unchanged"))
 
 
-def test_what_is_tested_looks_installed_under_a_name_of_its_own() -> None:
+def test_the_strategy_under_test_is_registered_under_a_unique_name() -> None:
     name = bench.register(broken.Undocumented)
     assert name == "undocumented"
     assert bench.register(broken.Undocumented) == name

@@ -125,7 +125,7 @@ def test_what_makes_no_sense_is_refused_before_the_base_loads(trained: Any, tmp_
     monkeypatch.setattr(evaluate, "open_pool", None)
     data = tmp_path / "plain.jsonl"
     data.write_text('{"text": "some text"}\n', encoding="utf-8")
-    with pytest.raises(InputError, match="no typos for data of the form 'text': its text is what the model is scored"):
+    with pytest.raises(InputError, match="no typos for the data format 'text': its text itself is scored"):
         evaluate_adapter(trained[0], data, attacks=["typos"], quiet=True)
 
 

@@ -1,4 +1,4 @@
-"""Strategies that bring a fault about at a step that the recipe names, as a third party's distribution."""
+"""Strategies that inject a fault at a step given in the recipe, as a third-party distribution."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ERRORS = {
 
 
 class Exhaust(Strategy):
-    """Memory runs out for any micro-batch of more than `tokens` tokens, from optimizer step `step` (from 1) on."""
+    """Runs out of memory for any micro-batch of more than `tokens` tokens, from optimizer step `step` (from 1) on."""
 
     class Options(Options):
         where: str = "forward"
@@ -47,7 +47,7 @@ class Exhaust(Strategy):
         if step.micro_step == 0:
             self.drawn = step.run.generator(self).normal_like(torch.zeros(1))
         yield
-        self._check("backward", step)  # the micro-batch's gradients are in place by now
+        self._check("backward", step)  # after the micro-batch's gradients were accumulated
 
     @hookimpl
     def before_clip(self, run: Run) -> None:
@@ -55,7 +55,7 @@ class Exhaust(Strategy):
 
 
 class Spoil(Strategy):
-    """Loss or gradient is not finite at the optimizer steps `steps` (from 1)."""
+    """Makes loss or gradient non-finite at the optimizer steps `steps` (from 1)."""
 
     class Options(Options):
         what: str = "loss"
@@ -76,4 +76,4 @@ class Spoil(Strategy):
         if self.options.what != "gradient" or step.run.step + 1 not in self.options.steps:
             return None
         zero = sum((p.sum() * 0 for p in step.run.trainable), torch.zeros(()))
-        return LossTerm("steep", zero.clamp(min=0).sqrt(), "step")  # value 0, slope infinite: NaN times nothing
+        return LossTerm("steep", zero.clamp(min=0).sqrt(), "step")  # value 0, infinite slope: a NaN gradient

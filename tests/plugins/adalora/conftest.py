@@ -1,4 +1,4 @@
-"""Runs of a few steps on the tiny base, and one that is finished."""
+"""Recipes of a few steps on the tiny base, and a finished run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORDS = "games section library terminal description runtime shared files data mo
 
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of train.jsonl and eval.jsonl; the completion depends on the prompt's first word."""
+    """Folder with train.jsonl and eval.jsonl; the completion is the first word of the prompt."""
     folder = tmp_path_factory.mktemp("rows")
     for name, count, seed in (("train", 24, 0), ("eval", 8, 1)):
         draw, lines = random.Random(seed), []
@@ -31,7 +31,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_recipe(tiny_base: Path, rows: Path) -> Callable[..., Recipe]:
-    """Function `make_recipe(output, options, quantization, evaluate, **train)` -> recipe of 12 fp32 steps."""
+    """Function `make_recipe(output, options, quantization, evaluate, **train)` -> a recipe of 12 fp32 steps."""
 
     def make(
         output: Path, options: dict[str, Any], quantization: str = "none", evaluate: bool = False, **train: Any
@@ -63,7 +63,7 @@ def make_recipe(tiny_base: Path, rows: Path) -> Callable[..., Recipe]:
 def trained(
     request: pytest.FixtureRequest, make_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory
 ) -> Run:
-    """A finished run with evaluations after every step, whose ranks are about 1 of 6."""
+    """A finished run with an evaluation after every step, from rank 6 to a mean rank of 1."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     options = {"initial_rank": 6, "target_rank": 1}
     return tune(make_recipe(folder, options, request.param, evaluate=True, eval_every=1), quiet=True)

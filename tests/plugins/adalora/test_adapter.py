@@ -1,4 +1,4 @@
-"""The adapter on a model: its start, its formula, its file here and in stock PEFT, taking rank away, swapping."""
+"""The adapter on a model: initialisation, formula, file here and in stock PEFT, pruning, swapping."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IDS = torch.arange(5, 25)[None]
 
 
 def load(folder: Path, quantization: str | None = None) -> Any:
-    """The base, frozen, in fp32 compute."""
+    """Load the base, frozen, computing in fp32."""
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if quantization == "nf4" else None
     if quantization == "int8":
         config = BitsAndBytesConfig(load_in_8bit=True)
@@ -38,7 +38,7 @@ def load(folder: Path, quantization: str | None = None) -> Any:
 
 
 def put_on(model: Any, steps: int = 20, **options: Any) -> tuple[AdaLoRA, Run]:
-    """A strategy on `model` as a run of `steps` steps puts it there."""
+    """Set up AdaLoRA on `model` as a run of `steps` steps does."""
     strategy = AdaLoRA(AdaLoRAOptions(**{"initial_rank": 4, "target_rank": 2, "interval": 2, **options}), "adalora")
     section = SimpleNamespace(task="causal-lm", model="base")
     run = Run(
@@ -53,7 +53,7 @@ def put_on(model: Any, steps: int = 20, **options: Any) -> tuple[AdaLoRA, Run]:
 
 
 def randomise(run: Run, seed: int = 1) -> None:
-    """Random numbers in the place of the start; a little of them on modules that train whole."""
+    """Replace the initial values by random ones; perturb fully trained modules slightly."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for group in run.groups:
@@ -68,7 +68,7 @@ def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
 
 
 def shrink(strategy: AdaLoRA, run: Run) -> dict[str, int]:
-    """Take ranks away: all of the first module, two of the second, none of the third, and so on."""
+    """Prune ranks: all of the first module, two of the second, none of the third, and so on."""
     keep = {
         path: torch.tensor([[], [1, 3], [0, 1, 2, 3]][i % 3], dtype=torch.int64)
         for i, path in enumerate(strategy.ranks())
@@ -83,7 +83,7 @@ def saved(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
-def test_it_starts_as_the_base_and_comes_off_without_a_trace(tiny_base: Path, quantization: str | None) -> None:
+def test_it_starts_as_the_base_and_detaches_without_a_trace(tiny_base: Path, quantization: str | None) -> None:
     model = load(tiny_base, quantization)
     before, modules = logits(model), [type(m) for m in model.modules()]
     strategy, run = put_on(model, modules_to_save=["lm_head"])
@@ -103,8 +103,8 @@ def test_it_starts_as_the_base_and_comes_off_without_a_trace(tiny_base: Path, qu
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])
-def test_forward_and_gradients_are_those_of_the_formula(tiny_base: Path, quantization: str | None) -> None:
-    """y = x (W + s B diag(E) A)ᵀ in float64, also where rank was taken away."""
+def test_forward_and_gradients_match_the_formula(tiny_base: Path, quantization: str | None) -> None:
+    """y = x (W + s B diag(E) A)ᵀ in float64, also with pruned ranks."""
     import bitsandbytes as bnb
 
     model = load(tiny_base, quantization)
@@ -131,7 +131,7 @@ def test_forward_and_gradients_are_those_of_the_formula(tiny_base: Path, quantiz
                 torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-4, rtol=1e-4, msg=path)
 
 
-def test_shrinking_keeps_what_the_kept_triplets_compute_and_their_optimizer_state(tiny_base: Path) -> None:
+def test_shrinking_preserves_the_kept_triplets_and_their_optimizer_state(tiny_base: Path) -> None:
     model = load(tiny_base)
     strategy, run = put_on(model)
     randomise(run)
@@ -141,28 +141,28 @@ def test_shrinking_keeps_what_the_kept_triplets_compute_and_their_optimizer_stat
     layer = next(iter(strategy._layers.values()))
     paths = list(strategy.ranks())
     moment = run.optimizer.state[strategy._layers[paths[1]].lora_B["default"]]["exp_avg"].clone()
-    with torch.no_grad():  # what is taken away computes nothing
+    with torch.no_grad():  # the pruned triplets contribute nothing
         for i, path in enumerate(paths):
-            taken = [[0, 1, 2, 3], [0, 2], []][i % 3]
-            strategy._layers[path].lora_E["default"][taken] = 0.0
-    before, numbers = logits(model), sum(p.numel() for p in run.trainable)
+            pruned = [[0, 1, 2, 3], [0, 2], []][i % 3]
+            strategy._layers[path].lora_E["default"][pruned] = 0.0
+    before, elements = logits(model), sum(p.numel() for p in run.trainable)
     ranks = shrink(strategy, run)
     assert list(ranks.values())[:3] == [0, 2, 4]
     torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-5)
-    assert sum(p.numel() for p in run.trainable) < numbers
+    assert sum(p.numel() for p in run.trainable) < elements
     second = strategy._layers[paths[1]]
     assert torch.equal(run.optimizer.state[second.lora_B["default"]]["exp_avg"], moment[:, [1, 3]])
     assert {id(p) for p in run.trainable} == {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     run.optimizer.zero_grad(set_to_none=True)
     model(IDS).logits.square().mean().backward()
-    assert layer.lora_A["default"].grad is None, "nothing of rank 0 is computed"
-    for parameter in run.trainable:  # as several processes do before they sum
+    assert layer.lora_A["default"].grad is None, "a module of rank 0 has no gradient"
+    for parameter in run.trainable:  # as several processes do before the all-reduce
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     run.optimizer.step()
     assert torch.isfinite(logits(model)).all()
 
 
-def test_the_penalty_is_of_one_micro_step_of_one_process_and_of_no_replay(tiny_base: Path) -> None:
+def test_the_penalty_is_added_once_per_optimizer_step(tiny_base: Path) -> None:
     strategy, run = put_on(load(tiny_base))
     for micro_step, replaying, process, expected in ((0, False, 0, True), (1, False, 0, False), (0, True, 0, False),
                                                      (0, False, 1, False)):  # fmt: skip
@@ -172,7 +172,7 @@ def test_the_penalty_is_of_one_micro_step_of_one_process_and_of_no_replay(tiny_b
 
 
 @pytest.mark.parametrize("extra", [{}, {"modules_to_save": ["lm_head"], "dropout": 0.2}, {"layers": [1]}])
-def test_its_file_opens_in_stock_peft_with_the_same_logits_and_comes_back(
+def test_its_file_gives_the_same_logits_in_stock_peft_and_when_reloaded(
     tiny_base: Path, tmp_path: Path, extra: dict[str, Any]
 ) -> None:
     model = load(tiny_base)
@@ -192,7 +192,7 @@ def test_its_file_opens_in_stock_peft_with_the_same_logits_and_comes_back(
     before = logits(fresh)
     config, tensors = saved(tmp_path)
     strategy.attach_adapter(model=fresh, config=config, tensors=tensors, name="a")
-    assert torch.equal(logits(fresh), before), "attached is not in use"
+    assert torch.equal(logits(fresh), before), "an attached adapter is inactive"
     use_adapters(strategy, fresh, ["a"])
     assert torch.equal(logits(fresh), on)
     strategy.merge_adapter(model=fresh, name="a")
@@ -228,7 +228,7 @@ def test_an_adapter_of_stock_peft_opens_here(tiny_base: Path, tmp_path: Path, pa
     torch.testing.assert_close(logits(model), logits(peer), atol=1e-5, rtol=1e-5)
 
 
-def test_as_lora_it_computes_the_same_here_and_in_stock_peft(tiny_base: Path, tmp_path: Path) -> None:
+def test_the_conversion_to_lora_computes_the_same_here_and_in_stock_peft(tiny_base: Path, tmp_path: Path) -> None:
     model = load(tiny_base)
     strategy, run = put_on(model, modules_to_save=["lm_head"])
     randomise(run)
@@ -256,7 +256,7 @@ def test_as_lora_it_computes_the_same_here_and_in_stock_peft(tiny_base: Path, tm
 def test_adapters_of_two_methods_share_a_model_and_a_batch(
     tiny_base: Path, tmp_path: Path, order: tuple[str, ...], quantization: str | None
 ) -> None:
-    """`a`, `ab` (AdaLoRA) and one of LoRA: each alone, one for each row, and coming off in any order."""
+    """`a`, `ab` (AdaLoRA) and a LoRA: each alone, one per row, and detached in any order."""
     files = {}
     for seed, name in enumerate(("a", "ab", "lora")):
         model = load(tiny_base)
@@ -290,7 +290,7 @@ def test_adapters_of_two_methods_share_a_model_and_a_batch(
         use(name)
         alone[name] = logits(model)
         use(None)
-    for name in order:  # what came later changes nothing
+    for name in order:  # unaffected by adapters attached later
         use(name)
         assert torch.equal(logits(model), alone[name])
     rows = [None, "ab", "lora", "a"]
@@ -318,7 +318,7 @@ def put_on_lora(strategy: LoRA, model: Any) -> Run:
     return run
 
 
-def test_whole_modules_of_two_methods_do_not_switch_each_other_off(tiny_base: Path, tmp_path: Path) -> None:
+def test_saved_modules_of_two_methods_do_not_disable_each_other(tiny_base: Path, tmp_path: Path) -> None:
     files = {}
     for name, strategy in (("x", LoRA(LoRAOptions(modules_to_save=["lm_head"]), "lora")), ("y", None)):
         model = load(tiny_base)
@@ -343,7 +343,9 @@ def test_whole_modules_of_two_methods_do_not_switch_each_other_off(tiny_base: Pa
 
 
 @pytest.mark.parametrize("damage", ["renamed", "missing", "surplus", "rank", "pattern", "shape", "variant"])
-def test_a_damaged_adapter_is_refused_and_leaves_the_model_alone(tiny_base: Path, tmp_path: Path, damage: str) -> None:
+def test_a_corrupt_adapter_is_refused_and_does_not_change_the_model(
+    tiny_base: Path, tmp_path: Path, damage: str
+) -> None:
     model = load(tiny_base)
     strategy, run = put_on(model)
     shrink(strategy, run)

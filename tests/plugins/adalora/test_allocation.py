@@ -1,4 +1,4 @@
-"""Schedule, importance, allocation and penalty against the paper's equations in float64, and against PEFT's."""
+"""Schedule, importance, allocation and penalty against the paper's equations in float64, and against PEFT."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ RANK = 4
 
 
 def triplets(seed: int = 0) -> list[nn.Parameter]:
-    """A [r, in], B [out, r], E [r, 1] of modules of SHAPES (out, in), with random numbers."""
+    """Return random A [r, in], B [out, r], E [r, 1] for modules of SHAPES (out, in)."""
     torch.manual_seed(seed)
     parts = [torch.randn(s) for out, inside in SHAPES for s in ((RANK, inside), (out, RANK), (RANK, 1))]
     return [nn.Parameter(part) for part in parts]
 
 
-def test_importance_is_that_of_the_equations() -> None:
-    """Eq. 8 to 11 and the score of a triplet, read naively, over several steps with moving weights."""
+def test_importance_matches_the_equations() -> None:
+    """A naive implementation of eq. 8 to 11 and the score of a triplet, over several steps with changing weights."""
     beta1, beta2 = 0.85, 0.7
     parameters = triplets()
     importance = Importance(parameters, beta1, beta2)
@@ -50,8 +50,8 @@ def test_importance_is_that_of_the_equations() -> None:
             assert float(scores[i]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_allocation_is_that_of_pefts_allocator() -> None:
-    """Masks of several steps, on the same weights and gradients, where no two scores are equal."""
+def test_allocation_matches_pefts_allocator() -> None:
+    """The masks of several steps on the same weights and gradients, without equal scores."""
 
     class Layer(nn.Module):
         def __init__(self, a: nn.Parameter, b: nn.Parameter, e: nn.Parameter) -> None:
@@ -91,7 +91,7 @@ def test_allocation_is_that_of_pefts_allocator() -> None:
     assert sum(int((values != 0).sum()) for values in ours[2::3]) == budgets[-1]
 
 
-def test_the_budget_is_met_to_the_unit_where_scores_are_equal() -> None:
+def test_the_budget_is_met_exactly_with_equal_scores() -> None:
     scores = [torch.zeros(4), torch.ones(4), torch.ones(3)]
     for budget in range(1, 12):
         masks = choose(scores, budget)
@@ -121,15 +121,15 @@ def test_the_schedule_is_cubic_between_its_phases() -> None:
         ({"initial_phase": 0.3, "final_phase": 20, "interval": 4}, None),
     ],
 )
-def test_the_smallest_number_of_steps_is_the_smallest(phases: dict[str, float], expected: int | None) -> None:
+def test_smallest_steps_is_minimal(phases: dict[str, float], expected: int | None) -> None:
     options = AdaLoRAOptions(**phases)
-    found = smallest_steps(options)
-    assert found == next(n for n in range(1, 1000) if Schedule.of(options, n).fits)
+    steps = smallest_steps(options)
+    assert steps == next(n for n in range(1, 1000) if Schedule.of(options, n).fits)
     if expected is not None:
-        assert found == expected
+        assert steps == expected
 
 
-def test_the_penalty_and_its_gradient_are_those_of_the_formula() -> None:
+def test_the_penalty_and_its_gradient_match_the_formula() -> None:
     parameters = triplets()
     right, left = parameters[0::3], parameters[1::3]
     value = orthogonality(right, left)
@@ -143,14 +143,14 @@ def test_the_penalty_and_its_gradient_are_those_of_the_formula() -> None:
     for ours, theirs in zip((*right, *left), exact, strict=True):
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-5, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
-        assert orthogonality(right, left).item() == value.item(), "in fp32 whatever the run's precision"
+        assert orthogonality(right, left).item() == value.item(), "fp32 under any precision"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"target_rank": 13}, "target_rank 13 is above initial_rank 12"),
-        ({"initial_phase": 1.5}, "must be whole"),
+        ({"initial_phase": 1.5}, "must be integers"),
         ({"initial_phase": 0.6, "final_phase": 0.4}, "leave no share"),
         ({"interval": 0}, "greater than or equal to 1"),
         ({"beta1": 1.0}, "less than 1"),
@@ -158,7 +158,7 @@ def test_the_penalty_and_its_gradient_are_those_of_the_formula() -> None:
         ({"targets": []}, "at least one module"),
     ],
 )
-def test_options_that_cannot_work_are_refused(options: dict[str, object], message: str) -> None:
+def test_invalid_options_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         AdaLoRAOptions(**options)
 

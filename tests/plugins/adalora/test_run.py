@@ -1,4 +1,4 @@
-"""AdaLoRA in runs: the budget, the best adapter, the penalty's place, state, export, and what is refused."""
+"""AdaLoRA in runs: the budget, the best adapter, the penalty, state, export, and refused input."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     return max(float((first[key] - second[key]).abs().max()) for key in first)
 
 
-def test_the_ranks_add_up_to_the_budget_and_some_layers_have_none(trained: Run) -> None:
-    found = ranks(trained)
-    assert sum(found.values()) == 14
-    assert len(found) < 14, "at a mean rank of 1 some have none"
-    assert min(found.values()) > 0
-    assert len(config(trained)["target_modules"]) == len(found)
+def test_the_ranks_add_up_to_the_budget_and_some_modules_have_rank_0(trained: Run) -> None:
+    saved_ranks = ranks(trained)
+    assert sum(saved_ranks.values()) == 14
+    assert len(saved_ranks) < 14, "at a mean rank of 1 some modules have rank 0"
+    assert min(saved_ranks.values()) > 0
+    assert len(config(trained)["target_modules"]) == len(saved_ranks)
     assert (trained.directory / "ranks.png").read_bytes().startswith(b"\x89PNG")
     budgets = [record["rank_budget"] for record in records(trained, "step")]
     assert budgets[0] == 84
@@ -66,31 +66,31 @@ def test_the_ranks_add_up_to_the_budget_and_some_layers_have_none(trained: Run) 
 
 
 def test_an_evaluation_before_the_budget_is_final_cannot_be_the_best(make_recipe: Make, tmp_path: Path) -> None:
-    """By scripted losses step 3 is the best of all, and of those with final ranks (from step 14 on) step 16."""
+    """With scripted losses step 3 is the best, and step 16 the best with final ranks (from step 14)."""
     kept: list[Tensor] = []
 
     class Script:
         @hookimpl(wrapper=True)
         def evaluate(self, run: Run) -> Generator[None, list[dict[str, float]], list[dict[str, float]]]:
-            found = yield
+            metrics = yield
             if run.step == 16:
                 kept.extend(p.detach().clone() for p in run.trainable)
-            return [{**found[0], "eval_loss": {3: -1.0, 16: 1.0}.get(run.step, 2.0)}]
+            return [{**metrics[0], "eval_loss": {3: -1.0, 16: 1.0}.get(run.step, 2.0)}]
 
     recipe = make_recipe(tmp_path / "run", {}, evaluate=True, eval_every=1, steps=20, patience=5)
     run, hooks, engine = setup.prepare(recipe, report := Report(quiet=True), False)
     hooks.register_core(Script(), "script")
     train(run, hooks, engine, report)
-    assert run.step == 20, "evaluations before the final phase do not try the patience either"
+    assert run.step == 20, "evaluations before the final phase do not count for patience"
     assert run.metrics["best_step"] == 16
     assert all(torch.equal(p, old) for p, old in zip(run.trainable, kept, strict=True))
     assert sum(ranks(run).values()) == 28
 
 
-def test_the_pool_and_stock_peft_open_what_a_run_leaves(trained: Run, tiny_base: Path) -> None:
+def test_the_pool_and_stock_peft_open_the_adapter_of_a_run(trained: Run, tiny_base: Path) -> None:
     folder = trained.directory / "adapter"
     report = verify(folder, precision="fp32")
-    assert report.exact, "the golden answers are replayed"
+    assert report.exact, "golden outputs are replayed"
     pool = AdapterPool(tiny_base, precision="fp32", device="cpu")
     before = pool.logits([PROMPT])
     pool.load("a", folder)
@@ -135,7 +135,7 @@ def test_the_adapter_does_not_depend_on_micro_batches(make_recipe: Make, tmp_pat
         assert first["orthogonality"] == pytest.approx(second["orthogonality"], rel=1e-5)
 
 
-def test_the_penalty_is_in_the_loss_and_in_no_evaluation(make_recipe: Make, tmp_path: Path) -> None:
+def test_the_penalty_is_in_the_loss_but_not_in_evaluations(make_recipe: Make, tmp_path: Path) -> None:
     runs = [
         tune(make_recipe(tmp_path / str(weight), {"orthogonality": weight}, evaluate=True, steps=4), quiet=True)
         for weight in (0, 0.5, 50)
@@ -143,7 +143,7 @@ def test_the_penalty_is_in_the_loss_and_in_no_evaluation(make_recipe: Make, tmp_
     assert len({run.before["eval_loss"] for run in runs}) == 1
     without, with_it = (records(run, "step")[0] for run in runs[:2])
     assert "orthogonality" not in without
-    # At the start A and B are small, so that each ‖A Aᵀ − I‖² is about the rank.
+    # A and B are initially small, so each ‖A Aᵀ − I‖² is about the rank.
     assert with_it["orthogonality"] == pytest.approx(2 * 4, rel=0.1)
     assert with_it["loss"] == pytest.approx(with_it["causal_lm"] + 0.5 * with_it["orthogonality"], rel=1e-5)
     assert with_it["causal_lm"] == pytest.approx(without["causal_lm"], rel=1e-6)
@@ -153,51 +153,51 @@ def test_the_penalty_is_in_the_loss_and_in_no_evaluation(make_recipe: Make, tmp_
     assert evaluation["eval_loss"] < 20
 
 
-def test_state_in_the_middle_goes_on_to_the_same_ranks(make_recipe: Make, tmp_path: Path) -> None:
-    """Strategy, parameters and optimizer of a run at step 5, put into a fresh run: the same steps from there on."""
-    seen: dict[str, object] = {}
+def test_restored_state_leads_to_the_same_ranks(make_recipe: Make, tmp_path: Path) -> None:
+    """The state of strategy, parameters and optimizer after step 5, restored in a new run, leads to the same steps."""
+    saved: dict[str, object] = {}
 
     class Watch:
-        """Takes the state after step 5, or puts it back."""
+        """Saves the state after step 5, or restores it."""
 
-        def __init__(self, put: bool) -> None:
-            self.put = put
+        def __init__(self, restore: bool) -> None:
+            self.restore = restore
 
         @hookimpl
         def after_optimizer_step(self, run: Run) -> None:
             strategy = run.strategies[0]
-            if run.step == 4 and not self.put:
-                seen["strategy"] = copy.deepcopy(strategy.state_dict(run))
-                seen["parameters"] = [p.detach().clone() for p in run.trainable]
-                seen["optimizer"] = copy.deepcopy(run.optimizer.state_dict())
+            if run.step == 4 and not self.restore:
+                saved["strategy"] = copy.deepcopy(strategy.state_dict(run))
+                saved["parameters"] = [p.detach().clone() for p in run.trainable]
+                saved["optimizer"] = copy.deepcopy(run.optimizer.state_dict())
             elif run.step == 4:
-                for p in run.trainable:  # what this run did so far is forgotten
+                for p in run.trainable:  # discard this run's values
                     p.data.fill_(0.1)
-                strategy.load_state_dict(run, seen["strategy"])
-                for p, value in zip(run.trainable, seen["parameters"], strict=True):
+                strategy.load_state_dict(run, saved["strategy"])
+                for p, value in zip(run.trainable, saved["parameters"], strict=True):
                     p.data.copy_(value)
-                run.optimizer.load_state_dict(seen["optimizer"])
+                run.optimizer.load_state_dict(saved["optimizer"])
 
-    def go(name: str, put: bool) -> Run:
+    def train_run(name: str, restore: bool) -> Run:
         recipe = make_recipe(tmp_path / name, {"target_rank": 1}, steps=14)
         run, hooks, engine = setup.prepare(recipe, report := Report(quiet=True), False)
-        hooks.register_core(Watch(put), "watch")
-        if put:  # a run of its own until then
+        hooks.register_core(Watch(restore), "watch")
+        if restore:  # different values until then
             for p in run.trainable:
                 p.data.add_(0.3)
         train(run, hooks, engine, report)
         return run
 
-    first = go("first", put=False)
-    assert any(key.startswith("sensitivity.") for key in seen["strategy"])
-    second = go("second", put=True)
+    first = train_run("first", restore=False)
+    assert any(key.startswith("sensitivity.") for key in saved["strategy"])
+    second = train_run("second", restore=True)
     assert ranks(first) == ranks(second)
     assert len(set(ranks(first).values())) > 1
 
 
-def test_state_after_the_budget_is_final_brings_shapes_in_line(trained: Run, make_recipe: Make, tmp_path: Path) -> None:
+def test_state_with_final_ranks_restores_the_shapes(trained: Run, make_recipe: Make, tmp_path: Path) -> None:
     strategy: AdaLoRA = trained.strategies[0]
-    state = json.loads(json.dumps(strategy.state_dict(trained)))  # no tensors any more
+    state = json.loads(json.dumps(strategy.state_dict(trained)))  # without tensors
     recipe = make_recipe(tmp_path / "fresh", {"initial_rank": 6, "target_rank": 1}, evaluate=True)
     run, _, _ = setup.prepare(recipe, Report(quiet=True), False)
     assert not run.adapter_final
@@ -209,12 +209,12 @@ def test_state_after_the_budget_is_final_brings_shapes_in_line(trained: Run, mak
 
 
 @pytest.mark.parametrize("train", [{"steps": 15}, {"epochs": 5}])
-def test_a_run_that_is_too_short_names_the_smallest_before_the_base_loads(
+def test_a_too_short_run_is_refused_with_the_minimum_before_the_base_loads(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: dict[str, int]
 ) -> None:
     monkeypatch.setattr(setup, "load_base", lambda *a, **k: pytest.fail("the base was loaded"))
     recipe = make_recipe(tmp_path / "run", {"interval": 10}, **train)
-    with pytest.raises(InputError, match="a run of 15 steps is too short .* the smallest that works is 17 steps"):
+    with pytest.raises(InputError, match="a run of 15 steps is too short .* it needs at least 17 steps"):
         tune(recipe, quiet=True)
 
 
@@ -256,7 +256,7 @@ def test_a_classifier_trains_its_head_with_it(make_recipe: Make, tmp_path: Path)
     assert verify(run.directory / "adapter", precision="fp32").exact
 
 
-def test_an_interrupted_run_keeps_what_it_has_and_says_that_the_budget_was_not_reached(
+def test_an_interrupted_run_saves_its_adapter_and_reports_that_the_budget_was_not_reached(
     make_recipe: Make, tmp_path: Path, tiny_base: Path
 ) -> None:
     class Stop:
@@ -265,21 +265,23 @@ def test_an_interrupted_run_keeps_what_it_has_and_says_that_the_budget_was_not_r
             if run.step == 6:
                 raise KeyboardInterrupt
 
-    said: list[str] = []
+    lines: list[str] = []
     run, hooks, engine = setup.prepare(make_recipe(tmp_path / "run", {}), report := Report(quiet=True), False)
-    run.say = said.append
+    run.say = lines.append
     hooks.register_core(Stop(), "stop")
     with pytest.raises(Interrupted, match="the adapter of step 6 is kept"):
         train(run, hooks, engine, report)
-    assert any("the budget was not reached; all 56 ranks are saved" in line for line in said)
+    assert any("the budget was not reached; all 56 ranks are saved" in line for line in lines)
     assert sum(ranks(run).values()) == 56
     AdapterPool(tiny_base, precision="fp32", device="cpu").load("a", run.directory / "adapter")
 
 
 @pytest.mark.plots
-def test_a_run_without_pruning_says_so_and_ends_whole(make_recipe: Make, tmp_path: Path, capsys: object) -> None:
+def test_a_run_without_pruning_reports_it_and_keeps_all_ranks(
+    make_recipe: Make, tmp_path: Path, capsys: object
+) -> None:
     run = tune(make_recipe(tmp_path / "run", {"initial_rank": 2, "target_rank": 2}))
-    assert "no rank will be taken away" in capsys.readouterr().err
+    assert "no ranks will be pruned" in capsys.readouterr().err
     assert set(ranks(run).values()) == {2}
     assert len(ranks(run)) == 14
     assert (run.directory / "ranks.png").exists()

@@ -1,4 +1,4 @@
-"""A run that stands before its first step, on tiny bases; and what its passes put on the embeddings."""
+"""Runs ready for their first step, on tiny bases, and the noise of their passes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write_rows(path: Path, form: str, count: int = 12) -> Path:
 
 @pytest.fixture
 def make_recipe(tiny_base: Path, tmp_path: Path) -> Callable[..., Recipe]:
-    """Function `make_recipe(adversarial options or None, base=…, train=…)`: a short fp32 recipe."""
+    """Function `make_recipe(adversarial options or None, base=…, train=…)` -> a short fp32 recipe."""
 
     def make(options: dict[str, Any] | None, name: str = "run", **sections: Any) -> Recipe:
         base = {"model": str(tiny_base), "quantization": "none", **sections.get("base", {})}
@@ -74,7 +74,7 @@ class Ready:
         self.steps: list[Step] = []
 
     def step(self) -> dict[str, torch.Tensor]:
-        """Run one optimizer step's passes; returns the gradients by parameter."""
+        """Run the passes of one optimizer step; return the gradients by parameter."""
         self.run.optimizer.zero_grad(set_to_none=True)
         todo, self.run.counts = next(optimizer_steps(self.run, self.hooks))
         for index, batch in enumerate(todo.batches):
@@ -87,23 +87,23 @@ class Ready:
 
 @pytest.fixture
 def noises(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], torch.Tensor]]:
-    """What every pass of a run put on the embeddings: (example ids, noise by example as [tokens, d] of the batch)."""
+    """The noise of every pass of a run, None for clean passes."""
     from budwood.model.task import Task
 
-    seen: list[Any] = []
+    recorded: list[Any] = []
     original = Task.noisy
 
     def record(self: Any, model: Any, noise: Any) -> Any:
-        seen.append(None if noise is None else noise.detach().clone())
+        recorded.append(None if noise is None else noise.detach().clone())
         return original(self, model, noise)
 
     monkeypatch.setattr(Task, "noisy", record)
-    return seen
+    return recorded
 
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny random BERT, an encoder that pools by row."""
+    """Folder of a tiny random BERT, which pools by row."""
     from tests.conftest import make_tokenizer
     from transformers import BertConfig, BertForSequenceClassification
 

@@ -1,4 +1,4 @@
-"""The papers' equations, read naively: one example at a time, the whole logits at once, in float64."""
+"""A naive implementation of the papers' equations: one example at a time, full logits, in float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from budwood.contract.types import Generator, Run
 
 
 class Reference:
-    """The run's model as W + s B A in transformers' own classes, float64, with the run's adapter as leaves."""
+    """The run's model as W + s B A in stock transformers classes, float64, with the run's adapter as leaves."""
 
     def __init__(self, run: Run, scaling: float) -> None:
         self.run = run
@@ -39,20 +39,20 @@ class Reference:
                 self.weights[name] = leaf
 
     def logits(self, example: Example, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [labels, V] at the example's labels with noise [T, d] on its embeddings, and the labels."""
+        """Return logits [labels, V] at the example's labels with noise [T, d] on its embeddings, and the labels."""
         ids = torch.tensor(example.inputs["input_ids"][None].astype("int64"))
         embedded = self.model.get_input_embeddings()(ids).detach() + noise
-        given = {"inputs_embeds": embedded}
+        inputs = {"inputs_embeds": embedded}
         labels = torch.tensor(example.labels.astype("int64"))
         if self.run.task.name == "causal-lm":
-            logits = functional_call(self.model, self.weights, (), {**given, "use_cache": False}).logits[0]
+            logits = functional_call(self.model, self.weights, (), {**inputs, "use_cache": False}).logits[0]
             return logits[torch.tensor(example.label_positions)], labels
         if hasattr(self.model, "score"):
             self.model.config.pad_token_id = None  # so that a single row is pooled at its end
-        return functional_call(self.model, self.weights, (), given).logits, labels
+        return functional_call(self.model, self.weights, (), inputs).logits, labels
 
     def loss(self, example: Example, noise: Tensor) -> Tensor:
-        """Sum over the labels of -log p(y | x + noise)."""
+        """Return the sum over the labels of -log p(y | x + noise)."""
         return F.cross_entropy(*self.logits(example, noise), reduction="sum")
 
     def zeros(self, example: Example) -> Tensor:
@@ -68,12 +68,11 @@ class Reference:
         return Generator(self.run.seed, "adversarial", self.run.step, example.key)
 
     def gradients(self, total: Tensor) -> dict[str, Tensor]:
-        found = torch.autograd.grad(total, list(self.leaves.values()))
-        return dict(zip(self.leaves, found, strict=True))
+        return dict(zip(self.leaves, torch.autograd.grad(total, list(self.leaves.values())), strict=True))
 
 
 def ball(noise: Tensor, epsilon: float, norm: str) -> Tensor:
-    """Projection onto the ball of radius epsilon."""
+    """Project onto the ball of radius epsilon."""
     if norm == "linf":
         return noise.clamp(-epsilon, epsilon)
     return noise * min(1.0, epsilon / max(float(noise.norm()), 1e-300))
@@ -84,16 +83,16 @@ def normed(gradient: Tensor, norm: str) -> Tensor:
     return gradient / size if size > 0 else gradient
 
 
-def naive(reference: Reference, options: Any, may: Callable[[Example], Tensor]) -> tuple[dict[int, Tensor], Tensor]:
-    """Final noise by example id, and the loss whose gradient the method accumulates, in sums over labels.
+def naive(reference: Reference, options: Any, mask: Callable[[Example], Tensor]) -> tuple[dict[int, Tensor], Tensor]:
+    """Return the final noise by example id, and the loss whose gradient the method accumulates, summed over labels.
 
-    `may(example)` [T, 1] is 1 where noise may go.
+    `mask(example)` [T, 1] is 1 at positions that may carry noise.
     """
     r, value, method = reference, options.value, options.method
     noises: dict[int, Tensor] = {}
     total = torch.zeros((), dtype=torch.float64)
     for example in r.run.examples:
-        zero, where = r.zeros(example), may(example)
+        zero, where = r.zeros(example), mask(example)
         elements = float(where.sum()) * zero.shape[1]
         if method == "fgm":  # Miyato et al. 2017, eq. 5-7: r = ε g / |g|₂
             g = r.slope(r.loss, example, zero) * where

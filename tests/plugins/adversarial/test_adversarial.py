@@ -1,4 +1,4 @@
-"""Adversarial training, by what a user would notice: options that are refused, runs that do not depend on batches."""
+"""Adversarial training in runs: refused options, independence from micro-batches, logging, warnings."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def name(options: dict[str, Any]) -> str:
         ({"method": "freelb", "steps": 1}, "freelb with steps: 1 would train on random noise alone; use 2 or more."),
         (
             {"method": "fgm", "steps": 3},
-            "steps is no option of fgm, which has epsilon, norm, weight, clean_weight",
+            "steps is not an option of fgm (options: epsilon, norm, weight, clean_weight)",
         ),
-        ({"method": "neftune", "epsilon": 1.0}, "epsilon is no option of neftune, which has alpha; leave it out."),
-        ({"method": "vat", "norm": "linf"}, "norm is no option of vat"),
-        ({"method": "freelb", "clean_weight": 1.0}, "clean_weight is no option of freelb"),
+        ({"method": "neftune", "epsilon": 1.0}, "epsilon is not an option of neftune (options: alpha); remove it."),
+        ({"method": "vat", "norm": "linf"}, "norm is not an option of vat"),
+        ({"method": "freelb", "clean_weight": 1.0}, "clean_weight is not an option of freelb"),
         ({"method": "fmg"}, "adversarial.method: "),
         ({"epsilom": 1}, "adversarial.epsilom: unknown key. Did you mean 'epsilon'?"),
     ],
@@ -75,7 +75,7 @@ def test_written_options_are_read_again(method: str) -> None:
         assert again.value(option)
 
 
-def test_what_cannot_be_attacked_is_refused_before_the_base_loads() -> None:
+def test_models_without_embeddings_are_refused_before_the_base_loads() -> None:
     class Blind(nn.Module):
         def get_input_embeddings(self) -> nn.Module:
             raise NotImplementedError
@@ -92,7 +92,7 @@ def test_what_cannot_be_attacked_is_refused_before_the_base_loads() -> None:
             strategy.prepare_model(run=None, model=model)
 
 
-def test_noise_that_goes_nowhere_is_an_error() -> None:
+def test_noise_on_unused_embeddings_is_an_error() -> None:
     class Deaf(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -109,21 +109,21 @@ def test_noise_that_goes_nowhere_is_an_error() -> None:
 @pytest.mark.parametrize("options", ALL, ids=name)
 @pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
 def test_a_step_does_not_depend_on_micro_batches(make_recipe: Callable, options: Any, task: str) -> None:
-    found = []
+    results = []
     for size in (1024, 160):
         ready = Ready(make_recipe(options, f"run-{size}", base={"task": task}, train={"micro_tokens": size}))
         gradients = ready.step()
-        numbers = {**ready.engine.finish_step(), **ready.run.logged}
-        found.append((len(ready.steps), gradients, {key: float(value) for key, value in numbers.items()}))
-    (once, one, logged), (several, other, logged_too) = found
-    assert once == 1 < several
+        values = {**ready.engine.finish_step(), **ready.run.logged}
+        results.append((len(ready.steps), gradients, {key: float(value) for key, value in values.items()}))
+    (single, one, logged), (several, other, logged_too) = results
+    assert single == 1 < several
     for key, gradient in one.items():
         torch.testing.assert_close(other[key], gradient, atol=1e-5, rtol=1e-4)
     assert logged_too == pytest.approx(logged, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("options", ALL, ids=name)
-def test_a_run_is_reproducible_from_its_seed_and_leaves_the_base_alone(make_recipe: Callable, options: Any) -> None:
+def test_a_run_is_reproducible_and_does_not_change_the_base(make_recipe: Callable, options: Any) -> None:
     first = Ready(make_recipe(options, "a"))
     base = {key: p.clone() for key, p in first.run.model.named_parameters() if not p.requires_grad}
     before = first.step()
@@ -190,7 +190,7 @@ class Breaks(Strategy):
 
 
 @pytest.mark.parametrize("options", ALL[:5], ids=name)
-def test_nothing_is_left_on_the_model_after_an_exception(make_recipe: Callable, options: Any) -> None:
+def test_the_model_is_restored_after_an_exception(make_recipe: Callable, options: Any) -> None:
     ready = Ready(make_recipe(options))
     ready.hooks.register_core(Breaks(), "broken")
     with pytest.raises(PluginError, match="broken"):
@@ -203,26 +203,26 @@ def test_nothing_is_left_on_the_model_after_an_exception(make_recipe: Callable, 
 @pytest.mark.parametrize(
     ("options", "cause"),
     [
-        ({"method": "fgm", "epsilon": 1e-6}, "most of the noise is lost to bfloat16's rounding; raise epsilon"),
-        ({"method": "smart", "epsilon": 1e-7}, "most of the noise is lost to bfloat16's rounding; raise epsilon"),
+        ({"method": "fgm", "epsilon": 1e-6}, "bfloat16 rounds off most noise; raise epsilon"),
+        ({"method": "smart", "epsilon": 1e-7}, "bfloat16 rounds off most noise; raise epsilon"),
         ({"method": "fgm", "epsilon": 1000.0, "clean_weight": 0.0, "norm": "linf"}, None),
     ],
 )
-def test_a_perturbation_without_effect_is_said_once(
+def test_a_perturbation_without_effect_causes_one_warning(
     make_recipe: Callable, capsys: Any, options: dict[str, Any], cause: str | None
 ) -> None:
     train = {"precision": "bf16", "steps": 45, "batch_examples": 2, "learning_rate": 1e-4}
     tune(make_recipe(options, base={"quantization": "nf4"}, train=train))
-    said = [line for line in capsys.readouterr().err.splitlines() if "did not raise the loss" in line]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "did not raise the loss" in line]
     if cause is None:
-        assert not said
+        assert not warnings
     else:
-        assert len(said) == 1
-        assert cause in said[0]
-        assert "in 20 steps" in said[0]
+        assert len(warnings) == 1
+        assert cause in warnings[0]
+        assert "in 20 steps" in warnings[0]
 
 
-def test_noise_on_no_token_is_said(make_recipe: Callable, capsys: Any) -> None:
+def test_a_mask_without_tokens_causes_a_warning(make_recipe: Callable, capsys: Any) -> None:
     ready = Ready(make_recipe({"method": "fgm", "epsilon": 0.5, "skip_special": True}))
     strategy = next(s for s in ready.run.strategies if s.name == "adversarial")
     ready.run.task.special_positions = lambda run, batch: batch.example_of_position >= 0
@@ -234,7 +234,7 @@ def test_noise_on_no_token_is_said(make_recipe: Callable, capsys: Any) -> None:
     assert not lines
     strategy.on_event(event=Event("step", 3, {"adversarial_gain": 0.0}))
     assert len(lines) == 1
-    assert "leave no token that noise may go to" in lines[0]
+    assert "exclude all tokens from noise" in lines[0]
 
 
 def test_the_logged_gain_is_the_perturbed_minus_the_clean_loss(make_recipe: Callable) -> None:
@@ -252,13 +252,13 @@ def test_the_logged_gain_is_the_perturbed_minus_the_clean_loss(make_recipe: Call
 
 
 def noise_of(step: Any, epsilon: float) -> torch.Tensor:
-    """FGM's noise by a loop over examples."""
+    """Return FGM's noise, computed in a loop over examples."""
     gradient = step.noise_grad
     noise = torch.zeros_like(gradient).flatten(0, 1)
     for index in range(len(step.batch.keys)):
-        where = step.batch.example_of_position == index
-        part = gradient.flatten(0, 1)[where]
-        noise[where] = epsilon * part / part.norm()
+        positions = step.batch.example_of_position == index
+        part = gradient.flatten(0, 1)[positions]
+        noise[positions] = epsilon * part / part.norm()
     return noise.view_as(gradient)
 
 

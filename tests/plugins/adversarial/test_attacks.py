@@ -1,4 +1,4 @@
-"""The attacks of the plugin: PGD against a loop over examples, typos as a user would see them."""
+"""The attacks of the plugin: PGD against a loop over examples, and typos."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROSE = "The quick brown fox jumps over the lazy dog, 17 times a day. " * 20
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
-def test_pgd_is_the_papers_ascent_for_each_example(make_recipe: Callable, norm: str) -> None:
+def test_pgd_matches_the_papers_ascent_for_each_example(make_recipe: Callable, norm: str) -> None:
     ready = Ready(make_recipe(None, train={"micro_tokens": 200}))
     todo, _ = next(optimizer_steps(ready.run, ready.hooks))
     epsilon = 0.6 if norm == "l2" else 0.01
@@ -37,9 +37,9 @@ def test_pgd_is_the_papers_ascent_for_each_example(make_recipe: Callable, norm: 
             gradient = reference.slope(reference.loss, example, delta)
             up = normed(gradient, "l2") if norm == "l2" else gradient.sign()
             delta = ball(delta + 2.5 * epsilon / 3 * up, epsilon, norm)
-        found = noise[todo.batches[0].example_of_position == index].double()
-        wrong = (found - delta).abs() > 1e-4 * epsilon + 1e-3 * delta.abs()
-        assert wrong.float().mean() < 0.002, "but for signs of gradients that are zero but for rounding"
+        actual = noise[todo.batches[0].example_of_position == index].double()
+        wrong = (actual - delta).abs() > 1e-4 * epsilon + 1e-3 * delta.abs()
+        assert wrong.float().mean() < 0.002, "except for the signs of gradients that are zero up to rounding"
 
 
 def test_pgd_refuses_what_it_cannot_attack() -> None:
@@ -49,7 +49,7 @@ def test_pgd_refuses_what_it_cannot_attack() -> None:
         PGD(PGDOptions(skip_masked=True), "pgd").check("text-label", "sequence-classification", None)
 
 
-def test_typos_come_at_their_rate_and_stay_readable() -> None:
+def test_typos_occur_at_their_rate_and_change_only_letters() -> None:
     for rate in (0.05, 0.3, 1.0):
         wrong = mistype(PROSE, rate, random.Random(0))
         assert wrong != PROSE
@@ -67,7 +67,7 @@ def test_a_text_is_never_emptied() -> None:
     assert mistype("", 1.0, random.Random(0)) == ""
 
 
-def test_typos_depend_on_seed_and_row_alone_and_spare_the_answer() -> None:
+def test_typos_depend_only_on_seed_and_row_and_keep_the_answer() -> None:
     row = {"prompt": PROSE, "completion": PROSE}
     attack, other = (Typos(TyposOptions(rate=0.2, seed=seed), "typos") for seed in (0, 1))
     changed = attack.change(row, 3, "prompt-completion")
@@ -85,8 +85,8 @@ def test_typos_depend_on_seed_and_row_alone_and_spare_the_answer() -> None:
 
 
 @pytest.mark.parametrize("form", ["text", "pairs"])
-def test_forms_without_a_prompt_are_refused(form: str) -> None:
+def test_data_formats_without_a_prompt_are_refused(form: str) -> None:
     with pytest.raises(
-        InputError, match=f"--attack typos: no typos for data of the form '{form}'.*text-label, messages"
+        InputError, match=f"--attack typos: no typos for the data format '{form}'.*text-label, messages"
     ):
         Typos(name="typos").check(form, "causal-lm", SimpleNamespace())

@@ -1,4 +1,4 @@
-"""Each method against its paper's equations in float64: the noise, and the gradient that an optimizer step adds up."""
+"""Each method against its paper's equations in float64: the noise, and the accumulated gradient of a step."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def name(options: dict[str, Any]) -> str:
 
 
 def by_example(ready: Ready, noise_of_step: list[Tensor]) -> dict[int, Tensor]:
-    """Noise [T, d] of each example, cut out of the batches."""
-    found: dict[int, Tensor] = {}
+    """Return the noise [T, d] of each example, extracted from the batches."""
+    result: dict[int, Tensor] = {}
     for step, noise in zip(ready.steps, noise_of_step, strict=True):
         flat = noise.flatten(0, 1)
         for index, example in enumerate(step.batch.keys):
-            found[example] = flat[step.batch.example_of_position == index]
+            result[example] = flat[step.batch.example_of_position == index]
         assert not flat[step.batch.example_of_position < 0].any(), "noise on padding"
-    return found
+    return result
 
 
 def compare(recipe: Any, noises: list[Any], scaling: float = 2.0) -> None:
@@ -58,26 +58,26 @@ def compare(recipe: Any, noises: list[Any], scaling: float = 2.0) -> None:
     options = strategy.options
     special = set(ready.run.tokenizer.all_special_ids)
 
-    def may(example: Example) -> Tensor:
-        where = torch.ones(len(example.inputs["input_ids"]), 1, dtype=torch.float64)
+    def mask(example: Example) -> Tensor:
+        allowed = torch.ones(len(example.inputs["input_ids"]), 1, dtype=torch.float64)
         if options.skip_special:
-            where *= torch.tensor([[i not in special] for i in example.inputs["input_ids"].tolist()])
+            allowed *= torch.tensor([[i not in special] for i in example.inputs["input_ids"].tolist()])
         if options.skip_masked:
-            labelled = torch.zeros(len(where), dtype=torch.bool)
+            labelled = torch.zeros(len(allowed), dtype=torch.bool)
             labelled[example.label_positions + 1] = True
-            where *= labelled[:, None]
-        return where
+            allowed *= labelled[:, None]
+        return allowed
 
     reference = Reference(ready.run, scaling)
-    expected, total = naive(reference, options, may)
-    found = by_example(ready, last)
-    assert found.keys() == expected.keys()
+    expected, total = naive(reference, options, mask)
+    actual = by_example(ready, last)
+    assert actual.keys() == expected.keys()
     for example, noise in expected.items():
-        torch.testing.assert_close(found[example].double(), noise, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(actual[example].double(), noise, atol=1e-5, rtol=1e-3)
         assert float(noise.abs().max()) > 1e-3
-    wanted = reference.gradients(total / ready.run.counts["label"])
-    assert gradients.keys() == wanted.keys()
-    for key, gradient in wanted.items():
+    expected_gradients = reference.gradients(total / ready.run.counts["label"])
+    assert gradients.keys() == expected_gradients.keys()
+    for key, gradient in expected_gradients.items():
         torch.testing.assert_close(gradients[key].double(), gradient, atol=1e-5, rtol=1e-3, msg=lambda m, k=key: k + m)
 
 
@@ -90,12 +90,12 @@ ONE_EACH = [METHODS[0], METHODS[3], METHODS[6], METHODS[8], METHODS[11], METHODS
 
 
 @pytest.mark.parametrize("options", ONE_EACH, ids=name)
-def test_a_decoder_that_classifies(make_recipe: Callable, noises: list[Any], options: dict[str, Any]) -> None:
+def test_decoder_classifier(make_recipe: Callable, noises: list[Any], options: dict[str, Any]) -> None:
     compare(make_recipe(options, base={"task": "sequence-classification"}), noises)
 
 
 @pytest.mark.parametrize("options", ONE_EACH, ids=name)
-def test_an_encoder_in_padded_rows(
+def test_encoder_with_padded_rows(
     make_recipe: Callable, noises: list[Any], bert: Path, options: dict[str, Any]
 ) -> None:
     base = {"task": "sequence-classification", "model": str(bert)}

@@ -1,4 +1,4 @@
-"""Recipes of short runs on the tiny base, and a look at what trains after each step."""
+"""Recipes of short runs on the tiny base, and the trainable parameters after each step."""
 
 from __future__ import annotations
 
@@ -52,26 +52,26 @@ def make_recipe(tiny_base: Path, tmp_path: Path) -> Callable[..., Recipe]:
 
 
 class Watch:
-    """Follows what trains: its values after each step as the optimizer left them, in float64, by name.
+    """Records the trainable parameters after each optimizer step, in float64, by name.
 
-    Where ranks are taken away, older values are cut to what is kept, since an average is of these places.
+    When ranks are pruned, earlier values are reduced to the remaining elements, as in an average.
     """
 
     def __init__(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps: list[dict[str, Tensor]] = []
         replace = Run.replace_parameter
 
-        def cut(of: Run, old: torch.nn.Parameter, new: torch.nn.Parameter, index: Any) -> None:
-            (name,) = [n for n, p in named(of).items() if p is old]
-            replace(of, old, new, index)
+        def prune(run: Run, old: torch.nn.Parameter, new: torch.nn.Parameter, index: Any) -> None:
+            (name,) = [n for n, p in named(run).items() if p is old]
+            replace(run, old, new, index)
             for values in self.steps:
                 values[name] = values[name][index]
 
-        monkeypatch.setattr(Run, "replace_parameter", cut)
+        monkeypatch.setattr(Run, "replace_parameter", prune)
 
     @hookimpl
     def after_optimizer_step(self, run: Run) -> None:
-        """Called after the strategies', which may shrink and mask."""
+        """Record after the strategies, which may prune and mask."""
         self.steps.append({name: p.detach().double().clone() for name, p in named(run).items()})
 
 
@@ -81,9 +81,9 @@ def named(run: Run) -> dict[str, torch.nn.Parameter]:
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Run, list[dict[str, Tensor]]]]:
-    """Function `watched(recipe, *others)` -> the finished run, and what trained after each step; `others` join in."""
+    """Function `watched(recipe, *others)` -> the finished run with plugins `others`, and the parameters per step."""
 
-    def go(recipe: Recipe, *others: Any) -> tuple[Run, list[dict[str, Tensor]]]:
+    def train_watched(recipe: Recipe, *others: Any) -> tuple[Run, list[dict[str, Tensor]]]:
         run, hooks, engine = setup.prepare(recipe, report := Report(quiet=True), False)
         watch = Watch(run, monkeypatch)
         for number, other in enumerate((watch, *others)):
@@ -92,4 +92,4 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Run, list[di
         report.close()
         return run, watch.steps
 
-    return go
+    return train_watched

@@ -1,4 +1,4 @@
-"""Averages in runs: the definitions in float64, one state that is measured and saved, training that does not notice."""
+"""Averages in runs: the definitions in float64, the same state evaluated and saved, training unchanged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ADALORA = {"adalora": {"initial_rank": 4, "target_rank": 1, "initial_phase": 1, 
 
 
 def ema(steps: Values, decay: float) -> dict[str, Tensor]:
-    """By the definition, in float64."""
+    """Compute the average from its definition, in float64."""
     average = dict(steps[0])
     for t, values in enumerate(steps[1:], start=1):
         d = min(decay, (1 + t) / (10 + t))
@@ -43,15 +43,15 @@ def mean(steps: Values) -> dict[str, Tensor]:
 
 
 def assert_averaged(run: Run, expected: dict[str, Tensor]) -> None:
-    """To a few roundings in fp32 of numbers below 1."""
+    """Compare up to a few fp32 roundings of values below 1."""
     for name, parameter in named(run).items():
         torch.testing.assert_close(parameter.detach().double(), expected[name], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("adapter", [LORA, ADALORA], ids=["lora", "adalora"])
 @pytest.mark.parametrize("decay", [0.3, 0.999])
-def test_ema_is_its_definition(make_recipe: Make, watched: Any, adapter: Any, decay: float) -> None:
-    """At 0.3 it is the decay from the sixth step on that decides, at 0.999 the warm-up."""
+def test_ema_matches_its_definition(make_recipe: Make, watched: Any, adapter: Any, decay: float) -> None:
+    """At 0.3 the decay dominates from the sixth step on, at 0.999 the warm-up."""
     run, steps = watched(make_recipe([adapter, {"ema": {"decay": decay}}], evaluate=False, steps=8))
     assert len(steps) == 8
     assert_averaged(run, ema(steps, decay))
@@ -78,26 +78,26 @@ def test_swa_is_the_mean_of_its_steps(
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_one_state_is_measured_kept_saved_and_reported_and_training_does_not_notice(
+def test_the_same_state_is_evaluated_saved_and_reported_and_training_is_unchanged(
     make_recipe: Make, watched: Any, tiny_base: Path, quantization: str
 ) -> None:
-    """The average is measured again by itself, on the model, with the parameters that the definition gives."""
-    kept: list[tuple[float, list[Tensor]]] = []
+    """Each evaluation uses the parameters given by the definition, and the best ones are saved."""
+    evaluated: list[tuple[float, list[Tensor]]] = []
 
-    class Look:
+    class RecordEvaluations:
         @hookimpl(wrapper=True)
         def evaluate(self, run: Run) -> Generator[None, list[dict[str, float]], list[dict[str, float]]]:
-            found = yield
-            kept.append((found[0]["eval_loss"], [p.detach().clone() for p in run.trainable]))
-            return found
+            metrics = yield
+            evaluated.append((metrics[0]["eval_loss"], [p.detach().clone() for p in run.trainable]))
+            return metrics
 
     recipe = make_recipe([LORA, {"ema": {"decay": 0.5}}], "with", quantization, eval_every=2)
-    run, steps = watched(recipe, Look())
-    for (_, parameters), count in zip(kept[1:], (2, 4, 6), strict=True):
+    run, steps = watched(recipe, RecordEvaluations())
+    for (_, parameters), count in zip(evaluated[1:], (2, 4, 6), strict=True):
         expected = ema(steps[:count], 0.5)
         for name, value in zip(named(run), parameters, strict=True):
             torch.testing.assert_close(value.double(), expected[name], atol=1e-6, rtol=1e-5)
-    best = min(kept[1:], key=lambda found: found[0])
+    best = min(evaluated[1:], key=lambda evaluation: evaluation[0])
     assert run.metrics["eval_loss"] == best[0]
     assert all(torch.equal(p, value) for p, value in zip(run.trainable, best[1], strict=True))
     assert run.task.measure(run)["eval_loss"] == best[0]
@@ -105,7 +105,7 @@ def test_one_state_is_measured_kept_saved_and_reported_and_training_does_not_not
     for name, parameter in named(run).items():
         path, _, part = name.removeprefix("lora_A/").removeprefix("lora_B/").rpartition(".")
         assert torch.equal(saved[f"base_model.model.{path}.{part}.weight"], parameter.detach())
-    assert verify(run.directory / "adapter").exact, "the golden answers are the average's"
+    assert verify(run.directory / "adapter").exact, "golden outputs are those of the average"
     without, plain = watched(make_recipe([LORA], "without", quantization, eval_every=2))
     for ours, theirs in zip(steps, plain, strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -116,9 +116,9 @@ def test_one_state_is_measured_kept_saved_and_reported_and_training_does_not_not
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
-@pytest.mark.parametrize("how", [ValueError, KeyboardInterrupt])
-def test_an_evaluation_that_is_cut_short_leaves_what_trains_bit_for_bit(
-    make_recipe: Make, monkeypatch: pytest.MonkeyPatch, how: type[BaseException]
+@pytest.mark.parametrize("exception", [ValueError, KeyboardInterrupt])
+def test_an_interrupted_evaluation_restores_the_parameters_bitwise(
+    make_recipe: Make, monkeypatch: pytest.MonkeyPatch, exception: type[BaseException]
 ) -> None:
     before: list[Tensor] = []
     restored: list[bool] = []
@@ -137,7 +137,7 @@ def test_an_evaluation_that_is_cut_short_leaves_what_trains_bit_for_bit(
         def evaluate(self, run: Run) -> dict[str, float]:
             if run.step == 4:
                 assert any(not torch.equal(p, raw) for p, raw in zip(run.trainable, before, strict=True))
-                raise how
+                raise exception
             return {}
 
     recipe = make_recipe([LORA, {"ema": {"decay": 0.5}}], eval_every=2)
@@ -145,12 +145,12 @@ def test_an_evaluation_that_is_cut_short_leaves_what_trains_bit_for_bit(
     hooks.register_core(Fail(), "fail")
     monkeypatch.setattr(progress, "put_average", put_average)
     monkeypatch.setattr(progress, "put_back", put_back)
-    with pytest.raises(Interrupted if how is KeyboardInterrupt else ValueError):
+    with pytest.raises(Interrupted if exception is KeyboardInterrupt else ValueError):
         train(run, hooks, engine, report)
     assert restored == [True, True, True], "steps 0, 2 and 4"
 
 
-def test_a_run_that_is_interrupted_keeps_the_average_so_far(
+def test_an_interrupted_run_saves_the_average_so_far(
     make_recipe: Make, watched: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make_recipe([LORA, {"swa": {"start": 2}}], "whole", evaluate=False)
@@ -172,7 +172,7 @@ def test_a_run_that_is_interrupted_keeps_the_average_so_far(
 
 
 @pytest.mark.parametrize(
-    ("stop", "said_"),
+    ("stop", "note"),
     [
         (
             None,
@@ -181,16 +181,16 @@ def test_a_run_that_is_interrupted_keeps_the_average_so_far(
         (3, "note: the best evaluation, of step 2, came before averaging began at step 5: the adapter is that step's"),
     ],
 )
-def test_an_adapter_that_is_no_average_is_said_to_be_none(
-    make_recipe: Make, monkeypatch: pytest.MonkeyPatch, stop: int | None, said_: str
+def test_a_best_step_before_averaging_is_reported(
+    make_recipe: Make, monkeypatch: pytest.MonkeyPatch, stop: int | None, note: str
 ) -> None:
     lines: list[str] = []
 
     class Script:
         @hookimpl(wrapper=True)
         def evaluate(self, run: Run) -> Generator[None, list[dict[str, float]], list[dict[str, float]]]:
-            found = yield
-            return [{**found[0], "eval_loss": abs(run.step - 2.0)}]
+            metrics = yield
+            return [{**metrics[0], "eval_loss": abs(run.step - 2.0)}]
 
         @hookimpl
         def before_clip(self, run: Run) -> None:
@@ -205,10 +205,10 @@ def test_an_adapter_that_is_no_average_is_said_to_be_none(
         train(run, hooks, engine, report)
     except Interrupted:
         assert stop
-    assert lines.count(said_) == 1
+    assert lines.count(note) == 1
 
 
-def test_it_trains_beside_an_adversary_a_teacher_and_adalora(
+def test_it_trains_with_an_adversary_a_teacher_and_adalora(
     make_recipe: Make, watched: Any, tiny_bases: Callable[..., Path], tiny_base: Path
 ) -> None:
     others = [
@@ -224,7 +224,7 @@ def test_it_trains_beside_an_adversary_a_teacher_and_adalora(
     pool.load("a", run.directory / "adapter")
 
 
-def test_the_shadows_are_fp32_on_the_parameters_device_and_as_many(make_recipe: Make) -> None:
+def test_shadows_are_fp32_copies_on_the_same_device(make_recipe: Make) -> None:
     run, _, _ = setup.prepare(make_recipe([LORA, "ema"]), Report(quiet=True), False)
     assert list(run.average.shadows) == run.trainable
     for parameter, shadow in run.average.shadows.items():
@@ -238,13 +238,11 @@ def test_two_averages_are_refused(make_recipe: Make) -> None:
 
 
 @pytest.mark.parametrize("planned", [{"steps": 6}, {"epochs": 2, "steps": None}])
-def test_averaging_that_would_begin_after_the_run_is_refused_before_the_base_loads(
+def test_averaging_after_the_end_of_the_run_is_refused_before_the_base_loads(
     make_recipe: Make, monkeypatch: pytest.MonkeyPatch, planned: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(setup, "load_base", lambda *a, **k: pytest.fail("the base was loaded"))
-    with pytest.raises(
-        InputError, match="'swa' .*: start: averaging would begin at step 7, and the run has 6: lower it"
-    ):
+    with pytest.raises(InputError, match="'swa' .*: start: averaging would begin at step 7 of 6: lower it"):
         tune(make_recipe([LORA, {"swa": {"start": 7}}], **planned), quiet=True)
 
 
@@ -254,7 +252,7 @@ def test_averaging_that_would_begin_after_the_run_is_refused_before_the_base_loa
         ("ema", {"decay": 1}, "decay: must be less than 1"),
         ("ema", {"decay": 0}, "decay: must be greater than 0"),
         ("swa", {"start": -0.1}, "start: must be greater than or equal to 0"),
-        ("swa", {"start": 2.5}, "start: from 1 on it is a step and must be whole"),
+        ("swa", {"start": 2.5}, "start: values of 1 and above are steps and must be integers"),
         ("swa", {"every": 0}, "every: must be greater than or equal to 1"),
     ],
 )
@@ -264,10 +262,10 @@ def test_options_are_bounded(name: str, options: dict[str, Any], message: str) -
 
 
 def third_party(**calls: Any) -> type[Strategy]:
-    """A strategy that asks for averages in hooks: name of the hook → arguments."""
+    """Return a strategy that calls `average_with` in hooks: name of the hook → arguments of each call."""
 
     class Third(Strategy):
-        """Averages as nobody should."""
+        """Calls `average_with` incorrectly."""
 
         @hookimpl
         def prepare_model(self, run: Run, model: Any) -> Any:
@@ -291,7 +289,7 @@ def third_party(**calls: Any) -> type[Strategy]:
         ({"after_optimizer_step": [{}]}, "average_with: call it in prepare_model"),
     ],
 )
-def test_a_third_party_that_asks_wrongly_is_named(make_recipe: Make, calls: dict[str, Any], message: str) -> None:
+def test_invalid_averages_name_the_strategy(make_recipe: Make, calls: dict[str, Any], message: str) -> None:
     from budwood.testing.bench import register
 
     name = register(third_party(**calls))

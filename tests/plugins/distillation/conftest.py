@@ -1,4 +1,4 @@
-"""Data files, a recipe on the tiny base, runs of it and what they said, and the definitions in float64."""
+"""Data files, recipes on the tiny base, runs and their output, and outputs of stock models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STRATEGIES = Path(__file__).parents[2] / "strategies"
 
 
 def write_rows(path: Path, count: int = 16, seed: int = 0, labels: tuple[str, ...] = ()) -> Path:
-    """Prompt and completion rows of different lengths; with `labels`, text and label rows."""
+    """Write prompt and completion rows of different lengths; with `labels`, text and label rows."""
     draw, rows = random.Random(seed), []
     for number in range(count):
         words = draw.choices(WORDS, k=draw.randint(2, 9))
@@ -38,7 +38,7 @@ def write_rows(path: Path, count: int = 16, seed: int = 0, labels: tuple[str, ..
 
 @pytest.fixture
 def test_strategies(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Put the test strategies' distribution on the path; returns their module."""
+    """Put the distribution of the test strategies on the path; yield their module."""
     monkeypatch.syspath_prepend(str(STRATEGIES))
     module = importlib.import_module("budwood_test_strategies")
     module.SEEN.clear()
@@ -48,7 +48,7 @@ def test_strategies(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def make_recipe(tiny_base: Path, tmp_path: Path) -> Callable[..., Recipe]:
-    """Function that makes a recipe of two fp32 steps over all 16 rows, with LoRA, and distillation by `options`."""
+    """Function that returns a recipe of two fp32 steps over all 16 rows, with LoRA and distillation with `options`."""
 
     def make(
         options: dict[str, Any] | None,
@@ -82,10 +82,10 @@ def make_recipe(tiny_base: Path, tmp_path: Path) -> Callable[..., Recipe]:
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """All lines that runs say."""
-    said: list[str] = []
-    monkeypatch.setattr(Report, "say", lambda self, text: said.append(text))
-    return said
+    """All lines printed by runs."""
+    output: list[str] = []
+    monkeypatch.setattr(Report, "say", lambda self, text: output.append(text))
+    return output
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def run_it(make_recipe: Callable[..., Recipe], lines: list[str]) -> Callable[...
 
 @pytest.fixture
 def losses() -> Callable[[Run, str], list[float]]:
-    """Function `losses(run, name)` -> what metrics.jsonl has under `name`, step by step."""
+    """Function `losses(run, name)` -> the values of `name` in metrics.jsonl, one per step."""
 
     def read(run: Run, name: str = "distillation") -> list[float]:
         rows = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
@@ -109,7 +109,7 @@ def losses() -> Callable[[Run, str], list[float]]:
 def at_labels() -> Callable[..., tuple[Tensor, Tensor]]:
     """Function `at_labels(run, model)` -> a stock model's logits and last hidden states at every label of the run.
 
-    Each example alone, by the model's own forward, in the order of the file: [labels, V] and [labels, d] float64.
+    Each example alone, with the model's own forward, in the order of the file: [labels, V] and [labels, d] float64.
     """
 
     def read(run: Run, model: Any) -> tuple[Tensor, Tensor]:
@@ -117,9 +117,9 @@ def at_labels() -> Callable[..., tuple[Tensor, Tensor]]:
         for example in run.examples:
             ids = torch.tensor(example.inputs["input_ids"][None].astype("int64"))
             out = model(ids, use_cache=False, output_hidden_states=True)
-            where = torch.tensor(example.label_positions)
-            logits.append(out.logits if run.task.name == "sequence-classification" else out.logits[0, where])
-            hidden.append(out.hidden_states[-1][0, where])
+            positions = torch.tensor(example.label_positions)
+            logits.append(out.logits if run.task.name == "sequence-classification" else out.logits[0, positions])
+            hidden.append(out.hidden_states[-1][0, positions])
         return torch.cat(logits).double(), torch.cat(hidden).double()
 
     return read

@@ -1,4 +1,4 @@
-"""What is refused, in one line that names the option, with exit code 2 and before the base loads."""
+"""Invalid input is refused in one line that names the option, with exit code 2 and before the base loads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LABELS = ("yes", "no", "maybe")
 
 @pytest.fixture
 def refused(run_it: Runs, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Function of `run_it`'s arguments -> the message of the InputError; the base must not have loaded."""
+    """Function of `run_it`'s arguments -> the error message; the base must not have loaded."""
 
     def run(*args: Any, kind: type[BudwoodError] = InputError, **kwargs: Any) -> str:
         with monkeypatch.context() as patch:
@@ -54,16 +54,16 @@ def copy(folder: Path, to: Path) -> Path:
         ({"teacher": "base+"}, "distillation.teacher: must name the adapter's folder"),
         ({"teacher": "base", "quantization": "nf4"}, "quantization: the teacher 'base' is the run's own base"),
         ({"teacher": "base+x", "quantization": "nf4"}, "quantization: the teacher 'base+x' is the run's own base"),
-        ({"teacher": "base", "beta": 0.3}, "beta: has no part in forward-kl"),
+        ({"teacher": "base", "beta": 0.3}, "beta: not used by forward-kl"),
         ({"teacher": "base", "divergence": "jensen-shannon", "beta": 1.0}, "distillation.beta: "),
         ({"teacher": "base", "divergence": "jsd"}, "distillation.divergence: "),
         ({"teacher": "base", "temperature": 0}, "distillation.temperature: "),
         ({"teacher": "base", "weight": 0}, "distillation.weight: "),
         ({"teacher": "base", "weight": 1.5}, "distillation.weight: "),
         ({"teacher": "base", "hidden_distance": "mse"}, "hidden_distance: needs a hidden_weight above 0"),
-        ({"teacher": "base", "top_k": 5}, "top_k: says what the cache keeps; name a folder with cache"),
+        ({"teacher": "base", "top_k": 5}, "top_k: applies only to a cache; set its folder with cache"),
         ({"teacher": "base", "cache": "c", "top_k": 0}, "distillation.top_k: "),
-        ({"teacher": "base", "cache": "c", "hidden_weight": 1}, "hidden_weight: the cache keeps no hidden states"),
+        ({"teacher": "base", "cache": "c", "hidden_weight": 1}, "hidden_weight: the cache stores no hidden states"),
         ({"teacher": "base", "temprature": 2}, "Did you mean 'temperature'?"),
     ],
 )
@@ -84,18 +84,18 @@ def test_a_teacher_that_does_not_exist(refused: Callable[..., str], tiny_base: P
     )
 
 
-def test_a_teacher_with_code_of_its_own(refused: Callable[..., str], tiny_base: Path, tmp_path: Path) -> None:
-    """The recipe's permission is for the base."""
+def test_a_teacher_with_custom_code(refused: Callable[..., str], tiny_base: Path, tmp_path: Path) -> None:
+    """`trust_remote_code` of the recipe applies only to the base."""
     folder = copy(tiny_base, tmp_path / "copy")
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").unlink()
     values |= {"model_type": "strange", "auto_map": {"AutoConfig": "strange.Config"}}
     (folder / "config.json").write_text(json.dumps(values))
     message = refused({"teacher": str(folder)}, base={"trust_remote_code": True})
-    assert f"teacher: '{folder}' needs Python code of its own, which no teacher may run" in message
+    assert f"teacher: '{folder}' needs custom Python code, which a teacher may not run" in message
 
 
-def test_a_damaged_teacher(refused: Callable[..., str], tiny_base: Path, tmp_path: Path) -> None:
+def test_a_corrupt_teacher(refused: Callable[..., str], tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "copy")
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").unlink()
@@ -106,19 +106,19 @@ def test_a_damaged_teacher(refused: Callable[..., str], tiny_base: Path, tmp_pat
 def test_a_teacher_that_is_the_student(
     refused: Callable[..., str], run_it: Runs, tiny_base: Path, tmp_path: Path
 ) -> None:
-    wanted = "in none is the base itself: write `teacher: base`"
-    assert wanted in refused({"teacher": str(tiny_base)})
+    message = "in none is the base itself: write `teacher: base`"
+    assert message in refused({"teacher": str(tiny_base)})
     (tmp_path / "link").symlink_to(tiny_base)
-    assert wanted in refused({"teacher": str(tmp_path / "link")})
-    assert wanted in refused({"teacher": str(copy(tiny_base, tmp_path / "copy"))})
+    assert message in refused({"teacher": str(tmp_path / "link")})
+    assert message in refused({"teacher": str(copy(tiny_base, tmp_path / "copy"))})
     assert "in nf4 is the base itself" in refused(
         {"teacher": str(tiny_base), "quantization": "nf4"}, base={"quantization": "nf4"}
     )
     run = run_it({"teacher": str(tiny_base)}, "other", base={"quantization": "nf4"})
-    assert run.step == 2, "in another quantization it teaches what that lost"
+    assert run.step == 2, "with another quantization it is a valid teacher"
 
 
-def test_another_vocabulary(
+def test_a_different_vocabulary(
     refused: Callable[..., str], tiny_bases: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ):
     folder = copy(tiny_bases("foreign", seed=4), tmp_path / "foreign")
@@ -129,7 +129,7 @@ def test_another_vocabulary(
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     message = refused({"teacher": str(folder)})
-    assert f"'{folder}' has another vocabulary than the base '{tiny_base}'" in message
+    assert f"the vocabulary of '{folder}' differs from that of the base '{tiny_base}'" in message
     assert f'token 40 is "{names[41]}" there and "{names[40]}" in the base' in message
 
     tokenizer["model"]["vocab"] |= {names[40]: 40, names[41]: 41}
@@ -138,13 +138,13 @@ def test_another_vocabulary(
     assert 'token 300 is "<new>" there and none in the base' in refused({"teacher": str(folder)})
 
 
-def test_hidden_states_of_another_width(refused: Callable[..., str], tiny_bases: Callable[..., Path]) -> None:
+def test_a_different_hidden_size(refused: Callable[..., str], tiny_bases: Callable[..., Path]) -> None:
     wide = tiny_bases("wide", hidden_size=96)
     message = refused({"teacher": str(wide), "hidden_weight": 1.0})
-    assert f"hidden_weight: the base's hidden states are 64 wide and those of '{wide}' 96" in message
+    assert f"hidden_weight: the hidden size of the base is 64 and that of '{wide}' 96" in message
 
 
-def test_an_adapter_of_another_base_task_or_type(
+def test_an_adapter_with_a_different_base_task_or_type(
     refused: Callable[..., str], run_it: Runs, tiny_bases: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     other = tiny_bases("other-base", seed=7)
@@ -156,7 +156,7 @@ def test_an_adapter_of_another_base_task_or_type(
     manifest = json.loads((own / "budwood.json").read_text())
     (own / "budwood.json").write_text(sealed({**manifest, "adapter_type": "distillation"}))
     message = refused({"teacher": f"base+{own}"})
-    assert "is of the type 'distillation' and the run's is 'lora'" in message and "budwood adapter merge" in message
+    assert "is of type 'distillation' and the run's of type 'lora'" in message and "budwood adapter merge" in message
 
 
 def test_classes(refused: Callable[..., str], run_it: Runs, tiny_base: Path, tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_classes(refused: Callable[..., str], run_it: Runs, tiny_base: Path, tmp
     assert f"the classes of '{reordered}' are yes, no, maybe, and the data's are maybe, no, yes" in message
     assert "are yes, no, and the data's are" in refused({"teacher": classifier("two", ("yes", "no"))}, labels=LABELS)
     headless = classifier("headless", ("maybe", "no", "yes"), "LlamaForCausalLM")
-    assert "has no trained 'score': give a model that was trained for" in refused({"teacher": headless}, labels=LABELS)
+    assert "has no trained 'score': use a model trained for" in refused({"teacher": headless}, labels=LABELS)
     message = refused({"teacher": "base"}, labels=LABELS)
     assert f"the base '{tiny_base}' has no trained 'score'" in message
     adapter = run_it(None, "first", labels=("yes", "no")).directory / "adapter"
@@ -193,7 +193,7 @@ def test_encoders(refused: Callable[..., str], tiny_base: Path, tmp_path: Path) 
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (bert / file).write_bytes((tiny_base / file).read_bytes())
     message = refused({"teacher": str(bert)}, labels=LABELS)
-    assert "pools its tokens by 'row' and the base by 'token'" in message
+    assert "pools by row and the base by token" in message
     message = refused({"teacher": "base", "hidden_weight": 1.0}, labels=LABELS, base={"model": str(bert)})
     assert "hidden_weight: the base pools by row" in message
 
@@ -211,7 +211,7 @@ def test_folders_that_overwrite_would_empty(
         "adapter": {"teacher": f"base+{inside}"},
         "folder": {"teacher": str(inside)},
     }[option]
-    with pytest.raises(InputError, match="lies in the run's output folder, which --overwrite empties: move it"):
+    with pytest.raises(InputError, match="is in the run's output folder, which --overwrite empties: move it"):
         tune(make_recipe(options), overwrite=True, quiet=True)
     assert inside.is_dir()
 
@@ -221,16 +221,16 @@ def test_two_teachers(refused: Callable[..., str]) -> None:
     assert "strategy 'distillation' appears twice" in message
 
 
-def test_no_adapter_to_switch_off(make_recipe: Callable) -> None:
+def test_teacher_base_without_an_adapter(make_recipe: Callable) -> None:
     recipe = make_recipe({"teacher": "base"})
     strategy = next(s for s in build_composition(recipe).strategies if s.name == "distillation")
-    plan = Plan(recipe, [strategy])  # beside something that trains, but owns no adapter
+    plan = Plan(recipe, [strategy])  # with trainable parameters, but no adapter
     strategy.check_plan(plan)
     assert len(plan.problems) == 1
-    assert "base is this base without the run's adapter, and no strategy has one" in plan.problems[0]
+    assert "teacher: base needs a strategy that owns an adapter: add one such as lora" in plan.problems[0]
 
 
-def test_the_command_ends_with_2(make_recipe: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_code_2(make_recipe: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from budwood.cli.app import run
 
     path = tmp_path / "recipe.yaml"

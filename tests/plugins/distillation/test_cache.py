@@ -1,4 +1,4 @@
-"""The teacher's cache: the same loss whether it is written or read, and never that of something else."""
+"""The teacher cache: the loss is the same whether it is written or read, and a mismatching cache is refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def options(teacher: Path, tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def no_teacher(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Function after whose call a teacher that loads fails the test."""
+    """Function after whose call loading a teacher fails the test."""
 
     def refuse(*args: Any) -> None:
         raise AssertionError("the teacher was loaded")
@@ -47,17 +47,17 @@ def files(options: dict[str, Any]) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(Path(options["cache"]).iterdir())}
 
 
-def test_the_loss_is_the_same_to_the_bit_when_the_cache_takes_over(
+def test_the_loss_is_bitwise_identical_with_and_without_the_cache(
     run_it: Runs, losses: Callable, options: dict, no_teacher: Callable, lines: list[str]
 ) -> None:
-    """The first run writes; its second epoch and the second run read."""
+    """The first run writes the cache; its second epoch and the second run read it."""
     train = {"steps": 4, "batch_examples": 16}
     first = run_it(options, "first", train=train)
     written = files(options)
     no_teacher()
     lines.clear()
     second = run_it(options, "second", train=train)
-    assert any(f"teacher's cache {options['cache']}" in line and "the teacher is not loaded" in line for line in lines)
+    assert any(f"teacher cache {options['cache']}" in line and "the teacher is not loaded" in line for line in lines)
     for name in ("loss", "distillation", "causal_lm"):
         assert losses(second, name) == losses(first, name)
     for ours, theirs in zip(first.trainable, second.trainable, strict=True):
@@ -65,7 +65,7 @@ def test_the_loss_is_the_same_to_the_bit_when_the_cache_takes_over(
     assert files(options) == written
 
 
-def test_it_holds_the_top_k_and_the_rest_at_the_temperature(
+def test_it_stores_the_top_k_and_the_rest_at_the_temperature(
     run_it: Runs, losses: Callable, at_labels: Callable, options: dict, teacher: Path, tiny_base: Path
 ) -> None:
     run = run_it(options, train={"micro_tokens": 128})
@@ -85,9 +85,7 @@ def test_it_holds_the_top_k_and_the_rest_at_the_temperature(
     assert losses(run)[0] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_all_classes_but_one_and_the_rest_are_the_whole(
-    run_it: Runs, losses: Callable, tiny_base: Path, tmp_path: Path
-) -> None:
+def test_a_cache_of_all_classes_is_exact(run_it: Runs, losses: Callable, tiny_base: Path, tmp_path: Path) -> None:
     labels = ("yes", "no", "maybe")
     first = run_it(None, "first", labels=labels, train={"steps": 6})
     teacher = {"teacher": f"base+{first.directory / 'adapter'}"}
@@ -98,7 +96,7 @@ def test_all_classes_but_one_and_the_rest_are_the_whole(
 
 
 @pytest.mark.parametrize("teacher_name", ["base", "base+"])
-def test_this_base_as_teacher_is_cached_too(
+def test_the_base_as_teacher_can_be_cached(
     run_it: Runs, losses: Callable, options: dict, teacher_name: str, tiny_base: Path
 ) -> None:
     if teacher_name == "base+":
@@ -111,7 +109,7 @@ def test_this_base_as_teacher_is_cached_too(
     assert losses(again) == losses(cached)
 
 
-def test_a_killed_run_is_completed(
+def test_the_cache_of_a_killed_run_is_completed(
     run_it: Runs, losses: Callable, options: dict, monkeypatch: pytest.MonkeyPatch, lines: list[str]
 ) -> None:
     monkeypatch.setattr(cache_module, "SHARD_LABELS", 20)
@@ -124,13 +122,13 @@ def test_a_killed_run_is_completed(
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
     lines.clear()
     again = run_it(options, "again")
-    assert any("2 of " in line and "parts to make" in line for line in lines)
+    assert any("2 of " in line and "shards to compute" in line for line in lines)
     assert files(options) == whole
-    assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept, "what was there is not made again"
+    assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept, "existing shards are not computed again"
     assert losses(again) == losses(run)
 
 
-def test_a_run_killed_before_its_first_part_leaves_a_folder_that_is_taken(run_it: Runs, options: dict) -> None:
+def test_the_folder_of_a_run_killed_before_its_first_shard_is_accepted(run_it: Runs, options: dict) -> None:
     folder = Path(options["cache"])
     folder.mkdir()
     (folder / ".cache.json.1.partial").write_text("{")
@@ -138,7 +136,7 @@ def test_a_run_killed_before_its_first_part_leaves_a_folder_that_is_taken(run_it
     assert sorted(files(options)) == ["cache.json", "shard-00000.safetensors"]
 
 
-def test_a_damaged_part_is_refused(
+def test_a_corrupt_shard_is_refused(
     run_it: Runs, losses: Callable, options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache_module, "SHARD_LABELS", 20)
@@ -154,13 +152,13 @@ def test_a_damaged_part_is_refused(
     }
     for number, content in enumerate(damaged.values()):
         path.write_bytes(content)
-        with pytest.raises(CorruptError, match="shard-00001.safetensors: .*Delete it: it is computed again"):
+        with pytest.raises(CorruptError, match="shard-00001.safetensors: .*Delete it; the next run computes it again"):
             run_it(options, f"damaged{number}")
     path.unlink()
     assert losses(run_it(options, "third")) == losses(first)
 
 
-def test_a_cache_of_anything_else_is_refused_before_the_base_loads(
+def test_a_cache_with_a_different_key_is_refused_before_the_base_loads(
     run_it: Runs, options: dict, tiny_bases: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_it(options, "first")
@@ -184,8 +182,8 @@ def test_a_cache_of_anything_else_is_refused_before_the_base_loads(
         with pytest.raises(InputError) as error:
             run_it({**options, **change}, f"run{number}", **sections)
         message = str(error.value)
-        assert f"cache: {options['cache']} is of another run; it differs in " in message
-        assert named in message and "Delete the folder, or name another one." in message and "\n" not in message
+        assert f"cache: {options['cache']} is from a different run; it differs in " in message
+        assert named in message and "Delete the folder, or choose another one." in message and "\n" not in message
     rows = tmp_path / "rows.jsonl"
     rows.write_text((tmp_path / "train.jsonl").read_text() + '{"prompt": "a", "completion": " b"}\n')
     with pytest.raises(InputError, match="it differs in data "):
@@ -196,13 +194,13 @@ def test_a_cache_of_anything_else_is_refused_before_the_base_loads(
 @pytest.mark.parametrize(
     ("content", "kind", "message"),
     [
-        ({"notes.txt": "x"}, InputError, "is in use and holds no teacher's cache: name another folder"),
+        ({"notes.txt": "x"}, InputError, "is not empty and not a teacher cache: choose another folder"),
         ({"cache.json": "{"}, CorruptError, "cache.json: is not JSON"),
-        ({"cache.json": "[1]"}, CorruptError, "cache.json: is no JSON object"),
-        ({"cache.json": "{}"}, InputError, "is of another run"),
+        ({"cache.json": "[1]"}, CorruptError, "cache.json: is not a JSON object"),
+        ({"cache.json": "{}"}, InputError, "is from a different run"),
     ],
 )
-def test_other_folders_are_left_alone(
+def test_other_folders_are_refused_and_not_changed(
     run_it: Runs, options: dict, content: dict[str, str], kind: type, message: str
 ) -> None:
     folder = Path(options["cache"])
@@ -214,7 +212,7 @@ def test_other_folders_are_left_alone(
     assert {path.name: path.read_text() for path in folder.iterdir()} == content
 
 
-def test_a_folder_that_cannot_be_made_is_named(run_it: Runs, options: dict, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_named(run_it: Runs, options: dict, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ResourceError, match="cannot be"):
         run_it({**options, "cache": str(tmp_path / "file" / "cache")})

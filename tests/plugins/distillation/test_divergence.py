@@ -1,4 +1,4 @@
-"""The mathematics against float64, and Jensen-Shannon against the peer library."""
+"""The divergences against their definitions in float64, and Jensen-Shannon against the peer library."""
 
 from __future__ import annotations
 
@@ -33,16 +33,14 @@ def exact(p: np.ndarray, q: np.ndarray, kind: str, beta: float) -> np.ndarray:
 
 @pytest.fixture
 def logits() -> tuple[torch.Tensor, torch.Tensor]:
-    """Teacher's and student's, [6, 41] fp32, of which the last four are padding."""
+    """Logits of teacher and student, [6, 41] fp32, of which the last four are padding."""
     generator = torch.Generator().manual_seed(0)
     return tuple(torch.randn(6, SIZE + 4, generator=generator) * 3 for _ in range(2))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 @pytest.mark.parametrize(("kind", "beta"), CASES)
-def test_values_and_gradients_are_those_of_the_definitions(
-    logits: tuple, kind: str, beta: float, temperature: float
-) -> None:
+def test_values_and_gradients_match_the_definitions(logits: tuple, kind: str, beta: float, temperature: float) -> None:
     teacher, student = logits
     student.requires_grad_()
     log_p = log_probabilities(teacher, SIZE, temperature)
@@ -56,11 +54,11 @@ def test_values_and_gradients_are_those_of_the_definitions(
     g = {"forward-kl": -p / q, "reverse-kl": np.log(q / p) + 1, "jensen-shannon": (1 - beta) * np.log(q / m)}[kind]
     gradient = q * (g - (q * g).sum(-1, keepdims=True)) / temperature
     np.testing.assert_allclose(student.grad[:, :SIZE], gradient, rtol=1e-4, atol=1e-6)
-    assert not student.grad[:, SIZE:].any(), "padding has no part"
+    assert not student.grad[:, SIZE:].any(), "padding has no gradient"
 
 
-def test_the_gradient_keeps_its_size_at_high_temperatures(logits: tuple) -> None:
-    """T² · d KL / dz tends to (z_q - z_p) / V about their means as T grows (Hinton et al., 2015, eq. 4)."""
+def test_the_gradient_keeps_its_scale_at_high_temperatures(logits: tuple) -> None:
+    """T² · d KL / dz tends to the centred (z_q - z_p) / V as T grows (Hinton et al., 2015, eq. 4)."""
     teacher, student = (t[:, :SIZE].double() for t in logits)
     student.requires_grad_()
     temperature = 1e4
@@ -108,7 +106,7 @@ def test_jensen_shannon_tends_to_both_divergences(logits: tuple) -> None:
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-def test_conventions_are_those_of_the_peer_library(logits: tuple, beta: float) -> None:
+def test_conventions_match_the_peer_library(logits: tuple, beta: float) -> None:
     gkd = pytest.importorskip("trl.experimental.gkd.gkd_trainer")
     teacher, student = (t[None, :, :SIZE] for t in logits)
     theirs = gkd.GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, temperature=2.0, reduction="sum")

@@ -1,4 +1,4 @@
-"""LoRA against float64 and against stock PEFT; its start, its file, and its life on a model."""
+"""LoRA against float64 and stock PEFT: initialisation, file, attaching, detaching and merging."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def load(folder: Path, quantization: str | None = None, dtype: torch.dtype = tor
 
 
 def put_on(model: Any, folder: Path, randomise: bool = True, **options: Any) -> tuple[LoRA, Any]:
-    """A LoRA strategy on `model` as a run puts it there, with random weights in the place of the zeros."""
+    """Set up LoRA on `model` as a run does, with random weights instead of zeros."""
     strategy = LoRA(LoRAOptions(**options), "lora")
     section = SimpleNamespace(task="causal-lm", model=str(folder))
     task = SimpleNamespace(head_modules=lambda model: [])
@@ -67,7 +67,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("quantization", [None, "nf4", "fp4"])
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(o) or "default")
-def test_an_adapter_starts_as_the_base_and_comes_off_without_a_trace(
+def test_an_adapter_starts_as_the_base_and_detaches_without_a_trace(
     tiny_base: Path, tmp_path: Path, options: dict[str, Any], quantization: str | None
 ) -> None:
     model = load(tiny_base, quantization)
@@ -94,7 +94,7 @@ def test_an_adapter_starts_as_the_base_and_comes_off_without_a_trace(
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(o) or "default")
-def test_its_file_opens_in_stock_peft_with_the_same_logits_and_comes_back(
+def test_its_file_gives_the_same_logits_in_stock_peft_and_when_reloaded(
     tiny_base: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     model = load(tiny_base)
@@ -109,7 +109,7 @@ def test_its_file_opens_in_stock_peft_with_the_same_logits_and_comes_back(
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     strategy.attach_adapter(model=fresh, config=config, tensors=tensors, name="a")
-    assert torch.equal(logits(fresh), before), "attached is not in use"
+    assert torch.equal(logits(fresh), before), "an attached adapter is inactive"
     use_adapters(strategy, fresh, ["a"])
     assert torch.equal(logits(fresh), on)
     strategy.merge_adapter(model=fresh, name="a")
@@ -118,7 +118,7 @@ def test_its_file_opens_in_stock_peft_with_the_same_logits_and_comes_back(
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])
-def test_forward_and_gradients_are_those_of_the_formula(tiny_base: Path, quantization: str | None) -> None:
+def test_forward_and_gradients_match_the_formula(tiny_base: Path, quantization: str | None) -> None:
     """y = x (W + s B A)ᵀ in float64, for each linear."""
     import bitsandbytes as bnb
 
@@ -149,7 +149,7 @@ def test_forward_and_gradients_are_those_of_the_formula(tiny_base: Path, quantiz
     assert checked == 14
 
 
-def test_rows_of_a_batch_use_each_its_own_adapter(tiny_base: Path, tmp_path: Path) -> None:
+def test_each_row_of_a_batch_uses_its_adapter(tiny_base: Path, tmp_path: Path) -> None:
     model = load(tiny_base)
     strategy, run = put_on(model, tiny_base)
     strategy.export(run=run, model=model, directory=tmp_path)
@@ -175,7 +175,7 @@ def test_rows_of_a_batch_use_each_its_own_adapter(tiny_base: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
-def test_trained_biases_come_off_and_go_to_disk(tmp_path: Path, bias: str) -> None:
+def test_trained_biases_are_detached_and_saved(tmp_path: Path, bias: str) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
@@ -206,14 +206,16 @@ def test_trained_biases_come_off_and_go_to_disk(tmp_path: Path, bias: str) -> No
     torch.testing.assert_close(logits(fresh), on, atol=1e-4, rtol=1e-4)
 
 
-def test_a_model_without_biases_is_refused_them(tiny_base: Path) -> None:
+def test_training_biases_of_a_model_without_biases_is_refused(tiny_base: Path) -> None:
     model = load(tiny_base)
     with pytest.raises(InputError, match="no such biases"):
         put_on(model, tiny_base, bias="all")
 
 
 @pytest.mark.parametrize("damage", ["renamed", "missing", "surplus", "shape"])
-def test_a_damaged_adapter_is_refused_and_leaves_the_model_alone(tiny_base: Path, tmp_path: Path, damage: str) -> None:
+def test_a_corrupt_adapter_is_refused_and_does_not_change_the_model(
+    tiny_base: Path, tmp_path: Path, damage: str
+) -> None:
     model = load(tiny_base)
     strategy, run = put_on(model, tiny_base)
     strategy.export(run=run, model=model, directory=tmp_path)
@@ -236,7 +238,7 @@ def test_a_damaged_adapter_is_refused_and_leaves_the_model_alone(tiny_base: Path
     assert live_adapters(fresh) is None
 
 
-def test_variants_that_are_not_supported_are_refused_by_name(tiny_base: Path) -> None:
+def test_unsupported_variants_are_refused_by_name(tiny_base: Path) -> None:
     strategy = LoRA(LoRAOptions(), "lora")
     config = {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"], "use_qalora": True}
     with pytest.raises(InputError, match="use_qalora"):
@@ -253,7 +255,9 @@ def test_variants_that_are_not_supported_are_refused_by_name(tiny_base: Path) ->
         ({"modules_to_save": ["lm_haed"]}, "no module 'lm_haed'. Did you mean 'lm_head'?"),
     ],
 )
-def test_targets_that_match_nothing_name_the_nearest(tiny_base: Path, options: dict[str, Any], message: str) -> None:
+def test_targets_without_a_match_suggest_the_closest_name(
+    tiny_base: Path, options: dict[str, Any], message: str
+) -> None:
     import re
 
     with pytest.raises(InputError, match=re.escape(message)):
@@ -261,11 +265,11 @@ def test_targets_that_match_nothing_name_the_nearest(tiny_base: Path, options: d
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "orthogonal", "loftq", "other"])
-def test_initialisations_that_leave_the_base_are_refused(init: str) -> None:
+def test_initialisations_that_change_the_base_are_refused(init: str) -> None:
     with pytest.raises(ValidationError):
         LoRAOptions(init=init)
 
 
-def test_lora_plus_gives_b_its_own_rate(tiny_base: Path) -> None:
+def test_lora_plus_scales_the_learning_rate_of_b(tiny_base: Path) -> None:
     _, run = put_on(load(tiny_base), tiny_base, learning_rate_ratio=16)
     assert {group.name: group.learning_rate_ratio for group in run.groups} == {"lora_A": 1.0, "lora_B": 16}

@@ -11,11 +11,11 @@ class BaseKl(Strategy):
     """Keeps the tuned model near its base: the divergence from the base's predictions at every label."""
 
     api = 2
-    requires = ("adapter",)  # what can be turned off, so that the base answers
+    requires = ("adapter",)  # disabled to get the base's predictions
     uses_reference = "base"  # computed before the model's own forward
 
     class Options(Options):
-        weight: float = Field(0.1, gt=0, description="factor of the divergence in the loss")
+        weight: float = Field(0.1, gt=0, description="weight of the divergence in the loss")
 
     @hookimpl
     def token_terms(self, step: Step, logits: Tensor, positions: Tensor) -> LossTerm:

@@ -1,4 +1,4 @@
-"""What every strategy promises, and that the term holds the model near its base."""
+"""The conformance kit, and the values of the term."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class TestBaseKl(StrategyConformance):
     strategy = BaseKl
     options = {"weight": 0.5}
 
-    def test_the_term_is_zero_at_first_and_then_is_not(self) -> None:
+    def test_the_term_is_zero_only_in_the_first_step(self) -> None:
         run = self.bench().run("the term is logged").run
         log = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
         terms = [line[self.bench().name] for line in log if line["kind"] == "step"]

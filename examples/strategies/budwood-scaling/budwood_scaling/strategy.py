@@ -1,4 +1,4 @@
-"""A diagonal scaling of activations: an adapter type that Budwood itself does not know."""
+"""A diagonal scaling of activations: an adapter type that Budwood does not include."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Scaling(Strategy):
     def __init__(self, options: Any = None, name: str = "", distribution: str = "") -> None:
         super().__init__(options, name, distribution)
         self._vectors: dict[str, dict[str, nn.Parameter]] = {}  # adapter → path of a linear → s [out]
-        self._hooks: list[Any] = []  # of the adapters in use; none where the base answers alone
+        self._hooks: list[Any] = []  # of the active adapters
 
-    # Training: put an adapter on, say what trains, save it.
+    # Training: add an adapter, list its parameters, save it.
 
     @hookimpl
     def check_plan(self, plan: Plan) -> None:
@@ -69,7 +69,7 @@ class Scaling(Strategy):
         (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
-    # Life on a model: the same four hooks serve training, the pool and every command.
+    # Adapters on a model: training, the pool and all commands use the same four hooks.
 
     @hookimpl
     def attach_adapter(self, model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], name: str) -> None:
@@ -89,7 +89,7 @@ class Scaling(Strategy):
         self._hooks.clear()
         used = [self._vectors[name] for name in names]
         for path in dict.fromkeys(path for vectors in used for path in vectors):
-            # Whatever stands there now: the base's linear, or a layer in which another method keeps it.
+            # The current module: the base's linear, or a layer in which another method wraps it.
             module = model.get_submodule(path)
             self._hooks.append(module.register_forward_hook(_scale([vectors.get(path) for vectors in used], index)))
 
@@ -120,7 +120,7 @@ def _width(model: nn.Module, path: str) -> int:
 
 
 def _scale(vectors: list[Tensor | None], index: Sequence[int]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    """A forward hook that multiplies by the one vector, or row by row (position by position) by that of the index."""
+    """Return a forward hook that multiplies by the only vector, or per row (or position) by that of the index."""
 
     def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         factor = vectors[0]
@@ -128,6 +128,6 @@ def _scale(vectors: list[Tensor | None], index: Sequence[int]) -> Callable[[nn.M
             one = torch.ones(output.shape[-1], device=output.device)
             table = torch.stack([one if vector is None else vector for vector in (*vectors, None)])  # -1: ones
             factor = table[list(index)].view(len(output), -1, output.shape[-1])
-        return (output * factor).to(output.dtype)  # in fp32: the first steps move s less than bf16 resolves
+        return (output * factor).to(output.dtype)  # in fp32: bf16 would round off the first updates of s
 
     return hook

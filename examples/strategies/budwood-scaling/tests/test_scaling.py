@@ -1,4 +1,4 @@
-"""What every strategy promises, and life in a pool beside a LoRA."""
+"""The conformance kit, and use in a pool together with a LoRA."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class TestScaling(StrategyConformance):
 class TestScalingEverything(StrategyConformance):
     strategy = Scaling
     options = {"targets": "all-linear"}
-    does_not_apply = {"composes_with": "it is tested with the default targets"}
+    does_not_apply = {"composes_with": "tested with the default targets"}
 
 
 @pytest.fixture(scope="module")
 def adapters() -> dict[str, Path]:
-    """Folders of a trained scaling and of a trained LoRA on the kit's base."""
+    """Folders of a trained scaling and a trained LoRA on the kit's base."""
     runs = {"scaling": TestScaling.bench().run("a run"), "lora": Bench(Spec(LoRA, {"rank": 2})).run("a run")}
     return {name: run.adapter for name, run in runs.items()}
 
@@ -62,7 +62,7 @@ def test_it_swaps_with_a_lora_and_shares_a_batch_with_it(adapters: dict[str, Pat
     assert torch.equal(pool.logits(prompts), base)
 
 
-def test_rows_and_positions_are_scaled_by_their_own_adapter() -> None:
+def test_rows_and_positions_are_scaled_by_their_adapter() -> None:
     model = AdapterPool(TestScaling.bench().files.base, precision="fp32", device="cpu").model
     path = "model.layers.0.self_attn.k_proj"
     linear = model.get_submodule(path)
@@ -75,7 +75,7 @@ def test_rows_and_positions_are_scaled_by_their_own_adapter() -> None:
         strategy.use_adapters(model, ["a", "b"], index=[1, -1, 0])
         expected = torch.stack([base[0] * vectors["b"], base[1], base[2] * vectors["a"]])
         assert torch.equal(linear(x), expected)
-        strategy.use_adapters(model, ["a", "b"], index=[1, 1, -1, -1, 0, 0])  # of one packed row
+        strategy.use_adapters(model, ["a", "b"], index=[1, 1, -1, -1, 0, 0])  # one packed row
         torch.testing.assert_close(linear(x.reshape(1, 6, -1)), expected.reshape(1, 6, -1))
         strategy.use_adapters(model, [], index=[])
         assert torch.equal(linear(x), base)
@@ -99,13 +99,13 @@ def test_merging_multiplies_rows(adapters: dict[str, Path]) -> None:
         ({"modules": ["model.layers.0.self_attn.k_proj"]}, "not expected"),
     ],
 )
-def test_what_does_not_fit_is_refused(adapters: dict[str, Path], config: dict, message: str) -> None:
+def test_invalid_adapters_are_refused(adapters: dict[str, Path], config: dict, message: str) -> None:
     model = TestScaling.bench().run("a run").run.model
     with pytest.raises(CorruptError, match=message):
         Scaling().attach_adapter(model, config, {"x": torch.ones(1)}, "a")
 
 
-def test_a_target_that_is_not_there_is_refused_before_the_base_loads() -> None:
+def test_an_unknown_target_is_refused_before_the_base_loads() -> None:
     recipe = Bench(Spec(Scaling, {"targets": ["k_porj"]})).recipe("refused")
     from budwood import tune
 
@@ -113,7 +113,7 @@ def test_a_target_that_is_not_there_is_refused_before_the_base_loads() -> None:
         tune(recipe, quiet=True, overwrite=True)
 
 
-def test_the_file_is_what_the_readme_says(adapters: dict[str, Path]) -> None:
+def test_the_file_matches_the_readme(adapters: dict[str, Path]) -> None:
     config = json.loads((adapters["scaling"] / "adapter_config.json").read_text())
     tensors = load_file(adapters["scaling"] / "adapter_model.safetensors")
     assert config["modules"] == sorted(tensors, key=config["modules"].index)
