@@ -29,8 +29,8 @@ from budwood.model.quiet import silence_libraries
 from budwood.model.task import Task
 from budwood.recipe.file import UNKNOWN
 from budwood.recipe.schema import QUANTIZERS, TASKS, Choice, Recipe, read_recipe
+from budwood.training.output import check_output
 from budwood.training.parameters import NOTHING_TRAINS
-from budwood.training.preflight import check_output
 from budwood.training.setup import check_plan, check_trackers, precision_name, register_parts
 from budwood.training.step import Engine
 from budwood.untrusted.redaction import redact, redact_values

@@ -20,6 +20,7 @@ from budwood.contract.registry import Composition
 from budwood.contract.strategy import RUN_ADAPTER
 from budwood.contract.types import Run
 from budwood.errors import BudwoodError, DivergedError, is_out_of_memory
+from budwood.training.output import MANIFEST, written_by_strategies
 from budwood.training.progress import Best, Progress, restore
 from budwood.training.report import Report, duration, peak_memory
 from budwood.training.setup import strategies_record
@@ -188,7 +189,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
     if run.model.can_generate():
         adapter = f"--adapter {name}={directory / 'adapter'}"
         report.say(f"next: budwood generate {run.recipe.base.model} {adapter} --prompt '…'")
-    _finish_manifest(directory / "manifest.json", run, seconds, report, finished)
+    _finish_manifest(directory / MANIFEST, run, seconds, report, finished)
     run.accelerator.wait_for_everyone()
 
 
@@ -204,6 +205,7 @@ def _finish_manifest(path: Path, run: Run, seconds: float, report: Report, finis
         "peak_memory_bytes": peak_memory(),
         "hooks": [cost.record(run.hooks.measures_memory) for cost in run.hooks.costs],
         "lost": report.lost,
+        "files": written_by_strategies(path.parent),
     }
     complete_file(path, (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode())
 

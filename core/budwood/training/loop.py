@@ -28,7 +28,7 @@ from budwood.training.memory import (
     optimizer_step,
 )
 from budwood.training.non_finite import check_parameters, check_skip
-from budwood.training.preflight import check_output
+from budwood.training.output import check_output
 from budwood.training.progress import Progress, evaluate
 from budwood.training.report import Report, profile_table
 from budwood.training.setup import prepare

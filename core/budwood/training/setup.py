@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
@@ -46,9 +45,9 @@ from budwood.model.streaming import keep_heap
 from budwood.model.task import Task
 from budwood.recipe.schema import Recipe, build_composition, load_recipe
 from budwood.training.durability import changes
-from budwood.training.durability.lock import LOCK
 from budwood.training.durability.resume import Resume
 from budwood.training.on_policy import updates_of
+from budwood.training.output import MANIFEST, make_output
 from budwood.training.packing_check import check_packing
 from budwood.training.parameters import NOTHING_TRAINS, torch_groups, trainable_groups
 from budwood.training.preflight import preflight
@@ -199,26 +198,6 @@ def check_trackers(wanted: Sequence[str]) -> None:
             raise ResourceError(f"train.trackers: {name} is not installed: pip install 'budwood[track]'.")
 
 
-def make_output(directory: Path, overwrite: bool, accelerator: Any) -> None:
-    """Make the output folder, empty where asked; only now, after all that could be refused, does an old run go.
-
-    At every instant it is empty but for hidden files, or holds a manifest.json, so that it is known for a run's.
-    """
-    if accelerator.is_main_process:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            if overwrite or not (directory / "manifest.json").exists():
-                complete_file(directory / "manifest.json", b"{}\n")
-            for path in directory.iterdir() if overwrite else ():
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                elif path.name not in ("manifest.json", LOCK):
-                    path.unlink()
-        except OSError as error:
-            raise ResourceError(f"output: {directory} cannot be written: {error.strerror}.") from error
-    accelerator.wait_for_everyone()
-
-
 def check_plan(plan: Plan, hooks: Composition) -> None:
     """Ask every strategy what stands against the plan, and see that the task has what their losses need.
 
@@ -361,7 +340,7 @@ def write_manifest(run: Run, resume: Resume | None = None) -> None:
     if resume is not None:
         manifest |= {"resumed_from_step": resume.checkpoint.step, "accepted_changes": resume.accepted}
     complete_file(
-        run.directory / "manifest.json", (json.dumps(redact_values(manifest), indent=2, default=str) + "\n").encode()
+        run.directory / MANIFEST, (json.dumps(redact_values(manifest), indent=2, default=str) + "\n").encode()
     )
 
 

@@ -238,13 +238,47 @@ def test_the_output_of_another_run_is_refused_and_overwritten_when_asked(make_re
     first = tune(make_recipe(), quiet=True)
     with pytest.raises(InputError, match="holds another run.*--overwrite"):
         tune(make_recipe(), quiet=True)
-    assert adapter(first)
-    (first.directory / "leftover").write_text("x")
+    before = (first.directory / "adapter" / "budwood.json").stat().st_ino
     tune(make_recipe(), quiet=True, overwrite=True)
-    assert not (first.directory / "leftover").exists()
+    assert (first.directory / "adapter" / "budwood.json").stat().st_ino != before
     (first.directory / "manifest.json").unlink()
     with pytest.raises(InputError, match="not empty and does not hold a run"):
         tune(make_recipe(), quiet=True, overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "merged/model.safetensors", "adapter/README.md", "checkpoints/notes"])
+def test_overwrite_deletes_no_file_that_no_run_wrote(make_recipe: Make, name: str) -> None:
+    run = tune(make_recipe(), quiet=True).directory
+    path = run / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    files = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    with pytest.raises(InputError, match="was not written by a run, and --overwrite would lose it: move it"):
+        tune(make_recipe(), quiet=True, overwrite=True)
+    assert path.read_text() == "mine" and files == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+
+
+@pytest.mark.parametrize("text", ['{"name": "an extension", "manifest_version": 3}', "[]", "not JSON"])
+def test_a_folder_with_somebody_elses_manifest_is_left_alone(make_recipe: Make, text: str) -> None:
+    recipe = make_recipe()
+    recipe.output.mkdir()
+    for name, content in (("manifest.json", text), ("main.py", "print()")):
+        (recipe.output / name).write_text(content)
+    for options in ({"overwrite": True}, {"resume": True}, {}):
+        with pytest.raises(InputError, match="not empty and does not hold a run: name another folder"):
+            tune(recipe, quiet=True, **options)
+    assert (recipe.output / "main.py").read_text() == "print()" and (
+        recipe.output / "manifest.json"
+    ).read_text() == text
+
+
+def test_overwrite_keeps_hidden_files(make_recipe: Make) -> None:
+    run = tune(make_recipe(), quiet=True)
+    (run.directory / ".git").mkdir()
+    (run.directory / ".git" / "config").write_text("mine")
+    (run.directory / ".gitignore").write_text("*.safetensors")
+    tune(make_recipe(), quiet=True, overwrite=True)
+    assert (run.directory / ".git" / "config").read_text() == "mine" and (run.directory / ".gitignore").exists()
 
 
 def test_dropout_is_reproducible_from_the_seed(make_recipe: Make) -> None:

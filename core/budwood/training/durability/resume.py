@@ -14,7 +14,7 @@ from budwood.recipe.file import read_recipe_file
 from budwood.recipe.schema import Recipe, build_composition
 from budwood.training.durability.changes import NOTED, Change, accept, compare
 from budwood.training.durability.reading import Checkpoint, find_newest
-from budwood.training.preflight import read_manifest
+from budwood.training.output import read_manifest
 from budwood.training.report import Report
 
 
