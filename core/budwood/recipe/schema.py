@@ -91,7 +91,9 @@ class TrainSection(_Section):
     learning_rate: Number = Field(2e-4, gt=0, description="peak learning rate")
     weight_decay: Number = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate after warm-up")
-    warmup: Number = Field(0.03, ge=0, description="below 1: fraction of the run; otherwise steps")
+    warmup: Number = Field(
+        0.03, ge=0, description="below 1: fraction of the run; otherwise steps. The rate rises from peak/steps"
+    )
     clip: Number = Field(1.0, ge=0, description="maximum gradient norm; 0: no clipping")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="compute dtype; auto: bf16 if the device is fast at it"

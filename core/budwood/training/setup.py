@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.state import PartialState, is_initialized
 from accelerate.tracking import get_available_trackers
@@ -53,6 +52,7 @@ from budwood.training.parameters import NOTHING_TRAINS, torch_groups, trainable_
 from budwood.training.preflight import preflight
 from budwood.training.report import Report, peak_memory, resident_peak
 from budwood.training.sampling import sample
+from budwood.training.schedule import make_scheduler, warmup_note
 from budwood.training.step import Engine
 from budwood.untrusted.files import complete_file
 from budwood.untrusted.redaction import redact_values
@@ -72,10 +72,10 @@ class Core:
     @hookimpl
     def build_scheduler(self, run: Run, optimizer: torch.optim.Optimizer) -> Any:
         """Linear warm-up, then cosine, linear or constant."""
-        names = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-        recipe, steps = run.recipe.train, run.steps or 1
-        warmup = int(recipe.warmup) if recipe.warmup >= 1 else round(recipe.warmup * steps)
-        return transformers.get_scheduler(names[recipe.schedule], optimizer, warmup, steps)
+        steps = run.steps or 1
+        if note := warmup_note(run.recipe.train, steps):
+            run.say(note)
+        return make_scheduler(optimizer, run.recipe.train, steps)
 
 
 def register_parts(hooks: Composition, task: Task, engine: Engine) -> None:
