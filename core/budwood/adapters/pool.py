@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from budwood.data.encoder import Encoder, encode_chat, encode_prompt
 from budwood.errors import BudwoodError, InputError, did_you_mean
 from budwood.model.base import Base, load_base, pick_device_precision
 from budwood.model.generate import Generated, generate
+from budwood.model.limits import check_tokens, positions_of
 from budwood.model.quiet import silence_libraries
 from budwood.model.task import Task
 from budwood.model.text_tasks import as_probe
@@ -244,7 +246,11 @@ class AdapterPool:
 
     def logits(self, prompts: Sequence[Prompt | Example]) -> Tensor:
         """Logits [prompts, vocabulary or classes] fp32 on the CPU after each prompt, by the adapter in use."""
-        probes = [p if isinstance(p, Example) else as_probe(self._encode(p)) for p in prompts]
+        rows = [p if isinstance(p, Example) else self._encode(p) for p in prompts]
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, Example):
+                check_tokens(row, self.model, self.tokenizer, f"prompt {number}")
+        probes = [row if isinstance(row, Example) else as_probe(row) for row in rows]
         dtype = torch.float32 if self._current is None else self.base.dtype
         return measure(self.kind, self.model, self.tokenizer, probes, dtype)
 
@@ -261,7 +267,7 @@ class AdapterPool:
         if self.task != "sequence-classification":
             raise InputError(f"the pool's task is {self.task}: open it with task='sequence-classification'.")
         encoder = Encoder(self.tokenizer)
-        limit = self.tokenizer.model_max_length
+        limit = min(self.tokenizer.model_max_length, positions_of(self.model) or sys.maxsize)
         rows = [
             ids if len(ids) <= limit else encoder.cut(t, limit)
             for t, ids in zip(texts, encoder.whole(texts), strict=True)

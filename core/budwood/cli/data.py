@@ -26,17 +26,23 @@ def data(
     from budwood.data.build import build_examples
     from budwood.data.display import make_report, show_report
     from budwood.data.packing import plan_epoch
-    from budwood.model.base import load_tokenizer
+    from budwood.model.base import load_tokenizer, skeleton
     from budwood.model.checkpoint import one_revision
+    from budwood.model.limits import check_fits, default_length
     from budwood.recipe.schema import load_recipe
 
     loaded = load_recipe(recipe, override or [])
     task = create(loaded.base.task, "budwood.tasks")
     with one_revision(loaded.base.model, loaded.base.revision):
         tokenizer = load_tokenizer(loaded.base.model) if task.needs_tokenizer else None
-    build = partial(build_examples, tokenizer=tokenizer, task=task, max_length=loaded.data.max_length)
+        model = skeleton(loaded.base.model, task.auto_class, loaded.base.trust_remote_code)
+    length = loaded.data.max_length or default_length(model)
+    build = partial(build_examples, tokenizer=tokenizer, task=task, max_length=length)
     train = build(loaded.data.train)
     other = build(loaded.data.eval, labels=train.labels or None) if loaded.data.eval is not None else None
+    for examples in (train, other):
+        if examples is not None:
+            check_fits(examples, model, tokenizer, loaded.base.model)
     size = loaded.train
     steps = len(plan_epoch(train.lengths, size.seed, 0, size.batch_tokens, size.batch_examples, train.groups))
     report = make_report(train, other, task, tokenizer, samples, steps)

@@ -127,6 +127,10 @@ class Examples(Sequence[Example]):
         keys = self._arrays["keys"]
         return json.loads(keys.tobytes()) if keys.dtype == np.uint8 else keys.tolist()
 
+    def input_values(self, name: str) -> Ragged | None:
+        """Return an input of all examples; None if they have no input of that name."""
+        return self._parts.get(f"inputs/{name}")
+
     @classmethod
     def gather(cls, examples: Sequence[Example], like: Examples, task: Any) -> Examples:
         """Pack examples that a strategy selected or created; everything but the counts is taken from `like`.

@@ -39,6 +39,10 @@ class Ragged:
     def __getitem__(self, index: int) -> np.ndarray:
         return self.values[self._starts[index] : self._starts[index + 1]].reshape(self.shapes[index])
 
+    def index_at(self, position: int) -> int:
+        """Return the index of the array that holds `values[position]`."""
+        return int(np.searchsorted(self._starts, position, side="right")) - 1
+
     def span(self, index: int) -> slice:
         """Slice of `values` that holds the array at `index`."""
         return slice(int(self._starts[index]), int(self._starts[index + 1]))

@@ -23,6 +23,7 @@ from transformers.generation import (
 )
 
 from budwood.errors import InputError, is_out_of_memory
+from budwood.model.limits import check_tokens, positions_of
 from budwood.model.streaming import release_memory
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def generate(
         InputError: a prompt is empty or fills the model's context, or an option is out of range.
     """
     _check_options(max_new_tokens, temperature, top_p, top_k)
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = positions_of(model)
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise InputError(f"prompt {index + 1} is empty.")
@@ -106,6 +107,7 @@ def generate(
             raise InputError(
                 f"prompt {index + 1} has {len(prompt)} tokens; the base's context holds {context} with the answer."
             )
+        check_tokens(prompt, model, tokenizer, f"prompt {index + 1}")
     ends, stop = _end_tokens(model, tokenizer, stop)
     limits = [min(max_new_tokens, (context or len(p) + max_new_tokens) - len(p)) for p in prompts]
     own: list[dict[int, Literal["eos", "stop"]]] = [

@@ -19,6 +19,7 @@ from budwood.contract.strategy import Strategy
 from budwood.contract.validation import Location, dotted, find_problems, sentence
 from budwood.errors import InputError
 from budwood.model.checkpoint import folder_with_revision
+from budwood.model.limits import LENGTH
 from budwood.recipe.file import (
     UNKNOWN,
     SourceMap,
@@ -77,7 +78,11 @@ class DataSection(_Section):
 
     train: File = Field(description="JSONL, CSV, Parquet, or a `datasets` folder")
     eval: File | None = Field(None, description="held-out data, in the same formats; without it nothing is evaluated")
-    max_length: Count = Field(1024, description="maximum tokens per example; truncation is counted and reported")
+    max_length: Count | None = Field(
+        None,
+        description="maximum tokens per example; truncation is counted and reported. By default 1024, or as many as "
+        "the base has positions if that is less",
+    )
 
 
 class TrainSection(_Section):
@@ -175,9 +180,10 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
         train, data = self.train, self.data
-        if train.micro_tokens < data.max_length:
+        length = data.max_length or LENGTH
+        if train.micro_tokens < length:
             raise ValueError(
-                f"train.micro_tokens: {train.micro_tokens} is less than data.max_length ({data.max_length}), "
+                f"train.micro_tokens: {train.micro_tokens} is less than data.max_length ({length}), "
                 "but a whole example must fit; raise one or lower the other"
             )
         for name in ("eval_every", "patience"):
@@ -227,6 +233,11 @@ class Recipe(_Section):
             if field in original:
                 holder[field] = redact_url(original[field])
         return masked
+
+    def with_length(self, length: int) -> Recipe:
+        """Return the recipe with `data.max_length`: its own if it gives one, otherwise `length`."""
+        data = self.data.model_copy(update={"max_length": self.data.max_length or length})
+        return self.model_copy(update={"data": data})
 
     def to_yaml(self, strategies: Sequence[Strategy] = ()) -> str:
         """Return the recipe as YAML with every default written out; see `to_dict`."""

@@ -21,6 +21,7 @@ from budwood.data.formats import recognise
 from budwood.data.reading import read_rows
 from budwood.errors import InputError
 from budwood.model.base import skeleton
+from budwood.model.limits import LENGTH, check_fits, default_length
 from budwood.model.ops import attention
 from budwood.model.task import Task
 from budwood.recipe.schema import default_recipe
@@ -64,7 +65,7 @@ def evaluate_adapter(
         base: folder or hub name; None: the one that the adapter names.
         quantization: None: the adapter's.
         precision: "auto", "bf16", "fp16" or "fp32"; None: the adapter's.
-        max_length: tokens; longer rows are cut and counted; None: the run's, else 1024.
+        max_length: tokens; longer rows are cut and counted; None: the run's, else 1024 or the base's positions.
         generate: at most so many prompts are answered for exact match; None: as many as in the run, else 1000.
         attacks: each as NAME:KEY=VALUE,…; the adapter is measured again under each of them.
         device: "cpu", "cuda" or "auto".
@@ -84,13 +85,14 @@ def evaluate_adapter(
     task_name = manifest.task if manifest else "causal-lm"
     labels = list(manifest.labels) if manifest else []
     as_run = manifest.evaluation if manifest else None
-    max_length = max_length or (as_run.max_length if as_run else 1024)
+    max_length = max_length or (as_run.max_length if as_run else None)
     if generate is None:
         generate = (as_run.generate if as_run else 0) or 1000
-    tokens = as_run.tokens if as_run else max(max_length, 2048)
+    tokens = as_run.tokens if as_run else max(max_length or LENGTH, 2048)
     chosen = quantization or (manifest.base.quantization if manifest else "none")
-    overrides = [f"base.quantization={chosen}", f"train.eval_generate={generate}", f"data.max_length={max_length}"]
-    overrides.append(f"train.micro_tokens={max(max_length, tokens)}")
+    overrides = [f"base.quantization={chosen}", f"train.eval_generate={generate}"]
+    overrides.append(f"train.micro_tokens={max(max_length or LENGTH, tokens)}")
+    overrides += [f"data.max_length={max_length}"] if max_length else []
     recipe = default_recipe(data, name, task=task_name, overrides=overrides)
     task: Task = create(task_name, "budwood.tasks")
     if chosen_attacks:
@@ -102,8 +104,11 @@ def evaluate_adapter(
     pool = open_pool(
         saved, base, quantization=quantization, precision=precision, device=device, allow_other_base=allow_other_base
     )
+    max_length = max_length or default_length(pool.base.model)
+    recipe = recipe.with_length(max_length)
     build = partial(build_examples, data, pool.base.tokenizer, task, max_length, labels or None)
     examples = build()
+    check_fits(examples, pool.base.model, pool.base.tokenizer, name)
     report.say(examples.describe())
     run = Run(recipe, directory, torch.device(pool.base.device), pool.base.dtype, task=task, say=report.say)
     run.base, run.model, run.tokenizer, run.examples, run.eval_examples = (

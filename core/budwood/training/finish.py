@@ -159,7 +159,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
             tokenizer=run.tokenizer,
             metrics=run.metrics,
             evaluation=EvaluationRecord(
-                max_length=run.recipe.data.max_length,
+                max_length=run.examples.max_length,
                 tokens=run.eval_tokens,
                 packed=run.packed,
                 attention=str(run.model.config._attn_implementation),

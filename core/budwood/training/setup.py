@@ -39,6 +39,7 @@ from budwood.model.base import (
     skeleton,
 )
 from budwood.model.experts import count_experts
+from budwood.model.limits import check_fits, default_length
 from budwood.model.ops import attention
 from budwood.model.streaming import keep_heap
 from budwood.model.task import Task
@@ -133,11 +134,15 @@ def prepare(
     if task.needs_tokenizer:
         run.tokenizer = load_tokenizer(recipe.base.model)
     model = skeleton(recipe.base.model, task.auto_class, trust)
+    run.recipe = recipe = recipe.with_length(default_length(model))
     plan = Plan(recipe, hooks.strategies, recipe.train.steps, model, task=task, tokenizer=run.tokenizer)
     check_plan(plan, hooks)
 
     with hooks.part("read_data"):
         read_data(run, hooks, report)
+    for examples in (run.examples, run.eval_examples):
+        if examples is not None:
+            check_fits(examples, model, run.tokenizer, recipe.base.model)
     plan.steps = run.steps
     check_plan(plan, hooks)
     if resume is not None:

@@ -1,0 +1,114 @@
+"""What a base takes: how many positions, and which token ids. Rows beyond either are refused, by name."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from budwood.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from budwood.data.examples import Examples
+
+LENGTH = 1024
+"""Maximum tokens per example if neither the recipe nor the base says less."""
+OFFSETS = 8
+"""A table of learned positions may have so many rows beside those of the configuration."""
+EXTENDED = ("linear", "dynamic", "yarn")
+"""Types of RoPE scaling whose factor is not contained in `max_position_embeddings`."""
+
+
+def positions_of(model: Any) -> int | None:
+    """Return the longest sequence that a model was made for, in tokens; None if its positions have no end.
+
+    Learned positions end with their table, of which some models skip the first rows (OPT two, RoBERTa those up to the
+    padding token's). Rotary positions are counted up to the length of the configuration, beyond which a model answers,
+    but was not trained; a RoPE scaling extends it.
+
+    Args:
+        model: a model or its skeleton.
+    """
+    config = model.config.get_text_config(decoder=True)
+    count = getattr(config, "max_position_embeddings", None)
+    if type(count) is not int or count <= 0 or getattr(config, "alibi", False):
+        return None
+    for name, module in model.named_modules():
+        rows = getattr(module, "num_embeddings", None)
+        if rows is None or not re.search(r"(^|\.)(wpe|\w*pos(ition)?s?(_embed\w*)?)$", name):
+            continue
+        if count <= rows <= count + OFFSETS:  # those of a vision tower are others
+            padding = getattr(module, "padding_idx", None)
+            return int(rows - getattr(module, "offset", 0 if padding is None else padding + 1))
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) in EXTENDED:
+        trained, factor = scaling.get("original_max_position_embeddings") or count, scaling.get("factor")
+        if isinstance(trained, int) and isinstance(factor, int | float):
+            return max(count, int(trained * factor))
+    return count
+
+
+def default_length(model: Any) -> int:
+    """Return the maximum tokens per example of a recipe that gives none: `LENGTH`, or the base's positions if less."""
+    return min(LENGTH, positions_of(model) or LENGTH)
+
+
+def embeddings_of(model: nn.Module) -> int | None:
+    """Return the number of token embeddings of a model; None if it has no such table."""
+    count = getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+    return count if isinstance(count, int) else None
+
+
+def check_fits(examples: Examples, model: Any, tokenizer: Any, name: str) -> None:
+    """Refuse examples that a base cannot take.
+
+    Args:
+        examples: a file's examples; those of a task without token ids all fit.
+        model: the base, or its skeleton.
+        name: the base's name, for messages.
+
+    Raises:
+        InputError: a row has more tokens than the base has positions, or a token id without an embedding; the
+            message names the longest row, or the first.
+    """
+    ids = examples.input_values("input_ids")
+    if ids is None or not len(ids):
+        return
+    limit = positions_of(model)
+    longest = int(examples.lengths.argmax())
+    if limit is not None and examples.lengths[longest] > limit:
+        raise InputError(
+            f"{examples.location(longest)} has {examples.lengths[longest]:,} tokens, but base '{name}' takes {limit:,} "
+            f"(its positions): set data.max_length to {limit}, or shorten the longer rows."
+        )
+    count = embeddings_of(model)
+    if count is None:
+        return
+    beyond = np.flatnonzero(ids.values >= count)
+    if len(beyond):
+        raise InputError(
+            f"{examples.location(ids.index_at(int(beyond[0])))} "
+            f"uses {_no_embedding(int(ids.values[beyond[0]]), count, tokenizer, name)}"
+        )
+
+
+def check_tokens(ids: Any, model: Any, tokenizer: Any, where: str) -> None:
+    """Refuse a prompt with a token id that has no embedding.
+
+    Raises:
+        InputError: it has one; the message names the token.
+    """
+    count, largest = embeddings_of(model), max(ids, default=0)
+    if count is not None and largest >= count:
+        raise InputError(f"{where} uses {_no_embedding(largest, count, tokenizer, model.config.name_or_path)}")
+
+
+def _no_embedding(token: int, count: int, tokenizer: Any, name: str) -> str:
+    return (
+        f"token {token} '{tokenizer.convert_ids_to_tokens(token)}', but base '{name}' has {count:,} embeddings: the "
+        "token was added to its tokenizer alone. Resize the base with model.resize_token_embeddings(len(tokenizer)) "
+        "and save it, or do without the token."
+    )
