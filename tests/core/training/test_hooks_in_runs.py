@@ -16,7 +16,7 @@ from budwood.cli import app as cli
 from budwood.contract.hookspecs import HookSpecs
 from budwood.contract.loading import CORE, HOOKS
 
-OWNERS = [hook for hook in HOOKS if getattr(HookSpecs, hook).how == "adapter owner"]
+OWNERS = [hook for hook in HOOKS if getattr(HookSpecs, hook).call_style == "adapter owner"]
 BEFORE = HOOKS[: HOOKS.index("prepare_batch")]
 STEPS = HOOKS[HOOKS.index("prepare_batch") : HOOKS.index("after_optimizer_step") + 1]
 
