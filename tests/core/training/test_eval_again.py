@@ -121,7 +121,7 @@ def test_where_memory_ran_out_in_an_evaluation_of_the_run(
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "_attempt", scarce)
         run = tune(recipe)
-    assert any("out of memory: from here on an evaluation takes at most" in line for line in said)
+    assert any("out of memory: from now on, evaluation batches have at most" in line for line in said)
     assert run.eval_tokens < 70 and run.metrics["best_step"] == 8
     again = evaluate_adapter(run.directory / "adapter", Path(recipe.data.eval), quiet=True)
     assert again.adapter == recorded(run)
@@ -145,7 +145,9 @@ def test_another_setting_is_used_where_it_is_asked_for_and_said(
     run = tune(recipe, quiet=True)
     adapter, data = str(run.directory / "adapter"), str(recipe.data.eval)
     assert command(["eval", adapter, "--data", data, "--json", "--max-length", "12"]) == 0
-    assert any("truncated at 12" in line for line in said) and not any("the metrics may differ" in line for line in said)
+    assert any("truncated at 12" in line for line in said) and not any(
+        "the metrics may differ" in line for line in said
+    )
     assert command(["eval", adapter, "--data", data, "--json", "--precision", "bf16", "--device", "cpu"]) == 0
     (note,) = [line for line in said if "the metrics may differ" in line]
     assert "in bfloat16, quantization none; in its run on" in note
