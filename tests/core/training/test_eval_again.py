@@ -121,7 +121,7 @@ def test_where_memory_ran_out_in_an_evaluation_of_the_run(
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "_attempt", scarce)
         run = tune(recipe)
-    assert any("out of memory: from here on an evaluation takes at most" in line for line in said)
+    assert any("out of memory: from now on, evaluation batches have at most" in line for line in said)
     assert run.eval_tokens < 70 and run.metrics["best_step"] == 8
     again = evaluate_adapter(run.directory / "adapter", Path(recipe.data.eval), quiet=True)
     assert again.adapter == recorded(run)
