@@ -41,8 +41,8 @@ def _resumes(shop: Shop, method: str, stopped: Path, foreign: Path, every: int, 
             shutil.copytree(path.parent, recipe.output / FOLDER / newest.name)
             ended = shop.tune(recipe, resume=True)
             lost = f"the resume ended with {ended.code}: {ended.error}" if ended.code else ""
-            if not lost and not (newest.name in ended.said and "before it" in ended.said):
-                lost = "the resume did not say what is damaged, and that the checkpoint before it is tried"
+            if not lost and not (newest.name in ended.said and "previous checkpoint" in ended.said):
+                lost = "the resume did not name the damaged file and say that it tries the previous checkpoint"
             lost = lost or shop.compare(method, recipe.output)
             shop.remove(recipe.output)
         yield Outcome(f"checkpoint: {what.split(':')[0]}", what, lost)

@@ -1,4 +1,4 @@
-"""Refuses what it can at once: output folder, data rows, base. Imports no torch, so that a mistake costs no wait."""
+"""Early checks of output folder, data rows and base. Imports no torch, so that mistakes are reported immediately."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from budwood.training.durability.lock import first_process, holder, in_use
 from budwood.untrusted.files import check_folder
 
 LARGE = 64 << 20
-"""Data files above this size, in bytes, are only checked when they are read for training."""
+"""Data files larger than this, in bytes, are checked only when they are read for training."""
 
 
 def preflight(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> BaseInfo:
-    """Check output, strategies with their options, data and base, as far as files alone can tell.
+    """Check output, strategies with their options, data and base, as far as possible from files alone.
 
     Raises:
         InputError: the output folder is in use, an option is wrong, the strategies cannot be combined, a data file is
-            malformed, or the base is not a base.
+            malformed, or the base is not a model.
         ResourceError: the output cannot be written, a plugin is broken, or the hub cannot be reached.
         CorruptError: a file of the base is damaged.
     """
     check_output(recipe.output, overwrite, resume)
-    hide_hub_kernels()  # before a plugin imports peft, which imports bitsandbytes, which downloads them
+    hide_hub_kernels()  # before a plugin imports peft and thereby bitsandbytes, which would download them
     build_composition(recipe)
     for path in (recipe.data.train, recipe.data.eval):
         if path is not None and (path.is_dir() or not path.exists() or path.stat().st_size <= LARGE):
@@ -38,17 +38,17 @@ def preflight(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> 
 
 
 def check_output(directory: Path, overwrite: bool, resume: bool = False) -> None:
-    """Refuse an output folder that is not empty or cannot be written. Hidden files do not count.
+    """Reject an output folder that is not empty or not writable. Hidden files do not count.
 
-    Only a run's first process checks.
+    Only the run's first process checks.
 
     Raises:
-        InputError: it holds a run that is neither to be resumed nor replaced, holds other files, or is a file.
-        ResourceError: it cannot be written.
+        InputError: the folder holds a run without `overwrite` or `resume`, holds other files, or is a file.
+        ResourceError: the folder is not writable.
     """
     if overwrite and resume:
         raise InputError("--resume continues a run and --overwrite replaces it: give only one.")
-    if not first_process():  # the first may hold the folder already and have written files to it
+    if not first_process():  # the first process may already have locked the folder and written files
         return
     check_folder(directory, "output:")
     if directory.exists() and not directory.is_dir():
@@ -72,12 +72,12 @@ def check_output(directory: Path, overwrite: bool, resume: bool = False) -> None
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """Return the manifest.json of a run's folder; {} if it cannot be read, None if there is none."""
+    """Return the content of a run's manifest.json; {} if it cannot be read, None if there is none."""
     path = directory / "manifest.json"
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return manifest if isinstance(manifest, dict) else {}
