@@ -125,7 +125,7 @@ def test_an_adapter_trains_on_it_and_swaps(rows, make_recipe, tiny_base, tmp_pat
     assert torch.equal(pool.logits(["games:"]), before)
     pool.use("mine")
     assert not torch.equal(pool.logits(["games:"]), before)
-    with pytest.raises(InputError, match="merged into unquantised weights only"):
+    with pytest.raises(InputError, match="only be merged into unquantised weights"):
         pool.merge("mine")
     pool.unload("mine")
     assert torch.equal(pool.logits(["games:"]), before)

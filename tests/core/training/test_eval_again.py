@@ -149,6 +149,6 @@ def test_another_setting_is_used_where_it_is_asked_for_and_said(
     assert not any("the metrics may differ" in line for line in said)
     assert command(["eval", adapter, "--data", data, "--json", "--precision", "bf16", "--device", "cpu"]) == 0
     (note,) = [line for line in said if "the metrics may differ" in line]
-    assert "in bfloat16, quantization none; in its run on" in note
+    assert "in bfloat16, quantization none; its run used" in note
     assert command(["eval", adapter, "--data", data, "--device", "tpu"]) == 2
     assert torch.get_num_threads() == 1, "left as it was"
