@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from budwood.contract.discovery import installed
-from budwood.contract.hookspecs import HOW, HookSpecs
+from budwood.contract.hookspecs import CALL_STYLES, HookSpecs
 from budwood.contract.loading import HOOKS, load_strategy
 from budwood.model.quiet import silence_libraries
 from budwood.model.task import Task
@@ -44,7 +44,7 @@ def page() -> str:
     lines = [
         HEAD.rstrip("\n"),
         "",
-        *(f"- **{kind}**: {meaning}." for kind, meaning in HOW.items()),
+        *(f"- **{kind}**: {meaning}." for kind, meaning in CALL_STYLES.items()),
         TAIL.rstrip("\n"),
         "",
     ]
@@ -73,7 +73,7 @@ def section(hook: str) -> list[str]:
 def called(hook: str) -> str:
     """How a hook is called, in words."""
     spec = getattr(HookSpecs, hook)
-    return spec.how + (", wrappable" if spec.wrappable and spec.how != "core" else "")
+    return spec.call_style + (", wrappable" if spec.wrappable and spec.call_style != "core" else "")
 
 
 def documentation(hook: str) -> dict[str, str]:

@@ -133,7 +133,7 @@ def test_memory_that_runs_out_splits_the_step(recipe: Callable[..., Recipe], cap
         run = budwood.tune(recipe("split", rows=2048, **options))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert "out of memory: the step begins again" in capfd.readouterr().err
+    assert "out of memory: the step is repeated" in capfd.readouterr().err
     assert run.micro_tokens < 1 << 20
     for name, tensor in adapter(run).items():
         torch.testing.assert_close(tensor, whole[name], atol=1e-5, rtol=1e-3)

@@ -1,4 +1,4 @@
-"""adapter_config.json of PEFT's low-rank methods: read strictly, its targets as names of the model's modules."""
+"""Strict reading of adapter_config.json of PEFT's low-rank methods, and resolution of its targets to modules."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from torch import nn
 
 TASK_TYPES = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
-"""PEFT's names of the tasks."""
+"""PEFT's names for the tasks."""
 WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "init_lora_weights",
     "loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "peft_type", "peft_version",
     "qalora_group_size", "revision", "runtime_config", "task_type",
 }  # fmt: skip
-"""Fields that say how an adapter began, or nothing about what it computes."""
+"""Fields that do not affect what a trained adapter computes, such as its initialisation."""
 
 
 class SavedLowRankConfig(BaseModel):
-    """The fields by which any low-rank adapter computes; types are strict, other fields are left to the method."""
+    """The fields common to all low-rank adapters. Types are strict; a method adds its own fields."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -37,7 +37,7 @@ class SavedLowRankConfig(BaseModel):
     target_modules: str | list[str] = Field(min_length=1)
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
-    fan_in_fan_out: bool = False  # PEFT, too, goes by the class of each module, whatever is written
+    fan_in_fan_out: bool = False  # ignored: like PEFT, the layout follows from each module's class
     bias: Literal["none", "lora_only", "all"] = "none"
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
@@ -53,20 +53,22 @@ def parse_saved_config(
     """Validate adapter_config.json.
 
     Args:
-        adapter_type: name of the strategy that reads it, in messages.
-        fields: what the method computes by.
+        adapter_type: name of the strategy that reads it, for messages.
+        fields: model of the fields that the method uses.
         defaults: PEFT's config; a field at its default needs no support.
-        config: as read.
-        unused: further fields, beside `WITHOUT_EFFECT`, that change nothing of what the adapter computes.
+        config: content of the file.
+        unused: fields without effect on what the adapter computes, in addition to `WITHOUT_EFFECT`.
 
     Raises:
-        CorruptError: a field has an impossible value.
-        InputError: the adapter uses a variant that is not supported; it is named.
+        CorruptError: a field has an invalid value.
+        InputError: the adapter uses an unsupported variant; the message names it.
     """
     known = {f.name for f in dataclasses.fields(defaults)}
     for key, value in config.items():
-        fine = key in fields.model_fields or key in WITHOUT_EFFECT or key in unused or value in (None, False, [], {})
-        if not fine and not (key in known and value == getattr(defaults, key)):
+        supported = (
+            key in fields.model_fields or key in WITHOUT_EFFECT or key in unused or value in (None, False, [], {})
+        )
+        if not supported and not (key in known and value == getattr(defaults, key)):
             raise InputError(
                 f"adapter_config.json: '{key}: {json.dumps(value)}' is not supported by strategy '{adapter_type}'."
             )
@@ -79,42 +81,42 @@ def parse_saved_config(
 
 
 def saved_pattern(patterns: Mapping[str, Value], names: Sequence[str]) -> dict[str, Value]:
-    """A saved `rank_pattern` or `alpha_pattern`, whose keys match the ends of names, for the names themselves.
+    """Resolve a saved `rank_pattern` or `alpha_pattern`, whose keys match the ends of names, to complete names.
 
-    What PEFT is given then is plain names, escaped; it would match a stranger's expressions without a limit of time.
+    The resulting keys are escaped plain names, since PEFT would match untrusted expressions without a time limit.
 
     Raises:
-        CorruptError: a key is no regular expression, or takes too long.
+        CorruptError: a key is not a regular expression, or takes too long to match.
     """
-    found = {}
+    resolved = {}
     for name in names:
         try:
             key = next((key for key in patterns if matches(rf"(?:.*\.)?(?:{key})", name)), None)
         except InputError as error:
             raise CorruptError(f"adapter_config.json: {error}") from error
         if key is not None:
-            found[re.escape(name)] = patterns[key]
-    return found
+            resolved[re.escape(name)] = patterns[key]
+    return resolved
 
 
 def saved_targets(model: nn.Module, saved: SavedLowRankConfig) -> list[str]:
-    """Full names of the modules that a saved adapter stands on.
+    """Return the full names of the modules that a saved adapter adapts.
 
     Raises:
-        CorruptError: the config names modules that the model has not.
+        CorruptError: the config names modules that the model does not have.
     """
     layers = [saved.layers_to_transform] if isinstance(saved.layers_to_transform, int) else saved.layers_to_transform
     paths = [path for path, _ in model.named_modules()]
     try:
         names = match_targets(model, saved.target_modules, layers)
-        left_out = saved.exclude_modules or []
-        if isinstance(left_out, str):
-            names = [name for name in names if not matches(left_out, name)]
+        excluded = saved.exclude_modules or []
+        if isinstance(excluded, str):
+            names = [name for name in names if not matches(excluded, name)]
         else:
-            names = [name for name in names if not any(name == out or name.endswith("." + out) for out in left_out)]
-        wanted = saved.modules_to_save or []
-        if wanted and not any(path == name or path.endswith("." + name) for name in wanted for path in paths):
-            raise InputError(f"modules_to_save: the model has none of {', '.join(wanted)}.")
+            names = [name for name in names if not any(name == end or name.endswith("." + end) for end in excluded)]
+        to_save = saved.modules_to_save or []
+        if to_save and not any(path == name or path.endswith("." + name) for name in to_save for path in paths):
+            raise InputError(f"modules_to_save: the model has none of {', '.join(to_save)}.")
     except InputError as error:
         raise CorruptError(f"adapter_config.json: {error}") from error
     return names

@@ -17,9 +17,9 @@ from budwood.contract.validation import dotted, find_problems, sentence
 from budwood.errors import BudwoodError, InputError, describe, did_you_mean
 from budwood.untrusted.redaction import shorten
 
-HOOKS = tuple(name for name, value in vars(HookSpecs).items() if hasattr(value, "how"))
-EXCLUSIVE = tuple(name for name in HOOKS if getattr(HookSpecs, name).how == "exclusive")
-CORE = tuple(name for name in HOOKS if getattr(HookSpecs, name).how == "core")
+HOOKS = tuple(name for name, value in vars(HookSpecs).items() if hasattr(value, "call_style"))
+EXCLUSIVE = tuple(name for name in HOOKS if getattr(HookSpecs, name).call_style == "exclusive")
+CORE = tuple(name for name in HOOKS if getattr(HookSpecs, name).call_style == "core")
 WRAPPABLE = tuple(name for name in HOOKS if getattr(HookSpecs, name).wrappable)
 PAIRS = (("state_dict", "load_state_dict"), ("step_values", "step_terms"))
 """Hooks that are of use only together."""

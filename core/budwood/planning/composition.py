@@ -86,7 +86,7 @@ class RunPlan(Plan):
             "hooks": [
                 {
                     "name": hook,
-                    "how": getattr(HookSpecs, hook).how,
+                    "how": getattr(HookSpecs, hook).call_style,
                     "wrappable": getattr(HookSpecs, hook).wrappable,
                     "calls": [vars(call) for call in calls],
                 }
@@ -280,7 +280,7 @@ def _resolve(recipe: Recipe, task: Task, hooks: Composition) -> dict[str, list[C
 
 
 def _is_replaced(hook: str, index: int) -> bool:
-    return bool(getattr(HookSpecs, hook).how == "exclusive" and index)
+    return bool(getattr(HookSpecs, hook).call_style == "exclusive" and index)
 
 
 def _describe(plugin: Any, recipe: Recipe) -> tuple[str, str, str]:
@@ -329,7 +329,7 @@ def show_plan(run_plan: RunPlan, console: Console) -> None:
     hooks = _table("hook", "called", "order")
     for hook, calls in run_plan.hooks.items():
         spec = getattr(HookSpecs, hook)
-        how = spec.how + (", wrappable" if spec.wrappable and spec.how != "core" else "")
+        how = spec.call_style + (", wrappable" if spec.wrappable and spec.call_style != "core" else "")
         hooks.add_row(*map(_text, (hook, how, describe_order(calls))))
     everything = Group(head, Text(), strategies, Text(), hooks)
     if console.is_terminal:

@@ -26,17 +26,17 @@ _CHECKPOINT = re.compile(r"\.?step-\d+(\.\w+)*")
 
 
 def check_output(directory: Path, overwrite: bool, resume: bool = False) -> None:
-    """Refuse an output folder that is not empty or cannot be written. Hidden files do not count.
+    """Reject an output folder that is not empty or not writable. Hidden files do not count.
 
-    Only a run's first process checks.
+    Only the run's first process checks.
 
     Raises:
-        InputError: it holds a run that is neither to be resumed nor replaced, holds other files, or is a file.
-        ResourceError: it cannot be written.
+        InputError: the folder holds a run without `overwrite` or `resume`, holds other files, or is a file.
+        ResourceError: the folder is not writable.
     """
     if overwrite and resume:
         raise InputError("--resume continues a run and --overwrite replaces it: give only one.")
-    if not first_process():  # the first may hold the folder already and have written files to it
+    if not first_process():  # the first process may already have locked the folder and written files
         return
     check_folder(directory, "output:")
     if directory.exists() and not directory.is_dir():
@@ -77,9 +77,9 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
 
 
 def make_output(directory: Path, overwrite: bool, accelerator: Any) -> None:
-    """Create the output folder, and delete the files of an old run if asked; everything else was checked before.
+    """Create the output folder, and with `overwrite` delete the old run's files; call after all checks.
 
-    At every instant it is empty but for hidden files, or holds the manifest.json of a run.
+    At every moment the folder is empty except for hidden files, or has a manifest.json that identifies it as a run's.
     """
     if accelerator.is_main_process:
         try:

@@ -186,4 +186,4 @@ def test_a_base_that_only_the_adapter_names_is_not_fetched(saved, tmp_path, caps
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     more = {"merge": [str(tmp_path / "out")], "eval": ["--data", str(tmp_path / "rows.jsonl")]}.get(command[-1], [])
-    refused(capsys, [*command, folder, *more], 2, "only a base that you name is fetched: --base someone/else")
+    refused(capsys, [*command, folder, *more], 2, "name explicitly is downloaded: --base someone/else")

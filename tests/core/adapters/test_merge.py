@@ -58,7 +58,7 @@ def test_an_adapter_of_a_4_bit_base_goes_into_the_originals(tiny_base, tmp_path,
     report = merge(folder, tmp_path / "merged", dtype="fp32")
     assert report.unquantized.largest < 1e-4  # from the unquantised base with the adapter
     assert report.recorded.largest > 1e-3  # training saw the 4-bit base
-    assert "in nf4 and is used on it in none" in report.notes[0]
+    assert "quantization nf4 and is used with none" in report.notes[0]
 
 
 def test_an_update_below_the_step_of_bf16_is_refused_and_nothing_is_written(tiny_bases, tmp_path, make_saved):
@@ -78,7 +78,7 @@ def test_the_share_rounded_away_is_what_the_formula_says():
     linear = torch.nn.Linear(2, 1, bias=False)
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([[1.0, 1.0]]))
-    before = merging._originals(linear)
+    before = merging._original_weights(linear)
     step = 2.0**-7  # between 1 and the next bf16
     with torch.no_grad():
         linear.weight += torch.tensor([[4 * step, 0.25 * step]])

@@ -97,7 +97,7 @@ def test_adapters_of_one_type_have_the_options_of_their_own_runs(base, tmp_path:
 
 def test_an_adapter_that_records_no_options_or_wrong_ones_is_refused(base, tmp_path: Path) -> None:
     pool = AdapterPool(base)
-    with pytest.raises(InputError, match=r"'scaled' of budwood-scaled 1.0 has options that are required, and no bud"):
+    with pytest.raises(InputError, match=r"'scaled' of budwood-scaled 1.0 has required options, but no bud"):
         pool.load("a", save(tmp_path / "a", base, None))
     with pytest.raises(InputError, match=r"b/budwood.json: scaled.scale: .*greater than 0"):
         pool.load("b", save(tmp_path / "b", base, {"scale": -1.0}))

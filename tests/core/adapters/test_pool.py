@@ -155,7 +155,7 @@ def test_sampling_repeats_with_its_seed(tiny_base, stock):
 def test_names_and_uses_that_are_refused(tiny_base, stock):
     pool = open_pool(tiny_base)
     pool.load("first", stock)
-    with pytest.raises(InputError, match="loaded already"):
+    with pytest.raises(InputError, match="already loaded"):
         pool.load("first", stock)
     for name in ("../x", "/abs", "x" * 300):
         with pytest.raises(InputError):
@@ -235,7 +235,7 @@ def test_another_base_is_refused_before_anything_is_attached(tiny_bases, saved):
 
 def test_what_differs_from_training_is_said(tiny_base, saved):
     pool = open_pool(tiny_base, "nf4")
-    assert "trained on the base in none and is used on it in nf4" in pool.load("a", saved).notes[0]
+    assert "trained with base quantization none and is used with nf4" in pool.load("a", saved).notes[0]
 
 
 SHIFT = """
@@ -335,7 +335,7 @@ def test_only_one_adapter_on_an_unquantised_base_is_merged(tiny_base, stock, oth
     pool = open_pool(tiny_base)
     pool.load("a", stock)
     pool.load("b", other)
-    with pytest.raises(InputError, match="unload the other adapters"):
+    with pytest.raises(InputError, match="other adapters are loaded: unload them"):
         pool.merge("a")
     quantised = open_pool(tiny_base, "nf4")
     quantised.load("a", stock)
@@ -388,10 +388,10 @@ def test_a_classifier_gives_its_labels(tiny_base, classifier):
 
 
 def test_tasks_and_labels_must_be_the_pools(tiny_base, classifier, stock):
-    with pytest.raises(InputError, match="task sequence-classification, and the pool's is causal-lm"):
+    with pytest.raises(InputError, match="task sequence-classification, but the pool's task is causal-lm"):
         open_pool(tiny_base).load("a", classifier)
     pool = AdapterPool(tiny_base, task="sequence-classification", labels=["a", "b"], precision="fp32", device="cpu")
-    with pytest.raises(InputError, match="has 3 labels, and the pool was opened with 2"):
+    with pytest.raises(InputError, match="has 3 labels, but the pool was opened with 2"):
         pool.load("a", classifier)
     with pytest.raises(InputError, match="generates no text"):
         pool.generate(["The"])

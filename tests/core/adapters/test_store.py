@@ -69,7 +69,7 @@ def test_a_failing_export_leaves_the_old_adapter(small, save):
 def test_a_folder_of_something_else_is_not_replaced(tmp_path, save):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(InputError, match="is no adapter"):
+    with pytest.raises(InputError, match="is not an adapter"):
         save(tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
@@ -198,7 +198,7 @@ def test_budwood_json_cannot_go_unnoticed(small):
 def test_files_outside_the_adapter_are_not_read(small, name):
     manifest = json.loads((small / "budwood.json").read_text())
     edit_json(small / "budwood.json", files=manifest["files"] | {name: "0" * 64})
-    with pytest.raises(CorruptError, match="no file of the adapter|cannot be inside|leads out"):
+    with pytest.raises(CorruptError, match="not a file of the adapter|cannot be inside|leads out"):
         store.read_adapter(small)
 
 
@@ -319,7 +319,7 @@ def test_tensors_must_be_those_that_are_expected():
         check_adapter_tensors({"a.lora_A.weight": (2, 3), "b": (1,), "c": (1,)}, tensors)
     with pytest.raises(CorruptError, match=r"nearest: 'a\.lora_B\.weight'.*'a\.lora_B\.weight' and 1 more missing"):
         check_adapter_tensors({"a.lora_B.weight": (2, 3), "b": (1,), "c": (2,)}, tensors)
-    with pytest.raises(CorruptError, match=r"'b' is \[1\]; config and base call for \[2\]"):
+    with pytest.raises(CorruptError, match=r"'b' is \[1\]; config and base require \[2\]"):
         check_adapter_tensors({"a.lora_A.weight": (2, 3), "b": (2,)}, tensors)
 
 

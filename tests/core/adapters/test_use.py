@@ -109,7 +109,7 @@ def test_segments_of_a_packed_row_use_each_its_own(adapted) -> None:
     found = model(x)
     assert found.shape == x.shape
     torch.testing.assert_close(found.reshape(-1, SIZE), torch.cat(expected), atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match=r"chosen for 10 rows, and the input is \[3, 5, 32\]"):
+    with pytest.raises(ValueError, match=r"selected for 10 rows, but the input is \[3, 5, 32\]"):
         model(torch.randn(3, 5, SIZE))
 
 

@@ -112,7 +112,7 @@ def test_another_setting_is_said_and_measured(saved):
     assert report.current.quantization == "nf4"
     assert report.adapter.largest > 1e-5
     assert 0 < report.adapter.divergence < report.effect.divergence
-    assert "in nf4" in report.notes[0]
+    assert "used with nf4" in report.notes[0]
 
 
 def test_the_threads_of_the_record_are_used_and_put_back(saved, tmp_path):
@@ -138,7 +138,7 @@ def alter(saved, to, name: str, change) -> None:
 
 def test_weights_that_answer_otherwise_are_corrupt(saved, tmp_path):
     alter(saved, tmp_path / "a", "adapter_model.safetensors", lambda t: next(iter(t.values())).mul_(1.01))
-    with pytest.raises(CorruptError, match="differ by up to .*the base answers as before") as error:
+    with pytest.raises(CorruptError, match="differ by up to .*the base's own logits are unchanged") as error:
         verify(tmp_path / "a")
     assert error.value.exit_code == 4
 
@@ -146,7 +146,7 @@ def test_weights_that_answer_otherwise_are_corrupt(saved, tmp_path):
 def test_weights_that_are_off_by_little_are_corrupt_in_16_bit_too(tiny_base, tmp_path, make_saved):
     folder = make_saved(tiny_base, tmp_path / "a", "int8", "bf16")
     alter(folder, tmp_path / "b", "adapter_model.safetensors", lambda t: [x.mul_(1.02) for x in t.values()])
-    with pytest.raises(CorruptError, match="differ by up to .*the base answers as before"):
+    with pytest.raises(CorruptError, match="differ by up to .*the base's own logits are unchanged"):
         verify(tmp_path / "b")
 
 
@@ -177,7 +177,7 @@ def test_golden_logits_of_another_width_are_corrupt(saved, tmp_path):
         saved, tmp_path / "a", "golden.safetensors",
         lambda t: t.update({n: t[n][:, :7].clone() for n in ("base", "adapter")}),
     )  # fmt: skip
-    with pytest.raises(CorruptError, match="7 logits, and 300 now"):
+    with pytest.raises(CorruptError, match="7 logits per probe, but the model now returns 300"):
         verify(tmp_path / "a")
 
 
@@ -195,5 +195,5 @@ def test_what_cannot_be_verified_is_said_before_a_base_loads(saved, stock, tiny_
     manifest = json.loads((saved / "budwood.json").read_text())
     manifest["base"]["name"] = str(tmp_path / "moved")
     (tmp_path / "a" / "budwood.json").write_text(sealed(manifest))
-    with pytest.raises(InputError, match="--base says where it is now"):
+    with pytest.raises(InputError, match="pass its current location with --base"):
         verify(tmp_path / "a")

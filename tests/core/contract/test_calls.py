@@ -47,18 +47,18 @@ def call(hooks: Composition, hook: str) -> list[str]:
     if "step" in arguments:
         arguments["step"] = STEP
     said: list[str] = []
-    how = getattr(HookSpecs, hook).how
-    if how == "chain":
+    call_style = getattr(HookSpecs, hook).call_style
+    if call_style == "chain":
         hooks.chain(hook, list(arguments)[-1], None, **arguments)
-    elif how == "observe":
+    elif call_style == "observe":
         hooks.notify(Event("step", 1, {}), said.append)
-    elif how == "adapter owner":
+    elif call_style == "adapter owner":
         ask_owner(hooks.strategies[0], hook, **arguments)
-    elif how == "per strategy":
+    elif call_style == "per strategy":
         hooks.ask(hook, "mine", **arguments)
     else:
         hooks.call(hook, **arguments)
-        hooks.collect(hook, **arguments) if how == "collect" else None
+        hooks.collect(hook, **arguments) if call_style == "collect" else None
     return said
 
 

@@ -262,7 +262,7 @@ def test_without_its_base_the_rest_of_a_plan_stands(make_recipe, distribution):
 def test_what_this_machine_lacks_is_a_note(make_recipe, monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "manifest.json").write_text("{}")
+    (tmp_path / "run" / "manifest.json").write_text('{"budwood": "0"}')
     made = budwood.plan(make_recipe(base={"device": "cuda"}))
     assert made.problems == []
     assert any(note.startswith("not on this machine: device 'cuda'") for note in made.notes)

@@ -98,7 +98,7 @@ def test_a_metric_that_is_not_finite_is_said_once_and_never_the_best(
     seen = script(eval_loss=[2.0, bad, 1.0, bad, 1.5], eval_perplexity=[1.0] * 5)
     run = tune(make_recipe(evaluate=True, train={"eval_every": 1}))
     warned = [line for line in said if "such an evaluation" in line]
-    assert warned == [f"warning: step 1: eval_loss is {bad}; such an evaluation is never the best by it"]
+    assert warned == [f"warning: step 1: eval_loss is {bad}; such an evaluation never counts as the best"]
     assert run.metrics["best_step"] == 2 and run.metrics["eval_loss"] == 1.0
     assert same(run, seen[2])
 
@@ -139,8 +139,8 @@ def test_a_metric_that_no_evaluation_gives_names_who_chose_it(make_recipe: Make,
     with pytest.raises(PluginError) as caught:
         tune(recipe, quiet=True)
     assert str(caught.value).startswith(
-        "strategy 'reward' (budwood-test-strategies 1.0) chose 'eval_rewrad' as the best metric, and the evaluation of "
-        "step 0 gives only eval_reward, eval_loss, "
+        "strategy 'reward' (budwood-test-strategies 1.0) chose 'eval_rewrad' as the best metric, but the evaluation of "
+        "step 0 returned only eval_reward, eval_loss, "
     )
 
 
@@ -156,7 +156,7 @@ def test_a_best_metric_of_another_type_is_refused(make_recipe: Make, test_strate
         tune(recipe, quiet=True)
 
 
-def test_a_resumed_run_that_chooses_by_another_metric_begins_the_choice_anew(
+def test_a_resumed_run_that_chooses_by_another_metric_starts_the_choice_over(
     make_recipe: Make, test_strategies: Any, said: list[str]
 ) -> None:
     """An accuracy of 0.9 is no better than a loss of 0.2."""
@@ -167,7 +167,7 @@ def test_a_resumed_run_that_chooses_by_another_metric_begins_the_choice_anew(
     )
     recipe = make_recipe(strategies=[{"lora": {"rank": 4}}, "reward"], evaluate=True, train={**train_, "steps": 5})
     run = tune(recipe, resume=True, accept_changes=True)
-    assert any("the best evaluation so far was chosen by eval_loss; the choice begins anew by eval_reward" in line
+    assert any("the best evaluation so far was chosen by eval_loss; the choice starts over by eval_reward" in line
                for line in said)  # fmt: skip
     assert run.metrics["best_step"] == 3, "the first evaluation after the resume; the others are equally good"
     assert BestMetric("eval_reward", True) == run.best_metric

@@ -121,7 +121,7 @@ def test_where_memory_ran_out_in_an_evaluation_of_the_run(
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "_attempt", scarce)
         run = tune(recipe)
-    assert any("out of memory: from here on an evaluation takes at most" in line for line in said)
+    assert any("out of memory: from now on, evaluation batches have at most" in line for line in said)
     assert run.eval_tokens < 70 and run.metrics["best_step"] == 8
     again = evaluate_adapter(run.directory / "adapter", Path(recipe.data.eval), quiet=True)
     assert again.adapter == recorded(run)
@@ -149,6 +149,6 @@ def test_another_setting_is_used_where_it_is_asked_for_and_said(
     assert not any("the metrics may differ" in line for line in said)
     assert command(["eval", adapter, "--data", data, "--json", "--precision", "bf16", "--device", "cpu"]) == 0
     (note,) = [line for line in said if "the metrics may differ" in line]
-    assert "in bfloat16, quantization none; in its run on" in note
+    assert "in bfloat16, quantization none; its run used" in note
     assert command(["eval", adapter, "--data", data, "--device", "tpu"]) == 2
     assert torch.get_num_threads() == 1, "left as it was"

@@ -41,5 +41,5 @@ def test_a_model_without_the_tasks_head_is_refused(
     rows.write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n')
     recipe = make_recipe(base={"task": "sequence-classification"}, data={"train": str(rows)})
     run, _, _ = prepare(recipe, Report(quiet=True), False)
-    with pytest.raises(InputError, match="holds no weights for score.weight: give one that was trained for the task"):
+    with pytest.raises(InputError, match="has no weights for score.weight: choose one that was trained for the task"):
         load_frozen(run, str(tiny_bases("second", seed=5)))

@@ -16,7 +16,7 @@ from budwood.cli import app as cli
 from budwood.contract.hookspecs import HookSpecs
 from budwood.contract.loading import CORE, HOOKS
 
-OWNERS = [hook for hook in HOOKS if getattr(HookSpecs, hook).how == "adapter owner"]
+OWNERS = [hook for hook in HOOKS if getattr(HookSpecs, hook).call_style == "adapter owner"]
 BEFORE = HOOKS[: HOOKS.index("prepare_batch")]
 STEPS = HOOKS[HOOKS.index("prepare_batch") : HOOKS.index("after_optimizer_step") + 1]
 
@@ -107,9 +107,9 @@ def test_autograd_that_fails_names_the_loss_terms(distribution, make_recipe):
     """
     distribution("sprout", source, {"mine": "Mine"})
     recipe = make_recipe(strategies=[{"lora": {"rank": 2}}, "mine"])
-    says = r"^step 1: the backward of the loss terms 'causal_lm' of task 'causal-lm' \(budwood .*\), "
+    says = r"^step 1: the backward pass of the loss terms 'causal_lm' of task 'causal-lm' \(budwood .*\), "
     with pytest.raises(
-        PluginError, match=says + r"'mine' of strategy 'mine' \(sprout 1.0\) fails: RuntimeError: one of"
+        PluginError, match=says + r"'mine' of strategy 'mine' \(sprout 1.0\) failed: RuntimeError: one of"
     ):
         tune(recipe, quiet=True)
 

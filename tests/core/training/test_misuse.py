@@ -85,11 +85,11 @@ def test_prepare_batch_may_change_all_else(distribution: Callable, make_recipe: 
         ("[ParameterGroup('a', {'x': new}), ParameterGroup('a', {})]", "two groups are called 'a': rename one."),
         (
             "[ParameterGroup('a', {'x': new}), ParameterGroup('b', {'x': other})]",
-            "parameter 'x' stands in the groups 'a' and 'b': name each once.",
+            "parameter 'x' is in the groups 'a' and 'b': list it in one.",
         ),
         (
             "[ParameterGroup('a', {'x': new}), ParameterGroup('b', {'y': new})]",
-            "parameter 'y' stands in the groups 'a' and 'b': name each once.",
+            "parameter 'y' is in the groups 'a' and 'b': list it in one.",
         ),
     ],
 )
@@ -288,7 +288,7 @@ def test_a_unit_is_counted_once(distribution: Callable, make_recipe: Make, unit:
     distribution("twig", mine(theirs, "Theirs"), {"theirs": "Theirs"})
     with pytest.raises(PluginError) as caught:
         tune(make_recipe(strategies=[LORA, "theirs", "mine"]), quiet=True)
-    assert str(caught.value).startswith(f"{WHO}: batch_counts counts '{unit}', which {other} counts: rename it")
+    assert str(caught.value).startswith(f"{WHO}: batch_counts counts '{unit}', which {other} already counts: rename it")
 
 
 SEQUENCE = "@hookimpl\ndef sequence_terms(self, step, log_probs):\n    return LossTerm('mine', {values}, '{unit}')"

@@ -234,14 +234,14 @@ def test_a_step_that_begins_again_is_the_same(make: Make, policy: Any, monkeypat
     """Memory runs out in the first micro-step of a set: the set, and what was logged while it was made, stay."""
     options, train = {"samples": 2}, {"steps": 2, "micro_tokens": 512}
     whole = tune(make("whole", options, train=train), quiet=True)
-    passes, done = memory._passes, []
+    passes, done = memory._run_passes, []
 
     def run_out(run: Run, *arguments: Any) -> int:
         limit = passes(run, *arguments)
         done.append(limit)
         return 64 if len(done) == 1 else limit
 
-    monkeypatch.setattr(memory, "_passes", run_out)
+    monkeypatch.setattr(memory, "_run_passes", run_out)
     policy.SETS.clear()
     run = tune(make("again", options, train=train), quiet=True)
     assert len(policy.SETS) == 1 and len(done) == 3
@@ -251,13 +251,13 @@ def test_a_step_that_begins_again_is_the_same(make: Make, policy: Any, monkeypat
 
 def test_two_processes_hold_one_set(make: Make, policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sets: list[ActiveSet] = []
-    made = batches.make_set
+    made = batches.generate_set
 
     def note(*arguments: Any) -> ActiveSet:
         sets.append(made(*arguments))
         return sets[-1]
 
-    monkeypatch.setattr(batches, "make_set", note)
+    monkeypatch.setattr(batches, "generate_set", note)
     train = {"steps": 2, "batch_examples": 5, "micro_tokens": 128}
     tune(make("one", {"samples": 4}, train=train), quiet=True)
     path = tmp_path / "two.yaml"
@@ -267,11 +267,11 @@ def test_two_processes_hold_one_set(make: Make, policy: Any, tmp_path: Path, mon
         "import json, torch\ntorch.set_num_threads(1)\n"
         "from budwood.training import batches\n"
         "from budwood.training.loop import tune\n"
-        "made, found = batches.make_set, []\n"
+        "made, found = batches.generate_set, []\n"
         "def note(*arguments):\n"
         "    found.append(made(*arguments))\n"
         "    return found[-1]\n"
-        "batches.make_set = note\n"
+        "batches.generate_set = note\n"
         f"run = tune({str(path)!r}, quiet=True)\n"
         "assert run.processes == 2\n"
         "def shown(e): return [e.key, e.labels.tolist(), float(e.columns['advantage'].values)]\n"
@@ -305,11 +305,11 @@ def test_planning_takes_planned_examples_and_never_samples(make: Make, policy: A
 @pytest.mark.parametrize(
     ("fault", "text"),
     [
-        ("number", "1 entries; it must give one for each of `updates` = 2"),
+        ("number", "1 entries; return one for each of `updates` = 2"),
         ("empty", r"entry 2: there is no example"),
         ("labels", r"entry 1: example '\d+/0' has no labels"),
         ("keys", r"entry 1: .*another example has the same key '\d+/0'"),
-        ("column", r"entry 1: column old is not in both"),
+        ("column", r"entry 1: column old is in only one of"),
         ("position", r"has a label at \d+ of \d+ positions"),
     ],
 )

@@ -71,5 +71,7 @@ def test_a_little_mixing_is_told_from_rounding(
 def test_a_model_that_is_another_even_alone_is_refused(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     own = packing_check._own_logits
     monkeypatch.setattr(packing_check, "_own_logits", lambda run, batch: 2 * own(run, batch))
-    with pytest.raises(PluginError, match="LlamaForCausalLM: logits at labels differ .* by 50.0%; it is not supported"):
+    with pytest.raises(
+        PluginError, match="LlamaForCausalLM: logits at labels differ .* by 50.0%; the model class is not supported"
+    ):
         tune(make_recipe(train={"steps": 1}))

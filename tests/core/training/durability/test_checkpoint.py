@@ -201,7 +201,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(
             tune(recipe, quiet=True)
     text = str(caught.value)
     assert "the checkpoint of step 4 cannot be written (No space left on device): it needs" in text
-    assert "go on from step 2 with: budwood tune" in text and caught.value.exit_code == 3
+    assert "resume from step 2 with: budwood tune" in text and caught.value.exit_code == 3
     assert list(steps_in(recipe.output / "checkpoints")) == [2]
     run = tune(recipe, quiet=True, resume=True)
     assert run.metrics == whole.metrics and saved(run) == [4, 6]

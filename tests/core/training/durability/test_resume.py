@@ -262,7 +262,7 @@ def test_a_change_is_printed_and_refused_and_can_be_accepted(
     with pytest.raises(InputError) as caught:
         tune(changed, resume=True)
     text = str(caught.value)
-    assert "step-00000002 was made otherwise" in text and "--accept-changes" in text
+    assert "step-00000002 has different settings" in text and "--accept-changes" in text
     for change in ("learning_rate: 0.01 → 0.5", "schedule: linear → constant", "steps: 4 → 6"):
         assert f"recipe.train.{change}" in text
     run = tune(changed, resume=True, accept_changes=True)
@@ -279,7 +279,7 @@ def test_a_finished_run_does_nothing_and_can_be_made_longer(make_recipe: Make, s
     first = tune(make_recipe(), quiet=True)
     before = {p: p.read_bytes() for p in first.directory.rglob("*") if p.is_file()}
     again = tune(make_recipe(), resume=True)
-    assert said[-1].endswith("the run is finished at step 4; there is nothing to go on with")
+    assert said[-1].endswith("the run is finished at step 4; there is nothing to resume")
     assert again.metrics == first.metrics and again.step == 4
     assert {p: p.read_bytes() for p in first.directory.rglob("*") if p.is_file()} == before
     longer = make_recipe(train={"steps": 6})
@@ -300,7 +300,7 @@ def test_what_makes_another_run_of_it_cannot_be_accepted(
         "base.fingerprint: .* cannot be accepted": {"base": {"model": str(tiny_bases("teacher", seed=1))}},
         "base.quantization: none → nf4.*cannot be accepted": {"base": {"quantization": "nf4"}},
         r"q_proj.lora_A: \[4, 64\] → \[8, 64\].*cannot be accepted": {"strategies": [{"lora": {"rank": 8}}]},
-        "a run of 1 steps is over by then": {"train": {"steps": 1}},
+        "a run of 1 steps ends before this checkpoint": {"train": {"steps": 1}},
     }
     for message, sections in cases.items():
         with pytest.raises(InputError, match=message):
@@ -336,11 +336,11 @@ def test_with_nothing_to_go_on_with_a_run_begins(make_recipe: Make, kill_at: Kil
     kill_at(1)
     with pytest.raises(Killed):
         tune(recipe, resume=True)
-    assert "holds no run to go on with: it begins anew" in said[0]
+    assert "holds no run to resume: starting from the beginning" in said[0]
     kill_at(None)
     said.clear()
     run = tune(recipe, resume=True)
-    assert "holds no checkpoint: the run begins anew" in said[0]
+    assert "holds no checkpoint: starting from the beginning" in said[0]
     assert [record["step"] for record in records(run.directory)] == [1, 2, 3, 4]
 
 
@@ -394,7 +394,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
             said.clear()
             found = loop.find_resume(recipe, Report(), False)
             assert found.checkpoint.step == 2
-            assert name in said[0] and said[0].startswith("warning: ") and "before it is tried" in said[0]
+            assert name in said[0] and said[0].startswith("warning: ") and "Trying the previous checkpoint" in said[0]
     run = tune(recipe, quiet=True, resume=True)
     assert sorted(steps_in(run.directory / "checkpoints")) == [3, 4], "the damaged one was replaced"
     shutil.rmtree(recipe.output)
@@ -405,7 +405,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     shutil.copytree(sound, recipe.output)
     for folder in steps_in(recipe.output / "checkpoints").values():
         truncate(folder / "state.json")
-    with pytest.raises(CorruptError, match="no checkpoint is sound") as caught:
+    with pytest.raises(CorruptError, match="no checkpoint is valid") as caught:
         tune(recipe, quiet=True, resume=True)
     assert caught.value.exit_code == 4
 
@@ -460,7 +460,7 @@ def test_a_signal_saves_the_last_step_and_says_how_to_go_on(
         patch.setattr(loop, "prepare", with_signal)
         tune(recipe, quiet=True)
     assert caught.value.exit_code == (130 if number == signal.SIGINT else 143)
-    assert f"go on from step {saved} with: budwood tune {recipe.output}/recipe.yaml --resume" in str(caught.value)
+    assert f"resume from step {saved} with: budwood tune {recipe.output}/recipe.yaml --resume" in str(caught.value)
     assert max(steps_in(recipe.output / "checkpoints")) == saved
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
     assert command(["tune", str(recipe.output / "recipe.yaml"), "--resume"]) == 0
@@ -479,7 +479,7 @@ def test_a_third_signal_leaves_at_once_and_what_was_saved_stays(
         hooks.register_core(At("before_clip", 2, signal.SIGINT, 3), "signal")
         return run, hooks, engine
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="interrupted at step 2; go on from step"):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="interrupted at step 2; resume from step"):
         patch.setattr(loop, "prepare", with_signal)
         tune(recipe, quiet=True)
     assert tune(recipe, quiet=True, resume=True).step == 4
