@@ -65,7 +65,7 @@ def evaluate_adapter(
         base: folder or hub name of the base; None: the one that the adapter names.
         quantization: None: the adapter's.
         precision: "auto", "bf16", "fp16" or "fp32"; None: the adapter's.
-        max_length: in tokens; longer rows are truncated and counted. None: the run's, else 1024 or the base's positions.
+        max_length: in tokens; longer rows are truncated and counted. None: the run's, or the recipe's default.
         generate: largest number of prompts to answer for exact match. None: as in the run, or 1000 if it is unknown.
         attacks: each as NAME:KEY=VALUE,…; the adapter is evaluated again under each of them.
         device: "cpu", "cuda" or "auto".

@@ -127,7 +127,9 @@ ROWS = [{"prompt": "model data:", "completion": " model"}, {"prompt": "tokens sm
 
 def test_longer_rows_are_cut_at_the_bases_positions_by_default(make_recipe: Make, short_base: Path, write: Any) -> None:
     recipe = make_recipe(
-        base={"model": str(short_base)}, data={"train": str(write(ROWS, "own.jsonl")), "max_length": None}
+        base={"model": str(short_base)},
+        data={"train": str(write(ROWS, "own.jsonl")), "max_length": None},
+        train={"micro_tokens": 1024},
     )
     finished = tune(recipe, quiet=True)
     assert finished.recipe.data.max_length == 32
