@@ -17,8 +17,9 @@ from budwood.contract.loading import create
 from budwood.data import cache
 from budwood.data.encoder import Encoder
 from budwood.data.examples import DataStats, Examples, check_examples, measure, pack
+from budwood.data.files import hash_file
 from budwood.data.formats import GROUP, Dropped, all_dropped, recognise
-from budwood.data.reading import Row, Rows, hash_file, read_rows
+from budwood.data.reading import Row, Rows, read_rows
 from budwood.errors import InputError
 
 CHUNK = 1024

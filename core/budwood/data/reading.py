@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import codecs
 import csv
-import hashlib
 import io
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from budwood.errors import InputError, did_you_mean
+from budwood.data.files import ACCEPTED, find_files, hash_file
+from budwood.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 Row = Mapping[str, Any]
-_ACCEPTED = ".jsonl, .json (a list of objects), .csv, .tsv, .parquet, a `datasets` folder, a folder of Parquet files"
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z")
 _WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 
 
@@ -75,66 +72,6 @@ def read_rows(path: str | Path) -> Rows:
         return _read_folder(path, files) if path.is_dir() else _READERS[path.suffix.lower()](path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
-
-
-def hash_file(path: Path) -> str:
-    """Return the hex SHA-256 of a data file, or of the names and bytes of a data folder's files.
-
-    Raises:
-        InputError: the file or folder cannot be read, or its type is unknown.
-    """
-    digest = hashlib.sha256()
-    try:
-        for file_path in find_files(path):
-            with file_path.open("rb") as file:
-                file_digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if file_path == path:
-                return file_digest
-            digest.update(f"{file_path.name}\0{file_digest}\0".encode())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
-    return digest.hexdigest()
-
-
-def find_files(path: Path) -> list[Path]:
-    """Return the files that hold the data of a file or folder, without reading them.
-
-    Raises:
-        InputError: the file or folder is missing, empty, or of an unknown type.
-    """
-    try:
-        if path.is_dir():
-            return _find_in_folder(path)
-        if not path.exists():
-            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise InputError(f"{path}: no such file.{did_you_mean(path.name, siblings)}")
-        if not path.is_file():
-            raise InputError(f"{path}: not a regular file. Save the data to a file first.")
-        suffix = path.suffix.lower()
-        if suffix in _COMPRESSED:
-            raise InputError(f"{path}: compressed files are not supported. Decompress it first.")
-        if suffix not in _READERS:
-            raise InputError(f"{path}: unknown file type '{suffix or path.name}'. Accepted: {_ACCEPTED}.")
-        if not path.stat().st_size:
-            raise InputError(f"{path}: the file is empty.")
-        return [path]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
-
-
-def _find_in_folder(path: Path) -> list[Path]:
-    if (path / "dataset_dict.json").is_file():
-        splits = sorted(p.name for p in path.iterdir() if p.is_dir()) or ["none"]
-        raise InputError(f"{path}: holds the splits {', '.join(splits)}. Name one of them: {path / splits[0]}.")
-    if (path / "state.json").is_file():
-        return sorted(p for p in path.iterdir() if p.suffix in (".arrow", ".json") and p.is_file())
-    files = sorted(p for p in path.glob("*.parquet") if p.is_file())
-    if not files:
-        raise InputError(f"{path}: neither a `datasets` folder nor a folder of Parquet files. Accepted: {_ACCEPTED}.")
-    shards = {match[1] for file in files if (match := re.fullmatch(r"(.+)-\d{5}-of-\d{5}\.parquet", file.name))}
-    if len(shards) > 1:
-        raise InputError(f"{path}: holds the splits {', '.join(sorted(shards))}. Put each split in a separate folder.")
-    return files
 
 
 def _read_jsonl(path: Path) -> Rows:
@@ -344,7 +281,7 @@ def _strip_mark(path: Path, data: bytes, notes: list[str]) -> bytes:
 
 def _decode(raw: bytes, path: Path, line: int) -> str:
     if b"\0" in raw:
-        raise InputError(f"{path}:{line}: binary data, not text. Accepted: {_ACCEPTED}.")
+        raise InputError(f"{path}:{line}: binary data, not text. Accepted: {ACCEPTED}.")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
