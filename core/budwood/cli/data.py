@@ -38,6 +38,7 @@ def data(
         model = skeleton(loaded.base.model, task.auto_class, loaded.base.trust_remote_code)
     length = loaded.data.max_length or default_length(model)
     build = partial(build_examples, tokenizer=tokenizer, task=task, max_length=length)
+    build = partial(build, skip_bad_rows=loaded.data.on_bad_row == "skip")
     train = build(loaded.data.train)
     other = build(loaded.data.eval, labels=train.labels or None) if loaded.data.eval is not None else None
     for examples in (train, other):

@@ -10,15 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from budwood.contract.calls import attribute_errors
 from budwood.contract.discovery import PluginError, find, installed
 from budwood.contract.examples import Example
 from budwood.contract.loading import create
 from budwood.data import cache
+from budwood.data.bad_rows import BadRows, count_reasons
+from budwood.data.classes import near_equal
 from budwood.data.encoder import Encoder
 from budwood.data.examples import DataStats, Examples, check_examples, measure, pack
 from budwood.data.files import hash_file
-from budwood.data.formats import GROUP, Dropped, all_dropped, recognise
+from budwood.data.formats import GROUP, DataFormat, Dropped, all_dropped, recognise
 from budwood.data.reading import Row, Rows, read_rows
 from budwood.errors import InputError
 
@@ -45,6 +49,7 @@ def build_examples(
     cache_dir: Path | None = None,
     template_options: Mapping[str, Any] | None = None,
     change: Callable[[Row, int], Row] | None = None,
+    skip_bad_rows: bool = False,
 ) -> Examples:
     """Build the examples of a data file, or load them from the cache.
 
@@ -57,6 +62,7 @@ def build_examples(
         cache_dir: folder of the cache; None: `cache.default_folder()`.
         template_options: variables for the chat template.
         change: maps a row and its index to the row to encode; disables the cache.
+        skip_bad_rows: skip and count rows that cannot be read or used; otherwise the first one is refused.
 
     Raises:
         InputError: as `read_rows`, the data format and the task; a label is not in the training data; all rows were
@@ -66,7 +72,8 @@ def build_examples(
     task = create(task, "budwood.tasks") if isinstance(task, str) else task
     encoder = Encoder(tokenizer, max_length, template_options, labels)
     if change is not None:
-        return Examples(path, *_encode(read_rows(path), encoder, task, max_length, change))
+        bad = BadRows(skip_bad_rows)
+        return Examples(path, *_encode(read_rows(path, bad), encoder, task, max_length, bad, change))
     folder = cache.default_folder() if cache_dir is None else Path(cache_dir)
     limit = cache.size_limit()
     plugins = [(e.name, e.value, e.owner) for entries in installed(GROUP).values() for e in entries]
@@ -79,13 +86,15 @@ def build_examples(
         "max_length": max_length,
         "labels": None if labels is None else list(labels),
         "template_options": dict(template_options or {}),
+        "skip_bad_rows": skip_bad_rows,
     }
     key = cache.make_key(tokenizer, options)
     entry = cache.load(folder, key) if key else None
     if entry is not None:
         return Examples(path, *entry, from_cache=True)
-    rows = read_rows(path)
-    arrays, facts = _encode(rows, encoder, task, max_length)
+    bad = BadRows(skip_bad_rows)
+    rows = read_rows(path, bad)
+    arrays, facts = _encode(rows, encoder, task, max_length, bad)
     if key and rows.sha256 == options["file"]:
         cache.save(folder, key, arrays, facts, limit)
     return Examples(path, arrays, facts)
@@ -103,30 +112,35 @@ def overlap(train: Examples, other: Examples) -> int:
 
 
 def _encode(
-    rows: Rows, encoder: Encoder, task: Any, max_length: int, change: Callable[[Row, int], Row] | None = None
+    rows: Rows,
+    encoder: Encoder,
+    task: Any,
+    max_length: int,
+    bad: BadRows,
+    change: Callable[[Row, int], Row] | None = None,
 ) -> tuple[cache.Arrays, dict[str, Any]]:
     data_format = recognise(rows.columns, task.name, str(rows.path))
+    unreadable = len(bad.rows)
     dropped: Counter[str] = Counter()
     first: dict[str, str] = {}
     examples: list[Example] = []
+    seen: set[bytes] = set()
     truncated = tokens_cut = groups = 0
     for start, chunk in _chunks(rows):
         where = [rows.location(start + i) for i in range(len(chunk))]
         if change is not None:
             chunk = [change(row, start + i) for i, row in enumerate(chunk)]
-        with attribute_errors(data_format, "item"):
-            results: list[Any] = [data_format.item(row, place) for row, place in zip(chunk, where, strict=True)]
-        at = [i for i, item in enumerate(results) if not isinstance(item, Dropped)]
+        results = [_item(data_format, row, place, bad) for row, place in zip(chunk, where, strict=True)]
+        at = [i for i, item in enumerate(results) if not isinstance(item, Dropped | None)]
         if at:
-            with attribute_errors(task, "encode"):
-                encoded = task.encode([results[i] for i in at], [where[i] for i in at], encoder)
-            if len(encoded) != len(at) or not all(isinstance(result, Encoded | Dropped) for result in encoded):
-                raise PluginError(
-                    f"{task}, encode: must return an Encoded or a Dropped for each of its {len(at)} items."
-                )
+            encoded = _encode_items(task, [results[i] for i in at], [where[i] for i in at], encoder, bad.skip)
             for i, result in zip(at, encoded, strict=True):
-                results[i] = result
+                if isinstance(result, InputError):
+                    bad.meet(result, where[i], chunk[i])
+                results[i] = None if isinstance(result, InputError) else result
         for offset, result in enumerate(results):
+            if result is None:
+                continue
             if isinstance(result, Dropped):
                 dropped[result.reason] += 1
                 first.setdefault(result.reason, where[offset])
@@ -146,15 +160,21 @@ def _encode(
             truncated += result.cut > 0
             tokens_cut += result.cut
             examples += new
+            if change is None:
+                seen.update(map(_digest, new))
+    skipped, first_skipped = count_reasons(bad.rows)
     if not examples:
         remedy = " Raise data.max_length." if BEYOND in dropped else ""
-        raise InputError(all_dropped(rows.path, dropped) + remedy)
+        raise InputError(all_dropped(rows.path, {**dropped, **skipped}) + remedy)
+    if change is None and len(examples) > len(seen):
+        encoder.remarks["examples equal to an earlier one"] = len(examples) - len(seen)
     arrays = pack(examples, task)
     classes = encoder.classes.finish(str(rows.path))
     if classes:
         arrays["labels.values"] = encoder.classes.order(arrays["labels.values"])
     stats = DataStats(
-        rows=len(rows), dropped=dict(dropped), first_dropped=first, truncated=truncated, tokens_cut=tokens_cut,
+        rows=len(rows) + unreadable, dropped=dict(dropped), first_dropped=first, skipped=skipped,
+        first_skipped=first_skipped, truncated=truncated, tokens_cut=tokens_cut,
         remarks=dict(encoder.remarks), **measure(arrays, classes),
     )  # fmt: skip
     facts = {
@@ -163,12 +183,53 @@ def _encode(
         "task": task.name,
         "max_length": max_length,
         "labels": classes,
-        "notes": rows.notes,
+        "notes": [*rows.notes, *near_equal(classes)],
         "sha256": rows.sha256,
+        "skipped": bad.rows if bad.skip else None,
         "stop_ids": sorted(encoder.stop_ids),
         "stats": dataclasses.asdict(stats),
     }
     return arrays, facts
+
+
+def _item(data_format: DataFormat, row: Row, where: str, bad: BadRows) -> Any:
+    """Return a row's item or `Dropped`; None if it is a bad row to skip."""
+    try:
+        with attribute_errors(data_format, "item"):
+            return data_format.item(row, where)
+    except InputError as error:
+        bad.meet(error, where, row)
+        return None
+
+
+def _encode_items(
+    task: Any, items: Sequence[Any], where: Sequence[str], encoder: Encoder, skip: bool
+) -> Sequence[Encoded | Dropped | InputError]:
+    """Encode items; with `skip`, return the error of one that cannot be encoded in its place."""
+    remarks = encoder.remarks.copy()
+    try:
+        with attribute_errors(task, "encode"):
+            encoded: Sequence[Encoded | Dropped] = task.encode(items, where, encoder)
+    except InputError as error:
+        if not skip:
+            raise
+        encoder.remarks = remarks
+        if len(items) == 1:
+            return [error]
+        pairs = zip(items, where, strict=True)
+        return [_encode_items(task, [item], [place], encoder, skip)[0] for item, place in pairs]
+    if len(encoded) != len(items) or not all(isinstance(result, Encoded | Dropped) for result in encoded):
+        raise PluginError(f"{task}, encode: must return an Encoded or a Dropped for each of its {len(items)} items.")
+    return encoded
+
+
+def _digest(example: Example) -> bytes:
+    """Hash of what is trained on: inputs, labels and their positions."""
+    digest = hashlib.blake2b(digest_size=12)
+    for array in (*(example.inputs[name] for name in sorted(example.inputs)), example.label_positions, example.labels):
+        digest.update(np.ascontiguousarray(array).data)
+        digest.update(b"\0")
+    return digest.digest()
 
 
 def _chunks(rows: Rows) -> Iterator[tuple[int, list[Row]]]:

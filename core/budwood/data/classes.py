@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,6 +60,22 @@ class Classes:
     def order(self, labels: np.ndarray) -> np.ndarray:
         """Map provisional indices to final ones."""
         return labels if self._order is None else self._order[labels]
+
+
+def near_equal(names: Sequence[str]) -> list[str]:
+    """Return a note for each set of names that differ only in case, spaces, hyphens, underscores or forms of a letter.
+
+    Also for whole numbers that are written in two ways, such as 1 and 1.0.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        key = re.sub(r"[\s_-]+", "", unicodedata.normalize("NFKC", name).casefold()) or name
+        groups.setdefault(re.sub(r"^(\d+)\.0+$", r"\1", key), []).append(name)
+    return [
+        f"nearly equal classes, trained as different ones: {', '.join(map(repr, group))}"
+        for group in groups.values()
+        if len(group) > 1
+    ]
 
 
 def _label_order(name: str) -> tuple[bool, int, str]:

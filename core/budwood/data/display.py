@@ -78,6 +78,8 @@ def _describe(examples: Examples) -> dict[str, Any]:
         "examples": stats.examples,
         "dropped": stats.dropped,
         "first_dropped": stats.first_dropped,
+        "skipped": stats.skipped,
+        "first_skipped": stats.first_skipped,
         "truncated": stats.truncated,
         "tokens_cut": stats.tokens_cut,
         "tokens": stats.tokens,
@@ -146,9 +148,11 @@ def _show_file(name: str, file: dict[str, Any], console: Console) -> None:
     if not file["labels"]:
         lines.append(f"{file['supervised_share']:.1%} of them with a loss")
     lines.append(f"{file['truncated']:,} truncated at {file['max_length']} ({file['tokens_cut']:,} tokens lost)")
-    first = file["first_dropped"]
-    dropped = ", ".join(f"{n:,} {reason} (first {first[reason]})" for reason, n in file["dropped"].items())
-    lines.append(f"dropped: {dropped or 'none'}")
+    for word in ("dropped", "skipped"):
+        first = file[f"first_{word}"]
+        rows = ", ".join(f"{n:,} {reason} (first {first[reason]})" for reason, n in file[word].items())
+        if rows or word == "dropped":
+            lines.append(f"{word}: {rows or 'none'}")
     if "overlap" in file:
         lines.append(f"{file['overlap']:,} also in the training data ({file['overlap_share']:.1%})")
     lines += [f"{count:,} {remark}" for remark, count in file["remarks"].items()] + file["notes"]

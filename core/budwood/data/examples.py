@@ -14,12 +14,15 @@ import numpy as np
 
 from budwood.contract.examples import Column, Example, Key
 from budwood.data import cache
+from budwood.data.bad_rows import BadRows, Skipped
 from budwood.data.formats import DataFormat, recognise
 from budwood.data.ragged import Ragged
 from budwood.data.reading import Rows, read_rows
 from budwood.errors import InputError
 
 PERCENTILES = (50, 90, 99)
+REASONS = 5
+"""Maximum number of reasons for dropped or skipped rows in a line."""
 
 
 @dataclass
@@ -30,6 +33,7 @@ class DataStats:
         rows: number of rows in the file.
         examples: number of examples.
         dropped: number of dropped rows by reason; `first_dropped` has the location of the first row for each reason.
+        skipped: number of bad rows that were skipped, by reason; `first_skipped` as `first_dropped`.
         truncated: number of examples truncated to `max_length`, which lost `tokens_cut` tokens in total.
         tokens: sum of the examples' lengths, as the task counts them.
         supervised: number of labels that have a loss (0 if the labels are classes, one per example).
@@ -43,6 +47,8 @@ class DataStats:
     examples: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     first_dropped: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+    first_skipped: dict[str, str] = field(default_factory=dict)
     truncated: int = 0
     tokens_cut: int = 0
     tokens: int = 0
@@ -75,6 +81,7 @@ class Examples(Sequence[Example]):
         notes: lines to show to the user.
         sha256: hash of the file.
         stop_ids: tokens that end an answer.
+        skipped: bad rows that were skipped; None: bad rows are refused.
         from_cache: whether the examples were read from the cache.
         lengths: [n] int64, the size of each example as the task counts it.
         groups: [n] int64, the group of each example, numbered from 0 in order.
@@ -93,6 +100,7 @@ class Examples(Sequence[Example]):
         self.notes: list[str] = facts["notes"]
         self.sha256: str = facts["sha256"]
         self.stop_ids: list[int] = facts["stop_ids"]
+        self.skipped: list[Skipped] | None = facts["skipped"]
         self.stats = DataStats(**facts["stats"])
         self.lengths: np.ndarray = arrays["lengths"]
         self.groups: np.ndarray = arrays["groups"]
@@ -168,7 +176,7 @@ class Examples(Sequence[Example]):
             InputError: the file has changed since the examples were built.
         """
         if self._rows is None:
-            rows = read_rows(self.path)
+            rows = read_rows(self.path, BadRows(skip=self.skipped is not None))
             if rows.sha256 != self.sha256:
                 raise InputError(f"{self.path}: the file changed during the run. Start again.")
             self._rows = rows
@@ -189,13 +197,20 @@ class Examples(Sequence[Example]):
             parts.append(f"{stats.truncated:,} truncated at {self.max_length}")
         if stats.dropped:
             parts.append(f"{sum(stats.dropped.values()):,} dropped ({self.describe_dropped()})")
+        if stats.skipped:
+            parts.append(f"{sum(stats.skipped.values()):,} skipped ({_reasons(stats.skipped, stats.first_skipped)})")
         parts += [f"{count:,} {remark}" for remark, count in stats.remarks.items()]
         return "; ".join([f"{self.path}: {' + '.join(self.columns)}", ", ".join(parts), *self.notes])
 
     def describe_dropped(self) -> str:
         """Reasons for dropped rows, each with its count and the location of its first row."""
-        first = self.stats.first_dropped
-        return ", ".join(f"{reason} {n:,}, first at {first[reason]}" for reason, n in self.stats.dropped.items())
+        return _reasons(self.stats.dropped, self.stats.first_dropped)
+
+
+def _reasons(counts: Mapping[str, int], first: Mapping[str, str]) -> str:
+    """Return reasons, each with its count and the location of its first row; at most `REASONS` of them."""
+    shown = [f"{reason} {n:,}, first at {first[reason]}" for reason, n in list(counts.items())[:REASONS]]
+    return "; ".join(shown) + (f"; {len(counts) - REASONS} more reasons" if len(counts) > REASONS else "")
 
 
 def check_examples(

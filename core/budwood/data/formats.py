@@ -150,7 +150,7 @@ class TextLabel(DataFormat):
             return Dropped("empty text")
         if not str(label).strip():
             return Dropped("empty label")
-        return _weighted(Labelled(text, str(label), read_weight(row, where)))
+        return _weighted(Labelled(text, str(label).strip(), read_weight(row, where)))
 
 
 class Messages(DataFormat):

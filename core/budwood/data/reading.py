@@ -7,10 +7,12 @@ import csv
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from budwood.data.bad_rows import BadRows
 from budwood.data.files import ACCEPTED, find_files, hash_file
 from budwood.errors import InputError
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Row = Mapping[str, Any]
+MISSING = frozenset(("NaN", "nan", "NAN", "NULL", "null", "<NA>", "#N/A", "\\N"))
+"""What pandas, R, spreadsheets and databases write into a CSV field without a value; "NA" and "None" may be words."""
 _WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 
 
@@ -59,8 +63,12 @@ class Rows(Sequence[Row]):
         return f"{self.path}:{self._place(index)}"
 
 
-def read_rows(path: str | Path) -> Rows:
+def read_rows(path: str | Path, bad: BadRows | None = None) -> Rows:
     """Read the rows of a data file or folder.
+
+    Args:
+        path: the file or folder.
+        bad: what to do with lines that are not rows; by default the first one is refused.
 
     Raises:
         InputError: the file is missing, unreadable, empty, of an unknown type, not UTF-8, or malformed; the message
@@ -69,12 +77,12 @@ def read_rows(path: str | Path) -> Rows:
     path = Path(path)
     files = find_files(path)
     try:
-        return _read_folder(path, files) if path.is_dir() else _READERS[path.suffix.lower()](path)
+        return _read_folder(path, files) if path.is_dir() else _READERS[path.suffix.lower()](path, bad or BadRows())
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
 
-def _read_jsonl(path: Path) -> Rows:
+def _read_jsonl(path: Path, bad: BadRows) -> Rows:
     rows: list[Row] = []
     lines: list[int] = []
     notes: list[str] = []
@@ -85,22 +93,31 @@ def _read_jsonl(path: Path) -> Rows:
                 raw = _strip_mark(path, raw, notes)
             if not raw.strip():
                 continue
-            row = _parse_json(_decode(raw, path, number), f"{path}:{number}")
-            if not isinstance(row, dict):
-                hint = " (a list of objects belongs in a .json file)" if isinstance(row, list) else ""
-                raise InputError(f"{path}:{number}: each line must be one JSON object, not {_kind(row)}{hint}.")
+            try:
+                row = _parse_line(raw, path, number)
+            except InputError as error:
+                bad.meet(error, f"{path}:{number}", raw.decode(errors="replace").rstrip("\r\n"))
+                continue
             columns.update(dict.fromkeys(row))
             rows.append(row)
             lines.append(number)
     return Rows(path, rows, list(columns), lambda i: str(lines[i]), notes)
 
 
-def _read_json(path: Path) -> Rows:
+def _parse_line(raw: bytes, path: Path, number: int) -> dict[str, Any]:
+    row = _parse_json(_decode(raw, path, number), f"{path}:{number}")
+    if not isinstance(row, dict):
+        hint = " (a list of objects belongs in a .json file)" if isinstance(row, list) else ""
+        raise InputError(f"{path}:{number}: each line must be one JSON object, not {_kind(row)}{hint}.")
+    return row
+
+
+def _read_json(path: Path, bad: BadRows) -> Rows:
     notes: list[str] = []
     with path.open("rb") as file:
         head = _strip_mark(path, file.read(4096), []).lstrip()
     if head.startswith(b"{"):  # common: JSON Lines in a file named .json
-        rows = _read_jsonl(path)
+        rows = _read_jsonl(path, bad)
         rows.notes.append(f"{path}: read as JSON Lines, one object per line")
         return rows
     text = _decode_whole(path, notes)
@@ -108,14 +125,19 @@ def _read_json(path: Path) -> Rows:
     if not isinstance(data, list):
         raise InputError(f"{path}: must be a list of objects, not {_kind(data)}.")
     columns: dict[str, None] = {}
+    numbers: list[int] = []
     for number, row in enumerate(data, 1):
-        if not isinstance(row, dict):
-            raise InputError(f"{path}:row {number}: must be an object, not {_kind(row)}.")
-        columns.update(dict.fromkeys(row))
-    return Rows(path, data, list(columns), lambda i: f"row {i + 1}", notes)
+        if isinstance(row, dict):
+            columns.update(dict.fromkeys(row))
+            numbers.append(number)
+        else:
+            where = f"{path}:row {number}"
+            bad.meet(InputError(f"{where}: must be an object, not {_kind(row)}."), where, row)
+    objects = [data[number - 1] for number in numbers]
+    return Rows(path, objects, list(columns), lambda i: f"row {numbers[i]}", notes)
 
 
-def _read_csv(path: Path) -> Rows:
+def _read_csv(path: Path, bad: BadRows) -> Rows:
     notes: list[str] = []
     text = _decode_whole(path, notes)
     csv.field_size_limit(sys.maxsize)  # the default refuses fields beyond 128 KiB
@@ -123,6 +145,7 @@ def _read_csv(path: Path) -> Rows:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", strict=True)
     rows: list[Row] = []
     lines: list[int] = []
+    missing: Counter[str] = Counter()
     header: list[str] | None = None
     start = 1
     try:
@@ -134,11 +157,17 @@ def _read_csv(path: Path) -> Rows:
                 header = _check_header(path, values)
                 continue
             if len(values) != len(header):
-                raise InputError(f"{path}:{at}: {len(values)} fields, but the header has {len(header)}.")
-            rows.append(dict(zip(header, values, strict=True)))
+                error = InputError(f"{path}:{at}: {len(values)} fields, but the header has {len(header)}.")
+                bad.meet(error, f"{path}:{at}", values)
+                continue
+            missing.update(value for value in values if value in MISSING)
+            rows.append({name: "" if value in MISSING else value for name, value in zip(header, values, strict=True)})
             lines.append(at)
     except csv.Error as error:
         raise InputError(f"{path}:{start}: malformed CSV: {error}.") from error
+    if missing:
+        counts = ", ".join(f"{count:,} {value}" for value, count in missing.most_common())
+        notes.append(f"read as empty fields, since they mean a missing value: {counts} (as text, give them in JSONL)")
     return Rows(path, rows, header or [], lambda i: str(lines[i]), notes)
 
 
@@ -152,7 +181,7 @@ def _check_header(path: Path, names: list[str]) -> list[str]:
     return names
 
 
-def _read_parquet(path: Path) -> Rows:
+def _read_parquet(path: Path, bad: BadRows) -> Rows:
     return _arrow_rows(path, [_read_parquet_table(path)])
 
 
@@ -312,7 +341,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-_READERS: dict[str, Callable[[Path], Rows]] = {
+_READERS: dict[str, Callable[[Path, BadRows], Rows]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,

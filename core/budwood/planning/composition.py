@@ -28,7 +28,8 @@ from budwood.model.checkpoint import one_revision
 from budwood.model.quiet import silence_libraries
 from budwood.model.task import Task
 from budwood.recipe.file import UNKNOWN
-from budwood.recipe.schema import QUANTIZERS, TASKS, Choice, Recipe, read_recipe
+from budwood.recipe.schema import QUANTIZERS, TASKS, Recipe, read_recipe
+from budwood.recipe.sections import Choice
 from budwood.training.output import check_output
 from budwood.training.parameters import NOTHING_TRAINS
 from budwood.training.setup import check_plan, check_trackers, precision_name, register_parts

@@ -19,7 +19,8 @@ from budwood.training.durability.lock import first_process, holder, in_use
 from budwood.untrusted.files import PARTIAL, check_folder, complete_file
 
 MANIFEST = "manifest.json"
-RUN = frozenset({MANIFEST, "recipe.yaml", "metrics.jsonl", "loss.png", "adapter", "checkpoints", "budwood"})
+SKIPPED = "skipped.jsonl"
+RUN = frozenset({MANIFEST, SKIPPED, "recipe.yaml", "metrics.jsonl", "loss.png", "adapter", "checkpoints", "budwood"})
 """What core and its trackers write (tensorboard's folder has the project's name); manifest.json lists the rest."""
 ADAPTER = frozenset({"adapter_config.json", "adapter_model.safetensors", "budwood.json", "golden.safetensors"})
 _CHECKPOINT = re.compile(r"\.?step-\d+(\.\w+)*")

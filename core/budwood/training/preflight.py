@@ -24,7 +24,11 @@ def preflight(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> 
     check_output(recipe.output, overwrite, resume)
     hide_hub_kernels()  # before a plugin imports peft and thereby bitsandbytes, which would download them
     build_composition(recipe)
-    for path in (recipe.data.train, recipe.data.eval):
-        if path is not None and (path.is_dir() or not path.exists() or path.stat().st_size <= LARGE):
+    for path in (recipe.data.train, recipe.data.eval) if recipe.data.on_bad_row == "refuse" else ():
+        if (
+            recipe.data.on_bad_row == "refuse"
+            and path is not None
+            and (path.is_dir() or not path.exists() or path.stat().st_size <= LARGE)
+        ):
             check_rows(path, recipe.base.task)
     return check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code)

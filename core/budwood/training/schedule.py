@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 if TYPE_CHECKING:
     import torch
 
-    from budwood.recipe.schema import TrainSection
+    from budwood.recipe.sections import TrainSection
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, train: TrainSection, steps: int) -> LambdaLR:

@@ -25,6 +25,7 @@ from budwood.contract.loading import create
 from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy, hookimpl
 from budwood.contract.types import BestMetric, Plan, Run
+from budwood.data.bad_rows import skipped_lines
 from budwood.data.build import build_examples, overlap
 from budwood.data.examples import Examples, check_examples
 from budwood.data.packing import plan_epoch
@@ -47,7 +48,7 @@ from budwood.recipe.schema import Recipe, build_composition, load_recipe
 from budwood.training.durability import changes
 from budwood.training.durability.resume import Resume
 from budwood.training.on_policy import updates_of
-from budwood.training.output import MANIFEST, make_output
+from budwood.training.output import MANIFEST, SKIPPED, make_output
 from budwood.training.packing_check import check_packing
 from budwood.training.parameters import NOTHING_TRAINS, torch_groups, trainable_groups
 from budwood.training.preflight import preflight
@@ -183,6 +184,7 @@ def prepare(
     if accelerator.is_main_process:
         write_manifest(run, resume)
         complete_file(directory / "recipe.yaml", recipe.to_yaml(hooks.strategies).encode())
+        write_skipped(run, report)
     step = resume.checkpoint.step if resume is not None else 0
     report.open(directory, accelerator, recipe.train.trackers, redact_values(recipe.model_dump(mode="json")), step)
     return run, hooks, engine
@@ -225,6 +227,7 @@ def read_data(run: Run, hooks: Composition, report: Report) -> None:
     """Read training and evaluation data into `run`, report their data formats, and count the optimizer steps."""
     data, train = run.recipe.data, run.recipe.train
     options: dict[str, Any] = {"tokenizer": run.tokenizer, "task": run.task, "max_length": data.max_length}
+    options["skip_bad_rows"] = data.on_bad_row == "skip"
     examples = build_examples(data.train, **options)
     report.say(examples.describe())
     if data.eval is not None:
@@ -318,6 +321,15 @@ def _report_size(run: Run, report: Report) -> None:
         report.say(
             f"note: so few steps have little effect: lower train.{unit} (an epoch has {epoch:,}), or raise train.epochs"
         )
+
+
+def write_skipped(run: Run, report: Report) -> None:
+    """Write skipped.jsonl, with every skipped row, its location and the reason; without skipped rows, no file."""
+    files = [run.examples, run.eval_examples]
+    skipped = [row for examples in files if examples is not None for row in examples.skipped or ()]
+    if skipped:
+        complete_file(run.directory / SKIPPED, skipped_lines(skipped))
+        report.say(f"note: {len(skipped):,} bad rows were skipped; they are in {run.directory / SKIPPED}")
 
 
 def precision_name(dtype: torch.dtype) -> str:

@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 
-from budwood.recipe.schema import Recipe, TrainSection
+from budwood.recipe.schema import Recipe
+from budwood.recipe.sections import TrainSection
 from budwood.training.loop import tune
 from budwood.training.schedule import make_scheduler, warmup_note
 

@@ -1,0 +1,137 @@
+"""The sections of a recipe, base, data and train, with their defaults."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _path(value: Any) -> Any:
+    if not isinstance(value, str) or not value:
+        return value
+    if "\0" in value or len(value) > 4096:
+        raise ValueError("not a valid path")
+    return Path(os.path.expanduser(value))
+
+
+Count = Annotated[int, Field(strict=True, gt=0)]
+Number = Annotated[float, Field(strict=True)]
+File = Annotated[Path, BeforeValidator(_path, json_schema_input_type=str)]
+
+
+class Section(BaseModel):
+    """A mapping of a recipe; unknown keys are refused, and an empty section has the defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_default(cls, data: Any) -> Any:
+        return {} if data is None else data
+
+
+class BaseSection(Section):
+    """The frozen base model."""
+
+    model: str = Field(min_length=1, description="a folder with safetensors, or a hub name")
+    revision: str | None = Field(
+        None, min_length=1, max_length=255, description="branch, tag or commit of a hub name; main if absent"
+    )
+    quantization: str = Field("nf4", description="none, int8, nf4, fp4, or another installed quantiser")
+    double_quantization: bool = Field(True, description="also quantise the constants of nf4 and fp4")
+    task: str = Field("causal-lm", description="causal-lm, sequence-classification, or another installed task")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda, or one GPU such as cuda:1"
+    )
+
+
+class DataSection(Section):
+    """The training and evaluation data; its format is recognised by the columns."""
+
+    train: File = Field(description="JSONL, CSV, Parquet, or a `datasets` folder")
+    eval: File | None = Field(None, description="held-out data, in the same formats; without it nothing is evaluated")
+    max_length: Count | None = Field(
+        None,
+        description="maximum tokens per example; truncation is counted and reported. By default 1024, or as many as "
+        "the base has positions if that is less",
+    )
+
+    on_bad_row: Literal["refuse", "skip"] = Field(
+        "refuse",
+        description="a row that cannot be read or used: refuse the file, or skip the row, count it and write it to "
+        "skipped.jsonl in the output folder",
+    )
+
+
+class TrainSection(Section):
+    """Length of the run, batch sizes, optimizer."""
+
+    epochs: Count | None = Field(3, description="passes over the data; or give steps")
+    steps: Count | None = Field(None, description="optimizer steps, instead of epochs")
+    batch_tokens: Count | None = Field(4096, description="real tokens per optimizer step; packing decides the rows")
+    batch_examples: Count | None = Field(None, description="examples per optimizer step, instead of batch_tokens")
+    micro_tokens: Count = Field(2048, description="maximum tokens per micro-batch; affects memory, not the result")
+    learning_rate: Number = Field(2e-4, gt=0, description="peak learning rate")
+    weight_decay: Number = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate after warm-up")
+    warmup: Number = Field(
+        0.03, ge=0, description="below 1: fraction of the run; otherwise steps. The rate rises from peak/steps"
+    )
+    clip: Number = Field(1.0, ge=0, description="maximum gradient norm; 0: no clipping")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="compute dtype; auto: bf16 if the device is fast at it"
+    )
+    eval_every: Count | None = Field(None, description="steps between evaluations; by default one at the end")
+    eval_generate: Annotated[int, Field(strict=True, ge=0)] = Field(
+        100, description="prompts answered per evaluation to measure exact match; 0: none"
+    )
+    patience: Count | None = Field(None, description="stop after this many evaluations without improvement")
+    save_every: Count | None = Field(
+        None, description="steps between checkpoints; by default one about every ten minutes"
+    )
+    keep_checkpoints: Count = Field(2, description="number of latest checkpoints to keep, besides the best")
+    non_finite: Literal["stop", "skip"] = Field(
+        "stop", description="if a step's loss or gradient is not finite: stop the run, or skip and count the step"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
+    deterministic: bool = Field(
+        False, description="use only bitwise reproducible kernels: slower on CUDA, no difference elsewhere"
+    )
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = Field(0, description="seed of all randomness in the run")
+    trackers: Sequence[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [], description="also log to these (needs budwood[track])"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_each_pair(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        for default, other in (("epochs", "steps"), ("batch_tokens", "batch_examples")):
+            if data.get(other) is not None:
+                if data.get(default) is not None:
+                    raise ValueError(f"train.{other}: cannot be combined with train.{default}; give only one")
+                data = {**data, default: None}
+            elif data.get(default, True) is None:
+                data = {key: value for key, value in data.items() if key != default}
+        return data
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainSection:
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError(f"train.warmup: from 1 on it counts steps, so it must be whole (got {self.warmup})")
+        if self.patience and not self.eval_every:
+            raise ValueError("train.patience: counts evaluations during the run; give train.eval_every too")
+        return self
+
+
+class Choice(Section):
+    """A strategy named in the recipe, with its options as written."""
+
+    name: str = Field(min_length=1, description="the name it is installed under")
+    options: dict[str, Any] = Field({}, description="its options; see `budwood plugins NAME`")
