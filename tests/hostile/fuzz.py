@@ -60,7 +60,7 @@ def override() -> tuple[str, list[bytes], Callable[[Path], object]]:
 
 def rows(suffix: str, sound: list[bytes]) -> tuple[str, list[bytes], Callable[[Path], object]]:
     from budwood.data.formats import recognise
-    from budwood.data.reading import read_rows
+    from budwood.data.sources import read_rows
 
     def parse(path: Path) -> None:
         file_rows = read_rows(path)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from budwood.data.reading import read_rows
+from budwood.data.sources import read_rows
 from budwood.errors import BudwoodError, CorruptError, InputError
 from budwood.model.base import load_base, load_tokenizer
 

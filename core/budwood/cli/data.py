@@ -9,9 +9,12 @@ from typing import Annotated, Optional
 
 import typer
 
+from budwood.cli.given import read_given
+
 
 def data(
-    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML or JSON).")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML or JSON), or a data file together with --base.")],
+    base: Annotated[str | None, typer.Option("--base", help="Base model for a data file: folder or hub name.")] = None,
     override: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option("-o", "--override", metavar="KEY=VALUE", help="Override a value of the recipe."),
@@ -29,9 +32,8 @@ def data(
     from budwood.model.base import load_tokenizer, skeleton
     from budwood.model.checkpoint import one_revision
     from budwood.model.limits import check_fits, default_length
-    from budwood.recipe.schema import load_recipe
 
-    loaded = load_recipe(recipe, override or [])
+    loaded = read_given(recipe, base, override or [])
     task = create(loaded.base.task, "budwood.tasks")
     with one_revision(loaded.base.model, loaded.base.revision):
         tokenizer = load_tokenizer(loaded.base.model) if task.needs_tokenizer else None

@@ -8,9 +8,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from budwood.cli.given import read_given
 from budwood.untrusted.formats import json_numbers
-
-DATA_SUFFIXES = {".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"}
 
 
 def tune(
@@ -37,20 +36,11 @@ def tune(
 ) -> None:
     """Run a recipe: fine-tune, and write the adapter, the log and a plot to its output folder."""
     from budwood.errors import InputError
-    from budwood.recipe.schema import default_recipe, load_recipe
     from budwood.training.preflight import preflight
 
     if accept_changes and not resume:
         raise InputError("--accept-changes needs --resume.")
-    is_data = recipe.suffix.lower() in DATA_SUFFIXES or recipe.is_dir()
-    if is_data and base is None:
-        raise InputError(f"{recipe} is a data file: give the model to tune with --base DIR, or give a recipe.")
-    if base is not None and not is_data:
-        raise InputError("--base needs a data file; for a recipe, set base.model (or -o base.model=DIR).")
-    if base is not None:
-        loaded = default_recipe(recipe, base, overrides=override or [])
-    else:
-        loaded = load_recipe(recipe, override or [])
+    loaded = read_given(recipe, base, override or [])
     preflight(loaded, overwrite, resume)  # before torch is imported, which takes seconds
     from budwood.training.loop import tune as run_recipe
 

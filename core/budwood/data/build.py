@@ -21,9 +21,9 @@ from budwood.data.bad_rows import BadRows, count_reasons
 from budwood.data.classes import near_equal
 from budwood.data.encoder import Encoder
 from budwood.data.examples import DataStats, Examples, check_examples, measure, pack
-from budwood.data.files import hash_file
 from budwood.data.formats import GROUP, DataFormat, Dropped, all_dropped, recognise
-from budwood.data.reading import Row, Rows, read_rows
+from budwood.data.reading import Row, Rows
+from budwood.data.sources import Data, hash_data, read_rows
 from budwood.errors import InputError
 
 CHUNK = 1024
@@ -41,7 +41,7 @@ class Encoded:
 
 
 def build_examples(
-    path: str | Path,
+    data: Data,
     tokenizer: Any,
     task: Any,
     max_length: int,
@@ -54,7 +54,7 @@ def build_examples(
     """Build the examples of a data file, or load them from the cache.
 
     Args:
-        path: a data file or folder.
+        data: a file, folder, pattern or hub name; or several sources.
         tokenizer: the base's tokenizer; None for a task that does not need one.
         task: a task, or its name.
         max_length: maximum length in tokens; longer rows are truncated, or dropped if no label with a loss is left.
@@ -68,19 +68,18 @@ def build_examples(
         InputError: as `read_rows`, the data format and the task; a label is not in the training data; all rows were
             dropped; `BUDWOOD_CACHE_LIMIT` is not a size.
     """
-    path = Path(path)
     task = create(task, "budwood.tasks") if isinstance(task, str) else task
     encoder = Encoder(tokenizer, max_length, template_options, labels)
     if change is not None:
         bad = BadRows(skip_bad_rows)
-        return Examples(path, *_encode(read_rows(path, bad), encoder, task, max_length, bad, change))
+        return Examples(data, *_encode(read_rows(data, bad), encoder, task, max_length, bad, change))
     folder = cache.default_folder() if cache_dir is None else Path(cache_dir)
     limit = cache.size_limit()
     plugins = [(e.name, e.value, e.owner) for entries in installed(GROUP).values() for e in entries]
     owner = find(task.name, "budwood.tasks")
     options = {
-        "file": hash_file(path),
-        "path": str(path),
+        "file": hash_data(data),
+        "path": str(data),
         "formats": plugins,
         "task": (task.name, owner.value, owner.owner),
         "max_length": max_length,
@@ -91,13 +90,13 @@ def build_examples(
     key = cache.make_key(tokenizer, options)
     entry = cache.load(folder, key) if key else None
     if entry is not None:
-        return Examples(path, *entry, from_cache=True)
+        return Examples(data, *entry, from_cache=True)
     bad = BadRows(skip_bad_rows)
-    rows = read_rows(path, bad)
+    rows = read_rows(data, bad)
     arrays, facts = _encode(rows, encoder, task, max_length, bad)
     if key and rows.sha256 == options["file"]:
         cache.save(folder, key, arrays, facts, limit)
-    return Examples(path, arrays, facts)
+    return Examples(data, arrays, facts)
 
 
 def overlap(train: Examples, other: Examples) -> int:
@@ -125,7 +124,7 @@ def _encode(
     first: dict[str, str] = {}
     examples: list[Example] = []
     seen: set[bytes] = set()
-    truncated = tokens_cut = groups = 0
+    truncated = tokens_cut = groups = counted = 0
     for start, chunk in _chunks(rows):
         where = [rows.location(start + i) for i in range(len(chunk))]
         if change is not None:
@@ -160,14 +159,15 @@ def _encode(
             truncated += result.cut > 0
             tokens_cut += result.cut
             examples += new
-            if change is None:
+            if change is None and not rows.is_repeat(row):
+                counted += len(new)
                 seen.update(map(_digest, new))
     skipped, first_skipped = count_reasons(bad.rows)
     if not examples:
         remedy = " Raise data.max_length." if BEYOND in dropped else ""
         raise InputError(all_dropped(rows.path, {**dropped, **skipped}) + remedy)
-    if change is None and len(examples) > len(seen):
-        encoder.remarks["examples equal to an earlier one"] = len(examples) - len(seen)
+    if counted > len(seen):
+        encoder.remarks["examples equal to an earlier one"] = counted - len(seen)
     arrays = pack(examples, task)
     classes = encoder.classes.finish(str(rows.path))
     if classes:

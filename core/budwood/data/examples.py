@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,8 @@ from budwood.data import cache
 from budwood.data.bad_rows import BadRows, Skipped
 from budwood.data.formats import DataFormat, recognise
 from budwood.data.ragged import Ragged
-from budwood.data.reading import Rows, read_rows
+from budwood.data.reading import Rows
+from budwood.data.sources import Data, label, read_rows
 from budwood.errors import InputError
 
 PERCENTILES = (50, 90, 99)
@@ -71,7 +71,7 @@ class Examples(Sequence[Example]):
     """The examples of one file, in file order; each `Example` is a view, created on access.
 
     Attributes:
-        path: the file.
+        data: the data, as the recipe names it; `path` is its name for messages.
         format: name of the recognised data format.
         columns: names of the columns that the data format reads.
         task: name of the task that encoded the examples.
@@ -87,8 +87,8 @@ class Examples(Sequence[Example]):
         groups: [n] int64, the group of each example, numbered from 0 in order.
     """
 
-    def __init__(self, path: Path, arrays: cache.Arrays, facts: Mapping[str, Any], from_cache: bool = False) -> None:
-        self.path, self.from_cache = path, from_cache
+    def __init__(self, data: Data, arrays: cache.Arrays, facts: Mapping[str, Any], from_cache: bool = False) -> None:
+        self.data, self.path, self.from_cache = data, label(data), from_cache
         self._arrays, self._facts = arrays, facts
         self._extra: Sequence[dict[str, Column]] | None = None
         self._rows: Rows | None = None
@@ -152,7 +152,7 @@ class Examples(Sequence[Example]):
     def with_arrays(self, arrays: cache.Arrays, columns: Sequence[dict[str, Column]]) -> Examples:
         """Return other examples of the same file, from the result of `pack` and the columns of each example."""
         stats = dataclasses.replace(self.stats, **measure(arrays, self.labels))
-        examples = Examples(self.path, arrays, {**self._facts, "stats": dataclasses.asdict(stats)})
+        examples = Examples(self.data, arrays, {**self._facts, "stats": dataclasses.asdict(stats)})
         examples._extra, examples._rows = columns, self._rows
         return examples
 
@@ -176,7 +176,7 @@ class Examples(Sequence[Example]):
             InputError: the file has changed since the examples were built.
         """
         if self._rows is None:
-            rows = read_rows(self.path, BadRows(skip=self.skipped is not None))
+            rows = read_rows(self.data, BadRows(skip=self.skipped is not None))
             if rows.sha256 != self.sha256:
                 raise InputError(f"{self.path}: the file changed during the run. Start again.")
             self._rows = rows

@@ -1,74 +1,201 @@
-"""Finds the files of a data source: one file, or a folder of them."""
+"""Finds the files of a data source: one file, a folder, a pattern such as data/*.jsonl, or a dataset on the hub."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from budwood.errors import InputError, did_you_mean
+from budwood.errors import InputError, ResourceError, did_you_mean
+from budwood.untrusted.redaction import shorten
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 """Types of files that hold rows."""
-ACCEPTED = ".jsonl, .json (a list of objects), .csv, .tsv, .parquet, a `datasets` folder, a folder of Parquet files"
+ACCEPTED = (
+    ".jsonl, .json (a list of objects), .csv, .tsv, .parquet, a folder of such files, a pattern such as data/*.jsonl, "
+    "a `datasets` folder"
+)
+SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
+"""Words with which the file names of a split begin."""
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z")
 
 
-def hash_file(path: Path) -> str:
-    """Return the hex SHA-256 of a data file, or of the names and bytes of a data folder's files.
+def hash_files(files: Sequence[Path]) -> str:
+    """Return the hex SHA-256 of a file, or of the names and bytes of several.
 
     Raises:
-        InputError: the file or folder cannot be read, or its type is unknown.
+        InputError: a file cannot be read.
     """
     digest = hashlib.sha256()
-    try:
-        for file_path in find_files(path):
-            with file_path.open("rb") as file:
+    for path in files:
+        try:
+            with path.open("rb") as file:
                 file_digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if file_path == path:
-                return file_digest
-            digest.update(f"{file_path.name}\0{file_digest}\0".encode())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
+        if len(files) == 1:
+            return file_digest
+        digest.update(f"{path.name}\0{file_digest}\0".encode())
     return digest.hexdigest()
 
 
-def find_files(path: Path) -> list[Path]:
-    """Return the files that hold the data of a file or folder, without reading them.
+def is_datasets_folder(path: Path) -> bool:
+    """Return whether a folder was written by `Dataset.save_to_disk`."""
+    return (path / "state.json").is_file()
+
+
+def is_hub_name(name: str) -> bool:
+    """Return whether a name is one of a dataset on the hub: owner/name, and nothing of that path is on this machine."""
+    path = Path(name)
+    return HUB_NAME.fullmatch(name) is not None and path.suffix not in SUFFIXES and not path.parent.exists()
+
+
+def exists(name: str) -> bool:
+    """Return whether a file, a folder or a match of a pattern exists; a hub name is believed."""
+    return Path(name).exists() or is_hub_name(name) or bool(_is_pattern(name) and glob.glob(name, recursive=True))
+
+
+def find_files(path: str | Path, split: str | None = None, revision: str | None = None) -> list[Path]:
+    """Return the files that hold the data of a source, without reading them.
+
+    Args:
+        path: a file, a folder, a pattern, or the name of a dataset on the hub, which is downloaded to its cache.
+        split: only the files of this split, by their names or that of their folder.
+        revision: branch, tag or commit of a hub name.
 
     Raises:
-        InputError: the file or folder is missing, empty, or of an unknown type.
+        InputError: the source is missing, empty, of an unknown type, or has several splits and none is given.
+        ResourceError: the hub cannot be reached.
     """
+    name, path = str(path), Path(path)
     try:
+        if is_hub_name(name):
+            return _find_in_folder(_from_hub(name, revision), split, name)
+        if revision is not None:
+            raise InputError(f"{name}: a revision ('{shorten(revision)}') is only for a hub name: leave it out.")
+        if not path.exists() and _is_pattern(name):
+            found = sorted(Path(match) for match in glob.glob(name, recursive=True) if Path(match).is_file())
+            if not found:
+                raise InputError(f"{name}: no file matches the pattern (from {Path.cwd()}).")
+            return _of_split([_check_file(file) for file in found], split, name)
         if path.is_dir():
-            return _find_in_folder(path)
-        if not path.exists():
-            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise InputError(f"{path}: no such file.{did_you_mean(path.name, siblings)}")
-        if not path.is_file():
-            raise InputError(f"{path}: not a regular file. Save the data to a file first.")
-        suffix = path.suffix.lower()
-        if suffix in _COMPRESSED:
-            raise InputError(f"{path}: compressed files are not supported. Decompress it first.")
-        if suffix not in SUFFIXES:
-            raise InputError(f"{path}: unknown file type '{suffix or path.name}'. Accepted: {ACCEPTED}.")
-        if not path.stat().st_size:
-            raise InputError(f"{path}: the file is empty.")
-        return [path]
+            return _find_in_folder(path, split, name)
+        if split is not None:
+            raise InputError(f"{name}: a split ('{shorten(split)}') is for a folder or a hub name: leave it out.")
+        return [_check_file(path)]
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
+        raise InputError(f"{name}: cannot be read: {error.strerror or error}.") from error
 
 
-def _find_in_folder(path: Path) -> list[Path]:
+def _is_pattern(name: str) -> bool:
+    return any(character in name for character in "*?[")
+
+
+def _check_file(path: Path) -> Path:
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise InputError(f"{path}: no such file.{did_you_mean(path.name, siblings)}")
+    if not path.is_file():
+        raise InputError(f"{path}: not a regular file. Save the data to a file first.")
+    suffix = path.suffix.lower()
+    if suffix in _COMPRESSED:
+        raise InputError(f"{path}: compressed files are not supported. Decompress it first.")
+    if suffix not in SUFFIXES:
+        raise InputError(f"{path}: unknown file type '{suffix or path.name}'. Accepted: {ACCEPTED}.")
+    if not path.stat().st_size:
+        raise InputError(f"{path}: the file is empty.")
+    return path
+
+
+def _find_in_folder(path: Path, split: str | None, name: str) -> list[Path]:
+    """Return the data files of a folder, or of its folder data/, as on the hub.
+
+    A .json file is often something else, so it counts only if its name begins with that of a split.
+    """
     if (path / "dataset_dict.json").is_file():
         splits = sorted(p.name for p in path.iterdir() if p.is_dir()) or ["none"]
-        raise InputError(f"{path}: holds the splits {', '.join(splits)}. Name one of them: {path / splits[0]}.")
-    if (path / "state.json").is_file():
+        if split not in splits:
+            first = "train" if "train" in splits else splits[0]
+            raise InputError(f"{name}: holds the splits {', '.join(splits)}. Name one of them: {Path(name) / first}.")
+        path = path / str(split)
+    if is_datasets_folder(path):
         return sorted(p for p in path.iterdir() if p.suffix in (".arrow", ".json") and p.is_file())
-    files = sorted(p for p in path.glob("*.parquet") if p.is_file())
-    if not files:
-        raise InputError(f"{path}: neither a `datasets` folder nor a folder of Parquet files. Accepted: {ACCEPTED}.")
-    shards = {match[1] for file in files if (match := re.fullmatch(r"(.+)-\d{5}-of-\d{5}\.parquet", file.name))}
-    if len(shards) > 1:
-        raise InputError(f"{path}: holds the splits {', '.join(sorted(shards))}. Put each split in a separate folder.")
+    for folder in (path, path / "data"):
+        files = sorted(
+            p
+            for p in (folder.iterdir() if folder.is_dir() else ())
+            if p.suffix.lower() in SUFFIXES and p.is_file() and (p.suffix.lower() != ".json" or _split_word(p))
+        )
+        if files:
+            return _of_split([_check_file(file) for file in files], split, str(Path(name) / folder.relative_to(path)))
+    folders = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if split in folders:
+        return _find_in_folder(path / str(split), None, str(Path(name) / str(split)))
+    inside = f" Its folders: {', '.join(map(shorten, folders[:10]))}." if folders else ""
+    raise InputError(f"{name}: neither a `datasets` folder nor a folder of data files.{inside} Accepted: {ACCEPTED}.")
+
+
+def _of_split(files: list[Path], split: str | None, name: str) -> list[Path]:
+    """Return the files of one split.
+
+    Raises:
+        InputError: there are several splits and none is named, or not that one.
+    """
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        shard = re.fullmatch(r"(.+?)(-\d{5}-of-\d{5}(-[0-9a-f]+)?)?", file.stem)
+        key = shard[1] if shard and shard[2] else _split_word(file)
+        splits.setdefault(key, []).append(file)
+    if split is not None:
+        if split not in splits:
+            known = ", ".join(filter(None, splits)) or "none that their names tell"
+            raise InputError(f"{name}: no split '{shorten(split)}'.{did_you_mean(split, splits)} Its splits: {known}.")
+        return splits[split]
+    if len(splits) > 1 and not _is_pattern(name):
+        named = sorted(filter(None, splits))
+        first = "train" if "train" in named else named[0]
+        pattern = Path(name) / f"{first}*{splits[first][0].suffix}"
+        raise InputError(
+            f"{name}: holds the splits {', '.join(named)}{' and other files' if '' in splits else ''}. "
+            f"Name one of them: {pattern}, or {{path: {name}, split: {first}}} in a recipe."
+        )
     return files
+
+
+def _split_word(file: Path) -> str:
+    """Return the word for a split with which a file's name begins, or an empty string."""
+    word = re.match(r"[a-z]*", file.stem.lower())
+    return word[0] if word and word[0] in SPLITS else ""
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    """Download the data files of a dataset to the hub's cache; return their folder."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import errors as hub
+
+    shown = f"'{name}'" if revision is None else f"'{name}' at revision '{shorten(revision)}'"
+    wanted = [f"{folder}*{suffix}" for folder in ("", "data/") for suffix in SUFFIXES]
+    try:
+        found = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=wanted)
+    except hub.GatedRepoError as error:
+        raise InputError(f"dataset {shown} is gated: accept its terms on the hub, then set HF_TOKEN.") from error
+    except hub.RevisionNotFoundError as error:
+        raise InputError(f"dataset '{name}' has no revision '{shorten(str(revision))}' on the hub.") from error
+    except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
+        raise InputError(f"{name}: no such file or folder, and no such dataset on the hub.") from error
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        raise ResourceError(
+            f"dataset {shown}: no such file or folder, not in the hub's cache, and {reason}: name a file."
+        ) from error
+    except (hub.HfHubHTTPError, OSError) as error:
+        raise ResourceError(f"dataset {shown} cannot be downloaded: {str(error).splitlines()[0]}") from error
+    return Path(found)
+
+
+def total_size(files: Iterable[Path]) -> int:
+    """Return the size of files in bytes."""
+    return sum(file.stat().st_size for file in files)

@@ -16,7 +16,8 @@ from budwood.contract.calls import attribute_errors
 from budwood.contract.discovery import installed
 from budwood.contract.loading import create
 from budwood.contract.strategy import Plugin
-from budwood.data.reading import Row, read_rows
+from budwood.data.reading import Row
+from budwood.data.sources import Data, read_rows
 from budwood.errors import BudwoodError, InputError, did_you_mean
 from budwood.untrusted.redaction import shorten
 
@@ -208,14 +209,14 @@ def _weighted(item: Any) -> Any:
     return item if item.weight else Dropped("weight 0")
 
 
-def check_rows(path: str | Path, task: str) -> None:
+def check_rows(data: Data, task: str) -> None:
     """Check a file's fields without a tokenizer, so that errors show before a run spends time on loading.
 
     Raises:
         InputError: the file is unreadable or malformed, has no data format that the task accepts, or all its rows
             would be dropped.
     """
-    rows = read_rows(path)
+    rows = read_rows(data)
     data_format = recognise(rows.columns, task, str(rows.path))
     reasons: Counter[str] = Counter()
     for index, row in enumerate(rows):
@@ -226,7 +227,7 @@ def check_rows(path: str | Path, task: str) -> None:
         raise InputError(all_dropped(rows.path, reasons))
 
 
-def all_dropped(path: Path, reasons: Mapping[Any, int]) -> str:
+def all_dropped(path: Path | str, reasons: Mapping[Any, int]) -> str:
     """Return the message for a file all of whose rows were dropped, with the count of each reason."""
     counts = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
     return f"{path}: all of its {sum(reasons.values()):,} rows were dropped: {counts}."

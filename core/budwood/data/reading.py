@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from budwood.data.bad_rows import BadRows
-from budwood.data.files import ACCEPTED, find_files, hash_file
+from budwood.data.files import ACCEPTED, find_files, hash_files
 from budwood.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,9 +45,10 @@ class Rows(Sequence[Row]):
     ) -> None:
         if not len(rows):
             raise InputError(f"{path}: no rows. Give a file with at least one.")
-        self.path, self.columns, self.notes = path, list(columns), list(notes)
+        self.path: Path | str = path
+        self.columns, self.notes = list(columns), list(notes)
         self._rows, self._place = rows, place
-        self.sha256 = hash_file(path)
+        self.sha256 = hash_files(find_files(path))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -58,28 +59,23 @@ class Rows(Sequence[Row]):
     def __iter__(self) -> Iterator[Row]:
         return iter(self._rows)
 
+    def is_repeat(self, index: int) -> bool:
+        """Return whether the row is an earlier one again."""
+        return False
+
     def location(self, index: int) -> str:
         """Return the location of row `index` for messages: "train.jsonl:17", or "train.parquet:row 17"."""
         return f"{self.path}:{self._place(index)}"
 
 
-def read_rows(path: str | Path, bad: BadRows | None = None) -> Rows:
-    """Read the rows of a data file or folder.
-
-    Args:
-        path: the file or folder.
-        bad: what to do with lines that are not rows; by default the first one is refused.
+def read_file(path: Path, bad: BadRows) -> Rows:
+    """Read a data file.
 
     Raises:
-        InputError: the file is missing, unreadable, empty, of an unknown type, not UTF-8, or malformed; the message
-            has its path and line.
+        InputError: it is not UTF-8, malformed or empty; the message has its path and line.
+        OSError: it cannot be read.
     """
-    path = Path(path)
-    files = find_files(path)
-    try:
-        return _read_folder(path, files) if path.is_dir() else _READERS[path.suffix.lower()](path, bad or BadRows())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    return _READERS[path.suffix.lower()](path, bad)
 
 
 def _read_jsonl(path: Path, bad: BadRows) -> Rows:
@@ -181,13 +177,13 @@ def _check_header(path: Path, names: list[str]) -> list[str]:
     return names
 
 
-def _read_parquet(path: Path, bad: BadRows) -> Rows:
-    return _arrow_rows(path, [_read_parquet_table(path)])
+def read_folder(path: Path) -> Rows:
+    """Read a `datasets` folder.
 
-
-def _read_folder(path: Path, files: list[Path]) -> Rows:
-    if files[0].suffix == ".parquet":
-        return _arrow_rows(path, [_read_parquet_table(file) for file in files])
+    Raises:
+        InputError: it is malformed, or refers to files elsewhere.
+        OSError: it cannot be read.
+    """
     import datasets
 
     _check_names(path)
@@ -195,7 +191,7 @@ def _read_folder(path: Path, files: list[Path]) -> Rows:
         table = datasets.load_from_disk(str(path)).with_format("arrow")[:]
     except Exception as error:  # the library may raise any exception on bad files
         raise InputError(f"{path}: not a readable `datasets` folder: {_first_line(error)}.") from error
-    return _arrow_rows(path, [table])
+    return _arrow_rows(path, table)
 
 
 def _check_names(path: Path) -> None:
@@ -207,11 +203,13 @@ def _check_names(path: Path) -> None:
         raise InputError(f"{path / 'state.json'}: '_data_files' does not name files in the same folder.")
 
 
-def _read_parquet_table(path: Path) -> pa.Table:
+def _read_parquet(path: Path, bad: BadRows) -> Rows:
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(path)
+        return _arrow_rows(path, pq.read_table(path))
+    except InputError:
+        raise
     except Exception as error:  # types defined by the file may raise any exception
         raise InputError(f"{path}: not a readable Parquet file: {_first_line(error)}.") from error
 
@@ -259,13 +257,7 @@ def _class_names(table: pa.Table) -> dict[str, list[str]]:
         return {}
 
 
-def _arrow_rows(path: Path, tables: list[pa.Table]) -> Rows:
-    import pyarrow as pa
-
-    try:
-        table = pa.concat_tables(tables)
-    except pa.ArrowException as error:
-        raise InputError(f"{path}: its files have different columns: {_first_line(error)}.") from error
+def _arrow_rows(path: Path, table: pa.Table) -> Rows:
     names = table.column_names
     for name in names:
         if names.count(name) > 1:

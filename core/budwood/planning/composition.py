@@ -22,6 +22,7 @@ from budwood.contract.loading import HOOKS, build_strategy, create, load_strateg
 from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy
 from budwood.contract.types import Plan, Run
+from budwood.data.sources import label
 from budwood.errors import BudwoodError, InputError
 from budwood.model.base import check_base, load_tokenizer, pick_device_precision, skeleton
 from budwood.model.checkpoint import one_revision
@@ -314,7 +315,7 @@ def show_plan(run_plan: RunPlan, console: Console) -> None:
     )
     rows = [
         ("base", f"{base.model} · {base.quantization} · {base.task}"),
-        ("data", f"{data.train}" + (f" · evaluated on {data.eval}" if data.eval else "")),
+        ("data", f"{label(data.train)}" + (f" · evaluated on {label(data.eval)}" if data.eval else "")),
         ("steps", steps + ("" if run_plan.steps else "; `budwood tune` checks the plan again then")),
         ("output", str(recipe.output)),
     ]

@@ -17,6 +17,7 @@ from budwood.contract.loading import build_strategy
 from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy
 from budwood.contract.validation import Location, dotted, find_problems, sentence
+from budwood.data.files import exists
 from budwood.errors import InputError
 from budwood.model.checkpoint import folder_with_revision
 from budwood.model.limits import LENGTH
@@ -112,7 +113,7 @@ class Recipe(Section):
             (masked["base"], data["base"], "model"), (masked["data"], data["data"], "train"),
             (masked["data"], data["data"], "eval"), (masked, data, "output"),
         ):  # fmt: skip
-            if field in original:
+            if isinstance(original.get(field), str):
                 holder[field] = redact_url(original[field])
         return masked
 
@@ -151,8 +152,12 @@ def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Recipe
     recipe, problems = _validate(data, source_map, path, overrides)
     for field in ("train", "eval"):
         file = getattr(recipe.data, field) if recipe is not None else None
-        if recipe is not None and file not in (None, Path(UNKNOWN)) and not file.exists():
-            problems.append(f"{recipe.where('data', field)}: data.{field}: no such file: {file} (from {Path.cwd()}).")
+        names = [file] if isinstance(file, Path) else [source.path for source in file or ()]
+        problems += [
+            f"{recipe.where('data', field)}: data.{field}: no such file: {name} (from {Path.cwd()})."
+            for name in names
+            if recipe is not None and name != Path(UNKNOWN) and not exists(str(name))
+        ]
     if recipe is not None and recipe.base.revision and Path(os.path.expanduser(recipe.base.model)).is_dir():
         text = folder_with_revision(recipe.base.model, recipe.base.revision)
         problems.append(f"{recipe.where('base', 'revision')}: {text}")
@@ -179,7 +184,7 @@ def default_recipe(
         data["data"]["eval"] = str(eval)
     if output is not None:
         data["output"] = str(output)
-    if not Path(train).exists():
+    if not exists(str(train)):
         raise InputError(f"{train}: no such file (from {Path.cwd()}).")
     return Recipe.from_dict(data, overrides)
 
@@ -222,7 +227,7 @@ def _validate(
     if data.get("output") is None:
         section = data.get("data")
         train = section.get("train") if isinstance(section, dict) else None
-        data["output"] = f"runs/{source.stem if source else Path(str(train)).stem}"
+        data["output"] = f"runs/{source.stem if source else _stem(train)}"
     recipe: Recipe | None = None
     reset: set[Location] = set()
     suggested: set[Location] = set()
@@ -255,6 +260,13 @@ def _validate(
         except InputError as error:
             problems.append(f"{source_map.nearest(place)}: {error}")
     return recipe, problems
+
+
+def _stem(train: Any) -> str:
+    """Return a name for the run from its first data source."""
+    first = train[0] if isinstance(train, list) and train else train
+    path = first.get("path") if isinstance(first, dict) else first
+    return re.sub(r"[^\w. -]+", "-", Path(str(path)).stem).strip("- ") or "data"
 
 
 def _reset_to_default(data: dict[str, Any], place: Location) -> bool:

@@ -7,7 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+
+from budwood.contract.validation import dotted, find_problems
+from budwood.data.sources import Source
 
 
 def _path(value: Any) -> Any:
@@ -21,6 +32,43 @@ def _path(value: Any) -> Any:
 Count = Annotated[int, Field(strict=True, gt=0)]
 Number = Annotated[float, Field(strict=True)]
 File = Annotated[Path, BeforeValidator(_path, json_schema_input_type=str)]
+
+
+def _sources(value: Any) -> Any:
+    """Read data as a path, or as sources: a list of paths and mappings, or one mapping."""
+    if value is None or isinstance(value, str | Path):
+        return _path(value)
+    if not isinstance(value, dict | list | tuple) or not value:
+        raise ValueError("must be a path, or a list of paths or of mappings with path, split, revision, weight")
+    items = value if isinstance(value, list | tuple) else [value]
+    sources = []
+    for number, item in enumerate(items, 1):
+        if isinstance(item, str | Path):
+            item = {"path": str(_path(str(item)))}
+        elif isinstance(item, dict) and isinstance(item.get("path"), str):
+            item = {**item, "path": str(_path(item["path"]))}
+        try:
+            sources.append(Source.model_validate(item))
+        except ValidationError as error:
+            place, text = find_problems(error, Source)[0]
+            name = f"{dotted(place)}: " if place else ""
+            raise ValueError(f"source {number}: {name}{text}") from None
+    return tuple(sources)
+
+
+Sources = Annotated[
+    Path | tuple[Source, ...],
+    BeforeValidator(_sources),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                Source.model_json_schema(),
+                {"type": "array", "items": {"anyOf": [{"type": "string"}, Source.model_json_schema()]}},
+            ]
+        }
+    ),
+]
 
 
 class Section(BaseModel):
@@ -53,8 +101,14 @@ class BaseSection(Section):
 class DataSection(Section):
     """The training and evaluation data; its format is recognised by the columns."""
 
-    train: File = Field(description="JSONL, CSV, Parquet, or a `datasets` folder")
-    eval: File | None = Field(None, description="held-out data, in the same formats; without it nothing is evaluated")
+    train: Sources = Field(
+        description="a file (JSONL, JSON, CSV, Parquet), a folder, a pattern such as data/*.jsonl, or the hub name of "
+        "a dataset; or a list of them; or of mappings with path, split, revision (of a hub name) and weight: how often "
+        "an epoch has each row of it (2: twice; 0.25: a fixed quarter)"
+    )
+    eval: Sources | None = Field(
+        None, description="held-out data, named in the same ways; without it nothing is evaluated"
+    )
     max_length: Count | None = Field(
         None,
         description="maximum tokens per example; truncation is counted and reported. By default 1024, or as many as "

@@ -18,7 +18,7 @@ from budwood.contract.loading import create
 from budwood.contract.types import Run
 from budwood.data.build import build_examples
 from budwood.data.formats import recognise
-from budwood.data.reading import read_rows
+from budwood.data.sources import read_rows
 from budwood.errors import InputError
 from budwood.model.base import skeleton
 from budwood.model.limits import LENGTH, check_fits, default_length

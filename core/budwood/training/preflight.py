@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from budwood.data.files import total_size
 from budwood.data.formats import check_rows
+from budwood.data.sources import data_files
 from budwood.model.checks import BaseInfo, check_base
 from budwood.model.quiet import hide_hub_kernels
 from budwood.recipe.schema import Recipe, build_composition
@@ -24,11 +26,7 @@ def preflight(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> 
     check_output(recipe.output, overwrite, resume)
     hide_hub_kernels()  # before a plugin imports peft and thereby bitsandbytes, which would download them
     build_composition(recipe)
-    for path in (recipe.data.train, recipe.data.eval) if recipe.data.on_bad_row == "refuse" else ():
-        if (
-            recipe.data.on_bad_row == "refuse"
-            and path is not None
-            and (path.is_dir() or not path.exists() or path.stat().st_size <= LARGE)
-        ):
-            check_rows(path, recipe.base.task)
+    for data in (recipe.data.train, recipe.data.eval) if recipe.data.on_bad_row == "refuse" else ():
+        if data is not None and total_size(data_files(data)) <= LARGE:
+            check_rows(data, recipe.base.task)
     return check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from budwood.data.reading import read_rows
+from budwood.data.sources import read_rows
 from budwood.errors import InputError
 
 ROWS = [{"text": "héllo", "label": "a"}, {"text": "two\nlines", "label": "b"}]
@@ -84,7 +84,7 @@ def test_datasets_folder(tmp_path: Path) -> None:
     dataset.to_parquet(tmp_path / "a.parquet")
     assert [row["label"] for row in read_rows(tmp_path / "a.parquet")] == ["spam", "ham"]
     DatasetDict({"train": dataset, "test": dataset}).save_to_disk(tmp_path / "both")
-    with pytest.raises(InputError, match=r"splits test, train. Name one of them: .*both/test"):
+    with pytest.raises(InputError, match=r"splits test, train. Name one of them: .*both/train"):
         read_rows(tmp_path / "both")
     (tmp_path / "one" / "state.json").write_text("{}")
     with pytest.raises(InputError, match="does not name files in the same folder"):
@@ -143,8 +143,9 @@ def test_missing_and_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         read_rows(tmp_path / "trian.jsonl")
     with pytest.raises(InputError, match="no such file"):
         read_rows(tmp_path / "no" / "such.jsonl")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="neither a `datasets` folder"):
-        read_rows(tmp_path)
+        read_rows(tmp_path / "empty")
     with pytest.raises(InputError, match="not a regular file"):
         read_rows("/dev/null")
 
@@ -177,7 +178,7 @@ def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
 def test_jsonl_imports_no_heavy_library(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n')
     code = (
-        "import sys; from budwood.data.reading import read_rows; read_rows(sys.argv[1]);"
+        "import sys; from budwood.data.sources import read_rows; read_rows(sys.argv[1]);"
         "print([m for m in ('torch', 'transformers', 'datasets', 'pandas', 'pyarrow') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.jsonl")], capture_output=True, text=True)

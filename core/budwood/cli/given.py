@@ -1,0 +1,41 @@
+"""What a command is given: a recipe, or data together with --base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from budwood.recipe.schema import Recipe
+
+DATA_SUFFIXES = {".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"}
+
+
+def read_given(given: Path, base: str | None, overrides: Sequence[str]) -> Recipe:
+    """Return the recipe in a file, or the default recipe for a data file, folder, pattern or hub name and a base.
+
+    Raises:
+        InputError: data is given without a base, a recipe with one, or either is wrong.
+    """
+    from budwood.data.files import is_hub_name
+    from budwood.errors import InputError
+    from budwood.recipe.schema import default_recipe, load_recipe
+
+    is_data = given.suffix.lower() in DATA_SUFFIXES or given.is_dir() or is_hub_name(str(given))
+    is_data = is_data or (base is not None and given.suffix.lower() == ".json" and not _is_recipe(given))
+    if is_data and base is None:
+        raise InputError(f"{given} is a data file: give the model to tune with --base DIR, or give a recipe.")
+    if base is not None and not is_data:
+        raise InputError("--base needs a data file; for a recipe, set base.model (or -o base.model=DIR).")
+    return load_recipe(given, overrides) if base is None else default_recipe(given, base, overrides=overrides)
+
+
+def _is_recipe(path: Path) -> bool:
+    import json
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "base" in content
