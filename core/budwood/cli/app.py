@@ -14,6 +14,7 @@ import typer.main
 
 import budwood
 from budwood.cli import adapter, data, demo, generate, new, plan, plugins, recipe, tune
+from budwood.cli import streams as _streams  # noqa: F401 - registers "budwood"
 from budwood.cli.doctor.command import doctor
 from budwood.contract.calls import noted
 from budwood.errors import BudwoodError, Interrupted, is_out_of_memory
@@ -80,7 +81,7 @@ def run(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     _open_streams()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without UTF-8 is not an error
+        stream.reconfigure(errors="budwood")  # type: ignore[union-attr]  # a terminal without UTF-8 is not an error
     try:
         with contextlib.redirect_stderr(RedactedStream(sys.stderr)):
             return _run(arguments, debug)

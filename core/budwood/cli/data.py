@@ -23,8 +23,7 @@ def data(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Show what training will see: examples with their loss mask, lengths, and what is truncated or dropped."""
-    from rich.console import Console
-
+    from budwood.cli.streams import Output
     from budwood.contract.loading import create
     from budwood.data.build import build_examples
     from budwood.data.display import make_report, show_report
@@ -52,4 +51,4 @@ def data(
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
     else:
-        show_report(report, Console(highlight=False))
+        show_report(report, Output(highlight=False))

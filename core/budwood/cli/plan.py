@@ -18,8 +18,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Show how a recipe's strategies are composed, hook by hook, and all of its problems. Reads no data."""
-    from rich.console import Console
-
+    from budwood.cli.streams import Output
     from budwood.planning.composition import plan as make_plan
     from budwood.planning.composition import show_plan
 
@@ -27,7 +26,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(run_plan.as_dict(), ensure_ascii=False))
     else:
-        show_plan(run_plan, Console(highlight=False))
+        show_plan(run_plan, Output(highlight=False))
     for problem in run_plan.problems:
         line = "".join(c if c.isprintable() else "?" for c in " ".join(problem.split()))
         typer.echo(f"error: {line}", err=True)

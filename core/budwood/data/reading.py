@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from budwood.data.bad_rows import BadRows
-from budwood.data.files import ACCEPTED, find_files, hash_files
+from budwood.data.files import ACCEPTED, SPLITS, find_files, hash_files
 from budwood.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 MISSING = frozenset(("NaN", "nan", "NAN", "NULL", "null", "<NA>", "#N/A", "\\N"))
 """What pandas, R, spreadsheets and databases write into a CSV field without a value; "NA" and "None" may be words."""
+HOLDERS = ("data", "rows", "examples", "instances", *SPLITS)
+"""Keys under which an object may hold the rows of a file."""
 _WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 
 
@@ -113,6 +115,7 @@ def _read_json(path: Path, bad: BadRows) -> Rows:
     with path.open("rb") as file:
         head = _strip_mark(path, file.read(4096), []).lstrip()
     if head.startswith(b"{"):  # common: JSON Lines in a file named .json
+        _check_object(path)
         rows = _read_jsonl(path, bad)
         rows.notes.append(f"{path}: read as JSON Lines, one object per line")
         return rows
@@ -131,6 +134,26 @@ def _read_json(path: Path, bad: BadRows) -> Rows:
             bad.meet(InputError(f"{where}: must be an object, not {_kind(row)}."), where, row)
     objects = [data[number - 1] for number in numbers]
     return Rows(path, objects, list(columns), lambda i: f"row {numbers[i]}", notes)
+
+
+def _check_object(path: Path) -> None:
+    """Refuse a file that is one object, unless that is a row by itself: an object on one line that holds no rows.
+
+    Raises:
+        InputError: it names the keys that hold lists of rows, as in files with {"data": […]} or {"train": […]}.
+    """
+    try:
+        whole = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):  # JSON Lines, or malformed
+        return
+    if not isinstance(whole, dict):
+        return
+    lists = [key for key, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    with path.open("rb") as file:
+        several = len(file.read().strip().splitlines()) > 1
+    if several or any(key in HOLDERS for key in lists):
+        hint = f"; its key {' and '.join(map(repr, lists[:3]))} holds one: save that list alone" if lists else ""
+        raise InputError(f"{path}: must hold a list of objects, not one object{hint}.")
 
 
 def _read_csv(path: Path, bad: BadRows) -> Rows:
