@@ -71,6 +71,8 @@ class Manifest(_Record):
     labels: list[str] = Field(default_factory=list)
     stop_ids: list[int] = Field(default_factory=list)
     """Tokens that end an answer in addition to the end-of-sequence token: the chat template's end-of-turn tokens."""
+    date: str | None = Field(None, pattern=r"^\d{4}-\d{2}-\d{2}$")
+    """The date that the chat template wrote in training, and writes for this adapter; None if it writes none."""
     tokenizer: str = ""
     template: str = ""
     metrics: dict[str, float | None] = Field(default_factory=dict)

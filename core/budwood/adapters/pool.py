@@ -218,7 +218,7 @@ class AdapterPool:
             raise InputError(
                 f"{len(prompts)} prompts but {len(adapters)} adapters: pass one (or None) for each prompt."
             )
-        encoded = [self._encode(prompt) for prompt in prompts]
+        encoded = [self._encode(prompt, name) for prompt, name in zip(prompts, adapters, strict=True)]
         answers: dict[int, Generated] = {}
         try:
             for rows in self._groups(adapters):
@@ -246,7 +246,7 @@ class AdapterPool:
 
     def logits(self, prompts: Sequence[Prompt | Example]) -> Tensor:
         """Return the logits after each prompt with the adapter in use, [prompts, vocabulary or classes] fp32, CPU."""
-        rows = [p if isinstance(p, Example) else self._encode(p) for p in prompts]
+        rows = [p if isinstance(p, Example) else self._encode(p, self._current) for p in prompts]
         for number, row in enumerate(rows, 1):
             if not isinstance(row, Example):
                 check_tokens(row, self.model, self.tokenizer, f"prompt {number}")
@@ -372,12 +372,15 @@ class AdapterPool:
     def _selector(self, adapters: Sequence[str | None]) -> Callable[[list[int]], None]:
         return lambda batch: self._select([adapters[i] for i in batch])
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def _encode(self, prompt: Prompt, adapter: str | None) -> list[int]:
+        """Return a prompt's tokens; a chat template that writes the date writes that of the adapter's training."""
         if isinstance(prompt, str):
             return encode_prompt(self.tokenizer, prompt)
         if prompt and all(isinstance(part, int) for part in prompt):
             return [int(part) for part in prompt]  # type: ignore[arg-type]
-        return encode_chat(self.tokenizer, prompt)  # type: ignore[arg-type]
+        manifest = self._find(adapter).saved.manifest if adapter is not None else None
+        date = manifest.date if manifest else None
+        return encode_chat(self.tokenizer, prompt, date=date)  # type: ignore[arg-type]
 
 
 def _with_prompt_index(stream: Callable[[int, str], None], rows: list[int]) -> Callable[[int, str], None]:

@@ -50,6 +50,7 @@ def build_examples(
     template_options: Mapping[str, Any] | None = None,
     change: Callable[[Row, int], Row] | None = None,
     skip_bad_rows: bool = False,
+    date: str | None = None,
 ) -> Examples:
     """Build the examples of a data file, or load them from the cache.
 
@@ -63,13 +64,14 @@ def build_examples(
         template_options: variables for the chat template.
         change: maps a row and its index to the row to encode; disables the cache.
         skip_bad_rows: skip and count rows that cannot be read or used; otherwise the first one is refused.
+        date: the date for a chat template that writes one, as 2026-11-28; None: today's.
 
     Raises:
         InputError: as `read_rows`, the data format and the task; a label is not in the training data; all rows were
             dropped; `BUDWOOD_CACHE_LIMIT` is not a size.
     """
     task = create(task, "budwood.tasks") if isinstance(task, str) else task
-    encoder = Encoder(tokenizer, max_length, template_options, labels)
+    encoder = Encoder(tokenizer, max_length, template_options, labels, date=date)
     if change is not None:
         bad = BadRows(skip_bad_rows)
         return Examples(data, *_encode(read_rows(data, bad), encoder, task, max_length, bad, change))
@@ -86,6 +88,7 @@ def build_examples(
         "labels": None if labels is None else list(labels),
         "template_options": dict(template_options or {}),
         "skip_bad_rows": skip_bad_rows,
+        "date": encoder.date,
     }
     key = cache.make_key(tokenizer, options)
     entry = cache.load(folder, key) if key else None
@@ -183,6 +186,7 @@ def _encode(
         "task": task.name,
         "max_length": max_length,
         "labels": classes,
+        "date": encoder.date if encoder.rendered else None,
         "notes": [*rows.notes, *near_equal(classes)],
         "sha256": rows.sha256,
         "skipped": bad.rows if bad.skip else None,

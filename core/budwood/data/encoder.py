@@ -10,7 +10,7 @@ from typing import Any
 
 from budwood.data.classes import Classes
 from budwood.errors import InputError
-from budwood.untrusted.chat_template import render
+from budwood.untrusted.chat_template import render, today, writes_date
 
 Span = tuple[int, int]
 
@@ -26,6 +26,8 @@ class Encoder:
     Attributes:
         tokenizer: a transformers tokenizer; None for a task that does not need one.
         template_options: variables for the chat template, such as `enable_thinking`.
+        date: the date that the chat template writes, as 2026-11-28; None if it writes none.
+        rendered: whether the chat template was used.
         classes: names of the classes that labels index.
         remarks: number of occurrences of each remark to the user.
         stop_ids: tokens that end an answer: the tokenizer's EOS, and the end tokens of the chat template's turns.
@@ -37,9 +39,12 @@ class Encoder:
         max_length: int | None = None,
         template_options: Mapping[str, Any] | None = None,
         labels: Sequence[str] | None = None,
+        date: str | None = None,
     ) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
         self.template_options = dict(template_options or {})
+        self.date = (date or today()) if _writes_date(tokenizer) else None
+        self.rendered = False
         self.classes = Classes(labels)
         self.remarks: Counter[str] = Counter()
         end = getattr(tokenizer, "eos_token_id", None)
@@ -132,6 +137,8 @@ class Encoder:
             The text of each conversation, or its error; see `render`.
         """
         variables = {**self.tokenizer.special_tokens_map, **self.template_options}
+        self.rendered = True
+        variables |= {"date_of_run": self.date} if self.date else {}
         inputs = ((messages, {**variables, "add_generation_prompt": prompt}) for messages, prompt in conversations)
         return render(self._template, inputs)
 
@@ -186,7 +193,10 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def encode_chat(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], template_options: Mapping[str, Any] | None = None
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    template_options: Mapping[str, Any] | None = None,
+    date: str | None = None,
 ) -> list[int]:
     """Return the tokens from which the assistant answers `messages`, exactly as training tokenises them.
 
@@ -194,11 +204,17 @@ def encode_chat(
         InputError: the tokenizer has no chat template, or the template rejects the messages.
     """
     check_template(tokenizer, "chat")
-    encoder = Encoder(tokenizer, template_options=template_options)
+    encoder = Encoder(tokenizer, template_options=template_options, date=date)
     text = next(encoder.chat([(messages, True)]))
     if isinstance(text, InputError):
         raise InputError(f"chat: {text}")
     return encoder.plain([text])[0]
+
+
+def _writes_date(tokenizer: Any) -> bool:
+    template = getattr(tokenizer, "chat_template", None)
+    templates = template.values() if isinstance(template, dict) else [template]
+    return any(isinstance(text, str) and writes_date(text) for text in templates)
 
 
 def check_template(tokenizer: Any, where: str) -> None:

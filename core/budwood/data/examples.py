@@ -81,6 +81,7 @@ class Examples(Sequence[Example]):
         notes: lines to show to the user.
         sha256: hash of the file.
         stop_ids: tokens that end an answer.
+        date: the date that the chat template wrote, as 2026-11-28; None if it writes none.
         skipped: bad rows that were skipped; None: bad rows are refused.
         from_cache: whether the examples were read from the cache.
         lengths: [n] int64, the size of each example as the task counts it.
@@ -100,6 +101,7 @@ class Examples(Sequence[Example]):
         self.notes: list[str] = facts["notes"]
         self.sha256: str = facts["sha256"]
         self.stop_ids: list[int] = facts["stop_ids"]
+        self.date: str | None = facts["date"]
         self.skipped: list[Skipped] | None = facts["skipped"]
         self.stats = DataStats(**facts["stats"])
         self.lengths: np.ndarray = arrays["lengths"]
@@ -200,7 +202,8 @@ class Examples(Sequence[Example]):
         if stats.skipped:
             parts.append(f"{sum(stats.skipped.values()):,} skipped ({_reasons(stats.skipped, stats.first_skipped)})")
         parts += [f"{count:,} {remark}" for remark, count in stats.remarks.items()]
-        return "; ".join([f"{self.path}: {' + '.join(self.columns)}", ", ".join(parts), *self.notes])
+        notes = [*self.notes, *([f"the chat template writes the date {self.date}"] if self.date else [])]
+        return "; ".join([f"{self.path}: {' + '.join(self.columns)}", ", ".join(parts), *notes])
 
     def describe_dropped(self) -> str:
         """Reasons for dropped rows, each with its count and the location of its first row."""

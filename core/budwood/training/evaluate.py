@@ -107,6 +107,7 @@ def evaluate_adapter(
     max_length = max_length or default_length(pool.base.model)
     recipe = recipe.with_length(max_length)
     build = partial(build_examples, data, pool.base.tokenizer, task, max_length, labels or None)
+    build = partial(build, date=manifest.date if manifest else None)
     examples = build()
     check_fits(examples, pool.base.model, pool.base.tokenizer, name)
     report.say(examples.describe())

@@ -170,6 +170,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
             ),
             strategies=strategies_record(run.strategies),
             stop_ids=run.examples.stop_ids,
+            date=run.examples.date,
             probes=probe.examples,
             base_logits=list(probe.base),
             adapter_logits=list(_measure(run, probe.examples)),

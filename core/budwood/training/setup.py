@@ -48,7 +48,7 @@ from budwood.recipe.schema import Recipe, build_composition, load_recipe
 from budwood.training.durability import changes
 from budwood.training.durability.resume import Resume
 from budwood.training.on_policy import updates_of
-from budwood.training.output import MANIFEST, SKIPPED, make_output
+from budwood.training.output import MANIFEST, SKIPPED, make_output, read_manifest
 from budwood.training.packing_check import check_packing
 from budwood.training.parameters import NOTHING_TRAINS, torch_groups, trainable_groups
 from budwood.training.preflight import preflight
@@ -56,6 +56,7 @@ from budwood.training.report import Report, peak_memory, resident_peak
 from budwood.training.sampling import sample
 from budwood.training.schedule import make_scheduler, warmup_note
 from budwood.training.step import Engine
+from budwood.untrusted.chat_template import today
 from budwood.untrusted.files import complete_file
 from budwood.untrusted.redaction import redact_values
 
@@ -140,7 +141,8 @@ def prepare(
     check_plan(plan, hooks)
 
     with hooks.part("read_data"):
-        read_data(run, hooks, report)
+        started = read_manifest(directory) if resume is not None else None
+        read_data(run, hooks, report, str((started or {}).get("date") or today()))
     for examples in (run.examples, run.eval_examples):
         if examples is not None:
             check_fits(examples, model, run.tokenizer, recipe.base.model)
@@ -223,11 +225,15 @@ def check_plan(plan: Plan, hooks: Composition) -> None:
         raise InputError("; ".join(plan.problems), plan.problems)
 
 
-def read_data(run: Run, hooks: Composition, report: Report) -> None:
-    """Read training and evaluation data into `run`, report their data formats, and count the optimizer steps."""
+def read_data(run: Run, hooks: Composition, report: Report, date: str) -> None:
+    """Read training and evaluation data into `run`, report their data formats, and count the optimizer steps.
+
+    Args:
+        date: the date for a chat template that writes one.
+    """
     data, train = run.recipe.data, run.recipe.train
     options: dict[str, Any] = {"tokenizer": run.tokenizer, "task": run.task, "max_length": data.max_length}
-    options["skip_bad_rows"] = data.on_bad_row == "skip"
+    options |= {"skip_bad_rows": data.on_bad_row == "skip", "date": date}
     examples = build_examples(data.train, **options)
     report.say(examples.describe())
     if data.eval is not None:
@@ -353,6 +359,7 @@ def write_manifest(run: Run, resume: Resume | None = None) -> None:
         "task": run.task.name,
         "best_metric": {"name": run.best_metric.name, "higher": run.best_metric.higher} if run.best_metric else None,
         "seed": run.seed,
+        "date": run.examples.date,
         "steps": run.steps,
         "packed": run.packed,
         "device": str(run.device),

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,23 @@ _processes: dict[tuple[int, str], _Process] = {}
 _lock = threading.Lock()
 
 
+def today() -> str:
+    """Return today's date, as 2026-11-28, in the local time zone."""
+    return date.today().isoformat()
+
+
+def writes_date(template: str) -> bool:
+    """Return whether a template may write the date."""
+    return "strftime_now" in template
+
+
 def render(template: str, conversations: Iterable[Conversation]) -> Iterator[str | InputError]:
     """Render conversations with a chat template, as transformers' `apply_chat_template` does.
 
     Args:
         template: jinja source.
-        conversations: messages and variables, including `add_generation_prompt` and special tokens.
+        conversations: messages and variables, including `add_generation_prompt` and special tokens. The variable
+            `date_of_run`, as 2026-11-28, is the date that the template's `strftime_now` writes; by default today's.
 
     Yields:
         The text of each conversation, or an error "the chat template …" if the template rejects the conversation,
@@ -62,7 +74,7 @@ def _groups(conversations: Iterable[Conversation]) -> Iterator[list[str]]:
     size = 0
     for messages, variables in conversations:
         plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        group.append(json.dumps([plain, dict(variables)], default=str))
+        group.append(json.dumps([plain, {"date_of_run": today(), **variables}], default=str))
         size += len(group[-1])
         if size >= GROUP:
             yield group

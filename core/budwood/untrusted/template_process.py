@@ -10,6 +10,7 @@ import json
 import resource
 import signal
 import sys
+from datetime import datetime
 from typing import Any
 
 MAX_TEXT = 16 << 20
@@ -23,7 +24,10 @@ def main() -> None:
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr
     from jinja2.sandbox import SandboxedEnvironment
+    from transformers.utils import chat_template_utils
     from transformers.utils.chat_template_utils import render_jinja_template
+
+    chat_template_utils.datetime = _Clock  # type: ignore[misc,assignment]  # for `strftime_now`
 
     SandboxedEnvironment.unsafe_undefined = _refuse  # type: ignore[method-assign,assignment]
     (template,) = json.loads(requests.readline())
@@ -43,6 +47,16 @@ def main() -> None:
             replies.flush()
 
 
+class _Clock:
+    """Stands for `datetime` in transformers: the date of the run, at midnight."""
+
+    date: datetime
+
+    @classmethod
+    def now(cls) -> datetime:
+        return cls.date
+
+
 def _refuse(environment: Any, value: Any, attribute: str) -> Any:
     """Raise instead of returning jinja's undefined value, which would print as nothing."""
     from jinja2.exceptions import SecurityError
@@ -52,6 +66,7 @@ def _refuse(environment: Any, value: Any, attribute: str) -> Any:
 
 def _render(render: Any, template: str, messages: list[dict[str, Any]], variables: dict[str, Any]) -> bytes:
     try:
+        _Clock.date = datetime.fromisoformat(variables.pop("date_of_run"))
         (text,), _ = render([messages], chat_template=template, **variables)
         if len(text) > MAX_TEXT:
             return json.dumps({"limit": f"writes {len(text):,} characters; the limit is {MAX_TEXT:,}"}).encode()
