@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from budwood.data.formats import check_rows
+from budwood.data.recognition import check_rows
 from budwood.errors import InputError, ResourceError
 from budwood.model.checks import BaseInfo, check_base
 from budwood.model.quiet import hide_hub_kernels

@@ -318,7 +318,7 @@ def test_a_sequence_term_of_another_shape_or_without_a_graph(
 
 
 FORMAT = """
-from budwood.data.formats import PromptCompletion
+from budwood.data.chat_formats import PromptCompletion
 
 class Pairs(PromptCompletion):
     name, tasks = "pairs", ("regression", "bare")
