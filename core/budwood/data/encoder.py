@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from budwood.data.classes import Classes
+from budwood.data.forms import FORMS, find_left_out, says_none
 from budwood.errors import InputError
 from budwood.untrusted.chat_template import Rendered, render
 
@@ -316,10 +317,16 @@ def encode_chat(
         check_template(tokenizer, "chat")
     encoder = Encoder(tokenizer, template_options=template_options)
     encoder.chat_template = chat_template
-    text = next(encoder.chat([Request(messages, prompt=True)]))
-    if isinstance(text, InputError):
-        raise InputError(f"chat: {text}")
-    return encoder.plain([text])[0]
+    first: Rendered | InputError | None = None
+    for form in FORMS:
+        text = next(encoder.chat([Request([form(message) for message in messages], prompt=True)]))
+        whole = not isinstance(text, InputError) and find_left_out(messages, text) is None
+        if not isinstance(text, InputError) and whole and not says_none(messages, text):
+            return encoder.plain([text])[0]
+        first = text if first is None else first
+    if isinstance(first, InputError):
+        raise InputError(f"chat: {first}")
+    raise InputError("chat: the chat template leaves out or changes a message. Give another template.")
 
 
 def check_template(tokenizer: Any, where: str) -> None:

@@ -10,12 +10,12 @@ from functools import cached_property
 from typing import Any
 
 from budwood.data.encoder import Encoder, Request, Span
+from budwood.data.forms import Message
 from budwood.data.messages import REASONING
 from budwood.errors import InputError
 from budwood.untrusted.chat_template import Rendered
 from budwood.untrusted.redaction import shorten
 
-Message = Mapping[str, Any]
 REMEDY = "Change the message, or give a template that renders it with data.chat_template."
 _THOUGHT = re.compile(r"<think>\s*(</think>\s*)?$")
 """The end of a generation prompt that opens a thought, or holds an empty one."""
@@ -39,7 +39,11 @@ class Template:
     @cached_property
     def prompts(self) -> bool:
         """Whether it has a generation prompt."""
-        return self._probes[0] != self._probes[1]
+        asked = [{"role": "user", "content": "Ping?"}, {"role": "user", "content": "Again?"}]
+        twice = next(self.encoder.chat([Request(asked)]))
+        # One that always writes the generation prompt does not write it between two questions.
+        always = not isinstance(twice, InputError) and not twice.startswith(self._probes[0])
+        return always or self._probes[0] != self._probes[1]
 
     @cached_property
     def closing(self) -> str:
@@ -84,41 +88,51 @@ class Template:
             before: the messages before it, with the generation prompt.
             text: the messages up to it.
         """
-        marks, full = text.marks, str(text)
-        start = len(before)
+        marks, full, start = text.marks, str(text), len(before)
         if not full.startswith(before):
-            if marks:
-                start = next((a for a, _ in marks if a >= len(os.path.commonprefix([before, full]))), len(full))
+            written = self._after_prompt(message, where, before, full)
+            shared = os.path.commonprefix([before, full])
+            if written is not None:
+                full, marks = written, None
+                self.encoder.remarks[
+                    "answers put after a generation prompt that the chat template leaves out later"
+                ] += 1
+            elif marks is not None:
+                start = next((a for a, _ in marks if a >= len(shared)), len(full))
             else:
-                full = self._after_thought(message, where, before, full)
-                self.encoder.remarks["answers placed after the thought that the generation prompt opens"] += 1
+                shown = full[len(shared) :][:40]
+                raise _ambiguous(where, f"writes {shown!r} where the generation prompt has something else")
         stop, addition = self._end(message, where, full[start:])
         full = full[: start + stop] + addition
         if marks is None:
             return full, [(start, len(full))]
-        spans = [(max(a, start), min(b, len(full))) for a, b in marks if b > start and a < len(full)]
+        spans: list[Span] = []
+        for a, b in ((max(a, start), min(b, len(full))) for a, b in marks if b > start and a < len(full)):
+            spans[-1:] = [(spans[-1][0], b)] if spans and spans[-1][1] == a else [*spans[-1:], (a, b)]
         if not spans:
             raise InputError(f"{where}: the chat template marks nothing of it with {{% generation %}}.")
         if not self.marks.sub("", full[spans[-1][1] :]).strip():
             spans[-1] = (spans[-1][0], len(full))  # a model that never learns the end never ends
         return full[: spans[-1][1]], spans
 
-    def _after_thought(self, message: Message, where: str, before: str, text: str) -> str:
-        """Write an answer after a generation prompt that ends with a thought which the template's text lacks."""
+    def _after_prompt(self, message: Message, where: str, before: str, text: str) -> str | None:
+        """Write an answer after a generation prompt whose end the template's text lacks, such as a thought's start."""
         opening = _THOUGHT.search(before)
-        if opening is None or not text.startswith(before[: opening.start()]):
-            shown = text[len(os.path.commonprefix([before, text])) :][:40]
-            raise _ambiguous(where, f"writes {shown!r} where the generation prompt has something else")
+        if opening is None or opening[1]:
+            shared = len(os.path.commonprefix([before, text]))
+            shared = next((m.start() for m in self.marks.finditer(text) if m.start() < shared < m.end()), shared)
+            head, rest = before[:shared], text[shared:].lstrip()
+            begins = message.get("tool_calls") or rest.startswith(message["content"].strip() or "\0")
+            whole = head.endswith("\n") or any(mark.end() == shared for mark in self.marks.finditer(head))
+            return before + rest if rest and begins and whole else None
+        if not text.startswith(before[: opening.start()]):
+            return None
         answer = text[opening.start() :]
         inner, closed, rest = answer.partition("</think>")
         given = next((message[key] for key in REASONING if key in message), "")
         if not closed:
             inner, rest = message["content"].rpartition("</think>")[0], answer
         thought = inner.replace("<think>", "").strip() or given.strip()
-        if opening[1] and thought:
-            raise _ambiguous(where, "writes an empty thought before it, but the message has a thought of its own")
-        if opening[1]:
-            return before + rest.lstrip()
         return f"{before}{thought}\n</think>\n\n{rest.lstrip()}"
 
     def _end(self, message: Message, where: str, rest: str) -> tuple[int, str]:
@@ -139,21 +153,22 @@ class Template:
             closing = self.closing.lstrip()
             if closing and rest.startswith(closing, said + space):
                 stop = said + space + len(closing)
-            self._check_start(where, rest[:said], (*thoughts, content))
+            self._check_start(message, where, rest[:said], thoughts)
             return stop, ""
         if self.next_turn and rest.rstrip().endswith(content):
-            self._check_start(where, rest.rstrip(), (*thoughts, content))
+            self._check_start(message, where, rest.rstrip(), thoughts)
             return len(rest.rstrip()), self.next_turn
         raise _ambiguous(where, "adds no end token after it")
 
-    def _check_start(self, where: str, said: str, parts: Sequence[str]) -> None:
+    def _check_start(self, message: Message, where: str, said: str, thoughts: Sequence[str]) -> None:
         """Report what stands before an answer's own words; refuse it where the template has no generation prompt."""
-        words = [part for part in parts if part]
-        own = said.find(words[0]) if len(words) > 1 else len(said) - len(words[0])
+        content = message["content"].strip()
+        words = next((thought for thought in thoughts if thought), content)
+        own = len(said) - len(content) if said.endswith(content) else said.find(words)
         extra = said[:own].strip()
         if extra and not self.prompts:
             raise _ambiguous(where, f"writes {said[:own]!r} where the answer should begin, and no generation prompt")
-        if extra and len(words) == 1:
+        if extra and words == content:
             remark = f"answers begin with {shorten(repr(extra))}, which the chat template writes and which has a loss"
             self.encoder.remarks[remark] += 1
 

@@ -8,15 +8,15 @@ conversation is split into prefixes, each of which ends with an answer as it was
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
 from budwood.data.encoder import Encoder, Request, Span
+from budwood.data.forms import FORMS, Form, Message, find_left_out, says_none
 from budwood.data.messages import LINKS, REASONING, Conversation
-from budwood.data.template import REMEDY, Message, Template
+from budwood.data.template import REMEDY, Template
 from budwood.errors import InputError
 from budwood.untrusted.chat_template import Rendered
 from budwood.untrusted.redaction import shorten
@@ -49,25 +49,39 @@ def find_turns(items: Sequence[Conversation], where: Sequence[str], encoder: Enc
             begins and ends.
     """
     template = Template(encoder)
-    rendered = encoder.chat(request for item in items for request in _requests(item, encoder.loss_on))
+    form = FORMS[0]
+    rendered = encoder.chat(request for item in items for request in _requests(item, encoder.loss_on, form))
     for item, place in zip(items, where, strict=True):
-        mine = islice(rendered, sum(1 for _ in _requests(item, encoder.loss_on)))
+        mine = islice(rendered, sum(1 for _ in _requests(item, encoder.loss_on, form)))
         try:
             yield _find(item, place, encoder, template, mine)
-        except InputError:
-            # Some templates join arguments to a text, and take them as JSON only.
-            other = _with_text_arguments(item)
-            if other is None:
-                raise
+        except InputError as error:
             for _ in mine:
                 pass
-            try:
-                found = _find(other, place, encoder, template, encoder.chat(_requests(other, encoder.loss_on)))
-            except InputError:
-                found = None
-            if found is None:
-                raise
-            yield found
+            yield _find_in_other_form(item, place, encoder, template, error)
+
+
+_REJECTS = "the chat template rejects the conversation"
+
+
+def _find_in_other_form(
+    item: Conversation, where: str, encoder: Encoder, template: Template, error: InputError
+) -> list[Turns]:
+    """Find a conversation's turns in another form that a template may expect; else raise the first one's error."""
+    tried = [[FORMS[0](message) for message in item.messages]]
+    for form in FORMS[1:]:
+        messages = [form(message) for message in item.messages]
+        if messages in tried:
+            continue
+        tried.append(messages)
+        rendered = encoder.chat(_requests(item, encoder.loss_on, form))
+        try:
+            return _find(item, where, encoder, template, rendered)
+        except InputError as other:
+            # A template that takes a form says more about what is wrong than its complaint about another form.
+            if _REJECTS in str(error) and _REJECTS not in str(other):
+                error = other
+    raise error
 
 
 def _trained(item: Conversation, loss_on: str) -> list[int]:
@@ -78,21 +92,22 @@ def _trained(item: Conversation, loss_on: str) -> list[int]:
     return [index for index in (answers[-1:] if loss_on == "last" else answers) if item.weights[index]]
 
 
-def _requests(item: Conversation, loss_on: str) -> Iterator[Request]:
-    """Yield the renderings that `_find` reads, in order."""
+def _requests(item: Conversation, loss_on: str, form: Form) -> Iterator[Request]:
+    """Yield the renderings that `_find` reads, in order; messages are written in a `form` that the template expects."""
     trained = _trained(item, loss_on)
     if not trained:
         return
-    whole = Request(item.messages[: trained[-1] + 1], item.tools, item.options)
+    messages = [form(message) for message in item.messages]
+    whole = Request(messages[: trained[-1] + 1], item.tools, item.options)
     yield whole
     for _, _, less in _variants(whole):
         yield less
     if loss_on == "all":
         return
     for index in trained:
-        yield replace(whole, messages=item.messages[:index], prompt=True)
+        yield replace(whole, messages=messages[:index], prompt=True)
         if index != trained[-1]:
-            yield replace(whole, messages=item.messages[: index + 1])
+            yield replace(whole, messages=messages[: index + 1])
 
 
 def _variants(whole: Request) -> Iterator[tuple[str, str, Request]]:
@@ -116,6 +131,8 @@ def _find(
     if not trained:
         return []
     whole = _next(rendered, where)
+    if says_none([*item.messages, *item.tools], whole):
+        raise InputError(f"{where}: the chat template writes 'None' for content that is missing.")
     _check_variants(item, whole, where, encoder, trained[-1], rendered)
     for key in sorted(item.ignored):
         encoder.remarks[f"conversations with '{key}' in messages, which is ignored"] += 1
@@ -196,44 +213,10 @@ def _check_variants(
 
 
 def _check_contents(messages: Sequence[Message], text: str, where: str, everyone: bool = False) -> None:
-    """Refuse a text without the words of a message; earlier answers may be shortened, as they are in generation."""
-    position = 0
-    for number, message in enumerate(messages, 1):
-        if message["role"] == "assistant" and not everyone:
-            continue
-        content = message["content"].strip()
-        at = text.find(content, position)
-        if at >= 0:
-            position = at
-        elif content not in text and not any(form in text for form in _json_forms(content)):
-            raise _left_out(where, number, message["role"])
-
-
-def _json_forms(content: str) -> Iterator[str]:
-    """Yield how a template may write a tool's result: as a JSON text, or as the object that its JSON describes."""
-    for ascii_only in (False, True):
-        yield json.dumps(content, ensure_ascii=ascii_only)[1:-1]
-        try:
-            yield json.dumps(json.loads(content), ensure_ascii=ascii_only)
-        except ValueError:
-            continue
-
-
-def _with_text_arguments(item: Conversation) -> Conversation | None:
-    """Return the conversation with the arguments of calls as JSON; None if there are none."""
-    if not any(message.get("tool_calls") for message in item.messages):
-        return None
-    messages = []
-    for message in item.messages:
-        calls = [
-            {
-                **c,
-                "function": {**c["function"], "arguments": json.dumps(c["function"]["arguments"], ensure_ascii=False)},
-            }
-            for c in message.get("tool_calls", [])
-        ]
-        messages.append({**message, "tool_calls": calls} if calls else message)
-    return replace(item, messages=messages)
+    index = find_left_out(messages, text, everyone)
+    if index is not None:
+        role = messages[index]["role"]
+        raise InputError(f"{where}: the chat template leaves out or changes message {index + 1} ({role}). {REMEDY}")
 
 
 def _next(rendered: Iterator[Rendered | InputError], where: str) -> Rendered:
@@ -241,7 +224,3 @@ def _next(rendered: Iterator[Rendered | InputError], where: str) -> Rendered:
     if isinstance(text, InputError):
         raise InputError(f"{where}: {text}")
     return text
-
-
-def _left_out(where: str, number: int, role: str) -> InputError:
-    return InputError(f"{where}: the chat template leaves out or changes message {number} ({role}). {REMEDY}")

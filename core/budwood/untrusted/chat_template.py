@@ -78,7 +78,10 @@ def _groups(conversations: Iterable[Conversation]) -> Iterator[list[str]]:
     group: list[str] = []
     size = 0
     for messages, variables in conversations:
-        plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        plain = [
+            {key: value for key, value in message.items() if value is not None or key == "content"}
+            for message in messages
+        ]
         group.append(json.dumps([plain, dict(variables)], default=str))
         size += len(group[-1])
         if size >= GROUP:
