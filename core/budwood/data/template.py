@@ -122,6 +122,8 @@ class Template:
             shared = len(os.path.commonprefix([before, text]))
             shared = next((m.start() for m in self.marks.finditer(text) if m.start() < shared < m.end()), shared)
             head, rest = before[:shared], text[shared:].lstrip()
+            if opening is not None and head.rstrip().endswith(before[: opening.start()].rstrip()):
+                rest = rest.removeprefix("</think>").lstrip()  # the same thought, without its start
             begins = message.get("tool_calls") or rest.startswith(message["content"].strip() or "\0")
             whole = head.endswith("\n") or any(mark.end() == shared for mark in self.marks.finditer(head))
             return before + rest if rest and begins and whole else None
