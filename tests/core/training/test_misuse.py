@@ -254,7 +254,7 @@ def evaluate(self, run):
 @pytest.mark.parametrize("value", ["'text'", "None", "torch.ones(2)"])
 def test_what_is_logged_is_one_number(refused: Callable, value: str) -> None:
     line = refused(f"@hookimpl\ndef before_clip(self, run):\n    run.log('x', {value})")
-    assert line.startswith(f"{WHO}, hook before_clip, step 1: ValueError: run.log: 'x' must be one number")
+    assert line.startswith(f"{WHO}, hook before_clip, step 1: ValueError: run.log: 'x' must be a single number")
 
 
 @pytest.mark.parametrize(

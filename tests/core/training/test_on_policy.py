@@ -146,7 +146,7 @@ def test_what_cannot_be_generated_is_refused(ready: Run) -> None:
     with pytest.raises(InputError, match="prompt 1 is empty"):
         ready.generate([[]])
     ready.sampler = None
-    with pytest.raises(RuntimeError, match="a plan never samples"):
+    with pytest.raises(RuntimeError, match="not available in planning"):
         ready.generate(["a"])
 
 
