@@ -162,7 +162,7 @@ def test_a_bitsandbytes_that_computes_wrongly_is_a_problem(monkeypatch, broken):
         monkeypatch.setattr(linear, "forward", lambda self, x: forward(self, x) * float("nan"))
     (finding,) = doctor.check_bitsandbytes()
     assert finding.status == "problem"
-    assert "computes wrongly here" in finding.text
+    assert "its results are wrong" in finding.text
 
 
 @pytest.mark.parametrize(("fails", "text"), [("import", "does not import"), ("run", "fails on ")])
@@ -260,20 +260,20 @@ def test_a_broken_torch_is_reported(tmp_path, way):
     assert done.returncode == 3
     assert done.stderr == ""
     assert says in done.stdout
-    assert "plugins cannot be tried while torch does not work" in done.stdout
+    assert "plugins cannot be checked while torch does not work" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("tuning would fail here; 1 problem")
 
 
 def test_what_hangs_is_given_up(tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text("import time; time.sleep(1000)")
     monkeypatch.syspath_prepend(tmp_path)
-    (finding,) = doctor.try_apart({"torch": doctor.check_torch}, patience=0.5)
-    assert (finding.status, finding.text) == ("problem", "torch says nothing for 0.5 s")
+    (finding,) = doctor.run_isolated({"torch": doctor.check_torch}, timeout=0.5)
+    assert (finding.status, finding.text) == ("problem", "torch does not respond for 0.5 s")
 
 
 def test_without_the_libraries_that_it_looks_with(monkeypatch):
     monkeypatch.setitem(sys.modules, "psutil", None)
-    monkeypatch.setattr(doctor, "try_apart", lambda checks: [])
+    monkeypatch.setattr(doctor, "run_isolated", lambda checks: [])
     found = [finding for finding in doctor.examine() if finding.status == "problem"]
     assert [finding.topic for finding in found] == ["memory"]
     assert "psutil" in found[0].text

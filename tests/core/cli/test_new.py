@@ -116,7 +116,10 @@ def test_a_name_that_cannot_be_is_refused(
     ("arguments", "message"),
     [
         (["--hook", "before_optimiser_step"], "Did you mean 'before_optimizer_step'?"),
-        (["--license", "MTI"], "--license: 'MTI' is not offered. Did you mean 'MIT'? Available: Apache-2.0, MIT, BSD"),
+        (
+            ["--license", "MTI"],
+            "--license: 'MTI' is not supported. Did you mean 'MIT'? Available: Apache-2.0, MIT, BSD",
+        ),
         (["--author", "<ada@example.org>"], "--author: '<ada@example.org>' does not look like 'Ada Lovelace <ada@"),
         (["--author", "Ada\nLovelace"], "--author: 'Ada\\nLovelace' does not look like"),
     ],
