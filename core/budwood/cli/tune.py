@@ -63,9 +63,7 @@ def tune(
 def eval_(
     adapter: Annotated[Path, typer.Argument(help="An adapter's folder.")],
     data: Annotated[Path, typer.Option("--data", help="Data in any format that `tune` accepts.")],
-    base: Annotated[
-        Optional[str], typer.Option("--base", help="Base model. Default: as recorded in the adapter.")
-    ] = None,  # noqa: UP045
+    base: Annotated[str | None, typer.Option("--base", help="Base model. Default: as recorded in the adapter.")] = None,
     quantization: Annotated[str | None, typer.Option("--quantization", help="Default: as recorded.")] = None,
     precision: Annotated[
         str | None, typer.Option("--precision", help="auto, bf16, fp16 or fp32. Default: as recorded.")

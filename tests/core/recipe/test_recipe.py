@@ -104,7 +104,10 @@ def test_one_e_minus_four_is_a_number(written):
         ("  learning_rate: 0", "recipe.yaml:8: train.learning_rate: must be greater than 0 (got 0)."),
         ("  learning_rate: fast", "recipe.yaml:8: train.learning_rate: must be a number (got 'fast')."),
         ("  schedule: cos", "recipe.yaml:8: train.schedule: must be 'cosine', 'linear' or 'constant' (got 'cos')."),
-        ("  warmup: 1.5", "recipe.yaml:8: train.warmup: from 1 on it counts steps, so it must be whole (got 1.5)."),
+        (
+            "  warmup: 1.5",
+            "recipe.yaml:8: train.warmup: a value of 1 or more counts steps and must be whole (got 1.5).",
+        ),
         ("  warmup: -1", "recipe.yaml:8: train.warmup: must be greater than or equal to 0 (got -1)."),
         ("  epochs: 2\n  steps: 3", "recipe.yaml:9: train.steps: cannot be combined with train.epochs; give only one."),
         (
@@ -113,12 +116,12 @@ def test_one_e_minus_four_is_a_number(written):
         ),
         (
             "  micro_tokens: 512",
-            "recipe.yaml:8: train.micro_tokens: 512 is less than data.max_length (1024), but a whole example must fit; "
-            "raise one or lower the other.",
+            "recipe.yaml:8: train.micro_tokens: 512 is less than data.max_length (1024), but a micro-batch must hold "
+            "a complete example; raise one or lower the other.",
         ),
         (
             "  patience: 2",
-            "recipe.yaml:8: train.patience: counts evaluations during the run; give train.eval_every too.",
+            "recipe.yaml:8: train.patience: counts evaluations during the run; set train.eval_every too.",
         ),
         ("  trackers: wandb", "recipe.yaml:8: train.trackers: must be a list (got 'wandb')."),
         (
