@@ -1,6 +1,6 @@
-"""Building blocks for low-rank adapter strategies: PEFT's layers on a live model, PEFT's files, and the fused linear.
+"""Building blocks for low-rank adapter strategies: PEFT layers in a model, PEFT's file format, and the fused linear.
 
-Importing this module imports neither torch nor PEFT; the first access to a name that needs them does.
+Importing this module imports neither torch nor PEFT; a name that needs them imports them on first access.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from budwood.model.ops.linear import low_rank_linear as low_rank_linear
     from budwood.model.ops.linear import mixed_low_rank_linear as mixed_low_rank_linear
 
-# exported name → defining module
+# Public name → module that defines it; imported on first access.
 _EXPORTS = {
     **dict.fromkeys(
         ("TASK_TYPES", "SavedLowRankConfig", "parse_saved_config", "saved_pattern", "saved_targets"),
