@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -109,12 +109,19 @@ class Composition:
         self._note_run(arguments)
         return getattr(self._manager.hook, hook)(**arguments)
 
-    def collect(self, hook: str, **arguments: Any) -> list[tuple[Any, Any]]:
-        """Call a hook on each plugin in order; return the (plugin, result) pairs whose result is not None."""
+    def collect(
+        self, hook: str, per_plugin: Mapping[str, Callable[[Any], Any]] | None = None, **arguments: Any
+    ) -> list[tuple[Any, Any]]:
+        """Call a hook on each plugin in order; return the (plugin, result) pairs whose result is not None.
+
+        Args:
+            per_plugin: functions from a plugin to its value of an argument.
+        """
         self._note_run(arguments)
         pairs = []
         for impl in self._implementations(hook):
-            result = impl.function(*(arguments[name] for name in impl.argnames))
+            own = {name: value(impl.plugin) for name, value in (per_plugin or {}).items()}
+            result = impl.function(*(own[name] if name in own else arguments[name] for name in impl.argnames))
             if result is not None:
                 pairs.append((impl.plugin, result))
         return pairs

@@ -74,6 +74,8 @@ class Strategy(Plugin):
     """PEFT's names of the adapter types that it reads, such as "LORA", for adapters that stock PEFT saved."""
     uses_reference: Literal["", "base", "start"] = ""
     """Which `step.reference()` it asks for: the adapter off, or as it started; it then comes before the forward."""
+    log_prob_temperature: float = 1.0
+    """Temperature of the log-probabilities in `sequence_terms` and `step_values`: that of sampling, for a policy."""
     updates: int = 1
     """Optimizer steps that use one set of `next_examples`."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace, field, replace
 from typing import Any
 
 import numpy as np
@@ -230,6 +230,12 @@ class Scored:
     embedding: Tensor
     weights: Tensor
     columns: dict[str, Tensor]
+    labels: Tensor
+
+    def at(self, temperature: float) -> Scored:
+        """The example with log-probabilities at a temperature."""
+        values = (self.logits / temperature).log_softmax(-1).gather(-1, self.labels[:, None])[:, 0]
+        return replace(self, log_probs=values)
 
 
 class Stock:
@@ -273,7 +279,7 @@ class Stock:
         log_probs, base = (x.log_softmax(-1).gather(-1, labels[:, None])[:, 0] for x in (logits, base_logits))
         columns = {name: torch.tensor(column.values) for name, column in example.columns.items()}
         weights = torch.tensor(example.weights).double()
-        return Scored(log_probs, base, logits, base_logits, embedding, weights, columns)
+        return Scored(log_probs, base, logits, base_logits, embedding, weights, columns, labels)
 
     def _forward(self, weights: dict[str, Tensor], ids: Tensor, at: Tensor, noise: Tensor | None) -> Any:
         embedded = F.embedding(ids, weights["model.embed_tokens.weight"])
@@ -340,13 +346,13 @@ def across(examples: list[Scored]) -> dict[str, tuple[Tensor, float]]:
 
 def expect(
     run: Run, rows: Sequence[Sequence[int]], terms: Sequence[Terms], step_terms: Terms | None = None,
-    passes: Sequence[tuple[float, dict[int, Tensor | None]]] = ((1.0, {}),),
+    passes: Sequence[tuple[float, dict[int, Tensor | None]]] = ((1.0, {}),), step_temperature: float = 1.0,
 ) -> Result:  # fmt: skip
     """What an optimizer step must give.
 
     Args:
         terms: those of labels, examples, groups and units of strategies.
-        step_terms: those across the optimizer step.
+        step_terms: those across the optimizer step, of log-probabilities at `step_temperature`.
         passes: weight of each pass, and the noise of each example in it; the first is the one that is logged.
     """
     stock, order = Stock(run), [i for row in rows for i in row]
@@ -355,7 +361,7 @@ def expect(
     loss: Any = 0.0
     pulls: Any = None
     if step_terms is not None:
-        clean = [stock.score(i) for i in order]
+        clean = [stock.score(i).at(step_temperature) for i in order]
         found = step_terms(clean)
         whole = sum(value * weight for value, weight in found.values())
         leaves = [tensor for e in clean for tensor in (e.embedding, e.log_probs)]
@@ -371,7 +377,8 @@ def expect(
                     values[name] = value.detach()
                     loss = loss + weight * value.detach()
         if pulls is not None:
-            leaves = [tensor for e in examples for tensor in (e.embedding, e.log_probs)]
+            hot = [e.at(step_temperature) for e in examples]
+            leaves = [tensor for e in hot for tensor in (e.embedding, e.log_probs)]
             total = total + factor * sum((a * b).sum() for a, b in zip(leaves, pulls, strict=True) if b is not None)
     names = named(run)
     gradients = torch.autograd.grad(total, list(names.values()), allow_unused=True)

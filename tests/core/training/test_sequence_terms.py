@@ -173,6 +173,34 @@ def test_log_probabilities_at_a_temperature(ready: Callable, temperature: float)
     torch.testing.assert_close(one, other, atol=1e-13, rtol=1e-13)
 
 
+@pytest.mark.parametrize("lora", [{}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("rows", [ROWS["1×8"], ROWS["4×2"]])
+def test_strategies_with_different_temperatures(
+    ready: Callable, lora: dict[str, Any], rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy's ratio at its sampling temperature, beside a preference and the task's loss at 1."""
+    hot: dict[str, float] = {"ratio": 1.7, "contrast": 0.6}
+    monkeypatch.setattr(f64.Ratio, "log_prob_temperature", hot["ratio"])
+    monkeypatch.setattr(f64.Contrast, "log_prob_temperature", hot["contrast"])
+    run, engine = ready("preference", "ratio", "contrast", lora=lora)
+    found = f64.take(run, engine, rows)
+
+    def ratio(examples: list[f64.Scored]) -> dict[str, tuple[torch.Tensor, float]]:
+        return f64.ratio(run.counts)([example.at(hot["ratio"]) for example in examples])
+
+    terms = [f64.own("causal_lm", 1.0), f64.preference, ratio]
+    f64.agree(found, f64.expect(run, rows, terms, f64.across, step_temperature=hot["contrast"]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), "hot"])
+def test_a_temperature_that_is_not_a_positive_number(
+    ready: Callable, temperature: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f64.Ratio, "log_prob_temperature", temperature)
+    with pytest.raises(PluginError, match=r"'ratio'.*: log_prob_temperature must be positive and finite, not"):
+        ready("ratio")
+
+
 class Detached(Strategy):
     api = 2
 
