@@ -7,7 +7,7 @@ from pathlib import Path
 
 from budwood.cli import app
 from budwood.cli.new import render
-from budwood.contract.examples import _GONE_BATCH, _GONE_EXAMPLE
+from budwood.contract.examples import _REMOVED_FROM_BATCH, _REMOVED_FROM_EXAMPLE
 from budwood.contract.hookspecs import HookSpecs
 from budwood.testing import StrategyConformance
 
@@ -81,8 +81,8 @@ def test_every_promise_of_the_kit_is_in_its_table() -> None:
 
 def test_every_name_that_is_gone_is_in_the_table_of_version_1() -> None:
     table = PAGE.partition("## From version 1")[2].partition("\n## ")[0]
-    gone = [f"example.{name}" for name in _GONE_EXAMPLE] + [f"batch.{name}" for name in _GONE_BATCH]
-    assert [name for name in gone if f"`{name}" not in table] == []
+    removed = [f"example.{name}" for name in _REMOVED_FROM_EXAMPLE] + [f"batch.{name}" for name in _REMOVED_FROM_BATCH]
+    assert [name for name in removed if f"`{name}" not in table] == []
     assert "`len(example)`" in table
 
 

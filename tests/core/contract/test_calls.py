@@ -90,7 +90,7 @@ def test_an_error_in_any_hook_says_whose(hook, error):
 @pytest.mark.parametrize("hook", HOOKS)
 def test_what_any_hook_returns_is_checked(hook):
     hooks = Composition([implement(hook, object, hook in CORE)])
-    says = f"returned a object; it must return {_MUST_RETURN[hook][0]}."
+    says = f"returned an object; it must return {_MUST_RETURN[hook][0]}."
     if hook == "on_event":
         [said] = call(hooks, hook)
         assert said.startswith("strategy 'mine' (mine-dist 1.0) failed in on_event and is disabled: ")
@@ -128,9 +128,9 @@ def test_a_wrapper_around_any_hook_is_named(hook):
     for wrapper, says in (
         (implement(hook, fails, wrapper=True), "KeyError: 'delta'. Report it"),
         (make(**{hook: at_once}), "KeyError: 'delta'. Report it"),
-        (make(**{hook: never}), "never reaches its yield, so the call that it wraps would not run."),
-        (make(**{hook: twice}), "yields a second time; the call that it wraps runs once."),
-        (implement(hook, lambda: 3, wrapper=True), "returned a int; it must return "),
+        (make(**{hook: never}), "never reaches its yield, so the wrapped call would not run."),
+        (make(**{hook: twice}), "yields a second time; the wrapped call runs only once."),
+        (implement(hook, lambda: 3, wrapper=True), "returned an int; it must return "),
     ):
         with pytest.raises(PluginError) as raised:
             call(Composition([wrapper]), hook)
@@ -278,7 +278,7 @@ def test_an_owner_that_another_asks_is_named_and_its_time_is_its_own(clock):
 
 
 def test_an_owner_without_the_hook_is_refused():
-    with pytest.raises(PluginError, match="strategy 'mine' .* has no hook 'attach_adapter', which an adapter's owner"):
+    with pytest.raises(PluginError, match="strategy 'mine' .* has no hook 'attach_adapter', which an adapter owner"):
         ask_owner(make(), "attach_adapter", model=None)
 
 

@@ -88,10 +88,13 @@ def test_failing_import_names_plugin_distribution_and_remedy(distribution, sourc
         ),
         ("def prepare_model(self, run, model): ...", "'prepare_model' is named like a hook; mark it with @hookimpl"),
         ("@hookimpl\ndef before_clip(self, rnu): ...", "hook 'before_clip' has no argument 'rnu'. Did you mean 'run'?"),
-        ("@hookimpl\ndef before_clip(self, *args): ...", "cannot take *args: name the arguments that it uses, of run"),
+        (
+            "@hookimpl\ndef before_clip(self, *args): ...",
+            "cannot take *args; name the arguments that it uses: any of",
+        ),
         (
             "@hookimpl\ndef before_clip(self, run, **more): ...",
-            "cannot take **more: name the arguments that it uses, of run",
+            "cannot take **more; name the arguments that it uses: any of run",
         ),
         ("@hookimpl\ndef before_clip(self, *, run): ...", "argument 'run' must not be keyword-only"),
         ("@hookimpl\ndef before_clip(run): ...", "hook 'before_clip' must take self first, then any of run"),
@@ -102,7 +105,7 @@ def test_failing_import_names_plugin_distribution_and_remedy(distribution, sourc
         ("import functools\nbefore_clip = functools.cache(hookimpl(lambda s, run: 0))", "not a _lru_cache_wrapper"),
         (
             "@hookimpl\ndef convert_adapter(self, config, tensors, kind): ...",
-            "argument 'kind' is called 'adapter_type' since version 2; rename it.",
+            "argument 'kind' was renamed in version 2; use 'adapter_type'.",
         ),
         (
             "api = 2\n@hookimpl\ndef use_adapters(self, model, names): ...",
@@ -117,8 +120,8 @@ def test_failing_import_names_plugin_distribution_and_remedy(distribution, sourc
             "@hookimpl(specname='evaluate')\ndef export(self, run): ...",
             "name the method 'evaluate' instead of using specname",
         ),
-        ("before_clip = 3", "'before_clip' is named like a hook but is a int, not a method"),
-        ("@property\ndef export(self): ...", "'export' is named like a hook but is a property, not a method"),
+        ("before_clip = 3", "'before_clip' is named like a hook but is of type int, not a method"),
+        ("@property\ndef export(self): ...", "'export' is named like a hook but is of type property, not a method"),
         ("class Options(Options):\n    kind: 'NotThere' = 3", "its Options have no schema: "),
         (
             "class Options(Options):\n    model_config = {'arbitrary_types_allowed': True}\n    x: Strategy = None",
@@ -149,12 +152,12 @@ def test_failing_import_names_plugin_distribution_and_remedy(distribution, sourc
             "declare the order with the class's `before` and `after`",
         ),
         ("api = 99", "written for version 99 of the contract, but this Budwood has 2: pip install -U budwood."),
-        ("@hookimpl\ndef state_dict(self): ...", "it implements state_dict alone, which has no effect"),
+        ("@hookimpl\ndef state_dict(self): ...", "hook 'state_dict' has no effect without 'load_state_dict'"),
         (
             "@hookimpl\ndef step_terms(self): ...",
-            "of the hooks step_values and step_terms it implements step_terms alone",
+            "hook 'step_terms' has no effect without 'step_values': implement both or neither.",
         ),
-        ("@hookimpl\ndef load_state_dict(self): ...", "it implements load_state_dict alone, which has no"),
+        ("@hookimpl\ndef load_state_dict(self): ...", "hook 'load_state_dict' has no effect without 'state_dict'"),
         ("slots = 'adapter'", "'slots' must be a tuple of names, not 'adapter'"),
         ("class Options: pass", "its Options must be a subclass of budwood.Options"),
         ("def __init__(self): ...", "cannot start: TypeError"),
@@ -184,7 +187,7 @@ def test_who_declares_no_version_knew_of_the_first_only(distribution):
 )
 def test_of_other_plugins_the_version_must_be_declared(distribution, group, source, who):
     distribution("twig", f"{source}\nclass Old(Base): pass\nclass First(Base): api = 1", {"old": "Old"}, group)
-    with refused(PluginError, who, "twig:Old declares no version of the contract: declare `api = 2`", "-U twig"):
+    with refused(PluginError, who, "twig:Old does not declare a version of the contract: set `api = 2`", "-U twig"):
         create("old", group)
     distribution("sprout", f"{source}\nclass First(Base): api = 1", {"first": "First"}, group)
     with refused(PluginError, "'first' of sprout 1.0 was written for version 1 of the contract", "-U sprout"):

@@ -231,5 +231,5 @@ def test_forms_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         InputError, match="'odd' of odd-form 1.2: odd_form:Made is not a subclass of budwood.DataFormat"
     ):
         recognise(["good"], LM, "x")
-    with pytest.raises(InputError, match="data format 'partial' of partial-form 1.2: .* declares no 'columns'"):
+    with pytest.raises(InputError, match="data format 'partial' of partial-form 1.2: .* does not declare 'columns'"):
         recognise(["good"], LM, "x")
