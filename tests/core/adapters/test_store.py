@@ -253,7 +253,7 @@ def test_the_owner_of_a_peft_type_is_found_without_an_import(small, distribution
     edit_json(small / "adapter_config.json", peft_type="LICHEN")
     assert store.read_adapter(small).adapter_type == "green"
     edit_json(small / "adapter_config.json", peft_type="LICHENN")
-    with pytest.raises(InputError, match="no installed strategy reads PEFT's type 'LICHENN'. Did you mean 'LICHEN'?"):
+    with pytest.raises(InputError, match="reads PEFT's adapter type 'LICHENN'. Did you mean 'LICHEN'?"):
         store.read_adapter(small)
 
 

@@ -239,5 +239,5 @@ def test_third_party_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         InputError, match="'odd' of odd-format 1.2: odd_form:Made is not a subclass of budwood.DataFormat"
     ):
         recognise(["good"], LM, "x")
-    with pytest.raises(InputError, match="data format 'partial' of partial-format 1.2: .* declares no 'columns'"):
+    with pytest.raises(InputError, match="data format 'partial' of partial-format 1.2: .* does not declare 'columns'"):
         recognise(["good"], LM, "x")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np

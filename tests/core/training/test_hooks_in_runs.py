@@ -137,7 +137,7 @@ def test_an_autograd_error_names_the_loss_terms(distribution, make_recipe):
         ("LossTerm('x', zero, 'stepp')", r"of unit 'example' or .* of unit 'step', not \[\] of unit 'stepp'"),
         (
             "LossTerm('loss', zero, 'step')",
-            r"'mine' \(sprout 1.0\), hook loss_terms, step 1: 'loss' is a number of core",
+            r"'mine' \(sprout 1.0\), hook loss_terms, step 1: 'loss' is one of core's own metrics",
         ),
     ],
 )

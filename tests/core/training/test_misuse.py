@@ -183,13 +183,15 @@ CORES = (
 @pytest.mark.parametrize("name", CORES)
 def test_a_logged_value_may_not_use_cores_names(refused: Callable, name: str) -> None:
     line = refused(f"@hookimpl\ndef before_clip(self, run):\n    run.log('{name}', 1.0)")
-    assert line.startswith(f"{WHO}, hook before_clip, step 1: '{name}' is a number of core's own: choose another name")
+    assert line.startswith(
+        f"{WHO}, hook before_clip, step 1: '{name}' is one of core's own metrics: choose another name"
+    )
 
 
 @pytest.mark.parametrize("name", ["loss", "skipped"])
 def test_a_metric_may_not_use_cores_names(refused: Callable, name: str) -> None:
     line = refused(f"@hookimpl\ndef evaluate(self, run):\n    return {{'{name}': 1.0}}", evaluate=True)
-    assert line.startswith(f"{WHO}, hook evaluate, after step 0: '{name}' is a number of core's own")
+    assert line.startswith(f"{WHO}, hook evaluate, after step 0: '{name}' is one of core's own metrics")
 
 
 TASK = "task 'causal-lm' (budwood 0.1.0), hook evaluate"
@@ -200,21 +202,21 @@ TASK = "task 'causal-lm' (budwood 0.1.0), hook evaluate"
     [
         (
             "def evaluate(self, run):\n    return {'eval_loss': 0.0}",
-            "task 'causal-lm' (budwood 0.1.0), hook evaluate, after step 0: 'eval_loss' is also a number of "
+            "task 'causal-lm' (budwood 0.1.0), hook evaluate, after step 0: 'eval_loss' is also logged by "
             f"{WHO}, hook evaluate: rename one of them.",
         ),
         (
             "def before_clip(self, run):\n    run.log('eval_loss', 0.0)",
-            f"{WHO}, hook before_clip, step 1: 'eval_loss' is also a number of {TASK}: rename one of them",
+            f"{WHO}, hook before_clip, step 1: 'eval_loss' is also logged by {TASK}: rename one of them",
         ),
         (
             "def before_clip(self, run):\n    run.log('causal_lm', 0.0)",
-            f"{WHO}, hook before_clip, step 1: 'causal_lm' is also a number of task 'causal-lm' (budwood 0.1.0), hook "
+            f"{WHO}, hook before_clip, step 1: 'causal_lm' is also logged by task 'causal-lm' (budwood 0.1.0), hook "
             "token_terms: rename one of them",
         ),
         (
             "def loss_terms(self, step, outputs):\n    return LossTerm('eval_loss', torch.zeros(()), 'step')",
-            f"{WHO}, hook loss_terms, step 1: 'eval_loss' is also a number of {TASK}: rename one of them",
+            f"{WHO}, hook loss_terms, step 1: 'eval_loss' is also logged by {TASK}: rename one of them",
         ),
     ],
 )
@@ -230,8 +232,8 @@ def test_two_strategies_may_not_log_under_the_same_name(distribution: Callable, 
     distribution("twig", helper + theirs, {"theirs": "Theirs"})
     with pytest.raises(PluginError) as caught:
         tune(make_recipe(strategies=[LORA, "theirs", "mine"], evaluate=True), quiet=True)
-    message = f"{WHO}, hook before_clip, step 1: 'x' is also a number of strategy 'theirs' (twig 1.0), hook evaluate"
-    assert str(caught.value).startswith(message)
+    says = f"{WHO}, hook before_clip, step 1: 'x' is also logged by strategy 'theirs' (twig 1.0), hook evaluate"
+    assert str(caught.value).startswith(says)
 
 
 def test_a_strategys_own_name_may_be_used_from_several_of_its_hooks(distribution: Callable, make_recipe: Make) -> None:
@@ -578,5 +580,5 @@ def test_a_task_without_a_method_ends_the_command_with_3(
     path.write_text(json.dumps(recipe), encoding="utf-8")
     assert cli.run(["tune", str(path)]) == 3
     shown = capsys.readouterr().err
-    assert "error: task 'bare' of sprout 1.0: sprout:Bare does not implement 'encode', which its class must" in shown
+    assert "error: task 'bare' of sprout 1.0: sprout:Bare does not implement 'encode', which is required" in shown
     assert "Traceback" not in shown
