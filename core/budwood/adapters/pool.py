@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -52,10 +55,27 @@ class Classified:
     probabilities: dict[str, float]
 
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _serialised(method: _Method) -> _Method:
+    """Let one thread at a time call a method of a pool."""
+
+    @wraps(method)
+    def call(self: AdapterPool, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
 class AdapterPool:
     """A base with any number of adapters of any installed types, of which one, several or none are in use.
 
     With none in use, the model's output is bitwise identical to the base's.
+
+    Threads may share a pool: their calls run one after the other, and `load` waits for them. `use` selects the adapter
+    for the calling thread; a thread that has not selected one follows the last selection of any thread.
     """
 
     def __init__(
@@ -102,7 +122,9 @@ class AdapterPool:
         self._loaded: dict[str, _Loaded] = {}
         self._owners: dict[tuple[str, str], Strategy] = {}  # keyed by adapter type and options
         self._keys = (f"adapter{number}" for number in itertools.count(1))
-        self._current: str | None = None
+        self._lock = threading.RLock()
+        self._current: str | None = None  # the last selection of any thread
+        self._own = threading.local()  # .name: that of this thread
 
     @property
     def names(self) -> list[str]:
@@ -111,8 +133,9 @@ class AdapterPool:
 
     @property
     def current(self) -> str | None:
-        """Name of the adapter in use, or None."""
-        return self._current
+        """Name of the adapter in use by the calling thread, or None."""
+        name: str | None = getattr(self._own, "name", self._current)
+        return name
 
     def adapter(self, name: str) -> SavedAdapter:
         """Return the saved adapter behind a loaded name.
@@ -122,6 +145,7 @@ class AdapterPool:
         """
         return self._find(name).saved
 
+    @_serialised
     def load(self, name: str, directory: str | Path, *, allow_other_base: bool = False) -> SavedAdapter:
         """Attach an adapter to the model without using it. On failure the model stays unchanged.
 
@@ -150,12 +174,13 @@ class AdapterPool:
                 ask_owner(owner, "attach_adapter", model=self.model, config=saved.config, tensors=tensors, name=key)
                 self.model.eval().requires_grad_(False)
                 self._loaded[name] = _Loaded(key, owner, saved)
-                self.use(self._current)
+                self._select([self._current])
             except BudwoodError as error:
                 self._loaded.pop(name, None)
                 raise type(error)(f"{directory}: {error}") from error
         return saved
 
+    @_serialised
     def use(self, name: str | None) -> None:
         """Use one adapter from now on; None: the base alone.
 
@@ -163,8 +188,9 @@ class AdapterPool:
             InputError: no adapter of that name is loaded.
         """
         self._select([name])
-        self._current = name
+        self._current = self._own.name = name
 
+    @_serialised
     def unload(self, name: str) -> None:
         """Remove an adapter; after the last one, the model's modules are the base's own again.
 
@@ -173,14 +199,18 @@ class AdapterPool:
             PluginError: the adapter's owner left modules on the model.
         """
         loaded = self._find(name)
+        if self.current == name:
+            self._own.name = None
         if self._current == name:
-            self.use(None)
+            self._current = None
+            self._select([None])
         ask_owner(loaded.owner, "detach_adapter", model=self.model, name=loaded.key)
         del self._loaded[name]
-        self.use(self._current)
+        self._select([self._current])
         if not self._loaded and module_ids(self.model) != self._modules:
             raise PluginError(f"{loaded.owner} left its own modules on the base. Report it to its author.")
 
+    @_serialised
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -211,7 +241,7 @@ class AdapterPool:
         if not self.base.model.can_generate():
             raise InputError(f"the pool's task is {self.task}, which generates no text.")
         if adapters is None:
-            adapters = [self._current] * len(prompts)
+            adapters = [self.current] * len(prompts)
         elif len(adapters) != len(prompts):
             raise InputError(
                 f"{len(prompts)} prompts but {len(adapters)} adapters: pass one (or None) for each prompt."
@@ -235,23 +265,28 @@ class AdapterPool:
                 )
                 answers |= dict(zip(rows, group_answers, strict=True))
         finally:
-            self.use(self._current)
+            self._select([self._current])
         return [answers[i] for i in range(len(prompts))]
 
     def _stop_ids(self, name: str | None) -> list[int]:
         manifest = self._find(name).saved.manifest if name is not None else None
         return manifest.stop_ids if manifest else []
 
+    @_serialised
     def logits(self, prompts: Sequence[Prompt | Example]) -> Tensor:
         """Return the logits after each prompt with the adapter in use, [prompts, vocabulary or classes] fp32, CPU."""
         probes = [p if isinstance(p, Example) else as_probe(self._encode(p)) for p in prompts]
-        dtype = torch.float32 if self._current is None else self.base.dtype
-        return measure(self.task_plugin, self.model, self.tokenizer, probes, dtype)
+        dtype = torch.float32 if self.current is None else self.base.dtype
+        with self._own_selection():
+            return measure(self.task_plugin, self.model, self.tokenizer, probes, dtype)
 
+    @_serialised
     def measure(self, probes: Sequence[Example]) -> Tensor:
         """Return the logits at each probe's position with the adapter in use, [probes, …] fp32 on the CPU."""
-        return measure(self.task_plugin, self.model, self.tokenizer, probes, self.base.dtype)
+        with self._own_selection():
+            return measure(self.task_plugin, self.model, self.tokenizer, probes, self.base.dtype)
 
+    @_serialised
     def classify(self, texts: Sequence[str]) -> list[Classified]:
         """Classify texts with the adapter in use.
 
@@ -273,6 +308,7 @@ class AdapterPool:
             results.append(Classified(max(by_label, key=by_label.__getitem__), by_label))
         return results
 
+    @_serialised
     def merge(self, name: str) -> None:
         """Merge an adapter permanently into the weights of an unquantised base, and remove it.
 
@@ -332,7 +368,7 @@ class AdapterPool:
             )
 
     def _labels(self) -> list[str]:
-        current = self._loaded.get(self._current or "")
+        current = self._loaded.get(self.current or "")
         if current is not None and current.saved.manifest is not None and current.saved.manifest.labels:
             return current.saved.manifest.labels
         names: dict[int, str] = self.model.config.id2label  # type: ignore[union-attr,assignment]
@@ -350,6 +386,17 @@ class AdapterPool:
             keys = [None if entry is None or entry.owner is not owner else entry.key for entry in selected]
             own = [key for key in dict.fromkeys(keys) if key is not None]
             use_adapters(owner, self.model, own, [-1 if key is None else own.index(key) for key in keys])
+
+    @contextmanager
+    def _own_selection(self) -> Iterator[None]:
+        """Use the calling thread's adapter inside the context."""
+        if self.current != self._current:
+            self._select([self.current])
+        try:
+            yield
+        finally:
+            if self.current != self._current:
+                self._select([self._current])
 
     def _groups(self, adapters: Sequence[str | None]) -> list[list[int]]:
         """Group the rows that can share a batch: all of them, or if their adapters cannot, those of each adapter."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,45 @@ def test_one_batch_of_different_adapters_equals_each_alone(tiny_base, stock, oth
         assert pool.generate([prompt], max_new_tokens=8)[0].tokens == answer.tokens
     alone = {tuple(pool.generate([PROMPTS[1]], [name], max_new_tokens=8)[0].tokens) for name in ("a", "b", None)}
     assert len(alone) == 3
+
+
+def test_threads_that_share_a_pool_get_their_own_adapters_answers(tiny_base, stock, other):
+    """Calls are serialised, and the adapter that a thread selects is its own, while another thread loads more."""
+    pool = AdapterPool(tiny_base, precision="fp32")
+    folders = {"a": stock, "b": other}
+    for name, folder in folders.items():
+        pool.load(name, folder)
+    expected = {}
+    for name in (None, *folders):
+        pool.use(name)
+        expected[name] = pool.logits(["games and files"]), pool.generate(["games"], max_new_tokens=4)[0].tokens
+    wrong, errors = [], []
+
+    def ask(name):
+        try:
+            pool.use(name)
+            for _ in range(6):
+                logits, tokens = expected[name]
+                wrong.append((pool.logits(["games and files"]) - logits).abs().max().item())
+                wrong.append(pool.generate(["games"], max_new_tokens=4)[0].tokens != tokens)
+                wrong.append(pool.generate(["games"], ["a"], max_new_tokens=4)[0].tokens != expected["a"][1])
+                assert pool.current == name
+        except Exception as error:
+            errors.append(error)
+
+    def load():
+        for number in range(6):
+            pool.load(f"more{number}", stock)
+            pool.unload(f"more{number}")
+
+    jobs = [(ask, (name,)) for name in (None, "a", "b", "a")] + [(load, ())]
+    threads = [threading.Thread(target=job, args=arguments) for job, arguments in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and len(wrong) == 72 and max(wrong) < 1e-5
+    assert pool.current == "b", "this thread selected it last"
 
 
 def test_adapters_that_cannot_share_a_batch_run_in_separate_batches(tiny_base, stock, tmp_path, make_stock):
