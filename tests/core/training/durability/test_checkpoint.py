@@ -152,20 +152,26 @@ def test_without_save_every_saving_depends_on_time(make_recipe: Make, monkeypatc
 
 
 def test_every_file_and_folder_is_synced_before_the_rename(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[tuple[str, str]] = []
+    """The background thread writes the checkpoint while the main thread may write the adapter: each is a sequence."""
+    done: list[tuple[str, str, int]] = []
     sync, rename, write = files._sync, Path.rename, Path.write_bytes
-    monkeypatch.setattr(files, "_sync", lambda path: (done.append(("sync", path.name)), sync(path))[1])
-    monkeypatch.setattr(Path, "rename", lambda p, to: (done.append(("rename", Path(to).name)), rename(p, to))[1])
-    monkeypatch.setattr(Path, "write_bytes", lambda p, data: (done.append(("write", p.name)), write(p, data))[1])
+
+    def note(action: str, name: str) -> None:
+        done.append((action, name, threading.get_ident()))
+
+    monkeypatch.setattr(files, "_sync", lambda path: (note("sync", path.name), sync(path))[1])
+    monkeypatch.setattr(Path, "rename", lambda p, to: (note("rename", Path(to).name), rename(p, to))[1])
+    monkeypatch.setattr(Path, "write_bytes", lambda p, data: (note("write", p.name), write(p, data))[1])
     tune(make_recipe(train={"steps": 1}), quiet=True)
-    start = done.index(("write", "state.json"))
-    end = done.index(("rename", "step-00000001"))
+    first = next(i for i, (action, name, _) in enumerate(done) if (action, name) == ("write", "state.json"))
+    assert any(event[:2] == ("sync", "run") for event in done[:first]), "the folder in which checkpoints/ was made"
+    events = [(action, name) for action, name, thread in done[first:] if thread == done[first][2]]
+    end = events.index(("rename", "step-00000001"))
     partial = ".step-00000001.partial"
-    assert [name for what, name in done[start:end] if what == "write"][-1] == "manifest.json"
-    synced = [name for what, name in done[start:end] if what == "sync"]
+    assert [name for action, name in events[:end] if action == "write"][-1] == "manifest.json"
+    synced = [name for action, name in events[:end] if action == "sync"]
     assert set(synced) >= {"state.safetensors", "state.json", "manifest.json", partial} and synced[-1] == partial
-    assert ("sync", "checkpoints") in done[end:]
-    assert ("sync", "run") in done[:start], "the folder in which checkpoints/ was made"
+    assert ("sync", "checkpoints") in events[end:]
 
 
 def test_a_disk_that_is_too_small_is_rejected_before_the_first_step(
