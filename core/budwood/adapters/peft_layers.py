@@ -18,14 +18,14 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from budwood.adapters.peft_config import PREFIX
+from budwood.adapters.whole import saved_modules, untie
 from budwood.contract.types import ParameterGroup
 from budwood.errors import InputError
 from budwood.model.ops.linear import add_update, cast_factors, frozen_linear, low_rank_linear
 from budwood.model.quantizers import is_transposed, quantizer_of
 
 _STATE = "_budwood_adapters"
-PREFIX = "base_model.model."
-"""What PEFT's file puts before the path of a module."""
 
 
 class LowRankUpdate:
@@ -175,9 +175,14 @@ def live_adapters(model: nn.Module) -> LiveAdapters | None:
 
 def adapter_layers(model: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
     """The layers that hold parameters of the adapter `name`, each with the path of the base's module it stands for."""
+    for path, module in _layers(model, name):
+        yield _canonical(path), module
+
+
+def _layers(model: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer) and name in module.lora_A:
-            yield _canonical(path), module
+            yield path, module
 
 
 def known_to_peft(module: nn.Module) -> bool:
@@ -197,13 +202,6 @@ def add_to_weight(base: Any, update: Tensor) -> None:
     """Add an update [out, in] to the weight of an unquantised linear, for good."""
     weight = base.weight
     weight.copy_(weight + (update.t() if is_transposed(base) else update))
-
-
-def saved_modules(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The whole modules that the adapter `name` replaces, each with its path."""
-    for path, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper) and name in getattr(module, "modules_to_save", {}):
-            yield path, module.modules_to_save[name]
 
 
 def whole_groups(model: nn.Module, name: str) -> list[ParameterGroup]:
@@ -348,7 +346,11 @@ def remove_adapter(model: nn.Module, name: str) -> None:
 
 
 def merge_whole_parts(model: nn.Module, name: str) -> None:
-    """Write the adapter's whole modules and biases over the base's, for good; its low-rank updates are its method's."""
+    """Write the adapter's whole modules and biases over the base's, for good.
+
+    Its method merges the low-rank updates afterwards: what is tied to a module that changes is separate by then.
+    """
+    untie(model, [path for path, _ in (*_layers(model, name), *saved_modules(model, name))])
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and name in getattr(module, "modules_to_save", {}):
             module.original_module.load_state_dict(module.modules_to_save[name].state_dict())

@@ -127,7 +127,8 @@ def verify(
 
     Raises:
         InputError: it has no golden logits; what `AdapterPool` refuses.
-        CorruptError: in the recorded setting the logits differ, or in any setting the adapter changes nothing.
+        CorruptError: in the recorded setting the logits differ; in any setting the adapter changes nothing, or the
+            answers differ by more than the base's.
     """
     saved = read_adapter(directory)
     if saved.manifest is None or saved.manifest.golden is None:
@@ -172,5 +173,10 @@ def verify(
         raise CorruptError(
             f"{saved.directory}: golden logits differ by up to {report.adapter.largest:.3g}, and at most {TOLERANCE:g} "
             f"is due in the same setting; {whose}."
+        )
+    if report.adapter.is_another_model(report.base):
+        raise CorruptError(
+            f"{saved.directory}: in this setting it is another model than the one that training recorded "
+            f"({report.adapter}; the base alone: {report.base})."
         )
     return report
