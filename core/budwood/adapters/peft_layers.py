@@ -185,6 +185,23 @@ def _layers(model: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
             yield path, module
 
 
+def describe_adapter(model: nn.Module, name: str) -> str:
+    """Return on which modules the adapter `name` stands, for the user; empty if no layer of PEFT's is its."""
+    counts: dict[str, int] = {}
+    for path, _ in adapter_layers(model, name):
+        last = path.rpartition(".")[2]
+        counts[last] = counts.get(last, 0) + 1
+    whole = [_canonical(path) for path, _ in saved_modules(model, name)]
+    parts = (
+        [f"{sum(counts.values()):,} linears ({', '.join(f'{n} {last}' for last, n in counts.items())})"]
+        if counts
+        else []
+    )
+    if whole:
+        parts.append(f"whole: {', '.join(whole[:6])}" + (f" and {len(whole) - 6:,} more" if len(whole) > 6 else ""))
+    return "; ".join(parts)
+
+
 def known_to_peft(module: nn.Module) -> bool:
     """Whether PEFT has layers of its own for a linear, however it is stored."""
     quantizer = quantizer_of(module)

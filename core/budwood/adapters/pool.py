@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from budwood.adapters.golden import measure
 from budwood.adapters.live import module_ids, unchanged_on_error
 from budwood.adapters.owner import owner_options, start_owner
+from budwood.adapters.peft_config import PREFIX
 from budwood.adapters.store import SavedAdapter, read_adapter, template_hash, tokenizer_hash
 from budwood.adapters.use import use_adapters
 from budwood.contract.calls import ask_owner
@@ -129,7 +130,8 @@ class AdapterPool:
             The adapter; its `notes` say what the user should know.
 
         Raises:
-            InputError: the name is taken or impossible; another base, task or labels; no strategy owns its type.
+            InputError: the name is taken or impossible; another base, task or labels; no strategy owns its type;
+                neither adapter nor checkpoint hold a part of the model.
             CorruptError: the folder is not what it claims to be, or its tensors do not fit the base.
         """
         check_name(name)
@@ -142,6 +144,12 @@ class AdapterPool:
             allow_other_base=allow_other_base,
         )
         self._check_task(saved)
+        lacking = [key for key in self.base.new if PREFIX + key not in saved.infos]
+        if lacking:
+            raise InputError(
+                f"{directory}: holds no '{lacking[0]}', nor does the base's checkpoint, so it would be random: train "
+                "the adapter again, or add it to the base."
+            )
         owner = self._owner(saved)
         key = next(self._keys)
         tensors = saved.load_tensors()

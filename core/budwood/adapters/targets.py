@@ -195,10 +195,8 @@ def whole_modules(model: nn.Module, names: Sequence[str], task: Task, base: Base
         InputError: see `match_modules`.
     """
     new = {key.rpartition(".")[0] for key in base.new} if base is not None else set()
-    asked = match_modules(model, names)
-    return match_modules(
-        model, [*asked, *(n for n in sorted({*task.head_modules(model), *new}) if not _lies(n, asked))]
-    )
+    found = list(dict.fromkeys([*match_modules(model, names), *task.head_modules(model), *sorted(new)]))
+    return [name for name in found if not any(name.startswith(f"{outer}.") for outer in found)]
 
 
 def _lies(name: str, outer: Collection[str]) -> bool:

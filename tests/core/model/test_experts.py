@@ -37,7 +37,7 @@ def mixture(tmp_path_factory):
 def test_a_run_says_how_many_experts_are_adapted(mixture, make_recipe, said):
     tune(make_recipe(base={"model": str(mixture(32))}, train={"steps": 1}))
     assert any("not quantised; experts: 8, not quantised" in line for line in said)
-    assert any(line.endswith("); 0 of 8 experts adapted") for line in said)
+    assert any(line.startswith("adapted: 8 linears") and line.endswith("; experts: 0 of 8 adapted") for line in said)
 
 
 def test_a_base_says_how_many_a_quantiser_left(mixture):
