@@ -62,6 +62,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"dora": True},
     {"init": "gaussian", "targets": r".*\.mlp\..*", "dropout": 0.2},
     {"modules_to_save": ["lm_head"]},
+    {"modules_to_save": ["norm", "embed_tokens"]},
+    {"targets": ["q_proj", "lm_head"]},
 ]
 
 
