@@ -50,7 +50,10 @@ def _named_once(value: list[str]) -> list[str]:
 Targets = Annotated[
     str | list[str],
     AfterValidator(_targets_given),
-    Field(description="all-linear, a list of module names, or one regular expression for whole names"),
+    Field(
+        description="all-linear (without heads and poolers), a list of module names or last components of names, or "
+        "one regular expression for whole names"
+    ),
 ]
 """Option type: which modules an adapter goes on; see `match_targets`."""
 Layers = Annotated[
@@ -61,7 +64,10 @@ Layers = Annotated[
 ModulesToSave = Annotated[
     list[str],
     AfterValidator(_named_once),
-    Field(description="modules that train whole and are saved with the adapter"),
+    Field(
+        description="modules that train whole and are saved with the adapter, by name or last components of names; "
+        "heads and modules that the checkpoint lacks are always included"
+    ),
 ]
 """Option type: what trains whole beside it; see `match_modules`."""
 
