@@ -1,6 +1,6 @@
-"""What strategies of low-rank adapters build on: PEFT's layers on a live model, PEFT's file, and the fused linear.
+"""Building blocks for low-rank adapter strategies: PEFT layers in a model, PEFT's file format, and the fused linear.
 
-Importing it imports neither torch nor PEFT; a name that needs them does, when it is first asked for.
+Importing this module imports neither torch nor PEFT; a name that needs them imports them on first access.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from budwood.model.ops.linear import low_rank_linear as low_rank_linear
     from budwood.model.ops.linear import mixed_low_rank_linear as mixed_low_rank_linear
 
-# name → module that defines it
+# Public name → module that defines it; imported on first access.
 _EXPORTS = {
     **dict.fromkeys(
         (

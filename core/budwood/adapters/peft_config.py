@@ -1,4 +1,4 @@
-"""adapter_config.json of PEFT's low-rank methods: read strictly, its targets as names of the model's modules."""
+"""Strict reading of adapter_config.json of PEFT's low-rank methods, and resolution of its targets to modules."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 PREFIX = "base_model.model."
 """What PEFT's file puts before the path of a module."""
 TASK_TYPES = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
-"""PEFT's names of the tasks."""
+"""PEFT's names for the tasks."""
 WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "loftq_config",
     "lora_ga_config", "megatron_config", "megatron_core", "merge_weights", "peft_type", "peft_version",
     "qalora_group_size", "revision", "runtime_config", "task_type",
 }  # fmt: skip
-"""Fields that say how an adapter began, or nothing about what it computes."""
+"""Fields that do not affect what a trained adapter computes, such as its initialisation."""
 _MERGE = "merge it into its base with PEFT (merge_and_unload), and use the result as a base"
 _PEFT = "use it with PEFT"
 REFUSED = {
@@ -54,7 +54,7 @@ INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 class SavedLowRankConfig(BaseModel):
-    """The fields by which any low-rank adapter computes; types are strict, other fields are left to the method."""
+    """The fields common to all low-rank adapters. Types are strict; a method adds its own fields."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -63,7 +63,7 @@ class SavedLowRankConfig(BaseModel):
     target_modules: str | list[str] = Field(min_length=1)
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
-    fan_in_fan_out: bool = False  # PEFT, too, goes by the class of each module, whatever is written
+    fan_in_fan_out: bool = False  # ignored: like PEFT, the layout follows from each module's class
     bias: Literal["none", "lora_only", "all"] = "none"
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
@@ -84,14 +84,14 @@ def parse_saved_config(
     """Validate adapter_config.json. A field that nobody has looked at is refused, whatever its value.
 
     Args:
-        adapter_type: name of the strategy that reads it, in messages.
-        fields: what the method computes by.
-        config: as read.
-        unused: further fields, beside `WITHOUT_EFFECT`, that change nothing of what the adapter computes.
+        adapter_type: name of the strategy that reads it, for messages.
+        fields: model of the fields that the method uses.
+        config: content of the file.
+        unused: fields without effect on what the adapter computes, in addition to `WITHOUT_EFFECT`.
 
     Raises:
-        CorruptError: a field has an impossible value.
-        InputError: the adapter uses a variant or a field that is not supported; it is named, with the remedy.
+        CorruptError: a field has an invalid value.
+        InputError: the adapter uses an unsupported variant or field; the message names it and the remedy.
     """
     fine = honoured(fields, unused) | {key for key in REFUSED if config.get(key) in (None, False, [], {})}
     for key, value in config.items():
@@ -132,22 +132,22 @@ def _check_init(where: str, value: Any) -> None:
 
 
 def saved_pattern(patterns: Mapping[str, Value], names: Sequence[str]) -> dict[str, Value]:
-    """A saved `rank_pattern` or `alpha_pattern`, whose keys match the ends of names, for the names themselves.
+    """Resolve a saved `rank_pattern` or `alpha_pattern`, whose keys match the ends of names, to complete names.
 
-    What PEFT is given then is plain names, escaped; it would match a stranger's expressions without a limit of time.
+    The resulting keys are escaped plain names, since PEFT would match untrusted expressions without a time limit.
 
     Raises:
-        CorruptError: a key is no regular expression, or takes too long.
+        CorruptError: a key is not a regular expression, or takes too long to match.
     """
-    found = {}
+    resolved = {}
     for name in names:
         try:
             key = next((key for key in patterns if matches(rf"(?:.*\.)?(?:{key})", name)), None)
         except InputError as error:
             raise CorruptError(f"adapter_config.json: {error}") from error
         if key is not None:
-            found[re.escape(name)] = patterns[key]
-    return found
+            resolved[re.escape(name)] = patterns[key]
+    return resolved
 
 
 def saved_targets(model: nn.Module, saved: SavedLowRankConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which modules an adapter goes on."""
+"""Resolution of an adapter's targets to modules of the model."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from budwood.errors import InputError, did_you_mean
 from budwood.model.quantizers import quantizer_of
 from budwood.untrusted.redaction import shorten
 
-if TYPE_CHECKING:  # the types of options are here too, and are checked before torch is imported
+if TYPE_CHECKING:  # option types are defined here too, and are checked before torch is imported
     from torch import nn
 
     from budwood.model.base import Base
     from budwood.model.task import Task
 
 SECONDS = 5.0
-"""For a regular expression on one name."""
+"""Time limit for matching a regular expression against one name."""
 LAYER_INDEX = re.compile(r"\.(\d+)\.")
 
 
-def _targets_given(value: str | list[str]) -> str | list[str]:
+def _check_targets(value: str | list[str]) -> str | list[str]:
     if not value or (isinstance(value, list) and not all(value)):
         raise ValueError("must name at least one module")
     if isinstance(value, str) and value != "all-linear":
@@ -35,13 +35,13 @@ def _targets_given(value: str | list[str]) -> str | list[str]:
     return value
 
 
-def _layers_positive(value: list[int]) -> list[int]:
+def _check_layers(value: list[int]) -> list[int]:
     if min(value) < 0:
         raise ValueError("layer indices start at 0")
     return value
 
 
-def _named_once(value: list[str]) -> list[str]:
+def _check_unique(value: list[str]) -> list[str]:
     if len(set(value)) != len(value):
         raise ValueError("modules_to_save names a module twice")
     return value
@@ -49,27 +49,27 @@ def _named_once(value: list[str]) -> list[str]:
 
 Targets = Annotated[
     str | list[str],
-    AfterValidator(_targets_given),
+    AfterValidator(_check_targets),
     Field(
         description="all-linear (without heads and poolers), a list of module names or last components of names, or "
-        "one regular expression for whole names"
+        "one regular expression that matches full names"
     ),
 ]
-"""Option type: which modules an adapter goes on; see `match_targets`."""
+"""Option type: the modules to adapt; see `match_targets`."""
 Layers = Annotated[
-    Annotated[list[int], Field(min_length=1), AfterValidator(_layers_positive)] | None,
+    Annotated[list[int], Field(min_length=1), AfterValidator(_check_layers)] | None,
     Field(description="indices of the layers to adapt; all if absent"),
 ]
-"""Option type: in which layers."""
+"""Option type: the layers to adapt."""
 ModulesToSave = Annotated[
     list[str],
-    AfterValidator(_named_once),
+    AfterValidator(_check_unique),
     Field(
         description="modules that train whole and are saved with the adapter, by name or last components of names; "
         "heads and modules that the checkpoint lacks are always included"
     ),
 ]
-"""Option type: what trains whole beside it; see `match_modules`."""
+"""Option type: modules that are trained completely; see `match_modules`."""
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -77,12 +77,12 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    inside = " "  # path of the adapted layer that we are in: its parts are none of the model's modules
+    wrapper = " "  # prefix of the current adapted layer, whose children are not modules of the model itself
     for name, module in model.named_modules():
-        if name.startswith(inside):
+        if name.startswith(wrapper):
             continue
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            inside = f"{name}."
+            wrapper = f"{name}."
             module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
         yield name, module
 
@@ -119,7 +119,7 @@ def match_targets(
         whole: full names of modules that train whole, and are left out.
 
     Raises:
-        InputError: a target or a layer matches nothing, with the nearest names; or a target is no linear module.
+        InputError: a target or a layer matches nothing (the nearest names are listed), or is not a linear module.
     """
     linear = linear_modules(model)
     if targets == "all-linear":
@@ -129,15 +129,15 @@ def match_targets(
         if not chosen:
             raise InputError(
                 f"targets: the regular expression '{targets}' matches none of the linear modules, "
-                f"whose full names are like '{linear[0] if linear else ''}'."
+                f"whose full names look like '{linear[0] if linear else ''}'."
             )
     else:
         chosen = []
         for target in targets:
-            hits = [name for name in linear if ends_with(name, target)]
-            if not hits:
-                _refuse(model, target, linear)
-            chosen += [name for name in hits if name not in chosen]
+            matching = [name for name in linear if ends_with(name, target)]
+            if not matching:
+                _reject_target(model, target, linear)
+            chosen += [name for name in matching if name not in chosen]
     chosen = [name for name in chosen if not _lies(name, whole)]
     if layers is not None:
         indices = {int(m.group(1)) for m in map(LAYER_INDEX.search, linear) if m}
@@ -156,17 +156,17 @@ def ends_with(name: str, end: str) -> bool:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a regular expression, which a stranger may have written, matches all of a module's name.
+    """Whether an untrusted regular expression matches a module's full name.
 
     Raises:
-        InputError: it is none, or takes longer than 5 s: nested repetitions can take for ever.
+        InputError: it is invalid, or takes longer than 5 s, as nested repetitions can.
     """
     try:
         return regex.fullmatch(pattern, name, timeout=SECONDS) is not None
     except TimeoutError as error:
         raise InputError(f"the regular expression '{shorten(pattern)}' takes too long on '{shorten(name)}'.") from error
     except (regex.error, RecursionError, MemoryError) as error:
-        raise InputError(f"'{shorten(pattern)}' is no regular expression: {error}.") from error
+        raise InputError(f"'{shorten(pattern)}' is not a regular expression: {error}.") from error
 
 
 def match_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
@@ -209,15 +209,16 @@ def _lies(name: str, outer: Collection[str]) -> bool:
     return any(f"{name}.".startswith(f"{path}.") for path in outer)
 
 
-def _refuse(model: nn.Module, target: str, linear: list[str]) -> None:
+def _reject_target(model: nn.Module, target: str, linear: list[str]) -> None:
     from torch import nn
 
-    last = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+    leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
     named = next((module for name, module in base_modules(model) if ends_with(name, target)), None)
     if isinstance(named, nn.Embedding):
         raise InputError(f"targets: '{target}' is an embedding, which has no low-rank updates: use modules_to_save.")
     if named is not None:
-        raise InputError(f"targets: '{target}' is not a linear module; linear ones are {', '.join(last)}.")
+        raise InputError(f"targets: '{target}' is not a linear module; linear modules: {', '.join(leaves)}.")
     raise InputError(
-        f"targets: no linear module is called '{target}'.{did_you_mean(target, last)} There are {', '.join(last)}."
+        f"targets: no linear module is called '{target}'.{did_you_mean(target, leaves)} "
+        f"Linear modules: {', '.join(leaves)}."
     )

@@ -17,7 +17,7 @@ def data(
         typer.Option("-o", "--override", metavar="KEY=VALUE", help="Override a value of the recipe."),
     ] = None,
     samples: Annotated[int, typer.Option("-n", "--samples", min=0, help="Number of examples to show.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show what training will see: examples with their loss mask, lengths, and what is truncated or dropped."""
     from rich.console import Console
@@ -35,11 +35,11 @@ def data(
     with one_revision(loaded.base.model, loaded.base.revision):
         tokenizer = load_tokenizer(loaded.base.model) if task.needs_tokenizer else None
     build = partial(build_examples, tokenizer=tokenizer, task=task, max_length=loaded.data.max_length)
-    train = build(loaded.data.train)
-    other = build(loaded.data.eval, labels=train.labels or None) if loaded.data.eval is not None else None
-    size = loaded.train
-    steps = len(plan_epoch(train.lengths, size.seed, 0, size.batch_tokens, size.batch_examples, train.groups))
-    report = make_report(train, other, task, tokenizer, samples, steps)
+    train_data = build(loaded.data.train)
+    eval_data = build(loaded.data.eval, labels=train_data.labels or None) if loaded.data.eval is not None else None
+    train = loaded.train
+    batches = plan_epoch(train_data.lengths, train.seed, 0, train.batch_tokens, train.batch_examples, train_data.groups)
+    report = make_report(train_data, eval_data, task, tokenizer, samples, len(batches))
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
     else:

@@ -1,4 +1,4 @@
-"""Fused experts are counted: how many there are, are quantised, and train."""
+"""Counts of fused experts: all, quantised and trainable ones."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def mixture(tmp_path_factory):
     return make
 
 
-def test_a_run_says_how_many_experts_are_adapted(mixture, make_recipe, said):
+def test_a_run_reports_how_many_experts_are_adapted(mixture, make_recipe, said):
     tune(make_recipe(base={"model": str(mixture(32))}, train={"steps": 1}))
     assert any("not quantised; experts: 8, not quantised" in line for line in said)
     assert any(line.startswith("adapted: 8 linears") and line.endswith("; experts: 0 of 8 adapted") for line in said)
 
 
-def test_a_base_says_how_many_a_quantiser_left(mixture):
+def test_a_base_reports_how_many_experts_are_not_quantised(mixture):
     base = load_base(mixture(1), "nf4", "AutoModelForCausalLM", torch.float32)
     assert base.notes[1] == "experts: 0 of 8 in nf4"
     with pytest.raises(InputError, match="fused tensors such as .* nf4 cannot quantise them"):
         load_base(mixture(32), "nf4", "AutoModelForCausalLM", torch.float32)
 
 
-def test_experts_that_train_are_counted(mixture):
+def test_trainable_experts_are_counted(mixture):
     model = load_base(mixture(32), "none", "AutoModelForCausalLM", torch.float32).model
     assert count_experts(model) == Experts(8, 0, 0)
     experts = "model.layers.1.mlp.experts"
@@ -61,7 +61,7 @@ def test_a_dense_model_has_none(tiny_base):
     base = load_base(tiny_base, "none", "AutoModelForCausalLM", torch.float32)
     assert count_experts(base.model) == Experts()
     assert not any("experts" in note for note in base.notes)
-    assert count_experts(nn.Sequential(nn.Conv1d(4, 4, 3))) == Experts()  # a parameter of three dimensions
+    assert count_experts(nn.Sequential(nn.Conv1d(4, 4, 3))) == Experts()  # a three-dimensional parameter
 
 
 @pytest.mark.parametrize(
