@@ -78,7 +78,8 @@ _EXPORTS = {
         "budwood.errors",
     ),
     **dict.fromkeys(
-        ("Layers", "ModulesToSave", "Targets", "match_modules", "match_targets"), "budwood.adapters.targets"
+        ("Layers", "ModulesToSave", "Targets", "match_modules", "match_targets", "whole_modules"),
+        "budwood.adapters.targets",
     ),
     "AdapterPool": "budwood.adapters.pool",
     "use_adapters": "budwood.adapters.use",

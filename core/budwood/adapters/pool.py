@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from budwood.adapters.golden import measure
 from budwood.adapters.live import module_ids, unchanged_on_error
 from budwood.adapters.owner import owner_options, start_owner
+from budwood.adapters.peft_config import PREFIX
 from budwood.adapters.store import SavedAdapter, read_adapter, template_hash, tokenizer_hash
 from budwood.adapters.use import use_adapters
 from budwood.contract.calls import ask_owner
@@ -153,7 +154,8 @@ class AdapterPool:
             The adapter; its `notes` are messages for the user.
 
         Raises:
-            InputError: the name is taken or invalid; the base, task or labels differ; no strategy owns the type.
+            InputError: the name is taken or invalid; the base, task or labels differ; no strategy owns the type; a part
+                of the model is neither in the base's checkpoint nor in the adapter.
             CorruptError: the folder is damaged or altered, or its tensors do not fit the base.
         """
         check_name(name)
@@ -166,6 +168,12 @@ class AdapterPool:
             allow_other_base=allow_other_base,
         )
         self._check_task(saved)
+        lacking = [key for key in self.base.new if PREFIX + key not in saved.infos]
+        if lacking:
+            raise InputError(
+                f"{directory}: holds no '{lacking[0]}', nor does the base's checkpoint, so it would be random: train "
+                "the adapter again, or add it to the base."
+            )
         owner = self._owner(saved)
         key = next(self._keys)
         tensors = saved.load_tensors()

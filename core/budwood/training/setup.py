@@ -24,7 +24,7 @@ from accelerate.tracking import get_available_trackers
 from budwood.contract.discovery import PluginError
 from budwood.contract.loading import create
 from budwood.contract.registry import Composition
-from budwood.contract.strategy import Strategy, hookimpl
+from budwood.contract.strategy import RUN_ADAPTER, Strategy, hookimpl
 from budwood.contract.types import BestMetric, Plan, Run
 from budwood.data.build import build_examples, overlap
 from budwood.data.examples import Examples, check_examples
@@ -298,14 +298,20 @@ def prepare_model(run: Run, hooks: Composition) -> Any:
 
 
 def _report_size(run: Run, report: Report) -> None:
+    from budwood.adapters.peft_layers import describe_adapter
+
     trainable = sum(p.numel() for p in run.trainable)
     total = run.base.parameters + trainable
     train = run.recipe.train
     size = f"{train.batch_examples} examples" if train.batch_examples else f"{train.batch_tokens} tokens"
     names = ", ".join(strategy.name for strategy in run.strategies)
     experts = count_experts(run.model)
-    expert_counts = f"; {experts.trained:,} of {experts.total:,} experts adapted" if experts.total else ""
-    report.say(f"{names}: {trainable:,} trainable parameters ({trainable / total:.2%} of {total:,}){expert_counts}")
+    report.say(f"{names}: {trainable:,} trainable parameters ({trainable / total:.2%} of {total:,})")
+    adapted = describe_adapter(run.model, RUN_ADAPTER)
+    if experts.total:
+        adapted += f"{'; ' if adapted else ''}experts: {experts.trained:,} of {experts.total:,} adapted"
+    if adapted:
+        report.say(f"adapted: {adapted}")
     report.say(f"{run.steps} optimizer steps of {size}, at most {train.micro_tokens} tokens at once")
     if train.steps is None and (run.steps or 0) < FEW_STEPS:
         unit = "batch_examples" if train.batch_examples else "batch_tokens"
