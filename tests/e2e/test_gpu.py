@@ -133,7 +133,7 @@ def test_memory_that_runs_out_splits_the_step(recipe: Callable[..., Recipe], cap
         run = budwood.tune(recipe("split", rows=2048, **options))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert "out of memory: the step begins again" in capfd.readouterr().err
+    assert "out of memory: the step is repeated" in capfd.readouterr().err
     assert run.micro_tokens < 1 << 20
     for name, tensor in adapter(run).items():
         torch.testing.assert_close(tensor, whole[name], atol=1e-5, rtol=1e-3)
@@ -188,7 +188,9 @@ def test_tokens_of_other_examples_do_not_change_a_bit(
     assert budwood.tune(recipe("run", base={"quantization": "nf4"}, precision="bf16"), quiet=True).packed
 
 
-def test_a_disabled_adapter_gives_the_base_bitwise(recipe: Callable[..., Recipe], tiny_base: Path) -> None:
+def test_without_an_adapter_in_use_logits_are_bitwise_identical_to_the_base(
+    recipe: Callable[..., Recipe], tiny_base: Path
+) -> None:
     run = budwood.tune(recipe("run"), quiet=True)
     pool = budwood.AdapterPool(str(tiny_base), quantization="nf4", device="cuda")
     ids = torch.arange(5, 25, device="cuda")[None]

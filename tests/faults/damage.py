@@ -41,7 +41,7 @@ def _resumes(shop: Shop, method: str, stopped: Path, foreign: Path, every: int, 
             shutil.copytree(path.parent, recipe.output / FOLDER / newest.name)
             ended = shop.tune(recipe, resume=True)
             lost = f"the resume ended with {ended.code}: {ended.error}" if ended.code else ""
-            if not lost and not (newest.name in ended.said and "before it" in ended.said):
+            if not lost and not (newest.name in ended.said and "previous checkpoint" in ended.said):
                 lost = "the resume did not report the corrupt checkpoint and the fallback to the one before it"
             lost = lost or shop.compare(method, recipe.output)
             shop.remove(recipe.output)

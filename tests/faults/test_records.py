@@ -91,7 +91,7 @@ def test_a_failing_tracker_is_retried_and_does_not_affect_others() -> None:
     trackers.close()
     assert [line for line in said if "bad" in line] == [
         "warning: tracker bad failed (ConnectionError: no route to the tracker); the run continues "
-        "and counts what is lost",
+        "and counts the lost records",
         "warning: tracker bad did not finish (ConnectionError: gone for good)",
         "warning: tracker bad is missing 5 records",
     ]

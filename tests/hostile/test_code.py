@@ -275,8 +275,8 @@ def change(path: Path, **changes: object) -> None:
             {"auto_map": CLASSES, "trust_remote_code": True, "model_type": "own"},
             "custom Python code",
         ),
-        ("config.json", {"model_type": "payload.Config"}, "not known"),
-        ("config.json", {"model_type": "../../payload"}, "not known"),
+        ("config.json", {"model_type": "payload.Config"}, "does not support model type"),
+        ("config.json", {"model_type": "../../payload"}, "does not support model type"),
         (
             "config.json",
             {"architectures": ["payload.Model"], "_target_": "payload.Model", "custom_code": "payload"},

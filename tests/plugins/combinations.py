@@ -100,7 +100,7 @@ REFUSALS = [
         "`adversarial` or `distillation` alone: nothing trains",
         "causal-lm",
         [{"adversarial": {"method": "fgm"}}],
-        "none of them trains anything: add an adapter such as lora",
+        "none has trainable parameters: add an adapter such as lora",
     ),
     Refusal(
         "`teacher: base`, if the base has no trained classification head",

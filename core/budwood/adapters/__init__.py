@@ -1,1 +1,1 @@
-"""Adapters on disk (store) and on a live model (pool); knows nothing of recipes or training."""
+"""Adapters on disk (store) and on a live model (pool); independent of recipes and training."""

@@ -1,4 +1,4 @@
-"""Golden logits: what an adapter answered to a few prompts when it was saved, and how far another answer is from it."""
+"""Golden logits: an adapter's logits on a few probes when it was saved, and the distance of other logits from them."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ if TYPE_CHECKING:
     from budwood.model.task import Task
 
 TOLERANCE = 1e-5
-"""Largest difference of a logit that a replay in the same setting may show."""
+"""Largest allowed difference of a logit in a replay in the same setting."""
+ROUNDING = 0.05
+"""Divergence from a reference, in nats, that 16-bit weights and arithmetic stay well below."""
 KERNEL_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
-"""Environment variables that choose kernels of oneDNN and MKL, whose numbers differ in their last bits."""
+"""Environment variables that select the kernels of oneDNN and MKL, whose results differ in their last bits."""
 
 
 @dataclass(frozen=True)
 class Golden:
-    """Probes and the logits at them.
+    """Probes and their logits.
 
     Attributes:
-        probes: what the model is asked, each scored at one position.
-        base: [probes, vocabulary or classes] fp32, of the base alone.
-        adapter: the same with the adapter.
+        probes: inputs of the model, each with one scored position.
+        base: logits of the base alone, [probes, vocabulary or classes] fp32.
+        adapter: logits with the adapter, same shape.
     """
 
     probes: list[Example]
@@ -45,12 +47,12 @@ class Golden:
 
     @classmethod
     def of(cls, probes: Sequence[Example], base: Sequence[Tensor], adapter: Sequence[Tensor]) -> Golden:
-        """Gather probes and logits [vocabulary or classes], one of each for a probe."""
+        """Combine probes with their logits, one vector [vocabulary or classes] per probe."""
         rows = [torch.stack([row.detach().float().cpu() for row in logits]) for logits in (base, adapter)]
         return cls(list(probes), *rows)
 
     def save(self, path: Path) -> None:
-        """Write as safetensors: `base`, `adapter`, and of probe i `i/position` and `i/inputs/NAME`."""
+        """Write as safetensors: `base`, `adapter`, and for probe i `i/position` and `i/inputs/NAME`."""
         from safetensors.torch import save_file
 
         tensors = {"base": self.base, "adapter": self.adapter}
@@ -62,10 +64,10 @@ class Golden:
 
     @classmethod
     def load(cls, path: Path) -> Golden:
-        """Read what `save` wrote, or what an earlier version did: `prompts` and their `lengths`.
+        """Read a file written by `save`, or by an earlier version (`prompts` and their `lengths`).
 
         Raises:
-            CorruptError: it is no such file.
+            CorruptError: the file holds no valid golden logits.
         """
         from safetensors.torch import load_file
 
@@ -73,20 +75,20 @@ class Golden:
         tensors = load_file(path) if {"base", "adapter"} <= set(infos) else {}
         base, adapter = tensors.pop("base", torch.empty(0)), tensors.pop("adapter", torch.empty(0))
         probes = _read_prompts(tensors) if set(tensors) == {"prompts", "lengths"} else _read_probes(tensors)
-        sound = (
+        valid = (
             probes
             and base.ndim == 2
             and base.shape == adapter.shape
             and len(base) == len(probes)
             and all(logits.isfinite().all() for logits in (base, adapter))
         )
-        if not sound:
+        if not valid:
             raise CorruptError(f"{path}: holds no golden logits.")
         return cls(probes, base, adapter)
 
 
 def _read_probes(tensors: dict[str, Tensor]) -> list[Example]:
-    """The probes in a file's tensors; none if they are not sound."""
+    """Return the probes in a file's tensors; an empty list if they are invalid."""
     probes: list[Example] = []
     while f"{len(probes)}/position" in tensors:
         prefix = f"{len(probes)}/inputs/"
@@ -105,8 +107,8 @@ def _read_probes(tensors: dict[str, Tensor]) -> list[Example]:
 
 def _read_prompts(tensors: dict[str, Tensor]) -> list[Example]:
     prompts, lengths = tensors["prompts"], tensors["lengths"].tolist()
-    whole = all(tensor.dtype == torch.int32 and tensor.ndim == 1 for tensor in tensors.values())
-    if not whole or not lengths or min(lengths) < 1 or len(prompts) != sum(lengths):
+    valid = all(tensor.dtype == torch.int32 and tensor.ndim == 1 for tensor in tensors.values())
+    if not valid or not lengths or min(lengths) < 1 or len(prompts) != sum(lengths):
         return []
     return [_probe({"input_ids": ids.numpy()}, len(ids) - 1) for ids in prompts.split(lengths)]
 
@@ -117,12 +119,12 @@ def _probe(inputs: dict[str, np.ndarray], position: int) -> Example:
 
 @dataclass(frozen=True)
 class Distance:
-    """How far logits are from a reference, over all prompts.
+    """Distance of logits from a reference, over all prompts.
 
     Attributes:
         largest: largest difference of a logit.
         divergence: mean Kullback-Leibler divergence from the reference's probabilities, in nats.
-        agreement: share of prompts whose most probable token or class is the same.
+        agreement: fraction of prompts with the same most probable token or class.
     """
 
     largest: float
@@ -138,6 +140,14 @@ class Distance:
         agreement = (reference.argmax(-1) == other.argmax(-1)).double().mean()
         return cls(float((reference - other).abs().max()), max(float(divergence), 0.0), float(agreement))
 
+    def is_another_model(self, setting: Distance | None = None) -> bool:
+        """Return whether the divergence is more than rounding, and a setting that changes the base too, account for.
+
+        Args:
+            setting: the same distance of the base alone, if the settings differ.
+        """
+        return not self.divergence <= ROUNDING + (4 * setting.divergence if setting is not None else 0)
+
     def __str__(self) -> str:
         return (
             f"largest logit difference {self.largest:.2g}, divergence {self.divergence:.2g} nats, "
@@ -146,9 +156,10 @@ class Distance:
 
 
 def measure(task: Task, model: nn.Module, tokenizer: Any, probes: Sequence[Example], dtype: torch.dtype) -> Tensor:
-    """Logits [probes, …] fp32 on the CPU at each probe's position, one probe at a time, in evaluation mode.
+    """Return the logits at each probe's position, [probes, …] fp32 on the CPU.
 
-    The model's own forward computes them. `dtype` is the compute dtype; 16 bit runs under autocast, as training does.
+    The model's own forward computes them in evaluation mode, one probe at a time. `dtype` is the compute dtype; 16 bit
+    runs under autocast, as in training.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -168,7 +179,7 @@ def measure(task: Task, model: nn.Module, tokenizer: Any, probes: Sequence[Examp
 
 
 def current_setting(base: Base) -> GoldenRecord:
-    """What decides which numbers `measure` gives for a base on this machine."""
+    """Return the setting that determines the results of `measure` for a base on this machine."""
     return GoldenRecord(
         device=_device_name(torch.device(base.device)),
         dtype=str(base.dtype).removeprefix("torch."),
@@ -194,7 +205,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def comparable(recorded: GoldenRecord, current: GoldenRecord) -> bool:
-    """Whether the same logits are due: same device, dtype and quantization; in 16 bit also the same torch."""
+    """Whether logits must agree: same device, dtype and quantization; in 16 bit also the same torch version."""
     if any(getattr(recorded, name) != getattr(current, name) for name in ("device", "dtype", "quantization")):
         return False
     return recorded.dtype == "float32" or recorded.torch == current.torch
@@ -202,10 +213,10 @@ def comparable(recorded: GoldenRecord, current: GoldenRecord) -> bool:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Compute with `count` CPU threads inside the context: how a sum is split decides its last bits."""
-    before = torch.get_num_threads()
+    """Compute with `count` CPU threads inside the context, since the split of a sum affects its last bits."""
+    previous = torch.get_num_threads()
     torch.set_num_threads(min(max(count, 1), os.cpu_count() or 1))
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous)

@@ -1,4 +1,4 @@
-"""What the owner of an adapter does to a live model: seen, and undone where it fails."""
+"""Detect an adapter owner's changes to a live model, and undo them after a failure."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import nn
 
 
 def module_ids(model: nn.Module) -> list[tuple[str, int]]:
-    """Path and identity of every module: equal where nothing was put in or taken out."""
+    """Return path and identity of every module; the list is equal if no module was added, removed or replaced."""
     return [(path, id(module)) for path, module in model.named_modules(remove_duplicate=False)]
 
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """After an exception, put back every module's children, parameters, hooks and attributes."""
+    """Restore every module's children, parameters, hooks and attributes after an exception."""
     before = [(module, dict(vars(module)), _copies(vars(module))) for module in model.modules()]
     try:
         yield
     except BaseException:
         for module, attributes, copies in before:
-            for name, items in copies.items():  # into the same dicts, since handles of hooks refer to them
+            for name, items in copies.items():  # into the same dicts, to which hook handles refer
                 attributes[name].clear()
                 attributes[name].update(items)
             vars(module).clear()

@@ -1,4 +1,4 @@
-"""budwood.json, which lies beside an adapter: what it says, field by field."""
+"""The fields of budwood.json, the manifest in an adapter's folder."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ FORMAT = 3
 
 
 class _Record(BaseModel):
-    """Part of budwood.json. Fields of a later minor version are let through; wrong types are refused."""
+    """Part of budwood.json. Unknown fields of a later minor version are ignored; wrong types are rejected."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
 
 class BaseRecord(_Record):
-    """The base that an adapter was trained on; `fingerprint` is that of its unquantised weights on disk.
+    """The base that an adapter was trained on.
 
-    `revision` is the hub's commit, None for a folder.
+    `fingerprint` identifies its unquantised weights on disk. `revision` is the hub's commit, None for a folder.
     """
 
     name: str
@@ -31,14 +31,14 @@ class BaseRecord(_Record):
 
 
 class EvaluationRecord(_Record):
-    """How the run measured the metrics: with the base's record and the golden's threads, all that decides their digits.
+    """How the run evaluated. With the base's record and the golden's threads, it determines the metrics' digits.
 
     Attributes:
-        max_length: tokens at which rows were cut.
-        tokens: at most so many at once, which decides what stands in a batch.
+        max_length: tokens at which rows were truncated.
+        tokens: largest number of tokens per batch, which determines the batches' contents.
         packed: whether examples shared a row.
         attention: the attention implementation of the model.
-        generate: at most so many prompts were answered.
+        generate: largest number of prompts answered.
         loss_on: which tokens of the data have a loss.
     """
 
@@ -63,7 +63,7 @@ class ChatRecord(_Record):
 
 
 class GoldenRecord(_Record):
-    """Where the golden logits were computed: what `verify` needs to know whether it may expect the same numbers."""
+    """The setting in which the golden logits were computed, by which `verify` decides whether they must agree."""
 
     device: str
     dtype: str
@@ -73,18 +73,18 @@ class GoldenRecord(_Record):
 
 
 class Manifest(_Record):
-    """budwood.json: what an adapter is, of whom, and the hash of every file beside it."""
+    """budwood.json: an adapter's type, owner and origin, and the hash of every other file in its folder."""
 
     format: int = FORMAT
     adapter_type: str = Field(pattern=r"^[\w.-]+$")
     """Name of the strategy that attaches it."""
     distribution: str = Field(pattern=r"^([\w.-]+ [\w.+!-]+)?$")
-    """Distribution and version of that strategy, "budwood 0.1.0"."""
+    """Distribution and version of that strategy, such as "budwood 0.1.0"."""
     base: BaseRecord
     task: str = "causal-lm"
     labels: list[str] = Field(default_factory=list)
     stop_ids: list[int] = Field(default_factory=list)
-    """Tokens that end an answer, beside the end-of-sequence token: ends of turn of the chat template."""
+    """Tokens that end an answer in addition to the end-of-sequence token: the chat template's end-of-turn tokens."""
     tokenizer: str = ""
     template: str = ""
     chat: ChatRecord | None = None
@@ -94,5 +94,5 @@ class Manifest(_Record):
     """Name, distribution and options of every strategy of the run."""
     golden: GoldenRecord | None = None
     files: dict[str, str] = Field(default_factory=dict)
-    """SHA-256 of every other file in the folder; filled when it is written."""
+    """SHA-256 of every other file in the folder."""
     created_by: str = ""

@@ -1,4 +1,4 @@
-"""Leave Budwood: merge an adapter into its base's original weights, or write a folder that stock PEFT opens."""
+"""Use an adapter without Budwood: merge it into its base's original weights, or export it for stock PEFT."""
 
 from __future__ import annotations
 
@@ -20,31 +20,34 @@ from budwood.adapters.verify import base_name, open_pool
 from budwood.contract.calls import ask_owner
 from budwood.contract.discovery import PluginError
 from budwood.contract.loading import load_strategy
-from budwood.errors import InputError
+from budwood.errors import CorruptError, InputError
 from budwood.model.checkpoint import read_config, resolve
 from budwood.model.text_tasks import as_probe
 from budwood.untrusted.files import complete_directory
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_ROUNDED_AWAY = 0.05
-"""Largest share of an update that may be lost to rounding unasked."""
+"""Largest fraction of an update that may be lost to rounding without `force`."""
+EXACT = 1e-3
+"""Largest difference of a logit between adapter and merged weights in fp32, relative to the largest logit."""
 RECORD = "budwood-merge.json"
 SENTENCES = ("The", "In the beginning there was", "def main():\n    ", "1, 2, 3, 4,")
-"""What an adapter without golden prompts is compared on."""
+"""Prompts for the comparison of an adapter without golden logits."""
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did.
+    """The result of a merge.
 
     Attributes:
-        weights: how many of the base's tensors it changed.
-        rounded_away: share of the update that rounding to `dtype` takes away, 1 - <applied, update> / <update, update>
-            over all changed weights: 0 where nothing is lost, 1 where every weight rounds back to what it was.
-        worst: name of the weight that loses most, and its share.
-        unquantized: merged model from the unquantised base with the adapter, on the golden prompts.
-        recorded: merged model from the golden logits, which a quantised base may have given; None without any.
-        notes: what the user should know.
+        weights: number of the base's tensors that changed.
+        rounded_away: fraction of the update lost by rounding to `dtype`, 1 - <applied, update> / <update, update> over
+            all changed weights: 0 if nothing is lost, 1 if every weight rounds back to its old value.
+        worst: name of the weight with the largest loss, and its fraction.
+        unquantized: distance of the merged model from the unquantised base with the adapter, on the golden prompts.
+        recorded: distance of the merged model from the golden logits, which a quantised base may have produced; None
+            without golden logits.
+        notes: messages for the user.
     """
 
     directory: Path
@@ -69,19 +72,21 @@ def merge(
 ) -> MergeReport:
     """Merge an adapter into the original, unquantised weights of its base and save a stock transformers folder.
 
-    The sum is computed in fp32 and rounded once; memory for it is 4 bytes a parameter, and 2 for the originals.
+    The sum is computed in fp32 and rounded once. It takes 4 bytes of memory per parameter, plus 2 for the originals.
 
     Args:
-        directory: the adapter.
-        out: where the merged model goes; must not exist.
-        base: where the base is now; absent: where it was.
-        dtype: of the merged weights: bf16, fp16 or fp32.
-        device: where it is computed.
-        force: write although more than 5 % of the update is rounded away.
-        allow_other_base: merge into another base all the same; recorded.
+        directory: the adapter's folder.
+        out: folder for the merged model; it may not exist yet.
+        base: current location of the base; None: as recorded.
+        dtype: dtype of the merged weights: bf16, fp16 or fp32.
+        device: device of the computation.
+        force: write even if more than 5 % of the update is rounded away.
+        allow_other_base: merge into a base with a different fingerprint; recorded.
 
     Raises:
-        InputError: the base is quantised on disk; `out` exists; too much would be rounded away. Nothing is written.
+        InputError: the base is quantised on disk, `out` exists, or too much would be rounded away. Nothing is written.
+        CorruptError: the merged model differs from what training recorded by more than the base alone does.
+        PluginError: before rounding, the merged weights differ from base and adapter.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
@@ -89,22 +94,29 @@ def merge(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists already: choose another folder, or remove it.")
     saved = read_adapter(directory)
-    _refuse_quantised(saved, base)
+    _check_unquantised(saved, base)
     pool = open_pool(
         saved, base, quantization="none", precision="fp32", device=device, allow_other_base=allow_other_base
     )
     model, target = pool.model, DTYPES[dtype]
-    before = _originals(model)
+    originals = _original_weights(model)
     notes = pool.load("adapter", saved.directory, allow_other_base=allow_other_base).notes
     golden = Golden.load(saved.directory / GOLDEN) if (saved.directory / GOLDEN).exists() and saved.manifest else None
     probes = golden.probes if golden else [as_probe(pool.tokenizer(text)["input_ids"]) for text in SENTENCES]
+    base_alone = measure(pool.task_plugin, model, pool.tokenizer, probes, torch.float32)
     pool.use("adapter")
-    with_adapter = measure(pool.kind, model, pool.tokenizer, probes, torch.float32)
+    with_adapter = measure(pool.task_plugin, model, pool.tokenizer, probes, torch.float32)
     pool.merge("adapter")
-    changed, rounded_away, worst = _round(model, before, target)
+    exact = Distance.between(with_adapter, measure(pool.task_plugin, model, pool.tokenizer, probes, torch.float32))
+    if not exact.largest <= EXACT * max(1.0, float(with_adapter.abs().max())):
+        raise PluginError(
+            f"strategy '{saved.adapter_type}' merged {saved.directory} into another model ({exact}): nothing was "
+            "written. Report it to its author."
+        )
+    changed, rounded_away, worst = _round(model, originals, target)
     if not changed:
         raise InputError(f"{saved.directory}: merging changes no weight of the base.")
-    merged = measure(pool.kind, model, pool.tokenizer, probes, torch.float32)
+    merged = measure(pool.task_plugin, model, pool.tokenizer, probes, torch.float32)
     report = MergeReport(
         out,
         dtype,
@@ -120,6 +132,18 @@ def merge(
             f"{dtype} would round away {rounded_away:.0%} of the update ({report.unquantized}): "
             "nothing was written. Use --dtype fp32, or --force."
         )
+    if report.unquantized.is_another_model():
+        raise InputError(
+            f"rounding to {dtype} would give another model ({report.unquantized}): nothing was written. "
+            "Use --dtype fp32."
+        )
+    if golden is not None and report.recorded is not None:
+        setting = Distance.between(golden.base, base_alone)
+        if report.recorded.is_another_model(setting):
+            raise CorruptError(
+                f"{saved.directory}: on this base it is another model than the one that training recorded "
+                f"({report.recorded}; the bases alone: {setting}): nothing was written. Use the base of its run."
+            )
     with complete_directory(out) as folder:
         model.to(target).save_pretrained(folder)  # type: ignore[operator]
         pool.tokenizer.save_pretrained(folder)
@@ -127,21 +151,22 @@ def merge(
     return report
 
 
-def _refuse_quantised(saved: SavedAdapter, base: str | None) -> None:
+def _check_unquantised(saved: SavedAdapter, base: str | None) -> None:
     name = base_name(saved, base)
     if name is not None and "quantization_config" in read_config(resolve(name, weights=False)):
         raise InputError(
-            f"base '{name}' is quantised on disk, and an adapter is merged into original weights only: "
-            "give the unquantised original with --base DIR --allow-other-base."
+            f"base '{name}' is quantised on disk, but an adapter can only be merged into original weights: "
+            "pass the unquantised original with --base DIR --allow-other-base."
         )
 
 
-def _originals(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters, in the 16-bit dtype that holds them exactly where there is one."""
-    return {name: _narrowed(parameter.detach()) for name, parameter in model.named_parameters()}
+def _original_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of all parameters by every name, each in a 16-bit dtype if one represents it exactly."""
+    copies = {parameter: _narrow_copy(parameter.detach()) for parameter in model.parameters()}
+    return {name: copies[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
-def _narrowed(value: Tensor) -> Tensor:
+def _narrow_copy(value: Tensor) -> Tensor:
     for dtype in (torch.bfloat16, torch.float16):
         narrow = value.to(dtype)
         if narrow.to(value.dtype).equal(value):
@@ -150,17 +175,17 @@ def _narrowed(value: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _round(model: nn.Module, before: dict[str, Tensor], target: torch.dtype) -> tuple[int, float, tuple[str, float]]:
-    """Round every parameter to what `target` holds; return how many changed, the share rounded away, and the worst."""
+def _round(model: nn.Module, originals: dict[str, Tensor], target: torch.dtype) -> tuple[int, float, tuple[str, float]]:
+    """Round all parameters to `target`; return how many changed, the fraction rounded away, and the worst weight."""
     changed, update, applied = 0, 0.0, 0.0
     worst = ("", -math.inf)
     for name, parameter in model.named_parameters():
-        old, whole = before[name].to(parameter.dtype), parameter.detach().clone()
-        parameter.copy_(whole.to(target))
-        if whole.equal(old):
+        old, exact = originals[name].to(parameter.dtype), parameter.detach().clone()
+        parameter.copy_(exact.to(target))
+        if exact.equal(old):
             continue
-        delta, done = (whole - old).double(), (parameter - old.to(target).to(parameter.dtype)).double()
-        square, kept = float((delta * delta).sum()), float((done * delta).sum())
+        delta, rounded = (exact - old).double(), (parameter - old.to(target).to(parameter.dtype)).double()
+        square, kept = float((delta * delta).sum()), float((rounded * delta).sum())
         changed, update, applied = changed + 1, update + square, applied + kept
         if 1 - kept / square >= worst[1]:
             worst = (name, 1 - kept / square)
@@ -175,15 +200,15 @@ def _record(saved: SavedAdapter, base: str, report: MergeReport, force: bool) ->
 
 
 def export(directory: str | Path, out: str | Path, format: str = "peft") -> Path:
-    """Write a folder that stock PEFT opens: config and weights alone, without what Budwood adds.
+    """Write a folder that stock PEFT opens: config and weights only, without Budwood's own files.
 
     Args:
-        directory: the adapter.
-        out: where it goes; must not exist.
-        format: peft: as it is; or another adapter type that its owner can turn it into, such as lora.
+        directory: the adapter's folder.
+        out: the new folder; it may not exist yet.
+        format: peft: unchanged; or another adapter type to which its owner can convert it, such as lora.
 
     Raises:
-        InputError: a format that the adapter does not have, a type that PEFT does not know, or `out` exists.
+        InputError: the adapter cannot be converted to `format`, PEFT does not know its type, or `out` exists.
         CorruptError: the adapter is damaged.
     """
     saved = read_adapter(directory)
@@ -199,9 +224,9 @@ def export(directory: str | Path, out: str | Path, format: str = "peft") -> Path
     with complete_directory(Path(out)) as folder:
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        if format != "peft" and (made := read_adapter(folder).adapter_type) != format:
+        if format != "peft" and (result := read_adapter(folder).adapter_type) != format:
             raise PluginError(
-                f"strategy '{saved.adapter_type}' made an adapter of type '{made}' where '{format}' was asked for."
+                f"strategy '{saved.adapter_type}' returned an adapter of type '{result}' instead of '{format}'."
             )
     return Path(out)
 
@@ -209,7 +234,7 @@ def export(directory: str | Path, out: str | Path, format: str = "peft") -> Path
 def _convert(
     saved: SavedAdapter, tensors: dict[str, Tensor], adapter_type: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors of the adapter as one of another type, by its owner."""
+    """Convert the adapter to another type through its owner; returns config and tensors."""
     cls, _ = load_strategy(saved.adapter_type)
     converted = None
     if hasattr(cls, "convert_adapter"):

@@ -1,4 +1,4 @@
-"""The strategy that owns a saved adapter, started with the options of its run if it does not start without."""
+"""Start the strategy that owns a saved adapter, with the options of its run if it requires options."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from budwood.errors import InputError
 
 
 def owner_options(saved: SavedAdapter) -> dict[str, Any]:
-    """Return the options that an adapter's owner starts with: none, or if one is required, those of the adapter's run.
+    """Return the options to start an adapter's owner with: none, or those of the adapter's run if any are required.
 
     Raises:
-        InputError: an option is required, and no budwood.json records it.
+        InputError: an option is required, but no budwood.json records it.
         PluginError: the strategy is not installed or broken.
     """
     cls, entry = load_strategy(saved.adapter_type)
@@ -28,8 +28,8 @@ def owner_options(saved: SavedAdapter) -> dict[str, Any]:
             options: dict[str, Any] = record["options"]
             return options
     raise InputError(
-        f"{saved.directory}: strategy '{saved.adapter_type}' of {entry.owner} has options that are required, and no "
-        "budwood.json says what they were: open the folder that its run wrote."
+        f"{saved.directory}: strategy '{saved.adapter_type}' of {entry.owner} has required options, but no "
+        "budwood.json records them: open the folder that its run wrote."
     )
 
 
@@ -37,7 +37,7 @@ def start_owner(saved: SavedAdapter) -> Strategy:
     """Start the strategy that owns an adapter.
 
     Raises:
-        InputError: see `owner_options`; or the options that budwood.json records are not valid.
+        InputError: see `owner_options`; or the options in budwood.json are invalid.
         PluginError: the strategy is not installed or broken.
     """
     return build_strategy(saved.adapter_type, owner_options(saved), f"{saved.directory / 'budwood.json'}")

@@ -1,13 +1,16 @@
-"""Adapters on a live model: load, use, swap, unload, generate. The pool knows no method; an adapter's owner does."""
+"""Adapters on a live model: load, use, swap, unload, generate. An adapter's owner does everything method-specific."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +19,7 @@ from budwood.adapters.golden import measure
 from budwood.adapters.live import module_ids, unchanged_on_error
 from budwood.adapters.manifest import ChatRecord
 from budwood.adapters.owner import owner_options, start_owner
+from budwood.adapters.peft_config import PREFIX
 from budwood.adapters.store import SavedAdapter, read_adapter, template_hash, tokenizer_hash
 from budwood.adapters.use import use_adapters
 from budwood.contract.calls import ask_owner
@@ -33,12 +37,12 @@ from budwood.model.text_tasks import as_probe
 from budwood.untrusted.files import check_name
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
-"""A text, chat messages, or token ids."""
+"""Text, chat messages, or token ids."""
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    """An adapter on the model; `key` is its name there, which no name of the user's can break."""
+    """An adapter on the model; `key` is its internal name there, independent of the user's name for it."""
 
     key: str
     owner: Strategy
@@ -47,16 +51,33 @@ class _Loaded:
 
 @dataclass(frozen=True)
 class Classified:
-    """The class of a text and every class's probability."""
+    """The predicted class of a text, and the probability of every class."""
 
     label: str
     probabilities: dict[str, float]
 
 
-class AdapterPool:
-    """A base with any number of adapters on it, of any installed types, one, another or none in use.
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
-    With none in use the model computes the base's own bits.
+
+def _serialised(method: _Method) -> _Method:
+    """Let one thread at a time call a method of a pool."""
+
+    @wraps(method)
+    def call(self: AdapterPool, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+class AdapterPool:
+    """A base with any number of adapters of any installed types, of which one, several or none are in use.
+
+    With none in use, the model's output is bitwise identical to the base's.
+
+    Threads may share a pool: their calls run one after the other, and `load` waits for them. `use` selects the adapter
+    for the calling thread; a thread that has not selected one follows the last selection of any thread.
     """
 
     def __init__(
@@ -73,27 +94,27 @@ class AdapterPool:
         """Load the base.
 
         Args:
-            base: a folder, a hub name, or a loaded `Base`, which then belongs to the pool.
+            base: a folder, a hub name, or a loaded `Base`, which only the pool may use from then on.
             quantization: none, int8, nf4, fp4.
             task: name of the task that the adapters were trained for.
-            labels: classes, for a classification.
-            precision: fp32, bf16, fp16, or auto: what is fast here.
+            labels: class names, for classification.
+            precision: fp32, bf16, fp16, or auto: the fastest on this machine.
             device: cpu, cuda, or auto.
-            double_quantization: quantise the constants of nf4 and fp4 too.
+            double_quantization: also quantise the constants of nf4 and fp4.
 
         Raises:
-            InputError: no such base, quantization or task.
+            InputError: there is no such base, quantization or task.
             ResourceError: the machine cannot load it.
             CorruptError: the base is damaged.
         """
         silence_libraries()
         self.task = task
-        self.kind: Task = create(task, "budwood.tasks")
+        self.task_plugin: Task = create(task, "budwood.tasks")
         if not isinstance(base, Base):
             chosen, dtype, _ = pick_device_precision(device, precision)
-            kwargs, tokenizer = self.kind.model_kwargs(list(labels or ())), self.kind.needs_tokenizer
+            kwargs, tokenizer = self.task_plugin.model_kwargs(list(labels or ())), self.task_plugin.needs_tokenizer
             base = load_base(
-                base, quantization, self.kind.auto_class, dtype, chosen, double_quantization=double_quantization,
+                base, quantization, self.task_plugin.auto_class, dtype, chosen, double_quantization=double_quantization,
                 model_kwargs=kwargs, needs_tokenizer=tokenizer,
             )  # fmt: skip
         self.base = base
@@ -101,41 +122,46 @@ class AdapterPool:
         self.tokenizer = base.tokenizer
         self._modules = module_ids(self.model)
         self._loaded: dict[str, _Loaded] = {}
-        self._owners: dict[tuple[str, str], Strategy] = {}  # by adapter type and options
+        self._owners: dict[tuple[str, str], Strategy] = {}  # keyed by adapter type and options
         self._keys = (f"adapter{number}" for number in itertools.count(1))
-        self._current: str | None = None
+        self._lock = threading.RLock()
+        self._current: str | None = None  # the last selection of any thread
+        self._own = threading.local()  # .name: that of this thread
 
     @property
     def names(self) -> list[str]:
-        """Names of the adapters, in the order in which they were loaded."""
+        """Names of the loaded adapters, in loading order."""
         return list(self._loaded)
 
     @property
     def current(self) -> str | None:
-        """Name of the adapter in use."""
-        return self._current
+        """Name of the adapter in use by the calling thread, or None."""
+        name: str | None = getattr(self._own, "name", self._current)
+        return name
 
     def adapter(self, name: str) -> SavedAdapter:
-        """What is known of a loaded adapter.
+        """Return the saved adapter behind a loaded name.
 
         Raises:
             InputError: no adapter of that name is loaded.
         """
         return self._find(name).saved
 
+    @_serialised
     def load(self, name: str, directory: str | Path, *, allow_other_base: bool = False) -> SavedAdapter:
-        """Put an adapter on the model, not in use. One that is refused leaves the model as it was.
+        """Attach an adapter to the model without using it. On failure the model stays unchanged.
 
         Returns:
-            The adapter; its `notes` say what the user should know.
+            The adapter; its `notes` are messages for the user.
 
         Raises:
-            InputError: the name is taken or impossible; another base, task or labels; no strategy owns its type.
-            CorruptError: the folder is not what it claims to be, or its tensors do not fit the base.
+            InputError: the name is taken or invalid; the base, task or labels differ; no strategy owns the type; a part
+                of the model is neither in the base's checkpoint nor in the adapter.
+            CorruptError: the folder is damaged or altered, or its tensors do not fit the base.
         """
         check_name(name)
         if name in self._loaded:
-            raise InputError(f"adapter '{name}' is loaded already: unload it first, or choose another name.")
+            raise InputError(f"adapter '{name}' is already loaded: unload it first, or choose another name.")
         saved = read_adapter(
             directory,
             base_name=self.base.name,
@@ -143,6 +169,12 @@ class AdapterPool:
             allow_other_base=allow_other_base,
         )
         self._check_task(saved)
+        lacking = [key for key in self.base.new if PREFIX + key not in saved.infos]
+        if lacking:
+            raise InputError(
+                f"{directory}: holds no '{lacking[0]}', nor does the base's checkpoint, so it would be random: train "
+                "the adapter again, or add it to the base."
+            )
         owner = self._owner(saved)
         key = next(self._keys)
         tensors = saved.load_tensors()
@@ -151,37 +183,43 @@ class AdapterPool:
                 ask_owner(owner, "attach_adapter", model=self.model, config=saved.config, tensors=tensors, name=key)
                 self.model.eval().requires_grad_(False)
                 self._loaded[name] = _Loaded(key, owner, saved)
-                self.use(self._current)
+                self._select([self._current])
             except BudwoodError as error:
                 self._loaded.pop(name, None)
                 raise type(error)(f"{directory}: {error}") from error
         return saved
 
+    @_serialised
     def use(self, name: str | None) -> None:
-        """Use one adapter for everything that follows; None: the base alone.
+        """Use one adapter from now on; None: the base alone.
 
         Raises:
             InputError: no adapter of that name is loaded.
         """
         self._select([name])
-        self._current = name
+        self._current = self._own.name = name
 
+    @_serialised
     def unload(self, name: str) -> None:
-        """Take an adapter off; without any left, the model's modules are the base's own.
+        """Remove an adapter; after the last one, the model's modules are the base's own again.
 
         Raises:
             InputError: no adapter of that name is loaded.
-            PluginError: its owner left something on the model.
+            PluginError: the adapter's owner left modules on the model.
         """
         loaded = self._find(name)
+        if self.current == name:
+            self._own.name = None
         if self._current == name:
-            self.use(None)
+            self._current = None
+            self._select([None])
         ask_owner(loaded.owner, "detach_adapter", model=self.model, name=loaded.key)
         del self._loaded[name]
-        self.use(self._current)
+        self._select([self._current])
         if not self._loaded and module_ids(self.model) != self._modules:
-            raise PluginError(f"{loaded.owner} left modules of its own on the base. Report it to its author.")
+            raise PluginError(f"{loaded.owner} left its own modules on the base. Report it to its author.")
 
+    @_serialised
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -194,34 +232,34 @@ class AdapterPool:
         seed: int = 0,
         stream: Callable[[int, str], None] | None = None,
     ) -> list[Generated]:
-        """Answer prompts, in one batch whatever adapters they use, where these can share one.
+        """Generate answers to prompts, in one batch even with different adapters, if these support it.
 
         Args:
             prompts: texts, lists of chat messages, or token ids.
-            adapters: name (or None for the base) for each prompt; absent: the adapter in use for all.
-            max_new_tokens: of each answer.
-            temperature: 0 takes the most probable token; else tokens are sampled.
-            top_p: sample among the most probable tokens that hold this share of the probability.
+            adapters: adapter name per prompt, or None for the base; absent: the adapter in use for all prompts.
+            max_new_tokens: largest number of tokens per answer.
+            temperature: 0 selects the most probable token; above 0, tokens are sampled.
+            top_p: sample from the smallest set of most probable tokens with at least this total probability.
             stop: texts that end an answer; they are not part of it.
-            seed: of the sampling.
+            seed: seed of the sampling.
             stream: called with a prompt's index and each new piece of its answer.
 
         Raises:
-            InputError: an unknown adapter, an empty prompt, messages without a chat template, a task without text.
+            InputError: an unknown adapter, an empty prompt, messages without a chat template, or a task without text.
         """
         if not self.base.model.can_generate():
             raise InputError(f"the pool's task is {self.task}, which generates no text.")
         if adapters is None:
-            adapters = [self._current] * len(prompts)
+            adapters = [self.current] * len(prompts)
         elif len(adapters) != len(prompts):
             raise InputError(
-                f"{len(prompts)} prompts and {len(adapters)} adapters: give one (or None) for each prompt."
+                f"{len(prompts)} prompts but {len(adapters)} adapters: pass one (or None) for each prompt."
             )
         encoded = [self._encode(prompt, name) for prompt, name in zip(prompts, adapters, strict=True)]
         answers: dict[int, Generated] = {}
         try:
             for rows in self._groups(adapters):
-                found = generate(
+                group_answers = generate(
                     self.base.model,
                     self.tokenizer,
                     [encoded[i] for i in rows],
@@ -231,33 +269,38 @@ class AdapterPool:
                     seed=seed,
                     stop=stop,
                     stop_ids=[self._stop_ids(adapters[i]) for i in rows],
-                    on_token=None if stream is None else _renumbered(stream, rows),
+                    on_token=None if stream is None else _with_prompt_index(stream, rows),
                     before_batch=self._selector([adapters[i] for i in rows]),
                 )
-                answers |= dict(zip(rows, found, strict=True))
+                answers |= dict(zip(rows, group_answers, strict=True))
         finally:
-            self.use(self._current)
+            self._select([self._current])
         return [answers[i] for i in range(len(prompts))]
 
     def _stop_ids(self, name: str | None) -> list[int]:
         manifest = self._find(name).saved.manifest if name is not None else None
         return manifest.stop_ids if manifest else []
 
+    @_serialised
     def logits(self, prompts: Sequence[Prompt | Example]) -> Tensor:
-        """Logits [prompts, vocabulary or classes] fp32 on the CPU after each prompt, by the adapter in use."""
-        probes = [p if isinstance(p, Example) else as_probe(self._encode(p, self._current)) for p in prompts]
-        dtype = torch.float32 if self._current is None else self.base.dtype
-        return measure(self.kind, self.model, self.tokenizer, probes, dtype)
+        """Return the logits after each prompt with the adapter in use, [prompts, vocabulary or classes] fp32, CPU."""
+        probes = [p if isinstance(p, Example) else as_probe(self._encode(p, self.current)) for p in prompts]
+        dtype = torch.float32 if self.current is None else self.base.dtype
+        with self._own_selection():
+            return measure(self.task_plugin, self.model, self.tokenizer, probes, dtype)
 
+    @_serialised
     def measure(self, probes: Sequence[Example]) -> Tensor:
-        """Logits [probes, …] fp32 on the CPU at each probe's position, by the adapter in use, in the compute dtype."""
-        return measure(self.kind, self.model, self.tokenizer, probes, self.base.dtype)
+        """Return the logits at each probe's position with the adapter in use, [probes, …] fp32 on the CPU."""
+        with self._own_selection():
+            return measure(self.task_plugin, self.model, self.tokenizer, probes, self.base.dtype)
 
+    @_serialised
     def classify(self, texts: Sequence[str]) -> list[Classified]:
-        """Classes of texts, by the adapter in use.
+        """Classify texts with the adapter in use.
 
         Raises:
-            InputError: the pool's task is not a classification.
+            InputError: the pool's task is not sequence classification.
         """
         if self.task != "sequence-classification":
             raise InputError(f"the pool's task is {self.task}: open it with task='sequence-classification'.")
@@ -268,25 +311,26 @@ class AdapterPool:
             for t, ids in zip(texts, encoder.whole(texts), strict=True)
         ]
         labels = self._labels()
-        found = []
+        results = []
         for probabilities in self.logits(rows).softmax(-1).tolist():
             by_label = dict(zip(labels, probabilities, strict=True))
-            found.append(Classified(max(by_label, key=by_label.__getitem__), by_label))
-        return found
+            results.append(Classified(max(by_label, key=by_label.__getitem__), by_label))
+        return results
 
+    @_serialised
     def merge(self, name: str) -> None:
-        """Add an adapter into the model's weights for good and take it off; the base must not be quantised.
+        """Merge an adapter permanently into the weights of an unquantised base, and remove it.
 
         Raises:
-            InputError: the base is quantised, other adapters are loaded, or its type cannot be merged.
+            InputError: the base is quantised, other adapters are loaded, or the adapter's type cannot be merged.
         """
         loaded = self._find(name)
         if self.base.quantization != "none":
             raise InputError(
-                "an adapter is merged into unquantised weights only: open the base with quantization none."
+                "an adapter can only be merged into unquantised weights: open the base with quantization none."
             )
         if len(self._loaded) > 1:
-            raise InputError(f"unload the other adapters before '{name}' is merged.")
+            raise InputError(f"other adapters are loaded: unload them before merging '{name}'.")
         if not hasattr(type(loaded.owner), "merge_adapter"):
             raise InputError(f"{loaded.owner} cannot merge its adapters.")
         self.use(None)
@@ -309,18 +353,18 @@ class AdapterPool:
         return self._owners[key]
 
     def _check_task(self, saved: SavedAdapter) -> None:
-        """Refuse another task or other classes; note another tokenizer, template or quantization."""
+        """Reject a different task or number of classes; note a different tokenizer, template or quantization."""
         manifest = saved.manifest
         if manifest is None:
             return
         if manifest.task != self.task:
             raise InputError(
-                f"{saved.directory}: was trained for the task {manifest.task}, and the pool's is {self.task}."
+                f"{saved.directory}: was trained for the task {manifest.task}, but the pool's task is {self.task}."
             )
         if manifest.labels and len(manifest.labels) != self.model.config.num_labels:  # type: ignore[union-attr]
-            have = self.model.config.num_labels  # type: ignore[union-attr]
+            count = self.model.config.num_labels  # type: ignore[union-attr]
             raise InputError(
-                f"{saved.directory}: has {len(manifest.labels)} labels, and the pool was opened with {have}."
+                f"{saved.directory}: has {len(manifest.labels)} labels, but the pool was opened with {count}."
             )
         if manifest.tokenizer and manifest.tokenizer != tokenizer_hash(self.tokenizer):
             saved.notes.append("the base's tokenizer is not the one it was trained with.")
@@ -328,11 +372,13 @@ class AdapterPool:
         if manifest.template and not own and manifest.template != template_hash(self.tokenizer):
             saved.notes.append("the base's chat template is not the one it was trained with.")
         if manifest.base.quantization != self.base.quantization:
-            trained, now = manifest.base.quantization, self.base.quantization
-            saved.notes.append(f"was trained on the base in {trained} and is used on it in {now}: answers may differ.")
+            trained, current = manifest.base.quantization, self.base.quantization
+            saved.notes.append(
+                f"was trained with base quantization {trained} and is used with {current}: answers may differ."
+            )
 
     def _labels(self) -> list[str]:
-        current = self._loaded.get(self._current or "")
+        current = self._loaded.get(self.current or "")
         if current is not None and current.saved.manifest is not None and current.saved.manifest.labels:
             return current.saved.manifest.labels
         names: dict[int, str] = self.model.config.id2label  # type: ignore[union-attr,assignment]
@@ -340,19 +386,30 @@ class AdapterPool:
 
     def _select(self, names: Sequence[str | None]) -> None:
         """Use one adapter (or None) for all rows, or one for each row of the next batches."""
-        chosen = [None if name is None else self._find(name) for name in names]
-        computing = {id(entry.owner): entry.owner for entry in chosen if entry is not None}
-        types = [owner.name for owner in computing.values()]
-        if twice := [name for name in types if types.count(name) > 1]:
-            raise InputError(f"adapters of type {twice[0]} that were trained with other options cannot share a batch.")
-        # Those without an adapter in use first: an owner may keep its choice on the model, by adapter type.
-        for owner in sorted(self._owners.values(), key=lambda owner: id(owner) in computing):
-            keys = [None if entry is None or entry.owner is not owner else entry.key for entry in chosen]
+        selected = [None if name is None else self._find(name) for name in names]
+        active = {id(entry.owner): entry.owner for entry in selected if entry is not None}
+        types = [owner.name for owner in active.values()]
+        if repeated := [name for name in types if types.count(name) > 1]:
+            raise InputError(f"adapters of type {repeated[0]} with different options cannot share a batch.")
+        # Owners without an adapter in use first: an owner may store its selection on the model, per adapter type.
+        for owner in sorted(self._owners.values(), key=lambda owner: id(owner) in active):
+            keys = [None if entry is None or entry.owner is not owner else entry.key for entry in selected]
             own = [key for key in dict.fromkeys(keys) if key is not None]
             use_adapters(owner, self.model, own, [-1 if key is None else own.index(key) for key in keys])
 
+    @contextmanager
+    def _own_selection(self) -> Iterator[None]:
+        """Use the calling thread's adapter inside the context."""
+        if self.current != self._current:
+            self._select([self.current])
+        try:
+            yield
+        finally:
+            if self.current != self._current:
+                self._select([self._current])
+
     def _groups(self, adapters: Sequence[str | None]) -> list[list[int]]:
-        """Rows that may share a batch: all, or where their adapters cannot, those of each adapter."""
+        """Group the rows that can share a batch: all of them, or if their adapters cannot, those of each adapter."""
         rows = list(range(len(adapters)))
         try:
             self._select(adapters)
@@ -376,5 +433,5 @@ class AdapterPool:
         return encode_chat(self.tokenizer, prompt, chat.options, chat.template)  # type: ignore[arg-type]
 
 
-def _renumbered(stream: Callable[[int, str], None], rows: list[int]) -> Callable[[int, str], None]:
+def _with_prompt_index(stream: Callable[[int, str], None], rows: list[int]) -> Callable[[int, str], None]:
     return lambda index, piece: stream(rows[index], piece)

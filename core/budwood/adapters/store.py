@@ -1,6 +1,6 @@
-"""An adapter on disk: PEFT's layout plus `budwood.json`; written whole or not at all, read without trust.
+"""An adapter on disk: PEFT's layout plus `budwood.json`. Written completely or not at all; treated as untrusted input.
 
-Reading imports no torch until tensors are asked for, so that a bad adapter is refused before a model loads.
+Reading imports torch only to load tensors, so that an invalid adapter is rejected before a model loads.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ GOLDEN = "golden.safetensors"
 
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 _NAMES_CODE = ("auto_mapping", "auto_map", "megatron_config", "megatron_core", "custom_modules")
-"""Fields of a config by which a library would import what the file names (PEFT writes some into every adapter); they
-are never handed on."""
+"""Fields of a config that make a library import code named in the file (PEFT writes some into every adapter). They are
+never passed on."""
 
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter that was found sound on disk, without its tensors.
+    """A valid adapter on disk, without its tensors.
 
     Attributes:
         adapter_type: name of the strategy that attaches it.
         config: adapter_config.json without the fields that name code.
-        infos: dtype and shape of every tensor, in PEFT's key layout.
+        infos: dtype and shape of every tensor, with PEFT's keys.
         manifest: budwood.json; None for an adapter of stock PEFT.
-        notes: what the user should know, one line each.
+        notes: messages for the user, one line each.
     """
 
     directory: Path
@@ -63,26 +63,26 @@ class SavedAdapter:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Total bytes of all tensors."""
         return sum(info.bytes for info in self.infos.values())
 
     @property
     def parameters(self) -> int:
-        """Numbers in all tensors."""
+        """Total elements of all tensors."""
         return sum(math.prod(info.shape) for info in self.infos.values())
 
     def load_tensors(self) -> dict[str, Tensor]:
-        """Read every tensor, on the CPU in its own dtype.
+        """Read all tensors, on the CPU in their stored dtype.
 
         Raises:
-            CorruptError: the file changed since, or holds NaN or infinity.
-            ResourceError: it is larger than memory.
+            CorruptError: the file has changed since it was checked, or holds NaN or infinity.
+            ResourceError: the tensors are larger than the machine's memory.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         path = self.directory / WEIGHTS
-        if self.bytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):  # a sparse file claims what it likes
+        if self.bytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):  # a sparse file can claim any size
             raise ResourceError(f"{path}: {self.bytes:,} bytes of tensors are more than this machine's memory.")
         try:
             tensors = load_file(path)
@@ -114,30 +114,30 @@ def write_adapter(
     adapter_logits: Sequence[Tensor] = (),
     needs: int = 0,
 ) -> SavedAdapter:
-    """Write an adapter; whoever looks, or kills the process, finds the old folder or the new one, never half of one.
+    """Write an adapter atomically: at any moment the folder is the complete old or the complete new one.
 
     Args:
-        directory: where it goes; an adapter that is there is replaced.
-        write: writes adapter_config.json, adapter_model.safetensors and whatever else into the folder it is given.
+        directory: the adapter's folder; an existing adapter is replaced.
+        write: writes adapter_config.json, adapter_model.safetensors and any further files into the folder it receives.
         adapter_type: name of the strategy that attaches it.
-        distribution: that strategy's distribution and version, "budwood 0.1.0".
+        distribution: that strategy's distribution and version, such as "budwood 0.1.0".
         base: the base it was trained on.
         task: name of the task.
-        labels: classes of a classification, in the order of the head's rows.
-        tokenizer: whose vocabulary and chat template are recorded by hash.
-        metrics: of the evaluation that measured it.
-        evaluation: how that was done.
+        labels: class names for classification, in the order of the head's rows.
+        tokenizer: its vocabulary and chat template are recorded by hash.
+        metrics: results of the adapter's evaluation.
+        evaluation: how that evaluation was done.
         strategies: name, distribution and options of every strategy of the run.
-        stop_ids: tokens that end an answer, beside the end-of-sequence token.
-        chat: how messages are rendered, where that is not as the base says.
-        probes: what golden outputs are taken of; empty leaves `verify` nothing to replay.
-        base_logits: [vocabulary or classes] fp32 at each probe, of the base alone.
-        adapter_logits: the same with the adapter.
-        needs: bytes that it will take, for the message where the disk is full; 0: not known.
+        stop_ids: tokens that end an answer in addition to the end-of-sequence token.
+        chat: how messages are rendered; None: as the base's chat template says.
+        probes: inputs for the golden logits; without any, `verify` has nothing to replay.
+        base_logits: logits of the base alone at each probe, [vocabulary or classes] fp32.
+        adapter_logits: logits with the adapter, same shapes.
+        needs: expected size in bytes, for the message if the disk is full; 0: unknown.
 
     Raises:
-        InputError: `directory` holds something that is no adapter.
-        CorruptError: what was written does not read back.
+        InputError: `directory` holds something other than an adapter.
+        CorruptError: the written adapter cannot be read back.
         ResourceError: the disk is full or read-only.
     """
     from budwood.adapters.golden import Golden, current_setting
@@ -148,7 +148,7 @@ def write_adapter(
         and not (directory / CONFIG).exists()
         and (not directory.is_dir() or any(directory.iterdir()))
     ):
-        raise InputError(f"{directory} exists and is no adapter: choose another folder.")
+        raise InputError(f"{directory} exists and is not an adapter: choose another folder.")
     golden = Golden.of(probes, base_logits, adapter_logits) if probes else None
     with complete_directory(directory, replace=True, needs=needs) as folder:
         write(folder)
@@ -185,7 +185,7 @@ def write_adapter(
 
 
 def sealed(values: Mapping[str, Any]) -> str:
-    """The text of budwood.json: `values`, and as "sha256" the hash of that text with an empty one in its place."""
+    """Return the text of budwood.json: `values` plus "sha256", the hash of the text with an empty "sha256"."""
     text = json.dumps({**values, "sha256": ""}, indent=2, ensure_ascii=False) + "\n"
     return text.replace('"sha256": ""', f'"sha256": "{hashlib.sha256(text.encode()).hexdigest()}"')
 
@@ -195,13 +195,13 @@ def _check_seal(path: Path, values: Mapping[str, Any]) -> None:
     if stated is None and values.get("format") == 1:
         return
     if not isinstance(stated, str) or len(stated) != 64:
-        raise CorruptError(f"{path}: was altered after it was saved: it holds no hash of itself.")
+        raise CorruptError(f"{path}: was altered after it was saved: it does not contain its own hash.")
     if hashlib.sha256(data.replace(stated.encode(), b"")).hexdigest() != stated:
         raise CorruptError(f"{path}: was altered after it was saved (its SHA-256 differs).")
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """SHA-256 of a tokenizer's whole definition; "" where there is none."""
+    """Return the SHA-256 of a tokenizer's complete definition; "" if there is no tokenizer."""
     if tokenizer is None:
         return ""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -210,7 +210,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def template_hash(tokenizer: Any) -> str:
-    """SHA-256 of a tokenizer's chat template; "" where there is none."""
+    """Return the SHA-256 of a tokenizer's chat template; "" if there is none."""
     template = getattr(tokenizer, "chat_template", None)
     return hashlib.sha256(json.dumps(template).encode()).hexdigest() if template else ""
 
@@ -223,18 +223,18 @@ def read_adapter(
     allow_other_base: bool = False,
     hashes: bool = True,
 ) -> SavedAdapter:
-    """Read and check an adapter without opening anything but JSON and a safetensors header.
+    """Read and check an adapter; parses only JSON and a safetensors header.
 
     Args:
         directory: a folder that Budwood or stock PEFT wrote.
-        base_name: of the base that it is for, in messages.
-        base_fingerprint: of that base; None checks nothing.
-        allow_other_base: attach to another base all the same; a note says so.
-        hashes: compare every file with its hash in budwood.json, which reads them whole.
+        base_name: name of the base to use, for messages.
+        base_fingerprint: that base's fingerprint; None skips the check.
+        allow_other_base: accept a different base, with a note.
+        hashes: compare every file's hash with budwood.json, which reads the complete files.
 
     Raises:
-        InputError: no such folder, no adapter in it, an adapter of another base, or of a type that is not installed.
-        CorruptError: pickled, truncated, altered, absurd, or not what budwood.json says.
+        InputError: the folder or the adapter in it does not exist, the base differs, or the type is not installed.
+        CorruptError: a file is pickled, truncated, altered, implausible, or differs from budwood.json.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -264,8 +264,8 @@ def _find_weights(directory: Path, notes: list[str]) -> None:
     if not (directory / WEIGHTS).exists():
         if pickles:
             raise CorruptError(
-                f"{directory / pickles[0]}: pickled weights run code when they are opened, and are refused. "
-                "Where you trust it, load it with PEFT and save it with safe_serialization=True."
+                f"{directory / pickles[0]}: pickled weights run code when they are opened, and are not accepted. "
+                "If you trust the file, load it with PEFT and save it with safe_serialization=True."
             )
         if not (directory / CONFIG).exists():
             raise InputError(f"{directory}: no adapter: it has neither {CONFIG} nor {WEIGHTS}.")
@@ -276,7 +276,7 @@ def _find_weights(directory: Path, notes: list[str]) -> None:
 
 
 def _check_ranks(directory: Path, config: dict[str, Any], infos: dict[str, TensorInfo]) -> None:
-    """Refuse a rank that no tensor has room for, before anybody allocates by it."""
+    """Reject a rank larger than any tensor dimension, before it is used for an allocation."""
     largest = max((n for info in infos.values() for n in info.shape), default=0)
     patterns = config.get("rank_pattern")
     ranks = [config.get("r"), *(patterns.values() if isinstance(patterns, dict) else ())]
@@ -288,7 +288,7 @@ def _check_ranks(directory: Path, config: dict[str, Any], infos: dict[str, Tenso
 def _read_manifest(directory: Path) -> Manifest | None:
     path = directory / MANIFEST
     if not path.exists():
-        if (directory / GOLDEN).exists():  # which stock PEFT does not write
+        if (directory / GOLDEN).exists():  # stock PEFT does not write it
             raise CorruptError(f"{path}: is missing.")
         return None
     values = read_json(path)
@@ -307,11 +307,11 @@ def _read_manifest(directory: Path) -> Manifest | None:
 def _check_files(directory: Path, manifest: Manifest, hashes: bool) -> None:
     for required in (CONFIG, WEIGHTS, *([GOLDEN] if manifest.golden else [])):
         if required not in manifest.files:
-            raise CorruptError(f"{directory / MANIFEST}: gives no hash for {required}.")
+            raise CorruptError(f"{directory / MANIFEST}: has no hash for {required}.")
     check_inside(directory, manifest.files)
     for name, expected in manifest.files.items():
         if not (path := directory / name).is_file():
-            raise CorruptError(f"{directory / MANIFEST}: lists {name[:80]!r}, which is no file of the adapter.")
+            raise CorruptError(f"{directory / MANIFEST}: lists {name[:80]!r}, which is not a file of the adapter.")
         if hashes and sha256(path) != expected:
             raise CorruptError(f"{path}: was altered after it was saved (its SHA-256 differs from {MANIFEST}).")
 
@@ -319,12 +319,12 @@ def _check_files(directory: Path, manifest: Manifest, hashes: bool) -> None:
 def _check_base(
     directory: Path, manifest: Manifest, name: str, fingerprint: str | None, allow: bool, notes: list[str]
 ) -> None:
-    made_for = manifest.base
-    if fingerprint is None or fingerprint == made_for.fingerprint:
+    trained_on = manifest.base
+    if fingerprint is None or fingerprint == trained_on.fingerprint:
         return
     text = (
-        f"was trained on the base '{made_for.name}' ({made_for.fingerprint[:12]}), "
-        f"and this base is '{name}' ({fingerprint[:12]})"
+        f"was trained on the base '{trained_on.name}' ({trained_on.fingerprint[:12]}), "
+        f"but this base is '{name}' ({fingerprint[:12]})"
     )
     if not allow:
         raise InputError(f"{directory} {text}. Use the base it was trained on, or --allow-other-base.")
@@ -332,7 +332,7 @@ def _check_base(
 
 
 def _find_type(directory: Path, config: dict[str, Any], manifest: Manifest | None) -> str:
-    """Return the adapter's type, the name of the strategy that owns it; it must be installed."""
+    """Return the adapter's type, which is the name of its owner, an installed strategy."""
     if manifest is not None:
         if manifest.adapter_type not in installed():
             name = manifest.distribution.split(" ")[0]
@@ -343,7 +343,7 @@ def _find_type(directory: Path, config: dict[str, Any], manifest: Manifest | Non
         return manifest.adapter_type
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str):
-        raise CorruptError(f"{directory / CONFIG}: names no peft_type.")
+        raise CorruptError(f"{directory / CONFIG}: has no peft_type.")
     try:
         return adapter_owner(peft_type).name
     except InputError as error:
@@ -351,11 +351,11 @@ def _find_type(directory: Path, config: dict[str, Any], manifest: Manifest | Non
 
 
 def copy_adapter_tensors(slots: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
-    """Copy an adapter's tensors into their places on a model, once they are checked to be exactly those.
+    """Copy an adapter's tensors to the model, after a check that keys and shapes match exactly.
 
     Args:
-        slots: the live tensor of each key on disk.
-        tensors: what the adapter holds.
+        slots: the model's live tensor for each key on disk.
+        tensors: the adapter's tensors.
 
     Raises:
         CorruptError: see `check_adapter_tensors`; nothing is copied then.
@@ -368,32 +368,32 @@ def copy_adapter_tensors(slots: Mapping[str, Any], tensors: Mapping[str, Any]) -
 def check_adapter_tensors(
     expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Any], where: str = "adapter"
 ) -> None:
-    """Check that an adapter's tensors are exactly those that the model and its config call for.
+    """Check that an adapter's tensors are exactly those that its config and the model require.
 
-    Call it before anything is put on the model or allocated.
+    Call this before modifying the model or allocating memory.
 
     Args:
-        expected: shape of every tensor by its key on disk.
-        tensors: what the adapter holds; anything with a `shape`.
+        expected: shape of every tensor, keyed as on disk.
+        tensors: the adapter's tensors; anything with a `shape`.
 
     Raises:
-        CorruptError: names what is missing, not expected (with the nearest expected key), or of another shape.
+        CorruptError: a tensor is missing, unexpected (the nearest expected key is named), or of another shape.
     """
     missing = [name for name in expected if name not in tensors]
-    surplus = [name for name in tensors if name not in expected]
-    if missing or surplus:
+    unexpected = [name for name in tensors if name not in expected]
+    if missing or unexpected:
         parts = []
-        if surplus:
-            near = difflib.get_close_matches(surplus[0], missing[:2000], n=1, cutoff=0.5)
-            parts.append(f"{_some(surplus)} not expected" + (f" (nearest: '{near[0]}')" if near else ""))
+        if unexpected:
+            near = difflib.get_close_matches(unexpected[0], missing[:2000], n=1, cutoff=0.5)
+            parts.append(f"{_abbreviated(unexpected)} not expected" + (f" (nearest: '{near[0]}')" if near else ""))
         if missing:
-            parts.append(f"{_some(missing)} missing")
+            parts.append(f"{_abbreviated(missing)} missing")
         raise CorruptError(f"the adapter's tensors do not fit config and base: {'; '.join(parts)}.")
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != tuple(shape):
-            found = list(tensors[name].shape)
-            raise CorruptError(f"the adapter's tensor '{name}' is {found}; config and base call for {list(shape)}.")
+            actual = list(tensors[name].shape)
+            raise CorruptError(f"the adapter's tensor '{name}' is {actual}; config and base require {list(shape)}.")
 
 
-def _some(names: list[str]) -> str:
+def _abbreviated(names: list[str]) -> str:
     return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")

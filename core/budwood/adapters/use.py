@@ -1,4 +1,4 @@
-"""The choice of adapters on a live model: one way to say it, for owners of either version of the contract."""
+"""Selection of adapters on a live model, through owners of either contract version."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ def use_adapters(
     index: Sequence[int] = (),
     lengths: Sequence[int] = (),
 ) -> None:
-    """Choose which adapters of a strategy compute in the next forwards.
+    """Select the adapters of a strategy for the next forward passes.
 
     Args:
-        owner: whose adapters they are.
-        names: distinct names; empty: the base computes alone.
-        index: for each row of the next batches, which of `names` computes it; -1: the base alone. Empty: the one name
-            computes every row.
-        lengths: tokens of each segment of packed rows, which add up to the batch's positions; `index` then has one
-            entry a segment.
+        owner: the strategy that owns the adapters.
+        names: distinct names; empty: the base alone.
+        index: for each row of the next batches, an index into `names`; -1: the base alone. Empty: the single name
+            computes all rows.
+        lengths: tokens of each segment of packed rows, which sum to the batch's positions; `index` then has one entry
+            per segment.
 
     Raises:
         InputError: the owner cannot mix these adapters in one batch.
         PluginError: see `ask_owner`.
-        ValueError: `index` does not fit `names` or `lengths`.
+        ValueError: `index` does not match `names` or `lengths`.
     """
     if len(names) > 1 and not index:
-        raise ValueError(f"{len(names)} adapters, and no index that says which of them computes which row")
+        raise ValueError(f"{len(names)} adapters need an index that assigns one to each row")
     if any(not -1 <= i < len(names) for i in index):
-        raise ValueError(f"an index points at none of the {len(names)} adapters")
+        raise ValueError(f"an index is outside the {len(names)} adapters")
     if lengths and len(lengths) != len(index):
-        raise ValueError(f"{len(lengths)} segments, and an index of {len(index)}")
+        raise ValueError(f"{len(lengths)} segments, but an index of {len(index)} entries")
     chosen = sorted({i for i in index if i >= 0}) if index else range(len(names))
     names = [names[i] for i in chosen]
-    if len(set(index)) <= 1:  # one for all
+    if len(set(index)) <= 1:  # the same adapter for all rows
         index, lengths = (), ()
     if owner.api < 2:
         if lengths:

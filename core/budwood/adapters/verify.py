@@ -1,4 +1,4 @@
-"""Replay an adapter's golden logits: does it still answer what it answered when it was saved?"""
+"""Replay an adapter's golden logits to check that it still computes what it did when it was saved."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What a replay found.
+    """The result of a replay.
 
     Attributes:
-        exact: the setting is the recorded one, so that logits had to agree to 1e-5, and did.
-        prompts: how many were replayed.
-        adapter: base and adapter now, from what was recorded.
-        base: the base alone now, from what was recorded: what the setting itself changes.
-        effect: base and adapter from the base alone, as recorded: what the adapter changes.
+        exact: the setting is the recorded one, so the logits had to agree to 1e-5, and did.
+        prompts: number of replayed prompts.
+        adapter: distance of base and adapter now from the record.
+        base: distance of the base alone now from the record: the effect of the setting itself.
+        effect: distance of base and adapter from the base alone, as recorded: the effect of the adapter.
         recorded: setting of the record.
         current: setting of the replay.
-        notes: what the user should know.
+        notes: messages for the user.
     """
 
     exact: bool
@@ -44,18 +44,18 @@ class VerifyReport:
 
 
 def base_name(saved: SavedAdapter, base: str | None = None) -> str | None:
-    """The base that the user named, else the one that the adapter names; None where nobody names one.
+    """Return `base`, or if it is None the base that the adapter records; None if there is no record.
 
     Raises:
-        InputError: the adapter's would have to be fetched, which only the user may ask for.
+        InputError: the recorded base would have to be downloaded, which needs an explicit `base`.
     """
     if base is not None or saved.manifest is None:
         return base
     name = saved.manifest.base.name
     if would_fetch(name):
         raise InputError(
-            f"{saved.directory}: was trained on the base '{name}', which is not on this machine, and only a base that "
-            f"you name is fetched: --base {name}"
+            f"{saved.directory}: was trained on the base '{name}', which is not on this machine. Only a base that you "
+            f"name explicitly is downloaded: --base {name}"
         )
     return name
 
@@ -69,15 +69,15 @@ def open_pool(
     device: str = "auto",
     allow_other_base: bool = False,
 ) -> AdapterPool:
-    """Load the base that an adapter was trained on, as it was trained on it; arguments override what it records.
+    """Load the base that an adapter was trained on, in the recorded setting; arguments override the record.
 
     Raises:
-        InputError: no base is recorded or given, or it is another one, which is found before it loads.
+        InputError: no base is recorded or passed, or the base differs, which is checked before it loads.
     """
     recorded = saved.manifest.base if saved.manifest else None
     name = base_name(saved, base)
     if name is None:
-        raise InputError(f"{saved.directory}: an adapter of stock PEFT; give its base with --base.")
+        raise InputError(f"{saved.directory}: an adapter of stock PEFT records no base: pass it with --base.")
     quantization = quantization or (recorded.quantization if recorded else "none")
     with one_revision(name, recorded.revision if recorded and base is None else None):
         try:
@@ -85,7 +85,7 @@ def open_pool(
         except InputError as error:
             if base is None:
                 raise InputError(
-                    f"{error} It is what {saved.directory} was trained on; --base says where it is now."
+                    f"{error} {saved.directory} was trained on this base: pass its current location with --base."
                 ) from error
             raise
         read_adapter(
@@ -118,16 +118,17 @@ def verify(
     """Replay an adapter's golden logits; on the recorded device, dtype and quantization they must agree to 1e-5.
 
     Args:
-        directory: the adapter.
-        base: where its base is now; absent: where it was.
-        quantization: absent: as recorded.
-        precision: fp32, bf16, fp16; absent: as recorded.
+        directory: the adapter's folder.
+        base: current location of its base; None: as recorded.
+        quantization: None: as recorded.
+        precision: fp32, bf16, fp16; None: as recorded.
         device: cpu, cuda or auto.
-        allow_other_base: replay on another base all the same.
+        allow_other_base: replay on a base with a different fingerprint.
 
     Raises:
-        InputError: it has no golden logits; what `AdapterPool` refuses.
-        CorruptError: in the recorded setting the logits differ, or in any setting the adapter changes nothing.
+        InputError: the adapter has no golden logits, or `AdapterPool` rejects it.
+        CorruptError: the logits differ in the recorded setting; in any other one they differ by more than those of the
+            base alone; or the adapter changes nothing.
     """
     saved = read_adapter(directory)
     if saved.manifest is None or saved.manifest.golden is None:
@@ -143,34 +144,41 @@ def verify(
         allow_other_base=allow_other_base,
     )
     loaded = pool.load("adapter", saved.directory, allow_other_base=allow_other_base)
-    problem = next(filter(None, (pool.kind.check_inputs(pool.model, probe) for probe in golden.probes)), "")
+    problem = next(filter(None, (pool.task_plugin.check_inputs(pool.model, probe) for probe in golden.probes)), "")
     if problem:
         raise CorruptError(f"{saved.directory / GOLDEN}: {problem}.")
     with threads(recorded.threads):
         current = current_setting(pool.base)
-        base_now = pool.measure(golden.probes)
+        base_logits = pool.measure(golden.probes)
         pool.use("adapter")
-        adapter_now = pool.measure(golden.probes)
-    if adapter_now.shape != golden.adapter.shape:
+        adapter_logits = pool.measure(golden.probes)
+    if adapter_logits.shape != golden.adapter.shape:
         raise CorruptError(
-            f"{saved.directory / GOLDEN}: {golden.adapter.shape[1]} logits, and {adapter_now.shape[1]} now."
+            f"{saved.directory / GOLDEN}: {golden.adapter.shape[1]} logits per probe, but the model now returns "
+            f"{adapter_logits.shape[1]}."
         )
     report = VerifyReport(
         comparable(recorded, current),
         len(golden.probes),
-        Distance.between(golden.adapter, adapter_now),
-        Distance.between(golden.base, base_now),
+        Distance.between(golden.adapter, adapter_logits),
+        Distance.between(golden.base, base_logits),
         Distance.between(golden.base, golden.adapter),
         recorded,
         current,
         loaded.notes,
     )
-    if torch.equal(base_now, adapter_now):
+    if torch.equal(base_logits, adapter_logits):
         raise CorruptError(f"{saved.directory}: changes no logit of the base on its golden prompts.")
     if report.exact and not report.adapter.largest <= TOLERANCE:
-        whose = "the base itself answers otherwise" if report.base.largest > TOLERANCE else "the base answers as before"
+        base_changed = report.base.largest > TOLERANCE
+        cause = "the base's own logits differ too" if base_changed else "the base's own logits are unchanged"
         raise CorruptError(
-            f"{saved.directory}: golden logits differ by up to {report.adapter.largest:.3g}, and at most {TOLERANCE:g} "
-            f"is due in the same setting; {whose}."
+            f"{saved.directory}: golden logits differ by up to {report.adapter.largest:.3g}, more than the "
+            f"{TOLERANCE:g} allowed in the same setting; {cause}."
+        )
+    if report.adapter.is_another_model(report.base):
+        raise CorruptError(
+            f"{saved.directory}: in this setting it is another model than the one that training recorded "
+            f"({report.adapter}; the base alone: {report.base})."
         )
     return report

@@ -16,7 +16,7 @@ def data(
         typer.Option("-o", "--override", metavar="KEY=VALUE", help="Override a value of the recipe."),
     ] = None,
     samples: Annotated[int, typer.Option("-n", "--samples", min=0, help="Number of examples to show.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show what training will see: examples with their loss mask, lengths, and what is truncated or dropped."""
     from rich.console import Console
@@ -34,13 +34,13 @@ def data(
     with one_revision(loaded.base.model, loaded.base.revision):
         tokenizer = recipe_tokenizer(loaded) if task.needs_tokenizer else None
     options = {"tokenizer": tokenizer, "task": task, **encoding_options(loaded)}
-    train = build_examples(loaded.data.train, **options)
-    other = None
+    train_data = build_examples(loaded.data.train, **options)
+    eval_data = None
     if loaded.data.eval is not None:
-        other = build_examples(loaded.data.eval, **options, labels=train.labels or None)
-    size = loaded.train
-    steps = len(plan_epoch(train.lengths, size.seed, 0, size.batch_tokens, size.batch_examples, train.groups))
-    report = make_report(train, other, task, tokenizer, samples, steps)
+        eval_data = build_examples(loaded.data.eval, **options, labels=train_data.labels or None)
+    train = loaded.train
+    batches = plan_epoch(train_data.lengths, train.seed, 0, train.batch_tokens, train.batch_examples, train_data.groups)
+    report = make_report(train_data, eval_data, task, tokenizer, samples, len(batches))
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
     else:

@@ -191,8 +191,10 @@ class SequenceClassification(TextTask):
         return {"num_labels": len(labels), "id2label": names, "label2id": {v: k for k, v in names.items()}}
 
     def head_modules(self, model: nn.Module) -> list[str]:
-        """Return the name of the classification head, `score` or `classifier`."""
-        return [name for name in ("score", "classifier") if hasattr(model, name)]
+        """Return the name of the classification head: `score`, `classifier`, or what is outside the model's body."""
+        body: Any = model.base_model_prefix
+        outside = [name for name, module in model.named_children() if name != body and [*module.parameters()]]
+        return [name for name in ("score", "classifier") if hasattr(model, name)] or outside
 
     def pads_rows(self, model: nn.Module) -> bool:
         """Return False for a decoder, whose head reads each example's last token; other models pool each row."""

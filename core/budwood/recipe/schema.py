@@ -61,7 +61,7 @@ class BaseSection(_Section):
 
     model: str = Field(min_length=1, description="a folder with safetensors, or a hub name")
     revision: str | None = Field(
-        None, min_length=1, max_length=255, description="branch, tag or commit of a hub name; main if absent"
+        None, min_length=1, max_length=255, description="branch, tag or commit on the hub; default: main"
     )
     quantization: str = Field("nf4", description="none, int8, nf4, fp4, or another installed quantiser")
     double_quantization: bool = Field(True, description="also quantise the constants of nf4 and fp4")
@@ -73,10 +73,10 @@ class BaseSection(_Section):
 
 
 class DataSection(_Section):
-    """The training and evaluation data; its format is recognised by the columns."""
+    """The training and evaluation data; the format is detected from the columns."""
 
     train: File = Field(description="JSONL, CSV, Parquet, or a `datasets` folder")
-    eval: File | None = Field(None, description="held-out data, in the same formats; without it nothing is evaluated")
+    eval: File | None = Field(None, description="held-out data, in the same formats; no evaluation without it")
     max_length: Count = Field(1024, description="maximum tokens per example; truncation is counted and reported")
     loss_on: Literal["assistant", "last", "all"] = Field(
         "assistant", description="answers with a loss: all of the assistant's, only the last, or prompts and answers"
@@ -92,9 +92,9 @@ class DataSection(_Section):
 class TrainSection(_Section):
     """Length of the run, batch sizes, optimizer."""
 
-    epochs: Count | None = Field(3, description="passes over the data; or give steps")
+    epochs: Count | None = Field(3, description="passes over the data; alternatively, set steps")
     steps: Count | None = Field(None, description="optimizer steps, instead of epochs")
-    batch_tokens: Count | None = Field(4096, description="real tokens per optimizer step; packing decides the rows")
+    batch_tokens: Count | None = Field(4096, description="tokens per optimizer step, padding excluded")
     batch_examples: Count | None = Field(None, description="examples per optimizer step, instead of batch_tokens")
     micro_tokens: Count = Field(2048, description="maximum tokens per micro-batch; affects memory, not the result")
     learning_rate: Number = Field(2e-4, gt=0, description="peak learning rate")
@@ -103,17 +103,15 @@ class TrainSection(_Section):
     warmup: Number = Field(0.03, ge=0, description="below 1: fraction of the run; otherwise steps")
     clip: Number = Field(1.0, ge=0, description="maximum gradient norm; 0: no clipping")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="compute dtype; auto: bf16 if the device is fast at it"
+        "auto", description="compute dtype; auto: bf16 on devices where it is fast"
     )
-    eval_every: Count | None = Field(None, description="steps between evaluations; by default one at the end")
+    eval_every: Count | None = Field(None, description="steps between evaluations; default: evaluate at the end")
     eval_generate: Annotated[int, Field(strict=True, ge=0)] = Field(
         100, description="prompts answered per evaluation to measure exact match; 0: none"
     )
     patience: Count | None = Field(None, description="stop after this many evaluations without improvement")
-    save_every: Count | None = Field(
-        None, description="steps between checkpoints; by default one about every ten minutes"
-    )
-    keep_checkpoints: Count = Field(2, description="number of latest checkpoints to keep, besides the best")
+    save_every: Count | None = Field(None, description="steps between checkpoints; default: about ten minutes apart")
+    keep_checkpoints: Count = Field(2, description="number of latest checkpoints to keep, in addition to the best")
     non_finite: Literal["stop", "skip"] = Field(
         "stop", description="if a step's loss or gradient is not finite: stop the run, or skip and count the step"
     )
@@ -128,7 +126,7 @@ class TrainSection(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_of_each_pair(cls, data: Any) -> Any:
+    def _resolve_exclusive_pairs(cls, data: Any) -> Any:
         if not isinstance(data, Mapping):
             return data
         for default, other in (("epochs", "steps"), ("batch_tokens", "batch_examples")):
@@ -141,23 +139,23 @@ class TrainSection(_Section):
         return data
 
     @model_validator(mode="after")
-    def _fits(self) -> TrainSection:
+    def _check_consistency(self) -> TrainSection:
         if self.warmup >= 1 and self.warmup != int(self.warmup):
-            raise ValueError(f"train.warmup: from 1 on it counts steps, so it must be whole (got {self.warmup})")
+            raise ValueError(f"train.warmup: a value of 1 or more counts steps and must be whole (got {self.warmup})")
         if self.patience and not self.eval_every:
-            raise ValueError("train.patience: counts evaluations during the run; give train.eval_every too")
+            raise ValueError("train.patience: counts evaluations during the run; set train.eval_every too")
         return self
 
 
 class Choice(_Section):
     """A strategy named in the recipe, with its options as written."""
 
-    name: str = Field(min_length=1, description="the name it is installed under")
-    options: dict[str, Any] = Field({}, description="its options; see `budwood plugins NAME`")
+    name: str = Field(min_length=1, description="name of an installed strategy")
+    options: dict[str, Any] = Field({}, description="options of the strategy; see `budwood plugins NAME`")
 
 
 class Recipe(_Section):
-    """A recipe; get one from `load_recipe`, `Recipe.from_dict` or `default_recipe`."""
+    """A recipe; create one with `load_recipe`, `Recipe.from_dict` or `default_recipe`."""
 
     base: BaseSection = Field(description="the frozen base model")
     data: DataSection = Field(description="training and evaluation data")
@@ -172,7 +170,7 @@ class Recipe(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _micro_batch_holds_an_example(cls, data: Any) -> Any:
+    def _fit_micro_batch_to_example(cls, data: Any) -> Any:
         length = (data.get("data") or {}).get("max_length") if isinstance(data.get("data"), dict) else None
         train = data.get("train") or {}
         if isinstance(length, int) and isinstance(train, dict) and train.get("micro_tokens") is None:
@@ -180,31 +178,31 @@ class Recipe(_Section):
         return data
 
     @model_validator(mode="after")
-    def _fits(self) -> Recipe:
+    def _check_consistency(self) -> Recipe:
         train, data = self.train, self.data
         if train.micro_tokens < data.max_length:
             raise ValueError(
                 f"train.micro_tokens: {train.micro_tokens} is less than data.max_length ({data.max_length}), "
-                "but a whole example must fit; raise one or lower the other"
+                "but a micro-batch must hold a complete example; raise one or lower the other"
             )
         for name in ("eval_every", "patience"):
             if getattr(train, name) is not None and data.eval is None:
-                raise ValueError(f"train.{name}: needs data.eval; name a held-out file")
+                raise ValueError(f"train.{name}: needs data.eval; set it to a held-out file")
         return self
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
-        """Build a recipe from plain values, laid out as in a recipe file.
+        """Build a recipe from plain values with the structure of a recipe file.
 
         Raises:
-            InputError: see `load_recipe`; whether files exist is not checked.
+            InputError: see `load_recipe`; the existence of files is not checked.
         """
         recipe, problems = _validate(copy.deepcopy(dict(data)), SourceMap("recipe"), None, overrides)
         return _checked(recipe, problems)
 
     @property
     def source(self) -> Path | None:
-        """The file it was loaded from."""
+        """The file that the recipe was loaded from, if any."""
         return self._source
 
     def where(self, *place: str | int) -> str:
@@ -218,10 +216,10 @@ class Recipe(_Section):
         return self._source_map.nearest(place)
 
     def to_dict(self, strategies: Sequence[Strategy] = ()) -> dict[str, Any]:
-        """Return plain values for `from_dict`; with built `strategies`, every one of their options is included.
+        """Return plain values for `from_dict`; with built `strategies`, all of their options are included.
 
-        In the place of a secret stands a mask, which `from_dict` refuses. Paths and the model's name stay as they are,
-        but for the credentials of a URL.
+        A mask replaces each secret, and `from_dict` refuses it. Paths and the model's name are unchanged, except for
+        credentials in a URL.
         """
         built = {strategy.name: strategy.options.model_dump(mode="json") for strategy in strategies}
         data = self.model_dump(mode="json", exclude_none=True)
@@ -245,7 +243,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, YAML or JSON (`.json`), with `overrides` (KEY=VALUE) on top. Imports no plugin.
 
     Raises:
-        InputError: names file and line, or the override: not UTF-8, not YAML, an unknown key, a value out of range, a
+        InputError: with file and line, or the override: not UTF-8, not YAML, an unknown key, a value out of range, a
             strategy, task or quantiser that is not installed, a missing data file.
     """
     recipe, problems = read_recipe(path, overrides)
@@ -317,7 +315,7 @@ def build_composition(recipe: Recipe) -> Composition:
 
 
 def _checked(recipe: Recipe | None, problems: Sequence[str]) -> Recipe:
-    """Return the recipe if it has no problems; else raise the first one, with the others attached."""
+    """Return the recipe if it has no problems; otherwise raise the first one, with the others attached."""
     if recipe is None or problems:
         more = f" ({len(problems) - 1} more: `budwood plan` lists them)" if len(problems) > 1 else ""
         raise InputError(problems[0] + more, problems)
@@ -330,7 +328,7 @@ def _validate(
     """See `read_recipe`; modifies `data`."""
     remember(data)
     problems = normalise_strategies(data, source_map)
-    items_are_wrong = bool(problems)
+    has_invalid_items = bool(problems)
     problems += apply_overrides(data, source_map, overrides, Recipe.model_fields)
     remember(data)
     problems += find_masked(data, source_map)
@@ -346,18 +344,20 @@ def _validate(
             recipe = Recipe.model_validate(data)
         except ValidationError as error:
             for place, text in find_problems(error, Recipe):
-                across = place in ((), ("train",)) and text.startswith("train.")  # this check names its field itself
-                at = tuple(text.partition(":")[0].split(".")) if across else place
-                reported = at == ("strategies",) and items_are_wrong
-                reported = reported or at in suggested  # there, but misspelt
-                caused_by_reset = across and any(dotted(other) in text for other in reset | suggested)
+                cross_field = place in ((), ("train",)) and text.startswith("train.")  # the message names the field
+                at = tuple(text.partition(":")[0].split(".")) if cross_field else place
+                reported = at == ("strategies",) and has_invalid_items
+                reported = reported or at in suggested  # present, but misspelt
+                caused_by_reset = cross_field and any(dotted(other) in text for other in reset | suggested)
                 if not (reported or caused_by_reset):
-                    problems.append(f"{source_map.nearest(at)}: {'' if across else dotted(at) + ': '}{sentence(text)}")
+                    problems.append(
+                        f"{source_map.nearest(at)}: {'' if cross_field else dotted(at) + ': '}{sentence(text)}"
+                    )
                 at = tuple(takewhile(lambda part: isinstance(part, str), at))
                 if at in reset or not _reset_to_default(data, at):
                     return None, problems
                 reset.add(at)
-                suggested.update((*at[:-1], near[1]) for near in re.finditer(r"Did you mean '(\w+)'", text))
+                suggested.update((*at[:-1], match[1]) for match in re.finditer(r"Did you mean '(\w+)'", text))
     recipe._source_map, recipe._source = source_map, source
     named: list[tuple[Location, str, str]] = [
         (("base", "quantization"), recipe.base.quantization, QUANTIZERS),

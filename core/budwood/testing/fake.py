@@ -21,7 +21,7 @@ from budwood.model.ops import attention
 from budwood.model.task import Task
 from budwood.recipe.schema import Recipe, build_composition
 from budwood.training.batches import count_units
-from budwood.training.on_policy import find_maker
+from budwood.training.on_policy import find_generator
 from budwood.training.parameters import torch_groups, trainable_groups
 from budwood.training.report import Report
 from budwood.training.setup import check_plan, make_accelerator, read_data, register_parts
@@ -63,7 +63,7 @@ def run_on_fake_tensors(recipe: Recipe) -> Run:
         run.scheduler = hooks.call("build_scheduler", run=run, optimizer=run.optimizer)
         run.model.train()
         planned = [example for examples in hooks.call("planned_examples", run=run) for example in examples]
-        maker = find_maker(hooks)
+        maker = find_generator(hooks)
         if maker is not None and not planned:
             raise PluginError(f"{maker} implements next_examples: a plan needs planned_examples too.")
         examples = planned or [run.examples[index] for index in range(recipe.train.batch_examples or 1)]
@@ -80,9 +80,9 @@ def _step(run: Run, engine: Engine, batches: list[Batch]) -> None:
     steps = []
     for index, batch in enumerate(batches):
         steps.append(Step(run, hooks.chain("prepare_batch", "batch", batch, run=run), engine, index))
-    if engine.step_terms.gathers(len(steps)):
+    if engine.step_terms.needs_first_pass(len(steps)):
         for step in steps:
-            engine.step_terms.look(step)
+            engine.step_terms.collect(step)
         engine.step_terms.exchange()
     for step in steps:
         engine.begin(step)

@@ -1,1 +1,1 @@
-"""From a recipe to an adapter: the recipe, the step, the loop, and what a run reports."""
+"""Training: setup, the loop, one step, evaluation, and a run's reports."""

@@ -1,4 +1,4 @@
-"""`--attack NAME:KEY=VALUE,…`: from text to an attack, and an evaluation under it."""
+"""`--attack NAME:KEY=VALUE,…`: parse attacks, and evaluate a model under them."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from budwood.training.step import Engine
 
 
 def build_attacks(texts: Sequence[str]) -> dict[str, Attack]:
-    """Return the attacks that the user wrote, by their text.
+    """Build the attacks of the command line, keyed by their text.
 
     Raises:
-        InputError: an attack is unknown or written twice, an option is unknown or out of range.
+        InputError: an attack is unknown or repeated, or an option is unknown or out of range.
         PluginError: a plugin is broken.
     """
-    twice = [text for text, count in Counter(texts).items() if count > 1]
-    if twice:
-        raise InputError(f"--attack {twice[0]}: given twice; leave one out.")
+    repeated = [text for text, count in Counter(texts).items() if count > 1]
+    if repeated:
+        raise InputError(f"--attack {repeated[0]}: given twice; remove one.")
     return {text: _build(text) for text in texts}
 
 
@@ -52,21 +52,21 @@ def _build(text: str) -> Attack:
         except YAMLError:
             options[key] = value
 
-    def say(place: Location, problem: str) -> str:
-        return f"--attack {text}: " + (f"{dotted(place)}: " if place else "") + sentence(problem)
+    def message(location: Location, problem: str) -> str:
+        return f"--attack {text}: " + (f"{dotted(location)}: " if location else "") + sentence(problem)
 
-    attack: Attack = start(cls, entry, options=validate_options(cls, entry, options, say), name=text)
+    attack: Attack = start(cls, entry, options=validate_options(cls, entry, options, message), name=text)
     return attack
 
 
 def _example(cls: type[Attack]) -> str:
-    """An option with a value, for a message."""
+    """Return an example option with its value, for a message."""
     fields = cls.Options.model_fields
     return next((f"{name}={field.default}" for name, field in fields.items() if field.default), "KEY=VALUE")
 
 
 def changes_rows(attack: Attack) -> bool:
-    """Whether the attack is one on the data's rows."""
+    """Whether the attack changes data rows."""
     return type(attack).change is not Attack.change
 
 
@@ -76,35 +76,35 @@ def measure_attacked(
     build: Callable[[Callable[[Mapping[str, Any], int], Mapping[str, Any]]], Examples],
     clean: Mapping[str, float],
 ) -> dict[str, float]:
-    """Metrics of the run's model under an attack; what the user should know of it is said.
+    """Return the metrics of the run's model under an attack; reports what it changed and warns if it had no effect.
 
     Args:
-        run: of the clean evaluation; left as it is.
-        attack: rows are changed before they become tokens, noise goes on the embeddings.
-        build: makes examples of changed rows.
+        run: the run of the clean evaluation; not modified.
+        attack: changes rows before tokenization, or adds noise to the embeddings.
+        build: builds examples from changed rows.
         clean: metrics without the attack.
     """
     task, noisy = run.task, type(attack).noise is not Attack.noise
     attacked = dataclasses.replace(run)
     if changes_rows(attack):
         attacked.eval_examples = _changed(run, attack, build)
-    if noisy:  # what is generated under noise means nothing
+    if noisy:  # text generated under noise is meaningless
         train = run.recipe.train.model_copy(update={"eval_generate": 0})
         attacked.recipe = run.recipe.model_copy(update={"train": train})
-    found: dict[str, float] = task.measure(attacked, _noise(attacked, attack) if noisy else None)
-    if noisy and not found["eval_loss"] > clean["eval_loss"]:
+    metrics: dict[str, float] = task.measure(attacked, _noise_function(attacked, attack) if noisy else None)
+    if noisy and not metrics["eval_loss"] > clean["eval_loss"]:
         run.say(f"warning: {attack.name} did not raise the loss: its noise is too small, or overshoots")
-    return found
+    return metrics
 
 
 def _changed(run: Run, attack: Attack, build: Callable[..., Examples]) -> Examples:
     assert run.eval_examples is not None
-    form, changed, rows = run.eval_examples.format, 0, 0
+    data_format, changed, rows = run.eval_examples.format, 0, 0
 
     def change(row: Mapping[str, Any], index: int) -> Mapping[str, Any]:
         nonlocal changed, rows
         with attribute_errors(attack, "change"):
-            new = attack.change(row, index, form)
+            new = attack.change(row, index, data_format)
         if not isinstance(new, Mapping):
             raise PluginError(f"{attack}, change: returned a {type(new).__name__}; it must return the row, a mapping.")
         rows, changed = rows + 1, changed + (new != row)
@@ -117,27 +117,27 @@ def _changed(run: Run, attack: Attack, build: Callable[..., Examples]) -> Exampl
     before = len(run.eval_examples)
     if len(examples) != before:
         run.say(
-            f"warning: {attack.name}: {len(examples):,} examples are left of {before:,}, so the "
-            f"metrics are not of the same rows: {examples.describe_dropped()}"
+            f"warning: {attack.name}: {len(examples):,} of {before:,} examples remain, so the "
+            f"metrics do not cover the same rows: {examples.describe_dropped()}"
         )
     return examples
 
 
-def _noise(run: Run, attack: Attack) -> Callable[[Batch], Tensor | None]:
-    """A function that finds the attack's noise for a batch."""
+def _noise_function(run: Run, attack: Attack) -> Callable[[Batch], Tensor | None]:
+    """Return a function that computes the attack's noise for a batch."""
     hooks = Composition([])
     hooks.register_core(run.task, f"task {run.task.name}")
     engine = Engine(run, hooks)
 
-    def find_noise(batch: Batch) -> Tensor | None:
+    def compute_noise(batch: Batch) -> Tensor | None:
         run.counts = batch.counts
         step = Step(run, batch, engine)
         with torch.enable_grad(), attribute_errors(attack, "noise"):
             noise = attack.noise(step)
         if noise is not None and not (isinstance(noise, Tensor) and noise.shape == step.zero_noise().shape):
-            found = list(noise.shape) if isinstance(noise, Tensor) else f"a {type(noise).__name__}"
-            wanted = list(step.zero_noise().shape)
-            raise PluginError(f"{attack}, noise: returned {found}; it must return None or a tensor {wanted}.")
+            actual = list(noise.shape) if isinstance(noise, Tensor) else f"a {type(noise).__name__}"
+            expected = list(step.zero_noise().shape)
+            raise PluginError(f"{attack}, noise: returned {actual}; it must return None or a tensor {expected}.")
         return noise
 
-    return find_noise
+    return compute_noise

@@ -1,7 +1,7 @@
-"""The averaged parameters of a run: put in place for an evaluation or for good, and in a checkpoint.
+"""A run's averaged parameters: swapped in for an evaluation or for the export, and saved in checkpoints.
 
-What is evaluated, kept as the best, exported and reported is the average if the run has one; training goes on with the
-parameters as the optimizer left them.
+If a run averages, its average is evaluated, kept as the best, exported and reported. Training continues with the
+parameters that the optimizer left.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from budwood.training.durability.changes import named_parameters
 
 @torch.no_grad()
 def put_average(run: Run) -> list[Tensor]:
-    """Copy the average into the parameters; return their own values, [] if there is no average yet."""
+    """Copy the average into the parameters; return their previous values, [] if there is no average yet."""
     average = run.average
     if average is None or not average.updates:
         return []
-    own = [parameter.detach().clone() for parameter in run.trainable]
+    previous = [parameter.detach().clone() for parameter in run.trainable]
     for parameter in run.trainable:
         parameter.copy_(average.shadows[parameter])
-    return own
+    return previous
 
 
 @torch.no_grad()
-def put_back(run: Run, own: list[Tensor]) -> None:
-    """Copy what `put_average` returned into the parameters again, bit for bit."""
-    for parameter, value in zip(run.trainable, own, strict=True) if own else ():
+def put_back(run: Run, previous: list[Tensor]) -> None:
+    """Restore the values that `put_average` returned, bitwise identical."""
+    for parameter, value in zip(run.trainable, previous, strict=True) if previous else ():
         parameter.copy_(value)
 
 
 def average_state(run: Run) -> dict[str, Any] | None:
-    """Give what a checkpoint holds of the average; None for a run without one."""
+    """Return the average's state for a checkpoint; None for a run without an average."""
     if run.average is None:
         return None
     shadows = {name: run.average.shadows[parameter] for name, parameter in named_parameters(run).items()}
@@ -43,10 +43,10 @@ def average_state(run: Run) -> dict[str, Any] | None:
 
 
 def load_average_state(run: Run, state: dict[str, Any] | None) -> None:
-    """Take back what `average_state` gave, once the parameters have their shapes; an average that is new begins anew.
+    """Restore `average_state`'s result, after the parameters have their shapes; without a state it starts fresh.
 
     Raises:
-        KeyError, ValueError: it is of other parameters.
+        KeyError, ValueError: the state is that of other parameters.
     """
     if run.average is None or state is None:
         return

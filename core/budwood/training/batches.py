@@ -1,4 +1,4 @@
-"""The micro-batches of each optimizer step, and the counts by which its loss terms are divided."""
+"""The micro-batches of each optimizer step, and the counts that normalise its loss terms."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from budwood.contract.types import UNITS, Run
 from budwood.data.examples import Examples
 from budwood.data.packing import split_micro
 from budwood.model.evaluation import collate_for
-from budwood.training.on_policy import find_maker, make_set, sets_begun
+from budwood.training.on_policy import find_generator, generate_set, sets_started
 from budwood.training.progress import Progress, planned_steps
 
 
 @dataclass(frozen=True)
 class StepBatches:
-    """An optimizer step's examples, and this process's micro-batches of them, each of at most `micro_tokens`."""
+    """An optimizer step's examples, and this process's micro-batches of at most `micro_tokens` tokens."""
 
     examples: Examples
     indices: np.ndarray
@@ -30,31 +30,31 @@ class StepBatches:
     micro_tokens: int
     batches: list[Batch]
     drawn: int = 0
-    """Examples of `run.examples` that the plan draws with this step."""
+    """Number of examples of `run.examples` that this step draws."""
 
     @classmethod
     def collate(cls, run: Run, examples: Examples, indices: np.ndarray, epoch: int, drawn: int) -> StepBatches:
-        """Split among micro-batches and processes as `run.micro_tokens` says now."""
+        """Split the examples into micro-batches of at most `run.micro_tokens`, and take this process's part."""
         limit = run.micro_tokens
-        rows = split_micro(indices, examples.lengths, limit, run.packed, examples.groups)
-        rows = rows[run.process_index :: run.processes]
-        made = [collate_for(run, [examples[i] for i in row], epoch) for row in rows]
-        return cls(examples, indices, epoch, limit, made, drawn)
+        splits = split_micro(indices, examples.lengths, limit, run.packed, examples.groups)
+        splits = splits[run.process_index :: run.processes]
+        batches = [collate_for(run, [examples[i] for i in split], epoch) for split in splits]
+        return cls(examples, indices, epoch, limit, batches, drawn)
 
-    def again(self, run: Run) -> StepBatches:
-        """The same step, split as `run.micro_tokens` says now."""
+    def split_again(self, run: Run) -> StepBatches:
+        """Return the same step, split by the current `run.micro_tokens`."""
         return self.collate(run, self.examples, self.indices, self.epoch, self.drawn)
 
 
 def optimizer_steps(
     run: Run, hooks: Composition, progress: Progress | None = None
 ) -> Iterator[tuple[StepBatches, dict[str, float]]]:
-    """For each optimizer step: this process's micro-batches, and the counts of units over all processes.
+    """Yield, for each optimizer step, this process's micro-batches and the counts of units over all processes.
 
-    The next step's batches are collated by a thread beside the step, unless a strategy makes its examples; then the
-    active set is kept in `progress`.
+    A thread collates the next step's batches during the current step. If a strategy generates the examples, no thread
+    runs, and `progress` holds the active set.
     """
-    if find_maker(hooks) is not None:
+    if find_generator(hooks) is not None:
         assert progress is not None
         for step in _steps_on_policy(run, hooks, progress):
             yield step, count_units(run, hooks, step.batches)
@@ -73,51 +73,51 @@ def optimizer_steps(
 
 
 def _steps_on_policy(run: Run, hooks: Composition, progress: Progress) -> Iterator[StepBatches]:
-    """The optimizer steps of a run whose examples are made as it goes, a set for each step of the plan."""
-    plan = planned_steps(run, sets_begun(hooks, run.step))
+    """Yield the optimizer steps of a run whose examples are generated during training, one set per planned step."""
+    plan = planned_steps(run, sets_started(hooks, run.step))
     while run.step < (run.steps or 0):
         drawn = 0
         if progress.active is None or progress.active.is_used_up(run.step):
             run.epoch, prompts = next(plan)
-            progress.active, drawn = make_set(run, hooks, prompts), len(prompts)
+            progress.active, drawn = generate_set(run, hooks, prompts), len(prompts)
         examples = progress.active.examples_of(run.step)
         try:
             step = StepBatches.collate(run, examples, np.arange(len(examples)), run.epoch, drawn)
         except ValueError as error:
-            raise PluginError(f"{find_maker(hooks)}, hook next_examples: {error}.") from error
+            raise PluginError(f"{find_generator(hooks)}, hook next_examples: {error}.") from error
         yield step
 
 
 def _counted(run: Run, hooks: Composition, collated: Future[StepBatches]) -> tuple[StepBatches, dict[str, float]]:
-    """A step's micro-batches, waited for, and their counts over all processes."""
+    """Wait for a step's micro-batches; returns them and their counts over all processes."""
     step = collated.result()
     run.epoch = step.epoch
-    if step.micro_tokens != run.micro_tokens:  # it was collated before memory ran out
-        step = step.again(run)
+    if step.micro_tokens != run.micro_tokens:  # memory ran out after the step was collated
+        step = step.split_again(run)
     return step, count_units(run, hooks, step.batches)
 
 
 def count_units(run: Run, hooks: Composition, batches: list[Batch]) -> dict[str, float]:
-    """Sum of each unit over the step's micro-batches and all processes, in float64.
+    """Sum each unit over the step's micro-batches and all processes, in float64.
 
     Raises:
-        PluginError: a strategy counts a unit that core or another strategy has.
+        PluginError: a strategy counts a unit that core or another strategy already counts.
     """
     counts = dict.fromkeys((*(unit for unit in UNITS if unit != "step"), "token"), 0.0)
     owners: dict[str, object] = dict.fromkeys((*UNITS, "token"), "core")
     for batch in batches:
         for unit, value in batch.counts.items():
             counts[unit] += value
-        for plugin, found in hooks.collect("batch_counts", run=run, batch=batch):
-            for unit, value in found.items():
+        for plugin, plugin_counts in hooks.collect("batch_counts", run=run, batch=batch):
+            for unit, value in plugin_counts.items():
                 if owners.setdefault(unit, plugin) is not plugin:
                     raise PluginError(
-                        f"{plugin}: batch_counts counts '{unit}', which {owners[unit]} counts: rename it."
+                        f"{plugin}: batch_counts counts '{unit}', which {owners[unit]} already counts: rename it."
                     )
                 counts[unit] = counts.get(unit, 0.0) + float(value)
     if run.processes > 1:
-        everyone: list[dict[str, float]] = [{}] * run.processes
-        torch.distributed.all_gather_object(everyone, counts)
-        names = dict.fromkeys(name for each in everyone for name in each)
-        counts = {name: sum(each.get(name, 0.0) for each in everyone) for name in names}
+        gathered: list[dict[str, float]] = [{}] * run.processes
+        torch.distributed.all_gather_object(gathered, counts)
+        names = dict.fromkeys(name for each in gathered for name in each)
+        counts = {name: sum(each.get(name, 0.0) for each in gathered) for name in names}
     return counts

@@ -1,4 +1,4 @@
-"""`budwood eval`: the metrics of a saved adapter on data, with the adapter and without, and under attacks."""
+"""`budwood eval`: measure a saved adapter on data, with and without the adapter, and under attacks."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from budwood.training.report import Report
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics with the adapter and of the base alone, and the task's report for people ("" if it has none).
+    """Metrics with the adapter and of the base alone, and the task's human-readable report ("" if it has none).
 
-    `attacks` holds those with the adapter under each attack, by the attack's text.
+    `attacks` maps each attack's text to the adapter's metrics under it.
     """
 
     adapter: dict[str, float]
@@ -57,23 +57,23 @@ def evaluate_adapter(
     allow_other_base: bool = False,
     quiet: bool = False,
 ) -> Evaluation:
-    """Measure an adapter, by default as its run measured it: on the same machine and data to the same digits.
+    """Evaluate an adapter, by default as its run did: the same machine and data give the same digits.
 
     Args:
-        directory: the adapter.
-        data: a file in a form that the adapter's task takes.
-        base: folder or hub name; None: the one that the adapter names.
+        directory: the adapter's folder.
+        data: a file in a data format that the adapter's task accepts.
+        base: folder or hub name of the base; None: the one that the adapter names.
         quantization: None: the adapter's.
         precision: "auto", "bf16", "fp16" or "fp32"; None: the adapter's.
-        max_length: tokens; longer rows are cut and counted; None: the run's, else 1024.
-        generate: at most so many prompts are answered for exact match; None: as many as in the run, else 1000.
-        attacks: each as NAME:KEY=VALUE,…; the adapter is measured again under each of them.
+        max_length: in tokens; longer rows are truncated and counted. None: the run's, or 1024 if it is unknown.
+        generate: largest number of prompts to answer for exact match. None: as in the run, or 1000 if it is unknown.
+        attacks: each as NAME:KEY=VALUE,…; the adapter is evaluated again under each of them.
         device: "cpu", "cuda" or "auto".
-        allow_other_base: also where the base's fingerprint is not the adapter's.
-        quiet: show nothing.
+        allow_other_base: accept a base whose fingerprint differs from the adapter's.
+        quiet: print nothing.
 
     Raises:
-        InputError, CorruptError, ResourceError: of adapter, data or base.
+        InputError, CorruptError, ResourceError: the adapter, the data or the base cannot be used.
     """
     report = Report(quiet)
     chosen_attacks = build_attacks(attacks)
@@ -81,7 +81,7 @@ def evaluate_adapter(
     manifest = saved.manifest
     name = base_name(saved, base)
     if not name:
-        raise InputError(f"{directory} does not name its base: say which with --base DIR.")
+        raise InputError(f"{directory} does not name its base: pass it with --base DIR.")
     task_name = manifest.task if manifest else "causal-lm"
     labels = list(manifest.labels) if manifest else []
     as_run = manifest.evaluation if manifest else None
@@ -95,11 +95,11 @@ def evaluate_adapter(
     recipe = default_recipe(data, name, task=task_name, overrides=overrides)
     task: Task = create(task_name, "budwood.tasks")
     if chosen_attacks:
-        form = recognise(read_rows(data).columns, task_name, str(data)).name
+        data_format = recognise(read_rows(data).columns, task_name, str(data)).name
         modules = skeleton(name, task.auto_class)
         for attack in chosen_attacks.values():
             with attribute_errors(attack, "check"):
-                attack.check(form, task_name, modules)
+                attack.check(data_format, task_name, modules)
     pool = open_pool(
         saved, base, quantization=quantization, precision=precision, device=device, allow_other_base=allow_other_base
     )
@@ -118,12 +118,12 @@ def evaluate_adapter(
     )  # fmt: skip
     run.eval_tokens = tokens
     attention.register()
-    golden, here = manifest.golden if manifest else None, current_setting(pool.base)
-    same = golden is not None and comparable(golden, here)
+    golden, current = manifest.golden if manifest else None, current_setting(pool.base)
+    same = golden is not None and comparable(golden, current)
     if golden is not None and not same:
         report.say(
-            f"note: measured on {here.device} in {here.dtype}, quantization {here.quantization}; in its run on "
-            f"{golden.device} in {golden.dtype}, {golden.quantization}: the metrics may differ from those"
+            f"note: measured on {current.device} in {current.dtype}, quantization {current.quantization}; its run used "
+            f"{golden.device}, {golden.dtype}, {golden.quantization}: the metrics may differ"
         )
     with threads(golden.threads) if golden is not None and same else nullcontext():
         check_packing(run, report)
@@ -136,8 +136,8 @@ def evaluate_adapter(
         pool.use("adapter")
         clean = task.evaluate(run)
         text = task.report
-        found = {
+        attacked = {
             attack.name: measure_attacked(run, attack, lambda change: build(change=change), clean)
             for attack in chosen_attacks.values()
         }
-    return Evaluation(clean, without, text, found)
+    return Evaluation(clean, without, text, attacked)

@@ -1,4 +1,4 @@
-"""The end of a run: that training changed something is checked, then the adapter and what tells of it are written."""
+"""The end of a run: check that training changed the model, then write the adapter, the plot and the manifest."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from budwood.contract.registry import Composition
 from budwood.contract.strategy import RUN_ADAPTER
 from budwood.contract.types import Run
 from budwood.errors import BudwoodError, DivergedError, is_out_of_memory
+from budwood.training.output import MANIFEST, written_by_strategies
 from budwood.training.progress import Best, Progress, restore
 from budwood.training.report import Report, duration, peak_memory
 from budwood.training.setup import strategies_record
@@ -29,22 +30,22 @@ from budwood.untrusted.formats import json_numbers
 PROBES = 4
 PROBE_TOKENS = 64
 SHOWN = ("loss", "perplexity", "token_accuracy", "exact_match", "accuracy", "macro_f1")
-"""Metrics that are said at the end, before and after training, beside the run's best metric."""
+"""Metrics reported at the end, before and after training, in addition to the run's best metric."""
 
 
 @dataclass
 class Probe:
-    """What an adapter is known by: probes of the data, and the base's logits [probes, …] fp32 at them."""
+    """Probe examples from the data, and the base's logits on them: [probes, …] fp32."""
 
     examples: list[Example]
     base: Tensor
 
 
 class RunFinalizer:
-    """Ends a run. Made before the first step: it remembers the trained parameters as they began.
+    """Ends a run. Create it before the first step, since it copies the initial trainable parameters.
 
     Attributes:
-        start: what trains, as it was, on the CPU.
+        start: the trainable parameters before the first step, on the CPU.
     """
 
     def __init__(self, run: Run, hooks: Composition, report: Report) -> None:
@@ -53,18 +54,18 @@ class RunFinalizer:
         self.probe = adapter_probe(run)
 
     def complete(self, progress: Progress) -> None:
-        """Put the best parameters back, check that they changed, and write adapter, plot and numbers.
+        """Restore the best parameters, check that they changed, and write adapter, plot and manifest.
 
         Raises:
             DivergedError: training changed nothing.
         """
         restore(self.run, progress.best)
-        self._say_what_is_averaged(progress.best)
+        self._report_missing_average(progress.best)
         check_changed(self.run, self.start, self.probe)
         write_results(self.run, self.hooks, self.report, self.probe)
 
-    def _say_what_is_averaged(self, best: Best) -> None:
-        """Say so if the run averages, and what it ends with is no average."""
+    def _report_missing_average(self, best: Best) -> None:
+        """Report that the final parameters are not an average although the run averages."""
         average = self.run.average
         if average is not None and (best.step or self.run.step) < average.start:
             step = f"the best evaluation, of step {best.step}," if best.step else f"the last step, {self.run.step},"
@@ -72,22 +73,25 @@ class RunFinalizer:
                 f"note: {step} came before averaging began at step {average.start}: the adapter is that step's"
             )
 
-    def keep(self, progress: Progress, torn: bool = False) -> str:
-        """Write the best adapter of a run that ends early (the last where none was evaluated); says where it is.
+    def write_best(self, progress: Progress, partial_step: bool = False) -> str:
+        """Write the adapter of a run that ends early: the best, or the last without an evaluation.
 
         Args:
-            torn: what trains stands in the middle of a step.
+            partial_step: only some parameters have been updated by the current step.
+
+        Returns:
+            A clause for the run's last message: where the adapter is, or why there is none.
         """
         run, best = self.run, progress.best
         if run.step == 0:
             return "no adapter is kept, since none was trained"
         restore(run, best)
-        self._say_what_is_averaged(best)
+        self._report_missing_average(best)
         averaged = run.average is not None and run.average.updates > 0
-        if torn and not (best.step or averaged):
-            return "no adapter is kept: the step moved some parameters and not others, and no evaluation came before it"
+        if partial_step and not (best.step or averaged):
+            return "no adapter is kept: the step updated only some parameters, and no evaluation came before it"
         if not all(bool(torch.isfinite(p).all()) for p in run.trainable):
-            return "no adapter is kept: what was trained is not finite, and no evaluation came before it"
+            return "no adapter is kept: the trained parameters are not finite, and no evaluation came before them"
         try:
             check_changed(run, self.start, self.probe)
             write_results(run, self.hooks, Report(quiet=True), self.probe, finished=False)
@@ -100,7 +104,7 @@ class RunFinalizer:
 
 
 def adapter_probe(run: Run) -> Probe | None:
-    """Take a few probes from the data and the base's own logits at them; None if no strategy owns an adapter."""
+    """Choose a few probes from the data and compute the base's logits on them; None if no strategy owns an adapter."""
     owner = _owner(run)
     if not owner:
         return None
@@ -119,12 +123,12 @@ def _measure(run: Run, probes: list[Example]) -> Tensor:
 
 
 def check_changed(run: Run, start: list[Tensor], probe: Probe | None) -> None:
-    """Check that training changed something, into something that answers.
+    """Check that training changed the model and left its logits finite.
 
     Raises:
-        DivergedError: no trained tensor moved, adapter on equals adapter off, or its logits are not finite.
+        DivergedError: no trained tensor moved, the adapter does not change the logits, or its logits are not finite.
     """
-    # One that has lost some of its rows has changed; `equal` is false where shapes differ.
+    # A tensor that has lost rows counts as changed: `equal` is False if shapes differ.
     moved = sum(not torch.equal(p.detach().cpu(), old) for p, old in zip(run.trainable, start, strict=True))
     if moved == 0:
         raise DivergedError(
@@ -148,7 +152,7 @@ def _chat_record(run: Run) -> ChatRecord | None:
 
 
 def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | None, finished: bool = True) -> None:
-    """Write the adapter (complete or absent), the plot and the run's numbers, and say where they are."""
+    """Write the adapter (complete or absent), the plot and the manifest, and report where they are."""
     if not run.accelerator.is_main_process:
         run.accelerator.wait_for_everyone()
         return
@@ -198,7 +202,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
     if run.model.can_generate():
         adapter = f"--adapter {name}={directory / 'adapter'}"
         report.say(f"next: budwood generate {run.recipe.base.model} {adapter} --prompt '…'")
-    _finish_manifest(directory / "manifest.json", run, seconds, report, finished)
+    _finish_manifest(directory / MANIFEST, run, seconds, report, finished)
     run.accelerator.wait_for_everyone()
 
 
@@ -214,10 +218,11 @@ def _finish_manifest(path: Path, run: Run, seconds: float, report: Report, finis
         "peak_memory_bytes": peak_memory(),
         "hooks": [cost.record(run.hooks.measures_memory) for cost in run.hooks.costs],
         "lost": report.lost,
+        "files": written_by_strategies(path.parent),
     }
     complete_file(path, (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _owner(run: Run) -> Any:
-    """The strategy that owns the adapter, or None."""
+    """Return the strategy that owns the adapter, or None."""
     return next((s for s in run.strategies if "adapter" in s.slots), None)

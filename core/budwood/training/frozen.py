@@ -1,4 +1,4 @@
-"""A second, frozen model beside the one that is tuned, such as a teacher."""
+"""A second, frozen model in addition to the tuned one, such as a teacher."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from budwood.training.packing_check import check_packing
 
 
 def load_frozen(run: Run, model: str, quantization: str | None = None) -> Base:
-    """Load a second model for the run's task, data and device; call it from `prepare_model`.
+    """Load a second model for the run's task, data and device; call from `prepare_model`.
 
-    It computes in the run's dtype, every parameter is frozen, and it stays in evaluation mode. `run.task.outputs` runs
-    it on the run's batches. It never runs code of its own: a recipe's `trust_remote_code` is for the base. Where it
-    does not take packed rows, the run's rows are padded from here on. In planning it is of fake tensors, unquantised.
+    The model computes in the run's dtype and stays frozen and in evaluation mode. `run.task.outputs` runs it on the
+    run's batches. Its repository's code never runs: a recipe's `trust_remote_code` covers only the base. If it does not
+    support packed rows, the run's rows are padded from then on. During planning it has fake tensors, unquantised.
 
     Args:
-        run: past its base.
+        run: a run whose base is loaded.
         model: a folder or a hub name.
-        quantization: name of a quantiser; None: what the checkpoint has, or none.
+        quantization: name of a quantiser; None: as in the checkpoint.
 
     Raises:
-        InputError: no such model, or one without a trained head for the task.
+        InputError: there is no such model, or it has no trained head for the task.
         ResourceError, CorruptError: as `load_base`.
-        PluginError: Budwood's way through the model gives other logits than the model's own.
+        PluginError: Budwood's forward pass gives other logits than the model's own.
     """
     recipe = run.recipe.base
     if run.planning:
@@ -45,8 +45,8 @@ def load_frozen(run: Run, model: str, quantization: str | None = None) -> Base:
         recipe.double_quantization, run.task.model_kwargs(run.examples.labels), run.seed, run.task.needs_tokenizer,
     )  # fmt: skip
     if base.new:
-        raise InputError(f"model '{model}' holds no weights for {base.new[0]}: give one that was trained for the task.")
-    beside = replace(run, base=base, model=base.model, say=lambda text: run.say(f"{model}: {text}"))
-    check_packing(beside, beside)
-    run.packed = run.packed and beside.packed
+        raise InputError(f"model '{model}' has no weights for {base.new[0]}: choose one that was trained for the task.")
+    frozen_run = replace(run, base=base, model=base.model, say=lambda text: run.say(f"{model}: {text}"))
+    check_packing(frozen_run, frozen_run)
+    run.packed = run.packed and frozen_run.packed
     return base

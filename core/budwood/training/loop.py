@@ -1,4 +1,4 @@
-"""The loop: what happens between a ready run and its adapter, read top to bottom."""
+"""The training loop, from a recipe to the written adapter. Reads top to bottom."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from budwood.training.durability.signals import Signals, exit_code
 from budwood.training.finish import RunFinalizer
 from budwood.training.memory import (
     DoesNotFitError,
-    TornStepError,
+    PartialStepError,
     accumulate,
     explain_out_of_memory,
     optimizer_step,
 )
 from budwood.training.non_finite import check_parameters, check_skip
-from budwood.training.preflight import check_output
+from budwood.training.output import check_output
 from budwood.training.progress import Progress, evaluate
 from budwood.training.report import Report, profile_table
 from budwood.training.setup import prepare
@@ -44,22 +44,22 @@ def tune(
     profile: bool = False,
     quiet: bool = False,
 ) -> Run:
-    """Run a recipe and leave adapter, log and plot in its output folder.
+    """Train a recipe and write the adapter, log and plot to its output folder.
 
     Args:
-        recipe: a `Recipe`, or the path of one.
-        overwrite: replace what the output folder holds.
-        resume: go on from the newest sound checkpoint in the output folder; where there is none the run begins, and a
-            finished run is returned as it is.
-        accept_changes: go on although the recipe, the data or versions are not what they were.
-        profile: show the time and memory of every strategy's hooks at the end; on CUDA measuring takes time itself.
-        quiet: show nothing.
+        recipe: a `Recipe`, or the path of a recipe file.
+        overwrite: replace the contents of the output folder.
+        resume: resume from the newest valid checkpoint in the output folder. Without a checkpoint the run starts from
+            the beginning; a finished run is returned unchanged.
+        accept_changes: resume although the recipe, the data or library versions have changed.
+        profile: print the time and memory of every strategy's hooks at the end. On CUDA, measuring itself takes time.
+        quiet: print nothing.
 
     Returns:
-        The finished run; `run.metrics` holds the last evaluation, `run.directory` where things are.
+        The finished run; `run.metrics` holds the last evaluation, `run.directory` is the output folder.
 
     Raises:
-        BudwoodError: one of its subclasses, with the exit code that the command ends with.
+        BudwoodError: one of its subclasses, each with the command's exit code.
     """
     silence_libraries()
     report, signals = Report(quiet), Signals()
@@ -68,32 +68,32 @@ def tune(
     check_output(recipe.output, overwrite, resume)
     try:
         with (
-            signals.listening(),
+            signals.handled(),
             nullcontext() if report.mute else locked(recipe.output, report.say),
             one_revision(recipe.base.model, recipe.base.revision),
         ):
-            found = find_resume(recipe, report, accept_changes) if resume else None
-            if isinstance(found, Run):
-                return found
-            run, hooks, engine = prepare(recipe, report, overwrite, found, in_place=resume, profile=profile)
+            previous = find_resume(recipe, report, accept_changes) if resume else None
+            if isinstance(previous, Run):
+                return previous
+            run, hooks, engine = prepare(recipe, report, overwrite, previous, in_place=resume, profile=profile)
             try:
-                train(run, hooks, engine, report, found, signals)
+                train(run, hooks, engine, report, previous, signals)
             finally:
                 for line in profile_table(hooks.costs, report.seconds) if profile else ():
                     report.say(line)
     except KeyboardInterrupt as error:
-        text = f"interrupted before a step was made; {'the checkpoints stay' if resume else 'nothing is kept'}"
+        text = f"interrupted before the first step; {'checkpoints are kept' if resume else 'nothing was saved'}"
         raise Interrupted(text, exit_code(signals.number or error)) from None
     finally:
         report.close()
     if run.processes > 1:
-        atexit.unregister(_leave_processes)
-        atexit.register(_leave_processes)
+        atexit.unregister(_destroy_process_group)
+        atexit.register(_destroy_process_group)
     return run
 
 
-def _leave_processes() -> None:
-    """Leave the process group while Python still runs: gloo's threads may abort a process that exits in it."""
+def _destroy_process_group() -> None:
+    """Leave the process group while Python still runs: gloo's threads may abort a process that exits inside it."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -102,7 +102,7 @@ def train(
     run: Run, hooks: Composition, engine: Engine, report: Report, resume: Resume | None = None,
     signals: Signals | None = None,
 ) -> None:  # fmt: skip
-    """Train a prepared run to its end, then keep the best adapter, check that it changed something, and write it."""
+    """Train a prepared run to its end, then restore the best adapter, check that it changes the model, and write it."""
     signals = signals or Signals()
     finalizer = RunFinalizer(run, hooks, report)
     progress = Progress(torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16))
@@ -113,9 +113,9 @@ def train(
         saver.check_space()
         if resume is None:
             run.before = evaluate(run, hooks, report, progress.best)
-            torch.manual_seed(run.seed + run.process_index)  # dropout: the only draw that is not keyed
+            torch.manual_seed(run.seed + run.process_index)  # for dropout, the only random draw that is not keyed
         try:
-            with signals.finishing():
+            with signals.deferred():
                 take_steps(run, hooks, engine, report, progress, saver, signals)
         except Exception as error:
             failure = explain_out_of_memory(run, error)
@@ -123,11 +123,11 @@ def train(
                 raise
             report.stop()
             if run.processes > 1 and not isinstance(failure, DivergedError | DoesNotFitError):
-                raise failure from error  # the other processes do not know of it, and writing waits for them
-            kept = finalizer.keep(progress, torn=isinstance(failure, TornStepError))
-            if saver.last and not isinstance(failure, NotSavedError):  # which says it itself
-                kept = f"{kept}; {saver.how_to_go_on()}"
-            raise type(failure)(f"{str(failure).removesuffix('.')}; {kept}") from failure
+                raise failure from error  # writing would wait for the other processes, which do not know of the failure
+            outcome = finalizer.write_best(progress, partial_step=isinstance(failure, PartialStepError))
+            if saver.last and not isinstance(failure, NotSavedError):  # whose message includes the hint
+                outcome = f"{outcome}; {saver.resume_hint()}"
+            raise type(failure)(f"{str(failure).removesuffix('.')}; {outcome}") from failure
         report.stop()
         if run.metrics.get("skipped"):
             report.say(f"{run.metrics['skipped']:.0f} steps were skipped: their loss or gradient was not finite")
@@ -147,7 +147,7 @@ def train(
 def take_steps(
     run: Run, hooks: Composition, engine: Engine, report: Report, progress: Progress, saver: Saver, signals: Signals
 ) -> None:
-    """The optimizer steps that are left of a run."""
+    """Take the remaining optimizer steps of a run."""
     recipe, scaler = run.recipe.train, progress.scaler
     report.start(run.steps or 0, run.step)
     hooks.notify(Event("start", run.step, {"steps": run.steps}), report.say)
@@ -155,10 +155,10 @@ def take_steps(
     run.optimizer.zero_grad(set_to_none=True)
     if run.step and not between_steps(run, hooks, report, progress, saver, signals):
         return
-    for todo, counts in optimizer_steps(run, hooks, progress):
+    for step, counts in optimizer_steps(run, hooks, progress):
         run.counts = counts
         engine.loss_scale = scaler.scale(torch.ones((), device=run.device)) if scaler.is_enabled() else 1.0
-        batches = accumulate(run, hooks, engine, todo)
+        batches = accumulate(run, hooks, engine, step)
         sum_gradients(run)
         scaler.unscale_(run.optimizer)
         values = engine.finish_step()
@@ -167,7 +167,7 @@ def take_steps(
         progress.skipped = 0 if finite else progress.skipped + 1
         if not finite:
             check_skip(run, engine, hooks, batches, values, norm, progress.skipped, scaler.is_enabled())
-        rate = run.optimizer.param_groups[0]["lr"]
+        learning_rate = run.optimizer.param_groups[0]["lr"]
         if finite:
             hooks.call("before_clip", run=run)
             if recipe.clip:
@@ -181,13 +181,13 @@ def take_steps(
             run.scheduler.step()
         scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
-        run.step, progress.examples = run.step + 1, progress.examples + todo.drawn
-        numbers = {**values, "gradient_norm": norm, "learning_rate": rate, "skipped": not finite, **run.logged}
-        numbers = {name: float(value) for name, value in numbers.items()}
+        run.step, progress.examples = run.step + 1, progress.examples + step.drawn
+        metrics = {**values, "gradient_norm": norm, "learning_rate": learning_rate, "skipped": not finite, **run.logged}
+        metrics = {name: float(value) for name, value in metrics.items()}
         run.logged.clear()
-        run.metrics |= {**numbers, "skipped": run.metrics.get("skipped", 0.0) + numbers["skipped"]}
-        report.step(run.step, int(counts["token"]), numbers)
-        hooks.notify(Event("step", run.step, numbers), report.say)
+        run.metrics |= {**metrics, "skipped": run.metrics.get("skipped", 0.0) + metrics["skipped"]}
+        report.step(run.step, int(counts["token"]), metrics)
+        hooks.notify(Event("step", run.step, metrics), report.say)
         if not between_steps(run, hooks, report, progress, saver, signals):
             return
 
@@ -195,29 +195,30 @@ def take_steps(
 def between_steps(
     run: Run, hooks: Composition, report: Report, progress: Progress, saver: Saver, signals: Signals
 ) -> bool:
-    """Do what is due at the end of a step: save, stop, evaluate. Returns whether the run goes on.
+    """Save, stop or evaluate at the end of a step, as due. Returns whether training continues.
 
-    What is saved is the state before the evaluation, which a resume makes again; so an evaluation can be cut short.
+    A checkpoint holds the state before the evaluation, and a resumed run repeats the evaluation. An evaluation can
+    therefore be interrupted.
 
     Raises:
-        KeyboardInterrupt: a signal asks for the end; the step is saved.
+        KeyboardInterrupt: a signal requested the end of the run; the step is saved.
         DivergedError: the parameters are not finite.
     """
     recipe, best, last = run.recipe.train, progress.best, run.step == run.steps
     evaluates = bool(recipe.eval_every) and run.step % (recipe.eval_every or 1) == 0 and not last
-    number, due = signals.requested(run), saver.due()
+    signal_number, due = signals.requested(run), saver.due()
     saver.check()
-    if not (number or due or last or evaluates):
+    if not (signal_number or due or last or evaluates):
         return True
     check_parameters(run)
     snapshot = saver.snapshot()
-    if number or due or last:
+    if signal_number or due or last:
         saver.save(snapshot)
-    if number:
-        raise KeyboardInterrupt(number)
+    if signal_number:
+        raise KeyboardInterrupt(signal_number)
     if evaluates:
         try:
-            with signals.at_once():
+            with signals.interruptible():
                 evaluate(run, hooks, report, best)
         except KeyboardInterrupt:
             saver.save(snapshot)
@@ -226,7 +227,7 @@ def between_steps(
         if stop or best.step == run.step:
             saver.save(snapshot)
         if stop:
-            report.say(f"stopped early at step {run.step}: no gain in {best.without_gain} evaluations")
+            report.say(f"stopped early at step {run.step}: no improvement in {best.without_gain} evaluations")
             return False
     return not last
 
@@ -234,21 +235,21 @@ def between_steps(
 def interrupted(
     error: KeyboardInterrupt, signals: Signals, saver: Saver, finalizer: RunFinalizer, progress: Progress
 ) -> Interrupted:
-    """The end of a run that was stopped: what is being saved is complete, then the best adapter so far is written."""
-    run, kept = finalizer.run, ""
-    with signals.finishing():
-        if signals.count < 3:  # else: at once
+    """End an interrupted run: finish the checkpoint being written, then write the best adapter so far."""
+    run, outcome = finalizer.run, ""
+    with signals.deferred():
+        if signals.count < 3:  # the third signal ends the run immediately
             saver.wait()
             if run.processes == 1 or signals.requested(run):
-                kept = f"{finalizer.keep(progress)}; "
-    text = f"interrupted at step {run.step}; {kept}{saver.how_to_go_on()}"
+                outcome = f"{finalizer.write_best(progress)}; "
+    text = f"interrupted at step {run.step}; {outcome}{saver.resume_hint()}"
     return Interrupted(text, exit_code(signals.number or error))
 
 
 def sum_gradients(run: Run) -> None:
-    """Sum the gradients of all processes: once an optimizer step, in one all-reduce of each data type.
+    """Sum the gradients of all processes, once per optimizer step, with one all-reduce per dtype.
 
-    A parameter that had no gradient in this process gets one, as it may have had one in another.
+    A parameter without a gradient gets a zero one, since another process may have a gradient for it.
     """
     if run.processes == 1:
         return
@@ -257,9 +258,9 @@ def sum_gradients(run: Run) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         gradients.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-    for alike in gradients.values():
-        flat = torch.cat([gradient.reshape(-1) for gradient in alike])
+    for same_dtype in gradients.values():
+        flat = torch.cat([gradient.reshape(-1) for gradient in same_dtype])
         torch.distributed.all_reduce(flat)
-        parts = flat.split([gradient.numel() for gradient in alike])
-        for gradient, part in zip(alike, parts, strict=True):
+        parts = flat.split([gradient.numel() for gradient in same_dtype])
+        for gradient, part in zip(same_dtype, parts, strict=True):
             gradient.copy_(part.view_as(gradient))

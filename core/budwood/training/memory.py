@@ -1,7 +1,7 @@
-"""Memory that runs out in a step: the step begins again in smaller parts, or the run says what to change.
+"""Out of memory in a training step: repeat the step with smaller micro-batches, or fail with a remedy.
 
-What it has done by then is undone first: gradients, sums of the loss terms, what was logged, what was drawn of the
-streams of random numbers. So an optimizer step is the same however often it began.
+A failed attempt is undone first: gradients, sums of the loss terms, logged values, and the state of random generators.
+An optimizer step therefore gives the same result however often it is attempted.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ _DONE = 1 << 62
 REMEDIES = "lower train.micro_tokens or data.max_length, turn on train.gradient_checkpointing, or take a smaller base"
 
 
-class TornStepError(ResourceError):
-    """An optimizer ran out of memory when it had moved some parameters and not others: together they are no adapter."""
+class PartialStepError(ResourceError):
+    """An optimizer ran out of memory after it had updated only some parameters, which leaves no valid adapter."""
 
 
 class DoesNotFitError(ResourceError):
-    """One group of examples is more than memory holds; every process raises it in the same step."""
+    """A single group of examples exceeds the memory; every process raises this in the same step."""
 
 
 def accumulate(run: Run, hooks: Composition, engine: Engine, step: StepBatches) -> list[Batch]:
-    """Add up the gradients of an optimizer step's micro-batches; returns these, as they were in the end.
+    """Accumulate the gradients of an optimizer step's micro-batches; returns the micro-batches as finally split.
 
-    Where memory runs out, on whichever process, all of them begin the step again with micro-batches half as large as
-    the one that failed, and keep to that size.
+    If any process runs out of memory, all processes repeat the step with micro-batches half the size of the one that
+    failed, and keep that size from then on.
 
     Raises:
-        ResourceError: memory does not even hold one group of examples.
+        ResourceError: a single group of examples exceeds the memory.
     """
-    logged = dict(run.logged)  # while the step's examples were made, which is not done again
+    logged = dict(run.logged)  # values logged while the step's examples were generated, which is not repeated
     while True:
-        limit = _agree(run, _passes(run, hooks, engine, step.batches))
+        limit = _minimum(run, _run_passes(run, hooks, engine, step.batches))
         if limit == _DONE:
             return step.batches
         run.begin_step_again()
         run.logged |= logged
-        engine.forget_step()
+        engine.reset_step()
         release_memory()
         if limit == 0:
             alone = [b for b in step.batches if len(b.groups) == 1]
@@ -60,61 +60,62 @@ def accumulate(run: Run, hooks: Composition, engine: Engine, step: StepBatches) 
             raise DoesNotFitError(f"step {run.step + 1}: {does_not_fit(run.recipe, step.examples, members)}")
         run.micro_tokens = limit
         run.say(
-            f"step {run.step + 1}: out of memory: the step begins again, and from here on there are at most {limit:,} "
-            f"tokens at once (train.micro_tokens: {limit})"
+            f"step {run.step + 1}: out of memory: the step is repeated, from now on with at most {limit:,} tokens at "
+            f"once (train.micro_tokens: {limit})"
         )
-        step = step.again(run)
+        step = step.split_again(run)
 
 
-def _passes(run: Run, hooks: Composition, engine: Engine, batches: Sequence[Batch]) -> int:
-    """Run every micro-batch. Returns _DONE, or if one is too large half its tokens, 0 if it is one group.
+def _run_passes(run: Run, hooks: Composition, engine: Engine, batches: Sequence[Batch]) -> int:
+    """Run every micro-batch.
 
-    The error, and all that its frames hold on to, is gone by then.
+    Returns _DONE, or half the tokens of the micro-batch that exceeded the memory; 0 if it is a single group. The error
+    and the tensors that its frames hold are released by then.
     """
     ready: dict[int, Batch] = {}
 
-    def look(index: int, batch: Batch) -> None:
-        ready[index] = _prepared(run, hooks, batch)
-        engine.step_terms.look(Step(run, ready[index], engine, index))
+    def collect(index: int, batch: Batch) -> None:
+        ready[index] = _prepare(run, hooks, batch)
+        engine.step_terms.collect(Step(run, ready[index], engine, index))
 
-    def work(index: int, batch: Batch) -> None:
-        prepared = ready.pop(index) if index in ready else _prepared(run, hooks, batch)
+    def backward(index: int, batch: Batch) -> None:
+        prepared = ready.pop(index) if index in ready else _prepare(run, hooks, batch)
         step = Step(run, prepared, engine, index)
         engine.begin(step)
         engine.step_terms.restore_random(step)
         hooks.call("backward", step=step)
 
-    if engine.step_terms.gathers(len(batches)):
-        limit = _agree(run, _each(batches, look))  # the others would wait for one that runs out of memory
+    if engine.step_terms.needs_first_pass(len(batches)):
+        limit = _minimum(run, _for_each(batches, collect))  # `exchange` would wait for a process that failed
         if limit != _DONE:
             return limit
         engine.step_terms.exchange()
-    return _each(batches, work)
+    return _for_each(batches, backward)
 
 
-def _each(batches: Sequence[Batch], work: Callable[[int, Batch], None]) -> int:
-    at = 0
+def _for_each(batches: Sequence[Batch], function: Callable[[int, Batch], None]) -> int:
+    current = 0
     try:
         for index, batch in enumerate(batches):
-            at = index
-            work(index, batch)
+            current = index
+            function(index, batch)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        failed = batches[at]
+        failed = batches[current]
         return failed.rows * failed.width // 2 if len(failed.groups) > 1 else 0
     return _DONE
 
 
-def _prepared(run: Run, hooks: Composition, batch: Batch) -> Batch:
-    """A micro-batch on its device, as the strategies' `prepare_batch` leave it.
+def _prepare(run: Run, hooks: Composition, batch: Batch) -> Batch:
+    """Move a micro-batch to its device and apply the strategies' `prepare_batch`.
 
     Raises:
-        PluginError: they changed its counts, which the optimizer step's loss is divided by.
+        PluginError: a strategy changed the counts, by which the optimizer step's loss is divided.
     """
     moved = prepared = batch.to(run.device)
     before = {**moved.counts, "labels": float(len(moved.labels))}
-    weights, version = prepared.weights, prepared.weights._version  # a hook may write into the tensor it was given
+    weights, version = prepared.weights, prepared.weights._version  # a hook may also modify the tensor in place
     for plugin, prepared in hooks.follow("prepare_batch", "batch", moved, run=run):
         if prepared.weights is not weights or weights._version != version:
             weights, version = prepared.weights, prepared.weights._version
@@ -129,38 +130,38 @@ def _prepared(run: Run, hooks: Composition, batch: Batch) -> Batch:
     return prepared
 
 
-def _agree(run: Run, limit: int) -> int:
-    """The smallest limit of all processes."""
+def _minimum(run: Run, limit: int) -> int:
+    """Return the smallest limit of all processes."""
     if run.processes > 1:
-        least = torch.tensor(limit, dtype=torch.int64, device=run.device)
-        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
-        return int(least)
+        smallest = torch.tensor(limit, dtype=torch.int64, device=run.device)
+        torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
+        return int(smallest)
     return limit
 
 
 def optimizer_step(run: Run, scaler: torch.amp.GradScaler) -> None:
-    """Step the optimizer; where memory runs out before it has moved anything, once more.
+    """Step the optimizer; retry once if memory runs out before any parameter was updated.
 
     Raises:
         ResourceError: memory ran out again.
-        TornStepError: it ran out halfway, or it cannot be told.
+        PartialStepError: some parameters were updated, or that cannot be determined.
     """
     before = _versions(run.optimizer)
-    if _stepped(run, scaler):
+    if _try_step(run, scaler):
         return
     release_memory()
     text = f"step {run.step + 1}: out of memory in the optimizer: {REMEDIES}"
-    # Others may write past torch's counters of changes.
+    # Optimizers outside torch may write without a change of torch's version counters.
     if not type(run.optimizer).__module__.startswith("torch.optim") or not _untouched(run.optimizer, before):
-        raise TornStepError(text)
+        raise PartialStepError(text)
     for parameter in [p for p in run.optimizer.state if id(p) not in before[1]]:
-        del run.optimizer.state[parameter]  # made in the attempt, perhaps half
-    if not _stepped(run, scaler):
-        raise ResourceError(text) if _untouched(run.optimizer, before) else TornStepError(text)
-    run.say(f"step {run.step + 1}: out of memory in the optimizer; it went through at the second attempt")
+        del run.optimizer.state[parameter]  # created in the failed attempt, possibly incomplete
+    if not _try_step(run, scaler):
+        raise ResourceError(text) if _untouched(run.optimizer, before) else PartialStepError(text)
+    run.say(f"step {run.step + 1}: out of memory in the optimizer; the second attempt succeeded")
 
 
-def _stepped(run: Run, scaler: torch.amp.GradScaler) -> bool:
+def _try_step(run: Run, scaler: torch.amp.GradScaler) -> bool:
     try:
         scaler.step(run.optimizer)
     except Exception as error:
@@ -174,14 +175,14 @@ _Versions = tuple[list[int], dict[int, list[int]]]
 
 
 def _versions(optimizer: Any) -> _Versions:
-    """Torch's counters of changes in place: of the parameters, and of the states by parameter."""
+    """Return torch's version counters: of the parameters, and of the state tensors per parameter."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     states = {id(p): [v._version for v in s.values() if isinstance(v, Tensor)] for p, s in optimizer.state.items() if s}
     return [p._version for p in parameters], states
 
 
 def _untouched(optimizer: Any, before: _Versions) -> bool:
-    """Whether nothing has moved. States that are new have counted no step."""
+    """Whether no parameter or state has changed; a new state may exist if it has counted no step."""
     parameters, states = _versions(optimizer)
     new = [s for p, s in optimizer.state.items() if s and id(p) not in before[1]]
     return (
@@ -192,8 +193,8 @@ def _untouched(optimizer: Any, before: _Versions) -> bool:
 
 
 def explain_out_of_memory(run: Run, error: Exception) -> Exception:
-    """The error itself, or where memory ran out elsewhere in a step a ResourceError with a remedy."""
+    """Return a ResourceError with a remedy for an out-of-memory error, and any other error unchanged."""
     if not is_out_of_memory(error):
         return error
-    what = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ResourceError(f"step {run.step + 1}: out of memory{noted(error)} ({what}): {REMEDIES}")
+    cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ResourceError(f"step {run.step + 1}: out of memory{noted(error)} ({cause}): {REMEDIES}")

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: who caused a loss or gradient, may the run go on; and the parameters after a step."""
+"""Non-finite losses and gradients: find the cause and skip or stop; and a check of the parameters after a step."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def check_skip(
     skipped: int,
     scaled: bool,
 ) -> None:
-    """Return if a non-finite step may be skipped, and report it; the caller leaves all state unchanged.
+    """Report a non-finite step and return if it may be skipped; the caller then leaves all state unchanged.
 
     Args:
         batches: the step's micro-batches on this process.
-        values: its loss terms and their sum, over all processes.
-        norm: its gradient norm, over all processes.
+        values: the step's loss terms and their sum, over all processes.
+        norm: the step's gradient norm, over all processes.
         skipped: consecutive non-finite steps, including this one.
-        scaled: the loss is scaled for fp16: an overflowing gradient under a finite loss is left to the scaler.
+        scaled: the loss is scaled for fp16; the scaler then handles an overflowing gradient under a finite loss.
 
     Raises:
-        DivergedError: the recipe says stop, too many in a row were skipped, or the parameters are not finite.
+        DivergedError: `non_finite` is "stop", too many steps in a row were skipped, or the parameters are not finite.
     """
     check_parameters(run)
     if scaled and bool(torch.isfinite(values["loss"])):
@@ -49,7 +49,7 @@ def check_skip(
         remedy = "use bf16 or fp32"
     else:
         text = f"step {run.step + 1}: {_cause(run, engine, hooks, batches, values, norm)}"
-        remedy = "lower train.learning_rate, or look at these rows"
+        remedy = "lower train.learning_rate, or inspect these rows"
         if run.recipe.train.non_finite == "stop":
             raise DivergedError(f"{text}; {remedy}, or skip such steps with train.non_finite: skip")
         run.say(f"warning: {text}: the step is skipped")
@@ -58,16 +58,16 @@ def check_skip(
 
 
 def check_parameters(run: Run) -> None:
-    """Check that the optimizer has left finite parameters; call it before they are saved, evaluated or written.
+    """Check that all parameters are finite; call before they are saved, evaluated or written.
 
-    After the last step no loss would tell.
+    After the last step, no later loss would reveal it.
 
     Raises:
-        DivergedError: a parameter holds NaN or infinity; whatever the recipe says of steps, it cannot be taken back.
+        DivergedError: a parameter holds NaN or infinity, whatever `train.non_finite` is: the update cannot be undone.
     """
     named = named_parameters(run)
     finite = torch.stack([torch.isfinite(parameter).all() for parameter in named.values()]).tolist()
-    bad = [name for name, sound in zip(named, finite, strict=True) if not sound]
+    bad = [name for name, is_finite in zip(named, finite, strict=True) if not is_finite]
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise DivergedError(
@@ -79,31 +79,32 @@ def check_parameters(run: Run) -> None:
 def _cause(
     run: Run, engine: Engine, hooks: Composition, batches: Sequence[Batch], values: dict[str, Tensor], norm: Tensor
 ) -> str:
-    """What is not finite, and the rows that cause it, found by running each example's forward again."""
-    wrong = [name for name, value in values.items() if not torch.isfinite(value)]
-    wrong = [name for name in wrong if name != "loss"] or wrong
-    owner = engine.owners[wrong[0]][0] if wrong and wrong[0] in engine.owners else None
-    whose = f" of {owner}" if isinstance(owner, Strategy) else ""
-    what = f"loss '{wrong[0]}'{whose}" if wrong else "the gradient"
-    rows: list[int] = []
-    everyone: list[int] = []
+    """Describe the non-finite value and the rows that cause it, found by repeating the forward pass."""
+    bad_terms = [name for name, value in values.items() if not torch.isfinite(value)]
+    bad_terms = [name for name in bad_terms if name != "loss"] or bad_terms
+    owner = engine.owners[bad_terms[0]][0] if bad_terms and bad_terms[0] in engine.owners else None
+    origin = f" of {owner}" if isinstance(owner, Strategy) else ""
+    subject = f"loss '{bad_terms[0]}'{origin}" if bad_terms else "the gradient"
+    bad_rows: list[int] = []
+    all_rows: list[int] = []
     with torch.no_grad(), autocast(run):
         for batch in (b.to(run.device) for b in batches):
-            everyone += batch.source_rows
+            all_rows += batch.source_rows
             outputs = hooks.call("forward", step=Step(run, batch, engine))
             flat = outputs.hidden.reshape(-1, outputs.hidden.shape[-1])
             finite = torch.isfinite(outputs.head(flat[batch.label_positions])).all(-1)
-            rows += [batch.source_rows[i] for i in batch.example_of_label[~finite].unique().tolist()]
-    rows, everyone = _gather(run, rows), _gather(run, everyone)
-    named = [run.examples.rows.location(i) for i in (rows or everyone)[:5]]
-    more = f" and {len(rows or everyone) - 5} more" if len(rows or everyone) > 5 else ""
-    return f"{what} is not finite (gradient norm {float(norm):g}); rows {', '.join(named)}{more}"
+            bad_rows += [batch.source_rows[i] for i in batch.example_of_label[~finite].unique().tolist()]
+    bad_rows, all_rows = _gather(run, bad_rows), _gather(run, all_rows)
+    rows = bad_rows or all_rows
+    locations = [run.examples.rows.location(i) for i in rows[:5]]
+    more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+    return f"{subject} is not finite (gradient norm {float(norm):g}); rows {', '.join(locations)}{more}"
 
 
 def _gather(run: Run, rows: list[int]) -> list[int]:
     """Return the rows of all processes, sorted."""
-    found: list[Any] = [rows]
+    gathered: list[Any] = [rows]
     if run.processes > 1:
-        found = [None] * run.processes
-        torch.distributed.all_gather_object(found, rows)
-    return sorted(row for some in found for row in some)
+        gathered = [None] * run.processes
+        torch.distributed.all_gather_object(gathered, rows)
+    return sorted(row for process_rows in gathered for row in process_rows)

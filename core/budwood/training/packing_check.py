@@ -1,4 +1,4 @@
-"""Whether a model keeps the examples of a packed row apart; if it does not, its rows are padded."""
+"""Check that a model keeps the examples of a packed row independent; if it does not, rows are padded instead."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from budwood.model.evaluation import at_least_fp32, autocast, collate_for
 from budwood.model.ops import attention
 
 ROUNDING, SIMILAR = 0.05, 0.25
-"""Largest differences of logits in 16 bit, in units of the largest: for rounding alone, and before all else is asked.
-If a token sees another example, the difference is above 1."""
+"""Tolerances for logits in 16 bit, relative to the largest: rounding alone, and the limit for the independence check.
+If a token attends to another example, the difference is above 1."""
 
 
 def check_packing(run: Run, report: Any) -> None:
-    """Run two examples packed and alone, and alone by the model's own forward; pad rows if they differ.
+    """Compare two examples packed together with each alone in the model's own forward; pad rows if they differ.
 
-    In 16 bit a deep or quantised model's rounding may differ by more than ROUNDING: then rows are packed if neither
-    example's logits depend on the other's inputs, not by a bit.
+    In 16 bit, the rounding of a deep or quantised model may exceed ROUNDING. Rows are then packed if neither example's
+    logits depend on the other's inputs: they must be bitwise identical if the other example changes.
 
     Args:
-        report: whatever has `say`.
+        report: an object with a method `say`.
 
     Raises:
-        PluginError: even padded, Budwood's way through the model gives other logits than the model's own.
-        ResourceError: memory does not hold two examples.
+        PluginError: even with padded rows, Budwood's forward pass gives other logits than the model's own.
+        ResourceError: two examples do not fit into memory.
     """
     model, task = run.model, run.task
     model.eval()
@@ -57,9 +57,9 @@ def check_packing(run: Run, report: Any) -> None:
     except Exception as error:
         if is_out_of_memory(error):
             raise ResourceError("out of memory: two examples do not fit at once: lower data.max_length") from error
-        if not _is_the_models(error):
+        if not _raised_by_model(error):
             raise
-        reason = f"it does not take packed rows ({type(error).__name__})"
+        reason = f"it does not support packed rows ({type(error).__name__})"
     if reason:
         run.packed = False
         model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
@@ -68,13 +68,13 @@ def check_packing(run: Run, report: Any) -> None:
         if max(alone) > same or padded > similar:
             raise PluginError(
                 f"model class {type(model).__name__}: logits at labels differ from those of its own forward "
-                f"by {max(*alone, padded):.1%}; it is not supported."
+                f"by {max(*alone, padded):.1%}; the model class is not supported."
             )
         report.say(f"rows are padded, not packed, for this model: {reason}")
 
 
-def _is_the_models(error: Exception) -> bool:
-    """Whether the model class or torch raised the error, or core's attention says that it cannot do the model's."""
+def _raised_by_model(error: Exception) -> bool:
+    """Whether the model class or torch raised the error, or core's attention does not support the model."""
     if isinstance(error, BudwoodError):
         return False
     frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -83,7 +83,7 @@ def _is_the_models(error: Exception) -> bool:
 
 
 def _independent(run: Run, pair: list[Example], packed: Tensor) -> bool:
-    """Whether neither example's `packed` logits change by a bit if the other's inputs do."""
+    """Whether each example's `packed` logits stay bitwise identical if the other example's inputs change."""
     for number in range(len(pair)):
         changed = run.task.altered(run.model, pair[number])
         if changed is None:
@@ -107,12 +107,12 @@ def _logits(run: Run, examples: list[Example]) -> Tensor:
 
 
 def _own_logits(run: Run, examples: list[Example]) -> Tensor:
-    """Logits at the labels of one example by the model's own forward."""
+    """Logits at the labels, from the model's own forward."""
     batch = _batch(run, examples)
     with torch.no_grad(), autocast(run):
         return at_least_fp32(run.task.own_logits(run.model, batch))
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    """Largest difference in units of the largest logit."""
+    """Largest difference, relative to the largest logit."""
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-6))

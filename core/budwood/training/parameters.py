@@ -1,4 +1,4 @@
-"""What trains: the strategies' groups of parameters, and torch's groups made of them."""
+"""The trainable parameters: the strategies' parameter groups, and their form for torch optimizers."""
 
 from __future__ import annotations
 
@@ -9,40 +9,50 @@ from budwood.contract.registry import Composition
 from budwood.contract.types import ParameterGroup, Run
 from budwood.errors import InputError
 
-NOTHING_TRAINS = "strategies: none of them trains anything: add an adapter such as lora."
+NOTHING_TRAINS = "strategies: none has trainable parameters: add an adapter such as lora."
 
 
 def trainable_groups(run: Run, hooks: Composition) -> list[ParameterGroup]:
-    """Collect what trains; freeze all the rest.
+    """Collect the trainable parameters and freeze all others.
 
     Raises:
-        InputError: nothing trains.
-        PluginError: two groups have one name, or share a parameter or a parameter's name.
+        InputError: no parameter is trainable, or one that the checkpoint lacks is not.
+        PluginError: two groups have the same name, or share a parameter or a parameter's name.
     """
-    named = hooks.collect("trainable_parameters", run=run, model=run.model)
-    found = [(plugin, group) for plugin, groups in named for group in groups]
-    if not any(group.parameters for _, group in found):
+    results = hooks.collect("trainable_parameters", run=run, model=run.model)
+    collected = [(plugin, group) for plugin, plugin_groups in results for group in plugin_groups]
+    if not any(group.parameters for _, group in collected):
         raise InputError(NOTHING_TRAINS)
     run.model.requires_grad_(False)
     groups: dict[str, ParameterGroup] = {}
-    seen: dict[int | str, str] = {}
-    for plugin, group in found:
+    group_of: dict[int | str, str] = {}
+    for plugin, group in collected:
         where = f"{plugin}, hook trainable_parameters"
         if group.name in groups:
             raise PluginError(f"{where}: two groups are called '{group.name}': rename one.")
         groups[group.name] = group
         for name, parameter in group.parameters.items():
-            for what in (id(parameter), name):
-                if what in seen:
-                    both = f"stands in the groups '{seen[what]}' and '{group.name}'"
-                    raise PluginError(f"{where}: parameter '{name}' {both}: name each once.")
-                seen[what] = group.name
+            for key in (id(parameter), name):
+                if key in group_of:
+                    both = f"is in the groups '{group_of[key]}' and '{group.name}'"
+                    raise PluginError(f"{where}: parameter '{name}' {both}: list it in one.")
+                group_of[key] = group.name
             parameter.requires_grad_(True)
+    _check_new(run)
     return list(groups.values())
 
 
+def _check_new(run: Run) -> None:
+    for path in dict.fromkeys(key.rpartition(".")[0] for key in run.base.new):
+        if not any(parameter.requires_grad for parameter in run.model.get_submodule(path).parameters()):
+            raise InputError(
+                f"base '{run.base.name}': '{path}' is not in the checkpoint, and no strategy trains it, so it would "
+                "stay random: add an adapter that trains it whole, such as lora."
+            )
+
+
 def torch_groups(run: Run) -> list[dict[str, Any]]:
-    """The run's groups as an optimizer takes them, with the recipe's rate and decay."""
+    """Return the run's groups as arguments for a torch optimizer, with learning rate and weight decay."""
     recipe = run.recipe.train
     return [
         {

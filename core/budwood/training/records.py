@@ -1,4 +1,4 @@
-"""Writes a run's records to metrics.jsonl and the trackers. Neither can stop a run; what they lose is counted."""
+"""Writes a run's records to metrics.jsonl and the trackers. Failures never stop a run; lost records are counted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Say = Callable[[str], None]
 
 
 class MetricsFile:
-    """metrics.jsonl, one JSON object per line. A line that cannot be written leaves nothing behind."""
+    """metrics.jsonl, one JSON object per line. A failed write leaves no partial line."""
 
     def __init__(self, path: Path, say: Say, append: bool = False) -> None:
         self.path, self._say, self.lost = path, say, 0
@@ -30,11 +30,11 @@ class MetricsFile:
         self._end = self._file.seek(0, 2)
 
     def _warn(self, error: OSError) -> None:
-        why = error.strerror or error
-        self._say(f"warning: {self.path} cannot be written ({why}); the run continues and counts what is lost")
+        reason = error.strerror or error
+        self._say(f"warning: {self.path} cannot be written ({reason}); the run continues and counts the lost records")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append a line, or count it as lost; the first loss is reported."""
+        """Append a line, or count it as lost; only the first loss is reported."""
         line = json.dumps(record).encode() + b"\n"
         try:
             if self._file is None:
@@ -49,20 +49,20 @@ class MetricsFile:
             self._truncate()
 
     def _truncate(self) -> None:
-        """Cut off a partly written line, so that the next one starts on its own."""
-        with contextlib.suppress(OSError, AttributeError):  # a line that is not JSON is skipped on reading
+        """Remove a partly written line, so that the next record starts on a new line."""
+        with contextlib.suppress(OSError, AttributeError):  # readers skip a line that is not JSON
             self._file.truncate(self._end)
             self._file.seek(self._end)
 
     def close(self) -> None:
-        """Close the file and report what it lost."""
+        """Close the file and report lost records."""
         try:
             if self._file is not None:
                 self._file.close()
         except OSError as error:
             self._say(f"warning: {self.path} may be missing its last lines ({error.strerror or error})")
         if self.lost:
-            self._say(f"warning: {self.path} is missing {self.lost} records, which could not be written")
+            self._say(f"warning: {self.path} is missing {self.lost} records that could not be written")
 
 
 class Trackers:
@@ -82,7 +82,7 @@ class Trackers:
         self._trackers = {tracker.name: tracker for tracker in accelerator.trackers}
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Send a record to every tracker; the first failure of each is reported."""
+        """Send a record to every tracker; only the first failure of each is reported."""
         for name, tracker in self._trackers.items():
             if self._wait.get(name, 0) > 0:
                 self._wait[name] -= 1
@@ -94,14 +94,15 @@ class Trackers:
             except Exception as error:
                 if name not in self.lost:
                     self._say(
-                        f"warning: tracker {name} failed ({describe(error)}); the run continues and counts what is lost"
+                        f"warning: tracker {name} failed ({describe(error)}); the run continues and counts the lost "
+                        "records"
                     )
                 self.lost[name] = self.lost.get(name, 0) + 1
                 self._wait[name] = 2 ** self._failures.get(name, 0)
                 self._failures[name] = self._failures.get(name, 0) + 1
 
     def close(self) -> None:
-        """Finish the trackers and report what they lost."""
+        """Finish the trackers and report lost records."""
         for name, tracker in self._trackers.items():
             try:
                 tracker.finish()
@@ -113,12 +114,12 @@ class Trackers:
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested values to "section.field": value, each a number, a string, or JSON."""
-    found: dict[str, Any] = {}
+    """Flatten nested mappings to "section.field" keys; each value is a number, a string, or JSON text."""
+    flattened: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
+            flattened |= flat(value, f"{prefix}{key}.")
         else:
             plain = isinstance(value, int | float | str | bool)
-            found[prefix + key] = value if plain else json.dumps(value, default=str)
-    return found
+            flattened[prefix + key] = value if plain else json.dumps(value, default=str)
+    return flattened

@@ -1,4 +1,4 @@
-"""The reference that objectives compare with: the run's model with its adapter off, or as the run started from it."""
+"""The reference of objectives: the run's model with its adapter disabled, or in its state at the start of the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from budwood.model.evaluation import CHUNK, autocast
 
 
 def read_reference(run: Run, batch: Batch, start: bool = False) -> Reference:
-    """Run the reference on a batch; see `Step.reference`."""
+    """Run the reference model on a batch; see `Step.reference`."""
     with as_reference(run, start):
         outputs = run.task.outputs(run.model, batch)
         hidden = outputs.hidden.flatten(0, -2)[batch.label_positions]
@@ -34,49 +34,49 @@ def read_reference(run: Run, batch: Batch, start: bool = False) -> Reference:
 
 
 def as_reference(run: Run, start: bool) -> AbstractContextManager[None]:
-    """The model as the reference inside the context: evaluation mode, no gradients."""
-    return _as_started(run) if start else adapter_off(run)
+    """Turn the model into the reference inside the context: evaluation mode, no gradients."""
+    return _start_parameters(run) if start else adapter_off(run)
 
 
 @contextmanager
 def adapter_off(run: Run) -> Iterator[None]:
-    """Let `run.model` answer as its base inside the context: adapter off, evaluation mode, no gradients.
+    """Make `run.model` compute as its base inside the context: adapter disabled, evaluation mode, no gradients.
 
     Raises:
         InputError: no strategy of the run owns an adapter; declare `requires = ("adapter",)`.
     """
     owner = next((strategy for strategy in run.strategies if "adapter" in strategy.slots), None)
     if owner is None:
-        raise InputError("no strategy of the recipe owns an adapter that could be off: add one such as lora.")
+        raise InputError("no strategy of the recipe owns an adapter that could be disabled: add one such as lora.")
     use_adapters(owner, run.model)
     try:
-        with _answering(run):
+        with _inference(run):
             yield
     finally:
         use_adapters(owner, run.model, [RUN_ADAPTER])
 
 
 @contextmanager
-def _as_started(run: Run) -> Iterator[None]:
-    """Let `run.model` answer inside the context with what trains as it was before the first step."""
+def _start_parameters(run: Run) -> Iterator[None]:
+    """Give `run.model` inside the context its trainable parameters from before the first step."""
     parameters = run.trainable
-    now = [parameter.data for parameter in parameters]
+    current = [parameter.data for parameter in parameters]
     for parameter, value in zip(parameters, run.start, strict=True):
         parameter.data = value
     try:
-        with _answering(run):
+        with _inference(run):
             yield
     finally:
-        for parameter, value in zip(parameters, now, strict=True):
+        for parameter, value in zip(parameters, current, strict=True):
             parameter.data = value
 
 
 @contextmanager
-def _answering(run: Run) -> Iterator[None]:
+def _inference(run: Run) -> Iterator[None]:
     training = run.model.training
     run.model.eval()
     try:
-        # Without its cache, in which casts made without a gradient would stay for the forward that has one.
+        # Without autocast's cache: casts made without a gradient would be reused by a forward that needs one.
         with torch.no_grad(), autocast(run, cache=False):
             yield
     finally:

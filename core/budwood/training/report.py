@@ -1,4 +1,4 @@
-"""Shows and records a run: lines, a progress bar, metrics.jsonl, loss.png, and the trackers."""
+"""Prints and records a run: lines, a progress bar, metrics.jsonl, loss.png, and the trackers."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from budwood.untrusted.files import complete_file
 from budwood.untrusted.redaction import redact, redact_values
 
 PLAIN_LINES = 4
-"""Progress lines per run without a terminal."""
+"""Number of progress lines per run without a terminal."""
 
 
 class Report:
     """The output of one run. All processes but the first are `mute`: they print and write nothing.
 
-    Lines and progress go to stderr unless `quiet`. A terminal, log, tracker or plot that fails never stops the run: it
-    is reported once, and what was lost is counted.
+    Lines and progress go to stderr unless `quiet`. A failing terminal, log, tracker or plot never stops the run: the
+    failure is reported once, and losses are counted.
     """
 
     mute = False
@@ -68,7 +68,7 @@ class Report:
             self._trackers = Trackers(accelerator, config, self.say)
 
     def start(self, total: int, done: int = 0) -> None:
-        """Start the progress of `total` optimizer steps, `done` of them complete; tokens/s count from here."""
+        """Start the progress bar for `total` optimizer steps, `done` of them complete; tokens/s count from here."""
         self._total, self._first, self._clock = total, done, time.perf_counter()
         if not (self.quiet or self.mute) and self.console.is_terminal:
             self._progress = Progress(
@@ -118,7 +118,7 @@ class Report:
             self._progress = None
 
     def close(self) -> None:
-        """Close metrics.jsonl and the trackers, and report what they lost."""
+        """Close metrics.jsonl and the trackers, and report lost records."""
         self.stop()
         for records in (self._metrics, self._trackers):
             if records is not None:
@@ -135,18 +135,18 @@ class Report:
 
     @property
     def lost(self) -> dict[str, int]:
-        """Counts of what was lost so far: terminal lines, records of metrics.jsonl and of each tracker."""
+        """Counts of losses so far: terminal lines, records of metrics.jsonl and of each tracker."""
         records = self._metrics.lost if self._metrics is not None else 0
         trackers = self._trackers.lost if self._trackers is not None else {}
-        found = {"terminal lines": self._terminal.lost, "metrics.jsonl records": records}
-        found |= {f"{name} records": count for name, count in trackers.items()}
-        return {name: count for name, count in found.items() if count}
+        counts = {"terminal lines": self._terminal.lost, "metrics.jsonl records": records}
+        counts |= {f"{name} records": count for name, count in trackers.items()}
+        return {name: count for name, count in counts.items() if count}
 
 
 def _kept_lines(step: int, lines: Sequence[bytes]) -> Iterator[bytes]:
     """Yield the lines of metrics.jsonl to keep when a run resumes after `step`.
 
-    An evaluation at that step is repeated. A line that a killed process left half written is dropped.
+    An evaluation at that step is repeated. An incomplete line of a killed process is dropped.
     """
     for line in lines:
         for record in _records([line]):
@@ -197,11 +197,11 @@ def draw_loss(metrics: Path, picture: Path) -> None:
 
 
 def profile_table(costs: Sequence[Cost], seconds: float) -> list[str]:
-    """Return the lines of a table of costs of hooks and core's parts, most expensive first; the last row is the rest.
+    """Return the lines of a table of the costs of hooks and core's parts, most expensive first, with the rest last.
 
     Args:
-        costs: of a profiled run, sorted.
-        seconds: duration of the whole run.
+        costs: costs of a profiled run, sorted.
+        seconds: duration of the complete run.
     """
     head = ("owner", "hook", "calls", "own time", "share", "total time", "peak growth")
     rows = [
@@ -239,9 +239,9 @@ def resident_peak() -> int:
 
 def duration(seconds: float) -> str:
     """Return a human-readable duration: "42 s", "3 min 05 s", "2 h 10 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60:02d} s"
+    return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"

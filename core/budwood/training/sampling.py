@@ -1,4 +1,4 @@
-"""`Run.generate`: samples of the live model, in batches and with random numbers that only the call decides."""
+"""`Run.generate`: batched samples of the current model, with random numbers keyed by the call alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from budwood.model.generate import Generated, generate
 from budwood.training.reference import adapter_off
 
 TIMES = 4
-"""Sampling takes so many times `train.micro_tokens` at once: a token keeps its keys and values, and no activations."""
+"""Tokens per sampling batch, as a multiple of `train.micro_tokens`: sampling stores keys and values, no activations."""
 
 
 def sample(
@@ -25,21 +25,21 @@ def sample(
     if run.tokenizer is None or not run.model.can_generate():
         raise InputError(f"task '{run.task.name}' generates no text: run.generate needs a causal language model.")
     if not run.task.has_log_probs():
-        raise InputError(f"task '{run.task.name}' has no log-probabilities, which run.generate gives of its samples.")
+        raise InputError(f"task '{run.task.name}' has no log-probabilities, which run.generate returns with samples.")
     if samples < 1:
         raise InputError(f"samples: {samples} is less than 1.")
     ids = [_tokens(run, prompt) for prompt in prompts]
     keys = [p.key if isinstance(p, Example) else (index, ids[index]) for index, p in enumerate(prompts)]
     with nullcontext() if adapter else adapter_off(run):
-        found = generate(
+        answers = generate(
             run.model, run.tokenizer, [prompt for prompt in ids for _ in range(samples)], max_new_tokens,
             temperature=temperature, top_p=top_p, stop=stop, stop_ids=[run.examples.stop_ids] * (len(ids) * samples),
             batch_tokens=TIMES * run.recipe.train.micro_tokens,
             keys=[(run.seed, run.step, key, number) for key in keys for number in range(samples)],
             log_probs=run.task.log_probs,
         )  # fmt: skip
-    made = [_sample(ids[index // samples], answer) for index, answer in enumerate(found)]
-    return [made[start : start + samples] for start in range(0, len(made), samples)]
+    flat = [_sample(ids[index // samples], answer) for index, answer in enumerate(answers)]
+    return [flat[start : start + samples] for start in range(0, len(flat), samples)]
 
 
 def _tokens(run: Run, prompt: Example | str | Sequence[int]) -> list[int]:

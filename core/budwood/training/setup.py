@@ -1,6 +1,6 @@
-"""From a recipe to a run that is ready to train: composition, plan, data, base, adapter, optimizer.
+"""Prepare a run for training: composition, plan, data, base, adapter and optimizer.
 
-Everything that can be refused without the base is refused before it loads.
+Everything that can be checked without the base is checked before it loads.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
@@ -25,7 +24,7 @@ from accelerate.tracking import get_available_trackers
 from budwood.contract.discovery import PluginError
 from budwood.contract.loading import create
 from budwood.contract.registry import Composition
-from budwood.contract.strategy import Strategy, hookimpl
+from budwood.contract.strategy import RUN_ADAPTER, Strategy, hookimpl
 from budwood.contract.types import BestMetric, Plan, Run
 from budwood.data.build import build_examples, overlap
 from budwood.data.examples import Examples, check_examples
@@ -46,9 +45,9 @@ from budwood.model.task import Task
 from budwood.recipe.data import encoding_options, recipe_tokenizer
 from budwood.recipe.schema import Recipe, build_composition, load_recipe
 from budwood.training.durability import changes
-from budwood.training.durability.lock import LOCK
 from budwood.training.durability.resume import Resume
 from budwood.training.on_policy import updates_of
+from budwood.training.output import MANIFEST, make_output
 from budwood.training.packing_check import check_packing
 from budwood.training.parameters import NOTHING_TRAINS, torch_groups, trainable_groups
 from budwood.training.preflight import preflight
@@ -59,11 +58,11 @@ from budwood.untrusted.files import complete_file
 from budwood.untrusted.redaction import redact_values
 
 FEW_STEPS = 20
-"""Fewer than these are remarked on, where the data and not the recipe makes them."""
+"""A run with fewer steps than this gets a note, unless the recipe sets the steps."""
 
 
 class Core:
-    """Core's own implementations of hooks that a strategy may own instead."""
+    """Core's default implementations of exclusive hooks, which a strategy may replace."""
 
     @hookimpl
     def build_optimizer(self, run: Run, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -80,7 +79,7 @@ class Core:
 
 
 def register_parts(hooks: Composition, task: Task, engine: Engine) -> None:
-    """Put the task and core's own hooks under the strategies."""
+    """Register the task's and core's hooks, below those of the strategies."""
     hooks.register_core(task, f"task {task.name}")
     hooks.register_core(engine, "core step")
     hooks.register_core(Core(), "core")
@@ -90,15 +89,15 @@ def prepare(
     recipe: Recipe | str | Path, report: Report, overwrite: bool, resume: Resume | None = None,
     in_place: bool = False, profile: bool = False,
 ) -> tuple[Run, Composition, Engine]:  # fmt: skip
-    """Make a run ready to train; with `resume` one that goes on, whose state is not put back yet.
+    """Prepare a run for training. With `resume`, the checkpoint's state is not restored yet.
 
     Args:
-        overwrite: an old run in the output folder goes.
-        in_place: it may stay until this one's files take the place of its own.
-        profile: on CUDA, too, the memory of every hook is measured, and times are those of the device's work.
+        overwrite: remove an old run from the output folder.
+        in_place: keep an old run's files until this run's files replace them.
+        profile: measure the memory of every hook on CUDA too, and the time of the device's work instead of its launch.
 
     Raises:
-        InputError: the recipe, the data, what the strategies say of the plan, or a change since the checkpoint.
+        InputError: the recipe, the data or the plan is invalid, or something changed since the checkpoint.
         ResourceError: the machine cannot run it.
         CorruptError: the base is damaged.
     """
@@ -115,7 +114,7 @@ def prepare(
     device, dtype, reason = pick_device_precision(recipe.base.device, recipe.train.precision)
     check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code, device)
     check_trackers(recipe.train.trackers)
-    if profile or device.type == "cpu":  # where it costs a microsecond; CUDA's allocator takes long to ask
+    if profile or device.type == "cpu":  # a query takes a microsecond on the CPU, but much longer on CUDA
         on_cuda = device.type == "cuda"
         hooks.measure(peak_memory if on_cuda else resident_peak, torch.cuda.synchronize if on_cuda else None)
     accelerator = make_accelerator(device, log_with=recipe.train.trackers or None, project_dir=directory)
@@ -148,7 +147,10 @@ def prepare(
         resume.compare(now, run)
         resume.check_steps(run)
         if device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
-            report.say("note: on CUDA the run goes on up to rounding; to the same bits with train.deterministic")
+            report.say(
+                "note: on CUDA a resumed run is identical up to rounding, and bitwise identical with "
+                "train.deterministic"
+            )
     make_output(directory, overwrite, accelerator)
 
     run.base = _base(run, hooks, task, trust)
@@ -170,7 +172,7 @@ def prepare(
         resume.compare(changes.adapted(run), run)
     engine = Engine(run, hooks)
     register_parts(hooks, task, engine)
-    _say_size(run, report)
+    _report_size(run, report)
     run.optimizer = hooks.call("build_optimizer", run=run, groups=torch_groups(run))
     run.scheduler = hooks.call("build_scheduler", run=run, optimizer=run.optimizer)
     if accelerator.is_main_process:
@@ -182,48 +184,28 @@ def prepare(
 
 
 def make_accelerator(device: torch.device, **options: Any) -> Accelerator:
-    """accelerate's, which refuses the CPU to a process that it has seen on a GPU; a run alone asks it for no device."""
-    elsewhere = is_initialized() and PartialState().device.type != "cpu"
-    return Accelerator(cpu=device.type == "cpu" and not elsewhere, **options)
+    """Create the Accelerator, which rejects `cpu=True` in a process that used a GPU; one process needs no device."""
+    used_gpu = is_initialized() and PartialState().device.type != "cpu"
+    return Accelerator(cpu=device.type == "cpu" and not used_gpu, **options)
 
 
-def check_trackers(wanted: Sequence[str]) -> None:
-    """Refuse a tracker that is not installed, which accelerate would leave out without a word.
+def check_trackers(names: Sequence[str]) -> None:
+    """Reject a tracker that is not installed, which accelerate would skip silently.
 
     Raises:
-        ResourceError: it names the tracker and how to install it.
+        ResourceError: the message names the tracker and how to install it.
     """
     available = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
-    for name in wanted:
+    for name in names:
         if name not in available:
             raise ResourceError(f"train.trackers: {name} is not installed: pip install 'budwood[track]'.")
 
 
-def make_output(directory: Path, overwrite: bool, accelerator: Any) -> None:
-    """Make the output folder, empty where asked; only now, after all that could be refused, does an old run go.
-
-    At every instant it is empty but for hidden files, or holds a manifest.json, so that it is known for a run's.
-    """
-    if accelerator.is_main_process:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            if overwrite or not (directory / "manifest.json").exists():
-                complete_file(directory / "manifest.json", b"{}\n")
-            for path in directory.iterdir() if overwrite else ():
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                elif path.name not in ("manifest.json", LOCK):
-                    path.unlink()
-        except OSError as error:
-            raise ResourceError(f"output: {directory} cannot be written: {error.strerror}.") from error
-    accelerator.wait_for_everyone()
-
-
 def check_plan(plan: Plan, hooks: Composition) -> None:
-    """Ask every strategy what stands against the plan, and see that the task has what their losses need.
+    """Collect the plan errors of all strategies, and check that the task provides what their losses need.
 
     Raises:
-        InputError: all problems at once.
+        InputError: lists all plan errors.
     """
     plan.problems.clear()
     hooks.call("check_plan", plan=plan)
@@ -235,7 +217,7 @@ def check_plan(plan: Plan, hooks: Composition) -> None:
 
 
 def read_data(run: Run, hooks: Composition, report: Report) -> None:
-    """Read training and evaluation data into `run`, say what was recognised, and count the optimizer steps."""
+    """Read training and evaluation data into `run`, report their data formats, and count the optimizer steps."""
     data, train = run.recipe.data, run.recipe.train
     options: dict[str, Any] = {"tokenizer": run.tokenizer, "task": run.task, **encoding_options(run.recipe)}
     examples = build_examples(data.train, **options)
@@ -245,8 +227,10 @@ def read_data(run: Run, hooks: Composition, report: Report) -> None:
         report.say(run.eval_examples.describe())
         shared = overlap(examples, run.eval_examples)
         if shared:
-            report.say(f"warning: {shared} evaluation examples are also training examples; the metrics flatter")
-    run.examples = _prepared_examples(run, hooks, examples)
+            report.say(
+                f"warning: {shared} evaluation examples are also training examples; the metrics are too optimistic"
+            )
+    run.examples = _prepare_examples(run, hooks, examples)
     sizes = (train.batch_tokens, train.batch_examples, run.examples.groups)
     if train.steps is not None:
         run.steps = train.steps
@@ -256,31 +240,31 @@ def read_data(run: Run, hooks: Composition, report: Report) -> None:
         run.steps = planned * updates_of(hooks)
     if hooks.implements("prepare_examples") and len(run.examples) == 0:
         raise InputError("no example is left after the strategies' prepare_examples")
-    _say_large_groups(run, report)
+    _report_large_groups(run, report)
 
 
-def _prepared_examples(run: Run, hooks: Composition, examples: Examples) -> Examples:
-    """The examples as the strategies' `prepare_examples` leave them.
+def _prepare_examples(run: Run, hooks: Composition, examples: Examples) -> Examples:
+    """Apply the strategies' `prepare_examples`.
 
     Raises:
-        InputError: a strategy made an example that is not sound; it is named, with the row.
+        InputError: a strategy returned an invalid example; the message names the strategy and the row.
     """
-    found: Any = examples
+    current: Any = examples
     for plugin, result in hooks.follow("prepare_examples", "examples", examples, run=run):
-        if result is not found and not isinstance(result, Examples):
+        if result is not current and not isinstance(result, Examples):
             try:
                 check_examples(result, examples)
             except InputError as error:
                 raise InputError(f"{plugin}, hook prepare_examples: {error}") from error
-        found = result
-    return found if isinstance(found, Examples) else Examples.gather(found, examples, run.task)
+        current = result
+    return current if isinstance(current, Examples) else Examples.gather(current, examples, run.task)
 
 
-def _say_large_groups(run: Run, report: Report) -> None:
+def _report_large_groups(run: Run, report: Report) -> None:
     sizes = np.bincount(run.examples.groups, weights=run.examples.lengths) if len(run.examples) else np.zeros(0)
     large = int((sizes > run.micro_tokens).sum())
     if large and len(sizes) < len(run.examples):
-        report.say(f"note: {large:,} groups are larger than train.micro_tokens; each is a micro-batch of its own")
+        report.say(f"note: {large:,} groups are larger than train.micro_tokens; each forms a separate micro-batch")
 
 
 def _base(run: Run, hooks: Composition, task: Task, trust: bool) -> Base:
@@ -296,10 +280,10 @@ def _base(run: Run, hooks: Composition, task: Task, trust: bool) -> Base:
 
 
 def prepare_model(run: Run, hooks: Composition) -> Any:
-    """Let every strategy change the model, and note who chose the run's best metric.
+    """Apply every strategy's `prepare_model`, and record which strategy chose the run's best metric.
 
     Raises:
-        PluginError: `run.best_metric` was set to something else than a BestMetric.
+        PluginError: a strategy set `run.best_metric` to something other than a BestMetric.
     """
     model = run.model
     for call in hooks.calls("prepare_model"):
@@ -313,26 +297,32 @@ def prepare_model(run: Run, hooks: Composition) -> Any:
     return model
 
 
-def _say_size(run: Run, report: Report) -> None:
-    trained = sum(p.numel() for p in run.trainable)
-    total = run.base.parameters + trained
+def _report_size(run: Run, report: Report) -> None:
+    from budwood.adapters.peft_layers import describe_adapter
+
+    trainable = sum(p.numel() for p in run.trainable)
+    total = run.base.parameters + trainable
     train = run.recipe.train
     size = f"{train.batch_examples} examples" if train.batch_examples else f"{train.batch_tokens} tokens"
     names = ", ".join(strategy.name for strategy in run.strategies)
     experts = count_experts(run.model)
-    counted = f"; {experts.trained:,} of {experts.total:,} experts adapted" if experts.total else ""
-    report.say(f"{names}: {trained:,} trainable parameters ({trained / total:.2%} of {total:,}){counted}")
+    report.say(f"{names}: {trainable:,} trainable parameters ({trainable / total:.2%} of {total:,})")
+    adapted = describe_adapter(run.model, RUN_ADAPTER)
+    if experts.total:
+        adapted += f"{'; ' if adapted else ''}experts: {experts.trained:,} of {experts.total:,} adapted"
+    if adapted:
+        report.say(f"adapted: {adapted}")
     report.say(f"{run.steps} optimizer steps of {size}, at most {train.micro_tokens} tokens at once")
     if train.steps is None and (run.steps or 0) < FEW_STEPS:
         unit = "batch_examples" if train.batch_examples else "batch_tokens"
         epoch = len(run.examples) if train.batch_examples else int(run.examples.lengths.sum())
         report.say(
-            f"note: so few steps teach little: lower train.{unit} (an epoch has {epoch:,}), or raise train.epochs"
+            f"note: so few steps have little effect: lower train.{unit} (an epoch has {epoch:,}), or raise train.epochs"
         )
 
 
 def precision_name(dtype: torch.dtype) -> str:
-    """The recipe's name of a dtype."""
+    """Return the recipe's name for a dtype."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
@@ -361,12 +351,12 @@ def write_manifest(run: Run, resume: Resume | None = None) -> None:
     if resume is not None:
         manifest |= {"resumed_from_step": resume.checkpoint.step, "accepted_changes": resume.accepted}
     complete_file(
-        run.directory / "manifest.json", (json.dumps(redact_values(manifest), indent=2, default=str) + "\n").encode()
+        run.directory / MANIFEST, (json.dumps(redact_values(manifest), indent=2, default=str) + "\n").encode()
     )
 
 
 def strategies_record(strategies: Sequence[Any]) -> list[dict[str, Any]]:
-    """Name, distribution and options of each strategy, as manifests keep them."""
+    """Return name, distribution and options of each strategy, as stored in manifests."""
     return [
         {"name": s.name, "distribution": s.distribution, "options": redact_values(s.options.model_dump(mode="json"))}
         for s in strategies

@@ -1,9 +1,9 @@
-"""One micro-step: forward, loss terms, backward; and what a step offers to strategies that perturb or compare.
+"""One micro-step: forward, loss terms and backward, plus the extra passes that `Step` offers to strategies.
 
-The head runs only at labels, a chunk of positions at a time: its gradient with respect to the decoder's output is
-gathered chunk by chunk, and one backward pass then goes through the decoder. So the full logits never exist. Terms that
-are functions of log-probabilities get these from the same chunks (`label_scores`). A second forward that terms compare
-with the first (`Step.forward`) goes back in the same way: its backward, too, runs once.
+The head runs only at label positions, one chunk at a time. The gradient with respect to the decoder's output is
+accumulated chunk by chunk, and a single backward pass then runs through the decoder, so the full logits never exist.
+The same chunks provide the log-probabilities for loss terms that depend on them (`label_scores`). A second forward pass
+that loss terms compare with the first (`Step.forward`) works the same way: its backward also runs once.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from budwood.contract.strategy import Strategy, hookimpl
 from budwood.contract.types import UNITS, LossTerm, Outputs, Reference, Run, Step, Terms
 from budwood.errors import BudwoodError, describe, is_out_of_memory
 from budwood.model.evaluation import at_least_fp32, autocast
-from budwood.training.label_scores import LabelScores, chunks, depends
+from budwood.training.label_scores import LabelScores, LogProbs, chunks, depends, temperature_of
 from budwood.training.reference import read_reference
 from budwood.training.step_terms import StepTerms
 
 
 @dataclass
 class _Pass:
-    """What one forward, its terms and its backward gather.
+    """State of one forward pass, its loss terms and its backward pass.
 
-    `compared` are the outputs of `Step.forward` inside it: (as the decoder gave them, the detached copy that the terms
-    see). The copy's gradient gathers over the chunks.
+    `compared` holds the outputs of `Step.forward` calls inside the pass, as pairs of the decoder's output and the
+    detached copy that the loss terms use. The copy's gradient accumulates over the chunks.
     """
 
     loss: Tensor | None = None
@@ -40,14 +40,14 @@ class _Pass:
 
 
 class Engine:
-    """Core's implementation of `backward`, and of what `Step` offers.
+    """Core's implementation of the `backward` hook and of the methods of `Step`.
 
     Attributes:
-        scores_sequences: whether a strategy's terms need the labels' log-probabilities.
+        scores_sequences: whether a strategy's loss terms need the labels' log-probabilities.
         step_terms: losses across the examples of an optimizer step.
-        sums: sum of each loss term in core's own passes over the optimizer step's micro-steps on this process, by name.
-        terms: unit and weight of each loss term, by name.
-        owners: the plugin and the hook that each loss term comes from, by name.
+        sums: per loss term, its sum over this process's micro-steps of the optimizer step, from core's main pass only.
+        terms: unit and weight per loss term.
+        owners: plugin and hook that return each loss term.
     """
 
     def __init__(self, run: Run, hooks: Composition) -> None:
@@ -57,20 +57,22 @@ class Engine:
         self.terms: dict[str, tuple[str, float]] = {}
         self.owners: dict[str, tuple[Any, str]] = {}
         self.step_terms = StepTerms(run, hooks, self)
-        asked = [c.plugin for c in hooks.calls("sequence_terms") if isinstance(c.plugin, Strategy)]
-        self.scores_sequences = bool(asked) or (self.step_terms.active and run.task.has_log_probs())
+        strategies = [c.plugin for c in hooks.calls("sequence_terms") if isinstance(c.plugin, Strategy)]
+        self.scores_sequences = bool(strategies) or (self.step_terms.active and run.task.has_log_probs())
+        receivers = [c.plugin for hook in ("sequence_terms", "step_values") for c in hooks.calls(hook)]
+        self.temperatures = sorted({temperature_of(plugin) for plugin in receivers})
         self._pass: _Pass | None = None
         self._frozen = False
         self._head_trains: bool | None = None
 
     def begin(self, step: Step) -> None:
-        """Compute the references that strategies declare, before any forward of the micro-step keeps memory."""
+        """Compute the references that strategies declare, before a forward pass of the micro-step holds activations."""
         for which in sorted({s.uses_reference for s in self.run.strategies if s.uses_reference}):
             self.reference(step, which == "start")
 
     @hookimpl
     def backward(self, step: Step) -> None:
-        """Forward, all loss terms times `step.main_weight`, backward; the terms' values are logged."""
+        """Run forward and backward on all loss terms times `step.main_weight`; the terms' values are logged."""
         noise = step.zero_noise().requires_grad_() if step.track_noise else None
         step.noise_grad = self._run(step, step.main_weight, noise, main=True)
 
@@ -89,9 +91,9 @@ class Engine:
         if not gradient:
             with self.hooks.part("Step.replay"), _replaying(step, noise):
                 return self._run(step, weight)
-        given = step.zero_noise() if noise is None else noise
+        leaf = step.zero_noise() if noise is None else noise
         with self.hooks.part("Step.replay"), _replaying(step, None):
-            return self._run(step, weight, given.detach().requires_grad_())
+            return self._run(step, weight, leaf.detach().requires_grad_())
 
     def noise_gradient(self, step: Step, noise: Tensor, terms: Terms | None) -> Tensor:
         """See `Step.noise_gradient`."""
@@ -106,24 +108,24 @@ class Engine:
         if key not in step.cache:
             with self.hooks.part("Step.reference"):
                 step.cache[key] = read_reference(self.run, step.batch, start)
-        found: Reference = step.cache[key]
-        return found
+        reference: Reference = step.cache[key]
+        return reference
 
-    def look(self, step: Step, ask: Callable[[Outputs, Tensor | None], Any]) -> Any:
-        """Run the model on a micro-batch without a graph, and give `ask` its outputs and log-probabilities."""
+    def evaluate_without_graph(self, step: Step, function: Callable[[Outputs, LogProbs | None], Any]) -> Any:
+        """Run a forward pass without a graph and return `function` of its outputs and the labels' log-probabilities."""
         with torch.no_grad(), autocast(self.run):
             outputs: Outputs = self.hooks.call("forward", step=step)
             if not self.scores_sequences:
-                return ask(outputs, None)
-            scores = LabelScores(self.run.task, step.batch, twice=False)
+                return function(outputs, None)
+            scores = LabelScores(self.run.task, step.batch, self.temperatures, twice=False)
             for chunk, rows in chunks(step.batch, outputs.hidden.flatten(0, -2)):
                 scores.add(outputs.head(rows), chunk, rows, keep=False)
-            return ask(outputs, scores.values())
+            return function(outputs, scores.values())
 
     def _run(
         self, step: Step, weight: float, leaf: Tensor | None = None, main: bool = False, terms: Terms | None = None
     ) -> Tensor | None:
-        """One pass. Returns the gradient of the unscaled loss with respect to `leaf`, which is added to the noise."""
+        """Run one pass with `leaf` added to the noise; returns the unscaled loss's gradient with respect to `leaf`."""
         outer, outer_noise = self._pass, step.noise
         self._pass = current = _Pass()
         if leaf is not None:
@@ -142,37 +144,37 @@ class Engine:
         if extra is not None and extra.requires_grad:
             tensors, gradients = [*tensors, extra], [*gradients, torch.ones_like(extra)]
         no_cast = torch.autocast(self.run.device.type, enabled=False)
-        with no_cast, self._naming(step):  # a pass inside another's forward runs under autocast
+        with no_cast, self._naming(step):  # a pass inside another pass's forward runs under autocast
             if tensors:
                 torch.autograd.backward(tensors, gradients)
-            # After the pass's own outputs, since a term that needs no head may send its gradient to a copy there.
-            found = [(hidden, copy.grad) for hidden, copy in current.compared if copy.grad is not None]
-            if found:
-                torch.autograd.backward([hidden for hidden, _ in found], [gradient for _, gradient in found])
+            # This backward comes second: the first may add to a copy's gradient, for a term that needs no head.
+            compared = [(hidden, copy.grad) for hidden, copy in current.compared if copy.grad is not None]
+            if compared:
+                torch.autograd.backward([hidden for hidden, _ in compared], [gradient for _, gradient in compared])
         if leaf is None:
             return None
         return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad / self.loss_scale
 
     def _head(self, step: Step, outputs: Outputs, weight: float, main: bool, terms: Terms | None) -> Tensor | None:
-        """Run the head and its terms in chunks; returns the gradient with respect to `outputs.hidden`."""
+        """Run the head and its loss terms in chunks; returns the gradient with respect to `outputs.hidden`."""
         hidden = outputs.hidden
         flat = hidden.detach().flatten(0, -2)
         grad = torch.zeros_like(flat) if hidden.requires_grad else None
         scores = None
         if self.scores_sequences and terms is None:
-            scores = LabelScores(self.run.task, step.batch, self._trains_head(step, outputs, flat))
+            scores = LabelScores(self.run.task, step.batch, self.temperatures, self._trains_head(step, outputs, flat))
         for chunk, rows in chunks(step.batch, flat):
             rows.requires_grad_(grad is not None)
             logits = outputs.head(rows)
             if terms is None:
-                given = self._terms(step, "token_terms", {"label": (len(chunk),)}, logits=logits, positions=chunk)
+                chunk_terms = self._terms(step, "token_terms", {"label": (len(chunk),)}, logits=logits, positions=chunk)
             else:
-                given = [LossTerm("terms", terms(logits, chunk))]
-            loss = self._loss(step, given, weight, main, chunk)
-            goes_back = loss is not None and loss.requires_grad
+                chunk_terms = [LossTerm("terms", terms(logits, chunk))]
+            loss = self._loss(step, chunk_terms, weight, main, chunk)
+            has_graph = loss is not None and loss.requires_grad
             if scores is not None:
-                scores.add(logits, chunk, rows, keep=goes_back)
-            if loss is not None and goes_back:
+                scores.add(logits, chunk, rows, keep=has_graph)
+            if loss is not None and has_graph:
                 with self._naming(step):
                     loss.backward()
                 if grad is not None and rows.grad is not None:
@@ -185,10 +187,11 @@ class Engine:
         self, step: Step, outputs: Outputs, flat: Tensor, grad: Tensor | None, scores: LabelScores,
         weight: float, main: bool,
     ) -> None:  # fmt: skip
-        """Terms of log-probabilities and of the whole optimizer step; adds their gradient to `grad`."""
-        log_probs = scores.values().requires_grad_()
+        """Compute the terms of log-probabilities and of the optimizer step; adds their gradient to `grad`."""
+        log_probs = {temperature: values.requires_grad_() for temperature, values in scores.values().items()}
         copy = flat.view_as(outputs.hidden).detach().requires_grad_(grad is not None)
-        terms = self._terms(step, "sequence_terms", self._shapes(step, "label"), log_probs=log_probs)
+        own = {"log_probs": lambda plugin: log_probs[temperature_of(plugin)]}
+        terms = self._terms(step, "sequence_terms", self._shapes(step, "label"), own)
         self._check_reach(terms, log_probs)
         loss = self._loss(step, terms, weight, main)
         surrogate = self.step_terms.surrogate(step, Outputs(copy, outputs.head), log_probs, weight)
@@ -199,22 +202,23 @@ class Engine:
             torch.autograd.backward(parts)
         if grad is not None and copy.grad is not None:
             grad += copy.grad.flatten(0, -2)
-        if log_probs.grad is not None:
-            scores.backward(outputs.head, flat, grad, log_probs.grad)
+        coefficients = {t: values.grad for t, values in log_probs.items() if values.grad is not None}
+        if coefficients:
+            scores.backward(outputs.head, flat, grad, coefficients)
 
     def _other_terms(self, step: Step, outputs: Outputs, weight: float, main: bool) -> Tensor | None:
         terms = self._terms(step, "loss_terms", {**self._shapes(step), "step": ()}, outputs=outputs)
-        once = main and step.micro_step == 0 and self.run.process_index == 0
+        first = main and step.micro_step == 0 and self.run.process_index == 0  # terms per step count once
         replayed = self._loss(step, [t for t in terms if t.unit != "step"], weight, main)
-        per_step = self._loss(step, [t for t in terms if t.unit == "step"], 1.0, main) if once else None
-        found = [loss for loss in (replayed, per_step) if loss is not None]
+        per_step = self._loss(step, [t for t in terms if t.unit == "step"], 1.0, main) if first else None
+        losses = [loss for loss in (replayed, per_step) if loss is not None]
         if not self.scores_sequences and self.step_terms.active:
             surrogate = self.step_terms.surrogate(step, outputs, None, weight)
-            found += [surrogate] if surrogate is not None else []
-        return sum(found[1:], found[0]) if found else None
+            losses += [surrogate] if surrogate is not None else []
+        return sum(losses[1:], losses[0]) if losses else None
 
     def _trains_head(self, step: Step, outputs: Outputs, flat: Tensor) -> bool:
-        """Whether the head itself has parameters that train, so that rows alone do not give its gradient."""
+        """Whether the head has trainable parameters, which need a gradient beside that of the rows."""
         if self._frozen or not len(step.batch.labels):
             return False
         if self._head_trains is None:
@@ -222,50 +226,54 @@ class Engine:
         return self._head_trains
 
     def _shapes(self, step: Step, *more: str) -> dict[str, tuple[int, ...]]:
-        """Shape of a term's values by its unit."""
+        """Shape of a term's values, per unit."""
         shapes = {"example": (len(step.batch.keys),), "group": (len(step.batch.groups),)}
         return {**shapes, **{unit: (len(step.batch.labels),) for unit in more}}
 
-    def _terms(self, step: Step, hook: str, shapes: dict[str, tuple[int, ...]], **arguments: Any) -> list[LossTerm]:
-        """Ask for the loss terms of `hook`; `shapes` are those of the values by the units that it takes.
+    def _terms(
+        self, step: Step, hook: str, shapes: dict[str, tuple[int, ...]],
+        per_plugin: dict[str, Callable[[Any], Any]] | None = None, **arguments: Any,
+    ) -> list[LossTerm]:  # fmt: skip
+        """Collect the loss terms of `hook`; `shapes` maps each unit that the hook accepts to the shape of its values.
 
         Raises:
-            PluginError: a unit that the hook does not take, values of another shape, or a name that another term has.
+            PluginError: a unit that the hook does not accept, values of the wrong shape, or a duplicate name.
         """
         terms: list[LossTerm] = []
-        for plugin, result in self.hooks.collect(hook, step=step, **arguments):
+        for plugin, result in self.hooks.collect(hook, per_plugin, step=step, **arguments):
             for term in [result] if isinstance(result, LossTerm) else result:
                 counted = hook != "token_terms" and term.unit not in UNITS and term.unit in self.run.counts
                 if not counted and tuple(term.values.shape) != shapes.get(term.unit):
-                    wanted = " or ".join(f"{list(shape)} of unit '{unit}'" for unit, shape in shapes.items())
-                    found = f"{list(term.values.shape)} of unit '{term.unit}'"
+                    expected = " or ".join(f"{list(shape)} of unit '{unit}'" for unit, shape in shapes.items())
+                    actual = f"{list(term.values.shape)} of unit '{term.unit}'"
                     raise PluginError(
-                        f"{plugin}: loss term '{term.name}' of {hook}: values must be {wanted}, not {found}."
+                        f"{plugin}: loss term '{term.name}' of {hook}: values must be {expected}, not {actual}."
                     )
-                self.own(plugin, hook, term)
+                self.register_owner(plugin, hook, term)
                 if any(other.name == term.name for other in terms):
                     raise PluginError(f"{plugin} and {plugin}: two loss terms are called '{term.name}': rename one.")
                 terms.append(term)
         return terms
 
-    def own(self, plugin: Any, hook: str, term: LossTerm) -> None:
-        """Remember whose a term is.
+    def register_owner(self, plugin: Any, hook: str, term: LossTerm) -> None:
+        """Record the plugin and hook of a loss term.
 
         Raises:
-            PluginError: another plugin, or another hook, has a term of that name, or core or another plugin a number.
+            PluginError: a term of another plugin or hook, or another logged value, has the same name.
         """
         if term.name not in self.owners:
             self.hooks.claim(term.name, plugin, hook)
         owner, origin = self.owners.setdefault(term.name, (plugin, hook))
-        both = {origin, hook} == {"token_terms", "sequence_terms"}  # the task's, wherever it is cheaper
+        both = {origin, hook} == {"token_terms", "sequence_terms"}  # a task uses whichever is cheaper
         if owner is not plugin or (origin != hook and not both):
             raise PluginError(f"{owner} and {plugin}: two loss terms are called '{term.name}': rename one.")
 
-    def _check_reach(self, terms: list[LossTerm], log_probs: Tensor) -> None:
-        """Refuse a strategy's term without a graph: its gradient would silently be zero."""
+    def _check_reach(self, terms: list[LossTerm], log_probs: LogProbs) -> None:
+        """Reject a strategy's term without a graph: its gradient would silently be zero."""
         for term in terms:
-            if len(log_probs) and not depends(term.values, log_probs):
-                plugin, _ = self.owners[term.name]
+            plugin, _ = self.owners[term.name]
+            values = log_probs[temperature_of(plugin)]
+            if len(values) and not depends(term.values, values):
                 raise PluginError(
                     f"{plugin}: loss term '{term.name}' of sequence_terms has no graph to the log-probabilities: it "
                     "would train nothing. Compute it from `log_probs` without detaching them."
@@ -273,17 +281,17 @@ class Engine:
 
     @contextmanager
     def _naming(self, step: Step) -> Iterator[None]:
-        """Name the loss terms in an error of autograd, which knows none; if only the task has some, it is core's."""
+        """Add the names of the loss terms to an autograd error; with only the task's terms it is core's own error."""
         try:
             yield
         except Exception as error:
-            tells = isinstance(error, BudwoodError | OSError) or is_out_of_memory(error)
-            own = any(isinstance(plugin, Strategy) for plugin, _ in self.owners.values())
-            if tells or not own or self.hooks.culprit(error) is not None:
+            clear = isinstance(error, BudwoodError | OSError) or is_out_of_memory(error)
+            from_strategy = any(isinstance(plugin, Strategy) for plugin, _ in self.owners.values())
+            if clear or not from_strategy or self.hooks.culprit(error) is not None:
                 raise
-            named = ", ".join(f"'{name}' of {plugin}" for name, (plugin, _) in self.owners.items())
+            terms = ", ".join(f"'{name}' of {plugin}" for name, (plugin, _) in self.owners.items())
             raise PluginError(
-                f"step {step.run.step + 1}: the backward of the loss terms {named} fails: {describe(error)}. "
+                f"step {step.run.step + 1}: the backward pass of the loss terms {terms} failed: {describe(error)}. "
                 "--debug shows the traceback."
             ) from error
 
@@ -293,7 +301,7 @@ class Engine:
         """Weighted sum of the terms, each divided by its unit's count in the optimizer step, times the loss scale.
 
         Args:
-            chunk: the labels that values of unit "label" are for; None: all.
+            chunk: indices of the labels that values of unit "label" refer to; None: all labels.
         """
         total = None
         for term in terms:
@@ -309,28 +317,28 @@ class Engine:
         return None if total is None else total * self.loss_scale
 
     def count(self, unit: str) -> float:
-        """Count of a unit in the optimizer step; 1 if there is none of it, so that an empty term is zero."""
+        """Count of a unit in the optimizer step; 1 instead of 0, so that an empty term is zero."""
         return 1.0 if unit == "step" else self.run.counts[unit] or 1.0
 
     def add(self, term: LossTerm, value: Tensor) -> None:
-        """Add a term's sum over a micro-batch to those of the optimizer step."""
-        before = self.sums.get(term.name)
-        self.sums[term.name] = value if before is None else before + value
+        """Add a term's sum over a micro-batch to its sum over the optimizer step."""
+        total = self.sums.get(term.name)
+        self.sums[term.name] = value if total is None else total + value
         self.terms[term.name] = (term.unit, term.weight)
 
     def add_to_pass(self, loss: Tensor) -> None:
-        """Add to what `Step.loss` is after the pass."""
+        """Add to the value of `Step.loss` after the pass."""
         if self._pass is not None:
-            before = self._pass.loss
-            self._pass.loss = loss.detach() if before is None else before + loss.detach()
+            total = self._pass.loss
+            self._pass.loss = loss.detach() if total is None else total + loss.detach()
 
     def finish_step(self) -> dict[str, Tensor]:
-        """Mean of each loss term over the optimizer step and all processes, and their weighted sum "loss"; resets."""
+        """Return each loss term's mean over the optimizer step and all processes, and their weighted sum "loss"."""
         values: dict[str, Tensor] = {}
         if self.run.processes > 1:
-            names: list[Any] = [None] * self.run.processes
-            torch.distributed.all_gather_object(names, self.terms)
-            self.terms = {name: how for known in names for name, how in known.items()}
+            all_terms: list[Any] = [None] * self.run.processes
+            torch.distributed.all_gather_object(all_terms, self.terms)
+            self.terms = {name: unit_and_weight for terms in all_terms for name, unit_and_weight in terms.items()}
             for name in sorted(self.terms):
                 self.sums.setdefault(name, torch.zeros((), device=self.run.device))
                 torch.distributed.all_reduce(self.sums[name])
@@ -339,17 +347,17 @@ class Engine:
             unit, weight = self.terms[name]
             values[name] = total / self.count(unit)
             loss = loss + weight * values[name]
-        self.forget_step()
+        self.reset_step()
         return {"loss": loss, **values}
 
-    def forget_step(self) -> None:
-        """Drop what was gathered in the current optimizer step."""
+    def reset_step(self) -> None:
+        """Clear the state of the current optimizer step."""
         self.sums, self.terms = {}, {}
-        self.step_terms.forget()
+        self.step_terms.reset()
 
     @contextmanager
     def _freezing(self) -> Iterator[None]:
-        """Let nothing train inside the context, so that the noise alone has a gradient and no layer keeps its input."""
+        """Freeze all parameters inside the context: only the noise has a gradient, and no layer keeps its input."""
         parameters = self.run.trainable
         for parameter in parameters:
             parameter.requires_grad_(False)
@@ -364,7 +372,7 @@ class Engine:
 
 @contextmanager
 def _replaying(step: Step, noise: Tensor | None) -> Iterator[None]:
-    """Put `noise`, and no other, on the step."""
+    """Replace the step's noise with `noise` inside the context."""
     outer = (step.noise, step.replaying)
     step.noise, step.replaying = noise, True
     try:

@@ -8,26 +8,26 @@ from typing import Any
 
 
 class Terminal:
-    """A text stream onto stderr. What can no longer be written is counted in lines, and nothing fails."""
+    """A text stream to stderr. Writing never fails: lines that can no longer be written are counted."""
 
     def __init__(self) -> None:
         self.lost = 0
 
     def write(self, text: str) -> int:
-        """Write, or count; returns the number of characters given."""
+        """Write `text` or count its lines as lost; returns the number of characters in `text`."""
         try:
             self._stream.write(text)
-        except (OSError, ValueError, AttributeError):  # hung up, a pipe without a reader, a full disk; closed; None
+        except (OSError, ValueError, AttributeError):  # hang-up, pipe without a reader, full disk; closed; None
             self.lost += text.count("\n")
         return len(text)
 
     def flush(self) -> None:
-        """Flush, as far as it goes."""
+        """Flush if possible."""
         with contextlib.suppress(OSError, ValueError, AttributeError):
             self._stream.flush()
 
     def isatty(self) -> bool:
-        """Whether someone can watch."""
+        """Whether stderr is a terminal."""
         try:
             return bool(self._stream.isatty())
         except (OSError, ValueError, AttributeError):
@@ -35,7 +35,7 @@ class Terminal:
 
     @property
     def _stream(self) -> Any:
-        """Today's stderr; beneath rich's own stand-in while a progress bar is shown."""
+        """The current stderr; beneath rich's proxy while a progress bar is shown."""
         return getattr(sys.stderr, "rich_proxied_file", sys.stderr)
 
     def __getattr__(self, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Merging into original weights, what rounding takes away, and folders that stock libraries open."""
+"""Merging into original weights, loss by rounding, and folders that stock libraries open."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_merged_in_fp32_stock_transformers_gives_the_adapters_logits(saved, tiny
     assert record["forced"] is False
 
 
-def test_merged_in_bf16_the_distance_is_that_of_the_saved_model(saved, tiny_base, tmp_path):
+def test_merged_in_bf16_the_reported_distance_is_that_of_the_saved_model(saved, tiny_base, tmp_path):
     report = merge(saved, tmp_path / "merged")
     tensors = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
@@ -53,15 +53,15 @@ def test_merged_in_bf16_the_distance_is_that_of_the_saved_model(saved, tiny_base
     assert report.rounded_away < 0.05
 
 
-def test_an_adapter_of_a_4_bit_base_goes_into_the_originals(tiny_base, tmp_path, make_saved):
+def test_an_adapter_of_a_4_bit_base_merges_into_the_original_weights(tiny_base, tmp_path, make_saved):
     folder = make_saved(tiny_base, tmp_path / "a", "nf4")
     report = merge(folder, tmp_path / "merged", dtype="fp32")
     assert report.unquantized.largest < 1e-4  # from the unquantised base with the adapter
     assert report.recorded.largest > 1e-3  # training saw the 4-bit base
-    assert "in nf4 and is used on it in none" in report.notes[0]
+    assert "quantization nf4 and is used with none" in report.notes[0]
 
 
-def test_an_update_below_the_step_of_bf16_is_refused_and_nothing_is_written(tiny_bases, tmp_path, make_saved):
+def test_an_update_below_the_resolution_of_bf16_is_rejected_and_nothing_is_written(tiny_bases, tmp_path, make_saved):
     base = tiny_bases("half", dtype=torch.bfloat16)
     folder = make_saved(base, tmp_path / "a", scale=1e-4)
     with pytest.raises(InputError, match=r"round away \d+% of the update .*--dtype fp32, or --force"):
@@ -74,11 +74,11 @@ def test_an_update_below_the_step_of_bf16_is_refused_and_nothing_is_written(tiny
     assert merge(folder, tmp_path / "merged", dtype="fp32").rounded_away == 0
 
 
-def test_the_share_rounded_away_is_what_the_formula_says():
+def test_the_fraction_rounded_away_follows_the_formula():
     linear = torch.nn.Linear(2, 1, bias=False)
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([[1.0, 1.0]]))
-    before = merging._originals(linear)
+    before = merging._original_weights(linear)
     step = 2.0**-7  # between 1 and the next bf16
     with torch.no_grad():
         linear.weight += torch.tensor([[4 * step, 0.25 * step]])
@@ -89,7 +89,7 @@ def test_the_share_rounded_away_is_what_the_formula_says():
     assert worst == ("weight", pytest.approx(share))
 
 
-def test_adapters_of_stock_peft_merge_with_their_base_given(stock, tiny_base, tmp_path):
+def test_adapters_of_stock_peft_merge_if_their_base_is_passed(stock, tiny_base, tmp_path):
     with pytest.raises(InputError, match="--base"):
         merge(stock, tmp_path / "merged", dtype="fp32")
     report = merge(stock, tmp_path / "merged", base=str(tiny_base), dtype="fp32")
@@ -112,7 +112,7 @@ def test_tied_embeddings_stay_tied(tiny_bases, tmp_path, make_saved):
     torch.testing.assert_close(stock_logits(tmp_path / "merged"), pool_logits(base, folder), atol=1e-4, rtol=0)
 
 
-def test_a_base_that_is_quantised_on_disk_is_refused(saved, tiny_base, tmp_path):
+def test_a_base_quantised_on_disk_is_rejected(saved, tiny_base, tmp_path):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     plan = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
@@ -122,7 +122,7 @@ def test_a_base_that_is_quantised_on_disk_is_refused(saved, tiny_base, tmp_path)
         merge(saved, tmp_path / "merged", base=str(tmp_path / "quantised"), allow_other_base=True)
 
 
-def test_what_is_refused_before_the_base_loads(saved, tiny_base, tiny_bases, tmp_path, monkeypatch):
+def test_bad_input_is_rejected_before_the_base_loads(saved, tiny_base, tiny_bases, tmp_path, monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("a base was loaded")
 
@@ -151,7 +151,7 @@ def test_an_export_opens_in_stock_peft_with_the_same_logits(saved, tiny_base, tm
     torch.testing.assert_close(logits, pool_logits(tiny_base, saved), atol=1e-5, rtol=0)
 
 
-def test_exports_that_are_refused(saved, small, tmp_path):
+def test_invalid_exports_are_rejected(saved, small, tmp_path):
     with pytest.raises(InputError, match="exists"):
         export(saved, small)
     with pytest.raises(InputError, match="use peft"):

@@ -1,4 +1,4 @@
-"""The token cache's size: what goes first, what stays, and what the limit may say."""
+"""The size of the token cache: which entries are deleted or kept, and valid limits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROW = 1000
 
 
 def put(folder: Path, key: str, limit: int = cache.LIMIT) -> None:
-    """An entry of about 4 · ROW bytes."""
+    """Save an entry of about 4 · ROW bytes."""
     cache.save(folder, key, {"ids": np.zeros(ROW, np.int32)}, {"name": key}, limit)
 
 
@@ -28,32 +28,32 @@ def keys(folder: Path) -> list[str]:
 
 
 def age(folder: Path, *names: str) -> None:
-    """Make the entries the older, the earlier they are named."""
+    """Set the modification times of entries, the first being the oldest."""
     for seconds, name in zip(range(len(names), 0, -1), names, strict=True):
-        then = time.time() - 60 * seconds
-        os.utime(folder / f"{name}.safetensors", (then, then))
+        modified = time.time() - 60 * seconds
+        os.utime(folder / f"{name}.safetensors", (modified, modified))
 
 
-def test_the_least_recently_used_entry_goes_first(tmp_path: Path) -> None:
+def test_the_least_recently_used_entry_is_deleted_first(tmp_path: Path) -> None:
     for key in "abc":
         put(tmp_path, key)
     size = (tmp_path / "a.safetensors").stat().st_size
     age(tmp_path, "a", "b", "c")
-    assert cache.load(tmp_path, "a") is not None  # a was written first and is used last
+    assert cache.load(tmp_path, "a") is not None  # a was written first but used most recently
     put(tmp_path, "d", limit=3 * size)
     assert keys(tmp_path) == ["a", "c", "d"]
     put(tmp_path, "e", limit=2 * size)
     assert keys(tmp_path) == ["d", "e"]
 
 
-def test_the_entry_just_written_stays_whatever_its_size(tmp_path: Path) -> None:
+def test_the_new_entry_is_kept_whatever_its_size(tmp_path: Path) -> None:
     put(tmp_path, "a")
     put(tmp_path, "b", limit=10)
     assert keys(tmp_path) == ["b"]
     assert cache.load(tmp_path, "b") is not None
 
 
-def test_other_files_stay_and_a_killed_process_files_go(tmp_path: Path) -> None:
+def test_other_files_are_kept_and_abandoned_partial_files_are_deleted(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     old, new = tmp_path / ".a.safetensors.1.partial", tmp_path / ".b.safetensors.2.partial"
     for path in (old, new):
@@ -74,7 +74,7 @@ def test_the_limit(text: str, limit: float, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("text", ["many", "-1GB", "2 bananas", "1e9", "GB", "nan", "٣GB"])
-def test_a_limit_that_is_no_size_is_refused_before_a_row_is_encoded(
+def test_an_invalid_limit_is_refused_before_any_row_is_encoded(
     text: str, monkeypatch: pytest.MonkeyPatch, write: Any, byte_level: Any
 ) -> None:
     monkeypatch.setenv("BUDWOOD_CACHE_LIMIT", text)
@@ -83,7 +83,7 @@ def test_a_limit_that_is_no_size_is_refused_before_a_row_is_encoded(
         build_examples(write([{"text": "hello there"}]), tokenizer, "causal-lm", 64)
 
 
-def test_a_run_keeps_to_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any, byte_level: Any) -> None:
+def test_a_run_respects_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any, byte_level: Any) -> None:
     tokenizer = byte_level()
     monkeypatch.setenv("BUDWOOD_CACHE_LIMIT", "1")
     for name in ("a.jsonl", "b.jsonl"):
@@ -93,15 +93,15 @@ def test_a_run_keeps_to_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert again.from_cache, "the newest stayed"
 
 
-def test_doctor_says_folder_size_and_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_prints_folder_size_and_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BUDWOOD_CACHE", str(tmp_path))
     monkeypatch.setenv("BUDWOOD_CACHE_LIMIT", "2GB")
-    (found,) = check_cache()
-    assert found.values == {"folder": str(tmp_path / "tokens"), "size": 0, "limit": 2_000_000_000}
+    (check,) = check_cache()
+    assert check.values == {"folder": str(tmp_path / "tokens"), "size": 0, "limit": 2_000_000_000}
     put(tmp_path / "tokens", "a")
-    (found,) = check_cache()
-    assert (found.status, found.values["size"]) == ("ok", (tmp_path / "tokens" / "a.safetensors").stat().st_size)
-    assert f"{tmp_path}/tokens, 0.00 GB of at most 2.00 GB" in found.text
+    (check,) = check_cache()
+    assert (check.status, check.values["size"]) == ("ok", (tmp_path / "tokens" / "a.safetensors").stat().st_size)
+    assert f"{tmp_path}/tokens, 0.00 GB of at most 2.00 GB" in check.text
     monkeypatch.setenv("BUDWOOD_CACHE_LIMIT", "much")
-    (found,) = check_cache()
-    assert (found.status, "'much' is not a size" in found.text) == ("problem", True)
+    (check,) = check_cache()
+    assert (check.status, "'much' is not a size" in check.text) == ("problem", True)

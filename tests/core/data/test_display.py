@@ -38,7 +38,7 @@ def test_pieces_spell_out_every_token(request: pytest.FixtureRequest, kind: str,
     for example, row in zip(examples, ROWS, strict=True):
         pieces = CausalLM().show(example, tokenizer)
         assert [supervised for _, supervised in pieces] == [False, True]
-        spelled = "".join(text for text, _ in pieces).replace("<s> ", "<s>")  # a space that SentencePiece puts there
+        spelled = "".join(text for text, _ in pieces).replace("<s> ", "<s>")  # SentencePiece adds a space
         assert spelled == f"<s>{row['prompt']}{row['completion']}</s>"
 
 
@@ -54,7 +54,7 @@ def test_report_is_json_and_adds_up(report: dict[str, Any]) -> None:
     assert [sample["where"].rpartition(":")[2] for sample in report["samples"]] == ["1", "11", "20"]
 
 
-def test_brackets_where_there_is_no_colour(report: dict[str, Any]) -> None:
+def test_brackets_mark_losses_without_colour(report: dict[str, Any]) -> None:
     text = shown(report, colour=False)
     assert "\x1b" not in text
     assert "Answer:⟦ 你好</s>⟧" in text
@@ -64,14 +64,14 @@ def test_brackets_where_there_is_no_colour(report: dict[str, Any]) -> None:
     assert "7 optimizer steps per epoch. Packed rows have no padding" in text
 
 
-def test_two_colours(report: dict[str, Any]) -> None:
+def test_colours_mark_losses(report: dict[str, Any]) -> None:
     text = shown(report, colour=True)
     assert "⟦" not in text
     assert "\x1b[1;32m 你好</s>" in text
     assert "\x1b[2m<s>Question" in text
 
 
-def test_data_does_not_steer_the_terminal(write: Any, byte_level: Any) -> None:
+def test_data_cannot_control_the_terminal(write: Any, byte_level: Any) -> None:
     rows = [{"text": "\x1b[31mred [bold]\u202e" + "x" * 2000, "label": name} for name in ("[a]", "\x07b")]
     examples = build_examples(write(rows), byte_level(), "sequence-classification", 4096)
     text = shown(make_report(examples, None, SequenceClassification(), byte_level(), 9, 1), colour=False)

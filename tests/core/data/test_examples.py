@@ -1,4 +1,4 @@
-"""Rows as flat arrays: what is cut, dropped, labelled and counted, and the cache of tokens."""
+"""Examples as flat arrays: truncation, dropped rows, labels and counts, and the token cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAIRS = [{"prompt": f"Question: {i}\nAnswer:", "completion": " yes" * (i + 1)} f
 LABELLED = [{"text": f"hello {i}", "label": name} for i, name in enumerate(["spam", "ham", "eggs", "ham"])]
 
 
-def test_examples_are_views_of_what_the_rows_hold(write: Any, byte_level: Any) -> None:
+def test_examples_are_views_of_the_rows_contents(write: Any, byte_level: Any) -> None:
     tokenizer = byte_level()
     examples = build_examples(write(PAIRS), tokenizer, LM, 512)
     assert len(examples) == len(list(examples)) == 5
@@ -43,7 +43,7 @@ def test_examples_are_views_of_what_the_rows_hold(write: Any, byte_level: Any) -
         examples[5]
 
 
-def test_what_is_recognised_is_said(write: Any, byte_level: Any) -> None:
+def test_the_recognised_format_is_reported(write: Any, byte_level: Any) -> None:
     line = build_examples(write(PAIRS), byte_level(), LM, 512).describe()
     assert "train.jsonl: prompt + completion; 5 examples," in line
     assert "% with a loss" in line
@@ -54,16 +54,16 @@ def test_what_is_recognised_is_said(write: Any, byte_level: Any) -> None:
     assert "train.jsonl:5)" in line
 
 
-def test_a_byte_order_mark_is_said(tmp_path: Path, byte_level: Any) -> None:
+def test_a_byte_order_mark_is_reported(tmp_path: Path, byte_level: Any) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes("\ufefftext,label\r\nx,a\r\ny,b\r\n".encode())
-    for _ in range(2):  # from the cache too
+    for _ in range(2):  # the second time from the cache
         examples = build_examples(path, byte_level(), CLASSIFY, 64)
         assert "byte order mark" in examples.describe()
         assert examples.labels == ["a", "b"]
 
 
-def test_too_long_is_cut_or_dropped_and_counted(write: Any, byte_level: Any) -> None:
+def test_long_rows_are_truncated_or_dropped_and_counted(write: Any, byte_level: Any) -> None:
     tokenizer = byte_level()
     prompt = len(CausalLM().prompt(build_examples(write(PAIRS), tokenizer, LM, 512)[0]))
     examples = build_examples(write(PAIRS), tokenizer, LM, prompt + 3)
@@ -72,10 +72,10 @@ def test_too_long_is_cut_or_dropped_and_counted(write: Any, byte_level: Any) -> 
     full = build_examples(write(PAIRS), tokenizer, LM, 512)
     assert examples.stats.truncated == (full.lengths > prompt + 3).sum()
     assert examples.stats.tokens_cut == (full.lengths - examples.lengths).sum()
-    for cut, whole in zip(examples, full, strict=True):
-        count, labels = len(cut.inputs["input_ids"]), len(cut.labels)
-        assert np.array_equal(cut.inputs["input_ids"], whole.inputs["input_ids"][:count])
-        assert np.array_equal(cut.labels, whole.labels[:labels])
+    for truncated, complete in zip(examples, full, strict=True):
+        count, labels = len(truncated.inputs["input_ids"]), len(truncated.labels)
+        assert np.array_equal(truncated.inputs["input_ids"], complete.inputs["input_ids"][:count])
+        assert np.array_equal(truncated.labels, complete.labels[:labels])
         assert labels
     rows = [*PAIRS, {"prompt": "maybe " * 50, "completion": "yes"}, {"prompt": "x", "completion": ""}]
     examples = build_examples(write(rows), tokenizer, LM, prompt + 3)
@@ -92,12 +92,12 @@ def test_too_long_is_cut_or_dropped_and_counted(write: Any, byte_level: Any) -> 
         ([{"text": "\n"}], "all of its 1 rows were dropped: empty text 1.$"),
     ],
 )
-def test_nothing_left_is_an_error(rows: Any, message: str, write: Any, byte_level: Any) -> None:
+def test_no_rows_left_is_an_error(rows: Any, message: str, write: Any, byte_level: Any) -> None:
     with pytest.raises(InputError, match=message):
         build_examples(write(rows), byte_level(), LM, 16)
 
 
-def test_labels_are_learned_sorted_and_kept(write: Any, byte_level: Any) -> None:
+def test_labels_are_learned_sorted_and_reused(write: Any, byte_level: Any) -> None:
     train = build_examples(write(LABELLED), byte_level(), CLASSIFY, 64)
     assert train.labels == ["eggs", "ham", "spam"]
     assert [int(example.labels[0]) for example in train] == [2, 1, 0, 1]
@@ -108,7 +108,7 @@ def test_labels_are_learned_sorted_and_kept(write: Any, byte_level: Any) -> None
     assert build_examples(write(numbers), byte_level(), CLASSIFY, 64).labels == ["9", "10", "100"]
 
 
-def test_labels_that_cannot_be(write: Any, byte_level: Any) -> None:
+def test_invalid_labels(write: Any, byte_level: Any) -> None:
     with pytest.raises(InputError, match="every label is 'ham'"):
         build_examples(write(LABELLED[1:2] * 3), byte_level(), CLASSIFY, 64)
     rows = [*LABELLED, {"text": "x", "label": "hem"}]
@@ -125,7 +125,7 @@ def test_overlap(write: Any, byte_level: Any) -> None:
 
 
 def test_gather(write: Any, byte_level: Any) -> None:
-    """What a strategy returns from prepare_examples, as arrays again."""
+    """Examples that a strategy returned from prepare_examples are packed again."""
     examples = build_examples(write(LABELLED), byte_level(), CLASSIFY, 64)
     chosen = [examples[2], examples[0]]
     chosen[0].columns["score"] = Column(np.float32(0.5))
@@ -158,13 +158,13 @@ def test_gather(write: Any, byte_level: Any) -> None:
         ({"key": 1}, "train.jsonl:2: another example has the same key 1"),
     ],
 )
-def test_examples_that_are_not_sound(changes: Any, message: str, write: Any, byte_level: Any) -> None:
+def test_invalid_examples(changes: Any, message: str, write: Any, byte_level: Any) -> None:
     examples = build_examples(write(LABELLED), byte_level(), CLASSIFY, 64)
     with pytest.raises(InputError, match=message):
         Examples.gather([replace(examples[0], **changes), examples[1]], examples, SequenceClassification())
 
 
-def test_groups_must_stand_together(write: Any, byte_level: Any) -> None:
+def test_groups_must_be_contiguous(write: Any, byte_level: Any) -> None:
     examples = build_examples(write(LABELLED), byte_level(), CLASSIFY, 64)
     one, two, three = (replace(examples[i], group=g) for i, g in ((0, 7), (1, 8), (2, 7)))
     with pytest.raises(InputError, match="train.jsonl:3: the examples of group 7 are not contiguous"):
@@ -190,7 +190,7 @@ class TestCache:
 
         return make
 
-    def test_the_second_time_reads_the_same(self, build: Any, byte_level: Any) -> None:
+    def test_a_second_build_reads_the_same_from_the_cache(self, build: Any, byte_level: Any) -> None:
         made, read = build(), build()
         assert (made.from_cache, read.from_cache) == (False, True)
         for one, two in zip(made, read, strict=True):
@@ -202,7 +202,7 @@ class TestCache:
         assert read.describe() == made.describe()
         assert read.reference(3) == PAIRS[3]["completion"]
 
-    def test_whatever_decides_the_tokens_is_in_the_key(self, build: Any, byte_level: Any) -> None:
+    def test_everything_that_affects_the_tokens_is_in_the_key(self, build: Any, byte_level: Any) -> None:
         build()
         assert not build(PAIRS[:4]).from_cache
         assert not build(length=511).from_cache
@@ -213,13 +213,13 @@ class TestCache:
         build(LABELLED, task=CLASSIFY)
         assert not build(LABELLED, task=CLASSIFY, labels=["ham", "spam", "eggs"]).from_cache
 
-    def test_a_tokenizers_passing_state_is_not(self, build: Any, byte_level: Any) -> None:
+    def test_a_tokenizers_transient_state_is_not_in_the_key(self, build: Any, byte_level: Any) -> None:
         build()
         byte_level()(["a", "b c d"], padding="longest", truncation=True, max_length=3)
         assert build().from_cache
 
     @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other"])
-    def test_damage_is_repaired_unsaid(self, build: Any, tmp_path: Path, damage: str) -> None:
+    def test_a_damaged_entry_is_silently_rebuilt(self, build: Any, tmp_path: Path, damage: str) -> None:
         made = build()
         (entry,) = (tmp_path / "cache").iterdir()
         data = bytearray(entry.read_bytes())
@@ -237,9 +237,7 @@ class TestCache:
         assert len(build()) == 5
         assert len(build()) == 5
 
-    def test_a_write_that_fails_leaves_nothing(
-        self, build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_failed_write_leaves_no_files(self, build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: Any) -> None:
             raise OSError(28, "No space left on device")
 
@@ -247,7 +245,7 @@ class TestCache:
         assert len(build()) == 5
         assert list((tmp_path / "cache").iterdir()) == []
 
-    def test_a_file_that_changes_meanwhile(self, build: Any, write: Any) -> None:
+    def test_a_file_that_changes_during_the_run(self, build: Any, write: Any) -> None:
         build()
         examples = build()
         write(PAIRS[:2])
@@ -261,7 +259,7 @@ class TestCache:
         assert cache.default_folder() == Path.home() / ".cache" / "budwood" / "tokens"
 
 
-def test_errors_come_before_the_tokenizer_works(tmp_path: Path, byte_level: Any) -> None:
+def test_errors_in_the_file(tmp_path: Path, byte_level: Any) -> None:
     for path, message in (
         (tmp_path / "none.jsonl", "no such file"),
         ("/dev/zero", "not a regular file"),

@@ -1,4 +1,4 @@
-"""What columns mean, and the tokens that rows become: BOS once, EOS at the end, the prompt as generation sees it."""
+"""Data formats, and the tokens of rows: BOS once, EOS at the end, the prompt as in generation."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ LM, CLASSIFY = "causal-lm", "sequence-classification"
 MADE = "from budwood import DataFormat\nclass Made(DataFormat):\n    api = 2\n"
 
 
-def encode(form: Any, row: dict[str, Any], tokenizer: Any, max_length: int = 512) -> Any:
-    item, encoder = form.item(row, "train.jsonl:1"), Encoder(tokenizer, max_length)
+def encode(data_format: Any, row: dict[str, Any], tokenizer: Any, max_length: int = 512) -> Any:
+    item, encoder = data_format.item(row, "train.jsonl:1"), Encoder(tokenizer, max_length)
     if isinstance(item, Dropped):
         return item
-    if form.name == "text-label":
+    if data_format.name == "text-label":
         return SequenceClassification().encode([item], ["train.jsonl:1"], encoder)[0]
     (tokens,) = tokenise([item], ["train.jsonl:1"], encoder)[0]
     return tokens
@@ -65,24 +65,26 @@ def test_recognised_by_columns(columns: list[str], task: str, name: str) -> None
         (["messages"], CLASSIFY, "Set base.task: causal-lm, or give text . label"),
     ],
 )
-def test_columns_that_are_not_taken(columns: list[str], task: str, message: str) -> None:
+def test_columns_that_match_no_format(columns: list[str], task: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         recognise(columns, task, "train.jsonl")
     assert str(caught.value).startswith("train.jsonl: ")
 
 
-@pytest.mark.parametrize("form", [PromptCompletion(), PlainText(), TextLabel()], ids=lambda form: form.name)
+@pytest.mark.parametrize(
+    "data_format", [PromptCompletion(), PlainText(), TextLabel()], ids=lambda data_format: data_format.name
+)
 @pytest.mark.parametrize("value", [None, 3, ["x"], {"a": 1}, True], ids=repr)
-def test_fields_that_are_not_text(form: Any, value: Any, byte_level: Any) -> None:
-    for field in form.columns:
+def test_fields_that_are_not_text(data_format: Any, value: Any, byte_level: Any) -> None:
+    for field in data_format.columns:
         if field == "label" and value == 3 and value is not True:
-            continue  # a whole number names a class
-        row = {name: "x" for name in form.columns} | {field: value}
+            continue  # an integer is a valid class name
+        row = {name: "x" for name in data_format.columns} | {field: value}
         with pytest.raises(InputError, match=f"^train.jsonl:1: field '{field}' must be text"):
-            encode(form, row, byte_level())
+            encode(data_format, row, byte_level())
         del row[field]
         with pytest.raises(InputError, match=f"^train.jsonl:1: field '{field}' must be text.*, not missing"):
-            encode(form, row, byte_level())
+            encode(data_format, row, byte_level())
 
 
 def test_half_a_character_is_refused(byte_level: Any) -> None:
@@ -105,7 +107,7 @@ def test_prompt_and_completion(byte_level: Any, bos: bool) -> None:
     [("Question: hel", "lo there"), ("Answer: ", "yes"), ("maybe\n", "\nyes"), ("éa", "\u0301b")],
 )
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
-def test_a_token_never_straddles_prompt_and_completion(
+def test_no_token_crosses_the_start_of_the_completion(
     request: pytest.FixtureRequest, kind: str, prompt: str, completion: str
 ) -> None:
     made = request.getfixturevalue(kind)
@@ -115,27 +117,27 @@ def test_a_token_never_straddles_prompt_and_completion(
     assert tokenizer.decode(row.ids[1:-1]) == prompt + completion
 
 
-def test_merging_boundary_is_remarked(byte_level: Any) -> None:
+def test_a_token_across_the_boundary_is_remarked(byte_level: Any) -> None:
     encoder = Encoder(byte_level(), 99)
-    whole = encoder.plain(["hello"])[0]
-    assert len(whole) < len(encoder.plain(["hel"])[0]) + len(encoder.plain(["lo"])[0])  # it does merge
+    joined = encoder.plain(["hello"])[0]
+    assert len(joined) < len(encoder.plain(["hel"])[0]) + len(encoder.plain(["lo"])[0])  # a token crosses the boundary
     rows = [{"prompt": "hel", "completion": "lo"}, {"prompt": "hello", "completion": " there"}]
     tokenise([PromptCompletion().item(row, "a:1") for row in rows], ["a:1", "a:2"], encoder)
     assert list(encoder.remarks.values()) == [1]
 
 
 def test_no_space_before_a_continuation(sentencepiece: Any) -> None:
-    """The tokenizer puts a space before every text, which is wrong within one."""
+    """The tokenizer adds a space before every text, which would be wrong inside a text."""
     assert sentencepiece.decode(sentencepiece("lo", add_special_tokens=False)["input_ids"][:1]) == ""
     row = encode(PromptCompletion(), {"prompt": "hel", "completion": "lo"}, sentencepiece)
     assert sentencepiece.decode(row.ids, skip_special_tokens=True) == "hello"
 
 
-@pytest.mark.parametrize("form", [PromptCompletion(), PlainText()], ids=lambda form: form.name)
-def test_bos_and_eos_stand_once(form: Any, byte_level: Any) -> None:
+@pytest.mark.parametrize("data_format", [PromptCompletion(), PlainText()], ids=lambda data_format: data_format.name)
+def test_bos_and_eos_occur_once(data_format: Any, byte_level: Any) -> None:
     tokenizer = byte_level(bos=True)
     row = {"prompt": "<s>Question:", "completion": " yes</s>", "text": "<s>Question: yes</s>"}
-    encoded = encode(form, row, tokenizer)
+    encoded = encode(data_format, row, tokenizer)
     assert tokenizer.decode(encoded.ids) == "<s>Question: yes</s>"
     assert encoded.ids.count(tokenizer.bos_token_id) == 1
     assert encode_prompt(tokenizer, "<s>Question:").count(tokenizer.bos_token_id) == 1
@@ -151,7 +153,7 @@ def test_text(byte_level: Any, bos: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "row", "reason"),
+    ("data_format", "row", "reason"),
     [
         (PromptCompletion(), {"prompt": "x", "completion": ""}, "empty completion"),
         (PromptCompletion(), {"prompt": "x", "completion": " \n"}, "empty completion"),
@@ -161,16 +163,16 @@ def test_text(byte_level: Any, bos: bool) -> None:
         (TextLabel(), {"text": "x", "label": " "}, "empty label"),
     ],
 )
-def test_empty_rows_are_dropped(form: Any, row: dict[str, str], reason: str, byte_level: Any) -> None:
-    assert encode(form, row, byte_level()) == Dropped(reason)
+def test_empty_rows_are_dropped(data_format: Any, row: dict[str, str], reason: str, byte_level: Any) -> None:
+    assert encode(data_format, row, byte_level()) == Dropped(reason)
 
 
-def test_a_tokenizer_without_an_end(byte_level: Any) -> None:
+def test_a_tokenizer_without_an_end_token(byte_level: Any) -> None:
     with pytest.raises(InputError, match="no end-of-sequence token.*tokenizer_config.json"):
         encode(PlainText(), {"text": "x"}, byte_level(eos=None))
 
 
-def test_classification_keeps_what_the_tokenizer_puts_around(word_piece: Any, byte_level: Any) -> None:
+def test_classification_keeps_the_tokenizers_special_tokens(word_piece: Any, byte_level: Any) -> None:
     text = "hello there how are you " * 10
     encoded = encode(TextLabel(), {"text": text, "label": "a"}, word_piece, max_length=8)
     (row,) = encoded.examples
@@ -187,56 +189,58 @@ def test_classification_keeps_what_the_tokenizer_puts_around(word_piece: Any, by
 
 
 @pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), "two", True])
-@pytest.mark.parametrize("form", [PromptCompletion(), PlainText(), TextLabel()], ids=lambda form: form.name)
-def test_weights_that_are_none(form: Any, weight: Any) -> None:
-    row = dict.fromkeys(form.columns, "x")
+@pytest.mark.parametrize(
+    "data_format", [PromptCompletion(), PlainText(), TextLabel()], ids=lambda data_format: data_format.name
+)
+def test_invalid_weights(data_format: Any, weight: Any) -> None:
+    row = dict.fromkeys(data_format.columns, "x")
     with pytest.raises(InputError, match="^train.jsonl:1: field 'weight' must be 0 or a positive fp32 number"):
-        form.item({**row, "weight": weight}, "train.jsonl:1")
-    assert form.item({**row, "weight": 0}, "train.jsonl:1") == Dropped("weight 0")
-    assert form.item({**row, "weight": 2}, "train.jsonl:1").weight == 2.0
+        data_format.item({**row, "weight": weight}, "train.jsonl:1")
+    assert data_format.item({**row, "weight": 0}, "train.jsonl:1") == Dropped("weight 0")
+    assert data_format.item({**row, "weight": 2}, "train.jsonl:1").weight == 2.0
 
 
-def install_form(folder: Path, name: str, source: str) -> None:
+def install_format(folder: Path, name: str, source: str) -> None:
     (folder / f"{name}_form.py").write_text(source)
     info = folder / f"{name}_form-1.2.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-form\nVersion: 1.2\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-format\nVersion: 1.2\n")
     (info / "entry_points.txt").write_text(f"[budwood.formats]\n{name} = {name}_form:Made\n")
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("body", "message"),
     [
         ("raise KeyError('good')", "item: KeyError: 'good'. Report it to its author"),
     ],
 )
-def test_a_form_of_others_that_fails_is_named(body, says, byte_level, tmp_path, distribution):
+def test_an_error_in_a_third_party_format_names_it(body, message, byte_level, tmp_path, distribution):
     source = MADE + "    name = 'pairs'\n    columns = ('good', 'bad')\n"
     source += f"    tasks = ('causal-lm',)\n    def item(self, row, where):\n        {body}\n"
-    distribution("pairs-form", source, {"pairs": "Made"}, "budwood.formats", "1.2")
+    distribution("pairs-format", source, {"pairs": "Made"}, "budwood.formats", "1.2")
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"good": "a", "bad": "b"}\n')
     with pytest.raises(PluginError) as error:
         build_examples(rows, byte_level(), LM, 64)
-    assert str(error.value).startswith(f"data format 'pairs' (pairs-form 1.2), {says}")
+    assert str(error.value).startswith(f"data format 'pairs' (pairs-format 1.2), {message}")
 
 
-def test_forms_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A form of another distribution is found by its columns; a broken one matters only where no other fits."""
+def test_third_party_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third-party format is recognised by its columns; a broken one only matters if no other format matches."""
     source = MADE + "    name = 'pairs'\n    columns = ('good', 'bad')\n"
-    install_form(tmp_path, "pairs", source + "    tasks = ('causal-lm',)\n")
-    install_form(tmp_path, "broken", "import no_such_module\n")
+    install_format(tmp_path, "pairs", source + "    tasks = ('causal-lm',)\n")
+    install_format(tmp_path, "broken", "import no_such_module\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert recognise(["bad", "good"], LM, "x").name == "pairs"
     assert recognise(["text"], LM, "x").name == "text"
-    with pytest.raises(InputError, match="good . bad; .*plugin 'broken' of broken-form 1.2.*cannot be imported"):
+    with pytest.raises(InputError, match="good . bad; .*plugin 'broken' of broken-format 1.2.*cannot be imported"):
         recognise(["good"], LM, "x")
-    install_form(tmp_path, "odd", "class Made: pass\n")
-    install_form(tmp_path, "partial", MADE + "    name = 'x'\n")
+    install_format(tmp_path, "odd", "class Made: pass\n")
+    install_format(tmp_path, "partial", MADE + "    name = 'x'\n")
     assert recognise(["text"], LM, "x").name == "text"
     with pytest.raises(
-        InputError, match="'odd' of odd-form 1.2: odd_form:Made is not a subclass of budwood.DataFormat"
+        InputError, match="'odd' of odd-format 1.2: odd_form:Made is not a subclass of budwood.DataFormat"
     ):
         recognise(["good"], LM, "x")
-    with pytest.raises(InputError, match="data format 'partial' of partial-form 1.2: .* declares no 'columns'"):
+    with pytest.raises(InputError, match="data format 'partial' of partial-format 1.2: .* does not declare 'columns'"):
         recognise(["good"], LM, "x")

@@ -1,4 +1,4 @@
-"""Which tokens are the assistant's is proved from the template's own renderings, or the file is refused."""
+"""The assistant's tokens are located by rendering with the chat template, or the file is refused."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Trims every content, and spells out BOS itself.
+# Trims every content, and spells out BOS.
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n'"
     " + m.content | trim + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-# No generation prompt: the answer follows the user's turn after a space; refuses turns that do not alternate.
+# No generation prompt: the answer follows the user's turn after a space; rejects turns that do not alternate.
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}"
     "{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content + eos_token }}"
     "{% endif %}{% endfor %}"
 )
-# Puts the end-of-sequence token behind the whole conversation, as Phi-3 does.
+# Appends the end-of-sequence token to the complete conversation, as Phi-3 does.
 PHI3 = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
-# Puts an empty thought before the last answer only, as Qwen3 does.
+# Inserts an empty thought before the last answer only, as Qwen3 does.
 QWEN3 = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
@@ -85,13 +85,13 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_assistant_turns_and_their_ends(name: str, byte_level: Any) -> None:
+def test_assistant_turns_and_their_end_tokens(name: str, byte_level: Any) -> None:
     template, expected = TEMPLATES[name]
     tokenizer = byte_level(True, template)
     messages = say("Hello", "Hello there", "How are you?", "I am fine.")
     row = encode(messages, tokenizer)
     assert supervised(tokenizer, row) == expected
-    # Before every turn stand exactly the tokens from which generation would answer.
+    # The tokens before every turn are exactly those from which generation would answer.
     for (start, _), count in zip(row.spans, (1, 3) if name != "llama3" else (1,), strict=False):
         assert row.ids[:start] == encode_chat(tokenizer, messages[:count])
     assert row.ids.count(tokenizer.bos_token_id) == template.count("bos_token")
@@ -115,7 +115,7 @@ def test_white_space_around_an_answer(name: str, answer: str, byte_level: Any) -
 
 
 def test_a_token_across_the_start_of_an_answer(byte_level: Any) -> None:
-    """GPT-2's rule splits two line ends before a word, and joins them at the end of a prompt."""
+    """GPT-2's rule splits two line breaks before a word, and joins them at the end of a prompt."""
     tokenizer = byte_level(True, LLAMA3)
     first, second = say("Hello", "Hello there"), say("Hello", "Hello there", "How are you?", "I am fine.")
     alone, whole = (tokenizer.apply_chat_template(first[:1], add_generation_prompt=True)["input_ids"],
@@ -126,13 +126,13 @@ def test_a_token_across_the_start_of_an_answer(byte_level: Any) -> None:
     assert isinstance(one, Tokens)
     assert isinstance(two, Tokens)
     assert one.ids[: one.spans[0][0]] == encode_chat(tokenizer, first[:1])
-    assert two.ids[: len(one.ids)] == one.ids  # a conversation goes on as it was spoken
+    assert two.ids[: len(one.ids)] == one.ids  # a longer conversation begins with the same tokens
     assert supervised(tokenizer, two) == ["Hello there<|eot_id|>", "I am fine.<|eot_id|>"]
     assert tokenizer.decode(two.ids) == tokenizer.apply_chat_template(second, tokenize=False)
     assert sum(encoder.remarks.values()) == 2
 
 
-def test_what_follows_the_last_answer_is_left_out(byte_level: Any) -> None:
+def test_text_after_the_last_answer_is_omitted(byte_level: Any) -> None:
     tokenizer = byte_level(True, CHATML)
     longer = encode(say("Hello", "Hello there", "How are you?"), tokenizer)
     assert longer == encode(say("Hello", "Hello there"), tokenizer)
@@ -172,13 +172,13 @@ def test_thoughts_that_the_template_adds(byte_level: Any) -> None:
     ],
     ids=["forgetful", "no prompt", "no end", "upper", "raises", "bare", "none"],
 )
-def test_templates_that_prove_nothing(template: str | None, message: str, byte_level: Any) -> None:
+def test_templates_whose_turns_cannot_be_identified(template: str | None, message: str, byte_level: Any) -> None:
     with pytest.raises(InputError, match=message) as caught:
         encode(say("Hello", "yes, yes", "How?", "I am fine."), byte_level(True, template))
     assert str(caught.value).startswith("train.jsonl:1: ")
 
 
-def test_the_templates_own_complaint_is_passed_on(byte_level: Any) -> None:
+def test_the_error_of_a_template_is_reported(byte_level: Any) -> None:
     with pytest.raises(InputError, match="^train.jsonl:1: .*roles must alternate"):
         encode([{"role": "user", "content": "a"}] * 2 + say("x", first="assistant"), byte_level(True, MISTRAL))
 
@@ -220,11 +220,11 @@ def test_malformed_conversations(messages: Any, message: str, byte_level: Any) -
         (say("Hello", ""), "empty assistant turn"),
     ],
 )
-def test_conversations_that_teach_nothing(messages: Any, reason: str, byte_level: Any) -> None:
+def test_conversations_without_a_loss_are_dropped(messages: Any, reason: str, byte_level: Any) -> None:
     assert encode(messages, byte_level(True, CHATML)) == Dropped(reason)
 
 
-def test_an_answers_weight_is_that_of_its_tokens(byte_level: Any) -> None:
+def test_the_weight_of_an_answer_applies_to_its_tokens(byte_level: Any) -> None:
     tokenizer = byte_level(True, CHATML)
     messages = say("Hello", "Hello there", "How are you?", "I am fine.")
     messages[1]["weight"], messages[3]["weight"] = 0, 0.5

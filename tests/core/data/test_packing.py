@@ -1,4 +1,4 @@
-"""Steps, micro-batches and tensors: nothing lost, nothing twice, nothing over the limit, labels where they belong."""
+"""Optimizer steps, micro-batches and tensors: completeness, size limits and label positions."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ settings.load_profile("fast")
 
 
 @given(LENGTHS, st.integers(1, 200), st.integers(0, 2**63 - 1), st.integers(0, 5))
-def test_every_example_once_and_no_step_too_large(lengths: np.ndarray, tokens: int, seed: int, epoch: int) -> None:
+def test_each_example_is_in_one_step_within_the_limit(lengths: np.ndarray, tokens: int, seed: int, epoch: int) -> None:
     steps = plan_epoch(lengths, seed, epoch, batch_tokens=tokens)
     assert sorted(np.concatenate(steps).tolist()) == list(range(len(lengths)))
     for step in steps:
         assert len(step) > 0
         assert lengths[step].sum() <= tokens or len(step) == 1
-    smallest, left = 0, -1  # as few as this order of the examples allows
+    smallest, left = 0, -1  # the minimum number of steps for this order
     for length in lengths[np.concatenate(steps)]:
         smallest, left = (smallest, left - length) if left >= length else (smallest + 1, tokens - length)
     assert len(steps) == smallest
@@ -35,7 +35,7 @@ def test_every_example_once_and_no_step_too_large(lengths: np.ndarray, tokens: i
 
 
 @given(LENGTHS, st.integers(1, 20))
-def test_steps_by_examples_are_even(lengths: np.ndarray, count: int) -> None:
+def test_steps_by_examples_have_equal_sizes(lengths: np.ndarray, count: int) -> None:
     steps = plan_epoch(lengths, 0, 0, batch_examples=count)
     sizes = [len(step) for step in steps]
     assert sorted(np.concatenate(steps).tolist()) == list(range(len(lengths)))
@@ -44,7 +44,7 @@ def test_steps_by_examples_are_even(lengths: np.ndarray, count: int) -> None:
     assert len(steps) == -(-len(lengths) // count)
 
 
-def test_the_last_step_is_no_remainder() -> None:
+def test_the_last_step_is_not_a_small_remainder() -> None:
     lengths = np.full(21, 100)
     assert [len(step) for step in plan_epoch(lengths, 0, 0, batch_tokens=1000)] == [7, 7, 7]
     lengths = np.random.default_rng(0).integers(1, 400, 2000)
@@ -64,7 +64,7 @@ def test_order_depends_on_seed_and_epoch() -> None:
 
 
 @given(LENGTHS, st.integers(1, 200), st.booleans(), st.randoms())
-def test_micro_batches_hold_everything_within_the_limit(
+def test_micro_batches_contain_every_example_within_the_limit(
     lengths: np.ndarray, tokens: int, packed: bool, random: Any
 ) -> None:
     chosen = [i for i in range(len(lengths)) if random.random() < 0.7]
@@ -77,7 +77,7 @@ def test_micro_batches_hold_everything_within_the_limit(
     assert split_micro(np.array(chosen, dtype=np.int64), lengths, tokens, packed) == batches
 
 
-def test_rows_are_few_and_even() -> None:
+def test_the_number_of_rows_is_small_and_their_sizes_are_similar() -> None:
     lengths = np.random.default_rng(0).lognormal(5, 0.8, 5_000).astype(int).clip(4, 1024)
     rows = split_micro(range(len(lengths)), lengths, 2048, packed=True)
     assert lengths.sum() / (len(rows) * 2048) > 0.97
@@ -87,7 +87,7 @@ def test_rows_are_few_and_even() -> None:
 
 
 def text(ids: Any, at: Any, key: Any = 5, label: int | None = None, **more: Any) -> Example:
-    """An example of token ids with labels behind the positions `at`; with `label`, one class at the end."""
+    """Return an example of token ids with labels after the positions `at`; with `label`, one class at the end."""
     tokens = np.asarray(ids, dtype=np.int32)
     if label is not None:
         where, labels = np.array([len(tokens) - 1]), np.array([label])
@@ -119,26 +119,26 @@ def size(row: Example) -> int:
     return len(row.inputs["input_ids"])
 
 
-def labels_by_hand(rows: list[Example]) -> list[tuple[int, int, int]]:
-    """(example, position in it, label) of each label."""
+def expected_labels(rows: list[Example]) -> list[tuple[int, int, int]]:
+    """Return (example, position in it, label) of each label."""
     return [(e, int(at), ids_of(row)[at + 1]) for e, row in enumerate(rows) for at in row.label_positions]
 
 
 def where(batch: Batch, flat: int) -> tuple[int, int]:
-    """(example, position in it) of a place in the flattened batch."""
+    """Return (example, position in it) of an index into the flattened batch."""
     return int(batch.example_of_position[flat]), int(batch.inputs["position_ids"].flatten()[flat])
 
 
 @given(examples(), st.booleans())
-def test_labels_stand_where_they_are_predicted(rows: list[Example], packed: bool) -> None:
+def test_label_positions_are_those_that_predict_the_labels(rows: list[Example], packed: bool) -> None:
     batch = collate_tokens(rows, packed, pad_id=0)
-    found = [(*where(batch, int(p)), int(y)) for p, y in zip(batch.label_positions, batch.labels, strict=True)]
-    assert found == labels_by_hand(rows)
-    assert batch.example_of_label.tolist() == [e for e, _, _ in found]
+    labels = [(*where(batch, int(p)), int(y)) for p, y in zip(batch.label_positions, batch.labels, strict=True)]
+    assert labels == expected_labels(rows)
+    assert batch.example_of_label.tolist() == [e for e, _, _ in labels]
     assert batch.keys == tuple(row.key for row in rows)
     assert batch.groups == tuple((e, e + 1) for e in range(len(rows)))
     tokens = sum(map(size, rows))
-    assert batch.counts == {"label": len(found), "example": len(rows), "group": len(rows), "token": tokens}
+    assert batch.counts == {"label": len(labels), "example": len(rows), "group": len(rows), "token": tokens}
 
 
 @given(examples(), st.booleans())
@@ -171,8 +171,8 @@ def test_tokens_and_positions(rows: list[Example], packed: bool) -> None:
 
 
 @given(examples(labels=True), st.sampled_from([(True, False), (False, False), (False, True)]))
-def test_classes(rows: list[Example], how: tuple[bool, bool]) -> None:
-    packed, pools = how
+def test_classes(rows: list[Example], layout: tuple[bool, bool]) -> None:
+    packed, pools = layout
     batch = collate_tokens(rows, packed, 0, pools)
     assert batch.labels.tolist() == [int(row.labels[0]) for row in rows]
     assert batch.example_of_label.tolist() == list(range(len(rows)))
@@ -199,7 +199,7 @@ def test_columns(rows: list[Example], packed: bool) -> None:
     assert batch.columns["old"].tolist() == (2 * batch.labels).tolist()
 
 
-def test_weights_are_counted_in_float64() -> None:
+def test_weights_are_summed_in_float64() -> None:
     weights = np.array([0.1, 0.2], dtype=np.float32)
     batch = collate_tokens([text([1, 2, 3], [0, 1], weights=weights)], packed=True, pad_id=0)
     assert batch.weights.tolist() == weights.tolist()
@@ -219,18 +219,18 @@ def test_groups_stay_together_and_in_order(sizes: dict[str, int]) -> None:
             micro = [
                 split_micro(step, lengths, tokens, packed, GROUPED) for tokens in (4, 12) for packed in (True, False)
             ]
-            for batch in (step.tolist(), *(batch for found in micro for batch in found)):
+            for batch in (step.tolist(), *(batch for batches in micro for batch in batches)):
                 for group in set(GROUPED[batch].tolist()):
                     members = np.flatnonzero(group == GROUPED).tolist()
                     at = batch.index(members[0])
                     assert batch[at : at + len(members)] == members
             if "batch_examples" in sizes:
-                assert len(set(GROUPED[step].tolist())) <= 2  # groups are counted
+                assert len(set(GROUPED[step].tolist())) <= 2  # the limit counts groups
     pair = [text([1, 2], [0], key=0, group=7), text([3, 4], [0], key=1, group=7), text([5, 6], [0], key=2, group=8)]
     assert collate_tokens(pair, packed=True, pad_id=0).groups == ((0, 2), (2, 3))
 
 
-def test_a_group_that_is_too_large_has_a_micro_batch_of_its_own() -> None:
+def test_a_group_above_the_limit_is_a_micro_batch_by_itself() -> None:
     lengths = np.array([3, 3, 3, 2])
     assert split_micro([0, 1, 2, 3], lengths, 4, True, np.array([0, 0, 0, 1])) == [[0, 1, 2], [3]]
     assert split_micro([0, 1, 2, 3], lengths, 4, False, np.array([0, 0, 0, 1])) == [[0, 1, 2], [3]]
@@ -258,7 +258,7 @@ def example(*tokens: int, number: int = 5, **columns: Any) -> Example:
         ([example(1, x=Column(np.zeros(1), "input")), example(2, x=Column(1))], {}, "column x has different axes"),
     ],
 )
-def test_what_cannot_be_collated(rows: list[Example], options: dict[str, Any], message: str) -> None:
+def test_invalid_examples_are_not_collated(rows: list[Example], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         collate_tokens(rows, **{"packed": True, "pad_id": 0, **options})
 

@@ -1,4 +1,4 @@
-"""Files become rows; whatever is wrong with one is said with file and line."""
+"""Files are read as rows; errors are reported with file and line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_text_files(tmp_path: Path, name: str, mark: str) -> None:
     assert any("byte order mark" in note for note in rows.notes) == bool(mark)
 
 
-def test_locations_name_the_line_where_a_row_begins(tmp_path: Path) -> None:
+def test_locations_are_the_lines_where_rows_begin(tmp_path: Path) -> None:
     lines = tmp_path / "a.jsonl"
     lines.write_text('\n{"a": 1}\n\n{"a": 2}\n')
     assert [read_rows(lines).location(i) for i in (0, 1)] == [f"{lines}:2", f"{lines}:4"]
@@ -49,7 +49,7 @@ def test_locations_name_the_line_where_a_row_begins(tmp_path: Path) -> None:
     assert read_rows(listed).location(1) == f"{listed}:row 2"
 
 
-def test_columns_are_all_that_any_row_has(tmp_path: Path) -> None:
+def test_columns_are_the_union_over_all_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"b": 1}\n{"a": 1, "b": 2}\n')
     assert read_rows(path).columns == ["b", "a"]
@@ -156,7 +156,7 @@ def test_missing_and_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         read_rows(tmp_path / "train.jsonl")
 
 
-def test_a_line_of_megabytes(tmp_path: Path) -> None:
+def test_a_line_of_several_megabytes(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "x" * 5_000_000}) + "\n")
     assert len(read_rows(path)[0]["text"]) == 5_000_000
@@ -174,7 +174,7 @@ def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
     assert read_rows(first).sha256 != read_rows(second).sha256
 
 
-def test_jsonl_needs_no_heavy_library(tmp_path: Path) -> None:
+def test_jsonl_imports_no_heavy_library(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n')
     code = (
         "import sys; from budwood.data.reading import read_rows; read_rows(sys.argv[1]);"

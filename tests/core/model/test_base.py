@@ -1,4 +1,4 @@
-"""Loading a base: what it is, what is refused, and that nothing is fetched or repacked behind one's back."""
+"""Loading a base: its attributes, refusals, and that nothing is downloaded or repacked silently."""
 
 from __future__ import annotations
 
@@ -50,35 +50,35 @@ def change_tensors(folder: Path, change) -> None:
     save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
 
 
-# --- what is loaded
+# --- loading
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4", "fp4"])
-def test_base_is_frozen_whole_and_measured(tiny_base, quantization):
+def test_a_base_is_frozen_complete_and_measured(tiny_base, quantization):
     base = load(tiny_base, quantization)
     original = load_file(tiny_base / "model.safetensors")
-    numbers = sum(tensor.numel() for tensor in original.values())
+    elements = sum(tensor.numel() for tensor in original.values())
     linears = sum(tensor.numel() for name, tensor in original.items() if "proj" in name)
-    assert base.parameters == numbers
-    assert base.bytes_unquantized == 4 * numbers
+    assert base.parameters == elements
+    assert base.bytes_unquantized == 4 * elements
     assert base.quantization == quantization
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
     assert not base.model.training
     assert base.new == ()
     if quantization == "none":
-        assert base.bytes == pytest.approx(4 * numbers, rel=1e-3)  # and the rotary frequencies
+        assert base.bytes == pytest.approx(4 * elements, rel=1e-3)  # the rest are rotary frequencies
         assert base.unquantized_share == 1
         assert all(torch.equal(original[name], tensor) for name, tensor in base.model.state_dict().items())
     else:
-        assert base.unquantized_share == pytest.approx(1 - linears / numbers)
+        assert base.unquantized_share == pytest.approx(1 - linears / elements)
         bits = 8 if quantization == "int8" else 4
-        assert linears * bits / 8 < base.bytes - 4 * (numbers - linears) < linears * bits / 8 + 25_000
+        assert linears * bits / 8 < base.bytes - 4 * (elements - linears) < linears * bits / 8 + 25_000
         assert f"in {quantization}" in base.notes[0]
         assert "34% of the weights stay in fp32: embeddings, lm_head" in base.notes[0]
         assert torch.equal(base.model.lm_head.weight, original["lm_head.weight"])
 
 
-def test_quantised_logits_are_near_the_base(tiny_base):
+def test_quantised_logits_are_close_to_those_of_the_base(tiny_base):
     ids = torch.arange(5, 45)[None]
     exact = load(tiny_base).model(ids).logits
     spread = exact.std()
@@ -88,7 +88,7 @@ def test_quantised_logits_are_near_the_base(tiny_base):
         assert 0 < error < most, quantization
 
 
-def test_shards_give_the_same_base(tiny_base, tiny_bases):
+def test_a_sharded_base_is_the_same(tiny_base, tiny_bases):
     sharded = tiny_bases("sharded", shard="100KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
     one, many = load(tiny_base, "nf4"), load(sharded, "nf4")
@@ -103,7 +103,7 @@ def test_tied_embeddings_are_counted_once(tiny_bases):
     assert base.parameters == sum(p.numel() for p in base.model.parameters())
 
 
-def test_new_head_comes_from_the_seed_alone(tiny_base):
+def test_a_new_head_depends_only_on_the_seed(tiny_base):
     def head(seed):
         torch.manual_seed(int(time.time()))
         before = torch.get_rng_state()
@@ -120,7 +120,7 @@ def test_new_head_comes_from_the_seed_alone(tiny_base):
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_checkpoint_that_is_quantised_already(tiny_base, tmp_path, quantization):
+def test_a_checkpoint_that_is_already_quantised(tiny_base, tmp_path, quantization):
     base = load(tiny_base, quantization)
     base.model.save_pretrained(tmp_path)
     base.tokenizer.save_pretrained(tmp_path)
@@ -142,7 +142,7 @@ def test_skeleton_has_names_and_no_weights(tiny_base):
     assert frame.score.weight.shape == (5, 64)
 
 
-def test_config_cannot_ask_for_a_kernel_of_the_hub(broken):
+def test_a_config_cannot_select_a_kernel_on_the_hub(broken):
     change_config(broken, _attn_implementation="kernels-community/flash-attn2")
     assert load(broken).model.config._attn_implementation == "sdpa"
 
@@ -178,7 +178,7 @@ def test_evaluation_changes_no_bit_of_the_gradient(tiny_base, quantization, dtyp
     assert_not_packed(model)
 
 
-def test_copies_and_moves_stay_guarded(tiny_base):
+def test_copied_and_moved_layers_keep_the_guard(tiny_base):
     model = load(tiny_base, "nf4").model.train()
     before = gradient(model)
     for other in (copy.deepcopy(model), copy.deepcopy(model).to("cpu")):
@@ -197,7 +197,7 @@ def test_without_the_guard_the_gradient_is_garbage(tiny_base):
     before = gradient(model)
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
-            layer.support_avx512bf16_for_cpu = True  # as bitsandbytes has it
+            layer.support_avx512bf16_for_cpu = True  # the default in bitsandbytes
     evaluate(model)
     with pytest.raises(RuntimeError, match="repacked"):
         assert_not_packed(model)
@@ -206,7 +206,7 @@ def test_without_the_guard_the_gradient_is_garbage(tiny_base):
 
 @pytest.mark.parametrize("copied", [False, True])
 def test_autocast_does_not_round_the_sums_of_an_8_bit_linear(tiny_base, monkeypatch, copied):
-    def product(codes, weights):  # bitsandbytes' own on a CPU without AVX-512
+    def product(codes, weights):  # as bitsandbytes computes it on a CPU without AVX-512
         return (codes.float() @ weights.float()).to(torch.int32)
 
     monkeypatch.setattr(torch, "_int_mm", product)
@@ -221,12 +221,12 @@ def test_autocast_does_not_round_the_sums_of_an_8_bit_linear(tiny_base, monkeypa
     codes, scales = layer.state.CB.double(), layer.state.SCB.double() / 127
     most = x.double().abs().amax(-1, keepdim=True)
     exact = ((x.double() * 127 / most).round() @ codes.T) * (most / 127) * scales
-    # The result is rounded to bf16 once; beside it, fp16 rounds an input, and so a code by one where it is near a half.
+    # The result is rounded to bf16 once. fp16 also rounds inputs, which can change a code by one if it is near a half.
     codes_off = (most / 127) * (codes.abs().amax(-1) * scales) * 2
     assert ((alone.double() - exact).abs() <= 2**-8 * exact.abs() + codes_off).all()
 
 
-# --- what is refused
+# --- refusals
 
 
 def refused(error: type[BudwoodError], message: str, path, quantization: str | None = "nf4", **options) -> None:
@@ -271,7 +271,7 @@ def test_damaged_config(broken, text):
     refused(CorruptError, "config.json", broken)
 
 
-def test_unknown_architecture_never_runs_code(broken, tmp_path):
+def test_an_unknown_architecture_never_runs_code(broken, tmp_path):
     change_config(broken, model_type="budwood-unknown")
     refused(InputError, "does not support model type 'budwood-unknown'", broken)
     trap = tmp_path / "ran"
@@ -280,13 +280,13 @@ def test_unknown_architecture_never_runs_code(broken, tmp_path):
     refused(InputError, "trust_remote_code: true", broken)
     with pytest.raises(InputError, match="trust_remote_code"):
         load(broken)
-    change_config(broken, model_type="llama")  # transformers knows it: the code is not needed
+    change_config(broken, model_type="llama")  # supported by transformers: the code is not needed
     check_base(broken, "nf4")
     load(broken)
     assert not trap.exists()
 
 
-def test_code_of_a_checkpoint_runs_where_it_is_trusted(broken):
+def test_custom_code_runs_if_it_is_trusted(broken):
     (broken / "modeling_own.py").write_text(
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
         "class OwnConfig(LlamaConfig):\n    model_type = 'budwood-own'\n"
@@ -310,7 +310,7 @@ def test_unknown_quantization(tiny_base):
     refused(InputError, "Did you mean 'nf4'", tiny_base, "nf44")
 
 
-def test_quantization_that_the_device_cannot_do(tiny_base, monkeypatch):
+def test_a_quantisation_that_the_device_does_not_support(tiny_base, monkeypatch):
     import bitsandbytes
 
     monkeypatch.setattr(bitsandbytes, "supported_torch_devices", {"cuda"})
@@ -362,19 +362,19 @@ def test_missing_head_of_a_language_model(broken):
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
-def test_weights_of_another_shape(broken, quantization):
+def test_weights_of_the_wrong_shape(broken, quantization):
     change_config(broken, intermediate_size=96)
     with pytest.raises(CorruptError, match="6 weights do not have the shape given by config.json: model.layers.0"):
         load(broken, quantization)
 
 
-def test_layers_beyond_the_configuration(broken):
+def test_more_layers_than_in_the_configuration(broken):
     change_config(broken, num_hidden_layers=1)
     with pytest.raises(CorruptError, match="more layers than config.json: model.layers.1"):
         load(broken)
 
 
-def test_tensors_without_a_place_are_said(broken):
+def test_unused_tensors_are_reported(broken):
     change_tensors(broken, lambda tensors: tensors | {"vision.weight": torch.zeros(2)})
     assert load(broken).notes[1] == "1 tensors of the checkpoint are not used: vision.weight"
 
@@ -392,7 +392,7 @@ def test_tokenizer_is_missing_or_damaged(broken):
 # --- device and precision
 
 
-def test_device_and_precision_are_chosen_and_said(monkeypatch):
+def test_device_and_precision_are_chosen_and_reported(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     monkeypatch.setattr(machine, "_onednn_multiplies", lambda precision: True)
@@ -411,7 +411,7 @@ def test_device_and_precision_are_chosen_and_said(monkeypatch):
         pick_device_precision("cpu", "int4")
 
 
-# --- the hub, memory and noise, each in a process of its own
+# --- the hub, memory and output, each in a separate process
 
 
 def child(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -432,7 +432,7 @@ def child(code: str, **environment: str) -> subprocess.CompletedProcess:
         ("HfHubHTTPError", ResourceError, "cannot be downloaded"),
     ],
 )
-def test_what_the_hub_answers(monkeypatch, failure, error, message):
+def test_errors_of_the_hub(monkeypatch, failure, error, message):
     import huggingface_hub
 
     def snapshot_download(*args, **options):
@@ -480,9 +480,9 @@ def test_hub_name_from_the_cache(tiny_base, tmp_path):
     assert result.stdout == "someone/tiny someone/tiny abc\n", result.stderr
 
 
-def test_loading_streams_is_silent_and_fetches_nothing(tiny_base, tiny_bases, tmp_path):
-    """A base of 201 MB in 16 bit, in shards: peak memory, what is printed, connections, kernels of the hub."""
-    (tmp_path / "kernels").mkdir()  # a stand-in for the package through which bitsandbytes fetches native code
+def test_loading_streams_is_silent_and_downloads_nothing(tiny_base, tiny_bases, tmp_path):
+    """A sharded base of 201 MB in 16 bit: peak memory, output, connections, kernels from the hub."""
+    (tmp_path / "kernels").mkdir()  # replaces the package with which bitsandbytes downloads native code
     (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(*_, **__): raise SystemExit('kernel fetched')")
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 24, "num_key_value_heads": 4}
     folder = tiny_bases("streamed", dtype=torch.bfloat16, shard="40MB", **sizes)
@@ -501,8 +501,8 @@ def test_loading_streams_is_silent_and_fetches_nothing(tiny_base, tiny_bases, tm
         def memory(key):
             line = next(line for line in open("/proc/self/status") if line.startswith(key))
             return int(line.split()[1]) * 1024
-        load_base({str(tiny_base)!r}, "nf4", "AutoModelForCausalLM", torch.bfloat16)  # imports what it needs
-        open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+        load_base({str(tiny_base)!r}, "nf4", "AutoModelForCausalLM", torch.bfloat16)  # so that all imports are done
+        open("/proc/self/clear_refs", "w").write("5")  # resets the peak
         before = memory("VmRSS")
         base = load_base({str(folder)!r}, "nf4", "AutoModelForCausalLM", torch.bfloat16)
         print(json.dumps([memory("VmHWM") - before, base.bytes, base.bytes_unquantized]))

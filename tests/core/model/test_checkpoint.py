@@ -1,4 +1,4 @@
-"""The safetensors of a base, and its fingerprint."""
+"""The safetensors files of a base, and its fingerprint."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def save(folder, values, name="model.safetensors") -> None:
         ([], "does not name files in the same folder"),
     ],
 )
-def test_index_that_lies(tmp_path, weight_map, message):
+def test_inconsistent_indices(tmp_path, weight_map, message):
     save(tmp_path, tensors(), "part-1.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CorruptError, match=message):
@@ -79,14 +79,14 @@ def test_fingerprint_does_not_depend_on_shards_or_order(folder, tmp_path):
     ],
     ids=["value", "scale", "dtype", "shape", "name", "removed", "last row"],
 )
-def test_fingerprint_sees(folder, tmp_path, change):
+def test_fingerprint_detects(folder, tmp_path, change):
     other = tmp_path / "other"
     save(other, change(tensors()))
     assert fingerprint(folder) != fingerprint(other)
 
 
 def test_fingerprint_of_a_large_base_takes_seconds(tmp_path):
-    """723 tensors and 140 GB, as of 70 billion parameters in 16 bit; the files are holes."""
+    """723 tensors and 140 GB, as for 70 billion parameters in 16 bit, in sparse files."""
     part, per_file = 48_000_000, 40
     index = {}
     for number in range(19):

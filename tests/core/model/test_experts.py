@@ -1,9 +1,10 @@
-"""Fused experts are counted: how many there are, are quantised, and train."""
+"""Counts of fused experts: all, quantised and trainable ones."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, inject_adapter_in_model
 from tests.conftest import make_tokenizer
 from torch import nn
@@ -34,20 +35,20 @@ def mixture(tmp_path_factory):
     return make
 
 
-def test_a_run_says_how_many_experts_are_adapted(mixture, make_recipe, said):
+def test_a_run_reports_how_many_experts_are_adapted(mixture, make_recipe, said):
     tune(make_recipe(base={"model": str(mixture(32))}, train={"steps": 1}))
     assert any("not quantised; experts: 8, not quantised" in line for line in said)
-    assert any(line.endswith("); 0 of 8 experts adapted") for line in said)
+    assert any(line.startswith("adapted: 8 linears") and line.endswith("; experts: 0 of 8 adapted") for line in said)
 
 
-def test_a_base_says_how_many_a_quantiser_left(mixture):
+def test_a_base_reports_how_many_experts_are_not_quantised(mixture):
     base = load_base(mixture(1), "nf4", "AutoModelForCausalLM", torch.float32)
     assert base.notes[1] == "experts: 0 of 8 in nf4"
     with pytest.raises(InputError, match="fused tensors such as .* nf4 cannot quantise them"):
         load_base(mixture(32), "nf4", "AutoModelForCausalLM", torch.float32)
 
 
-def test_experts_that_train_are_counted(mixture):
+def test_trainable_experts_are_counted(mixture):
     model = load_base(mixture(32), "none", "AutoModelForCausalLM", torch.float32).model
     assert count_experts(model) == Experts(8, 0, 0)
     experts = "model.layers.1.mlp.experts"
@@ -60,4 +61,31 @@ def test_a_dense_model_has_none(tiny_base):
     base = load_base(tiny_base, "none", "AutoModelForCausalLM", torch.float32)
     assert count_experts(base.model) == Experts()
     assert not any("experts" in note for note in base.notes)
-    assert count_experts(nn.Sequential(nn.Conv1d(4, 4, 3))) == Experts()  # a parameter of three dimensions
+    assert count_experts(nn.Sequential(nn.Conv1d(4, 4, 3))) == Experts()  # a three-dimensional parameter
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("GptOss", {"num_local_experts": 4, "head_dim": 16, "intermediate_size": 32}),
+        ("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 32}),
+        ("DeepseekV3", {"n_routed_experts": 4, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1}),
+        ("LongcatFlash", {"n_routed_experts": 4, "num_hidden_layers": 4, "expert_ffn_hidden_size": 32}),
+        (
+            "Dbrx",
+            {
+                "d_model": 64,
+                "n_layers": 2,
+                "n_heads": 4,
+                "ffn_config": {"moe_num_experts": 4},
+                "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2},
+            },
+        ),
+    ],
+)
+def test_experts_of_other_families_are_counted(name, sizes):
+    cls = getattr(transformers, f"{name}ForCausalLM")
+    common = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = cls.config_class(**({} if name == "Dbrx" else common) | sizes, vocab_size=300)
+    with torch.device("meta"):
+        assert count_experts(cls(config).requires_grad_(False)) == Experts(8, 0, 0)

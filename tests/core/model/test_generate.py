@@ -1,4 +1,4 @@
-"""Generation: batching changes nothing, greedy is greedy, streaming and stop strings at token boundaries."""
+"""Generation: independence of batches, greedy decoding, sampling, streaming and stop strings."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def prompts():
     return [[1, *(pick.randrange(5, 300) for _ in range(length))] for length in (3, 40, 1, 17, 17, 80, 9)]
 
 
-def greedy_by_hand(model, prompt: list[int], count: int, ends=(2,)) -> list[int]:
-    """The most likely token again and again, without a cache."""
+def greedy_reference(model, prompt: list[int], count: int, ends=(2,)) -> list[int]:
+    """Append the most likely token `count` times, without a cache."""
     tokens = list(prompt)
     with torch.no_grad():
         for _ in range(count):
@@ -41,10 +41,10 @@ def greedy_by_hand(model, prompt: list[int], count: int, ends=(2,)) -> list[int]
 # --- batches
 
 
-def test_greedy_equals_each_prompt_alone_and_by_hand(base, prompts):
+def test_greedy_batches_equal_single_prompts_and_a_reference_loop(base, prompts):
     together = generate(base.model, base.tokenizer, prompts, max_new_tokens=12)
     for prompt, result in zip(prompts, together, strict=True):
-        assert result.tokens == greedy_by_hand(base.model, prompt, 12)
+        assert result.tokens == greedy_reference(base.model, prompt, 12)
         assert generate(base.model, base.tokenizer, [prompt], max_new_tokens=12) == [result]
 
 
@@ -59,7 +59,7 @@ def test_results_do_not_depend_on_batches(base, prompts, batch_tokens, temperatu
     assert run(batch_tokens=batch_tokens) == run()
 
 
-def test_batches_hold_rows_of_similar_length_within_the_limit(base, prompts):
+def test_batches_have_rows_of_similar_length_within_the_limit(base, prompts):
     seen: list[list[int]] = []
     generate(base.model, base.tokenizer, prompts, 8, batch_tokens=100, before_batch=seen.append)
     assert sorted(i for rows in seen for i in rows) == list(range(len(prompts)))
@@ -70,7 +70,7 @@ def test_batches_hold_rows_of_similar_length_within_the_limit(base, prompts):
     assert lengths == sorted(lengths, reverse=True)
 
 
-def test_head_gets_dense_rows(base, prompts):
+def test_the_head_receives_contiguous_rows(base, prompts):
     seen = []
     handle = base.model.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
     try:
@@ -82,14 +82,14 @@ def test_head_gets_dense_rows(base, prompts):
     assert not base.model.lm_head._forward_pre_hooks
 
 
-def test_4bit_base_in_bf16_generates_the_same_again(tiny_base, prompts):
+def test_generation_from_a_4bit_base_in_bf16_is_reproducible(tiny_base, prompts):
     base = load_base(tiny_base, "nf4", LM, torch.bfloat16)
     first = generate(base.model, base.tokenizer, prompts, 8)
     assert generate(base.model, base.tokenizer, prompts, 8) == first
     assert any(result.tokens for result in first)
 
 
-def test_layers_of_peft_are_used(tiny_base, prompts):
+def test_peft_layers_are_used(tiny_base, prompts):
     from peft import LoraConfig, inject_adapter_in_model
 
     base = load_base(tiny_base, "none", LM, torch.float32)
@@ -99,7 +99,7 @@ def test_layers_of_peft_are_used(tiny_base, prompts):
     )
     adapted = generate(base.model, base.tokenizer, prompts, 8)
     assert adapted != plain
-    assert adapted[0].tokens == greedy_by_hand(base.model.eval(), prompts[0], 8)
+    assert adapted[0].tokens == greedy_reference(base.model.eval(), prompts[0], 8)
 
 
 def test_attention_by_segments_generates_the_same(tiny_base, prompts):
@@ -119,7 +119,7 @@ def test_no_prompts(base):
 # --- settings
 
 
-def test_generation_settings_of_the_model_change_nothing_but_its_ends(base, prompts):
+def test_of_the_models_generation_settings_only_end_tokens_apply(base, prompts):
     from transformers import GenerationConfig
 
     plain = generate(base.model, base.tokenizer, prompts, 12)
@@ -140,7 +140,7 @@ def test_generation_settings_of_the_model_change_nothing_but_its_ends(base, prom
     assert (ended.tokens, ended.finish_reason) == (plain[0].tokens[:first], "eos")
 
 
-def test_modes_of_modules_are_as_they_were(base, prompts):
+def test_modes_of_modules_are_restored(base, prompts):
     model = base.model.train()
     model.model.layers[1].eval()
     before = {name: module.training for name, module in model.named_modules()}
@@ -171,7 +171,7 @@ def test_refused(base, prompt, options, message):
         generate(base.model, base.tokenizer, [[1, 5], prompt], **options)
 
 
-def test_text_ends_with_the_context(base, prompts):
+def test_text_ends_at_the_end_of_the_context(base, prompts):
     long = [1, *([9, 30, 200] * 200)][:506]
     short, cut = generate(base.model, base.tokenizer, [prompts[0], long], 20)
     assert len(cut.tokens) <= 512 - len(long)
@@ -202,7 +202,7 @@ def test_top_p_keeps_the_most_likely(base, prompts):
     assert sampled == generate(base.model, base.tokenizer, prompts, 6)
 
 
-def test_seed_decides_and_leaves_torch_alone(base, prompts):
+def test_samples_depend_on_the_seed_and_not_on_torchs_generator(base, prompts):
     def run(seed):
         return generate(base.model, base.tokenizer, prompts, 8, temperature=1.0, seed=seed)
 
@@ -217,7 +217,7 @@ def test_seed_decides_and_leaves_torch_alone(base, prompts):
 
 
 class Scripted(nn.Module):
-    """Puts a fixed answer into the mouth of a model, whatever it is asked."""
+    """Replaces a model's head, so that it generates a fixed answer to any prompt."""
 
     def __init__(self, model, answer: list[int]) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ class Scripted(nn.Module):
 
 
 def answer(base, tokens: list[int], **options) -> tuple[Generated, list[str]]:
-    """Let the model say `tokens`, and return the result with the pieces that were streamed."""
+    """Make the model generate `tokens`, and return the result with the streamed pieces."""
     head = base.model.lm_head
     base.model.lm_head = Scripted(base.model, [*tokens, 2])
     pieces: list[str] = []
@@ -247,7 +247,7 @@ def tokens_of(base, text: str) -> list[int]:
     return base.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_streams_whole_characters_and_all_of_the_text(base):
+def test_complete_characters_and_the_complete_text_are_streamed(base):
     text = "héllo — 木 🌳 end"
     result, pieces = answer(base, tokens_of(base, text))
     assert "".join(pieces) == result.text == text
@@ -257,7 +257,7 @@ def test_streams_whole_characters_and_all_of_the_text(base):
     assert result.tokens == tokens_of(base, text)
 
 
-def test_half_a_character_at_the_end_is_cut(base):
+def test_an_incomplete_character_at_the_end_is_removed(base):
     tokens = tokens_of(base, "ab木")
     for options in ({}, {"on_token": None}):
         result, pieces = answer(base, tokens[:-1], **options)
@@ -265,7 +265,7 @@ def test_half_a_character_at_the_end_is_cut(base):
         assert "".join(pieces) == ("" if options else "ab")
 
 
-def test_special_tokens_are_no_text(base):
+def test_special_tokens_are_not_in_the_text(base):
     tokens = [*tokens_of(base, "ab"), base.tokenizer.convert_tokens_to_ids("<|im_start|>"), *tokens_of(base, "cd")]
     assert answer(base, tokens)[0].text == "abcd"
 
@@ -284,7 +284,7 @@ def test_special_tokens_are_no_text(base):
         ("abcd", ["", "a"], "", "stop"),
     ],
 )
-def test_stop_strings_are_cut_and_never_streamed(base, text, stop, expected, reason, listens):
+def test_stop_strings_are_removed_and_never_streamed(base, text, stop, expected, reason, listens):
     result, pieces = answer(base, tokens_of(base, text), stop=stop, **({} if listens else {"on_token": None}))
     assert (result.text, result.finish_reason) == (expected, reason)
     assert not listens or "".join(pieces) == expected
@@ -296,20 +296,20 @@ def test_stop_string_that_is_a_special_token(base):
     assert (result.text, result.finish_reason, result.tokens) == ("ab", "stop", tokens_of(base, "ab"))
 
 
-def test_limit_flushes_what_was_held_back(base):
+def test_the_limit_flushes_text_that_was_held_back(base):
     tokens = tokens_of(base, "say STO")
     result, pieces = answer(base, tokens, stop=["STOP"], max_new_tokens=len(tokens))
     assert ("".join(pieces), result.text, result.finish_reason) == ("say STO", "say STO", "length")
 
 
 def test_stop_strings_at_random(base):
-    """Whatever the tokens and strings, the text is the whole text up to the first stop string."""
+    """For random tokens and stop strings, the text ends before the first stop string."""
     pick = random.Random(1)
     for _ in range(300):
         text = "".join(pick.choice("abc\né木") for _ in range(pick.randrange(1, 25)))
         stop = ["".join(pick.choice("abc\né木") for _ in range(pick.randrange(1, 4))) for _ in range(2)]
         if stop[0] in stop[1] or stop[1] in stop[0]:
-            continue  # the shorter one would be seen first
+            continue  # the shorter string would match first
         pieces: list[str] = []
         writer = _Writer(base.tokenizer, 10**6, {2: "eos"}, stop, 0, lambda index, piece, to=pieces: to.append(piece))
         for token in [*tokens_of(base, text), 2]:

@@ -1,4 +1,4 @@
-"""A quantiser of somebody else's: its own linears load, train, are counted, swap and are refused a merge."""
+"""A third-party quantiser: loading, counting, training, swapping adapters and merging."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from budwood import Quantizer
 from torch import nn
 
 class RowLinear(nn.Module):
-    """No nn.Linear: int8 codes and a scale for each row."""
+    """A linear that is not an nn.Linear: int8 codes and one scale per row."""
 
     def __init__(self, linear):
         super().__init__()
@@ -44,7 +44,7 @@ class RowLinear(nn.Module):
         return nn.functional.linear(x, self.codes.to(x.dtype) * self.scale.to(x.dtype), self.bias)
 
 class Rows(Quantizer):
-    """Eight bits, one scale a row, in plain torch."""
+    """Eight bits, one scale per row, in plain torch."""
 
     api = 2
 
@@ -75,7 +75,7 @@ def rows(distribution):
     distribution("row-quant", ROWS, {"rows": "Rows"}, group=GROUP)
 
 
-def test_its_base_is_counted_and_computes_the_modules_own_numbers(rows, tiny_base):
+def test_its_base_is_measured_and_equals_the_modules_forward(rows, tiny_base):
     base = load_base(tiny_base, "rows", LM, torch.float32)
     plain = load_base(tiny_base, "none", LM, torch.float32)
     linear = base.model.model.layers[0].mlp.up_proj
@@ -92,17 +92,17 @@ def test_its_base_is_counted_and_computes_the_modules_own_numbers(rows, tiny_bas
 
     x = torch.randn(5, 64, dtype=torch.float64, requires_grad=True)
     a, b = torch.randn(2, 64, dtype=torch.float64), torch.randn(128, 2, dtype=torch.float64)
-    found = low_rank_linear(x, linear, a, b, 0.5)
+    output = low_rank_linear(x, linear, a, b, 0.5)
     weight = linear.codes.double() * linear.scale.double()
-    torch.testing.assert_close(found, x @ (weight + 0.5 * b @ a).t())
-    (gradient,) = torch.autograd.grad(found.sum(), x)
+    torch.testing.assert_close(output, x @ (weight + 0.5 * b @ a).t())
+    (gradient,) = torch.autograd.grad(output.sum(), x)
     torch.testing.assert_close(gradient, (weight + 0.5 * b @ a).sum(0).expand(5, 64))
     with torch.no_grad():
         single = x.detach().float()
         assert torch.equal(quantizer_of(linear).forward(linear, single, None), linear(single))
 
 
-def test_copies_know_their_quantiser(rows, tiny_base):
+def test_copies_keep_their_quantiser(rows, tiny_base):
     model = copy.deepcopy(load_base(tiny_base, "rows", LM, torch.float32).model)
     assert all(is_quantized(model.get_submodule(path)) for path in match_targets(model, "all-linear", None))
 
@@ -125,7 +125,7 @@ def test_an_adapter_trains_on_it_and_swaps(rows, make_recipe, tiny_base, tmp_pat
     assert torch.equal(pool.logits(["games:"]), before)
     pool.use("mine")
     assert not torch.equal(pool.logits(["games:"]), before)
-    with pytest.raises(InputError, match="merged into unquantised weights only"):
+    with pytest.raises(InputError, match="only be merged into unquantised weights"):
         pool.merge("mine")
     pool.unload("mine")
     assert torch.equal(pool.logits(["games:"]), before)
@@ -134,7 +134,7 @@ def test_an_adapter_trains_on_it_and_swaps(rows, make_recipe, tiny_base, tmp_pat
     assert report.unquantized.largest < 1e-3
 
 
-def test_dora_needs_a_quantiser_that_peft_knows(rows, make_recipe):
+def test_dora_needs_a_quantiser_that_peft_supports(rows, make_recipe):
     recipe = make_recipe(base={"quantization": "rows"}, strategies=[{"lora": {"rank": 4, "dora": True}}])
     with pytest.raises(InputError, match="dora is not supported on 'model.layers.0.*', a RowLinear: use plain LoRA"):
         tune(recipe)
@@ -145,7 +145,7 @@ def test_dora_needs_a_quantiser_that_peft_knows(rows, make_recipe):
 
 @pytest.fixture
 def stored(tiny_base, tmp_path):
-    """Function (config) -> folder of the tiny base, whose config.json has this quantization_config."""
+    """Function (config) -> folder of the tiny base with this quantization_config in config.json."""
 
     def make(config):
         folder = shutil.copytree(tiny_base, tmp_path / "stored", dirs_exist_ok=True)
@@ -189,10 +189,10 @@ def test_a_broken_quantiser_is_named_only_if_no_other_reads(rows, stored, distri
         check_base(stored({"quant_method": "other"}))
 
 
-# --- whose linear a module is
+# --- the quantiser of a module
 
 
-def test_what_is_no_linear_is_refused():
+def test_modules_that_are_not_linears_are_refused():
     assert quantizer_of(nn.Embedding(3, 4)) is None
     with pytest.raises(TypeError, match="Embedding is not a linear"):
         linear_shape(nn.Embedding(3, 4))
@@ -200,14 +200,14 @@ def test_what_is_no_linear_is_refused():
         low_rank_linear(torch.randn(2, 4), nn.Embedding(3, 4), None, None)
 
 
-def test_a_linear_under_layers_of_peft_has_its_shape():
+def test_a_linear_inside_a_peft_layer_keeps_its_shape():
     linear = nn.Linear(4, 3)
     layer = LoraLinear(linear, "default", config=LoraConfig(r=2), r=2, lora_alpha=2)
     assert linear_shape(layer) == linear_shape(linear) == (3, 4)
 
 
 def test_a_quantiser_may_store_plain_modules(rows):
-    """As libraries do that put a tensor of their own into an nn.Linear."""
+    """Some libraries put a custom tensor into an nn.Linear."""
     from budwood.model.quantizers import Unquantized
 
     class Doubled(Unquantized):
@@ -218,7 +218,7 @@ def test_a_quantiser_may_store_plain_modules(rows):
             return 2 * super().dequantize(module, dtype)
 
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)).requires_grad_(False)
-    assert not is_quantized(model[0])  # seen before it is claimed
+    assert not is_quantized(model[0])  # recognised as unquantised before it is claimed
     claim(model, Doubled())
     x = torch.randn(2, 3, requires_grad=True)
     low_rank_linear(x, model[0], torch.zeros(1, 3), torch.zeros(4, 1)).sum().backward()

@@ -1,4 +1,4 @@
-"""A hub base at a revision: a cache as the hub's client makes it, with a branch that moves and a tag that does not."""
+"""A hub base at a revision, in a cache with a branch that moves and a tag that does not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OLD, NEW = "a" * 40, "b" * 40
 
 @pytest.fixture
 def hub(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cached repository: two commits with other weights, `main` at the new one, the tag `v1` at the old one."""
+    """The cached repository: two commits with different weights, `main` at the new one, the tag `v1` at the old one."""
     cache = tmp_path / "hub"
     repository = cache / "models--someone--tiny"
     for commit, factor in ((OLD, 1.0), (NEW, 1.5)):
@@ -39,7 +39,7 @@ def hub(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return repository
 
 
-def test_a_branch_a_tag_and_a_commit_are_found(hub: Path) -> None:
+def test_a_branch_a_tag_and_a_commit_are_resolved(hub: Path) -> None:
     assert commit_of(resolve(NAME)) == NEW
     for revision in ("v1", OLD):
         assert commit_of(resolve(NAME, revision=revision)) == OLD
@@ -50,7 +50,7 @@ def test_a_branch_a_tag_and_a_commit_are_found(hub: Path) -> None:
         resolve(NAME, revision="v2")
 
 
-def test_it_is_resolved_once(hub: Path) -> None:
+def test_a_revision_is_resolved_once(hub: Path) -> None:
     with one_revision(NAME, "v1"):
         assert commit_of(resolve(NAME, weights=False)) == OLD
         (hub / "refs" / "v1").write_text(NEW)
@@ -59,7 +59,7 @@ def test_it_is_resolved_once(hub: Path) -> None:
         assert commit_of(resolve(NAME)) == NEW
 
 
-def test_a_run_trains_on_it_and_records_the_commit(hub: Path, make_recipe: Callable[..., Any]) -> None:
+def test_a_run_uses_the_revision_and_records_the_commit(hub: Path, make_recipe: Callable[..., Any]) -> None:
     recipe = make_recipe(base={"model": NAME, "revision": "v1"})
     assert not plan(recipe).problems
     run = tune(recipe, quiet=True)
@@ -76,7 +76,7 @@ def test_a_run_trains_on_it_and_records_the_commit(hub: Path, make_recipe: Calla
     assert json.loads((main.directory / "manifest.json").read_text())["base"]["revision"] == NEW
 
 
-def test_a_folder_has_no_revision(
+def test_a_revision_of_a_folder_is_refused(
     tiny_base: Path, tmp_path: Path, make_recipe: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = make_recipe(base={"revision": "v1"})

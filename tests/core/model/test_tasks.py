@@ -1,4 +1,4 @@
-"""The head is the model's own forward on rows of the decoder's output, whatever else that forward reads."""
+"""The head is the model's own forward on rows of the decoder's output, also if it reads other outputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from budwood.model.heads import own_head
 
 
 class Model(nn.Module):
-    """A head that also reads parts of the decoder's output under names of another version."""
+    """A head that also reads fields of the decoder's output with the names of another version."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Chat templates of hostile authors: the sandbox, the limits, and that neither changes what a sound one renders."""
+"""Hostile chat templates: the sandbox and the limits, neither of which changes the output of a valid template."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from budwood.errors import InputError, ResourceError
 from budwood.untrusted import chat_template
 from budwood.untrusted.chat_template import render
 
-# One template for all, so that only an attack that ends its process costs the start of another.
+# One template for all attacks, so that a new process only starts after an attack that ended the last one.
 ATTACKS = {
     "loops for ever": "{% for a in range(n) %}{% for b in range(n) %}{% endfor %}{% endfor %}",
     "computes for ever": "{{ (n ** n) ** n }}",
@@ -51,7 +51,7 @@ EXPECTED = {
 
 @pytest.fixture(scope="module", autouse=True)
 def small_limits() -> Iterator[None]:
-    """Limits that a test need not wait for."""
+    """Lower the limits so that tests are quick."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chat_template, "SECONDS", 0.3)
         patch.setattr(chat_template, "MEMORY", 128 << 20)
@@ -75,22 +75,22 @@ def test_an_attack_ends_in_one_error(name):
     assert len(str(answer)) < 400
     with pytest.raises(InputError, match=EXPECTED.get(name, "unsafe|immutable|safely|not allowed|append")):
         raise answer
-    assert ask("nothing") == "<s>"  # the next one is answered as ever
+    assert ask("nothing") == "<s>"  # the next conversation is rendered normally
 
 
-def test_those_before_and_behind_an_attack_are_answered():
+def test_conversations_before_and_after_an_attack_are_rendered():
     names = ["nothing", "loops for ever", "nothing", "attribute of a string", "nothing"]
     given = [([{"role": "user", "content": name}], {"bos_token": "<s>"}) for name in names]
     answers = list(render(TEMPLATE, given))
     assert [isinstance(answer, InputError) for answer in answers] == [False, True, False, True, False]
 
 
-def test_the_limit_of_time_holds_in_a_thread_too():
-    found = []
-    thread = threading.Thread(target=lambda: found.append(ask("loops for ever")))
+def test_the_time_limit_applies_in_threads():
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(ask("loops for ever")))
     thread.start()
     thread.join()
-    assert "takes more than" in str(found[0])
+    assert "takes more than" in str(answers[0])
 
 
 def test_a_template_that_does_not_compile():
@@ -98,7 +98,7 @@ def test_a_template_that_does_not_compile():
         assert isinstance(next(render(template, [([], {})])), InputError)
 
 
-def test_it_renders_what_transformers_renders(byte_level):
+def test_output_equals_that_of_transformers(byte_level):
     templates = [
         "{% for m in messages %}{{ m['role'] }}:{{ m.content|trim }}{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}",
@@ -135,7 +135,7 @@ def test_a_prompt_through_a_hostile_template_is_an_input_error(byte_level):
     tokenizer.chat_template = None
 
 
-def test_a_process_that_cannot_start_is_the_machines_matter(monkeypatch):
+def test_a_process_that_cannot_start_is_a_resource_error(monkeypatch):
     monkeypatch.setattr(chat_template.sys, "executable", "/nowhere/python")
     with pytest.raises(ResourceError, match="did not start.*No such file"):
         next(render("another {{ 1 }}", [([], {})]))

@@ -1,4 +1,4 @@
-"""Names that may be hostile, and folders whose writing may be interrupted."""
+"""Hostile names, and interrupted writes of folders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from budwood.untrusted import files
 
 
 @pytest.mark.parametrize("name", ["a", "v1.2", "my-adapter_3", "lora_a", "x" * 64])
-def test_names_that_are_taken(name):
+def test_valid_names(name):
     assert files.check_name(name) == name
 
 
@@ -23,7 +23,7 @@ def test_names_that_are_taken(name):
     ["", ".", "..", "../x", "/abs", "a/b", "a\\b", "-x", ".hidden", "a..b", "a.", "x" * 65, "x" * 300]
     + ["con", "NUL.txt", "lpt1", "a\nb", "a\0b", "a b", "ä", "a:b", "~", "*"],
 )
-def test_names_that_leave_a_root_or_break_a_system_are_refused_in_one_line(name):
+def test_names_that_leave_their_folder_or_are_invalid_on_a_system_are_refused_in_one_line(name):
     with pytest.raises(InputError) as error:
         files.check_name(name)
     assert "\n" not in str(error.value)
@@ -31,7 +31,7 @@ def test_names_that_leave_a_root_or_break_a_system_are_refused_in_one_line(name)
 
 
 @pytest.mark.parametrize("path", ["runs/a b", "/tmp/x", "../x", "ä/日本", "x.con", "console", "/dev/shm/x", "runs/.."])
-def test_folders_that_are_taken(path):
+def test_valid_folders(path):
     assert files.check_folder(Path(path)) == Path(path)
 
 
@@ -40,7 +40,7 @@ def test_folders_that_are_taken(path):
     ["a\nb", "a\x1b[31mb", "runs/a\u202eb/c", "a\u200bb", "a\x00b", "a\x7f", "a\u2066b", "x" * 256, "ä" * 128]
     + ["runs/CON", "NUL.txt/x", "aux", "com1.log", "/dev/sda", "/dev/null/x", "/proc/self/x", "/sys/x", "/x/../dev/x"],
 )
-def test_folders_of_devices_or_of_names_that_mislead_are_refused_in_one_line(path, tmp_path):
+def test_device_folders_and_misleading_names_are_refused_in_one_line(path, tmp_path):
     with pytest.raises(InputError) as error:
         files.check_folder(Path(path))
     assert str(error.value).isprintable()
@@ -50,7 +50,7 @@ def test_folders_of_devices_or_of_names_that_mislead_are_refused_in_one_line(pat
     assert list(tmp_path.rglob("*")) == []
 
 
-def test_files_that_lead_out_of_their_folder_are_refused(tmp_path):
+def test_files_outside_their_folder_are_refused(tmp_path):
     folder = tmp_path / "adapter"
     (folder / "sub").mkdir(parents=True)
     (folder / "a").write_text("a")
@@ -71,7 +71,7 @@ def test_files_that_lead_out_of_their_folder_are_refused(tmp_path):
         assert str(error.value).isprintable()
 
 
-def test_the_hubs_cache_keeps_files_behind_links(tmp_path):
+def test_links_in_the_hubs_cache_are_accepted(tmp_path):
     snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
     blobs = tmp_path / "models--a--b" / "blobs"
     for folder in (snapshot, blobs):
@@ -93,7 +93,7 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path):
     assert [path.name for path in target.parent.iterdir()] == ["target"]
 
 
-def test_its_files_have_the_mode_of_any_new_file(tmp_path):
+def test_files_have_the_default_mode_of_new_files(tmp_path):
     (tmp_path / "plain").write_bytes(b"")
     with files.complete_directory(tmp_path / "adapter") as folder:
         save_file({"a": torch.ones(2)}, folder / "a.safetensors")
@@ -118,7 +118,7 @@ def test_replacing_keeps_the_old_folder_until_the_new_one_is_complete(tmp_path, 
 
 
 @pytest.mark.parametrize("exchange", [True, False])
-def test_whichever_system_call_fails_the_old_folder_is_whole(tmp_path, monkeypatch, exchange):
+def test_the_old_folder_is_intact_whichever_system_call_fails(tmp_path, monkeypatch, exchange):
     """Fail the N-th sync, rename or exchange, for N = 1, 2, …, until none fails."""
     target = tmp_path / "target"
     calls = {"left": 0}
@@ -148,22 +148,22 @@ def test_whichever_system_call_fails_the_old_folder_is_whole(tmp_path, monkeypat
         else:
             break
         holders = [target, tmp_path / ".target.old"]
-        found = [(holder / "a").read_text() for holder in holders if holder.exists()]
-        assert found
-        assert set(found) <= {"old", "new"}
+        contents = [(holder / "a").read_text() for holder in holders if holder.exists()]
+        assert contents
+        assert set(contents) <= {"old", "new"}
     assert calls["left"] > 0
     assert attempt > 4
 
 
 def test_an_existing_folder_is_not_overwritten(tmp_path):
     (tmp_path / "target").mkdir()
-    with files.complete_directory(tmp_path / "target") as folder:  # an empty one may be filled
+    with files.complete_directory(tmp_path / "target") as folder:  # an empty folder is accepted
         (folder / "a").write_text("1")
     with pytest.raises(InputError, match="exists"), files.complete_directory(tmp_path / "target"):
         pass
 
 
-def test_a_place_that_cannot_be_written_is_said(tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ResourceError, match="cannot be written"), files.complete_directory(tmp_path / "file" / "x"):
         pass

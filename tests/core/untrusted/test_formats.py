@@ -1,4 +1,4 @@
-"""JSON and the headers of safetensors from strangers."""
+"""Untrusted JSON and safetensors headers."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from budwood.untrusted import formats as files
         b"",
     ],
 )
-def test_json_that_is_not_plain_is_corrupt(tmp_path, data):
+def test_invalid_json_is_corrupt(tmp_path, data):
     path = tmp_path / "x.json"
     path.write_bytes(data)
     with pytest.raises(CorruptError, match=r"x\.json"):
         files.read_json(path)
 
 
-def test_a_pipe_in_the_place_of_json_is_not_waited_for(tmp_path):
+def test_a_pipe_instead_of_json_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "x.json")
     with pytest.raises(CorruptError):
         files.read_json(tmp_path / "x.json")
@@ -57,7 +57,7 @@ def raw(path: Path, header: object, data: bytes = b"") -> Path:
     return path
 
 
-def test_header_gives_dtype_and_shape_of_every_tensor(tmp_path):
+def test_a_header_is_read_as_dtypes_and_shapes(tmp_path):
     tensors = {
         "a": torch.zeros(2, 3),
         "b": torch.zeros(4, dtype=torch.bfloat16),
@@ -113,14 +113,14 @@ def entry(begin: int, end: int, shape=(1,), dtype="F32") -> dict:
         (b"[]", b"", "object"),
     ],
 )
-def test_headers_that_lie_are_corrupt(tmp_path, header, data, what):
+def test_inconsistent_headers_are_corrupt(tmp_path, header, data, what):
     with pytest.raises(CorruptError, match=what) as error:
         files.read_header(raw(tmp_path / "x.safetensors", header, data))
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 400
 
 
-def test_a_header_of_100_mb_is_neither_believed_nor_read(tmp_path):
+def test_a_header_of_100_mb_is_refused_without_reading_it(tmp_path):
     claimed = tmp_path / "claimed.safetensors"
     claimed.write_bytes((100 << 20).to_bytes(8, "little") + b"{}")
     with pytest.raises(CorruptError, match="104,857,600"):
@@ -134,18 +134,28 @@ def test_a_header_of_100_mb_is_neither_believed_nor_read(tmp_path):
 
 
 @pytest.mark.parametrize("start", [b"PK\x03\x04", b"\x80\x02", b"\x80\x04\x95"])
-def test_a_pickle_under_a_safe_name_is_named_as_one(tmp_path, start):
+def test_a_pickle_with_a_safetensors_name_is_reported_as_a_pickle(tmp_path, start):
     path = tmp_path / "x.safetensors"
     path.write_bytes(start + b"x" * 100)
     with pytest.raises(CorruptError, match="pickle"):
         files.read_header(path)
 
 
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_header_whose_length_begins_as_a_pickle_does_is_no_pickle(tmp_path, length):
+    tensors = {"weight": torch.ones(1)}
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"format": ""})
+    short = int.from_bytes((tmp_path / "a.safetensors").read_bytes()[:8], "little")
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "x" * (length - short)})
+    assert (tmp_path / "a.safetensors").read_bytes()[:2] == bytes([0x80, length >> 8])
+    assert list(files.read_header(tmp_path / "a.safetensors")) == ["weight"]
+
+
 @settings(
     max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.integers(0, 199), st.integers(0, 255))
-def test_no_byte_of_a_header_raises_anything_but_corrupt(tmp_path, place, value):
+def test_a_changed_header_byte_raises_only_corrupt_errors(tmp_path, place, value):
     good = tmp_path / "good.safetensors"
     if not good.exists():
         save_file({"a": torch.zeros(2, 3), "b": torch.zeros(4)}, good)
@@ -163,7 +173,7 @@ def test_no_byte_of_a_header_raises_anything_but_corrupt(tmp_path, place, value)
 @settings(max_examples=200, deadline=None, derandomize=True)
 @example(b"")
 @given(st.binary(max_size=200))
-def test_no_bytes_make_it_fail_otherwise(tmp_path_factory, content):
+def test_random_bytes_raise_only_corrupt_errors(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
     path.write_bytes(content)
     try:
@@ -192,7 +202,7 @@ def test_git_lfs_pointer(tmp_path):
         files.read_header(path)
 
 
-def test_a_file_that_may_not_be_read_is_the_machines_matter(tmp_path, monkeypatch):
+def test_an_unreadable_file_is_a_resource_error(tmp_path, monkeypatch):
     (tmp_path / "x.json").write_text("{}")
 
     def refuse(self, *args):
@@ -204,7 +214,7 @@ def test_a_file_that_may_not_be_read_is_the_machines_matter(tmp_path, monkeypatc
 
 
 def test_the_most_expensive_header_is_refused_in_bounded_memory(tmp_path):
-    """16 MiB that are nothing but tensors that lie: the process has 1.5 GB for all."""
+    """16 MiB of invalid tensor entries; the process has 1.5 GB in total."""
     item = b'"%07d":{},'
     header = b"{" + b"".join(item % i for i in range(files.MAX_HEADER // 14)) + b'"":{}}'
     path = raw(tmp_path / "x.safetensors", header[: files.MAX_HEADER])

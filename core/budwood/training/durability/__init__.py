@@ -1,1 +1,1 @@
-"""What keeps a run's work: checkpoints, resume, lock, signals."""
+"""Durability of a run: checkpoints, resume, lock and signals."""

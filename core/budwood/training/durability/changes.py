@@ -1,4 +1,4 @@
-"""What decides a run, as manifests record it, and what of it differs where a run is gone on with."""
+"""The setting that determines a run, as recorded in manifests, and its changes when a run resumes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from budwood.errors import InputError
 PINNED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "numpy")
 """Libraries whose versions a manifest records."""
 FIXED = ("base.", "recipe.base.task", "recipe.base.quantization", "recipe.base.double_quantization", "parameters.")
-"""Begin the fields whose change makes another run of it, which nothing can accept."""
+"""Prefixes of the fields whose change makes it a different run, which cannot be accepted."""
 NOTED = ("threads",)
-"""Fields whose change may move the last digits, and is only said."""
+"""Fields whose change may affect the last digits and is only reported."""
 
 
 class Change(NamedTuple):
-    """A field that differs: as in the checkpoint, and now."""
+    """A field that differs, with its value in the checkpoint and now."""
 
     field: str
     before: Any
@@ -33,7 +33,7 @@ class Change(NamedTuple):
 
 
 def setting(run: Run) -> dict[str, Any]:
-    """What decides a run, as far as it is known before its base loads."""
+    """Return the part of a run's setting that is known before the base loads."""
     return {
         "recipe": run.recipe.to_dict(run.strategies),
         "versions": {
@@ -51,38 +51,38 @@ def setting(run: Run) -> dict[str, Any]:
 
 
 def adapted(run: Run) -> dict[str, Any]:
-    """The rest, once the model is prepared: the base, and the shape of each parameter before the first step."""
+    """Return the rest of the setting: the base, and the shape of each parameter before the first step."""
     shapes = {name: list(p.shape) for name, p in named_parameters(run).items()}
     return {"base": {"fingerprint": run.base.fingerprint}, "parameters": shapes}
 
 
 def named_parameters(run: Run) -> dict[str, nn.Parameter]:
-    """What trains, by the names of its group and of itself."""
+    """Return the trainable parameters, keyed "GROUP/NAME"."""
     return {f"{group.name}/{name}": p for group in run.groups for name, p in group.parameters.items()}
 
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """The fields that differ, as far as `now` knows them."""
+    """Return the fields that differ, among those that `now` has."""
     old = dict(_flat({name: before.get(name) for name in now}))
     new = dict(_flat(now))
     return [Change(name, old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)]
 
 
 def accept(changes: Sequence[Change], where: str, accepted: bool) -> list[Change]:
-    """Return the changes that the user accepted.
+    """Return the changes if the user accepted them.
 
     Raises:
-        InputError: there are some and nothing was accepted, or one of them cannot be.
+        InputError: there are changes without acceptance, or a change that cannot be accepted.
     """
     fixed = [change for change in changes if change.field.startswith(FIXED)]
     if fixed:
         raise InputError(
-            f"{where} is of another adapter or base: {_list(fixed)}. That cannot be accepted: undo the change, name "
-            "another output folder, or start over with --overwrite."
+            f"{where} belongs to a different adapter or base: {_list(fixed)}. This cannot be accepted: undo the "
+            "change, name another output folder, or start over with --overwrite."
         )
     if changes and not accepted:
         raise InputError(
-            f"{where} was made otherwise: {_list(changes)}. Undo the change, or accept it with --accept-changes."
+            f"{where} has different settings: {_list(changes)}. Undo the change, or accept it with --accept-changes."
         )
     return list(changes)
 

@@ -1,8 +1,8 @@
-"""Checkpoints: all that a run needs to go on to the same bytes, in folders that are complete or absent.
+"""Checkpoints: the complete state for a bitwise identical resume, in folders that are complete or absent.
 
-`runs/NAME/checkpoints/step-00000120/` holds `state.safetensors` (every tensor), `state.json` (all else, with the places
-of the tensors) and, written last, `manifest.json`: what the run is made of, and the SHA-256 of each file. Nothing is
-ever unpickled. What is saved is the state at the end of an optimizer step, before any evaluation of that step.
+`runs/NAME/checkpoints/step-00000120/` holds `state.safetensors` (every tensor), `state.json` (everything else, with
+references to the tensors) and, written last, `manifest.json`: the run's setting and the SHA-256 of each file. No pickle
+is involved. A checkpoint holds the state at the end of an optimizer step, before any evaluation of that step.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from budwood.training.durability.reading import (
 )
 from budwood.training.durability.resume import Resume
 from budwood.training.durability.state import all_random_states, pack, set_random_state, unpack
-from budwood.training.on_policy import active_state, load_active_state, sets_begun
+from budwood.training.on_policy import active_state, load_active_state, sets_started
 from budwood.training.progress import Best, Progress, planned_steps
 from budwood.training.report import Report
 from budwood.untrusted.files import complete_directory, sha256
 
 SECONDS = 600
-"""Time between checkpoints where the recipe gives no `train.save_every`."""
+"""Time between checkpoints if the recipe has no `train.save_every`."""
 
 
 class NotSavedError(ResourceError):
-    """A checkpoint could not be written; the one before is whole."""
+    """A checkpoint could not be written; the previous one is intact."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run at the end of a step, copied to the CPU: `tree` is plain JSON that refers to `tensors`."""
+    """A run's state at the end of a step, copied to the CPU; `tree` is plain JSON that refers to `tensors`."""
 
     step: int
     tree: Any
@@ -62,25 +62,25 @@ class Snapshot:
 
     @property
     def bytes(self) -> int:
-        """About as much as it takes on disk."""
+        """Approximate size on disk."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values()) + (1 << 20)
 
 
 class Saver:
-    """Takes the run's state in the foreground, and writes it in the background, one checkpoint at a time."""
+    """Copies the run's state in the foreground and writes it in the background, one checkpoint at a time."""
 
     def __init__(self, run: Run, hooks: Composition, progress: Progress, resume: Resume | None = None) -> None:
         self.run, self.hooks, self.progress = run, hooks, progress
         self.setting = {**setting(run), **adapted(run)}
         self.accepted = resume.accepted if resume is not None else []
         self.folder = run.directory / FOLDER
-        for left in self.folder.glob(".*") if run.accelerator.is_main_process else ():  # of a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        for partial in self.folder.glob(".*") if run.accelerator.is_main_process else ():  # left by a killed process
+            shutil.rmtree(partial, ignore_errors=True)
         self.last = 0
-        """Step of the newest complete checkpoint; 0: none."""
+        """Step of the newest complete checkpoint; 0 if there is none."""
         self._submitted = 0
         self._checked = False
-        """Whether what the strategies save was found to come back the same."""
+        """Whether the strategies' state has been checked to survive a round trip."""
         self._saved_at = time.monotonic()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -88,7 +88,7 @@ class Saver:
         self._started = time.monotonic()
 
     def due(self) -> bool:
-        """Whether a checkpoint of this step shall be saved; every process gets the same answer."""
+        """Whether to save a checkpoint of this step; all processes get the same answer."""
         every = self.run.recipe.train.save_every
         if every is not None:
             return bool(self.run.step % every == 0)
@@ -100,22 +100,22 @@ class Saver:
         return late
 
     def check_space(self) -> None:
-        """Check before training begins that the disk has room for what the run will keep.
+        """Check before training that the disk has room for the run's checkpoints and adapter.
 
         Raises:
-            ResourceError: with the bytes needed.
+            ResourceError: it has not; the message names the bytes needed.
         """
-        now = self.snapshot()
+        current = self.snapshot()
         if not self.run.accelerator.is_main_process:
             return
         train, evaluates = sum(p.nbytes for p in self.run.trainable), self.run.eval_examples is not None
-        moments = sum(t.nbytes for name, t in now.tensors.items() if name.startswith("optimizer/"))
-        best = sum(t.nbytes for name, t in now.tensors.items() if name.startswith("best/"))
-        # What is not there yet: an optimizer's two moments, the best parameters.
-        one = now.bytes + max(2 * train - moments, 0) + max(train * evaluates - best, 0)
-        there = sum(f.stat().st_size for f in self.folder.rglob("*") if f.is_file()) if self.folder.is_dir() else 0
-        # A new one is complete before an old one goes; the best may be beside the last.
-        needed = one * (self.run.recipe.train.keep_checkpoints + 1 + evaluates) + train - there
+        moments = sum(t.nbytes for name, t in current.tensors.items() if name.startswith("optimizer/"))
+        best = sum(t.nbytes for name, t in current.tensors.items() if name.startswith("best/"))
+        # Add tensors that do not exist yet: the optimizer's two moments and the best parameters.
+        size = current.bytes + max(2 * train - moments, 0) + max(train * evaluates - best, 0)
+        present = sum(f.stat().st_size for f in self.folder.rglob("*") if f.is_file()) if self.folder.is_dir() else 0
+        # A new checkpoint is complete before an old one is removed, and the best may be kept in addition.
+        needed = size * (self.run.recipe.train.keep_checkpoints + 1 + evaluates) + train - present
         free = _free(self.run.directory)
         if needed > free:
             raise ResourceError(
@@ -124,20 +124,20 @@ class Saver:
             )
 
     def snapshot(self) -> Snapshot:
-        """Copy the state at the end of the step that was completed last. Every process must call it."""
+        """Copy the state at the end of the last completed step. Every process must call this."""
         run, progress = self.run, self.progress
         states = self.hooks.collect("state_dict", run=run)
-        everyone = all_random_states(run)
+        random_states = all_random_states(run)
         if not run.accelerator.is_main_process:
             return Snapshot(run.step, None, {})
         tensors: dict[str, Tensor] = {}
         strategies = {}
-        for plugin, found in states:
+        for plugin, plugin_state in states:
             try:
-                packed = pack(found, tensors, f"strategies/{plugin.name}")
+                packed = pack(plugin_state, tensors, f"strategies/{plugin.name}")
                 if not self._checked:
-                    back = unpack(json.loads(json.dumps(packed, allow_nan=False)), tensors)
-                    check_same(found, back, f"strategies/{plugin.name}")
+                    restored = unpack(json.loads(json.dumps(packed, allow_nan=False)), tensors)
+                    check_same(plugin_state, restored, f"strategies/{plugin.name}")
             except (TypeError, ValueError) as error:
                 raise PluginError(f"{plugin}, hook state_dict: {error}.") from error
             strategies[plugin.name] = {"distribution": getattr(plugin, "distribution", ""), "state": packed}
@@ -152,7 +152,7 @@ class Saver:
             "optimizer": run.optimizer.state_dict(),
             "scheduler": run.scheduler.state_dict(),
             "scaler": progress.scaler.state_dict(),
-            "random": everyone,
+            "random": random_states,
             "skipped": progress.skipped,
             "metrics": run.metrics,
             "before": run.before,
@@ -163,14 +163,14 @@ class Saver:
         }
         tree = pack(state, tensors)
         tree["strategies"] = strategies
-        tree["best"] = pack(vars(progress.best), tensors, "best", copy=False)  # made once, changed never
+        tree["best"] = pack(vars(progress.best), tensors, "best", copy=False)  # never modified
         return Snapshot(run.step, tree, tensors)
 
     def save(self, snapshot: Snapshot) -> None:
-        """Begin to write a snapshot, once the one before is written; does nothing where it is written already.
+        """Start writing a snapshot after the previous one is written; does nothing if it is already written.
 
         Raises:
-            NotSavedError: the disk has no room for it, or the one before could not be written.
+            NotSavedError: the disk is full, or the previous snapshot could not be written.
         """
         self.wait()
         self._saved_at = time.monotonic()
@@ -184,36 +184,36 @@ class Saver:
         self._writing = self._pool.submit(self._write, snapshot)
 
     def wait(self) -> None:
-        """Wait for what is being written.
+        """Wait until the current snapshot is written.
 
         Raises:
-            NotSavedError: it could not be.
+            NotSavedError: it could not be written.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def check(self) -> None:
-        """Raise what went wrong in the background, without waiting for it."""
+        """Raise a background error if there is one, without waiting."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def finish(self, report: Report) -> None:
-        """Wait for the last checkpoint of a run whose results are written; without it they are no less whole."""
+        """Wait for the last checkpoint after the results are written; a failure is only reported."""
         try:
             self.wait()
         except NotSavedError as error:
             report.say(f"warning: {error}")
 
     def close(self, wait: bool = True) -> None:
-        """Take no more. What is being written is completed: now, or without `wait` before the process ends."""
+        """Accept no more snapshots. The current write completes: now, or without `wait` before the process ends."""
         self._pool.shutdown(wait)
 
-    def how_to_go_on(self) -> str:
-        """The command that resumes the run, for a message."""
+    def resume_hint(self) -> str:
+        """Return the command that resumes the run, for a message."""
         if not self.last:
-            return "there is no checkpoint yet, so it begins anew"
-        return f"go on from step {self.last} with: budwood tune {self.run.directory / 'recipe.yaml'} --resume"
+            return "there is no checkpoint yet: the next run starts from the beginning"
+        return f"resume from step {self.last} with: budwood tune {self.run.directory / 'recipe.yaml'} --resume"
 
     def _write(self, snapshot: Snapshot) -> None:
         target = self.folder / folder_name(snapshot.step)
@@ -240,12 +240,12 @@ class Saver:
             self.run.say(f"warning: an old checkpoint cannot be removed: {error}")
 
     def _prune(self) -> None:
-        """Remove all but the last and the best; whatever stands behind the newest is of a run that was not gone on."""
-        found = steps_in(self.folder)
-        kept = sorted(step for step in found if step <= self.last)[-self.run.recipe.train.keep_checkpoints :]
-        for step, path in found.items():
+        """Remove all but the last and the best, and those past the newest, which are from an abandoned run."""
+        folders = steps_in(self.folder)
+        kept = sorted(step for step in folders if step <= self.last)[-self.run.recipe.train.keep_checkpoints :]
+        for step, path in folders.items():
             if step not in (*kept, self.progress.best.step):
-                hidden = path.with_name(f".{path.name}.gone")  # what has its name is whole, also when this is cut short
+                hidden = path.with_name(f".{path.name}.gone")  # an interrupted removal leaves no incomplete checkpoint
                 path.rename(hidden)
                 shutil.rmtree(hidden, ignore_errors=True)
 
@@ -253,17 +253,17 @@ class Saver:
         free = _free(self.run.directory)
         return NotSavedError(
             f"the checkpoint of step {snapshot.step} cannot be written ({reason}): it needs {snapshot.bytes:,} bytes, "
-            f"and {free:,} are free in {self.folder}. Make room; {self.how_to_go_on()}"
+            f"and {free:,} are free in {self.folder}. Make room; {self.resume_hint()}"
         )
 
     def restore(self, resume: Resume) -> None:
-        """Put a checkpoint's state into a run that is prepared: strategies first, then shapes, then all else.
+        """Restore a checkpoint's state in a prepared run: strategies first, then parameters, then everything else.
 
-        Where changes were accepted, what the recipe says now of rates, decay and schedule holds.
+        If changes were accepted, the recipe's current learning rates, weight decay and schedule apply.
 
         Raises:
-            InputError: a parameter has another shape.
-            CorruptError: the state does not fit the run.
+            InputError: a parameter has a different shape.
+            CorruptError: the state does not match the run.
         """
         run, progress, checkpoint = self.run, self.progress, resume.checkpoint
         state = checkpoint.load()
@@ -271,12 +271,13 @@ class Saver:
             for name, saved in state["strategies"].items():
                 self.hooks.ask("load_state_dict", name, run=run, state=saved["state"])
             for name, parameter in named_parameters(run).items():
-                kept = state["parameters"][name]
-                if kept.shape != parameter.shape:
+                value = state["parameters"][name]
+                if value.shape != parameter.shape:
                     raise InputError(
-                        f"{checkpoint.directory}: '{name}' is {list(kept.shape)} there and {list(parameter.shape)} here"
+                        f"{checkpoint.directory}: '{name}' is {list(value.shape)} there, but "
+                        f"{list(parameter.shape)} in this run"
                     )
-                parameter.data.copy_(kept)
+                parameter.data.copy_(value)
             load_average_state(run, state.get("average"))
             progress.active = load_active_state(run, self.hooks, state.get("active"))
             fresh = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in run.optimizer.param_groups]
@@ -298,22 +299,22 @@ class Saver:
             self._seconds = state["seconds"]
             if not resume.changes:
                 run.micro_tokens, run.eval_tokens = state["micro_tokens"]
-                drawn = islice(planned_steps(run), sets_begun(self.hooks, run.step))
+                drawn = islice(planned_steps(run), sets_started(self.hooks, run.step))
                 planned = sum(len(indices) for _, indices in drawn)
                 if planned != progress.examples:
                     raise CorruptError(
-                        f"{checkpoint.directory}: {progress.examples} examples were drawn by then, and the plan of the "
-                        f"run makes them {planned}"
+                        f"{checkpoint.directory}: records {progress.examples} examples drawn by then, but the run's "
+                        f"plan draws {planned}"
                     )
             set_random_state(run, state["random"])
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise CorruptError(f"{checkpoint.directory}: its state does not fit the run ({what}).") from error
+            cause = f"{type(error).__name__}: {error}"
+            raise CorruptError(f"{checkpoint.directory}: its state does not match the run ({cause}).") from error
         self.last = self._submitted = checkpoint.step
 
 
 def _free(directory: Path) -> int:
-    """Free bytes of the folder's disk; 0 where the folder is gone."""
+    """Return the free bytes on the folder's disk; 0 if the folder no longer exists."""
     try:
         return shutil.disk_usage(directory).free
     except OSError:

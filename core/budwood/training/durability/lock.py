@@ -1,4 +1,4 @@
-"""One run per folder: a lock file in it, held by the system for as long as the process lives. Imports no torch."""
+"""One run per folder: a lock file that the system holds while the process lives. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,57 +20,57 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def locked(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the run's folder; it is made where it is missing, and goes again where nothing was put into it.
+    """Lock the run's folder; it is created if missing, and removed again if it stays empty.
 
-    The system lets go of the lock when its process ends, however it ends; what is left in the file of a process that
-    was killed tells whose it was.
+    The system releases the lock when the process ends, however it ends. The lock file of a killed process still names
+    that process.
 
     Raises:
-        InputError: another process holds it; named by number and machine.
-        ResourceError: the folder cannot be written, or its file system knows no locks.
+        InputError: another process holds the lock; the message names its process number and machine.
+        ResourceError: the folder cannot be written, or its file system does not support locks.
     """
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     path, lock = directory / LOCK, _lock(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        left = _named_in(path)
+        previous = _process_in(path)
         path.write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
-        for partial in directory.glob(f".*{PARTIAL}"):  # of a process that was killed
+        for partial in directory.glob(f".*{PARTIAL}"):  # left by a killed process
             if partial.is_file():
                 partial.unlink()
     except filelock.Timeout:
-        raise in_use(directory, _named_in(path) or "another process") from None
+        raise in_use(directory, _process_in(path) or "another process") from None
     except OSError as error:
         lock.release()
         if error.errno == errno.ENOSPC:
             raise cannot_write(directory, error, 4096) from error
         raise ResourceError(f"output: {directory} cannot be locked: {error.strerror}.") from error
     try:
-        if left:
-            say(f"{directory}: the lock of {left}, which ended without letting go, is taken over")
+        if previous:
+            say(f"{directory}: the lock of {previous}, which ended without releasing it, is taken over")
         yield
     finally:
         with contextlib.suppress(OSError):
-            path.unlink()  # before it is released: afterwards it may be another's
+            path.unlink()  # before the release: afterwards the file may be another process's
         lock.release()
-        for made in missing:
+        for created in missing:
             with contextlib.suppress(OSError):
-                made.rmdir()  # only where it is empty
+                created.rmdir()  # fails unless it is empty
 
 
 def first_process() -> bool:
-    """Whether this is the first process of its run, as torchrun counts them: the one that the folder belongs to."""
+    """Whether this is the run's first process (torchrun's rank 0), which owns the folder."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def in_use(directory: Path, by: str) -> InputError:
-    """The error of a folder in which another process runs."""
+    """Return the error for a folder that another process uses."""
     return InputError(f"output: {directory} is in use by {by}: wait for it, or name another folder.")
 
 
 def holder(directory: Path) -> str:
-    """Who holds the folder now: "process 12 on host", or "" for nobody."""
+    """Return the process that holds the folder's lock, as "process 12 on host"; "" if there is none."""
     path = directory / LOCK
     if not path.is_file():
         return ""
@@ -78,21 +78,21 @@ def holder(directory: Path) -> str:
         with _lock(directory):
             return ""
     except filelock.Timeout:
-        return _named_in(path) or "another process"
+        return _process_in(path) or "another process"
     except OSError:
         return ""
 
 
 def _lock(directory: Path) -> filelock.FileLock:
-    """The folder's lock, which is tried once; a file system without locks is an error, not another kind of lock."""
+    """Return the folder's non-blocking lock; on a file system without locks it fails instead of using a soft lock."""
     return filelock.FileLock(directory / LOCK, blocking=False, fallback_to_soft=False)
 
 
-def _named_in(path: Path) -> str:
-    """The process that a lock's file names, "" where it names none."""
+def _process_in(path: Path) -> str:
+    """Return the process that a lock file names, or ""."""
     try:
         with path.open("rb") as file:
-            found = json.loads(file.read(1000))
-        return f"process {int(found['process'])} on {found['host']}"
+            content = json.loads(file.read(1000))
+        return f"process {int(content['process'])} on {content['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         return ""

@@ -1,4 +1,4 @@
-"""What a checkpoint takes of a strategy's state comes back as it was, or is refused before the first step."""
+"""Check before the first step that a strategy's state survives a checkpoint unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def pack_array(array: np.ndarray, place: str) -> Tensor:
     """Copy an array into a tensor that a checkpoint can hold.
 
     Raises:
-        TypeError: its dtype or byte order is none of torch's; the message names its place.
+        TypeError: torch does not support its dtype or byte order; the message names its place.
     """
     try:
         tensor = torch.from_numpy(array.copy())
@@ -25,27 +25,27 @@ def pack_array(array: np.ndarray, place: str) -> Tensor:
     return tensor
 
 
-def check_same(given: Any, back: Any, place: str) -> None:
-    """Check that a state came back with the keys, types, shapes and plain values that it was given with.
+def check_same(state: Any, restored: Any, place: str) -> None:
+    """Check that a restored state has the original's keys, types, shapes and plain values.
 
     Raises:
-        TypeError: it did not; the message names the place.
+        TypeError: it differs; the message names the place.
     """
-    given = given.item() if isinstance(given, np.generic) else given
-    if isinstance(given, Tensor | np.ndarray):
-        kind: type = Tensor if isinstance(given, Tensor) else np.ndarray
-        same = isinstance(back, kind) and (back.dtype, back.shape) == (given.dtype, given.shape)  # type: ignore[attr-defined]
-    elif isinstance(given, Mapping):
-        same = isinstance(back, dict) and [(type(k), k) for k in given] == [(type(k), k) for k in back]
-    elif isinstance(given, list | tuple):
-        same = type(given) is type(back) and len(given) == len(back)
+    state = state.item() if isinstance(state, np.generic) else state
+    if isinstance(state, Tensor | np.ndarray):
+        cls: type = Tensor if isinstance(state, Tensor) else np.ndarray
+        same = isinstance(restored, cls) and (restored.dtype, restored.shape) == (state.dtype, state.shape)  # type: ignore[attr-defined]
+    elif isinstance(state, Mapping):
+        same = isinstance(restored, dict) and [(type(k), k) for k in state] == [(type(k), k) for k in restored]
+    elif isinstance(state, list | tuple):
+        same = type(state) is type(restored) and len(state) == len(restored)
     else:
-        same = type(given) is type(back) and (given == back or given != given)
+        same = type(state) is type(restored) and (state == restored or state != state)
     if not same:
         raise TypeError(
-            f"{place}: a {type(given).__name__} comes back from a checkpoint as a {type(back).__name__}, or with other "
-            "keys or values; give tensors, arrays and JSON values, with text as keys"
+            f"{place}: a {type(state).__name__} comes back from a checkpoint as a {type(restored).__name__}, or with "
+            "other keys or values; use tensors, arrays and JSON values, with strings as keys"
         )
-    inner = given.items() if isinstance(given, Mapping) else enumerate(given) if isinstance(given, list | tuple) else ()
+    inner = state.items() if isinstance(state, Mapping) else enumerate(state) if isinstance(state, list | tuple) else ()
     for key, item in inner:
-        check_same(item, back[key], f"{place}/{key}")
+        check_same(item, restored[key], f"{place}/{key}")

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: where they are, what they are named, and whether every file of one is sound."""
+"""Checkpoints on disk: their folders and names, and the validation of their files."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from budwood.untrusted.formats import read_header, read_json
 FOLDER, TENSORS, STATE, MANIFEST = "checkpoints", "state.safetensors", "state.json", "manifest.json"
 FORMAT = 1
 MAX_STATE = 64 << 20
-"""Largest state.json and manifest.json that are read, in bytes."""
+"""Size limit for state.json and manifest.json, in bytes."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was found sound on disk: every file has the hash that its manifest says.
+    """A valid checkpoint on disk: every file has the hash in its manifest.
 
-    `setting` is what the run was made of; see `changes`.
+    `setting` is the run's setting; see `changes`.
     """
 
     directory: Path
@@ -40,7 +40,7 @@ class Checkpoint:
         """Read the state.
 
         Raises:
-            CorruptError: it changed since it was found.
+            CorruptError: a file changed since it was validated.
         """
         read_header(self.directory / TENSORS)
         try:
@@ -54,46 +54,46 @@ class Checkpoint:
 
 
 def find_newest(directory: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest sound checkpoint of the run in `directory`; one that is damaged is named and passed over.
+    """Return the newest valid checkpoint of the run in `directory`; damaged ones are reported and skipped.
 
     Raises:
-        CorruptError: there are some, and none is sound.
+        CorruptError: there are checkpoints, but none is valid.
     """
-    found = sorted(steps_in(directory / FOLDER).items(), reverse=True)
-    for _, path in found:
+    folders = sorted(steps_in(directory / FOLDER).items(), reverse=True)
+    for _, path in folders:
         try:
             return read_checkpoint(path)
         except (CorruptError, ResourceError, OSError) as error:
-            say(f"warning: {error} The checkpoint before it is tried.")
-    if found:
-        raise CorruptError(f"{directory / FOLDER}: no checkpoint is sound: start over with --overwrite.")
+            say(f"warning: {error} Trying the previous checkpoint.")
+    if folders:
+        raise CorruptError(f"{directory / FOLDER}: no checkpoint is valid: start over with --overwrite.")
     return None
 
 
 def steps_in(folder: Path) -> dict[int, Path]:
-    """Folders of checkpoints by their step."""
+    """Return the folders of checkpoints, keyed by step."""
     paths = folder.iterdir() if folder.is_dir() else ()
     return {int(p.name[5:]): p for p in paths if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir()}
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Check a checkpoint, every file by its hash.
+    """Read a checkpoint's manifest and validate every file by its hash.
 
     Raises:
-        CorruptError: it names the file that is truncated, altered, missing, or too many.
+        CorruptError: a file is truncated, altered, missing or unexpected; the message names it.
     """
-    where = path / MANIFEST
-    if not where.is_file():
-        raise CorruptError(f"{where}: is missing.")
-    manifest = read_json(where, MAX_STATE)
+    file = path / MANIFEST
+    if not file.is_file():
+        raise CorruptError(f"{file}: is missing.")
+    manifest = read_json(file, MAX_STATE)
     manifest.pop("sha256", None)
-    if where.read_bytes() != sealed(manifest):
-        raise CorruptError(f"{where}: was altered after it was saved.")
-    kinds = {"files": dict, "setting": dict, "accepted": list, "step": int}
-    if not all(type(manifest.get(name)) is kind for name, kind in kinds.items()):
-        raise CorruptError(f"{where}: is not that of a checkpoint.")
+    if file.read_bytes() != sealed(manifest):
+        raise CorruptError(f"{file}: was altered after it was saved.")
+    types = {"files": dict, "setting": dict, "accepted": list, "step": int}
+    if not all(type(manifest.get(name)) is cls for name, cls in types.items()):
+        raise CorruptError(f"{file}: is not the manifest of a checkpoint.")
     if manifest.get("format") != FORMAT:
-        raise CorruptError(f"{where}: format {manifest.get('format')}; this Budwood reads format {FORMAT}.")
+        raise CorruptError(f"{file}: format {manifest.get('format')}; this Budwood reads format {FORMAT}.")
     if path.name != folder_name(manifest["step"]):
         raise CorruptError(f"{path}: is the checkpoint of step {manifest['step']}.")
     present = {p.name for p in path.iterdir()} - {MANIFEST}
@@ -109,12 +109,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def folder_name(step: int) -> str:
-    """Return the name of the folder of a step's checkpoint."""
+    """Return the folder name of a step's checkpoint."""
     return f"step-{step:08d}"
 
 
 def sealed(manifest: Mapping[str, Any]) -> bytes:
-    """Return a manifest as it stands on disk: JSON, with the hash of all its other fields."""
+    """Return a manifest's bytes on disk: JSON, with the hash of all its other fields."""
     return _text({**manifest, "sha256": hashlib.sha256(_text(manifest)).hexdigest()})
 
 

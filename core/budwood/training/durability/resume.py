@@ -1,4 +1,4 @@
-"""Where a run is gone on with: what is found in its folder, and whether it is still the same run."""
+"""Find the checkpoint to resume from, and check that the run is still the same."""
 
 from __future__ import annotations
 
@@ -14,63 +14,64 @@ from budwood.recipe.file import read_recipe_file
 from budwood.recipe.schema import Recipe, build_composition
 from budwood.training.durability.changes import NOTED, Change, accept, compare
 from budwood.training.durability.reading import Checkpoint, find_newest
-from budwood.training.preflight import read_manifest
+from budwood.training.output import read_manifest
 from budwood.training.report import Report
 
 
 @dataclass
 class Resume:
-    """A checkpoint to go on from, and what has changed since it was made and was accepted."""
+    """A checkpoint to resume from, and the accepted changes since it was saved."""
 
     checkpoint: Checkpoint
     accept_changes: bool = False
     changes: list[Change] = field(default_factory=list)
 
     def compare(self, now: dict[str, Any], run: Run) -> None:
-        """Compare the part of a run's setting that is known by now.
+        """Compare the part of the run's setting that is known so far.
 
         Raises:
-            InputError: something changed that was not accepted or cannot be.
+            InputError: a change was not accepted, or cannot be.
         """
-        found = compare(self.checkpoint.setting, now)
-        for change in found:
+        differences = compare(self.checkpoint.setting, now)
+        for change in differences:
             if change.field in NOTED:
-                run.say(f"note: {change}: the last digits of what is computed may differ from the run so far")
+                run.say(f"note: {change}: results may differ in the last digits from an uninterrupted run")
         where = str(self.checkpoint.directory)
-        changes = accept([c for c in found if c.field not in NOTED], where, self.accept_changes)
+        changes = accept([c for c in differences if c.field not in NOTED], where, self.accept_changes)
         for change in changes:
             run.say(f"accepted: {change}")
         self.changes += changes
 
     def check_steps(self, run: Run) -> None:
-        """Refuse a run that shall be shorter than it is already.
+        """Check that the run does not end before the checkpoint's step.
 
         Raises:
-            InputError: it is.
+            InputError: it does.
         """
         if (run.steps or 0) < self.checkpoint.step:
             raise InputError(
-                f"{self.checkpoint.directory}: a run of {run.steps} steps is over by then: raise train.steps or epochs."
+                f"{self.checkpoint.directory}: a run of {run.steps} steps ends before this checkpoint: raise "
+                "train.steps or train.epochs."
             )
 
     @property
     def accepted(self) -> list[dict[str, Any]]:
-        """All accepted changes up to now, as manifests keep them."""
+        """All changes accepted so far, as stored in manifests."""
         now = [{"step": self.checkpoint.step, **change._asdict()} for change in self.changes]
         return [*self.checkpoint.accepted, *now]
 
 
 def find_resume(recipe: Recipe, report: Report, accept_changes: bool) -> Resume | Run | None:
-    """Return what to go on from, the run itself where it is finished, or None where there is nothing yet.
+    """Return the checkpoint to resume from, the run itself if it is finished, or None if there is no checkpoint yet.
 
     Raises:
-        InputError: the run is finished, and the recipe is another one.
-        CorruptError: there are checkpoints, and none is sound.
+        InputError: the run is finished, and the recipe has changed.
+        CorruptError: there are checkpoints, but none is valid.
     """
     directory = recipe.output
     manifest = read_manifest(directory)
     if manifest is None:
-        report.say(f"{directory} holds no run to go on with: it begins anew")
+        report.say(f"{directory} holds no run to resume: starting from the beginning")
         return None
     if manifest.get("finished"):
         before, _ = read_recipe_file(directory / "recipe.yaml")
@@ -79,13 +80,13 @@ def find_resume(recipe: Recipe, report: Report, accept_changes: bool) -> Resume 
             compare({"recipe": before}, {"recipe": now}), f"the finished run in {directory}", accept_changes
         )
         if all(change.field == "recipe.output" for change in changes):
-            report.say(f"{directory}: the run is finished at step {manifest['step']}; there is nothing to go on with")
+            report.say(f"{directory}: the run is finished at step {manifest['step']}; there is nothing to resume")
             return _finished(recipe, manifest)
     checkpoint = find_newest(directory, report.say)
     if checkpoint is None:
-        report.say(f"{directory} holds no checkpoint: the run begins anew")
+        report.say(f"{directory} holds no checkpoint: starting from the beginning")
         return None
-    report.say(f"going on from step {checkpoint.step}, {checkpoint.directory}")
+    report.say(f"resuming from step {checkpoint.step}, {checkpoint.directory}")
     return Resume(checkpoint, accept_changes)
 
 

@@ -1,4 +1,4 @@
-"""Signals while a run lasts: what is under way ends in a state that can be gone on from."""
+"""Signal handling of a run: an interrupted run ends in a state that can be resumed."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from budwood.contract.types import Run
 
 
 class Signals:
-    """What the user asked for, and when the run hears of it.
+    """The signals received, and when they take effect.
 
-    The first signal stops what can be done again (loading, an evaluation) at once by a KeyboardInterrupt; what stands
-    inside `finishing` is finished first, and asks `requested`. The second changes nothing. The third ends the run at
-    once, wherever it is: what was saved before stays.
+    The first signal raises KeyboardInterrupt immediately in work that can be repeated (loading, an evaluation). Inside
+    `deferred` it has no immediate effect; the loop checks `requested` instead. The second signal changes nothing. The
+    third ends the run immediately, wherever it is; everything saved before is kept.
     """
 
     def __init__(self) -> None:
         self.number = 0
-        """Of the first signal; 0: there was none."""
+        """Number of the first signal; 0 if there was none."""
         self.count = 0
-        self._finishing = False
+        self._deferred = False
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Hear signals inside the context; only the main thread can."""
+    def handled(self) -> Iterator[None]:
+        """Handle signals inside the context; has an effect only in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
-        if hasattr(signal, "SIGHUP"):  # a terminal that goes away takes no run with it
+        previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        if hasattr(signal, "SIGHUP"):  # a closed terminal does not end the run
             previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         try:
             yield
@@ -44,41 +44,41 @@ class Signals:
                 signal.signal(number, handler)
 
     @contextmanager
-    def finishing(self) -> Iterator[None]:
-        """What stands inside is finished before a signal is obeyed."""
-        outer, self._finishing = self._finishing, True
+    def deferred(self) -> Iterator[None]:
+        """Complete the work inside the context before a signal takes effect."""
+        outer, self._deferred = self._deferred, True
         try:
             yield
         finally:
-            self._finishing = outer
+            self._deferred = outer
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """What stands inside can be done again: the first signal ends it."""
-        outer, self._finishing = self._finishing, False
+    def interruptible(self) -> Iterator[None]:
+        """Let the first signal interrupt the work inside the context, which can be repeated."""
+        outer, self._deferred = self._deferred, False
         try:
             if self.number:
                 raise KeyboardInterrupt(self.number)
             yield
         finally:
-            self._finishing = outer
+            self._deferred = outer
 
     def requested(self, run: Run) -> int:
-        """The signal by which the run shall end, 0 for none; every process gets the same answer."""
+        """Return the signal that ends the run, or 0; all processes get the same answer."""
         if run.processes > 1:
             number = torch.tensor(self.number, device=run.device)
             torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
             self.number = int(number)
         return self.number
 
-    def _hear(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, frame: Any) -> None:
         self.number, self.count = self.number or number, self.count + 1
-        if self.count > 2 or (self.count == 1 and not self._finishing):
+        if self.count > 2 or (self.count == 1 and not self._deferred):
             raise KeyboardInterrupt(number)
-        if self.count == 1 and os.isatty(2):  # nothing but a plain write is safe here
-            os.write(2, b"\nstopping after this step; the third Ctrl-C leaves at once\n")
+        if self.count == 1 and os.isatty(2):  # only a plain write is safe in a signal handler
+            os.write(2, b"\nstopping after this step; a third Ctrl-C quits immediately\n")
 
 
 def exit_code(number: Any) -> int:
-    """The exit code of a run that a signal ended."""
+    """Return the exit code of a run that a signal ended."""
     return 143 if number == signal.SIGTERM else 130

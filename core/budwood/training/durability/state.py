@@ -1,4 +1,4 @@
-"""A checkpoint's state as plain JSON and tensors, without pickle; and the random states of every process."""
+"""Convert a checkpoint's state to plain JSON and tensors, without pickle; save the random states of all processes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from budwood.training.durability.lossless import pack_array
 
 
 def pack(value: Any, tensors: dict[str, Tensor], place: str = "", copy: bool = True) -> Any:
-    """Turn nested values into plain JSON; tensors are copied to the CPU, into `tensors`, under their place.
+    """Convert nested values to plain JSON; tensors are copied to the CPU into `tensors`, keyed by their place.
 
-    Tuples, arrays, keys that are no text, and numbers that are not finite are marked, so that `unpack` gives the same.
+    Tuples, arrays, non-string keys and non-finite numbers are marked, so that `unpack` restores them exactly.
 
     Raises:
-        TypeError: a value is none of these; the message names its place.
+        TypeError: a value has an unsupported type; the message names its place.
     """
     if isinstance(value, Tensor | np.ndarray) and place in tensors:
-        place = f"{place}#{len(tensors)}"  # keys that hold slashes may meet
+        place = f"{place}#{len(tensors)}"  # places may collide if keys contain slashes
     if isinstance(value, Tensor):
         if value.layout is not torch.strided or value.is_quantized or value.dtype is torch.complex128:
             raise TypeError(f"{place}: a tensor of {value.layout} and {value.dtype} cannot be saved")
@@ -40,17 +40,17 @@ def pack(value: Any, tensors: dict[str, Tensor], place: str = "", copy: bool = T
     if isinstance(value, float):
         return value if math.isfinite(value) else {"$float": str(value)}
     if isinstance(value, Mapping):
-        numbers = (k for k in value if not isinstance(k, str | int | None))
-        wrong = next((k for k in numbers if not isinstance(k, float) or not math.isfinite(k)), None)
-        if wrong is not None:
-            raise TypeError(f"{place}: the key {wrong!r} cannot be saved; give text or numbers as keys")
+        others = (k for k in value if not isinstance(k, str | int | None))
+        unsupported = next((k for k in others if not isinstance(k, float) or not math.isfinite(k)), None)
+        if unsupported is not None:
+            raise TypeError(f"{place}: the key {unsupported!r} cannot be saved; use strings or numbers as keys")
         plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
         packed = {key: pack(item, tensors, f"{place}/{key}".lstrip("/"), copy) for key, item in value.items()}
         return packed if plain else {"$items": [[key, item] for key, item in packed.items()]}
     if isinstance(value, list | tuple):
         items = [pack(item, tensors, f"{place}/{i}", copy) for i, item in enumerate(value)]
         return items if isinstance(value, list) else {"$tuple": items}
-    raise TypeError(f"{place}: a {type(value).__name__} cannot be saved; give tensors and JSON values")
+    raise TypeError(f"{place}: a {type(value).__name__} cannot be saved; use tensors and JSON values")
 
 
 def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -75,7 +75,7 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _random_state(run: Run) -> Tensor:
-    """Python's, NumPy's and torch's random states as one vector [n] float64, which holds all their integers exactly."""
+    """Return Python's, NumPy's and torch's random states as a vector [n] float64, which represents them exactly."""
     version, internal, gauss = random.getstate()
     legacy: Any = np.random.get_state()
     _, keys, position, has_gauss, cached = legacy
@@ -90,22 +90,22 @@ def _random_state(run: Run) -> Tensor:
 
 
 def all_random_states(run: Run) -> Tensor:
-    """The random states of every process, [processes, n] float64."""
+    """Return the random states of all processes, [processes, n] float64."""
     own = _random_state(run)
     if run.processes == 1:
         return own[None]
-    everyone = [torch.empty_like(own, device=run.device) for _ in range(run.processes)]
-    torch.distributed.all_gather(everyone, own.to(run.device))
-    return torch.stack(everyone).cpu()
+    gathered = [torch.empty_like(own, device=run.device) for _ in range(run.processes)]
+    torch.distributed.all_gather(gathered, own.to(run.device))
+    return torch.stack(gathered).cpu()
 
 
-def set_random_state(run: Run, everyone: Tensor) -> None:
-    """Put this process's random states back; one that had none starts a stream of its own."""
-    if run.process_index >= len(everyone):
+def set_random_state(run: Run, states: Tensor) -> None:
+    """Restore this process's random states; a process without saved states is seeded anew."""
+    if run.process_index >= len(states):
         torch.manual_seed(run.seed + run.process_index + run.step)
         return
     sizes = [627, 627, len(torch.get_rng_state())]
-    python, numpy, cpu, cuda = everyone[run.process_index].split([*sizes, everyone.shape[1] - sum(sizes)])
+    python, numpy, cpu, cuda = states[run.process_index].split([*sizes, states.shape[1] - sum(sizes)])
     version, *internal, gauss = python.tolist()
     random.setstate((int(version), tuple(map(int, internal)), None if math.isnan(gauss) else gauss))
     *keys, position, has_gauss, cached = numpy.tolist()

@@ -68,10 +68,10 @@ def row(lengths: tuple[int, ...] = LENGTHS) -> tuple[list[torch.Tensor], dict[st
 def outputs_and_gradient(model: Any, calls: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
     weight = model.model.embed_tokens.weight
     weight.grad = None
-    found = torch.cat([model.model(**call).last_hidden_state[0] for call in calls])
-    pull = torch.randn(found.shape, generator=torch.Generator().manual_seed(2))
-    (found * pull).sum().backward()
-    return found.detach(), weight.grad.clone()
+    actual = torch.cat([model.model(**call).last_hidden_state[0] for call in calls])
+    direction = torch.randn(actual.shape, generator=torch.Generator().manual_seed(2))
+    (actual * direction).sum().backward()
+    return actual.detach(), weight.grad.clone()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -79,15 +79,15 @@ def test_packed_equals_alone(name: str) -> None:
     examples, packed = row()
     alone = [{"input_ids": example[None], "use_cache": False} for example in examples]
     expected, expected_gradient = outputs_and_gradient(model_of(name, "eager"), alone)
-    found, gradient = outputs_and_gradient(model_of(name, IMPLEMENTATION), [packed])
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    # The longest sums on a gradient's way, over all tokens and over a layer's width, in another order: n · eps.
+    actual, gradient = outputs_and_gradient(model_of(name, IMPLEMENTATION), [packed])
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    # The longest sums in the gradient, over all tokens and over a layer's width, are in another order: n · eps.
     summands = sum(LENGTHS) + SIZES["intermediate_size"]
     bound = summands * torch.finfo(torch.float32).eps * float(expected_gradient.abs().max())
     torch.testing.assert_close(gradient, expected_gradient, atol=bound, rtol=0)
 
 
-def test_packed_with_an_ordinary_mask_is_the_same() -> None:
+def test_packed_rows_with_a_full_mask_are_the_same() -> None:
     _, packed = row()
     model = model_of("Mistral", IMPLEMENTATION)
     lazy = model.model(**packed).last_hidden_state
@@ -101,12 +101,12 @@ def test_gradient_checkpointing_keeps_the_segments() -> None:
     expected = outputs_and_gradient(model, [packed])
     model.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for found, wanted in zip(outputs_and_gradient(model, [packed]), expected, strict=True):
-        assert torch.equal(found, wanted)
+    actual = outputs_and_gradient(model, [packed])
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma2", "GptOss"])
-def test_padded_generation_is_that_of_the_stock_model(name: str) -> None:
+def test_padded_generation_equals_the_stock_model(name: str) -> None:
     ids = torch.randint(1, 64, (2, 12), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids)
     mask[0, :4], ids[0, :4] = 0, 0
@@ -119,7 +119,7 @@ def test_padded_generation_is_that_of_the_stock_model(name: str) -> None:
     torch.testing.assert_close(torch.stack(ours.scores), torch.stack(stock.scores), atol=1e-5, rtol=1e-5)
 
 
-def test_without_segments_it_is_sdpa_bit_for_bit() -> None:
+def test_without_segments_it_is_bitwise_identical_to_sdpa() -> None:
     ids = torch.randint(1, 64, (2, 12), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0
@@ -129,7 +129,7 @@ def test_without_segments_it_is_sdpa_bit_for_bit() -> None:
     assert torch.equal(stock, ours)
 
 
-def test_an_encoder_sees_both_sides_of_its_segment() -> None:
+def test_an_encoder_attends_to_both_sides_within_its_segment() -> None:
     config = transformers.ModernBertConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         local_attention=6, layer_types=["full_attention", "sliding_attention"], pad_token_id=0,
@@ -140,13 +140,13 @@ def test_an_encoder_sees_both_sides_of_its_segment() -> None:
         models.append(transformers.ModernBertModel._from_config(config, attn_implementation=implementation).eval())
     examples, packed = row()
     del packed["use_cache"]
-    found = models[1](**packed).last_hidden_state[0]
+    actual = models[1](**packed).last_hidden_state[0]
     expected = torch.cat([models[0](input_ids=example[None]).last_hidden_state[0] for example in examples])
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 class _Largest(TorchDispatchMode):
-    """Keeps the number of elements of the largest tensor that an operation returned."""
+    """Records the number of elements of the largest tensor that an operation returned."""
 
     elements = 0
 
@@ -159,7 +159,7 @@ class _Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma2"])
-def test_nothing_of_the_square_of_the_row(name: str) -> None:
+def test_no_tensor_has_the_size_of_the_row_squared(name: str) -> None:
     _, packed = row((20,) * 40)
     model = model_of(name, IMPLEMENTATION)
     with _Largest() as largest:
@@ -168,14 +168,14 @@ def test_nothing_of_the_square_of_the_row(name: str) -> None:
     assert largest.elements <= tokens * SIZES["intermediate_size"] * 2 < tokens * tokens
 
 
-def test_segments_that_do_not_arrive_are_an_error() -> None:
+def test_a_model_that_ignores_segments_is_an_error() -> None:
     _, packed = row()
     del packed["segments"]
     with pytest.raises(RuntimeError):
         model_of("Llama", IMPLEMENTATION).model(**packed)
 
 
-def test_what_only_a_mask_knows_is_refused() -> None:
+def test_attention_defined_only_by_its_mask_is_refused() -> None:
     query = torch.randn(1, 2, 4, 8)
     layer = torch.nn.Module()
     for name in ("sliding_window", "attention_chunk_size"):
@@ -187,7 +187,7 @@ def test_what_only_a_mask_knows_is_refused() -> None:
         attention(layer, query, query, query, None, segments=(0, 4), position_bias=torch.zeros(1, 2, 4, 4))
 
 
-def test_dropout_drops_in_every_segment() -> None:
+def test_dropout_applies_in_every_segment() -> None:
     torch.manual_seed(0)
     query, value = torch.zeros(1, 2, 40, 8), torch.ones(1, 2, 40, 8)
     layer = torch.nn.Module()
@@ -218,11 +218,11 @@ def test_variable_length_kernel_equals_segments(window: int | None) -> None:
     torch.manual_seed(0)
     layer = torch.nn.Module()
     tensors = [torch.randn(1, heads, 25, 64, dtype=torch.bfloat16, device="cuda") for heads in (4, 2, 2)]
-    pull = torch.randn(1, 25, 4, 64, dtype=torch.bfloat16, device="cuda")
+    direction = torch.randn(1, 25, 4, 64, dtype=torch.bfloat16, device="cuda")
     results = []
-    for dtype in (torch.bfloat16, torch.float32):  # the kernel takes 16 bits only
+    for dtype in (torch.bfloat16, torch.float32):  # the kernel only supports 16 bit
         inputs = [t.to(dtype, copy=True).requires_grad_() for t in tensors]
         out, _ = attention(layer, *inputs, None, segments=(0, 3, 15, 16, 25), sliding_window=window)
-        results.append([out, *torch.autograd.grad(out, inputs, pull.to(dtype))])
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found.float(), expected, atol=0.06, rtol=0.02)
+        results.append([out, *torch.autograd.grad(out, inputs, direction.to(dtype))])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual.float(), expected, atol=0.06, rtol=0.02)

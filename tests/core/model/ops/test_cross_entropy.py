@@ -1,4 +1,4 @@
-"""Cross-entropy in blocks: the numbers of float64, but for the rounding of its own dtype."""
+"""Cross-entropy in blocks, compared with float64 up to the rounding of its dtype."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from budwood.model.ops.cross_entropy import cross_entropy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("rows, classes", [(1, 7), (70, 2000), (3, 40_000)])
 def test_values_and_gradient_are_those_of_torch(dtype, rows, classes, monkeypatch) -> None:
-    monkeypatch.setattr(module, "CACHED", 16_000)  # several blocks, the last of them smaller
+    monkeypatch.setattr(module, "CACHED", 16_000)  # several blocks, the last one smaller
     draw = torch.Generator().manual_seed(0)
     logits = (torch.randn(rows, classes, generator=draw) * 4).to(dtype).requires_grad_()
     labels = torch.randint(0, classes, (rows,), generator=draw)
@@ -25,8 +25,8 @@ def test_values_and_gradient_are_those_of_torch(dtype, rows, classes, monkeypatc
     assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     (gradient,) = torch.autograd.grad(values, logits, pull.to(values.dtype))
     assert gradient.dtype == dtype
-    # A sum of n numbers in any order is off by some sqrt(n) roundings; a bound of 4 sqrt(n) holds almost surely (Higham
-    # & Mary, 2019). A probability is off by that, by the rounding of its exponent, and by a few more.
+    # The error of a sum of n terms in any order is about sqrt(n) roundings; 4 sqrt(n) holds almost surely (Higham &
+    # Mary, 2019). A probability has that error, the rounding of its exponent, and a few more.
     eps = torch.finfo(values.dtype).eps
     spread = wide.detach().amax(-1, keepdim=True) - wide.detach()
     relative = eps / 2 * (4 * classes**0.5 + spread + 4)
@@ -36,7 +36,7 @@ def test_values_and_gradient_are_those_of_torch(dtype, rows, classes, monkeypatc
     assert ((gradient.double() - exact_gradient).abs() <= allowed).all()
 
 
-def test_a_hopeless_label_has_a_finite_loss() -> None:
+def test_a_label_of_zero_probability_has_a_finite_loss() -> None:
     logits = torch.tensor([[0.0, 300.0]], requires_grad=True)
     loss = cross_entropy(logits, torch.tensor([0]))
     assert loss.item() == 300.0

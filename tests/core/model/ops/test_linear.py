@@ -1,4 +1,4 @@
-"""The fused low-rank linear: against float64 W + sBA, against PEFT's layers, and in what it keeps for the backward."""
+"""The fused low-rank linear, compared with float64 W + sBA and PEFT's layers; tensors saved for the backward."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make_base(kind: str = "dense", dtype: torch.dtype = torch.float32, bias: boo
 
 
 def dense_weight(base: Any) -> Tensor:
-    """W in float64, by another way than the code under test: the layer's outputs for the unit vectors."""
+    """W in float64, independent of the code under test: the layer's outputs for the unit vectors."""
     if type(base) is nn.Linear:
         return base.weight.double()
     bias, base.bias = base.bias, None
@@ -57,7 +57,7 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 2) -> Te
 
 
 def run(function: Callable[..., Tensor], *leaves: Tensor) -> list[Tensor]:
-    """Output, and the gradients of the leaves under a fixed pull."""
+    """Return the output, and the gradients of the leaves for a fixed output gradient."""
     out = function(*leaves)
     pull = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, leaves, pull)]
@@ -81,7 +81,7 @@ def test_gradcheck_in_float64(bias: bool) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_transposed_weight_in_float64(bias: bool) -> None:
-    """transformers' Conv1D, which holds W as [in, out]."""
+    """transformers' Conv1D, which stores W as [in, out]."""
     torch.manual_seed(0)
     base: Any = Conv1D(OUT, IN).double().requires_grad_(False)
     torch.nn.init.normal_(base.bias)
@@ -112,19 +112,19 @@ def test_forward_and_gradients_against_float64(kind: str, transposes: bool, monk
     base = make_base(kind)
     weight = dense_weight(base)
     leaves = (inputs(2, 5), *factors())
-    found = run(lambda x, a, b: low_rank_linear(x, base, a, b, SCALING), *leaves)
+    actual = run(lambda x, a, b: low_rank_linear(x, base, a, b, SCALING), *leaves)
 
     def reference(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return x @ (weight + SCALING * b @ a).t() + base.bias.double()
 
     expected = run(reference, *(leaf.detach().double().requires_grad_() for leaf in leaves))
-    for ours, wanted in zip(found, expected, strict=True):
+    for ours, wanted in zip(actual, expected, strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours.double(), wanted, atol=2e-5, rtol=2e-5)
 
 
 def peft_layer(base: nn.Linear, a: Tensor, b: Tensor, dropout: float = 0.0) -> Any:
-    """PEFT's own LoRA layer around `base`, with the factors `a` and `b`."""
+    """Return PEFT's LoRA layer around `base`, with the factors `a` and `b`."""
     config = LoraConfig(r=RANK, lora_alpha=SCALING * RANK, target_modules=["0"], lora_dropout=dropout)
     layer = get_peft_model(nn.Sequential(base), config).base_model.model[0]
     layer.lora_A["default"].weight.data.copy_(a.detach())
@@ -133,13 +133,13 @@ def peft_layer(base: nn.Linear, a: Tensor, b: Tensor, dropout: float = 0.0) -> A
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_pefts_layer(kind: str) -> None:
+def test_it_equals_the_peft_layer(kind: str) -> None:
     base = make_base(kind)
     x, a, b = inputs(2, 5), *factors()
-    found = run(lambda x, a, b: low_rank_linear(x, base, a, b, SCALING), x, a, b)
+    actual = run(lambda x, a, b: low_rank_linear(x, base, a, b, SCALING), x, a, b)
     layer = peft_layer(base, a, b)
     expected = run(lambda x, a, b: layer(x), x, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
@@ -165,7 +165,7 @@ def test_bf16_is_no_further_from_float64_than_peft(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_an_update_it_is_the_base_bit_for_bit(kind: str) -> None:
+def test_without_an_update_it_is_bitwise_identical_to_the_base(kind: str) -> None:
     base = make_base(kind, torch.bfloat16)
     x = inputs(2, 5, dtype=torch.bfloat16)
     a, b = factors()
@@ -176,7 +176,7 @@ def test_without_an_update_it_is_the_base_bit_for_bit(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_evaluation_in_between_changes_no_bit(kind: str) -> None:
+def test_an_evaluation_in_between_does_not_change_a_bit(kind: str) -> None:
     base = make_base(kind, torch.bfloat16)
     leaves = (inputs(2, 5, dtype=torch.bfloat16), *factors())
 
@@ -202,7 +202,7 @@ def test_a_repacked_weight_is_an_error_in_the_backward() -> None:
         out.sum().backward()
 
 
-def test_it_keeps_its_input_once() -> None:
+def test_it_saves_its_input_once() -> None:
     base: Any = make_base("nf4", torch.bfloat16)
     x, (a, b) = inputs(50, dtype=torch.bfloat16), factors()
     kept: list[Tensor] = []
@@ -213,7 +213,7 @@ def test_it_keeps_its_input_once() -> None:
     assert others == [(50, RANK), a.shape, b.shape]
 
 
-def test_it_computes_only_the_gradients_that_are_asked_for() -> None:
+def test_it_computes_only_the_required_gradients() -> None:
     base = make_base()
     x, (a, b) = inputs(50).detach(), factors()
     kept: list[Tensor] = []
@@ -228,7 +228,7 @@ def test_it_computes_only_the_gradients_that_are_asked_for() -> None:
     assert x.grad is not None
 
 
-def test_a_base_that_wants_a_gradient_is_refused() -> None:
+def test_a_base_that_requires_a_gradient_is_refused() -> None:
     base = make_base().requires_grad_()
     with pytest.raises(ValueError, match="freeze"):
         low_rank_linear(inputs(3), base, *factors())
@@ -236,12 +236,12 @@ def test_a_base_that_wants_a_gradient_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 def test_an_input_on_another_device_is_refused(kind: str) -> None:
-    """bitsandbytes does not look, and reads memory that is not its own."""
+    """bitsandbytes does not check this, and would read invalid memory."""
     with pytest.raises(ValueError, match="the input is on meta, the base's weight on cpu"):
         low_rank_linear(inputs(3).to("meta"), make_base(kind), *factors())
 
 
-def test_dropout_draws_from_torchs_generator_and_survives_recomputation() -> None:
+def test_dropout_uses_torchs_generator_and_is_equal_in_recomputation() -> None:
     base = make_base()
     leaves = (inputs(40), *factors())
 
@@ -268,7 +268,7 @@ def test_dropout_draws_from_torchs_generator_and_survives_recomputation() -> Non
     assert not torch.equal(results[0][0], run(lambda *t: low_rank_linear(t[0], base, *t[1:], SCALING), *leaves)[0])
 
 
-def test_autocast_decides_the_compute_dtype() -> None:
+def test_autocast_determines_the_compute_dtype() -> None:
     base, x, (a, b) = make_base(), inputs(4), factors()
     assert low_rank_linear(x, base, a, b).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
@@ -282,36 +282,36 @@ def test_autocast_decides_the_compute_dtype() -> None:
 def test_factors_need_not_be_leaves() -> None:
     base, x, (a, b) = make_base(), inputs(4), factors()
     scale = torch.rand(RANK, 1, requires_grad=True)
-    found = run(lambda x, a, b, scale: low_rank_linear(x, base, a * scale, b, SCALING), x, a, b, scale)
+    actual = run(lambda x, a, b, scale: low_rank_linear(x, base, a * scale, b, SCALING), x, a, b, scale)
     weight = base.weight
     expected = run(lambda x, a, b, scale: x @ (weight + SCALING * b @ (a * scale)).t() + base.bias, x, a, b, scale)
-    for ours, wanted in zip(found, expected, strict=True):
+    for ours, wanted in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
-def test_each_row_its_own_update(kind: str) -> None:
+def test_each_row_has_its_own_update(kind: str) -> None:
     base = make_base(kind, torch.bfloat16)
     x = inputs(5, 3, dtype=torch.bfloat16)
     first, second = factors(rank=2), factors(rank=8, seed=5)
     adapters = [None, (*first, 0.5), (*second, 2.0)]
     rows = [1, 0, 2, 1, 0]
     with torch.no_grad():
-        found = mixed_low_rank_linear(x, base, adapters, rows)
+        actual = mixed_low_rank_linear(x, base, adapters, rows)
         off = frozen_linear(x, base)
         for row, index in enumerate(rows):
             chosen = adapters[index]
             if chosen is None:
-                assert torch.equal(found[row], off[row])
+                assert torch.equal(actual[row], off[row])
             else:
                 alone = low_rank_linear(x[row : row + 1], base, *chosen)[0]
-                torch.testing.assert_close(found[row], alone, atol=0.1, rtol=0.02)
+                torch.testing.assert_close(actual[row], alone, atol=0.1, rtol=0.02)
         everyone = mixed_low_rank_linear(x, base, adapters, [2] * 5)
         torch.testing.assert_close(everyone, low_rank_linear(x, base, *second, 2.0), atol=0.1, rtol=0.02)
         assert torch.equal(mixed_low_rank_linear(x, base, adapters, [0] * 5), off)
 
 
-def test_rows_updates_have_gradients() -> None:
+def test_updates_of_rows_have_gradients() -> None:
     base, x = make_base(), inputs(3, 2)
     a, b = factors()
     mixed = run(lambda x, a, b: mixed_low_rank_linear(x, base, [None, (a, b, SCALING)], [1, 0, 1]), x, a, b)
@@ -336,3 +336,16 @@ def test_fake_tensors(kind: str) -> None:
     assert out.shape == (2, 5, OUT)
     assert x.grad.shape == x.shape
     assert a.grad.shape == a.shape
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_its_result_may_be_changed_in_place(kind: str) -> None:
+    base, (a, b), x = make_base(kind), factors(), inputs(2, 5, IN)
+    gradients = []
+    for in_place in (False, True):
+        leaves = [t.detach().clone().requires_grad_() for t in (x, a, b)]
+        y = low_rank_linear(leaves[0], base, *leaves[1:], 0.5)
+        y = y.add_(1.0) if in_place else y + 1.0  # as the residual of Falcon's parallel attention is added
+        y.square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))

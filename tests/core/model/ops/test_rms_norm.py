@@ -1,4 +1,4 @@
-"""RMSNorm that keeps less: the model's own numbers bit for bit, its gradient, and no norm that differs."""
+"""RMSNorm that saves less: outputs bitwise identical to the model's, its gradient, and unsupported norms."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def norm(dtype: torch.dtype) -> LlamaRMSNorm:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_output_and_gradient_are_the_models_own(dtype: torch.dtype) -> None:
+def test_output_and_gradient_equal_those_of_the_model(dtype: torch.dtype) -> None:
     module = norm(dtype)
     x = torch.randn(2, 5, 48).to(dtype).requires_grad_()
     pull = torch.randn(2, 5, 48).to(dtype)
@@ -32,7 +32,7 @@ def test_output_and_gradient_are_the_models_own(dtype: torch.dtype) -> None:
     torch.testing.assert_close(gradient, own_gradient, rtol=tolerance, atol=tolerance)
 
 
-def test_it_keeps_the_input_and_no_copy_of_it() -> None:
+def test_it_saves_the_input_without_a_copy() -> None:
     x = torch.randn(64, 48).bfloat16().requires_grad_()
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -41,14 +41,14 @@ def test_it_keeps_the_input_and_no_copy_of_it() -> None:
     assert [t.data_ptr() for t in large] == [x.data_ptr()]
 
 
-def test_a_norm_of_another_formula_is_left_alone() -> None:
+def test_a_norm_with_another_formula_is_unchanged() -> None:
     other = Gemma2RMSNorm(48)
     nn.init.normal_(other.weight)
     assert save_memory_in_norms(other) == 0
     assert "forward" not in vars(other)
 
 
-def test_a_norm_whose_weight_trains_computes_its_gradient() -> None:
+def test_a_norm_with_a_trainable_weight_computes_its_gradient() -> None:
     module = norm(torch.float32)
     save_memory_in_norms(module)
     module.weight.requires_grad_(True)

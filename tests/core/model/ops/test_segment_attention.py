@@ -1,4 +1,4 @@
-"""Attention as batched bf16 products: no further from float64 than torch's own kernel, forward and backward."""
+"""Attention as batched bf16 products: no further from float64 than torch's kernel, forward and backward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LENGTHS = (1, 63, 64, 65, 300, 20, 65)
 
 
 def states(heads: int, kv_heads: int, size: int, lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
-    """Query, key, value, and a gradient of the output; as a model lays them out."""
+    """Return query, key, value and an output gradient, in a model's layout."""
     draw = torch.Generator().manual_seed(0)
     tokens = sum(lengths)
     q, k, v = (torch.randn(1, tokens, n, size, generator=draw).bfloat16() for n in (heads, kv_heads, kv_heads))
@@ -31,7 +31,7 @@ def bounds(lengths: tuple[int, ...] = LENGTHS) -> tuple[int, ...]:
 
 
 def by_segment(q: Tensor, k: Tensor, v: Tensor, lengths, causal: bool, window: int | None, scale: float) -> Tensor:
-    """What torch's kernel gives for each segment alone."""
+    """Return the output of torch's kernel for each segment alone."""
     outputs = []
     for a, b, c in zip(*(x.split(list(lengths), 2) for x in (q, k, v)), strict=True):
         row, column = torch.arange(a.shape[2])[:, None], torch.arange(a.shape[2])
@@ -47,8 +47,8 @@ def with_gradients(function, q: Tensor, k: Tensor, v: Tensor, pull: Tensor) -> l
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), pull.to(out.dtype))]
 
 
-def distance(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
+def distance(actual: Tensor, exact: Tensor) -> float:
+    return float((actual.double() - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("causal, window", [(True, None), (False, None), (True, 40), (False, 7)])
@@ -64,7 +64,7 @@ def test_no_further_from_float64_than_torchs_kernel(heads, kv_heads, size, causa
     ours = with_gradients(lambda *x: segment_attention(*x, bounds(), causal, window, scale), *qkv, pull)
     for name, mine, theirs, true in zip(("out", "q", "k", "v"), ours, peer, exact, strict=True):
         assert mine.shape == true.shape
-        # Scores' gradients are rounded to 16 bit once more than there; the whole model's are compared below.
+        # The gradients of scores are rounded to 16 bit once more; a complete model is compared below.
         assert distance(mine, true) < max(1.6 * distance(theirs, true), 0.004), name
 
 
@@ -93,7 +93,7 @@ def test_a_models_gradient_is_no_further_from_fp32_than_with_torchs_kernel(tiny_
     assert 0 < ours < 1.05 * peer
 
 
-def test_segments_do_not_see_each_other() -> None:
+def test_segments_do_not_attend_to_each_other() -> None:
     *qkv, pull = states(2, 2, 16)
     whole = with_gradients(lambda *x: segment_attention(*x, bounds(), True), *qkv, pull)
     changed = [x.detach().clone() for x in qkv]
@@ -108,10 +108,10 @@ def test_segments_do_not_see_each_other() -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_short_segments_are_computed_together_and_give_what_they_give_alone(causal, monkeypatch) -> None:
+def test_short_segments_computed_together_equal_those_computed_alone(causal, monkeypatch) -> None:
     lengths = (5, 30, 5, 64, 5, 130, 5, 5)
     *qkv, pull = states(4, 2, 16, lengths)
-    monkeypatch.setattr(module, "CACHED", 4 * 64 * 64 * 3)  # three short ones at most, so that a group is cut
+    monkeypatch.setattr(module, "CACHED", 4 * 64 * 64 * 3)  # at most three short segments, so that a group is split
     module._groups.cache_clear()
     groups = [group.members for group in module._groups(bounds(lengths), 4, causal)]
     assert groups == ([(0, 1, 2), (3, 4, 6), (7,), (5,)] if causal else [(0, 2, 4), (6, 7), (1,), (3,), (5,)])
@@ -138,7 +138,7 @@ def test_backward_can_run_twice() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_products_of_others_stay_fp32() -> None:
+def test_other_products_stay_fp32() -> None:
     a, b = torch.randn(64, 64), torch.randn(64, 64)
     before = a @ b
     with module._bf16_products():
@@ -147,7 +147,7 @@ def test_products_of_others_stay_fp32() -> None:
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_takes_only_what_it_is_made_for() -> None:
+def test_it_is_used_only_for_supported_tensors() -> None:
     q, _, v, _ = states(2, 2, 16, (300,))
     fits = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     assert takes(q, v, (0, longest(16))) is fits
