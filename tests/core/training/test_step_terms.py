@@ -183,7 +183,7 @@ class Twice(Valued):
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        (Alone, "it implements step_terms alone"),
+        (Alone, "hook 'step_terms' has no effect without 'step_values'"),
         (Constant, "loss term 'constant' of step_terms does not depend on its values"),
         (PerLabel, "loss term 'per_label' of step_terms must be a scalar of unit 'step', not .* of unit 'label'"),
         (Twice, "two loss terms of step_terms are called 'twice'"),
