@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 PACKAGES := core plugins examples
 SECONDS := 300
 
-.PHONY: help demo test gpu faults lint bench docs audit fuzz
+.PHONY: help demo test numerics gpu faults lint bench docs audit fuzz
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -19,6 +19,16 @@ demo: .venv/installed ## Fine-tune the tiny 4-bit base that ships with Budwood, 
 
 test: .venv/installed ## Run the tests
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# Files whose bounds come from arithmetic; both settings choose other kernels in torch, oneDNN and MKL.
+NUMERICAL := tests/core/model tests/core/adapters/test_pool.py tests/core/adapters/test_verify.py \
+	tests/core/training/test_sequence_terms.py tests/core/training/test_step_terms.py tests/core/training/test_step.py \
+	tests/plugins/test_together.py tests/plugins/adalora/test_run.py tests/e2e/test_commands.py
+LOWERED := "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2" "ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE"
+
+numerics: .venv/installed ## Run the numerical tests with the kernels of older processors
+	@for setting in $(LOWERED); do echo "$$setting"; env $$setting HF_HUB_OFFLINE=1 \
+		$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(NUMERICAL) || exit 1; done
 
 gpu: .venv/installed ## Run the tests that need an NVIDIA GPU, on the first one
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu

@@ -1,4 +1,4 @@
-"""One example of each hook, as docs/hooks.md shows it. The tests run all of them in one run, and one adapter's life."""
+"""One example of each hook, as shown in docs/hooks.md. The tests run all of them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LongEnough(Strategy):
     """Refuses a run that is too short."""
 
     class Options(Options):
-        steps: int = Field(10, ge=1, description="fewest optimizer steps")
+        steps: int = Field(10, ge=1, description="minimum number of optimizer steps")
 
     @hookimpl
     def check_plan(self, plan: Plan) -> None:
@@ -49,20 +49,20 @@ class LongEnough(Strategy):
 
 
 class OnlyShort(Strategy):
-    """Trains on short examples alone."""
+    """Trains only on short examples."""
 
     class Options(Options):
-        tokens: int = Field(256, ge=1, description="longest example that is kept")
+        tokens: int = Field(256, ge=1, description="maximum length of an example")
 
     @hookimpl
     def prepare_examples(self, run: Run, examples: Sequence[Example]) -> Sequence[Example]:
         kept = [example for example in examples if run.task.length(example) <= self.options.tokens]
-        run.say(f"only-short: {len(kept)} of {len(examples)} examples are kept")
+        run.say(f"only-short: kept {len(kept)} of {len(examples)} examples")
         return kept
 
 
 class RoundedBase(Strategy):
-    """Loads the base with every linear rounded to 15 levels a row, as if it were quantised."""
+    """Loads the base with each row of every linear rounded to 15 levels, to simulate quantisation."""
 
     @hookimpl
     def load_base(self, run: Run) -> Any:
@@ -71,35 +71,35 @@ class RoundedBase(Strategy):
         base = load_base(recipe.model, "none", task.auto_class, run.dtype, run.device, model_kwargs=kwargs)
         for module in base.model.modules():
             if isinstance(module, nn.Linear):
-                step = module.weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 7
-                module.weight.copy_((module.weight / step).round() * step)
+                scale = module.weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 7
+                module.weight.copy_((module.weight / scale).round() * scale)
         return base
 
 
 class Scaled(nn.Module):
-    """A linear whose output is multiplied by 1 + s: `scales` holds s of each adapter, `chosen` which of them count."""
+    """A linear whose output is multiplied by 1 + s; `scales` holds s per adapter, `active` the adapters in use."""
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
         self.linear = linear
         self.scales = nn.ParameterDict()
-        self.chosen: list[str | None] = []
+        self.active: list[str | None] = []
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
-        if not self.chosen:
+        if not self.active:
             return y
-        rows = [torch.zeros_like(y[0, 0]) if name is None else self.scales[name] for name in self.chosen]
-        return y * (1 + torch.stack(rows)[:, None]).to(y.dtype)  # one for all rows, or one for each
+        rows = [torch.zeros_like(y[0, 0]) if name is None else self.scales[name] for name in self.active]
+        return y * (1 + torch.stack(rows)[:, None]).to(y.dtype)  # one for all rows, or one per row
 
 
-def scaled(model: nn.Module) -> dict[str, Scaled]:
-    """The scaled linears of a model, by path."""
+def scaled_linears(model: nn.Module) -> dict[str, Scaled]:
+    """Return the scaled linears of a model by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, Scaled)}
 
 
-def put_scale(model: nn.Module, path: str, name: str, scale: Tensor) -> None:
-    """Put one adapter's vector on one linear."""
+def add_scale(model: nn.Module, path: str, name: str, scale: Tensor) -> None:
+    """Add one adapter's vector to one linear."""
     module: Any = model.get_submodule(path)
     if not isinstance(module, Scaled):
         module = Scaled(module)
@@ -108,7 +108,7 @@ def put_scale(model: nn.Module, path: str, name: str, scale: Tensor) -> None:
 
 
 class OutputScale(Strategy):
-    """An adapter of one vector a linear, which scales its output (Liu et al., 2022, on attention)."""
+    """An adapter that scales the output of each linear by a vector (Liu et al., 2022, here on attention)."""
 
     api = 2
     slots = ("adapter",)
@@ -120,18 +120,18 @@ class OutputScale(Strategy):
     def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
         for path in match_targets(model, self.options.targets, layers=None):
             linear: Any = model.get_submodule(path)
-            put_scale(model, path, RUN_ADAPTER, torch.zeros(linear.out_features))  # no effect at the start
+            add_scale(model, path, RUN_ADAPTER, torch.zeros(linear.out_features))  # no effect at the start
         self.use_adapters(model, [RUN_ADAPTER], index=[])
         return model
 
     @hookimpl
     def trainable_parameters(self, run: Run, model: nn.Module) -> list[ParameterGroup]:
-        parameters = {path: module.scales[RUN_ADAPTER] for path, module in scaled(model).items()}
+        parameters = {path: module.scales[RUN_ADAPTER] for path, module in scaled_linears(model).items()}
         return [ParameterGroup("scales", parameters, learning_rate_ratio=10.0)]
 
     @hookimpl
     def export(self, run: Run, model: nn.Module, directory: Path) -> None:
-        tensors = {path: module.scales[RUN_ADAPTER].detach().cpu() for path, module in scaled(model).items()}
+        tensors = {path: module.scales[RUN_ADAPTER].detach().cpu() for path, module in scaled_linears(model).items()}
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
         (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "OUTPUT_SCALE", "modules": [*tensors]}))
 
@@ -142,19 +142,19 @@ class OutputScale(Strategy):
             module: Any = linears.get(path)
             linear = module.linear if isinstance(module, Scaled) else module
             if linear is None or scale.shape != (linear.out_features,):
-                raise InputError(f"the adapter's '{path}' fits no linear of this model.")
+                raise InputError(f"the adapter's '{path}' does not fit a linear of this model.")
         for path, scale in tensors.items():
-            put_scale(model, path, name, scale)
+            add_scale(model, path, name, scale)
 
     @hookimpl
     def use_adapters(self, model: nn.Module, names: Sequence[str], index: Sequence[int]) -> None:
         rows = [names[i] if i >= 0 else None for i in index] if index else names
-        for module in scaled(model).values():
-            module.chosen = [name if name in module.scales else None for name in rows]
+        for module in scaled_linears(model).values():
+            module.active = [name if name in module.scales else None for name in rows]
 
     @hookimpl
     def detach_adapter(self, model: nn.Module, name: str) -> None:
-        for path, module in scaled(model).items():
+        for path, module in scaled_linears(model).items():
             if name in module.scales:
                 del module.scales[name]
             if not module.scales:
@@ -164,7 +164,7 @@ class OutputScale(Strategy):
     def convert_adapter(
         self, config: dict[str, Any], tensors: dict[str, Tensor], adapter_type: str
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        if adapter_type != "ia3":  # PEFT's name for the same; its vector is the whole factor
+        if adapter_type != "ia3":  # PEFT's equivalent, whose vector is the complete factor
             return None
         values = {"peft_type": "IA3", "target_modules": config["modules"], "feedforward_modules": []}
         return values, {f"base_model.model.{path}.ia3_l": 1 + scale[:, None] for path, scale in tensors.items()}
@@ -172,7 +172,7 @@ class OutputScale(Strategy):
     @hookimpl
     @torch.no_grad()
     def merge_adapter(self, model: nn.Module, name: str) -> None:
-        for module in scaled(model).values():
+        for module in scaled_linears(model).values():
             if name in module.scales:
                 module.linear.weight.mul_(1 + module.scales[name][:, None])
                 if module.linear.bias is not None:
@@ -181,13 +181,13 @@ class OutputScale(Strategy):
 
 
 class Momentum(Strategy):
-    """SGD with momentum in place of AdamW, and a rate that falls by a constant factor."""
+    """SGD with momentum in place of AdamW, with an exponentially decaying learning rate."""
 
     slots = ("optimizer",)
 
     class Options(Options):
-        momentum: float = Field(0.9, ge=0, lt=1, description="share of the last update that stays")
-        decay: float = Field(0.99, gt=0, le=1, description="factor of the learning rate after each step")
+        momentum: float = Field(0.9, ge=0, lt=1, description="momentum factor")
+        decay: float = Field(0.99, gt=0, le=1, description="factor applied to the learning rate after each step")
 
     @hookimpl
     def build_optimizer(self, run: Run, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -198,11 +198,11 @@ class Momentum(Strategy):
         return torch.optim.lr_scheduler.ExponentialLR(optimizer, self.options.decay)
 
 
-class EqualSay(Strategy):
-    """A second cross-entropy, in which an example counts the same however long its answer is."""
+class BalancedExamples(Strategy):
+    """A second cross-entropy that gives every example equal weight, however long its answer is."""
 
     class Options(Options):
-        weight: float = Field(0.5, gt=0, description="of the term in the loss")
+        weight: float = Field(0.5, gt=0, description="weight of the term in the loss")
 
     @hookimpl
     def prepare_batch(self, run: Run, batch: Batch) -> Batch:
@@ -213,14 +213,14 @@ class EqualSay(Strategy):
     @hookimpl
     def token_terms(self, step: Step, logits: Tensor, positions: Tensor) -> LossTerm:
         loss = F.cross_entropy(logits.float(), step.batch.labels[positions], reduction="none")
-        return LossTerm("equal_say", loss * step.batch.columns["share"][positions], weight=self.options.weight)
+        return LossTerm("balanced", loss * step.batch.columns["share"][positions], weight=self.options.weight)
 
 
 class Perturbed(Strategy):
-    """A second pass on noise that raises the loss, of one length at each token (after Miyato et al., 2017)."""
+    """A second pass with adversarial noise of a fixed norm at each token (after Miyato et al., 2017)."""
 
     class Options(Options):
-        epsilon: float = Field(0.1, gt=0, description="length of the noise at a token")
+        epsilon: float = Field(0.1, gt=0, description="norm of the noise at each token")
 
     @hookimpl(wrapper=True)
     def backward(self, step: Step) -> Iterator[None]:
@@ -232,10 +232,10 @@ class Perturbed(Strategy):
 
 
 class HiddenNoise(Strategy):
-    """Gaussian noise on the decoder's output, the same however a batch is split."""
+    """Gaussian noise on the decoder's output, independent of how a batch is split."""
 
     class Options(Options):
-        deviation: float = Field(0.01, gt=0, description="of the noise")
+        deviation: float = Field(0.01, gt=0, description="standard deviation of the noise")
 
     @hookimpl(wrapper=True)
     def forward(self, step: Step) -> Any:
@@ -250,7 +250,7 @@ class HiddenNoise(Strategy):
 
 
 class SmallHidden(Strategy):
-    """Keeps the decoder's output small: its mean square over the tokens of each example."""
+    """Penalises the mean square of the decoder's output over the tokens of each example."""
 
     @hookimpl
     def loss_terms(self, step: Step, outputs: Outputs) -> LossTerm:
@@ -263,15 +263,15 @@ class SmallHidden(Strategy):
 
 
 class LongAnswers(Strategy):
-    """A term on long answers alone: the mean negative log-likelihood of their labels."""
+    """Adds a loss term for long answers only: the mean negative log-likelihood of their labels."""
 
     api = 2
 
     class Options(Options):
-        labels: int = Field(2, ge=1, description="answers of more labels than this are long")
+        labels: int = Field(2, ge=1, description="answers with more labels than this are long")
 
     def long(self, batch: Batch) -> Tensor:
-        """Which labels [L] belong to a long answer."""
+        """Return a mask [L] of the labels that belong to a long answer."""
         counts = torch.bincount(batch.example_of_label, minlength=len(batch.keys))
         return counts[batch.example_of_label] > self.options.labels
 
@@ -285,32 +285,32 @@ class LongAnswers(Strategy):
         return LossTerm("long_answers", values, unit="long_label", weight=0.1)
 
 
-class Apart(Strategy):
-    """Keeps the optimizer step's examples apart: the mean cosine similarity of their answers' hidden states."""
+class Repulsion(Strategy):
+    """Pushes the examples of a step apart: the mean cosine similarity of their answers' hidden states."""
 
     api = 2
 
     @hookimpl
     def step_values(self, step: Step, outputs: Outputs, log_probs: Tensor | None) -> dict[str, Tensor]:
         rows = outputs.hidden.flatten(0, 1)[step.batch.label_positions]
-        none = rows.new_zeros(len(step.batch.keys), rows.shape[-1])
-        return {"answers": none.index_add(0, step.batch.example_of_label, rows)}  # a mean has the same direction
+        zeros = rows.new_zeros(len(step.batch.keys), rows.shape[-1])
+        return {"answers": zeros.index_add(0, step.batch.example_of_label, rows)}  # the mean has the same direction
 
     @hookimpl
     def step_terms(self, run: Run, values: dict[str, Tensor]) -> LossTerm:
-        unit = F.normalize(values["answers"].float(), dim=-1)
-        others = unit @ unit.t() - torch.eye(len(unit), device=unit.device)
-        return LossTerm("apart", others.mean(), unit="step", weight=0.1)
+        answers = F.normalize(values["answers"].float(), dim=-1)
+        similarity = answers @ answers.t() - torch.eye(len(answers), device=answers.device)  # to the others
+        return LossTerm("repulsion", similarity.mean(), unit="step", weight=0.1)
 
 
 class Shorter(Strategy):
-    """Samples answers and makes short ones more likely (REINFORCE; Williams, 1992): the reward is minus the length."""
+    """Samples answers and makes short ones more likely (REINFORCE; Williams, 1992): reward is the negative length."""
 
     api = 2
     requires = ("adapter",)
 
     class Options(Options):
-        tokens: int = Field(8, ge=1, description="longest answer that is sampled")
+        tokens: int = Field(8, ge=1, description="maximum length of a sampled answer")
 
     @hookimpl
     def planned_examples(self, run: Run) -> Sequence[Example]:
@@ -320,23 +320,24 @@ class Shorter(Strategy):
     @hookimpl
     def next_examples(self, run: Run, indices: Sequence[int]) -> Sequence[Sequence[Example]]:
         prompts = [run.examples[index] for index in indices]
-        found = run.generate(prompts, samples=2, max_new_tokens=self.options.tokens)
-        mean = np.mean([len(sample.tokens) for samples in found for sample in samples])
+        answers = run.generate(prompts, samples=2, max_new_tokens=self.options.tokens)
+        mean = np.mean([len(sample.tokens) for samples in answers for sample in samples])
         return [
             [
                 self.example(prompt.key, prompt.row, number, sample, float(mean - len(sample.tokens)))
-                for prompt, samples in zip(prompts, found, strict=True)
+                for prompt, samples in zip(prompts, answers, strict=True)
                 for number, sample in enumerate(samples)
             ]
         ]  # one optimizer step: `updates` is 1
 
     def example(self, key: Any, row: int, number: int, sample: Sample, advantage: float) -> Example:
-        """A sample as an example: its own tokens are the labels."""
+        """Convert a sample into an example whose labels are the sampled tokens."""
         ids = np.array([*sample.prompt, *sample.tokens], dtype=np.int32)
-        at = np.arange(len(sample.prompt) - 1, len(ids) - 1)
+        positions = np.arange(len(sample.prompt) - 1, len(ids) - 1)
         columns = {"advantage": Column(np.float32(advantage))}
-        ones = np.ones(len(at), dtype=np.float32)
-        return Example({"input_ids": ids}, at, ids[at + 1], ones, key=f"{key}/{number}", row=row, columns=columns)
+        weights = np.ones(len(positions), dtype=np.float32)
+        labels, key = ids[positions + 1], f"{key}/{number}"
+        return Example({"input_ids": ids}, positions, labels, weights, key=key, row=row, columns=columns)
 
     @hookimpl
     def sequence_terms(self, step: Step, log_probs: Tensor) -> LossTerm:
@@ -344,8 +345,8 @@ class Shorter(Strategy):
         return LossTerm("shorter", -advantages * log_probs)
 
 
-class Centred(Strategy):
-    """Takes the mean off each gradient (after Yong et al., 2020)."""
+class GradientCentralization(Strategy):
+    """Subtracts the mean from each gradient (after Yong et al., 2020)."""
 
     @hookimpl
     def before_clip(self, run: Run) -> None:
@@ -368,11 +369,11 @@ class GradientNoise(Strategy):
                 parameter.grad.add_(run.generator(self).normal_like(parameter), alpha=deviation)
 
 
-class Steadiness(Strategy):
-    """How far the parameters are from their running average; a run that oscillates shows here."""
+class Oscillation(Strategy):
+    """Logs the distance of the parameters from their running average, to show whether a run oscillates."""
 
     class Options(Options):
-        decay: float = Field(0.9, ge=0, lt=1, description="share of the average that stays")
+        decay: float = Field(0.9, ge=0, lt=1, description="decay of the running average")
 
     def __init__(self, options: Any = None, name: str = "", distribution: str = "") -> None:
         super().__init__(options, name, distribution)
@@ -380,15 +381,15 @@ class Steadiness(Strategy):
 
     @hookimpl
     def after_optimizer_step(self, run: Run) -> None:
-        now = [parameter.detach().clone() for parameter in run.trainable]
+        current = [parameter.detach().clone() for parameter in run.trainable]
         self.average = [
-            old.lerp(new, 1 - self.options.decay) for old, new in zip(self.average or now, now, strict=True)
+            old.lerp(new, 1 - self.options.decay) for old, new in zip(self.average or current, current, strict=True)
         ]
-        run.log("unsteadiness", self._distance(run))
+        run.log("oscillation", self._distance(run))
 
     @hookimpl
     def evaluate(self, run: Run) -> dict[str, float]:
-        return {"eval_unsteadiness": float(self._distance(run)) if self.average else 0.0}
+        return {"eval_oscillation": float(self._distance(run)) if self.average else 0.0}
 
     @hookimpl
     def state_dict(self, run: Run) -> dict[str, Any]:
@@ -397,7 +398,7 @@ class Steadiness(Strategy):
     @hookimpl
     def load_state_dict(self, run: Run, state: dict[str, Any]) -> None:
         if state["version"] != 1:
-            raise InputError(f"{self}: its state is of version {state['version']}; this one reads 1.")
+            raise InputError(f"{self}: the saved state has version {state['version']}; this one reads version 1.")
         self.average = [state[str(index)].to(run.device) for index in range(len(state) - 1)]
 
     def _distance(self, run: Run) -> Tensor:
@@ -405,11 +406,11 @@ class Steadiness(Strategy):
         return torch.stack([(parameter.detach() - average).square().sum() for parameter, average in pairs]).sum().sqrt()
 
 
-class Diary(Strategy):
-    """Writes down what happens, one line an event."""
+class EventLog(Strategy):
+    """Writes one line per event to a file."""
 
     class Options(Options):
-        file: str = Field("diary.txt", description="where")
+        file: str = Field("events.txt", description="path of the file")
 
     @hookimpl
     def on_event(self, event: Event) -> None:

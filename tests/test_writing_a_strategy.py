@@ -7,7 +7,7 @@ from pathlib import Path
 
 from budwood.cli import app
 from budwood.cli.new import render
-from budwood.contract.examples import _GONE_BATCH, _GONE_EXAMPLE
+from budwood.contract.examples import _REMOVED_FROM_BATCH, _REMOVED_FROM_EXAMPLE
 from budwood.contract.hookspecs import HookSpecs
 from budwood.testing import StrategyConformance
 
@@ -45,7 +45,7 @@ def test_the_code_is_that_of_the_files() -> None:
                 "budwood-scaling/tests/test_scaling.py",
             )
         },
-        **{f"{name} of docs/hook_examples.py": hook_example(name) for name in ("LongAnswers", "Apart")},
+        **{f"{name} of docs/hook_examples.py": hook_example(name) for name in ("LongAnswers", "Repulsion")},
         "the task of numbers": NUMBERS.read_text(encoding="utf-8"),
     }
     assert len(blocks("python")) == len(files)
@@ -79,10 +79,10 @@ def test_every_promise_of_the_kit_is_in_its_table() -> None:
     assert tests == set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE))
 
 
-def test_every_name_that_is_gone_is_in_the_table_of_version_1() -> None:
+def test_every_removed_name_is_in_the_table_of_version_1() -> None:
     table = PAGE.partition("## From version 1")[2].partition("\n## ")[0]
-    gone = [f"example.{name}" for name in _GONE_EXAMPLE] + [f"batch.{name}" for name in _GONE_BATCH]
-    assert [name for name in gone if f"`{name}" not in table] == []
+    removed = [f"example.{name}" for name in _REMOVED_FROM_EXAMPLE] + [f"batch.{name}" for name in _REMOVED_FROM_BATCH]
+    assert [name for name in removed if f"`{name}" not in table] == []
     assert "`len(example)`" in table
 
 

@@ -1,4 +1,4 @@
-"""Budwood fine-tunes large models on one small machine, by plugins. Importing it imports neither torch nor a plugin."""
+"""Fine-tunes large models on one small machine, with plugins. Importing the package loads neither torch nor plugins."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# name → module that defines it; the package's public names, loaded when they are first asked for.
+# Public name → module that defines it; imported on first access.
 _EXPORTS = {
     "Attack": "budwood.contract.attack",
     "ask_owner": "budwood.contract.calls",
@@ -78,7 +78,8 @@ _EXPORTS = {
         "budwood.errors",
     ),
     **dict.fromkeys(
-        ("Layers", "ModulesToSave", "Targets", "match_modules", "match_targets"), "budwood.adapters.targets"
+        ("Layers", "ModulesToSave", "Targets", "match_modules", "match_targets", "whole_modules"),
+        "budwood.adapters.targets",
     ),
     "AdapterPool": "budwood.adapters.pool",
     "use_adapters": "budwood.adapters.use",
@@ -99,7 +100,7 @@ __all__ = ["__version__", *_EXPORTS]
 
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
-        if name in importlib.import_module("budwood.lowrank").__all__:  # where version 1 of the contract had it
+        if name in importlib.import_module("budwood.lowrank").__all__:  # version 1 of the contract exported it here
             raise ImportError(f"'{name}' is in budwood.lowrank: write `from budwood.lowrank import {name}`")
         raise AttributeError(f"module 'budwood' has no attribute '{name}'")
     return getattr(importlib.import_module(_EXPORTS[name]), name)

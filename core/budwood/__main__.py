@@ -1,4 +1,4 @@
-"""`python -m budwood`: the command `budwood`, of this Python."""
+"""`python -m budwood`: runs the `budwood` command in this Python."""
 
 from budwood.cli.app import main
 

@@ -21,7 +21,7 @@ class BudwoodError(Exception):
 
 
 class InputError(BudwoodError):
-    """The user's input is wrong: recipe, data, options, names. `problems` lists everything that was found."""
+    """The user's input is wrong: recipe, data, options, names. `problems` lists every problem."""
 
     exit_code = 2
 
@@ -31,7 +31,7 @@ class InputError(BudwoodError):
 
 
 class ResourceError(BudwoodError):
-    """The machine cannot do it: memory, disk, device, a missing library, no network."""
+    """The machine lacks something: memory, disk space, a device, a library, a network."""
 
     exit_code = 3
 
@@ -70,8 +70,8 @@ def system_error(error: BaseException) -> OSError | None:
     """Return the OSError behind a failed read or write, even if safetensors wrapped it; None for any other error."""
     if isinstance(error, OSError):
         return error
-    found = re.search(r"I/O error: .*\(os error (\d+)\)", str(error)) if "Safetensor" in type(error).__name__ else None
-    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+    match = re.search(r"I/O error: .*\(os error (\d+)\)", str(error)) if "Safetensor" in type(error).__name__ else None
+    return OSError(int(match[1]), os.strerror(int(match[1]))) if match else None
 
 
 def describe(error: BaseException) -> str:

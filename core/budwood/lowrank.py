@@ -1,6 +1,6 @@
-"""Building blocks for low-rank adapter strategies: PEFT's layers on a live model, PEFT's files, and the fused linear.
+"""Building blocks for low-rank adapter strategies: PEFT layers in a model, PEFT's file format, and the fused linear.
 
-Importing this module imports neither torch nor PEFT; the first access to a name that needs them does.
+Importing this module imports neither torch nor PEFT; a name that needs them imports them on first access.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from budwood.adapters.peft_config import parse_saved_config as parse_saved_config
     from budwood.adapters.peft_config import saved_pattern as saved_pattern
     from budwood.adapters.peft_config import saved_targets as saved_targets
+    from budwood.adapters.peft_config import saved_whole_modules as saved_whole_modules
     from budwood.adapters.peft_layers import LowRankUpdate as LowRankUpdate
     from budwood.adapters.peft_layers import adapter_layers as adapter_layers
     from budwood.adapters.peft_layers import add_to_weight as add_to_weight
@@ -25,14 +26,24 @@ if TYPE_CHECKING:
     from budwood.adapters.peft_layers import select_adapters as select_adapters
     from budwood.adapters.peft_layers import whole_groups as whole_groups
     from budwood.adapters.peft_layers import whole_tensors as whole_tensors
+    from budwood.adapters.whole import check_replaced as check_replaced
+    from budwood.adapters.whole import without_base_tensors as without_base_tensors
+    from budwood.adapters.whole import wrap_whole as wrap_whole
     from budwood.model.ops.linear import frozen_linear as frozen_linear
     from budwood.model.ops.linear import low_rank_linear as low_rank_linear
     from budwood.model.ops.linear import mixed_low_rank_linear as mixed_low_rank_linear
 
-# exported name → defining module
+# Public name → module that defines it; imported on first access.
 _EXPORTS = {
     **dict.fromkeys(
-        ("TASK_TYPES", "SavedLowRankConfig", "parse_saved_config", "saved_pattern", "saved_targets"),
+        (
+            "TASK_TYPES",
+            "SavedLowRankConfig",
+            "parse_saved_config",
+            "saved_pattern",
+            "saved_targets",
+            "saved_whole_modules",
+        ),
         "budwood.adapters.peft_config",
     ),
     **dict.fromkeys(
@@ -51,6 +62,7 @@ _EXPORTS = {
         ),
         "budwood.adapters.peft_layers",
     ),
+    **dict.fromkeys(("check_replaced", "without_base_tensors", "wrap_whole"), "budwood.adapters.whole"),
     **dict.fromkeys(("frozen_linear", "low_rank_linear", "mixed_low_rank_linear"), "budwood.model.ops.linear"),
 }
 

@@ -188,7 +188,9 @@ def test_tokens_of_other_examples_do_not_change_a_bit(
     assert budwood.tune(recipe("run", base={"quantization": "nf4"}, precision="bf16"), quiet=True).packed
 
 
-def test_a_disabled_adapter_gives_the_base_bitwise(recipe: Callable[..., Recipe], tiny_base: Path) -> None:
+def test_without_an_adapter_in_use_logits_are_bitwise_identical_to_the_base(
+    recipe: Callable[..., Recipe], tiny_base: Path
+) -> None:
     run = budwood.tune(recipe("run"), quiet=True)
     pool = budwood.AdapterPool(str(tiny_base), quantization="nf4", device="cuda")
     ids = torch.arange(5, 25, device="cuda")[None]

@@ -59,7 +59,7 @@ def override() -> tuple[str, list[bytes], Callable[[Path], object]]:
 
 
 def rows(suffix: str, sound: list[bytes]) -> tuple[str, list[bytes], Callable[[Path], object]]:
-    from budwood.data.formats import recognise
+    from budwood.data.recognition import recognise
     from budwood.data.sources import read_rows
 
     def parse(path: Path) -> None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-5
 """Largest allowed difference of a logit in a replay in the same setting."""
+ROUNDING = 0.05
+"""Divergence from a reference, in nats, that 16-bit weights and arithmetic stay well below."""
 KERNEL_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
 """Environment variables that select the kernels of oneDNN and MKL, whose results differ in their last bits."""
 
@@ -137,6 +139,14 @@ class Distance:
         divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
         agreement = (reference.argmax(-1) == other.argmax(-1)).double().mean()
         return cls(float((reference - other).abs().max()), max(float(divergence), 0.0), float(agreement))
+
+    def is_another_model(self, setting: Distance | None = None) -> bool:
+        """Return whether the divergence is more than rounding, and a setting that changes the base too, account for.
+
+        Args:
+            setting: the same distance of the base alone, if the settings differ.
+        """
+        return not self.divergence <= ROUNDING + (4 * setting.divergence if setting is not None else 0)
 
     def __str__(self) -> str:
         return (

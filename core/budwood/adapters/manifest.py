@@ -39,6 +39,7 @@ class EvaluationRecord(_Record):
         packed: whether examples shared a row.
         attention: the attention implementation of the model.
         generate: largest number of prompts answered.
+        loss_on: which tokens of the data have a loss.
     """
 
     max_length: int = Field(ge=1)
@@ -46,6 +47,21 @@ class EvaluationRecord(_Record):
     packed: bool
     attention: str
     generate: int = Field(ge=0)
+    loss_on: str = "assistant"
+
+
+class ChatRecord(_Record):
+    """How messages to the adapter are rendered, as in its run.
+
+    Attributes:
+        template: the chat template that the run used instead of the base's; None: the base's.
+        options: variables for the chat template.
+        date: the date that the chat template writes, as 2026-11-28; None if it writes none.
+    """
+
+    template: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+    date: str | None = Field(None, pattern=r"^\d{4}-\d{2}-\d{2}$")
 
 
 class GoldenRecord(_Record):
@@ -71,10 +87,9 @@ class Manifest(_Record):
     labels: list[str] = Field(default_factory=list)
     stop_ids: list[int] = Field(default_factory=list)
     """Tokens that end an answer in addition to the end-of-sequence token: the chat template's end-of-turn tokens."""
-    date: str | None = Field(None, pattern=r"^\d{4}-\d{2}-\d{2}$")
-    """The date that the chat template wrote in training, and writes for this adapter; None if it writes none."""
     tokenizer: str = ""
     template: str = ""
+    chat: ChatRecord | None = None
     metrics: dict[str, float | None] = Field(default_factory=dict)
     evaluation: EvaluationRecord | None = None
     strategies: list[dict[str, Any]] = Field(default_factory=list)

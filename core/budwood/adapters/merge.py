@@ -20,7 +20,7 @@ from budwood.adapters.verify import base_name, open_pool
 from budwood.contract.calls import ask_owner
 from budwood.contract.discovery import PluginError
 from budwood.contract.loading import load_strategy
-from budwood.errors import InputError
+from budwood.errors import CorruptError, InputError
 from budwood.model.checkpoint import read_config, resolve
 from budwood.model.text_tasks import as_probe
 from budwood.untrusted.files import complete_directory
@@ -28,6 +28,8 @@ from budwood.untrusted.files import complete_directory
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_ROUNDED_AWAY = 0.05
 """Largest fraction of an update that may be lost to rounding without `force`."""
+EXACT = 1e-3
+"""Largest difference of a logit between adapter and merged weights in fp32, relative to the largest logit."""
 RECORD = "budwood-merge.json"
 SENTENCES = ("The", "In the beginning there was", "def main():\n    ", "1, 2, 3, 4,")
 """Prompts for the comparison of an adapter without golden logits."""
@@ -83,6 +85,8 @@ def merge(
 
     Raises:
         InputError: the base is quantised on disk, `out` exists, or too much would be rounded away. Nothing is written.
+        CorruptError: the merged model differs from what training recorded by more than the base alone does.
+        PluginError: before rounding, the merged weights differ from base and adapter.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
@@ -99,9 +103,16 @@ def merge(
     notes = pool.load("adapter", saved.directory, allow_other_base=allow_other_base).notes
     golden = Golden.load(saved.directory / GOLDEN) if (saved.directory / GOLDEN).exists() and saved.manifest else None
     probes = golden.probes if golden else [as_probe(pool.tokenizer(text)["input_ids"]) for text in SENTENCES]
+    base_alone = measure(pool.task_plugin, model, pool.tokenizer, probes, torch.float32)
     pool.use("adapter")
     with_adapter = measure(pool.task_plugin, model, pool.tokenizer, probes, torch.float32)
     pool.merge("adapter")
+    exact = Distance.between(with_adapter, measure(pool.task_plugin, model, pool.tokenizer, probes, torch.float32))
+    if not exact.largest <= EXACT * max(1.0, float(with_adapter.abs().max())):
+        raise PluginError(
+            f"strategy '{saved.adapter_type}' merged {saved.directory} into another model ({exact}): nothing was "
+            "written. Report it to its author."
+        )
     changed, rounded_away, worst = _round(model, originals, target)
     if not changed:
         raise InputError(f"{saved.directory}: merging changes no weight of the base.")
@@ -121,6 +132,18 @@ def merge(
             f"{dtype} would round away {rounded_away:.0%} of the update ({report.unquantized}): "
             "nothing was written. Use --dtype fp32, or --force."
         )
+    if report.unquantized.is_another_model():
+        raise InputError(
+            f"rounding to {dtype} would give another model ({report.unquantized}): nothing was written. "
+            "Use --dtype fp32."
+        )
+    if golden is not None and report.recorded is not None:
+        setting = Distance.between(golden.base, base_alone)
+        if report.recorded.is_another_model(setting):
+            raise CorruptError(
+                f"{saved.directory}: on this base it is another model than the one that training recorded "
+                f"({report.recorded}; the bases alone: {setting}): nothing was written. Use the base of its run."
+            )
     with complete_directory(out) as folder:
         model.to(target).save_pretrained(folder)  # type: ignore[operator]
         pool.tokenizer.save_pretrained(folder)
@@ -138,8 +161,9 @@ def _check_unquantised(saved: SavedAdapter, base: str | None) -> None:
 
 
 def _original_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of all parameters, each in a 16-bit dtype if one represents it exactly."""
-    return {name: _narrow_copy(parameter.detach()) for name, parameter in model.named_parameters()}
+    """Return copies of all parameters by every name, each in a 16-bit dtype if one represents it exactly."""
+    copies = {parameter: _narrow_copy(parameter.detach()) for parameter in model.parameters()}
+    return {name: copies[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
 def _narrow_copy(value: Tensor) -> Tensor:

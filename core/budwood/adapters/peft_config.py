@@ -2,29 +2,55 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from budwood.adapters.targets import match_targets, matches
+from budwood.adapters.targets import LAYER_INDEX, all_linear, base_modules, ends_with, matches
 from budwood.errors import CorruptError, InputError
+from budwood.model.quantizers import quantizer_of
+from budwood.untrusted.redaction import shorten
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
     from torch import nn
 
+PREFIX = "base_model.model."
+"""What PEFT's file puts before the path of a module."""
 TASK_TYPES = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
 """PEFT's names for the tasks."""
 WITHOUT_EFFECT = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "init_lora_weights",
-    "loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "peft_type", "peft_version",
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "loftq_config",
+    "lora_ga_config", "megatron_config", "megatron_core", "merge_weights", "peft_type", "peft_version",
     "qalora_group_size", "revision", "runtime_config", "task_type",
 }  # fmt: skip
 """Fields that do not affect what a trained adapter computes, such as its initialisation."""
+_MERGE = "merge it into its base with PEFT (merge_and_unload), and use the result as a base"
+_PEFT = "use it with PEFT"
+REFUSED = {
+    "alora_invocation_tokens": _PEFT,
+    "arrow_config": _PEFT,
+    "enable_lora": "it is of a PEFT before 0.3: save it again with that PEFT, merged into its base",
+    "ensure_weight_tying": _MERGE,
+    "kasa_config": _MERGE,
+    "layer_replication": _MERGE,
+    "lora_bias": _MERGE,
+    "monteclora_config": _PEFT,
+    "target_parameters": _MERGE,
+    "trainable_token_indices": _MERGE,
+    "use_bdlora": _MERGE,
+    "use_dora": _MERGE,
+    "use_qalora": _PEFT,
+    "use_rslora": _MERGE,
+    "velora_config": _PEFT,
+}
+"""Fields that change what an adapter computes, with the remedy where a method does not support them: unset, they mean
+nothing."""
+INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Initialisations that leave the base's weights as they are."""
 
 
 class SavedLowRankConfig(BaseModel):
@@ -47,30 +73,38 @@ Saved = TypeVar("Saved", bound=SavedLowRankConfig)
 Value = TypeVar("Value", int, float)
 
 
+def honoured(fields: type[SavedLowRankConfig], unused: Collection[str] = ()) -> set[str]:
+    """Return the names of the fields that a method takes into account, or that change nothing of what it computes."""
+    return {*fields.model_fields, *WITHOUT_EFFECT, *unused}
+
+
 def parse_saved_config(
-    adapter_type: str, fields: type[Saved], defaults: LoraConfig, config: dict[str, Any], unused: Collection[str] = ()
+    adapter_type: str, fields: type[Saved], config: dict[str, Any], unused: Collection[str] = ()
 ) -> Saved:
-    """Validate adapter_config.json.
+    """Validate adapter_config.json. A field that nobody has looked at is refused, whatever its value.
 
     Args:
         adapter_type: name of the strategy that reads it, for messages.
         fields: model of the fields that the method uses.
-        defaults: PEFT's config; a field at its default needs no support.
         config: content of the file.
         unused: fields without effect on what the adapter computes, in addition to `WITHOUT_EFFECT`.
 
     Raises:
         CorruptError: a field has an invalid value.
-        InputError: the adapter uses an unsupported variant; the message names it.
+        InputError: the adapter uses an unsupported variant or field; the message names it and the remedy.
     """
-    known = {f.name for f in dataclasses.fields(defaults)}
+    fine = honoured(fields, unused) | {key for key in REFUSED if config.get(key) in (None, False, [], {})}
     for key, value in config.items():
-        supported = (
-            key in fields.model_fields or key in WITHOUT_EFFECT or key in unused or value in (None, False, [], {})
-        )
-        if not supported and not (key in known and value == getattr(defaults, key)):
+        where = f"adapter_config.json: '{shorten(key)}: {shorten(json.dumps(value))}'"
+        if key == "init_lora_weights" and key not in unused:
+            _check_init(where, value)
+        elif key in REFUSED and key not in fine:
+            raise InputError(f"{where} is not supported by strategy '{adapter_type}': {REFUSED[key]}.")
+        elif key not in fine:
+            writer = shorten(str(config.get("peft_version") or "of another version"))
             raise InputError(
-                f"adapter_config.json: '{key}: {json.dumps(value)}' is not supported by strategy '{adapter_type}'."
+                f"{where} is no field of PEFT {version('peft')} (PEFT {writer} wrote it), so what it changes is not "
+                "known: delete it from the file if it changes nothing, or save the adapter again with that PEFT."
             )
     try:
         return fields.model_validate(config)
@@ -78,6 +112,23 @@ def parse_saved_config(
         problem = error.errors()[0]
         field = ".".join(str(part) for part in problem["loc"])
         raise CorruptError(f"adapter_config.json: {field}: {problem['msg']}.") from error
+
+
+def _check_init(where: str, value: Any) -> None:
+    """Refuse an initialisation that changed the base's weights, and that PEFT repeats when it loads the adapter.
+
+    Raises:
+        InputError: with PEFT's conversion to plain LoRA, which the method's authors provide.
+    """
+    if value in INITS:
+        return
+    if str(value).startswith("loftq"):
+        remedy = "save the base that LoftQ made as a model of its own, and the adapter with 'init_lora_weights: true'"
+    else:
+        remedy = "convert it with PEFT: save_pretrained(DIR, path_initial_model_for_weight_conversion=INITIAL_ADAPTER)"
+    raise InputError(
+        f"{where}: this initialisation changes the base's weights, which the file does not hold: {remedy}."
+    )
 
 
 def saved_pattern(patterns: Mapping[str, Value], names: Sequence[str]) -> dict[str, Value]:
@@ -100,23 +151,82 @@ def saved_pattern(patterns: Mapping[str, Value], names: Sequence[str]) -> dict[s
 
 
 def saved_targets(model: nn.Module, saved: SavedLowRankConfig) -> list[str]:
-    """Return the full names of the modules that a saved adapter adapts.
+    """Return the full names of the modules that a saved adapter stands on, as PEFT finds them.
 
     Raises:
-        CorruptError: the config names modules that the model does not have.
+        CorruptError: the model has none of them.
+        InputError: one is no linear module.
     """
-    layers = [saved.layers_to_transform] if isinstance(saved.layers_to_transform, int) else saved.layers_to_transform
-    paths = [path for path, _ in model.named_modules()]
-    try:
-        names = match_targets(model, saved.target_modules, layers)
-        excluded = saved.exclude_modules or []
-        if isinstance(excluded, str):
-            names = [name for name in names if not matches(excluded, name)]
-        else:
-            names = [name for name in names if not any(name == end or name.endswith("." + end) for end in excluded)]
-        to_save = saved.modules_to_save or []
-        if to_save and not any(path == name or path.endswith("." + name) for name in to_save for path in paths):
-            raise InputError(f"modules_to_save: the model has none of {', '.join(to_save)}.")
-    except InputError as error:
-        raise CorruptError(f"adapter_config.json: {error}") from error
+    modules = dict(base_modules(model))
+    if saved.target_modules == "all-linear":
+        names = all_linear(model)
+    else:
+        try:
+            names = [name for name in modules if name and _is_target(name, saved)]
+        except InputError as error:
+            raise CorruptError(f"adapter_config.json: {error}") from error
+    if not names:
+        targets = shorten(json.dumps(saved.target_modules))
+        raise CorruptError(f"adapter_config.json: target_modules: the model has none of {targets}.")
+    for name in names:
+        if quantizer_of(modules[name]) is None:
+            what = type(modules[name]).__name__
+            raise InputError(
+                f"adapter_config.json: target_modules: '{name}' is no linear module ({what}), which is not supported: "
+                f"{_MERGE}."
+            )
     return names
+
+
+def _is_target(name: str, saved: SavedLowRankConfig) -> bool:
+    out, targets, layers = saved.exclude_modules or [], saved.target_modules, saved.layers_to_transform
+    if matches(out, name) if isinstance(out, str) else any(ends_with(name, end) for end in out):
+        return False
+    if any(f".{whole}." in f".{name}." for whole in saved.modules_to_save or []):
+        return False
+    if isinstance(targets, str):
+        return matches(targets, name)
+    if name in targets:
+        return True
+    if not any(ends_with(name, target) for target in targets):
+        return False
+    return layers in (None, []) or _layer(name, saved) in ([layers] if isinstance(layers, int) else layers or [])
+
+
+def _layer(name: str, saved: SavedLowRankConfig) -> int | None:
+    """Return the index of the layer that a module is in: the first one, or that after a component `layers_pattern`."""
+    given = saved.layers_pattern or []
+    patterns = [rf"(?:.*\.)?(?:{end})" for end in ([given] if isinstance(given, str) else given)] or [r".*\.[^.]*"]
+    for pattern in patterns:
+        for stop in (at for at, letter in enumerate(name) if letter == "."):
+            index = LAYER_INDEX.match(name, stop)
+            if index is not None and matches(pattern, name[:stop]):
+                return int(index[1])
+    return None
+
+
+def saved_whole_modules(model: nn.Module, saved: SavedLowRankConfig, tensors: Collection[str]) -> list[str]:
+    """Return the full names of the modules that a saved adapter replaces.
+
+    PEFT goes by the ends of names, and so takes `input_layernorm` for `norm`; what it took is in the file.
+
+    Args:
+        tensors: the keys of the file.
+
+    Raises:
+        CorruptError: the model has none of them.
+    """
+    wanted = saved.modules_to_save or []
+    modules = {name: module for name, module in base_modules(model) if name}
+    found = []
+    for end in wanted:
+        sure = [end] if end in modules else [name for name in modules if ends_with(name, end)]
+        taken = [
+            n
+            for n in modules
+            if n.endswith(end) and any(f"{PREFIX}{n}.{k}" in tensors for k in modules[n].state_dict())
+        ]
+        found += [name for name in (*sure, *taken) if name not in found]
+    if wanted and not found:
+        raise CorruptError(f"adapter_config.json: modules_to_save: the model has none of {', '.join(wanted)}.")
+    return found

@@ -18,14 +18,14 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from budwood.adapters.peft_config import PREFIX
+from budwood.adapters.whole import saved_modules, untie
 from budwood.contract.types import ParameterGroup
 from budwood.errors import InputError
 from budwood.model.ops.linear import add_update, cast_factors, frozen_linear, low_rank_linear
 from budwood.model.quantizers import is_transposed, quantizer_of
 
 _STATE = "_budwood_adapters"
-PREFIX = "base_model.model."
-"""Prefix of module paths in PEFT's files."""
 
 
 class LowRankUpdate:
@@ -176,9 +176,31 @@ def live_adapters(model: nn.Module) -> LiveAdapters | None:
 
 def adapter_layers(model: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
     """Yield the layers that hold parameters of the adapter `name`, each with the path of the base's module."""
+    for path, module in _layers(model, name):
+        yield _canonical(path), module
+
+
+def _layers(model: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer) and name in module.lora_A:
-            yield _canonical(path), module
+            yield path, module
+
+
+def describe_adapter(model: nn.Module, name: str) -> str:
+    """Return on which modules the adapter `name` stands, for the user; empty if no layer of PEFT's is its."""
+    counts: dict[str, int] = {}
+    for path, _ in adapter_layers(model, name):
+        last = path.rpartition(".")[2]
+        counts[last] = counts.get(last, 0) + 1
+    whole = [_canonical(path) for path, _ in saved_modules(model, name)]
+    parts = (
+        [f"{sum(counts.values()):,} linears ({', '.join(f'{n} {last}' for last, n in counts.items())})"]
+        if counts
+        else []
+    )
+    if whole:
+        parts.append(f"whole: {', '.join(whole[:6])}" + (f" and {len(whole) - 6:,} more" if len(whole) > 6 else ""))
+    return "; ".join(parts)
 
 
 def known_to_peft(module: nn.Module) -> bool:
@@ -198,13 +220,6 @@ def add_to_weight(base: Any, update: Tensor) -> None:
     """Add an update [out, in] permanently to the weight of an unquantised linear."""
     weight = base.weight
     weight.copy_(weight + (update.t() if is_transposed(base) else update))
-
-
-def saved_modules(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the complete modules that the adapter `name` replaces, each with its path."""
-    for path, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper) and name in getattr(module, "modules_to_save", {}):
-            yield path, module.modules_to_save[name]
 
 
 def whole_groups(model: nn.Module, name: str) -> list[ParameterGroup]:
@@ -349,7 +364,11 @@ def remove_adapter(model: nn.Module, name: str) -> None:
 
 
 def merge_whole_parts(model: nn.Module, name: str) -> None:
-    """Overwrite the base's modules and biases with the adapter's; its low-rank updates are left to its method."""
+    """Overwrite the base's modules and biases with the adapter's.
+
+    Its method merges the low-rank updates afterwards, when the weights that change are no longer tied to others.
+    """
+    untie(model, [path for path, _ in (*_layers(model, name), *saved_modules(model, name))])
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and name in getattr(module, "modules_to_save", {}):
             module.original_module.load_state_dict(module.modules_to_save[name].state_dict())

@@ -5,17 +5,22 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from budwood.adapters.golden import measure
 from budwood.adapters.live import module_ids, unchanged_on_error
+from budwood.adapters.manifest import ChatRecord
 from budwood.adapters.owner import owner_options, start_owner
+from budwood.adapters.peft_config import PREFIX
 from budwood.adapters.store import SavedAdapter, read_adapter, template_hash, tokenizer_hash
 from budwood.adapters.use import use_adapters
 from budwood.contract.calls import ask_owner
@@ -54,10 +59,27 @@ class Classified:
     probabilities: dict[str, float]
 
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _serialised(method: _Method) -> _Method:
+    """Let one thread at a time call a method of a pool."""
+
+    @wraps(method)
+    def call(self: AdapterPool, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
 class AdapterPool:
     """A base with any number of adapters of any installed types, of which one, several or none are in use.
 
     With none in use, the model's output is bitwise identical to the base's.
+
+    Threads may share a pool: their calls run one after the other, and `load` waits for them. `use` selects the adapter
+    for the calling thread; a thread that has not selected one follows the last selection of any thread.
     """
 
     def __init__(
@@ -104,7 +126,9 @@ class AdapterPool:
         self._loaded: dict[str, _Loaded] = {}
         self._owners: dict[tuple[str, str], Strategy] = {}  # keyed by adapter type and options
         self._keys = (f"adapter{number}" for number in itertools.count(1))
-        self._current: str | None = None
+        self._lock = threading.RLock()
+        self._current: str | None = None  # the last selection of any thread
+        self._own = threading.local()  # .name: that of this thread
 
     @property
     def names(self) -> list[str]:
@@ -113,8 +137,9 @@ class AdapterPool:
 
     @property
     def current(self) -> str | None:
-        """Name of the adapter in use, or None."""
-        return self._current
+        """Name of the adapter in use by the calling thread, or None."""
+        name: str | None = getattr(self._own, "name", self._current)
+        return name
 
     def adapter(self, name: str) -> SavedAdapter:
         """Return the saved adapter behind a loaded name.
@@ -124,6 +149,7 @@ class AdapterPool:
         """
         return self._find(name).saved
 
+    @_serialised
     def load(self, name: str, directory: str | Path, *, allow_other_base: bool = False) -> SavedAdapter:
         """Attach an adapter to the model without using it. On failure the model stays unchanged.
 
@@ -131,7 +157,8 @@ class AdapterPool:
             The adapter; its `notes` are messages for the user.
 
         Raises:
-            InputError: the name is taken or invalid; the base, task or labels differ; no strategy owns the type.
+            InputError: the name is taken or invalid; the base, task or labels differ; no strategy owns the type; a part
+                of the model is neither in the base's checkpoint nor in the adapter.
             CorruptError: the folder is damaged or altered, or its tensors do not fit the base.
         """
         check_name(name)
@@ -144,6 +171,12 @@ class AdapterPool:
             allow_other_base=allow_other_base,
         )
         self._check_task(saved)
+        lacking = [key for key in self.base.new if PREFIX + key not in saved.infos]
+        if lacking:
+            raise InputError(
+                f"{directory}: holds no '{lacking[0]}', nor does the base's checkpoint, so it would be random: train "
+                "the adapter again, or add it to the base."
+            )
         owner = self._owner(saved)
         key = next(self._keys)
         tensors = saved.load_tensors()
@@ -152,12 +185,13 @@ class AdapterPool:
                 ask_owner(owner, "attach_adapter", model=self.model, config=saved.config, tensors=tensors, name=key)
                 self.model.eval().requires_grad_(False)
                 self._loaded[name] = _Loaded(key, owner, saved)
-                self.use(self._current)
+                self._select([self._current])
             except BudwoodError as error:
                 self._loaded.pop(name, None)
                 raise type(error)(f"{directory}: {error}") from error
         return saved
 
+    @_serialised
     def use(self, name: str | None) -> None:
         """Use one adapter from now on; None: the base alone.
 
@@ -165,8 +199,9 @@ class AdapterPool:
             InputError: no adapter of that name is loaded.
         """
         self._select([name])
-        self._current = name
+        self._current = self._own.name = name
 
+    @_serialised
     def unload(self, name: str) -> None:
         """Remove an adapter; after the last one, the model's modules are the base's own again.
 
@@ -175,14 +210,18 @@ class AdapterPool:
             PluginError: the adapter's owner left modules on the model.
         """
         loaded = self._find(name)
+        if self.current == name:
+            self._own.name = None
         if self._current == name:
-            self.use(None)
+            self._current = None
+            self._select([None])
         ask_owner(loaded.owner, "detach_adapter", model=self.model, name=loaded.key)
         del self._loaded[name]
-        self.use(self._current)
+        self._select([self._current])
         if not self._loaded and module_ids(self.model) != self._modules:
             raise PluginError(f"{loaded.owner} left its own modules on the base. Report it to its author.")
 
+    @_serialised
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -213,7 +252,7 @@ class AdapterPool:
         if not self.base.model.can_generate():
             raise InputError(f"the pool's task is {self.task}, which generates no text.")
         if adapters is None:
-            adapters = [self._current] * len(prompts)
+            adapters = [self.current] * len(prompts)
         elif len(adapters) != len(prompts):
             raise InputError(
                 f"{len(prompts)} prompts but {len(adapters)} adapters: pass one (or None) for each prompt."
@@ -237,27 +276,32 @@ class AdapterPool:
                 )
                 answers |= dict(zip(rows, group_answers, strict=True))
         finally:
-            self.use(self._current)
+            self._select([self._current])
         return [answers[i] for i in range(len(prompts))]
 
     def _stop_ids(self, name: str | None) -> list[int]:
         manifest = self._find(name).saved.manifest if name is not None else None
         return manifest.stop_ids if manifest else []
 
+    @_serialised
     def logits(self, prompts: Sequence[Prompt | Example]) -> Tensor:
         """Return the logits after each prompt with the adapter in use, [prompts, vocabulary or classes] fp32, CPU."""
-        rows = [p if isinstance(p, Example) else self._encode(p, self._current) for p in prompts]
+        rows = [p if isinstance(p, Example) else self._encode(p, self.current) for p in prompts]
         for number, row in enumerate(rows, 1):
             if not isinstance(row, Example):
                 check_tokens(row, self.model, self.tokenizer, f"prompt {number}")
         probes = [row if isinstance(row, Example) else as_probe(row) for row in rows]
-        dtype = torch.float32 if self._current is None else self.base.dtype
-        return measure(self.task_plugin, self.model, self.tokenizer, probes, dtype)
+        dtype = torch.float32 if self.current is None else self.base.dtype
+        with self._own_selection():
+            return measure(self.task_plugin, self.model, self.tokenizer, probes, dtype)
 
+    @_serialised
     def measure(self, probes: Sequence[Example]) -> Tensor:
         """Return the logits at each probe's position with the adapter in use, [probes, …] fp32 on the CPU."""
-        return measure(self.task_plugin, self.model, self.tokenizer, probes, self.base.dtype)
+        with self._own_selection():
+            return measure(self.task_plugin, self.model, self.tokenizer, probes, self.base.dtype)
 
+    @_serialised
     def classify(self, texts: Sequence[str]) -> list[Classified]:
         """Classify texts with the adapter in use.
 
@@ -279,6 +323,7 @@ class AdapterPool:
             results.append(Classified(max(by_label, key=by_label.__getitem__), by_label))
         return results
 
+    @_serialised
     def merge(self, name: str) -> None:
         """Merge an adapter permanently into the weights of an unquantised base, and remove it.
 
@@ -329,7 +374,8 @@ class AdapterPool:
             )
         if manifest.tokenizer and manifest.tokenizer != tokenizer_hash(self.tokenizer):
             saved.notes.append("the base's tokenizer is not the one it was trained with.")
-        if manifest.template and manifest.template != template_hash(self.tokenizer):
+        own = manifest.chat is not None and manifest.chat.template is not None
+        if manifest.template and not own and manifest.template != template_hash(self.tokenizer):
             saved.notes.append("the base's chat template is not the one it was trained with.")
         if manifest.base.quantization != self.base.quantization:
             trained, current = manifest.base.quantization, self.base.quantization
@@ -338,7 +384,7 @@ class AdapterPool:
             )
 
     def _labels(self) -> list[str]:
-        current = self._loaded.get(self._current or "")
+        current = self._loaded.get(self.current or "")
         if current is not None and current.saved.manifest is not None and current.saved.manifest.labels:
             return current.saved.manifest.labels
         names: dict[int, str] = self.model.config.id2label  # type: ignore[union-attr,assignment]
@@ -357,6 +403,17 @@ class AdapterPool:
             own = [key for key in dict.fromkeys(keys) if key is not None]
             use_adapters(owner, self.model, own, [-1 if key is None else own.index(key) for key in keys])
 
+    @contextmanager
+    def _own_selection(self) -> Iterator[None]:
+        """Use the calling thread's adapter inside the context."""
+        if self.current != self._current:
+            self._select([self.current])
+        try:
+            yield
+        finally:
+            if self.current != self._current:
+                self._select([self._current])
+
     def _groups(self, adapters: Sequence[str | None]) -> list[list[int]]:
         """Group the rows that can share a batch: all of them, or if their adapters cannot, those of each adapter."""
         rows = list(range(len(adapters)))
@@ -372,15 +429,14 @@ class AdapterPool:
     def _selector(self, adapters: Sequence[str | None]) -> Callable[[list[int]], None]:
         return lambda batch: self._select([adapters[i] for i in batch])
 
-    def _encode(self, prompt: Prompt, adapter: str | None) -> list[int]:
-        """Return a prompt's tokens; a chat template that writes the date writes that of the adapter's training."""
+    def _encode(self, prompt: Prompt, name: str | None) -> list[int]:
         if isinstance(prompt, str):
             return encode_prompt(self.tokenizer, prompt)
         if prompt and all(isinstance(part, int) for part in prompt):
             return [int(part) for part in prompt]  # type: ignore[arg-type]
-        manifest = self._find(adapter).saved.manifest if adapter is not None else None
-        date = manifest.date if manifest else None
-        return encode_chat(self.tokenizer, prompt, date=date)  # type: ignore[arg-type]
+        manifest = self._find(name).saved.manifest if name is not None else None
+        chat = (manifest.chat if manifest else None) or ChatRecord()
+        return encode_chat(self.tokenizer, prompt, chat.options, chat.template, chat.date)  # type: ignore[arg-type]
 
 
 def _with_prompt_index(stream: Callable[[int, str], None], rows: list[int]) -> Callable[[int, str], None]:

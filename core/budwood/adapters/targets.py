@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import regex
@@ -14,6 +15,9 @@ from budwood.untrusted.redaction import shorten
 
 if TYPE_CHECKING:  # option types are defined here too, and are checked before torch is imported
     from torch import nn
+
+    from budwood.model.base import Base
+    from budwood.model.task import Task
 
 SECONDS = 5.0
 """Time limit for matching a regular expression against one name."""
@@ -46,7 +50,10 @@ def _check_unique(value: list[str]) -> list[str]:
 Targets = Annotated[
     str | list[str],
     AfterValidator(_check_targets),
-    Field(description="all-linear, a list of module names, or one regular expression that matches full names"),
+    Field(
+        description="all-linear (without heads and poolers), a list of module names or last components of names, or "
+        "one regular expression that matches full names"
+    ),
 ]
 """Option type: the modules to adapt; see `match_targets`."""
 Layers = Annotated[
@@ -57,19 +64,19 @@ Layers = Annotated[
 ModulesToSave = Annotated[
     list[str],
     AfterValidator(_check_unique),
-    Field(description="modules that are trained completely and saved with the adapter"),
+    Field(
+        description="modules that train whole and are saved with the adapter, by name or last components of names; "
+        "heads and modules that the checkpoint lacks are always included"
+    ),
 ]
 """Option type: modules that are trained completely; see `match_modules`."""
 
 
-def linear_modules(model: nn.Module) -> list[str]:
-    """Return the names of the model's linear modules, in any storage, without its output head."""
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the path and module of each of the base's own modules: without adapters, and what they put around it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    heads = {"score", "classifier"}
-    names = []
     wrapper = " "  # prefix of the current adapted layer, whose children are not modules of the model itself
     for name, module in model.named_modules():
         if name.startswith(wrapper):
@@ -77,20 +84,46 @@ def linear_modules(model: nn.Module) -> list[str]:
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             wrapper = f"{name}."
             module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
-        if quantizer_of(module) is not None and module is not head and name.split(".")[0] not in heads:
-            names.append(name)
-    return names
+        yield name, module
 
 
-def match_targets(model: nn.Module, targets: str | list[str], layers: list[int] | None) -> list[str]:
+def linear_modules(model: nn.Module) -> list[str]:
+    """Return the names of the linear modules, however they are stored, with the heads."""
+    return [name for name, module in base_modules(model) if quantizer_of(module) is not None]
+
+
+def all_linear(model: nn.Module) -> list[str]:
+    """Return the names of the linear modules of the model's body: without its heads, and without a pooler."""
+    prefix = getattr(model, "base_model_prefix", "")
+    body = getattr(model, prefix, None) if prefix else None
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    return [
+        name
+        for name, module in base_modules(model)
+        if quantizer_of(module) is not None
+        and module is not head
+        and (body is None or name.startswith(f"{prefix}."))
+        and not {"score", "classifier", "pooler"} & set(name.split("."))
+    ]
+
+
+def match_targets(
+    model: nn.Module, targets: str | list[str], layers: list[int] | None, whole: Collection[str] = ()
+) -> list[str]:
     """Return the full names of the linear modules that `targets` and `layers` select.
+
+    Args:
+        targets: all-linear (see `all_linear`); names of modules, or the last components of names; or a regular
+            expression for whole names.
+        layers: indices of the layers; None: all.
+        whole: full names of modules that train whole, and are left out.
 
     Raises:
         InputError: a target or a layer matches nothing (the nearest names are listed), or is not a linear module.
     """
     linear = linear_modules(model)
     if targets == "all-linear":
-        chosen = linear
+        chosen = all_linear(model)
     elif isinstance(targets, str):
         chosen = [name for name in linear if matches(targets, name)]
         if not chosen:
@@ -101,18 +134,25 @@ def match_targets(model: nn.Module, targets: str | list[str], layers: list[int] 
     else:
         chosen = []
         for target in targets:
-            matching = [name for name in linear if name == target or name.endswith("." + target)]
+            matching = [name for name in linear if ends_with(name, target)]
             if not matching:
                 _reject_target(model, target, linear)
             chosen += [name for name in matching if name not in chosen]
+    chosen = [name for name in chosen if not _lies(name, whole)]
     if layers is not None:
         indices = {int(m.group(1)) for m in map(LAYER_INDEX.search, linear) if m}
         for layer in (layer for layer in layers if layer not in indices):
             raise InputError(f"layers: there is no layer {layer}; the model has {min(indices)} to {max(indices)}.")
         chosen = [n for n in chosen if (m := LAYER_INDEX.search(n)) and int(m.group(1)) in layers]
     if not chosen:
-        raise InputError("targets and layers together match no linear module.")
+        without = f", apart from what trains whole ({', '.join(whole)})" if whole else ""
+        raise InputError(f"targets and layers together match no linear module{without}.")
     return chosen
+
+
+def ends_with(name: str, end: str) -> bool:
+    """Return whether a module is called `end`, or its name ends in the components `end`."""
+    return name == end or name.endswith(f".{end}")
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -129,22 +169,54 @@ def matches(pattern: str, name: str) -> bool:
         raise InputError(f"'{shorten(pattern)}' is not a regular expression: {error}.") from error
 
 
-def match_modules(model: nn.Module, names: list[str]) -> None:
-    """Check that each of `names` matches the end of a module's name.
+def match_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return the full names of the modules called `names`, or whose names end in one of these, component by component.
 
     Raises:
-        InputError: one does not; the nearest name is suggested.
+        InputError: one matches no module, with the nearest name; or a module lies in another one.
     """
-    known = [name for name, _ in model.named_modules() if name]
-    for ending in names:
-        if not any(name == ending or name.endswith("." + ending) for name in known):
-            leaves = sorted({name.rpartition(".")[2] for name in known if not name.rpartition(".")[2].isdigit()})
-            raise InputError(f"modules_to_save: the model has no module '{ending}'.{did_you_mean(ending, leaves)}")
+    known = [name for name, _ in base_modules(model) if name]
+    found: list[str] = []
+    for wanted in names:
+        hits = [name for name in known if ends_with(name, wanted)]
+        if not hits:
+            last = sorted({name.rpartition(".")[2] for name in known if not name.rpartition(".")[2].isdigit()})
+            raise InputError(f"modules_to_save: the model has no module '{wanted}'.{did_you_mean(wanted, last)}")
+        found += [name for name in hits if name not in found]
+    for inner in found:
+        outer = next((name for name in found if inner.startswith(f"{name}.")), None)
+        if outer is not None:
+            raise InputError(f"modules_to_save: '{inner}' is part of '{outer}', which trains whole: name one of them.")
+    return found
+
+
+def whole_modules(model: nn.Module, names: Sequence[str], task: Task, base: Base | None = None) -> list[str]:
+    """Return the full names of what trains whole: `names`, the task's heads, and modules that the checkpoint lacks.
+
+    Args:
+        names: the recipe's `modules_to_save`; see `match_modules`.
+        base: the base whose model it is; None while it has not been loaded.
+
+    Raises:
+        InputError: see `match_modules`.
+    """
+    new = {key.rpartition(".")[0] for key in base.new} if base is not None else set()
+    found = list(dict.fromkeys([*match_modules(model, names), *task.head_modules(model), *sorted(new)]))
+    return [name for name in found if not any(name.startswith(f"{outer}.") for outer in found)]
+
+
+def _lies(name: str, outer: Collection[str]) -> bool:
+    return any(f"{name}.".startswith(f"{path}.") for path in outer)
 
 
 def _reject_target(model: nn.Module, target: str, linear: list[str]) -> None:
+    from torch import nn
+
     leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
-    if any(name == target or name.endswith("." + target) for name, _ in model.named_modules()):
+    named = next((module for name, module in base_modules(model) if ends_with(name, target)), None)
+    if isinstance(named, nn.Embedding):
+        raise InputError(f"targets: '{target}' is an embedding, which has no low-rank updates: use modules_to_save.")
+    if named is not None:
         raise InputError(f"targets: '{target}' is not a linear module; linear modules: {', '.join(leaves)}.")
     raise InputError(
         f"targets: no linear module is called '{target}'.{did_you_mean(target, leaves)} "

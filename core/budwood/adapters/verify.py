@@ -127,7 +127,8 @@ def verify(
 
     Raises:
         InputError: the adapter has no golden logits, or `AdapterPool` rejects it.
-        CorruptError: the logits differ in the recorded setting, or the adapter changes nothing in any setting.
+        CorruptError: the logits differ in the recorded setting; in any other one they differ by more than those of the
+            base alone; or the adapter changes nothing.
     """
     saved = read_adapter(directory)
     if saved.manifest is None or saved.manifest.golden is None:
@@ -174,5 +175,10 @@ def verify(
         raise CorruptError(
             f"{saved.directory}: golden logits differ by up to {report.adapter.largest:.3g}, more than the "
             f"{TOLERANCE:g} allowed in the same setting; {cause}."
+        )
+    if report.adapter.is_another_model(report.base):
+        raise CorruptError(
+            f"{saved.directory}: in this setting it is another model than the one that training recorded "
+            f"({report.adapter}; the base alone: {report.base})."
         )
     return report

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Inspect, verify, merge and export saved adapters.", no_args_is_help=True)
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="An adapter's folder.")]
-Base = Annotated[str | None, typer.Option("--base", help="Path of its base, if it has moved.")]
+Base = Annotated[str | None, typer.Option("--base", help="Path of the base, if it has moved.")]
 OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Accept a base it was not trained on.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or auto.")]
@@ -25,7 +25,7 @@ Device = Annotated[str, typer.Option("--device", help="cpu, cuda or auto.")]
 
 @app.command()
 def info(directory: Directory, as_json: AsJson = False) -> None:
-    """Show what an adapter is: type, base, task, size, metrics. Reads no weights."""
+    """Show an adapter's type, base, task, size and metrics. Reads no weights."""
     from budwood.adapters.store import read_adapter
 
     saved = read_adapter(directory, hashes=False)
@@ -33,9 +33,9 @@ def info(directory: Directory, as_json: AsJson = False) -> None:
         typer.echo(json.dumps(_as_json(saved)))
         return
     for key, value in _lines(saved):
-        shown = "".join(c if c.isprintable() else "?" for c in value)  # the file may hold a terminal's control codes
+        shown = "".join(c if c.isprintable() else "?" for c in value)  # the file may contain control codes
         typer.echo(f"{key:<13} {shown}")
-    _say_notes(saved.notes)
+    _print_notes(saved.notes)
 
 
 def _as_json(saved: SavedAdapter) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def _as_json(saved: SavedAdapter) -> dict[str, Any]:
 
 
 def _lines(saved: SavedAdapter) -> list[tuple[str, str]]:
-    """Return what a user wants to know, most important first."""
+    """Return (label, value) per line, most important first."""
     manifest = saved.manifest
     dtypes = ", ".join(sorted({info.dtype for info in saved.infos.values()}))
     size = f"{len(saved.infos)} tensors, {saved.parameters:,} parameters, {saved.bytes:,} bytes ({dtypes})"
@@ -83,7 +83,7 @@ def verify(
     allow_other_base: OtherBase = False,
     as_json: AsJson = False,
 ) -> None:
-    """Replay the answers recorded when an adapter was saved."""
+    """Replay an adapter's golden prompts and compare with the recorded answers."""
     from budwood.adapters.verify import verify as replay
 
     report = replay(
@@ -96,12 +96,12 @@ def verify(
     )
     if as_json:
         values = {"recorded": report.recorded.model_dump(), "current": report.current.model_dump()}
-        plain = {name: getattr(report, name) for name in ("exact", "prompts", "notes")}
+        summary = {name: getattr(report, name) for name in ("exact", "prompts", "notes")}
         distances = {name: asdict(getattr(report, name)) for name in ("adapter", "base", "effect")}
-        typer.echo(json.dumps(plain | distances | values))
+        typer.echo(json.dumps(summary | distances | values))
         return
     _show_replay(report)
-    _say_notes(report.notes)
+    _print_notes(report.notes)
 
 
 def _show_replay(report: VerifyReport) -> None:
@@ -132,7 +132,7 @@ def merge(
     allow_other_base: OtherBase = False,
     as_json: AsJson = False,
 ) -> None:
-    """Merge an adapter into its base's original weights; any library can open the result."""
+    """Merge an adapter into the original weights of its base. Any library can open the result."""
     from budwood.adapters.merge import merge as merge_into
 
     report = merge_into(
@@ -147,7 +147,7 @@ def merge(
     typer.echo(f"vs. unquantised base + adapter {report.unquantized}")
     if report.recorded is not None:
         typer.echo(f"vs. what training recorded     {report.recorded}")
-    _say_notes(report.notes)
+    _print_notes(report.notes)
 
 
 @app.command()
@@ -158,12 +158,12 @@ def export(
         str, typer.Option("--as", help="peft, or an adapter type to convert it to, such as lora.")
     ] = "peft",
 ) -> None:
-    """Write a folder that stock PEFT opens: the adapter as it is, or converted to an equivalent of another type."""
+    """Write a folder that stock PEFT can open. The adapter is unchanged, or converted to another adapter type."""
     from budwood.adapters.merge import export as write
 
     typer.echo(f"exported to {write(directory, out, format)}")
 
 
-def _say_notes(notes: list[str]) -> None:
+def _print_notes(notes: list[str]) -> None:
     for note in notes:
         typer.echo(f"note: {note}", err=True)

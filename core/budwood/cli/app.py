@@ -1,4 +1,4 @@
-"""The `budwood` command: its subcommands, and how errors end it: one line on stderr and the error's exit code."""
+"""The `budwood` command and its subcommands. An error prints one line on stderr and sets the exit code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from budwood.untrusted.redaction import RedactedStream
 app = typer.Typer(
     name="budwood",
     help="Fine-tune large models on one small machine, with plugins.",
-    epilog="Exit codes: 0 done, 2 your input, 3 the machine, 4 a corrupt artifact, 5 diverged, 130/143 signal.",
+    epilog="Exit codes: 0 done, 2 invalid input, 3 environment, 4 corrupt artifact, 5 diverged, 130/143 signal.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -33,21 +33,21 @@ _USAGE_ERROR = typer.BadParameter.__bases__[0]
 """Base class of all usage errors; typer does not export it."""
 
 
-app.command("demo", short_help="See it work, on a base and data that ship with it.")(demo.demo)
+app.command("demo", short_help="Run a demo, on a base and data that ship with Budwood.")(demo.demo)
 app.command("plugins", short_help="List installed plugins, or describe one.")(plugins.plugins)
-app.command("plan", short_help="Show how a recipe is composed, and all problems.")(plan.plan)
+app.command("plan", short_help="Show how a recipe is composed, and its problems.")(plan.plan)
 app.command("data", short_help="Show what training will see.")(data.data)
 app.command("tune", short_help="Fine-tune with a recipe, or a data file and a base.")(tune.tune)
 app.command("eval", short_help="Evaluate an adapter on data.")(tune.eval_)
 app.command("generate", short_help="Answer a prompt with a base and its adapters.")(generate.generate)
 app.command("doctor", short_help="Check whether this machine can fine-tune.")(doctor)
-app.add_typer(new.app, name="new", short_help="Create a package of your own.")
+app.add_typer(new.app, name="new", short_help="Create a package for your own plugin.")
 app.add_typer(recipe.app, name="recipe", short_help="Show what a recipe may contain.")
 app.add_typer(adapter.app, name="adapter", short_help="Inspect, verify, merge and export adapters.")
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"budwood {budwood.__version__}")
         raise typer.Exit()
 
@@ -58,7 +58,7 @@ def _options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks and the libraries' messages; goes anywhere.")
+        bool, typer.Option("--debug", help="Show tracebacks and library messages; allowed in any position.")
     ] = False,
 ) -> None:
     pass
@@ -86,7 +86,7 @@ def run(arguments: list[str]) -> int:
         with contextlib.redirect_stderr(RedactedStream(sys.stderr)):
             return _run(arguments, debug)
     finally:
-        _settle_streams()
+        _flush_streams()
 
 
 def _run(arguments: list[str], debug: bool) -> int:
@@ -98,7 +98,7 @@ def _run(arguments: list[str], debug: bool) -> int:
         return 0
     except typer.Exit as done:
         return done.exit_code
-    except BrokenPipeError:  # the reader has gone, as in `budwood plugins | head -1`
+    except BrokenPipeError:  # the reader has closed the pipe, as in `budwood plugins | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Exception, KeyboardInterrupt) as error:
@@ -108,8 +108,8 @@ def _run(arguments: list[str], debug: bool) -> int:
         if debug:
             traceback.print_exception(error)
         code, text = explain(error)
-        line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))  # names in it may be hostile
-        with contextlib.suppress(OSError, ValueError):  # nobody is reading
+        line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))  # may hold control codes
+        with contextlib.suppress(OSError, ValueError):  # stderr is closed
             print(f"error: {line}", file=sys.stderr)
         return code
 
@@ -124,8 +124,8 @@ def _open_streams() -> None:
             setattr(sys, name, os.fdopen(number, "w", closefd=False))
 
 
-def _settle_streams() -> None:
-    """Send what a stream could not write to the null device; otherwise Python exits with a code of its own."""
+def _flush_streams() -> None:
+    """Flush the streams, a broken one to the null device; otherwise Python replaces the exit code at shutdown."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -135,7 +135,7 @@ def _settle_streams() -> None:
 
 
 def explain(error: BaseException) -> tuple[int, str]:
-    """Return the exit code and the line for an error."""
+    """Return the exit code and the message of an error."""
     if isinstance(error, BudwoodError):
         return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
@@ -149,10 +149,10 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 3, f"out of memory{noted(error)}: {remedy}"
     if isinstance(error, OSError):
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-        what = f"{' → '.join(names) or 'system error'}: {error.strerror or error}"
-        return 3, f"{what}{noted(error)}."
-    what = f"{type(error).__name__}: {error}".strip().removesuffix(":")
-    return 1, f"unexpected {what}. This is a bug; run again with --debug and report what it shows."
+        reason = f"{' → '.join(names) or 'system error'}: {error.strerror or error}"
+        return 3, f"{reason}{noted(error)}."
+    summary = f"{type(error).__name__}: {error}".strip().removesuffix(":")
+    return 1, f"unexpected {summary}. This is a bug; run again with --debug and report what it shows."
 
 
 def _terminate(*_: Any) -> None:

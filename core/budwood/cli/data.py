@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -20,7 +19,7 @@ def data(
         typer.Option("-o", "--override", metavar="KEY=VALUE", help="Override a value of the recipe."),
     ] = None,
     samples: Annotated[int, typer.Option("-n", "--samples", min=0, help="Number of examples to show.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show what training will see: examples with their loss mask, lengths, and what is truncated or dropped."""
     from budwood.cli.streams import Output
@@ -28,26 +27,28 @@ def data(
     from budwood.data.build import build_examples
     from budwood.data.display import make_report, show_report
     from budwood.data.packing import plan_epoch
-    from budwood.model.base import load_tokenizer, skeleton
+    from budwood.model.base import skeleton
     from budwood.model.checkpoint import one_revision
     from budwood.model.limits import check_fits, default_length
+    from budwood.recipe.data import encoding_options, recipe_tokenizer
 
     loaded = read_given(recipe, base, override or [])
     task = create(loaded.base.task, "budwood.tasks")
     with one_revision(loaded.base.model, loaded.base.revision):
-        tokenizer = load_tokenizer(loaded.base.model) if task.needs_tokenizer else None
+        tokenizer = recipe_tokenizer(loaded) if task.needs_tokenizer else None
         model = skeleton(loaded.base.model, task.auto_class, loaded.base.trust_remote_code)
-    length = loaded.data.max_length or default_length(model)
-    build = partial(build_examples, tokenizer=tokenizer, task=task, max_length=length)
-    build = partial(build, skip_bad_rows=loaded.data.on_bad_row == "skip")
-    train = build(loaded.data.train)
-    other = build(loaded.data.eval, labels=train.labels or None) if loaded.data.eval is not None else None
-    for examples in (train, other):
+    loaded = loaded.with_length(default_length(model))
+    options = {"tokenizer": tokenizer, "task": task, **encoding_options(loaded)}
+    train_data = build_examples(loaded.data.train, **options)
+    eval_data = None
+    if loaded.data.eval is not None:
+        eval_data = build_examples(loaded.data.eval, **options, labels=train_data.labels or None)
+    for examples in (train_data, eval_data):
         if examples is not None:
             check_fits(examples, model, tokenizer, loaded.base.model)
-    size = loaded.train
-    steps = len(plan_epoch(train.lengths, size.seed, 0, size.batch_tokens, size.batch_examples, train.groups))
-    report = make_report(train, other, task, tokenizer, samples, steps)
+    train = loaded.train
+    batches = plan_epoch(train_data.lengths, train.seed, 0, train.batch_tokens, train.batch_examples, train_data.groups)
+    report = make_report(train_data, eval_data, task, tokenizer, samples, len(batches))
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
     else:

@@ -12,7 +12,7 @@ import typer
 def demo(
     output: Annotated[Path, typer.Option("--output", help="Folder for the demo's runs.")] = Path("runs/demo"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the demo's runs in that folder.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
 ) -> None:
     """Fine-tune the tiny base that ships with Budwood twice, swap the adapters, and evaluate (takes minutes)."""
     from budwood.contract.discovery import find

@@ -19,23 +19,23 @@ def generate(
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", metavar="NAME=DIR", help="An adapter; may be repeated.")
     ] = None,
-    use: Annotated[str | None, typer.Option("--use", metavar="NAME", help="The adapter to answer with.")] = None,
+    use: Annotated[str | None, typer.Option("--use", metavar="NAME", help="The adapter to use.")] = None,
     prompt: Annotated[str, typer.Option("--prompt", help="The prompt; - reads it from stdin.")] = "-",
     chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template to the prompt.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely token.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy decoding.")] = 0.0,
     top_p: Annotated[
         float, typer.Option(min=0, max=1, help="Sample from the top tokens of this total probability.")
     ] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be repeated.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Sampling seed.")] = 0,
     quantization: Annotated[
         str | None, typer.Option(help="none, int8, nf4 or fp4. Default: as the adapter was trained.")
     ] = None,
     precision: Annotated[str, typer.Option(help="bf16, fp16, fp32 or auto.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     allow_other_base: Annotated[
-        bool, typer.Option("--allow-other-base", help="Accept adapters of another base.")
+        bool, typer.Option("--allow-other-base", help="Accept adapters trained on another base.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -46,7 +46,7 @@ def generate(
     text = _read_prompt(prompt)
     from budwood.adapters.pool import AdapterPool
 
-    manifests = [one.manifest for one in saved.values() if one.manifest]
+    manifests = [item.manifest for item in saved.values() if item.manifest]
     first = manifests[0] if manifests else None
     pool = AdapterPool(
         base,
@@ -67,7 +67,7 @@ def generate(
         _classify(pool, text, names, as_json)
         return
     request: Prompt = [{"role": "user", "content": text}] if chat else text
-    live = len(names) == 1 and not as_json
+    streaming = len(names) == 1 and not as_json
     answers = pool.generate(
         [request] * len(names),
         names,
@@ -76,53 +76,59 @@ def generate(
         top_p=top_p,
         stop=stop or [],
         seed=seed,
-        stream=_print_piece if live else None,
+        stream=_print_piece if streaming else None,
     )
     if as_json:
-        found = [
+        records = [
             {"adapter": n, "text": a.text, "finish_reason": a.finish_reason}
             for n, a in zip(names, answers, strict=True)
         ]
-        typer.echo(json.dumps({"answers": found}))
-    elif live:
+        typer.echo(json.dumps({"answers": records}))
+    elif streaming:
         typer.echo()
     else:
-        for who, answer in zip(names, answers, strict=True):
-            typer.echo(f"── {who or 'base'}\n{answer.text}")
+        for adapter_name, answer in zip(names, answers, strict=True):
+            typer.echo(f"── {adapter_name or 'base'}\n{answer.text}")
 
 
-def _parse_adapters(given: list[str]) -> dict[str, Path]:
+def _parse_adapters(arguments: list[str]) -> dict[str, Path]:
     from budwood.errors import InputError
     from budwood.untrusted.files import check_name
 
-    found: dict[str, Path] = {}
-    for text in given:
+    directories: dict[str, Path] = {}
+    for text in arguments:
         name, equals, directory = text.partition("=")
         if not equals or not directory:
             raise InputError(f"--adapter {text[:80]!r}: write NAME=DIR.")
-        if check_name(name) in found:
-            raise InputError(f"--adapter: the name '{name}' is given twice.")
-        found[name] = Path(directory)
-    return found
+        if check_name(name) in directories:
+            raise InputError(f"--adapter: the name '{name}' is used twice; give each adapter its own name.")
+        directories[name] = Path(directory)
+    return directories
 
 
 def _read_adapters(
     directories: dict[str, Path], base: str, allow_other_base: bool, quantization: str | None
 ) -> dict[str, SavedAdapter]:
-    """Refuse bad adapters, and those of another base, before the base is loaded."""
+    """Read the adapters; refuse invalid ones, and those of another base, before the base is loaded."""
     from budwood.adapters.store import read_adapter
     from budwood.errors import InputError
     from budwood.model.base import check_base, fingerprint
 
-    found = {name: read_adapter(directory) for name, directory in directories.items()}
+    adapters = {name: read_adapter(directory) for name, directory in directories.items()}
     info = check_base(base, quantization)
-    mark = fingerprint(info.path) if found else None
+    base_fingerprint = fingerprint(info.path) if adapters else None
     for directory in directories.values():
-        read_adapter(directory, base_name=base, base_fingerprint=mark, allow_other_base=allow_other_base, hashes=False)
-    tasks = sorted({saved.manifest.task for saved in found.values() if saved.manifest})
+        read_adapter(
+            directory,
+            base_name=base,
+            base_fingerprint=base_fingerprint,
+            allow_other_base=allow_other_base,
+            hashes=False,
+        )
+    tasks = sorted({adapter.manifest.task for adapter in adapters.values() if adapter.manifest})
     if len(tasks) > 1:
-        raise InputError(f"the adapters are for different tasks, {' and '.join(tasks)}: give adapters for one task.")
-    return found
+        raise InputError(f"the adapters are for different tasks ({', '.join(tasks)}): use adapters for one task.")
+    return adapters
 
 
 def _check_options(use: str | None, directories: dict[str, Path], top_p: float) -> None:
@@ -132,7 +138,7 @@ def _check_options(use: str | None, directories: dict[str, Path], top_p: float) 
         raise InputError("--top-p: must be above 0.")
 
     if use is not None and use not in directories:
-        raise InputError(f"--use {use[:64]!r}: no adapter of that name is given.{did_you_mean(use, directories)}")
+        raise InputError(f"--use {use[:64]!r}: no --adapter has this name.{did_you_mean(use, directories)}")
 
 
 def _read_prompt(prompt: str) -> str:
@@ -141,7 +147,7 @@ def _read_prompt(prompt: str) -> str:
     if prompt != "-":
         text = prompt
     elif sys.stdin.isatty():
-        raise InputError("no prompt: give --prompt TEXT, or pipe it in.")
+        raise InputError("no prompt: pass --prompt TEXT, or pipe it in.")
     else:
         try:
             text = sys.stdin.read()
@@ -153,16 +159,16 @@ def _read_prompt(prompt: str) -> str:
 
 
 def _classify(pool: AdapterPool, text: str, names: list[str | None], as_json: bool) -> None:
-    found = []
+    results = []
     for name in names:
         pool.use(name)
-        found.append((name, pool.classify([text])[0]))
+        results.append((name, pool.classify([text])[0]))
     if as_json:
-        answers = [{"adapter": n, "label": c.label, "probabilities": c.probabilities} for n, c in found]
+        answers = [{"adapter": n, "label": c.label, "probabilities": c.probabilities} for n, c in results]
         typer.echo(json.dumps({"answers": answers}))
         return
-    for name, classified in found:
-        typer.echo(f"{name or 'base'}: {classified.label} ({classified.probabilities[classified.label]:.1%})")
+    for name, result in results:
+        typer.echo(f"{name or 'base'}: {result.label} ({result.probabilities[result.label]:.1%})")
 
 
 def _print_piece(index: int, piece: str) -> None:

@@ -25,7 +25,7 @@ def read_given(given: Path, base: str | None, overrides: Sequence[str]) -> Recip
     is_data = given.suffix.lower() in DATA_SUFFIXES or given.is_dir() or is_hub_name(str(given))
     is_data = is_data or (base is not None and given.suffix.lower() == ".json" and not _is_recipe(given))
     if is_data and base is None:
-        raise InputError(f"{given} is a data file: give the model to tune with --base DIR, or give a recipe.")
+        raise InputError(f"{given} is a data file: name the base model with --base DIR, or pass a recipe.")
     if base is not None and not is_data:
         raise InputError("--base needs a data file; for a recipe, set base.model (or -o base.model=DIR).")
     return load_recipe(given, overrides) if base is None else default_recipe(given, base, overrides=overrides)

@@ -1,4 +1,4 @@
-"""`budwood new`: writes a starter package whose tests pass as they are."""
+"""`budwood new`: writes a starter package with passing tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Create a package of your own.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Create a package for your own plugin.", no_args_is_help=True, rich_markup_mode=None)
 
 HOOKS = {
     "before_optimizer_step": ("annealed Gaussian noise on the gradients", "{eta: 1e-6}"),
@@ -24,10 +24,10 @@ HOOKS = {
     "prepare_examples": ("removal of duplicate examples", "{copies: 1}"),
     "evaluate": ("a metric, with a warning if it grows too large", "{limit: 1000}"),
 }
-"""Hooks with a template → what the package does, and options for its README's recipe."""
+"""Hook with a template → what the package does, and the options in its README's example recipe."""
 LICENSES = ("Apache-2.0", "MIT", "BSD-3-Clause")
 TAKEN = ("base", "data", "strategies", "train", "output")
-"""Sections of a recipe, which -o looks up by name."""
+"""Sections of a recipe; `-o` addresses them by name."""
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
@@ -46,16 +46,17 @@ def strategy(
     license: Annotated[str, typer.Option("--license", help=", ".join(LICENSES) + ".")] = LICENSES[0],
     folder: Annotated[Path | None, typer.Option("--folder", help="Output folder. Default: budwood-NAME.")] = None,
 ) -> None:
-    """Write an installable package with one working strategy, and tests that pass as they are."""
+    """Write an installable package with one working strategy and passing tests."""
     from budwood.errors import InputError, did_you_mean
     from budwood.untrusted.files import complete_directory
 
     check_name(name)
     if hook not in HOOKS:
-        raise InputError(f"--hook: there is no template for '{hook}'.{did_you_mean(hook, HOOKS)} {_listed(HOOKS)}")
+        raise InputError(f"--hook: there is no template for '{hook}'.{did_you_mean(hook, HOOKS)} {_available(HOOKS)}")
     license = next((known for known in LICENSES if known.casefold() == license.casefold()), license)
     if license not in LICENSES:
-        raise InputError(f"--license: '{license}' is not offered.{did_you_mean(license, LICENSES)} {_listed(LICENSES)}")
+        suggestion = did_you_mean(license, LICENSES)
+        raise InputError(f"--license: '{license}' is not supported.{suggestion} {_available(LICENSES)}")
     folder = folder or Path(f"budwood-{name}")
     if folder.exists() or folder.is_symlink():
         raise InputError(f"{folder} already exists and was left unchanged: choose another with --folder, or remove it.")
@@ -72,19 +73,20 @@ def check_name(name: str) -> None:
     """Refuse a name that is taken, or that a recipe, Python or pip cannot use.
 
     Raises:
-        InputError: says why.
+        InputError: states the reason.
     """
     from budwood.contract.discovery import installed
     from budwood.errors import InputError
 
-    plain = re.sub(r"[^a-z0-9]+", "-", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()).strip("-")
+    normalised = re.sub(r"[^a-z0-9]+", "-", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()).strip("-")
     if name.startswith("budwood-") or name == "budwood":
         raise InputError(f"'{name[:60]}': leave out budwood; the package's name gets this prefix automatically.")
     if not NAME.fullmatch(name) or len(name) > 30:
-        near = f" Did you mean '{plain}'?" if plain != name and NAME.fullmatch(plain) and len(plain) <= 30 else ""
+        usable = normalised != name and NAME.fullmatch(normalised) and len(normalised) <= 30
+        suggestion = f" Did you mean '{normalised}'?" if usable else ""
         raise InputError(
             f"'{name[:60]}' is not a strategy name: use at most 30 lower-case letters and digits, in words joined by "
-            f"single dashes, starting with a letter.{near}"
+            f"single dashes, starting with a letter.{suggestion}"
         )
     if keyword.iskeyword(name) or keyword.issoftkeyword(name) or keyword.iskeyword(class_name(name)):
         raise InputError(f"'{name}' is a Python keyword: choose another name.")
@@ -106,20 +108,21 @@ def render(name: str, hook: str, author: str, license: str) -> dict[str, str]:
     """Return the package's files, by path."""
     import budwood
 
-    who, mail = _split_author(author)
+    author_name, email = _split_author(author)
     distribution, module, cls = f"budwood-{name}", _module(name), class_name(name)
     source = _read(f"hooks/{hook}.py")
-    summary = re.findall(r'"""(.*?)"""', source)[1]  # the class's
-    people = f"{{name = {_toml(who)}" + (f", email = {_toml(mail)}" if mail else "") + "}" if who else ""
+    summary = re.findall(r'"""(.*?)"""', source)[1]  # the class docstring
+    email_field = f", email = {_toml(email)}" if email else ""
+    author_table = f"{{name = {_toml(author_name)}{email_field}}}" if author_name else ""
     values = {
         "about": f"It implements the hook `{hook}`.",
-        "authors": f"authors = [{people}]\n" if who else "",
+        "authors": f"authors = [{author_table}]\n" if author_name else "",
         "budwood": ".".join(budwood.__version__.split(".")[:2]),
         "class": cls,
         "description": _toml(summary.split(" (")[0].rstrip(".")),
         "distribution": distribution,
         "example": HOOKS[hook][1],
-        "holder": who or f"the authors of {distribution}",
+        "holder": author_name or f"the authors of {distribution}",
         "license": license,
         "module": module,
         "name": name,
@@ -142,8 +145,8 @@ def render(name: str, hook: str, author: str, license: str) -> dict[str, str]:
 
 def _option_lines(source: str) -> list[str]:
     """Return a README line for each option of a template."""
-    found = re.findall(r'^        (\w+): (\w+) = Field\(([^,]+), .*description="([^"]*)"\)$', source, re.MULTILINE)
-    return [f"`{name}` ({kind}, default {default}): {text}" for name, kind, default, text in found]
+    options = re.findall(r'^        (\w+): (\w+) = Field\(([^,]+), .*description="([^"]*)"\)$', source, re.MULTILINE)
+    return [f"`{name}` ({type_}, default {default}): {description}" for name, type_, default, description in options]
 
 
 def _read(template: str) -> str:
@@ -159,7 +162,7 @@ def _split_author(author: str) -> tuple[str, str]:
     """Return name and email address of 'Name <email>'.
 
     Raises:
-        InputError: the name is missing, or cannot go on a line of pyproject.toml.
+        InputError: `author` has another form, or is not printable.
     """
     from budwood.errors import InputError
 
@@ -177,5 +180,5 @@ def _toml(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _listed(names: Any) -> str:
+def _available(names: Any) -> str:
     return f"Available: {', '.join(names)}."

@@ -17,7 +17,7 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Show how a recipe's strategies are composed, hook by hook, and all of its problems. Reads no data."""
+    """Show how a recipe's strategies are composed, hook by hook, and list its problems. Reads no data."""
     from budwood.cli.streams import Output
     from budwood.planning.composition import plan as make_plan
     from budwood.planning.composition import show_plan

@@ -1,4 +1,4 @@
-"""`budwood plugins`: lists what is installed without running it, or describes one plugin."""
+"""`budwood plugins`: lists installed plugins without importing them, or describes one."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def plugins(
 def _list(as_json: bool) -> None:
     from budwood.contract.discovery import installed
 
-    found = {
+    plugins = {
         kind: [entry for entries in installed(group).values() for entry in entries] for kind, group in GROUPS.items()
     }
     if as_json:
         fields = ("name", "distribution", "version", "summary")
-        typer.echo(_json({kind: [{f: getattr(e, f) for f in fields} for e in found[kind]] for kind in GROUPS}))
+        typer.echo(_json({kind: [{f: getattr(e, f) for f in fields} for e in plugins[kind]] for kind in GROUPS}))
         return
-    names = max(len(entry.name) for entries in found.values() for entry in entries)
-    owners = max(len(entry.owner) for entries in found.values() for entry in entries)
-    for kind, entries in found.items():
+    name_width = max(len(entry.name) for entries in plugins.values() for entry in entries)
+    owner_width = max(len(entry.owner) for entries in plugins.values() for entry in entries)
+    for kind, entries in plugins.items():
         typer.echo(kind)
         for entry in entries:
             clash = "  (installed twice: uninstall one)" if [e.name for e in entries].count(entry.name) > 1 else ""
-            typer.echo(f"  {entry.name:{names}}  {entry.owner:{owners}}  {entry.summary}{clash}".rstrip())
+            typer.echo(f"  {entry.name:{name_width}}  {entry.owner:{owner_width}}  {entry.summary}{clash}".rstrip())
     typer.echo("`budwood plugins NAME` shows hooks and options.", err=True)
 
 
@@ -55,7 +55,7 @@ def _describe(name: str, as_json: bool) -> None:
     if not kinds:
         known = [known for group in GROUPS.values() for known in installed(group)]
         raise InputError(f"no plugin is called '{name}'.{did_you_mean(name, known)} See `budwood plugins`.")
-    about = []
+    records = []
     for kind in kinds:
         entry = find(name, GROUPS[kind])
         record: dict[str, Any] = {
@@ -70,11 +70,11 @@ def _describe(name: str, as_json: bool) -> None:
             record |= _strategy(name)
         else:
             record |= _options(entry.load())
-        about.append(record)
+        records.append(record)
     if as_json:
-        typer.echo(_json(about[0] if len(about) == 1 else about))
+        typer.echo(_json(records[0] if len(records) == 1 else records))
         return
-    for record in about:
+    for record in records:
         _show(record)
 
 
@@ -85,17 +85,21 @@ def _strategy(name: str) -> dict[str, Any]:
 
     cls, _ = load_strategy(name)
     declared = ("slots", "provides", "requires", "conflicts", "before", "after")
-    marks = {hook: getattr(getattr(cls, hook, None), "budwood_impl", None) for hook in HOOKS}
+    implementations = {hook: getattr(getattr(cls, hook, None), "budwood_impl", None) for hook in HOOKS}
     return {
         **{key: list(getattr(cls, key)) for key in declared},
         "api": cls.api,
-        "hooks": [{"name": hook, "wraps": mark["wrapper"]} for hook, mark in marks.items() if mark],
+        "hooks": [
+            {"name": hook, "wraps": implementation["wrapper"]}
+            for hook, implementation in implementations.items()
+            if implementation
+        ],
         "options": [field.as_dict() for field in describe_fields(strategy_schema(name)[0])],
     }
 
 
 def _options(loaded: Any) -> dict[str, Any]:
-    """Return the options of a plugin that is not a strategy, if it takes any."""
+    """Return the options of a plugin that is not a strategy, if it has any."""
     from budwood.recipe.reference import describe_fields
 
     model = getattr(loaded, "Options", None)
@@ -112,10 +116,10 @@ def _show(record: dict[str, Any]) -> None:
         hooks = [hook["name"] + (" (wraps)" if hook["wraps"] else "") for hook in record["hooks"]]
         typer.echo(f"  hooks: {', '.join(hooks)}")
     for option in record.get("options", ()):
-        limits = f", {option['constraint']}" if option["constraint"] else ""
+        constraint = f", {option['constraint']}" if option["constraint"] else ""
         default = f"default {json.dumps(option['default'])}" if option["default"] is not None else "optional"
         default = "required" if option["required"] else default
-        typer.echo(f"  {option['name']}: {option['type']}{limits}; {default}")
+        typer.echo(f"  {option['name']}: {option['type']}{constraint}; {default}")
         if option["description"]:
             typer.echo(f"      {option['description']}")
 

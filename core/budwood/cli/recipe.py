@@ -1,4 +1,4 @@
-"""`budwood recipe`: what a recipe may contain."""
+"""`budwood recipe`: describes what a recipe may contain."""
 
 from __future__ import annotations
 

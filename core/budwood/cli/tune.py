@@ -18,7 +18,7 @@ def tune(
     override: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
-            "-o", "--override", metavar="KEY=VALUE", help="Override a value of the recipe, as in lora.rank=16."
+            "-o", "--override", metavar="KEY=VALUE", help="Override a value of the recipe, such as lora.rank=16."
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
@@ -27,10 +27,10 @@ def tune(
     ] = False,
     accept_changes: Annotated[
         bool,
-        typer.Option("--accept-changes", help="With --resume: continue although recipe, data or versions changed."),
+        typer.Option("--accept-changes", help="With --resume: continue even if recipe, data or versions changed."),
     ] = False,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Show the time and memory of every strategy's hooks at the end.")
+        bool, typer.Option("--profile", help="At the end, show the time and memory of every strategy's hooks.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the final metrics as JSON.")] = False,
 ) -> None:
@@ -46,23 +46,23 @@ def tune(
 
     run = run_recipe(loaded, overwrite=overwrite, resume=resume, accept_changes=accept_changes, profile=profile)
     if as_json:
-        numbers = {"before": json_numbers(run.before), "metrics": json_numbers(run.metrics)}
-        typer.echo(json.dumps({**numbers, "output": str(run.directory)}))
+        metrics = {"before": json_numbers(run.before), "metrics": json_numbers(run.metrics)}
+        typer.echo(json.dumps({**metrics, "output": str(run.directory)}))
 
 
 def eval_(
     adapter: Annotated[Path, typer.Argument(help="An adapter's folder.")],
-    data: Annotated[Path, typer.Option("--data", help="Data in any form that `tune` takes.")],
-    base: Annotated[Optional[str], typer.Option("--base", help="Base model, if not the one the adapter names.")] = None,  # noqa: UP045
-    quantization: Annotated[str | None, typer.Option("--quantization", help="As the adapter's, if not given.")] = None,
+    data: Annotated[Path, typer.Option("--data", help="Data in any format that `tune` accepts.")],
+    base: Annotated[str | None, typer.Option("--base", help="Base model. Default: as recorded in the adapter.")] = None,
+    quantization: Annotated[str | None, typer.Option("--quantization", help="Default: as recorded.")] = None,
     precision: Annotated[
-        str | None, typer.Option("--precision", help="auto, bf16, fp16 or fp32; the adapter's, if not given.")
+        str | None, typer.Option("--precision", help="auto, bf16, fp16 or fp32. Default: as recorded.")
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option("--max-length", min=1, help="Longer rows are cut and counted; as in its run.")
+        int | None, typer.Option("--max-length", min=1, help="Maximum tokens per example. Default: as recorded.")
     ] = None,
     generate: Annotated[
-        int | None, typer.Option("--generate", min=0, help="Prompts that are answered, for exact match; as in its run.")
+        int | None, typer.Option("--generate", min=0, help="Prompts answered for exact match. Default: as recorded.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or auto.")] = "auto",
     attack: Annotated[
@@ -70,7 +70,7 @@ def eval_(
         typer.Option(
             "--attack",
             metavar="NAME:KEY=VALUE,…",
-            help="Also evaluate under an attack, as pgd:epsilon=0.5,steps=10 or typos:rate=0.1; may be repeated.",
+            help="Also evaluate under an attack, such as pgd:epsilon=0.5,steps=10 or typos:rate=0.1; may be repeated.",
         ),
     ] = None,
     allow_other_base: Annotated[
@@ -87,17 +87,17 @@ def eval_(
     )  # fmt: skip
     if as_json:
         attacks = {text: json_numbers(values) for text, values in result.attacks.items()}
-        numbers = {"adapter": json_numbers(result.adapter), "attacks": attacks, "base": json_numbers(result.base)}
-        typer.echo(json.dumps(numbers))
+        metrics = {"adapter": json_numbers(result.adapter), "attacks": attacks, "base": json_numbers(result.base)}
+        typer.echo(json.dumps(metrics))
         return
     columns = {"adapter": result.adapter, **result.attacks, "base": result.base}
     width = max(map(len, result.adapter)) - len("eval_")
     typer.echo("  ".join([" " * width, *(f"{title:>10}" for title in columns)]))
     for name in result.adapter:
-        found = (
+        cells = (
             f"{values[name]:.4f}".rjust(max(10, len(title))) if name in values else "–".rjust(max(10, len(title)))
             for title, values in columns.items()
         )
-        typer.echo("  ".join([f"{name.removeprefix('eval_'):{width}}", *found]))
+        typer.echo("  ".join([f"{name.removeprefix('eval_'):{width}}", *cells]))
     if result.report:
         typer.echo("\n" + result.report)

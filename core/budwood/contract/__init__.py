@@ -1,1 +1,1 @@
-"""What a strategy sees: the hooks, the objects they receive, the Strategy class and the registry."""
+"""The interface to strategies: hooks, the objects they receive, the Strategy class and the registry."""

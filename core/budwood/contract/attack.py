@@ -1,4 +1,4 @@
-"""The base class of the attacks that `budwood eval --attack` can run."""
+"""The base class of attacks for `budwood eval --attack`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Attack(Plugin):
-    """Perturbs data or model before it is evaluated again; registered in the entry point group budwood.attacks.
+    """Perturbs data or model for a second evaluation; registered in the entry point group budwood.attacks.
 
     A subclass overrides `change`, `noise`, or both.
     """
@@ -30,10 +30,13 @@ class Attack(Plugin):
         self.name = name or type(self).__name__
 
     def check(self, form: str, task: str, model: nn.Module | None) -> None:
-        """Check data format, task and the base's modules without weights (None: unknown), before anything is loaded.
+        """Check that the attack applies to the data format `form`, the task and the model, before anything is loaded.
+
+        Args:
+            model: the base without weights, or None if it is unknown.
 
         Raises:
-            InputError: the attack does not apply to them.
+            InputError: the attack does not apply.
         """
 
     def change(self, row: Mapping[str, Any], index: int, form: str) -> Mapping[str, Any]:

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 
 Update = Callable[[Tensor, Tensor, int], None]
-"""update(shadow, parameter, updates): move `shadow` (fp32) in place towards `parameter`, a tensor of its shape on its
-device; `updates` ≥ 1 counts how many steps the shadow averages so far. Called without gradients."""
+"""update(shadow, parameter, updates): move `shadow` (fp32) in place towards `parameter`, a tensor of the same shape and
+device; `updates` ≥ 1 is the number of steps averaged so far. Called without gradients."""
 
 
 class Average:
-    """A shadow of each trained parameter, moved after optimizer steps. Core holds it; `Run.average_with` asks for one.
+    """A shadow of each trained parameter, updated after optimizer steps; created by `Run.average_with`.
 
     Attributes:
-        update: moves one shadow.
-        start: the first step that is averaged, from 1: its parameters are what the shadows begin as.
-        every: of the steps from `start` on, each `every`-th is averaged.
-        updates: how many steps are averaged so far; 0: the shadows mean nothing yet.
-        shadows: fp32, on the parameter's device, by parameter.
+        update: updates one shadow.
+        start: the first step to average, from 1; its parameters initialise the shadows.
+        every: average every `every`-th step from `start` on.
+        updates: number of steps averaged so far; while it is 0, the shadows are not valid.
+        shadows: fp32 tensors by parameter, on the parameter's device.
     """
 
     def __init__(self, update: Update, start: int = 1, every: int = 1) -> None:
@@ -30,12 +30,12 @@ class Average:
         self.shadows: dict[nn.Parameter, Tensor] = {}
 
     def begin(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Make the shadows, so that memory that does not hold them is missed before the first step."""
+        """Allocate the shadows, so that insufficient memory is noticed before the first step."""
         self.shadows = {parameter: parameter.detach().float().clone() for parameter in parameters}
 
     @torch.no_grad()
     def follow(self, step: int) -> None:
-        """Take the parameters after `step` completed optimizer steps into the average, if it is one of its steps."""
+        """Add the parameters after `step` completed optimizer steps to the average, if that step is averaged."""
         if step < self.start or (step - self.start) % self.every:
             return
         for parameter, shadow in self.shadows.items():
@@ -46,7 +46,7 @@ class Average:
         self.updates += 1
 
     def replace(self, old: nn.Parameter, new: nn.Parameter, index: Any) -> None:
-        """Keep `index` of the shadow of `old` as that of `new`."""
+        """Replace the shadow of `old` with its slice `index`, as the shadow of `new`."""
         if old in self.shadows:
             self.shadows = {
                 new if parameter is old else parameter: shadow[index].clone() if parameter is old else shadow

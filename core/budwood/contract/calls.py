@@ -19,11 +19,11 @@ from budwood.errors import BudwoodError, describe, is_out_of_memory, system_erro
 
 _BEFORE_STEPS = HOOKS[: HOOKS.index("next_examples")]
 _IN_STEP = HOOKS[HOOKS.index("next_examples") : HOOKS.index("after_optimizer_step") + 1]
-_NUMBERS = (
+_CORE_METRICS = (
     "kind", "step", "epoch", "loss", "gradient_norm", "learning_rate", "skipped", "tokens", "tokens_per_second",
     "best_step",
 )  # fmt: skip
-"""Names of the numbers that core logs itself."""
+"""Metrics that core logs itself."""
 
 
 @dataclass
@@ -34,10 +34,10 @@ class Cost:
         owner: name of a strategy, "task NAME", or "core".
         hook: the hook, or one of core's own parts.
         calls: number of calls.
-        seconds: wall-clock time including everything that ran inside: other hooks, replays, what a wrapper surrounds.
-            A call inside another call of the same row counts once.
-        own_seconds: excluding other rows' calls inside it; over all rows, these add up to the time spent in rows.
-        peak_growth: bytes by which the process's peak memory grew, also excluding the calls inside.
+        seconds: wall-clock time including everything that ran inside: other hooks, replays, wrapped calls. A call
+            nested in another call of the same row is not counted again.
+        own_seconds: excluding nested calls of other rows; the sum over all rows is the total time spent in rows.
+        peak_growth: growth of the process's peak memory in bytes, also excluding nested calls.
     """
 
     owner: str
@@ -62,22 +62,23 @@ class Cost:
 
 
 class _Frame:
-    """A timed stretch of one row: a call, or a wrapper's part before or after its yield."""
+    """A timed interval of one row: a call, or a wrapper's part before or after its yield."""
 
-    __slots__ = ("cost", "grown", "inside", "outer", "peak", "started")
+    __slots__ = ("cost", "inner_growth", "inner_seconds", "outer", "peak", "started")
 
     def __init__(self, cost: Cost, outer: _Frame | None) -> None:
-        self.cost, self.outer, self.inside, self.grown, self.started, self.peak = cost, outer, 0.0, 0, 0.0, 0
+        self.cost, self.outer, self.started, self.peak = cost, outer, 0.0, 0
+        self.inner_seconds, self.inner_growth = 0.0, 0
 
 
 class Calls:
     """The guarded hook calls of one composition, and their costs.
 
     Attributes:
-        costs: by (owner, hook), in order of the first call.
-        run: the run that the calls belong to, once a call has passed it.
-        peak: returns the process's peak memory in bytes, if that is measured.
-        wait: blocks until the device has finished all queued work, so that times are those of the work.
+        costs: by (owner, hook), in the order of first calls.
+        run: the current run, known once a call has passed it.
+        peak: returns the process's peak memory in bytes; None if it is not measured.
+        wait: blocks until the device has finished all queued work, so that times include it.
     """
 
     def __init__(self) -> None:
@@ -86,16 +87,16 @@ class Calls:
         self.peak: Callable[[], int] | None = None
         self.wait: Callable[[], None] | None = None
         self._strategies: dict[str, Strategy | None] = {}
-        self._numbers: dict[str, tuple[Plugin, str]] = {}
-        """Whose a logged number is, and the hook that gave it first, by its name."""
-        self._asked: dict[tuple[int, str], tuple[Callable[..., Any], list[str]]] = {}
+        self._metric_owners: dict[str, tuple[Plugin, str]] = {}
+        """Owner of each logged metric, and the hook that logged it first, by name."""
+        self._methods: dict[tuple[int, str], tuple[Callable[..., Any], list[str]]] = {}
         self._frame: _Frame | None = None
 
     def add(self, strategy: Strategy) -> None:
-        """Register a strategy: attribute errors in its package to it, if it is the only one there."""
+        """Register a strategy: errors in its package are attributed to it, if no other strategy is in that package."""
         package = type(strategy).__module__.partition(".")[0]
-        alone = self._strategies.get(package, strategy) is strategy
-        self._strategies[package] = strategy if alone else None
+        only = self._strategies.get(package, strategy) is strategy
+        self._strategies[package] = strategy if only else None
         strategy._calls = self
 
     def guard(self, plugin: Any, hook: str, function: Callable[..., Any], wrapper: bool = False) -> Callable[..., Any]:
@@ -125,7 +126,7 @@ class Calls:
                 try:
                     next(inner)
                 except StopIteration:
-                    self._refuse(plugin, hook, "never reaches its yield, so the call that it wraps would not run.")
+                    self._refuse(plugin, hook, "never reaches its yield, so the wrapped call would not run.")
                 except (Exception, SystemExit) as error:
                     self._raise(error, plugin, hook)
                 finally:
@@ -146,28 +147,28 @@ class Calls:
                 except StopIteration as done:
                     result = done.value
                 except (Exception, SystemExit) as error:
-                    if error is failed:  # raised by the call that it wraps
+                    if error is failed:  # raised by the wrapped call
                         raise
                     self._raise(error, plugin, hook)
                 else:
                     inner.close()
-                    self._refuse(plugin, hook, "yields a second time; the call that it wraps runs once.")
+                    self._refuse(plugin, hook, "yields a second time; the wrapped call runs only once.")
                 finally:
                     self._leave(frame)
             finally:
-                failed = None  # breaks a reference cycle with this frame, which keeps every tensor below it alive
+                failed = None  # breaks a reference cycle with this frame, which would keep every tensor below it alive
                 self._end(cost, started)
             self._check(plugin, hook, result, True)
             return result
 
         return surround if wrapper else call
 
-    def asked(self, owner: Strategy, hook: str, method: Callable[..., Any]) -> tuple[Callable[..., Any], list[str]]:
-        """Return the guarded method of an owner and its argument names, cached."""
+    def guarded(self, owner: Strategy, hook: str, method: Callable[..., Any]) -> tuple[Callable[..., Any], list[str]]:
+        """Return an owner's guarded method and its argument names, cached."""
         key = (id(owner), hook)  # unique, because the cached method keeps the owner alive
-        if key not in self._asked:
-            self._asked[key] = (self.guard(owner, hook, method), list(inspect.signature(method).parameters))
-        return self._asked[key]
+        if key not in self._methods:
+            self._methods[key] = (self.guard(owner, hook, method), list(inspect.signature(method).parameters))
+        return self._methods[key]
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -181,34 +182,34 @@ class Calls:
             self._end(cost, started)
 
     def culprit(self, error: BaseException) -> Plugin | None:
-        """Return the plugin whose code raised an error, whoever called that code, or None."""
+        """Return the plugin whose code raised an error, regardless of its caller, or None."""
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         for frame, inner in zip(reversed(frames), [None, *reversed(frames[1:])], strict=True):
             if inner is not None and inner.f_code.co_name == "surround" and inner.f_code.co_filename == __file__:
-                continue  # a wrapper that waits at its yield
+                continue  # a wrapper suspended at its yield
             if (plugin := self._in_frame(frame)) is not None:
                 return plugin
         return None
 
     def claim(self, name: str, plugin: Any = None, hook: str = "") -> None:
-        """Note that a number is a plugin's: by default, of the one whose code is running.
+        """Reserve a metric name for a plugin, by default the one whose code is running.
 
         Raises:
-            PluginError: a number of core or of another plugin has that name; both are named.
+            PluginError: core or another plugin already logs under that name; the message names both.
         """
         if plugin is None:
             plugin, hook = self._running()
-        if plugin is None and name not in _NUMBERS:
+        if plugin is None and name not in _CORE_METRICS:
             return
         where = self._where(plugin, plugin, hook)
-        if name in _NUMBERS:
-            raise PluginError(f"{where}: '{name}' is a number of core's own: choose another name.")
-        owner, origin = self._numbers.setdefault(name, (plugin, hook))
+        if name in _CORE_METRICS:
+            raise PluginError(f"{where}: '{name}' is one of core's own metrics: choose another name.")
+        owner, origin = self._metric_owners.setdefault(name, (plugin, hook))
         if owner is not plugin:
-            raise PluginError(f"{where}: '{name}' is also a number of {owner}, hook {origin}: rename one of them.")
+            raise PluginError(f"{where}: '{name}' is also logged by {owner}, hook {origin}: rename one of them.")
 
     def _running(self) -> tuple[Plugin | None, str]:
-        """The plugin whose code is running, and the hook of its that core called."""
+        """Return the plugin whose code is running, and the hook through which core called it."""
         python: Any = sys._getframe(1)
         while python is not None and (plugin := self._in_frame(python)) is None:
             python = python.f_back
@@ -220,7 +221,7 @@ class Calls:
         return plugin, frame.cost.hook if frame is not None else ""
 
     def _in_frame(self, frame: Any) -> Plugin | None:
-        """The plugin whose code a Python frame runs."""
+        """Return the plugin whose code a Python frame runs, or None."""
         this = frame.f_locals.get("self")
         if isinstance(this, Plugin):
             return this
@@ -254,20 +255,20 @@ class Calls:
             self.wait()
         cost, outer = frame.cost, frame.outer
         elapsed = perf_counter() - frame.started
-        cost.own_seconds += elapsed - frame.inside
+        cost.own_seconds += elapsed - frame.inner_seconds
         self._frame = outer
         if outer is not None:
-            outer.inside += elapsed
+            outer.inner_seconds += elapsed
         if self.peak is not None:
-            grown = self.peak() - frame.peak
-            cost.peak_growth += grown - frame.grown
+            growth = self.peak() - frame.peak
+            cost.peak_growth += growth - frame.inner_growth
             if outer is not None:
-                outer.grown += grown
+                outer.inner_growth += growth
 
     def _raise(self, error: BaseException, plugin: Any, hook: str) -> NoReturn:
         """Re-raise an error from a hook as a PluginError that names the strategy.
 
-        Budwood's own errors are raised unchanged. Resource errors keep their type; a strategy's get a note.
+        Budwood's own errors are raised unchanged. Resource errors keep their type; those of a strategy get a note.
         """
         __tracebackhide__ = True
         if isinstance(error, BudwoodError):
@@ -276,7 +277,7 @@ class Calls:
         if not isinstance(owner, Plugin):
             raise error
         where = self._where(owner, plugin, hook)
-        if type(error).__name__ == "GoneError":  # of contract.examples, which imports torch
+        if type(error).__name__ == "RemovedError":  # from contract.examples, which imports torch
             raise PluginError(f"{where}: {error}.") from error
         if system_error(error) or is_out_of_memory(error):
             if isinstance(owner, Strategy) and not noted(error):
@@ -305,7 +306,7 @@ class Calls:
 
 
 def _owner_name(plugin: Any) -> str:
-    """The name of a row of costs."""
+    """Return the owner shown in a row of costs."""
     if not isinstance(plugin, Plugin):
         return "core"
     name = str(getattr(plugin, "name", ""))
@@ -318,26 +319,26 @@ def noted(error: BaseException) -> str:
 
 
 @contextmanager
-def attribute_errors(plugin: Plugin, doing: str) -> Iterator[None]:
-    """Attribute errors raised outside of hooks to a plugin; `doing` is the method."""
+def attribute_errors(plugin: Plugin, method: str) -> Iterator[None]:
+    """Attribute errors raised in a plugin's `method`, which is not a hook, to the plugin."""
     try:
         yield
     except (Exception, SystemExit) as error:
         if isinstance(error, BudwoodError) or system_error(error) or is_out_of_memory(error):
             raise
         raise PluginError(
-            f"{plugin}, {doing}: {describe(error)}. Report it to its author; --debug shows the traceback."
+            f"{plugin}, {method}: {describe(error)}. Report it to its author; --debug shows the traceback."
         ) from error
 
 
 def ask_owner(owner: Strategy, hook: str, **arguments: Any) -> Any:
-    """Call one strategy's hook with those of the arguments that it takes; return its result.
+    """Call one strategy's hook with the arguments that it takes, and return the result.
 
     Raises:
-        PluginError: names the strategy: it has no such hook, or raised an error that is not Budwood's own.
+        PluginError: the strategy has no such hook, or raised an error that is not one of Budwood's own.
     """
     method = getattr(owner, hook, None)
     if method is None:
-        raise PluginError(f"{owner} has no hook '{hook}', which an adapter's owner must have. Report it to its author.")
-    guarded, taken = (owner._calls or Calls()).asked(owner, hook, method)
-    return guarded(**{name: value for name, value in arguments.items() if name in taken})
+        raise PluginError(f"{owner} has no hook '{hook}', which an adapter owner needs. Report it to its author.")
+    call, accepted = (owner._calls or Calls()).guarded(owner, hook, method)
+    return call(**{name: value for name, value in arguments.items() if name in accepted})

@@ -17,7 +17,7 @@ from typing import Any
 from budwood.errors import InputError, ResourceError, describe, did_you_mean
 
 STRATEGIES = "budwood"
-"""Entry point group of strategies; tasks, data formats, quantisers and attacks have groups of their own below it."""
+"""Entry point group of strategies; tasks, data formats, quantisers and attacks have separate groups below it."""
 WORDS = {
     STRATEGIES: "strategy",
     "budwood.tasks": "task",
@@ -26,7 +26,7 @@ WORDS = {
     "budwood.attacks": "attack",
     "budwood.demos": "demo",
 }
-"""Every entry point group, and what messages call a member of it."""
+"""Every entry point group, and the word for its members in messages."""
 
 
 class PluginError(ResourceError):
@@ -56,7 +56,7 @@ class Installed:
         return text.splitlines()[0] if text else ""
 
     def declared(self, attribute: str) -> tuple[str, ...]:
-        """Names that the class gives to an attribute, parsed from its source without running it; () if it cannot be."""
+        """Names assigned to a class attribute, parsed from the source without running it; () if that fails."""
         module, _, name = self.value.partition(":")
         node = _find_node(module, name)
         for statement in node.body if isinstance(node, ast.ClassDef) else ():
@@ -80,21 +80,21 @@ class Installed:
             for part in filter(None, attribute.split(".")):
                 target = getattr(target, part)
         except (Exception, SystemExit) as error:
-            what = describe(error)
+            cause = describe(error)
             raise PluginError(
-                f"plugin '{self.name}' of {self.owner} ({self.value}) cannot be imported: {what}. "
+                f"plugin '{self.name}' of {self.owner} ({self.value}) cannot be imported: {cause}. "
                 f"Repair or update it (pip install -U {self.distribution}), or leave it out of the recipe."
             ) from error
         return target
 
 
 def installed(group: str = STRATEGIES) -> dict[str, list[Installed]]:
-    """Return all entry points of `group` by name; `find` refuses a name that has more than one."""
+    """Return all entry points of `group` by name; `find` refuses names that several distributions provide."""
     return {name: list(entries) for name, entries in sorted(scan(_path_state()).get(group, {}).items())}
 
 
 def unknown_groups() -> list[str]:
-    """Return entry point groups that are named like Budwood's but are not among them."""
+    """Return unknown entry point groups whose names start like Budwood's."""
     return sorted(scan(_path_state()).keys() - WORDS.keys())
 
 
@@ -102,29 +102,29 @@ def unknown_groups() -> list[str]:
 def scan(path: tuple[tuple[str, int | None], ...]) -> dict[str, dict[str, list[Installed]]]:
     """Return Budwood's entry points by group and name.
 
-    Cached: reading the metadata of all distributions takes 10 ms or more, and a command asks some twenty times. `path`
-    is the state of what is read.
+    Cached, since reading the metadata of all distributions takes 10 ms or more and a command calls this about 20 times.
+    `path` is the state of sys.path, so that the cache notices changes.
     """
-    found: dict[str, dict[str, list[Installed]]] = {}
-    everything = metadata.entry_points()
-    ours = [group for group in everything.groups if group in WORDS or group.startswith(f"{STRATEGIES}.")]
+    result: dict[str, dict[str, list[Installed]]] = {}
+    entry_points = metadata.entry_points()
+    ours = [group for group in entry_points.groups if group in WORDS or group.startswith(f"{STRATEGIES}.")]
     for group in ours:
-        for point in everything.select(group=group):
+        for point in entry_points.select(group=group):
             dist = point.dist
             owner = (dist.name or "unknown", dist.version or "0") if dist else ("unknown", "0")
             entry = Installed(point.name, point.value, *owner)
-            entries = found.setdefault(group, {}).setdefault(point.name, [])
+            entries = result.setdefault(group, {}).setdefault(point.name, [])
             if entry not in entries:  # a distribution found twice on sys.path counts once
                 entries.append(entry)
-    return found
+    return result
 
 
 def _path_state() -> tuple[tuple[str, int | None], ...]:
-    """Return the folders of sys.path and when each was last modified."""
-    return tuple((entry, _changed(entry)) for entry in sys.path)
+    """Return the entries of sys.path, each with its modification time."""
+    return tuple((entry, _modified(entry)) for entry in sys.path)
 
 
-def _changed(entry: str) -> int | None:
+def _modified(entry: str) -> int | None:
     try:
         return os.stat(entry or ".").st_mtime_ns
     except OSError:
@@ -135,22 +135,22 @@ def find(name: str, group: str = STRATEGIES) -> Installed:
     """Return the one entry point called `name`.
 
     Raises:
-        InputError: no distribution or several provide it; the message names the closest match, or all of them.
+        InputError: no distribution provides it (the message names the closest match), or several do (it names all).
     """
-    available, what = installed(group), WORDS[group]
+    available, word = installed(group), WORDS[group]
     if name not in available:
         known = ", ".join(available) or "none"
-        raise InputError(f"{what} '{name}' is not installed.{did_you_mean(name, available)} Installed: {known}.")
+        raise InputError(f"{word} '{name}' is not installed.{did_you_mean(name, available)} Installed: {known}.")
     entries = available[name]
     if len(entries) > 1:
         owners = " and ".join(entry.owner for entry in entries)
         remedy = f"uninstall one of them (pip uninstall {entries[-1].distribution})"
-        raise InputError(f"{what} '{name}' is provided by {owners}: {remedy}.")
+        raise InputError(f"{word} '{name}' is provided by {owners}: {remedy}.")
     return entries[0]
 
 
 def _find_node(module: str, attribute: str, depth: int = 0) -> ast.ClassDef | ast.FunctionDef | None:
-    """The definition of `attribute` in `module`, following `from x import attribute` through source files."""
+    """Find the definition of `attribute` in `module`, following `from x import attribute` through source files."""
     path = _source_of(module)
     if path is None or depth > 3:
         return None

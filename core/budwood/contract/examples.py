@@ -1,4 +1,4 @@
-"""Examples and the batches made of them: what a task feeds the model, and what it is scored on."""
+"""Examples and batches: the inputs of the model, and the labels that its outputs are scored on."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Key = int | str
 Axis = Literal["example", "input", "label"]
 
 
-class GoneError(AttributeError):
-    """A plugin asks for a name that an earlier version of the contract had; the message has the line to change."""
+class RemovedError(AttributeError):
+    """A plugin uses a name that the contract no longer has; the message names the line and the replacement."""
 
 
-class _Gone:
-    """An attribute that version 1 of the contract had: whoever reads, sets or passes it is told what to write."""
+class _Removed:
+    """An attribute of version 1 of the contract: using it raises an error that names the replacement."""
 
     def __init__(self, name: str, use: str) -> None:
         self.name, self.use = name, use
@@ -32,21 +32,21 @@ class _Gone:
 
     def refuse(self, owner: type) -> NoReturn:
         frame: Any = sys._getframe(2)
-        while frame.f_back is not None and frame.f_globals.get("__name__") == "dataclasses":  # of `replace`
+        while frame.f_back is not None and frame.f_globals.get("__name__") == "dataclasses":  # skips `replace`
             frame = frame.f_back
         line = f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
-        what = f"{owner.__name__}.{self.name}"
-        raise GoneError(f"{line}: {what} was removed in version 2 of the contract; use {self.use}")
+        attribute = f"{owner.__name__}.{self.name}"
+        raise RemovedError(f"{line}: {attribute} was removed in version 2 of the contract; use {self.use}")
 
 
-class _Renewed:
-    """A class whose attributes of version 1 are refused by name, in its constructor too."""
+class _RefusesRemoved:
+    """Base of a class that refuses its attributes of version 1 by name, in its constructor too."""
 
     def __new__(cls, *_: Any, **named: Any) -> Self:
         for name in named:
-            gone = vars(cls).get(name)
-            if isinstance(gone, _Gone):
-                gone.refuse(cls)
+            attribute = vars(cls).get(name)
+            if isinstance(attribute, _Removed):
+                attribute.refuse(cls)
         return super().__new__(cls)
 
 
@@ -56,7 +56,7 @@ class Column:
 
     Attributes:
         values: [] for the axis "example", [T, …] for "input", [L, …] for "label".
-        axis: what the values belong to: the example, its input positions, or its labels.
+        axis: whether the values are per example, per input position or per label.
     """
 
     values: np.ndarray
@@ -67,18 +67,18 @@ class Column:
 
 
 @dataclass
-class Example(_Renewed):
+class Example(_RefusesRemoved):
     """One training example.
 
     Attributes:
-        inputs: what the task feeds the model, by name: `input_ids` [T] int32, `pixel_values` [C, H, W], …
-        label_positions: [L] int64, the output positions that are scored; empty for a prompt.
+        inputs: model inputs by name: `input_ids` [T] int32, `pixel_values` [C, H, W], …
+        label_positions: [L] int64, the output positions to score; empty for a prompt.
         labels: [L, …]: token ids, classes, or real values.
-        weights: [L] float32, above 0: the factor of each label in loss, counts and metrics.
-        group: examples with the same number stand together, in order, as a pair does; None: a group of its own.
-        key: stable identity, which randomness and caches depend on; the row's number where a row is one example.
+        weights: [L] float32, above 0: the weight of each label in loss, counts and metrics.
+        group: adjacent examples with the same number form an ordered group, such as a pair; None: a group of one.
+        key: stable identity, used for random numbers and caches; the row number if each row is one example.
         row: index of its row in the data file, for messages.
-        columns: what strategies add in `prepare_examples`.
+        columns: values that strategies add in `prepare_examples`.
     """
 
     inputs: dict[str, np.ndarray]
@@ -91,13 +91,13 @@ class Example(_Renewed):
     columns: dict[str, Column] = field(default_factory=dict)
 
     def __len__(self) -> NoReturn:
-        _Gone("__len__", "run.task.length(example)").refuse(type(self))
+        _Removed("__len__", "run.task.length(example)").refuse(type(self))
 
     def __bool__(self) -> bool:
         return True
 
 
-_GONE_EXAMPLE = {
+_REMOVED_FROM_EXAMPLE = {
     "id": "example.key (identity) or example.row (messages)",
     "input_ids": 'example.inputs["input_ids"]',
     "supervised": "example.label_positions",
@@ -107,24 +107,24 @@ _GONE_EXAMPLE = {
 
 
 @dataclass
-class Batch(_Renewed):
-    """One micro-batch: a packed row of whole examples (rows = 1), or rows of one example each, padded on the right.
+class Batch(_RefusesRemoved):
+    """One micro-batch: several examples packed into one row (rows = 1), or one example per row, padded on the right.
 
     Attributes:
-        inputs: what the model is called with, by name; for text `input_ids` [rows, width] int64, `position_ids`, which
-            restart at 0 with each example, and `attention_mask` (bool) if rows are padded.
+        inputs: model inputs by name; for text `input_ids` [rows, width] int64, `position_ids`, which restart at 0 for
+            each example, and `attention_mask` (bool) if rows are padded.
         label_positions: [L] int64 index into the outputs, flattened to [rows · width].
         labels: [L, …]: token ids, classes, or real values.
-        weights: [L] float32, the factor of each label.
+        weights: [L] float32, the weight of each label.
         example_of_label: [L] int64 index into `keys`.
         example_of_position: [rows · width] int64 index into `keys`; -1 on padding.
         keys: identity of each example, in order.
-        lengths: size of each example as the task counts it (tokens of a text), on the host.
-        groups: (start, stop) of the examples of each group, on the host.
+        lengths: size of each example as counted by the task (tokens for text), on the host.
+        groups: (start, stop) range of each group's examples, on the host.
         rows, width: layout of the outputs.
         segments: boundaries of the examples in a packed row, (0, …, width), on the host; () if rows are padded.
         source_rows: row of each example in the data file, for messages.
-        columns: tensors that strategies add, laid out by their axis: [examples], [rows, width, …] or [L, …].
+        columns: tensors that strategies add, shaped according to their axis: [examples], [rows, width, …] or [L, …].
         total_weight: sum of `weights` in float64, on the host.
     """
 
@@ -150,7 +150,7 @@ class Batch(_Renewed):
 
     @property
     def counts(self) -> dict[str, float]:
-        """How much of each unit the batch holds: "label" (the sum of weights), "example", "group", "token"."""
+        """The batch's amount of each unit: "label" (the sum of weights), "example", "group", "token"."""
         return {
             "label": self.total_weight,
             "example": float(len(self.keys)),
@@ -174,7 +174,7 @@ class Batch(_Renewed):
         return replace(self, **{name: move(value) for name, value in vars(self).items()})
 
 
-_GONE_BATCH = {
+_REMOVED_FROM_BATCH = {
     "input_ids": 'batch.inputs["input_ids"], or batch.rows and batch.width for its shape',
     "position_ids": 'batch.inputs["position_ids"]',
     "attention_mask": 'batch.inputs.get("attention_mask")',
@@ -182,6 +182,6 @@ _GONE_BATCH = {
     "example_ids": "batch.keys",
     "num_tokens": "sum(batch.lengths)",
 }
-for _class, _names in ((Example, _GONE_EXAMPLE), (Batch, _GONE_BATCH)):
+for _class, _names in ((Example, _REMOVED_FROM_EXAMPLE), (Batch, _REMOVED_FROM_BATCH)):
     for _name, _use in _names.items():
-        setattr(_class, _name, _Gone(_name, _use))
+        setattr(_class, _name, _Removed(_name, _use))

@@ -22,7 +22,7 @@ EXCLUSIVE = tuple(name for name in HOOKS if getattr(HookSpecs, name).call_style 
 CORE = tuple(name for name in HOOKS if getattr(HookSpecs, name).call_style == "core")
 WRAPPABLE = tuple(name for name in HOOKS if getattr(HookSpecs, name).wrappable)
 PAIRS = (("state_dict", "load_state_dict"), ("step_values", "step_terms"))
-"""Hooks that are of use only together."""
+"""Hooks that must be implemented together."""
 _BASES = {
     STRATEGIES: "budwood.Strategy",
     "budwood.tasks": "budwood.Task",
@@ -31,7 +31,7 @@ _BASES = {
     "budwood.attacks": "budwood.Attack",
 }
 _RENAMED = {"kind": "adapter_type"}
-"""Arguments of hooks, from version 1 to 2."""
+"""Hook arguments that version 2 of the contract renamed."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class PluginStatus:
     """An installed entry point and its problem, if any.
 
     Attributes:
-        kind: strategy, task, data format, quantiser, attack or demo; or its group, if that is unknown.
+        kind: strategy, task, data format, quantiser, attack or demo; or its group, if that is not known.
         entry: its name, object, distribution and version.
         problem: one line with its name and the remedy; empty if it works.
     """
@@ -82,12 +82,12 @@ def _problem(entry: Installed, group: str) -> str:
 
 
 def load(name: str, group: str) -> tuple[type[Any], Installed]:
-    """Import the class of a plugin and check what holds for all plugins.
+    """Import a plugin's class and check the requirements common to all plugins.
 
     Raises:
-        InputError: it is not installed, or two distributions have it.
-        PluginError: it fails to import, is not what its group takes, was written for another version of the contract
-            or declares none, lacks an attribute or method that its class must have, or its Options are none.
+        InputError: it is not installed, or two distributions provide it.
+        PluginError: it fails to import, is not a subclass of its group's base class, declares an unsupported version of
+            the contract or none, lacks a required attribute or method, or its Options are not valid.
     """
     entry = find(name, group)
     cls = entry.load()
@@ -99,8 +99,8 @@ def load(name: str, group: str) -> tuple[type[Any], Installed]:
     supported = SUPPORTED.get(group, (API_VERSION,))
     if 1 not in supported and not any("api" in vars(base) for base in cls.__mro__ if base is not Plugin):
         raise PluginError(
-            f"{who}: {entry.value} declares no version of the contract: declare `api = {API_VERSION}` in the class, or "
-            f"ask its author for an update (pip install -U {entry.distribution})."
+            f"{who}: {entry.value} does not declare a version of the contract: set `api = {API_VERSION}` in the class, "
+            f"or ask its author for an update (pip install -U {entry.distribution})."
         )
     if cls.api not in supported:
         behind = entry.distribution if cls.api < API_VERSION else "budwood"
@@ -110,11 +110,11 @@ def load(name: str, group: str) -> tuple[type[Any], Installed]:
         )
     for name in cls.must_declare:
         if not hasattr(cls, name):
-            raise PluginError(f"{who}: {entry.value} declares no '{name}', which its class must.")
+            raise PluginError(f"{who}: {entry.value} does not declare '{name}', which is required.")
     for name in cls.must_implement:
         defined = next(vars(base) for base in cls.__mro__ if name in vars(base))
         if "must_implement" in defined:
-            raise PluginError(f"{who}: {entry.value} does not implement '{name}', which its class must.")
+            raise PluginError(f"{who}: {entry.value} does not implement '{name}', which is required.")
     if hasattr(cls, "Options"):
         _check_options(cls.Options, who)
     return cls, entry
@@ -125,7 +125,7 @@ def _check_options(options: Any, who: str) -> None:
         raise PluginError(f"{who}: its Options must be a subclass of budwood.Options, which refuses unknown keys.")
     try:
         options.model_json_schema()
-    except Exception as error:  # pydantic has several, and an author's types can raise anything
+    except Exception as error:  # pydantic raises several types, and a plugin's own types can raise any
         raise PluginError(f"{who}: its Options have no schema: {describe(error)}. Report it to its author.") from error
 
 
@@ -133,8 +133,8 @@ def load_strategy(name: str) -> tuple[type[Strategy], Installed]:
     """Import the strategy `name` and check it against the contract.
 
     Raises:
-        InputError: it is not installed, or two distributions have it.
-        PluginError: as `load`, or it has a misspelt, unmarked or wrongly declared hook, or one of a pair alone.
+        InputError: it is not installed, or two distributions provide it.
+        PluginError: see `load`; or a hook is misspelt, unmarked or wrongly declared, or lacks its counterpart.
     """
     cls, entry = load(name, STRATEGIES)
     who = f"strategy '{name}' of {entry.owner}"
@@ -144,25 +144,26 @@ def load_strategy(name: str) -> tuple[type[Strategy], Installed]:
             raise PluginError(f"{who}: '{declared}' must be a tuple of names, not {names!r}.")
     check_hooks(cls, who)
     for pair in PAIRS:
-        given = [hook for hook in pair if hasattr(cls, hook)]
-        if len(given) == 1:
+        implemented = [hook for hook in pair if hasattr(cls, hook)]
+        if len(implemented) == 1:
+            (missing,) = set(pair) - set(implemented)
             raise PluginError(
-                f"{who}: of the hooks {' and '.join(pair)} it implements {given[0]} alone, which has no effect without "
-                "the other; implement both or neither."
+                f"{who}: hook '{implemented[0]}' has no effect without '{missing}': implement both or neither."
             )
-    taken = inspect.signature(cls.use_adapters).parameters if hasattr(cls, "use_adapters") else ()
-    if cls.api > 1 and "names" in taken and "index" not in taken:
-        raise PluginError(f"{who}: hook 'use_adapters' must take 'index', which says who computes which row.")
+    parameters = inspect.signature(cls.use_adapters).parameters if hasattr(cls, "use_adapters") else ()
+    if cls.api > 1 and "names" in parameters and "index" not in parameters:
+        raise PluginError(f"{who}: hook 'use_adapters' must take 'index', which maps each row to its adapter.")
     return cls, entry
 
 
 def adapter_owner(peft_type: str) -> Installed:
-    """Find the installed strategy that owns an adapter type of PEFT's.
+    """Find the installed strategy that owns one of PEFT's adapter types.
 
-    A strategy's source tells its types in most cases. Only if none does, the strategies are imported.
+    The types are usually declared literally in a strategy's source. Strategies are imported only if no source declares
+    the type.
 
     Raises:
-        InputError: none owns the type, or several do.
+        InputError: no strategy owns the type, or several do.
     """
     entries = [entry for same_name in installed().values() for entry in same_name]
     types = {entry: entry.declared("adapter_types") for entry in entries}
@@ -171,23 +172,23 @@ def adapter_owner(peft_type: str) -> Installed:
     if not owners:
         known = sorted({name for names in types.values() for name in names})
         raise InputError(
-            f"no installed strategy reads PEFT's type '{shorten(peft_type)}'.{did_you_mean(peft_type, known)} Install "
-            "one that does; see `budwood plugins`."
+            f"no installed strategy reads PEFT's adapter type '{shorten(peft_type)}'.{did_you_mean(peft_type, known)} "
+            "Install one that does; see `budwood plugins`."
         )
     if len(owners) > 1:
         names = " and ".join(f"strategy '{entry.name}' of {entry.owner}" for entry in owners)
         raise InputError(
-            f"PEFT's type '{peft_type}' is owned by {names}: uninstall one of them "
+            f"PEFT's adapter type '{peft_type}' is owned by {names}: uninstall one of them "
             f"(pip uninstall {owners[-1].distribution})."
         )
     return owners[0]
 
 
 def _imported_types(entry: Installed) -> Sequence[str]:
-    """Adapter types of a strategy, imported; of version 1, which declared none, its own name in capitals."""
+    """Import a strategy and return its adapter types; version 1 declares none, so its name in capitals."""
     try:
         cls, _ = load_strategy(entry.name)
-    except BudwoodError:  # broken, or provided twice: it owns nothing
+    except BudwoodError:  # broken, or provided by two distributions: owns nothing
         return ()
     return tuple(cls.adapter_types) or ((entry.name.upper(),) if cls.api == 1 else ())
 
@@ -211,7 +212,7 @@ def check_hooks(cls: type, who: str) -> None:
             problem = f"method '{name}' is named like a hook; mark it with @hookimpl, or rename it."
         else:
             kind = type(member).__name__
-            problem = f"'{name}' is named like a hook but is a {kind}, not a method marked with @hookimpl; rename it."
+            problem = f"'{name}' is named like a hook but is of type {kind}, not a method with @hookimpl; rename it."
         if problem:
             raise PluginError(f"{who}: {problem}")
 
@@ -231,7 +232,7 @@ def _hook_problem(name: str, member: Any, marks: dict[str, Any], of_strategy: bo
     if marks["wrapper"] and name not in WRAPPABLE:
         return f"{hook} cannot be wrapped; only {', '.join(WRAPPABLE)} can."
     if marks["wrapper"] and not inspect.isgeneratorfunction(member):
-        return f"{hook} is a wrapper, so it must yield once, where the call that it wraps should run."
+        return f"{hook} is a wrapper, so it must yield once, where the wrapped call should run."
     if not marks["wrapper"] and name in CORE and of_strategy:
         return f"{hook} is implemented by core; a strategy can only wrap it, with @hookimpl(wrapper=True)."
     if not marks["wrapper"] and inspect.isgeneratorfunction(plain):
@@ -249,11 +250,9 @@ def _argument_problem(hook: str, spec: Any, given: list[inspect.Parameter]) -> s
         return f"{hook} must take self first, then any of {', '.join(allowed)}."
     for argument in given[1:]:
         if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
-            return f"{hook} cannot take {argument}: name the arguments that it uses, of {', '.join(allowed)}."
+            return f"{hook} cannot take {argument}; name the arguments that it uses: any of {', '.join(allowed)}."
         if argument.name in _RENAMED and _RENAMED[argument.name] in allowed:
-            return (
-                f"{hook}: argument '{argument.name}' is called '{_RENAMED[argument.name]}' since version 2; rename it."
-            )
+            return f"{hook}: argument '{argument.name}' was renamed in version 2; use '{_RENAMED[argument.name]}'."
         if argument.name not in allowed:
             near = did_you_mean(argument.name, allowed)
             return f"{hook} has no argument '{argument.name}'.{near} It may take {', '.join(allowed)}."
@@ -268,7 +267,8 @@ def create(name: str, group: str) -> Any:
     """Import, check and instantiate a task, a data format or a quantiser.
 
     Raises:
-        InputError, PluginError: see `load`; or it fails to start.
+        InputError: see `load`.
+        PluginError: see `load`; or it fails to start.
     """
     return start(*load(name, group))
 
@@ -277,7 +277,7 @@ def start(cls: type[Any], entry: Installed, **arguments: Any) -> Any:
     """Instantiate a loaded plugin class and set its name and distribution.
 
     Raises:
-        PluginError: its `__init__` fails, or does not call its base class's.
+        PluginError: its `__init__` fails, or does not call that of the base class.
     """
     who = f"{WORDS[cls.group]} '{entry.name}' of {entry.owner}"
     try:
@@ -300,8 +300,8 @@ def build_strategy(name: str, options: dict[str, Any], where: str | Callable[...
     """Import and instantiate a strategy with validated options.
 
     Args:
-        name: the name it is installed under.
-        options: as written.
+        name: the name under which it is installed.
+        options: as written in the recipe.
         where: prefix of messages ("recipe.yaml:7"), or a function that returns it for an option (`where("rank")`).
 
     Raises:
@@ -310,18 +310,18 @@ def build_strategy(name: str, options: dict[str, Any], where: str | Callable[...
     """
     cls, entry = load_strategy(name)
 
-    def say(place: tuple[str | int, ...], text: str) -> str:
-        at = where if isinstance(where, str) else where(*place)
-        return f"{at}: {dotted((name, *place))}: {sentence(text)}"
+    def message(place: tuple[str | int, ...], text: str) -> str:
+        prefix = where if isinstance(where, str) else where(*place)
+        return f"{prefix}: {dotted((name, *place))}: {sentence(text)}"
 
-    strategy: Strategy = start(cls, entry, options=validate_options(cls, entry, options, say))
+    strategy: Strategy = start(cls, entry, options=validate_options(cls, entry, options, message))
     return strategy
 
 
 def validate_options(
-    cls: type[Any], entry: Installed, options: dict[str, Any], say: Callable[[tuple[str | int, ...], str], str]
+    cls: type[Any], entry: Installed, options: dict[str, Any], message: Callable[[tuple[str | int, ...], str], str]
 ) -> Any:
-    """Return an instance of the class's Options; `say(place, text)` formats a problem.
+    """Return an instance of the class's Options; `message(place, text)` formats a problem.
 
     Raises:
         InputError: options are unknown or out of range; the message names all of them.
@@ -331,7 +331,7 @@ def validate_options(
         validated = cls.Options.model_validate(options)
         validated.model_dump(mode="json")
     except ValidationError as error:
-        problems = [say(*problem) for problem in find_problems(error, cls.Options)]
+        problems = [message(*problem) for problem in find_problems(error, cls.Options)]
         raise InputError(" ".join(problems), problems) from None
     except BudwoodError:
         raise

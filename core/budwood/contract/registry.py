@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -21,7 +21,7 @@ from budwood.errors import BudwoodError, InputError, describe
 
 
 class _Manager(pluggy.PluginManager):
-    """pluggy's manager, but it guards hooks and only looks at attributes named like one, so no property is read."""
+    """A pluggy manager that guards hooks. It only reads attributes named like hooks, so it evaluates no properties."""
 
     def __init__(self, calls: Calls) -> None:
         super().__init__("budwood")
@@ -42,7 +42,7 @@ class _Manager(pluggy.PluginManager):
 
 @dataclass(frozen=True)
 class HookCall:
-    """One implementation of a hook: its plugin, the plugin's name, and whether it wraps those that follow."""
+    """One implementation of a hook: the plugin, its name, and whether it wraps the implementations after it."""
 
     name: str
     plugin: Any
@@ -50,7 +50,7 @@ class HookCall:
 
 
 class Composition:
-    """Compatible strategies in resolved order, and the hook calls over them.
+    """Compatible strategies in resolved order, and calls of their hooks.
 
     Raises (on construction):
         InputError: two owners of a slot or an exclusive hook, a missing requirement, a conflict, a cycle in the order.
@@ -63,14 +63,14 @@ class Composition:
 
         Args:
             problems: collects incompatibilities instead of raising; a cycle leaves the order unchanged.
-            complete: False if strategies are missing that might provide what others require.
+            complete: False if missing strategies might provide what others require.
         """
-        found = _find_conflicts(strategies, complete)
-        self.strategies = _resolve_order(strategies, found)
+        conflicts = _find_conflicts(strategies, complete)
+        self.strategies = _resolve_order(strategies, conflicts)
         if problems is not None:
-            problems += found
-        elif found:
-            raise InputError(" ".join(found), found)
+            problems += conflicts
+        elif conflicts:
+            raise InputError(" ".join(conflicts), conflicts)
         self._calls = Calls()
         self._manager = _Manager(self._calls)
         self._disabled: set[int] = set()
@@ -82,7 +82,7 @@ class Composition:
         self._manager.check_pending()
 
     def register_core(self, plugin: object, name: str) -> None:
-        """Register a part of core, or the task, below the strategies: called last and wrapped by all of them.
+        """Register a part of core, or the task, below the strategies: it is called last, and all of them wrap it.
 
         Raises:
             PluginError: see `check_hooks`.
@@ -105,22 +105,29 @@ class Composition:
         return [HookCall(i.plugin_name, i.plugin, i.wrapper) for i in self._implementations(hook)]
 
     def call(self, hook: str, **arguments: Any) -> Any:
-        """Call a hook; return the first result of an exclusive hook, else the list of results that are not None."""
+        """Call a hook; return the first result of an exclusive hook, otherwise all results that are not None."""
         self._note_run(arguments)
         return getattr(self._manager.hook, hook)(**arguments)
 
-    def collect(self, hook: str, **arguments: Any) -> list[tuple[Any, Any]]:
-        """Call a hook on each plugin in order; return the (plugin, result) pairs whose result is not None."""
+    def collect(
+        self, hook: str, per_plugin: Mapping[str, Callable[[Any], Any]] | None = None, **arguments: Any
+    ) -> list[tuple[Any, Any]]:
+        """Call a hook on each plugin in order; return the (plugin, result) pairs whose result is not None.
+
+        Args:
+            per_plugin: functions from a plugin to its value of an argument.
+        """
         self._note_run(arguments)
         pairs = []
         for impl in self._implementations(hook):
-            result = impl.function(*(arguments[name] for name in impl.argnames))
+            own = {name: value(impl.plugin) for name, value in (per_plugin or {}).items()}
+            result = impl.function(*(own[name] if name in own else arguments[name] for name in impl.argnames))
             if result is not None:
                 pairs.append((impl.plugin, result))
         return pairs
 
     def ask(self, hook: str, name: str, **arguments: Any) -> tuple[Any, Any]:
-        """Call a hook of the plugin called `name` alone; return it and its result, or None twice if there is none."""
+        """Call a hook on the plugin `name` only; return (plugin, result), or (None, None) if it has no such hook."""
         self._note_run(arguments)
         for impl in self._implementations(hook):
             if impl.plugin_name == name:
@@ -128,12 +135,12 @@ class Composition:
         return None, None
 
     def chain(self, hook: str, key: str, value: Any, **arguments: Any) -> Any:
-        """Pass `value` as argument `key` through each implementer in order; each receives what the last returned."""
+        """Pass `value` as argument `key` through each implementer in order; each receives the previous result."""
         results = [result for _, result in self.follow(hook, key, value, **arguments)]
         return results[-1] if results else value
 
     def follow(self, hook: str, key: str, value: Any, **arguments: Any) -> Iterator[tuple[Any, Any]]:
-        """The steps of `chain`: each implementer with what it returned."""
+        """Yield the intermediate results of `chain`, each with its plugin."""
         self._note_run(arguments)
         for impl in self._implementations(hook):
             arguments[key] = value
@@ -150,27 +157,27 @@ class Composition:
             except Exception as error:
                 self._disabled.add(id(impl.plugin))
                 cause = error.__cause__ if isinstance(error, PluginError) and error.__cause__ else error
-                what = str(cause) if isinstance(cause, BudwoodError) else describe(cause)
-                say(f"{impl.plugin} failed in on_event and is disabled: {what}")
+                reason = str(cause) if isinstance(cause, BudwoodError) else describe(cause)
+                say(f"{impl.plugin} failed in on_event and is disabled: {reason}")
                 if os.environ.get("BUDWOOD_DEBUG", "0") not in ("", "0"):
                     say("".join(traceback.format_exception(cause)).rstrip())
 
     @property
     def costs(self) -> list[Cost]:
-        """The cost so far of every owner's hooks and of core's own parts, most expensive first."""
+        """The costs so far of all hooks and of core's own parts, most expensive first."""
         return sorted((c for c in self._calls.costs.values() if c.calls), key=lambda cost: -cost.own_seconds)
 
     @property
     def measures_memory(self) -> bool:
-        """Whether memory is measured too."""
+        """Whether memory is measured as well."""
         return self._calls.peak is not None
 
     def part(self, name: str) -> AbstractContextManager[None]:
-        """Measure a part of core that is not a hook, under a name."""
+        """Measure a part of core that is not a hook, under `name`."""
         return self._calls.part(name)
 
     def measure(self, peak: Callable[[], int], wait: Callable[[], None] | None) -> None:
-        """From now on measure memory too, and read the clock after `wait()`.
+        """Measure memory as well from now on, and read the clock after `wait()`.
 
         Args:
             peak: returns the process's peak memory in bytes.
@@ -179,10 +186,10 @@ class Composition:
         self._calls.peak, self._calls.wait = peak, wait
 
     def claim(self, name: str, plugin: Any = None, hook: str = "") -> None:
-        """Note that a logged number is a plugin's, by default of the one whose code is running.
+        """Reserve a metric name for a plugin, by default the one whose code is running.
 
         Raises:
-            PluginError: a number of core or of another plugin has that name.
+            PluginError: core or another plugin already logs under that name.
         """
         self._calls.claim(name, plugin, hook)
 
@@ -204,7 +211,7 @@ def _owns(strategy: Strategy) -> set[str]:
 
 
 def _find_conflicts(strategies: Sequence[Strategy], complete: bool) -> list[str]:
-    """Return why the strategies cannot be combined; requirements are only checked if no strategy is missing."""
+    """Return why the strategies cannot be combined; requirements are checked only if `complete`."""
     problems = []
     names: dict[str, Strategy] = {}
     owners: dict[str, Strategy] = {}
@@ -218,8 +225,8 @@ def _find_conflicts(strategies: Sequence[Strategy], complete: bool) -> list[str]
                 problems.append(f"{owners[slot]} and {strategy} both own the slot '{slot}': leave one out.")
             owners[slot] = strategy
     for hook in EXCLUSIVE:
-        both = [s for s in names.values() if hasattr(getattr(type(s), hook, None), "budwood_impl")]
-        problems += [f"{both[0]} and {other} both implement '{hook}': leave one out." for other in both[1:]]
+        rivals = [s for s in names.values() if hasattr(getattr(type(s), hook, None), "budwood_impl")]
+        problems += [f"{rivals[0]} and {other} both implement '{hook}': leave one out." for other in rivals[1:]]
     for strategy in names.values():
         present = set().union(*(_owns(other) for other in names.values() if other is not strategy))
         missing = [need for need in strategy.requires if need not in present] if complete else []
@@ -232,7 +239,7 @@ def _find_conflicts(strategies: Sequence[Strategy], complete: bool) -> list[str]
 
 
 def _resolve_order(strategies: Sequence[Strategy], problems: list[str]) -> list[Strategy]:
-    """Sort topologically by `before` and `after`; the recipe's order breaks ties, and is kept if there is a cycle."""
+    """Sort topologically by `before` and `after`; the recipe's order breaks ties and is kept if there is a cycle."""
     graph: TopologicalSorter[int] = TopologicalSorter({index: () for index in range(len(strategies))})
     for index, strategy in enumerate(strategies):
         for other_index, other in enumerate(strategies):

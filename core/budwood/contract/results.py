@@ -1,4 +1,4 @@
-"""Checks what each hook returns, and words the message if it is wrong."""
+"""Checks the results of hooks."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from budwood.contract.types import LossTerm
 
-# Code that calls hooks imports torch; code that only lists plugins does not. Hence no import of torch up here.
+# torch is imported only inside functions, because code that lists plugins without calling hooks does not need it.
 
 
 def find_problem(hook: str, result: Any, wrapper: bool = False) -> str:
     """Return what is wrong with the result of an implementation of `hook`; empty if nothing is.
 
-    A wrapper returns for everything that it wraps: for a hook that collects, the list of results.
+    A wrapper returns the result of the call that it wraps: for a collecting hook, the list of results.
     """
-    wanted, is_right = _MUST_RETURN[hook]
+    expected, is_valid = _MUST_RETURN[hook]
     if wrapper and hook in _COLLECTED:
-        wanted, inner = f"the list that its yield returned, each {wanted}", is_right
-        right = isinstance(result, list) and all(inner(item) for item in result)
-        right = right or (result is None and hook == "export")
+        expected = f"the list that its yield returned, each {expected}"
+        valid = isinstance(result, list) and all(is_valid(item) for item in result)
+        valid = valid or (result is None and hook == "export")
     else:
-        right = is_right(result)
-    if right:
+        valid = is_valid(result)
+    if valid:
         return ""
-    return f"returned {_shown(result)}; it must return {wanted}."
+    return f"returned {_described(result)}; it must return {expected}."
 
 
-def _shown(result: Any) -> str:
+def _described(result: Any) -> str:
     if result is None:
         return "None"
     if isinstance(result, list | tuple) and result:
-        kinds = list(dict.fromkeys(type(item).__name__ for item in result))
-        return f"a {type(result).__name__} of {', '.join(kinds[:3])}"
-    return f"a {type(result).__name__}"
+        types = list(dict.fromkeys(type(item).__name__ for item in result))
+        return f"a {type(result).__name__} of {', '.join(types[:3])}"
+    name = type(result).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def _is_nothing(result: Any) -> bool:
@@ -161,8 +162,8 @@ _MUST_RETURN: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "trainable_parameters": ("a list of ParameterGroup, each with a dict of nn.Parameter by name", _are_groups),
     "build_optimizer": ("a torch.optim.Optimizer", _is_optimizer),
     "build_scheduler": ("a torch.optim.lr_scheduler.LRScheduler", _is_scheduler),
-    "next_examples": ("a sequence of Example for each optimizer step that uses the set", _are_steps),
-    "batch_counts": ("a dict of counts from 0 by name", _are_counts),
+    "next_examples": ("one sequence of Example for each optimizer step that uses the set", _are_steps),
+    "batch_counts": ("a dict of finite, non-negative counts by name", _are_counts),
     "prepare_batch": ("the batch, a Batch", _is_batch),
     "backward": _NOTHING,
     "forward": ("the outputs, an Outputs", _are_outputs),

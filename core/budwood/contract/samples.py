@@ -1,4 +1,4 @@
-"""What a run's model says when it is asked: the samples that on-policy examples are made of."""
+"""Samples that a run's model generates, from which on-policy examples are built."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Sample:
     """One continuation of a prompt.
 
     Attributes:
-        prompt: token ids that were continued.
-        tokens: every token that was drawn, the one that ended the text among them, so that its choice can be trained.
-        log_probs: of each of `tokens` at the temperature of the sampling (1 if greedy), fp32; all tokens being
-            possible, whatever `top_p` was. They equal `task.log_probs(logits, tokens, temperature)` up to rounding.
-        text: decoded, without special tokens; ends before a stop string.
-        finish_reason: "eos": a token that ends an answer; "stop": a stop string; "length": the limit or the context.
+        prompt: token ids of the prompt.
+        tokens: all sampled tokens, including the one that ended the text, so that ending can be trained too.
+        log_probs: of each of `tokens` at the sampling temperature (1 if greedy), fp32, over the full vocabulary
+            whatever `top_p` is. They equal `task.log_probs(logits, tokens, temperature)` up to rounding.
+        text: decoded without special tokens, up to any stop string.
+        finish_reason: "eos": an end-of-answer token; "stop": a stop string; "length": the token or context limit.
     """
 
     prompt: list[int]
@@ -35,7 +35,7 @@ class Sample:
 
 
 class Sampler(Protocol):
-    """What core puts behind `Run.generate` (training.sampling)."""
+    """Core's implementation of `Run.generate` (training.sampling)."""
 
     def __call__(
         self, run: Run, prompts: Prompts, *, adapter: bool, max_new_tokens: int, temperature: float, top_p: float,

@@ -1,4 +1,4 @@
-"""The base class of every plugin and of every strategy, its options, and the marker for its hooks."""
+"""Base classes of plugins, strategies and their options, and the marker for hooks."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from budwood.contract.discovery import STRATEGIES, WORDS
 API_VERSION = 2
 """Major version of the contract."""
 SUPPORTED = {STRATEGIES: (1, 2), "budwood.attacks": (1, 2)}
-"""Versions that still load, by entry point group; of other groups only the current one."""
+"""Versions that load, by entry point group; other groups accept only the current one."""
 
 RUN_ADAPTER = "default"
-"""Name under which a run's adapter stands on its model; the slot "adapter" has one owner, so there is one."""
+"""Name of a run's adapter on its model; there is only one, since the slot "adapter" has one owner."""
 
 hookimpl = pluggy.HookimplMarker("budwood")
 """Marks a method of a strategy as an implementation of the hook of the same name."""
 
 
 class Options(BaseModel):
-    """Base of a strategy's options: unknown keys, NaN and infinities are refused; a frozen instance."""
+    """Base class of a strategy's options: frozen; refuses unknown keys, NaN and infinities."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Plugin:
-    """Base of everything that comes through an entry point. A subclass of `Strategy`, `Task`, … has all of it."""
+    """Base class of everything loaded through an entry point: `Strategy`, `Task`, …"""
 
     group: ClassVar[str] = ""
-    """Entry point group that it registers in."""
+    """Entry point group in which it is registered."""
     api: ClassVar[int] = 1
-    """Major version of the contract that it was written for. Stays 1 here: who declares none knew of no other."""
+    """Major version of the contract that it was written for. The default stays 1: no declaration predates version 2."""
     must_declare: ClassVar[tuple[str, ...]] = ()
-    """Class attributes without a default."""
+    """Class attributes that a subclass must define."""
     must_implement: ClassVar[tuple[str, ...]] = ()
-    """Methods that the class which lists them leaves to its subclasses."""
+    """Methods that subclasses of the class that lists them must implement."""
     distribution: str = ""
-    """Whose it is ("dist 1.2"); the registry sets it, and the name."""
+    """Distribution and version, such as "dist 1.2"; set by the registry, like the name."""
     _calls: Any = None
-    """The guarded calls of the composition that it stands in."""
+    """The guarded calls of its composition."""
 
     def __str__(self) -> str:
         name = getattr(self, "name", "") or type(self).__name__
@@ -50,7 +50,7 @@ class Plugin:
 
 
 class Strategy(Plugin):
-    """One way to change training. Subclass it, declare, and mark the hooks that it takes part in with `@hookimpl`.
+    """A modification of training. Subclass it, declare what it needs, and mark its hooks with `@hookimpl`.
 
     The first line of the subclass's docstring is what `budwood plugins` shows.
     """
@@ -58,27 +58,29 @@ class Strategy(Plugin):
     group = STRATEGIES
     Options: ClassVar[type[BaseModel]] = Options
     slots: ClassVar[tuple[str, ...]] = ()
-    """What the strategy owns alone, such as "adapter", "teacher", "optimizer"."""
+    """Roles that the strategy owns exclusively, such as "adapter", "teacher", "optimizer"."""
     provides: ClassVar[tuple[str, ...]] = ()
-    """Capabilities that others may require; unlike a slot, several strategies may provide the same."""
+    """Capabilities that others may require; unlike slots, several strategies may provide the same one."""
     requires: ClassVar[tuple[str, ...]] = ()
     """Strategies, slots or capabilities that must be in the same recipe."""
     conflicts: ClassVar[tuple[str, ...]] = ()
-    """Strategies, slots or capabilities that must not be in the same recipe."""
+    """Strategies, slots or capabilities that may not be in the same recipe."""
     before: ClassVar[tuple[str, ...]] = ()
-    """Strategies (or owners of a slot or capability) that this one goes before, where they are present."""
+    """Strategies (or owners of a slot or capability) that this one precedes, if present."""
     after: ClassVar[tuple[str, ...]] = ()
-    """Strategies (or owners of a slot or capability) that this one goes after, where they are present."""
+    """Strategies (or owners of a slot or capability) that this one follows, if present."""
 
     adapter_types: ClassVar[tuple[str, ...]] = ()
-    """PEFT's names of the adapter types that it reads, such as "LORA", for adapters that stock PEFT saved."""
+    """PEFT's names of the adapter types that it reads, such as "LORA", for adapters saved by PEFT itself."""
     uses_reference: Literal["", "base", "start"] = ""
-    """Which `step.reference()` it asks for: the adapter off, or as it started; it then comes before the forward."""
+    """Which `step.reference()` it uses: adapter off, or as at the start. It is then computed before the forward."""
+    log_prob_temperature: float = 1.0
+    """Temperature of the log-probabilities in `sequence_terms` and `step_values`: that of sampling, for a policy."""
     updates: int = 1
     """Optimizer steps that use one set of `next_examples`."""
 
     def __init__(self, options: Any = None, name: str = "", distribution: str = "") -> None:
-        """Hold validated `options`; `name` and `distribution` ("dist 1.2") come from the registry."""
+        """Store validated `options`; the registry passes `name` and `distribution` ("dist 1.2")."""
         self.options: Any = self.Options() if options is None else options
         self.name = name or type(self).__name__
         self.distribution = distribution

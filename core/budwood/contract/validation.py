@@ -12,7 +12,7 @@ from budwood.untrusted.redaction import shorten
 
 Location = tuple[str | int, ...]
 
-_KINDS = {
+_MESSAGES = {
     "string_type": "must be text",
     "int_type": "must be a whole number",
     "int_parsing": "must be a whole number",
@@ -39,14 +39,14 @@ def find_problems(error: ValidationError, model: type[BaseModel]) -> list[tuple[
     """Return location (keys and indices) and text of every problem, unknown keys first; one per location."""
     problems = error.errors(include_url=False)
     problems.sort(key=lambda p: p["type"] != "extra_forbidden")  # stable
-    found: dict[Location, str] = {}
+    texts: dict[Location, str] = {}
     for problem in problems:
         place, text = _explain(problem, problems, model)
-        known = any(other[: len(place)] == place for other in found)  # of a union, report the member that got furthest
-        misspelt = problem["type"] == "missing" and any(f"'{place[-1]}'?" in t for t in found.values())
+        known = any(other[: len(place)] == place for other in texts)  # of a union, report the member that got furthest
+        misspelt = problem["type"] == "missing" and any(f"'{place[-1]}'?" in t for t in texts.values())
         if not known and not misspelt:
-            found[place] = text
-    return list(found.items())
+            texts[place] = text
+    return list(texts.items())
 
 
 def _explain(problem: Any, problems: list[Any], model: type[BaseModel]) -> tuple[Location, str]:
@@ -83,12 +83,12 @@ def dotted(place: Location) -> str:
 
 
 def _text(problem: Any) -> str:
-    text = _KINDS.get(problem["type"]) or re.sub(r"^\w+ should ", "must ", problem["msg"])
+    text = _MESSAGES.get(problem["type"]) or re.sub(r"^\w+ should ", "must ", problem["msg"])
     return " ".join(text.removeprefix("Value error, ").removeprefix("Assertion failed, ").split())
 
 
 def _place(model: type[BaseModel], location: Location) -> tuple[Location, type[BaseModel] | None]:
-    """Reduce a pydantic location to what the user wrote, without union members, and find the model at its end."""
+    """Return a pydantic location without union members, as the user wrote it, and the model at its end."""
     place: list[str | int] = []
     owner: type[BaseModel] | None = model
     for part in location:

@@ -18,11 +18,13 @@ from budwood.contract.examples import Example
 from budwood.contract.loading import create
 from budwood.data import cache
 from budwood.data.bad_rows import BadRows, count_reasons
+from budwood.data.chat_formats import check_unused, find_unused
 from budwood.data.classes import near_equal
 from budwood.data.encoder import Encoder
 from budwood.data.examples import DataStats, Examples, check_examples, measure, pack
-from budwood.data.formats import GROUP, DataFormat, Dropped, all_dropped, recognise
+from budwood.data.formats import GROUP, DataFormat, Dropped, all_dropped
 from budwood.data.reading import Row, Rows
+from budwood.data.recognition import recognise
 from budwood.data.sources import Data, hash_data, read_rows
 from budwood.errors import InputError
 
@@ -49,6 +51,7 @@ def build_examples(
     cache_dir: Path | None = None,
     template_options: Mapping[str, Any] | None = None,
     change: Callable[[Row, int], Row] | None = None,
+    loss_on: str = "assistant",
     skip_bad_rows: bool = False,
     date: str | None = None,
 ) -> Examples:
@@ -63,6 +66,7 @@ def build_examples(
         cache_dir: folder of the cache; None: `cache.default_folder()`.
         template_options: variables for the chat template.
         change: maps a row and its index to the row to encode; disables the cache.
+        loss_on: "assistant", "last" or "all"; see `Encoder`.
         skip_bad_rows: skip and count rows that cannot be read or used; otherwise the first one is refused.
         date: the date for a chat template that writes one, as 2026-11-28; None: today's.
 
@@ -71,7 +75,7 @@ def build_examples(
             dropped; `BUDWOOD_CACHE_LIMIT` is not a size.
     """
     task = create(task, "budwood.tasks") if isinstance(task, str) else task
-    encoder = Encoder(tokenizer, max_length, template_options, labels, date=date)
+    encoder = Encoder(tokenizer, max_length, template_options, labels, loss_on, date)
     if change is not None:
         bad = BadRows(skip_bad_rows)
         return Examples(data, *_encode(read_rows(data, bad), encoder, task, max_length, bad, change))
@@ -87,6 +91,7 @@ def build_examples(
         "max_length": max_length,
         "labels": None if labels is None else list(labels),
         "template_options": dict(template_options or {}),
+        "loss_on": loss_on,
         "skip_bad_rows": skip_bad_rows,
         "date": encoder.date,
     }
@@ -122,6 +127,7 @@ def _encode(
     change: Callable[[Row, int], Row] | None = None,
 ) -> tuple[cache.Arrays, dict[str, Any]]:
     data_format = recognise(rows.columns, task.name, str(rows.path))
+    unused = find_unused(rows.columns, data_format)
     unreadable = len(bad.rows)
     dropped: Counter[str] = Counter()
     first: dict[str, str] = {}
@@ -132,7 +138,7 @@ def _encode(
         where = [rows.location(start + i) for i in range(len(chunk))]
         if change is not None:
             chunk = [change(row, start + i) for i, row in enumerate(chunk)]
-        results = [_item(data_format, row, place, bad) for row, place in zip(chunk, where, strict=True)]
+        results = [_item(data_format, row, unused, place, bad) for row, place in zip(chunk, where, strict=True)]
         at = [i for i, item in enumerate(results) if not isinstance(item, Dropped | None)]
         if at:
             encoded = _encode_items(task, [results[i] for i in at], [where[i] for i in at], encoder, bad.skip)
@@ -187,7 +193,11 @@ def _encode(
         "max_length": max_length,
         "labels": classes,
         "date": encoder.date if encoder.rendered else None,
-        "notes": [*rows.notes, *near_equal(classes)],
+        "notes": [
+            *rows.notes,
+            *([f"columns ignored: {', '.join(unused)}"] if unused else []),
+            *near_equal(classes),
+        ],
         "sha256": rows.sha256,
         "skipped": bad.rows if bad.skip else None,
         "stop_ids": sorted(encoder.stop_ids),
@@ -196,9 +206,10 @@ def _encode(
     return arrays, facts
 
 
-def _item(data_format: DataFormat, row: Row, where: str, bad: BadRows) -> Any:
+def _item(data_format: DataFormat, row: Row, unused: Sequence[str], where: str, bad: BadRows) -> Any:
     """Return a row's item or `Dropped`; None if it is a bad row to skip."""
     try:
+        check_unused(row, unused, data_format, where)
         with attribute_errors(data_format, "item"):
             return data_format.item(row, where)
     except InputError as error:

@@ -71,7 +71,8 @@ class Base:
         unquantized_share: fraction of the weights, by count, that are not quantised.
         parameters: number of parameters.
         dtype: dtype of computation and of weights that are not quantised.
-        new: names of parameters that are not in the checkpoint: a new classification head, initialised from the seed.
+        new: names of parameters that are not in the checkpoint, initialised from the seed: a classification head, a
+            pooler. They have to train whole, and be saved with the adapter.
         notes: lines for the user.
         double_quantization: whether a 4-bit quantiser also quantises its constants.
     """
@@ -179,14 +180,13 @@ def load_base(
     with attribute_errors(quantizer, "after_load"), torch.no_grad():
         quantizer.after_load(loaded, heads)
     claim(loaded, quantizer)
-    _check_complete(name, loaded, frame, report)
+    new = _check_complete(name, loaded, frame, report)
     loaded.requires_grad_(False)
     loaded.eval()
     save_memory_in_norms(loaded)
     loaded.config.name_or_path = name
     if loaded.can_generate() and (path / "generation_config.json").is_file():
         loaded.generation_config = _generation_config(path)
-    new = tuple(sorted(report["missing_keys"]))
     base = Base(
         name, path, loaded, tokenizer, fingerprint(path), info.quantization, *_sizes(loaded, dtype), dtype, device, new,
         [], double_quantization,
@@ -231,24 +231,35 @@ def _generation_config(path: Path) -> GenerationConfig:
 
 
 def _heads(model: PreTrainedModel) -> list[str]:
-    """Return the names of modules other than the decoder or encoder, which stay in the compute dtype."""
-    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    """Return the names of modules other than the decoder or encoder, and of poolers: they stay in the compute dtype."""
+    children = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    inside = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "pooler"]
+    return [*children, *(name for name in inside if name not in children)]
 
 
-def _check_complete(name: str, model: PreTrainedModel, frame: PreTrainedModel, report: dict[str, Any]) -> None:
-    """Refuse a checkpoint that does not match its model; only the head of a classifier may be new.
+def _check_complete(
+    name: str, model: PreTrainedModel, frame: PreTrainedModel, report: dict[str, Any]
+) -> tuple[str, ...]:
+    """Refuse a checkpoint that does not match its model; return the parameters that are new.
+
+    A head of a model that is no language model, and a pooler, may be new, as a checkpoint of masked-language training
+    holds none; a head for another number of classes is replaced by a new one.
 
     Raises:
         CorruptError: weights are missing, have the wrong shape, or belong to layers that the model does not have; the
             message names them.
     """
-    prefix = f"{model.base_model_prefix}."
-    missing = sorted(report["missing_keys"])
-    if model.get_output_embeddings() is None:
-        missing = [key for key in missing if key.startswith(prefix)]
+    body = "" if model.base_model is model else f"{model.base_model_prefix}."
+    head = model.get_output_embeddings() is None
+
+    def may_be_new(key: str) -> bool:
+        return head and ("pooler" in key.split(".") or not key.startswith(body))
+
+    missing = sorted(key for key in report["missing_keys"] if not may_be_new(key))
     if missing:
         raise CorruptError(f"base '{name}': {len(missing)} weights are missing: {_some(missing)}")
-    mismatched = sorted({str(item[0]) for item in report["mismatched_keys"]} | _wrong_shapes(model, frame))
+    other = {str(item[0]) for item in report["mismatched_keys"]} | _wrong_shapes(model, frame)
+    mismatched = sorted(key for key in other if not may_be_new(key))
     if mismatched:
         raise CorruptError(f"base '{name}': {len(mismatched)} weights do not have the shape given by config.json: "
                            f"{_some(mismatched)}")  # fmt: skip
@@ -258,6 +269,7 @@ def _check_complete(name: str, model: PreTrainedModel, frame: PreTrainedModel, r
         raise CorruptError(f"base '{name}': the checkpoint has more layers than config.json: {_some(extra)}")
     if report.get("error_msgs"):
         raise CorruptError(f"base '{name}': {str(report['error_msgs'][0]).splitlines()[0]}")
+    return tuple(sorted({*report["missing_keys"], *other}))
 
 
 def _wrong_shapes(model: nn.Module, frame: nn.Module) -> set[str]:

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+_COUNTS = ("num_experts", "num_routed_experts", "moe_num_experts")
+"""Names by which modules of transformers give their number of experts."""
+
+
 @dataclass(frozen=True)
 class Experts:
     """Number of fused experts in a model, over all layers.
@@ -28,8 +32,7 @@ class Experts:
 def count_experts(model: nn.Module) -> Experts:
     """Count the fused experts of a model, which may have adapters."""
     total = quantized = trained = 0
-    for path, parameters in _fused(model):
-        experts = len(parameters[0])
+    for path, experts, parameters in _fused(model):
         total += experts
         quantized += 0 if any(p.is_floating_point() for p in parameters) else experts
         outer = path.split(".base_layer")[0].split(".original_module")[0]  # the PEFT layer around it, if any
@@ -37,10 +40,18 @@ def count_experts(model: nn.Module) -> Experts:
     return Experts(total, quantized, trained)
 
 
-def _fused(model: nn.Module) -> Iterator[tuple[str, list[nn.Parameter]]]:
-    """Yield the modules with fused experts as in transformers: path, and parameters [experts, …, …]."""
+def _fused(model: nn.Module) -> Iterator[tuple[str, int, list[nn.Parameter]]]:
+    """Yield the modules with fused experts as in transformers: path, number of experts, and their parameters.
+
+    These are [experts, …, …] or, in DBRX, [experts · inner, …].
+    """
     for path, module in model.named_modules():
-        experts = getattr(module, "num_experts", None)
-        fused = [p for p in module.parameters(recurse=False) if p.ndim == 3 and len(p) == experts]
+        experts = next((count for name in _COUNTS if isinstance(count := getattr(module, name, None), int)), 0)
+        stacked = isinstance(getattr(module, "moe_num_experts", None), int)
+        fused = [
+            p
+            for p in module.parameters(recurse=False)
+            if (p.ndim == 3 and len(p) == experts) or (stacked and p.ndim == 2 and experts and len(p) % experts == 0)
+        ]
         if fused:
-            yield path, fused
+            yield path, experts, fused

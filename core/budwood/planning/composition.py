@@ -1,4 +1,4 @@
-"""Plans a recipe before it runs: which strategies take part, who is called in which order, and every problem.
+"""Plans a recipe before it runs: its strategies, the order of calls of every hook, and every problem.
 
 Reads the base's configuration and tokenizer, but no weights and no data.
 """
@@ -57,7 +57,7 @@ class Part:
 class Call:
     """One callee of a hook: kind "strategy", "task", "quantizer" or "core".
 
-    `wraps` names the callees inside it, in order; `replaced` marks core's own if a strategy takes its place.
+    `wraps` names the callees inside it, in order; `replaced` marks core's implementation if a strategy replaces it.
     """
 
     name: str
@@ -69,12 +69,12 @@ class Call:
 
 @dataclass
 class RunPlan(Plan):
-    """The result of `plan`: a `Plan` with the strategies' parts and, for every hook, who is called in which order."""
+    """The result of `plan`: a `Plan` with one `Part` per strategy and, for every hook, its calls in order."""
 
     parts: list[Part] = field(default_factory=list)
     hooks: dict[str, list[Call]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    """Not problems, but worth knowing on this machine."""
+    """Remarks about this machine that are not problems."""
     exit_code: int = 0
     """The command's exit code: 0 without problems, that of an `InputError` if one is among them, else the highest."""
 
@@ -101,14 +101,14 @@ class RunPlan(Plan):
 
 
 def plan(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> RunPlan:
-    """Compose a recipe and collect every problem for which `tune` would refuse it in the result's `problems`.
+    """Compose a recipe; the result's `problems` lists everything for which `tune` would refuse it.
 
     Args:
-        recipe: a `Recipe`, or the path of one.
+        recipe: a `Recipe`, or its path.
         overrides: KEY=VALUE, applied to the recipe at a path.
 
     Raises:
-        InputError: the file is not a recipe at all.
+        InputError: the file is not a recipe.
     """
     silence_libraries()
     problems = _Problems()
@@ -116,25 +116,25 @@ def plan(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> RunPlan:
     if isinstance(recipe, Recipe):
         loaded = recipe
     else:
-        loaded, wrong = read_recipe(recipe, overrides)
-        problems.texts += wrong
-        problems.codes += [InputError.exit_code] * len(wrong)
+        loaded, file_problems = read_recipe(recipe, overrides)
+        problems.texts += file_problems
+        problems.codes += [InputError.exit_code] * len(file_problems)
     if loaded is None:
-        return problems.attach_to(RunPlan(None, []))  # type: ignore[arg-type]  # it cannot be read
+        return problems.attach_to(RunPlan(None, []))  # type: ignore[arg-type]  # the recipe cannot be read
     with one_revision(loaded.base.model, loaded.base.revision):
         return _plan(loaded, problems)
 
 
 def _plan(loaded: Recipe, problems: _Problems) -> RunPlan:
-    """See `plan`; `problems` holds those of the file."""
+    """See `plan`; `problems` already holds those of the file."""
     strategies, parts = _build(loaded, problems)
-    whole = UNKNOWN not in (part.version for part in parts)
-    sound = [s for s, part in zip(strategies, parts, strict=True) if part.sound]
-    clashes: list[str] = []
-    hooks = Composition(strategies, clashes, complete=whole)
-    for text in clashes:
+    complete = UNKNOWN not in (part.version for part in parts)
+    valid = [s for s, part in zip(strategies, parts, strict=True) if part.sound]
+    conflicts: list[str] = []
+    hooks = Composition(strategies, conflicts, complete=complete)
+    for text in conflicts:
         problems.add(InputError(text))
-    if whole and not hooks.implements("trainable_parameters"):
+    if complete and not hooks.implements("trainable_parameters"):
         problems.add(InputError(NOTHING_TRAINS))
     order = {id(strategy): index for index, strategy in enumerate(hooks.strategies)}
     by_order = sorted(zip(strategies, parts, strict=True), key=lambda pair: order[id(pair[0])])
@@ -142,14 +142,14 @@ def _plan(loaded: Recipe, problems: _Problems) -> RunPlan:
     run_plan.task = problems.attempt(lambda: create(loaded.base.task, TASKS))
     _inspect_base(loaded, run_plan, problems)
     _inspect_machine(loaded, run_plan.notes, problems)
-    ready = whole and len(sound) == len(strategies) and run_plan.model is not None and run_plan.tokenizer is not None
-    for strategy in sound if loaded.base.model != UNKNOWN and run_plan.task is not None else ():
+    ready = complete and len(valid) == len(strategies) and run_plan.model is not None and run_plan.tokenizer is not None
+    for strategy in valid if loaded.base.model != UNKNOWN and run_plan.task is not None else ():
         try:
             check_plan(run_plan, Composition([strategy], []))
         except BudwoodError as error:
             if ready or isinstance(error, InputError):
                 problems.add(error)
-            else:  # probably caused by what is missing
+            else:  # probably caused by another problem
                 run_plan.notes.append(f"{strategy} could not check the plan: fix the other problems first")
     run_plan.hooks = _resolve(loaded, run_plan.task or _bare_task(loaded.base.task), hooks)
     return problems.attach_to(run_plan)
@@ -183,7 +183,7 @@ class _Problems:
 
 
 def _build(recipe: Recipe, problems: _Problems) -> tuple[list[Strategy], list[Part]]:
-    """Build the recipe's strategies in its order; one that cannot start still gives its declarations and hooks."""
+    """Build the strategies in the recipe's order; an invalid one still contributes its declarations and hooks."""
     strategies, parts = [], []
     for index, choice in enumerate(recipe.strategies):
 
@@ -216,7 +216,7 @@ def _build(recipe: Recipe, problems: _Problems) -> tuple[list[Strategy], list[Pa
 
 
 def _placeholder(choice: Choice, index: int) -> Strategy:
-    """Return a strategy that was never initialised, or a bare one if its class cannot be loaded."""
+    """Return a strategy without calling `__init__`, or a bare one if its class cannot be loaded."""
     try:
         cls, entry = load_strategy(choice.name)
     except BudwoodError:
@@ -227,9 +227,9 @@ def _placeholder(choice: Choice, index: int) -> Strategy:
 
 
 def _bare_task(name: str) -> Task:
-    """Return the base class's task, in place of one that cannot be loaded."""
+    """Return a bare task in place of one that cannot be loaded."""
     task = Task()
-    task.name = name  # type: ignore[misc]  # of the instance
+    task.name = name  # type: ignore[misc]  # on the instance
     return task
 
 
@@ -247,7 +247,7 @@ def _inspect_base(recipe: Recipe, run_plan: RunPlan, problems: _Problems) -> Non
 
 
 def _inspect_machine(recipe: Recipe, notes: list[str], problems: _Problems) -> None:
-    """Check the recipe against this machine. It may be meant for another one, so only the output is a problem."""
+    """Check the recipe against this machine. It may be meant for another, so only a bad output folder is a problem."""
     problems.attempt(lambda: check_output(recipe.output, overwrite=True))
     if (recipe.output / "manifest.json").is_file():
         notes.append(f"output: {recipe.output} holds another run")
@@ -266,19 +266,19 @@ def _resolve(recipe: Recipe, task: Task, hooks: Composition) -> dict[str, list[C
     """Return, for every hook, its callees in order, including core and the task."""
     run = Run(recipe, recipe.output, torch.device("cpu"), torch.float32, hooks.strategies, hooks, task, planning=True)
     register_parts(hooks, task, Engine(run, hooks))
-    found: dict[str, list[Call]] = {}
+    calls: dict[str, list[Call]] = {}
     for hook in HOOKS:
         names = [_describe(call.plugin, recipe) for call in hooks.calls(hook)]
         inside = [[name for name, _, _ in names[index + 1 :]] for index in range(len(names))]
-        found[hook] = [
+        calls[hook] = [
             Call(*name, wraps=rest if call.wraps else [], replaced=_is_replaced(hook, index))
             for index, (name, rest, call) in enumerate(zip(names, inside, hooks.calls(hook), strict=True))
         ]
-    if not found["load_base"]:
+    if not calls["load_base"]:
         quantizer = recipe.base.quantization
         owner = _owner(quantizer, QUANTIZERS)
-        found["load_base"] = [Call(quantizer, "quantizer", owner, [])]
-    return found
+        calls["load_base"] = [Call(quantizer, "quantizer", owner, [])]
+    return calls
 
 
 def _is_replaced(hook: str, index: int) -> bool:
@@ -306,7 +306,7 @@ def show_plan(run_plan: RunPlan, console: Console) -> None:
     recipe: Recipe | None = run_plan.recipe
     if recipe is None:
         return
-    head = Table.grid(padding=(0, 2))
+    summary = Table.grid(padding=(0, 2))
     base, data, train = recipe.base, recipe.data, recipe.train
     steps = (
         f"{run_plan.steps:,}"
@@ -320,20 +320,20 @@ def show_plan(run_plan: RunPlan, console: Console) -> None:
         ("output", str(recipe.output)),
     ]
     for key, value in (*rows, *(("note", note) for note in run_plan.notes)):
-        head.add_row(_text(key), _text(value))
+        summary.add_row(_text(key), _text(value))
     strategies = _table("strategy", "distribution", "declares", "options")
     for part in run_plan.parts:
         declared = "; ".join(f"{key} {', '.join(names)}" for key, names in part.declared.items() if names)
         options = ", ".join(f"{key} {json.dumps(value)}" for key, value in part.options.items() if value is not None)
-        flaw = "" if part.sound else " (with problems)"
-        row = (part.name + flaw, f"{part.distribution} {part.version}", declared or "–", options or "–")
+        suffix = "" if part.sound else " (with problems)"
+        row = (part.name + suffix, f"{part.distribution} {part.version}", declared or "–", options or "–")
         strategies.add_row(*map(_text, row))
     hooks = _table("hook", "called", "order")
     for hook, calls in run_plan.hooks.items():
         spec = getattr(HookSpecs, hook)
         how = spec.call_style + (", wrappable" if spec.wrappable and spec.call_style != "core" else "")
         hooks.add_row(*map(_text, (hook, how, describe_order(calls))))
-    everything = Group(head, Text(), strategies, Text(), hooks)
+    everything = Group(summary, Text(), strategies, Text(), hooks)
     if console.is_terminal:
         console.print(everything)
         return

@@ -1,7 +1,7 @@
-"""Parses a recipe: YAML or JSON to plain values, each with its source line, and `-o key=value` overrides on top.
+"""Parses a recipe, YAML or JSON, into plain values with source lines, and applies `-o key=value` overrides.
 
-Values are built from the parsed nodes one by one, so that each keeps its line, and what a recipe does not need (tags,
-anchors, duplicate keys) is refused before it can do anything.
+Values are built node by node, which preserves their lines and refuses what no recipe needs (tags, anchors, duplicate
+keys) before it takes effect.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from budwood.errors import InputError, did_you_mean
 from budwood.untrusted.redaction import MASK, shorten
 
 MAX_BYTES = 100_000
-"""A recipe is about a page; anything longer is some other file, and parsing it would take seconds."""
+"""A recipe is about a page long. A larger file is something else, and would take seconds to parse."""
 MAX_DEPTH = 100
 UNKNOWN = "?"
 """Placeholder for a missing base, data file or strategy, so that the rest of the recipe can be checked."""
@@ -32,7 +32,7 @@ _EXCLUSIVE: dict[Location, str] = {
     ("train", "batch_tokens"): "batch_examples",
     ("train", "batch_examples"): "batch_tokens",
 }
-"""Mutually exclusive fields: an override of one replaces the other in the file."""
+"""Mutually exclusive fields: overriding one removes the other from the file's values."""
 
 
 class SourceMap(dict[Location, str]):
@@ -57,7 +57,7 @@ class SourceMap(dict[Location, str]):
 
 
 def read_recipe_file(path: Path) -> tuple[dict[str, Any], SourceMap]:
-    """Read a recipe's values and where each comes from.
+    """Read a recipe file; return its values and their sources.
 
     Raises:
         InputError: the file is missing, unreadable, empty, not UTF-8, not YAML (or JSON), or not a mapping.
@@ -76,7 +76,7 @@ def normalise_strategies(data: dict[str, Any], source_map: SourceMap) -> list[st
     """Turn `lora` and `lora: {rank: 8}` in `data["strategies"]` into `{"name": …, "options": …}`.
 
     Returns:
-        The problems of items that are neither; each is replaced by an `UNKNOWN` one.
+        The problems of items that have neither form; each is replaced by an `UNKNOWN` strategy.
     """
     items = data.get("strategies")
     if items is None:
@@ -93,16 +93,16 @@ def normalise_strategies(data: dict[str, Any], source_map: SourceMap) -> list[st
             continue
         named = {item: None} if isinstance(item, str) else item
         if not isinstance(named, dict) or len(named) != 1:
-            what = "must be NAME or NAME: {OPTION: VALUE}"
+            problem = "must be NAME or NAME: {OPTION: VALUE}"
             if isinstance(named, dict) and len(named) > 1:
-                what = f"has {len(named)} keys ({', '.join(named)}); indent the options below the name"
-            problems.append(f"{source_map.nearest(place)}: {dotted(place)}: {what}.")
+                problem = f"has {len(named)} keys ({', '.join(named)}); indent the options below the name"
+            problems.append(f"{source_map.nearest(place)}: {dotted(place)}: {problem}.")
             result.append({"name": UNKNOWN, "options": {}})
             continue
         ((name, options),) = named.items()
         if options is not None and not isinstance(options, dict):
-            where = source_map.nearest((*place, name))
-            problems.append(f"{where}: {dotted((*place, name))}: must be a mapping of options.")
+            source = source_map.nearest((*place, name))
+            problems.append(f"{source}: {dotted((*place, name))}: must be a mapping of options.")
             options = None
         for known in [known for known in source_map if known[:3] == (*place, name)]:
             source_map[(*place, "options", *known[3:])] = source_map.pop(known)
@@ -119,22 +119,22 @@ def apply_overrides(
     KEY is dotted: `train.steps`, `strategies.lora.rank`, or `lora.rank` for short. VALUE is YAML.
 
     Returns:
-        The problems of overrides that were skipped: no "=", VALUE is not YAML, or KEY leads nowhere (the closest match
-        is suggested).
+        The problems of overrides that were skipped: no "=", VALUE is not YAML, or KEY does not exist (the closest
+        match is suggested).
     """
     sections = list(sections)
     chosen: set[Location] = set()
     problems = []
     for override in overrides:
-        who = f"-o {shorten(override)}"
+        source = f"-o {shorten(override)}"
         key, equals, text = override.partition("=")
         parts = key.strip().split(".")
         if not equals or not all(parts):
-            problems.append(f"{who}: write KEY=VALUE, as in -o train.steps=100.")
+            problems.append(f"{source}: write KEY=VALUE, as in -o train.steps=100.")
             continue
         try:
-            value = _parse(text, who, SourceMap(who))
-            place, holder, last = _holder(data, parts, sections, who)
+            value = _parse(text, source, SourceMap(source))
+            place, holder, last = _resolve_key(data, parts, sections, source)
         except InputError as error:
             problems.append(str(error))
             continue
@@ -144,14 +144,14 @@ def apply_overrides(
             holder.pop(excluded, None)
         chosen.add(place)
         source_map.forget(place)
-        source_map[place] = who
+        source_map[place] = source
         if place == ("strategies",):
             problems += normalise_strategies(data, source_map)
     return problems
 
 
-def _holder(
-    data: dict[str, Any], parts: list[str], sections: list[str], who: str
+def _resolve_key(
+    data: dict[str, Any], parts: list[str], sections: list[str], source: str
 ) -> tuple[Location, dict[str, Any], str]:
     """Return the location that an override sets, the mapping that contains it, and its key there."""
     start: Location = ()
@@ -161,7 +161,7 @@ def _holder(
         known = list(named) if parts[0] == "strategies" else [*sections, *named]
         name, *options = parts[1:] if parts[0] == "strategies" else parts
         if name not in named:
-            raise InputError(f"{who}: the recipe has no '{name}'.{did_you_mean(name, known)}")
+            raise InputError(f"{source}: the recipe has no '{name}'.{did_you_mean(name, known)}")
         start = ("strategies", named[name])
         holder = data["strategies"][named[name]]
         parts = ["options", *options]
@@ -170,7 +170,7 @@ def _holder(
             holder[part] = {}
         holder = holder[part]
         if not isinstance(holder, dict):
-            raise InputError(f"{who}: '{part}' has no keys below it.")
+            raise InputError(f"{source}: '{part}' has no keys below it.")
     return (*start, *parts), holder, parts[-1]
 
 
@@ -180,7 +180,7 @@ def find_masked(data: Any, source_map: SourceMap, place: Location = ()) -> list[
     problems = [problem for key, value in items for problem in find_masked(value, source_map, (*place, key))]
     if isinstance(data, str) and MASK in data:
         problems.append(
-            f"{source_map.nearest(place)}: {dotted(place)}: {MASK} replaces a secret that was not saved; put it back."
+            f"{source_map.nearest(place)}: {dotted(place)}: {MASK} replaces a secret that was not saved; re-enter it."
         )
     return problems
 
@@ -213,17 +213,17 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path}:{line}: is not UTF-8 (byte 0x{raw[error.start]:02x}); save it as UTF-8.") from None
 
 
-def _parse(text: str, who: str, source_map: SourceMap, is_json: bool = False) -> Any:
-    """Parse YAML or JSON into plain values and fill `source_map`; `who` (and a file's line) prefixes messages."""
+def _parse(text: str, label: str, source_map: SourceMap, is_json: bool = False) -> Any:
+    """Parse YAML or JSON into plain values and fill `source_map`; `label` (and a file's line) prefixes messages."""
 
     def at(line: int) -> str:
-        return who if who.startswith("-o ") else f"{who}:{line + 1}"
+        return label if label.startswith("-o ") else f"{label}:{line + 1}"
 
     yaml = YAML(typ="safe", pure=True)
     data: Any = None
     try:
         if max(accumulate((c in "[{") - (c in "]}") for c in text), default=0) > MAX_DEPTH:
-            raise RecursionError  # the scanner's time grows with its square
+            raise RecursionError  # the scanner's time is quadratic in the depth
         if is_json and text.strip():
             data = json.loads(text)
         node = yaml.compose(io.StringIO(text))
@@ -232,25 +232,25 @@ def _parse(text: str, who: str, source_map: SourceMap, is_json: bool = False) ->
         raise InputError(f"{at(error.lineno - 1)}: is not JSON: {error.msg} (column {error.colno}).") from None
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         line = mark.line if mark is not None else text[: getattr(error, "position", 0)].count("\n")
-        if "'\\t'" in what:
-            what = "a tab cannot indent or start a value; use spaces"
-        raise InputError(f"{at(line)}: is not YAML: {shorten(what, 120)}.") from None
-    except (RecursionError, ValueError) as error:  # endless nesting; a number with thousands of digits
+        if "'\\t'" in problem:
+            problem = "a tab cannot indent or start a value; use spaces"
+        raise InputError(f"{at(line)}: is not YAML: {shorten(problem, 120)}.") from None
+    except (RecursionError, ValueError) as error:  # excessive nesting; a number with thousands of digits
         reason = "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
         raise InputError(f"{at(0)}: is not a recipe: {reason}.") from None
     return data if is_json else values
 
 
 def _build(node: Node, place: Location, yaml: YAML, source_map: SourceMap, at: Any) -> Any:
-    where = at(node.start_mark.line)
-    source_map.setdefault(place, where)
+    source = at(node.start_mark.line)
+    source_map.setdefault(place, source)
     if node.anchor:
-        raise InputError(f"{where}: '&{node.anchor}': anchors and aliases are not allowed; write the value out.")
+        raise InputError(f"{source}: '&{node.anchor}': anchors and aliases are not allowed; write the value out.")
     tag = str(node.tag).removeprefix("tag:yaml.org,2002:")
     if tag not in _TAGS:
-        raise InputError(f"{where}: '{shorten(str(node.tag))}': tags are not allowed; write a plain value.")
+        raise InputError(f"{source}: '{shorten(str(node.tag))}': tags are not allowed; write a plain value.")
     if isinstance(node, SequenceNode):
         return [_build(item, (*place, i), yaml, source_map, at) for i, item in enumerate(node.value)]
     if isinstance(node, MappingNode):

@@ -40,7 +40,7 @@ class FieldDoc:
 
 
 def recipe_schema(names: Iterable[str] | None = None) -> tuple[dict[str, Any], list[str]]:
-    """Return the JSON Schema (draft 2020-12) of a recipe, and the problems of strategies that it leaves out.
+    """Return the JSON Schema (draft 2020-12) of a recipe, and the problems of strategies that are left out.
 
     Args:
         names: the strategies to import; all installed ones by default.

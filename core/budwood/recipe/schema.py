@@ -38,7 +38,7 @@ TASKS = "budwood.tasks"
 
 
 class Recipe(Section):
-    """A recipe; get one from `load_recipe`, `Recipe.from_dict` or `default_recipe`."""
+    """A recipe; create one with `load_recipe`, `Recipe.from_dict` or `default_recipe`."""
 
     base: BaseSection = Field(description="the frozen base model")
     data: DataSection = Field(description="training and evaluation data")
@@ -53,7 +53,7 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _micro_batch_holds_an_example(cls, data: Any) -> Any:
+    def _fit_micro_batch_to_example(cls, data: Any) -> Any:
         length = (data.get("data") or {}).get("max_length") if isinstance(data.get("data"), dict) else None
         train = data.get("train") or {}
         if isinstance(length, int) and isinstance(train, dict) and train.get("micro_tokens") is None:
@@ -61,32 +61,32 @@ class Recipe(Section):
         return data
 
     @model_validator(mode="after")
-    def _fits(self) -> Recipe:
+    def _check_consistency(self) -> Recipe:
         train, data = self.train, self.data
         length = data.max_length or LENGTH
         if train.micro_tokens < length:
             raise ValueError(
                 f"train.micro_tokens: {train.micro_tokens} is less than data.max_length ({length}), "
-                "but a whole example must fit; raise one or lower the other"
+                "but a micro-batch must hold a complete example; raise one or lower the other"
             )
         for name in ("eval_every", "patience"):
             if getattr(train, name) is not None and data.eval is None:
-                raise ValueError(f"train.{name}: needs data.eval; name a held-out file")
+                raise ValueError(f"train.{name}: needs data.eval; set it to a held-out file")
         return self
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
-        """Build a recipe from plain values, laid out as in a recipe file.
+        """Build a recipe from plain values with the structure of a recipe file.
 
         Raises:
-            InputError: see `load_recipe`; whether files exist is not checked.
+            InputError: see `load_recipe`; the existence of files is not checked.
         """
         recipe, problems = _validate(copy.deepcopy(dict(data)), SourceMap("recipe"), None, overrides)
         return _checked(recipe, problems)
 
     @property
     def source(self) -> Path | None:
-        """The file it was loaded from."""
+        """The file that the recipe was loaded from, if any."""
         return self._source
 
     def where(self, *place: str | int) -> str:
@@ -100,10 +100,10 @@ class Recipe(Section):
         return self._source_map.nearest(place)
 
     def to_dict(self, strategies: Sequence[Strategy] = ()) -> dict[str, Any]:
-        """Return plain values for `from_dict`; with built `strategies`, every one of their options is included.
+        """Return plain values for `from_dict`; with built `strategies`, all of their options are included.
 
-        In the place of a secret stands a mask, which `from_dict` refuses. Paths and the model's name stay as they are,
-        but for the credentials of a URL.
+        A mask replaces each secret, and `from_dict` refuses it. Paths and the model's name are unchanged, except for
+        credentials in a URL.
         """
         built = {strategy.name: strategy.options.model_dump(mode="json") for strategy in strategies}
         data = self.model_dump(mode="json", exclude_none=True)
@@ -112,6 +112,7 @@ class Recipe(Section):
         for holder, original, field in (
             (masked["base"], data["base"], "model"), (masked["data"], data["data"], "train"),
             (masked["data"], data["data"], "eval"), (masked, data, "output"),
+            (masked["data"], data["data"], "chat_template"),
         ):  # fmt: skip
             if isinstance(original.get(field), str):
                 holder[field] = redact_url(original[field])
@@ -131,7 +132,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, YAML or JSON (`.json`), with `overrides` (KEY=VALUE) on top. Imports no plugin.
 
     Raises:
-        InputError: names file and line, or the override: not UTF-8, not YAML, an unknown key, a value out of range, a
+        InputError: with file and line, or the override: not UTF-8, not YAML, an unknown key, a value out of range, a
             strategy, task or quantiser that is not installed, a missing data file.
     """
     recipe, problems = read_recipe(path, overrides)
@@ -150,7 +151,7 @@ def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Recipe
     path = Path(path)
     data, source_map = read_recipe_file(path)
     recipe, problems = _validate(data, source_map, path, overrides)
-    for field in ("train", "eval"):
+    for field in ("train", "eval", "chat_template"):
         file = getattr(recipe.data, field) if recipe is not None else None
         names = [file] if isinstance(file, Path) else [source.path for source in file or ()]
         problems += [
@@ -207,7 +208,7 @@ def build_composition(recipe: Recipe) -> Composition:
 
 
 def _checked(recipe: Recipe | None, problems: Sequence[str]) -> Recipe:
-    """Return the recipe if it has no problems; else raise the first one, with the others attached."""
+    """Return the recipe if it has no problems; otherwise raise the first one, with the others attached."""
     if recipe is None or problems:
         more = f" ({len(problems) - 1} more: `budwood plan` lists them)" if len(problems) > 1 else ""
         raise InputError(problems[0] + more, problems)
@@ -220,7 +221,7 @@ def _validate(
     """See `read_recipe`; modifies `data`."""
     remember(data)
     problems = normalise_strategies(data, source_map)
-    items_are_wrong = bool(problems)
+    has_invalid_items = bool(problems)
     problems += apply_overrides(data, source_map, overrides, Recipe.model_fields)
     remember(data)
     problems += find_masked(data, source_map)
@@ -236,18 +237,20 @@ def _validate(
             recipe = Recipe.model_validate(data)
         except ValidationError as error:
             for place, text in find_problems(error, Recipe):
-                across = place in ((), ("train",)) and text.startswith("train.")  # this check names its field itself
-                at = tuple(text.partition(":")[0].split(".")) if across else place
-                reported = at == ("strategies",) and items_are_wrong
-                reported = reported or at in suggested  # there, but misspelt
-                caused_by_reset = across and any(dotted(other) in text for other in reset | suggested)
+                cross_field = place in ((), ("train",)) and text.startswith("train.")  # the message names the field
+                at = tuple(text.partition(":")[0].split(".")) if cross_field else place
+                reported = at == ("strategies",) and has_invalid_items
+                reported = reported or at in suggested  # present, but misspelt
+                caused_by_reset = cross_field and any(dotted(other) in text for other in reset | suggested)
                 if not (reported or caused_by_reset):
-                    problems.append(f"{source_map.nearest(at)}: {'' if across else dotted(at) + ': '}{sentence(text)}")
+                    problems.append(
+                        f"{source_map.nearest(at)}: {'' if cross_field else dotted(at) + ': '}{sentence(text)}"
+                    )
                 at = tuple(takewhile(lambda part: isinstance(part, str), at))
                 if at in reset or not _reset_to_default(data, at):
                     return None, problems
                 reset.add(at)
-                suggested.update((*at[:-1], near[1]) for near in re.finditer(r"Did you mean '(\w+)'", text))
+                suggested.update((*at[:-1], match[1]) for match in re.finditer(r"Did you mean '(\w+)'", text))
     recipe._source_map, recipe._source = source_map, source
     named: list[tuple[Location, str, str]] = [
         (("base", "quantization"), recipe.base.quantization, QUANTIZERS),

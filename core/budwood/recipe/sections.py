@@ -87,7 +87,7 @@ class BaseSection(Section):
 
     model: str = Field(min_length=1, description="a folder with safetensors, or a hub name")
     revision: str | None = Field(
-        None, min_length=1, max_length=255, description="branch, tag or commit of a hub name; main if absent"
+        None, min_length=1, max_length=255, description="branch, tag or commit on the hub; default: main"
     )
     quantization: str = Field("nf4", description="none, int8, nf4, fp4, or another installed quantiser")
     double_quantization: bool = Field(True, description="also quantise the constants of nf4 and fp4")
@@ -99,7 +99,7 @@ class BaseSection(Section):
 
 
 class DataSection(Section):
-    """The training and evaluation data; its format is recognised by the columns."""
+    """The training and evaluation data; the format is detected from the columns."""
 
     train: Sources = Field(
         description="a file (JSONL, JSON, CSV, Parquet), a folder, a pattern such as data/*.jsonl, or the hub name of "
@@ -115,6 +115,15 @@ class DataSection(Section):
         "the base has positions if that is less",
     )
 
+    loss_on: Literal["assistant", "last", "all"] = Field(
+        "assistant", description="answers with a loss: all of the assistant's, only the last, or prompts and answers"
+    )
+    chat_template: File | None = Field(
+        None, description="a jinja file to use instead of the chat template that comes with the base"
+    )
+    template_options: dict[str, Any] = Field(
+        {}, description="variables for the chat template, such as `enable_thinking: false`"
+    )
     on_bad_row: Literal["refuse", "skip"] = Field(
         "refuse",
         description="a row that cannot be read or used: refuse the file, or skip the row, count it and write it to "
@@ -125,9 +134,9 @@ class DataSection(Section):
 class TrainSection(Section):
     """Length of the run, batch sizes, optimizer."""
 
-    epochs: Count | None = Field(3, description="passes over the data; or give steps")
+    epochs: Count | None = Field(3, description="passes over the data; alternatively, set steps")
     steps: Count | None = Field(None, description="optimizer steps, instead of epochs")
-    batch_tokens: Count | None = Field(4096, description="real tokens per optimizer step; packing decides the rows")
+    batch_tokens: Count | None = Field(4096, description="tokens per optimizer step, padding excluded")
     batch_examples: Count | None = Field(None, description="examples per optimizer step, instead of batch_tokens")
     micro_tokens: Count = Field(2048, description="maximum tokens per micro-batch; affects memory, not the result")
     learning_rate: Number = Field(2e-4, gt=0, description="peak learning rate")
@@ -138,17 +147,15 @@ class TrainSection(Section):
     )
     clip: Number = Field(1.0, ge=0, description="maximum gradient norm; 0: no clipping")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="compute dtype; auto: bf16 if the device is fast at it"
+        "auto", description="compute dtype; auto: bf16 on devices where it is fast"
     )
-    eval_every: Count | None = Field(None, description="steps between evaluations; by default one at the end")
+    eval_every: Count | None = Field(None, description="steps between evaluations; default: evaluate at the end")
     eval_generate: Annotated[int, Field(strict=True, ge=0)] = Field(
         100, description="prompts answered per evaluation to measure exact match; 0: none"
     )
     patience: Count | None = Field(None, description="stop after this many evaluations without improvement")
-    save_every: Count | None = Field(
-        None, description="steps between checkpoints; by default one about every ten minutes"
-    )
-    keep_checkpoints: Count = Field(2, description="number of latest checkpoints to keep, besides the best")
+    save_every: Count | None = Field(None, description="steps between checkpoints; default: about ten minutes apart")
+    keep_checkpoints: Count = Field(2, description="number of latest checkpoints to keep, in addition to the best")
     non_finite: Literal["stop", "skip"] = Field(
         "stop", description="if a step's loss or gradient is not finite: stop the run, or skip and count the step"
     )
@@ -163,7 +170,7 @@ class TrainSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_of_each_pair(cls, data: Any) -> Any:
+    def _resolve_exclusive_pairs(cls, data: Any) -> Any:
         if not isinstance(data, Mapping):
             return data
         for default, other in (("epochs", "steps"), ("batch_tokens", "batch_examples")):
@@ -176,16 +183,16 @@ class TrainSection(Section):
         return data
 
     @model_validator(mode="after")
-    def _fits(self) -> TrainSection:
+    def _check_consistency(self) -> TrainSection:
         if self.warmup >= 1 and self.warmup != int(self.warmup):
-            raise ValueError(f"train.warmup: from 1 on it counts steps, so it must be whole (got {self.warmup})")
+            raise ValueError(f"train.warmup: a value of 1 or more counts steps and must be whole (got {self.warmup})")
         if self.patience and not self.eval_every:
-            raise ValueError("train.patience: counts evaluations during the run; give train.eval_every too")
+            raise ValueError("train.patience: counts evaluations during the run; set train.eval_every too")
         return self
 
 
 class Choice(Section):
     """A strategy named in the recipe, with its options as written."""
 
-    name: str = Field(min_length=1, description="the name it is installed under")
-    options: dict[str, Any] = Field({}, description="its options; see `budwood plugins NAME`")
+    name: str = Field(min_length=1, description="name of an installed strategy")
+    options: dict[str, Any] = Field({}, description="options of the strategy; see `budwood plugins NAME`")

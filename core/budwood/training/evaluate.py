@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 
 from budwood.adapters.golden import comparable, current_setting, threads
+from budwood.adapters.manifest import ChatRecord
 from budwood.adapters.store import read_adapter
 from budwood.adapters.verify import base_name, open_pool
 from budwood.contract.calls import attribute_errors
 from budwood.contract.loading import create
 from budwood.contract.types import Run
 from budwood.data.build import build_examples
-from budwood.data.formats import recognise
+from budwood.data.recognition import recognise
 from budwood.data.sources import read_rows
 from budwood.errors import InputError
 from budwood.model.base import skeleton
@@ -104,10 +105,15 @@ def evaluate_adapter(
     pool = open_pool(
         saved, base, quantization=quantization, precision=precision, device=device, allow_other_base=allow_other_base
     )
+    chat = (manifest.chat if manifest else None) or ChatRecord()
+    if chat.template is not None:
+        pool.base.tokenizer.chat_template = chat.template
     max_length = max_length or default_length(pool.base.model)
     recipe = recipe.with_length(max_length)
-    build = partial(build_examples, data, pool.base.tokenizer, task, max_length, labels or None)
-    build = partial(build, date=manifest.date if manifest else None)
+    build = partial(
+        build_examples, data, pool.base.tokenizer, task, max_length, labels or None, template_options=chat.options,
+        loss_on=as_run.loss_on if as_run else "assistant", date=chat.date,
+    )  # fmt: skip
     examples = build()
     check_fits(examples, pool.base.model, pool.base.tokenizer, name)
     report.say(examples.describe())

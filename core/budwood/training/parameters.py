@@ -16,7 +16,7 @@ def trainable_groups(run: Run, hooks: Composition) -> list[ParameterGroup]:
     """Collect the trainable parameters and freeze all others.
 
     Raises:
-        InputError: no parameter is trainable.
+        InputError: no parameter is trainable, or one that the checkpoint lacks is not.
         PluginError: two groups have the same name, or share a parameter or a parameter's name.
     """
     results = hooks.collect("trainable_parameters", run=run, model=run.model)
@@ -38,7 +38,17 @@ def trainable_groups(run: Run, hooks: Composition) -> list[ParameterGroup]:
                     raise PluginError(f"{where}: parameter '{name}' {both}: list it in one.")
                 group_of[key] = group.name
             parameter.requires_grad_(True)
+    _check_new(run)
     return list(groups.values())
+
+
+def _check_new(run: Run) -> None:
+    for path in dict.fromkeys(key.rpartition(".")[0] for key in run.base.new):
+        if not any(parameter.requires_grad for parameter in run.model.get_submodule(path).parameters()):
+            raise InputError(
+                f"base '{run.base.name}': '{path}' is not in the checkpoint, and no strategy trains it, so it would "
+                "stay random: add an adapter that trains it whole, such as lora."
+            )
 
 
 def torch_groups(run: Run) -> list[dict[str, Any]]:

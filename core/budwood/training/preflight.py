@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from budwood.data.files import total_size
-from budwood.data.formats import check_rows
+from budwood.data.recognition import check_rows
 from budwood.data.sources import data_files
 from budwood.model.checks import BaseInfo, check_base
 from budwood.model.quiet import hide_hub_kernels

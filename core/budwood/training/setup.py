@@ -23,7 +23,7 @@ from accelerate.tracking import get_available_trackers
 from budwood.contract.discovery import PluginError
 from budwood.contract.loading import create
 from budwood.contract.registry import Composition
-from budwood.contract.strategy import Strategy, hookimpl
+from budwood.contract.strategy import RUN_ADAPTER, Strategy, hookimpl
 from budwood.contract.types import BestMetric, Plan, Run
 from budwood.data.bad_rows import skipped_lines
 from budwood.data.build import build_examples, overlap
@@ -35,7 +35,6 @@ from budwood.model.base import (
     check_base,
     fingerprint,
     load_base,
-    load_tokenizer,
     pick_device_precision,
     skeleton,
 )
@@ -44,6 +43,7 @@ from budwood.model.limits import check_fits, default_length
 from budwood.model.ops import attention
 from budwood.model.streaming import keep_heap
 from budwood.model.task import Task
+from budwood.recipe.data import encoding_options, recipe_tokenizer
 from budwood.recipe.schema import Recipe, build_composition, load_recipe
 from budwood.training.durability import changes
 from budwood.training.durability.resume import Resume
@@ -134,7 +134,7 @@ def prepare(
     report.say(f"{device} · {precision_name(dtype)} ({reason}) · {torch.get_num_threads()} threads")
     trust = recipe.base.trust_remote_code
     if task.needs_tokenizer:
-        run.tokenizer = load_tokenizer(recipe.base.model)
+        run.tokenizer = recipe_tokenizer(recipe)
     model = skeleton(recipe.base.model, task.auto_class, trust)
     run.recipe = recipe = recipe.with_length(default_length(model))
     plan = Plan(recipe, hooks.strategies, recipe.train.steps, model, task=task, tokenizer=run.tokenizer)
@@ -232,8 +232,8 @@ def read_data(run: Run, hooks: Composition, report: Report, date: str) -> None:
         date: the date for a chat template that writes one.
     """
     data, train = run.recipe.data, run.recipe.train
-    options: dict[str, Any] = {"tokenizer": run.tokenizer, "task": run.task, "max_length": data.max_length}
-    options |= {"skip_bad_rows": data.on_bad_row == "skip", "date": date}
+    options: dict[str, Any] = {"tokenizer": run.tokenizer, "task": run.task, **encoding_options(run.recipe)}
+    options["date"] = date
     examples = build_examples(data.train, **options)
     report.say(examples.describe())
     if data.eval is not None:
@@ -312,14 +312,20 @@ def prepare_model(run: Run, hooks: Composition) -> Any:
 
 
 def _report_size(run: Run, report: Report) -> None:
+    from budwood.adapters.peft_layers import describe_adapter
+
     trainable = sum(p.numel() for p in run.trainable)
     total = run.base.parameters + trainable
     train = run.recipe.train
     size = f"{train.batch_examples} examples" if train.batch_examples else f"{train.batch_tokens} tokens"
     names = ", ".join(strategy.name for strategy in run.strategies)
     experts = count_experts(run.model)
-    expert_counts = f"; {experts.trained:,} of {experts.total:,} experts adapted" if experts.total else ""
-    report.say(f"{names}: {trainable:,} trainable parameters ({trainable / total:.2%} of {total:,}){expert_counts}")
+    report.say(f"{names}: {trainable:,} trainable parameters ({trainable / total:.2%} of {total:,})")
+    adapted = describe_adapter(run.model, RUN_ADAPTER)
+    if experts.total:
+        adapted += f"{'; ' if adapted else ''}experts: {experts.trained:,} of {experts.total:,} adapted"
+    if adapted:
+        report.say(f"adapted: {adapted}")
     report.say(f"{run.steps} optimizer steps of {size}, at most {train.micro_tokens} tokens at once")
     if train.steps is None and (run.steps or 0) < FEW_STEPS:
         unit = "batch_examples" if train.batch_examples else "batch_tokens"

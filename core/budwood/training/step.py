@@ -22,7 +22,7 @@ from budwood.contract.strategy import Strategy, hookimpl
 from budwood.contract.types import UNITS, LossTerm, Outputs, Reference, Run, Step, Terms
 from budwood.errors import BudwoodError, describe, is_out_of_memory
 from budwood.model.evaluation import at_least_fp32, autocast
-from budwood.training.label_scores import LabelScores, chunks, depends
+from budwood.training.label_scores import LabelScores, LogProbs, chunks, depends, temperature_of
 from budwood.training.reference import read_reference
 from budwood.training.step_terms import StepTerms
 
@@ -59,6 +59,8 @@ class Engine:
         self.step_terms = StepTerms(run, hooks, self)
         strategies = [c.plugin for c in hooks.calls("sequence_terms") if isinstance(c.plugin, Strategy)]
         self.scores_sequences = bool(strategies) or (self.step_terms.active and run.task.has_log_probs())
+        receivers = [c.plugin for hook in ("sequence_terms", "step_values") for c in hooks.calls(hook)]
+        self.temperatures = sorted({temperature_of(plugin) for plugin in receivers})
         self._pass: _Pass | None = None
         self._frozen = False
         self._head_trains: bool | None = None
@@ -109,13 +111,13 @@ class Engine:
         reference: Reference = step.cache[key]
         return reference
 
-    def evaluate_without_graph(self, step: Step, function: Callable[[Outputs, Tensor | None], Any]) -> Any:
+    def evaluate_without_graph(self, step: Step, function: Callable[[Outputs, LogProbs | None], Any]) -> Any:
         """Run a forward pass without a graph and return `function` of its outputs and the labels' log-probabilities."""
         with torch.no_grad(), autocast(self.run):
             outputs: Outputs = self.hooks.call("forward", step=step)
             if not self.scores_sequences:
                 return function(outputs, None)
-            scores = LabelScores(self.run.task, step.batch, twice=False)
+            scores = LabelScores(self.run.task, step.batch, self.temperatures, twice=False)
             for chunk, rows in chunks(step.batch, outputs.hidden.flatten(0, -2)):
                 scores.add(outputs.head(rows), chunk, rows, keep=False)
             return function(outputs, scores.values())
@@ -160,7 +162,7 @@ class Engine:
         grad = torch.zeros_like(flat) if hidden.requires_grad else None
         scores = None
         if self.scores_sequences and terms is None:
-            scores = LabelScores(self.run.task, step.batch, self._trains_head(step, outputs, flat))
+            scores = LabelScores(self.run.task, step.batch, self.temperatures, self._trains_head(step, outputs, flat))
         for chunk, rows in chunks(step.batch, flat):
             rows.requires_grad_(grad is not None)
             logits = outputs.head(rows)
@@ -186,9 +188,10 @@ class Engine:
         weight: float, main: bool,
     ) -> None:  # fmt: skip
         """Compute the terms of log-probabilities and of the optimizer step; adds their gradient to `grad`."""
-        log_probs = scores.values().requires_grad_()
+        log_probs = {temperature: values.requires_grad_() for temperature, values in scores.values().items()}
         copy = flat.view_as(outputs.hidden).detach().requires_grad_(grad is not None)
-        terms = self._terms(step, "sequence_terms", self._shapes(step, "label"), log_probs=log_probs)
+        own = {"log_probs": lambda plugin: log_probs[temperature_of(plugin)]}
+        terms = self._terms(step, "sequence_terms", self._shapes(step, "label"), own)
         self._check_reach(terms, log_probs)
         loss = self._loss(step, terms, weight, main)
         surrogate = self.step_terms.surrogate(step, Outputs(copy, outputs.head), log_probs, weight)
@@ -199,8 +202,9 @@ class Engine:
             torch.autograd.backward(parts)
         if grad is not None and copy.grad is not None:
             grad += copy.grad.flatten(0, -2)
-        if log_probs.grad is not None:
-            scores.backward(outputs.head, flat, grad, log_probs.grad)
+        coefficients = {t: values.grad for t, values in log_probs.items() if values.grad is not None}
+        if coefficients:
+            scores.backward(outputs.head, flat, grad, coefficients)
 
     def _other_terms(self, step: Step, outputs: Outputs, weight: float, main: bool) -> Tensor | None:
         terms = self._terms(step, "loss_terms", {**self._shapes(step), "step": ()}, outputs=outputs)
@@ -226,14 +230,17 @@ class Engine:
         shapes = {"example": (len(step.batch.keys),), "group": (len(step.batch.groups),)}
         return {**shapes, **{unit: (len(step.batch.labels),) for unit in more}}
 
-    def _terms(self, step: Step, hook: str, shapes: dict[str, tuple[int, ...]], **arguments: Any) -> list[LossTerm]:
+    def _terms(
+        self, step: Step, hook: str, shapes: dict[str, tuple[int, ...]],
+        per_plugin: dict[str, Callable[[Any], Any]] | None = None, **arguments: Any,
+    ) -> list[LossTerm]:  # fmt: skip
         """Collect the loss terms of `hook`; `shapes` maps each unit that the hook accepts to the shape of its values.
 
         Raises:
             PluginError: a unit that the hook does not accept, values of the wrong shape, or a duplicate name.
         """
         terms: list[LossTerm] = []
-        for plugin, result in self.hooks.collect(hook, step=step, **arguments):
+        for plugin, result in self.hooks.collect(hook, per_plugin, step=step, **arguments):
             for term in [result] if isinstance(result, LossTerm) else result:
                 counted = hook != "token_terms" and term.unit not in UNITS and term.unit in self.run.counts
                 if not counted and tuple(term.values.shape) != shapes.get(term.unit):
@@ -261,11 +268,12 @@ class Engine:
         if owner is not plugin or (origin != hook and not both):
             raise PluginError(f"{owner} and {plugin}: two loss terms are called '{term.name}': rename one.")
 
-    def _check_reach(self, terms: list[LossTerm], log_probs: Tensor) -> None:
+    def _check_reach(self, terms: list[LossTerm], log_probs: LogProbs) -> None:
         """Reject a strategy's term without a graph: its gradient would silently be zero."""
         for term in terms:
-            if len(log_probs) and not depends(term.values, log_probs):
-                plugin, _ = self.owners[term.name]
+            plugin, _ = self.owners[term.name]
+            values = log_probs[temperature_of(plugin)]
+            if len(values) and not depends(term.values, values):
                 raise PluginError(
                     f"{plugin}: loss term '{term.name}' of sequence_terms has no graph to the log-probabilities: it "
                     "would train nothing. Compute it from `log_probs` without detaching them."

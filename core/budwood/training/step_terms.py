@@ -18,6 +18,7 @@ from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy
 from budwood.contract.types import LossTerm, Outputs, Run, Step
 from budwood.model.evaluation import at_least_fp32
+from budwood.training.label_scores import LogProbs, temperature_of
 
 if TYPE_CHECKING:
     from budwood.training.step import Engine
@@ -77,7 +78,7 @@ class StepTerms:
         if step.micro_step in self._random:
             _set_random_state(self.run, self._random.pop(step.micro_step))
 
-    def surrogate(self, step: Step, outputs: Outputs, log_probs: Tensor | None, weight: float) -> Tensor | None:
+    def surrogate(self, step: Step, outputs: Outputs, log_probs: LogProbs | None, weight: float) -> Tensor | None:
         """Return a scalar with the gradient of the step's loss in this micro-batch, times weight and loss scale."""
         if not self.active:
             return None
@@ -97,8 +98,9 @@ class StepTerms:
         self.engine.add_to_pass(total)
         return total * weight * self.engine.loss_scale
 
-    def _values(self, step: Step, outputs: Outputs, log_probs: Tensor | None) -> dict[str, Values]:
-        results = self.hooks.collect("step_values", step=step, outputs=outputs, log_probs=log_probs)
+    def _values(self, step: Step, outputs: Outputs, log_probs: LogProbs | None) -> dict[str, Values]:
+        own = {"log_probs": lambda plugin: None if log_probs is None else log_probs[temperature_of(plugin)]}
+        results = self.hooks.collect("step_values", own, step=step, outputs=outputs)
         return {plugin.name: values for plugin, values in results}
 
     def _differentiate(self, micro_batches: list[dict[str, Values]]) -> list[dict[str, Values]]:

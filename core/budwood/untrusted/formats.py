@@ -113,9 +113,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
-            _refuse_other_formats(path, start)
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > size - 8:
+                _refuse_other_formats(path, start)  # here, since a sound header of 640 bytes begins as a pickle does
                 raise CorruptError(
                     f"{path}: truncated or not safetensors: it has {size:,} bytes and claims a header of {length:,}."
                 )

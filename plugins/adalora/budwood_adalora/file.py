@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, LoraConfig
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from budwood import CorruptError, InputError, copy_adapter_tensors
@@ -16,8 +16,10 @@ from budwood.lowrank import (
     parse_saved_config,
     remove_adapter,
     saved_targets,
+    saved_whole_modules,
     select_adapters,
     whole_tensors,
+    without_base_tensors,
 )
 from budwood_adalora.layers import add_adapter, scale
 from budwood_adalora.options import TYPE, UNUSED, SavedConfig
@@ -44,13 +46,14 @@ def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor],
         InputError: the adapter uses an unsupported variant.
     """
     saved = _parse(config)
-    targets = saved_targets(model, saved)
+    targets, whole = saved_targets(model, saved), saved_whole_modules(model, saved, tensors)
     ranks = {path: rank for path, rank in _ranks(saved, targets, tensors).items() if rank}
     tensors = {key: tensor for key, tensor in tensors.items() if tensor.numel()}
     scaling = {path: _scale(saved, rank) for path, rank in ranks.items()}
     try:
-        add_adapter(model, name, ranks, scaling, saved.lora_dropout, saved.modules_to_save or (), saved.bias)
-        copy_adapter_tensors(adapter_tensors(model, name), tensors)
+        add_adapter(model, name, ranks, scaling, saved.lora_dropout, whole, saved.bias)
+        slots = adapter_tensors(model, name)
+        copy_adapter_tensors(slots, without_base_tensors(model, tensors, slots))
     except BaseException:
         remove_adapter(model, name)
         raise
@@ -60,10 +63,10 @@ def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor],
 def merge(model: nn.Module, name: str) -> None:
     """Merge an adapter into the weights, and detach it."""
     select_adapters(model, TYPE, [])
+    merge_whole_parts(model, name)
     for _, layer in adapter_layers(model, name):
         delta = layer.scaling[name] * (layer.lora_B[name] @ (layer.lora_A[name] * layer.lora_E[name]))
         add_to_weight(layer.get_base_layer(), delta)
-    merge_whole_parts(model, name)
     remove_adapter(model, name)
 
 
@@ -105,7 +108,7 @@ _SHARED = ("base_model_name_or_path", "bias", "lora_dropout", "modules_to_save",
 
 
 def _parse(config: dict[str, Any]) -> SavedConfig:
-    return parse_saved_config(TYPE, SavedConfig, AdaLoraConfig(total_step=1), config, UNUSED)
+    return parse_saved_config(TYPE, SavedConfig, config, UNUSED)
 
 
 def _scale(saved: SavedConfig, rank: int) -> float:

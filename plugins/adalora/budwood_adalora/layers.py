@@ -10,11 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.adalora import AdaLoraLayer
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from budwood import Run, linear_shape
-from budwood.lowrank import LowRankUpdate, register_adapter
+from budwood.lowrank import LowRankUpdate, check_replaced, register_adapter, wrap_whole
 from budwood_adalora.options import TYPE
 
 WIDTH_STEP = 16
@@ -100,8 +99,12 @@ def add_adapter(
     Args:
         ranks: rank of each adapted linear, by its path.
         scaling: factor of each update, likewise.
-        modules_to_save: names (or ends of names) of modules that are fully trained.
+        modules_to_save: full names of modules that are fully trained.
+
+    Raises:
+        InputError: another adapter replaces or adapts the same modules in a way that excludes this one.
     """
+    check_replaced(model, ranks)
     width = max(ranks.values(), default=0)
     for path, rank in ranks.items():
         parent, leaf, module = _find(model, path)
@@ -109,13 +112,7 @@ def add_adapter(
             module = SVDLinear(module)
             setattr(parent, leaf, module)
         module.add(name, rank, width, scaling[path], dropout)
-    for path in [path for path, _ in model.named_modules()]:
-        if any(path == wanted or path.endswith("." + wanted) for wanted in modules_to_save):
-            parent, leaf, module = _find(model, path)
-            if isinstance(module, ModulesToSaveWrapper):
-                module.update(name)
-            else:
-                setattr(parent, leaf, ModulesToSaveWrapper(module, name))
+    wrap_whole(model, modules_to_save, name)
     register_adapter(model, TYPE, name, SVDUpdate, bias)
 
 

@@ -49,5 +49,8 @@ class SavedConfig(SavedLowRankConfig):
     rank_pattern: dict[str, list[bool]] | None = None
 
 
-UNUSED = ("beta1", "beta2", "deltaT", "orth_reg_weight", "r", "target_r", "tfinal", "tinit", "total_step")
-"""Fields that only describe how an adapter was trained; `r` is unused by AdaLoRA."""
+UNUSED = (
+    "alpha_pattern", "beta1", "beta2", "deltaT", "init_lora_weights", "orth_reg_weight", "r", "target_r", "tfinal",
+    "tinit", "total_step", "use_rslora",
+)  # fmt: skip
+"""Fields that only describe how an adapter was trained, or that PEFT's AdaLoRA does not read."""

@@ -16,8 +16,8 @@ from budwood import (
     Strategy,
     hookimpl,
     linear_shape,
-    match_modules,
     match_targets,
+    whole_modules,
 )
 from budwood.lowrank import TASK_TYPES
 from budwood_adalora.options import TYPE, AdaLoRAOptions
@@ -55,8 +55,8 @@ class AdaLoRA(Strategy):
         if plan.model is None:
             return
         try:
-            targets = match_targets(plan.model, options.targets, options.layers)
-            match_modules(plan.model, options.modules_to_save)
+            whole = whole_modules(plan.model, options.modules_to_save, plan.task)
+            targets = match_targets(plan.model, options.targets, options.layers, whole)
         except InputError as error:
             plan.problem(self, str(error))
             return
@@ -77,10 +77,8 @@ class AdaLoRA(Strategy):
 
         options = self.options
         self._schedule = Schedule.of(options, run.steps or 0)
-        self._paths = match_targets(model, options.targets, options.layers)
-        match_modules(model, options.modules_to_save)
-        heads = [name for name in run.task.head_modules(model) if name not in options.modules_to_save]
-        self._modules_to_save = [*options.modules_to_save, *heads]
+        self._modules_to_save = whole_modules(model, options.modules_to_save, run.task, run.base)
+        self._paths = match_targets(model, options.targets, options.layers, self._modules_to_save)
         ranks = dict.fromkeys(self._paths, options.initial_rank)
         scaling = dict.fromkeys(self._paths, scale(options.alpha, options.initial_rank))
         with torch.random.fork_rng(devices=[]):  # the initialisation depends on the seed alone

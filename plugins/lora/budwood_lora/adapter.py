@@ -11,7 +11,15 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from budwood import RUN_ADAPTER, ParameterGroup, Run, copy_adapter_tensors, match_modules, match_targets
+from budwood import (
+    RUN_ADAPTER,
+    InputError,
+    ParameterGroup,
+    Run,
+    copy_adapter_tensors,
+    match_targets,
+    whole_modules,
+)
 from budwood.lowrank import (
     TASK_TYPES,
     adapter_layers,
@@ -21,9 +29,11 @@ from budwood.lowrank import (
     remove_adapter,
     saved_pattern,
     saved_targets,
+    saved_whole_modules,
     select_adapters,
     whole_groups,
     whole_tensors,
+    without_base_tensors,
 )
 from budwood_lora.layers import TYPE, add_adapter
 from budwood_lora.options import LoRAOptions, SavedConfig
@@ -31,9 +41,8 @@ from budwood_lora.options import LoRAOptions, SavedConfig
 
 def create(run: Run, model: nn.Module, options: LoRAOptions) -> LoraConfig:
     """Add the run's adapter to its model and activate it; return its PEFT config."""
-    heads = [name for name in run.task.head_modules(model) if name not in options.modules_to_save]
-    match_modules(model, options.modules_to_save)
-    targets = match_targets(model, options.targets, options.layers)
+    whole = whole_modules(model, options.modules_to_save, run.task, run.base)
+    targets = match_targets(model, options.targets, options.layers, whole)
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,  # type: ignore[arg-type]
@@ -43,7 +52,7 @@ def create(run: Run, model: nn.Module, options: LoRAOptions) -> LoraConfig:
         use_rslora=options.rslora,
         use_dora=options.dora,
         init_lora_weights=True if options.init == "default" else "gaussian",
-        modules_to_save=[*options.modules_to_save, *heads] or None,
+        modules_to_save=whole or None,
         bias=options.bias,
         task_type=TASK_TYPES.get(run.recipe.base.task),
         base_model_name_or_path=run.recipe.base.model,
@@ -82,27 +91,36 @@ def write(model: nn.Module, config: LoraConfig, directory: Path) -> None:
 
 def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], name: str) -> None:
     """Attach a saved adapter to a model, inactive."""
-    saved = parse_saved_config(TYPE, SavedConfig, LoraConfig(), config)
+    saved = parse_saved_config(TYPE, SavedConfig, config)
     targets = saved_targets(model, saved)
-    resolved = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+    resolved = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
     fields = saved.model_dump(exclude=resolved, exclude_none=True)
     fields |= {key: saved_pattern(getattr(saved, key), targets) for key in ("rank_pattern", "alpha_pattern")}
     fields["fan_in_fan_out"] = fan_in_fan_out(model, targets)
-    lora_config = LoraConfig(**fields, target_modules=targets)
+    whole = saved_whole_modules(model, saved, tensors)
+    lora_config = LoraConfig(**fields, target_modules=targets, modules_to_save=whole or None)
     try:
         add_adapter(model, lora_config, name)
-        copy_adapter_tensors(tensor_slots(model, name), tensors)
+        slots = tensor_slots(model, name)
+        copy_adapter_tensors(slots, without_base_tensors(model, tensors, slots))
     except BaseException:
         remove_adapter(model, name)
         raise
 
 
 def merge(model: nn.Module, name: str) -> None:
-    """Merge an adapter into the weights, and detach it."""
+    """Merge an adapter into the weights, and detach it.
+
+    Raises:
+        InputError: it adds a bias to a linear that has none.
+    """
     select_adapters(model, TYPE, [name])
+    for path, layer in adapter_layers(model, name):
+        if layer.lora_bias[name] and layer.get_base_layer().bias is None:
+            raise InputError(f"lora_bias: '{path}' has no bias to merge it into: load the adapter instead.")
+    merge_whole_parts(model, name)
     for _, layer in adapter_layers(model, name):
         layer.merge(safe_merge=True, adapter_names=[name])
-    merge_whole_parts(model, name)
     remove_adapter(model, name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -11,17 +12,24 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from budwood import InputError, linear_shape
-from budwood.lowrank import LowRankUpdate, adapter_layers, known_to_peft, register_adapter
+from budwood.lowrank import (
+    LowRankUpdate,
+    adapter_layers,
+    check_replaced,
+    known_to_peft,
+    register_adapter,
+    wrap_whole,
+)
 
 TYPE = "lora"
 
 
 class LoRAUpdate(LowRankUpdate):
-    """The update scaling · B A; variants such as DoRA run PEFT's code."""
+    """The update scaling · (B A x + b), b only with lora_bias; variants such as DoRA run PEFT's code."""
 
     @property
     def mixes(self) -> bool:  # type: ignore[override]
-        return self.name not in self.layer.lora_variant
+        return self.name not in self.layer.lora_variant and self.layer.lora_B[self.name].bias is None
 
     def weights(self) -> tuple[Tensor, Tensor, float]:
         layer, name = self.layer, self.name
@@ -33,11 +41,12 @@ class LoRAUpdate(LowRankUpdate):
     def forward(self, x: Tensor, base: nn.Linear) -> Tensor:
         layer, name = self.layer, self.name
         if name not in layer.lora_variant:
-            return super().forward(x, base)
+            y, bias = super().forward(x, base), layer.lora_B[name].bias
+            return y if bias is None else y + (layer.scaling[name] * bias).to(y.dtype)
         result = base(x)
         x = layer._cast_input_dtype(x, layer.lora_A[name].weight.dtype)
-        y: Tensor = layer.lora_variant[name].forward(layer, active_adapter=name, x=x, result=result).to(result.dtype)
-        return y
+        changed: Tensor = layer.lora_variant[name].forward(layer, active_adapter=name, x=x, result=result)
+        return changed.to(result.dtype)
 
 
 class PlainLayer(nn.Module, LoraLayer):
@@ -55,14 +64,17 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str) -> None:
     """Add a new adapter called `name` to `model` in place, in fp32 and inactive.
 
     Args:
-        config: its targets are full names of linears.
+        config: its targets are full names of linears, and its `modules_to_save` full names of modules.
 
     Raises:
-        InputError: DoRA on linears that PEFT does not support.
+        InputError: DoRA on linears that PEFT does not support; or another adapter replaces or adapts the same modules
+            in a way that excludes this one.
     """
+    check_replaced(model, config.target_modules or ())
     for path in sorted(config.target_modules or ()):
         _wrap_unsupported(model, path, config)
-    inject_adapter_in_model(config, model, name)
+    inject_adapter_in_model(replace(config, modules_to_save=None), model, name)  # PEFT goes by the ends of names
+    wrap_whole(model, config.modules_to_save or (), name)
     for _, layer in adapter_layers(model, name):
         base = layer.get_base_layer()
         device = next(chain(base.parameters(), base.buffers())).device

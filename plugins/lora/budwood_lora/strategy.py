@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from budwood import InputError, Strategy, hookimpl, match_modules, match_targets
+from budwood import InputError, Strategy, hookimpl, match_targets, whole_modules
 from budwood_lora.options import LoRAOptions
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ class LoRA(Strategy):
         if plan.model is None:
             return
         try:
-            match_targets(plan.model, self.options.targets, self.options.layers)
-            match_modules(plan.model, self.options.modules_to_save)
+            whole = whole_modules(plan.model, self.options.modules_to_save, plan.task)
+            match_targets(plan.model, self.options.targets, self.options.layers, whole)
         except InputError as error:
             plan.problem(self, str(error))
 

@@ -1,4 +1,4 @@
-"""Adapters to work on: small ones that need no model, and real ones that stock PEFT made for the tiny base."""
+"""Adapters for tests: small ones that need no model, and real ones that stock PEFT made for the tiny base."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from budwood.adapters.manifest import ChatRecord
 from budwood.adapters.pool import AdapterPool
 from budwood.adapters.store import SavedAdapter, write_adapter
 from budwood.model.text_tasks import as_probe
@@ -40,7 +41,7 @@ def write_small(folder: Path, fill: float = 1.0) -> None:
 
 def save_small(directory: Path, **changes) -> SavedAdapter:
     """Write the small adapter with budwood.json and golden logits."""
-    given = {
+    arguments = {
         "adapter_type": "lora",
         "distribution": "budwood 0.1.0",
         "base": FAKE_BASE,
@@ -51,12 +52,12 @@ def save_small(directory: Path, **changes) -> SavedAdapter:
         "base_logits": [torch.zeros(5), torch.zeros(5)],
         "adapter_logits": [torch.ones(5), torch.arange(5.0)],
     }
-    return write_adapter(directory, write_small, **(given | changes))
+    return write_adapter(directory, write_small, **(arguments | changes))
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """Folder of a sound adapter that needs no model."""
+    """Folder of a valid adapter that needs no model."""
     return save_small(tmp_path / "small").directory
 
 
@@ -82,7 +83,14 @@ def make_stock(base: Path, folder: Path, seed: int = 1, scale: float = 0.3, **ch
     return folder
 
 
-def make_saved(base: Path, folder: Path, quantization: str = "none", precision: str = "fp32", **changes) -> Path:
+def make_saved(
+    base: Path,
+    folder: Path,
+    quantization: str = "none",
+    precision: str = "fp32",
+    chat: ChatRecord | None = None,
+    **changes,
+) -> Path:
     """Save the stock adapter as a run does: with budwood.json and golden logits of `base`."""
     stock = make_stock(base, folder.with_name(folder.name + "-stock"), **changes)
     pool = AdapterPool(base, quantization, precision=precision, device="cpu")
@@ -103,6 +111,7 @@ def make_saved(base: Path, folder: Path, quantization: str = "none", precision: 
         base=pool.base,
         task="causal-lm",
         tokenizer=pool.tokenizer,
+        chat=chat,
         probes=probes,
         base_logits=list(without),
         adapter_logits=list(pool.measure(probes)),
@@ -112,13 +121,13 @@ def make_saved(base: Path, folder: Path, quantization: str = "none", precision: 
 
 @pytest.fixture(scope="session")
 def stock(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA adapter of the tiny base, of stock PEFT."""
+    """A LoRA adapter of the tiny base, saved by stock PEFT."""
     return make_stock(tiny_base, tmp_path_factory.mktemp("adapters") / "stock")
 
 
 @pytest.fixture(scope="session")
 def other(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another one: of another seed, rank and targets."""
+    """Another one, with a different seed, rank and targets."""
     folder = tmp_path_factory.mktemp("adapters") / "other"
     return make_stock(tiny_base, folder, seed=2, r=2, target_modules=["q_proj", "down_proj"])
 

@@ -17,7 +17,7 @@ from budwood.cli.app import run
 
 @pytest.fixture
 def no_base(monkeypatch):
-    """Fail the test where a base loads."""
+    """Fail the test if a base loads."""
 
     def load(*args, **kwargs):
         raise AssertionError("a base was loaded")
@@ -35,7 +35,7 @@ def refused(capsys, arguments: list[str], code: int, *words: str) -> None:
         assert word in shown.err
 
 
-def test_info_tells_a_person_and_a_program(saved, stock, capsys):
+def test_info_prints_text_and_json(saved, stock, capsys):
     assert run(["adapter", "info", str(saved)]) == 0
     text = capsys.readouterr().out
     for word in ("lora, from budwood", "none, float32", "causal-lm", "28 tensors"):
@@ -61,7 +61,7 @@ def test_info_and_bad_adapters_need_no_torch(saved, tmp_path):
         assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == code
 
 
-def test_verify_says_what_it_found(saved, capsys):
+def test_verify_prints_its_result(saved, capsys):
     assert run(["adapter", "verify", str(saved)]) == 0
     assert "verified: 3 golden prompts, same setting" in capsys.readouterr().out
     assert run(["adapter", "verify", str(saved), "--quantization", "nf4"]) == 0
@@ -121,7 +121,7 @@ def test_bad_adapters_end_with_one_line_and_their_code(saved, tiny_base, tiny_ba
         (["--prompt", ""], "empty"),
     ],
 )
-def test_generate_refuses_before_the_base_loads(saved, tiny_base, capsys, no_base, arguments, word):
+def test_generate_rejects_bad_input_before_the_base_loads(saved, tiny_base, capsys, no_base, arguments, word):
     arguments = [argument.replace("DIR", str(saved)) for argument in arguments]
     if "--prompt" not in arguments:
         arguments += ["--prompt", "x"]
@@ -142,20 +142,20 @@ def test_generate_streams_what_the_pool_generates(saved, tiny_base, capsys, monk
 
 
 def test_several_adapters_answer_side_by_side(saved, stock, tiny_base, capsys):
-    given = ["--adapter", f"a={saved}", "--adapter", f"b={stock}", "--prompt", "The quick", "--max-new-tokens", "6"]
-    assert run(["generate", str(tiny_base), *given, "--json"]) == 0
+    options = ["--adapter", f"a={saved}", "--adapter", f"b={stock}", "--prompt", "The quick", "--max-new-tokens", "6"]
+    assert run(["generate", str(tiny_base), *options, "--json"]) == 0
     shown = capsys.readouterr()
     answers = json.loads(shown.out)["answers"]
     assert [answer["adapter"] for answer in answers] == [None, "a", "b"]
     assert "adapter 'b': no budwood.json" in shown.err
-    assert run(["generate", str(tiny_base), *given]) == 0
+    assert run(["generate", str(tiny_base), *options]) == 0
     text = capsys.readouterr().out
     assert text == "".join(f"── {a['adapter'] or 'base'}\n{a['text']}\n" for a in answers)
-    assert run(["generate", str(tiny_base), *given, "--use", "b"]) == 0
+    assert run(["generate", str(tiny_base), *options, "--use", "b"]) == 0
     assert capsys.readouterr().out == answers[2]["text"] + "\n"
 
 
-def test_chat_goes_through_the_template(tiny_base, capsys):
+def test_chat_uses_the_template(tiny_base, capsys):
     assert run(["generate", str(tiny_base), "--prompt", "Hello", "--chat", "--max-new-tokens", "5"]) == 0
     expected = AdapterPool(tiny_base).generate([[{"role": "user", "content": "Hello"}]], max_new_tokens=5)[0].text
     assert capsys.readouterr().out == expected + "\n"
@@ -171,7 +171,7 @@ def test_control_codes_in_an_adapter_do_not_reach_the_terminal(saved, tmp_path, 
 
 
 @pytest.mark.parametrize("command", [["adapter", "verify"], ["adapter", "merge"], ["eval"]])
-def test_a_base_that_only_the_adapter_names_is_not_fetched(saved, tmp_path, capsys, monkeypatch, command):
+def test_a_base_named_only_by_the_adapter_is_not_downloaded(saved, tmp_path, capsys, monkeypatch, command):
     import huggingface_hub
 
     folder = shutil.copytree(saved, tmp_path / "a")

@@ -1,4 +1,4 @@
-"""Merging into original weights, what rounding takes away, and folders that stock libraries open."""
+"""Merging into original weights, loss by rounding, and folders that stock libraries open."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from budwood import AdapterPool, CorruptError, InputError
+from budwood import AdapterPool, CorruptError, InputError, PluginError
 from budwood.adapters import merge as merging
+from budwood.adapters.golden import Distance, Golden
 from budwood.adapters.merge import export, merge
+from budwood.adapters.verify import verify
 
 PROMPTS = [[1, 40, 50, 60, 70], [1, 99, 7], [1, 200, 201, 202, 203, 204, 205]]
 
@@ -44,7 +46,7 @@ def test_merged_in_fp32_stock_transformers_gives_the_adapters_logits(saved, tiny
     assert record["forced"] is False
 
 
-def test_merged_in_bf16_the_distance_is_that_of_the_saved_model(saved, tiny_base, tmp_path):
+def test_merged_in_bf16_the_reported_distance_is_that_of_the_saved_model(saved, tiny_base, tmp_path):
     report = merge(saved, tmp_path / "merged")
     tensors = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
@@ -53,7 +55,7 @@ def test_merged_in_bf16_the_distance_is_that_of_the_saved_model(saved, tiny_base
     assert report.rounded_away < 0.05
 
 
-def test_an_adapter_of_a_4_bit_base_goes_into_the_originals(tiny_base, tmp_path, make_saved):
+def test_an_adapter_of_a_4_bit_base_merges_into_the_original_weights(tiny_base, tmp_path, make_saved):
     folder = make_saved(tiny_base, tmp_path / "a", "nf4")
     report = merge(folder, tmp_path / "merged", dtype="fp32")
     assert report.unquantized.largest < 1e-4  # from the unquantised base with the adapter
@@ -61,7 +63,7 @@ def test_an_adapter_of_a_4_bit_base_goes_into_the_originals(tiny_base, tmp_path,
     assert "quantization nf4 and is used with none" in report.notes[0]
 
 
-def test_an_update_below_the_step_of_bf16_is_refused_and_nothing_is_written(tiny_bases, tmp_path, make_saved):
+def test_an_update_below_the_resolution_of_bf16_is_rejected_and_nothing_is_written(tiny_bases, tmp_path, make_saved):
     base = tiny_bases("half", dtype=torch.bfloat16)
     folder = make_saved(base, tmp_path / "a", scale=1e-4)
     with pytest.raises(InputError, match=r"round away \d+% of the update .*--dtype fp32, or --force"):
@@ -74,7 +76,7 @@ def test_an_update_below_the_step_of_bf16_is_refused_and_nothing_is_written(tiny
     assert merge(folder, tmp_path / "merged", dtype="fp32").rounded_away == 0
 
 
-def test_the_share_rounded_away_is_what_the_formula_says():
+def test_the_fraction_rounded_away_follows_the_formula():
     linear = torch.nn.Linear(2, 1, bias=False)
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([[1.0, 1.0]]))
@@ -89,7 +91,7 @@ def test_the_share_rounded_away_is_what_the_formula_says():
     assert worst == ("weight", pytest.approx(share))
 
 
-def test_adapters_of_stock_peft_merge_with_their_base_given(stock, tiny_base, tmp_path):
+def test_adapters_of_stock_peft_merge_if_their_base_is_passed(stock, tiny_base, tmp_path):
     with pytest.raises(InputError, match="--base"):
         merge(stock, tmp_path / "merged", dtype="fp32")
     report = merge(stock, tmp_path / "merged", base=str(tiny_base), dtype="fp32")
@@ -112,7 +114,7 @@ def test_tied_embeddings_stay_tied(tiny_bases, tmp_path, make_saved):
     torch.testing.assert_close(stock_logits(tmp_path / "merged"), pool_logits(base, folder), atol=1e-4, rtol=0)
 
 
-def test_a_base_that_is_quantised_on_disk_is_refused(saved, tiny_base, tmp_path):
+def test_a_base_quantised_on_disk_is_rejected(saved, tiny_base, tmp_path):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     plan = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
@@ -122,7 +124,7 @@ def test_a_base_that_is_quantised_on_disk_is_refused(saved, tiny_base, tmp_path)
         merge(saved, tmp_path / "merged", base=str(tmp_path / "quantised"), allow_other_base=True)
 
 
-def test_what_is_refused_before_the_base_loads(saved, tiny_base, tiny_bases, tmp_path, monkeypatch):
+def test_bad_input_is_rejected_before_the_base_loads(saved, tiny_base, tiny_bases, tmp_path, monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("a base was loaded")
 
@@ -151,7 +153,7 @@ def test_an_export_opens_in_stock_peft_with_the_same_logits(saved, tiny_base, tm
     torch.testing.assert_close(logits, pool_logits(tiny_base, saved), atol=1e-5, rtol=0)
 
 
-def test_exports_that_are_refused(saved, small, tmp_path):
+def test_invalid_exports_are_rejected(saved, small, tmp_path):
     with pytest.raises(InputError, match="exists"):
         export(saved, small)
     with pytest.raises(InputError, match="use peft"):
@@ -160,3 +162,35 @@ def test_exports_that_are_refused(saved, small, tmp_path):
     with pytest.raises(CorruptError):
         export(small, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_into_another_model_writes_nothing(tiny_bases, tmp_path, make_saved, monkeypatch):
+    base = tiny_bases("tied", tie_word_embeddings=True)
+    folder = make_saved(base, tmp_path / "a", target_modules=["q_proj", "lm_head"])
+    monkeypatch.setattr("budwood.adapters.peft_layers.untie", lambda model, paths: None)
+    with pytest.raises(PluginError, match="into another model .*nothing was written"):
+        merge(folder, tmp_path / "merged", dtype="fp32", force=True)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_answer_other_than_recorded_is_another_model_unless_the_base_explains_it(
+    saved, tiny_base, tmp_path, monkeypatch
+):
+    sound = Golden.load(saved / "golden.safetensors")
+    other = Golden(sound.probes, sound.base, sound.adapter.flip(-1))
+    monkeypatch.setattr(merging.Golden, "load", lambda path: other)
+    with pytest.raises(CorruptError, match="another model than the one that training recorded.*nothing was written"):
+        merge(saved, tmp_path / "merged", dtype="fp32", force=True)
+    assert not (tmp_path / "merged").exists()
+    monkeypatch.setattr("budwood.adapters.verify.comparable", lambda recorded, current: False)
+    with pytest.raises(CorruptError, match="another model than the one that training recorded"):
+        verify(saved)
+    changed = Golden(sound.probes, sound.base.flip(-1), sound.adapter.flip(-1))  # of a base that answers otherwise too
+    monkeypatch.setattr(merging.Golden, "load", lambda path: changed)
+    merge(saved, tmp_path / "merged", dtype="fp32")
+
+
+def test_logits_that_are_not_finite_are_another_model():
+    logits = torch.randn(2, 5)
+    assert not Distance.between(logits, logits + 1e-3).is_another_model()
+    assert Distance.between(logits, logits * torch.inf).is_another_model()

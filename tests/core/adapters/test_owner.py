@@ -1,4 +1,4 @@
-"""Options that a strategy requires: its adapters are opened with those of the run that made them."""
+"""Required options of a strategy: its adapters are loaded with the options of their run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCALED = """
         scale: float = Field(gt=0)
 
     class Scaled(Strategy):
-        'Adds a vector to the logits, as often as its option says; it keeps its choice on the model.'
+        'Adds a multiple of a vector to the logits, set by its option; stores its selection on the model.'
         api = 2
         Options = Scale
         adapter_types = ("SCALED",)
@@ -76,7 +76,7 @@ def save(directory: Path, base: object, options: dict[str, object] | None) -> Pa
     return directory
 
 
-def test_adapters_of_one_type_have_the_options_of_their_own_runs(base, tmp_path: Path) -> None:
+def test_adapters_of_one_type_use_the_options_of_their_runs(base, tmp_path: Path) -> None:
     pool = AdapterPool(base)
     alone = pool.logits(PROMPTS)
     for name, scale in (("two", 2.0), ("five", 5.0), ("too", 2.0)):
@@ -95,7 +95,7 @@ def test_adapters_of_one_type_have_the_options_of_their_own_runs(base, tmp_path:
     assert pool.logits(PROMPTS).equal(alone)
 
 
-def test_an_adapter_that_records_no_options_or_wrong_ones_is_refused(base, tmp_path: Path) -> None:
+def test_an_adapter_without_valid_options_is_rejected(base, tmp_path: Path) -> None:
     pool = AdapterPool(base)
     with pytest.raises(InputError, match=r"'scaled' of budwood-scaled 1.0 has required options, but no bud"):
         pool.load("a", save(tmp_path / "a", base, None))
@@ -108,7 +108,7 @@ def test_an_adapter_that_records_no_options_or_wrong_ones_is_refused(base, tmp_p
     assert pool.names == []
 
 
-def test_a_conversion_has_them_too(base, tmp_path: Path) -> None:
+def test_a_conversion_uses_them_too(base, tmp_path: Path) -> None:
     from budwood.adapters.merge import _convert
     from budwood.adapters.store import read_adapter
 

@@ -1,9 +1,10 @@
-"""Adapters on a live model: the same logits as stock PEFT, swapped, mixed, taken off without a trace."""
+"""Adapters on a live model: the same logits as stock PEFT; swapped, mixed, and removed without a trace."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from budwood import AdapterPool, CorruptError, InputError, ResourceError
+from budwood.adapters.manifest import ChatRecord
 from budwood.adapters.store import write_adapter
 from budwood.model.base import load_base
 
@@ -22,7 +24,7 @@ def open_pool(base: Path, quantization: str = "none", precision: str = "fp32") -
 
 
 def stock_logits(base: Path, adapter: Path) -> torch.Tensor:
-    """Logits by stock transformers and PEFT, which know nothing of Budwood."""
+    """Return logits from stock transformers and PEFT, without Budwood."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -32,7 +34,7 @@ def stock_logits(base: Path, adapter: Path) -> torch.Tensor:
 
 
 def base_logits(base: Path, quantization: str, precision: torch.dtype = torch.float32) -> torch.Tensor:
-    """Logits of a base that never had an adapter on it."""
+    """Return logits of a base that never had an adapter."""
     model = load_base(base, quantization, "AutoModelForCausalLM", precision).model
     with torch.no_grad():
         return torch.stack([model(torch.tensor([prompt]), use_cache=False).logits[0, -1].float() for prompt in PROMPTS])
@@ -58,7 +60,7 @@ def test_stock_adapters_give_the_logits_of_stock_peft(tiny_base, stock, other):
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_variants_of_stock_peft_open_too(tiny_base, tmp_path, make_stock, changes):
+def test_variants_of_stock_peft_load_too(tiny_base, tmp_path, make_stock, changes):
     folder = make_stock(tiny_base, tmp_path / "stock", target_modules=["q_proj", "v_proj"], **changes)
     pool = open_pool(tiny_base)
     pool.load("a", folder)
@@ -69,7 +71,9 @@ def test_variants_of_stock_peft_open_too(tiny_base, tmp_path, make_stock, change
 @pytest.mark.parametrize(
     ("quantization", "precision"), [("none", "fp32"), ("nf4", "fp32"), ("none", "bf16"), ("nf4", "bf16")]
 )
-def test_off_is_the_bases_own_bits(tiny_base, stock, other, quantization, precision):
+def test_without_an_adapter_in_use_logits_are_bitwise_identical_to_the_base(
+    tiny_base, stock, other, quantization, precision
+):
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     untouched = base_logits(tiny_base, quantization, dtype)
     pool = open_pool(tiny_base, quantization, precision)
@@ -117,18 +121,60 @@ def test_one_batch_of_different_adapters_equals_each_alone(tiny_base, stock, oth
     assert len(alone) == 3
 
 
-def test_adapters_that_cannot_share_a_batch_answer_one_after_the_other(tiny_base, stock, tmp_path, make_stock):
-    whole = make_stock(tiny_base, tmp_path / "whole", seed=5, modules_to_save=["lm_head"])
+def test_threads_that_share_a_pool_get_their_own_adapters_answers(tiny_base, stock, other):
+    """Calls are serialised, and the adapter that a thread selects is its own, while another thread loads more."""
+    pool = AdapterPool(tiny_base, precision="fp32")
+    folders = {"a": stock, "b": other}
+    for name, folder in folders.items():
+        pool.load(name, folder)
+    expected = {}
+    for name in (None, *folders):
+        pool.use(name)
+        expected[name] = pool.logits(["games and files"]), pool.generate(["games"], max_new_tokens=4)[0].tokens
+    wrong, errors = [], []
+
+    def ask(name):
+        try:
+            pool.use(name)
+            for _ in range(6):
+                logits, tokens = expected[name]
+                wrong.append((pool.logits(["games and files"]) - logits).abs().max().item())
+                wrong.append(pool.generate(["games"], max_new_tokens=4)[0].tokens != tokens)
+                wrong.append(pool.generate(["games"], ["a"], max_new_tokens=4)[0].tokens != expected["a"][1])
+                assert pool.current == name
+        except Exception as error:
+            errors.append(error)
+
+    def load():
+        for number in range(6):
+            pool.load(f"more{number}", stock)
+            pool.unload(f"more{number}")
+
+    jobs = [(ask, (name,)) for name in (None, "a", "b", "a")] + [(load, ())]
+    threads = [threading.Thread(target=job, args=arguments) for job, arguments in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and len(wrong) == 72 and max(wrong) < 1e-5
+    assert pool.current == "b", "this thread selected it last"
+
+
+def test_adapters_that_cannot_share_a_batch_run_in_separate_batches(tiny_base, stock, tmp_path, make_stock):
+    adapter = make_stock(tiny_base, tmp_path / "whole", seed=5, modules_to_save=["lm_head"])
     pool = open_pool(tiny_base)
     pool.load("a", stock)
-    pool.load("w", whole)
-    heard: dict[int, str] = {}
+    pool.load("w", adapter)
+    streamed: dict[int, str] = {}
     mixed = pool.generate(
-        PROMPTS, ["w", "a", None], max_new_tokens=6, stream=lambda i, piece: heard.update({i: heard.get(i, "") + piece})
+        PROMPTS,
+        ["w", "a", None],
+        max_new_tokens=6,
+        stream=lambda i, piece: streamed.update({i: streamed.get(i, "") + piece}),
     )
     for prompt, name, answer in zip(PROMPTS, ["w", "a", None], mixed, strict=True):
         assert pool.generate([prompt], [name], max_new_tokens=6)[0].tokens == answer.tokens
-    assert heard == {i: answer.text for i, answer in enumerate(mixed) if answer.text}
+    assert streamed == {i: answer.text for i, answer in enumerate(mixed) if answer.text}
 
 
 def test_prompts_are_texts_messages_or_tokens(tiny_base):
@@ -143,6 +189,22 @@ def test_prompts_are_texts_messages_or_tokens(tiny_base):
     assert pool.generate([]) == []
 
 
+def test_messages_are_rendered_as_in_the_adapters_run(tiny_base, tmp_path, make_saved):
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ tail }}"
+    saved = make_saved(tiny_base, tmp_path / "own", chat=ChatRecord(template=template, options={"tail": "!"}))
+    pool = open_pool(tiny_base)
+    notes = pool.load("own", saved).notes
+    assert not any("chat template" in note for note in notes)
+    messages = [{"role": "user", "content": "The quick"}]
+    as_trained = pool.tokenizer("The quick!", add_special_tokens=False)["input_ids"]
+    answers = pool.generate([messages, as_trained], ["own", "own"], max_new_tokens=5)
+    assert answers[0].tokens == answers[1].tokens
+    assert pool.logits([messages]).equal(pool.logits([pool.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True)["input_ids"]]))  # fmt: skip
+    pool.use("own")
+    assert pool.logits([messages]).equal(pool.logits([as_trained]))
+
+
 def test_sampling_repeats_with_its_seed(tiny_base, stock):
     pool = open_pool(tiny_base)
     pool.load("a", stock)
@@ -152,7 +214,7 @@ def test_sampling_repeats_with_its_seed(tiny_base, stock):
     assert first != pool.generate(["The"], ["a"], seed=4, **options)
 
 
-def test_names_and_uses_that_are_refused(tiny_base, stock):
+def test_invalid_names_and_uses_are_rejected(tiny_base, stock):
     pool = open_pool(tiny_base)
     pool.load("first", stock)
     with pytest.raises(InputError, match="already loaded"):
@@ -166,7 +228,7 @@ def test_names_and_uses_that_are_refused(tiny_base, stock):
         pool.unload("x")
     with pytest.raises(InputError, match="no adapter 'x'"):
         pool.generate(["The"], ["x"])
-    with pytest.raises(InputError, match="1 prompts and 2 adapters"):
+    with pytest.raises(InputError, match="1 prompts but 2 adapters"):
         pool.generate(["The"], [None, "first"])
     assert pool.names == ["first"]
 
@@ -184,7 +246,7 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
 @pytest.mark.parametrize(
-    ("change", "what"),
+    ("change", "message"),
     [
         (lambda t: t.update({KEY.replace("q_proj", "q_porj"): t.pop(KEY)}), "q_porj.*nearest.*q_proj"),
         (lambda t: t.pop(KEY), "missing"),
@@ -196,8 +258,8 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     ids=["renamed", "missing", "extra", "rank", "transposed", "nan"],
 )
 @pytest.mark.parametrize("loaded_before", [False, True])
-def test_a_refused_adapter_is_corrupt_and_leaves_the_model_as_it_was(
-    tiny_base, stock, other, tmp_path, change, what, loaded_before
+def test_a_corrupt_adapter_leaves_the_model_unchanged(
+    tiny_base, stock, other, tmp_path, change, message, loaded_before
 ):
     pool = open_pool(tiny_base)
     if loaded_before:
@@ -206,34 +268,34 @@ def test_a_refused_adapter_is_corrupt_and_leaves_the_model_as_it_was(
     before = [(path, id(module)) for path, module in pool.model.named_modules()]
     logits = pool.logits(PROMPTS)
     bad = altered(stock, tmp_path / "bad", change)
-    with pytest.raises(CorruptError, match=what) as error:
+    with pytest.raises(CorruptError, match=message) as error:
         pool.load("bad", bad)
     assert str(bad) in str(error.value)
     assert [(path, id(module)) for path, module in pool.model.named_modules()] == before
     assert pool.logits(PROMPTS).equal(logits)
-    pool.load("bad", stock)  # the name is free, and a sound one still loads
+    pool.load("bad", stock)  # the name is free, and a valid adapter still loads
     pool.use("bad")
     torch.testing.assert_close(pool.logits(PROMPTS), stock_logits(tiny_base, stock), atol=1e-5, rtol=0)
 
 
-def test_a_target_that_the_base_does_not_have_is_refused(tiny_base, stock, tmp_path):
+def test_a_target_that_the_base_does_not_have_is_rejected(tiny_base, stock, tmp_path):
     bad = tmp_path / "bad"
     shutil.copytree(stock, bad)
     config = json.loads((bad / "adapter_config.json").read_text())
-    (bad / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj", "query_key_value"]}))
+    (bad / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["query_key_value"]}))
     pool = open_pool(tiny_base)
     with pytest.raises((CorruptError, InputError), match="query_key_value"):
         pool.load("bad", bad)
 
 
-def test_another_base_is_refused_before_anything_is_attached(tiny_bases, saved):
+def test_another_base_is_rejected_before_anything_is_attached(tiny_bases, saved):
     pool = open_pool(tiny_bases("stranger", seed=7))
     with pytest.raises(InputError, match="was trained on the base"):
         pool.load("a", saved)
     assert pool.load("a", saved, allow_other_base=True).notes[0].endswith("allowed by --allow-other-base.")
 
 
-def test_what_differs_from_training_is_said(tiny_base, saved):
+def test_differences_from_training_are_noted(tiny_base, saved):
     pool = open_pool(tiny_base, "nf4")
     assert "trained with base quantization none and is used with nf4" in pool.load("a", saved).notes[0]
 
@@ -242,7 +304,7 @@ SHIFT = """
     import torch
 
     class Shift(Strategy):
-        'A method of its own: adds a vector to the logits by a hook.'
+        'A third-party method: adds a vector to the logits with a hook.'
 
         @hookimpl
         def attach_adapter(self, model, config, tensors, name):
@@ -266,7 +328,7 @@ SHIFT = """
             del vars(model)["_shift"][name]
 
     class Broken(Strategy):
-        'Fails half way.'
+        'Fails halfway.'
 
         @hookimpl
         def attach_adapter(self, model, config, tensors, name):
@@ -282,7 +344,7 @@ SHIFT = """
 
 @pytest.fixture
 def shift(tmp_path, distribution) -> Path:
-    """An adapter of a third party's type, whose strategy is installed for the test."""
+    """An adapter of a third-party type, whose strategy is installed for the test."""
     distribution("budwood-shift", SHIFT, {"shift": "Shift", "broken": "Broken", "nothing": "Nothing"})
     folder = tmp_path / "shift"
     folder.mkdir()
@@ -291,7 +353,7 @@ def shift(tmp_path, distribution) -> Path:
     return folder
 
 
-def test_the_pool_knows_no_method_and_holds_several_kinds(tiny_base, stock, shift):
+def test_the_pool_holds_adapters_of_several_types_and_third_parties(tiny_base, stock, shift):
     pool = open_pool(tiny_base)
     pool.load("lora", stock)
     pool.load("shift", shift)
@@ -308,7 +370,7 @@ def test_the_pool_knows_no_method_and_holds_several_kinds(tiny_base, stock, shif
     assert pool.logits(PROMPTS).equal(without)
 
 
-def test_an_owner_that_fails_half_way_is_named_and_leaves_the_model_as_it_was(tiny_base, shift):
+def test_an_owner_that_fails_halfway_is_named_and_leaves_the_model_unchanged(tiny_base, shift):
     pool = open_pool(tiny_base)
     before = pool.logits(PROMPTS)
     (shift / "adapter_config.json").write_text(json.dumps({"peft_type": "BROKEN"}))
@@ -318,20 +380,20 @@ def test_an_owner_that_fails_half_way_is_named_and_leaves_the_model_as_it_was(ti
     assert pool.names == []
 
 
-def test_a_type_whose_strategy_owns_no_adapters_is_refused(tiny_base, shift):
+def test_a_type_whose_strategy_owns_no_adapters_is_rejected(tiny_base, shift):
     (shift / "adapter_config.json").write_text(json.dumps({"peft_type": "NOTHING"}))
     with pytest.raises(InputError, match="'nothing' of budwood-shift 1.0 attaches no adapters"):
         open_pool(tiny_base).load("a", shift)
 
 
-def test_a_type_that_cannot_be_merged_is_refused(tiny_base, shift):
+def test_a_type_that_cannot_be_merged_is_rejected(tiny_base, shift):
     pool = open_pool(tiny_base)
     pool.load("a", shift)
     with pytest.raises(InputError, match="cannot merge"):
         pool.merge("a")
 
 
-def test_only_one_adapter_on_an_unquantised_base_is_merged(tiny_base, stock, other):
+def test_only_a_single_adapter_on_an_unquantised_base_can_be_merged(tiny_base, stock, other):
     pool = open_pool(tiny_base)
     pool.load("a", stock)
     pool.load("b", other)
@@ -348,7 +410,7 @@ LABELS = ["games", "libs", "net"]
 
 @pytest.fixture
 def classifier(tiny_base, tmp_path) -> Path:
-    """A classification adapter, made by stock PEFT and given its labels."""
+    """A classification adapter from stock PEFT, with labels."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
@@ -362,8 +424,13 @@ def classifier(tiny_base, tmp_path) -> Path:
             shutil.copyfile(tmp_path / "stock" / name, folder / name)
 
     base = load_base(tiny_base, "none", "AutoModelForCausalLM", torch.float32)
-    given = {"adapter_type": "lora", "distribution": "budwood 0.1.0", "base": base, "task": "sequence-classification"}
-    write_adapter(tmp_path / "classifier", write, **given, labels=LABELS, tokenizer=base.tokenizer)
+    arguments = {
+        "adapter_type": "lora",
+        "distribution": "budwood 0.1.0",
+        "base": base,
+        "task": "sequence-classification",
+    }
+    write_adapter(tmp_path / "classifier", write, **arguments, labels=LABELS, tokenizer=base.tokenizer)
     return tmp_path / "classifier"
 
 
@@ -375,10 +442,10 @@ def test_a_classifier_gives_its_labels(tiny_base, classifier):
     assert pool.load("a", classifier).notes == []
     pool.use("a")
     texts = ["a small library", "x" * 2000]
-    found = pool.classify(texts)
+    result = pool.classify(texts)
     model = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=3)
     model = PeftModel.from_pretrained(model, classifier).eval()
-    for text, one in zip(texts, found, strict=True):
+    for text, one in zip(texts, result, strict=True):
         with torch.no_grad():
             ids = pool.tokenizer(text, return_tensors="pt", truncation=True)["input_ids"]
             expected = model(ids).logits.softmax(-1)[0]
@@ -387,7 +454,7 @@ def test_a_classifier_gives_its_labels(tiny_base, classifier):
         assert one.label == LABELS[int(expected.argmax())]
 
 
-def test_tasks_and_labels_must_be_the_pools(tiny_base, classifier, stock):
+def test_task_and_labels_must_match_the_pool(tiny_base, classifier, stock):
     with pytest.raises(InputError, match="task sequence-classification, but the pool's task is causal-lm"):
         open_pool(tiny_base).load("a", classifier)
     pool = AdapterPool(tiny_base, task="sequence-classification", labels=["a", "b"], precision="fp32", device="cpu")

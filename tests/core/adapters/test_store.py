@@ -1,4 +1,4 @@
-"""Saving whole adapters and refusing bad ones, without a model."""
+"""Saving adapters and rejecting bad ones, without a model."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def edit_json(path: Path, **changes) -> None:
 
 
 def rehash(folder: Path) -> None:
-    """Make budwood.json agree with altered files, as whoever alters with care would."""
+    """Update the hashes in budwood.json, as a careful attacker would."""
     manifest = json.loads((folder / "budwood.json").read_text())
     manifest["files"] = {name: sha256(folder / name) for name in manifest["files"]}
     (folder / "budwood.json").write_text(store.sealed(manifest))
 
 
-def test_what_is_written_reads_back(small):
+def test_a_written_adapter_reads_back(small):
     saved = store.read_adapter(small, base_fingerprint="f" * 64)
     assert saved.adapter_type == "lora"
     assert saved.notes == []
@@ -66,7 +66,7 @@ def test_a_failing_export_leaves_the_old_adapter(small, save):
     assert [path.name for path in small.parent.iterdir()] == ["small"]
 
 
-def test_a_folder_of_something_else_is_not_replaced(tmp_path, save):
+def test_a_folder_without_an_adapter_is_not_replaced(tmp_path, save):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     with pytest.raises(InputError, match="is not an adapter"):
@@ -85,7 +85,7 @@ class Trace:
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt", "weights.pkl"])
-def test_a_pickled_adapter_is_refused_and_never_opened(small, tmp_path, name):
+def test_a_pickled_adapter_is_rejected_and_never_opened(small, tmp_path, name):
     trace = tmp_path / "trace"
     (small / WEIGHTS).unlink()
     (small / name).write_bytes(pickle.dumps(Trace(trace)))
@@ -104,14 +104,14 @@ def test_a_pickle_under_the_safe_name_is_never_opened(small, tmp_path):
     assert not trace.exists()
 
 
-def test_a_pickle_beside_the_weights_is_ignored_and_said(small, tmp_path):
+def test_a_pickle_beside_the_weights_is_ignored_with_a_note(small, tmp_path):
     trace = tmp_path / "trace"
     (small / "training_args.bin").write_bytes(pickle.dumps(Trace(trace)))
     assert store.read_adapter(small).notes == ["training_args.bin is a pickle and is ignored."]
     assert not trace.exists()
 
 
-def test_truncation_is_corrupt_wherever_it_falls(small):
+def test_truncation_at_any_length_is_corrupt(small):
     data = (small / WEIGHTS).read_bytes()
     for length in (0, 4, 8, 20, len(data) // 2, len(data) - 1):
         (small / WEIGHTS).write_bytes(data[:length])
@@ -128,14 +128,14 @@ def test_one_flipped_bit_is_corrupt(small, name):
         store.read_adapter(small)
 
 
-def test_100_mb_of_header_is_refused_at_once(small):
+def test_a_header_of_100_mb_is_rejected_immediately(small):
     (small / WEIGHTS).write_bytes((100 << 20).to_bytes(8, "little") + b"{" + b" " * 1000)
     with pytest.raises(CorruptError, match="104,857,600"):
         store.read_adapter(small)
 
 
 @pytest.mark.parametrize("change", [{"r": 10**9}, {"r": 1e30}, {"rank_pattern": {"q": 10**9}}])
-def test_a_rank_that_no_tensor_has_room_for_is_corrupt(small, change):
+def test_a_rank_larger_than_every_tensor_is_corrupt(small, change):
     edit_json(small / "adapter_config.json", **change)
     rehash(small)
     with pytest.raises(CorruptError, match="rank"):
@@ -143,7 +143,7 @@ def test_a_rank_that_no_tensor_has_room_for_is_corrupt(small, change):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_corrupt(small, value):
+def test_non_finite_weights_are_corrupt(small, value):
     tensors = load_file(small / WEIGHTS)
     next(iter(tensors.values()))[0, 0] = value
     save_file(tensors, small / WEIGHTS)
@@ -152,7 +152,7 @@ def test_weights_that_are_not_finite_are_corrupt(small, value):
         store.read_adapter(small).load_tensors()
 
 
-def test_another_base_is_the_users_input_and_can_be_allowed(small):
+def test_another_base_is_an_input_error_and_can_be_allowed(small):
     with pytest.raises(InputError, match=r"tiny.*ffffffffffff.*other.*eeeeeeeeeeee") as error:
         store.read_adapter(small, base_name="other", base_fingerprint="e" * 64)
     assert error.value.exit_code == 2
@@ -161,7 +161,7 @@ def test_another_base_is_the_users_input_and_can_be_allowed(small):
 
 
 @pytest.mark.parametrize(
-    ("change", "what"),
+    ("change", "message"),
     [
         ({"format": 4}, "format 4"),
         ({"format": "x" * 1000}, "format"),
@@ -172,14 +172,14 @@ def test_another_base_is_the_users_input_and_can_be_allowed(small):
         ({"labels": [1]}, "labels"),
     ],
 )
-def test_a_manifest_that_lies_is_corrupt(small, change, what):
+def test_an_invalid_manifest_is_corrupt(small, change, message):
     edit_json(small / "budwood.json", **change)
-    with pytest.raises(CorruptError, match=what) as error:
+    with pytest.raises(CorruptError, match=message) as error:
         store.read_adapter(small)
     assert "\n" not in str(error.value)
 
 
-def test_a_flipped_byte_of_budwood_json_is_noticed_wherever_it_is(small):
+def test_any_flipped_byte_of_budwood_json_is_detected(small):
     path = small / "budwood.json"
     data = path.read_bytes()
     for place in range(len(data)):
@@ -188,7 +188,7 @@ def test_a_flipped_byte_of_budwood_json_is_noticed_wherever_it_is(small):
             store.read_adapter(small, hashes=False)
 
 
-def test_budwood_json_cannot_go_unnoticed(small):
+def test_a_missing_budwood_json_is_detected(small):
     (small / "budwood.json").unlink()
     with pytest.raises(CorruptError, match="budwood.json: is missing"):
         store.read_adapter(small)
@@ -213,7 +213,7 @@ def as_stock_peft(folder: Path) -> None:
     (folder / "golden.safetensors").unlink()
 
 
-def test_an_adapter_of_stock_peft_has_its_type_from_its_config(small):
+def test_the_type_of_a_stock_peft_adapter_is_read_from_its_config(small):
     as_stock_peft(small)
     saved = store.read_adapter(small, base_fingerprint="e" * 64)
     assert saved.adapter_type == "lora"
@@ -222,7 +222,7 @@ def test_an_adapter_of_stock_peft_has_its_type_from_its_config(small):
 
 
 @pytest.mark.parametrize(("peft_type", "error"), [("MOSS", InputError), (None, CorruptError), ([1], CorruptError)])
-def test_a_type_that_nobody_reads_is_refused(small, peft_type, error):
+def test_a_type_without_an_owner_is_rejected(small, peft_type, error):
     as_stock_peft(small)
     edit_json(small / "adapter_config.json", peft_type=peft_type)
     with pytest.raises(error):
@@ -230,7 +230,7 @@ def test_a_type_that_nobody_reads_is_refused(small, peft_type, error):
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_what_earlier_versions_wrote_is_read(small, version):
+def test_adapters_of_earlier_versions_are_read(small, version):
     values = json.loads((small / "budwood.json").read_text())
     assert values["format"] == store.FORMAT
     values |= {"format": version, "kind": values.pop("adapter_type")}
@@ -247,17 +247,17 @@ class Moss(Strategy):
 """
 
 
-def test_the_owner_of_a_peft_type_declares_it_and_is_not_imported_to_be_found(small, distribution):
+def test_the_owner_of_a_peft_type_is_found_without_an_import(small, distribution):
     distribution("budwood-moss", MOSS, {"green": "Moss"})
     as_stock_peft(small)
     edit_json(small / "adapter_config.json", peft_type="LICHEN")
     assert store.read_adapter(small).adapter_type == "green"
     edit_json(small / "adapter_config.json", peft_type="LICHENN")
-    with pytest.raises(InputError, match="no installed strategy reads PEFT's type 'LICHENN'. Did you mean 'LICHEN'?"):
+    with pytest.raises(InputError, match="reads PEFT's adapter type 'LICHENN'. Did you mean 'LICHEN'?"):
         store.read_adapter(small)
 
 
-def test_a_type_that_only_an_import_tells_is_found(small, distribution):
+def test_a_type_that_is_known_only_after_an_import_is_found(small, distribution):
     source = "TYPES = ('MOSS',)\nclass Moss(Strategy):\n    api = 2\n    adapter_types = TYPES\n"
     distribution("budwood-moss", source, {"green": "Moss"})
     as_stock_peft(small)
@@ -286,7 +286,7 @@ def test_a_strategy_of_version_1_owns_the_type_of_its_name(small, distribution, 
             store.read_adapter(small)
 
 
-def test_fields_that_name_code_are_not_handed_on(small):
+def test_fields_that_name_code_are_not_passed_on(small):
     edit_json(
         small / "adapter_config.json",
         auto_mapping={"parent_library": "os"},
@@ -310,7 +310,7 @@ def test_folders_without_an_adapter(tmp_path, small):
         store.read_adapter(small)
 
 
-def test_tensors_must_be_those_that_are_expected():
+def test_tensors_must_match_the_expected_keys_and_shapes():
     tensors = {"a.lora_A.weight": torch.zeros(2, 3), "b": torch.zeros(1)}
     check_adapter_tensors({"a.lora_A.weight": (2, 3), "b": (1,)}, tensors)
     with pytest.raises(CorruptError, match=r"'b' not expected"):
@@ -324,7 +324,7 @@ def test_tensors_must_be_those_that_are_expected():
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS, "golden.safetensors", "budwood.json"])
-def test_an_adapter_whose_files_lie_elsewhere_is_corrupt(small, tmp_path, name):
+def test_an_adapter_with_files_outside_its_folder_is_corrupt(small, tmp_path, name):
     (small / name).rename(tmp_path / "elsewhere")
     (small / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CorruptError, match=f"{name}: leads out of its folder"):

@@ -1,4 +1,4 @@
-"""The choice of adapters: rows, segments, owners of either version; and what is cached goes stale when it changes."""
+"""Selection of adapters: rows, segments, owners of either contract version; and invalidation of cached factors."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ SIZE = 32
 
 
 class Old(Strategy):
-    """Of version 1."""
+    """Contract version 1."""
 
-    seen: Any = None
+    received: Any = None
 
     @hookimpl
     def use_adapters(self, model: nn.Module, names: list[str | None]) -> None:
-        self.seen = list(names)
+        self.received = list(names)
 
 
 class New(Strategy):
-    """Of version 2."""
+    """Contract version 2."""
 
     api = 2
-    seen: Any = None
+    received: Any = None
 
     @hookimpl
     def use_adapters(self, model: nn.Module, names: list[str], index: list[int]) -> None:
-        self.seen = (list(names), list(index))
+        self.received = (list(names), list(index))
 
 
 @pytest.mark.parametrize(
@@ -52,20 +52,20 @@ class New(Strategy):
         (["a", "b", "c"], [2, -1, 0, 2], ["c", None, "a", "c"], (["a", "c"], [1, -1, 0, 1])),
     ],
 )
-def test_owners_get_what_their_version_of_the_contract_says(names, index, old, new) -> None:
+def test_owners_receive_the_arguments_of_their_contract_version(names, index, old, new) -> None:
     first, second = Old(name="old"), New(name="new")
     for owner in (first, second):
         use_adapters(owner, nn.Identity(), names, index)
-    assert first.seen == old
-    assert second.seen == new
+    assert first.received == old
+    assert second.received == new
 
 
 def test_segments_become_positions_and_version_1_cannot_mix_them() -> None:
     owner = New(name="new")
     use_adapters(owner, nn.Identity(), ["a", "b"], [1, -1, 0], lengths=[2, 1, 3])
-    assert owner.seen == (["a", "b"], [1, 1, -1, 0, 0, 0])
+    assert owner.received == (["a", "b"], [1, 1, -1, 0, 0, 0])
     use_adapters(owner, nn.Identity(), ["a", "b"], [1, 1], lengths=[2, 1])
-    assert owner.seen == (["b"], [])
+    assert owner.received == (["b"], [])
     with pytest.raises(InputError, match="strategy 'old' cannot mix adapters within packed rows"):
         use_adapters(Old(name="old"), nn.Identity(), ["a", "b"], [0, 1], lengths=[2, 1])
     use_adapters(Old(name="old"), nn.Identity(), ["a", "b"], [1, 1], lengths=[2, 1])
@@ -74,7 +74,7 @@ def test_segments_become_positions_and_version_1_cannot_mix_them() -> None:
 @pytest.mark.parametrize(
     ("names", "index", "lengths"), [(["a", "b"], [], []), (["a"], [1], []), (["a"], [-2], []), (["a"], [0, -1], [3])]
 )
-def test_an_index_that_fits_nothing_is_refused(names, index, lengths) -> None:
+def test_an_invalid_index_is_rejected(names, index, lengths) -> None:
     with pytest.raises(ValueError, match="adapters|segments"):
         use_adapters(New(name="new"), nn.Identity(), names, index, lengths)
 
@@ -84,7 +84,7 @@ def test_an_index_that_fits_nothing_is_refused(names, index, lengths) -> None:
 
 @pytest.fixture(params=[False, True], ids=["lora", "dora"])
 def adapted(request: pytest.FixtureRequest) -> tuple[Any, nn.Module]:
-    """A strategy, and a linear with its adapters a (rank 2) and b (rank 4)."""
+    """A strategy, and a linear with adapters a (rank 2) and b (rank 4)."""
     from peft import LoraConfig
 
     torch.manual_seed(0)
@@ -96,7 +96,7 @@ def adapted(request: pytest.FixtureRequest) -> tuple[Any, nn.Module]:
 
 
 @torch.no_grad()
-def test_segments_of_a_packed_row_use_each_its_own(adapted) -> None:
+def test_each_segment_of_a_packed_row_uses_its_adapter(adapted) -> None:
     owner, model = adapted
     x = torch.randn(2, 5, SIZE)
     lengths, index = [3, 4, 3], [1, -1, 0]
@@ -106,16 +106,16 @@ def test_segments_of_a_packed_row_use_each_its_own(adapted) -> None:
         expected.append(model(flat[None, start : start + length])[0])
         start += length
     use_adapters(owner, model, ["a", "b"], index, lengths)
-    found = model(x)
-    assert found.shape == x.shape
-    torch.testing.assert_close(found.reshape(-1, SIZE), torch.cat(expected), atol=1e-5, rtol=1e-5)
+    result = model(x)
+    assert result.shape == x.shape
+    torch.testing.assert_close(result.reshape(-1, SIZE), torch.cat(expected), atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match=r"selected for 10 rows, but the input is \[3, 5, 32\]"):
         model(torch.randn(3, 5, SIZE))
 
 
 @pytest.mark.parametrize("change", ["step", "data", "replaced", "scaling"])
-def test_what_is_cached_goes_stale_when_an_adapter_changes(change: str) -> None:
-    """Training changes parameters in place between two generations with the same choice."""
+def test_cached_factors_are_invalidated_when_an_adapter_changes(change: str) -> None:
+    """Training changes parameters in place between two generations with the same selection."""
     from peft import LoraConfig
 
     torch.manual_seed(0)
@@ -127,18 +127,18 @@ def test_what_is_cached_goes_stale_when_an_adapter_changes(change: str) -> None:
     use_adapters(owner, model, ["a", "b"], [0, 1])
     x = torch.randn(2, 3, SIZE)
 
-    def wanted() -> Tensor:
+    def expected() -> Tensor:
         parts = [(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]) for name in "ab"]
         return torch.stack([low_rank_linear(row, layer.base_layer, *part) for row, part in zip(x, parts, strict=True)])
 
     with torch.no_grad():
         before = model(x)
-        torch.testing.assert_close(before, wanted(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(before, expected(), atol=1e-5, rtol=1e-5)
         assert torch.equal(model(x), before)
     weight = layer.lora_A["a"].weight
     if change == "step":
         optimizer = torch.optim.AdamW([weight], lr=0.1)
-        model(x).square().sum().backward()  # a forward with a graph in between uses no cache
+        model(x).square().sum().backward()  # a forward pass with a graph uses no cache
         optimizer.step()
     elif change == "data":
         weight.data = weight.data * 2
@@ -148,12 +148,12 @@ def test_what_is_cached_goes_stale_when_an_adapter_changes(change: str) -> None:
         layer.scaling["a"] *= 2
     with torch.no_grad():
         after = model(x)
-        torch.testing.assert_close(after, wanted(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(after, expected(), atol=1e-5, rtol=1e-5)
     assert not torch.equal(after[0], before[0])
     assert torch.equal(after[1], before[1])
 
 
-def test_the_cache_is_used_and_goes_with_the_choice(monkeypatch) -> None:
+def test_the_cache_is_used_and_cleared_with_the_selection(monkeypatch) -> None:
     from peft import LoraConfig
 
     from budwood_lora.layers import LoRAUpdate
@@ -174,4 +174,4 @@ def test_the_cache_is_used_and_goes_with_the_choice(monkeypatch) -> None:
     state = live_adapters(model)
     assert state is not None
     assert not any(forward.factors for forward in state.forwards.values())
-    assert LowRankUpdate.sources(next(iter(state.forwards.values())).updates["a"]) == ()  # who names none has no cache
+    assert LowRankUpdate.sources(next(iter(state.forwards.values())).updates["a"]) == ()  # the default: no caching

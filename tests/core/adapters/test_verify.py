@@ -1,4 +1,4 @@
-"""Golden logits: replayed to 1e-5 where the setting is the same, measured as a distance elsewhere."""
+"""Golden logits: replayed to 1e-5 in the same setting, reported as a distance in another."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from budwood.untrusted.files import sha256
 PROBES = [as_probe([1, 2, 3]), as_probe([4])]
 
 
-def test_an_earlier_versions_golden_logits_are_read(tmp_path):
+def test_golden_logits_of_an_earlier_version_are_read(tmp_path):
     logits = {"base": torch.zeros(2, 5), "adapter": torch.ones(2, 5)}
     flat = {
         "prompts": torch.tensor([1, 2, 3, 4], dtype=torch.int32),
@@ -61,7 +61,7 @@ def test_golden_logits_read_back(tmp_path):
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_golden_logits_that_do_not_fit_together_are_corrupt(tmp_path, change):
+def test_inconsistent_golden_logits_are_corrupt(tmp_path, change):
     path = tmp_path / "g.safetensors"
     Golden.of(PROBES, [torch.zeros(5)] * 2, [torch.ones(5)] * 2).save(path)
     save_file(load_file(path) | change, path)
@@ -69,17 +69,17 @@ def test_golden_logits_that_do_not_fit_together_are_corrupt(tmp_path, change):
         Golden.load(path)
 
 
-def test_distance_is_in_nats_and_shares():
+def test_distance_is_in_nats_and_fractions():
     a = torch.log(torch.tensor([[0.5, 0.5], [0.9, 0.1]]))
     b = torch.log(torch.tensor([[0.25, 0.75], [0.9, 0.1]]))
-    found = Distance.between(a, b)
+    result = Distance.between(a, b)
     by_hand = (0.5 * torch.tensor(2.0).log() + 0.5 * torch.tensor(2 / 3).log()) / 2
-    assert found.divergence == pytest.approx(float(by_hand), rel=1e-6)
-    assert found.agreement == 0.5
+    assert result.divergence == pytest.approx(float(by_hand), rel=1e-6)
+    assert result.agreement == 0.5
     assert Distance.between(a, a) == Distance(0.0, 0.0, 1.0)
 
 
-def test_what_counts_as_the_same_setting():
+def test_comparable_settings():
     def record(**changes) -> GoldenRecord:
         values = {"device": "cpu", "dtype": "float32", "quantization": "nf4", "threads": 1, "torch": "2.13"}
         return GoldenRecord(**(values | changes))
@@ -106,7 +106,7 @@ def test_the_same_setting_gives_the_same_logits(tiny_base, tmp_path, make_saved,
     assert report.notes == []
 
 
-def test_another_setting_is_said_and_measured(saved):
+def test_another_setting_is_noted_and_measured(saved):
     report = verify(saved, quantization="nf4")
     assert not report.exact
     assert report.current.quantization == "nf4"
@@ -115,7 +115,7 @@ def test_another_setting_is_said_and_measured(saved):
     assert "used with nf4" in report.notes[0]
 
 
-def test_the_threads_of_the_record_are_used_and_put_back(saved, tmp_path):
+def test_the_recorded_thread_count_is_used_and_restored(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "a")
     manifest = json.loads((saved / "budwood.json").read_text())
     manifest["golden"]["threads"] = 10**9
@@ -136,14 +136,14 @@ def alter(saved, to, name: str, change) -> None:
     (to / "budwood.json").write_text(sealed(manifest))
 
 
-def test_weights_that_answer_otherwise_are_corrupt(saved, tmp_path):
+def test_altered_weights_are_corrupt(saved, tmp_path):
     alter(saved, tmp_path / "a", "adapter_model.safetensors", lambda t: next(iter(t.values())).mul_(1.01))
     with pytest.raises(CorruptError, match="differ by up to .*the base's own logits are unchanged") as error:
         verify(tmp_path / "a")
     assert error.value.exit_code == 4
 
 
-def test_weights_that_are_off_by_little_are_corrupt_in_16_bit_too(tiny_base, tmp_path, make_saved):
+def test_slightly_altered_weights_are_corrupt_in_16_bit_too(tiny_base, tmp_path, make_saved):
     folder = make_saved(tiny_base, tmp_path / "a", "int8", "bf16")
     alter(folder, tmp_path / "b", "adapter_model.safetensors", lambda t: [x.mul_(1.02) for x in t.values()])
     with pytest.raises(CorruptError, match="differ by up to .*the base's own logits are unchanged"):
@@ -151,7 +151,7 @@ def test_weights_that_are_off_by_little_are_corrupt_in_16_bit_too(tiny_base, tmp
 
 
 def test_other_kernels_are_another_setting(saved, monkeypatch):
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")  # oneDNN has read it already: the record alone is asked here
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")  # oneDNN has already read it: only the record changes
     report = verify(saved)
     assert not report.exact
     assert "ONEDNN_MAX_CPU_ISA=SSE41" in report.current.device
@@ -166,7 +166,7 @@ def test_an_adapter_that_changes_nothing_is_corrupt_in_any_setting(saved, tmp_pa
         verify(tmp_path / "a", quantization="nf4")
 
 
-def test_golden_prompts_that_the_base_cannot_read_are_corrupt(saved, tmp_path):
+def test_golden_prompts_outside_the_vocabulary_are_corrupt(saved, tmp_path):
     alter(saved, tmp_path / "a", "golden.safetensors", lambda t: t["0/inputs/input_ids"].fill_(10**6))
     with pytest.raises(CorruptError, match="token"):
         verify(tmp_path / "a")
@@ -181,7 +181,9 @@ def test_golden_logits_of_another_width_are_corrupt(saved, tmp_path):
         verify(tmp_path / "a")
 
 
-def test_what_cannot_be_verified_is_said_before_a_base_loads(saved, stock, tiny_bases, monkeypatch, tmp_path):
+def test_an_adapter_that_cannot_be_verified_is_rejected_before_a_base_loads(
+    saved, stock, tiny_bases, monkeypatch, tmp_path
+):
     def load(*args, **kwargs):
         raise AssertionError("a base was loaded")
 

@@ -1,4 +1,4 @@
-"""The command line itself: light to start, one line for an error, the exit code that is documented."""
+"""The command line: no heavy imports at start, one line per error, the documented exit codes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ HEAVY = {
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
-    """Leave the test process's signals and warnings alone."""
+    """Keep the signal handlers and warning filters of the test process."""
     monkeypatch.setattr(cli, "silence_libraries", lambda debug: None)
     monkeypatch.delenv("BUDWOOD_DEBUG", raising=False)
     before = signal.getsignal(signal.SIGTERM)
@@ -49,7 +49,7 @@ def quiet(monkeypatch):
 
 @pytest.fixture
 def fails(monkeypatch):
-    """Function `fails(error)`: from now on every command raises it."""
+    """Return `fails(error)`, which makes every command raise `error`."""
 
     def install(error: BaseException) -> None:
         def get_command(app):
@@ -61,7 +61,7 @@ def fails(monkeypatch):
 
 
 def loaded_by(*lines: list[str]) -> set[str]:
-    """Heavy modules that a process has imported after it ran these command lines."""
+    """Return the heavy modules that a process imports when it runs these command lines."""
     code = (
         "import contextlib, io, json, sys\n"
         "from budwood.cli.app import run\n"
@@ -69,27 +69,27 @@ def loaded_by(*lines: list[str]) -> set[str]:
         f"    codes = [run(line) for line in {list(lines)!r}]\n"
         f"print(json.dumps([codes, sorted({HEAVY!r} & set(sys.modules))]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    codes, modules = json.loads(done.stdout)
-    assert set(codes) == {0}, done.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    codes, modules = json.loads(result.stdout)
+    assert set(codes) == {0}, result.stderr
     return set(modules)
 
 
-def test_the_commands_are_those_of_this_version(capsys):
+def test_help_lists_the_commands(capsys):
     assert cli.run(["--help"]) == 0
     listed = capsys.readouterr().out.partition("Commands:\n")[2].partition("\n\n")[0]
     assert [line.split()[0] for line in listed.splitlines()] == COMMANDS
 
 
-def test_the_package_runs_as_the_command_does():
+def test_python_m_budwood_runs_the_command():
     done = subprocess.run([sys.executable, "-m", "budwood", "tnue"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: No such command 'tnue'. Did you mean 'tune'?")
 
 
-def test_help_and_plugins_import_nothing_heavy_and_no_plugin():
-    every = [["--help"], *([name, "--help"] for name in COMMANDS), *([*names, "--help"] for names in SUBCOMMANDS)]
-    assert loaded_by(*every, [], ["--version"], ["plugins"], ["plugins", "--json"]) == set()
+def test_help_and_plugins_import_no_heavy_module_and_no_plugin():
+    lines = [["--help"], *([name, "--help"] for name in COMMANDS), *([*names, "--help"] for names in SUBCOMMANDS)]
+    assert loaded_by(*lines, [], ["--version"], ["plugins"], ["plugins", "--json"]) == set()
 
 
 @pytest.mark.parametrize("names", [[], *([name] for name in COMMANDS), *SUBCOMMANDS], ids=" ".join)
@@ -127,7 +127,7 @@ def test_no_command_shows_the_help(capsys):
         (typer.Exit(7), 7, ""),
     ],
 )
-def test_an_error_is_one_line_and_its_exit_code(fails, capsys, error, code, line):
+def test_an_error_prints_one_line_and_sets_the_exit_code(fails, capsys, error, code, line):
     fails(error)
     assert cli.run(["plugins"]) == code
     out, err = capsys.readouterr()
@@ -136,11 +136,11 @@ def test_an_error_is_one_line_and_its_exit_code(fails, capsys, error, code, line
     assert err.count("\n") == (1 if line else 0)
 
 
-@pytest.mark.parametrize("way", ["option", "anywhere", "environment"])
-def test_debug_shows_the_traceback(fails, capsys, monkeypatch, way):
+@pytest.mark.parametrize("via", ["option", "anywhere", "environment"])
+def test_debug_shows_the_traceback(fails, capsys, monkeypatch, via):
     fails(InputError("what is wrong"))
-    arguments = {"option": ["--debug", "plugins"], "anywhere": ["plugins", "--debug"], "environment": ["plugins"]}[way]
-    monkeypatch.setenv("BUDWOOD_DEBUG", "1" if way == "environment" else "0")
+    arguments = {"option": ["--debug", "plugins"], "anywhere": ["plugins", "--debug"], "environment": ["plugins"]}[via]
+    monkeypatch.setenv("BUDWOOD_DEBUG", "1" if via == "environment" else "0")
     assert cli.run(arguments) == 2
     err = capsys.readouterr().err
     assert "Traceback" in err
@@ -157,7 +157,7 @@ def test_debug_shows_the_traceback(fails, capsys, monkeypatch, way):
         (["serve"], "error: No such command 'serve'."),
     ],
 )
-def test_what_is_not_understood_names_the_nearest(capsys, arguments, line):
+def test_usage_errors_suggest_the_closest_match(capsys, arguments, line):
     assert cli.run(arguments) == 2
     err = capsys.readouterr().err
     assert line in err
@@ -165,7 +165,7 @@ def test_what_is_not_understood_names_the_nearest(capsys, arguments, line):
     assert err.count("\n") == 1
 
 
-def test_sigterm_ends_with_its_code():
+def test_sigterm_exits_with_143():
     code = (
         "import os, signal, typer.main\n"
         "from budwood.cli import app\n"
@@ -176,7 +176,7 @@ def test_sigterm_ends_with_its_code():
     assert (done.returncode, done.stderr) == (143, "error: terminated.\n")
 
 
-def test_a_reader_that_leaves_early_is_no_error():
+def test_a_closed_pipe_is_not_an_error():
     command = f"{sys.executable} -c 'from budwood.cli.app import main; main()' --help; echo $? >&2"
     done = subprocess.run(["bash", "-c", f"({command}) | true"], capture_output=True, text=True)
     assert done.stderr == "0\n"

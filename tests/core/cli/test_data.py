@@ -1,4 +1,4 @@
-"""`budwood data`, through the command line that people type."""
+"""`budwood data`, run through the command line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def recipe(tiny_base: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_shows_what_has_a_loss(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shows_the_loss_mask(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["data", str(recipe), "-n", "2"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -46,7 +46,7 @@ def test_json(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report["steps_per_epoch"] == 1
 
 
-def test_bad_data_is_one_line(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_data_is_a_one_line_error(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (recipe.parent / "train.jsonl").write_text('{"prompt": "x", "completion": "y"}\n{"prompt": null}\n')
     assert run(["data", str(recipe)]) == 2
     out, err = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""`budwood doctor`: what is wrong with a machine is named with its remedy, and nothing that is broken breaks it."""
+"""`budwood doctor`: each fault is reported with its remedy, and none makes the command itself fail."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def statuses(findings) -> list[str]:
     return [finding.status for finding in findings]
 
 
-def test_pins_are_those_of_constraints_txt():
+def test_tested_versions_are_those_of_constraints_txt():
     pins = software.tested_versions()
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     assert f"torch=={pins['torch']}" in lines
     assert len(pins) == sum("==" in line for line in lines)
-    assert "ruamel-yaml" in pins  # as names are compared
+    assert "ruamel-yaml" in pins  # canonical names
 
 
-def test_versions_as_installed_are_in_range():
-    found = list(doctor.check_versions())
-    assert "problem" not in statuses(found)
-    assert any("direct dependencies as tested" in finding.text for finding in found)
+def test_installed_versions_are_in_range():
+    findings = list(doctor.check_versions())
+    assert "problem" not in statuses(findings)
+    assert any("direct dependencies as tested" in finding.text for finding in findings)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_versions_as_installed_are_in_range():
         (None, "problem", "peft is not installed"),
     ],
 )
-def test_another_version_is_told_and_fails_only_out_of_range(monkeypatch, version, status, text):
+def test_an_untested_version_is_a_note_and_a_problem_only_out_of_range(monkeypatch, version, status, text):
     genuine = metadata.version
 
     def fake(name: str) -> str:
@@ -67,33 +67,33 @@ def test_another_version_is_told_and_fails_only_out_of_range(monkeypatch, versio
     assert "pip install" in finding.remedy
 
 
-def test_a_local_build_of_the_tested_version_is_that_version(monkeypatch):
+def test_a_local_build_counts_as_the_tested_version(monkeypatch):
     pin = software.tested_versions()["torch"]
     genuine = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: f"{pin}+cu130" if name == "torch" else genuine(name))
     assert not [finding for finding in doctor.check_versions() if finding.values.get("package") == "torch"]
 
 
-def test_folders_that_can_be_written(tmp_path):
-    found = list(doctor.check_disk(tmp_path))
-    assert statuses(found) == ["ok", "ok"]
-    assert found[0].values["folder"] == str(tmp_path)
-    assert list(tmp_path.iterdir()) == []  # the trial leaves nothing
+def test_writable_folders(tmp_path):
+    findings = list(doctor.check_disk(tmp_path))
+    assert statuses(findings) == ["ok", "ok"]
+    assert findings[0].values["folder"] == str(tmp_path)
+    assert list(tmp_path.iterdir()) == []  # the check leaves no file behind
 
 
-def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
-    working, *_ = doctor.check_disk(Path("/proc"))  # nobody writes there, root neither
+def test_unwritable_folders(tmp_path, monkeypatch):
+    working, *_ = doctor.check_disk(Path("/proc"))  # not writable, even by root
     assert working.status == "problem"
     assert working.text.startswith("working folder: /proc cannot be written")
     assert working.remedy
     monkeypatch.setenv("TMPDIR", str(tmp_path / "absent"))
     monkeypatch.setattr("tempfile.tempdir", None)
-    found = list(doctor.check_disk(tmp_path))
-    assert statuses(found) == ["ok", "ok", "warning"]
-    assert found[-1].text.startswith(f"TMPDIR is {tmp_path / 'absent'}, which cannot be used")
+    findings = list(doctor.check_disk(tmp_path))
+    assert statuses(findings) == ["ok", "ok", "warning"]
+    assert findings[-1].text.startswith(f"TMPDIR is {tmp_path / 'absent'}, which cannot be used")
 
 
-def test_little_memory_and_disk_are_warnings(monkeypatch, tmp_path):
+def test_low_memory_and_disk_are_warnings(monkeypatch, tmp_path):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2**20))
     assert statuses(doctor.check_disk(tmp_path)) == ["warning", "warning"]
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2**34, available=2**30))
@@ -102,17 +102,17 @@ def test_little_memory_and_disk_are_warnings(monkeypatch, tmp_path):
     assert finding.text.startswith("1.0 GiB of ")
 
 
-def test_torch_and_the_device_that_a_run_would_take():
-    found = list(doctor.check_torch())
-    assert found[0].values["version"] == torch.__version__
-    assert found[-1].values["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert "problem" not in statuses(found)
+def test_torch_and_the_device_that_a_run_would_use():
+    findings = list(doctor.check_torch())
+    assert findings[0].values["version"] == torch.__version__
+    assert findings[-1].values["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert "problem" not in statuses(findings)
 
 
 @pytest.mark.gpu
-def test_a_gpu_is_described_and_exercised():
+def test_a_gpu_is_described_and_tested():
     (device,) = [f for f in doctor.check_torch() if f.values.get("device") == "cuda:0"]
-    assert device.status in ("ok", "warning")  # another program may fill it
+    assert device.status in ("ok", "warning")  # its memory may be in use
     assert device.values["capability"] == list(torch.cuda.get_device_capability(0))
     assert device.values["memory"] > 2**30
     assert device.values["driver"]
@@ -120,7 +120,7 @@ def test_a_gpu_is_described_and_exercised():
     assert (finding.status, finding.values["device"]) == ("ok", "cuda")
 
 
-def test_a_device_that_cannot_compute_is_a_problem(monkeypatch):
+def test_a_failing_device_is_a_problem(monkeypatch):
     def fail(index):
         raise RuntimeError("no kernel image is available for execution on the device")
 
@@ -141,7 +141,7 @@ def test_a_gpu_that_torch_cannot_use_is_a_warning(monkeypatch):
     assert "install torch for CUDA" in finding.remedy
 
 
-def test_bitsandbytes_is_exercised_within_its_bounds():
+def test_bitsandbytes_errors_are_within_bounds():
     weight, forward, backward = devices.exercise_four_bit(bitsandbytes, "cpu")
     levels = bitsandbytes.functional.get_4bit_type("nf4", device="cpu").sort().values
     assert float(levels.diff().max()) / 2 <= devices.NF4_GAP < float(levels.diff().max()) / 2 + 1e-3
@@ -151,7 +151,7 @@ def test_bitsandbytes_is_exercised_within_its_bounds():
 
 
 @pytest.mark.parametrize("broken", ["dequantize", "forward", "nan"])
-def test_a_bitsandbytes_that_computes_wrongly_is_a_problem(monkeypatch, broken):
+def test_wrong_results_of_bitsandbytes_are_a_problem(monkeypatch, broken):
     functional, linear = bitsandbytes.functional, bitsandbytes.nn.Linear4bit
     genuine, forward = functional.dequantize_4bit, linear.forward
     if broken == "dequantize":
@@ -162,15 +162,15 @@ def test_a_bitsandbytes_that_computes_wrongly_is_a_problem(monkeypatch, broken):
         monkeypatch.setattr(linear, "forward", lambda self, x: forward(self, x) * float("nan"))
     (finding,) = doctor.check_bitsandbytes()
     assert finding.status == "problem"
-    assert "computes wrongly here" in finding.text
+    assert "its results are wrong" in finding.text
 
 
-@pytest.mark.parametrize(("fails", "text"), [("import", "does not import"), ("run", "fails on ")])
-def test_a_bitsandbytes_that_does_not_work_is_a_problem(monkeypatch, fails, text):
+@pytest.mark.parametrize(("stage", "text"), [("import", "does not import"), ("run", "fails on ")])
+def test_a_failing_bitsandbytes_is_a_problem(monkeypatch, stage, text):
     def raising(*args, **kwargs):
         raise OSError("libbitsandbytes_cpu.so: undefined symbol: x")
 
-    if fails == "import":
+    if stage == "import":
         monkeypatch.setattr(importlib, "import_module", raising)
     else:
         monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", raising)
@@ -187,7 +187,7 @@ SOURCES = {
     "shoot": "class Mine(Strategy):\n    @hookimpl\n    def prepare_modle(self, run): ...",
     "thorn": "class Mine: pass",
 }
-SAYS = {
+MESSAGES = {
     "branch": "No module named 'not_there'",
     "stalk": "written for version 99",
     "shoot": "no hook 'prepare_modle'. Did you mean 'prepare_model'",
@@ -195,33 +195,33 @@ SAYS = {
 }
 
 
-def test_plugins_with_problems_are_named_with_their_cause(distribution):
+def test_broken_plugins_are_reported_with_the_cause(distribution):
     for name, source in SOURCES.items():
         distribution(name, source, {name: "Mine"})
     for name in ("left", "right"):
         distribution(name, "class Mine(Strategy): pass", {"both": "Mine"})
     distribution("fine", "class Mine(Strategy): pass", {"fine": "Mine"})
-    found = {(f.values["distribution"], f.values["name"]): f for f in doctor.check_plugins()}
-    for name, says in SAYS.items():
-        finding = found[name, name]
+    findings = {(f.values["distribution"], f.values["name"]): f for f in doctor.check_plugins()}
+    for name, message in MESSAGES.items():
+        finding = findings[name, name]
         assert finding.status == "warning"
-        assert says in finding.text
+        assert message in finding.text
         assert f"{name} 1.0" in finding.text
     for name in ("left", "right"):
-        assert found[name, "both"].status == "warning"
-        assert "left 1.0" in found[name, "both"].text
-        assert "right 1.0" in found[name, "both"].text
-    assert found["fine", "fine"].status == found["budwood", "lora"].status == "ok"
+        assert findings[name, "both"].status == "warning"
+        assert "left 1.0" in findings[name, "both"].text
+        assert "right 1.0" in findings[name, "both"].text
+    assert findings["fine", "fine"].status == findings["budwood", "lora"].status == "ok"
 
 
-def test_a_name_that_hides_one_of_budwoods_own_makes_tuning_fail(distribution):
+def test_a_plugin_with_a_first_party_name_is_a_problem(distribution):
     distribution("rival", "class Mine(Strategy): pass", {"lora": "Mine"})
-    found = [finding for finding in doctor.check_plugins() if finding.values["name"] == "lora"]
-    assert statuses(found) == ["problem", "problem"]
-    assert "pip uninstall" in found[0].text
+    findings = [finding for finding in doctor.check_plugins() if finding.values["name"] == "lora"]
+    assert statuses(findings) == ["problem", "problem"]
+    assert "pip uninstall" in findings[0].text
 
 
-def test_a_plugin_that_ends_the_process_is_a_warning_like_any_other(distribution, monkeypatch, capsys):
+def test_a_crashing_plugin_is_a_warning(distribution, monkeypatch, capsys):
     monkeypatch.setattr(cli, "silence_libraries", lambda debug: None)
     before = signal.getsignal(signal.SIGTERM)
     distribution("crash", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", {"aaa": "Mine"})
@@ -232,11 +232,11 @@ def test_a_plugin_that_ends_the_process_is_a_warning_like_any_other(distribution
         signal.signal(signal.SIGTERM, before)
     report = json.loads(capsys.readouterr().out)
     assert report["ready"]
-    found = [Finding(**finding) for finding in report["findings"]]
-    assert {finding.topic for finding in found} >= {
+    findings = [Finding(**finding) for finding in report["findings"]]
+    assert {finding.topic for finding in findings} >= {
         "python", "versions", "memory", "disk", "torch", "device", "bitsandbytes", "plugins",
     }  # fmt: skip
-    plugins = {finding.values["name"]: finding for finding in found if finding.topic == "plugins"}
+    plugins = {finding.values["name"]: finding for finding in findings if finding.topic == "plugins"}
     assert plugins["aaa"].status == plugins["aab"].status == "warning"
     assert "plugin 'aaa' of crash 1.0 (crash:Mine) ends the process (SIGSEGV)" in plugins["aaa"].text
     assert plugins["lora"].status == "ok"
@@ -249,31 +249,31 @@ BROKEN_TORCH = {
 }
 
 
-@pytest.mark.parametrize("way", BROKEN_TORCH)
-def test_a_broken_torch_is_reported(tmp_path, way):
-    source, says = BROKEN_TORCH[way]
+@pytest.mark.parametrize("fault", BROKEN_TORCH)
+def test_a_broken_torch_is_reported(tmp_path, fault):
+    source, message = BROKEN_TORCH[fault]
     (tmp_path / "torch.py").write_text(source)
     code = "import sys; from budwood.cli.app import run; sys.exit(run(['doctor']))"
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)}, cwd=tmp_path
     )
-    assert done.returncode == 3
-    assert done.stderr == ""
-    assert says in done.stdout
-    assert "plugins cannot be tried while torch does not work" in done.stdout
-    assert done.stdout.splitlines()[-1].startswith("tuning would fail here; 1 problem")
+    assert result.returncode == 3
+    assert result.stderr == ""
+    assert message in result.stdout
+    assert "plugins cannot be checked while torch does not work" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("tuning would fail here; 1 problem")
 
 
-def test_what_hangs_is_given_up(tmp_path, monkeypatch):
+def test_a_hanging_import_times_out(tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text("import time; time.sleep(1000)")
     monkeypatch.syspath_prepend(tmp_path)
-    (finding,) = doctor.try_apart({"torch": doctor.check_torch}, patience=0.5)
-    assert (finding.status, finding.text) == ("problem", "torch says nothing for 0.5 s")
+    (finding,) = doctor.run_isolated({"torch": doctor.check_torch}, timeout=0.5)
+    assert (finding.status, finding.text) == ("problem", "torch does not respond for 0.5 s")
 
 
-def test_without_the_libraries_that_it_looks_with(monkeypatch):
+def test_a_missing_psutil_is_a_problem(monkeypatch):
     monkeypatch.setitem(sys.modules, "psutil", None)
-    monkeypatch.setattr(doctor, "try_apart", lambda checks: [])
-    found = [finding for finding in doctor.examine() if finding.status == "problem"]
-    assert [finding.topic for finding in found] == ["memory"]
-    assert "psutil" in found[0].text
+    monkeypatch.setattr(doctor, "run_isolated", lambda checks: [])
+    findings = [finding for finding in doctor.examine() if finding.status == "problem"]
+    assert [finding.topic for finding in findings] == ["memory"]
+    assert "psutil" in findings[0].text

@@ -1,4 +1,4 @@
-"""The documented exit codes, for every command: each code that it can end with, by what a user would do to get it."""
+"""The documented exit codes: every command returns each code that applies to it, on input that a user could give."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ from budwood.cli import app as cli
 
 CODES = (0, 2, 3, 4, 5)
 HUB = "someone/a-model-that-is-not-here"
-NEVER = "reads no such thing"
-ONLY_TUNE = "trains nothing"
-"""Stand in the table where a command cannot end with a code, and say why."""
+NO_ARTIFACT = "reads no artifact"
+NO_TRAINING = "does not train"
+"""Reasons for which a command cannot return a code, in place of a case."""
 
 Case = Callable[[Any], list[str]] | str
 TABLE: dict[tuple[str, ...], dict[int, Case]] = {
     ("demo",): {
         0: lambda w: [w.stub("budwood_demo.demo.main", lambda output, overwrite: {"accuracy": 1.0}), "--json"],
-        2: lambda w: ["--output", w.run],  # whose folder "name" is somebody's
+        2: lambda w: ["--output", w.run],  # holds files of another program
         3: lambda w: ["--output", f"{w.rows}/x"],
         4: lambda w: [w.stub("budwood_demo.demo.HERE", w.corrupt_demo), "--output", w.new],
-        5: "its recipes are sound; a run of it that diverged would end as `tune` does",
+        5: "its recipes do not diverge; if one did, it would exit as `tune` does",
     },
     ("plugins",): {
         0: lambda w: ["lora"],
         2: lambda w: ["lroa"],
         3: lambda w: [w.plugin("broken", "raise RuntimeError('x')")],
-        4: NEVER,
-        5: ONLY_TUNE,
+        4: NO_ARTIFACT,
+        5: NO_TRAINING,
     },
     ("plan",): {
         0: lambda w: [w.recipe],
         2: lambda w: [w.recipe, "-o", "lora.rank=-1"],
         3: lambda w: [w.recipe, "-o", f"base.model={HUB}"],
         4: lambda w: [w.recipe, "-o", f"base.model={w.corrupt_base}"],
-        5: ONLY_TUNE,
+        5: NO_TRAINING,
     },
     ("data",): {
         0: lambda w: [w.recipe],
         2: lambda w: [w.recipe, "-o", "data.max_length=-1"],
         3: lambda w: [w.recipe, "-o", f"base.model={HUB}"],
         4: lambda w: [w.recipe, "-o", f"base.model={w.corrupt_tokenizer}"],
-        5: ONLY_TUNE,
+        5: NO_TRAINING,
     },
     ("tune",): {
         0: lambda w: [w.recipe, "-o", f"output={w.new}", "--json"],
@@ -65,69 +65,69 @@ TABLE: dict[tuple[str, ...], dict[int, Case]] = {
         2: lambda w: [w.adapter, "--data", "nothing.jsonl"],
         3: lambda w: [w.adapter, "--data", w.rows, "--base", HUB],
         4: lambda w: [w.corrupt, "--data", w.rows],
-        5: ONLY_TUNE,
+        5: NO_TRAINING,
     },
     ("generate",): {
         0: lambda w: [w.base, "--prompt", "x", "--max-new-tokens", "1"],
         2: lambda w: [w.base, "--prompt", "x", "--adapter", "../x=y"],
         3: lambda w: [w.base, "--prompt", "x", "--device", "cuda:99"],
         4: lambda w: [w.base, "--prompt", "x", "--adapter", f"a={w.corrupt}"],
-        5: ONLY_TUNE,
+        5: NO_TRAINING,
     },
     ("doctor",): {
         0: lambda w: [w.stub("budwood.cli.doctor.checks.examine", lambda: [])],
         2: lambda w: ["--nothing"],
         3: lambda w: [w.stub("budwood.cli.doctor.checks.examine", lambda: [w.finding])],
-        4: NEVER,
-        5: ONLY_TUNE,
+        4: NO_ARTIFACT,
+        5: NO_TRAINING,
     },
     ("new", "strategy"): {
         0: lambda w: ["mine", "--folder", w.new],
         2: lambda w: ["mine", "--folder", w.run],
         3: lambda w: ["mine", "--folder", f"{w.rows}/x/y"],
-        4: NEVER,
-        5: ONLY_TUNE,
+        4: NO_ARTIFACT,
+        5: NO_TRAINING,
     },
     ("recipe", "schema"): {
         0: lambda w: [],
         2: lambda w: ["--nothing"],
-        3: "leaves a broken plugin out, with a warning",
-        4: NEVER,
-        5: ONLY_TUNE,
+        3: "skips a broken plugin with a warning",
+        4: NO_ARTIFACT,
+        5: NO_TRAINING,
     },
     ("adapter", "info"): {
         0: lambda w: [w.adapter],
         2: lambda w: ["nothing"],
         3: lambda w: [w.unreadable],
         4: lambda w: [w.corrupt],
-        5: ONLY_TUNE,
+        5: NO_TRAINING,
     },
     ("adapter", "verify"): {
         0: lambda w: [w.adapter],
         2: lambda w: ["nothing"],
         3: lambda w: [w.adapter, "--base", HUB],
         4: lambda w: [w.corrupt],
-        5: ONLY_TUNE,
+        5: NO_TRAINING,
     },
     ("adapter", "merge"): {
         0: lambda w: [w.adapter, w.new, "--dtype", "fp32"],
         2: lambda w: [w.adapter, w.run],
         3: lambda w: [w.adapter, w.new, "--device", "cuda:99"],
         4: lambda w: [w.corrupt, w.new],
-        5: ONLY_TUNE,
+        5: NO_TRAINING,
     },
     ("adapter", "export"): {
         0: lambda w: [w.adapter, w.new],
         2: lambda w: [w.adapter, w.run],
         3: lambda w: [w.adapter, f"{w.rows}/x"],
         4: lambda w: [w.corrupt, w.new],
-        5: ONLY_TUNE,
+        5: NO_TRAINING,
     },
 }
 
 
 def commands(group: Any = None, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Every command, as its words."""
+    """Yield every command as a tuple of words."""
     group = group or typer.main.get_command(cli.app)
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
@@ -136,7 +136,7 @@ def commands(group: Any = None, before: tuple[str, ...] = ()) -> Iterator[tuple[
             yield (*before, name)
 
 
-def test_every_command_stands_in_the_table_with_every_code():
+def test_the_table_covers_every_command_and_code():
     assert set(commands()) == set(TABLE)
     assert all(tuple(row) == CODES for row in TABLE.values())
 
@@ -150,12 +150,12 @@ CASES = [
 
 
 @pytest.mark.parametrize(("words", "code", "case"), CASES)
-def test_a_command_ends_with_its_code(world, capsys, words, code, case):
+def test_a_command_returns_its_code(world, capsys, words, code, case):
     arguments = [str(argument) for argument in case(world) if argument is not None]
     before = sorted(Path().rglob("*"))
-    got = cli.run([*words, *arguments])
+    returned = cli.run([*words, *arguments])
     out, err = capsys.readouterr()
-    assert got == code, err
+    assert returned == code, err
     assert "Traceback" not in err
     if code == 0:
         assert "error: " not in err
@@ -163,19 +163,19 @@ def test_a_command_ends_with_its_code(world, capsys, words, code, case):
         assert err.splitlines()[-1].startswith("error: ")
         assert sum(line.startswith("error: ") for line in err.splitlines()) == 1 or words == ("plan",)
     if code not in (0, 5):
-        assert sorted(Path().rglob("*")) == before, "nothing half written is left"
+        assert sorted(Path().rglob("*")) == before, "partial output is left"
 
 
 @pytest.mark.parametrize("words", TABLE, ids=" ".join)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_every_command(world, monkeypatch, capsys, words, number, code):
-    """The signal comes when the command has begun its work."""
-    whole = command = typer.main.get_command(cli.app)
+    """The signal arrives while the command is running."""
+    root = command = typer.main.get_command(cli.app)
     for word in words:
         command = command.commands[word]
     command.callback = lambda **options: os.kill(os.getpid(), number)
     command.params = []
-    monkeypatch.setattr(typer.main, "get_command", lambda app: whole)
+    monkeypatch.setattr(typer.main, "get_command", lambda app: root)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert cli.run(list(words)) == code
@@ -187,8 +187,8 @@ def test_a_signal_ends_every_command(world, monkeypatch, capsys, words, number, 
 
 
 @pytest.fixture(scope="module")
-def things(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """What the commands are given; nothing of it is changed."""
+def inputs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The commands' inputs; no test modifies them."""
     folder = tmp_path_factory.mktemp("things")
     rows = [{"prompt": f"question {i}:", "completion": f" answer {i}"} for i in range(8)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -221,8 +221,8 @@ def things(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleN
 
 
 @pytest.fixture
-def world(things, tmp_path, monkeypatch, distribution) -> Iterator[SimpleNamespace]:
-    """The things, a working folder to write into, and ways to change what is installed."""
+def world(inputs, tmp_path, monkeypatch, distribution) -> Iterator[SimpleNamespace]:
+    """The inputs, an empty working folder, and helpers that stub functions and install plugins."""
     monkeypatch.setattr(cli, "silence_libraries", lambda debug: None)
     monkeypatch.delenv("BUDWOOD_DEBUG", raising=False)
 
@@ -236,7 +236,7 @@ def world(things, tmp_path, monkeypatch, distribution) -> Iterator[SimpleNamespa
     def refuse(path: Path) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    values = vars(things) | {"new": "new", "stub": stub, "plugin": plugin}
+    values = vars(inputs) | {"new": "new", "stub": stub, "plugin": plugin}
 
     class World(SimpleNamespace):
         @property

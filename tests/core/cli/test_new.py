@@ -1,4 +1,4 @@
-"""`budwood new strategy`: packages that are clean and whose tests pass as they are, and what is refused."""
+"""`budwood new strategy`: generated packages pass the linter, and invalid input is refused."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", ["a", "a" * 30])
-def test_what_is_written_is_clean(here: Path, name: str) -> None:
+def test_generated_packages_pass_the_linter(here: Path, name: str) -> None:
     for hook in HOOKS:
         assert new(name, "--hook", hook, "--folder", str(here / hook)) == 0
     for check in (["check"], ["format", "--check"]):
         command = [sys.executable, "-m", "ruff", *check, "--no-cache", "."]
         for hook in HOOKS:
-            done = subprocess.run(command, cwd=here / hook, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stdout
+            result = subprocess.run(command, cwd=here / hook, capture_output=True, text=True, check=False)
+            assert result.returncode == 0, result.stdout
     assert not [path for path, text in files(here).items() if b"{{" in text.replace(b"${{", b"")]
 
 
 @pytest.mark.parametrize("license", LICENSES)
-def test_author_and_licence_are_the_users(here: Path, license: str) -> None:
+def test_author_and_license_are_written(here: Path, license: str) -> None:
     assert new("mine", "--author", 'Ada "A." Lovelace <ada@example.org>', "--license", license) == 0
     project = tomllib.loads((here / "budwood-mine/pyproject.toml").read_text())["project"]
     assert project["license"] == license
@@ -50,7 +50,7 @@ def test_author_and_licence_are_the_users(here: Path, license: str) -> None:
     assert ("Apache License" if license == "Apache-2.0" else 'Ada "A." Lovelace') in text
 
 
-def test_without_an_author_there_is_none(here: Path) -> None:
+def test_the_author_is_optional(here: Path) -> None:
     assert new("mine") == 0
     assert "authors" not in tomllib.loads((here / "budwood-mine/pyproject.toml").read_text())["project"]
     assert set(files(here / "budwood-mine")) == {
@@ -59,7 +59,7 @@ def test_without_an_author_there_is_none(here: Path) -> None:
     }  # fmt: skip
 
 
-def test_the_readme_tells_every_option(here: Path) -> None:
+def test_the_readme_lists_every_option(here: Path) -> None:
     for hook in HOOKS:
         assert new("mine", "--hook", hook, "--folder", hook) == 0
         source, readme = (here / hook / "budwood_mine/strategy.py").read_text(), (here / hook / "README.md").read_text()
@@ -67,7 +67,7 @@ def test_the_readme_tells_every_option(here: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "empty folder", "file", "broken link"])
-def test_what_exists_is_left_alone(here: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+def test_an_existing_target_is_not_changed(here: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     target = here / "budwood-mine"
     if kind == "file":
         target.write_text("mine")
@@ -103,9 +103,7 @@ def test_what_exists_is_left_alone(here: Path, capsys: pytest.CaptureFixture[str
         ("budwood-mine", "leave out budwood"),
     ],
 )  # fmt: skip
-def test_a_name_that_cannot_be_is_refused(
-    here: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
-) -> None:
+def test_invalid_names_are_refused(here: Path, capsys: pytest.CaptureFixture[str], name: str, message: str) -> None:
     assert new(name) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
@@ -116,19 +114,24 @@ def test_a_name_that_cannot_be_is_refused(
     ("arguments", "message"),
     [
         (["--hook", "before_optimiser_step"], "Did you mean 'before_optimizer_step'?"),
-        (["--license", "MTI"], "--license: 'MTI' is not offered. Did you mean 'MIT'? Available: Apache-2.0, MIT, BSD"),
+        (
+            ["--license", "MTI"],
+            "--license: 'MTI' is not supported. Did you mean 'MIT'? Available: Apache-2.0, MIT, BSD",
+        ),
         (["--author", "<ada@example.org>"], "--author: '<ada@example.org>' does not look like 'Ada Lovelace <ada@"),
         (["--author", "Ada\nLovelace"], "--author: 'Ada\\nLovelace' does not look like"),
     ],
 )
-def test_other_bad_input(here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_other_invalid_input_is_refused(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     assert new("mine", *arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not list(here.iterdir())
 
 
-def test_it_imports_no_torch(here: Path) -> None:
+def test_the_command_imports_no_torch(here: Path) -> None:
     code = (
         "import sys\nfrom budwood.cli import app\nassert app.run(['new', 'strategy', 'mine']) == 0\n"
         "assert not {'torch', 'transformers', 'pytest'} & set(sys.modules)\n"
@@ -136,5 +139,5 @@ def test_it_imports_no_torch(here: Path) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=here, check=True, capture_output=True)
 
 
-def test_names_of_classes() -> None:
+def test_class_names() -> None:
     assert class_name("gradient-noise-2") == "GradientNoise2"

@@ -1,4 +1,4 @@
-"""`budwood plan`: tables and JSON on stdout, every problem on a line of its own, and the exit code."""
+"""`budwood plan`: tables or JSON on stdout, one line per problem on stderr, and the exit code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from budwood.cli import app as cli
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
-    """Leave the test process's signals and warnings alone."""
+    """Keep the signal handlers and warning filters of the test process."""
     monkeypatch.setattr(cli, "silence_libraries", lambda debug: None)
     before = signal.getsignal(signal.SIGTERM)
     yield
@@ -31,7 +31,7 @@ def recipe(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return "recipe.yaml"
 
 
-def test_a_plan_is_a_table(recipe, capsys):
+def test_the_plan_is_printed_as_tables(recipe, capsys):
     assert cli.run(["plan", recipe, "-o", "lora.rank=2"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -40,20 +40,20 @@ def test_a_plan_is_a_table(recipe, capsys):
     assert any(line.split() == ["backward", "core", "core"] for line in lines)
 
 
-def test_a_plan_is_json(recipe, capsys):
+def test_the_plan_is_printed_as_json(recipe, capsys):
     assert cli.run(["plan", recipe, "--json"]) == 0
     out, err = capsys.readouterr()
-    found = json.loads(out)
+    printed = json.loads(out)
     assert err == ""
-    assert found["steps"] is None
-    assert found["problems"] == []
-    assert [strategy["name"] for strategy in found["strategies"]] == ["lora"]
-    backward = next(hook for hook in found["hooks"] if hook["name"] == "backward")
+    assert printed["steps"] is None
+    assert printed["problems"] == []
+    assert [strategy["name"] for strategy in printed["strategies"]] == ["lora"]
+    backward = next(hook for hook in printed["hooks"] if hook["name"] == "backward")
     assert [call["name"] for call in backward["calls"]] == ["core"]
 
 
 @pytest.mark.parametrize("as_json", [[], ["--json"]])
-def test_every_problem_has_its_line(recipe, capsys, as_json):
+def test_every_problem_is_one_line(recipe, capsys, as_json):
     assert cli.run(["plan", recipe, "-o", "lora.rnk=1", "-o", "train.x=2", "-o", "lora.y\x1b[31m=2", *as_json]) == 2
     out, err = capsys.readouterr()
     assert len(err.splitlines()) == 3
@@ -66,7 +66,7 @@ def test_every_problem_has_its_line(recipe, capsys, as_json):
         assert "\x1b" not in out
 
 
-def test_what_is_no_recipe_is_one_line(capsys):
+def test_a_missing_recipe_is_a_one_line_error(capsys):
     assert cli.run(["plan", "nothing.yaml", "--json"]) == 2
     out, err = capsys.readouterr()
     assert (out, err) == ("", "error: nothing.yaml: no such recipe.\n")

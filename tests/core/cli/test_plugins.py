@@ -1,4 +1,4 @@
-"""`budwood plugins` and `budwood recipe schema`: what is installed, also when some of it is broken."""
+"""`budwood plugins` and `budwood recipe schema`: describe installed plugins, even if some are broken."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Noise(Strategy):
 """
 
 
-def test_the_list_names_version_and_summary(distribution, capsys):
+def test_the_list_shows_version_and_summary(distribution, capsys):
     distribution("sprout", NOISE, {"noise": "Noise"}, version="1.2")
     distribution("broken", "raise RuntimeError('imported')", {"broken": "Broken"})
     plugins()
@@ -53,12 +53,12 @@ def test_every_first_party_plugin_has_a_summary(capsys):
     plugins(as_json=True)
     listed = json.loads(capsys.readouterr().out)
     assert list(listed) == ["strategies", "tasks", "formats", "quantizers", "attacks"]
-    ours = [entry for entries in listed.values() for entry in entries if entry["distribution"] == "budwood"]
-    assert len(ours) >= 11
-    assert all(entry["summary"] for entry in ours)
+    first_party = [entry for entries in listed.values() for entry in entries if entry["distribution"] == "budwood"]
+    assert len(first_party) >= 11
+    assert all(entry["summary"] for entry in first_party)
 
 
-def test_a_name_that_is_there_twice_is_marked(distribution, capsys):
+def test_duplicate_names_are_marked(distribution, capsys):
     for name in ("sprout", "twig"):
         distribution(name, NOISE, {"noise": "Noise"})
     plugins()
@@ -67,7 +67,7 @@ def test_a_name_that_is_there_twice_is_marked(distribution, capsys):
         plugins("noise")
 
 
-def test_one_strategy_in_words(distribution, capsys):
+def test_a_strategy_is_described_as_text(distribution, capsys):
     distribution("sprout", NOISE, {"noise": "Noise"})
     plugins("noise")
     assert capsys.readouterr().out == (
@@ -82,12 +82,12 @@ def test_one_strategy_in_words(distribution, capsys):
     )
 
 
-def test_one_strategy_for_programs(distribution, capsys):
+def test_a_strategy_is_described_as_json(distribution, capsys):
     distribution("sprout", NOISE, {"noise": "Noise"})
     plugins("noise", as_json=True)
-    about = json.loads(capsys.readouterr().out)
-    assert about["hooks"] == [{"name": "backward", "wraps": True}, {"name": "before_optimizer_step", "wraps": False}]
-    assert about["options"][0] == {
+    record = json.loads(capsys.readouterr().out)
+    assert record["hooks"] == [{"name": "backward", "wraps": True}, {"name": "before_optimizer_step", "wraps": False}]
+    assert record["options"][0] == {
         "name": "eta",
         "type": "number",
         "default": 0.01,
@@ -97,7 +97,7 @@ def test_one_strategy_for_programs(distribution, capsys):
     }
 
 
-def test_one_that_is_broken_or_not_there(distribution):
+def test_broken_and_unknown_plugins_are_refused(distribution):
     distribution("broken", "raise RuntimeError('imported')", {"broken": "Broken"})
     with pytest.raises(
         PluginError, match="plugin 'broken' of broken 1.0 .* cannot be imported: RuntimeError: imported"
@@ -107,15 +107,15 @@ def test_one_that_is_broken_or_not_there(distribution):
         plugins("brokn")
 
 
-def test_the_schema_has_the_options_of_what_is_installed(distribution, capsys):
+def test_the_schema_includes_the_options_of_installed_strategies(distribution, capsys):
     distribution("sprout", NOISE, {"noise": "Noise"})
     distribution("broken", "raise RuntimeError('imported')", {"broken": "Broken"})
     schema()
     out, err = capsys.readouterr()
-    found = json.loads(out)
-    assert found["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    assert found["required"] == ["base", "data", "strategies"]
-    names, mapping = found["properties"]["strategies"]["items"]["anyOf"]
+    printed = json.loads(out)
+    assert printed["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert printed["required"] == ["base", "data", "strategies"]
+    names, mapping = printed["properties"]["strategies"]["items"]["anyOf"]
     assert {"lora", "noise"} <= set(names["enum"])
     assert "broken" not in names["enum"]
     options = mapping["properties"]["noise"]["anyOf"][0]
@@ -127,7 +127,7 @@ def test_the_schema_has_the_options_of_what_is_installed(distribution, capsys):
         "type": "number",
     }
     assert options["additionalProperties"] is False
-    assert "nf4" in found["$defs"]["BaseSection"]["properties"]["quantization"]["enum"]
+    assert "nf4" in printed["$defs"]["BaseSection"]["properties"]["quantization"]["enum"]
     assert err == (
         "warning: left out: plugin 'broken' of broken 1.0 (broken:Broken) cannot be imported: RuntimeError: imported. "
         "Repair or update it (pip install -U broken), or leave it out of the recipe.\n"

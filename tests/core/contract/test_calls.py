@@ -1,4 +1,4 @@
-"""Every hook in turn: whose an error in it is, what it may return, what it costs. A new hook is in by itself."""
+"""Every hook: attribution of errors, checks of results, measured costs. New hooks are included automatically."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ STEP = SimpleNamespace(run=RUN)
 
 
 def make(name: str = "mine", **members: Any) -> Strategy:
-    """A strategy of a class of its own, of the distribution NAME-dist 1.0."""
+    """Return a strategy of a new class with these members, from the distribution NAME-dist 1.0."""
     return type(name.capitalize(), (Strategy,), members)(name=name, distribution=f"{name}-dist 1.0")
 
 
 def implement(hook: str, body: Callable[[], Any], wrapper: bool = False) -> Strategy:
-    """A strategy whose `hook` runs `body`; a wrapper runs it behind its yield and returns what it gives."""
+    """Return a strategy whose `hook` returns `body()`; a wrapper calls it after its yield."""
 
     def plain(self):
         return body()
@@ -40,30 +40,30 @@ def implement(hook: str, body: Callable[[], Any], wrapper: bool = False) -> Stra
 
 
 def call(hooks: Composition, hook: str) -> list[str]:
-    """Call a hook in the way in which core does; returns what was said to the user."""
+    """Call a hook as core does; return the messages shown to the user."""
     arguments: dict[str, Any] = dict.fromkeys(list(getattr(HookSpecs, hook).__annotations__)[:-1])
     if "run" in arguments:
         arguments["run"] = RUN
     if "step" in arguments:
         arguments["step"] = STEP
-    said: list[str] = []
-    call_style = getattr(HookSpecs, hook).call_style
-    if call_style == "chain":
+    messages: list[str] = []
+    mode = getattr(HookSpecs, hook).call_style
+    if mode == "chain":
         hooks.chain(hook, list(arguments)[-1], None, **arguments)
-    elif call_style == "observe":
-        hooks.notify(Event("step", 1, {}), said.append)
-    elif call_style == "adapter owner":
+    elif mode == "observe":
+        hooks.notify(Event("step", 1, {}), messages.append)
+    elif mode == "adapter owner":
         ask_owner(hooks.strategies[0], hook, **arguments)
-    elif call_style == "per strategy":
+    elif mode == "per strategy":
         hooks.ask(hook, "mine", **arguments)
     else:
         hooks.call(hook, **arguments)
-        hooks.collect(hook, **arguments) if call_style == "collect" else None
-    return said
+        hooks.collect(hook, **arguments) if mode == "collect" else None
+    return messages
 
 
-def at(hook: str) -> str:
-    """How a message names `hook`."""
+def prefix(hook: str) -> str:
+    """Return the prefix of messages about `hook`."""
     steps = HOOKS[HOOKS.index("next_examples") : HOOKS.index("after_optimizer_step") + 1]
     after = HOOKS[HOOKS.index("on_event") : HOOKS.index("attach_adapter")]
     where = ", step 8" if hook in steps else ", after step 7" if hook in after else ""
@@ -72,46 +72,46 @@ def at(hook: str) -> str:
 
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("error", [ZeroDivisionError("by zero\nmore"), SystemExit(3), TypeError()])
-def test_an_error_in_any_hook_says_whose(hook, error):
+def test_an_error_in_any_hook_names_the_strategy(hook, error):
     def body():
         raise error
 
     hooks = Composition([implement(hook, body, hook in CORE)])
-    what = {ZeroDivisionError: "ZeroDivisionError: by zero", SystemExit: "SystemExit: 3"}.get(type(error), "TypeError")
+    text = {ZeroDivisionError: "ZeroDivisionError: by zero", SystemExit: "SystemExit: 3"}.get(type(error), "TypeError")
     if hook == "on_event":
-        assert call(hooks, hook) == [f"strategy 'mine' (mine-dist 1.0) failed in on_event and is disabled: {what}"]
+        assert call(hooks, hook) == [f"strategy 'mine' (mine-dist 1.0) failed in on_event and is disabled: {text}"]
         return
     with pytest.raises(PluginError) as raised:
         call(hooks, hook)
-    assert str(raised.value) == f"{at(hook)}{what}. Report it to its author; --debug shows the traceback."
+    assert str(raised.value) == f"{prefix(hook)}{text}. Report it to its author; --debug shows the traceback."
     assert raised.value.__cause__ is error and raised.value.exit_code == 3
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-def test_what_any_hook_returns_is_checked(hook):
+def test_the_result_of_any_hook_is_checked(hook):
     hooks = Composition([implement(hook, object, hook in CORE)])
-    says = f"returned a object; it must return {_MUST_RETURN[hook][0]}."
+    problem = f"returned an object; it must return {_MUST_RETURN[hook][0]}."
     if hook == "on_event":
-        [said] = call(hooks, hook)
-        assert said.startswith("strategy 'mine' (mine-dist 1.0) failed in on_event and is disabled: ")
-        assert said.endswith(f"hook on_event: {says}")
+        [message] = call(hooks, hook)
+        assert message.startswith("strategy 'mine' (mine-dist 1.0) failed in on_event and is disabled: ")
+        assert message.endswith(f"hook on_event: {problem}")
         return
     with pytest.raises(PluginError) as raised:
         call(hooks, hook)
-    assert str(raised.value) == at(hook) + says
+    assert str(raised.value) == prefix(hook) + problem
 
 
-def test_what_every_hook_must_return_is_known():
+def test_the_required_result_of_every_hook_is_known():
     assert set(_MUST_RETURN) == set(HOOKS)
 
 
 @pytest.mark.parametrize("hook", WRAPPABLE)
-def test_a_wrapper_around_any_hook_is_named(hook):
+def test_an_error_in_any_wrapper_names_the_strategy(hook):
     def fails():
         raise KeyError("delta")
 
     @hookimpl(wrapper=True)
-    def at_once(self):
+    def early(self):
         fails()
         yield
 
@@ -125,21 +125,21 @@ def test_a_wrapper_around_any_hook_is_named(hook):
         yield
         yield
 
-    for wrapper, says in (
+    for wrapper, problem in (
         (implement(hook, fails, wrapper=True), "KeyError: 'delta'. Report it"),
-        (make(**{hook: at_once}), "KeyError: 'delta'. Report it"),
-        (make(**{hook: never}), "never reaches its yield, so the call that it wraps would not run."),
-        (make(**{hook: twice}), "yields a second time; the call that it wraps runs once."),
-        (implement(hook, lambda: 3, wrapper=True), "returned a int; it must return "),
+        (make(**{hook: early}), "KeyError: 'delta'. Report it"),
+        (make(**{hook: never}), "never reaches its yield, so the wrapped call would not run."),
+        (make(**{hook: twice}), "yields a second time; the wrapped call runs only once."),
+        (implement(hook, lambda: 3, wrapper=True), "returned an int; it must return "),
     ):
         with pytest.raises(PluginError) as raised:
             call(Composition([wrapper]), hook)
-        assert str(raised.value).startswith(at(hook) + says)
+        assert str(raised.value).startswith(prefix(hook) + problem)
 
 
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("error", [MemoryError(), OSError(28, "No space left"), InputError("mine: x is wrong")])
-def test_what_tells_by_itself_keeps_its_type_and_names_the_hook(hook, error):
+def test_a_resource_or_input_error_keeps_its_type(hook, error):
     def body():
         raise error
 
@@ -151,7 +151,7 @@ def test_what_tells_by_itself_keeps_its_type_and_names_the_hook(hook, error):
     with pytest.raises(type(error)) as raised:
         call(hooks, hook)
     assert raised.value is error
-    assert noted(error) == ("" if isinstance(error, InputError) else f" in {at(hook).removesuffix(': ')}")
+    assert noted(error) == ("" if isinstance(error, InputError) else f" in {prefix(hook).removesuffix(': ')}")
 
 
 @pytest.mark.parametrize("hook", HOOKS)
@@ -163,7 +163,7 @@ def test_signals_pass_through_any_hook(hook):
         call(Composition([implement(hook, body, hook in CORE)]), hook)
 
 
-def test_a_message_that_cannot_be_made_is_no_second_error():
+def test_an_error_that_cannot_be_printed_is_still_attributed():
     class Odd(Exception):
         def __str__(self):
             raise ValueError
@@ -176,7 +176,7 @@ def test_a_message_that_cannot_be_made_is_no_second_error():
 
 
 class Model(Task):
-    """A task whose forward runs what a strategy put into the model."""
+    """A task whose forward calls `layer`, which a strategy may have added to the model."""
 
     name, auto_class = "made", ""
     distribution = "made 2.0"
@@ -193,7 +193,7 @@ class Model(Task):
         return {}
 
 
-def test_a_strategy_is_named_for_its_code_in_anothers_hook():
+def test_an_error_in_a_strategys_code_is_attributed_to_it_in_other_plugins_hooks():
     class Mine(Strategy):
         def layer(self):
             raise IndexError("rank 3")
@@ -208,7 +208,7 @@ def test_a_strategy_is_named_for_its_code_in_anothers_hook():
     )
 
 
-def test_a_function_of_a_strategys_package_is_the_strategys(distribution):
+def test_an_error_in_a_strategys_package_is_attributed_to_the_strategy(distribution):
     source = "def layer(): return [][0]\nclass Mine(Strategy): pass"
     distribution("sprout", source, {"mine": "Mine"})
     import sprout  # the package made above
@@ -219,7 +219,7 @@ def test_a_function_of_a_strategys_package_is_the_strategys(distribution):
         hooks.call("forward", step=STEP)
 
 
-def test_a_tasks_own_error_is_the_tasks():
+def test_an_error_in_a_task_is_attributed_to_the_task():
     hooks = Composition([make("other")])
     hooks.register_core(Model(lambda: None), "task made")
     with pytest.raises(PluginError, match=r"^task 'made' \(made 2.0\), hook forward, step 8: returned None; it must"):
@@ -227,7 +227,7 @@ def test_a_tasks_own_error_is_the_tasks():
 
 
 class Clock:
-    """Time that passes only where a test says so."""
+    """A clock that only the test advances."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -241,7 +241,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """In the place of the clock by which calls are measured."""
+    """Replace the clock that times calls."""
     clock = Clock()
     monkeypatch.setattr("budwood.contract.calls.perf_counter", clock)
     return clock
@@ -252,7 +252,7 @@ def costs(hooks: Composition) -> dict[tuple[str, str], tuple[int, float, float]]
     return {(c.owner, c.hook): (c.calls, c.own_seconds, c.seconds) for c in hooks.costs}
 
 
-def test_an_owner_that_another_asks_is_named_and_its_time_is_its_own(clock):
+def test_a_call_by_another_strategy_is_attributed_to_the_owner_and_timed_separately(clock):
     @hookimpl
     def use_adapters(self, model, names):
         clock.work(2)
@@ -266,11 +266,11 @@ def test_an_owner_that_another_asks_is_named_and_its_time_is_its_own(clock):
         clock.work(1)
         ask_owner(owner, "use_adapters", model=None, names=self.names)
 
-    asks = make("asks", before_clip=before_clip, names=[])
-    hooks = Composition([owner, asks])
+    caller = make("caller", before_clip=before_clip, names=[])
+    hooks = Composition([owner, caller])
     hooks.call("before_clip", run=RUN)
-    assert costs(hooks) == {("owner", "use_adapters"): (1, 2, 2), ("asks", "before_clip"): (1, 1, 3)}
-    asks.names = ["x"]
+    assert costs(hooks) == {("owner", "use_adapters"): (1, 2, 2), ("caller", "before_clip"): (1, 1, 3)}
+    caller.names = ["x"]
     with pytest.raises(
         PluginError, match=r"^strategy 'owner' \(owner-dist 1.0\), hook use_adapters, after step 7: Key"
     ):
@@ -278,7 +278,7 @@ def test_an_owner_that_another_asks_is_named_and_its_time_is_its_own(clock):
 
 
 def test_an_owner_without_the_hook_is_refused():
-    with pytest.raises(PluginError, match="strategy 'mine' .* has no hook 'attach_adapter', which an adapter's owner"):
+    with pytest.raises(PluginError, match="strategy 'mine' .* has no hook 'attach_adapter', which an adapter owner"):
         ask_owner(make(), "attach_adapter", model=None)
 
 
@@ -313,11 +313,11 @@ def test_times_of_wrappers_replays_and_parts_are_counted_once(clock):
         ("mine", "backward"): (1, 3, 27),
     }
     assert sum(cost.own_seconds for cost in hooks.costs) == clock.now
-    assert list(costs(hooks))[-1] == ("mine", "backward")  # the dearest first
+    assert list(costs(hooks))[-1] == ("mine", "backward")  # most expensive first
 
 
-def test_a_hook_inside_itself_counts_once(clock):
-    """As where a strategy's forward runs the model again: the outer call's time holds the inner call's."""
+def test_the_time_of_a_nested_call_of_the_same_hook_counts_once(clock):
+    """For example, a strategy's forward runs the model again: the outer call's time includes the inner call's."""
 
     class Core:
         @hookimpl
@@ -334,7 +334,7 @@ def test_a_hook_inside_itself_counts_once(clock):
     assert costs(hooks) == {("core", "forward"): (2, 2, 2)}
 
 
-def test_costs_survive_an_error_and_go_on(clock):
+def test_costs_continue_to_add_up_after_an_error(clock):
     fail = [True]
 
     def body():
@@ -350,7 +350,7 @@ def test_costs_survive_an_error_and_go_on(clock):
     assert costs(hooks) == {("mine", "backward"): (2, 2, 2)}
 
 
-def test_growth_of_the_peak_belongs_to_the_innermost():
+def test_peak_growth_is_attributed_to_the_innermost_call():
     peak, waits = [100], []
 
     @hookimpl
@@ -376,9 +376,9 @@ def test_growth_of_the_peak_belongs_to_the_innermost():
 
 
 @pytest.mark.parametrize("error", [InputError("x"), OSError(28, "No space"), MemoryError()])
-def test_what_a_plugin_does_outside_of_hooks_is_named_too(error):
-    task, named = Model(lambda: None), r"^task 'made' \(made 2.0\), metrics: KeyError: 'f1'\. Report it"
-    with pytest.raises(PluginError, match=named), attribute_errors(task, "metrics"):
+def test_an_error_outside_of_hooks_is_attributed_too(error):
+    task, pattern = Model(lambda: None), r"^task 'made' \(made 2.0\), metrics: KeyError: 'f1'\. Report it"
+    with pytest.raises(PluginError, match=pattern), attribute_errors(task, "metrics"):
         raise KeyError("f1")
     with pytest.raises(type(error)) as raised, attribute_errors(task, "metrics"):
         raise error

@@ -1,4 +1,4 @@
-"""Strategies together: slots, order, wrappers, chains, and whose error it was."""
+"""Composition of strategies: slots, order, wrappers, chains, and attribution of errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from budwood.contract.registry import Composition
 
 
 def make(name: str, distribution: str = "", **members) -> Strategy:
-    """A strategy of a class of its own; the distribution is NAME-dist 1.0."""
+    """Return a strategy of a new class with these members, from the distribution NAME-dist 1.0."""
     cls = type(name.capitalize(), (Strategy,), members)
     return cls(name=name, distribution=distribution or f"{name}-dist 1.0")
 
@@ -35,7 +35,7 @@ def test_two_owners_of_a_slot_are_both_named():
     )
 
 
-def test_two_owners_of_a_hook_are_both_named():
+def test_two_implementers_of_an_exclusive_hook_are_both_named():
     def build_optimizer(self, run, groups): ...
 
     with pytest.raises(InputError) as error:
@@ -45,13 +45,13 @@ def test_two_owners_of_a_hook_are_both_named():
     )
 
 
-def test_the_same_strategy_twice():
+def test_the_same_strategy_twice_is_refused():
     with pytest.raises(InputError, match="strategy 'lora' appears twice in the recipe"):
         Composition([make("lora"), make("lora")])
 
 
 @pytest.mark.parametrize("need", ["adapter", "lora", "low-rank"])
-def test_requires_a_slot_a_strategy_or_a_capability(need):
+def test_a_requirement_is_a_slot_a_strategy_or_a_capability(need):
     lora = make("lora", slots=("adapter",), provides=("low-rank",))
     orthogonal = make("orthogonal", requires=(need,))
     assert order(lora, orthogonal) == ["lora", "orthogonal"]
@@ -67,7 +67,7 @@ def test_a_strategy_does_not_fulfil_its_own_requirement():
 
 @pytest.mark.parametrize("clash", ["adapter", "lora", "low-rank"])
 @pytest.mark.parametrize("first", [True, False])
-def test_conflicts_whatever_their_order(clash, first):
+def test_conflicts_in_either_order(clash, first):
     pair = [make("prompt", conflicts=(clash,)), make("lora", slots=("adapter",), provides=("low-rank",))]
     with pytest.raises(InputError, match=f"strategy 'prompt' .* conflicts with '{clash}': leave one out"):
         Composition(pair if first else pair[::-1])
@@ -77,13 +77,13 @@ def test_the_recipes_order_breaks_ties():
     assert order(make("b"), make("a"), make("c")) == ["b", "a", "c"]
 
 
-def test_before_and_after_are_solved():
+def test_before_and_after_determine_the_order():
     assert order(make("a", after=("c",)), make("b"), make("c")) == ["b", "c", "a"]
     assert order(make("a"), make("b"), make("c", before=("a",))) == ["b", "c", "a"]
     assert order(make("a", after=("absent",)), make("b")) == ["a", "b"]
 
 
-def test_order_by_slot_and_capability():
+def test_before_and_after_may_name_slots_and_capabilities():
     assert order(make("noise", after=("adapter",)), make("lora", slots=("adapter",))) == ["lora", "noise"]
     assert order(make("noise", before=("ranks",)), make("lora", provides=("ranks",))) == ["noise", "lora"]
     assert order(make("x", provides=("p",), after=("p",)), make("y", provides=("p",))) == ["y", "x"]
@@ -96,7 +96,7 @@ def test_a_cycle_names_the_strategies_and_their_distributions():
     assert "strategy 'a' (a-dist 1.0) before strategy 'b' (b-dist 1.0)" in str(error.value)
 
 
-def test_chain_passes_results_on_in_order():
+def test_chain_passes_each_result_to_the_next():
     def append(letter):
         return hook(_chain(letter))
 
@@ -126,20 +126,20 @@ def test_collect_pairs_results_with_strategies():
         return [LossTerm(self.name, torch.zeros(()), "step")] if self.name != "b" else None
 
     hooks = Composition([make(name, loss_terms=hook(loss_terms)) for name in "abc"])
-    found = hooks.collect("loss_terms", step=None, outputs=None)
-    assert [(strategy.name, terms[0].name) for strategy, terms in found] == [("a", "a"), ("c", "c")]
+    pairs = hooks.collect("loss_terms", step=None, outputs=None)
+    assert [(strategy.name, terms[0].name) for strategy, terms in pairs] == [("a", "a"), ("c", "c")]
 
 
 def test_hooks_may_take_fewer_arguments():
-    seen = []
+    received = []
 
     def token_terms(self, positions):
-        seen.append(positions)
+        received.append(positions)
 
     hooks = Composition([make("a", token_terms=hook(token_terms))])
     hooks.call("token_terms", step=None, logits=None, positions=3)
     hooks.collect("token_terms", step=None, logits=None, positions=4)
-    assert seen == [3, 4]
+    assert received == [3, 4]
 
 
 def wrapping(name: str, log: list[str], **members) -> Strategy:
@@ -164,7 +164,7 @@ class Core:
             raise ValueError("core failed")
 
 
-def test_the_first_in_order_wraps_outermost_and_core_stands_inside():
+def test_the_first_in_order_wraps_outermost_and_core_is_innermost():
     log: list[str] = []
     hooks = Composition([wrapping("a", log), wrapping("b", log)])
     hooks.register_core(Core(log), "core")
@@ -173,7 +173,7 @@ def test_the_first_in_order_wraps_outermost_and_core_stands_inside():
     assert hooks.implements("backward") == ["a", "b", "budwood: core"]
 
 
-def test_core_may_not_break_the_contract_either():
+def test_core_is_checked_against_the_contract_too():
     class Misspelt:
         @hookimpl
         def bakcward(self, step): ...
@@ -189,20 +189,20 @@ def test_properties_of_a_strategy_are_never_read():
     Composition([make("a", model=property(fails))])
 
 
-def test_an_error_in_a_hook_says_whose():
+def test_an_error_in_a_hook_names_the_strategy():
     def before_clip(self, run):
         raise ZeroDivisionError("division by zero\nmore")
 
     hooks = Composition([make("a", before_clip=hook(before_clip))])
     expected = "strategy 'a' (a-dist 1.0), hook before_clip, step 8: ZeroDivisionError: division by zero. Report"
-    for way in (hooks.call, hooks.collect):
+    for call in (hooks.call, hooks.collect):
         with pytest.raises(PluginError) as error:
-            way("before_clip", run=SimpleNamespace(step=7))
+            call("before_clip", run=SimpleNamespace(step=7))
         assert str(error.value).startswith(expected)
         assert isinstance(error.value.__cause__, ZeroDivisionError)
 
 
-def test_a_wrapper_that_fails_itself_is_named():
+def test_an_error_in_a_wrapper_names_the_strategy():
     @hookimpl(wrapper=True)
     def backward(self, step):
         result = yield
@@ -215,14 +215,14 @@ def test_a_wrapper_that_fails_itself_is_named():
         hooks.call("backward", step=SimpleNamespace(run=SimpleNamespace(step=0)))
 
 
-def test_a_wrapper_is_not_blamed_for_what_it_wraps():
+def test_an_error_in_the_wrapped_call_is_not_attributed_to_the_wrapper():
     hooks = Composition([wrapping("a", []), wrapping("b", [])])
     hooks.register_core(Core([]), "core")
     with pytest.raises(ValueError, match="core failed"):
         hooks.call("backward", step="fail")
 
 
-def test_a_strategy_is_blamed_for_what_it_calls():
+def test_an_error_in_a_called_function_is_attributed_to_the_calling_strategy():
     def replay(noise):
         raise RuntimeError("shapes do not match")
 
@@ -239,18 +239,18 @@ def test_a_strategy_is_blamed_for_what_it_calls():
 
 
 class OutOfMemoryError(RuntimeError):
-    """As torch names it."""
+    """Named like torch's."""
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(28, "No space left"), OutOfMemoryError(), InputError("x")])
-def test_what_is_not_the_authors_fault_passes_unchanged(error):
+def test_resource_and_input_errors_pass_unchanged(error):
     def before_clip(self, run):
         raise error
 
     hooks = Composition([make("a", before_clip=hook(before_clip))])
-    for way in (hooks.call, hooks.collect):
+    for call in (hooks.call, hooks.collect):
         with pytest.raises(type(error)) as raised:
-            way("before_clip", run=None)
+            call("before_clip", run=None)
         assert raised.value is error
 
 
@@ -264,28 +264,28 @@ def test_signals_pass_through():
 
 
 def test_a_failing_observer_is_named_once_and_disabled():
-    seen, said = [], []
+    events, messages = [], []
 
     def fails(self, event):
         raise ConnectionError("no network")
 
     def on_event(self, event):
-        seen.append(event.step)
+        events.append(event.step)
 
     def silent(self):
-        seen.append("silent")
+        events.append("silent")
 
     fails.__name__ = silent.__name__ = "on_event"
     hooks = Composition(
         [make("a", on_event=hook(fails)), make("b", on_event=hook(on_event)), make("c", on_event=hook(silent))]
     )
     for step in (1, 2):
-        hooks.notify(Event("step", step, {}), said.append)
-    assert seen == [1, "silent", 2, "silent"]
-    assert said == ["strategy 'a' (a-dist 1.0) failed in on_event and is disabled: ConnectionError: no network"]
+        hooks.notify(Event("step", step, {}), messages.append)
+    assert events == [1, "silent", 2, "silent"]
+    assert messages == ["strategy 'a' (a-dist 1.0) failed in on_event and is disabled: ConnectionError: no network"]
 
 
-def test_all_that_does_not_fit_is_said_at_once():
+def test_all_incompatibilities_are_reported_together():
     strategies = [
         make("a", slots=("adapter",), after=("b",), requires=("teacher",)),
         make("b", slots=("adapter",), after=("a",)),
@@ -305,11 +305,11 @@ def test_all_that_does_not_fit_is_said_at_once():
     with pytest.raises(InputError) as error:
         Composition(strategies)
     assert list(error.value.problems) == problems
-    Composition([strategies[0]], problems := [], complete=False)  # one that is missing may be the teacher
+    Composition([strategies[0]], problems := [], complete=False)  # a missing strategy may provide the teacher
     assert problems == []
 
 
-def test_calls_tell_wrappers_from_the_rest():
+def test_calls_mark_wrappers():
     hooks = Composition([wrapping("a", []), wrapping("b", [])])
     hooks.register_core(Core([]), "core")
     assert [(call.name, call.wraps) for call in hooks.calls("backward")] == [

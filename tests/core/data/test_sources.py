@@ -187,7 +187,7 @@ def test_the_data_command_takes_data_and_a_base(
     assert json.loads(capsys.readouterr().out)["train"]["examples"] == 3
     assert run(["data", str(tmp_path / "*.jsonl"), "--base", str(tiny_base)]) == 0
     assert run(["data", str(path)]) == 2
-    assert "a.jsonl is a data file: give the model to tune with --base DIR" in capsys.readouterr().err
+    assert "a.jsonl is a data file: name the base model with --base DIR" in capsys.readouterr().err
     listed = tmp_path / "a.json"
     listed.write_text(json.dumps(rows_of("a", 3)))
     assert run(["data", str(listed), "--base", str(tiny_base)]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, inject_adapter_in_model
 from tests.conftest import make_tokenizer
 from torch import nn
@@ -37,7 +38,7 @@ def mixture(tmp_path_factory):
 def test_a_run_reports_how_many_experts_are_adapted(mixture, make_recipe, said):
     tune(make_recipe(base={"model": str(mixture(32))}, train={"steps": 1}))
     assert any("not quantised; experts: 8, not quantised" in line for line in said)
-    assert any(line.endswith("); 0 of 8 experts adapted") for line in said)
+    assert any(line.startswith("adapted: 8 linears") and line.endswith("; experts: 0 of 8 adapted") for line in said)
 
 
 def test_a_base_reports_how_many_experts_are_not_quantised(mixture):
@@ -61,3 +62,30 @@ def test_a_dense_model_has_none(tiny_base):
     assert count_experts(base.model) == Experts()
     assert not any("experts" in note for note in base.notes)
     assert count_experts(nn.Sequential(nn.Conv1d(4, 4, 3))) == Experts()  # a three-dimensional parameter
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("GptOss", {"num_local_experts": 4, "head_dim": 16, "intermediate_size": 32}),
+        ("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 32}),
+        ("DeepseekV3", {"n_routed_experts": 4, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1}),
+        ("LongcatFlash", {"n_routed_experts": 4, "num_hidden_layers": 4, "expert_ffn_hidden_size": 32}),
+        (
+            "Dbrx",
+            {
+                "d_model": 64,
+                "n_layers": 2,
+                "n_heads": 4,
+                "ffn_config": {"moe_num_experts": 4},
+                "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2},
+            },
+        ),
+    ],
+)
+def test_experts_of_other_families_are_counted(name, sizes):
+    cls = getattr(transformers, f"{name}ForCausalLM")
+    common = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = cls.config_class(**({} if name == "Dbrx" else common) | sizes, vocab_size=300)
+    with torch.device("meta"):
+        assert count_experts(cls(config).requires_grad_(False)) == Experts(8, 0, 0)

@@ -1,4 +1,4 @@
-"""The plan: who is called in which order, all problems at once, and a second look when the steps are known."""
+"""The plan: the order of calls, all problems together, and a second check once the number of steps is known."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ ORDER = """
 
 @pytest.fixture
 def ordered(distribution):
-    """The strategies `first` and `second` of the distribution sprout 1.0; returns what they log."""
+    """Install the strategies `first` and `second` of the distribution sprout 1.0; return their log."""
     distribution("sprout", ORDER, {"first": "First", "second": "Second"})
     import sprout
 
@@ -69,53 +69,53 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def names(made, hook: str) -> list[str]:
-    return [call.name for call in made.hooks[hook]]
+def names(run_plan, hook: str) -> list[str]:
+    return [call.name for call in run_plan.hooks[hook]]
 
 
-def test_a_plan_tells_whose_strategies_they_are_and_what_they_declare(make_recipe, ordered):
-    made = budwood.plan(make_recipe(strategies=[{"second": None}, {"first": None}, {"lora": {"rank": 2}}]))
-    assert (made.problems, made.exit_code) == ([], 0)
-    assert isinstance(made, Plan)
-    parts = {part.name: part for part in made.parts}
-    assert list(parts) == ["first", "second", "lora"]  # as solved, not as written
+def test_a_plan_lists_distributions_declarations_and_options(make_recipe, ordered):
+    run_plan = budwood.plan(make_recipe(strategies=[{"second": None}, {"first": None}, {"lora": {"rank": 2}}]))
+    assert (run_plan.problems, run_plan.exit_code) == ([], 0)
+    assert isinstance(run_plan, Plan)
+    parts = {part.name: part for part in run_plan.parts}
+    assert list(parts) == ["first", "second", "lora"]  # in resolved order, not the recipe's
     assert (parts["first"].distribution, parts["first"].version) == ("sprout", "1.0")
     assert parts["first"].declared["before"] == ["second"]
     assert parts["second"].declared["provides"] == ["order"]
     assert parts["lora"].declared["slots"] == ["adapter"]
     assert parts["lora"].options["rank"] == 2
-    assert parts["lora"].options["dropout"] == 0.0  # defaults too
+    assert parts["lora"].options["dropout"] == 0.0  # defaults included
 
 
-def test_every_hook_has_its_order_with_wrappers_core_and_task(make_recipe, ordered):
-    made = budwood.plan(make_recipe(strategies=[{"lora": None}, {"second": None}, {"first": None}]))
-    assert set(made.hooks) == set(planning.HOOKS)
-    assert [(c.name, c.kind, c.wraps) for c in made.hooks["backward"]] == [
+def test_every_hook_lists_its_calls_in_order(make_recipe, ordered):
+    run_plan = budwood.plan(make_recipe(strategies=[{"lora": None}, {"second": None}, {"first": None}]))
+    assert set(run_plan.hooks) == set(planning.HOOKS)
+    assert [(c.name, c.kind, c.wraps) for c in run_plan.hooks["backward"]] == [
         ("first", "strategy", ["second", "core"]),
         ("second", "strategy", ["core"]),
         ("core", "core", []),
     ]
-    assert [(c.name, c.kind, c.distribution) for c in made.hooks["forward"]] == [
+    assert [(c.name, c.kind, c.distribution) for c in run_plan.hooks["forward"]] == [
         ("causal-lm", "task", f"budwood {budwood.__version__}")
     ]
-    assert names(made, "before_clip") == ["first", "second"]
-    assert [(c.name, c.replaced) for c in made.hooks["build_scheduler"]] == [("second", False), ("core", True)]
-    assert [(c.name, c.replaced) for c in made.hooks["build_optimizer"]] == [("core", False)]
-    assert [(c.name, c.kind) for c in made.hooks["load_base"]] == [("none", "quantizer")]
-    assert made.hooks["prepare_batch"] == []
+    assert names(run_plan, "before_clip") == ["first", "second"]
+    assert [(c.name, c.replaced) for c in run_plan.hooks["build_scheduler"]] == [("second", False), ("core", True)]
+    assert [(c.name, c.replaced) for c in run_plan.hooks["build_optimizer"]] == [("core", False)]
+    assert [(c.name, c.kind) for c in run_plan.hooks["load_base"]] == [("none", "quantizer")]
+    assert run_plan.hooks["prepare_batch"] == []
 
 
-def test_what_is_planned_is_what_runs(make_recipe, ordered):
+def test_a_run_calls_hooks_in_the_planned_order(make_recipe, ordered):
     recipe = make_recipe(strategies=[{"lora": None}, {"second": None}, {"first": None}], train={"steps": 1})
-    made = budwood.plan(recipe)
+    run_plan = budwood.plan(recipe)
     assert ordered == []
     tune(recipe, quiet=True)
-    wrappers = [call.name for call in made.hooks["backward"] if call.kind == "strategy"]
+    wrappers = [call.name for call in run_plan.hooks["backward"] if call.kind == "strategy"]
     into = [entry.removesuffix(" in") for entry in ordered if entry.endswith(" in")]
     out = [entry.removesuffix(" out") for entry in ordered if entry.endswith(" out")]
     assert into == wrappers
     assert out == wrappers[::-1]
-    assert ordered[-2:] == names(made, "before_clip")
+    assert ordered[-2:] == names(run_plan, "before_clip")
 
 
 def test_neither_data_nor_weights_are_read(make_recipe, monkeypatch, tmp_path):
@@ -128,32 +128,32 @@ def test_neither_data_nor_weights_are_read(make_recipe, monkeypatch, tmp_path):
     monkeypatch.setattr(setup, "build_examples", refuse)
     monkeypatch.setattr(setup, "load_base", refuse)
     monkeypatch.setattr("safetensors.safe_open", refuse)
-    made = budwood.plan(recipe)
-    assert made.problems == []
-    assert {p.device.type for p in made.model.parameters()} == {"meta"}
+    run_plan = budwood.plan(recipe)
+    assert run_plan.problems == []
+    assert {p.device.type for p in run_plan.model.parameters()} == {"meta"}
     assert not (tmp_path / "run").exists()
 
 
-def test_steps_are_unknown_where_only_the_data_tells(make_recipe):
+def test_steps_are_unknown_if_they_depend_on_the_data(make_recipe):
     assert budwood.plan(make_recipe(train={"steps": 7})).steps == 7
-    made = budwood.plan(make_recipe(train={"epochs": 2}))
-    assert made.steps is None
-    assert json.loads(json.dumps(made.as_dict()))["steps"] is None
-    assert "(2 epochs)" in shown(made)
+    run_plan = budwood.plan(make_recipe(train={"epochs": 2}))
+    assert run_plan.steps is None
+    assert json.loads(json.dumps(run_plan.as_dict()))["steps"] is None
+    assert "(2 epochs)" in rendered(run_plan)
 
 
 LATE = """
     SEEN = []
 
     class Late(Strategy):
-        '''Objects when it knows the steps.'''
+        '''Refuses more than three steps.'''
 
         @hookimpl
         def check_plan(self, plan):
             SEEN.append(plan.steps)
             if plan.steps is not None and plan.steps > 3:
                 plan.problem(self, f"{plan.steps} steps are too many.")
-                plan.problem(self, "And nothing else fits.")
+                plan.problem(self, "The schedule does not fit.")
 
         @hookimpl
         def prepare_examples(self, run, examples):
@@ -162,7 +162,7 @@ LATE = """
 """
 
 
-def test_what_depends_on_the_steps_is_refused_after_the_data_and_before_the_base(
+def test_problems_that_depend_on_the_steps_are_raised_before_the_base_is_loaded(
     make_recipe, distribution, monkeypatch, tmp_path
 ):
     distribution("late", LATE, {"late": "Late"})
@@ -177,7 +177,7 @@ def test_what_depends_on_the_steps_is_refused_after_the_data_and_before_the_base
         raise AssertionError("the base was loaded")
 
     monkeypatch.setattr(setup, "load_base", load)
-    with pytest.raises(InputError, match="6 steps are too many.*And nothing else fits") as error:
+    with pytest.raises(InputError, match="6 steps are too many.*The schedule does not fit") as error:
         tune(recipe, quiet=True)
     assert len(error.value.problems) == 2
     assert late.SEEN == [None, "data", 6]
@@ -187,7 +187,7 @@ def test_what_depends_on_the_steps_is_refused_after_the_data_and_before_the_base
     assert budwood.plan(known).problems == list(error.value.problems)
 
 
-def test_problems_of_recipe_options_composition_and_plan_come_at_once(tiny_base, tmp_path, ordered):
+def test_problems_of_recipe_options_composition_and_plan_are_listed_together(tiny_base, tmp_path, ordered):
     path = write(
         tmp_path,
         f"""\
@@ -200,8 +200,8 @@ strategies:
 train: {{steps: 100, epochs: 1}}
 """,
     )
-    made = budwood.plan(path, ["train.seed=-1"])
-    assert made.exit_code == 2
+    run_plan = budwood.plan(path, ["train.seed=-1"])
+    assert run_plan.exit_code == 2
     expected = [
         f"{path}:1: base.devise: unknown key. Did you mean 'device'?",
         f"{path}:7: train.steps: cannot be combined with train.epochs",
@@ -212,13 +212,17 @@ train: {{steps: 100, epochs: 1}}
         f"strategy 'lora' (budwood {budwood.__version__}) and strategy 'adalora' (budwood {budwood.__version__}) both",
         f"strategy 'adalora' (budwood {budwood.__version__}): targets: no linear module is called 'nothing'",
     ]
-    assert len(made.problems) == len(expected)
-    for problem, start in zip(made.problems, expected, strict=True):
+    assert len(run_plan.problems) == len(expected)
+    for problem, start in zip(run_plan.problems, expected, strict=True):
         assert problem.startswith(start)
-    # what is wrong in one place leaves the rest to be seen
-    assert names(made, "before_clip") == ["adalora", "first"]
-    assert [(part.name, part.sound) for part in made.parts] == [("lora", False), ("adalora", True), ("first", False)]
-    assert made.parts[0].options == {"rnk": 3}
+    # one problem does not hide the others
+    assert names(run_plan, "before_clip") == ["adalora", "first"]
+    assert [(part.name, part.sound) for part in run_plan.parts] == [
+        ("lora", False),
+        ("adalora", True),
+        ("first", False),
+    ]
+    assert run_plan.parts[0].options == {"rnk": 3}
 
 
 BROKEN = """
@@ -232,77 +236,77 @@ BROKEN = """
 """
 
 
-def test_a_plugin_that_does_not_import_is_named_and_blames_no_other(make_recipe, distribution):
+def test_a_broken_plugin_causes_no_further_problems(make_recipe, distribution):
     distribution("twig", BROKEN, {"needs": "Needs", "fails": "Fails"})
     distribution("stump", "import not_there", {"broken": "Broken"})
     recipe = make_recipe(strategies=[{"needs": None}, {"broken": None}])
-    made = budwood.plan(recipe)  # `broken` might provide magic, and train something
-    assert [problem[:38] for problem in made.problems] == ["plugin 'broken' of stump 1.0 (stump:Br"]
-    assert made.exit_code == 3
+    run_plan = budwood.plan(recipe)  # `broken` might provide magic, and train something
+    assert [problem[:38] for problem in run_plan.problems] == ["plugin 'broken' of stump 1.0 (stump:Br"]
+    assert run_plan.exit_code == 3
     assert budwood.plan(make_recipe(strategies=[{"needs": None}])).problems == [
         "strategy 'needs' (twig 1.0) requires 'magic': add a strategy that provides it to the recipe.",
         setup.NOTHING_TRAINS,
     ]
-    made = budwood.plan(make_recipe(strategies=[{"lora": None}, {"fails": None}]))
-    assert made.exit_code == 3
-    assert len(made.problems) == 1
-    assert made.problems[0].startswith("strategy 'fails' (twig 1.0), hook check_plan: ZeroDivisionError")
+    run_plan = budwood.plan(make_recipe(strategies=[{"lora": None}, {"fails": None}]))
+    assert run_plan.exit_code == 3
+    assert len(run_plan.problems) == 1
+    assert run_plan.problems[0].startswith("strategy 'fails' (twig 1.0), hook check_plan: ZeroDivisionError")
 
 
-def test_without_its_base_the_rest_of_a_plan_stands(make_recipe, distribution):
+def test_a_missing_base_does_not_affect_the_rest_of_the_plan(make_recipe, distribution):
     distribution("twig", BROKEN, {"needs": "Needs", "fails": "Fails"})
     recipe = make_recipe(strategies=[{"lora": None}, {"fails": None}], base={"model": "no/where", "task": "causal-lm"})
-    made = budwood.plan(recipe)
-    assert [problem.partition(":")[0].partition(" is ")[0] for problem in made.problems] == ["base 'no/where'"]
-    assert made.model is None
-    assert names(made, "prepare_model") == ["lora"]
-    assert any("'fails' (twig 1.0) could not check the plan" in note for note in made.notes)
+    run_plan = budwood.plan(recipe)
+    assert [problem.partition(":")[0].partition(" is ")[0] for problem in run_plan.problems] == ["base 'no/where'"]
+    assert run_plan.model is None
+    assert names(run_plan, "prepare_model") == ["lora"]
+    assert any("'fails' (twig 1.0) could not check the plan" in note for note in run_plan.notes)
 
 
-def test_what_this_machine_lacks_is_a_note(make_recipe, monkeypatch, tmp_path):
+def test_limits_of_this_machine_are_notes(make_recipe, monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "manifest.json").write_text('{"budwood": "0"}')
-    made = budwood.plan(make_recipe(base={"device": "cuda"}))
-    assert made.problems == []
-    assert any(note.startswith("not on this machine: device 'cuda'") for note in made.notes)
-    assert any("holds another run" in note for note in made.notes)
+    run_plan = budwood.plan(make_recipe(base={"device": "cuda"}))
+    assert run_plan.problems == []
+    assert any(note.startswith("not on this machine: device 'cuda'") for note in run_plan.notes)
+    assert any("holds another run" in note for note in run_plan.notes)
 
 
-def test_what_is_no_recipe_is_refused(tmp_path):
+def test_missing_and_unreadable_recipes(tmp_path):
     with pytest.raises(InputError, match="no such recipe"):
         budwood.plan(tmp_path / "nothing.yaml")
     assert budwood.plan(write(tmp_path, "base: {model: x}\ndata: {train: y}\nstrategies: lora\n")).recipe is None
 
 
-def shown(made, **options) -> str:
+def rendered(run_plan, **options) -> str:
     console = Console(file=io.StringIO(), highlight=False, **options)
-    show_plan(made, console)
+    show_plan(run_plan, console)
     return console.file.getvalue()
 
 
-def test_a_plan_tells_no_secret(make_recipe, distribution):
+def test_a_plan_contains_no_secret(make_recipe, distribution):
     source = "class Mine(Strategy):\n    class Options(Options):\n        api_key: str\n        rank: int = 3"
     distribution("sprout", source, {"mine": "Mine"})
-    for rank in (3, "x"):  # as written, where the options are wrong
+    for rank in (3, "x"):  # "x" is invalid, so the options are rendered as written
         recipe = make_recipe(strategies=[{"lora": None}, {"mine": {"api_key": "c0rrect-h0rse", "rank": rank}}])
-        made = budwood.plan(recipe)
-        for text in (json.dumps(made.as_dict()), shown(made), *made.problems):
+        run_plan = budwood.plan(recipe)
+        for text in (json.dumps(run_plan.as_dict()), rendered(run_plan), *run_plan.problems):
             assert "c0rrect-h0rse" not in text
-        assert "api_key" in shown(made)
+        assert "api_key" in rendered(run_plan)
 
 
-def test_without_a_terminal_a_row_is_a_line(make_recipe, ordered):
-    made = budwood.plan(make_recipe(strategies=[{"lora": None}, {"second": None}, {"first": None}]))
-    lines = shown(made, width=40).splitlines()
-    for hook, calls in made.hooks.items():
+def test_without_a_terminal_each_row_is_one_line(make_recipe, ordered):
+    run_plan = budwood.plan(make_recipe(strategies=[{"lora": None}, {"second": None}, {"first": None}]))
+    lines = rendered(run_plan, width=40).splitlines()
+    for hook, calls in run_plan.hooks.items():
         (line,) = [line for line in lines if line.startswith(f"{hook} ")]
         assert line.endswith(f"  {describe_order(calls)}")
     assert all(line == line.rstrip() for line in lines)
-    assert max(map(len, shown(made, width=100, force_terminal=True, color_system=None).splitlines())) <= 100
+    assert max(map(len, rendered(run_plan, width=100, force_terminal=True, color_system=None).splitlines())) <= 100
 
 
-def test_an_order_in_words():
+def test_describe_order():
     def call(name: str, kind: str = "strategy", wraps: tuple[str, ...] = (), replaced: bool = False) -> Call:
         return Call(name, kind, "d 1", list(wraps), replaced)
 

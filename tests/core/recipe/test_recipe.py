@@ -1,4 +1,4 @@
-"""The recipe: defaults, overrides, and every bad input as one line that leads to its place."""
+"""The recipe: defaults, overrides, and a one-line error with its location for each invalid input."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ strategies: [lora]
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder that holds train.jsonl and eval.jsonl."""
+    """A working folder that contains train.jsonl and eval.jsonl."""
     monkeypatch.chdir(tmp_path)
     for name in ("train.jsonl", "eval.jsonl"):
         Path(name).write_text('{"text": "x"}\n')
@@ -50,7 +50,7 @@ def with_train(lines: str) -> str:
     return SMALLEST.replace("train.jsonl", "train.jsonl\n  eval: eval.jsonl") + "train:\n" + lines
 
 
-def test_five_lines_are_a_recipe():
+def test_the_smallest_recipe_has_five_lines():
     recipe = load(SMALLEST)
     assert SMALLEST.count("\n") == 5
     assert recipe.base.model == "some/base"
@@ -81,10 +81,10 @@ def test_every_field_can_be_set():
     assert recipe.strategies[0].options == {"rank": 4}
 
 
-@pytest.mark.parametrize("written", ["1e-4", "1E-4", "1.0e-4", "0.0001", "+1e-4", ".0001"])
-def test_one_e_minus_four_is_a_number(written):
-    assert load(with_train(f"  learning_rate: {written}\n")).train.learning_rate == 1e-4
-    assert load(SMALLEST, f"train.learning_rate={written}").train.learning_rate == 1e-4
+@pytest.mark.parametrize("literal", ["1e-4", "1E-4", "1.0e-4", "0.0001", "+1e-4", ".0001"])
+def test_scientific_notation_is_a_number(literal):
+    assert load(with_train(f"  learning_rate: {literal}\n")).train.learning_rate == 1e-4
+    assert load(SMALLEST, f"train.learning_rate={literal}").train.learning_rate == 1e-4
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,10 @@ def test_one_e_minus_four_is_a_number(written):
         ("  learning_rate: 0", "recipe.yaml:8: train.learning_rate: must be greater than 0 (got 0)."),
         ("  learning_rate: fast", "recipe.yaml:8: train.learning_rate: must be a number (got 'fast')."),
         ("  schedule: cos", "recipe.yaml:8: train.schedule: must be 'cosine', 'linear' or 'constant' (got 'cos')."),
-        ("  warmup: 1.5", "recipe.yaml:8: train.warmup: from 1 on it counts steps, so it must be whole (got 1.5)."),
+        (
+            "  warmup: 1.5",
+            "recipe.yaml:8: train.warmup: a value of 1 or more counts steps and must be whole (got 1.5).",
+        ),
         ("  warmup: -1", "recipe.yaml:8: train.warmup: must be greater than or equal to 0 (got -1)."),
         ("  epochs: 2\n  steps: 3", "recipe.yaml:9: train.steps: cannot be combined with train.epochs; give only one."),
         (
@@ -113,12 +116,12 @@ def test_one_e_minus_four_is_a_number(written):
         ),
         (
             "  micro_tokens: 512",
-            "recipe.yaml:8: train.micro_tokens: 512 is less than data.max_length (1024), but a whole example must fit; "
-            "raise one or lower the other.",
+            "recipe.yaml:8: train.micro_tokens: 512 is less than data.max_length (1024), but a micro-batch must hold "
+            "a complete example; raise one or lower the other.",
         ),
         (
             "  patience: 2",
-            "recipe.yaml:8: train.patience: counts evaluations during the run; give train.eval_every too.",
+            "recipe.yaml:8: train.patience: counts evaluations during the run; set train.eval_every too.",
         ),
         ("  trackers: wandb", "recipe.yaml:8: train.trackers: must be a list (got 'wandb')."),
         (
@@ -138,7 +141,7 @@ def test_one_e_minus_four_is_a_number(written):
         ("  seed: " + "9" * 5000, "recipe.yaml:1: is not a recipe: a number has too many digits."),
     ],
 )
-def test_bad_training_section(lines, message):
+def test_invalid_training_section(lines, message):
     assert error_of(with_train(lines + "\n")) == message
 
 
@@ -182,7 +185,7 @@ def test_bad_training_section(lines, message):
         ),
     ],
 )
-def test_bad_sections(old, new, message):
+def test_invalid_sections(old, new, message):
     assert error_of(SMALLEST.replace(old, new)).startswith(message)
 
 
@@ -202,11 +205,11 @@ def test_bad_sections(old, new, message):
         ("a: 1\n---\nb: 1\n", "recipe.yaml:2: is not YAML: but found another document."),
     ],
 )
-def test_bad_files(content, message):
+def test_invalid_files(content, message):
     assert error_of(content) == message
 
 
-def test_billions_of_laughs_end_at_once():
+def test_a_billion_laughs_attack_is_refused():
     levels = "\n".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 30))
     assert error_of("l0: &l0 [lol]\n" + levels) == (
         "recipe.yaml:1: '&l0': anchors and aliases are not allowed; write the value out."
@@ -226,15 +229,15 @@ def test_billions_of_laughs_end_at_once():
         ("\n", "recipe.json: is empty. The smallest recipe names a base, a data file and a strategy."),
     ],
 )
-def test_bad_json(content, message):
+def test_invalid_json(content, message):
     assert error_of(content, name="recipe.json").startswith(message)
 
 
-def test_bom_and_crlf_are_read():
+def test_bom_and_crlf_are_accepted():
     assert load(b"\xef\xbb\xbf" + SMALLEST.replace("\n", "\r\n").encode()).base.model == "some/base"
 
 
-def test_files_that_are_not_there():
+def test_missing_files():
     with pytest.raises(InputError, match=r"^nowhere.yaml: no such recipe\.$"):
         load_recipe("nowhere.yaml")
     with pytest.raises(InputError, match=r"cannot be read: Is a directory\.$"):
@@ -251,7 +254,7 @@ def test_unreadable_file():
         load_recipe("recipe.yaml")
 
 
-def test_overrides_change_what_the_file_says():
+def test_overrides_replace_values_of_the_file():
     recipe = load(
         SMALLEST, "train.learning_rate=1e-3", "lora.rank=16", "strategies.lora.alpha=3", "lora.targets=[q_proj]",
         "output=elsewhere", "base.device=cpu", "train.seed=1", "train.seed=2",
@@ -262,7 +265,7 @@ def test_overrides_change_what_the_file_says():
     assert recipe.train.seed == 2
 
 
-def test_overriding_one_of_a_pair_takes_the_place_of_the_other():
+def test_overriding_an_exclusive_field_removes_the_other():
     recipe = load(with_train("  epochs: 3\n  batch_tokens: 4096\n"), "train.steps=10", "train.batch_examples=8")
     assert (recipe.train.epochs, recipe.train.steps) == (None, 10)
     assert (recipe.train.batch_tokens, recipe.train.batch_examples) == (None, 8)
@@ -293,22 +296,22 @@ def test_overriding_all_strategies():
         ("data.train=no.csv", "-o data.train=no.csv: data.train: no such file: no.csv"),
     ],
 )
-def test_errors_lead_with_the_override(override, message):
+def test_errors_start_with_the_override(override, message):
     assert error_of(SMALLEST, override).startswith(message)
 
 
-def test_unknown_strategy_names_the_nearest():
+def test_unknown_strategy_suggests_the_closest_match():
     assert error_of(SMALLEST.replace("lora", "lorra")).startswith(
         "recipe.yaml:5: strategy 'lorra' is not installed. Did you mean 'lora'? Installed: "
     )
 
 
-def test_an_example_that_is_longer_than_a_micro_batch_raises_its_default():
+def test_a_large_max_length_raises_the_default_of_micro_tokens():
     assert load(SMALLEST.replace("train.jsonl", "train.jsonl\n  max_length: 8192")).train.micro_tokens == 8192
     assert load(SMALLEST, "data.max_length=8192").train.micro_tokens == 8192
 
 
-def test_where_a_value_stands():
+def test_where_returns_the_source_of_a_value():
     text = SMALLEST.replace("[lora]", "\n  - lora:\n      rank: 8\n      alpha: 2")
     recipe = load(text, "lora.alpha=4")
     assert recipe.where("data", "train") == "recipe.yaml:4"
@@ -319,7 +322,7 @@ def test_where_a_value_stands():
     assert recipe.where("train", "seed") == "recipe.yaml"
 
 
-def test_all_that_is_wrong_is_known_at_once_and_the_rest_is_read():
+def test_all_problems_are_reported_and_valid_values_are_kept():
     text = """\
 base: {modle: some/base}
 data: {train: nope.jsonl, evl: eval.jsonl}
@@ -348,14 +351,14 @@ train: {epochs: 2, steps: 3, patience: 2, eval_every: -1, learning_rate: fast, t
 @pytest.mark.parametrize(
     ("old", "new", "count"),
     [
-        ("max_length: 128", "max_length: many", 1),  # micro_tokens is too small for the default alone
-        ("eval: eval.jsonl", "evl: eval.jsonl", 1),  # so that eval_every needs a file is no second problem
+        ("max_length: 128", "max_length: many", 1),  # micro_tokens is too small only for the default max_length
+        ("eval: eval.jsonl", "evl: eval.jsonl", 1),  # the missing file for eval_every is not reported
         ("strategies: [lora]", "", 1),
         ("base: {model: some/base}", "", 1),
         ("base: {model: some/base}", "base: some/base", 1),
     ],
 )
-def test_what_comes_of_a_mistake_is_no_second_one(old, new, count):
+def test_consequences_of_a_problem_are_not_reported(old, new, count):
     text = """\
 base: {model: some/base}
 data: {train: train.jsonl, eval: eval.jsonl, max_length: 128}
@@ -382,7 +385,7 @@ class Mine(Strategy):
         ("[mine]", ["mine.rank=0"], "-o mine.rank=0: mine.rank: must be greater than or equal to 1 (got 0)."),
     ],
 )
-def test_a_strategys_options_lead_with_their_line(distribution, options, overrides, message):
+def test_errors_in_strategy_options_start_with_their_line(distribution, options, overrides, message):
     distribution("sprout", OPTIONAL, {"mine": "Mine"})
     recipe = load(SMALLEST.replace("[lora]", options), *overrides)
     with pytest.raises(InputError) as error:
@@ -390,7 +393,7 @@ def test_a_strategys_options_lead_with_their_line(distribution, options, overrid
     assert str(error.value) == message
 
 
-def test_written_recipes_are_read_again(distribution):
+def test_written_recipes_round_trip(distribution):
     distribution("sprout", OPTIONAL, {"mine": "Mine"})
     recipe = load(SMALLEST.replace("[lora]", "[mine]"), "train.steps=10", "train.learning_rate=1e-5", "output=a b/#c")
     again = load(recipe.to_yaml(), name="again.yaml")
@@ -404,13 +407,13 @@ def test_written_recipes_are_read_again(distribution):
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\x85\u2028\u2029"), min_size=1, max_size=40))
 @settings(deadline=None, max_examples=50)
-def test_any_text_survives_writing(text):
+def test_any_text_round_trips(text):
     recipe = Recipe.from_dict({"base": {"model": text}, "data": {"train": "t.jsonl"}, "strategies": ["lora"]})
     Path("written.yaml").write_bytes(recipe.to_yaml().encode())
     assert read_recipe_file(Path("written.yaml"))[0]["base"]["model"] == text
 
 
-def test_the_recipe_of_a_bare_data_file():
+def test_default_recipe():
     recipe = default_recipe("train.jsonl", "some/base", eval="eval.jsonl", overrides=["lora.rank=2"])
     assert recipe.data.eval == Path("eval.jsonl")
     assert recipe.strategies[0].options == {"rank": 2}
@@ -421,14 +424,14 @@ def test_the_recipe_of_a_bare_data_file():
         default_recipe("trian.jsonl", "some/base")
 
 
-def test_recipes_do_not_change():
+def test_recipes_are_immutable():
     recipe = load(SMALLEST)
     with pytest.raises(ValueError, match="frozen"):
         recipe.train.seed = 3
-    given = {"base": {"model": "x"}, "data": {"train": "t"}, "strategies": ["lora"]}
-    before = json.dumps(given)
-    Recipe.from_dict(given, ["lora.rank=3"])
-    assert json.dumps(given) == before
+    data = {"base": {"model": "x"}, "data": {"train": "t"}, "strategies": ["lora"]}
+    before = json.dumps(data)
+    Recipe.from_dict(data, ["lora.rank=3"])
+    assert json.dumps(data) == before
 
 
 def test_loading_a_recipe_imports_neither_torch_nor_a_plugin():
@@ -438,3 +441,25 @@ def test_loading_a_recipe_imports_neither_torch_nor_a_plugin():
         "print(sorted({'torch', 'transformers', 'datasets', 'budwood_lora'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_chat_template_of_the_users(tiny_base: Path, tmp_path: Path) -> None:
+    from budwood.recipe.data import encoding_options, recipe_tokenizer
+
+    file = tmp_path / "mine.jinja"
+    data = {"train": "x.jsonl", "chat_template": str(file), "template_options": {"a": 1}, "loss_on": "last"}
+    recipe = Recipe.from_dict(
+        {"base": {"model": str(tiny_base)}, "data": data, "strategies": ["lora"], "output": "runs/x"}
+    )
+    options = encoding_options(recipe.with_length(512))
+    assert options == {"max_length": 512, "loss_on": "last", "template_options": {"a": 1}, "skip_bad_rows": False}
+    with pytest.raises(InputError, match="data.chat_template: .*mine.jinja is not a file of at most 1 MiB"):
+        recipe_tokenizer(recipe)
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="mine.jinja is not UTF-8"):
+        recipe_tokenizer(recipe)
+    file.write_text(" \n")
+    with pytest.raises(InputError, match="mine.jinja is empty"):
+        recipe_tokenizer(recipe)
+    file.write_text("{{ messages[0].content }}")
+    assert recipe_tokenizer(recipe).chat_template == "{{ messages[0].content }}"

@@ -1,4 +1,4 @@
-"""Optimizer steps in float64, and what they must give: autograd on the full logits of a stock model.
+"""Optimizer steps in float64 and their independent reference: autograd on the full logits of a stock model.
 
 The reference is transformers' own model on one example at a time, its weights W + s B A and its heads put together
 here; nothing of Budwood's forward, chunked head or loss terms has a part in it.
@@ -52,7 +52,7 @@ class Exact(Strategy):
     @hookimpl
     def prepare_examples(self, examples: Sequence[Example]) -> list[Example]:
         draw = np.random.default_rng(0)
-        made = []
+        prepared = []
         for number, example in enumerate(examples):
             count = len(example.labels)
             columns = {
@@ -61,8 +61,8 @@ class Exact(Strategy):
             }
             weights = draw.choice([0.25, 0.7, 1.0, 1.9], count).astype(np.float32)
             group = number // 2 if self.options.pairs else None
-            made.append(replace(example, weights=weights, group=group, columns=columns))
-        return made
+            prepared.append(replace(example, weights=weights, group=group, columns=columns))
+        return prepared
 
     @hookimpl
     def prepare_model(self, model: nn.Module) -> nn.Module:
@@ -86,7 +86,7 @@ class Preference(Strategy):
 
 
 class Ratio(Strategy):
-    """PPO's clipped ratio (Schulman et al., 2017, equation 7), over weighted labels and over a unit of its own."""
+    """PPO's clipped ratio (Schulman et al., 2017, equation 7), over weighted labels and over a custom unit."""
 
     api = 2
 
@@ -127,7 +127,7 @@ class Contrast(Strategy):
 
 
 class Spy(Strategy):
-    """Notes the noise of every pass that has a gradient."""
+    """Records the noise of every pass with a gradient."""
 
     api = 2
 
@@ -146,7 +146,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
 
 
 def install() -> None:
-    """Make the strategies known by their names."""
+    """Register the strategies under their names."""
     for name, cls in STRATEGIES.items():
         register(cls, name)
 
@@ -167,7 +167,7 @@ def spread(scores: Tensor) -> Tensor:
 
 
 def wide(model: nn.Module) -> nn.Module:
-    """The model in float64, its norms too, which transformers computes in fp32."""
+    """Convert the model to float64, including its norms, which transformers computes in fp32."""
 
     def norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
         return lambda x: F.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)  # type: ignore
@@ -180,7 +180,7 @@ def wide(model: nn.Module) -> nn.Module:
 
 
 def ready(recipe: Any) -> tuple[Run, Engine]:
-    """A float64 run before its first step, with an adapter that is not zero and differs from its start."""
+    """Return a float64 run before its first step, with a non-zero adapter that differs from its start."""
     run, _, engine = prepare(recipe, Report(quiet=True), True)
     run.dtype = torch.float64
     run.model.train()
@@ -194,7 +194,7 @@ def ready(recipe: Any) -> tuple[Run, Engine]:
 
 @dataclass
 class Result:
-    """What an optimizer step gives: its terms and their sum, the gradient of each parameter, passes in their order."""
+    """Result of an optimizer step: its terms and their sum, the gradient per parameter, and the passes in order."""
 
     values: dict[str, Tensor]
     gradients: dict[str, Tensor]
@@ -206,7 +206,7 @@ def named(run: Run) -> dict[str, nn.Parameter]:
 
 
 def take(run: Run, engine: Engine, rows: Sequence[Sequence[int]]) -> Result:
-    """Core's optimizer step, up to the gradients, with a micro-batch of the examples of each row."""
+    """Run core's optimizer step up to the gradients, with one micro-batch per row of example indices."""
     batches = [collate_for(run, [run.examples[i] for i in row], 0) for row in rows]
     run.counts = count_units(run, run.hooks, batches)
     SPIED.clear()
@@ -220,7 +220,7 @@ def take(run: Run, engine: Engine, rows: Sequence[Sequence[int]]) -> Result:
 
 @dataclass
 class Scored:
-    """An example as the reference sees it, on whole logits."""
+    """An example in the reference, with full logits."""
 
     log_probs: Tensor
     base: Tensor
@@ -230,6 +230,12 @@ class Scored:
     embedding: Tensor
     weights: Tensor
     columns: dict[str, Tensor]
+    labels: Tensor
+
+    def at(self, temperature: float) -> Scored:
+        """The example with log-probabilities at a temperature."""
+        values = (self.logits / temperature).log_softmax(-1).gather(-1, self.labels[:, None])[:, 0]
+        return replace(self, log_probs=values)
 
 
 class Stock:
@@ -245,24 +251,24 @@ class Stock:
         self.model = wide(auto.from_pretrained(run.recipe.base.model, **options)).eval()
 
     def weights(self, adapted: bool = True) -> dict[str, Tensor]:
-        """W + s B A of every linear with an adapter, the head that trains, and all others as they are."""
-        found = {}
+        """Return W + s B A of every adapted linear, the trainable head, and all other weights unchanged."""
+        result = {}
         for name, own in self.model.named_parameters():
             path, _, leaf = name.rpartition(".")
             module: Any = self.run.model.get_submodule(path)
             if hasattr(module, "lora_A"):
                 base = module.get_base_layer().weight.detach()
                 a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-                found[name] = base + module.scaling["default"] * (b @ a) if adapted else base
+                result[name] = base + module.scaling["default"] * (b @ a) if adapted else base
             elif hasattr(module, "modules_to_save"):
                 inside = module.modules_to_save["default"] if adapted else module.original_module
-                found[name] = getattr(inside, leaf)
+                result[name] = getattr(inside, leaf)
             else:
-                found[name] = own.detach()
-        return found
+                result[name] = own.detach()
+        return result
 
     def score(self, index: int, noise: Tensor | None = None) -> Scored:
-        """Run one example by itself, with `noise` [T, d] on its embeddings."""
+        """Run a single example, with `noise` [T, d] on its embeddings."""
         example = self.run.examples[index]
         ids = torch.tensor(example.inputs["input_ids"].astype(np.int64))
         labels = torch.tensor(example.labels.astype(np.int64))
@@ -273,20 +279,20 @@ class Stock:
         log_probs, base = (x.log_softmax(-1).gather(-1, labels[:, None])[:, 0] for x in (logits, base_logits))
         columns = {name: torch.tensor(column.values) for name, column in example.columns.items()}
         weights = torch.tensor(example.weights).double()
-        return Scored(log_probs, base, logits, base_logits, embedding, weights, columns)
+        return Scored(log_probs, base, logits, base_logits, embedding, weights, columns, labels)
 
     def _forward(self, weights: dict[str, Tensor], ids: Tensor, at: Tensor, noise: Tensor | None) -> Any:
         embedded = F.embedding(ids, weights["model.embed_tokens.weight"])
         if noise is not None:
             embedded = embedded + noise.double()
-        given = {"inputs_embeds": embedded[None], "use_cache": False}
+        kwargs = {"inputs_embeds": embedded[None], "use_cache": False}
         if not self.classifies:
-            given["output_hidden_states"] = True
-            out = torch.func.functional_call(self.model, weights, (), given)
+            kwargs["output_hidden_states"] = True
+            out = torch.func.functional_call(self.model, weights, (), kwargs)
             return out.logits[0][at], out.hidden_states[-1][0][at].mean(0)
         head = weights["score.weight"]
         inner = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name != "score.weight"}
-        hidden = torch.func.functional_call(self.model.model, inner, (), given).last_hidden_state[0][at]
+        hidden = torch.func.functional_call(self.model.model, inner, (), kwargs).last_hidden_state[0][at]
         return hidden @ head.T, hidden.mean(0)
 
 
@@ -332,7 +338,7 @@ def own(name: str, weight: float) -> Terms:
 
 
 def across(examples: list[Scored]) -> dict[str, tuple[Tensor, float]]:
-    """What `Contrast` adds."""
+    """The terms of `Contrast`."""
     embeddings = torch.stack([e.embedding for e in examples])
     scores = torch.stack([e.log_probs.sum() for e in examples])
     return {"contrast": (contrast(embeddings), 0.8), "spread": (spread(scores), 0.02)}
@@ -340,13 +346,13 @@ def across(examples: list[Scored]) -> dict[str, tuple[Tensor, float]]:
 
 def expect(
     run: Run, rows: Sequence[Sequence[int]], terms: Sequence[Terms], step_terms: Terms | None = None,
-    passes: Sequence[tuple[float, dict[int, Tensor | None]]] = ((1.0, {}),),
+    passes: Sequence[tuple[float, dict[int, Tensor | None]]] = ((1.0, {}),), step_temperature: float = 1.0,
 ) -> Result:  # fmt: skip
-    """What an optimizer step must give.
+    """Return the expected result of an optimizer step.
 
     Args:
         terms: those of labels, examples, groups and units of strategies.
-        step_terms: those across the optimizer step.
+        step_terms: those across the optimizer step, of log-probabilities at `step_temperature`.
         passes: weight of each pass, and the noise of each example in it; the first is the one that is logged.
     """
     stock, order = Stock(run), [i for row in rows for i in row]
@@ -355,13 +361,13 @@ def expect(
     loss: Any = 0.0
     pulls: Any = None
     if step_terms is not None:
-        clean = [stock.score(i) for i in order]
-        found = step_terms(clean)
-        whole = sum(value * weight for value, weight in found.values())
+        clean = [stock.score(i).at(step_temperature) for i in order]
+        result = step_terms(clean)
+        combined = sum(value * weight for value, weight in result.values())
         leaves = [tensor for e in clean for tensor in (e.embedding, e.log_probs)]
-        pulls = torch.autograd.grad(whole, leaves, allow_unused=True)
-        values |= {name: value.detach() for name, (value, _) in found.items()}
-        loss = loss + whole.detach()
+        pulls = torch.autograd.grad(combined, leaves, allow_unused=True)
+        values |= {name: value.detach() for name, (value, _) in result.items()}
+        loss = loss + combined.detach()
     for number, (factor, noise) in enumerate(passes):
         examples = [stock.score(i, noise.get(i)) for i in order]
         for some in terms:
@@ -371,30 +377,33 @@ def expect(
                     values[name] = value.detach()
                     loss = loss + weight * value.detach()
         if pulls is not None:
-            leaves = [tensor for e in examples for tensor in (e.embedding, e.log_probs)]
+            hot = [e.at(step_temperature) for e in examples]
+            leaves = [tensor for e in hot for tensor in (e.embedding, e.log_probs)]
             total = total + factor * sum((a * b).sum() for a, b in zip(leaves, pulls, strict=True) if b is not None)
     names = named(run)
     gradients = torch.autograd.grad(total, list(names.values()), allow_unused=True)
     return Result({"loss": loss, **values}, dict(zip(names, gradients, strict=True)))
 
 
-def agree(found: Result, expected: Result, scale: float = 1.0, noisy: bool = False) -> None:
-    """Values to 1e-12 and gradients to 1e-9, relative to the largest of each."""
-    assert set(found.values) == set(expected.values)
+def agree(result: Result, expected: Result, scale: float = 1.0, noisy: bool = False) -> None:
+    """Compare values to 1e-12 and gradients to 1e-9, relative to the largest of each."""
+    assert set(result.values) == set(expected.values)
     for name, value in expected.values.items():
-        assert found.values[name].dtype == torch.float64, name
-        torch.testing.assert_close(found.values[name], value, atol=1e-12, rtol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
-    assert set(found.gradients) == set(expected.gradients)
+        assert result.values[name].dtype == torch.float64, name
+        torch.testing.assert_close(
+            result.values[name], value, atol=1e-12, rtol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    assert set(result.gradients) == set(expected.gradients)
     for name, gradient in expected.gradients.items():
         size = float(gradient.abs().max())
         assert size > 0, name
         torch.testing.assert_close(
-            found.gradients[name] / scale, gradient, atol=1e-9 * size, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+            result.gradients[name] / scale, gradient, atol=1e-9 * size, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
 def noise_of(run: Run, result: Result, main: float, replay: float) -> list[tuple[float, dict[int, Tensor | None]]]:
-    """The passes of a step that `Spy` saw, as `expect` takes them: core's own first, then the replays."""
+    """Return the passes that `Spy` recorded in the form of `expect`: core's own first, then the replays."""
     keys = {run.examples[i].key: i for i in range(len(run.examples))}
     kinds: dict[int, dict[int, Tensor | None]] = {}
     seen: dict[Any, int] = {}
@@ -413,15 +422,15 @@ def _parts(batch: Batch, noise: Tensor) -> Iterator[Tensor]:
 
 @contextmanager
 def count_calls(target: Any, name: str) -> Iterator[list[tuple[Any, ...]]]:
-    """Notes the arguments of every call of a function."""
-    whole, calls = getattr(target, name), []
+    """Record the arguments of every call of a function."""
+    original, calls = getattr(target, name), []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
-        return whole(*args, **kwargs)
+        return original(*args, **kwargs)
 
     setattr(target, name, counted)
     try:
         yield calls
     finally:
-        setattr(target, name, whole)
+        setattr(target, name, original)

@@ -1,4 +1,4 @@
-"""`budwood eval --attack`: what is refused, what an attack sees, and what is reported under it."""
+"""`budwood eval --attack`: rejected attacks, the inputs of an attack, and the metrics under it."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ from budwood.training.loop import tune
         ("typos:rate=2", "--attack typos:rate=2: rate: must be less than or equal to 1 (got 2)."),
     ],
 )
-def test_what_cannot_be_an_attack_is_one_line(text: str, message: str) -> None:
+def test_an_invalid_attack_is_reported_in_one_line(text: str, message: str) -> None:
     with pytest.raises(InputError) as error:
         build_attacks([text])
     assert str(error.value) == message
     assert error.value.exit_code == 2
 
 
-def test_the_same_attack_twice_is_refused() -> None:
+def test_a_repeated_attack_is_rejected() -> None:
     with pytest.raises(InputError, match="--attack typos: given twice"):
         build_attacks(["typos", "typos"])
 
 
 @pytest.fixture
 def trained(make_recipe: Callable, tmp_path: Path) -> tuple[Path, Path]:
-    """An adapter that has learned its data, and held-out data."""
+    """An adapter that has fitted its data, and held-out data."""
     run = tune(make_recipe(train={"steps": 30}), quiet=True)
     return run.directory / "adapter", write_rows(tmp_path / "held-out.jsonl", 16, seed=1)
 
 
-def test_clean_and_attacked_metrics_stand_side_by_side(trained: Any, capsys: Any, monkeypatch: Any) -> None:
+def test_clean_and_attacked_metrics_are_reported_side_by_side(trained: Any, capsys: Any, monkeypatch: Any) -> None:
     adapter, data = trained
     monkeypatch.setattr(cli, "silence_libraries", lambda debug: None)
     attacks = ["pgd:epsilon=2,steps=3", "typos:rate=0.5"]
@@ -71,30 +71,30 @@ def test_clean_and_attacked_metrics_stand_side_by_side(trained: Any, capsys: Any
     assert "typos:rate=0.5: 16 of 16 rows changed" in err
 
     assert cli.run([*line, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert list(found["attacks"]) == attacks
-    assert found["adapter"]["eval_loss"] == pytest.approx(clean, abs=1e-4)
-    assert found["attacks"][attacks[0]]["eval_loss"] == pytest.approx(pgd, abs=1e-4)
-    assert "eval_exact_match" not in found["attacks"][attacks[0]]
-    assert "eval_exact_match" in found["attacks"][attacks[1]]
+    result = json.loads(capsys.readouterr().out)
+    assert list(result["attacks"]) == attacks
+    assert result["adapter"]["eval_loss"] == pytest.approx(clean, abs=1e-4)
+    assert result["attacks"][attacks[0]]["eval_loss"] == pytest.approx(pgd, abs=1e-4)
+    assert "eval_exact_match" not in result["attacks"][attacks[0]]
+    assert "eval_exact_match" in result["attacks"][attacks[1]]
 
 
-def test_a_stronger_attack_raises_the_loss_further_and_leaves_the_clean_metrics_alone(trained: Any) -> None:
+def test_a_stronger_attack_raises_the_loss_further_and_does_not_affect_the_clean_metrics(trained: Any) -> None:
     adapter, data = trained
     attacks = [f"pgd:epsilon={epsilon},steps=3" for epsilon in (0.1, 1, 3)]
     plain = evaluate_adapter(adapter, data, precision="fp32", quiet=True)
-    found = evaluate_adapter(adapter, data, precision="fp32", attacks=attacks, quiet=True)
-    assert found.adapter == plain.adapter
-    assert found.base == plain.base
-    losses = [found.adapter["eval_loss"], *(found.attacks[attack]["eval_loss"] for attack in attacks)]
+    result = evaluate_adapter(adapter, data, precision="fp32", attacks=attacks, quiet=True)
+    assert result.adapter == plain.adapter
+    assert result.base == plain.base
+    losses = [result.adapter["eval_loss"], *(result.attacks[attack]["eval_loss"] for attack in attacks)]
     assert losses == sorted(losses)
     assert len(set(losses)) == 4
 
 
-def test_an_attack_without_effect_is_said(trained: Any, capsys: Any) -> None:
+def test_an_attack_without_effect_is_reported(trained: Any, capsys: Any) -> None:
     adapter, data = trained
-    found = evaluate_adapter(adapter, data, precision="fp32", attacks=["pgd:epsilon=1e-30"])
-    assert found.attacks["pgd:epsilon=1e-30"]["eval_loss"] == found.adapter["eval_loss"]
+    result = evaluate_adapter(adapter, data, precision="fp32", attacks=["pgd:epsilon=1e-30"])
+    assert result.attacks["pgd:epsilon=1e-30"]["eval_loss"] == result.adapter["eval_loss"]
     assert "warning: pgd:epsilon=1e-30 did not raise the loss" in capsys.readouterr().err
 
 
@@ -110,16 +110,16 @@ FAILING = {
 
 def test_an_attack_that_fails_is_named(trained: Any, distribution: Callable) -> None:
     adapter, data = trained
-    for number, (body, says) in enumerate(FAILING.items()):
+    for number, (body, message) in enumerate(FAILING.items()):
         source = f"from budwood import Attack\nclass Mine(Attack):\n    {body}"
         distribution(f"sprout{number}", source, {f"mine{number}": "Mine"}, "budwood.attacks")
         with pytest.raises(PluginError) as error:
             evaluate_adapter(adapter, data, precision="fp32", attacks=[f"mine{number}"], generate=0, quiet=True)
         assert str(error.value).startswith(f"attack 'mine{number}' (sprout{number} 1.0), ")
-        assert says in str(error.value)
+        assert message in str(error.value)
 
 
-def test_what_makes_no_sense_is_refused_before_the_base_loads(trained: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_an_impossible_attack_is_rejected_before_the_base_loads(trained: Any, tmp_path: Path, monkeypatch: Any) -> None:
     from budwood.training import evaluate
 
     monkeypatch.setattr(evaluate, "open_pool", None)
@@ -130,7 +130,7 @@ def test_what_makes_no_sense_is_refused_before_the_base_loads(trained: Any, tmp_
 
 
 class Shout(Attack):
-    """Notes what it is given."""
+    """Records its arguments."""
 
     class Options(Options):
         loud: bool = True
@@ -155,14 +155,14 @@ def test_a_third_partys_attack_sees_rows_and_gradients(distribution: Callable, t
     importlib.import_module("loud").Shout = Shout
     Shout.seen.clear()
     adapter, data = trained
-    found = evaluate_adapter(adapter, data, precision="fp32", attacks=["shout:loud=true"], quiet=True)
+    result = evaluate_adapter(adapter, data, precision="fp32", attacks=["shout:loud=true"], quiet=True)
     assert Shout.seen[:16] == [(index, "prompt-completion") for index in range(16)]
     assert all(norm > 0 for _, norm in Shout.seen[16:])
-    assert found.attacks["shout:loud=true"]["eval_loss"] != found.adapter["eval_loss"]
+    assert result.attacks["shout:loud=true"]["eval_loss"] != result.adapter["eval_loss"]
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_a_classification_is_attacked(make_recipe: Callable, tmp_path: Path, quantization: str) -> None:
+def test_attacks_on_a_classifier(make_recipe: Callable, tmp_path: Path, quantization: str) -> None:
     rows = [{"text": f"{word} things number {i}", "label": word} for i in range(8) for word in ("games", "fonts")]
     path = tmp_path / "labelled.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -172,8 +172,8 @@ def test_a_classification_is_attacked(make_recipe: Callable, tmp_path: Path, qua
     )  # fmt: skip
     run = tune(recipe, quiet=True)
     attacks = ["pgd:epsilon=5,norm=l2", "typos:rate=1"]
-    found = evaluate_adapter(run.directory / "adapter", path, precision="fp32", attacks=attacks, quiet=True)
-    assert found.adapter["eval_accuracy"] > 0.9
-    assert found.attacks[attacks[0]]["eval_accuracy"] < found.adapter["eval_accuracy"]
-    assert found.attacks[attacks[1]]["eval_loss"] > found.adapter["eval_loss"]
-    assert "fonts" in found.report
+    result = evaluate_adapter(run.directory / "adapter", path, precision="fp32", attacks=attacks, quiet=True)
+    assert result.adapter["eval_accuracy"] > 0.9
+    assert result.attacks[attacks[0]]["eval_accuracy"] < result.adapter["eval_accuracy"]
+    assert result.attacks[attacks[1]]["eval_loss"] > result.adapter["eval_loss"]
+    assert "fonts" in result.report

@@ -1,4 +1,4 @@
-"""Which evaluation is the best: by whose metric, in which direction, and never by one that is not finite."""
+"""Choice of the best evaluation: by which metric, in which direction, and never by a non-finite value."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAN, INF = math.nan, math.inf
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[torch.Tensor]]]:
-    """Function `script(name=values, …)`: evaluations give these metrics in turn; returns the parameters of each."""
+    """Function `script(name=values, …)`: evaluations return these metrics in turn; returns the parameters of each."""
 
     def set_metrics(**metrics: Sequence[float]) -> list[list[torch.Tensor]]:
         seen: list[list[torch.Tensor]] = []
@@ -69,7 +69,7 @@ def test_the_direction_decides_the_best_and_the_patience(
 def test_the_accuracy_of_a_classifier_keeps_the_highest(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
-    """A task of one's own; accuracies as they come, and the last learning rate destroys what was learned."""
+    """A custom task with real accuracies; the last learning rate destroys what was learned."""
     from budwood.model.text_tasks import SequenceClassification
 
     monkeypatch.setattr(SequenceClassification, "best_metric", "eval_accuracy")
@@ -85,14 +85,14 @@ def test_the_accuracy_of_a_classifier_keeps_the_highest(
     run.scheduler = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda n: -100.0 if n >= 28 else 1.0)
     train(run, hooks, engine, report)
     lines = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
-    found = {line["step"]: line["eval_accuracy"] for line in lines if line["kind"] == "evaluation" and line["step"]}
-    assert found[30] < max(found.values())
-    assert run.metrics["eval_accuracy"] == max(found.values())
-    assert run.metrics["best_step"] == next(step for step, value in found.items() if value == max(found.values()))
+    result = {line["step"]: line["eval_accuracy"] for line in lines if line["kind"] == "evaluation" and line["step"]}
+    assert result[30] < max(result.values())
+    assert run.metrics["eval_accuracy"] == max(result.values())
+    assert run.metrics["best_step"] == next(step for step, value in result.items() if value == max(result.values()))
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_a_metric_that_is_not_finite_is_said_once_and_never_the_best(
+def test_a_non_finite_metric_is_reported_once_and_never_the_best(
     make_recipe: Make, script: Any, said: list[str], bad: float
 ) -> None:
     seen = script(eval_loss=[2.0, bad, 1.0, bad, 1.5], eval_perplexity=[1.0] * 5)
@@ -103,7 +103,7 @@ def test_a_metric_that_is_not_finite_is_said_once_and_never_the_best(
     assert same(run, seen[2])
 
 
-def test_where_no_evaluation_is_finite_the_last_adapter_is_written_and_json_stays_valid(
+def test_without_a_finite_evaluation_the_last_adapter_is_written_and_json_stays_valid(
     make_recipe: Make, script: Any, said: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     script(eval_loss=[NAN] * 5)
@@ -119,8 +119,8 @@ def test_where_no_evaluation_is_finite_the_last_adapter_is_written_and_json_stay
     assert shown["metrics"]["eval_loss"] is None and shown["before"] == {"eval_loss": None}
     assert shown["metrics"]["best_step"] == 4
     for name in ("manifest.json", "adapter/budwood.json"):
-        found = json.loads((Path(recipe.output) / name).read_text(), parse_constant=refuse)
-        assert found["metrics"]["eval_loss"] is None
+        result = json.loads((Path(recipe.output) / name).read_text(), parse_constant=refuse)
+        assert result["metrics"]["eval_loss"] is None
     for line in (Path(recipe.output) / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=refuse)
     assert command(["tune", str(path), "--json", "--resume"]) == 0, "the finished run is read back"
@@ -134,7 +134,7 @@ def test_a_strategy_chooses_another_metric(make_recipe: Make, test_strategies: A
     assert "reward: 2.0000 before, 3.0000 after" in said
 
 
-def test_a_metric_that_no_evaluation_gives_names_who_chose_it(make_recipe: Make, test_strategies: Any) -> None:
+def test_a_missing_best_metric_names_the_strategy_that_chose_it(make_recipe: Make, test_strategies: Any) -> None:
     recipe = make_recipe(strategies=["lora", {"reward": {"metric": "eval_rewrad"}}], evaluate=True)
     with pytest.raises(PluginError) as caught:
         tune(recipe, quiet=True)
@@ -150,13 +150,13 @@ def test_a_task_whose_metric_is_missing_is_named(make_recipe: Make, monkeypatch:
         tune(make_recipe(evaluate=True), quiet=True)
 
 
-def test_a_best_metric_of_another_type_is_refused(make_recipe: Make, test_strategies: Any) -> None:
+def test_a_best_metric_of_the_wrong_type_is_rejected(make_recipe: Make, test_strategies: Any) -> None:
     recipe = make_recipe(strategies=["lora", {"reward": {"plain": True}}])
     with pytest.raises(PluginError, match="'reward' .*: run.best_metric must be a BestMetric, not 'eval_reward'"):
         tune(recipe, quiet=True)
 
 
-def test_a_resumed_run_that_chooses_by_another_metric_starts_the_choice_over(
+def test_a_resumed_run_with_another_best_metric_starts_the_choice_over(
     make_recipe: Make, test_strategies: Any, said: list[str]
 ) -> None:
     """An accuracy of 0.9 is no better than a loss of 0.2."""

@@ -74,7 +74,7 @@ def test_another_day_has_other_tokens_and_each_run_its_own_date(
     assert trained_prompt(runs[0]) != trained_prompt(runs[1])
     for run, date in zip(runs, dates, strict=True):
         adapter = json.loads((run.directory / "adapter" / "budwood.json").read_text())
-        assert adapter["date"] == date == run.eval_examples.date
+        assert adapter["chat"]["date"] == date == run.eval_examples.date
         assert any(f"the chat template writes the date {date}" in line for line in said)
         # Evaluation and generation are made on the second run's day.
         again = evaluate_adapter(run.directory / "adapter", Path(train), quiet=True).adapter
@@ -109,7 +109,7 @@ def test_without_a_date_in_the_template_none_is_recorded(make_recipe: Make, zone
     zone("Pacific/Pago_Pago")
     assert tune(make_recipe("two"), quiet=True).examples.from_cache
     assert first.examples.date is None
-    assert json.loads((first.directory / "adapter" / "budwood.json").read_text())["date"] is None
+    assert json.loads((first.directory / "adapter" / "budwood.json").read_text())["chat"] is None
 
 
 def test_the_date_is_written_in_the_templates_format(byte_level: Any) -> None:

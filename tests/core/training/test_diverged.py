@@ -1,4 +1,4 @@
-"""A run whose optimizer leaves what is not finite: exit code 5, a line that says so, and no useless adapter."""
+"""A run whose optimizer leaves non-finite parameters: exit code 5, one line, and no useless adapter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OVERFLOWS = 1e300
 
 
 def tune_with_rates(recipe: Recipe, rates: list[float]) -> None:
-    """Train with the learning rates of each step, in units of the recipe's."""
+    """Train with a learning rate per step, relative to the recipe's."""
     run, hooks, engine = setup.prepare(recipe, report := Report(quiet=True), False)
     run.scheduler = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda n: rates[min(n, len(rates) - 1)])
     try:
@@ -47,7 +47,7 @@ def test_a_learning_rate_that_overflows_at_the_last_step(
     assert json.loads((Path(recipe.output) / "manifest.json").read_text()).get("finished") is None
 
 
-def test_the_best_adapter_before_it_is_kept_and_can_be_used(make_recipe: Make) -> None:
+def test_the_best_adapter_from_before_is_kept_and_usable(make_recipe: Make) -> None:
     recipe = make_recipe(evaluate=True, train={"steps": 3, "eval_every": 1})
     with pytest.raises(
         DivergedError, match=r"step 3: the optimizer left .* the adapter of step 2 is kept in .*adapter"
@@ -56,14 +56,14 @@ def test_the_best_adapter_before_it_is_kept_and_can_be_used(make_recipe: Make) -
     assert verify(Path(recipe.output) / "adapter", precision="fp32").exact
 
 
-def test_in_the_middle_of_a_run_the_step_before_is_named_and_no_row(make_recipe: Make) -> None:
+def test_in_the_middle_of_a_run_the_step_is_named_and_no_row(make_recipe: Make) -> None:
     recipe = make_recipe(train={"steps": 4, "non_finite": "skip"})
     with pytest.raises(DivergedError, match=r"^step 2: the optimizer left NaN or infinity") as caught:
         tune_with_rates(recipe, [1.0, OVERFLOWS, 1.0])
     assert "train.jsonl" not in str(caught.value)
 
 
-def test_parameters_that_are_finite_and_give_no_finite_logit_make_no_adapter(make_recipe: Make) -> None:
+def test_finite_parameters_with_non_finite_logits_write_no_adapter(make_recipe: Make) -> None:
     recipe = make_recipe(train={"steps": 2})
     with pytest.raises(DivergedError, match=r"the adapter makes the model's logits NaN or infinite") as caught:
         tune_with_rates(recipe, [1.0, 1e32])
@@ -71,7 +71,7 @@ def test_parameters_that_are_finite_and_give_no_finite_logit_make_no_adapter(mak
     assert not (Path(recipe.output) / "adapter").exists()
 
 
-def test_after_such_a_step_the_best_evaluation_is_what_the_run_ends_with(make_recipe: Make) -> None:
+def test_after_such_a_step_the_run_ends_with_the_best_evaluation(make_recipe: Make) -> None:
     recipe = make_recipe(evaluate=True, train={"steps": 3, "eval_every": 1})
     tune_with_rates(recipe, [1.0, 1.0, 1e32])
     manifest = json.loads((Path(recipe.output) / "manifest.json").read_text())

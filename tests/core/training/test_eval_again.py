@@ -1,4 +1,4 @@
-"""`budwood eval` gives a run's metrics again, to the digit: nothing that decides them is left to a default."""
+"""`budwood eval` reproduces a run's metrics to the digit: every setting that affects them is recorded."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ ADAPTERS = {
     "dropout and head": [{"lora": {"rank": 4, "dropout": 0.3, "modules_to_save": ["lm_head"], "dora": True}}],
 }
 EVAL = {"steps": 8, "eval_every": 2, "eval_generate": 3, "micro_tokens": 64}
-"""Several packed rows an evaluation, and some of the prompts answered."""
+"""Several packed rows per evaluation, and answers to some of the prompts."""
 
 
 def recorded(run: Run) -> dict[str, float]:
-    """The evaluation's metrics that the adapter's file holds."""
+    """Return the evaluation metrics in the adapter's manifest."""
     metrics = json.loads((run.directory / "adapter" / "budwood.json").read_text())["metrics"]
     return {name: value for name, value in metrics.items() if name.startswith("eval_")}
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("strategies", ADAPTERS.values(), ids=ADAPTERS)
-def test_the_metrics_of_a_run_come_again_to_the_digit(
+def test_the_metrics_of_a_run_are_reproduced_to_the_digit(
     make_recipe: Make, strategies: list[Any], quantization: str
 ) -> None:
-    """Rows are cut, batches are small, and the best evaluation is the one that is recorded."""
+    """Rows are truncated, batches are small, and the best evaluation is recorded."""
     recipe = make_recipe(
         strategies=strategies, evaluate=True, base={"quantization": quantization}, data={"max_length": 64}, train=EVAL
     )
@@ -66,15 +66,15 @@ def test_the_metrics_of_a_run_come_again_to_the_digit(
         ({}, {"eval_every": 3, "learning_rate": 0.3}),
     ],
 )
-def test_in_every_setting_that_a_recipe_knows(make_recipe: Make, base: dict[str, Any], train: dict[str, Any]) -> None:
+def test_in_every_setting_of_a_recipe(make_recipe: Make, base: dict[str, Any], train: dict[str, Any]) -> None:
     recipe = make_recipe(evaluate=True, base=base, data={"max_length": 64}, train=EVAL | train)
     run = tune(recipe, quiet=True)
     again = evaluate_adapter(run.directory / "adapter", Path(recipe.data.eval), quiet=True)
     assert again.adapter == recorded(run)
 
 
-def test_where_the_run_padded_its_rows(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a run does whose teacher does not take packed rows."""
+def test_if_the_run_padded_its_rows(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a run whose teacher does not support packed rows."""
     from budwood.training import setup
 
     check = setup.check_packing
@@ -104,10 +104,10 @@ def test_a_classifier(make_recipe: Make, tmp_path: Path) -> None:
     assert evaluate_adapter(run.directory / "adapter", path, quiet=True).adapter == recorded(run)
 
 
-def test_where_memory_ran_out_in_an_evaluation_of_the_run(
+def test_if_an_evaluation_of_the_run_ran_out_of_memory(
     make_recipe: Make, monkeypatch: pytest.MonkeyPatch, said: list[str], tmp_path: Path
 ) -> None:
-    """The evaluation is made again with the smaller batches, and the record says how small."""
+    """The evaluation is repeated with smaller batches, whose size is recorded."""
     attempt, tried = evaluation._attempt, []
 
     def scarce(run: Run, row: list[int], work: Any) -> Any:
@@ -127,7 +127,7 @@ def test_where_memory_ran_out_in_an_evaluation_of_the_run(
     assert again.adapter == recorded(run)
 
 
-def test_the_command_in_a_process_of_its_own_with_other_threads(make_recipe: Make) -> None:
+def test_the_command_in_a_separate_process_with_other_threads(make_recipe: Make) -> None:
     recipe = make_recipe(evaluate=True, train=EVAL, data={"max_length": 64})
     run = tune(recipe, quiet=True)
     line = ["eval", str(run.directory / "adapter"), "--data", str(recipe.data.eval), "--json"]
@@ -138,7 +138,7 @@ def test_the_command_in_a_process_of_its_own_with_other_threads(make_recipe: Mak
     assert json.loads(done.stdout)["adapter"] == recorded(run)
 
 
-def test_another_setting_is_used_where_it_is_asked_for_and_said(
+def test_a_requested_different_setting_is_used_and_reported(
     make_recipe: Make, said: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = make_recipe(evaluate=True, train=EVAL, data={"max_length": 64})

@@ -1,4 +1,4 @@
-"""A second model beside the run's: ready for its batches, frozen, and refused without a trained head."""
+"""A second model beside the run's: accepts its batches, is frozen, and is rejected without a trained head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from budwood.training.report import Report
 from budwood.training.setup import prepare
 
 
-def test_it_takes_the_runs_packed_batches(make_recipe: Callable[..., Recipe], tiny_bases: Callable[..., Path]) -> None:
+def test_it_accepts_the_runs_packed_batches(
+    make_recipe: Callable[..., Recipe], tiny_bases: Callable[..., Path]
+) -> None:
     run, _, _ = prepare(make_recipe(), Report(quiet=True), False)
     frozen = load_frozen(run, str(tiny_bases("second", seed=5)), "none")
     assert run.packed and not frozen.model.training
@@ -34,7 +36,7 @@ def test_it_takes_the_runs_packed_batches(make_recipe: Callable[..., Recipe], ti
     assert sorted(seen) == list(range(3, 9))
 
 
-def test_a_model_without_the_tasks_head_is_refused(
+def test_a_model_without_the_tasks_head_is_rejected(
     make_recipe: Callable[..., Recipe], tiny_bases: Callable[..., Path], tmp_path: Path
 ) -> None:
     rows = tmp_path / "labelled.jsonl"

@@ -1,4 +1,4 @@
-"""A plugin that fails in each hook in turn, in real runs and on live models; and what hooks cost."""
+"""A plugin that fails in each hook in turn, in real runs and on live models; and the cost of hooks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ OTHER = {
     "step_values": ("step_terms", "None"),
     "step_terms": ("step_values", "{'x': __import__('torch').ones(1)}"),
 }
-"""The other hook of a pair, and what it returns."""
+"""The other hook of a pair, and its return value."""
 RESUMED = """
     @hookimpl
     def before_clip(self, run):
@@ -92,7 +92,7 @@ def test_an_adapter_is_kept_when_a_later_step_fails(distribution, make_recipe):
     assert (recipe.output / "adapter" / "adapter_config.json").exists()
 
 
-def test_autograd_that_fails_names_the_loss_terms(distribution, make_recipe):
+def test_an_autograd_error_names_the_loss_terms(distribution, make_recipe):
     source = """
         import torch
         from budwood import LossTerm
@@ -102,20 +102,20 @@ def test_autograd_that_fails_names_the_loss_terms(distribution, make_recipe):
             def loss_terms(self, step, outputs):
                 scale = torch.ones(3)
                 values = outputs.hidden.square().mean() * (scale * outputs.hidden.mean()).square().sum()
-                scale.add_(1)  # what the backward needs is gone
+                scale.add_(1)  # overwrites a tensor saved for the backward pass
                 return LossTerm("mine", values, "step")
     """
     distribution("sprout", source, {"mine": "Mine"})
     recipe = make_recipe(strategies=[{"lora": {"rank": 2}}, "mine"])
-    says = r"^step 1: the backward pass of the loss terms 'causal_lm' of task 'causal-lm' \(budwood .*\), "
+    message = r"^step 1: the backward pass of the loss terms 'causal_lm' of task 'causal-lm' \(budwood .*\), "
     with pytest.raises(
-        PluginError, match=says + r"'mine' of strategy 'mine' \(sprout 1.0\) failed: RuntimeError: one of"
+        PluginError, match=message + r"'mine' of strategy 'mine' \(sprout 1.0\) failed: RuntimeError: one of"
     ):
         tune(recipe, quiet=True)
 
 
 @pytest.mark.parametrize(
-    ("terms", "says"),
+    ("terms", "message"),
     [
         (
             "LossTerm('causal_lm', zero, 'step')",
@@ -137,11 +137,11 @@ def test_autograd_that_fails_names_the_loss_terms(distribution, make_recipe):
         ("LossTerm('x', zero, 'stepp')", r"of unit 'example' or .* of unit 'step', not \[\] of unit 'stepp'"),
         (
             "LossTerm('loss', zero, 'step')",
-            r"'mine' \(sprout 1.0\), hook loss_terms, step 1: 'loss' is a number of core",
+            r"'mine' \(sprout 1.0\), hook loss_terms, step 1: 'loss' is one of core's own metrics",
         ),
     ],
 )
-def test_a_loss_term_that_is_none_names_its_strategy(distribution, make_recipe, terms, says):
+def test_an_invalid_loss_term_names_its_strategy(distribution, make_recipe, terms, message):
     source = f"""
         import torch
         from budwood import LossTerm
@@ -153,7 +153,7 @@ def test_a_loss_term_that_is_none_names_its_strategy(distribution, make_recipe, 
                 return {terms}
     """
     distribution("sprout", source, {"mine": "Mine"})
-    with pytest.raises(PluginError, match=says):
+    with pytest.raises(PluginError, match=message):
         tune(make_recipe(strategies=[{"lora": {"rank": 2}}, "mine"]), quiet=True)
 
 
@@ -185,7 +185,7 @@ def test_a_plugin_that_fails_on_a_live_model_is_named(hook, tiny_base, make_reci
         does[hook]()
 
 
-def test_the_manifest_tells_what_hooks_cost(make_recipe):
+def test_the_manifest_records_the_cost_of_hooks(make_recipe):
     tune(recipe := make_recipe(evaluate=True), quiet=True)
     manifest = json.loads((recipe.output / "manifest.json").read_text())
     rows = {(row["owner"], row["hook"]): row for row in manifest["hooks"]}
@@ -203,7 +203,7 @@ def test_the_manifest_tells_what_hooks_cost(make_recipe):
 
 
 def test_a_profile_is_shown_with_memory(make_recipe, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "40")  # a narrow terminal breaks no line
+    monkeypatch.setenv("COLUMNS", "40")  # lines are not wrapped in a narrow terminal
     tune(recipe := make_recipe(), profile=True)
     manifest = json.loads((recipe.output / "manifest.json").read_text())
     assert all(isinstance(row["peak_growth_bytes"], int) for row in manifest["hooks"])
@@ -230,7 +230,7 @@ def failing(hook: str, error: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("hook", "error", "code", "says"),
+    ("hook", "error", "code", "message"),
     [
         ("prepare_model", "KeyError('x')", 3, "error: WHO, hook prepare_model: KeyError: 'x'. Report it to its author"),
         ("prepare_model", "SystemExit(0)", 3, "error: WHO, hook prepare_model: SystemExit: 0. Report it"),
@@ -242,13 +242,13 @@ def failing(hook: str, error: str) -> str:
     ],
 )  # fmt: skip
 def test_the_command_ends_with_the_code_of_the_error(
-    hook, error, code, says, distribution, make_recipe, tmp_path, monkeypatch, capsys
+    hook, error, code, message, distribution, make_recipe, tmp_path, monkeypatch, capsys
 ):
     distribution("sprout", failing(hook, error), {"fails": "Fails"})
     recipe = make_recipe(strategies=[{"lora": {"rank": 2}}, "fails"])
     assert run_command(recipe, tmp_path, monkeypatch) == code
     shown = capsys.readouterr().err
-    assert says.replace("WHO", "strategy 'fails' (sprout 1.0)") in shown and "Traceback" not in shown
+    assert message.replace("WHO", "strategy 'fails' (sprout 1.0)") in shown and "Traceback" not in shown
 
 
 def test_debug_shows_the_authors_traceback(distribution, make_recipe, tmp_path, monkeypatch, capsys):
@@ -265,7 +265,7 @@ def test_debug_shows_the_authors_traceback(distribution, make_recipe, tmp_path, 
     assert shown.count(f'File "{folder}/sprout.py"') == 2
 
 
-def test_a_broken_plugin_matters_only_where_it_is_named(distribution, make_recipe, tmp_path, monkeypatch, capsys):
+def test_a_broken_plugin_matters_only_in_recipes_that_name_it(distribution, make_recipe, tmp_path, monkeypatch, capsys):
     distribution("broken", "raise RuntimeError('no GPU')", {"broken": "Broken"})
     distribution("shapeless", "class Shapeless: pass", {"shapeless": "Shapeless"}, "budwood.formats")
     distribution(

@@ -1,4 +1,4 @@
-"""The loop, by what a user would notice: the same adapter however a batch is split, nothing lost, nothing silent."""
+"""The training loop, as a user sees it: the same adapter for every split of a batch, and no silent losses."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_packed_equals_padded_in_the_peer_library(make_recipe: Make, test_strate
     model = AutoModelForCausalLM.from_pretrained(tiny_base).double()
     peer = PeftModel.from_pretrained(model, run.directory / "adapter", is_trainable=True, autocast_adapter_dtype=False)
     peer = peer.double()
-    with torch.no_grad():  # back to where the first step began: B = 0 and the seeded A
+    with torch.no_grad():  # restore the start of the first step: B = 0 and the seeded A
         fresh = _fresh_a(run)
         for name, parameter in peer.named_parameters():
             if "lora_B" in name:
@@ -107,7 +107,7 @@ def test_packed_equals_padded_in_the_peer_library(make_recipe: Make, test_strate
 
 
 def _fresh_a(run: object) -> dict[str, Tensor]:
-    """The seeded start of every A: what `prepare_model` draws."""
+    """Return the seeded initial value of every A, as `prepare_model` draws it."""
     from transformers import AutoModelForCausalLM
 
     from budwood.contract.loading import build_strategy
@@ -172,15 +172,13 @@ def test_a_run_prints_at_most_fifteen_lines_and_writes_log_and_plot(make_recipe:
         ({"steps": 2}, None),
     ],
 )
-def test_few_steps_are_remarked_on(make_recipe: Make, said: list[str], train: dict, remark: str | None) -> None:
+def test_few_steps_are_noted(make_recipe: Make, said: list[str], train: dict, remark: str | None) -> None:
     tune(make_recipe(train=train))
     notes = [line for line in said if "so few steps" in line]
     assert bool(notes) is bool(remark) and all(remark in note for note in notes)
 
 
-def test_a_loss_that_is_not_finite_names_step_and_row_and_keeps_the_best(
-    make_recipe: Make, test_strategies: object
-) -> None:
+def test_a_non_finite_loss_names_step_and_row_and_keeps_the_best(make_recipe: Make, test_strategies: object) -> None:
     strategies = [{"lora": {"rank": 4}}, {"poison": {"step": 2, "example": 3}}]
     recipe = make_recipe(strategies=strategies, evaluate=True, train={"batch_examples": 24, "eval_every": 1})
     with pytest.raises(DivergedError, match=r"step 3: .*not finite.*train.jsonl:4\b.*step 2 is kept") as caught:
@@ -226,7 +224,7 @@ def test_a_failing_tracker_never_stops_the_run(make_recipe: Make, capsys: object
     assert adapter(run)
 
 
-def test_a_tracker_that_is_not_installed_is_refused(make_recipe: Make, monkeypatch: object) -> None:
+def test_a_tracker_that_is_not_installed_is_rejected(make_recipe: Make, monkeypatch: object) -> None:
     from budwood.training import setup
 
     monkeypatch.setattr(setup, "get_available_trackers", lambda: [])
@@ -234,7 +232,7 @@ def test_a_tracker_that_is_not_installed_is_refused(make_recipe: Make, monkeypat
         tune(make_recipe(train={"trackers": ["wandb"]}), quiet=True)
 
 
-def test_the_output_of_another_run_is_refused_and_overwritten_when_asked(make_recipe: Make) -> None:
+def test_the_output_of_another_run_is_rejected_or_overwritten_on_request(make_recipe: Make) -> None:
     first = tune(make_recipe(), quiet=True)
     with pytest.raises(InputError, match="holds another run.*--overwrite"):
         tune(make_recipe(), quiet=True)
@@ -298,7 +296,7 @@ def test_fp16_scales_the_loss_and_counts_what_it_skips(make_recipe: Make) -> Non
     assert half.metrics["skipped"] < 8
 
 
-def test_bf16_is_no_further_from_fp32_than_a_rounding(make_recipe: Make) -> None:
+def test_bf16_differs_from_fp32_only_by_rounding(make_recipe: Make) -> None:
     rounded = tune(make_recipe("bf16", train={"precision": "bf16"}), quiet=True)
     exact = tune(make_recipe("fp32"), quiet=True)
     assert rounded.metrics["loss"] == pytest.approx(exact.metrics["loss"], rel=0.02)
@@ -320,8 +318,8 @@ def test_classification_learns_its_labels_and_trains_its_head(make_recipe: Make,
     assert any("score" in key for key in adapter(run))
 
 
-def test_the_gradients_of_all_processes_are_summed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One all-reduce a data type, whatever the parameters' shapes and layouts; who had no gradient adds zeros."""
+def test_the_gradients_of_all_processes_are_summed_in_one_all_reduce_per_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One all-reduce per dtype, for any shapes and layouts; a parameter without a gradient adds zeros."""
     shapes, sent = [(3, 4), (), (0, 2), (5,)], []
     parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     parameters.append(torch.nn.Parameter(torch.randn(2, 2, dtype=torch.bfloat16)))

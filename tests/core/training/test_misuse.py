@@ -1,4 +1,4 @@
-"""What a hook may not do, and examples that cannot be trained on: one line each, with plugin, hook or row."""
+"""Misuse of hooks, and examples that cannot be trained on: one line each, with plugin, hook or row."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from budwood import Column, Example, LossTerm, Outputs, ParameterGroup
 
 
 def mine(body: str, name: str = "Mine") -> str:
-    """Source of a strategy whose class has `body`."""
+    """Return the source of a strategy whose class has `body`."""
     lines = "\n".join(f"    {line}" for line in body.strip("\n").splitlines())
     return f"{HEAD}\nclass {name}(Strategy):\n    '''Does what it may not.'''\n    api = 2\n{lines}\n"
 
 
 @pytest.fixture
 def refused(distribution: Callable, make_recipe: Make) -> Callable[..., str]:
-    """Function `refused(body, kind, **sections)`: the one line with which a run of such a strategy ends."""
+    """Function `refused(body, kind, **sections)`: returns the single error line of a run with such a strategy."""
 
     def run(body: str, kind: type[Exception] = PluginError, **sections: Any) -> str:
         distribution("sprout", mine(body), {"mine": "Mine"})
@@ -47,7 +47,7 @@ def refused(distribution: Callable, make_recipe: Make) -> Callable[..., str]:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ("dataclasses.replace(batch, weights=batch.weights * 2)", "of 'label', not"),
         ("batch.weights.mul_(2) is None or batch", "of 'label', not"),
@@ -58,13 +58,13 @@ def refused(distribution: Callable, make_recipe: Make) -> Callable[..., str]:
         ("batch.weights.fill_(float('nan')) is None or batch", "now counts nan of 'label', not"),
     ],
 )
-def test_prepare_batch_leaves_the_counts(refused: Callable, change: str, says: str) -> None:
+def test_prepare_batch_may_not_change_the_counts(refused: Callable, change: str, message: str) -> None:
     line = refused(f"@hookimpl\ndef prepare_batch(self, run, batch):\n    return {change}")
-    assert line.startswith(f"{WHO}, hook prepare_batch: the batch now counts ") and says in line
+    assert line.startswith(f"{WHO}, hook prepare_batch: the batch now counts ") and message in line
     assert "change the examples in prepare_examples" in line
 
 
-def test_prepare_batch_may_change_all_else(distribution: Callable, make_recipe: Make) -> None:
+def test_prepare_batch_may_change_everything_else(distribution: Callable, make_recipe: Make) -> None:
     body = """
         @hookimpl
         def prepare_batch(self, run, batch):
@@ -79,7 +79,7 @@ def test_prepare_batch_may_change_all_else(distribution: Callable, make_recipe: 
 
 
 @pytest.mark.parametrize(
-    ("groups", "says"),
+    ("groups", "message"),
     [
         ("[ParameterGroup('lora_A', {'x': new})]", "two groups are called 'lora_A': rename one."),
         ("[ParameterGroup('a', {'x': new}), ParameterGroup('a', {})]", "two groups are called 'a': rename one."),
@@ -93,7 +93,7 @@ def test_prepare_batch_may_change_all_else(distribution: Callable, make_recipe: 
         ),
     ],
 )
-def test_groups_and_parameters_have_names_of_their_own(refused: Callable, groups: str, says: str) -> None:
+def test_groups_and_parameters_have_unique_names(refused: Callable, groups: str, message: str) -> None:
     body = f"""
 @hookimpl
 def trainable_parameters(self, run, model):
@@ -101,11 +101,11 @@ def trainable_parameters(self, run, model):
     return {groups}
 after = ("adapter",)
 """
-    assert refused(body) == f"{WHO}, hook trainable_parameters: {says}"
+    assert refused(body) == f"{WHO}, hook trainable_parameters: {message}"
 
 
 @pytest.mark.parametrize(
-    ("state", "says"),
+    ("state", "message"),
     [
         ("{'a': {1, 2}}", "strategies/mine/a: a set cannot be saved"),
         ("{'a': [{(1, 2): 3}]}", "strategies/mine/a/0: the key (1, 2) cannot be saved"),
@@ -127,8 +127,8 @@ after = ("adapter",)
         ("{1: 2}", "returned a dict; it must return a dict with string keys"),
     ],
 )
-def test_a_state_that_a_checkpoint_does_not_give_back(refused: Callable, state: str, says: str) -> None:
-    """Refused before the first step, not when a resume needs it."""
+def test_a_state_that_a_checkpoint_cannot_restore(refused: Callable, state: str, message: str) -> None:
+    """Rejected before the first step, not at the resume that needs it."""
     body = f"""
 @hookimpl
 def state_dict(self, run):
@@ -138,10 +138,10 @@ def state_dict(self, run):
 def load_state_dict(self, run, state): ...
 """
     line = refused(body, train={"steps": 2, "save_every": 1})
-    assert line.startswith(f"{WHO}, hook state_dict") and says in line
+    assert line.startswith(f"{WHO}, hook state_dict") and message in line
 
 
-def test_a_state_of_all_that_can_be_saved(distribution: Callable, make_recipe: Make) -> None:
+def test_a_state_with_every_supported_type(distribution: Callable, make_recipe: Make) -> None:
     body = """
 @hookimpl
 def state_dict(self, run):
@@ -181,56 +181,58 @@ CORES = (
 
 
 @pytest.mark.parametrize("name", CORES)
-def test_a_logged_number_is_none_of_cores(refused: Callable, name: str) -> None:
+def test_a_logged_value_may_not_use_cores_names(refused: Callable, name: str) -> None:
     line = refused(f"@hookimpl\ndef before_clip(self, run):\n    run.log('{name}', 1.0)")
-    assert line.startswith(f"{WHO}, hook before_clip, step 1: '{name}' is a number of core's own: choose another name")
+    assert line.startswith(
+        f"{WHO}, hook before_clip, step 1: '{name}' is one of core's own metrics: choose another name"
+    )
 
 
 @pytest.mark.parametrize("name", ["loss", "skipped"])
-def test_a_metric_is_none_of_cores(refused: Callable, name: str) -> None:
+def test_a_metric_may_not_use_cores_names(refused: Callable, name: str) -> None:
     line = refused(f"@hookimpl\ndef evaluate(self, run):\n    return {{'{name}': 1.0}}", evaluate=True)
-    assert line.startswith(f"{WHO}, hook evaluate, after step 0: '{name}' is a number of core's own")
+    assert line.startswith(f"{WHO}, hook evaluate, after step 0: '{name}' is one of core's own metrics")
 
 
 TASK = "task 'causal-lm' (budwood 0.1.0), hook evaluate"
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("body", "message"),
     [
         (
             "def evaluate(self, run):\n    return {'eval_loss': 0.0}",
-            "task 'causal-lm' (budwood 0.1.0), hook evaluate, after step 0: 'eval_loss' is also a number of "
+            "task 'causal-lm' (budwood 0.1.0), hook evaluate, after step 0: 'eval_loss' is also logged by "
             f"{WHO}, hook evaluate: rename one of them.",
         ),
         (
             "def before_clip(self, run):\n    run.log('eval_loss', 0.0)",
-            f"{WHO}, hook before_clip, step 1: 'eval_loss' is also a number of {TASK}: rename one of them",
+            f"{WHO}, hook before_clip, step 1: 'eval_loss' is also logged by {TASK}: rename one of them",
         ),
         (
             "def before_clip(self, run):\n    run.log('causal_lm', 0.0)",
-            f"{WHO}, hook before_clip, step 1: 'causal_lm' is also a number of task 'causal-lm' (budwood 0.1.0), hook "
+            f"{WHO}, hook before_clip, step 1: 'causal_lm' is also logged by task 'causal-lm' (budwood 0.1.0), hook "
             "token_terms: rename one of them",
         ),
         (
             "def loss_terms(self, step, outputs):\n    return LossTerm('eval_loss', torch.zeros(()), 'step')",
-            f"{WHO}, hook loss_terms, step 1: 'eval_loss' is also a number of {TASK}: rename one of them",
+            f"{WHO}, hook loss_terms, step 1: 'eval_loss' is also logged by {TASK}: rename one of them",
         ),
     ],
 )
-def test_a_number_is_none_of_the_tasks(refused: Callable, body: str, says: str) -> None:
-    assert refused(f"@hookimpl\n{body}", evaluate=True).startswith(says)
+def test_a_value_may_not_use_the_tasks_names(refused: Callable, body: str, message: str) -> None:
+    assert refused(f"@hookimpl\n{body}", evaluate=True).startswith(message)
 
 
-def test_two_strategies_log_under_names_of_their_own(distribution: Callable, make_recipe: Make) -> None:
-    """Whoever logs is found in the stack: also where a helper of the package does it."""
+def test_two_strategies_may_not_log_under_the_same_name(distribution: Callable, make_recipe: Make) -> None:
+    """The caller is identified from the stack, even if a helper of its package logs."""
     distribution("sprout", mine("@hookimpl\ndef before_clip(self, run):\n    run.log('x', 1.0)"), {"mine": "Mine"})
     helper = "def note(run):\n    run.log('x', torch.ones(1))\n"
     theirs = mine("@hookimpl\ndef evaluate(self, run):\n    note(run)\n    return {}", "Theirs")
     distribution("twig", helper + theirs, {"theirs": "Theirs"})
     with pytest.raises(PluginError) as caught:
         tune(make_recipe(strategies=[LORA, "theirs", "mine"], evaluate=True), quiet=True)
-    says = f"{WHO}, hook before_clip, step 1: 'x' is also a number of strategy 'theirs' (twig 1.0), hook evaluate"
+    says = f"{WHO}, hook before_clip, step 1: 'x' is also logged by strategy 'theirs' (twig 1.0), hook evaluate"
     assert str(caught.value).startswith(says)
 
 
@@ -252,16 +254,16 @@ def evaluate(self, run):
 
 
 @pytest.mark.parametrize("value", ["'text'", "None", "torch.ones(2)"])
-def test_what_is_logged_is_one_number(refused: Callable, value: str) -> None:
+def test_a_logged_value_is_a_scalar(refused: Callable, value: str) -> None:
     line = refused(f"@hookimpl\ndef before_clip(self, run):\n    run.log('x', {value})")
-    assert line.startswith(f"{WHO}, hook before_clip, step 1: ValueError: run.log: 'x' must be one number")
+    assert line.startswith(f"{WHO}, hook before_clip, step 1: ValueError: run.log: 'x' must be a single number")
 
 
 @pytest.mark.parametrize(
     ("hook", "unit"), [("loss_terms(self, step, outputs)", "step"), ("sequence_terms(self, step, log_probs)", "label")]
 )
 @pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_a_term_that_is_not_finite_is_named(
+def test_a_non_finite_term_is_named(
     distribution: Callable, make_recipe: Make, said: list[str], hook: str, unit: str, policy: str
 ) -> None:
     values = "log_probs" if "log_probs" in hook else "outputs.hidden.sum()"
@@ -295,7 +297,7 @@ SEQUENCE = "@hookimpl\ndef sequence_terms(self, step, log_probs):\n    return Lo
 
 
 @pytest.mark.parametrize(
-    ("values", "unit", "says"),
+    ("values", "unit", "message"),
     [
         ("log_probs[:3]", "label", "values must be [8] of unit 'example' or [8] of unit 'group' or ["),
         ("log_probs.sum()", "example", "of unit 'label', not [] of unit 'example'"),
@@ -310,15 +312,15 @@ SEQUENCE = "@hookimpl\ndef sequence_terms(self, step, log_probs):\n    return Lo
         ),
     ],
 )
-def test_a_sequence_term_of_another_shape_or_without_a_graph(
-    refused: Callable, values: str, unit: str, says: str
+def test_a_sequence_term_of_the_wrong_shape_or_without_a_graph(
+    refused: Callable, values: str, unit: str, message: str
 ) -> None:
     line = refused(SEQUENCE.format(values=values, unit=unit))
-    assert line.startswith(f"{WHO}: loss term 'mine' of sequence_terms") and says in line
+    assert line.startswith(f"{WHO}: loss term 'mine' of sequence_terms") and message in line
 
 
 FORMAT = """
-from budwood.data.formats import PromptCompletion
+from budwood.data.chat_formats import PromptCompletion
 
 class Pairs(PromptCompletion):
     name, tasks = "pairs", ("regression", "bare")
@@ -337,14 +339,14 @@ class Regression(CausalLM):
 """
 
 
-def test_an_objective_on_a_task_without_log_probabilities_is_refused_before_the_base_loads(
+def test_an_objective_on_a_task_without_log_probabilities_is_rejected_before_the_base_loads(
     distribution: Callable, make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     distribution("sprout", mine(SEQUENCE.format(values="log_probs", unit="label")), {"mine": "Mine"})
     distribution("twig", REGRESSION, {"regression": "Regression"}, "budwood.tasks")
     distribution("leaf", FORMAT, {"pairs": "Pairs"}, "budwood.formats")
     recipe = make_recipe(strategies=[LORA, "mine"], base={"task": "regression"})
-    says = f"{WHO}: task 'regression' (twig 1.0) has no log-probabilities, which its loss needs (sequence_terms)"
+    message = f"{WHO}: task 'regression' (twig 1.0) has no log-probabilities, which its loss needs (sequence_terms)"
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the base was loaded, or the data read")
@@ -353,12 +355,12 @@ def test_an_objective_on_a_task_without_log_probabilities_is_refused_before_the_
     monkeypatch.setattr("budwood.training.setup.read_data", never)
     with pytest.raises(InputError) as caught:
         tune(recipe, quiet=True)
-    assert str(caught.value) == says
+    assert str(caught.value) == message
     monkeypatch.setattr(cli, "silence_libraries", lambda debug: None)
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8")
     assert cli.run(["plan", str(path)]) == 2
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 EXAMPLE = "Example({inputs}, np.array([0]), np.array([{label}]), np.array([{weight}], dtype=np.float32), key=99, row=3)"
@@ -369,7 +371,7 @@ def prepare(example: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"weight": "-1"}, "a label's weight must be finite and above 0, not -1"),
         ({"weight": "0"}, "a label's weight must be finite and above 0, not 0; leave out labels of weight 0"),
@@ -378,14 +380,14 @@ def prepare(example: str) -> str:
         ({"inputs": "{'input_ids': np.zeros(0)}"}, "an example's inputs must be non-empty arrays"),
     ],
 )
-def test_an_example_that_is_not_sound_names_who_made_it(refused: Callable, change: dict[str, str], says: str) -> None:
+def test_an_invalid_example_names_its_strategy(refused: Callable, change: dict[str, str], message: str) -> None:
     values = {"inputs": "{'input_ids': np.array([5, 6], dtype=np.int32)}", "label": "6", "weight": "1", **change}
     line = refused(prepare(EXAMPLE.format(**values)), InputError)
-    assert line.startswith(f"{WHO}, hook prepare_examples: ") and "train.jsonl:4: " in line and says in line
+    assert line.startswith(f"{WHO}, hook prepare_examples: ") and "train.jsonl:4: " in line and message in line
 
 
 @pytest.mark.parametrize(
-    ("columns", "says"),
+    ("columns", "message"),
     [
         ("np.float32(0.5)", "column 'x' must be a Column, such as Column(values, axis=\"input\"), not a float32"),
         (
@@ -398,21 +400,21 @@ def test_an_example_that_is_not_sound_names_who_made_it(refused: Callable, chang
         ),
     ],
 )
-def test_a_column_that_does_not_fit_names_who_made_it(refused: Callable, columns: str, says: str) -> None:
+def test_a_mismatched_column_names_its_strategy(refused: Callable, columns: str, message: str) -> None:
     body = f"""
 @hookimpl
 def prepare_examples(self, run, examples):
-    made = list(examples)
-    for example in made:
+    prepared = list(examples)
+    for example in prepared:
         example.columns["x"] = {columns}
-    return made
+    return prepared
 """
     line = refused(body, InputError)
-    assert line.startswith(f"{WHO}, hook prepare_examples: ") and "train.jsonl:1: " in line and says in line
+    assert line.startswith(f"{WHO}, hook prepare_examples: ") and "train.jsonl:1: " in line and message in line
 
 
 @pytest.mark.parametrize("label", ["2", "-1", "0.5"])
-def test_a_label_outside_the_classes_names_who_made_it(refused: Callable, write: Callable, label: str) -> None:
+def test_a_label_outside_the_classes_names_its_strategy(refused: Callable, write: Callable, label: str) -> None:
     rows = write([{"text": f"hello {i}", "label": "ab"[i % 2]} for i in range(8)], "classes.jsonl")
     body = prepare(EXAMPLE.format(inputs="{'input_ids': np.array([5, 6], dtype=np.int32)}", label=label, weight="1"))
     sections = {"base": {"task": "sequence-classification"}, "data": {"train": str(rows)}}
@@ -435,12 +437,12 @@ class Odd(SequenceClassification):
     name = "odd"
 
     def encode(self, items, where, encoder):
-        made = super().encode(items, where, encoder)
+        prepared = super().encode(items, where, encoder)
         seen = set(item.label for item in items)
         labels = np.array([{label}])
-        third = made[2].examples[0]
-        made[2] = dataclasses.replace(made[2], examples=[dataclasses.replace(third, labels=labels)])
-        return made
+        third = prepared[2].examples[0]
+        prepared[2] = dataclasses.replace(prepared[2], examples=[dataclasses.replace(third, labels=labels)])
+        return prepared
 
 class Form(TextLabel):
     name, tasks = "odd", ("odd",)
@@ -453,7 +455,7 @@ class Form(TextLabel):
 
 
 def rows_of(weights: list[Any], form: str) -> list[dict[str, Any]]:
-    """A row of a data format for each weight."""
+    """Return a row of a data format per weight."""
     makers: dict[str, Callable[[int, Any], dict[str, Any]]] = {
         "completion": lambda i, w: {"prompt": f"{i} a", "completion": " b", "weight": w},
         "text": lambda i, w: {"text": f"{i} a b", "weight": w},
@@ -473,7 +475,7 @@ WRONG = (-1, -0.5, "nan", "inf", True, "heavy", [1], 10**400, 1e39, 1e-50)
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("weight", WRONG, ids=lambda w: str(w)[:8])
-def test_a_weight_that_is_none_names_its_row(make_recipe: Make, write: Callable, form: str, weight: Any) -> None:
+def test_an_invalid_weight_names_its_row(make_recipe: Make, write: Callable, form: str, weight: Any) -> None:
     rows = write(rows_of([1.0, weight, 2.0], form), "weights.jsonl")
     with pytest.raises(InputError, match=r"weights\.jsonl:2: .*weight") as caught:
         tune(make_recipe(data={"train": str(rows)}), quiet=True)
@@ -481,7 +483,7 @@ def test_a_weight_that_is_none_names_its_row(make_recipe: Make, write: Callable,
     assert len(str(caught.value)) < 300
 
 
-def test_json_has_no_weight_that_is_not_finite(make_recipe: Make, write: Callable) -> None:
+def test_non_finite_weights_in_json_are_rejected(make_recipe: Make, write: Callable) -> None:
     rows = write(rows_of([1.0, float("nan")], "text"), "weights.jsonl")
     with pytest.raises(InputError, match=r"weights\.jsonl:2: malformed JSON: NaN is not JSON"):
         tune(make_recipe(data={"train": str(rows)}), quiet=True)
@@ -511,14 +513,14 @@ def test_a_row_times_its_message_and_text_of_csv(make_recipe: Make, write: Calla
     assert [set(example.weights.tolist()) for example in run.examples] == [{0.5}, {1.0}]
 
 
-def test_a_group_that_does_not_fit_by_itself_is_named(refused: Callable) -> None:
+def test_a_group_that_does_not_fit_into_memory_is_named(refused: Callable) -> None:
     body = """
 @hookimpl
 def prepare_examples(self, run, examples):
-    made = list(examples)
-    for index, example in enumerate(made):
+    prepared = list(examples)
+    for index, example in enumerate(prepared):
         example.group = index // 2
-    return made
+    return prepared
 @hookimpl(wrapper=True)
 def forward(self, step):
     if len(step.batch.keys) > 1:
@@ -552,18 +554,18 @@ OLD = {
 }
 
 
-@pytest.mark.parametrize(("hook", "code", "says"), [(hook, *case) for hook, cases in OLD.items() for case in cases])
-def test_what_version_1_had_is_told_with_its_line(
-    distribution: Callable, make_recipe: Make, hook: str, code: str, says: str
+@pytest.mark.parametrize(("hook", "code", "message"), [(hook, *case) for hook, cases in OLD.items() for case in cases])
+def test_uses_of_version_1_attributes_are_reported_with_their_line(
+    distribution: Callable, make_recipe: Make, hook: str, code: str, message: str
 ) -> None:
     source = mine(f"@hookimpl\ndef {hook}:\n    gone = {code}").replace("    api = 2\n", "")
-    line = next(i for i, text in enumerate(source.splitlines(), 3) if "gone =" in text)  # after the fixture's two
+    line = next(i for i, text in enumerate(source.splitlines(), 3) if "gone =" in text)  # the fixture adds two lines
     distribution("sprout", source, {"mine": "Mine"})
     with pytest.raises(PluginError) as caught:
         tune(make_recipe(strategies=[LORA, "mine"]), quiet=True)
     where = ", step 1" if "prepare_batch" in hook else ""
     text = str(caught.value)
-    assert text.startswith(f"{WHO}, hook {hook.partition('(')[0]}{where}: sprout.py:{line}: ") and says in text
+    assert text.startswith(f"{WHO}, hook {hook.partition('(')[0]}{where}: sprout.py:{line}: ") and message in text
 
 
 def test_a_task_without_a_method_ends_the_command_with_3(
@@ -578,5 +580,5 @@ def test_a_task_without_a_method_ends_the_command_with_3(
     path.write_text(json.dumps(recipe), encoding="utf-8")
     assert cli.run(["tune", str(path)]) == 3
     shown = capsys.readouterr().err
-    assert "error: task 'bare' of sprout 1.0: sprout:Bare does not implement 'encode', which its class must" in shown
+    assert "error: task 'bare' of sprout 1.0: sprout:Bare does not implement 'encode', which is required" in shown
     assert "Traceback" not in shown

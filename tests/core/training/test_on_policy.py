@@ -1,4 +1,4 @@
-"""On-policy data: what the live model samples, the sets made of it, and their way through kills and processes."""
+"""On-policy data: samples of the live model, sets of examples, and sets across kills and processes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STRATEGIES = Path(__file__).parents[2] / "strategies"
 
 @pytest.fixture
 def policy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The module of the test strategy `word-policy`, which looks installed."""
+    """The module of the test strategy `word-policy`, which appears installed."""
     monkeypatch.syspath_prepend(str(STRATEGIES))
     module = importlib.import_module("budwood_test_policy")
     module.SETS.clear()
@@ -45,7 +45,7 @@ def policy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture
 def make(make_recipe: Make, policy: Any) -> Make:
-    """`make_recipe` with the policy; `options` are its own."""
+    """`make_recipe` with the policy and its `options`."""
 
     def recipe(output: str = "run", options: dict[str, Any] | None = None, **sections: Any) -> Recipe:
         strategies = [{"lora": {"rank": 4}}, {"word-policy": options or {}}]
@@ -56,7 +56,7 @@ def make(make_recipe: Make, policy: Any) -> Make:
 
 @pytest.fixture
 def ready(make_recipe: Make) -> Run:
-    """A run that is prepared, with an adapter that changes what the base says."""
+    """A prepared run, with an adapter that changes the base's output."""
     run, _, _ = prepare(make_recipe(train={"micro_tokens": 128}), Report(quiet=True), overwrite=False)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -74,7 +74,9 @@ def test_samples_depend_on_seed_step_prompt_and_number(ready: Run) -> None:
     assert [len(samples) for samples in first] == [4, 4, 4]
     assert ready.generate(prompts, samples=4, max_new_tokens=8) == first
     assert len({tuple(sample.tokens) for samples in first for sample in samples}) == 12
-    again = ready.generate(prompts[::-1], samples=2, max_new_tokens=8)  # an example's are its own, whatever the others
+    again = ready.generate(
+        prompts[::-1], samples=2, max_new_tokens=8
+    )  # a prompt's samples do not depend on the other prompts
     assert [[s.tokens for s in samples] for samples in again] == [[s.tokens for s in r[:2]] for r in first[::-1]]
     ready.step += 1
     assert ready.generate(prompts, samples=4, max_new_tokens=8) != first
@@ -82,13 +84,13 @@ def test_samples_depend_on_seed_step_prompt_and_number(ready: Run) -> None:
     assert ready.generate(prompts, samples=4, max_new_tokens=8) != first
 
 
-def test_prompts_are_those_of_examples_texts_or_tokens(ready: Run) -> None:
+def test_prompts_are_examples_texts_or_tokens(ready: Run) -> None:
     example = ready.examples[0]
     ids = ready.task.probe(example).inputs["input_ids"].tolist()
     text = ready.tokenizer.decode(ids, skip_special_tokens=True)
-    found = [ready.generate([prompt], temperature=0)[0][0] for prompt in (example, text, ids)]
-    assert found[0] == found[1] == found[2]
-    assert found[0].prompt == ids
+    result = [ready.generate([prompt], temperature=0)[0][0] for prompt in (example, text, ids)]
+    assert result[0] == result[1] == result[2]
+    assert result[0].prompt == ids
     twice = ready.generate([text, text], max_new_tokens=8)
     assert twice[0][0].tokens != twice[1][0].tokens
 
@@ -96,17 +98,17 @@ def test_prompts_are_those_of_examples_texts_or_tokens(ready: Run) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_log_probs_are_those_of_a_forward_at_the_temperature(ready: Run, temperature: float) -> None:
     prompts = [ready.examples[i] for i in range(6)]
-    found = ready.generate(prompts, samples=3, max_new_tokens=12, temperature=temperature, top_p=0.9)
+    result = ready.generate(prompts, samples=3, max_new_tokens=12, temperature=temperature, top_p=0.9)
     reasons = set()
-    for sample in (sample for samples in found for sample in samples):
-        whole = torch.tensor([sample.prompt + sample.tokens])
+    for sample in (sample for samples in result for sample in samples):
+        full = torch.tensor([sample.prompt + sample.tokens])
         with torch.no_grad():
-            logits = ready.model.eval()(whole).logits[0, len(sample.prompt) - 1 : -1]
-        wanted = (logits.double() / (temperature or 1.0)).log_softmax(-1)
-        wanted = wanted.gather(-1, torch.tensor(sample.tokens)[:, None])[:, 0]
+            logits = ready.model.eval()(full).logits[0, len(sample.prompt) - 1 : -1]
+        expected = (logits.double() / (temperature or 1.0)).log_softmax(-1)
+        expected = expected.gather(-1, torch.tensor(sample.tokens)[:, None])[:, 0]
         assert len(sample.log_probs) == len(sample.tokens)
-        rounding = 2**-24 * float(logits.abs().max()) * 32  # of two forwards that add up in different orders
-        assert (torch.tensor(sample.log_probs) - wanted).abs().max() < rounding
+        rounding = 2**-24 * float(logits.abs().max()) * 32  # two forward passes sum in different orders
+        assert (torch.tensor(sample.log_probs) - expected).abs().max() < rounding
         reasons.add(sample.finish_reason)
         ends = sample.tokens[-1] in (ready.tokenizer.eos_token_id, *ready.examples.stop_ids)
         assert ends == (sample.finish_reason == "eos")
@@ -114,7 +116,7 @@ def test_log_probs_are_those_of_a_forward_at_the_temperature(ready: Run, tempera
     assert "length" in reasons
 
 
-def test_the_token_that_ends_a_sample_is_among_its_tokens(ready: Run) -> None:
+def test_the_end_token_is_part_of_the_sample(ready: Run) -> None:
     prompt = ready.examples[0]
     plain = ready.generate([prompt], temperature=0, max_new_tokens=4)[0][0]
     ready.examples.stop_ids = [plain.tokens[2]]
@@ -125,7 +127,7 @@ def test_the_token_that_ends_a_sample_is_among_its_tokens(ready: Run) -> None:
     assert ended.finish_reason == "eos"
 
 
-def test_adapter_off_gives_the_samples_of_the_base_and_leaves_the_run_as_it_was(ready: Run) -> None:
+def test_adapter_off_gives_the_samples_of_the_base_and_leaves_the_run_unchanged(ready: Run) -> None:
     prompts = [ready.examples[i] for i in range(4)]
     ready.model.train()
     before = [ready.generate(prompts, temperature=t, max_new_tokens=8) for t in (0, 1)]
@@ -140,13 +142,13 @@ def test_adapter_off_gives_the_samples_of_the_base_and_leaves_the_run_as_it_was(
     assert [[s[0].tokens for s in one] for one in base] == [[s[0].tokens for s in one] for one in off]
 
 
-def test_what_cannot_be_generated_is_refused(ready: Run) -> None:
+def test_invalid_generation_requests_are_rejected(ready: Run) -> None:
     with pytest.raises(InputError, match="samples: 0 is less than 1"):
         ready.generate(["a"], samples=0)
     with pytest.raises(InputError, match="prompt 1 is empty"):
         ready.generate([[]])
     ready.sampler = None
-    with pytest.raises(RuntimeError, match="a plan never samples"):
+    with pytest.raises(RuntimeError, match="not available in planning"):
         ready.generate(["a"])
 
 
@@ -171,9 +173,9 @@ def rewards(directory: Path) -> list[float]:
 
 def test_the_reward_rises(make: Make, policy: Any) -> None:
     run = tune(make(train={"steps": 24, "learning_rate": 1e-2}), quiet=True)
-    found = rewards(run.directory)
-    assert len(found) == 12
-    assert np.mean(found[-3:]) > np.mean(found[:3]) + 0.25
+    result = rewards(run.directory)
+    assert len(result) == 12
+    assert np.mean(result[-3:]) > np.mean(result[:3]) + 0.25
     assert [step for step, _ in policy.SETS] == list(range(0, 24, 2))
     assert all(len(indices) == 8 for _, indices in policy.SETS)
 
@@ -186,7 +188,7 @@ def test_the_samplers_log_probs_are_the_steps_before_the_first_update(make: Make
 
 def test_epochs_count_sets_and_each_prompt_is_drawn_once_an_epoch(make: Make, policy: Any) -> None:
     run = tune(make(train={"epochs": 2, "batch_examples": 7}, options={"samples": 2}), quiet=True)
-    assert run.steps == run.step == 2 * 4 * 2  # 24 examples in steps of at most 7: 4 an epoch
+    assert run.steps == run.step == 2 * 4 * 2  # 24 examples in steps of at most 7: 4 steps per epoch
     for epoch in (policy.SETS[:4], policy.SETS[4:]):
         assert sorted(index for _, indices in epoch for index in indices) == list(range(24))
 
@@ -197,14 +199,14 @@ def test_an_odd_number_of_steps_leaves_the_last_set_half_used(make: Make, policy
 
 
 @pytest.mark.parametrize("step", [3, 4], ids=["in mid-set", "between sets"])
-def test_a_kill_resumes_to_the_same_bytes(
+def test_a_killed_run_resumes_bitwise_identically(
     make: Make, policy: Any, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Killed(BaseException):
         pass
 
     train = {"steps": 7, "save_every": 1, "learning_rate": 2e-2}
-    whole = tune(make("whole", train=train), quiet=True)
+    uninterrupted = tune(make("whole", train=train), quiet=True)
     at, summed = [step], loop.sum_gradients
 
     def sum_gradients(run: Run) -> None:
@@ -224,16 +226,16 @@ def test_a_kill_resumes_to_the_same_bytes(
     policy.SETS.clear()
     run = tune(make("cut", train=train), quiet=True, resume=True)
     assert [s for s, _ in policy.SETS] == ([4, 6])
-    assert run.metrics == whole.metrics
-    assert rewards(run.directory) == rewards(whole.directory)
-    for path in (whole.directory / "adapter").iterdir():
+    assert run.metrics == uninterrupted.metrics
+    assert rewards(run.directory) == rewards(uninterrupted.directory)
+    for path in (uninterrupted.directory / "adapter").iterdir():
         assert (run.directory / "adapter" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_a_step_that_begins_again_is_the_same(make: Make, policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory runs out in the first micro-step of a set: the set, and what was logged while it was made, stay."""
+def test_a_repeated_step_gives_the_same_result(make: Make, policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory runs out in the first micro-step of a set: the set and the values logged while generating it are kept."""
     options, train = {"samples": 2}, {"steps": 2, "micro_tokens": 512}
-    whole = tune(make("whole", options, train=train), quiet=True)
+    uninterrupted = tune(make("whole", options, train=train), quiet=True)
     passes, done = memory._run_passes, []
 
     def run_out(run: Run, *arguments: Any) -> int:
@@ -245,16 +247,16 @@ def test_a_step_that_begins_again_is_the_same(make: Make, policy: Any, monkeypat
     policy.SETS.clear()
     run = tune(make("again", options, train=train), quiet=True)
     assert len(policy.SETS) == 1 and len(done) == 3
-    assert rewards(run.directory) == rewards(whole.directory)
-    assert run.metrics["loss"] == pytest.approx(whole.metrics["loss"], abs=1e-5)
+    assert rewards(run.directory) == rewards(uninterrupted.directory)
+    assert run.metrics["loss"] == pytest.approx(uninterrupted.metrics["loss"], abs=1e-5)
 
 
 def test_two_processes_hold_one_set(make: Make, policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sets: list[ActiveSet] = []
-    made = batches.generate_set
+    original = batches.generate_set
 
     def note(*arguments: Any) -> ActiveSet:
-        sets.append(made(*arguments))
+        sets.append(original(*arguments))
         return sets[-1]
 
     monkeypatch.setattr(batches, "generate_set", note)
@@ -267,15 +269,15 @@ def test_two_processes_hold_one_set(make: Make, policy: Any, tmp_path: Path, mon
         "import json, torch\ntorch.set_num_threads(1)\n"
         "from budwood.training import batches\n"
         "from budwood.training.loop import tune\n"
-        "made, found = batches.generate_set, []\n"
+        "original, sets = batches.generate_set, []\n"
         "def note(*arguments):\n"
-        "    found.append(made(*arguments))\n"
-        "    return found[-1]\n"
+        "    sets.append(original(*arguments))\n"
+        "    return sets[-1]\n"
         "batches.generate_set = note\n"
         f"run = tune({str(path)!r}, quiet=True)\n"
         "assert run.processes == 2\n"
         "def shown(e): return [e.key, e.labels.tolist(), float(e.columns['advantage'].values)]\n"
-        "steps = [[shown(e) for e in s] for s in found[0].steps]\n"
+        "steps = [[shown(e) for e in s] for s in sets[0].steps]\n"
         f"open({str(tmp_path)!r} + f'/set-{{run.process_index}}.json', 'w').write(json.dumps(steps))\n",
         encoding="utf-8",
     )
@@ -292,7 +294,7 @@ def test_two_processes_hold_one_set(make: Make, policy: Any, tmp_path: Path, mon
     assert [len(step) for step in first] == [10, 10]
 
 
-def test_planning_takes_planned_examples_and_never_samples(make: Make, policy: Any) -> None:
+def test_planning_uses_planned_examples_and_never_samples(make: Make, policy: Any) -> None:
     run = run_on_fake_tensors(make(train={"steps": 2}))
     assert run.step == 2 and not policy.SETS
     with pytest.raises(PluginError, match=r"strategy 'word-policy'.*give planned_examples too"):
@@ -313,7 +315,7 @@ def test_planning_takes_planned_examples_and_never_samples(make: Make, policy: A
         ("position", r"has a label at \d+ of \d+ positions"),
     ],
 )
-def test_a_set_that_is_not_sound_names_the_strategy(make: Make, fault: str, text: str) -> None:
+def test_an_invalid_set_names_the_strategy(make: Make, fault: str, text: str) -> None:
     with pytest.raises(PluginError, match=rf"strategy 'word-policy' .*hook next_examples.*{text}") as caught:
         tune(make(options={"samples": 2, "fault": fault}), quiet=True)
     assert "\n" not in str(caught.value)

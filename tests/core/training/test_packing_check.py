@@ -1,4 +1,4 @@
-"""Before the first step: whether a model takes packed rows, told from rounding, and what is said where it does not."""
+"""The check of packed rows before the first step: it ignores rounding, and reports a model that needs padding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PADDED = "rows are padded, not packed, for this model"
 
 @pytest.fixture
 def leak(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Function `leak(share)`: from now on attention in a packed row adds so much of the mean over the whole row."""
+    """Function `leak(share)`: from then on, attention adds this share of the mean over the complete packed row."""
     inside = attention._packed
 
     def install(share: float) -> None:
@@ -50,16 +50,16 @@ def test_a_model_that_mixes_examples_gets_padded_rows(
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_rounding_of_a_deep_model_is_no_reason_to_pad(
+def test_rounding_in_a_deep_model_does_not_cause_padding(
     make_recipe: Make, monkeypatch: pytest.MonkeyPatch, quantization: str
 ) -> None:
-    """As if a model rounded by more than is taken for rounding: its examples do not see each other."""
+    """As if a model's rounding exceeded the tolerance, although its examples are independent."""
     monkeypatch.setattr(packing_check, "ROUNDING", -1.0)
     run = tune(make_recipe(train={"precision": "bf16", "steps": 1}, base={"quantization": quantization}))
     assert run.packed
 
 
-def test_a_little_mixing_is_told_from_rounding(
+def test_a_little_mixing_is_distinguished_from_rounding(
     make_recipe: Make, monkeypatch: pytest.MonkeyPatch, said: list[str], leak: Callable[[float], None]
 ) -> None:
     monkeypatch.setattr(packing_check, "ROUNDING", 0.0)
@@ -68,7 +68,9 @@ def test_a_little_mixing_is_told_from_rounding(
     assert not run.packed and any(PADDED in line for line in said)
 
 
-def test_a_model_that_is_another_even_alone_is_refused(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_whose_logits_differ_even_unpacked_is_rejected(
+    make_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = packing_check._own_logits
     monkeypatch.setattr(packing_check, "_own_logits", lambda run, batch: 2 * own(run, batch))
     with pytest.raises(

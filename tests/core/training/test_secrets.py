@@ -1,4 +1,4 @@
-"""Secrets from environment and recipe: what is taken for one, and that a whole run leaves none of them anywhere."""
+"""Secrets from environment and recipe: their detection, and a complete run that writes none of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TYPED = "typed-0123456789"
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """Secrets in the environment, none remembered from elsewhere."""
+    """Set secrets in the environment, and clear those of other tests."""
     monkeypatch.setattr(redaction, "_remembered", set())
     monkeypatch.setenv("HF_TOKEN", HUB)
     monkeypatch.setenv("HTTPS_PROXY", f"http://someone:{PROXY}@proxy.example:3128")
@@ -47,7 +47,7 @@ def environment(monkeypatch):
         ("hf_abcdefghijklmnopqrst, sk-abcdefghijkl123", f"{MASK}, {MASK}"),
     ],
 )
-def test_what_is_a_secret(text, kept):
+def test_secrets_are_masked(text, kept):
     assert redact(text) == kept
 
 
@@ -61,13 +61,13 @@ def test_what_is_a_secret(text, kept):
         "x" * 100_000 + "://" + "a.b-c+" * 10_000,
     ],
 )
-def test_what_is_none(text):
+def test_other_text_is_unchanged(text):
     assert redact(text) == text
 
 
 def test_values_are_masked_by_their_names_and_by_their_content():
-    given = {"a": {"api_key": KEY, "token": "abc", "mask_token": "[MASK]", "n": 1}, "b": [f"x {HUB}", None, True]}
-    assert redact_values(given) == {
+    values = {"a": {"api_key": KEY, "token": "abc", "mask_token": "[MASK]", "n": 1}, "b": [f"x {HUB}", None, True]}
+    assert redact_values(values) == {
         "a": {"api_key": MASK, "token": MASK, "mask_token": "[MASK]", "n": 1},
         "b": [f"x {MASK}", None, True],
     }
@@ -109,7 +109,7 @@ def leaks(text: str) -> list[str]:
     return [secret for secret in (HUB, PROXY, KEY, URL, TYPED) if secret in text]
 
 
-def test_a_run_leaves_no_secret_behind(distribution, make_recipe, tmp_path, capsys, monkeypatch):
+def test_a_run_writes_no_secret_anywhere(distribution, make_recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, "silence_libraries", lambda debug: None)
     distribution("spy", SPY, {"spy": "Spy"})
     options = {"api_key": KEY, "endpoint": f"https://me:{URL}@api.example/v1"}
@@ -155,7 +155,7 @@ def test_a_run_leaves_no_secret_behind(distribution, make_recipe, tmp_path, caps
         assert leaks(out + err) == [], override
 
 
-def test_a_recipe_keeps_its_secrets_to_itself():
+def test_a_recipe_masks_its_secrets():
     data = {"base": {"model": "b"}, "data": {"train": "x.jsonl"}, "strategies": [{"lora": {"password": KEY}}]}
     recipe = Recipe.from_dict(data)
     assert recipe.strategies[0].options == {"password": KEY}
@@ -165,8 +165,8 @@ def test_a_recipe_keeps_its_secrets_to_itself():
     assert KEY not in str(InputError(f"got '{KEY}'"))
 
 
-def test_a_path_or_a_models_name_stays_what_it_is(monkeypatch):
-    """Folders may be called like a secret, and a model like a token."""
+def test_paths_and_model_names_are_not_masked(monkeypatch):
+    """A folder may have the name of a secret, and a model that of a token."""
     monkeypatch.setenv("MY_TOKEN", "data123")
     data = {
         "base": {"model": "/data123/base"},

@@ -41,47 +41,47 @@ def ready(make_recipe: Callable) -> Callable:
 def test_a_preference_over_pairs(ready: Callable, split: str, share: float) -> None:
     run, engine = ready("preference")
     run.task_weight = share
-    found = f64.take(run, engine, ROWS[split])
-    f64.agree(found, f64.expect(run, ROWS[split], [f64.own("causal_lm", share), f64.preference]))
+    result = f64.take(run, engine, ROWS[split])
+    f64.agree(result, f64.expect(run, ROWS[split], [f64.own("causal_lm", share), f64.preference]))
 
 
 @pytest.mark.parametrize("rows", [ROWS["1×8"], ROWS["2×4"], ALONE])
 @pytest.mark.parametrize("chunk", [3, 256])
-def test_clipped_ratios_over_labels_and_a_unit_of_ones_own(
+def test_clipped_ratios_over_labels_and_a_custom_unit(
     ready: Callable, rows: Any, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from budwood.training import label_scores
 
     monkeypatch.setattr(label_scores, "CHUNK", chunk)
     run, engine = ready("ratio", pairs=False)
-    found = f64.take(run, engine, rows)
-    f64.agree(found, f64.expect(run, rows, [f64.own("causal_lm", 1.0), f64.ratio(run.counts)]))
+    result = f64.take(run, engine, rows)
+    f64.agree(result, f64.expect(run, rows, [f64.own("causal_lm", 1.0), f64.ratio(run.counts)]))
 
 
 @pytest.mark.parametrize("rows", [ROWS["1×8"], ROWS["4×2"]])
 @pytest.mark.parametrize(("method", "main", "replay"), [(FGM, 1.0, 0.6), (FREELB, 0.5, 0.5)])
-def test_under_noise_with_distillation_beside(
+def test_under_noise_combined_with_distillation(
     ready: Callable, rows: Any, method: Any, main: float, replay: float
 ) -> None:
     run, engine = ready("preference", "ratio", method, DISTILLATION, "spy")
-    found = f64.take(run, engine, rows)
-    passes = f64.noise_of(run, found, main, replay)
+    result = f64.take(run, engine, rows)
+    passes = f64.noise_of(run, result, main, replay)
     assert len(passes) == 2
     terms = [f64.own("causal_lm", 0.6), f64.preference, f64.ratio(run.counts), f64.distilled]
-    f64.agree(found, f64.expect(run, rows, terms, passes=passes))
+    f64.agree(result, f64.expect(run, rows, terms, passes=passes))
 
 
 @pytest.mark.parametrize("lora", [{"modules_to_save": ["lm_head"]}, {}])
-def test_a_head_that_trains_is_passed_twice_and_a_frozen_one_once(ready: Callable, lora: dict[str, Any]) -> None:
+def test_a_trainable_head_runs_twice_and_a_frozen_one_once(ready: Callable, lora: dict[str, Any]) -> None:
     run, engine = ready("preference", "ratio", DISTILLATION, lora=lora)
     run.hooks.register_core(Heads(), "heads")
     rows, frozen = ROWS["2×4"], not lora
-    f64.take(run, engine, rows)  # finds out whether the head trains
+    f64.take(run, engine, rows)  # detects whether the head is trainable
     Heads.calls = 0
-    found = f64.take(run, engine, rows)
+    result = f64.take(run, engine, rows)
     assert Heads.calls == (2 if frozen else 4), "a chunk a micro-batch"
     terms = [f64.own("causal_lm", 0.6), f64.preference, f64.ratio(run.counts), f64.distilled]
-    f64.agree(found, f64.expect(run, rows, terms))
+    f64.agree(result, f64.expect(run, rows, terms))
 
 
 class Heads:
@@ -108,18 +108,18 @@ def test_a_classification(ready: Callable, write: Callable) -> None:
     labelled = write(rows, "labelled.jsonl")
     run, engine = ready("preference", "ratio", base={"task": "sequence-classification"}, data={"train": str(labelled)})
     for rows in (ROWS["1×8"], ROWS["4×2"]):
-        found = f64.take(run, engine, rows)
+        result = f64.take(run, engine, rows)
         terms = [f64.own("sequence_classification", 1.0), f64.preference, f64.ratio(run.counts)]
-        f64.agree(found, f64.expect(run, rows, terms))
+        f64.agree(result, f64.expect(run, rows, terms))
 
 
 @pytest.mark.parametrize("lora", [{}, {"modules_to_save": ["lm_head"]}])
-def test_a_loss_scale_multiplies_the_gradients_and_no_value(ready: Callable, lora: dict[str, Any]) -> None:
+def test_a_loss_scale_multiplies_the_gradients_but_not_the_values(ready: Callable, lora: dict[str, Any]) -> None:
     run, engine = ready("preference", "ratio", lora=lora)
     engine.loss_scale = torch.tensor(512.0)
-    found = f64.take(run, engine, ROWS["2×4"])
+    result = f64.take(run, engine, ROWS["2×4"])
     terms = [f64.own("causal_lm", 1.0), f64.preference, f64.ratio(run.counts)]
-    f64.agree(found, f64.expect(run, ROWS["2×4"], terms), scale=512.0)
+    f64.agree(result, f64.expect(run, ROWS["2×4"], terms), scale=512.0)
 
 
 def test_the_reference_is_the_base_or_the_start_and_is_computed_once(ready: Callable) -> None:
@@ -164,13 +164,41 @@ def test_log_probabilities_at_a_temperature(ready: Callable, temperature: float)
     run, _ = ready("ratio")
     logits = torch.randn(7, 11, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 11, (7,))
-    found = run.task.log_probs(logits, labels, temperature)
+    result = run.task.log_probs(logits, labels, temperature)
     expected = (logits / temperature).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-    torch.testing.assert_close(found, expected, atol=1e-13, rtol=1e-13)
+    torch.testing.assert_close(result, expected, atol=1e-13, rtol=1e-13)
     factors = torch.randn(7, dtype=torch.float64)
-    (one,) = torch.autograd.grad((found * factors).sum(), logits)
+    (one,) = torch.autograd.grad((result * factors).sum(), logits)
     (other,) = torch.autograd.grad((expected * factors).sum(), logits)
     torch.testing.assert_close(one, other, atol=1e-13, rtol=1e-13)
+
+
+@pytest.mark.parametrize("lora", [{}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("rows", [ROWS["1×8"], ROWS["4×2"]])
+def test_strategies_with_different_temperatures(
+    ready: Callable, lora: dict[str, Any], rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy's ratio at its sampling temperature, beside a preference and the task's loss at 1."""
+    hot: dict[str, float] = {"ratio": 1.7, "contrast": 0.6}
+    monkeypatch.setattr(f64.Ratio, "log_prob_temperature", hot["ratio"])
+    monkeypatch.setattr(f64.Contrast, "log_prob_temperature", hot["contrast"])
+    run, engine = ready("preference", "ratio", "contrast", lora=lora)
+    found = f64.take(run, engine, rows)
+
+    def ratio(examples: list[f64.Scored]) -> dict[str, tuple[torch.Tensor, float]]:
+        return f64.ratio(run.counts)([example.at(hot["ratio"]) for example in examples])
+
+    terms = [f64.own("causal_lm", 1.0), f64.preference, ratio]
+    f64.agree(found, f64.expect(run, rows, terms, f64.across, step_temperature=hot["contrast"]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), "hot"])
+def test_a_temperature_that_is_not_a_positive_number(
+    ready: Callable, temperature: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f64.Ratio, "log_prob_temperature", temperature)
+    with pytest.raises(PluginError, match=r"'ratio'.*: log_prob_temperature must be positive and finite, not"):
+        ready("ratio")
 
 
 class Detached(Strategy):
@@ -198,15 +226,15 @@ class Short(Strategy):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "says"),
+    ("strategy", "message"),
     [
         (Detached, "loss term 'detached' of sequence_terms has no graph to the log-probabilities"),
         (Elsewhere, "loss term 'elsewhere' of sequence_terms has no graph to the log-probabilities"),
         (Short, "loss term 'short' of sequence_terms: values must be .* of unit 'label'"),
     ],
 )
-def test_a_term_that_cannot_be_used_is_named(ready: Callable, strategy: Any, says: str) -> None:
+def test_a_term_that_cannot_be_used_is_named(ready: Callable, strategy: Any, message: str) -> None:
     run, engine = ready(register(strategy))
-    with pytest.raises(PluginError, match=says) as error:
+    with pytest.raises(PluginError, match=message) as error:
         f64.take(run, engine, ROWS["1×8"])
     assert f"strategy '{strategy.__name__.lower()}'" in str(error.value)

@@ -1,4 +1,4 @@
-"""A micro-step against plain autograd: loss terms, their units, and what a step offers to who perturbs it."""
+"""A micro-step against plain autograd: loss terms, their units, and the passes for strategies that perturb it."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def gradients(module: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("extra", ["penalty", "per-example"])
 def test_terms_do_not_depend_on_how_a_batch_is_split(make_recipe: Callable, test_strategies: Any, extra: str) -> None:
-    found = []
+    result = []
     for name, size in (("a", 1024), ("b", 128)):
         test_strategies.SEEN.clear()
         strategies = [{"lora": {"rank": 4}}, extra, "recorder"]
         run = tune(make_recipe(name, strategies=strategies, train={"micro_tokens": size}), quiet=True)
-        found.append((gradients(test_strategies), dict(run.metrics)))
-    for one, other in zip(found[0][0], found[1][0], strict=True):
+        result.append((gradients(test_strategies), dict(run.metrics)))
+    for one, other in zip(result[0][0], result[1][0], strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
     term = "penalty" if extra == "penalty" else "size"
-    assert found[0][1][term] == pytest.approx(found[1][1][term], rel=1e-5)
+    assert result[0][1][term] == pytest.approx(result[1][1][term], rel=1e-5)
     weight = 0.01 if extra == "penalty" else 0.1
-    metrics = found[0][1]
+    metrics = result[0][1]
     assert metrics["loss"] == pytest.approx(metrics["causal_lm"] + weight * metrics[term], rel=1e-5)
 
 
@@ -49,8 +49,8 @@ def test_noise_gradient_and_replay_equal_plain_autograd(
     passes = [entry for entry in test_strategies.SEEN if entry[0] == "noise"]
     assert len(passes) > 1, "the step must have several micro-steps"
     labels = sum(len(run.examples[i].labels) for _, ids, *_ in passes for i in ids)
-    for _, ids, noise, asked, clean in passes:
-        torch.testing.assert_close(asked, clean, atol=1e-7, rtol=1e-4)
+    for _, ids, noise, computed, clean in passes:
+        torch.testing.assert_close(computed, clean, atol=1e-7, rtol=1e-4)
         position = 0
         for example in (run.examples[i] for i in ids):
             tokens = torch.tensor(example.inputs["input_ids"][None].astype("int64"))
@@ -67,21 +67,21 @@ def test_noise_gradient_and_replay_equal_plain_autograd(
 
 
 def test_replay_adds_the_noisy_pass_to_the_clean_one(make_recipe: Callable, test_strategies: Any) -> None:
-    found = {}
+    result = {}
     for name, strategies in (("plain", []), ("zero", [{"fgm": {"epsilon": 0.0}}])):
         test_strategies.SEEN.clear()
         recipe = make_recipe(name, strategies=[{"lora": {"rank": 4}}, *strategies, "recorder"], train={"clip": 0})
         run = tune(recipe, quiet=True)
-        found[name] = (gradients(test_strategies), dict(run.metrics))
-    for plain, doubled in zip(found["plain"][0], found["zero"][0], strict=True):
+        result[name] = (gradients(test_strategies), dict(run.metrics))
+    for plain, doubled in zip(result["plain"][0], result["zero"][0], strict=True):
         torch.testing.assert_close(doubled, 2 * plain, atol=1e-6, rtol=1e-4)
 
 
 class Compare(Strategy):
-    """Squared difference of clean and noisy logits: the noise, from the gradient of that difference, is found first."""
+    """Squared difference of clean and noisy logits; the noise comes from the gradient of that difference."""
 
     noise: torch.Tensor | None = None
-    asked: torch.Tensor | None = None
+    computed: torch.Tensor | None = None
 
     @hookimpl(wrapper=True)
     def forward(self, step: Step) -> Any:
@@ -95,8 +95,8 @@ class Compare(Strategy):
                     clean = step.logits(outputs, positions)
                 return (logits - clean).square().mean(-1)
 
-            type(self).asked = step.noise_gradient(start, terms)
-            type(self).noise = 0.1 * self.asked / self.asked.norm()
+            type(self).computed = step.noise_gradient(start, terms)
+            type(self).noise = 0.1 * self.computed / self.computed.norm()
             step.cache["compare"] = step.forward(self.noise)
         return outputs
 
@@ -113,7 +113,7 @@ class Compare(Strategy):
 
 
 def ready(recipe: Any, *extra: Strategy) -> tuple[Any, Any, Step]:
-    """A run before its first step, with a random adapter and `extra` strategies; and the only micro-step."""
+    """Return a run before its first step, with a random adapter and `extra` strategies, and its only micro-step."""
     run, hooks, engine = prepare(recipe, Report(quiet=True), True)
     for strategy in extra:
         hooks.register_core(strategy, strategy.name)
@@ -127,35 +127,35 @@ def ready(recipe: Any, *extra: Strategy) -> tuple[Any, Any, Step]:
 
 
 @pytest.mark.parametrize("chunk", [3, 256])
-def test_outputs_that_are_compared_share_the_chunked_pass(make_recipe: Callable, monkeypatch: Any, chunk: int) -> None:
-    """Against plain autograd on whole logits: the same noise, the same gradients of clean and noisy side."""
+def test_compared_outputs_share_the_chunked_pass(make_recipe: Callable, monkeypatch: Any, chunk: int) -> None:
+    """Against plain autograd on full logits: the same noise, and the same gradients of both sides."""
     from budwood.training import label_scores as module
 
     monkeypatch.setattr(module, "CHUNK", chunk)
     run, engine, step = ready(make_recipe(), Compare(name="compare"))
     run.hooks.call("backward", step=step)
-    found = [p.grad.clone() for p in run.trainable]
+    result = [p.grad.clone() for p in run.trainable]
     for parameter in run.trainable:
         parameter.grad = None
     task, batch = run.task, step.batch
 
     def outputs(noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         with run.task.noisy(run.model, noise):
-            given = task.outputs(run.model, batch)
-        return given.hidden, given.head(given.hidden.flatten(0, 1)[batch.label_positions])
+            model_outputs = task.outputs(run.model, batch)
+        return model_outputs.hidden, model_outputs.head(model_outputs.hidden.flatten(0, 1)[batch.label_positions])
 
     leaf = (step.zero_noise() + 0.01).requires_grad_()
     count = len(batch.labels)
-    asked = (outputs(leaf)[1] - outputs(None)[1].detach()).square().mean(-1).sum() / count
-    (gradient,) = torch.autograd.grad(asked, leaf)
-    torch.testing.assert_close(Compare.asked, gradient, atol=1e-7, rtol=1e-4)
+    objective = (outputs(leaf)[1] - outputs(None)[1].detach()).square().mean(-1).sum() / count
+    (gradient,) = torch.autograd.grad(objective, leaf)
+    torch.testing.assert_close(Compare.computed, gradient, atol=1e-7, rtol=1e-4)
     hidden, logits = outputs(None)
     noisy_hidden, noisy_logits = outputs(Compare.noise)
     loss = torch.nn.functional.cross_entropy(logits, batch.labels)
     compared = (logits - noisy_logits).square().mean()
     total = loss + 3 * compared + 0.5 * (hidden - noisy_hidden).square().mean()
     total.backward()
-    for ours, parameter in zip(found, run.trainable, strict=True):
+    for ours, parameter in zip(result, run.trainable, strict=True):
         torch.testing.assert_close(ours, parameter.grad, atol=1e-6, rtol=1e-4)
     assert float(compared) > 1e-4
     values = engine.finish_step()
@@ -172,10 +172,10 @@ def test_noise_gradients_do_not_depend_on_the_loss_scale_and_parameters_do(make_
     run.hooks.call("backward", step=step)
     tracked, loss = step.noise_grad, step.loss
     main = [p.grad.clone() for p in run.trainable]
-    asked = step.noise_gradient(noise)
+    computed = step.noise_gradient(noise)
     assert all(torch.equal(p.grad, before) for p, before in zip(run.trainable, main, strict=True))
     assert all(p.requires_grad for p in run.trainable)
-    torch.testing.assert_close(tracked, 0.5 * asked, atol=1e-7, rtol=1e-4)
+    torch.testing.assert_close(tracked, 0.5 * computed, atol=1e-7, rtol=1e-4)
     returned = step.replay(noise, 0.5, gradient=True)
     torch.testing.assert_close(returned, tracked, atol=1e-7, rtol=1e-4)
     assert float(step.loss) == pytest.approx(float(loss), rel=1e-6), "a pass's loss is without its weight"
@@ -185,7 +185,7 @@ def test_noise_gradients_do_not_depend_on_the_loss_scale_and_parameters_do(make_
         outputs = run.task.outputs(run.model, step.batch)
     logits = outputs.head(outputs.hidden.flatten(0, 1)[step.batch.label_positions])
     exact = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, step.batch.labels), [leaf, *run.trainable])
-    torch.testing.assert_close(asked, exact[0], atol=1e-7, rtol=1e-4)
+    torch.testing.assert_close(computed, exact[0], atol=1e-7, rtol=1e-4)
     for parameter, gradient in zip(run.trainable, exact[1:], strict=True):  # 0.5 + 0.5 + 1
         torch.testing.assert_close(parameter.grad, 2 * scale * gradient, atol=1e-6 * scale, rtol=1e-4)
 

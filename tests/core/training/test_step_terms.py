@@ -1,4 +1,4 @@
-"""Losses across an optimizer step in float64: the same however the step is split, and autograd's on the whole."""
+"""Losses across an optimizer step in float64: equal for every split, and equal to autograd on the complete step."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def test_coefficients_under_noise_are_those_of_the_clean_model(
     ready: Callable, split: str, method: Any, main: float, replay: float
 ) -> None:
     run, engine = ready("contrast", "ratio", method, DISTILLATION, "spy")
-    found = f64.take(run, engine, SPLITS[split])
-    passes = f64.noise_of(run, found, main, replay)
+    result = f64.take(run, engine, SPLITS[split])
+    passes = f64.noise_of(run, result, main, replay)
     assert len(passes) == 2
     terms = [f64.own("causal_lm", 0.6), f64.ratio(run.counts), f64.distilled]
-    f64.agree(found, f64.expect(run, SPLITS[split], terms, f64.across, passes))
+    f64.agree(result, f64.expect(run, SPLITS[split], terms, f64.across, passes))
 
 
 def test_a_classification_and_a_loss_scale(ready: Callable, write: Callable) -> None:
@@ -71,14 +71,14 @@ def test_a_classification_and_a_loss_scale(ready: Callable, write: Callable) -> 
 
 
 @pytest.mark.parametrize("strategies", [["contrast"], ["contrast", "ratio"]])
-def test_with_dropout_a_micro_batch_replays_the_values_that_were_gathered(
+def test_with_dropout_a_micro_batch_replays_the_collected_values(
     ready: Callable, strategies: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[bool, torch.Tensor]] = []
-    whole = f64.Contrast.step_values
+    original = f64.Contrast.step_values
 
     def step_values(self: Any, step: Any, outputs: Any, log_probs: torch.Tensor) -> dict[str, torch.Tensor]:
-        values = whole(self, step, outputs, log_probs)
+        values = original(self, step, outputs, log_probs)
         seen.append((torch.is_grad_enabled(), torch.cat([values["embedding"].flatten(), values["score"]]).detach()))
         return values
 
@@ -94,7 +94,7 @@ def test_with_dropout_a_micro_batch_replays_the_values_that_were_gathered(
     assert not torch.equal(seen[0][1], gathered), "another step draws other dropout"
 
 
-def test_one_micro_batch_that_nobody_perturbs_needs_no_pass_of_its_own(ready: Callable) -> None:
+def test_a_single_unperturbed_micro_batch_needs_no_first_pass(ready: Callable) -> None:
     run, engine = ready("contrast")
     with f64.count_calls(run.task, "outputs") as calls:
         f64.take(run, engine, SPLITS["1×8"])
@@ -104,27 +104,27 @@ def test_one_micro_batch_that_nobody_perturbs_needs_no_pass_of_its_own(ready: Ca
 
 
 @pytest.mark.parametrize("graph", [False, True])
-def test_memory_that_runs_out_while_values_are_gathered_or_replayed(
+def test_out_of_memory_while_values_are_collected_or_replayed(
     ready: Callable, graph: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, engine = ready("contrast", pairs=True)  # the step is split anew, and pairs stay neighbours
+    run, engine = ready("contrast", pairs=True)  # the step is split again, and pairs stay adjacent
     expected = f64.expect(run, SPLITS["1×8"], [f64.own("causal_lm", 1.0)], f64.across)
-    whole, failed = type(run.task).outputs, []
+    original, failed = type(run.task).outputs, []
 
     def outputs(self: Any, model: Any, batch: Any) -> Any:
         if len(batch.keys) > 3 and torch.is_grad_enabled() == graph:
             failed.append(batch)
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(self, model, batch)
+        return original(self, model, batch)
 
     monkeypatch.setattr(type(run.task), "outputs", outputs)
-    found = f64.take(run, engine, SPLITS["2×4"])
+    result = f64.take(run, engine, SPLITS["2×4"])
     assert failed
-    f64.agree(found, expected)
+    f64.agree(result, expected)
 
 
-def test_two_processes_give_what_one_does(make_recipe: Callable, tmp_path: Path) -> None:
-    """In float64, so that what AdamW divides by the root of its square leaves its sign as it is."""
+def test_two_processes_equal_one_process(make_recipe: Callable, tmp_path: Path) -> None:
+    """In float64, so that rounding does not flip the sign of AdamW's normalised update."""
     strategies = [
         {"lora": {"rank": 3}}, {"exact": {"pairs": True}}, "contrast", "preference", "ratio", FGM,
     ]  # fmt: skip
@@ -153,7 +153,7 @@ class Alone(Strategy):
 
 
 class Valued(Strategy):
-    """Gives one value; what its term is, each subclass says."""
+    """Returns one value; each subclass defines its term."""
 
     api = 2
 
@@ -181,15 +181,15 @@ class Twice(Valued):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "says"),
+    ("strategy", "message"),
     [
-        (Alone, "it implements step_terms alone"),
+        (Alone, "hook 'step_terms' has no effect without 'step_values'"),
         (Constant, "loss term 'constant' of step_terms does not depend on its values"),
         (PerLabel, "loss term 'per_label' of step_terms must be a scalar of unit 'step', not .* of unit 'label'"),
         (Twice, "two loss terms of step_terms are called 'twice'"),
     ],
 )
-def test_step_terms_that_cannot_be_used_are_named(ready: Callable, strategy: Any, says: str) -> None:
-    with pytest.raises(PluginError, match=says) as error:
+def test_step_terms_that_cannot_be_used_are_named(ready: Callable, strategy: Any, message: str) -> None:
+    with pytest.raises(PluginError, match=message) as error:
         f64.take(*ready(register(strategy)), SPLITS["2×4"])
     assert "strategy '" in str(error.value)

@@ -141,6 +141,16 @@ def test_a_pickle_with_a_safetensors_name_is_reported_as_a_pickle(tmp_path, star
         files.read_header(path)
 
 
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_header_whose_length_begins_as_a_pickle_does_is_no_pickle(tmp_path, length):
+    tensors = {"weight": torch.ones(1)}
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"format": ""})
+    short = int.from_bytes((tmp_path / "a.safetensors").read_bytes()[:8], "little")
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "x" * (length - short)})
+    assert (tmp_path / "a.safetensors").read_bytes()[:2] == bytes([0x80, length >> 8])
+    assert list(files.read_header(tmp_path / "a.safetensors")) == ["weight"]
+
+
 @settings(
     max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -284,8 +284,8 @@ def third_party(**calls: Any) -> type[Strategy]:
 @pytest.mark.parametrize(
     ("calls", "message"),
     [
-        ({"prepare_model": [{}, {}]}, 'the run has an average already; declare slots = ("average",)'),
-        ({"prepare_model": [{"every": 0}]}, "start 1 and every 0 count steps, from 1"),
+        ({"prepare_model": [{}, {}]}, 'the run already has an average; declare slots = ("average",)'),
+        ({"prepare_model": [{"every": 0}]}, "start 1 and every 0 must be at least 1"),
         ({"after_optimizer_step": [{}]}, "average_with: call it in prepare_model"),
     ],
 )

@@ -39,7 +39,7 @@ def put_on(model: Any, folder: Path, randomise: bool = True, **options: Any) -> 
     strategy = LoRA(LoRAOptions(**options), "lora")
     section = SimpleNamespace(task="causal-lm", model=str(folder))
     task = SimpleNamespace(head_modules=lambda model: [])
-    run = SimpleNamespace(task=task, recipe=SimpleNamespace(base=section), seed=0, model=model)
+    run = SimpleNamespace(task=task, recipe=SimpleNamespace(base=section), seed=0, model=model, base=None)
     strategy.prepare_model(run=run, model=model)
     run.groups = strategy.trainable_parameters(run=run, model=model)
     if randomise:
@@ -62,6 +62,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"dora": True},
     {"init": "gaussian", "targets": r".*\.mlp\..*", "dropout": 0.2},
     {"modules_to_save": ["lm_head"]},
+    {"modules_to_save": ["norm", "embed_tokens"]},
+    {"targets": ["q_proj", "lm_head"]},
 ]
 
 
@@ -249,7 +251,11 @@ def test_unsupported_variants_are_refused_by_name(tiny_base: Path) -> None:
     ("options", "message"),
     [
         ({"targets": ["q_porj"]}, "no linear module is called 'q_porj'. Did you mean 'q_proj'?"),
-        ({"targets": ["embed_tokens"]}, "'embed_tokens' is not a linear module"),
+        (
+            {"targets": ["embed_tokens"]},
+            "'embed_tokens' is an embedding, which has no low-rank updates: use modules_to_save",
+        ),
+        ({"targets": ["input_layernorm"]}, "'input_layernorm' is not a linear module"),
         ({"targets": "nothing.*"}, "matches none of the linear modules"),
         ({"layers": [7]}, "there is no layer 7; the model has 0 to 1"),
         ({"modules_to_save": ["lm_haed"]}, "no module 'lm_haed'. Did you mean 'lm_head'?"),

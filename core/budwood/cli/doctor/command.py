@@ -17,30 +17,32 @@ MARKS = {
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Check that this machine can tune: software, devices, memory, disk, every plugin; say what to do.
+    """Check that this machine can fine-tune: software, devices, memory, disk, plugins; suggest remedies.
 
-    Ends with exit code 3 where tuning would fail.
+    The exit code is 3 if tuning would fail.
     """
     from budwood.cli.doctor.checks import examine
 
-    found = examine()
-    count = {status: sum(finding.status == status for finding in found) for status in MARKS}
+    findings = examine()
+    count = {status: sum(finding.status == status for finding in findings) for status in MARKS}
     if as_json:
-        typer.echo(json.dumps({"ready": not count["problem"], "findings": [asdict(finding) for finding in found]}))
+        typer.echo(json.dumps({"ready": not count["problem"], "findings": [asdict(finding) for finding in findings]}))
     else:
-        works = [f for f in found if f.topic == "plugins" and f.status == "ok"]
-        for finding in (f for f in found if f not in works):
+        working = [f for f in findings if f.topic == "plugins" and f.status == "ok"]
+        for finding in (f for f in findings if f not in working):
             _show(finding.status, finding.topic, finding.text, finding.remedy)
-        if works:
-            third = [f"{f.values['name']} of {f.values['distribution']} {f.values['version']}" for f in works]
-            third = [text for text, f in zip(third, works, strict=True) if f.values["distribution"] != "budwood"]
-            more = f"; of other distributions: {', '.join(third)}" if third else ""
-            _show("ok", "plugins", f"{len(works)} plugins work{more}", "")
-        words = ["tuning would fail here" if count["problem"] else "this machine can tune"]
-        words += [
+        if working:
+            third_party = [f"{f.values['name']} of {f.values['distribution']} {f.values['version']}" for f in working]
+            third_party = [
+                text for text, f in zip(third_party, working, strict=True) if f.values["distribution"] != "budwood"
+            ]
+            more = f"; from other distributions: {', '.join(third_party)}" if third_party else ""
+            _show("ok", "plugins", f"{len(working)} plugins work{more}", "")
+        summary = ["tuning would fail here" if count["problem"] else "this machine can tune"]
+        summary += [
             f"{n} {status}{'s' if n > 1 else ''}" for status, n in reversed(count.items()) if n and status != "ok"
         ]
-        typer.echo("; ".join(words))
+        typer.echo("; ".join(summary))
     if count["problem"]:
         raise typer.Exit(3)
 

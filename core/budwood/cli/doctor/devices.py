@@ -1,4 +1,4 @@
-"""What computes: torch, the GPUs that it sees, bitsandbytes, each tried."""
+"""Checks torch, the GPUs it detects, and bitsandbytes by running each."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from budwood.cli.doctor.finding import LOW_MEMORY, Finding, gib
 from budwood.errors import BudwoodError, describe
 
 NF4_GAP = 0.1520
-"""Half of the widest gap between two levels of NF4 (-1 and -0.6962), and a little: the largest error, in a block's
-largest weight."""
+"""Half of the widest gap between two NF4 levels (-1 and -0.6962), rounded up: the largest error of a weight, relative
+to the largest of its block."""
 
 
 def check_torch() -> Iterator[Finding]:
-    """torch, tried on the CPU; the devices that it sees, each tried; and the one that a run would take."""
+    """Run torch on the CPU and on each GPU it detects; report the device that a run would use."""
     try:
         import torch
 
@@ -27,9 +27,9 @@ def check_torch() -> Iterator[Finding]:
         version, built_for = torch.__version__, torch.version.cuda
     except Exception as error:
         text = f"torch does not work: {describe(error)}"
-        yield Finding("torch", "problem", text, "install it as pytorch.org says, in this environment.")
+        yield Finding("torch", "problem", text, "install it in this environment as described on pytorch.org.")
         return
-    kind = f"CUDA {built_for}" if built_for else "the CPU alone" if torch.version.hip is None else "ROCm"
+    kind = f"CUDA {built_for}" if built_for else "the CPU only" if torch.version.hip is None else "ROCm"
     values = {"version": version, "cuda": built_for, "threads": torch.get_num_threads()}
     yield Finding("torch", "ok", f"torch {version}, built for {kind}, {torch.get_num_threads()} threads", values=values)
     yield from _check_cuda(torch)
@@ -50,55 +50,55 @@ def _check_cuda(torch: Any) -> Iterator[Finding]:
         if driver is None:
             yield Finding("device", "ok", "no CUDA device")
         elif torch.version.cuda is None:
-            text = f"NVIDIA driver {driver} is here, but this torch is built for the CPU alone"
-            yield Finding("device", "warning", text, "install torch for CUDA as pytorch.org says, to use the GPU.")
-        else:
-            text = (
-                f"NVIDIA driver {driver} is here, but torch finds no device (it is built for CUDA {torch.version.cuda})"
+            text = f"NVIDIA driver {driver} is installed, but this torch is built for the CPU only"
+            yield Finding(
+                "device", "warning", text, "install torch for CUDA as described on pytorch.org to use the GPU."
             )
-            remedy = "update the driver, or install torch for an older CUDA; look at CUDA_VISIBLE_DEVICES."
+        else:
+            text = f"NVIDIA driver {driver} is installed, but torch (for CUDA {torch.version.cuda}) finds no device"
+            remedy = "update the driver, or install torch for an older CUDA; check CUDA_VISIBLE_DEVICES."
             yield Finding("device", "warning", text, remedy)
         return
     for index in range(torch.cuda.device_count()):
-        where = f"cuda:{index}"
+        device = f"cuda:{index}"
         try:
-            about = torch.cuda.get_device_properties(index)
-            a = torch.ones(64, 64, device=where)
+            properties = torch.cuda.get_device_properties(index)
+            a = torch.ones(64, 64, device=device)
             if float((a @ a).sum()) != 64.0**3:
-                raise RuntimeError("a product of matrices came out wrong")
+                raise RuntimeError("a matrix product is wrong")
             free, total = torch.cuda.mem_get_info(index)
         except Exception as error:
-            remedy = "install torch for this device and driver as pytorch.org says, or use base.device: cpu."
-            yield Finding("device", "problem", f"{where} does not work: {describe(error)}", remedy)
+            remedy = "install torch for this device and driver as described on pytorch.org, or use base.device: cpu."
+            yield Finding("device", "problem", f"{device} does not work: {describe(error)}", remedy)
             continue
         values = {
-            "device": where, "name": about.name, "capability": [about.major, about.minor],
+            "device": device, "name": properties.name, "capability": [properties.major, properties.minor],
             "memory": total, "free": free, "driver": driver, "cuda": torch.version.cuda,
         }  # fmt: skip
-        text = f"{where}: {about.name}, capability {about.major}.{about.minor}, {gib(free)} of {gib(total)} free, "
-        text += f"driver {driver or 'unknown'}"
+        text = f"{device}: {properties.name}, capability {properties.major}.{properties.minor}, "
+        text += f"{gib(free)} of {gib(total)} free, driver {driver or 'unknown'}"
         low = free < LOW_MEMORY
-        remedy = "end what else uses it (nvidia-smi lists that)." if low else ""
+        remedy = "end other processes that use it (nvidia-smi lists them)." if low else ""
         yield Finding("device", "warning" if low else "ok", text, remedy, values)
 
 
 def _driver() -> str | None:
-    """Version of the NVIDIA driver, where there is one."""
+    """Return the version of the NVIDIA driver, or None if there is none."""
     try:
-        found = re.search(r"Kernel Module[^\n]*?\s(\d+\.[\d.]+)", Path("/proc/driver/nvidia/version").read_text())
-        return found[1] if found else "of unknown version"
+        match = re.search(r"Kernel Module[^\n]*?\s(\d+\.[\d.]+)", Path("/proc/driver/nvidia/version").read_text())
+        return match[1] if match else "of unknown version"
     except OSError:
         pass
     try:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
-        return done.stdout.split()[0] if done.returncode == 0 and done.stdout.strip() else None
+        result = subprocess.run(query, capture_output=True, text=True, timeout=20)
+        return result.stdout.split()[0] if result.returncode == 0 and result.stdout.strip() else None
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def check_bitsandbytes() -> Iterator[Finding]:
-    """bitsandbytes on the device at hand: NF4 there and back within its bound, a 4-bit linear forward and backward."""
+    """Run bitsandbytes on the available device: an NF4 round trip, and a 4-bit linear layer forward and backward."""
     remedy = "pip install -U bitsandbytes; without it `quantization: none` still works."
     import torch
 
@@ -123,36 +123,40 @@ def check_bitsandbytes() -> Iterator[Finding]:
     text += f"(bound {NF4_GAP}), Linear4bit forward within {forward:.0e}, backward within {backward:.0e}"
     if error_share <= NF4_GAP and forward <= 0.01 and backward <= 0.01:  # TF32 keeps three digits
         yield Finding("bitsandbytes", "ok", text, values=values)
-    else:  # NaN too
-        yield Finding("bitsandbytes", "problem", f"{text}: it computes wrongly here", remedy, values)
+    else:  # NaN included
+        yield Finding("bitsandbytes", "problem", f"{text}: its results are wrong", remedy, values)
 
 
 def exercise_four_bit(bitsandbytes: Any, device: str) -> tuple[float, float, float]:
-    """Use NF4 on a small tensor.
+    """Quantise a small tensor to NF4, and run a 4-bit linear layer.
 
     Returns:
-        The largest error of a weight, in units of its block's largest; the largest error of a 4-bit linear's output and
-        of its input's gradient against the dequantised weight, in units of the largest value.
+        The largest error of a weight, relative to the largest weight of its block; the largest errors of the layer's
+        output and input gradient against the dequantised weight, each relative to the largest value.
     """
     import torch
 
     functional = bitsandbytes.functional
-    draw = torch.Generator().manual_seed(0)
-    weight = torch.randn(64, 128, generator=draw).to(device)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 128, generator=generator).to(device)
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     restored = functional.dequantize_4bit(packed, state)
     errors = (restored - weight).abs().view(-1, 64).amax(1) / weight.abs().view(-1, 64).amax(1)
     layer = bitsandbytes.nn.Linear4bit(128, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
     layer.weight = bitsandbytes.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4")
     layer = layer.to(device)
-    inputs = torch.randn(4, 128, generator=draw).to(device).requires_grad_()
+    inputs = torch.randn(4, 128, generator=generator).to(device).requires_grad_()
     outputs = layer(inputs)
-    gradient = torch.randn(4, 64, generator=draw).to(device)
+    gradient = torch.randn(4, 64, generator=generator).to(device)
     outputs.backward(gradient)
     dense = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
     assert inputs.grad is not None
-    return float(errors.max()), _off(outputs, inputs @ dense.T), _off(inputs.grad, gradient @ dense)
+    return (
+        float(errors.max()),
+        _relative_error(outputs, inputs @ dense.T),
+        _relative_error(inputs.grad, gradient @ dense),
+    )
 
 
-def _off(found: Any, expected: Any) -> float:
-    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
+def _relative_error(actual: Any, expected: Any) -> float:
+    return float((actual - expected).detach().abs().max() / expected.detach().abs().max())

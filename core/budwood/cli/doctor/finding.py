@@ -1,4 +1,4 @@
-"""What `budwood doctor` finds, and how it writes sizes."""
+"""The findings of `budwood doctor`, and how it formats sizes."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ Status = Literal["ok", "note", "warning", "problem"]
 
 OURS = "budwood"
 LOW_MEMORY = 2 << 30
-"""Bytes of free memory, the host's or a GPU's, below which doctor warns."""
+"""Bytes of free memory (host or GPU) below which doctor warns."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
         topic: python, versions, memory, disk, cache, torch, device, bitsandbytes or plugins.
-        status: "problem": tuning would fail; "warning": something is wrong that no usual run needs; "note": worth
+        status: "problem": tuning would fail; "warning": a fault that does not affect most runs; "note": worth
             knowing.
-        text: what was found.
-        remedy: what to do; empty where there is nothing to do.
-        values: figures and names, for programs.
+        text: the result in words.
+        remedy: what to do; empty if nothing.
+        values: machine-readable values.
     """
 
     topic: str
@@ -33,10 +33,10 @@ class Finding:
 
 
 def gb(count: int) -> str:
-    """Return bytes as "1.25 GB"."""
+    """Format bytes as "1.25 GB"."""
     return f"{count / 1e9:,.2f} GB"
 
 
 def gib(count: int) -> str:
-    """Return bytes as "1.2 GiB"."""
+    """Format bytes as "1.2 GiB"."""
     return f"{count / 2**30:,.1f} GiB"

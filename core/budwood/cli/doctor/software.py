@@ -1,4 +1,4 @@
-"""What is installed: Python, Budwood, and what they stand on."""
+"""Checks the versions of Python, Budwood and its dependencies."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from budwood.cli.doctor.finding import OURS, Finding
 
 
 def check_python() -> Iterator[Finding]:
-    """The interpreter, and Budwood itself."""
+    """Check the version of Python; report that of Budwood."""
     from packaging.specifiers import SpecifierSet
 
-    version, wanted = platform.python_version(), str(metadata.metadata(OURS).json.get("requires_python", ""))
+    version, required = platform.python_version(), str(metadata.metadata(OURS).json.get("requires_python", ""))
     values = {"version": version, "executable": sys.executable, "budwood": budwood.__version__}
     text = f"Python {version} ({sys.executable}), budwood {budwood.__version__}"
-    if SpecifierSet(wanted).contains(version, prereleases=True):
+    if SpecifierSet(required).contains(version, prereleases=True):
         yield Finding("python", "ok", text, values=values)
     else:
-        yield Finding("python", "problem", f"{text}: Python {wanted} is needed", "use another Python.", values)
+        yield Finding(
+            "python", "problem", f"{text}: Python {required} is needed", "use another version of Python.", values
+        )
     if sys.platform != "linux":
-        yield Finding("python", "note", f"{platform.system()} is not tested; Linux is")
+        yield Finding("python", "note", f"{platform.system()} is not tested, only Linux is")
 
 
 def tested_versions() -> dict[str, str]:
-    """Version of each package that the tests, the demo and the benchmarks ran on; empty where the list is not there."""
+    """Return the package versions that the tests, demo and benchmarks ran on; empty if constraints.txt is missing."""
     package = Path(budwood.__file__).parent
     for file in (package / "constraints.txt", package.parents[1] / "constraints.txt"):  # in a wheel, in a checkout
         if file.is_file():
@@ -40,39 +42,41 @@ def tested_versions() -> dict[str, str]:
 
 
 def check_versions() -> Iterator[Finding]:
-    """What Budwood stands on: in the range that it needs, and where it is not the version that was tested."""
+    """Check that the dependencies are in their required ranges; note versions other than the tested ones."""
     from packaging.requirements import Requirement
     from packaging.version import Version
 
     tested = tested_versions()
     if not tested:
-        yield Finding("versions", "note", "constraints.txt is not here, so that versions are not compared with it")
-    same: list[str] = []
+        yield Finding("versions", "note", "constraints.txt is missing: versions are not compared with the tested ones")
+    as_tested: list[str] = []
     direct = [r for r in map(Requirement, metadata.requires(OURS) or ()) if _applies(r)]
     for requirement in direct:
         name, pin = requirement.name, tested.get(_canonical(requirement.name), "")
-        have = _version(name)
-        values = {"package": name, "version": have, "tested": pin, "needed": str(requirement.specifier)}
-        if have is None:
+        version = _version(name)
+        values = {"package": name, "version": version, "tested": pin, "needed": str(requirement.specifier)}
+        if version is None:
             text = f"{name} is not installed"
             yield Finding("versions", "problem", text, f"pip install '{requirement}'", values)
-        elif not requirement.specifier.contains(have, prereleases=True):
-            text = f"{name} {have}: {requirement.specifier} is needed"
+        elif not requirement.specifier.contains(version, prereleases=True):
+            text = f"{name} {version}: {requirement.specifier} is needed"
             yield Finding("versions", "problem", text, f"pip install '{requirement}'", values)
-        elif pin and Version(have).public != Version(pin).public:
-            age = "newer" if Version(have) > Version(pin) else "older"
-            text = f"{name} {have} is {age} than the tested {pin}"
+        elif pin and Version(version).public != Version(pin).public:
+            age = "newer" if Version(version) > Version(pin) else "older"
+            text = f"{name} {version} is {age} than the tested {pin}"
             yield Finding("versions", "note", text, f"pip install {name}=={pin}, if something fails", values)
         else:
-            same.append(f"{name} {have}")
-    yield Finding("versions", "ok", f"{len(same)} of {len(direct)} direct dependencies as tested: {', '.join(same)}")
-    beyond = []
-    for name in sorted(_below(direct) - {_canonical(r.name) for r in direct}):
+            as_tested.append(f"{name} {version}")
+    yield Finding(
+        "versions", "ok", f"{len(as_tested)} of {len(direct)} direct dependencies as tested: {', '.join(as_tested)}"
+    )
+    differing = []
+    for name in sorted(_with_transitive(direct) - {_canonical(r.name) for r in direct}):
         installed, pin = _version(name), tested.get(name, "")
         if installed and pin and Version(installed).public != Version(pin).public:
-            beyond.append(f"{name} {installed} (tested: {pin})")
-    if beyond:
-        yield Finding("versions", "note", f"further packages of other versions: {', '.join(beyond)}")
+            differing.append(f"{name} {installed} (tested: {pin})")
+    if differing:
+        yield Finding("versions", "note", f"indirect dependencies not as tested: {', '.join(differing)}")
 
 
 def _canonical(name: str) -> str:
@@ -87,19 +91,19 @@ def _version(name: str) -> str | None:
 
 
 def _applies(requirement: Any) -> bool:
-    """Whether a requirement holds on this machine without any extra."""
+    """Return whether a requirement applies on this machine without any extra."""
     return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
 
 
-def _below(direct: Sequence[Any]) -> set[str]:
-    """Canonical names of all that the direct dependencies need in turn."""
+def _with_transitive(direct: Sequence[Any]) -> set[str]:
+    """Return the canonical names of the installed direct and indirect dependencies."""
     from packaging.requirements import Requirement
 
     seen: set[str] = set()
-    waiting = [_canonical(r.name) for r in direct]
-    while waiting:
-        name = waiting.pop()
+    pending = [_canonical(r.name) for r in direct]
+    while pending:
+        name = pending.pop()
         if name not in seen and _version(name) is not None:
             seen.add(name)
-            waiting += [_canonical(r.name) for r in map(Requirement, metadata.requires(name) or ()) if _applies(r)]
+            pending += [_canonical(r.name) for r in map(Requirement, metadata.requires(name) or ()) if _applies(r)]
     return seen

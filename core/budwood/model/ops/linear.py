@@ -35,7 +35,7 @@ def low_rank_linear(
         dropout: probability of dropping an element of the update's input; 0 outside of training.
 
     Returns:
-        [..., out]. With B = 0, it equals `frozen_linear(x, base)`.
+        [..., out], no view, so that the caller may change it in place. With B = 0, it equals `frozen_linear(x, base)`.
 
     Raises:
         TypeError: `base` is not a linear.
@@ -132,7 +132,8 @@ class LowRankLinear(torch.autograd.Function):
         ctx.save_for_backward(rows if keeps_rows else None, narrow, a, b, mask, dense)
         ctx.base, ctx.shape, ctx.dtype, ctx.scaling, ctx.dropout = base, x.shape, dtype, scaling, dropout
         ctx.quantizer, ctx.dtypes = quantizer, dtypes
-        return y.view(*x.shape[:-1], y.shape[-1])
+        # Not `view`: autograd forbids changing a view of a function's result in place, as Falcon's residual does.
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
     @staticmethod
     @once_differentiable

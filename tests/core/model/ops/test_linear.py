@@ -336,3 +336,16 @@ def test_fake_tensors(kind: str) -> None:
     assert out.shape == (2, 5, OUT)
     assert x.grad.shape == x.shape
     assert a.grad.shape == a.shape
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_its_result_may_be_changed_in_place(kind: str) -> None:
+    base, (a, b), x = make_base(kind), factors(), inputs(2, 5, IN)
+    gradients = []
+    for in_place in (False, True):
+        leaves = [t.detach().clone().requires_grad_() for t in (x, a, b)]
+        y = low_rank_linear(leaves[0], base, *leaves[1:], 0.5)
+        y = y.add_(1.0) if in_place else y + 1.0  # as the residual of Falcon's parallel attention is added
+        y.square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, that it is whole or absent at every instant, what is kept, and the lock of a folder."""
+"""Checkpoints: their contents, that they are complete or absent at every moment, retention, and the folder's lock."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def saved(run: Run) -> list[int]:
     return sorted(steps_in(run.directory / "checkpoints"))
 
 
-def test_nested_values_come_back_as_they_were() -> None:
+def test_nested_values_are_restored_unchanged() -> None:
     value = {
         "tensors": [torch.randn(2, 3).bfloat16(), torch.zeros(0, 4), torch.tensor(True), torch.tensor(3)],
         "state": {0: {"step": 1.5}, 1: {}},
@@ -72,10 +72,10 @@ def test_nested_values_come_back_as_they_were() -> None:
         pack({"a": [{"b": {1}}]}, {})
 
 
-def test_all_is_there_and_nothing_is_pickled(
+def test_the_state_is_complete_and_nothing_is_pickled(
     make_recipe: Make, test_strategies: types.ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also of a strategy that draws from the global random states, which the run does not seed."""
+    """Includes a strategy that draws from the global random states, which the run does not seed."""
     sections = {"strategies": [{"lora": {"rank": 4}}, "counter"], "evaluate": True}
     train = {"steps": 6, "save_every": 3, "eval_every": 2, "keep_checkpoints": 9}
     random.seed(5)
@@ -83,10 +83,10 @@ def test_all_is_there_and_nothing_is_pickled(
     run = tune(make_recipe(**sections, train=train), quiet=True)
     folder = run.directory / "checkpoints" / "step-00000003"
     assert {p.name for p in folder.iterdir()} == {"manifest.json", "state.json", "state.safetensors"}
-    found = read_checkpoint(folder)
-    assert found.setting["recipe"]["train"]["steps"] == 6
-    assert found.setting["versions"]["torch"] == metadata.version("torch")
-    state = found.load()
+    result = read_checkpoint(folder)
+    assert result.setting["recipe"]["train"]["steps"] == 6
+    assert result.setting["versions"]["torch"] == metadata.version("torch")
+    state = result.load()
     assert state["strategies"]["counter"]["distribution"] == "budwood-test-strategies 1.0"
     assert state["strategies"]["counter"]["state"]["steps"] == 3
     assert state["step"] == 3 and state["examples"] == 24 and state["epoch"] == 0
@@ -115,9 +115,9 @@ def test_a_state_that_cannot_be_saved_names_the_strategy(make_recipe: Make, test
         tune(recipe, quiet=True)
 
 
-def test_the_last_and_the_best_are_kept_and_never_none(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By scripted losses step 4 is the best of ten."""
-    whole: list[int] = []
+def test_the_last_and_the_best_are_kept_at_every_moment(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With scripted losses, step 4 is the best of ten."""
+    complete_counts: list[int] = []
     rmtree = shutil.rmtree
 
     def looking(path: Any, *args: Any, **kwargs: Any) -> None:
@@ -125,7 +125,7 @@ def test_the_last_and_the_best_are_kept_and_never_none(make_recipe: Make, monkey
             folders = steps_in(Path(path).parent)
             for folder in folders.values():
                 read_checkpoint(folder)
-            whole.append(len(folders))
+            complete_counts.append(len(folders))
         rmtree(path, *args, **kwargs)
 
     monkeypatch.setattr(shutil, "rmtree", looking)
@@ -140,11 +140,11 @@ def test_the_last_and_the_best_are_kept_and_never_none(make_recipe: Make, monkey
     run = tune(make_recipe(evaluate=True, train=train), quiet=True)
     assert saved(run) == [4, 9, 10]
     assert run.metrics["best_step"] == 4
-    assert whole and min(whole) >= 2
+    assert complete_counts and min(complete_counts) >= 2
     assert not list((run.directory / "checkpoints").glob(".*"))
 
 
-def test_without_save_every_it_goes_by_time(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_save_every_saving_depends_on_time(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tune(make_recipe("a", train={"keep_checkpoints": 9}), quiet=True)
     assert saved(run) == [4], "the last step is always saved"
     monkeypatch.setattr(checkpoint, "SECONDS", 0)
@@ -152,23 +152,31 @@ def test_without_save_every_it_goes_by_time(make_recipe: Make, monkeypatch: pyte
 
 
 def test_every_file_and_folder_is_synced_before_the_rename(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[tuple[str, str]] = []
+    """The background thread writes the checkpoint while the main thread may write the adapter: each is a sequence."""
+    done: list[tuple[str, str, int]] = []
     sync, rename, write = files._sync, Path.rename, Path.write_bytes
-    monkeypatch.setattr(files, "_sync", lambda path: (done.append(("sync", path.name)), sync(path))[1])
-    monkeypatch.setattr(Path, "rename", lambda p, to: (done.append(("rename", Path(to).name)), rename(p, to))[1])
-    monkeypatch.setattr(Path, "write_bytes", lambda p, data: (done.append(("write", p.name)), write(p, data))[1])
+
+    def note(action: str, name: str) -> None:
+        done.append((action, name, threading.get_ident()))
+
+    monkeypatch.setattr(files, "_sync", lambda path: (note("sync", path.name), sync(path))[1])
+    monkeypatch.setattr(Path, "rename", lambda p, to: (note("rename", Path(to).name), rename(p, to))[1])
+    monkeypatch.setattr(Path, "write_bytes", lambda p, data: (note("write", p.name), write(p, data))[1])
     tune(make_recipe(train={"steps": 1}), quiet=True)
-    start = done.index(("write", "state.json"))
-    end = done.index(("rename", "step-00000001"))
+    first = next(i for i, (action, name, _) in enumerate(done) if (action, name) == ("write", "state.json"))
+    assert any(event[:2] == ("sync", "run") for event in done[:first]), "the folder in which checkpoints/ was made"
+    events = [(action, name) for action, name, thread in done[first:] if thread == done[first][2]]
+    end = events.index(("rename", "step-00000001"))
     partial = ".step-00000001.partial"
-    assert [name for what, name in done[start:end] if what == "write"][-1] == "manifest.json"
-    synced = [name for what, name in done[start:end] if what == "sync"]
+    assert [name for action, name in events[:end] if action == "write"][-1] == "manifest.json"
+    synced = [name for action, name in events[:end] if action == "sync"]
     assert set(synced) >= {"state.safetensors", "state.json", "manifest.json", partial} and synced[-1] == partial
-    assert ("sync", "checkpoints") in done[end:]
-    assert ("sync", "run") in done[:start], "the folder in which checkpoints/ was made"
+    assert ("sync", "checkpoints") in events[end:]
 
 
-def test_too_small_a_disk_is_refused_before_the_first_step(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small_is_rejected_before_the_first_step(
+    make_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 0, 1000))
     with pytest.raises(ResourceError, match=r"the run needs \d[\d,]+ bytes .* 1,000 are free") as caught:
         tune(make_recipe(), quiet=True)
@@ -176,19 +184,19 @@ def test_too_small_a_disk_is_refused_before_the_first_step(make_recipe: Make, mo
     assert not (make_recipe().output / "metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize("how", ["space", "write"])
+@pytest.mark.parametrize("failure", ["space", "write"])
 def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(
-    make_recipe: Make, monkeypatch: pytest.MonkeyPatch, how: str
+    make_recipe: Make, monkeypatch: pytest.MonkeyPatch, failure: str
 ) -> None:
     train = {"steps": 6, "save_every": 2}
-    whole = tune(make_recipe("whole", train=train), quiet=True)
+    uninterrupted = tune(make_recipe("whole", train=train), quiet=True)
     recipe = make_recipe(train=train)
     with monkeypatch.context() as patch:
-        if how == "space":  # checked before it is tried
+        if failure == "space":  # detected before the write
             usage = shutil.disk_usage
             is_full = lambda: (recipe.output / "checkpoints" / "step-00000002").exists()  # noqa: E731
             patch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, 5) if is_full() else usage(path))
-        else:  # found out by the background
+        else:  # detected by the background write
 
             def fail(tensors: Any, path: Path) -> None:
                 if "00000004" in str(path):
@@ -204,11 +212,11 @@ def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(
     assert "resume from step 2 with: budwood tune" in text and caught.value.exit_code == 3
     assert list(steps_in(recipe.output / "checkpoints")) == [2]
     run = tune(recipe, quiet=True, resume=True)
-    assert run.metrics == whole.metrics and saved(run) == [4, 6]
+    assert run.metrics == uninterrupted.metrics and saved(run) == [4, 6]
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The write of step 1 does not end before step 2 has been made; that of step 3 waits for it."""
+def test_training_continues_while_a_checkpoint_is_written(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The write of step 1 ends only after step 2; the write of step 3 waits for it."""
     made, order = threading.Event(), []
     save, snapshot = checkpoint.save_file, Saver.snapshot
 
@@ -251,7 +259,7 @@ def test_one_run_per_folder(make_recipe: Make, tmp_path: Path, said: list[str]) 
 def test_a_slower_process_of_the_same_run_finds_its_folder_in_use(
     make_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first process may have begun with the folder when the others come to look at it."""
+    """The first process may already use the folder when the others check it."""
     recipe = make_recipe()
     with locked(recipe.output, print):
         (recipe.output / "manifest.json").write_text("{}")
@@ -269,7 +277,7 @@ def _hold(folder: Path, ready: Any, go: Any) -> None:
         go.wait(60)
 
 
-def test_a_run_that_is_under_way_elsewhere_is_left_alone(make_recipe: Make) -> None:
+def test_a_run_of_another_process_is_not_touched(make_recipe: Make) -> None:
     recipe = make_recipe()
     tune(recipe, quiet=True)
     before = {p: p.read_bytes() for p in recipe.output.rglob("*") if p.is_file()}

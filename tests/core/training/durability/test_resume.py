@@ -1,4 +1,4 @@
-"""A run that stops and goes on ends with the bytes of one that did not stop; what has changed is refused by name."""
+"""A resumed run is bitwise identical to an uninterrupted one; changes are rejected by name."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ Kill = Callable[[int | None], None]
 
 
 class Killed(BaseException):
-    """The process goes, whatever it is doing."""
+    """Stands for a killed process."""
 
 
 def records(directory: Path) -> list[dict[str, Any]]:
-    """Every logged number but those of the clock."""
+    """Return all logged values except times."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
 
@@ -50,14 +50,14 @@ def manifest(directory: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def kill_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kill]:
-    """Function `kill_at(step)`: from then on a run dies in the middle of the step after `step`; None: no more."""
+    """Function `kill_at(step)`: from then on a run dies in the middle of the step after `step`; None: never."""
     at: list[int | None] = [None]
-    whole = loop.sum_gradients
+    original = loop.sum_gradients
 
     def sum_gradients(run: Run) -> None:
         if run.step == at[0]:
             raise Killed
-        whole(run)
+        original(run)
 
     monkeypatch.setattr(loop, "sum_gradients", sum_gradients)
     yield lambda step: at.__setitem__(0, step)
@@ -65,7 +65,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kill]:
 
 @pytest.fixture
 def killed(make_recipe: Make, kill_at: Kill) -> Callable[..., Recipe]:
-    """Function `killed(step, **sections)` -> the recipe of a run that died there; by default it saved each step."""
+    """Function `killed(step, **sections)` -> the recipe of a run that died there; by default it saves every step."""
 
     def make(step: int = 3, **sections: Any) -> Recipe:
         sections["train"] = {"save_every": 1, **sections.get("train", {})}
@@ -81,13 +81,13 @@ def killed(make_recipe: Make, kill_at: Kill) -> Callable[..., Recipe]:
 
 @pytest.fixture
 def same(make_recipe: Make, kill_at: Kill, tmp_path: Path) -> Callable[..., Run]:
-    """Function of `make_recipe`'s arguments and `kills`: runs it whole, and killed at these steps; compares all."""
+    """Function of `make_recipe`'s arguments and `kills`: compares a complete run with one killed at these steps."""
 
     def check(*, kills: tuple[int, ...], **sections: Any) -> Run:
         kill_at(None)
-        whole = tune(make_recipe(**sections), quiet=True)
+        uninterrupted = tune(make_recipe(**sections), quiet=True)
         kept = tmp_path / "kept"
-        whole.directory.rename(kept)
+        uninterrupted.directory.rename(kept)
         for number, step in enumerate(kills):
             kill_at(step)
             with pytest.raises(Killed):
@@ -96,8 +96,8 @@ def same(make_recipe: Make, kill_at: Kill, tmp_path: Path) -> Callable[..., Run]
         run = tune(make_recipe(**sections), quiet=True, resume=True)
         assert 0 < manifest(run.directory)["resumed_from_step"] <= kills[-1]
         assert records(run.directory) == records(kept)
-        assert run.metrics == whole.metrics
-        assert run.before == whole.before
+        assert run.metrics == uninterrupted.metrics
+        assert run.before == uninterrupted.before
         assert files(run.directory) == files(kept)
         assert manifest(run.directory)["finished"] is True
         return run
@@ -123,7 +123,7 @@ def test_every_adversary(same: Callable[..., Run], method: str) -> None:
 
 
 def test_adalora_in_each_of_its_phases(same: Callable[..., Run]) -> None:
-    """Warm-up to step 3, pruning each second step to 8, final ranks from then on."""
+    """Warm-up to step 3, pruning every second step to 8, final ranks from then on."""
     options = {"initial_rank": 4, "target_rank": 1, "initial_phase": 3, "final_phase": 4, "interval": 2, "dropout": 0.1}
     train = {"steps": 12, "save_every": 1, "eval_every": 5}
     run = same(kills=(2, 5, 6, 8, 10), strategies=[{"adalora": options}], evaluate=True, train=train)
@@ -133,7 +133,7 @@ def test_adalora_in_each_of_its_phases(same: Callable[..., Run]) -> None:
 
 @pytest.mark.parametrize("average", [{"ema": {"decay": 0.5}}, {"swa": {"start": 4, "every": 2}}], ids=["ema", "swa"])
 def test_an_average_with_adalora_in_each_of_its_phases(same: Callable[..., Run], average: dict[str, Any]) -> None:
-    """As above; the best evaluation and the adapter are the average's, whose shadows lose their ranks with the rest."""
+    """As above; evaluation and adapter use the average, whose shadow tensors are pruned like the parameters."""
     options = {"initial_rank": 4, "target_rank": 1, "initial_phase": 3, "final_phase": 4, "interval": 2, "dropout": 0.1}
     train = {"steps": 12, "save_every": 1, "eval_every": 3}
     run = same(kills=(2, 5, 6, 8, 10), strategies=[{"adalora": options}, average], evaluate=True, train=train)
@@ -141,7 +141,7 @@ def test_an_average_with_adalora_in_each_of_its_phases(same: Callable[..., Run],
     assert [tuple(s.shape) for s in run.average.shadows.values()] == [tuple(p.shape) for p in run.trainable]
 
 
-def test_an_average_that_is_new_begins_at_the_resume(
+def test_a_new_average_starts_at_the_resume(
     killed: Callable[..., Recipe], make_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = killed(3, strategies=[{"lora": {"rank": 4}}])
@@ -162,7 +162,7 @@ def test_a_teacher_from_its_cache_with_adalora_and_an_adversary(
 
 
 def test_the_best_adapter_and_an_early_stop(same: Callable[..., Run], make_recipe: Make) -> None:
-    """The best is of a step long before the run is killed, and the run stops at the same evaluation."""
+    """The best step is long before the kill, and the run stops at the same evaluation."""
     train = {"steps": 60, "eval_every": 2, "patience": 2, "learning_rate": 0.3, "save_every": 3}
     last = tune(make_recipe("first", evaluate=True, train=train), quiet=True).step
     run = same(kills=(last - 1,), evaluate=True, train=train)
@@ -176,14 +176,14 @@ def test_killed_after_the_last_step(
     killed: Callable[..., Recipe], make_recipe: Make, kill_at: Kill, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = {"steps": 20, "eval_every": 2, "patience": 1, "learning_rate": 0.3}
-    whole = tune(make_recipe("other", evaluate=True, train=train), quiet=True)
+    uninterrupted = tune(make_recipe("other", evaluate=True, train=train), quiet=True)
 
     def die(*_: Any, **__: Any) -> None:
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(loop if where == "evaluate" else finish, where, die)
-        if where == "evaluate":  # of the last step, not the ones before
+        if where == "evaluate":  # that of the last step only
             steps = loop.take_steps
             patch.undo()
 
@@ -194,15 +194,15 @@ def test_killed_after_the_last_step(
             patch.setattr(loop, "take_steps", take)
         tune(make_recipe(evaluate=True, train=train), quiet=True)
     run = tune(make_recipe(evaluate=True, train=train), quiet=True, resume=True)
-    assert run.metrics == whole.metrics
-    assert records(run.directory) == records(whole.directory)
-    assert files(run.directory).keys() == files(whole.directory).keys()
+    assert run.metrics == uninterrupted.metrics
+    assert records(run.directory) == records(uninterrupted.directory)
+    assert files(run.directory).keys() == files(uninterrupted.directory).keys()
 
 
-def test_steps_that_fp16_skips_are_counted_over_a_resume(
+def test_steps_skipped_by_fp16_are_counted_across_a_resume(
     same: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From a scale that is too large, which the first steps halve."""
+    """The scale starts too large, and the first steps halve it."""
     scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**22)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     train = {"steps": 12, "save_every": 2, "precision": "fp16", "learning_rate": 1e-3}
@@ -211,7 +211,7 @@ def test_steps_that_fp16_skips_are_counted_over_a_resume(
 
 
 def test_two_processes(make_recipe: Make, tmp_path: Path) -> None:
-    """Each process gets its own random state back: with dropout, no byte differs."""
+    """Each process restores its own random state: bitwise identical with dropout."""
     strategies = [{"lora": {"rank": 4, "dropout": 0.3}}, {"adversarial": {"method": "fgm"}}]
     train = {"micro_tokens": 128, "save_every": 2, "steps": 5, "eval_every": 2}
     recipe = make_recipe("two", strategies=strategies, evaluate=True, train=train)
@@ -253,7 +253,7 @@ def test_two_processes(make_recipe: Make, tmp_path: Path) -> None:
     assert files(tmp_path / "two") == files(tmp_path / "whole")
 
 
-def test_a_change_is_printed_and_refused_and_can_be_accepted(
+def test_a_change_is_printed_and_rejected_or_accepted(
     killed: Callable[..., Recipe], make_recipe: Make, said: list[str]
 ) -> None:
     recipe = killed(2, train={"schedule": "linear"})
@@ -287,11 +287,13 @@ def test_a_finished_run_does_nothing_and_can_be_made_longer(make_recipe: Make, s
         tune(longer, resume=True)
     run = tune(longer, resume=True, accept_changes=True)
     assert [record["step"] for record in records(run.directory) if record["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
-    whole = tune(make_recipe("whole", train={"steps": 6}), quiet=True)  # the schedule is constant
-    assert files(run.directory)["adapter_model.safetensors"] == files(whole.directory)["adapter_model.safetensors"]
+    uninterrupted = tune(make_recipe("whole", train={"steps": 6}), quiet=True)  # the schedule is constant
+    assert (
+        files(run.directory)["adapter_model.safetensors"] == files(uninterrupted.directory)["adapter_model.safetensors"]
+    )
 
 
-def test_what_makes_another_run_of_it_cannot_be_accepted(
+def test_a_change_to_a_different_run_cannot_be_accepted(
     killed: Callable[..., Recipe], make_recipe: Make, tiny_bases: Callable[..., Path]
 ) -> None:
     killed(2)
@@ -331,7 +333,7 @@ def test_other_data_another_version_and_other_strategies_are_named(
     assert run.step == 4
 
 
-def test_with_nothing_to_go_on_with_a_run_begins(make_recipe: Make, kill_at: Kill, said: list[str]) -> None:
+def test_with_nothing_to_resume_a_run_starts(make_recipe: Make, kill_at: Kill, said: list[str]) -> None:
     recipe = make_recipe(train={"save_every": 3})
     kill_at(1)
     with pytest.raises(Killed):
@@ -344,7 +346,7 @@ def test_with_nothing_to_go_on_with_a_run_begins(make_recipe: Make, kill_at: Kil
     assert [record["step"] for record in records(run.directory)] == [1, 2, 3, 4]
 
 
-def test_a_run_that_is_not_finished_is_refused_without_a_word(killed: Callable[..., Recipe]) -> None:
+def test_an_unfinished_run_is_rejected_without_resume(killed: Callable[..., Recipe]) -> None:
     recipe = killed(2)
     with pytest.raises(InputError, match="unfinished run: continue it with --resume, start over with --overwrite"):
         tune(recipe, quiet=True)
@@ -371,13 +373,13 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 }
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(
     killed: Callable[..., Recipe], said: list[str], tmp_path: Path
 ) -> None:
     recipe = killed(3)
     sound = tmp_path / "sound"
     shutil.copytree(recipe.output, sound)
-    whole: dict[str, bytes] = {}
+    uninterrupted: dict[str, bytes] = {}
     for number, name in enumerate(["state.safetensors", "state.json", "manifest.json", "extra", "another"]):
         for damage in DAMAGE.values() if number < 3 else [None]:
             shutil.rmtree(recipe.output)
@@ -392,15 +394,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
                 shutil.rmtree(newest)
                 shutil.copytree(newest.with_name("step-00000002"), newest)
             said.clear()
-            found = loop.find_resume(recipe, Report(), False)
-            assert found.checkpoint.step == 2
+            result = loop.find_resume(recipe, Report(), False)
+            assert result.checkpoint.step == 2
             assert name in said[0] and said[0].startswith("warning: ") and "Trying the previous checkpoint" in said[0]
     run = tune(recipe, quiet=True, resume=True)
     assert sorted(steps_in(run.directory / "checkpoints")) == [3, 4], "the damaged one was replaced"
     shutil.rmtree(recipe.output)
     shutil.copytree(sound, recipe.output)
-    whole |= files(tune(recipe, quiet=True, resume=True).directory)
-    assert files(run.directory) == whole
+    uninterrupted |= files(tune(recipe, quiet=True, resume=True).directory)
+    assert files(run.directory) == uninterrupted
     shutil.rmtree(recipe.output)
     shutil.copytree(sound, recipe.output)
     for folder in steps_in(recipe.output / "checkpoints").values():
@@ -434,19 +436,19 @@ class At:
 @pytest.mark.parametrize(
     ("hook", "step", "number", "times", "saved"),
     [
-        ("before_clip", 2, signal.SIGTERM, 1, 3),  # the step is finished first
+        ("before_clip", 2, signal.SIGTERM, 1, 3),  # the step is completed first
         ("before_clip", 2, signal.SIGINT, 2, 3),
-        ("evaluate", 2, signal.SIGINT, 1, 2),  # the evaluation is not
+        ("evaluate", 2, signal.SIGINT, 1, 2),  # the evaluation is interrupted
         ("evaluate", 2, signal.SIGTERM, 2, 2),
         ("evaluate", 5, signal.SIGINT, 1, 5),  # the last
     ],
 )
-def test_a_signal_saves_the_last_step_and_says_how_to_go_on(
+def test_a_signal_saves_the_last_step_and_prints_how_to_resume(
     make_recipe: Make, monkeypatch: pytest.MonkeyPatch, hook: str, step: int, number: int, times: int, saved: int
 ) -> None:
     train = {"steps": 5, "eval_every": 2}
     strategies = [{"lora": {"rank": 4, "dropout": 0.2}}]
-    whole = tune(make_recipe("whole", strategies=strategies, evaluate=True, train=train), quiet=True)
+    uninterrupted = tune(make_recipe("whole", strategies=strategies, evaluate=True, train=train), quiet=True)
     recipe = make_recipe(strategies=strategies, evaluate=True, train=train)
     prepare = loop.prepare
 
@@ -464,11 +466,13 @@ def test_a_signal_saves_the_last_step_and_says_how_to_go_on(
     assert max(steps_in(recipe.output / "checkpoints")) == saved
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
     assert command(["tune", str(recipe.output / "recipe.yaml"), "--resume"]) == 0
-    assert records(recipe.output) == records(whole.directory)
-    assert files(recipe.output)["adapter_model.safetensors"] == files(whole.directory)["adapter_model.safetensors"]
+    assert records(recipe.output) == records(uninterrupted.directory)
+    assert (
+        files(recipe.output)["adapter_model.safetensors"] == files(uninterrupted.directory)["adapter_model.safetensors"]
+    )
 
 
-def test_a_third_signal_leaves_at_once_and_what_was_saved_stays(
+def test_a_third_signal_quits_immediately_and_keeps_what_was_saved(
     make_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make_recipe(train={"save_every": 1})
@@ -485,7 +489,7 @@ def test_a_third_signal_leaves_at_once_and_what_was_saved_stays(
     assert tune(recipe, quiet=True, resume=True).step == 4
 
 
-def test_a_run_that_diverges_goes_on_from_its_checkpoint_with_another_rate(
+def test_a_diverged_run_resumes_from_its_checkpoint_with_another_learning_rate(
     make_recipe: Make, test_strategies: object, said: list[str]
 ) -> None:
     strategies = [{"lora": {"rank": 4}}, {"poison": {"step": 3, "example": 3}}]
@@ -497,7 +501,7 @@ def test_a_run_that_diverges_goes_on_from_its_checkpoint_with_another_rate(
     assert run.step == 4 and manifest(run.directory)["resumed_from_step"] == 3
 
 
-def test_deterministic_kernels_are_asked_for(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_kernels_are_enabled(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     try:
         run = tune(make_recipe(train={"deterministic": True, "steps": 2}), quiet=True)

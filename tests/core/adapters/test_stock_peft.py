@@ -1,0 +1,189 @@
+"""Adapters of stock PEFT: what its config may say is honoured as PEFT does, or refused with a remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from budwood import AdapterPool, InputError
+from budwood.adapters.merge import merge
+from budwood.adapters.peft_config import REFUSED, honoured
+from budwood_adalora import options as adalora
+from budwood_lora import options as lora
+
+IDS = torch.tensor([[1, 40, 50, 60, 70, 99, 7]])
+
+
+def load(base: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def stock(base: Path, folder: Path, **fields: Any) -> Path:
+    """Save an adapter of stock PEFT with every trained parameter moved away from where it began."""
+    torch.manual_seed(0)
+    config = LoraConfig(**({"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | fields))
+    model = get_peft_model(load(base), config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or "lora_" in name:
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def pefts(base: Path, folder: Path) -> torch.Tensor:
+    return PeftModel.from_pretrained(load(base), folder).eval()(IDS).logits
+
+
+@torch.no_grad()
+def ours(base: Path, folder: Path) -> torch.Tensor:
+    pool = AdapterPool(base, "none", precision="fp32", device="cpu")
+    pool.load("a", folder)
+    pool.use("a")
+    return pool.model(IDS).logits
+
+
+def rewrite(folder: Path, **fields: Any) -> Path:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "unused"),
+    [(LoraConfig, lora.SavedConfig, ()), (AdaLoraConfig, adalora.SavedConfig, adalora.UNUSED)],
+)
+def test_every_field_of_the_installed_peft_is_honoured_or_refused(config, fields, unused):
+    known = {field.name for field in dataclasses.fields(config)}
+    taken = honoured(fields, unused) | {"init_lora_weights"}  # of which some values are refused
+    assert known - taken <= set(REFUSED)
+    assert all(REFUSED.values())
+
+
+HONOURED: list[dict[str, Any]] = [
+    {"lora_bias": True, "target_modules": ["q_proj", "down_proj"]},
+    {"target_modules": ["q_proj", "no_such_module"]},
+    {"target_modules": ["q_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+    {"target_modules": r".*\.mlp\..*_proj", "exclude_modules": r".*down_proj"},
+    {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]},
+    {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+    {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1, 9], "layers_pattern": ["h", "layers"]},
+    {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2, "layers.1.mlp": 3}, "alpha_pattern": {"q_proj": 3}},
+    {"target_modules": "all-linear", "rank_pattern": {r"^model.layers.0.*": 2}, "use_rslora": True},
+    {"target_modules": ["q_proj"], "use_dora": True},
+    {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},  # PEFT takes input_layernorm too
+    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "classifier"]},
+    {"target_modules": "all-linear", "modules_to_save": ["layers.0.mlp"]},
+    {"target_modules": ["q_proj", "lm_head"]},  # beside which PEFT saves the base's own head
+    {"target_modules": ["q_proj"], "bias": "none", "lora_dropout": 0.5},
+    *({"target_modules": ["q_proj"], "init_lora_weights": init} for init in (False, "gaussian", "orthogonal", "mica")),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fields", HONOURED, ids=lambda fields: " ".join(map(str, fields.items()))[:80])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_it_answers_as_in_peft_and_merges(tiny_base, tiny_bases, tmp_path, fields, tied):
+    if tied and not {"lm_head"} & {*fields.get("modules_to_save", []), *fields["target_modules"]}:
+        pytest.skip("nothing tied changes")
+    base = tiny_bases("tied", tie_word_embeddings=True) if tied else tiny_base
+    if "lora_bias" in fields:
+        base = tiny_bases("biased", attention_bias=True, mlp_bias=True)
+    folder = stock(base, tmp_path / "adapter", **fields)
+    expected = pefts(base, folder)
+    assert (expected - load(base)(IDS).logits).abs().max() > 1e-2
+    torch.testing.assert_close(ours(base, folder), expected, atol=1e-4, rtol=1e-4)
+    merge(folder, tmp_path / "merged", base=str(base), dtype="fp32")
+    torch.testing.assert_close(load(tmp_path / "merged")(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ends", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]], ids=str)
+def test_what_was_tied_is_merged_into_two_tensors(tiny_bases, tmp_path, ends):
+    base = tiny_bases("tied", tie_word_embeddings=True)
+    folder = stock(base, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=ends)
+    report = merge(folder, tmp_path / "merged", base=str(base), dtype="fp32")
+    assert report.weights == len(ends) + 2  # q_proj of two layers
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
+    tensors, old = load_file(tmp_path / "merged" / "model.safetensors"), load_file(base / "model.safetensors")
+    embedding = old["model.embed_tokens.weight"]
+    assert torch.equal(tensors["model.embed_tokens.weight"], embedding) is ("embed_tokens" not in ends)
+    assert torch.equal(tensors["lm_head.weight"], embedding) is ("lm_head" not in ends)
+    torch.testing.assert_close(load(tmp_path / "merged")(IDS).logits, pefts(base, folder), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_an_initialisation_that_changes_the_base_is_refused_until_it_is_converted(tiny_base, tmp_path, init):
+    fields = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": init, "task_type": "CAUSAL_LM"}
+    torch.manual_seed(0)
+    model = get_peft_model(load(tiny_base), LoraConfig(**fields))
+    model.peft_config["default"].init_lora_weights = True  # as PEFT's guide says
+    model.save_pretrained(tmp_path / "initial")
+    model.peft_config["default"].init_lora_weights = init
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        expected = model.eval()(IDS).logits
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(InputError, match="changes the base's weights.*path_initial_model_for_weight_conversion"):
+        ours(tiny_base, tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    torch.testing.assert_close(ours(tiny_base, tmp_path / "converted"), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"init_lora_weights": "corda"},
+            "init_lora_weights: \"corda\"': this initialisation changes the base's weights",
+        ),
+        ({"init_lora_weights": "lora_ga"}, "convert it with PEFT"),
+        ({"init_lora_weights": "loftq"}, "save the base that LoftQ made"),
+        ({"init_lora_weights": "of_2027"}, "convert it with PEFT"),
+        ({"trainable_token_indices": [5]}, r"not supported by strategy 'lora': merge it .*merge_and_unload"),
+        ({"alora_invocation_tokens": [5]}, "use it with PEFT"),
+        ({"ensure_weight_tying": True}, "merge_and_unload"),
+        ({"target_parameters": ["experts.down_proj"]}, "merge_and_unload"),
+        ({"a_new_field": None, "peft_version": "9.9"}, r"'a_new_field: null' is no field of PEFT .*PEFT 9\.9 wrote it"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, r"'model.embed_tokens' is no linear module \(Embedding\)"),
+        ({"target_modules": ["q_proj", "mlp"]}, r"is no linear module \(LlamaMLP\)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_is_not_supported_is_refused_with_the_remedy(tiny_base, tmp_path, fields, message):
+    folder = rewrite(stock(tiny_base, tmp_path / "adapter", target_modules=["q_proj"]), **fields)
+    with pytest.raises(InputError, match=message):
+        ours(tiny_base, folder)
+
+
+def test_embeddings_of_another_base_are_refused(tiny_base, tmp_path):
+    folder = stock(tiny_base, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors["base_model.model.lm_head.base_layer.weight"] += 1
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="is another 'lm_head' than the base's.*merge_and_unload"):
+        ours(tiny_base, folder)
+
+
+def test_one_that_replaces_a_module_and_one_that_adapts_it_do_not_share_a_model(tiny_base, tmp_path):
+    whole = stock(tiny_base, tmp_path / "whole", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    adapted = stock(tiny_base, tmp_path / "adapted", target_modules=["q_proj", "lm_head"])
+    for first, second in ((whole, adapted), (adapted, whole)):
+        pool = AdapterPool(tiny_base, "none", precision="fp32", device="cpu")
+        pool.load("first", first)
+        with pytest.raises(InputError, match="'lm_head' is .*unload that one first"):
+            pool.load("second", second)
+        pool.unload("first")
+        pool.load("second", second)
