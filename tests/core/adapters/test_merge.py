@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from budwood import AdapterPool, CorruptError, InputError
+from budwood import AdapterPool, CorruptError, InputError, PluginError
 from budwood.adapters import merge as merging
+from budwood.adapters.golden import Distance, Golden
 from budwood.adapters.merge import export, merge
+from budwood.adapters.verify import verify
 
 PROMPTS = [[1, 40, 50, 60, 70], [1, 99, 7], [1, 200, 201, 202, 203, 204, 205]]
 
@@ -160,3 +162,35 @@ def test_invalid_exports_are_rejected(saved, small, tmp_path):
     with pytest.raises(CorruptError):
         export(small, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_into_another_model_writes_nothing(tiny_bases, tmp_path, make_saved, monkeypatch):
+    base = tiny_bases("tied", tie_word_embeddings=True)
+    folder = make_saved(base, tmp_path / "a", target_modules=["q_proj", "lm_head"])
+    monkeypatch.setattr("budwood.adapters.peft_layers.untie", lambda model, paths: None)
+    with pytest.raises(PluginError, match="into another model .*nothing was written"):
+        merge(folder, tmp_path / "merged", dtype="fp32", force=True)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_answer_other_than_recorded_is_another_model_unless_the_base_explains_it(
+    saved, tiny_base, tmp_path, monkeypatch
+):
+    sound = Golden.load(saved / "golden.safetensors")
+    other = Golden(sound.probes, sound.base, sound.adapter.flip(-1))
+    monkeypatch.setattr(merging.Golden, "load", lambda path: other)
+    with pytest.raises(CorruptError, match="another model than the one that training recorded.*nothing was written"):
+        merge(saved, tmp_path / "merged", dtype="fp32", force=True)
+    assert not (tmp_path / "merged").exists()
+    monkeypatch.setattr("budwood.adapters.verify.comparable", lambda recorded, current: False)
+    with pytest.raises(CorruptError, match="another model than the one that training recorded"):
+        verify(saved)
+    changed = Golden(sound.probes, sound.base.flip(-1), sound.adapter.flip(-1))  # of a base that answers otherwise too
+    monkeypatch.setattr(merging.Golden, "load", lambda path: changed)
+    merge(saved, tmp_path / "merged", dtype="fp32")
+
+
+def test_logits_that_are_not_finite_are_another_model():
+    logits = torch.randn(2, 5)
+    assert not Distance.between(logits, logits + 1e-3).is_another_model()
+    assert Distance.between(logits, logits * torch.inf).is_another_model()
