@@ -59,8 +59,8 @@ def override() -> tuple[str, list[bytes], Callable[[Path], object]]:
 
 
 def rows(suffix: str, sound: list[bytes]) -> tuple[str, list[bytes], Callable[[Path], object]]:
-    from budwood.data.formats import recognise
     from budwood.data.reading import read_rows
+    from budwood.data.recognition import recognise
 
     def parse(path: Path) -> None:
         file_rows = read_rows(path)

@@ -39,6 +39,7 @@ class EvaluationRecord(_Record):
         packed: whether examples shared a row.
         attention: the attention implementation of the model.
         generate: largest number of prompts answered.
+        loss_on: which tokens of the data have a loss.
     """
 
     max_length: int = Field(ge=1)
@@ -46,6 +47,19 @@ class EvaluationRecord(_Record):
     packed: bool
     attention: str
     generate: int = Field(ge=0)
+    loss_on: str = "assistant"
+
+
+class ChatRecord(_Record):
+    """How messages to the adapter are rendered, as in its run.
+
+    Attributes:
+        template: the chat template that the run used instead of the base's; None: the base's.
+        options: variables for the chat template.
+    """
+
+    template: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class GoldenRecord(_Record):
@@ -73,6 +87,7 @@ class Manifest(_Record):
     """Tokens that end an answer in addition to the end-of-sequence token: the chat template's end-of-turn tokens."""
     tokenizer: str = ""
     template: str = ""
+    chat: ChatRecord | None = None
     metrics: dict[str, float | None] = Field(default_factory=dict)
     evaluation: EvaluationRecord | None = None
     strategies: list[dict[str, Any]] = Field(default_factory=list)

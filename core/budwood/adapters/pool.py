@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from budwood.adapters.golden import measure
 from budwood.adapters.live import module_ids, unchanged_on_error
+from budwood.adapters.manifest import ChatRecord
 from budwood.adapters.owner import owner_options, start_owner
 from budwood.adapters.peft_config import PREFIX
 from budwood.adapters.store import SavedAdapter, read_adapter, template_hash, tokenizer_hash
@@ -254,7 +255,7 @@ class AdapterPool:
             raise InputError(
                 f"{len(prompts)} prompts but {len(adapters)} adapters: pass one (or None) for each prompt."
             )
-        encoded = [self._encode(prompt) for prompt in prompts]
+        encoded = [self._encode(prompt, name) for prompt, name in zip(prompts, adapters, strict=True)]
         answers: dict[int, Generated] = {}
         try:
             for rows in self._groups(adapters):
@@ -283,7 +284,7 @@ class AdapterPool:
     @_serialised
     def logits(self, prompts: Sequence[Prompt | Example]) -> Tensor:
         """Return the logits after each prompt with the adapter in use, [prompts, vocabulary or classes] fp32, CPU."""
-        probes = [p if isinstance(p, Example) else as_probe(self._encode(p)) for p in prompts]
+        probes = [p if isinstance(p, Example) else as_probe(self._encode(p, self.current)) for p in prompts]
         dtype = torch.float32 if self.current is None else self.base.dtype
         with self._own_selection():
             return measure(self.task_plugin, self.model, self.tokenizer, probes, dtype)
@@ -367,7 +368,8 @@ class AdapterPool:
             )
         if manifest.tokenizer and manifest.tokenizer != tokenizer_hash(self.tokenizer):
             saved.notes.append("the base's tokenizer is not the one it was trained with.")
-        if manifest.template and manifest.template != template_hash(self.tokenizer):
+        own = manifest.chat is not None and manifest.chat.template is not None
+        if manifest.template and not own and manifest.template != template_hash(self.tokenizer):
             saved.notes.append("the base's chat template is not the one it was trained with.")
         if manifest.base.quantization != self.base.quantization:
             trained, current = manifest.base.quantization, self.base.quantization
@@ -421,12 +423,14 @@ class AdapterPool:
     def _selector(self, adapters: Sequence[str | None]) -> Callable[[list[int]], None]:
         return lambda batch: self._select([adapters[i] for i in batch])
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def _encode(self, prompt: Prompt, name: str | None) -> list[int]:
         if isinstance(prompt, str):
             return encode_prompt(self.tokenizer, prompt)
         if prompt and all(isinstance(part, int) for part in prompt):
             return [int(part) for part in prompt]  # type: ignore[arg-type]
-        return encode_chat(self.tokenizer, prompt)  # type: ignore[arg-type]
+        manifest = self._find(name).saved.manifest if name is not None else None
+        chat = (manifest.chat if manifest else None) or ChatRecord()
+        return encode_chat(self.tokenizer, prompt, chat.options, chat.template)  # type: ignore[arg-type]
 
 
 def _with_prompt_index(stream: Callable[[int, str], None], rows: list[int]) -> Callable[[int, str], None]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from budwood import __version__
-from budwood.adapters.manifest import FORMAT, BaseRecord, EvaluationRecord, Manifest
+from budwood.adapters.manifest import FORMAT, BaseRecord, ChatRecord, EvaluationRecord, Manifest
 from budwood.contract.discovery import installed
 from budwood.contract.loading import adapter_owner
 from budwood.errors import CorruptError, InputError, ResourceError
@@ -108,6 +108,7 @@ def write_adapter(
     evaluation: EvaluationRecord | None = None,
     strategies: Sequence[dict[str, Any]] = (),
     stop_ids: Sequence[int] = (),
+    chat: ChatRecord | None = None,
     probes: Sequence[Example] = (),
     base_logits: Sequence[Tensor] = (),
     adapter_logits: Sequence[Tensor] = (),
@@ -128,6 +129,7 @@ def write_adapter(
         evaluation: how that evaluation was done.
         strategies: name, distribution and options of every strategy of the run.
         stop_ids: tokens that end an answer in addition to the end-of-sequence token.
+        chat: how messages are rendered; None: as the base's chat template says.
         probes: inputs for the golden logits; without any, `verify` has nothing to replay.
         base_logits: logits of the base alone at each probe, [vocabulary or classes] fp32.
         adapter_logits: logits with the adapter, same shapes.
@@ -172,6 +174,7 @@ def write_adapter(
             evaluation=evaluation,
             strategies=list(strategies),
             stop_ids=list(stop_ids),
+            chat=chat,
             golden=current_setting(base) if golden else None,
             files=files,
             created_by=f"budwood {__version__}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -26,17 +25,19 @@ def data(
     from budwood.data.build import build_examples
     from budwood.data.display import make_report, show_report
     from budwood.data.packing import plan_epoch
-    from budwood.model.base import load_tokenizer
     from budwood.model.checkpoint import one_revision
+    from budwood.recipe.data import encoding_options, recipe_tokenizer
     from budwood.recipe.schema import load_recipe
 
     loaded = load_recipe(recipe, override or [])
     task = create(loaded.base.task, "budwood.tasks")
     with one_revision(loaded.base.model, loaded.base.revision):
-        tokenizer = load_tokenizer(loaded.base.model) if task.needs_tokenizer else None
-    build = partial(build_examples, tokenizer=tokenizer, task=task, max_length=loaded.data.max_length)
-    train_data = build(loaded.data.train)
-    eval_data = build(loaded.data.eval, labels=train_data.labels or None) if loaded.data.eval is not None else None
+        tokenizer = recipe_tokenizer(loaded) if task.needs_tokenizer else None
+    options = {"tokenizer": tokenizer, "task": task, **encoding_options(loaded)}
+    train_data = build_examples(loaded.data.train, **options)
+    eval_data = None
+    if loaded.data.eval is not None:
+        eval_data = build_examples(loaded.data.eval, **options, labels=train_data.labels or None)
     train = loaded.train
     batches = plan_epoch(train_data.lengths, train.seed, 0, train.batch_tokens, train.batch_examples, train_data.groups)
     report = make_report(train_data, eval_data, task, tokenizer, samples, len(batches))

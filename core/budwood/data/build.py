@@ -15,10 +15,12 @@ from budwood.contract.discovery import PluginError, find, installed
 from budwood.contract.examples import Example
 from budwood.contract.loading import create
 from budwood.data import cache
+from budwood.data.chat_formats import check_unused, find_unused
 from budwood.data.encoder import Encoder
 from budwood.data.examples import DataStats, Examples, check_examples, measure, pack
-from budwood.data.formats import GROUP, Dropped, all_dropped, recognise
+from budwood.data.formats import GROUP, Dropped, all_dropped
 from budwood.data.reading import Row, Rows, hash_file, read_rows
+from budwood.data.recognition import recognise
 from budwood.errors import InputError
 
 CHUNK = 1024
@@ -44,6 +46,7 @@ def build_examples(
     cache_dir: Path | None = None,
     template_options: Mapping[str, Any] | None = None,
     change: Callable[[Row, int], Row] | None = None,
+    loss_on: str = "assistant",
 ) -> Examples:
     """Build the examples of a data file, or load them from the cache.
 
@@ -56,6 +59,7 @@ def build_examples(
         cache_dir: folder of the cache; None: `cache.default_folder()`.
         template_options: variables for the chat template.
         change: maps a row and its index to the row to encode; disables the cache.
+        loss_on: "assistant", "last" or "all"; see `Encoder`.
 
     Raises:
         InputError: as `read_rows`, the data format and the task; a label is not in the training data; all rows were
@@ -63,7 +67,7 @@ def build_examples(
     """
     path = Path(path)
     task = create(task, "budwood.tasks") if isinstance(task, str) else task
-    encoder = Encoder(tokenizer, max_length, template_options, labels)
+    encoder = Encoder(tokenizer, max_length, template_options, labels, loss_on)
     if change is not None:
         return Examples(path, *_encode(read_rows(path), encoder, task, max_length, change))
     folder = cache.default_folder() if cache_dir is None else Path(cache_dir)
@@ -78,6 +82,7 @@ def build_examples(
         "max_length": max_length,
         "labels": None if labels is None else list(labels),
         "template_options": dict(template_options or {}),
+        "loss_on": loss_on,
     }
     key = cache.make_key(tokenizer, options)
     entry = cache.load(folder, key) if key else None
@@ -105,6 +110,7 @@ def _encode(
     rows: Rows, encoder: Encoder, task: Any, max_length: int, change: Callable[[Row, int], Row] | None = None
 ) -> tuple[cache.Arrays, dict[str, Any]]:
     data_format = recognise(rows.columns, task.name, str(rows.path))
+    unused = find_unused(rows.columns, data_format)
     dropped: Counter[str] = Counter()
     first: dict[str, str] = {}
     examples: list[Example] = []
@@ -113,6 +119,8 @@ def _encode(
         where = [rows.location(start + i) for i in range(len(chunk))]
         if change is not None:
             chunk = [change(row, start + i) for i, row in enumerate(chunk)]
+        for given, place in zip(chunk, where, strict=True):
+            check_unused(given, unused, data_format, place)
         with attribute_errors(data_format, "item"):
             results: list[Any] = [data_format.item(row, place) for row, place in zip(chunk, where, strict=True)]
         at = [i for i, item in enumerate(results) if not isinstance(item, Dropped)]
@@ -162,7 +170,7 @@ def _encode(
         "task": task.name,
         "max_length": max_length,
         "labels": classes,
-        "notes": rows.notes,
+        "notes": [*rows.notes, *([f"columns ignored: {', '.join(unused)}"] if unused else [])],
         "sha256": rows.sha256,
         "stop_ids": sorted(encoder.stop_ids),
         "stats": dataclasses.asdict(stats),

@@ -20,7 +20,7 @@ from budwood.errors import InputError, ResourceError
 from budwood.untrusted.files import PARTIAL, complete_file
 from budwood.untrusted.redaction import shorten
 
-VERSION = 2
+VERSION = 3
 """Incremented when the same file and options produce other tokens, or the layout of a cache file changes."""
 
 LIMIT = 5_000_000_000

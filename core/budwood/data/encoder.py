@@ -5,14 +5,29 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from budwood.data.classes import Classes
+from budwood.data.forms import FORMS, find_left_out, says_none
 from budwood.errors import InputError
-from budwood.untrusted.chat_template import render
+from budwood.untrusted.chat_template import Rendered, render
 
 Span = tuple[int, int]
+BATCH = 1 << 20
+"""Characters tokenised per call: the tokenizer takes some hundred bytes for each of its tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Messages to render, and whether to append the generation prompt, after which the assistant answers."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Any] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    prompt: bool = False
 
 
 class Encoder:
@@ -26,6 +41,8 @@ class Encoder:
     Attributes:
         tokenizer: a transformers tokenizer; None for a task that does not need one.
         template_options: variables for the chat template, such as `enable_thinking`.
+        loss_on: "assistant", "last" (only the last answer of a conversation) or "all" (prompts too).
+        chat_template: used instead of the tokenizer's; None: the tokenizer's.
         classes: names of the classes that labels index.
         remarks: number of occurrences of each remark to the user.
         stop_ids: tokens that end an answer: the tokenizer's EOS, and the end tokens of the chat template's turns.
@@ -37,9 +54,12 @@ class Encoder:
         max_length: int | None = None,
         template_options: Mapping[str, Any] | None = None,
         labels: Sequence[str] | None = None,
+        loss_on: str = "assistant",
     ) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
         self.template_options = dict(template_options or {})
+        self.loss_on = loss_on
+        self.chat_template: str | None = None
         self.classes = Classes(labels)
         self.remarks: Counter[str] = Counter()
         end = getattr(tokenizer, "eos_token_id", None)
@@ -103,18 +123,14 @@ class Encoder:
         Returns:
             The tokens of each text, and its spans in tokens.
         """
-        parts = [text[:at] for text, row in zip(texts, spans, strict=True) for span in row for at in span]
-        known = dict(zip(parts, self.plain(parts) if rendered else self.start(parts), strict=True))
         results: list[tuple[list[int], list[Span]]] = []
         apart: dict[int, list[str]] = {}
-        for index, (text, row) in enumerate(zip(texts, spans, strict=True)):
-            ids = known[text]
-            bounds = [(known[text[:start]], known[text[:stop]]) for start, stop in row]
-            if not all(ids[: len(part)] == part for bound in bounds for part in bound):
+        known = self._rendered(texts, spans) if rendered else self._started(texts, spans)
+        for index, (text, row, (ids, bounds)) in enumerate(zip(texts, spans, known, strict=True)):
+            if bounds is None:
                 cuts = [at for span in row for at in span]
                 apart[index] = [text[i:j] for i, j in zip(cuts, cuts[1:], strict=False)]
-                ids = bounds[0][0]
-            results.append((ids, [(len(before), len(upto)) for before, upto in bounds]))
+            results.append((ids, bounds or []))
         if apart:
             self.remarks["rows where a token would cross the start of an answer: tokenised separately"] += len(apart)
         pieces = iter(self.continuation([piece for row in apart.values() for piece in row]))
@@ -122,23 +138,94 @@ class Encoder:
             results[index] = _join(results[index][0], [next(pieces) for _ in cut])
         return results
 
-    def chat(self, conversations: Iterable[tuple[Sequence[Mapping[str, Any]], bool]]) -> Iterator[str | InputError]:
-        """Render conversations with the chat template.
+    def _started(
+        self, texts: Sequence[str], spans: Sequence[Sequence[Span]]
+    ) -> Iterator[tuple[list[int], list[Span] | None]]:
+        """Yield each text's tokens and its spans in tokens; if a token crosses one, the first prompt's and None."""
+        parts = [text[:at] for text, row in zip(texts, spans, strict=True) for span in row for at in span]
+        known = dict(zip(parts, self.start(parts), strict=True))
+        for text, row in zip(texts, spans, strict=True):
+            yield self._proved(known[text], [(known[text[:start]], known[text[:stop]]) for start, stop in row])
 
-        Args:
-            conversations: messages, and whether to append the generation prompt, after which the assistant answers.
+    def _proved(
+        self, ids: list[int], bounds: Sequence[tuple[list[int], list[int]]]
+    ) -> tuple[list[int], list[Span] | None]:
+        if all(ids[: len(part)] == part for bound in bounds for part in bound):
+            return ids, [(len(before), len(upto)) for before, upto in bounds]
+        return bounds[0][0], None
+
+    def _rendered(
+        self, texts: Sequence[str], spans: Sequence[Sequence[Span]]
+    ) -> Iterator[tuple[list[int], list[Span] | None]]:
+        """As `_started`, for texts with marks, which cut them into pieces that are tokenised independently.
+
+        So the tokens before an answer are those of the text up to the last mark before it, and those from that mark to
+        the answer: only these few are tokenised a second time, whatever the number of turns.
+        """
+        for batch in _batches(texts):
+            encoded = self.plain([texts[index] for index in batch])
+            tails: dict[str, list[int]] = {}
+            for index in batch:
+                tails |= {tail: [] for _, tail in self._tails(texts[index], spans[index])}
+            tails = dict(zip(tails, self.plain(list(tails)), strict=True))
+            for index, ids in zip(batch, encoded, strict=True):
+                yield self._place(texts[index], spans[index], ids, tails)
+
+    def _tails(self, text: str, row: Sequence[Span]) -> Iterator[tuple[int, str]]:
+        """Yield for each bound the number of marks before its tail, and the tail: from the last mark before it."""
+        marks = list(self._hard_marks.finditer(text))
+        at = 0
+        for bound in (bound for span in row for bound in span):
+            while at < len(marks) and marks[at].end() <= bound:
+                at += 1
+            yield at - 1, text[marks[at - 1].start() if at else 0 : bound]
+
+    def _place(
+        self, text: str, row: Sequence[Span], ids: list[int], tails: Mapping[str, list[int]]
+    ) -> tuple[list[int], list[Span] | None]:
+        marks = [self._mark_ids[mark[0]] for mark in self._hard_marks.finditer(text)]
+        known = set(self._mark_ids.values())
+        where = [place for place, token in enumerate(ids) if token in known]
+        if [ids[place] for place in where] != marks:  # a mark's token stands for other text too
+            parts = [text[:bound] for span in row for bound in span]
+            before = dict(zip(parts, self.plain(parts), strict=True))
+            return self._proved(ids, [(before[text[:start]], before[text[:stop]]) for start, stop in row])
+        bounds: list[int] = []
+        for number, tail in self._tails(text, row):
+            start = where[number] if number >= 0 else 0
+            bounds.append(start + len(tails[tail]))
+            if ids[start : bounds[-1]] != tails[tail]:
+                first = self.plain([text[: row[0][0]]])[0]
+                return first, None
+        return ids, list(zip(bounds[::2], bounds[1::2], strict=True))
+
+    def chat(self, requests: Iterable[Request]) -> Iterator[Rendered | InputError]:
+        """Render conversations with the chat template.
 
         Yields:
             The text of each conversation, or its error; see `render`.
         """
         variables = {**self.tokenizer.special_tokens_map, **self.template_options}
-        inputs = ((messages, {**variables, "add_generation_prompt": prompt}) for messages, prompt in conversations)
-        return render(self._template, inputs)
+        for tools, group in groupby(requests, key=lambda request: bool(request.tools)):
+            inputs = (
+                (
+                    request.messages,
+                    {
+                        **variables,
+                        **request.options,
+                        **({"tools": list(request.tools)} if tools else {}),
+                        "add_generation_prompt": request.prompt,
+                    },
+                )
+                for request in group
+            )
+            yield from render(self._template(tools), inputs)
 
-    @cached_property
-    def _template(self) -> str:
+    def _template(self, tools: bool) -> str:
+        if self.chat_template is not None:
+            return self.chat_template
         try:
-            return str(self.tokenizer.get_chat_template())
+            return str(self.tokenizer.get_chat_template(tools=[{}] if tools else None))
         except ValueError as error:  # several templates, and no default
             raise InputError(f"no default chat template: {str(error).partition('.')[0]}.") from error
 
@@ -154,8 +241,19 @@ class Encoder:
         """Pattern of all tokens that cannot be split: special and added ones."""
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
         marks = {mark for mark in added | set(self.tokenizer.all_special_tokens) if mark.strip()}
-        longest_first = sorted(marks, key=lambda mark: (-len(mark), mark))
-        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        return _any_of(marks)
+
+    @cached_property
+    def _mark_ids(self) -> dict[str, int]:
+        """Tokens that are cut out of a text before anything else, so that no text around them changes their bounds."""
+        added = self.tokenizer.added_tokens_decoder
+        if any(token.single_word for token in added.values()):
+            return {}
+        return {token.content: number for number, token in added.items() if not token.normalized and token.content}
+
+    @cached_property
+    def _hard_marks(self) -> re.Pattern[str]:
+        return _any_of(self._mark_ids)
 
     @cached_property
     def _adds_space(self) -> bool:
@@ -180,25 +278,55 @@ def _join(prompt: list[int], pieces: Sequence[list[int]]) -> tuple[list[int], li
     return ids, spans
 
 
+def _any_of(marks: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted(marks, key=lambda mark: (-len(mark), mark))
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[int]]:
+    """Group the indices of texts into batches of about `BATCH` characters."""
+    batch: list[int] = []
+    size = 0
+    for index, text in enumerate(texts):
+        batch.append(index)
+        size += len(text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """Return the tokens from which generation continues `prompt`, exactly as training tokenises a prompt."""
     return Encoder(tokenizer).start([prompt])[0]
 
 
 def encode_chat(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], template_options: Mapping[str, Any] | None = None
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    template_options: Mapping[str, Any] | None = None,
+    chat_template: str | None = None,
 ) -> list[int]:
     """Return the tokens from which the assistant answers `messages`, exactly as training tokenises them.
 
     Raises:
         InputError: the tokenizer has no chat template, or the template rejects the messages.
     """
-    check_template(tokenizer, "chat")
+    if chat_template is None:
+        check_template(tokenizer, "chat")
     encoder = Encoder(tokenizer, template_options=template_options)
-    text = next(encoder.chat([(messages, True)]))
-    if isinstance(text, InputError):
-        raise InputError(f"chat: {text}")
-    return encoder.plain([text])[0]
+    encoder.chat_template = chat_template
+    first: Rendered | InputError | None = None
+    for form in FORMS:
+        text = next(encoder.chat([Request([form(message) for message in messages], prompt=True)]))
+        whole = not isinstance(text, InputError) and find_left_out(messages, text) is None
+        if not isinstance(text, InputError) and whole and not says_none(messages, text):
+            return encoder.plain([text])[0]
+        first = text if first is None else first
+    if isinstance(first, InputError):
+        raise InputError(f"chat: {first}")
+    raise InputError("chat: the chat template leaves out or changes a message. Give another template.")
 
 
 def check_template(tokenizer: Any, where: str) -> None:

@@ -14,9 +14,10 @@ import numpy as np
 
 from budwood.contract.examples import Column, Example, Key
 from budwood.data import cache
-from budwood.data.formats import DataFormat, recognise
+from budwood.data.formats import DataFormat
 from budwood.data.ragged import Ragged
 from budwood.data.reading import Rows, read_rows
+from budwood.data.recognition import recognise
 from budwood.errors import InputError
 
 PERCENTILES = (50, 90, 99)

@@ -95,19 +95,26 @@ class CausalLM(TextTask):
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
         """See `Task.encode`."""
         results: list[Encoded | Dropped] = []
-        for tokens in tokenise(items, where, encoder):
-            ids = np.asarray(tokens.ids[: encoder.max_length], dtype=np.int32)
-            weights = np.zeros(len(ids), dtype=np.float32)
-            for (start, stop), weight in zip(tokens.spans, tokens.weights, strict=True):
-                weights[start:stop] = weight
-            weights[:1] = 0  # no position precedes the first token to predict it
-            at = np.flatnonzero(weights)
-            if not len(at):
-                beyond = any(stop > max(start, 1) for start, stop in tokens.spans)
+        for rows in tokenise(items, where, encoder):
+            examples, beyond, cut = [], 0, 0
+            for tokens in rows:
+                ids = np.asarray(tokens.ids[: encoder.max_length], dtype=np.int32)
+                weights = np.zeros(len(ids), dtype=np.float32)
+                for (start, stop), weight in zip(tokens.spans, tokens.weights, strict=True):
+                    weights[start:stop] = weight
+                weights[:1] = 0  # no position precedes the first token to predict it
+                at = np.flatnonzero(weights)
+                if len(at):
+                    examples.append(Example({"input_ids": ids}, at - 1, ids[at], weights[at]))
+                    cut += len(tokens.ids) - len(ids)
+                else:
+                    beyond += any(stop > max(start, 1) for start, stop in tokens.spans)
+            if not examples:
                 results.append(Dropped(BEYOND if beyond else "no token with a loss"))
                 continue
-            example = Example({"input_ids": ids}, at - 1, ids[at], weights[at])
-            results.append(Encoded([example], len(tokens.ids) - len(ids)))
+            if beyond:
+                encoder.remarks["answers of split conversations dropped, which begin beyond max_length"] += beyond
+            results.append(Encoded(examples, cut))
         return results
 
     def pads_rows(self, model: nn.Module) -> bool:

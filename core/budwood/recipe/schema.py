@@ -78,6 +78,15 @@ class DataSection(_Section):
     train: File = Field(description="JSONL, CSV, Parquet, or a `datasets` folder")
     eval: File | None = Field(None, description="held-out data, in the same formats; no evaluation without it")
     max_length: Count = Field(1024, description="maximum tokens per example; truncation is counted and reported")
+    loss_on: Literal["assistant", "last", "all"] = Field(
+        "assistant", description="answers with a loss: all of the assistant's, only the last, or prompts and answers"
+    )
+    chat_template: File | None = Field(
+        None, description="a jinja file to use instead of the chat template that comes with the base"
+    )
+    template_options: dict[str, Any] = Field(
+        {}, description="variables for the chat template, such as `enable_thinking: false`"
+    )
 
 
 class TrainSection(_Section):
@@ -219,6 +228,7 @@ class Recipe(_Section):
         for holder, original, field in (
             (masked["base"], data["base"], "model"), (masked["data"], data["data"], "train"),
             (masked["data"], data["data"], "eval"), (masked, data, "output"),
+            (masked["data"], data["data"], "chat_template"),
         ):  # fmt: skip
             if field in original:
                 holder[field] = redact_url(original[field])
@@ -252,7 +262,7 @@ def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Recipe
     path = Path(path)
     data, source_map = read_recipe_file(path)
     recipe, problems = _validate(data, source_map, path, overrides)
-    for field in ("train", "eval"):
+    for field in ("train", "eval", "chat_template"):
         file = getattr(recipe.data, field) if recipe is not None else None
         if recipe is not None and file not in (None, Path(UNKNOWN)) and not file.exists():
             problems.append(f"{recipe.where('data', field)}: data.{field}: no such file: {file} (from {Path.cwd()}).")

@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 
 from budwood.adapters.golden import comparable, current_setting, threads
+from budwood.adapters.manifest import ChatRecord
 from budwood.adapters.store import read_adapter
 from budwood.adapters.verify import base_name, open_pool
 from budwood.contract.calls import attribute_errors
 from budwood.contract.loading import create
 from budwood.contract.types import Run
 from budwood.data.build import build_examples
-from budwood.data.formats import recognise
 from budwood.data.reading import read_rows
+from budwood.data.recognition import recognise
 from budwood.errors import InputError
 from budwood.model.base import skeleton
 from budwood.model.ops import attention
@@ -102,7 +103,13 @@ def evaluate_adapter(
     pool = open_pool(
         saved, base, quantization=quantization, precision=precision, device=device, allow_other_base=allow_other_base
     )
-    build = partial(build_examples, data, pool.base.tokenizer, task, max_length, labels or None)
+    chat = (manifest.chat if manifest else None) or ChatRecord()
+    if chat.template is not None:
+        pool.base.tokenizer.chat_template = chat.template
+    build = partial(
+        build_examples, data, pool.base.tokenizer, task, max_length, labels or None, template_options=chat.options,
+        loss_on=as_run.loss_on if as_run else "assistant",
+    )  # fmt: skip
     examples = build()
     report.say(examples.describe())
     run = Run(recipe, directory, torch.device(pool.base.device), pool.base.dtype, task=task, say=report.say)

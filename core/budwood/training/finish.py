@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from budwood.adapters.golden import measure
-from budwood.adapters.manifest import EvaluationRecord
+from budwood.adapters.manifest import ChatRecord, EvaluationRecord
 from budwood.adapters.store import write_adapter
 from budwood.adapters.use import use_adapters
 from budwood.contract.examples import Example
@@ -143,6 +143,14 @@ def check_changed(run: Run, start: list[Tensor], probe: Probe | None) -> None:
         raise DivergedError("the adapter makes the model's logits NaN or infinite: lower train.learning_rate")
 
 
+def _chat_record(run: Run) -> ChatRecord | None:
+    data = run.recipe.data
+    if run.tokenizer is None or (data.chat_template is None and not data.template_options):
+        return None
+    template = run.tokenizer.chat_template if data.chat_template is not None else None
+    return ChatRecord(template=template, options=data.template_options)
+
+
 def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | None, finished: bool = True) -> None:
     """Write the adapter (complete or absent), the plot and the manifest, and report where they are."""
     if not run.accelerator.is_main_process:
@@ -167,7 +175,9 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
                 packed=run.packed,
                 attention=str(run.model.config._attn_implementation),
                 generate=run.recipe.train.eval_generate,
+                loss_on=run.recipe.data.loss_on,
             ),
+            chat=_chat_record(run),
             strategies=strategies_record(run.strategies),
             stop_ids=run.examples.stop_ids,
             probes=probe.examples,

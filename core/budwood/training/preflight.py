@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from budwood.data.formats import check_rows
+from budwood.data.recognition import check_rows
 from budwood.model.checks import BaseInfo, check_base
 from budwood.model.quiet import hide_hub_kernels
 from budwood.recipe.schema import Recipe, build_composition

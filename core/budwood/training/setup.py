@@ -35,7 +35,6 @@ from budwood.model.base import (
     check_base,
     fingerprint,
     load_base,
-    load_tokenizer,
     pick_device_precision,
     skeleton,
 )
@@ -43,6 +42,7 @@ from budwood.model.experts import count_experts
 from budwood.model.ops import attention
 from budwood.model.streaming import keep_heap
 from budwood.model.task import Task
+from budwood.recipe.data import encoding_options, recipe_tokenizer
 from budwood.recipe.schema import Recipe, build_composition, load_recipe
 from budwood.training.durability import changes
 from budwood.training.durability.resume import Resume
@@ -131,7 +131,7 @@ def prepare(
     report.say(f"{device} · {precision_name(dtype)} ({reason}) · {torch.get_num_threads()} threads")
     trust = recipe.base.trust_remote_code
     if task.needs_tokenizer:
-        run.tokenizer = load_tokenizer(recipe.base.model)
+        run.tokenizer = recipe_tokenizer(recipe)
     model = skeleton(recipe.base.model, task.auto_class, trust)
     plan = Plan(recipe, hooks.strategies, recipe.train.steps, model, task=task, tokenizer=run.tokenizer)
     check_plan(plan, hooks)
@@ -219,7 +219,7 @@ def check_plan(plan: Plan, hooks: Composition) -> None:
 def read_data(run: Run, hooks: Composition, report: Report) -> None:
     """Read training and evaluation data into `run`, report their data formats, and count the optimizer steps."""
     data, train = run.recipe.data, run.recipe.train
-    options: dict[str, Any] = {"tokenizer": run.tokenizer, "task": run.task, "max_length": data.max_length}
+    options: dict[str, Any] = {"tokenizer": run.tokenizer, "task": run.task, **encoding_options(run.recipe)}
     examples = build_examples(data.train, **options)
     report.say(examples.describe())
     if data.eval is not None:

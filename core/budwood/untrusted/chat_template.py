@@ -31,11 +31,28 @@ GROUP = 1 << 17
 Conversation = tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]
 """Messages of plain JSON values (anything else is sent as text), and variables for the template."""
 
+
+class Rendered(str):
+    """The text of a conversation.
+
+    Attributes:
+        marks: (start, stop) in characters of what the template's `{% generation %}` blocks wrote; None if it has none.
+    """
+
+    marks: list[tuple[int, int]] | None
+
+    def __new__(cls, text: str, marks: Sequence[Sequence[int]] | None = None) -> Rendered:
+        """Create a text with its marks."""
+        self = super().__new__(cls, text)
+        self.marks = None if marks is None else [(start, stop) for start, stop in marks]
+        return self
+
+
 _processes: dict[tuple[int, str], _Process] = {}
 _lock = threading.Lock()
 
 
-def render(template: str, conversations: Iterable[Conversation]) -> Iterator[str | InputError]:
+def render(template: str, conversations: Iterable[Conversation]) -> Iterator[Rendered | InputError]:
     """Render conversations with a chat template, as transformers' `apply_chat_template` does.
 
     Args:
@@ -61,7 +78,10 @@ def _groups(conversations: Iterable[Conversation]) -> Iterator[list[str]]:
     group: list[str] = []
     size = 0
     for messages, variables in conversations:
-        plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        plain = [
+            {key: value for key, value in message.items() if value is not None or key == "content"}
+            for message in messages
+        ]
         group.append(json.dumps([plain, dict(variables)], default=str))
         size += len(group[-1])
         if size >= GROUP:
@@ -70,10 +90,10 @@ def _groups(conversations: Iterable[Conversation]) -> Iterator[list[str]]:
     yield group
 
 
-def _ask(template: str, group: list[str]) -> list[str | InputError]:
+def _ask(template: str, group: list[str]) -> list[Rendered | InputError]:
     """Return the answers to the first conversations of a group, at least one: up to one that ends the process."""
     key = (os.getpid(), template)  # a forked process may not write to its parent's pipes
-    answers: list[str | InputError] = []
+    answers: list[Rendered | InputError] = []
     with _lock:
         process = _processes.pop(key, None) or _Process(template)
         try:
@@ -122,14 +142,14 @@ class _Process:
         except BrokenPipeError as error:
             raise EOFError("the process ended") from error
 
-    def receive(self) -> str | InputError:
+    def receive(self) -> Rendered | InputError:
         assert self._popen.stdout is not None
         line = self._popen.stdout.readline()
         if not line.endswith(b"\n"):
             raise EOFError("the process ended")
         reply = json.loads(line)
         if "text" in reply:
-            return str(reply["text"])
+            return Rendered(reply["text"], reply.get("marks"))
         if "limit" in reply:
             return InputError(f"the chat template {reply['limit']}.")
         return InputError(f"the chat template rejects the conversation: {reply['error'].splitlines()[0][:300]}")

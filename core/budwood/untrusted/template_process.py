@@ -1,12 +1,14 @@
 """The process in which chat templates run. `chat_template.py` starts it as a script; nothing imports it.
 
 Usage: template_process.py SECONDS BYTES. The first line of stdin is the template as JSON; each further line is a list
-of conversations. The reply to each conversation is one line of JSON: its text, or the reason for the failure.
+of conversations. The reply to each conversation is one line of JSON: its text and what `{% generation %}` marks in
+it, or the reason for the failure.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import resource
 import signal
 import sys
@@ -51,11 +53,12 @@ def _refuse(environment: Any, value: Any, attribute: str) -> Any:
 
 
 def _render(render: Any, template: str, messages: list[dict[str, Any]], variables: dict[str, Any]) -> bytes:
+    marked = re.search(r"\{%[-+]?\s*generation\b", template) is not None
     try:
-        (text,), _ = render([messages], chat_template=template, **variables)
+        (text,), marks = render([messages], chat_template=template, return_assistant_tokens_mask=marked, **variables)
         if len(text) > MAX_TEXT:
             return json.dumps({"limit": f"writes {len(text):,} characters; the limit is {MAX_TEXT:,}"}).encode()
-        return json.dumps({"text": text}).encode()
+        return json.dumps({"text": text, "marks": marks[0] if marked else None}).encode()
     except MemoryError:
         return json.dumps({"limit": "needs too much memory"}).encode()
     except Exception as error:  # a template may raise any exception

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from budwood.adapters.manifest import ChatRecord
 from budwood.adapters.pool import AdapterPool
 from budwood.adapters.store import SavedAdapter, write_adapter
 from budwood.model.text_tasks import as_probe
@@ -82,7 +83,14 @@ def make_stock(base: Path, folder: Path, seed: int = 1, scale: float = 0.3, **ch
     return folder
 
 
-def make_saved(base: Path, folder: Path, quantization: str = "none", precision: str = "fp32", **changes) -> Path:
+def make_saved(
+    base: Path,
+    folder: Path,
+    quantization: str = "none",
+    precision: str = "fp32",
+    chat: ChatRecord | None = None,
+    **changes,
+) -> Path:
     """Save the stock adapter as a run does: with budwood.json and golden logits of `base`."""
     stock = make_stock(base, folder.with_name(folder.name + "-stock"), **changes)
     pool = AdapterPool(base, quantization, precision=precision, device="cpu")
@@ -103,6 +111,7 @@ def make_saved(base: Path, folder: Path, quantization: str = "none", precision: 
         base=pool.base,
         task="causal-lm",
         tokenizer=pool.tokenizer,
+        chat=chat,
         probes=probes,
         base_logits=list(without),
         adapter_logits=list(pool.measure(probes)),

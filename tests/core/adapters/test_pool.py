@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from budwood import AdapterPool, CorruptError, InputError, ResourceError
+from budwood.adapters.manifest import ChatRecord
 from budwood.adapters.store import write_adapter
 from budwood.model.base import load_base
 
@@ -186,6 +187,22 @@ def test_prompts_are_texts_messages_or_tokens(tiny_base):
     by_chat, by_ids = pool.generate([messages, rendered], max_new_tokens=5)
     assert by_chat.tokens == by_ids.tokens
     assert pool.generate([]) == []
+
+
+def test_messages_are_rendered_as_in_the_adapters_run(tiny_base, tmp_path, make_saved):
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ tail }}"
+    saved = make_saved(tiny_base, tmp_path / "own", chat=ChatRecord(template=template, options={"tail": "!"}))
+    pool = open_pool(tiny_base)
+    notes = pool.load("own", saved).notes
+    assert not any("chat template" in note for note in notes)
+    messages = [{"role": "user", "content": "The quick"}]
+    as_trained = pool.tokenizer("The quick!", add_special_tokens=False)["input_ids"]
+    answers = pool.generate([messages, as_trained], ["own", "own"], max_new_tokens=5)
+    assert answers[0].tokens == answers[1].tokens
+    assert pool.logits([messages]).equal(pool.logits([pool.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True)["input_ids"]]))  # fmt: skip
+    pool.use("own")
+    assert pool.logits([messages]).equal(pool.logits([as_trained]))
 
 
 def test_sampling_repeats_with_its_seed(tiny_base, stock):

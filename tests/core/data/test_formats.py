@@ -9,8 +9,10 @@ import pytest
 
 from budwood.contract.discovery import PluginError
 from budwood.data.build import build_examples
+from budwood.data.chat_formats import PromptCompletion
 from budwood.data.encoder import Encoder, encode_prompt
-from budwood.data.formats import Dropped, PlainText, PromptCompletion, TextLabel, recognise
+from budwood.data.formats import Dropped, PlainText, TextLabel
+from budwood.data.recognition import recognise
 from budwood.data.text import Tokens, tokenise
 from budwood.errors import InputError
 from budwood.model.text_tasks import SequenceClassification
@@ -25,7 +27,8 @@ def encode(data_format: Any, row: dict[str, Any], tokenizer: Any, max_length: in
         return item
     if data_format.name == "text-label":
         return SequenceClassification().encode([item], ["train.jsonl:1"], encoder)[0]
-    return tokenise([item], ["train.jsonl:1"], encoder)[0]
+    (tokens,) = tokenise([item], ["train.jsonl:1"], encoder)[0]
+    return tokens
 
 
 def texts(tokenizer: Any, row: Tokens) -> list[str]:
@@ -51,10 +54,10 @@ def test_recognised_by_columns(columns: list[str], task: str, name: str) -> None
         (
             ["prompt", "response"],
             LM,
-            "'prompt', 'response' match no data format. prompt . completion lacks 'completion'",
+            "'prompt', 'response' match no data format. .*prompt . completion lacks 'completion'",
         ),
         (["txt"], LM, "Did you mean 'text'"),
-        (["a"], LM, "Accepted: messages; prompt . completion; text; text . label"),
+        (["a"], LM, "Accepted: .*messages; prompt . completion; .*text; text . label"),
         (["messages", "prompt", "completion"], LM, "can be read as messages and as prompt . completion"),
         (["text", "prompt", "completion"], LM, "can be read as"),
         (["text", "label"], LM, "base.task: sequence-classification, or remove 'label' to train on text alone"),

@@ -441,3 +441,24 @@ def test_loading_a_recipe_imports_neither_torch_nor_a_plugin():
         "print(sorted({'torch', 'transformers', 'datasets', 'budwood_lora'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_chat_template_of_the_users(tiny_base: Path, tmp_path: Path) -> None:
+    from budwood.recipe.data import encoding_options, recipe_tokenizer
+
+    file = tmp_path / "mine.jinja"
+    data = {"train": "x.jsonl", "chat_template": str(file), "template_options": {"a": 1}, "loss_on": "last"}
+    recipe = Recipe.from_dict(
+        {"base": {"model": str(tiny_base)}, "data": data, "strategies": ["lora"], "output": "runs/x"}
+    )
+    assert encoding_options(recipe) == {"max_length": 1024, "loss_on": "last", "template_options": {"a": 1}}
+    with pytest.raises(InputError, match="data.chat_template: .*mine.jinja is not a file of at most 1 MiB"):
+        recipe_tokenizer(recipe)
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="mine.jinja is not UTF-8"):
+        recipe_tokenizer(recipe)
+    file.write_text(" \n")
+    with pytest.raises(InputError, match="mine.jinja is empty"):
+        recipe_tokenizer(recipe)
+    file.write_text("{{ messages[0].content }}")
+    assert recipe_tokenizer(recipe).chat_template == "{{ messages[0].content }}"

@@ -320,7 +320,7 @@ def test_a_sequence_term_of_the_wrong_shape_or_without_a_graph(
 
 
 FORMAT = """
-from budwood.data.formats import PromptCompletion
+from budwood.data.chat_formats import PromptCompletion
 
 class Pairs(PromptCompletion):
     name, tasks = "pairs", ("regression", "bare")

@@ -1,0 +1,108 @@
+"""Recognises a file's data format by its columns."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from budwood.contract.calls import attribute_errors
+from budwood.contract.discovery import installed
+from budwood.contract.loading import create
+from budwood.data.chat_formats import UNSUPPORTED, Unsupported, check_unused, find_unused
+from budwood.data.formats import GROUP, DataFormat, Dropped, all_dropped
+from budwood.data.reading import read_rows
+from budwood.errors import BudwoodError, InputError
+
+
+def check_rows(path: str | Path, task: str) -> None:
+    """Check a file's fields without a tokenizer, so that errors show before a run spends time on loading.
+
+    Raises:
+        InputError: the file is unreadable or malformed, has no data format that the task accepts, or all its rows
+            would be dropped.
+    """
+    rows = read_rows(path)
+    data_format = recognise(rows.columns, task, str(rows.path))
+    unused = find_unused(rows.columns, data_format)
+    reasons: Counter[str] = Counter()
+    for index, row in enumerate(rows):
+        check_unused(row, unused, data_format, rows.location(index))
+        with attribute_errors(data_format, "item"):
+            item = data_format.item(row, rows.location(index))
+        reasons[item.reason if isinstance(item, Dropped) else ""] += 1
+    if "" not in reasons:
+        raise InputError(all_dropped(rows.path, reasons))
+
+
+def recognise(columns: Sequence[str], task: str, where: str) -> DataFormat:
+    """Return the one data format of `task` whose columns a file has.
+
+    If the columns of a match are a subset of another's (text, and text with label), the larger match wins.
+
+    Raises:
+        InputError: no format matches, several do, or the match is for another task; the message lists the accepted
+            ones.
+    """
+    formats, broken = _installed_formats()
+    own = {frozenset(f.columns) for f in formats}
+    candidates = [*formats, *(other for other in UNSUPPORTED if frozenset(other.columns) not in own)]
+    matches = [f for f in candidates if set(f.columns) <= set(columns)]
+    matches = [f for f in matches if not any(set(f.columns) < set(other.columns) for other in matches)]
+    matches = [f for f in matches if task in f.tasks or isinstance(f, Unsupported)] or matches
+    here = ", ".join(f"'{name}'" for name in columns) or "none"
+    if len(matches) > 1:
+        names = " and as ".join(_spell(data_format) for data_format in matches)
+        raise InputError(f"{where}: columns {here} can be read as {names}. Keep the columns of only one of them.")
+    if not matches:
+        accepted = "; ".join(_spell(data_format) for data_format in formats)
+        raise InputError(
+            f"{where}: columns {here} match no data format.{_nearest(columns, formats)} Accepted: {accepted}.{broken}"
+        )
+    data_format = matches[0]
+    if isinstance(data_format, Unsupported):
+        raise InputError(f"{where}: columns {_spell(data_format)} are {data_format.reason}")
+    if task in data_format.tasks:
+        return data_format
+    remedy = f"Set base.task: {data_format.tasks[0]}"
+    narrower = [f for f in formats if task in f.tasks and set(f.columns) < set(data_format.columns)]
+    if narrower:
+        extra = " and ".join(f"'{name}'" for name in data_format.columns if name not in narrower[0].columns)
+        remedy += f", or remove {extra} to train on {_spell(narrower[0])} alone"
+    else:
+        accepted = "; ".join(_spell(f) for f in formats if task in f.tasks)
+        remedy += f", or give {accepted}" if accepted else ""
+    raise InputError(
+        f"{where}: {_spell(data_format)} is data for {data_format.tasks[0]}, but the task is {task}. {remedy}."
+    )
+
+
+def _installed_formats() -> tuple[list[DataFormat], str]:
+    """Return the formats that load, and the errors of the others, which matter only if no format matches."""
+    formats: list[DataFormat] = []
+    broken = ""
+    for name in installed(GROUP):
+        try:
+            formats.append(create(name, GROUP))
+        except BudwoodError as error:
+            broken += f" {error}"
+    return formats, broken
+
+
+def _spell(data_format: DataFormat) -> str:
+    return " + ".join(data_format.columns)
+
+
+def _nearest(columns: Sequence[str], formats: Sequence[DataFormat]) -> str:
+    """Name the column that is missing from the closest formats, or misspelt."""
+    partial = [(f, [name for name in f.columns if name not in columns]) for f in formats]
+    partial = [(f, missing) for f, missing in partial if len(missing) < len(f.columns)]
+    if partial:
+        fewest = min(len(missing) for _, missing in partial)
+        lacking = [f"{_spell(f)} lacks '{missing[0]}'" for f, missing in partial if len(missing) == fewest]
+        return f" {'; '.join(lacking)}."
+    known = [name for f in formats for name in f.columns]
+    # Only a misspelling is named: a column of another format is no misspelling of ours.
+    near = ((name, difflib.get_close_matches(name, known, n=1, cutoff=0.85)) for name in columns)
+    return next((f" Did you mean '{found[0]}' by '{name}'?" for name, found in near if found), "")

@@ -1,0 +1,233 @@
+"""Locates an answer in what a chat template writes, and where it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from budwood.data.encoder import Encoder, Request, Span
+from budwood.data.forms import Message
+from budwood.data.messages import REASONING
+from budwood.errors import InputError
+from budwood.untrusted.chat_template import Rendered
+from budwood.untrusted.redaction import shorten
+
+REMEDY = "Change the message, or give a template that renders it with data.chat_template."
+_THOUGHT = re.compile(r"<think>\s*(</think>\s*)?$")
+"""The end of a generation prompt that opens a thought, or holds an empty one."""
+
+
+class Template:
+    """What renderings of a fixed conversation show about a template; a template that rejects it shows nothing."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.marks = encoder.end_marks
+
+    @cached_property
+    def _probes(self) -> list[str]:
+        """The probe's renderings: user; user for generation; with an answer; with a further turn."""
+        asked, answer = {"role": "user", "content": "Ping?"}, {"role": "assistant", "content": "Pong."}
+        messages = [asked, answer, {"role": "user", "content": "Again?"}]
+        requests = [Request(messages[:1]), Request(messages[:1], prompt=True), Request(messages[:2]), Request(messages)]
+        return ["" if isinstance(text, InputError) else text for text in self.encoder.chat(requests)]
+
+    @cached_property
+    def prompts(self) -> bool:
+        """Whether it has a generation prompt."""
+        asked = [{"role": "user", "content": "Ping?"}, {"role": "user", "content": "Again?"}]
+        twice = next(self.encoder.chat([Request(asked)]))
+        # One that always writes the generation prompt does not write it between two questions.
+        always = not isinstance(twice, InputError) and not twice.startswith(self._probes[0])
+        return always or self._probes[0] != self._probes[1]
+
+    @cached_property
+    def closing(self) -> str:
+        """What it writes after an answer, up to the token that ends it: the same if another turn follows."""
+        after, longer = self._after
+        common = list(self.marks.finditer(os.path.commonprefix([after, longer])))
+        first = self.marks.search(after)
+        return after[: common[-1].end()] if common else after[: first.end()] if first else ""
+
+    @cached_property
+    def next_turn(self) -> str:
+        """The mark of the next user's turn, which ends an answer where the template writes none of its own (GLM)."""
+        return self._first_mark(self._after[1]) if not self.closing else ""
+
+    @cached_property
+    def next_result(self) -> str:
+        """The same for a call, which a tool's result follows."""
+        call: dict[str, Any] = {"type": "function", "function": {"name": "ping", "arguments": {}}}
+        messages: list[Message] = [
+            {"role": "user", "content": "Ping?"}, {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "Again?"},
+        ]  # fmt: skip
+        alone, longer = self.encoder.chat([Request(messages[:2]), Request(messages)])
+        if isinstance(alone, InputError) or isinstance(longer, InputError) or not longer.startswith(alone.rstrip()):
+            return ""
+        return self._first_mark(longer[len(alone.rstrip()) :].partition("Again?")[0])
+
+    @property
+    def _after(self) -> tuple[str, str]:
+        return self._probes[2].rpartition("Pong.")[2], self._probes[3].rpartition("Pong.")[2].partition("Again?")[0]
+
+    def _first_mark(self, text: str) -> str:
+        mark = self.marks.search(text)
+        return text[: mark.end()] if mark else ""
+
+    def locate(self, message: Message, where: str, before: str, text: Rendered) -> tuple[str, list[Span]]:
+        """Return the text up to the end of its last answer, and the answer's spans.
+
+        Args:
+            message: the answer.
+            where: its location.
+            before: the messages before it, with the generation prompt.
+            text: the messages up to it.
+        """
+        marks, full, start = text.marks, str(text), len(before)
+        if not full.startswith(before):
+            written = self._after_prompt(message, where, before, full)
+            shared = os.path.commonprefix([before, full])
+            if written is not None:
+                full, marks = written, None
+                self.encoder.remarks[
+                    "answers put after a generation prompt that the chat template leaves out later"
+                ] += 1
+            elif marks is not None:
+                start = next((a for a, _ in marks if a >= len(shared)), len(full))
+            else:
+                shown = full[len(shared) :][:40]
+                raise _ambiguous(where, f"writes {shown!r} where the generation prompt has something else")
+        stop, addition = self._end(message, where, full[start:])
+        full = full[: start + stop] + addition
+        if marks is None:
+            return full, [(start, len(full))]
+        spans: list[Span] = []
+        for a, b in ((max(a, start), min(b, len(full))) for a, b in marks if b > start and a < len(full)):
+            spans[-1:] = [(spans[-1][0], b)] if spans and spans[-1][1] == a else [*spans[-1:], (a, b)]
+        if not spans:
+            raise InputError(f"{where}: the chat template marks nothing of it with {{% generation %}}.")
+        if not self.marks.sub("", full[spans[-1][1] :]).strip():
+            spans[-1] = (spans[-1][0], len(full))  # a model that never learns the end never ends
+        return full[: spans[-1][1]], spans
+
+    def _after_prompt(self, message: Message, where: str, before: str, text: str) -> str | None:
+        """Write an answer after a generation prompt whose end the template's text lacks, such as a thought's start."""
+        opening = _THOUGHT.search(before)
+        if opening is None or opening[1]:
+            shared = len(os.path.commonprefix([before, text]))
+            shared = next((m.start() for m in self.marks.finditer(text) if m.start() < shared < m.end()), shared)
+            head, rest = before[:shared], text[shared:].lstrip()
+            if opening is not None and head.rstrip().endswith(before[: opening.start()].rstrip()):
+                rest = rest.removeprefix("</think>").lstrip()  # the same thought, without its start
+            begins = message.get("tool_calls") or rest.startswith(message["content"].strip() or "\0")
+            whole = head.endswith("\n") or any(mark.end() == shared for mark in self.marks.finditer(head))
+            return before + rest if rest and begins and whole else None
+        if not text.startswith(before[: opening.start()]):
+            return None
+        answer = text[opening.start() :]
+        inner, closed, rest = answer.partition("</think>")
+        given = next((message[key] for key in REASONING if key in message), "")
+        if not closed:
+            inner, rest = message["content"].rpartition("</think>")[0], answer
+        thought = inner.replace("<think>", "").strip() or given.strip()
+        return f"{before}{thought}\n</think>\n\n{rest.lstrip()}"
+
+    def _end(self, message: Message, where: str, rest: str) -> tuple[int, str]:
+        """Return where an answer ends in `rest`, which begins with it, and what must be written after it."""
+        *thoughts, content = [part.strip() for part in re.split(r"</?think>", message["content"])]
+        thoughts += [message[key].strip() for key in REASONING if key in message]
+        for part in (*thoughts, content):
+            if part not in rest:
+                key = next((f"'{k}' of " for k in REASONING if k in message and message[k].strip() == part), "")
+                raise InputError(f"{where}: the chat template leaves out or changes {key}it. {REMEDY}")
+        if message.get("tool_calls"):
+            return self._end_of_calls(message, where, rest)
+        ends = [mark for mark in self.marks.finditer(rest) if rest[: mark.start()].rstrip().endswith(content)]
+        if ends:
+            stop = ends[-1].end()
+            said = len(rest[: ends[-1].start()].rstrip())
+            space = len(rest[said:]) - len(rest[said:].lstrip())
+            closing = self.closing.lstrip()
+            if closing and rest.startswith(closing, said + space):
+                stop = said + space + len(closing)
+            self._check_start(message, where, rest[:said], thoughts)
+            return stop, ""
+        if self.next_turn and rest.rstrip().endswith(content):
+            self._check_start(message, where, rest.rstrip(), thoughts)
+            return len(rest.rstrip()), self.next_turn
+        raise _ambiguous(where, "adds no end token after it")
+
+    def _check_start(self, message: Message, where: str, said: str, thoughts: Sequence[str]) -> None:
+        """Report what stands before an answer's own words; refuse it where the template has no generation prompt."""
+        content = message["content"].strip()
+        words = next((thought for thought in thoughts if thought), content)
+        own = len(said) - len(content) if said.endswith(content) else said.find(words)
+        extra = said[:own].strip()
+        if extra and not self.prompts:
+            raise _ambiguous(where, f"writes {said[:own]!r} where the answer should begin, and no generation prompt")
+        if extra and words == content:
+            remark = f"answers begin with {shorten(repr(extra))}, which the chat template writes and which has a loss"
+            self.encoder.remarks[remark] += 1
+
+    def _end_of_calls(self, message: Message, where: str, rest: str) -> tuple[int, str]:
+        for call in message["tool_calls"]:
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            for value in (name, *_leaves(arguments)):
+                if not any(form in rest for form in _value_forms(value)):
+                    raise InputError(f"{where}: the chat template leaves out {shorten(repr(value))} of its tool calls.")
+        if self.next_turn:
+            if self.next_result:
+                return len(rest.rstrip()), self.next_result
+            raise _ambiguous(where, "adds no end token after its tool calls")
+        closing = self.closing.strip()
+        if closing and closing in rest:
+            return rest.rfind(closing) + len(closing), ""
+        ends = list(self.marks.finditer(rest))
+        if ends and not rest[ends[-1].end() :].strip():
+            return ends[-1].end(), ""
+        raise _ambiguous(where, "adds no end token after its tool calls")
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield the keys and plain values of a call's arguments."""
+    if isinstance(value, str):
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = None
+        if isinstance(parsed, dict):  # arguments that were written as JSON
+            value = parsed
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield key
+            yield from _leaves_of(inner)
+
+
+def _leaves_of(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield key
+            yield from _leaves_of(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves_of(inner)
+    else:
+        yield value
+
+
+def _value_forms(value: Any) -> tuple[str, ...]:
+    escaped = [json.dumps(value, ensure_ascii=flag) for flag in (False, True)]
+    stripped = [text[1:-1] for text in escaped] if isinstance(value, str) else []
+    return str(value), repr(value), *escaped, *stripped
+
+
+def _ambiguous(where: str, reason: str) -> InputError:
+    return InputError(
+        f"{where}: its tokens cannot be identified: the chat template {reason}. Set data.template_options, give "
+        "another template with data.chat_template, or give each answer as prompt and completion."
+    )

@@ -1,0 +1,44 @@
+"""What a recipe says about turning data into tokens: the tokenizer with its chat template, and the options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from budwood.errors import InputError
+from budwood.model.checks import load_tokenizer
+from budwood.recipe.schema import Recipe
+
+LARGEST = 1 << 20
+"""Maximum size of a chat template, in bytes."""
+
+
+def recipe_tokenizer(recipe: Recipe) -> Any:
+    """Load the base's tokenizer, with the chat template of `data.chat_template` if the recipe names one.
+
+    Raises:
+        InputError: the base has no tokenizer, or the template cannot be read.
+        CorruptError: the tokenizer's files are damaged.
+    """
+    tokenizer = load_tokenizer(recipe.base.model)
+    path = recipe.data.chat_template
+    if path is None:
+        return tokenizer
+    where = f"{recipe.where('data', 'chat_template')}: data.chat_template: {path}"
+    try:
+        if not path.is_file() or path.stat().st_size > LARGEST:
+            raise InputError(f"{where} is not a file of at most 1 MiB. Name a jinja file.")
+        template = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{where} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not UTF-8. Save it as UTF-8.") from error
+    if not template.strip():
+        raise InputError(f"{where} is empty.")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def encoding_options(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe's options for `build_examples`."""
+    data = recipe.data
+    return {"max_length": data.max_length, "loss_on": data.loss_on, "template_options": data.template_options}
