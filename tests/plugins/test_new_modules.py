@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests.conftest import make_tokenizer
 
@@ -112,6 +112,30 @@ def test_a_pooler_of_a_quantised_base_and_another_adapter_type(tmp_path: Path) -
     pool.load("a", tmp_path / "run" / "adapter")
     pool.use("a")
     torch.testing.assert_close(logits(pool.model), logits(run.model), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2"])
+def test_a_classifier_of_stock_peft_is_merged_as_one(tmp_path: Path, name: str) -> None:
+    cls, sizes, new = BASES[name]
+    base = make(tmp_path / "base", cls, sizes)
+    auto = transformers.AutoModelForSequenceClassification
+    whole = [*(new - {"classifier", "score"})] or None
+    config = LoraConfig(r=2, task_type="SEQ_CLS", target_modules="all-linear", modules_to_save=whole)
+    peer = get_peft_model(auto.from_pretrained(base, num_labels=4, dtype=torch.float32), config)
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    peer.save_pretrained(tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "merged", base=str(base), dtype="fp32")
+    merged = auto.from_pretrained(tmp_path / "merged")
+    assert merged.config.num_labels == 4
+    torch.testing.assert_close(logits(merged), logits(peer), atol=1e-4, rtol=1e-4)
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()) | {"task_type": "TOKEN_CLS"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(written))
+    with pytest.raises(InputError, match="task_type TOKEN_CLS is not supported"):
+        merge(tmp_path / "adapter", tmp_path / "other", base=str(base))
 
 
 def test_a_head_for_other_classes_is_new_and_one_that_is_there_trains_on(tmp_path: Path) -> None:

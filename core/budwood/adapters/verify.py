@@ -9,11 +9,13 @@ import torch
 
 from budwood.adapters.golden import TOLERANCE, Distance, Golden, comparable, current_setting, threads
 from budwood.adapters.manifest import GoldenRecord
+from budwood.adapters.peft_config import TASK_TYPES
 from budwood.adapters.pool import AdapterPool
 from budwood.adapters.store import GOLDEN, SavedAdapter, read_adapter
 from budwood.errors import CorruptError, InputError
 from budwood.model.base import check_base, fingerprint
 from budwood.model.checkpoint import one_revision, would_fetch
+from budwood.untrusted.redaction import shorten
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -72,12 +74,14 @@ def open_pool(
     """Load the base that an adapter was trained on, in the recorded setting; arguments override the record.
 
     Raises:
-        InputError: no base is recorded or passed, or the base differs, which is checked before it loads.
+        InputError: no base is recorded or passed, or the base differs, which is checked before it loads; or the task
+            of an adapter of stock PEFT is not supported.
     """
     recorded = saved.manifest.base if saved.manifest else None
     name = base_name(saved, base)
     if name is None:
         raise InputError(f"{saved.directory}: an adapter of stock PEFT records no base: pass it with --base.")
+    task, labels = (saved.manifest.task, saved.manifest.labels) if saved.manifest else _task_of_stock(saved)
     quantization = quantization or (recorded.quantization if recorded else "none")
     with one_revision(name, recorded.revision if recorded and base is None else None):
         try:
@@ -98,12 +102,28 @@ def open_pool(
         return AdapterPool(
             name,
             quantization,
-            task=saved.manifest.task if saved.manifest else "causal-lm",
-            labels=saved.manifest.labels if saved.manifest else (),
+            task=task,
+            labels=labels,
             precision=precision or (PRECISIONS.get(recorded.dtype, "auto") if recorded else "auto"),
             device=device,
             double_quantization=recorded.double_quantization if recorded else True,
         )
+
+
+def _task_of_stock(saved: SavedAdapter) -> tuple[str, list[str]]:
+    """Return the task of an adapter of stock PEFT, and names for the classes of its head, if it has one.
+
+    Raises:
+        InputError: the task is not supported.
+    """
+    name = saved.config.get("task_type") or TASK_TYPES["causal-lm"]
+    task = next((task for task, theirs in TASK_TYPES.items() if theirs == name), None)
+    if task is None:
+        known = ", ".join(TASK_TYPES.values())
+        raise InputError(f"{saved.directory}: task_type {shorten(str(name))} is not supported, only {known}.")
+    heads = ("score.weight", "classifier.weight", "out_proj.weight", "logits_proj.weight")
+    rows = [info.shape[0] for key, info in saved.infos.items() if key.endswith(heads) and "lora_" not in key]
+    return task, [f"LABEL_{i}" for i in range(rows[-1])] if rows and task != "causal-lm" else []
 
 
 def verify(

@@ -144,7 +144,13 @@ def _visible(text: str) -> str:
 
 def _show_file(name: str, file: dict[str, Any], console: Console) -> None:
     lines = [f"{name}: {file['path']}, read as {' + '.join(file['columns'])} for {file['task']}"]
-    lines.append(f"{file['examples']:,} of {file['rows']:,} rows, {file['tokens']:,} tokens")
+    split = file["examples"] > file["rows"]
+    counted = (
+        f"{file['examples']:,} examples from {file['rows']:,} rows"
+        if split
+        else (f"{file['examples']:,} of {file['rows']:,} rows")
+    )
+    lines.append(f"{counted}, {file['tokens']:,} tokens")
     if not file["labels"]:
         lines.append(f"{file['supervised_share']:.1%} of them with a loss")
     lines.append(f"{file['truncated']:,} truncated at {file['max_length']} ({file['tokens_cut']:,} tokens lost)")

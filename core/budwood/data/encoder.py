@@ -332,9 +332,10 @@ def encode_chat(
     encoder.chat_template = chat_template
     first: Rendered | InputError | None = None
     for form in FORMS:
-        text = next(encoder.chat([Request([form(message) for message in messages], prompt=True)]))
+        written = [form(message) for message in messages]
+        text = next(encoder.chat([Request(written, prompt=True)]))
         whole = not isinstance(text, InputError) and find_left_out(messages, text) is None
-        if not isinstance(text, InputError) and whole and not says_none(messages, text):
+        if not isinstance(text, InputError) and whole and not says_none(written, text):
             return encoder.plain([text])[0]
         first = text if first is None else first
     if isinstance(first, InputError):

@@ -62,8 +62,9 @@ def find_left_out(messages: Sequence[Message], text: str, everyone: bool = False
 
 
 def says_none(messages: Sequence[Message], text: str) -> bool:
-    """Return whether a template wrote "None" for content that is not there."""
-    return "None" in text and any(m.get("tool_calls") for m in messages) and "None" not in str(_plain_values(messages))
+    """Return whether a template may have written "None" for content that is not there."""
+    absent = any(message.get("content", "") is None for message in messages)
+    return absent and "None" in text and "None" not in str(_plain_values(messages))
 
 
 def _plain_values(value: Any) -> Any:

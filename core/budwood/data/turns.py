@@ -54,7 +54,7 @@ def find_turns(items: Sequence[Conversation], where: Sequence[str], encoder: Enc
     for item, place in zip(items, where, strict=True):
         mine = islice(rendered, sum(1 for _ in _requests(item, encoder.loss_on, form)))
         try:
-            yield _find(item, place, encoder, template, mine)
+            yield _find(item, place, encoder, template, mine, form)
         except InputError as error:
             for _ in mine:
                 pass
@@ -76,7 +76,7 @@ def _find_in_other_form(
         tried.append(messages)
         rendered = encoder.chat(_requests(item, encoder.loss_on, form))
         try:
-            return _find(item, where, encoder, template, rendered)
+            return _find(item, where, encoder, template, rendered, form)
         except InputError as other:
             # A template that takes a form says more about what is wrong than its complaint about another form.
             if _REJECTS in str(error) and _REJECTS not in str(other):
@@ -125,13 +125,18 @@ def _variants(whole: Request) -> Iterator[tuple[str, str, Request]]:
 
 
 def _find(
-    item: Conversation, where: str, encoder: Encoder, template: Template, rendered: Iterator[Rendered | InputError]
+    item: Conversation,
+    where: str,
+    encoder: Encoder,
+    template: Template,
+    rendered: Iterator[Rendered | InputError],
+    form: Form,
 ) -> list[Turns]:
     trained = _trained(item, encoder.loss_on)
     if not trained:
         return []
     whole = _next(rendered, where)
-    if says_none([*item.messages, *item.tools], whole):
+    if says_none([form(message) for message in item.messages], whole):
         raise InputError(f"{where}: the chat template writes 'None' for content that is missing.")
     _check_variants(item, whole, where, encoder, trained[-1], rendered)
     for key in sorted(item.ignored):

@@ -186,7 +186,9 @@ class SequenceClassification(TextTask):
         return results
 
     def model_kwargs(self, labels: list[str]) -> dict[str, Any]:
-        """Return the number and names of the classes."""
+        """Return the number and names of the classes; without any, those of the base's own configuration remain."""
+        if not labels:
+            return {}
         names = dict(enumerate(labels))
         return {"num_labels": len(labels), "id2label": names, "label2id": {v: k for k, v in names.items()}}
 

@@ -113,7 +113,7 @@ def test_bad_adapters_end_with_one_line_and_their_code(saved, tiny_base, tiny_ba
         (["--adapter", "a="], "NAME=DIR"),
         (["--adapter", "a=DIR", "--adapter", "a=DIR"], "twice"),
         (["--adapter", "first=DIR", "--use", "frist"], "Did you mean 'first'"),
-        (["--use", "a"], "no adapter of that name"),
+        (["--use", "a"], "no --adapter has this name"),
         (["--top-p", "0"], "above 0"),
         (["--top-p", "1.5"], "top-p"),
         (["--temperature", "-1"], "temperature"),

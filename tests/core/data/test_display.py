@@ -88,3 +88,21 @@ def test_no_samples(write: Any, byte_level: Any) -> None:
     report = make_report(examples, None, CausalLM(), byte_level(), samples=0, steps=1)
     assert report["samples"] == []
     assert "eval:" not in shown(report, colour=False)
+
+
+def test_examples_of_split_conversations_are_counted(write, byte_level):
+    """A template that drops what it wrote before an earlier answer: one example for each answer."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if loop.last and m.role == 'assistant' %}{{ '!' }}"
+        "{% endif %}{{ m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant' }}{% endif %}"
+    )
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
+    tokenizer = byte_level(True, template)
+    examples = build_examples(write([{"messages": turns}]), tokenizer, "causal-lm", 64)
+    report = make_report(examples, None, CausalLM(), tokenizer, 2, 1)
+    console = Console(file=io.StringIO(), width=200)
+    show_report(report, console)
+    assert "2 examples from 1 rows" in console.file.getvalue()
+    assert [sample["where"].rpartition(":")[2] for sample in report["samples"]] == ["1", "1"]
+    assert [example.key for example in examples] == ["0.0", "0.1"]

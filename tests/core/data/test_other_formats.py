@@ -110,10 +110,10 @@ def test_no_guess_is_better_than_a_wrong_one(columns: list[str]) -> None:
 
 
 def test_a_format_of_others_for_the_same_columns_is_used(distribution: Any) -> None:
-    source = "from budwood import DataFormat\nclass Pairs(DataFormat):\n    api = 2\n    name = 'pairs'\n"
+    source = "from budwood import DataFormat\nclass Pairs(DataFormat):\n    api = 2\n    name = 'preferences'\n"
     source += "    columns = ('prompt', 'chosen', 'rejected')\n    tasks = ('causal-lm',)\n"
-    distribution("pairs-form", source, {"pairs": "Pairs"}, "budwood.formats")
-    assert recognise(["rejected", "prompt", "chosen"], LM, "a.jsonl").name == "pairs"
+    distribution("preferences-form", source, {"preferences": "Pairs"}, "budwood.formats")
+    assert recognise(["rejected", "prompt", "chosen"], LM, "a.jsonl").name == "preferences"
 
 
 def test_columns_that_are_not_read_are_named(write: Any, byte_level: Any) -> None:

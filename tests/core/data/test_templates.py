@@ -184,6 +184,13 @@ def test_calls_have_a_loss_and_their_results_none(template: str, arguments: Any,
     )
 
 
+@pytest.mark.parametrize("template", ["None of it. " + TOOLS, TOOLS.replace("m.content or ''", "m.content")])
+def test_missing_content_is_not_written_as_none(template: str, byte_level: Any) -> None:
+    rows, encoder, _ = encode(template, {"messages": CALLS, "tools": TOOL}, byte_level)
+    call = '<call>{"name": "weather", "arguments": {"city": "Paris"}}</call>'
+    assert said(rows, encoder) == [call + "<|im_end|>", "Fine, 21.<|im_end|>"]
+
+
 def test_legacy_functions_are_tools(byte_level: Any) -> None:
     row = {"messages": CALLS, "tools": TOOL}
     legacy = [dict(m) for m in CALLS]
