@@ -9,19 +9,19 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from budwood.adapters.golden import measure
-from budwood.adapters.live import module_ids, unchanged_on_error
+from budwood.adapters.live import module_ids, serialised, unchanged_on_error
 from budwood.adapters.manifest import ChatRecord
+from budwood.adapters.match import check_task
 from budwood.adapters.owner import owner_options, start_owner
 from budwood.adapters.peft_config import PREFIX
-from budwood.adapters.store import SavedAdapter, read_adapter, template_hash, tokenizer_hash
+from budwood.adapters.store import SavedAdapter, read_adapter
 from budwood.adapters.use import use_adapters
 from budwood.contract.calls import ask_owner
 from budwood.contract.discovery import PluginError
@@ -57,20 +57,6 @@ class Classified:
 
     label: str
     probabilities: dict[str, float]
-
-
-_Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def _serialised(method: _Method) -> _Method:
-    """Let one thread at a time call a method of a pool."""
-
-    @wraps(method)
-    def call(self: AdapterPool, *args: Any, **kwargs: Any) -> Any:
-        with self._lock:
-            return method(self, *args, **kwargs)
-
-    return call  # type: ignore[return-value]
 
 
 class AdapterPool:
@@ -149,7 +135,7 @@ class AdapterPool:
         """
         return self._find(name).saved
 
-    @_serialised
+    @serialised
     def load(self, name: str, directory: str | Path, *, allow_other_base: bool = False) -> SavedAdapter:
         """Attach an adapter to the model without using it. On failure the model stays unchanged.
 
@@ -170,7 +156,7 @@ class AdapterPool:
             base_fingerprint=self.base.fingerprint,
             allow_other_base=allow_other_base,
         )
-        self._check_task(saved)
+        check_task(saved, self.task, self.base)
         lacking = [key for key in self.base.new if PREFIX + key not in saved.infos]
         if lacking:
             raise InputError(
@@ -191,7 +177,7 @@ class AdapterPool:
                 raise type(error)(f"{directory}: {error}") from error
         return saved
 
-    @_serialised
+    @serialised
     def use(self, name: str | None) -> None:
         """Use one adapter from now on; None: the base alone.
 
@@ -201,7 +187,7 @@ class AdapterPool:
         self._select([name])
         self._current = self._own.name = name
 
-    @_serialised
+    @serialised
     def unload(self, name: str) -> None:
         """Remove an adapter; after the last one, the model's modules are the base's own again.
 
@@ -221,7 +207,7 @@ class AdapterPool:
         if not self._loaded and module_ids(self.model) != self._modules:
             raise PluginError(f"{loaded.owner} left its own modules on the base. Report it to its author.")
 
-    @_serialised
+    @serialised
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -261,19 +247,14 @@ class AdapterPool:
         answers: dict[int, Generated] = {}
         try:
             for rows in self._groups(adapters):
+                own = [adapters[i] for i in rows]
                 group_answers = generate(
-                    self.base.model,
-                    self.tokenizer,
-                    [encoded[i] for i in rows],
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    top_p=top_p,
-                    seed=seed,
-                    stop=stop,
-                    stop_ids=[self._stop_ids(adapters[i]) for i in rows],
+                    self.base.model, self.tokenizer, [encoded[i] for i in rows], max_new_tokens=max_new_tokens,
+                    temperature=temperature, top_p=top_p, seed=seed, stop=stop,
+                    stop_ids=[self._stop_ids(name) for name in own],
                     on_token=None if stream is None else _with_prompt_index(stream, rows),
-                    before_batch=self._selector([adapters[i] for i in rows]),
-                )
+                    before_batch=lambda batch, own=own: self._select([own[i] for i in batch]),  # type: ignore[misc]
+                )  # fmt: skip
                 answers |= dict(zip(rows, group_answers, strict=True))
         finally:
             self._select([self._current])
@@ -283,7 +264,7 @@ class AdapterPool:
         manifest = self._find(name).saved.manifest if name is not None else None
         return manifest.stop_ids if manifest else []
 
-    @_serialised
+    @serialised
     def logits(self, prompts: Sequence[Prompt | Example]) -> Tensor:
         """Return the logits after each prompt with the adapter in use, [prompts, vocabulary or classes] fp32, CPU."""
         rows = [p if isinstance(p, Example) else self._encode(p, self.current) for p in prompts]
@@ -295,13 +276,13 @@ class AdapterPool:
         with self._own_selection():
             return measure(self.task_plugin, self.model, self.tokenizer, probes, dtype)
 
-    @_serialised
+    @serialised
     def measure(self, probes: Sequence[Example]) -> Tensor:
         """Return the logits at each probe's position with the adapter in use, [probes, …] fp32 on the CPU."""
         with self._own_selection():
             return measure(self.task_plugin, self.model, self.tokenizer, probes, self.base.dtype)
 
-    @_serialised
+    @serialised
     def classify(self, texts: Sequence[str]) -> list[Classified]:
         """Classify texts with the adapter in use.
 
@@ -323,7 +304,7 @@ class AdapterPool:
             results.append(Classified(max(by_label, key=by_label.__getitem__), by_label))
         return results
 
-    @_serialised
+    @serialised
     def merge(self, name: str) -> None:
         """Merge an adapter permanently into the weights of an unquantised base, and remove it.
 
@@ -357,31 +338,6 @@ class AdapterPool:
         if key not in self._owners:
             self._owners[key] = start_owner(saved)
         return self._owners[key]
-
-    def _check_task(self, saved: SavedAdapter) -> None:
-        """Reject a different task or number of classes; note a different tokenizer, template or quantization."""
-        manifest = saved.manifest
-        if manifest is None:
-            return
-        if manifest.task != self.task:
-            raise InputError(
-                f"{saved.directory}: was trained for the task {manifest.task}, but the pool's task is {self.task}."
-            )
-        if manifest.labels and len(manifest.labels) != self.model.config.num_labels:  # type: ignore[union-attr]
-            count = self.model.config.num_labels  # type: ignore[union-attr]
-            raise InputError(
-                f"{saved.directory}: has {len(manifest.labels)} labels, but the pool was opened with {count}."
-            )
-        if manifest.tokenizer and manifest.tokenizer != tokenizer_hash(self.tokenizer):
-            saved.notes.append("the base's tokenizer is not the one it was trained with.")
-        own = manifest.chat is not None and manifest.chat.template is not None
-        if manifest.template and not own and manifest.template != template_hash(self.tokenizer):
-            saved.notes.append("the base's chat template is not the one it was trained with.")
-        if manifest.base.quantization != self.base.quantization:
-            trained, current = manifest.base.quantization, self.base.quantization
-            saved.notes.append(
-                f"was trained with base quantization {trained} and is used with {current}: answers may differ."
-            )
 
     def _labels(self) -> list[str]:
         current = self._loaded.get(self.current or "")
@@ -425,9 +381,6 @@ class AdapterPool:
                 raise
             return groups
         return [rows] if rows else []
-
-    def _selector(self, adapters: Sequence[str | None]) -> Callable[[list[int]], None]:
-        return lambda batch: self._select([adapters[i] for i in batch])
 
     def _encode(self, prompt: Prompt, name: str | None) -> list[int]:
         if isinstance(prompt, str):
