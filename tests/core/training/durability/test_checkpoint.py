@@ -262,7 +262,7 @@ def test_a_slower_process_of_the_same_run_finds_its_folder_in_use(
     """The first process may already use the folder when the others check it."""
     recipe = make_recipe()
     with locked(recipe.output, print):
-        (recipe.output / "manifest.json").write_text("{}")
+        (recipe.output / "manifest.json").write_text('{"budwood": "0"}')
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("RANK", "1")
         preflight(recipe)
