@@ -297,7 +297,7 @@ def test_two_processes_hold_one_set(make: Make, policy: Any, tmp_path: Path, mon
 def test_planning_uses_planned_examples_and_never_samples(make: Make, policy: Any) -> None:
     run = run_on_fake_tensors(make(train={"steps": 2}))
     assert run.step == 2 and not policy.SETS
-    with pytest.raises(PluginError, match=r"strategy 'word-policy'.*give planned_examples too"):
+    with pytest.raises(PluginError, match=r"strategy 'word-policy'.*needs planned_examples too"):
         run_on_fake_tensors(make(options={"fault": "plan"}))
 
 
