@@ -139,8 +139,9 @@ description with probability 1/2. Descriptions of fewer than four words are omit
 train and eval.
 
 **Runs.** Each seed draws {s["rows"]} rows of train, at least one per class, the same for all arms; {s["epochs"]}
-epochs, {s["batch_examples"]} examples per step, defaults otherwise. These runs still had a first warm-up step at a rate of zero, which
-now has its share of the peak. The seed also determines initialisation, order and noise.
+epochs, {s["batch_examples"]} examples per step, defaults otherwise. The first warm-up step of
+these runs still had a rate of zero, not its share of the peak. The seed also determines initialisation, order and
+noise.
 
 **Tuning.** {trials} trials per arm, one run each, trained on rows drawn with a separate seed and scored on
 {s["heldout_rows"]} rows of train that no other run uses: by clean accuracy in (a) and (c), by the mean of clean
