@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from budwood.errors import InputError, ResourceError, did_you_mean
+from budwood.errors import InputError, ResourceError, did_you_mean, first_line
 from budwood.untrusted.redaction import shorten
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -192,7 +192,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
             f"dataset {shown}: no such file or folder, not in the hub's cache, and {reason}: name a file."
         ) from error
     except (hub.HfHubHTTPError, OSError) as error:
-        raise ResourceError(f"dataset {shown} cannot be downloaded: {str(error).splitlines()[0]}") from error
+        raise ResourceError(f"dataset {shown} cannot be downloaded: {first_line(error)}") from error
     return Path(found)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from budwood.data.bad_rows import BadRows
 from budwood.data.files import ACCEPTED, SPLITS, find_files, hash_files
-from budwood.errors import InputError
+from budwood.errors import InputError, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -213,7 +213,7 @@ def read_folder(path: Path) -> Rows:
     try:
         table = datasets.load_from_disk(str(path)).with_format("arrow")[:]
     except Exception as error:  # the library may raise any exception on bad files
-        raise InputError(f"{path}: not a readable `datasets` folder: {_first_line(error)}.") from error
+        raise InputError(f"{path}: not a readable `datasets` folder: {first_line(error).rstrip('.')}.") from error
     return _arrow_rows(path, table)
 
 
@@ -234,7 +234,7 @@ def _read_parquet(path: Path, bad: BadRows) -> Rows:
     except InputError:
         raise
     except Exception as error:  # types defined by the file may raise any exception
-        raise InputError(f"{path}: not a readable Parquet file: {_first_line(error)}.") from error
+        raise InputError(f"{path}: not a readable Parquet file: {first_line(error).rstrip('.')}.") from error
 
 
 class _Table(Sequence[Row]):
@@ -297,7 +297,7 @@ def _parse_json(text: str, where: str, whole: bool = False) -> Any:
     except RecursionError as error:
         raise InputError(f"{where}: malformed JSON: nested too deeply.") from error
     except ValueError as error:  # raised by the hooks below, and for numbers with thousands of digits
-        raise InputError(f"{where}: malformed JSON: {_first_line(error)}.") from error
+        raise InputError(f"{where}: malformed JSON: {first_line(error).rstrip('.')}.") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -350,10 +350,6 @@ def _decode_whole(path: Path, notes: list[str]) -> str:
 def _kind(value: Any) -> str:
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return kinds.get(type(value), "a number")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 _READERS: dict[str, Callable[[Path, BadRows], Rows]] = {

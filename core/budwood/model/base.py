@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from budwood.contract.calls import attribute_errors
-from budwood.errors import CorruptError, ResourceError, describe
-from budwood.model.checkpoint import commit_of, fingerprint, first_line, read_tensors, resolve
+from budwood.errors import CorruptError, ResourceError, describe, first_line
+from budwood.model.checkpoint import commit_of, fingerprint, read_tensors, resolve
 from budwood.model.checks import (
     BaseInfo,
     build_skeleton,

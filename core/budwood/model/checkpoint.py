@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from budwood.errors import CorruptError, InputError, ResourceError, did_you_mean
+from budwood.errors import CorruptError, InputError, ResourceError, did_you_mean, first_line
 from budwood.untrusted.formats import MAX_HEADER, TensorInfo, read_header, read_json
 from budwood.untrusted.redaction import shorten
 
@@ -252,7 +252,3 @@ def _refuse_other_weights(folder: Path) -> None:
             f"base '{folder}' has only pickled weights ({pickles[0]}), which can run code and are never opened: "
             "if you trust them, convert them once with transformers' from_pretrained(…).save_pretrained(…)."
         )
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from budwood.adapters import store
 from budwood.errors import InputError, ResourceError
 from budwood.training.durability.lock import first_process, holder, in_use
 from budwood.untrusted.files import PARTIAL, check_folder, complete_file
@@ -22,7 +23,7 @@ MANIFEST = "manifest.json"
 SKIPPED = "skipped.jsonl"
 RUN = frozenset({MANIFEST, SKIPPED, "recipe.yaml", "metrics.jsonl", "loss.png", "adapter", "checkpoints", "budwood"})
 """What core and its trackers write (tensorboard's folder has the project's name); manifest.json lists the rest."""
-ADAPTER = frozenset({"adapter_config.json", "adapter_model.safetensors", "budwood.json", "golden.safetensors"})
+ADAPTER = frozenset({store.CONFIG, store.WEIGHTS, store.MANIFEST, store.GOLDEN})
 _CHECKPOINT = re.compile(r"\.?step-\d+(\.\w+)*")
 
 
@@ -127,7 +128,7 @@ def _strangers(directory: Path, manifest: dict[str, Any]) -> Iterator[Path]:
             yield path
     adapter, checkpoints = directory / "adapter", directory / "checkpoints"
     if adapter.is_dir() and not adapter.is_symlink():
-        known = ADAPTER | _listed(adapter / "budwood.json")
+        known = ADAPTER | _listed(adapter / store.MANIFEST)
         yield from (path for path in sorted(adapter.iterdir()) if path.name not in known)
     if checkpoints.is_dir() and not checkpoints.is_symlink():
         yield from (path for path in sorted(checkpoints.iterdir()) if not _CHECKPOINT.fullmatch(path.name))

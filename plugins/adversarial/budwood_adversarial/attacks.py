@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class PGDOptions(Options):
-    """Options of the attack `pgd`; sizes are in units of the embeddings' output, norms are per example."""
+    """Options of the attack `pgd`; sizes are on the scale of the embedding vectors, norms are per example."""
 
     epsilon: float = Field(1.0, gt=0, description="size of the noise")
     steps: int = Field(10, ge=1, description="ascent steps")

@@ -23,7 +23,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 class AdversarialOptions(Options):
-    """Options of `adversarial`. Sizes are in units of the embeddings' output, norms are per example."""
+    """Options of `adversarial`. Sizes are on the scale of the embedding vectors, norms are per example."""
 
     method: Method = Field(
         "fgm", description="how noise on the embeddings is computed and used; determines which options apply"
