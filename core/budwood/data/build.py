@@ -23,8 +23,8 @@ from budwood.data.classes import near_equal
 from budwood.data.encoder import Encoder
 from budwood.data.examples import DataStats, Examples, check_examples, measure, pack
 from budwood.data.formats import GROUP, DataFormat, Dropped, all_dropped
-from budwood.data.reading import Row, Rows
 from budwood.data.recognition import recognise
+from budwood.data.rows import Row, Rows
 from budwood.data.sources import Data, hash_data, read_rows
 from budwood.errors import InputError
 

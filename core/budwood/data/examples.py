@@ -16,8 +16,8 @@ from budwood.data import cache
 from budwood.data.bad_rows import BadRows, Skipped
 from budwood.data.formats import DataFormat
 from budwood.data.ragged import Ragged
-from budwood.data.reading import Rows
 from budwood.data.recognition import recognise
+from budwood.data.rows import Rows
 from budwood.data.sources import Data, label, read_rows
 from budwood.errors import InputError
 

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from budwood.data.bad_rows import BadRows
 from budwood.data.files import find_files, hash_files, is_datasets_folder
-from budwood.data.reading import Row, Rows, read_file, read_folder
+from budwood.data.reading import read_file, read_folder
+from budwood.data.rows import Row, Rows
 from budwood.errors import InputError
 
 
