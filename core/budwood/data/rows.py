@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from budwood.data.files import find_files, hash_files
+from budwood.data.files import find_files, hash_files, total_size
 from budwood.errors import InputError, first_line
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class Rows(Sequence[Row]):
         path: the file or folder, as the user gave it.
         columns: names, in order of first appearance.
         sha256: hex digest of the file's bytes (for a folder, of the names and bytes of its files).
+        bytes: size of the file, or of the folder's.
         notes: lines to show to the user, such as a skipped byte order mark.
     """
 
@@ -46,7 +47,8 @@ class Rows(Sequence[Row]):
         self.path: Path | str = path
         self.columns, self.notes = list(columns), list(notes)
         self._rows, self._place = rows, place
-        self.sha256 = hash_files(find_files(path))
+        files = find_files(path)
+        self.sha256, self.bytes = hash_files(files), total_size(files)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -230,12 +232,16 @@ class ParquetRows(Sequence[Row]):
         return ParquetRows, (self._path,)
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
-        group = int(np.searchsorted(self._stops, index, side="right")) - 1
+        if not isinstance(index, slice):
+            return self[index : index + 1][0] if index >= 0 else self[len(self) + index]
+        start, stop, step = index.indices(len(self))
+        rows: list[Row] = []
         with self._errors():
-            return self._rows_of(group)[index - int(self._stops[group])]
+            for group in range(len(self._stops) - 1):
+                first, last = int(self._stops[group]), int(self._stops[group + 1])
+                if max(first, start) < min(last, stop):
+                    rows += self._rows_of(group)[max(first, start) - first : min(last, stop) - first]
+        return rows[::step]
 
     def __iter__(self) -> Iterator[Row]:
         for group in range(len(self._stops) - 1):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from budwood.contract.examples import Batch, Example
 from budwood.contract.strategy import Plugin, hookimpl
 from budwood.contract.types import Generator, LossTerm, Outputs, Run, Step
-from budwood.data.build import Encoded
+from budwood.data.chunk import Encoded
 from budwood.data.encoder import Encoder
 from budwood.data.formats import Dropped
 from budwood.data.packing import collate_rows
