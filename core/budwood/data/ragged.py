@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-RESIDENT, FAULT = 64_000_000, 65_536
-"""Bytes of a mapped file that may stay in memory, and how much of it Linux maps when one is read."""
+RESIDENT, FAULT = 64_000_000, 2_097_152
+"""Bytes of a mapped file that may stay in memory, and how many Linux maps at most when one of them is read."""
 
 
 class Ragged:

@@ -183,11 +183,13 @@ class Table(Sequence[Row]):
         return self._table.num_rows
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            start, stop, step = index.indices(len(self))
-            return list(_convert(self._table.slice(start, max(0, stop - start)), self._names))[::step]
-        index = range(len(self))[index]
-        return next(_convert(self._table.slice(index, 1), self._names))
+        if not isinstance(index, slice):
+            index = range(len(self))[index]
+            return self[index : index + 1][0]
+        start, stop, step = index.indices(len(self))
+        if step != 1:
+            return [self[i] for i in range(start, stop, step)]
+        return list(_convert(self._table.slice(start, max(0, stop - start)), self._names))
 
     def __iter__(self) -> Iterator[Row]:
         for batch in self._table.to_batches(max_chunksize=CHUNK):
@@ -233,15 +235,18 @@ class ParquetRows(Sequence[Row]):
 
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, slice):
-            return self[index : index + 1][0] if index >= 0 else self[len(self) + index]
+            index = range(len(self))[index]
+            return self[index : index + 1][0]
         start, stop, step = index.indices(len(self))
+        if step != 1:
+            return [self[i] for i in range(start, stop, step)]
         rows: list[Row] = []
         with self._errors():
             for group in range(len(self._stops) - 1):
                 first, last = int(self._stops[group]), int(self._stops[group + 1])
                 if max(first, start) < min(last, stop):
                     rows += self._rows_of(group)[max(first, start) - first : min(last, stop) - first]
-        return rows[::step]
+        return rows
 
     def __iter__(self) -> Iterator[Row]:
         for group in range(len(self._stops) - 1):
