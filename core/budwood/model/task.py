@@ -50,7 +50,7 @@ class Task(Plugin):
     # Examples and batches.
 
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> Sequence[Encoded | Dropped]:
-        """Turn items of a data format into examples.
+        """Turn items of a data format into examples, independently of other chunks: another process may do it.
 
         Args:
             items: a chunk of the file, as returned by the format's `item`.
