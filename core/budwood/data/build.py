@@ -54,6 +54,7 @@ def build_examples(
     loss_on: str = "assistant",
     skip_bad_rows: bool = False,
     date: str | None = None,
+    as_chat: bool = False,
 ) -> Examples:
     """Build the examples of a data file, or load them from the cache.
 
@@ -69,13 +70,14 @@ def build_examples(
         loss_on: "assistant", "last" or "all"; see `Encoder`.
         skip_bad_rows: skip and count rows that cannot be read or used; otherwise the first one is refused.
         date: the date for a chat template that writes one, as 2026-11-28; None: today's.
+        as_chat: render a prompt and its completion with the chat template; see `Encoder`.
 
     Raises:
         InputError: as `read_rows`, the data format and the task; a label is not in the training data; all rows were
             dropped; `BUDWOOD_CACHE_LIMIT` is not a size.
     """
     task = create(task, "budwood.tasks") if isinstance(task, str) else task
-    encoder = Encoder(tokenizer, max_length, template_options, labels, loss_on, date)
+    encoder = Encoder(tokenizer, max_length, template_options, labels, loss_on, date, as_chat)
     if change is not None:
         bad = BadRows(skip_bad_rows)
         return Examples(data, *_encode(read_rows(data, bad), encoder, task, max_length, bad, change))
@@ -94,6 +96,7 @@ def build_examples(
         "loss_on": loss_on,
         "skip_bad_rows": skip_bad_rows,
         "date": encoder.date,
+        "as_chat": as_chat,
     }
     key = cache.make_key(tokenizer, options)
     entry = cache.load(folder, key) if key else None
@@ -193,6 +196,7 @@ def _encode(
         "max_length": max_length,
         "labels": classes,
         "date": encoder.date if encoder.rendered else None,
+        "rendered": encoder.rendered,
         "notes": [
             *rows.notes,
             *([f"columns ignored: {', '.join(unused)}"] if unused else []),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -83,10 +84,12 @@ class Examples(Sequence[Example]):
         sha256: hash of the file.
         stop_ids: tokens that end an answer.
         date: the date that the chat template wrote, as 2026-11-28; None if it writes none.
+        rendered: whether the chat template was used.
         skipped: bad rows that were skipped; None: bad rows are refused.
         from_cache: whether the examples were read from the cache.
         lengths: [n] int64, the size of each example as the task counts it.
         groups: [n] int64, the group of each example, numbered from 0 in order.
+        row_numbers: [n] int64, the row of each example, an index into `rows`.
     """
 
     def __init__(self, data: Data, arrays: cache.Arrays, facts: Mapping[str, Any], from_cache: bool = False) -> None:
@@ -103,10 +106,12 @@ class Examples(Sequence[Example]):
         self.sha256: str = facts["sha256"]
         self.stop_ids: list[int] = facts["stop_ids"]
         self.date: str | None = facts["date"]
+        self.rendered: bool = facts["rendered"]
         self.skipped: list[Skipped] | None = facts["skipped"]
         self.stats = DataStats(**facts["stats"])
         self.lengths: np.ndarray = arrays["lengths"]
         self.groups: np.ndarray = arrays["groups"]
+        self.row_numbers: np.ndarray = arrays["rows"]
         names = [name.removesuffix(".shapes") for name in arrays if name.endswith(".shapes")]
         self._parts = {name: Ragged(arrays[f"{name}.values"], arrays[f"{name}.shapes"]) for name in names}
         self._inputs = [name for name in names if name.startswith("inputs/")]
@@ -125,7 +130,7 @@ class Examples(Sequence[Example]):
             weights=self._parts["weights"][index],
             group=int(self.groups[index]),
             key=self.keys[index],
-            row=int(self._arrays["rows"][index]),
+            row=int(self.row_numbers[index]),
             columns=dict(self._extra[index]) if self._extra is not None else {},
         )
 
@@ -159,13 +164,34 @@ class Examples(Sequence[Example]):
         examples._extra, examples._rows = columns, self._rows
         return examples
 
+    def select(self, indices: np.ndarray) -> Examples:
+        """Return the examples at `indices`, ascending, without copying their arrays; their keys stay the same."""
+        chosen = copy.copy(self)
+        chosen.lengths, chosen.row_numbers = self.lengths[indices], self.row_numbers[indices]
+        chosen.groups = np.unique(self.groups[indices], return_inverse=True)[1]
+        chosen._parts = {name: part.select(indices) for name, part in self._parts.items()}
+        chosen.keys = [self.keys[i] for i in indices]
+        chosen._extra = None if self._extra is None else [self._extra[i] for i in indices]
+        labels = [chosen._parts["labels"][i] for i in range(len(indices))] if self.labels else []
+        measured = measure(
+            {
+                "lengths": chosen.lengths,
+                "weights.values": np.array(self.stats.weights),
+                "label_positions.shapes": chosen._parts["label_positions"].shapes,
+                "labels.values": np.concatenate(labels) if labels else np.zeros(0, dtype=np.int64),
+            },
+            self.labels,
+        )
+        chosen.stats = dataclasses.replace(self.stats, **measured)
+        return chosen
+
     def reference(self, index: int) -> str | None:
         """The file's answer to an example's prompt, as text; None if the data format has no prompt.
 
         Raises:
             InputError: the file has changed since the examples were built.
         """
-        return self._format.reference(self.rows[int(self._arrays["rows"][index])])
+        return self._format.reference(self.rows[int(self.row_numbers[index])])
 
     @cached_property
     def _format(self) -> DataFormat:
@@ -187,7 +213,7 @@ class Examples(Sequence[Example]):
 
     def location(self, index: int) -> str:
         """Location of an example's row, for messages."""
-        return self.rows.location(int(self._arrays["rows"][index]))
+        return self.rows.location(int(self.row_numbers[index]))
 
     def describe(self) -> str:
         """One line with the data format and the counts of examples, tokens, truncated and dropped rows."""

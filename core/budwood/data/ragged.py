@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +18,8 @@ class Ragged:
 
     def __init__(self, values: np.ndarray, shapes: np.ndarray) -> None:
         self.values, self.shapes = values, shapes
-        self._starts = np.concatenate([[0], np.cumsum(shapes.prod(1, dtype=np.int64))])
+        ends = np.concatenate([[0], np.cumsum(shapes.prod(1, dtype=np.int64))])
+        self._starts, self._stops = ends[:-1], ends[1:]
 
     @classmethod
     def of(cls, arrays: Sequence[np.ndarray]) -> Ragged:
@@ -37,7 +39,14 @@ class Ragged:
         return len(self.shapes)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self.values[self._starts[index] : self._starts[index + 1]].reshape(self.shapes[index])
+        return self.values[self._starts[index] : self._stops[index]].reshape(self.shapes[index])
+
+    def select(self, indices: np.ndarray) -> Ragged:
+        """Return the arrays at `indices`, ascending; they share `values`, which is not copied."""
+        chosen = copy.copy(self)
+        chosen.shapes = self.shapes[indices]
+        chosen._starts, chosen._stops = self._starts[indices], self._stops[indices]
+        return chosen
 
     def index_at(self, position: int) -> int:
         """Return the index of the array that holds `values[position]`."""
@@ -45,4 +54,4 @@ class Ragged:
 
     def span(self, index: int) -> slice:
         """Slice of `values` that holds the array at `index`."""
-        return slice(int(self._starts[index]), int(self._starts[index + 1]))
+        return slice(int(self._starts[index]), int(self._stops[index]))
