@@ -34,7 +34,7 @@ def data(
     from budwood.model.limits import check_fits, default_length
     from budwood.recipe.data import chat_note, encoding_options, recipe_tokenizer
     from budwood.training.encoding import encoding
-    from budwood.training.run_data import split_held_out
+    from budwood.training.run_data import choose_for, split_held_out
 
     loaded = read_given(recipe, base, override or [])
     task = create(loaded.base.task, "budwood.tasks")
@@ -60,7 +60,7 @@ def data(
         held = split_held_out(loaded, train_data)
         train_data, eval_data = held.split(train_data)
         notes.append(held.note)
-    train = loaded.train
+    train, _ = choose_for(loaded, train_data, model)
     batches = plan_epoch(train_data.lengths, train.seed, 0, train.batch_tokens, train.batch_examples, train_data.groups)
     report = make_report(train_data, eval_data, task, tokenizer, samples, len(batches), list(filter(None, notes)))
     if as_json:

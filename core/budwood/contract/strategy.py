@@ -76,6 +76,8 @@ class Strategy(Plugin):
     """Which `step.reference()` it uses: adapter off, or as at the start. It is then computed before the forward."""
     log_prob_temperature: float = 1.0
     """Temperature of the log-probabilities in `sequence_terms` and `step_values`: that of sampling, for a policy."""
+    learning_rate_scale: float = 1.0
+    """Multiple of LoRA's learning rate that suits it, for a recipe that names no rate; those of all are multiplied."""
     updates: int = 1
     """Optimizer steps that use one set of `next_examples`."""
 

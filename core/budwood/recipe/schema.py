@@ -125,6 +125,10 @@ class Recipe(Section):
         data = self.data.model_copy(update={"max_length": self.data.max_length or length})
         return self.model_copy(update={"data": data})
 
+    def with_train(self, train: TrainSection) -> Recipe:
+        """Return the recipe with another `train` section."""
+        return self.model_copy(update={"train": train})
+
     def to_yaml(self, strategies: Sequence[Strategy] = ()) -> str:
         """Return the recipe as YAML with every default written out; see `to_dict`."""
         return dump(self.to_dict(strategies))

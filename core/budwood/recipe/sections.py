@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -159,18 +159,18 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    """Length of the run, batch sizes, optimizer."""
+    """Length of the run, batch sizes, optimizer. What is not given of the first five is chosen from the data."""
 
-    epochs: Count | None = Field(3, description="passes over the data; alternatively, set steps")
+    epochs: Count | None = Field(None, description="passes over the data; alternatively, set steps")
     steps: Count | None = Field(None, description="optimizer steps, instead of epochs")
-    batch_tokens: Count | None = Field(4096, description="tokens per optimizer step, padding excluded")
+    batch_tokens: Count | None = Field(None, description="tokens per optimizer step, padding excluded")
     batch_examples: Count | None = Field(None, description="examples per optimizer step, instead of batch_tokens")
     micro_tokens: Count = Field(2048, description="maximum tokens per micro-batch; affects memory, not the result")
-    learning_rate: Number = Field(2e-4, gt=0, description="peak learning rate")
+    learning_rate: Number | None = Field(None, gt=0, description="peak learning rate")
     weight_decay: Number = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate after warm-up")
-    warmup: Number = Field(
-        0.03, ge=0, description="below 1: fraction of the run; otherwise steps. The rate rises from peak/steps"
+    warmup: Number | None = Field(
+        None, ge=0, description="below 1: fraction of the run; otherwise steps. The rate rises from peak/steps"
     )
     clip: Number = Field(1.0, ge=0, description="maximum gradient norm; 0: no clipping")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
@@ -195,23 +195,16 @@ class TrainSection(Section):
         [], description="also log to these (needs budwood[track])"
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _resolve_exclusive_pairs(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        for default, other in (("epochs", "steps"), ("batch_tokens", "batch_examples")):
-            if data.get(other) is not None:
-                if data.get(default) is not None:
-                    raise ValueError(f"train.{other}: cannot be combined with train.{default}; give only one")
-                data = {**data, default: None}
-            elif data.get(default, True) is None:
-                data = {key: value for key, value in data.items() if key != default}
-        return data
+    @model_validator(mode="after")
+    def _check_exclusive_pairs(self) -> TrainSection:
+        for one, other in (("epochs", "steps"), ("batch_tokens", "batch_examples")):
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                raise ValueError(f"train.{other}: cannot be combined with train.{one}; give only one")
+        return self
 
     @model_validator(mode="after")
     def _check_consistency(self) -> TrainSection:
-        if self.warmup >= 1 and self.warmup != int(self.warmup):
+        if self.warmup is not None and self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"train.warmup: a value of 1 or more counts steps and must be whole (got {self.warmup})")
         if self.patience and not self.eval_every:
             raise ValueError("train.patience: counts evaluations during the run; set train.eval_every too")

@@ -54,6 +54,7 @@ def _check_new(run: Run) -> None:
 def torch_groups(run: Run) -> list[dict[str, Any]]:
     """Return the run's groups as arguments for a torch optimizer, with learning rate and weight decay."""
     recipe = run.recipe.train
+    assert recipe.learning_rate is not None  # chosen when the data was read
     return [
         {
             "params": list(group.parameters.values()),

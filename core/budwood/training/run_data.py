@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from budwood.contract.registry import Composition
+from budwood.contract.strategy import Strategy
 from budwood.contract.types import Run
 from budwood.data.build import build_examples, overlap
 from budwood.data.examples import Examples, check_examples
@@ -15,7 +18,9 @@ from budwood.data.packing import plan_epoch
 from budwood.errors import InputError
 from budwood.model.limits import check_fits
 from budwood.recipe.data import chat_note, encoding_options
+from budwood.recipe.defaults import choose
 from budwood.recipe.schema import Recipe
+from budwood.recipe.sections import TrainSection
 from budwood.training.durability.resume import Resume
 from budwood.training.encoding import encoding
 from budwood.training.on_policy import updates_of
@@ -35,7 +40,7 @@ def read_data(
     Raises:
         InputError: the data is invalid, does not fit the base, or leaves nothing to train on or to evaluate.
     """
-    data, train = run.recipe.data, run.recipe.train
+    data = run.recipe.data
     options: dict[str, Any] = {"tokenizer": run.tokenizer, "task": run.task, **encoding_options(run.recipe)}
     options["date"] = date
     console = None if report.quiet or report.mute else report.console
@@ -62,6 +67,10 @@ def read_data(
     run.examples = _prepare_examples(run, hooks, examples)
     if run.examples is not examples:
         check_fits(run.examples, model, run.tokenizer, run.recipe.base.model)
+    train, line = choose_for(run.recipe, run.examples, model, run.strategies)
+    run.recipe = run.recipe.with_train(train)
+    if line:
+        report.say(line)
     sizes = (train.batch_tokens, train.batch_examples, run.examples.groups)
     if train.steps is not None:
         run.steps = train.steps
@@ -72,6 +81,20 @@ def read_data(
     if hooks.implements("prepare_examples") and len(run.examples) == 0:
         raise InputError("no example is left after the strategies' prepare_examples")
     _report_large_groups(run, report)
+
+
+def choose_for(
+    recipe: Recipe, examples: Examples, model: Any, strategies: Sequence[Strategy] = ()
+) -> tuple[TrainSection, str]:
+    """Choose what a recipe's `train` section leaves open; see `recipe.defaults`.
+
+    Args:
+        model: the base, or its skeleton.
+    """
+    width = getattr(model.config.get_text_config(), "hidden_size", None)
+    scale = math.prod(strategy.learning_rate_scale for strategy in strategies)
+    groups = len(np.unique(examples.groups))
+    return choose(recipe.train, groups, int(examples.lengths.sum()), width, scale)
 
 
 def split_held_out(recipe: Recipe, examples: Examples) -> HeldOut:

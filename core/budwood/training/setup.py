@@ -139,6 +139,7 @@ def prepare(
     with hooks.part("read_data"):
         started = read_manifest(directory) if resume is not None else None
         read_data(run, hooks, report, str((started or {}).get("date") or today()), model, resume)
+    recipe = run.recipe
     plan.steps = run.steps
     check_plan(plan, hooks)
     if resume is not None:
