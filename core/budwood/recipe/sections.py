@@ -195,12 +195,13 @@ class TrainSection(Section):
         [], description="also log to these (needs budwood[track])"
     )
 
-    @model_validator(mode="after")
-    def _check_exclusive_pairs(self) -> TrainSection:
+    @model_validator(mode="before")
+    @classmethod
+    def _check_exclusive_pairs(cls, data: Any) -> Any:
         for one, other in (("epochs", "steps"), ("batch_tokens", "batch_examples")):
-            if getattr(self, one) is not None and getattr(self, other) is not None:
+            if isinstance(data, dict) and data.get(one) is not None and data.get(other) is not None:
                 raise ValueError(f"train.{other}: cannot be combined with train.{one}; give only one")
-        return self
+        return data
 
     @model_validator(mode="after")
     def _check_consistency(self) -> TrainSection:

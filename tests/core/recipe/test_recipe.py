@@ -56,8 +56,7 @@ def test_the_smallest_recipe_has_five_lines():
     assert recipe.base.model == "some/base"
     assert recipe.base.quantization == "nf4"
     assert recipe.data.train == Path("train.jsonl")
-    assert recipe.train.epochs == 3
-    assert recipe.train.batch_tokens == 4096
+    assert recipe.train.epochs is recipe.train.batch_examples is recipe.train.learning_rate is None  # see test_defaults
     assert recipe.train.precision == "auto"
     assert [choice.name for choice in recipe.strategies] == ["lora"]
     assert recipe.output == Path("runs/recipe")
@@ -342,7 +341,7 @@ train: {epochs: 2, steps: 3, patience: 2, eval_every: -1, learning_rate: fast, t
     assert problems[0].startswith("recipe.yaml:5: ")
     assert recipe is not None
     assert [choice.name for choice in recipe.strategies] == ["lora", UNKNOWN, "lorra"]
-    assert (recipe.base.model, recipe.train.schedule, recipe.train.learning_rate) == (UNKNOWN, "linear", 2e-4)
+    assert (recipe.base.model, recipe.train.schedule, recipe.train.learning_rate) == (UNKNOWN, "linear", None)
     with pytest.raises(InputError, match=r"^recipe.yaml:5: .*\(10 more: `budwood plan` lists them\)$") as error:
         load_recipe("recipe.yaml", ["train.x=3", "foo=2"])
     assert list(error.value.problems) == problems
@@ -452,7 +451,9 @@ def test_a_chat_template_of_the_users(tiny_base: Path, tmp_path: Path) -> None:
         {"base": {"model": str(tiny_base)}, "data": data, "strategies": ["lora"], "output": "runs/x"}
     )
     options = encoding_options(recipe.with_length(512))
-    assert options == {"max_length": 512, "loss_on": "last", "template_options": {"a": 1}, "skip_bad_rows": False}
+    assert options == {
+        "max_length": 512, "loss_on": "last", "template_options": {"a": 1}, "skip_bad_rows": False, "as_chat": False,
+    }  # fmt: skip
     with pytest.raises(InputError, match="data.chat_template: .*mine.jinja is not a file of at most 1 MiB"):
         recipe_tokenizer(recipe)
     file.write_bytes(b"\xff\xfe")
