@@ -77,13 +77,18 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
+    from budwood.adapters.tokens import TokenRows
+
     wrapper = " "  # prefix of the current adapted layer, whose children are not modules of the model itself
     for name, module in model.named_modules():
         if name.startswith(wrapper):
             continue
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper | TokenRows):
             wrapper = f"{name}."
-            module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+            if isinstance(module, TokenRows):
+                module = module.base_layer
+            else:
+                module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
         yield name, module
 
 

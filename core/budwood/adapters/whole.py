@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from budwood.adapters.peft_config import PREFIX
 from budwood.adapters.targets import base_modules
+from budwood.adapters.tokens import TokenRows
 from budwood.errors import InputError
 
 
@@ -28,7 +29,7 @@ def wrap_whole(model: nn.Module, paths: Iterable[str], name: str) -> None:
         if isinstance(module, ModulesToSaveWrapper):
             module.update(name)
             continue
-        if any(isinstance(part, LoraLayer | AuxiliaryTrainingWrapper) for part in module.modules()):
+        if any(isinstance(part, LoraLayer | AuxiliaryTrainingWrapper | TokenRows) for part in module.modules()):
             raise InputError(f"'{path}' is replaced whole, and another adapter stands on it: unload that one first.")
         setattr(model.get_submodule(parent), leaf, ModulesToSaveWrapper(module, name))
 
@@ -42,8 +43,10 @@ def check_replaced(model: nn.Module, paths: Iterable[str]) -> None:
     for path in paths:
         parts = path.split(".")
         for end in range(1, len(parts) + 1):
-            if isinstance(model.get_submodule(".".join(parts[:end])), AuxiliaryTrainingWrapper):
-                raise InputError(f"'{path}' is adapted, and another adapter replaces it whole: unload that one first.")
+            if isinstance(model.get_submodule(".".join(parts[:end])), AuxiliaryTrainingWrapper | TokenRows):
+                raise InputError(
+                    f"'{path}' is adapted, and another adapter replaces it, whole or in rows: unload that one first."
+                )
 
 
 def saved_modules(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

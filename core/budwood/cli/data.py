@@ -27,16 +27,15 @@ def data(
     from budwood.data.build import build_examples
     from budwood.data.display import make_report, show_report
     from budwood.data.packing import plan_epoch
-    from budwood.model.base import skeleton
     from budwood.model.checkpoint import one_revision
     from budwood.model.limits import check_fits, default_length
-    from budwood.recipe.data import encoding_options, recipe_tokenizer
+    from budwood.recipe.data import encoding_options, recipe_skeleton, recipe_tokenizer
 
     loaded = read_given(recipe, base, override or [])
     task = create(loaded.base.task, "budwood.tasks")
     with one_revision(loaded.base.model, loaded.base.revision):
         tokenizer = recipe_tokenizer(loaded) if task.needs_tokenizer else None
-        model = skeleton(loaded.base.model, task.auto_class, loaded.base.trust_remote_code)
+        model = recipe_skeleton(loaded, task.auto_class, tokenizer)
     loaded = loaded.with_length(default_length(model))
     options = {"tokenizer": tokenizer, "task": task, **encoding_options(loaded)}
     train_data = build_examples(loaded.data.train, **options)

@@ -1,0 +1,239 @@
+"""`base.resize_embeddings`: tokens that only the tokenizer has get embeddings, which train and are saved as PEFT's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from budwood import AdapterPool, InputError
+from budwood.adapters.merge import merge
+from budwood.adapters.verify import verify
+from budwood.contract.strategy import RUN_ADAPTER
+from budwood.contract.types import Run
+from budwood.recipe.schema import Recipe
+from budwood.training import loop
+from budwood.training.evaluate import evaluate_adapter
+from budwood.training.loop import tune
+
+Make = Callable[..., Recipe]
+NEW = ["<|call|>", "<|result|>"]
+ROWS = [{"prompt": f"{NEW[i % 2]} model {i}:", "completion": f" data {NEW[(i // 2) % 2]}"} for i in range(12)]
+ADALORA = {"adalora": {"initial_rank": 4, "target_rank": 2, "interval": 1}}
+
+
+@pytest.fixture
+def grown(tiny_bases: Any, tmp_path: Path) -> Callable[..., Path]:
+    """Function -> a tiny base whose tokenizer has two tokens more than the base has embeddings."""
+
+    def make(**changes: Any) -> Path:
+        path = tmp_path / "grown"
+        if not path.exists():
+            shutil.copytree(tiny_bases("grown", **changes), path)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            count = json.loads((path / "config.json").read_text())["vocab_size"]
+            tokenizer.add_tokens([f"<|filler{i}|>" for i in range(count - len(tokenizer))])
+            tokenizer.add_tokens(NEW)
+            assert len(tokenizer) == count + 2
+            tokenizer.save_pretrained(path)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def recipe_of(make_recipe: Make, write: Any) -> Callable[..., Recipe]:
+    """Function (base, output, …) -> a recipe whose rows use the new tokens."""
+
+    def make(path: Path, output: str = "run", **changes: Any) -> Recipe:
+        data = {name: str(write(ROWS, f"tokens-{name}.jsonl")) for name in ("train", "eval")}
+        own = {"model": str(path), "resize_embeddings": True, **changes.pop("base", {})}
+        return make_recipe(output, base=own, data={**data, **changes.pop("data", {})}, **changes)
+
+    return make
+
+
+def resized(base: Path, rows: int = 302) -> Any:
+    """The base as a user of transformers would resize it; what is in the new rows must not matter."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    torch.manual_seed(9)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    return model
+
+
+@torch.no_grad()
+def stock(base: Path, adapter: Path, ids: torch.Tensor) -> torch.Tensor:
+    return PeftModel.from_pretrained(resized(base), adapter).eval()(ids).logits
+
+
+@torch.no_grad()
+def ours(base: Path, adapter: Path, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    pool = AdapterPool(base, precision="fp32", device="cpu", **options)
+    pool.load("a", adapter, allow_other_base=True)
+    pool.use("a")
+    return pool.model(ids).logits
+
+
+IDS = torch.tensor([[1, 300, 40, 301, 50, 300]])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("strategy", [{"lora": {"rank": 4}}, ADALORA], ids=["lora", "adalora"])
+def test_new_rows_train_alone_and_stock_peft_opens_them(grown, recipe_of, tmp_path, strategy, tied, said):
+    base = grown(tie_word_embeddings=tied)
+    run = tune(recipe_of(base, strategies=[strategy]))
+    assert "embeddings resized from 300 to 302; the new rows begin as the mean of the old" in " ".join(said)
+    assert any("2 rows of model.embed_tokens" in line for line in said)
+    adapter, old = run.directory / "adapter", load_file(base / "model.safetensors")
+    embedding, head = run.model.get_input_embeddings(), run.model.get_output_embeddings()
+    for module, key in ((embedding, "model.embed_tokens.weight"), (head, "lm_head.weight")):
+        first = old.get(key, old["model.embed_tokens.weight"])
+        assert torch.equal(module.base_layer.weight[:300], first)
+        mean = first.double().mean(0).float()
+        assert torch.equal(module.base_layer.weight[300:], mean.expand(2, -1))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = "base_model.model.{}.token_adapter.trainable_tokens_delta"
+    assert (name.format("lm_head") in tensors) is not tied
+    rows = tensors[name.format("model.embed_tokens")]
+    assert rows.shape == (2, 64)
+    assert ((rows - embedding.base_layer.weight[300:]).abs().max(1).values > 1e-3).all()
+
+    expected = stock(base, adapter, IDS)
+    assert expected.shape[-1] == 302
+    torch.testing.assert_close(ours(base, adapter, IDS), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours(base, adapter, IDS, embeddings=302), expected, atol=1e-4, rtol=1e-4)
+    assert verify(adapter).exact
+    merge(adapter, tmp_path / "merged", dtype="fp32")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert (config["vocab_size"], config["tie_word_embeddings"]) == (302, tied)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    torch.testing.assert_close(merged(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+    if tied:
+        assert "lm_head.weight" not in load_file(tmp_path / "merged" / "model.safetensors")
+    evaluation = evaluate_adapter(adapter, tmp_path / "tokens-eval.jsonl", quiet=True)
+    assert evaluation.adapter["eval_loss"] == run.metrics["eval_loss"] < run.before["eval_loss"]
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantised_bases(grown, recipe_of, quantization):
+    run = tune(recipe_of(grown(), base={"quantization": quantization}), quiet=True)
+    assert verify(run.directory / "adapter").exact
+    assert run.metrics["eval_loss"] < run.before["eval_loss"]
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        [{"adversarial": {"method": "fgm", "epsilon": 0.1}}],
+        [{"distillation": {"teacher": "base"}}],
+    ],
+    ids=["adversarial", "distillation"],
+)
+def test_with_other_strategies(grown, recipe_of, others):
+    run = tune(recipe_of(grown(), strategies=[{"lora": {"rank": 4}}, *others]), quiet=True)
+    assert verify(run.directory / "adapter").exact
+
+
+def test_the_gradient_of_the_rows_is_that_of_the_whole_tables(grown, recipe_of):
+    """The reference: the tables train whole, and the loss is transformers'."""
+    run = tune(recipe_of(grown(), train={"steps": 1}), quiet=True)
+    ids = torch.tensor([[1, 300, 40, 301, 50, 300]])
+    rows = {k: p for g in run.groups if g.name == "tokens" for k, p in g.parameters.items()}
+    assert len(rows) == 2
+    for p in rows.values():
+        p.grad = None
+    run.model(input_ids=ids, labels=ids).loss.backward()
+    model = run.model
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    found = [end.rows[RUN_ADAPTER].grad for end in ends]
+    wholes = []
+    for end in ends:
+        own = end.rows[RUN_ADAPTER].detach()
+        end.active = None
+        weight = torch.nn.Parameter(torch.cat([end.base_layer.weight[:300], own]).detach())
+        end.base_layer.weight = weight
+        wholes.append(weight)
+    model(input_ids=ids, labels=ids).loss.backward()
+    for gradient, whole in zip(found, wholes, strict=True):
+        torch.testing.assert_close(gradient, whole.grad[300:], atol=1e-6, rtol=1e-4)
+
+
+def test_a_resumed_run_gives_the_same_bytes(grown, recipe_of, monkeypatch):
+    base = grown()
+    whole = tune(recipe_of(base, "whole", train={"save_every": 1}), quiet=True)
+    original = loop.sum_gradients
+
+    def interrupted(run: Run) -> None:
+        if run.step == 2:
+            raise KeyError  # stands for a killed process
+        original(run)
+
+    half = recipe_of(base, "half", train={"save_every": 1})
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(loop, "sum_gradients", interrupted)
+        tune(half, quiet=True)
+    parts = tune(half, quiet=True, resume=True)
+    files = [run.directory / "adapter" / "adapter_model.safetensors" for run in (whole, parts)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_nothing_to_do_is_said(make_recipe, said):
+    run = tune(make_recipe(base={"resize_embeddings": True}))
+    assert "resize_embeddings: nothing to do: every token of the tokenizer has one of the 300 embeddings" in " ".join(said)
+    assert not run.base.added
+    config = json.loads((run.directory / "adapter" / "adapter_config.json").read_text())
+    assert config["trainable_token_indices"] is None
+
+
+def test_rows_that_exist_are_not_new(grown, recipe_of):
+    """A table padded beyond the tokenizer."""
+    base = grown(vocab_size=320)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    run = tune(recipe_of(base), quiet=True)
+    assert list(run.base.added) == [320, 321] and len(tokenizer) == 322
+
+
+def test_adapters_with_and_without_new_rows_share_a_base(grown, recipe_of):
+    base = grown()
+    own = tune(recipe_of(base), quiet=True).directory / "adapter"
+    plain = recipe_of(base, "plain", base={"resize_embeddings": False}, data={"eval": None})
+    plain = plain.model_copy(update={"data": plain.data.model_copy(update={"train": plain_rows(own)})})
+    other = tune(plain, quiet=True).directory / "adapter"
+    alone = AdapterPool(base, precision="fp32", device="cpu")
+    text = "model data:"
+    expected = alone.logits([text])
+    pool = AdapterPool(base, precision="fp32", device="cpu")
+    pool.load("new", own)
+    pool.load("plain", other)
+    assert torch.equal(pool.logits([text]), expected)
+    prompts, names = [text, f"{NEW[0]} model", text], ["plain", "new", None]
+    mixed = pool.generate(prompts, names, max_new_tokens=5)
+    for prompt, name, answer in zip(prompts, names, mixed, strict=True):
+        (single,) = pool.generate([prompt], [name], max_new_tokens=5)
+        assert single.tokens == answer.tokens
+    pool.use("new")
+    assert pool.logits([prompts[1]]).shape == (1, 302)
+    pool.use("plain")
+    assert pool.logits([text]).shape == (1, 300)
+    with pytest.raises(InputError, match=r"prompt 1 uses token 300 '<\|call\|>', but base"):
+        pool.generate([prompts[1]], ["plain"])
+    with pytest.raises(InputError, match="open the pool with embeddings=302"):
+        pool.unload("plain")
+        pool.merge("new")
+    pool.unload("new")
+    assert torch.equal(pool.logits([text]), expected)
+
+
+def plain_rows(adapter: Path) -> Path:
+    path = adapter.parent.parent / "plain.jsonl"
+    path.write_text('{"prompt": "model data:", "completion": " tokens"}\n' * 8)
+    return path
