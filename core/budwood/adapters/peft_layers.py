@@ -19,10 +19,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from budwood.adapters.peft_config import PREFIX
-from budwood.adapters.tokens import merge_tokens, remove_tokens, select_tokens, token_rows, token_tensors
+from budwood.adapters.tokens import merge_tokens, remove_tokens, rows_needed, select_tokens, token_rows, token_tensors
 from budwood.adapters.whole import saved_modules, untie
 from budwood.contract.types import ParameterGroup
 from budwood.errors import InputError
+from budwood.model.embeddings import resize
 from budwood.model.ops.linear import add_update, cast_factors, frozen_linear, low_rank_linear
 from budwood.model.quantizers import is_transposed, quantizer_of
 
@@ -361,6 +362,8 @@ def merge_whole_parts(model: nn.Module, name: str) -> None:
 
     Its method merges the low-rank updates afterwards, when the weights that change are no longer tied to others.
     """
+    if count := rows_needed(model, name):
+        resize(model, count, model.config.name_or_path)  # type: ignore[union-attr,arg-type]
     tokens = list(token_rows(model, name))
     alone = [] if any(name in rows.tied for _, rows in tokens) else tokens
     untie(model, [path for path, _ in (*_layers(model, name), *saved_modules(model, name), *alone)])

@@ -8,13 +8,13 @@ adapter with new tokens runs on a base that was not resized, beside others.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from budwood.adapters.peft_config import MERGE, PREFIX, SavedLowRankConfig
@@ -147,18 +147,63 @@ def new_tokens(model: Any, base: Base, whole: Collection[str] = ()) -> dict[str,
     return dict.fromkeys(rest[:1], ids)
 
 
-def saved_tokens(model: Any, saved: SavedLowRankConfig, tensors: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Return the rows of a saved adapter: token ids by the full name of the module, as PEFT finds it.
+def saved_tokens(
+    model: Any, saved: SavedLowRankConfig, tensors: Mapping[str, Tensor], whole: Collection[str] = ()
+) -> tuple[dict[str, list[int]], dict[str, Tensor]]:
+    """Return the rows of a saved adapter: token ids by the full name of the module, and its tensors with these rows.
+
+    PEFT saves whole tables beside an adapter whose base was resized: their rows beyond this base's are rows too.
 
     Args:
         tensors: those of the file.
+        whole: full names of modules that the adapter replaces.
 
     Raises:
         CorruptError: the model has none of the modules; a token id is negative or named twice; or the file has another
             number of rows.
         InputError: a module is neither the embeddings nor the head.
     """
-    given = saved.trainable_token_indices
+    embedding, head = _ends(model)
+    tied, own, found = _tied(model), dict(tensors), _given(model, saved)
+    keys = {path: f"{PREFIX}{path}." for path in (embedding, head) if path is not None}
+    for path, ids in found.items():
+        rows = own.get(keys[path] + KEY)
+        if rows is None or rows.shape[:1] != (len(ids),):
+            count = 0 if rows is None or not rows.ndim else len(rows)
+            where = "adapter_config.json: trainable_token_indices"
+            raise CorruptError(f"{where}: {len(ids):,} rows of '{path}', but the file has {count:,}.")
+    if tied and embedding in found and head not in found:  # PEFT repeats them where it saves whole tables
+        _drop_equal(own, keys[str(head)] + KEY, own[keys[str(embedding)] + KEY])
+    tables = {}
+    for path in keys:
+        if path in whole:
+            if tied and saved.trainable_token_indices:
+                raise InputError(f"'{path}' is tied, replaced whole, and beside it rows train: {MERGE}.")
+            _drop_equal(own, f"{keys[path]}modules_to_save.weight", own.get(f"{keys[path]}weight"))
+            if (original := own.get(f"{keys[path]}original_module.weight")) is not None and original.ndim == 2:
+                own[f"{keys[path]}original_module.weight"] = original[: len(model.get_submodule(path).weight)]
+            continue
+        size = len(model.get_submodule(path).weight)
+        for key in (keys[path] + inner + "weight" for inner in ("", "base_layer.", "token_adapter.base_layer.")):
+            if key not in own or own[key].ndim != 2 or len(own[key]) <= size:
+                continue
+            table = tables[path] = own[key]
+            own[key] = table[:size]
+            if tied and path == head and embedding in tables:
+                if table.equal(tables[embedding]):
+                    continue
+                raise InputError(f"'{key}' is not tied to the embeddings, but the base's is: {MERGE}.")
+            rest = sorted(set(range(size, len(table))) - set(found.get(path, ())))
+            if rest:
+                found[path] = [*found.get(path, ()), *rest]
+                given = own.get(keys[path] + KEY, table[:0])
+                own[keys[path] + KEY] = torch.cat([given, table[rest].to(given.dtype)])
+    return found, own
+
+
+def _given(model: Any, saved: SavedLowRankConfig) -> dict[str, list[int]]:
+    """Return the config's token ids by the full name of the module, without a head that is tied."""
+    given, where = saved.trainable_token_indices, "adapter_config.json: trainable_token_indices"
     if not given:
         return {}
     embedding, head = _ends(model)
@@ -166,7 +211,6 @@ def saved_tokens(model: Any, saved: SavedLowRankConfig, tensors: Mapping[str, An
     modules = [name for name, _ in base_modules(model) if name]
     found: dict[str, list[int]] = {}
     for end, ids in wanted.items():
-        where = "adapter_config.json: trainable_token_indices"
         names = [name for name in modules if name.endswith(end)]
         if not names or not ids:
             raise CorruptError(f"{where}: the model has no '{shorten(end)}', or no token id is given.")
@@ -178,14 +222,19 @@ def saved_tokens(model: Any, saved: SavedLowRankConfig, tensors: Mapping[str, An
             found[name] = ids
     if embedding in found and found.get(str(head)) == found[str(embedding)] and _tied(model):
         del found[str(head)]
-    for path, ids in found.items():
-        rows = tensors.get(f"{PREFIX}{path}.{KEY}")
-        if rows is None or rows.shape[:1] != (len(ids),):
-            raise CorruptError(
-                f"adapter_config.json: trainable_token_indices: {len(ids):,} rows of '{path}', but the file has "
-                f"{0 if rows is None else len(rows):,}."
-            )
     return found
+
+
+def _drop_equal(tensors: dict[str, Tensor], key: str, other: Tensor | None) -> None:
+    """Drop a tensor that the file holds twice.
+
+    Raises:
+        InputError: the two differ, as where the base ties what the adapter does not.
+    """
+    if key in tensors:
+        if other is None or not tensors[key].equal(other):
+            raise InputError(f"'{key}' differs from the other tensor of the file that it should equal: {MERGE}.")
+        del tensors[key]
 
 
 def wrap_tokens(model: Any, tokens: Mapping[str, list[int]], name: str) -> None:
@@ -209,7 +258,7 @@ def wrap_tokens(model: Any, tokens: Mapping[str, list[int]], name: str) -> None:
                 f"all before it: it is for a base that was resized to {beyond[-1] + 1:,} or more. Save that base."
             )
         rows.add(name, ids)
-        if path == embedding and tied and head is not None and head not in tokens:
+        if path == embedding and tied and head is not None and head not in tokens and not _replaces(model, head, name):
             _wrapped(model, head).add(name, ids, rows.rows[name])
 
 
@@ -251,23 +300,12 @@ def remove_tokens(model: Any, name: str) -> None:
 
 @torch.no_grad()
 def merge_tokens(model: Any, name: str) -> None:
-    """Overwrite the base's rows with those of the adapter `name`.
-
-    Raises:
-        InputError: the base has fewer rows; nothing is written.
-    """
-    found = list(token_rows(model, name))
-    for path, module in found:
-        ids, size = module.ids[name], len(module.base_layer.weight)
-        if ids.count > size:
-            raise InputError(
-                f"'{path}' of the base has {size:,} rows, and the adapter has row {ids.count - 1:,}: open the pool "
-                f"with embeddings={ids.count}, or use `budwood adapter merge`."
-            )
-    for _, module in found:
+    """Overwrite the base's rows with those of the adapter `name`; the base must have as many."""
+    for _, module in token_rows(model, name):
         if name not in module.tied:
             ids, weight = module.ids[name], module.base_layer.weight
             weight[ids.sorted] = module.rows[name][ids.order].to(weight.dtype)
+            module.ids[name] = replace(ids, inside=len(ids.sorted))
 
 
 def _wrapped(model: Any, path: str) -> TokenRows:
@@ -283,7 +321,8 @@ def _wrapped(model: Any, path: str) -> TokenRows:
     if isinstance(module, LoraLayer | AuxiliaryTrainingWrapper):
         raise InputError(
             f"'{path}' is adapted or replaced whole, and rows of it train too, which is not supported: "
-            "leave it out of the targets and modules_to_save, or unload the other adapter first."
+            "leave it out of the targets and modules_to_save, unload the other adapter first, or merge a saved one "
+            "with PEFT (merge_and_unload)."
         )
     plain = isinstance(module, nn.Embedding) and (
         type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
@@ -303,6 +342,40 @@ def _ends(model: Any) -> tuple[str | None, str | None]:
     ends = (model.get_input_embeddings(), head_of(model))
     paths = {id(module): path for path, module in model.named_modules()}
     return paths.get(id(ends[0])), paths.get(id(ends[1]))
+
+
+def _replaces(model: Any, path: str, name: str) -> bool:
+    """Return whether the adapter `name` replaces a module whole."""
+    module = model.get_submodule(path)
+    return isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save
+
+
+def fit_whole(model: Any, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Enlarge the embeddings and the head that the adapter `name` replaces to the rows of its file.
+
+    Args:
+        tensors: those of the file.
+    """
+    for path in filter(None, _ends(model)):
+        if not _replaces(model, path, name):
+            continue
+        module: Any = model.get_submodule(path).modules_to_save[name]
+        saved = tensors.get(f"{PREFIX}{path}.weight")
+        if saved is None or saved.ndim != 2 or len(saved) <= len(module.weight):
+            continue
+        for key, value in list(module.named_parameters(recurse=False)):
+            more = value.new_zeros(len(saved) - len(value), *value.shape[1:])
+            setattr(module, key, nn.Parameter(torch.cat([value.detach(), more]), value.requires_grad))
+        setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", len(saved))
+
+
+def rows_needed(model: Any, name: str) -> int:
+    """Return the number of token embeddings that the adapter `name` computes with; 0 if it has none of its own."""
+    counts = [module.ids[name].count for _, module in token_rows(model, name)]
+    for path in filter(None, _ends(model)):
+        if _replaces(model, path, name):
+            counts.append(len(model.get_submodule(path).modules_to_save[name].weight))
+    return max(counts, default=0)
 
 
 def _tied(model: Any) -> bool:

@@ -119,15 +119,10 @@ def _embeddings(saved: SavedAdapter, base: str, task: str) -> int:
     Raises:
         CorruptError: the adapter cannot hold so many new rows.
     """
-    given = saved.config.get("trainable_token_indices") or []
     recorded = saved.manifest.base.embeddings if saved.manifest else 0
-    if not recorded and (saved.manifest or not given):
+    if not recorded:
         return 0
     rows = embeddings_of(skeleton(base, create(task, "budwood.tasks").auto_class)) or 0
-    if saved.manifest is None:  # stock PEFT does not say; a base whose other new rows are unknown is refused later
-        lists = given.values() if isinstance(given, dict) else [given]
-        beyond = {i for ids in lists if isinstance(ids, list) for i in ids if type(i) is int and i >= rows}
-        recorded = rows + len(beyond) if beyond == {*range(rows, rows + len(beyond))} else 0
     most = max(info.shape[0] if info.shape else 0 for info in saved.infos.values())
     if recorded > rows + most:
         raise CorruptError(f"{saved.directory}: {recorded:,} embeddings, but the adapter holds at most {most:,} new.")

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from budwood.errors import InputError
-from budwood.model.limits import embeddings_of
 
 if TYPE_CHECKING:
     from budwood.model.base import Base
@@ -34,7 +33,7 @@ def resize(model: Any, count: int, name: str) -> range:
     draws from a normal distribution with this mean.
 
     Args:
-        model: a model without adapters, or its skeleton on the meta device.
+        model: a model, or its skeleton on the meta device; of what adapters put around a table, the base's is enlarged.
         name: the base's name, for messages.
 
     Returns:
@@ -43,17 +42,17 @@ def resize(model: Any, count: int, name: str) -> range:
     Raises:
         InputError: the model has tables of that size which would not be enlarged, or its head is no plain linear.
     """
-    embedding, head = model.get_input_embeddings(), head_of(model)
-    old = embeddings_of(model)
+    embedding, head = _plain(model.get_input_embeddings()), _plain(head_of(model))
+    old = getattr(embedding, "num_embeddings", None)
     if old is not None and count <= old:
         return range(old, old)
     _check(model, embedding, head, old, name)
-    assert old is not None
+    assert isinstance(old, int)
     tied = head is not None and head.weight is embedding.weight
     embedding.weight, embedding.num_embeddings = _extended(embedding.weight, count), count
     if head is not None:
-        head.weight = embedding.weight if tied else _extended(head.weight, count)  # type: ignore[arg-type]
-        head.out_features = count  # type: ignore[assignment]
+        head.weight = embedding.weight if tied else _extended(head.weight, count)
+        head.out_features = count
     for module in model.modules():
         if module.__dict__.get("vocab_size") == old:
             module.vocab_size = count
@@ -82,6 +81,13 @@ def resize_note(old: int, count: int) -> str:
     if count <= old:
         return f"resize_embeddings: nothing to do: every token of the tokenizer has one of the {old:,} embeddings"
     return f"embeddings resized from {old:,} to {count:,}; the new rows begin as the mean of the old"
+
+
+def _plain(module: Any) -> Any:
+    """Return the base's module inside what adapters put around it."""
+    for name in ("base_layer", "original_module"):
+        module = getattr(module, name, module)
+    return module
 
 
 def _extended(weight: torch.Tensor, count: int) -> nn.Parameter:

@@ -12,6 +12,7 @@ from budwood import CorruptError, InputError, copy_adapter_tensors
 from budwood.lowrank import (
     adapter_layers,
     add_to_weight,
+    fit_whole,
     merge_whole_parts,
     parse_saved_config,
     remove_adapter,
@@ -51,9 +52,10 @@ def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor],
     ranks = {path: rank for path, rank in _ranks(saved, targets, tensors).items() if rank}
     tensors = {key: tensor for key, tensor in tensors.items() if tensor.numel()}
     scaling = {path: _scale(saved, rank) for path, rank in ranks.items()}
-    tokens = saved_tokens(model, saved, tensors)
+    tokens, tensors = saved_tokens(model, saved, tensors, whole)
     try:
         add_adapter(model, name, ranks, scaling, saved.lora_dropout, whole, saved.bias, tokens)
+        fit_whole(model, name, tensors)
         slots = adapter_tensors(model, name)
         copy_adapter_tensors(slots, without_base_tensors(model, tensors, slots))
     except BaseException:

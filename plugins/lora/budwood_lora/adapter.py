@@ -24,6 +24,7 @@ from budwood.lowrank import (
     TASK_TYPES,
     adapter_layers,
     fan_in_fan_out,
+    fit_whole,
     merge_whole_parts,
     new_tokens,
     parse_saved_config,
@@ -102,12 +103,13 @@ def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor],
     fields |= {key: saved_pattern(getattr(saved, key), targets) for key in ("rank_pattern", "alpha_pattern")}
     fields["fan_in_fan_out"] = fan_in_fan_out(model, targets)
     whole = saved_whole_modules(model, saved, tensors)
-    tokens = saved_tokens(model, saved, tensors)
+    tokens, tensors = saved_tokens(model, saved, tensors, whole)
     lora_config = LoraConfig(
         **fields, target_modules=targets, modules_to_save=whole or None, trainable_token_indices=tokens or None
     )
     try:
         add_adapter(model, lora_config, name)
+        fit_whole(model, name, tensors)
         slots = tensor_slots(model, name)
         copy_adapter_tensors(slots, without_base_tensors(model, tensors, slots))
     except BaseException:

@@ -27,13 +27,13 @@ def load(base: Path) -> Any:
 
 
 @torch.no_grad()
-def stock(base: Path, folder: Path, **fields: Any) -> Path:
+def stock(base: Path, folder: Path, model: Any = None, **fields: Any) -> Path:
     """Save an adapter of stock PEFT with every trained parameter moved away from where it began."""
     torch.manual_seed(0)
     config = LoraConfig(**({"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | fields))
-    model = get_peft_model(load(base), config)
+    model = get_peft_model(load(base) if model is None else model, config)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad or "lora_" in name:
+        if parameter.requires_grad or "lora_" in name or "trainable_tokens_delta" in name:
             parameter.add_(torch.randn_like(parameter) * 0.05)
     model.save_pretrained(folder)
     return folder
@@ -85,6 +85,9 @@ HONOURED: list[dict[str, Any]] = [
     {"target_modules": "all-linear", "modules_to_save": ["layers.0.mlp"]},
     {"target_modules": ["q_proj", "lm_head"]},  # beside which PEFT saves the base's own head
     {"target_modules": ["q_proj"], "bias": "none", "lora_dropout": 0.5},
+    {"target_modules": ["q_proj"], "trainable_token_indices": [99, 40]},
+    {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [99, 40], "lm_head": [99, 40]}},
+    {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [40], "lm_head": [99, 7, 0]}},
     *({"target_modules": ["q_proj"], "init_lora_weights": init} for init in (False, "gaussian", "orthogonal", "mica")),
 ]
 
@@ -93,7 +96,12 @@ HONOURED: list[dict[str, Any]] = [
 @pytest.mark.parametrize("fields", HONOURED, ids=lambda fields: " ".join(map(str, fields.items()))[:80])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_it_answers_as_in_peft_and_merges(tiny_base, tiny_bases, tmp_path, fields, tied):
-    if tied and not {"lm_head"} & {*fields.get("modules_to_save", []), *fields["target_modules"]}:
+    changed = {
+        *fields.get("modules_to_save", []),
+        *fields["target_modules"],
+        *fields.get("trainable_token_indices", []),
+    }
+    if tied and not {"lm_head", 99} & changed:
         pytest.skip("nothing tied changes")
     base = tiny_bases("tied", tie_word_embeddings=True) if tied else tiny_base
     if "lora_bias" in fields:
@@ -152,7 +160,6 @@ def test_an_initialisation_that_changes_the_base_is_refused_until_it_is_converte
         ({"init_lora_weights": "lora_ga"}, "convert it with PEFT"),
         ({"init_lora_weights": "loftq"}, "save the base that LoftQ made"),
         ({"init_lora_weights": "of_2027"}, "convert it with PEFT"),
-        ({"trainable_token_indices": [5]}, r"not supported by strategy 'lora': merge it .*merge_and_unload"),
         ({"alora_invocation_tokens": [5]}, "use it with PEFT"),
         ({"ensure_weight_tying": True}, "merge_and_unload"),
         ({"target_parameters": ["experts.down_proj"]}, "merge_and_unload"),
@@ -166,6 +173,42 @@ def test_what_is_not_supported_is_refused_with_the_remedy(tiny_base, tmp_path, f
     folder = rewrite(stock(tiny_base, tmp_path / "adapter", target_modules=["q_proj"]), **fields)
     with pytest.raises(InputError, match=message):
         ours(tiny_base, folder)
+
+
+RESIZED: list[dict[str, Any]] = [
+    {"trainable_token_indices": [300, 301, 40]},
+    {"trainable_token_indices": {"embed_tokens": [301], "lm_head": [300, 301]}},
+    {"modules_to_save": ["embed_tokens", "lm_head"]},
+    {"modules_to_save": ["lm_head"]},
+    {},
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fields", RESIZED, ids=lambda fields: " ".join(map(str, fields.items())) or "frozen")
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_an_adapter_of_a_resized_base_brings_the_new_rows_along(tiny_base, tiny_bases, tmp_path, fields, tied):
+    """PEFT saves the tables of a base that was resized, next to what trains."""
+    base = tiny_bases("tied", tie_word_embeddings=True) if tied else tiny_base
+    torch.manual_seed(1)
+    larger = load(base)
+    larger.resize_token_embeddings(302)
+    folder = stock(base, tmp_path / "adapter", model=larger, target_modules=["q_proj"], **fields)
+    ids = torch.tensor([[1, 300, 40, 99, 301, 300]])
+    model = load(base)
+    model.resize_token_embeddings(302)
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(model, folder).eval()(ids).logits
+        pool = AdapterPool(base, "none", precision="fp32", device="cpu")
+        alone = pool.model(IDS).logits
+        pool.load("a", folder)
+        assert torch.equal(pool.model(IDS).logits, alone)
+        pool.use("a")
+        torch.testing.assert_close(pool.model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+        merge(folder, tmp_path / "merged", base=str(base), dtype="fp32")
+        torch.testing.assert_close(load(tmp_path / "merged")(ids).logits, expected, atol=1e-4, rtol=1e-4)
+        pool.merge("a")
+        torch.testing.assert_close(pool.model(ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_embeddings_of_another_base_are_refused(tiny_base, tmp_path):

@@ -188,7 +188,9 @@ def test_a_resumed_run_gives_the_same_bytes(grown, recipe_of, monkeypatch):
 
 def test_nothing_to_do_is_said(make_recipe, said):
     run = tune(make_recipe(base={"resize_embeddings": True}))
-    assert "resize_embeddings: nothing to do: every token of the tokenizer has one of the 300 embeddings" in " ".join(said)
+    assert "resize_embeddings: nothing to do: every token of the tokenizer has one of the 300 embeddings" in " ".join(
+        said
+    )
     assert not run.base.added
     config = json.loads((run.directory / "adapter" / "adapter_config.json").read_text())
     assert config["trainable_token_indices"] is None
@@ -226,9 +228,7 @@ def test_adapters_with_and_without_new_rows_share_a_base(grown, recipe_of):
     assert pool.logits([text]).shape == (1, 300)
     with pytest.raises(InputError, match=r"prompt 1 uses token 300 '<\|call\|>', but base"):
         pool.generate([prompts[1]], ["plain"])
-    with pytest.raises(InputError, match="open the pool with embeddings=302"):
-        pool.unload("plain")
-        pool.merge("new")
+    pool.unload("plain")
     pool.unload("new")
     assert torch.equal(pool.logits([text]), expected)
 
