@@ -246,9 +246,7 @@ def _inspect_base(recipe: Recipe, run_plan: RunPlan, problems: _Problems) -> Non
         task, tokenizer = run_plan.task, run_plan.tokenizer
         run_plan.model = problems.attempt(lambda: skeleton(base.model, task.auto_class, base.trust_remote_code))
         if base.resize_embeddings and run_plan.model is not None and (tokenizer or not task.needs_tokenizer):
-            added = problems.attempt(
-                lambda: resize(run_plan.model, embeddings_wanted(recipe, tokenizer), base.model)  # type: ignore[arg-type]
-            )
+            added = problems.attempt(lambda: resize(run_plan.model, embeddings_wanted(recipe, tokenizer), base.model))
             if added is not None:
                 run_plan.notes.append(resize_note(added.start, added.stop))
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, GPT2Config, PhiConfig
 
 from budwood import AdapterPool, InputError
-from budwood.adapters.merge import merge
+from budwood.adapters.merge import export, merge
 from budwood.adapters.verify import verify
 from budwood.contract.strategy import RUN_ADAPTER
 from budwood.contract.types import Run
+from budwood.planning.composition import plan
 from budwood.recipe.schema import Recipe
 from budwood.training import loop
 from budwood.training.evaluate import evaluate_adapter
@@ -237,3 +238,114 @@ def plain_rows(adapter: Path) -> Path:
     path = adapter.parent.parent / "plain.jsonl"
     path.write_text('{"prompt": "model data:", "completion": " tokens"}\n' * 8)
     return path
+
+
+def small(path: Path, config: Any, auto: Any = AutoModelForCausalLM) -> Path:
+    """Save a random model of this configuration, of 300 embeddings, in place of the base's."""
+    torch.manual_seed(0)
+    for file in path.glob("*.safetensors"):
+        file.unlink()
+    auto.from_config(config).save_pretrained(path)
+    return path
+
+
+SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+OTHER = [
+    Gemma3TextConfig(  # scales its embeddings, which are tied
+        vocab_size=300, hidden_size=32, intermediate_size=32, num_key_value_heads=1, head_dim=16, **SMALL
+    ),
+    GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=128, pad_token_id=0),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("config", OTHER, ids=lambda config: config.model_type)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_other_architectures(grown, recipe_of, config, precision):
+    base = small(grown(), config)
+    run = tune(recipe_of(base, train={"precision": precision, "gradient_checkpointing": True}), quiet=True)
+    adapter = run.directory / "adapter"
+    assert verify(adapter).exact
+    torch.testing.assert_close(ours(base, adapter, IDS), stock(base, adapter, IDS), atol=1e-4, rtol=1e-4)
+
+
+def test_classification_has_no_rows_of_a_head(grown, recipe_of, write):
+    rows = [{"text": f"{NEW[i % 2]} model {i}", "label": "ab"[i % 2]} for i in range(12)]
+    data = str(write(rows, "classes.jsonl"))
+    recipe = recipe_of(grown(), base={"task": "sequence-classification"}, data={"train": data, "eval": data})
+    run = tune(recipe, quiet=True)
+    assert verify(run.directory / "adapter").exact
+    tensors = load_file(run.directory / "adapter" / "adapter_model.safetensors")
+    assert [key for key in tensors if "token_adapter" in key] == [
+        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    ]
+
+
+def test_adalora_with_new_rows_is_exported_as_lora(grown, recipe_of, tmp_path):
+    base = grown()
+    adapter = tune(recipe_of(base, strategies=[ADALORA]), quiet=True).directory / "adapter"
+    exported = export(adapter, tmp_path / "exported", "lora")
+    torch.testing.assert_close(ours(base, exported, IDS), ours(base, adapter, IDS), atol=1e-5, rtol=1e-5)
+
+
+def test_modules_that_train_whole_take_the_new_rows_along(grown, recipe_of):
+    base = grown()
+    whole = [{"lora": {"rank": 4, "modules_to_save": ["embed_tokens"]}}]
+    run = tune(recipe_of(base, strategies=whole), quiet=True)
+    adapter = run.directory / "adapter"
+    assert verify(adapter).exact
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert tensors["base_model.model.model.embed_tokens.weight"].shape == (302, 64)
+    assert "base_model.model.lm_head.token_adapter.trainable_tokens_delta" in tensors
+    torch.testing.assert_close(ours(base, adapter, IDS), stock(base, adapter, IDS), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "strategies", "message"),
+    [
+        ({"tie_word_embeddings": True}, [{"lora": {"modules_to_save": ["embed_tokens"]}}], "is tied to 'lm_head'"),
+        ({}, [{"lora": {"targets": ["q_proj", "lm_head"]}}], "'lm_head' is adapted or replaced whole, and rows of it"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(grown, recipe_of, changes, strategies, message):
+    with pytest.raises(InputError, match=message):
+        tune(recipe_of(grown(**changes), strategies=strategies), quiet=True)
+
+
+def test_a_head_with_a_bias_is_refused_before_the_run(grown, recipe_of, monkeypatch):
+    base = small(grown(), PhiConfig(vocab_size=300, hidden_size=32, intermediate_size=32, **SMALL))
+    monkeypatch.setattr("budwood.training.setup.load_base", None)
+    with pytest.raises(InputError, match=r"resize_embeddings: base '.*grown': its head has a bias, which PEFT leaves"):
+        tune(recipe_of(base), quiet=True)
+    assert "its head has a bias" in plan(recipe_of(base)).problems[0]
+
+
+def test_a_strategy_that_does_not_train_the_new_rows_is_refused(grown, recipe_of, monkeypatch):
+    monkeypatch.setattr("budwood_lora.adapter.new_tokens", lambda *_: {})
+    with pytest.raises(InputError, match="no strategy trains the 2 new embeddings: add an adapter that does"):
+        tune(recipe_of(grown()), quiet=True)
+
+
+def test_the_plan_says_what_is_resized(grown, recipe_of):
+    assert (
+        "embeddings resized from 300 to 302; the new rows begin as the mean of the old"
+        in plan(recipe_of(grown())).notes
+    )
+
+
+def test_a_teacher_with_fewer_embeddings_is_refused(grown, recipe_of, tiny_bases, tmp_path):
+    base = grown()
+    teacher = tmp_path / "teacher"
+    shutil.copytree(base, teacher)
+    for file in tiny_bases("other", seed=5).glob("*.safetensors"):
+        shutil.copy(file, teacher)
+    recipe = recipe_of(base, strategies=[{"lora": {}}, {"distillation": {"teacher": str(teacher)}}])
+    with pytest.raises(
+        InputError, match=r"teacher' has 300 embeddings, but the base has 302 tokens: resize the teacher"
+    ):
+        tune(recipe, quiet=True)
+
+
+def test_an_average_holds_the_new_rows(grown, recipe_of):
+    run = tune(recipe_of(grown(), strategies=[{"lora": {"rank": 4}}, {"ema": {}}]), quiet=True)
+    assert verify(run.directory / "adapter").exact
