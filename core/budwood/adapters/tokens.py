@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from budwood.adapters.peft_config import MERGE, PREFIX, SavedLowRankConfig
 from budwood.adapters.targets import base_modules
 from budwood.errors import CorruptError, InputError
-from budwood.model.embeddings import head_of
+from budwood.model.embeddings import head_of, table_of
 from budwood.untrusted.redaction import shorten
 
 if TYPE_CHECKING:
@@ -121,20 +121,20 @@ class TokenRows(nn.Module):
         return torch.where((ids[at] == x)[..., None], own.to(y.dtype), y)
 
 
-def new_tokens(model: Any, base: Base, whole: Collection[str] = ()) -> dict[str, list[int]]:
+def new_tokens(model: Any, base: Base | None, whole: Collection[str] = ()) -> dict[str, list[int]]:
     """Return which rows a run has to train, since its base was resized: token ids by the module's name.
 
     Args:
+        base: the base whose model it is; None while it has not been loaded.
         whole: full names of modules that train whole, in which the new rows train anyway.
 
     Raises:
         InputError: one of two tied modules trains whole.
     """
-    ids = list(base.added)
-    embedding, head = _ends(model)
-    ends = [path for path in (embedding, head) if path is not None]
+    ids = list(base.added) if base is not None else []
     if not ids:
         return {}
+    ends = [path for path in _ends(model) if path is not None]
     rest = [path for path in ends if not any(f"{path}.".startswith(f"{name}.") for name in whole)]
     if not _tied(model):
         return dict.fromkeys(rest, ids)
@@ -339,7 +339,7 @@ def _wrapped(model: Any, path: str) -> TokenRows:
 
 def _ends(model: Any) -> tuple[str | None, str | None]:
     """Return the full names of the input embeddings and of the head, None for what the model does not have."""
-    ends = (model.get_input_embeddings(), head_of(model))
+    ends = (table_of(model), head_of(model))
     paths = {id(module): path for path, module in model.named_modules()}
     return paths.get(id(ends[0])), paths.get(id(ends[1]))
 
@@ -380,4 +380,5 @@ def rows_needed(model: Any, name: str) -> int:
 
 def _tied(model: Any) -> bool:
     head: Any = head_of(model)
-    return head is not None and getattr(head, "weight", None) is model.get_input_embeddings().weight
+    weight = getattr(head, "weight", None)
+    return weight is not None and weight is getattr(table_of(model), "weight", None)

@@ -18,6 +18,15 @@ def vocabulary_of(tokenizer: Any) -> int:
     return int(max(tokenizer.get_vocab().values(), default=-1)) + 1
 
 
+def table_of(model: Any) -> nn.Module | None:
+    """Return the module of the input embeddings; None if the model has none."""
+    try:
+        table: nn.Module | None = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return table
+
+
 def head_of(model: Any) -> nn.Module | None:
     """Return the module that computes the logits of all tokens; None if the model has none."""
     head: nn.Module | None = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -42,7 +51,7 @@ def resize(model: Any, count: int, name: str) -> range:
     Raises:
         InputError: the model has tables of that size which would not be enlarged, or its head is no plain linear.
     """
-    embedding, head = _plain(model.get_input_embeddings()), _plain(head_of(model))
+    embedding, head = _plain(table_of(model)), _plain(head_of(model))
     old = getattr(embedding, "num_embeddings", None)
     if old is not None and count <= old:
         return range(old, old)
@@ -66,7 +75,7 @@ def resize_base(base: Base, count: int) -> None:
     base.notes.append(resize_note(base.added.start, count))
     if not base.added:
         return
-    ends: list[Any] = [base.model.get_input_embeddings(), head_of(base.model)]
+    ends: list[Any] = [table_of(base.model), head_of(base.model)]
     tables = {id(end.weight): end.weight for end in ends if end is not None}
     new = sum(len(base.added) * int(table.shape[1]) for table in tables.values())
     total = base.parameters + new
