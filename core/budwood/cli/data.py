@@ -22,6 +22,8 @@ def data(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show what training will see: examples with their loss mask, lengths, and what is truncated or dropped."""
+    from rich.console import Console
+
     from budwood.cli.streams import Output
     from budwood.contract.loading import create
     from budwood.data.build import build_examples
@@ -30,6 +32,7 @@ def data(
     from budwood.model.checkpoint import one_revision
     from budwood.model.limits import check_fits, default_length
     from budwood.recipe.data import encoding_options, recipe_skeleton, recipe_tokenizer
+    from budwood.training.encoding import encoding
 
     loaded = read_given(recipe, base, override or [])
     task = create(loaded.base.task, "budwood.tasks")
@@ -38,10 +41,13 @@ def data(
         model = recipe_skeleton(loaded, task.auto_class, tokenizer)
     loaded = loaded.with_length(default_length(model))
     options = {"tokenizer": tokenizer, "task": task, **encoding_options(loaded)}
-    train_data = build_examples(loaded.data.train, **options)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with encoding(loaded.data.train, console) as progress:
+        train_data = build_examples(loaded.data.train, **options, progress=progress)
     eval_data = None
     if loaded.data.eval is not None:
-        eval_data = build_examples(loaded.data.eval, **options, labels=train_data.labels or None)
+        with encoding(loaded.data.eval, console) as progress:
+            eval_data = build_examples(loaded.data.eval, **options, labels=train_data.labels or None, progress=progress)
     for examples in (train_data, eval_data):
         if examples is not None:
             check_fits(examples, model, tokenizer, loaded.base.model)

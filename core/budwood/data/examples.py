@@ -16,8 +16,8 @@ from budwood.data import cache
 from budwood.data.bad_rows import BadRows, Skipped
 from budwood.data.formats import DataFormat
 from budwood.data.ragged import Ragged
-from budwood.data.reading import Rows
 from budwood.data.recognition import recognise
+from budwood.data.rows import Rows
 from budwood.data.sources import Data, label, read_rows
 from budwood.errors import InputError
 
@@ -108,7 +108,7 @@ class Examples(Sequence[Example]):
         self.lengths: np.ndarray = arrays["lengths"]
         self.groups: np.ndarray = arrays["groups"]
         names = [name.removesuffix(".shapes") for name in arrays if name.endswith(".shapes")]
-        self._parts = {name: Ragged(arrays[f"{name}.values"], arrays[f"{name}.shapes"]) for name in names}
+        self._parts = {name: Ragged(_values(arrays, name), arrays[f"{name}.shapes"]) for name in names}
         self._inputs = [name for name in names if name.startswith("inputs/")]
 
     def __len__(self) -> int:
@@ -120,7 +120,7 @@ class Examples(Sequence[Example]):
         index = range(len(self))[index]
         return Example(
             inputs={name.removeprefix("inputs/"): self._parts[name][index] for name in self._inputs},
-            label_positions=self._parts["label_positions"][index],
+            label_positions=self._parts["label_positions"][index].astype(np.int64, copy=False),
             labels=self._parts["labels"][index],
             weights=self._parts["weights"][index],
             group=int(self.groups[index]),
@@ -135,8 +135,15 @@ class Examples(Sequence[Example]):
     @cached_property
     def keys(self) -> Sequence[Key]:
         """Identity of each example."""
+        if "numbers" in self._arrays:
+            return _RowKeys(self._arrays["rows"], self._arrays["numbers"])
         keys = self._arrays["keys"]
         return json.loads(keys.tobytes()) if keys.dtype == np.uint8 else keys.tolist()
+
+    @property
+    def label_counts(self) -> np.ndarray:
+        """Number of labels of each example, [n]."""
+        return self._parts["labels"].shapes[:, 0]
 
     def input_values(self, name: str) -> Ragged | None:
         """Return an input of all examples; None if they have no input of that name."""
@@ -209,6 +216,29 @@ class Examples(Sequence[Example]):
     def describe_dropped(self) -> str:
         """Reasons for dropped rows, each with its count and the location of its first row."""
         return _reasons(self.stats.dropped, self.stats.first_dropped)
+
+
+class _RowKeys(Sequence[Key]):
+    """Keys of examples that no strategy changed: the row, or "row.number" if there are several of it."""
+
+    def __init__(self, rows: np.ndarray, numbers: np.ndarray) -> None:
+        self._rows, self._numbers = rows, numbers
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row, number = int(self._rows[index]), int(self._numbers[index])
+        return row if number < 0 else f"{row}.{number}"
+
+
+def _values(arrays: cache.Arrays, name: str) -> np.ndarray:
+    """Return an array's values; weights that are not there are all 1."""
+    if f"{name}.values" in arrays:
+        return arrays[f"{name}.values"]
+    return np.broadcast_to(np.float32(1), int(arrays[f"{name}.shapes"].sum()))
 
 
 def _reasons(counts: Mapping[str, int], first: Mapping[str, str]) -> str:
@@ -312,7 +342,7 @@ def pack(examples: Sequence[Example], task: Any) -> cache.Arrays:
 
 def measure(arrays: cache.Arrays, labels: Sequence[str]) -> dict[str, Any]:
     """Return the fields of `DataStats` that describe packed examples."""
-    lengths, weights = arrays["lengths"], arrays["weights.values"]
+    lengths, weights = arrays["lengths"], _values(arrays, "weights")
     if not len(lengths):
         return {"examples": 0, "tokens": 0, "supervised": 0}
     return {

@@ -47,6 +47,7 @@ from budwood.recipe.data import embeddings_wanted, encoding_options, recipe_skel
 from budwood.recipe.schema import Recipe, build_composition, load_recipe
 from budwood.training.durability import changes
 from budwood.training.durability.resume import Resume
+from budwood.training.encoding import encoding
 from budwood.training.on_policy import updates_of
 from budwood.training.output import MANIFEST, SKIPPED, make_output, read_manifest
 from budwood.training.packing_check import check_packing
@@ -236,10 +237,13 @@ def read_data(run: Run, hooks: Composition, report: Report, date: str) -> None:
     data, train = run.recipe.data, run.recipe.train
     options: dict[str, Any] = {"tokenizer": run.tokenizer, "task": run.task, **encoding_options(run.recipe)}
     options["date"] = date
-    examples = build_examples(data.train, **options)
+    console = None if report.quiet or report.mute else report.console
+    with encoding(data.train, console) as progress:
+        examples = build_examples(data.train, **options, progress=progress)
     report.say(examples.describe())
     if data.eval is not None:
-        run.eval_examples = build_examples(data.eval, **options, labels=examples.labels or None)
+        with encoding(data.eval, console) as progress:
+            run.eval_examples = build_examples(data.eval, **options, labels=examples.labels or None, progress=progress)
         report.say(run.eval_examples.describe())
         shared = overlap(examples, run.eval_examples)
         if shared:
