@@ -208,13 +208,14 @@ def _layer(name: str, saved: SavedLowRankConfig) -> int | None:
 def saved_whole_modules(model: nn.Module, saved: SavedLowRankConfig, tensors: Collection[str]) -> list[str]:
     """Return the full names of the modules that a saved adapter replaces.
 
-    PEFT goes by the ends of names, and so takes `input_layernorm` for `norm`; what it took is in the file.
+    PEFT goes by the ends of names, and so takes `input_layernorm` for `norm`; what it took is in the file. Like PEFT,
+    this passes over names of which neither the model nor the file has a module.
 
     Args:
         tensors: the keys of the file.
 
     Raises:
-        CorruptError: the model has none of them.
+        CorruptError: the file has a module that the model does not have.
     """
     wanted = saved.modules_to_save or []
     modules = {name: module for name, module in base_modules(model) if name}
@@ -227,6 +228,6 @@ def saved_whole_modules(model: nn.Module, saved: SavedLowRankConfig, tensors: Co
             if n.endswith(end) and any(f"{PREFIX}{n}.{k}" in tensors for k in modules[n].state_dict())
         ]
         found += [name for name in (*sure, *taken) if name not in found]
-    if wanted and not found:
-        raise CorruptError(f"adapter_config.json: modules_to_save: the model has none of {', '.join(wanted)}.")
+        if not sure and not taken and any(f"{end}." in key for key in tensors):
+            raise CorruptError(f"adapter_config.json: modules_to_save: the model has no '{shorten(end)}'.")
     return found

@@ -136,6 +136,7 @@ def match_targets(
                 f"targets: the regular expression '{targets}' matches none of the linear modules, "
                 f"whose full names look like '{linear[0] if linear else ''}'."
             )
+        _reject_embedding(model, targets)
     else:
         chosen = []
         for target in targets:
@@ -212,6 +213,18 @@ def whole_modules(model: nn.Module, names: Sequence[str], task: Task, base: Base
 
 def _lies(name: str, outer: Collection[str]) -> bool:
     return any(f"{name}.".startswith(f"{path}.") for path in outer)
+
+
+def _reject_embedding(model: nn.Module, pattern: str) -> None:
+    """Reject an expression that also matches an embedding table, which PEFT would adapt."""
+    from torch import nn
+
+    for name, module in base_modules(model):
+        if isinstance(module, nn.Embedding) and matches(pattern, name):
+            raise InputError(
+                f"targets: the regular expression '{pattern}' matches '{name}', an embedding, which has no low-rank "
+                "updates: exclude it from the expression, or use modules_to_save for it."
+            )
 
 
 def _reject_target(model: nn.Module, target: str, linear: list[str]) -> None:
