@@ -349,3 +349,30 @@ def test_a_teacher_with_fewer_embeddings_is_refused(grown, recipe_of, tiny_bases
 def test_an_average_holds_the_new_rows(grown, recipe_of):
     run = tune(recipe_of(grown(), strategies=[{"lora": {"rank": 4}}, {"ema": {}}]), quiet=True)
     assert verify(run.directory / "adapter").exact
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_steps_gradient_is_that_of_the_whole_loss(grown, recipe_of, monkeypatch, tied):
+    """The step runs the head in chunks of rows; the reference is one plain forward of each example."""
+    compared = []
+    original = loop.sum_gradients
+
+    def compare(run: Run) -> None:
+        original(run)
+        rows = [p for group in run.groups if group.name == "tokens" for p in group.parameters.values()]
+        total, losses = 0, []
+        for example in run.examples:
+            ids = torch.from_numpy(example.inputs["input_ids"].astype("int64"))
+            logits = run.model(input_ids=ids[None]).logits[0][torch.from_numpy(example.label_positions)]
+            labels = torch.from_numpy(example.labels).long()
+            losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            total += len(labels)
+        expected = torch.autograd.grad(sum(losses) / total, rows)
+        for p, gradient in zip(rows, expected, strict=True):
+            assert gradient.abs().max() > 1e-4
+            torch.testing.assert_close(p.grad, gradient, atol=1e-5, rtol=1e-3)
+            compared.append(p)
+
+    monkeypatch.setattr(loop, "sum_gradients", compare)
+    tune(recipe_of(grown(tie_word_embeddings=tied), train={"steps": 1, "batch_examples": len(ROWS)}), quiet=True)
+    assert len(compared) == (1 if tied else 2)
