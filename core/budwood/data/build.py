@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from budwood.contract.discovery import find, installed
-from budwood.contract.examples import Example
 from budwood.contract.loading import create
 from budwood.data import cache
 from budwood.data.bad_rows import BadRows, count_reasons
@@ -21,12 +19,13 @@ from budwood.data.chat_formats import find_unused
 from budwood.data.chunk import BEYOND, Change, ChunkEncoder
 from budwood.data.classes import near_equal
 from budwood.data.encoder import Encoder
-from budwood.data.examples import DataStats, Examples, measure
+from budwood.data.examples import Examples, measure
 from budwood.data.formats import GROUP, all_dropped
 from budwood.data.recognition import recognise
 from budwood.data.rows import Rows
 from budwood.data.sources import Data, hash_data, read_rows
 from budwood.data.spool import Arrays, Spool
+from budwood.data.stats import DataStats
 from budwood.errors import InputError
 
 Progress = Callable[[int, int], None]
@@ -45,6 +44,7 @@ def build_examples(
     loss_on: str = "assistant",
     skip_bad_rows: bool = False,
     date: str | None = None,
+    as_chat: bool = False,
     progress: Progress | None = None,
     processes: int | None = None,
 ) -> Examples:
@@ -62,6 +62,7 @@ def build_examples(
         loss_on: "assistant", "last" or "all"; see `Encoder`.
         skip_bad_rows: skip and count rows that cannot be read or used; otherwise the first one is refused.
         date: the date for a chat template that writes one, as 2026-11-28; None: today's.
+        as_chat: render a prompt and its completion with the chat template; see `Encoder`.
         progress: is called with the number of rows encoded and of all rows.
         processes: number of processes that encode; None: one for each core if the file is large.
 
@@ -70,7 +71,7 @@ def build_examples(
             dropped; `BUDWOOD_CACHE_LIMIT` is not a size.
     """
     task = create(task, "budwood.tasks") if isinstance(task, str) else task
-    encoder = Encoder(tokenizer, max_length, template_options, labels, loss_on, date)
+    encoder = Encoder(tokenizer, max_length, template_options, labels, loss_on, date, as_chat)
     bad = BadRows(skip_bad_rows)
     if change is not None:
         spool = Spool(Path(tempfile.gettempdir()))
@@ -90,6 +91,7 @@ def build_examples(
         "loss_on": loss_on,
         "skip_bad_rows": skip_bad_rows,
         "date": encoder.date,
+        "as_chat": as_chat,
     }
     key = cache.make_key(tokenizer, options)
     entry = cache.load(folder, key) if key else None
@@ -105,13 +107,8 @@ def build_examples(
 def overlap(train: Examples, other: Examples) -> int:
     """Count the examples of `other` whose inputs equal those of an example of `train`."""
 
-    def digest(example: Example) -> bytes:
-        joined = b"".join(example.inputs[name].tobytes() for name in sorted(example.inputs))
-        return hashlib.blake2b(joined, digest_size=16).digest()
-
-    counts = Counter(map(digest, other))
-    shared = {value for value in map(digest, train) if value in counts} if counts else set()
-    return sum(counts[value] for value in shared)
+    shared = np.isin(other.input_hashes, train.input_hashes)
+    return int(shared.sum())
 
 
 def _encode(
@@ -180,6 +177,7 @@ def _encode(
         "max_length": max_length,
         "labels": classes,
         "date": encoder.date if encoder.rendered else None,
+        "rendered": encoder.rendered,
         "notes": [
             *rows.notes,
             *([f"columns ignored: {', '.join(unused)}"] if unused else []),

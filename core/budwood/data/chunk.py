@@ -18,7 +18,7 @@ from budwood.contract.examples import Example
 from budwood.data.bad_rows import BadRows, Skipped
 from budwood.data.chat_formats import check_unused
 from budwood.data.encoder import Encoder
-from budwood.data.examples import check_examples, pack
+from budwood.data.examples import check_examples, hash_inputs, pack
 from budwood.data.formats import DataFormat, Dropped
 from budwood.data.rows import Row, Rows, chunks
 from budwood.data.spool import Arrays
@@ -154,6 +154,7 @@ class ChunkEncoder:
                 hashes += map(_hash, new)
         if examples:
             chunk.arrays = _compact(pack(examples, self.task), numbers)
+            chunk.arrays["hashes"] = np.array([hash_inputs(example) for example in examples], dtype=np.uint64)
             chunk.hashes = np.array(hashes, dtype=np.uint64)
         chunk.bad, chunk.remarks = bad.rows, encoder.remarks
         chunk.stop_ids, chunk.rendered = encoder.stop_ids, encoder.rendered

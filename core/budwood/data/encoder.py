@@ -44,6 +44,7 @@ class Encoder:
         template_options: variables for the chat template, such as `enable_thinking`.
         loss_on: "assistant", "last" (only the last answer of a conversation) or "all" (prompts too).
         chat_template: used instead of the tokenizer's; None: the tokenizer's.
+        as_chat: whether a prompt and its completion are rendered as messages.
         rendered: whether the chat template was used.
         classes: names of the classes that labels index.
         remarks: number of occurrences of each remark to the user.
@@ -58,7 +59,9 @@ class Encoder:
         labels: Sequence[str] | None = None,
         loss_on: str = "assistant",
         date: str | None = None,
+        as_chat: bool = False,
     ) -> None:
+        self.as_chat = as_chat
         self.tokenizer, self.max_length = tokenizer, max_length
         self.template_options = dict(template_options or {})
         self.loss_on = loss_on

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import mmap
 from collections.abc import Sequence
 
@@ -23,7 +24,8 @@ class Ragged:
         self._file = getattr(values, "_mmap", None)
         self._read = 0
         self.values, self.shapes = values.view(np.ndarray), shapes
-        self._starts = np.concatenate([[0], np.cumsum(shapes.prod(1, dtype=np.int64))])
+        ends = np.concatenate([[0], np.cumsum(shapes.prod(1, dtype=np.int64))])
+        self._starts, self._stops = ends[:-1], ends[1:]
 
     @classmethod
     def of(cls, arrays: Sequence[np.ndarray]) -> Ragged:
@@ -43,7 +45,7 @@ class Ragged:
         return len(self.shapes)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        array = self.values[self._starts[index] : self._starts[index + 1]].reshape(self.shapes[index])
+        array = self.values[self._starts[index] : self._stops[index]].reshape(self.shapes[index])
         if self._file is not None:
             self._read += max(array.nbytes, FAULT)
             if self._read > RESIDENT:
@@ -56,10 +58,17 @@ class Ragged:
         if self._file is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._file.madvise(mmap.MADV_DONTNEED)
 
+    def select(self, indices: np.ndarray) -> Ragged:
+        """Return the arrays at `indices`, ascending; they share `values`, which is not copied."""
+        chosen = copy.copy(self)
+        chosen.shapes = self.shapes[indices]
+        chosen._starts, chosen._stops = self._starts[indices], self._stops[indices]
+        return chosen
+
     def index_at(self, position: int) -> int:
         """Return the index of the array that holds `values[position]`."""
         return int(np.searchsorted(self._starts, position, side="right")) - 1
 
     def span(self, index: int) -> slice:
         """Slice of `values` that holds the array at `index`."""
-        return slice(int(self._starts[index]), int(self._starts[index + 1]))
+        return slice(int(self._starts[index]), int(self._stops[index]))
