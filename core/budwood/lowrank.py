@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from budwood.adapters.peft_layers import select_adapters as select_adapters
     from budwood.adapters.peft_layers import whole_groups as whole_groups
     from budwood.adapters.peft_layers import whole_tensors as whole_tensors
+    from budwood.adapters.tokens import fit_whole as fit_whole
+    from budwood.adapters.tokens import new_tokens as new_tokens
+    from budwood.adapters.tokens import saved_tokens as saved_tokens
+    from budwood.adapters.tokens import wrap_tokens as wrap_tokens
     from budwood.adapters.whole import check_replaced as check_replaced
     from budwood.adapters.whole import without_base_tensors as without_base_tensors
     from budwood.adapters.whole import wrap_whole as wrap_whole
@@ -62,6 +66,7 @@ _EXPORTS = {
         ),
         "budwood.adapters.peft_layers",
     ),
+    **dict.fromkeys(("fit_whole", "new_tokens", "saved_tokens", "wrap_tokens"), "budwood.adapters.tokens"),
     **dict.fromkeys(("check_replaced", "without_base_tensors", "wrap_whole"), "budwood.adapters.whole"),
     **dict.fromkeys(("frozen_linear", "low_rank_linear", "mixed_low_rank_linear"), "budwood.model.ops.linear"),
 }

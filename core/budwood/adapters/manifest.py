@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from budwood.model.base import Base
 
 FORMAT = 3
 """2: budwood.json carries its own hash. 3: `adapter_type` was `kind`."""
@@ -20,6 +23,7 @@ class BaseRecord(_Record):
     """The base that an adapter was trained on.
 
     `fingerprint` identifies its unquantised weights on disk. `revision` is the hub's commit, None for a folder.
+    `embeddings` is the number of token embeddings if the run resized them, 0 if not.
     """
 
     name: str
@@ -28,6 +32,20 @@ class BaseRecord(_Record):
     quantization: str = "none"
     double_quantization: bool = True
     dtype: str = "float32"
+    embeddings: int = Field(0, ge=0)
+
+    @classmethod
+    def of(cls, base: Base) -> BaseRecord:
+        """Record a loaded base."""
+        return cls(
+            name=base.name,
+            fingerprint=base.fingerprint,
+            revision=base.revision,
+            quantization=base.quantization,
+            double_quantization=base.double_quantization,
+            dtype=str(base.dtype).removeprefix("torch."),
+            embeddings=base.added.stop if base.added else 0,
+        )
 
 
 class HeldOutRecord(_Record):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from budwood.adapters.peft_config import PREFIX
 from budwood.adapters.store import SavedAdapter, template_hash, tokenizer_hash
 from budwood.errors import InputError
 from budwood.model.base import Base
@@ -13,8 +14,14 @@ def check_task(saved: SavedAdapter, task: str, base: Base) -> None:
     """Reject a different task or number of classes; note a different tokenizer, template or quantization.
 
     Raises:
-        InputError: the adapter is for another task or number of classes.
+        InputError: the adapter is for another task or number of classes, or lacks what the base's checkpoint lacks.
     """
+    lacking = [key for key in base.new if PREFIX + key not in saved.infos]
+    if lacking:
+        raise InputError(
+            f"{saved.directory}: holds no '{lacking[0]}', nor does the base's checkpoint, so it would be random: train "
+            "the adapter again, or add it to the base."
+        )
     manifest = saved.manifest
     if manifest is None:
         return

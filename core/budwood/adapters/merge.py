@@ -181,6 +181,7 @@ def _round(model: nn.Module, originals: dict[str, Tensor], target: torch.dtype) 
     worst = ("", -math.inf)
     for name, parameter in model.named_parameters():
         old, exact = originals[name].to(parameter.dtype), parameter.detach().clone()
+        old = torch.cat([old, exact[len(old) :]]) if len(old) < len(exact) else old  # rows for new tokens
         parameter.copy_(exact.to(target))
         if exact.equal(old):
             continue

@@ -28,23 +28,22 @@ WITHOUT_EFFECT = {
     "qalora_group_size", "revision", "runtime_config", "task_type",
 }  # fmt: skip
 """Fields that do not affect what a trained adapter computes, such as its initialisation."""
-_MERGE = "merge it into its base with PEFT (merge_and_unload), and use the result as a base"
+MERGE = "merge it into its base with PEFT (merge_and_unload), and use the result as a base"
 _PEFT = "use it with PEFT"
 REFUSED = {
     "alora_invocation_tokens": _PEFT,
     "arrow_config": _PEFT,
     "enable_lora": "it is of a PEFT before 0.3: save it again with that PEFT, merged into its base",
-    "ensure_weight_tying": _MERGE,
-    "kasa_config": _MERGE,
-    "layer_replication": _MERGE,
-    "lora_bias": _MERGE,
+    "ensure_weight_tying": MERGE,
+    "kasa_config": MERGE,
+    "layer_replication": MERGE,
+    "lora_bias": MERGE,
     "monteclora_config": _PEFT,
-    "target_parameters": _MERGE,
-    "trainable_token_indices": _MERGE,
-    "use_bdlora": _MERGE,
-    "use_dora": _MERGE,
+    "target_parameters": MERGE,
+    "use_bdlora": MERGE,
+    "use_dora": MERGE,
     "use_qalora": _PEFT,
-    "use_rslora": _MERGE,
+    "use_rslora": MERGE,
     "velora_config": _PEFT,
 }
 """Fields that change what an adapter computes, with the remedy where a method does not support them: unset, they mean
@@ -67,6 +66,7 @@ class SavedLowRankConfig(BaseModel):
     bias: Literal["none", "lora_only", "all"] = "none"
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
 
 Saved = TypeVar("Saved", bound=SavedLowRankConfig)
@@ -173,7 +173,7 @@ def saved_targets(model: nn.Module, saved: SavedLowRankConfig) -> list[str]:
             what = type(modules[name]).__name__
             raise InputError(
                 f"adapter_config.json: target_modules: '{name}' is no linear module ({what}), which is not supported: "
-                f"{_MERGE}."
+                f"{MERGE}."
             )
     return names
 
@@ -208,13 +208,14 @@ def _layer(name: str, saved: SavedLowRankConfig) -> int | None:
 def saved_whole_modules(model: nn.Module, saved: SavedLowRankConfig, tensors: Collection[str]) -> list[str]:
     """Return the full names of the modules that a saved adapter replaces.
 
-    PEFT goes by the ends of names, and so takes `input_layernorm` for `norm`; what it took is in the file.
+    PEFT goes by the ends of names, and so takes `input_layernorm` for `norm`; what it took is in the file. Like PEFT,
+    this passes over names of which neither the model nor the file has a module.
 
     Args:
         tensors: the keys of the file.
 
     Raises:
-        CorruptError: the model has none of them.
+        CorruptError: the file has a module that the model does not have.
     """
     wanted = saved.modules_to_save or []
     modules = {name: module for name, module in base_modules(model) if name}
@@ -227,6 +228,6 @@ def saved_whole_modules(model: nn.Module, saved: SavedLowRankConfig, tensors: Co
             if n.endswith(end) and any(f"{PREFIX}{n}.{k}" in tensors for k in modules[n].state_dict())
         ]
         found += [name for name in (*sure, *taken) if name not in found]
-    if wanted and not found:
-        raise CorruptError(f"adapter_config.json: modules_to_save: the model has none of {', '.join(wanted)}.")
+        if not sure and not taken and any(f"{end}." in key for key in tensors):
+            raise CorruptError(f"adapter_config.json: modules_to_save: the model has no '{shorten(end)}'.")
     return found

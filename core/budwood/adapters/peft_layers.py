@@ -19,9 +19,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from budwood.adapters.peft_config import PREFIX
+from budwood.adapters.tokens import merge_tokens, remove_tokens, rows_needed, select_tokens, token_rows, token_tensors
 from budwood.adapters.whole import saved_modules, untie
 from budwood.contract.types import ParameterGroup
 from budwood.errors import InputError
+from budwood.model.embeddings import resize
 from budwood.model.ops.linear import add_update, cast_factors, frozen_linear, low_rank_linear
 from budwood.model.quantizers import is_transposed, quantizer_of
 
@@ -177,30 +179,13 @@ def live_adapters(model: nn.Module) -> LiveAdapters | None:
 def adapter_layers(model: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
     """Yield the layers that hold parameters of the adapter `name`, each with the path of the base's module."""
     for path, module in _layers(model, name):
-        yield _canonical(path), module
+        yield canonical(path), module
 
 
 def _layers(model: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer) and name in module.lora_A:
             yield path, module
-
-
-def describe_adapter(model: nn.Module, name: str) -> str:
-    """Return on which modules the adapter `name` stands, for the user; empty if no layer of PEFT's is its."""
-    counts: dict[str, int] = {}
-    for path, _ in adapter_layers(model, name):
-        last = path.rpartition(".")[2]
-        counts[last] = counts.get(last, 0) + 1
-    whole = [_canonical(path) for path, _ in saved_modules(model, name)]
-    parts = (
-        [f"{sum(counts.values()):,} linears ({', '.join(f'{n} {last}' for last, n in counts.items())})"]
-        if counts
-        else []
-    )
-    if whole:
-        parts.append(f"whole: {', '.join(whole[:6])}" + (f" and {len(whole) - 6:,} more" if len(whole) > 6 else ""))
-    return "; ".join(parts)
 
 
 def known_to_peft(module: nn.Module) -> bool:
@@ -223,21 +208,28 @@ def add_to_weight(base: Any, update: Tensor) -> None:
 
 
 def whole_groups(model: nn.Module, name: str) -> list[ParameterGroup]:
-    """Return parameter groups of what the adapter `name` trains beside low-rank updates: whole modules and biases."""
+    """Return parameter groups of what the adapter `name` trains beside low-rank updates: whole modules, rows of
+    embeddings, and biases."""
     state = live_adapters(model)
     modules = {
         f"{path}.{key}": p for path, module in saved_modules(model, name) for key, p in module.named_parameters()
     }
     biases = {key: state.bias_parameters[key] for key in state.biases.get(name, {})} if state else {}
-    groups = [ParameterGroup("modules_to_save", modules), ParameterGroup("bias", biases, weight_decay=0.0)]
+    tokens = {key.removeprefix(PREFIX): rows for key, rows in token_tensors(model, name).items()}
+    groups = [
+        ParameterGroup("modules_to_save", modules),
+        ParameterGroup("tokens", tokens),
+        ParameterGroup("bias", biases, weight_decay=0.0),
+    ]
     return [group for group in groups if group.parameters]
 
 
 def whole_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Return the adapter's live whole modules and biases, in use or not, keyed as in PEFT's file."""
+    """Return the adapter's live whole modules, rows of embeddings and biases, keyed as in PEFT's file."""
     tensors = {
         f"{PREFIX}{path}.{k}": v for path, module in saved_modules(model, name) for k, v in module.state_dict().items()
     }
+    tensors |= {key: rows.data for key, rows in token_tensors(model, name).items()}
     state = live_adapters(model)
     return tensors | {PREFIX + key: value for key, value in (state.biases.get(name, {}) if state else {}).items()}
 
@@ -321,6 +313,7 @@ def _apply(model: nn.Module, state: LiveAdapters) -> None:
                 raise InputError(f"adapter '{name}' replaces whole modules and cannot share a batch with others.")
         for name in distinct & set(state.biases):
             raise InputError(f"adapter '{name}' replaces biases and cannot share a batch with others.")
+    select_tokens(model, distinct, single)
     for wrapper in wrappers:
         replaced = single in getattr(wrapper, "modules_to_save", {})
         wrapper.enable_adapters(replaced)
@@ -358,17 +351,23 @@ def remove_adapter(model: nn.Module, name: str) -> None:
                 module.delete_adapter(name, None)
                 if not module.modules_to_save:
                     setattr(model.get_submodule(parent), leaf, module.original_module)
+    remove_tokens(model, name)
     model.__dict__.pop("peft_config", None)
     if state is not None and not state.types:
         model.__dict__.pop(_STATE)
 
 
 def merge_whole_parts(model: nn.Module, name: str) -> None:
-    """Overwrite the base's modules and biases with the adapter's.
+    """Overwrite the base's modules, rows of embeddings and biases with the adapter's.
 
     Its method merges the low-rank updates afterwards, when the weights that change are no longer tied to others.
     """
-    untie(model, [path for path, _ in (*_layers(model, name), *saved_modules(model, name))])
+    if count := rows_needed(model, name):
+        resize(model, count, model.config.name_or_path)  # type: ignore[union-attr,arg-type]
+    tokens = list(token_rows(model, name))
+    alone = [] if any(name in rows.tied for _, rows in tokens) else tokens
+    untie(model, [path for path, _ in (*_layers(model, name), *saved_modules(model, name), *alone)])
+    merge_tokens(model, name)
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and name in getattr(module, "modules_to_save", {}):
             module.original_module.load_state_dict(module.modules_to_save[name].state_dict())
@@ -377,7 +376,7 @@ def merge_whole_parts(model: nn.Module, name: str) -> None:
         state.base_biases[key] = value.to(state.base_biases[key].dtype)  # type: ignore[union-attr]
 
 
-def _canonical(path: str) -> str:
+def canonical(path: str) -> str:
     """Return the path of the base's module, without the layers wrapped around it by other methods."""
     return ".".join(part for part in path.split(".") if part != "base_layer")
 
@@ -390,7 +389,7 @@ def _find_biases(model: nn.Module, name: str, selection: str) -> dict[str, nn.Pa
             parameters[f"{path}.base_layer.bias"] = bias
     if selection == "all":
         for path, module in model.named_modules():
-            bias, key = getattr(module, "bias", None), _canonical(path)
+            bias, key = getattr(module, "bias", None), canonical(path)
             if isinstance(bias, nn.Parameter) and key not in adapted:
                 parameters[f"{key}.bias"] = bias
     if not parameters:

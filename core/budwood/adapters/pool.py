@@ -20,7 +20,6 @@ from budwood.adapters.live import module_ids, serialised, unchanged_on_error
 from budwood.adapters.manifest import ChatRecord
 from budwood.adapters.match import check_task
 from budwood.adapters.owner import owner_options, start_owner
-from budwood.adapters.peft_config import PREFIX
 from budwood.adapters.store import SavedAdapter, read_adapter
 from budwood.adapters.use import use_adapters
 from budwood.contract.calls import ask_owner
@@ -31,6 +30,7 @@ from budwood.contract.strategy import Strategy
 from budwood.data.encoder import Encoder, encode_chat, encode_prompt
 from budwood.errors import BudwoodError, InputError, did_you_mean
 from budwood.model.base import Base, load_base, pick_device_precision
+from budwood.model.embeddings import resize_base
 from budwood.model.generate import Generated, generate
 from budwood.model.limits import check_tokens, positions_of
 from budwood.model.quiet import silence_libraries
@@ -78,6 +78,7 @@ class AdapterPool:
         precision: str = "auto",
         device: str = "auto",
         double_quantization: bool = True,
+        embeddings: int = 0,
     ) -> None:
         """Load the base.
 
@@ -89,6 +90,8 @@ class AdapterPool:
             precision: fp32, bf16, fp16, or auto: the fastest on this machine.
             device: cpu, cuda, or auto.
             double_quantization: also quantise the constants of nf4 and fp4.
+            embeddings: least number of token embeddings; the base is resized to it, as in a run with
+                `base.resize_embeddings`. An adapter that has rows for new tokens brings them along without it.
 
         Raises:
             InputError: there is no such base, quantization or task.
@@ -105,6 +108,8 @@ class AdapterPool:
                 base, quantization, self.task_plugin.auto_class, dtype, chosen, double_quantization=double_quantization,
                 model_kwargs=kwargs, needs_tokenizer=tokenizer,
             )  # fmt: skip
+        if embeddings:
+            resize_base(base, embeddings)
         self.base = base
         self.model: nn.Module = base.model.eval().requires_grad_(False)
         self.tokenizer = base.tokenizer
@@ -157,12 +162,6 @@ class AdapterPool:
             allow_other_base=allow_other_base,
         )
         check_task(saved, self.task, self.base)
-        lacking = [key for key in self.base.new if PREFIX + key not in saved.infos]
-        if lacking:
-            raise InputError(
-                f"{directory}: holds no '{lacking[0]}', nor does the base's checkpoint, so it would be random: train "
-                "the adapter again, or add it to the base."
-            )
         owner = self._owner(saved)
         key = next(self._keys)
         tensors = saved.load_tensors()
@@ -248,6 +247,7 @@ class AdapterPool:
         try:
             for rows in self._groups(adapters):
                 own = [adapters[i] for i in rows]
+                self._select(own)
                 group_answers = generate(
                     self.base.model, self.tokenizer, [encoded[i] for i in rows], max_new_tokens=max_new_tokens,
                     temperature=temperature, top_p=top_p, seed=seed, stop=stop,
@@ -268,12 +268,12 @@ class AdapterPool:
     def logits(self, prompts: Sequence[Prompt | Example]) -> Tensor:
         """Return the logits after each prompt with the adapter in use, [prompts, vocabulary or classes] fp32, CPU."""
         rows = [p if isinstance(p, Example) else self._encode(p, self.current) for p in prompts]
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row, Example):
-                check_tokens(row, self.model, self.tokenizer, f"prompt {number}")
         probes = [row if isinstance(row, Example) else as_probe(row) for row in rows]
         dtype = torch.float32 if self.current is None else self.base.dtype
         with self._own_selection():
+            for number, row in enumerate(rows, 1):
+                if not isinstance(row, Example):
+                    check_tokens(row, self.model, self.tokenizer, f"prompt {number}")
             return measure(self.task_plugin, self.model, self.tokenizer, probes, dtype)
 
     @serialised

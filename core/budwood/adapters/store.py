@@ -160,14 +160,7 @@ def write_adapter(
         manifest = Manifest(
             adapter_type=adapter_type,
             distribution=distribution,
-            base=BaseRecord(
-                name=base.name,
-                fingerprint=base.fingerprint,
-                revision=base.revision,
-                quantization=base.quantization,
-                double_quantization=base.double_quantization,
-                dtype=str(base.dtype).removeprefix("torch."),
-            ),
+            base=BaseRecord.of(base),
             task=task,
             labels=list(labels),
             tokenizer=tokenizer_hash(tokenizer),

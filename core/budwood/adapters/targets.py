@@ -77,13 +77,18 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
+    from budwood.adapters.tokens import TokenRows
+
     wrapper = " "  # prefix of the current adapted layer, whose children are not modules of the model itself
     for name, module in model.named_modules():
         if name.startswith(wrapper):
             continue
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper | TokenRows):
             wrapper = f"{name}."
-            module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+            if isinstance(module, TokenRows):
+                module = module.base_layer
+            else:
+                module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
         yield name, module
 
 
@@ -131,6 +136,7 @@ def match_targets(
                 f"targets: the regular expression '{targets}' matches none of the linear modules, "
                 f"whose full names look like '{linear[0] if linear else ''}'."
             )
+        _reject_embedding(model, targets)
     else:
         chosen = []
         for target in targets:
@@ -207,6 +213,18 @@ def whole_modules(model: nn.Module, names: Sequence[str], task: Task, base: Base
 
 def _lies(name: str, outer: Collection[str]) -> bool:
     return any(f"{name}.".startswith(f"{path}.") for path in outer)
+
+
+def _reject_embedding(model: nn.Module, pattern: str) -> None:
+    """Reject an expression that also matches an embedding table, which PEFT would adapt."""
+    from torch import nn
+
+    for name, module in base_modules(model):
+        if isinstance(module, nn.Embedding) and matches(pattern, name):
+            raise InputError(
+                f"targets: the regular expression '{pattern}' matches '{name}', an embedding, which has no low-rank "
+                "updates: exclude it from the expression, or use modules_to_save for it."
+            )
 
 
 def _reject_target(model: nn.Module, target: str, linear: list[str]) -> None:

@@ -12,9 +12,11 @@ from budwood.adapters.manifest import GoldenRecord
 from budwood.adapters.peft_config import TASK_TYPES
 from budwood.adapters.pool import AdapterPool
 from budwood.adapters.store import GOLDEN, SavedAdapter, read_adapter
+from budwood.contract.loading import create
 from budwood.errors import CorruptError, InputError
-from budwood.model.base import check_base, fingerprint
+from budwood.model.base import check_base, fingerprint, skeleton
 from budwood.model.checkpoint import one_revision, would_fetch
+from budwood.model.limits import embeddings_of
 from budwood.untrusted.redaction import shorten
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -107,7 +109,24 @@ def open_pool(
             precision=precision or (PRECISIONS.get(recorded.dtype, "auto") if recorded else "auto"),
             device=device,
             double_quantization=recorded.double_quantization if recorded else True,
+            embeddings=_embeddings(saved, name, task),
         )
+
+
+def _embeddings(saved: SavedAdapter, base: str, task: str) -> int:
+    """Return to how many token embeddings the base was resized for the adapter; 0 if it was not.
+
+    Raises:
+        CorruptError: the adapter cannot hold so many new rows.
+    """
+    recorded = saved.manifest.base.embeddings if saved.manifest else 0
+    if not recorded:
+        return 0
+    rows = embeddings_of(skeleton(base, create(task, "budwood.tasks").auto_class)) or 0
+    most = max(info.shape[0] if info.shape else 0 for info in saved.infos.values())
+    if recorded > rows + most:
+        raise CorruptError(f"{saved.directory}: {recorded:,} embeddings, but the adapter holds at most {most:,} new.")
+    return recorded if recorded > rows else 0
 
 
 def _task_of_stock(saved: SavedAdapter) -> tuple[str, list[str]]:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from budwood.adapters.peft_config import PREFIX
 from budwood.adapters.targets import base_modules
+from budwood.adapters.tokens import TokenRows
 from budwood.errors import InputError
+from budwood.model.embeddings import head_of
 
 
 def wrap_whole(model: nn.Module, paths: Iterable[str], name: str) -> None:
@@ -28,7 +30,7 @@ def wrap_whole(model: nn.Module, paths: Iterable[str], name: str) -> None:
         if isinstance(module, ModulesToSaveWrapper):
             module.update(name)
             continue
-        if any(isinstance(part, LoraLayer | AuxiliaryTrainingWrapper) for part in module.modules()):
+        if any(isinstance(part, LoraLayer | AuxiliaryTrainingWrapper | TokenRows) for part in module.modules()):
             raise InputError(f"'{path}' is replaced whole, and another adapter stands on it: unload that one first.")
         setattr(model.get_submodule(parent), leaf, ModulesToSaveWrapper(module, name))
 
@@ -42,8 +44,10 @@ def check_replaced(model: nn.Module, paths: Iterable[str]) -> None:
     for path in paths:
         parts = path.split(".")
         for end in range(1, len(parts) + 1):
-            if isinstance(model.get_submodule(".".join(parts[:end])), AuxiliaryTrainingWrapper):
-                raise InputError(f"'{path}' is adapted, and another adapter replaces it whole: unload that one first.")
+            if isinstance(model.get_submodule(".".join(parts[:end])), AuxiliaryTrainingWrapper | TokenRows):
+                raise InputError(
+                    f"'{path}' is adapted, and another adapter replaces it, whole or in rows: unload that one first."
+                )
 
 
 def saved_modules(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -86,7 +90,8 @@ def without_base_tensors(model: nn.Module, tensors: Mapping[str, Tensor], expect
     for path, module in base_modules(model):
         embeds = isinstance(module, nn.Embedding) or module in _ends(model)
         for key, value in module.named_parameters(recurse=False) if embeds else ():
-            for saved in (f"{PREFIX}{path}.base_layer.{key}", f"{PREFIX}{path}.{key}"):
+            for inner in ("", "base_layer.", "token_adapter.base_layer.", "original_module."):
+                saved = f"{PREFIX}{path}.{inner}{key}"
                 if saved not in found or saved in own:
                     continue
                 if not _equal(found[saved], value):
@@ -105,5 +110,8 @@ def _equal(saved: Tensor, value: Tensor) -> bool:
 
 
 def _ends(model: nn.Module) -> list[nn.Module]:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    return [head.get_base_layer() if isinstance(head, LoraLayer) else head] if head is not None else []
+    head = head_of(model)
+    if head is None:
+        return []
+    own = next(path for path, module in model.named_modules() if module is head)
+    return [module for path, module in base_modules(model) if path == own]

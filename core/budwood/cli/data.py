@@ -29,10 +29,9 @@ def data(
     from budwood.data.build import build_examples
     from budwood.data.display import make_report, show_report
     from budwood.data.packing import plan_epoch
-    from budwood.model.base import skeleton
     from budwood.model.checkpoint import one_revision
     from budwood.model.limits import check_fits, default_length
-    from budwood.recipe.data import chat_note, encoding_options, recipe_tokenizer
+    from budwood.recipe.data import chat_note, encoding_options, recipe_skeleton, recipe_tokenizer
     from budwood.training.encoding import encoding
     from budwood.training.run_data import choose_for, split_held_out
 
@@ -40,7 +39,7 @@ def data(
     task = create(loaded.base.task, "budwood.tasks")
     with one_revision(loaded.base.model, loaded.base.revision):
         tokenizer = recipe_tokenizer(loaded) if task.needs_tokenizer else None
-        model = skeleton(loaded.base.model, task.auto_class, loaded.base.trust_remote_code)
+        model = recipe_skeleton(loaded, task.auto_class, tokenizer)
     loaded = loaded.with_length(default_length(model))
     options = {"tokenizer": tokenizer, "task": task, **encoding_options(loaded)}
     console = Console(stderr=True, highlight=False, soft_wrap=True)

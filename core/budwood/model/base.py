@@ -75,6 +75,7 @@ class Base:
             pooler. They have to train whole, and be saved with the adapter.
         notes: lines for the user.
         double_quantization: whether a 4-bit quantiser also quantises its constants.
+        added: token ids whose embeddings are not in the checkpoint; see `resize_base`. Their rows have to train.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Base:
     new: tuple[str, ...]
     notes: list[str]
     double_quantization: bool = True
+    added: range = range(0)
 
     @property
     def revision(self) -> str | None:

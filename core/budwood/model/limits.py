@@ -114,6 +114,6 @@ def check_tokens(ids: Any, model: Any, tokenizer: Any, where: str) -> None:
 def _no_embedding(token: int, count: int, tokenizer: Any, name: str) -> str:
     return (
         f"token {token} '{tokenizer.convert_ids_to_tokens(token)}', but base '{name}' has {count:,} embeddings: the "
-        "token was added to its tokenizer alone. Resize the base with model.resize_token_embeddings(len(tokenizer)) "
-        "and save it, or do without the token."
+        "token was added to its tokenizer alone. Train an embedding for it with base.resize_embeddings: true, or do "
+        "without the token."
     )

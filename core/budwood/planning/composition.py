@@ -26,8 +26,10 @@ from budwood.data.sources import label
 from budwood.errors import BudwoodError, InputError
 from budwood.model.base import check_base, load_tokenizer, pick_device_precision, skeleton
 from budwood.model.checkpoint import one_revision
+from budwood.model.embeddings import resize, resize_note
 from budwood.model.quiet import silence_libraries
 from budwood.model.task import Task
+from budwood.recipe.data import embeddings_wanted
 from budwood.recipe.file import UNKNOWN
 from budwood.recipe.schema import QUANTIZERS, TASKS, Recipe, read_recipe
 from budwood.recipe.sections import Choice
@@ -241,9 +243,12 @@ def _inspect_base(recipe: Recipe, run_plan: RunPlan, problems: _Problems) -> Non
     if run_plan.task is None or run_plan.task.needs_tokenizer:
         run_plan.tokenizer = problems.attempt(lambda: load_tokenizer(base.model))
     if run_plan.task is not None:
-        run_plan.model = problems.attempt(
-            lambda: skeleton(base.model, run_plan.task.auto_class, base.trust_remote_code)
-        )
+        task, tokenizer = run_plan.task, run_plan.tokenizer
+        run_plan.model = problems.attempt(lambda: skeleton(base.model, task.auto_class, base.trust_remote_code))
+        if base.resize_embeddings and run_plan.model is not None and (tokenizer or not task.needs_tokenizer):
+            added = problems.attempt(lambda: resize(run_plan.model, embeddings_wanted(recipe, tokenizer), base.model))
+            if added is not None:
+                run_plan.notes.append(resize_note(added.start, added.stop))
 
 
 def _inspect_machine(recipe: Recipe, notes: list[str], problems: _Problems) -> None:

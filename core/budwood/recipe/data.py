@@ -7,7 +7,8 @@ from typing import Any
 from budwood.data.chat_formats import PromptCompletion
 from budwood.data.examples import Examples
 from budwood.errors import InputError
-from budwood.model.checks import load_tokenizer
+from budwood.model.checks import load_tokenizer, skeleton
+from budwood.model.embeddings import resize, vocabulary_of
 from budwood.recipe.schema import Recipe
 
 LARGEST = 1 << 20
@@ -38,6 +39,37 @@ def recipe_tokenizer(recipe: Recipe) -> Any:
         raise InputError(f"{where} is empty.")
     tokenizer.chat_template = template
     return tokenizer
+
+
+def recipe_skeleton(recipe: Recipe, auto_class: str, tokenizer: Any) -> Any:
+    """Build the base's modules on the meta device, with embeddings for the tokenizer's tokens if the recipe says so.
+
+    Args:
+        tokenizer: None if the task needs none.
+
+    Raises:
+        InputError: see `skeleton` and `resize`; or the task has no tokens.
+        CorruptError: see `skeleton`.
+    """
+    base = recipe.base
+    model = skeleton(base.model, auto_class, base.trust_remote_code)
+    if base.resize_embeddings:
+        resize(model, embeddings_wanted(recipe, tokenizer), base.model)
+    return model
+
+
+def embeddings_wanted(recipe: Recipe, tokenizer: Any) -> int:
+    """Return the least number of embeddings that a recipe asks for; 0: as many as the base has.
+
+    Raises:
+        InputError: `base.resize_embeddings` is set, but the task has no tokenizer.
+    """
+    if not recipe.base.resize_embeddings:
+        return 0
+    if tokenizer is None:
+        where = recipe.where("base", "resize_embeddings")
+        raise InputError(f"{where}: base.resize_embeddings: {recipe.base.task} has no tokens: leave it out.")
+    return vocabulary_of(tokenizer)
 
 
 def encoding_options(recipe: Recipe) -> dict[str, Any]:

@@ -95,6 +95,11 @@ class BaseSection(Section):
     )
     quantization: str = Field("nf4", description="none, int8, nf4, fp4, or another installed quantiser")
     double_quantization: bool = Field(True, description="also quantise the constants of nf4 and fp4")
+    resize_embeddings: bool = Field(
+        False,
+        description="give tokens that only the tokenizer has an embedding: these rows of the embeddings and of the "
+        "head train and are saved with the adapter",
+    )
     task: str = Field("causal-lm", description="causal-lm, sequence-classification, or another installed task")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     device: str = Field(

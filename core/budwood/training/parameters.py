@@ -8,6 +8,7 @@ from budwood.contract.discovery import PluginError
 from budwood.contract.registry import Composition
 from budwood.contract.types import ParameterGroup, Run
 from budwood.errors import InputError
+from budwood.model.embeddings import head_of, table_of
 
 NOTHING_TRAINS = "strategies: none has trainable parameters: add an adapter such as lora."
 
@@ -48,6 +49,12 @@ def _check_new(run: Run) -> None:
             raise InputError(
                 f"base '{run.base.name}': '{path}' is not in the checkpoint, and no strategy trains it, so it would "
                 "stay random: add an adapter that trains it whole, such as lora."
+            )
+    for module in (table_of(run.model), head_of(run.model)) if run.base.added else ():
+        if module is not None and not any(parameter.requires_grad for parameter in module.parameters()):
+            raise InputError(
+                f"base.resize_embeddings: no strategy trains the {len(run.base.added):,} new embeddings: add an "
+                "adapter that does, such as lora, or resize the base with its own library and save it."
             )
 
 

@@ -32,14 +32,14 @@ from budwood.model.base import (
     fingerprint,
     load_base,
     pick_device_precision,
-    skeleton,
 )
+from budwood.model.embeddings import resize_base
 from budwood.model.experts import count_experts
 from budwood.model.limits import default_length
 from budwood.model.ops import attention
 from budwood.model.streaming import keep_heap
 from budwood.model.task import Task
-from budwood.recipe.data import recipe_tokenizer
+from budwood.recipe.data import embeddings_wanted, recipe_skeleton, recipe_tokenizer
 from budwood.recipe.schema import Recipe, build_composition, load_recipe
 from budwood.training.durability import changes
 from budwood.training.durability.resume import Resume
@@ -131,7 +131,7 @@ def prepare(
     trust = recipe.base.trust_remote_code
     if task.needs_tokenizer:
         run.tokenizer = recipe_tokenizer(recipe)
-    model = skeleton(recipe.base.model, task.auto_class, trust)
+    model = recipe_skeleton(recipe, task.auto_class, run.tokenizer)
     run.recipe = recipe = recipe.with_length(default_length(model))
     plan = Plan(recipe, hooks.strategies, recipe.train.steps, model, task=task, tokenizer=run.tokenizer)
     check_plan(plan, hooks)
@@ -156,6 +156,8 @@ def prepare(
     make_output(directory, overwrite, accelerator)
 
     run.base = _base(run, hooks, task, trust)
+    if recipe.base.resize_embeddings:
+        resize_base(run.base, embeddings_wanted(recipe, run.tokenizer))
     if device.type == "cpu":
         keep_heap()
     report.say(f"base {run.base.name}: " + "; ".join(run.base.notes))
@@ -250,7 +252,7 @@ def prepare_model(run: Run, hooks: Composition) -> Any:
 
 
 def _report_size(run: Run, report: Report) -> None:
-    from budwood.adapters.peft_layers import describe_adapter
+    from budwood.adapters.describe import describe_adapter
 
     trainable = sum(p.numel() for p in run.trainable)
     total = run.base.parameters + trainable

@@ -12,10 +12,12 @@ from budwood import CorruptError, InputError, copy_adapter_tensors
 from budwood.lowrank import (
     adapter_layers,
     add_to_weight,
+    fit_whole,
     merge_whole_parts,
     parse_saved_config,
     remove_adapter,
     saved_targets,
+    saved_tokens,
     saved_whole_modules,
     select_adapters,
     whole_tensors,
@@ -50,8 +52,10 @@ def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor],
     ranks = {path: rank for path, rank in _ranks(saved, targets, tensors).items() if rank}
     tensors = {key: tensor for key, tensor in tensors.items() if tensor.numel()}
     scaling = {path: _scale(saved, rank) for path, rank in ranks.items()}
+    tokens, tensors = saved_tokens(model, saved, tensors, whole)
     try:
-        add_adapter(model, name, ranks, scaling, saved.lora_dropout, whole, saved.bias)
+        add_adapter(model, name, ranks, scaling, saved.lora_dropout, whole, saved.bias, tokens)
+        fit_whole(model, name, tensors)
         slots = adapter_tensors(model, name)
         copy_adapter_tensors(slots, without_base_tensors(model, tensors, slots))
     except BaseException:
@@ -104,7 +108,10 @@ def as_lora(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[st
     return {k: getattr(v, "value", v) for k, v in fields.items()}, converted
 
 
-_SHARED = ("base_model_name_or_path", "bias", "lora_dropout", "modules_to_save", "revision", "task_type")
+_SHARED = (
+    "base_model_name_or_path", "bias", "lora_dropout", "modules_to_save", "revision", "task_type",
+    "trainable_token_indices",
+)  # fmt: skip
 
 
 def _parse(config: dict[str, Any]) -> SavedConfig:

@@ -13,7 +13,7 @@ from peft.tuners.adalora import AdaLoraLayer
 from torch import Tensor, nn
 
 from budwood import Run, linear_shape
-from budwood.lowrank import LowRankUpdate, check_replaced, register_adapter, wrap_whole
+from budwood.lowrank import LowRankUpdate, check_replaced, register_adapter, wrap_tokens, wrap_whole
 from budwood_adalora.options import TYPE
 
 WIDTH_STEP = 16
@@ -93,6 +93,7 @@ def add_adapter(
     dropout: float = 0.0,
     modules_to_save: Sequence[str] = (),
     bias: str = "none",
+    tokens: Mapping[str, list[int]] | None = None,
 ) -> None:
     """Add a new adapter to the model in place, in fp32 and inactive.
 
@@ -100,6 +101,7 @@ def add_adapter(
         ranks: rank of each adapted linear, by its path.
         scaling: factor of each update, likewise.
         modules_to_save: full names of modules that are fully trained.
+        tokens: token ids whose rows are trained, by full name of the embeddings or the head.
 
     Raises:
         InputError: another adapter replaces or adapts the same modules in a way that excludes this one.
@@ -113,6 +115,7 @@ def add_adapter(
             setattr(parent, leaf, module)
         module.add(name, rank, width, scaling[path], dropout)
     wrap_whole(model, modules_to_save, name)
+    wrap_tokens(model, tokens or {}, name)
     register_adapter(model, TYPE, name, SVDUpdate, bias)
 
 

@@ -71,7 +71,7 @@ class AdaLoRA(Strategy):
     def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
         import torch
 
-        from budwood.lowrank import adapter_layers, select_adapters
+        from budwood.lowrank import adapter_layers, new_tokens, select_adapters
         from budwood_adalora.importance import Importance
         from budwood_adalora.layers import add_adapter, scale
 
@@ -79,11 +79,12 @@ class AdaLoRA(Strategy):
         self._schedule = Schedule.of(options, run.steps or 0)
         self._modules_to_save = whole_modules(model, options.modules_to_save, run.task, run.base)
         self._paths = match_targets(model, options.targets, options.layers, self._modules_to_save)
+        self._tokens = new_tokens(model, run.base, self._modules_to_save)
         ranks = dict.fromkeys(self._paths, options.initial_rank)
         scaling = dict.fromkeys(self._paths, scale(options.alpha, options.initial_rank))
         with torch.random.fork_rng(devices=[]):  # the initialisation depends on the seed alone
             torch.manual_seed(run.seed)
-            add_adapter(model, RUN_ADAPTER, ranks, scaling, options.dropout, self._modules_to_save)
+            add_adapter(model, RUN_ADAPTER, ranks, scaling, options.dropout, self._modules_to_save, tokens=self._tokens)
         select_adapters(model, TYPE, [RUN_ADAPTER])
         self._layers: dict[str, SVDLinear] = dict(adapter_layers(model, RUN_ADAPTER))
         self._importance: Importance | None = Importance(self._triplets(), options.beta1, options.beta2)
@@ -198,6 +199,7 @@ class AdaLoRA(Strategy):
             target_modules=[path for path, rank in ranks.items() if rank],  # rank 0: the unchanged base module
             fan_in_fan_out=fan_in_fan_out(model, self._paths),
             modules_to_save=self._modules_to_save or None,
+            trainable_token_indices=self._tokens or None,
             tinit=self._schedule.initial,
             tfinal=self._schedule.final,
             deltaT=options.interval,

@@ -131,7 +131,13 @@ def _own_model(options: DistillationOptions, plan: Plan, student: Any) -> Teache
             raise InputError(f"'{name}' has no trained '{heads[0]}': use a model trained for {plan.task.name}.")
     if options.hidden_weight > 0:
         _check_width(name, frame, plan.model)
-    size = 0 if heads else min(_vocabulary(plan.tokenizer, plan.model), _vocabulary(plan.tokenizer, frame))
+    ours, theirs = _vocabulary(plan.tokenizer, plan.model), _vocabulary(plan.tokenizer, frame)
+    if theirs < ours:
+        raise InputError(
+            f"teacher: '{name}' has {theirs:,} embeddings, but the base has {ours:,} tokens: resize the teacher with "
+            "model.resize_token_embeddings(len(tokenizer)), and save it."
+        )
+    size = 0 if heads else ours
     positions = getattr(frame.config.get_text_config(), "max_position_embeddings", None) or 0
     return TeacherInfo(info.quantization, _classes(info) if heads else (), size, "", positions)
 

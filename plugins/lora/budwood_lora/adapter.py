@@ -24,11 +24,14 @@ from budwood.lowrank import (
     TASK_TYPES,
     adapter_layers,
     fan_in_fan_out,
+    fit_whole,
     merge_whole_parts,
+    new_tokens,
     parse_saved_config,
     remove_adapter,
     saved_pattern,
     saved_targets,
+    saved_tokens,
     saved_whole_modules,
     select_adapters,
     whole_groups,
@@ -53,6 +56,7 @@ def create(run: Run, model: nn.Module, options: LoRAOptions) -> LoraConfig:
         use_dora=options.dora,
         init_lora_weights=True if options.init == "default" else "gaussian",
         modules_to_save=whole or None,
+        trainable_token_indices=new_tokens(model, run.base, whole) or None,
         bias=options.bias,
         task_type=TASK_TYPES.get(run.recipe.base.task),
         base_model_name_or_path=run.recipe.base.model,
@@ -65,7 +69,7 @@ def create(run: Run, model: nn.Module, options: LoRAOptions) -> LoraConfig:
 
 
 def parameter_groups(model: nn.Module, options: LoRAOptions) -> list[ParameterGroup]:
-    """Return A and B of the run's adapter, with separate learning rates, and the fully trained modules."""
+    """Return A and B of the run's adapter, with separate learning rates, and what trains beside them."""
     down: dict[str, nn.Parameter] = {}
     up: dict[str, nn.Parameter] = {}
     for path, layer in adapter_layers(model, RUN_ADAPTER):
@@ -94,13 +98,18 @@ def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor],
     saved = parse_saved_config(TYPE, SavedConfig, config)
     targets = saved_targets(model, saved)
     resolved = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
+    resolved |= {"trainable_token_indices"}
     fields = saved.model_dump(exclude=resolved, exclude_none=True)
     fields |= {key: saved_pattern(getattr(saved, key), targets) for key in ("rank_pattern", "alpha_pattern")}
     fields["fan_in_fan_out"] = fan_in_fan_out(model, targets)
     whole = saved_whole_modules(model, saved, tensors)
-    lora_config = LoraConfig(**fields, target_modules=targets, modules_to_save=whole or None)
+    tokens, tensors = saved_tokens(model, saved, tensors, whole)
+    lora_config = LoraConfig(
+        **fields, target_modules=targets, modules_to_save=whole or None, trainable_token_indices=tokens or None
+    )
     try:
         add_adapter(model, lora_config, name)
+        fit_whole(model, name, tensors)
         slots = tensor_slots(model, name)
         copy_adapter_tensors(slots, without_base_tensors(model, tensors, slots))
     except BaseException:

@@ -18,6 +18,7 @@ from budwood.lowrank import (
     check_replaced,
     known_to_peft,
     register_adapter,
+    wrap_tokens,
     wrap_whole,
 )
 
@@ -64,7 +65,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str) -> None:
     """Add a new adapter called `name` to `model` in place, in fp32 and inactive.
 
     Args:
-        config: its targets are full names of linears, and its `modules_to_save` full names of modules.
+        config: its targets are full names of linears, and its `modules_to_save` and the keys of its
+            `trainable_token_indices` full names of modules.
 
     Raises:
         InputError: DoRA on linears that PEFT does not support; or another adapter replaces or adapts the same modules
@@ -73,8 +75,10 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str) -> None:
     check_replaced(model, config.target_modules or ())
     for path in sorted(config.target_modules or ()):
         _wrap_unsupported(model, path, config)
-    inject_adapter_in_model(replace(config, modules_to_save=None), model, name)  # PEFT goes by the ends of names
+    linears = replace(config, modules_to_save=None, trainable_token_indices=None)  # PEFT goes by the ends of names
+    inject_adapter_in_model(linears, model, name)
     wrap_whole(model, config.modules_to_save or (), name)
+    wrap_tokens(model, config.trainable_token_indices or {}, name)  # type: ignore[arg-type]  # a dict here
     for _, layer in adapter_layers(model, name):
         base = layer.get_base_layer()
         device = next(chain(base.parameters(), base.buffers())).device

@@ -18,6 +18,7 @@ from budwood.adapters.store import SavedAdapter, write_adapter
 from budwood.model.text_tasks import as_probe
 
 FAKE_BASE = SimpleNamespace(
+    added=range(0),
     double_quantization=True,
     name="tiny",
     fingerprint="f" * 64,

@@ -11,9 +11,10 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tests.conftest import make_base
+from transformers import AutoModelForCausalLM, PhiConfig
 
-from budwood import AdapterPool, InputError
+from budwood import AdapterPool, CorruptError, InputError
 from budwood.adapters.merge import merge
 from budwood.adapters.peft_config import REFUSED, honoured
 from budwood_adalora import options as adalora
@@ -27,13 +28,13 @@ def load(base: Path) -> Any:
 
 
 @torch.no_grad()
-def stock(base: Path, folder: Path, **fields: Any) -> Path:
+def stock(base: Path, folder: Path, model: Any = None, seed: int = 0, **fields: Any) -> Path:
     """Save an adapter of stock PEFT with every trained parameter moved away from where it began."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LoraConfig(**({"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | fields))
-    model = get_peft_model(load(base), config)
+    model = get_peft_model(load(base) if model is None else model, config)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad or "lora_" in name:
+        if parameter.requires_grad or "lora_" in name or "trainable_tokens_delta" in name:
             parameter.add_(torch.randn_like(parameter) * 0.05)
     model.save_pretrained(folder)
     return folder
@@ -85,6 +86,9 @@ HONOURED: list[dict[str, Any]] = [
     {"target_modules": "all-linear", "modules_to_save": ["layers.0.mlp"]},
     {"target_modules": ["q_proj", "lm_head"]},  # beside which PEFT saves the base's own head
     {"target_modules": ["q_proj"], "bias": "none", "lora_dropout": 0.5},
+    {"target_modules": ["q_proj"], "trainable_token_indices": [99, 40]},
+    {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [99, 40], "lm_head": [99, 40]}},
+    {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [40], "lm_head": [99, 7, 0]}},
     *({"target_modules": ["q_proj"], "init_lora_weights": init} for init in (False, "gaussian", "orthogonal", "mica")),
 ]
 
@@ -93,7 +97,12 @@ HONOURED: list[dict[str, Any]] = [
 @pytest.mark.parametrize("fields", HONOURED, ids=lambda fields: " ".join(map(str, fields.items()))[:80])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_it_answers_as_in_peft_and_merges(tiny_base, tiny_bases, tmp_path, fields, tied):
-    if tied and not {"lm_head"} & {*fields.get("modules_to_save", []), *fields["target_modules"]}:
+    changed = {
+        *fields.get("modules_to_save", []),
+        *fields["target_modules"],
+        *fields.get("trainable_token_indices", []),
+    }
+    if tied and not {"lm_head", 99} & changed:
         pytest.skip("nothing tied changes")
     base = tiny_bases("tied", tie_word_embeddings=True) if tied else tiny_base
     if "lora_bias" in fields:
@@ -152,7 +161,6 @@ def test_an_initialisation_that_changes_the_base_is_refused_until_it_is_converte
         ({"init_lora_weights": "lora_ga"}, "convert it with PEFT"),
         ({"init_lora_weights": "loftq"}, "save the base that LoftQ made"),
         ({"init_lora_weights": "of_2027"}, "convert it with PEFT"),
-        ({"trainable_token_indices": [5]}, r"not supported by strategy 'lora': merge it .*merge_and_unload"),
         ({"alora_invocation_tokens": [5]}, "use it with PEFT"),
         ({"ensure_weight_tying": True}, "merge_and_unload"),
         ({"target_parameters": ["experts.down_proj"]}, "merge_and_unload"),
@@ -166,6 +174,112 @@ def test_what_is_not_supported_is_refused_with_the_remedy(tiny_base, tmp_path, f
     folder = rewrite(stock(tiny_base, tmp_path / "adapter", target_modules=["q_proj"]), **fields)
     with pytest.raises(InputError, match=message):
         ours(tiny_base, folder)
+
+
+RESIZED: list[dict[str, Any]] = [
+    {"trainable_token_indices": [300, 301, 40]},
+    {"trainable_token_indices": {"embed_tokens": [301], "lm_head": [300, 301]}},
+    {"modules_to_save": ["embed_tokens", "lm_head"]},
+    {"modules_to_save": ["lm_head"]},
+    {},
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fields", RESIZED, ids=lambda fields: " ".join(map(str, fields.items())) or "frozen")
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_an_adapter_of_a_resized_base_brings_the_new_rows_along(tiny_base, tiny_bases, tmp_path, fields, tied):
+    """PEFT saves the tables of a base that was resized, next to what trains."""
+    base = tiny_bases("tied", tie_word_embeddings=True) if tied else tiny_base
+    torch.manual_seed(1)
+    larger = load(base)
+    larger.resize_token_embeddings(302)
+    folder = stock(base, tmp_path / "adapter", model=larger, target_modules=["q_proj"], **fields)
+    ids = torch.tensor([[1, 300, 40, 99, 301, 300]])
+    model = load(base)
+    model.resize_token_embeddings(302)
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(model, folder).eval()(ids).logits
+        pool = AdapterPool(base, "none", precision="fp32", device="cpu")
+        alone = pool.model(IDS).logits
+        pool.load("a", folder)
+        assert torch.equal(pool.model(IDS).logits, alone)
+        pool.use("a")
+        torch.testing.assert_close(pool.model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+        merge(folder, tmp_path / "merged", base=str(base), dtype="fp32")
+        torch.testing.assert_close(load(tmp_path / "merged")(ids).logits, expected, atol=1e-4, rtol=1e-4)
+        pool.merge("a")
+        torch.testing.assert_close(pool.model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+TOKENS: list[tuple[Any, type[Exception], str]] = [
+    ([-1, 5], CorruptError, "has a negative token id, or the same one twice"),
+    ([5, 5], CorruptError, "has a negative token id, or the same one twice"),
+    ([5], CorruptError, "trainable_token_indices: 1 rows of 'model.embed_tokens', but the file has 2"),
+    ({"no_such_module": [5, 6]}, CorruptError, "trainable_token_indices: the model has no 'no_such_module'"),
+    ({"lm_head": [5, 6]}, CorruptError, "2 rows of 'lm_head', but the file has 0"),
+    ({"q_proj": [5, 6]}, InputError, "'.*q_proj' is neither the input embeddings nor the head: merge it"),
+    ([5, 301], InputError, "has 300 rows, and the adapter has row 301 but not all before it"),
+    ([5, 10**12], InputError, "has 300 rows, and the adapter has row 1,000,000,000,000 but not all before it"),
+    ([5, "6"], CorruptError, "trainable_token_indices"),
+    (5, CorruptError, "trainable_token_indices"),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("value", "error", "message"), TOKENS, ids=lambda value: str(value)[:40])
+def test_token_indices_that_do_not_fit_are_refused(tiny_base, tmp_path, value, error, message):
+    folder = stock(tiny_base, tmp_path / "adapter", target_modules=["q_proj"], trainable_token_indices=[5, 6])
+    with pytest.raises(error, match=message):
+        ours(tiny_base, rewrite(folder, trainable_token_indices=value))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rows_of_a_head_with_a_bias_are_refused(tmp_path):
+    torch.manual_seed(0)
+    config = PhiConfig(vocab_size=300, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    base = make_base(tmp_path / "base")
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    folder = stock(base, tmp_path / "a", target_modules=["q_proj"], trainable_token_indices={"lm_head": [5, 6]})
+    with pytest.raises(InputError, match="'lm_head' is no plain embedding table and no linear without a bias"):
+        ours(base, folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "other",
+    [{"target_modules": ["lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
+    ids=["adapted", "whole"],
+)
+@pytest.mark.parametrize("first", [0, 1])
+def test_rows_of_a_module_and_what_changes_all_of_it_do_not_share_a_base(tiny_base, tmp_path, other, first):
+    rows = stock(tiny_base, tmp_path / "rows", target_modules=["q_proj"], trainable_token_indices={"lm_head": [5, 6]})
+    folders = [rows, stock(tiny_base, tmp_path / "other", **other)]
+    pool = AdapterPool(tiny_base, "none", precision="fp32", device="cpu")
+    expected = pool.model(IDS).logits
+    pool.load("first", folders[first])
+    with pytest.raises(InputError, match="'lm_head' is .*unload"):
+        pool.load("second", folders[1 - first])
+    pool.use("first")
+    assert not torch.equal(pool.model(IDS).logits, expected)
+    pool.unload("first")
+    assert torch.equal(pool.model(IDS).logits, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_adapters_may_have_rows_of_one_module(tiny_base, tmp_path):
+    tokens: list[Any] = [[5, 40], {"embed_tokens": [40, 99], "lm_head": [7]}]
+    folders = [
+        stock(tiny_base, tmp_path / str(i), target_modules=["q_proj"], trainable_token_indices=ids, seed=i)
+        for i, ids in enumerate(tokens)
+    ]
+    pool = AdapterPool(tiny_base, "none", precision="fp32", device="cpu")
+    for folder in folders:
+        pool.load(folder.name, folder)
+    for folder in folders:
+        pool.use(folder.name)
+        with torch.no_grad():
+            torch.testing.assert_close(pool.model(IDS).logits, pefts(tiny_base, folder), atol=1e-4, rtol=1e-4)
 
 
 def test_embeddings_of_another_base_are_refused(tiny_base, tmp_path):

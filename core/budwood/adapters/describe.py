@@ -1,0 +1,29 @@
+"""What an adapter on a live model stands on, for the user."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from budwood.adapters.peft_layers import adapter_layers, canonical
+from budwood.adapters.tokens import token_rows
+from budwood.adapters.whole import saved_modules
+
+
+def describe_adapter(model: nn.Module, name: str) -> str:
+    """Return on which modules the adapter `name` stands, for the user; empty if no layer of PEFT's is its."""
+    counts: dict[str, int] = {}
+    for path, _ in adapter_layers(model, name):
+        last = path.rpartition(".")[2]
+        counts[last] = counts.get(last, 0) + 1
+    whole = [canonical(path) for path, _ in saved_modules(model, name)]
+    parts = (
+        [f"{sum(counts.values()):,} linears ({', '.join(f'{n} {last}' for last, n in counts.items())})"]
+        if counts
+        else []
+    )
+    if whole:
+        parts.append(f"whole: {', '.join(whole[:6])}" + (f" and {len(whole) - 6:,} more" if len(whole) > 6 else ""))
+    parts += [
+        f"{len(rows.rows[name]):,} rows of {path}" for path, rows in token_rows(model, name) if name not in rows.tied
+    ]
+    return "; ".join(parts)
