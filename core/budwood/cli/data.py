@@ -22,6 +22,8 @@ def data(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show what training will see: examples with their loss mask, lengths, and what is truncated or dropped."""
+    from rich.console import Console
+
     from budwood.cli.streams import Output
     from budwood.contract.loading import create
     from budwood.data.build import build_examples
@@ -31,6 +33,7 @@ def data(
     from budwood.model.checkpoint import one_revision
     from budwood.model.limits import check_fits, default_length
     from budwood.recipe.data import chat_note, encoding_options, recipe_tokenizer
+    from budwood.training.encoding import encoding
     from budwood.training.run_data import split_held_out
 
     loaded = read_given(recipe, base, override or [])
@@ -40,10 +43,15 @@ def data(
         model = skeleton(loaded.base.model, task.auto_class, loaded.base.trust_remote_code)
     loaded = loaded.with_length(default_length(model))
     options = {"tokenizer": tokenizer, "task": task, **encoding_options(loaded)}
-    train_data = build_examples(loaded.data.train, **options)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with encoding(loaded.data.train, console) as progress:
+        train_data = build_examples(loaded.data.train, **options, progress=progress)
     eval_data = None
     if loaded.data.evaluated is not None:
-        eval_data = build_examples(loaded.data.evaluated, **options, labels=train_data.labels or None)
+        with encoding(loaded.data.evaluated, console) as progress:
+            eval_data = build_examples(
+                loaded.data.evaluated, **options, labels=train_data.labels or None, progress=progress
+            )
     for examples in (train_data, eval_data):
         if examples is not None:
             check_fits(examples, model, tokenizer, loaded.base.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -70,6 +71,15 @@ class Encoder:
         self.remarks: Counter[str] = Counter()
         end = getattr(tokenizer, "eos_token_id", None)
         self.stop_ids: set[int] = set() if end is None else {end}
+
+    def fresh(self) -> Encoder:
+        """Return a copy that has met no text: without remarks, learned classes, and stop tokens of a template."""
+        other = copy.copy(self)
+        other.remarks, other.rendered = Counter(), False
+        other.classes = Classes(self.classes.given)
+        end = getattr(self.tokenizer, "eos_token_id", None)
+        other.stop_ids = set() if end is None else {end}
+        return other
 
     @property
     def date(self) -> str | None:

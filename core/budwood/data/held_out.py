@@ -95,7 +95,7 @@ def _none(reason: str) -> HeldOut:
 
 def _units(examples: Examples, group_by: str | None, where: str) -> np.ndarray:
     """Return for each example the number of its unit, [n]: the smallest index of those it stays together with."""
-    parts = [examples.row_numbers, examples.groups, _input_hashes(examples)]
+    parts = [examples.row_numbers, examples.groups, examples.input_hashes]
     if group_by is not None:
         parts.append(_column_hashes(examples, group_by, where)[examples.row_numbers])
     labellings = [np.unique(part, return_inverse=True)[1] for part in parts]
@@ -138,17 +138,6 @@ def _shares(totals: np.ndarray, wanted: int) -> np.ndarray:
 def _class(examples: Examples, index: int) -> int:
     labels = examples[index].labels
     return int(labels[0]) if len(labels) else 0
-
-
-def _input_hashes(examples: Examples) -> np.ndarray:
-    """Return a hash of each example's inputs, [n] uint64."""
-    hashes = np.empty(len(examples), dtype=np.uint64)
-    for index, example in enumerate(examples):
-        digest = hashlib.blake2b(digest_size=8)
-        for name in sorted(example.inputs):
-            digest.update(example.inputs[name].tobytes())
-        hashes[index] = int.from_bytes(digest.digest(), "little")
-    return hashes
 
 
 def _column_hashes(examples: Examples, column: str, where: str) -> np.ndarray:

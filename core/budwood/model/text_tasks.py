@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from budwood.contract.examples import Batch, Example
 from budwood.contract.types import Outputs, Run
-from budwood.data.build import BEYOND, Encoded
+from budwood.data.chunk import BEYOND, Encoded
 from budwood.data.encoder import Encoder
 from budwood.data.formats import Dropped
 from budwood.data.packing import collate_tokens

@@ -17,6 +17,7 @@ from budwood.model.limits import check_fits
 from budwood.recipe.data import chat_note, encoding_options
 from budwood.recipe.schema import Recipe
 from budwood.training.durability.resume import Resume
+from budwood.training.encoding import encoding
 from budwood.training.on_policy import updates_of
 from budwood.training.report import Report
 
@@ -37,13 +38,18 @@ def read_data(
     data, train = run.recipe.data, run.recipe.train
     options: dict[str, Any] = {"tokenizer": run.tokenizer, "task": run.task, **encoding_options(run.recipe)}
     options["date"] = date
-    examples = build_examples(data.train, **options)
+    console = None if report.quiet or report.mute else report.console
+    with encoding(data.train, console) as progress:
+        examples = build_examples(data.train, **options, progress=progress)
     report.say(examples.describe())
     if note := chat_note(run.recipe, examples, run.tokenizer):
         report.say(note)
     check_fits(examples, model, run.tokenizer, run.recipe.base.model)
     if data.evaluated is not None:
-        run.eval_examples = build_examples(data.evaluated, **options, labels=examples.labels or None)
+        with encoding(data.evaluated, console) as progress:
+            run.eval_examples = build_examples(
+                data.evaluated, **options, labels=examples.labels or None, progress=progress
+            )
         report.say(run.eval_examples.describe())
         check_fits(run.eval_examples, model, run.tokenizer, run.recipe.base.model)
         shared = overlap(examples, run.eval_examples)
