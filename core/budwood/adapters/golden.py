@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Iterator, Sequence
@@ -153,6 +154,17 @@ class Distance:
             f"largest logit difference {self.largest:.2g}, divergence {self.divergence:.2g} nats, "
             f"top-1 agreement {self.agreement:.0%}"
         )
+
+
+def relative_error(base: Tensor, exact: Tensor, other: Tensor) -> float:
+    """Return |other - exact| / |exact - base|: an error as a fraction of an adapter's effect.
+
+    The norms are those of logits, [prompts, vocabulary or classes], less each row's mean, which no probability depends
+    on. Infinite if the adapter has no effect or a logit is not finite.
+    """
+    centred = [(logits - logits.mean(-1, keepdim=True)).double().cpu() for logits in (base, exact, other)]
+    effect, error = float((centred[1] - centred[0]).norm()), float((centred[2] - centred[1]).norm())
+    return error / effect if effect > 0 and math.isfinite(error) and math.isfinite(effect) else math.inf
 
 
 def measure(task: Task, model: nn.Module, tokenizer: Any, probes: Sequence[Example], dtype: torch.dtype) -> Tensor:

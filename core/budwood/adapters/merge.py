@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from budwood import __version__
-from budwood.adapters.golden import Distance, Golden, measure
+from budwood.adapters.golden import Distance, Golden, measure, relative_error
 from budwood.adapters.owner import start_owner
+from budwood.adapters.rounding import round_stochastically
 from budwood.adapters.store import CONFIG, GOLDEN, WEIGHTS, SavedAdapter, read_adapter
 from budwood.adapters.verify import base_name, open_pool
 from budwood.contract.calls import ask_owner
@@ -26,8 +27,8 @@ from budwood.model.text_tasks import as_probe
 from budwood.untrusted.files import complete_directory
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MAX_ROUNDED_AWAY = 0.05
-"""Largest fraction of an update that may be lost to rounding without `force`."""
+MAX_ERROR = 0.25
+"""Largest error of a merged model without `force`, as a fraction of the adapter's own effect."""
 EXACT = 1e-3
 """Largest difference of a logit between adapter and merged weights in fp32, relative to the largest logit."""
 RECORD = "budwood-merge.json"
@@ -44,6 +45,8 @@ class MergeReport:
         rounded_away: fraction of the update lost by rounding to `dtype`, 1 - <applied, update> / <update, update> over
             all changed weights: 0 if nothing is lost, 1 if every weight rounds back to its old value.
         worst: name of the weight with the largest loss, and its fraction.
+        error: distance of the merged model from the unquantised base with the adapter, as a fraction of the adapter's
+            distance from the base alone: of logits on the golden prompts, see `relative_error`.
         unquantized: distance of the merged model from the unquantised base with the adapter, on the golden prompts.
         recorded: distance of the merged model from the golden logits, which a quantised base may have produced; None
             without golden logits.
@@ -55,6 +58,7 @@ class MergeReport:
     weights: int
     rounded_away: float
     worst: tuple[str, float]
+    error: float
     unquantized: Distance
     recorded: Distance | None
     notes: list[str] = field(default_factory=list)
@@ -65,30 +69,32 @@ def merge(
     out: str | Path,
     *,
     base: str | None = None,
-    dtype: str = "bf16",
+    dtype: str | None = None,
     device: str = "cpu",
     force: bool = False,
     allow_other_base: bool = False,
 ) -> MergeReport:
     """Merge an adapter into the original, unquantised weights of its base and save a stock transformers folder.
 
-    The sum is computed in fp32 and rounded once. It takes 4 bytes of memory per parameter, plus 2 for the originals.
+    The sum is computed in fp32 and rounded once, to 16 bits stochastically with a fixed seed, since most updates are
+    smaller than the resolution of the dtype: rounding to the nearest would lose them. It takes 4 bytes of memory per
+    parameter, plus 2 for the originals.
 
     Args:
         directory: the adapter's folder.
         out: folder for the merged model; it may not exist yet.
         base: current location of the base; None: as recorded.
-        dtype: dtype of the merged weights: bf16, fp16 or fp32.
+        dtype: dtype of the merged weights: bf16, fp16 or fp32; None: fp16 if the base is stored in it, else bf16.
         device: device of the computation.
-        force: write even if more than 5 % of the update is rounded away.
+        force: write even if the merged model differs by more than a quarter of the adapter's effect.
         allow_other_base: merge into a base with a different fingerprint; recorded.
 
     Raises:
-        InputError: the base is quantised on disk, `out` exists, or too much would be rounded away. Nothing is written.
+        InputError: the base is quantised on disk, `out` exists, or rounding would change too much. Nothing is written.
         CorruptError: the merged model differs from what training recorded by more than the base alone does.
         PluginError: before rounding, the merged weights differ from base and adapter.
     """
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -98,8 +104,9 @@ def merge(
     pool = open_pool(
         saved, base, quantization="none", precision="fp32", device=device, allow_other_base=allow_other_base
     )
-    model, target = pool.model, DTYPES[dtype]
-    originals = _original_weights(model)
+    model, originals = pool.model, _original_weights(pool.model)
+    dtype = dtype or _default_dtype(pool.base.path)
+    target = DTYPES[dtype]
     notes = pool.load("adapter", saved.directory, allow_other_base=allow_other_base).notes
     golden = Golden.load(saved.directory / GOLDEN) if (saved.directory / GOLDEN).exists() and saved.manifest else None
     probes = golden.probes if golden else [as_probe(pool.tokenizer(text)["input_ids"]) for text in SENTENCES]
@@ -123,14 +130,15 @@ def merge(
         changed,
         rounded_away,
         worst,
+        relative_error(base_alone, with_adapter, merged),
         Distance.between(with_adapter, merged),
         Distance.between(golden.adapter, merged) if golden else None,
         notes,
     )
-    if rounded_away > MAX_ROUNDED_AWAY and not force:
+    if not report.error <= MAX_ERROR and not force:
         raise InputError(
-            f"{dtype} would round away {rounded_away:.0%} of the update ({report.unquantized}): "
-            "nothing was written. Use --dtype fp32, or --force."
+            f"rounding to {dtype} would change the answers by {report.error:.0%} of the adapter's effect, more than "
+            f"{MAX_ERROR:.0%} ({report.unquantized}): nothing was written. Use --dtype fp32, or --force."
         )
     if report.unquantized.is_another_model():
         raise InputError(
@@ -166,6 +174,12 @@ def _original_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: copies[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
+def _default_dtype(base: Path) -> str:
+    """Return fp16 if a base is stored in it, else bf16."""
+    config = read_config(base)
+    return "fp16" if (config.get("dtype") or config.get("torch_dtype")) == "float16" else "bf16"
+
+
 def _narrow_copy(value: Tensor) -> Tensor:
     for dtype in (torch.bfloat16, torch.float16):
         narrow = value.to(dtype)
@@ -185,6 +199,8 @@ def _round(model: nn.Module, originals: dict[str, Tensor], target: torch.dtype) 
         parameter.copy_(exact.to(target))
         if exact.equal(old):
             continue
+        if target != torch.float32:
+            parameter.copy_(round_stochastically(exact, target, name))
         delta, rounded = (exact - old).double(), (parameter - old.to(target).to(parameter.dtype)).double()
         square, kept = float((delta * delta).sum()), float((rounded * delta).sum())
         changed, update, applied = changed + 1, update + square, applied + kept

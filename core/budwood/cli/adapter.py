@@ -124,10 +124,13 @@ def merge(
     directory: Directory,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the merged model.")],
     base: Base = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="Dtype of the merged weights: bf16, fp16 or fp32.")] = "bf16",
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="bf16, fp16 or fp32. Default: fp16 for a base stored in it, else bf16."),
+    ] = None,
     device: Device = "cpu",
     force: Annotated[
-        bool, typer.Option("--force", help="Write even if rounding loses over 5 % of the update.")
+        bool, typer.Option("--force", help="Write even if rounding changes a quarter of the adapter's effect.")
     ] = False,
     allow_other_base: OtherBase = False,
     as_json: AsJson = False,
@@ -144,6 +147,7 @@ def merge(
     name, share = report.worst
     typer.echo(f"merged: {report.weights} weights changed, saved in {report.dtype} to {report.directory}")
     typer.echo(f"{report.dtype} rounds away {report.rounded_away:.1%} of the update (most in {name}: {share:.1%})")
+    typer.echo(f"error from rounding            {report.error:.1%} of the adapter's effect on the answers")
     typer.echo(f"vs. unquantised base + adapter {report.unquantized}")
     if report.recorded is not None:
         typer.echo(f"vs. what training recorded     {report.recorded}")

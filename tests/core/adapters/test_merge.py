@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from budwood import AdapterPool, CorruptError, InputError, PluginError
 from budwood.adapters import merge as merging
-from budwood.adapters.golden import Distance, Golden
+from budwood.adapters.golden import Distance, Golden, relative_error
 from budwood.adapters.merge import export, merge
+from budwood.adapters.rounding import round_stochastically
 from budwood.adapters.verify import verify
 
 PROMPTS = [[1, 40, 50, 60, 70], [1, 99, 7], [1, 200, 201, 202, 203, 204, 205]]
@@ -30,6 +31,10 @@ def pool_logits(base, adapter) -> torch.Tensor:
     pool.load("a", adapter)
     pool.use("a")
     return pool.logits(PROMPTS)
+
+
+def pool_alone(base) -> torch.Tensor:
+    return AdapterPool(base, precision="fp32", device="cpu").logits(PROMPTS)
 
 
 def test_merged_in_fp32_stock_transformers_gives_the_adapters_logits(saved, tiny_base, tmp_path):
@@ -63,17 +68,56 @@ def test_an_adapter_of_a_4_bit_base_merges_into_the_original_weights(tiny_base, 
     assert "quantization nf4 and is used with none" in report.notes[0]
 
 
-def test_an_update_below_the_resolution_of_bf16_is_rejected_and_nothing_is_written(tiny_bases, tmp_path, make_saved):
+def test_updates_below_the_resolution_of_bf16_survive_the_default_merge(tiny_bases, tmp_path, make_saved, monkeypatch):
     base = tiny_bases("half", dtype=torch.bfloat16)
-    folder = make_saved(base, tmp_path / "a", scale=1e-4)
-    with pytest.raises(InputError, match=r"round away \d+% of the update .*--dtype fp32, or --force"):
+    folder = make_saved(base, tmp_path / "a", scale=1e-2)
+    report = merge(folder, tmp_path / "merged")
+    assert report.dtype == "bf16" and report.rounded_away < 0.05 and report.error < 0.25
+    again = merge(folder, tmp_path / "again")
+    assert again.error == report.error, "the draw is fixed"
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "again"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    alone, adapted, merged = pool_alone(base), pool_logits(base, folder), stock_logits(tmp_path / "merged")
+    assert (merged - adapted).norm() < 0.4 * (adapted - alone).norm(), "on prompts that the merge did not see"
+    small = make_saved(base, tmp_path / "small", scale=3e-4)
+    stochastic = merge(small, tmp_path / "stochastic", force=True)
+    monkeypatch.setattr(merging, "round_stochastically", lambda values, target, name: values.to(target).float())
+    nearest = merge(small, tmp_path / "nearest", force=True)
+    assert stochastic.rounded_away < 0.05 < 0.2 < nearest.rounded_away, "of a smaller update the nearest loses more"
+
+
+def test_an_effect_smaller_than_the_rounding_is_rejected_and_nothing_is_written(tiny_bases, tmp_path, make_saved):
+    base = tiny_bases("half", dtype=torch.bfloat16)
+    folder = make_saved(base, tmp_path / "a", scale=1e-6)
+    with pytest.raises(InputError, match=r"by \d+% of the adapter's effect, more than 25% .*--dtype fp32, or --force"):
         merge(folder, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     report = merge(folder, tmp_path / "forced", force=True)
-    assert report.rounded_away > 0.5
-    assert 0 < report.worst[1] <= 1
+    assert report.error > 0.25
     assert json.loads((tmp_path / "forced" / "budwood-merge.json").read_text())["forced"] is True
-    assert merge(folder, tmp_path / "merged", dtype="fp32").rounded_away == 0
+    exact = merge(folder, tmp_path / "merged", dtype="fp32")
+    assert exact.rounded_away == 0 and exact.error < 0.25
+
+
+def test_a_base_in_fp16_is_merged_in_fp16(tiny_bases, tmp_path, make_saved):
+    base = tiny_bases("fp16", dtype=torch.float16)
+    report = merge(make_saved(base, tmp_path / "a"), tmp_path / "merged")
+    assert report.dtype == "fp16" and report.error < 0.01
+    assert {t.dtype for t in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.float16}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_takes_a_neighbour_and_its_mean_is_the_value(dtype):
+    numbers = torch.tensor([1.001, -1.001, 3e-9, -3e-9, 0.0, 1.0, -0.3, 2.0**-14 * 1.0001, 60000.0])
+    draws = torch.stack([round_stochastically(numbers, dtype, str(seed)) for seed in range(2000)])
+    assert torch.equal(draws.to(dtype).float(), draws), "they are numbers of the dtype"
+    assert all(len(draws[:, column].unique()) <= 2 for column in range(len(numbers)))
+    gap = draws.max(0).values - draws.min(0).values
+    assert ((draws - numbers).abs() <= gap.clamp(min=(numbers.to(dtype).float() - numbers).abs())).all()
+    error = (draws.double().mean(0) - numbers.double()).abs()
+    assert (error <= 4 * gap / 2 / 2000**0.5 + 1e-12).all(), "4 standard deviations of a mean, each at most gap / 2"
+    exact = numbers.to(dtype).float()
+    assert torch.equal(round_stochastically(exact, dtype, "x"), exact)
 
 
 def test_the_fraction_rounded_away_follows_the_formula():
@@ -86,9 +130,17 @@ def test_the_fraction_rounded_away_follows_the_formula():
         linear.weight += torch.tensor([[4 * step, 0.25 * step]])
     changed, share, worst = merging._round(linear, before, torch.bfloat16)
     assert changed == 1
-    assert linear.weight.tolist() == [[1 + 4 * step, 1.0]]
-    assert share == pytest.approx(0.25**2 / (16 + 0.25**2))
-    assert worst == ("weight", pytest.approx(share))
+    kept = float(linear.weight.detach()[0, 1] - 1)
+    assert linear.weight[0, 0] == 1 + 4 * step and kept in (0, step)
+    assert share == pytest.approx(max(1 - (16 + 0.25 * kept / step) / (16 + 0.25**2), 0))
+    assert worst == ("weight", pytest.approx(1 - (16 + 0.25 * kept / step) / (16 + 0.25**2)))
+
+
+def test_an_error_is_relative_to_the_effect():
+    base, exact = torch.zeros(2, 3), torch.tensor([[3.0, 0.0, -3.0], [0.0, 0.0, 0.0]])
+    assert relative_error(base, exact, exact + 5) == 0, "probabilities do not change"
+    assert relative_error(base, exact, exact * 1.1) == pytest.approx(0.1)
+    assert relative_error(base, base, exact) == relative_error(base, exact, exact * torch.nan) == float("inf")
 
 
 def test_adapters_of_stock_peft_merge_if_their_base_is_passed(stock, tiny_base, tmp_path):

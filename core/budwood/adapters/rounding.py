@@ -1,0 +1,33 @@
+"""Stochastic rounding to 16 bits, which keeps updates below the resolution of the dtype on average."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+
+def round_stochastically(values: Tensor, target: torch.dtype, name: str) -> Tensor:
+    """Round each value to one of its two neighbours in a 16-bit dtype, such that its expectation is the value.
+
+    The probability of the farther neighbour is the value's distance from the nearer one, in units of their distance
+    (Gupta et al., 2015). Values that the dtype represents stay the same, and the same name gives the same result.
+
+    Args:
+        values: fp32, of any shape; finite.
+        target: bfloat16 or float16.
+        name: seeds the draw.
+
+    Returns:
+        The rounded values, of the shape and dtype of `values`.
+    """
+    near = values.to(target)
+    nearest = near.to(values.dtype)
+    # Neighbours of one sign follow each other as integers, by growing magnitude.
+    grows = values.abs() > nearest.abs()
+    other = (near.view(torch.int16) + torch.where(grows, 1, -1).to(torch.int16)).view(target).to(values.dtype)
+    share = (values - nearest).abs() / (other - nearest).abs()
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    draw = torch.rand(values.shape, generator=generator).to(values.device)
+    return torch.where((values != nearest) & (draw < share), other, nearest)
