@@ -1,9 +1,9 @@
 """`python -m benchmarks.defaults`: do the defaults learn as well as the best settings of a sweep?
 
-Each cell is a kind of data, a number of rows and a strategy, on the small base of the demo. A sweep trains it at every
-learning rate of `RATES` with every length of `LENGTHS`, relative to the default's; a further run names nothing and takes
-the defaults. All are evaluated on the same rows, which none of them trains on. The score is the accuracy, the share of
-exact answers, or the likelihood of a token; 1 is what the best run of the cell reaches.
+Each cell is a kind of data, a number of rows and a strategy, on the small base of the demo. One run names nothing and
+takes the defaults; a sweep trains at every learning rate of `RATES` with every length of `LENGTHS`, relative to the
+default's. All are evaluated on the same rows, which none of them trains on. The score is the accuracy, the share of exact
+answers, or (chat, long text) the likelihood of a token; the ratio is to that of the best run of the cell.
 
 Held to: at least 0.95 in nine cells of ten, never below 0.8. Results are written as runs finish, and a run that is
 already there is not repeated.
@@ -110,17 +110,15 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
     }
     shutil.rmtree(output)
     return {
-        "key": task["key"], "score": score(metrics), "metrics": metrics, "steps": run.steps, "used": used,
+        "key": task["key"], "score": score(task["key"].split("/")[0], metrics), "metrics": metrics, "steps": run.steps, "used": used,
         "seconds": round(time.process_time() - started, 1),
     }  # fmt: skip
 
 
-def score(metrics: dict[str, float]) -> float:
+def score(kind: str, metrics: dict[str, float]) -> float:
     """Return a number to compare: higher is better, and its ratio to another has a meaning."""
-    for name in ("eval_accuracy", "eval_exact_match"):
-        if name in metrics:
-            return metrics[name]
-    return math.exp(-metrics["eval_loss"])
+    name = {"classification": "eval_accuracy", "short answers": "eval_exact_match"}.get(kind)
+    return metrics[name] if name else math.exp(-metrics["eval_loss"])
 
 
 class Sweep:
@@ -189,9 +187,8 @@ def report(results: dict[str, dict[str, Any]]) -> bool:
     if not ratios:
         return False
     good = sum(ratio >= GOOD for ratio in ratios) / len(ratios)
-    say(
-        f"at least {GOOD} of the best: {good:.0%} of {len(ratios)} cells (due: {SHARE:.0%}); lowest {min(ratios):.3f} (due: {LEAST})"
-    )
+    say(f"at least {GOOD} of the best: {good:.0%} of {len(ratios)} cells (due: {SHARE:.0%})")
+    say(f"lowest {min(ratios):.3f} (due: {LEAST})")
     return good >= SHARE and min(ratios) >= LEAST
 
 
