@@ -2,8 +2,8 @@
 
 Each cell is a kind of data, a number of rows and a strategy, on the small base of the demo. One run names nothing and
 takes the defaults; a sweep trains at every learning rate of `RATES` with every length of `LENGTHS`, relative to the
-default's. All are evaluated on the same rows, which none of them trains on. The score is the accuracy, the share of exact
-answers, or (chat, long text) the likelihood of a token; the ratio is to that of the best run of the cell.
+default's. All are evaluated on the same rows, which none of them trains on. The score is the accuracy, the share of
+exact answers, or (chat, long text) the likelihood of a token; the ratio is to that of the best run of the cell.
 
 Held to: at least 0.95 in nine cells of ten, never below 0.8. Results are written as runs finish, and a run that is
 already there is not repeated.
@@ -110,7 +110,8 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
     }
     shutil.rmtree(output)
     return {
-        "key": task["key"], "score": score(task["key"].split("/")[0], metrics), "metrics": metrics, "steps": run.steps, "used": used,
+        "key": task["key"], "score": score(task["key"].split("/")[0], metrics), "metrics": metrics,
+        "steps": run.steps, "used": used,
         "seconds": round(time.process_time() - started, 1),
     }  # fmt: skip
 
