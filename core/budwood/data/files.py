@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from budwood.errors import InputError, ResourceError, did_you_mean, first_line
+from budwood.errors import InputError, did_you_mean, unreadable
+from budwood.untrusted.hub import hub_errors
 from budwood.untrusted.redaction import shorten
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -27,7 +28,7 @@ def hash_files(files: Sequence[Path]) -> str:
     """Return the hex SHA-256 of a file, or of the names and bytes of several.
 
     Raises:
-        InputError: a file cannot be read.
+        ResourceError: a file cannot be read.
     """
     digest = hashlib.sha256()
     for path in files:
@@ -35,7 +36,7 @@ def hash_files(files: Sequence[Path]) -> str:
             with path.open("rb") as file:
                 file_digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
+            raise unreadable(path, error) from error
         if len(files) == 1:
             return file_digest
         digest.update(f"{path.name}\0{file_digest}\0".encode())
@@ -68,7 +69,7 @@ def find_files(path: str | Path, split: str | None = None, revision: str | None 
 
     Raises:
         InputError: the source is missing, empty, of an unknown type, or has several splits and none is given.
-        ResourceError: the hub cannot be reached.
+        ResourceError: a folder cannot be read, or the hub cannot be reached.
     """
     name, path = str(path), Path(path)
     try:
@@ -87,7 +88,7 @@ def find_files(path: str | Path, split: str | None = None, revision: str | None 
             raise InputError(f"{name}: a split ('{shorten(split)}') is for a folder or a hub name: leave it out.")
         return [_check_file(path)]
     except OSError as error:
-        raise InputError(f"{name}: cannot be read: {error.strerror or error}.") from error
+        raise unreadable(name, error) from error
 
 
 def _is_pattern(name: str) -> bool:
@@ -173,27 +174,11 @@ def _split_word(file: Path) -> str:
 
 def _from_hub(name: str, revision: str | None) -> Path:
     """Download the data files of a dataset to the hub's cache; return their folder."""
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
 
-    shown = f"'{name}'" if revision is None else f"'{name}' at revision '{shorten(revision)}'"
     wanted = [f"{folder}*{suffix}" for folder in ("", "data/") for suffix in SUFFIXES]
-    try:
-        found = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=wanted)
-    except hub.GatedRepoError as error:
-        raise InputError(f"dataset {shown} is gated: accept its terms on the hub, then set HF_TOKEN.") from error
-    except hub.RevisionNotFoundError as error:
-        raise InputError(f"dataset '{name}' has no revision '{shorten(str(revision))}' on the hub.") from error
-    except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
-        raise InputError(f"{name}: no such file or folder, and no such dataset on the hub.") from error
-    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
-        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-        raise ResourceError(
-            f"dataset {shown}: no such file or folder, not in the hub's cache, and {reason}: name a file."
-        ) from error
-    except (hub.HfHubHTTPError, OSError) as error:
-        raise ResourceError(f"dataset {shown} cannot be downloaded: {first_line(error)}") from error
-    return Path(found)
+    with hub_errors("dataset", name, revision):
+        return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=wanted))
 
 
 def total_size(files: Iterable[Path]) -> int:

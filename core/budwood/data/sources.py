@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from budwood.data.bad_rows import BadRows
 from budwood.data.files import find_files, hash_files, is_datasets_folder
 from budwood.data.reading import Row, Rows, read_file, read_folder
-from budwood.errors import InputError
+from budwood.errors import InputError, unreadable
 
 
 class Source(BaseModel):
@@ -122,7 +122,7 @@ def read_rows(data: Data, bad: BadRows | None = None) -> Rows:
             else:
                 new = [read_file(file, bad) for file in files]
         except OSError as error:
-            raise InputError(f"{source.path}: cannot be read: {error.strerror or error}.") from error
+            raise unreadable(source.path, error) from error
         parts += new
         counts.append(sum(map(len, new)))
     if len(parts) == 1 and sources[0].weight == 1:

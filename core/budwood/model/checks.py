@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from budwood.contract.calls import attribute_errors
 from budwood.contract.discovery import PluginError, installed
 from budwood.contract.loading import create
-from budwood.errors import CorruptError, InputError, ResourceError, describe
-from budwood.model.checkpoint import first_line, read_config, read_tensors, resolve
+from budwood.errors import CorruptError, InputError, ResourceError, describe, first_line
+from budwood.model.checkpoint import read_config, read_tensors, resolve
 from budwood.model.quantizers import Quantizer
 from budwood.untrusted.redaction import shorten
 
@@ -244,6 +244,12 @@ def load_config(path: Path, trust_remote_code: bool, changes: dict[str, Any]) ->
             str(path), local_files_only=True, trust_remote_code=trust_remote_code, **changes
         )
     except Exception as error:  # a config class may raise any exception on unexpected values
+        if "does not recognize this architecture" in str(error):
+            kind = shorten(str(read_config(path)["model_type"]))
+            raise InputError(
+                f"base '{path}': transformers {metadata.version('transformers')} knows no models of type '{kind}': "
+                "pip install -U transformers, or take another base."
+            ) from error
         raise CorruptError(f"{path / 'config.json'}: {first_line(error)}") from error
     config._attn_implementation = None  # a checkpoint may name a kernel on the hub
     return config

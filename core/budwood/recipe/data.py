@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from budwood.errors import InputError
+from budwood.errors import InputError, unreadable
 from budwood.model.checks import load_tokenizer
 from budwood.recipe.schema import Recipe
 
@@ -29,7 +29,7 @@ def recipe_tokenizer(recipe: Recipe) -> Any:
             raise InputError(f"{where} is not a file of at most 1 MiB. Name a jinja file.")
         template = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{where} cannot be read: {error.strerror or error}.") from error
+        raise unreadable(where, error) from error
     except UnicodeDecodeError as error:
         raise InputError(f"{where} is not UTF-8. Save it as UTF-8.") from error
     if not template.strip():

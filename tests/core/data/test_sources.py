@@ -132,8 +132,22 @@ def test_a_name_on_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("error", "raised", "message"),
     [
-        (hub.LocalEntryNotFoundError("x"), ResourceError, "dataset 'owner/name' at revision 'v1': no such file or fol"),
-        (hub.HFValidationError("x"), InputError, "owner/name: no such file or folder, and no such dataset on the hub"),
+        (
+            hub.LocalEntryNotFoundError("x"),
+            ResourceError,
+            "dataset 'owner/name' at revision 'v1' is neither a local fil",
+        ),
+        (
+            hub.HFValidationError("x"),
+            InputError,
+            "dataset 'owner/name' is neither a local file or folder nor on the hub",
+        ),
+        (
+            hub.GatedRepoError.__new__(hub.GatedRepoError),
+            ResourceError,
+            "dataset 'owner/name' is gated: accept its terms",
+        ),
+        (hub.RevisionNotFoundError.__new__(hub.RevisionNotFoundError), InputError, "has no revision 'v1' on the hub"),
     ],
 )
 def test_the_hub_says_no(monkeypatch: pytest.MonkeyPatch, error: Exception, raised: Any, message: str) -> None:

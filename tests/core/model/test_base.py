@@ -426,7 +426,7 @@ def child(code: str, **environment: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("failure", "error", "message"),
     [
-        ("RepositoryNotFoundError", InputError, "neither a local folder nor a model on the hub"),
+        ("RepositoryNotFoundError", InputError, "neither a local folder nor on the hub"),
         ("GatedRepoError", ResourceError, "is gated.*hf auth login"),
         ("LocalEntryNotFoundError", ResourceError, "neither a local folder nor in the hub's cache"),
         ("HfHubHTTPError", ResourceError, "cannot be downloaded"),
