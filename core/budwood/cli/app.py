@@ -16,6 +16,7 @@ import budwood
 from budwood.cli import adapter, data, demo, generate, new, plan, plugins, recipe, tune
 from budwood.cli import streams as _streams  # noqa: F401 - registers "budwood"
 from budwood.cli.doctor.command import doctor
+from budwood.cli.streams import echo
 from budwood.contract.calls import noted
 from budwood.errors import BUG, BudwoodError, Interrupted, is_out_of_memory
 from budwood.model.quiet import silence_libraries
@@ -48,7 +49,7 @@ app.add_typer(adapter.app, name="adapter", short_help="Inspect, verify, merge an
 
 def _show_version(requested: bool) -> None:
     if requested:
-        typer.echo(f"budwood {budwood.__version__}")
+        echo(f"budwood {budwood.__version__}")
         raise typer.Exit()
 
 
