@@ -152,7 +152,8 @@ def _check_object(path: Path) -> None:
     with path.open("rb") as file:
         several = len(file.read().strip().splitlines()) > 1
     if several or any(key in HOLDERS for key in lists):
-        hint = f"; its key {' and '.join(map(repr, lists[:3]))} holds one: save that list alone" if lists else ": write [{…}]"
+        held = f"; its key {' and '.join(map(repr, lists[:3]))} holds one: save that list alone"
+        hint = held if lists else ": write [{…}]"
         raise InputError(f"{path}: must hold a list of objects, not one object{hint}.")
 
 
