@@ -159,6 +159,13 @@ FORMATS = [
         "base writes the turns; there is no preamble such as “Below is an instruction”.",
     ),
     Shown(
+        "Alpaca with a rendering",
+        [{"instruction": "Add", "input": "2 2", "output": "4", "text": "### Task: Add\n### Input: 2 2\n### Answer: 4"}],
+        [f"{USER}Add\n\n2 2<|im_end|>\n{CALL}⟦4<|im_end|>⟧"],
+        says=["columns ignored: text"],
+        note="A column that another format reads is ignored if it says nothing new, and refused otherwise.",
+    ),
+    Shown(
         "Dolly",
         [{"instruction": "Who won?", "context": "A beat B.", "response": "A", "category": "qa"}],
         [f"{USER}Who won?\n\nA beat B.<|im_end|>\n{CALL}⟦A<|im_end|>⟧"],
@@ -269,11 +276,24 @@ CHOICES = [
 REFUSED = [
     Shown(
         "",
+        [{"question": "2 + 2?", "answer": "4"}],
+        "FILE: columns 'question', 'answer' match no data format. Rename 'question' to 'instruction' and 'answer' to "
+        "'output', for a chat model; or 'question' to 'prompt' and 'answer' to 'completion', for plain text. Accepted: "
+        "instruction + output; conversation; instruction + response; messages; prompt + completion; conversations; "
+        "text; text + label.",
+    ),
+    Shown(
+        "",
+        [{"instruction": "Add 2 and 2", "output": "4", "text": "Something else"}],
+        "FILE:1: instruction + output does not read column 'text', which would be left out. Put it into a column that "
+        "is read, or remove it.",
+    ),
+    Shown(
+        "",
         [{"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"}],
         "FILE: columns prompt + chosen + rejected are preference pairs, and training on pairs needs an objective for "
-        "them, which is not installed. To train on the chosen answers alone, rename 'chosen' to 'completion' and "
-        "remove "
-        "'rejected'.",
+        "them, which is not installed. To train on the chosen answers alone, remove 'rejected' and rename 'chosen' to "
+        "'completion'.",
     ),
     Shown(
         "",

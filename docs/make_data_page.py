@@ -10,11 +10,12 @@ from data_examples import CHOICES, FILES, FORMATS, REFUSED, TEMPLATE, Found, Sho
 
 from budwood.contract.discovery import find, installed
 from budwood.contract.loading import create
-from budwood.data.chat_formats import SAID, UNSUPPORTED
+from budwood.data.chat_formats import UNSUPPORTED
 from budwood.data.files import SPLITS, SUFFIXES
 from budwood.data.formats import GROUP
 from budwood.data.messages import METADATA
 from budwood.data.reading import MISSING
+from budwood.data.unused import OTHERS, SAID
 from budwood.model.quiet import silence_libraries
 from budwood.recipe.data import LARGEST
 from budwood.untrusted.chat_template import MEMORY, SECONDS
@@ -101,7 +102,8 @@ def columns() -> list[str]:
         "",
         "A column that the format does not read is named in the line about the data. A value in one of these is part "
         "of "
-        f"what is said, and refused if the format would leave it out: {coded(SAID)}.",
+        f"what is said, and refused if the format would leave it out: {coded(SAID)}. So is one of these, which other "
+        f"formats read, unless it says nothing but what is read, as a rendering does: {coded(OTHERS)}.",
         "",
         f"These keys of a message describe it, are ignored and reported: {coded(METADATA)}. Any other key is refused "
         f"if "

@@ -18,14 +18,14 @@ from budwood.contract.examples import Example
 from budwood.contract.loading import create
 from budwood.data import cache
 from budwood.data.bad_rows import BadRows, count_reasons
-from budwood.data.chat_formats import check_unused, find_unused
 from budwood.data.classes import near_equal
 from budwood.data.encoder import Encoder
 from budwood.data.examples import DataStats, Examples, check_examples, measure, pack
 from budwood.data.formats import GROUP, DataFormat, Dropped, all_dropped
 from budwood.data.reading import Row, Rows
-from budwood.data.recognition import recognise
+from budwood.data.recognition import recognise_rows
 from budwood.data.sources import Data, hash_data, read_rows
+from budwood.data.unused import check_unused, find_unused
 from budwood.errors import InputError
 
 CHUNK = 1024
@@ -126,7 +126,7 @@ def _encode(
     bad: BadRows,
     change: Callable[[Row, int], Row] | None = None,
 ) -> tuple[cache.Arrays, dict[str, Any]]:
-    data_format = recognise(rows.columns, task.name, str(rows.path))
+    data_format = recognise_rows(rows, task.name)
     unused = find_unused(rows.columns, data_format)
     unreadable = len(bad.rows)
     dropped: Counter[str] = Counter()

@@ -37,7 +37,7 @@ class JoinedRows(Rows):
     """The rows of several files one after another; those of a weighted source as often as its weight says."""
 
     def __init__(self, path: Path | str, parts: Sequence[Rows], order: np.ndarray, sha256: str) -> None:
-        self._parts, self._order = parts, order
+        self.parts, self._order = parts, order
         self._starts = np.cumsum([0, *map(len, parts)])
         seen, first = np.unique(order, return_index=True)
         self._first = np.zeros(len(order), dtype=bool)
@@ -57,7 +57,7 @@ class JoinedRows(Rows):
 
     def __iter__(self) -> Iterator[Row]:
         if len(self) == self._starts[-1] and self._first.all():  # in order, so that tables are read in batches
-            for part in self._parts:
+            for part in self.parts:
                 yield from part
         else:
             yield from (self[i] for i in range(len(self)))
@@ -74,7 +74,7 @@ class JoinedRows(Rows):
     def _find(self, index: int) -> tuple[Rows, int]:
         place = int(self._order[index])
         part = int(np.searchsorted(self._starts, place, side="right")) - 1
-        return self._parts[part], place - int(self._starts[part])
+        return self.parts[part], place - int(self._starts[part])
 
 
 def label(data: Data) -> Path | str:

@@ -18,7 +18,7 @@ from budwood.contract.calls import attribute_errors
 from budwood.contract.loading import create
 from budwood.contract.types import Run
 from budwood.data.build import build_examples
-from budwood.data.recognition import recognise
+from budwood.data.recognition import recognise_rows
 from budwood.data.sources import read_rows
 from budwood.errors import InputError
 from budwood.model.base import skeleton
@@ -97,7 +97,7 @@ def evaluate_adapter(
     recipe = default_recipe(data, name, task=task_name, overrides=overrides)
     task: Task = create(task_name, "budwood.tasks")
     if chosen_attacks:
-        data_format = recognise(read_rows(data).columns, task_name, str(data)).name
+        data_format = recognise_rows(read_rows(data), task_name).name
         modules = skeleton(name, task.auto_class)
         for attack in chosen_attacks.values():
             with attribute_errors(attack, "check"):

@@ -268,7 +268,7 @@ KINDS: dict[str, list[Callable[[Any], list[Any]]]] = {
         lambda w: ["tune", w.recipe, "-o", "train.learning_rate=1e-30", "-o", f"output={w.new}"],
     ],
     "an unexpected error in core or in a plugin that comes with Budwood; in core's code, called by another plugin": [
-        lambda w: ["data", new_rows(), "--base", w.base, w.stub("budwood.data.build.recognise", lambda *_: 1 / 0)],
+        lambda w: ["data", new_rows(), "--base", w.base, w.stub("budwood.data.build.recognise_rows", lambda *_: 1 / 0)],
         lambda w: ["data", new_rows(), "--base", w.base,
                    w.stub("budwood.data.chat_formats.PromptCompletion.item", lambda *_: 1 / 0)],
         lambda w: ["tune", w.recipe, "-o", f"output={w.new}", "-o", "strategies=" + json.dumps(["lora", w.plugin(

@@ -269,7 +269,7 @@ class Lenient(DataFormat):
 )
 def test_whose_fault_an_error_outside_of_hooks_is(item, message, code, tmp_path, monkeypatch):
     monkeypatch.setattr(Lenient, "item", item)
-    monkeypatch.setattr("budwood.data.recognition.recognise", lambda *_: Lenient())
+    monkeypatch.setattr("budwood.data.recognition.recognise_rows", lambda *_: Lenient())
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(BudwoodError, match=f"^data format 'lenient' .lenient-dist 1.0., item: {message}") as raised:
         check_rows(tmp_path / "a.jsonl", "causal-lm")
