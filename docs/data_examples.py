@@ -69,6 +69,7 @@ class Found:
     files: Sequence[str]
     found: Sequence[str] | str
     split: str | None = None
+    config: str | None = None
 
 
 USER, CALL = "<|im_start|>user\n", "<|im_start|>assistant\n"
@@ -340,6 +341,33 @@ FILES = [
         "recipe.",
     ),
     Found(
+        "chats",
+        ["chats/plain_text/train-00000-of-00001.parquet", "chats/README.md"],
+        ["chats/plain_text/train-00000-of-00001.parquet"],
+    ),
+    Found(
+        "chats",
+        ["chats/default/train/0.parquet", "chats/default/test/0.parquet"],
+        ["chats/default/train/0.parquet"],
+        split="train",
+    ),
+    Found("chats", ["chats/en/train.jsonl", "chats/de/train.jsonl"], ["chats/de/train.jsonl"], config="de"),
+    Found(
+        "chats",
+        ["chats/en/train.jsonl", "chats/de/train.jsonl"],
+        "chats: holds data in the folders de, en. Name one of them: {path: chats, config: de} in a recipe.",
+    ),
+    Found(
+        "chats",
+        ["chats/train/0.parquet", "chats/test/0.parquet"],
+        "chats: holds data in the folders test, train. Name one of them: {path: chats, split: train} in a recipe.",
+    ),
+    Found(
+        "chats",
+        ["chats/en_train.jsonl", "chats/en_test.jsonl"],
+        "chats: holds the splits test, train. Name one of them: {path: chats, split: train} in a recipe.",
+    ),
+    Found(
         "train.jsonl.gz",
         ["train.jsonl.gz"],
         "train.jsonl.gz: compressed files are not supported. Decompress it first.",
@@ -385,7 +413,7 @@ def find(found: Found, folder: Path) -> Sequence[str] | str:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}\n", encoding="utf-8")
     try:
-        files = find_files(folder / found.source, found.split)
+        files = find_files(folder / found.source, found.split, config=found.config)
     except InputError as error:
         return str(error).replace(f"{folder}/", "")
     return [str(file.relative_to(folder)) for file in files]

@@ -123,11 +123,12 @@ def files() -> list[str]:
         "",
         f"{coded(SUFFIXES)}, a folder that `datasets` saved (with its splits, if it is a DatasetDict), a folder of "
         f"data "
-        "files or with a folder `data/`, a pattern, or the hub name of a dataset. Text is UTF-8. In a folder, a "
-        "`.json` "
-        f"file counts if its name begins with that of a split: {coded(SPLITS)}. A `.json` file holds a list of "
-        f"objects. "
-        f"These CSV fields are missing values: {coded(sorted(MISSING))}.",
+        "files or with a folder `data/` or one folder with data (`config` and `split` name one of several), a "
+        "pattern, or "
+        "the hub name of a dataset. Text is UTF-8. In a folder, a `.json` file counts if its name has a word for a "
+        "split: "
+        f"{coded(SPLITS)}. A `.json` file holds a list of objects. These CSV fields are missing values: "
+        f"{coded(sorted(MISSING))}.",
         "",
         "| `data.train` | files there | read |",
         "|---|---|---|",
@@ -136,10 +137,10 @@ def files() -> list[str]:
     return [
         *lines,
         "",
-        "A list mixes several sources, each with a `split`, a `revision` (of a hub name) and a `weight`: how often an "
-        "epoch "
-        "has each of its rows (2: twice; 0.25: a quarter of the rows, the same ones in every run). The shares are "
-        "reported.",
+        "A list mixes several sources, each with a `split`, a `config`, a `revision` (of a hub name) and a `weight`: "
+        "how "
+        "often an epoch has each of its rows (2: twice; 0.25: a quarter of the rows, the same ones in every run). The "
+        "shares are reported. Their formats may differ, if all are for the task.",
         "",
         "```yaml",
         "data:",
@@ -154,7 +155,8 @@ def files() -> list[str]:
 
 def source(found: Found) -> str:
     """Return a source as a recipe writes it."""
-    return f"`{{path: {found.source}, split: {found.split}}}`" if found.split else f"`{found.source}`"
+    more = [f"{word}: {value}" for word, value in (("config", found.config), ("split", found.split)) if value]
+    return f"`{{path: {', '.join([found.source, *more])}}}`" if more else f"`{found.source}`"
 
 
 def result(found: Found) -> str:

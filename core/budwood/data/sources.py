@@ -23,6 +23,7 @@ class Source(BaseModel):
 
     path: str = Field(min_length=1, description="a file, a folder, a pattern such as data/*.jsonl, or a hub name")
     split: str | None = Field(None, min_length=1, description="only files of this split of a folder or hub name")
+    config: str | None = Field(None, min_length=1, description="only this folder of a folder or hub name")
     revision: str | None = Field(None, min_length=1, max_length=255, description="branch, tag or commit of a hub name")
     weight: float = Field(
         1.0, gt=0, le=1000, description="how often an epoch has each row: 2: twice; 0.25: a fixed quarter, once"
@@ -144,7 +145,7 @@ def _sources(data: Data) -> Sequence[Source]:
 
 
 def _files(source: Source) -> list[Path]:
-    return find_files(source.path, source.split, source.revision)
+    return find_files(source.path, source.split, source.revision, source.config)
 
 
 def _times(source: Source, count: int) -> np.ndarray:
