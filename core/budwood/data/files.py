@@ -178,15 +178,16 @@ def _data_folders(path: Path) -> dict[str, Path]:
     return {p.name: p for p in inside if p.is_dir() and p != path / "data" and _holds_data(p)}
 
 
-def _holds_data(folder: Path, depth: int = 3) -> bool:
+def _holds_data(folder: Path, depth: int = 2) -> bool:
+    """Return whether a folder has files of rows, by itself or in a folder for a split."""
     if folder.name.startswith(".") or not depth:
         return False
-    inside = list(folder.iterdir())
-    return (
-        is_datasets_folder(folder)
-        or any(map(_is_data, inside))
-        or any(_holds_data(p, depth - 1) for p in inside if p.is_dir())
-    )
+    try:
+        inside = list(folder.iterdir())
+        own = is_datasets_folder(folder) or any(map(_is_data, inside))
+        return own or any(_holds_data(p, depth - 1) for p in inside if p.is_dir())
+    except OSError:  # somebody else's folder
+        return False
 
 
 def _is_data(path: Path) -> bool:
