@@ -57,9 +57,10 @@ audit: .venv/installed-audit ## Look the pinned versions up in a database of kno
 fuzz: .venv/installed-fuzz ## Fuzz the parsers, guided by coverage, for SECONDS (300) in all
 	@$(BIN)/python -m tests.hostile.fuzz --seconds $(SECONDS)
 
-docs: .venv/installed ## Write docs/recipe.md from the recipe's schema, docs/hooks.md from the contract, docs/combinations.md from the tests
+docs: .venv/installed ## Write the generated pages: docs/recipe.md, hooks.md, data.md, combinations.md
 	@$(BIN)/python docs/make_recipe_page.py > docs/recipe.md
 	@$(BIN)/python docs/make_hooks_page.py > docs/hooks.md
+	@$(BIN)/python docs/make_data_page.py > docs/data.md
 	@$(BIN)/python -m tests.plugins.combinations
 
 .venv/installed: pyproject.toml constraints.txt

@@ -10,9 +10,11 @@ from collections.abc import Iterable
 
 from budwood.untrusted.redaction import redact
 
+BUG = "This is a bug; run again with --debug and report what it shows."
+
 
 class BudwoodError(Exception):
-    """Base class of every error shown to the user; `exit_code` is the command's exit code."""
+    """Base class of every error shown to the user; `exit_code` is the command's exit code, by itself that of a bug."""
 
     exit_code = 1
 
@@ -72,6 +74,12 @@ def system_error(error: BaseException) -> OSError | None:
         return error
     match = re.search(r"I/O error: .*\(os error (\d+)\)", str(error)) if "Safetensor" in type(error).__name__ else None
     return OSError(int(match[1]), os.strerror(int(match[1]))) if match else None
+
+
+def unreadable(name: object, error: OSError) -> BudwoodError:
+    """Return the error for something that cannot be read: the name is no name of a file, or the machine fails."""
+    is_name = error.errno in (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL)
+    return (InputError if is_name else ResourceError)(f"{name}: cannot be read: {error.strerror or error}.")
 
 
 def describe(error: BaseException) -> str:

@@ -1,13 +1,29 @@
-"""Whether a saved adapter fits an open base: its task and classes; differences that matter are noted."""
+"""Whether a saved adapter fits an open base: task, classes and tensors; differences that matter are noted."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from typing import Any
 
 from budwood.adapters.peft_config import PREFIX
 from budwood.adapters.store import SavedAdapter, template_hash, tokenizer_hash
-from budwood.errors import InputError
+from budwood.errors import BudwoodError, CorruptError, InputError
 from budwood.model.base import Base
+
+
+class MisfitError(CorruptError):
+    """An adapter does not fit its config and the model; on another base than its own, that is the user's input."""
+
+
+def mismatch(saved: SavedAdapter, fingerprint: str) -> type[BudwoodError]:
+    """Return the class of the error for an adapter that fits its base badly, or computes something else than recorded.
+
+    On its own base the adapter is corrupt. On one that it does not record, or that `--allow-other-base` allowed, it may
+    be the wrong base.
+    """
+    own = saved.manifest is not None and saved.manifest.base.fingerprint == fingerprint
+    return CorruptError if own else InputError
 
 
 def check_task(saved: SavedAdapter, task: str, base: Base) -> None:
@@ -42,3 +58,50 @@ def check_task(saved: SavedAdapter, task: str, base: Base) -> None:
         saved.notes.append(
             f"was trained with base quantization {trained} and is used with {current}: answers may differ."
         )
+
+
+def copy_adapter_tensors(slots: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    """Copy an adapter's tensors to the model, after a check that keys and shapes match exactly.
+
+    Args:
+        slots: the model's live tensor for each key on disk.
+        tensors: the adapter's tensors.
+
+    Raises:
+        MisfitError: see `check_adapter_tensors`; nothing is copied then.
+    """
+    check_adapter_tensors({key: tuple(slot.shape) for key, slot in slots.items()}, tensors)
+    for key, slot in slots.items():
+        slot.copy_(tensors[key])
+
+
+def check_adapter_tensors(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Any]) -> None:
+    """Check that an adapter's tensors are exactly those that its config and the model require.
+
+    Call this before modifying the model or allocating memory.
+
+    Args:
+        expected: shape of every tensor, keyed as on disk.
+        tensors: the adapter's tensors; anything with a `shape`.
+
+    Raises:
+        MisfitError: a tensor is missing, unexpected (the nearest expected key is named), or of another shape.
+    """
+    missing = [name for name in expected if name not in tensors]
+    unexpected = [name for name in tensors if name not in expected]
+    if missing or unexpected:
+        parts = []
+        if unexpected:
+            near = difflib.get_close_matches(unexpected[0], missing[:2000], n=1, cutoff=0.5)
+            parts.append(f"{_abbreviated(unexpected)} not expected" + (f" (nearest: '{near[0]}')" if near else ""))
+        if missing:
+            parts.append(f"{_abbreviated(missing)} missing")
+        raise MisfitError(f"the adapter's tensors do not fit config and base: {'; '.join(parts)}.")
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != tuple(shape):
+            actual = list(tensors[name].shape)
+            raise MisfitError(f"the adapter's tensor '{name}' is {actual}; config and base require {list(shape)}.")
+
+
+def _abbreviated(names: list[str]) -> str:
+    return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from budwood import __version__
 from budwood.adapters.golden import Distance, Golden, measure, relative_error
+from budwood.adapters.match import mismatch
 from budwood.adapters.owner import start_owner
 from budwood.adapters.rounding import round_stochastically
 from budwood.adapters.store import CONFIG, GOLDEN, WEIGHTS, SavedAdapter, read_adapter
 from budwood.adapters.verify import base_name, open_pool
 from budwood.contract.calls import ask_owner
-from budwood.contract.discovery import PluginError
+from budwood.contract.discovery import find, plugin_fault
 from budwood.contract.loading import load_strategy
-from budwood.errors import CorruptError, InputError
+from budwood.errors import InputError
 from budwood.model.checkpoint import read_config, resolve
 from budwood.model.text_tasks import as_probe
 from budwood.untrusted.files import complete_directory
@@ -91,8 +92,9 @@ def merge(
 
     Raises:
         InputError: the base is quantised on disk, `out` exists, or rounding would change too much. Nothing is written.
-        CorruptError: the merged model differs from what training recorded by more than the base alone does.
-        PluginError: before rounding, the merged weights differ from base and adapter.
+        CorruptError: the merged model differs from what training recorded by more than the base alone does (on another
+            base than its own: InputError).
+        BudwoodError: before rounding, the merged weights differ from base and adapter: the strategy has a fault.
     """
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
@@ -116,10 +118,8 @@ def merge(
     pool.merge("adapter")
     exact = Distance.between(with_adapter, measure(pool.task_plugin, model, pool.tokenizer, probes, torch.float32))
     if not exact.largest <= EXACT * max(1.0, float(with_adapter.abs().max())):
-        raise PluginError(
-            f"strategy '{saved.adapter_type}' merged {saved.directory} into another model ({exact}): nothing was "
-            "written. Report it to its author."
-        )
+        text = f"strategy '{saved.adapter_type}' merged {saved.directory} into another model ({exact})"
+        raise plugin_fault(find(saved.adapter_type).owner, f"{text}: nothing was written", True)
     changed, rounded_away, worst = _round(model, originals, target)
     if not changed:
         raise InputError(f"{saved.directory}: merging changes no weight of the base.")
@@ -148,7 +148,7 @@ def merge(
     if golden is not None and report.recorded is not None:
         setting = Distance.between(golden.base, base_alone)
         if report.recorded.is_another_model(setting):
-            raise CorruptError(
+            raise mismatch(saved, pool.base.fingerprint)(
                 f"{saved.directory}: on this base it is another model than the one that training recorded "
                 f"({report.recorded}; the bases alone: {setting}): nothing was written. Use the base of its run."
             )
@@ -242,9 +242,8 @@ def export(directory: str | Path, out: str | Path, format: str = "peft") -> Path
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         if format != "peft" and (result := read_adapter(folder).adapter_type) != format:
-            raise PluginError(
-                f"strategy '{saved.adapter_type}' returned an adapter of type '{result}' instead of '{format}'."
-            )
+            text = f"strategy '{saved.adapter_type}' returned an adapter of type '{result}' instead of '{format}'."
+            raise plugin_fault(find(saved.adapter_type).owner, text)
     return Path(out)
 
 

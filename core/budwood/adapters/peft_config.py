@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from budwood.adapters.match import MisfitError
 from budwood.adapters.targets import LAYER_INDEX, all_linear, base_modules, ends_with, matches
 from budwood.errors import CorruptError, InputError
 from budwood.model.quantizers import quantizer_of
@@ -154,7 +155,7 @@ def saved_targets(model: nn.Module, saved: SavedLowRankConfig) -> list[str]:
     """Return the full names of the modules that a saved adapter stands on, as PEFT finds them.
 
     Raises:
-        CorruptError: the model has none of them.
+        MisfitError: the model has none of them.
         InputError: one is no linear module.
     """
     modules = dict(base_modules(model))
@@ -167,7 +168,7 @@ def saved_targets(model: nn.Module, saved: SavedLowRankConfig) -> list[str]:
             raise CorruptError(f"adapter_config.json: {error}") from error
     if not names:
         targets = shorten(json.dumps(saved.target_modules))
-        raise CorruptError(f"adapter_config.json: target_modules: the model has none of {targets}.")
+        raise MisfitError(f"adapter_config.json: target_modules: the model has none of {targets}.")
     for name in names:
         if quantizer_of(modules[name]) is None:
             what = type(modules[name]).__name__
@@ -215,7 +216,7 @@ def saved_whole_modules(model: nn.Module, saved: SavedLowRankConfig, tensors: Co
         tensors: the keys of the file.
 
     Raises:
-        CorruptError: the file has a module that the model does not have.
+        MisfitError: the file has a module that the model does not have.
     """
     wanted = saved.modules_to_save or []
     modules = {name: module for name, module in base_modules(model) if name}
@@ -229,5 +230,5 @@ def saved_whole_modules(model: nn.Module, saved: SavedLowRankConfig, tensors: Co
         ]
         found += [name for name in (*sure, *taken) if name not in found]
         if not sure and not taken and any(f"{end}." in key for key in tensors):
-            raise CorruptError(f"adapter_config.json: modules_to_save: the model has no '{shorten(end)}'.")
+            raise MisfitError(f"adapter_config.json: modules_to_save: the model has no '{shorten(end)}'.")
     return found

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from budwood.adapters.golden import measure
 from budwood.adapters.live import module_ids, serialised, unchanged_on_error
 from budwood.adapters.manifest import ChatRecord
-from budwood.adapters.match import check_task
+from budwood.adapters.match import MisfitError, check_task, mismatch
 from budwood.adapters.owner import owner_options, start_owner
 from budwood.adapters.store import SavedAdapter, read_adapter
 from budwood.adapters.use import use_adapters
 from budwood.contract.calls import ask_owner
-from budwood.contract.discovery import PluginError
+from budwood.contract.discovery import plugin_fault
 from budwood.contract.examples import Example
 from budwood.contract.loading import create, load_strategy
 from budwood.contract.strategy import Strategy
@@ -149,8 +149,9 @@ class AdapterPool:
 
         Raises:
             InputError: the name is taken or invalid; the base, task or labels differ; no strategy owns the type; a part
-                of the model is neither in the base's checkpoint nor in the adapter.
-            CorruptError: the folder is damaged or altered, or its tensors do not fit the base.
+                of the model is neither in the base's checkpoint nor in the adapter; it does not fit a base that it
+                does not record.
+            CorruptError: the folder is damaged or altered, or its tensors do not fit its own base.
         """
         check_name(name)
         if name in self._loaded:
@@ -173,6 +174,8 @@ class AdapterPool:
                 self._select([self._current])
             except BudwoodError as error:
                 self._loaded.pop(name, None)
+                if isinstance(error, MisfitError) and mismatch(saved, self.base.fingerprint) is InputError:
+                    raise InputError(f"{directory}: {error} Give the base that it was trained on.") from error
                 raise type(error)(f"{directory}: {error}") from error
         return saved
 
@@ -204,7 +207,7 @@ class AdapterPool:
         del self._loaded[name]
         self._select([self._current])
         if not self._loaded and module_ids(self.model) != self._modules:
-            raise PluginError(f"{loaded.owner} left its own modules on the base. Report it to its author.")
+            raise plugin_fault(loaded.owner.distribution, f"{loaded.owner} left its own modules on the base", True)
 
     @serialised
     def generate(

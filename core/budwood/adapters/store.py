@@ -5,7 +5,6 @@ Reading imports torch only to load tensors, so that an invalid adapter is reject
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -259,7 +258,7 @@ def _find_weights(directory: Path, notes: list[str]) -> None:
     pickles = sorted(path.name for path in directory.iterdir() if path.suffix.lower() in _PICKLES)
     if not (directory / WEIGHTS).exists():
         if pickles:
-            raise CorruptError(
+            raise InputError(
                 f"{directory / pickles[0]}: pickled weights run code when they are opened, and are not accepted. "
                 "If you trust the file, load it with PEFT and save it with safe_serialization=True."
             )
@@ -289,7 +288,10 @@ def _read_manifest(directory: Path) -> Manifest | None:
         return None
     values = read_json(path)
     if values.get("format") not in range(1, FORMAT + 1):
-        raise CorruptError(f"{path}: format {str(values.get('format'))[:20]}; this Budwood reads up to {FORMAT}.")
+        shown = str(values.get("format"))[:20]
+        if shown.isdecimal() and int(shown) > FORMAT:
+            raise InputError(f"{path}: format {shown}; this Budwood reads up to {FORMAT}: pip install -U budwood.")
+        raise CorruptError(f"{path}: format {shown}; this Budwood reads up to {FORMAT}.")
     _check_seal(path, values)
     if values["format"] < 3 and "kind" in values:
         values["adapter_type"] = values.pop("kind")
@@ -344,52 +346,3 @@ def _find_type(directory: Path, config: dict[str, Any], manifest: Manifest | Non
         return adapter_owner(peft_type).name
     except InputError as error:
         raise InputError(f"{directory}: {error}") from error
-
-
-def copy_adapter_tensors(slots: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
-    """Copy an adapter's tensors to the model, after a check that keys and shapes match exactly.
-
-    Args:
-        slots: the model's live tensor for each key on disk.
-        tensors: the adapter's tensors.
-
-    Raises:
-        CorruptError: see `check_adapter_tensors`; nothing is copied then.
-    """
-    check_adapter_tensors({key: tuple(slot.shape) for key, slot in slots.items()}, tensors)
-    for key, slot in slots.items():
-        slot.copy_(tensors[key])
-
-
-def check_adapter_tensors(
-    expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Any], where: str = "adapter"
-) -> None:
-    """Check that an adapter's tensors are exactly those that its config and the model require.
-
-    Call this before modifying the model or allocating memory.
-
-    Args:
-        expected: shape of every tensor, keyed as on disk.
-        tensors: the adapter's tensors; anything with a `shape`.
-
-    Raises:
-        CorruptError: a tensor is missing, unexpected (the nearest expected key is named), or of another shape.
-    """
-    missing = [name for name in expected if name not in tensors]
-    unexpected = [name for name in tensors if name not in expected]
-    if missing or unexpected:
-        parts = []
-        if unexpected:
-            near = difflib.get_close_matches(unexpected[0], missing[:2000], n=1, cutoff=0.5)
-            parts.append(f"{_abbreviated(unexpected)} not expected" + (f" (nearest: '{near[0]}')" if near else ""))
-        if missing:
-            parts.append(f"{_abbreviated(missing)} missing")
-        raise CorruptError(f"the adapter's tensors do not fit config and base: {'; '.join(parts)}.")
-    for name, shape in expected.items():
-        if tuple(tensors[name].shape) != tuple(shape):
-            actual = list(tensors[name].shape)
-            raise CorruptError(f"the adapter's tensor '{name}' is {actual}; config and base require {list(shape)}.")
-
-
-def _abbreviated(names: list[str]) -> str:
-    return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")

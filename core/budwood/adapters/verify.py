@@ -9,6 +9,7 @@ import torch
 
 from budwood.adapters.golden import TOLERANCE, Distance, Golden, comparable, current_setting, threads
 from budwood.adapters.manifest import GoldenRecord
+from budwood.adapters.match import mismatch
 from budwood.adapters.peft_config import TASK_TYPES
 from budwood.adapters.pool import AdapterPool
 from budwood.adapters.store import GOLDEN, SavedAdapter, read_adapter
@@ -208,15 +209,16 @@ def verify(
     )
     if torch.equal(base_logits, adapter_logits):
         raise CorruptError(f"{saved.directory}: changes no logit of the base on its golden prompts.")
+    wrong = mismatch(saved, pool.base.fingerprint)
     if report.exact and not report.adapter.largest <= TOLERANCE:
         base_changed = report.base.largest > TOLERANCE
         cause = "the base's own logits differ too" if base_changed else "the base's own logits are unchanged"
-        raise CorruptError(
+        raise wrong(
             f"{saved.directory}: golden logits differ by up to {report.adapter.largest:.3g}, more than the "
             f"{TOLERANCE:g} allowed in the same setting; {cause}."
         )
     if report.adapter.is_another_model(report.base):
-        raise CorruptError(
+        raise wrong(
             f"{saved.directory}: in this setting it is another model than the one that training recorded "
             f"({report.adapter}; the base alone: {report.base})."
         )

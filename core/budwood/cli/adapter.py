@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from budwood.cli.streams import echo, echo_json
 
 if TYPE_CHECKING:
     from budwood.adapters.manifest import GoldenRecord
@@ -30,11 +31,11 @@ def info(directory: Directory, as_json: AsJson = False) -> None:
 
     saved = read_adapter(directory, hashes=False)
     if as_json:
-        typer.echo(json.dumps(_as_json(saved)))
+        echo_json(_as_json(saved))
         return
     for key, value in _lines(saved):
         shown = "".join(c if c.isprintable() else "?" for c in value)  # the file may contain control codes
-        typer.echo(f"{key:<13} {shown}")
+        echo(f"{key:<13} {shown}")
     _print_notes(saved.notes)
 
 
@@ -98,7 +99,7 @@ def verify(
         values = {"recorded": report.recorded.model_dump(), "current": report.current.model_dump()}
         summary = {name: getattr(report, name) for name in ("exact", "prompts", "notes")}
         distances = {name: asdict(getattr(report, name)) for name in ("adapter", "base", "effect")}
-        typer.echo(json.dumps(summary | distances | values))
+        echo_json(summary | distances | values)
         return
     _show_replay(report)
     _print_notes(report.notes)
@@ -106,13 +107,13 @@ def verify(
 
 def _show_replay(report: VerifyReport) -> None:
     if report.exact:
-        typer.echo(f"verified: {report.prompts} golden prompts, same setting ({_setting(report.current)}), within 1e-5")
-        typer.echo(f"adapter, now vs. recorded {report.adapter}")
+        echo(f"verified: {report.prompts} golden prompts, same setting ({_setting(report.current)}), within 1e-5")
+        echo(f"adapter, now vs. recorded {report.adapter}")
     else:
-        typer.echo(f"different setting: recorded on {_setting(report.recorded)}; here {_setting(report.current)}")
-        typer.echo(f"adapter, now vs. recorded {report.adapter}")
-        typer.echo(f"base, now vs. recorded    {report.base}")
-    typer.echo(f"adapter vs. base          {report.effect}")
+        echo(f"different setting: recorded on {_setting(report.recorded)}; here {_setting(report.current)}")
+        echo(f"adapter, now vs. recorded {report.adapter}")
+        echo(f"base, now vs. recorded    {report.base}")
+    echo(f"adapter vs. base          {report.effect}")
 
 
 def _setting(record: GoldenRecord) -> str:
@@ -142,15 +143,15 @@ def merge(
         directory, out, base=base, dtype=dtype, device=device, force=force, allow_other_base=allow_other_base
     )
     if as_json:
-        typer.echo(json.dumps(asdict(report) | {"directory": str(report.directory)}))
+        echo_json(asdict(report) | {"directory": str(report.directory)})
         return
     name, share = report.worst
-    typer.echo(f"merged: {report.weights} weights changed, saved in {report.dtype} to {report.directory}")
-    typer.echo(f"{report.dtype} rounds away {report.rounded_away:.1%} of the update (most in {name}: {share:.1%})")
-    typer.echo(f"error from rounding            {report.error:.1%} of the adapter's effect on the answers")
-    typer.echo(f"vs. unquantised base + adapter {report.unquantized}")
+    echo(f"merged: {report.weights} weights changed, saved in {report.dtype} to {report.directory}")
+    echo(f"{report.dtype} rounds away {report.rounded_away:.1%} of the update (most in {name}: {share:.1%})")
+    echo(f"error from rounding            {report.error:.1%} of the adapter's effect on the answers")
+    echo(f"vs. unquantised base + adapter {report.unquantized}")
     if report.recorded is not None:
-        typer.echo(f"vs. what training recorded     {report.recorded}")
+        echo(f"vs. what training recorded     {report.recorded}")
     _print_notes(report.notes)
 
 
@@ -165,9 +166,9 @@ def export(
     """Write a folder that stock PEFT can open. The adapter is unchanged, or converted to another adapter type."""
     from budwood.adapters.merge import export as write
 
-    typer.echo(f"exported to {write(directory, out, format)}")
+    echo(f"exported to {write(directory, out, format)}")
 
 
 def _print_notes(notes: list[str]) -> None:
     for note in notes:
-        typer.echo(f"note: {note}", err=True)
+        echo(f"note: {note}", err=True)

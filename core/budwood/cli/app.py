@@ -16,8 +16,9 @@ import budwood
 from budwood.cli import adapter, data, demo, generate, new, plan, plugins, recipe, tune
 from budwood.cli import streams as _streams  # noqa: F401 - registers "budwood"
 from budwood.cli.doctor.command import doctor
+from budwood.cli.streams import echo
 from budwood.contract.calls import noted
-from budwood.errors import BudwoodError, Interrupted, is_out_of_memory
+from budwood.errors import BUG, BudwoodError, Interrupted, is_out_of_memory
 from budwood.model.quiet import silence_libraries
 from budwood.untrusted.redaction import RedactedStream
 
@@ -48,7 +49,7 @@ app.add_typer(adapter.app, name="adapter", short_help="Inspect, verify, merge an
 
 def _show_version(requested: bool) -> None:
     if requested:
-        typer.echo(f"budwood {budwood.__version__}")
+        echo(f"budwood {budwood.__version__}")
         raise typer.Exit()
 
 
@@ -152,7 +153,7 @@ def explain(error: BaseException) -> tuple[int, str]:
         reason = f"{' → '.join(names) or 'system error'}: {error.strerror or error}"
         return 3, f"{reason}{noted(error)}."
     summary = f"{type(error).__name__}: {error}".strip().removesuffix(":")
-    return 1, f"unexpected {summary}. This is a bug; run again with --debug and report what it shows."
+    return 1, f"unexpected {summary}. {BUG}"
 
 
 def _terminate(*_: Any) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from budwood.cli.given import read_given
+from budwood.cli.streams import echo_json
 
 
 def data(
@@ -63,6 +63,6 @@ def data(
     batches = plan_epoch(train_data.lengths, train.seed, 0, train.batch_tokens, train.batch_examples, train_data.groups)
     report = make_report(train_data, eval_data, task, tokenizer, samples, len(batches), list(filter(None, notes)))
     if as_json:
-        typer.echo(json.dumps(report, ensure_ascii=False))
+        echo_json(report)
     else:
         show_report(report, Output(highlight=False))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from budwood.cli.streams import echo_json
 
 
 def demo(
@@ -19,4 +20,4 @@ def demo(
 
     result = find("demo", "budwood.demos").load()(output, overwrite)
     if as_json:
-        typer.echo(json.dumps(result))
+        echo_json(result)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from budwood.cli.streams import echo, echo_json
 
 if TYPE_CHECKING:
     from budwood.adapters.pool import AdapterPool, Prompt
@@ -62,7 +63,7 @@ def generate(
     )
     for name, directory in directories.items():
         for note in pool.load(name, directory, allow_other_base=allow_other_base).notes:
-            typer.echo(f"note: adapter '{name}': {note}", err=True)
+            echo(f"note: adapter '{name}': {note}", err=True)
     names: list[str | None] = (
         [use] if use else [None, *directories] if len(directories) > 1 else [*directories] or [None]
     )
@@ -86,12 +87,12 @@ def generate(
             {"adapter": n, "text": a.text, "finish_reason": a.finish_reason}
             for n, a in zip(names, answers, strict=True)
         ]
-        typer.echo(json.dumps({"answers": records}))
+        echo_json({"answers": records})
     elif streaming:
-        typer.echo()
+        echo()
     else:
         for adapter_name, answer in zip(names, answers, strict=True):
-            typer.echo(f"── {adapter_name or 'base'}\n{answer.text}")
+            echo(f"── {adapter_name or 'base'}\n{answer.text}")
 
 
 def _parse_adapters(arguments: list[str]) -> dict[str, Path]:
@@ -187,10 +188,10 @@ def _classify(pool: AdapterPool, text: str, names: list[str | None], as_json: bo
         results.append((name, pool.classify([text])[0]))
     if as_json:
         answers = [{"adapter": n, "label": c.label, "probabilities": c.probabilities} for n, c in results]
-        typer.echo(json.dumps({"answers": answers}))
+        echo_json({"answers": answers})
         return
     for name, result in results:
-        typer.echo(f"{name or 'base'}: {result.label} ({result.probabilities[result.label]:.1%})")
+        echo(f"{name or 'base'}: {result.label} ({result.probabilities[result.label]:.1%})")
 
 
 def _print_piece(index: int, piece: str) -> None:

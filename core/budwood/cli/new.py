@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from budwood.cli.streams import echo
+
 app = typer.Typer(help="Create a package for your own plugin.", no_args_is_help=True, rich_markup_mode=None)
 
 HOOKS = {
@@ -65,8 +67,8 @@ def strategy(
         for path, text in files.items():
             (partial / path).parent.mkdir(parents=True, exist_ok=True)
             (partial / path).write_text(text, encoding="utf-8")
-    typer.echo(f"{folder}: {len(files)} files, {HOOKS[hook][0]}, in the hook {hook}")
-    typer.echo(f"next: cd {folder} && pip install -e '.[test]' && pytest && budwood plugins {name}", err=True)
+    echo(f"{folder}: {len(files)} files, {HOOKS[hook][0]}, in the hook {hook}")
+    echo(f"next: cd {folder} && pip install -e '.[test]' && pytest && budwood plugins {name}", err=True)
 
 
 def check_name(name: str) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+
+from budwood.cli.streams import echo, echo_json
 
 
 def plan(
@@ -24,11 +25,11 @@ def plan(
 
     run_plan = make_plan(recipe, override or [])
     if as_json:
-        typer.echo(json.dumps(run_plan.as_dict(), ensure_ascii=False))
+        echo_json(run_plan.as_dict())
     else:
         show_plan(run_plan, Output(highlight=False))
     for problem in run_plan.problems:
         line = "".join(c if c.isprintable() else "?" for c in " ".join(problem.split()))
-        typer.echo(f"error: {line}", err=True)
+        echo(f"error: {line}", err=True)
     if run_plan.problems:
         raise typer.Exit(run_plan.exit_code)

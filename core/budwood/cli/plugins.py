@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from budwood.cli.streams import echo, echo_json
+
 GROUPS = {
     "strategies": "budwood",
     "tasks": "budwood.tasks",
@@ -35,16 +37,16 @@ def _list(as_json: bool) -> None:
     }
     if as_json:
         fields = ("name", "distribution", "version", "summary")
-        typer.echo(_json({kind: [{f: getattr(e, f) for f in fields} for e in plugins[kind]] for kind in GROUPS}))
+        echo_json({kind: [{f: getattr(e, f) for f in fields} for e in plugins[kind]] for kind in GROUPS}, indent=2)
         return
     name_width = max(len(entry.name) for entries in plugins.values() for entry in entries)
     owner_width = max(len(entry.owner) for entries in plugins.values() for entry in entries)
     for kind, entries in plugins.items():
-        typer.echo(kind)
+        echo(kind)
         for entry in entries:
             clash = "  (installed twice: uninstall one)" if [e.name for e in entries].count(entry.name) > 1 else ""
-            typer.echo(f"  {entry.name:{name_width}}  {entry.owner:{owner_width}}  {entry.summary}{clash}".rstrip())
-    typer.echo("`budwood plugins NAME` shows hooks and options.", err=True)
+            echo(f"  {entry.name:{name_width}}  {entry.owner:{owner_width}}  {entry.summary}{clash}".rstrip())
+    echo("`budwood plugins NAME` shows hooks and options.", err=True)
 
 
 def _describe(name: str, as_json: bool) -> None:
@@ -72,7 +74,7 @@ def _describe(name: str, as_json: bool) -> None:
             record |= _options(entry.load())
         records.append(record)
     if as_json:
-        typer.echo(_json(records[0] if len(records) == 1 else records))
+        echo_json(records[0] if len(records) == 1 else records, indent=2)
         return
     for record in records:
         _show(record)
@@ -107,22 +109,18 @@ def _options(loaded: Any) -> dict[str, Any]:
 
 
 def _show(record: dict[str, Any]) -> None:
-    typer.echo(f"{record['name']}: {record['summary'] or record['object']}")
-    typer.echo(f"  {record['distribution']} {record['version']}, {record['object']}")
+    echo(f"{record['name']}: {record['summary'] or record['object']}")
+    echo(f"  {record['distribution']} {record['version']}, {record['object']}")
     for key in ("slots", "provides", "requires", "conflicts", "before", "after"):
         if record.get(key):
-            typer.echo(f"  {key}: {', '.join(record[key])}")
+            echo(f"  {key}: {', '.join(record[key])}")
     if record.get("hooks"):
         hooks = [hook["name"] + (" (wraps)" if hook["wraps"] else "") for hook in record["hooks"]]
-        typer.echo(f"  hooks: {', '.join(hooks)}")
+        echo(f"  hooks: {', '.join(hooks)}")
     for option in record.get("options", ()):
         constraint = f", {option['constraint']}" if option["constraint"] else ""
         default = f"default {json.dumps(option['default'])}" if option["default"] is not None else "optional"
         default = "required" if option["required"] else default
-        typer.echo(f"  {option['name']}: {option['type']}{constraint}; {default}")
+        echo(f"  {option['name']}: {option['type']}{constraint}; {default}")
         if option["description"]:
-            typer.echo(f"      {option['description']}")
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False, default=str)
+            echo(f"      {option['description']}")

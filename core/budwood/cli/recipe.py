@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import typer
+
+from budwood.cli.streams import echo, echo_json
 
 app = typer.Typer(help="Show what a recipe may contain.", no_args_is_help=True)
 
@@ -21,5 +21,5 @@ def schema() -> None:
 
     result, problems = recipe_schema()
     for problem in problems:
-        typer.echo(f"warning: left out: {problem}", err=True)
-    typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        echo(f"warning: left out: {problem}", err=True)
+    echo_json(result, indent=2)

@@ -1,15 +1,18 @@
-"""Standard output of the commands: readable on terminals without UTF-8, and quiet when its reader has gone."""
+"""Output of the commands: readable on terminals without UTF-8, and quiet when its reader has gone."""
 
 from __future__ import annotations
 
 import codecs
+import json
+import sys
+from typing import Any
 
 from rich.console import Console
 
 _ASCII = {
     "⟦": "[[", "⟧": "]]", "↵": "\\n", "·": "-", "–": "-", "—": "-", "─": "-", "…": "...", "→": "->", "×": "x",
     "≥": ">=", "≤": "<=", "’": "'", "‘": "'", "“": '"', "”": '"', "█": "#", "▉": "#", "▊": "#", "▋": "#", "▌": "#",
-    "▍": "", "▎": "", "▏": "",
+    "▍": "", "▎": "", "▏": "", "±": "+/-", "²": "^2", "‖": "|", "Σ": "sum",
 }  # fmt: skip
 """What stands for Budwood's own marks."""
 
@@ -18,7 +21,8 @@ def _spell(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end]
-    return "".join(_ASCII.get(character, "?") for character in text), error.end
+    spelled = (_ASCII[c] if c in _ASCII else c.encode("unicode_escape").decode() for c in text)
+    return "".join(spelled), error.end
 
 
 codecs.register_error("budwood", _spell)
@@ -30,3 +34,15 @@ class Output(Console):
     def on_broken_pipe(self) -> None:
         """Raise instead of ending the process with a code of rich's own."""
         raise BrokenPipeError
+
+
+def echo(text: str = "", err: bool = False) -> None:
+    """Print a line to standard output, or to standard error."""
+    # typer's own writes UTF-8 to every terminal.
+    print(text, file=sys.stderr if err else sys.stdout, flush=True)
+
+
+def echo_json(value: Any, indent: int | None = None) -> None:
+    """Print a value as JSON; where the output cannot hold a character, it is escaped."""
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    echo(json.dumps(value, indent=indent, ensure_ascii=not unicode, default=str))

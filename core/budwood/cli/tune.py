@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from budwood.cli.given import read_given
+from budwood.cli.streams import echo, echo_json
 from budwood.untrusted.formats import json_numbers
 
 
@@ -47,7 +47,7 @@ def tune(
     run = run_recipe(loaded, overwrite=overwrite, resume=resume, accept_changes=accept_changes, profile=profile)
     if as_json:
         metrics = {"before": json_numbers(run.before), "metrics": json_numbers(run.metrics)}
-        typer.echo(json.dumps({**metrics, "output": str(run.directory)}))
+        echo_json({**metrics, "output": str(run.directory)})
 
 
 def eval_(
@@ -91,16 +91,16 @@ def eval_(
     if as_json:
         attacks = {text: json_numbers(values) for text, values in result.attacks.items()}
         metrics = {"adapter": json_numbers(result.adapter), "attacks": attacks, "base": json_numbers(result.base)}
-        typer.echo(json.dumps(metrics))
+        echo_json(metrics)
         return
     columns = {"adapter": result.adapter, **result.attacks, "base": result.base}
     width = max(map(len, result.adapter)) - len("eval_")
-    typer.echo("  ".join([" " * width, *(f"{title:>10}" for title in columns)]))
+    echo("  ".join([" " * width, *(f"{title:>10}" for title in columns)]))
     for name in result.adapter:
         cells = (
             f"{values[name]:.4f}".rjust(max(10, len(title))) if name in values else "–".rjust(max(10, len(title)))
             for title, values in columns.items()
         )
-        typer.echo("  ".join([f"{name.removeprefix('eval_'):{width}}", *cells]))
+        echo("  ".join([f"{name.removeprefix('eval_'):{width}}", *cells]))
     if result.report:
-        typer.echo("\n" + result.report)
+        echo("\n" + result.report)

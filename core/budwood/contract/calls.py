@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, NoReturn
 
-from budwood.contract.discovery import PluginError
+from budwood.contract.discovery import OWN, WORDS, PluginError, plugin_fault
 from budwood.contract.loading import HOOKS
 from budwood.contract.results import find_problem
 from budwood.contract.strategy import Plugin, Strategy
@@ -191,6 +191,20 @@ class Calls:
                 return plugin
         return None
 
+    def raised_in_core(self, error: BaseException, skip: int = 0) -> bool:
+        """Return whether core's code raised an error, called by a plugin; a library's code counts as its caller's.
+
+        Args:
+            skip: number of outermost frames that do not count.
+        """
+        for frame, _ in reversed([*traceback.walk_tb(error.__traceback__)][skip:]):
+            if self._in_frame(frame) is not None:
+                return False
+            module = str(frame.f_globals.get("__name__"))
+            if module.startswith(f"{OWN}.") and not module.startswith(f"{OWN}.contract."):
+                return True
+        return False
+
     def claim(self, name: str, plugin: Any = None, hook: str = "") -> None:
         """Reserve a metric name for a plugin, by default the one whose code is running.
 
@@ -283,9 +297,7 @@ class Calls:
             if isinstance(owner, Strategy) and not noted(error):
                 error.add_note(f"in {where}")
             raise error
-        raise PluginError(
-            f"{where}: {describe(error)}. Report it to its author; --debug shows the traceback."
-        ) from error
+        raise _unexpected(owner, where, error, self.raised_in_core(error)) from error
 
     def _check(self, plugin: Any, hook: str, result: Any, wrapper: bool) -> None:
         problem = find_problem(hook, result, wrapper)
@@ -293,7 +305,7 @@ class Calls:
             self._refuse(plugin, hook, problem)
 
     def _refuse(self, plugin: Any, hook: str, problem: str) -> NoReturn:
-        raise PluginError(f"{self._where(plugin, plugin, hook)}: {problem}")
+        raise plugin_fault(_distribution(plugin), f"{self._where(plugin, plugin, hook)}: {problem}")
 
     def _where(self, owner: Any, plugin: Any, hook: str) -> str:
         """Return "strategy 'x' (dist 1.0), hook before_clip, step 8", with the outer hook if it ran inside another."""
@@ -326,9 +338,25 @@ def attribute_errors(plugin: Plugin, method: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         if isinstance(error, BudwoodError) or system_error(error) or is_out_of_memory(error):
             raise
-        raise PluginError(
-            f"{plugin}, {method}: {describe(error)}. Report it to its author; --debug shows the traceback."
-        ) from error
+        # The first two frames are this function's and that of the block.
+        raise _unexpected(plugin, f"{plugin}, {method}", error, Calls().raised_in_core(error, skip=2)) from error
+
+
+def _distribution(plugin: Any) -> str:
+    """Return the distribution and version of a plugin; of what core itself brings, its own."""
+    own = type(plugin).__module__.partition(".")[0] == OWN
+    return OWN if own else str(getattr(plugin, "distribution", ""))
+
+
+def _unexpected(owner: Plugin, where: str, error: BaseException, in_core: bool) -> BudwoodError:
+    """Return the error for an unexpected exception in a plugin's hook: whose code raised it is to blame for it."""
+    text, distribution = f"{where}: {describe(error)}", _distribution(owner)
+    if in_core and distribution.partition(" ")[0] != OWN:
+        return BudwoodError(
+            f"{text}, raised in Budwood's own code. Either the {WORDS[owner.group]} calls it wrongly, or this is a bug "
+            "in Budwood; run again with --debug and report what it shows."
+        )
+    return plugin_fault(distribution, text, True)
 
 
 def ask_owner(owner: Strategy, hook: str, **arguments: Any) -> Any:
@@ -339,6 +367,6 @@ def ask_owner(owner: Strategy, hook: str, **arguments: Any) -> Any:
     """
     method = getattr(owner, hook, None)
     if method is None:
-        raise PluginError(f"{owner} has no hook '{hook}', which an adapter owner needs. Report it to its author.")
+        raise plugin_fault(_distribution(owner), f"{owner} has no hook '{hook}', which an adapter owner needs", True)
     call, accepted = (owner._calls or Calls()).guarded(owner, hook, method)
     return call(**{name: value for name, value in arguments.items() if name in accepted})

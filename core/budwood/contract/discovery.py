@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from budwood.errors import InputError, ResourceError, describe, did_you_mean
+from budwood.errors import BUG, BudwoodError, InputError, ResourceError, describe, did_you_mean
 
 STRATEGIES = "budwood"
 """Entry point group of strategies; tasks, data formats, quantisers and attacks have separate groups below it."""
@@ -29,8 +29,25 @@ WORDS = {
 """Every entry point group, and the word for its members in messages."""
 
 
+OWN = "budwood"
+"""The distribution of the plugins that come with Budwood."""
+
+
 class PluginError(ResourceError):
     """A plugin is broken; the message names it, its distribution and the remedy."""
+
+
+def plugin_fault(owner: str, text: str, unexpected: bool = False) -> BudwoodError:
+    """Return the error for a fault of a plugin: a bug in Budwood if the plugin is one of its own.
+
+    Args:
+        owner: distribution and version of the plugin, such as "dist 1.2".
+        text: what is wrong, with the plugin's name.
+        unexpected: an exception that only the plugin's author can explain; `text` lacks its full stop.
+    """
+    if owner.partition(" ")[0] == OWN:
+        return BudwoodError(f"{text.removesuffix('.')}. {BUG}")
+    return PluginError(f"{text}. Report it to its author; --debug shows the traceback." if unexpected else text)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,16 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from budwood.contract.discovery import STRATEGIES, WORDS, Installed, PluginError, find, installed, unknown_groups
+from budwood.contract.discovery import (
+    STRATEGIES,
+    WORDS,
+    Installed,
+    PluginError,
+    find,
+    installed,
+    plugin_fault,
+    unknown_groups,
+)
 from budwood.contract.hookspecs import HookSpecs
 from budwood.contract.strategy import API_VERSION, SUPPORTED, Options, Plugin, Strategy
 from budwood.contract.validation import dotted, find_problems, sentence
@@ -116,17 +125,17 @@ def load(name: str, group: str) -> tuple[type[Any], Installed]:
         if "must_implement" in defined:
             raise PluginError(f"{who}: {entry.value} does not implement '{name}', which is required.")
     if hasattr(cls, "Options"):
-        _check_options(cls.Options, who)
+        _check_options(cls.Options, who, entry.owner)
     return cls, entry
 
 
-def _check_options(options: Any, who: str) -> None:
+def _check_options(options: Any, who: str, owner: str) -> None:
     if not (isinstance(options, type) and issubclass(options, Options)):
         raise PluginError(f"{who}: its Options must be a subclass of budwood.Options, which refuses unknown keys.")
     try:
         options.model_json_schema()
     except Exception as error:  # pydantic raises several types, and a plugin's own types can raise any
-        raise PluginError(f"{who}: its Options have no schema: {describe(error)}. Report it to its author.") from error
+        raise plugin_fault(owner, f"{who}: its Options have no schema: {describe(error)}", True) from error
 
 
 def load_strategy(name: str) -> tuple[type[Strategy], Installed]:
@@ -292,7 +301,7 @@ def start(cls: type[Any], entry: Installed, **arguments: Any) -> Any:
     except BudwoodError:
         raise
     except (Exception, SystemExit) as error:
-        raise PluginError(f"{who} cannot start: {describe(error)}. Report it to its author.") from error
+        raise plugin_fault(entry.owner, f"{who} cannot start: {describe(error)}", True) from error
     return plugin
 
 
@@ -337,5 +346,5 @@ def validate_options(
         raise
     except (Exception, SystemExit) as error:
         who = f"{WORDS[cls.group]} '{entry.name}' of {entry.owner}"
-        raise PluginError(f"{who}: its Options fail: {describe(error)}. Report it to its author.") from error
+        raise plugin_fault(entry.owner, f"{who}: its Options fail: {describe(error)}", True) from error
     return validated

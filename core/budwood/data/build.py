@@ -15,17 +15,17 @@ from budwood.contract.discovery import find, installed
 from budwood.contract.loading import create
 from budwood.data import cache
 from budwood.data.bad_rows import BadRows, count_reasons
-from budwood.data.chat_formats import find_unused
 from budwood.data.chunk import BEYOND, Change, ChunkEncoder
 from budwood.data.classes import near_equal
 from budwood.data.encoder import Encoder
 from budwood.data.examples import Examples, measure
 from budwood.data.formats import GROUP, all_dropped
-from budwood.data.recognition import recognise
+from budwood.data.recognition import recognise_rows
 from budwood.data.rows import Rows
 from budwood.data.sources import Data, hash_data, read_rows
 from budwood.data.spool import Arrays, Spool
 from budwood.data.stats import DataStats
+from budwood.data.unused import find_unused
 from budwood.errors import InputError
 
 Progress = Callable[[int, int], None]
@@ -122,7 +122,7 @@ def _encode(
     processes: int | None = None,
     change: Change | None = None,
 ) -> tuple[Arrays, dict[str, Any]]:
-    data_format = recognise(rows.columns, task.name, str(rows.path))
+    data_format = recognise_rows(rows, task.name)
     unused = find_unused(rows.columns, data_format)
     unreadable = len(bad.rows)
     chunks = ChunkEncoder(rows, data_format, unused, task, encoder, bad.skip, change)

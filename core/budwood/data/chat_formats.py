@@ -152,12 +152,14 @@ class Unsupported(DataFormat):
 
 
 _PAIRS = "preference pairs, and training on pairs needs an objective for them, which is not installed"
-_CHOSEN = "To train on the chosen answers alone, rename '{}' to '{}' and remove '{}'."
+_CHOSEN = "To train on the chosen answers alone, remove 'rejected' and rename 'chosen' to"
 UNSUPPORTED = (
-    Unsupported(("prompt", "chosen", "rejected"), f"{_PAIRS}. {_CHOSEN.format('chosen', 'completion', 'rejected')}"),
-    Unsupported(("chosen", "rejected"), f"{_PAIRS}. {_CHOSEN.format('chosen', 'messages', 'rejected')}"),
+    Unsupported(("prompt", "chosen", "rejected"), f"{_PAIRS}. {_CHOSEN} 'completion'."),
+    Unsupported(("chosen", "rejected"), f"{_PAIRS}. {_CHOSEN} 'messages', or to 'text' if it is one."),
     Unsupported(("input", "preferred_output", "non_preferred_output"), f"{_PAIRS} (OpenAI's format). To train on the "
                 "preferred answers alone, write input.messages as 'prompt' and preferred_output as 'completion'."),
+    Unsupported(("text", "role"), "one message a row: join the messages of each conversation into a list 'messages' of "
+                "objects with role and content."),
     Unsupported(("prompt", "completion", "label"), "answers judged good or bad, and training on them needs an "
                 "objective, which is not installed. To train on the good ones alone, keep their rows and no 'label'."),
     *(
@@ -191,30 +193,3 @@ def _usable(conversation: Conversation, row: Row, where: str) -> Conversation | 
     if not any(weights):
         return Dropped("weight 0")
     return Conversation(messages, weights, conversation.tools, conversation.options, conversation.ignored)
-
-
-def find_unused(columns: Sequence[str], data_format: DataFormat) -> list[str]:
-    """Return the columns that a data format does not read."""
-    return [name for name in columns if name not in (*data_format.columns, *data_format.optional)]
-
-
-SAID = (
-    "system", "system_prompt", "instruction", "input", "context", "history", "tools", "functions",
-    "chat_template_kwargs", "thinking", "reasoning", "reasoning_content", "images", "image", "videos", "video",
-    "audios", "audio", "documents", "chosen", "rejected", "function_call", "tool_calls",
-)  # fmt: skip
-"""Columns that are part of what is said: a model trained without them is trained on something else."""
-
-
-def check_unused(row: Row, unused: Sequence[str], data_format: DataFormat, where: str) -> None:
-    """Refuse a row with a value in a column that its data format would leave out although it is part of what is said.
-
-    Raises:
-        InputError: it has one.
-    """
-    for name in unused:
-        if name in SAID and row.get(name) not in (None, "", [], {}):
-            raise InputError(
-                f"{where}: {' + '.join(data_format.columns)} does not read column '{name}', which would be left out. "
-                "Put it into a column that is read, or remove it."
-            )

@@ -17,7 +17,7 @@ from budwood.data import cache
 from budwood.data.bad_rows import BadRows, Skipped
 from budwood.data.formats import DataFormat
 from budwood.data.ragged import Ragged
-from budwood.data.recognition import recognise
+from budwood.data.recognition import recognise_rows
 from budwood.data.rows import Rows
 from budwood.data.sources import Data, label, read_rows
 from budwood.data.stats import DataStats
@@ -170,7 +170,7 @@ class Examples(Sequence[Example]):
 
     @cached_property
     def _format(self) -> DataFormat:
-        return recognise(self.columns, self.task, str(self.path))
+        return recognise_rows(self.rows, self.task)
 
     @property
     def rows(self) -> Rows:

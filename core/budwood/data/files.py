@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from budwood.errors import InputError, ResourceError, did_you_mean, first_line
+from budwood.errors import InputError, did_you_mean, unreadable
+from budwood.untrusted.hub import hub_errors
 from budwood.untrusted.redaction import shorten
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -18,7 +19,7 @@ ACCEPTED = (
     "a `datasets` folder"
 )
 SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
-"""Words with which the file names of a split begin."""
+"""Words for a split in the names of files and folders."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z")
 
@@ -27,7 +28,7 @@ def hash_files(files: Sequence[Path]) -> str:
     """Return the hex SHA-256 of a file, or of the names and bytes of several.
 
     Raises:
-        InputError: a file cannot be read.
+        ResourceError: a file cannot be read.
     """
     digest = hashlib.sha256()
     for path in files:
@@ -35,7 +36,7 @@ def hash_files(files: Sequence[Path]) -> str:
             with path.open("rb") as file:
                 file_digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
+            raise unreadable(path, error) from error
         if len(files) == 1:
             return file_digest
         digest.update(f"{path.name}\0{file_digest}\0".encode())
@@ -58,36 +59,41 @@ def exists(name: str) -> bool:
     return Path(name).exists() or is_hub_name(name) or bool(_is_pattern(name) and glob.glob(name, recursive=True))
 
 
-def find_files(path: str | Path, split: str | None = None, revision: str | None = None) -> list[Path]:
+def find_files(
+    path: str | Path, split: str | None = None, revision: str | None = None, config: str | None = None
+) -> list[Path]:
     """Return the files that hold the data of a source, without reading them.
 
     Args:
         path: a file, a folder, a pattern, or the name of a dataset on the hub, which is downloaded to its cache.
         split: only the files of this split, by their names or that of their folder.
         revision: branch, tag or commit of a hub name.
+        config: only the files in this folder of the source, which the hub calls a configuration, such as a language.
 
     Raises:
-        InputError: the source is missing, empty, of an unknown type, or has several splits and none is given.
-        ResourceError: the hub cannot be reached.
+        InputError: the source is missing, empty, of an unknown type, or has several splits or configurations and none
+            is given.
+        ResourceError: a folder cannot be read, or the hub cannot be reached.
     """
     name, path = str(path), Path(path)
     try:
         if is_hub_name(name):
-            return _find_in_folder(_from_hub(name, revision), split, name)
+            return _find_in_folder(_from_hub(name, revision, config), split, name, config)
         if revision is not None:
             raise InputError(f"{name}: a revision ('{shorten(revision)}') is only for a hub name: leave it out.")
         if not path.exists() and _is_pattern(name):
             found = sorted(Path(match) for match in glob.glob(name, recursive=True) if Path(match).is_file())
             if not found:
                 raise InputError(f"{name}: no file matches the pattern (from {Path.cwd()}).")
-            return _of_split([_check_file(file) for file in found], split, name)
+            return _of_split([_check_file(file) for file in found], split, name, "")
         if path.is_dir():
-            return _find_in_folder(path, split, name)
-        if split is not None:
-            raise InputError(f"{name}: a split ('{shorten(split)}') is for a folder or a hub name: leave it out.")
+            return _find_in_folder(path, split, name, config)
+        for word, value in (("split", split), ("config", config)):
+            if value is not None:
+                raise InputError(f"{name}: a {word} ('{shorten(value)}') is for a folder or a hub name: leave it out.")
         return [_check_file(path)]
     except OSError as error:
-        raise InputError(f"{name}: cannot be read: {error.strerror or error}.") from error
+        raise unreadable(name, error) from error
 
 
 def _is_pattern(name: str) -> bool:
@@ -110,11 +116,18 @@ def _check_file(path: Path) -> Path:
     return path
 
 
-def _find_in_folder(path: Path, split: str | None, name: str) -> list[Path]:
-    """Return the data files of a folder, or of its folder data/, as on the hub.
+def _find_in_folder(
+    path: Path, split: str | None, name: str, config: str | None = None, source: str = ""
+) -> list[Path]:
+    """Return the data files of a folder, or of its folder data/, or of the one folder in it that holds data.
 
-    A .json file is often something else, so it counts only if its name begins with that of a split.
+    Args:
+        name: the folder's name in messages; `source`: how a recipe names what it is part of.
     """
+    source = source or f"path: {name}"
+    if config is not None:
+        folder = _config_folder(path, config, name)
+        return _find_in_folder(folder, split, f"{name}/{config}", None, f"{source}, config: {config}")
     if (path / "dataset_dict.json").is_file():
         splits = sorted(p.name for p in path.iterdir() if p.is_dir()) or ["none"]
         if split not in splits:
@@ -124,21 +137,71 @@ def _find_in_folder(path: Path, split: str | None, name: str) -> list[Path]:
     if is_datasets_folder(path):
         return sorted(p for p in path.iterdir() if p.suffix in (".arrow", ".json") and p.is_file())
     for folder in (path, path / "data"):
-        files = sorted(
-            p
-            for p in (folder.iterdir() if folder.is_dir() else ())
-            if p.suffix.lower() in SUFFIXES and p.is_file() and (p.suffix.lower() != ".json" or _split_word(p))
-        )
+        files = sorted(filter(_is_data, folder.iterdir() if folder.is_dir() else ()))
         if files:
-            return _of_split([_check_file(file) for file in files], split, str(Path(name) / folder.relative_to(path)))
-    folders = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+            shown = str(Path(name) / folder.relative_to(path))
+            return _of_split([_check_file(file) for file in files], split, shown, source)
+    folders = _data_folders(path)
     if split in folders:
-        return _find_in_folder(path / str(split), None, str(Path(name) / str(split)))
-    inside = f" Its folders: {', '.join(map(shorten, folders[:10]))}." if folders else ""
-    raise InputError(f"{name}: neither a `datasets` folder nor a folder of data files.{inside} Accepted: {ACCEPTED}.")
+        return _find_in_folder(folders[str(split)], None, f"{name}/{split}")
+    if len(folders) == 1:
+        ((only, folder),) = folders.items()
+        if split is None or only not in SPLITS:
+            return _find_in_folder(folder, split, f"{name}/{only}", None, source)
+    if not folders:
+        inside = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+        shown = f" Its folders: {', '.join(map(shorten, inside[:10]))}." if inside else ""
+        raise InputError(
+            f"{name}: neither a `datasets` folder nor a folder of data files.{shown} Accepted: {ACCEPTED}."
+        )
+    word = "split" if set(folders) <= set(SPLITS) else "config"
+    first = "train" if "train" in folders else next(iter(folders))
+    raise InputError(
+        f"{name}: holds data in the folders {_listed(folders)}. "
+        f"Name one of them: {{{source}, {word}: {shorten(first)}}} in a recipe."
+    )
 
 
-def _of_split(files: list[Path], split: str | None, name: str) -> list[Path]:
+def _config_folder(path: Path, config: str, name: str) -> Path:
+    folders = _data_folders(path)
+    if config not in folders:
+        known = _listed(folders) or "none"
+        raise InputError(
+            f"{name}: no folder '{shorten(config)}' with data.{did_you_mean(config, folders)} Its folders: {known}."
+        )
+    return folders[config]
+
+
+def _data_folders(path: Path) -> dict[str, Path]:
+    """Return the folders in a folder, or in its folder data/, that hold data, by name."""
+    inside = (p for folder in (path, path / "data") if folder.is_dir() for p in sorted(folder.iterdir()))
+    return {p.name: p for p in inside if p.is_dir() and p != path / "data" and _holds_data(p)}
+
+
+def _holds_data(folder: Path, depth: int = 2) -> bool:
+    """Return whether a folder has files of rows, by itself or in a folder for a split."""
+    if folder.name.startswith(".") or not depth:
+        return False
+    try:
+        inside = list(folder.iterdir())
+        own = is_datasets_folder(folder) or any(map(_is_data, inside))
+        return own or any(_holds_data(p, depth - 1) for p in inside if p.is_dir())
+    except OSError:  # somebody else's folder
+        return False
+
+
+def _is_data(path: Path) -> bool:
+    """Return whether a file in a folder holds rows; a .json file does if its name has the word for a split."""
+    suffix = path.suffix.lower()
+    return suffix in SUFFIXES and path.is_file() and (suffix != ".json" or bool(_split_word(path)))
+
+
+def _listed(folders: Iterable[str]) -> str:
+    names = [shorten(name) for name in folders]
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _of_split(files: list[Path], split: str | None, name: str, source: str) -> list[Path]:
     """Return the files of one split.
 
     Raises:
@@ -157,43 +220,30 @@ def _of_split(files: list[Path], split: str | None, name: str) -> list[Path]:
     if len(splits) > 1 and not _is_pattern(name):
         named = sorted(filter(None, splits))
         first = "train" if "train" in named else named[0]
-        pattern = Path(name) / f"{first}*{splits[first][0].suffix}"
+        pattern = ""
+        if Path(name).is_dir() and all(file.name.startswith(first) for file in splits[first]):
+            pattern = f"{Path(name) / first}*{splits[first][0].suffix}, or "
         raise InputError(
             f"{name}: holds the splits {', '.join(named)}{' and other files' if '' in splits else ''}. "
-            f"Name one of them: {pattern}, or {{path: {name}, split: {first}}} in a recipe."
+            f"Name one of them: {pattern}{{{source}, split: {first}}} in a recipe."
         )
     return files
 
 
 def _split_word(file: Path) -> str:
-    """Return the word for a split with which a file's name begins, or an empty string."""
-    word = re.match(r"[a-z]*", file.stem.lower())
-    return word[0] if word and word[0] in SPLITS else ""
+    """Return the word for a split in a file's name, such as train in en_train-v2.jsonl, or an empty string."""
+    words = re.findall(r"[a-z]+", file.stem.lower())
+    return next((word for word in words if word in SPLITS), "")
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def _from_hub(name: str, revision: str | None, config: str | None) -> Path:
     """Download the data files of a dataset to the hub's cache; return their folder."""
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
 
-    shown = f"'{name}'" if revision is None else f"'{name}' at revision '{shorten(revision)}'"
-    wanted = [f"{folder}*{suffix}" for folder in ("", "data/") for suffix in SUFFIXES]
-    try:
-        found = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=wanted)
-    except hub.GatedRepoError as error:
-        raise InputError(f"dataset {shown} is gated: accept its terms on the hub, then set HF_TOKEN.") from error
-    except hub.RevisionNotFoundError as error:
-        raise InputError(f"dataset '{name}' has no revision '{shorten(str(revision))}' on the hub.") from error
-    except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
-        raise InputError(f"{name}: no such file or folder, and no such dataset on the hub.") from error
-    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
-        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-        raise ResourceError(
-            f"dataset {shown}: no such file or folder, not in the hub's cache, and {reason}: name a file."
-        ) from error
-    except (hub.HfHubHTTPError, OSError) as error:
-        raise ResourceError(f"dataset {shown} cannot be downloaded: {first_line(error)}") from error
-    return Path(found)
+    folders = [""] if config is None else [f"{config}/", f"data/{config}/"]
+    wanted = [f"{folder}*{suffix}" for folder in folders for suffix in SUFFIXES]  # a star matches slashes, too
+    with hub_errors("dataset", name, revision):
+        return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=wanted))
 
 
 def total_size(files: Iterable[Path]) -> int:

@@ -84,7 +84,7 @@ def with_columns(
 def read_messages(
     value: Any, name: str, present: bool, where: str
 ) -> tuple[list[dict[str, Any]], list[float], frozenset[str]]:
-    """Read a list of messages: role and content, or ShareGPT's from and value.
+    """Read a list of messages: role and content, ShareGPT's from and value, or pairs of input and output.
 
     Args:
         value: the list.
@@ -104,12 +104,16 @@ def read_messages(
         )
     if not value:
         raise InputError(f"{where}: {name} is empty.")
+    if all(isinstance(pair, dict) and pair.keys() == {"input", "output"} for pair in value):  # a turn each: Capybara
+        turns = (("user", "input"), ("assistant", "output"))
+        value = [{"role": role, "content": pair[key]} for pair in value for role, key in turns]
     messages, weights = [], []
     ignored: set[str] = set()
     for number, given in enumerate(value, 1):
         place = f"{where}: message {number}"
         if not isinstance(given, dict):
-            raise InputError(f"{place} must be an object with role and content.")
+            what = "a text without a role: it" if isinstance(given, str) else f"a {type(given).__name__}: it"
+            raise InputError(f"{place} is {what} must be an object with role and content.")
         message, weight = _read_message(given, place)
         dropped = {key for key in message if key in METADATA}
         ignored |= dropped

@@ -117,7 +117,8 @@ def _check_object(path: Path) -> None:
         return
     lists = [key for key, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     if several or any(key in HOLDERS for key in lists):
-        hint = f"; its key {' and '.join(map(repr, lists[:3]))} holds one: save that list alone" if lists else ""
+        held = f"; its key {' and '.join(map(repr, lists[:3]))} holds one: save that list alone"
+        hint = held if lists else ": write [{…}]"
         raise InputError(f"{path}: must hold a list of objects, not one object{hint}.")
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from budwood.contract.calls import attribute_errors
 from budwood.contract.discovery import installed
 from budwood.contract.loading import create
-from budwood.data.chat_formats import UNSUPPORTED, Unsupported, check_unused, find_unused
-from budwood.data.formats import GROUP, DataFormat, Dropped, all_dropped
-from budwood.data.sources import Data, read_rows
+from budwood.data.chat_formats import UNSUPPORTED, Unsupported
+from budwood.data.formats import GROUP, DataFormat, Dropped, PlainText, all_dropped
+from budwood.data.mixed import Mixed
+from budwood.data.renames import suggest
+from budwood.data.sources import Data, JoinedRows, read_rows
+from budwood.data.unused import check_unused, find_unused
 from budwood.errors import BudwoodError, InputError
 
 
@@ -23,7 +27,7 @@ def check_rows(data: Data, task: str) -> None:
             would be dropped.
     """
     rows = read_rows(data)
-    data_format = recognise(rows.columns, task, str(rows.path))
+    data_format = recognise_rows(rows, task)
     unused = find_unused(rows.columns, data_format)
     reasons: Counter[str] = Counter()
     for index, row in enumerate(rows):
@@ -35,10 +39,28 @@ def check_rows(data: Data, task: str) -> None:
         raise InputError(all_dropped(rows.path, reasons))
 
 
+def recognise_rows(rows: Any, task: str) -> DataFormat:
+    """Return the data format of rows; of several files in different formats, one that reads each file as its own.
+
+    Raises:
+        InputError: see `recognise`; the message names the file.
+    """
+    parts = rows.parts if isinstance(rows, JoinedRows) else [rows]
+    found: dict[tuple[str, ...], DataFormat] = {}
+    for part in parts:
+        key = tuple(part.columns)
+        if key not in found:
+            found[key] = recognise(part.columns, task, str(part.path))
+    if len({each.name for each in found.values()}) == 1:
+        return next(iter(found.values()))
+    return Mixed({str(part.path): found[tuple(part.columns)] for part in parts})
+
+
 def recognise(columns: Sequence[str], task: str, where: str) -> DataFormat:
     """Return the one data format of `task` whose columns a file has.
 
-    If the columns of a match are a subset of another's (text, and text with label), the larger match wins.
+    If the columns of a match are a subset of another's (text, and text with label), the larger match wins. A column
+    `text` beside another format is a rendering of it, or `check_unused` refuses the row.
 
     Raises:
         InputError: no format matches, several do, or the match is for another task; the message lists the accepted
@@ -50,6 +72,10 @@ def recognise(columns: Sequence[str], task: str, where: str) -> DataFormat:
     matches = [f for f in candidates if set(f.columns) <= set(columns)]
     matches = [f for f in matches if not any(set(f.columns) < set(other.columns) for other in matches)]
     matches = [f for f in matches if task in f.tasks or isinstance(f, Unsupported)] or matches
+    if len(matches) > 1:
+        matches = [f for f in matches if not isinstance(f, PlainText)]
+    if all(isinstance(f, Unsupported) for f in matches):
+        matches = matches[:1]
     here = ", ".join(f"'{name}'" for name in columns) or "none"
     if len(matches) > 1:
         names = " and as ".join(_spell(data_format) for data_format in matches)
@@ -57,7 +83,8 @@ def recognise(columns: Sequence[str], task: str, where: str) -> DataFormat:
     if not matches:
         accepted = "; ".join(_spell(data_format) for data_format in formats)
         raise InputError(
-            f"{where}: columns {here} match no data format.{_nearest(columns, formats)} Accepted: {accepted}.{broken}"
+            f"{where}: columns {here} match no data format.{suggest(columns) or _nearest(columns, formats)} "
+            f"Accepted: {accepted}.{broken}"
         )
     data_format = matches[0]
     if isinstance(data_format, Unsupported):

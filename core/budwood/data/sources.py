@@ -14,7 +14,7 @@ from budwood.data.bad_rows import BadRows
 from budwood.data.files import find_files, hash_files, is_datasets_folder
 from budwood.data.reading import read_file, read_folder
 from budwood.data.rows import Row, Rows
-from budwood.errors import InputError
+from budwood.errors import InputError, unreadable
 
 
 class Source(BaseModel):
@@ -24,6 +24,7 @@ class Source(BaseModel):
 
     path: str = Field(min_length=1, description="a file, a folder, a pattern such as data/*.jsonl, or a hub name")
     split: str | None = Field(None, min_length=1, description="only files of this split of a folder or hub name")
+    config: str | None = Field(None, min_length=1, description="only this folder of a folder or hub name")
     revision: str | None = Field(None, min_length=1, max_length=255, description="branch, tag or commit of a hub name")
     weight: float = Field(
         1.0, gt=0, le=1000, description="how often an epoch has each row: 2: twice; 0.25: a fixed quarter, once"
@@ -38,7 +39,7 @@ class JoinedRows(Rows):
     """The rows of several files one after another; those of a weighted source as often as its weight says."""
 
     def __init__(self, path: Path | str, parts: Sequence[Rows], order: np.ndarray, sha256: str) -> None:
-        self._parts, self._order = parts, order
+        self.parts, self._order = parts, order
         self._starts = np.cumsum([0, *map(len, parts)])
         seen, first = np.unique(order, return_index=True)
         self._first = np.zeros(len(order), dtype=bool)
@@ -59,7 +60,7 @@ class JoinedRows(Rows):
 
     def __iter__(self) -> Iterator[Row]:
         if len(self) == self._starts[-1] and self._first.all():  # in order, so that tables are read in batches
-            for part in self._parts:
+            for part in self.parts:
                 yield from part
         else:
             yield from (self[i] for i in range(len(self)))
@@ -81,7 +82,7 @@ class JoinedRows(Rows):
     def _find(self, index: int) -> tuple[Rows, int]:
         place = int(self._order[index])
         part = int(np.searchsorted(self._starts, place, side="right")) - 1
-        return self._parts[part], place - int(self._starts[part])
+        return self.parts[part], place - int(self._starts[part])
 
 
 def label(data: Data) -> Path | str:
@@ -129,7 +130,7 @@ def read_rows(data: Data, bad: BadRows | None = None) -> Rows:
             else:
                 new = [read_file(file, bad) for file in files]
         except OSError as error:
-            raise InputError(f"{source.path}: cannot be read: {error.strerror or error}.") from error
+            raise unreadable(source.path, error) from error
         parts += new
         counts.append(sum(map(len, new)))
     if len(parts) == 1 and sources[0].weight == 1:
@@ -151,7 +152,7 @@ def _sources(data: Data) -> Sequence[Source]:
 
 
 def _files(source: Source) -> list[Path]:
-    return find_files(source.path, source.split, source.revision)
+    return find_files(source.path, source.split, source.revision, source.config)
 
 
 def _times(source: Source, count: int) -> np.ndarray:

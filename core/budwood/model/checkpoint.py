@@ -12,8 +12,9 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from budwood.errors import CorruptError, InputError, ResourceError, did_you_mean, first_line
+from budwood.errors import CorruptError, InputError, ResourceError, did_you_mean, unreadable
 from budwood.untrusted.formats import MAX_HEADER, TensorInfo, read_header, read_json
+from budwood.untrusted.hub import hub_errors
 from budwood.untrusted.redaction import shorten
 
 PAGE = 4096
@@ -68,7 +69,7 @@ def resolve(model: str | Path, weights: bool = True, code: bool = False, revisio
             return path
         exists = path.exists()
     except OSError as error:  # the name is too long, or the folder is not accessible
-        raise InputError(f"base '{shorten(name)}': {error.strerror}.") from error
+        raise unreadable(f"base '{shorten(name)}'", error) from error
     if exists:
         raise InputError(f"base '{name}' is a file: give the folder that contains config.json and *.safetensors.")
     in_folder = path.parent != Path(".") and path.parent.is_dir()
@@ -108,35 +109,17 @@ def would_fetch(name: str) -> bool:
 
 def _from_hub(name: str, weights: bool, code: bool, revision: str | None) -> Path:
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub import errors as hub
 
-    shown = f"'{name}'" if revision is None else f"'{name}' at revision '{shorten(revision)}'"
     small = [*_SMALL_FILES, *(["*.py"] if code else [])]
-    try:
+    with hub_errors("base", name, revision):
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=small, ignore_patterns=["*/*"]))
         if weights:
             files = sorted(set(_index(folder).values())) or ["model.safetensors"]
             snapshot_download(name, revision=commit_of(folder) or revision, allow_patterns=files)
             missing = [file for file in files if not (folder / file).is_file()]
             if missing and constants.HF_HUB_OFFLINE:
-                raise ResourceError(f"base {shown}: {missing[0]} is not in the hub's cache, and the hub is offline.")
-        return folder
-    except hub.GatedRepoError as error:
-        raise ResourceError(
-            f"base '{name}' is gated: accept its licence on huggingface.co, then `hf auth login`."
-        ) from error
-    except hub.RevisionNotFoundError as error:
-        raise InputError(f"base '{name}' has no revision '{shorten(str(revision))}' on the hub.") from error
-    except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
-        raise InputError(f"base '{name}' is neither a local folder nor a model on the hub.") from error
-    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
-        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-        raise ResourceError(
-            f"base {shown} is neither a local folder nor in the hub's cache, and {reason}: "
-            "give a folder, or go online and download it once."
-        ) from error
-    except (hub.HfHubHTTPError, OSError) as error:
-        raise ResourceError(f"base {shown} cannot be downloaded: {first_line(error)}") from error
+                raise ResourceError(f"base '{name}': {missing[0]} is not in the hub's cache, and the hub is offline.")
+    return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from budwood.contract.calls import attribute_errors
 from budwood.contract.discovery import PluginError, installed
 from budwood.contract.loading import create
-from budwood.errors import CorruptError, InputError, ResourceError, describe
-from budwood.model.checkpoint import first_line, read_config, read_tensors, resolve
+from budwood.errors import CorruptError, InputError, ResourceError, describe, first_line
+from budwood.model.checkpoint import read_config, read_tensors, resolve
 from budwood.model.quantizers import Quantizer
 from budwood.untrusted.redaction import shorten
 
@@ -30,6 +30,8 @@ TOKENIZER_BYTES = 256_000_000
 """Size limit of a tokenizer file, in bytes; the largest vocabularies need 40 MB."""
 LAYERS = 2000
 """A configuration may have more layers than this only if the checkpoint has as many tensors."""
+_PERMUTED = ("xlnet", "xlm")
+"""Model types with a class for causal language modelling that see tokens on both sides."""
 FUSED_SHARE = 0.05
 """A base is refused if tensors that its quantiser does not support hold a larger fraction of its weights."""
 
@@ -244,6 +246,12 @@ def load_config(path: Path, trust_remote_code: bool, changes: dict[str, Any]) ->
             str(path), local_files_only=True, trust_remote_code=trust_remote_code, **changes
         )
     except Exception as error:  # a config class may raise any exception on unexpected values
+        if "does not recognize this architecture" in str(error):
+            kind = shorten(str(read_config(path)["model_type"]))
+            raise InputError(
+                f"base '{path}': transformers {metadata.version('transformers')} knows no models of type '{kind}': "
+                "pip install -U transformers, or take another base."
+            ) from error
         raise CorruptError(f"{path / 'config.json'}: {first_line(error)}") from error
     config._attn_implementation = None  # a checkpoint may name a kernel on the hub
     return config
@@ -253,6 +261,8 @@ def build_skeleton(name: str, config: PretrainedConfig, auto_class: str, trust_r
     import torch
     import transformers
 
+    if auto_class == "AutoModelForCausalLM":
+        _check_decoder(name, config)
     try:
         with torch.device("meta"):
             model: PreTrainedModel = getattr(transformers, auto_class).from_config(
@@ -265,6 +275,27 @@ def build_skeleton(name: str, config: PretrainedConfig, auto_class: str, trust_r
             raise InputError(f"base '{name}': '{config.model_type}' has no {auto_class} in transformers.") from error
         raise CorruptError(f"base '{name}': no model can be built from config.json: {describe(error)}") from error
     return model
+
+
+def _check_decoder(name: str, config: PretrainedConfig) -> None:
+    """Refuse a model that does not predict each token from those before it, although it has a class for that.
+
+    Raises:
+        InputError: it is an encoder-decoder, an encoder, or predicts tokens in a permuted order.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as masked
+
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        what, other = "an encoder-decoder", ""
+    elif kind in _PERMUTED or (kind in masked and not getattr(config, "is_decoder", False)):
+        what, other = "no decoder", ", or set base.task: sequence-classification to train a classifier"
+    else:
+        return
+    raise InputError(
+        f"base '{name}': '{kind}' is {what}, but causal-lm needs a decoder-only model (such as Llama, Qwen, Mistral, "
+        f"GPT-2): take another base{other}."
+    )
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:

@@ -6,7 +6,7 @@ from typing import Any
 
 from budwood.data.chat_formats import PromptCompletion
 from budwood.data.examples import Examples
-from budwood.errors import InputError
+from budwood.errors import InputError, unreadable
 from budwood.model.checks import load_tokenizer, skeleton
 from budwood.model.embeddings import resize, vocabulary_of
 from budwood.recipe.schema import Recipe
@@ -32,7 +32,7 @@ def recipe_tokenizer(recipe: Recipe) -> Any:
             raise InputError(f"{where} is not a file of at most 1 MiB. Name a jinja file.")
         template = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{where} cannot be read: {error.strerror or error}.") from error
+        raise unreadable(where, error) from error
     except UnicodeDecodeError as error:
         raise InputError(f"{where} is not UTF-8. Save it as UTF-8.") from error
     if not template.strip():

@@ -17,7 +17,7 @@ from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from budwood.contract.validation import Location, dotted
-from budwood.errors import InputError, did_you_mean
+from budwood.errors import InputError, did_you_mean, unreadable
 from budwood.untrusted.redaction import MASK, shorten
 
 MAX_BYTES = 100_000
@@ -203,7 +203,7 @@ def _read_text(path: Path) -> str:
     except FileNotFoundError:
         raise InputError(f"{path}: no such recipe.") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}.") from error
+        raise unreadable(path, error) from error
     if len(raw) > MAX_BYTES:
         raise InputError(f"{path}: is longer than {MAX_BYTES:,} bytes, so it is not a recipe.")
     try:

@@ -40,7 +40,7 @@ def _sources(value: Any) -> Any:
     if value is None or isinstance(value, str | Path):
         return _path(value)
     if not isinstance(value, dict | list | tuple) or not value:
-        raise ValueError("must be a path, or a list of paths or of mappings with path, split, revision, weight")
+        raise ValueError("must be a path, or a list of paths or of mappings with path, split, config, revision, weight")
     items = value if isinstance(value, list | tuple) else [value]
     sources = []
     for number, item in enumerate(items, 1):
@@ -112,8 +112,8 @@ class DataSection(Section):
 
     train: Sources = Field(
         description="a file (JSONL, JSON, CSV, Parquet), a folder, a pattern such as data/*.jsonl, or the hub name of "
-        "a dataset; or a list of them; or of mappings with path, split, revision (of a hub name) and weight: how often "
-        "an epoch has each row of it (2: twice; 0.25: a fixed quarter)"
+        "a dataset; or a list of them; or of mappings with path, split, config (a folder in it), revision (of a hub "
+        "name) and weight: how often an epoch has each row of it (2: twice; 0.25: a fixed quarter)"
     )
     eval: Evaluated | None = Field(
         None,

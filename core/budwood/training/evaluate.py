@@ -21,8 +21,8 @@ from budwood.contract.types import Run
 from budwood.data.build import build_examples
 from budwood.data.examples import Examples
 from budwood.data.held_out import HeldOut, rows_held_out
-from budwood.data.recognition import recognise
-from budwood.data.sources import label, read_rows
+from budwood.data.recognition import recognise_rows
+from budwood.data.sources import read_rows
 from budwood.errors import InputError
 from budwood.model.base import skeleton
 from budwood.model.limits import LENGTH, check_fits, default_length
@@ -107,7 +107,7 @@ def evaluate_adapter(
     source = recipe.data.train
     task: Task = create(task_name, "budwood.tasks")
     if chosen_attacks:
-        data_format = recognise(read_rows(source).columns, task_name, str(label(source))).name
+        data_format = recognise_rows(read_rows(source), task_name).name
         modules = skeleton(name, task.auto_class)
         for attack in chosen_attacks.values():
             with attribute_errors(attack, "check"):

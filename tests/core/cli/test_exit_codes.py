@@ -12,7 +12,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import typer.main
+from huggingface_hub import errors as hub
+from safetensors.torch import load_file, save_file
 from tests.core.adapters.conftest import make_saved
 
 from budwood.cli import app as cli
@@ -166,6 +169,142 @@ def test_a_command_returns_its_code(world, capsys, words, code, case):
         assert sorted(Path().rglob("*")) == before, "partial output is left"
 
 
+def altered(folder: Path, name: str, **changes: Any) -> Path:
+    """Return a copy of a base or adapter with one JSON file changed."""
+    copy = Path(shutil.copytree(folder, Path(f"copy-{len(list(Path().iterdir()))}")))
+    values = json.loads((copy / name).read_text())
+    (copy / name).write_text(json.dumps(values | changes))
+    return copy
+
+
+def without(folder: Path, *names: str, instead: str = "") -> Path:
+    """Return a copy of a base or adapter without some files, with another file instead."""
+    copy = altered(folder, "config.json" if (folder / "config.json").exists() else "adapter_config.json")
+    for name in names:
+        (copy / name).unlink()
+    if instead:
+        (copy / instead).write_bytes(b"PK\x03\x04")
+    return copy
+
+
+def lasting(path: str, text: str) -> str:
+    Path(path).write_text(text)
+    return path
+
+
+def new_rows() -> str:
+    """Return a data file whose tokens are not in the cache."""
+    return lasting("new.jsonl", json.dumps({"prompt": "new:", "completion": f" {os.getcwd()}"}) + "\n")
+
+
+def gated(*_: Any, **__: Any) -> Any:
+    raise hub.GatedRepoError.__new__(hub.GatedRepoError, "gated")
+
+
+def denied(*_: Any) -> Any:
+    raise PermissionError(13, "Permission denied")
+
+
+def full(*_: Any, **__: Any) -> Any:
+    raise OSError(28, "No space left on device", "out")
+
+
+STOCK = ("budwood.json", "golden.safetensors")
+OTHER_TARGETS = {"target_modules": ["wq", "wk"]}
+KINDS: dict[str, list[Callable[[Any], list[Any]]]] = {
+    "a recipe, an option, a name or a data file that is missing, malformed or wrong": [
+        lambda w: ["tune", "no.yaml"],
+        lambda w: ["tune", lasting("bad.yaml", "base: [")],
+        lambda w: ["data", lasting("bad.jsonl", '{"prompt"'), "--base", w.base],
+        lambda w: ["data", lasting("empty.parquet", "x"), "--base", w.base],
+        lambda w: ["data", "no.jsonl", "--base", w.base],
+        lambda w: ["plan", w.recipe, "-o", "base.model=./no/base"],
+        lambda w: ["adapter", "info", "no/adapter"],
+    ],
+    "a sound file that is not supported: pickled weights, a later format, a model type unknown to the installed "
+    "transformers": [
+        lambda w: ["plan", w.recipe, "-o", f"base.model={without(w.base, 'model.safetensors', instead='model.bin')}"],
+        lambda w: ["adapter", "info", without(w.adapter, "adapter_model.safetensors", instead="adapter_model.bin")],
+        lambda w: ["adapter", "info", altered(w.adapter, "budwood.json", format=99)],
+        lambda w: ["plan", w.recipe, "-o", f"base.model={altered(w.base, 'config.json', model_type='brand_new')}"],
+    ],
+    "an adapter of another base; one of stock PEFT, which records no base, that does not fit": [
+        lambda w: ["generate", w.other_base, "--prompt", "x", "--adapter", f"a={w.adapter}"],
+        lambda w: ["generate", w.base, "--prompt", "x", "--adapter",
+                   f"a={altered(without(w.adapter, *STOCK), 'adapter_config.json', **OTHER_TARGETS)}"],
+        lambda w: ["generate", w.base, "--prompt", "x", "--adapter",
+                   f"a={altered(without(w.adapter, *STOCK), 'adapter_config.json', target_modules=['q_proj'])}"],
+    ],
+    "a file that exists and cannot be read, a full disk, too little memory, no such device": [
+        lambda w: ["data", w.rows, "--base", w.base, w.stub("budwood.data.sources.read_file", denied)],
+        lambda w: ["adapter", "info", w.unreadable],
+        lambda w: ["adapter", "export", w.adapter, "out", w.stub("budwood.adapters.merge.save_file", full)],
+        lambda w: ["tune", w.recipe, "-o", "base.device=cuda:99"],
+    ],
+    "the hub cannot be reached; a gated base or dataset": [
+        lambda w: ["plan", w.recipe, "-o", f"base.model={HUB}"],
+        lambda w: ["data", HUB, "--base", w.base],
+        lambda w: ["plan", w.recipe, "-o", f"base.model={HUB}", w.stub("huggingface_hub.snapshot_download", gated)],
+        lambda w: ["data", HUB, "--base", w.base, w.stub("huggingface_hub.snapshot_download", gated)],
+    ],
+    "a library that is missing; a plugin that cannot be imported, breaks the contract, or raises an error in its own "
+    "code": [
+        lambda w: ["plugins", w.plugin("absent", "import no_such_library")],
+        lambda w: ["plugins", w.plugin("other", "class Broken: pass")],
+        lambda w: ["tune", w.recipe, "-o", f"output={w.new}", "-o", "strategies=" + json.dumps(["lora", w.plugin(
+            "fails", "class Broken(Strategy):\n    @hookimpl\n    def prepare_model(self):\n        1 / 0")])],
+    ],
+    "a base, an adapter or a checkpoint that is truncated, altered, or of another type than its name": [
+        lambda w: ["plan", w.recipe, "-o", f"base.model={w.corrupt_base}"],
+        lambda w: ["data", w.recipe, "-o", f"base.model={w.corrupt_tokenizer}"],
+        lambda w: ["adapter", "info", w.corrupt],
+        lambda w: ["adapter", "info", altered(w.adapter, "budwood.json", task="other")],
+        lambda w: ["adapter", "info", without(w.adapter, "adapter_config.json")],
+    ],
+    "an adapter that computes something else than was recorded, on its own base": [
+        lambda w: ["adapter", "verify", w.adapter, w.stub("budwood.adapters.verify.TOLERANCE", -1.0)],
+    ],
+    "a loss or gradient that is not finite; a run that moved no tensor": [
+        lambda w: ["tune", w.recipe, "-o", "train.learning_rate=1e-30", "-o", f"output={w.new}"],
+    ],
+    "an unexpected error in core or in a plugin that comes with Budwood; in core's code, called by another plugin": [
+        lambda w: ["data", new_rows(), "--base", w.base, w.stub("budwood.data.build.recognise_rows", lambda *_: 1 / 0)],
+        lambda w: ["data", new_rows(), "--base", w.base,
+                   w.stub("budwood.data.chat_formats.PromptCompletion.item", lambda *_: 1 / 0)],
+        lambda w: ["tune", w.recipe, "-o", f"output={w.new}", "-o", "strategies=" + json.dumps(["lora", w.plugin(
+            "misuses", "from budwood.data.fields import read_weight\nclass Broken(Strategy):\n    @hookimpl\n"
+            "    def prepare_model(self):\n        read_weight(None, '')")])],
+    ],
+}  # fmt: skip
+GUIDE = (Path(__file__).parents[3] / "docs" / "guide.md").read_text(encoding="utf-8")
+
+
+def documented() -> dict[str, int]:
+    """Return the guide's table of errors and their codes."""
+    section = GUIDE.partition("| error | code |\n|---|---|\n")[2].partition("\n\n")[0]
+    rows = [line.strip("| ").rpartition(" | ") for line in section.splitlines()]
+    return {text: int(code) for text, _, code in rows}
+
+
+def test_the_guides_table_names_these_errors():
+    assert documented().keys() == KINDS.keys()
+    assert {1, 2, 3, 4, 5} == set(documented().values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [pytest.param(k, i, id=f"{k[:40]} {i}") for k, cases in KINDS.items() for i in range(len(cases))],
+)
+def test_an_error_has_the_code_that_the_guide_says(world, capsys, kind, number):
+    arguments = [str(argument) for argument in KINDS[kind][number](world) if argument is not None]
+    returned = cli.run(arguments)
+    err = capsys.readouterr().err
+    assert returned == documented()[kind], err
+    assert err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
+    assert ("This is a bug" in err or "this is a bug" in err) == (returned == 1)
+    assert ("to its author" in err) == ("fails" in " ".join(arguments)), err
+
+
 @pytest.mark.parametrize("words", TABLE, ids=" ".join)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_every_command(world, monkeypatch, capsys, words, number, code):
@@ -209,13 +348,16 @@ def inputs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleN
         "train": train,
     }
     (folder / "recipe.json").write_text(json.dumps(recipe))
+    other_base = Path(shutil.copytree(tiny_base, folder / "other-base"))
+    weights = {name: torch.zeros_like(t) for name, t in load_file(tiny_base / "model.safetensors").items()}
+    save_file(weights, other_base / "model.safetensors", metadata={"format": "pt"})
     demo = folder / "demo"
     demo.mkdir()
     (demo / "base").symlink_to(corrupt_base)
     return SimpleNamespace(
         base=tiny_base, rows=folder / "rows.jsonl", adapter=adapter, corrupt=corrupt, corrupt_base=corrupt_base,
         corrupt_tokenizer=corrupt_tokenizer, run=folder / "run", recipe=folder / "recipe.json",
-        corrupt_demo=demo,
+        corrupt_demo=demo, other_base=other_base,
         finding=SimpleNamespace(status="problem", topic="memory", text="none", remedy="buy some", values={}),
     )  # fmt: skip
 

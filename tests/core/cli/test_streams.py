@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import io
 import json
 import os
 import subprocess
@@ -42,8 +44,57 @@ def test_marks_are_readable_in_ascii(rows: Path, tiny_base: Path) -> None:
     )
     text = done.stdout.decode("ascii")
     assert done.returncode == 0
-    assert "[[ na?ve\\n" in text and "]]" in text and "[[with a loss]]" in text and "####" in text
-    assert text.count("?") == text.count("na?ve"), "only the data's own characters"
+    assert "[[ na\\xefve\\n" in text and "]]" in text and "[[with a loss]]" in text and "####" in text
+    assert text.count("\\x") == text.count("na\\xefve") and "?" not in text, "only the data's own characters"
+
+
+def write_in_ascii(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> str:
+    """Run a command whose standard output takes ASCII alone; return what it wrote."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert run(arguments) == 0
+    stream.flush()
+    return stream.buffer.getvalue().decode("ascii")
+
+
+@pytest.mark.parametrize("words", [["plugins"], ["plugins", "lora"], ["plan"], ["generate"], ["recipe", "schema"]])
+def test_every_command_writes_ascii(
+    rows: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    """typer's own `echo` writes UTF-8 to a terminal that does not take it."""
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(
+        json.dumps({"base": {"model": str(tiny_base)}, "data": {"train": str(rows)}, "strategies": ["lora"]})
+    )
+    more = {
+        "plan": [str(recipe)],
+        "generate": [str(tiny_base), "--prompt", "x", "--max-new-tokens", "8"],
+    }
+    text = write_in_ascii(monkeypatch, [*words, *more.get(words[0], [])])
+    assert text.strip()
+
+
+def test_json_is_whole_in_ascii(rows: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = write_in_ascii(monkeypatch, ["data", str(rows), "--base", str(tiny_base), "--json"])
+    pieces = [piece for piece, _ in json.loads(text)["samples"][0]["pieces"]]
+    assert "naïve" in "".join(pieces)
+
+
+def test_every_mark_of_ours_has_a_spelling() -> None:
+    """The marks in texts that core and plugins print; not those in documentation."""
+    root = Path(__file__).parents[3]
+    used: dict[str, str] = {}
+    for path in [*root.glob("core/budwood/**/*.py"), *root.glob("plugins/*/budwood_*/*.py")]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        statements = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in statements:
+                used |= {c: f"{path.name}:{node.lineno}" for c in node.value if not c.isascii()}
+    read = {"▁", "\ufffd"}  # compared with, in tokens and decoded text
+    assert {c: place for c, place in used.items() if "\\" in c.encode("ascii", "budwood").decode()}.keys() <= {
+        *read,
+        "↵",
+    }
 
 
 @pytest.mark.parametrize(
@@ -51,7 +102,7 @@ def test_marks_are_readable_in_ascii(rows: Path, tiny_base: Path) -> None:
     [
         ('{"train": [{"prompt": "a", "completion": "b"}]}', "; its key 'train' holds one: save that list alone."),
         ('{\n "version": 1,\n "data": [\n{"prompt": "a"}]\n}\n', "; its key 'data' holds one: save that list alone."),
-        ('{\n "prompt": "a",\n "completion": "b"\n}', "."),
+        ('{\n "prompt": "a",\n "completion": "b"\n}', ": write [{…}]."),
     ],
 )
 def test_a_json_file_with_an_object_says_what_it_must_hold(

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from budwood import Event, InputError, Outputs, PluginError, Strategy, ask_owner, hookimpl
+from budwood import BudwoodError, DataFormat, Event, InputError, Outputs, PluginError, Strategy, ask_owner, hookimpl
 from budwood.contract.calls import attribute_errors, noted
 from budwood.contract.hookspecs import HookSpecs
 from budwood.contract.loading import CORE, HOOKS, WRAPPABLE
 from budwood.contract.registry import Composition
 from budwood.contract.results import _MUST_RETURN
+from budwood.data.fields import read_weight
+from budwood.data.recognition import check_rows
 from budwood.model.task import Task
 
 RUN = SimpleNamespace(step=7)
@@ -224,6 +226,54 @@ def test_an_error_in_a_task_is_attributed_to_the_task():
     hooks.register_core(Model(lambda: None), "task made")
     with pytest.raises(PluginError, match=r"^task 'made' \(made 2.0\), hook forward, step 8: returned None; it must"):
         hooks.call("forward", step=STEP)
+
+
+def test_an_error_in_cores_code_is_not_blamed_on_its_caller():
+    """A plugin that called core may have called it wrongly; its author alone is not told to explain core's code."""
+    hooks = Composition([implement("before_clip", lambda: read_weight(None, ""))])
+    with pytest.raises(BudwoodError) as raised:
+        call(hooks, "before_clip")
+    assert str(raised.value).startswith(f"{prefix('before_clip')}AttributeError: 'NoneType'")
+    assert "raised in Budwood's own code. Either the strategy calls it wrongly, or this is a bug" in str(raised.value)
+    assert "author" not in str(raised.value) and raised.value.exit_code == 1
+
+
+def test_an_error_in_a_library_is_that_of_its_caller():
+    hooks = Composition([implement("before_clip", lambda: torch.zeros(2) @ torch.zeros(3))])
+    with pytest.raises(PluginError, match="RuntimeError: inconsistent tensor size.*Report it to its author"):
+        call(hooks, "before_clip")
+
+
+@pytest.mark.parametrize("body", [lambda: 1 / 0, lambda: read_weight(None, ""), object])
+def test_a_plugin_of_budwoods_own_has_no_other_author(body):
+    strategy = implement("before_clip", body)
+    strategy.distribution = "budwood 0.1.0"
+    with pytest.raises(BudwoodError, match="This is a bug; run again with --debug") as raised:
+        call(Composition([strategy]), "before_clip")
+    assert "author" not in str(raised.value) and raised.value.exit_code == 1
+
+
+class Lenient(DataFormat):
+    """A format whose `item` is what a test needs."""
+
+    name, columns, tasks, distribution = "lenient", ("text",), ("causal-lm",), "lenient-dist 1.0"
+
+
+@pytest.mark.parametrize(
+    ("item", "message", "code"),
+    [
+        (lambda self, row, where: row["text"].x, "AttributeError: .*Report it to its author", 3),
+        (lambda self, row: row, "TypeError: .*Report it to its author", 3),
+        (lambda self, row, where: read_weight(None, where), "AttributeError: .*raised in Budwood's own code", 1),
+    ],
+)
+def test_whose_fault_an_error_outside_of_hooks_is(item, message, code, tmp_path, monkeypatch):
+    monkeypatch.setattr(Lenient, "item", item)
+    monkeypatch.setattr("budwood.data.recognition.recognise_rows", lambda *_: Lenient())
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(BudwoodError, match=f"^data format 'lenient' .lenient-dist 1.0., item: {message}") as raised:
+        check_rows(tmp_path / "a.jsonl", "causal-lm")
+    assert raised.value.exit_code == code
 
 
 class Clock:

@@ -131,7 +131,7 @@ def test_a_failed_import_names_plugin_distribution_and_remedy(distribution, sour
         ("class Options(Options):\n    y: object = Strategy", "its Options fail: "),
         (
             "class Options(Options):\n    x: int = 3\n    def model_post_init(self, _):\n        1 / 0",
-            "its Options fail: ZeroDivisionError: division by zero. Report it to its author.",
+            "its Options fail: ZeroDivisionError: division by zero. Report it to its author; --debug",
         ),
         ("def __init__(self, options, name, distribution): ...", "does not call super().__init__(options, name,"),
         ("def __init__(self, **options): raise RuntimeError('no\\nway')", "cannot start: RuntimeError: no. Report it"),

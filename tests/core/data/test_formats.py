@@ -52,14 +52,14 @@ def test_recognised_by_columns(columns: list[str], task: str, name: str) -> None
     ("columns", "task", "message"),
     [
         (
-            ["prompt", "response"],
+            ["prompt", "replies"],
             LM,
-            "'prompt', 'response' match no data format. .*prompt . completion lacks 'completion'",
+            "'prompt', 'replies' match no data format. .*prompt . completion lacks 'completion'",
         ),
         (["txt"], LM, "Did you mean 'text'"),
         (["a"], LM, "Accepted: .*messages; prompt . completion; .*text; text . label"),
         (["messages", "prompt", "completion"], LM, "can be read as messages and as prompt . completion"),
-        (["text", "prompt", "completion"], LM, "can be read as"),
+        (["instruction", "output", "prompt", "completion"], LM, "can be read as"),
         (["text", "label"], LM, "base.task: sequence-classification, or remove 'label' to train on text alone"),
         (["text"], CLASSIFY, "data for causal-lm, but the task is sequence-classification.*or give text . label"),
         (["messages"], CLASSIFY, "Set base.task: causal-lm, or give text . label"),

@@ -189,7 +189,7 @@ def test_the_error_of_a_template_is_reported(byte_level: Any) -> None:
         (None, "field 'messages' must be a list, not null"),
         ("hello", "field 'messages' must be a list, not a str"),
         ([], "'messages' is empty"),
-        (["hello"], "message 1 must be an object"),
+        (["hello"], "message 1 is a text without a role: it must be an object"),
         ([{"content": "x"}], "message 1: 'role' must be text, not missing"),
         ([{"role": 3, "content": "x"}], "message 1: 'role' must be text, not a int"),
         ([{"role": "asistant", "content": "x"}], "unknown role 'asistant'. Did you mean 'assistant'"),

@@ -13,7 +13,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from budwood.data.sources import read_rows
-from budwood.errors import InputError
+from budwood.errors import InputError, ResourceError
 
 ROWS = [{"text": "héllo", "label": "a"}, {"text": "two\nlines", "label": "b"}]
 GOOD = {
@@ -153,7 +153,7 @@ def test_missing_and_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(InputError, match="cannot be read: Permission denied"):
+    with pytest.raises(ResourceError, match="cannot be read: Permission denied"):
         read_rows(tmp_path / "train.jsonl")
 
 

@@ -16,6 +16,7 @@ from huggingface_hub import errors as hub
 
 from budwood.cli.app import run
 from budwood.data.build import build_examples
+from budwood.data.recognition import check_rows
 from budwood.data.sources import Source, hash_data, read_rows
 from budwood.errors import InputError, ResourceError
 from budwood.recipe.schema import Recipe, load_recipe
@@ -108,6 +109,49 @@ def test_examples_of_a_mixture(tmp_path: Path, write: Any, byte_level: Any) -> N
         assert examples.location(9) == f"{b}:2" and examples.reference(9) == "x"
 
 
+def test_sources_of_different_formats_are_trained_together(tmp_path: Path, write: Any, byte_level: Any) -> None:
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    chat = str(write([{"messages": talk, "id": 1}] * 2, "chat.jsonl"))
+    alpaca = str(write([{"instruction": "Add", "input": "2 2", "output": "4", "text": "Add 2 2 4"}], "alpaca.jsonl"))
+    plain = str(write([{"prompt": "a", "completion": "b"}], "plain.jsonl"))
+    data = [Source(path=alpaca, weight=2), Source(path=chat), Source(path=plain)]
+    template = "{% for m in messages %}{{ m.role + ':' + m.content + '<|im_end|>' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    tokenizer = byte_level(False, template)
+    for cached in (False, True):
+        examples = build_examples(data, tokenizer, "causal-lm", 64, cache_dir=tmp_path / "cache")
+        assert examples.from_cache is cached
+        texts = [tokenizer.decode(example.inputs["input_ids"].tolist()) for example in examples]
+        added = "user:Add\n\n2 2<|im_end|>assistant:4<|im_end|>"
+        assert texts == [added, added, *["user:Hi<|im_end|>assistant:Hello<|im_end|>"] * 2, "ab</s>"]
+        assert [examples.reference(i) for i in (0, 2, 4)] == ["4", "Hello", "b"]
+        assert examples.format == "alpaca and messages and prompt-completion"
+        formats = f"instruction + output ({alpaca}), messages ({chat}), prompt + completion ({plain})"
+        assert formats in examples.describe() and "columns ignored: text, id" in examples.describe()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "a", "label": "x"}], "b.jsonl: text . label is data for sequence-classification, but the task is"),
+        ([{"messages": []}], "b.jsonl:1: field 'messages' is empty"),
+        (
+            [{"instruction": "a", "output": "b", "images": ["c"]}],
+            "b.jsonl:1: instruction . output does not read column",
+        ),
+        ([{"instruction": "a", "output": "b", "prompt": "c"}], "b.jsonl:1: instruction . output does not read column"),
+        ([{"question": "a", "answer": "b"}], "b.jsonl: columns 'question', 'answer' match no data format"),
+    ],
+)
+def test_a_source_of_another_format_is_checked_as_such(write: Any, byte_level: Any, rows: Any, message: str) -> None:
+    a, b = str(write(rows_of("a", 2), "a.jsonl")), str(write(rows, "b.jsonl"))
+    data = [Source(path=a), Source(path=b)]
+    with pytest.raises(InputError, match=message):
+        check_rows(data, "causal-lm")
+    with pytest.raises(InputError, match=message):
+        build_examples(data, byte_level(), "causal-lm", 64)
+
+
 def test_a_bad_row_is_named_with_its_own_file(tmp_path: Path, write: Any, byte_level: Any) -> None:
     a = str(write(rows_of("a", 2), "a.jsonl"))
     b = str(write([*rows_of("b", 1), {"prompt": "b"}], "b.jsonl"))
@@ -132,8 +176,22 @@ def test_a_name_on_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("error", "raised", "message"),
     [
-        (hub.LocalEntryNotFoundError("x"), ResourceError, "dataset 'owner/name' at revision 'v1': no such file or fol"),
-        (hub.HFValidationError("x"), InputError, "owner/name: no such file or folder, and no such dataset on the hub"),
+        (
+            hub.LocalEntryNotFoundError("x"),
+            ResourceError,
+            "dataset 'owner/name' at revision 'v1' is neither a local fil",
+        ),
+        (
+            hub.HFValidationError("x"),
+            InputError,
+            "dataset 'owner/name' is neither a local file or folder nor on the hub",
+        ),
+        (
+            hub.GatedRepoError.__new__(hub.GatedRepoError),
+            ResourceError,
+            "dataset 'owner/name' is gated: accept its terms",
+        ),
+        (hub.RevisionNotFoundError.__new__(hub.RevisionNotFoundError), InputError, "has no revision 'v1' on the hub"),
     ],
 )
 def test_the_hub_says_no(monkeypatch: pytest.MonkeyPatch, error: Exception, raised: Any, message: str) -> None:

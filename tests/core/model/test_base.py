@@ -342,8 +342,28 @@ def test_model_without_a_class_for_the_task(tiny_base, tmp_path):
 
     config = T5Config(vocab_size=300, d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="'t5' has no AutoModelForCausalLM"):
+    with pytest.raises(InputError, match="'t5' is an encoder-decoder, but causal-lm needs a decoder-only model"):
         skeleton(tmp_path, LM)
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("bart", "is an encoder-decoder"),
+        ("bert", "is no decoder"),
+        ("roberta", "is no decoder"),
+        ("xlnet", "is no dec"),
+    ],
+)
+def test_a_model_with_a_causal_class_that_is_no_decoder(tmp_path, kind, what):
+    """Their classes exist: XLNet's permutes the order, BERT's and BART's belong to other models or see both sides."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(InputError, match=f"'{kind}' {what}.*needs a decoder-only model.*take another base"):
+        skeleton(tmp_path, LM)
+    if kind in ("bert", "roberta"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "is_decoder": True}))
+        skeleton(tmp_path, LM)
+        skeleton(tmp_path, "AutoModelForSequenceClassification")
 
 
 def test_missing_weights(broken):
@@ -426,7 +446,7 @@ def child(code: str, **environment: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("failure", "error", "message"),
     [
-        ("RepositoryNotFoundError", InputError, "neither a local folder nor a model on the hub"),
+        ("RepositoryNotFoundError", InputError, "neither a local folder nor on the hub"),
         ("GatedRepoError", ResourceError, "is gated.*hf auth login"),
         ("LocalEntryNotFoundError", ResourceError, "neither a local folder nor in the hub's cache"),
         ("HfHubHTTPError", ResourceError, "cannot be downloaded"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from budwood import PluginError, hookimpl, tune
+from budwood import BudwoodError, PluginError, hookimpl, tune
 from budwood.adapters.merge import export
 from budwood.adapters.pool import AdapterPool
 from budwood.cli import app as cli
@@ -180,7 +180,7 @@ def test_a_plugin_that_fails_on_a_live_model_is_named(hook, tiny_base, make_reci
         "merge_adapter": lambda: pool.merge("first"),
     }
     with pytest.raises(
-        PluginError, match=rf"strategy 'lora' \(budwood .*\), hook {hook}: ArithmeticError: no\. Report"
+        BudwoodError, match=rf"strategy 'lora' \(budwood .*\), hook {hook}: ArithmeticError: no\. This is a bug"
     ):
         does[hook]()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
+
+from budwood.cli.streams import echo, echo_json
 
 MARKS = {
     "ok": ("ok", "green"),
@@ -26,7 +28,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
     findings = examine()
     count = {status: sum(finding.status == status for finding in findings) for status in MARKS}
     if as_json:
-        typer.echo(json.dumps({"ready": not count["problem"], "findings": [asdict(finding) for finding in findings]}))
+        echo_json({"ready": not count["problem"], "findings": [asdict(finding) for finding in findings]})
     else:
         working = [f for f in findings if f.topic == "plugins" and f.status == "ok"]
         for finding in (f for f in findings if f not in working):
@@ -42,7 +44,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
         summary += [
             f"{n} {status}{'s' if n > 1 else ''}" for status, n in reversed(count.items()) if n and status != "ok"
         ]
-        typer.echo("; ".join(summary))
+        echo("; ".join(summary))
     if count["problem"]:
         raise typer.Exit(3)
 
@@ -50,6 +52,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
 def _show(status: str, topic: str, text: str, remedy: str) -> None:
     word, colour = MARKS[status]
     line = "".join(c if c.isprintable() else "?" for c in f"{topic}: {text}")
-    typer.echo(f"{typer.style(f'{word:8}', fg=colour)} {line}")
+    word = f"{word:8}"
+    echo(f"{typer.style(word, fg=colour) if sys.stdout.isatty() else word} {line}")
     if remedy:
-        typer.echo(f"{'':8} → {remedy}")
+        echo(f"{'':8} → {remedy}")

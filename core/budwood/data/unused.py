@@ -1,0 +1,72 @@
+"""Columns that a data format does not read: named, if they describe a row; refused, if they say something else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from budwood.data.formats import CAUSAL_LM, DataFormat
+from budwood.data.mixed import Mixed
+from budwood.errors import InputError
+
+SAID = (
+    "system", "system_prompt", "instruction", "input", "context", "history", "tools", "functions",
+    "chat_template_kwargs", "thinking", "reasoning", "reasoning_content", "images", "image", "videos", "video",
+    "audios", "audio", "documents", "chosen", "rejected", "function_call", "tool_calls",
+)  # fmt: skip
+"""Columns that are part of what is said: a model trained without them is trained on something else."""
+OTHERS = ("text", "prompt", "completion", "output", "response", "messages", "conversation", "conversations")
+"""Columns that other formats read; beside a format they usually say the same again, such as a rendering of it."""
+
+
+def find_unused(columns: Sequence[str], data_format: DataFormat) -> list[str]:
+    """Return the columns that a data format does not read."""
+    if isinstance(data_format, Mixed):
+        read = {name for each in data_format.formats.values() for name in (*each.columns, *each.optional)}
+        return [name for name in columns if name not in read]
+    return [name for name in columns if name not in (*data_format.columns, *data_format.optional)]
+
+
+def check_unused(row: Mapping[str, Any], unused: Sequence[str], data_format: DataFormat, where: str) -> None:
+    """Refuse a row with a value in a column that its data format would leave out although it says something else.
+
+    Raises:
+        InputError: it has one.
+    """
+    if isinstance(data_format, Mixed):
+        data_format = data_format.at(where)
+        unused = find_unused(list(row), data_format)
+    names = SAID if CAUSAL_LM not in data_format.tasks else (*SAID, *OTHERS)
+    for name in unused:
+        if name not in names or row.get(name) in (None, "", [], {}):
+            continue
+        if name != "tools" and _repeats(row, row[name], data_format):
+            continue
+        remedy = "Rename it to 'system'" if name == "system_prompt" and "system" in data_format.optional else ""
+        raise InputError(
+            f"{where}: {' + '.join(data_format.columns)} does not read column '{name}', which would be left out. "
+            f"{remedy or 'Put it into a column that is read'}, or remove it."
+        )
+
+
+def _repeats(row: Mapping[str, Any], value: Any, data_format: DataFormat) -> bool:
+    """Return whether a value says nothing but what is read: it is part of that, or all of that is part of it."""
+    own = [text for name in (*data_format.columns, *data_format.optional) for text in _texts(row.get(name))]
+    theirs = list(_texts(value))
+    if not theirs:
+        return False
+    said, repeated = "\n".join(own), "\n".join(theirs)
+    return all(text in said for text in theirs) or all(text in repeated for text in own)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts in a value: itself, or the contents of messages; with single spaces."""
+    if isinstance(value, str):
+        if text := " ".join(value.split()):
+            yield text
+    elif isinstance(value, Mapping):
+        for key in ("content", "value", "text"):
+            yield from _texts(value.get(key))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)

@@ -1,0 +1,116 @@
+"""Rows in the shape of well-known datasets: read as what they are, or refused with what to do; never guessed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from budwood.data.build import build_examples
+from budwood.data.recognition import check_rows
+from budwood.errors import InputError
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LM, CLASSIFY = "causal-lm", "sequence-classification"
+TALK = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Hello"}]
+SHAREGPT = [{"from": "human", "value": "Hi there"}, {"from": "gpt", "value": "Hello", "weight": 1.0}]
+RENDERED = "Below is an instruction.\n\n### Instruction:\nAdd\n\n### Input:\n2 2\n\n### Response:\n4"
+PAIRS = "preference pairs, and training on pairs needs an objective"
+
+READ = {
+    "Alpaca": ({"instruction": "Add", "input": "2 2", "output": "4", "text": RENDERED}, "alpaca", "text", "4"),
+    "Alpaca with its prompt": (
+        {"instruction": "Add", "input": "2 2", "output": "4", "prompt": RENDERED}, "alpaca", "prompt", "4",
+    ),
+    "Dolly": (
+        {"instruction": "Who won?", "context": "A beat B.", "response": "A", "category": "q"}, "dolly", "category", "A",
+    ),
+    "UltraChat": ({"prompt": "Hi  there", "prompt_id": "", "messages": TALK}, "messages", "prompt, prompt_id", "Hello"),
+    "no_robots": (
+        {"prompt": "Hi there", "prompt_id": "a1", "messages": TALK, "category": "Chat"},
+        "messages", "prompt, prompt_id, category", "Hello",
+    ),
+    "OpenHermes": (
+        {"conversations": SHAREGPT, "source": "x", "category": None, "system_prompt": None, "hash": "9", "views": 1.0},
+        "sharegpt", "source, category, system_prompt, hash, views", "Hello",
+    ),
+    "Tulu": ({"messages": TALK, "id": "1", "source": "x"}, "messages", "id, source", "Hello"),
+    "Capybara": (
+        {"source": "x", "conversation": [{"input": "Hi there", "output": "Hello"}]}, "conversation", "source", "Hello",
+    ),
+    "CodeAlpaca": ({"prompt": "Add", "completion": "4"}, "prompt-completion", "", "4"),
+    "rendered": ({"conversations": SHAREGPT, "text": "<u>Hi there<a>Hello"}, "sharegpt", "text", "Hello"),
+    "NuminaMath": ({"problem": "2 2", "solution": "4", "messages": TALK}, "messages", "problem, solution", "Hello"),
+    "Wikipedia": ({"id": "1", "url": "u", "title": "T", "text": "Hello"}, "text", "id, url, title", "Hello"),
+    "ag_news": ({"text": "Hello", "label": "World"}, "text-label", "", ""),
+    "go_emotions": ({"text": "Hello", "label": 3, "label_text": "joy"}, "text-label", "label_text", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ)
+def test_read_as_what_it_is(name: str, write: Any, byte_level: Any) -> None:
+    row, format_name, ignored, answer = READ[name]
+    task = CLASSIFY if "label" in row else LM
+    rows = [row, {**row, "label": "other"}] if task == CLASSIFY else [row]
+    tokenizer = byte_level(True, CHATML)
+    examples = build_examples(write(rows), tokenizer, task, 512)
+    assert examples.format == format_name
+    assert (f"columns ignored: {ignored}" in examples.notes) == bool(ignored)
+    if task == LM:
+        ends = ("<|im_end|>", "</s>")
+        said = tokenizer.decode(examples[0].labels.tolist())
+        assert said.removesuffix(ends[0]).removesuffix(ends[1]).strip() == answer
+
+
+REFUSED = {
+    "OpenAssistant": ({"message_id": "1", "parent_id": None, "text": "Hi", "role": "prompter"},
+                      "text . role are one message a row: join the messages of each conversation"),
+    "HH-RLHF": ({"chosen": "Human: Hi Assistant: Hello", "rejected": "Human: Hi Assistant: No"},
+                f"{PAIRS}.*remove 'rejected' and rename 'chosen' to 'messages', or to 'text' if it is one"),
+    "UltraFeedback": ({"prompt": "Hi there", "prompt_id": "1", "chosen": TALK, "rejected": TALK, "messages": TALK,
+                       "score_chosen": 8.0, "score_rejected": 2.0},
+                      "can be read as messages and as prompt . chosen . rejected. Keep the columns of only one"),
+    "Orca pairs": ({"system": "", "question": "Hi", "chosen": "Hello", "rejected": "No"}, PAIRS),
+    "GSM8K": ({"question": "2 2?", "answer": "4"},
+              "Rename 'question' to 'instruction' and 'answer' to 'output', for a chat model; or 'question' to "
+              "'prompt' and 'answer' to 'completion', for plain text"),
+    "MetaMathQA": ({"type": "x", "query": "2 2?", "original_question": "2 2?", "response": "4"},
+                   "Rename 'query' to 'instruction' and 'response' to 'output'"),
+    "OpenOrca": ({"id": "1", "system_prompt": "Be kind", "question": "2 2?", "response": "4"},
+                 "and 'response' to 'output', and 'system_prompt' to 'system', for a chat model"),
+    "SQuAD": ({"id": "1", "title": "T", "context": "A", "question": "Who?", "answers": {"text": ["A"]}},
+              "Rename 'question' to 'instruction', and write the text of 'answers' as 'response'"),
+    "SST-2": ({"sentence": "Good", "label": 1, "idx": 0}, "Rename 'sentence' to 'text'"),
+    "MNLI": ({"premise": "a", "hypothesis": "b", "label": 0, "idx": 0}, "join 'premise' and 'hypothesis' into 'text'"),
+    "CoNLL 2003": ({"id": "0", "tokens": ["A"], "pos_tags": [1], "chunk_tags": [1], "ner_tags": [0]},
+                   "a tag for each token, and training on tags needs a task for token classification"),
+    "HumanEval": ({"task_id": "1", "prompt": "def f():", "canonical_solution": " pass", "test": "t"},
+                  "or 'canonical_solution' to 'completion', for plain text"),
+    "LIMA": ({"conversations": ["Hi", "Hello"], "source": "x"},
+             "message 1 is a text without a role: it must be an object with role and content"),
+    "Glaive": ({"system": "SYSTEM: Help", "chat": "USER: Hi ASSISTANT: Hello"},
+               "'chat' is one text: split it into a list 'messages'"),
+    "xLAM": ({"id": 1, "query": "Time?", "tools": "[]", "answers": "[]"},
+             "'answers' as the assistant's tool_calls in a list 'messages'; 'tools' is read"),
+    "Magpie": ({"instruction": "Hi there", "response": "Hello", "conversations": SHAREGPT},
+               "can be read as .*Keep the columns of only one of them"),
+    "XSum": ({"document": "Long", "summary": "Short"}, "'document' to 'prompt' and 'summary' to 'completion'"),
+    "IMDB": ({"text": "Good", "label": 1}, "data for sequence-classification.*or remove 'label'"),
+    "a system prompt beside": ({"conversations": SHAREGPT, "system_prompt": "Be kind"},
+                               "'system_prompt', which would be left out. Rename it to 'system', or remove it"),
+    "a text that says more": ({"instruction": "Add", "output": "4", "text": "Something else"},
+                              "instruction . output does not read column 'text', which would be left out"),
+    "a prompt that says more": ({"prompt": "Answer in French", "messages": TALK},
+                                "messages does not read column 'prompt', which would be left out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_what_to_do(name: str, write: Any) -> None:
+    row, message = REFUSED[name]
+    with pytest.raises(InputError, match=message) as caught:
+        check_rows(write([row]), LM)
+    assert "Did you mean" not in str(caught.value)
