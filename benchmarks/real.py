@@ -28,11 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import real_tasks as t
-from benchmarks.real_page import page
+from benchmarks.real_page import OURS, page
 from benchmarks.train import machine, say
 
 MINUTES = {True: 10, False: 240}
 """Default limit, by whether the run is quick."""
+ROUNDS = 0.85
+"""Share of the limit that the measurements may use; the rest is for the profiles."""
 TRAINER_ROWS = 8
 """Rows of a padded micro-batch, the Trainer's default; a classifier's step is one micro-batch.
 
@@ -63,7 +65,7 @@ class Benchmark:
     def __init__(self, tasks: list[t.Task], options: argparse.Namespace, folder: Path) -> None:
         self.tasks, self.options, self.folder = tasks, options, folder
         self.started = time.perf_counter()
-        self.longest: dict[str, float] = {}
+        self.last: dict[str, float] = {}
         self.settings = {task.name: self._settings(task) for task in tasks}
         self.result: dict[str, Any] = {
             "machine": machine(),
@@ -79,12 +81,12 @@ class Benchmark:
         """Run seed by seed all arms of all tasks, as far as the time allows, then the profiles."""
         for seed in range(max(task.seeds for task in self.tasks)):
             for task in self.tasks:
-                if seed < task.seeds and self._fits(task.name, f"{task.name}, seed {seed}"):
+                expected = self.last.get(task.name, max(self.last.values(), default=0.0))
+                if seed < task.seeds and self._fits(expected, ROUNDS, f"{task.name}, seed {seed}"):
                     self._round(task, seed)
         for task in self.tasks:
-            if self.result["runs"][task.name]["budwood"] and self._fits(
-                f"profile {task.name}", f"{task.name}'s profile"
-            ):
+            runs = self.result["runs"][task.name][OURS]
+            if runs and self._fits(1.5 * runs["0"]["process_wall"], 1.0, f"the profile of {task.name}"):
                 self._profile(task)
 
     def _settings(self, task: t.Task) -> dict[str, Any]:
@@ -93,15 +95,12 @@ class Benchmark:
             "scored": task.score, "epochs": task.epochs, "batch": task.batch, "rate": task.rate,
         }  # fmt: skip
 
-    def _left(self) -> float:
-        return 60.0 * self.options.minutes - (time.perf_counter() - self.started)
-
-    def _fits(self, kind: str, shown: str) -> bool:
-        """Return whether a round fits into the time left, judged by the last of its kind, or the longest of all."""
-        expected = 1.15 * self.longest.get(kind, max(self.longest.values(), default=0.0))
-        if expected <= self._left():
+    def _fits(self, expected: float, share: float, shown: str) -> bool:
+        """Return whether something that takes `expected` seconds fits into what is left of a share of the time."""
+        left = share * 60.0 * self.options.minutes - (time.perf_counter() - self.started)
+        if 1.1 * expected <= left:
             return True
-        say(f"left out: {shown}: {self._left() / 60:.1f} minutes are left, and it may take {expected / 60:.1f}")
+        say(f"left out: {shown}: it may take {expected / 60:.1f} minutes, and {max(left, 0.0) / 60:.1f} are left")
         return False
 
     def _round(self, task: t.Task, seed: int) -> None:
@@ -124,21 +123,20 @@ class Benchmark:
                 f"processor seconds: steps {run['steps_processor']:.1f}, process {run['process_processor']:.1f}; "
                 f"wall {run['process_wall']:.1f} s; {run['peak_bytes'] / 1e9:.2f} GB"
             )
-        self.longest[task.name] = time.perf_counter() - started
+        self.last[task.name] = time.perf_counter() - started
         self.save()
 
     def _profile(self, task: t.Task) -> None:
         """Train Budwood once more under the profiler."""
-        started = time.perf_counter()
+        say(f"profiling {task.name}")
         task = replace(task, train=min(task.train, 4 * task.batch), epochs=1)
         rows = self.folder / f"{task.name}-profile.jsonl"
         t.write_rows(task.draw(0)[0], t.columns(task.kind), rows)
         folder = Path(tempfile.mkdtemp(dir=self.folder))
-        _, output = self._process(task, "budwood", 0, rows, folder, profile=True)
+        _, output = self._process(task, OURS, 0, rows, folder, profile=True)
         log = (folder / "log").read_text(encoding="utf-8", errors="replace").splitlines()
         table = [line for line in log if line.startswith(("owner ", "core ", "task ", "lora "))]
         self.result["profiles"][task.name] = {"operators": output["operators"], "parts": table}
-        self.longest[f"profile {task.name}"] = time.perf_counter() - started
         self.save()
 
     def _amount(self, task: t.Task, train: list[t.Row], order: list[int]) -> dict[str, float]:
