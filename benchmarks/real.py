@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import real_tasks as t
+from benchmarks.real_arms import MAX_LENGTH
 from benchmarks.real_page import OURS, page
 from benchmarks.train import machine, say
 
@@ -158,7 +159,7 @@ class Benchmark:
         """Run an arm in its process; return what was measured, and what the process wrote."""
         job = {
             "arm": arm, "kind": task.kind, "base": str(task.base()), "data": str(rows), "folder": str(folder),
-            "max_length": t.MAX_LENGTH, "rank": t.RANK, "alpha": t.ALPHA, "targets": task.targets, "clip": t.CLIP,
+            "max_length": MAX_LENGTH, "rank": t.RANK, "alpha": t.ALPHA, "targets": task.targets, "clip": t.CLIP,
             "epochs": task.epochs, "batch": task.batch, "rate": task.rate, "seed": seed, "order": task.order(seed),
             "rows": task.batch if task.classifies else min(TRAINER_ROWS, task.batch), "profile": profile,
             "precision": self.options.precision, "quantization": task.quantization, "threads": self.options.threads,

@@ -13,14 +13,21 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
-
-from budwood import Strategy, hookimpl
-
-if TYPE_CHECKING:
-    from budwood import Event
+from typing import Any
 
 Job = dict[str, Any]
+Row = dict[str, Any]
+MAX_LENGTH = 512
+_GENERATED = "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+MARKED_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+    "{% endif %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
+    f"{_GENERATED}{{% else %}}{{{{ message['content'] + '<|im_end|>\n' }}}}{{% endif %}}{{% endfor %}}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""SmolLM2's chat template with the marks by which transformers and TRL find the assistant's tokens. Budwood finds them
+with the template as it is."""
 
 
 class Clock:
@@ -65,11 +72,12 @@ def peak_bytes() -> int:
 def budwood(job: Job, clock: Clock) -> dict[str, Any]:
     """Run `budwood.tune` on a recipe, with a strategy that reads the clock."""
     import budwood
-    from benchmarks.arms import _install_strategy
+    from benchmarks.arms import install_strategy
+    from benchmarks.real_clock import ClockStrategy
     from budwood.recipe.schema import Recipe
 
     ClockStrategy.clock = clock
-    _install_strategy(Path(job["folder"]), "clock", "benchmarks.real_arms:ClockStrategy")
+    install_strategy(Path(job["folder"]), "clock", "benchmarks.real_clock:ClockStrategy")
     task = "sequence-classification" if job["kind"] == "classification" else "causal-lm"
     recipe = {
         "base": {"model": job["base"], "quantization": job["quantization"], "task": task},
@@ -99,26 +107,10 @@ def budwood(job: Job, clock: Clock) -> dict[str, Any]:
     }
 
 
-class ClockStrategy(Strategy):
-    """Reads the clock before the first step and after each."""
-
-    clock: ClassVar[Clock]
-
-    @hookimpl
-    def on_event(self, event: Event) -> None:
-        """Record the time, and the loss of a step."""
-        if event.kind in ("start", "step"):
-            self.clock.mark()
-        if event.kind == "step":
-            self.clock.losses.append(float(event.values["loss"]))
-
-
 def trainer(job: Job, clock: Clock) -> dict[str, Any]:
     """The transformers Trainer on a PEFT model, with padded rows."""
     from datasets import load_dataset
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, Trainer, TrainingArguments
-
-    from benchmarks.real_tasks import encode
 
     tokenizer = _tokenizer(job)
     rows = load_dataset("json", data_files=job["data"], split="train", cache_dir=job["folder"])
@@ -155,8 +147,6 @@ def trl(packed: bool) -> Callable[[Job, Clock], dict[str, Any]]:
         from datasets import load_dataset
         from trl import SFTConfig, SFTTrainer
 
-        from benchmarks.real_tasks import MARKED_TEMPLATE
-
         tokenizer = _tokenizer(job)
         chat = job["kind"] == "chat"
         if chat:
@@ -187,6 +177,43 @@ ARMS: dict[str, Callable[[Job, Clock], dict[str, Any]]] = {
     "trl": trl(packed=False),
     "trl-packed": trl(packed=True),
 }
+
+
+def encode(kind: str, row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the token ids of a row and the labels: the tokens that have a loss, -100 for the others.
+
+    A classification has no labels here.
+    """
+    if kind == "classification":
+        return tokenizer(row["text"], truncation=True, max_length=MAX_LENGTH)["input_ids"], []
+    if kind == "chat":
+        encoded = tokenizer.apply_chat_template(
+            row["messages"], chat_template=MARKED_TEMPLATE, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+    else:
+        ids = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
+        prompt = len(tokenizer(row["prompt"])["input_ids"])
+        mask = [0] * prompt + [1] * (len(ids) - prompt)
+    labels = [token if trained else -100 for token, trained in zip(ids, mask, strict=True)]
+    return ids[:MAX_LENGTH], labels[:MAX_LENGTH]
+
+
+def load(base: str, quantization: str, dtype: Any, classes: list[str]) -> Any:
+    """Load a base as stock transformers does, on the CPU; with a new head if there are `classes`."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": "cpu"}}
+    if quantization != "none":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    if classes:
+        return AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(classes), **options)
+    return AutoModelForCausalLM.from_pretrained(base, **options)
 
 
 def _arguments(job: Job, rows: int) -> dict[str, Any]:
@@ -220,8 +247,6 @@ def _peft_model(job: Job, classes: list[str]) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
-
-    from benchmarks.real_tasks import load
 
     set_seed(job["seed"])
     # A classifier's new head is trained as it is loaded: in bf16, small updates would be rounded away.
@@ -278,6 +303,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from benchmarks import real_arms  # as Budwood imports it for its strategy: one module, one clock
-
-    real_arms.main()
+    main()

