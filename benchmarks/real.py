@@ -162,7 +162,7 @@ class Benchmark:
             "max_length": MAX_LENGTH, "rank": t.RANK, "alpha": t.ALPHA, "targets": task.targets, "clip": t.CLIP,
             "epochs": task.epochs, "batch": task.batch, "rate": task.rate, "seed": seed, "order": task.order(seed),
             "rows": task.batch if task.classifies else min(TRAINER_ROWS, task.batch), "profile": profile,
-            "precision": self.options.precision, "quantization": task.quantization, "threads": self.options.threads,
+            "precision": self.options.precision, "quantization": task.quantization,
         }  # fmt: skip
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
         # No arm finds what another has cached.
@@ -225,8 +225,8 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.out and chosen.out.suffix != ".json":
         parser.error(f"--out: {chosen.out} must end in .json; the table is written beside it as .md")
-    if chosen.seeds is not None and chosen.seeds < 1 or chosen.threads < 1:
-        parser.error("--seeds and --threads: at least 1")
+    if min(chosen.seeds or 1, chosen.threads) < 1 or (chosen.minutes or 1) <= 0:
+        parser.error("--seeds and --threads: at least 1; --minutes: above 0")
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     chosen.minutes = chosen.minutes or MINUTES[chosen.quick]

@@ -70,11 +70,10 @@ def peak_bytes() -> int:
 
 
 def budwood(job: Job, clock: Clock) -> dict[str, Any]:
-    """Run `budwood.tune` on a recipe, with a strategy that reads the clock."""
-    import budwood
+    """Run `budwood tune` on a recipe, with a strategy that reads the clock."""
     from benchmarks.arms import install_strategy
     from benchmarks.real_clock import ClockStrategy
-    from budwood.recipe.schema import Recipe
+    from budwood.cli.app import run as command
 
     ClockStrategy.clock = clock
     install_strategy(Path(job["folder"]), "clock", "benchmarks.real_clock:ClockStrategy")
@@ -98,7 +97,11 @@ def budwood(job: Job, clock: Clock) -> dict[str, Any]:
         },
         "output": str(Path(job["folder"]) / "run"),
     }
-    run = budwood.tune(Recipe.from_dict(recipe), profile=job["profile"])
+    file = Path(job["folder"]) / "recipe.json"
+    file.write_text(json.dumps(recipe), encoding="utf-8")
+    if code := command(["tune", str(file), *(["--profile"] if job["profile"] else [])]):
+        raise SystemExit(code)
+    run = ClockStrategy.run
     return {
         "adapter": str(run.directory / "adapter"),
         "parameters": sum(p.numel() for p in run.trainable),
@@ -292,9 +295,6 @@ def main() -> None:
     file = Path(sys.argv[1])
     job = json.loads(file.read_text(encoding="utf-8"))
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    import torch
-
-    torch.set_num_threads(job["threads"])
     clock = Clock(job["profile"])
     result = ARMS[job["arm"]](job, clock)
     result |= {"times": clock.times, "losses": clock.losses, "operators": clock.finish()}

@@ -3,19 +3,26 @@ arms do not import Budwood."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from budwood import Strategy, hookimpl
 
 if TYPE_CHECKING:
     from benchmarks.real_arms import Clock
-    from budwood import Event
+    from budwood import Event, Run
 
 
 class ClockStrategy(Strategy):
     """Reads the clock before the first step and after each."""
 
     clock: ClassVar[Clock]
+    run: ClassVar[Run]
+
+    @hookimpl
+    def prepare_model(self, model: Any, run: Run) -> Any:
+        """Keep the run, whose results are read at the end."""
+        type(self).run = run
+        return model
 
     @hookimpl
     def on_event(self, event: Event) -> None:

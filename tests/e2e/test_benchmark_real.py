@@ -40,7 +40,7 @@ def _job(task: t.Task, arm: str, folder: Path) -> dict[str, Any]:
         "arm": arm, "kind": task.kind, "base": str(task.base()), "data": str(data), "folder": str(folder),
         "max_length": real_arms.MAX_LENGTH, "rank": t.RANK, "alpha": t.ALPHA, "targets": task.targets, "clip": t.CLIP,
         "epochs": task.epochs, "batch": task.batch, "rate": 1e-2, "seed": 3, "order": task.order(3), "rows": 2,
-        "profile": False, "precision": "fp32", "quantization": "none", "threads": torch.get_num_threads(),
+        "profile": False, "precision": "fp32", "quantization": "none",
     }  # fmt: skip
 
 
@@ -124,3 +124,17 @@ def test_page_begins_with_what_is_missed() -> None:
 
 def test_interrupted_before_anything() -> None:
     assert real_page.page({"tasks": {"chat": {}}, "runs": {"chat": {"budwood": {}}}}) == "Nothing was measured.\n"
+
+
+def test_evidence_page_ends_with_real_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import evidence
+
+    real = tmp_path / "real.json"
+    monkeypatch.setattr(evidence, "REAL", real)
+    saved = json.loads(evidence.JSON.read_text(encoding="utf-8"))
+    evidence.render(saved, tmp_path / "without.md")
+    nothing = {"quick": True, "tasks": {"chat": {}}, "runs": {"chat": {"budwood": {}}}}
+    real.write_text(json.dumps(nothing), encoding="utf-8")
+    evidence.render(saved, tmp_path / "with.md")
+    without, with_real = ((tmp_path / f"{name}.md").read_text(encoding="utf-8") for name in ("without", "with"))
+    assert with_real.startswith(without) and "benchmarks.real --quick" in with_real[len(without) :]
