@@ -225,8 +225,8 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.out and chosen.out.suffix != ".json":
         parser.error(f"--out: {chosen.out} must end in .json; the table is written beside it as .md")
-    if min(chosen.seeds or 1, chosen.threads) < 1 or (chosen.minutes or 1) <= 0:
-        parser.error("--seeds and --threads: at least 1; --minutes: above 0")
+    if chosen.threads < 1 or any(value is not None and value <= 0 for value in (chosen.seeds, chosen.minutes)):
+        parser.error("--seeds, --minutes and --threads must be above 0")
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     chosen.minutes = chosen.minutes or MINUTES[chosen.quick]
