@@ -143,29 +143,29 @@ TASKS = {
     task.name: task
     for task in (
         Task(
-            "completion", "prompt and completion: sections of Debian packages", "completion", models.smollm2,
-            _section_completions, CAUSAL, LLAMA, seeds=3, train=768, score=300, epochs=1, batch=16, rate=2e-3,
-            quick={"train": 192, "score": 150},
-        ),
-        Task(
             "encoder-sections", "an encoder classifies: sections of Debian packages", "classification",
             models.minilm, _sections, CLASSIFIERS, BERT, seeds=5, train=1024, score=900, epochs=4, batch=16, rate=2e-3,
             quick={"train": 256, "score": 450},
         ),
         Task(
-            "chat", "messages, loss on the assistant's turns: ratings of product reviews", "chat", models.smollm2,
-            _product_chats, CAUSAL, LLAMA, seeds=3, train=384, score=150, epochs=1, batch=8, rate=2e-3,
-            quick={"train": 48, "score": 60},
-        ),
-        Task(
-            "nf4", "as completion, with the base in NF4", "completion", models.smollm2,
-            _section_completions, CAUSAL, LLAMA, seeds=3, train=384, score=300, epochs=1, batch=16, rate=2e-3,
-            quick={"train": 96, "score": 150, "seeds": 1}, quantization="nf4",
+            "completion", "prompt and completion: sections of Debian packages", "completion", models.smollm2,
+            _section_completions, CAUSAL, LLAMA, seeds=3, train=768, score=300, epochs=1, batch=16, rate=2e-3,
+            quick={"train": 128, "score": 150},
         ),
         Task(
             "encoder-tweets", "an encoder classifies: ratings of tweets", "classification",
             models.minilm, _tweets, CLASSIFIERS, BERT, seeds=5, train=1024, score=800, epochs=3, batch=16, rate=2e-3,
             quick={"train": 256, "score": 400},
+        ),
+        Task(
+            "nf4", "as completion, with the base in NF4", "completion", models.smollm2,
+            _section_completions, CAUSAL, LLAMA, seeds=3, train=384, score=300, epochs=1, batch=16, rate=2e-3,
+            quick={"train": 64, "score": 150, "seeds": 1}, quantization="nf4",
+        ),
+        Task(
+            "chat", "messages, loss on the assistant's turns: ratings of product reviews", "chat", models.smollm2,
+            _product_chats, CAUSAL, LLAMA, seeds=3, train=384, score=150, epochs=1, batch=8, rate=2e-3,
+            quick={"train": 32, "score": 50},
         ),
         Task(
             "causal-film", "a causal model classifies: ratings of film reviews", "classification",
