@@ -74,10 +74,9 @@ class Task:
         """Return the rows to train on, which the seed draws, and the rows to score, the same for every seed."""
         train, held = self.rows()
         held = random.Random(f"{self.name} held out").sample(held, min(self.score, len(held)))
-        seeded = f"{self.name} {seed}"
-        return draw(train, self.train, seeded) if self.classifies else random.Random(seeded).sample(
-            train, self.train
-        ), held
+        if self.classifies:  # a row of every class
+            return draw(train, self.train, f"{self.name} {seed}"), held
+        return random.Random(f"{self.name} {seed}").sample(train, self.train), held
 
     def order(self, seed: int) -> list[int]:
         """Return the indices of the rows in the order in which Budwood trains on them, epoch after epoch."""

@@ -60,6 +60,12 @@ def test_arms_see_the_same_steps(task: t.Task, tmp_path: Path, peer: str) -> Non
     assert scores["budwood"]["loss"] == pytest.approx(scores[peer]["loss"], rel=0.1)
 
 
+def test_steps_are_whole() -> None:
+    for task in t.TASKS.values():
+        for whole in (task, replace(task, **(task.quick or {}))):
+            assert whole.train % whole.batch == 0 and whole.seeds > 0, task.name
+
+
 def test_answers_are_counted() -> None:
     at = torch.tensor([[0, 1, 1, 0, 1], [1, 0, 0, 0, 0]]).bool()  # answers of two, one and one tokens
     assert t._answers(at, torch.tensor([True, False, True, True])) == (2, 3)
