@@ -60,7 +60,9 @@ step. Every run is a process of its own that reads the rows, trains and saves. W
 - Initial values and dropout are each tool's own.
 
 The score of SmolLM2 is the share of answers that greedy decoding gives exactly, that of the encoder its accuracy; both
-are computed by stock PEFT on each tool's adapter.
+are computed by stock PEFT on each tool's adapter. The learning rate is constant, so that the last steps of an encoder
+are noisy: adapters whose losses agree over the run can end ten and more points apart. A difference on one seed shows
+nothing, in either direction.
 
 {page(result)}"""
 
