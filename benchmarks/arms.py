@@ -89,7 +89,7 @@ def budwood(workload: Workload, steps: int, pace: Pace) -> None:
     from budwood.recipe.schema import Recipe
 
     PaceStrategy.pace = pace
-    _install_strategy(workload.folder, "pace", "benchmarks.arms:PaceStrategy")
+    install_strategy(workload.folder, "pace", "benchmarks.arms:PaceStrategy")
     recipe = {
         "base": {"model": str(workload.base), "quantization": workload.size.quantization},
         "data": {"train": str(workload.data), "eval": "none", "max_length": w.MAX_LENGTH},
@@ -132,7 +132,7 @@ class PaceStrategy(Strategy):
             self.pace.stepped(float(event.values["loss"]))
 
 
-def _install_strategy(folder: Path, name: str, target: str) -> None:
+def install_strategy(folder: Path, name: str, target: str) -> None:
     """Register a strategy like an installed package, with an entry point of a distribution on sys.path."""
     package = folder / "installed" / "budwood_benchmarks-1.dist-info"
     package.mkdir(parents=True)

@@ -24,11 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence_page import ATTACKED, best_trial, write_page
+from benchmarks.real_page import section
 from benchmarks.train import machine, say
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "budwood_demo"
 JSON, PAGE = ROOT / "docs" / "benchmarks" / "evidence.json", ROOT / "docs" / "evidence.md"
+REAL = ROOT / "docs" / "benchmarks" / "real.json"
+"""Results of `benchmarks.real`, the last section of the page."""
 
 SETTINGS: dict[str, Any] = {
     "rows": 256, "epochs": 3, "batch_examples": 32, "heldout_rows": 200, "eval_rows": 300,
@@ -241,7 +244,7 @@ class Benchmark:
         raw.parent.mkdir(parents=True, exist_ok=True)
         raw.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
         if self.result["finals"]:
-            page.write_text(write_page(self.result), encoding="utf-8")
+            render(self.result, page)
 
     def _finals(self, names: list[str], seed: int) -> list[dict[str, Any]]:
         """Return the jobs of a seed: each arm with its best trial, the plain arm with the best by each criterion."""
@@ -298,6 +301,14 @@ def begin(settings: dict[str, Any], file: Path, resume: bool) -> dict[str, Any]:
     return result
 
 
+def render(result: dict[str, Any], page: Path) -> None:
+    """Write the page: these results, and those of `benchmarks.real` if there are any."""
+    text = write_page(result)
+    if REAL.exists():
+        text += "\n" + section(json.loads(REAL.read_text(encoding="utf-8")))
+    page.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     """Run the remaining jobs, and write the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__.split("\n", 1)[0])
@@ -305,6 +316,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="concurrent runs (default: all cores)")
     parser.add_argument("--quick", action="store_true", help="few rows, short runs: a smoke test, not evidence")
     parser.add_argument("--continue", dest="resume", action="store_true", help="resume from the results in --json")
+    parser.add_argument("--render", action="store_true", help="only write the page again, from the saved results")
     parser.add_argument("--json", type=Path, help="raw results (default docs/benchmarks/evidence.json)")
     parser.add_argument("--page", type=Path, help="page (default docs/evidence.md)")
     chosen = parser.parse_args()
@@ -312,6 +324,9 @@ def main() -> None:
         parser.error("--seeds: at least 2, for a standard deviation; --workers: at least 1")
     if chosen.quick and not (chosen.json and chosen.page):
         parser.error("--quick: set --json and --page too, so that it does not replace the evidence")
+    if chosen.render:
+        render(json.loads((chosen.json or JSON).read_text(encoding="utf-8")), chosen.page or PAGE)
+        return
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # otherwise the workers would survive
     out = chosen.json or JSON, chosen.page or PAGE

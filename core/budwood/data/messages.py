@@ -129,7 +129,7 @@ def _read_message(given: Mapping[str, Any], place: str) -> tuple[dict[str, Any],
         if other in message and own not in message:
             message[own] = message.pop(other)
     role, message["role"] = message.get("role"), _role(message, given, place)
-    if role in CALLS:
+    if str(role).strip().lower() in CALLS:
         message["tool_calls"] = message.pop("content", None)
     call = message.pop("function_call", None)
     if call is not None:
@@ -156,12 +156,16 @@ def _read_message(given: Mapping[str, Any], place: str) -> tuple[dict[str, Any],
 def _role(message: Mapping[str, Any], given: Mapping[str, Any], place: str) -> str:
     role = message.get("role")
     if not isinstance(role, str):
-        raise InputError(f"{place}: 'role' must be text, not {describe_type(given, 'role')}.")
+        keys = ", ".join(repr(shorten(key)) for key in given)
+        hint = f" It has {keys}: rename them to 'role' and 'content'." if given and "role" not in given else ""
+        raise InputError(f"{place}: 'role' must be text, not {describe_type(given, 'role')}.{hint}")
+    role = role.strip().lower()
     if role in CALLS:
         return "assistant"
     role = _OTHER_ROLES.get(role, role)
     if role not in ROLES:
-        hint = did_you_mean(role, ROLES) or f" Known: {', '.join(ROLES)}."
+        known = [*ROLES, *_OTHER_ROLES]
+        hint = did_you_mean(role, known) or f" Known: {', '.join(known)}."
         raise InputError(f"{place}: unknown role '{shorten(role)}'.{hint}")
     return role
 

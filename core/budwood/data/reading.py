@@ -86,7 +86,9 @@ def _read_json(path: Path, bad: BadRows) -> Rows:
             numbers.append(number)
         else:
             where = f"{path}:row {number}"
-            bad.meet(InputError(f"{where}: must be an object, not {_kind(row)}."), where, row)
+            turns = isinstance(row, list) and bool(row) and all(isinstance(turn, dict) for turn in row)
+            hint = ' (a conversation is written as {"messages": […]})' if turns else ""
+            bad.meet(InputError(f"{where}: must be an object, not {_kind(row)}{hint}."), where, row)
     objects = [data[number - 1] for number in numbers]
     return Rows(path, objects, list(columns), partial(_place, numbers), notes)
 

@@ -168,6 +168,8 @@ def _find(
     if says_none([form(message) for message in item.messages], whole):
         raise InputError(f"{where}: the chat template writes 'None' for content that is missing.")
     _check_variants(item, whole, where, encoder, trained[-1], rendered)
+    if any(message["role"] != "assistant" for message in item.messages[trained[-1] + 1 :]):
+        encoder.remarks["conversations with messages after the last answer, which are left out"] += 1
     for key in sorted(item.ignored):
         encoder.remarks[f"conversations with '{key}' in messages, which is ignored"] += 1
     spelled = any(encoder.end_marks.search(message["content"]) for message in item.messages)
