@@ -12,6 +12,7 @@ import re
 import resource
 import signal
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
@@ -25,13 +26,28 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, whose exit ends this process
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr
-    from jinja2.sandbox import SandboxedEnvironment
+    from jinja2 import Template
+    from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment
     from transformers.utils import chat_template_utils
     from transformers.utils.chat_template_utils import render_jinja_template
 
     chat_template_utils.datetime = _Clock  # type: ignore[misc,assignment]  # for `strftime_now`
 
     SandboxedEnvironment.unsafe_undefined = _refuse  # type: ignore[method-assign,assignment]
+    is_safe = ImmutableSandboxedEnvironment.is_safe_attribute
+
+    def may_use(environment: Any, value: Any, attribute: str, found: Any) -> bool:
+        own_list = attribute == "append" and type(value) is list and id(value) not in _given
+        return own_list or is_safe(environment, value, attribute, found)
+
+    ImmutableSandboxedEnvironment.is_safe_attribute = may_use  # type: ignore[method-assign,assignment]
+    new_context = Template.new_context
+
+    def context(template: Any, vars: Any = None, *arguments: Any, **named: Any) -> Any:
+        _given.update(_lists(vars))
+        return new_context(template, vars, *arguments, **named)
+
+    Template.new_context = context  # type: ignore[method-assign,assignment]
     (template,) = json.loads(requests.readline())
     with open("/proc/self/statm", encoding="ascii") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
@@ -47,6 +63,19 @@ def main() -> None:
             signal.setitimer(signal.ITIMER_PROF, 0)
             replies.write(reply + b"\n")
             replies.flush()
+
+
+_given: set[int] = set()
+"""Identities of the lists in a conversation's input. A template may append to a list of its own (Kimi K2 does), which
+lives no longer than the rendering and within its limits; not to these."""
+
+
+def _lists(value: Any) -> Iterator[int]:
+    """Yield the identities of the lists in a value of JSON."""
+    if isinstance(value, list):
+        yield id(value)
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _lists(inner)
 
 
 class _Clock:
@@ -69,6 +98,7 @@ def _refuse(environment: Any, value: Any, attribute: str) -> Any:
 def _render(render: Any, template: str, messages: list[dict[str, Any]], variables: dict[str, Any]) -> bytes:
     marked = re.search(r"\{%[-+]?\s*generation\b", template) is not None
     try:
+        _given.clear()
         _Clock.date = datetime.fromisoformat(variables.pop("date_of_run"))
         (text,), marks = render([messages], chat_template=template, return_assistant_tokens_mask=marked, **variables)
         if len(text) > MAX_TEXT:

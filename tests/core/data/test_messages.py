@@ -246,3 +246,44 @@ def test_the_weight_of_an_answer_applies_to_its_tokens(byte_level: Any) -> None:
 
 def test_reference_is_the_first_answer() -> None:
     assert Messages().reference({"messages": say("a", "b", "c", "d")}) == "b"
+
+
+# Tools are a text in the system message, as in Phi-4-mini; the variable `tools` is not read, nor are calls.
+TOOLS_IN_SYSTEM = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
+    "{% if m.role == 'system' and m.tools %}{{ '<|tool|>' + m.tools + '<|/tool|>' }}{% endif %}{{ '<|end|>' }}"
+    "{% endfor %}{{ '<|assistant|>' if add_generation_prompt else eos_token }}"
+)
+
+
+def test_tools_that_a_template_reads_from_the_system_message(byte_level):
+    tokenizer = byte_level(False, TOOLS_IN_SYSTEM)
+    tools = '[{"name": "time"}]'
+    messages = [{"role": "system", "content": "Help.", "tools": tools}, *say("What time?", "Noon.")]
+    row = encode(messages, tokenizer)
+    assert tokenizer.decode(row.ids) == (
+        f"<|system|>Help.<|tool|>{tools}<|/tool|><|end|><|user|>What time?<|end|><|assistant|>Noon.<|end|>"
+    )
+    assert supervised(tokenizer, row) == ["Noon.<|end|>"]
+    assert row.ids[: row.spans[0][0]] == encode_chat(tokenizer, messages[:-1])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"tools": [{"name": "time"}]}, "leaves out the column 'tools'"),
+        ({"messages": [{"role": "system", "content": "", "tools": [{"name": "time"}]}, *say("a", "b")]}, "rejects"),
+        (
+            {"messages": [*say("a"), {"role": "assistant", "tool_calls": [{"name": "time"}]}]},
+            "leaves out 'time' of its",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a", "tools": "x"}, *say("a", "b")[1:]]},
+            "leaves out 'tools' of me",
+        ),
+    ],
+)
+def test_tools_that_such_a_template_does_not_read_are_refused(byte_level, row, message):
+    item = Messages().item({"messages": say("a", "b"), **row}, "train.jsonl:1")
+    with pytest.raises(InputError, match=f"^train.jsonl:1.*{message}"):
+        tokenise([item], ["train.jsonl:1"], Encoder(byte_level(False, TOOLS_IN_SYSTEM), 512))

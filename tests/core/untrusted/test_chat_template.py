@@ -31,6 +31,12 @@ ATTACKS = {
     "globals of lipsum": "{{ lipsum.__globals__['os'] }}",
     "another file": "{% include '/etc/passwd' %}",
     "changes its input": "{{ messages.append(1) }}",
+    "changes a list in its input": "{{ things[0].append(1) }}",
+    "clears a list of its own": "{% set a = [1] %}{{ a.clear() }}",
+    "changes a dictionary": "{% set a = {} %}{{ a.update({1: 2}) }}",
+    "appends for ever": "{% set a = [1] %}{% for b in a %}{% set c = a.append(b) %}{% endfor %}",
+    "appends much": "{% set a = [1] %}{% for b in a %}{% set c = a.append('a' * n * 9) %}{% endfor %}",
+    "appends a list to itself": "{% set a = [] %}{% set b = a.append(a) %}{{ a|tojson }}",
 }
 TEMPLATE = "{% set n = 99999 %}{{ bos_token }}{% if add_generation_prompt %}?{% endif %}" + "".join(
     f"{{% if messages[0].content == '{name}' %}}{attack}{{% endif %}}" for name, attack in ATTACKS.items()
@@ -46,6 +52,12 @@ EXPECTED = {
     "calls itself": "recursion|nests too deeply",
     "another file": "rejects the conversation",
     "too long a range": "Range too big",
+    "appends for ever": "takes more than 0.3 s|memory",
+    "appends much": "memory",
+    "appends a list to itself": "Circular reference",
+    "clears a list of its own": "'clear' of a list is unsafe",
+    "changes a dictionary": "'update' of a dict is unsafe",
+    "changes a list in its input": "'append' of a list is unsafe",
 }
 
 
@@ -62,7 +74,8 @@ def small_limits() -> Iterator[None]:
 
 
 def ask(content: str) -> str | InputError:
-    return next(render(TEMPLATE, [([{"role": "user", "content": content}], {"bos_token": "<s>"})]))
+    variables = {"bos_token": "<s>", "things": [[1]]}
+    return next(render(TEMPLATE, [([{"role": "user", "content": content}], variables)]))
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -139,3 +152,13 @@ def test_a_process_that_cannot_start_is_a_resource_error(monkeypatch):
     monkeypatch.setattr(chat_template.sys, "executable", "/nowhere/python")
     with pytest.raises(ResourceError, match="did not start.*No such file"):
         next(render("another {{ 1 }}", [([], {})]))
+
+
+def test_a_template_may_append_to_a_list_of_its_own():
+    """So templates collect the calls or results of a conversation; nothing is left for the next one."""
+    template = (
+        "{% set ns = namespace(seen=[]) %}{% for m in messages %}{% set _ = ns.seen.append(m.content) %}{% endfor %}"
+        "{{ ns.seen|join('+') }}{{ ns.seen|length }}"
+    )
+    conversations = [([{"role": "user", "content": text}] * 2, {"add_generation_prompt": False}) for text in "ab"]
+    assert list(render(template, conversations)) == ["a+a2", "b+b2"]
