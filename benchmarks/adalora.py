@@ -106,7 +106,7 @@ def budwood(workload: w.Workload, strategy: dict[str, Any], steps: int, name: st
     recipe = Recipe.from_dict(
         {
             "base": {"model": str(workload.base), "quantization": "none"},
-            "data": {"train": str(workload.data), "max_length": w.MAX_LENGTH},
+            "data": {"train": str(workload.data), "eval": "none", "max_length": w.MAX_LENGTH},
             "strategies": [strategy],
             "train": {
                 "steps": steps, "batch_examples": w.EXAMPLES_PER_STEP, "learning_rate": w.LEARNING_RATE,

@@ -42,7 +42,7 @@ class Arm:
         strategies: list[Any] = [{"lora": {"rank": w.RANK, "alpha": w.ALPHA}}]
         recipe = {
             "base": {"model": str(workload.base), "quantization": "none"},
-            "data": {"train": str(workload.data), "max_length": w.MAX_LENGTH},
+            "data": {"train": str(workload.data), "eval": "none", "max_length": w.MAX_LENGTH},
             "strategies": strategies if options is None else [*strategies, {"adversarial": options}],
             "train": {
                 "steps": 1000,

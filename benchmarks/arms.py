@@ -92,7 +92,7 @@ def budwood(workload: Workload, steps: int, pace: Pace) -> None:
     install_strategy(workload.folder, "pace", "benchmarks.arms:PaceStrategy")
     recipe = {
         "base": {"model": str(workload.base), "quantization": workload.size.quantization},
-        "data": {"train": str(workload.data), "max_length": w.MAX_LENGTH},
+        "data": {"train": str(workload.data), "eval": "none", "max_length": w.MAX_LENGTH},
         "strategies": [{"lora": {"rank": w.RANK, "alpha": w.ALPHA, "targets": "all-linear"}}, "pace"],
         "train": {
             "steps": steps,

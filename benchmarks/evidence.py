@@ -159,7 +159,7 @@ class Folder:
             "base": {
                 "model": str(DEMO / "base"), "quantization": s["quantization"], "task": "sequence-classification",
             },
-            "data": {"train": str(train), "max_length": 128},
+            "data": {"train": str(train), "eval": "none", "max_length": 128},
             "strategies": json.loads(text),
             "train": {
                 "epochs": s["epochs"], "batch_examples": s["batch_examples"], "precision": s["precision"],

@@ -75,7 +75,7 @@ class Arm:
         ratio = [] if weight is None else [{"ratio": {"task_weight": weight}}]
         recipe = {
             "base": {"model": str(workload.base), "quantization": "none"},
-            "data": {"train": str(workload.data), "max_length": w.MAX_LENGTH},
+            "data": {"train": str(workload.data), "eval": "none", "max_length": w.MAX_LENGTH},
             "strategies": [{"lora": {"rank": w.RANK, "alpha": w.ALPHA}}, *ratio],
             "train": {
                 "steps": 1000,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from budwood.contract.types import Reference as Reference
     from budwood.contract.types import Run as Run
     from budwood.contract.types import Step as Step
-    from budwood.data.build import Encoded as Encoded
+    from budwood.data.chunk import Encoded as Encoded
     from budwood.data.encoder import Encoder as Encoder
     from budwood.data.formats import DataFormat as DataFormat
     from budwood.data.formats import Dropped as Dropped
@@ -65,7 +65,7 @@ _EXPORTS = {
         ),
         "budwood.contract.types",
     ),
-    "Encoded": "budwood.data.build",
+    "Encoded": "budwood.data.chunk",
     "Encoder": "budwood.data.encoder",
     **dict.fromkeys(("DataFormat", "Dropped"), "budwood.data.formats"),
     **dict.fromkeys(("collate_rows", "collate_tokens"), "budwood.data.packing"),

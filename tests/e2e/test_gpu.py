@@ -39,7 +39,7 @@ def recipe(tiny_base: Path, tmp_path: Path) -> Callable[..., Recipe]:
         return Recipe.from_dict(
             {
                 "base": {"model": str(tiny_base), "quantization": "none", "device": "cuda", **(base or {})},
-                "data": {"train": str(data), "max_length": 64} | ({"eval": str(data)} if labels else {}),
+                "data": {"train": str(data), "max_length": 64} | {"eval": str(data) if labels else "none"},
                 "strategies": list(strategies) or [{"lora": {"rank": 4}}],
                 "train": section | train,
                 "output": str(tmp_path / output),

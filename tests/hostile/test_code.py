@@ -185,8 +185,9 @@ def test_a_pickle_in_place_of_cached_tokens_is_replaced(tiny_base, plant, tmp_pa
     (tmp_path / "x.jsonl").write_text('{"text": "a b c"}\n')
     tokenizer, folder = load_tokenizer(tiny_base), tmp_path / "cache"
     first = build_examples(tmp_path / "x.jsonl", tokenizer, "causal-lm", 64, cache_dir=folder)
-    for path in folder.iterdir():
-        plant(path, form)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            plant(path, form)
     again = build_examples(tmp_path / "x.jsonl", tokenizer, "causal-lm", 64, cache_dir=folder)
     assert again[0].inputs["input_ids"].tolist() == first[0].inputs["input_ids"].tolist()
 

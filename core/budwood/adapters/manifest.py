@@ -30,6 +30,22 @@ class BaseRecord(_Record):
     dtype: str = "float32"
 
 
+class HeldOutRecord(_Record):
+    """The part of the training data that the run held out for evaluation.
+
+    Attributes:
+        data: the training data as the recipe names it: a path, or sources.
+        sha256: hash of that data.
+        rows: the rows held out, counted from 0.
+        skip_bad_rows: whether rows that cannot be used are skipped.
+    """
+
+    data: str | list[dict[str, Any]]
+    sha256: str
+    rows: list[int] = Field(min_length=1)
+    skip_bad_rows: bool = False
+
+
 class EvaluationRecord(_Record):
     """How the run evaluated. With the base's record and the golden's threads, it determines the metrics' digits.
 
@@ -40,6 +56,8 @@ class EvaluationRecord(_Record):
         attention: the attention implementation of the model.
         generate: largest number of prompts answered.
         loss_on: which tokens of the data have a loss.
+        as_chat: whether prompts and completions were rendered as messages.
+        held_out: the rows on which the run evaluated, if it held them out itself.
     """
 
     max_length: int = Field(ge=1)
@@ -48,6 +66,8 @@ class EvaluationRecord(_Record):
     attention: str
     generate: int = Field(ge=0)
     loss_on: str = "assistant"
+    as_chat: bool = False
+    held_out: HeldOutRecord | None = None
 
 
 class ChatRecord(_Record):
@@ -90,6 +110,8 @@ class Manifest(_Record):
     tokenizer: str = ""
     template: str = ""
     chat: ChatRecord | None = None
+    on_messages: bool | None = None
+    """Whether it was trained on messages, rendered with the chat template; None: unknown."""
     metrics: dict[str, float | None] = Field(default_factory=dict)
     evaluation: EvaluationRecord | None = None
     strategies: list[dict[str, Any]] = Field(default_factory=list)

@@ -109,6 +109,7 @@ def write_adapter(
     strategies: Sequence[dict[str, Any]] = (),
     stop_ids: Sequence[int] = (),
     chat: ChatRecord | None = None,
+    on_messages: bool | None = None,
     probes: Sequence[Example] = (),
     base_logits: Sequence[Tensor] = (),
     adapter_logits: Sequence[Tensor] = (),
@@ -130,6 +131,7 @@ def write_adapter(
         strategies: name, distribution and options of every strategy of the run.
         stop_ids: tokens that end an answer in addition to the end-of-sequence token.
         chat: how messages are rendered; None: as the base's chat template says.
+        on_messages: whether it was trained on messages.
         probes: inputs for the golden logits; without any, `verify` has nothing to replay.
         base_logits: logits of the base alone at each probe, [vocabulary or classes] fp32.
         adapter_logits: logits with the adapter, same shapes.
@@ -175,6 +177,7 @@ def write_adapter(
             strategies=list(strategies),
             stop_ids=list(stop_ids),
             chat=chat,
+            on_messages=on_messages,
             golden=current_setting(base) if golden else None,
             files=files,
             created_by=f"budwood {__version__}",

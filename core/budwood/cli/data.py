@@ -22,6 +22,8 @@ def data(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show what training will see: examples with their loss mask, lengths, and what is truncated or dropped."""
+    from rich.console import Console
+
     from budwood.cli.streams import Output
     from budwood.contract.loading import create
     from budwood.data.build import build_examples
@@ -30,7 +32,9 @@ def data(
     from budwood.model.base import skeleton
     from budwood.model.checkpoint import one_revision
     from budwood.model.limits import check_fits, default_length
-    from budwood.recipe.data import encoding_options, recipe_tokenizer
+    from budwood.recipe.data import chat_note, encoding_options, recipe_tokenizer
+    from budwood.training.encoding import encoding
+    from budwood.training.run_data import split_held_out
 
     loaded = read_given(recipe, base, override or [])
     task = create(loaded.base.task, "budwood.tasks")
@@ -39,16 +43,26 @@ def data(
         model = skeleton(loaded.base.model, task.auto_class, loaded.base.trust_remote_code)
     loaded = loaded.with_length(default_length(model))
     options = {"tokenizer": tokenizer, "task": task, **encoding_options(loaded)}
-    train_data = build_examples(loaded.data.train, **options)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with encoding(loaded.data.train, console) as progress:
+        train_data = build_examples(loaded.data.train, **options, progress=progress)
     eval_data = None
-    if loaded.data.eval is not None:
-        eval_data = build_examples(loaded.data.eval, **options, labels=train_data.labels or None)
+    if loaded.data.evaluated is not None:
+        with encoding(loaded.data.evaluated, console) as progress:
+            eval_data = build_examples(
+                loaded.data.evaluated, **options, labels=train_data.labels or None, progress=progress
+            )
     for examples in (train_data, eval_data):
         if examples is not None:
             check_fits(examples, model, tokenizer, loaded.base.model)
+    notes = [chat_note(loaded, train_data, tokenizer)]
+    if loaded.data.holds_out:
+        held = split_held_out(loaded, train_data)
+        train_data, eval_data = held.split(train_data)
+        notes.append(held.note)
     train = loaded.train
     batches = plan_epoch(train_data.lengths, train.seed, 0, train.batch_tokens, train.batch_examples, train_data.groups)
-    report = make_report(train_data, eval_data, task, tokenizer, samples, len(batches))
+    report = make_report(train_data, eval_data, task, tokenizer, samples, len(batches), list(filter(None, notes)))
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
     else:

@@ -21,7 +21,10 @@ def generate(
     ] = None,
     use: Annotated[str | None, typer.Option("--use", metavar="NAME", help="The adapter to use.")] = None,
     prompt: Annotated[str, typer.Option("--prompt", help="The prompt; - reads it from stdin.")] = "-",
-    chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template to the prompt.")] = False,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Apply the chat template to the prompt. Default: as in training."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy decoding.")] = 0.0,
     top_p: Annotated[
@@ -66,10 +69,10 @@ def generate(
     if pool.task == "sequence-classification":
         _classify(pool, text, names, as_json)
         return
-    request: Prompt = [{"role": "user", "content": text}] if chat else text
+    requests = [_request(text, name, saved, chat) for name in names]
     streaming = len(names) == 1 and not as_json
     answers = pool.generate(
-        [request] * len(names),
+        requests,
         names,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -139,6 +142,25 @@ def _check_options(use: str | None, directories: dict[str, Path], top_p: float) 
 
     if use is not None and use not in directories:
         raise InputError(f"--use {use[:64]!r}: no --adapter has this name.{did_you_mean(use, directories)}")
+
+
+def _request(text: str, name: str | None, saved: dict[str, SavedAdapter], chat: bool | None) -> Prompt:
+    """Return the prompt to an adapter, or to the base: as messages or as text; a warning says if training differed.
+
+    Without `chat`, an adapter gets what it was trained on, and the base beside adapters what any of them gets.
+    """
+    trained = {n: bool(a.manifest and a.manifest.on_messages) for n, a in saved.items()}
+    given = chat if chat is not None else trained[name] if name is not None else any(trained.values())
+    known = name is not None and (manifest := saved[name].manifest) is not None and manifest.on_messages is not None
+    if name is not None and known and given != trained[name]:
+        how = ("plain text, but --chat sends it messages", "messages, but --no-chat sends it plain text")[trained[name]]
+        typer.echo(f"warning: adapter '{name}' was trained on {how}.", err=True)
+    elif name is not None and chat is None and given:
+        typer.echo(
+            f"note: adapter '{name}' was trained on messages, so the prompt is sent as one; --no-chat: as it is.",
+            err=True,
+        )
+    return [{"role": "user", "content": text}] if given else text
 
 
 def _read_prompt(prompt: str) -> str:

@@ -52,7 +52,10 @@ def tune(
 
 def eval_(
     adapter: Annotated[Path, typer.Argument(help="An adapter's folder.")],
-    data: Annotated[Path, typer.Option("--data", help="Data in any format that `tune` accepts.")],
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Data in any format that `tune` accepts. Default: the rows that its run held out."),
+    ] = None,
     base: Annotated[str | None, typer.Option("--base", help="Base model. Default: as recorded in the adapter.")] = None,
     quantization: Annotated[str | None, typer.Option("--quantization", help="Default: as recorded.")] = None,
     precision: Annotated[

@@ -281,6 +281,7 @@ class Run:
     scheduler: LRScheduler = _LATER
     examples: Examples = _LATER
     eval_examples: Examples | None = None
+    held_out: list[int] = field(default_factory=list)  # rows of the training data that are `eval_examples` instead
     groups: list[ParameterGroup] = field(default_factory=list)
     seed: int = 0
     steps: int | None = None

@@ -1,4 +1,4 @@
-"""The token cache: one safetensors file per data file, tokenizer, chat template and set of options."""
+"""The token cache: one folder of .npy files per data file, tokenizer, chat template and set of options."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from numpy.lib.format import open_memmap
 
-from budwood.errors import InputError, ResourceError
-from budwood.untrusted.files import PARTIAL, complete_file
+from budwood.data.spool import LARGE, Arrays, file_name
+from budwood.errors import InputError
+from budwood.untrusted.files import PARTIAL, sha256
 from budwood.untrusted.redaction import shorten
 
-VERSION = 4
-"""Incremented when the same file and options produce other tokens, or the layout of a cache file changes."""
+VERSION = 5
+"""Incremented when the same file and options produce other tokens, or the layout of an entry changes."""
 
 LIMIT = 5_000_000_000
 """Maximum size of the cache in bytes, if `BUDWOOD_CACHE_LIMIT` is not set."""
 ABANDONED = 24 * 3600
 """Seconds since its last change after which a partial file is considered to be left by a killed process."""
 
-Arrays = dict[str, np.ndarray]
+FACTS, SUFFIX = "facts.json", ".tokens"
 
 
 def default_folder() -> Path:
@@ -76,64 +77,99 @@ def size_limit() -> int:
     return int(float(number) * (1024 if binary else 1000) ** (" kmgt".index(unit) if unit else 0))
 
 
-def save(folder: Path, key: str, arrays: Arrays, facts: dict[str, Any], limit: int = LIMIT) -> None:
+def save(
+    folder: Path, key: str, arrays: Arrays, facts: dict[str, Any], limit: int = LIMIT, written: Path | None = None
+) -> None:
     """Write an entry atomically, then prune the folder to `limit` bytes.
 
     A folder that cannot be written only costs time, so it is not an error.
+
+    Args:
+        written: a folder that holds the arrays' files already, and becomes the entry.
     """
-    metadata = {"facts": json.dumps(facts), "sha256": _digest(arrays, facts)}
     path = _path(folder, key)
-    with contextlib.suppress(OSError, SafetensorError, ResourceError):
-        folder.mkdir(parents=True, exist_ok=True)
-        complete_file(path, lambda partial: save_file(arrays, partial, metadata))
+    partial = folder / f".{path.name}.{os.getpid()}{PARTIAL}" if written is None else written
+    try:
+        if written is None:
+            partial.mkdir(parents=True)
+            for name, array in arrays.items():
+                np.save(partial / file_name(name), array)
+        hashes = {name: sha256(partial / file_name(name)) for name in arrays}
+        text = json.dumps({"facts": facts, "arrays": hashes})
+        (partial / FACTS).write_text(f"{_hash(text)}\n{text}", encoding="utf-8")
+        remove(path)  # a damaged entry
+        partial.rename(path)
         _prune(folder, path, limit)
+    except OSError:
+        remove(partial)
 
 
 def load(folder: Path, key: str) -> tuple[Arrays, dict[str, Any]] | None:
-    """Read an entry and mark it as recently used; None if it is missing or incomplete."""
+    """Read an entry and mark it as recently used; None if it is missing, incomplete or damaged.
+
+    The arrays of a large entry are mapped into memory, read-only.
+    """
     path = _path(folder, key)
     try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        facts = json.loads(metadata["facts"])
-    except (OSError, SafetensorError, KeyError, ValueError):
-        return None
-    if metadata.get("sha256") != _digest(arrays, facts):
+        digest, _, text = (path / FACTS).read_text(encoding="utf-8").partition("\n")
+        if digest != _hash(text):
+            return None
+        entry = json.loads(text)
+        files = {name: path / file_name(name) for name in entry["arrays"]}
+        if any(sha256(file) != entry["arrays"][name] for name, file in files.items()):
+            return None
+        arrays: Arrays = {name: open_memmap(file, mode="r") for name, file in files.items()}
+        if size_of(path) < LARGE:
+            arrays = {name: np.array(array) for name, array in arrays.items()}
+    except (OSError, KeyError, ValueError, TypeError, AttributeError):
         return None
     with contextlib.suppress(OSError):  # the folder may be read-only
         os.utime(path)
-    return arrays, facts
+    return arrays, entry["facts"]
 
 
-def entries(folder: Path) -> dict[Path, os.stat_result]:
-    """Return the files of the cache, including partial ones that a killed process left."""
-    files = {}
-    for path in (*folder.glob("*.safetensors"), *folder.glob(f".*{PARTIAL}")):
+def entries(folder: Path) -> dict[Path, float]:
+    """Return the entries of the cache, those that a killed process left included, and when they were last used."""
+    used = {}
+    for path in (*folder.glob("*" + SUFFIX), *folder.glob(f".*{PARTIAL}"), *folder.glob("*.safetensors")):
         with contextlib.suppress(OSError):  # another process pruned it
-            files[path] = path.stat()
-    return files
+            used[path] = path.stat().st_mtime
+    return used
+
+
+def size_of(path: Path) -> int:
+    """Return the size of an entry in bytes."""
+    size = 0
+    for file in path.iterdir() if path.is_dir() else (path,):
+        with contextlib.suppress(OSError):
+            size += file.stat().st_size
+    return size
+
+
+def remove(path: Path) -> None:
+    """Delete an entry, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _prune(folder: Path, newest: Path, limit: int) -> None:
     """Remove the least recently used entries until the rest take at most `limit` bytes; `newest` is kept."""
-    files = entries(folder)
-    now = time.time()
-    total = sum(stat.st_size for stat in files.values())
-    for path, stat in sorted(files.items(), key=lambda item: item[1].st_mtime_ns):
+    used, now = entries(folder), time.time()
+    sizes = {path: size_of(path) for path in used}
+    total = sum(sizes.values())
+    for path in sorted(used, key=lambda path: used[path]):
         partial = path.name.endswith(PARTIAL)
-        if path != newest and (now - stat.st_mtime > ABANDONED if partial else total > limit):
-            path.unlink(missing_ok=True)
-            total -= stat.st_size
+        if path != newest and (now - used[path] > ABANDONED if partial else total > limit):
+            remove(path)
+            total -= sizes[path]
 
 
 def _path(folder: Path, key: str) -> Path:
-    return folder / f"{key[:40]}.safetensors"
+    return folder / f"{key[:40]}{SUFFIX}"
 
 
-def _digest(arrays: Arrays, facts: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for name in sorted(arrays):
-        digest.update(f"{name}{arrays[name].dtype}{arrays[name].shape}".encode())
-        digest.update(np.ascontiguousarray(arrays[name]).data)
-    return digest.hexdigest()
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

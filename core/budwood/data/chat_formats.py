@@ -8,7 +8,7 @@ from typing import ClassVar
 from budwood.data.fields import read_weight, string
 from budwood.data.formats import CAUSAL_LM, Completion, DataFormat, Dropped, weighted
 from budwood.data.messages import Conversation, read_conversation, read_messages, with_columns
-from budwood.data.reading import Row
+from budwood.data.rows import Row
 from budwood.errors import InputError
 
 BESIDE = ("weight", "system", "tools", "functions", "chat_template_kwargs")

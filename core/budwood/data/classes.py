@@ -24,6 +24,11 @@ class Classes:
         """Number of classes known so far."""
         return len(self._index)
 
+    @property
+    def learned(self) -> list[str] | None:
+        """Names by provisional index; None if the classes are fixed or no label was read."""
+        return list(self._index) if self.given is None and self._index else None
+
     def index(self, name: str, where: str) -> int:
         """Index of a class, which is added if classes are being learned.
 

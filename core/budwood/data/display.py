@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,13 @@ PLAIN, LOSS = "dim", "bold green"
 
 
 def make_report(
-    train: Examples, other: Examples | None, task: Any, tokenizer: Any, samples: int, steps: int
+    train: Examples,
+    other: Examples | None,
+    task: Any,
+    tokenizer: Any,
+    samples: int,
+    steps: int,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the contents of the report as JSON values.
 
@@ -37,8 +44,14 @@ def make_report(
         tokenizer: the base's tokenizer.
         samples: number of examples to show, evenly spread over the file.
         steps: optimizer steps per epoch.
+        notes: lines to show to the user.
     """
-    report = {"train": _describe(train), "steps_per_epoch": steps, "padding": _padding(train.lengths)}
+    report = {
+        "train": _describe(train),
+        "steps_per_epoch": steps,
+        "padding": _padding(train.lengths),
+        "notes": list(notes),
+    }
     if other is not None:
         shared = overlap(train, other)
         report["eval"] = {**_describe(other), "overlap": shared, "overlap_share": shared / len(other)}
@@ -59,6 +72,8 @@ def show_report(report: dict[str, Any], console: Console) -> None:
     for name in ("train", "eval"):
         if name in report:
             _show_file(name, report[name], console)
+    for note in report["notes"]:
+        console.print(Text(note), soft_wrap=True)
     packing = f"{report['steps_per_epoch']:,} optimizer steps per epoch. Packed rows have no padding; random batches "
     console.print(f"{packing}of {PADDED_ROWS} rows would be {report['padding']:.0%} padding.", soft_wrap=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -43,6 +44,7 @@ class Encoder:
         template_options: variables for the chat template, such as `enable_thinking`.
         loss_on: "assistant", "last" (only the last answer of a conversation) or "all" (prompts too).
         chat_template: used instead of the tokenizer's; None: the tokenizer's.
+        as_chat: whether a prompt and its completion are rendered as messages.
         rendered: whether the chat template was used.
         classes: names of the classes that labels index.
         remarks: number of occurrences of each remark to the user.
@@ -57,7 +59,9 @@ class Encoder:
         labels: Sequence[str] | None = None,
         loss_on: str = "assistant",
         date: str | None = None,
+        as_chat: bool = False,
     ) -> None:
+        self.as_chat = as_chat
         self.tokenizer, self.max_length = tokenizer, max_length
         self.template_options = dict(template_options or {})
         self.loss_on = loss_on
@@ -67,6 +71,15 @@ class Encoder:
         self.remarks: Counter[str] = Counter()
         end = getattr(tokenizer, "eos_token_id", None)
         self.stop_ids: set[int] = set() if end is None else {end}
+
+    def fresh(self) -> Encoder:
+        """Return a copy that has met no text: without remarks, learned classes, and stop tokens of a template."""
+        other = copy.copy(self)
+        other.remarks, other.rendered = Counter(), False
+        other.classes = Classes(self.classes.given)
+        end = getattr(self.tokenizer, "eos_token_id", None)
+        other.stop_ids = set() if end is None else {end}
+        return other
 
     @property
     def date(self) -> str | None:

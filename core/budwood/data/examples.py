@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,56 +17,15 @@ from budwood.data import cache
 from budwood.data.bad_rows import BadRows, Skipped
 from budwood.data.formats import DataFormat
 from budwood.data.ragged import Ragged
-from budwood.data.reading import Rows
 from budwood.data.recognition import recognise
+from budwood.data.rows import Rows
 from budwood.data.sources import Data, label, read_rows
+from budwood.data.stats import DataStats
 from budwood.errors import InputError
 
 PERCENTILES = (50, 90, 99)
 REASONS = 5
 """Maximum number of reasons for dropped or skipped rows in a line."""
-
-
-@dataclass
-class DataStats:
-    """Counts of a file's rows and of the examples made from them.
-
-    Attributes:
-        rows: number of rows in the file.
-        examples: number of examples.
-        dropped: number of dropped rows by reason; `first_dropped` has the location of the first row for each reason.
-        skipped: number of bad rows that were skipped, by reason; `first_skipped` as `first_dropped`.
-        truncated: number of examples truncated to `max_length`, which lost `tokens_cut` tokens in total.
-        tokens: sum of the examples' lengths, as the task counts them.
-        supervised: number of labels that have a loss (0 if the labels are classes, one per example).
-        shortest, mean, longest, percentiles: lengths of examples; percentiles have the keys "50", "90", "99".
-        weights: smallest and largest weight of a label.
-        classes: number of examples in each class, in the order of the labels.
-        remarks: number of occurrences of each further remark to the user.
-    """
-
-    rows: int = 0
-    examples: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    first_dropped: dict[str, str] = field(default_factory=dict)
-    skipped: dict[str, int] = field(default_factory=dict)
-    first_skipped: dict[str, str] = field(default_factory=dict)
-    truncated: int = 0
-    tokens_cut: int = 0
-    tokens: int = 0
-    supervised: int = 0
-    shortest: int = 0
-    mean: float = 0.0
-    longest: int = 0
-    percentiles: dict[str, float] = field(default_factory=dict)
-    classes: list[int] = field(default_factory=list)
-    weights: list[float] = field(default_factory=lambda: [1.0, 1.0])
-    remarks: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def supervised_share(self) -> float:
-        """Fraction of the tokens that have a loss."""
-        return self.supervised / self.tokens if self.tokens else 0.0
 
 
 class Examples(Sequence[Example]):
@@ -83,10 +43,12 @@ class Examples(Sequence[Example]):
         sha256: hash of the file.
         stop_ids: tokens that end an answer.
         date: the date that the chat template wrote, as 2026-11-28; None if it writes none.
+        rendered: whether the chat template was used.
         skipped: bad rows that were skipped; None: bad rows are refused.
         from_cache: whether the examples were read from the cache.
         lengths: [n] int64, the size of each example as the task counts it.
         groups: [n] int64, the group of each example, numbered from 0 in order.
+        row_numbers: [n] int64, the row of each example, an index into `rows`.
     """
 
     def __init__(self, data: Data, arrays: cache.Arrays, facts: Mapping[str, Any], from_cache: bool = False) -> None:
@@ -103,12 +65,14 @@ class Examples(Sequence[Example]):
         self.sha256: str = facts["sha256"]
         self.stop_ids: list[int] = facts["stop_ids"]
         self.date: str | None = facts["date"]
+        self.rendered: bool = facts["rendered"]
         self.skipped: list[Skipped] | None = facts["skipped"]
         self.stats = DataStats(**facts["stats"])
         self.lengths: np.ndarray = arrays["lengths"]
         self.groups: np.ndarray = arrays["groups"]
+        self.row_numbers: np.ndarray = arrays["rows"]
         names = [name.removesuffix(".shapes") for name in arrays if name.endswith(".shapes")]
-        self._parts = {name: Ragged(arrays[f"{name}.values"], arrays[f"{name}.shapes"]) for name in names}
+        self._parts = {name: Ragged(_values(arrays, name), arrays[f"{name}.shapes"]) for name in names}
         self._inputs = [name for name in names if name.startswith("inputs/")]
 
     def __len__(self) -> int:
@@ -120,12 +84,12 @@ class Examples(Sequence[Example]):
         index = range(len(self))[index]
         return Example(
             inputs={name.removeprefix("inputs/"): self._parts[name][index] for name in self._inputs},
-            label_positions=self._parts["label_positions"][index],
+            label_positions=self._parts["label_positions"][index].astype(np.int64, copy=False),
             labels=self._parts["labels"][index],
             weights=self._parts["weights"][index],
             group=int(self.groups[index]),
             key=self.keys[index],
-            row=int(self._arrays["rows"][index]),
+            row=int(self.row_numbers[index]),
             columns=dict(self._extra[index]) if self._extra is not None else {},
         )
 
@@ -135,8 +99,22 @@ class Examples(Sequence[Example]):
     @cached_property
     def keys(self) -> Sequence[Key]:
         """Identity of each example."""
+        if "numbers" in self._arrays:
+            return _RowKeys(self._arrays["rows"], self._arrays["numbers"])
         keys = self._arrays["keys"]
         return json.loads(keys.tobytes()) if keys.dtype == np.uint8 else keys.tolist()
+
+    @cached_property
+    def input_hashes(self) -> np.ndarray:
+        """Hash of each example's inputs, [n] uint64."""
+        if "hashes" in self._arrays:
+            return self._arrays["hashes"]
+        return np.array([hash_inputs(example) for example in self], dtype=np.uint64)
+
+    @property
+    def label_counts(self) -> np.ndarray:
+        """Number of labels of each example, [n]."""
+        return self._parts["labels"].shapes[:, 0]
 
     def input_values(self, name: str) -> Ragged | None:
         """Return an input of all examples; None if they have no input of that name."""
@@ -159,13 +137,36 @@ class Examples(Sequence[Example]):
         examples._extra, examples._rows = columns, self._rows
         return examples
 
+    def select(self, indices: np.ndarray) -> Examples:
+        """Return the examples at `indices`, ascending, without copying their arrays; their keys stay the same."""
+        chosen = copy.copy(self)
+        chosen.lengths, chosen.row_numbers = self.lengths[indices], self.row_numbers[indices]
+        chosen.groups = np.unique(self.groups[indices], return_inverse=True)[1]
+        chosen._parts = {name: part.select(indices) for name, part in self._parts.items()}
+        keys = self.keys
+        chosen.keys = keys.select(indices) if isinstance(keys, _RowKeys) else [keys[i] for i in indices]
+        chosen.input_hashes = self.input_hashes[indices]
+        chosen._extra = None if self._extra is None else [self._extra[i] for i in indices]
+        labels = [chosen._parts["labels"][i] for i in range(len(indices))] if self.labels else []
+        measured = measure(
+            {
+                "lengths": chosen.lengths,
+                "weights.values": np.array(self.stats.weights),
+                "label_positions.shapes": chosen._parts["label_positions"].shapes,
+                "labels.values": np.concatenate(labels) if labels else np.zeros(0, dtype=np.int64),
+            },
+            self.labels,
+        )
+        chosen.stats = dataclasses.replace(self.stats, **measured)
+        return chosen
+
     def reference(self, index: int) -> str | None:
         """The file's answer to an example's prompt, as text; None if the data format has no prompt.
 
         Raises:
             InputError: the file has changed since the examples were built.
         """
-        return self._format.reference(self.rows[int(self._arrays["rows"][index])])
+        return self._format.reference(self.rows[int(self.row_numbers[index])])
 
     @cached_property
     def _format(self) -> DataFormat:
@@ -187,7 +188,7 @@ class Examples(Sequence[Example]):
 
     def location(self, index: int) -> str:
         """Location of an example's row, for messages."""
-        return self.rows.location(int(self._arrays["rows"][index]))
+        return self.rows.location(int(self.row_numbers[index]))
 
     def describe(self) -> str:
         """One line with the data format and the counts of examples, tokens, truncated and dropped rows."""
@@ -209,6 +210,40 @@ class Examples(Sequence[Example]):
     def describe_dropped(self) -> str:
         """Reasons for dropped rows, each with its count and the location of its first row."""
         return _reasons(self.stats.dropped, self.stats.first_dropped)
+
+
+def hash_inputs(example: Example) -> int:
+    """Hash an example's inputs, in 64 bits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(example.inputs):
+        digest.update(np.ascontiguousarray(example.inputs[name]).data)
+    return int.from_bytes(digest.digest(), "little")
+
+
+class _RowKeys(Sequence[Key]):
+    """Keys of examples that no strategy changed: the row, or "row.number" if there are several of it."""
+
+    def __init__(self, rows: np.ndarray, numbers: np.ndarray) -> None:
+        self._rows, self._numbers = rows, numbers
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def select(self, indices: np.ndarray) -> _RowKeys:
+        return _RowKeys(self._rows[indices], self._numbers[indices])
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row, number = int(self._rows[index]), int(self._numbers[index])
+        return row if number < 0 else f"{row}.{number}"
+
+
+def _values(arrays: cache.Arrays, name: str) -> np.ndarray:
+    """Return an array's values; weights that are not there are all 1."""
+    if f"{name}.values" in arrays:
+        return arrays[f"{name}.values"]
+    return np.broadcast_to(np.float32(1), int(arrays[f"{name}.shapes"].sum()))
 
 
 def _reasons(counts: Mapping[str, int], first: Mapping[str, str]) -> str:
@@ -312,7 +347,7 @@ def pack(examples: Sequence[Example], task: Any) -> cache.Arrays:
 
 def measure(arrays: cache.Arrays, labels: Sequence[str]) -> dict[str, Any]:
     """Return the fields of `DataStats` that describe packed examples."""
-    lengths, weights = arrays["lengths"], arrays["weights.values"]
+    lengths, weights = arrays["lengths"], _values(arrays, "weights")
     if not len(lengths):
         return {"examples": 0, "tokens": 0, "supervised": 0}
     return {

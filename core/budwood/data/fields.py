@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from budwood.data.reading import Row
+from budwood.data.rows import Row
 from budwood.errors import InputError
 from budwood.untrusted.redaction import shorten
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from budwood.contract.strategy import Plugin
 from budwood.data.fields import describe_type, read_weight, string
-from budwood.data.reading import Row
+from budwood.data.rows import Row
 from budwood.errors import InputError
 
 GROUP = "budwood.formats"

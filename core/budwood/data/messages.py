@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from budwood.data.fields import describe_type, encodable, read_weight
-from budwood.data.reading import Row
+from budwood.data.rows import Row
 from budwood.errors import InputError, did_you_mean
 from budwood.untrusted.redaction import shorten
 

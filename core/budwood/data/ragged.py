@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import mmap
 from collections.abc import Sequence
 
 import numpy as np
+
+RESIDENT, FAULT = 64_000_000, 2_097_152
+"""Bytes of a mapped file that may stay in memory, and how many Linux maps at most when one of them is read."""
 
 
 class Ragged:
     """Arrays of one dtype and rank, concatenated in one flat buffer; indexing returns a view.
 
     Attributes:
-        values: [n] all elements.
+        values: [n] all elements; they may be mapped from a file, of which only a part stays in memory.
         shapes: [arrays, rank] int64.
     """
 
     def __init__(self, values: np.ndarray, shapes: np.ndarray) -> None:
-        self.values, self.shapes = values, shapes
-        self._starts = np.concatenate([[0], np.cumsum(shapes.prod(1, dtype=np.int64))])
+        self._file = getattr(values, "_mmap", None)
+        self._read = 0
+        self.values, self.shapes = values.view(np.ndarray), shapes
+        ends = np.concatenate([[0], np.cumsum(shapes.prod(1, dtype=np.int64))])
+        self._starts, self._stops = ends[:-1], ends[1:]
 
     @classmethod
     def of(cls, arrays: Sequence[np.ndarray]) -> Ragged:
@@ -37,7 +45,25 @@ class Ragged:
         return len(self.shapes)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self.values[self._starts[index] : self._starts[index + 1]].reshape(self.shapes[index])
+        array = self.values[self._starts[index] : self._stops[index]].reshape(self.shapes[index])
+        if self._file is not None:
+            self._read += max(array.nbytes, FAULT)
+            if self._read > RESIDENT:
+                self.release()
+        return array
+
+    def release(self) -> None:
+        """Let go of the memory that a mapped file takes; what is read again comes from the system's cache."""
+        self._read = 0
+        if self._file is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._file.madvise(mmap.MADV_DONTNEED)
+
+    def select(self, indices: np.ndarray) -> Ragged:
+        """Return the arrays at `indices`, ascending; they share `values`, which is not copied."""
+        chosen = copy.copy(self)
+        chosen.shapes = self.shapes[indices]
+        chosen._starts, chosen._stops = self._starts[indices], self._stops[indices]
+        return chosen
 
     def index_at(self, position: int) -> int:
         """Return the index of the array that holds `values[position]`."""
@@ -45,4 +71,4 @@ class Ragged:
 
     def span(self, index: int) -> slice:
         """Slice of `values` that holds the array at `index`."""
-        return slice(int(self._starts[index]), int(self._starts[index + 1]))
+        return slice(int(self._starts[index]), int(self._stops[index]))

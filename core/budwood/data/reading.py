@@ -4,70 +4,25 @@ from __future__ import annotations
 
 import codecs
 import csv
-import io
 import json
 import sys
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from budwood.data.bad_rows import BadRows
-from budwood.data.files import ACCEPTED, SPLITS, find_files, hash_files
+from budwood.data.files import ACCEPTED, SPLITS
+from budwood.data.rows import CsvRecords, FolderRows, JsonLines, ParquetRows, Rows, csv_lines
 from budwood.errors import InputError, first_line
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-Row = Mapping[str, Any]
 MISSING = frozenset(("NaN", "nan", "NAN", "NULL", "null", "<NA>", "#N/A", "\\N"))
 """What pandas, R, spreadsheets and databases write into a CSV field without a value; "NA" and "None" may be words."""
 HOLDERS = ("data", "rows", "examples", "instances", *SPLITS)
 """Keys under which an object may hold the rows of a file."""
 _WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
-
-
-class Rows(Sequence[Row]):
-    """The rows of a data file, in order.
-
-    Attributes:
-        path: the file or folder, as the user gave it.
-        columns: names, in order of first appearance.
-        sha256: hex digest of the file's bytes (for a folder, of the names and bytes of its files).
-        notes: lines to show to the user, such as a skipped byte order mark.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        rows: Sequence[Row],
-        columns: Sequence[str],
-        place: Callable[[int], str],
-        notes: Sequence[str] = (),
-    ) -> None:
-        if not len(rows):
-            raise InputError(f"{path}: no rows. Give a file with at least one.")
-        self.path: Path | str = path
-        self.columns, self.notes = list(columns), list(notes)
-        self._rows, self._place = rows, place
-        self.sha256 = hash_files(find_files(path))
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._rows[index]
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self._rows)
-
-    def is_repeat(self, index: int) -> bool:
-        """Return whether the row is an earlier one again."""
-        return False
-
-    def location(self, index: int) -> str:
-        """Return the location of row `index` for messages: "train.jsonl:17", or "train.parquet:row 17"."""
-        return f"{self.path}:{self._place(index)}"
 
 
 def read_file(path: Path, bad: BadRows) -> Rows:
@@ -81,14 +36,13 @@ def read_file(path: Path, bad: BadRows) -> Rows:
 
 
 def _read_jsonl(path: Path, bad: BadRows) -> Rows:
-    rows: list[Row] = []
-    lines: list[int] = []
-    notes: list[str] = []
+    starts, numbers, notes = array("q"), array("q"), list[str]()
     columns: dict[str, None] = {}
     with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            if number == 1:
-                raw = _strip_mark(path, raw, notes)
+        at = 0
+        for number, line in enumerate(file, 1):
+            raw = _strip_mark(path, line, notes) if number == 1 else line
+            start, at = at + len(line) - len(raw), at + len(line)
             if not raw.strip():
                 continue
             try:
@@ -97,9 +51,10 @@ def _read_jsonl(path: Path, bad: BadRows) -> Rows:
                 bad.meet(error, f"{path}:{number}", raw.decode(errors="replace").rstrip("\r\n"))
                 continue
             columns.update(dict.fromkeys(row))
-            rows.append(row)
-            lines.append(number)
-    return Rows(path, rows, list(columns), lambda i: str(lines[i]), notes)
+            starts.append(start)
+            numbers.append(number)
+    records = JsonLines(path, starts, numbers)
+    return Rows(path, records, list(columns), records.place, notes)
 
 
 def _parse_line(raw: bytes, path: Path, number: int) -> dict[str, Any]:
@@ -133,7 +88,11 @@ def _read_json(path: Path, bad: BadRows) -> Rows:
             where = f"{path}:row {number}"
             bad.meet(InputError(f"{where}: must be an object, not {_kind(row)}."), where, row)
     objects = [data[number - 1] for number in numbers]
-    return Rows(path, objects, list(columns), lambda i: f"row {numbers[i]}", notes)
+    return Rows(path, objects, list(columns), partial(_place, numbers), notes)
+
+
+def _place(numbers: Sequence[int], index: int) -> str:
+    return f"row {numbers[index]}"
 
 
 def _check_object(path: Path) -> None:
@@ -142,6 +101,14 @@ def _check_object(path: Path) -> None:
     Raises:
         InputError: it names the keys that hold lists of rows, as in files with {"data": […]} or {"train": […]}.
     """
+    with path.open("rb") as file:
+        filled = (line for line in file if line.strip())
+        first, several = next(filled), next(filled, None) is not None
+    try:
+        if several and isinstance(json.loads(_strip_mark(path, first, [])), dict):  # JSON Lines
+            return
+    except (ValueError, RecursionError):
+        pass
     try:
         whole = json.loads(path.read_bytes())
     except (ValueError, RecursionError):  # JSON Lines, or malformed
@@ -149,45 +116,66 @@ def _check_object(path: Path) -> None:
     if not isinstance(whole, dict):
         return
     lists = [key for key, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    with path.open("rb") as file:
-        several = len(file.read().strip().splitlines()) > 1
     if several or any(key in HOLDERS for key in lists):
         hint = f"; its key {' and '.join(map(repr, lists[:3]))} holds one: save that list alone" if lists else ""
         raise InputError(f"{path}: must hold a list of objects, not one object{hint}.")
 
 
+class _Lines(Iterator[str]):
+    """The lines of a CSV file, and how far it was read.
+
+    Attributes:
+        at: number of bytes read.
+        number: number of lines read.
+    """
+
+    def __init__(self, path: Path, file: IO[bytes], notes: list[str]) -> None:
+        self._path, self._notes = path, notes
+        self._lines = csv_lines(file)
+        self.at = self.number = 0
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self.at += len(line)
+        self.number += 1
+        return _decode(
+            _strip_mark(self._path, line, self._notes) if self.number == 1 else line, self._path, self.number
+        )
+
+
 def _read_csv(path: Path, bad: BadRows) -> Rows:
-    notes: list[str] = []
-    text = _decode_whole(path, notes)
     csv.field_size_limit(sys.maxsize)  # the default refuses fields beyond 128 KiB
-    tabs = path.suffix.lower() == ".tsv"
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", strict=True)
-    rows: list[Row] = []
-    lines: list[int] = []
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    starts, numbers, notes = array("q"), array("q"), list[str]()
     missing: Counter[str] = Counter()
     header: list[str] | None = None
-    start = 1
-    try:
-        for values in reader:
-            at, start = start, reader.line_num + 1
-            if not values:  # a blank line
-                continue
-            if header is None:
-                header = _check_header(path, values)
-                continue
-            if len(values) != len(header):
-                error = InputError(f"{path}:{at}: {len(values)} fields, but the header has {len(header)}.")
-                bad.meet(error, f"{path}:{at}", values)
-                continue
-            missing.update(value for value in values if value in MISSING)
-            rows.append({name: "" if value in MISSING else value for name, value in zip(header, values, strict=True)})
-            lines.append(at)
-    except csv.Error as error:
-        raise InputError(f"{path}:{start}: malformed CSV: {error}.") from error
+    with path.open("rb") as file:
+        lines = _Lines(path, file, notes)
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        at, number = 0, 1
+        try:
+            for values in reader:
+                start, line = at, number
+                at, number = lines.at, lines.number + 1
+                if not values:  # a blank line
+                    continue
+                if header is None:
+                    header = _check_header(path, values)
+                    continue
+                if len(values) != len(header):
+                    error = InputError(f"{path}:{line}: {len(values)} fields, but the header has {len(header)}.")
+                    bad.meet(error, f"{path}:{line}", values)
+                    continue
+                missing.update(value for value in values if value in MISSING)
+                starts.append(start)
+                numbers.append(line)
+        except csv.Error as error:
+            raise InputError(f"{path}:{number}: malformed CSV: {error}.") from error
     if missing:
         counts = ", ".join(f"{count:,} {value}" for value, count in missing.most_common())
         notes.append(f"read as empty fields, since they mean a missing value: {counts} (as text, give them in JSONL)")
-    return Rows(path, rows, header or [], lambda i: str(lines[i]), notes)
+    records = CsvRecords(path, starts, numbers, header or [], delimiter, MISSING)
+    return Rows(path, records, header or [], records.place, notes)
 
 
 def _check_header(path: Path, names: list[str]) -> list[str]:
@@ -207,14 +195,12 @@ def read_folder(path: Path) -> Rows:
         InputError: it is malformed, or refers to files elsewhere.
         OSError: it cannot be read.
     """
-    import datasets
-
     _check_names(path)
     try:
-        table = datasets.load_from_disk(str(path)).with_format("arrow")[:]
+        rows = FolderRows(path)
     except Exception as error:  # the library may raise any exception on bad files
         raise InputError(f"{path}: not a readable `datasets` folder: {first_line(error).rstrip('.')}.") from error
-    return _arrow_rows(path, table)
+    return _arrow_rows(path, rows)
 
 
 def _check_names(path: Path) -> None:
@@ -227,65 +213,14 @@ def _check_names(path: Path) -> None:
 
 
 def _read_parquet(path: Path, bad: BadRows) -> Rows:
-    import pyarrow.parquet as pq
-
-    try:
-        return _arrow_rows(path, pq.read_table(path))
-    except InputError:
-        raise
-    except Exception as error:  # types defined by the file may raise any exception
-        raise InputError(f"{path}: not a readable Parquet file: {first_line(error).rstrip('.')}.") from error
+    return _arrow_rows(path, ParquetRows(path))
 
 
-class _Table(Sequence[Row]):
-    """Rows of an Arrow table, converted to Python values in batches on access."""
-
-    def __init__(self, table: pa.Table) -> None:
-        self._table = table
-        self._names = _class_names(table)
-
-    def __len__(self) -> int:
-        return self._table.num_rows
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            start, stop, step = index.indices(len(self))
-            return list(self._convert(self._table.slice(start, max(0, stop - start))))[::step]
-        index = range(len(self))[index]
-        return next(self._convert(self._table.slice(index, 1)))
-
-    def __iter__(self) -> Iterator[Row]:
-        for batch in self._table.to_batches(max_chunksize=1024):
-            yield from self._convert(batch)
-
-    def _convert(self, part: Any) -> Iterator[Row]:
-        for row in part.to_pylist():
-            for column, names in self._names.items():
-                value = row[column]
-                if isinstance(value, int) and 0 <= value < len(names):
-                    row[column] = names[value]
-            yield row
-
-
-def _class_names(table: pa.Table) -> dict[str, list[str]]:
-    """Return the class names of integer columns, which `datasets` stores in the schema's metadata (ClassLabel)."""
-    try:
-        features = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return {
-            name: feature["names"]
-            for name, feature in features.items()
-            if name in table.column_names and feature.get("_type") == "ClassLabel" and feature.get("names")
-        }
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        return {}
-
-
-def _arrow_rows(path: Path, table: pa.Table) -> Rows:
-    names = table.column_names
-    for name in names:
-        if names.count(name) > 1:
+def _arrow_rows(path: Path, rows: FolderRows | ParquetRows) -> Rows:
+    for name in rows.columns:
+        if rows.columns.count(name) > 1:
             raise InputError(f"{path}: column '{name}' appears twice.")
-    return Rows(path, _Table(table), names, lambda i: f"row {i + 1}")
+    return Rows(path, rows, rows.columns, partial(_place, range(1, len(rows) + 1)))
 
 
 def _parse_json(text: str, where: str, whole: bool = False) -> Any:

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from budwood.data.bad_rows import BadRows
 from budwood.data.files import find_files, hash_files, is_datasets_folder
-from budwood.data.reading import Row, Rows, read_file, read_folder
+from budwood.data.reading import read_file, read_folder
+from budwood.data.rows import Row, Rows
 from budwood.errors import InputError
 
 
@@ -43,6 +44,7 @@ class JoinedRows(Rows):
         self._first = np.zeros(len(order), dtype=bool)
         self._first[first] = True
         self.path, self.sha256 = path, sha256
+        self.bytes = sum(part.bytes for part in parts)
         self.columns = list(dict.fromkeys(column for part in parts for column in part.columns))
         self.notes = [note for part in parts for note in part.notes]
 
@@ -61,6 +63,11 @@ class JoinedRows(Rows):
                 yield from part
         else:
             yield from (self[i] for i in range(len(self)))
+
+    def size(self, index: int) -> int:
+        """Return about how many bytes of its file the row takes; 0 if that is not known."""
+        part, row = self._find(index)
+        return part.size(row)
 
     def location(self, index: int) -> str:
         """Return the location of row `index` in its own file."""

@@ -31,6 +31,8 @@ def tokenise(items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> li
     Raises:
         InputError: an item cannot be tokenised; the message begins with its location from `where`.
     """
+    if encoder.as_chat:
+        items = [as_conversation(item) if isinstance(item, Completion) else item for item in items]
     results: list[list[Tokens]] = [[] for _ in items]
     for kind in dict.fromkeys(map(type, items)):
         at = [index for index, item in enumerate(items) if type(item) is kind]
@@ -40,6 +42,12 @@ def tokenise(items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> li
         for index, examples in zip(at, found, strict=True):
             results[index] = examples
     return results
+
+
+def as_conversation(item: Completion) -> Conversation:
+    """Return a prompt as the user's message and its completion as the assistant's, without outer white space."""
+    pair = (("user", item.prompt), ("assistant", item.completion))
+    return Conversation([{"role": role, "content": text.strip()} for role, text in pair], [0.0, item.weight])
 
 
 def _completions(items: Sequence[Completion], where: Sequence[str], encoder: Encoder) -> list[list[Tokens]]:

@@ -4,6 +4,9 @@ Nothing is guessed from a template's source. Each answer is rendered as it is ge
 with the generation prompt, and as the last message. Where the whole conversation goes on from exactly that text, it is
 one example. Where the template rewrites earlier turns (it drops their reasoning, or ends them differently), the
 conversation is split into prefixes, each of which ends with an answer as it was generated.
+
+Of a conversation with many answers, those that are plain text are rendered so in part, since each rendering is as long
+as the conversation. The others must be written in it exactly as these are; otherwise each is rendered after all.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ from budwood.data.template import REMEDY, Template
 from budwood.errors import InputError
 from budwood.untrusted.chat_template import Rendered
 from budwood.untrusted.redaction import shorten
+
+RENDERED = 16
+"""Number of plain answers of a conversation, spread over it, that are rendered as they are generated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +59,13 @@ def find_turns(items: Sequence[Conversation], where: Sequence[str], encoder: Enc
     rendered = encoder.chat(request for item in items for request in _requests(item, encoder.loss_on, form))
     for item, place in zip(items, where, strict=True):
         mine = islice(rendered, sum(1 for _ in _requests(item, encoder.loss_on, form)))
+        remarks = encoder.remarks.copy()
         try:
             yield _find(item, place, encoder, template, mine, form)
+        except _Unlike:
+            encoder.remarks = remarks
+            every = encoder.chat(_requests(item, encoder.loss_on, form, every=True))
+            yield _find(item, place, encoder, template, every, form, every=True)
         except InputError as error:
             for _ in mine:
                 pass
@@ -74,9 +85,9 @@ def _find_in_other_form(
         if messages in tried:
             continue
         tried.append(messages)
-        rendered = encoder.chat(_requests(item, encoder.loss_on, form))
+        rendered = encoder.chat(_requests(item, encoder.loss_on, form, every=True))
         try:
-            return _find(item, where, encoder, template, rendered, form)
+            return _find(item, where, encoder, template, rendered, form, every=True)
         except InputError as other:
             # A template that takes a form says more about what is wrong than its complaint about another form.
             if _REJECTS in str(error) and _REJECTS not in str(other):
@@ -92,7 +103,24 @@ def _trained(item: Conversation, loss_on: str) -> list[int]:
     return [index for index in (answers[-1:] if loss_on == "last" else answers) if item.weights[index]]
 
 
-def _requests(item: Conversation, loss_on: str, form: Form) -> Iterator[Request]:
+def _rendered(item: Conversation, trained: Sequence[int], every: bool) -> list[int]:
+    """Return the indices of the answers that are rendered as they are generated: the last one, and all that differ."""
+    plain = [index for index in trained if _is_plain(item, index)]
+    if every or len(plain) <= RENDERED:
+        return list(trained)
+    step = (len(plain) - 1) / (RENDERED - 1)
+    spread = {plain[round(number * step)] for number in range(RENDERED)}
+    return [index for index in trained if index in spread or index == trained[-1] or not _is_plain(item, index)]
+
+
+def _is_plain(item: Conversation, index: int) -> bool:
+    """Return whether an answer, and the message before it, are text alone, so that it can be looked for."""
+    before, answer = item.messages[max(index - 1, 0)], item.messages[index]
+    texts = answer.keys() == {"role", "content"} and "think>" not in answer["content"]
+    return index > 0 and texts and bool(answer["content"].strip() and before["content"].strip())
+
+
+def _requests(item: Conversation, loss_on: str, form: Form, every: bool = False) -> Iterator[Request]:
     """Yield the renderings that `_find` reads, in order; messages are written in a `form` that the template expects."""
     trained = _trained(item, loss_on)
     if not trained:
@@ -104,7 +132,7 @@ def _requests(item: Conversation, loss_on: str, form: Form) -> Iterator[Request]
         yield less
     if loss_on == "all":
         return
-    for index in trained:
+    for index in _rendered(item, trained, every):
         yield replace(whole, messages=messages[:index], prompt=True)
         if index != trained[-1]:
             yield replace(whole, messages=messages[: index + 1])
@@ -131,6 +159,7 @@ def _find(
     template: Template,
     rendered: Iterator[Rendered | InputError],
     form: Form,
+    every: bool = False,
 ) -> list[Turns]:
     trained = _trained(item, encoder.loss_on)
     if not trained:
@@ -141,12 +170,13 @@ def _find(
     _check_variants(item, whole, where, encoder, trained[-1], rendered)
     for key in sorted(item.ignored):
         encoder.remarks[f"conversations with '{key}' in messages, which is ignored"] += 1
-    if any(encoder.end_marks.search(message["content"]) for message in item.messages):
+    spelled = any(encoder.end_marks.search(message["content"]) for message in item.messages)
+    if spelled:
         encoder.remarks["conversations that spell out control tokens, which are read as such"] += 1
     if encoder.loss_on == "all":
         return [_everything(item, whole, where, encoder, template)]
     found: list[_Answer] = []
-    for index in trained:
+    for index in _rendered(item, trained, every):
         before = _next(rendered, where)
         after = whole if index == trained[-1] else _next(rendered, where)
         _check_contents(item.messages[:index], after, where)
@@ -154,7 +184,53 @@ def _find(
         if index != trained[-1] and whole.startswith(text):
             text = ""  # the beginning of the whole: copies would take memory quadratic in the number of turns
         found.append(_Answer(index, text, spans, item.weights[index]))
+    if len(found) < len(trained):
+        if spelled:
+            raise _Unlike
+        found = _fill_in(item, trained, found, whole)
     return _group(found, whole, encoder)
+
+
+class _Unlike(Exception):
+    """An answer is not written as those that were rendered."""
+
+
+def _fill_in(item: Conversation, trained: Sequence[int], found: Sequence[_Answer], whole: Rendered) -> list[_Answer]:
+    """Add the plain answers that were not rendered: they are where the text goes on as at those that were.
+
+    Raises:
+        _Unlike: it does not.
+    """
+    known = {answer.number: answer for answer in found}
+    frames: dict[str, tuple[str, str, str]] = {}
+    for answer in found:
+        if answer.text and answer is not found[-1] or len(answer.spans) > 1:
+            raise _Unlike  # the template rewrites earlier turns, or marks parts of an answer
+        if not _is_plain(item, answer.number):
+            continue
+        before, said = item.messages[answer.number - 1], item.messages[answer.number]["content"].strip()
+        start, stop = answer.spans[0]
+        at = whole.rfind(before["content"].strip(), 0, start)
+        lead, words, tail = whole[start:stop].partition(said)
+        frame = (whole[at + len(before["content"].strip()) : start], lead, tail)
+        if at < 0 or not words or frames.setdefault(before["role"], frame) != frame:
+            raise _Unlike
+    at, answers = 0, []
+    for index in trained:
+        if index not in known:
+            before, said = item.messages[index - 1], item.messages[index]["content"].strip()
+            if before["role"] not in frames:
+                raise _Unlike
+            between, lead, tail = frames[before["role"]]
+            asked = before["content"].strip() + between
+            at = whole.find(f"{asked}{lead}{said}{tail}", at)
+            if at < 0:
+                raise _Unlike
+            start = at + len(asked)
+            known[index] = _Answer(index, "", [(start, start + len(lead + said + tail))], item.weights[index])
+        answers.append(known[index])
+        at = known[index].spans[-1][1]
+    return answers
 
 
 def _group(found: list[_Answer], whole: str, encoder: Encoder) -> list[Turns]:

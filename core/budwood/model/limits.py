@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 LENGTH = 1024
 """Maximum tokens per example if neither the recipe nor the base says less."""
+BLOCK = 1 << 24
+"""Number of token ids that are looked at at once."""
 OFFSETS = 8
 """A table of learned positions may have so many rows beside those of the configuration."""
 EXTENDED = ("linear", "dynamic", "yarn")
@@ -87,12 +89,15 @@ def check_fits(examples: Examples, model: Any, tokenizer: Any, name: str) -> Non
     count = embeddings_of(model)
     if count is None:
         return
-    beyond = np.flatnonzero(ids.values >= count)
-    if len(beyond):
-        raise InputError(
-            f"{examples.location(ids.index_at(int(beyond[0])))} "
-            f"uses {_no_embedding(int(ids.values[beyond[0]]), count, tokenizer, name)}"
-        )
+    for start in range(0, len(ids.values), BLOCK):
+        beyond = np.flatnonzero(ids.values[start : start + BLOCK] >= count)
+        ids.release()
+        if len(beyond):
+            first = start + int(beyond[0])
+            raise InputError(
+                f"{examples.location(ids.index_at(first))} "
+                f"uses {_no_embedding(int(ids.values[first]), count, tokenizer, name)}"
+            )
 
 
 def check_tokens(ids: Any, model: Any, tokenizer: Any, where: str) -> None:

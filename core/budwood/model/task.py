@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from budwood.contract.examples import Batch, Example
 from budwood.contract.strategy import Plugin, hookimpl
 from budwood.contract.types import Generator, LossTerm, Outputs, Run, Step
-from budwood.data.build import Encoded
+from budwood.data.chunk import Encoded
 from budwood.data.encoder import Encoder
 from budwood.data.formats import Dropped
 from budwood.data.packing import collate_rows
@@ -50,7 +50,7 @@ class Task(Plugin):
     # Examples and batches.
 
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> Sequence[Encoded | Dropped]:
-        """Turn items of a data format into examples.
+        """Turn items of a data format into examples, independently of other chunks: another process may do it.
 
         Args:
             items: a chunk of the file, as returned by the format's `item`.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from budwood.contract.examples import Batch, Example
 from budwood.contract.types import Outputs, Run
-from budwood.data.build import BEYOND, Encoded
+from budwood.data.chunk import BEYOND, Encoded
 from budwood.data.encoder import Encoder
 from budwood.data.formats import Dropped
 from budwood.data.packing import collate_tokens
@@ -253,22 +253,33 @@ def _inputs(batch: Batch) -> dict[str, Any]:
 
 
 def exact_match(run: Run, task: CausalLM) -> float | None:
-    """Return the fraction of evaluation prompts whose greedy answer equals the completion.
+    """Return the fraction of evaluation prompts whose greedy answer equals the completion, or the assistant's message.
 
     At most `train.eval_generate` prompts are used, evenly spread; this process answers all of them. Returns None if the
-    data has no completions, or their mean length exceeds 64 tokens, for which exact match is not informative.
+    data has no completions, if a conversation has several turns, or if the mean length exceeds 64 tokens, for which
+    exact match is not informative.
     """
     examples, limit = run.eval_examples, run.recipe.train.eval_generate
     assert examples is not None
-    if limit == 0 or examples.format != "prompt-completion":
+    if limit == 0 or not (examples.format == "prompt-completion" or examples.rendered):
         return None
     chosen = np.unique(np.linspace(0, len(examples) - 1, min(limit, len(examples))).astype(int))
     lengths = [len(examples[int(i)].labels) for i in chosen]
     if np.mean(lengths) > 64:
         return None
+    references = [(examples.reference(int(i)) or "").strip() for i in chosen]
+    pairs = zip(chosen, references, strict=True)
+    if examples.rendered and not all(_is_answer(examples[int(i)], text, run.tokenizer) for i, text in pairs):
+        return None
     prompts = [task.probe(examples[int(i)]).inputs["input_ids"].tolist() for i in chosen]
     with torch.no_grad(), autocast(run):
         ends = [examples.stop_ids] * len(prompts)
         answers = generate(run.model, run.tokenizer, prompts, max_new_tokens=max(lengths) + 4, stop_ids=ends)
-    references = [examples.reference(int(i)) for i in chosen]
-    return float(np.mean([a.text.strip() == (r or "").strip() for a, r in zip(answers, references, strict=True)]))
+    return float(np.mean([a.text.strip() == r for a, r in zip(answers, references, strict=True)]))
+
+
+def _is_answer(example: Example, reference: str, tokenizer: Any) -> bool:
+    """Return whether the labels of an example are one answer with the text `reference`, and its end token."""
+    at = example.label_positions
+    text = tokenizer.decode(example.labels.tolist(), skip_special_tokens=True)
+    return bool(reference) and len(at) == at[-1] - at[0] + 1 and text.strip() == reference

@@ -313,9 +313,11 @@ def show_plan(run_plan: RunPlan, console: Console) -> None:
         if run_plan.steps is not None
         else f"unknown until the data is read ({train.epochs} epochs)"
     )
+    evaluation = f"evaluated on {label(data.evaluated)}" if data.evaluated is not None else "not evaluated"
+    evaluation = "evaluated on a held-out part" if data.holds_out else evaluation
     rows = [
         ("base", f"{base.model} · {base.quantization} · {base.task}"),
-        ("data", f"{label(data.train)}" + (f" · evaluated on {label(data.eval)}" if data.eval else "")),
+        ("data", f"{label(data.train)} · {evaluation}"),
         ("steps", steps + ("" if run_plan.steps else "; `budwood tune` checks the plan again then")),
         ("output", str(recipe.output)),
     ]

@@ -1,9 +1,11 @@
-"""What a recipe says about turning data into tokens: the tokenizer with its chat template, and the options."""
+"""What a recipe says about turning data into tokens: the tokenizer, its chat template, and the options."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from budwood.data.chat_formats import PromptCompletion
+from budwood.data.examples import Examples
 from budwood.errors import InputError
 from budwood.model.checks import load_tokenizer
 from budwood.recipe.schema import Recipe
@@ -44,6 +46,27 @@ def encoding_options(recipe: Recipe) -> dict[str, Any]:
     return {
         "max_length": data.max_length,
         "loss_on": data.loss_on,
+        "as_chat": data.as_chat,
         "template_options": data.template_options,
         "skip_bad_rows": data.on_bad_row == "skip",
     }
+
+
+def chat_note(recipe: Recipe, examples: Examples, tokenizer: Any) -> str:
+    """Return a note if prompts are trained on as plain text although the base has a chat template; else "".
+
+    Raises:
+        InputError: `data.as_chat` is set, but the data holds no prompts to render.
+    """
+    prompts = examples.format == PromptCompletion.name
+    if recipe.data.as_chat and not prompts:
+        raise InputError(
+            f"{recipe.where('data', 'as_chat')}: data.as_chat: renders the columns prompt and completion, but "
+            f"{examples.path} was read as {' + '.join(examples.columns)}. Remove it."
+        )
+    if recipe.data.as_chat or examples.rendered or not prompts or not getattr(tokenizer, "chat_template", None):
+        return ""
+    return (
+        "note: the base has a chat template, but prompt and completion are trained on as plain text; "
+        "data.as_chat: true renders them with it, as chat applications do"
+    )

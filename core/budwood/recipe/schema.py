@@ -70,8 +70,10 @@ class Recipe(Section):
                 "but a micro-batch must hold a complete example; raise one or lower the other"
             )
         for name in ("eval_every", "patience"):
-            if getattr(train, name) is not None and data.eval is None:
-                raise ValueError(f"train.{name}: needs data.eval; set it to a held-out file")
+            if getattr(train, name) is not None and data.eval == "none":
+                raise ValueError(f"train.{name}: needs data.eval; set it to a held-out file, or leave it out")
+        if data.group_by is not None and not data.holds_out:
+            raise ValueError("data.group_by: decides what is held out, so it needs a recipe without data.eval")
         return self
 
     @classmethod
@@ -152,7 +154,7 @@ def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Recipe
     data, source_map = read_recipe_file(path)
     recipe, problems = _validate(data, source_map, path, overrides)
     for field in ("train", "eval", "chat_template"):
-        file = getattr(recipe.data, field) if recipe is not None else None
+        file = getattr(recipe.data, "evaluated" if field == "eval" else field) if recipe is not None else None
         names = [file] if isinstance(file, Path) else [source.path for source in file or ()]
         problems += [
             f"{recipe.where('data', field)}: data.{field}: no such file: {name} (from {Path.cwd()})."
@@ -166,7 +168,7 @@ def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Recipe
 
 
 def default_recipe(
-    train: Path | str,
+    train: Path | str | Sequence[Mapping[str, Any]],
     base: str,
     *,
     eval: Path | str | None = None,
@@ -176,16 +178,22 @@ def default_recipe(
 ) -> Recipe:
     """Return the recipe behind `budwood tune FILE --base DIR`: LoRA, with defaults for everything else.
 
+    `train` is a path, or sources as a recipe lists them.
+
     Raises:
         InputError: see `load_recipe`.
     """
-    data: dict[str, Any] = {"base": {"model": base, "task": task}, "data": {"train": str(train)}}
+    is_sources = not isinstance(train, str | Path)
+    data: dict[str, Any] = {
+        "base": {"model": base, "task": task},
+        "data": {"train": train if is_sources else str(train)},
+    }
     data["strategies"] = ["lora"]
     if eval is not None:
         data["data"]["eval"] = str(eval)
     if output is not None:
         data["output"] = str(output)
-    if not exists(str(train)):
+    if not is_sources and not exists(str(train)):
         raise InputError(f"{train}: no such file (from {Path.cwd()}).")
     return Recipe.from_dict(data, overrides)
 
@@ -237,7 +245,9 @@ def _validate(
             recipe = Recipe.model_validate(data)
         except ValidationError as error:
             for place, text in find_problems(error, Recipe):
-                cross_field = place in ((), ("train",)) and text.startswith("train.")  # the message names the field
+                cross_field = place in ((), ("train",)) and text.startswith(
+                    ("train.", "data.")
+                )  # the message names the field
                 at = tuple(text.partition(":")[0].split(".")) if cross_field else place
                 reported = at == ("strategies",) and has_invalid_items
                 reported = reported or at in suggested  # present, but misspelt

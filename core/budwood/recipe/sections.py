@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from budwood.contract.validation import dotted, find_problems
-from budwood.data.sources import Source
+from budwood.data.sources import Data, Source
 
 
 def _path(value: Any) -> Any:
@@ -26,7 +26,8 @@ def _path(value: Any) -> Any:
         return value
     if "\0" in value or len(value) > 4096:
         raise ValueError("not a valid path")
-    return Path(os.path.expanduser(value))
+    path = Path(os.path.expanduser(value))
+    return path.absolute() if path == Path("none") else path  # in a saved recipe, `eval: none` is not a file
 
 
 Count = Annotated[int, Field(strict=True, gt=0)]
@@ -56,19 +57,22 @@ def _sources(value: Any) -> Any:
     return tuple(sources)
 
 
+_SOURCE = Source.model_json_schema()
+_STRING_OR_SOURCE = {"anyOf": [{"type": "string"}, _SOURCE]}
+
 Sources = Annotated[
     Path | tuple[Source, ...],
     BeforeValidator(_sources),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                Source.model_json_schema(),
-                {"type": "array", "items": {"anyOf": [{"type": "string"}, Source.model_json_schema()]}},
-            ]
-        }
-    ),
+    WithJsonSchema({"anyOf": [{"type": "string"}, _SOURCE, {"type": "array", "items": _STRING_OR_SOURCE}]}),
 ]
+
+
+Evaluated = Annotated[
+    Literal["none"] | Path | tuple[Source, ...],
+    BeforeValidator(lambda value: value if value == "none" else _sources(value)),
+    WithJsonSchema({"anyOf": [{"type": "string"}, _SOURCE, {"type": "array", "items": _STRING_OR_SOURCE}]}),
+]
+"""Data, or "none"; a file of this name is written ./none."""
 
 
 class Section(BaseModel):
@@ -106,8 +110,16 @@ class DataSection(Section):
         "a dataset; or a list of them; or of mappings with path, split, revision (of a hub name) and weight: how often "
         "an epoch has each row of it (2: twice; 0.25: a fixed quarter)"
     )
-    eval: Sources | None = Field(
-        None, description="held-out data, named in the same ways; without it nothing is evaluated"
+    eval: Evaluated | None = Field(
+        None,
+        description="data to evaluate on, named in the same ways; none: nothing is evaluated. By default, 5 % of the "
+        "training data (at least 10 and at most 500 examples; of fewer than 100 examples, nothing) is held out and "
+        "never trained on, the same rows for a seed",
+    )
+    group_by: str | None = Field(
+        None,
+        min_length=1,
+        description="a column, such as `conversation_id`: rows with the same value are all held out or all trained on",
     )
     max_length: Count | None = Field(
         None,
@@ -117,6 +129,11 @@ class DataSection(Section):
 
     loss_on: Literal["assistant", "last", "all"] = Field(
         "assistant", description="answers with a loss: all of the assistant's, only the last, or prompts and answers"
+    )
+    as_chat: bool = Field(
+        False,
+        description="render `prompt` and `completion` with the base's chat template, as the user's and the "
+        "assistant's message, without the white space around them",
     )
     chat_template: File | None = Field(
         None, description="a jinja file to use instead of the chat template that comes with the base"
@@ -129,6 +146,16 @@ class DataSection(Section):
         description="a row that cannot be read or used: refuse the file, or skip the row, count it and write it to "
         "skipped.jsonl in the output folder",
     )
+
+    @property
+    def evaluated(self) -> Data | None:
+        """The evaluation data that the recipe names, if any."""
+        return None if isinstance(self.eval, str) else self.eval
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether a part of the training data is held out."""
+        return self.eval is None
 
 
 class TrainSection(Section):

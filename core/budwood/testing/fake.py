@@ -24,7 +24,8 @@ from budwood.training.batches import count_units
 from budwood.training.on_policy import find_generator
 from budwood.training.parameters import torch_groups, trainable_groups
 from budwood.training.report import Report
-from budwood.training.setup import check_plan, make_accelerator, read_data, register_parts
+from budwood.training.run_data import read_data
+from budwood.training.setup import check_plan, make_accelerator, register_parts
 from budwood.training.step import Engine
 from budwood.untrusted.chat_template import today
 
@@ -46,7 +47,7 @@ def run_on_fake_tensors(recipe: Recipe) -> Run:
         run.tokenizer = load_tokenizer(recipe.base.model)
     modules = skeleton(recipe.base.model, task.auto_class)
     check_plan(Plan(recipe, hooks.strategies, recipe.train.steps, modules, task=task, tokenizer=run.tokenizer), hooks)
-    read_data(run, hooks, Report(quiet=True), today())
+    read_data(run, hooks, Report(quiet=True), today(), modules)
     with fake_tensors() as mode:
         kwargs = task.model_kwargs(run.examples.labels)
         run.base = fake_base(recipe.base.model, task.auto_class, run.dtype, **kwargs)

@@ -7,19 +7,22 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from budwood.adapters.golden import comparable, current_setting, threads
-from budwood.adapters.manifest import ChatRecord
+from budwood.adapters.manifest import ChatRecord, HeldOutRecord
 from budwood.adapters.store import read_adapter
 from budwood.adapters.verify import base_name, open_pool
 from budwood.contract.calls import attribute_errors
 from budwood.contract.loading import create
 from budwood.contract.types import Run
 from budwood.data.build import build_examples
+from budwood.data.examples import Examples
+from budwood.data.held_out import HeldOut, rows_held_out
 from budwood.data.recognition import recognise
-from budwood.data.sources import read_rows
+from budwood.data.sources import label, read_rows
 from budwood.errors import InputError
 from budwood.model.base import skeleton
 from budwood.model.limits import LENGTH, check_fits, default_length
@@ -46,7 +49,7 @@ class Evaluation:
 
 def evaluate_adapter(
     directory: Path,
-    data: Path,
+    data: Path | None = None,
     base: str | None = None,
     quantization: str | None = None,
     precision: str | None = None,
@@ -62,7 +65,7 @@ def evaluate_adapter(
 
     Args:
         directory: the adapter's folder.
-        data: a file in a data format that the adapter's task accepts.
+        data: a file in a data format that the adapter's task accepts; None: the rows that the adapter's run held out.
         base: folder or hub name of the base; None: the one that the adapter names.
         quantization: None: the adapter's.
         precision: "auto", "bf16", "fp16" or "fp32"; None: the adapter's.
@@ -80,12 +83,17 @@ def evaluate_adapter(
     chosen_attacks = build_attacks(attacks)
     saved = read_adapter(directory)
     manifest = saved.manifest
+    as_run = manifest.evaluation if manifest else None
+    held_out = None
+    if data is None:
+        held_out = as_run.held_out if as_run else None
+        if held_out is None:
+            raise InputError(f"{directory}: its run held out no rows: name data to evaluate on with --data FILE.")
     name = base_name(saved, base)
     if not name:
         raise InputError(f"{directory} does not name its base: pass it with --base DIR.")
     task_name = manifest.task if manifest else "causal-lm"
     labels = list(manifest.labels) if manifest else []
-    as_run = manifest.evaluation if manifest else None
     max_length = max_length or (as_run.max_length if as_run else None)
     if generate is None:
         generate = (as_run.generate if as_run else 0) or 1000
@@ -94,10 +102,12 @@ def evaluate_adapter(
     overrides = [f"base.quantization={chosen}", f"train.eval_generate={generate}"]
     overrides.append(f"train.micro_tokens={max(max_length or LENGTH, tokens)}")
     overrides += [f"data.max_length={max_length}"] if max_length else []
-    recipe = default_recipe(data, name, task=task_name, overrides=overrides)
+    source: Any = data if held_out is None else held_out.data
+    recipe = default_recipe(source, name, task=task_name, overrides=overrides)
+    source = recipe.data.train
     task: Task = create(task_name, "budwood.tasks")
     if chosen_attacks:
-        data_format = recognise(read_rows(data).columns, task_name, str(data)).name
+        data_format = recognise(read_rows(source).columns, task_name, str(label(source))).name
         modules = skeleton(name, task.auto_class)
         for attack in chosen_attacks.values():
             with attribute_errors(attack, "check"):
@@ -111,18 +121,32 @@ def evaluate_adapter(
     max_length = max_length or default_length(pool.base.model)
     recipe = recipe.with_length(max_length)
     build = partial(
-        build_examples, data, pool.base.tokenizer, task, max_length, labels or None, template_options=chat.options,
+        build_examples, source, pool.base.tokenizer, task, max_length, labels or None, template_options=chat.options,
         loss_on=as_run.loss_on if as_run else "assistant", date=chat.date,
+        as_chat=as_run is not None and as_run.as_chat,
+        skip_bad_rows=held_out is not None and held_out.skip_bad_rows,
     )  # fmt: skip
     examples = build()
     check_fits(examples, pool.base.model, pool.base.tokenizer, name)
     report.say(examples.describe())
+    if held_out is not None:
+        held = _find_held_out(examples, held_out, directory)
+        report.say(held.note)
+        examples = examples.select(held.indices)
     run = Run(recipe, directory, torch.device(pool.base.device), pool.base.dtype, task=task, say=report.say)
     run.base, run.model, run.tokenizer, run.examples, run.eval_examples = (
         pool.base, pool.base.model, pool.base.tokenizer, examples, examples,
     )  # fmt: skip
     run.eval_tokens = tokens
     attention.register()
+
+    def build_changed(change: Any) -> Examples:
+        if held_out is None:
+            return build(change=change)
+        rows = frozenset(held_out.rows)
+        changed = build(change=lambda row, index: change(row, index) if index in rows else row)
+        return changed.select(rows_held_out(changed, held_out.rows).indices)
+
     golden, current = manifest.golden if manifest else None, current_setting(pool.base)
     same = golden is not None and comparable(golden, current)
     if golden is not None and not same:
@@ -142,7 +166,20 @@ def evaluate_adapter(
         clean = task.evaluate(run)
         text = task.report
         attacked = {
-            attack.name: measure_attacked(run, attack, lambda change: build(change=change), clean)
-            for attack in chosen_attacks.values()
+            attack.name: measure_attacked(run, attack, build_changed, clean) for attack in chosen_attacks.values()
         }
     return Evaluation(clean, without, text, attacked)
+
+
+def _find_held_out(examples: Examples, held_out: HeldOutRecord, directory: Path) -> HeldOut:
+    """Return the part of the data that an adapter's run held out.
+
+    Raises:
+        InputError: the data has changed since.
+    """
+    if examples.sha256 != held_out.sha256:
+        raise InputError(
+            f"{examples.path} has changed since {directory} was trained on it, so the rows that the run held out are "
+            "unknown: name data to evaluate on with --data FILE."
+        )
+    return rows_held_out(examples, held_out.rows)

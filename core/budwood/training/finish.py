@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from budwood.adapters.golden import measure
-from budwood.adapters.manifest import ChatRecord, EvaluationRecord
+from budwood.adapters.manifest import ChatRecord, EvaluationRecord, HeldOutRecord
 from budwood.adapters.store import write_adapter
 from budwood.adapters.use import use_adapters
 from budwood.contract.examples import Example
@@ -20,6 +20,7 @@ from budwood.contract.registry import Composition
 from budwood.contract.strategy import RUN_ADAPTER
 from budwood.contract.types import Run
 from budwood.errors import BudwoodError, DivergedError, is_out_of_memory
+from budwood.training.outcome import advice
 from budwood.training.output import MANIFEST, written_by_strategies
 from budwood.training.progress import Best, Progress, restore
 from budwood.training.report import Report, duration, peak_memory
@@ -151,6 +152,15 @@ def _chat_record(run: Run) -> ChatRecord | None:
     return ChatRecord(template=template, options=data.template_options, date=date)
 
 
+def _held_out_record(run: Run) -> HeldOutRecord | None:
+    if not run.held_out:
+        return None
+    data = run.recipe.to_dict()["data"]
+    return HeldOutRecord(
+        data=data["train"], sha256=run.examples.sha256, rows=run.held_out, skip_bad_rows=data["on_bad_row"] == "skip"
+    )
+
+
 def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | None, finished: bool = True) -> None:
     """Write the adapter (complete or absent), the plot and the manifest, and report where they are."""
     if not run.accelerator.is_main_process:
@@ -176,8 +186,11 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
                 attention=str(run.model.config._attn_implementation),
                 generate=run.recipe.train.eval_generate,
                 loss_on=run.recipe.data.loss_on,
+                as_chat=run.recipe.data.as_chat,
+                held_out=_held_out_record(run),
             ),
             chat=_chat_record(run),
+            on_messages=run.examples.rendered if run.model.can_generate() else None,
             strategies=strategies_record(run.strategies),
             stop_ids=run.examples.stop_ids,
             probes=probe.examples,
@@ -201,7 +214,10 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
     name = directory.name if re.fullmatch(r"[\w-]+", directory.name, re.ASCII) else "adapter"
     if run.model.can_generate():
         adapter = f"--adapter {name}={directory / 'adapter'}"
-        report.say(f"next: budwood generate {run.recipe.base.model} {adapter} --prompt '…'")
+        chat = "--chat " if run.examples.rendered else ""
+        report.say(f"next: budwood generate {run.recipe.base.model} {adapter} {chat}--prompt '…'")
+    if finished and (text := advice(run, directory / "metrics.jsonl")):
+        report.say(text)
     _finish_manifest(directory / MANIFEST, run, seconds, report, finished)
     run.accelerator.wait_for_everyone()
 

@@ -39,10 +39,11 @@ def check_packing(run: Run, report: Any) -> None:
         run.packed = False
         report.say("rows are grouped by length and padded: this model pools by row")
         return
-    order = [int(i) for i in run.examples.lengths.argsort(kind="stable") if len(run.examples[int(i)].labels)]
-    if not order:
+    order = run.examples.lengths.argsort(kind="stable")
+    order = order[run.examples.label_counts[order] > 0]
+    if not len(order):
         return
-    pair = [run.examples[order[len(order) // 2]], run.examples[order[len(order) // 4]]]
+    pair = [run.examples[int(order[len(order) // 2])], run.examples[int(order[len(order) // 4])]]
     run.packed = False
     own = [_own_logits(run, [example]) for example in pair]
     same, similar = (ROUNDING, SIMILAR) if run.dtype in (torch.float16, torch.bfloat16) else (1e-4, 1e-4)

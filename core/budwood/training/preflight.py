@@ -26,7 +26,7 @@ def preflight(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> 
     check_output(recipe.output, overwrite, resume)
     hide_hub_kernels()  # before a plugin imports peft and thereby bitsandbytes, which would download them
     build_composition(recipe)
-    for data in (recipe.data.train, recipe.data.eval) if recipe.data.on_bad_row == "refuse" else ():
+    for data in (recipe.data.train, recipe.data.evaluated) if recipe.data.on_bad_row == "refuse" else ():
         if data is not None and total_size(data_files(data)) <= LARGE:
             check_rows(data, recipe.base.task)
     return check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code)

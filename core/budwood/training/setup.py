@@ -14,7 +14,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState, is_initialized
@@ -26,9 +25,6 @@ from budwood.contract.registry import Composition
 from budwood.contract.strategy import RUN_ADAPTER, Strategy, hookimpl
 from budwood.contract.types import BestMetric, Plan, Run
 from budwood.data.bad_rows import skipped_lines
-from budwood.data.build import build_examples, overlap
-from budwood.data.examples import Examples, check_examples
-from budwood.data.packing import plan_epoch
 from budwood.errors import InputError, ResourceError
 from budwood.model.base import (
     Base,
@@ -39,20 +35,20 @@ from budwood.model.base import (
     skeleton,
 )
 from budwood.model.experts import count_experts
-from budwood.model.limits import check_fits, default_length
+from budwood.model.limits import default_length
 from budwood.model.ops import attention
 from budwood.model.streaming import keep_heap
 from budwood.model.task import Task
-from budwood.recipe.data import encoding_options, recipe_tokenizer
+from budwood.recipe.data import recipe_tokenizer
 from budwood.recipe.schema import Recipe, build_composition, load_recipe
 from budwood.training.durability import changes
 from budwood.training.durability.resume import Resume
-from budwood.training.on_policy import updates_of
 from budwood.training.output import MANIFEST, SKIPPED, make_output, read_manifest
 from budwood.training.packing_check import check_packing
 from budwood.training.parameters import NOTHING_TRAINS, torch_groups, trainable_groups
 from budwood.training.preflight import preflight
 from budwood.training.report import Report, peak_memory, resident_peak
+from budwood.training.run_data import read_data
 from budwood.training.sampling import sample
 from budwood.training.schedule import make_scheduler, warmup_note
 from budwood.training.step import Engine
@@ -142,10 +138,7 @@ def prepare(
 
     with hooks.part("read_data"):
         started = read_manifest(directory) if resume is not None else None
-        read_data(run, hooks, report, str((started or {}).get("date") or today()))
-    for examples in (run.examples, run.eval_examples):
-        if examples is not None:
-            check_fits(examples, model, run.tokenizer, recipe.base.model)
+        read_data(run, hooks, report, str((started or {}).get("date") or today()), model, resume)
     plan.steps = run.steps
     check_plan(plan, hooks)
     if resume is not None:
@@ -223,62 +216,6 @@ def check_plan(plan: Plan, hooks: Composition) -> None:
             plan.problem(call.plugin, f"{plan.task} has no log-probabilities, which its loss needs (sequence_terms)")
     if plan.problems:
         raise InputError("; ".join(plan.problems), plan.problems)
-
-
-def read_data(run: Run, hooks: Composition, report: Report, date: str) -> None:
-    """Read training and evaluation data into `run`, report their data formats, and count the optimizer steps.
-
-    Args:
-        date: the date for a chat template that writes one.
-    """
-    data, train = run.recipe.data, run.recipe.train
-    options: dict[str, Any] = {"tokenizer": run.tokenizer, "task": run.task, **encoding_options(run.recipe)}
-    options["date"] = date
-    examples = build_examples(data.train, **options)
-    report.say(examples.describe())
-    if data.eval is not None:
-        run.eval_examples = build_examples(data.eval, **options, labels=examples.labels or None)
-        report.say(run.eval_examples.describe())
-        shared = overlap(examples, run.eval_examples)
-        if shared:
-            report.say(
-                f"warning: {shared} evaluation examples are also training examples; the metrics are too optimistic"
-            )
-    run.examples = _prepare_examples(run, hooks, examples)
-    sizes = (train.batch_tokens, train.batch_examples, run.examples.groups)
-    if train.steps is not None:
-        run.steps = train.steps
-    else:
-        epochs = range(train.epochs or 0)
-        planned = sum(len(plan_epoch(run.examples.lengths, run.seed, epoch, *sizes)) for epoch in epochs)
-        run.steps = planned * updates_of(hooks)
-    if hooks.implements("prepare_examples") and len(run.examples) == 0:
-        raise InputError("no example is left after the strategies' prepare_examples")
-    _report_large_groups(run, report)
-
-
-def _prepare_examples(run: Run, hooks: Composition, examples: Examples) -> Examples:
-    """Apply the strategies' `prepare_examples`.
-
-    Raises:
-        InputError: a strategy returned an invalid example; the message names the strategy and the row.
-    """
-    current: Any = examples
-    for plugin, result in hooks.follow("prepare_examples", "examples", examples, run=run):
-        if result is not current and not isinstance(result, Examples):
-            try:
-                check_examples(result, examples)
-            except InputError as error:
-                raise InputError(f"{plugin}, hook prepare_examples: {error}") from error
-        current = result
-    return current if isinstance(current, Examples) else Examples.gather(current, examples, run.task)
-
-
-def _report_large_groups(run: Run, report: Report) -> None:
-    sizes = np.bincount(run.examples.groups, weights=run.examples.lengths) if len(run.examples) else np.zeros(0)
-    large = int((sizes > run.micro_tokens).sum())
-    if large and len(sizes) < len(run.examples):
-        report.say(f"note: {large:,} groups are larger than train.micro_tokens; each forms a separate micro-batch")
 
 
 def _base(run: Run, hooks: Composition, task: Task, trust: bool) -> Base:
@@ -361,7 +298,7 @@ def write_manifest(run: Run, resume: Resume | None = None) -> None:
             "quantization": run.base.quantization,
             "bytes": run.base.bytes, "bytes_unquantized": run.base.bytes_unquantized,
         },
-        "data": {"train": run.examples.sha256, "eval": run.eval_examples.sha256 if run.eval_examples else None},
+        "data": changes.data_setting(run),
         "task": run.task.name,
         "best_metric": {"name": run.best_metric.name, "higher": run.best_metric.higher} if run.best_metric else None,
         "seed": run.seed,

@@ -19,25 +19,25 @@ ROW = 1000
 
 
 def put(folder: Path, key: str, limit: int = cache.LIMIT) -> None:
-    """Save an entry of about 4 · ROW bytes."""
+    """Save an entry of somewhat more than 4 · ROW bytes."""
     cache.save(folder, key, {"ids": np.zeros(ROW, np.int32)}, {"name": key}, limit)
 
 
 def keys(folder: Path) -> list[str]:
-    return sorted(path.stem for path in folder.glob("*.safetensors"))
+    return sorted(path.stem for path in folder.glob("*.tokens"))
 
 
 def age(folder: Path, *names: str) -> None:
     """Set the modification times of entries, the first being the oldest."""
     for seconds, name in zip(range(len(names), 0, -1), names, strict=True):
         modified = time.time() - 60 * seconds
-        os.utime(folder / f"{name}.safetensors", (modified, modified))
+        os.utime(folder / f"{name}.tokens", (modified, modified))
 
 
 def test_the_least_recently_used_entry_is_deleted_first(tmp_path: Path) -> None:
     for key in "abc":
         put(tmp_path, key)
-    size = (tmp_path / "a.safetensors").stat().st_size
+    size = cache.size_of(tmp_path / "a.tokens")
     age(tmp_path, "a", "b", "c")
     assert cache.load(tmp_path, "a") is not None  # a was written first but used most recently
     put(tmp_path, "d", limit=3 * size)
@@ -55,13 +55,15 @@ def test_the_new_entry_is_kept_whatever_its_size(tmp_path: Path) -> None:
 
 def test_other_files_are_kept_and_abandoned_partial_files_are_deleted(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    old, new = tmp_path / ".a.safetensors.1.partial", tmp_path / ".b.safetensors.2.partial"
+    old, new = tmp_path / ".a.tokens.1.partial", tmp_path / ".b.tokens.2.partial"
     for path in (old, new):
-        path.write_bytes(b"half")
+        path.mkdir()
+        (path / "ids.npy").write_bytes(b"half")
+    (tmp_path / "d.safetensors").write_bytes(b"an entry of an earlier version")
     then = time.time() - 2 * cache.ABANDONED
     os.utime(old, (then, then))
     put(tmp_path, "c", limit=0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, "c.safetensors", "notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, "c.tokens", "notes.txt"]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,7 @@ def test_doctor_prints_folder_size_and_limit(tmp_path: Path, monkeypatch: pytest
     assert check.values == {"folder": str(tmp_path / "tokens"), "size": 0, "limit": 2_000_000_000}
     put(tmp_path / "tokens", "a")
     (check,) = check_cache()
-    assert (check.status, check.values["size"]) == ("ok", (tmp_path / "tokens" / "a.safetensors").stat().st_size)
+    assert (check.status, check.values["size"]) == ("ok", cache.size_of(tmp_path / "tokens" / "a.tokens"))
     assert f"{tmp_path}/tokens, 0.00 GB of at most 2.00 GB" in check.text
     monkeypatch.setenv("BUDWOOD_CACHE_LIMIT", "much")
     (check,) = check_cache()

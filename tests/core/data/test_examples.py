@@ -218,10 +218,12 @@ class TestCache:
         byte_level()(["a", "b c d"], padding="longest", truncation=True, max_length=3)
         assert build().from_cache
 
+    @pytest.mark.parametrize("file", ["facts.json", "groups.npy", "inputs%2Finput_ids.values.npy"])
     @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other"])
-    def test_a_damaged_entry_is_silently_rebuilt(self, build: Any, tmp_path: Path, damage: str) -> None:
+    def test_a_damaged_entry_is_silently_rebuilt(self, build: Any, tmp_path: Path, damage: str, file: str) -> None:
         made = build()
-        (entry,) = (tmp_path / "cache").iterdir()
+        (folder,) = (tmp_path / "cache").iterdir()
+        entry = folder / file
         data = bytearray(entry.read_bytes())
         if damage == "flip":
             data[-3] ^= 1
@@ -241,7 +243,7 @@ class TestCache:
         def fail(*_: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(cache.os, "replace", fail)
+        monkeypatch.setattr(cache.Path, "rename", fail)
         assert len(build()) == 5
         assert list((tmp_path / "cache").iterdir()) == []
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from budwood.data import turns
 from budwood.data.chat_formats import Messages
 from budwood.data.encoder import Encoder, Request
 from budwood.data.formats import Dropped
@@ -297,3 +298,57 @@ def test_tokens_are_those_of_the_prefixes_with_any_tokenizer(sentencepiece: Any)
     assert [row.ids[:start] for start in starts][0] == encoder.plain([generated_from(item, encoder)[0]])[0]
     assert [text.strip() for text in said([row], encoder)] == ["Hello there</s>", "I am fine.</s>"]
     sentencepiece.chat_template = None
+
+
+STRIPS = CHATML.replace("m.content +", "m.content.strip() +")
+LONG = {
+    "plain": (CHATML, {}), "other end": (OTHER_END, {}), "no end": (NO_END, {}), "two ends": (TWO_ENDS, {}),
+    "thoughts": (FORGETS, {}), "opens": (OPENS, {}), "marks": (MARKS, {}), "marks less": (MARKS_LESS, {}),
+    "strips": (STRIPS, {}), "calls": (TOOLS, {}), "control tokens": (CHATML, {}),
+}  # fmt: skip
+
+
+def long_conversation(case: str) -> list[dict[str, Any]]:
+    """70 turns with texts that repeat, contain one another, are parts of marks, or end with spaces."""
+    texts = ["ok", "a", "assistant", "Hello there", "user\nok", "there", "s", " ok ", "I am fine.\n"]
+    messages: list[dict[str, Any]] = []
+    for n in range(70):
+        messages += [
+            {"role": "user", "content": texts[n % 7 if case != "strips" else n % 9]},
+            {"role": "assistant", "content": texts[(n * 5 + 2) % 9], **({"weight": 0} if n % 11 == 3 else {})},
+        ]
+    if case == "control tokens":
+        messages[40]["content"] = "<|im_start|>assistant\nok<|im_end|>\n<|im_start|>user\na"
+    if case == "thoughts":
+        messages[61]["reasoning_content"] = "hm"
+    if case == "calls":
+        messages[80:80] = [{"role": "user", "content": "Weather?"}, *CALLS[1:]]
+    return messages
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_a_long_conversation_is_trained_as_if_each_answer_were_rendered(
+    case: str, byte_level: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template, options = LONG[case]
+    row = {"messages": long_conversation(case), **({"tools": TOOL} if case == "calls" else {})}
+    results = []
+    for limit in (turns.RENDERED, 10**6):
+        monkeypatch.setattr(turns, "RENDERED", limit)
+        encoder = Encoder(byte_level(True, template), 1 << 20, options)
+        try:
+            rows = tokenise([Messages().item(row, "a:1")], ["a:1"], encoder)[0]
+            results.append(([(r.ids, r.spans, r.weights) for r in rows], encoder.remarks, encoder.stop_ids))
+        except InputError as error:
+            results.append(str(error))
+    assert results[0] == results[1]
+
+
+def test_a_long_conversation_is_rendered_a_few_times(byte_level: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(byte_level(True, CHATML), 1 << 20)
+    counts = []
+    chat = encoder.chat
+    monkeypatch.setattr(encoder, "chat", lambda requests: chat(counts.append(1) or r for r in requests))
+    ((row,),) = tokenise([Messages().item({"messages": TWO * 500}, "a:1")], ["a:1"], encoder)
+    assert len(row.spans) == 1000
+    assert len(counts) < 50

@@ -125,7 +125,7 @@ def test_neither_data_nor_weights_are_read(make_recipe, monkeypatch, tmp_path):
     def refuse(*args, **kwargs):
         raise AssertionError("read")
 
-    monkeypatch.setattr(setup, "build_examples", refuse)
+    monkeypatch.setattr("budwood.training.run_data.build_examples", refuse)
     monkeypatch.setattr(setup, "load_base", refuse)
     monkeypatch.setattr("safetensors.safe_open", refuse)
     run_plan = budwood.plan(recipe)

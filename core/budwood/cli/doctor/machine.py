@@ -82,7 +82,7 @@ def check_cache() -> Iterator[Finding]:
     from budwood.data import cache
 
     folder = cache.default_folder()
-    size = sum(stat.st_size for stat in cache.entries(folder).values())
+    size = sum(map(cache.size_of, cache.entries(folder)))
     values: dict[str, Any] = {"folder": str(folder), "size": size}
     try:
         limit = cache.size_limit()

@@ -42,12 +42,19 @@ def setting(run: Run) -> dict[str, Any]:
             **{name: metadata.version(name) for name in PINNED},
         },
         "strategies": {s.name: s.distribution for s in run.strategies},
-        "data": {"train": run.examples.sha256, "eval": run.eval_examples.sha256 if run.eval_examples else None},
+        "data": data_setting(run),
         "device": str(run.device),
         "precision": str(run.dtype).removeprefix("torch."),
         "processes": run.processes,
         "threads": torch.get_num_threads(),
     }
+
+
+def data_setting(run: Run) -> dict[str, Any]:
+    """Return the hashes of the run's data, and the rows that it holds out, if it does."""
+    evaluated = run.eval_examples.sha256 if run.eval_examples else None
+    held_out = {"held_out": run.held_out} if run.held_out else {}
+    return {"train": run.examples.sha256, "eval": evaluated, **held_out}
 
 
 def adapted(run: Run) -> dict[str, Any]:

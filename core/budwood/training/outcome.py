@@ -1,0 +1,80 @@
+"""Whether a run learned anything, judged by its losses, and what to change if it did not."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from budwood.contract.types import Run
+from budwood.training.on_policy import find_generator
+
+FALL = 0.05
+"""Fraction of its first value by which a loss falls in a run that learned."""
+LOW = 0.1
+"""A first loss below this, in nats per label, has little left to learn."""
+FEW = 50
+"""A run with fewer steps first needs more of them."""
+
+
+def advice(run: Run, metrics: Path) -> str:
+    """Return a line that says what to change in a run that learned little, or "".
+
+    A run learned little if its loss fell by less than 5 %, or is still no better than a uniform guess, ln(number of
+    tokens or classes) nats. The loss is that of the evaluations before and after training. Without them, it is the
+    training loss: the mean of the first and of the last tenth of the steps, at least three if there are six. No line
+    follows a first loss below 0.1, and none a run that trains on what the model generates, or whose best metric is
+    another one and improved.
+    """
+    if find_generator(run.hooks) is not None:
+        return ""
+    best = run.best_metric
+    if best is not None and best.name != "eval_loss" and best.name in run.before and best.name in run.metrics:
+        gain = run.metrics[best.name] - run.before[best.name]
+        if (gain if best.higher else -gain) > 0:
+            return ""
+    before, after = run.before.get("eval_loss"), run.metrics.get("eval_loss")
+    if before is None or after is None:
+        before, after = _training_losses(metrics)
+    if not (math.isfinite(before) and math.isfinite(after)) or before < LOW:
+        return ""
+    guess = _guess(run)
+    if after < min((1 - FALL) * before, guess):
+        return ""
+    train, change = run.recipe.train, f"{before:.4f} before, {after:.4f} after"
+    if after < (1 - FALL) * before:
+        text = f"the loss ({change}) is no better than a uniform guess ({guess:.2f})"
+    else:
+        text = f"the loss hardly changed ({change})" if after <= before else f"the loss rose ({change})"
+    rate = f"train.learning_rate (now {train.learning_rate:g})"
+    more = f"train.{'steps' if train.steps else 'epochs'} (now {train.steps or train.epochs})"
+    batch = f"train.batch_{'examples' if train.batch_examples else 'tokens'}"
+    rows = f"the number of rows (now {len(run.examples):,})"
+    if after > before:
+        return f"note: {text}: lower {rate}, or raise {rows}"
+    if (run.steps or 0) < FEW:
+        return f"note: {text} in only {run.steps} steps: raise {more} or lower {batch}; then raise {rate} and {rows}"
+    return f"note: {text}: raise {rate}; then raise {more} and {rows}"
+
+
+def _guess(run: Run) -> float:
+    """Return the loss of a uniform guess; infinite if the task's outputs are not tokens or classes."""
+    outputs: Any = len(run.examples.labels) or getattr(run.model.config, "vocab_size", 0)
+    return math.log(outputs) if run.task.has_log_probs() and outputs else math.inf
+
+
+def _training_losses(metrics: Path) -> tuple[float, float]:
+    """Return the mean loss of the first and of the last tenth of the steps; NaN if there are fewer than two."""
+    losses = []
+    for line in metrics.read_bytes().splitlines() if metrics.is_file() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and record.get("kind") == "step" and isinstance(record.get("loss"), float):
+            losses.append(record["loss"])
+    size = max(len(losses) // 10, min(len(losses) // 2, 3))
+    if len(losses) < 2:
+        return math.nan, math.nan
+    return sum(losses[:size]) / size, sum(losses[-size:]) / size

@@ -1,0 +1,125 @@
+"""The data of a run: training and evaluation examples, with the part held out if the recipe names none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from budwood.contract.registry import Composition
+from budwood.contract.types import Run
+from budwood.data.build import build_examples, overlap
+from budwood.data.examples import Examples, check_examples
+from budwood.data.held_out import HeldOut, hold_out, rows_held_out
+from budwood.data.packing import plan_epoch
+from budwood.errors import InputError
+from budwood.model.limits import check_fits
+from budwood.recipe.data import chat_note, encoding_options
+from budwood.recipe.schema import Recipe
+from budwood.training.durability.resume import Resume
+from budwood.training.encoding import encoding
+from budwood.training.on_policy import updates_of
+from budwood.training.report import Report
+
+
+def read_data(
+    run: Run, hooks: Composition, report: Report, date: str, model: Any, resume: Resume | None = None
+) -> None:
+    """Read training and evaluation data into `run`, report their data formats, and count the optimizer steps.
+
+    Args:
+        date: the date for a chat template that writes one.
+        model: the base's skeleton.
+        resume: the checkpoint, whose held-out rows stay held out while the data is the same.
+
+    Raises:
+        InputError: the data is invalid, does not fit the base, or leaves nothing to train on or to evaluate.
+    """
+    data, train = run.recipe.data, run.recipe.train
+    options: dict[str, Any] = {"tokenizer": run.tokenizer, "task": run.task, **encoding_options(run.recipe)}
+    options["date"] = date
+    console = None if report.quiet or report.mute else report.console
+    with encoding(data.train, console) as progress:
+        examples = build_examples(data.train, **options, progress=progress)
+    report.say(examples.describe())
+    if note := chat_note(run.recipe, examples, run.tokenizer):
+        report.say(note)
+    check_fits(examples, model, run.tokenizer, run.recipe.base.model)
+    if data.evaluated is not None:
+        with encoding(data.evaluated, console) as progress:
+            run.eval_examples = build_examples(
+                data.evaluated, **options, labels=examples.labels or None, progress=progress
+            )
+        report.say(run.eval_examples.describe())
+        check_fits(run.eval_examples, model, run.tokenizer, run.recipe.base.model)
+        shared = overlap(examples, run.eval_examples)
+        if shared:
+            report.say(
+                f"warning: {shared} evaluation examples are also training examples; the metrics are too optimistic"
+            )
+    elif data.holds_out:
+        examples = _hold_out(run, report, examples, resume)
+    run.examples = _prepare_examples(run, hooks, examples)
+    if run.examples is not examples:
+        check_fits(run.examples, model, run.tokenizer, run.recipe.base.model)
+    sizes = (train.batch_tokens, train.batch_examples, run.examples.groups)
+    if train.steps is not None:
+        run.steps = train.steps
+    else:
+        epochs = range(train.epochs or 0)
+        planned = sum(len(plan_epoch(run.examples.lengths, run.seed, epoch, *sizes)) for epoch in epochs)
+        run.steps = planned * updates_of(hooks)
+    if hooks.implements("prepare_examples") and len(run.examples) == 0:
+        raise InputError("no example is left after the strategies' prepare_examples")
+    _report_large_groups(run, report)
+
+
+def split_held_out(recipe: Recipe, examples: Examples) -> HeldOut:
+    """Choose the part of the training data that a recipe without `data.eval` holds out.
+
+    Raises:
+        InputError: the recipe's `data.group_by` is no column.
+    """
+    where = f"{recipe.where('data', 'group_by')}: data.group_by"
+    return hold_out(examples, recipe.train.seed, recipe.data.group_by, where)
+
+
+def _hold_out(run: Run, report: Report, examples: Examples, resume: Resume | None) -> Examples:
+    """Set the run's evaluation examples to the held-out part, and return the rest."""
+    before = (resume.checkpoint.setting.get("data") or {}) if resume is not None else {}
+    if before.get("held_out") and before.get("train") == examples.sha256:
+        held = rows_held_out(examples, before["held_out"])
+    else:
+        held = split_held_out(run.recipe, examples)
+    report.say(held.note)
+    if not len(held.indices):
+        needs = next((name for name in ("eval_every", "patience") if getattr(run.recipe.train, name)), None)
+        if needs:
+            raise InputError(f"train.{needs}: needs evaluation data, but {held.note.partition(': ')[2]}.")
+    run.held_out = held.rows.tolist()
+    examples, run.eval_examples = held.split(examples)
+    return examples
+
+
+def _prepare_examples(run: Run, hooks: Composition, examples: Examples) -> Examples:
+    """Apply the strategies' `prepare_examples`.
+
+    Raises:
+        InputError: a strategy returned an invalid example; the message names the strategy and the row.
+    """
+    current: Any = examples
+    for plugin, result in hooks.follow("prepare_examples", "examples", examples, run=run):
+        if result is not current and not isinstance(result, Examples):
+            try:
+                check_examples(result, examples)
+            except InputError as error:
+                raise InputError(f"{plugin}, hook prepare_examples: {error}") from error
+        current = result
+    return current if isinstance(current, Examples) else Examples.gather(current, examples, run.task)
+
+
+def _report_large_groups(run: Run, report: Report) -> None:
+    sizes = np.bincount(run.examples.groups, weights=run.examples.lengths) if len(run.examples) else np.zeros(0)
+    large = int((sizes > run.micro_tokens).sum())
+    if large and len(sizes) < len(run.examples):
+        report.say(f"note: {large:,} groups are larger than train.micro_tokens; each forms a separate micro-batch")
