@@ -73,6 +73,7 @@ class Benchmark:
             "precision": options.precision,
             "threads": options.threads,
             "quick": options.quick,
+            "note": options.note,
             "tasks": self.settings,
             "runs": {task.name: {arm: {} for arm in task.arms} for task in tasks},
             "profiles": {},
@@ -222,6 +223,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: as Budwood chooses on this machine")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads per arm (default: all cores)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="JSON file for the results; FILE.md is the table")
+    parser.add_argument("--note", default="", help="a sentence for the tables, such as what else the machine was doing")
     chosen = parser.parse_args()
     if chosen.out and chosen.out.suffix != ".json":
         parser.error(f"--out: {chosen.out} must end in .json; the table is written beside it as .md")

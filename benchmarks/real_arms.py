@@ -80,7 +80,7 @@ def budwood(job: Job, clock: Clock) -> dict[str, Any]:
     task = "sequence-classification" if job["kind"] == "classification" else "causal-lm"
     recipe = {
         "base": {"model": job["base"], "quantization": job["quantization"], "task": task},
-        "data": {"train": job["data"], "max_length": job["max_length"]},
+        "data": {"train": job["data"], "eval": "none", "max_length": job["max_length"]},
         "strategies": [
             {"lora": {"rank": job["rank"], "alpha": job["alpha"], "targets": job["targets"]}},
             "clock",

@@ -77,7 +77,7 @@ def _head(result: dict[str, Any]) -> str:
         f"{processor}; {versions}. {result['precision']}: a matmul of 2048 reaches {wall:.0f} GFLOP/s, "
         f"{busy:.0f} GFLOP per processor second. "
         f"{sum(map(len, (runs for arms in result['runs'].values() for runs in arms.values())))} runs, "
-        f"{result.get('minutes', 0):.0f} minutes{', --quick' if result['quick'] else ''}.\n"
+        f"{result.get('minutes', 0):.0f} minutes{', --quick' if result['quick'] else ''}. {result.get('note', '')}\n"
     )
 
 
