@@ -196,7 +196,7 @@ def run(folder: Path, kind: str, size: int, steps: int) -> dict[str, object]:
         json.dumps(
             {
                 "base": {"model": str(base), "quantization": "none"},
-                "data": {"train": str(data), "max_length": 2048},
+                "data": {"train": str(data), "eval": "none", "max_length": 2048},
                 "strategies": [{"lora": {"rank": 8}}],
                 "train": {"steps": steps, "batch_examples": 8},
                 "output": str(folder / "run"),

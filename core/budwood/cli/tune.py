@@ -43,8 +43,12 @@ def tune(
     loaded = read_given(recipe, base, override or [])
     preflight(loaded, overwrite, resume)  # before torch is imported, which takes seconds
     from budwood.training.loop import tune as run_recipe
+    from budwood.training.report import process_age
 
-    run = run_recipe(loaded, overwrite=overwrite, resume=resume, accept_changes=accept_changes, profile=profile)
+    run = run_recipe(
+        loaded, overwrite=overwrite, resume=resume, accept_changes=accept_changes, profile=profile,
+        before=process_age(),
+    )  # fmt: skip
     if as_json:
         metrics = {"before": json_numbers(run.before), "metrics": json_numbers(run.metrics)}
         echo_json({**metrics, "output": str(run.directory)})

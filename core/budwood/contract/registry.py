@@ -176,6 +176,10 @@ class Composition:
         """Measure a part of core that is not a hook, under `name`."""
         return self._calls.part(name)
 
+    def account(self, name: str, seconds: float) -> None:
+        """Add a row of core for time that passed before this composition existed."""
+        self._calls.costs["core", name] = Cost("core", name, 1, seconds, seconds)
+
     def measure(self, peak: Callable[[], int], wait: Callable[[], None] | None) -> None:
         """Measure memory as well from now on, and read the clock after `wait()`.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,10 +59,12 @@ class RunFinalizer:
         Raises:
             DivergedError: training changed nothing.
         """
-        restore(self.run, progress.best)
-        self._report_missing_average(progress.best)
-        check_changed(self.run, self.start, self.probe)
-        write_results(self.run, self.hooks, self.report, self.probe)
+        with self.hooks.part("finish"):
+            restore(self.run, progress.best)
+            self._report_missing_average(progress.best)
+            check_changed(self.run, self.start, self.probe)
+            write_results(self.run, self.hooks, self.report, self.probe)
+        finish_manifest(self.run, self.report, True)
 
     def _report_missing_average(self, best: Best) -> None:
         """Report that the final parameters are not an average although the run averages."""
@@ -96,6 +97,7 @@ class RunFinalizer:
         try:
             check_changed(run, self.start, self.probe)
             write_results(run, self.hooks, Report(quiet=True), self.probe, finished=False)
+            finish_manifest(run, self.report, False)
         except Exception as error:
             if not isinstance(error, BudwoodError) and not is_out_of_memory(error):
                 raise
@@ -162,9 +164,8 @@ def _held_out_record(run: Run) -> HeldOutRecord | None:
 
 
 def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | None, finished: bool = True) -> None:
-    """Write the adapter (complete or absent), the plot and the manifest, and report where they are."""
+    """Write the adapter (complete or absent) and the plot, and report where they are."""
     if not run.accelerator.is_main_process:
-        run.accelerator.wait_for_everyone()
         return
     directory = run.directory
     owner = _owner(run)
@@ -218,11 +219,14 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
         report.say(f"next: budwood generate {run.recipe.base.model} {adapter} {chat}--prompt '…'")
     if finished and (text := advice(run, directory / "metrics.jsonl")):
         report.say(text)
-    _finish_manifest(directory / MANIFEST, run, seconds, report, finished)
-    run.accelerator.wait_for_everyone()
 
 
-def _finish_manifest(path: Path, run: Run, seconds: float, report: Report, finished: bool) -> None:
+def finish_manifest(run: Run, report: Report, finished: bool) -> None:
+    """Write the metrics and times of a run to its manifest; the other processes wait for it."""
+    if not run.accelerator.is_main_process:
+        run.accelerator.wait_for_everyone()
+        return
+    path, seconds = run.directory / MANIFEST, report.seconds
     manifest = json.loads(path.read_text(encoding="utf-8"))
     manifest |= {
         "finished": finished,
@@ -237,6 +241,7 @@ def _finish_manifest(path: Path, run: Run, seconds: float, report: Report, finis
         "files": written_by_strategies(path.parent),
     }
     complete_file(path, (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode())
+    run.accelerator.wait_for_everyone()
 
 
 def _owner(run: Run) -> Any:

@@ -43,6 +43,7 @@ def tune(
     accept_changes: bool = False,
     profile: bool = False,
     quiet: bool = False,
+    before: float = 0.0,
 ) -> Run:
     """Train a recipe and write the adapter, log and plot to its output folder.
 
@@ -54,6 +55,7 @@ def tune(
         accept_changes: resume although the recipe, the data or library versions have changed.
         profile: print the time and memory of every strategy's hooks at the end. On CUDA, measuring itself takes time.
         quiet: print nothing.
+        before: seconds that the process ran before, which the times of the run include as `startup`.
 
     Returns:
         The finished run; `run.metrics` holds the last evaluation, `run.directory` is the output folder.
@@ -62,7 +64,7 @@ def tune(
         BudwoodError: one of its subclasses, each with the command's exit code.
     """
     silence_libraries()
-    report, signals = Report(quiet), Signals()
+    report, signals = Report(quiet, before=before), Signals()
     report.mute = not first_process()
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
     check_output(recipe.output, overwrite, resume)
@@ -104,7 +106,8 @@ def train(
 ) -> None:  # fmt: skip
     """Train a prepared run to its end, then restore the best adapter, check that it changes the model, and write it."""
     signals = signals or Signals()
-    finalizer = RunFinalizer(run, hooks, report)
+    with hooks.part("setup"):
+        finalizer = RunFinalizer(run, hooks, report)
     progress = Progress(torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16))
     saver = Saver(run, hooks, progress, resume)
     try:
@@ -115,7 +118,7 @@ def train(
             run.before = evaluate(run, hooks, report, progress.best)
             torch.manual_seed(run.seed + run.process_index)  # for dropout, the only random draw that is not keyed
         try:
-            with signals.deferred():
+            with signals.deferred(), hooks.part("steps"):
                 take_steps(run, hooks, engine, report, progress, saver, signals)
         except Exception as error:
             failure = explain_out_of_memory(run, error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -36,11 +37,11 @@ class Report:
 
     mute = False
 
-    def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
+    def __init__(self, quiet: bool = False, console: Console | None = None, before: float = 0.0) -> None:
         self.quiet = quiet
         self._terminal = Terminal()
         self.console = console or Console(file=self._terminal, highlight=False, soft_wrap=True)  # type: ignore[arg-type]
-        self.started = time.perf_counter()
+        self.started = time.perf_counter() - before
         self._progress: Progress | None = None
         self._bar: TaskID | None = None
         self._metrics: MetricsFile | None = None
@@ -94,7 +95,7 @@ class Report:
 
     @property
     def seconds(self) -> float:
-        """Wall-clock seconds since the report was created."""
+        """Wall-clock seconds since `before` seconds before the report was created."""
         return time.perf_counter() - self.started
 
     @property
@@ -222,6 +223,15 @@ def profile_table(costs: Sequence[Cost], seconds: float) -> list[str]:
         ).rstrip()
         for row in (head, *rows)
     ]
+
+
+def process_age() -> float:
+    """Return the seconds since the process started; 0 if the system does not say (it does on Linux)."""
+    try:
+        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0
 
 
 def peak_memory() -> int:

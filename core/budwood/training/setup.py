@@ -106,6 +106,16 @@ def prepare(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     preflight(recipe, overwrite, in_place)
     hooks = build_composition(recipe)
+    hooks.account("startup", report.seconds)
+    with hooks.part("setup"):
+        run, engine = _prepare(recipe, hooks, report, overwrite, resume, profile)
+    return run, hooks, engine
+
+
+def _prepare(
+    recipe: Recipe, hooks: Composition, report: Report, overwrite: bool, resume: Resume | None, profile: bool
+) -> tuple[Run, Engine]:
+    """See `prepare`; the recipe's output, options and files have been checked."""
     if not hooks.implements("trainable_parameters"):
         raise InputError(NOTHING_TRAINS)
     task: Task = create(recipe.base.task, "budwood.tasks")
@@ -185,7 +195,7 @@ def prepare(
         write_skipped(run, report)
     step = resume.checkpoint.step if resume is not None else 0
     report.open(directory, accelerator, recipe.train.trackers, redact_values(recipe.model_dump(mode="json")), step)
-    return run, hooks, engine
+    return run, engine
 
 
 def make_accelerator(device: torch.device, **options: Any) -> Accelerator:

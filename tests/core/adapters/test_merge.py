@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -203,6 +204,15 @@ def test_an_export_opens_in_stock_peft_with_the_same_logits(saved, tiny_base, tm
     with torch.no_grad():
         logits = torch.stack([model(torch.tensor([prompt])).logits[0, -1] for prompt in PROMPTS])
     torch.testing.assert_close(logits, pool_logits(tiny_base, saved), atol=1e-5, rtol=0)
+
+
+def test_an_export_needs_no_base(tiny_base, tmp_path, make_saved):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    folder = make_saved(base, tmp_path / "a")
+    shutil.rmtree(base)
+    export(folder, tmp_path / "exported")
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (folder, tmp_path / "exported"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_invalid_exports_are_rejected(saved, small, tmp_path):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,8 +201,23 @@ def test_the_manifest_records_the_cost_of_hooks(make_recipe):
     assert rows["core", "backward"]["calls"] == rows["task causal-lm", "forward"]["calls"] == 4
     assert rows["core", "backward"]["seconds"] >= rows["task causal-lm", "forward"]["seconds"]
     assert 0 < sum(row["own_seconds"] for row in manifest["hooks"]) <= manifest["seconds"]
+    assert {("core", name) for name in ("startup", "setup", "read_data", "steps", "finish")} <= set(rows)
     grown = [row["peak_growth_bytes"] for row in manifest["hooks"]]
     assert all(isinstance(bytes_, int) and bytes_ >= 0 for bytes_ in grown)
+
+
+def test_every_second_of_a_command_is_in_a_row(make_recipe, tmp_path):
+    """From the start of the process: imports, checks, the base, steps, and what is written at the end."""
+    recipe = make_recipe(evaluate=True)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "budwood", "tune", str(tmp_path / "recipe.yaml")], check=True)
+    ended = time.perf_counter() - started
+    manifest = json.loads((recipe.output / "manifest.json").read_text())
+    rows = sum(row["own_seconds"] for row in manifest["hooks"])
+    assert 0.97 * manifest["seconds"] < rows <= manifest["seconds"] <= ended + 0.1
+    startup = next(row for row in manifest["hooks"] if row["hook"] == "startup")
+    assert sys.platform != "linux" or startup["seconds"] > 0.5, "importing torch alone takes longer"
 
 
 def test_a_profile_is_shown_with_memory(make_recipe, monkeypatch, capsys):
