@@ -6,14 +6,10 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from budwood.adapters.peft_config import PREFIX
+from budwood.adapters.peft_config import PREFIX, MisfitError
 from budwood.adapters.store import SavedAdapter, template_hash, tokenizer_hash
 from budwood.errors import BudwoodError, CorruptError, InputError
 from budwood.model.base import Base
-
-
-class MisfitError(CorruptError):
-    """An adapter does not fit its config and the model; on another base than its own, that is the user's input."""
 
 
 def mismatch(saved: SavedAdapter, fingerprint: str) -> type[BudwoodError]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from budwood.adapters.match import MisfitError
 from budwood.adapters.targets import LAYER_INDEX, all_linear, base_modules, ends_with, matches
 from budwood.errors import CorruptError, InputError
 from budwood.model.quantizers import quantizer_of
@@ -51,6 +50,10 @@ REFUSED = {
 nothing."""
 INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """Initialisations that leave the base's weights as they are."""
+
+
+class MisfitError(CorruptError):
+    """An adapter does not fit its config and the model; on another base than its own, that is the user's input."""
 
 
 class SavedLowRankConfig(BaseModel):

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from budwood.adapters.golden import measure
 from budwood.adapters.live import module_ids, serialised, unchanged_on_error
 from budwood.adapters.manifest import ChatRecord
-from budwood.adapters.match import MisfitError, check_task, mismatch
+from budwood.adapters.match import check_task, mismatch
 from budwood.adapters.owner import owner_options, start_owner
+from budwood.adapters.peft_config import MisfitError
 from budwood.adapters.store import SavedAdapter, read_adapter
 from budwood.adapters.use import use_adapters
 from budwood.contract.calls import ask_owner

@@ -59,7 +59,7 @@ def data(
         held = split_held_out(loaded, train_data)
         train_data, eval_data = held.split(train_data)
         notes.append(held.note)
-    train, _ = choose_for(loaded, train_data, model)
+    train, _ = choose_for(loaded, train_data, model, eval_data is not None)
     batches = plan_epoch(train_data.lengths, train.seed, 0, train.batch_tokens, train.batch_examples, train_data.groups)
     report = make_report(train_data, eval_data, task, tokenizer, samples, len(batches), list(filter(None, notes)))
     if as_json:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from budwood.recipe.sections import TrainSection
 
 STEPS = 128
 """Optimizer steps that a run on little data should have, unless that takes more than `EPOCHS` passes."""
-EPOCHS = 10
+EPOCHS, SHORT_EPOCHS, SHORT = 4, 10, 16
+"""Most passes over the data; over short answers and classes, which are learned by heart later; most labels of those."""
 PASSES = ((10_000, 3), (100_000, 2))
 """Fewest passes over data of up to so many examples; larger data is seen once."""
 BATCH = (4, 32)
@@ -25,20 +27,32 @@ WARMUP, WARMUP_STEPS = 0.1, 30
 """Share of the run in which the rate rises, and its most steps."""
 
 
-def choose(
-    train: TrainSection, examples: int, tokens: int, width: int | None, scale: float = 1.0
-) -> tuple[TrainSection, str]:
-    """Return a recipe's `train` section with every value set, and a line that says what was chosen; empty if nothing.
+@dataclass(frozen=True)
+class Facts:
+    """What the choice depends on.
 
-    Args:
+    Attributes:
         examples: number of examples, or of groups.
         tokens: sum of their lengths.
+        labels: mean number of labels of an example.
         width: hidden size of the base; None: unknown.
         scale: multiple of the learning rate that suits the strategies.
+        evaluated: whether there is data to evaluate on.
     """
+
+    examples: int
+    tokens: int
+    labels: float
+    width: int | None
+    scale: float = 1.0
+    evaluated: bool = False
+
+
+def choose(train: TrainSection, facts: Facts) -> tuple[TrainSection, str]:
+    """Return a recipe's `train` section with every value set, and a line about what was chosen; empty if nothing."""
     chosen: dict[str, float] = {}
     told: list[str] = []
-    count = max(examples, 1)
+    count = max(facts.examples, 1)
     batch_examples = train.batch_examples
     if batch_examples is None and train.batch_tokens is None:
         batch_examples = min(max(2 ** round(math.log2(count / BATCHES)), BATCH[0]), BATCH[1])
@@ -47,14 +61,18 @@ def choose(
     if batch_examples is not None:
         per_epoch = math.ceil(count / batch_examples)
     else:
-        per_epoch = math.ceil(max(tokens, 1) / (train.batch_tokens or 1))
+        per_epoch = math.ceil(max(facts.tokens, 1) / (train.batch_tokens or 1))
     if train.epochs is None and train.steps is None:
-        least = next((passes for most, passes in PASSES if count <= most), 1)
-        epochs = max(least, min(math.ceil(STEPS / per_epoch), EPOCHS))
+        least = next((passes for largest, passes in PASSES if count <= largest), 1)
+        most = SHORT_EPOCHS if facts.labels <= SHORT else EPOCHS
+        epochs = max(least, min(math.ceil(STEPS / per_epoch), most))
         chosen["epochs"] = epochs
         told.append(f"{epochs} epochs")
+        if facts.evaluated and train.eval_every is None:
+            chosen["eval_every"] = per_epoch
+            told.append("an evaluation after each, of which the best is kept")
     if train.learning_rate is None:
-        rate = RATE * (WIDTH / (width or WIDTH)) ** POWER * scale
+        rate = RATE * (WIDTH / (facts.width or WIDTH)) ** POWER * facts.scale
         chosen["learning_rate"] = float(f"{rate:.2g}")
         told.append(f"a learning rate of {rate:.2g}")
     if train.warmup is None:
@@ -64,7 +82,7 @@ def choose(
         told.append(f"{warmup} steps of warm-up")
     if not chosen:
         return train, ""
-    base = f" and a base of width {width:,}" if width else ""
+    base = f" and a base of width {facts.width:,}" if facts.width else ""
     fields = ", ".join(f"train.{name}" for name in chosen)
     line = f"chosen for {count:,} examples{base}: {', '.join(told)}; a recipe can set {fields}"
     return train.model_copy(update=chosen), line

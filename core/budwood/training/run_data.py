@@ -18,7 +18,7 @@ from budwood.data.packing import plan_epoch
 from budwood.errors import InputError
 from budwood.model.limits import check_fits
 from budwood.recipe.data import chat_note, encoding_options
-from budwood.recipe.defaults import choose
+from budwood.recipe.defaults import Facts, choose
 from budwood.recipe.schema import Recipe
 from budwood.recipe.sections import TrainSection
 from budwood.training.durability.resume import Resume
@@ -67,7 +67,7 @@ def read_data(
     run.examples = _prepare_examples(run, hooks, examples)
     if run.examples is not examples:
         check_fits(run.examples, model, run.tokenizer, run.recipe.base.model)
-    train, line = choose_for(run.recipe, run.examples, model, run.strategies)
+    train, line = choose_for(run.recipe, run.examples, model, run.eval_examples is not None, run.strategies)
     run.recipe = run.recipe.with_train(train)
     if line:
         report.say(line)
@@ -84,17 +84,19 @@ def read_data(
 
 
 def choose_for(
-    recipe: Recipe, examples: Examples, model: Any, strategies: Sequence[Strategy] = ()
+    recipe: Recipe, examples: Examples, model: Any, evaluated: bool, strategies: Sequence[Strategy] = ()
 ) -> tuple[TrainSection, str]:
     """Choose what a recipe's `train` section leaves open; see `recipe.defaults`.
 
     Args:
         model: the base, or its skeleton.
+        evaluated: whether there is data to evaluate on.
     """
     width = getattr(model.config.get_text_config(), "hidden_size", None)
     scale = math.prod(strategy.learning_rate_scale for strategy in strategies)
     groups = len(np.unique(examples.groups))
-    return choose(recipe.train, groups, int(examples.lengths.sum()), width, scale)
+    labels = float(examples.label_counts.mean()) if len(examples) else 0.0
+    return choose(recipe.train, Facts(groups, int(examples.lengths.sum()), labels, width, scale, evaluated))
 
 
 def split_held_out(recipe: Recipe, examples: Examples) -> HeldOut:

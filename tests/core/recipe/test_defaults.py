@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 
-from budwood.recipe.defaults import choose
+from budwood.recipe.defaults import Facts, choose
 from budwood.recipe.sections import TrainSection
 
 
-def chosen(examples: int, width: int | None = 576, tokens: int = 0, scale: float = 1.0, **given: Any) -> TrainSection:
-    return choose(TrainSection(**given), examples, tokens or 50 * examples, width, scale)[0]
+def facts(examples: int, **given: Any) -> Facts:
+    return Facts(**{"examples": examples, "tokens": 50 * examples, "labels": 3.0, "width": 576, **given})
+
+
+def chosen(examples: int, train: TrainSection | None = None, **given: Any) -> TrainSection:
+    return choose(train or TrainSection(), facts(examples, **given))[0]
 
 
 @pytest.mark.parametrize(
@@ -27,30 +31,41 @@ def test_by_the_number_of_examples(examples: int, batch: int, epochs: int, warmu
     assert train.batch_tokens is train.steps is None
 
 
+def test_free_text_is_seen_less_often() -> None:
+    assert [chosen(count, labels=40.0).epochs for count in (50, 500, 5000)] == [4, 4, 3]
+
+
 @pytest.mark.parametrize(
     ("width", "rate"), [(320, 2.1e-3), (576, 1.3e-3), (2048, 4.9e-4), (4096, 2.9e-4), (None, 5e-4)]
 )
 def test_the_rate_falls_with_the_width_of_the_base(width: int | None, rate: float) -> None:
-    assert chosen(500, width).learning_rate == rate
-    assert chosen(500, width, scale=4.0).learning_rate == pytest.approx(4 * rate, rel=0.06)
+    assert chosen(500, width=width).learning_rate == rate
+    assert chosen(500, width=width, scale=4.0).learning_rate == pytest.approx(4 * rate, rel=0.06)
 
 
-def test_what_is_given_is_kept_and_counts(capsys: pytest.CaptureFixture[str]) -> None:
-    given = {"epochs": 2, "batch_tokens": 1000, "learning_rate": 1e-5, "warmup": 0.5}
-    assert choose(TrainSection(**given), 500, 25_000, 576) == (TrainSection(**given), "")
-    train = chosen(500, tokens=25_000, batch_tokens=1000)
+def test_an_evaluation_after_each_epoch_if_the_epochs_are_chosen() -> None:
+    assert chosen(500, evaluated=True).eval_every == 32
+    assert chosen(500, TrainSection(epochs=3), evaluated=True).eval_every is None
+    assert chosen(500, TrainSection(eval_every=7), evaluated=True).eval_every == 7
+    assert chosen(500).eval_every is None
+
+
+def test_what_is_given_is_kept_and_counts() -> None:
+    given = TrainSection(epochs=2, batch_tokens=1000, learning_rate=1e-5, warmup=0.5)
+    assert choose(given, facts(500)) == (given, "")
+    train = chosen(500, TrainSection(batch_tokens=1000))
     assert (train.batch_tokens, train.batch_examples, train.epochs) == (1000, None, 6)  # 25 steps an epoch
-    assert chosen(500, steps=20).warmup == 2
-    assert chosen(500, steps=20).epochs is None
+    assert chosen(500, TrainSection(steps=20)).warmup == 2
+    assert chosen(500, TrainSection(steps=20)).epochs is None
 
 
 def test_the_line_says_what_was_chosen_and_from_what() -> None:
-    line = choose(TrainSection(), 475, 0, 576)[1]
-    assert line == (
-        "chosen for 475 examples and a base of width 576: batches of 16 examples, 5 epochs, a learning rate of 0.0013, "
-        "15 steps of warm-up; a recipe can set train.batch_examples, train.epochs, train.learning_rate, train.warmup"
+    assert choose(TrainSection(), facts(475, evaluated=True))[1] == (
+        "chosen for 475 examples and a base of width 576: batches of 16 examples, 5 epochs, an evaluation after each, "
+        "of which the best is kept, a learning rate of 0.0013, 15 steps of warm-up; a recipe can set "
+        "train.batch_examples, train.epochs, train.eval_every, train.learning_rate, train.warmup"
     )
-    assert choose(TrainSection(steps=5, warmup=0.0), 475, 0, None)[1] == (
+    assert choose(TrainSection(steps=5, warmup=0.0), facts(475, width=None))[1] == (
         "chosen for 475 examples: batches of 16 examples, a learning rate of 0.0005; a recipe can set "
         "train.batch_examples, train.learning_rate"
     )
