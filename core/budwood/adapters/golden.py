@@ -160,10 +160,15 @@ def relative_error(base: Tensor, exact: Tensor, other: Tensor) -> float:
     """Return |other - exact| / |exact - base|: an error as a fraction of an adapter's effect.
 
     The norms are those of logits, [prompts, vocabulary or classes], less each row's mean, which no probability depends
-    on. Infinite if the adapter has no effect or a logit is not finite.
+    on. Of an adapter with new tokens, the effect is that on the base's tokens. Infinite if the adapter has no effect or
+    a logit is not finite.
     """
-    centred = [(logits - logits.mean(-1, keepdim=True)).double().cpu() for logits in (base, exact, other)]
-    effect, error = float((centred[1] - centred[0]).norm()), float((centred[2] - centred[1]).norm())
+
+    def distance(one: Tensor, two: Tensor) -> float:
+        first, second = ((logits - logits.mean(-1, keepdim=True)).double().cpu() for logits in (one, two))
+        return float((first - second).norm())
+
+    effect, error = distance(base, exact[:, : base.shape[1]]), distance(exact, other)
     return error / effect if effect > 0 and math.isfinite(error) and math.isfinite(effect) else math.inf
 
 

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from budwood import AdapterPool, CorruptError, InputError
+from budwood import AdapterPool, InputError
 from budwood.adapters.merge import merge
 from budwood.adapters.targets import match_targets
 from budwood.training.loop import tune
@@ -133,12 +133,12 @@ def test_low_rank_updates_of_embeddings_are_not_supported(tiny_base, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_whole_module_that_the_model_lacks_is_corrupt_only_if_the_file_has_it(tiny_base, tmp_path):
+def test_a_whole_module_that_the_model_lacks_is_refused_only_if_the_file_has_it(tiny_base, tmp_path):
     folder = tmp_path / "adapter"
     stock(tiny_base, folder, target_modules=["q_proj"], modules_to_save=["pooler"])
     pool = AdapterPool(tiny_base, "none", precision="fp32", device="cpu")
     pool.load("a", folder)  # PEFT passes over it
     path = folder / "adapter_model.safetensors"
     save_file(load_file(path) | {"base_model.model.pooler.weight": torch.ones(2)}, path)
-    with pytest.raises(CorruptError, match="modules_to_save: the model has no 'pooler'"):
+    with pytest.raises(InputError, match="modules_to_save: the model has no 'pooler'. Give the base"):
         pool.load("b", folder)

@@ -268,7 +268,8 @@ def test_a_corrupt_adapter_leaves_the_model_unchanged(
     before = [(path, id(module)) for path, module in pool.model.named_modules()]
     logits = pool.logits(PROMPTS)
     bad = altered(stock, tmp_path / "bad", change)
-    with pytest.raises(CorruptError, match=message) as error:
+    kind = CorruptError if message == "NaN" else InputError  # it records no base, so it may be for another one
+    with pytest.raises(kind, match=message) as error:
         pool.load("bad", bad)
     assert str(bad) in str(error.value)
     assert [(path, id(module)) for path, module in pool.model.named_modules()] == before

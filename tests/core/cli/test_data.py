@@ -43,7 +43,7 @@ def test_json(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert report["train"]["max_length"] == 40
     assert report["train"]["examples"] + sum(report["train"]["dropped"].values()) == 10
-    assert report["steps_per_epoch"] == 1
+    assert report["steps_per_epoch"] == 3
 
 
 def test_invalid_data_is_a_one_line_error(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
