@@ -5,8 +5,12 @@ from __future__ import annotations
 import copy
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+
+_towers: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Whether a model has parameters beside its decoder, below the head: walking through them takes 1 % of a small step."""
 
 
 def body_of(model: nn.Module) -> nn.Module:
@@ -15,10 +19,12 @@ def body_of(model: nn.Module) -> nn.Module:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
     if decoder is None or decoder is model:
         return base
-    inside = {id(parameter) for parameter in decoder.parameters()}
-    if base is not model and decoder is not base and any(id(p) not in inside for p in base.parameters()):
-        return base
-    return decoder
+    if base is model or decoder is base:
+        return decoder
+    if model not in _towers:
+        inside = {id(parameter) for parameter in decoder.parameters()}
+        _towers[model] = any(id(parameter) not in inside for parameter in base.parameters())
+    return base if _towers[model] else decoder
 
 
 def own_head(model: nn.Module, rows: Tensor) -> Tensor:
