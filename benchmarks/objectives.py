@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import workload as w
-from benchmarks.arms import _install_strategy
+from benchmarks.arms import install_strategy
 from benchmarks.train import machine, say
 from budwood import Options, Strategy, hookimpl
 
@@ -118,7 +118,7 @@ def peak(name: str, workload: w.Workload, output: Path, precision: str, threads:
     import torch
 
     torch.set_num_threads(threads)
-    _install_strategy(output, "ratio", "benchmarks.objectives:Ratio")
+    install_strategy(output, "ratio", "benchmarks.objectives:Ratio")
     arm = Arm(name, workload, output / "run", precision)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # reset the peak of loading
     before = _status("VmRSS")
@@ -163,7 +163,7 @@ def main() -> None:
         folder = Path(temporary)
         workload = w.build(folder / "work", 1, SIZE)
         peaks = memory(workload, folder, chosen.precision, chosen.threads) if Path("/proc/self").exists() else {}
-        _install_strategy(folder, "ratio", "benchmarks.objectives:Ratio")
+        install_strategy(folder, "ratio", "benchmarks.objectives:Ratio")
         arms = {name: Arm(name, workload, folder / name, chosen.precision) for name in names}
         for number in range(chosen.rounds + 1):
             for name in names[number % len(names) :] + names[: number % len(names)]:
