@@ -79,7 +79,7 @@ def choose(train: TrainSection, facts: Facts) -> tuple[TrainSection, str]:
         steps = train.steps or per_epoch * (train.epochs or int(chosen["epochs"]))
         warmup = min(round(WARMUP * steps), WARMUP_STEPS)
         chosen["warmup"] = float(warmup)
-        told.append(f"{warmup} steps of warm-up")
+        told.append(f"a warm-up of {warmup} step{'s'[: warmup != 1]}" if warmup else "no warm-up")
     if not chosen:
         return train, ""
     base = f" and a base of width {facts.width:,}" if facts.width else ""

@@ -62,7 +62,7 @@ def test_what_is_given_is_kept_and_counts() -> None:
 def test_the_line_says_what_was_chosen_and_from_what() -> None:
     assert choose(TrainSection(), facts(475, evaluated=True))[1] == (
         "chosen for 475 examples and a base of width 576: batches of 16 examples, 5 epochs, an evaluation after each, "
-        "of which the best is kept, a learning rate of 0.0013, 15 steps of warm-up; a recipe can set "
+        "of which the best is kept, a learning rate of 0.0013, a warm-up of 15 steps; a recipe can set "
         "train.batch_examples, train.epochs, train.eval_every, train.learning_rate, train.warmup"
     )
     assert choose(TrainSection(steps=5, warmup=0.0), facts(475, width=None))[1] == (
