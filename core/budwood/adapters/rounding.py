@@ -12,7 +12,7 @@ def round_stochastically(values: Tensor, target: torch.dtype, name: str) -> Tens
     """Round each value to one of its two neighbours in a 16-bit dtype, so that the expectation is the value.
 
     The probability of the farther neighbour is the value's distance from the nearer one, relative to the distance
-    between the two (Gupta et al., 2015). Values that the dtype represents do not change; equal names give equal results.
+    between the two (Gupta et al., 2015). Values that the dtype represents stay; equal names give equal results.
 
     Args:
         values: fp32, of any shape; finite.

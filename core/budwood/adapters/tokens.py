@@ -178,9 +178,7 @@ def saved_tokens(
     for path in keys:
         if path in whole:
             if tied and saved.trainable_token_indices:
-                raise InputError(
-                    f"'{path}' is tied and replaced, while rows of the embeddings are trained too: {MERGE}."
-                )
+                raise InputError(f"'{path}' is tied and replaced, but rows of it are trained too: {MERGE}.")
             _drop_equal(own, f"{keys[path]}modules_to_save.weight", own.get(f"{keys[path]}weight"))
             if (original := own.get(f"{keys[path]}original_module.weight")) is not None and original.ndim == 2:
                 own[f"{keys[path]}original_module.weight"] = original[: len(model.get_submodule(path).weight)]
