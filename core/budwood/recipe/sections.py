@@ -118,8 +118,8 @@ class DataSection(Section):
     eval: Evaluated | None = Field(
         None,
         description="evaluation data, named in the same ways; none: no evaluation. By default, 5 % of the training "
-        "data (at least 10 and at most 500 examples; nothing if there are fewer than 100) is held out and never trained on; "
-        "the seed determines the rows",
+        "data (at least 10 and at most 500 examples; nothing if there are fewer than 100) is held out and never "
+        "trained on; the seed determines the rows",
     )
     group_by: str | None = Field(
         None,
