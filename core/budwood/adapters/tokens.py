@@ -152,7 +152,7 @@ def saved_tokens(
 ) -> tuple[dict[str, list[int]], dict[str, Tensor]]:
     """Return the rows of a saved adapter: token ids by full module name, and its tensors with these rows.
 
-    PEFT saves whole tables with an adapter whose base was resized: their rows beyond this base's count too.
+    PEFT saves whole tables with an adapter whose base was resized; rows beyond this base's are the adapter's too.
 
     Args:
         tensors: the file's tensors.
