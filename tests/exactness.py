@@ -1,4 +1,4 @@
-"""Shows that a change of the internals leaves runs as they were: records short runs, and compares later code with them.
+"""Checks that a change to the internals does not change runs: records short runs, and compares later code with them.
 
     python -m tests.exactness record DIR              # on the code before the change
     python -m tests.exactness compare DIR [RUN ...]   # on the code after it, on the same machine
@@ -6,15 +6,15 @@
 Each run takes ten optimizer steps on the demo's base and a few hundred of its rows: on the CPU, on two threads, from a
 fixed seed, and in fp32. Together they cover every first-party strategy, both tasks, an unquantized and an NF4 base,
 dropout, and steps of several micro-batches. Runs go through the command line, and only their recipes, metrics.jsonl,
-manifest.json and adapter folders are read, so that nothing here depends on how Budwood works inside.
+manifest.json and adapter folders are read, so that nothing here depends on Budwood's internals.
 
 DIR holds everything a comparison needs: `inputs` (base, data and recipes, copied), `record.json` (every logged number
-but the rates, at full precision; the final metrics; the SHA-256 of each adapter tensor) and `adapters`, their files.
+except the rates, at full precision; the final metrics; the SHA-256 of each adapter tensor) and `adapters`, their files.
 `compare` reruns the recipes in DIR, prints a table, and lists every number that differs. It exits with code 1 if a run
 fails, or if the loss of a step or of an evaluation differs by more than 1e-6 relative. Adapters and other metrics are
-reported, not judged: a sum in another order changes their last bits.
+reported, not judged: summing in another order changes their last bits.
 
-Processors round differently: record and compare on one machine. Without a difference all adapters are identical there.
+Processors round differently: record and compare on one machine. If nothing has changed, all adapters are identical.
 """
 
 from __future__ import annotations
@@ -121,13 +121,13 @@ def write_inputs(folder: Path) -> None:
 
 
 def execute(name: str, folder: Path) -> tuple[dict[str, Any], Path]:
-    """Run a recipe in a process of its own, with `folder`, a copy of the inputs, as working folder.
+    """Run a recipe in a separate process; `folder`, a copy of the inputs, is its working folder.
 
     Returns:
-        What the run has said of itself, and its adapter's file.
+        The run's log and metrics, and its adapter's file.
 
     Raises:
-        RuntimeError: the run failed; the text is its exit code and its last line.
+        RuntimeError: the run failed; the text gives its exit code and last line.
     """
     environment = os.environ | {
         "OMP_NUM_THREADS": THREADS, "MKL_NUM_THREADS": THREADS, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
@@ -136,7 +136,7 @@ def execute(name: str, folder: Path) -> tuple[dict[str, Any], Path]:
     command = [sys.executable, "-m", "budwood", "tune", f"recipes/{name}.json"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"exit code {done.returncode}: {(done.stderr.strip() or 'nothing said').splitlines()[-1]}")
+        raise RuntimeError(f"exit code {done.returncode}: {(done.stderr.strip() or 'no output').splitlines()[-1]}")
     run = folder / "runs" / name
     manifest = json.loads((run / "manifest.json").read_text())
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -188,7 +188,7 @@ def record(folder: Path) -> int:
 
 
 def machine() -> str:
-    """Return what decides how sums are rounded here, beside the versions: the processor and what torch uses of it."""
+    """Return what determines rounding besides the versions: the processor and the instruction set that torch uses."""
     import torch
 
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -197,7 +197,7 @@ def machine() -> str:
 
 
 def compare(folder: Path, names: list[str]) -> int:
-    """Rerun the recipes of `folder`, or those named, on this code; print what differs; return the exit code."""
+    """Rerun the recipes in `folder`, or those named, with this code; print the differences; return the exit code."""
     if not (folder / "record.json").is_file():
         refuse(f"{folder} holds no record.json; make one with `record`.")
     saved = json.loads((folder / "record.json").read_text())
@@ -233,12 +233,13 @@ def compare(folder: Path, names: list[str]) -> int:
         if was != now:
             print(f"warning: recorded with {key} {was}; here {now}")
     print(*notes, sep="\n", end="\n" if notes else "")
-    print(f"not the same to {TOLERANCE:g}: {', '.join(failed)}" if failed else f"all losses agree to {TOLERANCE:g}")
+    bad = f"failed, or losses differ by more than {TOLERANCE:g}: {', '.join(failed)}"
+    print(bad if failed else f"all losses agree to {TOLERANCE:g}")
     return 1 if failed else 0
 
 
 def numbers(run: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return every number of a run, by its name and then by its place, such as `step 3` or `final metrics`."""
+    """Return every number of a run by name, then by place, such as `step 3` or `final metrics`."""
     places = {f"{line['kind']} {line['step']}": line for line in run["log"]}
     places |= {f"final {key}": values for key, values in run["final"].items()}
     found: dict[str, dict[str, Any]] = {}
@@ -249,7 +250,7 @@ def numbers(run: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def relative(old: Any, new: Any) -> float:
-    """Return |old - new| over the larger magnitude; 0 for equal values, infinity for what is not two finite numbers."""
+    """Return |old - new| over the larger magnitude; 0 for equal values, infinity unless both are finite numbers."""
     if old == new:
         return 0.0
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in (old, new)):
@@ -258,7 +259,7 @@ def relative(old: Any, new: Any) -> float:
 
 
 def loss_difference(old: list[dict[str, Any]], new: list[dict[str, Any]], kind: str) -> float:
-    """Return the largest relative difference between the losses of two logs; infinity if one has other lines."""
+    """Return the largest relative difference between the losses of two logs; infinity if their steps differ."""
     key = {"step": "loss", "evaluation": "eval_loss"}[kind]
     before, after = ({line["step"]: line.get(key) for line in log if line["kind"] == kind} for log in (old, new))
     return max((relative(before.get(step), after.get(step)) for step in before | after), default=float("inf"))
@@ -271,7 +272,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]
         was, now = before.get(name, {}), after.get(name, {})
         largest, place = max((relative(was.get(place), now.get(place)), place) for place in was | now)
         if place not in now:
-            yield f"{name} is gone ({place})"
+            yield f"{name} is missing ({place})"
         elif place not in was:
             yield f"{name} is new ({place})"
         elif largest:
@@ -279,31 +280,31 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]
 
 
 def adapter_difference(old: Mapping[str, Any], new: Mapping[str, Any], before: Path, after: Path) -> str:
-    """Say whether two adapters are identical; if not, by how much their tensors differ."""
+    """Return whether two adapters are identical, as text; if not, by how much their tensors differ."""
     if old["file"] == new["file"]:
         return "identical"
     if old["tensors"] == new["tensors"]:
-        return "same tensors, other file"
+        return "same tensors, different file"
     was, now = load_file(before), load_file(after)
     if was.keys() != now.keys() or any(was[name].shape != now[name].shape for name in was):
-        return "other tensors or shapes"
+        return "different tensors or shapes"
     largest = max(float(np.max(np.abs(was[name].astype(np.float64) - now[name]))) for name in was)
     changed = sum(old["tensors"][name] != new["tensors"][name] for name in was)
     return f"differs by {largest:.2g} at most, in {changed} of {len(was)} tensors"
 
 
 def refuse(text: str) -> NoReturn:
-    """End with one line and exit code 2: the command line asks for what cannot be done."""
+    """Print an error in one line, and exit with code 2."""
     print(f"error: {text}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def main() -> int:
-    """Parse the command line and do what it says."""
+    """Parse the command line, and record or compare."""
     parser = argparse.ArgumentParser(prog="python -m tests.exactness", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    recording = commands.add_parser("record", help="record all runs of this code")
-    comparing = commands.add_parser("compare", help="rerun what was recorded on this code, and compare")
+    recording = commands.add_parser("record", help="record all runs with this code")
+    comparing = commands.add_parser("compare", help="rerun the recorded runs with this code, and compare")
     for command in (recording, comparing):
         command.add_argument("folder", metavar="DIR", type=Path)
     comparing.add_argument("runs", metavar="RUN", nargs="*", help="only these runs")

@@ -1,4 +1,4 @@
-"""The distribution: one wheel with everything in it, pins that hold, a Makefile that explains itself."""
+"""The distribution: a complete wheel, pins that match what was tested, and a Makefile that lists its targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/writing-a-strategy.md: its code is that of files which the tests run, and its commands are those that exist."""
+"""docs/writing-a-strategy.md: its code is copied from tested files, and its commands exist."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_code_is_that_of_the_files() -> None:
     }
     assert len(blocks("python")) == len(files)
     for (name, text), block in zip(files.items(), blocks("python"), strict=True):
-        assert block == text, f"the page's copy of {name} is not what is in the file"
+        assert block == text, f"the page's copy of {name} differs from the file"
 
 
 def test_the_examples_differ_from_what_is_generated_where_the_page_says(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What benchmarks fetch from PyPI is checked, and a failure is one line. Nothing here is downloaded."""
+"""Packages that benchmarks fetch from PyPI are verified, and a failure is one line. These tests download nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arms of `benchmarks.real` train on the same rows in the same order, and its tables say what was measured."""
+"""The arms of `benchmarks.real` train on the same rows in the same order, and its tables show what was measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL = w.Size(1, 32, 48, 4, 2, 300)
 @pytest.fixture
 def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> t.Task:
     """A task on a tiny base: eight rows of different lengths, two epochs of two steps."""
-    monkeypatch.setattr(sys, "path", list(sys.path))  # an arm adds the distribution of its strategy
+    monkeypatch.setattr(sys, "path", list(sys.path))  # an arm appends its strategy's distribution
     base = w.build(tmp_path / "workload", 1, SMALL).base
     rows = [
         {"prompt": " ".join(f"w{4 + (7 * i + j) % 90}" for j in range(3 + i)), "completion": f" w{100 + i} w{110 + i}"}
@@ -55,7 +55,7 @@ def test_arms_see_the_same_steps(task: t.Task, tmp_path: Path, peer: str) -> Non
         scores[arm] = t.score(task, Path(output["adapter"]), task.draw(3)[1], [])
     ours, theirs = (clocks[arm].losses for arm in ("budwood", peer))
     assert len(ours) == len(theirs) == 4 and len(clocks["budwood"].times) == len(clocks[peer].times) == 5
-    # One step's loss on other rows, or a token more or less with a loss, differs in the second digit.
+    # Other rows in a step, or one label more or fewer, would change the loss in its second digit.
     assert theirs[:2] == pytest.approx(ours[:2], rel=2e-3)
     assert scores["budwood"]["loss"] == pytest.approx(scores[peer]["loss"], rel=0.1)
 

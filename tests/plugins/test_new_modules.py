@@ -1,4 +1,4 @@
-"""Classification on checkpoints that hold no classification head, nor a pooler: what is new trains and is saved."""
+"""Classifiers on checkpoints without a classification head or a pooler: new modules are trained and saved."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BASES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     ),
     "gpt2": ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 2}, {"score"}),
 }
-"""Class and config of a checkpoint, and what a classifier on it has that the checkpoint lacks."""
+"""Class and config of a checkpoint, and the modules of a classifier that it lacks."""
 
 
 def make(folder: Path, name: str, sizes: dict[str, Any], **changes: Any) -> Path:
@@ -93,7 +93,7 @@ def test_what_is_new_trains_and_is_saved_here_and_in_stock_peft(tmp_path: Path, 
     pool.load("a", adapter)
     pool.use("a")
     torch.testing.assert_close(logits(pool.model), expected, atol=1e-5, rtol=1e-5)
-    torch.manual_seed(99)  # what stock transformers draws for the head is not what training drew
+    torch.manual_seed(99)  # stock transformers initialises the head differently than the run did
     auto = transformers.AutoModelForSequenceClassification
     peer = PeftModel.from_pretrained(auto.from_pretrained(base, num_labels=3, dtype=torch.float32), adapter)
     torch.testing.assert_close(logits(peer), expected, atol=1e-5, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""What an adapter on a live model stands on, for the user."""
+"""Describes which modules an adapter on a live model adapts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from budwood.adapters.whole import saved_modules
 
 
 def describe_adapter(model: nn.Module, name: str) -> str:
-    """Return on which modules the adapter `name` stands, for the user; empty if no layer of PEFT's is its."""
+    """Return a line about the modules that the adapter `name` adapts; empty if it has no PEFT layers."""
     counts: dict[str, int] = {}
     for path, _ in adapter_layers(model, name):
         last = path.rpartition(".")[2]

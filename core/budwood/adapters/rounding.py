@@ -1,4 +1,4 @@
-"""Stochastic rounding to 16 bits, which keeps updates below the resolution of the dtype on average."""
+"""Stochastic rounding to 16 bits, which preserves updates below the dtype's resolution on average."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def round_stochastically(values: Tensor, target: torch.dtype, name: str) -> Tensor:
-    """Round each value to one of its two neighbours in a 16-bit dtype, such that its expectation is the value.
+    """Round each value to one of its two neighbours in a 16-bit dtype, so that the expectation is the value.
 
-    The probability of the farther neighbour is the value's distance from the nearer one, in units of their distance
-    (Gupta et al., 2015). Values that the dtype represents stay the same, and the same name gives the same result.
+    The probability of the farther neighbour is the value's distance from the nearer one, relative to the distance
+    between the two (Gupta et al., 2015). Values that the dtype represents stay; equal names give equal results.
 
     Args:
         values: fp32, of any shape; finite.
@@ -24,7 +24,7 @@ def round_stochastically(values: Tensor, target: torch.dtype, name: str) -> Tens
     """
     near = values.to(target)
     nearest = near.to(values.dtype)
-    # Neighbours of one sign follow each other as integers, by growing magnitude.
+    # Read as integers, neighbours of one sign are consecutive and ordered by magnitude.
     grows = values.abs() > nearest.abs()
     other = (near.view(torch.int16) + torch.where(grows, 1, -1).to(torch.int16)).view(target).to(values.dtype)
     share = (values - nearest).abs() / (other - nearest).abs()

@@ -1,8 +1,8 @@
-"""Rows of the embeddings that an adapter trains, as PEFT's `trainable_token_indices`; the base's tables do not change.
+"""Embedding rows that an adapter trains, as PEFT's `trainable_token_indices`; the base's tables do not change.
 
 PEFT copies the whole table in every forward pass, and its backward pass computes the gradient of the whole table. Here
-only the trained rows are computed, and take the place of the base's. They may lie beyond the base's table, so that an
-adapter with new tokens runs on a base that was not resized, beside others.
+only the trained rows are computed, and replace the base's. They may lie beyond the base's table, so an adapter with new
+tokens runs on a base that was not resized, together with other adapters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from budwood.model.base import Base
 
 KEY = "token_adapter.trainable_tokens_delta"
-"""The name of an adapter's rows in PEFT's file. Despite its name it holds the rows, not a difference."""
+"""Key of an adapter's rows in PEFT's file. Despite its name, the tensor holds the rows, not a difference."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class _Ids:
 
 
 class TokenRows(nn.Module):
-    """An embedding table or a head, of which each adapter may have rows of its own.
+    """An embedding table or a head in which each adapter may have its own rows.
 
     Attributes:
         base_layer: the base's module.
@@ -70,12 +70,12 @@ class TokenRows(nn.Module):
 
     @property
     def num_embeddings(self) -> int:
-        """Number of token ids that the module takes at present."""
+        """Number of token ids that the module currently accepts."""
         size = len(self.base_layer.weight)
         return size if self.active is None else max(size, self.ids[self.active].count)
 
     def add(self, name: str, ids: Sequence[int], shared: nn.Parameter | None = None) -> None:
-        """Give the adapter `name` rows for these token ids, with the base's values, or those of tied embeddings."""
+        """Give the adapter `name` rows for these token ids: copies of the base's, or `shared` with tied embeddings."""
         weight, chosen = self.base_layer.weight, torch.tensor(ids)
         found, order = chosen.sort()
         inside = int((chosen < len(weight)).sum())
@@ -122,14 +122,14 @@ class TokenRows(nn.Module):
 
 
 def new_tokens(model: Any, base: Base | None, whole: Collection[str] = ()) -> dict[str, list[int]]:
-    """Return which rows a run has to train, since its base was resized: token ids by the module's name.
+    """Return the rows that a run must train because its base was resized: token ids by module name.
 
     Args:
-        base: the base whose model it is; None while it has not been loaded.
-        whole: full names of modules that train whole, in which the new rows train anyway.
+        base: the model's base; None before it is loaded.
+        whole: full names of fully trained modules, which include the new rows.
 
     Raises:
-        InputError: one of two tied modules trains whole.
+        InputError: only one of two tied modules is fully trained.
     """
     ids = list(base.added) if base is not None else []
     if not ids:
@@ -150,17 +150,17 @@ def new_tokens(model: Any, base: Base | None, whole: Collection[str] = ()) -> di
 def saved_tokens(
     model: Any, saved: SavedLowRankConfig, tensors: Mapping[str, Tensor], whole: Collection[str] = ()
 ) -> tuple[dict[str, list[int]], dict[str, Tensor]]:
-    """Return the rows of a saved adapter: token ids by the full name of the module, and its tensors with these rows.
+    """Return the rows of a saved adapter: token ids by full module name, and its tensors with these rows.
 
-    PEFT saves whole tables beside an adapter whose base was resized: their rows beyond this base's are rows too.
+    PEFT saves whole tables with an adapter whose base was resized; rows beyond this base's are the adapter's too.
 
     Args:
-        tensors: those of the file.
+        tensors: the file's tensors.
         whole: full names of modules that the adapter replaces.
 
     Raises:
-        CorruptError: the model has none of the modules; a token id is negative or named twice; or the file has another
-            number of rows.
+        CorruptError: the model has none of the modules; a token id is negative or named twice; or the number of
+            rows in the file differs.
         InputError: a module is neither the embeddings nor the head.
     """
     embedding, head = _ends(model)
@@ -172,13 +172,13 @@ def saved_tokens(
             count = 0 if rows is None or not rows.ndim else len(rows)
             where = "adapter_config.json: trainable_token_indices"
             raise CorruptError(f"{where}: {len(ids):,} rows of '{path}', but the file has {count:,}.")
-    if tied and embedding in found and head not in found:  # PEFT repeats them where it saves whole tables
+    if tied and embedding in found and head not in found:  # PEFT repeats them if it saves whole tables
         _drop_equal(own, keys[str(head)] + KEY, own[keys[str(embedding)] + KEY])
     tables = {}
     for path in keys:
         if path in whole:
             if tied and saved.trainable_token_indices:
-                raise InputError(f"'{path}' is tied, replaced whole, and beside it rows train: {MERGE}.")
+                raise InputError(f"'{path}' is tied and replaced, but rows of it are trained too: {MERGE}.")
             _drop_equal(own, f"{keys[path]}modules_to_save.weight", own.get(f"{keys[path]}weight"))
             if (original := own.get(f"{keys[path]}original_module.weight")) is not None and original.ndim == 2:
                 own[f"{keys[path]}original_module.weight"] = original[: len(model.get_submodule(path).weight)]
@@ -202,7 +202,7 @@ def saved_tokens(
 
 
 def _given(model: Any, saved: SavedLowRankConfig) -> dict[str, list[int]]:
-    """Return the config's token ids by the full name of the module, without a head that is tied."""
+    """Return the config's token ids by full module name, without a tied head."""
     given, where = saved.trainable_token_indices, "adapter_config.json: trainable_token_indices"
     if not given:
         return {}
@@ -213,9 +213,9 @@ def _given(model: Any, saved: SavedLowRankConfig) -> dict[str, list[int]]:
     for end, ids in wanted.items():
         names = [name for name in modules if name.endswith(end)]
         if not names or not ids:
-            raise CorruptError(f"{where}: the model has no '{shorten(end)}', or no token id is given.")
+            raise CorruptError(f"{where}: the model has no '{shorten(end)}', or the list of token ids is empty.")
         if min(ids) < 0 or len(set(ids)) < len(ids):
-            raise CorruptError(f"{where}: '{shorten(end)}' has a negative token id, or the same one twice.")
+            raise CorruptError(f"{where}: '{shorten(end)}' has a negative or repeated token id.")
         for name in names:
             if name not in (embedding, head):
                 raise InputError(f"{where}: '{name}' is neither the input embeddings nor the head: {MERGE}.")
@@ -229,22 +229,22 @@ def _drop_equal(tensors: dict[str, Tensor], key: str, other: Tensor | None) -> N
     """Drop a tensor that the file holds twice.
 
     Raises:
-        InputError: the two differ, as where the base ties what the adapter does not.
+        InputError: the two differ, as when the base ties them and the adapter does not.
     """
     if key in tensors:
         if other is None or not tensors[key].equal(other):
-            raise InputError(f"'{key}' differs from the other tensor of the file that it should equal: {MERGE}.")
+            raise InputError(f"'{key}' differs from a tensor in the same file that it should equal: {MERGE}.")
         del tensors[key]
 
 
 def wrap_tokens(model: Any, tokens: Mapping[str, list[int]], name: str) -> None:
-    """Give the adapter `name` rows of its own in these modules, not in use; a tied head gets those of the embeddings.
+    """Give the adapter `name` its own rows in these modules, inactive; a tied head shares those of the embeddings.
 
     Args:
-        tokens: token ids by full name of the module.
+        tokens: token ids by full module name.
 
     Raises:
-        InputError: another adapter stands on such a module, or PEFT computes something else there.
+        InputError: another adapter uses such a module, or PEFT would compute something else there.
     """
     embedding, head = _ends(model)
     tied = _tied(model)
@@ -255,7 +255,7 @@ def wrap_tokens(model: Any, tokens: Mapping[str, list[int]], name: str) -> None:
         if beyond != [*range(size, size + len(beyond))]:
             raise InputError(
                 f"trainable_token_indices: '{path}' has {size:,} rows, and the adapter has row {beyond[-1]:,} but not "
-                f"all before it: it is for a base that was resized to {beyond[-1] + 1:,} or more. Save that base."
+                f"all before it: it needs a base that was resized to at least {beyond[-1] + 1:,} rows. Save that base."
             )
         rows.add(name, ids)
         if path == embedding and tied and head is not None and head not in tokens and not _replaces(model, head, name):
@@ -263,7 +263,7 @@ def wrap_tokens(model: Any, tokens: Mapping[str, list[int]], name: str) -> None:
 
 
 def token_rows(model: nn.Module, name: str) -> Iterator[tuple[str, TokenRows]]:
-    """Yield the modules of which the adapter `name` has rows, each with its path; those of tied heads too."""
+    """Yield each module in which the adapter `name` has rows, including tied heads, with its path."""
     for path, module in model.named_modules():
         if isinstance(module, TokenRows) and name in module.rows:
             yield path, module
@@ -275,7 +275,7 @@ def token_tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
 
 def select_tokens(model: nn.Module, names: Collection[str], single: str | None) -> None:
-    """Use the rows of the adapter `single`, which computes all rows of the next batches; None: none.
+    """Activate the rows of the adapter `single`, which computes every row of the next batches; None: of no adapter.
 
     Raises:
         InputError: an adapter in `names` has rows, but would share a batch with others.
@@ -289,7 +289,7 @@ def select_tokens(model: nn.Module, names: Collection[str], single: str | None) 
 
 
 def remove_tokens(model: Any, name: str) -> None:
-    """Remove the rows of the adapter `name`; a module of which no adapter has rows becomes the base's own again."""
+    """Remove the rows of the adapter `name`; a module without rows of other adapters becomes the base's own again."""
     for path, module in list(model.named_modules()):
         if isinstance(module, TokenRows):
             module.remove(name)
@@ -309,10 +309,10 @@ def merge_tokens(model: Any, name: str) -> None:
 
 
 def _wrapped(model: Any, path: str) -> TokenRows:
-    """Return the wrapper of a module, put around it if it has none.
+    """Return the wrapper of a module, adding one if it has none.
 
     Raises:
-        InputError: it cannot have rows of an adapter.
+        InputError: the module does not support an adapter's own rows.
     """
     parent, _, leaf = path.rpartition(".")
     module = model.get_submodule(path)
@@ -320,7 +320,7 @@ def _wrapped(model: Any, path: str) -> TokenRows:
         return module
     if isinstance(module, LoraLayer | AuxiliaryTrainingWrapper):
         raise InputError(
-            f"'{path}' is adapted or replaced whole, and rows of it train too, which is not supported: "
+            f"'{path}' is adapted or replaced while some of its rows are trained, which is not supported: "
             "leave it out of the targets and modules_to_save, unload the other adapter first, or merge a saved one "
             "with PEFT (merge_and_unload)."
         )
@@ -329,8 +329,8 @@ def _wrapped(model: Any, path: str) -> TokenRows:
     )
     if not plain and (type(module) is not nn.Linear or module.bias is not None):
         raise InputError(
-            f"'{path}' is no plain embedding table and no linear without a bias ({type(module).__name__}), so training "
-            f"rows of it is not supported: {MERGE}."
+            f"'{path}' is neither a plain embedding table nor a linear without bias ({type(module).__name__}), so "
+            f"training rows of it is not supported: {MERGE}."
         )
     wrapper = TokenRows(module)
     setattr(model.get_submodule(parent), leaf, wrapper)
@@ -338,23 +338,23 @@ def _wrapped(model: Any, path: str) -> TokenRows:
 
 
 def _ends(model: Any) -> tuple[str | None, str | None]:
-    """Return the full names of the input embeddings and of the head, None for what the model does not have."""
+    """Return the full names of the input embeddings and of the head, None if the model has none."""
     ends = (table_of(model), head_of(model))
     paths = {id(module): path for path, module in model.named_modules()}
     return paths.get(id(ends[0])), paths.get(id(ends[1]))
 
 
 def _replaces(model: Any, path: str, name: str) -> bool:
-    """Return whether the adapter `name` replaces a module whole."""
+    """Return whether the adapter `name` replaces the whole module."""
     module = model.get_submodule(path)
     return isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save
 
 
 def fit_whole(model: Any, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Enlarge the embeddings and the head that the adapter `name` replaces to the rows of its file.
+    """Enlarge the embeddings and the head that the adapter `name` replaces to the number of rows in its file.
 
     Args:
-        tensors: those of the file.
+        tensors: the file's tensors.
     """
     for path in filter(None, _ends(model)):
         if not _replaces(model, path, name):

@@ -1,4 +1,4 @@
-"""Encodes the rows of a data file chunk by chunk, in this process or, for a large file, in one for each core."""
+"""Encodes the rows of a data file in chunks: in this process or, for a large file, in one process per core."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from budwood.data.workers import Workers
 from budwood.errors import InputError
 
 PARALLEL = 32_000_000
-"""Size of a file in bytes from which further processes pay for their start of some seconds."""
+"""File size in bytes from which worker processes are worth their start-up time of some seconds."""
 MOST = 8
-"""Maximum number of processes; each takes some 300 MB."""
+"""Maximum number of processes; each takes about 0.4 GB."""
 
 BEYOND = "answer beyond max_length"
 """Reason for dropping a row whose truncation would leave only the prompt."""
@@ -48,11 +48,12 @@ class Chunk:
     """What was encoded from a chunk of rows.
 
     Attributes:
-        arrays: the examples, as `pack` lays them out, with the number of each among its row's, or -1, for its key.
-        hashes: [n] uint64, of what each example trains on, without rows that are there again.
+        arrays: the examples as packed by `pack`, and `numbers`: the index of each among its row's examples, for its
+            key; -1 if the row has only one.
+        hashes: [n] uint64, of what each example trains on; repeats of rows are left out.
         dropped: number of dropped rows by reason; `first_dropped` has the location of the first row for each reason.
         bad: rows that were skipped.
-        truncated: number of rows that lost tokens, and `tokens_cut` how many.
+        truncated: number of rows that lost tokens; `tokens_cut` is the number of these tokens.
         classes: names of the classes, as the labels index them; None if they are not learned.
         remarks, stop_ids, rendered: those of the encoder.
     """
@@ -91,11 +92,11 @@ class ChunkEncoder:
         """Yield the indices of each chunk's rows and what was encoded from them, in order.
 
         Args:
-            processes: number of processes that encode; None: one for each core if the file is large.
+            processes: number of encoding processes; None: one per core if the file is large.
 
         Raises:
             InputError: a row cannot be read or used, and `skip` is not set.
-            PluginError: the task returns something else than an `Encoded` or a `Dropped` for each item.
+            PluginError: the task does not return an `Encoded` or a `Dropped` for each item.
         """
         if processes is None:
             processes = min(len(os.sched_getaffinity(0)), MOST) if self.rows.bytes >= PARALLEL else 1
@@ -174,7 +175,7 @@ class ChunkEncoder:
     def _encode_items(
         self, items: Sequence[Any], where: Sequence[str], encoder: Encoder
     ) -> Sequence[Encoded | Dropped | InputError]:
-        """Encode items; with `skip`, return the error of one that cannot be encoded in its place."""
+        """Encode items; with `skip`, return an item's error in its place if it cannot be encoded."""
         remarks = encoder.remarks.copy()
         try:
             with attribute_errors(self.task, "encode"):
@@ -195,7 +196,7 @@ class ChunkEncoder:
 
 
 def _compact(arrays: Arrays, numbers: Sequence[int]) -> Arrays:
-    """Return packed examples of one file in less space: keys follow from rows, positions fit into 32 bits."""
+    """Return packed examples in less space: keys follow from rows, and positions fit into 32 bits."""
     arrays = {**arrays, "numbers": np.array(numbers, dtype=np.int64)}
     del arrays["keys"]
     arrays["label_positions.values"] = arrays["label_positions.values"].astype(np.int32)
@@ -203,7 +204,7 @@ def _compact(arrays: Arrays, numbers: Sequence[int]) -> Arrays:
 
 
 def _hash(example: Example) -> int:
-    """Hash what is trained on: inputs, labels and their positions. Of ten million rows, two agree by chance 1e-6."""
+    """Hash inputs, labels and label positions. Ten million rows have a collision with a probability of 3e-6."""
     digest = hashlib.blake2b(digest_size=8)
     for array in (*(example.inputs[name] for name in sorted(example.inputs)), example.label_positions, example.labels):
         digest.update(np.ascontiguousarray(array).data)

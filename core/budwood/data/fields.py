@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from budwood.data.rows import Row
 from budwood.errors import InputError
@@ -56,5 +57,10 @@ def describe_type(row: Row, field: str) -> str:
     """Return what a field holds, for messages: "missing", "null", or "a list"."""
     if field not in row:
         return "missing"
-    value = row[field]
-    return "null" if value is None else f"a {type(value).__name__}"
+    return "null" if row[field] is None else type_name(row[field])
+
+
+def type_name(value: Any) -> str:
+    """Return the type of a value with its article, for messages: "an int"."""
+    name = type(value).__name__
+    return f"an {name}" if name == "int" else f"a {name}"

@@ -1,4 +1,4 @@
-"""The part of the training data that a run holds out by itself: which examples, and why none if there are none."""
+"""Chooses the part of the training data that a run holds out for evaluation."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from budwood.data.examples import Examples
 from budwood.errors import InputError
 
 SHARE, LEAST, MOST = 0.05, 10, 500
-"""Share of the examples that is held out, and its smallest and largest number."""
+"""Fraction of the examples that is held out, and the limits of their number."""
 SMALLEST = 100
-"""Data with fewer examples is trained on as a whole: 5 % of it would measure nothing."""
+"""With fewer examples nothing is held out: 5 % of them would measure nothing."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The choice of a held-out part.
+    """The held-out part.
 
     Attributes:
-        indices: [m] int64, the examples held out, ascending; empty: none.
+        indices: [m] int64, the examples held out, ascending; may be empty.
         rows: [r] int64, their rows, ascending.
         note: what was held out, or why nothing was, for the user.
     """
@@ -41,10 +41,10 @@ class HeldOut:
 
 
 def hold_out(examples: Examples, seed: int, group_by: str | None = None, where: str = "data.group_by") -> HeldOut:
-    """Choose the examples that a run holds out: 5 %, but at least 10 and at most 500, the same ones for a seed.
+    """Choose the examples that a run holds out: 5 %, at least 10 and at most 500; the seed decides which.
 
-    Examples of one row, of one group, with equal inputs, or with one value of column `group_by` stay together. Of
-    several classes, each is held out in proportion, and at least one unit of it is left for training.
+    Examples of one row, of one group, with equal inputs, or with one value of column `group_by` stay together. Each
+    class is held out in proportion, and at least one unit of it is left for training.
 
     Args:
         group_by: a column of the data; rows without a value in it are separate.
@@ -60,20 +60,20 @@ def hold_out(examples: Examples, seed: int, group_by: str | None = None, where: 
     wanted = min(max(round(SHARE * count), LEAST), MOST)
     chosen = _choose(units, examples, wanted, seed)
     if not chosen.any():
-        return _none("what belongs together (rows of a group, or equal ones) is larger than the part to hold out")
+        return _none("rows that must stay together (groups, equal rows) are more than the part to hold out")
     indices = np.flatnonzero(chosen)
     rows = np.unique(examples.row_numbers[indices])
     details = f"{len(np.unique(units[indices])):,} groups by {group_by}" if group_by else f"{len(rows):,} rows"
     details += ", in proportion to the classes" if examples.labels else ""
     note = (
-        f"held out for evaluation: {len(indices):,} of {count:,} examples ({details}); with data.eval: none, "
-        "they are trained on too"
+        f"held out for evaluation: {len(indices):,} of {count:,} examples ({details}); "
+        "data.eval: none trains on them too"
     )
     return HeldOut(indices, rows, note)
 
 
 def rows_held_out(examples: Examples, rows: Sequence[int]) -> HeldOut:
-    """Return the part that consists of given rows, as an earlier `hold_out` chose them.
+    """Return the held-out part that consists of the given rows, chosen by an earlier `hold_out`.
 
     Raises:
         InputError: the data has no example of any of the rows.
@@ -81,10 +81,10 @@ def rows_held_out(examples: Examples, rows: Sequence[int]) -> HeldOut:
     numbers = np.asarray(rows, dtype=np.int64)
     indices = np.flatnonzero(np.isin(examples.row_numbers, numbers))
     if not len(indices):
-        raise InputError(f"{examples.path}: no row that was held out yields an example in this setting.")
-    note = f"held out for evaluation: {len(indices):,} of {len(examples):,} examples, those of the run"
+        raise InputError(f"{examples.path}: none of the held-out rows yields an example with these settings.")
+    note = f"held out for evaluation: {len(indices):,} of {len(examples):,} examples, as in the run"
     missing = len(np.setdiff1d(numbers, examples.row_numbers[indices]))
-    note += f"; {missing:,} of its rows yield no example in this setting" if missing else ""
+    note += f"; {missing:,} of its held-out rows yield no example with these settings" if missing else ""
     return HeldOut(indices, numbers, note)
 
 
@@ -94,7 +94,7 @@ def _none(reason: str) -> HeldOut:
 
 
 def _units(examples: Examples, group_by: str | None, where: str) -> np.ndarray:
-    """Return for each example the number of its unit, [n]: the smallest index of those it stays together with."""
+    """Return the unit of each example, [n]: the smallest index of the examples it stays together with."""
     parts = [examples.row_numbers, examples.groups, examples.input_hashes]
     if group_by is not None:
         parts.append(_column_hashes(examples, group_by, where)[examples.row_numbers])
@@ -141,7 +141,7 @@ def _class(examples: Examples, index: int) -> int:
 
 
 def _column_hashes(examples: Examples, column: str, where: str) -> np.ndarray:
-    """Return a hash of a column's value for each row, [rows] uint64; a row without a value has its own."""
+    """Return a hash of a column's value for each row, [rows] uint64; a row without a value gets a unique one."""
     rows = examples.rows
     if column not in rows.columns:
         raise InputError(f"{where}: {examples.path} has no column '{column}': it has {', '.join(rows.columns)}.")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from budwood.data.fields import describe_type, encodable, read_weight
+from budwood.data.fields import describe_type, encodable, read_weight, type_name
 from budwood.data.rows import Row
 from budwood.errors import InputError, did_you_mean
 from budwood.untrusted.redaction import shorten
@@ -112,7 +112,7 @@ def read_messages(
     for number, given in enumerate(value, 1):
         place = f"{where}: message {number}"
         if not isinstance(given, dict):
-            what = "a text without a role: it" if isinstance(given, str) else f"a {type(given).__name__}: it"
+            what = "a text without a role: it" if isinstance(given, str) else f"{type_name(given)}: it"
             raise InputError(f"{place} is {what} must be an object with role and content.")
         message, weight = _read_message(given, place)
         dropped = {key for key in message if key in METADATA}
@@ -189,7 +189,7 @@ def _part(part: Any, number: int, place: str) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, dict):
-        raise InputError(f"{place}: part {number} of 'content' must be text, not a {type(part).__name__}.")
+        raise InputError(f"{place}: part {number} of 'content' must be text, not {type_name(part)}.")
     kind = part.get("type", "text")
     others = [key for key, value in part.items() if key not in ("type", "text") and value is not None]
     if kind not in ("text", "input_text", "output_text") or others:
@@ -232,7 +232,7 @@ def _calls(value: Any, place: str) -> list[dict[str, Any]]:
     calls = _parsed(value, "'tool_calls'", place)
     calls = [calls] if isinstance(calls, Mapping) else calls
     if not isinstance(calls, list):
-        raise InputError(f"{place}: 'tool_calls' must be a list, not a {type(calls).__name__}.")
+        raise InputError(f"{place}: 'tool_calls' must be a list, not {type_name(calls)}.")
     return [_call(call, f"{place}: tool call {number}") for number, call in enumerate(calls, 1)]
 
 
@@ -256,7 +256,7 @@ def _call(call: Any, place: str) -> dict[str, Any]:
     if arguments is None or arguments == "":
         arguments = {}
     if not isinstance(arguments, Mapping):
-        raise InputError(f"{place}: 'arguments' must be an object, or its JSON, not a {type(arguments).__name__}.")
+        raise InputError(f"{place}: 'arguments' must be an object, or its JSON, not {type_name(arguments)}.")
     encodable(json.dumps(arguments, ensure_ascii=False, default=str) + function["name"], "it", place)
     named = {"name": function["name"], "arguments": dict(arguments)}
     return {**{key: call[key] for key in ("id",) if key in call}, "type": "function", "function": named}

@@ -1,4 +1,4 @@
-"""Several data formats in one list of sources: each file's rows are read as what that file is."""
+"""Several data formats in one list of sources: each file's rows are read in that file's format."""
 
 from __future__ import annotations
 

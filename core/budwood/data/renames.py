@@ -1,4 +1,4 @@
-"""What to rename in data that is no format of ours, but whose columns are well known."""
+"""Suggests what to rename in data that matches no format but has well-known columns."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _OTHERS = (
     *((pair, f"A text has one label; join '{pair[0]}' and '{pair[1]}' into 'text'.")
       for pair in (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"))),
     (("sentence", "label"), "Rename 'sentence' to 'text'."),
-    (("text", "labels"), "Write 'labels' as 'label', with one class a row."),
+    (("text", "labels"), "Write 'labels' as 'label', with one class per row."),
     (("text", "intent"), "Rename 'intent' to 'label'."),
 )  # fmt: skip
-"""Other columns, and what to do about them."""
+"""Other columns, and the remedy."""
 
 
 def suggest(columns: Sequence[str]) -> str:
-    """Return " Rename …" for well-known columns that no data format has; an empty string for others."""
+    """Return " Rename …" for well-known columns that match no data format, "" for others."""
     for names, remedy in _OTHERS:
         if set(names) <= set(columns):
             return f" {remedy}"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 CHUNK, CHUNK_BYTES = 1024, 1 << 22
-"""Number of rows that are encoded at once, and of bytes in their file."""
+"""Maximum number of rows, and of their bytes in the file, that are encoded at once."""
 
 
 class Rows(Sequence[Row]):
@@ -60,7 +60,7 @@ class Rows(Sequence[Row]):
         return iter(self._rows)
 
     def is_repeat(self, index: int) -> bool:
-        """Return whether the row is an earlier one again."""
+        """Return whether the row repeats an earlier one."""
         return False
 
     def location(self, index: int) -> str:
@@ -68,12 +68,12 @@ class Rows(Sequence[Row]):
         return f"{self.path}:{self._place(index)}"
 
     def size(self, index: int) -> int:
-        """Return about how many bytes of the file the row takes; 0 if that is not known."""
+        """Return the approximate size of the row in the file in bytes; 0 if unknown."""
         return self._rows.size(index) if isinstance(self._rows, Records) else 0
 
 
 def chunks(rows: Rows) -> Iterator[range]:
-    """Yield the indices of rows that are encoded at once, in order."""
+    """Yield the row indices of each chunk that is encoded at once, in order."""
     start = size = 0
     for index in range(len(rows)):
         size += rows.size(index)
@@ -116,7 +116,7 @@ class Records(Sequence[Row]):
         return {**vars(self), "_file": None}
 
     def parse(self, file: IO[bytes], number: int) -> Row:
-        """Read the record at the file's position, whose line is `number`."""
+        """Read the record at the file's position; it begins in line `number`."""
         raise NotImplementedError
 
     def place(self, index: int) -> str:
@@ -124,7 +124,7 @@ class Records(Sequence[Row]):
         return str(self.numbers[index])
 
     def size(self, index: int) -> int:
-        """Return the number of bytes from a record to the next."""
+        """Return the number of bytes from the start of a record to the next one."""
         stop = self.starts[index + 1] if index + 1 < len(self.starts) else self._end
         return int(stop - self.starts[index])
 
@@ -143,7 +143,7 @@ class CsvRecords(Records):
 
     Args:
         header: names of the columns.
-        delimiter: what separates fields.
+        delimiter: the field separator.
         missing: values that are read as empty fields.
     """
 
@@ -155,7 +155,7 @@ class CsvRecords(Records):
         self._header, self._delimiter, self._missing = header, delimiter, missing
 
     def parse(self, file: IO[bytes], number: int) -> Row:
-        """Parse the record, which may have several lines."""
+        """Parse the record, which may span several lines."""
         texts = (line.decode() for line in csv_lines(file))
         values = next(csv.reader(texts, delimiter=self._delimiter, strict=True))
         pairs = zip(self._header, values, strict=True)
@@ -210,7 +210,7 @@ class FolderRows(Table):
 
 
 class ParquetRows(Sequence[Row]):
-    """Rows of a Parquet file, of which one row group is in memory.
+    """Rows of a Parquet file; one row group at a time is in memory.
 
     Raises:
         InputError: the file is unreadable; also on access.

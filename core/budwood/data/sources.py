@@ -27,7 +27,10 @@ class Source(BaseModel):
     config: str | None = Field(None, min_length=1, description="only this folder of a folder or hub name")
     revision: str | None = Field(None, min_length=1, max_length=255, description="branch, tag or commit of a hub name")
     weight: float = Field(
-        1.0, gt=0, le=1000, description="how often an epoch has each row: 2: twice; 0.25: a fixed quarter, once"
+        1.0,
+        gt=0,
+        le=1000,
+        description="how often each row occurs in an epoch (2: twice; 0.25: a fixed quarter of the rows)",
     )
 
 

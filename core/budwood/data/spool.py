@@ -1,4 +1,4 @@
-"""Arrays that grow chunk by chunk: in memory, and in files that are mapped into memory once they are large."""
+"""Collects arrays chunk by chunk, in memory or, once they are large, in memory-mapped files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Spool:
     """Collects chunks of arrays, which are concatenated along their first axis.
 
     Args:
-        folder: where the files of large arrays are written, if that is possible; otherwise in the temporary folder.
+        folder: where large arrays are written if possible; otherwise the temporary folder.
 
     Attributes:
         directory: the files' folder, deleted with the spool; None while the arrays are in memory.
@@ -61,7 +61,7 @@ class Spool:
             self._write()
 
     def drop(self, name: str) -> None:
-        """Leave an array out."""
+        """Discard an array."""
         self._chunks.pop(name, None)
         if name in self._files and self.directory is not None:
             self._files.pop(name).close()
@@ -79,7 +79,7 @@ class Spool:
         return {name: open_memmap(self.directory / file_name(name), mode="r") for name in self._files}
 
     def _write(self) -> None:
-        """Move what is in memory to the files."""
+        """Move the chunks from memory to the files."""
         if self.directory is None:
             self.directory = _make_folder(self._folder)
             weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
@@ -113,6 +113,6 @@ def _make_folder(folder: Path) -> Path:
 
 
 def _write_header(file: IO[bytes], dtype: np.dtype, shape: tuple[int, ...]) -> None:
-    """Write the header of an .npy file; it is as long for any number of rows, since numpy leaves room for it."""
+    """Write the header of an .npy file; its length does not depend on the number of rows, since numpy pads it."""
     header = {"descr": dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     write_array_header_1_0(file, header)

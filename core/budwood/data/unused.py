@@ -1,4 +1,4 @@
-"""Columns that a data format does not read: named, if they describe a row; refused, if they say something else."""
+"""Columns that a data format does not read: reported if they are metadata, refused if they have content."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ SAID = (
     "chat_template_kwargs", "thinking", "reasoning", "reasoning_content", "images", "image", "videos", "video",
     "audios", "audio", "documents", "chosen", "rejected", "function_call", "tool_calls",
 )  # fmt: skip
-"""Columns that are part of what is said: a model trained without them is trained on something else."""
+"""Columns with content: a model trained without them is trained on something else."""
 OTHERS = ("text", "prompt", "completion", "output", "response", "messages", "conversation", "conversations")
-"""Columns that other formats read; beside a format they usually say the same again, such as a rendering of it."""
+"""Columns that other formats read; beside a format they usually repeat its content, for example as a rendering."""
 
 
 def find_unused(columns: Sequence[str], data_format: DataFormat) -> list[str]:
@@ -28,10 +28,10 @@ def find_unused(columns: Sequence[str], data_format: DataFormat) -> list[str]:
 
 
 def check_unused(row: Mapping[str, Any], unused: Sequence[str], data_format: DataFormat, where: str) -> None:
-    """Refuse a row with a value in a column that its data format would leave out although it says something else.
+    """Refuse a row with new content in a column that its data format does not read.
 
     Raises:
-        InputError: it has one.
+        InputError: the row has such a column.
     """
     if isinstance(data_format, Mixed):
         data_format = data_format.at(where)
@@ -45,12 +45,12 @@ def check_unused(row: Mapping[str, Any], unused: Sequence[str], data_format: Dat
         remedy = "Rename it to 'system'" if name == "system_prompt" and "system" in data_format.optional else ""
         raise InputError(
             f"{where}: {' + '.join(data_format.columns)} does not read column '{name}', which would be left out. "
-            f"{remedy or 'Put it into a column that is read'}, or remove it."
+            f"{remedy or 'Move it to a column that is read'}, or remove it."
         )
 
 
 def _repeats(row: Mapping[str, Any], value: Any, data_format: DataFormat) -> bool:
-    """Return whether a value says nothing but what is read: it is part of that, or all of that is part of it."""
+    """Return whether a value repeats the columns that are read: its texts are part of theirs, or theirs of its."""
     own = [text for name in (*data_format.columns, *data_format.optional) for text in _texts(row.get(name))]
     theirs = list(_texts(value))
     if not theirs:
@@ -60,7 +60,7 @@ def _repeats(row: Mapping[str, Any], value: Any, data_format: DataFormat) -> boo
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield the texts in a value: itself, or the contents of messages; with single spaces."""
+    """Yield the texts in a value (itself, or the contents of messages), with white space collapsed."""
     if isinstance(value, str):
         if text := " ".join(value.split()):
             yield text

@@ -1,7 +1,7 @@
-"""Processes that encode chunks of a large file, one for each core.
+"""Processes that encode chunks of a large file, one per core.
 
-Not multiprocessing's own processes: they would import the main program again, which fails if that is a user's script
-without a guard, or inherit locks that another thread holds. Its connections carry the objects; both ends are ours.
+These are not multiprocessing's processes, which would import the main program again (that fails for a user's script
+without a guard) or inherit locks held by other threads. Only its connections are used; both ends are Budwood's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ENVIRONMENT = {
 
 
 class Workers:
-    """Processes with a copy of an encoder; a context manager that ends them."""
+    """Processes with a copy of the encoder each; a context manager that ends them."""
 
     def __init__(self, processes: list[_Process]) -> None:
         self._processes = processes
@@ -42,7 +42,7 @@ class Workers:
 
     @classmethod
     def start(cls, encoder: ChunkEncoder, count: int) -> Workers | None:
-        """Start processes; None if the encoder, such as a task of the main program, cannot be sent to another one."""
+        """Start processes; return None if the encoder cannot be sent, as with a task defined in the main program."""
         processes: list[_Process] = []
         try:
             for _ in range(count):
@@ -63,7 +63,7 @@ class Workers:
         _end(self._processes)
 
     def map(self, ranges: Iterator[range]) -> Iterator[tuple[range, Chunk]]:
-        """Yield each range with its chunk, in order; an error in one is raised when its turn comes.
+        """Yield each range with its chunk, in order; a chunk's error is raised when its turn comes.
 
         Raises:
             ResourceError: a process was killed.
@@ -80,7 +80,7 @@ class Workers:
                     first, future = waiting.popleft()
                     yield first, future.result()
             except BaseException:
-                _end(self._processes)  # so that no thread waits for an answer
+                _end(self._processes)  # otherwise threads would wait for answers
                 raise
 
     def _encode(self, indices: range) -> Chunk:
@@ -117,31 +117,31 @@ class _Process:
         """Send the encoder; return False if that is not possible."""
         try:
             self._pipe.send(encoder)
-        except OSError:  # `receive` says why
+        except OSError:  # `receive` reports the reason
             return True
-        except Exception:  # any object of a plugin may refuse
+        except Exception:  # pickling a plugin's object may raise anything
             return False
         return True
 
     def send(self, indices: range) -> None:
         try:
             self._pipe.send(indices)
-        except OSError:  # `receive` says why
+        except OSError:  # `receive` reports the reason
             return
 
     def receive(self) -> Any:
         try:
             return self._pipe.recv()
         except (EOFError, OSError) as error:
-            raise ResourceError(f"a process that encodes data ended{self._reason()}") from error
+            raise ResourceError(f"a process that encodes data {self._reason()}") from error
 
     def _reason(self) -> str:
         code = self._popen.wait()
         if code == -signal.SIGKILL:
-            return ": the system killed it, probably for lack of memory. Free some, or split the file."
+            return "was killed by the system, probably for lack of memory. Free some memory, or split the file."
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return f" with exit status {code}: {lines[-1][:300] if lines else 'it says nothing'}"
+        return f"ended with exit status {code}: {lines[-1][:300] if lines else 'no output'}"
 
     def end(self) -> None:
         self._popen.kill()
@@ -156,14 +156,14 @@ def _end(processes: list[_Process]) -> None:
 
 
 def serve(descriptor: int) -> None:
-    """Encode the chunks that are asked for on a connection, until it is closed."""
+    """Encode the chunks requested over a connection until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends us
     pipe: Connection[Any, Any] = Connection(descriptor)
     try:
         encoder: ChunkEncoder = pipe.recv()
     except EOFError:
         return
-    except Exception:  # a class of the main program
+    except Exception:  # a class defined in the main program
         pipe.send(False)
         return
     pipe.send(True)
@@ -180,7 +180,7 @@ def serve(descriptor: int) -> None:
 
 
 def _portable(error: Exception) -> BaseException:
-    """Return an error that another process can read: a plugin's class may not survive the way."""
+    """Return an error that can be sent to another process; a plugin's own class may not be picklable."""
     for kind in type(error).__mro__:
         if issubclass(kind, BudwoodError) and kind.__module__.startswith("budwood."):
             return kind(str(error))

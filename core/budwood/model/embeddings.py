@@ -1,4 +1,4 @@
-"""Embeddings for tokens that were added to a base's tokenizer alone: enlarge its tables, in place."""
+"""Enlarges a base's embeddings, in place, for tokens that only its tokenizer has."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def vocabulary_of(tokenizer: Any) -> int:
-    """Return how many embeddings a tokenizer's token ids need: the largest id plus one."""
+    """Return the number of embeddings that a tokenizer needs: its largest token id plus one."""
     return int(max(tokenizer.get_vocab().values(), default=-1)) + 1
 
 
@@ -35,21 +35,21 @@ def head_of(model: Any) -> nn.Module | None:
 
 @torch.no_grad()
 def resize(model: Any, count: int, name: str) -> range:
-    """Enlarge input embeddings and output head to `count` rows; what is tied stays tied. Fewer rows are never made.
+    """Enlarge input embeddings and output head to `count` rows; tied ones stay tied. Tables are never shrunk.
 
     Every new row is the mean of the old rows, so that no new token is more probable than the most probable old one
     (Hewitt, 2021, "Initializing New Word Embeddings for Pretrained Language Models"). transformers' `mean_resizing`
     draws from a normal distribution with this mean.
 
     Args:
-        model: a model, or its skeleton on the meta device; of what adapters put around a table, the base's is enlarged.
+        model: a model, or its skeleton on the meta device; inside adapters' wrappers, the base's table is enlarged.
         name: the base's name, for messages.
 
     Returns:
         The token ids of the new rows.
 
     Raises:
-        InputError: the model has tables of that size which would not be enlarged, or its head is no plain linear.
+        InputError: other tables of that size would not be enlarged, or the head is not a plain linear.
     """
     embedding, head = _plain(table_of(model)), _plain(head_of(model))
     old = getattr(embedding, "num_embeddings", None)
@@ -86,14 +86,14 @@ def resize_base(base: Base, count: int) -> None:
 
 
 def resize_note(old: int, count: int) -> str:
-    """Return what resizing embeddings from `old` to `count` rows does, for the user."""
+    """Return a note about resizing the embeddings from `old` to `count` rows."""
     if count <= old:
-        return f"resize_embeddings: nothing to do: every token of the tokenizer has one of the {old:,} embeddings"
-    return f"embeddings resized from {old:,} to {count:,}; the new rows begin as the mean of the old"
+        return f"resize_embeddings: nothing to do: the {old:,} embeddings cover every token of the tokenizer"
+    return f"embeddings resized from {old:,} to {count:,}; each new row starts as the mean of the old rows"
 
 
 def _plain(module: Any) -> Any:
-    """Return the base's module inside what adapters put around it."""
+    """Return the base's module inside adapters' wrappers."""
     for name in ("base_layer", "original_module"):
         module = getattr(module, name, module)
     return module
@@ -113,14 +113,14 @@ def _check(model: nn.Module, embedding: Any, head: Any, old: int | None, name: s
     if old is None or not isinstance(embedding, nn.Embedding) or not embedding.weight.is_floating_point():
         raise InputError(f"{where} has no plain embedding table ({type(embedding).__name__}): resize and save it.")
     if head is not None and (type(head) is not nn.Linear or len(head.weight) != old):
-        raise InputError(f"{where}: its head is no linear layer of {old:,} rows ({type(head).__name__}): resize it.")
+        raise InputError(f"{where}: its head is not a linear with {old:,} rows ({type(head).__name__}): resize it.")
     if head is not None and head.bias is not None:
         raise InputError(
-            f"{where}: its head has a bias, which PEFT leaves out where rows of the head train: "
+            f"{where}: its head has a bias, which PEFT leaves out if rows of the head are trained: "
             "resize it with model.resize_token_embeddings(len(tokenizer)), and save it."
         )
     for path, module in model.named_modules():
         size = getattr(module, "num_embeddings", None) or getattr(module, "out_features", None)
         same = size == old and module is not embedding and module is not head
         if same and (isinstance(module, nn.Embedding) or "head" in path):
-            raise InputError(f"{where}: '{path}' has {old:,} rows too, which would not be resized: resize it.")
+            raise InputError(f"{where}: '{path}' has {old:,} rows too and would not be resized: resize it.")

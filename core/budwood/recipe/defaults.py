@@ -1,4 +1,4 @@
-"""Chooses what a recipe leaves open of a run's length, batches and learning rate, from the data and the base."""
+"""Chooses a run's length, batches and learning rate from the data and the base, if the recipe does not set them."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from dataclasses import dataclass
 from budwood.recipe.sections import TrainSection
 
 STEPS = 128
-"""Optimizer steps that a run on little data should have, unless that takes more than `EPOCHS` passes."""
+"""Optimizer steps of a run on little data, unless that takes more than `EPOCHS` passes."""
 EPOCHS, SHORT_EPOCHS, SHORT = 4, 10, 16
-"""Most passes over the data; over short answers and classes, which are learned by heart later; most labels of those."""
+"""Maximum number of epochs; that for short answers and classes, memorised later; the maximum labels of those."""
 PASSES = ((10_000, 3), (100_000, 2))
-"""Fewest passes over data of up to so many examples; larger data is seen once."""
+"""Pairs of a number of examples and the minimum number of epochs up to it; beyond the last, 1."""
 BATCH = (4, 32)
-"""Fewest and most examples per optimizer step."""
+"""Minimum and maximum number of examples per optimizer step."""
 BATCHES = 32
-"""Optimizer steps that an epoch should have, within the limits of `BATCH`."""
+"""Target number of optimizer steps per epoch, within the limits of `BATCH`."""
 RATE, WIDTH, POWER = 5e-4, 2000, 0.781
-"""Learning rate of a low-rank adapter on a base of that width; it falls with the width to that power.
+"""Learning rate of a low-rank adapter at this width of the base; it is proportional to width^-POWER.
 
 The fit of "LoRA Without Regret" (Schulman et al., 2025) to Llama models: ten times the rate of full fine-tuning, the
 same at every rank.
 """
 WARMUP, WARMUP_STEPS = 0.1, 30
-"""Share of the run in which the rate rises, and its most steps."""
+"""Warm-up as a fraction of the run, and its maximum number of steps."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the choice depends on.
+    """The facts on which the choice depends.
 
     Attributes:
         examples: number of examples, or of groups.
         tokens: sum of their lengths.
         labels: mean number of labels of an example.
         width: hidden size of the base; None: unknown.
-        scale: multiple of the learning rate that suits the strategies.
-        evaluated: whether there is data to evaluate on.
+        scale: product of the strategies' `learning_rate_scale`.
+        evaluated: whether there is evaluation data.
     """
 
     examples: int
@@ -49,7 +49,7 @@ class Facts:
 
 
 def choose(train: TrainSection, facts: Facts) -> tuple[TrainSection, str]:
-    """Return a recipe's `train` section with every value set, and a line about what was chosen; empty if nothing."""
+    """Return a recipe's `train` section with every value set, and a line about the choices; empty if there are none."""
     chosen: dict[str, float] = {}
     told: list[str] = []
     count = max(facts.examples, 1)
@@ -70,7 +70,7 @@ def choose(train: TrainSection, facts: Facts) -> tuple[TrainSection, str]:
         told.append(f"{epochs} epochs")
         if facts.evaluated and train.eval_every is None:
             chosen["eval_every"] = per_epoch
-            told.append("an evaluation after each, of which the best is kept")
+            told.append("an evaluation after each (the best adapter is kept)")
     if train.learning_rate is None:
         rate = RATE * (WIDTH / (facts.width or WIDTH)) ** POWER * facts.scale
         chosen["learning_rate"] = float(f"{rate:.2g}")
@@ -79,10 +79,10 @@ def choose(train: TrainSection, facts: Facts) -> tuple[TrainSection, str]:
         steps = train.steps or per_epoch * (train.epochs or int(chosen["epochs"]))
         warmup = min(round(WARMUP * steps), WARMUP_STEPS)
         chosen["warmup"] = float(warmup)
-        told.append(f"a warm-up of {warmup} step{'s'[: warmup != 1]}" if warmup else "no warm-up")
+        told.append(f"{warmup} warm-up step{'s'[: warmup != 1]}" if warmup else "no warm-up")
     if not chosen:
         return train, ""
     base = f" and a base of width {facts.width:,}" if facts.width else ""
     fields = ", ".join(f"train.{name}" for name in chosen)
-    line = f"chosen for {count:,} examples{base}: {', '.join(told)}; a recipe can set {fields}"
+    line = f"chosen for {count:,} examples{base}: {', '.join(told)}; to change this, set {fields}"
     return train.model_copy(update=chosen), line

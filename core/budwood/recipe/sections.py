@@ -97,8 +97,8 @@ class BaseSection(Section):
     double_quantization: bool = Field(True, description="also quantise the constants of nf4 and fp4")
     resize_embeddings: bool = Field(
         False,
-        description="give tokens that only the tokenizer has an embedding: these rows of the embeddings and of the "
-        "head train and are saved with the adapter",
+        description="add embeddings for tokens that only the tokenizer has: these rows of the embeddings and of the "
+        "head are trained and saved with the adapter",
     )
     task: str = Field("causal-lm", description="causal-lm, sequence-classification, or another installed task")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
@@ -112,14 +112,14 @@ class DataSection(Section):
 
     train: Sources = Field(
         description="a file (JSONL, JSON, CSV, Parquet), a folder, a pattern such as data/*.jsonl, or the hub name of "
-        "a dataset; or a list of them; or of mappings with path, split, config (a folder in it), revision (of a hub "
-        "name) and weight: how often an epoch has each row of it (2: twice; 0.25: a fixed quarter)"
+        "a dataset; or a list of these or of mappings with path, split, config (a subfolder), revision (of a hub "
+        "name) and weight: how often each row occurs in an epoch (2: twice; 0.25: a fixed quarter of the rows)"
     )
     eval: Evaluated | None = Field(
         None,
-        description="data to evaluate on, named in the same ways; none: nothing is evaluated. By default, 5 % of the "
-        "training data (at least 10 and at most 500 examples; of fewer than 100 examples, nothing) is held out and "
-        "never trained on, the same rows for a seed",
+        description="evaluation data, named in the same ways; none: no evaluation. By default, 5 % of the training "
+        "data (at least 10 and at most 500 examples; nothing if there are fewer than 100) is held out and never "
+        "trained on; the seed determines the rows",
     )
     group_by: str | None = Field(
         None,
@@ -128,8 +128,8 @@ class DataSection(Section):
     )
     max_length: Count | None = Field(
         None,
-        description="maximum tokens per example; truncation is counted and reported. By default 1024, or as many as "
-        "the base has positions if that is less",
+        description="maximum tokens per example; truncation is counted and reported. By default 1024, or the "
+        "number of the base's positions if that is less",
     )
 
     loss_on: Literal["assistant", "last", "all"] = Field(
@@ -138,7 +138,7 @@ class DataSection(Section):
     as_chat: bool = Field(
         False,
         description="render `prompt` and `completion` with the base's chat template, as the user's and the "
-        "assistant's message, without the white space around them",
+        "assistant's message, without surrounding white space",
     )
     chat_template: File | None = Field(
         None, description="a jinja file to use instead of the chat template that comes with the base"
@@ -164,7 +164,7 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    """Length of the run, batch sizes, optimizer. What is not given of the first five is chosen from the data."""
+    """Length of the run, batch sizes, optimizer. Any of the first five that is not set is chosen from the data."""
 
     epochs: Count | None = Field(None, description="passes over the data; alternatively, set steps")
     steps: Count | None = Field(None, description="optimizer steps, instead of epochs")

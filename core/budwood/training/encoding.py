@@ -1,4 +1,4 @@
-"""Shows how far a large data file is read and encoded."""
+"""Shows the progress of reading and encoding a large data file."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from budwood.data.sources import Data, data_files, label
 from budwood.untrusted.redaction import redact
 
 SHOWN = 32_000_000
-"""Size of a file in bytes from which progress is shown."""
+"""File size in bytes from which progress is shown."""
 SECONDS = 30.0
-"""Seconds between two lines without a terminal."""
+"""Seconds between two lines if there is no terminal."""
 
 
 @contextlib.contextmanager
 def encoding(data: Data, console: Console | None) -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a function that takes the number of rows encoded and of all rows; None for a small file.
+    """Yield a function that takes the number of encoded rows and of all rows; None for a small file.
 
     Args:
-        data: what the recipe names as data.
+        data: the data as named in the recipe.
         console: where progress is shown, as a bar or in lines; None: nowhere.
     """
     if console is None or total_size(data_files(data)) < SHOWN:

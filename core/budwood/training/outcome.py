@@ -1,4 +1,4 @@
-"""Whether a run learned anything, judged by its losses, and what to change if it did not."""
+"""Judges by its losses whether a run learned anything, and advises what to change if it did not."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from budwood.contract.types import Run
 from budwood.training.on_policy import find_generator
 
 FALL = 0.05
-"""Fraction of its first value by which a loss falls in a run that learned."""
+"""Relative fall of the loss from which a run counts as having learned."""
 LOW = 0.1
-"""A first loss below this, in nats per label, has little left to learn."""
+"""A first loss below this, in nats per label, leaves little to learn."""
 FEW = 50
-"""A run with fewer steps first needs more of them."""
+"""A run with fewer steps is first advised to take more."""
 
 
 def advice(run: Run, metrics: Path) -> str:
-    """Return a line that says what to change in a run that learned little, or "".
+    """Return a line of advice for a run that learned little, otherwise "".
 
     A run learned little if its loss fell by less than 5 %, or is still no better than a uniform guess, ln(number of
     tokens or classes) nats. The loss is that of the evaluations before and after training. Without them, it is the
-    training loss: the mean of the first and of the last tenth of the steps, at least three if there are six. No line
-    follows a first loss below 0.1, and none a run that trains on what the model generates, or whose best metric is
+    training loss: the mean of the first and of the last tenth of the steps, at least three if there are six. No
+    advice is given if the first loss is below 0.1, if the run trains on generated examples, or if its best metric is
     another one and improved.
     """
     if find_generator(run.hooks) is not None:

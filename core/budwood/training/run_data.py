@@ -1,4 +1,4 @@
-"""The data of a run: training and evaluation examples, with the part held out if the recipe names none."""
+"""Prepares a run's data: training and evaluation examples, held out if the recipe names no evaluation data."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def read_data(
     """Read training and evaluation data into `run`, report their data formats, and count the optimizer steps.
 
     Args:
-        date: the date for a chat template that writes one.
+        date: the date for chat templates that write one.
         model: the base's skeleton.
-        resume: the checkpoint, whose held-out rows stay held out while the data is the same.
+        resume: the checkpoint; its held-out rows stay held out if the data is the same.
 
     Raises:
         InputError: the data is invalid, does not fit the base, or leaves nothing to train on or to evaluate.
@@ -79,18 +79,18 @@ def read_data(
         planned = sum(len(plan_epoch(run.examples.lengths, run.seed, epoch, *sizes)) for epoch in epochs)
         run.steps = planned * updates_of(hooks)
     if hooks.implements("prepare_examples") and len(run.examples) == 0:
-        raise InputError("no example is left after the strategies' prepare_examples")
+        raise InputError("no examples are left after the strategies' prepare_examples")
     _report_large_groups(run, report)
 
 
 def choose_for(
     recipe: Recipe, examples: Examples, model: Any, evaluated: bool, strategies: Sequence[Strategy] = ()
 ) -> tuple[TrainSection, str]:
-    """Choose what a recipe's `train` section leaves open; see `recipe.defaults`.
+    """Choose the values that a recipe's `train` section does not set; see `recipe.defaults`.
 
     Args:
         model: the base, or its skeleton.
-        evaluated: whether there is data to evaluate on.
+        evaluated: whether there is evaluation data.
     """
     width = getattr(model.config.get_text_config(), "hidden_size", None)
     scale = math.prod(strategy.learning_rate_scale for strategy in strategies)
@@ -103,7 +103,7 @@ def split_held_out(recipe: Recipe, examples: Examples) -> HeldOut:
     """Choose the part of the training data that a recipe without `data.eval` holds out.
 
     Raises:
-        InputError: the recipe's `data.group_by` is no column.
+        InputError: the data has no column `data.group_by`.
     """
     where = f"{recipe.where('data', 'group_by')}: data.group_by"
     return hold_out(examples, recipe.train.seed, recipe.data.group_by, where)

@@ -1,4 +1,4 @@
-"""Turns errors of the hub into Budwood's own: the same for every kind of repository."""
+"""Translates errors of the hub into Budwood's own, for models and datasets alike."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from budwood.errors import InputError, ResourceError, first_line
 from budwood.untrusted.redaction import shorten
 
 _LOCAL = {"base": "folder", "dataset": "file or folder"}
-"""What stands for a repository on this machine."""
+"""The local counterpart of a repository."""
 
 
 @contextmanager
 def hub_errors(noun: str, name: str, revision: str | None = None) -> Iterator[None]:
-    """Translate the errors of a download in the block.
+    """Translate download errors raised in the block.
 
     Args:
         noun: "base" or "dataset".
         name: the name on the hub.
-        revision: the revision asked for, if any.
+        revision: the requested revision, if any.
 
     Raises:
         InputError: there is no such repository or revision.

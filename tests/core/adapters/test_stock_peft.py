@@ -213,8 +213,8 @@ def test_an_adapter_of_a_resized_base_brings_the_new_rows_along(tiny_base, tiny_
 
 
 TOKENS: list[tuple[Any, type[Exception], str]] = [
-    ([-1, 5], CorruptError, "has a negative token id, or the same one twice"),
-    ([5, 5], CorruptError, "has a negative token id, or the same one twice"),
+    ([-1, 5], CorruptError, "has a negative or repeated token id"),
+    ([5, 5], CorruptError, "has a negative or repeated token id"),
     ([5], CorruptError, "trainable_token_indices: 1 rows of 'model.embed_tokens', but the file has 2"),
     ({"no_such_module": [5, 6]}, CorruptError, "trainable_token_indices: the model has no 'no_such_module'"),
     ({"lm_head": [5, 6]}, CorruptError, "2 rows of 'lm_head', but the file has 0"),
@@ -241,7 +241,7 @@ def test_rows_of_a_head_with_a_bias_are_refused(tmp_path):
     base = make_base(tmp_path / "base")
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
     folder = stock(base, tmp_path / "a", target_modules=["q_proj"], trainable_token_indices={"lm_head": [5, 6]})
-    with pytest.raises(InputError, match="'lm_head' is no plain embedding table and no linear without a bias"):
+    with pytest.raises(InputError, match="'lm_head' is neither a plain embedding table nor a linear without bias"):
         ours(base, folder)
 
 

@@ -1,4 +1,4 @@
-"""Bad rows: refused, or skipped, counted and kept; equal rows counted; missing values of CSV; names of classes."""
+"""Bad rows (refused, or skipped, counted and saved), equal rows, missing values in CSV, and class names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BAD = {
     "not an object": ('["a", "b"]', "each line must be one JSON object, not a list"),
     "null": ('{"prompt": "a", "completion": null}', "field 'completion' must be text, not null"),
     "missing": ('{"prompt": "a"}', "field 'completion' must be text, not missing"),
-    "wrong type": ('{"prompt": "a", "completion": 7}', "field 'completion' must be text, not a int"),
+    "wrong type": ('{"prompt": "a", "completion": 7}', "field 'completion' must be text, not an int"),
     "weight": ('{"prompt": "a", "completion": "b", "weight": -1}', "field 'weight' must be N or a positive"),
     "NaN": ('{"prompt": "a", "completion": "b", "weight": NaN}', "malformed JSON: NaN is not JSON"),
     "not UTF-8": ('{"prompt": "caf\udce9", "completion": "b"}', "not UTF-8 (byte 0xe9"),
@@ -33,7 +33,7 @@ BAD = {
 
 @pytest.fixture
 def build(tmp_path: Path, byte_level: Any) -> Callable[..., Examples]:
-    """Function (file, skip, task) -> its examples."""
+    """Function `make(path, skip, task, template)` -> the examples of a file."""
 
     def make(path: Path, skip: bool = True, task: str = "causal-lm", template: str | None = None) -> Examples:
         return build_examples(

@@ -19,7 +19,7 @@ ROW = 1000
 
 
 def put(folder: Path, key: str, limit: int = cache.LIMIT) -> None:
-    """Save an entry of somewhat more than 4 · ROW bytes."""
+    """Save an entry of slightly more than 4 · ROW bytes."""
     cache.save(folder, key, {"ids": np.zeros(ROW, np.int32)}, {"name": key}, limit)
 
 
@@ -28,7 +28,7 @@ def keys(folder: Path) -> list[str]:
 
 
 def age(folder: Path, *names: str) -> None:
-    """Set the modification times of entries, the first being the oldest."""
+    """Set the entries' modification times, oldest first."""
     for seconds, name in zip(range(len(names), 0, -1), names, strict=True):
         modified = time.time() - 60 * seconds
         os.utime(folder / f"{name}.tokens", (modified, modified))
@@ -92,7 +92,7 @@ def test_a_run_respects_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         build_examples(write([{"text": "hello there"}], name), tokenizer, "causal-lm", 64, cache_dir=tmp_path / "cache")
         assert len(list((tmp_path / "cache").iterdir())) == 1
     again = build_examples(tmp_path / "b.jsonl", tokenizer, "causal-lm", 64, cache_dir=tmp_path / "cache")
-    assert again.from_cache, "the newest stayed"
+    assert again.from_cache, "the newest entry remains"
 
 
 def test_doctor_prints_folder_size_and_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Encoding in several processes, and arrays that are mapped from files: the same examples, errors and counts."""
+"""Encoding in several processes and memory-mapping arrays give the same examples, errors and counts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEMPLATE = (
     "{% if m.reasoning_content is defined and loop.last %}({{ m.reasoning_content }}){% endif %}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-"""Writes the reasoning of the last answer alone, so that conversations with earlier reasoning are split."""
+"""Renders the reasoning of the last answer only, so conversations with earlier reasoning are split."""
 
 
 def chats() -> list[dict[str, Any]]:
@@ -98,7 +98,7 @@ class OddError(InputError):
 
 
 def test_a_killed_process(build: Any) -> None:
-    with pytest.raises(ResourceError, match="a process that encodes data ended: the system killed it"):
+    with pytest.raises(ResourceError, match="a process that encodes data was killed by the system"):
         build([{"text": "t"}], 2, task=Killed())
 
 

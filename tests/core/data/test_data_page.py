@@ -1,4 +1,4 @@
-"""The page on data formats: every example is what training makes of it, and the page is up to date."""
+"""docs/data.md: every example shows what training makes of it, and the page is up to date."""
 
 from __future__ import annotations
 

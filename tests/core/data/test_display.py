@@ -1,4 +1,4 @@
-"""What `budwood data` shows: which tokens have a loss is visible with colour and without."""
+"""`budwood data` shows which tokens have a loss, with and without colour."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_no_samples(write: Any, byte_level: Any) -> None:
 
 
 def test_examples_of_split_conversations_are_counted(write, byte_level):
-    """A template that drops what it wrote before an earlier answer: one example for each answer."""
+    """A template that drops what it wrote before earlier answers gives one example per answer."""
     template = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if loop.last and m.role == 'assistant' %}{{ '!' }}"
         "{% endif %}{{ m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}"

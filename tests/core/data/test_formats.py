@@ -117,7 +117,7 @@ def test_no_token_crosses_the_start_of_the_completion(
     assert tokenizer.decode(row.ids[1:-1]) == prompt + completion
 
 
-def test_a_token_across_the_boundary_is_remarked(byte_level: Any) -> None:
+def test_a_token_across_the_boundary_is_reported(byte_level: Any) -> None:
     encoder = Encoder(byte_level(), 99)
     joined = encoder.plain(["hello"])[0]
     assert len(joined) < len(encoder.plain(["hel"])[0]) + len(encoder.plain(["lo"])[0])  # a token crosses the boundary

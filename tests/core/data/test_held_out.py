@@ -1,4 +1,4 @@
-"""The part that a run holds out by itself: which rows, how many, and that nothing of it is also trained on."""
+"""The rows that a run holds out: which, how many, and that no example of them is trained on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Build = Callable[..., Examples]
 
 @pytest.fixture(scope="module")
 def build(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """Function that builds the examples of rows, or of data as a recipe names it."""
+    """Function `make(rows, task)` -> the examples of rows, or of data as a recipe names it."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
 
     def make(rows: Any, task: str = "causal-lm") -> Examples:
@@ -117,7 +117,7 @@ def test_a_column_that_is_not_there_is_refused(build: Build) -> None:
 def test_if_everything_belongs_together_nothing_is_held_out(build: Build) -> None:
     rows = [{"text": f"line {i}", "author": "one"} for i in range(150)]
     choice = hold_out(build(rows), seed=0, group_by="author")
-    assert not len(choice.indices) and "what belongs together" in choice.note
+    assert not len(choice.indices) and "rows that must stay together" in choice.note
 
 
 def test_each_class_is_held_out_in_proportion_and_left_in_training(build: Build) -> None:
@@ -138,6 +138,6 @@ def test_rows_of_an_earlier_choice(build: Build) -> None:
     examples = build(texts(200))
     choice = hold_out(examples, seed=0)
     assert rows_held_out(examples, choice.rows.tolist()).indices.tolist() == choice.indices.tolist()
-    assert "1 of its rows yield no example" in rows_held_out(examples, [3, 700]).note
-    with pytest.raises(InputError, match="no row that was held out yields an example"):
+    assert "1 of its held-out rows yield no example" in rows_held_out(examples, [3, 700]).note
+    with pytest.raises(InputError, match="none of the held-out rows yields an example"):
         rows_held_out(examples, [700])

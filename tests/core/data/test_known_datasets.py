@@ -1,4 +1,4 @@
-"""Rows in the shape of well-known datasets: read as what they are, or refused with what to do; never guessed."""
+"""Rows of well-known datasets are read correctly, or refused with a remedy; nothing is guessed."""
 
 from __future__ import annotations
 
@@ -99,17 +99,17 @@ REFUSED = {
                "can be read as .*Keep the columns of only one of them"),
     "XSum": ({"document": "Long", "summary": "Short"}, "'document' to 'prompt' and 'summary' to 'completion'"),
     "IMDB": ({"text": "Good", "label": 1}, "data for sequence-classification.*or remove 'label'"),
-    "a system prompt beside": ({"conversations": SHAREGPT, "system_prompt": "Be kind"},
-                               "'system_prompt', which would be left out. Rename it to 'system', or remove it"),
-    "a text that says more": ({"instruction": "Add", "output": "4", "text": "Something else"},
-                              "instruction . output does not read column 'text', which would be left out"),
-    "a prompt that says more": ({"prompt": "Answer in French", "messages": TALK},
-                                "messages does not read column 'prompt', which would be left out"),
+    "an unread system prompt": ({"conversations": SHAREGPT, "system_prompt": "Be kind"},
+                                "'system_prompt', which would be left out. Rename it to 'system', or remove it"),
+    "a text with other content": ({"instruction": "Add", "output": "4", "text": "Something else"},
+                                  "instruction . output does not read column 'text', which would be left out"),
+    "a prompt with other content": ({"prompt": "Answer in French", "messages": TALK},
+                                    "messages does not read column 'prompt', which would be left out"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_with_what_to_do(name: str, write: Any) -> None:
+def test_refused_with_a_remedy(name: str, write: Any) -> None:
     row, message = REFUSED[name]
     with pytest.raises(InputError, match=message) as caught:
         check_rows(write([row]), LM)

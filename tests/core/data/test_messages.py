@@ -16,7 +16,7 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Trims every content, and spells out BOS.
+# Trims contents, and writes BOS itself.
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n'"
     " + m.content | trim + '<|eot_id|>' }}{% endfor %}"
@@ -191,13 +191,13 @@ def test_the_error_of_a_template_is_reported(byte_level: Any) -> None:
         ([], "'messages' is empty"),
         (["hello"], "message 1 is a text without a role: it must be an object"),
         ([{"content": "x"}], "message 1: 'role' must be text, not missing"),
-        ([{"role": 3, "content": "x"}], "message 1: 'role' must be text, not a int"),
+        ([{"role": 3, "content": "x"}], "message 1: 'role' must be text, not an int"),
         ([{"role": "asistant", "content": "x"}], "unknown role 'asistant'. Did you mean 'assistant'"),
         ([{"role": "narrator", "content": "x"}], "unknown role 'narrator'. Known: system"),
         ([{"role": "user", "content": None}], "message 1: 'content' must be text, not null"),
         ([{"role": "user", "content": [{"type": "text"}]}], "message 1: part 1 of 'content' has no text"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "is of type 'image_url': only text"),
-        ([{"role": "user", "content": [3]}], "part 1 of 'content' must be text, not a int"),
+        ([{"role": "user", "content": [3]}], "part 1 of 'content' must be text, not an int"),
         ([{"role": "user"}], "message 1: 'content' must be text, not missing"),
         ([{"role": "user", "content": "\ud800"}], "message 1: its content has half a character"),
         (
@@ -248,7 +248,7 @@ def test_reference_is_the_first_answer() -> None:
     assert Messages().reference({"messages": say("a", "b", "c", "d")}) == "b"
 
 
-# Tools are a text in the system message, as in Phi-4-mini; the variable `tools` is not read, nor are calls.
+# Takes tools as text in the system message, as Phi-4-mini does; reads neither the variable `tools` nor calls.
 TOOLS_IN_SYSTEM = (
     "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
     "{% if m.role == 'system' and m.tools %}{{ '<|tool|>' + m.tools + '<|/tool|>' }}{% endif %}{{ '<|end|>' }}"

@@ -1,4 +1,4 @@
-"""Files of other tools: recognised by their columns and read as what they say, or refused with the reason."""
+"""Files from other tools are recognised by their columns and read accordingly, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_no_guess_is_better_than_a_wrong_one(columns: list[str]) -> None:
     assert "Did you mean" not in str(caught.value)
 
 
-def test_a_format_of_others_for_the_same_columns_is_used(distribution: Any) -> None:
+def test_a_third_party_format_for_the_same_columns_is_used(distribution: Any) -> None:
     source = "from budwood import DataFormat\nclass Pairs(DataFormat):\n    api = 2\n    name = 'preferences'\n"
     source += "    columns = ('prompt', 'chosen', 'rejected')\n    tasks = ('causal-lm',)\n"
     distribution("preferences-form", source, {"preferences": "Pairs"}, "budwood.formats")
@@ -150,7 +150,7 @@ def test_columns_that_say_something_are_not_left_out(row: Any, name: str, write:
             "field 'tools' needs a chat template, but 'prom",
         ),
         ({"instruction": "a", "output": "b", "history": ["x"]}, "field 'history' must be a list of pairs of texts"),
-        ({"conversations": [{"from": "human", "value": 3}]}, "message 1: 'value' must be text, not a int"),
+        ({"conversations": [{"from": "human", "value": 3}]}, "message 1: 'value' must be text, not an int"),
         ({"conversations": [{"from": "narrator", "value": "x"}]}, "message 1: unknown role 'narrator'"),
         ({"conversations": [{"from": "function_call", "value": "weather(x)"}]}, "'tool_calls' is not JSON: weather"),
     ],

@@ -1,4 +1,4 @@
-"""Rows are read from their file on access: the same at any place, in any order, in another process."""
+"""Rows are read from their file on access, and are the same in any order and in another process."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def test_examples_of_a_mixture(tmp_path: Path, write: Any, byte_level: Any) -> N
         assert examples.from_cache is cached and len(examples) == 12 and len(set(examples.keys)) == 12
         assert f"{a}, {b}: prompt + completion; 12 examples" in examples.describe()
         assert f"mixed: {a} 8 rows (66.7%), {b} 4 rows (33.3%)" in examples.describe()
-        assert examples.stats.remarks == {}, "a repeat by weight is no equal row"
+        assert examples.stats.remarks == {}, "a row repeated by its weight does not count as an equal row"
         assert examples.location(9) == f"{b}:2" and examples.reference(9) == "x"
 
 

@@ -16,7 +16,7 @@ from budwood.errors import InputError
 TURN = "{{ '<|im_start|>' + m.role + '\n' }}"
 PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 CHATML = "{% for m in messages %}" + TURN + "{{ m.content + '<|im_end|>\n' }}{% endfor %}" + PROMPT
-# Writes the reasoning of answers after the last question only, and an empty thought if there is none, as Qwen3 does.
+# Renders reasoning only in answers after the last question, or an empty thought if there is none, as Qwen3 does.
 FORGETS = (
     "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
     "{% endif %}{% endfor %}{% for m in messages %}" + TURN + "{% if m.role == 'assistant' and loop.index0 > ns.last %}"
@@ -24,36 +24,36 @@ FORGETS = (
     "{% endfor %}" + PROMPT + "{% if add_generation_prompt and enable_thinking is false %}"
     "{{ '<think>\n\n</think>\n\n' }}{% endif %}"
 )
-# Ends the last answer with another token than earlier ones, as gpt-oss does.
+# Ends the last answer with a different token than earlier ones, as gpt-oss does.
 OTHER_END = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
     "{{ '<|eot_id|>' if loop.last and m.role == 'assistant' else '<|im_end|>\n' }}{% endfor %}" + PROMPT
 )
-# Ends no answer: the mark of the next turn does, as in GLM.
+# Writes no end token: the header of the next turn ends an answer, as in GLM.
 NO_END = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-# Opens a thought in the generation prompt, and writes answers without theirs, as DeepSeek R1 does.
+# Opens a thought in the generation prompt, and strips thoughts from answers, as DeepSeek R1 does.
 OPENS = (
     "{% for m in messages %}" + TURN + "{{ m.content.split('</think>')[-1] + '<|im_end|>\n' }}{% endfor %}" + PROMPT
     + "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
 )  # fmt: skip
-# Puts an empty thought of other tokens into the generation prompt alone, as Gemma 4 does.
+# Writes an empty thought, in different tokens, only in the generation prompt, as Gemma 4 does.
 EMPTY_THOUGHT = CHATML + "{% if add_generation_prompt %}{{ '<|user|>thought\n<|end|>' }}{% endif %}"
-# Marks what the assistant writes, with its header, as SmolLM3 does.
+# Marks the assistant's turns, including their headers, as SmolLM3 does.
 MARKS = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}" + TURN + "{{ m.content + '<|im_end|>\n' }}"
     "{% endgeneration %}{% else %}" + TURN + "{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}" + PROMPT
 )
-# Marks the answer, but not the thought that it writes before it, nor the end.
+# Marks the answer, but neither the thought before it nor the end token.
 MARKS_LESS = (
     "{% for m in messages %}" + TURN + "{% if m.role == 'assistant' %}{{ '<think></think>' }}{% generation %}"
     "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}" + PROMPT
 )
 # Writes two tokens after each answer, as Command R does.
 TWO_ENDS = CHATML.replace("m.content + '<|im_end|>\n'", "m.content + '<|end|><|im_end|>'")
-# Takes content as a list of parts only, as models that see images do.
+# Accepts content only as a list of parts, as vision models do.
 PARTS = CHATML.replace("m.content +", "m.content[0].text +")
 # Renders tools, calls and results, as Qwen2.5 does.
 TOOLS = (
@@ -61,7 +61,7 @@ TOOLS = (
     + TURN + "{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ '<call>' + (c.function | tojson) + '</call>' }}"
     "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}" + PROMPT
 )  # fmt: skip
-# Joins arguments to a text, and writes an answer after calls unless content is null, as DeepSeek V3 does.
+# Concatenates arguments as text, and writes an answer after calls unless content is null, as DeepSeek V3 does.
 TEXT_CALLS = (
     "{{ tools | length if tools else '' }}{% if tools %}{{ tools[0].function.name }}{% endif %}{% for m in messages %}"
     + TURN + "{% for c in m.tool_calls or [] %}{{ c.function.name + ' ' + c.function.arguments + '<|im_end|>' }}"
@@ -85,7 +85,7 @@ TOOL = [{"type": "function", "function": {"name": "weather", "parameters": {"typ
 
 
 def encode(template: str, row: Any, byte_level: Any, **options: Any) -> tuple[list[Tokens], Encoder, Any]:
-    """Encode one row; check that every prompt is the one of generation, token by token."""
+    """Encode one row; check that every prompt equals that of generation, token by token."""
     row = {"messages": row} if isinstance(row, list) else row
     loss_on = options.pop("loss_on", "assistant")
     encoder = Encoder(byte_level(True, template), 512, options, loss_on=loss_on)
@@ -156,7 +156,7 @@ def test_a_split_is_reported_and_so_is_what_the_template_adds(byte_level: Any) -
         encode(FORGETS, THOUGHT, byte_level, enable_thinking=False)
 
 
-def test_marks_leave_out_what_they_do_not_hold_but_for_the_end(byte_level: Any) -> None:
+def test_only_marked_text_and_the_end_token_have_a_loss(byte_level: Any) -> None:
     rows, encoder, _ = encode(MARKS_LESS, TWO, byte_level)
     assert said(rows, encoder) == ["Hello there<|im_end|>", "I am fine.<|im_end|>"]
     assert prompts(rows, encoder)[0].endswith("assistant\n<think></think>")

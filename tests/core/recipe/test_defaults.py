@@ -61,11 +61,11 @@ def test_what_is_given_is_kept_and_counts() -> None:
 
 def test_the_line_says_what_was_chosen_and_from_what() -> None:
     assert choose(TrainSection(), facts(475, evaluated=True))[1] == (
-        "chosen for 475 examples and a base of width 576: batches of 16 examples, 5 epochs, an evaluation after each, "
-        "of which the best is kept, a learning rate of 0.0013, a warm-up of 15 steps; a recipe can set "
+        "chosen for 475 examples and a base of width 576: batches of 16 examples, 5 epochs, an evaluation after each "
+        "(the best adapter is kept), a learning rate of 0.0013, 15 warm-up steps; to change this, set "
         "train.batch_examples, train.epochs, train.eval_every, train.learning_rate, train.warmup"
     )
     assert choose(TrainSection(steps=5, warmup=0.0), facts(475, width=None))[1] == (
-        "chosen for 475 examples: batches of 16 examples, a learning rate of 0.0005; a recipe can set "
+        "chosen for 475 examples: batches of 16 examples, a learning rate of 0.0005; to change this, set "
         "train.batch_examples, train.learning_rate"
     )

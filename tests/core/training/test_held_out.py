@@ -43,9 +43,7 @@ def check_run(run: Run) -> None:
 def test_a_run_without_data_eval_holds_out_and_evaluates(make_recipe: Make, tmp_path: Path, said: list[str]) -> None:
     run = tune(make_recipe(data=many(tmp_path), train=TRAIN))
     (line,) = [line for line in said if line.startswith("held out")]
-    assert line == (
-        "held out for evaluation: 11 of 220 examples (11 rows); with data.eval: none, they are trained on too"
-    )
+    assert line == "held out for evaluation: 11 of 220 examples (11 rows); data.eval: none trains on them too"
     assert len(run.examples) == 209 and run.metrics["best_step"] in (2, 4)
     assert any(line.startswith("loss: ") and "before" in line for line in said)
     check_run(run)

@@ -92,7 +92,7 @@ IDS = torch.tensor([[1, 300, 40, 301, 50, 300]])
 def test_new_rows_train_alone_and_stock_peft_opens_them(grown, recipe_of, tmp_path, strategy, tied, said):
     base = grown(tie_word_embeddings=tied)
     run = tune(recipe_of(base, strategies=[strategy]))
-    assert "embeddings resized from 300 to 302; the new rows begin as the mean of the old" in " ".join(said)
+    assert "embeddings resized from 300 to 302; each new row starts as the mean of the old rows" in " ".join(said)
     assert any("2 rows of model.embed_tokens" in line for line in said)
     adapter, old = run.directory / "adapter", load_file(base / "model.safetensors")
     embedding, head = run.model.get_input_embeddings(), run.model.get_output_embeddings()
@@ -189,9 +189,7 @@ def test_a_resumed_run_gives_the_same_bytes(grown, recipe_of, monkeypatch):
 
 def test_nothing_to_do_is_said(make_recipe, said):
     run = tune(make_recipe(base={"resize_embeddings": True}))
-    assert "resize_embeddings: nothing to do: every token of the tokenizer has one of the 300 embeddings" in " ".join(
-        said
-    )
+    assert "resize_embeddings: nothing to do: the 300 embeddings cover every token of the tokenizer" in " ".join(said)
     assert not run.base.added
     config = json.loads((run.directory / "adapter" / "adapter_config.json").read_text())
     assert config["trainable_token_indices"] is None
@@ -304,7 +302,7 @@ def test_modules_that_train_whole_take_the_new_rows_along(grown, recipe_of):
     ("changes", "strategies", "message"),
     [
         ({"tie_word_embeddings": True}, [{"lora": {"modules_to_save": ["embed_tokens"]}}], "is tied to 'lm_head'"),
-        ({}, [{"lora": {"targets": ["q_proj", "lm_head"]}}], "'lm_head' is adapted or replaced whole, and rows of it"),
+        ({}, [{"lora": {"targets": ["q_proj", "lm_head"]}}], "'lm_head' is adapted or replaced while some of its rows"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(grown, recipe_of, changes, strategies, message):
@@ -328,7 +326,7 @@ def test_a_strategy_that_does_not_train_the_new_rows_is_refused(grown, recipe_of
 
 def test_the_plan_says_what_is_resized(grown, recipe_of):
     assert (
-        "embeddings resized from 300 to 302; the new rows begin as the mean of the old"
+        "embeddings resized from 300 to 302; each new row starts as the mean of the old rows"
         in plan(recipe_of(grown())).notes
     )
 

@@ -209,7 +209,7 @@ def test_state_with_final_ranks_restores_the_shapes(trained: Run, make_recipe: M
 
 
 @pytest.mark.parametrize("train", [{"steps": 15}, {"epochs": 5}])
-def test_a_too_short_run_is_refused_with_the_minimum_before_the_base_loads(
+def test_a_run_that_is_too_short_is_refused_with_the_minimum_before_the_base_loads(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: dict[str, int]
 ) -> None:
     monkeypatch.setattr(setup, "load_base", lambda *a, **k: pytest.fail("the base was loaded"))
