@@ -13,7 +13,7 @@ from budwood.contract.discovery import PluginError
 from budwood.contract.loading import load_strategy
 
 
-def test_every_name_exists_and_none_is_in_budwood_too():
+def test_every_name_exists_and_none_is_also_in_budwood():
     for name in lowrank.__all__:
         assert getattr(lowrank, name) is not None
         assert name not in budwood.__all__
