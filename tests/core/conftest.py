@@ -1,4 +1,4 @@
-"""Made on the spot: distributions as the registry finds them, tokenizers as people bring them, data, recipes."""
+"""Fixtures: plugin distributions that the registry finds, small tokenizers, data files and recipes."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _byte_level(bos: bool, template: str | None, eos: str | None = "</s>") -> Pr
 
 @pytest.fixture(scope="session")
 def byte_level() -> Callable[..., PreTrainedTokenizerFast]:
-    """Function (bos, template, eos) -> a byte-level BPE tokenizer, as GPT-2, Llama 3 and Qwen have."""
+    """Function (bos, template, eos) -> a byte-level BPE tokenizer, like those of GPT-2, Llama 3 and Qwen."""
     made: dict[Any, PreTrainedTokenizerFast] = {}
 
     def make(bos: bool = True, template: str | None = None, eos: str | None = "</s>") -> PreTrainedTokenizerFast:
@@ -104,7 +104,7 @@ def byte_level() -> Callable[..., PreTrainedTokenizerFast]:
 
 @pytest.fixture(scope="session")
 def sentencepiece() -> PreTrainedTokenizerFast:
-    """A BPE tokenizer that puts a space before every text, as Llama 2 and Mistral 7B have."""
+    """A BPE tokenizer that prepends a space to every text, like those of Llama 2 and Mistral 7B."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
@@ -115,7 +115,7 @@ def sentencepiece() -> PreTrainedTokenizerFast:
         special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
         show_progress=False,
     )
-    # SentencePiece never merges across a space: train on words that each begin with one.
+    # SentencePiece never merges across a space, so train on words that each begin with one.
     tokenizer.train_from_iterator([word for text in CORPUS for word in text.split()], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
@@ -123,7 +123,7 @@ def sentencepiece() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def word_piece() -> PreTrainedTokenizerFast:
-    """A tokenizer that puts [CLS] before and [SEP] behind, as BERT's; it has no end-of-sequence token."""
+    """A tokenizer that wraps a text in [CLS] and [SEP], like BERT's; it has no end-of-sequence token."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.WordPieceTrainer(
@@ -162,14 +162,14 @@ def test_strategies(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every line that runs say."""
+    """The lines that runs print with `run.say`."""
     lines: list[str] = []
     monkeypatch.setattr(Report, "say", lambda self, text: lines.append(text))
     return lines
 
 
 def write_rows(path: Path, count: int = 24, seed: int = 0) -> Path:
-    """Prompt and completion rows of different lengths; the completion depends on the prompt's first word."""
+    """Write prompt-completion rows of different lengths; the completion depends on the prompt's first word."""
     draw = random.Random(seed)
     rows = []
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""budwood.lowrank: its names, how late it imports, and what version 1's imports of them are told."""
+"""budwood.lowrank: its names, its lazy imports, and the error for imports written for version 1."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from budwood.contract.discovery import PluginError
 from budwood.contract.loading import load_strategy
 
 
-def test_every_name_is_there_and_none_stands_in_budwood_too():
+def test_every_name_exists_and_none_is_also_in_budwood():
     for name in lowrank.__all__:
         assert getattr(lowrank, name) is not None
         assert name not in budwood.__all__
@@ -28,7 +28,7 @@ def test_it_imports_neither_torch_nor_peft():
     assert found.stdout == "set()\n"
 
 
-def test_where_a_name_went_is_said(distribution):
+def test_the_new_location_of_a_name_is_given(distribution):
     with pytest.raises(ImportError, match="write `from budwood.lowrank import low_rank_linear`"):
         from budwood import low_rank_linear  # noqa: F401
     with pytest.raises(AttributeError, match="no attribute 'low_rank_linaer'"):

@@ -107,7 +107,7 @@ def parse_saved_config(
         elif key not in fine:
             writer = shorten(str(config.get("peft_version") or "of another version"))
             raise InputError(
-                f"{where} is no field of PEFT {version('peft')} (PEFT {writer} wrote it), so what it changes is not "
+                f"{where} is not a field of PEFT {version('peft')} (PEFT {writer} wrote it), so what it changes is not "
                 "known: delete it from the file if it changes nothing, or save the adapter again with that PEFT."
             )
     try:
@@ -159,7 +159,7 @@ def saved_targets(model: nn.Module, saved: SavedLowRankConfig) -> list[str]:
 
     Raises:
         MisfitError: the model has none of them.
-        InputError: one is no linear module.
+        InputError: one is not a linear module.
     """
     modules = dict(base_modules(model))
     if saved.target_modules == "all-linear":
@@ -176,7 +176,7 @@ def saved_targets(model: nn.Module, saved: SavedLowRankConfig) -> list[str]:
         if quantizer_of(modules[name]) is None:
             what = type(modules[name]).__name__
             raise InputError(
-                f"adapter_config.json: target_modules: '{name}' is no linear module ({what}), which is not supported: "
+                f"adapter_config.json: target_modules: '{name}' is not a linear module ({what}), which is not supported: "
                 f"{MERGE}."
             )
     return names

@@ -1,4 +1,4 @@
-"""Adapters for tests: small ones that need no model, and real ones that stock PEFT made for the tiny base."""
+"""Adapters for tests: small ones that need no model, and real ones that stock PEFT makes for the tiny base."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FAKE_BASE = SimpleNamespace(
 
 
 def write_small(folder: Path, fill: float = 1.0) -> None:
-    """Write config and tensors of an adapter of one layer, as a strategy's export does."""
+    """Write the config and tensors of a one-layer adapter, as a strategy's export does."""
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"], "base_model_name_or_path": "tiny"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     tensors = {
@@ -41,7 +41,7 @@ def write_small(folder: Path, fill: float = 1.0) -> None:
 
 
 def save_small(directory: Path, **changes) -> SavedAdapter:
-    """Write the small adapter with budwood.json and golden logits."""
+    """Save the small adapter with budwood.json and golden logits."""
     arguments = {
         "adapter_type": "lora",
         "distribution": "budwood 0.1.0",
@@ -69,7 +69,7 @@ def save() -> Callable[..., SavedAdapter]:
 
 
 def make_stock(base: Path, folder: Path, seed: int = 1, scale: float = 0.3, **changes) -> Path:
-    """Save a LoRA adapter with stock PEFT; B is not zero, so that it changes every logit."""
+    """Save a LoRA adapter with stock PEFT; B is not zero, so it changes every logit."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -92,7 +92,7 @@ def make_saved(
     chat: ChatRecord | None = None,
     **changes,
 ) -> Path:
-    """Save the stock adapter as a run does: with budwood.json and golden logits of `base`."""
+    """Save the stock adapter as a run does, with budwood.json and golden logits of `base`."""
     stock = make_stock(base, folder.with_name(folder.name + "-stock"), **changes)
     pool = AdapterPool(base, quantization, precision=precision, device="cpu")
     probes = [as_probe(ids) for ids in ([1, 40, 50, 60, 70], [1, 99, 7], [1, 200, 201, 202, 203, 204, 205])]
@@ -128,7 +128,7 @@ def stock(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def other(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another one, with a different seed, rank and targets."""
+    """A second stock adapter, with a different seed, rank and targets."""
     folder = tmp_path_factory.mktemp("adapters") / "other"
     return make_stock(tiny_base, folder, seed=2, r=2, target_modules=["q_proj", "down_proj"])
 

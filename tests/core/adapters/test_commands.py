@@ -1,4 +1,4 @@
-"""`budwood adapter …` and `budwood generate`: what they print, and how bad input ends them."""
+"""`budwood adapter …` and `budwood generate`: their output, and their errors on bad input."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def no_base(monkeypatch):
 
 
 def refused(capsys, arguments: list[str], code: int, *words: str) -> None:
-    """Run a command that must end with `code` and one plain line with `words`."""
+    """Run a command that must exit with `code` and print one plain line that contains `words`."""
     assert run([str(argument) for argument in arguments]) == code
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -185,7 +185,7 @@ def test_a_base_named_only_by_the_adapter_is_not_downloaded(saved, tmp_path, cap
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
 
     def fetch(name, **options):
-        raise AssertionError("the hub was asked")
+        raise AssertionError("the hub was queried")
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)

@@ -1,4 +1,4 @@
-"""Heads and embeddings as targets, whole, or in rows: as PEFT does it, or "not supported"."""
+"""Heads and embeddings adapted, trained whole or by rows: as in PEFT, or refused as not supported."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from budwood.training.loop import tune
 
 IDS = torch.tensor([[1, 40, 50, 60, 70, 99, 7]])
 SMALL = {"vocab_size": 300, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32, "pad_token_id": 0}
-BASES: dict[str, tuple[PreTrainedConfig, str, str, str]] = {  # with the names of its embeddings, head, and a linear
+BASES: dict[str, tuple[PreTrainedConfig, str, str, str]] = {  # with the names of the embeddings, head and a linear
     "gpt2": (GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, pad_token_id=0), "wte", "lm_head", "c_attn"),
     "gemma3": (
         Gemma3TextConfig(intermediate_size=32, num_key_value_heads=1, head_dim=16, **SMALL),
@@ -46,7 +46,7 @@ def load(base: Path) -> Any:
 
 @torch.no_grad()
 def stock(base: Path, folder: Path, **fields: Any) -> torch.Tensor:
-    """Save an adapter of stock PEFT that changes the model; return its logits there."""
+    """Save a stock PEFT adapter that changes the model; return its logits in PEFT."""
     torch.manual_seed(0)
     model = get_peft_model(load(base), LoraConfig(r=4, task_type="CAUSAL_LM", **fields))
     for name, parameter in model.named_parameters():
@@ -76,7 +76,7 @@ def test_stock_adapters_answer_as_in_peft_and_merge(random_base, tmp_path, name,
     _, embeddings, head, linear = BASES[name]
     fields: dict[str, Any] = {
         "target head": {"target_modules": [linear, head]},
-        "whole head": {"modules_to_save": [head]},  # GPT-NeoX has no 'embed_out': PEFT passes over it
+        "whole head": {"modules_to_save": [head]},  # GPT-NeoX has no 'embed_out': PEFT ignores it
         "whole embeddings": {"modules_to_save": [embeddings]},
         "whole both": {"modules_to_save": [embeddings, head]},
         "rows": {"trainable_token_indices": [99, 40]},
@@ -125,7 +125,9 @@ def test_low_rank_updates_of_embeddings_are_not_supported(tiny_base, tmp_path):
     folder = tmp_path / "adapter"
     stock(tiny_base, folder, target_modules=["q_proj", "embed_tokens"])
     pool = AdapterPool(tiny_base, "none", precision="fp32", device="cpu")
-    with pytest.raises(InputError, match=r"'model.embed_tokens' is no linear module \(Embedding\), which is not supp"):
+    with pytest.raises(
+        InputError, match=r"'model.embed_tokens' is not a linear module \(Embedding\), which is not supp"
+    ):
         pool.load("a", folder)
     for targets in (["embed_tokens"], r".*(q_proj|embed_tokens)"):
         with pytest.raises(InputError, match="an embedding, which has no low-rank updates: .*modules_to_save"):
@@ -137,7 +139,7 @@ def test_a_whole_module_that_the_model_lacks_is_refused_only_if_the_file_has_it(
     folder = tmp_path / "adapter"
     stock(tiny_base, folder, target_modules=["q_proj"], modules_to_save=["pooler"])
     pool = AdapterPool(tiny_base, "none", precision="fp32", device="cpu")
-    pool.load("a", folder)  # PEFT passes over it
+    pool.load("a", folder)  # PEFT ignores it
     path = folder / "adapter_model.safetensors"
     save_file(load_file(path) | {"base_model.model.pooler.weight": torch.ones(2)}, path)
     with pytest.raises(InputError, match="modules_to_save: the model has no 'pooler'. Give the base"):

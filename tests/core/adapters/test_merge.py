@@ -1,4 +1,4 @@
-"""Merging into original weights, loss by rounding, and folders that stock libraries open."""
+"""Merging into the original weights, rounding loss, and folders that stock libraries open."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_updates_below_the_resolution_of_bf16_survive_the_default_merge(tiny_bas
     report = merge(folder, tmp_path / "merged")
     assert report.dtype == "bf16" and report.rounded_away < 0.05 and report.error < 0.25
     again = merge(folder, tmp_path / "again")
-    assert again.error == report.error, "the draw is fixed"
+    assert again.error == report.error, "the draws are seeded"
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "again"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     alone, adapted, merged = pool_alone(base), pool_logits(base, folder), stock_logits(tmp_path / "merged")
@@ -84,7 +84,9 @@ def test_updates_below_the_resolution_of_bf16_survive_the_default_merge(tiny_bas
     stochastic = merge(small, tmp_path / "stochastic", force=True)
     monkeypatch.setattr(merging, "round_stochastically", lambda values, target, name: values.to(target).float())
     nearest = merge(small, tmp_path / "nearest", force=True)
-    assert stochastic.rounded_away < 0.05 < 0.2 < nearest.rounded_away, "of a smaller update the nearest loses more"
+    assert stochastic.rounded_away < 0.05 < 0.2 < nearest.rounded_away, (
+        "rounding to nearest loses more of a small update"
+    )
 
 
 def test_an_effect_smaller_than_the_rounding_is_rejected_and_nothing_is_written(tiny_bases, tmp_path, make_saved):
@@ -111,12 +113,14 @@ def test_a_base_in_fp16_is_merged_in_fp16(tiny_bases, tmp_path, make_saved):
 def test_stochastic_rounding_takes_a_neighbour_and_its_mean_is_the_value(dtype):
     numbers = torch.tensor([1.001, -1.001, 3e-9, -3e-9, 0.0, 1.0, -0.3, 2.0**-14 * 1.0001, 60000.0])
     draws = torch.stack([round_stochastically(numbers, dtype, str(seed)) for seed in range(2000)])
-    assert torch.equal(draws.to(dtype).float(), draws), "they are numbers of the dtype"
+    assert torch.equal(draws.to(dtype).float(), draws), "every draw is representable in the dtype"
     assert all(len(draws[:, column].unique()) <= 2 for column in range(len(numbers)))
     gap = draws.max(0).values - draws.min(0).values
     assert ((draws - numbers).abs() <= gap.clamp(min=(numbers.to(dtype).float() - numbers).abs())).all()
     error = (draws.double().mean(0) - numbers.double()).abs()
-    assert (error <= 4 * gap / 2 / 2000**0.5 + 1e-12).all(), "4 standard deviations of a mean, each at most gap / 2"
+    assert (error <= 4 * gap / 2 / 2000**0.5 + 1e-12).all(), (
+        "4 standard deviations of the mean; one draw's is at most gap / 2"
+    )
     exact = numbers.to(dtype).float()
     assert torch.equal(round_stochastically(exact, dtype, "x"), exact)
 
@@ -235,7 +239,7 @@ def test_a_merge_into_another_model_writes_nothing(tiny_bases, tmp_path, make_sa
     assert not (tmp_path / "merged").exists()
 
 
-def test_an_answer_other_than_recorded_is_another_model_unless_the_base_explains_it(
+def test_logits_other_than_recorded_mean_another_model_unless_the_base_differs_too(
     saved, tiny_base, tmp_path, monkeypatch
 ):
     sound = Golden.load(saved / "golden.safetensors")
@@ -247,7 +251,7 @@ def test_an_answer_other_than_recorded_is_another_model_unless_the_base_explains
     monkeypatch.setattr("budwood.adapters.verify.comparable", lambda recorded, current: False)
     with pytest.raises(CorruptError, match="another model than the one that training recorded"):
         verify(saved)
-    changed = Golden(sound.probes, sound.base.flip(-1), sound.adapter.flip(-1))  # of a base that answers otherwise too
+    changed = Golden(sound.probes, sound.base.flip(-1), sound.adapter.flip(-1))  # the base's logits differ too
     monkeypatch.setattr(merging.Golden, "load", lambda path: changed)
     merge(saved, tmp_path / "merged", dtype="fp32")
 

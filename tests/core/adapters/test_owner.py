@@ -1,4 +1,4 @@
-"""Required options of a strategy: its adapters are loaded with the options of their run."""
+"""Strategies with required options: an adapter loads with the options of its run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCALED = """
         scale: float = Field(gt=0)
 
     class Scaled(Strategy):
-        'Adds a multiple of a vector to the logits, set by its option; stores its selection on the model.'
+        'Adds a vector to the logits, scaled by its option; stores its selection on the model.'
         api = 2
         Options = Scale
         adapter_types = ("SCALED",)

@@ -268,7 +268,7 @@ def test_a_corrupt_adapter_leaves_the_model_unchanged(
     before = [(path, id(module)) for path, module in pool.model.named_modules()]
     logits = pool.logits(PROMPTS)
     bad = altered(stock, tmp_path / "bad", change)
-    kind = CorruptError if message == "NaN" else InputError  # it records no base, so it may be for another one
+    kind = CorruptError if message == "NaN" else InputError  # it records no base, so it may belong to another one
     with pytest.raises(kind, match=message) as error:
         pool.load("bad", bad)
     assert str(bad) in str(error.value)

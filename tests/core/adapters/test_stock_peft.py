@@ -1,4 +1,4 @@
-"""Adapters of stock PEFT: what its config may say is honoured as PEFT does, or refused with a remedy."""
+"""Stock PEFT adapters: each config field has the effect that it has in PEFT, or is refused with a remedy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def load(base: Path) -> Any:
 
 @torch.no_grad()
 def stock(base: Path, folder: Path, model: Any = None, seed: int = 0, **fields: Any) -> Path:
-    """Save an adapter of stock PEFT with every trained parameter moved away from where it began."""
+    """Save a stock PEFT adapter with every trained parameter moved away from its initial value."""
     torch.manual_seed(seed)
     config = LoraConfig(**({"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | fields))
     model = get_peft_model(load(base) if model is None else model, config)
@@ -41,12 +41,12 @@ def stock(base: Path, folder: Path, model: Any = None, seed: int = 0, **fields: 
 
 
 @torch.no_grad()
-def pefts(base: Path, folder: Path) -> torch.Tensor:
+def peft_logits(base: Path, folder: Path) -> torch.Tensor:
     return PeftModel.from_pretrained(load(base), folder).eval()(IDS).logits
 
 
 @torch.no_grad()
-def ours(base: Path, folder: Path) -> torch.Tensor:
+def budwood_logits(base: Path, folder: Path) -> torch.Tensor:
     pool = AdapterPool(base, "none", precision="fp32", device="cpu")
     pool.load("a", folder)
     pool.use("a")
@@ -65,7 +65,7 @@ def rewrite(folder: Path, **fields: Any) -> Path:
 )
 def test_every_field_of_the_installed_peft_is_honoured_or_refused(config, fields, unused):
     known = {field.name for field in dataclasses.fields(config)}
-    taken = honoured(fields, unused) | {"init_lora_weights"}  # of which some values are refused
+    taken = honoured(fields, unused) | {"init_lora_weights"}  # some of its values are refused
     assert known - taken <= set(REFUSED)
     assert all(REFUSED.values())
 
@@ -81,10 +81,10 @@ HONOURED: list[dict[str, Any]] = [
     {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2, "layers.1.mlp": 3}, "alpha_pattern": {"q_proj": 3}},
     {"target_modules": "all-linear", "rank_pattern": {r"^model.layers.0.*": 2}, "use_rslora": True},
     {"target_modules": ["q_proj"], "use_dora": True},
-    {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},  # PEFT takes input_layernorm too
+    {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},  # PEFT matches input_layernorm too
     {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "classifier"]},
     {"target_modules": "all-linear", "modules_to_save": ["layers.0.mlp"]},
-    {"target_modules": ["q_proj", "lm_head"]},  # beside which PEFT saves the base's own head
+    {"target_modules": ["q_proj", "lm_head"]},  # PEFT saves the base's own head too
     {"target_modules": ["q_proj"], "bias": "none", "lora_dropout": 0.5},
     {"target_modules": ["q_proj"], "trainable_token_indices": [99, 40]},
     {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [99, 40], "lm_head": [99, 40]}},
@@ -108,9 +108,9 @@ def test_it_answers_as_in_peft_and_merges(tiny_base, tiny_bases, tmp_path, field
     if "lora_bias" in fields:
         base = tiny_bases("biased", attention_bias=True, mlp_bias=True)
     folder = stock(base, tmp_path / "adapter", **fields)
-    expected = pefts(base, folder)
+    expected = peft_logits(base, folder)
     assert (expected - load(base)(IDS).logits).abs().max() > 1e-2
-    torch.testing.assert_close(ours(base, folder), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(budwood_logits(base, folder), expected, atol=1e-4, rtol=1e-4)
     merge(folder, tmp_path / "merged", base=str(base), dtype="fp32")
     torch.testing.assert_close(load(tmp_path / "merged")(IDS).logits, expected, atol=1e-4, rtol=1e-4)
 
@@ -127,7 +127,7 @@ def test_what_was_tied_is_merged_into_two_tensors(tiny_bases, tmp_path, ends):
     embedding = old["model.embed_tokens.weight"]
     assert torch.equal(tensors["model.embed_tokens.weight"], embedding) is ("embed_tokens" not in ends)
     assert torch.equal(tensors["lm_head.weight"], embedding) is ("lm_head" not in ends)
-    torch.testing.assert_close(load(tmp_path / "merged")(IDS).logits, pefts(base, folder), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(load(tmp_path / "merged")(IDS).logits, peft_logits(base, folder), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -136,7 +136,7 @@ def test_an_initialisation_that_changes_the_base_is_refused_until_it_is_converte
     fields = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": init, "task_type": "CAUSAL_LM"}
     torch.manual_seed(0)
     model = get_peft_model(load(tiny_base), LoraConfig(**fields))
-    model.peft_config["default"].init_lora_weights = True  # as PEFT's guide says
+    model.peft_config["default"].init_lora_weights = True  # as in PEFT's guide
     model.save_pretrained(tmp_path / "initial")
     model.peft_config["default"].init_lora_weights = init
     with torch.no_grad():
@@ -146,9 +146,9 @@ def test_an_initialisation_that_changes_the_base_is_refused_until_it_is_converte
         expected = model.eval()(IDS).logits
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(InputError, match="changes the base's weights.*path_initial_model_for_weight_conversion"):
-        ours(tiny_base, tmp_path / "adapter")
+        budwood_logits(tiny_base, tmp_path / "adapter")
     model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
-    torch.testing.assert_close(ours(tiny_base, tmp_path / "converted"), expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(budwood_logits(tiny_base, tmp_path / "converted"), expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -164,16 +164,19 @@ def test_an_initialisation_that_changes_the_base_is_refused_until_it_is_converte
         ({"alora_invocation_tokens": [5]}, "use it with PEFT"),
         ({"ensure_weight_tying": True}, "merge_and_unload"),
         ({"target_parameters": ["experts.down_proj"]}, "merge_and_unload"),
-        ({"a_new_field": None, "peft_version": "9.9"}, r"'a_new_field: null' is no field of PEFT .*PEFT 9\.9 wrote it"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, r"'model.embed_tokens' is no linear module \(Embedding\)"),
-        ({"target_modules": ["q_proj", "mlp"]}, r"is no linear module \(LlamaMLP\)"),
+        (
+            {"a_new_field": None, "peft_version": "9.9"},
+            r"'a_new_field: null' is not a field of PEFT .*PEFT 9\.9 wrote it",
+        ),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, r"'model.embed_tokens' is not a linear module \(Embedding\)"),
+        ({"target_modules": ["q_proj", "mlp"]}, r"is not a linear module \(LlamaMLP\)"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_is_not_supported_is_refused_with_the_remedy(tiny_base, tmp_path, fields, message):
     folder = rewrite(stock(tiny_base, tmp_path / "adapter", target_modules=["q_proj"]), **fields)
     with pytest.raises(InputError, match=message):
-        ours(tiny_base, folder)
+        budwood_logits(tiny_base, folder)
 
 
 RESIZED: list[dict[str, Any]] = [
@@ -189,7 +192,7 @@ RESIZED: list[dict[str, Any]] = [
 @pytest.mark.parametrize("fields", RESIZED, ids=lambda fields: " ".join(map(str, fields.items())) or "frozen")
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_an_adapter_of_a_resized_base_brings_the_new_rows_along(tiny_base, tiny_bases, tmp_path, fields, tied):
-    """PEFT saves the tables of a base that was resized, next to what trains."""
+    """PEFT saves the embedding tables of a resized base along with the trained tensors."""
     base = tiny_bases("tied", tie_word_embeddings=True) if tied else tiny_base
     torch.manual_seed(1)
     larger = load(base)
@@ -231,7 +234,7 @@ TOKENS: list[tuple[Any, type[Exception], str]] = [
 def test_token_indices_that_do_not_fit_are_refused(tiny_base, tmp_path, value, error, message):
     folder = stock(tiny_base, tmp_path / "adapter", target_modules=["q_proj"], trainable_token_indices=[5, 6])
     with pytest.raises(error, match=message):
-        ours(tiny_base, rewrite(folder, trainable_token_indices=value))
+        budwood_logits(tiny_base, rewrite(folder, trainable_token_indices=value))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -242,7 +245,7 @@ def test_rows_of_a_head_with_a_bias_are_refused(tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
     folder = stock(base, tmp_path / "a", target_modules=["q_proj"], trainable_token_indices={"lm_head": [5, 6]})
     with pytest.raises(InputError, match="'lm_head' is neither a plain embedding table nor a linear without bias"):
-        ours(base, folder)
+        budwood_logits(base, folder)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -279,7 +282,7 @@ def test_two_adapters_may_have_rows_of_one_module(tiny_base, tmp_path):
     for folder in folders:
         pool.use(folder.name)
         with torch.no_grad():
-            torch.testing.assert_close(pool.model(IDS).logits, pefts(tiny_base, folder), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(pool.model(IDS).logits, peft_logits(tiny_base, folder), atol=1e-4, rtol=1e-4)
 
 
 def test_embeddings_of_another_base_are_refused(tiny_base, tmp_path):
@@ -288,7 +291,7 @@ def test_embeddings_of_another_base_are_refused(tiny_base, tmp_path):
     tensors["base_model.model.lm_head.base_layer.weight"] += 1
     save_file(tensors, folder / "adapter_model.safetensors")
     with pytest.raises(InputError, match="is another 'lm_head' than the base's.*merge_and_unload"):
-        ours(tiny_base, folder)
+        budwood_logits(tiny_base, folder)
 
 
 def test_one_that_replaces_a_module_and_one_that_adapts_it_do_not_share_a_model(tiny_base, tmp_path):

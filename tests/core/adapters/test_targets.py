@@ -1,4 +1,4 @@
-"""Targets and modules that train whole, by full name or by the last components of names."""
+"""Targets and modules trained whole, given by full name or by the last components of a name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Golden logits: replayed to 1e-5 in the same setting, reported as a distance in another."""
+"""Golden logits: reproduced to 1e-5 in the same setting; in another, their distance is reported."""
 
 from __future__ import annotations
 

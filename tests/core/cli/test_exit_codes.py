@@ -24,13 +24,13 @@ CODES = (0, 2, 3, 4, 5)
 HUB = "someone/a-model-that-is-not-here"
 NO_ARTIFACT = "reads no artifact"
 NO_TRAINING = "does not train"
-"""Reasons for which a command cannot return a code, in place of a case."""
+"""Reasons why a command cannot return a code, used in the table in place of a case."""
 
 Case = Callable[[Any], list[str]] | str
 TABLE: dict[tuple[str, ...], dict[int, Case]] = {
     ("demo",): {
         0: lambda w: [w.stub("budwood_demo.demo.main", lambda output, overwrite: {"accuracy": 1.0}), "--json"],
-        2: lambda w: ["--output", w.run],  # holds files of another program
+        2: lambda w: ["--output", w.run],  # holds another program's files
         3: lambda w: ["--output", f"{w.rows}/x"],
         4: lambda w: [w.stub("budwood_demo.demo.HERE", w.corrupt_demo), "--output", w.new],
         5: "its recipes do not diverge; if one did, it would exit as `tune` does",
@@ -166,7 +166,7 @@ def test_a_command_returns_its_code(world, capsys, words, code, case):
         assert err.splitlines()[-1].startswith("error: ")
         assert sum(line.startswith("error: ") for line in err.splitlines()) == 1 or words == ("plan",)
     if code not in (0, 5):
-        assert sorted(Path().rglob("*")) == before, "partial output is left"
+        assert sorted(Path().rglob("*")) == before, "partial output is left behind"
 
 
 def altered(folder: Path, name: str, **changes: Any) -> Path:
@@ -178,7 +178,7 @@ def altered(folder: Path, name: str, **changes: Any) -> Path:
 
 
 def without(folder: Path, *names: str, instead: str = "") -> Path:
-    """Return a copy of a base or adapter without some files, with another file instead."""
+    """Return a copy of a base or adapter without the files `names`; `instead` adds a file in their place."""
     copy = altered(folder, "config.json" if (folder / "config.json").exists() else "adapter_config.json")
     for name in names:
         (copy / name).unlink()
@@ -187,14 +187,14 @@ def without(folder: Path, *names: str, instead: str = "") -> Path:
     return copy
 
 
-def lasting(path: str, text: str) -> str:
+def write_file(path: str, text: str) -> str:
     Path(path).write_text(text)
     return path
 
 
 def new_rows() -> str:
     """Return a data file whose tokens are not in the cache."""
-    return lasting("new.jsonl", json.dumps({"prompt": "new:", "completion": f" {os.getcwd()}"}) + "\n")
+    return write_file("new.jsonl", json.dumps({"prompt": "new:", "completion": f" {os.getcwd()}"}) + "\n")
 
 
 def gated(*_: Any, **__: Any) -> Any:
@@ -214,9 +214,9 @@ OTHER_TARGETS = {"target_modules": ["wq", "wk"]}
 KINDS: dict[str, list[Callable[[Any], list[Any]]]] = {
     "a recipe, an option, a name or a data file that is missing, malformed or wrong": [
         lambda w: ["tune", "no.yaml"],
-        lambda w: ["tune", lasting("bad.yaml", "base: [")],
-        lambda w: ["data", lasting("bad.jsonl", '{"prompt"'), "--base", w.base],
-        lambda w: ["data", lasting("empty.parquet", "x"), "--base", w.base],
+        lambda w: ["tune", write_file("bad.yaml", "base: [")],
+        lambda w: ["data", write_file("bad.jsonl", '{"prompt"'), "--base", w.base],
+        lambda w: ["data", write_file("empty.parquet", "x"), "--base", w.base],
         lambda w: ["data", "no.jsonl", "--base", w.base],
         lambda w: ["plan", w.recipe, "-o", "base.model=./no/base"],
         lambda w: ["adapter", "info", "no/adapter"],

@@ -1,4 +1,4 @@
-"""Output for readers that leave, and terminals without UTF-8; .json files that hold an object."""
+"""Output to closed pipes and to terminals without UTF-8; .json files that hold an object."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[byte
 
 
 @pytest.mark.parametrize("extra", [[], ["--json"]])
-def test_a_reader_of_the_data_report_that_has_gone_is_no_error(rows: Path, tiny_base: Path, extra: list[str]) -> None:
+def test_a_data_report_to_a_closed_pipe_is_not_an_error(rows: Path, tiny_base: Path, extra: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     try:
@@ -45,11 +45,11 @@ def test_marks_are_readable_in_ascii(rows: Path, tiny_base: Path) -> None:
     text = done.stdout.decode("ascii")
     assert done.returncode == 0
     assert "[[ na\\xefve\\n" in text and "]]" in text and "[[with a loss]]" in text and "####" in text
-    assert text.count("\\x") == text.count("na\\xefve") and "?" not in text, "only the data's own characters"
+    assert text.count("\\x") == text.count("na\\xefve") and "?" not in text, "only characters of the data are escaped"
 
 
 def write_in_ascii(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> str:
-    """Run a command whose standard output takes ASCII alone; return what it wrote."""
+    """Run a command whose standard output accepts only ASCII; return what it wrote."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
     assert run(arguments) == 0
@@ -61,7 +61,7 @@ def write_in_ascii(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> str
 def test_every_command_writes_ascii(
     rows: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
-    """typer's own `echo` writes UTF-8 to a terminal that does not take it."""
+    """typer's own `echo` writes UTF-8 even to a terminal that does not support it."""
     recipe = tmp_path / "recipe.json"
     recipe.write_text(
         json.dumps({"base": {"model": str(tiny_base)}, "data": {"train": str(rows)}, "strategies": ["lora"]})
@@ -80,8 +80,8 @@ def test_json_is_whole_in_ascii(rows: Path, tiny_base: Path, monkeypatch: pytest
     assert "naïve" in "".join(pieces)
 
 
-def test_every_mark_of_ours_has_a_spelling() -> None:
-    """The marks in texts that core and plugins print; not those in documentation."""
+def test_every_printed_mark_has_an_ascii_spelling() -> None:
+    """Covers strings that core and plugins print, not their docstrings."""
     root = Path(__file__).parents[3]
     used: dict[str, str] = {}
     for path in [*root.glob("core/budwood/**/*.py"), *root.glob("plugins/*/budwood_*/*.py")]:
@@ -90,7 +90,7 @@ def test_every_mark_of_ours_has_a_spelling() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in statements:
                 used |= {c: f"{path.name}:{node.lineno}" for c in node.value if not c.isascii()}
-    read = {"▁", "\ufffd"}  # compared with, in tokens and decoded text
+    read = {"▁", "\ufffd"}  # only compared with tokens and decoded text
     assert {c: place for c, place in used.items() if "\\" in c.encode("ascii", "budwood").decode()}.keys() <= {
         *read,
         "↵",

@@ -1,4 +1,4 @@
-"""Every hook: attribution of errors, checks of results, measured costs. New hooks are included automatically."""
+"""Every hook: attribution of errors, checks of results, measured costs. New hooks are covered automatically."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_an_error_in_a_task_is_attributed_to_the_task():
 
 
 def test_an_error_in_cores_code_is_not_blamed_on_its_caller():
-    """A plugin that called core may have called it wrongly; its author alone is not told to explain core's code."""
+    """Either the plugin called core wrongly or core has a bug; the message names both."""
     hooks = Composition([implement("before_clip", lambda: read_weight(None, ""))])
     with pytest.raises(BudwoodError) as raised:
         call(hooks, "before_clip")
@@ -267,7 +267,7 @@ class Lenient(DataFormat):
         (lambda self, row, where: read_weight(None, where), "AttributeError: .*raised in Budwood's own code", 1),
     ],
 )
-def test_whose_fault_an_error_outside_of_hooks_is(item, message, code, tmp_path, monkeypatch):
+def test_an_error_outside_of_hooks_is_attributed_to_its_cause(item, message, code, tmp_path, monkeypatch):
     monkeypatch.setattr(Lenient, "item", item)
     monkeypatch.setattr("budwood.data.recognition.recognise_rows", lambda *_: Lenient())
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
@@ -298,7 +298,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def costs(hooks: Composition) -> dict[tuple[str, str], tuple[int, float, float]]:
-    """(calls, own seconds, seconds) of each row."""
+    """Return (calls, own seconds, seconds) for each row."""
     return {(c.owner, c.hook): (c.calls, c.own_seconds, c.seconds) for c in hooks.costs}
 
 

@@ -239,7 +239,7 @@ def test_an_error_in_a_called_function_is_attributed_to_the_calling_strategy():
 
 
 class OutOfMemoryError(RuntimeError):
-    """Named like torch's."""
+    """Has the name of torch's exception."""
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(28, "No space left"), OutOfMemoryError(), InputError("x")])

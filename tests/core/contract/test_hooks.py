@@ -39,7 +39,7 @@ STRATEGIES = {
     "gradient-noise": "GradientNoise", "oscillation": "Oscillation", "event-log": "EventLog",
 }  # fmt: skip
 SAMPLING = ("shorter", "Shorter")
-"""The strategy that samples its examples, which needs a separate run."""
+"""The strategy that samples its examples; it needs a separate run."""
 STEPS = 3
 EXERCISED: dict[str, str] = {}
 """Hook → name of the test that exercises it."""

@@ -327,7 +327,7 @@ def test_all_installed_plugins_are_listed_with_their_problems(distribution):
     distribution("shy", "", {"shy": "Shy"}, group="budwood.task")
     for name in ("one", "two"):
         distribution(name, "class Twice(Strategy): pass", {"twice": "Twice"})
-    # Without the classes that other tests of this process registered, some of them broken on purpose.
+    # Skip classes registered by other tests in this process: some are broken on purpose.
     found = [status for status in check_installed() if status.entry.distribution != MODULE]
     statuses = [(status.kind, status.entry.name, status.problem) for status in found]
     problems = {name: (kind, problem) for kind, name, problem in statuses if problem}

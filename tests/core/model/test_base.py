@@ -1,4 +1,4 @@
-"""Loading a base: its attributes, refusals, and that nothing is downloaded or repacked silently."""
+"""Loading a base: its attributes, refusals, and no silent downloads or repacking."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_base_is_frozen_complete_and_measured(tiny_base, quantization):
     assert not base.model.training
     assert base.new == ()
     if quantization == "none":
-        assert base.bytes == pytest.approx(4 * elements, rel=1e-3)  # the rest are rotary frequencies
+        assert base.bytes == pytest.approx(4 * elements, rel=1e-3)  # the rest is rotary frequencies
         assert base.unquantized_share == 1
         assert all(torch.equal(original[name], tensor) for name, tensor in base.model.state_dict().items())
     else:
@@ -217,7 +217,7 @@ def test_autocast_does_not_round_the_sums_of_an_8_bit_linear(tiny_base, monkeypa
         alone = layer(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(layer(x), alone)
-            assert torch.equal(layer(x.float()), alone), "as a 16-bit linear takes autocast's dtype"
+            assert torch.equal(layer(x.float()), alone), "cast to autocast's dtype, as in a 16-bit linear"
     codes, scales = layer.state.CB.double(), layer.state.SCB.double() / 127
     most = x.double().abs().amax(-1, keepdim=True)
     exact = ((x.double() * 127 / most).round() @ codes.T) * (most / 127) * scales
@@ -355,8 +355,8 @@ def test_model_without_a_class_for_the_task(tiny_base, tmp_path):
         ("xlnet", "is no dec"),
     ],
 )
-def test_a_model_with_a_causal_class_that_is_no_decoder(tmp_path, kind, what):
-    """Their classes exist: XLNet's permutes the order, BERT's and BART's belong to other models or see both sides."""
+def test_a_model_with_a_causal_class_that_is_not_a_decoder(tmp_path, kind, what):
+    """They have causal classes, but XLNet permutes the order, BERT sees both sides, and BART is an encoder-decoder."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     with pytest.raises(InputError, match=f"'{kind}' {what}.*needs a decoder-only model.*take another base"):
         skeleton(tmp_path, LM)
@@ -419,7 +419,7 @@ def test_device_and_precision_are_chosen_and_reported(monkeypatch):
     assert pick_device_precision(None, None) == (torch.device("cpu"), torch.bfloat16, "native here")
     assert pick_device_precision("cpu", "fp16")[1:] == (torch.float16, "as requested; this device emulates it, slowly")
     monkeypatch.setattr(machine, "_onednn_multiplies", lambda precision: False)
-    assert pick_device_precision(None, None)[1] == torch.float32, "the processor could, and oneDNN is kept from it"
+    assert pick_device_precision(None, None)[1] == torch.float32, "the processor has bf16, but oneDNN may not use it"
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     assert pick_device_precision("auto", "auto") == (torch.device("cpu"), torch.float32, "no fast bf16 here")
     assert pick_device_precision("cpu", "fp32")[1:] == (torch.float32, "as requested")
@@ -502,7 +502,7 @@ def test_hub_name_from_the_cache(tiny_base, tmp_path):
 
 def test_loading_streams_is_silent_and_downloads_nothing(tiny_base, tiny_bases, tmp_path):
     """A sharded base of 201 MB in 16 bit: peak memory, output, connections, kernels from the hub."""
-    (tmp_path / "kernels").mkdir()  # replaces the package with which bitsandbytes downloads native code
+    (tmp_path / "kernels").mkdir()  # shadows the package with which bitsandbytes downloads native code
     (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(*_, **__): raise SystemExit('kernel fetched')")
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 24, "num_key_value_heads": 4}
     folder = tiny_bases("streamed", dtype=torch.bfloat16, shard="40MB", **sizes)
@@ -521,7 +521,7 @@ def test_loading_streams_is_silent_and_downloads_nothing(tiny_base, tiny_bases, 
         def memory(key):
             line = next(line for line in open("/proc/self/status") if line.startswith(key))
             return int(line.split()[1]) * 1024
-        load_base({str(tiny_base)!r}, "nf4", "AutoModelForCausalLM", torch.bfloat16)  # so that all imports are done
+        load_base({str(tiny_base)!r}, "nf4", "AutoModelForCausalLM", torch.bfloat16)  # does all imports
         open("/proc/self/clear_refs", "w").write("5")  # resets the peak
         before = memory("VmRSS")
         base = load_base({str(folder)!r}, "nf4", "AutoModelForCausalLM", torch.bfloat16)

@@ -86,7 +86,7 @@ def test_fingerprint_detects(folder, tmp_path, change):
 
 
 def test_fingerprint_of_a_large_base_takes_seconds(tmp_path):
-    """723 tensors and 140 GB, as for 70 billion parameters in 16 bit, in sparse files."""
+    """723 tensors and 140 GB in sparse files, the size of 70 billion parameters in 16 bit."""
     part, per_file = 48_000_000, 40
     index = {}
     for number in range(19):

@@ -1,4 +1,4 @@
-"""Counts of fused experts: all, quantised and trainable ones."""
+"""Counts of fused experts: all, quantised and trainable."""
 
 from __future__ import annotations
 

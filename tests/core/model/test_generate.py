@@ -217,7 +217,7 @@ def test_samples_depend_on_the_seed_and_not_on_torchs_generator(base, prompts):
 
 
 class Scripted(nn.Module):
-    """Replaces a model's head, so that it generates a fixed answer to any prompt."""
+    """Replaces a model's head to generate a fixed answer to any prompt."""
 
     def __init__(self, model, answer: list[int]) -> None:
         super().__init__()
@@ -309,7 +309,7 @@ def test_stop_strings_at_random(base):
         text = "".join(pick.choice("abc\né木") for _ in range(pick.randrange(1, 25)))
         stop = ["".join(pick.choice("abc\né木") for _ in range(pick.randrange(1, 4))) for _ in range(2)]
         if stop[0] in stop[1] or stop[1] in stop[0]:
-            continue  # the shorter string would match first
+            continue  # the shorter string matches first
         pieces: list[str] = []
         writer = _Writer(base.tokenizer, 10**6, {2: "eos"}, stop, 0, lambda index, piece, to=pieces: to.append(piece))
         for token in [*tokens_of(base, text), 2]:

@@ -1,4 +1,4 @@
-"""A model's head is its own forward, and its body includes towers of other modalities."""
+"""The head is the model's own forward, and the body includes towers of other modalities."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXT = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 IMAGE = 299
-"""Token that stands for one patch of the image."""
+"""The token that stands for one patch of an image."""
 PLUGIN = '''
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ def llava() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlavaForConditionalGeneration(config).eval()
-        model.lm_head.weight.data.mul_(5)  # the head is frozen: with small rows it could not be sure of a token
+        model.lm_head.weight.data.mul_(5)  # the head is frozen: with small rows it could not be confident
         return model
 
 
@@ -91,7 +91,7 @@ def test_the_body_of_a_decoder_with_a_vision_tower_includes_the_tower() -> None:
 
 @pytest.fixture
 def captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A recipe for a third party's task on images, whose package is on the path."""
+    """A recipe for a third-party task on images, whose package is on the path."""
     info = tmp_path / "site" / "captions_plugin-0.dist-info"
     info.mkdir(parents=True)
     (tmp_path / "site" / "captions_plugin.py").write_text(PLUGIN)
@@ -115,7 +115,7 @@ def captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_a_task_on_images_trains_through_the_vision_tower(captions: dict[str, Any]) -> None:
-    """Nothing but the image tells the two captions apart, so a loss below ln 2 on the word needs the tower."""
+    """Only the image tells the two captions apart, so a loss below ln 2 on the word needs the tower."""
     from budwood.recipe.schema import Recipe
 
     run = tune(Recipe.from_dict(captions), quiet=True)
@@ -124,7 +124,7 @@ def test_a_task_on_images_trains_through_the_vision_tower(captions: dict[str, An
 
 
 def test_the_head_leaves_a_patched_forward_alone() -> None:
-    """Libraries patch the forward of one instance; a call in between must find the model as it was."""
+    """Libraries patch the forward of an instance; running the head must leave the patch in place."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model, rows = LlamaForCausalLM(LlamaConfig(**TEXT)).eval(), torch.randn(3, 32)

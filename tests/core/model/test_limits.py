@@ -1,4 +1,4 @@
-"""How many tokens a base takes, and that rows beyond it, or ids without an embedding, are refused by name."""
+"""The number of tokens that a base takes; longer rows, and ids without an embedding, are refused by name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GPT = {"vocab_size": 60, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions":
 
 
 def build(name: str, **options: Any) -> Any:
-    """The model of a configuration class, on the CPU."""
+    """Return a model of a configuration class, on the CPU."""
     kind = getattr(transformers, name)
     auto = transformers.AutoModelForCausalLM
     config = kind(**options)
@@ -57,7 +57,7 @@ LEARNED = [
 
 @pytest.mark.parametrize(("name", "options", "expected"), LEARNED, ids=[case[0] for case in LEARNED])
 def test_learned_positions_end_where_the_model_ends(name: str, options: dict[str, Any], expected: int) -> None:
-    """The model itself is the reference: it answers rows of this length, and fails on rows one token longer."""
+    """The model itself is the reference: it accepts rows of this length, and fails on rows one token longer."""
     lengths = {"n_positions": 20} if "n_positions" in options else {"max_position_embeddings": 20}
     model = build(name, **{**options, **lengths})
     assert positions_of(model) == expected
@@ -163,7 +163,7 @@ def test_a_longer_length_that_no_row_uses_is_fine(make_recipe: Make, short_base:
 
 @pytest.fixture
 def added(tiny_base: Path, tmp_path: Path) -> Path:
-    """The tiny base whose tokenizer has one token more than the model."""
+    """The tiny base with a tokenizer that has one more token than the model."""
     path = tmp_path / "added"
     shutil.copytree(tiny_base, path)
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -203,7 +203,7 @@ def test_prompts_with_a_token_without_an_embedding_are_refused(added: Path) -> N
 
 
 def test_a_prompt_fills_what_learned_positions_leave(tiny_base: Path) -> None:
-    """OPT's table has two rows more than it has positions."""
+    """OPT's table has two more rows than positions."""
     options = {**SMALL, "ffn_dim": 16, "word_embed_proj_dim": 16, "pad_token_id": 1, "max_position_embeddings": 20}
     model = build("OPTConfig", **{**options, "vocab_size": 4096})
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)

@@ -69,7 +69,7 @@ def test_a_run_uses_the_revision_and_records_the_commit(hub: Path, make_recipe: 
     assert "revision: v1" in (run.directory / "recipe.yaml").read_text()
     saved = read_adapter(run.directory / "adapter")
     assert saved.manifest is not None and saved.manifest.base.revision == OLD
-    assert commit_of(open_pool(saved).base.path) == OLD, "opened again on its own commit"
+    assert commit_of(open_pool(saved).base.path) == OLD, "reopened at its own commit"
     with pytest.raises(InputError, match="was trained on the base"):
         open_pool(saved, NAME)
     main = tune(make_recipe("main", base={"model": NAME}), quiet=True)

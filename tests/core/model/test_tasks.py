@@ -1,4 +1,4 @@
-"""The head is the model's own forward on rows of the decoder's output, also if it reads other outputs."""
+"""The head is the model's own forward on rows of the decoder's output, even if it reads other outputs."""
 
 from __future__ import annotations
 
@@ -29,4 +29,4 @@ class Model(nn.Module):
 def test_the_models_own_head_runs_on_the_rows() -> None:
     model, rows = Model(), torch.randn(3, 4)
     torch.testing.assert_close(own_head(model, rows), model.lm_head(rows) * 2)
-    assert "forward" not in vars(model.model), "the decoder is itself again"
+    assert "forward" not in vars(model.model), "the decoder is restored"

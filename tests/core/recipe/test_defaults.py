@@ -1,4 +1,4 @@
-"""What a recipe leaves open is chosen from the data and the base, and what it names is kept."""
+"""Settings that a recipe omits are chosen from the data and the base; those that it gives are kept."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_what_is_given_is_kept_and_counts() -> None:
     given = TrainSection(epochs=2, batch_tokens=1000, learning_rate=1e-5, warmup=0.5)
     assert choose(given, facts(500)) == (given, "")
     train = chosen(500, TrainSection(batch_tokens=1000))
-    assert (train.batch_tokens, train.batch_examples, train.epochs) == (1000, None, 6)  # 25 steps an epoch
+    assert (train.batch_tokens, train.batch_examples, train.epochs) == (1000, None, 6)  # 25 steps per epoch
     assert chosen(500, TrainSection(steps=20)).warmup == 2
     assert chosen(500, TrainSection(steps=20)).epochs is None
 

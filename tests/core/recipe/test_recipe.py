@@ -442,7 +442,7 @@ def test_loading_a_recipe_imports_neither_torch_nor_a_plugin():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_a_chat_template_of_the_users(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_chat_template_from_the_user(tiny_base: Path, tmp_path: Path) -> None:
     from budwood.recipe.data import encoding_options, recipe_tokenizer
 
     file = tmp_path / "mine.jinja"

@@ -1,7 +1,7 @@
 """Optimizer steps in float64 and their independent reference: autograd on the full logits of a stock model.
 
-The reference is transformers' own model on one example at a time, its weights W + s B A and its heads put together
-here; nothing of Budwood's forward, chunked head or loss terms has a part in it.
+The reference is transformers' own model on one example at a time, with weights W + s B A and heads computed here.
+It uses none of Budwood's forward, chunked head or loss terms.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ BETA, CLIP, TEMPERATURE = 0.3, 0.2, 0.2
 
 
 class Exact(Strategy):
-    """Makes the model float64, and gives the examples weights, pairs, advantages and old log-probabilities."""
+    """Converts the model to float64, and gives the examples weights, pairs, advantages and old log-probabilities."""
 
     api = 2
     after = ("adapter",)
@@ -180,7 +180,7 @@ def wide(model: nn.Module) -> nn.Module:
 
 
 def ready(recipe: Any) -> tuple[Run, Engine]:
-    """Return a float64 run before its first step, with a non-zero adapter that differs from its start."""
+    """Return a float64 run before its first step, with a non-zero adapter that differs from its initial value."""
     run, _, engine = prepare(recipe, Report(quiet=True), True)
     run.dtype = torch.float64
     run.model.train()
@@ -194,7 +194,7 @@ def ready(recipe: Any) -> tuple[Run, Engine]:
 
 @dataclass
 class Result:
-    """Result of an optimizer step: its terms and their sum, the gradient per parameter, and the passes in order."""
+    """Result of an optimizer step: its terms and their sum, each parameter's gradient, and the passes in order."""
 
     values: dict[str, Tensor]
     gradients: dict[str, Tensor]
@@ -351,9 +351,9 @@ def expect(
     """Return the expected result of an optimizer step.
 
     Args:
-        terms: those of labels, examples, groups and units of strategies.
-        step_terms: those across the optimizer step, of log-probabilities at `step_temperature`.
-        passes: weight of each pass, and the noise of each example in it; the first is the one that is logged.
+        terms: terms of labels, examples, groups and strategies' units.
+        step_terms: terms across the optimizer step, from log-probabilities at `step_temperature`.
+        passes: weight of each pass, and the noise of each example in it; the first pass is the logged one.
     """
     stock, order = Stock(run), [i for row in rows for i in row]
     values: dict[str, Tensor] = {}
@@ -403,7 +403,7 @@ def agree(result: Result, expected: Result, scale: float = 1.0, noisy: bool = Fa
 
 
 def noise_of(run: Run, result: Result, main: float, replay: float) -> list[tuple[float, dict[int, Tensor | None]]]:
-    """Return the passes that `Spy` recorded in the form of `expect`: core's own first, then the replays."""
+    """Return the passes that `Spy` recorded, as `expect` takes them: core's own first, then the replays."""
     keys = {run.examples[i].key: i for i in range(len(run.examples))}
     kinds: dict[int, dict[int, Tensor | None]] = {}
     seen: dict[Any, int] = {}

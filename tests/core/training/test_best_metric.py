@@ -1,4 +1,4 @@
-"""Choice of the best evaluation: by which metric, in which direction, and never by a non-finite value."""
+"""The choice of the best evaluation: its metric, its direction, and never a non-finite value."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAN, INF = math.nan, math.inf
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[torch.Tensor]]]:
-    """Function `script(name=values, …)`: evaluations return these metrics in turn; returns the parameters of each."""
+    """Function `script(name=values, …)`: scripts the metrics of evaluations; returns the parameters at each."""
 
     def set_metrics(**metrics: Sequence[float]) -> list[list[torch.Tensor]]:
         seen: list[list[torch.Tensor]] = []
@@ -66,7 +66,7 @@ def test_the_direction_decides_the_best_and_the_patience(
     assert manifest["best_metric"] == {"name": "eval_token_accuracy", "higher": higher}
 
 
-def test_the_accuracy_of_a_classifier_keeps_the_highest(
+def test_the_highest_accuracy_of_a_classifier_is_kept(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     """A custom task with real accuracies; the last learning rate destroys what was learned."""

@@ -103,7 +103,7 @@ def test_a_resume_keeps_the_date_of_its_run(
 
 
 def test_without_a_date_in_the_template_none_is_recorded(make_recipe: Make, zone: Callable[[str], None]) -> None:
-    """And another day takes the tokens from the cache."""
+    """On another day, the tokens come from the cache."""
     zone("Pacific/Kiritimati")
     first = tune(make_recipe("one"), quiet=True)
     zone("Pacific/Pago_Pago")

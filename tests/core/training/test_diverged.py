@@ -43,7 +43,7 @@ def test_a_learning_rate_that_overflows_at_the_last_step(
     assert line.startswith("error: step 1: the optimizer left NaN or infinity in 'lora_A/")
     assert "although loss and gradient were finite; lower train.learning_rate; no adapter is kept" in line
     assert not (Path(recipe.output) / "adapter").exists()
-    assert not steps_in(Path(recipe.output) / "checkpoints"), "no checkpoint holds what is not finite"
+    assert not steps_in(Path(recipe.output) / "checkpoints"), "no checkpoint holds non-finite values"
     assert json.loads((Path(recipe.output) / "manifest.json").read_text()).get("finished") is None
 
 

@@ -31,7 +31,7 @@ ADAPTERS = {
     "dropout and head": [{"lora": {"rank": 4, "dropout": 0.3, "modules_to_save": ["lm_head"], "dora": True}}],
 }
 EVAL = {"steps": 8, "eval_every": 2, "eval_generate": 3, "micro_tokens": 64}
-"""Several packed rows per evaluation, and answers to some of the prompts."""
+"""Several packed rows per evaluation, and generated answers to some prompts."""
 
 
 def recorded(run: Run) -> dict[str, float]:
@@ -151,4 +151,4 @@ def test_a_requested_different_setting_is_used_and_reported(
     (note,) = [line for line in said if "the metrics may differ" in line]
     assert "in bfloat16, quantization none; its run used" in note
     assert command(["eval", adapter, "--data", data, "--device", "tpu"]) == 2
-    assert torch.get_num_threads() == 1, "left as it was"
+    assert torch.get_num_threads() == 1, "the thread count is restored"

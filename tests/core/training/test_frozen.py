@@ -1,4 +1,4 @@
-"""A second model beside the run's: accepts its batches, is frozen, and is rejected without a trained head."""
+"""A second model in a run: accepts its batches, is frozen, and is rejected without a trained head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that hold out a part of their training data: never trained on, evaluated, recorded, and evaluated again."""
+"""Runs that hold out part of their training data: never trained on, recorded, evaluated, and evaluated again."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def many(tmp_path: Path, count: int = 220) -> dict[str, Any]:
 
 
 def check_run(run: Run) -> None:
-    """The held-out rows are no training rows, and `budwood eval` measures the same on them."""
+    """Check that no held-out row is trained on, and that `budwood eval` reproduces its metrics."""
     assert run.eval_examples is not None and len(run.eval_examples) == len(run.held_out)
     assert not set(run.examples.row_numbers) & set(run.held_out) and overlap(run.examples, run.eval_examples) == 0
     again = evaluate_adapter(run.directory / "adapter", quiet=True)

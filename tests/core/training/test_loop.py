@@ -1,4 +1,4 @@
-"""The training loop, as a user sees it: the same adapter for every split of a batch, and no silent losses."""
+"""The training loop as a user sees it: the same adapter for every split of a batch, and no silent failures."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_gradient_checkpointing_gives_the_same_adapter(make_recipe: Make) -> Non
     assert distance(adapter(plain), adapter(checkpointed)) < 1e-5
 
 
-def test_training_learns_and_leaves_what_it_promises(make_recipe: Make) -> None:
+def test_training_learns_and_writes_the_documented_files(make_recipe: Make) -> None:
     run = tune(make_recipe(evaluate=True, train={"steps": 30, "eval_every": 10}), quiet=True)
     assert run.metrics["eval_loss"] < run.before["eval_loss"] - 0.5
     names = {path.name for path in run.directory.iterdir()}

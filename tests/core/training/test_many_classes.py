@@ -1,4 +1,4 @@
-"""Classification with thousands of classes: trained, saved, opened again, and a report that can be read."""
+"""Classification with thousands of classes: trained, saved, reopened, and reported readably."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Misuse of hooks, and examples that cannot be trained on: one line each, with plugin, hook or row."""
+"""Misuse of hooks, and examples that cannot be trained on: each gives one line that names the plugin, hook or row."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from budwood import Column, Example, LossTerm, Outputs, ParameterGroup
 def mine(body: str, name: str = "Mine") -> str:
     """Return the source of a strategy whose class has `body`."""
     lines = "\n".join(f"    {line}" for line in body.strip("\n").splitlines())
-    return f"{HEAD}\nclass {name}(Strategy):\n    '''Does what it may not.'''\n    api = 2\n{lines}\n"
+    return f"{HEAD}\nclass {name}(Strategy):\n    '''Misuses a hook.'''\n    api = 2\n{lines}\n"
 
 
 @pytest.fixture
@@ -455,7 +455,7 @@ class Form(TextLabel):
 
 
 def rows_of(weights: list[Any], form: str) -> list[dict[str, Any]]:
-    """Return a row of a data format per weight."""
+    """Return one row of the data format per weight."""
     makers: dict[str, Callable[[int, Any], dict[str, Any]]] = {
         "completion": lambda i, w: {"prompt": f"{i} a", "completion": " b", "weight": w},
         "text": lambda i, w: {"text": f"{i} a b", "weight": w},
@@ -503,7 +503,9 @@ def test_weights_reach_the_labels(make_recipe: Make, write: Callable, form: str)
     assert [set(example.weights.tolist()) for example in run.examples] == [{0.5}, {1.0}, {4.0}]
 
 
-def test_a_row_times_its_message_and_text_of_csv(make_recipe: Make, write: Callable, tmp_path: Path) -> None:
+def test_weights_of_row_and_message_multiply_and_are_read_from_csv(
+    make_recipe: Make, write: Callable, tmp_path: Path
+) -> None:
     rows = write([{"messages": talk(0, 0.5), "weight": 3}, {"messages": talk(1, 1), "weight": 1}], "both.jsonl")
     run = tune(make_recipe(data={"train": str(rows)}, train={"steps": 1}), quiet=True)
     assert [set(example.weights.tolist()) for example in run.examples] == [{1.5}, {1.0}]

@@ -1,4 +1,4 @@
-"""`base.resize_embeddings`: tokens that only the tokenizer has get embeddings, which train and are saved as PEFT's."""
+"""`base.resize_embeddings`: tokens that only the tokenizer has get embeddings, trained and saved as in PEFT."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ADALORA = {"adalora": {"initial_rank": 4, "target_rank": 2, "interval": 1}}
 
 @pytest.fixture
 def grown(tiny_bases: Any, tmp_path: Path) -> Callable[..., Path]:
-    """Function -> a tiny base whose tokenizer has two tokens more than the base has embeddings."""
+    """Function -> a tiny base whose tokenizer has two more tokens than the base has embeddings."""
 
     def make(**changes: Any) -> Path:
         path = tmp_path / "grown"
@@ -63,7 +63,7 @@ def recipe_of(make_recipe: Make, write: Any) -> Callable[..., Recipe]:
 
 
 def resized(base: Path, rows: int = 302) -> Any:
-    """The base as a user of transformers would resize it; what is in the new rows must not matter."""
+    """Return the base resized by transformers; the values of the new rows must not matter."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     torch.manual_seed(9)
     model.resize_token_embeddings(rows, mean_resizing=False)
@@ -145,7 +145,7 @@ def test_with_other_strategies(grown, recipe_of, others):
 
 
 def test_the_gradient_of_the_rows_is_that_of_the_whole_tables(grown, recipe_of):
-    """The reference: the tables train whole, and the loss is transformers'."""
+    """The reference trains the whole tables with transformers' loss."""
     run = tune(recipe_of(grown(), train={"steps": 1}), quiet=True)
     ids = torch.tensor([[1, 300, 40, 301, 50, 300]])
     rows = {k: p for g in run.groups if g.name == "tokens" for k, p in g.parameters.items()}
@@ -175,7 +175,7 @@ def test_a_resumed_run_gives_the_same_bytes(grown, recipe_of, monkeypatch):
 
     def interrupted(run: Run) -> None:
         if run.step == 2:
-            raise KeyError  # stands for a killed process
+            raise KeyError  # simulates a killed process
         original(run)
 
     half = recipe_of(base, "half", train={"save_every": 1})
@@ -187,7 +187,7 @@ def test_a_resumed_run_gives_the_same_bytes(grown, recipe_of, monkeypatch):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_nothing_to_do_is_said(make_recipe, said):
+def test_nothing_to_resize_is_reported(make_recipe, said):
     run = tune(make_recipe(base={"resize_embeddings": True}))
     assert "resize_embeddings: nothing to do: the 300 embeddings cover every token of the tokenizer" in " ".join(said)
     assert not run.base.added
@@ -196,7 +196,7 @@ def test_nothing_to_do_is_said(make_recipe, said):
 
 
 def test_rows_that_exist_are_not_new(grown, recipe_of):
-    """A table padded beyond the tokenizer."""
+    """The embedding table is padded beyond the vocabulary."""
     base = grown(vocab_size=320)
     tokenizer = AutoTokenizer.from_pretrained(base)
     run = tune(recipe_of(base), quiet=True)
@@ -239,7 +239,7 @@ def plain_rows(adapter: Path) -> Path:
 
 
 def small(path: Path, config: Any, auto: Any = AutoModelForCausalLM) -> Path:
-    """Save a random model of this configuration, of 300 embeddings, in place of the base's."""
+    """Replace the base's model with a random one of this configuration, with 300 embeddings."""
     torch.manual_seed(0)
     for file in path.glob("*.safetensors"):
         file.unlink()
@@ -351,7 +351,7 @@ def test_an_average_holds_the_new_rows(grown, recipe_of):
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_a_steps_gradient_is_that_of_the_whole_loss(grown, recipe_of, monkeypatch, tied):
-    """The step runs the head in chunks of rows; the reference is one plain forward of each example."""
+    """The step runs the head in chunks of rows; the reference is one plain forward per example."""
     compared = []
     original = loop.sum_gradients
 

@@ -1,4 +1,4 @@
-"""What a run notices and says: a chat template that goes unused, and a loss that hardly moved."""
+"""What a run points out: an unused chat template, and a loss that hardly moved."""
 
 from __future__ import annotations
 

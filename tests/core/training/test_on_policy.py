@@ -1,4 +1,4 @@
-"""On-policy data: samples of the live model, sets of examples, and sets across kills and processes."""
+"""On-policy data: samples from the live model, sets of examples, and sets across resumes and processes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STRATEGIES = Path(__file__).parents[2] / "strategies"
 
 @pytest.fixture
 def policy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The module of the test strategy `word-policy`, which appears installed."""
+    """The module of the test strategy `word-policy`, registered as if installed."""
     monkeypatch.syspath_prepend(str(STRATEGIES))
     module = importlib.import_module("budwood_test_policy")
     module.SETS.clear()
@@ -166,7 +166,7 @@ def test_log_probs_of_a_batch_do_not_change_what_is_drawn(ready: Run) -> None:
 
 
 def rewards(directory: Path) -> list[float]:
-    """Mean reward of each set."""
+    """Return the mean reward of each set."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [line["reward"] for line in lines if "reward" in line]
 
@@ -198,7 +198,7 @@ def test_an_odd_number_of_steps_leaves_the_last_set_half_used(make: Make, policy
     assert run.step == 3 and len(policy.SETS) == 2
 
 
-@pytest.mark.parametrize("step", [3, 4], ids=["in mid-set", "between sets"])
+@pytest.mark.parametrize("step", [3, 4], ids=["mid-set", "between sets"])
 def test_a_killed_run_resumes_bitwise_identically(
     make: Make, policy: Any, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

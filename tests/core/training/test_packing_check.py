@@ -53,7 +53,7 @@ def test_a_model_that_mixes_examples_gets_padded_rows(
 def test_rounding_in_a_deep_model_does_not_cause_padding(
     make_recipe: Make, monkeypatch: pytest.MonkeyPatch, quantization: str
 ) -> None:
-    """As if a model's rounding exceeded the tolerance, although its examples are independent."""
+    """Simulates a model whose rounding exceeds the tolerance although its examples are independent."""
     monkeypatch.setattr(packing_check, "ROUNDING", -1.0)
     run = tune(make_recipe(train={"precision": "bf16", "steps": 1}, base={"quantization": quantization}))
     assert run.packed

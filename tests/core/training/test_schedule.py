@@ -1,4 +1,4 @@
-"""The rate of every step, and what is said about a warm-up that takes up the run."""
+"""The learning rate of every step, and the note on a warm-up that takes up the run."""
 
 from __future__ import annotations
 

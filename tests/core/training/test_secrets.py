@@ -1,4 +1,4 @@
-"""Secrets from environment and recipe: their detection, and a complete run that writes none of them."""
+"""Secrets from the environment and the recipe: detection, and a complete run that writes none of them."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_a_recipe_masks_its_secrets():
 
 
 def test_paths_and_model_names_are_not_masked(monkeypatch):
-    """A folder may have the name of a secret, and a model that of a token."""
+    """A folder may be named like a secret, and a model like a token."""
     monkeypatch.setenv("MY_TOKEN", "data123")
     data = {
         "base": {"model": "/data123/base"},

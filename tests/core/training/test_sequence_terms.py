@@ -79,13 +79,13 @@ def test_a_trainable_head_runs_twice_and_a_frozen_one_once(ready: Callable, lora
     f64.take(run, engine, rows)  # detects whether the head is trainable
     Heads.calls = 0
     result = f64.take(run, engine, rows)
-    assert Heads.calls == (2 if frozen else 4), "a chunk a micro-batch"
+    assert Heads.calls == (2 if frozen else 4), "one chunk per micro-batch"
     terms = [f64.own("causal_lm", 0.6), f64.preference, f64.ratio(run.counts), f64.distilled]
     f64.agree(result, f64.expect(run, rows, terms))
 
 
 class Heads:
-    """Counts the passes of the head with a graph."""
+    """Counts the forward passes of the head that build a graph."""
 
     calls = 0
 
@@ -144,7 +144,7 @@ def test_the_reference_is_the_base_or_the_start_and_is_computed_once(ready: Call
     torch.testing.assert_close(chosen, before[positions], atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(step.reference().log_probs, base, atol=1e-12, rtol=1e-12)
     again = torch.cat([stock.score(i).log_probs for i in rows])
-    assert torch.equal(now, again), "the adapter is as it was"
+    assert torch.equal(now, again), "the adapter is unchanged"
     assert run.model.training
 
 
@@ -178,7 +178,7 @@ def test_log_probabilities_at_a_temperature(ready: Callable, temperature: float)
 def test_strategies_with_different_temperatures(
     ready: Callable, lora: dict[str, Any], rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A policy's ratio at its sampling temperature, beside a preference and the task's loss at 1."""
+    """A policy's ratio at its sampling temperature, alongside a preference and the task's loss at 1."""
     hot: dict[str, float] = {"ratio": 1.7, "contrast": 0.6}
     monkeypatch.setattr(f64.Ratio, "log_prob_temperature", hot["ratio"])
     monkeypatch.setattr(f64.Contrast, "log_prob_temperature", hot["contrast"])

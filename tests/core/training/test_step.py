@@ -1,4 +1,4 @@
-"""A micro-step against plain autograd: loss terms, their units, and the passes for strategies that perturb it."""
+"""A micro-step against plain autograd: loss terms, their units, and the passes of strategies that add noise."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_replay_adds_the_noisy_pass_to_the_clean_one(make_recipe: Callable, test
 
 
 class Compare(Strategy):
-    """Squared difference of clean and noisy logits; the noise comes from the gradient of that difference."""
+    """Squared difference between clean and noisy logits; the noise comes from the gradient of that difference."""
 
     noise: torch.Tensor | None = None
     computed: torch.Tensor | None = None
@@ -160,7 +160,7 @@ def test_compared_outputs_share_the_chunked_pass(make_recipe: Callable, monkeypa
     assert float(compared) > 1e-4
     values = engine.finish_step()
     assert float(values["loss"]) == pytest.approx(float(total), rel=1e-5)
-    assert float(step.loss) == pytest.approx(float(loss + 3 * compared), rel=1e-5), "without the step's own terms"
+    assert float(step.loss) == pytest.approx(float(loss + 3 * compared), rel=1e-5), "excludes the step's own terms"
 
 
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
@@ -178,7 +178,7 @@ def test_noise_gradients_do_not_depend_on_the_loss_scale_and_parameters_do(make_
     torch.testing.assert_close(tracked, 0.5 * computed, atol=1e-7, rtol=1e-4)
     returned = step.replay(noise, 0.5, gradient=True)
     torch.testing.assert_close(returned, tracked, atol=1e-7, rtol=1e-4)
-    assert float(step.loss) == pytest.approx(float(loss), rel=1e-6), "a pass's loss is without its weight"
+    assert float(step.loss) == pytest.approx(float(loss), rel=1e-6), "a pass's loss excludes its weight"
     assert step.replay(noise, 1.0) is None
     leaf = noise.clone().requires_grad_()
     with run.task.noisy(run.model, leaf):

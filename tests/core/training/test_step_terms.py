@@ -91,7 +91,7 @@ def test_with_dropout_a_micro_batch_replays_the_collected_values(
         torch.testing.assert_close(gathered, replayed, atol=0, rtol=0)
     seen.clear()
     f64.take(run, engine, SPLITS["2×4"])
-    assert not torch.equal(seen[0][1], gathered), "another step draws other dropout"
+    assert not torch.equal(seen[0][1], gathered), "another step draws another dropout mask"
 
 
 def test_a_single_unperturbed_micro_batch_needs_no_first_pass(ready: Callable) -> None:

@@ -1,4 +1,4 @@
-"""A task that augments: each epoch sees an example anew, reproducibly, and every evaluation sees it the same."""
+"""A task that augments: each epoch draws a new, reproducible variant; every evaluation uses the same one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TRAIN = {"epochs": 2, "batch_examples": 8, "learning_rate": 1e-3, "precision": "
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
-    """By prompt: the first tokens that a task drew for it, in the order of the calls."""
+    """The first tokens that the task drew for each prompt, in the order of the calls."""
     seen: Seen = defaultdict(list)
 
     def vary(self: CausalLM, example: Example, generator: Generator) -> Example:
@@ -37,7 +37,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     return seen
 
 
-def test_epochs_draw_anew_and_evaluations_do_not(
+def test_each_epoch_draws_a_variant_and_evaluations_share_one(
     make_recipe: Callable[..., Recipe], tmp_path: Path, seen: Seen
 ) -> None:
     tune(make_recipe("run", train=TRAIN), quiet=True)
@@ -48,7 +48,7 @@ def test_epochs_draw_anew_and_evaluations_do_not(
     tune(make_recipe("again", train=smaller), quiet=True)
     second = {key: tuple(sorted(set(values))) for key, values in seen.items()}
     assert {k: set(v) for k, v in second.items()} == {k: set(v) for k, v in first.items()}, (
-        "micro-batches do not matter"
+        "independent of micro-batches"
     )
     seen.clear()
     run = tune(make_recipe("with-eval", evaluate=True, train={**TRAIN, "epochs": 1}), quiet=True)

@@ -12,10 +12,10 @@ from budwood.errors import InputError, ResourceError
 from budwood.untrusted import chat_template
 from budwood.untrusted.chat_template import render
 
-# One template for all attacks, so that a new process only starts after an attack that ended the last one.
+# One template for all attacks: a new process starts only after an attack that ended the last one.
 ATTACKS = {
-    "loops for ever": "{% for a in range(n) %}{% for b in range(n) %}{% endfor %}{% endfor %}",
-    "computes for ever": "{{ (n ** n) ** n }}",
+    "loops forever": "{% for a in range(n) %}{% for b in range(n) %}{% endfor %}{% endfor %}",
+    "computes forever": "{{ (n ** n) ** n }}",
     "too long a range": "{% for a in range(n ** 3) %}{% endfor %}",
     "multiplies a string": "{{ 'a' * n ** 3 }}",
     "pads a string": "{{ 'a'|center(n ** 3) }}",
@@ -34,7 +34,7 @@ ATTACKS = {
     "changes a list in its input": "{{ things[0].append(1) }}",
     "clears a list of its own": "{% set a = [1] %}{{ a.clear() }}",
     "changes a dictionary": "{% set a = {} %}{{ a.update({1: 2}) }}",
-    "appends for ever": "{% set a = [1] %}{% for b in a %}{% set c = a.append(b) %}{% endfor %}",
+    "appends forever": "{% set a = [1] %}{% for b in a %}{% set c = a.append(b) %}{% endfor %}",
     "appends much": "{% set a = [1] %}{% for b in a %}{% set c = a.append('a' * n * 9) %}{% endfor %}",
     "appends a list to itself": "{% set a = [] %}{% set b = a.append(a) %}{{ a|tojson }}",
 }
@@ -42,8 +42,8 @@ TEMPLATE = "{% set n = 99999 %}{{ bos_token }}{% if add_generation_prompt %}?{% 
     f"{{% if messages[0].content == '{name}' %}}{attack}{{% endif %}}" for name, attack in ATTACKS.items()
 )
 EXPECTED = {
-    "loops for ever": "takes more than 0.3 s",
-    "computes for ever": "takes more than 0.3 s",
+    "loops forever": "takes more than 0.3 s",
+    "computes forever": "takes more than 0.3 s",
     "writes too much": "writes 19,799,805 characters",
     "multiplies a string": "memory",
     "pads a string": "memory",
@@ -52,7 +52,7 @@ EXPECTED = {
     "calls itself": "recursion|nests too deeply",
     "another file": "rejects the conversation",
     "too long a range": "Range too big",
-    "appends for ever": "takes more than 0.3 s|memory",
+    "appends forever": "takes more than 0.3 s|memory",
     "appends much": "memory",
     "appends a list to itself": "Circular reference",
     "clears a list of its own": "'clear' of a list is unsafe",
@@ -92,7 +92,7 @@ def test_an_attack_ends_in_one_error(name):
 
 
 def test_conversations_before_and_after_an_attack_are_rendered():
-    names = ["nothing", "loops for ever", "nothing", "attribute of a string", "nothing"]
+    names = ["nothing", "loops forever", "nothing", "attribute of a string", "nothing"]
     given = [([{"role": "user", "content": name}], {"bos_token": "<s>"}) for name in names]
     answers = list(render(TEMPLATE, given))
     assert [isinstance(answer, InputError) for answer in answers] == [False, True, False, True, False]
@@ -100,7 +100,7 @@ def test_conversations_before_and_after_an_attack_are_rendered():
 
 def test_the_time_limit_applies_in_threads():
     answers = []
-    thread = threading.Thread(target=lambda: answers.append(ask("loops for ever")))
+    thread = threading.Thread(target=lambda: answers.append(ask("loops forever")))
     thread.start()
     thread.join()
     assert "takes more than" in str(answers[0])
@@ -155,7 +155,7 @@ def test_a_process_that_cannot_start_is_a_resource_error(monkeypatch):
 
 
 def test_a_template_may_append_to_a_list_of_its_own():
-    """So templates collect the calls or results of a conversation; nothing is left for the next one."""
+    """Templates collect a conversation's calls or results this way; nothing carries over to the next one."""
     template = (
         "{% set ns = namespace(seen=[]) %}{% for m in messages %}{% set _ = ns.seen.append(m.content) %}{% endfor %}"
         "{{ ns.seen|join('+') }}{{ ns.seen|length }}"

@@ -63,7 +63,7 @@ def test_files_outside_their_folder_are_refused(tmp_path):
     files.check_inside(folder, ["a", "inside", "missing", "loop", "sub/x"])
     linked = tmp_path / "linked"
     linked.symlink_to(folder)
-    files.check_inside(linked, ["a", "inside"])  # the user named it
+    files.check_inside(linked, ["a", "inside"])  # the user gave this path
     names = ["out", "sub/up/b", "../adapter2/b", str(tmp_path / "adapter2" / "b"), "sub/../../adapter2/b", "~/x"]
     for name in [*names, "/etc/passwd", "a\0", "a\n", "\u202e", "x" * 201, "."]:
         with pytest.raises(CorruptError) as error:

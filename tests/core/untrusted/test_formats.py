@@ -142,7 +142,7 @@ def test_a_pickle_with_a_safetensors_name_is_reported_as_a_pickle(tmp_path, star
 
 
 @pytest.mark.parametrize("length", [640, 896, 1152, 1408])
-def test_a_header_whose_length_begins_as_a_pickle_does_is_no_pickle(tmp_path, length):
+def test_a_header_whose_length_begins_like_a_pickle_is_not_a_pickle(tmp_path, length):
     tensors = {"weight": torch.ones(1)}
     save_file(tensors, tmp_path / "a.safetensors", metadata={"format": ""})
     short = int.from_bytes((tmp_path / "a.safetensors").read_bytes()[:8], "little")

@@ -1,4 +1,4 @@
-"""The attention named "budwood": packed rows equal their examples alone; without segments it is "sdpa"."""
+"""The "budwood" attention: packed rows equal their examples run alone; without segments it equals "sdpa"."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_packed_equals_alone(name: str) -> None:
     expected, expected_gradient = outputs_and_gradient(model_of(name, "eager"), alone)
     actual, gradient = outputs_and_gradient(model_of(name, IMPLEMENTATION), [packed])
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
-    # The longest sums in the gradient, over all tokens and over a layer's width, are in another order: n · eps.
+    # The gradient's longest sums, over all tokens and over a layer's width, run in another order: n · eps.
     summands = sum(LENGTHS) + SIZES["intermediate_size"]
     bound = summands * torch.finfo(torch.float32).eps * float(expected_gradient.abs().max())
     torch.testing.assert_close(gradient, expected_gradient, atol=bound, rtol=0)

@@ -1,4 +1,4 @@
-"""Cross-entropy in blocks, compared with float64 up to the rounding of its dtype."""
+"""Cross-entropy in blocks, against float64 to within the rounding of its dtype."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def test_values_and_gradient_are_those_of_torch(dtype, rows, classes, monkeypatc
     assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     (gradient,) = torch.autograd.grad(values, logits, pull.to(values.dtype))
     assert gradient.dtype == dtype
-    # The error of a sum of n terms in any order is about sqrt(n) roundings; 4 sqrt(n) holds almost surely (Higham &
-    # Mary, 2019). A probability has that error, the rounding of its exponent, and a few more.
+    # The error of a sum of n terms in any order is about sqrt(n) roundings; 4 sqrt(n) almost always holds (Higham
+    # & Mary, 2019). A probability has that error, the rounding of its exponent, and a few more.
     eps = torch.finfo(values.dtype).eps
     spread = wide.detach().amax(-1, keepdim=True) - wide.detach()
     relative = eps / 2 * (4 * classes**0.5 + spread + 4)

@@ -1,4 +1,4 @@
-"""The fused low-rank linear, compared with float64 W + sBA and PEFT's layers; tensors saved for the backward."""
+"""The fused low-rank linear against float64 W + sBA and PEFT's layers; tensors saved for the backward pass."""
 
 from __future__ import annotations
 
@@ -345,7 +345,7 @@ def test_its_result_may_be_changed_in_place(kind: str) -> None:
     for in_place in (False, True):
         leaves = [t.detach().clone().requires_grad_() for t in (x, a, b)]
         y = low_rank_linear(leaves[0], base, *leaves[1:], 0.5)
-        y = y.add_(1.0) if in_place else y + 1.0  # as the residual of Falcon's parallel attention is added
+        y = y.add_(1.0) if in_place else y + 1.0  # as Falcon's parallel attention adds its residual
         y.square().sum().backward()
         gradients.append([leaf.grad for leaf in leaves])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))

@@ -1,4 +1,4 @@
-"""RMSNorm that saves less: outputs bitwise identical to the model's, its gradient, and unsupported norms."""
+"""RMSNorm that saves less for the backward pass: output bitwise identical to the model's, gradients, other norms."""
 
 from __future__ import annotations
 

@@ -111,7 +111,9 @@ def test_segments_do_not_attend_to_each_other() -> None:
 def test_short_segments_computed_together_equal_those_computed_alone(causal, monkeypatch) -> None:
     lengths = (5, 30, 5, 64, 5, 130, 5, 5)
     *qkv, pull = states(4, 2, 16, lengths)
-    monkeypatch.setattr(module, "CACHED", 4 * 64 * 64 * 3)  # at most three short segments, so that a group is split
+    monkeypatch.setattr(
+        module, "CACHED", 4 * 64 * 64 * 3
+    )  # at most three short segments at a time, so a group is split
     module._groups.cache_clear()
     groups = [group.members for group in module._groups(bounds(lengths), 4, causal)]
     assert groups == ([(0, 1, 2), (3, 4, 6), (7,), (5,)] if causal else [(0, 2, 4), (6, 7), (1,), (3,), (5,)])

@@ -1,4 +1,4 @@
-"""Checkpoints: their contents, that they are complete or absent at every moment, retention, and the folder's lock."""
+"""Checkpoints: contents, complete or absent at every moment, retention, and the folder's lock."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_without_save_every_saving_depends_on_time(make_recipe: Make, monkeypatc
 
 
 def test_every_file_and_folder_is_synced_before_the_rename(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The background thread writes the checkpoint while the main thread may write the adapter: each is a sequence."""
+    """The order holds per thread: one writes the checkpoint while the main thread may write the adapter."""
     done: list[tuple[str, str, int]] = []
     sync, rename, write = files._sync, Path.rename, Path.write_bytes
 
@@ -164,7 +164,7 @@ def test_every_file_and_folder_is_synced_before_the_rename(make_recipe: Make, mo
     monkeypatch.setattr(Path, "write_bytes", lambda p, data: (note("write", p.name), write(p, data))[1])
     tune(make_recipe(train={"steps": 1}), quiet=True)
     first = next(i for i, (action, name, _) in enumerate(done) if (action, name) == ("write", "state.json"))
-    assert any(event[:2] == ("sync", "run") for event in done[:first]), "the folder in which checkpoints/ was made"
+    assert any(event[:2] == ("sync", "run") for event in done[:first]), "the folder in which checkpoints/ was created"
     events = [(action, name) for action, name, thread in done[first:] if thread == done[first][2]]
     end = events.index(("rename", "step-00000001"))
     partial = ".step-00000001.partial"
@@ -244,7 +244,7 @@ def test_one_run_per_folder(make_recipe: Make, tmp_path: Path, said: list[str]) 
         for options in ({}, {"resume": True}, {"overwrite": True}):
             with pytest.raises(InputError, match=f"run is in use by process {os.getpid()} on .*: wait for it"):
                 tune(recipe, quiet=True, **options)
-    assert not recipe.output.exists(), "a folder that nothing was put into goes"
+    assert not recipe.output.exists(), "an empty folder is removed"
     code = (
         "import os, signal, sys\nfrom pathlib import Path\nfrom budwood.training.durability.lock import locked\n"
         f"with locked(Path({str(recipe.output)!r}), print):\n    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -31,7 +31,7 @@ Kill = Callable[[int | None], None]
 
 
 class Killed(BaseException):
-    """Stands for a killed process."""
+    """Simulates a killed process."""
 
 
 def records(directory: Path) -> list[dict[str, Any]]:
@@ -50,7 +50,7 @@ def manifest(directory: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def kill_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kill]:
-    """Function `kill_at(step)`: from then on a run dies in the middle of the step after `step`; None: never."""
+    """Function `kill_at(step)`: from then on, a run dies in the middle of the step after `step`, or never if None."""
     at: list[int | None] = [None]
     original = loop.sum_gradients
 
@@ -123,7 +123,7 @@ def test_every_adversary(same: Callable[..., Run], method: str) -> None:
 
 
 def test_adalora_in_each_of_its_phases(same: Callable[..., Run]) -> None:
-    """Warm-up to step 3, pruning every second step to 8, final ranks from then on."""
+    """Warm-up to step 3, pruning every second step to step 8, then final ranks."""
     options = {"initial_rank": 4, "target_rank": 1, "initial_phase": 3, "final_phase": 4, "interval": 2, "dropout": 0.1}
     train = {"steps": 12, "save_every": 1, "eval_every": 5}
     run = same(kills=(2, 5, 6, 8, 10), strategies=[{"adalora": options}], evaluate=True, train=train)
@@ -183,7 +183,7 @@ def test_killed_after_the_last_step(
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(loop if where == "evaluate" else finish, where, die)
-        if where == "evaluate":  # that of the last step only
+        if where == "evaluate":  # only after the last step
             steps = loop.take_steps
             patch.undo()
 
@@ -440,7 +440,7 @@ class At:
         ("before_clip", 2, signal.SIGINT, 2, 3),
         ("evaluate", 2, signal.SIGINT, 1, 2),  # the evaluation is interrupted
         ("evaluate", 2, signal.SIGTERM, 2, 2),
-        ("evaluate", 5, signal.SIGINT, 1, 5),  # the last
+        ("evaluate", 5, signal.SIGINT, 1, 5),  # the last evaluation
     ],
 )
 def test_a_signal_saves_the_last_step_and_prints_how_to_resume(
