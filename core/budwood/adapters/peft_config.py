@@ -176,8 +176,8 @@ def saved_targets(model: nn.Module, saved: SavedLowRankConfig) -> list[str]:
         if quantizer_of(modules[name]) is None:
             what = type(modules[name]).__name__
             raise InputError(
-                f"adapter_config.json: target_modules: '{name}' is not a linear module ({what}), which is not supported: "
-                f"{MERGE}."
+                f"adapter_config.json: target_modules: '{name}' is not a linear module ({what}), "
+                f"which is not supported: {MERGE}."
             )
     return names
 
