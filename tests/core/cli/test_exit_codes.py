@@ -221,21 +221,21 @@ KINDS: dict[str, list[Callable[[Any], list[Any]]]] = {
         lambda w: ["plan", w.recipe, "-o", "base.model=./no/base"],
         lambda w: ["adapter", "info", "no/adapter"],
     ],
-    "a sound file that is not supported: pickled weights, a later format, a model type unknown to the installed "
+    "an intact but unsupported file: pickled weights, a later format, a model type unknown to the installed "
     "transformers": [
         lambda w: ["plan", w.recipe, "-o", f"base.model={without(w.base, 'model.safetensors', instead='model.bin')}"],
         lambda w: ["adapter", "info", without(w.adapter, "adapter_model.safetensors", instead="adapter_model.bin")],
         lambda w: ["adapter", "info", altered(w.adapter, "budwood.json", format=99)],
         lambda w: ["plan", w.recipe, "-o", f"base.model={altered(w.base, 'config.json', model_type='brand_new')}"],
     ],
-    "an adapter of another base; one of stock PEFT, which records no base, that does not fit": [
+    "an adapter of another base; one of stock PEFT, which records no base, that does not fit the base": [
         lambda w: ["generate", w.other_base, "--prompt", "x", "--adapter", f"a={w.adapter}"],
         lambda w: ["generate", w.base, "--prompt", "x", "--adapter",
                    f"a={altered(without(w.adapter, *STOCK), 'adapter_config.json', **OTHER_TARGETS)}"],
         lambda w: ["generate", w.base, "--prompt", "x", "--adapter",
                    f"a={altered(without(w.adapter, *STOCK), 'adapter_config.json', target_modules=['q_proj'])}"],
     ],
-    "a file that exists and cannot be read, a full disk, too little memory, no such device": [
+    "a file that exists but cannot be read, a full disk, too little memory, no such device": [
         lambda w: ["data", w.rows, "--base", w.base, w.stub("budwood.data.sources.read_file", denied)],
         lambda w: ["adapter", "info", w.unreadable],
         lambda w: ["adapter", "export", w.adapter, "out", w.stub("budwood.adapters.merge.save_file", full)],
@@ -254,20 +254,20 @@ KINDS: dict[str, list[Callable[[Any], list[Any]]]] = {
         lambda w: ["tune", w.recipe, "-o", f"output={w.new}", "-o", "strategies=" + json.dumps(["lora", w.plugin(
             "fails", "class Broken(Strategy):\n    @hookimpl\n    def prepare_model(self):\n        1 / 0")])],
     ],
-    "a base, an adapter or a checkpoint that is truncated, altered, or of another type than its name": [
+    "a base, an adapter or a checkpoint that is truncated, altered, or not of the type that its name suggests": [
         lambda w: ["plan", w.recipe, "-o", f"base.model={w.corrupt_base}"],
         lambda w: ["data", w.recipe, "-o", f"base.model={w.corrupt_tokenizer}"],
         lambda w: ["adapter", "info", w.corrupt],
         lambda w: ["adapter", "info", altered(w.adapter, "budwood.json", task="other")],
         lambda w: ["adapter", "info", without(w.adapter, "adapter_config.json")],
     ],
-    "an adapter that computes something else than was recorded, on its own base": [
+    "an adapter whose answers on its own base differ from those recorded": [
         lambda w: ["adapter", "verify", w.adapter, w.stub("budwood.adapters.verify.TOLERANCE", -1.0)],
     ],
     "a loss or gradient that is not finite; a run that moved no tensor": [
         lambda w: ["tune", w.recipe, "-o", "train.learning_rate=1e-30", "-o", f"output={w.new}"],
     ],
-    "an unexpected error in core or in a plugin that comes with Budwood; in core's code, called by another plugin": [
+    "an unexpected error in core, even if another plugin called it, or in a plugin that comes with Budwood": [
         lambda w: ["data", new_rows(), "--base", w.base, w.stub("budwood.data.build.recognise_rows", lambda *_: 1 / 0)],
         lambda w: ["data", new_rows(), "--base", w.base,
                    w.stub("budwood.data.chat_formats.PromptCompletion.item", lambda *_: 1 / 0)],
