@@ -99,7 +99,7 @@ class ChunkEncoder:
             PluginError: the task does not return an `Encoded` or a `Dropped` for each item.
         """
         if processes is None:
-            processes = min(len(os.sched_getaffinity(0)), MOST) if self.rows.bytes >= PARALLEL else 1
+            processes = min(_cores(), MOST) if self.rows.bytes >= PARALLEL else 1
         ranges = chunks(self.rows)
         workers = Workers.start(self, processes) if processes > 1 and self.change is None else None
         if workers is None:
@@ -193,6 +193,13 @@ class ChunkEncoder:
                 f"{self.task}, encode: must return an Encoded or a Dropped for each of its {len(items)} items."
             )
         return encoded
+
+
+def _cores() -> int:
+    """Return the number of cores that this process may use; 1 on Windows, where pipes are passed on otherwise."""
+    if os.name != "posix":
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _compact(arrays: Arrays, numbers: Sequence[int]) -> Arrays:
