@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 _towers: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-"""Whether a model has parameters beside its decoder, below the head: walking through them takes 1 % of a small step."""
+"""Whether a model has parameters beside its decoder, below the head; looked for once, not for every chunk of labels."""
 
 
 def body_of(model: nn.Module) -> nn.Module:
