@@ -66,19 +66,21 @@ class Encoder:
         self.template_options = dict(template_options or {})
         self.loss_on = loss_on
         self.chat_template: str | None = None
-        self._date, self.rendered = date or today(), False
+        self._date = date or today()
+        self._start(labels)
+
+    def _start(self, labels: Sequence[str] | None) -> None:
+        """Set what depends on the texts to what it is before the first one."""
+        self.rendered = False
         self.classes = Classes(labels)
         self.remarks: Counter[str] = Counter()
-        end = getattr(tokenizer, "eos_token_id", None)
+        end = getattr(self.tokenizer, "eos_token_id", None)
         self.stop_ids: set[int] = set() if end is None else {end}
 
     def fresh(self) -> Encoder:
         """Return a copy that has met no text: without remarks, learned classes, and stop tokens of a template."""
         other = copy.copy(self)
-        other.remarks, other.rendered = Counter(), False
-        other.classes = Classes(self.classes.given)
-        end = getattr(self.tokenizer, "eos_token_id", None)
-        other.stop_ids = set() if end is None else {end}
+        other._start(self.classes.given)
         return other
 
     @property

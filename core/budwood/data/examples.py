@@ -212,11 +212,16 @@ class Examples(Sequence[Example]):
         return _reasons(self.stats.dropped, self.stats.first_dropped)
 
 
-def hash_inputs(example: Example) -> int:
-    """Hash an example's inputs, in 64 bits."""
+def hash_inputs(example: Example, labels: bool = False) -> int:
+    """Hash an example's inputs and, if asked, its labels and their positions.
+
+    Ten million different examples have two equal hashes with a probability of 3e-6.
+    """
     digest = hashlib.blake2b(digest_size=8)
-    for name in sorted(example.inputs):
-        digest.update(np.ascontiguousarray(example.inputs[name]).data)
+    arrays = [example.inputs[name] for name in sorted(example.inputs)]
+    for array in (*arrays, *((example.label_positions, example.labels) if labels else ())):
+        digest.update(np.ascontiguousarray(array).data)
+        digest.update(b"\0")
     return int.from_bytes(digest.digest(), "little")
 
 

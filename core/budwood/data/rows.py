@@ -108,15 +108,15 @@ class Records(Sequence[Row]):
             self._file = self.path.open("rb")
         self._file.seek(int(self.starts[index]))
         try:
-            return self.parse(self._file, int(self.numbers[index]))
+            return self.parse(self._file)
         except (ValueError, StopIteration, InputError) as error:
             raise InputError(f"{self.path}: the file changed while it was read. Start again.") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_file": None}
 
-    def parse(self, file: IO[bytes], number: int) -> Row:
-        """Read the record at the file's position; it begins in line `number`."""
+    def parse(self, file: IO[bytes]) -> Row:
+        """Read the record at the file's position."""
         raise NotImplementedError
 
     def place(self, index: int) -> str:
@@ -132,7 +132,7 @@ class Records(Sequence[Row]):
 class JsonLines(Records):
     """The objects of a JSON Lines file."""
 
-    def parse(self, file: IO[bytes], number: int) -> Row:
+    def parse(self, file: IO[bytes]) -> Row:
         """Parse the line; duplicate keys and constants were refused when the file was checked."""
         row: Row = json.loads(file.readline())
         return row
@@ -154,7 +154,7 @@ class CsvRecords(Records):
         super().__init__(path, starts, numbers)
         self._header, self._delimiter, self._missing = header, delimiter, missing
 
-    def parse(self, file: IO[bytes], number: int) -> Row:
+    def parse(self, file: IO[bytes]) -> Row:
         """Parse the record, which may span several lines."""
         texts = (line.decode() for line in csv_lines(file))
         values = next(csv.reader(texts, delimiter=self._delimiter, strict=True))
@@ -171,7 +171,24 @@ def csv_lines(file: IO[bytes]) -> Iterator[bytes]:
             yield line
 
 
-class Table(Sequence[Row]):
+class Batches(Sequence[Row]):
+    """Rows that are cheaper to read in batches than one by one."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, slice):
+            index = range(len(self))[index]
+            return self.batch(index, index + 1)[0]
+        start, stop, step = index.indices(len(self))
+        if step != 1:
+            return [self[i] for i in range(start, stop, step)]
+        return self.batch(start, max(start, stop))
+
+    def batch(self, start: int, stop: int) -> list[Row]:
+        """Return the rows from `start` to before `stop`, both within the rows."""
+        raise NotImplementedError
+
+
+class Table(Batches):
     """Rows of an Arrow table, converted to Python values in batches on access."""
 
     def __init__(self, table: pa.Table) -> None:
@@ -182,14 +199,9 @@ class Table(Sequence[Row]):
     def __len__(self) -> int:
         return self._table.num_rows
 
-    def __getitem__(self, index: Any) -> Any:
-        if not isinstance(index, slice):
-            index = range(len(self))[index]
-            return self[index : index + 1][0]
-        start, stop, step = index.indices(len(self))
-        if step != 1:
-            return [self[i] for i in range(start, stop, step)]
-        return list(_convert(self._table.slice(start, max(0, stop - start)), self._names))
+    def batch(self, start: int, stop: int) -> list[Row]:
+        """Convert a slice of the table."""
+        return list(_convert(self._table.slice(start, stop - start), self._names))
 
     def __iter__(self) -> Iterator[Row]:
         for batch in self._table.to_batches(max_chunksize=CHUNK):
@@ -209,7 +221,7 @@ class FolderRows(Table):
         return FolderRows, (self._path,)
 
 
-class ParquetRows(Sequence[Row]):
+class ParquetRows(Batches):
     """Rows of a Parquet file; one row group at a time is in memory.
 
     Raises:
@@ -233,13 +245,8 @@ class ParquetRows(Sequence[Row]):
     def __reduce__(self) -> Any:
         return ParquetRows, (self._path,)
 
-    def __getitem__(self, index: Any) -> Any:
-        if not isinstance(index, slice):
-            index = range(len(self))[index]
-            return self[index : index + 1][0]
-        start, stop, step = index.indices(len(self))
-        if step != 1:
-            return [self[i] for i in range(start, stop, step)]
+    def batch(self, start: int, stop: int) -> list[Row]:
+        """Read the rows from the row groups that hold them."""
         rows: list[Row] = []
         with self._errors():
             for group in range(len(self._stops) - 1):

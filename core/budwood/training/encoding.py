@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from budwood.data.chunk import PARALLEL
 from budwood.data.files import total_size
 from budwood.data.sources import Data, data_files, label
 from budwood.untrusted.redaction import redact
 
-SHOWN = 32_000_000
-"""File size in bytes from which progress is shown."""
 SECONDS = 30.0
 """Seconds between two lines if there is no terminal."""
 
@@ -27,7 +26,7 @@ def encoding(data: Data, console: Console | None) -> Iterator[Callable[[int, int
         data: the data as named in the recipe.
         console: where progress is shown, as a bar or in lines; None: nowhere.
     """
-    if console is None or total_size(data_files(data)) < SHOWN:
+    if console is None or total_size(data_files(data)) < PARALLEL:
         yield None
         return
     name = redact(str(label(data)))
