@@ -21,6 +21,8 @@ from budwood import (
     Event,
     Example,
     InputError,
+    LiveAdapter,
+    LiveUpdate,
     LossTerm,
     Options,
     Outputs,
@@ -31,6 +33,7 @@ from budwood import (
     Step,
     Strategy,
     hookimpl,
+    linear_shape,
     load_base,
     match_targets,
 )
@@ -159,6 +162,19 @@ class OutputScale(Strategy):
                 del module.scales[name]
             if not module.scales:
                 model.set_submodule(path, module.linear)
+
+    @hookimpl
+    def live_adapter(self, model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]) -> LiveAdapter:
+        def update(factor: Tensor) -> LiveUpdate:
+            def row_forward(x: Tensor, y: Tensor, rows: Tensor) -> None:
+                y[rows] *= factor.to(y.dtype)
+
+            return LiveUpdate(row_forward=row_forward)
+
+        for path, scale in tensors.items():
+            if path not in dict(model.named_modules()) or scale.shape != linear_shape(model.get_submodule(path))[:1]:
+                raise InputError(f"the adapter's '{path}' does not fit a linear of this model.")
+        return LiveAdapter({path: update(1 + scale) for path, scale in tensors.items()})
 
     @hookimpl
     def convert_adapter(

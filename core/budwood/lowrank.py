@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from budwood.adapters.live_parts import live_low_rank as live_low_rank
     from budwood.adapters.peft_config import TASK_TYPES as TASK_TYPES
     from budwood.adapters.peft_config import SavedLowRankConfig as SavedLowRankConfig
     from budwood.adapters.peft_config import parse_saved_config as parse_saved_config
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 # Public name → module that defines it; imported on first access.
 _EXPORTS = {
+    "live_low_rank": "budwood.adapters.live_parts",
     **dict.fromkeys(
         (
             "TASK_TYPES",

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 import budwood
-from budwood.adapters.verify import verify
 from budwood.errors import Interrupted
 from budwood.recipe.schema import Recipe
+from budwood.serving.verify import verify
 from budwood.training import loop, setup
 
 pytestmark = pytest.mark.gpu

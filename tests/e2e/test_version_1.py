@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from budwood import AdapterPool, plan, tune
-from budwood.adapters.merge import merge
 from budwood.contract.loading import load_strategy
+from budwood.serving.merge import merge
 from budwood.testing.files import Files, make_files
 from budwood.training import loop
 from budwood.training.evaluate import evaluate_adapter

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import make_tokenizer
 
 from budwood import AdapterPool, CorruptError, InputError, SequenceClassification, load_base
-from budwood.adapters.merge import merge
 from budwood.recipe.schema import Recipe
+from budwood.serving.merge import merge
 from budwood.training.loop import tune
 
 LABELS = ["a", "b", "c"]

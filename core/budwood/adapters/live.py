@@ -1,26 +1,12 @@
-"""A live model under changes: one thread at a time, and an owner's changes detected and undone after a failure."""
+"""A live model under changes: those of an adapter's owner are detected, and undone after a failure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
-
-_Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def serialised(method: _Method) -> _Method:
-    """Let one thread at a time call the methods of an object that has `_lock`."""
-
-    @wraps(method)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._lock:
-            return method(self, *args, **kwargs)
-
-    return call  # type: ignore[return-value]
 
 
 def module_ids(model: nn.Module) -> list[tuple[str, int]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +17,10 @@ from pydantic import ValidationError
 
 from budwood import __version__
 from budwood.adapters.manifest import FORMAT, BaseRecord, ChatRecord, EvaluationRecord, Manifest
+from budwood.adapters.weights import Weights, read_weights
 from budwood.contract.discovery import installed
 from budwood.contract.loading import adapter_owner
-from budwood.errors import CorruptError, InputError, ResourceError
+from budwood.errors import CorruptError, InputError
 from budwood.untrusted.files import check_inside, complete_directory, sha256
 from budwood.untrusted.formats import TensorInfo, json_numbers, read_header, read_json
 
@@ -51,6 +51,7 @@ class SavedAdapter:
         infos: dtype and shape of every tensor, with PEFT's keys.
         manifest: budwood.json; None for an adapter of stock PEFT.
         notes: messages for the user, one line each.
+        weights: the content of adapter_model.safetensors, if it was read.
     """
 
     directory: Path
@@ -59,6 +60,7 @@ class SavedAdapter:
     infos: dict[str, TensorInfo]
     manifest: Manifest | None
     notes: list[str] = field(default_factory=list)
+    weights: Weights | None = field(default=None, repr=False, compare=False)
 
     @property
     def bytes(self) -> int:
@@ -70,27 +72,39 @@ class SavedAdapter:
         """Total elements of all tensors."""
         return sum(math.prod(info.shape) for info in self.infos.values())
 
-    def load_tensors(self) -> dict[str, Tensor]:
-        """Read all tensors, on the CPU in their stored dtype.
+    @property
+    def identity(self) -> str:
+        """SHA-256 of what the adapter computes: its weights and its config, whatever its name or place.
 
         Raises:
-            CorruptError: the file has changed since it was checked, or holds NaN or infinity.
+            CorruptError, ResourceError: see `read_weights`.
+        """
+        config = json.dumps(self.config, sort_keys=True)
+        return hashlib.sha256(f"{self.read().sha256}\n{config}".encode()).hexdigest()
+
+    def read(self) -> Weights:
+        """Return the file's content: that which was read with the adapter, or else it is read now.
+
+        Raises:
+            CorruptError: the file has changed since the adapter was checked.
+            ResourceError: see `read_weights`.
+        """
+        if self.weights is not None:
+            return self.weights
+        weights = read_weights(self.directory / WEIGHTS)
+        expected = self.manifest.files.get(WEIGHTS) if self.manifest is not None else None
+        if expected not in (None, weights.sha256) or weights.infos != self.infos:
+            raise CorruptError(f"{weights.path}: was altered after it was saved (its SHA-256 differs from {MANIFEST}).")
+        return weights
+
+    def load_tensors(self) -> dict[str, Tensor]:
+        """Return all tensors, on the CPU in their stored dtype.
+
+        Raises:
+            CorruptError: see `read` and `Weights.tensors`.
             ResourceError: the tensors are larger than the machine's memory.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        path = self.directory / WEIGHTS
-        if self.bytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):  # a sparse file can claim any size
-            raise ResourceError(f"{path}: {self.bytes:,} bytes of tensors are more than this machine's memory.")
-        try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise CorruptError(f"{path}: {error}.") from error
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise CorruptError(f"{path}: tensor '{name}' holds NaN or infinity.")
-        return tensors
+        return self.read().tensors()
 
 
 def write_adapter(
@@ -217,6 +231,7 @@ def read_adapter(
     base_fingerprint: str | None = None,
     allow_other_base: bool = False,
     hashes: bool = True,
+    weights: bool = False,
 ) -> SavedAdapter:
     """Read and check an adapter; parses only JSON and a safetensors header.
 
@@ -226,6 +241,7 @@ def read_adapter(
         base_fingerprint: that base's fingerprint; None skips the check.
         allow_other_base: accept a different base, with a note.
         hashes: compare every file's hash with budwood.json, which reads the complete files.
+        weights: keep what is read of adapter_model.safetensors, so that what was checked is what is used.
 
     Raises:
         InputError: the folder or the adapter in it does not exist, the base differs, or the type is not installed.
@@ -239,19 +255,20 @@ def read_adapter(
     check_inside(directory, (CONFIG, WEIGHTS, MANIFEST, GOLDEN))
     config = read_json(directory / CONFIG)
     manifest = _read_manifest(directory)
-    infos = read_header(directory / WEIGHTS)
+    content = read_weights(directory / WEIGHTS) if weights else None
+    infos = content.infos if content is not None else read_header(directory / WEIGHTS)
     if not infos:
         raise CorruptError(f"{directory / WEIGHTS}: holds no tensor.")
     _check_ranks(directory, config, infos)
     if manifest is None:
         notes.append("no budwood.json (an adapter of stock PEFT): its base is not checked.")
     else:
-        _check_files(directory, manifest, hashes)
+        _check_files(directory, manifest, hashes, content)
         _check_base(directory, manifest, base_name, base_fingerprint, allow_other_base, notes)
     adapter_type = _find_type(directory, config, manifest)
     for name in _NAMES_CODE:
         config.pop(name, None)
-    return SavedAdapter(directory, adapter_type, config, infos, manifest, notes)
+    return SavedAdapter(directory, adapter_type, config, infos, manifest, notes, content)
 
 
 def _find_weights(directory: Path, notes: list[str]) -> None:
@@ -302,7 +319,7 @@ def _read_manifest(directory: Path) -> Manifest | None:
         raise CorruptError(f"{path}: field '{'.'.join(map(str, problem['loc']))}': {problem['msg']}.") from error
 
 
-def _check_files(directory: Path, manifest: Manifest, hashes: bool) -> None:
+def _check_files(directory: Path, manifest: Manifest, hashes: bool, content: Weights | None) -> None:
     for required in (CONFIG, WEIGHTS, *([GOLDEN] if manifest.golden else [])):
         if required not in manifest.files:
             raise CorruptError(f"{directory / MANIFEST}: has no hash for {required}.")
@@ -310,7 +327,9 @@ def _check_files(directory: Path, manifest: Manifest, hashes: bool) -> None:
     for name, expected in manifest.files.items():
         if not (path := directory / name).is_file():
             raise CorruptError(f"{directory / MANIFEST}: lists {name[:80]!r}, which is not a file of the adapter.")
-        if hashes and sha256(path) != expected:
+        if not hashes:
+            continue
+        if (content.sha256 if content is not None and name == WEIGHTS else sha256(path)) != expected:
             raise CorruptError(f"{path}: was altered after it was saved (its SHA-256 differs from {MANIFEST}).")
 
 

@@ -134,9 +134,9 @@ def new_tokens(model: Any, base: Base | None, whole: Collection[str] = ()) -> di
     ids = list(base.added) if base is not None else []
     if not ids:
         return {}
-    ends = [path for path in _ends(model) if path is not None]
+    ends = [path for path in ends_of(model) if path is not None]
     rest = [path for path in ends if not any(f"{path}.".startswith(f"{name}.") for name in whole)]
-    if not _tied(model):
+    if not is_tied(model):
         return dict.fromkeys(rest, ids)
     if len(rest) == 1 and len(ends) == 2:
         other = next(path for path in ends if path not in rest)
@@ -163,8 +163,8 @@ def saved_tokens(
             rows in the file differs.
         InputError: a module is neither the embeddings nor the head.
     """
-    embedding, head = _ends(model)
-    tied, own, found = _tied(model), dict(tensors), _given(model, saved)
+    embedding, head = ends_of(model)
+    tied, own, found = is_tied(model), dict(tensors), _given(model, saved)
     keys = {path: f"{PREFIX}{path}." for path in (embedding, head) if path is not None}
     for path, ids in found.items():
         rows = own.get(keys[path] + KEY)
@@ -206,7 +206,7 @@ def _given(model: Any, saved: SavedLowRankConfig) -> dict[str, list[int]]:
     given, where = saved.trainable_token_indices, "adapter_config.json: trainable_token_indices"
     if not given:
         return {}
-    embedding, head = _ends(model)
+    embedding, head = ends_of(model)
     wanted = given if isinstance(given, dict) else {embedding or "embed_tokens": given}
     modules = [name for name, _ in base_modules(model) if name]
     found: dict[str, list[int]] = {}
@@ -220,7 +220,7 @@ def _given(model: Any, saved: SavedLowRankConfig) -> dict[str, list[int]]:
             if name not in (embedding, head):
                 raise InputError(f"{where}: '{name}' is neither the input embeddings nor the head: {MERGE}.")
             found[name] = ids
-    if embedding in found and found.get(str(head)) == found[str(embedding)] and _tied(model):
+    if embedding in found and found.get(str(head)) == found[str(embedding)] and is_tied(model):
         del found[str(head)]
     return found
 
@@ -246,20 +246,25 @@ def wrap_tokens(model: Any, tokens: Mapping[str, list[int]], name: str) -> None:
     Raises:
         InputError: another adapter uses such a module, or PEFT would compute something else there.
     """
-    embedding, head = _ends(model)
-    tied = _tied(model)
+    embedding, head = ends_of(model)
+    tied = is_tied(model)
     for path, ids in tokens.items():
         rows = _wrapped(model, path)
-        size = len(rows.base_layer.weight)
-        beyond = sorted(i for i in ids if i >= size)
-        if beyond != [*range(size, size + len(beyond))]:
-            raise InputError(
-                f"trainable_token_indices: '{path}' has {size:,} rows, and the adapter has row {beyond[-1]:,} but not "
-                f"all before it: it needs a base that was resized to at least {beyond[-1] + 1:,} rows. Save that base."
-            )
+        check_rows(path, ids, rows.base_layer)
         rows.add(name, ids)
         if path == embedding and tied and head is not None and head not in tokens and not _replaces(model, head, name):
             _wrapped(model, head).add(name, ids, rows.rows[name])
+
+
+def check_rows(path: str, ids: Sequence[int], module: Any) -> None:
+    """Refuse rows beyond a table unless they follow it without a gap."""
+    size = len(module.weight)
+    beyond = sorted(i for i in ids if i >= size)
+    if beyond != [*range(size, size + len(beyond))]:
+        raise InputError(
+            f"trainable_token_indices: '{path}' has {size:,} rows, and the adapter has row {beyond[-1]:,} but not "
+            f"all before it: it needs a base that was resized to at least {beyond[-1] + 1:,} rows. Save that base."
+        )
 
 
 def token_rows(model: nn.Module, name: str) -> Iterator[tuple[str, TokenRows]]:
@@ -324,6 +329,14 @@ def _wrapped(model: Any, path: str) -> TokenRows:
             "leave it out of the targets and modules_to_save, unload the other adapter first, or merge a saved one "
             "with PEFT (merge_and_unload)."
         )
+    check_plain(path, module)
+    wrapper = TokenRows(module)
+    setattr(model.get_submodule(parent), leaf, wrapper)
+    return wrapper
+
+
+def check_plain(path: str, module: Any) -> None:
+    """Refuse a module that does not support an adapter's own rows."""
     plain = isinstance(module, nn.Embedding) and (
         type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
     )
@@ -332,12 +345,9 @@ def _wrapped(model: Any, path: str) -> TokenRows:
             f"'{path}' is neither a plain embedding table nor a linear without bias ({type(module).__name__}), so "
             f"training rows of it is not supported: {MERGE}."
         )
-    wrapper = TokenRows(module)
-    setattr(model.get_submodule(parent), leaf, wrapper)
-    return wrapper
 
 
-def _ends(model: Any) -> tuple[str | None, str | None]:
+def ends_of(model: Any) -> tuple[str | None, str | None]:
     """Return the full names of the input embeddings and of the head, None if the model has none."""
     ends = (table_of(model), head_of(model))
     paths = {id(module): path for path, module in model.named_modules()}
@@ -356,7 +366,7 @@ def fit_whole(model: Any, name: str, tensors: Mapping[str, Tensor]) -> None:
     Args:
         tensors: the file's tensors.
     """
-    for path in filter(None, _ends(model)):
+    for path in filter(None, ends_of(model)):
         if not _replaces(model, path, name):
             continue
         module: Any = model.get_submodule(path).modules_to_save[name]
@@ -372,13 +382,13 @@ def fit_whole(model: Any, name: str, tensors: Mapping[str, Tensor]) -> None:
 def rows_needed(model: Any, name: str) -> int:
     """Return the number of token embeddings that the adapter `name` computes with; 0 if it has none of its own."""
     counts = [module.ids[name].count for _, module in token_rows(model, name)]
-    for path in filter(None, _ends(model)):
+    for path in filter(None, ends_of(model)):
         if _replaces(model, path, name):
             counts.append(len(model.get_submodule(path).modules_to_save[name].weight))
     return max(counts, default=0)
 
 
-def _tied(model: Any) -> bool:
+def is_tied(model: Any) -> bool:
     head: Any = head_of(model)
     weight = getattr(head, "weight", None)
     return weight is not None and weight is getattr(table_of(model), "weight", None)

@@ -13,7 +13,7 @@ from budwood.cli.streams import echo, echo_json
 if TYPE_CHECKING:
     from budwood.adapters.manifest import GoldenRecord
     from budwood.adapters.store import SavedAdapter
-    from budwood.adapters.verify import VerifyReport
+    from budwood.serving.verify import VerifyReport
 
 app = typer.Typer(help="Inspect, verify, merge and export saved adapters.", no_args_is_help=True)
 
@@ -85,7 +85,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Replay an adapter's golden prompts and compare with the recorded answers."""
-    from budwood.adapters.verify import verify as replay
+    from budwood.serving.verify import verify as replay
 
     report = replay(
         directory,
@@ -137,7 +137,7 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into the original weights of its base. Any library can open the result."""
-    from budwood.adapters.merge import merge as merge_into
+    from budwood.serving.merge import merge as merge_into
 
     report = merge_into(
         directory, out, base=base, dtype=dtype, device=device, force=force, allow_other_base=allow_other_base
@@ -164,7 +164,7 @@ def export(
     ] = "peft",
 ) -> None:
     """Write a folder that stock PEFT can open. The adapter is unchanged, or converted to another adapter type."""
-    from budwood.adapters.merge import export as write
+    from budwood.serving.merge import export as write
 
     echo(f"exported to {write(directory, out, format)}")
 

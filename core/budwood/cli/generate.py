@@ -11,8 +11,8 @@ import typer
 from budwood.cli.streams import echo, echo_json
 
 if TYPE_CHECKING:
-    from budwood.adapters.pool import AdapterPool, Prompt
     from budwood.adapters.store import SavedAdapter
+    from budwood.serving.pool import AdapterPool, Prompt
 
 
 def generate(
@@ -48,7 +48,7 @@ def generate(
     saved = _read_adapters(directories, base, allow_other_base, quantization)
     _check_options(use, directories, top_p)
     text = _read_prompt(prompt)
-    from budwood.adapters.pool import AdapterPool
+    from budwood.serving.pool import AdapterPool
 
     manifests = [item.manifest for item in saved.values() if item.manifest]
     first = manifests[0] if manifests else None

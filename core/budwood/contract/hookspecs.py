@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
+    from budwood.adapters.live_update import LiveAdapter
     from budwood.contract.examples import Batch, Example
     from budwood.contract.types import Event, LossTerm, Outputs, ParameterGroup, Plan, Run, Step
     from budwood.model.base import Base
@@ -332,6 +333,16 @@ class HookSpecs:
 
         When: the pool unloads it.
         May change: the model's modules; after the last adapter is removed they are bitwise identical to the base's.
+        """
+
+    @_hook("adapter owner", first=True)
+    def live_adapter(self, model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]) -> LiveAdapter | None:
+        """Return a saved adapter as entries of the live table, so that it shares batches with others. Optional.
+
+        When: the pool loads an adapter of this type, instead of `attach_adapter`; without gradients, and in the base's
+            precision. `config` and `tensors` are those of PEFT's files; the tensors stay in memory.
+        May change: nothing. Every tensor must be used; refuse one that does not fit.
+        Returns: a `LiveAdapter`; None: attach this one, whose rows then run in batches of their own.
         """
 
     @_hook("adapter owner", first=True)

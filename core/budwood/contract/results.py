@@ -148,6 +148,10 @@ def _is_conversion(result: Any) -> bool:
     )
 
 
+def _is_live(value: Any) -> bool:
+    return value is None or type(value).__name__ == "LiveAdapter"  # of a room above this one
+
+
 _TERMS = (
     "None, a LossTerm or a list of them, each with a name, a floating-point tensor of values, a unit and a weight",
     _are_terms,
@@ -183,6 +187,7 @@ _MUST_RETURN: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "attach_adapter": _NOTHING,
     "use_adapters": _NOTHING,
     "detach_adapter": _NOTHING,
+    "live_adapter": ("None or a LiveAdapter", _is_live),
     "convert_adapter": ("None, or a tuple of two dicts: config and tensors", _is_conversion),
     "merge_adapter": _NOTHING,
 }

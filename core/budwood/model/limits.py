@@ -96,7 +96,7 @@ def check_fits(examples: Examples, model: Any, tokenizer: Any, name: str) -> Non
             first = start + int(beyond[0])
             raise InputError(
                 f"{examples.location(ids.index_at(first))} "
-                f"uses {_no_embedding(int(ids.values[first]), count, tokenizer, name)}"
+                f"uses {no_embedding(int(ids.values[first]), count, tokenizer, name)}"
             )
 
 
@@ -108,10 +108,10 @@ def check_tokens(ids: Any, model: Any, tokenizer: Any, where: str) -> None:
     """
     count, largest = embeddings_of(model), max(ids, default=0)
     if count is not None and largest >= count:
-        raise InputError(f"{where} uses {_no_embedding(largest, count, tokenizer, model.config.name_or_path)}")
+        raise InputError(f"{where} uses {no_embedding(largest, count, tokenizer, model.config.name_or_path)}")
 
 
-def _no_embedding(token: int, count: int, tokenizer: Any, name: str) -> str:
+def no_embedding(token: int, count: int, tokenizer: Any, name: str) -> str:
     return (
         f"token {token} '{tokenizer.convert_ids_to_tokens(token)}', but base '{name}' has {count:,} embeddings: the "
         "token was added to its tokenizer alone. Train an embedding for it with base.resize_embeddings: true, or do "

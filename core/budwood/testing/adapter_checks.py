@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from budwood.adapters.golden import TOLERANCE, threads
 from budwood.adapters.live import module_ids
-from budwood.adapters.pool import AdapterPool
 from budwood.errors import BudwoodError
+from budwood.serving.pool import AdapterPool
 from budwood.testing.bench import Bench, NotApplicable, PromiseBroken, Result, explain, implements
 from budwood.testing.expect import expect_state
 from budwood.testing.probe import distance, same_bytes, state_of, stored

@@ -14,7 +14,6 @@ import torch
 from budwood.adapters.golden import comparable, current_setting, threads
 from budwood.adapters.manifest import ChatRecord, HeldOutRecord
 from budwood.adapters.store import read_adapter
-from budwood.adapters.verify import base_name, open_pool
 from budwood.contract.calls import attribute_errors
 from budwood.contract.loading import create
 from budwood.contract.types import Run
@@ -29,6 +28,7 @@ from budwood.model.limits import LENGTH, check_fits, default_length
 from budwood.model.ops import attention
 from budwood.model.task import Task
 from budwood.recipe.schema import default_recipe
+from budwood.serving.verify import base_name, open_pool
 from budwood.training.attacks import build_attacks, measure_attacked
 from budwood.training.packing_check import check_packing
 from budwood.training.report import Report

@@ -52,4 +52,5 @@ def _tokens(run: Run, prompt: Example | str | Sequence[int]) -> list[int]:
 
 def _sample(prompt: list[int], answer: Generated) -> Sample:
     end = [] if answer.end_token is None else [answer.end_token]
+    assert answer.finish_reason != "cancelled"
     return Sample(prompt, answer.tokens + end, answer.log_probs, answer.text, answer.finish_reason)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from budwood.errors import CorruptError, ResourceError
 from budwood.untrusted.redaction import shorten
@@ -112,18 +112,23 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise CorruptError(f"{path}: not a regular file.")
         size = path.stat().st_size
         with path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or length > size - 8:
-                _refuse_other_formats(path, start)  # here, since a sound header of 640 bytes begins as a pickle does
-                raise CorruptError(
-                    f"{path}: truncated or not safetensors: it has {size:,} bytes and claims a header of {length:,}."
-                )
-            if length > MAX_HEADER:
-                raise CorruptError(f"{path}: its header has {length:,} bytes; the limit is {MAX_HEADER:,}.")
-            header = parse_object(file.read(length), f"{path}, header")
+            return parse_header(path, file, size)
     except OSError as error:
         raise ResourceError(f"{path}: cannot be read: {error.strerror}.") from error
+
+
+def parse_header(path: Path, file: BinaryIO, size: int) -> dict[str, TensorInfo]:
+    """Read and check the header at the start of a file of `size` bytes; see `read_header`."""
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > size - 8:
+        _refuse_other_formats(path, start)  # here, since a sound header of 640 bytes begins as a pickle does
+        raise CorruptError(
+            f"{path}: truncated or not safetensors: it has {size:,} bytes and claims a header of {length:,}."
+        )
+    if length > MAX_HEADER:
+        raise CorruptError(f"{path}: its header has {length:,} bytes; the limit is {MAX_HEADER:,}.")
+    header = parse_object(file.read(length), f"{path}, header")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CorruptError(f"{path}: its metadata values are not strings.")
@@ -145,15 +150,16 @@ def _infos(
     end = 0
     for (begin, stop), name in entries:
         dtype, shape = header[name].get("dtype"), header[name].get("shape")
-        shown = shorten(name)
         bits = _BITS.get(dtype) if isinstance(dtype, str) else None
         if bits is None:
-            raise CorruptError(f"{path}: tensor '{shown}' has the unknown dtype {shorten(repr(dtype))}.")
+            raise CorruptError(f"{path}: tensor '{shorten(name)}' has the unknown dtype {shorten(repr(dtype))}.")
         is_list = isinstance(shape, list) and len(shape) <= 8
         if not (is_list and all(type(n) is int and 0 <= n < 1 << 40 for n in shape)):
-            raise CorruptError(f"{path}: tensor '{shown}' has an impossible shape.")
+            raise CorruptError(f"{path}: tensor '{shorten(name)}' has an impossible shape.")
         if begin != end or (stop - begin) * 8 != math.prod(shape) * bits:
-            raise CorruptError(f"{path}: tensor '{shown}' overlaps, leaves a gap, or has the wrong size for its shape.")
+            raise CorruptError(
+                f"{path}: tensor '{shorten(name)}' overlaps, leaves a gap, or has the wrong size for its shape."
+            )
         end = stop
         yield TensorInfo(name, dtype, tuple(shape), path, data + begin, data + stop)
     if end != size - data:

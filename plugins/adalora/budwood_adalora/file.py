@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from budwood import CorruptError, InputError, copy_adapter_tensors
+from budwood import CorruptError, InputError, LiveAdapter, LiveUpdate, copy_adapter_tensors, linear_shape
 from budwood.lowrank import (
     adapter_layers,
     add_to_weight,
     fit_whole,
+    live_low_rank,
     merge_whole_parts,
     parse_saved_config,
     remove_adapter,
@@ -23,7 +25,7 @@ from budwood.lowrank import (
     whole_tensors,
     without_base_tensors,
 )
-from budwood_adalora.layers import add_adapter, scale
+from budwood_adalora.layers import add_adapter, padded, scale
 from budwood_adalora.options import TYPE, UNUSED, SavedConfig
 
 PREFIX = "base_model.model."
@@ -61,6 +63,30 @@ def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor],
     except BaseException:
         remove_adapter(model, name)
         raise
+
+
+def live(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]) -> LiveAdapter:
+    """Return a saved adapter as entries of the live table: diag(E) A and B of every update that has a rank.
+
+    Raises:
+        CorruptError, InputError: see `attach`.
+    """
+    saved = _parse(config)
+    targets = saved_targets(model, saved)
+    ranks = {path: rank for path, rank in _ranks(saved, targets, tensors).items() if rank}
+    tensors = {key: tensor for key, tensor in tensors.items() if tensor.numel()}
+    own: dict[str, tuple[int, ...]] = {}
+    for path, rank in ranks.items():
+        outputs, inputs = linear_shape(model.get_submodule(path))
+        key = f"{PREFIX}{path}.lora_"
+        own |= {f"{key}A": (rank, inputs), f"{key}B": (outputs, rank), f"{key}E": (rank, 1)}
+    width = max(ranks.values(), default=0)
+
+    def update(path: str, tensors: Mapping[str, Tensor]) -> LiveUpdate:
+        a, b, values = (tensors[f"{PREFIX}{path}.lora_{part}"].float() for part in "ABE")
+        return LiveUpdate(*padded(a * values, b, width), _scale(saved, ranks[path]))
+
+    return live_low_rank(model, saved, tensors, list(ranks), own, update)
 
 
 @torch.no_grad()

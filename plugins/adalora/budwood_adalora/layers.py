@@ -67,17 +67,24 @@ class SVDUpdate(LowRankUpdate):
         values = layer.lora_E[name]
         if not len(values):
             return None
-        a, b = layer.lora_A[name] * values, layer.lora_B[name]
-        # oneDNN compiles a kernel for every new shape, and batches differ in length: that costs more than a few ranks
-        # save, while a few rows of zeros cost next to nothing. On the CPU ranks therefore share a few widths.
-        fill = min(layer.width[name], -len(a) // WIDTH_STEP * -WIDTH_STEP) - len(a)
-        if a.device.type == "cpu" and fill:
-            a, b = F.pad(a, (0, 0, 0, fill)), F.pad(b, (0, fill))
+        a, b = padded(layer.lora_A[name] * values, layer.lora_B[name], layer.width[name])
         return a, b, layer.scaling[name]
 
     def sources(self) -> tuple[Tensor, ...]:
         layer, name = self.layer, self.name
         return layer.lora_A[name], layer.lora_E[name], layer.lora_B[name]
+
+
+def padded(a: Tensor, b: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return A [r, in] and B [out, r] with zeros up to a common rank, at most `width`, on the CPU.
+
+    oneDNN compiles a kernel for every new shape, and batches differ in length: that costs more than a few ranks save,
+    while a few rows of zeros cost next to nothing. Ranks therefore share a few widths.
+    """
+    fill = min(width, -len(a) // WIDTH_STEP * -WIDTH_STEP) - len(a)
+    if a.device.type == "cpu" and fill:
+        return F.pad(a, (0, 0, 0, fill)), F.pad(b, (0, fill))
+    return a, b
 
 
 def scale(alpha: float, initial_rank: int) -> float:

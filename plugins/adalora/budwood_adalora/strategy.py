@@ -26,7 +26,7 @@ from budwood_adalora.schedule import Schedule, smallest_steps
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from budwood import LossTerm, Outputs, ParameterGroup, Plan, Run, Step
+    from budwood import LiveAdapter, LossTerm, Outputs, ParameterGroup, Plan, Run, Step
     from budwood_adalora.importance import Importance
     from budwood_adalora.layers import SVDLinear
 
@@ -233,6 +233,12 @@ class AdaLoRA(Strategy):
         from budwood_adalora.file import attach
 
         attach(model, config, tensors, name)
+
+    @hookimpl
+    def live_adapter(self, model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]) -> LiveAdapter:
+        from budwood_adalora.file import live
+
+        return live(model, config, tensors)
 
     @hookimpl
     def use_adapters(self, model: nn.Module, names: Sequence[str], index: Sequence[int]) -> None:

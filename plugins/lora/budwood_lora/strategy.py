@@ -15,7 +15,7 @@ from budwood_lora.options import LoRAOptions
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from budwood import ParameterGroup, Plan, Run
+    from budwood import LiveAdapter, ParameterGroup, Plan, Run
 
 
 class LoRA(Strategy):
@@ -60,6 +60,12 @@ class LoRA(Strategy):
         from budwood_lora.adapter import attach
 
         attach(model, config, tensors, name)
+
+    @hookimpl
+    def live_adapter(self, model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]) -> LiveAdapter:
+        from budwood_lora.live import live
+
+        return live(model, config, tensors)
 
     @hookimpl
     def use_adapters(self, model: nn.Module, names: Sequence[str], index: Sequence[int]) -> None:

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from budwood.adapters.manifest import ChatRecord
-from budwood.adapters.pool import AdapterPool
 from budwood.adapters.store import SavedAdapter, write_adapter
 from budwood.model.text_tasks import as_probe
+from budwood.serving.pool import AdapterPool
 
 FAKE_BASE = SimpleNamespace(
     added=range(0),

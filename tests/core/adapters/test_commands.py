@@ -22,7 +22,7 @@ def no_base(monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("a base was loaded")
 
-    monkeypatch.setattr("budwood.adapters.pool.load_base", load)
+    monkeypatch.setattr("budwood.serving.pool.load_base", load)
 
 
 def refused(capsys, arguments: list[str], code: int, *words: str) -> None:

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from budwood import AdapterPool, InputError
-from budwood.adapters.merge import merge
 from budwood.adapters.targets import match_targets
+from budwood.serving.merge import merge
 from budwood.training.loop import tune
 
 IDS = torch.tensor([[1, 40, 50, 60, 70, 99, 7]])

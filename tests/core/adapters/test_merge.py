@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from budwood import AdapterPool, BudwoodError, CorruptError, InputError
-from budwood.adapters import merge as merging
 from budwood.adapters.golden import Distance, Golden, relative_error
-from budwood.adapters.merge import export, merge
 from budwood.adapters.rounding import round_stochastically
-from budwood.adapters.verify import verify
+from budwood.serving import merge as merging
+from budwood.serving.merge import export, merge
+from budwood.serving.verify import verify
 
 PROMPTS = [[1, 40, 50, 60, 70], [1, 99, 7], [1, 200, 201, 202, 203, 204, 205]]
 
@@ -186,7 +186,7 @@ def test_bad_input_is_rejected_before_the_base_loads(saved, tiny_base, tiny_base
         raise AssertionError("a base was loaded")
 
     stranger = tiny_bases("stranger", seed=7)
-    monkeypatch.setattr("budwood.adapters.pool.load_base", load)
+    monkeypatch.setattr("budwood.serving.pool.load_base", load)
     with pytest.raises(InputError, match="exists"):
         merge(saved, tiny_base)
     with pytest.raises(InputError, match="choose one of bf16"):
@@ -248,7 +248,7 @@ def test_logits_other_than_recorded_mean_another_model_unless_the_base_differs_t
     with pytest.raises(CorruptError, match="another model than the one that training recorded.*nothing was written"):
         merge(saved, tmp_path / "merged", dtype="fp32", force=True)
     assert not (tmp_path / "merged").exists()
-    monkeypatch.setattr("budwood.adapters.verify.comparable", lambda recorded, current: False)
+    monkeypatch.setattr("budwood.serving.verify.comparable", lambda recorded, current: False)
     with pytest.raises(CorruptError, match="another model than the one that training recorded"):
         verify(saved)
     changed = Golden(sound.probes, sound.base.flip(-1), sound.adapter.flip(-1))  # the base's logits differ too

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from budwood import CorruptError, InputError, ResourceError, check_adapter_tensors
-from budwood.adapters import store
+from budwood.adapters import store, weights
 from budwood.untrusted.files import sha256
 
 WEIGHTS = "adapter_model.safetensors"
@@ -339,6 +339,6 @@ def test_an_adapter_with_files_outside_its_folder_is_corrupt(small, tmp_path, na
 
 
 def test_tensors_larger_than_memory_are_not_read(small, monkeypatch):
-    monkeypatch.setattr(store.os, "sysconf", lambda name: 7)
+    monkeypatch.setattr(weights.os, "sysconf", lambda name: 7)
     with pytest.raises(ResourceError, match="64 bytes of tensors are more than this machine's memory"):
         store.read_adapter(small).load_tensors()

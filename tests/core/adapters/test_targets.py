@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from budwood import AdapterPool, InputError
-from budwood.adapters.merge import merge
 from budwood.adapters.targets import match_modules, match_targets, whole_modules
 from budwood.model.base import skeleton
+from budwood.serving.merge import merge
 from budwood.training.loop import tune
 
 

@@ -13,8 +13,8 @@ from budwood import CorruptError, InputError
 from budwood.adapters.golden import Distance, Golden, comparable
 from budwood.adapters.manifest import GoldenRecord
 from budwood.adapters.store import sealed
-from budwood.adapters.verify import verify
 from budwood.model.text_tasks import as_probe
+from budwood.serving.verify import verify
 from budwood.untrusted.files import sha256
 
 PROBES = [as_probe([1, 2, 3]), as_probe([4])]
@@ -188,7 +188,7 @@ def test_an_adapter_that_cannot_be_verified_is_rejected_before_a_base_loads(
         raise AssertionError("a base was loaded")
 
     stranger = tiny_bases("stranger", seed=7)
-    monkeypatch.setattr("budwood.adapters.pool.load_base", load)
+    monkeypatch.setattr("budwood.serving.pool.load_base", load)
     with pytest.raises(InputError, match="no golden logits"):
         verify(stock)
     with pytest.raises(InputError, match="was trained on the base"):

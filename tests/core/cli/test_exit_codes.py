@@ -238,7 +238,7 @@ KINDS: dict[str, list[Callable[[Any], list[Any]]]] = {
     "a file that exists but cannot be read, a full disk, too little memory, no such device": [
         lambda w: ["data", w.rows, "--base", w.base, w.stub("budwood.data.sources.read_file", denied)],
         lambda w: ["adapter", "info", w.unreadable],
-        lambda w: ["adapter", "export", w.adapter, "out", w.stub("budwood.adapters.merge.save_file", full)],
+        lambda w: ["adapter", "export", w.adapter, "out", w.stub("budwood.serving.merge.save_file", full)],
         lambda w: ["tune", w.recipe, "-o", "base.device=cuda:99"],
     ],
     "the hub cannot be reached; a gated base or dataset": [
@@ -262,7 +262,7 @@ KINDS: dict[str, list[Callable[[Any], list[Any]]]] = {
         lambda w: ["adapter", "info", without(w.adapter, "adapter_config.json")],
     ],
     "an adapter whose answers on its own base differ from those recorded": [
-        lambda w: ["adapter", "verify", w.adapter, w.stub("budwood.adapters.verify.TOLERANCE", -1.0)],
+        lambda w: ["adapter", "verify", w.adapter, w.stub("budwood.serving.verify.TOLERANCE", -1.0)],
     ],
     "a loss or gradient that is not finite; a run that moved no tensor": [
         lambda w: ["tune", w.recipe, "-o", "train.learning_rate=1e-30", "-o", f"output={w.new}"],

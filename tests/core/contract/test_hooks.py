@@ -348,7 +348,8 @@ def test_export(run, saved):
 
 
 @exercises("attach_adapter", "use_adapters", "detach_adapter")
-def test_an_adapter_is_attached_used_and_detached(run, saved, tiny_base, examples):
+def test_an_adapter_is_attached_used_and_detached(run, saved, tiny_base, examples, monkeypatch):
+    monkeypatch.delattr(examples.OutputScale, "live_adapter")
     pool = AdapterPool(tiny_base, precision="fp32", device="cpu")
     before = [(path, id(module)) for path, module in pool.model.named_modules()]
     prompt = ["games section"]
@@ -367,6 +368,22 @@ def test_an_adapter_is_attached_used_and_detached(run, saved, tiny_base, example
     pool.unload("mine")
     assert torch.equal(pool.logits(prompt), base)
     assert [(path, id(module)) for path, module in pool.model.named_modules()] == before
+
+
+@exercises("live_adapter")
+def test_an_adapter_in_the_table_computes_what_it_does_attached(run, saved, tiny_base, examples, monkeypatch):
+    pool = AdapterPool(tiny_base, precision="fp32", device="cpu")
+    pool.load("mine", saved)
+    pool.use("mine")
+    found = pool.logits(["games section"])
+    assert not examples.scaled_linears(pool.model)
+    with pytest.raises(InputError, match="does not fit a linear"):
+        examples.OutputScale().live_adapter(pool.model, {}, {"model.layers.0.self_attn.k_proj": torch.ones(3)})
+    monkeypatch.delattr(examples.OutputScale, "live_adapter")
+    other = AdapterPool(tiny_base, precision="fp32", device="cpu")
+    other.load("mine", saved)
+    other.use("mine")
+    torch.testing.assert_close(found, other.logits(["games section"]), rtol=1e-5, atol=1e-5)
 
 
 def test_an_adapter_that_does_not_fit_is_refused(run, saved, tiny_base, examples):

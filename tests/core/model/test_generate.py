@@ -10,7 +10,8 @@ from torch import nn
 
 from budwood.errors import InputError
 from budwood.model.base import load_base
-from budwood.model.generate import Generated, _Writer, generate
+from budwood.model.decoding import Generated, TextWriter
+from budwood.model.generate import generate
 
 LM = "AutoModelForCausalLM"
 
@@ -311,7 +312,9 @@ def test_stop_strings_at_random(base):
         if stop[0] in stop[1] or stop[1] in stop[0]:
             continue  # the shorter string matches first
         pieces: list[str] = []
-        writer = _Writer(base.tokenizer, 10**6, {2: "eos"}, stop, 0, lambda index, piece, to=pieces: to.append(piece))
+        writer = TextWriter(
+            base.tokenizer, 10**6, {2: "eos"}, stop, 0, lambda index, piece, to=pieces: to.append(piece)
+        )
         for token in [*tokens_of(base, text), 2]:
             writer.add(token)
         ends = [text.find(string) for string in stop if string in text]

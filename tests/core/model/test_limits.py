@@ -13,12 +13,12 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from budwood.adapters.pool import AdapterPool
 from budwood.cli.app import run
 from budwood.errors import InputError
 from budwood.model.generate import generate
 from budwood.model.limits import default_length, positions_of
 from budwood.recipe.schema import Recipe
+from budwood.serving.pool import AdapterPool
 from budwood.training.loop import tune
 
 Make = Callable[..., Recipe]

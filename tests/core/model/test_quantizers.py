@@ -13,13 +13,13 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
 from budwood import AdapterPool, load_base
-from budwood.adapters.merge import merge
 from budwood.adapters.targets import match_targets
 from budwood.contract.discovery import PluginError
 from budwood.errors import InputError
 from budwood.lowrank import low_rank_linear
 from budwood.model.base import check_base
 from budwood.model.quantizers import claim, is_quantized, linear_shape, quantizer_of
+from budwood.serving.merge import merge
 from budwood.training.loop import tune
 
 LM = "AutoModelForCausalLM"

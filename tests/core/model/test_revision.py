@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from budwood import InputError, ResourceError, plan, tune
 from budwood.adapters.store import read_adapter
-from budwood.adapters.verify import open_pool
 from budwood.cli import app as cli
 from budwood.model.checkpoint import commit_of, one_revision, resolve
+from budwood.serving.verify import open_pool
 
 NAME = "someone/tiny"
 OLD, NEW = "a" * 40, "b" * 40

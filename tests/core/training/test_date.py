@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from budwood.adapters.pool import AdapterPool
 from budwood.data.encoder import encode_chat
 from budwood.recipe.schema import Recipe
+from budwood.serving.pool import AdapterPool
 from budwood.training.evaluate import evaluate_adapter
 from budwood.training.loop import tune
 from budwood.untrusted import chat_template

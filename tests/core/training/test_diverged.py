@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from budwood.adapters.verify import verify
 from budwood.cli.app import run as command
 from budwood.errors import DivergedError
 from budwood.recipe.schema import Recipe
+from budwood.serving.verify import verify
 from budwood.training import setup
 from budwood.training.durability.reading import steps_in
 from budwood.training.loop import train

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from budwood import BudwoodError, PluginError, hookimpl, tune
-from budwood.adapters.merge import export
-from budwood.adapters.pool import AdapterPool
 from budwood.cli import app as cli
 from budwood.contract.hookspecs import HookSpecs
 from budwood.contract.loading import CORE, HOOKS
+from budwood.serving.merge import export
+from budwood.serving.pool import AdapterPool
 
 OWNERS = [hook for hook in HOOKS if getattr(HookSpecs, hook).call_style == "adapter owner"]
 BEFORE = HOOKS[: HOOKS.index("prepare_batch")]
@@ -167,6 +167,8 @@ def test_a_plugin_that_fails_on_a_live_model_is_named(hook, tiny_base, make_reci
     tune(recipe := make_recipe(train={"steps": 1}), quiet=True)
     saved = recipe.output / "adapter"
     pool = AdapterPool(tiny_base, precision="fp32")
+    if hook in ("attach_adapter", "use_adapters", "detach_adapter"):  # as of an owner without entries for the table
+        monkeypatch.setattr(budwood_lora.LoRA, "live_adapter", hookimpl(lambda self: None))
     if hook in ("detach_adapter", "merge_adapter"):
         pool.load("first", saved)
 
@@ -177,6 +179,7 @@ def test_a_plugin_that_fails_on_a_live_model_is_named(hook, tiny_base, make_reci
     monkeypatch.setattr(budwood_lora.LoRA, hook, fails, raising=False)
     does: dict[str, Callable[[], Any]] = {
         "attach_adapter": lambda: pool.load("first", saved),
+        "live_adapter": lambda: pool.load("first", saved),
         "use_adapters": lambda: pool.load("first", saved),
         "detach_adapter": lambda: pool.unload("first"),
         "convert_adapter": lambda: export(saved, tmp_path / "other", "adalora"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from budwood.adapters.pool import AdapterPool
-from budwood.adapters.verify import verify
 from budwood.recipe.schema import Recipe
+from budwood.serving.pool import AdapterPool
+from budwood.serving.verify import verify
 from budwood.training.loop import tune
 
 CLASSES = 5_000

@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from budwood import AdapterPool, InputError, Run, hookimpl, tune
-from budwood.adapters.merge import export
-from budwood.adapters.verify import verify
 from budwood.cli.app import run as command
 from budwood.errors import Interrupted
 from budwood.recipe.schema import Recipe
+from budwood.serving.merge import export
+from budwood.serving.verify import verify
 from budwood.training import setup
 from budwood.training.loop import train
 from budwood.training.report import Report

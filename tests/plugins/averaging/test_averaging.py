@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from budwood import AdapterPool, InputError, PluginError, Run, Strategy, hookimpl, tune
-from budwood.adapters.verify import verify
 from budwood.contract.loading import build_strategy
 from budwood.errors import Interrupted
 from budwood.recipe.schema import Recipe
+from budwood.serving.verify import verify
 from budwood.training import progress, setup
 from budwood.training.loop import train
 from budwood.training.report import Report

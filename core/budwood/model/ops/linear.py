@@ -75,6 +75,31 @@ def mixed_low_rank_linear(
     return y
 
 
+@torch.no_grad()
+def updated_linear(x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Return `low_rank_linear(x, base, a, b, scaling)` bitwise, without the cost of an autograd function.
+
+    Args:
+        x: [..., in].
+        base: as in `low_rank_linear`.
+        a: [r, in] in the compute dtype.
+        b: [out, r], likewise.
+    """
+    quantizer, kind = quantizer_of(base), x.device.type
+    if quantizer is None:
+        raise TypeError(f"updated_linear: {type(base).__name__} is not a linear of any known quantiser")
+    rows = x.reshape(-1, x.shape[-1])
+    if torch.is_autocast_enabled(kind):
+        rows = rows.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
+            y = quantizer.forward(base, rows, getattr(base, "bias", None))
+            y.addmm_(thin_product(rows, a.t()), b.t(), alpha=scaling)
+    else:
+        y = quantizer.forward(base, rows, getattr(base, "bias", None))
+        y.addmm_(thin_product(rows, a.t()), b.t(), alpha=scaling)
+    return y.view(*x.shape[:-1], -1)
+
+
 def cast_factors(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return A and scaling · B in `dtype`, for `add_update`."""
     return a.to(dtype), (b * scaling).to(dtype)
@@ -84,7 +109,7 @@ def add_update(x: Tensor, y: Tensor, a: Tensor, b: Tensor, rows: Tensor) -> Tens
     """Add x Aᵀ Bᵀ to y [R, ..., out] in the rows [n] int64 of x [R, ..., in]."""
     all_rows = len(rows) == len(x)
     part = (x if all_rows else x.index_select(0, rows)).to(y.dtype)
-    update = (_thin_product(part.reshape(-1, part.shape[-1]), a.t()) @ b.t()).view(*part.shape[:-1], -1)
+    update = (thin_product(part.reshape(-1, part.shape[-1]), a.t()) @ b.t()).view(*part.shape[:-1], -1)
     return y + update if all_rows else y.index_add(0, rows, update)
 
 
@@ -124,7 +149,7 @@ class LowRankLinear(torch.autograd.Function):
                 if dropout > 0.0:
                     inner, mask = torch.native_dropout(rows, dropout, True)
                 a, b = a.to(dtype), b.to(dtype)  # saved for the backward: small, and saves a GPU kernel launch
-                narrow = _thin_product(inner, a.t())
+                narrow = thin_product(inner, a.t())
                 y.addmm_(narrow, b.t(), alpha=scaling)
         keeps_rows = a is not None and ctx.needs_input_grad[2]
         # Saved so that torch detects in-place changes before the backward, which reads W through the quantiser.
@@ -149,9 +174,9 @@ class LowRankLinear(torch.autograd.Function):
                 grad_bias = gradient.sum(0, dtype=bias_dtype)
             grad_narrow = None
             if b is not None and (wants_x or wants_a):
-                grad_narrow = _thin_product(gradient, b, ctx.scaling)
+                grad_narrow = thin_product(gradient, b, ctx.scaling)
             if wants_b:
-                grad_b = _thin_product(gradient.t(), narrow, ctx.scaling).to(b_dtype)
+                grad_b = thin_product(gradient.t(), narrow, ctx.scaling).to(b_dtype)
             if wants_a and grad_narrow is not None:
                 inner = rows if mask is None else torch.ops.aten.native_dropout_backward(rows, mask, keep)
                 grad_a = (grad_narrow.t() @ inner).to(a_dtype)
@@ -166,7 +191,7 @@ class LowRankLinear(torch.autograd.Function):
         return grad_x, None, grad_a, grad_b, grad_bias, None, None
 
 
-def _thin_product(wide: Tensor, thin: Tensor, scale: float = 1.0) -> Tensor:
+def thin_product(wide: Tensor, thin: Tensor, scale: float = 1.0) -> Tensor:
     """Return scale · wide [m, k] @ thin [k, r], with small r, in one operation and the device's fastest layout.
 
     oneDNN computes such products faster transposed, [r, m]. cuBLAS does not: its fast kernels need rows of a multiple

@@ -2,54 +2,38 @@
 
 from __future__ import annotations
 
-import itertools
-import json
+import queue
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from budwood.adapters.golden import measure
-from budwood.adapters.live import module_ids, serialised, unchanged_on_error
 from budwood.adapters.manifest import ChatRecord
-from budwood.adapters.match import check_task, mismatch
-from budwood.adapters.owner import owner_options, start_owner
-from budwood.adapters.peft_config import MisfitError
-from budwood.adapters.store import SavedAdapter, read_adapter
-from budwood.adapters.use import use_adapters
-from budwood.contract.calls import ask_owner
-from budwood.contract.discovery import plugin_fault
+from budwood.adapters.store import SavedAdapter
 from budwood.contract.examples import Example
-from budwood.contract.loading import create, load_strategy
-from budwood.contract.strategy import Strategy
+from budwood.contract.loading import create
 from budwood.data.encoder import Encoder, encode_chat, encode_prompt
-from budwood.errors import BudwoodError, InputError, did_you_mean
+from budwood.errors import InputError
 from budwood.model.base import Base, load_base, pick_device_precision
+from budwood.model.decoding import Generated
 from budwood.model.embeddings import resize_base
-from budwood.model.generate import Generated, generate
-from budwood.model.limits import check_tokens, positions_of
+from budwood.model.limits import positions_of
 from budwood.model.quiet import silence_libraries
 from budwood.model.task import Task
 from budwood.model.text_tasks import as_probe
-from budwood.untrusted.files import check_name
+from budwood.serving.engine import Engine
+from budwood.serving.requests import Answer, Sampling
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 """Text, chat messages, or token ids."""
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """An adapter on the model; `key` is its internal name there, independent of the user's name for it."""
-
-    key: str
-    owner: Strategy
-    saved: SavedAdapter
 
 
 @dataclass(frozen=True)
@@ -65,8 +49,9 @@ class AdapterPool:
 
     With none in use, the model's output is bitwise identical to the base's.
 
-    Threads may share a pool: their calls run one after the other, and `load` waits for them. `use` selects the adapter
-    for the calling thread; a thread that has not selected one follows the last selection of any thread.
+    Any number of threads may share a pool. A pool is a client of an `Engine`, whose thread owns the model: calls of
+    `generate` share batches, and each answer is that of its adapter alone. `use` selects the adapter for the calling
+    thread; a thread that has not selected one follows the last selection of any thread.
     """
 
     def __init__(
@@ -112,20 +97,16 @@ class AdapterPool:
         if embeddings:
             resize_base(base, embeddings)
         self.base = base
-        self.model: nn.Module = base.model.eval().requires_grad_(False)
+        self.engine = Engine(base, task)
+        self.model: nn.Module = base.model
         self.tokenizer = base.tokenizer
-        self._modules = module_ids(self.model)
-        self._loaded: dict[str, _Loaded] = {}
-        self._owners: dict[tuple[str, str], Strategy] = {}  # keyed by adapter type and options
-        self._keys = (f"adapter{number}" for number in itertools.count(1))
-        self._lock = threading.RLock()
         self._current: str | None = None  # the last selection of any thread
         self._own = threading.local()  # .name: that of this thread
 
     @property
     def names(self) -> list[str]:
         """Names of the loaded adapters, in loading order."""
-        return list(self._loaded)
+        return list(self.engine.names)
 
     @property
     def current(self) -> str | None:
@@ -139,9 +120,10 @@ class AdapterPool:
         Raises:
             InputError: no adapter of that name is loaded.
         """
-        return self._find(name).saved
+        saved = self.engine.find(name).saved
+        assert saved is not None
+        return saved
 
-    @serialised
     def load(self, name: str, directory: str | Path, *, allow_other_base: bool = False) -> SavedAdapter:
         """Attach an adapter to the model without using it. On failure the model stays unchanged.
 
@@ -154,43 +136,17 @@ class AdapterPool:
                 does not record.
             CorruptError: the folder is damaged or altered, or its tensors do not fit its own base.
         """
-        check_name(name)
-        if name in self._loaded:
-            raise InputError(f"adapter '{name}' is already loaded: unload it first, or choose another name.")
-        saved = read_adapter(
-            directory,
-            base_name=self.base.name,
-            base_fingerprint=self.base.fingerprint,
-            allow_other_base=allow_other_base,
-        )
-        check_task(saved, self.task, self.base)
-        owner = self._owner(saved)
-        key = next(self._keys)
-        tensors = saved.load_tensors()
-        with unchanged_on_error(self.model):
-            try:
-                ask_owner(owner, "attach_adapter", model=self.model, config=saved.config, tensors=tensors, name=key)
-                self.model.eval().requires_grad_(False)
-                self._loaded[name] = _Loaded(key, owner, saved)
-                self._select([self._current])
-            except BudwoodError as error:
-                self._loaded.pop(name, None)
-                if isinstance(error, MisfitError) and mismatch(saved, self.base.fingerprint) is InputError:
-                    raise InputError(f"{directory}: {error} Give the base that it was trained on.") from error
-                raise type(error)(f"{directory}: {error}") from error
-        return saved
+        return self.engine.load(name, directory, allow_other_base=allow_other_base)
 
-    @serialised
     def use(self, name: str | None) -> None:
         """Use one adapter from now on; None: the base alone.
 
         Raises:
             InputError: no adapter of that name is loaded.
         """
-        self._select([name])
+        self.engine.use(name)
         self._current = self._own.name = name
 
-    @serialised
     def unload(self, name: str) -> None:
         """Remove an adapter; after the last one, the model's modules are the base's own again.
 
@@ -198,23 +154,24 @@ class AdapterPool:
             InputError: no adapter of that name is loaded.
             PluginError: the adapter's owner left modules on the model.
         """
-        loaded = self._find(name)
+        self.engine.unload(name)
         if self.current == name:
             self._own.name = None
         if self._current == name:
             self._current = None
-            self._select([None])
-        ask_owner(loaded.owner, "detach_adapter", model=self.model, name=loaded.key)
-        del self._loaded[name]
-        self._select([self._current])
-        if not self._loaded and module_ids(self.model) != self._modules:
-            raise plugin_fault(loaded.owner.distribution, f"{loaded.owner} left its own modules on the base", True)
 
-    @serialised
+    def alias(self, name: str, target: str) -> None:
+        """Let a name, new or taken, stand for the adapter that `target` stands for; running calls keep theirs.
+
+        Raises:
+            InputError: the name is invalid, or no adapter is called `target`.
+        """
+        self.engine.alias(name, target)
+
     def generate(
         self,
         prompts: Sequence[Prompt],
-        adapters: Sequence[str | None] | None = None,
+        adapters: Sequence[str | Mapping[str, float] | None] | None = None,
         *,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
@@ -223,11 +180,12 @@ class AdapterPool:
         seed: int = 0,
         stream: Callable[[int, str], None] | None = None,
     ) -> list[Generated]:
-        """Generate answers to prompts, in one batch even with different adapters, if these support it.
+        """Generate answers to prompts, in one batch even with different adapters, and with calls of other threads.
 
         Args:
             prompts: texts, lists of chat messages, or token ids.
-            adapters: adapter name per prompt, or None for the base; absent: the adapter in use for all prompts.
+            adapters: adapter name per prompt, weights of several adapters whose sum answers, such as
+                {"a": 0.7, "b": 0.3}, or None for the base; absent: the adapter in use for all prompts.
             max_new_tokens: largest number of tokens per answer.
             temperature: 0 selects the most probable token; above 0, tokens are sampled.
             top_p: sample from the smallest set of most probable tokens with at least this total probability.
@@ -240,53 +198,70 @@ class AdapterPool:
         """
         if not self.base.model.can_generate():
             raise InputError(f"the pool's task is {self.task}, which generates no text.")
+        if isinstance(prompts, str):
+            raise InputError("prompts: is one text; pass a list of prompts.")
         if adapters is None:
             adapters = [self.current] * len(prompts)
         elif len(adapters) != len(prompts):
             raise InputError(
                 f"{len(prompts)} prompts but {len(adapters)} adapters: pass one (or None) for each prompt."
             )
-        encoded = [self._encode(prompt, name) for prompt, name in zip(prompts, adapters, strict=True)]
-        answers: dict[int, Generated] = {}
+        names = [adapter if isinstance(adapter, str) else None for adapter in adapters]
+        encoded = [
+            self._encode(p, name, f"prompt {i}") for i, (p, name) in enumerate(zip(prompts, names, strict=True), 1)
+        ]
+        pieces: queue.SimpleQueue[tuple[int, str | None]] = queue.SimpleQueue()
+        answers: list[Answer] = []
         try:
-            for rows in self._groups(adapters):
-                own = [adapters[i] for i in rows]
-                self._select(own)
-                group_answers = generate(
-                    self.base.model, self.tokenizer, [encoded[i] for i in rows], max_new_tokens=max_new_tokens,
-                    temperature=temperature, top_p=top_p, seed=seed, stop=stop,
-                    stop_ids=[self._stop_ids(name) for name in own],
-                    on_token=None if stream is None else _with_prompt_index(stream, rows),
-                    before_batch=lambda batch, own=own: self._select([own[i] for i in batch]),  # type: ignore[misc]
+            for number, (ids, adapter, name) in enumerate(zip(encoded, adapters, names, strict=True)):
+                sampling = Sampling(
+                    max_new_tokens, temperature, top_p, seed=(seed, number), stop=tuple(stop),
+                    stop_ids=tuple(self._stop_ids(name)),
                 )  # fmt: skip
-                answers |= dict(zip(rows, group_answers, strict=True))
-        finally:
-            self._select([self._current])
-        return [answers[i] for i in range(len(prompts))]
+                listener = None if stream is None else partial(_pass_on, pieces, number)
+                where = f"prompt {number + 1}"
+                answers.append(self.engine.submit(ids, adapter, sampling, listener=listener, stream=False, where=where))
+            left = len(answers) if stream is not None else 0
+            while left:
+                number, piece = pieces.get()
+                if piece is None:
+                    left -= 1
+                elif stream is not None:
+                    stream(number, piece)
+            return [answer.result() for answer in answers]
+        except BaseException:
+            for answer in answers:
+                answer.cancel()
+            raise
 
     def _stop_ids(self, name: str | None) -> list[int]:
-        manifest = self._find(name).saved.manifest if name is not None else None
+        manifest = self.adapter(name).manifest if name is not None else None
         return manifest.stop_ids if manifest else []
 
-    @serialised
     def logits(self, prompts: Sequence[Prompt | Example]) -> Tensor:
         """Return the logits after each prompt with the adapter in use, [prompts, vocabulary or classes] fp32, CPU."""
-        rows = [p if isinstance(p, Example) else self._encode(p, self.current) for p in prompts]
-        probes = [row if isinstance(row, Example) else as_probe(row) for row in rows]
-        dtype = torch.float32 if self.current is None else self.base.dtype
-        with self._own_selection():
+        name = self.current
+        rows = [
+            p if isinstance(p, Example) else self._encode(p, name, f"prompt {number}")
+            for number, p in enumerate(prompts, 1)
+        ]
+        dtype = torch.float32 if name is None else self.base.dtype
+
+        def compute() -> Tensor:
             for number, row in enumerate(rows, 1):
                 if not isinstance(row, Example):
-                    check_tokens(row, self.model, self.tokenizer, f"prompt {number}")
+                    self.engine.check_tokens(row, name, f"prompt {number}")
+            probes = [row if isinstance(row, Example) else as_probe(row) for row in rows]
             return measure(self.task_plugin, self.model, self.tokenizer, probes, dtype)
 
-    @serialised
+        return self.engine.with_adapter(name, compute)
+
     def measure(self, probes: Sequence[Example]) -> Tensor:
         """Return the logits at each probe's position with the adapter in use, [probes, …] fp32 on the CPU."""
-        with self._own_selection():
-            return measure(self.task_plugin, self.model, self.tokenizer, probes, self.base.dtype)
+        return self.engine.with_adapter(
+            self.current, lambda: measure(self.task_plugin, self.model, self.tokenizer, probes, self.base.dtype)
+        )
 
-    @serialised
     def classify(self, texts: Sequence[str]) -> list[Classified]:
         """Classify texts with the adapter in use.
 
@@ -308,93 +283,41 @@ class AdapterPool:
             results.append(Classified(max(by_label, key=by_label.__getitem__), by_label))
         return results
 
-    @serialised
     def merge(self, name: str) -> None:
         """Merge an adapter permanently into the weights of an unquantised base, and remove it.
 
         Raises:
             InputError: the base is quantised, other adapters are loaded, or the adapter's type cannot be merged.
         """
-        loaded = self._find(name)
+        self.engine.find(name)
         if self.base.quantization != "none":
             raise InputError(
                 "an adapter can only be merged into unquantised weights: open the base with quantization none."
             )
-        if len(self._loaded) > 1:
+        if len(self.names) > 1:
             raise InputError(f"other adapters are loaded: unload them before merging '{name}'.")
-        if not hasattr(type(loaded.owner), "merge_adapter"):
-            raise InputError(f"{loaded.owner} cannot merge its adapters.")
         self.use(None)
-        ask_owner(loaded.owner, "merge_adapter", model=self.model, name=loaded.key)
-        del self._loaded[name]
-
-    def _find(self, name: str) -> _Loaded:
-        if name not in self._loaded:
-            known = ", ".join(self._loaded) or "none"
-            raise InputError(f"no adapter '{name[:64]}' is loaded.{did_you_mean(name, self._loaded)} Loaded: {known}.")
-        return self._loaded[name]
-
-    def _owner(self, saved: SavedAdapter) -> Strategy:
-        cls, entry = load_strategy(saved.adapter_type)
-        if not hasattr(cls, "attach_adapter"):
-            raise InputError(f"strategy '{saved.adapter_type}' of {entry.owner} attaches no adapters.")
-        key = saved.adapter_type, json.dumps(owner_options(saved), sort_keys=True)
-        if key not in self._owners:
-            self._owners[key] = start_owner(saved)
-        return self._owners[key]
+        self.engine.merge(name)
 
     def _labels(self) -> list[str]:
-        current = self._loaded.get(self.current or "")
-        if current is not None and current.saved.manifest is not None and current.saved.manifest.labels:
-            return current.saved.manifest.labels
+        manifest = self.adapter(self.current).manifest if self.current is not None else None
+        if manifest is not None and manifest.labels:
+            return manifest.labels
         names: dict[int, str] = self.model.config.id2label  # type: ignore[union-attr,assignment]
         return [names[i] for i in range(len(names))]
 
-    def _select(self, names: Sequence[str | None]) -> None:
-        """Use one adapter (or None) for all rows, or one for each row of the next batches."""
-        selected = [None if name is None else self._find(name) for name in names]
-        active = {id(entry.owner): entry.owner for entry in selected if entry is not None}
-        types = [owner.name for owner in active.values()]
-        if repeated := [name for name in types if types.count(name) > 1]:
-            raise InputError(f"adapters of type {repeated[0]} with different options cannot share a batch.")
-        # Owners without an adapter in use first: an owner may store its selection on the model, per adapter type.
-        for owner in sorted(self._owners.values(), key=lambda owner: id(owner) in active):
-            keys = [None if entry is None or entry.owner is not owner else entry.key for entry in selected]
-            own = [key for key in dict.fromkeys(keys) if key is not None]
-            use_adapters(owner, self.model, own, [-1 if key is None else own.index(key) for key in keys])
-
-    @contextmanager
-    def _own_selection(self) -> Iterator[None]:
-        """Use the calling thread's adapter inside the context."""
-        if self.current != self._current:
-            self._select([self.current])
-        try:
-            yield
-        finally:
-            if self.current != self._current:
-                self._select([self._current])
-
-    def _groups(self, adapters: Sequence[str | None]) -> list[list[int]]:
-        """Group the rows that can share a batch: all of them, or if their adapters cannot, those of each adapter."""
-        rows = list(range(len(adapters)))
-        try:
-            self._select(adapters)
-        except InputError:
-            groups = [[i for i in rows if adapters[i] == name] for name in dict.fromkeys(adapters)]
-            if len(groups) == 1:
-                raise
-            return groups
-        return [rows] if rows else []
-
-    def _encode(self, prompt: Prompt, name: str | None) -> list[int]:
+    def _encode(self, prompt: Prompt, name: str | None, where: str = "prompt") -> list[int]:
         if isinstance(prompt, str):
             return encode_prompt(self.tokenizer, prompt)
-        if prompt and all(isinstance(part, int) for part in prompt):
+        if prompt and not all(isinstance(part, Mapping) for part in prompt):
+            for part in prompt:
+                if isinstance(part, bool) or not isinstance(part, int | np.integer):
+                    raise InputError(f"{where}: {part!r} is neither a token id nor a message.")
             return [int(part) for part in prompt]  # type: ignore[arg-type]
-        manifest = self._find(name).saved.manifest if name is not None else None
+        manifest = self.adapter(name).manifest if name is not None else None
         chat = (manifest.chat if manifest else None) or ChatRecord()
         return encode_chat(self.tokenizer, prompt, chat.options, chat.template, chat.date)  # type: ignore[arg-type]
 
 
-def _with_prompt_index(stream: Callable[[int, str], None], rows: list[int]) -> Callable[[int, str], None]:
-    return lambda index, piece: stream(rows[index], piece)
+def _pass_on(pieces: queue.SimpleQueue[tuple[int, str | None]], number: int, piece: str | None) -> None:
+    pieces.put((number, piece))

@@ -18,13 +18,13 @@ from budwood.adapters.match import mismatch
 from budwood.adapters.owner import start_owner
 from budwood.adapters.rounding import round_stochastically
 from budwood.adapters.store import CONFIG, GOLDEN, WEIGHTS, SavedAdapter, read_adapter
-from budwood.adapters.verify import base_name, open_pool
 from budwood.contract.calls import ask_owner
 from budwood.contract.discovery import find, plugin_fault
 from budwood.contract.loading import load_strategy
 from budwood.errors import InputError
 from budwood.model.checkpoint import read_config, resolve
 from budwood.model.text_tasks import as_probe
+from budwood.serving.verify import base_name, open_pool
 from budwood.untrusted.files import complete_directory
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

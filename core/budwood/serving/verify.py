@@ -11,13 +11,13 @@ from budwood.adapters.golden import TOLERANCE, Distance, Golden, comparable, cur
 from budwood.adapters.manifest import GoldenRecord
 from budwood.adapters.match import mismatch
 from budwood.adapters.peft_config import TASK_TYPES
-from budwood.adapters.pool import AdapterPool
 from budwood.adapters.store import GOLDEN, SavedAdapter, read_adapter
 from budwood.contract.loading import create
 from budwood.errors import CorruptError, InputError
 from budwood.model.base import check_base, fingerprint, skeleton
 from budwood.model.checkpoint import one_revision, would_fetch
 from budwood.model.limits import embeddings_of
+from budwood.serving.pool import AdapterPool
 from budwood.untrusted.redaction import shorten
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}

@@ -1,0 +1,302 @@
+"""Which rows a step computes: who joins, who leaves, who waits for memory, and who fails."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from budwood.adapters.live_rows import UnmixableError
+from budwood.errors import BudwoodError, InputError, ResourceError, describe, is_out_of_memory
+from budwood.model.streaming import release_memory
+from budwood.serving.fixed import answer_in_batches
+from budwood.serving.forward import Forward
+from budwood.serving.prefix import BLOCK
+from budwood.serving.requests import Answer, Row
+from budwood.serving.sampling import Choice, choose
+
+if TYPE_CHECKING:
+    from budwood.serving.engine import Engine
+    from budwood.serving.loaded import Loaded
+
+PADDING = 0.75
+"""Prompts share a pass if the shortest has at least this share of the longest's tokens."""
+
+
+class Scheduler:
+    """The rows of an engine. Rows whose prompts are computed come first, so that decoding reads the first slots.
+
+    Attributes:
+        rows: the rows in flight; row i is in slot i of the cache.
+        unsupported: why the base's rows are answered in fixed batches; None: they join and leave at any step.
+        steps: number of steps so far.
+        preempted: number of rows that had to make room, and were computed again.
+    """
+
+    def __init__(self, engine: Engine, max_rows: int, step_tokens: int, kv_bytes: int) -> None:
+        self.engine: Engine = weakref.proxy(engine)  # which would otherwise, and with it the model, end late
+        self.max_rows, self.step_tokens = max_rows, step_tokens
+        self.forward = Forward(engine.model, engine.table, kv_bytes)
+        self.rows: list[Row] = []
+        self.steps = self.preempted = self._count = 0
+        self.unsupported: str | None = None
+        self._checked = False
+        self._queues: OrderedDict[str, deque[Row]] = OrderedDict()  # by tenant, the next in turn first
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests that wait for a row."""
+        return sum(map(len, self._queues.values()))
+
+    def add(self, row: Row, first: bool = False) -> None:
+        """Let a row wait for its turn."""
+        if not first:
+            row.number = self._count = self._count + 1
+        waiting = self._queues.setdefault(row.tenant, deque())
+        if first:
+            waiting.appendleft(row)
+            self._queues.move_to_end(row.tenant, last=False)
+        else:
+            waiting.append(row)
+
+    def cancel(self, answer: Answer) -> None:
+        """End a request, waiting or in flight; its slot is free for the next step."""
+        for waiting in self._queues.values():
+            for row in waiting:
+                if row.answer is answer:
+                    waiting.remove(row)
+                    self._end(row, row.writer.cancel)
+                    return
+        for row in self.rows:
+            if row.answer is answer:
+                self._leave(row)
+                self._end(row, row.writer.cancel)
+                return
+
+    def step(self) -> bool:
+        """Compute the next token of every row, and parts of prompts; return whether there is more to do."""
+        if not self.rows and not self.waiting:
+            return False
+        try:
+            with torch.no_grad(), self._precision():
+                if not self._checked:
+                    self.engine.loader.select(None)
+                    self.unsupported, self._checked = self.forward.unsupported(), True
+                if self.unsupported is not None:
+                    queue = [row for rows in self._queues.values() for row in rows]
+                    self._queues.clear()
+                    answer_in_batches(self.engine, queue)
+                else:
+                    self._admit()
+                    decoding = [row for row in self.rows if row.todo == 1 and row.kept]
+                    self._compute(decoding, 1)
+                    self._prefill(self.step_tokens - len(decoding))
+        except BaseException as error:  # a bug: no row may wait for ever
+            for row in [*self.rows, *(row for rows in self._queues.values() for row in rows)]:
+                self._end(row, None, error)
+            self.rows.clear()
+            self._queues.clear()
+            self.forward.cache.free()
+        self.steps += 1
+        if not self.rows and not self.waiting:
+            self.forward.cache.free()
+            self.engine.loader.select(self.engine.default)
+            return False
+        return True
+
+    def _precision(self) -> torch.autocast:
+        base = self.engine.base
+        narrow = base.dtype in (torch.float16, torch.bfloat16)
+        return torch.autocast(torch.device(base.device).type, base.dtype if narrow else None, narrow)
+
+    # Joining and leaving.
+
+    def _admit(self) -> None:
+        """Let waiting rows join, tenants in turn, while there is memory for them."""
+        while len(self.rows) < self.max_rows and (tenant := next(iter(self._queues), None)) is not None:
+            row = self._queues[tenant][0]
+            if self.rows and not self.forward.cache.fits(
+                len(self.rows) + 1, max(len(r.ids) for r in (*self.rows, row)) + BLOCK
+            ):
+                return
+            self._queues[tenant].popleft()
+            if self._queues[tenant]:
+                self._queues.move_to_end(tenant)
+            else:
+                del self._queues[tenant]
+            self.rows.append(row)
+            self._reuse(row, len(self.rows) - 1)
+
+    def _reuse(self, row: Row, slot: int) -> None:
+        """Copy what is kept of a row's beginning to its slot."""
+        cache, blocks = self.forward.cache, self.engine.prefixes.find(row.namespace, row.ids)
+        if not blocks:
+            return
+        cache.reserve(slot + 1, len(row.ids))
+        for number, block in enumerate(blocks):
+            cache.write(slot, number * BLOCK, block)
+        row.kept = len(blocks) * BLOCK
+
+    def _keep(self, row: Row, slot: int) -> None:
+        """Keep the blocks of a prompt that was just computed."""
+        prefixes = self.engine.prefixes
+        for start, key in prefixes.missing(row.namespace, row.ids[: row.prompt]):
+            prefixes.add(key, self.forward.cache.read(slot, start, start + BLOCK))
+
+    def _leave(self, row: Row) -> None:
+        """Free a row's slot; rows that are decoded stay in the first slots."""
+        rows, hole = list(self.rows), self.rows.index(row)
+        decoding = sum(r.todo == 1 and r.kept > 0 for r in rows)
+        for edge in (decoding - 1, len(rows) - 1):
+            if hole < edge:
+                rows[hole] = rows[edge]
+                self.forward.cache.move(edge, hole, rows[hole].kept)
+                hole = edge
+        del rows[hole]
+        self.rows = rows
+
+    def _end(self, row: Row, last: Callable[[], None] | None, error: BaseException | None = None) -> None:
+        """Send the result or the error of a row that is in no list any more, and release its adapter."""
+        try:
+            if last is not None:
+                last()
+            row.finish() if error is None else row.fail(error)
+        except Exception as problem:  # a row that never ends would be waited for
+            row.fail(problem)
+        if row.loaded is not None:
+            self.engine.release(row.loaded)
+
+    # Computing.
+
+    def _prefill(self, budget: int) -> None:
+        """Compute up to `budget` tokens of prompts, those of several rows in one pass if their lengths are alike."""
+        rows = [row for row in self.rows if row.todo > 1 or not row.kept]
+        first = True
+        while rows and (budget > 0 or first):
+            count, start = rows[0].todo, rows[0].kept
+            group = [rows.pop(0)]
+            if start or count > budget:
+                count = min(count, max(budget, 1) if not first else max(budget, BLOCK))
+            else:
+                while rows and not rows[0].kept and self._alike(group, rows[0], budget):
+                    group.append(rows.pop(0))
+                count = max(row.todo for row in group)
+            # Rows of one adapter are neighbours, so that it computes them as one part of the batch.
+            order: dict[object, int] = {}
+            for row in group:
+                order.setdefault(row.loaded, len(order))
+            group.sort(key=lambda row: order[row.loaded])
+            self._compute(group, count)
+            budget -= count * len(group)
+            first = False
+
+    def _alike(self, group: list[Row], row: Row, budget: int) -> bool:
+        lengths = [r.todo for r in (*group, row)]
+        return max(lengths) * len(lengths) <= budget and min(lengths) >= PADDING * max(lengths)
+
+    def _compute(self, rows: list[Row], count: int) -> None:
+        """Compute the next `count` tokens of rows, and sample after those that are complete.
+
+        An exception is traced to its row by halving, and that row alone fails. A lack of memory makes the youngest row
+        wait. Rows with attached adapters, and those that a module cannot tell apart, are computed by adapter.
+        """
+        rows = [row for row in rows if row in self.rows]
+        if not rows:
+            return
+        attached = {row.loaded for row in rows if row.loaded is not None and row.loaded.attached is not None}
+        if attached and len({row.loaded if row.loaded in attached else None for row in rows}) > 1:
+            self._by_adapter(rows, count, attached)
+            return
+        kept = [row.kept for row in rows]
+        try:
+            if not self._make_room(rows, count):
+                self._compute(rows, count)
+                return
+            self.engine.loader.select(rows[0].loaded if attached else None)
+            slots = {id(row): slot for slot, row in enumerate(self.rows)}
+            logits = self.forward.run(rows, [slots[id(row)] for row in rows], count)
+            ready = [i for i, row in enumerate(rows) if not row.todo]
+            choices = choose(logits[ready] if len(ready) < len(rows) else logits, [rows[i] for i in ready])
+        except Exception as error:
+            for row, before in zip(rows, kept, strict=True):
+                row.kept = before
+            self._recover(rows, count, error)
+            return
+        for i, choice in zip(ready, choices, strict=True):
+            self._take(rows[i], choice)
+
+    def _recover(self, rows: list[Row], count: int, error: Exception) -> None:
+        adapters = {row.loaded for row in rows}
+        if isinstance(error, UnmixableError) and len(adapters) > 1:
+            self._by_adapter(rows, count, adapters)
+        elif is_out_of_memory(error) and len(self.rows) > 1:
+            release_memory()
+            self._preempt()
+            self._compute(rows, count)
+        elif len(rows) > 1:
+            middle = len(rows) // 2
+            self._compute(rows[:middle], count)
+            self._compute(rows[middle:], count)
+        else:
+            where = "" if rows[0].loaded is None else f"adapter '{rows[0].loaded.label}': "
+            known = isinstance(error, BudwoodError)
+            kind = ResourceError if is_out_of_memory(error) else BudwoodError
+            shown = error if known else kind(f"{where}the request failed: {describe(error)}.")
+            if not known:
+                shown.__cause__ = error
+            self._leave(rows[0])
+            self._end(rows[0], None, shown)
+
+    def _by_adapter(self, rows: list[Row], count: int, adapters: set[Loaded | None] | set[Loaded]) -> None:
+        """Compute the rows of each of these adapters by themselves, and the others together."""
+        groups: dict[object, list[Row]] = {}
+        for row in rows:
+            groups.setdefault(row.loaded if row.loaded in adapters else None, []).append(row)
+        for group in groups.values():
+            self._compute(group, count)
+
+    def _make_room(self, rows: list[Row], count: int) -> bool:
+        """Return whether the cache can grow as far as a pass needs; if not, the youngest row waits again."""
+        needed = max(row.kept for row in rows) + count
+        if len(self.rows) == 1 or self.forward.cache.fits(len(self.rows), needed):
+            return True
+        self._preempt()
+        return False
+
+    def _preempt(self) -> None:
+        """Let the youngest row wait again; its tokens stay, and their keys and values are computed again."""
+        row = max(self.rows, key=lambda row: row.number)
+        self._leave(row)
+        row.kept = 0
+        self.preempted += 1
+        self.forward.cache.shrink(len(self.rows), max((r.kept for r in self.rows), default=0))
+        self.add(row, first=True)
+
+    def _take(self, row: Row, choice: Choice) -> None:
+        """Add a token to a row, which may end it."""
+        if choice.problem:
+            loaded = row.loaded
+            if loaded is None:
+                error: BudwoodError = ResourceError(f"the base {choice.problem}: open it with precision fp32.")
+            else:
+                loaded.quarantined = (
+                    f"adapter '{loaded.label}' {choice.problem}, so requests may not use it: load it again."
+                )
+                error = InputError(loaded.quarantined)
+            self._leave(row)
+            self._end(row, None, error)
+            return
+        first = len(row.ids) == row.prompt
+        if first and self.engine.prefixes.budget:
+            self._keep(row, self.rows.index(row))
+        row.ids.append(choice.token)
+        if choice.top:
+            row.top.append(choice.top)
+        row.writer.add(choice.token, choice.log_prob)
+        if row.writer.reason is not None:
+            row.kept = len(row.ids) - 1
+            self._leave(row)
+            self._end(row, None)
