@@ -50,6 +50,7 @@ bench: .venv/installed-bench ## Measure training side by side with Trainer + PEF
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.adversarial
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.checkpoint
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.data
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.serve
 	@$(BIN)/python -m benchmarks.real --quick
 
 audit: .venv/installed-audit ## Look the pinned versions up in a database of known vulnerabilities (needs a network)

@@ -7,12 +7,8 @@ token of every row in flight, and part of the prompts of those that joined; rows
 from __future__ import annotations
 
 import math
-import queue
-import threading
-import traceback
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,10 +25,10 @@ from budwood.serving.loaded import Loaded, Loader
 from budwood.serving.prefix import PrefixCache, namespace
 from budwood.serving.requests import Answer, QueueFullError, Row, Sampling
 from budwood.serving.scheduler import Scheduler
+from budwood.serving.thread import CommandThread
 from budwood.untrusted.files import check_name
 
 Result = TypeVar("Result")
-_Command = Callable[[], None]
 
 
 class Engine:
@@ -82,29 +78,17 @@ class Engine:
         step_tokens = step_tokens or (256 if device.type == "cpu" else 2048)
         self.prefixes = PrefixCache(prefix_bytes)
         self.scheduler = Scheduler(self, max_rows, step_tokens, kv_bytes)
-        self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
-        self._start = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._finalizer = weakref.finalize(self, _close, self._commands, self.table)
+        self.thread = CommandThread(self, self.table.close)
 
-    # Commands, for any thread.
+    def step(self) -> bool:
+        """Compute the next token of every row; return whether there is more to do. The thread's."""
+        return self.scheduler.step()
+
+    # For any thread.
 
     def call(self, function: Callable[[], Result]) -> Result:
         """Run a function on the engine's thread between two steps, and return its result or raise its error."""
-        if threading.current_thread() is self._thread:
-            return function()
-        future: Future[Result] = Future()
-        threads = torch.get_num_threads()
-
-        def command() -> None:
-            _use_threads(threads)
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._post(command)
-        return future.result()
+        return self.thread.call(function)
 
     def load(self, name: str, directory: str | Path, *, allow_other_base: bool = False) -> SavedAdapter:
         """Load an adapter under a new name. See `AdapterPool.load`."""
@@ -228,7 +212,7 @@ class Engine:
         sampling = sampling or Sampling()
         if not self.model.can_generate():
             raise InputError(f"the pool's task is {self.task}, which generates no text.")
-        if self.max_waiting is not None and self.scheduler.waiting + self._commands.qsize() >= self.max_waiting:
+        if self.max_waiting is not None and self.scheduler.waiting + self.thread.waiting >= self.max_waiting:
             raise QueueFullError(f"{self.max_waiting} requests wait already: try again later.")
         loaded = self.find(adapter) if isinstance(adapter, str) else None
         ids = list(prompt)
@@ -246,10 +230,8 @@ class Engine:
         send = (lambda _, piece: answer.put(piece)) if stream or listener is not None else None
         writer = TextWriter(self.tokenizer, limit, ends, stop, 0, send)
         row = Row(ids, len(ids), sampling, loaded, answer, writer, tenant)
-        threads = torch.get_num_threads()
 
         def join() -> None:
-            _use_threads(threads)
             try:
                 row.loaded = self._blend(adapter) if isinstance(adapter, Mapping) else self._current(adapter)
                 if row.loaded is not None:
@@ -263,8 +245,15 @@ class Engine:
             else:
                 self.scheduler.add(row)
 
-        self._post(join)
+        self.thread.post(join)
         return answer
+
+    def samples(self, count: int, prompt: Sequence[int], sampling: Sampling, **options: Any) -> list[Answer]:
+        """Ask for several answers to a prompt; number i has the seed (sampling.seed, i). See `submit`."""
+        return [
+            self.submit(prompt, sampling=replace(sampling, seed=(sampling.seed, number)), **options)
+            for number in range(count)
+        ]
 
     # For the engine's thread.
 
@@ -319,7 +308,7 @@ class Engine:
         return self._blends[key]
 
     def _cancel(self, answer: Answer) -> None:
-        self._post(lambda: self.scheduler.cancel(answer))
+        self.thread.post(lambda: self.scheduler.cancel(answer))
 
     def check_tokens(self, prompt: Sequence[int], adapter: str | None, where: str) -> int:
         """Check that the model, with an adapter that may bring rows for new tokens, has an embedding of every token.
@@ -342,54 +331,6 @@ class Engine:
                     f"{where}: {token!r} is not a token id of the base '{self.base.name}', which are 0 to {count - 1}."
                 )
         return count
-
-    # The thread.
-
-    def _post(self, command: _Command) -> None:
-        with self._start:
-            if self._thread is None or not self._thread.is_alive():  # also after a fork, in which it is gone
-                self._thread = threading.Thread(
-                    target=_serve, args=(weakref.ref(self), self._commands), name="budwood-engine", daemon=True
-                )
-                self._thread.start()
-        self._commands.put(command)
-
-
-def _serve(engine: weakref.ref[Engine], commands: queue.SimpleQueue[_Command | None]) -> None:
-    """Carry out commands, and steps as long as there are rows; the engine is not kept alive while idle."""
-    busy = False
-    while True:
-        try:
-            command = commands.get(block=not busy)
-        except queue.Empty:
-            pass
-        else:
-            if command is None:
-                return
-            try:
-                command()
-            except Exception:  # a bug in a command that nobody waits for
-                traceback.print_exc()
-            del command
-            if not commands.empty():
-                continue
-        owner = engine()
-        if owner is None:
-            return
-        busy = owner.scheduler.step()
-        del owner  # it may be the last reference
-
-
-def _close(commands: queue.SimpleQueue[_Command | None], table: LiveTable) -> None:
-    """End an engine's thread, and give the model its own forwards again, which ends the cycle of references."""
-    commands.put(None)
-    table.close()
-
-
-def _use_threads(count: int) -> None:
-    """Compute with the number of threads that the caller computes with; torch keeps it for each thread."""
-    if torch.get_num_threads() != count:
-        torch.set_num_threads(count)
 
 
 def _available(device: torch.device) -> int:

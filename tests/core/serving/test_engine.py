@@ -203,6 +203,9 @@ def test_each_request_has_its_own_settings(tiny_base, folders):
         assert (own.tokens, own.text, own.finish_reason) == (answer.tokens, answer.text, answer.finish_reason)
         assert own.log_probs == pytest.approx(answer.log_probs, abs=1e-5)
     assert together[0] == together[6] != together[5]
+    several = [a.result() for a in engine.samples(3, SHORT[0], Sampling(12, temperature=1.0, seed=8), adapter="a")]
+    assert len({tuple(answer.tokens) for answer in several}) == 3
+    assert engine.submit(SHORT[0], "a", Sampling(12, temperature=1.0, seed=(8, 2))).result().tokens == several[2].tokens
     assert together[1] == greedy and together[0].tokens != greedy.tokens
     assert (together[2].tokens, together[2].finish_reason) == (greedy.tokens[: greedy.tokens.index(stop)], "eos")
     assert together[2].end_token == stop
@@ -423,7 +426,7 @@ def test_stacks_stay_under_their_budget(tiny_base, folders):
 def test_an_engine_ends_with_its_last_reference(tiny_base):
     engine = open_engine(tiny_base)
     engine.submit(SHORT[0], None, Sampling(2)).result()
-    thread, model = engine._thread, weakref.ref(engine.model)
+    thread, model = engine.thread.current, weakref.ref(engine.model)
     assert thread is not None and thread.is_alive()
     gc.disable()
     try:
