@@ -93,7 +93,7 @@ _EXPORTS = {
     **dict.fromkeys(("autocast", "batches_of"), "budwood.model.evaluation"),
     **dict.fromkeys(("complete_directory", "complete_file"), "budwood.untrusted.files"),
     "load_frozen": "budwood.training.frozen",
-    "adapter_off": "budwood.training.reference",
+    **dict.fromkeys(("adapter_off", "read_reference", "reference_log_probs"), "budwood.training.reference"),
 }
 
 __all__ = ["__version__", *_EXPORTS]

@@ -137,6 +137,16 @@ class Examples(Sequence[Example]):
         examples._extra, examples._rows = columns, self._rows
         return examples
 
+    def with_label_column(self, name: str, values: np.ndarray, offsets: np.ndarray) -> Examples:
+        """Return the examples with one more column, a view of `values`: one for each label, in the examples' order.
+
+        Args:
+            offsets: [n + 1] index of each example's first value, then the total.
+        """
+        extended = copy.copy(self)
+        extended._extra = _WithColumn(self._extra, name, values, offsets)
+        return extended
+
     def select(self, indices: np.ndarray) -> Examples:
         """Return the examples at `indices`, ascending, without copying their arrays; their keys stay the same."""
         chosen = copy.copy(self)
@@ -223,6 +233,23 @@ def hash_inputs(example: Example, labels: bool = False) -> int:
         digest.update(np.ascontiguousarray(array).data)
         digest.update(b"\0")
     return int.from_bytes(digest.digest(), "little")
+
+
+class _WithColumn(Sequence[dict[str, Column]]):
+    """The columns of each example and one more along its labels, created on access."""
+
+    def __init__(
+        self, columns: Sequence[dict[str, Column]] | None, name: str, values: np.ndarray, offsets: np.ndarray
+    ) -> None:
+        self._columns, self._name, self._values, self._offsets = columns, name, values, offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        values = self._values[self._offsets[index] : self._offsets[index + 1]]
+        own = {} if self._columns is None else self._columns[index]
+        return {**own, self._name: Column(values, axis="label")}
 
 
 class _RowKeys(Sequence[Key]):
