@@ -15,7 +15,7 @@ from budwood_lora import LoRA
 
 LOW_RANK = {"rank": 2, "alpha": 4}
 ELSEWHERE = {
-    "composes_with": "test_together.py trains every combination of adapter, adversary and teacher; averages see none"
+    "composes_with": "`make combinations` trains every combination of adapter, adversary and teacher; averages see none"
 }
 """Waiver for the combinations covered there: all adversarial methods, and both tasks."""
 

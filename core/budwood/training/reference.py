@@ -13,7 +13,7 @@ from budwood.adapters.use import use_adapters
 from budwood.contract.discovery import PluginError
 from budwood.contract.examples import Batch
 from budwood.contract.strategy import RUN_ADAPTER
-from budwood.contract.types import Reference, Run, Which
+from budwood.contract.types import Outputs, Reference, Run, Which
 from budwood.data.examples import Examples
 from budwood.data.packing import split_micro
 from budwood.errors import InputError
@@ -37,16 +37,29 @@ def read_reference(run: Run, batch: Batch, which: Which = "start") -> Reference:
     with as_reference(run, which):
         outputs = run.task.outputs(run.model, batch)
         hidden = outputs.hidden.flatten(0, -2)[batch.label_positions]
-        log_probs = None
-        if run.task.has_log_probs():
-            parts = zip(hidden.split(CHUNK), batch.labels.split(CHUNK), strict=True)
-            log_probs = torch.cat([run.task.log_probs(outputs.head(rows), labels) for rows, labels in parts])
+        log_probs = _label_log_probs(run, batch, outputs, hidden) if run.task.has_log_probs() else None
 
     def logits(positions: Tensor) -> Tensor:
         with as_reference(run, which):
             return outputs.head(hidden[positions])
 
     return Reference(hidden, log_probs, logits)
+
+
+def label_log_probs(run: Run, batch: Batch) -> Tensor:
+    """Return the labels' log-probabilities [L] under the current model, without a graph: for `evaluate`.
+
+    Raises:
+        InputError: the task has no log-probabilities.
+    """
+    with _inference(run):
+        outputs = run.task.outputs(run.model, batch)
+        return _label_log_probs(run, batch, outputs, outputs.hidden.flatten(0, -2)[batch.label_positions])
+
+
+def _label_log_probs(run: Run, batch: Batch, outputs: Outputs, hidden: Tensor) -> Tensor:
+    parts = zip(hidden.split(CHUNK), batch.labels.split(CHUNK), strict=True)
+    return torch.cat([run.task.log_probs(outputs.head(rows), labels) for rows, labels in parts])
 
 
 def reference_log_probs(run: Run, batch: Batch) -> Tensor:
