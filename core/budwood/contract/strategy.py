@@ -77,6 +77,11 @@ class Strategy(Plugin):
     """Which `step.reference()` it uses: the model at the start, or the base. It is then computed before the forward."""
     caches_reference: bool = False
     """Compute `step.reference_log_probs()` of all examples before the first step, instead of in every micro-step."""
+    trains_on: ClassVar[tuple[str, ...]] = ()
+    """Kinds of data (`DataFormat.holds`) of which the training data must be one: "preference pairs"; () for any.
+
+    Data of a kind, in turn, needs a strategy or a task that names it here. "" stands for data of no kind.
+    """
     log_prob_temperature: float = 1.0
     """Temperature of the log-probabilities in `sequence_terms` and `step_values`: that of sampling, for a policy."""
     learning_rate_scale: float = 1.0

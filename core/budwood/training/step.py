@@ -249,7 +249,7 @@ class Engine:
         terms: list[LossTerm] = []
         for plugin, result in self.hooks.collect(hook, per_plugin, step=step, **arguments):
             for term in [result] if isinstance(result, LossTerm) else result:
-                counted = hook != "token_terms" and term.unit not in UNITS and term.unit in self.run.counts
+                counted = term.unit not in UNITS and term.unit in self.run.counts
                 if not counted and tuple(term.values.shape) != shapes.get(term.unit):
                     expected = " or ".join(f"{list(shape)} of unit '{unit}'" for unit, shape in shapes.items())
                     actual = f"{list(term.values.shape)} of unit '{term.unit}'"
