@@ -10,13 +10,21 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from budwood import __version__
-from budwood.adapters.manifest import FORMAT, BaseRecord, ChatRecord, EvaluationRecord, Manifest
+from budwood.adapters.manifest import (
+    FORMAT,
+    BaseRecord,
+    ChatRecord,
+    EvaluationRecord,
+    Manifest,
+    ParentRecord,
+)
 from budwood.adapters.weights import Weights, read_weights
 from budwood.contract.discovery import installed
 from budwood.contract.loading import adapter_owner
@@ -72,6 +80,13 @@ class SavedAdapter:
         """Total elements of all tensors."""
         return sum(math.prod(info.shape) for info in self.infos.values())
 
+    @cached_property
+    def hashes(self) -> ParentRecord:
+        """The hashes that identify it, by its budwood.json or, without one, by its files."""
+        files = self.manifest.files if self.manifest is not None else {}
+        weights, config = (files.get(name) or sha256(self.directory / name) for name in (WEIGHTS, CONFIG))
+        return ParentRecord(weights=weights, config=config)
+
     @property
     def identity(self) -> str:
         """SHA-256 of what the adapter computes: its weights and its config, whatever its name or place.
@@ -93,7 +108,7 @@ class SavedAdapter:
             return self.weights
         weights = read_weights(self.directory / WEIGHTS)
         expected = self.manifest.files.get(WEIGHTS) if self.manifest is not None else None
-        if expected not in (None, weights.sha256) or weights.infos != self.infos:
+        if expected not in (None, weights.sha256) or _layout(weights.infos) != _layout(self.infos):
             raise CorruptError(f"{weights.path}: was altered after it was saved (its SHA-256 differs from {MANIFEST}).")
         return weights
 
@@ -105,6 +120,10 @@ class SavedAdapter:
             ResourceError: the tensors are larger than the machine's memory.
         """
         return self.read().tensors()
+
+
+def _layout(infos: Mapping[str, TensorInfo]) -> dict[str, tuple[Any, ...]]:
+    return {name: (info.dtype, info.shape, info.start) for name, info in infos.items()}
 
 
 def write_adapter(
@@ -123,6 +142,7 @@ def write_adapter(
     stop_ids: Sequence[int] = (),
     chat: ChatRecord | None = None,
     on_messages: bool | None = None,
+    parent: ParentRecord | None = None,
     probes: Sequence[Example] = (),
     base_logits: Sequence[Tensor] = (),
     adapter_logits: Sequence[Tensor] = (),
@@ -145,6 +165,7 @@ def write_adapter(
         stop_ids: tokens that end an answer in addition to the end-of-sequence token.
         chat: how messages are rendered; None: as the base's chat template says.
         on_messages: whether it was trained on messages.
+        parent: the adapter that its run continued.
         probes: inputs for the golden logits; without any, `verify` has nothing to replay.
         base_logits: logits of the base alone at each probe, [vocabulary or classes] fp32.
         adapter_logits: logits with the adapter, same shapes.
@@ -184,6 +205,7 @@ def write_adapter(
             stop_ids=list(stop_ids),
             chat=chat,
             on_messages=on_messages,
+            parent=parent,
             golden=current_setting(base) if golden else None,
             files=files,
             created_by=f"budwood {__version__}",

@@ -167,7 +167,7 @@ class Distillation(Strategy):
     def _target(self, step: Step) -> Reference | tuple[Tensor, Tensor]:
         """Return the teacher's outputs for the batch, computed once per micro-step, also if it is replayed."""
         if self.uses_reference:
-            return step.reference()
+            return step.reference("base")
         if self.name not in step.cache:
             if self.cache is not None:
                 step.cache[self.name] = self.cache.read(step.batch)
