@@ -6,7 +6,6 @@ token of every row in flight, and part of the prompts of those that joined; rows
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from budwood.model.decoding import TextWriter, end_tokens
 from budwood.model.limits import embeddings_of, no_embedding, positions_of
 from budwood.serving.loaded import Loaded, Loader
 from budwood.serving.prefix import PrefixCache, namespace
-from budwood.serving.requests import Answer, QueueFullError, Row, Sampling
+from budwood.serving.requests import Answer, QueueFullError, Row, Sampling, check_weights
 from budwood.serving.scheduler import Scheduler
 from budwood.serving.thread import CommandThread
 from budwood.untrusted.files import check_name
@@ -214,6 +213,8 @@ class Engine:
             raise InputError(f"the pool's task is {self.task}, which generates no text.")
         if self.max_waiting is not None and self.scheduler.waiting + self.thread.waiting >= self.max_waiting:
             raise QueueFullError(f"{self.max_waiting} requests wait already: try again later.")
+        if isinstance(adapter, Mapping):
+            check_weights(adapter)
         loaded = self.find(adapter) if isinstance(adapter, str) else None
         ids = list(prompt)
         sampling.check(self.check_tokens(ids, adapter if isinstance(adapter, str) else None, where))
@@ -293,14 +294,9 @@ class Engine:
         return None if adapter is None else self.find(adapter)
 
     def _blend(self, weights: Mapping[str, float]) -> Loaded:
-        for name, weight in weights.items():
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-                raise InputError(f"adapters: {weight!r} of '{name[:64]}' is not a finite weight.")
         parts = [(self.find(name), float(weight)) for name, weight in weights.items()]
         key = tuple(sorted((loaded.identity, weight) for loaded, weight in parts))
         if key not in self._blends:
-            if not parts:
-                raise InputError("adapters: names no adapter.")
             made = self._blends[key] = self.loader.blend(parts)
             self._uses[made] = 0
             for loaded, _ in parts:

@@ -30,7 +30,7 @@ from budwood.model.quiet import silence_libraries
 from budwood.model.task import Task
 from budwood.model.text_tasks import as_probe
 from budwood.serving.engine import Engine
-from budwood.serving.requests import Answer, Sampling
+from budwood.serving.requests import Answer, Sampling, check_weights
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 """Text, chat messages, or token ids."""
@@ -206,17 +206,17 @@ class AdapterPool:
             raise InputError(
                 f"{len(prompts)} prompts but {len(adapters)} adapters: pass one (or None) for each prompt."
             )
-        names = [adapter if isinstance(adapter, str) else None for adapter in adapters]
+        names = [_leading(adapter) for adapter in adapters]
         encoded = [
             self._encode(p, name, f"prompt {i}") for i, (p, name) in enumerate(zip(prompts, names, strict=True), 1)
         ]
         pieces: queue.SimpleQueue[tuple[int, str | None]] = queue.SimpleQueue()
         answers: list[Answer] = []
         try:
-            for number, (ids, adapter, name) in enumerate(zip(encoded, adapters, names, strict=True)):
+            for number, (ids, adapter) in enumerate(zip(encoded, adapters, strict=True)):
                 sampling = Sampling(
                     max_new_tokens, temperature, top_p, seed=(seed, number), stop=tuple(stop),
-                    stop_ids=tuple(self._stop_ids(name)),
+                    stop_ids=tuple(self._stop_ids(adapter)),
                 )  # fmt: skip
                 listener = None if stream is None else partial(_pass_on, pieces, number)
                 where = f"prompt {number + 1}"
@@ -234,9 +234,10 @@ class AdapterPool:
                 answer.cancel()
             raise
 
-    def _stop_ids(self, name: str | None) -> list[int]:
-        manifest = self.adapter(name).manifest if name is not None else None
-        return manifest.stop_ids if manifest else []
+    def _stop_ids(self, adapter: str | Mapping[str, float] | None) -> set[int]:
+        names = [adapter] if isinstance(adapter, str) else list(adapter or ())
+        manifests = [self.adapter(name).manifest for name in names]
+        return {token for manifest in manifests if manifest is not None for token in manifest.stop_ids}
 
     def logits(self, prompts: Sequence[Prompt | Example]) -> Tensor:
         """Return the logits after each prompt with the adapter in use, [prompts, vocabulary or classes] fp32, CPU."""
@@ -317,6 +318,14 @@ class AdapterPool:
         manifest = self.adapter(name).manifest if name is not None else None
         chat = (manifest.chat if manifest else None) or ChatRecord()
         return encode_chat(self.tokenizer, prompt, chat.options, chat.template, chat.date)  # type: ignore[arg-type]
+
+
+def _leading(adapter: str | Mapping[str, float] | None) -> str | None:
+    """Return the adapter by which messages are rendered: of several, the one with the largest weight."""
+    if isinstance(adapter, Mapping):
+        check_weights(adapter)
+        return max(adapter, key=lambda name: abs(adapter[name]))
+    return adapter
 
 
 def _pass_on(pieces: queue.SimpleQueue[tuple[int, str | None]], number: int, piece: str | None) -> None:

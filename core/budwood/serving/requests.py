@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,19 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Check the weights of a blend.
+
+    Raises:
+        InputError: there are none, or one is not a finite number.
+    """
+    if not weights:
+        raise InputError("adapters: names no adapter.")
+    for name, weight in weights.items():
+        if not _is_number(weight) or not math.isfinite(weight):
+            raise InputError(f"adapters: {weight!r} of '{str(name)[:64]}' is not a finite weight.")
+
+
 class Answer:
     """The answer to one request, readable while it is generated, by one thread.
 
@@ -123,8 +137,11 @@ class Answer:
     def put(self, event: str | Generated | BaseException) -> None:
         """Add an event; the engine's."""
         self._events.put(event)
-        if self._listener is not None:
-            self._listener(event if isinstance(event, str) else None)
+        listener = self._listener
+        if listener is not None:
+            self._listener = None  # one that raises is not called again
+            listener(event if isinstance(event, str) else None)
+            self._listener = listener
 
 
 @dataclass(eq=False)

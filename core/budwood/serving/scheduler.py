@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -43,7 +44,7 @@ class Scheduler:
         self.rows: list[Row] = []
         self.steps = self.preempted = self._count = 0
         self.unsupported: str | None = None
-        self._checked = False
+        self._checked = self._unmixable = False
         self._queues: OrderedDict[str, deque[Row]] = OrderedDict()  # by tenant, the next in turn first
 
     @property
@@ -167,7 +168,10 @@ class Scheduler:
         except Exception as problem:  # a row that never ends would be waited for
             row.fail(problem)
         if row.loaded is not None:
-            self.engine.release(row.loaded)
+            try:
+                self.engine.release(row.loaded)
+            except Exception:  # of an owner that detaches its adapter; nobody waits for it, and the other rows go on
+                traceback.print_exc()
 
     # Computing.
 
@@ -207,6 +211,9 @@ class Scheduler:
         if not rows:
             return
         attached = {row.loaded for row in rows if row.loaded is not None and row.loaded.attached is not None}
+        if self._unmixable and len(adapters := {row.loaded for row in rows}) > 1:
+            self._by_adapter(rows, count, adapters)
+            return
         if attached and len({row.loaded if row.loaded in attached else None for row in rows}) > 1:
             self._by_adapter(rows, count, attached)
             return
@@ -231,6 +238,7 @@ class Scheduler:
     def _recover(self, rows: list[Row], count: int, error: Exception) -> None:
         adapters = {row.loaded for row in rows}
         if isinstance(error, UnmixableError) and len(adapters) > 1:
+            self._unmixable = True
             self._by_adapter(rows, count, adapters)
         elif is_out_of_memory(error) and len(self.rows) > 1:
             release_memory()
@@ -295,7 +303,12 @@ class Scheduler:
         row.ids.append(choice.token)
         if choice.top:
             row.top.append(choice.top)
-        row.writer.add(choice.token, choice.log_prob)
+        try:
+            row.writer.add(choice.token, choice.log_prob)
+        except Exception as problem:  # of a listener, or of the tokenizer
+            self._leave(row)
+            self._end(row, None, BudwoodError(f"the request failed: {describe(problem)}."))
+            return
         if row.writer.reason is not None:
             row.kept = len(row.ids) - 1
             self._leave(row)

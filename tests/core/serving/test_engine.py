@@ -333,6 +333,14 @@ def test_a_row_that_raises_fails_alone(tiny_base, folders, scale):
         answers["scale"].result()
     assert all(answers[name].result() == expected[name] for name in (None, "lora"))
     module.FAIL.clear()
+
+    def listen(piece: str | None) -> None:
+        raise OSError("nobody there")
+
+    unheard, fine = engine.submit(SHORT[1], "lora", listener=listen), engine.submit(SHORT[0], "lora", Sampling(5))
+    with pytest.raises(BudwoodError, match="the request failed: OSError: nobody there"):
+        unheard.result()
+    assert fine.result() == expected["lora"]
     assert engine.submit(SHORT[0], "scale", Sampling(5)).result() == expected["scale"]
 
 
