@@ -275,13 +275,16 @@ class Stack:
         self.b = update.b.new_empty(0, rank, update.b.shape[0])
         self.holds: list[str] = []
 
-    def write(self, slot: int, key: str, update: LiveUpdate) -> None:
-        """Copy an adapter to a slot, unless it is there."""
-        if slot >= len(self.holds):
-            more = max(slot + 1 - len(self.holds), len(self.holds) // 2)
+    def grow(self, count: int) -> None:
+        """Have at least so many slots."""
+        more = count - len(self.holds)
+        if more > 0:
             self.a = torch.cat([self.a, self.a.new_zeros(more, *self.a.shape[1:])])
             self.b = torch.cat([self.b, self.b.new_zeros(more, *self.b.shape[1:])])
             self.holds += [""] * more
+
+    def write(self, slot: int, key: str, update: LiveUpdate) -> None:
+        """Copy an adapter to a slot, unless it is there."""
         if self.holds[slot] == key:
             return
         a, b, scaling = _factors(update)
@@ -298,7 +301,7 @@ class Stacks:
         self.budget = budget
         self.bytes = 0
         self._stacks: dict[tuple[str, int], Stack] = {}
-        self._slots: dict[int, dict[str, int]] = {}  # by rank: slot of each adapter, the longest unused first
+        self._slots: dict[int, dict[str, int]] = {}  # by rank: slot of each adapter
 
     def of(self, live: LiveModule, rank: int) -> Stack:
         """Return the stack of a module for adapters of one rank."""
@@ -309,9 +312,8 @@ class Stacks:
         slots = self._slots.setdefault(rank, {})
         wanted = {adapter.key for adapter in adapters}
         for key in wanted & slots.keys():
-            slot = slots.pop(key)
-            if slot < 2 * len(adapters):  # unused slots below an adapter's cost as much as used ones
-                slots[key] = slot  # the last used is the last in order
+            if slots[key] >= 2 * len(adapters):  # unused slots below an adapter's cost as much as used ones
+                del slots[key]
         for adapter in adapters:
             if adapter.key not in slots:
                 slots[adapter.key] = self._free(slots, wanted, len(adapters))
@@ -319,13 +321,16 @@ class Stacks:
         stack = self._stacks.get((live.path, rank)) or Stack(update, rank)
         assert update.a is not None and update.b is not None
         each = rank * (update.a.shape[1] + update.b.shape[0]) * update.a.element_size()
-        top = max(slots[key] for key in wanted) + 1
-        if self.bytes + max(0, top - len(stack.holds)) * each > self.budget:
+        held = len(stack.holds)
+        top = max(held, *(slots[key] + 1 for key in wanted))
+        left = (self.budget - self.bytes) // each
+        if top - held > left:
             return {}
-        before = len(stack.holds)
+        if top > held:
+            stack.grow(min(max(top, held + held // 2), held + left))  # fewer copies while rows join one by one
         for adapter in adapters:
             stack.write(slots[adapter.key], adapter.key, adapter.updates[live.path])
-        self.bytes += (len(stack.holds) - before) * each
+        self.bytes += (len(stack.holds) - held) * each
         self._stacks[live.path, rank] = stack
         return {adapter: slots[adapter.key] for adapter in adapters}
 

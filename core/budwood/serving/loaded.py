@@ -50,11 +50,17 @@ class Loaded:
 
 
 class Loader:
-    """Loads adapters onto one model; used by the engine's thread alone."""
+    """Loads adapters onto one model; used by the engine's thread alone.
+
+    Attributes:
+        selected: the attached adapter whose owner is in use.
+        table_first: whether owners are asked for entries of the table before they attach.
+    """
 
     def __init__(self, base: Base, task: str, table: LiveTable) -> None:
         self.base, self.task, self.table = base, task, table
-        self.selected: Loaded | None = None  # the attached adapter whose owner is in use
+        self.selected: Loaded | None = None
+        self.table_first = True
         self._modules = module_ids(base.model)
         self._owners: dict[tuple[str, str], Strategy] = {}  # keyed by adapter type and options
         self._keys = (f"adapter{number}" for number in itertools.count(1))
@@ -82,7 +88,8 @@ class Loader:
         owner = self._owner(saved)
         identity = f"{saved.identity}:{self.base.fingerprint}"
         try:
-            live = self._live(owner, saved) if hasattr(type(owner), "live_adapter") else None
+            asks = self.table_first and hasattr(type(owner), "live_adapter")
+            live = self._live(owner, saved) if asks else None
             if live is None:
                 return self._attach(label, identity, owner, saved)
         except BudwoodError as error:

@@ -36,7 +36,7 @@ class CommandThread:
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._start = threading.Lock()
         self.current: threading.Thread | None = None
-        weakref.finalize(owner, _end, self._commands, close)
+        weakref.finalize(owner, self._end, close)  # also at the exit of the interpreter
 
     @property
     def waiting(self) -> int:
@@ -75,6 +75,13 @@ class CommandThread:
         self.post(command)
         return future.result()
 
+    def _end(self, close: Callable[[], None]) -> None:
+        """End the thread; one that still ran at the exit of the interpreter would abort it inside torch."""
+        self._commands.put(None)
+        if self.current is not None and self.current is not threading.current_thread():
+            self.current.join()
+        close()
+
 
 def _serve(owner: weakref.ref[Any], commands: queue.SimpleQueue[_Command | None]) -> None:
     busy = False
@@ -98,8 +105,3 @@ def _serve(owner: weakref.ref[Any], commands: queue.SimpleQueue[_Command | None]
             return
         busy = current.step()
         del current  # it may be the last reference
-
-
-def _end(commands: queue.SimpleQueue[_Command | None], close: Callable[[], None]) -> None:
-    commands.put(None)
-    close()

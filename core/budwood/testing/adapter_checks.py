@@ -18,15 +18,16 @@ def save_and_load(bench: Bench) -> None:
     """Check that a saved adapter, loaded on the base, reproduces the logits after training."""
     promise = "save → load → same logits"
     result = bench.run(promise)
-    pool, _ = _pool(bench, result, promise)
-    pool.use("adapter")
-    loaded = pool.logits(result.probe.prompts)
-    gap, bound = distance(result.logits, loaded), TOLERANCE * max(1.0, float(result.logits.abs().max()))
-    if not gap <= bound:
-        raise PromiseBroken(
-            f"{promise}: a logit of the loaded adapter differs from that of the trained one by {gap:.3g} "
-            f"(at most {bound:.1g} allowed; the adapter itself changes logits by {_effect(result):.3g})."
-        )
+    for how, table in _ways(bench).items():
+        pool, _ = _pool(bench, result, promise, table)
+        pool.use("adapter")
+        loaded = pool.logits(result.probe.prompts)
+        gap, bound = distance(result.logits, loaded), TOLERANCE * max(1.0, float(result.logits.abs().max()))
+        if not gap <= bound:
+            raise PromiseBroken(
+                f"{promise}: a logit of the {how} adapter differs from that of the trained one by {gap:.3g} "
+                f"(at most {bound:.1g} allowed; the adapter itself changes logits by {_effect(result):.3g})."
+            )
 
 
 def merge(bench: Bench) -> None:
@@ -68,10 +69,16 @@ def off(bench: Bench) -> None:
         )
     if not bench.owns_adapter:
         return
+    for table in _ways(bench).values():
+        _leaves_no_trace(bench, result, promise, table)
+
+
+def _leaves_no_trace(bench: Bench, result: Result, promise: str, table: bool) -> None:
     prompts = result.probe.prompts
     pool = AdapterPool(
         str(bench.files.base), task=bench.spec.task, precision="fp32", device="cpu", labels=_labels(result)
     )
+    pool.engine.loader.table_first = table
     with threads(1):
         before, state = pool.logits(prompts), state_of(pool.model)
         tensors = {name: (tensor, tensor.clone()) for name, tensor in stored(pool.model).items()}
@@ -97,6 +104,11 @@ def off(bench: Bench) -> None:
         raise PromiseBroken(f"{promise}: detach_adapter left {len(changed)} tensors changed: {', '.join(changed[:3])}.")
 
 
+def _ways(bench: Bench) -> dict[str, bool]:
+    """Return how a pool loads the adapter: by the owner's entries for the table, if it has any, and attached."""
+    return {"loaded": True, "attached": False} if implements(bench.spec.strategy, "live_adapter") else {"loaded": False}
+
+
 def _effect(result: Result) -> float:
     return distance(result.logits, result.probe.base_logits)
 
@@ -105,13 +117,14 @@ def _labels(result: Result) -> list[str] | None:
     return list(result.run.examples.labels) or None
 
 
-def _pool(bench: Bench, result: Result, promise: str) -> tuple[AdapterPool, list[tuple[str, int]]]:
+def _pool(bench: Bench, result: Result, promise: str, table: bool = True) -> tuple[AdapterPool, list[tuple[str, int]]]:
     """Return a pool with the run's adapter loaded, and the ids of the base's modules before loading."""
     if not result.adapter.is_dir():
         raise NotApplicable("no strategy of its recipe owns an adapter")
     pool = AdapterPool(
         str(bench.files.base), task=bench.spec.task, precision="fp32", device="cpu", labels=_labels(result)
     )
+    pool.engine.loader.table_first = table
     modules = module_ids(pool.model)
     _load(pool, result, promise)
     return pool, modules
