@@ -535,3 +535,5 @@ def test_quantised_and_16_bit_bases_mix_too(tiny_base, folders, quantization, dt
     for i, name in enumerate(names):
         own = engine.call(lambda i=i, name=name: narrow(lambda: alone(engine, name, tokens[i]))).float()
         assert float((mixed[i] - own).abs().max()) < bound
+    base = engine.call(lambda: narrow(lambda: logits_of(engine, [None] * len(names), tokens)))
+    assert mixed[0].equal(base[0]), "the base's row is bitwise the base's in the same batch"

@@ -7,6 +7,7 @@ function saves the input once and an [r, n] tensor, and dequantises W again in t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -76,27 +77,30 @@ def mixed_low_rank_linear(
 
 
 @torch.no_grad()
-def updated_linear(x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """Return `low_rank_linear(x, base, a, b, scaling)` bitwise, without the cost of an autograd function.
+def live_linear(
+    x: Tensor, base: nn.Linear, a: Tensor | None = None, b: Tensor | None = None, scale: float = 1
+) -> Tensor:
+    """Return `low_rank_linear(x, base, a, b, scale)`, or `frozen_linear(x, base)`, bitwise, but without a graph.
+
+    It saves the cost of an autograd function, which is noticeable in decoding.
 
     Args:
         x: [..., in].
         base: as in `low_rank_linear`.
-        a: [r, in] in the compute dtype.
+        a: [r, in] in the compute dtype; None: no update.
         b: [out, r], likewise.
     """
     quantizer, kind = quantizer_of(base), x.device.type
     if quantizer is None:
-        raise TypeError(f"updated_linear: {type(base).__name__} is not a linear of any known quantiser")
+        raise TypeError(f"live_linear: {type(base).__name__} is not a linear of any known quantiser")
     rows = x.reshape(-1, x.shape[-1])
-    if torch.is_autocast_enabled(kind):
+    narrow = torch.is_autocast_enabled(kind)
+    if narrow:
         rows = rows.to(torch.get_autocast_dtype(kind))
-        with torch.autocast(kind, enabled=False):
-            y = quantizer.forward(base, rows, getattr(base, "bias", None))
-            y.addmm_(thin_product(rows, a.t()), b.t(), alpha=scaling)
-    else:
+    with torch.autocast(kind, enabled=False) if narrow else nullcontext():
         y = quantizer.forward(base, rows, getattr(base, "bias", None))
-        y.addmm_(thin_product(rows, a.t()), b.t(), alpha=scaling)
+        if a is not None and b is not None:
+            y.addmm_(thin_product(rows, a.t()), b.t(), alpha=scale)
     return y.view(*x.shape[:-1], -1)
 
 
