@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from budwood.data.files import total_size
 from budwood.data.recognition import check_rows
-from budwood.data.sources import data_files
+from budwood.data.sources import data_size, locate
 from budwood.model.checks import BaseInfo, check_base
 from budwood.model.quiet import hide_hub_kernels
 from budwood.recipe.schema import Recipe, build_composition
@@ -27,6 +26,6 @@ def preflight(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> 
     hide_hub_kernels()  # before a plugin imports peft and thereby bitsandbytes, which would download them
     build_composition(recipe)
     for data in (recipe.data.train, recipe.data.evaluated) if recipe.data.on_bad_row == "refuse" else ():
-        if data is not None and total_size(data_files(data)) <= LARGE:
-            check_rows(data, recipe.base.task)
+        if data is not None and data_size(found := locate(data)) <= LARGE:
+            check_rows(found, recipe.base.task)
     return check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code)
