@@ -64,7 +64,7 @@ class Distillation(Strategy):
 
         if self.info is not None:
             return
-        if not plan.task.has_log_probs():
+        if plan.task is not None and not plan.task.has_log_probs():
             plan.problem(self, f"{plan.task} has no distribution over tokens or classes that could be taught")
             return
         try:

@@ -22,7 +22,7 @@ class _OfDistribution(Strategy):
 
     @hookimpl
     def check_plan(self, plan: Plan) -> None:
-        if not plan.task.has_log_probs():
+        if plan.task is not None and not plan.task.has_log_probs():
             plan.problem(self, f"{plan.task} has no distribution over tokens or classes: remove the strategy")
 
 
