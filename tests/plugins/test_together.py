@@ -55,8 +55,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"prompt": text[:-3], "completion": text[-3 + number % 2 :]} for number, text in enumerate(texts)
         ],
         "sequence-classification": [{"text": text, "label": "abc"[n % 3]} for n, text in enumerate(texts)],
-        "pairs": [{"prompt": text[:-3], "chosen": text[-3:], "rejected": text[-4:-1]} for text in texts],
-        "judged": [{"prompt": text[:-3], "completion": text[-3:], "label": n % 2 == 0} for n, text in enumerate(texts)],
+        "pairs": [
+            {"prompt": text[:-3], "chosen": text[-3 + n % 2 :], "rejected": texts[n - 1][-3 + n % 2 :]}
+            for n, text in enumerate(texts)
+        ],
+        "judged": [
+            {"prompt": text[:-3], "completion": text[-3 + n % 2 :], "label": n % 2 == 0} for n, text in enumerate(texts)
+        ],
         "prompts": [{"prompt": text[:-3]} for text in texts],
     }
     for task, task_rows in rows.items():
@@ -172,9 +177,8 @@ def test_combination(case: Combination, files: Path, tmp_path: Path, monkeypatch
     steps = whole.steps()
     assert len(steps) == 3
     for step in steps:
-        records = {name for name in step if any(name.startswith(prefix) for prefix in objective.records)}
-        assert set(step) - CORE_NUMBERS - records == set(terms) | others
-        assert all(step[name] > 0 for name in {*terms, *others} - {*objective.signed}), "a term without effect"
+        assert set(step) - CORE_NUMBERS - set(objective.logged) == set(terms) | others
+        assert all(step[name] > 0 for name in {*terms, *others}), "a term without effect"
         assert step["loss"] == pytest.approx(sum(weight * step[name] for name, weight in terms.items()), rel=1e-5)
     assert all(torch.isfinite(tensor).all() for tensor in whole.adapter().values())
 
