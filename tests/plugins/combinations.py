@@ -68,6 +68,7 @@ class Objective(NamedTuple):
         terms: the weight of each of its loss terms.
         task: the weight that it leaves to the task's loss.
         examples: number of examples in an optimizer step of four rows.
+        logged: names of the other values in the log, of any sign.
     """
 
     options: dict[str, Any] | None
@@ -75,6 +76,7 @@ class Objective(NamedTuple):
     terms: Mapping[str, float]
     task: float = 0.0
     examples: int = 4
+    logged: tuple[str, ...] = ()
 
 
 OBJECTIVES: dict[str, Objective] = {
