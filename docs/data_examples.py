@@ -138,7 +138,8 @@ FORMATS = [
         ],
         says=["1 conversations with 'tool_call_id' in tool messages, which the chat template leaves out"],
         note="Calls have a loss, results do not. A message with weight 0 is context. The legacy `functions` and "
-        "`function_call` are read as tools and calls.",
+        "`function_call` are read as tools and calls. A list `tools` in the system message is read as the column; a "
+        "template that reads tools there gets them there.",
     ),
     Shown(
         "Reasoning",

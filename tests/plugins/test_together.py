@@ -29,8 +29,6 @@ TINY = {
 }
 LONGEST = 12
 """Tokens of the longest row; even three of the shortest rows exceed twice this."""
-SUMMANDS = 4 * LONGEST + TINY["intermediate_size"] + 300
-"""Longest sums in the backward pass: over the batch's tokens, a layer's width, the vocabulary."""
 CORE_NUMBERS = {
     "kind", "step", "loss", "gradient_norm", "learning_rate", "skipped", "skipped_steps", "tokens", "tokens_per_second",
 }  # fmt: skip
@@ -64,6 +62,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "judged": [
             {"prompt": text[:-3], "completion": text[-3 + n % 2 :], "label": n % 2 == 0} for n, text in enumerate(texts)
         ],
+        "prompts": [{"prompt": text[:-3]} for text in texts],
     }
     for task, task_rows in rows.items():
         (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in task_rows), encoding="utf-8")
@@ -196,8 +195,11 @@ def test_combination(case: Combination, files: Path, tmp_path: Path, monkeypatch
     assert not [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
 
     halves = ObservedRun(recipe, count // 2 * LONGEST).train(monkeypatch)
-    assert whole.micro_batches == [[count]] * 3 and halves.micro_batches == [[count // 2] * 2] * 3
-    rounding = whole.largest * SUMMANDS * torch.finfo(torch.float32).eps  # of a gradient, of AdamW's m and of √v
+    assert whole.micro_batches == [[count]] * 3
+    assert all(len(sizes) == 2 and sum(sizes) == count for sizes in halves.micro_batches)
+    # The longest sums in the backward pass: over the batch's tokens, a layer's width, the vocabulary.
+    summands = count * LONGEST + TINY["intermediate_size"] + 300
+    rounding = whole.largest * summands * torch.finfo(torch.float32).eps  # of a gradient, of AdamW's m and of √v
     bound = len(steps) * recipe["train"]["learning_rate"] * 2 * rounding
     torch.testing.assert_close(halves.adapter(), whole.adapter(), rtol=1e-6, atol=bound)
 

@@ -64,6 +64,9 @@ class Distillation(Strategy):
 
         if self.info is not None:
             return
+        if plan.task is not None and not plan.task.has_log_probs():
+            plan.problem(self, f"{plan.task} has no distribution over tokens or classes that could be taught")
+            return
         try:
             self.info = check_teacher(self.options, plan)
         except InputError as error:
