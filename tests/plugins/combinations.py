@@ -68,7 +68,7 @@ class Objective(NamedTuple):
         terms: the weight of each of its loss terms.
         task: the weight that it leaves to the task's loss.
         examples: number of examples in an optimizer step of four rows.
-        logged: names of the other values in the log, of any sign.
+        logged: names of the other values in the log, and of terms, that may have any sign.
     """
 
     options: dict[str, Any] | None
