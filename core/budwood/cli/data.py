@@ -29,9 +29,12 @@ def data(
     from budwood.data.build import build_examples
     from budwood.data.display import make_report, show_report
     from budwood.data.packing import plan_epoch
+    from budwood.data.unused import columns_read
+    from budwood.data.use import check_use
     from budwood.model.checkpoint import one_revision
     from budwood.model.limits import check_fits, default_length
     from budwood.recipe.data import chat_note, encoding_options, recipe_skeleton, recipe_tokenizer
+    from budwood.recipe.schema import build_composition
     from budwood.training.encoding import encoding
     from budwood.training.run_data import choose_for, split_held_out
 
@@ -41,7 +44,8 @@ def data(
         tokenizer = recipe_tokenizer(loaded) if task.needs_tokenizer else None
         model = recipe_skeleton(loaded, task.auto_class, tokenizer)
     loaded = loaded.with_length(default_length(model))
-    options = {"tokenizer": tokenizer, "task": task, **encoding_options(loaded)}
+    strategies = build_composition(loaded).strategies if base is None else []
+    options = {"tokenizer": tokenizer, "task": task, "read": columns_read(strategies), **encoding_options(loaded)}
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with encoding(loaded.data.train, console) as progress:
         train_data = build_examples(loaded.data.train, **options, progress=progress)
@@ -53,6 +57,7 @@ def data(
             )
     for examples in (train_data, eval_data):
         if examples is not None:
+            check_use(examples.path, examples, [task, *strategies], complete=base is None)
             check_fits(examples, model, tokenizer, loaded.base.model)
     notes = [chat_note(loaded, train_data, tokenizer)]
     if loaded.data.holds_out:

@@ -74,6 +74,17 @@ class Strategy(Plugin):
     """PEFT's names of the adapter types that it reads, such as "LORA", for adapters saved by PEFT itself."""
     uses_reference: Literal["", "base", "start"] = ""
     """Which `step.reference()` it uses: adapter off, or as at the start. It is then computed before the forward."""
+    trains_on: ClassVar[tuple[str, ...]] = ()
+    """Kinds of data (`DataFormat.holds`) of which the training data must be one: "preference pairs"; () for any.
+
+    Data of a kind, in turn, needs a strategy or a task that names it here. "" stands for data of no kind.
+    """
+    reads_columns: tuple[str, ...] = ()
+    """Columns of the data's rows that it reads besides those of the data format; a row without one is refused."""
+    code_files: tuple[str, ...] = ()
+    """Python files, named in the recipe, that it runs; refused unless the user passes --allow-code."""
+    writes: tuple[str, ...] = ()
+    """Files that it writes to the run's folder during the run."""
     log_prob_temperature: float = 1.0
     """Temperature of the log-probabilities in `sequence_terms` and `step_values`: that of sampling, for a policy."""
     learning_rate_scale: float = 1.0

@@ -6,7 +6,7 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -82,6 +82,24 @@ class Encoder:
         other = copy.copy(self)
         other._start(self.classes.given)
         return other
+
+    def prompt(self, request: Request) -> list[int]:
+        """Return the tokens from which the assistant answers messages, in the first form that the template renders.
+
+        Raises:
+            InputError: the template rejects the messages, or leaves out part of them.
+        """
+        first: Rendered | InputError | None = None
+        for form in FORMS:
+            written = [form(message) for message in request.messages]
+            text = next(self.chat([replace(request, messages=written, prompt=True)]))
+            whole = not isinstance(text, InputError) and find_left_out(request.messages, text) is None
+            if not isinstance(text, InputError) and whole and not says_none(written, text):
+                return self.plain([text])[0]
+            first = text if first is None else first
+        if isinstance(first, InputError):
+            raise first
+        raise InputError("the chat template leaves out or changes a message. Give another template.")
 
     @property
     def date(self) -> str | None:
@@ -345,17 +363,10 @@ def encode_chat(
         check_template(tokenizer, "chat")
     encoder = Encoder(tokenizer, template_options=template_options, date=date)
     encoder.chat_template = chat_template
-    first: Rendered | InputError | None = None
-    for form in FORMS:
-        written = [form(message) for message in messages]
-        text = next(encoder.chat([Request(written, prompt=True)]))
-        whole = not isinstance(text, InputError) and find_left_out(messages, text) is None
-        if not isinstance(text, InputError) and whole and not says_none(written, text):
-            return encoder.plain([text])[0]
-        first = text if first is None else first
-    if isinstance(first, InputError):
-        raise InputError(f"chat: {first}")
-    raise InputError("chat: the chat template leaves out or changes a message. Give another template.")
+    try:
+        return encoder.prompt(Request(messages))
+    except InputError as error:
+        raise InputError(f"chat: {error}") from error
 
 
 def check_template(tokenizer: Any, where: str) -> None:

@@ -36,6 +36,7 @@ class Examples(Sequence[Example]):
         format: name of the recognised data format.
         columns: names of the columns that the data format reads.
         task: name of the task that encoded the examples.
+        holds: the kind of the data (`DataFormat.holds`), and `instead` how to train on it without an objective.
         max_length: maximum length of an example, in tokens; longer ones were truncated.
         labels: names of the classes, indexed by `Example.labels`; empty if there are none.
         stats: counts of rows and examples.
@@ -58,6 +59,8 @@ class Examples(Sequence[Example]):
         self._rows: Rows | None = None
         self.format: str = facts["format"]
         self.columns: list[str] = facts["columns"]
+        self.holds: str = facts["holds"]
+        self.instead: str = facts["instead"]
         self.task: str = facts["task"]
         self.max_length: int = facts["max_length"]
         self.labels: list[str] = facts["labels"]
@@ -194,7 +197,8 @@ class Examples(Sequence[Example]):
         """One line with the data format and the counts of examples, tokens, truncated and dropped rows."""
         stats = self.stats
         parts = [f"{stats.examples:,} examples", f"{stats.tokens:,} tokens"]
-        parts.append(f"{len(self.labels)} classes" if self.labels else f"{stats.supervised_share:.0%} with a loss")
+        if len(self.labels) or stats.supervised:
+            parts.append(f"{len(self.labels)} classes" if self.labels else f"{stats.supervised_share:.0%} with a loss")
         if stats.weights != [1.0, 1.0]:
             parts.append("weights {:g} to {:g}".format(*stats.weights))
         if stats.truncated:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from budwood.contract.calls import attribute_errors
@@ -19,8 +19,14 @@ from budwood.data.unused import check_unused, find_unused
 from budwood.errors import BudwoodError, InputError
 
 
-def check_rows(data: Data, task: str) -> None:
+def check_rows(data: Data, task: str, read: Mapping[str, str] | None = None) -> DataFormat:
     """Check a file's fields without a tokenizer, so that errors show before a run spends time on loading.
+
+    Args:
+        read: columns that strategies read; see `columns_read`.
+
+    Returns:
+        Its data format.
 
     Raises:
         InputError: the file is unreadable or malformed, has no data format that the task accepts, or all its rows
@@ -28,15 +34,17 @@ def check_rows(data: Data, task: str) -> None:
     """
     rows = read_rows(data)
     data_format = recognise_rows(rows, task)
-    unused = find_unused(rows.columns, data_format)
+    read = read or {}
+    unused = find_unused(rows.columns, data_format, read)
     reasons: Counter[str] = Counter()
     for index, row in enumerate(rows):
-        check_unused(row, unused, data_format, rows.location(index))
+        check_unused(row, unused, data_format, rows.location(index), read)
         with attribute_errors(data_format, "item"):
             item = data_format.item(row, rows.location(index))
         reasons[item.reason if isinstance(item, Dropped) else ""] += 1
     if "" not in reasons:
         raise InputError(all_dropped(rows.path, reasons))
+    return data_format
 
 
 def recognise_rows(rows: Any, task: str) -> DataFormat:
@@ -53,7 +61,12 @@ def recognise_rows(rows: Any, task: str) -> DataFormat:
             found[key] = recognise(part.columns, task, str(part.path))
     if len({each.name for each in found.values()}) == 1:
         return next(iter(found.values()))
-    return Mixed({str(part.path): found[tuple(part.columns)] for part in parts})
+    mixed = {str(part.path): found[tuple(part.columns)] for part in parts}
+    if len({each.holds for each in mixed.values()}) > 1:
+        kinds = {each.holds or "answers to learn": path for path, each in mixed.items()}
+        told = " and ".join(f"{kind} ({path})" for kind, path in kinds.items())
+        raise InputError(f"{rows.path}: a run trains on one kind of data, not on {told}.")
+    return Mixed(mixed)
 
 
 def recognise(columns: Sequence[str], task: str, where: str) -> DataFormat:

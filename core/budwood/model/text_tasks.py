@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from budwood.contract.examples import Batch, Example
 from budwood.contract.types import Outputs, Run
-from budwood.data.chunk import BEYOND, Encoded
+from budwood.data.chunk import BEYOND, TOO_LONG, Encoded
 from budwood.data.encoder import Encoder
 from budwood.data.formats import Dropped
 from budwood.data.packing import collate_tokens
+from budwood.data.prompts import Prompt
 from budwood.data.text import tokenise
 from budwood.model.evaluation import EvalTotals, at_least_fp32, autocast
 from budwood.model.generate import generate
@@ -95,7 +96,10 @@ class CausalLM(TextTask):
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
         """See `Task.encode`."""
         results: list[Encoded | Dropped] = []
-        for rows in tokenise(items, where, encoder):
+        for item, rows in zip(items, tokenise(items, where, encoder), strict=True):
+            if isinstance(item, Prompt):
+                results.append(_encode_prompt(rows[0].ids, encoder))
+                continue
             examples, beyond, cut = [], 0, 0
             for tokens in rows:
                 ids = np.asarray(tokens.ids[: encoder.max_length], dtype=np.int32)
@@ -162,6 +166,14 @@ class CausalLM(TextTask):
         metrics = {"eval_perplexity": math.exp(min(totals.means["loss"], 700.0))}
         match = exact_match(run, self)
         return metrics if match is None else {**metrics, "eval_exact_match": match}
+
+
+def _encode_prompt(ids: Sequence[int], encoder: Encoder) -> Encoded | Dropped:
+    """Return an example without labels, since a strategy generates the answer."""
+    if len(ids) > (encoder.max_length or len(ids)):
+        return Dropped(TOO_LONG)
+    tokens, none = np.asarray(ids, dtype=np.int32), np.zeros(0, dtype=np.int64)
+    return Encoded([Example({"input_ids": tokens}, none, none.astype(np.int32), none.astype(np.float32))])
 
 
 class SequenceClassification(TextTask):

@@ -15,6 +15,8 @@ from budwood.data.build import build_examples, overlap
 from budwood.data.examples import Examples, check_examples
 from budwood.data.held_out import HeldOut, hold_out, rows_held_out
 from budwood.data.packing import plan_epoch
+from budwood.data.unused import columns_read
+from budwood.data.use import check_use
 from budwood.errors import InputError
 from budwood.model.limits import check_fits
 from budwood.recipe.data import chat_note, encoding_options
@@ -42,11 +44,13 @@ def read_data(
     """
     data = run.recipe.data
     options: dict[str, Any] = {"tokenizer": run.tokenizer, "task": run.task, **encoding_options(run.recipe)}
-    options["date"] = date
+    options |= {"date": date, "read": columns_read(run.strategies)}
     console = None if report.quiet or report.mute else report.console
     with encoding(data.train, console) as progress:
         examples = build_examples(data.train, **options, progress=progress)
     report.say(examples.describe())
+    plugins = (*run.strategies, run.task)
+    check_use(examples.path, examples, plugins)
     if note := chat_note(run.recipe, examples, run.tokenizer):
         report.say(note)
     check_fits(examples, model, run.tokenizer, run.recipe.base.model)
@@ -56,6 +60,7 @@ def read_data(
                 data.evaluated, **options, labels=examples.labels or None, progress=progress
             )
         report.say(run.eval_examples.describe())
+        check_use(run.eval_examples.path, run.eval_examples, plugins)
         check_fits(run.eval_examples, model, run.tokenizer, run.recipe.base.model)
         shared = overlap(examples, run.eval_examples)
         if shared:
