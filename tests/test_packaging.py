@@ -35,6 +35,7 @@ def test_the_wheel_holds_core_plugins_and_demo(wheel):
     assert {name.partition("/")[0] for name in names} - {f"budwood-{wheel.name.split('-')[1]}.dist-info"} == {
         "budwood",
         "budwood_distillation",
+        "budwood_grpo",
         "budwood_lora",
         "budwood_adalora",
         "budwood_adversarial",

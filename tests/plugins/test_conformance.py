@@ -11,6 +11,7 @@ from budwood_adalora import AdaLoRA
 from budwood_adversarial import Adversarial
 from budwood_averaging import EMA, SWA
 from budwood_distillation import Distillation
+from budwood_grpo import GRPO
 from budwood_lora import LoRA
 
 LOW_RANK = {"rank": 2, "alpha": 4}
@@ -105,6 +106,11 @@ class TestSWA(StrategyConformance):
 
     strategy = SWA
     options = {"start": 0, "every": 2}
+
+
+class TestGRPO(StrategyConformance):
+    strategy = GRPO
+    options = {"rewards": [{"regex": {"pattern": "e"}}], "samples": 3, "max_new_tokens": 4, "kl": 0.1, "iterations": 2}
 
 
 def test_the_kit_lists_every_first_party_strategy() -> None:

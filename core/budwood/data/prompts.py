@@ -12,7 +12,7 @@ from budwood.data.messages import read_messages, with_columns
 from budwood.data.rows import Row
 from budwood.errors import InputError
 
-PROMPTS = "prompts"
+PROMPTS = "prompts without answers"
 BESIDE = ("system", "tools", "functions", "chat_template_kwargs")
 """Optional columns beside a prompt of messages."""
 

@@ -16,7 +16,7 @@ def centre(rewards: np.ndarray, baseline: str) -> np.ndarray:
     """Subtract the baseline from rewards [prompts, samples].
 
     "group": the mean of the prompt's samples (Shao et al., 2024, section 4.1.2). "leave-one-out": the mean of its other
-    samples (Ahmadian et al., 2024, section 3.3). "none": 0.
+    samples (RLOO; Ahmadian et al., 2024). "none": 0.
     """
     if baseline == "none":
         return rewards
@@ -43,7 +43,7 @@ def advantages(
             "advantages": subtract the mean of the set's advantages, and divide by their standard deviation; "none".
         gather: for "batch" and "advantages".
         penalties: of each token of each answer [T]; each token's return is its answer's centred reward less the
-            penalties from this token on (Hu et al., 2025, "REINFORCE++", equation 3). "advantages" then counts tokens,
+            penalties from this token on ("REINFORCE++"; Hu et al., 2025). "advantages" then counts tokens,
             otherwise answers.
     """
     values = centre(rewards, baseline)

@@ -48,12 +48,6 @@ class SampleFile:
             file.write(text.encode())
 
 
-def last_set(directory: Path) -> list[dict[str, Any]]:
-    """Return the records of the last set; empty if there are none."""
-    records = [json.loads(line) for line in _lines(directory / SAMPLES)[-100_000:]]
-    return [record for record in records if record["step"] == records[-1]["step"]]
-
-
 def _lines(path: Path) -> list[str]:
     """Return the complete lines of the file."""
     if not path.is_file():

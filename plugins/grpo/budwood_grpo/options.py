@@ -29,7 +29,7 @@ class GRPOOptions(Options):
     """Options of `grpo`. An option that is not set is that of the method."""
 
     rewards: list[dict[str, dict[str, Any]]] = Field(
-        min_length=1, description="rewards by name, each with its options and a weight, such as {regex: {pattern: ok}}"
+        description="rewards by name, each with its options and a weight, such as {regex: {pattern: ok}}"
     )
     method: Literal["grpo", "dr-grpo", "dapo", "gspo", "rloo", "reinforce++"] = Field(
         "grpo", description="sets the options below that the recipe does not"
@@ -98,6 +98,8 @@ class GRPOOptions(Options):
         if given is None:
             return data
         entries = given if isinstance(given, list) else [given]
+        if not entries:
+            raise ValueError("rewards: name at least one, such as - exact-match")
         return {**data, "rewards": [_entry(entry, f"rewards[{number}]") for number, entry in enumerate(entries)]}
 
     @field_validator("stop")

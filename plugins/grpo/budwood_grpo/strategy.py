@@ -12,7 +12,7 @@ import numpy as np
 
 from budwood import BudwoodError, InputError, Sample, Strategy, hookimpl
 from budwood_grpo.advantages import advantages, deviation
-from budwood_grpo.examples import SAMPLES, SampleFile, last_set, to_example
+from budwood_grpo.examples import SAMPLES, SampleFile, to_example
 from budwood_grpo.options import GRPOOptions
 from budwood_grpo.scores import score, show
 from budwood_grpo.watch import Watch
@@ -36,7 +36,7 @@ class GRPO(Strategy):
     api = 2
     Options = GRPOOptions
     requires = ("adapter",)
-    trains_on = ("prompts", "")
+    trains_on = ("prompts without answers", "")
     writes = (SAMPLES,)
     learning_rate_scale = RATE
 
@@ -57,6 +57,8 @@ class GRPO(Strategy):
         self._generated = -1
         """The step for which this process generated samples last."""
         self._sums: dict[str, Tensor] = {}
+        self._extremes: list[str] = []
+        """Lines about the best and the worst answer of the last set."""
 
     @hookimpl
     def check_plan(self, plan: Plan) -> None:
@@ -199,22 +201,18 @@ class GRPO(Strategy):
         """At the end, report what could not be learned, and the best and the worst answer of the last set."""
         if event.kind != "end" or self._run.process_index:
             return
-        say = self._run.say
-        self.watch.report(say)
-        records = last_set(self._run.directory)
-        if records:
-            by_reward = sorted(records, key=lambda record: record["reward"])
-            for word, record in (("best", by_reward[-1]), ("worst", by_reward[0])):
-                shown = f"{show(record['prompt'], 40)} → {show(record['completion'])}"
-                say(f"{word} answer of the last {len(records):,} in {SAMPLES}: reward {record['reward']:.3g}: {shown}")
+        self.watch.report(self._run.say)
+        for line in self._extremes:
+            self._run.say(line)
 
     @hookimpl
     def state_dict(self, run: Run) -> dict[str, Any]:
-        return {"version": 1, "watch": self.watch.state()}
+        return {"version": 1, "watch": self.watch.state(), "extremes": self._extremes}
 
     @hookimpl
     def load_state_dict(self, run: Run, state: dict[str, Any]) -> None:
         self.watch.load(state["watch"])
+        self._extremes = state["extremes"]
 
     @property
     def _unit(self) -> str:
@@ -305,6 +303,12 @@ class GRPO(Strategy):
         if run.accelerator.is_main_process:
             self.file.write(run.directory, run.step, records)
         self.watch.add(scores, totals, any(ended), run.say)
+        by_reward = sorted(records, key=lambda record: float(record["reward"]))
+        self._extremes = [
+            f"{word} answer of the last {len(records):,} in {SAMPLES}: reward {record['reward']:.3g}: "
+            f"{show(record['prompt'], 40)} → {show(record['completion'])}"
+            for word, record in (("best", by_reward[-1]), ("worst", by_reward[0]))
+        ]
         values = {
             "reward": totals.mean(),
             "reward_std": deviation(totals, axis=1).mean(),

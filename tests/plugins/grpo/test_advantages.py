@@ -60,7 +60,7 @@ def test_one_sample_and_equal_rewards_have_an_advantage_of_zero() -> None:
         (value,) = advantages(np.array([[3.0]]), np.array([2]), "none", scale, alone)
         assert np.isfinite(value).all()
     equal = advantages(np.full((2, 3), 0.7), np.full(6, 2), "group", "group", alone)
-    assert max(np.abs(values).max() for values in equal) < 1e-12
+    assert max(np.abs(values).max() for values in equal) < 1e-10  # the rounding of a mean, divided by 1e-4
 
 
 def test_statistics_of_a_set_cover_all_processes() -> None:

@@ -99,10 +99,8 @@ def expected(options: dict[str, Any], start: dict[int, Tensor] | None = None) ->
             if method == "rloo":
                 ratio = ratio.prod().expand_as(ratio)
             advantage = e.columns["advantage"]
-            value = torch.stack([
-                -min(r * a, min(max(r, torch.tensor(1 - low).double()), torch.tensor(1 + high).double()) * a)
-                for r, a in zip(ratio, advantage, strict=True)
-            ])  # fmt: skip
+            bounded = [min(max(r, 1 - low), 1 + high) for r in ratio]
+            value = -torch.stack([min(r * a, b * a) for r, b, a in zip(ratio, bounded, advantage, strict=True)])
             losses.append(value * e.columns["importance"] if options.get("importance_cap") else value)
             divergences.append(base.exp() / e.log_probs.exp() - (base - e.log_probs) - 1)
 
@@ -144,6 +142,7 @@ def f64_put(run: Any, values: Sequence[Tensor]) -> None:
 
 # --- TRL
 
+HOT = 1.5
 TRL_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "grpo": ({"method": "grpo", "kl": 0.04}, {"loss_type": "grpo", "beta": 0.04}),
     "dr-grpo": ({"method": "dr-grpo", "kl": 0.1}, {"loss_type": "dr_grpo", "beta": 0.1}),
@@ -153,8 +152,8 @@ TRL_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon_low": 0.1, "epsilon_high": 0.2},
     ),
     "token mean with a KL at a temperature": (
-        {"method": "dapo", "kl": 0.2, "temperature": 1.5},
-        {"loss_type": "dapo", "epsilon_high": 0.28, "beta": 0.2, "temperature": 1.5},
+        {"method": "dapo", "kl": 0.2, "temperature": HOT},
+        {"loss_type": "dapo", "epsilon_high": 0.28, "beta": 0.2},
     ),
 }
 
@@ -172,23 +171,26 @@ def trl_trainers(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     }  # fmt: skip
     data = Dataset.from_list([{"prompt": "games:"}] * 8)
     trainers = {}
-    for name, cls, config in (("grpo", GRPOTrainer, GRPOConfig), ("rloo", RLOOTrainer, RLOOConfig)):
+    kinds: Any = (
+        ("grpo", GRPOTrainer, GRPOConfig),
+        ("rloo", RLOOTrainer, RLOOConfig),
+        ("hot", GRPOTrainer, GRPOConfig),
+    )
+    for name, cls, config in kinds:
         trainers[name] = cls(
             model=str(tiny_base), reward_funcs=lambda completions, **_: [0.0] * len(completions),
-            args=config(**options), train_dataset=data,
+            args=config(**options, temperature=HOT if name == "hot" else 1.0), train_dataset=data,
         )  # fmt: skip
         trainers[name].current_gradient_accumulation_steps = 1
     return trainers
 
 
-def policy_of(run: Any) -> Any:
-    """Return a stock model with the run's adapter merged, and the base, both in fp32."""
+def load_policy(model: nn.Module, run: Any) -> None:
+    """Give a stock model the run's weights, with the adapter merged."""
     weights = f64.Stock(run).weights()
-    models = [AutoModelForCausalLM.from_pretrained(run.recipe.base.model, dtype=torch.float32) for _ in range(2)]
     with torch.no_grad():
-        for name, parameter in models[0].named_parameters():
+        for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
-    return [model.eval() for model in models]
 
 
 def trl_inputs(run: Any, base: Any, temperature: float) -> dict[str, Any]:
@@ -219,25 +221,27 @@ def trl_inputs(run: Any, base: Any, temperature: float) -> dict[str, Any]:
     return {**inputs, "old_logps": extra["old_per_token_logps"].sum(1)}
 
 
-def test_the_losses_of_trl(make_recipe: Callable[..., Recipe], trl_trainers: dict[str, Any]) -> None:
+def test_the_losses_of_trl(make_recipe: Callable[..., Recipe], trl_trainers: dict[str, Any], tiny_base: Path) -> None:
     """The bound: values of size 1 in fp32, summed in two orders by two implementations."""
     rloo: tuple[Any, Any] = ({"method": "rloo", "clip_low": 0.4, "clip_high": 0.6}, {})
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
     for name, (options, theirs) in {**TRL_CASES, "rloo": rloo}.items():
         run, engine = prepared(make_recipe, options)
         run.model.float()
-        policy, base = policy_of(run)
         run.dtype = torch.float32
         ours = f64.take(run, engine, SPLITS[0]).values["loss"]
-        trainer = trl_trainers["rloo" if name == "rloo" else "grpo"]
+        temperature = options.get("temperature", 1.0)
+        trainer = trl_trainers["rloo" if name == "rloo" else "grpo" if temperature == 1 else "hot"]
         given = {
-            "loss_type": "grpo", "beta": 0.0, "epsilon_low": 0.2, "epsilon_high": 0.2, "temperature": 1.0,
+            "loss_type": "grpo", "beta": 0.0, "epsilon_low": 0.2, "epsilon_high": 0.2,
             "importance_sampling_level": "token", **theirs,
         }  # fmt: skip
         if name == "rloo":
-            given = {"epsilon_low": 0.4, "epsilon_high": 0.6, "temperature": 1.0}
+            given = {"epsilon_low": 0.4, "epsilon_high": 0.6}
         for key, value in given.items():
             assert hasattr(trainer, key), key
             setattr(trainer, key, value)
-        loss = trainer._compute_loss(policy.train(), trl_inputs(run, base, given["temperature"]))
-        assert abs(float(loss) - float(ours)) < 1e-5, name
-        assert abs(float(loss)) > 1e-3, name
+        load_policy(trainer.model, run)
+        loss = trainer._compute_loss(trainer.model.train(), trl_inputs(run, base, temperature))
+        assert abs(loss.item() - ours.item()) < 1e-5, name
+        assert abs(loss.item()) > 1e-3, name

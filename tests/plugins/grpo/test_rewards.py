@@ -163,6 +163,36 @@ def test_an_installed_reward_that_fails_names_its_distribution(tmp_path: Path) -
         score(run, [("own", 1.0, reward)], [Sample([1], [2], [0.0], "a", "eos")], [{}], ["d.jsonl:9"])
 
 
+PACKAGE = """
+from budwood import Options, Reward
+class Keyword(Reward):
+    "1 if the answer contains the row's keyword."
+    api = 2
+    columns = ("keyword",)
+    class Options(Options):
+        factor: float = 1.0
+    def score(self, prompts, completions, rows):
+        return [self.options.factor * (row["keyword"] in text) for text, row in zip(completions, rows)]
+"""
+
+
+def test_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from budwood.cli.plugins import plugins
+
+    info = tmp_path / "theirs-1.0.dist-info"
+    info.mkdir()
+    (tmp_path / "theirs_rewards.py").write_text(PACKAGE)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[budwood.rewards]\nkeyword = theirs_rewards:Keyword\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = of("keyword", factor=2)
+    assert (reward.distribution, judge(reward, ("a game", "game"), ("a", "game"))) == ("theirs 1.0", [2, 0])
+    with pytest.raises(InputError, match=r"keyword\.factr: unknown key"):
+        of("keyword", factr=2)
+    plugins("keyword")
+    assert "1 if the answer contains the row's keyword." in capsys.readouterr().out
+
+
 # --- a held-out adapter
 
 

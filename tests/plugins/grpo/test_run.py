@@ -203,7 +203,7 @@ def test_a_plan_needs_no_samples(make_recipe: Make) -> None:
 
 
 def test_the_samples_of_prompts_with_completions_begin_after_the_prompt(make_recipe: Make) -> None:
-    rewards = [{"exact-match": {"column": "completion"}}, {"length": {"target": 3}}]
+    rewards = [{"exact-match": {"column": "completion"}}, {"length": {"target": 3}}, {"regex": {"pattern": "e"}}]
     run = tune(make_recipe({"rewards": rewards}, completions=True, train={"steps": 2}), quiet=True)
     records = samples(run)
     assert all(r["prompt"].endswith(":") for r in records)
