@@ -30,6 +30,8 @@ MICRO_TOKENS = 2048
 SHOWN = 400
 """Labelled rows for the supervised start."""
 STEPS = 60
+TESTS = 300
+"""Evaluation prompts that are answered."""
 
 
 def tune(recipe: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
@@ -78,7 +80,7 @@ def evidence(folder: Path, seed: int) -> dict[str, float]:
     tests = [{"prompt": row["prompt"], "answer": row["completion"].strip()} for row in tests]
     for name, part in (("prompts", prompts), ("tests", tests)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    train = {"micro_tokens": 2048, "precision": "fp32", "seed": seed, "eval_generate": len(tests)}
+    train = {"micro_tokens": 2048, "precision": "fp32", "seed": seed, "eval_generate": TESTS}
     sft = {
         "base": {"model": str(DEMO / "base"), "quantization": "none"},
         "data": {"train": str(folder / "shown.jsonl"), "eval": "none", "max_length": 128},

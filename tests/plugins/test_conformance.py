@@ -110,7 +110,10 @@ class TestSWA(StrategyConformance):
 
 class TestGRPO(StrategyConformance):
     strategy = GRPO
-    options = {"rewards": [{"regex": {"pattern": "e"}}], "samples": 3, "max_new_tokens": 4, "kl": 0.1, "iterations": 2}
+
+    @classmethod
+    def make_options(cls, files: Files) -> dict[str, Any]:
+        return {**FIRST_PARTY["grpo"](files), "kl": 0.1, "iterations": 2}
 
 
 def test_the_kit_lists_every_first_party_strategy() -> None:

@@ -41,7 +41,9 @@ FIRST_PARTY: dict[str, Callable[[Files], dict[str, Any]]] = {
     "adversarial": lambda files: {"method": "fgm", "epsilon": 0.5},
     "distillation": lambda files: {"teacher": str(files.teacher), "weight": 0.4},
     "ema": lambda files: {"decay": 0.9},
-    "grpo": lambda files: {"rewards": [{"regex": {"pattern": "e"}}], "samples": 2, "max_new_tokens": 2},
+    "grpo": lambda files: {
+        "rewards": [{"length": {"target": 9, "unit": "characters"}}], "samples": 3, "max_new_tokens": 4,
+    },
     "swa": lambda files: {"start": 2},
 }  # fmt: skip
 """Strategies included in Budwood, with options for a run of three steps."""
