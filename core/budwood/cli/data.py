@@ -29,6 +29,7 @@ def data(
     from budwood.data.build import build_examples
     from budwood.data.display import make_report, show_report
     from budwood.data.packing import plan_epoch
+    from budwood.data.sources import locate
     from budwood.data.unused import columns_read
     from budwood.data.use import check_use
     from budwood.model.checkpoint import one_revision
@@ -47,14 +48,14 @@ def data(
     strategies = build_composition(loaded).strategies if base is None else []
     options = {"tokenizer": tokenizer, "task": task, "read": columns_read(strategies), **encoding_options(loaded)}
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with encoding(loaded.data.train, console) as progress:
-        train_data = build_examples(loaded.data.train, **options, progress=progress)
+    found = locate(loaded.data.train)
+    with encoding(found, console) as progress:
+        train_data = build_examples(found, **options, progress=progress)
     eval_data = None
     if loaded.data.evaluated is not None:
-        with encoding(loaded.data.evaluated, console) as progress:
-            eval_data = build_examples(
-                loaded.data.evaluated, **options, labels=train_data.labels or None, progress=progress
-            )
+        found = locate(loaded.data.evaluated)
+        with encoding(found, console) as progress:
+            eval_data = build_examples(found, **options, labels=train_data.labels or None, progress=progress)
     for examples in (train_data, eval_data):
         if examples is not None:
             check_use(examples.path, examples, [task, *strategies], complete=base is None)

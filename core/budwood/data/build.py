@@ -22,7 +22,7 @@ from budwood.data.examples import Examples, measure
 from budwood.data.formats import GROUP, all_dropped
 from budwood.data.recognition import recognise_rows
 from budwood.data.rows import Rows
-from budwood.data.sources import Data, hash_data, read_rows
+from budwood.data.sources import Data, hash_data, locate, read_rows
 from budwood.data.spool import Arrays, Spool
 from budwood.data.stats import DataStats
 from budwood.data.unused import find_unused
@@ -74,7 +74,7 @@ def build_examples(
     """
     task = create(task, "budwood.tasks") if isinstance(task, str) else task
     encoder = Encoder(tokenizer, max_length, template_options, labels, loss_on, date, as_chat)
-    bad = BadRows(skip_bad_rows)
+    bad, data = BadRows(skip_bad_rows), locate(data)
     if change is not None:
         spool = Spool(Path(tempfile.gettempdir()))
         rows = read_rows(data, bad)

@@ -13,6 +13,7 @@ from budwood.contract.loading import create
 from budwood.data.chat_formats import UNSUPPORTED, Unsupported
 from budwood.data.formats import GROUP, DataFormat, Dropped, PlainText, all_dropped
 from budwood.data.mixed import Mixed
+from budwood.data.prompts import PROMPTS
 from budwood.data.renames import suggest
 from budwood.data.sources import Data, JoinedRows, read_rows
 from budwood.data.unused import check_unused, find_unused
@@ -86,7 +87,10 @@ def recognise(columns: Sequence[str], task: str, where: str) -> DataFormat:
     matches = [f for f in matches if not any(set(f.columns) < set(other.columns) for other in matches)]
     matches = [f for f in matches if task in f.tasks or isinstance(f, Unsupported)] or matches
     if len(matches) > 1:
+        matches = [f for f in matches if f.holds != PROMPTS]  # a prompt beside an answer is part of it
+    if len(matches) > 1:
         matches = [f for f in matches if not isinstance(f, PlainText)]
+        matches = [f for f in matches if f.holds] or matches  # UltraFeedback's `messages` repeats `chosen`
     if all(isinstance(f, Unsupported) for f in matches):
         matches = matches[:1]
     here = ", ".join(f"'{name}'" for name in columns) or "none"
@@ -103,6 +107,8 @@ def recognise(columns: Sequence[str], task: str, where: str) -> DataFormat:
     if isinstance(data_format, Unsupported):
         raise InputError(f"{where}: columns {_spell(data_format)} are {data_format.reason}")
     if task in data_format.tasks:
+        if data_format.holds == PROMPTS and (remedy := suggest(columns)):
+            data_format.instead = remedy.strip()  # type: ignore[misc]  # its answers have another name
         return data_format
     remedy = f"Set base.task: {data_format.tasks[0]}"
     narrower = [f for f in formats if task in f.tasks and set(f.columns) < set(data_format.columns)]

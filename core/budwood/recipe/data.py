@@ -6,12 +6,15 @@ from typing import Any
 
 from budwood.data.chat_formats import PromptCompletion
 from budwood.data.examples import Examples
+from budwood.data.preference import JudgedAnswer, Preference, SharedPrompt
 from budwood.data.prompts import Prompts
 from budwood.errors import InputError, unreadable
 from budwood.model.checks import load_tokenizer, skeleton
 from budwood.model.embeddings import resize, vocabulary_of
 from budwood.recipe.schema import Recipe
 
+PROMPTS = (PromptCompletion.name, Prompts.name, Preference.name, SharedPrompt.name, JudgedAnswer.name)
+"""Formats of prompts and answers, which may be texts."""
 LARGEST = 1 << 20
 """Maximum size of a chat template, in bytes."""
 
@@ -91,7 +94,7 @@ def chat_note(recipe: Recipe, examples: Examples, tokenizer: Any) -> str:
     Raises:
         InputError: `data.as_chat` is set, but the data holds no prompts to render.
     """
-    prompts = examples.format in (PromptCompletion.name, Prompts.name)
+    prompts = examples.format in PROMPTS
     if recipe.data.as_chat and not prompts:
         raise InputError(
             f"{recipe.where('data', 'as_chat')}: data.as_chat: renders prompts and their answers, but "

@@ -41,12 +41,11 @@ FIRST_PARTY: dict[str, Callable[[Files], dict[str, Any]]] = {
     "adversarial": lambda files: {"method": "fgm", "epsilon": 0.5},
     "distillation": lambda files: {"teacher": str(files.teacher), "weight": 0.4},
     "ema": lambda files: {"decay": 0.9},
-    "grpo": lambda files: {
-        "rewards": [{"length": {"target": 9, "unit": "characters"}}], "samples": 3, "max_new_tokens": 4,
-    },
     "swa": lambda files: {"start": 2},
 }  # fmt: skip
-"""Strategies included in Budwood, with options for a run of three steps."""
+"""Strategies included in Budwood that others are composed with, with options for a run of three steps.
+
+Objectives and regularisers only add terms; combinations.py in the tests covers them."""
 
 
 class PromiseBroken(AssertionError):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from budwood.data.files import total_size
 from budwood.data.recognition import check_rows
-from budwood.data.sources import data_files, label
+from budwood.data.sources import data_size, label, locate
 from budwood.data.unused import columns_read
 from budwood.data.use import check_use
 from budwood.model.checks import BaseInfo, check_base
@@ -30,7 +29,7 @@ def preflight(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> 
     strategies = build_composition(recipe).strategies
     check_code(recipe, strategies)
     for data in (recipe.data.train, recipe.data.evaluated) if recipe.data.on_bad_row == "refuse" else ():
-        if data is not None and total_size(data_files(data)) <= LARGE:
-            data_format = check_rows(data, recipe.base.task, columns_read(strategies))
+        if data is not None and data_size(found := locate(data)) <= LARGE:
+            data_format = check_rows(found, recipe.base.task, columns_read(strategies))
             check_use(label(data), data_format, strategies, complete=False)
     return check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code)

@@ -17,14 +17,14 @@ from budwood.training.label_scores import chunks
 from budwood.training.reference import as_reference
 
 
-def label_log_probs(
-    run: Run, examples: Sequence[Example], temperature: float = 1.0, reference: Literal["", "base", "start"] = ""
+def example_log_probs(
+    run: Run, examples: Sequence[Example], temperature: float = 1.0, reference: Literal["", "start", "base"] = ""
 ) -> list[np.ndarray]:
     """Return the log-probabilities of the labels of each example, [L] float32, in evaluation mode without gradients.
 
     Args:
         temperature: divides the logits.
-        reference: "": the current model; "base" or "start": see `Strategy.uses_reference`.
+        reference: "": the current model; "start" or "base": see `Strategy.uses_reference`.
 
     Raises:
         InputError: the task has no log-probabilities, or no strategy owns an adapter that could be disabled.
@@ -35,7 +35,7 @@ def label_log_probs(
     training = run.model.training
     run.model.eval()
     try:
-        with torch.no_grad(), as_reference(run, reference == "start") if reference else nullcontext():
+        with torch.no_grad(), as_reference(run, reference) if reference else nullcontext():
             for row in split_micro(range(len(examples)), lengths, run.micro_tokens, run.packed):
                 members = [examples[index] for index in row]
                 batch = collate_for(run, members, "eval").to(run.device)

@@ -70,12 +70,12 @@ class AdapterLogProb(Reward):
 
     def score_samples(self, run: Run, samples: Sequence[Sample], rows: Sequence[Mapping[str, Any]]) -> list[float]:
         """Run the base with the adapter over prompts and answers."""
-        from budwood import label_log_probs
+        from budwood import example_log_probs
 
         examples = [to_example(sample, str(number), 0) for number, sample in enumerate(samples)]
         use_adapters(self._owner, run.model, [self._name])
         try:
-            values = label_log_probs(run, examples)
+            values = example_log_probs(run, examples)
         finally:
             use_adapters(self._owner, run.model, [RUN_ADAPTER])
         return [float(np.mean(value) if self.options.mean else np.sum(value)) for value in values]

@@ -62,8 +62,8 @@ class GRPOOptions(Options):
     kl_in: Literal["loss", "reward", "token-reward"] | None = Field(
         None, description="where the KL counts: a loss term, the answer's reward, or the return of each token"
     )
-    reference: Literal["base", "start"] = Field(
-        "base", description="the base without the adapter, or the model at the start of the run"
+    reference: Literal["start", "base"] = Field(
+        "start", description="the model at the start of the run, or its base without any adapter"
     )
     zero_variance: Literal["keep", "drop"] | None = Field(
         None, description="prompts whose samples all have the same reward: their advantages are 0"
@@ -121,7 +121,7 @@ class GRPOOptions(Options):
             raise ValueError(f"minibatches: {self.minibatches} is more than samples ({self.samples}); lower it")
         if self.kl == 0 and self.kl_in is not None:
             raise ValueError("kl_in: needs a kl above 0; set kl, or remove it")
-        if self.kl == 0 and self.reference != "base":
+        if self.kl == 0 and self.reference != "start":
             raise ValueError("reference: needs a kl above 0; set kl, or remove it")
         if where == "token-reward" and self.value("ratio") != "token":
             raise ValueError("kl_in: token-reward gives each token its own advantage, which needs ratio: token")

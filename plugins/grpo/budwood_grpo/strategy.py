@@ -231,17 +231,17 @@ class GRPO(Strategy):
         self, run: Run, examples: Sequence[Example], samples: Sequence[Sample], totals: np.ndarray
     ) -> list[dict[str, np.ndarray]]:
         """Return the columns of each sample: advantages, old log-probabilities, importance weights."""
-        from budwood import label_log_probs
+        from budwood import example_log_probs
 
         o = self.options
         sampled = [np.array(sample.log_probs, dtype=np.float64) for sample in samples]
         old = sampled
         if o.importance_cap:
-            old = [values.astype(np.float64) for values in label_log_probs(run, examples, o.temperature)]
+            old = [values.astype(np.float64) for values in example_log_probs(run, examples, o.temperature)]
             self._compare(run, old, sampled)
         rewards, penalties = totals, None
         if o.kl > 0 and not self.in_loss:
-            reference = label_log_probs(run, examples, o.temperature, o.reference)
+            reference = example_log_probs(run, examples, o.temperature, o.reference)
             divergences = [o.kl * (a - b) for a, b in zip(old, reference, strict=True)]
             if o.value("kl_in") == "reward":
                 rewards = totals - np.reshape([float(values.sum()) for values in divergences], totals.shape)
@@ -344,7 +344,7 @@ class GRPO(Strategy):
         """Return the reference's log-probabilities [L] at the sampling temperature."""
         import torch
 
-        reference = step.reference(self.options.reference == "start")
+        reference = step.reference(self.options.reference)
         if self.options.temperature == 1:
             assert reference.log_probs is not None
             return reference.log_probs

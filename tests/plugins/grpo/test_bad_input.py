@@ -32,7 +32,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"method": "grop"}, r"grpo\.method: must be .*'grpo'"),
     ({"minibatches": 5}, r"minibatches: 5 is more than samples \(4\)"),
     ({"kl_in": "reward"}, r"kl_in: needs a kl above 0"),
-    ({"reference": "start"}, r"reference: needs a kl above 0"),
+    ({"reference": "base"}, r"reference: needs a kl above 0"),
     ({"kl": 1, "kl_in": "token-reward"}, r"token-reward needs scale: advantages or none, not group"),
     ({"method": "reinforce++", "ratio": "sequence"}, r"token-reward gives each token its own advantage"),
     ({"stop": [""]}, r"an empty text would end every answer"),

@@ -137,11 +137,11 @@ def test_a_divergence_in_the_reward(make_recipe: Make, method: str) -> None:
         prompts = [run.examples[i] for i in range(8)]
         answers = run.generate(prompts, max_new_tokens=6, samples=4)
         own = [sum(s.log_probs) for group in answers for s in group]
-        from budwood import label_log_probs
+        from budwood import example_log_probs
         from budwood_grpo.examples import to_example
 
         examples = [to_example(s, str(i), 0) for i, s in enumerate(s for group in answers for s in group)]
-        base = [float(values.sum()) for values in label_log_probs(run, examples, reference="base")]
+        base = [float(values.sum()) for values in example_log_probs(run, examples, reference="base")]
         sizes.append(float(np.mean(np.array(own) - base)))
     assert sizes[1] < 0.5 * sizes[0]
 
