@@ -215,7 +215,8 @@ class Examples(Sequence[Example]):
         """One line with the data format and the counts of examples, tokens, truncated and dropped rows."""
         stats = self.stats
         parts = [f"{stats.examples:,} examples", f"{stats.tokens:,} tokens"]
-        parts.append(f"{len(self.labels)} classes" if self.labels else f"{stats.supervised_share:.0%} with a loss")
+        if len(self.labels) or stats.supervised:
+            parts.append(f"{len(self.labels)} classes" if self.labels else f"{stats.supervised_share:.0%} with a loss")
         if stats.weights != [1.0, 1.0]:
             parts.append("weights {:g} to {:g}".format(*stats.weights))
         if stats.truncated:

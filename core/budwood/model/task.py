@@ -44,6 +44,8 @@ class Task(Plugin):
     """As `Strategy.trains_on`, for a task that reads data of a kind without an objective."""
     best_metric: ClassVar[str] = "eval_loss"
     """Metric that selects the best adapter."""
+    trains_on: ClassVar[tuple[str, ...]] = ()
+    """As `Strategy.trains_on`, for a task that reads data of a kind without an objective."""
     lower_is_better: ClassVar[bool] = True
     """Direction of `best_metric`."""
     gathers_predictions: ClassVar[bool] = False
@@ -265,8 +267,13 @@ class Task(Plugin):
         return self.measure(run)
 
     def measure(self, run: Run, noise: Callable[[Batch], Tensor | None] | None = None) -> dict[str, float]:
-        """Return the metrics of `evaluate`, with `noise(batch)` added to the output of `noise_module`."""
+        """Return the metrics of `evaluate`, with `noise(batch)` added to the output of `noise_module`.
+
+        Without labels, as of prompts that have no answers, there are none.
+        """
         totals = EvalTotals.of(self, run, noise)
+        if not totals.weight:
+            return {}
         means = {f"eval_{name}": value for name, value in totals.means.items()}
         return {**means, **self.metrics(run, totals)}
 
