@@ -92,6 +92,22 @@ OBJECTIVES: dict[str, Objective] = {
     "kto": Objective(
         {}, "judged", {"kto": 1.0}, examples=8, logged=("kto_kl", "kto_reward_desirable", "kto_reward_undesirable")
     ),
+    "grpo": Objective(
+        {"rewards": [{"length": {"target": 9, "unit": "characters"}}], "samples": 2, "max_new_tokens": 3},
+        "prompts",
+        {"grpo": 1.0},
+        examples=8,
+        logged=(
+            "grpo",
+            "grpo_clipped",
+            "grpo_mismatch",
+            "reward",
+            "reward_std",
+            "zero_variance",
+            "over_long",
+            "answer_tokens",
+        ),
+    ),
 }
 
 
