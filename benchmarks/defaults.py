@@ -2,7 +2,8 @@
 
 Each cell is a kind of data, a number of rows and a strategy, on the small base of the demo. One run names nothing and
 takes the defaults; a sweep trains at every learning rate of `RATES` with every length of `LENGTHS`, relative to the
-default's. All are evaluated on the same rows, which none of them trains on. The score is the accuracy, the share of
+default's, with its batches and evaluations. All are evaluated on the same rows, which none of them trains on, and keep
+the best adapter. The score is the accuracy, the share of
 exact answers, or (chat, long text) the likelihood of a token; the ratio is to that of the best run of the cell.
 
 Held to: at least 0.95 in nine cells of ten, never below 0.8. Results are written as runs finish, and a run that is
@@ -28,7 +29,7 @@ from benchmarks.evidence import DEMO, start_worker
 from benchmarks.train import machine, say
 
 JSON = Path(__file__).parent.parent / "docs" / "benchmarks" / "defaults.json"
-RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
+RATES = (1 / 3, 1.0, 3.0)
 """Learning rates, as multiples of the default's."""
 LENGTHS = (0.5, 1.0, 2.0)
 """Numbers of optimizer steps, as multiples of the default's."""
@@ -106,7 +107,7 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
     metrics = json.loads((output / "adapter" / "budwood.json").read_text(encoding="utf-8"))["metrics"]
     used = {
         name: getattr(run.recipe.train, name)
-        for name in ("learning_rate", "epochs", "batch_tokens", "batch_examples", "warmup")
+        for name in ("learning_rate", "epochs", "batch_examples", "eval_every", "warmup")
     }
     shutil.rmtree(output)
     return {
@@ -140,7 +141,7 @@ class Sweep:
         """Run the defaults of all cells, then the sweep around what they chose, until the time is over."""
         ends = time.monotonic() + seconds
         self._work([job(*cell, None, self.folder) for cell in cells], ends)
-        grid = list(itertools.product(RATES, LENGTHS))
+        grid = [point for point in itertools.product(RATES, LENGTHS) if point != (1.0, 1.0)]
         grid.sort(key=lambda point: sum(abs(math.log(factor)) for factor in point))
         for rate, length in grid:
             settings = [self._setting(cell, rate, length) for cell in cells]
@@ -153,7 +154,7 @@ class Sweep:
         used, steps = result["used"], max(1, round(result["steps"] * length))
         return {
             "learning_rate": float(f"{used['learning_rate'] * rate:.2g}"), "steps": steps,
-            "batch_examples": used["batch_examples"], "warmup": 0.1,
+            "batch_examples": used["batch_examples"], "eval_every": used["eval_every"], "warmup": 0.1,
         }  # fmt: skip
 
     def _work(self, jobs: list[dict[str, Any] | None], ends: float) -> None:

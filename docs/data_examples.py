@@ -174,6 +174,39 @@ FORMATS = [
         says=["columns ignored: category"],
     ),
     Shown(
+        "Preference pairs",
+        [{"prompt": "Capital of France?", "chosen": " Paris", "rejected": " Lyon"}],
+        ["<|bos|>Capital of France?⟦ Paris<|eos|>⟧", "<|bos|>Capital of France?⟦ Lyon<|eos|>⟧"],
+        note="Pairs need an objective such as `dpo`. A pair is a group of two examples, the chosen answer first. "
+        "Prompt and answers may be messages, and the answers may repeat the prompt. `weight` is the pair's. A pair "
+        "with a side beyond `data.max_length` is dropped and counted: nothing of a comparison is truncated.",
+    ),
+    Shown(
+        "Pairs of conversations",
+        [{"chosen": TALK, "rejected": [TALK[0], {"role": "assistant", "content": "Go away"}]}],
+        [HELLO, f"{USER}Hi<|im_end|>\n{CALL}⟦Go away<|im_end|>⟧"],
+        note="The messages with which both begin are the prompt. Texts, as in HH-RLHF, share a prompt up to a line "
+        "such as “Assistant:”.",
+    ),
+    Shown(
+        "OpenAI's preference files",
+        [
+            {
+                "input": {"messages": TALK[:1]},
+                "preferred_output": TALK[1:],
+                "non_preferred_output": [{"role": "assistant", "content": "Go away"}],
+            }
+        ],
+        [HELLO, f"{USER}Hi<|im_end|>\n{CALL}⟦Go away<|im_end|>⟧"],
+        note="`input` may also hold `tools`.",
+    ),
+    Shown(
+        "Judged answers",
+        [{"prompt": "Capital of France?", "completion": " Paris", "label": True}],
+        ["<|bos|>Capital of France?⟦ Paris<|eos|>⟧"],
+        note="The data of `kto`: `label` is true or false, or 1 or 0. Prompt and completion may be messages.",
+    ),
+    Shown(
         "Text and label",
         [{"text": "Fine weather", "label": "good"}, {"text": "It rains", "label": "bad"}],
         ["<|bos|>Fine weather → ⟦good⟧", "<|bos|>It rains → ⟦bad⟧"],
@@ -277,8 +310,9 @@ REFUSED = [
         [{"question": "2 + 2?", "answer": "4"}],
         "FILE: columns 'question', 'answer' match no data format. Rename 'question' to 'instruction' and 'answer' to "
         "'output', for a chat model; or 'question' to 'prompt' and 'answer' to 'completion', for plain text. Accepted: "
-        "instruction + output; conversation; instruction + response; messages; prompt + completion; conversations; "
-        "text; text + label.",
+        "instruction + output; conversation; instruction + response; prompt + completion + label; messages; prompt + "
+        "chosen + rejected; input + preferred_output + non_preferred_output; chosen + rejected; prompt + completion; "
+        "conversations; text; text + label.",
     ),
     Shown(
         "",
@@ -288,10 +322,8 @@ REFUSED = [
     ),
     Shown(
         "",
-        [{"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"}],
-        "FILE: columns prompt + chosen + rejected are preference pairs, and training on pairs needs an objective for "
-        "them, which is not installed. To train on the chosen answers alone, remove 'rejected' and rename 'chosen' to "
-        "'completion'.",
+        [{"prompt": "Hi", "chosen": "Hello", "rejected": "Hello"}],
+        "FILE:1: 'chosen' and 'rejected' are equal, so neither is preferred. Remove the row.",
     ),
     Shown(
         "",

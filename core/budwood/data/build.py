@@ -15,7 +15,7 @@ from budwood.contract.discovery import find, installed
 from budwood.contract.loading import create
 from budwood.data import cache
 from budwood.data.bad_rows import BadRows, count_reasons
-from budwood.data.chunk import BEYOND, Change, ChunkEncoder
+from budwood.data.chunk import BEYOND, TOO_LONG, Change, ChunkEncoder
 from budwood.data.classes import near_equal
 from budwood.data.encoder import Encoder
 from budwood.data.examples import Examples, measure
@@ -154,7 +154,7 @@ def _encode(
             progress(indices.stop, len(rows))
     skipped, first_skipped = count_reasons(bad.rows)
     if not groups:
-        remedy = " Raise data.max_length." if BEYOND in dropped else ""
+        remedy = " Raise data.max_length." if BEYOND in dropped or TOO_LONG in dropped else ""
         raise InputError(all_dropped(rows.path, {**dropped, **skipped}) + remedy)
     if not weighted:
         spool.drop("weights.values")
@@ -173,6 +173,8 @@ def _encode(
     facts = {
         "format": data_format.name,
         "columns": [*data_format.columns, *(name for name in data_format.optional if name in rows.columns)],
+        "holds": data_format.holds,
+        "instead": data_format.instead,
         "task": task.name,
         "max_length": max_length,
         "labels": classes,

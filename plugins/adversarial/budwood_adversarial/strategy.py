@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from budwood import InputError, Strategy, hookimpl
 from budwood_adversarial.gain import Gain
-from budwood_adversarial.options import AdversarialOptions
+from budwood_adversarial.options import AdversarialOptions, Scale
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,6 +31,7 @@ class Adversarial(Strategy):
         super().__init__(options, name, distribution)
         self.method: str = self.options.method
         self.gain = Gain(f"{self.name} ({self.method})")
+        self.scale = Scale(1.0, 1)
 
     @hookimpl
     def check_plan(self, plan: Plan) -> None:
@@ -43,6 +44,13 @@ class Adversarial(Strategy):
     def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
         if not has_embeddings(model):
             raise InputError(f"{self}: {no_embeddings(model)}")
+        if run.planning or self.method == "neftune":  # no values, or no need of them
+            return model
+        from budwood_adversarial.noise import measure
+
+        self.scale = measure(run.task.noise_module(model))
+        if self.options.epsilon is None:
+            run.say(f"{self.gain.label}: epsilon {self.value('epsilon'):.2g}; {describe_scale(self.scale)}")
         return model
 
     @hookimpl(wrapper=True)
@@ -54,7 +62,7 @@ class Adversarial(Strategy):
         elif self.method == "neftune":
             mask = self.mask(step.run, step.batch)
             uniform = mask.draw(step.zero_noise(), lambda i, like: self._uniform(step, i, like))
-            step.noise = self.options.value("alpha") * mask.per_root(uniform)
+            step.noise = self.value("alpha") * mask.per_root(uniform)
             yield
         else:
             self.gain.begin(step)
@@ -78,7 +86,7 @@ class Adversarial(Strategy):
             return None
         values = self._divergence()(logits, step.logits(noisy, positions))
         self.gain.add((values.detach() * step.batch.weights[positions]).sum() / step.run.counts["label"])
-        return LossTerm(self.method, values, weight=self.options.value("weight"))
+        return LossTerm(self.method, values, weight=self.value("weight"))
 
     @hookimpl
     def before_clip(self, run: Run) -> None:
@@ -97,6 +105,10 @@ class Adversarial(Strategy):
     def load_state_dict(self, run: Run, state: dict[str, Any]) -> None:
         self.gain.load(state)
 
+    def value(self, name: str) -> Any:
+        """Return an option's value, in absolute units."""
+        return self.options.value(name, self.scale)
+
     def mask(self, run: Run, batch: Batch) -> PerturbationMask:
         """Return the positions of a batch that may carry noise."""
         from budwood_adversarial.noise import PerturbationMask
@@ -107,7 +119,7 @@ class Adversarial(Strategy):
         """FGM and PGD: clean_weight · L(x) + weight · L(x + δ), δ from `steps` ascent steps starting at 0."""
         from budwood_adversarial.noise import ascend
 
-        value = self.options.value
+        value = self.value
         epsilon, norm, clean = value("epsilon"), value("norm"), value("clean_weight")
         steps, size = (1, epsilon) if self.method == "fgm" else (value("steps"), value("step_size"))
         mask, zeros = self.mask(step.run, step.batch), step.zero_noise()
@@ -130,7 +142,7 @@ class Adversarial(Strategy):
 
     def _free(self, step: Step) -> Iterator[None]:
         """FreeLB (Zhu et al., 2020, algorithm 1): each ascent pass also contributes 1/K of the parameters' gradient."""
-        value = self.options.value
+        value = self.value
         epsilon, norm, steps, size = value("epsilon"), value("norm"), value("steps"), value("step_size")
         mask = self.mask(step.run, step.batch)
         uniform = mask.draw(step.zero_noise(), lambda i, like: self._uniform(step, i, like))
@@ -151,7 +163,7 @@ class Adversarial(Strategy):
         """SMART and VAT: maximise the divergence from the clean outputs, and run the model with the resulting noise."""
         import torch
 
-        value, mask, zeros = self.options.value, self.mask(step.run, step.batch), step.zero_noise()
+        value, mask, zeros = self.value, self.mask(step.run, step.batch), step.zero_noise()
         normal = mask.draw(zeros, lambda i, like: step.generator(self, i).normal_like(like))
         divergence = self._divergence()
 
@@ -192,6 +204,11 @@ def has_embeddings(model: nn.Module) -> bool:
     except (AttributeError, NotImplementedError):
         return False
     return weight is not None and weight.ndim == 2
+
+
+def describe_scale(scale: Scale) -> str:
+    """Return a phrase that says what relative sizes refer to."""
+    return f"the base's embeddings have a median norm of {scale.norm:.2g}"
 
 
 def no_embeddings(model: nn.Module) -> str:

@@ -26,7 +26,7 @@ from budwood.training.loop import tune
         ("pgd:epsilon=.nan", "--attack pgd:epsilon=.nan: epsilon: must be a finite number (got nan)."),
         ("pgd:steps=0", "--attack pgd:steps=0: steps: must be greater than or equal to 1 (got 0)."),
         ("pgd:step=3", "--attack pgd:step=3: step: unknown key. Did you mean 'steps'?"),
-        ("pgd:epsilon", "--attack pgd:epsilon: write NAME:KEY=VALUE,…, for instance pgd:epsilon=1.0."),
+        ("pgd:epsilon", "--attack pgd:epsilon: write NAME:KEY=VALUE,…, for instance pgd:steps=10."),
         ("pgd:steps=1,steps=2", "--attack pgd:steps=1,steps=2: steps is given twice."),
         ("typos:rate=2", "--attack typos:rate=2: rate: must be less than or equal to 1 (got 2)."),
     ],

@@ -83,12 +83,17 @@ def normed(gradient: Tensor, norm: str) -> Tensor:
     return gradient / size if size > 0 else gradient
 
 
-def naive(reference: Reference, options: Any, mask: Callable[[Example], Tensor]) -> tuple[dict[int, Tensor], Tensor]:
+def median_norm(reference: Reference) -> float:
+    """Return the median norm of an embedding, in float64."""
+    return float(reference.model.get_input_embeddings().weight.detach().norm(dim=1).median())
+
+
+def naive(reference: Reference, strategy: Any, mask: Callable[[Example], Tensor]) -> tuple[dict[int, Tensor], Tensor]:
     """Return the final noise by example id, and the loss whose gradient the method accumulates, summed over labels.
 
     `mask(example)` [T, 1] is 1 at positions that may carry noise.
     """
-    r, value, method = reference, options.value, options.method
+    r, value, method = reference, strategy.value, strategy.options.method
     noises: dict[int, Tensor] = {}
     total = torch.zeros((), dtype=torch.float64)
     for example in r.run.examples:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.processes import run_in_two_processes
 from torch import nn
 
 from budwood import Event, Options, PluginError, Strategy, hookimpl
@@ -22,7 +20,8 @@ from budwood.errors import InputError
 from budwood.model.text_tasks import CausalLM
 from budwood.training.loop import tune
 from budwood_adversarial import Adversarial
-from budwood_adversarial.options import DEFAULTS, AdversarialOptions
+from budwood_adversarial.noise import measure
+from budwood_adversarial.options import DEFAULTS, AdversarialOptions, Scale
 
 from .conftest import Ready
 
@@ -52,6 +51,9 @@ def name(options: dict[str, Any]) -> str:
             "steps is not an option of fgm (options: epsilon, norm, weight, clean_weight)",
         ),
         ({"method": "neftune", "epsilon": 1.0}, "epsilon is not an option of neftune (options: alpha); remove it."),
+        ({"epsilon": 0.1, "relative_epsilon": 0.1}, "epsilon and relative_epsilon are the same size in two units;"),
+        ({"method": "neftune", "relative_epsilon": 0.1}, "relative_epsilon is not an option of neftune"),
+        ({"relative_epsilon": 0}, "adversarial.relative_epsilon: must be greater than 0 (got 0)."),
         ({"method": "vat", "norm": "linf"}, "norm is not an option of vat"),
         ({"method": "freelb", "clean_weight": 1.0}, "clean_weight is not an option of freelb"),
         ({"method": "fmg"}, "adversarial.method: "),
@@ -72,7 +74,39 @@ def test_written_options_are_read_again(method: str) -> None:
     again = AdversarialOptions.model_validate(options.model_dump(mode="json"))
     assert again == options
     for option in DEFAULTS[method]:
-        assert again.value(option)
+        assert again.value(option, Scale(1.0, 16))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"method": "fgm"}, {"epsilon": 0.2}),
+        ({"method": "fgm", "norm": "linf"}, {"epsilon": 0.02 * 2 / 4}),
+        ({"method": "pgd", "steps": 5}, {"epsilon": 0.2, "step_size": 0.1}),
+        ({"method": "freelb", "relative_epsilon": 0.3, "steps": 2}, {"epsilon": 0.6, "step_size": 0.75}),
+        ({"method": "smart"}, {"epsilon": 0.01, "sigma": 0.01, "step_size": 1.0}),
+        ({"method": "vat"}, {"epsilon": 0.2, "xi": 0.2}),
+        ({"method": "vat", "epsilon": 5.0, "xi": 0.3}, {"epsilon": 5.0, "xi": 0.3}),
+    ],
+)
+def test_sizes_are_relative_to_the_embeddings_unless_given(options: dict[str, Any], expected: dict[str, float]) -> None:
+    scale = Scale(norm=2.0, width=16)
+    built = AdversarialOptions(**options)
+    assert {name: built.value(name, scale) for name in expected} == pytest.approx(expected)
+
+
+def test_the_scale_is_that_of_what_the_embeddings_return() -> None:
+    class Scaled(nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids) * 3
+
+    table = Scaled(20_001, 4)
+    with torch.no_grad():
+        table.weight[7] = 1000.0
+    scale = measure(table)
+    assert scale.width == 4
+    assert scale.norm == pytest.approx(float(3 * table.weight.detach().norm(dim=1).median()), rel=1e-6)
+    assert not scale.norm > 10, "the median ignores outliers"
 
 
 def test_models_without_embeddings_are_refused_before_the_base_loads() -> None:
@@ -158,17 +192,12 @@ def test_two_processes_equal_one(make_recipe: Callable, tmp_path: Path) -> None:
     one = tune(make_recipe(options, "one", train=train), quiet=True)
     path = tmp_path / "two.yaml"
     path.write_text(make_recipe(options, "two", train=train).to_yaml(), encoding="utf-8")
-    script = tmp_path / "worker.py"
-    script.write_text(
-        "import torch\ntorch.set_num_threads(1)\n"
+    run_in_two_processes(
+        "import torch\n"
         "from budwood.training.loop import tune\n"
         f"assert tune({str(path)!r}, quiet=True).processes == 2\n",
-        encoding="utf-8",
+        tmp_path,
     )
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)],
-        check=True, capture_output=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
     two = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     for term in ("loss", "adversarial_gain", "gradient_norm"):
         assert two[-1][term] == pytest.approx(one.metrics[term], rel=1e-3)
@@ -260,6 +289,13 @@ def noise_of(step: Any, epsilon: float) -> torch.Tensor:
         part = gradient.flatten(0, 1)[positions]
         noise[positions] = epsilon * part / part.norm()
     return noise.view_as(gradient)
+
+
+def test_a_run_says_the_size_that_follows_from_the_base(make_recipe: Callable, capsys: Any) -> None:
+    run = tune(make_recipe({"method": "fgm"}, train={"steps": 1}))
+    norm = float(run.model.get_input_embeddings().weight.detach().norm(dim=1).median())
+    said = f"adversarial (fgm): epsilon {0.1 * norm:.2g}; the base's embeddings have a median norm of {norm:.2g}"
+    assert said in capsys.readouterr().err
 
 
 def test_it_runs_with_dropout(make_recipe: Callable) -> None:

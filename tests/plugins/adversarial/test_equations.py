@@ -13,7 +13,7 @@ from torch import Tensor
 from budwood.contract.examples import Example
 
 from .conftest import Ready
-from .reference import Reference, naive
+from .reference import Reference, median_norm, naive
 
 METHODS: list[dict[str, Any]] = [
     {"method": "fgm", "epsilon": 0.7},
@@ -69,7 +69,9 @@ def compare(recipe: Any, noises: list[Any], scaling: float = 2.0) -> None:
         return allowed
 
     reference = Reference(ready.run, scaling)
-    expected, total = naive(reference, options, mask)
+    if options.method != "neftune":
+        assert strategy.scale.norm == pytest.approx(median_norm(reference), rel=1e-6)
+    expected, total = naive(reference, strategy, mask)
     actual = by_example(ready, last)
     assert actual.keys() == expected.keys()
     for example, noise in expected.items():
