@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 PACKAGES := core plugins examples
 SECONDS := 300
 
-.PHONY: help demo test numerics gpu faults lint bench docs audit fuzz
+.PHONY: help demo test combinations numerics gpu faults lint bench docs audit fuzz
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -19,6 +19,9 @@ demo: .venv/installed ## Fine-tune the tiny 4-bit base that ships with Budwood, 
 
 test: .venv/installed ## Run the tests
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+combinations: .venv/installed ## Train every combination of objective, adapter, adversary, teacher and quantisation
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.plugins.combinations
 
 # Files whose bounds come from arithmetic; both settings choose other kernels in torch, oneDNN and MKL.
 NUMERICAL := tests/core/model tests/core/adapters/test_pool.py tests/core/adapters/test_verify.py \
@@ -58,11 +61,10 @@ audit: .venv/installed-audit ## Look the pinned versions up in a database of kno
 fuzz: .venv/installed-fuzz ## Fuzz the parsers, guided by coverage, for SECONDS (300) in all
 	@$(BIN)/python -m tests.hostile.fuzz --seconds $(SECONDS)
 
-docs: .venv/installed ## Write the generated pages: docs/recipe.md, hooks.md, data.md, combinations.md
+docs: .venv/installed ## Write the generated pages: docs/recipe.md, hooks.md, data.md
 	@$(BIN)/python docs/make_recipe_page.py > docs/recipe.md
 	@$(BIN)/python docs/make_hooks_page.py > docs/hooks.md
 	@$(BIN)/python docs/make_data_page.py > docs/data.md
-	@$(BIN)/python -m tests.plugins.combinations
 
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3" >&2; exit 1; }

@@ -138,7 +138,8 @@ FORMATS = [
         ],
         says=["1 conversations with 'tool_call_id' in tool messages, which the chat template leaves out"],
         note="Calls have a loss, results do not. A message with weight 0 is context. The legacy `functions` and "
-        "`function_call` are read as tools and calls.",
+        "`function_call` are read as tools and calls. A list `tools` in the system message is read as the column; a "
+        "template that reads tools there gets them there.",
     ),
     Shown(
         "Reasoning",
@@ -171,6 +172,39 @@ FORMATS = [
         [{"instruction": "Who won?", "context": "A beat B.", "response": "A", "category": "qa"}],
         [f"{USER}Who won?\n\nA beat B.<|im_end|>\n{CALL}⟦A<|im_end|>⟧"],
         says=["columns ignored: category"],
+    ),
+    Shown(
+        "Preference pairs",
+        [{"prompt": "Capital of France?", "chosen": " Paris", "rejected": " Lyon"}],
+        ["<|bos|>Capital of France?⟦ Paris<|eos|>⟧", "<|bos|>Capital of France?⟦ Lyon<|eos|>⟧"],
+        note="Pairs need an objective such as `dpo`. A pair is a group of two examples, the chosen answer first. "
+        "Prompt and answers may be messages, and the answers may repeat the prompt. `weight` is the pair's. A pair "
+        "with a side beyond `data.max_length` is dropped and counted: nothing of a comparison is truncated.",
+    ),
+    Shown(
+        "Pairs of conversations",
+        [{"chosen": TALK, "rejected": [TALK[0], {"role": "assistant", "content": "Go away"}]}],
+        [HELLO, f"{USER}Hi<|im_end|>\n{CALL}⟦Go away<|im_end|>⟧"],
+        note="The messages with which both begin are the prompt. Texts, as in HH-RLHF, share a prompt up to a line "
+        "such as “Assistant:”.",
+    ),
+    Shown(
+        "OpenAI's preference files",
+        [
+            {
+                "input": {"messages": TALK[:1]},
+                "preferred_output": TALK[1:],
+                "non_preferred_output": [{"role": "assistant", "content": "Go away"}],
+            }
+        ],
+        [HELLO, f"{USER}Hi<|im_end|>\n{CALL}⟦Go away<|im_end|>⟧"],
+        note="`input` may also hold `tools`.",
+    ),
+    Shown(
+        "Judged answers",
+        [{"prompt": "Capital of France?", "completion": " Paris", "label": True}],
+        ["<|bos|>Capital of France?⟦ Paris<|eos|>⟧"],
+        note="The data of `kto`: `label` is true or false, or 1 or 0. Prompt and completion may be messages.",
     ),
     Shown(
         "Text and label",
@@ -276,8 +310,9 @@ REFUSED = [
         [{"question": "2 + 2?", "answer": "4"}],
         "FILE: columns 'question', 'answer' match no data format. Rename 'question' to 'instruction' and 'answer' to "
         "'output', for a chat model; or 'question' to 'prompt' and 'answer' to 'completion', for plain text. Accepted: "
-        "instruction + output; conversation; instruction + response; messages; prompt + completion; conversations; "
-        "text; text + label.",
+        "instruction + output; conversation; instruction + response; prompt + completion + label; messages; prompt + "
+        "chosen + rejected; input + preferred_output + non_preferred_output; chosen + rejected; prompt + completion; "
+        "conversations; text; text + label.",
     ),
     Shown(
         "",
@@ -287,10 +322,8 @@ REFUSED = [
     ),
     Shown(
         "",
-        [{"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"}],
-        "FILE: columns prompt + chosen + rejected are preference pairs, and training on pairs needs an objective for "
-        "them, which is not installed. To train on the chosen answers alone, remove 'rejected' and rename 'chosen' to "
-        "'completion'.",
+        [{"prompt": "Hi", "chosen": "Hello", "rejected": "Hello"}],
+        "FILE:1: 'chosen' and 'rejected' are equal, so neither is preferred. Remove the row.",
     ),
     Shown(
         "",

@@ -58,14 +58,16 @@ def page() -> str:
     schema = Recipe.model_json_schema()
     lines = [HEAD]
     for name, field in schema["properties"].items():
+        if name in ("adapter", "output"):
+            text = field["description"]
+            lines += [f"## {name}", "", f"{text[0].upper()}{text[1:]}.", ""]
         if "$ref" not in field:
             continue
         section = schema["$defs"][field["$ref"].rpartition("/")[2]]
         lines += [f"## {name}", "", section["description"], "", *table(describe_fields(section)), ""]
         if name == "data":
             lines += [*strategies(), ""]
-    lines += ["## output", "", schema["properties"]["output"]["description"].capitalize() + "."]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def strategies() -> list[str]:

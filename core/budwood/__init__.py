@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from budwood.contract.attack import Attack as Attack
     from budwood.contract.calls import ask_owner as ask_owner
     from budwood.contract.discovery import PluginError as PluginError
+    from budwood.contract.examples import DESIRABLE as DESIRABLE
     from budwood.contract.examples import Batch as Batch
     from budwood.contract.examples import Column as Column
     from budwood.contract.examples import Example as Example
@@ -48,7 +49,7 @@ _EXPORTS = {
     "Attack": "budwood.contract.attack",
     "ask_owner": "budwood.contract.calls",
     **dict.fromkeys(("RUN_ADAPTER", "Options", "Strategy", "hookimpl"), "budwood.contract.strategy"),
-    **dict.fromkeys(("Batch", "Column", "Example"), "budwood.contract.examples"),
+    **dict.fromkeys(("DESIRABLE", "Batch", "Column", "Example"), "budwood.contract.examples"),
     "Sample": "budwood.contract.samples",
     **dict.fromkeys(
         (
@@ -90,10 +91,12 @@ _EXPORTS = {
     "read_adapter": "budwood.adapters.store",
     **dict.fromkeys(("check_base", "fingerprint", "load_base", "load_tokenizer", "skeleton"), "budwood.model.base"),
     **dict.fromkeys(("Quantizer", "linear_shape"), "budwood.model.quantizers"),
-    **dict.fromkeys(("autocast", "batches_of"), "budwood.model.evaluation"),
+    **dict.fromkeys(("autocast", "batches_of", "over_eval_batches"), "budwood.model.evaluation"),
     **dict.fromkeys(("complete_directory", "complete_file"), "budwood.untrusted.files"),
     "load_frozen": "budwood.training.frozen",
-    "adapter_off": "budwood.training.reference",
+    **dict.fromkeys(
+        ("adapter_off", "label_log_probs", "read_reference", "reference_log_probs"), "budwood.training.reference"
+    ),
 }
 
 __all__ = ["__version__", *_EXPORTS]

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from budwood.adapters.peft_config import TASK_TYPES as TASK_TYPES
     from budwood.adapters.peft_config import SavedLowRankConfig as SavedLowRankConfig
+    from budwood.adapters.peft_config import check_continued as check_continued
+    from budwood.adapters.peft_config import continued_selection as continued_selection
     from budwood.adapters.peft_config import parse_saved_config as parse_saved_config
     from budwood.adapters.peft_config import saved_pattern as saved_pattern
     from budwood.adapters.peft_config import saved_targets as saved_targets
@@ -43,6 +45,8 @@ _EXPORTS = {
         (
             "TASK_TYPES",
             "SavedLowRankConfig",
+            "check_continued",
+            "continued_selection",
             "parse_saved_config",
             "saved_pattern",
             "saved_targets",

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.processes import run_in_two_processes
 
 from budwood.errors import ResourceError
 from budwood.model.text_tasks import CausalLM
@@ -189,20 +187,15 @@ def test_two_processes_restart_the_step_together(make_recipe: Make, faults: Any,
     one = tune(make_recipe("one", strategies=strategies, train=TRAIN), quiet=True)
     exhaust = {"exhaust": {"where": "backward", "step": 2, "tokens": 100, "rank": 1}}
     recipe = make_recipe("two", strategies=[*strategies, exhaust], train={**TRAIN, "micro_tokens": 128})
-    path, script = tmp_path / "two.yaml", tmp_path / "worker.py"
+    path = tmp_path / "two.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8")
-    script.write_text(
+    run_in_two_processes(
         f"import sys, torch\ntorch.set_num_threads(1)\nsys.path.insert(0, {str(STRATEGIES)!r})\n"
         "from budwood.training.loop import tune\n"
         f"run = tune({str(path)!r}, quiet=True)\n"
         "assert run.processes == 2 and run.micro_tokens < 128\n",
-        encoding="utf-8",
+        tmp_path,
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)],
-        check=False, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     assert distance(one.directory, tmp_path / "two") < 1e-5
 
 
@@ -210,10 +203,10 @@ def test_two_processes_redistribute_an_evaluation_if_one_runs_out_of_memory(make
     """Otherwise the two would distribute the examples differently, evaluating some twice and others never."""
     train = {**TRAIN, "steps": 1, "micro_tokens": 128}
     one = tune(make_recipe("one", evaluate=True, train=train), quiet=True)
-    path, script = tmp_path / "two.yaml", tmp_path / "worker.py"
+    path = tmp_path / "two.yaml"
     path.write_text(make_recipe("two", evaluate=True, train=train).to_yaml(), encoding="utf-8")
-    script.write_text(
-        "import atexit, os, torch\ntorch.set_num_threads(1)\n"
+    run_in_two_processes(
+        "import atexit, os, torch\n"
         "atexit.register(lambda: torch.distributed.is_initialized() and os._exit(9))  # runs last\n"
         "from budwood.model import evaluation\nfrom budwood.training.loop import tune\n"
         "attempt = evaluation._attempt\n"
@@ -228,13 +221,8 @@ def test_two_processes_redistribute_an_evaluation_if_one_runs_out_of_memory(make
         "sizes = [None, None]\n"
         "torch.distributed.all_gather_object(sizes, run.eval_tokens)\n"
         "assert sizes[0] == sizes[1] < 100, sizes\n",
-        encoding="utf-8",
+        tmp_path,
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)],
-        check=False, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
 
 
 def test_a_resume_keeps_the_smaller_micro_batches(

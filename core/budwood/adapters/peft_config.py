@@ -182,6 +182,48 @@ def saved_targets(model: nn.Module, saved: SavedLowRankConfig) -> list[str]:
     return names
 
 
+def check_continued(
+    model: nn.Module, saved: SavedLowRankConfig, tensors: Collection[str], targets: Sequence[str], whole: Sequence[str]
+) -> None:
+    """Check that a run adapts and trains whole exactly the modules of the adapter that it continues.
+
+    Args:
+        tensors: the keys of the adapter's file.
+        targets: full names of the modules that the recipe's options adapt.
+        whole: full names of those that they train whole.
+
+    Raises:
+        InputError: the first module that only one of the two has.
+    """
+    for option, ours, theirs in (
+        ("targets and layers", targets, saved_targets(model, saved)),
+        ("modules_to_save", whole, saved_whole_modules(model, saved, tensors)),
+    ):
+        for name in sorted(set(ours) ^ set(theirs)):
+            verb = "select" if name in ours else "leave out"
+            other = "does not have" if name in ours else "has"
+            raise InputError(
+                f"{option} {verb} '{name}', which the adapter that the run continues {other}: leave them out."
+            )
+
+
+def continued_selection(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved adapter's modules as the options `targets`, `layers` and `modules_to_save`.
+
+    Raises:
+        InputError: the options cannot express them.
+    """
+    for key in ("exclude_modules", "layers_pattern"):
+        if config.get(key):
+            raise InputError(f"adapter_config.json: '{key}' cannot be continued: {MERGE}.")
+    layers = config.get("layers_to_transform")
+    return {
+        "targets": config.get("target_modules"),
+        "layers": [layers] if isinstance(layers, int) else layers or None,
+        "modules_to_save": config.get("modules_to_save") or [],
+    }
+
+
 def _is_target(name: str, saved: SavedLowRankConfig) -> bool:
     out, targets, layers = saved.exclude_modules or [], saved.target_modules, saved.layers_to_transform
     if matches(out, name) if isinstance(out, str) else any(ends_with(name, end) for end in out):

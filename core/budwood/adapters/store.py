@@ -11,13 +11,21 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from budwood import __version__
-from budwood.adapters.manifest import FORMAT, BaseRecord, ChatRecord, EvaluationRecord, Manifest
+from budwood.adapters.manifest import (
+    FORMAT,
+    BaseRecord,
+    ChatRecord,
+    EvaluationRecord,
+    Manifest,
+    ParentRecord,
+)
 from budwood.contract.discovery import installed
 from budwood.contract.loading import adapter_owner
 from budwood.errors import CorruptError, InputError, ResourceError
@@ -70,6 +78,13 @@ class SavedAdapter:
         """Total elements of all tensors."""
         return sum(math.prod(info.shape) for info in self.infos.values())
 
+    @cached_property
+    def hashes(self) -> ParentRecord:
+        """The hashes that identify it, by its budwood.json or, without one, by its files."""
+        files = self.manifest.files if self.manifest is not None else {}
+        weights, config = (files.get(name) or sha256(self.directory / name) for name in (WEIGHTS, CONFIG))
+        return ParentRecord(weights=weights, config=config)
+
     def load_tensors(self) -> dict[str, Tensor]:
         """Read all tensors, on the CPU in their stored dtype.
 
@@ -109,6 +124,7 @@ def write_adapter(
     stop_ids: Sequence[int] = (),
     chat: ChatRecord | None = None,
     on_messages: bool | None = None,
+    parent: ParentRecord | None = None,
     probes: Sequence[Example] = (),
     base_logits: Sequence[Tensor] = (),
     adapter_logits: Sequence[Tensor] = (),
@@ -131,6 +147,7 @@ def write_adapter(
         stop_ids: tokens that end an answer in addition to the end-of-sequence token.
         chat: how messages are rendered; None: as the base's chat template says.
         on_messages: whether it was trained on messages.
+        parent: the adapter that its run continued.
         probes: inputs for the golden logits; without any, `verify` has nothing to replay.
         base_logits: logits of the base alone at each probe, [vocabulary or classes] fp32.
         adapter_logits: logits with the adapter, same shapes.
@@ -170,6 +187,7 @@ def write_adapter(
             stop_ids=list(stop_ids),
             chat=chat,
             on_messages=on_messages,
+            parent=parent,
             golden=current_setting(base) if golden else None,
             files=files,
             created_by=f"budwood {__version__}",

@@ -65,6 +65,7 @@ def _lines(saved: SavedAdapter) -> list[tuple[str, str]]:
         ("base", f"{base.name} ({base.fingerprint[:12]}), {base.quantization}, {base.dtype}"),
         ("task", manifest.task + (f": {', '.join(manifest.labels)}" if manifest.labels else "")),
         ("size", size),
+        *([("continues", f"the adapter {manifest.parent.weights[:12]}")] if manifest.parent else []),
         ("strategies", ", ".join(str(strategy.get("name")) for strategy in manifest.strategies)),
     ]
     metrics = [f"{name} {value:.4g}" for name, value in manifest.metrics.items() if value is not None]

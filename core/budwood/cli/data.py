@@ -31,9 +31,12 @@ def data(
         from budwood.data.build import build_examples
         from budwood.data.display import make_report, show_report
         from budwood.data.packing import plan_epoch
+        from budwood.data.sources import locate
+        from budwood.data.use import check_use
         from budwood.model.checkpoint import one_revision
         from budwood.model.limits import check_fits, default_length
         from budwood.recipe.data import chat_note, encoding_options, recipe_skeleton, recipe_tokenizer
+        from budwood.recipe.schema import build_composition
         from budwood.training.encoding import encoding
         from budwood.training.run_data import choose_for, split_held_out
 
@@ -45,16 +48,18 @@ def data(
     loaded = loaded.with_length(default_length(model))
     options = {"tokenizer": tokenizer, "task": task, **encoding_options(loaded)}
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with encoding(loaded.data.train, console) as progress:
-        train_data = build_examples(loaded.data.train, **options, progress=progress)
+    found = locate(loaded.data.train)
+    with encoding(found, console) as progress:
+        train_data = build_examples(found, **options, progress=progress)
     eval_data = None
     if loaded.data.evaluated is not None:
-        with encoding(loaded.data.evaluated, console) as progress:
-            eval_data = build_examples(
-                loaded.data.evaluated, **options, labels=train_data.labels or None, progress=progress
-            )
+        found = locate(loaded.data.evaluated)
+        with encoding(found, console) as progress:
+            eval_data = build_examples(found, **options, labels=train_data.labels or None, progress=progress)
+    plugins = [task, *build_composition(loaded).strategies] if base is None else []
     for examples in (train_data, eval_data):
         if examples is not None:
+            check_use(examples.path, examples, plugins, complete=bool(plugins))
             check_fits(examples, model, tokenizer, loaded.base.model)
     notes = [chat_note(loaded, train_data, tokenizer)]
     if loaded.data.holds_out:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 Key = int | str
 Axis = Literal["example", "input", "label"]
+DESIRABLE = "desirable"
+"""Column of preference data, per example: 1 for an answer to imitate, 0 for one that the task's own loss leaves out."""
 
 
 class RemovedError(AttributeError):
@@ -157,6 +159,12 @@ class Batch(_RefusesRemoved):
             "group": float(len(self.groups)),
             "token": float(sum(self.lengths)),
         }
+
+    @property
+    def task_weights(self) -> Tensor:
+        """[L] float32, the weights of the labels in the task's own loss: 0 in answers that are not desirable."""
+        desirable = self.columns.get(DESIRABLE)
+        return self.weights if desirable is None else self.weights * desirable[self.example_of_label]
 
     @property
     def group_of_example(self) -> Tensor:

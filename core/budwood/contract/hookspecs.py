@@ -189,7 +189,7 @@ class HookSpecs:
             the labels `positions` [n] int64, which index `batch.labels`, `batch.label_positions` and
             `batch.example_of_label`.
         May change: nothing.
-        Returns: terms of unit "label", values [n] in the order of `positions`; or None.
+        Returns: terms of unit "label", values [n] in the order of `positions`, or of a unit of `batch_counts`; or None.
         """
 
     @_hook("collect")

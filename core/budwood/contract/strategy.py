@@ -8,6 +8,7 @@ import pluggy
 from pydantic import BaseModel, ConfigDict
 
 from budwood.contract.discovery import STRATEGIES, WORDS
+from budwood.errors import InputError
 
 API_VERSION = 2
 """Major version of the contract."""
@@ -72,14 +73,39 @@ class Strategy(Plugin):
 
     adapter_types: ClassVar[tuple[str, ...]] = ()
     """PEFT's names of the adapter types that it reads, such as "LORA", for adapters saved by PEFT itself."""
-    uses_reference: Literal["", "base", "start"] = ""
-    """Which `step.reference()` it uses: adapter off, or as at the start. It is then computed before the forward."""
+    uses_reference: Literal["", "start", "base"] = ""
+    """Which `step.reference()` it uses: the model at the start, or the base. It is then computed before the forward."""
+    caches_reference: bool = False
+    """Compute `step.reference_log_probs()` of all examples before the first step, instead of in every micro-step."""
+    trains_on: ClassVar[tuple[str, ...]] = ()
+    """Kinds of data (`DataFormat.holds`) of which the training data must be one: "preference pairs"; () for any.
+
+    Data of a kind, in turn, needs a strategy or a task that names it here. "" stands for data of no kind.
+    """
     log_prob_temperature: float = 1.0
     """Temperature of the log-probabilities in `sequence_terms` and `step_values`: that of sampling, for a policy."""
     learning_rate_scale: float = 1.0
     """Multiple of LoRA's learning rate that suits it, for a recipe that names no rate; those of all are multiplied."""
     updates: int = 1
     """Optimizer steps that use one set of `next_examples`."""
+
+    @classmethod
+    def continued_options(cls, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the options of a run that continues an adapter of this type; implement it if that is supported.
+
+        Such a strategy checks `plan.start_adapter` in `check_plan`, and attaches `run.start_adapter` as the adapter
+        `RUN_ADAPTER` in `prepare_model`, in place of a new one.
+
+        Args:
+            config: the adapter's adapter_config.json.
+
+        Returns:
+            Options that must be equal to the recipe's, such as a rank, and others that are the defaults.
+
+        Raises:
+            InputError: such an adapter cannot be continued.
+        """
+        raise InputError(f"adapters of the strategy '{cls.__name__}' cannot be continued.")
 
     def __init__(self, options: Any = None, name: str = "", distribution: str = "") -> None:
         """Store validated `options`; the registry passes `name` and `distribution` ("dist 1.2")."""

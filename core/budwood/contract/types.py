@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from budwood.adapters.store import SavedAdapter
     from budwood.contract.registry import Composition
     from budwood.contract.strategy import Strategy
     from budwood.data.examples import Examples
@@ -101,6 +102,9 @@ class Generator:
         return self._generator
 
 
+Which = Literal["start", "base"]
+"""A reference: the model at the start of the run, or the base."""
+
 Terms = Callable[[Tensor, Tensor], Tensor]
 """Maps logits [n, V] and their labels' positions [n] to values [n] of unit "label"."""
 
@@ -113,7 +117,8 @@ class StepEngine(Protocol):
     def noisy_forward(self, step: Step, noise: Tensor | None) -> Outputs: ...
     def replay(self, step: Step, noise: Tensor | None, weight: float, gradient: bool) -> Tensor | None: ...
     def noise_gradient(self, step: Step, noise: Tensor, terms: Terms | None) -> Tensor: ...
-    def reference(self, step: Step, start: bool) -> Reference: ...
+    def reference(self, step: Step, which: Which) -> Reference: ...
+    def reference_log_probs(self, step: Step) -> Tensor: ...
 
 
 @dataclass
@@ -187,16 +192,29 @@ class Step:
         """
         return self.engine.noise_gradient(self, noise, terms)
 
-    def reference(self, start: bool = False) -> Reference:
-        """Return the model's outputs with the run's adapter off or, with `start`, as it was at the start of the run.
+    def reference(self, which: Which = "start") -> Reference:
+        """Return the outputs of a frozen model without a second copy of the base: the reference of an objective.
 
         Computed once per micro-step and shared by all strategies. If a strategy sets `uses_reference`, it is computed
         before the policy's forward pass, so that both never need memory at the same time.
 
+        Args:
+            which: "start": the model before the first step, with the adapter that the recipe's `adapter` continues; a
+                new adapter does not change the model, so without `adapter` it is the base. "base": the run's adapter
+                off, also if the run continues one.
+
         Raises:
-            InputError: no strategy of the run owns an adapter; declare `requires = ("adapter",)`.
+            InputError: "base", and no strategy of the run owns an adapter; declare `requires = ("adapter",)`.
         """
-        return self.engine.reference(self, start)
+        return self.engine.reference(self, which)
+
+    def reference_log_probs(self) -> Tensor:
+        """Return the labels' log-probabilities [L] under `reference()`, cached if a strategy sets `caches_reference`.
+
+        Raises:
+            InputError: the task has no log-probabilities.
+        """
+        return self.engine.reference_log_probs(self)
 
     def zero_noise(self) -> Tensor:
         """Return fp32 zeros in the shape of the embeddings' output, [rows, width, d] for text, on its device."""
@@ -247,6 +265,7 @@ class Plan:
     steps: int | None = None  # optimizer steps; None until the data has been read if the recipe counts epochs
     model: PreTrainedModel | None = None  # the base on the meta device; None if the config alone is not enough
     task: Task = None  # type: ignore[assignment]  # None only if the recipe's task cannot be loaded
+    start_adapter: SavedAdapter | None = None  # the adapter that the recipe continues
     tokenizer: PreTrainedTokenizerBase | None = None  # the base's; None if the task needs none
     problems: list[str] = field(default_factory=list)
 
@@ -303,6 +322,8 @@ class Run:
     logged: dict[str, Any] = field(default_factory=dict)  # passed to `log` in the current optimizer step
     say: Callable[[str], None] = print  # shows one line to the user
     start: list[Tensor] = field(default_factory=list)  # initial values, in the order of `trainable`
+    start_adapter: SavedAdapter | None = None  # the adapter that the recipe continues; set before the base is loaded
+    only_adapter_trains: bool = True  # whether all of `trainable` belongs to the strategy that owns the adapter
     sampler: Sampler | None = None  # implements `generate`; set once the model is prepared, never in planning
     _generators: dict[str, tuple[int, Generator]] = field(default_factory=dict)
 
@@ -413,8 +434,11 @@ class Run:
             index: the part to keep of `old`, of its optimizer states of the same shape, and of its average.
 
         Raises:
-            ValueError: `old` is not trainable, or `new` does not have the shape of `old[index]`.
+            ValueError: `old` is not trainable, `new` does not have the shape of `old[index]`, or the run continues an
+                adapter, which stays the reference as it is.
         """
+        if self.start_adapter is not None:
+            raise ValueError("replace_parameter: a run that continues an adapter must keep the shape of its tensors")
         if old.data[index].shape != new.shape:
             raise ValueError(f"replace_parameter: old[index] is {tuple(old.data[index].shape)}, new {tuple(new.shape)}")
         for group in self.groups:

@@ -15,14 +15,14 @@ from budwood.contract.discovery import find, installed
 from budwood.contract.loading import create
 from budwood.data import cache
 from budwood.data.bad_rows import BadRows, count_reasons
-from budwood.data.chunk import BEYOND, Change, ChunkEncoder
+from budwood.data.chunk import BEYOND, TOO_LONG, Change, ChunkEncoder
 from budwood.data.classes import near_equal
 from budwood.data.encoder import Encoder
 from budwood.data.examples import Examples, measure
 from budwood.data.formats import GROUP, all_dropped
 from budwood.data.recognition import recognise_rows
 from budwood.data.rows import Rows
-from budwood.data.sources import Data, hash_data, read_rows
+from budwood.data.sources import Data, hash_data, locate, read_rows
 from budwood.data.spool import Arrays, Spool
 from budwood.data.stats import DataStats
 from budwood.data.unused import find_unused
@@ -72,7 +72,7 @@ def build_examples(
     """
     task = create(task, "budwood.tasks") if isinstance(task, str) else task
     encoder = Encoder(tokenizer, max_length, template_options, labels, loss_on, date, as_chat)
-    bad = BadRows(skip_bad_rows)
+    bad, data = BadRows(skip_bad_rows), locate(data)
     if change is not None:
         spool = Spool(Path(tempfile.gettempdir()))
         return Examples(data, *_encode(read_rows(data, bad), encoder, task, max_length, bad, spool, change=change))
@@ -154,7 +154,7 @@ def _encode(
             progress(indices.stop, len(rows))
     skipped, first_skipped = count_reasons(bad.rows)
     if not groups:
-        remedy = " Raise data.max_length." if BEYOND in dropped else ""
+        remedy = " Raise data.max_length." if BEYOND in dropped or TOO_LONG in dropped else ""
         raise InputError(all_dropped(rows.path, {**dropped, **skipped}) + remedy)
     if not weighted:
         spool.drop("weights.values")
@@ -173,6 +173,8 @@ def _encode(
     facts = {
         "format": data_format.name,
         "columns": [*data_format.columns, *(name for name in data_format.optional if name in rows.columns)],
+        "holds": data_format.holds,
+        "instead": data_format.instead,
         "task": task.name,
         "max_length": max_length,
         "labels": classes,

@@ -151,17 +151,9 @@ class Unsupported(DataFormat):
         self.reason = reason
 
 
-_PAIRS = "preference pairs, and training on pairs needs an objective for them, which is not installed"
-_CHOSEN = "To train on the chosen answers alone, remove 'rejected' and rename 'chosen' to"
 UNSUPPORTED = (
-    Unsupported(("prompt", "chosen", "rejected"), f"{_PAIRS}. {_CHOSEN} 'completion'."),
-    Unsupported(("chosen", "rejected"), f"{_PAIRS}. {_CHOSEN} 'messages', or to 'text' if it is one."),
-    Unsupported(("input", "preferred_output", "non_preferred_output"), f"{_PAIRS} (OpenAI's format). To train on the "
-                "preferred answers alone, write input.messages as 'prompt' and preferred_output as 'completion'."),
     Unsupported(("text", "role"), "one message a row: join the messages of each conversation into a list 'messages' of "
                 "objects with role and content."),
-    Unsupported(("prompt", "completion", "label"), "answers judged good or bad, and training on them needs an "
-                "objective, which is not installed. To train on the good ones alone, keep their rows and no 'label'."),
     *(
         Unsupported(("tokens", tags), "a tag for each token, and training on tags needs a task for token "
                     "classification, which is not installed.")

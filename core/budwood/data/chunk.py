@@ -31,6 +31,8 @@ MOST = 8
 
 BEYOND = "answer beyond max_length"
 """Reason for dropping a row whose truncation would leave only the prompt."""
+TOO_LONG = "longer than max_length"
+"""Reason for dropping a pair or a judged answer, since what is compared or judged is the complete answer."""
 Change = Callable[[Row, int], Row]
 
 
@@ -153,7 +155,7 @@ class ChunkEncoder:
             if self.change is None and not self.rows.is_repeat(row):
                 hashes += [hash_inputs(example, labels=True) for example in new]
         if examples:
-            chunk.arrays = _compact(pack(examples, self.task), numbers)
+            chunk.arrays = _compact(pack(examples, self.task, columns=True), numbers)
             chunk.arrays["hashes"] = np.array([hash_inputs(example) for example in examples], dtype=np.uint64)
             chunk.hashes = np.array(hashes, dtype=np.uint64)
         chunk.bad, chunk.remarks = bad.rows, encoder.remarks

@@ -12,9 +12,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from budwood.contract.examples import Example
+from budwood.contract.examples import DESIRABLE, Example
 from budwood.data.build import overlap
 from budwood.data.examples import Examples
+from budwood.data.preference import PAIRS
 
 BINS = 12
 CLASSES = 30
@@ -42,7 +43,7 @@ def make_report(
         other: the evaluation examples.
         task: the recipe's task; its `show` returns the pieces of a sample.
         tokenizer: the base's tokenizer.
-        samples: number of examples to show, evenly spread over the file.
+        samples: number of examples (of groups, such as pairs) to show, evenly spread over the file.
         steps: optimizer steps per epoch.
         notes: lines to show to the user.
     """
@@ -55,7 +56,9 @@ def make_report(
     if other is not None:
         shared = overlap(train, other)
         report["eval"] = {**_describe(other), "overlap": shared, "overlap_share": shared / len(other)}
-    chosen = np.unique(np.linspace(0, len(train) - 1, min(samples, len(train))).round().astype(int))
+    count = int(train.groups[-1]) + 1 if len(train) else 0
+    groups = np.unique(np.linspace(0, count - 1, min(samples, count)).round().astype(int))
+    chosen = np.flatnonzero(np.isin(train.groups, groups))
     report["samples"] = [_sample(train, int(i), task, tokenizer) for i in chosen]
     return report
 
@@ -127,11 +130,19 @@ def _sample(examples: Examples, index: int, task: Any, tokenizer: Any) -> dict[s
     example: Example = examples[index]
     classes = [examples.labels[int(label)] for label in example.labels] if examples.labels else []
     return {
-        "where": examples.location(index),
+        "where": examples.location(index) + _verdict(examples, example),
         "tokens": int(examples.lengths[index]),
         "pieces": [list(piece) for piece in task.show(example, tokenizer)],
         "label": ", ".join(classes) if classes else None,
     }
+
+
+def _verdict(examples: Examples, example: Example) -> str:
+    """Return whether an example of preference data is the answer to imitate; "" for other data."""
+    if DESIRABLE not in example.columns:
+        return ""
+    words = ("rejected", "chosen") if examples.holds == PAIRS else ("not desirable", "desirable")
+    return f", {words[int(example.columns[DESIRABLE].values)]}"
 
 
 def _paint(sample: dict[str, Any], coloured: bool) -> Text:

@@ -36,6 +36,7 @@ class Examples(Sequence[Example]):
         format: name of the recognised data format.
         columns: names of the columns that the data format reads.
         task: name of the task that encoded the examples.
+        holds: the kind of the data (`DataFormat.holds`), and `instead` how to train on it without an objective.
         max_length: maximum length of an example, in tokens; longer ones were truncated.
         labels: names of the classes, indexed by `Example.labels`; empty if there are none.
         stats: counts of rows and examples.
@@ -58,6 +59,8 @@ class Examples(Sequence[Example]):
         self._rows: Rows | None = None
         self.format: str = facts["format"]
         self.columns: list[str] = facts["columns"]
+        self.holds: str = facts["holds"]
+        self.instead: str = facts["instead"]
         self.task: str = facts["task"]
         self.max_length: int = facts["max_length"]
         self.labels: list[str] = facts["labels"]
@@ -74,6 +77,7 @@ class Examples(Sequence[Example]):
         names = [name.removesuffix(".shapes") for name in arrays if name.endswith(".shapes")]
         self._parts = {name: Ragged(_values(arrays, name), arrays[f"{name}.shapes"]) for name in names}
         self._inputs = [name for name in names if name.startswith("inputs/")]
+        self._column_parts: list[Any] = [(n, *n.split("/", 2)[1:]) for n in names if n.startswith("columns/")]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -90,8 +94,15 @@ class Examples(Sequence[Example]):
             group=int(self.groups[index]),
             key=self.keys[index],
             row=int(self.row_numbers[index]),
-            columns=dict(self._extra[index]) if self._extra is not None else {},
+            columns=self._columns(index) if self._extra is None else dict(self._extra[index]),
         )
+
+    def _columns(self, index: int) -> dict[str, Column]:
+        """Return the columns that the task gave an example when it encoded it."""
+        return {
+            name: Column(self._parts[part][index].reshape([] if axis == "example" else [-1]), axis)
+            for part, axis, name in self._column_parts
+        }
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
@@ -136,6 +147,16 @@ class Examples(Sequence[Example]):
         examples = Examples(self.data, arrays, {**self._facts, "stats": dataclasses.asdict(stats)})
         examples._extra, examples._rows = columns, self._rows
         return examples
+
+    def with_label_column(self, name: str, values: np.ndarray, offsets: np.ndarray) -> Examples:
+        """Return the examples with one more column, a view of `values`: one for each label, in the examples' order.
+
+        Args:
+            offsets: [n + 1] index of each example's first value, then the total.
+        """
+        extended = copy.copy(self)
+        extended._extra = _WithColumn(self._extra, name, values, offsets)
+        return extended
 
     def select(self, indices: np.ndarray) -> Examples:
         """Return the examples at `indices`, ascending, without copying their arrays; their keys stay the same."""
@@ -223,6 +244,23 @@ def hash_inputs(example: Example, labels: bool = False) -> int:
         digest.update(np.ascontiguousarray(array).data)
         digest.update(b"\0")
     return int.from_bytes(digest.digest(), "little")
+
+
+class _WithColumn(Sequence[dict[str, Column]]):
+    """The columns of each example and one more along its labels, created on access."""
+
+    def __init__(
+        self, columns: Sequence[dict[str, Column]] | None, name: str, values: np.ndarray, offsets: np.ndarray
+    ) -> None:
+        self._columns, self._name, self._values, self._offsets = columns, name, values, offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        values = self._values[self._offsets[index] : self._offsets[index + 1]]
+        own = {} if self._columns is None else self._columns[index]
+        return {**own, self._name: Column(values, axis="label")}
 
 
 class _RowKeys(Sequence[Key]):
@@ -320,14 +358,20 @@ def _find_column_problem(example: Example, name: str) -> str:
     return ""
 
 
-def pack(examples: Sequence[Example], task: Any) -> cache.Arrays:
-    """Pack examples into the flat arrays that `Examples` reads; lengths are those of `task.length`."""
+def pack(examples: Sequence[Example], task: Any, columns: bool = False) -> cache.Arrays:
+    """Pack examples into the flat arrays that `Examples` reads; lengths are those of `task.length`.
+
+    Args:
+        columns: pack their columns too: numbers per example, or vectors per input or label.
+    """
     parts: dict[str, list[np.ndarray]] = {"label_positions": [], "labels": [], "weights": []}
     groups: list[int] = []
     previous: int | None = None
     for example in examples:
         for name, value in example.inputs.items():
             parts.setdefault(f"inputs/{name}", []).append(value)
+        for name, column in example.columns.items() if columns else ():
+            parts.setdefault(f"columns/{column.axis}/{name}", []).append(np.atleast_1d(column.values))
         parts["label_positions"].append(np.asarray(example.label_positions, dtype=np.int64))
         parts["labels"].append(np.asarray(example.labels))
         parts["weights"].append(np.asarray(example.weights, dtype=np.float32))
@@ -344,7 +388,7 @@ def pack(examples: Sequence[Example], task: Any) -> cache.Arrays:
     }
     for name, values in parts.items():
         if len(values) != len(examples):
-            raise InputError(f"examples have different inputs: not all have '{name.removeprefix('inputs/')}'.")
+            raise InputError(f"examples have different inputs: not all have '{name.rpartition('/')[2]}'.")
         flat = Ragged.of(values)
         arrays |= {f"{name}.values": flat.values, f"{name}.shapes": flat.shapes}
     return arrays

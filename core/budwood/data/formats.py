@@ -17,6 +17,7 @@ from budwood.errors import InputError
 
 GROUP = "budwood.formats"
 CAUSAL_LM, CLASSIFICATION = "causal-lm", "sequence-classification"
+REWARD_MODEL = "reward-model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,10 @@ class DataFormat(Plugin):
     """Tasks that encode its items."""
     optional: ClassVar[tuple[str, ...]] = ()
     """Columns that are read if they are present."""
+    holds: ClassVar[str] = ""
+    """What its rows are if an objective must be made for them, such as "preference pairs"; see `Strategy.trains_on`."""
+    instead: ClassVar[str] = ""
+    """A sentence on how to train on such rows without an objective, for messages."""
 
     def item(self, row: Row, where: str) -> Any:
         """Convert a row to the item that the task encodes, or to a `Dropped`; by default return the row itself.

@@ -26,7 +26,8 @@ class Mixed(DataFormat):
         names = dict.fromkeys(each.name for each in self.formats.values())
         self.name = " and ".join(names)  # type: ignore[misc]
         self.columns = (", ".join(f"{columns} ({_some(paths)})" for columns, paths in files.items()),)  # type: ignore[misc]
-        self.tasks = next(iter(self.formats.values())).tasks  # type: ignore[misc]
+        first = next(iter(self.formats.values()))
+        self.tasks, self.holds, self.instead = first.tasks, first.holds, first.instead  # type: ignore[misc]
 
     def at(self, where: str) -> DataFormat:
         """Return the format of the file that a location is in."""

@@ -19,8 +19,11 @@ from budwood.data.unused import check_unused, find_unused
 from budwood.errors import BudwoodError, InputError
 
 
-def check_rows(data: Data, task: str) -> None:
+def check_rows(data: Data, task: str) -> DataFormat:
     """Check a file's fields without a tokenizer, so that errors show before a run spends time on loading.
+
+    Returns:
+        Its data format.
 
     Raises:
         InputError: the file is unreadable or malformed, has no data format that the task accepts, or all its rows
@@ -37,6 +40,7 @@ def check_rows(data: Data, task: str) -> None:
         reasons[item.reason if isinstance(item, Dropped) else ""] += 1
     if "" not in reasons:
         raise InputError(all_dropped(rows.path, reasons))
+    return data_format
 
 
 def recognise_rows(rows: Any, task: str) -> DataFormat:
@@ -53,7 +57,12 @@ def recognise_rows(rows: Any, task: str) -> DataFormat:
             found[key] = recognise(part.columns, task, str(part.path))
     if len({each.name for each in found.values()}) == 1:
         return next(iter(found.values()))
-    return Mixed({str(part.path): found[tuple(part.columns)] for part in parts})
+    mixed = {str(part.path): found[tuple(part.columns)] for part in parts}
+    if len({each.holds for each in mixed.values()}) > 1:
+        kinds = {each.holds or "answers to learn": path for path, each in mixed.items()}
+        told = " and ".join(f"{kind} ({path})" for kind, path in kinds.items())
+        raise InputError(f"{rows.path}: a run trains on one kind of data, not on {told}.")
+    return Mixed(mixed)
 
 
 def recognise(columns: Sequence[str], task: str, where: str) -> DataFormat:
@@ -74,6 +83,7 @@ def recognise(columns: Sequence[str], task: str, where: str) -> DataFormat:
     matches = [f for f in matches if task in f.tasks or isinstance(f, Unsupported)] or matches
     if len(matches) > 1:
         matches = [f for f in matches if not isinstance(f, PlainText)]
+        matches = [f for f in matches if f.holds] or matches  # UltraFeedback's `messages` repeats `chosen`
     if all(isinstance(f, Unsupported) for f in matches):
         matches = matches[:1]
     here = ", ".join(f"'{name}'" for name in columns) or "none"

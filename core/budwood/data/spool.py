@@ -49,7 +49,7 @@ class Spool:
             ResourceError: the disk is full.
         """
         if self._chunks and arrays.keys() != self._chunks.keys():
-            name = min(arrays.keys() ^ self._chunks.keys()).removeprefix("inputs/").partition(".")[0]
+            name = min(arrays.keys() ^ self._chunks.keys()).rpartition("/")[2].partition(".")[0]
             raise InputError(f"examples have different inputs: not all have '{name}'.")
         for name, array in arrays.items():
             earlier = self._chunks.setdefault(name, [])

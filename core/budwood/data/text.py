@@ -26,7 +26,8 @@ def tokenise(items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> li
     """Tokenise items, each a `Completion`, `Text` or `Conversation`, without truncation.
 
     Returns:
-        The examples of each item: one, or several of a conversation whose earlier turns the chat template rewrites.
+        The examples of each item: one, or several of a conversation whose earlier turns the chat template rewrites or
+        the tokenizer joins with what is before them.
 
     Raises:
         InputError: an item cannot be tokenised; the message begins with its location from `where`.
@@ -55,7 +56,7 @@ def _completions(items: Sequence[Completion], where: Sequence[str], encoder: Enc
     spans = [[(len(item.prompt), len(text))] for item, text in zip(items, texts, strict=True)]
     encoded = encoder.split(texts, spans, rendered=False)
     results = []
-    for item, place, (ids, ((start, _),)) in zip(items, where, encoded, strict=True):
+    for item, place, ((ids, ((start, _),), _),) in zip(items, where, encoded, strict=True):
         ids = _append_end(ids, encoder, place)
         start = 1 if encoder.loss_on == "all" else start
         results.append([Tokens(ids, [(start, len(ids))], [item.weight])])
@@ -75,15 +76,15 @@ def _conversations(items: Sequence[Conversation], where: Sequence[str], encoder:
     check_template(encoder.tokenizer, where[0])
     found = list(find_turns(items, where, encoder))
     turns = [turn for row in found for turn in row]
-    encoded = iter(encoder.split([turn.text for turn in turns], [turn.spans for turn in turns], rendered=True))
+    encoded = encoder.split([turn.text for turn in turns], [turn.spans for turn in turns], rendered=True)
     results = []
     for row in found:
         examples = []
         for turn in row:
-            ids, spans = next(encoded)
-            if encoder.loss_on != "all":
-                encoder.stop_ids.update(ids[stop - 1] for _, stop in spans)
-            examples.append(Tokens(ids, spans, turn.weights))
+            for ids, spans, numbers in next(encoded):
+                if encoder.loss_on != "all":
+                    encoder.stop_ids.update(ids[stop - 1] for _, stop in spans)
+                examples.append(Tokens(ids, spans, [turn.weights[number] for number in numbers]))
         results.append(examples)
     return results
 

@@ -36,10 +36,10 @@ class EvalTotals:
             totals = cls()
             with task.noisy(run.model, None if noise is None else noise(batch)):
                 outputs = task.outputs(run.model, batch)
-            flat = outputs.hidden.reshape(-1, outputs.hidden.shape[-1])
+            flat, weights = outputs.hidden.reshape(-1, outputs.hidden.shape[-1]), batch.task_weights
             for chunk in torch.arange(len(batch.labels), device=flat.device).split(CHUNK):
                 logits = at_least_fp32(outputs.head(flat[batch.label_positions[chunk]]))
-                totals.add(task, logits, batch.labels[chunk], batch.weights[chunk])
+                totals.add(task, logits, batch.labels[chunk], weights[chunk])
             return totals
 
         total = cls()

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from budwood.contract.examples import Batch, Example
+from budwood.contract.examples import DESIRABLE, Batch, Example
 from budwood.contract.strategy import Plugin, hookimpl
 from budwood.contract.types import Generator, LossTerm, Outputs, Run, Step
 from budwood.data.chunk import Encoded
@@ -24,6 +24,9 @@ from budwood.data.packing import collate_rows
 from budwood.errors import InputError
 from budwood.model.evaluation import EvalTotals
 from budwood.model.ops.cross_entropy import cross_entropy
+
+DESIRABLE_LABEL = "desirable_label"
+"""Unit of the task's own loss on preference data: the sum of the weights of the desirable answers' labels."""
 
 
 class Task(Plugin):
@@ -37,6 +40,8 @@ class Task(Plugin):
     """Name of the transformers auto class that loads the model."""
     needs_tokenizer: ClassVar[bool] = True
     """False: no tokenizer is loaded, and `run.tokenizer` is None."""
+    trains_on: ClassVar[tuple[str, ...]] = ()
+    """As `Strategy.trains_on`, for a task that reads data of a kind without an objective."""
     best_metric: ClassVar[str] = "eval_loss"
     """Metric that selects the best adapter."""
     lower_is_better: ClassVar[bool] = True
@@ -220,15 +225,37 @@ class Task(Plugin):
         """Return the loss of each label with weight `run.task_weight`, which overriding tasks must apply too."""
         if step.scores_sequences and self.loss_is_log_prob():
             return None  # `sequence_terms` returns it
-        values = self.loss(logits, step.batch.labels[positions])
-        return LossTerm(self.name.replace("-", "_"), values, weight=step.run.task_weight)
+        return self.own_term(step, self.loss(logits, step.batch.labels[positions]), positions)
 
     @hookimpl
     def sequence_terms(self, step: Step, log_probs: Tensor) -> LossTerm | None:
         """Return the task's loss from log-probabilities that a strategy requested, if `loss_is_log_prob`."""
         if not self.loss_is_log_prob():
             return None
-        return LossTerm(self.name.replace("-", "_"), -log_probs, weight=step.run.task_weight)
+        return self.own_term(step, -log_probs)
+
+    def own_term(
+        self, step: Step, values: Tensor, positions: Tensor | None = None, name: str = "", weight: float | None = None
+    ) -> LossTerm:
+        """Return a term of the task's own loss: of all labels, but in preference data of desirable answers only.
+
+        Args:
+            values: of all labels, or of those at `positions`.
+            name: the term's name; by default the task's.
+            weight: by default `run.task_weight`.
+        """
+        name, weight = name or self.name.replace("-", "_"), step.run.task_weight if weight is None else weight
+        if DESIRABLE not in step.batch.columns:
+            return LossTerm(name, values, weight=weight)
+        weights = step.batch.task_weights if positions is None else step.batch.task_weights[positions]
+        return LossTerm(name, values * weights, DESIRABLE_LABEL, weight)
+
+    @hookimpl
+    def batch_counts(self, batch: Batch) -> dict[str, float]:
+        """Count the labels of desirable answers, if the batch is preference data."""
+        if DESIRABLE not in batch.columns:
+            return {}
+        return {DESIRABLE_LABEL: float(batch.task_weights.sum(dtype=torch.float64))}
 
     @hookimpl
     def evaluate(self, run: Run) -> dict[str, float]:

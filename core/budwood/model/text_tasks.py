@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from budwood.contract.examples import Batch, Example
+from budwood.contract.examples import DESIRABLE, Batch, Column, Example
 from budwood.contract.types import Outputs, Run
-from budwood.data.chunk import BEYOND, Encoded
+from budwood.data.chunk import BEYOND, TOO_LONG, Encoded
 from budwood.data.encoder import Encoder
 from budwood.data.formats import Dropped
 from budwood.data.packing import collate_tokens
-from budwood.data.text import tokenise
+from budwood.data.preference import Judged, Pair
+from budwood.data.text import Tokens, tokenise
+from budwood.errors import InputError
 from budwood.model.evaluation import EvalTotals, at_least_fp32, autocast
 from budwood.model.heads import body_of, own_head
 from budwood.model.ops.cross_entropy import cross_entropy
@@ -91,28 +93,17 @@ class CausalLM(TextTask):
     auto_class = "AutoModelForCausalLM"
 
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
-        """See `Task.encode`."""
+        """See `Task.encode`. A pair becomes a group of two examples, the chosen answer first."""
+        answers = [_answers_of(item) for item in items]
+        places = [place for place, several in zip(where, answers, strict=True) for _ in several]
+        tokenised = iter(tokenise([answer for several in answers for answer in several], places, encoder))
         results: list[Encoded | Dropped] = []
-        for rows in tokenise(items, where, encoder):
-            examples, beyond, cut = [], 0, 0
-            for tokens in rows:
-                ids = np.asarray(tokens.ids[: encoder.max_length], dtype=np.int32)
-                weights = np.zeros(len(ids), dtype=np.float32)
-                for (start, stop), weight in zip(tokens.spans, tokens.weights, strict=True):
-                    weights[start:stop] = weight
-                weights[:1] = 0  # no position precedes the first token to predict it
-                at = np.flatnonzero(weights)
-                if len(at):
-                    examples.append(Example({"input_ids": ids}, at - 1, ids[at], weights[at]))
-                    cut += len(tokens.ids) - len(ids)
-                else:
-                    beyond += any(stop > max(start, 1) for start, stop in tokens.spans)
-            if not examples:
-                results.append(Dropped(BEYOND if beyond else "no token with a loss"))
-                continue
-            if beyond:
-                encoder.remarks["answers of split conversations dropped, which begin beyond max_length"] += beyond
-            results.append(Encoded(examples, cut))
+        for item, place, several in zip(items, where, answers, strict=True):
+            rows = [next(tokenised) for _ in several]
+            if isinstance(item, Pair | Judged):
+                results.append(_encode_answers(item, place, rows, encoder))
+            else:
+                results.append(_encode_rows(rows[0], encoder))
         return results
 
     def pads_rows(self, model: nn.Module) -> bool:
@@ -160,6 +151,72 @@ class CausalLM(TextTask):
         metrics = {"eval_perplexity": math.exp(min(totals.means["loss"], 700.0))}
         match = exact_match(run, self)
         return metrics if match is None else {**metrics, "eval_exact_match": match}
+
+
+def _answers_of(item: Any) -> list[Any]:
+    """Return the items to tokenise: both answers of a pair, the chosen one first."""
+    if isinstance(item, Pair):
+        return [item.chosen, item.rejected]
+    return [item.answer] if isinstance(item, Judged) else [item]
+
+
+def _encode_rows(rows: Sequence[Tokens], encoder: Encoder) -> Encoded | Dropped:
+    """Encode an item's token rows, truncated to `encoder.max_length`."""
+    examples, beyond, cut = [], 0, 0
+    for tokens in rows:
+        example = _example(tokens, encoder.max_length)
+        if example is not None:
+            examples.append(example)
+            cut += len(tokens.ids) - len(example.inputs["input_ids"])
+        else:
+            beyond += any(stop > max(start, 1) for start, stop in tokens.spans)
+    if not examples:
+        return Dropped(BEYOND if beyond else "no token with a loss")
+    if beyond:
+        encoder.remarks["answers of split conversations dropped, which begin beyond max_length"] += beyond
+    return Encoded(examples, cut)
+
+
+def _encode_answers(
+    item: Pair | Judged, where: str, rows: Sequence[Sequence[Tokens]], encoder: Encoder
+) -> Encoded | Dropped:
+    """Encode the answers of an objective, which are never truncated; column `desirable` is 1 for those to imitate.
+
+    Raises:
+        InputError: the chat template makes several examples of an answer, or the same of both; `data.loss_on` is "all".
+    """
+    if encoder.loss_on == "all":
+        raise InputError(f"{where}: data.loss_on: all: answers are compared without their prompts. Remove it.")
+    if not all(rows):
+        return Dropped("no token with a loss")
+    if any(len(tokens) > 1 for tokens in rows):
+        raise InputError(
+            f"{where}: the chat template rewrites the earlier turns of an answer, so it is several examples: give an "
+            "answer of one message."
+        )
+    if any(len(tokens.ids) > (encoder.max_length or len(tokens.ids)) for (tokens,) in rows):
+        return Dropped(TOO_LONG)
+    examples = [_example(tokens, None) for (tokens,) in rows]
+    if None in examples:
+        return Dropped("no token with a loss")
+    if isinstance(item, Pair) and list(rows[0][0].ids) == list(rows[1][0].ids):
+        raise InputError(f"{where}: both answers are the same tokens, so neither is preferred. Remove the row.")
+    desirable, group = ([item.desirable], None) if isinstance(item, Judged) else ([True, False], 0)
+    return Encoded([
+        replace(example, group=group, columns={DESIRABLE: Column(np.array(value, dtype=np.float32))})
+        for example, value in zip(examples, desirable, strict=True) if example is not None
+    ])  # fmt: skip
+
+
+def _example(tokens: Tokens, max_length: int | None) -> Example | None:
+    """Return an example of the first `max_length` tokens; None if none of them has a loss."""
+    ids = np.asarray(tokens.ids[:max_length], dtype=np.int32)
+    weights = np.zeros(len(ids), dtype=np.float32)
+    for (start, stop), weight in zip(tokens.spans, tokens.weights, strict=True):
+        weights[start:stop] = weight
+    weights[:1] = 0  # no position precedes the first token to predict it
+    at = np.flatnonzero(weights)
+    return Example({"input_ids": ids}, at - 1, ids[at], weights[at]) if len(at) else None
 
 
 class SequenceClassification(TextTask):

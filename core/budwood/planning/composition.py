@@ -29,6 +29,7 @@ from budwood.model.checkpoint import one_revision
 from budwood.model.embeddings import resize, resize_note
 from budwood.model.quiet import silence_libraries
 from budwood.model.task import Task
+from budwood.recipe.continued import continued_options, read_start
 from budwood.recipe.data import embeddings_wanted
 from budwood.recipe.file import UNKNOWN
 from budwood.recipe.schema import QUANTIZERS, TASKS, Recipe, read_recipe
@@ -142,6 +143,7 @@ def _plan(loaded: Recipe, problems: _Problems) -> RunPlan:
     by_order = sorted(zip(strategies, parts, strict=True), key=lambda pair: order[id(pair[0])])
     run_plan = RunPlan(loaded, hooks.strategies, loaded.train.steps, parts=[part for _, part in by_order])
     run_plan.task = problems.attempt(lambda: create(loaded.base.task, TASKS))
+    run_plan.start_adapter = problems.attempt(lambda: read_start(loaded))
     _inspect_base(loaded, run_plan, problems)
     _inspect_machine(loaded, run_plan.notes, problems)
     ready = complete and len(valid) == len(strategies) and run_plan.model is not None and run_plan.tokenizer is not None
@@ -194,7 +196,7 @@ def _build(recipe: Recipe, problems: _Problems) -> tuple[list[Strategy], list[Pa
 
         sound = False
         try:
-            strategy = build_strategy(choice.name, choice.options, where)
+            strategy = build_strategy(choice.name, continued_options(recipe, choice), where)
             sound = True
         except BudwoodError as error:
             if choice.name != UNKNOWN:
@@ -322,6 +324,7 @@ def show_plan(run_plan: RunPlan, console: Console) -> None:
     evaluation = "evaluated on a held-out part" if data.holds_out else evaluation
     rows = [
         ("base", f"{base.model} · {base.quantization} · {base.task}"),
+        *([("adapter", f"{recipe.adapter} (continued)")] if recipe.adapter is not None else []),
         ("data", f"{label(data.train)} · {evaluation}"),
         ("steps", steps + ("" if run_plan.steps else "; `budwood tune` checks the plan again then")),
         ("output", str(recipe.output)),

@@ -6,11 +6,14 @@ from typing import Any
 
 from budwood.data.chat_formats import PromptCompletion
 from budwood.data.examples import Examples
+from budwood.data.preference import JudgedAnswer, Preference, SharedPrompt
 from budwood.errors import InputError, unreadable
 from budwood.model.checks import load_tokenizer, skeleton
 from budwood.model.embeddings import resize, vocabulary_of
 from budwood.recipe.schema import Recipe
 
+PROMPTS = (PromptCompletion.name, Preference.name, SharedPrompt.name, JudgedAnswer.name)
+"""Formats of prompts and answers, which may be texts."""
 LARGEST = 1 << 20
 """Maximum size of a chat template, in bytes."""
 
@@ -90,15 +93,15 @@ def chat_note(recipe: Recipe, examples: Examples, tokenizer: Any) -> str:
     Raises:
         InputError: `data.as_chat` is set, but the data holds no prompts to render.
     """
-    prompts = examples.format == PromptCompletion.name
+    prompts = examples.format in PROMPTS
     if recipe.data.as_chat and not prompts:
         raise InputError(
-            f"{recipe.where('data', 'as_chat')}: data.as_chat: renders the columns prompt and completion, but "
+            f"{recipe.where('data', 'as_chat')}: data.as_chat: renders prompts and their answers, but "
             f"{examples.path} was read as {' + '.join(examples.columns)}. Remove it."
         )
     if recipe.data.as_chat or examples.rendered or not prompts or not getattr(tokenizer, "chat_template", None):
         return ""
     return (
-        "note: the base has a chat template, but prompt and completion are trained on as plain text; "
+        "note: the base has a chat template, but prompts and answers are trained on as plain text; "
         "data.as_chat: true renders them with it, as chat applications do"
     )

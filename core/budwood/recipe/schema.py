@@ -21,6 +21,7 @@ from budwood.data.files import exists
 from budwood.errors import InputError
 from budwood.model.checkpoint import folder_with_revision
 from budwood.model.limits import LENGTH
+from budwood.recipe.continued import continued_options
 from budwood.recipe.file import (
     UNKNOWN,
     SourceMap,
@@ -41,6 +42,12 @@ class Recipe(Section):
     """A recipe; create one with `load_recipe`, `Recipe.from_dict` or `default_recipe`."""
 
     base: BaseSection = Field(description="the frozen base model")
+    adapter: File | None = Field(
+        None,
+        description="folder of an adapter that the run continues, such as one trained with another objective: training "
+        "starts from its tensors, and objectives compare with it. Options that determine its shape, such as rank and "
+        "targets, default to the adapter's; it must have been trained on this base",
+    )
     data: DataSection = Field(description="training and evaluation data")
     strategies: Annotated[list[Choice], Field(min_length=1)] = Field(
         description="the strategies to compose, such as `- lora: {rank: 8}`; names or one-key mappings"
@@ -113,7 +120,7 @@ class Recipe(Section):
         masked: dict[str, Any] = redact_values(data)
         for holder, original, field in (
             (masked["base"], data["base"], "model"), (masked["data"], data["data"], "train"),
-            (masked["data"], data["data"], "eval"), (masked, data, "output"),
+            (masked["data"], data["data"], "eval"), (masked, data, "output"), (masked, data, "adapter"),
             (masked["data"], data["data"], "chat_template"),
         ):  # fmt: skip
             if isinstance(original.get(field), str):
@@ -215,7 +222,7 @@ def build_composition(recipe: Recipe) -> Composition:
         def where(*place: str | int, name: str = choice.name) -> str:
             return recipe.where("strategies", name, *place)
 
-        strategies.append(build_strategy(choice.name, choice.options, where))
+        strategies.append(build_strategy(choice.name, continued_options(recipe, choice), where))
     return Composition(strategies)
 
 

@@ -43,7 +43,9 @@ FIRST_PARTY: dict[str, Callable[[Files], dict[str, Any]]] = {
     "ema": lambda files: {"decay": 0.9},
     "swa": lambda files: {"start": 2},
 }  # fmt: skip
-"""Strategies included in Budwood, with options for a run of three steps."""
+"""Strategies included in Budwood that others are composed with, with options for a run of three steps.
+
+Objectives and regularisers only add terms; combinations.py in the tests covers them."""
 
 
 class PromiseBroken(AssertionError):

@@ -21,6 +21,7 @@ from budwood.contract.types import Run, Step
 from budwood.contract.validation import Location, dotted, sentence
 from budwood.data.examples import Examples
 from budwood.errors import InputError
+from budwood.training.batches import count_units
 from budwood.training.step import Engine
 
 
@@ -130,7 +131,7 @@ def _noise_function(run: Run, attack: Attack) -> Callable[[Batch], Tensor | None
     engine = Engine(run, hooks)
 
     def compute_noise(batch: Batch) -> Tensor | None:
-        run.counts = batch.counts
+        run.counts = count_units(run, hooks, [batch])
         step = Step(run, batch, engine)
         with torch.enable_grad(), attribute_errors(attack, "noise"):
             noise = attack.noise(step)

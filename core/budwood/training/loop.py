@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import atexit
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -120,7 +118,7 @@ def train(
             run.before = evaluate(run, hooks, report, progress.best)
             torch.manual_seed(run.seed + run.process_index)  # for dropout, the only random draw that is not keyed
         try:
-            with signals.deferred(), hooks.part("steps"), few_objects():
+            with signals.deferred(), hooks.part("steps"):
                 take_steps(run, hooks, engine, report, progress, saver, signals)
         except Exception as error:
             failure = explain_out_of_memory(run, error)
@@ -147,17 +145,6 @@ def train(
         raise interrupted(error, signals, saver, finalizer, progress) from None
     finally:
         saver.close(wait=signals.count < 3)
-
-
-@contextmanager
-def few_objects() -> Iterator[None]:
-    """Leave what exists so far out of garbage collection: a pass over all objects of the libraries takes 0.3 s."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def take_steps(

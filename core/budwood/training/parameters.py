@@ -40,6 +40,7 @@ def trainable_groups(run: Run, hooks: Composition) -> list[ParameterGroup]:
                 group_of[key] = group.name
             parameter.requires_grad_(True)
     _check_new(run)
+    run.only_adapter_trains = all("adapter" in getattr(plugin, "slots", ()) for plugin, _ in collected)
     return list(groups.values())
 
 

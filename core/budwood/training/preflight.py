@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from budwood.data.files import total_size
 from budwood.data.recognition import check_rows
-from budwood.data.sources import data_files
+from budwood.data.sources import data_size, label, locate
+from budwood.data.use import check_use
 from budwood.model.checks import BaseInfo, check_base
 from budwood.model.quiet import hide_hub_kernels
 from budwood.recipe.schema import Recipe, build_composition
@@ -25,8 +25,8 @@ def preflight(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> 
     """
     check_output(recipe.output, overwrite, resume)
     hide_hub_kernels()  # before a plugin imports peft and thereby bitsandbytes, which would download them
-    build_composition(recipe)
+    strategies = build_composition(recipe).strategies
     for data in (recipe.data.train, recipe.data.evaluated) if recipe.data.on_bad_row == "refuse" else ():
-        if data is not None and total_size(data_files(data)) <= LARGE:
-            check_rows(data, recipe.base.task)
+        if data is not None and data_size(found := locate(data)) <= LARGE:
+            check_use(label(data), check_rows(found, recipe.base.task), strategies, complete=False)
     return check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code)

@@ -1,41 +1,133 @@
-"""The reference of objectives: the run's model with its adapter disabled, or in its state at the start of the run."""
+"""The reference of objectives: the model as it was at the start of the run, or its base."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from budwood.adapters.use import use_adapters
+from budwood.contract.discovery import PluginError
 from budwood.contract.examples import Batch
 from budwood.contract.strategy import RUN_ADAPTER
-from budwood.contract.types import Reference, Run
+from budwood.contract.types import Outputs, Reference, Run, Which
+from budwood.data.examples import Examples
+from budwood.data.packing import split_micro
 from budwood.errors import InputError
-from budwood.model.evaluation import CHUNK, autocast
+from budwood.model.evaluation import CHUNK, at_least_fp32, autocast, collate_for
+
+CACHED = "reference_log_probs"
+"""Column of examples whose reference was computed before the first step."""
 
 
-def read_reference(run: Run, batch: Batch, start: bool = False) -> Reference:
-    """Run the reference model on a batch; see `Step.reference`."""
-    with as_reference(run, start):
+def is_off(run: Run, which: Which) -> bool:
+    """Whether a reference is the model with its adapter off.
+
+    So is the start of a run with a new adapter, since strategies do not change the model before the first step, and
+    then it shares its computation with the base.
+    """
+    return which == "base" or (run.start_adapter is None and run.only_adapter_trains)
+
+
+def read_reference(run: Run, batch: Batch, which: Which = "start") -> Reference:
+    """Run a reference model on a batch, in a step or an evaluation; see `Step.reference`."""
+    with as_reference(run, which):
         outputs = run.task.outputs(run.model, batch)
         hidden = outputs.hidden.flatten(0, -2)[batch.label_positions]
-        log_probs = None
-        if run.task.has_log_probs():
-            parts = zip(hidden.split(CHUNK), batch.labels.split(CHUNK), strict=True)
-            log_probs = torch.cat([run.task.log_probs(outputs.head(rows), labels) for rows, labels in parts])
+        log_probs = _label_log_probs(run, batch, outputs, hidden) if run.task.has_log_probs() else None
 
     def logits(positions: Tensor) -> Tensor:
-        with as_reference(run, start):
+        with as_reference(run, which):
             return outputs.head(hidden[positions])
 
     return Reference(hidden, log_probs, logits)
 
 
-def as_reference(run: Run, start: bool) -> AbstractContextManager[None]:
-    """Turn the model into the reference inside the context: evaluation mode, no gradients."""
-    return _start_parameters(run) if start else adapter_off(run)
+def label_log_probs(run: Run, batch: Batch) -> Tensor:
+    """Return the labels' log-probabilities [L] under the current model, without a graph: for `evaluate`.
+
+    Raises:
+        InputError: the task has no log-probabilities.
+    """
+    with _inference(run):
+        outputs = run.task.outputs(run.model, batch)
+        return _label_log_probs(run, batch, outputs, outputs.hidden.flatten(0, -2)[batch.label_positions])
+
+
+def _label_log_probs(run: Run, batch: Batch, outputs: Outputs, hidden: Tensor) -> Tensor:
+    parts = zip(hidden.split(CHUNK), batch.labels.split(CHUNK), strict=True)
+    return torch.cat([run.task.log_probs(outputs.head(rows), labels) for rows, labels in parts])
+
+
+def reference_log_probs(run: Run, batch: Batch) -> Tensor:
+    """Return the labels' log-probabilities [L] at the start of the run: cached if a strategy sets `caches_reference`.
+
+    Raises:
+        InputError: the task has no log-probabilities.
+    """
+    if CACHED in batch.columns:
+        return batch.columns[CACHED]
+    return log_probs_of(run, read_reference(run, batch))
+
+
+def log_probs_of(run: Run, reference: Reference) -> Tensor:
+    """Return a reference's log-probabilities [L].
+
+    Raises:
+        InputError: the task has no log-probabilities.
+    """
+    if reference.log_probs is None:
+        raise InputError(f"{run.task} has no log-probabilities, which a reference needs.")
+    return reference.log_probs
+
+
+def cache_reference(run: Run) -> None:
+    """Compute the reference's log-probabilities of all examples, if a strategy of the run caches them.
+
+    They become a column of the training and evaluation examples. Batches depend on the data and `train.micro_tokens`
+    alone, so a resumed run computes the same bytes.
+
+    Raises:
+        InputError: the task has no log-probabilities, or varies its examples in each epoch.
+        PluginError: the examples already have a column of that name.
+    """
+    owner = next((strategy for strategy in run.strategies if strategy.caches_reference), None)
+    if owner is None:
+        return
+    if not run.task.has_log_probs() or run.task.varies():
+        reason = "varies its examples in every epoch" if run.task.has_log_probs() else "has no log-probabilities"
+        raise InputError(f"{owner}: the reference cannot be cached, because {run.task} {reason}.")
+    run.examples = _with_reference(run, run.examples, owner)
+    if run.eval_examples is not None:
+        run.eval_examples = _with_reference(run, run.eval_examples, owner)
+    labels = sum(int(part.label_counts.sum()) for part in (run.examples, run.eval_examples) if part is not None)
+    run.say(f"reference: the log-probabilities of {labels:,} labels were computed before the first step")
+
+
+def _with_reference(run: Run, examples: Examples, owner: object) -> Examples:
+    if len(examples) and CACHED in examples[0].columns:
+        raise PluginError(f"{owner}: the examples already have a column '{CACHED}': rename that one.")
+    offsets = np.concatenate([[0], np.cumsum(examples.label_counts)])
+    values = torch.zeros(int(offsets[-1]), device=run.device)
+    lengths, groups = examples.lengths, examples.groups
+    rows = split_micro(range(len(examples)), lengths, run.recipe.train.micro_tokens, run.packed, groups)
+    for row in rows[run.process_index :: run.processes]:
+        batch = collate_for(run, [examples[i] for i in row], "eval").to(run.device)
+        log_probs = log_probs_of(run, read_reference(run, batch))
+        values = values.to(torch.promote_types(values.dtype, log_probs.dtype))  # float64 stays float64
+        at = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in row])
+        values[torch.from_numpy(at).to(run.device)] = at_least_fp32(log_probs).to(values.dtype)
+    if run.processes > 1:
+        torch.distributed.all_reduce(values)
+    return examples.with_label_column(CACHED, values.cpu().numpy(), offsets)
+
+
+def as_reference(run: Run, which: Which) -> AbstractContextManager[None]:
+    """Turn the model into a reference inside the context: evaluation mode, no gradients."""
+    return adapter_off(run) if is_off(run, which) else _start_parameters(run)
 
 
 @contextmanager

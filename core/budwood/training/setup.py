@@ -39,6 +39,7 @@ from budwood.model.limits import default_length
 from budwood.model.ops import attention
 from budwood.model.streaming import keep_heap
 from budwood.model.task import Task
+from budwood.recipe.continued import read_start
 from budwood.recipe.data import embeddings_wanted, recipe_skeleton, recipe_tokenizer
 from budwood.recipe.schema import Recipe, build_composition, load_recipe
 from budwood.training.durability import changes
@@ -47,10 +48,12 @@ from budwood.training.output import MANIFEST, SKIPPED, make_output, read_manifes
 from budwood.training.packing_check import check_packing
 from budwood.training.parameters import NOTHING_TRAINS, torch_groups, trainable_groups
 from budwood.training.preflight import preflight
+from budwood.training.reference import cache_reference
 from budwood.training.report import Report, peak_memory, resident_peak
 from budwood.training.run_data import read_data
 from budwood.training.sampling import sample
 from budwood.training.schedule import make_scheduler, warmup_note
+from budwood.training.starting import check_classes, check_start
 from budwood.training.step import Engine
 from budwood.untrusted.chat_template import today
 from budwood.untrusted.files import complete_file
@@ -143,13 +146,18 @@ def _prepare(
         run.tokenizer = recipe_tokenizer(recipe)
     model = recipe_skeleton(recipe, task.auto_class, run.tokenizer)
     run.recipe = recipe = recipe.with_length(default_length(model))
-    plan = Plan(recipe, hooks.strategies, recipe.train.steps, model, task=task, tokenizer=run.tokenizer)
+    run.start_adapter = read_start(recipe)
+    plan = Plan(
+        recipe, hooks.strategies, recipe.train.steps, model, task=task, tokenizer=run.tokenizer,
+        start_adapter=run.start_adapter,
+    )  # fmt: skip
     check_plan(plan, hooks)
 
     with hooks.part("read_data"):
         started = read_manifest(directory) if resume is not None else None
         read_data(run, hooks, report, str((started or {}).get("date") or today()), model, resume)
     recipe = run.recipe
+    check_classes(run)
     plan.steps = run.steps
     check_plan(plan, hooks)
     if resume is not None:
@@ -171,6 +179,8 @@ def _prepare(
     if device.type == "cpu":
         keep_heap()
     report.say(f"base {run.base.name}: " + "; ".join(run.base.notes))
+    if run.start_adapter is not None:
+        check_start(run, run.start_adapter)
     run.model = run.base.model
     attention.register()
     check_packing(run, report)
@@ -186,6 +196,7 @@ def _prepare(
         resume.compare(changes.adapted(run), run)
     engine = Engine(run, hooks)
     register_parts(hooks, task, engine)
+    cache_reference(run)
     _report_size(run, report)
     run.optimizer = hooks.call("build_optimizer", run=run, groups=torch_groups(run))
     run.scheduler = hooks.call("build_scheduler", run=run, optimizer=run.optimizer)
@@ -312,6 +323,7 @@ def write_manifest(run: Run, resume: Resume | None = None) -> None:
             "bytes": run.base.bytes, "bytes_unquantized": run.base.bytes_unquantized,
         },
         "data": changes.data_setting(run),
+        "adapter": run.start_adapter.hashes.model_dump() if run.start_adapter is not None else None,
         "task": run.task.name,
         "best_metric": {"name": run.best_metric.name, "higher": run.best_metric.higher} if run.best_metric else None,
         "seed": run.seed,

@@ -19,11 +19,11 @@ from torch import Tensor
 from budwood.contract.discovery import PluginError
 from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy, hookimpl
-from budwood.contract.types import UNITS, LossTerm, Outputs, Reference, Run, Step, Terms
+from budwood.contract.types import UNITS, LossTerm, Outputs, Reference, Run, Step, Terms, Which
 from budwood.errors import BudwoodError, describe, is_out_of_memory
 from budwood.model.evaluation import at_least_fp32, autocast
 from budwood.training.label_scores import LabelScores, LogProbs, chunks, depends, temperature_of
-from budwood.training.reference import read_reference
+from budwood.training.reference import CACHED, is_off, log_probs_of, read_reference
 from budwood.training.step_terms import StepTerms
 
 
@@ -67,8 +67,9 @@ class Engine:
 
     def begin(self, step: Step) -> None:
         """Compute the references that strategies declare, before a forward pass of the micro-step holds activations."""
-        for which in sorted({s.uses_reference for s in self.run.strategies if s.uses_reference}):
-            self.reference(step, which == "start")
+        for strategy in self.run.strategies:
+            if strategy.uses_reference and not (strategy.caches_reference and CACHED in step.batch.columns):
+                self.reference(step, strategy.uses_reference)
 
     @hookimpl
     def backward(self, step: Step) -> None:
@@ -102,14 +103,20 @@ class Engine:
         assert gradient is not None
         return gradient
 
-    def reference(self, step: Step, start: bool) -> Reference:
+    def reference(self, step: Step, which: Which) -> Reference:
         """See `Step.reference`."""
-        key = "reference from the start" if start else "reference"
+        key = f"reference {'base' if is_off(self.run, which) else which}"
         if key not in step.cache:
             with self.hooks.part("Step.reference"):
-                step.cache[key] = read_reference(self.run, step.batch, start)
+                step.cache[key] = read_reference(self.run, step.batch, which)
         reference: Reference = step.cache[key]
         return reference
+
+    def reference_log_probs(self, step: Step) -> Tensor:
+        """See `Step.reference_log_probs`."""
+        if CACHED in step.batch.columns:
+            return step.batch.columns[CACHED]
+        return log_probs_of(self.run, self.reference(step, "start"))
 
     def evaluate_without_graph(self, step: Step, function: Callable[[Outputs, LogProbs | None], Any]) -> Any:
         """Run a forward pass without a graph and return `function` of its outputs and the labels' log-probabilities."""
@@ -242,7 +249,7 @@ class Engine:
         terms: list[LossTerm] = []
         for plugin, result in self.hooks.collect(hook, per_plugin, step=step, **arguments):
             for term in [result] if isinstance(result, LossTerm) else result:
-                counted = hook != "token_terms" and term.unit not in UNITS and term.unit in self.run.counts
+                counted = term.unit not in UNITS and term.unit in self.run.counts
                 if not counted and tuple(term.values.shape) != shapes.get(term.unit):
                     expected = " or ".join(f"{list(shape)} of unit '{unit}'" for unit, shape in shapes.items())
                     actual = f"{list(term.values.shape)} of unit '{term.unit}'"

@@ -145,15 +145,16 @@ def _infos(
     end = 0
     for (begin, stop), name in entries:
         dtype, shape = header[name].get("dtype"), header[name].get("shape")
-        shown = shorten(name)
         bits = _BITS.get(dtype) if isinstance(dtype, str) else None
         if bits is None:
-            raise CorruptError(f"{path}: tensor '{shown}' has the unknown dtype {shorten(repr(dtype))}.")
+            raise CorruptError(f"{path}: tensor '{shorten(name)}' has the unknown dtype {shorten(repr(dtype))}.")
         is_list = isinstance(shape, list) and len(shape) <= 8
         if not (is_list and all(type(n) is int and 0 <= n < 1 << 40 for n in shape)):
-            raise CorruptError(f"{path}: tensor '{shown}' has an impossible shape.")
+            raise CorruptError(f"{path}: tensor '{shorten(name)}' has an impossible shape.")
         if begin != end or (stop - begin) * 8 != math.prod(shape) * bits:
-            raise CorruptError(f"{path}: tensor '{shown}' overlaps, leaves a gap, or has the wrong size for its shape.")
+            raise CorruptError(
+                f"{path}: tensor '{shorten(name)}' overlaps, leaves a gap, or has the wrong size for its shape."
+            )
         end = stop
         yield TensorInfo(name, dtype, tuple(shape), path, data + begin, data + stop)
     if end != size - data:

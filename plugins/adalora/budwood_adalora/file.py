@@ -40,14 +40,19 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     return tensors | whole_tensors(model, name)
 
 
-def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], name: str) -> None:
+def attach(
+    model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], name: str
+) -> tuple[list[str], dict[str, list[int]]]:
     """Attach a saved adapter to the model, inactive.
+
+    Returns:
+        Full names of the modules that it replaces whole, and token ids of the rows that it replaces, by module.
 
     Raises:
         CorruptError: config, tensors and model do not match.
         InputError: the adapter uses an unsupported variant.
     """
-    saved = _parse(config)
+    saved = parse(config)
     targets, whole = saved_targets(model, saved), saved_whole_modules(model, saved, tensors)
     ranks = {path: rank for path, rank in _ranks(saved, targets, tensors).items() if rank}
     tensors = {key: tensor for key, tensor in tensors.items() if tensor.numel()}
@@ -61,6 +66,7 @@ def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor],
     except BaseException:
         remove_adapter(model, name)
         raise
+    return whole, tokens
 
 
 @torch.no_grad()
@@ -83,7 +89,7 @@ def as_lora(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[st
     Raises:
         CorruptError, InputError: see `attach`; or all its ranks are 0.
     """
-    saved = _parse(config)
+    saved = parse(config)
     paths = [k.removeprefix(PREFIX).removesuffix(".lora_E") for k in tensors if k.endswith(".lora_E")]
     ranks = {path: rank for path, rank in _ranks(saved, paths, tensors).items() if rank}
     if not ranks:
@@ -114,7 +120,8 @@ _SHARED = (
 )  # fmt: skip
 
 
-def _parse(config: dict[str, Any]) -> SavedConfig:
+def parse(config: dict[str, Any]) -> SavedConfig:
+    """Validate adapter_config.json; see `parse_saved_config`."""
     return parse_saved_config(TYPE, SavedConfig, config, UNUSED)
 
 

@@ -41,11 +41,24 @@ class AdaLoRA(Strategy):
     slots = ("adapter",)
     adapter_types = ("ADALORA",)
 
+    @classmethod
+    def continued_options(cls, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        from budwood.lowrank import continued_selection
+        from budwood_adalora.file import parse
+
+        saved = parse(config)
+        if saved.bias != "none":
+            raise InputError(f"adapter_config.json: 'bias: {saved.bias}' is not supported by adalora: use bias: none.")
+        target = config.get("target_r")
+        kept = target if isinstance(target, int) and 0 < target <= saved.init_r else saved.init_r
+        fixed = {"initial_rank": saved.init_r, "alpha": saved.lora_alpha}
+        return fixed, {"target_rank": kept, **continued_selection(config)}
+
     @hookimpl
     def check_plan(self, plan: Plan) -> None:
         options = self.options
-        if plan.steps is not None and not Schedule.of(options, plan.steps).fits:
-            phases = Schedule.of(options, plan.steps)
+        scheduled = plan.steps is not None and plan.start_adapter is None
+        if scheduled and not (phases := Schedule.of(options, plan.steps)).fits:
             plan.problem(
                 self,
                 f"a run of {plan.steps} steps is too short for an initial phase of {phases.initial}, a final phase of "
@@ -57,6 +70,12 @@ class AdaLoRA(Strategy):
         try:
             whole = whole_modules(plan.model, options.modules_to_save, plan.task)
             targets = match_targets(plan.model, options.targets, options.layers, whole)
+            if plan.start_adapter is not None:
+                from budwood.lowrank import check_continued
+                from budwood_adalora.file import parse
+
+                saved = plan.start_adapter
+                check_continued(plan.model, parse(saved.config), saved.infos, targets, whole)
         except InputError as error:
             plan.problem(self, str(error))
             return
@@ -76,6 +95,8 @@ class AdaLoRA(Strategy):
         from budwood_adalora.layers import add_adapter, scale
 
         options = self.options
+        if run.start_adapter is not None:
+            return self._continue(run, run.start_adapter, model)
         self._schedule = Schedule.of(options, run.steps or 0)
         self._modules_to_save = whole_modules(model, options.modules_to_save, run.task, run.base)
         self._paths = match_targets(model, options.targets, options.layers, self._modules_to_save)
@@ -91,6 +112,22 @@ class AdaLoRA(Strategy):
         run.adapter_final = False
         if options.target_rank == options.initial_rank:
             run.say("adalora: target_rank equals initial_rank, so no ranks will be pruned")
+        return model
+
+    def _continue(self, run: Run, saved: Any, model: nn.Module) -> nn.Module:
+        """Attach the adapter that the run continues. It keeps its ranks."""
+        from budwood.lowrank import adapter_layers, select_adapters
+        from budwood_adalora.file import attach
+
+        config = {**saved.config, "lora_dropout": self.options.dropout}
+        self._modules_to_save, self._tokens = attach(model, config, saved.load_tensors(), RUN_ADAPTER)
+        select_adapters(model, TYPE, [RUN_ADAPTER])
+        self._layers = dict(adapter_layers(model, RUN_ADAPTER))
+        self._paths = list(self._layers)
+        self._schedule = Schedule(run.steps or 0, 0, 0, self.options.interval)
+        self._importance = None
+        total = sum(self.ranks().values())
+        run.say(f"adalora: the adapter keeps its {total} ranks: target_rank and the phases have no effect")
         return model
 
     @hookimpl
@@ -142,8 +179,7 @@ class AdaLoRA(Strategy):
 
         from budwood_adalora.importance import choose
 
-        step, start = run.step + 1, self.options.initial_rank * len(self._paths)
-        target = self.options.target_rank * len(self._paths)
+        step, (start, target) = run.step + 1, self._budgets(run)
         budget = self._schedule.budget(step, start, target)
         if self._importance is not None and step >= self._schedule.last:  # later if fp16 skipped that step
             if run.planning:  # the pruned ranks depend on values; at worst a module keeps all of its ranks
@@ -180,6 +216,10 @@ class AdaLoRA(Strategy):
             raise CorruptError(f"state of adalora: version {state.get('version')} instead of {STATE_VERSION}.")
         if state["ranks"].keys() != self._layers.keys():
             raise CorruptError("state of adalora: it is from a run with other targets.")
+        if run.start_adapter is not None:
+            if state["ranks"] != self.ranks():
+                raise CorruptError("state of adalora: its ranks are not those of the adapter that the run continues.")
+            return
         if self._importance is None:
             raise CorruptError("state of adalora: the ranks of the current run are already final.")
         importance, names = self._importance, self._names()
@@ -232,7 +272,7 @@ class AdaLoRA(Strategy):
         config.save_pretrained(str(directory))
         tensors = {key: slot.detach().cpu().contiguous() for key, slot in adapter_tensors(model, RUN_ADAPTER).items()}
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-        start, target = (rank * len(ranks) for rank in (options.initial_rank, options.target_rank))
+        start, target = self._budgets(run)
         budgets = [self._schedule.budget(step, start, target) for step in range(run.step + 1)]
         try:
             draw_ranks(ranks, budgets, target, options.initial_rank, run.directory / "ranks.png")
@@ -274,6 +314,13 @@ class AdaLoRA(Strategy):
     def ranks(self) -> dict[str, int]:
         """Return the rank of each adapted module of the run, by its path."""
         return {path: layer.r[RUN_ADAPTER] for path, layer in self._layers.items()}
+
+    def _budgets(self, run: Run) -> tuple[int, int]:
+        """Return the sum of ranks at the start and at the end; an adapter that the run continues keeps its ranks."""
+        if run.start_adapter is not None:
+            total = sum(self.ranks().values())
+            return total, total
+        return self.options.initial_rank * len(self._paths), self.options.target_rank * len(self._paths)
 
     def _triplets(self) -> list[nn.Parameter]:
         """Return A [r, in], B [out, r], E [r, 1] of each module in turn."""

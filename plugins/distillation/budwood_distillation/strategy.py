@@ -64,6 +64,9 @@ class Distillation(Strategy):
 
         if self.info is not None:
             return
+        if plan.task is not None and not plan.task.has_log_probs():
+            plan.problem(self, f"{plan.task} has no distribution over tokens or classes that could be taught")
+            return
         try:
             self.info = check_teacher(self.options, plan)
         except InputError as error:
@@ -167,7 +170,7 @@ class Distillation(Strategy):
     def _target(self, step: Step) -> Reference | tuple[Tensor, Tensor]:
         """Return the teacher's outputs for the batch, computed once per micro-step, also if it is replayed."""
         if self.uses_reference:
-            return step.reference()
+            return step.reference("base")
         if self.name not in step.cache:
             if self.cache is not None:
                 step.cache[self.name] = self.cache.read(step.batch)

@@ -43,7 +43,14 @@ from budwood_lora.options import LoRAOptions, SavedConfig
 
 
 def create(run: Run, model: nn.Module, options: LoRAOptions) -> LoraConfig:
-    """Add the run's adapter to its model and activate it; return its PEFT config."""
+    """Add the run's adapter to its model, new or continued, and activate it; return its PEFT config."""
+    if run.start_adapter is not None:
+        config = {**run.start_adapter.config, "lora_dropout": options.dropout}
+        continued = attach(model, config, run.start_adapter.load_tensors(), RUN_ADAPTER)
+        select_adapters(model, TYPE, [RUN_ADAPTER])
+        continued.task_type = TASK_TYPES.get(run.recipe.base.task)
+        continued.base_model_name_or_path = run.recipe.base.model
+        return continued
     whole = whole_modules(model, options.modules_to_save, run.task, run.base)
     targets = match_targets(model, options.targets, options.layers, whole)
     config = LoraConfig(
@@ -93,8 +100,8 @@ def write(model: nn.Module, config: LoraConfig, directory: Path) -> None:
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], name: str) -> None:
-    """Attach a saved adapter to a model, inactive."""
+def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], name: str) -> LoraConfig:
+    """Attach a saved adapter to a model, inactive; return its config with full names of modules."""
     saved = parse_saved_config(TYPE, SavedConfig, config)
     targets = saved_targets(model, saved)
     resolved = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
@@ -115,6 +122,7 @@ def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor],
     except BaseException:
         remove_adapter(model, name)
         raise
+    return lora_config
 
 
 def merge(model: nn.Module, name: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from budwood import InputError, Strategy, hookimpl, match_targets, whole_modules
-from budwood_lora.options import LoRAOptions
+from budwood_lora.options import LoRAOptions, SavedConfig
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,13 +26,35 @@ class LoRA(Strategy):
     slots = ("adapter",)
     adapter_types = ("LORA",)
 
+    @classmethod
+    def continued_options(cls, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        from budwood.lowrank import continued_selection, parse_saved_config
+
+        saved = parse_saved_config("lora", SavedConfig, config)
+        fixed = {
+            "rank": saved.r, "alpha": saved.lora_alpha, "rslora": saved.use_rslora, "dora": saved.use_dora,
+            "bias": saved.bias,
+        }  # fmt: skip
+        return fixed, continued_selection(config)
+
+    def _check_start(self, plan: Plan, targets: Sequence[str], whole: Sequence[str]) -> None:
+        from budwood.lowrank import check_continued, parse_saved_config
+
+        assert plan.model is not None and plan.start_adapter is not None
+        if self.options.init != "default":
+            raise InputError("init: the run continues an adapter, which is not initialised: leave it out.")
+        saved = parse_saved_config("lora", SavedConfig, plan.start_adapter.config)
+        check_continued(plan.model, saved, plan.start_adapter.infos, targets, whole)
+
     @hookimpl
     def check_plan(self, plan: Plan) -> None:
         if plan.model is None:
             return
         try:
             whole = whole_modules(plan.model, self.options.modules_to_save, plan.task)
-            match_targets(plan.model, self.options.targets, self.options.layers, whole)
+            targets = match_targets(plan.model, self.options.targets, self.options.layers, whole)
+            if plan.start_adapter is not None:
+                self._check_start(plan, targets, whole)
         except InputError as error:
             plan.problem(self, str(error))
 

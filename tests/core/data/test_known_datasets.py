@@ -18,7 +18,8 @@ LM, CLASSIFY = "causal-lm", "sequence-classification"
 TALK = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Hello"}]
 SHAREGPT = [{"from": "human", "value": "Hi there"}, {"from": "gpt", "value": "Hello", "weight": 1.0}]
 RENDERED = "Below is an instruction.\n\n### Instruction:\nAdd\n\n### Input:\n2 2\n\n### Response:\n4"
-PAIRS = "preference pairs, and training on pairs needs an objective"
+WORSE = [TALK[0], {"role": "assistant", "content": "No"}]
+HH = "\n\nHuman: Hi there\n\nAssistant: I agree, {}"
 
 READ = {
     "Alpaca": ({"instruction": "Add", "input": "2 2", "output": "4", "text": RENDERED}, "alpaca", "text", "4"),
@@ -44,6 +45,14 @@ READ = {
     "CodeAlpaca": ({"prompt": "Add", "completion": "4"}, "prompt-completion", "", "4"),
     "rendered": ({"conversations": SHAREGPT, "text": "<u>Hi there<a>Hello"}, "sharegpt", "text", "Hello"),
     "NuminaMath": ({"problem": "2 2", "solution": "4", "messages": TALK}, "messages", "problem, solution", "Hello"),
+    "HH-RLHF": ({"chosen": HH.format("Hello"), "rejected": HH.format("No")},
+                "preference-shared-prompt", "", "I agree, Hello"),
+    "UltraFeedback": ({"prompt": "Hi there", "prompt_id": "1", "chosen": TALK, "rejected": WORSE, "messages": TALK,
+                       "score_chosen": 8.0, "score_rejected": 2.0},
+                      "preference", "prompt_id, messages, score_chosen, score_rejected", "Hello"),
+    "Capybara pairs": ({"source": "x", "chosen": TALK, "rejected": WORSE}, "preference-shared-prompt", "source",
+                       "Hello"),
+    "KTO mix": ({"prompt": TALK[:1], "completion": TALK[1:], "label": True}, "judged", "", "Hello"),
     "Wikipedia": ({"id": "1", "url": "u", "title": "T", "text": "Hello"}, "text", "id, url, title", "Hello"),
     "ag_news": ({"text": "Hello", "label": "World"}, "text-label", "", ""),
     "go_emotions": ({"text": "Hello", "label": 3, "label_text": "joy"}, "text-label", "label_text", ""),
@@ -53,7 +62,7 @@ READ = {
 @pytest.mark.parametrize("name", READ)
 def test_read_as_what_it_is(name: str, write: Any, byte_level: Any) -> None:
     row, format_name, ignored, answer = READ[name]
-    task = CLASSIFY if "label" in row else LM
+    task = CLASSIFY if "label" in row and "text" in row else LM
     rows = [row, {**row, "label": "other"}] if task == CLASSIFY else [row]
     tokenizer = byte_level(True, CHATML)
     examples = build_examples(write(rows), tokenizer, task, 512)
@@ -68,12 +77,12 @@ def test_read_as_what_it_is(name: str, write: Any, byte_level: Any) -> None:
 REFUSED = {
     "OpenAssistant": ({"message_id": "1", "parent_id": None, "text": "Hi", "role": "prompter"},
                       "text . role are one message a row: join the messages of each conversation"),
-    "HH-RLHF": ({"chosen": "Human: Hi Assistant: Hello", "rejected": "Human: Hi Assistant: No"},
-                f"{PAIRS}.*remove 'rejected' and rename 'chosen' to 'messages', or to 'text' if it is one"),
-    "UltraFeedback": ({"prompt": "Hi there", "prompt_id": "1", "chosen": TALK, "rejected": TALK, "messages": TALK,
-                       "score_chosen": 8.0, "score_rejected": 2.0},
-                      "can be read as messages and as prompt . chosen . rejected. Keep the columns of only one"),
-    "Orca pairs": ({"system": "", "question": "Hi", "chosen": "Hello", "rejected": "No"}, PAIRS),
+    "Orca pairs": ({"system": "", "question": "Hi", "chosen": "Hello", "rejected": "No"},
+                   "column 'question' would be left out: rename it to 'prompt'"),
+    "UltraFeedback of another answer": (
+        {"prompt": "Hi there", "chosen": TALK, "rejected": WORSE, "messages": [TALK[0], {"role": "assistant",
+                                                                                         "content": "Other"}]},
+        "does not read column 'messages', which would be left out"),
     "GSM8K": ({"question": "2 2?", "answer": "4"},
               "Rename 'question' to 'instruction' and 'answer' to 'output', for a chat model; or 'question' to "
               "'prompt' and 'answer' to 'completion', for plain text"),

@@ -87,11 +87,6 @@ def test_text_parts_are_joined_by_line_ends(write: Any, byte_level: Any) -> None
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (["prompt", "chosen", "rejected"], "preference pairs.*needs an objective.*rename 'chosen' to 'completion'"),
-        (["chosen", "rejected"], "preference pairs.*rename 'chosen' to 'messages'"),
-        (["prompt", "chosen", "rejected", "messages"], "can be read as messages and as prompt . chosen . rejected"),
-        (["input", "preferred_output", "non_preferred_output"], "preference pairs.*OpenAI"),
-        (["prompt", "completion", "label"], "judged good or bad, and training on them needs an objective"),
         (["tokens", "tags"], "a tag for each token.*needs a task for token classification"),
         (["id", "tokens", "ner_tags"], "a tag for each token"),
         (["mesages"], "Did you mean 'messages' by 'mesages'"),
@@ -110,10 +105,10 @@ def test_no_guess_is_better_than_a_wrong_one(columns: list[str]) -> None:
 
 
 def test_a_third_party_format_for_the_same_columns_is_used(distribution: Any) -> None:
-    source = "from budwood import DataFormat\nclass Pairs(DataFormat):\n    api = 2\n    name = 'preferences'\n"
-    source += "    columns = ('prompt', 'chosen', 'rejected')\n    tasks = ('causal-lm',)\n"
-    distribution("preferences-form", source, {"preferences": "Pairs"}, "budwood.formats")
-    assert recognise(["rejected", "prompt", "chosen"], LM, "a.jsonl").name == "preferences"
+    source = "from budwood import DataFormat\nclass Tags(DataFormat):\n    api = 2\n    name = 'tags'\n"
+    source += "    columns = ('tokens', 'tags')\n    tasks = ('causal-lm',)\n"
+    distribution("tags-form", source, {"tags": "Tags"}, "budwood.formats")
+    assert recognise(["tags", "id", "tokens"], LM, "a.jsonl").name == "tags"
 
 
 def test_columns_that_are_not_read_are_named(write: Any, byte_level: Any) -> None:

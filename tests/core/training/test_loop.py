@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.processes import run_in_two_processes
 from torch import Tensor
 
 from budwood.errors import DivergedError, InputError, Interrupted, ResourceError
@@ -47,19 +45,14 @@ def test_two_processes_equal_one(make_recipe: Make, tmp_path: Path) -> None:
     recipe = make_recipe("two", train={"micro_tokens": 128})
     path = tmp_path / "two.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8")
-    script = tmp_path / "worker.py"
-    script.write_text(
-        "import torch\ntorch.set_num_threads(1)\n"
+    run_in_two_processes(
+        "import torch\n"
         "from budwood.training.loop import tune\n"
         f"run = tune({str(path)!r}, quiet=True)\n"
         "assert run.processes == 2, run.processes\n"
         "assert torch.distributed.get_world_size() == 2\n",
-        encoding="utf-8",
+        tmp_path,
     )
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)],
-        check=True, capture_output=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
     assert distance(adapter(one), adapter(tmp_path / "two")) < 1e-5
 
 

@@ -21,7 +21,7 @@ from budwood.training.evaluate import evaluate_adapter
 from budwood.training.loop import tune
 
 Make = Callable[..., Recipe]
-UNUSED = "note: the base has a chat template, but prompt and completion are trained on as plain text"
+UNUSED = "note: the base has a chat template, but prompts and answers are trained on as plain text"
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -74,7 +74,7 @@ def test_an_unused_chat_template_is_noticed(
 
 def test_as_chat_on_messages_is_refused(make_recipe: Make, tmp_path: Path) -> None:
     path = write(tmp_path / "chat.jsonl", [messages("a", "b")])
-    with pytest.raises(InputError, match="data.as_chat: renders the columns prompt and completion, but .* messages"):
+    with pytest.raises(InputError, match="data.as_chat: renders prompts and their answers, but .* messages"):
         tune(make_recipe(data={"train": path, "as_chat": True}), quiet=True)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.processes import run_in_two_processes
 
 from budwood.contract.discovery import PluginError
 from budwood.contract.types import Run
@@ -264,9 +263,8 @@ def test_two_processes_hold_one_set(make: Make, policy: Any, tmp_path: Path, mon
     tune(make("one", {"samples": 4}, train=train), quiet=True)
     path = tmp_path / "two.yaml"
     path.write_text(make("two", {"samples": 4}, train=train).to_yaml(), encoding="utf-8")
-    script = tmp_path / "worker.py"
-    script.write_text(
-        "import json, torch\ntorch.set_num_threads(1)\n"
+    run_in_two_processes(
+        "import json, torch\n"
         "from budwood.training import batches\n"
         "from budwood.training.loop import tune\n"
         "original, sets = batches.generate_set, []\n"
@@ -279,14 +277,9 @@ def test_two_processes_hold_one_set(make: Make, policy: Any, tmp_path: Path, mon
         "def shown(e): return [e.key, e.labels.tolist(), float(e.columns['advantage'].values)]\n"
         "steps = [[shown(e) for e in s] for s in sets[0].steps]\n"
         f"open({str(tmp_path)!r} + f'/set-{{run.process_index}}.json', 'w').write(json.dumps(steps))\n",
-        encoding="utf-8",
+        tmp_path,
+        (STRATEGIES,),
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(STRATEGIES)}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)],
-        capture_output=True, text=True, timeout=240, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"set-{i}.json").read_text()) for i in (0, 1))
     assert first == second
     one = [[e.key, e.labels.tolist(), float(e.columns["advantage"].values)] for s in sets[0].steps for e in s]

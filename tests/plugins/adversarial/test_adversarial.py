@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.processes import run_in_two_processes
 from torch import nn
 
 from budwood import Event, Options, PluginError, Strategy, hookimpl
@@ -194,17 +192,12 @@ def test_two_processes_equal_one(make_recipe: Callable, tmp_path: Path) -> None:
     one = tune(make_recipe(options, "one", train=train), quiet=True)
     path = tmp_path / "two.yaml"
     path.write_text(make_recipe(options, "two", train=train).to_yaml(), encoding="utf-8")
-    script = tmp_path / "worker.py"
-    script.write_text(
-        "import torch\ntorch.set_num_threads(1)\n"
+    run_in_two_processes(
+        "import torch\n"
         "from budwood.training.loop import tune\n"
         f"assert tune({str(path)!r}, quiet=True).processes == 2\n",
-        encoding="utf-8",
+        tmp_path,
     )
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)],
-        check=True, capture_output=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
     two = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     for term in ("loss", "adversarial_gain", "gradient_norm"):
         assert two[-1][term] == pytest.approx(one.metrics[term], rel=1e-3)

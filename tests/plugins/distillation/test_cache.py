@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save
+from tests.processes import run_in_two_processes
 from transformers import AutoModelForCausalLM
 
 import budwood
@@ -224,19 +222,15 @@ def test_two_processes_share_the_work(
     monkeypatch.setattr(cache_module, "SHARD_LABELS", 20)
     train = {"micro_tokens": 128, "steps": 2}
     one = run_it({**options, "cache": str(tmp_path / "one-cache")}, "one", train=train)
-    path, script = tmp_path / "two.yaml", tmp_path / "worker.py"
+    path = tmp_path / "two.yaml"
     path.write_text(make_recipe(options, "two", train=train).to_yaml(), encoding="utf-8")
-    script.write_text(
-        "import torch\ntorch.set_num_threads(1)\n"
+    run_in_two_processes(
+        "import torch\n"
         "import budwood_distillation.cache as cache\ncache.SHARD_LABELS = 20\n"
         "from budwood.training.loop import tune\n"
         f"assert tune({str(path)!r}, quiet=True).processes == 2\n",
-        encoding="utf-8",
+        tmp_path,
     )
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)],
-        check=True, capture_output=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
     parts = [sorted(Path(folder).glob("shard-*")) for folder in (tmp_path / "one-cache", options["cache"])]
     assert [p.name for p in parts[0]] == [p.name for p in parts[1]]
     for mine, theirs in zip(*parts, strict=True):

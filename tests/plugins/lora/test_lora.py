@@ -39,7 +39,9 @@ def put_on(model: Any, folder: Path, randomise: bool = True, **options: Any) -> 
     strategy = LoRA(LoRAOptions(**options), "lora")
     section = SimpleNamespace(task="causal-lm", model=str(folder))
     task = SimpleNamespace(head_modules=lambda model: [])
-    run = SimpleNamespace(task=task, recipe=SimpleNamespace(base=section), seed=0, model=model, base=None)
+    run = SimpleNamespace(
+        task=task, recipe=SimpleNamespace(base=section), seed=0, model=model, base=None, start_adapter=None
+    )
     strategy.prepare_model(run=run, model=model)
     run.groups = strategy.trainable_parameters(run=run, model=model)
     if randomise:

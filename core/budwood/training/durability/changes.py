@@ -15,7 +15,10 @@ from budwood.errors import InputError
 
 PINNED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "numpy")
 """Libraries whose versions a manifest records."""
-FIXED = ("base.", "recipe.base.task", "recipe.base.quantization", "recipe.base.double_quantization", "parameters.")
+FIXED = (
+    "base.", "adapter.", "recipe.base.task", "recipe.base.quantization", "recipe.base.double_quantization",
+    "parameters.",
+)  # fmt: skip
 """Prefixes of the fields whose change makes it a different run, which cannot be accepted."""
 NOTED = ("threads",)
 """Fields whose change may affect the last digits and is only reported."""
@@ -43,6 +46,7 @@ def setting(run: Run) -> dict[str, Any]:
         },
         "strategies": {s.name: s.distribution for s in run.strategies},
         "data": data_setting(run),
+        "adapter": run.start_adapter.hashes.model_dump() if run.start_adapter is not None else None,
         "device": str(run.device),
         "precision": str(run.dtype).removeprefix("torch."),
         "processes": run.processes,

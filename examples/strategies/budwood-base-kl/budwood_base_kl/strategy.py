@@ -19,6 +19,6 @@ class BaseKl(Strategy):
 
     @hookimpl
     def token_terms(self, step: Step, logits: Tensor, positions: Tensor) -> LossTerm:
-        base = step.reference().logits(positions).float().log_softmax(-1)
+        base = step.reference("base").logits(positions).float().log_softmax(-1)
         own = logits.float().log_softmax(-1)
         return LossTerm(self.name, (base.exp() * (base - own)).sum(-1), weight=self.options.weight)

@@ -7,14 +7,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.processes import run_in_two_processes
 
 from budwood.cli.app import run as command
 from budwood.contract.strategy import hookimpl
@@ -217,9 +216,8 @@ def test_two_processes(make_recipe: Make, tmp_path: Path) -> None:
     recipe = make_recipe("two", strategies=strategies, evaluate=True, train=train)
     path = tmp_path / "two.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8")
-    script = tmp_path / "worker.py"
-    script.write_text(
-        "import os, torch\ntorch.set_num_threads(1)\n"
+    run_in_two_processes(
+        "import os, torch\n"
         "from budwood.training import loop\n"
         "from budwood.training.report import Report\n"
         "Report.plot = lambda self, directory: None\n"
@@ -241,13 +239,8 @@ def test_two_processes(make_recipe: Make, tmp_path: Path) -> None:
         "torch.distributed.barrier()\n"
         "torch.rand(3)\n"
         f"loop.tune({str(path)!r}, quiet=True, resume=True)\n",
-        encoding="utf-8",
+        tmp_path,
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)],
-        capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     assert manifest(tmp_path / "two")["resumed_from_step"] == 2
     assert records(tmp_path / "two") == records(tmp_path / "whole")
     assert files(tmp_path / "two") == files(tmp_path / "whole")

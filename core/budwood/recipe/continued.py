@@ -1,0 +1,104 @@
+"""The adapter that a recipe continues: its checks before the base loads, and the options that it determines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from budwood.adapters.store import SavedAdapter, read_adapter
+from budwood.contract.loading import load_strategy
+from budwood.errors import BudwoodError, InputError
+
+if TYPE_CHECKING:
+    from budwood.recipe.schema import Recipe
+    from budwood.recipe.sections import Choice
+
+
+def read_start(recipe: Recipe) -> SavedAdapter | None:
+    """Read and check the adapter that a recipe continues; None if it continues none.
+
+    Raises:
+        InputError: it is not an adapter of the recipe's strategy, task and base, or lies in the output folder.
+        CorruptError: it is damaged.
+    """
+    if recipe.adapter is None:
+        return None
+    saved = _read(recipe, hashes=True)
+    try:
+        if saved.manifest is not None:
+            _check_origin(recipe, saved)
+    except BudwoodError as error:
+        raise type(error)(f"{recipe.where('adapter')}: adapter: {error}") from error
+    return saved
+
+
+def _read(recipe: Recipe, hashes: bool) -> SavedAdapter:
+    """Read the adapter, and check what needs neither its base nor all bytes of its files."""
+    assert recipe.adapter is not None
+    where = f"{recipe.where('adapter')}: adapter"
+    if recipe.adapter.resolve().is_relative_to(recipe.output.resolve()):
+        raise InputError(
+            f"{where}: {recipe.adapter} is in the output folder, which --overwrite empties: name another output."
+        )
+    try:
+        saved = read_adapter(recipe.adapter, hashes=hashes)
+    except BudwoodError as error:
+        raise type(error)(f"{where}: {error}") from error
+    names = [choice.name for choice in recipe.strategies]
+    if saved.adapter_type not in names:
+        raise InputError(
+            f"{where}: {recipe.adapter} is of type '{saved.adapter_type}', and a run continues only an adapter of its "
+            f"own type: add the strategy {saved.adapter_type} in place of its adapter's, or merge the adapter into a "
+            "base with `budwood adapter merge`."
+        )
+    return saved
+
+
+def _check_origin(recipe: Recipe, saved: SavedAdapter) -> None:
+    assert saved.manifest is not None
+    base, task = recipe.base, saved.manifest.task
+    if task != base.task:
+        raise InputError(f"{saved.directory} was trained for {task}, not {base.task}: set base.task to {task}.")
+    if saved.manifest.base.embeddings and not base.resize_embeddings:
+        raise InputError(f"{saved.directory} has embeddings of new tokens: set base.resize_embeddings to true.")
+    if Path(base.model).expanduser().is_dir():
+        from budwood.model.base import fingerprint
+
+        check_base_of(saved, base.model, fingerprint(base.model))
+
+
+def check_base_of(saved: SavedAdapter, name: str, fingerprint: str) -> None:
+    """Check that an adapter was trained on this base; one of stock PEFT does not record its base.
+
+    Raises:
+        InputError: it was trained on another.
+    """
+    if saved.manifest is not None and saved.manifest.base.fingerprint != fingerprint:
+        trained = saved.manifest.base
+        raise InputError(
+            f"{saved.directory} was trained on the base '{trained.name}' ({trained.fingerprint[:12]}), not on "
+            f"'{name}' ({fingerprint[:12]}): name that base."
+        )
+
+
+def continued_options(recipe: Recipe, choice: Choice) -> dict[str, Any]:
+    """Return a strategy's options as written, with those of the adapter that it continues, if it owns it.
+
+    Raises:
+        InputError: an option contradicts the adapter, or the strategy cannot continue one.
+    """
+    if recipe.adapter is None or "adapter" not in (cls := load_strategy(choice.name)[0]).slots:
+        return choice.options
+    saved = _read(recipe, hashes=False)
+    try:
+        fixed, defaults = cls.continued_options(saved.config)
+    except BudwoodError as error:
+        raise type(error)(f"{recipe.where('adapter')}: adapter: {saved.directory}: {error}") from error
+    for name, value in fixed.items():
+        if name in choice.options and choice.options[name] != value:
+            raise InputError(
+                f"{recipe.where('strategies', choice.name, name)}: strategies.{choice.name}.{name}: "
+                f"{choice.options[name]!r} contradicts the adapter in {saved.directory}, which has {value!r}: leave "
+                "it out."
+            )
+    return {**defaults, **choice.options, **fixed}

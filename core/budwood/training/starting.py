@@ -1,0 +1,40 @@
+"""Checks of the adapter that a run continues against its data and its loaded base."""
+
+from __future__ import annotations
+
+from budwood.adapters.store import SavedAdapter
+from budwood.contract.types import Run
+from budwood.errors import InputError
+from budwood.recipe.continued import check_base_of
+
+
+def check_classes(run: Run) -> None:
+    """Check that the data has the classes of the adapter that the run continues, before the base loads.
+
+    Raises:
+        InputError: they differ, or are in another order.
+    """
+    saved = run.start_adapter
+    if saved is None or saved.manifest is None or saved.manifest.labels == run.examples.labels:
+        return
+    theirs, ours = (", ".join(labels) or "none" for labels in (saved.manifest.labels, run.examples.labels))
+    raise InputError(
+        f"adapter: {saved.directory} was trained on the classes {theirs}, and the data has {ours}: they must be the "
+        "same, in the same order."
+    )
+
+
+def check_start(run: Run, saved: SavedAdapter) -> None:
+    """Check that the loaded base is that of the adapter which the run continues, and report the adapter.
+
+    Raises:
+        InputError: it is another base, or has new embeddings that the adapter lacks.
+    """
+    check_base_of(saved, run.base.name, run.base.fingerprint)
+    if run.base.added and saved.manifest is not None and saved.manifest.base.embeddings != run.base.added.stop:
+        raise InputError(
+            f"adapter: {saved.directory} has {saved.manifest.base.embeddings:,} embeddings, and the base with "
+            f"base.resize_embeddings has {run.base.added.stop:,}: use the tokenizer that it was trained with."
+        )
+    size = f"{saved.parameters:,} parameters, SHA-256 {saved.hashes.weights[:12]}"
+    run.say("; ".join([f"adapter {saved.directory}: continued, {size}", *saved.notes]))
