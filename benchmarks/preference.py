@@ -21,8 +21,8 @@ from typing import Any
 from budwood import Run, Strategy, hookimpl
 
 ROOT = Path(__file__).parents[1] / "examples" / "budwood_demo"
-SFT_STEPS, STEPS = 40, 80
-TRAIN, HELD_OUT = 1200, 300
+SFT_STEPS, STEPS = 40, 60
+TRAIN, HELD_OUT = 960, 200
 ARMS: dict[str, list[Any]] = {"more SFT": [], "dpo": [{"dpo": {"beta": 0.1}}]}
 
 
