@@ -184,7 +184,7 @@ def start_worker() -> None:
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """Tune and evaluate; return accuracies, and the number of parameters without the classification head."""
     import budwood
-    from budwood.adapters.merge import export
+    from budwood.adapters.export import export
     from budwood.recipe.schema import Recipe
     from budwood.training.evaluate import evaluate_adapter
 

@@ -14,7 +14,8 @@ from tests.conftest import make_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from budwood import AdapterPool, Run
-from budwood.adapters.merge import export, merge
+from budwood.adapters.export import export
+from budwood.adapters.merge import merge
 from budwood.recipe.schema import Recipe
 from budwood.training.loop import tune
 from budwood_adalora.options import AdaLoRAOptions

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from budwood.cli.given import read_given
+from budwood.cli.imports import uncollected
 from budwood.cli.streams import echo_json
 
 
@@ -24,20 +25,21 @@ def data(
     """Show what training will see: examples with their loss mask, lengths, and what is truncated or dropped."""
     from rich.console import Console
 
-    from budwood.cli.streams import Output
-    from budwood.contract.loading import create
-    from budwood.data.build import build_examples
-    from budwood.data.display import make_report, show_report
-    from budwood.data.packing import plan_epoch
-    from budwood.data.sources import locate
-    from budwood.data.unused import columns_read
-    from budwood.data.use import check_use
-    from budwood.model.checkpoint import one_revision
-    from budwood.model.limits import check_fits, default_length
-    from budwood.recipe.data import chat_note, encoding_options, recipe_skeleton, recipe_tokenizer
-    from budwood.recipe.schema import build_composition
-    from budwood.training.encoding import encoding
-    from budwood.training.run_data import choose_for, split_held_out
+    with uncollected():
+        from budwood.cli.streams import Output
+        from budwood.contract.loading import create
+        from budwood.data.build import build_examples
+        from budwood.data.display import make_report, show_report
+        from budwood.data.packing import plan_epoch
+        from budwood.data.sources import locate
+        from budwood.data.unused import columns_read
+        from budwood.data.use import check_use
+        from budwood.model.checkpoint import one_revision
+        from budwood.model.limits import check_fits, default_length
+        from budwood.recipe.data import chat_note, encoding_options, recipe_skeleton, recipe_tokenizer
+        from budwood.recipe.schema import build_composition
+        from budwood.training.encoding import encoding
+        from budwood.training.run_data import choose_for, split_held_out
 
     loaded = read_given(recipe, base, override or [])
     task = create(loaded.base.task, "budwood.tasks")

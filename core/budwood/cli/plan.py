@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from budwood.cli.imports import uncollected
 from budwood.cli.streams import echo, echo_json
 
 
@@ -23,8 +24,10 @@ def plan(
 ) -> None:
     """Show how a recipe's strategies are composed, hook by hook, and list its problems. Reads no data."""
     from budwood.cli.streams import Output
-    from budwood.planning.composition import plan as make_plan
-    from budwood.planning.composition import show_plan
+
+    with uncollected():
+        from budwood.planning.composition import plan as make_plan
+        from budwood.planning.composition import show_plan
 
     run_plan = make_plan(recipe, override or [], allow_code)
     if as_json:

@@ -22,9 +22,7 @@ from budwood.data.prompts import Prompt
 from budwood.data.text import Tokens, tokenise
 from budwood.errors import InputError
 from budwood.model.evaluation import EvalTotals, at_least_fp32, autocast
-from budwood.model.generate import generate
 from budwood.model.heads import body_of, own_head
-from budwood.model.ops.attention import packed_mask
 from budwood.model.ops.cross_entropy import cross_entropy
 from budwood.model.task import Task
 
@@ -317,6 +315,8 @@ def _inputs(batch: Batch) -> dict[str, Any]:
     inputs: dict[str, Any] = {**batch.inputs, "use_cache": False}
     if not batch.segments:
         return inputs
+    from budwood.model.ops.attention import packed_mask  # takes seconds, for nothing if no model runs
+
     return {**inputs, "attention_mask": packed_mask(batch.label_positions.device), "segments": batch.segments}
 
 
@@ -327,6 +327,8 @@ def exact_match(run: Run, task: CausalLM) -> float | None:
     data has no completions, if a conversation has several turns, or if the mean length exceeds 64 tokens, for which
     exact match is not informative.
     """
+    from budwood.model.generate import generate
+
     examples, limit = run.eval_examples, run.recipe.train.eval_generate
     assert examples is not None
     if limit == 0 or not (examples.format == "prompt-completion" or examples.rendered):

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from budwood import AdapterPool, BudwoodError, CorruptError, InputError
 from budwood.adapters import merge as merging
+from budwood.adapters.export import export
 from budwood.adapters.golden import Distance, Golden, relative_error
-from budwood.adapters.merge import export, merge
+from budwood.adapters.merge import merge
 from budwood.adapters.rounding import round_stochastically
 from budwood.adapters.verify import verify
 

@@ -109,7 +109,7 @@ def test_an_adapter_without_valid_options_is_rejected(base, tmp_path: Path) -> N
 
 
 def test_a_conversion_uses_them_too(base, tmp_path: Path) -> None:
-    from budwood.adapters.merge import _convert
+    from budwood.adapters.export import _convert
     from budwood.adapters.store import read_adapter
 
     saved = read_adapter(save(tmp_path / "a", base, {"scale": 4.0}))

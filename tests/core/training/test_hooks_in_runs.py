@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from budwood import BudwoodError, PluginError, hookimpl, tune
-from budwood.adapters.merge import export
+from budwood.adapters.export import export
 from budwood.adapters.pool import AdapterPool
 from budwood.cli import app as cli
 from budwood.contract.hookspecs import HookSpecs

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, GPT2Config, PhiConfig
 
 from budwood import AdapterPool, InputError
-from budwood.adapters.merge import export, merge
+from budwood.adapters.export import export
+from budwood.adapters.merge import merge
 from budwood.adapters.verify import verify
 from budwood.contract.strategy import RUN_ADAPTER
 from budwood.contract.types import Run

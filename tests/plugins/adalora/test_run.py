@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from budwood import AdapterPool, InputError, Run, hookimpl, tune
-from budwood.adapters.merge import export
+from budwood.adapters.export import export
 from budwood.adapters.verify import verify
 from budwood.cli.app import run as command
 from budwood.errors import Interrupted
