@@ -44,8 +44,6 @@ class Task(Plugin):
     """As `Strategy.trains_on`, for a task that reads data of a kind without an objective."""
     best_metric: ClassVar[str] = "eval_loss"
     """Metric that selects the best adapter."""
-    trains_on: ClassVar[tuple[str, ...]] = ()
-    """As `Strategy.trains_on`, for a task that reads data of a kind without an objective."""
     lower_is_better: ClassVar[bool] = True
     """Direction of `best_metric`."""
     gathers_predictions: ClassVar[bool] = False

@@ -65,6 +65,9 @@ class GRPOOptions(Options):
     reference: Literal["start", "base"] = Field(
         "start", description="the model at the start of the run, or its base without any adapter"
     )
+    unbiased_kl: bool = Field(
+        False, description="multiply the KL in the loss by the token's ratio, which makes its gradient unbiased"
+    )
     zero_variance: Literal["keep", "drop"] | None = Field(
         None, description="prompts whose samples all have the same reward: their advantages are 0"
     )
@@ -117,6 +120,8 @@ class GRPOOptions(Options):
             raise ValueError(
                 f"samples: {self.samples} leaves nothing to compare with ({what}): raise it, or use reinforce++"
             )
+        if self.unbiased_kl and (self.kl == 0 or where != "loss"):
+            raise ValueError("unbiased_kl: needs a kl above 0 in the loss (kl_in: loss); remove it")
         if self.minibatches > self.samples:
             raise ValueError(f"minibatches: {self.minibatches} is more than samples ({self.samples}); lower it")
         if self.kl == 0 and self.kl_in is not None:

@@ -160,6 +160,8 @@ class GRPO(Strategy):
         terms = [aggregate(self.name, values, batch, how, self._unit)]
         if self.in_loss:
             divergence = kl_estimate(log_probs, self._reference(step))
+            if self.options.unbiased_kl:
+                divergence = divergence * ratios.exp()
             terms.append(aggregate(f"{self.name}_kl", divergence, batch, how, self._unit, self.options.kl))
         if not step.replaying and not step.run.planning:
             self._observe(step, (log_probs.detach() - column["old"]).abs(), stopped)

@@ -35,6 +35,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"reference": "base"}, r"reference: needs a kl above 0"),
     ({"kl": 1, "kl_in": "token-reward"}, r"token-reward needs scale: advantages or none, not group"),
     ({"method": "reinforce++", "ratio": "sequence"}, r"token-reward gives each token its own advantage"),
+    ({"unbiased_kl": True}, r"unbiased_kl: needs a kl above 0 in the loss"),
     ({"stop": [""]}, r"an empty text would end every answer"),
 ]
 

@@ -30,7 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
         "reference": "base",
     },
     "grpo from the start": {"method": "grpo", "kl": 0.3, "temperature": 0.8, "reference": "start"},
-    "dr-grpo": {"method": "dr-grpo", "kl": 0.1, "reference": "base"},
+    "dr-grpo": {"method": "dr-grpo", "kl": 0.1, "reference": "base", "unbiased_kl": True},
     "dapo": {"method": "dapo"},
     "gspo": {"method": "gspo", "clip_low": 0.1, "clip_high": 0.2, "kl": 0.1, "reference": "base"},
     "rloo": {"method": "rloo", "clip_low": 0.4, "clip_high": 0.6},
@@ -108,7 +108,8 @@ def expected(options: dict[str, Any], start: dict[int, Tensor] | None = None) ->
             bounded = [min(max(r, 1 - low), 1 + high) for r in ratio]
             value = -torch.stack([min(r * a, b * a) for r, b, a in zip(ratio, bounded, advantage, strict=True)])
             losses.append(value * e.columns["importance"] if options.get("importance_cap") else value)
-            divergences.append(base.exp() / e.log_probs.exp() - (base - e.log_probs) - 1)
+            divergence = base.exp() / e.log_probs.exp() - (base - e.log_probs) - 1
+            divergences.append(divergence * ratio if options.get("unbiased_kl") else divergence)
 
         def mean(parts: list[Tensor]) -> Tensor:
             if method in ("grpo", "gspo", "rloo"):
@@ -152,7 +153,10 @@ def f64_put(run: Any, values: Sequence[Tensor]) -> None:
 HOT = 1.5
 TRL_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "grpo": ({"method": "grpo", "kl": 0.04, "reference": "base"}, {"loss_type": "grpo", "beta": 0.04}),
-    "dr-grpo": ({"method": "dr-grpo", "kl": 0.1, "reference": "base"}, {"loss_type": "dr_grpo", "beta": 0.1}),
+    "dr-grpo": (
+        {"method": "dr-grpo", "kl": 0.1, "reference": "base", "unbiased_kl": True},
+        {"loss_type": "dr_grpo", "beta": 0.1},
+    ),
     "dapo": ({"method": "dapo"}, {"loss_type": "dapo", "epsilon_high": 0.28}),
     "gspo": (
         {"method": "gspo", "clip_low": 0.1, "clip_high": 0.2},
@@ -248,6 +252,7 @@ def test_the_losses_of_trl(make_recipe: Callable[..., Recipe], trl_trainers: dic
         for key, value in given.items():
             assert hasattr(trainer, key), key
             setattr(trainer, key, value)
+        trainer.args.use_bias_correction_kl = options.get("unbiased_kl", False)
         load_policy(trainer.model, run)
         loss = trainer._compute_loss(trainer.model.train(), trl_inputs(run, base, temperature))
         assert abs(loss.item() - ours.item()) < 1e-5, name
