@@ -79,8 +79,19 @@ class Objective(NamedTuple):
     logged: tuple[str, ...] = ()
 
 
+def _of_pairs(name: str, weight: float = 1.0, task: float = 0.0, **options: Any) -> Objective:
+    values = ("accuracy", "margin", "reward_chosen", "reward_rejected", "log_prob_chosen", "log_prob_rejected")
+    return Objective(options, "pairs", {name: weight}, task, 8, tuple(f"{name}_{value}" for value in values))
+
+
 OBJECTIVES: dict[str, Objective] = {
     "sft": Objective(None, "causal-lm", {}, task=1.0),
+    "dpo": _of_pairs("dpo"),
+    "orpo": _of_pairs("orpo", weight=0.1, task=1.0),
+    "simpo": _of_pairs("simpo"),
+    "kto": Objective(
+        {}, "judged", {"kto": 1.0}, examples=8, logged=("kto_kl", "kto_reward_desirable", "kto_reward_undesirable")
+    ),
 }
 
 

@@ -46,11 +46,14 @@ class Template:
     @cached_property
     def prompts(self) -> bool:
         """Whether it has a generation prompt."""
+        return self._always_prompts or self._probes[0] != self._probes[1]
+
+    @cached_property
+    def _always_prompts(self) -> bool:
+        """Whether it ends every conversation with the generation prompt; it does not write it between two questions."""
         asked = [{"role": "user", "content": "Ping?"}, {"role": "user", "content": "Again?"}]
         (twice,) = self._render((asked, False))
-        # One that always writes the generation prompt does not write it between two questions.
-        always = bool(twice) and not twice.startswith(self._probes[0])
-        return always or self._probes[0] != self._probes[1]
+        return bool(twice) and not twice.startswith(self._probes[0])
 
     @cached_property
     def generation_prompt(self) -> str:
@@ -64,6 +67,9 @@ class Template:
         """What it writes after an answer, up to the token that ends it: the same if another turn follows."""
         after, longer = self._after
         common = list(self.marks.finditer(os.path.commonprefix([after, longer])))
+        if self._always_prompts:  # what begins the next turn, whosever it is, is in common, too
+            ends = [mark for mark in common if mark[0] == self.encoder.tokenizer.eos_token]
+            common = ends[:1] or common[:1]
         first = self.marks.search(after)
         return after[: common[-1].end()] if common else after[: first.end()] if first else ""
 
@@ -206,7 +212,7 @@ class Template:
             return stop, "", self._start(message, where, rest[:said], thoughts)
         if self.next_turn and rest.rstrip().endswith(content):
             return len(rest.rstrip()), self.next_turn, self._start(message, where, rest.rstrip(), thoughts)
-        raise _ambiguous(where, "adds no end token after it")
+        raise _no_end(where, "it", rest.rpartition(content)[2])
 
     def _start(self, message: Message, where: str, said: str, thoughts: Sequence[str]) -> str:
         """Return what stands before an answer's own words; refuse it where the template has no generation prompt."""
@@ -227,12 +233,13 @@ class Template:
         if self.next_turn and self.next_result:
             return len(rest.rstrip()), self.next_result
         closing = self.closing.strip()
-        if closing and closing in rest:
-            return rest.rfind(closing) + len(closing), ""
+        for end in (closing, str(self.encoder.tokenizer.eos_token) if self._always_prompts else ""):
+            if end and end in rest:
+                return rest.rfind(end) + len(end), ""
         ends = list(self.marks.finditer(rest))
-        if ends and not rest[ends[-1].end() :].strip():
+        if ends and not rest[ends[-1].end() :].strip() and not self._always_prompts:
             return ends[-1].end(), ""
-        raise _ambiguous(where, "adds no end token after its tool calls")
+        raise _no_end(where, "its tool calls", "")
 
 
 def _parts_of(message: Message) -> list[str]:
@@ -272,6 +279,14 @@ def _value_forms(value: Any) -> tuple[str, ...]:
     escaped = [json.dumps(value, ensure_ascii=flag) for flag in (False, True)]
     stripped = [text[1:-1] for text in escaped] if isinstance(value, str) else []
     return str(value), repr(value), *escaped, *stripped
+
+
+def _no_end(where: str, what: str, after: str) -> InputError:
+    if after.strip():
+        return _ambiguous(
+            where, f"ends {what} with {shorten(repr(after.strip()))}, which is no token of the base's tokenizer"
+        )
+    return _ambiguous(where, f"adds no end token after {what}")
 
 
 def _ambiguous(where: str, reason: str) -> InputError:

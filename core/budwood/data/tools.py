@@ -12,12 +12,14 @@ Message = Mapping[str, Any]
 ToolForm = Callable[[Sequence[Any]], Any]
 """What the key `tools` of the system message holds."""
 _NAME = "budwood_probe"
-PROBE = [{"type": "function", "function": {"name": _NAME, "description": "Probes.", "parameters": {}}}]
+_PARAMETERS = {"type": "object", "properties": {"x": {"type": "string", "description": "X."}}, "required": ["x"]}
+PROBE = [{"type": "function", "function": {"name": _NAME, "description": "Probes.", "parameters": _PARAMETERS}}]
+"""A tool with everything that templates read of one."""
 _ASKED: list[Message] = [{"role": "system", "content": "Help."}, {"role": "user", "content": "Ping?"}]
 
 
 def _functions_as_text(tools: Sequence[Any]) -> str:
-    """The functions as JSON, as Phi-4-mini takes them."""
+    """Write the functions as JSON, as Phi-4-mini takes them."""
     return json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
 
 

@@ -251,10 +251,12 @@ class Task(Plugin):
         return LossTerm(name, values * weights, DESIRABLE_LABEL, weight)
 
     @hookimpl
-    def batch_counts(self, batch: Batch) -> dict[str, float]:
+    def batch_counts(self, run: Run, batch: Batch) -> dict[str, float]:
         """Count the labels of desirable answers, if the batch is preference data."""
         if DESIRABLE not in batch.columns:
             return {}
+        if run.planning:  # values are unknown
+            return {DESIRABLE_LABEL: batch.total_weight}
         return {DESIRABLE_LABEL: float(batch.task_weights.sum(dtype=torch.float64))}
 
     @hookimpl

@@ -30,6 +30,7 @@ from budwood.model.ops import attention
 from budwood.model.task import Task
 from budwood.recipe.schema import default_recipe
 from budwood.training.attacks import build_attacks, measure_attacked
+from budwood.training.objective import objective_metrics
 from budwood.training.packing_check import check_packing
 from budwood.training.report import Report
 
@@ -163,7 +164,7 @@ def evaluate_adapter(
         without = task.evaluate(run) if not task.head_modules(run.model) else {}
         pool.load("adapter", directory, allow_other_base=allow_other_base)
         pool.use("adapter")
-        clean = task.evaluate(run)
+        clean = {**task.evaluate(run), **objective_metrics(run, pool, "adapter", saved)}
         text = task.report
         attacked = {
             attack.name: measure_attacked(run, attack, build_changed, clean) for attack in chosen_attacks.values()

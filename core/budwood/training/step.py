@@ -276,8 +276,8 @@ class Engine:
             raise PluginError(f"{owner} and {plugin}: two loss terms are called '{term.name}': rename one.")
 
     def _check_reach(self, terms: list[LossTerm], log_probs: LogProbs) -> None:
-        """Reject a strategy's term without a graph: its gradient would silently be zero."""
-        for term in terms:
+        """Reject a strategy's term without a graph, unless it is only logged: its gradient would silently be zero."""
+        for term in (term for term in terms if term.weight):
             plugin, _ = self.owners[term.name]
             values = log_probs[temperature_of(plugin)]
             if len(values) and not depends(term.values, values):

@@ -168,12 +168,13 @@ def test_thoughts_that_the_template_adds(byte_level: Any) -> None:
         (FORGETFUL, "leaves out or changes message 1"),
         (NO_PROMPT, r"writes '<\|im_start\|>assistant\\n' where the answer should begin"),
         (NO_END, "adds no end token after it"),
+        (CHATML.replace("im_end", "stop"), r"ends it with '<\|stop\|>', which is no token of the base's tokenizer"),
         (CHATML.replace("m.content", "m.content | upper"), "leaves out or changes message 1"),
         ("{{ messages[0].nothing.at.all }}", "the chat template rejects the conversation"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "adds no end token after it"),
         (None, "has no chat template"),
     ],
-    ids=["forgetful", "no prompt", "no end", "upper", "raises", "bare", "none"],
+    ids=["forgetful", "no prompt", "no end", "unknown end", "upper", "raises", "bare", "none"],
 )
 def test_templates_whose_turns_cannot_be_identified(template: str | None, message: str, byte_level: Any) -> None:
     with pytest.raises(InputError, match=message) as caught:

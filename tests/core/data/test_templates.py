@@ -71,6 +71,11 @@ LATE_SYSTEM = (
     "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content + '\n' }}{% endif %}"
     "{{ m.content + '<|assistant|>' }}{% else %}{{ m.content + '<|end|>' }}{% endif %}{% endfor %}"
 )
+# Writes the generation prompt after every conversation, and begins each turn with the same mark, as Command R7B does.
+ALWAYS = (
+    "{% for m in messages %}{{ '<|im_start|><|' + m.role + '|>' + m.content + '<|end|></s>' }}{% endfor %}"
+    "{{ '<|im_start|><|assistant|>' }}"
+)
 # Renders tools, calls and results, as Qwen2.5 does.
 TOOLS = (
     "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}{% for m in messages %}"
@@ -152,6 +157,7 @@ CASES: dict[str, tuple[str, list[Any], int, list[str]]] = {
         DROPS_LATE, THOUGHT, 2,
         [f"<think>thought {n}</think>{text}<|im_end|>" for n, text in ((2, "Hello there"), (4, "I am fine."))],
     ),
+    "the prompt is always written": (ALWAYS, TWO, 1, ["Hello there<|end|></s>", "I am fine.<|end|></s>"]),
     "the system prompt is only in the prompt": (
         LATE_SYSTEM, [{"role": "system", "content": "Be kind."}, *TWO], 2,
         ["Hello there<|end|>", "I am fine.<|end|>"],
