@@ -15,8 +15,9 @@ from budwood.contract.calls import attribute_errors
 from budwood.contract.discovery import PluginError
 from budwood.contract.examples import Example
 from budwood.data.bad_rows import BadRows, Skipped
+from budwood.data.checking import check_examples
 from budwood.data.encoder import Encoder
-from budwood.data.examples import check_examples, hash_inputs, pack
+from budwood.data.examples import hash_inputs, pack
 from budwood.data.formats import DataFormat, Dropped
 from budwood.data.rows import Row, Rows, chunks
 from budwood.data.spool import Arrays

@@ -12,7 +12,8 @@ from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy
 from budwood.contract.types import Run
 from budwood.data.build import build_examples, overlap
-from budwood.data.examples import Examples, check_examples
+from budwood.data.checking import check_examples
+from budwood.data.examples import Examples
 from budwood.data.held_out import HeldOut, hold_out, rows_held_out
 from budwood.data.packing import plan_epoch
 from budwood.data.sources import locate
