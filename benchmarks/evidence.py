@@ -184,8 +184,8 @@ def start_worker() -> None:
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """Tune and evaluate; return accuracies, and the number of parameters without the classification head."""
     import budwood
+    from budwood.adapters.export import export
     from budwood.recipe.schema import Recipe
-    from budwood.serving.merge import export
     from budwood.training.evaluate import evaluate_adapter
 
     started, output = time.process_time(), Path(job["output"])

@@ -94,6 +94,15 @@ FORMATS = [
         "loss.",
     ),
     Shown(
+        "Prompts",
+        [{"prompt": "a fast web browser\nSection:", "answer": "web"}],
+        ["<|bos|>a fast web browser\nSection:"],
+        says=["columns ignored: answer"],
+        note="For objectives that generate the answers, such as `grpo`. A column that a reward reads is not ignored. "
+        "The prompt may also be a list of messages, or be rendered with `as_chat`. One longer than `max_length` is "
+        "dropped.",
+    ),
+    Shown(
         "Prompt and completion as messages",
         [{"prompt": MORE[:3], "completion": MORE[3:]}],
         [f"{USER}Hi<|im_end|>\n{CALL}Hello<|im_end|>\n{USER}And?<|im_end|>\n{CALL}⟦Bye<|im_end|>⟧"],
@@ -138,7 +147,8 @@ FORMATS = [
         ],
         says=["1 conversations with 'tool_call_id' in tool messages, which the chat template leaves out"],
         note="Calls have a loss, results do not. A message with weight 0 is context. The legacy `functions` and "
-        "`function_call` are read as tools and calls.",
+        "`function_call` are read as tools and calls. A list `tools` in the system message is read as the column; a "
+        "template that reads tools there gets them there.",
     ),
     Shown(
         "Reasoning",
@@ -311,7 +321,7 @@ REFUSED = [
         "'output', for a chat model; or 'question' to 'prompt' and 'answer' to 'completion', for plain text. Accepted: "
         "instruction + output; conversation; instruction + response; prompt + completion + label; messages; prompt + "
         "chosen + rejected; input + preferred_output + non_preferred_output; chosen + rejected; prompt + completion; "
-        "conversations; text; text + label.",
+        "prompt; conversations; text; text + label.",
     ),
     Shown(
         "",

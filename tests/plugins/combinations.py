@@ -68,6 +68,7 @@ class Objective(NamedTuple):
         terms: the weight of each of its loss terms.
         task: the weight that it leaves to the task's loss.
         examples: number of examples in an optimizer step of four rows.
+        logged: names of the other values in the log, and of terms, that may have any sign.
     """
 
     options: dict[str, Any] | None
@@ -75,10 +76,38 @@ class Objective(NamedTuple):
     terms: Mapping[str, float]
     task: float = 0.0
     examples: int = 4
+    logged: tuple[str, ...] = ()
+
+
+def _of_pairs(name: str, weight: float = 1.0, task: float = 0.0, **options: Any) -> Objective:
+    values = ("accuracy", "margin", "reward_chosen", "reward_rejected", "log_prob_chosen", "log_prob_rejected")
+    return Objective(options, "pairs", {name: weight}, task, 8, tuple(f"{name}_{value}" for value in values))
 
 
 OBJECTIVES: dict[str, Objective] = {
     "sft": Objective(None, "causal-lm", {}, task=1.0),
+    "dpo": _of_pairs("dpo"),
+    "orpo": _of_pairs("orpo", weight=0.1, task=1.0),
+    "simpo": _of_pairs("simpo"),
+    "kto": Objective(
+        {}, "judged", {"kto": 1.0}, examples=8, logged=("kto_kl", "kto_reward_desirable", "kto_reward_undesirable")
+    ),
+    "grpo": Objective(
+        {"rewards": [{"length": {"target": 9, "unit": "characters"}}], "samples": 2, "max_new_tokens": 3},
+        "prompts",
+        {"grpo": 1.0},
+        examples=8,
+        logged=(
+            "grpo",
+            "grpo_clipped",
+            "grpo_mismatch",
+            "reward",
+            "reward_std",
+            "zero_variance",
+            "over_long",
+            "answer_tokens",
+        ),
+    ),
 }
 
 

@@ -11,13 +11,20 @@ from budwood_adalora import AdaLoRA
 from budwood_adversarial import Adversarial
 from budwood_averaging import EMA, SWA
 from budwood_distillation import Distillation
+from budwood_grpo import GRPO
 from budwood_lora import LoRA
+from budwood_preference import CPO, DPO, KTO, ORPO, SimPO
 
 LOW_RANK = {"rank": 2, "alpha": 4}
 ELSEWHERE = {
     "composes_with": "`make combinations` trains every combination of adapter, adversary and teacher; averages see none"
 }
 """Waiver for the combinations covered there: all adversarial methods, and both tasks."""
+TOGETHER = {"composes_with": "`make combinations` trains the objectives with the other strategies"}
+SHARED = dict.fromkeys(
+    ("two_processes_equal_one", "runs_on", "same_seed_same_bytes", "base_unchanged"),
+    "DPO and ORPO are tested, and the objective differs from them only in a function of the log-probabilities",
+)
 
 
 class TestLoRA(StrategyConformance):
@@ -105,6 +112,46 @@ class TestSWA(StrategyConformance):
 
     strategy = SWA
     options = {"start": 0, "every": 2}
+
+
+class TestDPO(StrategyConformance):
+    strategy = DPO
+    options = {"sft": 0.2}
+
+
+class TestDPOCached(StrategyConformance):
+    """The reference's log-probabilities are computed before the first step."""
+
+    strategy = DPO
+    options = {"loss": "ipo", "reference": "cached"}
+    does_not_apply = TOGETHER
+
+
+class TestKTO(StrategyConformance):
+    strategy = KTO
+
+
+class TestORPO(StrategyConformance):
+    strategy = ORPO
+    does_not_apply = TOGETHER
+
+
+class TestSimPO(StrategyConformance):
+    strategy = SimPO
+    does_not_apply = {**TOGETHER, **SHARED}
+
+
+class TestCPO(StrategyConformance):
+    strategy = CPO
+    does_not_apply = {**TOGETHER, **SHARED}
+
+
+class TestGRPO(StrategyConformance):
+    strategy = GRPO
+    options = {
+        "rewards": [{"length": {"target": 9, "unit": "characters"}}], "samples": 3, "max_new_tokens": 4, "kl": 0.1,
+        "iterations": 2,
+    }  # fmt: skip
 
 
 def test_the_kit_composes_with_first_party_strategies() -> None:

@@ -14,8 +14,9 @@ from tests.conftest import make_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from budwood import AdapterPool, Run
+from budwood.adapters.export import export
 from budwood.recipe.schema import Recipe
-from budwood.serving.merge import export, merge
+from budwood.serving.merge import merge
 from budwood.training.loop import tune
 from budwood_adalora.options import AdaLoRAOptions
 from budwood_adalora.strategy import AdaLoRA

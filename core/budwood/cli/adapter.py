@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from budwood.cli.imports import uncollected
 from budwood.cli.streams import echo, echo_json
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Replay an adapter's golden prompts and compare with the recorded answers."""
-    from budwood.serving.verify import verify as replay
+    with uncollected():
+        from budwood.serving.verify import verify as replay
 
     report = replay(
         directory,
@@ -138,7 +140,8 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into the original weights of its base. Any library can open the result."""
-    from budwood.serving.merge import merge as merge_into
+    with uncollected():
+        from budwood.serving.merge import merge as merge_into
 
     report = merge_into(
         directory, out, base=base, dtype=dtype, device=device, force=force, allow_other_base=allow_other_base
@@ -165,7 +168,7 @@ def export(
     ] = "peft",
 ) -> None:
     """Write a folder that stock PEFT can open. The adapter is unchanged, or converted to another adapter type."""
-    from budwood.serving.merge import export as write
+    from budwood.adapters.export import export as write
 
     echo(f"exported to {write(directory, out, format)}")
 

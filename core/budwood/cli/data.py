@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from budwood.cli.given import read_given
+from budwood.cli.imports import uncollected
 from budwood.cli.streams import echo_json
 
 
@@ -24,18 +25,21 @@ def data(
     """Show what training will see: examples with their loss mask, lengths, and what is truncated or dropped."""
     from rich.console import Console
 
-    from budwood.cli.streams import Output
-    from budwood.contract.loading import create
-    from budwood.data.build import build_examples
-    from budwood.data.display import make_report, show_report
-    from budwood.data.packing import plan_epoch
-    from budwood.data.use import check_use
-    from budwood.model.checkpoint import one_revision
-    from budwood.model.limits import check_fits, default_length
-    from budwood.recipe.data import chat_note, encoding_options, recipe_skeleton, recipe_tokenizer
-    from budwood.recipe.schema import build_composition
-    from budwood.training.encoding import encoding
-    from budwood.training.run_data import choose_for, split_held_out
+    with uncollected():
+        from budwood.cli.streams import Output
+        from budwood.contract.loading import create
+        from budwood.data.build import build_examples
+        from budwood.data.display import make_report, show_report
+        from budwood.data.packing import plan_epoch
+        from budwood.data.sources import locate
+        from budwood.data.unused import columns_read
+        from budwood.data.use import check_use
+        from budwood.model.checkpoint import one_revision
+        from budwood.model.limits import check_fits, default_length
+        from budwood.recipe.data import chat_note, encoding_options, recipe_skeleton, recipe_tokenizer
+        from budwood.recipe.schema import build_composition
+        from budwood.training.encoding import encoding
+        from budwood.training.run_data import choose_for, split_held_out
 
     loaded = read_given(recipe, base, override or [])
     task = create(loaded.base.task, "budwood.tasks")
@@ -43,20 +47,20 @@ def data(
         tokenizer = recipe_tokenizer(loaded) if task.needs_tokenizer else None
         model = recipe_skeleton(loaded, task.auto_class, tokenizer)
     loaded = loaded.with_length(default_length(model))
-    options = {"tokenizer": tokenizer, "task": task, **encoding_options(loaded)}
+    strategies = build_composition(loaded).strategies if base is None else []
+    options = {"tokenizer": tokenizer, "task": task, "read": columns_read(strategies), **encoding_options(loaded)}
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with encoding(loaded.data.train, console) as progress:
-        train_data = build_examples(loaded.data.train, **options, progress=progress)
+    found = locate(loaded.data.train)
+    with encoding(found, console) as progress:
+        train_data = build_examples(found, **options, progress=progress)
     eval_data = None
     if loaded.data.evaluated is not None:
-        with encoding(loaded.data.evaluated, console) as progress:
-            eval_data = build_examples(
-                loaded.data.evaluated, **options, labels=train_data.labels or None, progress=progress
-            )
-    plugins = [task, *build_composition(loaded).strategies] if base is None else []
+        found = locate(loaded.data.evaluated)
+        with encoding(found, console) as progress:
+            eval_data = build_examples(found, **options, labels=train_data.labels or None, progress=progress)
     for examples in (train_data, eval_data):
         if examples is not None:
-            check_use(examples.path, examples, plugins, complete=bool(plugins))
+            check_use(examples.path, examples, [task, *strategies], complete=base is None)
             check_fits(examples, model, tokenizer, loaded.base.model)
     notes = [chat_note(loaded, train_data, tokenizer)]
     if loaded.data.holds_out:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from budwood.cli.imports import uncollected
 from budwood.cli.streams import echo, echo_json
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def generate(
     saved = _read_adapters(directories, base, allow_other_base, quantization)
     _check_options(use, directories, top_p)
     text = _read_prompt(prompt)
-    from budwood.serving.pool import AdapterPool
+    with uncollected():
+        from budwood.serving.pool import AdapterPool
 
     manifests = [item.manifest for item in saved.values() if item.manifest]
     first = manifests[0] if manifests else None

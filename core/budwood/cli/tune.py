@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from budwood.cli.given import read_given
+from budwood.cli.imports import uncollected
 from budwood.cli.streams import echo, echo_json
 from budwood.untrusted.formats import json_numbers
 
@@ -29,6 +30,9 @@ def tune(
         bool,
         typer.Option("--accept-changes", help="With --resume: continue even if recipe, data or versions changed."),
     ] = False,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Run Python files that the recipe names, such as rewards.")
+    ] = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="At the end, show the time and memory of every strategy's hooks.")
     ] = False,
@@ -40,10 +44,11 @@ def tune(
 
     if accept_changes and not resume:
         raise InputError("--accept-changes needs --resume.")
-    loaded = read_given(recipe, base, override or [])
+    loaded = read_given(recipe, base, override or []).allowing_code(allow_code)
     preflight(loaded, overwrite, resume)  # before torch is imported, which takes seconds
-    from budwood.training.loop import tune as run_recipe
-    from budwood.training.report import process_age
+    with uncollected():
+        from budwood.training.loop import tune as run_recipe
+        from budwood.training.report import process_age
 
     run = run_recipe(
         loaded, overwrite=overwrite, resume=resume, accept_changes=accept_changes, profile=profile,
@@ -86,7 +91,8 @@ def eval_(
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
 ) -> None:
     """Evaluate an adapter on data: loss and the task's metrics, with and without the adapter."""
-    from budwood.training.evaluate import evaluate_adapter
+    with uncollected():
+        from budwood.training.evaluate import evaluate_adapter
 
     result = evaluate_adapter(
         adapter, data, base, quantization, precision, max_length, generate, attack or [],

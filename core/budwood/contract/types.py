@@ -44,7 +44,7 @@ class LossTerm:
             graph. Core multiplies values of unit "label" by the labels' weights.
         unit: "label", "example", "group", "step" (added once per optimizer step, never replayed), or a unit from
             `batch_counts`, whose values may have any shape.
-        weight: factor in the loss; the log shows the clean mean without it.
+        weight: factor in the loss; the log shows the clean mean without it. With 0 a term is only logged.
     """
 
     name: str

@@ -6,13 +6,14 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
 
 from budwood.data.classes import Classes
 from budwood.data.forms import FORMS, find_left_out, says_none
+from budwood.data.tools import ToolForm, find_form, with_tools
 from budwood.errors import InputError
 from budwood.untrusted.chat_template import Rendered, render, today, writes_date
 
@@ -37,7 +38,8 @@ class Encoder:
     - A text begins with the tokenizer's prefix tokens (usually BOS), once: a text that spells out BOS does not get a
       second one. Tokens that the tokenizer appends are omitted; the end token is added explicitly.
     - A prompt is tokenised as it is alone, since generation sees nothing else. If the tokens of the complete text begin
-      with those of the prompt, the completion has the rest of them. Otherwise it is tokenised separately.
+      with those of the prompt, the completion has the rest of them. Otherwise it is tokenised separately, and an
+      answer within a conversation becomes an example of its own, which ends with it.
 
     Attributes:
         tokenizer: a transformers tokenizer; None for a task that does not need one.
@@ -134,54 +136,50 @@ class Encoder:
 
     def split(
         self, texts: Sequence[str], spans: Sequence[Sequence[Span]], rendered: bool
-    ) -> list[tuple[list[int], list[Span]]]:
-        """Tokenise texts such that the tokens before the first span are those that generation would see.
+    ) -> Iterator[list[tuple[list[int], list[Span], list[int]]]]:
+        """Tokenise texts such that the tokens before each span are those that generation would see.
 
-        If a token of the complete text would cross a boundary, the pieces between boundaries are tokenised separately:
-        a prompt and its answer, or a conversation turn by turn.
+        Where a token of the complete text would cross the start or end of a span, that span gets a row of its own: the
+        text up to it, tokenised as it is alone, and its own text, tokenised as it goes on from there.
 
         Args:
             texts: complete texts, each ending at the end of its last span.
             spans: (start, stop) in characters of what the model should write, for each text.
             rendered: the texts were rendered by a chat template, so no prefix tokens are added.
 
-        Returns:
-            The tokens of each text, and its spans in tokens.
+        Yields:
+            The rows of each text: their tokens, their spans in tokens, and the numbers of these spans.
         """
-        results: list[tuple[list[int], list[Span]]] = []
-        apart: dict[int, list[str]] = {}
-        known = self._rendered(texts, spans) if rendered else self._started(texts, spans)
-        for index, (text, row, (ids, bounds)) in enumerate(zip(texts, spans, known, strict=True)):
-            if bounds is None:
-                cuts = [at for span in row for at in span]
-                apart[index] = [text[i:j] for i, j in zip(cuts, cuts[1:], strict=False)]
-            results.append((ids, bounds or []))
-        if apart:
-            self.remarks["rows where a token would cross the start of an answer: tokenised separately"] += len(apart)
-        pieces = iter(self.continuation([piece for row in apart.values() for piece in row]))
-        for index, cut in apart.items():
-            results[index] = _join(results[index][0], [next(pieces) for _ in cut])
-        return results
+        for text, row, (ids, bounds) in zip(
+            texts, spans, self._rendered(texts, spans) if rendered else self._started(texts, spans), strict=True
+        ):
+            found = [(number, bound) for number, bound in enumerate(bounds) if bound is not None]
+            rows = [(ids[: found[-1][1][1]], [bound for _, bound in found], [n for n, _ in found])] if found else []
+            apart = [number for number, bound in enumerate(bounds) if bound is None]
+            for number in apart:
+                start, stop = row[number]
+                (prompt,) = (self.plain if rendered else self.start)([text[:start]])
+                whole = prompt + self.continuation([text[start:stop]])[0]
+                rows.append((whole, [(len(prompt), len(whole))], [number]))
+            if apart:
+                what = "answers of conversations" if rendered else "rows"
+                self.remarks[f"{what} where a token would cross the start of an answer: tokenised separately"] += len(
+                    apart
+                )
+            yield sorted(rows, key=lambda each: each[2][-1])
 
     def _started(
         self, texts: Sequence[str], spans: Sequence[Sequence[Span]]
-    ) -> Iterator[tuple[list[int], list[Span] | None]]:
-        """Yield each text's tokens and its spans in tokens; if a token crosses one, the first prompt's and None."""
+    ) -> Iterator[tuple[list[int], list[Span | None]]]:
+        """Yield each text's tokens, and its spans in tokens; None for a span that a token crosses."""
         parts = [text[:at] for text, row in zip(texts, spans, strict=True) for span in row for at in span]
         known = dict(zip(parts, self.start(parts), strict=True))
         for text, row in zip(texts, spans, strict=True):
-            yield self._proved(known[text], [(known[text[:start]], known[text[:stop]]) for start, stop in row])
-
-    def _proved(
-        self, ids: list[int], bounds: Sequence[tuple[list[int], list[int]]]
-    ) -> tuple[list[int], list[Span] | None]:
-        if all(ids[: len(part)] == part for bound in bounds for part in bound):
-            return ids, [(len(before), len(upto)) for before, upto in bounds]
-        return bounds[0][0], None
+            yield known[text], _prove(known[text], [(known[text[:start]], known[text[:stop]]) for start, stop in row])
 
     def _rendered(
         self, texts: Sequence[str], spans: Sequence[Sequence[Span]]
-    ) -> Iterator[tuple[list[int], list[Span] | None]]:
+    ) -> Iterator[tuple[list[int], list[Span | None]]]:
         """As `_started`, for texts with marks, which cut them into pieces that are tokenised independently.
 
         So the tokens before an answer are those of the text up to the last mark before it, and those from that mark to
@@ -194,7 +192,7 @@ class Encoder:
                 tails |= {tail: [] for _, tail in self._tails(texts[index], spans[index])}
             tails = dict(zip(tails, self.plain(list(tails)), strict=True))
             for index, ids in zip(batch, encoded, strict=True):
-                yield self._place(texts[index], spans[index], ids, tails)
+                yield ids, self._place(texts[index], spans[index], ids, tails)
 
     def _tails(self, text: str, row: Sequence[Span]) -> Iterator[tuple[int, str]]:
         """Yield for each bound the number of marks before its tail, and the tail: from the last mark before it."""
@@ -207,22 +205,21 @@ class Encoder:
 
     def _place(
         self, text: str, row: Sequence[Span], ids: list[int], tails: Mapping[str, list[int]]
-    ) -> tuple[list[int], list[Span] | None]:
+    ) -> list[Span | None]:
         marks = [self._mark_ids[mark[0]] for mark in self._hard_marks.finditer(text)]
         known = set(self._mark_ids.values())
         where = [place for place, token in enumerate(ids) if token in known]
         if [ids[place] for place in where] != marks:  # a mark's token stands for other text too
             parts = [text[:bound] for span in row for bound in span]
             before = dict(zip(parts, self.plain(parts), strict=True))
-            return self._proved(ids, [(before[text[:start]], before[text[:stop]]) for start, stop in row])
-        bounds: list[int] = []
+            return _prove(ids, [(before[text[:start]], before[text[:stop]]) for start, stop in row])
+        bounds: list[int | None] = []
         for number, tail in self._tails(text, row):
             start = where[number] if number >= 0 else 0
-            bounds.append(start + len(tails[tail]))
-            if ids[start : bounds[-1]] != tails[tail]:
-                first = self.plain([text[: row[0][0]]])[0]
-                return first, None
-        return ids, list(zip(bounds[::2], bounds[1::2], strict=True))
+            stop = start + len(tails[tail])
+            bounds.append(stop if ids[start:stop] == tails[tail] else None)
+        pairs = zip(bounds[::2], bounds[1::2], strict=True)
+        return [None if start is None or stop is None else (start, stop) for start, stop in pairs]
 
     def chat(self, requests: Iterable[Request]) -> Iterator[Rendered | InputError]:
         """Render conversations with the chat template.
@@ -230,23 +227,49 @@ class Encoder:
         Yields:
             The text of each conversation, or its error; see `render`.
         """
-        variables = {**self.tokenizer.special_tokens_map, **self.template_options}
         self.rendered = True
         for tools, group in groupby(requests, key=lambda request: bool(request.tools)):
-            inputs = (
-                (
-                    request.messages,
-                    {
-                        **variables,
-                        **request.options,
-                        **({"tools": list(request.tools)} if tools else {}),
-                        "add_generation_prompt": request.prompt,
-                        "date_of_run": self._date,
-                    },
-                )
-                for request in group
+            form = self.tool_form if tools else None
+            if form is not None:
+                group = (replace(r, messages=with_tools(r.messages, r.tools, form), tools=()) for r in group)
+            yield from self._render(group, self._template(tools))
+
+    def prompt(self, request: Request) -> Rendered | InputError:
+        """Return the text that the assistant answers, in the first form of the messages that is rendered whole."""
+        first: Rendered | InputError | None = None
+        for form in FORMS:
+            written = [form(message) for message in request.messages]
+            text = next(self.chat([replace(request, messages=written, prompt=True)]))
+            whole = not isinstance(text, InputError) and find_left_out(request.messages, text) is None
+            if not isinstance(text, InputError) and whole and not says_none(written, text):
+                return text
+            first = text if first is None else first
+        if isinstance(first, InputError):
+            return first
+        return InputError("the chat template leaves out or changes a message. Give another template.")
+
+    def _render(self, requests: Iterable[Request], template: str) -> Iterator[Rendered | InputError]:
+        variables = {**self.tokenizer.special_tokens_map, **self.template_options}
+        inputs = (
+            (
+                request.messages,
+                {
+                    **variables,
+                    **request.options,
+                    **({"tools": list(request.tools)} if request.tools else {}),
+                    "add_generation_prompt": request.prompt,
+                    "date_of_run": self._date,
+                },
             )
-            yield from render(self._template(tools), inputs)
+            for request in requests
+        )
+        yield from render(template, inputs)
+
+    @cached_property
+    def tool_form(self) -> ToolForm | None:
+        """How the chat template reads tools from the system message; None if it does not."""
+        template = self._template(True)
+        return find_form(lambda messages, tools: next(self._render([Request(messages, tools)], template)))
 
     def _template(self, tools: bool) -> str:
         if self.chat_template is not None:
@@ -295,14 +318,12 @@ class Encoder:
         return ids
 
 
-def _join(prompt: list[int], pieces: Sequence[list[int]]) -> tuple[list[int], list[Span]]:
-    """Concatenate a prompt and the pieces after it, of which every other one is an answer; also return their spans."""
-    ids, spans = list(prompt), []
-    for number, piece in enumerate(pieces):
-        if number % 2 == 0:
-            spans.append((len(ids), len(ids) + len(piece)))
-        ids += piece
-    return ids, spans
+def _prove(ids: list[int], bounds: Sequence[tuple[list[int], list[int]]]) -> list[Span | None]:
+    """Return where the text before each span and up to its end stop in `ids`; None if they do not begin with both."""
+    return [
+        (len(before), len(upto)) if ids[: len(before)] == before and ids[: len(upto)] == upto else None
+        for before, upto in bounds
+    ]
 
 
 def _any_of(marks: Iterable[str]) -> re.Pattern[str]:
@@ -335,6 +356,7 @@ def encode_chat(
     template_options: Mapping[str, Any] | None = None,
     chat_template: str | None = None,
     date: str | None = None,
+    tools: Sequence[Any] = (),
 ) -> list[int]:
     """Return the tokens from which the assistant answers `messages`, exactly as training tokenises them.
 
@@ -345,17 +367,10 @@ def encode_chat(
         check_template(tokenizer, "chat")
     encoder = Encoder(tokenizer, template_options=template_options, date=date)
     encoder.chat_template = chat_template
-    first: Rendered | InputError | None = None
-    for form in FORMS:
-        written = [form(message) for message in messages]
-        text = next(encoder.chat([Request(written, prompt=True)]))
-        whole = not isinstance(text, InputError) and find_left_out(messages, text) is None
-        if not isinstance(text, InputError) and whole and not says_none(written, text):
-            return encoder.plain([text])[0]
-        first = text if first is None else first
-    if isinstance(first, InputError):
-        raise InputError(f"chat: {first}")
-    raise InputError("chat: the chat template leaves out or changes a message. Give another template.")
+    text = encoder.prompt(Request(messages, tools))
+    if isinstance(text, InputError):
+        raise InputError(f"chat: {text}")
+    return encoder.plain([text])[0]
 
 
 def check_template(tokenizer: Any, where: str) -> None:

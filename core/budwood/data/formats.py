@@ -17,6 +17,7 @@ from budwood.errors import InputError
 
 GROUP = "budwood.formats"
 CAUSAL_LM, CLASSIFICATION = "causal-lm", "sequence-classification"
+REWARD_MODEL = "reward-model"
 
 
 @dataclass(frozen=True, slots=True)

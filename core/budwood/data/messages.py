@@ -21,8 +21,8 @@ _OTHER_ROLES = {
 """Roles of ShareGPT files, and the legacy one of OpenAI's function results."""
 CALLS = ("function_call", "tool_call")
 """ShareGPT roles whose text is a call, as JSON with name and arguments."""
-FLAGS = ("train", "training", "loss")
-"""Keys of a message that say whether it has a loss: true or false."""
+FLAGS = ("train", "training", "trainable", "loss", "loss_mask")
+"""Keys of a message that say whether it has a loss: true or false, or 1 or 0."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 LINKS = ("tool_call_id", "name", "id")
 """Keys that link a tool's result to its call; most templates do not render them."""
@@ -74,11 +74,17 @@ def with_columns(
             raise InputError(f"{where}: both column 'system' and message 1 are a system prompt. Keep one of them.")
         messages = [{"role": "system", "content": encodable(system, "field 'system'", where)}, *messages]
         weights = [0.0, *weights]
+    tools = _tools(row, where)
+    if isinstance(messages[0].get("tools"), list) and messages[0]["role"] == "system":
+        if tools:
+            raise InputError(f"{where}: both the row and message 1 have tools. Keep one of them.")
+        tools = _tools({"tools": messages[0]["tools"]}, f"{where}: message 1")
+        messages = [{key: value for key, value in messages[0].items() if key != "tools"}, *messages[1:]]
     options = _parsed(row.get("chat_template_kwargs"), "field 'chat_template_kwargs'", where) or {}
     if not isinstance(options, Mapping):
         raise InputError(f"{where}: field 'chat_template_kwargs' must be an object.")
     options = {key: value for key, value in options.items() if value is not None}
-    return Conversation(messages, weights, _tools(row, where), options, ignored)
+    return Conversation(messages, weights, tools, options, ignored)
 
 
 def read_messages(
@@ -107,7 +113,8 @@ def read_messages(
     if all(isinstance(pair, dict) and pair.keys() == {"input", "output"} for pair in value):  # a turn each: Capybara
         turns = (("user", "input"), ("assistant", "output"))
         value = [{"role": role, "content": pair[key]} for pair in value for role, key in turns]
-    messages, weights = [], []
+    messages: list[dict[str, Any]] = []
+    weights: list[float] = []
     ignored: set[str] = set()
     for number, given in enumerate(value, 1):
         place = f"{where}: message {number}"
@@ -117,9 +124,24 @@ def read_messages(
         message, weight = _read_message(given, place)
         dropped = {key for key in message if key in METADATA}
         ignored |= dropped
-        messages.append({key: value for key, value in message.items() if key not in dropped})
+        message = {key: value for key, value in message.items() if key not in dropped}
+        if _is_call(given) and messages and weights[-1] == weight and _are_one_turn(messages[-1], message):
+            before = messages.pop()
+            message |= before | {"tool_calls": [*before.get("tool_calls", ()), *message["tool_calls"]]}
+            weights.pop()
+        messages.append(message)
         weights.append(weight)
     return messages, weights, frozenset(ignored)
+
+
+def _is_call(given: Mapping[str, Any]) -> bool:
+    return str(given.get("role") or given.get("from")).strip().lower() in CALLS
+
+
+def _are_one_turn(before: Mapping[str, Any], call: Mapping[str, Any]) -> bool:
+    """Return whether a text and its calls were split: ShareGPT's roles allow no other way, but the turn is one."""
+    shared = before.keys() & call.keys() - {"role", "content", "tool_calls"}
+    return before["role"] == "assistant" and not shared
 
 
 def _read_message(given: Mapping[str, Any], place: str) -> tuple[dict[str, Any], float]:
@@ -128,8 +150,8 @@ def _read_message(given: Mapping[str, Any], place: str) -> tuple[dict[str, Any],
     for other, own in (("from", "role"), ("value", "content")):
         if other in message and own not in message:
             message[own] = message.pop(other)
-    role, message["role"] = message.get("role"), _role(message, given, place)
-    if str(role).strip().lower() in CALLS:
+    message["role"] = _role(message, given, place)
+    if _is_call(given):
         message["tool_calls"] = message.pop("content", None)
     call = message.pop("function_call", None)
     if call is not None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from budwood.data.chat_formats import BESIDE
 from budwood.data.fields import describe_type, encodable, read_weight
-from budwood.data.formats import CAUSAL_LM, Completion, DataFormat, Dropped
+from budwood.data.formats import CAUSAL_LM, REWARD_MODEL, Completion, DataFormat, Dropped
 from budwood.data.messages import Conversation, read_messages, with_columns
 from budwood.data.rows import Row
 from budwood.errors import InputError
@@ -48,7 +48,7 @@ class Preference(DataFormat):
     name = "preference"
     columns: ClassVar[tuple[str, ...]] = ("prompt", "chosen", "rejected")
     optional: ClassVar[tuple[str, ...]] = BESIDE
-    tasks = (CAUSAL_LM,)
+    tasks = (CAUSAL_LM, REWARD_MODEL)
     holds = PAIRS
     instead = "To train on the chosen answers alone, remove 'rejected' and rename 'chosen' to 'completion'."
 

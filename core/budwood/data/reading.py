@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import json
+import re
 import sys
 from array import array
 from collections import Counter
@@ -58,7 +59,11 @@ def _read_jsonl(path: Path, bad: BadRows) -> Rows:
 
 
 def _parse_line(raw: bytes, path: Path, number: int) -> dict[str, Any]:
-    row = _parse_json(_decode(raw, path, number), f"{path}:{number}")
+    text = _decode(raw, path, number)
+    if number == 1 and re.fullmatch(r"\s*\{(.*[^}\s],)?\s*", text):
+        remedy = "Write each on one line, or a list [{…}, {…}] in a .json file."
+        raise InputError(f"{path}: the objects take several lines each. {remedy}")
+    row = _parse_json(text, f"{path}:{number}")
     if not isinstance(row, dict):
         hint = " (a list of objects belongs in a .json file)" if isinstance(row, list) else ""
         raise InputError(f"{path}:{number}: each line must be one JSON object, not {_kind(row)}{hint}.")

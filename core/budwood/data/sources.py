@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from budwood.data.bad_rows import BadRows
-from budwood.data.files import find_files, hash_files, is_datasets_folder
+from budwood.data.files import find_files, hash_files, is_datasets_folder, total_size
 from budwood.data.reading import read_file, read_folder
 from budwood.data.rows import Row, Rows
 from budwood.errors import InputError, unreadable
@@ -34,8 +35,19 @@ class Source(BaseModel):
     )
 
 
-Data = str | Path | Sequence[Source]
-"""What a recipe names as data: a path, or sources."""
+@dataclass(frozen=True)
+class Located:
+    """Data with the files of each source: those of a pattern or a hub name may be others a moment later."""
+
+    data: str | Path | Sequence[Source]
+    files: Sequence[Sequence[Path]]
+
+    def __str__(self) -> str:
+        return str(self.data)
+
+
+Data = str | Path | Sequence[Source] | Located
+"""What a recipe names as data, a path or sources; or that with its files."""
 
 
 class JoinedRows(Rows):
@@ -90,12 +102,20 @@ class JoinedRows(Rows):
 
 def label(data: Data) -> Path | str:
     """Return the name of data in messages."""
+    data = data.data if isinstance(data, Located) else data
     return Path(data) if isinstance(data, str | Path) else ", ".join(source.path for source in data)
 
 
-def data_files(data: Data) -> list[Path]:
-    """Return all files of the data; see `find_files`."""
-    return [file for source in _sources(data) for file in _files(source)]
+def locate(data: Data) -> Located:
+    """Look up the files of data, unless it has them; see `find_files`."""
+    if isinstance(data, Located):
+        return data
+    return Located(data, [find_files(s.path, s.split, s.revision, s.config) for s in _sources(data)])
+
+
+def data_size(data: Data) -> int:
+    """Return the size of all files of the data in bytes."""
+    return sum(map(total_size, locate(data).files))
 
 
 def hash_data(data: Data) -> str:
@@ -104,10 +124,11 @@ def hash_data(data: Data) -> str:
     Raises:
         InputError: see `find_files`, or a file cannot be read.
     """
-    digests = [hash_files(_files(source)) for source in _sources(data)]
-    if isinstance(data, str | Path):
+    found = locate(data)
+    digests = [hash_files(files) for files in found.files]
+    if isinstance(found.data, str | Path):
         return digests[0]
-    parts = (f"{digest} {source.weight:g}" for digest, source in zip(digests, data, strict=True))
+    parts = (f"{digest} {source.weight:g}" for digest, source in zip(digests, found.data, strict=True))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -122,11 +143,11 @@ def read_rows(data: Data, bad: BadRows | None = None) -> Rows:
         InputError: a file is missing, unreadable, empty, of an unknown type, not UTF-8, or malformed; the message
             has its path and line.
     """
-    sources, bad = _sources(data), bad or BadRows()
+    found, bad = locate(data), bad or BadRows()
+    sources = _sources(found.data)
     parts: list[Rows] = []
     counts: list[int] = []
-    for source in sources:
-        files = _files(source)
+    for source, files in zip(sources, found.files, strict=True):
         try:
             if is_datasets_folder(files[0].parent):
                 new = [read_folder(files[0].parent)]
@@ -141,7 +162,7 @@ def read_rows(data: Data, bad: BadRows | None = None) -> Rows:
     orders = [_times(source, count) for source, count in zip(sources, counts, strict=True)]
     starts = np.cumsum([0, *counts])
     order = np.concatenate([start + rows for start, rows in zip(starts, orders, strict=False)])
-    joined = JoinedRows(label(data), parts, order, hash_data(data))
+    joined = JoinedRows(label(data), parts, order, hash_data(found))
     if len(sources) > 1:
         shares = (f"{s.path} {len(o):,} rows ({len(o) / len(order):.1%})" for s, o in zip(sources, orders, strict=True))
         joined.notes.append(f"mixed: {', '.join(shares)}")
@@ -150,12 +171,8 @@ def read_rows(data: Data, bad: BadRows | None = None) -> Rows:
     return joined
 
 
-def _sources(data: Data) -> Sequence[Source]:
+def _sources(data: str | Path | Sequence[Source]) -> Sequence[Source]:
     return [Source(path=str(data))] if isinstance(data, str | Path) else data
-
-
-def _files(source: Source) -> list[Path]:
-    return find_files(source.path, source.split, source.revision, source.config)
 
 
 def _times(source: Source, count: int) -> np.ndarray:

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from budwood.data.encoder import Encoder, Span, check_template
+from budwood.data.encoder import Encoder, Request, Span, check_template
 from budwood.data.formats import Completion, Text
 from budwood.data.messages import Conversation
+from budwood.data.prompts import Prompt
+from budwood.data.template import Template
 from budwood.data.turns import find_turns
 from budwood.errors import InputError
 
@@ -23,16 +25,17 @@ class Tokens:
 
 
 def tokenise(items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[list[Tokens]]:
-    """Tokenise items, each a `Completion`, `Text` or `Conversation`, without truncation.
+    """Tokenise items, each a `Completion`, `Text`, `Conversation` or `Prompt`, without truncation.
 
     Returns:
-        The examples of each item: one, or several of a conversation whose earlier turns the chat template rewrites.
+        The examples of each item: one, or several of a conversation whose earlier turns the chat template rewrites or
+        the tokenizer joins with what is before them.
 
     Raises:
         InputError: an item cannot be tokenised; the message begins with its location from `where`.
     """
     if encoder.as_chat:
-        items = [as_conversation(item) if isinstance(item, Completion) else item for item in items]
+        items = [_as_chat(item) for item in items]
     results: list[list[Tokens]] = [[] for _ in items]
     for kind in dict.fromkeys(map(type, items)):
         at = [index for index, item in enumerate(items) if type(item) is kind]
@@ -42,6 +45,12 @@ def tokenise(items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> li
         for index, examples in zip(at, found, strict=True):
             results[index] = examples
     return results
+
+
+def _as_chat(item: Any) -> Any:
+    if isinstance(item, Prompt) and not item.messages:
+        return Prompt(messages=[{"role": "user", "content": item.text.strip()}])
+    return as_conversation(item) if isinstance(item, Completion) else item
 
 
 def as_conversation(item: Completion) -> Conversation:
@@ -55,7 +64,7 @@ def _completions(items: Sequence[Completion], where: Sequence[str], encoder: Enc
     spans = [[(len(item.prompt), len(text))] for item, text in zip(items, texts, strict=True)]
     encoded = encoder.split(texts, spans, rendered=False)
     results = []
-    for item, place, (ids, ((start, _),)) in zip(items, where, encoded, strict=True):
+    for item, place, ((ids, ((start, _),), _),) in zip(items, where, encoded, strict=True):
         ids = _append_end(ids, encoder, place)
         start = 1 if encoder.loss_on == "all" else start
         results.append([Tokens(ids, [(start, len(ids))], [item.weight])])
@@ -75,16 +84,38 @@ def _conversations(items: Sequence[Conversation], where: Sequence[str], encoder:
     check_template(encoder.tokenizer, where[0])
     found = list(find_turns(items, where, encoder))
     turns = [turn for row in found for turn in row]
-    encoded = iter(encoder.split([turn.text for turn in turns], [turn.spans for turn in turns], rendered=True))
+    encoded = encoder.split([turn.text for turn in turns], [turn.spans for turn in turns], rendered=True)
     results = []
     for row in found:
         examples = []
         for turn in row:
-            ids, spans = next(encoded)
-            if encoder.loss_on != "all":
-                encoder.stop_ids.update(ids[stop - 1] for _, stop in spans)
-            examples.append(Tokens(ids, spans, turn.weights))
+            for ids, spans, numbers in next(encoded):
+                if encoder.loss_on != "all":
+                    encoder.stop_ids.update(ids[stop - 1] for _, stop in spans)
+                examples.append(Tokens(ids, spans, [turn.weights[number] for number in numbers]))
         results.append(examples)
+    return results
+
+
+def _prompts(items: Sequence[Prompt], where: Sequence[str], encoder: Encoder) -> list[list[Tokens]]:
+    """Tokenise prompts; those of messages with the generation prompt, after which the assistant answers."""
+    texts = iter(encoder.start([item.text for item in items if not item.messages]))
+    chats = [place for item, place in zip(items, where, strict=True) if item.messages]
+    if chats:
+        check_template(encoder.tokenizer, chats[0])
+        template = Template(encoder)
+        end = encoder.plain([template.closing or template.next_turn])[0]
+        encoder.stop_ids.update(end[-1:])
+    results = []
+    for item, place in zip(items, where, strict=True):
+        if not item.messages:
+            ids = next(texts)
+        else:
+            text = encoder.prompt(Request(item.messages, item.tools, item.options))
+            if isinstance(text, InputError):
+                raise InputError(f"{place}: {text}")
+            ids = encoder.plain([text])[0]
+        results.append([Tokens(ids, [], [])])
     return results
 
 
@@ -96,5 +127,5 @@ def _append_end(ids: list[int], encoder: Encoder, where: str) -> list[int]:
 
 
 _KINDS: dict[type, Callable[[Any, Sequence[str], Encoder], list[list[Tokens]]]] = {
-    Completion: _completions, Text: _texts, Conversation: _conversations,
+    Completion: _completions, Text: _texts, Conversation: _conversations, Prompt: _prompts,
 }  # fmt: skip

@@ -20,6 +20,7 @@ from budwood.data.encoder import Encoder, Request, Span
 from budwood.data.forms import FORMS, Form, Message, find_left_out, says_none
 from budwood.data.messages import LINKS, REASONING, Conversation
 from budwood.data.template import REMEDY, Template
+from budwood.data.tools import PROBE
 from budwood.errors import InputError
 from budwood.untrusted.chat_template import Rendered
 from budwood.untrusted.redaction import shorten
@@ -54,12 +55,12 @@ def find_turns(items: Sequence[Conversation], where: Sequence[str], encoder: Enc
         InputError: the chat template rejects a conversation, leaves out part of it, or does not show where an answer
             begins and ends.
     """
-    template = Template(encoder)
+    templates = {False: Template(encoder), True: Template(encoder, PROBE)}
     form = FORMS[0]
     rendered = encoder.chat(request for item in items for request in _requests(item, encoder.loss_on, form))
     for item, place in zip(items, where, strict=True):
         mine = islice(rendered, sum(1 for _ in _requests(item, encoder.loss_on, form)))
-        remarks = encoder.remarks.copy()
+        remarks, template = encoder.remarks.copy(), templates[bool(item.tools)]
         try:
             yield _find(item, place, encoder, template, mine, form)
         except _Unlike:
@@ -87,12 +88,26 @@ def _find_in_other_form(
         tried.append(messages)
         rendered = encoder.chat(_requests(item, encoder.loss_on, form, every=True))
         try:
-            return _find(item, where, encoder, template, rendered, form, every=True)
+            found = _find(item, where, encoder, template, rendered, form, every=True)
+            if _is_generated_from(item, encoder, form):
+                return found
         except InputError as other:
             # A template that takes a form says more about what is wrong than its complaint about another form.
             if _REJECTS in str(error) and _REJECTS not in str(other):
                 error = other
     raise error
+
+
+def _is_generated_from(item: Conversation, encoder: Encoder, form: Form) -> bool:
+    """Return whether each answer's prompt in a form is the one from which it would be generated."""
+    if encoder.loss_on == "all":
+        return True
+    prompts = [
+        Request(item.messages[:index], item.tools, item.options, prompt=True)
+        for index in _trained(item, encoder.loss_on)
+    ]
+    written = (replace(prompt, messages=[form(message) for message in prompt.messages]) for prompt in prompts)
+    return list(encoder.chat(written)) == [encoder.prompt(prompt) for prompt in prompts]
 
 
 def _trained(item: Conversation, loss_on: str) -> list[int]:
@@ -170,6 +185,8 @@ def _find(
     _check_variants(item, whole, where, encoder, trained[-1], rendered)
     if any(message["role"] != "assistant" for message in item.messages[trained[-1] + 1 :]):
         encoder.remarks["conversations with messages after the last answer, which are left out"] += 1
+    if item.tools and encoder.tool_form is not None:
+        encoder.remarks["conversations whose tools are in the system message, where the chat template reads them"] += 1
     for key in sorted(item.ignored):
         encoder.remarks[f"conversations with '{key}' in messages, which is ignored"] += 1
     spelled = any(encoder.end_marks.search(message["content"]) for message in item.messages)
@@ -181,8 +198,9 @@ def _find(
     for index in _rendered(item, trained, every):
         before = _next(rendered, where)
         after = whole if index == trained[-1] else _next(rendered, where)
-        _check_contents(item.messages[:index], after, where)
+        _check_contents(item.messages[:index], before, where)
         text, spans = template.locate(item.messages[index], f"{where}: message {index + 1}", before, after)
+        _check_contents(item.messages[:index], text, where)
         if index != trained[-1] and whole.startswith(text):
             text = ""  # the beginning of the whole: copies would take memory quadratic in the number of turns
         found.append(_Answer(index, text, spans, item.weights[index]))

@@ -27,7 +27,7 @@ from budwood.model.experts import count_experts
 from budwood.model.machine import pick_device_precision
 from budwood.model.ops.rms_norm import save_memory_in_norms
 from budwood.model.quantizers import claim, is_quantized, linear_shape, quantizer_of
-from budwood.model.quiet import hide_hub_kernels, silence_libraries
+from budwood.model.quiet import import_bitsandbytes, silence_libraries
 from budwood.model.streaming import slices, trim_heap
 from budwood.untrusted.formats import TensorInfo, read_json
 
@@ -48,7 +48,7 @@ __all__ = [
     "skeleton",
 ]
 
-hide_hub_kernels()  # before a plugin imports peft, which imports bitsandbytes, which downloads kernels
+import_bitsandbytes()  # before a plugin imports peft, which would load the compiler and download kernels with it
 
 STORED = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
 """Names of torch dtypes in safetensors."""

@@ -34,6 +34,8 @@ class EvalTotals:
 
         def gather(batch: Batch) -> EvalTotals:
             totals = cls()
+            if not len(batch.labels):
+                return totals
             with task.noisy(run.model, None if noise is None else noise(batch)):
                 outputs = task.outputs(run.model, batch)
             flat, weights = outputs.hidden.reshape(-1, outputs.hidden.shape[-1]), batch.task_weights
@@ -45,12 +47,10 @@ class EvalTotals:
         total = cls()
         for part in over_eval_batches(run, gather):
             total.merge(part)
-        if run.processes > 1:
-            gathered: list[Any] = [None] * run.processes
-            torch.distributed.all_gather_object(gathered, total)
-            total = cls()
-            for part in gathered:
-                total.merge(part)
+        parts = from_all_processes(run, total)
+        total = parts[0]
+        for part in parts[1:]:
+            total.merge(part)
         return total
 
     def add(self, task: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> None:
@@ -75,6 +75,24 @@ class EvalTotals:
     def means(self) -> dict[str, float]:
         """Weighted mean of each value over the labels."""
         return {name: value / self.weight if self.weight else 0.0 for name, value in self.sums.items()}
+
+
+def from_all_processes(run: Run, value: T) -> list[T]:
+    """Return each process's value, in the order of the processes."""
+    gathered: list[Any] = [value]
+    if run.processes > 1:
+        gathered = [None] * run.processes
+        torch.distributed.all_gather_object(gathered, value)
+    return gathered
+
+
+def eval_results(run: Run, work: Callable[[Batch], T]) -> list[T]:
+    """Return `work(batch)` of the batches of `run.eval_examples` on all processes; see `over_eval_batches`.
+
+    Args:
+        work: returns values on the host; it runs in evaluation mode, without gradients, under autocast.
+    """
+    return [result for share in from_all_processes(run, list(over_eval_batches(run, work))) for result in share]
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:

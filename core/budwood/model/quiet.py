@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
 import os
 import sys
@@ -26,6 +28,30 @@ def hide_hub_kernels() -> None:
     bitsandbytes. transformers, which may have imported it already, only uses it on request.
     """
     sys.modules["kernels"] = None  # type: ignore[assignment]
+
+
+def import_bitsandbytes() -> None:
+    """Import bitsandbytes, as peft will do, without torch's compiler; does nothing if it cannot be imported.
+
+    On import it compiles two functions that are only used where a device has no kernel. That loads the compiler, for a
+    second; the functions run uncompiled as well.
+    """
+    import torch
+
+    def refuse(*args: object, **options: object) -> None:
+        raise RuntimeError("nothing is compiled while bitsandbytes is imported")
+
+    hide_hub_kernels()
+    logger, compiler = logging.getLogger("bitsandbytes"), torch.compile
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of the kernels that it may not download
+    torch.compile = refuse  # type: ignore[assignment]
+    try:
+        with contextlib.suppress(Exception):  # the quantiser's check reports it
+            importlib.import_module("bitsandbytes")
+    finally:
+        torch.compile = compiler
+        logger.setLevel(level)
 
 
 def silence_libraries(debug: bool | None = None) -> None:

@@ -225,28 +225,38 @@ class Task(Plugin):
         """Return the loss of each label with weight `run.task_weight`, which overriding tasks must apply too."""
         if step.scores_sequences and self.loss_is_log_prob():
             return None  # `sequence_terms` returns it
-        return self._own_term(step, self.loss(logits, step.batch.labels[positions]), positions)
+        return self.own_term(step, self.loss(logits, step.batch.labels[positions]), positions)
 
     @hookimpl
     def sequence_terms(self, step: Step, log_probs: Tensor) -> LossTerm | None:
         """Return the task's loss from log-probabilities that a strategy requested, if `loss_is_log_prob`."""
         if not self.loss_is_log_prob():
             return None
-        return self._own_term(step, -log_probs)
+        return self.own_term(step, -log_probs)
 
-    def _own_term(self, step: Step, values: Tensor, positions: Tensor | None = None) -> LossTerm:
-        """Return the loss of all labels, or of those at `positions`; in preference data of desirable answers only."""
-        name, weight = self.name.replace("-", "_"), step.run.task_weight
+    def own_term(
+        self, step: Step, values: Tensor, positions: Tensor | None = None, name: str = "", weight: float | None = None
+    ) -> LossTerm:
+        """Return a term of the task's own loss: of all labels, but in preference data of desirable answers only.
+
+        Args:
+            values: of all labels, or of those at `positions`.
+            name: the term's name; by default the task's.
+            weight: by default `run.task_weight`.
+        """
+        name, weight = name or self.name.replace("-", "_"), step.run.task_weight if weight is None else weight
         if DESIRABLE not in step.batch.columns:
             return LossTerm(name, values, weight=weight)
         weights = step.batch.task_weights if positions is None else step.batch.task_weights[positions]
         return LossTerm(name, values * weights, DESIRABLE_LABEL, weight)
 
     @hookimpl
-    def batch_counts(self, batch: Batch) -> dict[str, float]:
+    def batch_counts(self, run: Run, batch: Batch) -> dict[str, float]:
         """Count the labels of desirable answers, if the batch is preference data."""
         if DESIRABLE not in batch.columns:
             return {}
+        if run.planning:  # values are unknown
+            return {DESIRABLE_LABEL: batch.total_weight}
         return {DESIRABLE_LABEL: float(batch.task_weights.sum(dtype=torch.float64))}
 
     @hookimpl
@@ -255,8 +265,13 @@ class Task(Plugin):
         return self.measure(run)
 
     def measure(self, run: Run, noise: Callable[[Batch], Tensor | None] | None = None) -> dict[str, float]:
-        """Return the metrics of `evaluate`, with `noise(batch)` added to the output of `noise_module`."""
+        """Return the metrics of `evaluate`, with `noise(batch)` added to the output of `noise_module`.
+
+        Without labels, as of prompts that have no answers, there are none.
+        """
         totals = EvalTotals.of(self, run, noise)
+        if not totals.weight:
+            return {}
         means = {f"eval_{name}": value for name, value in totals.means.items()}
         return {**means, **self.metrics(run, totals)}
 

@@ -18,12 +18,11 @@ from budwood.data.encoder import Encoder
 from budwood.data.formats import Dropped
 from budwood.data.packing import collate_tokens
 from budwood.data.preference import Judged, Pair
+from budwood.data.prompts import Prompt
 from budwood.data.text import Tokens, tokenise
 from budwood.errors import InputError
 from budwood.model.evaluation import EvalTotals, at_least_fp32, autocast
-from budwood.model.generate import generate
 from budwood.model.heads import body_of, own_head
-from budwood.model.ops.attention import packed_mask
 from budwood.model.ops.cross_entropy import cross_entropy
 from budwood.model.task import Task
 
@@ -104,6 +103,8 @@ class CausalLM(TextTask):
             rows = [next(tokenised) for _ in several]
             if isinstance(item, Pair | Judged):
                 results.append(_encode_answers(item, place, rows, encoder))
+            elif isinstance(item, Prompt):
+                results.append(_encode_prompt(rows[0][0].ids, encoder))
             else:
                 results.append(_encode_rows(rows[0], encoder))
         return results
@@ -153,6 +154,14 @@ class CausalLM(TextTask):
         metrics = {"eval_perplexity": math.exp(min(totals.means["loss"], 700.0))}
         match = exact_match(run, self)
         return metrics if match is None else {**metrics, "eval_exact_match": match}
+
+
+def _encode_prompt(ids: Sequence[int], encoder: Encoder) -> Encoded | Dropped:
+    """Return an example without labels, since a strategy generates the answer."""
+    if len(ids) > (encoder.max_length or len(ids)):
+        return Dropped(TOO_LONG)
+    tokens, none = np.asarray(ids, dtype=np.int32), np.zeros(0, dtype=np.int64)
+    return Encoded([Example({"input_ids": tokens}, none, none.astype(np.int32), none.astype(np.float32))])
 
 
 def _answers_of(item: Any) -> list[Any]:
@@ -306,6 +315,8 @@ def _inputs(batch: Batch) -> dict[str, Any]:
     inputs: dict[str, Any] = {**batch.inputs, "use_cache": False}
     if not batch.segments:
         return inputs
+    from budwood.model.ops.attention import packed_mask  # takes seconds, for nothing if no model runs
+
     return {**inputs, "attention_mask": packed_mask(batch.label_positions.device), "segments": batch.segments}
 
 
@@ -316,6 +327,8 @@ def exact_match(run: Run, task: CausalLM) -> float | None:
     data has no completions, if a conversation has several turns, or if the mean length exceeds 64 tokens, for which
     exact match is not informative.
     """
+    from budwood.model.generate import generate
+
     examples, limit = run.eval_examples, run.recipe.train.eval_generate
     assert examples is not None
     if limit == 0 or not (examples.format == "prompt-completion" or examples.rendered):

@@ -100,7 +100,9 @@ class BaseSection(Section):
         description="add embeddings for tokens that only the tokenizer has: these rows of the embeddings and of the "
         "head are trained and saved with the adapter",
     )
-    task: str = Field("causal-lm", description="causal-lm, sequence-classification, or another installed task")
+    task: str = Field(
+        "causal-lm", description="causal-lm, sequence-classification, reward-model, or another installed task"
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda, or one GPU such as cuda:1"

@@ -1,4 +1,4 @@
-"""Use an adapter without Budwood: merge it into its base's original weights, or export it for stock PEFT."""
+"""Merges an adapter into its base's original weights."""
 
 from __future__ import annotations
 
@@ -9,18 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from budwood import __version__
 from budwood.adapters.golden import Distance, Golden, measure, relative_error
 from budwood.adapters.match import mismatch
-from budwood.adapters.owner import start_owner
 from budwood.adapters.rounding import round_stochastically
-from budwood.adapters.store import CONFIG, GOLDEN, WEIGHTS, SavedAdapter, read_adapter
-from budwood.contract.calls import ask_owner
+from budwood.adapters.store import GOLDEN, SavedAdapter, read_adapter
 from budwood.contract.discovery import find, plugin_fault
-from budwood.contract.loading import load_strategy
 from budwood.errors import InputError
 from budwood.model.checkpoint import read_config, resolve
 from budwood.model.text_tasks import as_probe
@@ -214,51 +210,3 @@ def _record(saved: SavedAdapter, base: str, report: MergeReport, force: bool) ->
     values["adapter"] = {"adapter_type": saved.adapter_type, "files": saved.manifest.files if saved.manifest else {}}
     values.pop("directory")
     return values
-
-
-def export(directory: str | Path, out: str | Path, format: str = "peft") -> Path:
-    """Write a folder that stock PEFT opens: config and weights only, without Budwood's own files.
-
-    Args:
-        directory: the adapter's folder.
-        out: the new folder; it may not exist yet.
-        format: peft: unchanged; or another adapter type to which its owner can convert it, such as lora.
-
-    Raises:
-        InputError: the adapter cannot be converted to `format`, PEFT does not know its type, or `out` exists.
-        CorruptError: the adapter is damaged.
-    """
-    saved = read_adapter(directory)
-    config, tensors = saved.config, saved.load_tensors()
-    if format not in ("peft", saved.adapter_type):
-        config, tensors = _convert(saved, tensors, format)
-    from peft import PeftType
-
-    if config.get("peft_type") not in list(PeftType):
-        raise InputError(
-            f"{saved.directory}: PEFT does not know the adapter type '{saved.adapter_type}': it cannot be exported."
-        )
-    with complete_directory(Path(out)) as folder:
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        if format != "peft" and (result := read_adapter(folder).adapter_type) != format:
-            text = f"strategy '{saved.adapter_type}' returned an adapter of type '{result}' instead of '{format}'."
-            raise plugin_fault(find(saved.adapter_type).owner, text)
-    return Path(out)
-
-
-def _convert(
-    saved: SavedAdapter, tensors: dict[str, Tensor], adapter_type: str
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Convert the adapter to another type through its owner; returns config and tensors."""
-    cls, _ = load_strategy(saved.adapter_type)
-    converted = None
-    if hasattr(cls, "convert_adapter"):
-        owner = start_owner(saved)
-        converted = ask_owner(owner, "convert_adapter", config=saved.config, tensors=tensors, adapter_type=adapter_type)
-    if converted is None:
-        raise InputError(
-            f"{saved.directory}: adapter type '{saved.adapter_type}' cannot be exported as '{adapter_type}': use peft."
-        )
-    config, tensors = converted
-    return config, {key: tensor.contiguous() for key, tensor in tensors.items()}

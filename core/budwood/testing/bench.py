@@ -99,10 +99,17 @@ class Bench:
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
-        self.files = make_files(spec.task)
+        kind = next((kind for kind in spec.strategy.trains_on if kind), "")
+        self.files = make_files(spec.task, kind)
+        self.group = 2 if kind else 1
+        """Largest number of examples in a group of the data."""
         self.name = register(spec.strategy)
         register(Probe, PROBE)
         self._results: dict[tuple[Any, ...], Result | Exception] = {}
+
+    def micro_tokens(self, groups: int) -> int:
+        """Return the limit for micro-batches of this number of groups."""
+        return groups * self.group * LONGEST
 
     @property
     def owns_adapter(self) -> bool:
@@ -132,8 +139,8 @@ class Bench:
         if implements(self.spec.strategy, "evaluate"):
             data["eval"] = str(self.files.eval)
         steps = {
-            "steps": self.spec.steps, "batch_examples": BATCH, "micro_tokens": BATCH * LONGEST, "learning_rate": 1e-2,
-            "precision": "fp32", "schedule": "constant", "warmup": 0, "eval_generate": 0,
+            "steps": self.spec.steps, "batch_examples": BATCH, "micro_tokens": self.micro_tokens(BATCH),
+            "learning_rate": 1e-2, "precision": "fp32", "schedule": "constant", "warmup": 0, "eval_generate": 0,
         }  # fmt: skip
         return Recipe.from_dict(
             {

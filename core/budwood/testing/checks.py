@@ -24,7 +24,7 @@ from budwood.testing.bench import (
 )
 from budwood.testing.expect import expect_equal, expect_state, expect_trained
 from budwood.testing.fake import run_on_fake_tensors
-from budwood.testing.files import LONGEST, session_folder
+from budwood.testing.files import session_folder
 from budwood.testing.probe import InjectedError, distance, farthest, same_bytes, state_of
 
 OWNER_HOOKS = ("attach_adapter", "use_adapters", "detach_adapter", "export", "trainable_parameters")
@@ -153,7 +153,7 @@ def same_seed_same_bytes(bench: Bench) -> None:
 def micro_batches(bench: Bench) -> None:
     """Check that one micro-batch of four examples gives the same result as two of two."""
     promise = "1×4 equals 2×2"
-    whole, halves = bench.run(promise), bench.run(promise, "halves", micro_tokens=BATCH // 2 * LONGEST)
+    whole, halves = bench.run(promise), bench.run(promise, "halves", micro_tokens=bench.micro_tokens(BATCH // 2))
     ones, twos = whole.probe.micro_batches, halves.probe.micro_batches
     if any(len(step) != 1 for step in ones.values()) or any(len(step) != 2 for step in twos.values()):
         raise NotApplicable(f"its micro-batches have {ones[0]} and {twos[0]} examples instead of 4 and 2 + 2")
@@ -270,7 +270,8 @@ def in_two_processes(bench: Bench) -> processes.Outcome:
         wait_for_processes(bench)
         benches = [b for key, b in _waiting.items() if key not in _outcomes]
         recipes = [
-            b.recipe(f"two-{number}", micro_tokens=BATCH // 2 * LONGEST).to_dict() for number, b in enumerate(benches)
+            b.recipe(f"two-{number}", micro_tokens=b.micro_tokens(BATCH // 2)).to_dict()
+            for number, b in enumerate(benches)
         ]
         outcomes = processes.tune_in_processes(recipes, registered(), session_folder())
         _outcomes.update({id(b): outcome for b, outcome in zip(benches, outcomes, strict=True)})

@@ -48,7 +48,7 @@ class StrategyConformance:
         if cls not in _benches:
             if not hasattr(cls, "strategy"):
                 pytest.fail(f"{cls.__name__}: set the strategy under test: strategy = Mine", pytrace=False)
-            options = cls.make_options(make_files(cls.task))
+            options = cls.make_options(make_files(cls.task, next(filter(None, cls.strategy.trains_on), "")))
             _benches[cls] = Bench(Spec(cls.strategy, options, cls.companions, cls.task, cls.steps))
         return _benches[cls]
 

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -68,8 +69,11 @@ def run_on_fake_tensors(recipe: Recipe) -> Run:
         maker = find_generator(hooks)
         if maker is not None and not planned:
             raise PluginError(f"{maker} implements next_examples: a plan needs planned_examples too.")
-        examples = planned or [run.examples[index] for index in range(recipe.train.batch_examples or 1)]
-        halves = [half for half in (examples[::2], examples[1::2]) if half]
+        count = recipe.train.batch_examples or 1
+        groups = [[example] for example in planned] or [
+            [run.examples[int(i)] for i in np.flatnonzero(run.examples.groups == group)] for group in range(count)
+        ]
+        halves = [sum(half, []) for half in (groups[::2], groups[1::2]) if half]
         while run.step < (run.steps or 1):  # two micro-batches in the first step, one in the others to save time
             _step(run, engine, [_fake(collate_for(run, half, 0), mode) for half in halves[: 1 if run.step else 2]])
     return run

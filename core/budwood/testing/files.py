@@ -8,10 +8,12 @@ import json
 import random
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+
+from budwood.data.preference import PAIRS
 
 LONGEST = 12
 """Tokens of the longest example; even three of the shortest exceed twice this."""
@@ -51,8 +53,15 @@ def session_folder() -> Path:
 
 
 @functools.cache
-def make_files(task: str) -> Files:
-    """Generate, once per session, the files for a task: causal-lm or sequence-classification."""
+def make_files(task: str, kind: str = "") -> Files:
+    """Generate, once per session, the files for a task: causal-lm or sequence-classification.
+
+    Args:
+        kind: of the data: "preference pairs" or "judged answers"; "": answers to learn.
+    """
+    if kind:
+        files = make_files(task)
+        return replace(files, train=_write_answers(files.train, kind, 12), eval=_write_answers(files.eval, kind, 4))
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
     from transformers.utils import logging
 
@@ -85,6 +94,21 @@ def make_files(task: str) -> Files:
         ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return Files(session_folder(), *(folder / name for name in ("base", "teacher", "train.jsonl", "eval.jsonl")))
+
+
+def _write_answers(path: Path, kind: str, count: int) -> Path:
+    """Write as many rows of pairs or of judged answers beside a file; each example has 9 to 12 tokens."""
+    draw = random.Random(path.name)
+    rows: list[dict[str, object]] = []
+    for number in range(count):
+        prompt, *answers = ("".join(draw.choices("bcdfghjklmnp", k=k)) for k in (4 + number % 3, 3, 4))
+        if kind == PAIRS:
+            rows.append({"prompt": prompt, "chosen": answers[0], "rejected": answers[1]})
+        else:
+            rows.append({"prompt": prompt, "completion": answers[number % 2], "label": number % 2 == 0})
+    written = path.with_name(f"{path.stem}-{kind.replace(' ', '-')}.jsonl")
+    written.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return written
 
 
 def _save_tokenizer(folder: Path) -> None:

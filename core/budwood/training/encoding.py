@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from budwood.data.chunk import PARALLEL
-from budwood.data.files import total_size
-from budwood.data.sources import Data, data_files, label
+from budwood.data.sources import Data, data_size, label
 from budwood.untrusted.redaction import redact
 
 SECONDS = 30.0
@@ -26,7 +25,7 @@ def encoding(data: Data, console: Console | None) -> Iterator[Callable[[int, int
         data: the data as named in the recipe.
         console: where progress is shown, as a bar or in lines; None: nowhere.
     """
-    if console is None or total_size(data_files(data)) < PARALLEL:
+    if console is None or data_size(data) < PARALLEL:
         yield None
         return
     name = redact(str(label(data)))

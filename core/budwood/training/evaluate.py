@@ -30,6 +30,7 @@ from budwood.model.task import Task
 from budwood.recipe.schema import default_recipe
 from budwood.serving.verify import base_name, open_pool
 from budwood.training.attacks import build_attacks, measure_attacked
+from budwood.training.objective import objective_metrics
 from budwood.training.packing_check import check_packing
 from budwood.training.report import Report
 
@@ -129,6 +130,11 @@ def evaluate_adapter(
     examples = build()
     check_fits(examples, pool.base.model, pool.base.tokenizer, name)
     report.say(examples.describe())
+    if not examples.label_counts.any():
+        raise InputError(
+            f"{examples.path}: {' + '.join(examples.columns)} has no answers to evaluate on, and rewards belong to a "
+            "recipe, not to an adapter: give rows with the column 'completion'."
+        )
     if held_out is not None:
         held = _find_held_out(examples, held_out, directory)
         report.say(held.note)
@@ -163,7 +169,7 @@ def evaluate_adapter(
         without = task.evaluate(run) if not task.head_modules(run.model) else {}
         pool.load("adapter", directory, allow_other_base=allow_other_base)
         pool.use("adapter")
-        clean = task.evaluate(run)
+        clean = {**task.evaluate(run), **objective_metrics(run, pool, "adapter", saved)}
         text = task.report
         attacked = {
             attack.name: measure_attacked(run, attack, build_changed, clean) for attack in chosen_attacks.values()

@@ -12,9 +12,12 @@ from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy
 from budwood.contract.types import Run
 from budwood.data.build import build_examples, overlap
-from budwood.data.examples import Examples, check_examples
+from budwood.data.checking import check_examples
+from budwood.data.examples import Examples
 from budwood.data.held_out import HeldOut, hold_out, rows_held_out
 from budwood.data.packing import plan_epoch
+from budwood.data.sources import locate
+from budwood.data.unused import columns_read
 from budwood.data.use import check_use
 from budwood.errors import InputError
 from budwood.model.limits import check_fits
@@ -43,10 +46,11 @@ def read_data(
     """
     data = run.recipe.data
     options: dict[str, Any] = {"tokenizer": run.tokenizer, "task": run.task, **encoding_options(run.recipe)}
-    options["date"] = date
+    options |= {"date": date, "read": columns_read(run.strategies)}
     console = None if report.quiet or report.mute else report.console
-    with encoding(data.train, console) as progress:
-        examples = build_examples(data.train, **options, progress=progress)
+    found = locate(data.train)
+    with encoding(found, console) as progress:
+        examples = build_examples(found, **options, progress=progress)
     report.say(examples.describe())
     plugins = (*run.strategies, run.task)
     check_use(examples.path, examples, plugins)
@@ -54,10 +58,9 @@ def read_data(
         report.say(note)
     check_fits(examples, model, run.tokenizer, run.recipe.base.model)
     if data.evaluated is not None:
-        with encoding(data.evaluated, console) as progress:
-            run.eval_examples = build_examples(
-                data.evaluated, **options, labels=examples.labels or None, progress=progress
-            )
+        found = locate(data.evaluated)
+        with encoding(found, console) as progress:
+            run.eval_examples = build_examples(found, **options, labels=examples.labels or None, progress=progress)
         report.say(run.eval_examples.describe())
         check_use(run.eval_examples.path, run.eval_examples, plugins)
         check_fits(run.eval_examples, model, run.tokenizer, run.recipe.base.model)

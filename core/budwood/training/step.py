@@ -60,6 +60,8 @@ class Engine:
         strategies = [c.plugin for c in hooks.calls("sequence_terms") if isinstance(c.plugin, Strategy)]
         self.scores_sequences = bool(strategies) or (self.step_terms.active and run.task.has_log_probs())
         receivers = [c.plugin for hook in ("sequence_terms", "step_values") for c in hooks.calls(hook)]
+        if receivers and run.task.loss_is_log_prob():
+            receivers.append(run.task)  # whose loss is then one of log-probabilities too
         self.temperatures = sorted({temperature_of(plugin) for plugin in receivers})
         self._pass: _Pass | None = None
         self._frozen = False
@@ -276,8 +278,8 @@ class Engine:
             raise PluginError(f"{owner} and {plugin}: two loss terms are called '{term.name}': rename one.")
 
     def _check_reach(self, terms: list[LossTerm], log_probs: LogProbs) -> None:
-        """Reject a strategy's term without a graph: its gradient would silently be zero."""
-        for term in terms:
+        """Reject a strategy's term without a graph, unless it is only logged: its gradient would silently be zero."""
+        for term in (term for term in terms if term.weight):
             plugin, _ = self.owners[term.name]
             values = log_probs[temperature_of(plugin)]
             if len(values) and not depends(term.values, values):

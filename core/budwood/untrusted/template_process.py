@@ -27,7 +27,7 @@ def main() -> None:
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr
     from jinja2 import Template
-    from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment
+    from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment, modifies_known_mutable
     from transformers.utils import chat_template_utils
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -37,14 +37,14 @@ def main() -> None:
     is_safe = ImmutableSandboxedEnvironment.is_safe_attribute
 
     def may_use(environment: Any, value: Any, attribute: str, found: Any) -> bool:
-        own_list = attribute == "append" and type(value) is list and id(value) not in _given
-        return own_list or is_safe(environment, value, attribute, found)
+        own = type(value) in (list, dict) and id(value) not in _given and modifies_known_mutable(value, attribute)
+        return own or is_safe(environment, value, attribute, found)
 
     ImmutableSandboxedEnvironment.is_safe_attribute = may_use  # type: ignore[method-assign,assignment]
     new_context = Template.new_context
 
     def context(template: Any, vars: Any = None, *arguments: Any, **named: Any) -> Any:
-        _given.update(_lists(vars))
+        _given.update(_containers(vars))
         return new_context(template, vars, *arguments, **named)
 
     Template.new_context = context  # type: ignore[method-assign,assignment]
@@ -66,16 +66,16 @@ def main() -> None:
 
 
 _given: set[int] = set()
-"""Identities of the lists in a conversation's input. A template may append to a list of its own (Kimi K2 does), which
-lives no longer than the rendering and within its limits; not to these."""
+"""Identities of the lists and objects in a conversation's input. A template may change a list or object of its own
+(Kimi K2 appends to one and pops from it), which lives no longer than the rendering and within its limits; not these."""
 
 
-def _lists(value: Any) -> Iterator[int]:
-    """Yield the identities of the lists in a value of JSON."""
-    if isinstance(value, list):
+def _containers(value: Any) -> Iterator[int]:
+    """Yield the identities of the lists and objects in a value of JSON."""
+    if isinstance(value, list | dict):
         yield id(value)
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _lists(inner)
+        yield from _containers(inner)
 
 
 class _Clock:

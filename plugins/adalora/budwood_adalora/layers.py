@@ -40,13 +40,13 @@ class SVDLinear(nn.Module, AdaLoraLayer):
         self.width: dict[str, int] = {}
 
     def add(self, name: str, rank: int, width: int, scaling: float, dropout: float) -> None:
-        """Add an adapter: A and B normal with standard deviation 0.02, E zero (as in PEFT and the authors' code)."""
+        """Add an adapter: singular vectors of norm 1 on average, so nearly orthonormal; singular values of zero."""
         base = self.get_base_layer()
         device = next(chain(base.parameters(), base.buffers())).device
         self.r[name], self.width[name], self.scaling[name] = rank, width, scaling
         self.lora_dropout[name] = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.lora_A[name] = nn.Parameter((torch.randn(rank, self.in_features) * 0.02).to(device))
-        self.lora_B[name] = nn.Parameter((torch.randn(self.out_features, rank) * 0.02).to(device))
+        self.lora_A[name] = nn.Parameter((torch.randn(rank, self.in_features) * self.in_features**-0.5).to(device))
+        self.lora_B[name] = nn.Parameter((torch.randn(self.out_features, rank) * self.out_features**-0.5).to(device))
         self.lora_E[name] = nn.Parameter(torch.zeros(rank, 1, device=device))
 
     def shrink(self, run: Run, name: str, keep: Tensor, width: int) -> None:

@@ -135,12 +135,23 @@ class AdaLoRA(Strategy):
         from budwood import ParameterGroup
         from budwood.lowrank import whole_groups
 
-        parameters = {
+        vectors = {
             f"{path}.{part}": getattr(layer, part)[RUN_ADAPTER]
             for path, layer in self._layers.items()
-            for part in ("lora_A", "lora_B", "lora_E")
+            for part in ("lora_A", "lora_B")
         }
-        return [ParameterGroup("adalora", parameters), *whole_groups(model, RUN_ADAPTER)]
+        groups = [ParameterGroup("adalora", vectors)]
+        # With Adam, a step of LoRA's B changes an element of W by rate · sqrt(rank / (3 in)), root mean square, while a
+        # step of E, with singular vectors of norm 1, changes it by rate · sqrt(rank / (in · out)): this ratio makes
+        # both equal. Otherwise AdaLoRA would start sqrt(out / 3) times as slowly.
+        for outputs in sorted({layer.out_features for layer in self._layers.values()}):
+            values = {
+                f"{path}.lora_E": layer.lora_E[RUN_ADAPTER]
+                for path, layer in self._layers.items()
+                if layer.out_features == outputs
+            }
+            groups.append(ParameterGroup(f"adalora_values_{outputs}", values, (outputs / 3) ** 0.5))
+        return [*groups, *whole_groups(model, RUN_ADAPTER)]
 
     @hookimpl
     def loss_terms(self, step: Step, outputs: Outputs) -> LossTerm | None:

@@ -22,7 +22,7 @@ class _OfDistribution(Strategy):
 
     @hookimpl
     def check_plan(self, plan: Plan) -> None:
-        if not plan.task.has_log_probs():
+        if plan.task is not None and not plan.task.has_log_probs():
             plan.problem(self, f"{plan.task} has no distribution over tokens or classes: remove the strategy")
 
 
@@ -82,7 +82,8 @@ class LabelSmoothing(_OfDistribution):
 
         epsilon = self.options.epsilon
         weight = step.run.task_weight * epsilon / (1 - epsilon)
-        return LossTerm("label_smoothing", -log_softmax(logits).mean(-1), weight=weight)
+        values = -log_softmax(logits).mean(-1)
+        return step.run.task.own_term(step, values, positions, "label_smoothing", weight)
 
 
 class Focal(_OfDistribution):
@@ -96,7 +97,7 @@ class Focal(_OfDistribution):
         rest = -log_probs.expm1()  # 1 − p
         rest = rest.clamp(min=1e-12)  # below γ = 1 the derivative at p = 1 is infinite
         # The task's own term is −log p: what is missing to the focal loss is the difference.
-        return LossTerm("focal", (rest**self.options.gamma - 1) * -log_probs, weight=step.run.task_weight)
+        return step.run.task.own_term(step, (rest**self.options.gamma - 1) * -log_probs, name="focal")
 
 
 class RDrop(_OfDistribution):
@@ -138,7 +139,7 @@ class RDrop(_OfDistribution):
         one, two = log_softmax(logits), log_softmax(again)
         nll = step.run.task.loss(again, step.batch.labels[positions])
         return [
-            LossTerm("r_drop_nll", nll, weight=step.run.task_weight),
+            step.run.task.own_term(step, nll, positions, "r_drop_nll"),
             LossTerm("r_drop", (kl(one, two) + kl(two, one)) / 2, weight=self.options.alpha / 2),
         ]
 

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from budwood import AdapterPool, BudwoodError, CorruptError, InputError
+from budwood.adapters.export import export
 from budwood.adapters.golden import Distance, Golden, relative_error
 from budwood.adapters.rounding import round_stochastically
 from budwood.serving import merge as merging
-from budwood.serving.merge import export, merge
+from budwood.serving.merge import merge
 from budwood.serving.verify import verify
 
 PROMPTS = [[1, 40, 50, 60, 70], [1, 99, 7], [1, 200, 201, 202, 203, 204, 205]]

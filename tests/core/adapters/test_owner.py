@@ -109,8 +109,8 @@ def test_an_adapter_without_valid_options_is_rejected(base, tmp_path: Path) -> N
 
 
 def test_a_conversion_uses_them_too(base, tmp_path: Path) -> None:
+    from budwood.adapters.export import _convert
     from budwood.adapters.store import read_adapter
-    from budwood.serving.merge import _convert
 
     saved = read_adapter(save(tmp_path / "a", base, {"scale": 4.0}))
     config, _ = _convert(saved, saved.load_tensors(), "anything")

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 import typer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from budwood import CorruptError, DivergedError, InputError, PluginError, ResourceError
 from budwood.cli import app as cli
@@ -32,6 +34,8 @@ HEAVY = {
     "budwood_adversarial",
     "budwood_averaging",
     "budwood_distillation",
+    "budwood_grpo",
+    "budwood_preference",
     "matplotlib",
     "sklearn",
 }
@@ -73,6 +77,26 @@ def loaded_by(*lines: list[str]) -> set[str]:
     codes, modules = json.loads(result.stdout)
     assert set(codes) == {0}, result.stderr
     return set(modules)
+
+
+def test_an_export_loads_no_model_and_the_library_of_none(tiny_base, tmp_path):
+    """The adapter is read and written by torch alone; no compiler is loaded with bitsandbytes in any command."""
+    folder = tmp_path / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+    loaded = loaded_by(["adapter", "export", str(folder), str(tmp_path / "out")])
+    assert loaded == {"torch", "numpy"}
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_the_compiler_is_not_loaded_with_bitsandbytes():
+    code = (
+        "import sys, torch, budwood.model.base, bitsandbytes.backends.default.ops\n"
+        "print('torch._inductor.lowering' in sys.modules, torch.compile.__module__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "torch"]
+    assert not result.stderr
 
 
 def test_help_lists_the_commands(capsys):

@@ -238,7 +238,7 @@ KINDS: dict[str, list[Callable[[Any], list[Any]]]] = {
     "a file that exists but cannot be read, a full disk, too little memory, no such device": [
         lambda w: ["data", w.rows, "--base", w.base, w.stub("budwood.data.sources.read_file", denied)],
         lambda w: ["adapter", "info", w.unreadable],
-        lambda w: ["adapter", "export", w.adapter, "out", w.stub("budwood.serving.merge.save_file", full)],
+        lambda w: ["adapter", "export", w.adapter, "out", w.stub("budwood.adapters.export.save_file", full)],
         lambda w: ["tune", w.recipe, "-o", "base.device=cuda:99"],
     ],
     "the hub cannot be reached; a gated base or dataset": [

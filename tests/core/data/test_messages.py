@@ -89,11 +89,13 @@ def test_assistant_turns_and_their_end_tokens(name: str, byte_level: Any) -> Non
     template, expected = TEMPLATES[name]
     tokenizer = byte_level(True, template)
     messages = say("Hello", "Hello there", "How are you?", "I am fine.")
-    row = encode(messages, tokenizer)
-    assert supervised(tokenizer, row) == expected
+    rows = tokenise([Messages().item({"messages": messages}, "a:1")], ["a:1"], Encoder(tokenizer, 512))[0]
+    assert len(rows) == (2 if name == "llama3" else 1)  # see the test of a token across the start of an answer
+    assert [text for row in rows for text in supervised(tokenizer, row)] == expected
     # The tokens before every turn are exactly those from which generation would answer.
-    for (start, _), count in zip(row.spans, (1, 3) if name != "llama3" else (1,), strict=False):
-        assert row.ids[:start] == encode_chat(tokenizer, messages[:count])
+    starts = [row.ids[:start] for row in rows for start, _ in row.spans]
+    assert starts == [encode_chat(tokenizer, messages[:count]) for count in (1, 3)]
+    row = rows[-1]
     assert row.ids.count(tokenizer.bos_token_id) == template.count("bos_token")
     assert row.spans[-1][1] == len(row.ids)
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -122,14 +124,15 @@ def test_a_token_across_the_start_of_an_answer(byte_level: Any) -> None:
                     tokenizer.apply_chat_template(first)["input_ids"])  # fmt: skip
     assert whole[: len(alone)] != alone
     encoder = Encoder(tokenizer, 512)
-    one, two = encode_all([first, second], encoder)
-    assert isinstance(one, Tokens)
-    assert isinstance(two, Tokens)
+    items = [Messages().item({"messages": messages}, "a:1") for messages in (first, second)]
+    (one,), two = tokenise(items, ["a:1", "a:2"], encoder)
     assert one.ids[: one.spans[0][0]] == encode_chat(tokenizer, first[:1])
-    assert two.ids[: len(one.ids)] == one.ids  # a longer conversation begins with the same tokens
-    assert supervised(tokenizer, two) == ["Hello there<|eot_id|>", "I am fine.<|eot_id|>"]
-    assert tokenizer.decode(two.ids) == tokenizer.apply_chat_template(second, tokenize=False)
-    assert sum(encoder.remarks.values()) == 2
+    assert len(two) == 2  # each answer is an example of its own, since the tokens before it differ
+    assert two[0] == one
+    assert two[1].ids[: two[1].spans[0][0]] == encode_chat(tokenizer, second[:3])
+    assert [supervised(tokenizer, row) for row in two] == [["Hello there<|eot_id|>"], ["I am fine.<|eot_id|>"]]
+    assert tokenizer.decode(two[1].ids) == tokenizer.apply_chat_template(second, tokenize=False)
+    assert sum(encoder.remarks.values()) == 3
 
 
 def test_text_after_the_last_answer_is_omitted(byte_level: Any) -> None:
@@ -165,12 +168,13 @@ def test_thoughts_that_the_template_adds(byte_level: Any) -> None:
         (FORGETFUL, "leaves out or changes message 1"),
         (NO_PROMPT, r"writes '<\|im_start\|>assistant\\n' where the answer should begin"),
         (NO_END, "adds no end token after it"),
+        (CHATML.replace("im_end", "stop"), r"ends it with '<\|stop\|>', which is no token of the base's tokenizer"),
         (CHATML.replace("m.content", "m.content | upper"), "leaves out or changes message 1"),
         ("{{ messages[0].nothing.at.all }}", "the chat template rejects the conversation"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "adds no end token after it"),
         (None, "has no chat template"),
     ],
-    ids=["forgetful", "no prompt", "no end", "upper", "raises", "bare", "none"],
+    ids=["forgetful", "no prompt", "no end", "unknown end", "upper", "raises", "bare", "none"],
 )
 def test_templates_whose_turns_cannot_be_identified(template: str | None, message: str, byte_level: Any) -> None:
     with pytest.raises(InputError, match=message) as caught:
@@ -256,6 +260,12 @@ TOOLS_IN_SYSTEM = (
 )
 
 
+# Goes through the tools that a system message holds as a list, as GLM-4 does.
+TOOL_LIST_IN_SYSTEM = TOOLS_IN_SYSTEM.replace(
+    "+ m.tools +", "}}{% for tool in m.tools %}{{ tool.function | tojson }}{% endfor %}{{"
+)
+
+
 def test_tools_that_a_template_reads_from_the_system_message(byte_level):
     tokenizer = byte_level(False, TOOLS_IN_SYSTEM)
     tools = '[{"name": "time"}]'
@@ -268,11 +278,49 @@ def test_tools_that_a_template_reads_from_the_system_message(byte_level):
     assert row.ids[: row.spans[0][0]] == encode_chat(tokenizer, messages[:-1])
 
 
+TIME = {"name": "time", "parameters": {}}
+
+
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        (TOOLS_IN_SYSTEM, '[{"name": "time", "parameters": {}}]'),
+        (TOOL_LIST_IN_SYSTEM, '{"name": "time", "parameters": {}}'),
+    ],
+)
+@pytest.mark.parametrize("where", ["column", "system message", "without a system message"])
+def test_tools_are_written_where_a_template_reads_them(template, written, where, byte_level):
+    tokenizer = byte_level(False, template)
+    system = "" if where == "without a system message" else "Help."
+    messages = [{"role": "system", "content": system}] * bool(system) + say("What time?", "Noon.", "Really?", "Yes.")
+    row = {"messages": messages, "tools": [TIME]}
+    if where == "system message":
+        row = {"messages": [{**messages[0], "tools": [{"type": "function", "function": TIME}]}, *messages[1:]]}
+    encoder = Encoder(tokenizer, 512)
+    item = Messages().item(row, "a:1")
+    ((tokens,),) = tokenise([item], ["a:1"], encoder)
+    assert tokenizer.decode(tokens.ids) == (
+        f"<|system|>{system}<|tool|>{written}<|/tool|><|end|><|user|>What time?<|end|><|assistant|>Noon.<|end|>"
+        "<|user|>Really?<|end|><|assistant|>Yes.<|end|>"
+    )
+    assert supervised(tokenizer, tokens) == ["Noon.<|end|>", "Yes.<|end|>"]
+    assert tokens.ids[: tokens.spans[1][0]] == encode_chat(tokenizer, item.messages[:-1], tools=item.tools)
+    assert encoder.remarks == {
+        "conversations whose tools are in the system message, where the chat template reads them": 1
+    }
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"tools": [{"name": "time"}]}, "leaves out the column 'tools'"),
-        ({"messages": [{"role": "system", "content": "", "tools": [{"name": "time"}]}, *say("a", "b")]}, "rejects"),
+        (
+            {"tools": [TIME], "messages": [{"role": "system", "content": "", "tools": [TIME]}, *say("a", "b")]},
+            "both the row and message 1 have tools",
+        ),
+        (
+            {"tools": [TIME], "messages": [{"role": "system", "content": "", "tools": "[]"}, *say("a", "b")]},
+            "leaves out the column 'tools'",
+        ),
         (
             {"messages": [*say("a"), {"role": "assistant", "tool_calls": [{"name": "time"}]}]},
             "leaves out 'time' of its",
@@ -284,6 +332,6 @@ def test_tools_that_a_template_reads_from_the_system_message(byte_level):
     ],
 )
 def test_tools_that_such_a_template_does_not_read_are_refused(byte_level, row, message):
-    item = Messages().item({"messages": say("a", "b"), **row}, "train.jsonl:1")
     with pytest.raises(InputError, match=f"^train.jsonl:1.*{message}"):
+        item = Messages().item({"messages": say("a", "b"), **row}, "train.jsonl:1")
         tokenise([item], ["train.jsonl:1"], Encoder(byte_level(False, TOOLS_IN_SYSTEM), 512))

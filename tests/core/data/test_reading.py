@@ -97,6 +97,11 @@ BAD = {
     "header only": ("a.csv", b"text,label\n", ": no rows"),
     "empty list": ("a.json", b"[]", ": no rows"),
     "malformed": ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl:2: malformed JSON at column"),
+    "several lines": (
+        "a.jsonl",
+        b'{\n "a": 1\n}\n',
+        r"a\.jsonl: the objects take several lines each. Wri",
+    ),
     "trailing": ("a.jsonl", b'{"a": 1} x\n', r"a\.jsonl:1: malformed JSON at column 10"),
     "list in a line": ("a.jsonl", b"[1]\n", r"a\.jsonl:1: each line must be one JSON object, not a list"),
     "string in a line": ("a.jsonl", b'"x"\n', r"a\.jsonl:1: .* not a string"),

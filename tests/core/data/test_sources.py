@@ -17,7 +17,7 @@ from huggingface_hub import errors as hub
 from budwood.cli.app import run
 from budwood.data.build import build_examples
 from budwood.data.recognition import check_rows
-from budwood.data.sources import Source, hash_data, read_rows
+from budwood.data.sources import Source, data_size, hash_data, locate, read_rows
 from budwood.errors import InputError, ResourceError
 from budwood.recipe.schema import Recipe, load_recipe
 from budwood.training.loop import tune
@@ -167,8 +167,11 @@ def test_a_name_on_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert prompts([Source(path="owner/name", split="test", revision="v1")]) == ["t0", "t1", "t2"]
-    assert calls[0] == ("owner/name", "dataset", "v1")
+    found = locate([Source(path="owner/name", split="test", revision="v1"), Source(path="owner/name", split="test")])
+    assert prompts(found) == ["t0", "t1", "t2"] * 2
+    assert hash_data(found) == read_rows(found).sha256
+    assert data_size(found) > 0
+    assert calls == [("owner/name", "dataset", "v1"), ("owner/name", "dataset", None)]  # looked up once each
     with pytest.raises(InputError, match="^owner/name/data: holds the splits test, train"):
         read_rows("owner/name")
 

@@ -55,6 +55,27 @@ MARKS_LESS = (
 TWO_ENDS = CHATML.replace("m.content + '<|im_end|>\n'", "m.content + '<|end|><|im_end|>'")
 # Accepts content only as a list of parts, as vision models do.
 PARTS = CHATML.replace("m.content +", "m.content[0].text +")
+# Writes a mark before the answer's words, and an empty thought only in the generation prompt, as Command A does.
+MARKED = EMPTY_THOUGHT.replace("m.content +", "('<|end|>' if m.role == 'assistant' else '') + m.content +")
+# Writes the beginning of a thought, in words of its own, only in the generation prompt, as Apriel does.
+WORDS = CHATML + "{% if add_generation_prompt %}{{ 'Here is why:\n' }}{% endif %}"
+# Drops the thoughts of earlier calls as soon as an answer follows, as gpt-oss and Kimi K2 do.
+DROPS_LATE = (
+    "{% for m in messages %}" + TURN + "{% if m.role == 'assistant' and (messages[-1].role == 'user' or loop.last) %}"
+    "{{ '<think>' + (m.reasoning_content or '') + '</think>' }}{% endif %}{{ m.content + '<|im_end|>\n' }}"
+    "{% endfor %}" + PROMPT
+)
+# Writes the system prompt only before a question that waits for its answer, as Mistral Nemo does.
+LATE_SYSTEM = (
+    "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}{{ '<|user|>' }}"
+    "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content + '\n' }}{% endif %}"
+    "{{ m.content + '<|assistant|>' }}{% else %}{{ m.content + '<|end|>' }}{% endif %}{% endfor %}"
+)
+# Writes the generation prompt after every conversation, and begins each turn with the same mark, as Command R7B does.
+ALWAYS = (
+    "{% for m in messages %}{{ '<|im_start|><|' + m.role + '|>' + m.content + '<|end|></s>' }}{% endfor %}"
+    "{{ '<|im_start|><|assistant|>' }}"
+)
 # Renders tools, calls and results, as Qwen2.5 does.
 TOOLS = (
     "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}{% for m in messages %}"
@@ -128,6 +149,19 @@ CASES: dict[str, tuple[str, list[Any], int, list[str]]] = {
         ["thought 2\n</think>\n\nHello there<|im_end|>", "thought 4\n</think>\n\nI am fine.<|im_end|>"],
     ),
     "the prompt has an empty thought": (EMPTY_THOUGHT, TWO, 2, ["Hello there<|im_end|>", "I am fine.<|im_end|>"]),
+    "a mark, and an empty thought in the prompt": (
+        MARKED, TWO, 2, ["<|end|>Hello there<|im_end|>", "<|end|>I am fine.<|im_end|>"],
+    ),
+    "the prompt has words of its own": (WORDS, TWO, 2, ["Hello there<|im_end|>", "I am fine.<|im_end|>"]),
+    "earlier thoughts are dropped once an answer follows": (
+        DROPS_LATE, THOUGHT, 2,
+        [f"<think>thought {n}</think>{text}<|im_end|>" for n, text in ((2, "Hello there"), (4, "I am fine."))],
+    ),
+    "the prompt is always written": (ALWAYS, TWO, 1, ["Hello there<|end|></s>", "I am fine.<|end|></s>"]),
+    "the system prompt is only in the prompt": (
+        LATE_SYSTEM, [{"role": "system", "content": "Be kind."}, *TWO], 2,
+        ["Hello there<|end|>", "I am fine.<|end|>"],
+    ),
     "marks around turns": (MARKS, TWO, 1, ["Hello there<|im_end|>", "I am fine.<|im_end|>"]),
 }  # fmt: skip
 
@@ -192,6 +226,20 @@ def test_missing_content_is_not_written_as_none(template: str, byte_level: Any) 
     assert said(rows, encoder) == [call + "<|im_end|>", "Fine, 21.<|im_end|>"]
 
 
+def test_a_text_and_calls_of_sharegpt_are_one_turn(byte_level: Any) -> None:
+    """Its roles allow no message with both; the model must not end its turn before the calls."""
+    call = '{"name": "weather", "arguments": {"city": "%s"}}'
+    row = [
+        {"from": "human", "value": "Weather?"}, {"from": "gpt", "value": "I will look."},
+        {"from": "function_call", "value": call % "Paris"}, {"from": "function_call", "value": call % "Rome"},
+        {"from": "observation", "value": "sun"}, {"from": "observation", "value": "rain"},
+        {"from": "gpt", "value": "It rains in Rome."},
+    ]  # fmt: skip
+    rows, encoder, _ = encode(TOOLS, {"messages": row, "tools": TOOL}, byte_level)
+    calls = "".join(f"<call>{call % city}</call>" for city in ("Paris", "Rome"))
+    assert said(rows, encoder) == [f"I will look.{calls}<|im_end|>", "It rains in Rome.<|im_end|>"]
+
+
 def test_legacy_functions_are_tools(byte_level: Any) -> None:
     row = {"messages": CALLS, "tools": TOOL}
     legacy = [dict(m) for m in CALLS]
@@ -236,7 +284,7 @@ def test_what_is_neither_used_nor_rendered_is_refused(row: dict[str, Any], messa
     assert str(caught.value).startswith("a:1: ")
 
 
-@pytest.mark.parametrize("key", ["train", "training", "loss", "weight"])
+@pytest.mark.parametrize("key", ["train", "training", "trainable", "loss", "loss_mask", "weight"])
 def test_an_answer_without_a_loss_is_context(key: str, byte_level: Any) -> None:
     messages = [TWO[0], TWO[1] | {key: 0 if key == "weight" else False}, *TWO[2:]]
     rows, encoder, _ = encode(CHATML, messages, byte_level)

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from budwood import BudwoodError, PluginError, hookimpl, tune
+from budwood.adapters.export import export
 from budwood.cli import app as cli
 from budwood.contract.hookspecs import HookSpecs
 from budwood.contract.loading import CORE, HOOKS
-from budwood.serving.merge import export
 from budwood.serving.pool import AdapterPool
 
 OWNERS = [hook for hook in HOOKS if getattr(HookSpecs, hook).call_style == "adapter owner"]

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, GPT2Config, PhiConfig
 
 from budwood import AdapterPool, InputError
+from budwood.adapters.export import export
 from budwood.contract.strategy import RUN_ADAPTER
 from budwood.contract.types import Run
 from budwood.planning.composition import plan
 from budwood.recipe.schema import Recipe
-from budwood.serving.merge import export, merge
+from budwood.serving.merge import merge
 from budwood.serving.verify import verify
 from budwood.training import loop
 from budwood.training.evaluate import evaluate_adapter

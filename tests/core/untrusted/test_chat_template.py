@@ -32,8 +32,8 @@ ATTACKS = {
     "another file": "{% include '/etc/passwd' %}",
     "changes its input": "{{ messages.append(1) }}",
     "changes a list in its input": "{{ things[0].append(1) }}",
-    "clears a list of its own": "{% set a = [1] %}{{ a.clear() }}",
-    "changes a dictionary": "{% set a = {} %}{{ a.update({1: 2}) }}",
+    "clears its input": "{{ messages.clear() }}",
+    "changes an object in its input": "{{ messages[0].update({'content': 2}) }}",
     "appends forever": "{% set a = [1] %}{% for b in a %}{% set c = a.append(b) %}{% endfor %}",
     "appends much": "{% set a = [1] %}{% for b in a %}{% set c = a.append('a' * n * 9) %}{% endfor %}",
     "appends a list to itself": "{% set a = [] %}{% set b = a.append(a) %}{{ a|tojson }}",
@@ -55,8 +55,8 @@ EXPECTED = {
     "appends forever": "takes more than 0.3 s|memory",
     "appends much": "memory",
     "appends a list to itself": "Circular reference",
-    "clears a list of its own": "'clear' of a list is unsafe",
-    "changes a dictionary": "'update' of a dict is unsafe",
+    "clears its input": "'clear' of a list is unsafe",
+    "changes an object in its input": "'update' of a dict is unsafe",
     "changes a list in its input": "'append' of a list is unsafe",
 }
 
@@ -154,11 +154,12 @@ def test_a_process_that_cannot_start_is_a_resource_error(monkeypatch):
         next(render("another {{ 1 }}", [([], {})]))
 
 
-def test_a_template_may_append_to_a_list_of_its_own():
+def test_a_template_may_change_a_list_or_object_of_its_own():
     """Templates collect a conversation's calls or results this way; nothing carries over to the next one."""
     template = (
-        "{% set ns = namespace(seen=[]) %}{% for m in messages %}{% set _ = ns.seen.append(m.content) %}{% endfor %}"
-        "{{ ns.seen|join('+') }}{{ ns.seen|length }}"
+        "{% set ns = namespace(seen=[], by={}) %}{% for m in messages %}{% set _ = ns.seen.append(m.content) %}"
+        "{% set _ = ns.by.update({m.content: loop.index}) %}{% endfor %}"
+        "{{ ns.seen|join('+') }}{{ ns.seen.pop(0) }}{{ ns.seen|length }}{{ ns.by }}"
     )
     conversations = [([{"role": "user", "content": text}] * 2, {"add_generation_prompt": False}) for text in "ab"]
-    assert list(render(template, conversations)) == ["a+a2", "b+b2"]
+    assert list(render(template, conversations)) == ["a+aa1{'a': 2}", "b+bb1{'b': 2}"]

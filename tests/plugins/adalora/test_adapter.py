@@ -89,9 +89,10 @@ def test_it_starts_as_the_base_and_detaches_without_a_trace(tiny_base: Path, qua
     strategy, run = put_on(model, modules_to_save=["lm_head"])
     assert torch.equal(logits(model), before)
     with torch.no_grad():
-        for name, parameter in run.groups[0].parameters.items():
-            if name.endswith("lora_E"):
-                parameter.fill_(1.0)
+        for group in run.groups:
+            for name, parameter in group.parameters.items():
+                if name.endswith("lora_E"):
+                    parameter.fill_(1.0)
     on = logits(model)
     assert (on - before).abs().max() > 1e-3
     use_adapters(strategy, model, [])
@@ -100,6 +101,21 @@ def test_it_starts_as_the_base_and_detaches_without_a_trace(tiny_base: Path, qua
     assert torch.equal(logits(model), before)
     assert [type(m) for m in model.modules()] == modules
     assert live_adapters(model) is None
+
+
+def test_a_first_step_of_adam_changes_the_weights_as_much_as_loras(tiny_base: Path) -> None:
+    model = load(tiny_base, None)
+    strategy, run = put_on(model)
+    ratios = {p: g.learning_rate_ratio for g in run.groups for name, p in g.parameters.items() if name.endswith("_E")}
+    assert len(ratios) == len(strategy._layers)
+    for path, layer in strategy._layers.items():
+        a, b, e = (getattr(layer, f"lora_{part}")["default"].detach() for part in "ABE")
+        assert a.norm(dim=1).mean() == pytest.approx(1, abs=0.3)
+        assert b.norm(dim=0).mean() == pytest.approx(1, abs=0.3)
+        assert not e.any()
+        step = ratios[layer.lora_E["default"]] * b @ a  # the first step of Adam is the rate, for every element
+        lora = torch.ones_like(b) @ torch.empty_like(a).uniform_(-1, 1).div(a.shape[1] ** 0.5)
+        assert step.norm() == pytest.approx(float(lora.norm()), rel=0.5), path
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])

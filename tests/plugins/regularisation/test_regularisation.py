@@ -14,7 +14,7 @@ import torch
 from tests.conftest import make_base
 from torch import Tensor
 
-from budwood import InputError, LossTerm, tune
+from budwood import CausalLM, InputError, LossTerm, tune
 from budwood.contract.loading import build_strategy
 from budwood.recipe.schema import Recipe
 
@@ -29,12 +29,11 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 def step_of(labels: Tensor, reference: Tensor | None = None, task_weight: float = 0.6, **more: Any) -> Any:
     """A micro-step with these labels; `reference` are the logits of the start."""
-    task = SimpleNamespace(loss=lambda logits, y: torch.nn.functional.cross_entropy(logits, y, reduction="none"))
-    run = SimpleNamespace(task=task, task_weight=task_weight, process_index=0, **more)
+    run = SimpleNamespace(task=CausalLM(), task_weight=task_weight, process_index=0, **more)
     found = None if reference is None else SimpleNamespace(logits=lambda positions: reference[positions].detach())
     return SimpleNamespace(
         run=run,
-        batch=SimpleNamespace(labels=labels),
+        batch=SimpleNamespace(labels=labels, columns={}),
         reference=lambda: found,
         micro_step=0,
         replaying=False,

@@ -11,6 +11,7 @@ from typing import Any
 
 from budwood.cli.doctor.finding import LOW_MEMORY, Finding, gib
 from budwood.errors import BudwoodError, describe
+from budwood.model.quiet import import_bitsandbytes
 
 NF4_GAP = 0.1520
 """Half of the widest gap between two NF4 levels (-1 and -0.6962), rounded up: the largest error of a weight, relative
@@ -102,6 +103,7 @@ def check_bitsandbytes() -> Iterator[Finding]:
     remedy = "pip install -U bitsandbytes; without it `quantization: none` still works."
     import torch
 
+    import_bitsandbytes()  # quickly; if it fails, the next import says why
     try:
         bitsandbytes: Any = importlib.import_module("bitsandbytes")
     except Exception as error:

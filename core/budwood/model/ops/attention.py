@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -26,8 +25,6 @@ IMPLEMENTATION = "budwood"
 """Value of `attn_implementation` with which `segments` takes effect."""
 
 _NOT_GIVEN: Any = object()
-_VARLEN_TAKES = frozenset(inspect.signature(varlen_attn).parameters)
-"""The kernel has no windows in torch 2.10, and no grouped heads in torch 2.11."""
 
 
 def register() -> None:
@@ -132,7 +129,8 @@ def _packed(
         reach = -1 if window is None else window - 1
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         sides = (reach, 0 if causal else reach)
-        options: dict[str, Any] = {"enable_gqa": grouped} if "enable_gqa" in _VARLEN_TAKES else {}
+        varlen_attn, parameters = _varlen()
+        options: dict[str, Any] = {"enable_gqa": grouped} if "enable_gqa" in parameters else {}
         if grouped and not options:
             k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
         out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=sides, **options)
@@ -197,14 +195,25 @@ def _varlen_takes(query: Tensor, value: Tensor) -> bool:
     """Return whether the variable-length kernel (CUDA, 16 bit) supports these tensors."""
     size = query.shape[-1]
     return (
-        "window_size" in _VARLEN_TAKES
-        and query.is_cuda
+        query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
         and size == value.shape[-1]
         and size <= 256
         and size % 8 == 0
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and "window_size" in _varlen()[1]
     )
+
+
+@functools.cache
+def _varlen() -> tuple[Any, frozenset[str]]:
+    """Return the variable-length kernel and the names of its arguments; importing it takes two seconds.
+
+    It has no windows in torch 2.10, and no grouped heads in torch 2.11.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
 @functools.lru_cache(maxsize=4)

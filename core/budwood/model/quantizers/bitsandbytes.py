@@ -83,6 +83,9 @@ class _FourBit(_BitsAndBytes):
     def config(self, dtype: torch.dtype, double_quantization: bool, skip: list[str]) -> Any:
         from transformers import BitsAndBytesConfig
 
+        from budwood.model.quantizers.cpu_kernel import install
+
+        install()
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=self.kind,

@@ -1,0 +1,83 @@
+"""Exports an adapter for stock PEFT. Loads no model, and imports neither transformers nor PEFT, which takes seconds."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from budwood.adapters.owner import start_owner
+from budwood.adapters.store import CONFIG, WEIGHTS, SavedAdapter, read_adapter
+from budwood.contract.calls import ask_owner
+from budwood.contract.discovery import find, plugin_fault
+from budwood.contract.loading import load_strategy
+from budwood.errors import InputError
+from budwood.untrusted.files import complete_directory
+
+
+def export(directory: str | Path, out: str | Path, format: str = "peft") -> Path:
+    """Write a folder that stock PEFT opens: config and weights only, without Budwood's own files.
+
+    Args:
+        directory: the adapter's folder.
+        out: the new folder; it may not exist yet.
+        format: peft: unchanged; or another adapter type to which its owner can convert it, such as lora.
+
+    Raises:
+        InputError: the adapter cannot be converted to `format`, PEFT does not know its type, or `out` exists.
+        CorruptError: the adapter is damaged.
+    """
+    saved = read_adapter(directory)
+    config, tensors = saved.config, saved.load_tensors()
+    if format not in ("peft", saved.adapter_type):
+        config, tensors = _convert(saved, tensors, format)
+    if config.get("peft_type") not in _peft_types():
+        raise InputError(
+            f"{saved.directory}: PEFT does not know the adapter type '{saved.adapter_type}': it cannot be exported."
+        )
+    with complete_directory(Path(out)) as folder:
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        if format != "peft" and (result := read_adapter(folder).adapter_type) != format:
+            text = f"strategy '{saved.adapter_type}' returned an adapter of type '{result}' instead of '{format}'."
+            raise plugin_fault(find(saved.adapter_type).owner, text)
+    return Path(out)
+
+
+def _convert(
+    saved: SavedAdapter, tensors: dict[str, Tensor], adapter_type: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Convert the adapter to another type through its owner; returns config and tensors."""
+    cls, _ = load_strategy(saved.adapter_type)
+    converted = None
+    if hasattr(cls, "convert_adapter"):
+        owner = start_owner(saved)
+        converted = ask_owner(owner, "convert_adapter", config=saved.config, tensors=tensors, adapter_type=adapter_type)
+    if converted is None:
+        raise InputError(
+            f"{saved.directory}: adapter type '{saved.adapter_type}' cannot be exported as '{adapter_type}': use peft."
+        )
+    config, tensors = converted
+    return config, {key: tensor.contiguous() for key, tensor in tensors.items()}
+
+
+def _peft_types() -> set[str]:
+    """Return the adapter types of the installed PEFT, from the file that lists them if it is where it used to be."""
+    package = importlib.util.find_spec("peft")
+    folders = (package.submodule_search_locations if package is not None else None) or ["."]
+    path = Path(folders[0], "utils", "peft_types.py")
+    spec = importlib.util.spec_from_file_location("budwood_peft_types", path) if path.is_file() else None
+    if spec is not None and spec.loader is not None:
+        module: Any = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+            return {str(member.value) for member in module.PeftType}
+        except (ImportError, AttributeError):  # it needs the rest of the package
+            pass
+    from peft import PeftType
+
+    return {str(member.value) for member in PeftType}
