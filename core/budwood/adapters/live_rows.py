@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from budwood.adapters.live_update import LiveAdapter, LiveUpdate
-from budwood.model.ops.linear import live_linear, thin_product
+from budwood.model.ops.linear import frozen_linear, live_linear, low_rank_linear, thin_product
 
 if TYPE_CHECKING:
     from budwood.adapters.live_table import LiveModule
@@ -96,6 +96,12 @@ def _product(
 ) -> Tensor:
     live.busy = True  # a quantiser may call the module
     try:
+        if torch.is_grad_enabled() and x.requires_grad:  # an attack in `budwood eval` differentiates by the input
+            return (
+                frozen_linear(x, live.module)
+                if a is None or b is None
+                else low_rank_linear(x, live.module, a, b, scaling)
+            )
         return live_linear(x, live.module, a, b, scaling)
     finally:
         live.busy = False

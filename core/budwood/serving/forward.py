@@ -38,7 +38,6 @@ class Forward:
         self.cache = RowCache(config.num_hidden_layers, kv_bytes)
         self.context = positions_of(model)
         self.device = next(model.parameters()).device
-        self.eager = getattr(config, "_attn_implementation", None) == "eager"
         self._plans: dict[tuple[int, ...], Plan] = {}
         self._stacked: Plan | None = None
         self._last: Tensor | None = None
@@ -116,7 +115,8 @@ class Forward:
         if now.fresh:
             return None  # padding is on the right, where only padding attends to it
         mask = torch.arange(now.width, device=self.device) <= positions[:, None, :, None]
-        if not self.eager:
+        config = self.model.config.get_text_config(decoder=True)
+        if getattr(config, "_attn_implementation", None) != "eager":
             return mask
         return torch.zeros(mask.shape, device=self.device).masked_fill(~mask, torch.finfo(torch.float32).min)
 

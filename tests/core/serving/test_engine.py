@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib
 import threading
-import time
 import weakref
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from tests.conftest import make_tokenizer
 from tests.core.serving.conftest import make_adalora, make_adapter
 
 from budwood import AdapterPool, InputError
-from budwood.adapters.live_table import Plan
 from budwood.errors import BudwoodError, ResourceError
 from budwood.model.base import load_base
 from budwood.serving import prefix, scheduler
@@ -445,15 +443,21 @@ def test_an_engine_ends_with_its_last_reference(tiny_base):
         gc.enable()
 
 
-def test_plans_of_one_adapter_take_any_batch(tiny_base, folders):
-    engine = open_engine(tiny_base)
-    engine.load("a", folders["lora"])
-    assert Plan([engine.names["a"].live]).single and not Plan([None, engine.names["a"].live]).single
-    start = time.monotonic()
-    engine.use("a")
-    after = engine.model(torch.tensor([SHORT[0], SHORT[0]])).logits[:, -1]
-    torch.testing.assert_close(after[0], alone(engine, "a", SHORT[0]), atol=1e-5, rtol=0)
-    assert time.monotonic() > start
+@pytest.mark.parametrize("name", ["lora", "dora", "adalora", "head", "rows"])
+def test_the_gradient_by_the_input_is_that_of_the_attached_adapter(tiny_base, folders, name):
+    """An attack in an evaluation differentiates through the adapter in use."""
+    gradients = []
+    for table in (True, False):
+        engine = open_engine(tiny_base)
+        engine.loader.table_first = table
+        engine.load("a", folders[name])
+        engine.use("a")
+        embeddings = engine.model.get_input_embeddings()(torch.tensor([SHORT[3], SHORT[3]])).detach().requires_grad_()
+        logits = engine.model(inputs_embeds=embeddings).logits
+        logits.float().log_softmax(-1)[..., 7].sum().backward()
+        gradients.append(embeddings.grad)
+    assert float(gradients[0].abs().max()) > 1e-3
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
 
 
 def save_model(folder: Path, model) -> Path:
