@@ -31,7 +31,7 @@ MOST = 8
 
 BEYOND = "answer beyond max_length"
 """Reason for dropping a row whose truncation would leave only the prompt."""
-TOO_LONG = "longer than max_length"
+TOO_LONG = "longer than max_length allows"
 """Reason for dropping a prompt, a pair or a judged answer, since what is answered or judged is complete."""
 Change = Callable[[Row, int], Row]
 

@@ -76,7 +76,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"prompt": "  "}, {}, {}, r"all of its 1 rows were dropped: empty prompt 1"),
         ({"prompt": "a", "tools": [{"name": "f"}]}, {}, {}, r"field 'tools' needs a chat template"),
         ({"prompt": [{"role": "assistant", "content": "a"}]}, {}, {}, r"'prompt' ends with an assistant's message"),
-        ({"prompt": "a " * 300}, {}, {}, r"longer than max_length 1\. Raise data\.max_length"),
+        ({"prompt": "a " * 300}, {}, {}, r"longer than max_length allows 1\. Raise data\.max_length"),
         ({"text": "a b c"}, {}, {}, r"p\.jsonl has texts without prompts: give the column 'prompt'"),
         ({"prompt": "a", "completion": "b", "weight": 2}, {}, {}, r"weights of rows have no effect on rewards"),
         ({"prompt": "a"}, {"max_new_tokens": 512}, {}, r"max_new_tokens: 512 fills the base's 512 positions"),
