@@ -21,8 +21,8 @@ from typing import Any
 from budwood import Run, Strategy, hookimpl
 
 ROOT = Path(__file__).parents[1] / "examples" / "budwood_demo"
-SFT_STEPS, STEPS = 40, 80
-TRAIN, HELD_OUT = 1200, 300
+SFT_STEPS, STEPS = 40, 60
+TRAIN, HELD_OUT = 960, 200
 ARMS: dict[str, list[Any]] = {"more SFT": [], "dpo": [{"dpo": {"beta": 0.1}}]}
 
 
@@ -76,7 +76,8 @@ def main() -> int:
         for seed in range(options.seeds):
             for arm, metrics in one_seed(Path(folder), options.base, seed).items():
                 found[arm].append(metrics)
-            print(f"seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
+            orders = ", ".join(f"{arm} {runs[-1]['eval_order']:.3f}" for arm, runs in found.items())
+            print(f"seed {seed}: right order {orders}; {time.perf_counter() - started:.0f} s", flush=True)
     names = {"eval_order": "right order", "eval_difference": "difference (nats)", "eval_loss": "loss of the chosen"}
     print(f"| | {' | '.join(names.values())} |\n|{'---|' * (len(names) + 1)}")
     for arm, runs in found.items():

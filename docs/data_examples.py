@@ -94,6 +94,15 @@ FORMATS = [
         "loss.",
     ),
     Shown(
+        "Prompts",
+        [{"prompt": "a fast web browser\nSection:", "answer": "web"}],
+        ["<|bos|>a fast web browser\nSection:"],
+        says=["columns ignored: answer"],
+        note="For objectives that generate the answers, such as `grpo`. A column that a reward reads is not ignored. "
+        "The prompt may also be a list of messages, or be rendered with `as_chat`. One longer than `max_length` is "
+        "dropped.",
+    ),
+    Shown(
         "Prompt and completion as messages",
         [{"prompt": MORE[:3], "completion": MORE[3:]}],
         [f"{USER}Hi<|im_end|>\n{CALL}Hello<|im_end|>\n{USER}And?<|im_end|>\n{CALL}⟦Bye<|im_end|>⟧"],
@@ -312,7 +321,7 @@ REFUSED = [
         "'output', for a chat model; or 'question' to 'prompt' and 'answer' to 'completion', for plain text. Accepted: "
         "instruction + output; conversation; instruction + response; prompt + completion + label; messages; prompt + "
         "chosen + rejected; input + preferred_output + non_preferred_output; chosen + rejected; prompt + completion; "
-        "conversations; text; text + label.",
+        "prompt; conversations; text; text + label.",
     ),
     Shown(
         "",

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from budwood.contract.examples import Batch as Batch
     from budwood.contract.examples import Column as Column
     from budwood.contract.examples import Example as Example
+    from budwood.contract.loading import build_plugin as build_plugin
+    from budwood.contract.reward import Reward as Reward
     from budwood.contract.samples import Sample as Sample
     from budwood.contract.strategy import RUN_ADAPTER as RUN_ADAPTER
     from budwood.contract.strategy import Options as Options
@@ -51,6 +53,8 @@ _EXPORTS = {
     **dict.fromkeys(("RUN_ADAPTER", "Options", "Strategy", "hookimpl"), "budwood.contract.strategy"),
     **dict.fromkeys(("DESIRABLE", "Batch", "Column", "Example"), "budwood.contract.examples"),
     "Sample": "budwood.contract.samples",
+    "Reward": "budwood.contract.reward",
+    "build_plugin": "budwood.contract.loading",
     **dict.fromkeys(
         (
             "BestMetric",
@@ -94,6 +98,7 @@ _EXPORTS = {
     **dict.fromkeys(("autocast", "batches_of", "eval_results", "over_eval_batches"), "budwood.model.evaluation"),
     **dict.fromkeys(("complete_directory", "complete_file"), "budwood.untrusted.files"),
     "load_frozen": "budwood.training.frozen",
+    "example_log_probs": "budwood.training.scoring",
     **dict.fromkeys(
         ("adapter_off", "label_log_probs", "read_reference", "reference_log_probs"), "budwood.training.reference"
     ),

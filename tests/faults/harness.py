@@ -42,6 +42,7 @@ PRELOADED = (
     "budwood_adversarial",
     "budwood_averaging",
     "budwood_distillation",
+    "budwood_grpo",
 )
 STRATEGIES = Path(__file__).parent / "strategies"
 TRAIN = {

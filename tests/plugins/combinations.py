@@ -68,7 +68,7 @@ class Objective(NamedTuple):
         terms: the weight of each of its loss terms.
         task: the weight that it leaves to the task's loss.
         examples: number of examples in an optimizer step of four rows.
-        logged: names of the other values in the log, of any sign.
+        logged: names of the other values in the log, and of terms, that may have any sign.
     """
 
     options: dict[str, Any] | None
@@ -91,6 +91,22 @@ OBJECTIVES: dict[str, Objective] = {
     "simpo": _of_pairs("simpo"),
     "kto": Objective(
         {}, "judged", {"kto": 1.0}, examples=8, logged=("kto_kl", "kto_reward_desirable", "kto_reward_undesirable")
+    ),
+    "grpo": Objective(
+        {"rewards": [{"length": {"target": 9, "unit": "characters"}}], "samples": 2, "max_new_tokens": 3},
+        "prompts",
+        {"grpo": 1.0},
+        examples=8,
+        logged=(
+            "grpo",
+            "grpo_clipped",
+            "grpo_mismatch",
+            "reward",
+            "reward_std",
+            "zero_variance",
+            "over_long",
+            "answer_tokens",
+        ),
     ),
 }
 

@@ -11,6 +11,7 @@ from budwood_adalora import AdaLoRA
 from budwood_adversarial import Adversarial
 from budwood_averaging import EMA, SWA
 from budwood_distillation import Distillation
+from budwood_grpo import GRPO
 from budwood_lora import LoRA
 from budwood_preference import CPO, DPO, KTO, ORPO, SimPO
 
@@ -143,6 +144,14 @@ class TestSimPO(StrategyConformance):
 class TestCPO(StrategyConformance):
     strategy = CPO
     does_not_apply = {**TOGETHER, **SHARED}
+
+
+class TestGRPO(StrategyConformance):
+    strategy = GRPO
+    options = {
+        "rewards": [{"length": {"target": 9, "unit": "characters"}}], "samples": 3, "max_new_tokens": 4, "kl": 0.1,
+        "iterations": 2,
+    }  # fmt: skip
 
 
 def test_the_kit_composes_with_first_party_strategies() -> None:

@@ -32,6 +32,7 @@ def data(
         from budwood.data.display import make_report, show_report
         from budwood.data.packing import plan_epoch
         from budwood.data.sources import locate
+        from budwood.data.unused import columns_read
         from budwood.data.use import check_use
         from budwood.model.checkpoint import one_revision
         from budwood.model.limits import check_fits, default_length
@@ -46,7 +47,8 @@ def data(
         tokenizer = recipe_tokenizer(loaded) if task.needs_tokenizer else None
         model = recipe_skeleton(loaded, task.auto_class, tokenizer)
     loaded = loaded.with_length(default_length(model))
-    options = {"tokenizer": tokenizer, "task": task, **encoding_options(loaded)}
+    strategies = build_composition(loaded).strategies if base is None else []
+    options = {"tokenizer": tokenizer, "task": task, "read": columns_read(strategies), **encoding_options(loaded)}
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     found = locate(loaded.data.train)
     with encoding(found, console) as progress:
@@ -56,10 +58,9 @@ def data(
         found = locate(loaded.data.evaluated)
         with encoding(found, console) as progress:
             eval_data = build_examples(found, **options, labels=train_data.labels or None, progress=progress)
-    plugins = [task, *build_composition(loaded).strategies] if base is None else []
     for examples in (train_data, eval_data):
         if examples is not None:
-            check_use(examples.path, examples, plugins, complete=bool(plugins))
+            check_use(examples.path, examples, [task, *strategies], complete=base is None)
             check_fits(examples, model, tokenizer, loaded.base.model)
     notes = [chat_note(loaded, train_data, tokenizer)]
     if loaded.data.holds_out:

@@ -17,6 +17,9 @@ def plan(
         Optional[list[str]],  # noqa: UP045
         typer.Option("-o", "--override", metavar="KEY=VALUE", help="Override a value of the recipe."),
     ] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Run Python files that the recipe names, such as rewards.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Show how a recipe's strategies are composed, hook by hook, and list its problems. Reads no data."""
@@ -26,7 +29,7 @@ def plan(
         from budwood.planning.composition import plan as make_plan
         from budwood.planning.composition import show_plan
 
-    run_plan = make_plan(recipe, override or [])
+    run_plan = make_plan(recipe, override or [], allow_code)
     if as_json:
         echo_json(run_plan.as_dict())
     else:

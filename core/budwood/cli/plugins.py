@@ -15,6 +15,7 @@ GROUPS = {
     "formats": "budwood.formats",
     "quantizers": "budwood.quantizers",
     "attacks": "budwood.attacks",
+    "rewards": "budwood.rewards",
 }
 
 
@@ -22,7 +23,7 @@ def plugins(
     name: Annotated[str | None, typer.Argument(help="A plugin to import and describe.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List installed strategies, tasks, data formats, quantisers and attacks, or describe one."""
+    """List installed strategies, tasks, data formats, quantisers, attacks and rewards, or describe one."""
     if name is None:
         _list(as_json)
     else:

@@ -30,6 +30,9 @@ def tune(
         bool,
         typer.Option("--accept-changes", help="With --resume: continue even if recipe, data or versions changed."),
     ] = False,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Run Python files that the recipe names, such as rewards.")
+    ] = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="At the end, show the time and memory of every strategy's hooks.")
     ] = False,
@@ -41,7 +44,7 @@ def tune(
 
     if accept_changes and not resume:
         raise InputError("--accept-changes needs --resume.")
-    loaded = read_given(recipe, base, override or [])
+    loaded = read_given(recipe, base, override or []).allowing_code(allow_code)
     preflight(loaded, overwrite, resume)  # before torch is imported, which takes seconds
     with uncollected():
         from budwood.training.loop import tune as run_recipe

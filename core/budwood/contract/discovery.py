@@ -17,13 +17,14 @@ from typing import Any
 from budwood.errors import BUG, BudwoodError, InputError, ResourceError, describe, did_you_mean
 
 STRATEGIES = "budwood"
-"""Entry point group of strategies; tasks, data formats, quantisers and attacks have separate groups below it."""
+"""Entry point group of strategies; tasks, data formats and others have separate groups below it."""
 WORDS = {
     STRATEGIES: "strategy",
     "budwood.tasks": "task",
     "budwood.formats": "data format",
     "budwood.quantizers": "quantiser",
     "budwood.attacks": "attack",
+    "budwood.rewards": "reward",
     "budwood.demos": "demo",
 }
 """Every entry point group, and the word for its members in messages."""

@@ -38,6 +38,7 @@ _BASES = {
     "budwood.formats": "budwood.DataFormat",
     "budwood.quantizers": "budwood.Quantizer",
     "budwood.attacks": "budwood.Attack",
+    "budwood.rewards": "budwood.Reward",
 }
 _RENAMED = {"kind": "adapter_type"}
 """Hook arguments that version 2 of the contract renamed."""
@@ -325,6 +326,21 @@ def build_strategy(name: str, options: dict[str, Any], where: str | Callable[...
 
     strategy: Strategy = start(cls, entry, options=validate_options(cls, entry, options, message))
     return strategy
+
+
+def build_plugin(name: str, group: str, options: dict[str, Any]) -> Any:
+    """Import and instantiate a plugin with validated options, such as a reward that a strategy's options name.
+
+    Raises:
+        InputError: see `load`; or options are unknown or out of range: the message names all of them.
+        PluginError: see `load`; or it fails to start.
+    """
+    cls, entry = load(name, group)
+
+    def message(place: tuple[str | int, ...], text: str) -> str:
+        return f"{dotted((name, *place))}: {sentence(text)}"
+
+    return start(cls, entry, options=validate_options(cls, entry, options, message))
 
 
 def validate_options(

@@ -82,6 +82,12 @@ class Strategy(Plugin):
 
     Data of a kind, in turn, needs a strategy or a task that names it here. "" stands for data of no kind.
     """
+    reads_columns: tuple[str, ...] = ()
+    """Columns of the data's rows that it reads besides those of the data format; a row without one is refused."""
+    code_files: tuple[str, ...] = ()
+    """Python files, named in the recipe, that it runs; refused unless the user passes --allow-code."""
+    writes: tuple[str, ...] = ()
+    """Files that it writes to the run's folder during the run."""
     log_prob_temperature: float = 1.0
     """Temperature of the log-probabilities in `sequence_terms` and `step_values`: that of sampling, for a policy."""
     learning_rate_scale: float = 1.0

@@ -47,6 +47,7 @@ def build_examples(
     as_chat: bool = False,
     progress: Progress | None = None,
     processes: int | None = None,
+    read: Mapping[str, str] | None = None,
 ) -> Examples:
     """Build the examples of a data file, or load them from the cache.
 
@@ -65,6 +66,7 @@ def build_examples(
         as_chat: render a prompt and its completion with the chat template; see `Encoder`.
         progress: is called with the number of rows encoded and of all rows.
         processes: number of processes that encode; None: one for each core if the file is large.
+        read: columns that strategies read; see `columns_read`.
 
     Raises:
         InputError: as `read_rows`, the data format and the task; a label is not in the training data; all rows were
@@ -75,7 +77,8 @@ def build_examples(
     bad, data = BadRows(skip_bad_rows), locate(data)
     if change is not None:
         spool = Spool(Path(tempfile.gettempdir()))
-        return Examples(data, *_encode(read_rows(data, bad), encoder, task, max_length, bad, spool, change=change))
+        rows = read_rows(data, bad)
+        return Examples(data, *_encode(rows, encoder, task, max_length, bad, spool, change=change, read=read))
     folder = cache.default_folder() if cache_dir is None else Path(cache_dir)
     limit = cache.size_limit()
     plugins = [(e.name, e.value, e.owner) for entries in installed(GROUP).values() for e in entries]
@@ -92,13 +95,14 @@ def build_examples(
         "skip_bad_rows": skip_bad_rows,
         "date": encoder.date,
         "as_chat": as_chat,
+        "read": sorted(read or ()),
     }
     key = cache.make_key(tokenizer, options)
     entry = cache.load(folder, key) if key else None
     if entry is not None:
         return Examples(data, *entry, from_cache=True)
     rows, spool = read_rows(data, bad), Spool(folder)
-    arrays, facts = _encode(rows, encoder, task, max_length, bad, spool, progress, processes)
+    arrays, facts = _encode(rows, encoder, task, max_length, bad, spool, progress, processes, read=read)
     if key and rows.sha256 == options["file"]:
         cache.save(folder, key, arrays, facts, limit, spool.directory)
     return Examples(data, arrays, facts)
@@ -121,11 +125,13 @@ def _encode(
     progress: Progress | None = None,
     processes: int | None = None,
     change: Change | None = None,
+    read: Mapping[str, str] | None = None,
 ) -> tuple[Arrays, dict[str, Any]]:
     data_format = recognise_rows(rows, task.name)
-    unused = find_unused(rows.columns, data_format)
+    read = read or {}
+    unused = find_unused(rows.columns, data_format, read)
     unreadable = len(bad.rows)
-    chunks = ChunkEncoder(rows, data_format, unused, task, encoder, bad.skip, change)
+    chunks = ChunkEncoder(rows, data_format, unused, task, encoder, bad.skip, change, read)
     dropped: Counter[str] = Counter()
     first: dict[str, str] = {}
     hashes: list[np.ndarray] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,9 @@ from budwood.contract.calls import attribute_errors
 from budwood.contract.discovery import PluginError
 from budwood.contract.examples import Example
 from budwood.data.bad_rows import BadRows, Skipped
+from budwood.data.checking import check_examples
 from budwood.data.encoder import Encoder
-from budwood.data.examples import check_examples, hash_inputs, pack
+from budwood.data.examples import hash_inputs, pack
 from budwood.data.formats import DataFormat, Dropped
 from budwood.data.rows import Row, Rows, chunks
 from budwood.data.spool import Arrays
@@ -31,8 +32,8 @@ MOST = 8
 
 BEYOND = "answer beyond max_length"
 """Reason for dropping a row whose truncation would leave only the prompt."""
-TOO_LONG = "longer than max_length"
-"""Reason for dropping a pair or a judged answer, since what is compared or judged is the complete answer."""
+TOO_LONG = "longer than max_length allows"
+"""Reason for dropping a prompt, a pair or a judged answer, since what is answered or judged is complete."""
 Change = Callable[[Row, int], Row]
 
 
@@ -79,6 +80,7 @@ class ChunkEncoder:
     Attributes:
         change: maps a row and its index to the row to encode.
         skip: skip bad rows; otherwise the first one is refused.
+        read: columns that strategies read; see `columns_read`.
     """
 
     rows: Rows
@@ -88,6 +90,7 @@ class ChunkEncoder:
     encoder: Encoder
     skip: bool
     change: Change | None = None
+    read: Mapping[str, str] = field(default_factory=dict)
 
     def chunks(self, processes: int | None = None) -> Iterator[tuple[range, Chunk]]:
         """Yield the indices of each chunk's rows and what was encoded from them, in order.
@@ -166,7 +169,7 @@ class ChunkEncoder:
     def _item(self, row: Row, where: str, bad: BadRows) -> Any:
         """Return a row's item or `Dropped`; None if it is a bad row to skip."""
         try:
-            check_unused(row, self.unused, self.data_format, where)
+            check_unused(row, self.unused, self.data_format, where, self.read)
             with attribute_errors(self.data_format, "item"):
                 return self.data_format.item(row, where)
         except InputError as error:

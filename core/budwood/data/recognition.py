@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from budwood.contract.calls import attribute_errors
@@ -13,14 +13,18 @@ from budwood.contract.loading import create
 from budwood.data.chat_formats import UNSUPPORTED, Unsupported
 from budwood.data.formats import GROUP, DataFormat, Dropped, PlainText, all_dropped
 from budwood.data.mixed import Mixed
+from budwood.data.prompts import PROMPTS
 from budwood.data.renames import suggest
 from budwood.data.sources import Data, JoinedRows, read_rows
 from budwood.data.unused import check_unused, find_unused
 from budwood.errors import BudwoodError, InputError
 
 
-def check_rows(data: Data, task: str) -> DataFormat:
+def check_rows(data: Data, task: str, read: Mapping[str, str] | None = None) -> DataFormat:
     """Check a file's fields without a tokenizer, so that errors show before a run spends time on loading.
+
+    Args:
+        read: columns that strategies read; see `columns_read`.
 
     Returns:
         Its data format.
@@ -31,10 +35,11 @@ def check_rows(data: Data, task: str) -> DataFormat:
     """
     rows = read_rows(data)
     data_format = recognise_rows(rows, task)
-    unused = find_unused(rows.columns, data_format)
+    read = read or {}
+    unused = find_unused(rows.columns, data_format, read)
     reasons: Counter[str] = Counter()
     for index, row in enumerate(rows):
-        check_unused(row, unused, data_format, rows.location(index))
+        check_unused(row, unused, data_format, rows.location(index), read)
         with attribute_errors(data_format, "item"):
             item = data_format.item(row, rows.location(index))
         reasons[item.reason if isinstance(item, Dropped) else ""] += 1
@@ -82,6 +87,8 @@ def recognise(columns: Sequence[str], task: str, where: str) -> DataFormat:
     matches = [f for f in matches if not any(set(f.columns) < set(other.columns) for other in matches)]
     matches = [f for f in matches if task in f.tasks or isinstance(f, Unsupported)] or matches
     if len(matches) > 1:
+        matches = [f for f in matches if f.holds != PROMPTS]  # a prompt beside an answer is part of it
+    if len(matches) > 1:
         matches = [f for f in matches if not isinstance(f, PlainText)]
         matches = [f for f in matches if f.holds] or matches  # UltraFeedback's `messages` repeats `chosen`
     if all(isinstance(f, Unsupported) for f in matches):
@@ -100,6 +107,8 @@ def recognise(columns: Sequence[str], task: str, where: str) -> DataFormat:
     if isinstance(data_format, Unsupported):
         raise InputError(f"{where}: columns {_spell(data_format)} are {data_format.reason}")
     if task in data_format.tasks:
+        if data_format.holds == PROMPTS and (remedy := suggest(columns)):
+            data_format.instead = remedy.strip()  # type: ignore[misc]  # its answers have another name
         return data_format
     remedy = f"Set base.task: {data_format.tasks[0]}"
     narrower = [f for f in formats if task in f.tasks and set(f.columns) < set(data_format.columns)]

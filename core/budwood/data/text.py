@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from budwood.data.encoder import Encoder, Span, check_template
+from budwood.data.encoder import Encoder, Request, Span, check_template
 from budwood.data.formats import Completion, Text
 from budwood.data.messages import Conversation
+from budwood.data.prompts import Prompt
+from budwood.data.template import Template
 from budwood.data.turns import find_turns
 from budwood.errors import InputError
 
@@ -23,7 +25,7 @@ class Tokens:
 
 
 def tokenise(items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[list[Tokens]]:
-    """Tokenise items, each a `Completion`, `Text` or `Conversation`, without truncation.
+    """Tokenise items, each a `Completion`, `Text`, `Conversation` or `Prompt`, without truncation.
 
     Returns:
         The examples of each item: one, or several of a conversation whose earlier turns the chat template rewrites or
@@ -33,7 +35,7 @@ def tokenise(items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> li
         InputError: an item cannot be tokenised; the message begins with its location from `where`.
     """
     if encoder.as_chat:
-        items = [as_conversation(item) if isinstance(item, Completion) else item for item in items]
+        items = [_as_chat(item) for item in items]
     results: list[list[Tokens]] = [[] for _ in items]
     for kind in dict.fromkeys(map(type, items)):
         at = [index for index, item in enumerate(items) if type(item) is kind]
@@ -43,6 +45,12 @@ def tokenise(items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> li
         for index, examples in zip(at, found, strict=True):
             results[index] = examples
     return results
+
+
+def _as_chat(item: Any) -> Any:
+    if isinstance(item, Prompt) and not item.messages:
+        return Prompt(messages=[{"role": "user", "content": item.text.strip()}])
+    return as_conversation(item) if isinstance(item, Completion) else item
 
 
 def as_conversation(item: Completion) -> Conversation:
@@ -89,6 +97,28 @@ def _conversations(items: Sequence[Conversation], where: Sequence[str], encoder:
     return results
 
 
+def _prompts(items: Sequence[Prompt], where: Sequence[str], encoder: Encoder) -> list[list[Tokens]]:
+    """Tokenise prompts; those of messages with the generation prompt, after which the assistant answers."""
+    texts = iter(encoder.start([item.text for item in items if not item.messages]))
+    chats = [place for item, place in zip(items, where, strict=True) if item.messages]
+    if chats:
+        check_template(encoder.tokenizer, chats[0])
+        template = Template(encoder)
+        end = encoder.plain([template.closing or template.next_turn])[0]
+        encoder.stop_ids.update(end[-1:])
+    results = []
+    for item, place in zip(items, where, strict=True):
+        if not item.messages:
+            ids = next(texts)
+        else:
+            text = encoder.prompt(Request(item.messages, item.tools, item.options))
+            if isinstance(text, InputError):
+                raise InputError(f"{place}: {text}")
+            ids = encoder.plain([text])[0]
+        results.append([Tokens(ids, [], [])])
+    return results
+
+
 def _append_end(ids: list[int], encoder: Encoder, where: str) -> list[int]:
     end = encoder.end(where)
     if not ids or ids[-1] != end:
@@ -97,5 +127,5 @@ def _append_end(ids: list[int], encoder: Encoder, where: str) -> list[int]:
 
 
 _KINDS: dict[type, Callable[[Any, Sequence[str], Encoder], list[list[Tokens]]]] = {
-    Completion: _completions, Text: _texts, Conversation: _conversations,
+    Completion: _completions, Text: _texts, Conversation: _conversations, Prompt: _prompts,
 }  # fmt: skip

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from budwood.data.formats import CAUSAL_LM, DataFormat
 from budwood.data.mixed import Mixed
-from budwood.errors import InputError
+from budwood.errors import InputError, did_you_mean
 
 SAID = (
     "system", "system_prompt", "instruction", "input", "context", "history", "tools", "functions",
@@ -19,23 +19,39 @@ OTHERS = ("text", "prompt", "completion", "output", "response", "messages", "con
 """Columns that other formats read; beside a format they usually repeat its content, for example as a rendering."""
 
 
-def find_unused(columns: Sequence[str], data_format: DataFormat) -> list[str]:
-    """Return the columns that a data format does not read."""
-    if isinstance(data_format, Mixed):
-        read = {name for each in data_format.formats.values() for name in (*each.columns, *each.optional)}
-        return [name for name in columns if name not in read]
-    return [name for name in columns if name not in (*data_format.columns, *data_format.optional)]
+def columns_read(strategies: Sequence[Any]) -> dict[str, str]:
+    """Return the columns that strategies read besides those of the data format, with the reader of each."""
+    return {column: str(strategy) for strategy in strategies for column in strategy.reads_columns}
 
 
-def check_unused(row: Mapping[str, Any], unused: Sequence[str], data_format: DataFormat, where: str) -> None:
-    """Refuse a row with new content in a column that its data format does not read.
+def find_unused(columns: Sequence[str], data_format: DataFormat, read: Collection[str] = ()) -> list[str]:
+    """Return the columns that neither a data format nor, by `read`, a strategy reads."""
+    formats = data_format.formats.values() if isinstance(data_format, Mixed) else [data_format]
+    known = {*read, *(name for each in formats for name in (*each.columns, *each.optional))}
+    return [name for name in columns if name not in known]
+
+
+def check_unused(
+    row: Mapping[str, Any], unused: Sequence[str], data_format: DataFormat, where: str, read: Mapping[str, str]
+) -> None:
+    """Refuse a row with new content in a column that is not read, or without a column that a strategy reads.
+
+    Args:
+        unused: see `find_unused`.
+        where: the row's location.
+        read: columns that strategies read; see `columns_read`.
 
     Raises:
-        InputError: the row has such a column.
+        InputError: the row has, or lacks, such a column.
     """
+    for name, reader in read.items():
+        if row.get(name) is None:
+            missing = "is null" if name in row else "is missing"
+            near = did_you_mean(name, [other for other in row if other not in data_format.columns])
+            raise InputError(f"{where}: field '{name}' {missing}; {reader} reads it.{near}")
     if isinstance(data_format, Mixed):
         data_format = data_format.at(where)
-        unused = find_unused(list(row), data_format)
+        unused = find_unused(list(row), data_format, read)
     names = SAID if CAUSAL_LM not in data_format.tasks else (*SAID, *OTHERS)
     for name in unused:
         if name not in names or row.get(name) in (None, "", [], {}):

@@ -34,6 +34,8 @@ class EvalTotals:
 
         def gather(batch: Batch) -> EvalTotals:
             totals = cls()
+            if not len(batch.labels):
+                return totals
             with task.noisy(run.model, None if noise is None else noise(batch)):
                 outputs = task.outputs(run.model, batch)
             flat, weights = outputs.hidden.reshape(-1, outputs.hidden.shape[-1]), batch.task_weights

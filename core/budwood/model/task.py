@@ -265,8 +265,13 @@ class Task(Plugin):
         return self.measure(run)
 
     def measure(self, run: Run, noise: Callable[[Batch], Tensor | None] | None = None) -> dict[str, float]:
-        """Return the metrics of `evaluate`, with `noise(batch)` added to the output of `noise_module`."""
+        """Return the metrics of `evaluate`, with `noise(batch)` added to the output of `noise_module`.
+
+        Without labels, as of prompts that have no answers, there are none.
+        """
         totals = EvalTotals.of(self, run, noise)
+        if not totals.weight:
+            return {}
         means = {f"eval_{name}": value for name, value in totals.means.items()}
         return {**means, **self.metrics(run, totals)}
 

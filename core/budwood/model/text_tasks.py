@@ -18,6 +18,7 @@ from budwood.data.encoder import Encoder
 from budwood.data.formats import Dropped
 from budwood.data.packing import collate_tokens
 from budwood.data.preference import Judged, Pair
+from budwood.data.prompts import Prompt
 from budwood.data.text import Tokens, tokenise
 from budwood.errors import InputError
 from budwood.model.evaluation import EvalTotals, at_least_fp32, autocast
@@ -102,6 +103,8 @@ class CausalLM(TextTask):
             rows = [next(tokenised) for _ in several]
             if isinstance(item, Pair | Judged):
                 results.append(_encode_answers(item, place, rows, encoder))
+            elif isinstance(item, Prompt):
+                results.append(_encode_prompt(rows[0][0].ids, encoder))
             else:
                 results.append(_encode_rows(rows[0], encoder))
         return results
@@ -151,6 +154,14 @@ class CausalLM(TextTask):
         metrics = {"eval_perplexity": math.exp(min(totals.means["loss"], 700.0))}
         match = exact_match(run, self)
         return metrics if match is None else {**metrics, "eval_exact_match": match}
+
+
+def _encode_prompt(ids: Sequence[int], encoder: Encoder) -> Encoded | Dropped:
+    """Return an example without labels, since a strategy generates the answer."""
+    if len(ids) > (encoder.max_length or len(ids)):
+        return Dropped(TOO_LONG)
+    tokens, none = np.asarray(ids, dtype=np.int32), np.zeros(0, dtype=np.int64)
+    return Encoded([Example({"input_ids": tokens}, none, none.astype(np.int32), none.astype(np.float32))])
 
 
 def _answers_of(item: Any) -> list[Any]:

@@ -103,12 +103,13 @@ class RunPlan(Plan):
         return redact_values(values)
 
 
-def plan(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> RunPlan:
+def plan(recipe: Recipe | str | Path, overrides: Sequence[str] = (), allow_code: bool = False) -> RunPlan:
     """Compose a recipe; the result's `problems` lists everything for which `tune` would refuse it.
 
     Args:
         recipe: a `Recipe`, or its path.
         overrides: KEY=VALUE, applied to the recipe at a path.
+        allow_code: run Python files that the recipe names; otherwise they are a problem.
 
     Raises:
         InputError: the file is not a recipe.
@@ -124,6 +125,7 @@ def plan(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> RunPlan:
         problems.codes += [InputError.exit_code] * len(file_problems)
     if loaded is None:
         return problems.attach_to(RunPlan(None, []))  # type: ignore[arg-type]  # the recipe cannot be read
+    loaded = loaded.allowing_code(allow_code)
     with one_revision(loaded.base.model, loaded.base.revision):
         return _plan(loaded, problems)
 

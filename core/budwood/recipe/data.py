@@ -7,12 +7,13 @@ from typing import Any
 from budwood.data.chat_formats import PromptCompletion
 from budwood.data.examples import Examples
 from budwood.data.preference import JudgedAnswer, Preference, SharedPrompt
+from budwood.data.prompts import Prompts
 from budwood.errors import InputError, unreadable
 from budwood.model.checks import load_tokenizer, skeleton
 from budwood.model.embeddings import resize, vocabulary_of
 from budwood.recipe.schema import Recipe
 
-PROMPTS = (PromptCompletion.name, Preference.name, SharedPrompt.name, JudgedAnswer.name)
+PROMPTS = (PromptCompletion.name, Prompts.name, Preference.name, SharedPrompt.name, JudgedAnswer.name)
 """Formats of prompts and answers, which may be texts."""
 LARGEST = 1 << 20
 """Maximum size of a chat template, in bytes."""

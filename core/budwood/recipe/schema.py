@@ -57,6 +57,7 @@ class Recipe(Section):
 
     _source_map: SourceMap = PrivateAttr(default_factory=lambda: SourceMap("recipe"))
     _source: Path | None = PrivateAttr(None)
+    _allows_code: bool = PrivateAttr(False)
 
     @model_validator(mode="before")
     @classmethod
@@ -97,6 +98,17 @@ class Recipe(Section):
     def source(self) -> Path | None:
         """The file that the recipe was loaded from, if any."""
         return self._source
+
+    @property
+    def allows_code(self) -> bool:
+        """Whether the user allows Python files that the recipe names; a recipe itself cannot."""
+        return self._allows_code
+
+    def allowing_code(self, allowed: bool = True) -> Recipe:
+        """Return the recipe with `allows_code` set, if `allowed`."""
+        recipe = self.model_copy()
+        recipe._allows_code = self._allows_code or allowed
+        return recipe
 
     def where(self, *place: str | int) -> str:
         """Return the source of a field ("recipe.yaml:7", or the override that set it), or of the nearest one around it.
@@ -224,6 +236,28 @@ def build_composition(recipe: Recipe) -> Composition:
 
         strategies.append(build_strategy(choice.name, continued_options(recipe, choice), where))
     return Composition(strategies)
+
+
+def find_code(recipe: Recipe, strategies: Sequence[Strategy]) -> list[str]:
+    """Return a message for each strategy that would run Python files, unless the user allows it."""
+    if recipe.allows_code:
+        return []
+    return [
+        f"{recipe.where('strategies', s.name)}: {s} would run the Python code in {', '.join(s.code_files)}: read it, "
+        "and pass --allow-code if you trust it."
+        for s in strategies
+        if s.code_files
+    ]
+
+
+def check_code(recipe: Recipe, strategies: Sequence[Strategy]) -> None:
+    """Refuse strategies that would run Python files unless the user allows it.
+
+    Raises:
+        InputError: see `find_code`.
+    """
+    if problems := find_code(recipe, strategies):
+        raise InputError(problems[0], problems)
 
 
 def _checked(recipe: Recipe | None, problems: Sequence[str]) -> Recipe:

@@ -130,6 +130,11 @@ def evaluate_adapter(
     examples = build()
     check_fits(examples, pool.base.model, pool.base.tokenizer, name)
     report.say(examples.describe())
+    if not examples.label_counts.any():
+        raise InputError(
+            f"{examples.path}: {' + '.join(examples.columns)} has no answers to evaluate on, and rewards belong to a "
+            "recipe, not to an adapter: give rows with the column 'completion'."
+        )
     if held_out is not None:
         held = _find_held_out(examples, held_out, directory)
         report.say(held.note)

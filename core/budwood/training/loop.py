@@ -44,6 +44,7 @@ def tune(
     profile: bool = False,
     quiet: bool = False,
     before: float = 0.0,
+    allow_code: bool = False,
 ) -> Run:
     """Train a recipe and write the adapter, log and plot to its output folder.
 
@@ -56,6 +57,7 @@ def tune(
         profile: print the time and memory of every strategy's hooks at the end. On CUDA, measuring itself takes time.
         quiet: print nothing.
         before: seconds that the process ran before, which the times of the run include as `startup`.
+        allow_code: run Python files that the recipe names, such as rewards.
 
     Returns:
         The finished run; `run.metrics` holds the last evaluation, `run.directory` is the output folder.
@@ -67,6 +69,7 @@ def tune(
     report, signals = Report(quiet, before=before), Signals()
     report.mute = not first_process()
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
+    recipe = recipe.allowing_code(allow_code)
     check_output(recipe.output, overwrite, resume)
     try:
         with (

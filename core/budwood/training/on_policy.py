@@ -18,7 +18,8 @@ from budwood.contract.examples import Column, Example
 from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy
 from budwood.contract.types import Run
-from budwood.data.examples import Examples, check_examples, pack
+from budwood.data.checking import check_examples
+from budwood.data.examples import Examples, pack
 from budwood.data.ragged import Ragged
 from budwood.errors import InputError
 

@@ -40,10 +40,13 @@ def check_packing(run: Run, report: Any) -> None:
         report.say("rows are grouped by length and padded: this model pools by row")
         return
     order = run.examples.lengths.argsort(kind="stable")
-    order = order[run.examples.label_counts[order] > 0]
+    labelled = order[run.examples.label_counts[order] > 0]
+    order = labelled if len(labelled) else order
     if not len(order):
         return
     pair = [run.examples[int(order[len(order) // 2])], run.examples[int(order[len(order) // 4])]]
+    if not len(labelled):
+        pair = [task.probe(example) for example in pair]  # prompts, whose last output counts
     run.packed = False
     own = [_own_logits(run, [example]) for example in pair]
     same, similar = (ROUNDING, SIMILAR) if run.dtype in (torch.float16, torch.bfloat16) else (1e-4, 1e-4)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from budwood.data.recognition import check_rows
 from budwood.data.sources import data_size, label, locate
+from budwood.data.unused import columns_read
 from budwood.data.use import check_use
 from budwood.model.checks import BaseInfo, check_base
 from budwood.model.quiet import hide_hub_kernels
-from budwood.recipe.schema import Recipe, build_composition
+from budwood.recipe.schema import Recipe, build_composition, check_code
 from budwood.training.output import check_output
 
 LARGE = 64 << 20
@@ -26,7 +27,9 @@ def preflight(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> 
     check_output(recipe.output, overwrite, resume)
     hide_hub_kernels()  # before a plugin imports peft and thereby bitsandbytes, which would download them
     strategies = build_composition(recipe).strategies
+    check_code(recipe, strategies)
     for data in (recipe.data.train, recipe.data.evaluated) if recipe.data.on_bad_row == "refuse" else ():
         if data is not None and data_size(found := locate(data)) <= LARGE:
-            check_use(label(data), check_rows(found, recipe.base.task), strategies, complete=False)
+            data_format = check_rows(found, recipe.base.task, columns_read(strategies))
+            check_use(label(data), data_format, strategies, complete=False)
     return check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code)

@@ -12,10 +12,12 @@ from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy
 from budwood.contract.types import Run
 from budwood.data.build import build_examples, overlap
-from budwood.data.examples import Examples, check_examples
+from budwood.data.checking import check_examples
+from budwood.data.examples import Examples
 from budwood.data.held_out import HeldOut, hold_out, rows_held_out
 from budwood.data.packing import plan_epoch
 from budwood.data.sources import locate
+from budwood.data.unused import columns_read
 from budwood.data.use import check_use
 from budwood.errors import InputError
 from budwood.model.limits import check_fits
@@ -44,7 +46,7 @@ def read_data(
     """
     data = run.recipe.data
     options: dict[str, Any] = {"tokenizer": run.tokenizer, "task": run.task, **encoding_options(run.recipe)}
-    options["date"] = date
+    options |= {"date": date, "read": columns_read(run.strategies)}
     console = None if report.quiet or report.mute else report.console
     found = locate(data.train)
     with encoding(found, console) as progress:

@@ -41,7 +41,7 @@ from budwood.model.streaming import keep_heap
 from budwood.model.task import Task
 from budwood.recipe.continued import read_start
 from budwood.recipe.data import embeddings_wanted, recipe_skeleton, recipe_tokenizer
-from budwood.recipe.schema import Recipe, build_composition, load_recipe
+from budwood.recipe.schema import Recipe, build_composition, find_code, load_recipe
 from budwood.training.durability import changes
 from budwood.training.durability.resume import Resume
 from budwood.training.output import MANIFEST, SKIPPED, make_output, read_manifest
@@ -234,6 +234,7 @@ def check_plan(plan: Plan, hooks: Composition) -> None:
         InputError: lists all plan errors.
     """
     plan.problems.clear()
+    plan.problems += find_code(plan.recipe, plan.strategies)
     hooks.call("check_plan", plan=plan)
     for call in hooks.calls("sequence_terms"):
         if plan.task is not None and isinstance(call.plugin, Strategy) and not plan.task.has_log_probs():
@@ -333,6 +334,7 @@ def write_manifest(run: Run, resume: Resume | None = None) -> None:
         "device": str(run.device),
         "precision": precision_name(run.dtype),
         "processes": run.processes,
+        "files": sorted({name for strategy in run.strategies for name in strategy.writes}),
     }  # fmt: skip
     if resume is not None:
         manifest |= {"resumed_from_step": resume.checkpoint.step, "accepted_changes": resume.accepted}

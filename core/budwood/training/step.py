@@ -60,6 +60,8 @@ class Engine:
         strategies = [c.plugin for c in hooks.calls("sequence_terms") if isinstance(c.plugin, Strategy)]
         self.scores_sequences = bool(strategies) or (self.step_terms.active and run.task.has_log_probs())
         receivers = [c.plugin for hook in ("sequence_terms", "step_values") for c in hooks.calls(hook)]
+        if receivers and run.task.loss_is_log_prob():
+            receivers.append(run.task)  # whose loss is then one of log-probabilities too
         self.temperatures = sorted({temperature_of(plugin) for plugin in receivers})
         self._pass: _Pass | None = None
         self._frozen = False

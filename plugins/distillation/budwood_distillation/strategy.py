@@ -64,6 +64,10 @@ class Distillation(Strategy):
 
         if self.info is not None:
             return
+        generates = next((s for s in plan.strategies if hasattr(s, "next_examples")), None)
+        if self.options.cache is not None and generates is not None:
+            plan.problem(self, f"cache: holds outputs for the data, but {generates} generates its examples: remove it")
+            return
         if plan.task is not None and not plan.task.has_log_probs():
             plan.problem(self, f"{plan.task} has no distribution over tokens or classes that could be taught")
             return

@@ -1,23 +1,20 @@
-"""KTO: answers judged one by one, against a baseline over the whole optimizer step."""
+"""KTO: answers judged one by one, against a baseline over the whole optimizer step.
+
+Torch takes seconds to import, so it is imported in the hooks: invalid options are refused before that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from budwood import DESIRABLE, BestMetric, Column, Example, InputError, Strategy, hookimpl
+from budwood import InputError, Strategy, hookimpl
 from budwood_preference.options import KTOOptions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from budwood import Batch, LossTerm, Outputs, Run, Step
-
-MISMATCHED = "kto_mismatched"
-"""Column: 1 for another row's answer to a prompt, of which the baseline is the mean."""
+    from budwood import Batch, Example, LossTerm, Outputs, Run, Step
 
 
 class KTO(Strategy):
@@ -39,30 +36,27 @@ class KTO(Strategy):
     @hookimpl
     def prepare_examples(self, run: Run, examples: Sequence[Example]) -> Sequence[Example]:
         """Check that both labels occur, and add another row's answer to each prompt, for the baseline."""
+        from budwood import DESIRABLE
+        from budwood_preference.mismatched import add_mismatched
+
         given = list(examples)
         found = {float(example.columns[DESIRABLE].values): example for example in reversed(given)}
-        if len(found) < 2:
+        if given and len(found) < 2:
             value, first = next(iter(found.items()))
             where = examples.rows.location(first.row) if hasattr(examples, "rows") else f"row {first.row + 1}"
             raise InputError(
                 f"{where}: like all {len(given):,} answers it is judged {'good' if value else 'bad'}: {self} compares "
                 "both. Add the others, or train without it on the good ones."
             )
-        prepared, missing = [], 0
-        answers = _others(given, run.seed)
-        for group in _groups(given):
-            extra = [_mismatch(example, answers[example.key], examples_length(examples)) for example in group]
-            number = len(prepared)
-            kept = [each for each in extra if each is not None]
-            missing += len(extra) - len(kept)
-            prepared += [replace(e, group=number, columns={**e.columns, MISMATCHED: _flag(0)}) for e in group]
-            prepared += [replace(e, group=number) for e in kept]
+        prepared, missing = add_mismatched(given, run.seed, getattr(examples, "max_length", None))
         if missing:
             run.say(f"{self.name}: {missing:,} prompts leave no room for another answer; the baseline is without them")
         return prepared
 
     @hookimpl
     def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
+        from budwood import DESIRABLE, BestMetric
+
         run.task_weight *= self.options.sft
         if run.eval_examples is not None:
             labels = {float(example.columns[DESIRABLE].values) for example in run.eval_examples}
@@ -83,7 +77,9 @@ class KTO(Strategy):
 
     @hookimpl
     def step_values(self, step: Step, outputs: Outputs, log_probs: Tensor) -> dict[str, Tensor]:
+        from budwood import DESIRABLE
         from budwood_preference.answers import sum_answers
+        from budwood_preference.mismatched import MISMATCHED
 
         answers = sum_answers(step.batch, log_probs)
         reference = sum_answers(step.batch, step.reference_log_probs().to(answers.log_probs.dtype))
@@ -118,7 +114,7 @@ class KTO(Strategy):
         """Return rewards, their margin, and how often a desirable answer's is larger than an undesirable one's."""
         import torch
 
-        from budwood import eval_results
+        from budwood import DESIRABLE, eval_results
         from budwood_preference.answers import measure
 
         def listed(batch: Batch) -> tuple[list[list[float]], float, int]:
@@ -155,54 +151,3 @@ def _ordered(good: Tensor, good_weight: Tensor, bad: Tensor, bad_weight: Tensor)
     first, last = (torch.searchsorted(bad[order], good, right=right) for right in (False, True))
     shares = (below[first] + below[last]) / 2 / below[-1]
     return float((shares * good_weight).sum() / good_weight.sum())
-
-
-def examples_length(examples: Any) -> int | None:
-    """Return the run's maximum length in tokens, if the examples know it."""
-    return getattr(examples, "max_length", None)
-
-
-def _flag(value: int) -> Column:
-    return Column(np.array(value, dtype=np.float32))
-
-
-def _groups(examples: Sequence[Example]) -> Iterator[list[Example]]:
-    group: list[Example] = []
-    for example in examples:
-        if group and (example.group is None or example.group != group[-1].group):
-            yield group
-            group = []
-        group.append(example)
-    if group:
-        yield group
-
-
-def _others(examples: Sequence[Example], seed: int) -> dict[Any, Example]:
-    """Return another row's example for each by its key: each row takes that before it in a random cycle of all rows."""
-    rows: dict[int, list[Example]] = {}
-    for example in examples:
-        rows.setdefault(example.row, []).append(example)
-    order = [list(rows)[i] for i in np.random.default_rng([seed, len(rows)]).permutation(len(rows))]
-    donors = dict(zip(order, [order[-1], *order[:-1]], strict=True))
-    return {
-        example.key: rows[donors[row]][number % len(rows[donors[row]])]
-        for row, own in rows.items()
-        for number, example in enumerate(own)
-    }
-
-
-def _mismatch(example: Example, other: Example, max_length: int | None) -> Example | None:
-    """Return the prompt of an example with the answer of another; None if there is no room for the answer."""
-    first, start = int(example.label_positions[0]), int(other.label_positions[0])
-    prompt, answer = example.inputs["input_ids"][: first + 1], other.inputs["input_ids"][start + 1 :]
-    ids = np.concatenate([prompt, answer])[:max_length]
-    positions = other.label_positions - start + first
-    kept = positions + 1 < len(ids)
-    if not kept.any():
-        return None
-    weights = np.full(int(kept.sum()), example.weights[0], dtype=np.float32)
-    return replace(
-        example, inputs={**example.inputs, "input_ids": ids}, label_positions=positions[kept],
-        labels=other.labels[kept], weights=weights, key=f"{example.key} mismatched",
-        columns={**example.columns, DESIRABLE: _flag(0), MISMATCHED: _flag(1)},
-    )  # fmt: skip

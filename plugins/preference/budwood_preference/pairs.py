@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from budwood import BestMetric, InputError, Strategy, hookimpl
+from budwood import InputError, Strategy, hookimpl
 from budwood_preference.options import CPOOptions, DPOOptions, ORPOOptions, SimPOOptions
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class PairObjective(Strategy):
 
     @hookimpl
     def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
+        from budwood import BestMetric
+
         run.task_weight *= self.sft
         run.best_metric = BestMetric("eval_accuracy", higher=True)
         return model

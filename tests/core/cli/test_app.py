@@ -34,6 +34,7 @@ HEAVY = {
     "budwood_adversarial",
     "budwood_averaging",
     "budwood_distillation",
+    "budwood_grpo",
     "budwood_preference",
     "matplotlib",
     "sklearn",

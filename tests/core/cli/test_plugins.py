@@ -52,7 +52,7 @@ def test_the_list_shows_version_and_summary(distribution, capsys):
 def test_every_first_party_plugin_has_a_summary(capsys):
     plugins(as_json=True)
     listed = json.loads(capsys.readouterr().out)
-    assert list(listed) == ["strategies", "tasks", "formats", "quantizers", "attacks"]
+    assert list(listed) == ["strategies", "tasks", "formats", "quantizers", "attacks", "rewards"]
     first_party = [entry for entries in listed.values() for entry in entries if entry["distribution"] == "budwood"]
     assert len(first_party) >= 11
     assert all(entry["summary"] for entry in first_party)

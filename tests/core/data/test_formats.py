@@ -52,9 +52,9 @@ def test_recognised_by_columns(columns: list[str], task: str, name: str) -> None
     ("columns", "task", "message"),
     [
         (
-            ["prompt", "replies"],
+            ["completion", "replies"],
             LM,
-            "'prompt', 'replies' match no data format. .*prompt . completion lacks 'completion'",
+            "'completion', 'replies' match no data format. .*prompt . completion lacks 'prompt'",
         ),
         (["txt"], LM, "Did you mean 'text'"),
         (["a"], LM, "Accepted: .*messages; .*prompt . completion; .*text; text . label"),

@@ -8,7 +8,9 @@ import pytest
 
 from budwood.data.build import build_examples
 from budwood.data.recognition import check_rows
+from budwood.data.use import check_use
 from budwood.errors import InputError
+from budwood.model.text_tasks import CausalLM
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -96,8 +98,6 @@ REFUSED = {
     "MNLI": ({"premise": "a", "hypothesis": "b", "label": 0, "idx": 0}, "join 'premise' and 'hypothesis' into 'text'"),
     "CoNLL 2003": ({"id": "0", "tokens": ["A"], "pos_tags": [1], "chunk_tags": [1], "ner_tags": [0]},
                    "a tag for each token, and training on tags needs a task for token classification"),
-    "HumanEval": ({"task_id": "1", "prompt": "def f():", "canonical_solution": " pass", "test": "t"},
-                  "or 'canonical_solution' to 'completion', for plain text"),
     "LIMA": ({"conversations": ["Hi", "Hello"], "source": "x"},
              "message 1 is a text without a role: it must be an object with role and content"),
     "Glaive": ({"system": "SYSTEM: Help", "chat": "USER: Hi ASSISTANT: Hello"},
@@ -115,6 +115,14 @@ REFUSED = {
     "a prompt with other content": ({"prompt": "Answer in French", "messages": TALK},
                                     "messages does not read column 'prompt', which would be left out"),
 }  # fmt: skip
+
+
+def test_prompts_whose_answers_have_another_name(write: Any) -> None:
+    """HumanEval: prompts for an objective that samples answers, or to be trained on after a renaming."""
+    path = write([{"task_id": "1", "prompt": "def f():", "canonical_solution": " pass", "test": "t"}])
+    data_format = check_rows(path, LM)
+    with pytest.raises(InputError, match="prompts without answers.*or 'canonical_solution' to 'completion', for plain"):
+        check_use(path, data_format, [CausalLM()])
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -151,11 +151,17 @@ def test_nothing_of_a_pair_or_a_judged_answer_is_truncated(write: Any, byte_leve
         {"prompt": "Hi", "chosen": short, "rejected": "c d"},
     ]
     examples = build(rows, write, byte_level, length=20)
-    assert (len(examples), examples.stats.dropped, examples.stats.truncated) == (2, {"longer than max_length": 2}, 0)
-    assert "2 dropped (longer than max_length 2, first at" in examples.describe()
+    assert (len(examples), examples.stats.dropped, examples.stats.truncated) == (
+        2,
+        {"longer than max_length allows": 2},
+        0,
+    )
+    assert "2 dropped (longer than max_length allows 2, first at" in examples.describe()
     judged = [{"prompt": "Hi", "completion": text, "label": True} for text in (short, long)]
-    assert build(judged, write, byte_level, length=20).stats.dropped == {"longer than max_length": 1}
-    with pytest.raises(InputError, match=r"1 rows were dropped: longer than max_length 1. Raise data.max_length"):
+    assert build(judged, write, byte_level, length=20).stats.dropped == {"longer than max_length allows": 1}
+    with pytest.raises(
+        InputError, match=r"1 rows were dropped: longer than max_length allows 1. Raise data.max_length"
+    ):
         build(rows[:1], write, byte_level, length=20)
 
 

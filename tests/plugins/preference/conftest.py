@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from budwood import Run
 from budwood.recipe.schema import Recipe
 
 WORDS = ["games", "section", "library", "terminal", "description", "runtime", "shared", "files", "data", "tokens"]
@@ -37,6 +40,18 @@ def judge(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def write_rows(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def stock(run: Run, adapted: bool = True) -> torch.nn.Module:
+    """Return transformers' model with the weights of a run's base, its LoRA adapter merged if `adapted`."""
+    model = AutoModelForCausalLM.from_pretrained(run.recipe.base.model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            module: Any = run.model.get_submodule(name.rpartition(".")[0])
+            if adapted and hasattr(module, "lora_A"):
+                a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+                weight.add_(module.scaling["default"] * (b @ a))
+    return model
 
 
 @pytest.fixture

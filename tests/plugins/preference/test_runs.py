@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.plugins.preference.conftest import judge, make_pairs
+from tests.plugins.preference.conftest import judge, make_pairs, stock
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from budwood import LossTerm, Run, Step, Strategy, hookimpl
 from budwood.cli import app
@@ -23,17 +22,6 @@ from budwood.training.loop import tune
 from budwood.training.report import Report
 
 LORA = {"lora": {"rank": 3}}
-
-
-def stock(run: Run, adapted: bool) -> torch.nn.Module:
-    model = AutoModelForCausalLM.from_pretrained(run.recipe.base.model, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            module: Any = run.model.get_submodule(name.rpartition(".")[0])
-            if adapted and hasattr(module, "lora_A"):
-                a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-                weight.add_(module.scaling["default"] * (b @ a))
-    return model
 
 
 def answers(run: Run, model: torch.nn.Module) -> tuple[list[float], list[Tensor]]:

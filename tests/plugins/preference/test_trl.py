@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.plugins.preference.conftest import judge, make_pairs
+from tests.plugins.preference.conftest import judge, make_pairs, stock
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from budwood import Run
 from budwood.model.evaluation import collate_for
@@ -38,18 +38,6 @@ def ours(recipe: Any) -> tuple[Run, dict[str, float]]:
     accumulate(run, hooks, engine, StepBatches(run.examples, indices, 0, run.micro_tokens, batches))  # type: ignore
     values = engine.finish_step()
     return run, {name: float(value) for name, value in {**values, **run.logged}.items()}
-
-
-def stock(run: Run) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Return transformers' models with the weights of the policy, adapter merged, and of the base."""
-    models = [AutoModelForCausalLM.from_pretrained(run.recipe.base.model, dtype=torch.float32) for _ in range(2)]
-    with torch.no_grad():
-        for name, weight in models[0].named_parameters():
-            module: Any = run.model.get_submodule(name.rpartition(".")[0])
-            if hasattr(module, "lora_A"):
-                a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-                weight.add_(module.scaling["default"] * (b @ a))
-    return models[0], models[1]
 
 
 def padded(run: Run, indices: list[int], prefix: str = "") -> dict[str, Tensor]:
@@ -97,8 +85,9 @@ def trainer(tiny_base: Path, tmp_path: Path) -> Callable[..., Any]:
             output_dir=str(tmp_path / "trl"), report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False,
             per_device_train_batch_size=2, **options,
         )  # fmt: skip
-        policy, base = stock(run)
-        models = {"model": policy, "ref_model": base} if name in ("dpo", "kto") else {"model": policy}
+        models = {"model": stock(run)}
+        if name in ("dpo", "kto"):
+            models["ref_model"] = stock(run, adapted=False)
         tokenizer = AutoTokenizer.from_pretrained(tiny_base)
         made = cls(args=args, train_dataset=data, processing_class=tokenizer, **models)
         return SimpleNamespace(trainer=made, model=made.model)

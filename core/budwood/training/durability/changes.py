@@ -111,6 +111,9 @@ def _flat(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
         yield f"{place}", [name for choice in value for name in choice]
         for choice in value:
             yield from _flat(choice, place)
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        for index, item in enumerate(value):
+            yield from _flat(item, f"{place}[{index}]")
     else:
         yield place, value
 

@@ -1,0 +1,55 @@
+"""Log-probabilities of examples that are not part of an optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Literal
+
+import numpy as np
+import torch
+
+from budwood.contract.examples import Example
+from budwood.contract.types import Run
+from budwood.data.packing import split_micro
+from budwood.model.evaluation import autocast, collate_for
+from budwood.training.label_scores import chunks
+from budwood.training.reference import as_reference
+
+
+def example_log_probs(
+    run: Run, examples: Sequence[Example], temperature: float = 1.0, reference: Literal["", "start", "base"] = ""
+) -> list[np.ndarray]:
+    """Return the log-probabilities of the labels of each example, [L] float32, in evaluation mode without gradients.
+
+    Args:
+        temperature: divides the logits.
+        reference: "": the current model; "start" or "base": see `Strategy.uses_reference`.
+
+    Raises:
+        InputError: the task has no log-probabilities, or no strategy owns an adapter that could be disabled.
+    """
+    results: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(examples)
+    lengths = np.array([run.task.length(example) for example in examples], dtype=np.int64)
+    extra = {} if temperature == 1 else {"temperature": temperature}
+    training = run.model.training
+    run.model.eval()
+    try:
+        with torch.no_grad(), as_reference(run, reference) if reference else nullcontext():
+            for row in split_micro(range(len(examples)), lengths, run.micro_tokens, run.packed):
+                members = [examples[index] for index in row]
+                batch = collate_for(run, members, "eval").to(run.device)
+                with autocast(run, cache=False):
+                    outputs = run.task.outputs(run.model, batch)
+                    flat = outputs.hidden.flatten(0, -2)
+                    parts = [
+                        run.task.log_probs(outputs.head(rows), batch.labels[chunk], **extra)
+                        for chunk, rows in chunks(batch, flat)
+                    ]
+                values = torch.cat(parts).float().cpu().numpy()
+                counts = np.cumsum([len(example.labels) for example in members])
+                for index, part in zip(row, np.split(values, counts[:-1]), strict=True):
+                    results[index] = part
+    finally:
+        run.model.train(training)
+    return results
