@@ -99,7 +99,7 @@ _EXPORTS = {
     **dict.fromkeys(("autocast", "batches_of", "eval_results", "over_eval_batches"), "budwood.model.evaluation"),
     **dict.fromkeys(("complete_directory", "complete_file"), "budwood.untrusted.files"),
     "load_frozen": "budwood.training.frozen",
-    "example_log_probs": "budwood.training.scoring",
+    **dict.fromkeys(("example_hidden", "example_log_probs"), "budwood.training.scoring"),
     **dict.fromkeys(
         ("adapter_off", "label_log_probs", "read_reference", "reference_log_probs"), "budwood.training.reference"
     ),

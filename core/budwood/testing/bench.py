@@ -24,7 +24,7 @@ from budwood.contract.strategy import RUN_ADAPTER, Strategy
 from budwood.contract.types import Run
 from budwood.errors import BudwoodError
 from budwood.recipe.schema import Recipe
-from budwood.testing.files import LONGEST, Files, make_files, session_folder
+from budwood.testing.files import LONGEST, Files, kind_for, make_files, session_folder
 from budwood.testing.probe import Probe, named_parameters
 from budwood.training.loop import tune
 from budwood.training.report import Report
@@ -99,7 +99,7 @@ class Bench:
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
-        kind = next((kind for kind in spec.strategy.trains_on if kind), "")
+        kind = kind_for(spec.strategy.trains_on)
         self.files = make_files(spec.task, kind)
         self.group = 2 if kind else 1
         """Largest number of examples in a group of the data."""

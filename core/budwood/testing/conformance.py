@@ -11,7 +11,7 @@ import pytest
 from budwood.contract.strategy import Strategy
 from budwood.testing import adapter_checks, checks
 from budwood.testing.bench import FIRST_PARTY, Bench, NotApplicable, PromiseBroken, Spec
-from budwood.testing.files import Files, make_files
+from budwood.testing.files import Files, kind_for, make_files
 from budwood.testing.plugin import SKIPPED
 
 
@@ -48,7 +48,7 @@ class StrategyConformance:
         if cls not in _benches:
             if not hasattr(cls, "strategy"):
                 pytest.fail(f"{cls.__name__}: set the strategy under test: strategy = Mine", pytrace=False)
-            options = cls.make_options(make_files(cls.task, next(filter(None, cls.strategy.trains_on), "")))
+            options = cls.make_options(make_files(cls.task, kind_for(cls.strategy.trains_on)))
             _benches[cls] = Bench(Spec(cls.strategy, options, cls.companions, cls.task, cls.steps))
         return _benches[cls]
 

@@ -8,12 +8,14 @@ import json
 import random
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from budwood.data.preference import PAIRS
+from budwood.data.prompts import PROMPTS
 
 LONGEST = 12
 """Tokens of the longest example; even three of the shortest exceed twice this."""
@@ -52,12 +54,17 @@ def session_folder() -> Path:
     return folder
 
 
+def kind_for(trains_on: Sequence[str]) -> str:
+    """Return the kind of data to test a strategy with: answers to learn, if it trains on them; see `trains_on`."""
+    return "" if "" in trains_on else next(iter(trains_on), "")
+
+
 @functools.cache
 def make_files(task: str, kind: str = "") -> Files:
     """Generate, once per session, the files for a task: causal-lm or sequence-classification.
 
     Args:
-        kind: of the data: "preference pairs" or "judged answers"; "": answers to learn.
+        kind: of the data: "preference pairs", "judged answers" or "prompts without answers"; "": answers to learn.
     """
     if kind:
         files = make_files(task)
@@ -104,6 +111,8 @@ def _write_answers(path: Path, kind: str, count: int) -> Path:
         prompt, *answers = ("".join(draw.choices("bcdfghjklmnp", k=k)) for k in (4 + number % 3, 3, 4))
         if kind == PAIRS:
             rows.append({"prompt": prompt, "chosen": answers[0], "rejected": answers[1]})
+        elif kind == PROMPTS:
+            rows.append({"prompt": prompt})
         else:
             rows.append({"prompt": prompt, "completion": answers[number % 2], "label": number % 2 == 0})
     written = path.with_name(f"{path.stem}-{kind.replace(' ', '-')}.jsonl")

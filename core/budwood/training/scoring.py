@@ -1,16 +1,17 @@
-"""Log-probabilities of examples that are not part of an optimizer step."""
+"""Log-probabilities and hidden states of examples that are not part of an optimizer step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from budwood.contract.examples import Example
-from budwood.contract.types import Run
+from budwood.contract.examples import Batch, Example
+from budwood.contract.types import Outputs, Run
 from budwood.data.packing import split_micro
 from budwood.model.evaluation import autocast, collate_for
 from budwood.training.label_scores import chunks
@@ -29,9 +30,41 @@ def example_log_probs(
     Raises:
         InputError: the task has no log-probabilities, or no strategy owns an adapter that could be disabled.
     """
+    extra = {} if temperature == 1 else {"temperature": temperature}
+
+    def log_probs(outputs: Outputs, batch: Batch) -> Tensor:
+        flat = outputs.hidden.flatten(0, -2)
+        return torch.cat(
+            [
+                run.task.log_probs(outputs.head(rows), batch.labels[chunk], **extra)
+                for chunk, rows in chunks(batch, flat)
+            ]
+        )
+
+    return _at_labels(run, examples, log_probs, reference)
+
+
+def example_hidden(run: Run, examples: Sequence[Example]) -> list[np.ndarray]:
+    """Return the hidden states at the label positions of each example, [L, d] float32, as `example_log_probs` does.
+
+    A head of its own, such as a reward model's, can be applied to them.
+    """
+
+    def hidden(outputs: Outputs, batch: Batch) -> Tensor:
+        return outputs.hidden.flatten(0, -2)[batch.label_positions]
+
+    return _at_labels(run, examples, hidden)
+
+
+def _at_labels(
+    run: Run,
+    examples: Sequence[Example],
+    work: Callable[[Outputs, Batch], Tensor],
+    reference: Literal["", "start", "base"] = "",
+) -> list[np.ndarray]:
+    """Return `work(outputs, batch)` [labels of the batch, …] of all examples, split by example."""
     results: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(examples)
     lengths = np.array([run.task.length(example) for example in examples], dtype=np.int64)
-    extra = {} if temperature == 1 else {"temperature": temperature}
     training = run.model.training
     run.model.eval()
     try:
@@ -40,13 +73,7 @@ def example_log_probs(
                 members = [examples[index] for index in row]
                 batch = collate_for(run, members, "eval").to(run.device)
                 with autocast(run, cache=False):
-                    outputs = run.task.outputs(run.model, batch)
-                    flat = outputs.hidden.flatten(0, -2)
-                    parts = [
-                        run.task.log_probs(outputs.head(rows), batch.labels[chunk], **extra)
-                        for chunk, rows in chunks(batch, flat)
-                    ]
-                values = torch.cat(parts).float().cpu().numpy()
+                    values = work(run.task.outputs(run.model, batch), batch).float().cpu().numpy()
                 counts = np.cumsum([len(example.labels) for example in members])
                 for index, part in zip(row, np.split(values, counts[:-1]), strict=True):
                     results[index] = part

@@ -2,10 +2,11 @@
 
 from budwood_grpo.checks import JSONSchema, MathVerify
 from budwood_grpo.file import PythonFile
-from budwood_grpo.models import AdapterLogProb
+from budwood_grpo.models import AdapterLogProb, RewardModelScore
 from budwood_grpo.strategy import GRPO
 from budwood_grpo.texts import ExactMatch, Length, RegularExpression
 
 __all__ = [
     "GRPO", "AdapterLogProb", "ExactMatch", "JSONSchema", "Length", "MathVerify", "PythonFile", "RegularExpression",
+    "RewardModelScore",
 ]  # fmt: skip

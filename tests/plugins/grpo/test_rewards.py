@@ -216,3 +216,35 @@ def test_the_log_probability_of_another_adapter(make_recipe: Callable[..., Recip
     with torch.no_grad():
         (value,) = reward.score_samples(run, [sample], [{}])
     assert value == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_reward_model_scores_answers_as_it_does_by_itself(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [
+        {"prompt": f"{word}:", "chosen": f" yes {word}", "rejected": f" no {word}"}
+        for word in ("games", "files", "data", "model")
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    task, data = {"task": "reward-model"}, {"train": str(tmp_path / "pairs.jsonl"), "eval": "none"}
+    recipe = make_recipe(output="judge", base=task, data=data, train={"steps": 3})
+    judge = tune(recipe.model_copy(update={"strategies": recipe.strategies[:1]}), quiet=True)
+    adapter = {"adapter": str(judge.directory / "adapter")}
+    run: Run = tune(make_recipe({"rewards": [{"reward-model": adapter}]}, train={"steps": 1}), quiet=True)
+    line = json.loads((run.directory / "samples.jsonl").read_text().splitlines()[0])
+
+    (reward,) = [each for _, _, each in run.strategies[-1].rewards]  # type: ignore[attr-defined]
+    texts = ["games: yes", "files: no games", line["prompt"] + line["completion"]]
+    samples = []
+    for text in texts:
+        ids = run.tokenizer(text)["input_ids"]
+        samples.append(Sample(ids[:2], ids[2:], [0.0] * (len(ids) - 2), text, "eos"))
+    found = reward.score_samples(run, samples, [{}] * 3)
+    with torch.no_grad():
+        expected = [float(judge.model(input_ids=torch.tensor([s.prompt + s.tokens])).logits) for s in samples]
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert len(set(found)) == 3
+
+    other = {"adapter": str(run.directory / "adapter")}
+    with pytest.raises(InputError, match=r"trained for the task 'causal-lm', not 'reward-model'"):
+        tune(make_recipe({"rewards": [{"reward-model": other}]}, output="other"), quiet=True)
