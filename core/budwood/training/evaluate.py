@@ -33,6 +33,7 @@ from budwood.training.attacks import build_attacks, measure_attacked
 from budwood.training.objective import objective_metrics
 from budwood.training.packing_check import check_packing
 from budwood.training.report import Report
+from budwood.training.setup import make_accelerator
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ def evaluate_adapter(
         pool.base, pool.base.model, pool.base.tokenizer, examples, examples,
     )  # fmt: skip
     run.eval_tokens = tokens
+    run.accelerator = make_accelerator(run.device)
     attention.register()
 
     def build_changed(change: Any) -> Examples:
