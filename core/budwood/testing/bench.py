@@ -286,7 +286,7 @@ def registered() -> dict[str, dict[str, str]]:
 def without_plots() -> Iterator[None]:
     """Disable loss.png, which takes as long as such a short run."""
     plot = Report.plot
-    Report.plot = lambda self, directory: None  # type: ignore[method-assign]
+    Report.plot = lambda self, run: None  # type: ignore[method-assign]
     try:
         yield
     finally:

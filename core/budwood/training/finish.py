@@ -102,7 +102,7 @@ class RunFinalizer:
             if not isinstance(error, BudwoodError) and not is_out_of_memory(error):
                 raise
             return f"no adapter is kept: {error}"
-        self.report.plot(run.directory)
+        self.report.plot(run)
         return f"the adapter of step {run.metrics['best_step']:.0f} is kept in {run.directory / 'adapter'}"
 
 
@@ -201,7 +201,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
             needs=sum(p.numel() * p.element_size() for p in run.trainable) + 2 * probe.base.nbytes + (1 << 20),
         )
     report.stop()
-    report.plot(directory)
+    report.plot(run)
     seconds = report.seconds
     shown = [f"eval_{name}" for name in SHOWN]
     for name in dict.fromkeys([*shown, *([run.best_metric.name] if run.best_metric else [])]):

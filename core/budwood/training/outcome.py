@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from budwood.contract.types import Run
 from budwood.training.on_policy import find_generator
 
@@ -25,7 +27,7 @@ def advice(run: Run, metrics: Path) -> str:
     tokens or classes) nats. The loss is that of the evaluations before and after training. Without them, it is the
     training loss: the mean of the first and of the last tenth of the steps, at least three if there are six. No
     advice is given if the first loss is below 0.1, if the run trains on generated examples, or if its best metric is
-    another one and improved.
+    another one and improved. A metric of an objective is judged alone, since the task's loss may rise.
     """
     if find_generator(run.hooks) is not None:
         return ""
@@ -34,6 +36,11 @@ def advice(run: Run, metrics: Path) -> str:
         gain = run.metrics[best.name] - run.before[best.name]
         if (gain if best.higher else -gain) > 0:
             return ""
+        if best.owner != str(run.task):
+            name = best.name.removeprefix("eval_").replace("_", " ")
+            change = f"{run.before[best.name]:.4f} before, {run.metrics[best.name]:.4f} after"
+            remedy = f"raise {_length(run)} and {_rows(run)}, or change {_rate(run)}"
+            return f"note: {name} did not improve ({change}): {remedy}"
     before, after = run.before.get("eval_loss"), run.metrics.get("eval_loss")
     if before is None or after is None:
         before, after = _training_losses(metrics)
@@ -47,15 +54,26 @@ def advice(run: Run, metrics: Path) -> str:
         text = f"the loss ({change}) is no better than a uniform guess ({guess:.2f})"
     else:
         text = f"the loss hardly changed ({change})" if after <= before else f"the loss rose ({change})"
-    rate = f"train.learning_rate (now {train.learning_rate:g})"
-    more = f"train.{'steps' if train.steps else 'epochs'} (now {train.steps or train.epochs})"
     batch = f"train.batch_{'examples' if train.batch_examples else 'tokens'}"
-    rows = f"the number of rows (now {len(run.examples):,})"
+    rate, more, rows = _rate(run), _length(run), _rows(run)
     if after > before:
         return f"note: {text}: lower {rate}, or raise {rows}"
     if (run.steps or 0) < FEW:
         return f"note: {text} in only {run.steps} steps: raise {more} or lower {batch}; then raise {rate} and {rows}"
     return f"note: {text}: raise {rate}; then raise {more} and {rows}"
+
+
+def _rate(run: Run) -> str:
+    return f"train.learning_rate (now {run.recipe.train.learning_rate:g})"
+
+
+def _length(run: Run) -> str:
+    train = run.recipe.train
+    return f"train.{'steps' if train.steps else 'epochs'} (now {train.steps or train.epochs})"
+
+
+def _rows(run: Run) -> str:
+    return f"the number of rows (now {len(np.unique(run.examples.groups)):,})"
 
 
 def _guess(run: Run) -> float:

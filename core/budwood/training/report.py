@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from budwood.contract.calls import Cost
+from budwood.contract.types import Run
 from budwood.errors import ResourceError
 from budwood.training.records import MetricsFile, Trackers
 from budwood.training.terminal import Terminal
@@ -126,11 +127,13 @@ class Report:
                 records.close()
         self._metrics = self._trackers = None
 
-    def plot(self, directory: Path) -> None:
-        """Draw loss.png from metrics.jsonl in `directory`."""
+    def plot(self, run: Run) -> None:
+        """Draw loss.png from metrics.jsonl in the run's folder."""
+        best = run.best_metric
+        metric = best.name if best is not None and best.owner != str(run.task) else ""
         if not self.mute:
             try:
-                draw_loss(directory / "metrics.jsonl", directory / "loss.png")
+                draw_loss(run.directory / "metrics.jsonl", run.directory / "loss.png", metric)
             except (OSError, ValueError, ResourceError) as error:
                 self.say(f"warning: loss.png was not drawn: {error}")
 
@@ -166,32 +169,42 @@ def _records(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def draw_loss(metrics: Path, picture: Path) -> None:
-    """Draw the training loss (each step and its running mean) and the evaluation loss over optimizer steps."""
+def draw_loss(metrics: Path, picture: Path, metric: str = "") -> None:
+    """Draw the training loss (each step and its running mean) and the evaluation loss over optimizer steps.
+
+    Args:
+        metric: that of an objective, drawn in place of the evaluation loss, which is then not of the training's kind.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     records = list(_records(metrics.read_bytes().splitlines()))
     train = [(r["step"], r["loss"]) for r in records if r["kind"] == "step" and "loss" in r]
-    evaluated = [(r["step"], r["eval_loss"]) for r in records if r["kind"] == "evaluation" and "eval_loss" in r]
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    shown = metric or "eval_loss"
+    evaluated = [(r["step"], r[shown]) for r in records if r["kind"] == "evaluation" and shown in r]
+    two = bool(metric and evaluated)
+    figure = Figure(figsize=(7, 6 if two else 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    panels = figure.subplots(1 + two, sharex=True, squeeze=False)[:, 0]
     if train:
         steps, losses = zip(*train, strict=True)
-        axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="training, each step")
+        panels[0].plot(steps, losses, color="#9ecae1", linewidth=1, label="training, each step")
         mean, smooth = losses[0], []
         for loss in losses:
             mean = 0.9 * mean + 0.1 * loss
             smooth.append(mean)
-        axes.plot(steps, smooth, color="#2171b5", linewidth=2, label="training, running mean")
+        panels[0].plot(steps, smooth, color="#2171b5", linewidth=2, label="training, running mean")
     if evaluated:
-        axes.plot(*zip(*evaluated, strict=True), color="#d94801", marker="o", label="evaluation")
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per label)")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+        panels[-1].plot(*zip(*evaluated, strict=True), color="#d94801", marker="o", label="evaluation")
+    panels[-1].set_xlabel("optimizer step")
+    panels[0].set_ylabel("loss" if metric else "loss (nats per label)")
+    if all(loss >= 0 for _, loss in train):
+        panels[0].set_ylim(bottom=0)
+    if two:
+        panels[1].set_ylabel(metric.removeprefix("eval_").replace("_", " "))
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
     complete_file(picture, drawn.getvalue())

@@ -19,7 +19,8 @@ from budwood.testing.bench import register
 from budwood.training import setup
 from budwood.training.evaluate import evaluate_adapter
 from budwood.training.loop import tune
-from budwood.training.report import Report
+from budwood.training.outcome import advice
+from budwood.training.report import Report, draw_loss
 
 LORA = {"lora": {"rank": 3}}
 
@@ -90,6 +91,30 @@ def test_before_the_first_step_policy_and_reference_are_equal(evaluated: Run) ->
     assert first["dpo_accuracy"] == 0.5 and first["dpo_reward_chosen"] == 0
     assert last["dpo"] < first["dpo"] and last["dpo_margin"] > 0
     assert last["loss"] == pytest.approx(last["dpo"], rel=1e-6), "only the objective is in the loss"
+
+
+def test_the_metric_of_the_objective_is_drawn_and_judged(evaluated: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The task's loss, which may rise, is neither beside the objective's in the plot nor a reason for advice."""
+    from matplotlib.figure import Figure
+
+    figures: list[Any] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+    log = evaluated.directory / "metrics.jsonl"
+    draw_loss(log, evaluated.directory / "loss.png", "eval_accuracy")
+    losses, metric = figures[0].axes
+    assert list(losses.lines[0].get_ydata()) == [step["loss"] for step in steps(evaluated)]
+    assert losses.get_ylim()[0] == 0
+    accuracies = [step["eval_accuracy"] for step in steps(evaluated, "evaluation")]
+    assert [list(line.get_ydata()) for line in metric.lines] == [accuracies]
+    log.write_text(log.read_text().replace('"loss": ', '"loss": -'))
+    draw_loss(log, evaluated.directory / "loss.png", "eval_accuracy")
+    assert figures[1].axes[0].get_ylim()[0] < min(step["loss"] for step in steps(evaluated)) < 0
+
+    evaluated.metrics |= {"eval_loss": 2 * evaluated.before["eval_loss"], "eval_accuracy": 0.75}
+    assert advice(evaluated, log) == ""
+    evaluated.metrics["eval_accuracy"] = 0.25
+    assert "accuracy did not improve (0.5000 before, 0.2500 after): raise train.steps" in advice(evaluated, log)
 
 
 def test_held_out_judged_answers(make_recipe: Callable[..., Any]) -> None:
