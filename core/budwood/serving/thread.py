@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import traceback
@@ -14,6 +15,8 @@ import torch
 
 Result = TypeVar("Result")
 _Command = Callable[[], None]
+_started: weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue[_Command | None]] = weakref.WeakKeyDictionary()
+"""Threads with their commands, for the exit of the interpreter."""
 
 
 class Owner(Protocol):
@@ -36,7 +39,7 @@ class CommandThread:
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._start = threading.Lock()
         self.current: threading.Thread | None = None
-        weakref.finalize(owner, self._end, close)  # also at the exit of the interpreter
+        weakref.finalize(owner, self._end, close)
 
     @property
     def waiting(self) -> int:
@@ -57,6 +60,7 @@ class CommandThread:
                 self.current = threading.Thread(
                     target=_serve, args=(self._owner, self._commands), name="budwood-engine", daemon=True
                 )
+                _started[self.current] = self._commands
                 self.current.start()
         self._commands.put(run)
 
@@ -76,11 +80,19 @@ class CommandThread:
         return future.result()
 
     def _end(self, close: Callable[[], None]) -> None:
-        """End the thread; one that still ran at the exit of the interpreter would abort it inside torch."""
+        """End the thread. If that dropped the last reference to the owner, it is the one that runs this."""
         self._commands.put(None)
         if self.current is not None and self.current is not threading.current_thread():
             self.current.join()
         close()
+
+
+@atexit.register
+def _end_all() -> None:
+    """End every thread: one that still ran while the interpreter ends would abort it inside torch."""
+    for thread, commands in list(_started.items()):
+        commands.put(None)
+        thread.join()
 
 
 def _serve(owner: weakref.ref[Any], commands: queue.SimpleQueue[_Command | None]) -> None:
