@@ -26,7 +26,9 @@ combinations: .venv/installed ## Train every combination of objective, adapter, 
 # Files whose bounds come from arithmetic; both settings choose other kernels in torch, oneDNN and MKL.
 NUMERICAL := tests/core/model tests/core/adapters/test_pool.py tests/core/adapters/test_verify.py tests/core/serving \
 	tests/core/training/test_sequence_terms.py tests/core/training/test_step_terms.py tests/core/training/test_step.py \
-	tests/plugins/test_together.py tests/plugins/adalora/test_run.py tests/e2e/test_commands.py
+	tests/plugins/preference/test_equations.py tests/plugins/grpo/test_losses.py \
+	tests/plugins/regularisation tests/plugins/test_together.py tests/plugins/adalora/test_run.py \
+	tests/e2e/test_commands.py
 LOWERED := "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2" "ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE"
 
 numerics: .venv/installed ## Run the numerical tests with the kernels of older processors
