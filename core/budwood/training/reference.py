@@ -52,7 +52,7 @@ def label_log_probs(run: Run, batch: Batch) -> Tensor:
     Raises:
         InputError: the task has no log-probabilities.
     """
-    with _inference(run):
+    with inference(run):
         outputs = run.task.outputs(run.model, batch)
         return _label_log_probs(run, batch, outputs, outputs.hidden.flatten(0, -2)[batch.label_positions])
 
@@ -142,7 +142,7 @@ def adapter_off(run: Run) -> Iterator[None]:
         raise InputError("no strategy of the recipe owns an adapter that could be disabled: add one such as lora.")
     use_adapters(owner, run.model)
     try:
-        with _inference(run):
+        with inference(run):
             yield
     finally:
         use_adapters(owner, run.model, [RUN_ADAPTER])
@@ -156,7 +156,7 @@ def _start_parameters(run: Run) -> Iterator[None]:
     for parameter, value in zip(parameters, run.start, strict=True):
         parameter.data = value
     try:
-        with _inference(run):
+        with inference(run):
             yield
     finally:
         for parameter, value in zip(parameters, current, strict=True):
@@ -164,7 +164,8 @@ def _start_parameters(run: Run) -> Iterator[None]:
 
 
 @contextmanager
-def _inference(run: Run) -> Iterator[None]:
+def inference(run: Run) -> Iterator[None]:
+    """Compute with `run.model` inside the context in evaluation mode, in the run's precision, without gradients."""
     training = run.model.training
     run.model.eval()
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Literal
 
 import numpy as np
@@ -13,9 +12,9 @@ from torch import Tensor
 from budwood.contract.examples import Batch, Example
 from budwood.contract.types import Outputs, Run
 from budwood.data.packing import split_micro
-from budwood.model.evaluation import autocast, collate_for
+from budwood.model.evaluation import collate_for
 from budwood.training.label_scores import chunks
-from budwood.training.reference import as_reference
+from budwood.training.reference import as_reference, inference
 
 
 def example_log_probs(
@@ -65,18 +64,12 @@ def _at_labels(
     """Return `work(outputs, batch)` [labels of the batch, …] of all examples, split by example."""
     results: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(examples)
     lengths = np.array([run.task.length(example) for example in examples], dtype=np.int64)
-    training = run.model.training
-    run.model.eval()
-    try:
-        with torch.no_grad(), as_reference(run, reference) if reference else nullcontext():
-            for row in split_micro(range(len(examples)), lengths, run.micro_tokens, run.packed):
-                members = [examples[index] for index in row]
-                batch = collate_for(run, members, "eval").to(run.device)
-                with autocast(run, cache=False):
-                    values = work(run.task.outputs(run.model, batch), batch).float().cpu().numpy()
-                counts = np.cumsum([len(example.labels) for example in members])
-                for index, part in zip(row, np.split(values, counts[:-1]), strict=True):
-                    results[index] = part
-    finally:
-        run.model.train(training)
+    with as_reference(run, reference) if reference else inference(run):
+        for row in split_micro(range(len(examples)), lengths, run.micro_tokens, run.packed):
+            members = [examples[index] for index in row]
+            batch = collate_for(run, members, "eval").to(run.device)
+            values = work(run.task.outputs(run.model, batch), batch).float().cpu().numpy()
+            counts = np.cumsum([len(example.labels) for example in members])
+            for index, part in zip(row, np.split(values, counts[:-1]), strict=True):
+                results[index] = part
     return results
