@@ -107,7 +107,7 @@ BASES = {
         models.smollm2, "bf16", 256, 1.2e-3, 20, 300,
         {
             "sft": [{"rate": 4e-4}, {"rate": 1.2e-3}],
-            "dpo": [paired(4e-4, "random"), paired(1.2e-4), paired(4e-4)],
+            "dpo": [paired(1.2e-4), paired(4e-4)],
             "grpo": [rewarded(4e-4), rewarded(1.2e-3)],
         },
     ),
