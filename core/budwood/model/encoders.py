@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,15 @@ from torch import Tensor, nn
 from budwood.contract.examples import Batch
 
 
-@functools.cache
-def takes_segments(body: type[nn.Module]) -> bool:
+def takes_segments(body: nn.Module) -> bool:
     """Return whether the forward of a model's body takes `position_ids`, and passes `segments` on to its attention."""
-    parameters = inspect.signature(body.forward).parameters
+    parameters = _parameters(type(body).forward)
     return "position_ids" in parameters and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+@functools.cache
+def _parameters(forward: Callable[..., Any]) -> MappingProxyType[str, inspect.Parameter]:
+    return inspect.signature(forward).parameters
 
 
 def encoder_inputs(body: nn.Module, batch: Batch) -> dict[str, Any]:
@@ -34,7 +40,7 @@ def encoder_inputs(body: nn.Module, batch: Batch) -> dict[str, Any]:
         counted = before - before[:, starts][:, batch.example_of_position]
         positions = torch.where(real, counted + 1, 0) + embeddings.padding_idx
     inputs = {**batch.inputs, "position_ids": positions}
-    if "token_type_ids" in inspect.signature(body.forward).parameters:
+    if "token_type_ids" in _parameters(type(body).forward):
         inputs.setdefault("token_type_ids", torch.zeros_like(ids))
     return {**inputs, "attention_mask": packed_mask(ids.device), "segments": batch.segments}
 

@@ -271,7 +271,7 @@ class SequenceClassification(TextTask):
 
     def packs_rows(self, model: nn.Module) -> bool:
         """Return whether the model's body takes positions and segments."""
-        return not self.pools_examples(model) or takes_segments(type(_body(model)))
+        return not self.pools_examples(model) or takes_segments(_body(model))
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         """Run the decoder and return its head; if the model pools each example, return its logits."""

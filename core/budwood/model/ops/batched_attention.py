@@ -59,8 +59,8 @@ def batched_attention(
     outputs = []
     batches, order = _layout(segments, causal, window, query.device)
     for tokens, mask in batches:
-        rows = (x.index_select(0, tokens.flatten()).view(*tokens.shape, *x.shape[1:]) for x in (q, k, v))
-        out = _attend(*rows, mask, scaling, dropout)
+        rows = [x.index_select(0, tokens.flatten()).view(*tokens.shape, *x.shape[1:]) for x in (q, k, v)]
+        out = _attend(rows[0], rows[1], rows[2], mask, scaling, dropout)
         outputs.append(out.flatten(0, 1))  # [segments · length, H, Dv]
     return torch.cat(outputs).index_select(0, order)[None]
 
