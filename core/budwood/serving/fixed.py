@@ -20,7 +20,7 @@ def answer_in_batches(engine: Engine, rows: list[Row]) -> None:
         if wanted.log_probs or wanted.top_log_probs:
             row.fail(InputError("log_probs: this base is answered in fixed batches, which return none."))
             if row.loaded is not None:
-                engine.release(row.loaded)
+                engine.residents.release(row.loaded, request=True)
             continue
         groups.setdefault((row.loaded, wanted.temperature, wanted.top_p, wanted.top_k, wanted.stop), []).append(row)
     for (loaded, temperature, top_p, top_k, stop), members in groups.items():
@@ -48,4 +48,4 @@ def answer_in_batches(engine: Engine, rows: list[Row]) -> None:
             engine.table.plan = None
             for row in members:
                 if row.loaded is not None:
-                    engine.release(row.loaded)
+                    engine.residents.release(row.loaded, request=True)

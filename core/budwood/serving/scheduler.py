@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 import weakref
 from collections import OrderedDict, deque
@@ -18,6 +19,7 @@ from budwood.serving.forward import Forward
 from budwood.serving.prefix import BLOCK
 from budwood.serving.requests import Answer, Row
 from budwood.serving.sampling import Choice, choose
+from budwood.serving.stats import BLEND
 
 if TYPE_CHECKING:
     from budwood.serving.engine import Engine
@@ -35,6 +37,9 @@ class Scheduler:
         unsupported: why the base's rows are answered in fixed batches; None: they join and leave at any step.
         steps: number of steps so far.
         preempted: number of rows that had to make room, and were computed again.
+        quarantines: number of adapters that were quarantined.
+        tokens: numbers of tokens of prompts and of answers, by the adapter's identity and the tenant.
+        began: when the step in progress began, in seconds of the monotonic clock; None: none is.
     """
 
     def __init__(self, engine: Engine, max_rows: int, step_tokens: int, kv_bytes: int) -> None:
@@ -42,15 +47,22 @@ class Scheduler:
         self.max_rows, self.step_tokens = max_rows, step_tokens
         self.forward = Forward(engine.model, engine.table, kv_bytes)
         self.rows: list[Row] = []
-        self.steps = self.preempted = self._count = 0
+        self.steps = self.preempted = self.quarantines = self._count = 0
+        self.tokens: dict[tuple[str, str], tuple[int, int]] = {}
+        self.began: float | None = None
         self.unsupported: str | None = None
         self._checked = self._unmixable = False
         self._queues: OrderedDict[str, deque[Row]] = OrderedDict()  # by tenant, the next in turn first
 
     @property
-    def waiting(self) -> int:
+    def queued(self) -> int:
         """Number of requests that wait for a row."""
-        return sum(map(len, self._queues.values()))
+        return sum(map(len, list(self._queues.values())))
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests that wait for a row, or for an adapter."""
+        return self.queued + len(self.engine.residents.waits)
 
     def add(self, row: Row, first: bool = False) -> None:
         """Let a row wait for its turn."""
@@ -65,6 +77,9 @@ class Scheduler:
 
     def cancel(self, answer: Answer) -> None:
         """End a request, waiting or in flight; its slot is free for the next step."""
+        if (row := self.engine.residents.cancel(answer)) is not None:
+            self._end(row, row.writer.cancel)
+            return
         for waiting in self._queues.values():
             for row in waiting:
                 if row.answer is answer:
@@ -79,8 +94,9 @@ class Scheduler:
 
     def step(self) -> bool:
         """Compute the next token of every row, and parts of prompts; return whether there is more to do."""
-        if not self.rows and not self.waiting:
+        if not self.rows and not self.queued:
             return False
+        self.began = time.monotonic()
         try:
             with torch.no_grad(), self._precision():
                 if not self._checked:
@@ -102,11 +118,18 @@ class Scheduler:
             self._queues.clear()
             self.forward.cache.free()
         self.steps += 1
-        if not self.rows and not self.waiting:
+        self.began = None
+        if not self.rows and not self.queued:
             self.forward.cache.free()
             self.engine.loader.select(self.engine.default)
             return False
         return True
+
+    def count(self, row: Row, prompt: int, answer: int) -> None:
+        """Count tokens of a request."""
+        key = ("" if row.loaded is None else BLEND if row.loaded.parts else row.loaded.identity), row.tenant
+        before = self.tokens.get(key, (0, 0))
+        self.tokens[key] = before[0] + prompt, before[1] + answer
 
     def _precision(self) -> torch.autocast:
         base = self.engine.base
@@ -169,7 +192,7 @@ class Scheduler:
             row.fail(problem)
         if row.loaded is not None:
             try:
-                self.engine.release(row.loaded)
+                self.engine.residents.release(row.loaded, request=True)
             except Exception:  # of an owner that detaches its adapter; nobody waits for it, and the other rows go on
                 traceback.print_exc()
 
@@ -290,6 +313,7 @@ class Scheduler:
             if loaded is None:
                 error: BudwoodError = ResourceError(f"the base {choice.problem}: open it with precision fp32.")
             else:
+                self.quarantines += not loaded.quarantined
                 loaded.quarantined = (
                     f"adapter '{loaded.label}' {choice.problem}, so requests may not use it: load it again."
                 )
@@ -300,6 +324,7 @@ class Scheduler:
         first = len(row.ids) == row.prompt
         if first and self.engine.prefixes.budget:
             self._keep(row, self.rows.index(row))
+        self.count(row, row.prompt * first, 1)
         row.ids.append(choice.token)
         if choice.top:
             row.top.append(choice.top)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.conftest import make_tokenizer
 from tests.core.serving.conftest import make_adalora, make_adapter
 
@@ -156,33 +157,52 @@ def test_a_request_ends_on_the_adapter_that_it_began_with(tiny_base, folders):
     assert running.result().tokens == old
     assert engine.submit(LONG[0], "a", Sampling(40)).result().tokens == new
     engine.unload("a")
-    assert engine.call(lambda: engine._uses) == {}
+    assert engine.call(lambda: engine.residents.uses) == {}
 
 
-def test_a_blend_is_the_weighted_sum_of_the_updates(tiny_base, folders):
+def test_a_blend_is_the_weighted_sum_of_the_updates(tiny_base, folders, scale):
+    """LoRA, AdaLoRA, DoRA (against its definition in float64) and a third party's method, also beside other rows."""
     engine = open_engine(tiny_base)
-    load_all(engine, folders)
-    weights = {"lora": 0.7, "twin": -0.3, "adalora": 0.5}
-    asked = {"lora": 0.7, "twin": -0.3, "adalora": 0.5}
-    answer = engine.submit(SHORT[0], asked, Sampling(8, log_probs=True)).result()
+    load_all(engine, {**folders, "scale": scale})
+    weights = {"lora": 0.7, "twin": -0.3, "adalora": 0.5, "dora": 0.6, "scale": 0.4}
     model = load_base(tiny_base, "none", "AutoModelForCausalLM", torch.float32).model.double()
+    vectors, dora = (
+        load_file(scale / "adapter_model.safetensors"),
+        load_file(folders["dora"] / "adapter_model.safetensors"),
+    )
     with torch.no_grad():
+        base = {path: model.get_submodule(path).weight.clone() for path in engine.names["lora"].live.updates}
         for name, weight in weights.items():
             for path, update in engine.names[name].live.updates.items():
-                delta = update.scaling * (update.b.double() @ update.a.double())
-                model.get_submodule(path).weight += weight * delta
+                own = base[path]
+                if name == "scale":
+                    changed = vectors[path].double()[:, None] * own
+                else:
+                    changed = own + update.scaling * (update.b.double() @ update.a.double())
+                if name == "dora":
+                    magnitude = dora[f"base_model.model.{path}.lora_magnitude_vector"].double()
+                    changed = (magnitude / changed.norm(dim=1))[:, None] * changed
+                model.get_submodule(path).weight += weight * (changed - own)
         scores = model(torch.tensor([SHORT[0]])).logits[0, -1].log_softmax(-1)
-    assert answer.tokens[0] == int(scores.argmax())
-    assert abs(answer.log_probs[0] - float(scores.max())) < 1e-5
+    asked = [engine.submit(SHORT[0], a, Sampling(8, log_probs=True)) for a in (weights, "lora", None, "dora", weights)]
+    together = [answer.result() for answer in asked]
+    for answer in (together[0], together[4], engine.submit(SHORT[0], weights, Sampling(8, log_probs=True)).result()):
+        assert answer.tokens == together[0].tokens and answer.tokens[0] == int(scores.argmax())
+        assert abs(answer.log_probs[0] - float(scores.max())) < 1e-4
+    assert together[0].tokens != together[1].tokens
+    for name in ("dora", "scale"):  # with weight 1, one adapter is itself
+        own = engine.submit(SHORT[0], name, Sampling(8, log_probs=True)).result()
+        answer = engine.submit(SHORT[0], {name: 1}, Sampling(8, log_probs=True)).result()
+        assert answer.tokens == own.tokens and answer.log_probs == pytest.approx(own.log_probs, abs=1e-4)
     for bad, message in (
-        ({"lora": 1.0, "head": 1.0}, "'head' replaces whole modules"),
-        ({"dora": 1.0}, "'dora' is not a sum of low-rank updates"),
+        ({"lora": 1.0, "head": 1.0}, "'head' replaces whole modules or rows of embeddings, so it cannot be blended"),
+        ({"rows": 1.0}, "'rows' replaces whole modules"),
         ({"lroa": 1.0}, "Did you mean 'lora'"),
         ({}, "names no adapter"),
         ({"lora": float("nan")}, "not a finite weight"),
     ):
         with pytest.raises(InputError, match=message):
-            engine.submit(SHORT[0], bad).result()
+            engine.submit(SHORT[0], bad)
 
 
 def test_each_request_has_its_own_settings(tiny_base, folders):
@@ -413,7 +433,11 @@ def test_loading_and_unloading_leaves_nothing(tiny_base, folders):
     for _ in range(3):
         cycle()
     assert tensors() <= before
-    assert engine.call(lambda: (engine._uses, engine._blends, engine.table.stacks.bytes)) == ({}, {}, 0)
+    assert engine.call(lambda: (engine.residents.uses, engine.residents.blends, engine.table.stacks.bytes)) == (
+        {},
+        {},
+        0,
+    )
     assert [(path, id(m), sorted(vars(m))) for path, m in engine.model.named_modules()] == attributes
     assert all(tensor.equal(state[name]) for name, tensor in engine.model.state_dict().items())
 
@@ -521,6 +545,18 @@ def test_biases_and_transposed_linears_by_row(tmp_path):
         assert name is None or not torch.allclose(mixed[i], alone(engine, None, tokens[i]), atol=1e-2)
     engine.submit(tokens[0], "all", Sampling(3)).result()
     assert engine.scheduler.unsupported is None
+    # Of blends, biases count by their differences from the base's; with weight 1, an adapter is itself.
+    for name in ("all", "own"):
+        whole, half = (
+            engine.submit(tokens[0], {name: weight}, Sampling(4, log_probs=True)).result() for weight in (1, 0.5)
+        )
+        own = engine.submit(tokens[0], name, Sampling(4, log_probs=True)).result()
+        assert whole.tokens == own.tokens and whole.log_probs == pytest.approx(own.log_probs, abs=1e-4)
+        assert half.log_probs != pytest.approx(own.log_probs, abs=1e-2)
+    parts = [(engine.names[name], 0.5) for name in ("all", "own")]
+    live, bias = engine.call(lambda: engine.loader.blend(parts).live), engine.model.transformer.h[0].attn.c_attn.bias
+    shifts = [0.5 * (loaded.live.biases["transformer.h.0.attn.c_attn"] - bias) for loaded, _ in parts]
+    torch.testing.assert_close(live.biases["transformer.h.0.attn.c_attn"], bias + sum(shifts))
 
 
 @pytest.mark.parametrize(
