@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from budwood.model.decoding import TextWriter, end_tokens
 from budwood.model.limits import embeddings_of, no_embedding, positions_of
 from budwood.serving.loaded import Loaded, Loader
 from budwood.serving.prefix import PrefixCache, namespace
-from budwood.serving.requests import Answer, QueueFullError, Row, Sampling, check_weights
+from budwood.serving.requests import Answer, QueueFullError, Row, Sampling, Twins, check_weights
 from budwood.serving.residents import Residents, Wait, blend_key
 from budwood.serving.scheduler import Scheduler
 from budwood.serving.stats import Stats, stats_of
@@ -234,6 +235,7 @@ class Engine:
         stream: bool = True,
         listener: Callable[[str | None], None] | None = None,
         where: str = "prompt",
+        twins: Twins | None = None,
     ) -> Answer:
         """Ask for the continuation of a prompt; returns at once.
 
@@ -246,6 +248,7 @@ class Engine:
             stream: whether the answer yields pieces of its text.
             listener: called on the engine's thread with each piece, and with None at the end; it must not block.
             where: what messages call the prompt.
+            twins: requests of the same prompt and adapter that are given the same object share its computation.
 
         Raises:
             InputError: an unknown adapter, a token id without an embedding, an empty prompt, one that fills the
@@ -286,6 +289,7 @@ class Engine:
                     self.residents.hold(row.loaded, request=True)
                 identity = "" if row.loaded is None else row.loaded.identity
                 row.namespace = namespace(identity, tenant, template)
+                row.twins = None if twins is None else twins.of(row.loaded)
             except BaseException as problem:
                 row.fail(problem)
             else:
@@ -311,12 +315,29 @@ class Engine:
         self.thread.post(ask)
         return answer
 
-    def samples(self, count: int, prompt: Sequence[int], sampling: Sampling, **options: Any) -> list[Answer]:
-        """Ask for several answers to a prompt; number i has the seed (sampling.seed, i). See `submit`."""
+    def samples(
+        self,
+        count: int,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        listener: Callable[[int, str | None], None] | None = None,
+        **options: Any,
+    ) -> list[Answer]:
+        """Ask for several answers to a prompt, which is computed once; number i has the seed (sampling.seed, i).
+
+        Args:
+            listener: called as that of `submit`, with the number of the answer first.
+            options: see `submit`.
+        """
+        twins = Twins()
         return [
-            self.submit(prompt, sampling=replace(sampling, seed=(sampling.seed, number)), **options)
+            self.submit(
+                prompt, sampling=replace(sampling, seed=(sampling.seed, number)), twins=twins,
+                listener=None if listener is None else partial(listener, number), **options,
+            )
             for number in range(count)
-        ]
+        ]  # fmt: skip
 
     def stats(self) -> Stats:
         """Return the state of the engine; at once, also in the middle of a step."""

@@ -13,6 +13,8 @@ from budwood.errors import BudwoodError, InputError
 from budwood.model.decoding import Generated, Gumbel, TextWriter
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from budwood.serving.loaded import Loaded
 
 
@@ -145,6 +147,26 @@ class Answer:
 
 
 @dataclass(eq=False)
+class Twins:
+    """Requests for several answers to one prompt, which one of them computes.
+
+    Attributes:
+        loaded: their adapter, known with the first of them.
+        logits: those after the prompt [V], once computed.
+    """
+
+    loaded: Loaded | None = None
+    logits: Tensor | None = None
+    _known: bool = False
+
+    def of(self, loaded: Loaded | None) -> Twins | None:
+        """Return itself for the rows of one adapter; None for others: a name may move while requests are made."""
+        if not self._known:
+            self.loaded, self._known = loaded, True
+        return self if loaded is self.loaded else None
+
+
+@dataclass(eq=False)
 class Row:
     """A request in the engine.
 
@@ -155,6 +177,7 @@ class Row:
         kept: number of leading tokens whose keys and values are in the cache.
         namespace: what its cached prefixes are stored under.
         number: how many requests came before it.
+        twins: those that ask for other answers to its prompt.
     """
 
     ids: list[int]
@@ -167,6 +190,7 @@ class Row:
     namespace: bytes = b""
     kept: int = 0
     number: int = 0
+    twins: Twins | None = None
     noise: Gumbel | None = None
     top: list[dict[int, float]] = field(default_factory=list)
 
@@ -178,6 +202,11 @@ class Row:
     def todo(self) -> int:
         """Number of tokens to compute before the next one can be sampled."""
         return len(self.ids) - self.kept
+
+    @property
+    def new(self) -> bool:
+        """Whether nothing of its answer is there yet."""
+        return len(self.ids) == self.prompt
 
     def finish(self) -> None:
         """Send the result."""

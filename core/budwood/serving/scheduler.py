@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from budwood.adapters.live_rows import UnmixableError
 from budwood.errors import BudwoodError, InputError, ResourceError, describe, is_out_of_memory
@@ -152,7 +153,34 @@ class Scheduler:
             else:
                 del self._queues[tenant]
             self.rows.append(row)
-            self._reuse(row, len(self.rows) - 1)
+            if row.twins is None or not row.new or not self._continue_twins(row):
+                self._reuse(row, len(self.rows) - 1)
+
+    def _continue_twins(self, row: Row) -> bool:
+        """Let a new row, and others like it, begin with the prompt of a twin in flight; return whether there is one."""
+        twin = next((r for r in self.rows if r.twins is row.twins and r.kept >= row.prompt), None)
+        if twin is None or row.twins is None or row.twins.logits is None:
+            return False
+        copies = self._copies(twin, row.twins.logits)
+        for other, _ in copies:
+            other.kept = other.prompt
+        for other, choice in copies:
+            self._take(other, choice)
+        return True
+
+    def _copies(self, done: Row, logits: Tensor) -> list[tuple[Row, Choice]]:
+        """Copy the keys and values of a prompt to the slots of new twins; return these with their first tokens."""
+        new = [
+            (slot, row)
+            for slot, row in enumerate(self.rows)
+            if row.twins is done.twins and row.new and row.kept < row.prompt
+        ]
+        cache, source = self.forward.cache, self.rows.index(done)
+        if new:
+            cache.reserve(len(self.rows), done.prompt)
+        for slot, _ in new:
+            cache.move(source, slot, done.prompt)
+        return [(row, choose(logits[None], [row])[0]) for _, row in new]
 
     def _reuse(self, row: Row, slot: int) -> None:
         """Copy what is kept of a row's beginning to its slot."""
@@ -200,7 +228,13 @@ class Scheduler:
 
     def _prefill(self, budget: int) -> None:
         """Compute up to `budget` tokens of prompts, those of several rows in one pass if their lengths are alike."""
-        rows = [row for row in self.rows if row.todo > 1 or not row.kept]
+        rows, computing = [], set()
+        for row in self.rows:
+            if row.todo > 1 or not row.kept:
+                if row.twins is None or not row.new or row.twins not in computing:  # which it waits for
+                    rows.append(row)
+                if row.twins is not None:
+                    computing.add(row.twins)
         first = True
         while rows and (budget > 0 or first):
             count, start = rows[0].todo, rows[0].kept
@@ -250,13 +284,22 @@ class Scheduler:
             logits = self.forward.run(rows, [slots[id(row)] for row in rows], count)
             ready = [i for i, row in enumerate(rows) if not row.todo]
             choices = choose(logits[ready] if len(ready) < len(rows) else logits, [rows[i] for i in ready])
+            copies: list[tuple[Row, Choice]] = []
+            for i in ready:
+                if (twins := rows[i].twins) is not None and kept[i] < rows[i].prompt:
+                    if rows[i].new:
+                        twins.logits = logits[i].clone()
+                    if twins.logits is not None:
+                        copies += self._copies(rows[i], twins.logits)
         except Exception as error:
             for row, before in zip(rows, kept, strict=True):
                 row.kept = before
             self._recover(rows, count, error)
             return
-        for i, choice in zip(ready, choices, strict=True):
-            self._take(rows[i], choice)
+        for row, _ in copies:  # before a row leaves, for which others are moved
+            row.kept = row.prompt
+        for row, choice in (*((rows[i], choice) for i, choice in zip(ready, choices, strict=True)), *copies):
+            self._take(row, choice)
 
     def _recover(self, rows: list[Row], count: int, error: Exception) -> None:
         adapters = {row.loaded for row in rows}
@@ -321,7 +364,7 @@ class Scheduler:
             self._leave(row)
             self._end(row, None, error)
             return
-        first = len(row.ids) == row.prompt
+        first = row.new
         if first and self.engine.prefixes.budget:
             self._keep(row, self.rows.index(row))
         self.count(row, row.prompt * first, 1)

@@ -17,7 +17,7 @@ from tests.core.serving.conftest import make_adalora, make_adapter
 from budwood import AdapterPool, InputError
 from budwood.errors import BudwoodError, ResourceError
 from budwood.model.base import load_base
-from budwood.serving import prefix, scheduler
+from budwood.serving import prefix, requests, scheduler
 from budwood.serving.engine import Engine
 from budwood.serving.requests import QueueFullError, Sampling
 
@@ -271,6 +271,62 @@ def test_bad_prompts_of_a_pool_are_refused_too(tiny_base):
     for prompts, message in (([[1, 2.5]], "prompt 1: 2.5"), ("abc", "is one text"), ([[1], [1, -1]], "prompt 2: -1")):
         with pytest.raises(InputError, match=message):
             pool.generate(prompts, max_new_tokens=2)
+
+
+def test_samples_of_one_prompt_share_its_computation(tiny_base, folders, monkeypatch):
+    """Each gets what it gets alone, whoever of them ends, is cancelled, waits for a row, or is computed again."""
+    run, computed = scheduler.Forward.run, []
+
+    def counting(self, rows, slots, count):
+        if count > 1:
+            computed.append(sum(min(count, row.todo) for row in rows))
+        return run(self, rows, slots, count)
+
+    monkeypatch.setattr(scheduler.Forward, "run", counting)
+    prompt, hot = LONG[2], Sampling(9, temperature=1.0, seed=8, log_probs=True)
+
+    def seed(number: int) -> Sampling:
+        return Sampling(9, temperature=1.0, seed=(8, number), log_probs=True)
+
+    for options in ({}, {"max_rows": 3}, {"step_tokens": 40}, {"prefix_bytes": 1 << 20}):
+        engine = open_engine(tiny_base, **options)
+        load_all(engine, {"lora": folders["lora"], "dora": folders["dora"]})
+        alone = [engine.submit(prompt, "lora", seed(number)).result() for number in range(6)]
+        assert len({tuple(answer.tokens) for answer in alone}) > 3
+        computed.clear()
+        heard: list[tuple[int, str | None]] = []
+        answers = engine.samples(6, prompt, hot, adapter="lora", listener=lambda *event, to=heard: to.append(event))
+        found = [answer.result() for answer in answers]
+        for one, other in zip(alone, found, strict=True):
+            assert one.tokens == other.tokens and one.log_probs == pytest.approx(other.log_probs, abs=1e-5)
+        assert {n for n, piece in heard if piece is None} == set(range(6))
+        assert "".join(piece for n, piece in heard if n == 5 and piece) == alone[5].text
+        prompts = 2 if "max_rows" in options else 1  # the last rows join when the first have ended
+        assert sum(computed) <= prompts * len(prompt)
+    # The one that computes the prompt is cancelled while it does.
+    engine = open_engine(tiny_base, step_tokens=8)
+    engine.load("lora", folders["lora"])
+    answers = engine.samples(4, prompt, hot, adapter="lora")
+    answers[0].cancel()
+    assert [answer.result().tokens for answer in answers[1:]] == [answer.tokens for answer in alone[1:4]]
+    # Rows that make room are computed again.
+    engine = open_engine(tiny_base)
+    expected = [engine.submit(SHORT[0], None, Sampling(120, temperature=1.0, seed=(3, i))).result() for i in range(5)]
+    engine.scheduler.forward.cache.budget = 3 * 128 * 2 * 2 * 2 * 16 * 4
+    answers = engine.samples(5, SHORT[0], Sampling(120, temperature=1.0, seed=3))
+    assert [answer.result().tokens for answer in answers] == [answer.tokens for answer in expected]
+    assert engine.scheduler.preempted > 0
+    # The first ends with its first token, and a name moves between two of them.
+    greedy = engine.submit(prompt, None, Sampling(4)).result().tokens
+    twins = requests.Twins()
+    answers = [engine.submit(prompt, None, Sampling(n), twins=twins) for n in (1, 4, 1, 4)]
+    assert [answer.result().tokens for answer in answers] == [greedy[:1], greedy, greedy[:1], greedy]
+    engine.load("x", folders["lora"])
+    engine.load("y", folders["twin"])
+    want = [engine.submit(prompt, name, Sampling(6)).result().tokens for name in "xy"]
+    twins = requests.Twins()
+    first = engine.submit(prompt, "x", Sampling(6), twins=twins)
+    assert [first.result().tokens, engine.submit(prompt, "y", Sampling(6), twins=twins).result().tokens] == want
 
 
 def test_a_cancelled_request_frees_its_row_within_a_step(tiny_base):

@@ -128,7 +128,7 @@ def test_an_adapter_whose_folder_changed_is_not_used(tiny_base, folders, size, t
 
 
 def test_many_threads_share_little_room(tiny_base, folders, size):
-    """Twelve threads ask four adapters and blends, with room for five, of which one may be selected, while names come and go."""
+    """Twelve threads ask four adapters and blends, with room for five; names come and go."""
     free = open_engine(tiny_base)
     for name, folder in folders.items():
         free.load(name, folder)
