@@ -22,7 +22,7 @@ from budwood.adapters.store import SavedAdapter
 from budwood.errors import InputError, did_you_mean
 from budwood.model.base import Base
 from budwood.model.decoding import TextWriter, end_tokens
-from budwood.model.limits import embeddings_of, no_embedding, positions_of
+from budwood.model.limits import answer_limit, check_tokens, embeddings_of, positions_of
 from budwood.serving.loaded import Loaded, Loader
 from budwood.serving.prefix import PrefixCache, namespace
 from budwood.serving.requests import Answer, QueueFullError, Row, Sampling, Twins, check_weights
@@ -263,15 +263,9 @@ class Engine:
         self._parts(adapter)
         ids = list(prompt)
         sampling.check(self.check_tokens(ids, adapter if isinstance(adapter, str) else None, where))
-        if not ids:
-            raise InputError(f"{where} is empty.")
-        if self._context is not None and len(ids) >= self._context:
-            raise InputError(
-                f"{where} has {len(ids)} tokens; the base's context holds {self._context} with the answer."
-            )
+        limit = answer_limit(len(ids), sampling.max_new_tokens, self._context, where)
         ends, stop = end_tokens(self.model, self.tokenizer, sampling.stop)
         ends |= dict.fromkeys(sampling.stop_ids, "eos")
-        limit = min(sampling.max_new_tokens, (self._context or len(ids) + sampling.max_new_tokens) - len(ids))
         answer = Answer(self._cancel, listener)
         send = (lambda _, piece: answer.put(piece)) if stream or listener is not None else None
         writer = TextWriter(self.tokenizer, limit, ends, stop, 0, send)
@@ -396,13 +390,7 @@ class Engine:
         count = embeddings_of(self.model) or 0
         if adapter is not None:
             count = max(count, self.find(adapter).embeddings)
-        for token in prompt:
-            if type(token) is int and token >= count:
-                raise InputError(f"{where} uses {no_embedding(token, count, self.tokenizer, self.base.name)}")
-            if type(token) is not int or token < 0:
-                raise InputError(
-                    f"{where}: {token!r} is not a token id of the base '{self.base.name}', which are 0 to {count - 1}."
-                )
+        check_tokens(prompt, count, self.tokenizer, self.base.name, where)
         return count
 
 

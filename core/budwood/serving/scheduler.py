@@ -79,18 +79,18 @@ class Scheduler:
     def cancel(self, answer: Answer) -> None:
         """End a request, waiting or in flight; its slot is free for the next step."""
         if (row := self.engine.residents.cancel(answer)) is not None:
-            self._end(row, row.writer.cancel)
+            self.end(row, row.writer.cancel)
             return
         for waiting in self._queues.values():
             for row in waiting:
                 if row.answer is answer:
                     waiting.remove(row)
-                    self._end(row, row.writer.cancel)
+                    self.end(row, row.writer.cancel)
                     return
         for row in self.rows:
             if row.answer is answer:
                 self._leave(row)
-                self._end(row, row.writer.cancel)
+                self.end(row, row.writer.cancel)
                 return
 
     def step(self) -> bool:
@@ -114,7 +114,7 @@ class Scheduler:
                     self._prefill(self.step_tokens - len(decoding))
         except BaseException as error:  # a bug: no row may wait for ever
             for row in [*self.rows, *(row for rows in self._queues.values() for row in rows)]:
-                self._end(row, None, error)
+                self.end(row, None, error)
             self.rows.clear()
             self._queues.clear()
             self.forward.cache.free()
@@ -210,7 +210,7 @@ class Scheduler:
         del rows[hole]
         self.rows = rows
 
-    def _end(self, row: Row, last: Callable[[], None] | None, error: BaseException | None = None) -> None:
+    def end(self, row: Row, last: Callable[[], None] | None, error: BaseException | None = None) -> None:
         """Send the result or the error of a row that is in no list any more, and release its adapter."""
         try:
             if last is not None:
@@ -322,7 +322,7 @@ class Scheduler:
             if not known:
                 shown.__cause__ = error
             self._leave(rows[0])
-            self._end(rows[0], None, shown)
+            self.end(rows[0], None, shown)
 
     def _by_adapter(self, rows: list[Row], count: int, adapters: set[Loaded | None] | set[Loaded]) -> None:
         """Compute the rows of each of these adapters by themselves, and the others together."""
@@ -362,22 +362,20 @@ class Scheduler:
                 )
                 error = InputError(loaded.quarantined)
             self._leave(row)
-            self._end(row, None, error)
+            self.end(row, None, error)
             return
         first = row.new
         if first and self.engine.prefixes.budget:
             self._keep(row, self.rows.index(row))
         self.count(row, row.prompt * first, 1)
         row.ids.append(choice.token)
-        if choice.top:
-            row.top.append(choice.top)
         try:
-            row.writer.add(choice.token, choice.log_prob)
+            row.writer.add(choice.token, choice.log_prob, choice.top)
         except Exception as problem:  # of a listener, or of the tokenizer
             self._leave(row)
-            self._end(row, None, BudwoodError(f"the request failed: {describe(problem)}."))
+            self.end(row, None, BudwoodError(f"the request failed: {describe(problem)}."))
             return
         if row.writer.reason is not None:
             row.kept = len(row.ids) - 1
             self._leave(row)
-            self._end(row, None)
+            self.end(row, None)

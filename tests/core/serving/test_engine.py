@@ -6,6 +6,7 @@ import gc
 import importlib
 import threading
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -546,30 +547,73 @@ def save_model(folder: Path, model) -> Path:
     return folder
 
 
-def test_a_base_with_sliding_windows_is_answered_in_fixed_batches(tmp_path):
-    from transformers import MistralConfig, MistralForCausalLM
-
+@pytest.mark.parametrize("kind", ["Mistral", "Gemma2", "Gemma3"])
+def test_rows_of_a_base_with_sliding_windows_share_batches(tmp_path, kind):
+    """In all layers, or in some, beyond the window: the tokens of transformers' generate, and those of a row alone."""
+    text = "Text" if kind == "Gemma3" else ""
+    module = importlib.import_module(f"transformers.models.{kind.lower()}")
     torch.manual_seed(0)
-    config = MistralConfig(
+    options = {} if kind == "Mistral" else {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}
+    config = getattr(module, f"{kind}{text}Config")(
         vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, sliding_window=4, initializer_range=0.1,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        num_key_value_heads=2, max_position_embeddings=512, sliding_window=6, initializer_range=0.1,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, **options,
     )  # fmt: skip
-    base = save_model(tmp_path / "base", MistralForCausalLM(config))
-    engine = open_engine(base)
+    engine = open_engine(save_model(tmp_path / "base", getattr(module, f"{kind}ForCausalLM")(config)), step_tokens=40)
     engine.load("a", make_adapter(tmp_path / "a", 1))
-    answers = [engine.submit(LONG[0][:20], name, Sampling(6 + i)) for i, name in enumerate(("a", None, "a"))]
-    with pytest.raises(InputError, match="log_probs: this base is answered in fixed batches"):
-        engine.submit(LONG[0], None, Sampling(3, log_probs=True)).result()
-    assert engine.scheduler.unsupported == "its layers have sliding_attention"
-    model = engine.model
-    for name, answer in (("a", answers[0]), (None, answers[1])):
-        ids = torch.tensor([LONG[0][:20]])
-        tokens = engine.with_adapter(name, lambda ids=ids: model.generate(ids, max_new_tokens=7, do_sample=False))[
-            0, 20:
-        ]
-        assert answer.result().tokens == [t for t in tokens.tolist() if t != 2][: len(answer.result().tokens)]
-    assert "".join(answers[2]) == answers[2].result().text != ""
+    names, prompts = ["a", None, "a", None, "a"], [LONG[0], LONG[1][:20], SHORT[0], SHORT[3], LONG[2][:33]]
+    asked = [(p, name, Sampling(6 + 3 * i)) for i, (p, name) in enumerate(zip(prompts, names, strict=True))]
+    together = [answer.result() for answer in [engine.submit(*request) for request in asked]]
+    assert engine.scheduler.unsupported is None and engine.model.config.sliding_window == 6
+    for (prompt, name, sampling), answer in zip(asked, together, strict=True):
+        assert engine.submit(prompt, name, sampling).result() == answer
+        ids, most = torch.tensor([prompt]), sampling.max_new_tokens
+        run = partial(engine.model.generate, ids, max_new_tokens=most, do_sample=False)
+        assert answer.tokens == [t for t in engine.with_adapter(name, run)[0, len(prompt) :].tolist() if t != 2]
+    mixed = logits_of(engine, names, [prompt[:30] for prompt in prompts])
+    for i, name in enumerate(names):
+        torch.testing.assert_close(mixed[i], alone(engine, name, prompts[i][:30]), atol=2e-5, rtol=0)
+
+
+def test_a_base_whose_rows_cannot_join_is_answered_in_fixed_batches(tiny_base, folders, monkeypatch):
+    """With the same answers, pieces, log-probabilities and seeds; cancelled, and failing, by row."""
+    asked = [
+        (prompt, name, Sampling(9 + i, temperature=i % 2, seed=i, log_probs=i > 1, top_log_probs=i // 3, stop=stop))
+        for i, (prompt, name, stop) in enumerate(
+            zip(SHORT, ["lora", None, "lora", "dora", None, None], [()] * 5 + [("e",)], strict=True)
+        )
+    ]
+    free = open_engine(tiny_base)
+    load_all(free, {n: folders[n] for n in ("lora", "dora")})
+    expected = [free.submit(*request).result() for request in asked]
+    monkeypatch.setattr(scheduler.Forward, "unsupported", lambda self: "as told")
+    engine = open_engine(tiny_base)
+    load_all(engine, {n: folders[n] for n in ("lora", "dora")})
+    answers = [engine.submit(*request) for request in asked]
+    texts = ["".join(answer) for answer in answers]
+    for text, answer, own in zip(texts, answers, expected, strict=True):
+        found = answer.result()
+        assert (found.tokens, found.text, found.finish_reason) == (own.tokens, own.text, own.finish_reason)
+        assert text == own.text and found.log_probs == pytest.approx(own.log_probs, abs=1e-5)
+        assert [list(top) for top in found.top_log_probs] == [list(top) for top in own.top_log_probs]
+    heard: list[str | None] = []
+
+    def listen(piece: str | None) -> None:
+        heard.append(piece)
+        if len(heard) == 2:
+            long.cancel()
+            raise OSError("nobody there")
+
+    engine.submit(SHORT[2], None, Sampling(1)).result()
+    fine, long = (engine.submit(SHORT[0], "lora", Sampling(count)) for count in (9, 400))
+    unheard = engine.submit(SHORT[1], "lora", Sampling(30), listener=listen)
+    with pytest.raises(BudwoodError, match="the request failed: OSError: nobody there"):
+        unheard.result()
+    assert fine.result().tokens == free.submit(SHORT[0], "lora", Sampling(9)).result().tokens
+    assert long.result().finish_reason == "cancelled" and len(long.result().tokens) < 300
+    stats = engine.stats()
+    assert stats.rows == stats.waiting == 0 and stats.tokens["", ""][0] == sum(len(SHORT[i]) for i in (1, 4, 5, 2))
+    assert engine.call(lambda: sum(engine.residents.requests.values())) == 0
 
 
 def test_biases_and_transposed_linears_by_row(tmp_path):
