@@ -211,6 +211,7 @@ def export(
         check_no_target(
             rank=rank, merged=merged, with_base=with_base, base=base, quantization=quantization, dtype=dtype,
             max_lora_rank=max_lora_rank, no_check=not check, push=push, force=force, json=as_json,
+            device=device != "auto", allow_other_base=allow_other_base,
         )  # fmt: skip
         from budwood.adapters.export import export as write
 
@@ -232,7 +233,7 @@ def export(
         echo_json(asdict(done))
     else:
         _show_export(done)
-        _print_notes(done.notes)
+        _print_notes(list(dict.fromkeys([*(done.replay.notes if done.replay is not None else ()), *done.notes])))
     if push is not None:
         echo(f"pushed to {upload(done.directory, push)}", err=as_json)
 

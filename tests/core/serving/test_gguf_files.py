@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.conftest import make_tokenizer
 from tests.core.adapters.conftest import make_saved
 from tests.core.serving.conftest import make_adapter
@@ -18,6 +19,7 @@ from budwood.cli.app import run
 from budwood.serving.exports import llama_cpp
 from budwood.serving.exports.architectures import architecture_of, rope_factors
 from budwood.serving.exports.conversation import rendered
+from budwood.serving.exports.gguf_files import adapter_names
 from budwood.serving.exports.ollama import frames_of, go_template
 from budwood.serving.exports.targets import export_for
 from budwood.serving.exports.vocabulary import read_vocabulary
@@ -87,6 +89,29 @@ def test_transformers_reads_from_the_gguf_the_models_own_logits(tmp_path, kind):
             weight = weight + rank / len(a) * b @ a
         torch.testing.assert_close(other[name], weight, atol=1e-5, rtol=1e-5, msg=name)
     assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == ["model.gguf"]
+
+
+def test_gemmas_adapters_are_written_but_not_its_models(tmp_path):
+    base = make_model(tmp_path / "base", "gemma3_text", pad_token_id=0)
+    folder = make_adapter(tmp_path / "a", 1, names=("self_attn.k_proj", "mlp.down_proj"))
+    done = export_for(folder, tmp_path / "out", Wanted("gguf", base=str(base)))
+    assert done.replay.error < 1e-3 and value(tmp_path / "out" / "adapter.gguf", "general.architecture") == "gemma3"
+    found = tensors_of(tmp_path / "out" / "adapter.gguf")
+    saved = load_file(folder / "adapter_model.safetensors")
+    for name, path in (("attn_k", "self_attn.k_proj"), ("ffn_down", "mlp.down_proj")):
+        b = saved[f"base_model.model.model.layers.1.{path}.lora_B.weight"]
+        torch.testing.assert_close(found[f"blk.1.{name}.weight.lora_b"], 2 * b)
+    with pytest.raises(InputError, match="only adapters of model type 'gemma3_text' are written as GGUF"):
+        export_for(folder, tmp_path / "more", Wanted("ollama", base=str(base)))
+
+
+def test_a_tied_head_has_no_weight_in_llama_cpp(tiny_bases, tmp_path):
+    base = tiny_bases("tied", tie_word_embeddings=True)
+    folder = make_adapter(tmp_path / "a", 1)
+    factors = {"lm_head": (torch.zeros(2, 64), torch.zeros(300, 2))}
+    config = json.loads((base / "config.json").read_text())
+    with pytest.raises(InputError, match=r"a: adapts 'lm_head', which is tied to the embeddings"):
+        adapter_names(factors, architecture_of(config, "base"), str(folder))
 
 
 def test_a_file_that_reads_back_otherwise_is_not_left(tiny_base, tmp_path, monkeypatch):
@@ -205,7 +230,10 @@ def test_a_tokenizer_that_llama_cpp_would_change_is_refused(tiny_base, tmp_path,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model type 'gpt2' cannot be written as GGUF, only llama, mistral, qwen2, qwen3"),
+        (
+            {"model_type": "gpt2"},
+            "model type 'gpt2' cannot be written as GGUF, only llama, mistral, qwen2,",
+        ),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope_type: yarn is not what"),
         ({"use_sliding_window": True}, "use_sliding_window is not what llama.cpp computes"),
         ({"hidden_act": "relu"}, "hidden_act: relu is not what llama.cpp computes"),

@@ -28,6 +28,7 @@ class Architecture:
         rotated: whether the rows of q and k are in llama.cpp's order.
         heads, kv_heads: number of attention heads, and of those of keys and values.
         layers: number of layers.
+        tied: whether the head is the embeddings, so that llama.cpp has no weight of its own for it.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Architecture:
     heads: int
     kv_heads: int
     layers: int
+    tied: bool
 
     def gguf_name(self, path: str) -> str | None:
         """Return the name of a parameter, such as blk.0.attn_q.weight; None if llama.cpp has none."""
@@ -62,8 +64,10 @@ class Architecture:
         return None if match is None else self.heads if match[1] == "q" else self.kv_heads
 
 
-_NAMES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""llama.cpp's names of transformers' model types."""
+_MODELS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+"""llama.cpp's names of transformers' model types of which models and adapters are written."""
+_ADAPTERS = {"gemma2": "gemma2", "gemma3_text": "gemma3"}
+"""Those of which only adapters are written: the tokenizers of these models are SentencePiece's."""
 _ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -78,13 +82,18 @@ def architecture_of(config: dict[str, Any], where: str) -> Architecture:
         InputError: it is not one that can be written, or has an option that llama.cpp does not compute.
     """
     kind = str(config.get("model_type"))
-    if kind not in _NAMES:
+    names = _MODELS | _ADAPTERS
+    if kind not in names:
         raise InputError(
-            f"base '{where}': model type '{shorten(kind)}' cannot be written as GGUF, only {', '.join(_NAMES)}: merge "
+            f"base '{where}': model type '{shorten(kind)}' cannot be written as GGUF, only {', '.join(names)}: merge "
             "the adapter (--for merged), and convert the folder with llama.cpp's convert_hf_to_gguf.py."
         )
     heads = int(config["num_attention_heads"])
     kv_heads = int(config.get("num_key_value_heads") or heads)
+    name = names[kind]
+    layers, tied = int(config["num_hidden_layers"]), bool(config.get("tie_word_embeddings", kind in _ADAPTERS))
+    if kind in _ADAPTERS:
+        return Architecture(name, False, heads, kv_heads, layers, tied)
     rope = _rope(config)
     problems = {
         f"hidden_act: {config.get('hidden_act')}": config.get("hidden_act", "silu") != "silu",
@@ -94,7 +103,7 @@ def architecture_of(config: dict[str, Any], where: str) -> Architecture:
     }
     if problem := next((name for name, found in problems.items() if found), None):
         raise InputError(f"base '{where}': config.json: {shorten(problem)} is not what llama.cpp computes for {kind}.")
-    return Architecture(_NAMES[kind], _NAMES[kind] == "llama", heads, kv_heads, int(config["num_hidden_layers"]))
+    return Architecture(name, name == "llama", heads, kv_heads, layers, tied)
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -147,12 +156,17 @@ def rope_factors(config: dict[str, Any], arch: Architecture) -> Tensor | None:
     return (1 / (share + (1 - share) / factor)).float()
 
 
-def check_no_quantization(config: dict[str, Any], where: str) -> None:
-    """Refuse a base that is quantised on disk.
+def check_complete(config: dict[str, Any], where: str) -> None:
+    """Refuse a base of which only adapters can be written: by its type, or since it is quantised on disk.
 
     Raises:
-        InputError: its config.json has a quantization_config.
+        InputError: the message says why.
     """
+    if (kind := str(config.get("model_type"))) in _ADAPTERS:
+        raise InputError(
+            f"base '{where}': only adapters of model type '{kind}' are written as GGUF: leave the base out, or merge "
+            "the adapter (--for merged), and convert the folder with llama.cpp's convert_hf_to_gguf.py."
+        )
     if found := config.get("quantization_config"):
         method = json.dumps(found.get("quant_method") if isinstance(found, dict) else None)
         raise InputError(f"base '{where}': is quantised on disk ({method}): pass the original with --base.")

@@ -47,6 +47,11 @@ def adapter_names(factors: Factors, arch: Architecture, where: str) -> dict[str,
     names = {}
     for path in factors:
         name = arch.gguf_name(f"{path}.weight")
+        if name == "output.weight" and arch.tied:
+            raise InputError(
+                f"{where}: adapts '{shorten(path)}', which is tied to the embeddings: llama.cpp cannot: merge it: "
+                "--for gguf --merged"
+            )
         if name is None:
             raise InputError(f"{where}: adapts '{shorten(path)}', of which llama.cpp's {arch.name} has no weight.")
         names[path] = name

@@ -14,8 +14,8 @@ from budwood.adapters.manifest import ChatRecord
 from budwood.adapters.store import SavedAdapter, read_adapter
 from budwood.errors import InputError
 from budwood.model.base import fingerprint, load_tokenizer
-from budwood.model.checkpoint import read_config, read_tensors, resolve
-from budwood.serving.exports.architectures import Architecture, architecture_of, check_no_quantization
+from budwood.model.checkpoint import one_revision, read_config, read_tensors, resolve
+from budwood.serving.exports.architectures import Architecture, architecture_of, check_complete
 from budwood.serving.exports.compare import compare
 from budwood.serving.exports.difference import plain_updates
 from budwood.serving.exports.factors import check_language_model, write_lora
@@ -66,7 +66,6 @@ class LlamaModel:
         """
         folder = resolve(name)
         config = read_config(folder)
-        check_no_quantization(config, name)
         manifest = saved.manifest
         return cls(
             name,
@@ -79,11 +78,12 @@ class LlamaModel:
         )
 
     def vocabulary(self) -> Vocabulary:
-        """Return its tokenizer.
+        """Return its tokenizer, for the file of the complete model.
 
         Raises:
-            InputError: llama.cpp would tokenise differently.
+            InputError: llama.cpp would tokenise differently, or only adapters of it can be written.
         """
+        check_complete(self.config, self.name)
         rows = next(info.shape[0] for name, info in read_tensors(self.folder).items() if "embed_tokens" in name)
         generation = self.folder / "generation_config.json"
         stated = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
@@ -105,7 +105,9 @@ def base_of(saved: SavedAdapter, program: str, base: str | None, allow_other_bas
     name = base_name(saved, base)
     if name is None:
         raise InputError(f"{saved.directory}: an adapter of stock PEFT records no base: pass it with --base.")
-    model = LlamaModel.open(name, saved)
+    revision = saved.manifest.base.revision if saved.manifest is not None and base is None else None
+    with one_revision(name, revision):
+        model = LlamaModel.open(name, saved)
     read_adapter(
         saved.directory, base_name=name, base_fingerprint=fingerprint(model.folder), hashes=False,
         allow_other_base=allow_other_base,

@@ -1,4 +1,4 @@
-"""An adapter for vLLM: what its LoRA loader reads, and what it passes over in silence, as of vLLM 0.11 to 0.25.
+"""An adapter for vLLM: what its LoRA loader reads, and what it passes over in silence, as of its sources of 2026.
 
 `vllm/lora/peft_helper.py` takes r, lora_alpha and use_rslora from the config and one scale from them for all modules;
 rank_pattern and alpha_pattern are ignored. `vllm/config/lora.py` lists the ranks; `vllm/lora/utils.py` the names of

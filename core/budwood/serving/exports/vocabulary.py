@@ -76,19 +76,14 @@ def read_vocabulary(folder: Path, tokenizer: Any, rows: int, ends: list[int], te
     pre = _split(path, values.get("pre_tokenizer"), bool(model.get("ignore_merges")), tokenizer)
     if (values.get("normalizer") or {}).get("type") == "NFC":
         notes.append("llama.cpp does not compose characters (NFC) before it tokenises, as the tokenizer does.")
-    tokens, types = _tokens(path, values, rows)
+    tokens, types = _tokens(path, values, tokenizer, rows)
     special, more = _special(tokenizer, ends)
     notes += more
     template = template or _template(tokenizer)
     add_bos, add_eos = _added(path, tokenizer, special)
-    if template is not None:
-        begins = bool(tokenizer.bos_token) and _begins(template, tokenizer)
-        if begins != add_bos:
-            what = "begins" if begins else "does not begin"
-            notes.append(
-                f"the chat template {what} with the bos token, so llama.cpp does as the template for any text."
-            )
-        add_bos = begins
+    if add_bos and template is not None and not _begins(template, tokenizer):
+        add_bos = False
+        notes.append("the chat template does not begin with the bos token, so llama.cpp begins no text with it.")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     return Vocabulary(pre, tokens, types, merges, special, add_bos, add_eos, template, notes)
 
@@ -124,7 +119,11 @@ def _split(path: Path, found: Any, ignore_merges: bool, tokenizer: Any) -> str:
         steps = found.get("pretokenizers") or []
     byte_level = steps[-1] if steps else None
     name = None
-    if isinstance(byte_level, dict) and byte_level.get("type") == "ByteLevel" and not byte_level["add_prefix_space"]:
+    if (
+        isinstance(byte_level, dict)
+        and byte_level.get("type") == "ByteLevel"
+        and not byte_level.get("add_prefix_space", True)
+    ):
         first, words = steps[:-1], byte_level.get("use_regex", True)
         if words:
             digits = [{"type": "Digits", "individual_digits": True}]
@@ -150,7 +149,7 @@ def _merges_to_itself(tokenizer: Any, token: str) -> bool:
     return [t.value for t in tokenizer.backend_tokenizer.model.tokenize(token)] == [token]
 
 
-def _tokens(path: Path, values: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
+def _tokens(path: Path, values: dict[str, Any], tokenizer: Any, rows: int) -> tuple[list[str], list[int]]:
     """Return text and type of every token id."""
     by_id = {number: (text, NORMAL) for text, number in values["model"]["vocab"].items()}
     for token in values.get("added_tokens") or ():
@@ -158,6 +157,9 @@ def _tokens(path: Path, values: dict[str, Any], rows: int) -> tuple[list[str], l
             what = "rstrip" if token.get("rstrip") else "lstrip" if token.get("lstrip") else "single_word"
             raise InputError(f"{path}: added token {token['content']!r}: {what}: llama.cpp does not do this.")
         by_id[token["id"]] = (token["content"], CONTROL if token.get("special") else USER_DEFINED)
+    for text, number in tokenizer.get_added_vocab().items():
+        if by_id.get(number, ("", 0))[0] != text:
+            raise InputError(f"{path}: lacks {text!r}, which tokenizer_config.json adds: save the tokenizer again.")
     if max(by_id) >= rows:
         raise InputError(f"{path}: has {max(by_id) + 1:,} tokens, but the model only {rows:,} embeddings.")
     pairs = [by_id.get(number, (f"[PAD{number}]", UNUSED)) for number in range(rows)]
@@ -196,7 +198,7 @@ def _template(tokenizer: Any) -> str | None:
 
 
 def _begins(template: str, tokenizer: Any) -> bool:
-    """Return whether a chat template writes the bos token before a conversation."""
+    """Return whether a chat template writes the bos token before a conversation, of which llama.cpp keeps one."""
     from budwood.serving.exports.conversation import rendered
 
     text = rendered(template, tokenizer, [[{"role": "user", "content": "a"}]])[0]

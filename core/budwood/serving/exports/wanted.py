@@ -73,6 +73,7 @@ class Wanted:
             "--as": self.as_type is not None and self.merges,
             "--max-lora-rank": self.max_lora_rank is not None and self.target != "vllm",
             "--dtype": self.dtype is not None and not self.merges,
+            "--quantization": self.quantization is not None and (self.merges or not self.check),
             "--no-check": not self.check and self.merges,
         }
         if option := next((name for name, wrong in unused.items() if wrong), None):
