@@ -91,11 +91,9 @@ class AdapterPool:
         self.task = task
         self.task_plugin: Task = create(task, "budwood.tasks")
         if not isinstance(base, Base):
-            chosen, dtype, _ = pick_device_precision(device, precision)
-            kwargs, tokenizer = self.task_plugin.model_kwargs(list(labels or ())), self.task_plugin.needs_tokenizer
-            base = load_base(
-                base, quantization, self.task_plugin.auto_class, dtype, chosen, double_quantization=double_quantization,
-                model_kwargs=kwargs, needs_tokenizer=tokenizer,
+            base = load_for_task(
+                base, quantization, self.task_plugin, list(labels or ()), precision=precision, device=device,
+                double_quantization=double_quantization,
             )  # fmt: skip
         if embeddings:
             resize_base(base, embeddings)
@@ -329,6 +327,24 @@ class AdapterPool:
         manifest = self.adapter(name).manifest if name is not None else None
         chat = (manifest.chat if manifest else None) or ChatRecord()
         return encode_chat(self.tokenizer, prompt, chat.options, chat.template, chat.date)  # type: ignore[arg-type]
+
+
+def load_for_task(
+    base: str | Path,
+    quantization: str,
+    task: Task,
+    labels: list[str],
+    *,
+    precision: str,
+    device: str,
+    double_quantization: bool,
+) -> Base:
+    """Load a base with the model class and the tokenizer that a task needs; see `AdapterPool`."""
+    chosen, dtype, _ = pick_device_precision(device, precision)
+    return load_base(
+        base, quantization, task.auto_class, dtype, chosen, double_quantization=double_quantization,
+        model_kwargs=task.model_kwargs(labels), needs_tokenizer=task.needs_tokenizer,
+    )  # fmt: skip
 
 
 def _leading(adapter: str | Mapping[str, float] | None) -> str | None:
