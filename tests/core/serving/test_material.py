@@ -127,8 +127,10 @@ def test_an_adapter_that_its_owner_converts_can_be_combined(tiny_base, pair, tmp
     pool = AdapterPool(tiny_base, precision="fp32", device="cpu")
     for name, folder in (("a", pair[0]), ("b", adalora), ("sum", tmp_path / "out")):
         pool.load(name, folder)
-    options = {"max_new_tokens": 8, "prompts": PROMPTS}
-    assert pool.generate(adapter={"a": 0.5, "b": 0.5}, **options) == pool.generate(adapter="sum", **options)
+    blended, made = (
+        pool.generate(PROMPTS, adapters=[adapter] * 3, max_new_tokens=8) for adapter in ({"a": 0.5, "b": 0.5}, "sum")
+    )
+    assert [answer.tokens for answer in blended] == [answer.tokens for answer in made]
 
 
 def test_shrink_keeps_the_largest_singular_values_and_everything_else(tiny_base, pair, tmp_path):
