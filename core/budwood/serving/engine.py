@@ -22,7 +22,7 @@ from budwood.model.decoding import TextWriter, end_tokens
 from budwood.model.limits import embeddings_of, no_embedding, positions_of
 from budwood.serving.loaded import Loaded, Loader
 from budwood.serving.prefix import PrefixCache, namespace
-from budwood.serving.requests import Answer, QueueFullError, Row, Sampling, check_weights
+from budwood.serving.requests import Answer, ContextFullError, QueueFullError, Row, Sampling, check_weights
 from budwood.serving.scheduler import Scheduler
 from budwood.serving.thread import CommandThread
 from budwood.untrusted.files import check_name
@@ -204,8 +204,8 @@ class Engine:
             where: what messages call the prompt.
 
         Raises:
-            InputError: an unknown adapter, a token id without an embedding, an empty prompt, one that fills the
-                context, or an option out of range.
+            InputError: an unknown adapter, a token id without an embedding, an empty prompt, or an option out of range.
+            ContextFullError: the prompt fills the context.
             QueueFullError: as many requests wait as `max_waiting` lets.
         """
         sampling = sampling or Sampling()
@@ -221,7 +221,7 @@ class Engine:
         if not ids:
             raise InputError(f"{where} is empty.")
         if self._context is not None and len(ids) >= self._context:
-            raise InputError(
+            raise ContextFullError(
                 f"{where} has {len(ids)} tokens; the base's context holds {self._context} with the answer."
             )
         ends, stop = end_tokens(self.model, self.tokenizer, sampling.stop)

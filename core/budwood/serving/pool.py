@@ -65,6 +65,7 @@ class AdapterPool:
         device: str = "auto",
         double_quantization: bool = True,
         embeddings: int = 0,
+        prefix_bytes: int = 0,
     ) -> None:
         """Load the base.
 
@@ -78,6 +79,7 @@ class AdapterPool:
             double_quantization: also quantise the constants of nf4 and fp4.
             embeddings: least number of token embeddings; the base is resized to it, as in a run with
                 `base.resize_embeddings`. An adapter that has rows for new tokens brings them along without it.
+            prefix_bytes: memory for the keys and values of prompts, for later prompts that begin alike; 0: none.
 
         Raises:
             InputError: there is no such base, quantization or task.
@@ -97,7 +99,7 @@ class AdapterPool:
         if embeddings:
             resize_base(base, embeddings)
         self.base = base
-        self.engine = Engine(base, task)
+        self.engine = Engine(base, task, prefix_bytes=prefix_bytes)
         self.model: nn.Module = base.model
         self.tokenizer = base.tokenizer
         self._current: str | None = None  # the last selection of any thread
@@ -206,7 +208,7 @@ class AdapterPool:
             raise InputError(
                 f"{len(prompts)} prompts but {len(adapters)} adapters: pass one (or None) for each prompt."
             )
-        names = [_leading(adapter) for adapter in adapters]
+        names = [leading(adapter) for adapter in adapters]
         encoded = [
             self._encode(p, name, f"prompt {i}") for i, (p, name) in enumerate(zip(prompts, names, strict=True), 1)
         ]
@@ -320,7 +322,7 @@ class AdapterPool:
         return encode_chat(self.tokenizer, prompt, chat.options, chat.template, chat.date)  # type: ignore[arg-type]
 
 
-def _leading(adapter: str | Mapping[str, float] | None) -> str | None:
+def leading(adapter: str | Mapping[str, float] | None) -> str | None:
     """Return the adapter by which messages are rendered: of several, the one with the largest weight."""
     if isinstance(adapter, Mapping):
         check_weights(adapter)

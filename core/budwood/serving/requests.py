@@ -192,3 +192,7 @@ class QueueFullError(BudwoodError):
     """As many requests wait as the engine lets; try again later."""
 
     exit_code = 3
+
+
+class ContextFullError(InputError):
+    """A prompt leaves no room for an answer in the base's context."""
