@@ -236,5 +236,6 @@ class Session:
 
 
 def _speed(reply: Reply) -> str:
-    rate = reply.tokens / reply.seconds if reply.seconds else 0.0
-    return f"({reply.tokens} tokens in {reply.seconds:.1f} s, {rate:.1f}/s; the first text after {reply.first:.2f} s)"
+    seconds = reply.seconds - reply.first
+    rate = f", {(reply.tokens - 1) / seconds:.1f} tokens/s" if reply.tokens > 1 and seconds > 0 else ""
+    return f"({reply.tokens} tokens{rate}, first after {reply.first:.2f} s)"
