@@ -27,7 +27,7 @@ class Case:
     def request(self, model: str, tokens: int) -> dict[str, Any]:
         """Return the arguments of a client's call."""
         what = {"messages": [{"role": "user", "content": self.prompt}]} if self.chat else {"prompt": self.prompt}
-        return {"model": model, "max_tokens": tokens, **what}
+        return {"model": model, "max_tokens": tokens, "temperature": 0, **what}
 
 
 class Reference:

@@ -67,7 +67,8 @@ class Server:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=token, max_retries=0, timeout=120, **options)
 
     def ask(self, model: str, prompt: str, tokens: int = 8, **options: Any) -> str:
-        """Return the continuation of a text."""
+        """Return the continuation of a text, by default that of the most probable tokens."""
+        options.setdefault("temperature", 0)
         with self.client() as client:
             answer = client.completions.create(model=model, prompt=prompt, max_tokens=tokens, **options)
         return answer.choices[0].text

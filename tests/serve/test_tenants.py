@@ -74,7 +74,7 @@ def test_a_tenant_sees_its_own_adapters_and_no_other_name(guarded, reference):
     listed = send(server, token, "GET", "/v1/models")
     assert [model["id"] for model in listed.json()["data"]] == ["tiny", OWN]
     (case,) = reference.cases(OWN, 1, 8)
-    answer = send(server, token, "POST", "/v1/completions", {"model": OWN, "prompt": case.prompt, "max_tokens": 8})
+    answer = send(server, token, "POST", "/v1/completions", case.request(OWN, 8))
     assert answer.json()["choices"][0]["text"] == case.text
     wrong = send(server, token, "POST", "/v1/completions", {"model": "lora-5", "prompt": "x"})
     assert FOREIGN not in wrong.text and "dora" not in wrong.text

@@ -290,7 +290,7 @@ async function answer(one, text, options, card, signal) {
 
 function figures(tokens, first, rest, reason, stopped) {
   const parts = [`${tokens} token${tokens === 1 ? "" : "s"}`];
-  if (tokens > 1 && rest > 0) parts.push(`${(((tokens - 1) * 1000) / rest).toFixed(1)} tokens/s`);
+  if (tokens > 4 && rest > 0) parts.push(`${(((tokens - 1) * 1000) / rest).toFixed(1)} tokens/s`);
   if (tokens) parts.push(`first after ${(first / 1000).toFixed(2)} s`);
   if (stopped) parts.push("stopped");
   if (reason === "length") parts.push("limit reached");
