@@ -14,7 +14,7 @@ import typer
 import typer.main
 
 import budwood
-from budwood.cli import adapter, chat, data, demo, generate, new, plan, plugins, recipe, tune
+from budwood.cli import adapter, chat, data, demo, generate, new, plan, plugins, recipe, serve, tune
 from budwood.cli import streams as _streams  # noqa: F401 - registers "budwood"
 from budwood.cli.doctor.command import doctor
 from budwood.cli.streams import echo, one_line
@@ -43,6 +43,8 @@ app.command("tune", short_help="Fine-tune with a recipe, or a data file and a ba
 app.command("eval", short_help="Evaluate an adapter on data.")(tune.eval_)
 app.command("generate", short_help="Answer a prompt with a base and its adapters.")(generate.generate)
 app.command("chat", short_help="Talk with a base and its adapters in the terminal.")(chat.chat)
+app.command("serve", short_help="Serve a base and its adapters over HTTP.")(serve.serve)
+app.command("token", short_help="Make a token for `budwood serve`.")(serve.token)
 app.command("doctor", short_help="Check whether this machine can fine-tune.")(doctor)
 app.add_typer(new.app, name="new", short_help="Create a package for your own plugin.")
 app.add_typer(recipe.app, name="recipe", short_help="Show what a recipe may contain.")
