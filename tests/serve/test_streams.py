@@ -7,7 +7,7 @@ from typing import Any
 
 import openai
 from tests.serve.reference import Case
-from tests.serve.server import Server
+from tests.serve.server import Server, wait_for
 
 EACH, TOKENS = 25, 16
 
@@ -61,3 +61,31 @@ def test_blends_hashes_and_the_base_are_answered_as_alone(server: Server, refere
     assert [c.text for c in several.choices] == [c.text for c in again.choices]
     assert len({c.text for c in several.choices}) > 1
     assert server.ask("tiny", case.prompt, TOKENS) == case.text
+
+
+def test_streams_that_are_broken_off_do_not_change_the_others(server, reference):
+    whole = [case for name in reference.names for case in reference.cases(name, 8, TOKENS)]
+
+    async def break_off(client: openai.AsyncOpenAI, number: int) -> None:
+        name = reference.names[number % len(reference.names)]
+        async with await client.completions.create(
+            model=name, prompt=f"file {number}", max_tokens=400, stream=True, seed=number
+        ) as chunks:
+            read = 0
+            async for _ in chunks:
+                read += 1
+                if read > number % 7:
+                    return
+
+    async def run() -> list[Any]:
+        async with openai.AsyncOpenAI(
+            base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300
+        ) as client:
+            tasks: list[Any] = []
+            for number, case in enumerate(whole):
+                tasks += [stream(client, case), break_off(client, number)]
+            return (await asyncio.gather(*tasks))[::2]
+
+    results = asyncio.run(run())
+    assert [text for text, _, _ in results] == [case.text for case in whole]
+    wait_for(lambda: server.rows() == 0)

@@ -210,7 +210,8 @@ function busy(yes) {
   at("send").hidden = yes;
   at("stop").hidden = !yes;
   at("fresh").hidden = yes;
-  if (!yes && document.activeElement === document.body) at("prompt").focus();
+  // On a phone, the keyboard would cover the answers.
+  if (!yes && document.activeElement === document.body && matchMedia("(pointer: fine)").matches) at("prompt").focus();
 }
 
 function stop() {
