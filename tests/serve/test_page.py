@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import without_template
 from tests.serve.server import Server, make_token, wait_for
 
 sync_api = pytest.importorskip(
@@ -194,7 +195,8 @@ def test_a_conversation_goes_on_and_starts_anew(server, reference, open_page):
 
 def test_a_server_with_tokens_asks_for_one_and_errors_are_plain(tiny_base, root, tmp_path, open_page):
     token = make_token(tmp_path / "tokens.json", "acme", "--adapter", "lora-4", "--per-minute", 4)
-    with Server(tiny_base, root, tmp_path) as server:
+    bare = without_template(tiny_base, tmp_path / "bare")
+    with Server(bare, root, tmp_path) as server:
         page = open_page(server.url, allowed="Failed to load resource")
         page.get_by_text("This server needs a token: enter yours under Settings.").wait_for()
         page.get_by_label("Access token").fill(token)
@@ -206,10 +208,13 @@ def test_a_server_with_tokens_asks_for_one_and_errors_are_plain(tiny_base, root,
         page.locator(".choice").first.wait_for()
         assert page.evaluate("Object.keys(localStorage).length") == 0
         choose(page, "lora-4")
+        asked = []
+        page.on("request", lambda request: asked.append(request.url) if request.method == "POST" else None)
         for _ in range(4):
             page.locator("#prompt").fill("x")
             page.keyboard.press("Enter")
             finished(page)
+        assert set(asked) == {f"{server.url}/v1/completions"}, "without a chat template, as plain text"
         assert re.search(r"most of this token\. Try again in \d+ s\.", page.locator(".turn").last.text_content())
         server.end()
         page.locator("#prompt").fill("x")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import without_template
 from tests.core.serving.conftest import make_adapter
 
 from budwood import AdapterPool
@@ -133,12 +132,7 @@ def test_an_adapter_of_plain_text_gets_each_text_as_it_is(pool, adapters, tmp_pa
 
 
 def test_a_base_without_a_template_continues_plain_text_and_refuses_chat(tiny_base, tmp_path, monkeypatch, capfd):
-    bare = tmp_path / "bare"
-    shutil.copytree(tiny_base, bare)
-    (bare / "chat_template.jinja").unlink(missing_ok=True)
-    config = json.loads((bare / "tokenizer_config.json").read_text())
-    config.pop("chat_template", None)
-    (bare / "tokenizer_config.json").write_text(json.dumps(config))
+    bare = without_template(tiny_base, tmp_path / "bare")
     assert talk(monkeypatch, "hello\n", bare) == 0
     captured = capfd.readouterr()
     assert captured.err.startswith("note: no chat template is used: each text is sent as it is")

@@ -130,17 +130,15 @@ function weights(text) {
 
 /* Return who answers: key of the conversation, title, kind, what the request says, and whether it gets messages. */
 function answerers() {
-  const form = at("form").value;
-  const asMessages = (ids) => (form ? form === "messages" : !ids.some((id) => find(id)?.on_messages === false));
   const found = models.filter((model) => chosen().includes(model.id)).map((model) => ({
-    key: model.id, title: model.id, kind: kind(model), fields: { model: model.id },
-    messages: asMessages(model.type === "base" ? besides(model) : [model.id]),
+    key: model.id, title: model.id, kind: kind(model), fields: { model: model.id }, messages: getsMessages(model.id),
   }));
   const blend = weights(at("blend").value);
   if (blend) {
     const title = Object.entries(blend).map(([name, weight]) => `${name}=${weight}`).join(" ");
+    const heaviest = Object.keys(blend).reduce((a, b) => (Math.abs(blend[b]) > Math.abs(blend[a]) ? b : a));
     const fields = { model: models[0]?.id, adapters: blend };
-    found.push({ key: `=${title}`, title, kind: "blend", fields, messages: asMessages(Object.keys(blend)) });
+    found.push({ key: `=${title}`, title, kind: "blend", fields, messages: getsMessages(heaviest) });
   }
   return found;
 }
@@ -149,10 +147,14 @@ function find(id) {
   return models.find((model) => model.id === id);
 }
 
-/* The base gets what the adapters beside it get: plain text if all of those were trained on it. */
-function besides(base) {
-  const others = chosen().map(find).filter((model) => model && model !== base);
-  return others.length && others.every((model) => model.on_messages === false) ? [others[0].id] : [];
+/* Return whether a model is sent messages: as it was trained, and the base as the adapters beside it were. */
+function getsMessages(id) {
+  const form = at("form").value;
+  if (form) return form === "messages";
+  const base = models[0];
+  const trained = (name) => (find(name)?.on_messages ?? base.on_messages) !== false;
+  const others = chosen().filter((name) => name !== base.id);
+  return trained(id) && (id !== base.id || !others.length || others.some(trained));
 }
 
 function number(id, name, whole = true) {
