@@ -66,6 +66,7 @@ class AdapterPool:
         double_quantization: bool = True,
         embeddings: int = 0,
         adapter_bytes: int | None = None,
+        prefix_bytes: int = 0,
     ) -> None:
         """Load the base.
 
@@ -81,6 +82,7 @@ class AdapterPool:
                 `base.resize_embeddings`. An adapter that has rows for new tokens brings them along without it.
             adapter_bytes: memory for adapters: those unused for the longest leave it, and are read from their folders
                 again for the next request; None: no limit.
+            prefix_bytes: memory for the keys and values of prompts, for later prompts that begin alike; 0: none.
 
         Raises:
             InputError: there is no such base, quantization or task.
@@ -98,7 +100,7 @@ class AdapterPool:
         if embeddings:
             resize_base(base, embeddings)
         self.base = base
-        self.engine = Engine(base, task, adapter_bytes=adapter_bytes)
+        self.engine = Engine(base, task, adapter_bytes=adapter_bytes, prefix_bytes=prefix_bytes)
         self.model: nn.Module = base.model
         self.tokenizer = base.tokenizer
         self._current: str | None = None  # the last selection of any thread
@@ -215,7 +217,7 @@ class AdapterPool:
             raise InputError(
                 f"{len(prompts)} prompts but {len(adapters)} adapters: pass one (or None) for each prompt."
             )
-        names = [_leading(adapter) for adapter in adapters]
+        names = [leading(adapter) for adapter in adapters]
         encoded = [
             self._encode(p, name, f"prompt {i}") for i, (p, name) in enumerate(zip(prompts, names, strict=True), 1)
         ]
@@ -347,7 +349,7 @@ def load_for_task(
     )  # fmt: skip
 
 
-def _leading(adapter: str | Mapping[str, float] | None) -> str | None:
+def leading(adapter: str | Mapping[str, float] | None) -> str | None:
     """Return the adapter by which messages are rendered: of several, the one with the largest weight."""
     if isinstance(adapter, Mapping):
         check_weights(adapter)
