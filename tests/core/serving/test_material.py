@@ -221,5 +221,7 @@ def test_the_commands(pair, tmp_path):
     shown = run(app, ["adapter", "diff", str(pair[0]), str(tmp_path / "out"), "--json"])
     assert json.loads(shown.output)["total"]["distance"] > 0
     assert "linears; distance of the updates" in run(app, ["adapter", "diff", *map(str, pair)]).output
-    small = run(app, ["adapter", "shrink", str(tmp_path / "out"), str(tmp_path / "s"), "--rank", "5", "--force", "--json"])
+    small = run(
+        app, ["adapter", "shrink", str(tmp_path / "out"), str(tmp_path / "s"), "--rank", "5", "--force", "--json"]
+    )
     assert json.loads(small.output)["rank"] == 5 and METHODS[0] == "linear"
