@@ -88,7 +88,7 @@ def greedy(base: Path, adapter: Path | None) -> list[list[int]]:
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
 def test_llama_cpp_answers_as_we_do(llama, tmp_path, kind):
     base = make_model(tmp_path / "base", kind)
-    adapter = make_adapter(tmp_path / "a", 1, alpha_pattern={"k_proj": 3}, rank_pattern={"v_proj": 2})
+    adapter = make_adapter(tmp_path / "a", 1, alpha_pattern={"k_proj": 3, "layers.1.mlp.up_proj": 11})
     export_for(adapter, tmp_path / "out", Wanted("ollama", base=str(base)))
     export_for(adapter, tmp_path / "merged", Wanted("gguf", merged=True, dtype="fp32", base=str(base)))
     model, lora = str(tmp_path / "out" / "base.gguf"), str(tmp_path / "out" / "adapter.gguf")

@@ -23,6 +23,7 @@ _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = _CONTRACTIONS + _WORDS + r"\p{N}{1,3}" + _REST
 _QWEN2 = _CONTRACTIONS + _WORDS + r"\p{N}" + _REST
 _SPLITS = {_LLAMA3: "llama-bpe", _QWEN2: "qwen2"}
+_STRIPS = ("lstrip", "rstrip", "single_word")
 _TOKENIZER_MAX = 1 << 28
 
 
@@ -152,14 +153,14 @@ def _merges_to_itself(tokenizer: Any, token: str) -> bool:
 def _tokens(path: Path, values: dict[str, Any], tokenizer: Any, rows: int) -> tuple[list[str], list[int]]:
     """Return text and type of every token id."""
     by_id = {number: (text, NORMAL) for text, number in values["model"]["vocab"].items()}
-    for token in values.get("added_tokens") or ():
-        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-            what = "rstrip" if token.get("rstrip") else "lstrip" if token.get("lstrip") else "single_word"
+    loaded = [
+        {"id": number} | {name: getattr(token, name) for name in ("content", "special", *_STRIPS)}
+        for number, token in tokenizer.added_tokens_decoder.items()  # also those of tokenizer_config.json
+    ]
+    for token in [*(values.get("added_tokens") or ()), *loaded]:
+        if what := next((name for name in _STRIPS if token.get(name)), None):
             raise InputError(f"{path}: added token {token['content']!r}: {what}: llama.cpp does not do this.")
         by_id[token["id"]] = (token["content"], CONTROL if token.get("special") else USER_DEFINED)
-    for text, number in tokenizer.get_added_vocab().items():
-        if by_id.get(number, ("", 0))[0] != text:
-            raise InputError(f"{path}: lacks {text!r}, which tokenizer_config.json adds: save the tokenizer again.")
     if max(by_id) >= rows:
         raise InputError(f"{path}: has {max(by_id) + 1:,} tokens, but the model only {rows:,} embeddings.")
     pairs = [by_id.get(number, (f"[PAD{number}]", UNUSED)) for number in range(rows)]
