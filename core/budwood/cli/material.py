@@ -142,10 +142,12 @@ def _show(found: Difference, everything: bool) -> None:
 
 def _line(module: ModuleDifference) -> str:
     cosine = "none" if math.isnan(module.cosine) else f"{module.cosine:.3f}"
-    return f"  {module.distance:7.3f}  {cosine:>6}  {module.ranks[0]:>4} {module.ranks[1]:>4}  {module.path}"
+    ranks = "" if module.path == "all" else f"{module.ranks[0]:>4} {module.ranks[1]:>4}"
+    return f"  {module.distance:7.3f}  {cosine:>6}  {ranks:>9}  {module.path}"
 
 
 def _short(value: Any, everything: bool) -> str:
+    value = f"{value:.4g}" if isinstance(value, float) else value
     text = "".join(c if c.isprintable() else "?" for c in str(value))  # the file may contain control codes
     return text if everything or len(text) <= 100 else f"{text[:97]}…"
 

@@ -140,9 +140,19 @@ def _fields(first: SavedAdapter, second: SavedAdapter) -> list[tuple[str, Any, A
     found: list[tuple[str, Any, Any]] = [("adapter type", first.adapter_type, second.adapter_type)]
     keys = sorted({*first.config, *second.config})
     found += [(f"config.{key}", _plain(first.config.get(key)), _plain(second.config.get(key))) for key in keys]
-    manifests = [saved.manifest.model_dump() if saved.manifest is not None else {} for saved in (first, second)]
-    found += [(name, manifests[0].get(name), manifests[1].get(name)) for name in _RECORDED]
+    records = [_recorded(saved) for saved in (first, second)]
+    found += [(name, records[0].get(name), records[1].get(name)) for name in dict.fromkeys([*records[0], *records[1]])]
     return [(name, one, other) for name, one, other in found if one != other]
+
+
+def _recorded(saved: SavedAdapter) -> dict[str, Any]:
+    """Return what the manifest says, with the fields of a field as separate ones."""
+    values = saved.manifest.model_dump() if saved.manifest is not None else {}
+    found: dict[str, Any] = {}
+    for name in _RECORDED:
+        value = values.get(name)
+        found |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+    return found
 
 
 def _plain(value: Any) -> Any:
