@@ -40,8 +40,8 @@ from budwood import Run, Strategy, hookimpl
 JSON = models.ROOT / "docs" / "benchmarks" / "after-sft.json"
 DEV, DEV_SEED = 300, 1000
 """Rows of train that are only used to choose settings, and the seed of those runs."""
-TOKENS, SAMPLES = 8, 4
-"""Maximum tokens of an answer, and the answers to a prompt among which a wrong one is looked for."""
+TOKENS, SAMPLES = 8, 1
+"""Maximum tokens of an answer, and the samples of the start among which a wrong answer is looked for."""
 CRITERION = "eval_right"
 COLUMNS = {"sft": ("prompt", "completion"), "dpo": ("prompt", "chosen", "rejected"), "grpo": ("prompt", "answer")}
 """Columns of the rows that an arm reads."""
@@ -97,17 +97,14 @@ BASES = {
                 paired(2e-4, "random"), paired(7e-4, "random"), paired(2e-3, "random"), paired(2e-4), paired(7e-4),
                 paired(2e-3),
             ],
-            "grpo": [
-                rewarded(5e-4), rewarded(1.5e-3), rewarded(4e-3), rewarded(1.5e-3, temperature=1.5),
-                rewarded(1.5e-3, samples=16),
-            ],
+            "grpo": [rewarded(1.5e-4), rewarded(5e-4), rewarded(1.5e-3)],
         },
     ),
     "smollm2": Base(
         models.smollm2, "bf16", 256, 1.2e-3, 20, 300,
         {
             "sft": [{"rate": 4e-4}, {"rate": 1.2e-3}],
-            "dpo": [paired(1.2e-4), paired(4e-4)],
+            "dpo": [paired(1.2e-4)],
             "grpo": [rewarded(4e-4), rewarded(1.2e-3)],
         },
     ),

@@ -47,9 +47,9 @@ By `python -m benchmarks.after_sft --base demo` (`smollm2`); raw results in
 as the answer. Each seed trains LoRA of rank 8 on some rows with their answers, each seen once: the start. Three arms
 continue that adapter on the same further rows, with as many optimizer steps of as many rows: SFT on the answers, as
 the control; `dpo` on pairs of the answer and a wrong one, with β = 0.1; and `grpo` on answers that the model samples,
-with `exact-match` as the reward. The wrong answer of a pair is one that the start samples (of four; if all are right, a
-random section), or always a random section. `grpo` learns less per row, since it sees no answer, only whether a sample
-is one, and its samples cost several times the computation.
+with `exact-match` as the reward. The wrong answer of a pair is sampled from the start (a random section if that sample
+is right), or always a random section. `grpo` learns less per row, since it sees no answer, only whether a sample is
+one, and its samples cost several times the computation.
 
 Settings were tried on rows of train that no other run uses, one run each, and the one with the most right answers was
 taken; the tables list all. Right: the share of greedy answers that are exactly the section. Order: how often the answer
@@ -83,6 +83,8 @@ def _base(name: str, result: dict[str, Any]) -> str:
             str(len(runs)),
         ]
         rows.append(f"| {NAMES.get(arm, arm)} | {' | '.join(cells)} |")
+    if not finals:
+        rows = ["No seeds have run, only the trials of settings."]
     start = result["start of the trials"]
     tried = [
         f"| {NAMES[arm]} | {key} | {100 * metrics['eval_right']:.1f} | {_percent(metrics.get('eval_order'))} |"

@@ -8,6 +8,8 @@ BASES = ("demo", "smollm2", "encoder")
 KINDS = ("classification", "short answers", "chat", "long text")
 STRATEGIES = ("lora", "adalora", "fgm")
 GOOD, LEAST, SHARE = 0.95, 0.8, 0.9
+SETTINGS = 5
+"""Fewest settings of a cell that is shown: the default, and both directions of rate and length."""
 SEED = 0
 CONFIRMED = (1, 2, 3)
 """Seeds of the comparison of the default with the setting that won with `SEED`."""
@@ -46,7 +48,7 @@ def table(results: dict[str, dict[str, Any]]) -> tuple[list[str], list[float]]:
     ratios = []
     for cell, runs in sorted(group(results).items(), key=lambda item: _order(item[0])):
         best = winner(runs)
-        if best is None:
+        if best is None or len(runs) < SETTINGS:
             continue
         seeds = [seed for seed in CONFIRMED if seed in runs[best] and seed in runs["default"]]
         seeds = seeds or [SEED]
@@ -89,8 +91,9 @@ def section(content: dict[str, Any]) -> str:
 By `python -m benchmarks.defaults`; raw results in [benchmarks/defaults.json](benchmarks/defaults.json). In each cell a
 run names nothing, and a sweep varies the default's learning rate and number of steps. The score is the accuracy, the
 share of exact answers, or the likelihood of a token, exp(-loss) (chat, long text). The data is the demo's, and so is
-the base, unless the first column names another. Some sweeps are incomplete: the fourth column counts the settings that
-ran. The winner of a sweep and the default ran again with other seeds, and the ratio is that of their means over these.
+the base, unless the first column names another. Not all sweeps are complete: the fourth column counts the settings
+that ran, and cells with fewer than {SETTINGS} are left out. The winner of a sweep and the default ran again with other
+seeds, and the ratio is that of their means over these.
 
 {verdict(ratios)}
 
