@@ -17,6 +17,7 @@ from budwood.cli.streams import echo
 if TYPE_CHECKING:
     from budwood.serving.http.settings import Address
 
+NAME = r"[A-Za-z0-9_./-]{1,128}"
 EXTRA = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")
 
 
@@ -67,9 +68,12 @@ def serve(
         )
     if admin_place is not None and not known.has_admin:
         raise InputError("--admin: needs an administrator's token: budwood token FILE --admin, then --tokens FILE.")
+    base_name = name or _base_name(base)
+    if not re.fullmatch(NAME, base_name):
+        raise InputError(f"--name {base_name[:64]!r}: use letters, digits, '_', '-', '.' and '/'.")
     root = Root(adapters) if adapters is not None else None
     limits = Limits(max_tokens=max_tokens, waiting=waiting, deadline=deadline, drain=drain)
-    settings = Settings(name or _base_name(base), place, admin_place, limits)
+    settings = Settings(base_name, place, admin_place, limits)
     with uncollected():
         from budwood.serving.http.server import run
         from budwood.serving.http.start import open_service

@@ -99,6 +99,7 @@ def _target(service: Service, body: Generation, record: Record) -> Target:
     for one in target.served:
         record.stack.enter_context(service.catalog.hold(one))
     record.adapter = target.label
+    record.prompt_field = "messages" if isinstance(body, Chat) else "prompt"
     return target
 
 
@@ -155,7 +156,10 @@ def _submit(
             try:
                 call.submit(ask)
             except Exception as error:
-                raise _explain(service, target, error) from error
+                told = _explain(service, target, error)
+                if told.status == 400:
+                    told.param = "adapters" if told.message.startswith("adapters:") else record.prompt_field
+                raise told from error
     return made
 
 

@@ -36,6 +36,7 @@ class Record:
     Attributes:
         adapter: the served name, "base" or "blend"; "" if there is none.
         outcome: how it ended, if not by itself.
+        prompt_field: what the request calls its prompt.
         unfinished: whether an answer has begun and not ended.
         stack: what is held for the request, and freed at its end, however it ends.
     """
@@ -51,6 +52,7 @@ class Record:
     first: float | None = None
     outcome: str = ""
     unfinished: bool = False
+    prompt_field: str = "prompt"
     stack: ExitStack = field(default_factory=ExitStack)
 
     def heard(self, piece: Piece) -> None:
