@@ -48,6 +48,12 @@ def serve(
     max_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of an answer.")] = 4096,
     deadline: Annotated[float, typer.Option(min=1, help="Seconds after which a request is ended.")] = 600.0,
     drain: Annotated[float, typer.Option(min=0, help="Seconds for requests in flight after SIGTERM.")] = 30.0,
+    adapter_mib: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="MiB for adapters; those unused for longest are read again when asked for. Default: all."
+        ),
+    ] = None,
     prefix_mib: Annotated[int, typer.Option(min=0, help="MiB for prompts that begin alike; 0: none.")] = 256,
 ) -> None:
     """Serve a base and its adapters with OpenAI's API, and a page to try them."""
@@ -82,6 +88,7 @@ def serve(
     service = open_service(
         base, settings, known, root, lambda text: echo(text, err=True), quantization=quantization,
         precision=precision, device=device, max_rows=rows, prefix_bytes=prefix_mib << 20,
+        adapter_bytes=None if adapter_mib is None else adapter_mib << 20,
     )  # fmt: skip
 
     def started(places: list[str]) -> None:
