@@ -51,7 +51,7 @@ def serve(
     adapter_mib: Annotated[
         int | None,
         typer.Option(
-            min=1, help="MiB for adapters; those unused for longest are read again when asked for. Default: all."
+            min=1, help="MiB for adapters in memory; others are read when asked for. Default: no limit."
         ),
     ] = None,
     prefix_mib: Annotated[int, typer.Option(min=0, help="MiB for prompts that begin alike; 0: none.")] = 256,
