@@ -129,10 +129,11 @@ class Catalog:
 
     def visible(self, tenant: Tenant) -> list[dict[str, Any]]:
         """Return the models that a tenant may use."""
+        has_template = bool(getattr(self.engine.tokenizer, "chat_template", None))
         base = {
             "id": self.base_name, "object": "model", "created": self.created, "owned_by": "budwood",
             "identity": self.engine.base.fingerprint, "type": "base", "rank": None, "task": self.engine.task,
-            "on_messages": None,
+            "on_messages": None if has_template else False,
         }  # fmt: skip
         return [base, *(served.describe() for served in self._table.values() if tenant.allows(served.name))]
 

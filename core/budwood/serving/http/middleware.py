@@ -24,9 +24,8 @@ GONE = 499
 HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
-    (b"content-security-policy", b"default-src 'none'; connect-src 'self'; img-src 'self' data:; style-src 'self' "
-     b"'unsafe-inline'; script-src 'self' 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
-     b"frame-ancestors 'none'"),
+    (b"content-security-policy", b"default-src 'none'; connect-src 'self'; img-src 'self' data:; style-src 'self'; "
+     b"script-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
 ]  # fmt: skip
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 QUIET = ("/health", "/ready", "/metrics")
