@@ -50,9 +50,7 @@ def serve(
     drain: Annotated[float, typer.Option(min=0, help="Seconds for requests in flight after SIGTERM.")] = 30.0,
     adapter_mib: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="MiB for adapters in memory; others are read when asked for. Default: no limit."
-        ),
+        typer.Option(min=1, help="MiB for adapters in memory; others are read when asked for. Default: no limit."),
     ] = None,
     prefix_mib: Annotated[int, typer.Option(min=0, help="MiB for prompts that begin alike; 0: none.")] = 256,
 ) -> None:
