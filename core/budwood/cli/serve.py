@@ -70,6 +70,8 @@ def serve(
             f"--host {host}: other machines could ask without a token. Make tokens with: budwood token FILE TENANT, "
             "and pass --tokens FILE; or listen at 127.0.0.1."
         )
+    if admin_place is not None and not admin_place.is_local:
+        raise InputError(f"--admin {admin}: the administrator connects from this machine alone: use 127.0.0.1:PORT.")
     if admin_place is not None and not known.has_admin:
         raise InputError("--admin: needs an administrator's token: budwood token FILE --admin, then --tokens FILE.")
     base_name = name or _base_name(base)
