@@ -8,7 +8,9 @@ import logging
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from budwood.errors import ResourceError
 from budwood.serving.http.app import admin_app, clients_app
@@ -21,6 +23,36 @@ WATCH = 0.1
 """Seconds between two looks at whether the server is to end."""
 CLOSING = 3
 """Seconds that connections have to close after the last answer."""
+
+
+class _Protocol(H11Protocol):
+    """A connection that ends if the headers of a request do not arrive in time."""
+
+    seconds: float
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Expect a request."""
+        super().connection_made(transport)
+        self._timer = self.loop.call_later(self.seconds, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        """Read a part of a request."""
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._end_timer()
+        elif self._timer is None and self.conn.trailing_data[0]:  # the beginning of a further request
+            self._timer = self.loop.call_later(self.seconds, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End."""
+        self._end_timer()
+        super().connection_lost(exc)
+
+    def _end_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class _Server(uvicorn.Server):
@@ -114,9 +146,10 @@ def _shutting_down() -> ApiError:
 
 
 def _config(app: object, limits: Limits) -> uvicorn.Config:
+    protocol = type("_Protocol", (_Protocol,), {"seconds": limits.body_seconds})
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
-        http="h11", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
+        http=protocol, ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
         proxy_headers=False, h11_max_incomplete_event_size=limits.header, limit_concurrency=limits.connections,
         timeout_keep_alive=30, timeout_graceful_shutdown=CLOSING,
     )  # fmt: skip

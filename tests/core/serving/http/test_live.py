@@ -102,6 +102,12 @@ def test_floods_and_fragments_are_refused_and_the_server_stays(tiny_base):
         slow = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" \
             b"Content-Length: 100\r\n\r\n{"  # fmt: skip
         assert b" 408 " in answer(slow)
+        assert answer(b"") == answer(b"GET / HTTP/1.1\r\nHost: lo") == b""  # nothing, or half of a head
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as made:
+            made.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            wait_for(lambda: b"ok" in made.recv(4096))
+            made.sendall(b"GET /hea")
+            assert made.recv(4096) == b""
         large = slow.replace(b"100", b"10000000")
         assert b" 413 " in answer(large + b"x" * 100_000)
         chunked = large.replace(b"Content-Length: 10000000", b"Transfer-Encoding: chunked")[:-1]
