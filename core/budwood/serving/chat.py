@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from budwood.errors import InputError
+from budwood.model.limits import ContextFullError
 from budwood.serving.pool import AdapterPool, leading
-from budwood.serving.requests import ContextFullError
 
 
 @dataclass(frozen=True)

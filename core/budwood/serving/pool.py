@@ -66,6 +66,7 @@ class AdapterPool:
         double_quantization: bool = True,
         embeddings: int = 0,
         prefix_bytes: int = 0,
+        adapter_bytes: int | None = None,
     ) -> None:
         """Load the base.
 
@@ -80,6 +81,8 @@ class AdapterPool:
             embeddings: least number of token embeddings; the base is resized to it, as in a run with
                 `base.resize_embeddings`. An adapter that has rows for new tokens brings them along without it.
             prefix_bytes: memory for the keys and values of prompts, for later prompts that begin alike; 0: none.
+            adapter_bytes: memory for adapters: those unused for the longest leave it, and are read from their folders
+                again for the next request; None: no limit.
 
         Raises:
             InputError: there is no such base, quantization or task.
@@ -99,7 +102,7 @@ class AdapterPool:
         if embeddings:
             resize_base(base, embeddings)
         self.base = base
-        self.engine = Engine(base, task, prefix_bytes=prefix_bytes)
+        self.engine = Engine(base, task, prefix_bytes=prefix_bytes, adapter_bytes=adapter_bytes)
         self.model: nn.Module = base.model
         self.tokenizer = base.tokenizer
         self._current: str | None = None  # the last selection of any thread
@@ -126,8 +129,16 @@ class AdapterPool:
         assert saved is not None
         return saved
 
-    def load(self, name: str, directory: str | Path, *, allow_other_base: bool = False) -> SavedAdapter:
-        """Attach an adapter to the model without using it. On failure the model stays unchanged.
+    def load(
+        self, name: str, directory: str | Path, *, allow_other_base: bool = False, pinned: bool = False
+    ) -> SavedAdapter:
+        """Load an adapter without using it. On failure the model stays unchanged.
+
+        Args:
+            name: what it is called from then on.
+            directory: its folder.
+            allow_other_base: whether it may have been trained on another base.
+            pinned: keep it in memory, also if other adapters need the room that `adapter_bytes` leaves.
 
         Returns:
             The adapter; its `notes` are messages for the user.
@@ -138,7 +149,7 @@ class AdapterPool:
                 does not record.
             CorruptError: the folder is damaged or altered, or its tensors do not fit its own base.
         """
-        return self.engine.load(name, directory, allow_other_base=allow_other_base)
+        return self.engine.load(name, directory, allow_other_base=allow_other_base, pinned=pinned)
 
     def use(self, name: str | None) -> None:
         """Use one adapter from now on; None: the base alone.
