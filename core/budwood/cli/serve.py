@@ -50,9 +50,7 @@ def serve(
     drain: Annotated[float, typer.Option(min=0, help="Seconds for requests in flight after SIGTERM.")] = 30.0,
     adapter_mib: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="MiB for adapters; those unused for longest are read again when asked for. Default: all."
-        ),
+        typer.Option(min=1, help="MiB for adapters in memory; others are read when asked for. Default: no limit."),
     ] = None,
     prefix_mib: Annotated[int, typer.Option(min=0, help="MiB for prompts that begin alike; 0: none.")] = 256,
 ) -> None:
@@ -72,6 +70,8 @@ def serve(
             f"--host {host}: other machines could ask without a token. Make tokens with: budwood token FILE TENANT, "
             "and pass --tokens FILE; or listen at 127.0.0.1."
         )
+    if admin_place is not None and not admin_place.is_local:
+        raise InputError(f"--admin {admin}: the administrator connects from this machine alone: use 127.0.0.1:PORT.")
     if admin_place is not None and not known.has_admin:
         raise InputError("--admin: needs an administrator's token: budwood token FILE --admin, then --tokens FILE.")
     base_name = name or _base_name(base)

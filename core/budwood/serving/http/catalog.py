@@ -63,14 +63,16 @@ class Root:
     """The folder below which every adapter has to be."""
 
     def __init__(self, folder: Path) -> None:
-        """Check that the folder is there.
+        """Check the folder.
 
         Raises:
-            InputError: it is not.
+            InputError: it is not there, or is an adapter itself.
         """
         self.folder = folder.resolve()
         if not self.folder.is_dir():
             raise InputError(f"--adapters {folder}: no such folder.")
+        if (self.folder / CONFIG).exists():
+            raise InputError(f"--adapters {folder}: is an adapter itself: give the folder that it is in.")
 
     def find(self, path: str) -> Path:
         """Return the folder of a path below the root; no part of it may be a link, or lead out.

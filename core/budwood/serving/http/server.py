@@ -95,10 +95,12 @@ async def _serve(
             for task in tasks:
                 if task.done():
                     task.result()
+        warming = asyncio.ensure_future(service.work(service.prompts.warm))
         started([_shown(service.settings.address, listening), *([str(service.settings.admin)] if admin else [])])
         while service.alive and not service.ending:
             await asyncio.sleep(WATCH)
         await _drain(service)
+        warming.cancel()
     finally:
         for one, _ in servers:
             one.should_exit = True

@@ -152,6 +152,7 @@ def test_the_command_makes_tokens(tmp_path, capsys):
         (["--host", "example.org"], "other machines could ask without a token"),
         (["--admin", "admin.sock"], "needs an administrator's token"),
         (["--admin", "localhost:99999"], "write HOST:PORT"),
+        (["--admin", "0.0.0.0:8001"], "from this machine alone"),
         (["--adapters", "nowhere"], "no such folder"),
         (["--tokens", "nowhere.json"], "no such file"),
         (["--name", "a@b"], "name"),
