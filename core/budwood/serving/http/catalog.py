@@ -40,6 +40,7 @@ class Served:
     Attributes:
         name: what clients call it; key: what the engine calls it.
         identity: hash of its content and of the base.
+        path: its folder, below the root; "": it is another name of an adapter.
         created: when it was loaded, in seconds since 1970.
     """
 
@@ -47,6 +48,7 @@ class Served:
     key: str
     saved: SavedAdapter
     identity: str
+    path: str
     created: int
 
     def describe(self) -> dict[str, Any]:
@@ -237,14 +239,15 @@ class Catalog:
         except BaseException:
             self.engine.unload(key)
             raise
-        served = Served(name, key, loaded.saved, loaded.identity, int(time.time()))
+        served = Served(name, key, loaded.saved, loaded.identity, path, int(time.time()))
         self._table = {**self._table, name: served}
         if old is not None:
             self._retire(old.key)
         return served, found
 
     def reload(self, verify: str = "auto") -> dict[str, dict[str, Any]]:
-        """Load again what has changed below the root: adapters that are served, new ones, and not those that failed.
+        """Load again the adapters whose folders have changed, and those whose folders are new; names that `alias` gave
+        keep what they stand for.
 
         Returns:
             What happened, by name.
@@ -252,7 +255,10 @@ class Catalog:
         if self.root is None:
             raise InputError("the server has no folder of adapters: start it with --adapters DIR.")
         done: dict[str, dict[str, Any]] = {}
-        for name, path in self.root.all().items():
+        served_paths = {one.name: one.path for one in self.all()}
+        for name, path in {**self.root.all(), **served_paths}.items():
+            if not path:
+                continue
             try:
                 served, found = self.load(name, path, verify, replaces=True)
                 done[name] = {"identity": served.identity, "result": found}
@@ -273,7 +279,7 @@ class Catalog:
                 return served
             key, old = f"{name}.{next(self._numbers)}", self._table.get(name)
             self.engine.alias(key, served.key)
-            moved = replace(served, name=name, key=key, created=int(time.time()))
+            moved = replace(served, name=name, key=key, path="", created=int(time.time()))
             self._table = {**self._table, name: moved}
             if old is not None:
                 self._retire(old.key)

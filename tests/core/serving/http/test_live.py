@@ -16,6 +16,7 @@ from tests.core.serving.http.conftest import HELLO, open_service, running
 
 from budwood.errors import ResourceError
 from budwood.serving.http.server import run
+from budwood.serving.http.sockets import bound
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
@@ -153,17 +154,18 @@ def test_a_shutdown_lets_requests_end_or_says_why_not(tiny_base, slowed, drain):
 def test_the_server_ends_with_its_engine(tiny_base):
     service = open_service(tiny_base)
     failed: list[BaseException] = []
-    places: list[list[str]] = []
+    ready = threading.Event()
 
     def serve() -> None:
         try:
-            run(service, places.append)
+            with bound(service.settings) as sockets:
+                run(service, sockets, ready.set)
         except BaseException as error:
             failed.append(error)
 
     thread = threading.Thread(target=serve)
     thread.start()
-    wait_for(lambda: places)
+    assert ready.wait(10)
     service.engine.call(lambda: None)
     assert service.alive
     service.engine.thread._commands.put(None)  # its thread ends, as it would at an error beyond all that it catches

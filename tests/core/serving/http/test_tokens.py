@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
 
 import pytest
 from tests.core.serving.http.conftest import admin, ask, client, open_service
@@ -162,6 +163,13 @@ def test_the_command_refuses_what_is_unsafe_before_the_base_loads(tiny_base, opt
     monkeypatch.setattr("budwood.serving.http.start.load_for_task", lambda *a, **k: pytest.fail("loaded"))
     assert run(["serve", str(tiny_base), *options]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_an_address_that_is_taken_is_known_before_the_base_loads(tiny_base, capsys, monkeypatch):
+    monkeypatch.setattr("budwood.serving.http.start.load_for_task", lambda *a, **k: pytest.fail("loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert run(["serve", str(tiny_base), "--port", str(taken.getsockname()[1])]) == 2
+    assert "cannot listen at http://127.0.0.1:" in capsys.readouterr().err
 
 
 def test_without_the_extra_the_command_says_what_to_install(tiny_base, capsys, monkeypatch):
