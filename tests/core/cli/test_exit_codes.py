@@ -86,7 +86,7 @@ TABLE: dict[tuple[str, ...], dict[int, Case]] = {
         5: NO_TRAINING,
     },
     ("serve",): {
-        0: lambda w: [w.base, w.stub("budwood.serving.http.server.run", lambda *_: None)],
+        0: lambda w: [w.base, "--port", "0", w.stub("budwood.serving.http.server.run", lambda *_: None)],
         2: lambda w: [w.base, "--host", "0.0.0.0"],
         3: lambda w: [w.base, "--device", "cuda:99"],
         4: lambda w: [w.corrupt_base],

@@ -123,6 +123,9 @@ def test_golden_logits_are_compared_on_the_live_engine_before_a_name_moves(manag
     assert text(user, "one") != before
     skipped = boss.post("/admin/adapters", json={"name": "bad", "verify": "hash"})
     assert skipped.status_code == 200 and skipped.json()["golden"] == "not compared"
+    moved = boss.put("/admin/adapters/two", json={"target": "bad"})  # which was not compared yet
+    assert moved.status_code == 422 and service.catalog._table["two"].path == "two"
+    assert boss.put("/admin/adapters/two", json={"target": "bad", "verify": "hash"}).status_code == 200
 
 
 def test_requests_in_flight_end_on_what_they_began_with(managed):

@@ -54,6 +54,18 @@ def test_a_foreign_adapter_looks_like_none(tenants):
     assert 'adapter="two",tenant="a"' not in text
 
 
+def test_tenants_share_no_cached_prompts(tiny_base, tmp_path):
+    """The same prompt is found again for the tenant that sent it, and computed anew for another one."""
+    tokens = [add_token(tmp_path / "tokens.json", tenant) for tenant in ("a", "b")]
+    service = open_service(tiny_base, None, tmp_path / "tokens.json", prefix_bytes=1 << 20)
+    hits = []
+    for token in (tokens[0], tokens[1], tokens[0]):
+        done = client(service, token).post("/v1/completions", json={"model": "tiny", "prompt": "word " * 90})
+        assert done.status_code == 200
+        hits.append(service.engine.prefixes.hits)
+    assert hits[0] == hits[1] == 0 < hits[2]
+
+
 def test_without_its_token_nothing_is_answered(tenants):
     service, tokens = tenants
     for token in ("", "none", tokens["a"] + "x", tokens["a"][:-1], tokens["admin"], "é"):
