@@ -74,7 +74,7 @@ _EXPORTS = {
     "Encoder": "budwood.data.encoder",
     **dict.fromkeys(("DataFormat", "Dropped"), "budwood.data.formats"),
     **dict.fromkeys(("collate_rows", "collate_tokens"), "budwood.data.packing"),
-    **dict.fromkeys(("CausalLM", "SequenceClassification"), "budwood.model.text_tasks"),
+    **dict.fromkeys(("CausalLM", "SequenceClassification", "TextTask", "as_probe"), "budwood.model.text_tasks"),
     "EvalTotals": "budwood.model.evaluation",
     "Task": "budwood.model.task",
     **dict.fromkeys(("PluginError", "installed"), "budwood.contract.discovery"),

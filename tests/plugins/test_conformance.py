@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from budwood import installed
-from budwood.testing import Files, StrategyConformance
+from budwood.testing import Files, StrategyConformance, TaskConformance, tiny_encoder
 from budwood.testing.bench import FIRST_PARTY
 from budwood_adalora import AdaLoRA
 from budwood_adversarial import Adversarial
@@ -152,6 +153,55 @@ class TestGRPO(StrategyConformance):
         "rewards": [{"length": {"target": 9, "unit": "characters"}}], "samples": 3, "max_new_tokens": 4, "kl": 0.1,
         "iterations": 2,
     }  # fmt: skip
+
+
+WORDS = "games files data model small runtime section terminal library headers".split()  # noqa: SIM905
+SENTENCES = [" ".join(WORDS[(3 * i + j) % 10] for j in range(4)) for i in range(12)]
+
+
+class TestCausalLM(TaskConformance):
+    task = "causal-lm"
+    rows = [{"prompt": text[:8], "completion": text[8:20]} for text in SENTENCES]
+
+
+class TestSequenceClassification(TaskConformance):
+    task = "sequence-classification"
+    rows = [{"text": text[:16], "label": "ab"[i % 2]} for i, text in enumerate(SENTENCES)]
+
+
+class TestRewardModel(TaskConformance):
+    task = "reward-model"
+    rows = [{"prompt": text[:8], "chosen": text[8:16], "rejected": text[10:18]} for text in SENTENCES]
+
+
+class EncoderConformance(TaskConformance):
+    __test__ = False
+    text = SENTENCES[0]
+
+    @classmethod
+    def make_base(cls, folder: Path) -> Path:
+        return tiny_encoder(folder, WORDS)
+
+
+class TestSequenceClassificationOfAnEncoder(EncoderConformance):
+    __test__ = True
+    task = "sequence-classification"
+    rows = TestSequenceClassification.rows
+
+
+class TestEmbedding(EncoderConformance):
+    __test__ = True
+    task = "embedding"
+    options = {"matryoshka": [8], "temperature": 0.5}
+    rows = [
+        {"anchor": text, "positive": SENTENCES[i - 1], **({"negative": SENTENCES[i - 2]} if i % 2 else {})}
+        for i, text in enumerate(SENTENCES)
+    ]
+
+
+class TestEmbeddingOfADecoder(TaskConformance):
+    task = "embedding"
+    rows = [{"query": text[:12], "document": text[8:20]} for text in SENTENCES]
 
 
 def test_the_kit_composes_with_first_party_strategies() -> None:

@@ -98,7 +98,8 @@ def recognise(columns: Sequence[str], task: str, where: str) -> DataFormat:
         names = " and as ".join(_spell(data_format) for data_format in matches)
         raise InputError(f"{where}: columns {here} can be read as {names}. Keep the columns of only one of them.")
     if not matches:
-        accepted = "; ".join(_spell(data_format) for data_format in formats)
+        own_task = [data_format for data_format in formats if task in data_format.tasks]
+        accepted = "; ".join(_spell(data_format) for data_format in own_task or formats)
         raise InputError(
             f"{where}: columns {here} match no data format.{suggest(columns) or _nearest(columns, formats)} "
             f"Accepted: {accepted}.{broken}"

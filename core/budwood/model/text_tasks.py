@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from budwood.data.text import Tokens, tokenise
 from budwood.errors import InputError
 from budwood.model.evaluation import EvalTotals, at_least_fp32, autocast
 from budwood.model.heads import body_of, own_head
+from budwood.model.limits import positions_of
 from budwood.model.ops.cross_entropy import cross_entropy
 from budwood.model.task import Task
 
@@ -38,6 +40,22 @@ class TextTask(Task):
         """Pack the examples into one row, or pad each to a row."""
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
         return collate_tokens(examples, packed, pad, self.pads_rows(model))
+
+    def model_inputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
+        """Return the arguments of the forward of the model's body: with the boundaries of packed examples.
+
+        A model whose rows are padded numbers its positions itself.
+        """
+        if self.pads_rows(model):
+            return {name: tensor for name, tensor in batch.inputs.items() if name != "position_ids"}
+        return _inputs(batch)
+
+    def read_texts(self, model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of each text as the model reads it, truncated to the length that it was made for."""
+        encoder = Encoder(tokenizer)
+        limit = min(tokenizer.model_max_length, positions_of(model) or sys.maxsize)
+        rows = zip(texts, encoder.whole(texts), strict=True)
+        return [ids if len(ids) <= limit else encoder.cut(text, limit) for text, ids in rows]
 
     def check_inputs(self, model: nn.Module, example: Example) -> str:
         """See `Task.check_inputs`."""
@@ -92,6 +110,7 @@ class CausalLM(TextTask):
     api = 2
     name = "causal-lm"
     auto_class = "AutoModelForCausalLM"
+    peft_task_type = "CAUSAL_LM"
 
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
         """See `Task.encode`. A pair becomes a group of two examples, the chosen answer first."""
@@ -236,6 +255,7 @@ class SequenceClassification(TextTask):
     api = 2
     name = "sequence-classification"
     auto_class = "AutoModelForSequenceClassification"
+    peft_task_type: ClassVar[str | None] = "SEQ_CLS"
     gathers_predictions = True
 
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
@@ -285,6 +305,26 @@ class SequenceClassification(TextTask):
     def probe(self, example: Example, limit: int | None = None) -> Example:
         """See `Task.probe`."""
         return as_probe(example.inputs["input_ids"][-limit if limit else None :], int(example.labels[0]))
+
+    def respond(self, model: nn.Module, tokenizer: Any, texts: Sequence[str], labels: Sequence[str]) -> list[Any]:
+        """Return {"label": the most probable class, "probabilities": of all classes} of each text."""
+        rows = []
+        for logits in self.text_logits(model, tokenizer, texts):
+            probabilities: dict[str, float] = dict(zip(labels, logits.softmax(-1).tolist(), strict=True))
+            best = max(probabilities, key=lambda label, chances=probabilities: chances[label])  # type: ignore[misc]
+            rows.append({"label": best, "probabilities": probabilities})
+        return rows
+
+    def show_response(self, response: Any) -> str:
+        """Return the class and its probability."""
+        return f"{response['label']} ({response['probabilities'][response['label']]:.1%})"
+
+    def text_logits(self, model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> list[Tensor]:
+        """Return the logits of each text, [classes] fp32 on the CPU."""
+        device = next(model.parameters()).device
+        probes = map(as_probe, self.read_texts(model, tokenizer, texts))
+        batches = (self.collate([probe], model, tokenizer, False).to(device) for probe in probes)
+        return [self.own_logits(model, batch)[0].float().cpu() for batch in batches]
 
     def metrics(self, run: Run, totals: EvalTotals) -> dict[str, float]:
         """Return macro F1, and set `report` to the classification report."""

@@ -151,6 +151,11 @@ def merge(
     with complete_directory(out) as folder:
         model.to(target).save_pretrained(folder)  # type: ignore[operator]
         pool.tokenizer.save_pretrained(folder)
+        evaluation = saved.manifest.evaluation if saved.manifest else None
+        files = pool.task_plugin.model_files(model, evaluation.max_length if evaluation else None)
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
         (folder / RECORD).write_text(json.dumps(_record(saved, pool.base.name, report, force), indent=2) + "\n")
     return report
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,14 +17,14 @@ from torch import Tensor, nn
 from budwood.adapters.golden import measure
 from budwood.adapters.manifest import ChatRecord
 from budwood.adapters.store import SavedAdapter
+from budwood.contract.calls import attribute_errors
 from budwood.contract.examples import Example
-from budwood.contract.loading import create
-from budwood.data.encoder import Encoder, encode_chat, encode_prompt
+from budwood.contract.loading import build_task
+from budwood.data.encoder import encode_chat, encode_prompt
 from budwood.errors import InputError
 from budwood.model.base import Base, load_base, pick_device_precision
 from budwood.model.decoding import Generated
 from budwood.model.embeddings import resize_base
-from budwood.model.limits import positions_of
 from budwood.model.quiet import silence_libraries
 from budwood.model.task import Task
 from budwood.model.text_tasks import as_probe
@@ -61,6 +60,7 @@ class AdapterPool:
         *,
         task: str = "causal-lm",
         labels: Sequence[str] | None = None,
+        task_options: Mapping[str, Any] | None = None,
         precision: str = "auto",
         device: str = "auto",
         double_quantization: bool = True,
@@ -73,6 +73,7 @@ class AdapterPool:
             quantization: none, int8, nf4, fp4.
             task: name of the task that the adapters were trained for.
             labels: class names, for classification.
+            task_options: options of the task, as an adapter's manifest has them.
             precision: fp32, bf16, fp16, or auto: the fastest on this machine.
             device: cpu, cuda, or auto.
             double_quantization: also quantise the constants of nf4 and fp4.
@@ -86,18 +87,21 @@ class AdapterPool:
         """
         silence_libraries()
         self.task = task
-        self.task_plugin: Task = create(task, "budwood.tasks")
+        self.task_plugin: Task = build_task(task, dict(task_options or {}))
         if not isinstance(base, Base):
             chosen, dtype, _ = pick_device_precision(device, precision)
             kwargs, tokenizer = self.task_plugin.model_kwargs(list(labels or ())), self.task_plugin.needs_tokenizer
             base = load_base(
                 base, quantization, self.task_plugin.auto_class, dtype, chosen, double_quantization=double_quantization,
-                model_kwargs=kwargs, needs_tokenizer=tokenizer,
+                model_kwargs=kwargs, needs_tokenizer=tokenizer, unused=self.task_plugin.unused_modules,
             )  # fmt: skip
         if embeddings:
             resize_base(base, embeddings)
+        with attribute_errors(self.task_plugin, "read_base"):
+            self.task_plugin.read_base(base.path)
         self.base = base
         self.engine = Engine(base, task)
+        self.engine.loader.task_plugin = self.task_plugin
         self.model: nn.Module = base.model
         self.tokenizer = base.tokenizer
         self._current: str | None = None  # the last selection of any thread
@@ -263,6 +267,26 @@ class AdapterPool:
             self.current, lambda: measure(self.task_plugin, self.model, self.tokenizer, probes, self.base.dtype)
         )
 
+    def respond(self, texts: Sequence[str]) -> list[Any]:
+        """Return the task's answers to texts with the adapter in use, as JSON values; see `Task.respond`.
+
+        Raises:
+            InputError: the task does not answer texts, or a text cannot be used.
+        """
+        task, labels, dtype = self.task_plugin, self._labels(), self.base.dtype
+        device = torch.device(self.base.device).type
+
+        def compute() -> list[Any]:
+            narrow = dtype in (torch.bfloat16, torch.float16)
+            with (
+                torch.no_grad(),
+                torch.autocast(device, dtype=dtype, enabled=narrow),
+                attribute_errors(task, "respond"),
+            ):
+                return task.respond(self.model, self.tokenizer, texts, labels)
+
+        return self.engine.with_adapter(self.current, compute)
+
     def classify(self, texts: Sequence[str]) -> list[Classified]:
         """Classify texts with the adapter in use.
 
@@ -271,18 +295,7 @@ class AdapterPool:
         """
         if self.task != "sequence-classification":
             raise InputError(f"the pool's task is {self.task}: open it with task='sequence-classification'.")
-        encoder = Encoder(self.tokenizer)
-        limit = min(self.tokenizer.model_max_length, positions_of(self.model) or sys.maxsize)
-        rows = [
-            ids if len(ids) <= limit else encoder.cut(t, limit)
-            for t, ids in zip(texts, encoder.whole(texts), strict=True)
-        ]
-        labels = self._labels()
-        results = []
-        for probabilities in self.logits(rows).softmax(-1).tolist():
-            by_label = dict(zip(labels, probabilities, strict=True))
-            results.append(Classified(max(by_label, key=by_label.__getitem__), by_label))
-        return results
+        return [Classified(**answer) for answer in self.respond(texts)]
 
     def merge(self, name: str) -> None:
         """Merge an adapter permanently into the weights of an unquantised base, and remove it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import torch
 from budwood.adapters.golden import TOLERANCE, Distance, Golden, comparable, current_setting, threads
 from budwood.adapters.manifest import GoldenRecord
 from budwood.adapters.match import mismatch
-from budwood.adapters.peft_config import TASK_TYPES
 from budwood.adapters.store import GOLDEN, SavedAdapter, read_adapter
-from budwood.contract.loading import create
-from budwood.errors import CorruptError, InputError
+from budwood.contract.discovery import installed
+from budwood.contract.loading import create, load
+from budwood.errors import BudwoodError, CorruptError, InputError
 from budwood.model.base import check_base, fingerprint, skeleton
 from budwood.model.checkpoint import one_revision, would_fetch
 from budwood.model.limits import embeddings_of
@@ -107,6 +108,7 @@ def open_pool(
             quantization,
             task=task,
             labels=labels,
+            task_options=saved.manifest.task_options if saved.manifest else None,
             precision=precision or (PRECISIONS.get(recorded.dtype, "auto") if recorded else "auto"),
             device=device,
             double_quantization=recorded.double_quantization if recorded else True,
@@ -136,10 +138,14 @@ def _task_of_stock(saved: SavedAdapter) -> tuple[str, list[str]]:
     Raises:
         InputError: the task is not supported.
     """
-    name = saved.config.get("task_type") or TASK_TYPES["causal-lm"]
-    task = next((task for task, theirs in TASK_TYPES.items() if theirs == name), None)
+    types: dict[str, str] = {}
+    for installed_task in installed("budwood.tasks"):
+        with suppress(BudwoodError):  # a broken plugin, which `budwood plugins` reports
+            types.setdefault(load(installed_task, "budwood.tasks")[0].peft_task_type or "", installed_task)
+    name = saved.config.get("task_type") or "CAUSAL_LM"
+    task = types.get(str(name))
     if task is None:
-        known = ", ".join(TASK_TYPES.values())
+        known = ", ".join(filter(None, types))
         raise InputError(f"{saved.directory}: task_type {shorten(str(name))} is not supported, only {known}.")
     heads = ("score.weight", "classifier.weight", "out_proj.weight", "logits_proj.weight")
     rows = [info.shape[0] for key, info in saved.infos.items() if key.endswith(heads) and "lora_" not in key]
