@@ -75,6 +75,7 @@ _EXPORTS = {
     **dict.fromkeys(("DataFormat", "Dropped"), "budwood.data.formats"),
     **dict.fromkeys(("collate_rows", "collate_tokens"), "budwood.data.packing"),
     **dict.fromkeys(("CausalLM", "SequenceClassification", "TextTask", "as_probe"), "budwood.model.text_tasks"),
+    "takes_segments": "budwood.model.encoders",
     "EvalTotals": "budwood.model.evaluation",
     "Task": "budwood.model.task",
     **dict.fromkeys(("PluginError", "installed"), "budwood.contract.discovery"),

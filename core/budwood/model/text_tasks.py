@@ -22,8 +22,10 @@ from budwood.data.preference import Judged, Pair
 from budwood.data.prompts import Prompt
 from budwood.data.text import Tokens, tokenise
 from budwood.errors import InputError
-from budwood.model.evaluation import EvalTotals, at_least_fp32, autocast
-from budwood.model.heads import body_of, own_head
+from budwood.model.encoders import encoder_inputs, padded_rows, takes_segments
+from budwood.model.evaluation import EvalTotals, at_least_fp32
+from budwood.model.exact_match import exact_match
+from budwood.model.heads import body_of, own_head, pooled_logits
 from budwood.model.limits import positions_of
 from budwood.model.ops.cross_entropy import cross_entropy
 from budwood.model.task import Task
@@ -39,16 +41,19 @@ class TextTask(Task):
     def collate(self, examples: Sequence[Example], model: nn.Module, tokenizer: Any, packed: bool) -> Batch:
         """Pack the examples into one row, or pad each to a row."""
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-        return collate_tokens(examples, packed, pad, self.pads_rows(model))
+        return collate_tokens(examples, packed, pad, self.pools_examples(model))
 
-    def model_inputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
-        """Return the arguments of the forward of the model's body: with the boundaries of packed examples.
+    def body_inputs(self, body: nn.Module, batch: Batch, causal: bool) -> dict[str, Any]:
+        """Return the arguments of the forward of a model's body: with the boundaries of packed examples.
 
-        A model whose rows are padded numbers its positions itself.
+        Args:
+            causal: whether a token sees only those before it.
         """
-        if self.pads_rows(model):
-            return {name: tensor for name, tensor in batch.inputs.items() if name != "position_ids"}
-        return _inputs(batch)
+        if causal:
+            return _inputs(batch)
+        if batch.segments:
+            return encoder_inputs(body, batch)
+        return {name: tensor for name, tensor in batch.inputs.items() if name != "position_ids"}
 
     def read_texts(self, model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of each text as the model reads it, truncated to the length that it was made for."""
@@ -128,7 +133,7 @@ class CausalLM(TextTask):
                 results.append(_encode_rows(rows[0], encoder))
         return results
 
-    def pads_rows(self, model: nn.Module) -> bool:
+    def pools_examples(self, model: nn.Module) -> bool:
         """Return False: a decoder has an output for each token."""
         return False
 
@@ -284,21 +289,28 @@ class SequenceClassification(TextTask):
         outside = [name for name, module in model.named_children() if name != body and [*module.parameters()]]
         return [name for name in ("score", "classifier") if hasattr(model, name)] or outside
 
-    def pads_rows(self, model: nn.Module) -> bool:
-        """Return False for a decoder, whose head reads each example's last token; other models pool each row."""
+    def pools_examples(self, model: nn.Module) -> bool:
+        """Return False for a decoder, whose head reads each example's last token; other models pool each example."""
         return not hasattr(model, "score")
 
+    def packs_rows(self, model: nn.Module) -> bool:
+        """Return whether the model's body takes positions and segments."""
+        return not self.pools_examples(model) or takes_segments(_body(model))
+
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
-        """Run the decoder and return its head; if the model pools each row, run the complete model."""
-        if not self.pads_rows(model):
-            hidden = model.get_submodule(model.base_model_prefix)(**_inputs(batch)).last_hidden_state  # type: ignore
-            return Outputs(hidden, model.score)  # type: ignore[arg-type]
+        """Run the decoder and return its head; if the model pools each example, return its logits."""
+        if not self.pools_examples(model):
+            return Outputs(_body(model)(**_inputs(batch)).last_hidden_state, model.score)  # type: ignore[arg-type]
+        if batch.segments:
+            body = _body(model)
+            hidden, inputs = padded_rows(body(**encoder_inputs(body, batch)).last_hidden_state[0], batch)
+            return Outputs(pooled_logits(model, body, hidden, inputs)[None], lambda rows: rows)
         inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "position_ids"}
         return Outputs(model(**inputs).logits[:, None], lambda rows: rows)
 
     def own_logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """See `Task.own_logits`."""
-        extra = {} if self.pads_rows(model) else {"use_cache": False}
+        extra = {} if self.pools_examples(model) else {"use_cache": False}
         logits: Tensor = model(input_ids=batch.inputs["input_ids"], **extra).logits
         return logits
 
@@ -360,36 +372,6 @@ def _inputs(batch: Batch) -> dict[str, Any]:
     return {**inputs, "attention_mask": packed_mask(batch.label_positions.device), "segments": batch.segments}
 
 
-def exact_match(run: Run, task: CausalLM) -> float | None:
-    """Return the fraction of evaluation prompts whose greedy answer equals the completion, or the assistant's message.
-
-    At most `train.eval_generate` prompts are used, evenly spread; this process answers all of them. Returns None if the
-    data has no completions, if a conversation has several turns, or if the mean length exceeds 64 tokens, for which
-    exact match is not informative.
-    """
-    from budwood.model.generate import generate
-
-    examples, limit = run.eval_examples, run.recipe.train.eval_generate
-    assert examples is not None
-    if limit == 0 or not (examples.format == "prompt-completion" or examples.rendered):
-        return None
-    chosen = np.unique(np.linspace(0, len(examples) - 1, min(limit, len(examples))).astype(int))
-    lengths = [len(examples[int(i)].labels) for i in chosen]
-    if np.mean(lengths) > 64:
-        return None
-    references = [(examples.reference(int(i)) or "").strip() for i in chosen]
-    pairs = zip(chosen, references, strict=True)
-    if examples.rendered and not all(_is_answer(examples[int(i)], text, run.tokenizer) for i, text in pairs):
-        return None
-    prompts = [task.probe(examples[int(i)]).inputs["input_ids"].tolist() for i in chosen]
-    with torch.no_grad(), autocast(run):
-        ends = [examples.stop_ids] * len(prompts)
-        answers = generate(run.model, run.tokenizer, prompts, max_new_tokens=max(lengths) + 4, stop_ids=ends)
-    return float(np.mean([a.text.strip() == r for a, r in zip(answers, references, strict=True)]))
-
-
-def _is_answer(example: Example, reference: str, tokenizer: Any) -> bool:
-    """Return whether the labels of an example are one answer with the text `reference`, and its end token."""
-    at = example.label_positions
-    text = tokenizer.decode(example.labels.tolist(), skip_special_tokens=True)
-    return bool(reference) and len(at) == at[-1] - at[0] + 1 and text.strip() == reference
+def _body(model: nn.Module) -> nn.Module:
+    prefix: Any = model.base_model_prefix
+    return model.get_submodule(prefix)

@@ -55,7 +55,7 @@ def run_on_fake_tensors(recipe: Recipe) -> Run:
         run.base = fake_base(recipe.base.model, task.auto_class, run.dtype, **kwargs)
         run.model = run.base.model
         attention.register()
-        run.packed = not task.pads_rows(run.model)
+        run.packed = task.packs_rows(run.model)
         if run.packed:
             run.model.set_attn_implementation(attention.IMPLEMENTATION)
         run.model = hooks.chain("prepare_model", "model", run.model, run=run)

@@ -30,9 +30,9 @@ from budwood import (
     Step,
     TextTask,
     as_probe,
-    collate_tokens,
     eval_results,
     hookimpl,
+    takes_segments,
 )
 from budwood_embedding.config import read_settings, settings_files
 from budwood_embedding.formats import NAME, Texts
@@ -96,7 +96,7 @@ class Embedding(TextTask):
         defaults = {"normalize": True, "query_prompt": "", "document_prompt": ""}
         options = {**defaults, **found, **given}
         if "pooling" not in options:
-            options["pooling"] = "last" if _is_decoder(_config_of(folder)) else "mean"
+            options["pooling"] = "last" if is_decoder(_config_of(folder)) else "mean"
         self.options = EmbeddingOptions(**options)
 
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
@@ -116,19 +116,13 @@ class Embedding(TextTask):
             results.append(Encoded(examples, cut))
         return results
 
-    def collate(self, examples: Sequence[Example], model: nn.Module, tokenizer: Any, packed: bool) -> Batch:
-        """Collate as text; a label refers to its example, as the outputs are one vector for each example."""
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-        batch = collate_tokens(examples, packed, pad)
-        return replace(batch, label_positions=batch.example_of_label)
-
-    def pads_rows(self, model: nn.Module) -> bool:
-        """Return whether the model sees tokens on both sides, so that examples cannot share a row."""
-        return not _is_decoder(model.config)
+    def packs_rows(self, model: nn.Module) -> bool:
+        """Return whether the model takes positions and the boundaries of examples."""
+        return is_decoder(model.config) or takes_segments(model)
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         """Run the model and pool each example's tokens to a vector: `hidden` is [1, examples, d]."""
-        hidden = model(**self.model_inputs(model, batch)).last_hidden_state
+        hidden = model(**self.body_inputs(model, batch, is_decoder(model.config))).last_hidden_state
         return Outputs(self.pool(hidden, batch)[None], lambda rows: rows)
 
     def own_logits(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -291,7 +285,7 @@ class Embedding(TextTask):
             for start in range(0, len(order), batch):
                 chosen = order[start : start + batch]
                 part = self.collate([as_probe(rows[index]) for index in chosen], model, tokenizer, False).to(device)
-                hidden = model(**self.model_inputs(model, part)).last_hidden_state
+                hidden = model(**self.body_inputs(model, part, is_decoder(model.config))).last_hidden_state
                 vectors[chosen] = self.finish(self.pool(hidden, part)).float().cpu()
         return vectors
 
@@ -374,7 +368,7 @@ def _config_of(folder: Path) -> Any:
     return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
 
 
-def _is_decoder(config: Any) -> bool:
+def is_decoder(config: Any) -> bool:
     """Return whether a model reads tokens from left to right only."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as masked

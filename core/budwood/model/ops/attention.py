@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from budwood.model.ops import batched_attention as batched
 from budwood.model.ops.segment_attention import segment_attention, takes
 
 IMPLEMENTATION = "budwood"
@@ -136,6 +137,8 @@ def _packed(
         out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=sides, **options)
         assert isinstance(out, Tensor)  # a pair only if the log-sum-exp is requested
         return out.unsqueeze(0)
+    if not plain and batched.takes(query, segments, dropout):
+        return batched.batched_attention(query, key, value, segments, causal, window, scaling, dropout)
     if not plain and dropout == 0.0 and takes(query, value, segments):
         return segment_attention(query, key, value, segments, causal, window, scaling)
     outputs: list[Tensor] = []
