@@ -237,6 +237,28 @@ FORMATS = [
         ["anchor: ⟦<|bos|>Highest mountain⟧", "positive: ⟦<|bos|>Everest⟧"],
         task="embedding",
     ),
+    Shown(
+        "Words and tags",
+        [{"tokens": ["Ann", "visits", "New", "York"], "tags": ["B-PER", "O", "B-LOC", "I-LOC"]}],
+        ["<|bos|>⟦An⟧n⟦ vis⟧its⟦ N⟧ew⟦ Y⟧ork → ⟦B-PER⟧"],
+        task="token-classification",
+        note="For `base.task: token-classification`. A word's label is at its first token (the page shows the first "
+        "word's); the text is the words with spaces between them.",
+    ),
+    Shown(
+        "",
+        [{"text": "Ann visits New York.", "spans": [{"start": 0, "end": 3, "label": "PER"},
+                                                    {"start": 11, "end": 19, "label": "LOC"}]}],
+        ["<|bos|>⟦An⟧n⟦ vis⟧its⟦ N⟧ew⟦ Y⟧ork⟦.⟧ → ⟦B-PER⟧"],
+        task="token-classification",
+        note="Spans of characters, `end` exclusive, become tags of whole words.",
+    ),
+    Shown(
+        "Text and score",
+        [{"text": "Fine weather", "score": 0.9}],
+        ["<|bos|>Fine weather → ⟦0.9⟧"],
+        task="sequence-regression",
+    ),
 ]  # fmt: skip
 
 CHOICES = [
@@ -350,9 +372,9 @@ REFUSED = [
     ),
     Shown(
         "",
-        [{"tokens": ["A", "dog"], "tags": ["O", "B"]}],
-        "FILE: columns tokens + tags are a tag for each token, and training on tags needs a task for token "
-        "classification, which is not installed.",
+        [{"tokens": ["A", "dog"], "ner_tags": ["O", "B"]}],
+        "FILE: columns tokens + ner_tags are a tag for each token: rename 'ner_tags' to 'tags', and set base.task: "
+        "token-classification.",
     ),
     Shown(
         "",

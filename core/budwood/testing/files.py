@@ -101,6 +101,7 @@ def tiny_decoder(folder: Path, seed: int = 0, labels: Sequence[str] = ()) -> Pat
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=False,
         initializer_range=0.1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
+    config.update({"classifier_dropout": 0.0})  # of a head for each token, which would have some
     if labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: number for number, label in enumerate(labels)}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from budwood import CorruptError, InputError
@@ -64,6 +65,12 @@ def read_settings(folder: Path, pools: bool = True) -> dict[str, Any]:
             text = next((prompts[key] for key in keys if isinstance(prompts.get(key), str)), "")
             options |= {name: text} if text else {}
     return options
+
+
+def read_kind(folder: Path) -> SimpleNamespace:
+    """Return `model_type` and `is_decoder` of a base's config.json."""
+    config = _read(folder / "config.json", dict)
+    return SimpleNamespace(model_type=config.get("model_type"), is_decoder=config.get("is_decoder", False))
 
 
 def _pooling(config: dict[str, Any], path: Path) -> str:

@@ -32,9 +32,10 @@ from budwood import (
     as_probe,
     eval_results,
     hookimpl,
+    is_causal,
     takes_segments,
 )
-from budwood_embedding.config import read_settings, settings_files
+from budwood_embedding.config import read_kind, read_settings, settings_files
 from budwood_embedding.formats import NAME, Texts
 from budwood_embedding.retrieval import retrieval_metrics
 
@@ -96,7 +97,7 @@ class Embedding(TextTask):
         defaults = {"normalize": True, "query_prompt": "", "document_prompt": ""}
         options = {**defaults, **found, **given}
         if "pooling" not in options:
-            options["pooling"] = "last" if is_decoder(_config_of(folder)) else "mean"
+            options["pooling"] = "last" if is_causal(read_kind(folder)) else "mean"
         self.options = EmbeddingOptions(**options)
 
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
@@ -118,11 +119,11 @@ class Embedding(TextTask):
 
     def packs_rows(self, model: nn.Module) -> bool:
         """Return whether the model takes positions and the boundaries of examples."""
-        return is_decoder(model.config) or takes_segments(model)
+        return is_causal(model.config) or takes_segments(model)
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         """Run the model and pool each example's tokens to a vector: `hidden` is [1, examples, d]."""
-        hidden = model(**self.body_inputs(model, batch, is_decoder(model.config))).last_hidden_state
+        hidden = model(**self.body_inputs(model, batch, is_causal(model.config))).last_hidden_state
         return Outputs(self.pool(hidden, batch)[None], lambda rows: rows)
 
     def own_logits(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -285,7 +286,7 @@ class Embedding(TextTask):
             for start in range(0, len(order), batch):
                 chosen = order[start : start + batch]
                 part = self.collate([as_probe(rows[index]) for index in chosen], model, tokenizer, False).to(device)
-                hidden = model(**self.body_inputs(model, part, is_decoder(model.config))).last_hidden_state
+                hidden = model(**self.body_inputs(model, part, is_causal(model.config))).last_hidden_state
                 vectors[chosen] = self.finish(self.pool(hidden, part)).float().cpu()
         return vectors
 
@@ -360,18 +361,3 @@ def _example(ids: Sequence[int], role: int, weight: float) -> Example:
     example = as_probe(tokens, role)
     weights = np.full(1, weight, dtype=np.float32)
     return replace(example, weights=weights, group=0, columns={TEXT: Column(np.array(number, dtype=np.int64))})
-
-
-def _config_of(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-
-
-def is_decoder(config: Any) -> bool:
-    """Return whether a model reads tokens from left to right only."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as masked
-
-    kind = config.model_type
-    return kind in causal and (kind not in masked or bool(getattr(config, "is_decoder", False)))
