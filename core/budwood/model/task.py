@@ -204,6 +204,10 @@ class Task(Plugin):
         """Return [rows · width] bool, positions whose inputs are also labels; None if inputs cannot be labels."""
         return None
 
+    def has_labelled_positions(self) -> bool:
+        """Return whether the task implements `labelled_positions`."""
+        return type(self).labelled_positions is not Task.labelled_positions
+
     # Probes, inputs that characterise a model by its outputs.
 
     def probe(self, example: Example, limit: int | None = None) -> Example:

@@ -100,8 +100,7 @@ class AdapterPool:
             )  # fmt: skip
         if embeddings:
             resize_base(base, embeddings)
-        with attribute_errors(self.task_plugin, "read_base"):
-            self.task_plugin.read_base(base.path)
+        read_base(self.task_plugin, base)
         self.base = base
         self.engine = Engine(base, self.task, adapter_bytes=adapter_bytes, prefix_bytes=prefix_bytes)
         self.engine.loader.task_plugin = self.task_plugin
@@ -356,10 +355,18 @@ def load_for_task(
 ) -> Base:
     """Load a base with the model class and the tokenizer that a task needs; see `AdapterPool`."""
     chosen, dtype, _ = pick_device_precision(device, precision)
-    return load_base(
+    loaded = load_base(
         base, quantization, task.auto_class, dtype, chosen, double_quantization=double_quantization,
         model_kwargs=task.model_kwargs(labels), needs_tokenizer=task.needs_tokenizer, unused=task.unused_modules,
     )  # fmt: skip
+    read_base(task, loaded)
+    return loaded
+
+
+def read_base(task: Task, base: Base) -> None:
+    """Let a task read its settings from a loaded base; see `Task.read_base`."""
+    with attribute_errors(task, "read_base"):
+        task.read_base(base.path)
 
 
 def leading(adapter: str | Mapping[str, float] | None) -> str | None:

@@ -38,7 +38,13 @@ class TokenClassification(OutputPerToken, SequenceClassification):
         """See `Task.encode`."""
         results: list[Encoded | Dropped] = []
         for item, place, (ids, at) in zip(items, where, _first_tokens(encoder.tokenizer, items), strict=True):
-            kept = min(len(ids), encoder.max_length or len(ids))
+            size = len(ids)
+            if size > (encoder.max_length or size):
+                short = encoder.cut(item.text, encoder.max_length or 0)  # with the special token at the end
+                pairs = enumerate(zip(short, ids, strict=False))
+                ids, kept = short, next((place for place, (one, other) in pairs if one != other), len(short))
+            else:
+                kept = size
             words = [(token, tag) for token, tag in zip(at, item.tags, strict=True) if token is not None]
             inside = [(token, encoder.classes.index(tag, place)) for token, tag in words if token < kept]
             if len(words) < len(at):
@@ -48,8 +54,8 @@ class TokenClassification(OutputPerToken, SequenceClassification):
                 continue
             positions, labels = np.array(inside, dtype=np.int64).T
             weights = np.full(len(inside), item.weight, dtype=np.float32)
-            example = Example({"input_ids": np.asarray(ids[:kept], dtype=np.int32)}, positions, labels, weights)
-            results.append(Encoded([example], len(ids) - kept))
+            example = Example({"input_ids": np.asarray(ids, dtype=np.int32)}, positions, labels, weights)
+            results.append(Encoded([example], size - len(ids)))
         return results
 
     def labelled(self, example: Example) -> np.ndarray:

@@ -248,6 +248,8 @@ def test_what_it_cannot_use_is_refused_before_the_base_loads(
     refused("batch_examples: 1: the other rows of a step", [pair, {"anchor": "c", "positive": "d"}], batch_examples=1)
     refused("entropy.* has no distribution over tokens or classes", None, {"lora": {}}, "entropy")
     refused("distillation.* has no distribution", None, {"lora": {}}, {"distillation": {"teacher": "base"}})
+    smart = {"adversarial": {"method": "smart"}}
+    refused("smart compares distributions over tokens or classes, and task 'embedding'", None, {"lora": {}}, smart)
     refused("embedding.temperature: .*greater than 0", None, options={"temperature": 0})
     refused("matryoshka: 64 is not below the 32 dimensions", None, options={"matryoshka": [64]})
     refused("prompt \\+ completion is data for causal-lm", [{"prompt": "a", "completion": "b"}])

@@ -97,6 +97,8 @@ def test_words_are_tagged_at_their_first_tokens(folder: Path, tmp_path: Path) ->
     path.write_text(
         json.dumps({"text": "alice sees new rome.", "spans": [{"start": 11, "end": 19, "label": "LOC"}]}) + "\n"
     )
+    [cut] = build_examples(path, tokenizer, "token-classification", 4)
+    assert cut.inputs["input_ids"].tolist()[-1] == tokenizer.sep_token_id and cut.label_positions.tolist() == [1, 2]
     examples = build_examples(path, tokenizer, "token-classification", 32)
     assert [examples.labels[label] for label in examples[0].labels] == ["O", "O", "B-LOC", "I-LOC", "O"]
 
