@@ -38,6 +38,7 @@ def serve(
         str | None,
         typer.Option(metavar="PLACE", help="Where the administrator connects: path of a Unix socket, or HOST:PORT."),
     ] = None,
+    task: Annotated[str | None, typer.Option(help="The task, such as embedding. Default: the adapters'.")] = None,
     quantization: Annotated[
         str | None, typer.Option(help="none, int8, nf4 or fp4. Default: as the adapters were trained.")
     ] = None,
@@ -88,7 +89,7 @@ def serve(
     _log_to_stderr()
     with bound(settings) as sockets:
         service = open_service(
-            base, settings, known, root, lambda text: echo(text, err=True), quantization=quantization,
+            base, settings, known, root, lambda text: echo(text, err=True), task=task, quantization=quantization,
             precision=precision, device=device, max_rows=rows, prefix_bytes=prefix_mib << 20,
             adapter_bytes=None if adapter_mib is None else adapter_mib << 20,
         )  # fmt: skip

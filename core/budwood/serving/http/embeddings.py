@@ -33,8 +33,7 @@ async def embed(service: Service, request: Request, record: Record) -> Response:
     if served is not None:
         record.stack.enter_context(service.catalog.hold(served))
     record.adapter = "base" if served is None else served.name
-    responds = getattr(service.task, "responds", None)
-    if responds is None or not responds():
+    if not service.task.responds():
         raise ApiError(400, f"model: '{body.model}' gives text, no embeddings.", param="model")
     texts = body.inputs
     if not texts or len(texts) > service.limits.inputs:
@@ -76,8 +75,7 @@ def _vectors(service: Service, served: Served | None, texts: list[str]) -> tuple
 
 
 def _respond(service: Service, texts: list[str]) -> list[Any]:
-    task: Any = service.task
-    base = service.engine.base
+    task, base = service.task, service.engine.base
     narrow = base.dtype in (torch.bfloat16, torch.float16)
     kind = torch.device(base.device).type
     with torch.no_grad(), torch.autocast(kind, base.dtype, enabled=narrow), attribute_errors(task, "respond"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from budwood.adapters.store import SavedAdapter, read_adapter
-from budwood.contract.loading import create
+from budwood.contract.loading import build_task
 from budwood.errors import BudwoodError, InputError
 from budwood.model.base import check_base, fingerprint
 from budwood.model.quiet import silence_libraries
@@ -25,6 +25,7 @@ def open_service(
     root: Root | None,
     say: Callable[[str], None],
     *,
+    task: str | None = None,
     quantization: str | None = None,
     precision: str = "auto",
     device: str = "auto",
@@ -47,19 +48,20 @@ def open_service(
         for saved in found.values()
         if saved.manifest is not None and saved.manifest.base.fingerprint == base_fingerprint
     ]
-    tasks = sorted({manifest.task for manifest in manifests}) or ["causal-lm"]
+    tasks = sorted({manifest.task for manifest in manifests} | ({task} if task else set())) or ["causal-lm"]
     if len(tasks) > 1:
-        raise InputError(f"the adapters are for different tasks ({', '.join(tasks)}): serve each from its own folder.")
+        raise InputError(f"there are different tasks ({', '.join(tasks)}): serve the adapters of each from a folder.")
     first = manifests[0].base if manifests else None
     quantization = quantization or (first.quantization if first else "none")
     silence_libraries()
-    task: Task = create(tasks[0], "budwood.tasks")
+    plugin: Task = build_task(tasks[0], dict(manifests[0].task_options) if manifests else {})
     loaded = load_for_task(
-        base, quantization, task, [], precision=precision, device=device,
+        base, quantization, plugin, [], precision=precision, device=device,
         double_quantization=first.double_quantization if first else True,
     )  # fmt: skip
     engine = Engine(loaded, tasks[0], max_rows=max_rows, prefix_bytes=prefix_bytes, adapter_bytes=adapter_bytes)
-    service = Service(engine, settings, tokens, root, task)
+    engine.loader.task_plugin = plugin
+    service = Service(engine, settings, tokens, root, plugin)
     for name, saved in found.items():
         try:
             served, _ = service.catalog.load(name, str(saved.directory.relative_to(root.folder)), "hash")  # type: ignore[union-attr]

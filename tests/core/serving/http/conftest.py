@@ -17,7 +17,7 @@ from tests.core.serving.conftest import make_adalora, make_adapter
 
 from budwood.adapters.golden import measure
 from budwood.adapters.store import write_adapter
-from budwood.contract.loading import create
+from budwood.contract.loading import build_task, create
 from budwood.model.base import load_base
 from budwood.model.text_tasks import as_probe
 from budwood.serving.engine import Engine
@@ -28,16 +28,21 @@ from budwood.serving.http.service import Service
 from budwood.serving.http.settings import Address, Limits, Settings
 from budwood.serving.http.sockets import bound
 from budwood.serving.http.tokens import Tokens
+from budwood.serving.pool import load_for_task
 
 HELLO = [{"role": "user", "content": "hello"}]
 
 
-def open_service(base: Path, adapters: Path | None = None, tokens: Path | None = None, **options: Any) -> Service:
+def open_service(
+    base: Path, adapters: Path | None = None, tokens: Path | None = None, task: str = "causal-lm", **options: Any
+) -> Service:
     """Return a server's state; `limits` and options of the engine as keywords."""
     limits = Limits(**options.pop("limits", {}))
-    engine = Engine(load_base(base, "none", "AutoModelForCausalLM", torch.float32), **options)
+    plugin = build_task(task, {})
+    loaded = load_for_task(base, "none", plugin, [], precision="fp32", device="cpu", double_quantization=True)
+    engine = Engine(loaded, task, **options)
     settings = Settings("tiny", Address("127.0.0.1", 0), None, limits)
-    service = Service(engine, settings, Tokens(tokens), Root(adapters) if adapters else None)
+    service = Service(engine, settings, Tokens(tokens), Root(adapters) if adapters else None, plugin)
     if service.catalog.root is not None:
         for name, path in service.catalog.root.all().items():
             service.catalog.load(name, path, "hash")
