@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from budwood.cli import material
 from budwood.cli.imports import uncollected
 from budwood.cli.streams import echo, echo_json
 
 if TYPE_CHECKING:
-    from budwood.adapters.manifest import GoldenRecord
+    from budwood.adapters.manifest import GoldenRecord, MadeRecord
     from budwood.adapters.store import SavedAdapter
     from budwood.serving.exports.wanted import Exported
     from budwood.serving.verify import VerifyReport
 
-app = typer.Typer(help="Inspect, verify, merge and export saved adapters.", no_args_is_help=True)
+app = typer.Typer(help="Inspect, verify, merge, export, combine and shrink saved adapters.", no_args_is_help=True)
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="An adapter's folder.")]
 Base = Annotated[str | None, typer.Option("--base", help="Path of the base, if it has moved.")]
@@ -66,6 +67,7 @@ def _lines(saved: SavedAdapter) -> list[tuple[str, str]]:
         ("base", f"{base.name} ({base.fingerprint[:12]}), {base.quantization}, {base.dtype}"),
         ("task", manifest.task + (f": {', '.join(manifest.labels)}" if manifest.labels else "")),
         ("size", size),
+        *([("made", _made(manifest.made))] if manifest.made else []),
         *([("continues", f"the adapter {manifest.parent.weights[:12]}")] if manifest.parent else []),
         ("strategies", ", ".join(str(strategy.get("name")) for strategy in manifest.strategies)),
     ]
@@ -73,6 +75,11 @@ def _lines(saved: SavedAdapter) -> list[tuple[str, str]]:
     lines.append(("metrics", ", ".join(metrics) or "none"))
     lines.append(("golden", _setting(manifest.golden) if manifest.golden else "none"))
     return lines
+
+
+def _made(made: MadeRecord) -> str:
+    parts = ", ".join(f"{part.weights[:12]} × {part.weight:g}" for part in made.parts)
+    return f"{made.how} ({made.method}) of {parts}"
 
 
 @app.command()
@@ -258,6 +265,10 @@ def _show_export(done: Exported) -> None:
         echo(f"vs. what training recorded {replay.recorded}")
     if replay.setting is not None and not replay.same:
         echo(f"the base alone, likewise   {replay.setting}")
+
+
+for command in (material.combine, material.shrink, material.diff):
+    app.command()(command)
 
 
 def _print_notes(notes: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from budwood.model.base import Base, check_base, fingerprint, silence_libraries,
 from budwood.model.checkpoint import one_revision, would_fetch
 from budwood.model.embeddings import resize_base
 from budwood.model.limits import embeddings_of
+from budwood.model.task import Task
 from budwood.serving.pool import AdapterPool, load_for_task
 from budwood.untrusted.redaction import shorten
 
@@ -205,7 +207,6 @@ def verify(
     saved = read_adapter(directory)
     if saved.manifest is None or saved.manifest.golden is None:
         raise InputError(f"{saved.directory}: holds no golden logits, so there is nothing to replay.")
-    recorded = saved.manifest.golden
     golden = Golden.load(saved.directory / GOLDEN)
     pool = open_pool(
         saved,
@@ -216,14 +217,36 @@ def verify(
         allow_other_base=allow_other_base,
     )
     loaded = pool.load("adapter", saved.directory, allow_other_base=allow_other_base)
-    problem = next(filter(None, (pool.task_plugin.check_inputs(pool.model, probe) for probe in golden.probes)), "")
+
+    def measured(adapter: bool) -> torch.Tensor:
+        pool.use("adapter" if adapter else None)
+        return pool.measure(golden.probes)
+
+    return judge(saved, golden, pool.base, pool.task_plugin, measured, loaded.notes)
+
+
+def judge(
+    saved: SavedAdapter,
+    golden: Golden,
+    base: Base,
+    task: Task,
+    measured: Callable[[bool], torch.Tensor],
+    notes: Sequence[str] = (),
+) -> VerifyReport:
+    """Compare an adapter on a live model with its golden logits; see `verify`.
+
+    Args:
+        measured: computes the logits at each golden probe's position, [probes, …]: with the adapter, or the base's.
+        notes: messages for the user, passed on.
+    """
+    assert saved.manifest is not None and saved.manifest.golden is not None
+    recorded = saved.manifest.golden
+    problem = next(filter(None, (task.check_inputs(base.model, probe) for probe in golden.probes)), "")
     if problem:
         raise CorruptError(f"{saved.directory / GOLDEN}: {problem}.")
     with threads(recorded.threads):
-        current = current_setting(pool.base)
-        base_logits = pool.measure(golden.probes)
-        pool.use("adapter")
-        adapter_logits = pool.measure(golden.probes)
+        current = current_setting(base)
+        base_logits, adapter_logits = measured(False), measured(True)
     if adapter_logits.shape != golden.adapter.shape:
         raise CorruptError(
             f"{saved.directory / GOLDEN}: {golden.adapter.shape[1]} logits per probe, but the model now returns "
@@ -237,11 +260,11 @@ def verify(
         Distance.between(golden.base, golden.adapter),
         recorded,
         current,
-        loaded.notes,
+        list(notes),
     )
     if torch.equal(base_logits, adapter_logits):
         raise CorruptError(f"{saved.directory}: changes no logit of the base on its golden prompts.")
-    wrong = mismatch(saved, pool.base.fingerprint)
+    wrong = mismatch(saved, base.fingerprint)
     if report.exact and not report.adapter.largest <= TOLERANCE:
         base_changed = report.base.largest > TOLERANCE
         cause = "the base's own logits differ too" if base_changed else "the base's own logits are unchanged"

@@ -60,13 +60,14 @@ def factors_of_difference(
         path, _, kind = name.rpartition(".")
         if kind != "weight" or not isinstance(pool.model.get_submodule(path), nn.Linear) or old.shape != value.shape:
             raise InputError(f"{saved.directory}: it changes '{name}', which LoRA cannot: merge it: --for merged")
-        factors[path] = _decomposed(value - old, rank)
+        factors[path] = decomposed(value - old, rank)
     if not factors:
         raise InputError(f"{saved.directory}: merging changes no weight of the base.")
     return factors
 
 
-def _decomposed(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def decomposed(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A and B of the nearest matrix of at most `rank` to an update [out, in]."""
     rank = min(rank, *delta.shape)
     if min(delta.shape) <= EXACT_SVD:
         u, s, v = torch.linalg.svd(delta.double(), full_matrices=False)

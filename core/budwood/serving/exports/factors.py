@@ -59,16 +59,21 @@ def check_plain(saved: SavedAdapter, program: str) -> None:
         raise InputError(f"{saved.directory}: it holds biases ({key}), which {program} cannot: {MERGED}")
 
 
-def factors_of(saved: SavedAdapter, program: str) -> Factors:
+def factors_of(saved: SavedAdapter, program: str, *, alone: bool = True) -> Factors:
     """Return the updates of an adapter that is LoRA, or that its owner converts to LoRA.
 
     Each module's own alpha, rank and rsLoRA are in its B. Reads the adapter's file alone.
+
+    Args:
+        program: what the updates are for.
+        alone: refuse an adapter that holds anything else.
 
     Raises:
         InputError: the adapter is not a sum of low-rank updates; the message says what it is, and the remedy.
         CorruptError: config and tensors do not match.
     """
-    check_plain(saved, program)
+    if alone:
+        check_plain(saved, program)
     remedy = "convert it with --as lora --rank R, or merge it: --for merged"
     if saved.config.get("use_dora"):
         raise InputError(f"{saved.directory}: it is DoRA (use_dora), which {program} cannot: {remedy}")
