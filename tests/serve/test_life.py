@@ -139,6 +139,34 @@ def test_a_reload_under_load_ends_old_answers_on_the_old_adapter(own):
             assert sampled(fresh, 8) == new
 
 
+def test_beside_reloads_each_answer_is_that_of_one_version(own):
+    root, server = own
+    make_adapter(root / "v1", 12, rank=24)
+    make_adapter(root / "v2", 13, use_dora=True)
+    with server:
+        versions = {server.ask(name, "games", 24) for name in ("v1", "v2")}
+        assert len(versions) == 2
+        server.admin("POST", "adapters", {"name": "live", "path": "v1", "replace": True})
+        ended = threading.Event()
+
+        def reload() -> int:
+            count = 0
+            while not ended.is_set():
+                path = f"v{1 + count % 2}"
+                assert server.admin("POST", "adapters", {"name": "live", "path": path, "replace": True}).is_success
+                count += 1
+            return count
+
+        with concurrent.futures.ThreadPoolExecutor(13) as threads:
+            reloads = threads.submit(reload)
+            texts = list(threads.map(lambda _: server.ask("live", "games", 24), range(300)))
+            ended.set()
+            assert reloads.result() > 10
+        assert set(texts) == versions, "the one or the other, never a mixture"
+        wait_for(lambda: server.rows() == 0)
+        assert server.metrics()["budwood_adapters"] == 3
+
+
 def _made(folder: Path) -> Path:
     folder.mkdir()
     return folder

@@ -31,6 +31,7 @@ class Load(_Body):
     path: str | None = Field(None, min_length=1, max_length=512)
     verify: Verify = "auto"
     replace: bool = False
+    pinned: bool = False
 
 
 class Alias(_Body):
@@ -60,7 +61,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     async def load(request: Request) -> Response:
         asked = read(Load, await body(request))
         path = asked.path or asked.name
-        served, found = await change(catalog.load, asked.name, path, asked.verify, asked.replace)
+        served, found = await change(catalog.load, asked.name, path, asked.verify, asked.replace, asked.pinned)
         return JSONResponse({**served.describe(), "golden": found})
 
     @app.delete("/admin/adapters/{name}")

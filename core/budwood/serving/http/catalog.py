@@ -22,6 +22,7 @@ from budwood.adapters.store import CONFIG, SavedAdapter
 from budwood.errors import CorruptError, InputError, did_you_mean
 from budwood.serving.engine import Engine
 from budwood.serving.http.tokens import Tenant
+from budwood.serving.loaded import Loaded
 from budwood.untrusted.files import check_name
 
 LONGEST = 48
@@ -62,14 +63,16 @@ class Root:
     """The folder below which every adapter has to be."""
 
     def __init__(self, folder: Path) -> None:
-        """Check that the folder is there.
+        """Check the folder.
 
         Raises:
-            InputError: it is not.
+            InputError: it is not there, or is an adapter itself.
         """
         self.folder = folder.resolve()
         if not self.folder.is_dir():
             raise InputError(f"--adapters {folder}: no such folder.")
+        if (self.folder / CONFIG).exists():
+            raise InputError(f"--adapters {folder}: is an adapter itself: give the folder that it is in.")
 
     def find(self, path: str) -> Path:
         """Return the folder of a path below the root; no part of it may be a link, or lead out.
@@ -185,7 +188,9 @@ class Catalog:
 
     # For the administrator.
 
-    def load(self, name: str, path: str, verify: str = "auto", replaces: bool = False) -> tuple[Served, str]:
+    def load(
+        self, name: str, path: str, verify: str = "auto", replaces: bool = False, pinned: bool = False
+    ) -> tuple[Served, str]:
         """Load the adapter in a folder below the root; on any failure everything stays as it was.
 
         Args:
@@ -194,6 +199,7 @@ class Catalog:
             verify: "golden": its golden logits must be there, and be what it computes here; "hash": only its file is
                 compared with its record; "auto": golden logits are compared if it has them.
             replaces: whether the name may stand for another adapter, which requests in flight keep.
+            pinned: whether it stays in memory, where there is a budget for adapters.
 
         Returns:
             The adapter, and what the comparison found.
@@ -205,9 +211,11 @@ class Catalog:
 
         self._check_name(name)
         with self._changing:
-            return self._load(name, path, verify, replaces, compare)
+            return self._load(name, path, verify, replaces, pinned, compare)
 
-    def _load(self, name: str, path: str, verify: str, replaces: bool, compare: Any) -> tuple[Served, str]:
+    def _load(
+        self, name: str, path: str, verify: str, replaces: bool, pinned: bool, compare: Any
+    ) -> tuple[Served, str]:
         if self.root is None:
             raise InputError("the server has no folder of adapters: start it with --adapters DIR.")
         old = self._table.get(name)
@@ -215,11 +223,11 @@ class Catalog:
             raise InputError(f"'{name}' is loaded already: reload it, or unload it first.")
         folder = self.root.find(path)
         key = f"{name}.{next(self._numbers)}"
-        self.engine.load(key, folder)
+        self.engine.load(key, folder, pinned=pinned)
         try:
             loaded = self.engine.names[key]
             assert loaded.saved is not None
-            loaded.label = loaded.live.label = name
+            self.engine.call(partial(_rename, loaded, name))
             if old is not None and old.identity == loaded.identity:
                 self.engine.unload(key)
                 return old, "unchanged"
@@ -290,3 +298,10 @@ class Catalog:
             raise InputError(f"adapter name '{name}' has {len(name)} characters: use at most {LONGEST}.")
         if name == self.base_name:
             raise InputError(f"adapter name '{name}' is that of the base: choose another, or start with --name.")
+
+
+def _rename(loaded: Loaded, name: str) -> None:
+    """Let messages call an adapter what clients do."""
+    loaded.label = name
+    if loaded.memory is not None:
+        loaded.memory.live.label = name

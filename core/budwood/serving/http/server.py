@@ -20,8 +20,10 @@ from budwood.serving.http.errors import ApiError
 from budwood.serving.http.service import Service, log
 from budwood.serving.http.settings import Address, Limits
 
-WATCH = 0.25
-"""Seconds between two looks at the engine's thread."""
+WATCH = 0.1
+"""Seconds between two looks at whether the server is to end."""
+LINGER = 5
+"""Seconds after which the system drops a connection that the server has closed, and whose client does not read."""
 CLOSING = 3
 """Seconds that connections have to close after the last answer."""
 
@@ -74,16 +76,12 @@ def run(service: Service, started: Callable[[list[str]], None]) -> None:
 async def _serve(
     service: Service, listening: socket.socket, admin: socket.socket | None, started: Callable[[list[str]], None]
 ) -> None:
-    loop, ended = asyncio.get_running_loop(), asyncio.Event()
-    signals = 0
+    loop = asyncio.get_running_loop()
 
     def end() -> None:
-        nonlocal signals
-        signals += 1
-        service.ending = True
-        loop.call_soon_threadsafe(ended.set)
-        if signals > 1:
+        if service.ending:  # the second signal
             loop.call_soon_threadsafe(service.abort_all, _shutting_down())
+        service.ending = True
 
     server = _Server(_config(clients_app(service), service.limits))
     server.on_signal = end
@@ -97,20 +95,16 @@ async def _serve(
             for task in tasks:
                 if task.done():
                     task.result()
+        warming = asyncio.ensure_future(service.work(service.prompts.warm))
         started([_shown(service.settings.address, listening), *([str(service.settings.admin)] if admin else [])])
-        await _until(service, ended)
+        while service.alive and not service.ending:
+            await asyncio.sleep(WATCH)
         await _drain(service)
+        warming.cancel()
     finally:
         for one, _ in servers:
             one.should_exit = True
         await asyncio.gather(*tasks)
-
-
-async def _until(service: Service, ended: asyncio.Event) -> None:
-    """Return once the server is to end, or the engine has ended."""
-    while not ended.is_set() and service.alive:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(ended.wait(), WATCH)
 
 
 async def _drain(service: Service) -> None:
@@ -156,7 +150,7 @@ def listen(address: Address, limits: Limits) -> socket.socket:
         made = socket.socket(family, socket.SOCK_STREAM)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # or what a client leaves unread would keep its connection for ever
-            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(limits.slow_reader * 1000))
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(limits.slow_reader + LINGER) * 1000)
         made.bind(place)
         made.listen(2048)
         return made

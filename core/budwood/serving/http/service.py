@@ -25,6 +25,8 @@ from budwood.serving.http.tokens import ANYONE, Tenant, Tokens
 
 Result = TypeVar("Result")
 log = logging.getLogger("budwood.serve")
+STUCK = 120
+"""Seconds of a step after which the server is not ready: no step of a machine that keeps up takes as long."""
 WORKERS = 2
 """Threads that render and tokenize."""
 
@@ -36,6 +38,7 @@ class Record:
     Attributes:
         adapter: the served name, "base" or "blend"; "" if there is none.
         outcome: how it ended, if not by itself.
+        prompt_field: what the request calls its prompt.
         unfinished: whether an answer has begun and not ended.
         stack: what is held for the request, and freed at its end, however it ends.
     """
@@ -51,6 +54,7 @@ class Record:
     first: float | None = None
     outcome: str = ""
     unfinished: bool = False
+    prompt_field: str = "prompt"
     stack: ExitStack = field(default_factory=ExitStack)
 
     def heard(self, piece: Piece) -> None:
@@ -97,6 +101,8 @@ class Service:
         """Why the server takes no requests; "": it does."""
         if not self.alive:
             return "the engine has ended"
+        if self.engine.stats().step_seconds > STUCK:
+            return f"a step of the engine has taken more than {STUCK} s"
         return "the server is shutting down" if self.ending else ""
 
     def check_ready(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass, field
 
 
@@ -52,7 +53,12 @@ class Address:
     @property
     def is_local(self) -> bool:
         """Whether only this machine can connect."""
-        return bool(self.path) or self.host in ("127.0.0.1", "localhost", "::1")
+        if self.path or self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # a name, which may stand for any address
+            return False
 
     def __str__(self) -> str:
         if self.path:

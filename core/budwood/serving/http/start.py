@@ -29,6 +29,7 @@ def open_service(
     device: str = "auto",
     max_rows: int = 32,
     prefix_bytes: int = 0,
+    adapter_bytes: int | None = None,
 ) -> Service:
     """Load a base and the adapters below the root; those that cannot be loaded are named, and left out.
 
@@ -58,7 +59,7 @@ def open_service(
         double_quantization=first.double_quantization if first else True,
         model_kwargs=task.model_kwargs([]), needs_tokenizer=task.needs_tokenizer,
     )  # fmt: skip
-    engine = Engine(loaded, tasks[0], max_rows=max_rows, prefix_bytes=prefix_bytes)
+    engine = Engine(loaded, tasks[0], max_rows=max_rows, prefix_bytes=prefix_bytes, adapter_bytes=adapter_bytes)
     service = Service(engine, settings, tokens, root)
     for name, saved in found.items():
         try:
