@@ -20,7 +20,9 @@ from typing import Any
 
 from budwood.adapters.store import CONFIG, SavedAdapter
 from budwood.errors import CorruptError, InputError, did_you_mean
+from budwood.model.task import Task
 from budwood.serving.engine import Engine
+from budwood.serving.http.golden import compare
 from budwood.serving.http.tokens import Tenant
 from budwood.serving.loaded import Loaded
 from budwood.untrusted.files import check_name
@@ -114,8 +116,8 @@ class Catalog:
     Changes are one at a time, by any thread; `resolve`, `hold` and `visible` are the event loop's.
     """
 
-    def __init__(self, engine: Engine, base_name: str, root: Root | None = None) -> None:
-        self.engine, self.base_name, self.root = engine, base_name, root
+    def __init__(self, engine: Engine, base_name: str, task: Task, root: Root | None = None) -> None:
+        self.engine, self.base_name, self.task, self.root = engine, base_name, task, root
         self.created = int(time.time())
         self._table: dict[str, Served] = {}
         self._changing, self._counting = threading.Lock(), threading.Lock()
@@ -207,15 +209,11 @@ class Catalog:
         Raises:
             InputError, CorruptError, ResourceError: it cannot be loaded, or is not what it was.
         """
-        from budwood.serving.http.golden import compare
-
         self._check_name(name)
         with self._changing:
-            return self._load(name, path, verify, replaces, pinned, compare)
+            return self._load(name, path, verify, replaces, pinned)
 
-    def _load(
-        self, name: str, path: str, verify: str, replaces: bool, pinned: bool, compare: Any
-    ) -> tuple[Served, str]:
+    def _load(self, name: str, path: str, verify: str, replaces: bool, pinned: bool) -> tuple[Served, str]:
         if self.root is None:
             raise InputError("the server has no folder of adapters: start it with --adapters DIR.")
         old = self._table.get(name)
@@ -231,7 +229,11 @@ class Catalog:
             if old is not None and old.identity == loaded.identity:
                 self.engine.unload(key)
                 return old, "unchanged"
-            found = "not compared" if verify == "hash" else compare(self.engine, key, loaded.saved, verify == "golden")
+            found = (
+                "not compared"
+                if verify == "hash"
+                else compare(self.engine, self.task, key, loaded.saved, verify == "golden")
+            )
         except BaseException:
             self.engine.unload(key)
             raise

@@ -22,6 +22,8 @@ from budwood.serving.http.settings import Address, Limits
 
 WATCH = 0.1
 """Seconds between two looks at whether the server is to end."""
+UNREAD = 1 << 17
+"""Bytes that the system keeps of what a client has not read; it would take some megabytes."""
 LINGER = 5
 """Seconds after which the system drops a connection that the server has closed, and whose client does not read."""
 CLOSING = 3
@@ -149,6 +151,7 @@ def listen(address: Address, limits: Limits) -> socket.socket:
         family, _, _, _, place = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
         made = socket.socket(family, socket.SOCK_STREAM)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # or what a client leaves unread would keep its connection for ever
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(limits.slow_reader + LINGER) * 1000)
         made.bind(place)

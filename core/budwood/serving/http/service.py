@@ -12,6 +12,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from budwood.contract.loading import create
+from budwood.model.task import Task
 from budwood.serving.engine import Engine
 from budwood.serving.http.calls import Call, Piece
 from budwood.serving.http.catalog import Catalog, Root, Served
@@ -72,10 +74,15 @@ class Service:
         ending: whether new requests are refused, since the server ends.
     """
 
-    def __init__(self, engine: Engine, settings: Settings, tokens: Tokens | None = None, root: Root | None = None):
+    def __init__(
+        self, engine: Engine, settings: Settings, tokens: Tokens | None = None, root: Root | None = None,
+        task: Task | None = None,
+    ) -> None:  # fmt: skip
+        """Prepare a server; the task is the engine's, if it has options."""
         self.engine, self.settings, self.limits = engine, settings, settings.limits
+        self.task: Task = task or create(engine.task, "budwood.tasks")
         self.tokens = tokens or Tokens()
-        self.catalog = Catalog(engine, settings.base_name, root)
+        self.catalog = Catalog(engine, settings.base_name, self.task, root)
         self.prompts = Prompts(engine.base)
         self.token_text = TokenText(engine.tokenizer)
         self.admission = Admission(self.limits, engine.scheduler.max_rows)
@@ -138,6 +145,7 @@ class Service:
         finally:
             timer.cancel()
             self.calls.discard(call)
+            record.generated_tokens += call.unfinished_tokens()
             call.close()
 
     def abort_all(self, error: ApiError) -> None:

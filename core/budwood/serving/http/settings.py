@@ -13,6 +13,7 @@ class Limits:
     Attributes:
         max_tokens: largest number of tokens of an answer; a request that asks for more is refused.
         n: largest number of answers to a prompt; prompts: of prompts in a request; rows: of both multiplied.
+        inputs: largest number of texts in a request for embeddings.
         waiting: requests that wait for a row of the engine, beyond which further ones are refused.
         deadline: seconds after which a request is ended.
         slow_reader: seconds that a client may leave the next piece of a stream unread.
@@ -27,6 +28,7 @@ class Limits:
     n: int = 8
     prompts: int = 16
     rows: int = 32
+    inputs: int = 256
     waiting: int = 256
     deadline: float = 600.0
     slow_reader: float = 30.0

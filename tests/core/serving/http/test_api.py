@@ -6,10 +6,12 @@ import re
 import shutil
 
 import pytest
+import torch
 from openai import APIStatusError
 from tests.core.serving.http.conftest import HELLO, ask, client, open_service, running
 
 from budwood.data.encoder import encode_chat, encode_prompt
+from budwood.model.text_tasks import CausalLM
 from budwood.serving.requests import Sampling
 
 
@@ -206,3 +208,28 @@ def test_a_base_without_a_chat_template_answers_texts_alone(tiny_base, tmp_path)
     assert response.status_code == 400 and "no chat template" in response.json()["error"]["message"]
     done = client(service).post("/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 2})
     assert done.status_code == 200
+
+
+def test_embeddings_of_a_task_whose_answers_are_vectors(tiny_base, adapters, monkeypatch):
+    """The vectors are those with the model's adapter; the client asks for base64, and reads numbers."""
+
+    def respond(self, model, tokenizer, texts, labels):
+        hidden = model.model(torch.tensor([tokenizer(texts[0])["input_ids"]])).last_hidden_state[0, -1]
+        return [{"vector": (hidden + len(text)).tolist()} for text in texts]
+
+    monkeypatch.setattr(CausalLM, "respond", respond, raising=False)
+    monkeypatch.setattr(CausalLM, "responds", lambda self: True, raising=False)
+    service = open_service(tiny_base, adapters)
+    texts = ["a", "bcd", *["e"] * 20]
+    with running(service) as (asked, _):
+        found = {name: asked.embeddings.create(model=name, input=texts) for name in ("tiny", "one")}
+        again = asked.embeddings.create(model="one", input="a", encoding_format="float")
+    base, one = ([entry.embedding for entry in found[name].data] for name in ("tiny", "one"))
+    assert len(one) == 22 and len(one[0]) == 64 and found["one"].usage.prompt_tokens == 2 * 2 + 4 + 19 * 2
+    assert one[0] != pytest.approx(base[0]) and one[1] == pytest.approx([value + 2 for value in one[0]], abs=1e-5)
+    assert again.data[0].embedding == pytest.approx(one[0])
+    service.ending = False
+    for fields in ({"input": []}, {"input": " "}, {"input": [1, 2]}, {"input": "a " * 600}, {"dimensions": 3}):
+        response = client(service).post("/v1/embeddings", json={"model": "one", "input": "a", **fields})
+        assert response.status_code == 400 and response.json()["error"]["param"] == next(iter(fields)), response.text
+    assert not service.admission.rows and not service.catalog._uses

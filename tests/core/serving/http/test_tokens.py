@@ -159,7 +159,7 @@ def test_the_command_makes_tokens(tmp_path, capsys):
     ],
 )
 def test_the_command_refuses_what_is_unsafe_before_the_base_loads(tiny_base, options, says, capsys, monkeypatch):
-    monkeypatch.setattr("budwood.serving.http.start.load_base", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("budwood.serving.http.start.load_for_task", lambda *a, **k: pytest.fail("loaded"))
     assert run(["serve", str(tiny_base), *options]) == 2
     assert says in capsys.readouterr().err
 
