@@ -143,7 +143,7 @@ class Row:
     noise: Gumbel | None = None
 
     def __post_init__(self) -> None:
-        if self.sampling.temperature > 0:
+        if not self.sampling.greedy:
             self.noise = Gumbel([self.sampling.seed])
 
     @property
