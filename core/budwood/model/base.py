@@ -100,6 +100,13 @@ class Base:
         """Commit of the base on the hub; None for a local folder."""
         return commit_of(self.path)
 
+    def autocast(self) -> torch.autocast:
+        """Return the context in which its model computes: autocast in 16 bit, nothing in fp32."""
+        import torch
+
+        narrow = self.dtype in (torch.float16, torch.bfloat16)
+        return torch.autocast(torch.device(self.device).type, self.dtype if narrow else None, narrow)
+
 
 def load_base(
     model: str | Path,

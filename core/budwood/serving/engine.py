@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 
 from budwood.adapters.live_table import STACK_BYTES, LiveTable
@@ -23,6 +22,7 @@ from budwood.errors import InputError, did_you_mean
 from budwood.model.base import Base
 from budwood.model.decoding import TextWriter, end_tokens
 from budwood.model.limits import answer_limit, check_tokens, embeddings_of, positions_of
+from budwood.serving.kv import available
 from budwood.serving.loaded import Loaded, Loader
 from budwood.serving.prefix import PrefixCache, namespace
 from budwood.serving.requests import Answer, QueueFullError, Row, Sampling, Twins, check_weights
@@ -81,7 +81,7 @@ class Engine:
         self.residents = Residents(self, self.loader, adapter_bytes)
         self.switching = threading.Lock()  # held to change `default`, and to let an adapter leave
         self._context = positions_of(self.model)
-        kv_bytes = _available(device) // 4 if kv_bytes is None else kv_bytes
+        kv_bytes = available(device) // 4 if kv_bytes is None else kv_bytes
         step_tokens = step_tokens or (256 if device.type == "cpu" else 2048)
         self.prefixes = PrefixCache(prefix_bytes)
         self.scheduler = Scheduler(self, max_rows, step_tokens, kv_bytes)
@@ -167,10 +167,12 @@ class Engine:
         loaded = self.find(name)
 
         def merge() -> None:
-            if self.find(name) is not loaded or self.residents.uses[loaded] > 2:  # the name and this call
-                raise InputError(f"adapter '{name}' has other names or is in use: unload them before merging it.")
-            if self.scheduler.rows or self.scheduler.waiting:
+            if self.find(name) is not loaded or list(self.names.values()).count(loaded) > 1:
+                raise InputError(f"adapter '{name}' has other names: unload them before merging it.")
+            if self.scheduler.rows or self.scheduler.queued or self.residents.requests[loaded]:
                 raise InputError(f"requests are in flight: wait for their answers before merging '{name}'.")
+            if self.default is loaded:
+                self._set_default(None)
             self.loader.merge(loaded)
             del self.names[name]
             self.residents.order.pop(loaded)
@@ -280,6 +282,8 @@ class Engine:
                 elif adapter is not None:
                     row.loaded = parts[0]
                 if row.loaded is not None:
+                    if row.loaded.quarantined:
+                        raise InputError(row.loaded.quarantined)
                     self.residents.hold(row.loaded, request=True)
                 identity = "" if row.loaded is None else row.loaded.identity
                 row.namespace = namespace(identity, tenant, template)
@@ -345,7 +349,9 @@ class Engine:
         """
         if name not in self.names:
             known = ", ".join(self.names) or "none"
-            raise InputError(f"no adapter '{name[:64]}' is loaded.{did_you_mean(name, self.names)} Loaded: {known}.")
+            raise InputError(
+                f"no adapter '{name[:64]}' is loaded.{did_you_mean(name, list(self.names))} Loaded: {known}."
+            )
         return self.names[name]
 
     # For the engine's thread.
@@ -392,9 +398,3 @@ class Engine:
             count = max(count, self.find(adapter).embeddings)
         check_tokens(prompt, count, self.tokenizer, self.base.name, where)
         return count
-
-
-def _available(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)

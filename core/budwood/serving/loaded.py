@@ -173,9 +173,7 @@ class Loader:
 
     def _live(self, owner: Strategy, saved: SavedAdapter) -> LiveAdapter | None:
         tensors = saved.load_tensors()
-        narrow = self.base.dtype in (torch.float16, torch.bfloat16)
-        kind = torch.device(self.base.device).type
-        with torch.no_grad(), torch.autocast(kind, self.base.dtype if narrow else None, narrow):
+        with torch.no_grad(), self.base.autocast():
             live: LiveAdapter | None = ask_owner(
                 owner, "live_adapter", model=self.base.model, config=saved.config, tensors=tensors
             )

@@ -153,7 +153,7 @@ class Row:
 
     def __post_init__(self) -> None:
         self.answer.row = weakref.ref(self)
-        if self.sampling.temperature > 0:
+        if not self.sampling.greedy:
             self.noise = Gumbel([self.sampling.seed])
 
     @property

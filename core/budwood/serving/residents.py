@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from budwood.adapters.store import SavedAdapter
-from budwood.errors import ResourceError
+from budwood.errors import BudwoodError, ResourceError, describe, is_out_of_memory
 from budwood.serving.loaded import Loaded, Loader
 
 if TYPE_CHECKING:
@@ -192,9 +192,9 @@ class Residents:
                         if not self._make_room(loaded.bytes, wanted):
                             self._check_hope(wait)
                             return False
-                        self.reading.add(loaded)
                         arguments = (self._engine, self, loaded)
                         threading.Thread(target=_read_for, args=arguments, name="budwood-reader").start()
+                        self.reading.add(loaded)
                 if absent:
                     continue
                 if not self._make_room(wait.room, wanted):
@@ -296,8 +296,11 @@ def blend_key(parts: list[tuple[Loaded, float]]) -> tuple[tuple[str, float], ...
 def _read_for(owner: weakref.ref[Engine], residents: Residents, loaded: Loaded) -> None:
     try:
         found: SavedAdapter | BaseException = residents._read(loaded)
-    except BaseException as error:
+    except BudwoodError as error:
         found = error
+    except BaseException as error:
+        kind = ResourceError if is_out_of_memory(error) else BudwoodError
+        found = kind(f"adapter '{loaded.label}': reading it failed: {describe(error)}.")
     engine = owner()
     if engine is not None:
         engine.thread.post(lambda: residents.arrived(loaded, found), own_threads=True)
