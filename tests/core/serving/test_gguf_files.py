@@ -265,9 +265,10 @@ def test_ollama_gets_the_very_chat_template_or_none(tiny_base, tmp_path, capsys)
     )
     found = frames_of(default, tokenizer, {})
     assert found.start == "<bos>Be kind.\n" and found.prompt == "[assistant]"
-    assert go_template(found, "<bos>").startswith(
-        '{{ if .System }}{{ "[system]" }}{{ else }}{{ "Be kind.\\n" }}{{ end }}'
-    )
+    go = go_template(found, "<bos>")
+    for role, start in (("system", "[system]"), ("user", "Be kind.\\n"), ("assistant", "Be kind.\\n")):
+        assert f'{{{{ if eq .Role "{role}" }}}}{{{{ if not $i }}}}{{{{ "{start}" }}}}{{{{ end }}}}' in go
+    assert go.endswith('{{ "[assistant]" }}') and "<bos>" not in go
     trims = default.replace("m.content", "m.content | trim")
     last = default.replace("{{ eos_token }}", "{% if not loop.last %}{{ eos_token }}{% endif %}")
     assert frames_of(trims, tokenizer, {}) is None and frames_of(last, tokenizer, {}) is None

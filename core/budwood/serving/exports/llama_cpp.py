@@ -135,6 +135,8 @@ def write_gguf(saved: SavedAdapter, folder: Path, out: Path, wanted: Wanted) -> 
         base = shlex.quote(str(out / BASE))
     lines.append(f"llama-cli -m {base} --lora {shlex.quote(str(out / ADAPTER))}")
     notes = [*(own.notes if own is not None else ()), *_chat_notes(model)]
+    if not model.messages and own is None:
+        notes.append("it was trained on texts, not on messages: let llama.cpp apply no chat template (-no-cnv).")
     return Exported(out, wanted.target, lines, result, None, approximate, notes)
 
 
