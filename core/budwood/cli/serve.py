@@ -82,22 +82,24 @@ def serve(
     settings = Settings(base_name, place, admin_place, limits)
     with uncollected():
         from budwood.serving.http.server import run
+        from budwood.serving.http.sockets import bound
         from budwood.serving.http.start import open_service
 
     _log_to_stderr()
-    service = open_service(
-        base, settings, known, root, lambda text: echo(text, err=True), quantization=quantization,
-        precision=precision, device=device, max_rows=rows, prefix_bytes=prefix_mib << 20,
-        adapter_bytes=None if adapter_mib is None else adapter_mib << 20,
-    )  # fmt: skip
+    with bound(settings) as sockets:
+        service = open_service(
+            base, settings, known, root, lambda text: echo(text, err=True), quantization=quantization,
+            precision=precision, device=device, max_rows=rows, prefix_bytes=prefix_mib << 20,
+            adapter_bytes=None if adapter_mib is None else adapter_mib << 20,
+        )  # fmt: skip
 
-    def started(places: list[str]) -> None:
-        names = ", ".join(one.name for one in service.catalog.all()) or "none"
-        echo(f"base {settings.base_name}; adapters: {names}", err=True)
-        echo(f"listening at {' and '.join(places)}")
-        sys.stdout.flush()
+        def started() -> None:
+            names = ", ".join(one.name for one in service.catalog.all()) or "none"
+            echo(f"base {settings.base_name}; adapters: {names}", err=True)
+            echo(f"listening at {' and '.join(sockets.places)}")
+            sys.stdout.flush()
 
-    run(service, started)
+        run(service, sockets, started)
 
 
 def token(

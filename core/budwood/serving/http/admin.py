@@ -38,6 +38,7 @@ class Alias(_Body):
     """Let a name stand for the adapter of another."""
 
     target: str = Field(min_length=1, max_length=64)
+    verify: Verify = "auto"
 
 
 class Reload(_Body):
@@ -72,7 +73,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.put("/admin/adapters/{name}")
     async def alias(name: str, request: Request) -> Response:
         asked = read(Alias, await body(request))
-        return JSONResponse((await change(catalog.alias, name, asked.target)).describe())
+        return JSONResponse((await change(catalog.alias, name, asked.target, asked.verify)).describe())
 
     @app.post("/admin/reload")
     async def reload(request: Request) -> Response:

@@ -40,14 +40,18 @@ class Served:
     Attributes:
         name: what clients call it; key: what the engine calls it.
         identity: hash of its content and of the base.
+        path: its folder, below the root; "": it is another name of an adapter.
         created: when it was loaded, in seconds since 1970.
+        compared: whether its golden logits, if it has any, were computed here and were as recorded.
     """
 
     name: str
     key: str
     saved: SavedAdapter
     identity: str
+    path: str
     created: int
+    compared: bool = False
 
     def describe(self) -> dict[str, Any]:
         """Return what /v1/models says about it."""
@@ -237,14 +241,15 @@ class Catalog:
         except BaseException:
             self.engine.unload(key)
             raise
-        served = Served(name, key, loaded.saved, loaded.identity, int(time.time()))
+        served = Served(name, key, loaded.saved, loaded.identity, path, int(time.time()), verify != "hash")
         self._table = {**self._table, name: served}
         if old is not None:
             self._retire(old.key)
         return served, found
 
     def reload(self, verify: str = "auto") -> dict[str, dict[str, Any]]:
-        """Load again what has changed below the root: adapters that are served, new ones, and not those that failed.
+        """Load again the adapters whose folders have changed, and those whose folders are new; names that `alias` gave
+        keep what they stand for.
 
         Returns:
             What happened, by name.
@@ -252,7 +257,10 @@ class Catalog:
         if self.root is None:
             raise InputError("the server has no folder of adapters: start it with --adapters DIR.")
         done: dict[str, dict[str, Any]] = {}
-        for name, path in self.root.all().items():
+        served_paths = {one.name: one.path for one in self.all()}
+        for name, path in {**self.root.all(), **served_paths}.items():
+            if not path:
+                continue
             try:
                 served, found = self.load(name, path, verify, replaces=True)
                 done[name] = {"identity": served.identity, "result": found}
@@ -260,20 +268,28 @@ class Catalog:
                 done[name] = {"error": str(error)}
         return done
 
-    def alias(self, name: str, target: str) -> Served:
+    def alias(self, name: str, target: str, verify: str = "auto") -> Served:
         """Let a name, new or taken, stand for the adapter of another; requests in flight keep theirs.
+
+        Args:
+            verify: as for `load`, unless the adapter was compared when it was loaded.
 
         Raises:
             InputError: the name is not valid, or there is no such adapter.
+            CorruptError: the adapter is not what it was when it was saved.
         """
         self._check_name(name)
         with self._changing:
             served = self._find(target)
             if target == name:
                 return served
+            if verify == "golden" or verify == "auto" and not served.compared:
+                compare(self.engine, self.task, served.key, served.saved, verify == "golden")
+                served = replace(served, compared=True)
+                self._table = {**self._table, target: served}
             key, old = f"{name}.{next(self._numbers)}", self._table.get(name)
             self.engine.alias(key, served.key)
-            moved = replace(served, name=name, key=key, created=int(time.time()))
+            moved = replace(served, name=name, key=key, path="", created=int(time.time()))
             self._table = {**self._table, name: moved}
             if old is not None:
                 self._retire(old.key)

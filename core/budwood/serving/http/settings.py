@@ -17,7 +17,7 @@ class Limits:
         waiting: requests that wait for a row of the engine, beyond which further ones are refused.
         deadline: seconds after which a request is ended.
         slow_reader: seconds that a client may leave the next piece of a stream unread.
-        body_seconds: seconds that a client may take to send its request.
+        body_seconds: seconds that a client may take to send the headers of a request, and again its body.
         drain: seconds that requests in flight may take after SIGTERM.
         body: bytes of a request; header: of its headers; depth: of nested JSON; messages, tools, stop: of lists.
         stop_length: characters of a stop string.

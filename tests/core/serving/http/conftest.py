@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from budwood.serving.http.catalog import Root
 from budwood.serving.http.server import run
 from budwood.serving.http.service import Service
 from budwood.serving.http.settings import Address, Limits, Settings
+from budwood.serving.http.sockets import bound
 from budwood.serving.http.tokens import Tokens
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -62,16 +62,18 @@ def ask(client: TestClient, **fields: Any) -> Any:
 @contextmanager
 def running(service: Service) -> Iterator[tuple[OpenAI, int]]:
     """Serve on a port in a thread; yields a client and the port."""
-    places: queue.Queue[str] = queue.Queue()
-    thread = threading.Thread(target=run, args=(service, lambda shown: places.put(shown[0])))
-    thread.start()
-    try:
-        place = places.get(timeout=20)
-        yield OpenAI(base_url=f"{place}/v1", api_key="none", max_retries=0, timeout=30), int(place.rpartition(":")[2])
-    finally:
-        service.ending = True
-        thread.join(20)
-    assert not thread.is_alive()
+    with bound(service.settings) as sockets:
+        ready = threading.Event()
+        thread = threading.Thread(target=run, args=(service, sockets, ready.set))
+        thread.start()
+        try:
+            assert ready.wait(20)
+            place = f"{sockets.places[0]}/v1"
+            yield OpenAI(base_url=place, api_key="none", max_retries=0, timeout=30), sockets.port
+        finally:
+            service.ending = True
+            thread.join(20)
+        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="session")

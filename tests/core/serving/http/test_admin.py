@@ -54,7 +54,7 @@ def test_load_alias_reload_unload(managed):
     assert done.status_code == 422 and "not valid JSON" in found["run"]["error"]
     assert found["one"]["result"] == "holds no golden logits" and "new" in found
     assert text(user, "run") == third and text(user, "one") != first and text(user, "new")
-    assert ask(user, model=f"one@{exact}").status_code == 404
+    assert ask(user, model=f"one@{exact}").status_code == 404 and text(user, "prod") == second
     assert boss.post("/admin/reload", json={}).json()["adapters"]["one"]["result"] == "unchanged"
     # Names in the engine are only those that are served.
     assert (
@@ -62,6 +62,11 @@ def test_load_alias_reload_unload(managed):
     )
     assert boss.post("/admin/adapters", json={"name": "x", "path": "new"}).status_code == 200
     assert text(user, "x") == text(user, "new")
+    # A name is reloaded from the folder that it was loaded from.
+    assert boss.post("/admin/adapters", json={"name": "one", "path": "new", "replace": True}).status_code == 200
+    shutil.rmtree(root / "new")
+    gone = boss.post("/admin/reload", json={}).json()["adapters"]
+    assert "no such folder" in gone["one"]["error"] and text(user, "one") == text(user, "new")
 
 
 REFUSED = [
@@ -118,6 +123,9 @@ def test_golden_logits_are_compared_on_the_live_engine_before_a_name_moves(manag
     assert text(user, "one") != before
     skipped = boss.post("/admin/adapters", json={"name": "bad", "verify": "hash"})
     assert skipped.status_code == 200 and skipped.json()["golden"] == "not compared"
+    moved = boss.put("/admin/adapters/two", json={"target": "bad"})  # which was not compared yet
+    assert moved.status_code == 422 and service.catalog._table["two"].path == "two"
+    assert boss.put("/admin/adapters/two", json={"target": "bad", "verify": "hash"}).status_code == 200
 
 
 def test_requests_in_flight_end_on_what_they_began_with(managed):
@@ -160,19 +168,20 @@ def test_requests_in_flight_end_on_what_they_began_with(managed):
 
 def test_a_socket_of_its_own(tmp_path):
     """Only this user can connect; one that is left over is replaced, and what is no socket is not."""
-    from budwood.serving.http.server import listen
     from budwood.serving.http.settings import Address, Limits
+    from budwood.serving.http.sockets import bind
 
     path = tmp_path / "admin.sock"
-    first = listen(Address(path=str(path)), Limits())
+    first = bind(Address(path=str(path)), Limits())
+    first.listen()
     assert os.stat(path).st_mode & 0o077 == 0
     with pytest.raises(InputError, match="another server listens there"):
-        listen(Address(path=str(path)), Limits())
+        bind(Address(path=str(path)), Limits())
     first.close()
-    listen(Address(path=str(path)), Limits()).close()
+    bind(Address(path=str(path)), Limits()).close()
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is not a socket"):
-        listen(Address(path=str(tmp_path / "file")), Limits())
+        bind(Address(path=str(tmp_path / "file")), Limits())
     with pytest.raises(InputError, match="cannot listen at"):
-        listen(Address("192.0.2.1", 1), Limits())
+        bind(Address("192.0.2.1", 1), Limits())
     assert not Path(tmp_path / "file").read_text()

@@ -16,6 +16,7 @@ from tests.core.serving.http.conftest import HELLO, open_service, running
 
 from budwood.errors import ResourceError
 from budwood.serving.http.server import run
+from budwood.serving.http.sockets import bound
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
@@ -101,6 +102,12 @@ def test_floods_and_fragments_are_refused_and_the_server_stays(tiny_base):
         slow = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" \
             b"Content-Length: 100\r\n\r\n{"  # fmt: skip
         assert b" 408 " in answer(slow)
+        assert answer(b"") == answer(b"GET / HTTP/1.1\r\nHost: lo") == b""  # nothing, or half of a head
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as made:
+            made.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            wait_for(lambda: b"ok" in made.recv(4096))
+            made.sendall(b"GET /hea")
+            assert made.recv(4096) == b""
         large = slow.replace(b"100", b"10000000")
         assert b" 413 " in answer(large + b"x" * 100_000)
         chunked = large.replace(b"Content-Length: 10000000", b"Transfer-Encoding: chunked")[:-1]
@@ -153,17 +160,18 @@ def test_a_shutdown_lets_requests_end_or_says_why_not(tiny_base, slowed, drain):
 def test_the_server_ends_with_its_engine(tiny_base):
     service = open_service(tiny_base)
     failed: list[BaseException] = []
-    places: list[list[str]] = []
+    ready = threading.Event()
 
     def serve() -> None:
         try:
-            run(service, places.append)
+            with bound(service.settings) as sockets:
+                run(service, sockets, ready.set)
         except BaseException as error:
             failed.append(error)
 
     thread = threading.Thread(target=serve)
     thread.start()
-    wait_for(lambda: places)
+    assert ready.wait(10)
     service.engine.call(lambda: None)
     assert service.alive
     service.engine.thread._commands.put(None)  # its thread ends, as it would at an error beyond all that it catches

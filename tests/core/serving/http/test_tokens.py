@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
 
 import pytest
 from tests.core.serving.http.conftest import admin, ask, client, open_service
@@ -51,6 +52,18 @@ def test_a_foreign_adapter_looks_like_none(tenants):
     text = client(service, tokens["admin"]).get("/metrics").text
     assert 'adapter="two",tenant="b"' in text and 'budwood_generated_tokens_total{adapter="one",tenant="a"}' in text
     assert 'adapter="two",tenant="a"' not in text
+
+
+def test_tenants_share_no_cached_prompts(tiny_base, tmp_path):
+    """The same prompt is found again for the tenant that sent it, and computed anew for another one."""
+    tokens = [add_token(tmp_path / "tokens.json", tenant) for tenant in ("a", "b")]
+    service = open_service(tiny_base, None, tmp_path / "tokens.json", prefix_bytes=1 << 20)
+    hits = []
+    for token in (tokens[0], tokens[1], tokens[0]):
+        done = client(service, token).post("/v1/completions", json={"model": "tiny", "prompt": "word " * 90})
+        assert done.status_code == 200
+        hits.append(service.engine.prefixes.hits)
+    assert hits[0] == hits[1] == 0 < hits[2]
 
 
 def test_without_its_token_nothing_is_answered(tenants):
@@ -162,6 +175,13 @@ def test_the_command_refuses_what_is_unsafe_before_the_base_loads(tiny_base, opt
     monkeypatch.setattr("budwood.serving.http.start.load_for_task", lambda *a, **k: pytest.fail("loaded"))
     assert run(["serve", str(tiny_base), *options]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_an_address_that_is_taken_is_known_before_the_base_loads(tiny_base, capsys, monkeypatch):
+    monkeypatch.setattr("budwood.serving.http.start.load_for_task", lambda *a, **k: pytest.fail("loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert run(["serve", str(tiny_base), "--port", str(taken.getsockname()[1])]) == 2
+    assert "cannot listen at http://127.0.0.1:" in capsys.readouterr().err
 
 
 def test_without_the_extra_the_command_says_what_to_install(tiny_base, capsys, monkeypatch):
