@@ -13,20 +13,19 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from budwood.contract.discovery import PluginError
 from budwood.contract.examples import Batch
-from budwood.contract.loading import create
 from budwood.contract.types import Plan, Run, Step
 from budwood.model.base import load_tokenizer, skeleton
 from budwood.model.evaluation import collate_for
 from budwood.model.fake import fake_base, fake_tensors
 from budwood.model.ops import attention
-from budwood.model.task import Task
+from budwood.recipe.data import read_task_base, recipe_task
 from budwood.recipe.schema import Recipe, build_composition
 from budwood.training.batches import count_units
 from budwood.training.on_policy import find_generator
 from budwood.training.parameters import torch_groups, trainable_groups
 from budwood.training.report import Report
 from budwood.training.run_data import read_data
-from budwood.training.setup import check_plan, make_accelerator, register_parts
+from budwood.training.setup import check_plan, make_accelerator, register_parts, register_task
 from budwood.training.step import Engine
 from budwood.untrusted.chat_template import today
 
@@ -39,11 +38,13 @@ def run_on_fake_tensors(recipe: Recipe) -> Run:
         BudwoodError: as `tune`.
     """
     hooks = build_composition(recipe)
-    task: Task = create(recipe.base.task, "budwood.tasks")
+    task = recipe_task(recipe)
     run = Run(
         recipe, Path(recipe.output), torch.device("cpu"), torch.float32, hooks.strategies, hooks, task,
         seed=recipe.train.seed, accelerator=make_accelerator(torch.device("cpu")), planning=True, say=lambda text: None,
     )  # fmt: skip
+    read_task_base(task, recipe)
+    register_task(hooks, task)
     if task.needs_tokenizer:
         run.tokenizer = load_tokenizer(recipe.base.model)
     modules = skeleton(recipe.base.model, task.auto_class)
@@ -54,14 +55,16 @@ def run_on_fake_tensors(recipe: Recipe) -> Run:
         run.base = fake_base(recipe.base.model, task.auto_class, run.dtype, **kwargs)
         run.model = run.base.model
         attention.register()
-        run.model.set_attn_implementation(attention.IMPLEMENTATION)
+        run.packed = task.packs_rows(run.model)
+        if run.packed:
+            run.model.set_attn_implementation(attention.IMPLEMENTATION)
         run.model = hooks.chain("prepare_model", "model", run.model, run=run)
         run.groups = trainable_groups(run, hooks)
         run.start = [p.detach().clone() for p in run.trainable]
         if run.average is not None:
             run.average.begin(run.trainable)
         engine = Engine(run, hooks)
-        register_parts(hooks, task, engine)
+        register_parts(hooks, engine)
         run.optimizer = hooks.call("build_optimizer", run=run, groups=torch_groups(run))
         run.scheduler = hooks.call("build_scheduler", run=run, optimizer=run.optimizer)
         run.model.train()
