@@ -124,7 +124,7 @@ class RowCache(Cache):
 
     def bytes(self) -> int:
         """Return the bytes allocated."""
-        return sum(t.nbytes for layer in self.used for t in (layer.keys, layer.values))
+        return sum(t.nbytes for layer in self.used for t in (layer.keys, layer.values) if t is not None)
 
     def fits(self, slots: int, positions: int) -> bool:
         """Return whether the budget allows so many rows of so many positions."""
