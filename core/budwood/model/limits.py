@@ -101,18 +101,23 @@ def check_fits(examples: Examples, model: Any, tokenizer: Any, name: str) -> Non
             )
 
 
+class ContextFullError(InputError):
+    """A prompt leaves no room for an answer in the base's context."""
+
+
 def answer_limit(length: int, wanted: int, context: int | None, where: str) -> int:
     """Return the largest number of tokens of an answer to a prompt of so many.
 
     Raises:
-        InputError: the prompt is empty, or fills the context.
+        InputError: the prompt is empty.
+        ContextFullError: it fills the context.
     """
     if not length:
         raise InputError(f"{where} is empty.")
     if context is None:
         return wanted
     if length >= context:
-        raise InputError(f"{where} has {length} tokens; the base's context holds {context} with the answer.")
+        raise ContextFullError(f"{where} has {length} tokens; the base's context holds {context} with the answer.")
     return min(wanted, context - length)
 
 

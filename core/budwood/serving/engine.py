@@ -254,8 +254,8 @@ class Engine:
             twins: requests of the same prompt and adapter that are given the same object share its computation.
 
         Raises:
-            InputError: an unknown adapter, a token id without an embedding, an empty prompt, one that fills the
-                context, or an option out of range.
+            InputError: an unknown adapter, a token id without an embedding, an empty prompt, or an option out of range.
+            ContextFullError: the prompt fills the context.
             QueueFullError: as many requests wait as `max_waiting` lets.
         """
         sampling = sampling or Sampling()

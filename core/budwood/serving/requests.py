@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import queue
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -43,6 +44,14 @@ class Answer:
         self.cancelled = False
         self._events: queue.SimpleQueue[str | Generated | BaseException] = queue.SimpleQueue()
         self._end: Generated | BaseException | None = None
+        self.row: weakref.ref[Row] | None = None
+
+    def so_far(self) -> tuple[list[int], list[float], list[dict[int, float]]]:
+        """Return copies of a row's tokens, and their log-probabilities if requested; empty once it has ended."""
+        row = self.row() if self.row is not None else None
+        if row is None:
+            return [], [], []
+        return list(row.writer.tokens), list(row.writer.log_probs), list(row.writer.top_log_probs)
 
     def __iter__(self) -> Iterator[str]:
         while (piece := self.next_piece()) is not None:
@@ -143,6 +152,7 @@ class Row:
     noise: Gumbel | None = None
 
     def __post_init__(self) -> None:
+        self.answer.row = weakref.ref(self)
         if not self.sampling.greedy:
             self.noise = Gumbel([self.sampling.seed])
 
