@@ -23,7 +23,7 @@ from budwood.serving.http.prompts import Prompt
 from budwood.serving.http.schema import Chat, Completion, Generation, check, read
 from budwood.serving.http.service import Record, Service
 from budwood.serving.http.tools import CallReader
-from budwood.serving.requests import Sampling
+from budwood.serving.requests import Sampling, Twins
 
 COMPLETION_TOKENS = 16
 """Tokens of an answer of /v1/completions by default, as in OpenAI's API."""
@@ -141,6 +141,7 @@ def _submit(
     made: list[Prompt] = prompts()
     seed = secrets.randbits(63) if body.seed is None else body.seed
     for number, prompt in enumerate(made, 1):
+        twins = Twins()
         for sample in range(body.n or 1):
             sampling = Sampling(
                 limit, 1.0 if body.temperature is None else body.temperature, body.top_p or 1.0, body.top_k or 0,
@@ -150,7 +151,7 @@ def _submit(
             where = "the prompt" if len(made) == 1 else f"prompt {number}"
             ask = partial(
                 service.engine.submit, prompt.ids, target.adapter, sampling, tenant=record.tenant.name,
-                template=prompt.template, stream=bool(body.stream), where=where,
+                template=prompt.template, stream=bool(body.stream), where=where, twins=twins,
             )  # fmt: skip
             try:
                 call.submit(ask)
