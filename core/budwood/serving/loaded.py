@@ -139,7 +139,8 @@ class Loader:
         memory = self._enter(label, identity, owner, saved)
         loaded = Loaded(label, identity, owner, _without_content(saved), memory)
         live = memory.live
-        loaded.bytes = live.bytes if memory.attached is None else saved.bytes
+        hidden = memory.attached is not None or any(update.row_forward is not None for update in live.updates.values())
+        loaded.bytes = max(live.bytes, saved.bytes if hidden else 0)
         loaded.embeddings = max((getattr(module, "num_embeddings", 0) for module in live.modules.values()), default=0)
         if memory.attached is not None:
             loaded.unblendable = (

@@ -217,7 +217,7 @@ class Scheduler:
             if last is not None:
                 last()
             row.finish() if error is None else row.fail(error)
-        except Exception as problem:  # a row that never ends would be waited for
+        except BaseException as problem:  # a row that never ends would be waited for
             row.fail(problem)
         if row.loaded is not None:
             try:
@@ -368,7 +368,7 @@ class Scheduler:
             row.ids.append(token)
             self.count(row, row.prompt * first, 1)
             row.writer.add(token, *scores)
-        except Exception as problem:  # of a listener, or of the tokenizer
+        except BaseException as problem:  # of a listener, or of the tokenizer
             self._drop(row, BudwoodError(f"the request failed: {describe(problem)}."))
             return
         if row.writer.reason is not None:
