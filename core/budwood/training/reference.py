@@ -111,6 +111,8 @@ def _with_reference(run: Run, examples: Examples, owner: object) -> Examples:
     if len(examples) and CACHED in examples[0].columns:
         raise PluginError(f"{owner}: the examples already have a column '{CACHED}': rename that one.")
     offsets = np.concatenate([[0], np.cumsum(examples.label_counts)])
+    if run.planning:  # values are unknown
+        return examples.with_label_column(CACHED, np.zeros(int(offsets[-1]), np.float32), offsets)
     values = torch.zeros(int(offsets[-1]), device=run.device)
     lengths, groups = examples.lengths, examples.groups
     rows = split_micro(range(len(examples)), lengths, run.recipe.train.micro_tokens, run.packed, groups)

@@ -184,22 +184,13 @@ def _prepare(
     run.model = run.base.model
     attention.register()
     check_packing(run, report)
-    run.model = prepare_model(run, hooks)
-    if recipe.train.gradient_checkpointing:
-        run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    adapt_model(run, hooks)
     run.sampler = sample
-    run.groups = trainable_groups(run, hooks)
-    run.start = [p.detach().clone() for p in run.trainable]
-    if run.average is not None:
-        run.average.begin(run.trainable)
     if resume is not None:
         resume.compare(changes.adapted(run), run)
-    engine = Engine(run, hooks)
-    register_parts(hooks, task, engine)
-    cache_reference(run)
+    engine = build_engine(run, hooks)
     _report_size(run, report)
-    run.optimizer = hooks.call("build_optimizer", run=run, groups=torch_groups(run))
-    run.scheduler = hooks.call("build_scheduler", run=run, optimizer=run.optimizer)
+    build_optimizer(run, hooks)
     if accelerator.is_main_process:
         write_manifest(run, resume)
         complete_file(directory / "recipe.yaml", recipe.to_yaml(hooks.strategies).encode())
@@ -271,6 +262,31 @@ def prepare_model(run: Run, hooks: Composition) -> Any:
             raise PluginError(f"{call.plugin}: run.best_metric must be a BestMetric, not {run.best_metric!r}.")
         run.best_metric = replace(run.best_metric, owner=str(call.plugin))
     return model
+
+
+def adapt_model(run: Run, hooks: Composition) -> None:
+    """Let the strategies change the base, and collect what trains."""
+    run.model = prepare_model(run, hooks)
+    if run.recipe.train.gradient_checkpointing:
+        run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    run.groups = trainable_groups(run, hooks)
+    run.start = [p.detach().clone() for p in run.trainable]
+    if run.average is not None:
+        run.average.begin(run.trainable)
+
+
+def build_engine(run: Run, hooks: Composition) -> Engine:
+    """Register core's and the task's hooks for an adapted model, and cache the reference if a strategy asks for it."""
+    engine = Engine(run, hooks)
+    register_parts(hooks, run.task, engine)
+    cache_reference(run)
+    return engine
+
+
+def build_optimizer(run: Run, hooks: Composition) -> None:
+    """Create the run's optimizer and learning-rate schedule."""
+    run.optimizer = hooks.call("build_optimizer", run=run, groups=torch_groups(run))
+    run.scheduler = hooks.call("build_scheduler", run=run, optimizer=run.optimizer)
 
 
 def _report_size(run: Run, report: Report) -> None:
