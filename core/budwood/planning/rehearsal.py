@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from itertools import islice
@@ -33,7 +33,7 @@ from budwood.model.limits import default_length
 from budwood.model.ops import attention
 from budwood.model.quantizers import is_quantized, quantizer_of
 from budwood.model.task import Task
-from budwood.planning.trace import Trace
+from budwood.planning.trace import CUDA_BLOCK, Trace
 from budwood.recipe.continued import read_start
 from budwood.recipe.data import embeddings_wanted, recipe_skeleton, recipe_tokenizer
 from budwood.recipe.schema import Recipe, build_composition
@@ -112,6 +112,7 @@ class Rehearsal:
                 parameter.grad = torch.zeros_like(parameter)
             trace.part_of(GRADIENTS, (p.grad for p in run.trainable if p.grad is not None))
         trace.operations.clear()
+        trace.in_pass = True
         start = trace.mark()
         step = StepBatches(run.examples, np.zeros(0, dtype=np.int64), 0, run.micro_tokens, batches)
         run.model.train()
@@ -121,12 +122,12 @@ class Rehearsal:
 
 
 @contextmanager
-def rehearse(recipe: Recipe, dtype: torch.dtype, block: int = 1) -> Iterator[Rehearsal]:
+def rehearse(recipe: Recipe, dtype: torch.dtype, cuda: bool = False) -> Iterator[Rehearsal]:
     """Prepare a run on fake CPU tensors inside the context, as `tune` prepares it.
 
     Args:
         dtype: compute dtype.
-        block: bytes to which the allocator rounds each tensor.
+        cuda: trace the memory as CUDA's kernels and allocator take it.
 
     Raises:
         BudwoodError: as `tune`.
@@ -151,7 +152,7 @@ def rehearse(recipe: Recipe, dtype: torch.dtype, block: int = 1) -> Iterator[Reh
     check_plan(plan, hooks)
     read_data(run, hooks, Report(quiet=True), today(), modules)
     recipe = run.recipe
-    trace = Trace(hooks.current, block)
+    trace = Trace(hooks.current, CUDA_BLOCK if cuda else 1, on_cpu=not cuda)
     with fake_tensors() as mode, trace, _naming(run):
         run.base = fake_base(
             recipe.base.model, task.auto_class, dtype, recipe.base.trust_remote_code, task.needs_tokenizer,
@@ -165,11 +166,22 @@ def rehearse(recipe: Recipe, dtype: torch.dtype, block: int = 1) -> Iterator[Reh
         adapt_model(run, hooks)
         engine = build_engine(run, hooks)
         build_optimizer(run, hooks)
+        engine.finish_step = _then(engine.finish_step, trace)  # type: ignore[method-assign]
         run.optimizer.register_step_pre_hook(lambda *_: _claim(trace, GRADIENTS, (p.grad for p in run.trainable)))
         run.optimizer.register_step_post_hook(lambda *_: _claim(trace, OPTIMIZER, _states(run)))
         _register(run, trace)
         progress = Progress(torch.amp.GradScaler("cpu", enabled=False))
         yield Rehearsal(run, engine, progress, trace, mode, _examples(run))
+
+
+def _then(finish: Callable[[], dict[str, Tensor]], trace: Trace) -> Callable[[], dict[str, Tensor]]:
+    """Return `finish`, the first thing after the micro-batches of a step, such that the trace knows it."""
+
+    def call() -> dict[str, Tensor]:
+        trace.in_pass = False
+        return finish()
+
+    return call
 
 
 def _register(run: Run, trace: Trace) -> None:

@@ -35,6 +35,8 @@ class Operation:
     flops: int
     moved: int
     dtype: torch.dtype
+    in_pass: bool
+    """Whether it belongs to a micro-batch, and not to the end of the optimizer step."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,15 @@ class Trace(TorchDispatchMode):
     Attributes:
         current: returns the owner and the hook that run.
         block: bytes to which each tensor is rounded.
-        operations: those of the main passes, in order.
+        on_cpu: whether the kernels are those of the CPU, which copy operands to a common dtype.
+        operations: those since the last step began, in order.
     """
 
     current: Callable[[], tuple[str, str]] = lambda: ("", "")
     block: int = 1
+    on_cpu: bool = True
     operations: list[Operation] = field(default_factory=list)
+    in_pass: bool = True
     attention_pairs: int = 0
     """Pairs of query and key per head in a row of packed segments, for kernels that do not show them in shapes."""
 
@@ -126,6 +131,12 @@ class Trace(TorchDispatchMode):
             if tensor.untyped_storage()._cdata not in self._alive:
                 place = place or self.place()
                 self._born(tensor, place, func.__name__)
+        scratch = _scratch(func, inputs, outputs) if self.on_cpu else 0
+        if scratch:
+            number = self._number = self._number + 1
+            place = place or self.place()
+            self._births[number] = _Birth(scratch, TEMPORARY, place, func.__name__)
+            self._events += [(number, place, scratch), (number, "", -scratch)]
         self._count(func, inputs, outputs, args, kwargs, result)
         return result
 
@@ -138,7 +149,7 @@ class Trace(TorchDispatchMode):
             origin = self._paths[number] if number >= 0 else ""
             module = f"recomputation of {module}" if module else f"backward of {origin}" if origin else "backward"
         owner, hook = self.current()
-        running = " ".join(text for text in (hook, f"({owner})" if owner not in ("", "core") else "") if text)
+        running = f"hook {hook} of {owner}" if owner not in ("", "core") else ""
         return ", ".join(text for text in (module, running) if text) or "core"
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
@@ -193,7 +204,7 @@ class Trace(TorchDispatchMode):
             flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
         seen = {id(tensor): tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs)}
         wide = max(inputs, key=lambda tensor: tensor.numel(), default=outputs[0])
-        self.operations.append(Operation(name, flops, sum(seen.values()), wide.dtype))
+        self.operations.append(Operation(name, flops, sum(seen.values()), wide.dtype, self.in_pass))
 
     def part_of(self, part: str, tensors: Iterable[Tensor]) -> None:
         """Count living tensors as `part`, those made before the trace included; one that has a part keeps it."""
@@ -270,6 +281,22 @@ def _gemm_4bit(
 
 _INSIDE: dict[str, Callable[..., Tensor]] = {"bitsandbytes.gemm_4bit.default": _gemm_4bit}
 """Operations whose kernels are made of others."""
+
+
+_DROPOUT = (torch.ops.aten.native_dropout.default, torch.ops.aten.native_dropout_backward.default)
+
+
+def _scratch(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    """Return the bytes of the copies that an elementwise CPU kernel makes of operands and results of other dtypes."""
+    if func in _DROPOUT:  # multiply by their mask, cast to the input's dtype
+        return inputs[0].numel() * inputs[0].element_size()
+    operands = [tensor for tensor in inputs if tensor.dim()]
+    if len({tensor.dtype for tensor in operands}) < 2 or torch.Tag.pointwise not in func.tags:
+        return 0
+    common = functools.reduce(torch.promote_types, (tensor.dtype for tensor in operands))
+    results = [tensor for tensor in outputs if tensor.dtype != torch.bool]  # comparisons write theirs directly
+    copied = {id(tensor): tensor for tensor in (*operands, *results) if tensor.dtype != common}
+    return sum(tensor.numel() * common.itemsize for tensor in copied.values())
 
 
 @functools.cache

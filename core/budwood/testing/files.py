@@ -89,7 +89,7 @@ def make_files(task: str, kind: str = "") -> Files:
                 config.label2id = {label: number for number, label in enumerate(LABELS)}
                 model = LlamaForSequenceClassification(config)
             model.save_pretrained(folder / name)  # type: ignore[operator]
-            _save_tokenizer(folder / name)
+            save_tokenizer(folder / name)
     draw = random.Random(0)
     for name, count in (("train", 12), ("eval", 4)):
         texts = ["".join(draw.choices("bcdfghjklmnp", k=7 + number % 3)) for number in range(count)]
@@ -120,7 +120,7 @@ def _write_answers(path: Path, kind: str, count: int) -> Path:
     return written
 
 
-def _save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

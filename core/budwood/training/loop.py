@@ -32,7 +32,7 @@ from budwood.training.non_finite import check_parameters, check_skip
 from budwood.training.output import check_output
 from budwood.training.progress import Progress, evaluate
 from budwood.training.report import Report, profile_table
-from budwood.training.setup import prepare
+from budwood.training.setup import Planner, prepare
 from budwood.training.step import Engine
 
 
@@ -46,6 +46,7 @@ def tune(
     quiet: bool = False,
     before: float = 0.0,
     allow_code: bool = False,
+    planner: Planner | None = None,
 ) -> Run:
     """Train a recipe and write the adapter, log and plot to its output folder.
 
@@ -59,6 +60,8 @@ def tune(
         quiet: print nothing.
         before: seconds that the process ran before, which the times of the run include as `startup`.
         allow_code: run Python files that the recipe names, such as rewards.
+        planner: estimates memory and time before the base is loaded, and refuses what cannot fit; see
+            `budwood.planning.admission`.
 
     Returns:
         The finished run; `run.metrics` holds the last evaluation, `run.directory` is the output folder.
@@ -81,7 +84,7 @@ def tune(
             previous = find_resume(recipe, report, accept_changes) if resume else None
             if isinstance(previous, Run):
                 return previous
-            run, hooks, engine = prepare(recipe, report, overwrite, previous, in_place=resume, profile=profile)
+            run, hooks, engine = prepare(recipe, report, overwrite, previous, resume, profile, planner)
             try:
                 train(run, hooks, engine, report, previous, signals)
             finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -63,6 +63,10 @@ FEW_STEPS = 20
 """A run with fewer steps than this gets a note, unless the recipe sets the steps."""
 
 
+Planner = Callable[[Run, Any], None]
+"""Estimates a run before its base is loaded, from the run with its data, and the base's modules without weights."""
+
+
 class Core:
     """Core's default implementations of exclusive hooks, which a strategy may replace."""
 
@@ -89,7 +93,7 @@ def register_parts(hooks: Composition, task: Task, engine: Engine) -> None:
 
 def prepare(
     recipe: Recipe | str | Path, report: Report, overwrite: bool, resume: Resume | None = None,
-    in_place: bool = False, profile: bool = False,
+    in_place: bool = False, profile: bool = False, planner: Planner | None = None,
 ) -> tuple[Run, Composition, Engine]:  # fmt: skip
     """Prepare a run for training. With `resume`, the checkpoint's state is not restored yet.
 
@@ -97,6 +101,7 @@ def prepare(
         overwrite: remove an old run from the output folder.
         in_place: keep an old run's files until this run's files replace them.
         profile: measure the memory of every hook on CUDA too, and the time of the device's work instead of its launch.
+        planner: called with the run and the base's skeleton once the data is read; raises if the run cannot fit.
 
     Raises:
         InputError: the recipe, the data or the plan is invalid, or something changed since the checkpoint.
@@ -111,13 +116,14 @@ def prepare(
     hooks = build_composition(recipe)
     hooks.account("startup", report.seconds)
     with hooks.part("setup"):
-        run, engine = _prepare(recipe, hooks, report, overwrite, resume, profile)
+        run, engine = _prepare(recipe, hooks, report, overwrite, resume, profile, planner)
     return run, hooks, engine
 
 
 def _prepare(
-    recipe: Recipe, hooks: Composition, report: Report, overwrite: bool, resume: Resume | None, profile: bool
-) -> tuple[Run, Engine]:
+    recipe: Recipe, hooks: Composition, report: Report, overwrite: bool, resume: Resume | None, profile: bool,
+    planner: Planner | None,
+) -> tuple[Run, Engine]:  # fmt: skip
     """See `prepare`; the recipe's output, options and files have been checked."""
     if not hooks.implements("trainable_parameters"):
         raise InputError(NOTHING_TRAINS)
@@ -171,6 +177,8 @@ def _prepare(
                 "note: on CUDA a resumed run is identical up to rounding, and bitwise identical with "
                 "train.deterministic"
             )
+    if planner is not None and run.processes == 1:
+        planner(run, model)
     make_output(directory, overwrite, accelerator)
 
     run.base = _base(run, hooks, task, trust)

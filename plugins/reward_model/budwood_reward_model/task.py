@@ -76,8 +76,10 @@ class RewardModel(SequenceClassification):
         return scores[first] - scores[first + 1], batch.weights[first]
 
     @hookimpl
-    def batch_counts(self, batch: Batch) -> dict[str, float]:
+    def batch_counts(self, run: Run, batch: Batch) -> dict[str, float]:
         """Count pairs by their weights."""
+        if run.planning:  # values are unknown
+            return {"pair": batch.total_weight / 2}
         first = torch.tensor([start for start, _ in batch.groups])
         return {"pair": float(batch.weights[first].sum(dtype=torch.float64))}
 

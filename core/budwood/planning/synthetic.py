@@ -1,0 +1,62 @@
+"""Writes rows that stand in for data that is not there yet, so that a recipe can be planned by tokens alone."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from budwood.contract.loading import create
+from budwood.data.preference import PAIRS
+from budwood.data.prompts import PROMPTS
+from budwood.model.limits import default_length
+from budwood.model.task import Task
+from budwood.recipe.data import recipe_skeleton, recipe_tokenizer
+from budwood.recipe.schema import Recipe, build_composition
+
+WORD = "water "
+
+
+def synthetic(recipe: Recipe, tokens: int) -> tuple[Recipe, str]:
+    """Return a recipe whose micro-batches have `tokens` tokens, all with a loss, and a note about them.
+
+    Args:
+        tokens: of a micro-batch; examples have as many, or `data.max_length` if that is less.
+
+    Raises:
+        InputError: the base has no tokenizer, or its configuration is unknown.
+    """
+    hooks = build_composition(recipe)
+    task: Task = create(recipe.base.task, "budwood.tasks")
+    tokenizer = recipe_tokenizer(recipe) if task.needs_tokenizer else None
+    length = recipe.data.max_length or default_length(recipe_skeleton(recipe, task.auto_class, tokenizer))
+    length = min(length, tokens)
+    kinds = [kind for strategy in hooks.strategies for kind in strategy.trains_on if kind]
+    rows = [_row(kinds[0] if kinds else "", task, length, number) for number in range(2 * max(2, -(-tokens // length)))]
+    folder = Path(tempfile.mkdtemp(prefix="budwood-plan-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = recipe.data.model_copy(
+        update={"train": path, "eval": "none", "max_length": length, "group_by": None, "as_chat": False}
+    )
+    train = recipe.train.model_copy(update={"micro_tokens": tokens})
+    return (
+        recipe.model_copy(update={"data": data, "train": train}),
+        f"planned without data, for micro-batches of {tokens:,} tokens in examples of {length:,}, all with a loss",
+    )
+
+
+def _row(kind: str, task: Task, length: int, number: int) -> dict[str, Any]:
+    """Return a row of at least `length` tokens; encoding truncates it."""
+    text, short = WORD * length, WORD * 4
+    if kind == PAIRS:
+        return {"prompt": short, "chosen": text, "rejected": text + short}
+    if kind == PROMPTS:
+        return {"prompt": text}
+    if kind:
+        return {"prompt": short, "completion": text, "label": number % 2 == 0}
+    return {"text": text, "label": "ab"[number % 2]} if task.name == "sequence-classification" else {"text": text}
