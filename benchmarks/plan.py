@@ -3,6 +3,8 @@
 Each recipe is planned on fake tensors, and then run for two steps, in which torch's profiler records every allocation.
 The base is a random Llama, so that nothing is downloaded; its size does not matter for the comparison of bytes.
 Target: within 5 % or 30 MB. Writes docs/benchmarks/plan.json and the table in docs/planning.md.
+
+`--cards` prints plans of Llama 3 for six cards instead, from configurations alone.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import struct
 import sys
 import tempfile
 import time
@@ -20,8 +23,8 @@ from typing import Any
 import torch
 
 from budwood.model.quiet import silence_libraries
-from budwood.planning.devices import Device
-from budwood.planning.estimate import estimate
+from budwood.planning.devices import Device, find_device
+from budwood.planning.estimate import estimate, gib
 from budwood.recipe.schema import Recipe
 from budwood.testing.allocations import measured_peak
 from budwood.testing.files import save_tokenizer
@@ -52,7 +55,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lora, grpo": {
         "strategies": [{"lora": {}}, {"grpo": GRPO}], "rows": "prompts", "train": {"batch_examples": 4},
     },
-    "lora, distillation": {"strategies": [{"lora": {}}, {"distillation": {"teacher": "{base}"}}]},
+    "lora, distillation": {"strategies": [{"lora": {}}, {"distillation": {"teacher": "{teacher}"}}]},
     "lora, ema, kl-start": {"strategies": [{"lora": {}}, {"ema": {}}, {"kl-start": {}}]},
     "lora, sequence-classification": {
         "strategies": [{"lora": {}}], "task": "sequence-classification", "rows": "classes",
@@ -67,10 +70,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     silence_libraries()
+    if sys.argv[1:] == ["--cards"]:
+        plan_cards(2048)
+        return
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        make_base(root / "base", hidden=256, inner=688, layers=4, vocabulary=4000)
+        for seed, part in enumerate(("base", "teacher")):
+            make_base(root / part, hidden=256, inner=688, layers=4, vocabulary=4000, seed=seed)
         rows = write_rows(root, words=5)
         for name in sys.argv[1:] or RECIPES:
             results[name] = compare(build(RECIPES[name], root / "base", rows, root / "run"))
@@ -81,6 +88,63 @@ def main() -> None:
         write(results)
     if failed:
         sys.exit(f"further apart than {SHARE:.0%} and {BYTES / 1e6:.0f} MB: {', '.join(failed)}")
+
+
+CARDS = ("RTX 3060 12G", "RTX 4060 Ti 16G", "RTX 4090", "RTX 5090", "A100 80G", "H200")
+SHAPES = {"8B": (4096, 14336, 32, 32), "70B": (8192, 28672, 80, 64)}
+"""Hidden size, size of the MLP, layers and heads of Llama 3, whose models have 8 key heads and 128,256 tokens."""
+
+
+def plan_cards(tokens: int) -> None:
+    """Print a Markdown table of plans of the two sizes of Llama 3 for the cards: NF4, LoRA rank 16 on all linears."""
+    print(f"| base | card | peak at {tokens:,} tokens | fits | tokens/s | planned in |")
+    print("|---|---|--:|---|--:|--:|")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, shape in SHAPES.items():
+            describe_base(Path(folder) / name, shape)
+            recipe = Recipe.from_dict(
+                {
+                    "base": {"model": str(Path(folder) / name), "quantization": "nf4"},
+                    "data": {"train": "none.jsonl", "eval": "none"}, "strategies": [{"lora": {"rank": 16}}],
+                    "train": {"steps": 100, "batch_tokens": 4 * tokens, "gradient_checkpointing": True},
+                    "output": str(Path(folder) / "run"),
+                }
+            )  # fmt: skip
+            for card in map(find_device, CARDS):
+                plan = estimate(recipe, card, tokens)
+                assert plan.seconds is not None and plan.steps
+                low, high = (plan.tokens * plan.steps / seconds for seconds in reversed(plan.seconds))
+                print(
+                    f"| {name} | {card.name} | {gib(plan.peak)} | {'yes' if plan.fits else 'no'} | "
+                    f"{low:,.0f} to {high:,.0f} | {plan.planned_in:.0f} s |",
+                    flush=True,
+                )
+
+
+def describe_base(folder: Path, shape: tuple[int, int, int, int]) -> None:
+    """Write a base's configuration, its tokenizer and the headers of its weights, whose file is sparse."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, inner, layers, heads = shape
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"], dtype="bfloat16", pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    save_tokenizer(folder)
+    with torch.device("meta"):
+        tensors = LlamaForCausalLM(config).state_dict()
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        size = 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
 
 
 def is_close(planned: float, actual: float) -> bool:
@@ -102,7 +166,7 @@ def compare(recipe: Recipe) -> dict[str, Any]:
 
 def build(case: dict[str, Any], base: Path, rows: dict[str, Path], output: Path, steps: int = 2) -> Recipe:
     """Build the recipe of an entry of `RECIPES`."""
-    text = json.dumps(case["strategies"]).replace("{base}", str(base))
+    text = json.dumps(case["strategies"]).replace("{teacher}", str(base.with_name("teacher")))
     train = {"steps": steps, "precision": "fp32", "learning_rate": 1e-3, **case.get("train", {})}
     if "batch_examples" not in train:
         train["batch_tokens"] = 3000
@@ -118,11 +182,11 @@ def build(case: dict[str, Any], base: Path, rows: dict[str, Path], output: Path,
     )  # fmt: skip
 
 
-def make_base(folder: Path, hidden: int, inner: int, layers: int, vocabulary: int) -> None:
+def make_base(folder: Path, hidden: int, inner: int, layers: int, vocabulary: int, seed: int = 0) -> None:
     """Save a random Llama whose tokenizer has one token per byte."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=False,
@@ -138,7 +202,11 @@ def write_rows(folder: Path, words: int) -> dict[str, Path]:
     kinds: dict[str, list[dict[str, Any]]] = {
         "answers": [{"prompt": prompt, "completion": word * (words + n % (3 * words))} for n in range(60)],
         "pairs": [
-            {"prompt": prompt, "chosen": word * (words + n % (2 * words)), "rejected": word * (words + n % words)}
+            {
+                "prompt": prompt,
+                "chosen": word * (words + n % (2 * words)),
+                "rejected": word * (words + n % words) + "not",
+            }
             for n in range(60)
         ],
         "judged": [

@@ -25,6 +25,10 @@ def plan(
         int | None,
         typer.Option("--tokens", min=8, help="Plan micro-batches of this many tokens, without reading data."),
     ] = None,
+    fits: Annotated[
+        str | None,
+        typer.Option("--fit", metavar="DEVICE", help="Search the settings that fit a card, or memory such as 24GiB."),
+    ] = None,
     composition: Annotated[
         bool, typer.Option("--composition", help="Only compose the strategies: no memory, no time, no data.")
     ] = False,
@@ -37,29 +41,44 @@ def plan(
     from budwood.cli.streams import Output
     from budwood.errors import BudwoodError, InputError
 
-    if composition and (device or tokens):
-        raise InputError("--composition: --device and --tokens have no effect with it; leave one out.")
+    if composition and (device or tokens or fits):
+        raise InputError("--composition: --device, --tokens and --fit have no effect with it; leave them out.")
+    if device and fits:
+        raise InputError("--fit names the device itself: leave --device out.")
     with uncollected():
         from budwood.planning.composition import plan as make_plan
         from budwood.planning.composition import show_plan
+        from budwood.planning.fit import fit, show_fit
         from budwood.planning.process import estimate_in_process, find_device
         from budwood.planning.table import show_estimate
 
-    chosen = None if composition else find_device(device)
+    if fits is not None and fits[:1].isdigit() and fits[-1:] in "bBgGmM":  # a size alone
+        fits = f"cuda:{fits}"
+    chosen = find_device(fits or device) if fits or device else None
     run_plan = make_plan(recipe, override or [], allow_code)
     error: BudwoodError | None = None
-    if chosen is not None and not run_plan.problems:
+    found = None
+    if not composition and not run_plan.problems:
         try:
-            assert run_plan.recipe is not None
-            run_plan.estimate = estimate_in_process(run_plan.recipe, chosen, tokens)
+            chosen = chosen or find_device(run_plan.recipe.base.device)
+            if fits is not None:
+                found = fit(run_plan.recipe, lambda recipe: estimate_in_process(recipe, chosen, tokens, keep=True))
+                run_plan.estimate = (found.chosen or found.candidates[-1]).estimate
+            else:
+                run_plan.estimate = estimate_in_process(run_plan.recipe, chosen, tokens)
         except BudwoodError as failure:  # the composition is shown all the same
             error = failure
     if as_json:
-        echo_json(run_plan.as_dict())
+        values = run_plan.as_dict()
+        if found is not None:
+            values["fit"] = {"overrides": found.chosen.overrides if found.chosen else None, "reason": found.reason}
+        echo_json(values)
     else:
         show_plan(run_plan, Output(highlight=False))
         if run_plan.estimate is not None:
             show_estimate(run_plan.estimate, run_plan.recipe, Output(highlight=False))
+        if found is not None:
+            show_fit(found, run_plan.recipe, Output(highlight=False))
     for problem in run_plan.problems:
         line = "".join(c if c.isprintable() else "?" for c in " ".join(problem.split()))
         echo(f"error: {line}", err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ import torch
 from budwood.contract.types import Run
 from budwood.errors import BudwoodError, ResourceError
 from budwood.model.machine import host_memory
-from budwood.planning.devices import Device
 
 MARGIN = 4
 """A run is not planned if the device has this many times the memory that it could need at most."""
@@ -30,30 +30,29 @@ def admit(run: Run, skeleton: Any) -> None:
     available = torch.cuda.mem_get_info(run.device)[0] if cuda else host_memory()
     if MARGIN * _at_most(run, skeleton) < available:
         return
-    from budwood.planning.devices import find_device
+    from budwood.planning.devices import CONTEXT, find_device
     from budwood.planning.estimate import GRADIENTS, KEPT, TEMPORARY, gib, refusal
     from budwood.planning.process import estimate_in_process
 
     device = find_device("auto" if cuda else "cpu")
-    if cuda:
-        device = Device(device.name, "cuda", device.memory, device.bandwidth, device.rates, device.capability)
+    if cuda:  # the context of this process is no longer among what is available
+        device = replace(device, memory=available + CONTEXT)
     try:
         result = estimate_in_process(run.recipe, device, keep=True)
     except BudwoodError as error:  # a model or strategy that cannot be planned may still run
         run.say(f"note: memory and time were not planned: {error}")
         return
     run.planned = result.as_dict()
-    needed = result.peak if cuda else result.host
     span = "" if result.seconds is None else f", {result.seconds[0]:,.0f} to {result.seconds[1]:,.0f} s of training"
     run.say(
-        f"plan: {gib(needed)} of {gib(device.memory)} memory{span}; peak in {result.where} "
+        f"plan: {gib(result.needed)} of {gib(device.memory)} memory{span}; peak in {result.where} "
         f"({result.planned_in:.0f} s, kept for the next run)"
     )
     if result.fits:
         return
     if cuda:
         work = result.parts.get(KEPT, 0) + result.parts.get(TEMPORARY, 0)
-        fixed = needed - work - result.parts.get(GRADIENTS, 0)
+        fixed = result.needed - work - result.parts.get(GRADIENTS, 0)
         sizes = np.bincount(run.examples.groups, weights=run.examples.lengths)
         if fixed + work * min(float(sizes.max()) / max(result.largest_micro, 1), 1.0) <= device.memory:
             run.say(

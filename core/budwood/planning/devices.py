@@ -73,7 +73,7 @@ CARDS = [
 
 
 def find_device(text: str | None) -> Device:
-    """Return the device that a user names: a card, `cuda:24GiB`, `cpu`; None or "auto": this machine's.
+    """Return the device that a user or a recipe names: a card, `cuda:24GiB`, cpu, cuda; None or auto: this machine's.
 
     Raises:
         InputError: it is not known; the message lists the names.
@@ -84,11 +84,14 @@ def find_device(text: str | None) -> Device:
     if text == "cpu" or text.startswith("cpu:"):
         size = text.partition(":")[2]
         return _cpu() if not size else Device(text, "cpu", parse_size(size, text))
-    if text == "cuda":
+    if re.fullmatch(r"cuda(:\d+)?", text, re.ASCII):
         if torch.cuda.is_available():
             return _here()
-        raise InputError("--device cuda: torch finds none here: name a card, or its memory, as in cuda:24GiB.")
-    if text.startswith("cuda:") and not text[5:].isdigit():
+        raise InputError(
+            f"--device: torch finds no {text} here to plan for: name a card, as in 4090, or its memory, as in "
+            "cuda:24GiB."
+        )
+    if text.startswith("cuda:"):
         return Device(text, "cuda", parse_size(text[5:], text), source="memory as given")
     wanted = _plain(text)
     found = [card for card in CARDS if wanted in (_plain(card.name), _plain(card.name.rpartition(" ")[0]))]

@@ -48,7 +48,6 @@ class Estimate:
         steps: optimizer steps of the run; None: unknown without data.
         seconds: of the run, at best and at worst, without evaluations and generation; None: unknown.
         disk, download, host: bytes.
-        fits: whether `peak` (on the CPU, `host`) is at most the device's memory.
         planned_in: seconds.
     """
 
@@ -69,9 +68,18 @@ class Estimate:
     disk: int
     download: int
     host: int
-    fits: bool
     planned_in: float = 0.0
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def needed(self) -> int:
+        """Bytes of the device's memory: the peak; on the CPU with the libraries."""
+        return self.host if self.device.kind == "cpu" else self.peak
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has that much memory."""
+        return self.needed <= self.device.memory
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -111,7 +119,7 @@ class Estimate:
             memory["kv_cache_bytes"], step["flops"], step["bytes"], step["operations"], step["tokens"],
             step["micro_batches"], step["largest_micro_batch"], run_time["steps"],
             None if run_time["seconds"] is None else tuple(run_time["seconds"]), disk["bytes"],
-            disk["download_bytes"], values["host"]["peak_bytes"], values["fits"], values["planned_in_seconds"],
+            disk["download_bytes"], values["host"]["peak_bytes"], values["planned_in_seconds"],
             values["notes"],
         )  # fmt: skip
 
@@ -203,8 +211,7 @@ def _estimate(rehearsal: Rehearsal, device: Device, without_data: bool, notes: l
         mean.flops, mean.moved, mean.operations, float(np.mean([sum(m.tokens for m in s) for s in rehearsal.steps])),
         float(np.mean([len(step) for step in rehearsal.steps])), largest.tokens, steps,
         (mean.best * steps, mean.worst * steps) if known and steps is not None else None,
-        _disk(run, train), _download(rehearsal), host,
-        (host if device.kind == "cpu" else allocated) <= device.memory, 0.0, notes,
+        _disk(run, train), _download(rehearsal), host, 0.0, notes,
     )  # fmt: skip
 
 
@@ -303,9 +310,8 @@ def advice(result: Estimate, recipe: Recipe) -> str:
 def refusal(result: Estimate, recipe: Recipe) -> str:
     """Return the message for a recipe that does not fit: the largest part, and what to change."""
     part, size = next(iter(result.parts.items()))
-    needed = result.host if result.device.kind == "cpu" else result.peak
     return (
-        f"memory: the run needs {gib(needed)}, and {result.device.name} has {gib(result.device.memory)}; "
+        f"memory: the run needs {gib(result.needed)}, and {result.device.name} has {gib(result.device.memory)}; "
         f"{gib(size)} are {part}: {advice(result, recipe)}."
     )
 

@@ -154,12 +154,15 @@ def rehearse(recipe: Recipe, dtype: torch.dtype, cuda: bool = False) -> Iterator
     recipe = run.recipe
     trace = Trace(hooks.current, CUDA_BLOCK if cuda else 1, on_cpu=not cuda)
     with fake_tensors() as mode, trace, _naming(run):
+        mode.allow_non_fake_inputs = True  # tensors of a continued adapter, and constants that strategies keep
         run.base = fake_base(
             recipe.base.model, task.auto_class, dtype, recipe.base.trust_remote_code, task.needs_tokenizer,
             recipe.base.quantization, recipe.base.double_quantization, **task.model_kwargs(run.examples.labels),
         )  # fmt: skip
         if recipe.base.resize_embeddings:
             resize_base(run.base, embeddings_wanted(recipe, run.tokenizer))
+        if owner := hooks.implements("load_base"):
+            run.base.notes.append(f"{owner[0]} loads the base itself; the plan counts it as the recipe describes it")
         run.model = run.base.model
         attention.register()
         _plan_packing(run, mode)
@@ -252,7 +255,8 @@ def _plan_packing(run: Run, mode: FakeTensorMode) -> None:
             run.task.outputs(run.model, _fake(batch, mode))
     except BudwoodError:
         raise
-    except Exception:
+    except Exception as error:  # a model class may raise any exception
+        run.base.notes.append(f"rows are padded: {type(run.model).__name__} takes no packed rows ({first_line(error)})")
         run.packed = False
         run.model.set_attn_implementation("sdpa" if getattr(run.model, "_supports_sdpa", False) else "eager")
 

@@ -17,7 +17,8 @@ from budwood.model.task import Task
 from budwood.recipe.data import recipe_skeleton, recipe_tokenizer
 from budwood.recipe.schema import Recipe, build_composition
 
-WORD = "water "
+WORD, PROMPT, SPECIAL = "water ", 4, 8
+"""A word, the words of a prompt, and the tokens that templates may add."""
 
 
 def synthetic(recipe: Recipe, tokens: int) -> tuple[Recipe, str]:
@@ -35,7 +36,12 @@ def synthetic(recipe: Recipe, tokens: int) -> tuple[Recipe, str]:
     length = recipe.data.max_length or default_length(recipe_skeleton(recipe, task.auto_class, tokenizer))
     length = min(length, tokens)
     kinds = [kind for strategy in hooks.strategies for kind in strategy.trains_on if kind]
-    rows = [_row(kinds[0] if kinds else "", task, length, number) for number in range(2 * max(2, -(-tokens // length)))]
+    words = length
+    if tokenizer is not None and kinds:  # answers that are too long would be dropped, not truncated
+        each = len(tokenizer(WORD * 32, add_special_tokens=False)["input_ids"]) / 32
+        words = max(int((length - SPECIAL) / each) - PROMPT, 1)
+    count = 2 * max(2, -(-tokens // length))
+    rows = [_row(kinds[0] if kinds else "", task, words, number) for number in range(count)]
     folder = Path(tempfile.mkdtemp(prefix="budwood-plan-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = folder / "rows.jsonl"
@@ -50,11 +56,11 @@ def synthetic(recipe: Recipe, tokens: int) -> tuple[Recipe, str]:
     )
 
 
-def _row(kind: str, task: Task, length: int, number: int) -> dict[str, Any]:
-    """Return a row of at least `length` tokens; encoding truncates it."""
-    text, short = WORD * length, WORD * 4
+def _row(kind: str, task: Task, words: int, number: int) -> dict[str, Any]:
+    """Return a row of `words` words beside a short prompt; encoding truncates plain text."""
+    text, short = WORD * words, WORD * PROMPT
     if kind == PAIRS:
-        return {"prompt": short, "chosen": text, "rejected": text + short}
+        return {"prompt": short, "chosen": text, "rejected": WORD * max(words - 1, 1) + "other"}
     if kind == PROMPTS:
         return {"prompt": text}
     if kind:

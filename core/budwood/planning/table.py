@@ -28,10 +28,9 @@ def show_estimate(result: Estimate, recipe: Any, console: Console) -> None:
     download = f"; download {result.download / 1e9:,.1f} GB" if result.download else ""
     rows.append(("disk", f"{result.disk / 1e6:,.1f} MB for checkpoints and the adapter{download}"))
     rows.append(("host", f"{gib(result.host)} of memory for loading and training"))
-    needed = result.host if device.kind == "cpu" else result.peak
-    verdict = f"fits: {gib(needed)} of {gib(device.memory)}"
+    verdict = f"fits: {gib(result.needed)} of {gib(device.memory)}"
     if not result.fits:
-        verdict = f"does not fit: {gib(needed)} of {gib(device.memory)}; {advice(result, recipe)}"
+        verdict = f"does not fit: {gib(result.needed)} of {gib(device.memory)}; {advice(result, recipe)}"
     rows.append(("device", f"{device.name}{f' ({device.source})' if device.source else ''}: {verdict}"))
     rows += [("note", note) for note in result.notes]
     table = Table.grid(padding=(0, 2))

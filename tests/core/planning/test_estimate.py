@@ -29,7 +29,8 @@ CPU = Device("a CPU", "cpu", 64 * GIB)
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
     """A small base and rows of every kind."""
     folder = tmp_path_factory.mktemp("plan")
-    make_base(folder / "base", hidden=64, inner=172, layers=2, vocabulary=600)
+    for seed, part in enumerate(("base", "teacher")):
+        make_base(folder / part, hidden=64, inner=172, layers=2, vocabulary=600, seed=seed)
     return folder / "base", write_rows(folder, words=3)
 
 
@@ -57,9 +58,8 @@ def test_what_a_plan_says(case: Callable[..., Recipe]):
     plain = estimate(case("lora"), CPU)
     assert (plain.seconds, plain.steps, plain.fits) == (None, 2, True)
     assert plain.micro_batches > 1 and plain.largest_micro <= 2048
-    # 2 products of n weights forward and 2 backward, none for the base's gradient; and the adapter's few
-    base = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 172)
-    assert plain.flops == pytest.approx(4 * base * plain.tokens, rel=0.35)
+    base = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 172)  # weights: a product each, and one for the inputs' gradient
+    assert 0.9 < plain.flops / (4 * base * plain.tokens) < 2  # adapters, attention and the head come on top
     saved = estimate(case("lora", train={"gradient_checkpointing": True}), CPU)
     assert saved.peak < plain.peak and saved.flops > 1.15 * plain.flops
     card = find_device("RTX 4090")
@@ -111,7 +111,7 @@ def test_what_cannot_fit_is_refused_before_the_base_loads(case: Callable[..., Re
 
     planned = []
     monkeypatch.setattr(process, "estimate_in_process", lambda *a, **k: planned.append(a) or tight)
-    monkeypatch.setattr("budwood.model.base.load_base", lambda *a, **k: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("budwood.training.setup.load_base", lambda *a, **k: pytest.fail("the base was loaded"))
     monkeypatch.setattr(admission, "MARGIN", 10**9)
     with pytest.raises(ResourceError, match="memory: the run needs"):
         tune(recipe, quiet=True, planner=admission.admit)

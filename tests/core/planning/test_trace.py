@@ -22,6 +22,7 @@ def test_peak_parts_and_place_of_a_small_step():
         trace.part_of("gradients", [weight.grad])
         state = torch.zeros(100, 100)
         trace.part_of("state", [state])
+        weight.grad = None
     peak = trace.peak(start)
     assert peak.parts["weights"] == 4_000_000
     assert peak.parts["gradients"] == 4_000_000
