@@ -155,7 +155,7 @@ def _even(largest_first: list[_Atom], count: int, micro_tokens: int) -> list[lis
     return batches
 
 
-def collate_tokens(examples: Sequence[Example], packed: bool, pad_id: int, pool_rows: bool = False) -> Batch:
+def collate_tokens(examples: Sequence[Example], packed: bool, pad_id: int, pooled: bool = False) -> Batch:
     """Collate text examples into a micro-batch.
 
     Label positions are computed here, so that no shape in a step depends on data.
@@ -165,17 +165,14 @@ def collate_tokens(examples: Sequence[Example], packed: bool, pad_id: int, pool_
             long as `input_ids` are laid out like the tokens; others are concatenated along their first dimension.
         packed: concatenate all examples in one row; otherwise each example is a row, padded on the right.
         pad_id: token that rows are padded with.
-        pool_rows: the model pools each row to one output, to which the labels apply.
+        pooled: the model pools each example to one output, to which the labels apply.
 
     Raises:
-        ValueError: an example is empty, a label is beyond the end of its example, columns differ, or `packed` and
-            `pool_rows` are both set.
+        ValueError: an example is empty, a label is beyond the end of its example, or columns differ.
     """
     lengths = np.array([len(example.inputs["input_ids"]) for example in examples], dtype=np.int64)
     if not len(lengths) or not lengths.all():
         raise ValueError("collate: there are no examples, or one is empty")
-    if packed and pool_rows:
-        raise ValueError("collate: a model that pools each row needs padded rows, not packed ones")
     count, longest = len(lengths), int(lengths.max())
     firsts = np.concatenate([[0], np.cumsum(lengths)[:-1]])  # index of each example's first token in all real tokens
     owner = np.repeat(np.arange(count), lengths)
@@ -201,8 +198,8 @@ def collate_tokens(examples: Sequence[Example], packed: bool, pad_id: int, pool_
     for example, positions, length in zip(examples, at, lengths, strict=True):
         if len(positions) and positions.max() >= length:
             raise ValueError(f"collate: example {example.key} has a label at {positions.max()} of {length} positions")
-    starts = np.arange(count) if pool_rows else place[firsts]
-    offsets = [np.full_like(p, start) if pool_rows else start + p for p, start in zip(at, starts, strict=True)]
+    starts = np.arange(count) if pooled else place[firsts]
+    offsets = [np.full_like(p, start) if pooled else start + p for p, start in zip(at, starts, strict=True)]
     return _finish(
         examples, inputs, np.concatenate(offsets), spread(owner, -1).flatten(), lengths, rows, width,
         segments=(*firsts.tolist(), len(place)) if packed else (), spread=spread,

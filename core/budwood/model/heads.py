@@ -39,6 +39,26 @@ def own_head(model: nn.Module, rows: Tensor) -> Tensor:
     return logits.flatten(0, 1)  # a view; the gradient of an index would fill a tensor of zeros first
 
 
+def pooled_logits(model: nn.Module, body: nn.Module, hidden: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    """Return logits [rows, classes] of the body's output [rows, width, d], computed by the model's own forward.
+
+    Args:
+        model: a model that pools each row of its body's output, in whatever way.
+        body: its body, whose `pooler` is applied if it has one.
+        hidden: the body's output.
+        inputs: `input_ids` and `attention_mask` [rows, width] of these rows.
+    """
+    pooler, activation = getattr(body, "pooler", None), getattr(body, "pooler_activation", None)
+    pooled = {}
+    if activation is not None:  # ALBERT's pooler is a linear on the first token
+        pooled["pooler_output"] = activation(pooler(hidden[:, 0]))  # type: ignore[misc]
+    elif pooler is not None:
+        pooled["pooler_output"] = pooler(hidden)
+    given = _Given(_BodyOutput(last_hidden_state=hidden, **pooled))
+    logits: Tensor = _with_body(model, body, given)(**inputs).logits
+    return logits
+
+
 def _with_body(model: nn.Module, body: nn.Module, other: nn.Module) -> nn.Module:
     """Return a shallow copy of the model, and of the modules on the path to its body, with another body."""
     path = next(name for name, module in model.named_modules() if module is body)
@@ -77,4 +97,5 @@ class _BodyOutput(SimpleNamespace):
         return None
 
     def __getitem__(self, index: int) -> Tensor:
-        return (self.last_hidden_state,)[index]
+        outputs: tuple[Tensor, ...] = (self.last_hidden_state, self.pooler_output)
+        return outputs[index]

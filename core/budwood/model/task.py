@@ -108,9 +108,13 @@ class Task(Plugin):
         """Return the names of untrained head modules, which are trained and saved with the adapter."""
         return []
 
-    def pads_rows(self, model: nn.Module) -> bool:
-        """Return whether rows are padded because the model pools each row."""
+    def pools_examples(self, model: nn.Module) -> bool:
+        """Return whether the model pools each example to one output, to which its labels refer."""
         return True
+
+    def packs_rows(self, model: nn.Module) -> bool:
+        """Return whether `collate` and `outputs` support several examples per row; core checks that it is exact."""
+        return not self.pools_examples(model)
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         """Run `model` on `batch` up to its head."""

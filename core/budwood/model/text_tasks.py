@@ -21,8 +21,9 @@ from budwood.data.preference import Judged, Pair
 from budwood.data.prompts import Prompt
 from budwood.data.text import Tokens, tokenise
 from budwood.errors import InputError
+from budwood.model.encoders import encoder_inputs, padded_rows, takes_segments
 from budwood.model.evaluation import EvalTotals, at_least_fp32, autocast
-from budwood.model.heads import body_of, own_head
+from budwood.model.heads import body_of, own_head, pooled_logits
 from budwood.model.ops.cross_entropy import cross_entropy
 from budwood.model.task import Task
 
@@ -37,7 +38,7 @@ class TextTask(Task):
     def collate(self, examples: Sequence[Example], model: nn.Module, tokenizer: Any, packed: bool) -> Batch:
         """Pack the examples into one row, or pad each to a row."""
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-        return collate_tokens(examples, packed, pad, self.pads_rows(model))
+        return collate_tokens(examples, packed, pad, self.pools_examples(model))
 
     def check_inputs(self, model: nn.Module, example: Example) -> str:
         """See `Task.check_inputs`."""
@@ -109,7 +110,7 @@ class CausalLM(TextTask):
                 results.append(_encode_rows(rows[0], encoder))
         return results
 
-    def pads_rows(self, model: nn.Module) -> bool:
+    def pools_examples(self, model: nn.Module) -> bool:
         """Return False: a decoder has an output for each token."""
         return False
 
@@ -264,21 +265,28 @@ class SequenceClassification(TextTask):
         outside = [name for name, module in model.named_children() if name != body and [*module.parameters()]]
         return [name for name in ("score", "classifier") if hasattr(model, name)] or outside
 
-    def pads_rows(self, model: nn.Module) -> bool:
-        """Return False for a decoder, whose head reads each example's last token; other models pool each row."""
+    def pools_examples(self, model: nn.Module) -> bool:
+        """Return False for a decoder, whose head reads each example's last token; other models pool each example."""
         return not hasattr(model, "score")
 
+    def packs_rows(self, model: nn.Module) -> bool:
+        """Return whether the model's body takes positions and segments."""
+        return not self.pools_examples(model) or takes_segments(_body(model))
+
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
-        """Run the decoder and return its head; if the model pools each row, run the complete model."""
-        if not self.pads_rows(model):
-            hidden = model.get_submodule(model.base_model_prefix)(**_inputs(batch)).last_hidden_state  # type: ignore
-            return Outputs(hidden, model.score)  # type: ignore[arg-type]
+        """Run the decoder and return its head; if the model pools each example, return its logits."""
+        if not self.pools_examples(model):
+            return Outputs(_body(model)(**_inputs(batch)).last_hidden_state, model.score)  # type: ignore[arg-type]
+        if batch.segments:
+            body = _body(model)
+            hidden, inputs = padded_rows(body(**encoder_inputs(body, batch)).last_hidden_state[0], batch)
+            return Outputs(pooled_logits(model, body, hidden, inputs)[None], lambda rows: rows)
         inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "position_ids"}
         return Outputs(model(**inputs).logits[:, None], lambda rows: rows)
 
     def own_logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """See `Task.own_logits`."""
-        extra = {} if self.pads_rows(model) else {"use_cache": False}
+        extra = {} if self.pools_examples(model) else {"use_cache": False}
         logits: Tensor = model(input_ids=batch.inputs["input_ids"], **extra).logits
         return logits
 
@@ -318,6 +326,11 @@ def _inputs(batch: Batch) -> dict[str, Any]:
     from budwood.model.ops.attention import packed_mask  # takes seconds, for nothing if no model runs
 
     return {**inputs, "attention_mask": packed_mask(batch.label_positions.device), "segments": batch.segments}
+
+
+def _body(model: nn.Module) -> nn.Module:
+    prefix: Any = model.base_model_prefix
+    return model.get_submodule(prefix)
 
 
 def exact_match(run: Run, task: CausalLM) -> float | None:

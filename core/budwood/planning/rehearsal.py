@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
@@ -153,7 +153,7 @@ def rehearse(recipe: Recipe, dtype: torch.dtype, cuda: bool = False) -> Iterator
     read_data(run, hooks, Report(quiet=True), today(), modules)
     recipe = run.recipe
     trace = Trace(hooks.current, CUDA_BLOCK if cuda else 1, on_cpu=not cuda)
-    with fake_tensors() as mode, trace, _naming(run):
+    with ExitStack() as stack, fake_tensors() as mode, trace, _naming(run):
         mode.allow_non_fake_inputs = True  # tensors of a continued adapter, and constants that strategies keep
         run.base = fake_base(
             recipe.base.model, task.auto_class, dtype, recipe.base.trust_remote_code, task.needs_tokenizer,
@@ -165,6 +165,8 @@ def rehearse(recipe: Recipe, dtype: torch.dtype, cuda: bool = False) -> Iterator
             run.base.notes.append(f"{owner[0]} loads the base itself; the plan counts it as the recipe describes it")
         run.model = run.base.model
         attention.register()
+        attention.forget_layouts()
+        stack.callback(attention.forget_layouts)
         _plan_packing(run, mode)
         adapt_model(run, hooks)
         engine = build_engine(run, hooks)

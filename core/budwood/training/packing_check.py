@@ -35,7 +35,7 @@ def check_packing(run: Run, report: Any) -> None:
     """
     model, task = run.model, run.task
     model.eval()
-    if task.pads_rows(model):
+    if not task.packs_rows(model):
         run.packed = False
         report.say("rows are grouped by length and padded: this model pools by row")
         return
@@ -118,5 +118,7 @@ def _own_logits(run: Run, examples: list[Example]) -> Tensor:
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    """Largest difference, relative to the largest logit."""
+    """Largest difference, relative to the largest logit; infinite if the shapes differ."""
+    if a.shape != b.shape:
+        return float("inf")
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-6))

@@ -196,6 +196,8 @@ def _prepare(
     run.sampler = sample
     if resume is not None:
         resume.compare(changes.adapted(run), run)
+    if resume is not None and not resume.changes and any(strategy.caches_reference for strategy in run.strategies):
+        run.reference_tokens = resume.checkpoint.load().get("reference_tokens", run.reference_tokens)
     engine = build_engine(run, hooks)
     _report_size(run, report)
     build_optimizer(run, hooks)

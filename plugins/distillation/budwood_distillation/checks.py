@@ -52,7 +52,7 @@ def check_teacher(options: DistillationOptions, plan: Plan) -> TeacherInfo:
     recipe = plan.recipe.base
     student = check_base(recipe.model, recipe.quantization, recipe.trust_remote_code)
     _outside_output("cache", options.cache, plan.recipe.output)
-    if options.hidden_weight > 0 and plan.task.pads_rows(plan.model):
+    if options.hidden_weight > 0 and plan.task.pools_examples(plan.model):
         raise InputError("hidden_weight: the base pools by row and has no hidden states at the labels: remove it.")
     if options.own_model:
         return _own_model(options, plan, student)
@@ -121,7 +121,7 @@ def _own_model(options: DistillationOptions, plan: Plan, student: Any) -> Teache
             )
         _check_tokenizer(name, load_tokenizer(name), plan)
         frame = skeleton(name, plan.task.auto_class)
-        pools = ["row" if plan.task.pads_rows(model) else "token" for model in (frame, plan.model)]
+        pools = ["row" if plan.task.pools_examples(model) else "token" for model in (frame, plan.model)]
         if pools[0] != pools[1]:
             raise InputError(
                 f"'{name}' pools by {pools[0]} and the base by {pools[1]}: use a teacher that pools like the base."

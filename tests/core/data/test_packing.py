@@ -250,7 +250,6 @@ def example(*tokens: int, number: int = 5, **columns: Any) -> Example:
             "one is empty",
         ),
         ([replace(text([1, 2], [0]), label_positions=np.array([2]), key=9)], {}, "example 9 has a label at 2 of 2"),
-        ([example(1, 2)], {"pool_rows": True}, "pools each row"),
         ([example(1, x=Column(1)), example(2)], {}, "column x is missing from"),
         ([example(1, 2, x=Column(np.zeros(3), "input"))], {}, r"column x of example 5 has shape \(3,\)"),
         ([example(1, 2, x=Column(np.zeros(2), "label"))], {}, r"shape \(2,\); its axis is label"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from budwood.contract.examples import Example
+from budwood.model.text_tasks import SequenceClassification
 
 from .conftest import Ready
 from .reference import Reference, median_norm, naive
@@ -96,10 +97,13 @@ def test_decoder_classifier(make_recipe: Callable, noises: list[Any], options: d
     compare(make_recipe(options, base={"task": "sequence-classification"}), noises)
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("options", ONE_EACH, ids=name)
-def test_encoder_with_padded_rows(
-    make_recipe: Callable, noises: list[Any], bert: Path, options: dict[str, Any]
-) -> None:
+def test_encoder(
+    make_recipe: Callable, noises: list[Any], bert: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any],
+    packed: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(SequenceClassification, "packs_rows", lambda self, model: packed)
     base = {"task": "sequence-classification", "model": str(bert)}
     compare(make_recipe(options, base=base, train={"micro_tokens": 256}), noises)
 

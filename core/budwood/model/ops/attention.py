@@ -20,6 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from budwood.model.device import capability, device_type
+from budwood.model.ops import batched_attention as batched
+from budwood.model.ops import segment_attention as segments_alone
 from budwood.model.ops.segment_attention import segment_attention, takes
 
 IMPLEMENTATION = "budwood"
@@ -32,6 +34,12 @@ def register() -> None:
     """Register "budwood" with transformers; may be called repeatedly."""
     AttentionInterface.register(IMPLEMENTATION, attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def forget_layouts() -> None:
+    """Drop the cached layouts of segments: those of a plan have no values."""
+    for cached in (_device_bounds, segments_alone._layout, segments_alone._mask, batched._layout):
+        cached.cache_clear()
 
 
 def packed_mask(device: torch.device | str = "cpu") -> Tensor:
@@ -137,6 +145,8 @@ def _packed(
         out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=sides, **options)
         assert isinstance(out, Tensor)  # a pair only if the log-sum-exp is requested
         return out.unsqueeze(0)
+    if not plain and batched.takes(query, segments, dropout):
+        return batched.batched_attention(query, key, value, segments, causal, window, scaling, dropout)
     if not plain and dropout == 0.0 and takes(query, value, segments):
         return segment_attention(query, key, value, segments, causal, window, scaling)
     outputs: list[Tensor] = []
