@@ -246,7 +246,7 @@ def _steps(rehearsal: Rehearsal) -> list[list[Micro]]:
 
 def _plan_packing(run: Run, mode: FakeTensorMode) -> None:
     """Find out whether the model takes packed rows; whether it keeps their examples apart is seen on real values."""
-    if run.task.pads_rows(run.model):
+    if not run.task.packs_rows(run.model):
         run.packed = False
         return
     run.model.set_attn_implementation(attention.IMPLEMENTATION)
