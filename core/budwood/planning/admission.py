@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from budwood.contract.types import Run
@@ -35,8 +36,8 @@ def admit(run: Run, skeleton: Any) -> None:
     from budwood.planning.process import estimate_in_process
 
     device = find_device("auto" if cuda else "cpu")
-    if cuda:  # the context of this process is no longer among what is available
-        device = replace(device, memory=available + CONTEXT)
+    own = CONTEXT if cuda else psutil.Process().memory_info().rss  # no longer among what is available
+    device = replace(device, memory=available + own)
     try:
         result = estimate_in_process(run.recipe, device, keep=True)
     except BudwoodError as error:  # a model or strategy that cannot be planned may still run

@@ -324,7 +324,7 @@ def show_plan(run_plan: RunPlan, console: Console) -> None:
     steps = (
         f"{run_plan.steps:,}"
         if run_plan.steps is not None
-        else f"unknown until the data is read ({train.epochs} epochs)"
+        else f"unknown until the data is read ({f'{train.epochs} epochs' if train.epochs else 'chosen from it'})"
     )
     evaluation = f"evaluated on {label(data.evaluated)}" if data.evaluated is not None else "not evaluated"
     evaluation = "evaluated on a held-out part" if data.holds_out else evaluation

@@ -95,7 +95,7 @@ def find_device(text: str | None) -> Device:
         return Device(text, "cuda", parse_size(text[5:], text), source="memory as given")
     wanted = _plain(text)
     found = [card for card in CARDS if wanted in (_plain(card.name), _plain(card.name.rpartition(" ")[0]))]
-    found = found or [card for card in CARDS if wanted and wanted in _plain(card.name)]
+    found = found or [card for card in CARDS if len(wanted) > 2 and _plain(card.name).startswith(wanted)]
     if not found:
         names = [card.name for card in CARDS]
         raise InputError(

@@ -16,13 +16,14 @@ def show_estimate(result: Estimate, recipe: Any, console: Console) -> None:
     """Print what a recipe needs: memory by part, time, disk, and whether it fits."""
     device, step = result.device, result
     rows = [("memory", f"{gib(result.peak)} at the peak, in {result.where}")]
-    rows += [("", f"{gib(size):>11}  {part}") for part, size in result.parts.items() if size]
+    rows += [("", f"{gib(size):>11}  {part}") for part, size in result.parts.items() if size > 50_000]
     if result.largest[0]:
         rows.append(("", f"largest temporary tensor: {gib(result.largest[0])} ({result.largest[1]})"))
     if result.kv_cache and "KV cache" not in result.parts:
         rows.append(("", f"generation of answers adds {gib(result.kv_cache)} of keys and values, outside of the step"))
     count = f"{step.micro_batches:.1f} micro-batches, the largest of {step.largest_micro:,} tokens"
-    work = f"{step.flops / 1e12:,.2f} TFLOP, {step.moved / 1e9:,.1f} GB moved, {step.operations:,.0f} operations"
+    flops = f"{step.flops / 1e12:,.2f} TFLOP" if step.flops > 1e11 else f"{step.flops / 1e9:,.2f} GFLOP"
+    work = f"{flops}, {step.moved / 1e9:,.1f} GB moved, {step.operations:,.0f} operations"
     rows.append(("step", f"{step.tokens:,.0f} tokens in {count}; {work}"))
     rows.append(("time", _time(result)))
     download = f"; download {result.download / 1e9:,.1f} GB" if result.download else ""

@@ -147,7 +147,13 @@ class Trace(TorchDispatchMode):
         if node is not None:
             number = bisect_right(self._starts, node._sequence_nr()) - 1
             origin = self._paths[number] if number >= 0 else ""
-            module = f"recomputation of {module}" if module else f"backward of {origin}" if origin else "backward"
+            module = (
+                f"recomputation of {module}"
+                if module
+                else f"backward of {origin}"
+                if origin
+                else "backward of the loss"
+            )
         owner, hook = self.current()
         running = f"hook {hook} of {owner}" if owner not in ("", "core") else ""
         return ", ".join(text for text in (module, running) if text) or "core"

@@ -27,7 +27,7 @@ def test_memory_alone():
     assert find_device("cpu:8GiB").memory == 8 * GIB
 
 
-@pytest.mark.parametrize("text", ["RTX 9999", "cuda:1", "cuda:lots", "cuda:0GiB", "cuda:", ""])
+@pytest.mark.parametrize("text", ["RTX 9999", "9", "cuda:1", "cuda:lots", "cuda:0GiB", "cuda:", ""])
 def test_what_is_not_known_is_refused_in_one_line(text: str):
     with pytest.raises(InputError, match="--device") as error:
         find_device(text)

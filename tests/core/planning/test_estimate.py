@@ -105,7 +105,10 @@ def test_what_cannot_fit_is_refused_before_the_base_loads(case: Callable[..., Re
     tight = estimate(recipe, Device("a small CPU", "cpu", 1 << 20))
     text = refusal(tight, recipe)
     assert not tight.fits
-    assert "a small CPU has 1.0 MiB" in text and "are activations: set train.gradient_checkpointing" in text
+    assert "a small CPU has 1.0 MiB" in text and "GiB are libraries" in text
+    small = estimate(recipe, Device("a card", "cuda", 4 * GIB))
+    small.parts = {"activations": 3 * GIB, "base, quantised": GIB, "CUDA's context": GIB // 2}
+    assert "3.00 GiB are activations: set train.gradient_checkpointing: true" in refusal(small, recipe)
     from budwood.planning import process
     from budwood.training.loop import tune
 
