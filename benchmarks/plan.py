@@ -41,6 +41,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "strategies": [{"lora": {"dropout": 0.1}}], "quantization": "fp4", "train": {"gradient_checkpointing": True},
     },
     "lora, nf4, bf16": {"strategies": [{"lora": {}}], "quantization": "nf4", "train": {"precision": "bf16"}},
+    "lora, int8, bf16": {"strategies": [{"lora": {}}], "quantization": "int8", "train": {"precision": "bf16"}},
     "lora with DoRA": {"strategies": [{"lora": {"dora": True}}]},
     "lora and a whole head": {"strategies": [{"lora": {"modules_to_save": ["lm_head"]}}]},
     "adalora, nf4": {
