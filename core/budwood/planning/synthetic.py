@@ -34,7 +34,8 @@ def synthetic(recipe: Recipe, tokens: int) -> tuple[Recipe, str]:
     task: Task = create(recipe.base.task, "budwood.tasks")
     tokenizer = recipe_tokenizer(recipe) if task.needs_tokenizer else None
     length = recipe.data.max_length or default_length(recipe_skeleton(recipe, task.auto_class, tokenizer))
-    kinds = [kind for owner in (*hooks.strategies, task) for kind in owner.trains_on if kind]
+    trains_on = [*(strategy.trains_on for strategy in hooks.strategies), task.trains_on]
+    kinds = [kind for kinds in trains_on for kind in kinds if kind]
     length = min(length, tokens // 2 if PAIRS in kinds[:1] else tokens)  # both answers of a pair stay together
     words = length
     if tokenizer is not None and kinds:  # answers that are too long would be dropped, not truncated
