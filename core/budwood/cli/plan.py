@@ -55,7 +55,7 @@ def plan(
     if fits is not None and fits[:1].isdigit() and fits[-1:] in "bBgGmM":  # a size alone
         fits = f"cuda:{fits}"
     chosen = find_device(fits or device) if fits or device else None
-    run_plan = make_plan(recipe, override or [], allow_code)
+    run_plan = make_plan(recipe, override or [], allow_code, without_data=tokens is not None)
     error: BudwoodError | None = None
     found = None
     if not composition and not run_plan.problems:

@@ -107,13 +107,16 @@ class RunPlan(Plan):
         return redact_values(values)
 
 
-def plan(recipe: Recipe | str | Path, overrides: Sequence[str] = (), allow_code: bool = False) -> RunPlan:
+def plan(
+    recipe: Recipe | str | Path, overrides: Sequence[str] = (), allow_code: bool = False, without_data: bool = False
+) -> RunPlan:
     """Compose a recipe; the result's `problems` lists everything for which `tune` would refuse it.
 
     Args:
         recipe: a `Recipe`, or its path.
         overrides: KEY=VALUE, applied to the recipe at a path.
         allow_code: run Python files that the recipe names; otherwise they are a problem.
+        without_data: the data's files need not exist.
 
     Raises:
         InputError: the file is not a recipe.
@@ -124,7 +127,7 @@ def plan(recipe: Recipe | str | Path, overrides: Sequence[str] = (), allow_code:
     if isinstance(recipe, Recipe):
         loaded = recipe
     else:
-        loaded, file_problems = read_recipe(recipe, overrides)
+        loaded, file_problems = read_recipe(recipe, overrides, without_data)
         problems.texts += file_problems
         problems.codes += [InputError.exit_code] * len(file_problems)
     if loaded is None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from budwood.data.sources import locate
 from budwood.errors import InputError
 from budwood.model.checkpoint import would_fetch
 from budwood.model.device import planned_device
@@ -142,19 +141,12 @@ def estimate(recipe: Recipe, device: Device, tokens: int | None = None) -> Estim
     """Estimate what a recipe needs on a device, by running its step on fake tensors. Use it in a process of its own.
 
     Args:
-        tokens: plan micro-batches of this many tokens, all with a loss, without reading data. None: the data decides;
-            if it is not there, `train.micro_tokens`, and a note says so.
+        tokens: plan micro-batches of this many tokens, all with a loss, without reading data; None: the data decides.
 
     Raises:
         BudwoodError: as `rehearse`.
     """
     started, notes = time.perf_counter(), []
-    if tokens is None:
-        try:
-            locate(recipe.data.train)
-        except InputError as error:
-            notes.append(str(error))
-            tokens = recipe.train.micro_tokens
     if tokens is not None:
         recipe, note = synthetic(recipe, tokens)
         notes.append(note)

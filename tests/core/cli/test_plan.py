@@ -53,9 +53,12 @@ def test_the_plan_is_printed_as_json(recipe, capsys):
 
 
 def test_memory_time_and_disk_of_a_card_without_data(recipe, capsys):
-    """In a process of its own; the data is not there yet, so the recipe's tokens decide."""
+    """In a process of its own; the data is not there yet."""
     Path("train.jsonl").unlink()
-    arguments = ["plan", recipe, "--json", "--device", "4060 Ti", "-o", "train.micro_tokens=1024"]
+    arguments = ["plan", recipe, "--json", "--device", "4060 Ti"]
+    assert cli.run(arguments) == 2
+    assert "no such file: train.jsonl" in capsys.readouterr().err
+    arguments += ["--tokens", "1024"]
     assert cli.run([*arguments, "-o", "train.steps=3", "-o", "base.quantization=nf4"]) == 0
     printed = json.loads(capsys.readouterr().out)
     memory, step = printed["memory"], printed["step"]
@@ -65,7 +68,7 @@ def test_memory_time_and_disk_of_a_card_without_data(recipe, capsys):
     assert 0 < printed["time"]["seconds"][0] < printed["time"]["seconds"][1] < 10
     assert printed["disk"]["bytes"] > 0 and printed["host"]["peak_bytes"] > 0
     assert printed["fits"] is True
-    assert any("train.jsonl" in note for note in printed["notes"])
+    assert any("planned without data, for micro-batches of 1,024 tokens" in note for note in printed["notes"])
 
 
 def test_a_device_that_is_not_known_is_one_line(recipe, capsys):

@@ -75,9 +75,6 @@ def test_without_data_the_tokens_decide(case: Callable[..., Recipe]):
     given = estimate(recipe, CPU, tokens=512)
     assert given.largest_micro <= 512 and given.steps is None
     assert "without data" in given.notes[0]
-    gone = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": Path("nowhere.jsonl")})})
-    notes = estimate(gone, CPU).notes
-    assert "nowhere.jsonl" in notes[0] and "micro-batches of 2,048 tokens" in notes[1]
 
 
 def test_a_strategy_that_reads_values_is_named(case: Callable[..., Recipe], distribution: Callable[..., Path]):
