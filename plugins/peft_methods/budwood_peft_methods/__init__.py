@@ -1,5 +1,6 @@
 """PEFT's methods other than LoRA as strategies, computed by PEFT's own layers."""
 
+from budwood_peft_methods.parts import LNTuning, TrainableTokens
 from budwood_peft_methods.strategies import (
     BOFT,
     C3A,
@@ -7,13 +8,13 @@ from budwood_peft_methods.strategies import (
     IA3,
     OFT,
     FourierFT,
-    LNTuning,
+    GraLoRA,
     LoHa,
     LoKr,
     MiSS,
     RandLoRA,
+    RoAd,
     ShiRA,
-    TrainableTokens,
     VeRA,
 )
 
@@ -24,11 +25,13 @@ __all__ = [
     "IA3",
     "OFT",
     "FourierFT",
+    "GraLoRA",
     "LNTuning",
     "LoHa",
     "LoKr",
     "MiSS",
     "RandLoRA",
+    "RoAd",
     "ShiRA",
     "TrainableTokens",
     "VeRA",

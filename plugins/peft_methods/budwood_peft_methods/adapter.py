@@ -64,11 +64,10 @@ def create(strategy: PeftMethod, run: Run, model: nn.Module) -> Placed:
     """Add the run's adapter to its model, new or continued, and activate it."""
     if run.start_adapter is not None:
         training = {
-            strategy.Options.FIELDS[option]: getattr(strategy.options, option) for option in strategy.Options.TRAINING
+            strategy.Options.FIELDS[name]: getattr(strategy.options, name) for name in strategy.Options.TRAINING
         }
-        placed = attach(
-            strategy, model, run.start_adapter.config, run.start_adapter.load_tensors(), RUN_ADAPTER, training
-        )
+        saved, tensors = run.start_adapter.config, run.start_adapter.load_tensors()
+        placed = attach(strategy, model, saved, tensors, RUN_ADAPTER, training, run.planning)
     else:
         options = strategy.options
         whole = whole_modules(model, options.modules_to_save, run.task, run.base)
@@ -120,11 +119,13 @@ def attach(
     tensors: dict[str, Tensor],
     name: str,
     training: Mapping[str, Any] | None = None,
+    planning: bool = False,
 ) -> Placed:
     """Attach a saved adapter to a model, inactive.
 
     Args:
         training: fields of PEFT's config that only affect training, in place of the file's.
+        planning: tensors have no values.
 
     Raises:
         CorruptError: config, tensors and model do not match.
@@ -135,7 +136,7 @@ def attach(
     whole = saved_whole_modules(model, saved.selection, tensors)
     tokens, tensors = saved_tokens(model, saved.selection, tensors, whole)
     fields = saved.fields(targets) | dict(training or {})
-    placed = _place(strategy, model, fields, targets, whole, tokens, name, saved.options.needs_weight)
+    placed = _place(strategy, model, fields, targets, whole, tokens, name, saved.options.needs_weight, planning)
     try:
         fit_whole(model, name, tensors)
         slots = placed.tensors(model, name)
@@ -160,6 +161,11 @@ def _place(
     """Add an adapter to a model in place, inactive."""
     check_transposed(strategy, model, targets)
     config = _config(strategy, fields, targets)
+    if tokens and not hasattr(config, "trainable_token_indices"):
+        raise InputError(
+            f"PEFT's {strategy.name} cannot hold the embeddings of new tokens: name the embeddings and the head in "
+            f"modules_to_save ({', '.join(tokens)}), or use lora."
+        )
     adapter = build(model, config, targets, needs_weight, planning)
     try:
         add_layers(model, adapter, name)
@@ -221,5 +227,5 @@ def check_transposed(strategy: PeftMethod, model: nn.Module, targets: Collection
     if not strategy.transposed and fan_in_fan_out(model, targets):
         raise InputError(
             f"{strategy.name} is not supported on linears that store [in, out], as GPT-2's do; PEFT has no layer for "
-            "them: use lora, or one of ia3, vera, fourierft, vblora, randlora."
+            "them: use lora, or one of ia3, vera, fourierft, randlora, gralora."
         )

@@ -41,7 +41,7 @@ class StandIn(nn.Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = linear_shape(base)
         self.__dict__["base"] = base  # bypasses nn.Module: no part of the adapter
-        self.__dict__["merging"] = None
+        self.__dict__["merging"] = self.__dict__["given"] = None
         self.opened = False
 
     @property
@@ -60,7 +60,8 @@ class StandIn(nn.Linear):
         return getattr(self.__dict__["base"], "bias", None) if merging is None else merging[1]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return frozen_linear(x, self.__dict__["base"])
+        given = self.__dict__["given"]
+        return given[1] if given is not None and x is given[0] else frozen_linear(x, self.__dict__["base"])
 
     @torch.no_grad()
     def merge(self, layer: Any) -> None:
@@ -145,6 +146,15 @@ class Computed(nn.Module):
         else:
             y = layer(x)
         return y.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
+
+    def given(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the output for x, whose base's product is y, which may be changed; it is computed only for others."""
+        stand_in = self.layer.get_base_layer()
+        stand_in.__dict__["given"] = (x, y)
+        try:
+            return self(x)  # type: ignore[no-any-return]
+        finally:
+            stand_in.__dict__["given"] = None
 
 
 def _reflected(x: Tensor, vectors: Tensor) -> Tensor:

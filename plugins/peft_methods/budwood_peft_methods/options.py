@@ -289,6 +289,40 @@ class C3AOptions(MethodOptions):
         return _indivisible(inputs, "input", self, "block_size") or _indivisible(outputs, "output", self, "block_size")
 
 
+class RoAdOptions(MethodOptions):
+    """Options of `road`; names in brackets are those in PEFT's RoadConfig."""
+
+    variant: Literal["road_1", "road_2", "road_4"] = Field(
+        "road_1", description="angles and scales for each pair of outputs: one, two or four of each"
+    )
+    group_size: int = Field(64, ge=2, le=SIZE, multiple_of=2, description="outputs that are paired among themselves")
+
+    FIELDS = {"variant": "variant", "group_size": "group_size"}
+
+    def misfit(self, outputs: int, inputs: int) -> str:
+        return _indivisible(outputs, "output", self, "group_size")
+
+
+class GraLoRAOptions(MethodOptions):
+    """Options of `gralora`; names in brackets are those in PEFT's GraloraConfig."""
+
+    rank: int = Field(32, ge=1, le=RANK, description="rank of every block's update (r), a multiple of blocks")
+    hybrid_rank: int = Field(0, ge=0, le=RANK, description="rank of a plain LoRA update beside it (hybrid_r)")
+    alpha: int = Field(64, ge=1, description="scale of the update: alpha / (rank + hybrid_rank)")
+    blocks: int = Field(2, ge=1, le=SIZE, description="the weight is divided into blocks × blocks (gralora_k)")
+    dropout: float = _dropout("the adapter's input (gralora_dropout)")
+
+    FIELDS = {
+        "rank": "r", "hybrid_rank": "hybrid_r", "alpha": "alpha", "blocks": "gralora_k", "dropout": "gralora_dropout",
+    }  # fmt: skip
+    TRAINING = frozenset({"dropout"})
+
+    def misfit(self, outputs: int, inputs: int) -> str:
+        if self.rank % self.blocks:
+            return f"rank {self.rank} is no multiple of blocks {self.blocks}"
+        return _indivisible(inputs, "input", self, "blocks") or _indivisible(outputs, "output", self, "blocks")
+
+
 def _one_of(options: Any, first: str, second: str) -> Any:
     given = [bool(getattr(options, name)) for name in (first, second)]
     if given == [True, True] and second in options.model_fields_set:

@@ -48,7 +48,7 @@ from budwood.lowrank import (
 from budwood_peft_methods.saved import chosen_modules
 
 if TYPE_CHECKING:
-    from budwood_peft_methods.strategies import LNTuning, Replacing, TrainableTokens
+    from budwood_peft_methods.parts import LNTuning, Replacing, TrainableTokens
 
 PREFIX = "base_model.model."
 NORM = ".ln_tuning_layers."

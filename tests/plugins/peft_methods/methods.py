@@ -33,6 +33,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "randlora": {"rank": 8, "alpha": 64},
     "shira": {"rank": 2},
     "c3a": {"block_size": 8},
+    "road": {"group_size": 16},
+    "gralora": {"rank": 4, "hybrid_rank": 2},
     "ln_tuning": {},
     "trainable_tokens": {"tokens": [5, 9, 7]},
 }
@@ -47,6 +49,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("miss", {"rank": 8, "variant": "mini", "mini_rank": 16}),
     ("boft", {"block_size": 0, "blocks": 8}),
     ("randlora", {"rank": 8, "alpha": 64, "sparse": True}),
+    ("road", {"variant": "road_4", "group_size": 32}),
 ]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -67,7 +70,8 @@ def config_of(method: str, options: dict[str, Any], **changes: Any) -> Any:
     """Return stock PEFT's config with the fields that the strategy sets for these options."""
     cls = load_strategy(method)[0]
     if method == "ln_tuning":
-        return peft.LNTuningConfig(target_modules=["input_layernorm", "norm"], task_type="CAUSAL_LM", **changes)
+        fields = {"target_modules": ["input_layernorm", "norm"], "task_type": "CAUSAL_LM"}
+        return peft.LNTuningConfig(**fields | changes)
     if method == "trainable_tokens":
         return peft.TrainableTokensConfig(token_indices=options["tokens"], task_type="CAUSAL_LM", **changes)
     fields = cls.Options(**options).fields()
@@ -140,8 +144,8 @@ def page(passed: Mapping[tuple[str, str], bool]) -> str:
 
 NOTES = [
     "`miss` with `variant: bat` computes with the base's weight, and is refused on a quantised base before it loads.",
-    "Linears that store [in, out], as GPT-2's do, take `ia3`, `vera`, `fourierft`, `randlora`, `ln_tuning` and",
-    "`trainable_tokens`, as in PEFT; the others are refused there.",
+    "Linears that store [in, out], as GPT-2's do, take `ia3`, `vera`, `fourierft`, `randlora`, `gralora`, `ln_tuning`",
+    "and `trainable_tokens`, as in PEFT; the others are refused there.",
 ]
 
 

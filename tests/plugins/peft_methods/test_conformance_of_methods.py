@@ -13,11 +13,13 @@ from budwood_peft_methods import (
     IA3,
     OFT,
     FourierFT,
+    GraLoRA,
     LNTuning,
     LoHa,
     LoKr,
     MiSS,
     RandLoRA,
+    RoAd,
     ShiRA,
     TrainableTokens,
     VeRA,
@@ -41,6 +43,8 @@ OPTIONS: dict[Any, dict[str, Any]] = {
     RandLoRA: {"rank": 8, "alpha": 16},
     ShiRA: {"rank": 2},
     C3A: {"block_size": 8},
+    RoAd: {"group_size": 8},
+    GraLoRA: {"rank": 2},
     TrainableTokens: {"tokens": [1, 74, 75, 76]},
 }
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tests.conftest import make_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from budwood.adapters.use import use_adapters
 from budwood.cli import app
@@ -21,6 +23,7 @@ from budwood.contract.loading import build_strategy, load_strategy
 from budwood.errors import CorruptError, InputError
 from budwood.recipe.schema import Recipe
 from budwood.serving.pool import AdapterPool
+from budwood.serving.verify import verify
 from budwood.training import setup
 from budwood.training.loop import tune
 
@@ -35,6 +38,18 @@ CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     config = json.loads((folder / "adapter_config.json").read_text())
     return config, load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "gpt2"
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": 300}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = GPT2Config(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.1)
+        GPT2LMHeadModel(config).save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
 
 
 def placed_on(model: Any, folder: Path, method: str) -> Any:
@@ -209,6 +224,83 @@ def test_a_run_continues_an_adapter_of_stock_peft_on_packed_rows(tiny_base: Path
         torch.testing.assert_close(pool.logits(on.tolist()), again(on).logits[:, -1], **CLOSE)
 
 
+@pytest.mark.parametrize("method", ["ia3", "vera", "fourierft", "randlora", "gralora", "ln_tuning", "trainable_tokens"])
+def test_on_linears_that_store_in_out_it_is_that_of_stock_peft(gpt2: Path, tmp_path: Path, method: str) -> None:
+    options = {"feedforward": ["mlp.c_proj"]} if method == "ia3" else METHODS[method]
+    names = {"ln_tuning": ["ln_1", "ln_f"], "trainable_tokens": ["wte"]}
+    targets = names.get(method, ["c_attn", "mlp.c_proj"])
+    stock = put_stock(load(gpt2), method, options, target_modules=targets)
+    stock.save_pretrained(tmp_path)
+    model = load(gpt2)
+    placed_on(model, tmp_path, method)
+    torch.testing.assert_close(logits(model), logits(stock), **CLOSE)
+    pool = AdapterPool(str(gpt2), precision="fp32", device="cpu")
+    pool.load("own", tmp_path)
+    pool.use("own")
+    attached = pool.logits(PROMPTS)
+    pool.merge("own")
+    torch.testing.assert_close(pool.logits(PROMPTS), attached, atol=1e-4, rtol=1e-4)
+
+
+def test_methods_without_a_layer_for_such_linears_are_refused(
+    gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe_of(gpt2, tmp_path, "loha")))
+    assert app.run(["tune", str(tmp_path / "recipe.json")]) == 2
+    assert "loha is not supported on linears that store [in, out]" in capsys.readouterr().err
+
+
+def test_lora_beside_a_method_changes_neither(tiny_base: Path, tmp_path: Path, lora: Path) -> None:
+    """As with a reward or a teacher that is an adapter on the run's own model."""
+    put_stock(load(tiny_base), "loha", METHODS["loha"], target_modules="all-linear").save_pretrained(tmp_path)
+    model = load(tiny_base)
+    base = logits(model)
+    strategy = placed_on(model, tmp_path, "loha")
+    (group,) = strategy.trainable_parameters(run=None, model=model)
+    own, before = logits(model), differentiated(model, group.parameters)
+    other = build_strategy("lora", {}, "test")
+    config, tensors = read(lora)
+    other.attach_adapter(model=model, config=config, tensors=tensors, name="other")
+    for parameter in group.parameters.values():
+        parameter.grad = None
+    assert logits(model).equal(own)
+    after = differentiated(model, group.parameters)
+    assert all(after[name].equal(gradient) for name, gradient in before.items())
+    use_adapters(strategy, model, [])
+    assert logits(model).equal(base)
+    use_adapters(other, model, ["other"])
+    alone = AdapterPool(str(tiny_base), precision="fp32", device="cpu")
+    alone.load("lora", lora)
+    alone.use("lora")
+    torch.testing.assert_close(logits(model)[:, -1], alone.logits([IDS[0].tolist()]), **CLOSE)
+    other.detach_adapter(model=model, name="other")
+    use_adapters(strategy, model, ["default"])
+    assert logits(model).equal(own)
+
+
+@pytest.mark.parametrize("strategy", [{"loha": {"rank": 2, "rank_dropout": 0.3}}, {"oft": {"block_size": 8}}, "hra"])
+def test_recomputed_activations_give_the_same_adapter(tiny_base: Path, tmp_path: Path, strategy: Any) -> None:
+    trained = []
+    for again in (False, True):
+        recipe = recipe_of(tiny_base, tmp_path / str(again), strategy)
+        recipe["train"]["gradient_checkpointing"] = again
+        trained.append(tune(Recipe.from_dict(recipe), quiet=True).trainable)
+    for first, second in zip(*trained, strict=True):
+        torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_in_bf16_master_weights_are_fp32_and_the_adapter_is_served_as_it_was_trained(
+    tiny_base: Path, tmp_path: Path, method: str
+) -> None:
+    recipe = recipe_of(tiny_base, tmp_path, {method: METHODS[method]})
+    recipe["train"]["precision"] = "bf16"
+    run = tune(Recipe.from_dict(recipe), quiet=True)
+    assert {parameter.dtype for parameter in run.trainable} == {torch.float32}
+    assert all(bool(parameter.isfinite().all()) for parameter in run.trainable)
+    assert verify(run.directory / "adapter", device="cpu").exact
+
+
 REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
     ({"loha": {"rnk": 4}}, {}, "rank"),
     ({"oft": {"dora": True}}, {}, "dora"),
@@ -220,6 +312,8 @@ REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
     ({"lokr": {"rank": 64}}, {}, "rank 64 is above the size of its factors"),
     ({"miss": {"rank": 65}}, {}, "rank 65 is above its 64 inputs"),
     ({"miss": {"rank": 8, "variant": "mini", "mini_rank": 5}}, {}, "multiple of mini_rank 5"),
+    ({"road": {"group_size": 48}}, {}, "group_size 48 does not divide its output size 64; 32 does"),
+    ({"gralora": {"rank": 5}}, {}, "rank 5 is no multiple of blocks 2"),
     ({"shira": {"rank": 60}}, {}, "rank 60 trains"),
     ({"fourierft": {"frequencies": 5000}}, {}, "frequencies 5000 is above its 4096 elements"),
     ({"ia3": {"feedforward": ["down_prj"]}}, {}, "feedforward: 'down_prj' is none of the targets. Did you mean"),
