@@ -8,17 +8,20 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 PACKAGES := core plugins examples
 SECONDS := 300
 
-.PHONY: help demo test combinations numerics gpu faults lint bench docs audit fuzz
+.PHONY: help demo test serve-test combinations numerics gpu faults lint bench docs audit fuzz
 .DEFAULT_GOAL := help
 
 help: ## List the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 19
 
 demo: .venv/installed ## Fine-tune the tiny 4-bit base that ships with Budwood, and see that it learned (4 minutes)
 	@$(BIN)/budwood demo --overwrite
 
 test: .venv/installed ## Run the tests
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+serve-test: .venv/installed-browser ## Run the tests of a real server: streams, signals, hostile clients, a browser
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m serve tests/serve
 
 combinations: .venv/installed ## Train every combination of objective, adapter, adversary, teacher and quantisation
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.plugins.combinations
@@ -91,4 +94,8 @@ docs: .venv/installed ## Write the generated pages: docs/recipe.md, hooks.md, da
 
 .venv/installed-fuzz: .venv/installed
 	@$(PIP) -e '.[fuzz]'
+	@touch $@
+
+.venv/installed-browser: .venv/installed
+	@$(PIP) -e '.[browser]'
 	@touch $@

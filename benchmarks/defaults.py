@@ -1,10 +1,10 @@
 """`python -m benchmarks.defaults`: do the defaults learn as well as the best settings of a sweep?
 
-Each cell is a kind of data, a number of rows and a strategy, on the small base of the demo. One run names nothing and
-takes the defaults; a sweep trains at every learning rate of `RATES` with every length of `LENGTHS`, relative to the
-default's, with its batches and evaluations. All are evaluated on the same rows, which none of them trains on, and keep
-the best adapter. The score is the accuracy, the share of
-exact answers, or (chat, long text) the likelihood of a token.
+Each cell is a kind of data, a number of rows and a strategy, on a base: the small one of the demo, SmolLM2-135M or an
+encoder of 23 M. One run names nothing and takes the defaults; a sweep trains at every learning rate of `RATES` with
+every length of `LENGTHS`, relative to the default's, with its batches and evaluations. All are evaluated on the same
+rows, which none of them trains on, and keep the best adapter. The score is the accuracy, the share of exact answers, or
+(chat, long text) the likelihood of a token.
 
 The best of many runs is partly luck. So the default and the setting that won its cell run again with the seeds of
 `CONFIRMED`, and the ratio is that of their means over these seeds. Held to: at least 0.95 in nine cells of ten, never
@@ -22,11 +22,14 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from benchmarks import models
+from benchmarks.defaults_page import CONFIRMED, KINDS, LEAST, SEED, SHARE, group, share, split, table, verdict, winner
 from benchmarks.evidence import DEMO, start_worker
 from benchmarks.train import machine, say
 
@@ -35,7 +38,12 @@ RATES = (1 / 3, 1.0, 3.0)
 """Learning rates, as multiples of the default's."""
 LENGTHS = (0.5, 1.0, 2.0)
 """Numbers of optimizer steps, as multiples of the default's."""
-KINDS = ("classification", "short answers", "chat", "long text")
+BASES: dict[str, tuple[Callable[[], Path], str]] = {
+    "demo": (lambda: DEMO / "base", "fp32"),
+    "smollm2": (models.smollm2, "bf16"),
+    "encoder": (models.minilm, "fp32"),
+}
+"""Folder and precision of each base; the encoder only classifies."""
 ROWS = (50, 500, 5000)
 STRATEGIES: dict[str, list[Any]] = {
     "lora": ["lora"],
@@ -45,11 +53,8 @@ STRATEGIES: dict[str, list[Any]] = {
 HELD = 300
 SWEPT = 2 / 3
 """Share of the time after which the sweep starts no more runs, so that its results can be confirmed."""
-GOOD, LEAST, SHARE = 0.95, 0.8, 0.9
-SEED = 0
-CONFIRMED = (1, 2, 3)
-"""Seeds of the comparison of the default with the setting that won with `SEED`."""
 Cell = tuple[str, int, str]
+"""Kind of data, with the base in front of it unless that is the demo's ("smollm2 chat"); rows; strategy."""
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -82,7 +87,8 @@ def job(
     kind: str, count: int, strategy: str, setting: dict[str, Any] | None, folder: Path, seed: int = SEED
 ) -> dict[str, Any] | None:
     """Return a run of a cell; without a `setting`, it names nothing. None if there are too few rows."""
-    rows = rows_of(kind)
+    base, data = split(kind)
+    rows = rows_of(data)
     train, held = rows[:-HELD][:count], rows[-HELD:]
     if len(train) < count * 0.7:
         return None
@@ -93,12 +99,13 @@ def job(
             path.write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
     key = f"{kind}/{count}/{strategy}/" + (json.dumps(setting, sort_keys=True) if setting else "default")
     key += f"/{seed}" if seed != SEED else ""
-    task = "sequence-classification" if kind == "classification" else "causal-lm"
+    task = "sequence-classification" if data == "classification" else "causal-lm"
+    model, precision = BASES[base]
     recipe = {
-        "base": {"model": str(DEMO / "base"), "quantization": "none", "task": task},
+        "base": {"model": str(model()), "quantization": "none", "task": task},
         "data": {"train": str(folder / f"{stem}-train.jsonl"), "eval": str(folder / f"{stem}-eval.jsonl")},
         "strategies": STRATEGIES[strategy],
-        "train": {"precision": "fp32", "seed": seed, **(setting or {})},
+        "train": {"precision": precision, "seed": seed, **(setting or {})},
     }
     return {"key": key, "recipe": recipe, "output": str(folder / f"run-{abs(hash(key))}")}
 
@@ -129,7 +136,7 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
 
 def score(kind: str, metrics: dict[str, float]) -> float:
     """Return a number to compare: higher is better, and its ratio to another has a meaning."""
-    name = {"classification": "eval_accuracy", "short answers": "eval_exact_match"}.get(kind)
+    name = {"classification": "eval_accuracy", "short answers": "eval_exact_match"}.get(split(kind)[1])
     return metrics[name] if name else math.exp(-metrics["eval_loss"])
 
 
@@ -192,52 +199,10 @@ class Sweep:
             self.out.write_text(text + "\n", encoding="utf-8")
 
 
-def group(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
-    """Return the runs by cell, setting and seed."""
-    cells: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
-    for key, result in results.items():
-        kind, count, strategy, setting, *seed = key.split("/")
-        runs = cells.setdefault(f"{kind}/{count}/{strategy}", {})
-        runs.setdefault(setting, {})[int(seed[0]) if seed else SEED] = result
-    return cells
-
-
-def winner(runs: dict[str, dict[int, dict[str, Any]]]) -> str | None:
-    """Return the setting with the best score, of equal ones the default; None if the sweep has not begun."""
-    scores = {setting: seeds[SEED]["score"] for setting, seeds in runs.items() if SEED in seeds}
-    if "default" not in scores or len(scores) < 2:
-        return None
-    return max(scores, key=lambda setting: (scores[setting], setting == "default"))
-
-
-def report(results: dict[str, dict[str, Any]]) -> bool:
-    """Print each cell's default beside the best setting; return whether the defaults hold what is promised."""
-    say("| data | rows | strategy | settings | best (rate, steps) | seeds | best | default | ratio |")
-    say("| --- | ---: | --- | ---: | --- | ---: | ---: | ---: | ---: |")
-    ratios = []
-    for cell, runs in group(results).items():
-        best = winner(runs)
-        if best is None:
-            continue
-        seeds = [seed for seed in CONFIRMED if seed in runs[best] and seed in runs["default"]]
-        seeds = seeds or [SEED]
-        means = [sum(runs[setting][seed]["score"] for seed in seeds) / len(seeds) for setting in (best, "default")]
-        ratios.append(means[1] / means[0] if means[0] else 0.0)
-        first = runs[best][SEED]
-        shown = f"{first['used']['learning_rate']:.2g}, {first['steps']}" if best != "default" else "the default"
-        scores = " | ".join(f"{mean:.3f}" for mean in means)
-        say(f"| {cell.replace('/', ' | ')} | {len(runs)} | {shown} | {len(seeds)} | {scores} | {ratios[-1]:.3f} |")
-    if not ratios:
-        return False
-    good = sum(ratio >= GOOD for ratio in ratios) / len(ratios)
-    say(f"at least {GOOD} of the best: {good:.0%} of {len(ratios)} cells (due: {SHARE:.0%})")
-    say(f"lowest {min(ratios):.3f} (due: {LEAST})")
-    return good >= SHARE and min(ratios) >= LEAST
-
-
 def main() -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--base", choices=BASES, default="demo", help="(default demo)")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
     parser.add_argument("--rows", nargs="*", type=int, default=ROWS)
     parser.add_argument("--strategies", nargs="*", choices=STRATEGIES, default=list(STRATEGIES))
@@ -245,14 +210,21 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time, of one thread each (default 2)")
     parser.add_argument("--out", type=Path, default=JSON, help="JSON file of the results")
     chosen = parser.parse_args()
-    cells = list(itertools.product(chosen.kinds, chosen.rows, chosen.strategies))
+    kinds = chosen.kinds if chosen.base != "encoder" else KINDS[:1]
+    prefix = "" if chosen.base == "demo" else f"{chosen.base} "
+    cells = list(itertools.product([prefix + kind for kind in kinds], chosen.rows, chosen.strategies))
     with tempfile.TemporaryDirectory() as folder:
         sweep = Sweep(Path(folder), chosen.out, chosen.workers)
         started = time.monotonic()
         sweep.run(cells, chosen.minutes * 60 * SWEPT)
         sweep.confirm(cells, chosen.minutes * 60 - (time.monotonic() - started))
         sweep.pool.shutdown()
-    return 0 if report(sweep.results) else 1
+    lines, ratios = table(sweep.results)
+    say("\n".join(lines))
+    if not ratios:
+        return 1
+    say(verdict(ratios))
+    return 0 if share(ratios) >= SHARE and min(ratios) >= LEAST else 1
 
 
 if __name__ == "__main__":

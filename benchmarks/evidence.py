@@ -23,15 +23,19 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from benchmarks import after_sft_page, defaults_page, real_page
 from benchmarks.evidence_page import ATTACKED, best_trial, write_page
-from benchmarks.real_page import section
 from benchmarks.train import machine, say
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "budwood_demo"
 JSON, PAGE = ROOT / "docs" / "benchmarks" / "evidence.json", ROOT / "docs" / "evidence.md"
-REAL = ROOT / "docs" / "benchmarks" / "real.json"
-"""Results of `benchmarks.real`, the last section of the page."""
+SECTIONS = {
+    JSON.with_name("real.json"): real_page.section,
+    JSON.with_name("after-sft.json"): after_sft_page.section,
+    JSON.with_name("defaults.json"): defaults_page.section,
+}
+"""Results of other benchmarks, and the function that formats each as a section of the page."""
 
 SETTINGS: dict[str, Any] = {
     "rows": 256, "epochs": 3, "batch_examples": 32, "heldout_rows": 200, "eval_rows": 300,
@@ -302,10 +306,11 @@ def begin(settings: dict[str, Any], file: Path, resume: bool) -> dict[str, Any]:
 
 
 def render(result: dict[str, Any], page: Path) -> None:
-    """Write the page: these results, and those of `benchmarks.real` if there are any."""
+    """Write the page: these results, and those of other benchmarks that have run."""
     text = write_page(result)
-    if REAL.exists():
-        text += "\n" + section(json.loads(REAL.read_text(encoding="utf-8")))
+    for file, section in SECTIONS.items():
+        if file.exists():
+            text += "\n" + section(json.loads(file.read_text(encoding="utf-8"))).rstrip("\n") + "\n"
     page.write_text(text, encoding="utf-8")
 
 

@@ -6,6 +6,7 @@ Tests run on the CPU. `pytest -m gpu` runs those that need a GPU; any other run 
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import shutil
 import tempfile
@@ -96,6 +97,16 @@ def make_base(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5G
         model = LlamaForCausalLM(LlamaConfig(**(options | changes))).to(dtype)
     model.save_pretrained(folder, max_shard_size=shard)
     make_tokenizer(folder)
+    return folder
+
+
+def without_template(base: Path, folder: Path) -> Path:
+    """Copy a base, and remove its chat template."""
+    shutil.copytree(base, folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
 

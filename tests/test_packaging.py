@@ -43,6 +43,9 @@ def test_the_wheel_holds_core_plugins_and_demo(wheel):
         "budwood_demo/data/sections/eval.jsonl",
         "budwood/templates/strategy/pyproject.toml.template",
         "budwood/testing/plugin.py",
+        "budwood/serving/http/page/index.html",
+        "budwood/serving/http/page/page.css",
+        "budwood/serving/http/page/page.js",
     ):
         assert needed in names
     assert any(name.startswith("budwood_demo/recipes/") for name in names)

@@ -136,7 +136,7 @@ def test_evidence_page_ends_with_real_models(tmp_path: Path, monkeypatch: pytest
     from benchmarks import evidence
 
     real = tmp_path / "real.json"
-    monkeypatch.setattr(evidence, "REAL", real)
+    monkeypatch.setattr(evidence, "SECTIONS", {real: real_page.section})
     saved = json.loads(evidence.JSON.read_text(encoding="utf-8"))
     evidence.render(saved, tmp_path / "without.md")
     nothing = {"quick": True, "tasks": {"chat": {}}, "runs": {"chat": {"budwood": {}}}}

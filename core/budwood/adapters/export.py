@@ -32,36 +32,55 @@ def export(directory: str | Path, out: str | Path, format: str = "peft") -> Path
         CorruptError: the adapter is damaged.
     """
     saved = read_adapter(directory)
+    with complete_directory(Path(out)) as folder:
+        write_peft(saved, folder, format)
+    return Path(out)
+
+
+def check_no_target(**options: Any) -> None:
+    """Refuse options of `export --for` without `--for`.
+
+    Raises:
+        InputError: one is set; the message names it.
+    """
+    if given := next((name for name, value in options.items() if value not in (None, False)), None):
+        raise InputError(f"--{given.replace('_', '-')}: needs --for peft, vllm, gguf, ollama or merged.")
+
+
+def write_peft(saved: SavedAdapter, folder: Path, format: str = "peft") -> None:
+    """Write config and weights into an existing folder; see `export`."""
     config, tensors = saved.config, saved.load_tensors()
     if format not in ("peft", saved.adapter_type):
-        config, tensors = _convert(saved, tensors, format)
+        result = converted(saved, tensors, format)
+        if result is None:
+            raise InputError(
+                f"{saved.directory}: adapter type '{saved.adapter_type}' cannot be exported as '{format}': use peft"
+                f"{', or --rank R for the nearest LoRA of that rank' if format == 'lora' else ''}."
+            )
+        config, tensors = result
     if config.get("peft_type") not in _peft_types():
         raise InputError(
             f"{saved.directory}: PEFT does not know the adapter type '{saved.adapter_type}': it cannot be exported."
         )
-    with complete_directory(Path(out)) as folder:
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        if format != "peft" and (result := read_adapter(folder).adapter_type) != format:
-            text = f"strategy '{saved.adapter_type}' returned an adapter of type '{result}' instead of '{format}'."
-            raise plugin_fault(find(saved.adapter_type).owner, text)
-    return Path(out)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    if format != "peft" and (found := read_adapter(folder).adapter_type) != format:
+        text = f"strategy '{saved.adapter_type}' returned an adapter of type '{found}' instead of '{format}'."
+        raise plugin_fault(find(saved.adapter_type).owner, text)
 
 
-def _convert(
+def converted(
     saved: SavedAdapter, tensors: dict[str, Tensor], adapter_type: str
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Convert the adapter to another type through its owner; returns config and tensors."""
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Return an adapter's config and tensors as another type, converted by its owner; None if it cannot be."""
     cls, _ = load_strategy(saved.adapter_type)
-    converted = None
-    if hasattr(cls, "convert_adapter"):
-        owner = start_owner(saved)
-        converted = ask_owner(owner, "convert_adapter", config=saved.config, tensors=tensors, adapter_type=adapter_type)
-    if converted is None:
-        raise InputError(
-            f"{saved.directory}: adapter type '{saved.adapter_type}' cannot be exported as '{adapter_type}': use peft."
-        )
-    config, tensors = converted
+    if not hasattr(cls, "convert_adapter"):
+        return None
+    owner = start_owner(saved)
+    result = ask_owner(owner, "convert_adapter", config=saved.config, tensors=tensors, adapter_type=adapter_type)
+    if result is None:
+        return None
+    config, tensors = result
     return config, {key: tensor.contiguous() for key, tensor in tensors.items()}
 
 

@@ -119,9 +119,13 @@ def _product(
 def _with_gain(x: Tensor, y: Tensor, update: LiveUpdate, bias: Tensor | None) -> Tensor:
     """Return DoRA's output, computed as in PEFT's layer."""
     a, b, gain = update.a, update.b, update.gain
-    assert a is not None and b is not None and gain is not None
-    inner = F.linear(F.linear(x.to(a.dtype), a), b)
+    assert gain is not None
     own = y if bias is None else y - bias
+    if a is None or b is None:
+        return (y + (gain - 1) * own).to(y.dtype)
+    inner = F.linear(F.linear(x.to(a.dtype), a), b)
+    if update.folded:
+        return (y + ((gain - 1) * own + inner * update.scaling)).to(y.dtype)
     return (y + ((gain - 1) * own + gain * inner * update.scaling)).to(y.dtype)
 
 
@@ -224,7 +228,7 @@ def _affine(live: LiveModule, layout: Layout, adapters: list[LiveAdapter]) -> It
 def _factors(update: LiveUpdate) -> tuple[Tensor, Tensor, float]:
     """Return A, B with the gain, and the scale."""
     assert update.a is not None and update.b is not None
-    if update.gain is None:
+    if update.gain is None or update.folded:
         return update.a, update.b, update.scaling
     return update.a, (update.b * update.gain[:, None]).to(update.b.dtype), update.scaling
 

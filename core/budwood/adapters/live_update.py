@@ -23,6 +23,7 @@ class LiveUpdate:
         scaling: factor of the update.
         gain: g [out] fp32, which multiplies both the base's output without its bias and the update, as the magnitude
             over the norm does in DoRA (Liu et al., 2024, eq. 5).
+        folded: whether B contains the gain already, which then multiplies the base's output alone.
         offset: [out] fp32, added to the output.
         row_forward: a method of any other kind; it gets the base's output and changes the adapter's rows of it.
     """
@@ -31,6 +32,7 @@ class LiveUpdate:
     b: Tensor | None = None
     scaling: float = 1.0
     gain: Tensor | None = None
+    folded: bool = False
     offset: Tensor | None = None
     row_forward: RowForward | None = None
 
@@ -88,33 +90,3 @@ class LiveAdapter:
         updates = {path: moved(update) for path, update in self.updates.items()}
         biases = {path: bias.to(device) for path, bias in self.biases.items()}
         return LiveAdapter(updates, self.modules, biases, self.key, self.label)
-
-
-def blend(parts: Mapping[LiveAdapter, float]) -> LiveAdapter:
-    """Return the weighted sum of adapters' updates, exactly: their ranks are concatenated, with w · scaling in B.
-
-    Raises:
-        ValueError: an adapter is not a sum of low-rank updates; the message says why.
-    """
-    found: dict[str, list[tuple[LiveUpdate, float]]] = {}
-    for adapter, weight in parts.items():
-        if adapter.modules or adapter.biases:
-            raise ValueError(f"adapter '{adapter.label}' replaces whole modules, rows of embeddings or biases")
-        for path, update in adapter.updates.items():
-            if update.gain is not None or update.row_forward is not None:
-                raise ValueError(f"adapter '{adapter.label}' is not a sum of low-rank updates")
-            found.setdefault(path, []).append((update, weight))
-    updates = {path: _concatenated(terms) for path, terms in found.items()}
-    ordered = sorted(parts.items(), key=lambda part: (part[0].key, part[1]))
-    key = "+".join(f"{weight!r}*{adapter.key}" for adapter, weight in ordered)
-    label = "+".join(f"{weight:g}*{adapter.label}" for adapter, weight in parts.items())
-    return LiveAdapter(updates, key=key, label=label)
-
-
-def _concatenated(terms: list[tuple[LiveUpdate, float]]) -> LiveUpdate:
-    pairs = [(u.a, u.b, weight * u.scaling) for u, weight in terms if u.a is not None and u.b is not None]
-    offsets = [weight * u.offset for u, weight in terms if u.offset is not None]
-    offset = torch.stack(offsets).sum(0) if offsets else None
-    if not pairs:
-        return LiveUpdate(offset=offset)
-    return LiveUpdate(torch.cat([a for a, _, _ in pairs]), torch.cat([b * s for _, b, s in pairs], 1), offset=offset)

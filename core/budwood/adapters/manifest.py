@@ -109,6 +109,25 @@ class ParentRecord(_Record):
     config: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
+class PartRecord(ParentRecord):
+    """An adapter that another was made from, and its weight."""
+
+    weight: float = 1.0
+
+
+class MadeRecord(_Record):
+    """How an adapter was made from others without training.
+
+    Attributes:
+        how: combine or shrink.
+        method: linear, svd, ties, dare or magnitude.
+    """
+
+    how: str
+    method: str
+    parts: list[PartRecord] = Field(min_length=1)
+
+
 class GoldenRecord(_Record):
     """The setting in which the golden logits were computed, by which `verify` decides whether they must agree."""
 
@@ -143,6 +162,8 @@ class Manifest(_Record):
     """Name, distribution and options of every strategy of the run."""
     parent: ParentRecord | None = None
     """The adapter that its run continued, if any."""
+    made: MadeRecord | None = None
+    """The adapters that it was made from, if it was not trained."""
     golden: GoldenRecord | None = None
     files: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of every other file in the folder."""

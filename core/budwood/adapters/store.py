@@ -22,6 +22,7 @@ from budwood.adapters.manifest import (
     BaseRecord,
     ChatRecord,
     EvaluationRecord,
+    MadeRecord,
     Manifest,
     ParentRecord,
 )
@@ -143,6 +144,7 @@ def write_adapter(
     chat: ChatRecord | None = None,
     on_messages: bool | None = None,
     parent: ParentRecord | None = None,
+    made: MadeRecord | None = None,
     probes: Sequence[Example] = (),
     base_logits: Sequence[Tensor] = (),
     adapter_logits: Sequence[Tensor] = (),
@@ -166,6 +168,7 @@ def write_adapter(
         chat: how messages are rendered; None: as the base's chat template says.
         on_messages: whether it was trained on messages.
         parent: the adapter that its run continued.
+        made: how it was made from others, if it was not trained.
         probes: inputs for the golden logits; without any, `verify` has nothing to replay.
         base_logits: logits of the base alone at each probe, [vocabulary or classes] fp32.
         adapter_logits: logits with the adapter, same shapes.
@@ -206,6 +209,7 @@ def write_adapter(
             chat=chat,
             on_messages=on_messages,
             parent=parent,
+            made=made,
             golden=current_setting(base) if golden else None,
             files=files,
             created_by=f"budwood {__version__}",

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from budwood.cli import material
 from budwood.cli.imports import uncollected
 from budwood.cli.streams import echo, echo_json
 
 if TYPE_CHECKING:
-    from budwood.adapters.manifest import GoldenRecord
+    from budwood.adapters.manifest import GoldenRecord, MadeRecord
     from budwood.adapters.store import SavedAdapter
+    from budwood.serving.exports.wanted import Exported
     from budwood.serving.verify import VerifyReport
 
-app = typer.Typer(help="Inspect, verify, merge and export saved adapters.", no_args_is_help=True)
+app = typer.Typer(help="Inspect, verify, merge, export, combine and shrink saved adapters.", no_args_is_help=True)
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="An adapter's folder.")]
 Base = Annotated[str | None, typer.Option("--base", help="Path of the base, if it has moved.")]
@@ -65,6 +67,7 @@ def _lines(saved: SavedAdapter) -> list[tuple[str, str]]:
         ("base", f"{base.name} ({base.fingerprint[:12]}), {base.quantization}, {base.dtype}"),
         ("task", manifest.task + (f": {', '.join(manifest.labels)}" if manifest.labels else "")),
         ("size", size),
+        *([("made", _made(manifest.made))] if manifest.made else []),
         *([("continues", f"the adapter {manifest.parent.weights[:12]}")] if manifest.parent else []),
         ("strategies", ", ".join(str(strategy.get("name")) for strategy in manifest.strategies)),
     ]
@@ -72,6 +75,11 @@ def _lines(saved: SavedAdapter) -> list[tuple[str, str]]:
     lines.append(("metrics", ", ".join(metrics) or "none"))
     lines.append(("golden", _setting(manifest.golden) if manifest.golden else "none"))
     return lines
+
+
+def _made(made: MadeRecord) -> str:
+    parts = ", ".join(f"{part.weights[:12]} × {part.weight:g}" for part in made.parts)
+    return f"{made.how} ({made.method}) of {parts}"
 
 
 @app.command()
@@ -163,14 +171,104 @@ def merge(
 def export(
     directory: Directory,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the export.")],
+    target: Annotated[
+        str | None, typer.Option("--for", help="Program: peft, vllm, gguf (llama.cpp), ollama or merged.")
+    ] = None,
     format: Annotated[
-        str, typer.Option("--as", help="peft, or an adapter type to convert it to, such as lora.")
-    ] = "peft",
+        str | None, typer.Option("--as", help="An adapter type to convert it to, such as lora. Default: its own.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="With --as lora: the largest rank; any linear method becomes LoRA.")
+    ] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="gguf and ollama: the merged model instead of the adapter.")
+    ] = False,
+    with_base: Annotated[bool, typer.Option("--with-base", help="gguf: also write the base as base.gguf.")] = False,
+    base: Base = None,
+    quantization: Annotated[
+        str | None, typer.Option("--quantization", help="Of the base in the comparison. Default: as recorded.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Of merged weights: bf16, fp16 or fp32. Default: see merge.")
+    ] = None,
+    device: Device = "auto",
+    max_lora_rank: Annotated[
+        int | None, typer.Option("--max-lora-rank", help="That of the vLLM server; a larger rank is refused.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Load the export again on the base, and compare answers.")
+    ] = True,
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="REPO", help="Upload the folder to this repository of the hub.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write even if a quarter of the adapter's effect is lost.")
+    ] = False,
+    allow_other_base: OtherBase = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Write a folder that stock PEFT can open. The adapter is unchanged, or converted to another adapter type."""
-    from budwood.adapters.export import export as write
+    """Write a folder for another program: stock PEFT, vLLM, llama.cpp, Ollama, or a merged model.
 
-    echo(f"exported to {write(directory, out, format)}")
+    With --for, the export is loaded again on the base and compared with the adapter and its golden answers. Without
+    it, the folder is one for stock PEFT, written from the adapter's file alone.
+    """
+    if target is None:
+        from budwood.adapters.export import check_no_target
+
+        check_no_target(
+            rank=rank, merged=merged, with_base=with_base, base=base, quantization=quantization, dtype=dtype,
+            max_lora_rank=max_lora_rank, no_check=not check, push=push, force=force, json=as_json,
+            device=device != "auto", allow_other_base=allow_other_base,
+        )  # fmt: skip
+        from budwood.adapters.export import export as write
+
+        echo(f"exported to {write(directory, out, format or 'peft')}")
+        return
+    with uncollected():
+        from budwood.serving.exports.push import check_repository, upload
+        from budwood.serving.exports.targets import export_for
+        from budwood.serving.exports.wanted import Wanted
+
+    wanted = Wanted(
+        target, format, rank, merged, with_base, base, quantization, dtype, device, max_lora_rank, check, force,
+        allow_other_base,
+    )  # fmt: skip
+    if push is not None:
+        check_repository(push)
+    done = export_for(directory, out, wanted)
+    if as_json:
+        echo_json(asdict(done))
+    else:
+        _show_export(done)
+        _print_notes(list(dict.fromkeys([*(done.replay.notes if done.replay is not None else ()), *done.notes])))
+    if push is not None:
+        echo(f"pushed to {upload(done.directory, push)}", err=as_json)
+
+
+def _show_export(done: Exported) -> None:
+    echo(f"exported to {done.directory}")
+    for line in done.lines:
+        echo(f"  {line}")
+    if done.merged is not None:
+        report = done.merged
+        echo(f"loaded again: the merged weights; error from rounding {report.error:.1%} of the adapter's effect")
+        if report.recorded is not None:
+            echo(f"vs. what training recorded {report.recorded}")
+    if done.replay is None:
+        if done.merged is None:
+            echo("not compared (--no-check): whether it answers as the adapter does is not known")
+        return
+    replay = done.replay
+    echo(f"loaded again: {replay.prompts} prompts on the base ({replay.quantization}, fp32)")
+    echo(f"vs. the adapter            {replay.conversion}; {replay.error:.1%} of its effect")
+    if replay.recorded is not None:
+        echo(f"vs. what training recorded {replay.recorded}")
+    if replay.setting is not None and not replay.same:
+        echo(f"the base alone, likewise   {replay.setting}")
+
+
+for command in (material.combine, material.shrink, material.diff):
+    app.command()(command)
 
 
 def _print_notes(notes: list[str]) -> None:

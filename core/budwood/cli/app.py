@@ -14,10 +14,10 @@ import typer
 import typer.main
 
 import budwood
-from budwood.cli import adapter, data, demo, generate, new, plan, plugins, recipe, tune
+from budwood.cli import adapter, chat, data, demo, generate, new, plan, plugins, recipe, serve, tune
 from budwood.cli import streams as _streams  # noqa: F401 - registers "budwood"
 from budwood.cli.doctor.command import doctor
-from budwood.cli.streams import echo
+from budwood.cli.streams import echo, one_line
 from budwood.contract.calls import noted
 from budwood.errors import BUG, BudwoodError, Interrupted, is_out_of_memory
 from budwood.model.quiet import silence_libraries
@@ -42,6 +42,9 @@ app.command("data", short_help="Show what training will see.")(data.data)
 app.command("tune", short_help="Fine-tune with a recipe, or a data file and a base.")(tune.tune)
 app.command("eval", short_help="Evaluate an adapter on data.")(tune.eval_)
 app.command("generate", short_help="Answer a prompt with a base and its adapters.")(generate.generate)
+app.command("chat", short_help="Talk with a base and its adapters in the terminal.")(chat.chat)
+app.command("serve", short_help="Serve a base and its adapters over HTTP.")(serve.serve)
+app.command("token", short_help="Make a token for `budwood serve`.")(serve.token)
 app.command("doctor", short_help="Check whether this machine can fine-tune.")(doctor)
 app.add_typer(new.app, name="new", short_help="Create a package for your own plugin.")
 app.add_typer(recipe.app, name="recipe", short_help="Show what a recipe may contain.")
@@ -112,9 +115,8 @@ def _run(arguments: list[str], debug: bool) -> int:
         if debug:
             traceback.print_exception(error)
         code, text = explain(error)
-        line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))  # may hold control codes
         with contextlib.suppress(OSError, ValueError):  # stderr is closed
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {one_line(text)}", file=sys.stderr)
         return code
 
 

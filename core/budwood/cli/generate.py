@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from budwood.cli.imports import uncollected
-from budwood.cli.streams import echo, echo_json
+from budwood.cli.pool import check_choice, open_pool, parse_adapters, read_adapters
+from budwood.cli.streams import echo, echo_json, print_piece
 
 if TYPE_CHECKING:
     from budwood.adapters.store import SavedAdapter
@@ -45,27 +44,13 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Answer a prompt with a base, one adapter, or several side by side."""
-    directories = _parse_adapters(adapter or [])
-    saved = _read_adapters(directories, base, allow_other_base, quantization)
-    _check_options(use, directories, top_p)
+    directories = parse_adapters(adapter or [])
+    saved = read_adapters(directories, base, allow_other_base, quantization)
+    check_choice(use, directories, top_p)
     text = _read_prompt(prompt)
-    with uncollected():
-        from budwood.serving.pool import AdapterPool
-
-    manifests = [item.manifest for item in saved.values() if item.manifest]
-    first = manifests[0] if manifests else None
-    pool = AdapterPool(
-        base,
-        quantization or (first.base.quantization if first else "none"),
-        task=first.task if first else "causal-lm",
-        labels=first.labels if first else (),
-        precision=precision,
-        device=device,
-        double_quantization=first.base.double_quantization if first else True,
+    pool = open_pool(
+        base, directories, saved, quantization, precision=precision, device=device, allow_other_base=allow_other_base
     )
-    for name, directory in directories.items():
-        for note in pool.load(name, directory, allow_other_base=allow_other_base).notes:
-            echo(f"note: adapter '{name}': {note}", err=True)
     names: list[str | None] = (
         [use] if use else [None, *directories] if len(directories) > 1 else [*directories] or [None]
     )
@@ -82,7 +67,7 @@ def generate(
         top_p=top_p,
         stop=stop or [],
         seed=seed,
-        stream=_print_piece if streaming else None,
+        stream=(lambda _, piece: print_piece(piece)) if streaming else None,
     )
     if as_json:
         records = [
@@ -95,56 +80,6 @@ def generate(
     else:
         for adapter_name, answer in zip(names, answers, strict=True):
             echo(f"── {adapter_name or 'base'}\n{answer.text}")
-
-
-def _parse_adapters(arguments: list[str]) -> dict[str, Path]:
-    from budwood.errors import InputError
-    from budwood.untrusted.files import check_name
-
-    directories: dict[str, Path] = {}
-    for text in arguments:
-        name, equals, directory = text.partition("=")
-        if not equals or not directory:
-            raise InputError(f"--adapter {text[:80]!r}: write NAME=DIR.")
-        if check_name(name) in directories:
-            raise InputError(f"--adapter: the name '{name}' is used twice; give each adapter its own name.")
-        directories[name] = Path(directory)
-    return directories
-
-
-def _read_adapters(
-    directories: dict[str, Path], base: str, allow_other_base: bool, quantization: str | None
-) -> dict[str, SavedAdapter]:
-    """Read the adapters; refuse invalid ones, and those of another base, before the base is loaded."""
-    from budwood.adapters.store import read_adapter
-    from budwood.errors import InputError
-    from budwood.model.base import check_base, fingerprint
-
-    adapters = {name: read_adapter(directory) for name, directory in directories.items()}
-    info = check_base(base, quantization)
-    base_fingerprint = fingerprint(info.path) if adapters else None
-    for directory in directories.values():
-        read_adapter(
-            directory,
-            base_name=base,
-            base_fingerprint=base_fingerprint,
-            allow_other_base=allow_other_base,
-            hashes=False,
-        )
-    tasks = sorted({adapter.manifest.task for adapter in adapters.values() if adapter.manifest})
-    if len(tasks) > 1:
-        raise InputError(f"the adapters are for different tasks ({', '.join(tasks)}): use adapters for one task.")
-    return adapters
-
-
-def _check_options(use: str | None, directories: dict[str, Path], top_p: float) -> None:
-    from budwood.errors import InputError, did_you_mean
-
-    if top_p <= 0:
-        raise InputError("--top-p: must be above 0.")
-
-    if use is not None and use not in directories:
-        raise InputError(f"--use {use[:64]!r}: no --adapter has this name.{did_you_mean(use, directories)}")
 
 
 def _request(text: str, name: str | None, saved: dict[str, SavedAdapter], chat: bool | None) -> Prompt:
@@ -194,8 +129,3 @@ def _classify(pool: AdapterPool, text: str, names: list[str | None], as_json: bo
         return
     for name, result in results:
         echo(f"{name or 'base'}: {result.label} ({result.probabilities[result.label]:.1%})")
-
-
-def _print_piece(index: int, piece: str) -> None:
-    sys.stdout.write(piece)
-    sys.stdout.flush()

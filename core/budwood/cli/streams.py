@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import sys
+import unicodedata
 from typing import Any
 
 from rich.console import Console
@@ -47,3 +48,16 @@ def echo_json(value: Any, indent: int | None = None) -> None:
     """Print a value as JSON; where the output cannot hold a character, it is escaped."""
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")
     echo(json.dumps(value, indent=indent, ensure_ascii=not unicode, default=str))
+
+
+def print_piece(piece: str) -> None:
+    """Print a piece of an answer, to a terminal without control characters, which could command it."""
+    if sys.stdout.isatty():
+        piece = "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in piece)
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def one_line(text: str) -> str:
+    """Return a message as one line without control characters."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))

@@ -351,7 +351,8 @@ class HookSpecs:
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """Convert a saved adapter to an equivalent one of another type. Optional.
 
-        When: `budwood adapter export --as TYPE`. `config` and `tensors` are those of PEFT's files.
+        When: `budwood adapter export --as TYPE`, and exports for programs that know LoRA alone. `config` and `tensors`
+            are those of PEFT's files.
         May change: nothing.
         Returns: config and tensors of the other type, or None if the adapter cannot be converted.
         """

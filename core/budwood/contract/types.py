@@ -311,6 +311,7 @@ class Run:
     packed: bool = True
     micro_tokens: int = 0  # most tokens per micro-batch: the recipe's value, reduced if memory runs out
     eval_tokens: int = 0  # the same for evaluation
+    reference_tokens: int = 0  # the same for a cached reference
     best_metric: BestMetric | None = None  # the task's, unless a strategy replaces it in `prepare_model`
     average: Average | None = None  # set by `average_with`
     adapter_final: bool = True  # a strategy sets False until its adapter is final; until then no evaluation is the best
@@ -332,6 +333,7 @@ class Run:
         if train is not None:
             self.micro_tokens = self.micro_tokens or train.micro_tokens
             self.eval_tokens = self.eval_tokens or train.micro_tokens
+            self.reference_tokens = self.reference_tokens or train.micro_tokens
         if self.task is not None and self.best_metric is None:
             self.best_metric = BestMetric(self.task.best_metric, not self.task.lower_is_better, str(self.task))
 

@@ -76,22 +76,30 @@ class TextWriter:
         on_token: Callable[[int, str], None] | None,
     ) -> None:
         self.tokenizer, self.limit, self.ends, self.stop = tokenizer, limit, ends, stop
+        self.send = None if on_token is None else lambda piece: on_token(index, piece)
+        self.sent = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin again; text that was sent cannot be taken back."""
+        assert not self.sent
         self.tokens: list[int] = []
         self.log_probs: list[float] = []
+        self.top_log_probs: list[dict[int, float]] = []
         self.end_token: int | None = None
         self.reason: Literal["eos", "stop", "length", "cancelled"] | None = None
         self.text = ""
-        self.sent = 0
-        self.send = None if on_token is None else lambda piece: on_token(index, piece)
         # Without stop strings and `on_token`, the text is decoded once, at the end.
-        self.stream = DecodeStream(skip_special_tokens=True) if stop or on_token else None
+        self.stream = DecodeStream(skip_special_tokens=True) if self.stop or self.send else None
 
-    def add(self, token: int, log_prob: float | None = None) -> None:
+    def add(self, token: int, log_prob: float | None = None, top: dict[int, float] | None = None) -> None:
         """Add the next token, unless the text has ended."""
         if self.reason is not None:
             return
         if log_prob is not None:
             self.log_probs.append(log_prob)
+        if top is not None:
+            self.top_log_probs.append(top)
         if token in self.ends:
             self.reason, self.end_token = self.ends[token], token
         else:
@@ -139,10 +147,10 @@ class TextWriter:
         self.reason = "cancelled"
         self._finish()
 
-    def result(self, top_log_probs: Sequence[dict[int, float]] = ()) -> Generated:
+    def result(self) -> Generated:
         """Return the generated tokens and text."""
         assert self.reason is not None
-        return Generated(self.tokens, self.text, self.reason, self.end_token, self.log_probs, list(top_log_probs))
+        return Generated(self.tokens, self.text, self.reason, self.end_token, self.log_probs, self.top_log_probs)
 
 
 class Gumbel(LogitsProcessor):

@@ -1,26 +1,24 @@
-"""Batched generation, greedy or sampled, with streaming and stop strings."""
+"""Generation in fixed batches, greedy or sampled, with streaming and stop strings.
+
+`generate` answers a list of prompts, for a run in training and its evaluation. It shares `continue_rows` with the live
+engine, which answers in fixed batches where rows cannot join and leave.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from budwood.errors import InputError, is_out_of_memory
+from budwood.errors import is_out_of_memory
 from budwood.model.decoding import Generated, Gumbel, TextWriter, answering, end_tokens
-from budwood.model.limits import check_tokens, positions_of
+from budwood.model.limits import answer_limit, check_tokens, embeddings_of, positions_of
+from budwood.model.sampling import Sampling, Scores
 from budwood.model.streaming import release_memory
 
 if TYPE_CHECKING:
@@ -29,6 +27,29 @@ if TYPE_CHECKING:
 
 LogProbs = Callable[[Tensor, Tensor, float], Tensor]
 """Maps logits [n, V], tokens [n] and the temperature to log-probabilities [n]; for example, `Task.log_probs`."""
+BATCH_TOKENS = 16384
+
+
+@dataclass(eq=False)
+class Continuation:
+    """A prompt and where its answer goes.
+
+    Attributes:
+        ids: the prompt's tokens.
+        writer: gets the answer's tokens, and knows when it ends.
+        key: seed of the samples.
+        score: gets the logits [V] before each token, and the token; returns its log-probability, and those of the most
+            probable tokens; None: not requested.
+        cancelled: asked before each token, whether the answer ends there.
+        failed: gets an exception of the writer, which then ends the answer alone; None: it ends the batch.
+    """
+
+    ids: Sequence[int]
+    writer: TextWriter
+    key: object
+    score: Callable[[Tensor, int], Scores] | None = None
+    cancelled: Callable[[], bool] | None = None
+    failed: Callable[[Exception], None] | None = None
 
 
 def generate(
@@ -43,8 +64,7 @@ def generate(
     stop: Sequence[str] = (),
     stop_ids: Sequence[Sequence[int]] | None = None,
     on_token: Callable[[int, str], None] | None = None,
-    batch_tokens: int = 16384,
-    before_batch: Callable[[list[int]], None] | None = None,
+    batch_tokens: int = BATCH_TOKENS,
     keys: Sequence[object] | None = None,
     log_probs: LogProbs | None = None,
 ) -> list[Generated]:
@@ -65,7 +85,6 @@ def generate(
         on_token: called with a prompt's index and the next piece of its text (complete characters) once it is final.
         batch_tokens: maximum number of tokens per batch: prompts, generated tokens and padding; reduced if memory runs
             out.
-        before_batch: called before each batch with the indices of its prompts, in the order of its rows.
         keys: seed of each prompt's samples, replacing `seed` and its index.
         log_probs: computes the log-probability of each token at the temperature (1 if greedy), over all tokens
             regardless of `top_p` and `top_k`; None: log-probabilities are not computed.
@@ -76,62 +95,57 @@ def generate(
     Raises:
         InputError: a prompt is empty or fills the model's context, or an option is out of range.
     """
-    _check_options(max_new_tokens, temperature, top_p, top_k)
-    context = positions_of(model)
-    for index, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise InputError(f"prompt {index + 1} is empty.")
-        if context is not None and len(prompt) >= context:
-            raise InputError(
-                f"prompt {index + 1} has {len(prompt)} tokens; the base's context holds {context} with the answer."
-            )
-        check_tokens(prompt, model, tokenizer, f"prompt {index + 1}")
-    ends, stop = end_tokens(model, tokenizer, stop)
-    limits = [min(max_new_tokens, (context or len(p) + max_new_tokens) - len(p)) for p in prompts]
-    own: list[dict[int, Literal["eos", "stop"]]] = [
-        ends | dict.fromkeys(stop_ids[i] if stop_ids else (), "eos") for i in range(len(prompts))
-    ]
-
-    def writer(i: int) -> TextWriter:
-        return TextWriter(tokenizer, limits[i], own[i], stop, i, on_token)
-
-    writers = [writer(i) for i in range(len(prompts))]
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, stop=tuple(stop))
+    sampling.check(embeddings_of(model) or 0)
+    context, count, limits = positions_of(model), embeddings_of(model), []
+    for index, prompt in enumerate(prompts, 1):
+        limits.append(answer_limit(len(prompt), max_new_tokens, context, f"prompt {index}"))
+        check_tokens(prompt, count, tokenizer, str(model.config.name_or_path), f"prompt {index}")
+    ends, strings = end_tokens(model, tokenizer, stop)
     if temperature > 0 and seed is None and keys is None:
         seed = int(torch.randint(2**62, ()).item())
-    keys = [(seed, i) for i in range(len(prompts))] if keys is None else keys
+    rows = []
+    for i, prompt in enumerate(prompts):
+        own = ends | dict.fromkeys(stop_ids[i] if stop_ids else (), "eos")
+        writer = TextWriter(tokenizer, limits[i], own, strings, i, on_token)
+        rows.append(Continuation(prompt, writer, (seed, i) if keys is None else keys[i]))
+    continue_rows(model, tokenizer, rows, sampling, batch_tokens, log_probs)
+    return [row.writer.result() for row in rows]
+
+
+def continue_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Continuation],
+    sampling: Sampling,
+    batch_tokens: int = BATCH_TOKENS,
+    log_probs: LogProbs | None = None,
+) -> None:
+    """Continue prompts that share their settings, in batches of similar length, until each has ended.
+
+    Which rows share a batch depends on their lengths and limits alone, so that equal calls are bitwise equal.
+    """
     with answering(model):
-        todo = list(_batches([len(p) for p in prompts], limits, batch_tokens))
+        lengths, limits = [len(row.ids) for row in rows], [row.writer.limit for row in rows]
+        todo = list(_batches(lengths, limits, batch_tokens))
         while todo:
-            rows = todo.pop(0)
-            if before_batch is not None:
-                before_batch(rows)
-            batch = [writers[i] for i in rows]
-            collector = _Collector(batch, temperature or 1.0, log_probs)
-            processors = _processors(temperature, top_p, top_k, [keys[i] for i in rows], collector)
+            numbers = todo.pop(0)
+            batch = [rows[i] for i in numbers]
+            collector = _Collector(batch, sampling.temperature or 1.0, log_probs)
+            noise = Gumbel([row.key for row in batch]) if sampling.temperature > 0 else None
+            processors = LogitsProcessorList(collector.first + sampling.processors(noise))
             try:
-                _run(model, tokenizer, [prompts[i] for i in rows], max(limits[i] for i in rows), processors, collector)
+                _run(model, tokenizer, batch, processors, collector)
                 continue
             except Exception as error:
-                if not is_out_of_memory(error) or len(rows) == 1 or on_token is not None:  # text was already emitted
+                if not is_out_of_memory(error) or len(batch) == 1 or any(row.writer.sent for row in batch):
                     raise
             release_memory()
-            half = (len(rows) + 1) // 2
-            for i in rows:
-                writers[i] = writer(i)
+            half = (len(numbers) + 1) // 2
+            for row in batch:
+                row.writer.restart()
             del batch, collector, processors
-            todo = [part for other in (rows, *todo) for part in (other[:half], other[half:]) if part]
-    return [writer.result() for writer in writers]
-
-
-def _check_options(max_new_tokens: int, temperature: float, top_p: float, top_k: int) -> None:
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens: {max_new_tokens} is less than 1.")
-    if not 0 <= temperature < float("inf"):
-        raise InputError(f"temperature: {temperature} is not finite and at least 0.")
-    if not 0 < top_p <= 1:
-        raise InputError(f"top_p: {top_p} is not above 0 and at most 1.")
-    if top_k < 0:
-        raise InputError(f"top_k: {top_k} is negative; use 0 for all tokens.")
+            todo = [part for other in (numbers, *todo) for part in (other[:half], other[half:]) if part]
 
 
 def _batches(lengths: list[int], limits: list[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -152,20 +166,20 @@ def _batches(lengths: list[int], limits: list[int], batch_tokens: int) -> Iterat
 def _run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Sequence[int]],
-    max_new_tokens: int,
+    rows: list[Continuation],
     processors: LogitsProcessorList,
     collector: _Collector,
 ) -> None:
-    """Generate one batch, padded on the left, into the collector's writers."""
-    width = max(len(prompt) for prompt in prompts)
+    """Generate one batch, padded on the left, into the writers of its rows."""
+    width = max(len(row.ids) for row in rows)
     pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
-    ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+    ids = torch.full((len(rows), width), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.as_tensor(prompt, dtype=torch.long)
-        mask[row, width - len(prompt) :] = 1
-    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, use_cache=True)
+    for number, row in enumerate(rows):
+        ids[number, width - len(row.ids) :] = torch.as_tensor(row.ids, dtype=torch.long)
+        mask[number, width - len(row.ids) :] = 1
+    most = max(row.writer.limit for row in rows)
+    config = GenerationConfig(max_new_tokens=most, do_sample=False, pad_token_id=pad, use_cache=True)
     model.generate(  # type: ignore[operator]
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -178,19 +192,33 @@ def _run(
 class _Collector(StoppingCriteria):
     """Passes each row's last token to its writer, with its log-probability if requested; returns which rows ended."""
 
-    def __init__(self, writers: list[TextWriter], temperature: float, log_probs: LogProbs | None) -> None:
-        self.writers, self.temperature, self.log_probs = writers, temperature, log_probs
-        self.raw_logits = _RawLogits()
+    def __init__(self, rows: list[Continuation], temperature: float, log_probs: LogProbs | None) -> None:
+        self.rows, self.temperature, self.log_probs = rows, temperature, log_probs
+        self.raw = _RawLogits()
+        wanted = log_probs is not None or any(row.score is not None for row in rows)
+        self.first = LogitsProcessorList([self.raw] if wanted else [])
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        tokens = input_ids[:, -1]
-        values: list[float] | list[None] = [None] * len(self.writers)
+        tokens, logits = input_ids[:, -1], self.raw.logits
+        values: list[Scores] = [(None, None)] * len(self.rows)
         if self.log_probs is not None:
-            assert self.raw_logits.logits is not None
-            values = self.log_probs(self.raw_logits.logits, tokens, self.temperature).tolist()
-        for writer, token, value in zip(self.writers, tokens.tolist(), values, strict=True):
-            writer.add(token, value)
-        return torch.tensor([writer.reason is not None for writer in self.writers], device=input_ids.device)
+            assert logits is not None
+            values = [(value, None) for value in self.log_probs(logits, tokens, self.temperature).tolist()]
+        for i, (row, token) in enumerate(zip(self.rows, tokens.tolist(), strict=True)):
+            if row.writer.reason is not None:
+                continue
+            if row.score is not None and logits is not None:
+                values[i] = row.score(logits[i], token)
+            try:
+                if row.cancelled is not None and row.cancelled():
+                    row.writer.cancel()
+                row.writer.add(token, *values[i])
+            except Exception as problem:
+                if row.failed is None:
+                    raise
+                row.writer.reason = "cancelled"
+                row.failed(problem)
+        return torch.tensor([row.writer.reason is not None for row in self.rows], device=input_ids.device)
 
 
 class _RawLogits(LogitsProcessor):
@@ -201,19 +229,3 @@ class _RawLogits(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.logits = scores
         return scores
-
-
-def _processors(
-    temperature: float, top_p: float, top_k: int, keys: list[object], collector: _Collector
-) -> LogitsProcessorList:
-    processors = LogitsProcessorList()
-    if collector.log_probs is not None:
-        processors.append(collector.raw_logits)
-    if temperature > 0:
-        processors.append(TemperatureLogitsWarper(float(temperature)))
-        if top_k:
-            processors.append(TopKLogitsWarper(top_k))
-        if top_p < 1:
-            processors.append(TopPLogitsWarper(top_p))
-        processors.append(Gumbel(keys))
-    return processors

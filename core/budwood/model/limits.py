@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -100,15 +101,44 @@ def check_fits(examples: Examples, model: Any, tokenizer: Any, name: str) -> Non
             )
 
 
-def check_tokens(ids: Any, model: Any, tokenizer: Any, where: str) -> None:
-    """Refuse a prompt with a token id that has no embedding.
+class ContextFullError(InputError):
+    """A prompt leaves no room for an answer in the base's context."""
+
+
+def answer_limit(length: int, wanted: int, context: int | None, where: str) -> int:
+    """Return the largest number of tokens of an answer to a prompt of so many.
 
     Raises:
-        InputError: it has one; the message names the token.
+        InputError: the prompt is empty.
+        ContextFullError: it fills the context.
     """
-    count, largest = embeddings_of(model), max(ids, default=0)
-    if count is not None and largest >= count:
-        raise InputError(f"{where} uses {no_embedding(largest, count, tokenizer, model.config.name_or_path)}")
+    if not length:
+        raise InputError(f"{where} is empty.")
+    if context is None:
+        return wanted
+    if length >= context:
+        raise ContextFullError(f"{where} has {length} tokens; the base's context holds {context} with the answer.")
+    return min(wanted, context - length)
+
+
+def check_tokens(ids: Iterable[Any], count: int | None, tokenizer: Any, name: str, where: str) -> None:
+    """Refuse a prompt in which something is not a token id, or has no embedding.
+
+    Args:
+        ids: the prompt.
+        count: number of token embeddings; None: there is no such table.
+        tokenizer: the base's.
+        name: the base's name; where: what messages call the prompt.
+
+    Raises:
+        InputError: the message names the token.
+    """
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int | np.integer) or token < 0:
+            ids_are = "" if count is None else f", which are 0 to {count - 1}"
+            raise InputError(f"{where}: {token!r} is not a token id of the base '{name}'{ids_are}.")
+        if count is not None and token >= count:
+            raise InputError(f"{where} uses {no_embedding(int(token), count, tokenizer, name)}")
 
 
 def no_embedding(token: int, count: int, tokenizer: Any, name: str) -> str:

@@ -6,8 +6,11 @@ token of every row in flight, and part of the prompts of those that joined; rows
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,11 +22,13 @@ from budwood.adapters.store import SavedAdapter
 from budwood.errors import InputError, did_you_mean
 from budwood.model.base import Base
 from budwood.model.decoding import TextWriter, end_tokens
-from budwood.model.limits import embeddings_of, no_embedding, positions_of
+from budwood.model.limits import answer_limit, check_tokens, embeddings_of, positions_of
 from budwood.serving.loaded import Loaded, Loader
 from budwood.serving.prefix import PrefixCache, namespace
-from budwood.serving.requests import Answer, QueueFullError, Row, Sampling, check_weights
+from budwood.serving.requests import Answer, QueueFullError, Row, Sampling, Twins, check_weights
+from budwood.serving.residents import Residents, Wait, blend_key
 from budwood.serving.scheduler import Scheduler
+from budwood.serving.stats import Stats, stats_of
 from budwood.serving.thread import CommandThread
 from budwood.untrusted.files import check_name
 
@@ -47,6 +52,7 @@ class Engine:
         kv_bytes: int | None = None,
         stack_bytes: int = STACK_BYTES,
         prefix_bytes: int = 0,
+        adapter_bytes: int | None = None,
         max_waiting: int | None = None,
     ) -> None:
         """Take over a base, which nothing else may use from then on.
@@ -59,6 +65,8 @@ class Engine:
             kv_bytes: memory for keys and values; None: a quarter of what is available.
             stack_bytes: memory for copies of adapters that share decoding steps.
             prefix_bytes: memory for the keys and values of prompts, for later prompts that begin alike; 0: none.
+            adapter_bytes: memory for adapters: those unused for the longest leave it, and are read from their folders
+                again for the next request; None: no limit.
             max_waiting: largest number of requests that wait for a row; None: no limit.
         """
         self.base, self.task = base, task
@@ -70,8 +78,8 @@ class Engine:
         self.names: dict[str, Loaded] = {}
         self.default: Loaded | None = None
         self.max_waiting = max_waiting
-        self._uses: dict[Loaded, int] = {}
-        self._blends: dict[tuple[tuple[str, float], ...], Loaded] = {}
+        self.residents = Residents(self, self.loader, adapter_bytes)
+        self.switching = threading.Lock()  # held to change `default`, and to let an adapter leave
         self._context = positions_of(self.model)
         kv_bytes = _available(device) // 4 if kv_bytes is None else kv_bytes
         step_tokens = step_tokens or (256 if device.type == "cpu" else 2048)
@@ -89,22 +97,29 @@ class Engine:
         """Run a function on the engine's thread between two steps, and return its result or raise its error."""
         return self.thread.call(function)
 
-    def load(self, name: str, directory: str | Path, *, allow_other_base: bool = False) -> SavedAdapter:
+    def load(
+        self, name: str, directory: str | Path, *, allow_other_base: bool = False, pinned: bool = False
+    ) -> SavedAdapter:
         """Load an adapter under a new name. See `AdapterPool.load`."""
         check_name(name)
-        if name in self.names:
-            raise InputError(f"adapter '{name}' is already loaded: unload it first, or choose another name.")
+        self._check_new(name)
         saved = self.loader.read(directory, allow_other_base)
 
         def add() -> SavedAdapter:
-            if name in self.names:
-                raise InputError(f"adapter '{name}' is already loaded: unload it first, or choose another name.")
-            self.names[name] = loaded = self.loader.add(name, saved)
-            self._uses[loaded] = 1
+            self._check_new(name)
+            loaded = self.loader.add(name, saved)
+            loaded.allow_other_base, loaded.pinned = allow_other_base, pinned
+            self.residents.enter(loaded)
+            self.residents.hold(loaded)
+            self.names[name] = loaded
             assert loaded.saved is not None
             return loaded.saved
 
         return self.call(add)
+
+    def _check_new(self, name: str) -> None:
+        if name in self.names:
+            raise InputError(f"adapter '{name}' is already loaded: unload it first, or choose another name.")
 
     def unload(self, name: str) -> None:
         """Remove a name; its adapter leaves the memory once no request and no other name uses it.
@@ -115,10 +130,12 @@ class Engine:
         """
 
         def remove() -> None:
-            self.find(name)
-            if self.default is self.names[name]:
+            with self.switching:
+                loaded = self.find(name)
+                del self.names[name]
+            if self.default is loaded:
                 self._set_default(None)
-            self.release(self.names.pop(name))
+            self.residents.release(loaded)
 
         self.call(remove)
 
@@ -132,43 +149,52 @@ class Engine:
 
         def move() -> None:
             loaded, old = self.find(target), self.names.get(name)
-            self.hold(loaded)
-            self.names[name] = loaded
+            moves = old is not None and old is self.default and list(self.names.values()).count(old) == 1
+            if moves:
+                self.residents.fetch(loaded)
+            with self.switching:
+                self.residents.hold(loaded)
+                self.names[name] = loaded
+            if moves:
+                self._set_default(loaded)
             if old is not None:
-                if self.default is old and old not in self.names.values():
-                    self._set_default(loaded)
-                self.release(old)
+                self.residents.release(old)
 
         self.call(move)
 
     def merge(self, name: str) -> None:
         """Merge an adapter into the base's weights, and remove its name. See `AdapterPool.merge`."""
+        loaded = self.find(name)
 
         def merge() -> None:
+            if self.find(name) is not loaded or self.residents.uses[loaded] > 2:  # the name and this call
+                raise InputError(f"adapter '{name}' has other names or is in use: unload them before merging it.")
             if self.scheduler.rows or self.scheduler.waiting:
                 raise InputError(f"requests are in flight: wait for their answers before merging '{name}'.")
-            self.loader.merge(self.find(name))
-            loaded = self.names.pop(name)
-            del self._uses[loaded]
+            self.loader.merge(loaded)
+            del self.names[name]
+            self.residents.order.pop(loaded)
+            self.residents.release(loaded)
             self.prefixes.clear()  # they are the unmerged base's
             self.scheduler.forward.forget_plans()
 
-        self.call(merge)
+        self._with([loaded], merge)
 
     def use(self, name: str | None) -> None:
         """Let an adapter, or the base, compute forward passes of the model outside of requests."""
-        loaded = None if name is None else self.find(name)
-        if self.loader.selected is None and (loaded is None or loaded.attached is None):
-            self.default = loaded  # two assignments, which no step reads
-            self.table.default = self.table.base if loaded is None else loaded.plan
-        else:
-            self.call(lambda: self._set_default(loaded))
+        with self.switching:
+            loaded = None if name is None else self.find(name)
+            memory = None if loaded is None else loaded.memory
+            if self.loader.selected is None and (loaded is None or (memory is not None and memory.attached is None)):
+                self._point_to(loaded)  # two assignments, which no step reads
+                return
+        self._with([] if loaded is None else [loaded], lambda: self._set_default(loaded))
 
     def with_adapter(self, name: str | None, function: Callable[[], Result]) -> Result:
         """Run a function on the engine's thread, with one adapter, or the base, computing the model's forward."""
+        loaded = None if name is None else self.find(name)
 
         def run() -> Result:
-            loaded = None if name is None else self.find(name)
             self.loader.select(loaded)
             self.table.plan = self.table.base if loaded is None else loaded.plan
             try:
@@ -177,7 +203,26 @@ class Engine:
                 self.table.plan = None
                 self.loader.select(self.default)
 
-        return self.call(run)
+        return self._with([] if loaded is None else [loaded], run)
+
+    def _with(self, adapters: list[Loaded], function: Callable[[], Result]) -> Result:
+        """Run a function on the engine's thread once adapters are in memory."""
+        if self.thread.current is threading.current_thread():
+            for loaded in adapters:
+                self.residents.fetch(loaded)
+            return function()
+        future: Future[Result] = Future()
+
+        def ready(error: BaseException | None) -> None:
+            try:
+                if error is not None:
+                    raise error
+                future.set_result(function())
+            except BaseException as problem:
+                future.set_exception(problem)
+
+        self.thread.post(lambda: self.residents.want(Wait(adapters, ready)))
+        return future.result()
 
     def submit(
         self,
@@ -190,6 +235,7 @@ class Engine:
         stream: bool = True,
         listener: Callable[[str | None], None] | None = None,
         where: str = "prompt",
+        twins: Twins | None = None,
     ) -> Answer:
         """Ask for the continuation of a prompt; returns at once.
 
@@ -202,10 +248,11 @@ class Engine:
             stream: whether the answer yields pieces of its text.
             listener: called on the engine's thread with each piece, and with None at the end; it must not block.
             where: what messages call the prompt.
+            twins: requests of the same prompt and adapter that are given the same object share its computation.
 
         Raises:
-            InputError: an unknown adapter, a token id without an embedding, an empty prompt, one that fills the
-                context, or an option out of range.
+            InputError: an unknown adapter, a token id without an embedding, an empty prompt, or an option out of range.
+            ContextFullError: the prompt fills the context.
             QueueFullError: as many requests wait as `max_waiting` lets.
         """
         sampling = sampling or Sampling()
@@ -213,50 +260,82 @@ class Engine:
             raise InputError(f"the pool's task is {self.task}, which generates no text.")
         if self.max_waiting is not None and self.scheduler.waiting + self.thread.waiting >= self.max_waiting:
             raise QueueFullError(f"{self.max_waiting} requests wait already: try again later.")
-        if isinstance(adapter, Mapping):
-            check_weights(adapter)
-        loaded = self.find(adapter) if isinstance(adapter, str) else None
+        self._parts(adapter)
         ids = list(prompt)
         sampling.check(self.check_tokens(ids, adapter if isinstance(adapter, str) else None, where))
-        if not ids:
-            raise InputError(f"{where} is empty.")
-        if self._context is not None and len(ids) >= self._context:
-            raise InputError(
-                f"{where} has {len(ids)} tokens; the base's context holds {self._context} with the answer."
-            )
+        limit = answer_limit(len(ids), sampling.max_new_tokens, self._context, where)
         ends, stop = end_tokens(self.model, self.tokenizer, sampling.stop)
         ends |= dict.fromkeys(sampling.stop_ids, "eos")
-        limit = min(sampling.max_new_tokens, (self._context or len(ids) + sampling.max_new_tokens) - len(ids))
         answer = Answer(self._cancel, listener)
         send = (lambda _, piece: answer.put(piece)) if stream or listener is not None else None
         writer = TextWriter(self.tokenizer, limit, ends, stop, 0, send)
-        row = Row(ids, len(ids), sampling, loaded, answer, writer, tenant)
+        row = Row(ids, len(ids), sampling, None, answer, writer, tenant)
 
-        def join() -> None:
+        def join(error: BaseException | None = None) -> None:
             try:
-                row.loaded = self._blend(adapter) if isinstance(adapter, Mapping) else self._current(adapter)
+                if error is not None:
+                    raise error
+                if isinstance(adapter, Mapping):
+                    row.loaded = self.residents.blend(adapter)
+                elif adapter is not None:
+                    row.loaded = parts[0]
                 if row.loaded is not None:
-                    if row.loaded.quarantined:
-                        raise InputError(row.loaded.quarantined)
-                    self.hold(row.loaded)
+                    self.residents.hold(row.loaded, request=True)
                 identity = "" if row.loaded is None else row.loaded.identity
                 row.namespace = namespace(identity, tenant, template)
-            except BaseException as error:
-                row.fail(error)
+                row.twins = None if twins is None else twins.of(row.loaded)
+            except BaseException as problem:
+                row.fail(problem)
             else:
                 self.scheduler.add(row)
 
-        self.thread.post(join)
+        parts: list[Loaded] = []
+
+        def ask() -> None:
+            try:
+                parts[:] = self._parts(adapter)
+            except BaseException as error:
+                row.fail(error)
+                return
+            room = 0
+            if isinstance(adapter, Mapping):
+                weights = [(loaded, float(weight)) for loaded, weight in zip(parts, adapter.values(), strict=True)]
+                room = 0 if blend_key(weights) in self.residents.blends else sum(loaded.bytes for loaded in parts)
+            if parts:
+                self.residents.want(Wait(parts, join, room, row))
+            else:
+                join()
+
+        self.thread.post(ask)
         return answer
 
-    def samples(self, count: int, prompt: Sequence[int], sampling: Sampling, **options: Any) -> list[Answer]:
-        """Ask for several answers to a prompt; number i has the seed (sampling.seed, i). See `submit`."""
-        return [
-            self.submit(prompt, sampling=replace(sampling, seed=(sampling.seed, number)), **options)
-            for number in range(count)
-        ]
+    def samples(
+        self,
+        count: int,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        listener: Callable[[int, str | None], None] | None = None,
+        **options: Any,
+    ) -> list[Answer]:
+        """Ask for several answers to a prompt, which is computed once; number i has the seed (sampling.seed, i).
 
-    # For the engine's thread.
+        Args:
+            listener: called as that of `submit`, with the number of the answer first.
+            options: see `submit`.
+        """
+        twins = Twins()
+        return [
+            self.submit(
+                prompt, sampling=replace(sampling, seed=(sampling.seed, number)), twins=twins,
+                listener=None if listener is None else partial(listener, number), **options,
+            )
+            for number in range(count)
+        ]  # fmt: skip
+
+    def stats(self) -> Stats:
+        """Return the state of the engine; at once, also in the middle of a step."""
+        return stats_of(self)
 
     def find(self, name: str) -> Loaded:
         """Return the adapter of a name.
@@ -269,39 +348,32 @@ class Engine:
             raise InputError(f"no adapter '{name[:64]}' is loaded.{did_you_mean(name, self.names)} Loaded: {known}.")
         return self.names[name]
 
-    def hold(self, loaded: Loaded) -> None:
-        """Count a use of an adapter."""
-        self._uses[loaded] = self._uses.get(loaded, 0) + 1
-
-    def release(self, loaded: Loaded) -> None:
-        """End a use of an adapter; with the last one it leaves the memory."""
-        self._uses[loaded] -= 1
-        if self._uses[loaded]:
-            return
-        del self._uses[loaded]
-        self._blends = {key: blend for key, blend in self._blends.items() if blend is not loaded}
-        self.scheduler.forward.forget_plans()
-        self.loader.remove(loaded)
-        for part in loaded.parts:
-            self.release(part)
+    # For the engine's thread.
 
     def _set_default(self, loaded: Loaded | None) -> None:
-        self.default = loaded
-        self.table.default = self.table.base if loaded is None else loaded.plan
+        with self.switching:
+            self._point_to(loaded)
         self.loader.select(loaded)
 
-    def _current(self, adapter: str | None) -> Loaded | None:
-        return None if adapter is None else self.find(adapter)
+    def _point_to(self, loaded: Loaded | None) -> None:
+        self.default = loaded
+        self.table.default = self.table.base if loaded is None else loaded.plan
 
-    def _blend(self, weights: Mapping[str, float]) -> Loaded:
-        parts = [(self.find(name), float(weight)) for name, weight in weights.items()]
-        key = tuple(sorted((loaded.identity, weight) for loaded, weight in parts))
-        if key not in self._blends:
-            made = self._blends[key] = self.loader.blend(parts)
-            self._uses[made] = 0
-            for loaded, _ in parts:
-                self.hold(loaded)
-        return self._blends[key]
+    def _parts(self, adapter: str | Mapping[str, float] | None) -> list[Loaded]:
+        """Return the adapters that answer a request.
+
+        Raises:
+            InputError: one is unknown or quarantined, or a blend of them is not possible.
+        """
+        if isinstance(adapter, Mapping):
+            check_weights(adapter)
+        parts = [self.find(name) for name in ([adapter] if isinstance(adapter, str) else adapter or ())]
+        for loaded in parts:
+            if loaded.quarantined:
+                raise InputError(loaded.quarantined)
+            if loaded.unblendable and isinstance(adapter, Mapping):
+                raise InputError(f"adapters: {loaded.unblendable}, so it cannot be blended.")
+        return parts
 
     def _cancel(self, answer: Answer) -> None:
         self.thread.post(lambda: self.scheduler.cancel(answer))
@@ -317,15 +389,8 @@ class Engine:
         """
         count = embeddings_of(self.model) or 0
         if adapter is not None:
-            modules = self.find(adapter).live.modules.values()
-            count = max([count, *(getattr(module, "num_embeddings", 0) for module in modules)])
-        for token in prompt:
-            if type(token) is int and token >= count:
-                raise InputError(f"{where} uses {no_embedding(token, count, self.tokenizer, self.base.name)}")
-            if type(token) is not int or token < 0:
-                raise InputError(
-                    f"{where}: {token!r} is not a token id of the base '{self.base.name}', which are 0 to {count - 1}."
-                )
+            count = max(count, self.find(adapter).embeddings)
+        check_tokens(prompt, count, self.tokenizer, self.base.name, where)
         return count
 
 

@@ -1,11 +1,12 @@
-"""Answers of a base whose rows cannot join and leave a batch: fixed batches, computed by transformers' generate."""
+"""Answers of a base whose rows cannot join and leave a batch: fixed batches, as in training."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
-from budwood.errors import BudwoodError, InputError, describe
-from budwood.model.generate import generate
+from budwood.errors import BudwoodError, describe
+from budwood.model.generate import Continuation, continue_rows
 
 if TYPE_CHECKING:
     from budwood.serving.engine import Engine
@@ -14,38 +15,36 @@ if TYPE_CHECKING:
 
 def answer_in_batches(engine: Engine, rows: list[Row]) -> None:
     """Answer rows, those with the same adapter and settings in one batch, and send the results."""
-    groups: dict[Any, list[Row]] = {}
+    groups: dict[object, list[Row]] = {}
     for row in rows:
         wanted = row.sampling
-        if wanted.log_probs or wanted.top_log_probs:
-            row.fail(InputError("log_probs: this base is answered in fixed batches, which return none."))
-            if row.loaded is not None:
-                engine.release(row.loaded)
-            continue
-        groups.setdefault((row.loaded, wanted.temperature, wanted.top_p, wanted.top_k, wanted.stop), []).append(row)
-    for (loaded, temperature, top_p, top_k, stop), members in groups.items():
-        engine.loader.select(loaded)
-        engine.table.plan = engine.table.base if loaded is None else loaded.plan
+        groups.setdefault((row.loaded, wanted.temperature, wanted.top_p, wanted.top_k), []).append(row)
+    for members in groups.values():
+        errors: dict[Row, BaseException] = {}
         try:
-            limit = max(row.writer.limit for row in members)
-            answers = generate(
-                engine.model, engine.tokenizer, [row.ids for row in members], limit, temperature=temperature,
-                top_p=top_p, top_k=top_k, stop=stop, stop_ids=[row.sampling.stop_ids for row in members],
-                keys=[row.sampling.seed for row in members],
-            )  # fmt: skip
-            for row, answer in zip(members, answers, strict=True):
-                end = [] if answer.end_token is None else [answer.end_token]
-                for token in (*answer.tokens, *end):
-                    row.writer.add(token)
-                if row.writer.reason is None:
-                    row.writer.reason = "length"
-                row.finish()
-        except Exception as error:
-            known = isinstance(error, BudwoodError)
-            for row in members:
-                row.fail(error if known else BudwoodError(f"the request failed: {describe(error)}."))
-        finally:
-            engine.table.plan = None
-            for row in members:
-                if row.loaded is not None:
-                    engine.release(row.loaded)
+            _answer(engine, members, errors)
+        except BaseException as problem:
+            errors |= {row: problem for row in members if row.writer.reason is None}
+        for row in members:
+            error = errors.get(row)
+            if error is not None and not isinstance(error, BudwoodError):
+                error = BudwoodError(f"the request failed: {describe(error)}.")
+            engine.scheduler.count(row, row.prompt, len(row.writer.tokens))
+            engine.scheduler.end(row, None, error)
+
+
+def _answer(engine: Engine, rows: list[Row], errors: dict[Row, BaseException]) -> None:
+    loaded = rows[0].loaded
+    engine.loader.select(loaded)
+    engine.table.plan = engine.table.base if loaded is None else loaded.plan
+    try:
+        asked = [
+            Continuation(
+                row.ids, row.writer, row.sampling.seed, row.sampling.score if row.sampling.scores else None,
+                partial(getattr, row.answer, "cancelled"), partial(errors.__setitem__, row),
+            )
+            for row in rows
+        ]  # fmt: skip
+        continue_rows(engine.model, engine.tokenizer, asked, rows[0].sampling)
+    finally:
+        engine.table.plan = None

@@ -41,6 +41,11 @@ class Forward:
         self._plans: dict[tuple[int, ...], Plan] = {}
         self._stacked: Plan | None = None
         self._last: Tensor | None = None
+        window = getattr(config, "sliding_window", None)
+        kinds = getattr(config, "layer_types", None) or (["sliding_attention"] if window else ["full_attention"])
+        self._layers = set(kinds)
+        limited = window is not None and (self.context is None or self.context > window)
+        self._window: int | None = window if limited and "sliding_attention" in self._layers else None
 
     def forget_plans(self) -> None:
         """Drop all plans; those of an adapter that was unloaded would keep its tensors."""
@@ -110,11 +115,24 @@ class Forward:
         rows = torch.arange(len(states), device=states.device)
         return (states[rows, self._last][:, None], *inputs[1:])
 
-    def _mask(self, now: Pass, positions: Tensor) -> Tensor | None:
-        """Return which positions each token attends to, [rows, 1, tokens, width]; None: those before it, and itself."""
+    def _mask(self, now: Pass, positions: Tensor) -> Tensor | dict[str, Tensor] | None:
+        """Return which positions each token attends to; None: as the model has it.
+
+        In a fresh pass padding is on the right, where only padding attends to it. Otherwise a mask is [rows, 1, tokens,
+        width], and one by type of layer if these differ.
+        """
         if now.fresh:
-            return None  # padding is on the right, where only padding attends to it
-        mask = torch.arange(now.width, device=self.device) <= positions[:, None, :, None]
+            return None
+        places = torch.arange(now.width, device=self.device)
+        seen = places <= positions[:, None, :, None]
+        if self._window is None:
+            return self._shaped(seen)
+        near = self._shaped(seen & (places > positions[:, None, :, None] - self._window))
+        if "full_attention" not in self._layers:
+            return near
+        return {"full_attention": self._shaped(seen), "sliding_attention": near}
+
+    def _shaped(self, mask: Tensor) -> Tensor:
         config = self.model.config.get_text_config(decoder=True)
         if getattr(config, "_attn_implementation", None) != "eager":
             return mask
@@ -128,10 +146,7 @@ class Forward:
         config = self.model.config.get_text_config(decoder=True)
         if getattr(self.model.config, "is_encoder_decoder", False) or getattr(self.model, "_is_stateful", False):
             return "it keeps a state that is not keys and values by position"
-        window = getattr(config, "sliding_window", None)
-        types = set(getattr(config, "layer_types", None) or (["sliding_attention"] if window else ["full_attention"]))
-        within = window is not None and self.context is not None and self.context <= window
-        other = types - {"full_attention", *(["sliding_attention"] if within else [])}
+        other = self._layers - {"full_attention", "sliding_attention"}
         if other:
             return f"its layers have {' and '.join(sorted(other))}"
         head: Any = head_of(self.model)
@@ -139,8 +154,10 @@ class Forward:
             return "it has no output embeddings"
         size = int(head.weight.shape[0])
         first, second = [size // 7, size // 5, size // 3, size // 2], [size // 9, size // 4, size // 6]
-        shapes = self._watch()
+        shapes, window = self._watch(), self._window
         try:
+            if window is not None:  # one that these rows exceed
+                self._window = config.sliding_window = 2
             got = [self.logits([first[:3], second[:2]], [0, 1], [0, 0], shapes)]
             got.append(self.logits([first[3:], second[2:]], [0, 1], [3, 2], self.table.base))
             plain = [self._plain(first[:3]), self._plain(second[:2]), self._plain(first), self._plain(second)]
@@ -148,6 +165,8 @@ class Forward:
             return f"its forward does not take this cache ({type(error).__name__})"
         finally:
             self.cache.free()
+            if window is not None:
+                self._window = config.sliding_window = window
         want = torch.stack(plain)
         change = float((torch.cat(got) - want).norm() / want.norm().clamp(min=1e-30))
         allowed = ERROR.get(next(self.model.parameters()).dtype, HALF_ERROR)

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from budwood.adapters.live import module_ids, unchanged_on_error
+from budwood.adapters.live_blend import blend
 from budwood.adapters.live_table import LiveTable, Plan
-from budwood.adapters.live_update import LiveAdapter, blend
+from budwood.adapters.live_update import LiveAdapter
 from budwood.adapters.match import check_task, mismatch
 from budwood.adapters.owner import owner_options, start_owner
 from budwood.adapters.peft_config import MisfitError
@@ -26,27 +27,71 @@ from budwood.model.base import Base
 
 
 @dataclass(eq=False)
+class Memory:
+    """What an adapter has in memory.
+
+    Attributes:
+        live: its entries in the live table; empty for an attached adapter.
+        plan: the plan in which it computes all rows.
+        attached: its name on the model, to which its owner attached it; None: it is in the table.
+    """
+
+    live: LiveAdapter
+    plan: Plan
+    attached: str | None = None
+
+
+@dataclass(eq=False)
 class Loaded:
     """An adapter that rows can use.
 
     Attributes:
         identity: hash of its content and of the base: what cached prefixes and stacks are stored under.
-        live: its entries in the live table; empty for an attached adapter.
-        plan: the plan in which it computes all rows.
-        owner: the strategy that attached it to the model; None: it is in the table.
-        attached: its name there.
+        owner: the strategy that loads it.
+        saved: the adapter on disk; None: a blend.
+        memory: None while it is not in memory.
+        bytes: of its tensors.
+        embeddings: number of token embeddings that it brings; 0: it brings none.
+        unblendable: why it cannot be part of a blend; "": it can.
+        allow_other_base: whether it may be read for another base than its own.
+        pinned: whether it stays in memory.
         quarantined: why no request may use it any more; "": it is fine.
+        parts: of a blend, its adapters.
     """
 
     label: str
     identity: str
-    live: LiveAdapter
-    plan: Plan
     owner: Strategy
-    saved: SavedAdapter | None = None
-    attached: str | None = None
+    saved: SavedAdapter | None
+    memory: Memory | None
+    bytes: int = 0
+    embeddings: int = 0
+    unblendable: str = ""
+    allow_other_base: bool = False
+    pinned: bool = False
     quarantined: str = ""
     parts: tuple[Loaded, ...] = field(default=())
+
+    @property
+    def in_memory(self) -> Memory:
+        """What it has in memory, for a row that uses it."""
+        assert self.memory is not None, f"adapter '{self.label}' is not in memory"
+        return self.memory
+
+    @property
+    def live(self) -> LiveAdapter:
+        """Its entries in the live table."""
+        return self.in_memory.live
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in which it computes all rows."""
+        return self.in_memory.plan
+
+    @property
+    def attached(self) -> str | None:
+        """Its name on the model; None: it is in the table."""
+        return self.in_memory.attached
 
 
 class Loader:
@@ -85,8 +130,34 @@ class Loader:
         Raises:
             InputError, CorruptError: it does not fit the base.
         """
-        owner = self._owner(saved)
-        identity = f"{saved.identity}:{self.base.fingerprint}"
+        owner, identity = self._owner(saved), self._identity(saved)
+        memory = self._enter(label, identity, owner, saved)
+        loaded = Loaded(label, identity, owner, _without_content(saved), memory)
+        live = memory.live
+        loaded.bytes = live.bytes if memory.attached is None else saved.bytes
+        loaded.embeddings = max((getattr(module, "num_embeddings", 0) for module in live.modules.values()), default=0)
+        if memory.attached is not None:
+            loaded.unblendable = (
+                f"adapter '{label}' is attached to the model by {owner}, not an entry of the live table"
+            )
+        elif live.modules:
+            loaded.unblendable = f"adapter '{label}' replaces whole modules or rows of embeddings"
+        return loaded
+
+    def restore(self, loaded: Loaded, saved: SavedAdapter) -> None:
+        """Put an adapter that was dropped back in memory.
+
+        Raises:
+            CorruptError: its folder now holds another.
+        """
+        if self._identity(saved) != loaded.identity:
+            raise CorruptError(f"{saved.directory}: has changed since it was loaded: load it again.")
+        loaded.memory = self._enter(loaded.label, loaded.identity, loaded.owner, saved)
+
+    def _identity(self, saved: SavedAdapter) -> str:
+        return f"{saved.identity}:{self.base.fingerprint}"
+
+    def _enter(self, label: str, identity: str, owner: Strategy, saved: SavedAdapter) -> Memory:
         try:
             asks = self.table_first and hasattr(type(owner), "live_adapter")
             live = self._live(owner, saved) if asks else None
@@ -98,7 +169,7 @@ class Loader:
             raise type(error)(f"{saved.directory}: {error}") from error
         live.key, live.label = identity, label
         self.table.add(live)
-        return Loaded(label, identity, live, Plan([live]), owner, _without_content(saved))
+        return Memory(live, Plan([live]))
 
     def _live(self, owner: Strategy, saved: SavedAdapter) -> LiveAdapter | None:
         tensors = saved.load_tensors()
@@ -120,7 +191,7 @@ class Loader:
             module.to(self.base.device)
         return cast
 
-    def _attach(self, label: str, identity: str, owner: Strategy, saved: SavedAdapter) -> Loaded:
+    def _attach(self, label: str, identity: str, owner: Strategy, saved: SavedAdapter) -> Memory:
         key, model = next(self._keys), self.base.model
         with unchanged_on_error(model):
             ask_owner(owner, "attach_adapter", model=model, config=saved.config, tensors=saved.load_tensors(), name=key)
@@ -129,40 +200,36 @@ class Loader:
             if self.selected is not None and self.selected.owner is owner and self.selected.attached is not None:
                 use_adapters(owner, model, [self.selected.attached])
         self._attached += 1
-        live = LiveAdapter(key=identity, label=label)
-        return Loaded(label, identity, live, self.table.base, owner, _without_content(saved), key)
+        return Memory(LiveAdapter(key=identity, label=label), self.table.base, key)
 
     def blend(self, parts: list[tuple[Loaded, float]]) -> Loaded:
-        """Return the weighted sum of adapters.
-
-        Raises:
-            InputError: one of them is not a sum of low-rank updates.
-        """
+        """Return the weighted sum of adapters that can be blended, which are in memory."""
         weights: dict[LiveAdapter, float] = {}
         for loaded, weight in parts:
-            if loaded.attached is not None:
-                raise InputError(f"adapters: '{loaded.label}' cannot be blended: its method is not low-rank.")
             weights[loaded.live] = weights.get(loaded.live, 0.0) + weight
-        try:
-            live = blend(weights)
-        except ValueError as error:
-            raise InputError(f"adapters: {error}, so it cannot be blended.") from error
-        live = live.cast(torch.device(self.base.device), self.base.dtype)
+        biases = {path: getattr(self.table.places[path], "bias", None) for part in weights for path in part.biases}
+        live = blend(weights, biases).cast(torch.device(self.base.device), self.base.dtype)
         self.table.add(live)
-        return Loaded(live.label, live.key, live, Plan([live]), parts[0][0].owner, parts=tuple(p for p, _ in parts))
+        adapters = tuple(dict.fromkeys(loaded for loaded, _ in parts))
+        return Loaded(
+            live.label, live.key, parts[0][0].owner, None, Memory(live, Plan([live])), live.bytes, parts=adapters
+        )
 
     def remove(self, loaded: Loaded) -> None:
-        """Take an adapter from the table, or detach it; after the last one, the modules are the base's own again.
+        """Take an adapter from memory: from the table, or from the model, whose modules are the base's own after the
+        last one.
 
         Raises:
             PluginError: the adapter's owner left modules on the model.
         """
-        if loaded.attached is None:
-            self.table.remove(loaded.live)
-            return
+        memory, attached = loaded.in_memory, loaded.attached
         if self.selected is loaded:
             self.select(None)
-        ask_owner(loaded.owner, "detach_adapter", model=self.base.model, name=loaded.attached)
+        loaded.memory = None
+        if attached is None:
+            self.table.remove(memory.live)
+            return
+        ask_owner(loaded.owner, "detach_adapter", model=self.base.model, name=attached)
         self._attached -= 1
         if not self._attached and module_ids(self.base.model) != self._modules:
             raise plugin_fault(loaded.owner.distribution, f"{loaded.owner} left its own modules on the base", True)
@@ -194,9 +261,10 @@ class Loader:
         if loaded.attached is not None:
             ask_owner(owner, "merge_adapter", model=model, name=loaded.attached)
             self._attached -= 1
+            loaded.memory = None
             return
         saved = read_adapter(loaded.saved.directory, weights=True)
-        if f"{saved.identity}:{self.base.fingerprint}" != loaded.identity:
+        if self._identity(saved) != loaded.identity:
             raise CorruptError(f"{saved.directory}: has changed since it was loaded: load it again.")
         tensors = saved.load_tensors()
         key = next(self._keys)
@@ -209,6 +277,7 @@ class Loader:
         finally:
             self.table.open()
         self.table.remove(loaded.live)
+        loaded.memory = None
 
     def _owner(self, saved: SavedAdapter) -> Strategy:
         cls, entry = load_strategy(saved.adapter_type)

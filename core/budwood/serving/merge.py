@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import asdict, dataclass, field
@@ -17,9 +18,11 @@ from budwood.adapters.match import mismatch
 from budwood.adapters.rounding import round_stochastically
 from budwood.adapters.store import GOLDEN, SavedAdapter, read_adapter
 from budwood.contract.discovery import find, plugin_fault
-from budwood.errors import InputError
+from budwood.errors import BudwoodError, InputError
 from budwood.model.checkpoint import read_config, resolve
+from budwood.model.decoding import end_tokens
 from budwood.model.text_tasks import as_probe
+from budwood.serving.pool import AdapterPool, load_for_task
 from budwood.serving.verify import base_name, open_pool
 from budwood.untrusted.files import complete_directory
 
@@ -70,6 +73,7 @@ def merge(
     device: str = "cpu",
     force: bool = False,
     allow_other_base: bool = False,
+    again: bool = False,
 ) -> MergeReport:
     """Merge an adapter into the original, unquantised weights of its base and save a stock transformers folder.
 
@@ -85,6 +89,8 @@ def merge(
         device: device of the computation.
         force: write even if the merged model differs by more than a quarter of the adapter's effect.
         allow_other_base: merge into a base with a different fingerprint; recorded.
+        again: load the folder again before it appears, and compare its logits with those of the merge; this takes
+            another 4 bytes of memory per parameter.
 
     Raises:
         InputError: the base is quantised on disk, `out` exists, or rounding would change too much. Nothing is written.
@@ -102,7 +108,7 @@ def merge(
     pool = open_pool(
         saved, base, quantization="none", precision="fp32", device=device, allow_other_base=allow_other_base
     )
-    model, originals = pool.model, _original_weights(pool.model)
+    model, originals = pool.model, original_weights(pool.model)
     dtype = dtype or _default_dtype(pool.base.path)
     target = DTYPES[dtype]
     notes = pool.load("adapter", saved.directory, allow_other_base=allow_other_base).notes
@@ -150,9 +156,47 @@ def merge(
             )
     with complete_directory(out) as folder:
         model.to(target).save_pretrained(folder)  # type: ignore[operator]
-        pool.tokenizer.save_pretrained(folder)
+        _keep_chat(saved, pool, folder)
+        if again:
+            _compare_again(saved, pool, folder, probes, merged)
         (folder / RECORD).write_text(json.dumps(_record(saved, pool.base.name, report, force), indent=2) + "\n")
     return report
+
+
+def _keep_chat(saved: SavedAdapter, pool: AdapterPool, folder: Path) -> None:
+    """Save the tokenizer with the chat template of the adapter's run, and the tokens that end its answers."""
+    if pool.tokenizer is None:
+        return
+    chat = saved.manifest.chat if saved.manifest is not None else None
+    if chat is not None and chat.template is not None:
+        pool.tokenizer.chat_template = chat.template
+    pool.tokenizer.save_pretrained(folder)
+    stops = saved.manifest.stop_ids if saved.manifest is not None else []
+    if not stops or not pool.base.model.can_generate():
+        return
+    config: Any = copy.deepcopy(pool.base.model.generation_config)
+    ends, _ = end_tokens(pool.base.model, pool.tokenizer, ())
+    config.eos_token_id = sorted({*ends, *stops})
+    config.save_pretrained(folder)
+
+
+def _compare_again(saved: SavedAdapter, pool: AdapterPool, folder: Path, probes: Any, merged: Tensor) -> None:
+    """Load the written folder, and compare its logits with those of the merged weights in memory.
+
+    Raises:
+        BudwoodError: they differ by more than fp32's rounding.
+    """
+    labels = saved.manifest.labels if saved.manifest is not None else []
+    loaded = load_for_task(
+        folder, "none", pool.task_plugin, labels, precision="fp32", device=str(pool.base.device),
+        double_quantization=True,
+    )  # fmt: skip
+    found = measure(pool.task_plugin, loaded.model, loaded.tokenizer, probes, torch.float32)
+    apart = Distance.between(merged, found)
+    if not apart.largest <= EXACT * max(1.0, float(merged.abs().max())):
+        raise BudwoodError(
+            f"{saved.directory}: the merged folder loads as another model ({apart}): nothing is written."
+        )
 
 
 def _check_unquantised(saved: SavedAdapter, base: str | None) -> None:
@@ -164,7 +208,7 @@ def _check_unquantised(saved: SavedAdapter, base: str | None) -> None:
         )
 
 
-def _original_weights(model: nn.Module) -> dict[str, Tensor]:
+def original_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return copies of all parameters by every name, each in a 16-bit dtype if one represents it exactly."""
     copies = {parameter: _narrow_copy(parameter.detach()) for parameter in model.parameters()}
     return {name: copies[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)}

@@ -65,6 +65,8 @@ class AdapterPool:
         device: str = "auto",
         double_quantization: bool = True,
         embeddings: int = 0,
+        adapter_bytes: int | None = None,
+        prefix_bytes: int = 0,
     ) -> None:
         """Load the base.
 
@@ -78,6 +80,9 @@ class AdapterPool:
             double_quantization: also quantise the constants of nf4 and fp4.
             embeddings: least number of token embeddings; the base is resized to it, as in a run with
                 `base.resize_embeddings`. An adapter that has rows for new tokens brings them along without it.
+            adapter_bytes: memory for adapters: those unused for the longest leave it, and are read from their folders
+                again for the next request; None: no limit.
+            prefix_bytes: memory for the keys and values of prompts, for later prompts that begin alike; 0: none.
 
         Raises:
             InputError: there is no such base, quantization or task.
@@ -88,16 +93,14 @@ class AdapterPool:
         self.task = task
         self.task_plugin: Task = create(task, "budwood.tasks")
         if not isinstance(base, Base):
-            chosen, dtype, _ = pick_device_precision(device, precision)
-            kwargs, tokenizer = self.task_plugin.model_kwargs(list(labels or ())), self.task_plugin.needs_tokenizer
-            base = load_base(
-                base, quantization, self.task_plugin.auto_class, dtype, chosen, double_quantization=double_quantization,
-                model_kwargs=kwargs, needs_tokenizer=tokenizer,
+            base = load_for_task(
+                base, quantization, self.task_plugin, list(labels or ()), precision=precision, device=device,
+                double_quantization=double_quantization,
             )  # fmt: skip
         if embeddings:
             resize_base(base, embeddings)
         self.base = base
-        self.engine = Engine(base, task)
+        self.engine = Engine(base, task, adapter_bytes=adapter_bytes, prefix_bytes=prefix_bytes)
         self.model: nn.Module = base.model
         self.tokenizer = base.tokenizer
         self._current: str | None = None  # the last selection of any thread
@@ -124,8 +127,16 @@ class AdapterPool:
         assert saved is not None
         return saved
 
-    def load(self, name: str, directory: str | Path, *, allow_other_base: bool = False) -> SavedAdapter:
-        """Attach an adapter to the model without using it. On failure the model stays unchanged.
+    def load(
+        self, name: str, directory: str | Path, *, allow_other_base: bool = False, pinned: bool = False
+    ) -> SavedAdapter:
+        """Load an adapter without using it. On failure the model stays unchanged.
+
+        Args:
+            name: what it is called from then on.
+            directory: its folder.
+            allow_other_base: whether it may have been trained on another base.
+            pinned: keep it in memory, also if other adapters need the room that `adapter_bytes` leaves.
 
         Returns:
             The adapter; its `notes` are messages for the user.
@@ -136,7 +147,7 @@ class AdapterPool:
                 does not record.
             CorruptError: the folder is damaged or altered, or its tensors do not fit its own base.
         """
-        return self.engine.load(name, directory, allow_other_base=allow_other_base)
+        return self.engine.load(name, directory, allow_other_base=allow_other_base, pinned=pinned)
 
     def use(self, name: str | None) -> None:
         """Use one adapter from now on; None: the base alone.
@@ -206,7 +217,7 @@ class AdapterPool:
             raise InputError(
                 f"{len(prompts)} prompts but {len(adapters)} adapters: pass one (or None) for each prompt."
             )
-        names = [_leading(adapter) for adapter in adapters]
+        names = [leading(adapter) for adapter in adapters]
         encoded = [
             self._encode(p, name, f"prompt {i}") for i, (p, name) in enumerate(zip(prompts, names, strict=True), 1)
         ]
@@ -320,7 +331,25 @@ class AdapterPool:
         return encode_chat(self.tokenizer, prompt, chat.options, chat.template, chat.date)  # type: ignore[arg-type]
 
 
-def _leading(adapter: str | Mapping[str, float] | None) -> str | None:
+def load_for_task(
+    base: str | Path,
+    quantization: str,
+    task: Task,
+    labels: list[str],
+    *,
+    precision: str,
+    device: str,
+    double_quantization: bool,
+) -> Base:
+    """Load a base with the model class and the tokenizer that a task needs; see `AdapterPool`."""
+    chosen, dtype, _ = pick_device_precision(device, precision)
+    return load_base(
+        base, quantization, task.auto_class, dtype, chosen, double_quantization=double_quantization,
+        model_kwargs=task.model_kwargs(labels), needs_tokenizer=task.needs_tokenizer,
+    )  # fmt: skip
+
+
+def leading(adapter: str | Mapping[str, float] | None) -> str | None:
     """Return the adapter by which messages are rendered: of several, the one with the largest weight."""
     if isinstance(adapter, Mapping):
         check_weights(adapter)

@@ -8,12 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers.generation import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 if TYPE_CHECKING:
     from budwood.serving.requests import Row
@@ -47,31 +41,10 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
         if not finite[i]:
             choices.append(Choice(0, "computes logits that are not finite"))
             continue
-        token = tokens[i] if row.noise is None else _sample(logits[i : i + 1], row)
-        choices.append(_with_log_probs(token, logits[i], row))
+        token = tokens[i]
+        if row.noise is not None:
+            empty = torch.empty(1, 0, dtype=torch.int64)  # no processor reads the tokens so far
+            scores: Tensor = row.sampling.processors(row.noise)(empty, logits[i : i + 1])  # type: ignore[arg-type]
+            token = int(scores.argmax(-1))
+        choices.append(Choice(token, "", *row.sampling.score(logits[i], token)))
     return choices
-
-
-def _sample(logits: Tensor, row: Row) -> int:
-    wanted, processors = row.sampling, LogitsProcessorList()
-    processors.append(TemperatureLogitsWarper(float(wanted.temperature)))
-    if wanted.top_k:
-        processors.append(TopKLogitsWarper(wanted.top_k))
-    if wanted.top_p < 1:
-        processors.append(TopPLogitsWarper(wanted.top_p))
-    assert row.noise is not None
-    processors.append(row.noise)
-    ids = torch.empty(1, 0, dtype=torch.int64)  # none of these reads the tokens so far
-    return int(processors(ids, logits).argmax(-1))  # type: ignore[arg-type]
-
-
-def _with_log_probs(token: int, logits: Tensor, row: Row) -> Choice:
-    wanted = row.sampling
-    if not (wanted.log_probs or wanted.top_log_probs):
-        return Choice(token)
-    scores = (logits / (wanted.temperature or 1.0)).log_softmax(-1)
-    top = None
-    if wanted.top_log_probs:
-        values, ids = scores.topk(wanted.top_log_probs)
-        top = dict(zip(ids.tolist(), values.tolist(), strict=True))
-    return Choice(token, "", float(scores[token]) if wanted.log_probs else None, top)

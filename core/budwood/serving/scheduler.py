@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 import weakref
 from collections import OrderedDict, deque
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from budwood.adapters.live_rows import UnmixableError
 from budwood.errors import BudwoodError, InputError, ResourceError, describe, is_out_of_memory
@@ -18,6 +20,7 @@ from budwood.serving.forward import Forward
 from budwood.serving.prefix import BLOCK
 from budwood.serving.requests import Answer, Row
 from budwood.serving.sampling import Choice, choose
+from budwood.serving.stats import BLEND
 
 if TYPE_CHECKING:
     from budwood.serving.engine import Engine
@@ -35,6 +38,9 @@ class Scheduler:
         unsupported: why the base's rows are answered in fixed batches; None: they join and leave at any step.
         steps: number of steps so far.
         preempted: number of rows that had to make room, and were computed again.
+        quarantines: number of adapters that were quarantined.
+        tokens: numbers of tokens of prompts and of answers, by the adapter's identity and the tenant.
+        began: when the step in progress began, in seconds of the monotonic clock; None: none is.
     """
 
     def __init__(self, engine: Engine, max_rows: int, step_tokens: int, kv_bytes: int) -> None:
@@ -42,15 +48,22 @@ class Scheduler:
         self.max_rows, self.step_tokens = max_rows, step_tokens
         self.forward = Forward(engine.model, engine.table, kv_bytes)
         self.rows: list[Row] = []
-        self.steps = self.preempted = self._count = 0
+        self.steps = self.preempted = self.quarantines = self._count = 0
+        self.tokens: dict[tuple[str, str], tuple[int, int]] = {}
+        self.began: float | None = None
         self.unsupported: str | None = None
         self._checked = self._unmixable = False
         self._queues: OrderedDict[str, deque[Row]] = OrderedDict()  # by tenant, the next in turn first
 
     @property
-    def waiting(self) -> int:
+    def queued(self) -> int:
         """Number of requests that wait for a row."""
-        return sum(map(len, self._queues.values()))
+        return sum(map(len, list(self._queues.values())))
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests that wait for a row, or for an adapter."""
+        return self.queued + len(self.engine.residents.waits)
 
     def add(self, row: Row, first: bool = False) -> None:
         """Let a row wait for its turn."""
@@ -65,22 +78,26 @@ class Scheduler:
 
     def cancel(self, answer: Answer) -> None:
         """End a request, waiting or in flight; its slot is free for the next step."""
+        if (row := self.engine.residents.cancel(answer)) is not None:
+            self.end(row, row.writer.cancel)
+            return
         for waiting in self._queues.values():
             for row in waiting:
                 if row.answer is answer:
                     waiting.remove(row)
-                    self._end(row, row.writer.cancel)
+                    self.end(row, row.writer.cancel)
                     return
         for row in self.rows:
             if row.answer is answer:
                 self._leave(row)
-                self._end(row, row.writer.cancel)
+                self.end(row, row.writer.cancel)
                 return
 
     def step(self) -> bool:
         """Compute the next token of every row, and parts of prompts; return whether there is more to do."""
-        if not self.rows and not self.waiting:
+        if not self.rows and not self.queued:
             return False
+        self.began = time.monotonic()
         try:
             with torch.no_grad(), self._precision():
                 if not self._checked:
@@ -97,16 +114,23 @@ class Scheduler:
                     self._prefill(self.step_tokens - len(decoding))
         except BaseException as error:  # a bug: no row may wait for ever
             for row in [*self.rows, *(row for rows in self._queues.values() for row in rows)]:
-                self._end(row, None, error)
+                self.end(row, None, error)
             self.rows.clear()
             self._queues.clear()
             self.forward.cache.free()
         self.steps += 1
-        if not self.rows and not self.waiting:
+        self.began = None
+        if not self.rows and not self.queued:
             self.forward.cache.free()
             self.engine.loader.select(self.engine.default)
             return False
         return True
+
+    def count(self, row: Row, prompt: int, answer: int) -> None:
+        """Count tokens of a request."""
+        key = ("" if row.loaded is None else BLEND if row.loaded.parts else row.loaded.identity), row.tenant
+        before = self.tokens.get(key, (0, 0))
+        self.tokens[key] = before[0] + prompt, before[1] + answer
 
     def _precision(self) -> torch.autocast:
         base = self.engine.base
@@ -129,7 +153,34 @@ class Scheduler:
             else:
                 del self._queues[tenant]
             self.rows.append(row)
-            self._reuse(row, len(self.rows) - 1)
+            if row.twins is None or not row.new or not self._continue_twins(row):
+                self._reuse(row, len(self.rows) - 1)
+
+    def _continue_twins(self, row: Row) -> bool:
+        """Let a new row, and others like it, begin with the prompt of a twin in flight; return whether there is one."""
+        twin = next((r for r in self.rows if r.twins is row.twins and r.kept >= row.prompt), None)
+        if twin is None or row.twins is None or row.twins.logits is None:
+            return False
+        copies = self._copies(twin, row.twins.logits)
+        for other, _ in copies:
+            other.kept = other.prompt
+        for other, choice in copies:
+            self._take(other, choice)
+        return True
+
+    def _copies(self, done: Row, logits: Tensor) -> list[tuple[Row, Choice]]:
+        """Copy the keys and values of a prompt to the slots of new twins; return these with their first tokens."""
+        new = [
+            (slot, row)
+            for slot, row in enumerate(self.rows)
+            if row.twins is done.twins and row.new and row.kept < row.prompt
+        ]
+        cache, source = self.forward.cache, self.rows.index(done)
+        if new:
+            cache.reserve(len(self.rows), done.prompt)
+        for slot, _ in new:
+            cache.move(source, slot, done.prompt)
+        return [(row, choose(logits[None], [row])[0]) for _, row in new]
 
     def _reuse(self, row: Row, slot: int) -> None:
         """Copy what is kept of a row's beginning to its slot."""
@@ -159,7 +210,7 @@ class Scheduler:
         del rows[hole]
         self.rows = rows
 
-    def _end(self, row: Row, last: Callable[[], None] | None, error: BaseException | None = None) -> None:
+    def end(self, row: Row, last: Callable[[], None] | None, error: BaseException | None = None) -> None:
         """Send the result or the error of a row that is in no list any more, and release its adapter."""
         try:
             if last is not None:
@@ -169,7 +220,7 @@ class Scheduler:
             row.fail(problem)
         if row.loaded is not None:
             try:
-                self.engine.release(row.loaded)
+                self.engine.residents.release(row.loaded, request=True)
             except Exception:  # of an owner that detaches its adapter; nobody waits for it, and the other rows go on
                 traceback.print_exc()
 
@@ -177,7 +228,13 @@ class Scheduler:
 
     def _prefill(self, budget: int) -> None:
         """Compute up to `budget` tokens of prompts, those of several rows in one pass if their lengths are alike."""
-        rows = [row for row in self.rows if row.todo > 1 or not row.kept]
+        rows, computing = [], set()
+        for row in self.rows:
+            if row.todo > 1 or not row.kept:
+                if row.twins is None or not row.new or row.twins not in computing:  # which it waits for
+                    rows.append(row)
+                if row.twins is not None:
+                    computing.add(row.twins)
         first = True
         while rows and (budget > 0 or first):
             count, start = rows[0].todo, rows[0].kept
@@ -227,13 +284,22 @@ class Scheduler:
             logits = self.forward.run(rows, [slots[id(row)] for row in rows], count)
             ready = [i for i, row in enumerate(rows) if not row.todo]
             choices = choose(logits[ready] if len(ready) < len(rows) else logits, [rows[i] for i in ready])
+            copies: list[tuple[Row, Choice]] = []
+            for i in ready:
+                if (twins := rows[i].twins) is not None and kept[i] < rows[i].prompt:
+                    if rows[i].new:
+                        twins.logits = logits[i].clone()
+                    if twins.logits is not None:
+                        copies += self._copies(rows[i], twins.logits)
         except Exception as error:
             for row, before in zip(rows, kept, strict=True):
                 row.kept = before
             self._recover(rows, count, error)
             return
-        for i, choice in zip(ready, choices, strict=True):
-            self._take(rows[i], choice)
+        for row, _ in copies:  # before a row leaves, for which others are moved
+            row.kept = row.prompt
+        for row, choice in (*((rows[i], choice) for i, choice in zip(ready, choices, strict=True)), *copies):
+            self._take(row, choice)
 
     def _recover(self, rows: list[Row], count: int, error: Exception) -> None:
         adapters = {row.loaded for row in rows}
@@ -256,7 +322,7 @@ class Scheduler:
             if not known:
                 shown.__cause__ = error
             self._leave(rows[0])
-            self._end(rows[0], None, shown)
+            self.end(rows[0], None, shown)
 
     def _by_adapter(self, rows: list[Row], count: int, adapters: set[Loaded | None] | set[Loaded]) -> None:
         """Compute the rows of each of these adapters by themselves, and the others together."""
@@ -290,26 +356,26 @@ class Scheduler:
             if loaded is None:
                 error: BudwoodError = ResourceError(f"the base {choice.problem}: open it with precision fp32.")
             else:
+                self.quarantines += not loaded.quarantined
                 loaded.quarantined = (
                     f"adapter '{loaded.label}' {choice.problem}, so requests may not use it: load it again."
                 )
                 error = InputError(loaded.quarantined)
             self._leave(row)
-            self._end(row, None, error)
+            self.end(row, None, error)
             return
-        first = len(row.ids) == row.prompt
+        first = row.new
         if first and self.engine.prefixes.budget:
             self._keep(row, self.rows.index(row))
+        self.count(row, row.prompt * first, 1)
         row.ids.append(choice.token)
-        if choice.top:
-            row.top.append(choice.top)
         try:
-            row.writer.add(choice.token, choice.log_prob)
+            row.writer.add(choice.token, choice.log_prob, choice.top)
         except Exception as problem:  # of a listener, or of the tokenizer
             self._leave(row)
-            self._end(row, None, BudwoodError(f"the request failed: {describe(problem)}."))
+            self.end(row, None, BudwoodError(f"the request failed: {describe(problem)}."))
             return
         if row.writer.reason is not None:
             row.kept = len(row.ids) - 1
             self._leave(row)
-            self._end(row, None)
+            self.end(row, None)

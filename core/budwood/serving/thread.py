@@ -46,12 +46,12 @@ class CommandThread:
         """Number of commands that wait."""
         return self._commands.qsize()
 
-    def post(self, command: _Command) -> None:
-        """Let the thread carry out a command, with as many threads of torch as the caller has."""
+    def post(self, command: _Command, *, own_threads: bool = False) -> None:
+        """Let the thread carry out a command, with as many threads of torch as the caller has, or as it has itself."""
         threads = torch.get_num_threads()
 
         def run() -> None:
-            if torch.get_num_threads() != threads:  # torch keeps the number for each thread
+            if not own_threads and torch.get_num_threads() != threads:  # torch keeps the number for each thread
                 torch.set_num_threads(threads)
             command()
 

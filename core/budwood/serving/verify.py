@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from budwood.adapters.peft_config import TASK_TYPES
 from budwood.adapters.store import GOLDEN, SavedAdapter, read_adapter
 from budwood.contract.loading import create
 from budwood.errors import CorruptError, InputError
-from budwood.model.base import check_base, fingerprint, skeleton
+from budwood.model.base import Base, check_base, fingerprint, silence_libraries, skeleton
 from budwood.model.checkpoint import one_revision, would_fetch
+from budwood.model.embeddings import resize_base
 from budwood.model.limits import embeddings_of
-from budwood.serving.pool import AdapterPool
+from budwood.model.task import Task
+from budwood.serving.pool import AdapterPool, load_for_task
 from budwood.untrusted.redaction import shorten
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -65,7 +68,7 @@ def base_name(saved: SavedAdapter, base: str | None = None) -> str | None:
     return name
 
 
-def open_pool(
+def open_base(
     saved: SavedAdapter,
     base: str | None = None,
     *,
@@ -73,18 +76,22 @@ def open_pool(
     precision: str | None = None,
     device: str = "auto",
     allow_other_base: bool = False,
-) -> AdapterPool:
+) -> tuple[Base, str]:
     """Load the base that an adapter was trained on, in the recorded setting; arguments override the record.
+
+    Returns:
+        The base, and the adapter's task.
 
     Raises:
         InputError: no base is recorded or passed, or the base differs, which is checked before it loads; or the task
             of an adapter of stock PEFT is not supported.
     """
+    silence_libraries()
     recorded = saved.manifest.base if saved.manifest else None
     name = base_name(saved, base)
     if name is None:
         raise InputError(f"{saved.directory}: an adapter of stock PEFT records no base: pass it with --base.")
-    task, labels = (saved.manifest.task, saved.manifest.labels) if saved.manifest else _task_of_stock(saved)
+    task, labels = task_of(saved)
     quantization = quantization or (recorded.quantization if recorded else "none")
     with one_revision(name, recorded.revision if recorded and base is None else None):
         try:
@@ -102,16 +109,43 @@ def open_pool(
             allow_other_base=allow_other_base,
             hashes=False,
         )
-        return AdapterPool(
+        loaded = load_for_task(
             name,
             quantization,
-            task=task,
-            labels=labels,
+            create(task, "budwood.tasks"),
+            labels,
             precision=precision or (PRECISIONS.get(recorded.dtype, "auto") if recorded else "auto"),
             device=device,
             double_quantization=recorded.double_quantization if recorded else True,
-            embeddings=_embeddings(saved, name, task),
         )
+        if rows := _embeddings(saved, name, task):
+            resize_base(loaded, rows)
+    return loaded, task
+
+
+def open_pool(
+    saved: SavedAdapter,
+    base: str | None = None,
+    *,
+    quantization: str | None = None,
+    precision: str | None = None,
+    device: str = "auto",
+    allow_other_base: bool = False,
+) -> AdapterPool:
+    """Open a pool on an adapter's base; see `open_base`."""
+    loaded, task = open_base(
+        saved, base, quantization=quantization, precision=precision, device=device, allow_other_base=allow_other_base
+    )
+    return AdapterPool(loaded, task=task)
+
+
+def task_of(saved: SavedAdapter) -> tuple[str, list[str]]:
+    """Return an adapter's task and its class names.
+
+    Raises:
+        InputError: the task of an adapter of stock PEFT is not supported.
+    """
+    return (saved.manifest.task, saved.manifest.labels) if saved.manifest else _task_of_stock(saved)
 
 
 def _embeddings(saved: SavedAdapter, base: str, task: str) -> int:
@@ -173,7 +207,6 @@ def verify(
     saved = read_adapter(directory)
     if saved.manifest is None or saved.manifest.golden is None:
         raise InputError(f"{saved.directory}: holds no golden logits, so there is nothing to replay.")
-    recorded = saved.manifest.golden
     golden = Golden.load(saved.directory / GOLDEN)
     pool = open_pool(
         saved,
@@ -184,14 +217,36 @@ def verify(
         allow_other_base=allow_other_base,
     )
     loaded = pool.load("adapter", saved.directory, allow_other_base=allow_other_base)
-    problem = next(filter(None, (pool.task_plugin.check_inputs(pool.model, probe) for probe in golden.probes)), "")
+
+    def measured(adapter: bool) -> torch.Tensor:
+        pool.use("adapter" if adapter else None)
+        return pool.measure(golden.probes)
+
+    return judge(saved, golden, pool.base, pool.task_plugin, measured, loaded.notes)
+
+
+def judge(
+    saved: SavedAdapter,
+    golden: Golden,
+    base: Base,
+    task: Task,
+    measured: Callable[[bool], torch.Tensor],
+    notes: Sequence[str] = (),
+) -> VerifyReport:
+    """Compare an adapter on a live model with its golden logits; see `verify`.
+
+    Args:
+        measured: computes the logits at each golden probe's position, [probes, …]: with the adapter, or the base's.
+        notes: messages for the user, passed on.
+    """
+    assert saved.manifest is not None and saved.manifest.golden is not None
+    recorded = saved.manifest.golden
+    problem = next(filter(None, (task.check_inputs(base.model, probe) for probe in golden.probes)), "")
     if problem:
         raise CorruptError(f"{saved.directory / GOLDEN}: {problem}.")
     with threads(recorded.threads):
-        current = current_setting(pool.base)
-        base_logits = pool.measure(golden.probes)
-        pool.use("adapter")
-        adapter_logits = pool.measure(golden.probes)
+        current = current_setting(base)
+        base_logits, adapter_logits = measured(False), measured(True)
     if adapter_logits.shape != golden.adapter.shape:
         raise CorruptError(
             f"{saved.directory / GOLDEN}: {golden.adapter.shape[1]} logits per probe, but the model now returns "
@@ -205,11 +260,11 @@ def verify(
         Distance.between(golden.base, golden.adapter),
         recorded,
         current,
-        loaded.notes,
+        list(notes),
     )
     if torch.equal(base_logits, adapter_logits):
         raise CorruptError(f"{saved.directory}: changes no logit of the base on its golden prompts.")
-    wrong = mismatch(saved, pool.base.fingerprint)
+    wrong = mismatch(saved, base.fingerprint)
     if report.exact and not report.adapter.largest <= TOLERANCE:
         base_changed = report.base.largest > TOLERANCE
         cause = "the base's own logits differ too" if base_changed else "the base's own logits are unchanged"

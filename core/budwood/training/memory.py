@@ -81,6 +81,7 @@ def _run_passes(run: Run, hooks: Composition, engine: Engine, batches: Sequence[
     def backward(index: int, batch: Batch) -> None:
         prepared = ready.pop(index) if index in ready else _prepare(run, hooks, batch)
         step = Step(run, prepared, engine, index)
+        engine.step_terms.restore_reference(step)
         engine.begin(step)
         engine.step_terms.restore_random(step)
         hooks.call("backward", step=step)

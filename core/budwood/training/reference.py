@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
@@ -16,8 +16,9 @@ from budwood.contract.strategy import RUN_ADAPTER
 from budwood.contract.types import Outputs, Reference, Run, Which
 from budwood.data.examples import Examples
 from budwood.data.packing import split_micro
-from budwood.errors import InputError
-from budwood.model.evaluation import CHUNK, at_least_fp32, autocast, collate_for
+from budwood.errors import InputError, ResourceError, is_out_of_memory
+from budwood.model.evaluation import CHUNK, at_least_fp32, autocast, collate_for, does_not_fit, from_all_processes
+from budwood.model.streaming import release_memory
 
 CACHED = "reference_log_probs"
 """Column of examples whose reference was computed before the first step."""
@@ -87,12 +88,13 @@ def log_probs_of(run: Run, reference: Reference) -> Tensor:
 def cache_reference(run: Run) -> None:
     """Compute the reference's log-probabilities of all examples, if a strategy of the run caches them.
 
-    They become a column of the training and evaluation examples. Batches depend on the data and `train.micro_tokens`
-    alone, so a resumed run computes the same bytes.
+    They become a column of the training and evaluation examples. Batches depend on the data and `run.reference_tokens`
+    alone, so a resumed run computes the same bytes. If memory runs out, all of it is repeated with smaller batches.
 
     Raises:
         InputError: the task has no log-probabilities, or varies its examples in each epoch.
         PluginError: the examples already have a column of that name.
+        ResourceError: a single group of examples exceeds the memory.
     """
     owner = next((strategy for strategy in run.strategies if strategy.caches_reference), None)
     if owner is None:
@@ -100,29 +102,73 @@ def cache_reference(run: Run) -> None:
     if not run.task.has_log_probs() or run.task.varies():
         reason = "varies its examples in every epoch" if run.task.has_log_probs() else "has no log-probabilities"
         raise InputError(f"{owner}: the reference cannot be cached, because {run.task} {reason}.")
-    run.examples = _with_reference(run, run.examples, owner)
-    if run.eval_examples is not None:
-        run.eval_examples = _with_reference(run, run.eval_examples, owner)
-    labels = sum(int(part.label_counts.sum()) for part in (run.examples, run.eval_examples) if part is not None)
+    parts = [run.examples, *([] if run.eval_examples is None else [run.eval_examples])]
+    if any(len(part) and CACHED in part[0].columns for part in parts):
+        raise PluginError(f"{owner}: the examples already have a column '{CACHED}': rename that one.")
+    while len(values := _cached_parts(run, parts)) < len(parts):
+        release_memory()
+        run.say(
+            "out of memory: the reference is computed again, with at most "
+            f"{run.reference_tokens:,} tokens at once (train.micro_tokens: {run.reference_tokens})"
+        )
+    cached = [part.with_label_column(CACHED, v, _offsets(part)) for part, v in zip(parts, values, strict=True)]
+    run.examples, run.eval_examples = cached[0], cached[1] if cached[1:] else None
+    labels = sum(int(part.label_counts.sum()) for part in parts)
     run.say(f"reference: the log-probabilities of {labels:,} labels were computed before the first step")
 
 
-def _with_reference(run: Run, examples: Examples, owner: object) -> Examples:
-    if len(examples) and CACHED in examples[0].columns:
-        raise PluginError(f"{owner}: the examples already have a column '{CACHED}': rename that one.")
-    offsets = np.concatenate([[0], np.cumsum(examples.label_counts)])
+def _cached_parts(run: Run, parts: Sequence[Examples]) -> list[np.ndarray]:
+    """Return the log-probabilities [labels] of each set of examples; fewer, and a smaller limit, if memory runs out.
+
+    Raises:
+        ResourceError: a single group of examples exceeds the memory.
+    """
+    results: list[np.ndarray] = []
+    for part in parts:
+        values, limit = _log_probs_of_all(run, part)
+        limit = min(from_all_processes(run, limit))
+        if limit == 0:
+            tokens = np.bincount(np.unique(part.groups, return_inverse=True)[1], part.lengths)
+            largest = np.unique(part.groups)[tokens.argmax()]
+            raise ResourceError(does_not_fit(run.recipe, part, np.flatnonzero(part.groups == largest).tolist()))
+        if limit < run.reference_tokens:
+            run.reference_tokens = limit
+            break
+        if run.processes > 1:
+            torch.distributed.all_reduce(values)
+        results.append(values.cpu().numpy())
+    return results
+
+
+def _log_probs_of_all(run: Run, examples: Examples) -> tuple[Tensor, int]:
+    """Return the log-probabilities of all labels, those of other processes 0, and the limit of tokens at once.
+
+    The limit is half of the batch for which memory ran out; 0 if that is a single group. The error and the tensors
+    that its frames hold are released by then.
+    """
+    offsets, groups = _offsets(examples), examples.groups
     values = torch.zeros(int(offsets[-1]), device=run.device)
-    lengths, groups = examples.lengths, examples.groups
-    rows = split_micro(range(len(examples)), lengths, run.recipe.train.micro_tokens, run.packed, groups)
-    for row in rows[run.process_index :: run.processes]:
-        batch = collate_for(run, [examples[i] for i in row], "eval").to(run.device)
-        log_probs = log_probs_of(run, read_reference(run, batch))
-        values = values.to(torch.promote_types(values.dtype, log_probs.dtype))  # float64 stays float64
-        at = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in row])
-        values[torch.from_numpy(at).to(run.device)] = at_least_fp32(log_probs).to(values.dtype)
-    if run.processes > 1:
-        torch.distributed.all_reduce(values)
-    return examples.with_label_column(CACHED, values.cpu().numpy(), offsets)
+    rows = split_micro(range(len(examples)), examples.lengths, run.reference_tokens, run.packed, groups)
+    row: list[int] = []
+    try:
+        for row in rows[run.process_index :: run.processes]:
+            batch = collate_for(run, [examples[i] for i in row], "eval").to(run.device)
+            log_probs = log_probs_of(run, read_reference(run, batch))
+            values = values.to(torch.promote_types(values.dtype, log_probs.dtype))  # float64 stays float64
+            at = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in row])
+            values[torch.from_numpy(at).to(run.device)] = at_least_fp32(log_probs).to(values.dtype)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        sizes = examples.lengths[row]
+        alone = len(set(groups[row].tolist())) == 1
+        return values, 0 if alone else int(sizes.sum() if run.packed else sizes.max() * len(sizes)) // 2
+    return values, run.reference_tokens
+
+
+def _offsets(examples: Examples) -> np.ndarray:
+    """Return the index of each example's first label, and the number of labels."""
+    return np.concatenate([[0], np.cumsum(examples.label_counts)])
 
 
 def as_reference(run: Run, which: Which) -> AbstractContextManager[None]:

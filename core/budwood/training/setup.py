@@ -196,6 +196,8 @@ def _prepare(
         resume.compare(changes.adapted(run), run)
     engine = Engine(run, hooks)
     register_parts(hooks, task, engine)
+    if resume is not None and not resume.changes and any(strategy.caches_reference for strategy in run.strategies):
+        run.reference_tokens = resume.checkpoint.load().get("reference_tokens", run.reference_tokens)
     cache_reference(run)
     _report_size(run, report)
     run.optimizer = hooks.call("build_optimizer", run=run, groups=torch_groups(run))

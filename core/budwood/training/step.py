@@ -24,7 +24,7 @@ from budwood.errors import BudwoodError, describe, is_out_of_memory
 from budwood.model.evaluation import at_least_fp32, autocast
 from budwood.training.label_scores import LabelScores, LogProbs, chunks, depends, temperature_of
 from budwood.training.reference import CACHED, is_off, log_probs_of, read_reference
-from budwood.training.step_terms import StepTerms
+from budwood.training.step_terms import LOG_PROBS, StepTerms
 
 
 @dataclass
@@ -70,7 +70,8 @@ class Engine:
     def begin(self, step: Step) -> None:
         """Compute the references that strategies declare, before a forward pass of the micro-step holds activations."""
         for strategy in self.run.strategies:
-            if strategy.uses_reference and not (strategy.caches_reference and CACHED in step.batch.columns):
+            cached = strategy.caches_reference and CACHED in step.batch.columns
+            if strategy.uses_reference and not cached and not self.step_terms.has_reference(strategy, step):
                 self.reference(step, strategy.uses_reference)
 
     @hookimpl
@@ -118,7 +119,10 @@ class Engine:
         """See `Step.reference_log_probs`."""
         if CACHED in step.batch.columns:
             return step.batch.columns[CACHED]
-        return log_probs_of(self.run, self.reference(step, "start"))
+        if LOG_PROBS not in step.cache:
+            step.cache[LOG_PROBS] = log_probs_of(self.run, self.reference(step, "start"))
+        log_probs: Tensor = step.cache[LOG_PROBS]
+        return log_probs
 
     def evaluate_without_graph(self, step: Step, function: Callable[[Outputs, LogProbs | None], Any]) -> Any:
         """Run a forward pass without a graph and return `function` of its outputs and the labels' log-probabilities."""

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from budwood.training.step import Engine
 
 Values = dict[str, Tensor]
+LOG_PROBS = "reference log-probabilities"
+"""Key of `Step.cache`."""
 
 
 class StepTerms:
@@ -37,9 +39,9 @@ class StepTerms:
         self.run, self.hooks, self.engine = run, hooks, engine
         calls = hooks.calls("step_terms")
         self.active = bool(calls)
-        with_values = {call.plugin for call in hooks.calls("step_values")}
+        self._valued = {call.plugin for call in hooks.calls("step_values")}
         for call in calls:
-            if call.plugin not in with_values:
+            if call.plugin not in self._valued:
                 raise PluginError(f"{call.plugin} implements step_terms without step_values: it would have no values.")
         wraps = [c for name in ("backward", "forward") for c in hooks.calls(name) if c.wraps]
         self._perturbed = any(isinstance(call.plugin, Strategy) for call in wraps)
@@ -47,19 +49,31 @@ class StepTerms:
         """Per micro-step and strategy; None until they are computed."""
         self._collected: list[dict[str, Values]] = []
         self._random: dict[int, list[Tensor]] = {}
+        self._references: dict[int, Tensor] = {}
 
     def reset(self) -> None:
         """Start a new optimizer step."""
-        self._coefficients, self._collected, self._random = None, [], {}
+        self._coefficients, self._collected, self._random, self._references = None, [], {}, {}
 
     def needs_first_pass(self, micro_batches: int) -> bool:
         """Whether the coefficients need a separate first pass, for this number of micro-batches on this process."""
         return self.active and (self.run.processes > 1 or micro_batches > 1 or self._perturbed)
 
     def collect(self, step: Step) -> None:
-        """Collect a micro-batch's values from a pass without a graph."""
+        """Collect a micro-batch's values from a pass without a graph, and keep the reference's log-probabilities."""
         self._random[step.micro_step] = _random_state(self.run)
         self._collected.append(self.engine.evaluate_without_graph(step, partial(self._values, step)))
+        if LOG_PROBS in step.cache:
+            self._references[step.micro_step] = step.cache[LOG_PROBS]
+
+    def restore_reference(self, step: Step) -> None:
+        """Give the step the log-probabilities that its first pass computed: the reference has not changed since."""
+        if step.micro_step in self._references:
+            step.cache[LOG_PROBS] = self._references.pop(step.micro_step)
+
+    def has_reference(self, plugin: Any, step: Step) -> bool:
+        """Whether the first pass has computed the log-probabilities that a strategy reads of the reference."""
+        return LOG_PROBS in step.cache and plugin in self._valued
 
     def exchange(self) -> None:
         """Compute the coefficients of every micro-batch, after each process has collected the values of its own."""

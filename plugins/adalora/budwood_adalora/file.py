@@ -116,7 +116,8 @@ def as_lora(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[st
         CorruptError, InputError: see `attach`; or all its ranks are 0.
     """
     saved = parse(config)
-    paths = [k.removeprefix(PREFIX).removesuffix(".lora_E") for k in tensors if k.endswith(".lora_E")]
+    adapted = [k.removeprefix(PREFIX) for k in tensors if k.endswith(".lora_E")]
+    paths = list(dict.fromkeys(k.partition(".lora_E")[0] for k in (*adapted, *(saved.rank_pattern or {}))))
     ranks = {path: rank for path, rank in _ranks(saved, paths, tensors).items() if rank}
     if not ranks:
         raise InputError("every rank of the adapter is 0: it adapts no linear module.")
@@ -128,7 +129,7 @@ def as_lora(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[st
         converted[f"{PREFIX}{path}.lora_B.weight"] = b
     alphas = {path: _scale(saved, rank) * rank for path, rank in ranks.items()}
     first = next(iter(ranks))
-    fields = {**LoraConfig(r=ranks[first]).to_dict(), **{key: config.get(key) for key in _SHARED}}
+    fields = {**LoraConfig(r=ranks[first]).to_dict(), **{key: config[key] for key in _SHARED if key in config}}
     fields |= {
         "fan_in_fan_out": saved.fan_in_fan_out,
         "lora_alpha": alphas[first],

@@ -12,7 +12,7 @@ from budwood import InputError, Options, Reward, build_plugin
 METHODS: dict[str, dict[str, Any]] = {
     "grpo": {},
     "dr-grpo": {"scale": "none", "aggregation": "constant"},
-    "dapo": {"aggregation": "token", "clip_high": 0.28, "zero_variance": "drop"},
+    "dapo": {"aggregation": "token", "clip_high": 0.28, "zero_variance": "drop", "resample": 3},
     "gspo": {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
     "rloo": {"baseline": "leave-one-out", "scale": "none", "ratio": "product", "kl_in": "reward"},
     "reinforce++": {"baseline": "none", "scale": "advantages", "aggregation": "token", "kl_in": "token-reward"},
@@ -20,7 +20,7 @@ METHODS: dict[str, dict[str, Any]] = {
 """What each method changes of `DEFAULTS`."""
 DEFAULTS: dict[str, Any] = {
     "baseline": "group", "scale": "group", "ratio": "token", "aggregation": "sequence", "clip_low": 0.2,
-    "clip_high": 0.2, "kl_in": "loss", "zero_variance": "keep",
+    "clip_high": 0.2, "kl_in": "loss", "zero_variance": "keep", "resample": 0,
 }  # fmt: skip
 WEIGHT = "weight"
 
@@ -71,6 +71,9 @@ class GRPOOptions(Options):
     zero_variance: Literal["keep", "drop"] | None = Field(
         None, description="prompts whose samples all have the same reward: their advantages are 0"
     )
+    resample: int | None = Field(
+        None, ge=0, description="rounds of new prompts in place of those that zero_variance: drop leaves out"
+    )
     over_long: Literal["keep", "drop"] = Field("keep", description="answers that reach max_new_tokens")
     importance_cap: float | None = Field(
         None, gt=0, description="weight each token by trainer / sampler probability, at most this; default: no weight"
@@ -120,6 +123,8 @@ class GRPOOptions(Options):
             raise ValueError(
                 f"samples: {self.samples} leaves nothing to compare with ({what}): raise it, or use reinforce++"
             )
+        if self.resample and self.value("zero_variance") != "drop":
+            raise ValueError("resample: replaces only prompts that are dropped: set zero_variance: drop, or remove it")
         if self.unbiased_kl and (self.kl == 0 or where != "loss"):
             raise ValueError("unbiased_kl: needs a kl above 0 in the loss (kl_in: loss); remove it")
         if self.minibatches > self.samples:

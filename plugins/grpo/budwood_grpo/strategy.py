@@ -120,15 +120,9 @@ class GRPO(Strategy):
     @hookimpl
     def next_examples(self, run: Run, indices: Sequence[int]) -> Sequence[Sequence[Example]]:
         o = self.options
-        prompts = [run.examples[index] for index in indices]
-        generated = run.generate(
-            prompts, max_new_tokens=o.max_new_tokens, temperature=o.temperature, top_p=o.top_p, stop=o.stop,
-            samples=o.samples,
-        )  # fmt: skip
-        samples = [sample for group in generated for sample in group]
+        prompts, samples, scores = self._sample(run, indices)
         owners = [prompt for prompt in prompts for _ in range(o.samples)]
-        scores = self._score(run, run.examples, owners, samples)
-        totals = (scores @ [weight for _, weight, _ in self.rewards]).reshape(-1, o.samples)
+        totals = self._totals(scores)
         plain = [
             to_example(s, f"{p.key}/{i % o.samples}", p.row)
             for i, (p, s) in enumerate(zip(owners, samples, strict=True))
@@ -137,7 +131,7 @@ class GRPO(Strategy):
         examples = [to_example(s, e.key, e.row, c) for e, s, c in zip(plain, samples, columns, strict=True)]
         self._record(run, prompts, samples, scores, totals, columns)
         self._generated = run.step
-        kept = self._kept(totals, samples)
+        kept = self._kept(run, totals, samples)
         return self._steps(run, [example for example, keep in zip(examples, kept, strict=True) if keep])
 
     @hookimpl
@@ -223,6 +217,46 @@ class GRPO(Strategy):
     def _columns(self) -> tuple[str, ...]:
         return ("advantage", "old", *(("importance",) if self.options.importance_cap else ()))
 
+    def _sample(self, run: Run, indices: Sequence[int]) -> tuple[list[Example], list[Sample], np.ndarray]:
+        """Return prompts, `samples` answers to each, and their rewards [answers, rewards].
+
+        With `resample`, new prompts are answered in place of those whose answers all have the same reward, until no
+        such prompt is left (Yu et al., 2025, section 3.2) or after so many rounds. They are drawn at random, keyed by
+        seed and step, from the prompts that the set does not have yet.
+        """
+        o = self.options
+        rounds = o.value("resample") if o.value("zero_variance") == "drop" else 0
+        rest = np.zeros(0, dtype=np.int64)
+        if rounds:
+            taken = [index for share in gather(run, list(indices)) for index in share]
+            rest = np.random.default_rng([run.seed, run.step]).permutation(len(run.examples))
+            rest = rest[~np.isin(rest, taken)]
+        prompts: list[Example] = []
+        samples: list[Sample] = []
+        parts: list[np.ndarray] = []
+        missing = len(indices)
+        for number in range(rounds + 1):
+            new = [run.examples[int(index)] for index in indices]
+            generated = run.generate(
+                new, max_new_tokens=o.max_new_tokens, temperature=o.temperature, top_p=o.top_p, stop=o.stop,
+                samples=o.samples,
+            )  # fmt: skip
+            answers = [sample for group in generated for sample in group]
+            scores = self._score(run, run.examples, [prompt for prompt in new for _ in range(o.samples)], answers)
+            prompts, samples, parts = [*prompts, *new], [*samples, *answers], [*parts, scores]
+            missing -= int((np.ptp(self._totals(scores), axis=1) > 0).sum())
+            everywhere = gather(run, missing) if number < rounds else []
+            if not sum(everywhere) or not len(rest):
+                break
+            first = sum(everywhere[: run.process_index])
+            indices, rest = rest[first : first + missing].tolist(), rest[sum(everywhere) :]
+        return prompts, samples, np.concatenate(parts)
+
+    def _totals(self, scores: np.ndarray) -> np.ndarray:
+        """Return the weighted sums [prompts, samples] of rewards [answers, rewards]."""
+        totals: np.ndarray = (scores @ [weight for _, weight, _ in self.rewards]).reshape(-1, self.options.samples)
+        return totals
+
     def _score(self, run: Run, data: Any, prompts: Sequence[Example], samples: Sequence[Sample]) -> np.ndarray:
         """Return the rewards [samples, rewards] of one sample for each prompt of `data`."""
         rows = [data.rows[prompt.row] for prompt in prompts]
@@ -261,7 +295,7 @@ class GRPO(Strategy):
                 column["importance"] = np.minimum(np.exp(trainer - sampler), o.importance_cap)
         return columns
 
-    def _kept(self, totals: np.ndarray, samples: Sequence[Sample]) -> np.ndarray:
+    def _kept(self, run: Run, totals: np.ndarray, samples: Sequence[Sample]) -> np.ndarray:
         """Return which samples are trained on; all, if too few would be left for the steps of a set."""
         kept = np.ones(totals.shape, dtype=bool)
         if self.options.value("zero_variance") == "drop":
@@ -269,7 +303,8 @@ class GRPO(Strategy):
         kept = kept.ravel()
         if self.options.over_long == "drop":
             kept &= np.array([sample.finish_reason != "length" for sample in samples], dtype=bool)
-        return kept if kept.sum() >= self.options.minibatches else np.ones_like(kept)
+        most = max(gather(run, int(kept.sum())))  # a process may have none, but no step may be without any
+        return kept if most >= self.options.minibatches else np.ones_like(kept)
 
     def _steps(self, run: Run, examples: list[Example]) -> list[list[Example]]:
         """Split the samples into the parts of each pass."""

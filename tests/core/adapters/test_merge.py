@@ -62,7 +62,7 @@ def test_merged_in_bf16_the_reported_distance_is_that_of_the_saved_model(saved, 
     assert report.rounded_away < 0.05
 
 
-def test_an_adapter_of_a_4_bit_base_merges_into_the_original_weights(tiny_base, tmp_path, make_saved):
+def test_an_adapter_of_a_4_bit_base_merges_into_theoriginal_weights(tiny_base, tmp_path, make_saved):
     folder = make_saved(tiny_base, tmp_path / "a", "nf4")
     report = merge(folder, tmp_path / "merged", dtype="fp32")
     assert report.unquantized.largest < 1e-4  # from the unquantised base with the adapter
@@ -130,7 +130,7 @@ def test_the_fraction_rounded_away_follows_the_formula():
     linear = torch.nn.Linear(2, 1, bias=False)
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([[1.0, 1.0]]))
-    before = merging._original_weights(linear)
+    before = merging.original_weights(linear)
     step = 2.0**-7  # between 1 and the next bf16
     with torch.no_grad():
         linear.weight += torch.tensor([[4 * step, 0.25 * step]])

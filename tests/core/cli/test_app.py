@@ -16,7 +16,7 @@ from budwood import CorruptError, DivergedError, InputError, PluginError, Resour
 from budwood.cli import app as cli
 from budwood.errors import Interrupted
 
-COMMANDS = ["demo", "plugins", "plan", "data", "tune", "eval", "generate", "doctor", "new", "recipe", "adapter"]
+COMMANDS = ["demo", "plugins", "plan", "data", "tune", "eval", "generate", "chat", "doctor", "new", "recipe", "adapter"]
 SUBCOMMANDS = [
     ["recipe", "schema"],
     ["new", "strategy"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -75,6 +76,13 @@ TABLE: dict[tuple[str, ...], dict[int, Case]] = {
         2: lambda w: [w.base, "--prompt", "x", "--adapter", "../x=y"],
         3: lambda w: [w.base, "--prompt", "x", "--device", "cuda:99"],
         4: lambda w: [w.base, "--prompt", "x", "--adapter", f"a={w.corrupt}"],
+        5: NO_TRAINING,
+    },
+    ("chat",): {
+        0: lambda w: [w.base, "--max-new-tokens", "1", w.stub("sys.stdin", io.StringIO("x\n"))],
+        2: lambda w: [w.base, "--adapter", "none=x"],
+        3: lambda w: [w.base, "--device", "cuda:99"],
+        4: lambda w: [w.base, "--adapter", f"a={w.corrupt}"],
         5: NO_TRAINING,
     },
     ("doctor",): {

@@ -60,15 +60,19 @@ def test_results_do_not_depend_on_batches(base, prompts, batch_tokens, temperatu
     assert run(batch_tokens=batch_tokens) == run()
 
 
-def test_batches_have_rows_of_similar_length_within_the_limit(base, prompts):
+def test_batches_have_rows_of_similar_length_within_the_limit(base, prompts, monkeypatch):
     seen: list[list[int]] = []
-    generate(base.model, base.tokenizer, prompts, 8, batch_tokens=100, before_batch=seen.append)
-    assert sorted(i for rows in seen for i in rows) == list(range(len(prompts)))
+    run = base.model.generate
+
+    def watched(input_ids, attention_mask, **options):
+        seen.append(attention_mask.sum(1).tolist())
+        return run(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+    monkeypatch.setattr(base.model, "generate", watched)
+    generate(base.model, base.tokenizer, prompts, 8, batch_tokens=100)
     assert len(seen) > 2
-    for rows in seen:
-        assert len(rows) * (max(len(prompts[i]) for i in rows) + 8) <= 100
-    lengths = [len(prompts[i]) for rows in seen for i in rows]
-    assert lengths == sorted(lengths, reverse=True)
+    assert all(len(lengths) * (max(lengths) + 8) <= 100 for lengths in seen)
+    assert [length for lengths in seen for length in lengths] == sorted(map(len, prompts), reverse=True)
 
 
 def test_the_head_receives_contiguous_rows(base, prompts):

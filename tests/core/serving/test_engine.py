@@ -6,17 +6,19 @@ import gc
 import importlib
 import threading
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.conftest import make_tokenizer
 from tests.core.serving.conftest import make_adalora, make_adapter
 
 from budwood import AdapterPool, InputError
 from budwood.errors import BudwoodError, ResourceError
 from budwood.model.base import load_base
-from budwood.serving import prefix, scheduler
+from budwood.serving import prefix, requests, scheduler
 from budwood.serving.engine import Engine
 from budwood.serving.requests import QueueFullError, Sampling
 
@@ -156,33 +158,52 @@ def test_a_request_ends_on_the_adapter_that_it_began_with(tiny_base, folders):
     assert running.result().tokens == old
     assert engine.submit(LONG[0], "a", Sampling(40)).result().tokens == new
     engine.unload("a")
-    assert engine.call(lambda: engine._uses) == {}
+    assert engine.call(lambda: engine.residents.uses) == {}
 
 
-def test_a_blend_is_the_weighted_sum_of_the_updates(tiny_base, folders):
+def test_a_blend_is_the_weighted_sum_of_the_updates(tiny_base, folders, scale):
+    """LoRA, AdaLoRA, DoRA (against its definition in float64) and a third party's method, also beside other rows."""
     engine = open_engine(tiny_base)
-    load_all(engine, folders)
-    weights = {"lora": 0.7, "twin": -0.3, "adalora": 0.5}
-    asked = {"lora": 0.7, "twin": -0.3, "adalora": 0.5}
-    answer = engine.submit(SHORT[0], asked, Sampling(8, log_probs=True)).result()
+    load_all(engine, {**folders, "scale": scale})
+    weights = {"lora": 0.7, "twin": -0.3, "adalora": 0.5, "dora": 0.6, "scale": 0.4}
     model = load_base(tiny_base, "none", "AutoModelForCausalLM", torch.float32).model.double()
+    vectors, dora = (
+        load_file(scale / "adapter_model.safetensors"),
+        load_file(folders["dora"] / "adapter_model.safetensors"),
+    )
     with torch.no_grad():
+        base = {path: model.get_submodule(path).weight.clone() for path in engine.names["lora"].live.updates}
         for name, weight in weights.items():
             for path, update in engine.names[name].live.updates.items():
-                delta = update.scaling * (update.b.double() @ update.a.double())
-                model.get_submodule(path).weight += weight * delta
+                own = base[path]
+                if name == "scale":
+                    changed = vectors[path].double()[:, None] * own
+                else:
+                    changed = own + update.scaling * (update.b.double() @ update.a.double())
+                if name == "dora":
+                    magnitude = dora[f"base_model.model.{path}.lora_magnitude_vector"].double()
+                    changed = (magnitude / changed.norm(dim=1))[:, None] * changed
+                model.get_submodule(path).weight += weight * (changed - own)
         scores = model(torch.tensor([SHORT[0]])).logits[0, -1].log_softmax(-1)
-    assert answer.tokens[0] == int(scores.argmax())
-    assert abs(answer.log_probs[0] - float(scores.max())) < 1e-5
+    asked = [engine.submit(SHORT[0], a, Sampling(8, log_probs=True)) for a in (weights, "lora", None, "dora", weights)]
+    together = [answer.result() for answer in asked]
+    for answer in (together[0], together[4], engine.submit(SHORT[0], weights, Sampling(8, log_probs=True)).result()):
+        assert answer.tokens == together[0].tokens and answer.tokens[0] == int(scores.argmax())
+        assert abs(answer.log_probs[0] - float(scores.max())) < 1e-4
+    assert together[0].tokens != together[1].tokens
+    for name in ("dora", "scale"):  # with weight 1, one adapter is itself
+        own = engine.submit(SHORT[0], name, Sampling(8, log_probs=True)).result()
+        answer = engine.submit(SHORT[0], {name: 1}, Sampling(8, log_probs=True)).result()
+        assert answer.tokens == own.tokens and answer.log_probs == pytest.approx(own.log_probs, abs=1e-4)
     for bad, message in (
-        ({"lora": 1.0, "head": 1.0}, "'head' replaces whole modules"),
-        ({"dora": 1.0}, "'dora' is not a sum of low-rank updates"),
+        ({"lora": 1.0, "head": 1.0}, "'head' replaces whole modules or rows of embeddings, so it cannot be blended"),
+        ({"rows": 1.0}, "'rows' replaces whole modules"),
         ({"lroa": 1.0}, "Did you mean 'lora'"),
         ({}, "names no adapter"),
         ({"lora": float("nan")}, "not a finite weight"),
     ):
         with pytest.raises(InputError, match=message):
-            engine.submit(SHORT[0], bad).result()
+            engine.submit(SHORT[0], bad)
 
 
 def test_each_request_has_its_own_settings(tiny_base, folders):
@@ -251,6 +272,62 @@ def test_bad_prompts_of_a_pool_are_refused_too(tiny_base):
     for prompts, message in (([[1, 2.5]], "prompt 1: 2.5"), ("abc", "is one text"), ([[1], [1, -1]], "prompt 2: -1")):
         with pytest.raises(InputError, match=message):
             pool.generate(prompts, max_new_tokens=2)
+
+
+def test_samples_of_one_prompt_share_its_computation(tiny_base, folders, monkeypatch):
+    """Each gets what it gets alone, whoever of them ends, is cancelled, waits for a row, or is computed again."""
+    run, computed = scheduler.Forward.run, []
+
+    def counting(self, rows, slots, count):
+        if count > 1:
+            computed.append(sum(min(count, row.todo) for row in rows))
+        return run(self, rows, slots, count)
+
+    monkeypatch.setattr(scheduler.Forward, "run", counting)
+    prompt, hot = LONG[2], Sampling(9, temperature=1.0, seed=8, log_probs=True)
+
+    def seed(number: int) -> Sampling:
+        return Sampling(9, temperature=1.0, seed=(8, number), log_probs=True)
+
+    for options in ({}, {"max_rows": 3}, {"step_tokens": 40}, {"prefix_bytes": 1 << 20}):
+        engine = open_engine(tiny_base, **options)
+        load_all(engine, {"lora": folders["lora"], "dora": folders["dora"]})
+        alone = [engine.submit(prompt, "lora", seed(number)).result() for number in range(6)]
+        assert len({tuple(answer.tokens) for answer in alone}) > 3
+        computed.clear()
+        heard: list[tuple[int, str | None]] = []
+        answers = engine.samples(6, prompt, hot, adapter="lora", listener=lambda *event, to=heard: to.append(event))
+        found = [answer.result() for answer in answers]
+        for one, other in zip(alone, found, strict=True):
+            assert one.tokens == other.tokens and one.log_probs == pytest.approx(other.log_probs, abs=1e-5)
+        assert {n for n, piece in heard if piece is None} == set(range(6))
+        assert "".join(piece for n, piece in heard if n == 5 and piece) == alone[5].text
+        prompts = 2 if "max_rows" in options else 1  # the last rows join when the first have ended
+        assert sum(computed) <= prompts * len(prompt)
+    # The one that computes the prompt is cancelled while it does.
+    engine = open_engine(tiny_base, step_tokens=8)
+    engine.load("lora", folders["lora"])
+    answers = engine.samples(4, prompt, hot, adapter="lora")
+    answers[0].cancel()
+    assert [answer.result().tokens for answer in answers[1:]] == [answer.tokens for answer in alone[1:4]]
+    # Rows that make room are computed again.
+    engine = open_engine(tiny_base)
+    expected = [engine.submit(SHORT[0], None, Sampling(120, temperature=1.0, seed=(3, i))).result() for i in range(5)]
+    engine.scheduler.forward.cache.budget = 3 * 128 * 2 * 2 * 2 * 16 * 4
+    answers = engine.samples(5, SHORT[0], Sampling(120, temperature=1.0, seed=3))
+    assert [answer.result().tokens for answer in answers] == [answer.tokens for answer in expected]
+    assert engine.scheduler.preempted > 0
+    # The first ends with its first token, and a name moves between two of them.
+    greedy = engine.submit(prompt, None, Sampling(4)).result().tokens
+    twins = requests.Twins()
+    answers = [engine.submit(prompt, None, Sampling(n), twins=twins) for n in (1, 4, 1, 4)]
+    assert [answer.result().tokens for answer in answers] == [greedy[:1], greedy, greedy[:1], greedy]
+    engine.load("x", folders["lora"])
+    engine.load("y", folders["twin"])
+    want = [engine.submit(prompt, name, Sampling(6)).result().tokens for name in "xy"]
+    twins = requests.Twins()
+    first = engine.submit(prompt, "x", Sampling(6), twins=twins)
+    assert [first.result().tokens, engine.submit(prompt, "y", Sampling(6), twins=twins).result().tokens] == want
 
 
 def test_a_cancelled_request_frees_its_row_within_a_step(tiny_base):
@@ -413,7 +490,11 @@ def test_loading_and_unloading_leaves_nothing(tiny_base, folders):
     for _ in range(3):
         cycle()
     assert tensors() <= before
-    assert engine.call(lambda: (engine._uses, engine._blends, engine.table.stacks.bytes)) == ({}, {}, 0)
+    assert engine.call(lambda: (engine.residents.uses, engine.residents.blends, engine.table.stacks.bytes)) == (
+        {},
+        {},
+        0,
+    )
     assert [(path, id(m), sorted(vars(m))) for path, m in engine.model.named_modules()] == attributes
     assert all(tensor.equal(state[name]) for name, tensor in engine.model.state_dict().items())
 
@@ -466,30 +547,73 @@ def save_model(folder: Path, model) -> Path:
     return folder
 
 
-def test_a_base_with_sliding_windows_is_answered_in_fixed_batches(tmp_path):
-    from transformers import MistralConfig, MistralForCausalLM
-
+@pytest.mark.parametrize("kind", ["Mistral", "Gemma2", "Gemma3"])
+def test_rows_of_a_base_with_sliding_windows_share_batches(tmp_path, kind):
+    """In all layers, or in some, beyond the window: the tokens of transformers' generate, and those of a row alone."""
+    text = "Text" if kind == "Gemma3" else ""
+    module = importlib.import_module(f"transformers.models.{kind.lower()}")
     torch.manual_seed(0)
-    config = MistralConfig(
+    options = {} if kind == "Mistral" else {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}
+    config = getattr(module, f"{kind}{text}Config")(
         vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, sliding_window=4, initializer_range=0.1,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        num_key_value_heads=2, max_position_embeddings=512, sliding_window=6, initializer_range=0.1,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, **options,
     )  # fmt: skip
-    base = save_model(tmp_path / "base", MistralForCausalLM(config))
-    engine = open_engine(base)
+    engine = open_engine(save_model(tmp_path / "base", getattr(module, f"{kind}ForCausalLM")(config)), step_tokens=40)
     engine.load("a", make_adapter(tmp_path / "a", 1))
-    answers = [engine.submit(LONG[0][:20], name, Sampling(6 + i)) for i, name in enumerate(("a", None, "a"))]
-    with pytest.raises(InputError, match="log_probs: this base is answered in fixed batches"):
-        engine.submit(LONG[0], None, Sampling(3, log_probs=True)).result()
-    assert engine.scheduler.unsupported == "its layers have sliding_attention"
-    model = engine.model
-    for name, answer in (("a", answers[0]), (None, answers[1])):
-        ids = torch.tensor([LONG[0][:20]])
-        tokens = engine.with_adapter(name, lambda ids=ids: model.generate(ids, max_new_tokens=7, do_sample=False))[
-            0, 20:
-        ]
-        assert answer.result().tokens == [t for t in tokens.tolist() if t != 2][: len(answer.result().tokens)]
-    assert "".join(answers[2]) == answers[2].result().text != ""
+    names, prompts = ["a", None, "a", None, "a"], [LONG[0], LONG[1][:20], SHORT[0], SHORT[3], LONG[2][:33]]
+    asked = [(p, name, Sampling(6 + 3 * i)) for i, (p, name) in enumerate(zip(prompts, names, strict=True))]
+    together = [answer.result() for answer in [engine.submit(*request) for request in asked]]
+    assert engine.scheduler.unsupported is None and engine.model.config.sliding_window == 6
+    for (prompt, name, sampling), answer in zip(asked, together, strict=True):
+        assert engine.submit(prompt, name, sampling).result() == answer
+        ids, most = torch.tensor([prompt]), sampling.max_new_tokens
+        run = partial(engine.model.generate, ids, max_new_tokens=most, do_sample=False)
+        assert answer.tokens == [t for t in engine.with_adapter(name, run)[0, len(prompt) :].tolist() if t != 2]
+    mixed = logits_of(engine, names, [prompt[:30] for prompt in prompts])
+    for i, name in enumerate(names):
+        torch.testing.assert_close(mixed[i], alone(engine, name, prompts[i][:30]), atol=2e-5, rtol=0)
+
+
+def test_a_base_whose_rows_cannot_join_is_answered_in_fixed_batches(tiny_base, folders, monkeypatch):
+    """With the same answers, pieces, log-probabilities and seeds; cancelled, and failing, by row."""
+    asked = [
+        (prompt, name, Sampling(9 + i, temperature=i % 2, seed=i, log_probs=i > 1, top_log_probs=i // 3, stop=stop))
+        for i, (prompt, name, stop) in enumerate(
+            zip(SHORT, ["lora", None, "lora", "dora", None, None], [()] * 5 + [("e",)], strict=True)
+        )
+    ]
+    free = open_engine(tiny_base)
+    load_all(free, {n: folders[n] for n in ("lora", "dora")})
+    expected = [free.submit(*request).result() for request in asked]
+    monkeypatch.setattr(scheduler.Forward, "unsupported", lambda self: "as told")
+    engine = open_engine(tiny_base)
+    load_all(engine, {n: folders[n] for n in ("lora", "dora")})
+    answers = [engine.submit(*request) for request in asked]
+    texts = ["".join(answer) for answer in answers]
+    for text, answer, own in zip(texts, answers, expected, strict=True):
+        found = answer.result()
+        assert (found.tokens, found.text, found.finish_reason) == (own.tokens, own.text, own.finish_reason)
+        assert text == own.text and found.log_probs == pytest.approx(own.log_probs, abs=1e-5)
+        assert [list(top) for top in found.top_log_probs] == [list(top) for top in own.top_log_probs]
+    heard: list[str | None] = []
+
+    def listen(piece: str | None) -> None:
+        heard.append(piece)
+        if len(heard) == 2:
+            long.cancel()
+            raise OSError("nobody there")
+
+    engine.submit(SHORT[2], None, Sampling(1)).result()
+    fine, long = (engine.submit(SHORT[0], "lora", Sampling(count)) for count in (9, 400))
+    unheard = engine.submit(SHORT[1], "lora", Sampling(30), listener=listen)
+    with pytest.raises(BudwoodError, match="the request failed: OSError: nobody there"):
+        unheard.result()
+    assert fine.result().tokens == free.submit(SHORT[0], "lora", Sampling(9)).result().tokens
+    assert long.result().finish_reason == "cancelled" and len(long.result().tokens) < 300
+    stats = engine.stats()
+    assert stats.rows == stats.waiting == 0 and stats.tokens["", ""][0] == sum(len(SHORT[i]) for i in (1, 4, 5, 2))
+    assert engine.call(lambda: sum(engine.residents.requests.values())) == 0
 
 
 def test_biases_and_transposed_linears_by_row(tmp_path):
@@ -521,6 +645,18 @@ def test_biases_and_transposed_linears_by_row(tmp_path):
         assert name is None or not torch.allclose(mixed[i], alone(engine, None, tokens[i]), atol=1e-2)
     engine.submit(tokens[0], "all", Sampling(3)).result()
     assert engine.scheduler.unsupported is None
+    # Of blends, biases count by their differences from the base's; with weight 1, an adapter is itself.
+    for name in ("all", "own"):
+        whole, half = (
+            engine.submit(tokens[0], {name: weight}, Sampling(4, log_probs=True)).result() for weight in (1, 0.5)
+        )
+        own = engine.submit(tokens[0], name, Sampling(4, log_probs=True)).result()
+        assert whole.tokens == own.tokens and whole.log_probs == pytest.approx(own.log_probs, abs=1e-4)
+        assert half.log_probs != pytest.approx(own.log_probs, abs=1e-2)
+    parts = [(engine.names[name], 0.5) for name in ("all", "own")]
+    live, bias = engine.call(lambda: engine.loader.blend(parts).live), engine.model.transformer.h[0].attn.c_attn.bias
+    shifts = [0.5 * (loaded.live.biases["transformer.h.0.attn.c_attn"] - bias) for loaded, _ in parts]
+    torch.testing.assert_close(live.biases["transformer.h.0.attn.c_attn"], bias + sum(shifts))
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from budwood import AdapterPool, read_reference
+from budwood import AdapterPool, ResourceError, Run, read_reference
 from budwood.adapters.store import read_adapter
 from budwood.cli.app import run as command
 from budwood.contract.types import Step
@@ -20,7 +21,7 @@ from budwood.errors import InputError
 from budwood.planning.composition import plan
 from budwood.recipe.schema import Recipe
 from budwood.serving.verify import verify
-from budwood.training import loop, setup
+from budwood.training import loop, reference, setup
 from budwood.training.loop import tune
 from budwood.training.report import Report
 
@@ -313,3 +314,48 @@ def test_objectives_share_one_reference_and_a_cached_one_costs_none(
     assert seen["live"][0] == 1 and seen["cached"][0] == 0
     for keys, values in seen["live"][1].items():
         torch.testing.assert_close(seen["cached"][1][keys], values, atol=1e-5, rtol=1e-5)
+
+
+def test_out_of_memory_while_a_reference_is_cached(
+    make_recipe: Make, objective: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it is computed again in smaller batches, also when the run resumes with more memory."""
+    train = {**make_recipe().to_dict()["train"], "steps": 3, "micro_tokens": 512, "save_every": 1}
+    recipe = make_recipe("run", strategies=["lora", {"preference": {"cached": True}}], train=train, evaluate=True)
+    read, sizes, said = reference.read_reference, [], []
+
+    def limited(run: Run, batch: Any, which: Any = "start") -> Any:
+        sizes.append(sum(batch.lengths))
+        if sizes[-1] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return read(run, batch, which)
+
+    monkeypatch.setattr(reference, "read_reference", limited)
+    limit = 200
+    report = Report(quiet=True)
+    monkeypatch.setattr(report, "say", said.append)
+    run, hooks, engine = setup.prepare(recipe, report, overwrite=True)
+    assert run.reference_tokens <= limit < max(sizes)
+    assert any("the reference is computed again, with at most" in line for line in said)
+    expected = [values.columns[reference.CACHED].values for values in (run.examples[0], run.eval_examples[0])]
+    original = loop.sum_gradients
+
+    def die(run: Any) -> None:
+        if run.step == 2:
+            raise Killed
+        original(run)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop, "sum_gradients", die)
+        loop.train(run, hooks, engine, Report(quiet=True))
+    limit, tokens = 10_000, run.reference_tokens
+    sizes.clear()
+    resumed = tune(recipe, quiet=True, resume=True)
+    assert resumed.reference_tokens == tokens >= max(sizes)
+    again = [values.columns[reference.CACHED].values for values in (resumed.examples[0], resumed.eval_examples[0])]
+    for values, before in zip(again, expected, strict=True):
+        assert np.array_equal(values, before)
+
+    limit = 2
+    with pytest.raises(ResourceError, match=r"out of memory: one example of \d+ tokens .* does not fit by itself"):
+        setup.prepare(recipe, Report(quiet=True), overwrite=True)

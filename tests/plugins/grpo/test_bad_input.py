@@ -36,6 +36,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"kl": 1, "kl_in": "token-reward"}, r"token-reward needs scale: advantages or none, not group"),
     ({"method": "reinforce++", "ratio": "sequence"}, r"token-reward gives each token its own advantage"),
     ({"unbiased_kl": True}, r"unbiased_kl: needs a kl above 0 in the loss"),
+    ({"resample": 2}, r"resample: replaces only prompts that are dropped: set zero_variance: drop"),
     ({"stop": [""]}, r"an empty text would end every answer"),
 ]
 

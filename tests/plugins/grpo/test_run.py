@@ -66,7 +66,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(make_recipe: Make, monkeypatch: 
     class Killed(BaseException):
         pass
 
-    options = {"method": "dapo", "kl": 0.1, "iterations": 2, "minibatches": 2, "zero_variance": "keep"}
+    options = {"method": "dapo", "kl": 0.1, "iterations": 2, "minibatches": 2}
     train = {"steps": 9, "save_every": 1}
     whole = tune(make_recipe(options, "whole", train=train), quiet=True)
     summed, at = loop.sum_gradients, [step]
@@ -81,7 +81,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(make_recipe: Make, monkeypatch: 
         tune(make_recipe(options, "cut", train=train), quiet=True)
     at[0] = -1
     run = tune(make_recipe(options, "cut", train=train), quiet=True, resume=True)
-    assert [r["step"] for r in samples(run)] == [s for s in (0, 4, 8) for _ in range(16)]
+    steps = [r["step"] for r in samples(run)]
+    assert sorted(set(steps)) == [0, 4, 8] and len(steps) > 3 * 16, "prompts without variance were replaced"
     for name in ("samples.jsonl", *(f"adapter/{path.name}" for path in (whole.directory / "adapter").iterdir())):
         assert (run.directory / name).read_bytes() == (whole.directory / name).read_bytes(), name
     clipped = logged(whole, "grpo_clipped")
@@ -146,20 +147,33 @@ def test_a_divergence_in_the_reward(make_recipe: Make, method: str) -> None:
     assert sizes[1] < 0.5 * sizes[0]
 
 
-def test_groups_without_variance_and_long_answers_are_dropped(make_recipe: Make, said: list[str]) -> None:
-    run = tune(make_recipe({"zero_variance": "drop"}, train={"steps": 4}), quiet=True)
-    counts = {r["step"]: 0 for r in samples(run)}
-    groups: dict[tuple[int, str], list[float]] = {}
-    for r in samples(run):
-        groups.setdefault((r["step"], r["row"]), []).append(r["reward"])
-    for (step, _), rewards in groups.items():
-        counts[step] += len(rewards) if len(set(rewards)) > 1 else 0
-    tokens = {step: 0 for step in counts}
-    for r in samples(run):
-        if len(set(groups[r["step"], r["row"]])) > 1 or counts[r["step"]] == 0:
-            tokens[r["step"]] += r["tokens"] + len(run.tokenizer(r["prompt"])["input_ids"])
-    assert logged(run, "tokens") == [tokens[step] for step in sorted(tokens)]
-    assert any(0 < count < 16 for count in counts.values())
+@pytest.mark.parametrize("resample", [0, 2])
+def test_groups_without_variance_and_long_answers_are_dropped(make_recipe: Make, resample: int) -> None:
+    options = {"zero_variance": "drop", "over_long": "drop", "resample": resample}
+    run = tune(make_recipe(options, train={"steps": 4}), quiet=True)
+    trained = dict.fromkeys(range(4), 0)
+    dropped, rounds = {"variance": 0, "length": 0}, []
+    for step in trained:
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for r in samples(run):
+            if r["step"] == step:
+                groups.setdefault(r["row"], []).append(r)
+        assert all(len(group) == 4 for group in groups.values()), "no prompt is answered twice in a set"
+        varied = [len({r["reward"] for r in group}) > 1 for group in groups.values()]
+        given = [(group, r) for group, v in zip(groups.values(), varied, strict=True) if v for r in group]
+        kept = [r for _, r in given if r["finish_reason"] != "length"]
+        for r in kept or [r for group in groups.values() for r in group]:
+            trained[step] += r["tokens"] + len(run.tokenizer(r["prompt"])["input_ids"])
+        dropped["variance"] += varied.count(False)
+        dropped["length"] += len(given) - len(kept)
+        answered = 4
+        for _ in range(resample):  # each round has as many new prompts as are missing
+            answered += 4 - sum(varied[:answered])
+        assert len(groups) == answered <= 16
+        rounds.append(answered)
+    assert logged(run, "tokens") == list(trained.values())
+    assert min(dropped.values()) > 0
+    assert max(rounds) > 4 if resample else max(rounds) == 4
 
 
 def test_what_cannot_be_learned_is_reported(make_recipe: Make, said: list[str]) -> None:

@@ -159,6 +159,22 @@ def test_a_reference_is_computed_once_for_an_objective_and_a_distillation(
     assert len(calls) == 3
 
 
+def test_the_reference_of_kto_runs_once_a_micro_batch(
+    make_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from budwood.training import step
+
+    read, seen = step.read_reference, []
+    monkeypatch.setattr(
+        step,
+        "read_reference",
+        lambda run, batch, which: seen.append((run.step, *batch.keys)) or read(run, batch, which),
+    )
+    tune(make_recipe([LORA, "kto"], judge(make_pairs(12)), micro_tokens=32, data={"max_length": 32}), quiet=True)
+    assert {step for step, *_ in seen} == {0, 1, 2}
+    assert len(seen) == len(set(seen)) > 3, "several micro-batches in a step, each of which runs the reference once"
+
+
 TEXTS = [{"prompt": "games:", "completion": " section"}] * 4
 REFUSED = {
     "pairs without an objective": (

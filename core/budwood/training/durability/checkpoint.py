@@ -159,6 +159,7 @@ class Saver:
             "task_weight": run.task_weight,
             "adapter_final": run.adapter_final,
             "micro_tokens": [run.micro_tokens, run.eval_tokens],
+            "reference_tokens": run.reference_tokens,
             "seconds": self._seconds + time.monotonic() - self._started,
         }
         tree = pack(state, tensors)

@@ -1,0 +1,98 @@
+"""Formats the results of `benchmarks.defaults`: the default of each cell beside the best setting of its sweep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+BASES = ("demo", "smollm2", "encoder")
+KINDS = ("classification", "short answers", "chat", "long text")
+STRATEGIES = ("lora", "adalora", "fgm")
+GOOD, LEAST, SHARE = 0.95, 0.8, 0.9
+SEED = 0
+CONFIRMED = (1, 2, 3)
+"""Seeds of the comparison of the default with the setting that won with `SEED`."""
+
+
+def split(kind: str) -> tuple[str, str]:
+    """Return the base and the kind of data of a cell's first part."""
+    base, _, data = kind.partition(" ")
+    return (base, data) if base in BASES else ("demo", kind)
+
+
+def group(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
+    """Return the runs by cell, setting and seed."""
+    cells: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    for key, result in results.items():
+        kind, count, strategy, setting, *seed = key.split("/")
+        runs = cells.setdefault(f"{kind}/{count}/{strategy}", {})
+        runs.setdefault(setting, {})[int(seed[0]) if seed else SEED] = result
+    return cells
+
+
+def winner(runs: dict[str, dict[int, dict[str, Any]]]) -> str | None:
+    """Return the setting with the best score, of equal ones the default; None if the sweep has not begun."""
+    scores = {setting: seeds[SEED]["score"] for setting, seeds in runs.items() if SEED in seeds}
+    if "default" not in scores or len(scores) < 2:
+        return None
+    return max(scores, key=lambda setting: (scores[setting], setting == "default"))
+
+
+def table(results: dict[str, dict[str, Any]]) -> tuple[list[str], list[float]]:
+    """Return a Markdown table of each cell's default beside the best setting, and the ratios of their scores."""
+    lines = [
+        "| data | rows | strategy | settings | best (rate, steps) | seeds | best | default | ratio |",
+        "| --- | ---: | --- | ---: | --- | ---: | ---: | ---: | ---: |",
+    ]
+    ratios = []
+    for cell, runs in sorted(group(results).items(), key=lambda item: _order(item[0])):
+        best = winner(runs)
+        if best is None:
+            continue
+        seeds = [seed for seed in CONFIRMED if seed in runs[best] and seed in runs["default"]]
+        seeds = seeds or [SEED]
+        means = [sum(runs[setting][seed]["score"] for seed in seeds) / len(seeds) for setting in (best, "default")]
+        ratios.append(means[1] / means[0] if means[0] else 0.0)
+        first = runs[best][SEED]
+        shown = f"{first['used']['learning_rate']:.2g}, {first['steps']}" if best != "default" else "the default"
+        scores = " | ".join(f"{mean:.3f}" for mean in means)
+        lines.append(
+            f"| {cell.replace('/', ' | ')} | {len(runs)} | {shown} | {len(seeds)} | {scores} | {ratios[-1]:.3f} |"
+        )
+    return lines, ratios
+
+
+def _order(cell: str) -> tuple[Any, ...]:
+    kind, count, strategy = cell.split("/")
+    base, data = split(kind)
+    return BASES.index(base), KINDS.index(data), int(count), STRATEGIES.index(strategy)
+
+
+def share(ratios: list[float]) -> float:
+    """Return the share of cells whose default reaches `GOOD` of the best."""
+    return sum(ratio >= GOOD for ratio in ratios) / len(ratios)
+
+
+def verdict(ratios: list[float]) -> str:
+    """Return whether the defaults hold what is promised, in two lines."""
+    return (
+        f"The default reaches {GOOD} of the best in {share(ratios):.0%} of {len(ratios)} cells (due: {SHARE:.0%});\n"
+        f"the lowest ratio is {min(ratios):.3f} (due: {LEAST})."
+    )
+
+
+def section(content: dict[str, Any]) -> str:
+    """Return the section of docs/evidence.md."""
+    lines, ratios = table(content["runs"])
+    rows = "\n".join(lines)
+    return f"""## (f) The defaults against a sweep
+
+By `python -m benchmarks.defaults`; raw results in [benchmarks/defaults.json](benchmarks/defaults.json). In each cell a
+run names nothing, and a sweep varies the default's learning rate and number of steps. The score is the accuracy, the
+share of exact answers, or the likelihood of a token, exp(-loss) (chat, long text). The data is the demo's, and so is
+the base, unless the first column names another. Some sweeps are incomplete: the fourth column counts the settings that
+ran. The winner of a sweep and the default ran again with other seeds, and the ratio is that of their means over these.
+
+{verdict(ratios)}
+
+{rows}
+"""

@@ -1,0 +1,1 @@
+"""Adapters as material: combined, shrunk and compared."""

@@ -1,0 +1,229 @@
+"""Combines several adapters of one base into one LoRA adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from budwood.adapters.golden import Distance
+from budwood.adapters.manifest import MadeRecord, PartRecord
+from budwood.adapters.store import SavedAdapter, read_adapter
+from budwood.errors import InputError, did_you_mean
+from budwood.serving.exports.difference import decomposed
+from budwood.serving.exports.factors import Factors, factors_of, largest_rank, truncated, write_lora
+from budwood.serving.material.derived import Workbench, check_out
+from budwood.serving.verify import task_of
+
+METHODS = ("linear", "svd", "ties", "dare", "magnitude")
+_PRUNING = ("ties", "dare", "magnitude")
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What `combine` wrote.
+
+    Attributes:
+        directory: the new adapter's folder.
+        rank: its rank.
+        modules: number of linears that it changes.
+        kept: share of the combination's squared norm that this rank holds.
+        distance: distance of its answers from those of the exact weighted sum.
+        error: the same as a fraction of the sum's own effect; 0: it is the sum.
+        notes: messages for the user.
+    """
+
+    directory: Path
+    rank: int
+    modules: int
+    kept: float
+    distance: Distance
+    error: float
+    notes: list[str] = field(default_factory=list)
+
+
+def combine(
+    directories: Sequence[str | Path],
+    out: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    method: str = "linear",
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    base: str | None = None,
+    device: str = "auto",
+    allow_other_base: bool = False,
+) -> Combined:
+    """Write the combination of several adapters as a LoRA adapter, with golden logits of its own.
+
+    With updates ΔWᵢ and weights wᵢ, the combined update is
+
+    - linear: Σ wᵢ ΔWᵢ, exactly; its rank is the sum of the ranks.
+    - svd: the nearest of a lower rank to Σ wᵢ ΔWᵢ.
+    - magnitude: Σ wᵢ of each ΔWᵢ's largest elements.
+    - ties: as magnitude, of the elements that agree with the elected sign (Yadav et al., 2023).
+    - dare: Σ wᵢ of randomly kept elements of ΔWᵢ, divided by the density (Yu et al., 2024).
+
+    All but linear are cut to `rank`. The last three prune with PEFT's functions, but complete updates instead of A
+    and B apart: products of pruned factors are not pruned products.
+
+    Args:
+        directories: at least two adapters of one base, each LoRA or convertible to it.
+        out: the new adapter's folder; it may not exist yet.
+        weights: one for each adapter; None: 1 / n.
+        rank: of the result; None: the largest of the parts. Not for linear.
+        density: fraction of elements that pruning keeps; None: 0.5.
+        seed: of the random choice of dare.
+        base: current location of the base; None: as recorded.
+        device: cpu, cuda or auto.
+        allow_other_base: accept a base that an adapter was not trained on.
+
+    Raises:
+        InputError: an option is out of range; or an adapter is of another base or task, or no sum of low-rank
+            updates.
+        CorruptError: an adapter is damaged.
+    """
+    _check(len(directories), weights, method, rank, density)
+    out = check_out(out)
+    parts = [read_adapter(directory) for directory in directories]
+    values = [1 / len(parts)] * len(parts) if weights is None else [float(weight) for weight in weights]
+    notes = _check_parts(parts, allow_other_base)
+    updates = [factors_of(part, "a combination") for part in parts]
+    exact = _sum(updates, values)
+    if method == "linear":
+        result, kept = exact, 1.0
+    else:
+        size = rank or max(map(largest_rank, updates))
+        pruning = (0.5 if density is None else density) if method in _PRUNING else None
+        result, kept = _approximation(exact, updates, values, method, size, pruning, seed)
+    bench = Workbench.open(parts[0], base, device, allow_other_base)
+    record = MadeRecord(
+        how="combine",
+        method=method,
+        parts=[PartRecord(**part.hashes.model_dump(), weight=value) for part, value in zip(parts, values, strict=True)],
+    )
+    answers = bench.logits_of(lambda folder: write_lora(folder, result, parts[0]))
+    summed = answers if method == "linear" else bench.logits_of(lambda folder: write_lora(folder, exact, parts[0]))
+    distance, error = bench.compare(summed, answers)
+    bench.write(out, lambda folder: write_lora(folder, result, parts[0]), "LORA", record, answers)
+    return Combined(out, largest_rank(result), len(result), kept, distance, error, [*notes, *bench.notes])
+
+
+def _check(count: int, weights: Sequence[float] | None, method: str, rank: int | None, density: float | None) -> None:
+    if count < 2:
+        raise InputError("combine: give at least two adapters.")
+    if method not in METHODS:
+        raise InputError(f"--method {method}: choose one of {', '.join(METHODS)}.{did_you_mean(method, METHODS)}")
+    if weights is not None and len(weights) != count:
+        raise InputError(f"--weights: {len(weights)} for {count} adapters: give one for each.")
+    if weights is not None and not all(math.isfinite(weight) for weight in weights):
+        raise InputError("--weights: must be finite numbers.")
+    if weights is not None and not any(weights):
+        raise InputError("--weights: all are 0, so nothing would be left.")
+    if rank is not None and method == "linear":
+        raise InputError("--rank: linear is exact, with the sum of the ranks: use --method svd, or leave --rank out.")
+    if rank is not None and rank < 1:
+        raise InputError(f"--rank {rank}: must be at least 1.")
+    if density is not None and method not in _PRUNING:
+        raise InputError(f"--density: has no effect with --method {method}: leave it out.")
+    if density is not None and not 0 < density <= 1:
+        raise InputError(f"--density {density}: must be above 0 and at most 1.")
+
+
+def _check_parts(parts: Sequence[SavedAdapter], allow_other_base: bool) -> list[str]:
+    """Refuse adapters of different bases or tasks; return notes on what is recorded of the first alone."""
+    first, notes = parts[0], []
+    for part in parts[1:]:
+        if task_of(part) != task_of(first):
+            raise InputError(
+                f"{part.directory}: its task is {task_of(part)[0]}, but that of {first.directory} is "
+                f"{task_of(first)[0]}: adapters of one task can be combined."
+            )
+        one, other = first.manifest, part.manifest
+        if one is None or other is None:
+            notes.append(
+                f"{(first if one is None else part).directory} records no base: that it is the same is trusted."
+            )
+            continue
+        if one.base.fingerprint != other.base.fingerprint and not allow_other_base:
+            raise InputError(
+                f"{part.directory} was trained on the base '{other.base.name}' ({other.base.fingerprint[:12]}), but "
+                f"{first.directory} on '{one.base.name}' ({one.base.fingerprint[:12]}): adapters of one base can be "
+                "combined. If the difference is meant: --allow-other-base."
+            )
+        for name, what in (("template", "chat template"), ("on_messages", "use of messages"), ("chat", "chat options")):
+            if getattr(one, name) != getattr(other, name):
+                notes.append(f"{part.directory} differs in its {what}: that of {first.directory} is recorded.")
+    return notes
+
+
+def _sum(updates: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    """Return Σ wᵢ Bᵢ Aᵢ as one pair of factors for each path: their ranks side by side."""
+    result: Factors = {}
+    for path in dict.fromkeys(path for update in updates for path in update):
+        pairs = [(update[path], weight) for update, weight in zip(updates, weights, strict=True) if path in update]
+        _same_shape(path, [a.shape[1] for (a, _), _ in pairs], [len(b) for (_, b), _ in pairs])
+        result[path] = (
+            torch.cat([a for (a, _), _ in pairs]),
+            torch.cat([weight * b for (_, b), weight in pairs], 1),
+        )
+    return result
+
+
+def _same_shape(path: str, inputs: Sequence[int], outputs: Sequence[int]) -> None:
+    if len({*inputs}) > 1 or len({*outputs}) > 1:
+        raise InputError(f"the adapters' updates of '{path}' have different shapes: they are of different bases.")
+
+
+def _approximation(
+    exact: Factors,
+    updates: Sequence[Factors],
+    weights: Sequence[float],
+    method: str,
+    rank: int,
+    density: float | None,
+    seed: int,
+) -> tuple[Factors, float]:
+    """Return the combination cut to a rank, and the share of its squared norm that is left."""
+    if density is None:
+        result = truncated(exact, rank)
+        return result, _share(sum(map(squared_norm, result.values())), sum(map(squared_norm, exact.values())))
+    result, kept, whole = {}, 0.0, 0.0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for path in exact:
+            deltas = [update[path][1] @ update[path][0] for update in updates if path in update]
+            used = [weight for update, weight in zip(updates, weights, strict=True) if path in update]
+            delta = _pruned(method, deltas, torch.tensor(used), density)
+            if not delta.any():
+                continue
+            result[path] = decomposed(delta, rank)
+            kept, whole = kept + squared_norm(result[path]), whole + float(delta.double().square().sum())
+    if not result:
+        raise InputError(f"--method {method}: pruning leaves nothing: raise --density.")
+    return result, _share(kept, whole)
+
+
+def _pruned(method: str, deltas: list[Tensor], weights: Tensor, density: float) -> Tensor:
+    from peft.utils import merge_utils
+
+    functions: Mapping[str, object] = {
+        "ties": merge_utils.ties, "dare": merge_utils.dare_linear, "magnitude": merge_utils.magnitude_prune
+    }  # fmt: skip
+    delta: Tensor = functions[method](deltas, weights, density)  # type: ignore[operator]
+    return delta
+
+
+def squared_norm(pair: tuple[Tensor, Tensor]) -> float:
+    """Return the squared Frobenius norm of B A."""
+    a, b = (tensor.double() for tensor in pair)
+    return float(((b.mT @ b) * (a @ a.mT)).sum())
+
+
+def _share(part: float, whole: float) -> float:
+    return min(part / whole, 1.0) if whole > 0 else 1.0

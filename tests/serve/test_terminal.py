@@ -1,0 +1,67 @@
+"""`budwood chat` in a terminal: Ctrl-C stops an answer and keeps the session, Ctrl-D ends it."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import time
+from collections.abc import Iterator
+
+import pytest
+from tests.serve.server import BUDWOOD, START
+
+
+class Terminal:
+    """A process with a terminal of its own."""
+
+    def __init__(self, *words: object) -> None:
+        self.process, self._end = pty.fork()
+        if not self.process:
+            os.execve(BUDWOOD, [str(BUDWOOD), *map(str, words)], {**os.environ, "OMP_NUM_THREADS": "1"})
+        self.seen = ""
+
+    def read(self, until: str, seconds: float = START) -> str:
+        """Return what it shows until a text comes."""
+        end, start = time.monotonic() + seconds, len(self.seen)
+        while until not in self.seen[start:]:
+            assert time.monotonic() < end, self.seen
+            if select.select([self._end], [], [], 0.2)[0]:
+                self.seen += os.read(self._end, 4096).decode(errors="replace")
+        return self.seen[start:]
+
+    def type(self, text: str) -> None:
+        os.write(self._end, text.encode())
+
+    def close(self) -> int:
+        """Return the exit code."""
+        _, status = os.waitpid(self.process, 0)
+        os.close(self._end)
+        return os.waitstatus_to_exitcode(status)
+
+
+@pytest.fixture
+def terminal(tiny_base, root) -> Iterator[Terminal]:
+    adapters = [word for name in ("lora-4", "head") for word in ("--adapter", f"{name}={root / name}")]
+    opened = Terminal("chat", tiny_base, *adapters, "--precision", "fp32", "--max-new-tokens", 450)
+    yield opened
+    assert opened.close() == 0, opened.seen
+
+
+def test_a_session_survives_ctrl_c_and_errors_and_ends_with_ctrl_d(terminal):
+    terminal.read("lora-4> ")
+    terminal.type("hello\n")
+    terminal.read("hello\r\n")
+    time.sleep(0.3)
+    terminal.type("\x03")
+    assert "(stopped)" in terminal.read("lora-4> ")
+    terminal.type("/adapter haed\n")
+    assert "error: no adapter 'haed' is loaded. Did you mean 'head'?" in terminal.read("lora-4> ")
+    terminal.type("/adapter head\n")
+    terminal.read("head> ")
+    terminal.type("\x03")
+    assert "/quit or Ctrl-D ends." in terminal.read("head> ")
+    terminal.type("/reset\nagain\n")
+    assert "tokens" in terminal.read("first after")
+    terminal.read("head> ")
+    terminal.type("\x04")
