@@ -204,7 +204,8 @@ def build(model: nn.Module, config: Any, targets: Sequence[str], needs_weight: b
     Raises:
         InputError: the method needs the weight of a module that is quantised; or PEFT refuses a module.
     """
-    root = _Place()
+    root: Any = _Place()
+    root.hf_device_map = {}  # RoAd's tuner asks for it, or for the device of a parameter, of which there are none
     if planning and hasattr(config, "mask_fn"):
         config.mask_fn = None
     for path in targets:

@@ -269,7 +269,6 @@ class ShiRAOptions(MethodOptions):
     seed: int | None = Field(None, ge=0, description="seed of the weights' positions (random_seed); absent: the run's")
 
     FIELDS = {"rank": "r", "seed": "random_seed"}
-    TRAINING = frozenset({"seed"})
     ONLY = {"mask_type": ("random", "PEFT has no other")}
 
     def misfit(self, outputs: int, inputs: int) -> str:

@@ -72,8 +72,12 @@ class Parts:
 
 
 def norms(model: nn.Module) -> list[str]:
-    """Return the full names of the model's norms."""
-    found = [path for path, module in model.named_modules() if type(module).__name__.lower().endswith("norm")]
+    """Return the full names of the base's norms, also of those that adapters on the model replace."""
+    found = [
+        path.removesuffix(".original_module")
+        for path, module in model.named_modules()
+        if type(module).__name__.lower().endswith("norm") and ".modules_to_save." not in path
+    ]
     if not found:
         raise InputError("targets: the model has no norms.")
     return found

@@ -36,7 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "road": {"group_size": 16},
     "gralora": {"rank": 4, "hybrid_rank": 2},
     "ln_tuning": {},
-    "trainable_tokens": {"tokens": [5, 9, 7]},
+    "trainable_tokens": {"tokens": [9, 7, *range(20, 300)]},
 }
 """The options of each method in the tests; their names in recipes are the keys."""
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
