@@ -108,7 +108,7 @@ def _serve(owner: weakref.ref[Any], commands: queue.SimpleQueue[_Command | None]
                 return
             try:
                 command()
-            except Exception:  # a bug in a command that nobody waits for
+            except BaseException:  # a bug in a command that nobody waits for; the thread goes on
                 traceback.print_exc()
             del command
             if not commands.empty():
@@ -116,5 +116,9 @@ def _serve(owner: weakref.ref[Any], commands: queue.SimpleQueue[_Command | None]
         current = owner()
         if current is None:
             return
-        busy = current.step()
+        try:
+            busy = current.step()
+        except BaseException:  # a bug; commands are still carried out
+            traceback.print_exc()
+            busy = False
         del current  # it may be the last reference
