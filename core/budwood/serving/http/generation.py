@@ -13,6 +13,7 @@ from sse_starlette import EventSourceResponse
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from budwood.errors import describe
 from budwood.model.sampling import Sampling
 from budwood.serving.http.answers import DONE, Choice, Format, Part, event
 from budwood.serving.http.body import read_body
@@ -22,7 +23,7 @@ from budwood.serving.http.errors import ApiError, from_error
 from budwood.serving.http.logprobs import LogProbs
 from budwood.serving.http.prompts import Prompt
 from budwood.serving.http.schema import Chat, Completion, Generation, check, read
-from budwood.serving.http.service import Record, Service
+from budwood.serving.http.service import Record, Service, log
 from budwood.serving.http.tools import CallReader
 from budwood.serving.requests import Twins
 
@@ -108,6 +109,9 @@ async def _answer(
     service: Service, request: Request, record: Record, body: Generation, target: Target,
     prompts: Any, limit: int, with_tools: bool,
 ) -> Response:  # fmt: skip
+    if not service.engine.model.can_generate():
+        text = f"model: the server's task is {service.engine.task}, which generates no text."
+        raise ApiError(400, text, param="model")
     count = body.n or 1
     rows = count * (len(body.prompts) if isinstance(body, Completion) else 1)
     record.stack.enter_context(service.admission.hold(record.tenant, rows))
@@ -171,6 +175,10 @@ def _explain(service: Service, target: Target, error: Exception) -> ApiError:
     if any(one.key in names and names[one.key].quarantined for one in target.served):
         return ApiError(500, str(error), code="quarantined")
     found = from_error(error)
+    if any(str(one.saved.directory) in found.message for one in target.served):  # it left the memory, and is gone
+        found = ApiError(503, "The adapter cannot be read any more; the server's log says why.", code="adapter")
+    if found.status >= 500:
+        log.error("adapter %s: %s", target.label, describe(error))
     if found.status == 429:
         found.retry_after = service.admission.retry_after
     return found

@@ -110,6 +110,19 @@ def test_what_cannot_be_loaded_leaves_everything_as_it_was(managed, tmp_path):
     assert set(Root(root).all()) == {"one", "two", "run", "file", "pickle", "rank"}  # links are not followed
 
 
+def test_an_adapter_that_left_the_memory_and_is_gone_is_no_news_of_the_servers_paths(tiny_base, adapters, tmp_path):
+    root = shutil.copytree(adapters, tmp_path / "root")
+    service = open_service(tiny_base, root, adapter_bytes=70_000)  # for one of these two
+    user = client(service)
+    first = text(user, "one")
+    assert text(user, "two") and not service.engine.names[service.catalog._table["one"].key].memory
+    assert text(user, "one") == first and text(user, "two")
+    shutil.rmtree(root / "one")
+    gone = ask(user, model="one")
+    assert gone.status_code == 503 and "cannot be read any more" in gone.json()["error"]["message"]
+    assert str(tmp_path) not in gone.text and text(user, "two")
+
+
 def test_golden_logits_are_compared_on_the_live_engine_before_a_name_moves(managed, with_golden):
     service, root, user, boss = managed
     with_golden(root / "good", 30)

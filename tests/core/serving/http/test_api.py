@@ -220,7 +220,7 @@ def test_embeddings_are_those_of_the_task_with_the_models_adapter(tiny_base, ada
     with running(service) as (asked, _):
         found = {name: asked.embeddings.create(model=name, input=texts) for name in ("tiny", "one")}
         again = asked.embeddings.create(model="one", input="a", encoding_format="float")
-        with pytest.raises(APIStatusError, match="generates no text"):
+        with pytest.raises(APIStatusError, match="the server's task is embedding, which generates no text"):
             asked.completions.create(model="one", prompt="a")
     base, one = ([entry.embedding for entry in found[name].data] for name in ("tiny", "one"))
     assert found["one"].usage.prompt_tokens == 2 * 2 + 4 + 19 * 2
