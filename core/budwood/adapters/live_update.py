@@ -48,7 +48,8 @@ class LiveAdapter:
 
     Attributes:
         updates: the update of each adapted linear, by the path of the base's module.
-        modules: modules that replace the base's, by path; each is called as the base's module is.
+        modules: modules that replace the base's, by path; each is called as the base's module is. One that has a
+            method `given(x, y)` gets the base's output too, in a batch for which that is computed anyway.
         biases: values [out] that replace the bias of a module, by path.
         key: the identity of its content; prefixes and stacks are stored under it.
         label: its name in messages.

@@ -13,7 +13,7 @@ from budwood.adapters.live import module_ids, unchanged_on_error
 from budwood.adapters.live_blend import blend
 from budwood.adapters.live_table import LiveTable, Plan
 from budwood.adapters.live_update import LiveAdapter
-from budwood.adapters.match import check_task, mismatch
+from budwood.adapters.match import check_task, check_task_options, mismatch
 from budwood.adapters.owner import owner_options, start_owner
 from budwood.adapters.peft_config import MisfitError
 from budwood.adapters.store import SavedAdapter, read_adapter
@@ -24,6 +24,7 @@ from budwood.contract.loading import load_strategy
 from budwood.contract.strategy import Strategy
 from budwood.errors import BudwoodError, CorruptError, InputError
 from budwood.model.base import Base
+from budwood.model.task import Task
 
 
 @dataclass(eq=False)
@@ -99,11 +100,13 @@ class Loader:
 
     Attributes:
         selected: the attached adapter whose owner is in use.
+        task_plugin: the task, if the options of adapters must be its own.
         table_first: whether owners are asked for entries of the table before they attach.
     """
 
     def __init__(self, base: Base, task: str, table: LiveTable) -> None:
         self.base, self.task, self.table = base, task, table
+        self.task_plugin: Task | None = None
         self.selected: Loaded | None = None
         self.table_first = True
         self._modules = module_ids(base.model)
@@ -122,6 +125,8 @@ class Loader:
             allow_other_base=allow_other_base, weights=True,
         )  # fmt: skip
         check_task(saved, self.task, self.base)
+        if self.task_plugin is not None:
+            check_task_options(saved, self.task_plugin)
         return saved
 
     def add(self, label: str, saved: SavedAdapter) -> Loaded:

@@ -57,11 +57,12 @@ class CommandThread:
 
         with self._start:
             if self.current is None or not self.current.is_alive():  # also after a fork, in which it is gone
-                self.current = threading.Thread(
+                thread = threading.Thread(
                     target=_serve, args=(self._owner, self._commands), name="budwood-engine", daemon=True
                 )
-                _started[self.current] = self._commands
-                self.current.start()
+                _started[thread] = self._commands
+                thread.start()
+                self.current = thread  # only now, since who finds one that does not run takes it for dead
         self._commands.put(run)
 
     def call(self, function: Callable[[], Result]) -> Result:

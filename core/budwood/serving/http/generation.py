@@ -13,6 +13,7 @@ from sse_starlette import EventSourceResponse
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from budwood.model.sampling import Sampling
 from budwood.serving.http.answers import DONE, Choice, Format, Part, event
 from budwood.serving.http.body import read_body
 from budwood.serving.http.calls import Call, usage
@@ -23,7 +24,7 @@ from budwood.serving.http.prompts import Prompt
 from budwood.serving.http.schema import Chat, Completion, Generation, check, read
 from budwood.serving.http.service import Record, Service
 from budwood.serving.http.tools import CallReader
-from budwood.serving.requests import Sampling, Twins
+from budwood.serving.requests import Twins
 
 COMPLETION_TOKENS = 16
 """Tokens of an answer of /v1/completions by default, as in OpenAI's API."""
@@ -99,6 +100,7 @@ def _target(service: Service, body: Generation, record: Record) -> Target:
     for one in target.served:
         record.stack.enter_context(service.catalog.hold(one))
     record.adapter = target.label
+    record.prompt_field = "messages" if isinstance(body, Chat) else "prompt"
     return target
 
 
@@ -156,7 +158,10 @@ def _submit(
             try:
                 call.submit(ask)
             except Exception as error:
-                raise _explain(service, target, error) from error
+                told = _explain(service, target, error)
+                if told.status == 400:
+                    told.param = "adapters" if told.message.startswith("adapters:") else record.prompt_field
+                raise told from error
     return made
 
 
