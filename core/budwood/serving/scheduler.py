@@ -176,6 +176,7 @@ class Scheduler:
             self.forward.cache.reserve(len(self.rows), done.prompt)
         for row in new:
             self.forward.cache.move(self.rows.index(done), self.rows.index(row), done.prompt)
+        for row in new:  # all, or none if one fails
             row.kept = row.prompt
         return new
 
