@@ -1,6 +1,6 @@
 """Plans a recipe before it runs: its strategies, the order of calls of every hook, and every problem.
 
-Reads the base's configuration and tokenizer, but no weights and no data.
+Reads the base's configuration and tokenizer, but no weights and no data; `estimate` adds memory and time.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from budwood.model.checkpoint import one_revision
 from budwood.model.embeddings import resize, resize_note
 from budwood.model.quiet import silence_libraries
 from budwood.model.task import Task
+from budwood.planning.estimate import Estimate
 from budwood.recipe.continued import continued_options, read_start
 from budwood.recipe.data import embeddings_wanted, read_task_base, recipe_task
 from budwood.recipe.file import UNKNOWN
@@ -78,6 +79,8 @@ class RunPlan(Plan):
     hooks: dict[str, list[Call]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """Remarks about this machine that are not problems."""
+    estimate: Estimate | None = None
+    """Memory, time and disk, if they were estimated."""
     exit_code: int = 0
     """The command's exit code: 0 without problems, that of an `InputError` if one is among them, else the highest."""
 
@@ -99,17 +102,21 @@ class RunPlan(Plan):
             ],
             "notes": self.notes,
             "problems": self.problems,
+            **(self.estimate.as_dict() | {"notes": [*self.notes, *self.estimate.notes]} if self.estimate else {}),
         }
         return redact_values(values)
 
 
-def plan(recipe: Recipe | str | Path, overrides: Sequence[str] = (), allow_code: bool = False) -> RunPlan:
+def plan(
+    recipe: Recipe | str | Path, overrides: Sequence[str] = (), allow_code: bool = False, without_data: bool = False
+) -> RunPlan:
     """Compose a recipe; the result's `problems` lists everything for which `tune` would refuse it.
 
     Args:
         recipe: a `Recipe`, or its path.
         overrides: KEY=VALUE, applied to the recipe at a path.
         allow_code: run Python files that the recipe names; otherwise they are a problem.
+        without_data: the data's files need not exist.
 
     Raises:
         InputError: the file is not a recipe.
@@ -120,7 +127,7 @@ def plan(recipe: Recipe | str | Path, overrides: Sequence[str] = (), allow_code:
     if isinstance(recipe, Recipe):
         loaded = recipe
     else:
-        loaded, file_problems = read_recipe(recipe, overrides)
+        loaded, file_problems = read_recipe(recipe, overrides, without_data)
         problems.texts += file_problems
         problems.codes += [InputError.exit_code] * len(file_problems)
     if loaded is None:
@@ -326,7 +333,7 @@ def show_plan(run_plan: RunPlan, console: Console) -> None:
     steps = (
         f"{run_plan.steps:,}"
         if run_plan.steps is not None
-        else f"unknown until the data is read ({train.epochs} epochs)"
+        else f"unknown until the data is read ({f'{train.epochs} epochs' if train.epochs else 'chosen from it'})"
     )
     evaluation = f"evaluated on {label(data.evaluated)}" if data.evaluated is not None else "not evaluated"
     evaluation = "evaluated on a held-out part" if data.holds_out else evaluation
@@ -352,12 +359,17 @@ def show_plan(run_plan: RunPlan, console: Console) -> None:
         how = spec.call_style + (", wrappable" if spec.wrappable and spec.call_style != "core" else "")
         hooks.add_row(*map(_text, (hook, how, describe_order(calls))))
     everything = Group(summary, Text(), strategies, Text(), hooks)
+    show(everything, console)
+
+
+def show(content: Any, console: Console) -> None:
+    """Print tables; without a terminal, as plain columns with one line per row."""
     if console.is_terminal:
-        console.print(everything)
+        console.print(content)
         return
     wide = Console(width=10_000, color_system=None, force_terminal=False)
     with wide.capture() as captured:
-        wide.print(everything)
+        wide.print(content)
     for line in captured.get().splitlines():
         console.print(Text(line.rstrip()), soft_wrap=True)
 

@@ -139,7 +139,8 @@ class Loader:
         memory = self._enter(label, identity, owner, saved)
         loaded = Loaded(label, identity, owner, _without_content(saved), memory)
         live = memory.live
-        loaded.bytes = live.bytes if memory.attached is None else saved.bytes
+        hidden = memory.attached is not None or any(update.row_forward is not None for update in live.updates.values())
+        loaded.bytes = max(live.bytes, saved.bytes if hidden else 0)
         loaded.embeddings = max((getattr(module, "num_embeddings", 0) for module in live.modules.values()), default=0)
         if memory.attached is not None:
             loaded.unblendable = (
@@ -178,9 +179,7 @@ class Loader:
 
     def _live(self, owner: Strategy, saved: SavedAdapter) -> LiveAdapter | None:
         tensors = saved.load_tensors()
-        narrow = self.base.dtype in (torch.float16, torch.bfloat16)
-        kind = torch.device(self.base.device).type
-        with torch.no_grad(), torch.autocast(kind, self.base.dtype if narrow else None, narrow):
+        with torch.no_grad(), self.base.autocast():
             live: LiveAdapter | None = ask_owner(
                 owner, "live_adapter", model=self.base.model, config=saved.config, tensors=tensors
             )

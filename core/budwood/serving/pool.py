@@ -318,8 +318,6 @@ class AdapterPool:
             raise InputError(
                 "an adapter can only be merged into unquantised weights: open the base with quantization none."
             )
-        if len(self.names) > 1:
-            raise InputError(f"other adapters are loaded: unload them before merging '{name}'.")
         self.use(None)
         self.engine.merge(name)
 

@@ -110,7 +110,7 @@ def tiny_decoder(folder: Path, seed: int = 0, labels: Sequence[str] = ()) -> Pat
         torch.manual_seed(seed)
         model: torch.nn.Module = (LlamaForSequenceClassification if labels else LlamaForCausalLM)(config)
     model.save_pretrained(folder)  # type: ignore[operator]
-    _save_tokenizer(folder)
+    save_tokenizer(folder)
     return folder
 
 
@@ -166,7 +166,7 @@ def _write_answers(path: Path, kind: str, count: int) -> Path:
     return written
 
 
-def _save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

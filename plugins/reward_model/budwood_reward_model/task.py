@@ -88,7 +88,7 @@ class RewardModel(SequenceClassification):
     def batch_counts(self, run: Run, batch: Batch) -> dict[str, float]:
         """Count pairs by their weights."""
         if run.planning:  # values are unknown
-            return {"pair": float(len(batch.groups))}
+            return {"pair": batch.total_weight / 2}
         first = torch.tensor([start for start, _ in batch.groups])
         return {"pair": float(batch.weights[first].sum(dtype=torch.float64))}
 
