@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from budwood.adapters.store import SavedAdapter, read_adapter
-from budwood.contract.loading import create
+from budwood.contract.loading import build_task
 from budwood.errors import BudwoodError, InputError
 from budwood.model.base import check_base, fingerprint
 from budwood.model.quiet import silence_libraries
@@ -53,12 +53,13 @@ def open_service(
     first = manifests[0].base if manifests else None
     quantization = quantization or (first.quantization if first else "none")
     silence_libraries()
-    task: Task = create(tasks[0], "budwood.tasks")
+    task: Task = build_task(tasks[0], manifests[0].task_options if manifests else {})
     loaded = load_for_task(
         base, quantization, task, [], precision=precision, device=device,
         double_quantization=first.double_quantization if first else True,
     )  # fmt: skip
     engine = Engine(loaded, tasks[0], max_rows=max_rows, prefix_bytes=prefix_bytes, adapter_bytes=adapter_bytes)
+    engine.loader.task_plugin = task
     service = Service(engine, settings, tokens, root, task)
     for name, saved in found.items():
         try:
