@@ -23,7 +23,6 @@ from budwood import (
     whole_modules,
 )
 from budwood.lowrank import (
-    TASK_TYPES,
     adapter_layers,
     fan_in_fan_out,
     fit_whole,
@@ -81,7 +80,7 @@ def create(strategy: PeftMethod, run: Run, model: nn.Module) -> Placed:
             placed = _place(
                 strategy, model, fields, targets, whole, tokens, RUN_ADAPTER, options.needs_weight, run.planning
             )
-    placed.config.task_type = TASK_TYPES.get(run.recipe.base.task)
+    placed.config.task_type = run.task.peft_task_type
     placed.config.base_model_name_or_path = run.recipe.base.model
     select_adapters(model, strategy.name, [RUN_ADAPTER])
     return placed

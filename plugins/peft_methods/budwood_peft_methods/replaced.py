@@ -27,7 +27,6 @@ from budwood import (
     match_modules,
 )
 from budwood.lowrank import (
-    TASK_TYPES,
     SavedLowRankConfig,
     fit_whole,
     live_low_rank,
@@ -145,7 +144,7 @@ def write(strategy: Replacing, parts: Parts, model: nn.Module, run: Run, directo
     """Write the run's adapter in PEFT's format."""
     config = getattr(peft, strategy.peft_config)(
         **strategy.fields(parts),
-        task_type=TASK_TYPES.get(run.recipe.base.task),
+        task_type=run.task.peft_task_type,
         base_model_name_or_path=run.recipe.base.model,
         inference_mode=True,
     )

@@ -54,7 +54,7 @@ def open_service(
     first = manifests[0].base if manifests else None
     quantization = quantization or (first.quantization if first else "none")
     silence_libraries()
-    plugin: Task = build_task(tasks[0], dict(manifests[0].task_options) if manifests else {})
+    plugin: Task = build_task(tasks[0], manifests[0].task_options if manifests else {})
     loaded = load_for_task(
         base, quantization, plugin, [], precision=precision, device=device,
         double_quantization=first.double_quantization if first else True,
