@@ -78,7 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for seed, part in enumerate(("base", "teacher")):
-            make_base(root / part, hidden=256, inner=688, layers=4, vocabulary=4000, seed=seed)
+            make_base(root / part, hidden=128, inner=344, layers=3, vocabulary=2000, seed=seed)
         rows = write_rows(root, words=5)
         for name in sys.argv[1:] or RECIPES:
             results[name] = compare(build(RECIPES[name], root / "base", rows, root / "run"))
