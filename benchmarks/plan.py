@@ -78,7 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for seed, part in enumerate(("base", "teacher")):
-            make_base(root / part, hidden=128, inner=344, layers=3, vocabulary=2000, seed=seed)
+            make_base(root / part, hidden=256, inner=688, layers=4, vocabulary=4000, seed=seed)
         rows = write_rows(root, words=5)
         for name in sys.argv[1:] or RECIPES:
             results[name] = compare(build(RECIPES[name], root / "base", rows, root / "run"))
@@ -226,7 +226,7 @@ def write(results: dict[str, dict[str, Any]]) -> None:
     from importlib import metadata
 
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "bitsandbytes", "peft")}
-    threads = f"{torch.get_num_threads()} threads, Python {platform.python_version()}"
+    threads = f"torch threads: {torch.get_num_threads()}, Python {platform.python_version()}"
     machine = f"{platform.machine()} {platform.system()}, {threads}"
     record = {"machine": machine, "versions": versions, "recipes": results}
     (DOCS / "benchmarks" / "plan.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
