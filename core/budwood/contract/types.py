@@ -269,8 +269,8 @@ class Plan:
     tokenizer: PreTrainedTokenizerBase | None = None  # the base's; None if the task needs none
     problems: list[str] = field(default_factory=list)
 
-    def problem(self, strategy: Strategy, text: str) -> None:
-        """Record a problem; all problems are reported together."""
+    def problem(self, strategy: Strategy | Task, text: str) -> None:
+        """Record a problem of a strategy, or of the task; all problems are reported together."""
         self.problems.append(f"{strategy}: {text}")
 
 

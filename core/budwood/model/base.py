@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,6 +100,13 @@ class Base:
         """Commit of the base on the hub; None for a local folder."""
         return commit_of(self.path)
 
+    def autocast(self) -> torch.autocast:
+        """Return the context in which its model computes: autocast in 16 bit, nothing in fp32."""
+        import torch
+
+        narrow = self.dtype in (torch.float16, torch.bfloat16)
+        return torch.autocast(torch.device(self.device).type, self.dtype if narrow else None, narrow)
+
 
 def load_base(
     model: str | Path,
@@ -112,6 +119,7 @@ def load_base(
     model_kwargs: dict[str, Any] | None = None,
     seed: int = 0,
     needs_tokenizer: bool = True,
+    unused: Collection[str] = (),
 ) -> Base:
     """Load a base, and quantise each tensor as it is read, so that memory never holds the complete base in 16 bit.
 
@@ -124,6 +132,7 @@ def load_base(
         model_kwargs: changes to the configuration, such as `num_labels`.
         seed: seed for the weights of a new head.
         needs_tokenizer: False leaves `Base.tokenizer` None.
+        unused: names of modules that the task does not run, such as a pooler; without weights, they are not new.
 
     Raises:
         InputError, ResourceError, CorruptError: as `check_base`; the base does not fit in memory; a weight of the
@@ -183,6 +192,7 @@ def load_base(
         quantizer.after_load(loaded, heads)
     claim(loaded, quantizer)
     new = _check_complete(name, loaded, frame, report)
+    new = tuple(key for key in new if not set(key.split(".")) & set(unused))
     loaded.requires_grad_(False)
     loaded.eval()
     save_memory_in_norms(loaded)

@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import (
 
 from budwood.contract.discovery import PluginError
 from budwood.contract.examples import Batch, Example
-from budwood.contract.loading import create
 from budwood.contract.types import Plan, Run
 from budwood.data.packing import split_micro
 from budwood.errors import BudwoodError, first_line
@@ -32,10 +31,9 @@ from budwood.model.fake import fake_base, fake_tensors
 from budwood.model.limits import default_length
 from budwood.model.ops import attention
 from budwood.model.quantizers import is_quantized, quantizer_of
-from budwood.model.task import Task
 from budwood.planning.trace import CUDA_BLOCK, Trace
 from budwood.recipe.continued import read_start
-from budwood.recipe.data import embeddings_wanted, recipe_skeleton, recipe_tokenizer
+from budwood.recipe.data import embeddings_wanted, read_task_base, recipe_skeleton, recipe_task, recipe_tokenizer
 from budwood.recipe.schema import Recipe, build_composition
 from budwood.training.batches import StepBatches, count_units
 from budwood.training.loop import train_step
@@ -43,7 +41,14 @@ from budwood.training.on_policy import find_generator
 from budwood.training.progress import Progress, planned_steps
 from budwood.training.report import Report
 from budwood.training.run_data import read_data
-from budwood.training.setup import adapt_model, build_engine, build_optimizer, check_plan, make_accelerator
+from budwood.training.setup import (
+    adapt_model,
+    build_engine,
+    build_optimizer,
+    check_plan,
+    make_accelerator,
+    register_task,
+)
 from budwood.training.step import Engine
 from budwood.untrusted.chat_template import today
 
@@ -134,12 +139,14 @@ def rehearse(recipe: Recipe, dtype: torch.dtype, cuda: bool = False) -> Iterator
         PluginError: a strategy reads values.
     """
     hooks = build_composition(recipe)
-    task: Task = create(recipe.base.task, "budwood.tasks")
+    task = recipe_task(recipe)
     cpu = torch.device("cpu")
     run = Run(
         recipe, Path(recipe.output), cpu, dtype, hooks.strategies, hooks, task, seed=recipe.train.seed,
         accelerator=make_accelerator(cpu), planning=True, say=lambda text: None,
     )  # fmt: skip
+    read_task_base(task, recipe)
+    register_task(hooks, task)
     if task.needs_tokenizer:
         run.tokenizer = recipe_tokenizer(recipe)
     modules = recipe_skeleton(recipe, task.auto_class, run.tokenizer)

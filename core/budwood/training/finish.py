@@ -177,6 +177,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
             distribution=owner.distribution,
             base=run.base,
             task=run.task.name,
+            task_options=run.task.options.model_dump(mode="json", exclude_none=True),
             labels=run.examples.labels,
             tokenizer=run.tokenizer,
             metrics=run.metrics,

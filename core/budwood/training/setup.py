@@ -20,7 +20,6 @@ from accelerate.state import PartialState, is_initialized
 from accelerate.tracking import get_available_trackers
 
 from budwood.contract.discovery import PluginError
-from budwood.contract.loading import create
 from budwood.contract.registry import Composition
 from budwood.contract.strategy import RUN_ADAPTER, Strategy, hookimpl
 from budwood.contract.types import BestMetric, Plan, Run
@@ -40,7 +39,7 @@ from budwood.model.ops import attention
 from budwood.model.streaming import keep_heap
 from budwood.model.task import Task
 from budwood.recipe.continued import read_start
-from budwood.recipe.data import embeddings_wanted, recipe_skeleton, recipe_tokenizer
+from budwood.recipe.data import embeddings_wanted, read_task_base, recipe_skeleton, recipe_task, recipe_tokenizer
 from budwood.recipe.schema import Recipe, build_composition, find_code, load_recipe
 from budwood.training.durability import changes
 from budwood.training.durability.resume import Resume
@@ -84,9 +83,13 @@ class Core:
         return make_scheduler(optimizer, run.recipe.train, steps)
 
 
-def register_parts(hooks: Composition, task: Task, engine: Engine) -> None:
-    """Register the task's and core's hooks, below those of the strategies."""
+def register_task(hooks: Composition, task: Task) -> None:
+    """Register the task's hooks, below those of the strategies."""
     hooks.register_core(task, f"task {task.name}")
+
+
+def register_parts(hooks: Composition, engine: Engine) -> None:
+    """Register core's hooks, below those of the strategies and the task."""
     hooks.register_core(engine, "core step")
     hooks.register_core(Core(), "core")
 
@@ -127,7 +130,7 @@ def _prepare(
     """See `prepare`; the recipe's output, options and files have been checked."""
     if not hooks.implements("trainable_parameters"):
         raise InputError(NOTHING_TRAINS)
-    task: Task = create(recipe.base.task, "budwood.tasks")
+    task = recipe_task(recipe)
     directory = Path(recipe.output)
     device, dtype, reason = pick_device_precision(recipe.base.device, recipe.train.precision)
     check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code, device)
@@ -148,6 +151,8 @@ def _prepare(
     )  # fmt: skip
     report.say(f"{device} · {precision_name(dtype)} ({reason}) · {torch.get_num_threads()} threads")
     trust = recipe.base.trust_remote_code
+    read_task_base(task, recipe)
+    register_task(hooks, task)
     if task.needs_tokenizer:
         run.tokenizer = recipe_tokenizer(recipe)
     model = recipe_skeleton(recipe, task.auto_class, run.tokenizer)
@@ -253,6 +258,7 @@ def _base(run: Run, hooks: Composition, task: Task, trust: bool) -> Base:
         return load_base(
             recipe.model, recipe.quantization, task.auto_class, run.dtype, run.device, trust,
             recipe.double_quantization, task.model_kwargs(run.examples.labels), run.seed, task.needs_tokenizer,
+            task.unused_modules,
         )  # fmt: skip
 
 
@@ -286,9 +292,9 @@ def adapt_model(run: Run, hooks: Composition) -> None:
 
 
 def build_engine(run: Run, hooks: Composition) -> Engine:
-    """Register core's and the task's hooks for an adapted model, and cache the reference if a strategy asks for it."""
+    """Register core's hooks for an adapted model, and cache the reference if a strategy asks for it."""
     engine = Engine(run, hooks)
-    register_parts(hooks, run.task, engine)
+    register_parts(hooks, engine)
     cache_reference(run)
     return engine
 
