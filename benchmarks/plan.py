@@ -226,7 +226,7 @@ def write(results: dict[str, dict[str, Any]]) -> None:
     from importlib import metadata
 
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "bitsandbytes", "peft")}
-    threads = f"{torch.get_num_threads()} threads, Python {platform.python_version()}"
+    threads = f"torch threads: {torch.get_num_threads()}, Python {platform.python_version()}"
     machine = f"{platform.machine()} {platform.system()}, {threads}"
     record = {"machine": machine, "versions": versions, "recipes": results}
     (DOCS / "benchmarks" / "plan.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

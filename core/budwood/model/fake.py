@@ -151,11 +151,18 @@ def _new(frame: PreTrainedModel, path: Path) -> tuple[str, ...]:
     """Return the parameters that the checkpoint lacks: a classification head, a pooler."""
     if frame.get_output_embeddings() is not None:
         return ()
-    body = f"{frame.base_model_prefix}."
-    heads = [name for name, _ in frame.named_parameters() if "pooler" in name or not name.startswith(body)]
+    prefix = f"{frame.base_model_prefix}."
+    body = "" if frame.base_model is frame else prefix
+    names = [name for name, _ in frame.named_parameters()]
+    heads = [name for name in names if "pooler" in name.split(".") or not name.startswith(body)]
     if any(path.glob("*.safetensors")):
         stored = read_tensors(path)
-        return tuple(name for name in heads if name not in stored or stored[name].shape != _shape(frame, name))
+
+        def is_stored(name: str) -> bool:
+            keys = (name, f"{prefix}{name}", name.removeprefix(prefix))
+            return any(key in stored and stored[key].shape == _shape(frame, name) for key in keys)
+
+        return tuple(name for name in heads if not is_stored(name))
     return () if type(frame).__name__ in (read_config(path).get("architectures") or ()) else tuple(heads)
 
 

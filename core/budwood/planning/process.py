@@ -22,7 +22,7 @@ from budwood import errors
 from budwood.contract.discovery import PluginError
 from budwood.data.sources import locate
 from budwood.errors import BudwoodError, ResourceError, describe
-from budwood.model.checkpoint import read_config, resolve
+from budwood.model.checkpoint import one_revision, read_config, resolve
 from budwood.model.quiet import silence_libraries
 from budwood.planning.devices import Device, find_device
 from budwood.planning.estimate import Estimate, estimate
@@ -91,7 +91,8 @@ def main() -> None:
     try:
         request = json.load(sys.stdin)
         recipe = Recipe.from_dict(request["recipe"]).allowing_code(request["allow_code"])
-        answer = estimate(recipe, _unpacked(request["device"]), request["tokens"]).as_dict()
+        with one_revision(recipe.base.model, recipe.base.revision):
+            answer = estimate(recipe, _unpacked(request["device"]), request["tokens"]).as_dict()
     except BudwoodError as error:
         answer = {"class": type(error).__name__, "error": str(error)}
     except Exception as error:  # any model class or plugin may fail on fake tensors

@@ -9,12 +9,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from budwood.contract.loading import create
 from budwood.data.preference import PAIRS
 from budwood.data.prompts import PROMPTS
 from budwood.model.limits import default_length
 from budwood.model.task import Task
-from budwood.recipe.data import recipe_skeleton, recipe_tokenizer
+from budwood.recipe.data import recipe_skeleton, recipe_task, recipe_tokenizer
 from budwood.recipe.schema import Recipe, build_composition
 
 WORD, PROMPT, SPECIAL = "water ", 4, 8
@@ -31,7 +30,7 @@ def synthetic(recipe: Recipe, tokens: int) -> tuple[Recipe, str]:
         InputError: the base has no tokenizer, or its configuration is unknown.
     """
     hooks = build_composition(recipe)
-    task: Task = create(recipe.base.task, "budwood.tasks")
+    task = recipe_task(recipe)
     tokenizer = recipe_tokenizer(recipe) if task.needs_tokenizer else None
     length = recipe.data.max_length or default_length(recipe_skeleton(recipe, task.auto_class, tokenizer))
     trains_on = [*(strategy.trains_on for strategy in hooks.strategies), task.trains_on]
