@@ -26,6 +26,7 @@ from budwood.serving.pool import AdapterPool
 from budwood.serving.verify import verify
 from budwood.training import setup
 from budwood.training.loop import tune
+from budwood_peft_methods import layers
 
 from .methods import METHODS, PAGE, VARIANTS, cells, load, page, put_stock
 
@@ -171,6 +172,19 @@ def test_it_shares_a_batch_with_lora_and_the_base(tiny_base: Path, tmp_path: Pat
     torch.testing.assert_close(pool.logits(PROMPTS), expected, **CLOSE)
     pool.unload("own")
     assert pool.logits(PROMPTS).equal(untouched)
+
+
+@pytest.mark.parametrize("method", ["vera", "loha", "shira", "c3a", "road"])
+def test_methods_that_add_to_the_bases_product_do_not_compute_it_again_in_a_mixed_batch(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    put_stock(load(tiny_base), method, METHODS[method]).save_pretrained(tmp_path)
+    pool = AdapterPool(str(tiny_base), precision="fp32", device="cpu")
+    pool.load("own", tmp_path)
+    pool.use("own")
+    alone = pool.generate([PROMPTS[0]], max_new_tokens=6)[0].tokens
+    monkeypatch.setattr(layers, "frozen_linear", lambda *given: pytest.fail("the base's product is computed again"))
+    assert pool.generate(PROMPTS[:2], ["own", None], max_new_tokens=6)[0].tokens == alone
 
 
 @pytest.mark.parametrize("method", METHODS)
