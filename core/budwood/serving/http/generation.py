@@ -13,6 +13,7 @@ from sse_starlette import EventSourceResponse
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from budwood.model.sampling import Sampling
 from budwood.serving.http.answers import DONE, Choice, Format, Part, event
 from budwood.serving.http.body import read_body
 from budwood.serving.http.calls import Call, usage
@@ -23,7 +24,7 @@ from budwood.serving.http.prompts import Prompt
 from budwood.serving.http.schema import Chat, Completion, Generation, check, read
 from budwood.serving.http.service import Record, Service
 from budwood.serving.http.tools import CallReader
-from budwood.serving.requests import Sampling
+from budwood.serving.requests import Twins
 
 COMPLETION_TOKENS = 16
 """Tokens of an answer of /v1/completions by default, as in OpenAI's API."""
@@ -99,6 +100,7 @@ def _target(service: Service, body: Generation, record: Record) -> Target:
     for one in target.served:
         record.stack.enter_context(service.catalog.hold(one))
     record.adapter = target.label
+    record.prompt_field = "messages" if isinstance(body, Chat) else "prompt"
     return target
 
 
@@ -141,6 +143,7 @@ def _submit(
     made: list[Prompt] = prompts()
     seed = secrets.randbits(63) if body.seed is None else body.seed
     for number, prompt in enumerate(made, 1):
+        twins = Twins()
         for sample in range(body.n or 1):
             sampling = Sampling(
                 limit, 1.0 if body.temperature is None else body.temperature, body.top_p or 1.0, body.top_k or 0,
@@ -150,12 +153,15 @@ def _submit(
             where = "the prompt" if len(made) == 1 else f"prompt {number}"
             ask = partial(
                 service.engine.submit, prompt.ids, target.adapter, sampling, tenant=record.tenant.name,
-                template=prompt.template, stream=bool(body.stream), where=where,
+                template=prompt.template, stream=bool(body.stream), where=where, twins=twins,
             )  # fmt: skip
             try:
                 call.submit(ask)
             except Exception as error:
-                raise _explain(service, target, error) from error
+                told = _explain(service, target, error)
+                if told.status == 400:
+                    told.param = "adapters" if told.message.startswith("adapters:") else record.prompt_field
+                raise told from error
     return made
 
 

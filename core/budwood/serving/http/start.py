@@ -7,7 +7,7 @@ from collections.abc import Callable
 from budwood.adapters.store import SavedAdapter, read_adapter
 from budwood.contract.loading import create
 from budwood.errors import BudwoodError, InputError
-from budwood.model.base import check_base, fingerprint, load_base, pick_device_precision
+from budwood.model.base import check_base, fingerprint
 from budwood.model.quiet import silence_libraries
 from budwood.model.task import Task
 from budwood.serving.engine import Engine
@@ -15,6 +15,7 @@ from budwood.serving.http.catalog import Root
 from budwood.serving.http.service import Service
 from budwood.serving.http.settings import Settings
 from budwood.serving.http.tokens import Tokens
+from budwood.serving.pool import load_for_task
 
 
 def open_service(
@@ -29,6 +30,7 @@ def open_service(
     device: str = "auto",
     max_rows: int = 32,
     prefix_bytes: int = 0,
+    adapter_bytes: int | None = None,
 ) -> Service:
     """Load a base and the adapters below the root; those that cannot be loaded are named, and left out.
 
@@ -52,14 +54,12 @@ def open_service(
     quantization = quantization or (first.quantization if first else "none")
     silence_libraries()
     task: Task = create(tasks[0], "budwood.tasks")
-    chosen, dtype, _ = pick_device_precision(device, precision)
-    loaded = load_base(
-        base, quantization, task.auto_class, dtype, chosen,
+    loaded = load_for_task(
+        base, quantization, task, [], precision=precision, device=device,
         double_quantization=first.double_quantization if first else True,
-        model_kwargs=task.model_kwargs([]), needs_tokenizer=task.needs_tokenizer,
     )  # fmt: skip
-    engine = Engine(loaded, tasks[0], max_rows=max_rows, prefix_bytes=prefix_bytes)
-    service = Service(engine, settings, tokens, root)
+    engine = Engine(loaded, tasks[0], max_rows=max_rows, prefix_bytes=prefix_bytes, adapter_bytes=adapter_bytes)
+    service = Service(engine, settings, tokens, root, task)
     for name, saved in found.items():
         try:
             served, _ = service.catalog.load(name, str(saved.directory.relative_to(root.folder)), "hash")  # type: ignore[union-attr]
