@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from peft import get_peft_model, get_peft_model_state_dict
 from peft.tuners.boft import layer as boft
+from peft.tuners.fourierft.layer import FourierFTLayer
 from peft.tuners.hra import HRALinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lycoris_utils import LycorisLayer
@@ -163,9 +164,10 @@ def _reflected(x: Tensor, vectors: Tensor) -> Tensor:
     R = I - U S⁻¹ Uᵀ with S = I / 2 + the part of Uᵀ U above its diagonal (Schreiber & Van Loan, 1989). PEFT multiplies
     the reflections as [in, in] matrices, and the result with the base's weight.
     """
-    u = vectors / vectors.norm(dim=0)
-    s = (u.t() @ u).triu(1) + 0.5 * torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
-    v = torch.linalg.solve_triangular(s, u, upper=True, left=False)
+    with torch.autocast(x.device.type, enabled=False):  # rounded to 16 bits, they would not be reflections
+        u = vectors / vectors.norm(dim=0)
+        s = (u.t() @ u).triu(1) + 0.5 * torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
+        v = torch.linalg.solve_triangular(s, u, upper=True, left=False)
     wide = x.to(u.dtype)
     return (wide - (wide @ u) @ v.t()).to(x.dtype)
 
@@ -230,6 +232,8 @@ def build(model: nn.Module, config: Any, targets: Sequence[str], needs_weight: b
         if planning and isinstance(layer, ShiraLayer):
             layer.shira_indices[INNER] = torch.zeros(2, len(layer.shira_weight[INNER]), dtype=torch.int)
         layer.get_base_layer().opened = needs_weight
+        if isinstance(layer, FourierFTLayer):  # PEFT would copy them to the device in every forward
+            layer.indices[INNER] = layer.indices[INNER].to(layer.fourierft_spectrum[INNER].device)
     return Adapter(peft, layers)
 
 

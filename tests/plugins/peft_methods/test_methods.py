@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tests.conftest import make_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from budwood.adapters.use import use_adapters
 from budwood.cli import app
@@ -26,6 +26,7 @@ from budwood.serving.pool import AdapterPool
 from budwood.serving.verify import verify
 from budwood.training import setup
 from budwood.training.loop import tune
+from budwood_peft_methods import layers
 
 from .methods import METHODS, PAGE, VARIANTS, cells, load, page, put_stock
 
@@ -173,6 +174,19 @@ def test_it_shares_a_batch_with_lora_and_the_base(tiny_base: Path, tmp_path: Pat
     assert pool.logits(PROMPTS).equal(untouched)
 
 
+@pytest.mark.parametrize("method", ["vera", "loha", "shira", "c3a", "road"])
+def test_methods_that_add_to_the_bases_product_do_not_compute_it_again_in_a_mixed_batch(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    put_stock(load(tiny_base), method, METHODS[method]).save_pretrained(tmp_path)
+    pool = AdapterPool(str(tiny_base), precision="fp32", device="cpu")
+    pool.load("own", tmp_path)
+    pool.use("own")
+    alone = pool.generate([PROMPTS[0]], max_new_tokens=6)[0].tokens
+    monkeypatch.setattr(layers, "frozen_linear", lambda *given: pytest.fail("the base's product is computed again"))
+    assert pool.generate(PROMPTS[:2], ["own", None], max_new_tokens=6)[0].tokens == alone
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_merging_gives_the_logits_of_the_adapter(tiny_base: Path, tmp_path: Path, method: str) -> None:
     put_stock(load(tiny_base), method, METHODS[method]).save_pretrained(tmp_path)
@@ -299,6 +313,39 @@ def test_in_bf16_master_weights_are_fp32_and_the_adapter_is_served_as_it_was_tra
     assert {parameter.dtype for parameter in run.trainable} == {torch.float32}
     assert all(bool(parameter.isfinite().all()) for parameter in run.trainable)
     assert verify(run.directory / "adapter", device="cpu").exact
+
+
+@pytest.mark.parametrize("method", ["oft", "ln_tuning"])
+def test_a_classifiers_head_trains_and_is_saved_beside_it(tiny_base: Path, tmp_path: Path, method: str) -> None:
+    recipe = recipe_of(tiny_base, tmp_path, {method: METHODS[method]})
+    rows = [{"text": word, "label": label} for word, label in (("one", "a"), ("two", "b"), ("six", "a"), ("ten", "b"))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe["base"]["task"] = "sequence-classification"
+    run = tune(Recipe.from_dict(recipe), quiet=True)
+    saved = run.directory / "adapter"
+    assert "base_model.model.score.weight" in read(saved)[1]
+    assert verify(saved, device="cpu").exact
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=2, dtype=torch.float32)
+    again = PeftModel.from_pretrained(model, saved).eval()
+    pool = AdapterPool(
+        str(tiny_base), task="sequence-classification", labels=["a", "b"], precision="fp32", device="cpu"
+    )
+    pool.load("own", saved)
+    pool.use("own")
+    with torch.no_grad():
+        expected = torch.cat([again(torch.tensor([prompt])).logits for prompt in PROMPTS])
+    torch.testing.assert_close(pool.logits(PROMPTS), expected, **CLOSE)
+
+
+def test_trainable_tokens_without_a_place_for_a_head_are_refused(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_of(tiny_base, tmp_path, {"trainable_tokens": {"tokens": [5]}})
+    (tmp_path / "rows.jsonl").write_text('{"text": "one", "label": "a"}\n{"text": "two", "label": "b"}\n' * 2)
+    recipe["base"]["task"] = "sequence-classification"
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    assert app.run(["tune", str(tmp_path / "recipe.json")]) == 2
+    assert "PEFT's trainable tokens cannot hold 'score', which must train too: use lora" in capsys.readouterr().err
 
 
 REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
