@@ -25,6 +25,7 @@ serve-test: .venv/installed-browser ## Run the tests of a real server: streams, 
 
 combinations: .venv/installed ## Train every combination of objective, adapter, adversary, teacher and quantisation
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.plugins.combinations
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.plugins.peft_methods.methods
 
 # Files whose bounds come from arithmetic; both settings choose other kernels in torch, oneDNN and MKL.
 NUMERICAL := tests/core/model tests/core/adapters/test_pool.py tests/core/adapters/test_verify.py tests/core/serving \

@@ -13,14 +13,13 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from budwood.contract.loading import create
 from budwood.data.build import build_examples
 from budwood.data.files import find_files
 from budwood.data.formats import CAUSAL_LM, CLASSIFICATION
 from budwood.errors import InputError
-from budwood.model.text_tasks import CausalLM, SequenceClassification
 
 BASE = Path(__file__).parents[1] / "examples" / "budwood_demo" / "base"
-TASKS: dict[str, Any] = {CAUSAL_LM: CausalLM(), CLASSIFICATION: SequenceClassification()}
 TEMPLATE = """\
 {%- if tools %}<|im_start|>system
 {{ tools | tojson }}<|im_end|>
@@ -223,6 +222,43 @@ FORMATS = [
         note="For `base.task: sequence-classification`. A label is text or an integer; the classes are those of the "
         "training data.",
     ),
+    Shown(
+        "Pairs and triplets",
+        [{"anchor": "Capital of France", "positive": "Paris", "negative": "Lyon"},
+         {"anchor": "Highest mountain", "positive": "Everest"}],
+        ["anchor: ⟦<|bos|>Capital of France⟧", "positive: ⟦<|bos|>Paris⟧", "negative: ⟦<|bos|>Lyon⟧",
+         "anchor: ⟦<|bos|>Highest mountain⟧", "positive: ⟦<|bos|>Everest⟧"],
+        task="embedding",
+        note="For `base.task: embedding`. `negative` is a text, a list of texts, or left out; [tasks.md](tasks.md).",
+    ),
+    Shown(
+        "",
+        [{"query": "Highest mountain", "document": "Everest"}],
+        ["anchor: ⟦<|bos|>Highest mountain⟧", "positive: ⟦<|bos|>Everest⟧"],
+        task="embedding",
+    ),
+    Shown(
+        "Words and tags",
+        [{"tokens": ["Ann", "visits", "New", "York"], "tags": ["B-PER", "O", "B-LOC", "I-LOC"]}],
+        ["<|bos|>⟦An⟧n⟦ vis⟧its⟦ N⟧ew⟦ Y⟧ork → ⟦B-PER⟧"],
+        task="token-classification",
+        note="For `base.task: token-classification`. A word's label is at its first token (the page shows the first "
+        "word's); the text is the words with spaces between them.",
+    ),
+    Shown(
+        "",
+        [{"text": "Ann visits New York.", "spans": [{"start": 0, "end": 3, "label": "PER"},
+                                                    {"start": 11, "end": 19, "label": "LOC"}]}],
+        ["<|bos|>⟦An⟧n⟦ vis⟧its⟦ N⟧ew⟦ Y⟧ork⟦.⟧ → ⟦B-PER⟧"],
+        task="token-classification",
+        note="Spans of characters, `end` exclusive, become tags of whole words.",
+    ),
+    Shown(
+        "Text and score",
+        [{"text": "Fine weather", "score": 0.9}],
+        ["<|bos|>Fine weather → ⟦0.9⟧"],
+        task="sequence-regression",
+    ),
 ]  # fmt: skip
 
 CHOICES = [
@@ -321,7 +357,7 @@ REFUSED = [
         "'output', for a chat model; or 'question' to 'prompt' and 'answer' to 'completion', for plain text. Accepted: "
         "instruction + output; conversation; instruction + response; prompt + completion + label; messages; prompt + "
         "chosen + rejected; input + preferred_output + non_preferred_output; chosen + rejected; prompt + completion; "
-        "prompt; conversations; text; text + label.",
+        "prompt; conversations; text.",
     ),
     Shown(
         "",
@@ -336,9 +372,9 @@ REFUSED = [
     ),
     Shown(
         "",
-        [{"tokens": ["A", "dog"], "tags": ["O", "B"]}],
-        "FILE: columns tokens + tags are a tag for each token, and training on tags needs a task for token "
-        "classification, which is not installed.",
+        [{"tokens": ["A", "dog"], "ner_tags": ["O", "B"]}],
+        "FILE: columns tokens + ner_tags are a tag for each token: rename 'ner_tags' to 'tags', and set base.task: "
+        "token-classification.",
     ),
     Shown(
         "",
@@ -430,7 +466,7 @@ def write_file(shown: Shown, folder: Path) -> Path:
 def see(shown: Shown, folder: Path) -> tuple[Sequence[str] | str, str]:
     """Return what training makes of a file, in the form of `Shown.sees`, and the line about the data."""
     path, tokenizer = write_file(shown, folder), page_tokenizer(shown.template)
-    task = TASKS[shown.task]
+    task = create(shown.task, "budwood.tasks")
     try:
         examples = build_examples(path, tokenizer, task, **{"max_length": 512, **shown.options})
     except InputError as error:

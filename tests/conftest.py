@@ -30,7 +30,8 @@ import torch
 from budwood.testing.bench import without_plots
 
 LONGEST = (
-    "test_conformance.py", "test_packages_own_tests.py", "test_together.py", "test_harness.py", "test_checks.py",
+    "test_conformance.py", "test_task_conformance.py", "test_packages_own_tests.py", "test_together.py",
+    "test_harness.py", "test_checks.py",
 )  # fmt: skip
 """Slowest test files, which run first."""
 

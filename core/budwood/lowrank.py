@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from budwood.adapters.live_parts import live_low_rank as live_low_rank
-    from budwood.adapters.peft_config import TASK_TYPES as TASK_TYPES
     from budwood.adapters.peft_config import SavedLowRankConfig as SavedLowRankConfig
     from budwood.adapters.peft_config import check_continued as check_continued
     from budwood.adapters.peft_config import continued_selection as continued_selection
@@ -45,7 +44,6 @@ _EXPORTS = {
     "live_low_rank": "budwood.adapters.live_parts",
     **dict.fromkeys(
         (
-            "TASK_TYPES",
             "SavedLowRankConfig",
             "check_continued",
             "continued_selection",

@@ -37,10 +37,8 @@ TEXTS = [
 
 
 @pytest.fixture(scope="session")
-def llama(request: pytest.FixtureRequest) -> Any:
+def llama() -> Any:
     """Function `llama(jobs)` -> results of llama.mjs; node-llama-cpp is installed once, in ~/.cache/budwood."""
-    if "serve" not in request.config.option.markexpr:
-        pytest.skip("needs `make serve-test`")
     node, npm = shutil.which("node"), shutil.which("npm")
     package = PACKAGES.get((platform.system(), platform.machine()))
     if node is None or npm is None:

@@ -6,7 +6,8 @@ import asyncio
 from typing import Any
 
 import openai
-from tests.serve.reference import Case
+from tests.core.serving.conftest import make_adapter
+from tests.serve.reference import Case, Reference
 from tests.serve.server import Server, wait_for
 
 EACH, TOKENS = 25, 16
@@ -89,3 +90,22 @@ def test_streams_that_are_broken_off_do_not_change_the_others(server, reference)
     results = asyncio.run(run())
     assert [text for text, _, _ in results] == [case.text for case in whole]
     wait_for(lambda: server.rows() == 0)
+
+
+def test_adapters_that_do_not_fit_into_memory_together_are_answered_as_alone(tiny_base, tmp_path):
+    for number in range(6):
+        make_adapter(tmp_path / "root" / f"a{number}", 40 + number, rank=64)
+    size = sum(path.stat().st_size for path in (tmp_path / "root" / "a0").iterdir())
+    assert 2 * size < 1.5 * 2**20 < 6 * size, "a few of them fit into 1 MiB, all do not"
+    own = Reference(tiny_base, tmp_path / "root")
+    cases = [case for name in own.names for case in own.cases(name, 12, TOKENS)]
+    order = [cases[(i * 31) % len(cases)] for i in range(len(cases))]
+    with Server(tiny_base, tmp_path / "root", tmp_path, "--adapter-mib", 1) as server:
+
+        async def run() -> list[tuple[str, str | None, int]]:
+            async with openai.AsyncOpenAI(
+                base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300
+            ) as client:
+                return await asyncio.gather(*(stream(client, case) for case in order))
+
+        assert [text for text, _, _ in asyncio.run(run())] == [case.text for case in order]

@@ -63,7 +63,11 @@ def _concatenated(terms: list[tuple[LiveUpdate, float]]) -> LiveUpdate:
         if update.offset is not None:
             offsets.append(weight * update.offset)
     return LiveUpdate(
-        torch.cat(a) if a else None, torch.cat(b, 1) if b else None, 1.0, _sum(gains, 1.0), bool(gains), _sum(offsets)
+        torch.cat(a) if a else None,
+        torch.cat(b, 1) if b else None,
+        gain=_sum(gains, 1.0),
+        offset=_sum(offsets),
+        folded=bool(gains),
     )
 
 

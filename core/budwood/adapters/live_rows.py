@@ -56,7 +56,7 @@ def alone(live: LiveModule, adapter: LiveAdapter) -> Callable[..., Tensor]:
     """Return the forward in which one adapter computes all rows, with the operations of a training run."""
     module, base = adapter.modules.get(live.path), live.module
     if module is not None:
-        return module
+        return partial(_inside, live, module)
     update, bias = adapter.updates.get(live.path), adapter.biases.get(live.path)
     inner = live.plain if update is None else _updated(live, update)
     if bias is None:
@@ -67,6 +67,15 @@ def alone(live: LiveModule, adapter: LiveAdapter) -> Callable[..., Tensor]:
             return inner(*args, **kwargs)
 
     return forward
+
+
+def _inside(live: LiveModule, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """Call what replaces a module, in which that module and its quantiser are the base's."""
+    live.busy = True
+    try:
+        return function(*args, **kwargs)
+    finally:
+        live.busy = False
 
 
 def _updated(live: LiveModule, update: LiveUpdate) -> Callable[[Tensor], Tensor]:
@@ -176,7 +185,9 @@ def _replaced(live: LiveModule, layout: Layout, adapters: list[LiveAdapter]) -> 
 
         def change(x: Tensor, y: Tensor, module: Any = module, members: list[int] = members) -> Tensor:
             rows = layout.tensor(members, y.device)
-            own = module(x.index_select(0, rows)).to(y.dtype)
+            part, given = x.index_select(0, rows), getattr(module, "given", None)
+            own = _inside(live, given, part, y.index_select(0, rows)) if given else _inside(live, module, part)
+            own = own.to(y.dtype)
             wider = own.shape[-1] - y.shape[-1]
             if wider > 0:
                 y = F.pad(y, (0, wider), value=float("-inf"))  # tokens that the other rows' vocabulary lacks

@@ -23,18 +23,18 @@ class LiveUpdate:
         scaling: factor of the update.
         gain: g [out] fp32, which multiplies both the base's output without its bias and the update, as the magnitude
             over the norm does in DoRA (Liu et al., 2024, eq. 5).
-        folded: whether B contains the gain already, which then multiplies the base's output alone.
         offset: [out] fp32, added to the output.
         row_forward: a method of any other kind; it gets the base's output and changes the adapter's rows of it.
+        folded: whether B contains the gain already, which then multiplies the base's output alone.
     """
 
     a: Tensor | None = None
     b: Tensor | None = None
     scaling: float = 1.0
     gain: Tensor | None = None
-    folded: bool = False
     offset: Tensor | None = None
     row_forward: RowForward | None = None
+    folded: bool = False
 
     @property
     def rank(self) -> int:
@@ -48,7 +48,8 @@ class LiveAdapter:
 
     Attributes:
         updates: the update of each adapted linear, by the path of the base's module.
-        modules: modules that replace the base's, by path; each is called as the base's module is.
+        modules: modules that replace the base's, by path; each is called as the base's module is. One that has a
+            method `given(x, y)` gets the base's output too, in a batch for which that is computed anyway.
         biases: values [out] that replace the bias of a module, by path.
         key: the identity of its content; prefixes and stacks are stored under it.
         label: its name in messages.
@@ -61,11 +62,13 @@ class LiveAdapter:
     label: str = ""
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield every tensor of the adapter that core knows of."""
+        """Yield every tensor of the adapter that core knows of, without those of the base that its modules use."""
+        from budwood.adapters.tokens import TokenRows  # loads PEFT
+
         for update in self.updates.values():
             yield from (t for t in (update.a, update.b, update.gain, update.offset) if t is not None)
         for module in self.modules.values():
-            yield from module.parameters()
+            yield from module.rows.parameters() if isinstance(module, TokenRows) else module.parameters()
         yield from self.biases.values()
 
     @property

@@ -148,6 +148,7 @@ class Manifest(_Record):
     """Distribution and version of that strategy, such as "budwood 0.1.0"."""
     base: BaseRecord
     task: str = "causal-lm"
+    task_options: dict[str, Any] = Field(default_factory=dict)
     labels: list[str] = Field(default_factory=list)
     stop_ids: list[int] = Field(default_factory=list)
     """Tokens that end an answer in addition to the end-of-sequence token: the chat template's end-of-turn tokens."""

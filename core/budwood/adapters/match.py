@@ -10,6 +10,7 @@ from budwood.adapters.peft_config import PREFIX, MisfitError
 from budwood.adapters.store import SavedAdapter, template_hash, tokenizer_hash
 from budwood.errors import BudwoodError, CorruptError, InputError
 from budwood.model.base import Base
+from budwood.model.task import Task
 
 
 def mismatch(saved: SavedAdapter, fingerprint: str) -> type[BudwoodError]:
@@ -54,6 +55,23 @@ def check_task(saved: SavedAdapter, task: str, base: Base) -> None:
         saved.notes.append(
             f"was trained with base quantization {trained} and is used with {current}: answers may differ."
         )
+
+
+def check_task_options(saved: SavedAdapter, task: Task) -> None:
+    """Reject an adapter whose task's options differ from `task`'s in more than training.
+
+    Raises:
+        InputError: the message names the first option that differs.
+    """
+    if saved.manifest is None:
+        return
+    theirs, ours = saved.manifest.task_options, task.options.model_dump(mode="json", exclude_none=True)
+    for name in sorted({*theirs, *ours} - {*task.training_options}):
+        if theirs.get(name) != ours.get(name):
+            raise InputError(
+                f"{saved.directory}: was trained with {task.name}.{name} = {theirs.get(name)!r}, but the pool was "
+                f"opened with {ours.get(name)!r}: use them apart."
+            )
 
 
 def copy_adapter_tensors(slots: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:

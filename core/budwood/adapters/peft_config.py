@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."
 """What PEFT's file puts before the path of a module."""
-TASK_TYPES = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
-"""PEFT's names for the tasks."""
 WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "loftq_config",
     "lora_ga_config", "megatron_config", "megatron_core", "merge_weights", "peft_type", "peft_version",

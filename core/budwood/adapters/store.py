@@ -135,6 +135,7 @@ def write_adapter(
     distribution: str,
     base: Base,
     task: str,
+    task_options: Mapping[str, Any] | None = None,
     labels: Sequence[str] = (),
     tokenizer: Any = None,
     metrics: Mapping[str, float] | None = None,
@@ -159,6 +160,7 @@ def write_adapter(
         distribution: that strategy's distribution and version, such as "budwood 0.1.0".
         base: the base it was trained on.
         task: name of the task.
+        task_options: its options, as JSON values.
         labels: class names for classification, in the order of the head's rows.
         tokenizer: its vocabulary and chat template are recorded by hash.
         metrics: results of the adapter's evaluation.
@@ -199,6 +201,7 @@ def write_adapter(
             distribution=distribution,
             base=BaseRecord.of(base),
             task=task,
+            task_options=dict(task_options or {}),
             labels=list(labels),
             tokenizer=tokenizer_hash(tokenizer),
             template=template_hash(tokenizer),

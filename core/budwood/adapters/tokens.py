@@ -78,7 +78,7 @@ class TokenRows(nn.Module):
         """Give the adapter `name` rows for these token ids: copies of the base's, or `shared` with tied embeddings."""
         weight, chosen = self.base_layer.weight, torch.tensor(ids)
         found, order = chosen.sort()
-        inside = int((chosen < len(weight)).sum())
+        inside = sum(i < len(weight) for i in ids)  # on the host: in planning, tensors have no values
         device = weight.device
         self.ids[name] = _Ids(found.to(device), order.to(device), inside, max(ids) + 1)
         if shared is None:

@@ -248,7 +248,7 @@ def export(
 def _show_export(done: Exported) -> None:
     echo(f"exported to {done.directory}")
     for line in done.lines:
-        echo(f"  {line}")
+        echo(f"  {''.join(c if c.isprintable() else '?' for c in line)}")  # names may contain control codes
     if done.merged is not None:
         report = done.merged
         echo(f"loaded again: the merged weights; error from rounding {report.error:.1%} of the adapter's effect")

@@ -37,7 +37,7 @@ _USAGE_ERROR = typer.BadParameter.__bases__[0]
 
 app.command("demo", short_help="Run a demo, on a base and data that ship with Budwood.")(demo.demo)
 app.command("plugins", short_help="List installed plugins, or describe one.")(plugins.plugins)
-app.command("plan", short_help="Show how a recipe is composed, and its problems.")(plan.plan)
+app.command("plan", short_help="Show what a recipe will do and need, and its problems.")(plan.plan)
 app.command("data", short_help="Show what training will see.")(data.data)
 app.command("tune", short_help="Fine-tune with a recipe, or a data file and a base.")(tune.tune)
 app.command("eval", short_help="Evaluate an adapter on data.")(tune.eval_)

@@ -157,6 +157,9 @@ class Session:
 
         try:
             if self.terminal:
+                if not sys.stdout.isatty():  # answers alone go there
+                    print(prompt, end="", file=sys.stderr, flush=True)
+                    prompt = ""
                 text = input(prompt)
             elif not (text := sys.stdin.readline()):
                 raise EOFError

@@ -27,7 +27,6 @@ def data(
 
     with uncollected():
         from budwood.cli.streams import Output
-        from budwood.contract.loading import create
         from budwood.data.build import build_examples
         from budwood.data.display import make_report, show_report
         from budwood.data.packing import plan_epoch
@@ -36,14 +35,22 @@ def data(
         from budwood.data.use import check_use
         from budwood.model.checkpoint import one_revision
         from budwood.model.limits import check_fits, default_length
-        from budwood.recipe.data import chat_note, encoding_options, recipe_skeleton, recipe_tokenizer
+        from budwood.recipe.data import (
+            chat_note,
+            encoding_options,
+            read_task_base,
+            recipe_skeleton,
+            recipe_task,
+            recipe_tokenizer,
+        )
         from budwood.recipe.schema import build_composition
         from budwood.training.encoding import encoding
         from budwood.training.run_data import choose_for, split_held_out
 
     loaded = read_given(recipe, base, override or [])
-    task = create(loaded.base.task, "budwood.tasks")
+    task = recipe_task(loaded)
     with one_revision(loaded.base.model, loaded.base.revision):
+        read_task_base(task, loaded)
         tokenizer = recipe_tokenizer(loaded) if task.needs_tokenizer else None
         model = recipe_skeleton(loaded, task.auto_class, tokenizer)
     loaded = loaded.with_length(default_length(model))

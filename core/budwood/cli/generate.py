@@ -54,8 +54,8 @@ def generate(
     names: list[str | None] = (
         [use] if use else [None, *directories] if len(directories) > 1 else [*directories] or [None]
     )
-    if pool.task == "sequence-classification":
-        _classify(pool, text, names, as_json)
+    if pool.task_plugin.responds():
+        _respond(pool, text, names, as_json)
         return
     requests = [_request(text, name, saved, chat) for name in names]
     streaming = len(names) == 1 and not as_json
@@ -118,14 +118,14 @@ def _read_prompt(prompt: str) -> str:
     return text
 
 
-def _classify(pool: AdapterPool, text: str, names: list[str | None], as_json: bool) -> None:
-    results = []
+def _respond(pool: AdapterPool, text: str, names: list[str | None], as_json: bool) -> None:
+    """Print the answers of a task that does not generate text."""
+    answers = []
     for name in names:
         pool.use(name)
-        results.append((name, pool.classify([text])[0]))
+        answers.append(pool.respond([text])[0])
     if as_json:
-        answers = [{"adapter": n, "label": c.label, "probabilities": c.probabilities} for n, c in results]
-        echo_json({"answers": answers})
+        echo_json({"answers": [{"adapter": n, **answer} for n, answer in zip(names, answers, strict=True)]})
         return
-    for name, result in results:
-        echo(f"{name or 'base'}: {result.label} ({result.probabilities[result.label]:.1%})")
+    for name, answer in zip(names, answers, strict=True):
+        echo(f"{name or 'base'}: {pool.task_plugin.show_response(answer)}")

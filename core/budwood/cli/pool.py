@@ -97,6 +97,7 @@ def open_pool(
         quantization or (first.base.quantization if first else "none"),
         task=first.task if first else "causal-lm",
         labels=first.labels if first else (),
+        task_options=first.task_options if first else None,
         double_quantization=first.base.double_quantization if first else True,
         **options,
     )

@@ -17,6 +17,7 @@ from budwood.cli.streams import echo
 if TYPE_CHECKING:
     from budwood.serving.http.settings import Address
 
+NAME = r"[A-Za-z0-9_./-]{1,128}"
 EXTRA = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")
 
 
@@ -37,6 +38,7 @@ def serve(
         str | None,
         typer.Option(metavar="PLACE", help="Where the administrator connects: path of a Unix socket, or HOST:PORT."),
     ] = None,
+    task: Annotated[str | None, typer.Option(help="The task, such as embedding. Default: the adapters'.")] = None,
     quantization: Annotated[
         str | None, typer.Option(help="none, int8, nf4 or fp4. Default: as the adapters were trained.")
     ] = None,
@@ -47,6 +49,10 @@ def serve(
     max_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of an answer.")] = 4096,
     deadline: Annotated[float, typer.Option(min=1, help="Seconds after which a request is ended.")] = 600.0,
     drain: Annotated[float, typer.Option(min=0, help="Seconds for requests in flight after SIGTERM.")] = 30.0,
+    adapter_mib: Annotated[
+        int | None,
+        typer.Option(min=1, help="MiB for adapters in memory; others are read when asked for. Default: no limit."),
+    ] = None,
     prefix_mib: Annotated[int, typer.Option(min=0, help="MiB for prompts that begin alike; 0: none.")] = 256,
 ) -> None:
     """Serve a base and its adapters with OpenAI's API, and a page to try them."""
@@ -65,28 +71,36 @@ def serve(
             f"--host {host}: other machines could ask without a token. Make tokens with: budwood token FILE TENANT, "
             "and pass --tokens FILE; or listen at 127.0.0.1."
         )
+    if admin_place is not None and not admin_place.is_local:
+        raise InputError(f"--admin {admin}: the administrator connects from this machine alone: use 127.0.0.1:PORT.")
     if admin_place is not None and not known.has_admin:
         raise InputError("--admin: needs an administrator's token: budwood token FILE --admin, then --tokens FILE.")
+    base_name = name or _base_name(base)
+    if not re.fullmatch(NAME, base_name):
+        raise InputError(f"--name {base_name[:64]!r}: use letters, digits, '_', '-', '.' and '/'.")
     root = Root(adapters) if adapters is not None else None
     limits = Limits(max_tokens=max_tokens, waiting=waiting, deadline=deadline, drain=drain)
-    settings = Settings(name or _base_name(base), place, admin_place, limits)
+    settings = Settings(base_name, place, admin_place, limits)
     with uncollected():
         from budwood.serving.http.server import run
+        from budwood.serving.http.sockets import bound
         from budwood.serving.http.start import open_service
 
     _log_to_stderr()
-    service = open_service(
-        base, settings, known, root, lambda text: echo(text, err=True), quantization=quantization,
-        precision=precision, device=device, max_rows=rows, prefix_bytes=prefix_mib << 20,
-    )  # fmt: skip
+    with bound(settings) as sockets:
+        service = open_service(
+            base, settings, known, root, lambda text: echo(text, err=True), task=task, quantization=quantization,
+            precision=precision, device=device, max_rows=rows, prefix_bytes=prefix_mib << 20,
+            adapter_bytes=None if adapter_mib is None else adapter_mib << 20,
+        )  # fmt: skip
 
-    def started(places: list[str]) -> None:
-        names = ", ".join(one.name for one in service.catalog.all()) or "none"
-        echo(f"base {settings.base_name}; adapters: {names}", err=True)
-        echo(f"listening at {' and '.join(places)}")
-        sys.stdout.flush()
+        def started() -> None:
+            names = ", ".join(one.name for one in service.catalog.all()) or "none"
+            echo(f"base {settings.base_name}; adapters: {names}", err=True)
+            echo(f"listening at {' and '.join(sockets.places)}")
+            sys.stdout.flush()
 
-    run(service, started)
+        run(service, sockets, started)
 
 
 def token(

@@ -47,12 +47,13 @@ def tune(
     loaded = read_given(recipe, base, override or []).allowing_code(allow_code)
     preflight(loaded, overwrite, resume)  # before torch is imported, which takes seconds
     with uncollected():
+        from budwood.planning.admission import admit
         from budwood.training.loop import tune as run_recipe
         from budwood.training.report import process_age
 
     run = run_recipe(
         loaded, overwrite=overwrite, resume=resume, accept_changes=accept_changes, profile=profile,
-        before=process_age(),
+        before=process_age(), planner=admit,
     )  # fmt: skip
     if as_json:
         metrics = {"before": json_numbers(run.before), "metrics": json_numbers(run.metrics)}

@@ -328,8 +328,16 @@ def build_strategy(name: str, options: dict[str, Any], where: str | Callable[...
     return strategy
 
 
-def build_plugin(name: str, group: str, options: dict[str, Any]) -> Any:
+def build_task(name: str, options: dict[str, Any], where: str = "") -> Any:
+    """Import and instantiate a task with validated options; see `build_plugin`."""
+    return build_plugin(name, "budwood.tasks", options, where) if options else create(name, "budwood.tasks")
+
+
+def build_plugin(name: str, group: str, options: dict[str, Any], where: str = "") -> Any:
     """Import and instantiate a plugin with validated options, such as a reward that a strategy's options name.
+
+    Args:
+        where: prefix of messages, such as "recipe.yaml:7: ".
 
     Raises:
         InputError: see `load`; or options are unknown or out of range: the message names all of them.
@@ -338,7 +346,7 @@ def build_plugin(name: str, group: str, options: dict[str, Any]) -> Any:
     cls, entry = load(name, group)
 
     def message(place: tuple[str | int, ...], text: str) -> str:
-        return f"{dotted((name, *place))}: {sentence(text)}"
+        return f"{where}{dotted((name, *place))}: {sentence(text)}"
 
     return start(cls, entry, options=validate_options(cls, entry, options, message))
 

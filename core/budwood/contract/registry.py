@@ -176,6 +176,11 @@ class Composition:
         """Measure a part of core that is not a hook, under `name`."""
         return self._calls.part(name)
 
+    def current(self) -> tuple[str, str]:
+        """Return the owner and the hook or part whose code runs now; ("", "") outside of all of them."""
+        frame = self._calls._frame
+        return ("", "") if frame is None else (frame.cost.owner, frame.cost.hook)
+
     def account(self, name: str, seconds: float) -> None:
         """Add a row of core for time that passed before this composition existed."""
         self._calls.costs["core", name] = Cost("core", name, 1, seconds, seconds)

@@ -269,8 +269,8 @@ class Plan:
     tokenizer: PreTrainedTokenizerBase | None = None  # the base's; None if the task needs none
     problems: list[str] = field(default_factory=list)
 
-    def problem(self, strategy: Strategy, text: str) -> None:
-        """Record a problem; all problems are reported together."""
+    def problem(self, strategy: Strategy | Task, text: str) -> None:
+        """Record a problem of a strategy, or of the task; all problems are reported together."""
         self.problems.append(f"{strategy}: {text}")
 
 
@@ -318,6 +318,7 @@ class Run:
     process_index: int = 0
     processes: int = 1
     counts: dict[str, float] = field(default_factory=dict)
+    planned: dict[str, Any] = field(default_factory=dict)  # memory and time as `budwood plan --json` gives them; or {}
     before: dict[str, float] = field(default_factory=dict)  # metrics of the evaluation before the first step
     metrics: dict[str, float] = field(default_factory=dict)  # latest value of every logged metric
     logged: dict[str, Any] = field(default_factory=dict)  # passed to `log` in the current optimizer step

@@ -87,7 +87,7 @@ def build_examples(
         "file": hash_data(data),
         "path": str(data),
         "formats": plugins,
-        "task": (task.name, owner.value, owner.owner),
+        "task": (task.name, owner.value, owner.owner, task.options.model_dump(mode="json")),
         "max_length": max_length,
         "labels": None if labels is None else list(labels),
         "template_options": dict(template_options or {}),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from budwood.data.fields import read_weight, string
-from budwood.data.formats import CAUSAL_LM, Completion, DataFormat, Dropped, weighted
+from budwood.data.formats import CAUSAL_LM, SEQ2SEQ, Completion, DataFormat, Dropped, weighted
 from budwood.data.messages import Conversation, read_conversation, read_messages, with_columns
 from budwood.data.rows import Row
 from budwood.errors import InputError
@@ -106,7 +106,7 @@ class PromptCompletion(DataFormat):
     name = "prompt-completion"
     columns = ("prompt", "completion")
     optional = BESIDE
-    tasks = (CAUSAL_LM,)
+    tasks = (CAUSAL_LM, SEQ2SEQ)
 
     def item(self, row: Row, where: str) -> Completion | Conversation | Dropped:
         """See `DataFormat.item`."""
@@ -155,9 +155,9 @@ UNSUPPORTED = (
     Unsupported(("text", "role"), "one message a row: join the messages of each conversation into a list 'messages' of "
                 "objects with role and content."),
     *(
-        Unsupported(("tokens", tags), "a tag for each token, and training on tags needs a task for token "
-                    "classification, which is not installed.")
-        for tags in ("tags", "ner_tags", "pos_tags", "labels")
+        Unsupported(("tokens", tags), f"a tag for each token: rename '{tags}' to 'tags', and set base.task: "
+                    "token-classification.")
+        for tags in ("ner_tags", "pos_tags", "labels")
     ),
 )  # fmt: skip
 

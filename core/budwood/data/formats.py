@@ -17,7 +17,7 @@ from budwood.errors import InputError
 
 GROUP = "budwood.formats"
 CAUSAL_LM, CLASSIFICATION = "causal-lm", "sequence-classification"
-REWARD_MODEL = "reward-model"
+REWARD_MODEL, MASKED_LM, SEQ2SEQ = "reward-model", "masked-lm", "sequence-to-sequence"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,8 @@ class DataFormat(Plugin):
     """Tasks that encode its items."""
     optional: ClassVar[tuple[str, ...]] = ()
     """Columns that are read if they are present."""
+    metadata: ClassVar[tuple[str, ...]] = ()
+    """Those of its columns that are often metadata in data of other tasks, such as a score: such a file is theirs."""
     holds: ClassVar[str] = ""
     """What its rows are if an objective must be made for them, such as "preference pairs"; see `Strategy.trains_on`."""
     instead: ClassVar[str] = ""
@@ -87,13 +89,13 @@ class DataFormat(Plugin):
 
 
 class PlainText(DataFormat):
-    """Plain text; the loss is on every token but the first, and on the end-of-sequence token."""
+    """Plain text; the loss is on every token but the first and on the end-of-sequence token, or on masked tokens."""
 
     api = 2
     name = "text"
     columns = ("text",)
     optional = ("weight",)
-    tasks = (CAUSAL_LM,)
+    tasks = (CAUSAL_LM, MASKED_LM)
 
     def item(self, row: Row, where: str) -> Text | Dropped:
         """See `DataFormat.item`."""

@@ -84,7 +84,7 @@ def recognise(columns: Sequence[str], task: str, where: str) -> DataFormat:
     own = {frozenset(f.columns) for f in formats}
     candidates = [*formats, *(other for other in UNSUPPORTED if frozenset(other.columns) not in own)]
     matches = [f for f in candidates if set(f.columns) <= set(columns)]
-    matches = [f for f in matches if not any(set(f.columns) < set(other.columns) for other in matches)]
+    matches = [f for f in matches if not any(_says_more(other, f, task) for other in matches)]
     matches = [f for f in matches if task in f.tasks or isinstance(f, Unsupported)] or matches
     if len(matches) > 1:
         matches = [f for f in matches if f.holds != PROMPTS]  # a prompt beside an answer is part of it
@@ -98,7 +98,8 @@ def recognise(columns: Sequence[str], task: str, where: str) -> DataFormat:
         names = " and as ".join(_spell(data_format) for data_format in matches)
         raise InputError(f"{where}: columns {here} can be read as {names}. Keep the columns of only one of them.")
     if not matches:
-        accepted = "; ".join(_spell(data_format) for data_format in formats)
+        own_task = [data_format for data_format in formats if task in data_format.tasks]
+        accepted = "; ".join(_spell(data_format) for data_format in own_task or formats)
         raise InputError(
             f"{where}: columns {here} match no data format.{suggest(columns) or _nearest(columns, formats)} "
             f"Accepted: {accepted}.{broken}"
@@ -121,6 +122,12 @@ def recognise(columns: Sequence[str], task: str, where: str) -> DataFormat:
     raise InputError(
         f"{where}: {_spell(data_format)} is data for {data_format.tasks[0]}, but the task is {task}. {remedy}."
     )
+
+
+def _says_more(data_format: DataFormat, other: DataFormat, task: str) -> bool:
+    """Return whether a format reads all columns of another and more, which are no metadata of the task's data."""
+    elsewhere = data_format.metadata and task in other.tasks and task not in data_format.tasks
+    return set(other.columns) < set(data_format.columns) and not elsewhere
 
 
 def _installed_formats() -> tuple[list[DataFormat], str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,6 +100,13 @@ class Base:
         """Commit of the base on the hub; None for a local folder."""
         return commit_of(self.path)
 
+    def autocast(self) -> torch.autocast:
+        """Return the context in which its model computes: autocast in 16 bit, nothing in fp32."""
+        import torch
+
+        narrow = self.dtype in (torch.float16, torch.bfloat16)
+        return torch.autocast(torch.device(self.device).type, self.dtype if narrow else None, narrow)
+
 
 def load_base(
     model: str | Path,
@@ -112,6 +119,7 @@ def load_base(
     model_kwargs: dict[str, Any] | None = None,
     seed: int = 0,
     needs_tokenizer: bool = True,
+    unused: Collection[str] = (),
 ) -> Base:
     """Load a base, and quantise each tensor as it is read, so that memory never holds the complete base in 16 bit.
 
@@ -124,6 +132,7 @@ def load_base(
         model_kwargs: changes to the configuration, such as `num_labels`.
         seed: seed for the weights of a new head.
         needs_tokenizer: False leaves `Base.tokenizer` None.
+        unused: names of modules that the task does not run, such as a pooler; without weights, they are not new.
 
     Raises:
         InputError, ResourceError, CorruptError: as `check_base`; the base does not fit in memory; a weight of the
@@ -142,7 +151,7 @@ def load_base(
     quantizer = find_quantizer(info.quantization)
     if not quantizer.takes_fused_experts:
         check_fused(name, frame, info.quantization)
-    heads = _heads(frame)
+    heads = heads_of(frame)
     plan = None
     if info.prequantized:
         with attribute_errors(quantizer, "stored_config"):
@@ -183,6 +192,7 @@ def load_base(
         quantizer.after_load(loaded, heads)
     claim(loaded, quantizer)
     new = _check_complete(name, loaded, frame, report)
+    new = tuple(key for key in new if not set(key.split(".")) & set(unused))
     loaded.requires_grad_(False)
     loaded.eval()
     save_memory_in_norms(loaded)
@@ -190,8 +200,8 @@ def load_base(
     if loaded.can_generate() and (path / "generation_config.json").is_file():
         loaded.generation_config = _generation_config(path)
     base = Base(
-        name, path, loaded, tokenizer, fingerprint(path), info.quantization, *_sizes(loaded, dtype), dtype, device, new,
-        [], double_quantization,
+        name, path, loaded, tokenizer, fingerprint(path), info.quantization, *sizes_of(loaded, dtype), dtype, device,
+        new, [], double_quantization,
     )  # fmt: skip
     base.notes.append(_describe(base, heads))
     experts = count_experts(loaded)
@@ -232,7 +242,7 @@ def _generation_config(path: Path) -> GenerationConfig:
         raise CorruptError(f"{path / 'generation_config.json'}: {describe(error)}") from error
 
 
-def _heads(model: PreTrainedModel) -> list[str]:
+def heads_of(model: PreTrainedModel) -> list[str]:
     """Return the names of modules other than the decoder or encoder, and of poolers: they stay in the compute dtype."""
     children = [name for name, _ in model.named_children() if name != model.base_model_prefix]
     inside = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "pooler"]
@@ -288,7 +298,7 @@ def _wrong_shapes(model: nn.Module, frame: nn.Module) -> set[str]:
     }
 
 
-def _sizes(model: nn.Module, dtype: torch.dtype) -> tuple[int, int, float, int]:
+def sizes_of(model: nn.Module, dtype: torch.dtype) -> tuple[int, int, float, int]:
     """Return stored bytes, bytes in `dtype`, fraction of weights not quantised, and number of parameters."""
     tensors = [*model.parameters(), *model.buffers()]
     elements = {id(parameter): parameter.numel() for parameter in model.parameters()}
@@ -298,7 +308,7 @@ def _sizes(model: nn.Module, dtype: torch.dtype) -> tuple[int, int, float, int]:
         quantized[id(quantizer.weight(module))] = math.prod(quantizer.shape(module))
         tensors += [quantizer.weight(module), *quantizer.constants(module)]
     count = sum((elements | quantized).values())
-    stored = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}  # tables may be shared
+    stored = {(t.untyped_storage()._cdata, t.storage_offset()): t.nbytes for t in tensors}  # tables may be shared
     return sum(stored.values()), dtype.itemsize * count, (count - sum(quantized.values())) / max(count, 1), count
 
 

@@ -113,6 +113,8 @@ def _from_hub(name: str, weights: bool, code: bool, revision: str | None) -> Pat
     small = [*_SMALL_FILES, *(["*.py"] if code else [])]
     with hub_errors("base", name, revision):
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=small, ignore_patterns=["*/*"]))
+        if (folder / "modules.json").is_file():  # of sentence-transformers, whose settings are in folders of their own
+            snapshot_download(name, revision=commit_of(folder) or revision, allow_patterns=["[0-9]_*/config.json"])
         if weights:
             files = sorted(set(_index(folder).values())) or ["model.safetensors"]
             snapshot_download(name, revision=commit_of(folder) or revision, allow_patterns=files)

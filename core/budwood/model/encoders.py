@@ -22,6 +22,15 @@ def takes_segments(body: nn.Module) -> bool:
     return "position_ids" in parameters and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
+def is_causal(config: Any) -> bool:
+    """Return whether models of a configuration read tokens from left to right only."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as masked
+
+    kind = config.model_type
+    return kind in causal and (kind not in masked or bool(getattr(config, "is_decoder", False)))
+
+
 @functools.cache
 def _parameters(forward: Callable[..., Any]) -> MappingProxyType[str, inspect.Parameter]:
     return inspect.signature(forward).parameters

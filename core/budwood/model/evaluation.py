@@ -21,12 +21,18 @@ CHUNK = 256
 
 
 class EvalTotals:
-    """Weighted sums over the labels of an evaluation, with (label, prediction) pairs if the task gathers them."""
+    """Weighted sums over the labels of an evaluation.
+
+    Attributes:
+        pairs: the (label, prediction) pairs if the task gathers them.
+        sizes: the number of labels of each example, whose pairs are adjacent; if the task gathers them.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
         self.weight = 0.0
         self.pairs: list[tuple[Any, Any]] = []
+        self.sizes: list[int] = []
 
     @classmethod
     def of(cls, task: Any, run: Run, noise: Callable[[Batch], Tensor | None] | None = None) -> EvalTotals:
@@ -38,6 +44,8 @@ class EvalTotals:
                 return totals
             with task.noisy(run.model, None if noise is None else noise(batch)):
                 outputs = task.outputs(run.model, batch)
+            if task.gathers_predictions:
+                totals.sizes = torch.bincount(batch.example_of_label, minlength=len(batch.keys)).tolist()
             flat, weights = outputs.hidden.reshape(-1, outputs.hidden.shape[-1]), batch.task_weights
             for chunk in torch.arange(len(batch.labels), device=flat.device).split(CHUNK):
                 logits = at_least_fp32(outputs.head(flat[batch.label_positions[chunk]]))
@@ -70,6 +78,7 @@ class EvalTotals:
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.weight += other.weight
         self.pairs += other.pairs
+        self.sizes += other.sizes
 
     @property
     def means(self) -> dict[str, float]:

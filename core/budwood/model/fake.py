@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from budwood.model.checkpoint import resolve
-from budwood.model.checks import load_tokenizer, skeleton
+from budwood.contract.calls import attribute_errors
+from budwood.errors import first_line
+from budwood.model.checkpoint import read_config, read_tensors, resolve
+from budwood.model.checks import check_base, find_quantizer, load_tokenizer, skeleton
+from budwood.model.ops.rms_norm import save_memory_in_norms
+from budwood.model.quantizers import Quantizer, Unquantized, claim
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from budwood.model.base import Base
 
 
@@ -60,40 +67,104 @@ def fake_base(
     dtype: torch.dtype,
     trust_remote_code: bool = False,
     needs_tokenizer: bool = True,
+    quantization: str | None = "none",
+    double_quantization: bool = True,
     **model_kwargs: Any,
 ) -> Base:
-    """Build an unquantised base of fake CPU tensors from its configuration; call it inside `fake_tensors`.
+    """Build a base of fake CPU tensors from its configuration; call it inside `fake_tensors`.
 
-    No weights are read, and the fingerprint is empty.
+    No weights are read, and the fingerprint is empty. If a quantiser cannot make fake weights, the base is unquantised,
+    and a note says so.
 
     Args:
         model: a folder or a hub name.
         auto_class: name of one of transformers' auto classes.
-        dtype: dtype of every floating parameter.
+        dtype: dtype of every floating parameter that is not quantised.
+        quantization, double_quantization: as for `load_base`.
         model_kwargs: changes to the configuration, such as `num_labels`.
 
     Raises:
-        InputError, CorruptError: as `skeleton`.
+        InputError, CorruptError, ResourceError: as `check_base` and `skeleton`.
     """
-    from budwood.model.base import Base
+    from budwood.model.base import Base, heads_of, sizes_of
 
+    info = check_base(model, quantization, trust_remote_code)
     frame = skeleton(model, auto_class, trust_remote_code, **model_kwargs)
-    elements = stored = 0
-    for module in frame.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                empty = torch.empty(parameter.shape, dtype=dtype)
-                module._parameters[name] = nn.Parameter(empty, requires_grad=False)
-                elements, stored = elements + empty.numel(), stored + empty.nbytes
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    frame.tie_weights()
+    quantizer, heads, notes = find_quantizer(info.quantization), heads_of(frame), ["fake"]
+    with attribute_errors(quantizer, "planned"):
+        made = _quantize(frame, quantizer, dtype, double_quantization, heads)
+    _fill(frame, dtype)
+    if not made and not isinstance(quantizer, Unquantized):
+        try:
+            quantizer.after_load(frame, heads)
+        except Exception as error:  # an unknown quantiser's code, on tensors without values
+            notes.append(f"quantiser {quantizer} cannot be planned ({first_line(error)}): its base counts unquantised")
+    claim(frame, quantizer)
+    frame.requires_grad_(False)
     frame.eval()
+    save_memory_in_norms(frame)
     path = resolve(model, weights=False, code=trust_remote_code)
     device = torch.device("cpu")
     tokenizer: Any = load_tokenizer(path) if needs_tokenizer else None
     return Base(
-        str(model), path, frame, tokenizer, "", "none", stored, 2 * elements, 1.0, elements,
-        dtype, device, (), ["fake"],
+        str(model), path, frame, tokenizer, "", info.quantization, *sizes_of(frame, dtype), dtype, device,
+        _new(frame, path), notes, double_quantization,
     )  # fmt: skip
+
+
+def _quantize(
+    frame: nn.Module, quantizer: Quantizer, dtype: torch.dtype, double_quantization: bool, heads: list[str]
+) -> int:
+    """Replace the linears outside of heads by the quantiser's fake ones; returns their number."""
+    made = 0
+    for path, module in list(frame.named_modules()):
+        kept = any(path == head or path.startswith(f"{head}.") for head in heads)
+        if kept or isinstance(quantizer, Unquantized) or not Unquantized().is_linear(module):
+            continue
+        planned = quantizer.planned(module, dtype, double_quantization)
+        if planned is None:
+            return made
+        parent, _, leaf = path.rpartition(".")
+        setattr(frame.get_submodule(parent), leaf, planned)
+        made += 1
+    return made
+
+
+def _fill(frame: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Replace every parameter and buffer on the meta device by a fake one on the CPU; ties stay ties."""
+    filled: dict[int, nn.Parameter] = {}
+    for module in frame.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.device.type == "meta":
+                if id(parameter) not in filled:
+                    floating = parameter.is_floating_point()
+                    empty = torch.empty(parameter.shape, dtype=dtype if floating else parameter.dtype)
+                    filled[id(parameter)] = nn.Parameter(empty, requires_grad=False)
+                module._parameters[name] = filled[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type == "meta":
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    frame.tie_weights()
+
+
+def _new(frame: PreTrainedModel, path: Path) -> tuple[str, ...]:
+    """Return the parameters that the checkpoint lacks: a classification head, a pooler."""
+    if frame.get_output_embeddings() is not None:
+        return ()
+    prefix = f"{frame.base_model_prefix}."
+    body = "" if frame.base_model is frame else prefix
+    names = [name for name, _ in frame.named_parameters()]
+    heads = [name for name in names if "pooler" in name.split(".") or not name.startswith(body)]
+    if any(path.glob("*.safetensors")):
+        stored = read_tensors(path)
+
+        def is_stored(name: str) -> bool:
+            keys = (name, f"{prefix}{name}", name.removeprefix(prefix))
+            return any(key in stored and stored[key].shape == _shape(frame, name) for key in keys)
+
+        return tuple(name for name in heads if not is_stored(name))
+    return () if type(frame).__name__ in (read_config(path).get("architectures") or ()) else tuple(heads)
+
+
+def _shape(frame: nn.Module, name: str) -> tuple[int, ...]:
+    return tuple(frame.get_parameter(name).shape)

@@ -131,8 +131,8 @@ def continue_rows(
         while todo:
             numbers = todo.pop(0)
             batch = [rows[i] for i in numbers]
-            collector = _Collector(batch, sampling.temperature or 1.0, log_probs)
-            noise = Gumbel([row.key for row in batch]) if sampling.temperature > 0 else None
+            collector = _Collector(batch, 1.0 if sampling.greedy else sampling.temperature, log_probs)
+            noise = Gumbel([row.key for row in batch]) if not sampling.greedy else None
             processors = LogitsProcessorList(collector.first + sampling.processors(noise))
             try:
                 _run(model, tokenizer, batch, processors, collector)

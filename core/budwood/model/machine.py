@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -79,3 +80,15 @@ def _onednn_multiplies(precision: str) -> bool:
     """Return whether torch uses oneDNN for products in `precision`; `ONEDNN_MAX_CPU_ISA` may disable that."""
     supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", None)  # None: torch without oneDNN
     return supported is None or bool(supported())
+
+
+def host_memory() -> int:
+    """Return the bytes of the host's memory that are available to this process now."""
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    try:  # a container's limit
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no such file, or "max"
+        return available
+    return max(min(available, limit - used), 0)

@@ -21,13 +21,17 @@ Scores = tuple[float | None, dict[int, float] | None]
 """The log-probability of a token, and those of the most probable tokens; None: not requested."""
 
 
+SMALLEST = 1e-5
+"""Smallest temperature at which tokens are sampled."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """What a request asks for.
 
     Attributes:
         max_new_tokens: largest number of tokens of the answer.
-        temperature: 0 selects the most probable token; above 0, tokens are sampled.
+        temperature: 0 selects the most probable token, as do values below 1e-5; above, tokens are sampled.
         top_p: sample from the smallest set of most probable tokens with at least this total probability.
         top_k: sample from this number of most probable tokens; 0: from all.
         seed: seed of the samples; any value that can be hashed. Equal requests with equal seeds get equal answers.
@@ -65,6 +69,13 @@ class Sampling:
             raise InputError(f"top_log_probs: {self.top_log_probs!r} is not between 0 and {vocabulary}.")
         if isinstance(self.stop, str) or not all(isinstance(text, str) for text in self.stop):
             raise InputError("stop: must be a list of texts.")
+        if not all(_is_int(token) for token in self.stop_ids):
+            raise InputError("stop_ids: must be a list of token ids.")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is selected; a smaller temperature would not be finite in fp32."""
+        return self.temperature < SMALLEST
 
     @property
     def scores(self) -> bool:
@@ -74,7 +85,7 @@ class Sampling:
     def processors(self, noise: LogitsProcessor | None) -> LogitsProcessorList:
         """Return what turns logits into scores of which the largest is the next token; `noise` is `Gumbel`."""
         processors = LogitsProcessorList()
-        if noise is None or not self.temperature:
+        if noise is None or self.greedy:
             return processors
         processors.append(TemperatureLogitsWarper(float(self.temperature)))
         if self.top_k:
@@ -88,7 +99,7 @@ class Sampling:
         """Return the log-probability of a token after logits [V], and those of the most probable, if requested."""
         if not self.scores:
             return None, None
-        scores, top = (logits / (self.temperature or 1.0)).log_softmax(-1), None
+        scores, top = (logits / (1.0 if self.greedy else self.temperature)).log_softmax(-1), None
         if self.top_log_probs:
             values, ids = scores.topk(self.top_log_probs)
             top = dict(zip(ids.tolist(), values.tolist(), strict=True))

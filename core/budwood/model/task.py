@@ -6,16 +6,19 @@ register further tasks in the entry point group `budwood.tasks`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from budwood.contract.examples import DESIRABLE, Batch, Example
-from budwood.contract.strategy import Plugin, hookimpl
+from budwood.contract.strategy import Options, Plugin, hookimpl
 from budwood.contract.types import Generator, LossTerm, Outputs, Run, Step
 from budwood.data.chunk import Encoded
 from budwood.data.encoder import Encoder
@@ -38,8 +41,16 @@ class Task(Plugin):
     name: ClassVar[str]
     auto_class: ClassVar[str]
     """Name of the transformers auto class that loads the model."""
+    Options: ClassVar[type[BaseModel]] = Options
+    """Options, which a recipe sets in `base.task_options`; they are saved with the adapter."""
+    training_options: ClassVar[tuple[str, ...]] = ()
+    """Options that only training and evaluation use, so that adapters that differ in them can share a base."""
+    peft_task_type: ClassVar[str | None] = None
+    """PEFT's name of the task, such as "FEATURE_EXTRACTION", if it has one."""
     needs_tokenizer: ClassVar[bool] = True
     """False: no tokenizer is loaded, and `run.tokenizer` is None."""
+    unused_modules: ClassVar[tuple[str, ...]] = ()
+    """Last components of the names of modules that the task does not run, such as a pooler."""
     trains_on: ClassVar[tuple[str, ...]] = ()
     """As `Strategy.trains_on`, for a task that reads data of a kind without an objective."""
     best_metric: ClassVar[str] = "eval_loss"
@@ -51,6 +62,19 @@ class Task(Plugin):
 
     report: str = ""
     """Human-readable report of the last evaluation."""
+
+    def __init__(self, options: Any = None) -> None:
+        """Store validated `options`."""
+        self.options: Any = self.Options() if options is None else options
+
+    def read_base(self, folder: Path) -> None:
+        """Read what the task needs from the base's folder, and complete `options`; called before anything is encoded.
+
+        Completed options are saved with the adapter, so that they hold for it on any copy of the base.
+
+        Raises:
+            InputError: the task cannot use this base.
+        """
 
     # Examples and batches.
 
@@ -180,6 +204,10 @@ class Task(Plugin):
         """Return [rows · width] bool, positions whose inputs are also labels; None if inputs cannot be labels."""
         return None
 
+    def has_labelled_positions(self) -> bool:
+        """Return whether the task implements `labelled_positions`."""
+        return type(self).labelled_positions is not Task.labelled_positions
+
     # Probes, inputs that characterise a model by its outputs.
 
     def probe(self, example: Example, limit: int | None = None) -> Example:
@@ -214,6 +242,40 @@ class Task(Plugin):
 
     def metrics(self, run: Run, totals: EvalTotals) -> dict[str, float]:
         """Return the metrics of an evaluation other than the means of `loss` and `label_metrics`."""
+        return {}
+
+    # Use.
+
+    def responds(self) -> bool:
+        """Return whether the task implements `respond`."""
+        return type(self).respond is not Task.respond
+
+    def respond(
+        self, model: nn.Module, tokenizer: Any, texts: Sequence[str], labels: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """Return the model's answer to each text, a mapping of JSON values: a label, a vector, filled masks.
+
+        `budwood generate` shows them. A task whose model generates text needs none.
+
+        Args:
+            model: in evaluation mode, with the adapter in use; gradients are disabled.
+            labels: names of the classes.
+
+        Raises:
+            InputError: the task does not answer texts, or a text cannot be used.
+        """
+        raise InputError(f"task '{self.name}' answers no texts: measure it with `budwood eval`.")
+
+    def show_response(self, response: Any) -> str:
+        """Return an answer of `respond` in human-readable form."""
+        return json.dumps(response, ensure_ascii=False)
+
+    def model_files(self, model: nn.Module, max_length: int | None) -> dict[str, bytes]:
+        """Return further files of a merged model's folder, by path, that others need in order to use it as the task.
+
+        Args:
+            max_length: tokens at which the adapter's run truncated; None: unknown.
+        """
         return {}
 
     # Hooks.

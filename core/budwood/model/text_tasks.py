@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,8 +23,10 @@ from budwood.data.prompts import Prompt
 from budwood.data.text import Tokens, tokenise
 from budwood.errors import InputError
 from budwood.model.encoders import encoder_inputs, padded_rows, takes_segments
-from budwood.model.evaluation import EvalTotals, at_least_fp32, autocast
+from budwood.model.evaluation import EvalTotals, at_least_fp32
+from budwood.model.exact_match import exact_match
 from budwood.model.heads import body_of, own_head, pooled_logits
+from budwood.model.limits import positions_of
 from budwood.model.ops.cross_entropy import cross_entropy
 from budwood.model.task import Task
 
@@ -39,6 +42,25 @@ class TextTask(Task):
         """Pack the examples into one row, or pad each to a row."""
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
         return collate_tokens(examples, packed, pad, self.pools_examples(model))
+
+    def body_inputs(self, body: nn.Module, batch: Batch, causal: bool) -> dict[str, Any]:
+        """Return the arguments of the forward of a model's body: with the boundaries of packed examples.
+
+        Args:
+            causal: whether a token sees only those before it.
+        """
+        if causal:
+            return _inputs(batch)
+        if batch.segments:
+            return encoder_inputs(body, batch)
+        return {name: tensor for name, tensor in batch.inputs.items() if name != "position_ids"}
+
+    def read_texts(self, model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of each text as the model reads it, truncated to the length that it was made for."""
+        encoder = Encoder(tokenizer)
+        limit = min(tokenizer.model_max_length, positions_of(model) or sys.maxsize)
+        rows = zip(texts, encoder.whole(texts), strict=True)
+        return [ids if len(ids) <= limit else encoder.cut(text, limit) for text, ids in rows]
 
     def check_inputs(self, model: nn.Module, example: Example) -> str:
         """See `Task.check_inputs`."""
@@ -93,6 +115,7 @@ class CausalLM(TextTask):
     api = 2
     name = "causal-lm"
     auto_class = "AutoModelForCausalLM"
+    peft_task_type = "CAUSAL_LM"
 
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
         """See `Task.encode`. A pair becomes a group of two examples, the chosen answer first."""
@@ -237,6 +260,7 @@ class SequenceClassification(TextTask):
     api = 2
     name = "sequence-classification"
     auto_class = "AutoModelForSequenceClassification"
+    peft_task_type: ClassVar[str | None] = "SEQ_CLS"
     gathers_predictions = True
 
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
@@ -294,6 +318,26 @@ class SequenceClassification(TextTask):
         """See `Task.probe`."""
         return as_probe(example.inputs["input_ids"][-limit if limit else None :], int(example.labels[0]))
 
+    def respond(self, model: nn.Module, tokenizer: Any, texts: Sequence[str], labels: Sequence[str]) -> list[Any]:
+        """Return {"label": the most probable class, "probabilities": of all classes} of each text."""
+        rows = []
+        for logits in self.text_logits(model, tokenizer, texts):
+            probabilities: dict[str, float] = dict(zip(labels, logits.softmax(-1).tolist(), strict=True))
+            best = max(probabilities, key=lambda label, chances=probabilities: chances[label])  # type: ignore[misc]
+            rows.append({"label": best, "probabilities": probabilities})
+        return rows
+
+    def show_response(self, response: Any) -> str:
+        """Return the class and its probability."""
+        return f"{response['label']} ({response['probabilities'][response['label']]:.1%})"
+
+    def text_logits(self, model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> list[Tensor]:
+        """Return the logits of each text, [classes] fp32 on the CPU."""
+        device = next(model.parameters()).device
+        probes = map(as_probe, self.read_texts(model, tokenizer, texts))
+        batches = (self.collate([probe], model, tokenizer, False).to(device) for probe in probes)
+        return [self.own_logits(model, batch)[0].float().cpu() for batch in batches]
+
     def metrics(self, run: Run, totals: EvalTotals) -> dict[str, float]:
         """Return macro F1, and set `report` to the classification report."""
         from sklearn.metrics import classification_report, f1_score
@@ -331,38 +375,3 @@ def _inputs(batch: Batch) -> dict[str, Any]:
 def _body(model: nn.Module) -> nn.Module:
     prefix: Any = model.base_model_prefix
     return model.get_submodule(prefix)
-
-
-def exact_match(run: Run, task: CausalLM) -> float | None:
-    """Return the fraction of evaluation prompts whose greedy answer equals the completion, or the assistant's message.
-
-    At most `train.eval_generate` prompts are used, evenly spread; this process answers all of them. Returns None if the
-    data has no completions, if a conversation has several turns, or if the mean length exceeds 64 tokens, for which
-    exact match is not informative.
-    """
-    from budwood.model.generate import generate
-
-    examples, limit = run.eval_examples, run.recipe.train.eval_generate
-    assert examples is not None
-    if limit == 0 or not (examples.format == "prompt-completion" or examples.rendered):
-        return None
-    chosen = np.unique(np.linspace(0, len(examples) - 1, min(limit, len(examples))).astype(int))
-    lengths = [len(examples[int(i)].labels) for i in chosen]
-    if np.mean(lengths) > 64:
-        return None
-    references = [(examples.reference(int(i)) or "").strip() for i in chosen]
-    pairs = zip(chosen, references, strict=True)
-    if examples.rendered and not all(_is_answer(examples[int(i)], text, run.tokenizer) for i, text in pairs):
-        return None
-    prompts = [task.probe(examples[int(i)]).inputs["input_ids"].tolist() for i in chosen]
-    with torch.no_grad(), autocast(run):
-        ends = [examples.stop_ids] * len(prompts)
-        answers = generate(run.model, run.tokenizer, prompts, max_new_tokens=max(lengths) + 4, stop_ids=ends)
-    return float(np.mean([a.text.strip() == r for a, r in zip(answers, references, strict=True)]))
-
-
-def _is_answer(example: Example, reference: str, tokenizer: Any) -> bool:
-    """Return whether the labels of an example are one answer with the text `reference`, and its end token."""
-    at = example.label_positions
-    text = tokenizer.decode(example.labels.tolist(), skip_special_tokens=True)
-    return bool(reference) and len(at) == at[-1] - at[0] + 1 and text.strip() == reference

@@ -1,6 +1,6 @@
 """Plans a recipe before it runs: its strategies, the order of calls of every hook, and every problem.
 
-Reads the base's configuration and tokenizer, but no weights and no data.
+Reads the base's configuration and tokenizer, but no weights and no data; `estimate` adds memory and time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rich.text import Text
 
 from budwood.contract.discovery import find
 from budwood.contract.hookspecs import HookSpecs
-from budwood.contract.loading import HOOKS, build_strategy, create, load_strategy
+from budwood.contract.loading import HOOKS, build_strategy, load_strategy
 from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy
 from budwood.contract.types import Plan, Run
@@ -29,14 +29,15 @@ from budwood.model.checkpoint import one_revision
 from budwood.model.embeddings import resize, resize_note
 from budwood.model.quiet import silence_libraries
 from budwood.model.task import Task
+from budwood.planning.estimate import Estimate
 from budwood.recipe.continued import continued_options, read_start
-from budwood.recipe.data import embeddings_wanted
+from budwood.recipe.data import embeddings_wanted, read_task_base, recipe_task
 from budwood.recipe.file import UNKNOWN
 from budwood.recipe.schema import QUANTIZERS, TASKS, Recipe, read_recipe
 from budwood.recipe.sections import Choice
 from budwood.training.output import check_output
 from budwood.training.parameters import NOTHING_TRAINS
-from budwood.training.setup import check_plan, check_trackers, precision_name, register_parts
+from budwood.training.setup import check_plan, check_trackers, precision_name, register_parts, register_task
 from budwood.training.step import Engine
 from budwood.untrusted.redaction import redact, redact_values
 
@@ -78,6 +79,8 @@ class RunPlan(Plan):
     hooks: dict[str, list[Call]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """Remarks about this machine that are not problems."""
+    estimate: Estimate | None = None
+    """Memory, time and disk, if they were estimated."""
     exit_code: int = 0
     """The command's exit code: 0 without problems, that of an `InputError` if one is among them, else the highest."""
 
@@ -99,17 +102,21 @@ class RunPlan(Plan):
             ],
             "notes": self.notes,
             "problems": self.problems,
+            **(self.estimate.as_dict() | {"notes": [*self.notes, *self.estimate.notes]} if self.estimate else {}),
         }
         return redact_values(values)
 
 
-def plan(recipe: Recipe | str | Path, overrides: Sequence[str] = (), allow_code: bool = False) -> RunPlan:
+def plan(
+    recipe: Recipe | str | Path, overrides: Sequence[str] = (), allow_code: bool = False, without_data: bool = False
+) -> RunPlan:
     """Compose a recipe; the result's `problems` lists everything for which `tune` would refuse it.
 
     Args:
         recipe: a `Recipe`, or its path.
         overrides: KEY=VALUE, applied to the recipe at a path.
         allow_code: run Python files that the recipe names; otherwise they are a problem.
+        without_data: the data's files need not exist.
 
     Raises:
         InputError: the file is not a recipe.
@@ -120,7 +127,7 @@ def plan(recipe: Recipe | str | Path, overrides: Sequence[str] = (), allow_code:
     if isinstance(recipe, Recipe):
         loaded = recipe
     else:
-        loaded, file_problems = read_recipe(recipe, overrides)
+        loaded, file_problems = read_recipe(recipe, overrides, without_data)
         problems.texts += file_problems
         problems.codes += [InputError.exit_code] * len(file_problems)
     if loaded is None:
@@ -144,19 +151,23 @@ def _plan(loaded: Recipe, problems: _Problems) -> RunPlan:
     order = {id(strategy): index for index, strategy in enumerate(hooks.strategies)}
     by_order = sorted(zip(strategies, parts, strict=True), key=lambda pair: order[id(pair[0])])
     run_plan = RunPlan(loaded, hooks.strategies, loaded.train.steps, parts=[part for _, part in by_order])
-    run_plan.task = problems.attempt(lambda: create(loaded.base.task, TASKS))
+    run_plan.task = problems.attempt(lambda: recipe_task(loaded))
     run_plan.start_adapter = problems.attempt(lambda: read_start(loaded))
     _inspect_base(loaded, run_plan, problems)
     _inspect_machine(loaded, run_plan.notes, problems)
     ready = complete and len(valid) == len(strategies) and run_plan.model is not None and run_plan.tokenizer is not None
-    for strategy in valid if loaded.base.model != UNKNOWN and run_plan.task is not None else ():
+    alone: list[tuple[Any, Composition]] = [(strategy, Composition([strategy], [])) for strategy in valid]
+    if run_plan.task is not None:
+        alone.append((run_plan.task, Composition([])))
+        register_task(alone[-1][1], run_plan.task)
+    for plugin, part in alone if loaded.base.model != UNKNOWN and run_plan.task is not None else ():
         try:
-            check_plan(run_plan, Composition([strategy], []))
+            check_plan(run_plan, part)
         except BudwoodError as error:
             if ready or isinstance(error, InputError):
                 problems.add(error)
             else:  # probably caused by another problem
-                run_plan.notes.append(f"{strategy} could not check the plan: fix the other problems first")
+                run_plan.notes.append(f"{plugin} could not check the plan: fix the other problems first")
     run_plan.hooks = _resolve(loaded, run_plan.task or _bare_task(loaded.base.task), hooks)
     return problems.attach_to(run_plan)
 
@@ -248,6 +259,7 @@ def _inspect_base(recipe: Recipe, run_plan: RunPlan, problems: _Problems) -> Non
         run_plan.tokenizer = problems.attempt(lambda: load_tokenizer(base.model))
     if run_plan.task is not None:
         task, tokenizer = run_plan.task, run_plan.tokenizer
+        problems.attempt(lambda: read_task_base(task, recipe))
         run_plan.model = problems.attempt(lambda: skeleton(base.model, task.auto_class, base.trust_remote_code))
         if base.resize_embeddings and run_plan.model is not None and (tokenizer or not task.needs_tokenizer):
             added = problems.attempt(lambda: resize(run_plan.model, embeddings_wanted(recipe, tokenizer), base.model))
@@ -274,7 +286,8 @@ def _inspect_machine(recipe: Recipe, notes: list[str], problems: _Problems) -> N
 def _resolve(recipe: Recipe, task: Task, hooks: Composition) -> dict[str, list[Call]]:
     """Return, for every hook, its callees in order, including core and the task."""
     run = Run(recipe, recipe.output, torch.device("cpu"), torch.float32, hooks.strategies, hooks, task, planning=True)
-    register_parts(hooks, task, Engine(run, hooks))
+    register_task(hooks, task)
+    register_parts(hooks, Engine(run, hooks))
     calls: dict[str, list[Call]] = {}
     for hook in HOOKS:
         names = [_describe(call.plugin, recipe) for call in hooks.calls(hook)]
@@ -320,7 +333,7 @@ def show_plan(run_plan: RunPlan, console: Console) -> None:
     steps = (
         f"{run_plan.steps:,}"
         if run_plan.steps is not None
-        else f"unknown until the data is read ({train.epochs} epochs)"
+        else f"unknown until the data is read ({f'{train.epochs} epochs' if train.epochs else 'chosen from it'})"
     )
     evaluation = f"evaluated on {label(data.evaluated)}" if data.evaluated is not None else "not evaluated"
     evaluation = "evaluated on a held-out part" if data.holds_out else evaluation
@@ -346,12 +359,17 @@ def show_plan(run_plan: RunPlan, console: Console) -> None:
         how = spec.call_style + (", wrappable" if spec.wrappable and spec.call_style != "core" else "")
         hooks.add_row(*map(_text, (hook, how, describe_order(calls))))
     everything = Group(summary, Text(), strategies, Text(), hooks)
+    show(everything, console)
+
+
+def show(content: Any, console: Console) -> None:
+    """Print tables; without a terminal, as plain columns with one line per row."""
     if console.is_terminal:
-        console.print(everything)
+        console.print(content)
         return
     wide = Console(width=10_000, color_system=None, force_terminal=False)
     with wide.capture() as captured:
-        wide.print(everything)
+        wide.print(content)
     for line in captured.get().splitlines():
         console.print(Text(line.rstrip()), soft_wrap=True)
 

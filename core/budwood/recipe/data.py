@@ -4,19 +4,45 @@ from __future__ import annotations
 
 from typing import Any
 
+from budwood.contract.calls import attribute_errors
+from budwood.contract.loading import build_task
 from budwood.data.chat_formats import PromptCompletion
 from budwood.data.examples import Examples
 from budwood.data.preference import JudgedAnswer, Preference, SharedPrompt
 from budwood.data.prompts import Prompts
 from budwood.errors import InputError, unreadable
+from budwood.model.checkpoint import resolve
 from budwood.model.checks import load_tokenizer, skeleton
 from budwood.model.embeddings import resize, vocabulary_of
+from budwood.model.task import Task
 from budwood.recipe.schema import Recipe
 
 PROMPTS = (PromptCompletion.name, Prompts.name, Preference.name, SharedPrompt.name, JudgedAnswer.name)
 """Formats of prompts and answers, which may be texts."""
 LARGEST = 1 << 20
 """Maximum size of a chat template, in bytes."""
+
+
+def recipe_task(recipe: Recipe) -> Task:
+    """Build the recipe's task with its options.
+
+    Raises:
+        InputError: an option is unknown or out of range.
+        PluginError: see `load`.
+    """
+    where = f"{recipe.where('base', 'task_options')}: base.task_options: "
+    task: Task = build_task(recipe.base.task, recipe.base.task_options, where)
+    return task
+
+
+def read_task_base(task: Task, recipe: Recipe) -> None:
+    """Let a task read its settings from the recipe's base.
+
+    Raises:
+        InputError: the task cannot use this base; or see `resolve`.
+    """
+    with attribute_errors(task, "read_base"):
+        task.read_base(resolve(recipe.base.model, weights=False))
 
 
 def recipe_tokenizer(recipe: Recipe) -> Any:

@@ -164,8 +164,13 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     return _checked(recipe, problems)
 
 
-def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Recipe | None, list[str]]:
+def read_recipe(
+    path: Path | str, overrides: Sequence[str] = (), without_data: bool = False
+) -> tuple[Recipe | None, list[str]]:
     """Read as much of a recipe as possible: invalid values become defaults, missing ones `UNKNOWN`.
+
+    Args:
+        without_data: the data's files need not exist.
 
     Returns:
         The recipe, or None if it names no strategy; and all problems, each as `load_recipe` would report it.
@@ -176,7 +181,7 @@ def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Recipe
     path = Path(path)
     data, source_map = read_recipe_file(path)
     recipe, problems = _validate(data, source_map, path, overrides)
-    for field in ("train", "eval", "chat_template"):
+    for field in ("chat_template",) if without_data else ("train", "eval", "chat_template"):
         file = getattr(recipe.data, "evaluated" if field == "eval" else field) if recipe is not None else None
         names = [file] if isinstance(file, Path) else [source.path for source in file or ()]
         problems += [

@@ -103,6 +103,7 @@ class BaseSection(Section):
     task: str = Field(
         "causal-lm", description="causal-lm, sequence-classification, reward-model, or another installed task"
     )
+    task_options: dict[str, Any] = Field({}, description="options of the task, such as `{pooling: mean}` of embedding")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda, or one GPU such as cuda:1"

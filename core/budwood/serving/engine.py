@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 
 from budwood.adapters.live_table import STACK_BYTES, LiveTable
@@ -23,10 +22,11 @@ from budwood.errors import InputError, did_you_mean
 from budwood.model.base import Base
 from budwood.model.decoding import TextWriter, end_tokens
 from budwood.model.limits import answer_limit, check_tokens, embeddings_of, positions_of
+from budwood.serving.kv import available
 from budwood.serving.loaded import Loaded, Loader
 from budwood.serving.prefix import PrefixCache, namespace
 from budwood.serving.requests import Answer, QueueFullError, Row, Sampling, Twins, check_weights
-from budwood.serving.residents import Residents, Wait, blend_key
+from budwood.serving.residents import Residents, Wait
 from budwood.serving.scheduler import Scheduler
 from budwood.serving.stats import Stats, stats_of
 from budwood.serving.thread import CommandThread
@@ -81,7 +81,7 @@ class Engine:
         self.residents = Residents(self, self.loader, adapter_bytes)
         self.switching = threading.Lock()  # held to change `default`, and to let an adapter leave
         self._context = positions_of(self.model)
-        kv_bytes = _available(device) // 4 if kv_bytes is None else kv_bytes
+        kv_bytes = available(device) // 4 if kv_bytes is None else kv_bytes
         step_tokens = step_tokens or (256 if device.type == "cpu" else 2048)
         self.prefixes = PrefixCache(prefix_bytes)
         self.scheduler = Scheduler(self, max_rows, step_tokens, kv_bytes)
@@ -134,7 +134,7 @@ class Engine:
                 loaded = self.find(name)
                 del self.names[name]
             if self.default is loaded:
-                self._set_default(None)
+                self.set_default(None)
             self.residents.release(loaded)
 
         self.call(remove)
@@ -149,14 +149,14 @@ class Engine:
 
         def move() -> None:
             loaded, old = self.find(target), self.names.get(name)
-            moves = old is not None and old is self.default and list(self.names.values()).count(old) == 1
-            if moves:
+            if old is not None and old is self.default:
                 self.residents.fetch(loaded)
             with self.switching:
                 self.residents.hold(loaded)
                 self.names[name] = loaded
-            if moves:
-                self._set_default(loaded)
+                orphan = old is not None and old is self.default and old not in self.names.values()
+            if orphan:
+                self.set_default(loaded)
             if old is not None:
                 self.residents.release(old)
 
@@ -167,9 +167,9 @@ class Engine:
         loaded = self.find(name)
 
         def merge() -> None:
-            if self.find(name) is not loaded or self.residents.uses[loaded] > 2:  # the name and this call
-                raise InputError(f"adapter '{name}' has other names or is in use: unload them before merging it.")
-            if self.scheduler.rows or self.scheduler.waiting:
+            if self.find(name) is not loaded or len(self.names) > 1:
+                raise InputError(f"other adapters are loaded: unload them before merging '{name}'.")
+            if self.scheduler.rows or self.scheduler.queued or self.residents.requests[loaded]:
                 raise InputError(f"requests are in flight: wait for their answers before merging '{name}'.")
             self.loader.merge(loaded)
             del self.names[name]
@@ -188,7 +188,10 @@ class Engine:
             if self.loader.selected is None and (loaded is None or (memory is not None and memory.attached is None)):
                 self._point_to(loaded)  # two assignments, which no step reads
                 return
-        self._with([] if loaded is None else [loaded], lambda: self._set_default(loaded))
+
+        self._with(  # by then the name may have moved, or be gone
+            [] if loaded is None else [loaded], lambda: self.set_default(None if name is None else self.find(name))
+        )
 
     def with_adapter(self, name: str | None, function: Callable[[], Result]) -> Result:
         """Run a function on the engine's thread, with one adapter, or the base, computing the model's forward."""
@@ -261,7 +264,7 @@ class Engine:
         if self.max_waiting is not None and self.scheduler.waiting + self.thread.waiting >= self.max_waiting:
             raise QueueFullError(f"{self.max_waiting} requests wait already: try again later.")
         self._parts(adapter)
-        ids = list(prompt)
+        ids, weights = list(prompt), [*map(float, adapter.values())] if isinstance(adapter, Mapping) else []
         sampling.check(self.check_tokens(ids, adapter if isinstance(adapter, str) else None, where))
         limit = answer_limit(len(ids), sampling.max_new_tokens, self._context, where)
         ends, stop = end_tokens(self.model, self.tokenizer, sampling.stop)
@@ -275,11 +278,11 @@ class Engine:
             try:
                 if error is not None:
                     raise error
-                if isinstance(adapter, Mapping):
-                    row.loaded = self.residents.blend(adapter)
-                elif adapter is not None:
-                    row.loaded = parts[0]
+                if parts:
+                    row.loaded = self.residents.blend(parts) if weights else parts[0][0]
                 if row.loaded is not None:
+                    if row.loaded.quarantined:
+                        raise InputError(row.loaded.quarantined)
                     self.residents.hold(row.loaded, request=True)
                 identity = "" if row.loaded is None else row.loaded.identity
                 row.namespace = namespace(identity, tenant, template)
@@ -289,22 +292,16 @@ class Engine:
             else:
                 self.scheduler.add(row)
 
-        parts: list[Loaded] = []
+        parts: list[tuple[Loaded, float]] = []
 
         def ask() -> None:
             try:
-                parts[:] = self._parts(adapter)
+                parts[:] = zip(self._parts(adapter), weights or [1.0], strict=False)
+                room = self.residents.room_of(parts) if weights else 0
             except BaseException as error:
                 row.fail(error)
-                return
-            room = 0
-            if isinstance(adapter, Mapping):
-                weights = [(loaded, float(weight)) for loaded, weight in zip(parts, adapter.values(), strict=True)]
-                room = 0 if blend_key(weights) in self.residents.blends else sum(loaded.bytes for loaded in parts)
-            if parts:
-                self.residents.want(Wait(parts, join, room, row))
             else:
-                join()
+                self.residents.want(Wait([loaded for loaded, _ in parts], join, room, row))
 
         self.thread.post(ask)
         return answer
@@ -324,14 +321,17 @@ class Engine:
             listener: called as that of `submit`, with the number of the answer first.
             options: see `submit`.
         """
-        twins = Twins()
-        return [
-            self.submit(
-                prompt, sampling=replace(sampling, seed=(sampling.seed, number)), twins=twins,
-                listener=None if listener is None else partial(listener, number), **options,
-            )
-            for number in range(count)
-        ]  # fmt: skip
+        twins, answers = Twins(), []
+        try:
+            for number in range(count):
+                own = None if listener is None else partial(listener, number)
+                seeded = replace(sampling, seed=(sampling.seed, number))
+                answers.append(self.submit(prompt, sampling=seeded, twins=twins, listener=own, **options))
+        except BaseException:
+            for answer in answers:
+                answer.cancel()
+            raise
+        return answers
 
     def stats(self) -> Stats:
         """Return the state of the engine; at once, also in the middle of a step."""
@@ -345,12 +345,17 @@ class Engine:
         """
         if name not in self.names:
             known = ", ".join(self.names) or "none"
-            raise InputError(f"no adapter '{name[:64]}' is loaded.{did_you_mean(name, self.names)} Loaded: {known}.")
+            raise InputError(
+                f"no adapter '{name[:64]}' is loaded.{did_you_mean(name, list(self.names))} Loaded: {known}."
+            )
         return self.names[name]
 
     # For the engine's thread.
 
-    def _set_default(self, loaded: Loaded | None) -> None:
+    def set_default(self, loaded: Loaded | None) -> None:
+        """Let an adapter, or the base, compute forward passes outside of requests."""
+        if loaded is not None:
+            self.residents.fetch(loaded)
         with self.switching:
             self._point_to(loaded)
         self.loader.select(loaded)
@@ -392,9 +397,3 @@ class Engine:
             count = max(count, self.find(adapter).embeddings)
         check_tokens(prompt, count, self.tokenizer, self.base.name, where)
         return count
-
-
-def _available(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)

@@ -88,7 +88,7 @@ class Forward:
         """Compute tokens of rows under a plan; see `run`."""
         count = max(map(len, tokens))
         ids = torch.tensor([[*part, *[0] * (count - len(part))] for part in tokens], device=self.device)
-        now = self.cache.pass_over(slots, starts, count, self.device)
+        now = self.cache.pass_over(slots, starts, list(map(len, tokens)), self.device)
         positions = now.at[:, None] + torch.arange(count, device=self.device) if count > 1 else now.at[:, None]
         self.cache.now = now
         self.table.plan = plan

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -19,7 +20,7 @@ class Pass:
 
     Attributes:
         slots: slot of each row of the pass.
-        starts: position of each row's first token of the pass.
+        starts: position of each row's first token of the pass; counts: number of its tokens, without padding.
         width: number of positions that are read.
         index: `slots` as a tensor; at: `starts` likewise.
         leading: whether the rows are the first slots, in order, which are read without a copy.
@@ -28,6 +29,7 @@ class Pass:
 
     slots: list[int]
     starts: list[int]
+    counts: list[int]
     width: int
     index: Tensor
     at: Tensor
@@ -62,9 +64,9 @@ class RowLayer(CacheLayerMixin):
             self.keys[now.index, :, now.at] = key_states[:, :, 0]
             self.values[now.index, :, now.at] = value_states[:, :, 0]
         else:
-            for row, (slot, start) in enumerate(zip(now.slots, now.starts, strict=True)):
-                self.keys[slot, :, start : start + count] = key_states[row]
-                self.values[slot, :, start : start + count] = value_states[row]
+            for row, (slot, start, own) in enumerate(zip(now.slots, now.starts, now.counts, strict=True)):
+                self.keys[slot, :, start : start + own] = key_states[row, :, :own]
+                self.values[slot, :, start : start + own] = value_states[row, :, :own]
         if now.fresh:
             return key_states, value_states
         if now.leading:
@@ -122,7 +124,7 @@ class RowCache(Cache):
 
     def bytes(self) -> int:
         """Return the bytes allocated."""
-        return sum(t.nbytes for layer in self.used for t in (layer.keys, layer.values))
+        return sum(t.nbytes for layer in self.used for t in (layer.keys, layer.values) if t is not None)
 
     def fits(self, slots: int, positions: int) -> bool:
         """Return whether the budget allows so many rows of so many positions."""
@@ -158,6 +160,14 @@ class RowCache(Cache):
             layer.keys[target, :, :length] = layer.keys[source, :, :length]
             layer.values[target, :, :length] = layer.values[source, :, :length]
 
+    def clear(self, kept: list[int]) -> None:
+        """Set to 0 what no row uses, given the lengths of the rows in the first slots."""
+        for layer in self.used:
+            for tensor in (layer.keys, layer.values):
+                for slot, length in enumerate(kept[: self.slots]):
+                    tensor[slot, :, length:] = 0
+                tensor[len(kept) :] = 0
+
     def read(self, slot: int, start: int, stop: int) -> list[tuple[Tensor, Tensor]]:
         """Return copies of a row's keys and values, [heads, positions, d] of each layer."""
         return [(l.keys[slot, :, start:stop].clone(), l.values[slot, :, start:stop].clone()) for l in self.used]  # noqa: E741
@@ -179,10 +189,18 @@ class RowCache(Cache):
         self.slots = self.positions = 0
         self.now = None
 
-    def pass_over(self, slots: list[int], starts: list[int], count: int, device: torch.device) -> Pass:
-        """Return the pass that computes `count` tokens of each of these rows, from these positions on."""
+    def pass_over(self, slots: list[int], starts: list[int], counts: list[int], device: torch.device) -> Pass:
+        """Return the pass that computes so many tokens of each of these rows, from these positions on."""
+        count = max(counts)
         self.reserve(max(self.slots, max(slots) + 1), max(starts) + count)
         fresh = count > 1 and not any(starts)
         leading = not fresh and slots == list(range(len(slots)))
         index, at = torch.tensor(slots, device=device), torch.tensor(starts, device=device)
-        return Pass(slots, starts, max(starts) + count, index, at, leading, fresh)
+        return Pass(slots, starts, counts, max(starts) + count, index, at, leading, fresh)
+
+
+def available(device: torch.device) -> int:
+    """Return the bytes of memory that are free."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

@@ -13,7 +13,7 @@ from budwood.adapters.live import module_ids, unchanged_on_error
 from budwood.adapters.live_blend import blend
 from budwood.adapters.live_table import LiveTable, Plan
 from budwood.adapters.live_update import LiveAdapter
-from budwood.adapters.match import check_task, mismatch
+from budwood.adapters.match import check_task, check_task_options, mismatch
 from budwood.adapters.owner import owner_options, start_owner
 from budwood.adapters.peft_config import MisfitError
 from budwood.adapters.store import SavedAdapter, read_adapter
@@ -24,6 +24,7 @@ from budwood.contract.loading import load_strategy
 from budwood.contract.strategy import Strategy
 from budwood.errors import BudwoodError, CorruptError, InputError
 from budwood.model.base import Base
+from budwood.model.task import Task
 
 
 @dataclass(eq=False)
@@ -99,11 +100,13 @@ class Loader:
 
     Attributes:
         selected: the attached adapter whose owner is in use.
+        task_plugin: the task, if the options of adapters must be its own.
         table_first: whether owners are asked for entries of the table before they attach.
     """
 
     def __init__(self, base: Base, task: str, table: LiveTable) -> None:
         self.base, self.task, self.table = base, task, table
+        self.task_plugin: Task | None = None
         self.selected: Loaded | None = None
         self.table_first = True
         self._modules = module_ids(base.model)
@@ -122,6 +125,8 @@ class Loader:
             allow_other_base=allow_other_base, weights=True,
         )  # fmt: skip
         check_task(saved, self.task, self.base)
+        if self.task_plugin is not None:
+            check_task_options(saved, self.task_plugin)
         return saved
 
     def add(self, label: str, saved: SavedAdapter) -> Loaded:
@@ -134,7 +139,8 @@ class Loader:
         memory = self._enter(label, identity, owner, saved)
         loaded = Loaded(label, identity, owner, _without_content(saved), memory)
         live = memory.live
-        loaded.bytes = live.bytes if memory.attached is None else saved.bytes
+        hidden = memory.attached is not None or any(update.row_forward is not None for update in live.updates.values())
+        loaded.bytes = max(live.bytes, saved.bytes if hidden else 0)
         loaded.embeddings = max((getattr(module, "num_embeddings", 0) for module in live.modules.values()), default=0)
         if memory.attached is not None:
             loaded.unblendable = (
@@ -173,9 +179,7 @@ class Loader:
 
     def _live(self, owner: Strategy, saved: SavedAdapter) -> LiveAdapter | None:
         tensors = saved.load_tensors()
-        narrow = self.base.dtype in (torch.float16, torch.bfloat16)
-        kind = torch.device(self.base.device).type
-        with torch.no_grad(), torch.autocast(kind, self.base.dtype if narrow else None, narrow):
+        with torch.no_grad(), self.base.autocast():
             live: LiveAdapter | None = ask_owner(
                 owner, "live_adapter", model=self.base.model, config=saved.config, tensors=tensors
             )

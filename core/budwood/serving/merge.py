@@ -157,6 +157,11 @@ def merge(
     with complete_directory(out) as folder:
         model.to(target).save_pretrained(folder)  # type: ignore[operator]
         _keep_chat(saved, pool, folder)
+        evaluation = saved.manifest.evaluation if saved.manifest else None
+        files = pool.task_plugin.model_files(model, evaluation.max_length if evaluation else None)
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
         if again:
             _compare_again(saved, pool, folder, probes, merged)
         (folder / RECORD).write_text(json.dumps(_record(saved, pool.base.name, report, force), indent=2) + "\n")

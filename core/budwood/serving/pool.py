@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,14 +17,14 @@ from torch import Tensor, nn
 from budwood.adapters.golden import measure
 from budwood.adapters.manifest import ChatRecord
 from budwood.adapters.store import SavedAdapter
+from budwood.contract.calls import attribute_errors
 from budwood.contract.examples import Example
-from budwood.contract.loading import create
-from budwood.data.encoder import Encoder, encode_chat, encode_prompt
+from budwood.contract.loading import build_task
+from budwood.data.encoder import encode_chat, encode_prompt
 from budwood.errors import InputError
 from budwood.model.base import Base, load_base, pick_device_precision
 from budwood.model.decoding import Generated
 from budwood.model.embeddings import resize_base
-from budwood.model.limits import positions_of
 from budwood.model.quiet import silence_libraries
 from budwood.model.task import Task
 from budwood.model.text_tasks import as_probe
@@ -59,8 +58,9 @@ class AdapterPool:
         base: str | Path | Base,
         quantization: str = "none",
         *,
-        task: str = "causal-lm",
+        task: str | Task = "causal-lm",
         labels: Sequence[str] | None = None,
+        task_options: Mapping[str, Any] | None = None,
         precision: str = "auto",
         device: str = "auto",
         double_quantization: bool = True,
@@ -73,8 +73,9 @@ class AdapterPool:
         Args:
             base: a folder, a hub name, or a loaded `Base`, which only the pool may use from then on.
             quantization: none, int8, nf4, fp4.
-            task: name of the task that the adapters were trained for.
+            task: the task that the adapters were trained for, or its name.
             labels: class names, for classification.
+            task_options: options of a task given by name, as an adapter's manifest has them.
             precision: fp32, bf16, fp16, or auto: the fastest on this machine.
             device: cpu, cuda, or auto.
             double_quantization: also quantise the constants of nf4 and fp4.
@@ -90,8 +91,8 @@ class AdapterPool:
             CorruptError: the base is damaged.
         """
         silence_libraries()
-        self.task = task
-        self.task_plugin: Task = create(task, "budwood.tasks")
+        self.task_plugin: Task = build_task(task, dict(task_options or {})) if isinstance(task, str) else task
+        self.task = self.task_plugin.name
         if not isinstance(base, Base):
             base = load_for_task(
                 base, quantization, self.task_plugin, list(labels or ()), precision=precision, device=device,
@@ -99,8 +100,10 @@ class AdapterPool:
             )  # fmt: skip
         if embeddings:
             resize_base(base, embeddings)
+        read_base(self.task_plugin, base)
         self.base = base
-        self.engine = Engine(base, task, adapter_bytes=adapter_bytes, prefix_bytes=prefix_bytes)
+        self.engine = Engine(base, self.task, adapter_bytes=adapter_bytes, prefix_bytes=prefix_bytes)
+        self.engine.loader.task_plugin = self.task_plugin
         self.model: nn.Module = base.model
         self.tokenizer = base.tokenizer
         self._current: str | None = None  # the last selection of any thread
@@ -274,6 +277,26 @@ class AdapterPool:
             self.current, lambda: measure(self.task_plugin, self.model, self.tokenizer, probes, self.base.dtype)
         )
 
+    def respond(self, texts: Sequence[str]) -> list[Any]:
+        """Return the task's answers to texts with the adapter in use, as JSON values; see `Task.respond`.
+
+        Raises:
+            InputError: the task does not answer texts, or a text cannot be used.
+        """
+        task, labels, dtype = self.task_plugin, self._labels(), self.base.dtype
+        device = torch.device(self.base.device).type
+
+        def compute() -> list[Any]:
+            narrow = dtype in (torch.bfloat16, torch.float16)
+            with (
+                torch.no_grad(),
+                torch.autocast(device, dtype=dtype, enabled=narrow),
+                attribute_errors(task, "respond"),
+            ):
+                return task.respond(self.model, self.tokenizer, texts, labels)
+
+        return self.engine.with_adapter(self.current, compute)
+
     def classify(self, texts: Sequence[str]) -> list[Classified]:
         """Classify texts with the adapter in use.
 
@@ -282,18 +305,7 @@ class AdapterPool:
         """
         if self.task != "sequence-classification":
             raise InputError(f"the pool's task is {self.task}: open it with task='sequence-classification'.")
-        encoder = Encoder(self.tokenizer)
-        limit = min(self.tokenizer.model_max_length, positions_of(self.model) or sys.maxsize)
-        rows = [
-            ids if len(ids) <= limit else encoder.cut(t, limit)
-            for t, ids in zip(texts, encoder.whole(texts), strict=True)
-        ]
-        labels = self._labels()
-        results = []
-        for probabilities in self.logits(rows).softmax(-1).tolist():
-            by_label = dict(zip(labels, probabilities, strict=True))
-            results.append(Classified(max(by_label, key=by_label.__getitem__), by_label))
-        return results
+        return [Classified(**answer) for answer in self.respond(texts)]
 
     def merge(self, name: str) -> None:
         """Merge an adapter permanently into the weights of an unquantised base, and remove it.
@@ -306,8 +318,6 @@ class AdapterPool:
             raise InputError(
                 "an adapter can only be merged into unquantised weights: open the base with quantization none."
             )
-        if len(self.names) > 1:
-            raise InputError(f"other adapters are loaded: unload them before merging '{name}'.")
         self.use(None)
         self.engine.merge(name)
 
@@ -343,10 +353,18 @@ def load_for_task(
 ) -> Base:
     """Load a base with the model class and the tokenizer that a task needs; see `AdapterPool`."""
     chosen, dtype, _ = pick_device_precision(device, precision)
-    return load_base(
+    loaded = load_base(
         base, quantization, task.auto_class, dtype, chosen, double_quantization=double_quantization,
-        model_kwargs=task.model_kwargs(labels), needs_tokenizer=task.needs_tokenizer,
+        model_kwargs=task.model_kwargs(labels), needs_tokenizer=task.needs_tokenizer, unused=task.unused_modules,
     )  # fmt: skip
+    read_base(task, loaded)
+    return loaded
+
+
+def read_base(task: Task, base: Base) -> None:
+    """Let a task read its settings from a loaded base; see `Task.read_base`."""
+    with attribute_errors(task, "read_base"):
+        task.read_base(base.path)
 
 
 def leading(adapter: str | Mapping[str, float] | None) -> str | None:

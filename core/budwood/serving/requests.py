@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from budwood.errors import BudwoodError, InputError
+from budwood.errors import BudwoodError, InputError, describe
 from budwood.model.decoding import Generated, Gumbel, TextWriter
 from budwood.model.sampling import Sampling, is_number
 
@@ -153,7 +153,7 @@ class Row:
 
     def __post_init__(self) -> None:
         self.answer.row = weakref.ref(self)
-        if self.sampling.temperature > 0:
+        if not self.sampling.greedy:
             self.noise = Gumbel([self.sampling.seed])
 
     @property
@@ -172,6 +172,9 @@ class Row:
 
     def fail(self, error: BaseException) -> None:
         """Send an error in place of a result."""
+        if not isinstance(error, BudwoodError):
+            cause, error = error, BudwoodError(f"the request failed: {describe(error)}.")
+            error.__cause__ = cause
         self.answer.put(error)
 
 

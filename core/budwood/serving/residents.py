@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from budwood.adapters.store import SavedAdapter
-from budwood.errors import ResourceError
+from budwood.errors import BudwoodError, ResourceError, describe, is_out_of_memory
 from budwood.serving.loaded import Loaded, Loader
 
 if TYPE_CHECKING:
@@ -104,6 +104,8 @@ class Residents:
 
     def _forget(self, loaded: Loaded) -> None:
         self.blends = {key: blend for key, blend in self.blends.items() if blend is not loaded}
+        if self.engine.default is loaded:
+            self.engine.set_default(None)
         try:
             if loaded.memory is not None:
                 self._drop(loaded)
@@ -111,16 +113,19 @@ class Residents:
             for part in loaded.parts:
                 self.release(part, request=True)
 
-    def blend(self, weights: Mapping[str, float]) -> Loaded:
+    def blend(self, parts: list[tuple[Loaded, float]]) -> Loaded:
         """Return the weighted sum of adapters, which are in memory."""
-        parts = [(self.engine.find(name), float(weight)) for name, weight in weights.items()]
-        key = blend_key(parts)
+        key = _key(parts)
         if key not in self.blends:
             made = self.blends[key] = self.loader.blend(parts)
             self.order[made] = None
             for loaded in made.parts:
                 self.hold(loaded, request=True)
         return self.blends[key]
+
+    def room_of(self, parts: list[tuple[Loaded, float]]) -> int:
+        """Return the bytes that a blend needs beside its parts."""
+        return 0 if _key(parts) in self.blends else sum(loaded.bytes for loaded, _ in parts)
 
     # Memory.
 
@@ -140,7 +145,10 @@ class Residents:
             raise self._no_room([loaded])
 
     def want(self, wait: Wait) -> None:
-        """Let something wait for adapters; it is called at once if they are in memory."""
+        """Let something wait for adapters; it is called at once if they are in memory, or if it needs none."""
+        if not wait.adapters:
+            wait.ready(None)
+            return
         for loaded in wait.adapters:
             self.hold(loaded)
         self.waits.append(wait)
@@ -192,15 +200,15 @@ class Residents:
                         if not self._make_room(loaded.bytes, wanted):
                             self._check_hope(wait)
                             return False
-                        self.reading.add(loaded)
                         arguments = (self._engine, self, loaded)
                         threading.Thread(target=_read_for, args=arguments, name="budwood-reader").start()
+                        self.reading.add(loaded)
                 if absent:
                     continue
                 if not self._make_room(wait.room, wanted):
                     self._check_hope(wait)
                     return False
-            except Exception as problem:
+            except BaseException as problem:
                 error = problem
             self.waits.remove(wait)
             try:
@@ -226,7 +234,7 @@ class Residents:
             try:
                 if isinstance(found, SavedAdapter):
                     self._restore(loaded, found)
-            except Exception as problem:
+            except BaseException as problem:
                 error = problem
             for wait in [wait for wait in self.waits if error is not None and loaded in wait.adapters]:
                 self.waits.remove(wait)
@@ -288,16 +296,19 @@ class Residents:
         )
 
 
-def blend_key(parts: list[tuple[Loaded, float]]) -> tuple[tuple[str, float], ...]:
-    """Return what a blend's equals share."""
+def _key(parts: list[tuple[Loaded, float]]) -> tuple[tuple[str, float], ...]:
+    """Return what equal blends share."""
     return tuple(sorted((loaded.identity, weight) for loaded, weight in parts))
 
 
 def _read_for(owner: weakref.ref[Engine], residents: Residents, loaded: Loaded) -> None:
     try:
         found: SavedAdapter | BaseException = residents._read(loaded)
-    except BaseException as error:
+    except BudwoodError as error:
         found = error
+    except BaseException as error:
+        kind = ResourceError if is_out_of_memory(error) else BudwoodError
+        found = kind(f"adapter '{loaded.label}': reading it failed: {describe(error)}.")
     engine = owner()
     if engine is not None:
         engine.thread.post(lambda: residents.arrived(loaded, found), own_threads=True)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from budwood.adapters.live_rows import UnmixableError
-from budwood.errors import BudwoodError, InputError, ResourceError, describe, is_out_of_memory
+from budwood.errors import BUG, BudwoodError, InputError, ResourceError, describe, is_out_of_memory
 from budwood.model.streaming import release_memory
 from budwood.serving.fixed import answer_in_batches
 from budwood.serving.forward import Forward
 from budwood.serving.prefix import BLOCK
 from budwood.serving.requests import Answer, Row
-from budwood.serving.sampling import Choice, choose
+from budwood.serving.sampling import choose
 from budwood.serving.stats import BLEND
 
 if TYPE_CHECKING:
@@ -81,10 +81,12 @@ class Scheduler:
         if (row := self.engine.residents.cancel(answer)) is not None:
             self.end(row, row.writer.cancel)
             return
-        for waiting in self._queues.values():
+        for tenant, waiting in self._queues.items():
             for row in waiting:
                 if row.answer is answer:
                     waiting.remove(row)
+                    if not waiting:
+                        del self._queues[tenant]
                     self.end(row, row.writer.cancel)
                     return
         for row in self.rows:
@@ -99,7 +101,7 @@ class Scheduler:
             return False
         self.began = time.monotonic()
         try:
-            with torch.no_grad(), self._precision():
+            with torch.no_grad(), self.engine.base.autocast():
                 if not self._checked:
                     self.engine.loader.select(None)
                     self.unsupported, self._checked = self.forward.unsupported(), True
@@ -112,7 +114,9 @@ class Scheduler:
                     decoding = [row for row in self.rows if row.todo == 1 and row.kept]
                     self._compute(decoding, 1)
                     self._prefill(self.step_tokens - len(decoding))
-        except BaseException as error:  # a bug: no row may wait for ever
+        except BaseException as problem:  # a bug: no row may wait for ever
+            error = BudwoodError(f"the engine failed: {describe(problem)}. {BUG}")
+            error.__cause__ = problem
             for row in [*self.rows, *(row for rows in self._queues.values() for row in rows)]:
                 self.end(row, None, error)
             self.rows.clear()
@@ -132,11 +136,6 @@ class Scheduler:
         before = self.tokens.get(key, (0, 0))
         self.tokens[key] = before[0] + prompt, before[1] + answer
 
-    def _precision(self) -> torch.autocast:
-        base = self.engine.base
-        narrow = base.dtype in (torch.float16, torch.bfloat16)
-        return torch.autocast(torch.device(base.device).type, base.dtype if narrow else None, narrow)
-
     # Joining and leaving.
 
     def _admit(self) -> None:
@@ -153,34 +152,33 @@ class Scheduler:
             else:
                 del self._queues[tenant]
             self.rows.append(row)
-            if row.twins is None or not row.new or not self._continue_twins(row):
-                self._reuse(row, len(self.rows) - 1)
+            try:
+                if row.twins is None or not row.new or not self._continue_twins(row):
+                    self._reuse(row, len(self.rows) - 1)
+            except Exception:  # a lack of memory, for one
+                release_memory()
+                row.kept = 0
 
     def _continue_twins(self, row: Row) -> bool:
         """Let a new row, and others like it, begin with the prompt of a twin in flight; return whether there is one."""
         twin = next((r for r in self.rows if r.twins is row.twins and r.kept >= row.prompt), None)
         if twin is None or row.twins is None or row.twins.logits is None:
             return False
-        copies = self._copies(twin, row.twins.logits)
-        for other, _ in copies:
-            other.kept = other.prompt
-        for other, choice in copies:
-            self._take(other, choice)
+        logits = row.twins.logits
+        for other in self._copy_to_twins(twin):
+            self._take(other, logits, int(logits.argmax(-1)))
         return True
 
-    def _copies(self, done: Row, logits: Tensor) -> list[tuple[Row, Choice]]:
-        """Copy the keys and values of a prompt to the slots of new twins; return these with their first tokens."""
-        new = [
-            (slot, row)
-            for slot, row in enumerate(self.rows)
-            if row.twins is done.twins and row.new and row.kept < row.prompt
-        ]
-        cache, source = self.forward.cache, self.rows.index(done)
+    def _copy_to_twins(self, done: Row) -> list[Row]:
+        """Copy the keys and values of a prompt to the slots of new twins, and return these."""
+        new = [row for row in self.rows if row.twins is done.twins and row.new and row.kept < row.prompt]
         if new:
-            cache.reserve(len(self.rows), done.prompt)
-        for slot, _ in new:
-            cache.move(source, slot, done.prompt)
-        return [(row, choose(logits[None], [row])[0]) for _, row in new]
+            self.forward.cache.reserve(len(self.rows), done.prompt)
+        for row in new:
+            self.forward.cache.move(self.rows.index(done), self.rows.index(row), done.prompt)
+        for row in new:  # all, or none if one fails
+            row.kept = row.prompt
+        return new
 
     def _reuse(self, row: Row, slot: int) -> None:
         """Copy what is kept of a row's beginning to its slot."""
@@ -195,8 +193,12 @@ class Scheduler:
     def _keep(self, row: Row, slot: int) -> None:
         """Keep the blocks of a prompt that was just computed."""
         prefixes = self.engine.prefixes
-        for start, key in prefixes.missing(row.namespace, row.ids[: row.prompt]):
-            prefixes.add(key, self.forward.cache.read(slot, start, start + BLOCK))
+        try:
+            for start, key in prefixes.missing(row.namespace, row.ids[: row.prompt]):
+                prefixes.add(key, self.forward.cache.read(slot, start, start + BLOCK))
+        except Exception:  # a lack of memory, for one: a prompt that is not kept does no harm
+            prefixes.clear()
+            release_memory()
 
     def _leave(self, row: Row) -> None:
         """Free a row's slot; rows that are decoded stay in the first slots."""
@@ -216,12 +218,12 @@ class Scheduler:
             if last is not None:
                 last()
             row.finish() if error is None else row.fail(error)
-        except Exception as problem:  # a row that never ends would be waited for
+        except BaseException as problem:  # a row that never ends would be waited for
             row.fail(problem)
         if row.loaded is not None:
             try:
                 self.engine.residents.release(row.loaded, request=True)
-            except Exception:  # of an owner that detaches its adapter; nobody waits for it, and the other rows go on
+            except Exception:  # of an owner that detaches its adapter; nobody waits for it
                 traceback.print_exc()
 
     # Computing.
@@ -282,24 +284,28 @@ class Scheduler:
             self.engine.loader.select(rows[0].loaded if attached else None)
             slots = {id(row): slot for slot, row in enumerate(self.rows)}
             logits = self.forward.run(rows, [slots[id(row)] for row in rows], count)
-            ready = [i for i, row in enumerate(rows) if not row.todo]
-            choices = choose(logits[ready] if len(ready) < len(rows) else logits, [rows[i] for i in ready])
-            copies: list[tuple[Row, Choice]] = []
-            for i in ready:
-                if (twins := rows[i].twins) is not None and kept[i] < rows[i].prompt:
-                    if rows[i].new:
-                        twins.logits = logits[i].clone()
-                    if twins.logits is not None:
-                        copies += self._copies(rows[i], twins.logits)
+            values, tokens = logits.max(-1)  # NaN is larger than any number here
+            finite, largest = values.isfinite().tolist(), tokens.tolist()
+            taken = [(row, logits[i], largest[i]) for i, row in enumerate(rows) if finite[i] and not row.todo]
+            for row, after, token in list(taken):
+                if row.twins is not None:
+                    if row.new:
+                        row.twins.logits = after.clone()
+                    if row.twins.logits is not None:
+                        taken += [(twin, row.twins.logits, token) for twin in self._copy_to_twins(row)]
         except Exception as error:
             for row, before in zip(rows, kept, strict=True):
                 row.kept = before
+            for row in self.rows:
+                if not row.todo:  # a twin that got its prompt in vain
+                    row.kept = 0
             self._recover(rows, count, error)
             return
-        for row, _ in copies:  # before a row leaves, for which others are moved
-            row.kept = row.prompt
-        for row, choice in (*((rows[i], choice) for i, choice in zip(ready, choices, strict=True)), *copies):
-            self._take(row, choice)
+        for i, row in enumerate(rows):
+            if not finite[i]:
+                self._reject(row)
+        for row, after, token in taken:
+            self._take(row, after, token)
 
     def _recover(self, rows: list[Row], count: int, error: Exception) -> None:
         adapters = {row.loaded for row in rows}
@@ -315,14 +321,13 @@ class Scheduler:
             self._compute(rows[:middle], count)
             self._compute(rows[middle:], count)
         else:
-            where = "" if rows[0].loaded is None else f"adapter '{rows[0].loaded.label}': "
-            known = isinstance(error, BudwoodError)
-            kind = ResourceError if is_out_of_memory(error) else BudwoodError
-            shown = error if known else kind(f"{where}the request failed: {describe(error)}.")
-            if not known:
+            shown = error
+            if not isinstance(error, BudwoodError):
+                where = "" if rows[0].loaded is None else f"adapter '{rows[0].loaded.label}': "
+                kind = ResourceError if is_out_of_memory(error) else BudwoodError
+                shown = kind(f"{where}the request failed: {describe(error)}.")
                 shown.__cause__ = error
-            self._leave(rows[0])
-            self.end(rows[0], None, shown)
+            self._drop(rows[0], shown)
 
     def _by_adapter(self, rows: list[Row], count: int, adapters: set[Loaded | None] | set[Loaded]) -> None:
         """Compute the rows of each of these adapters by themselves, and the others together."""
@@ -346,36 +351,47 @@ class Scheduler:
         self._leave(row)
         row.kept = 0
         self.preempted += 1
-        self.forward.cache.shrink(len(self.rows), max((r.kept for r in self.rows), default=0))
         self.add(row, first=True)
+        try:
+            self.forward.cache.shrink(len(self.rows), max((r.kept for r in self.rows), default=0))
+        except Exception:  # which takes memory itself: all are computed again
+            self.forward.cache.free()
+            for other in self.rows:
+                other.kept = 0
 
-    def _take(self, row: Row, choice: Choice) -> None:
-        """Add a token to a row, which may end it."""
-        if choice.problem:
-            loaded = row.loaded
-            if loaded is None:
-                error: BudwoodError = ResourceError(f"the base {choice.problem}: open it with precision fp32.")
-            else:
-                self.quarantines += not loaded.quarantined
-                loaded.quarantined = (
-                    f"adapter '{loaded.label}' {choice.problem}, so requests may not use it: load it again."
-                )
-                error = InputError(loaded.quarantined)
-            self._leave(row)
-            self.end(row, None, error)
-            return
+    def _take(self, row: Row, logits: Tensor, largest: int) -> None:
+        """Choose a row's next token after logits [V], which may end it."""
         first = row.new
         if first and self.engine.prefixes.budget:
             self._keep(row, self.rows.index(row))
-        self.count(row, row.prompt * first, 1)
-        row.ids.append(choice.token)
         try:
-            row.writer.add(choice.token, choice.log_prob, choice.top)
-        except Exception as problem:  # of a listener, or of the tokenizer
-            self._leave(row)
-            self.end(row, None, BudwoodError(f"the request failed: {describe(problem)}."))
+            token, scores = choose(logits, largest, row)
+            row.ids.append(token)
+            self.count(row, row.prompt * first, 1)
+            row.writer.add(token, *scores)
+        except BaseException as problem:  # of a listener, or of the tokenizer
+            self._drop(row, BudwoodError(f"the request failed: {describe(problem)}."))
             return
         if row.writer.reason is not None:
             row.kept = len(row.ids) - 1
             self._leave(row)
             self.end(row, None)
+
+    def _reject(self, row: Row) -> None:
+        """End a row whose logits are not finite, and let nothing use its adapter any more."""
+        problem, loaded = "computes logits that are not finite", row.loaded
+        if loaded is None:
+            self._drop(row, ResourceError(f"the base {problem}: open it with precision fp32."))
+            return
+        self.quarantines += not loaded.quarantined
+        loaded.quarantined = f"adapter '{loaded.label}' {problem}, so requests may not use it: load it again."
+        self._drop(row, InputError(loaded.quarantined))
+
+    def _drop(self, row: Row, error: Exception) -> None:
+        """End a row with an error, and clear what it may have left in the cache: 0 times NaN is NaN, also in others'
+        masked positions."""
+        self._leave(row)
+        try:
+            self.forward.cache.clear([other.kept for other in self.rows])
+        finally:
+            self.end(row, None, error)

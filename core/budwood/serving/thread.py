@@ -57,11 +57,12 @@ class CommandThread:
 
         with self._start:
             if self.current is None or not self.current.is_alive():  # also after a fork, in which it is gone
-                self.current = threading.Thread(
+                thread = threading.Thread(
                     target=_serve, args=(self._owner, self._commands), name="budwood-engine", daemon=True
                 )
-                _started[self.current] = self._commands
-                self.current.start()
+                _started[thread] = self._commands
+                thread.start()
+                self.current = thread  # only now, since who finds one that does not run takes it for dead
         self._commands.put(run)
 
     def call(self, function: Callable[[], Result]) -> Result:
@@ -107,7 +108,7 @@ def _serve(owner: weakref.ref[Any], commands: queue.SimpleQueue[_Command | None]
                 return
             try:
                 command()
-            except Exception:  # a bug in a command that nobody waits for
+            except BaseException:  # a bug in a command that nobody waits for; the thread goes on
                 traceback.print_exc()
             del command
             if not commands.empty():
@@ -115,5 +116,9 @@ def _serve(owner: weakref.ref[Any], commands: queue.SimpleQueue[_Command | None]
         current = owner()
         if current is None:
             return
-        busy = current.step()
+        try:
+            busy = current.step()
+        except BaseException:  # a bug; commands are still carried out
+            traceback.print_exc()
+            busy = False
         del current  # it may be the last reference

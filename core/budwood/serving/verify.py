@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,10 +12,10 @@ import torch
 from budwood.adapters.golden import TOLERANCE, Distance, Golden, comparable, current_setting, threads
 from budwood.adapters.manifest import GoldenRecord
 from budwood.adapters.match import mismatch
-from budwood.adapters.peft_config import TASK_TYPES
 from budwood.adapters.store import GOLDEN, SavedAdapter, read_adapter
-from budwood.contract.loading import create
-from budwood.errors import CorruptError, InputError
+from budwood.contract.discovery import installed
+from budwood.contract.loading import build_task, load
+from budwood.errors import BudwoodError, CorruptError, InputError
 from budwood.model.base import Base, check_base, fingerprint, silence_libraries, skeleton
 from budwood.model.checkpoint import one_revision, would_fetch
 from budwood.model.embeddings import resize_base
@@ -76,7 +77,7 @@ def open_base(
     precision: str | None = None,
     device: str = "auto",
     allow_other_base: bool = False,
-) -> tuple[Base, str]:
+) -> tuple[Base, Task]:
     """Load the base that an adapter was trained on, in the recorded setting; arguments override the record.
 
     Returns:
@@ -91,7 +92,8 @@ def open_base(
     name = base_name(saved, base)
     if name is None:
         raise InputError(f"{saved.directory}: an adapter of stock PEFT records no base: pass it with --base.")
-    task, labels = task_of(saved)
+    task_name, labels = task_of(saved)
+    task: Task = build_task(task_name, saved.manifest.task_options if saved.manifest else {})
     quantization = quantization or (recorded.quantization if recorded else "none")
     with one_revision(name, recorded.revision if recorded and base is None else None):
         try:
@@ -112,7 +114,7 @@ def open_base(
         loaded = load_for_task(
             name,
             quantization,
-            create(task, "budwood.tasks"),
+            task,
             labels,
             precision=precision or (PRECISIONS.get(recorded.dtype, "auto") if recorded else "auto"),
             device=device,
@@ -148,7 +150,7 @@ def task_of(saved: SavedAdapter) -> tuple[str, list[str]]:
     return (saved.manifest.task, saved.manifest.labels) if saved.manifest else _task_of_stock(saved)
 
 
-def _embeddings(saved: SavedAdapter, base: str, task: str) -> int:
+def _embeddings(saved: SavedAdapter, base: str, task: Task) -> int:
     """Return to how many token embeddings the base was resized for the adapter; 0 if it was not.
 
     Raises:
@@ -157,7 +159,7 @@ def _embeddings(saved: SavedAdapter, base: str, task: str) -> int:
     recorded = saved.manifest.base.embeddings if saved.manifest else 0
     if not recorded:
         return 0
-    rows = embeddings_of(skeleton(base, create(task, "budwood.tasks").auto_class)) or 0
+    rows = embeddings_of(skeleton(base, task.auto_class)) or 0
     most = max(info.shape[0] if info.shape else 0 for info in saved.infos.values())
     if recorded > rows + most:
         raise CorruptError(f"{saved.directory}: {recorded:,} embeddings, but the adapter holds at most {most:,} new.")
@@ -170,10 +172,14 @@ def _task_of_stock(saved: SavedAdapter) -> tuple[str, list[str]]:
     Raises:
         InputError: the task is not supported.
     """
-    name = saved.config.get("task_type") or TASK_TYPES["causal-lm"]
-    task = next((task for task, theirs in TASK_TYPES.items() if theirs == name), None)
+    types: dict[str, str] = {}
+    for installed_task in installed("budwood.tasks"):
+        with suppress(BudwoodError):  # a broken plugin, which `budwood plugins` reports
+            types.setdefault(load(installed_task, "budwood.tasks")[0].peft_task_type or "", installed_task)
+    name = saved.config.get("task_type") or "CAUSAL_LM"
+    task = types.get(str(name))
     if task is None:
-        known = ", ".join(TASK_TYPES.values())
+        known = ", ".join(filter(None, types))
         raise InputError(f"{saved.directory}: task_type {shorten(str(name))} is not supported, only {known}.")
     heads = ("score.weight", "classifier.weight", "out_proj.weight", "logits_proj.weight")
     rows = [info.shape[0] for key, info in saved.infos.items() if key.endswith(heads) and "lora_" not in key]

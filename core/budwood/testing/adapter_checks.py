@@ -76,8 +76,9 @@ def off(bench: Bench) -> None:
 def _leaves_no_trace(bench: Bench, result: Result, promise: str, table: bool) -> None:
     prompts = result.probe.prompts
     pool = AdapterPool(
-        str(bench.files.base), task=bench.spec.task, precision="fp32", device="cpu", labels=_labels(result)
-    )
+        str(bench.files.base), task=bench.spec.task, precision="fp32", device="cpu", labels=_labels(result),
+        task_options=result.run.task.options.model_dump(mode="json", exclude_none=True),
+    )  # fmt: skip
     pool.engine.loader.table_first = table
     with threads(1):
         before, state = pool.logits(prompts), state_of(pool.model)
@@ -122,8 +123,9 @@ def _pool(bench: Bench, result: Result, promise: str, table: bool = True) -> tup
     if not result.adapter.is_dir():
         raise NotApplicable("no strategy of its recipe owns an adapter")
     pool = AdapterPool(
-        str(bench.files.base), task=bench.spec.task, precision="fp32", device="cpu", labels=_labels(result)
-    )
+        str(bench.files.base), task=bench.spec.task, precision="fp32", device="cpu", labels=_labels(result),
+        task_options=result.run.task.options.model_dump(mode="json", exclude_none=True),
+    )  # fmt: skip
     pool.engine.loader.table_first = table
     modules = module_ids(pool.model)
     _load(pool, result, promise)

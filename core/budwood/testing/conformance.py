@@ -1,4 +1,4 @@
-"""The test class that strategy authors inherit: one test per guarantee."""
+"""The test classes that authors inherit: one test per guarantee. Those of tasks are in task_conformance.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,61 @@ from budwood.testing.files import Files, kind_for, make_files
 from budwood.testing.plugin import SKIPPED
 
 
-class StrategyConformance:
+class Conformance:
+    """What the test classes of the kit share: runs in common, and tests that do not apply are skipped with the reason.
+
+    Attributes:
+        does_not_apply: name of a test (without `test_`) → why the guarantee does not apply to the plugin under test.
+    """
+
+    does_not_apply: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def make_bench(cls) -> Bench:
+        """Create the runs of this class."""
+        raise NotImplementedError
+
+    @classmethod
+    def bench(cls) -> Bench:
+        """Return the runs shared by the tests of this class."""
+        if cls not in _benches:
+            _benches[cls] = cls.make_bench()
+        return _benches[cls]
+
+    @classmethod
+    def announce(cls, group: str) -> None:
+        """Queue the two-process run to share one start of torchrun with the other classes of `group`."""
+        if "two_processes_equal_one" not in cls.does_not_apply:
+            _announced.setdefault(group, []).append(cls)
+
+    def _run_announced(self, request: pytest.FixtureRequest) -> None:
+        for group in ("", str(request.node.path)):
+            for cls in _announced.pop(group, ()):
+                checks.wait_for_processes(cls.bench())
+
+    def _check(self, request: pytest.FixtureRequest, check: Callable[[Any], None]) -> None:
+        """Run a check: fail the test if the promise is broken, skip it if it does not apply."""
+        name = request.node.originalname.removeprefix("test_")
+        unknown = [key for key in self.does_not_apply if not hasattr(type(self), f"test_{key}")]
+        if unknown:
+            pytest.fail(f"does_not_apply: there is no test '{unknown[0]}'", pytrace=False)
+        reason = self.does_not_apply.get(name)
+        broken = ""
+        if reason is None:
+            try:
+                check(self.bench())
+                return
+            except NotApplicable as error:
+                reason = str(error)
+            except PromiseBroken as error:
+                broken = str(error)
+        if broken:
+            pytest.fail(f"promise broken: {broken}", pytrace=False)
+        request.node.user_properties.append((SKIPPED, reason))
+        pytest.skip(f"does not apply: {reason}")
+
+
+class StrategyConformance(Conformance):
     """Base class for conformance tests; name the subclass Test… and set `strategy`.
 
     Each test checks one guarantee; a failure names it, with the measured values. Tests that do not apply are skipped
@@ -27,7 +81,6 @@ class StrategyConformance:
         companions: the other strategies of these recipes; None: LoRA, if this one trains nothing itself.
         task: causal-lm or sequence-classification.
         steps: optimizer steps of each run.
-        does_not_apply: name of a test (without `test_`) → why the guarantee does not apply to this strategy.
     """
 
     strategy: ClassVar[type[Strategy]]
@@ -35,7 +88,6 @@ class StrategyConformance:
     companions: ClassVar[Sequence[Any] | None] = None
     task: ClassVar[str] = "causal-lm"
     steps: ClassVar[int] = 3
-    does_not_apply: ClassVar[dict[str, str]] = {}
 
     @classmethod
     def make_options(cls, files: Files) -> dict[str, Any]:
@@ -43,20 +95,12 @@ class StrategyConformance:
         return dict(cls.options)
 
     @classmethod
-    def bench(cls) -> Bench:
-        """Return the runs shared by the tests of this class."""
-        if cls not in _benches:
-            if not hasattr(cls, "strategy"):
-                pytest.fail(f"{cls.__name__}: set the strategy under test: strategy = Mine", pytrace=False)
-            options = cls.make_options(make_files(cls.task, kind_for(cls.strategy.trains_on)))
-            _benches[cls] = Bench(Spec(cls.strategy, options, cls.companions, cls.task, cls.steps))
-        return _benches[cls]
-
-    @classmethod
-    def announce(cls, group: str) -> None:
-        """Queue the two-process run to share one start of torchrun with the other classes of `group`."""
-        if "two_processes_equal_one" not in cls.does_not_apply:
-            _announced.setdefault(group, []).append(cls)
+    def make_bench(cls) -> Bench:
+        """See `Conformance.make_bench`."""
+        if not hasattr(cls, "strategy"):
+            pytest.fail(f"{cls.__name__}: set the strategy under test: strategy = Mine", pytrace=False)
+        options = cls.make_options(make_files(cls.task, kind_for(cls.strategy.trains_on)))
+        return Bench(Spec(cls.strategy, options, cls.companions, cls.task, cls.steps))
 
     def test_declares_what_it_implements(self, request: pytest.FixtureRequest) -> None:
         self._check(request, checks.declares)
@@ -80,9 +124,7 @@ class StrategyConformance:
         self._check(request, checks.micro_batches)
 
     def test_two_processes_equal_one(self, request: pytest.FixtureRequest) -> None:
-        for group in ("", str(request.node.path)):
-            for cls in _announced.pop(group, ()):
-                checks.wait_for_processes(cls.bench())
+        self._run_announced(request)
         self._check(request, checks.two_processes)
 
     def test_save_and_load(self, request: pytest.FixtureRequest) -> None:
@@ -111,28 +153,7 @@ class StrategyConformance:
     def test_composes_with(self, other: str, request: pytest.FixtureRequest) -> None:
         self._check(request, functools.partial(checks.composes, other=other))
 
-    def _check(self, request: pytest.FixtureRequest, check: Callable[[Bench], None]) -> None:
-        """Run a check: fail the test if the promise is broken, skip it if it does not apply."""
-        name = request.node.originalname.removeprefix("test_")
-        unknown = [key for key in self.does_not_apply if not hasattr(type(self), f"test_{key}")]
-        if unknown:
-            pytest.fail(f"does_not_apply: there is no test '{unknown[0]}'", pytrace=False)
-        reason = self.does_not_apply.get(name)
-        broken = ""
-        if reason is None:
-            try:
-                check(self.bench())
-                return
-            except NotApplicable as error:
-                reason = str(error)
-            except PromiseBroken as error:
-                broken = str(error)
-        if broken:
-            pytest.fail(f"promise broken: {broken}", pytrace=False)
-        request.node.user_properties.append((SKIPPED, reason))
-        pytest.skip(f"does not apply: {reason}")
 
+_announced: dict[str, list[type[Conformance]]] = {}
 
-_announced: dict[str, list[type[StrategyConformance]]] = {}
-
-_benches: dict[type[StrategyConformance], Bench] = {}
+_benches: dict[type[Conformance], Bench] = {}

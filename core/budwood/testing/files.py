@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from string import ascii_lowercase
 
 import torch
 
@@ -69,27 +70,10 @@ def make_files(task: str, kind: str = "") -> Files:
     if kind:
         files = make_files(task)
         return replace(files, train=_write_answers(files.train, kind, 12), eval=_write_answers(files.eval, kind, 4))
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
-    from transformers.utils import logging
-
     folder = session_folder() / task
     classify = task == "sequence-classification"
-    config = LlamaConfig(
-        vocab_size=256 + len(SPECIAL), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=False,
-        initializer_range=0.1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    logging.disable_progress_bar()
-    with torch.random.fork_rng(devices=[]):
-        for seed, name in enumerate(("base", "teacher")):
-            torch.manual_seed(seed)
-            model: torch.nn.Module = LlamaForCausalLM(config)
-            if classify and name == "teacher":
-                config.id2label = dict(enumerate(LABELS))
-                config.label2id = {label: number for number, label in enumerate(LABELS)}
-                model = LlamaForSequenceClassification(config)
-            model.save_pretrained(folder / name)  # type: ignore[operator]
-            _save_tokenizer(folder / name)
+    tiny_decoder(folder / "base")
+    tiny_decoder(folder / "teacher", seed=1, labels=LABELS if classify else ())
     draw = random.Random(0)
     for name, count in (("train", 12), ("eval", 4)):
         texts = ["".join(draw.choices("bcdfghjklmnp", k=7 + number % 3)) for number in range(count)]
@@ -101,6 +85,68 @@ def make_files(task: str, kind: str = "") -> Files:
         ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return Files(session_folder(), *(folder / name for name in ("base", "teacher", "train.jsonl", "eval.jsonl")))
+
+
+def tiny_decoder(folder: Path, seed: int = 0, labels: Sequence[str] = ()) -> Path:
+    """Save a random fp32 Llama with two layers and hidden size 32, whose tokenizer has one token per byte.
+
+    Args:
+        labels: names of classes, for a model with a classification head; else it is a language model.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+    from transformers.utils import logging
+
+    config = LlamaConfig(
+        vocab_size=256 + len(SPECIAL), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=False,
+        initializer_range=0.1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    config.update({"classifier_dropout": 0.0})  # of a head for each token, which would have some
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: number for number, label in enumerate(labels)}
+    logging.disable_progress_bar()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: torch.nn.Module = (LlamaForSequenceClassification if labels else LlamaForCausalLM)(config)
+    model.save_pretrained(folder)  # type: ignore[operator]
+    save_tokenizer(folder)
+    return folder
+
+
+def tiny_encoder(folder: Path, texts: Sequence[str] = ()) -> Path:
+    """Save a random fp32 BERT with two layers and hidden size 32, without dropout, and a masked-language head.
+
+    Args:
+        texts: texts whose words are tokens of its tokenizer; other words are spelt with lower-case letters.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = sorted({word for text in texts for word in text.split()} - {*ascii_lowercase})
+    vocabulary = [*special, *ascii_lowercase, *(f"##{letter}" for letter in ascii_lowercase), *words]
+    known = {token: number for number, token in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordPiece(known, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(special)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {f"{name[1:-1].lower()}_token": name for name in special}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, initializer_range=0.2, pad_token_id=0, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    logging.disable_progress_bar()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BertForMaskedLM(config).save_pretrained(folder)
+    return folder
 
 
 def _write_answers(path: Path, kind: str, count: int) -> Path:
@@ -120,7 +166,7 @@ def _write_answers(path: Path, kind: str, count: int) -> Path:
     return written
 
 
-def _save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

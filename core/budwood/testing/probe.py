@@ -153,8 +153,9 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 
 
 def _last_norm(model: nn.Module) -> nn.Module:
-    """Return the decoder's final norm, which runs once per forward pass of the kit's base."""
-    norms = [module for path, module in model.named_modules() if path.split(".")[-1] == "norm"]
+    """Return the last norm of the model's body, which runs once per forward pass."""
+    body = getattr(model, getattr(model, "base_model_prefix", "") or "-", model)
+    norms = [module for path, module in body.named_modules() if "norm" in path.split(".")[-1].lower()]
     if not norms:
         raise InputError("the conformance kit finds no norm in the model that prepare_model returned")
     return norms[-1]

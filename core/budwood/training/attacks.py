@@ -131,6 +131,7 @@ def _noise_function(run: Run, attack: Attack) -> Callable[[Batch], Tensor | None
     engine = Engine(run, hooks)
 
     def compute_noise(batch: Batch) -> Tensor | None:
+        engine.reset_step()
         run.counts = count_units(run, hooks, [batch])
         step = Step(run, batch, engine)
         with torch.enable_grad(), attribute_errors(attack, "noise"):

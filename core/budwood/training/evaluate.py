@@ -15,7 +15,7 @@ from budwood.adapters.golden import comparable, current_setting, threads
 from budwood.adapters.manifest import ChatRecord, HeldOutRecord
 from budwood.adapters.store import read_adapter
 from budwood.contract.calls import attribute_errors
-from budwood.contract.loading import create
+from budwood.contract.loading import build_task
 from budwood.contract.types import Run
 from budwood.data.build import build_examples
 from budwood.data.examples import Examples
@@ -107,7 +107,7 @@ def evaluate_adapter(
     source: Any = data if held_out is None else held_out.data
     recipe = default_recipe(source, name, task=task_name, overrides=overrides)
     source = recipe.data.train
-    task: Task = create(task_name, "budwood.tasks")
+    task: Task = build_task(task_name, manifest.task_options if manifest else {})
     if chosen_attacks:
         data_format = recognise_rows(read_rows(source), task_name).name
         modules = skeleton(name, task.auto_class)
@@ -117,6 +117,7 @@ def evaluate_adapter(
     pool = open_pool(
         saved, base, quantization=quantization, precision=precision, device=device, allow_other_base=allow_other_base
     )
+    task = pool.task_plugin
     chat = (manifest.chat if manifest else None) or ChatRecord()
     if chat.template is not None:
         pool.base.tokenizer.chat_template = chat.template

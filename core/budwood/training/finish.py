@@ -177,6 +177,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
             distribution=owner.distribution,
             base=run.base,
             task=run.task.name,
+            task_options=run.task.options.model_dump(mode="json", exclude_none=True),
             labels=run.examples.labels,
             tokenizer=run.tokenizer,
             metrics=run.metrics,
@@ -210,6 +211,8 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
             report.say(f"{label}: {run.before[name]:.4f} before, {run.metrics[name]:.4f} after")
     memory = peak_memory() / 2**30
     report.say(f"{duration(seconds)} · {report.tokens_per_second:,.0f} tokens/s · peak memory {memory:.2f} GiB")
+    if run.planned:
+        report.say(_compare(run))
     report.say(
         f"adapter: {directory / 'adapter'} · log: {directory / 'metrics.jsonl'} · plot: {directory / 'loss.png'}"
     )
@@ -220,6 +223,17 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
         report.say(f"next: budwood generate {run.recipe.base.model} {adapter} {chat}--prompt '…'")
     if finished and (text := advice(run, directory / "metrics.jsonl")):
         report.say(text)
+
+
+def _compare(run: Run) -> str:
+    """Return a line with the planned and the actual peak memory and time; `run.planned` is not empty."""
+    cuda = run.device.type == "cuda"
+    memory, seconds = run.planned["memory"], run.planned["time"]["seconds"]
+    context = memory["parts"].get("CUDA's context", 0)  # torch does not count it
+    peak = memory["peak_bytes"] - context if cuda else run.planned["host"]["peak_bytes"]
+    spent = sum(cost.seconds for cost in run.hooks.costs if (cost.owner, cost.hook) == ("core", "steps"))
+    span = "" if seconds is None else f"; steps {seconds[0]:,.0f} to {seconds[1]:,.0f} s planned, {spent:,.0f} s taken"
+    return f"plan and run: peak memory {peak / 2**30:.2f} GiB planned, {peak_memory() / 2**30:.2f} GiB taken{span}"
 
 
 def finish_manifest(run: Run, report: Report, finished: bool) -> None:
@@ -237,6 +251,7 @@ def finish_manifest(run: Run, report: Report, finished: bool) -> None:
         "seconds": round(seconds, 3),
         "tokens_per_second": round(report.tokens_per_second, 1),
         "peak_memory_bytes": peak_memory(),
+        **({"planned": run.planned} if run.planned else {}),
         "hooks": [cost.record(run.hooks.measures_memory) for cost in run.hooks.costs],
         "lost": report.lost,
         "files": written_by_strategies(path.parent),

@@ -17,7 +17,7 @@ def load_frozen(run: Run, model: str, quantization: str | None = None) -> Base:
 
     The model computes in the run's dtype and stays frozen and in evaluation mode. `run.task.outputs` runs it on the
     run's batches. Its repository's code never runs: a recipe's `trust_remote_code` covers only the base. If it does not
-    support packed rows, the run's rows are padded from then on. During planning it has fake tensors, unquantised.
+    support packed rows, the run's rows are padded from then on. During planning it has fake tensors.
 
     Args:
         run: a run whose base is loaded.
@@ -36,6 +36,8 @@ def load_frozen(run: Run, model: str, quantization: str | None = None) -> Base:
             run.task.auto_class,
             run.dtype,
             needs_tokenizer=run.task.needs_tokenizer,
+            quantization=quantization,
+            double_quantization=recipe.double_quantization,
             **run.task.model_kwargs(run.examples.labels),
         )
         base.model.set_attn_implementation(attention.IMPLEMENTATION)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from budwood.errors import DivergedError, Interrupted, ResourceError
 from budwood.model.checkpoint import one_revision
 from budwood.model.quiet import silence_libraries
 from budwood.recipe.schema import Recipe, load_recipe
-from budwood.training.batches import optimizer_steps
+from budwood.training.batches import StepBatches, optimizer_steps
 from budwood.training.durability.checkpoint import NotSavedError, Saver
 from budwood.training.durability.lock import first_process, locked
 from budwood.training.durability.resume import Resume, find_resume
@@ -31,7 +32,7 @@ from budwood.training.non_finite import check_parameters, check_skip
 from budwood.training.output import check_output
 from budwood.training.progress import Progress, evaluate
 from budwood.training.report import Report, profile_table
-from budwood.training.setup import prepare
+from budwood.training.setup import Planner, prepare
 from budwood.training.step import Engine
 
 
@@ -45,6 +46,7 @@ def tune(
     quiet: bool = False,
     before: float = 0.0,
     allow_code: bool = False,
+    planner: Planner | None = None,
 ) -> Run:
     """Train a recipe and write the adapter, log and plot to its output folder.
 
@@ -58,6 +60,8 @@ def tune(
         quiet: print nothing.
         before: seconds that the process ran before, which the times of the run include as `startup`.
         allow_code: run Python files that the recipe names, such as rewards.
+        planner: estimates memory and time before the base is loaded, and refuses what cannot fit; see
+            `budwood.planning.admission`.
 
     Returns:
         The finished run; `run.metrics` holds the last evaluation, `run.directory` is the output folder.
@@ -80,7 +84,7 @@ def tune(
             previous = find_resume(recipe, report, accept_changes) if resume else None
             if isinstance(previous, Run):
                 return previous
-            run, hooks, engine = prepare(recipe, report, overwrite, previous, in_place=resume, profile=profile)
+            run, hooks, engine = prepare(recipe, report, overwrite, previous, resume, profile, planner)
             try:
                 train(run, hooks, engine, report, previous, signals)
             finally:
@@ -154,7 +158,6 @@ def take_steps(
     run: Run, hooks: Composition, engine: Engine, report: Report, progress: Progress, saver: Saver, signals: Signals
 ) -> None:
     """Take the remaining optimizer steps of a run."""
-    recipe, scaler = run.recipe.train, progress.scaler
     report.start(run.steps or 0, run.step)
     hooks.notify(Event("start", run.step, {"steps": run.steps}), report.say)
     run.model.train()
@@ -162,40 +165,51 @@ def take_steps(
     if run.step and not between_steps(run, hooks, report, progress, saver, signals):
         return
     for step, counts in optimizer_steps(run, hooks, progress):
-        run.counts = counts
-        engine.loss_scale = scaler.scale(torch.ones((), device=run.device)) if scaler.is_enabled() else 1.0
-        batches = accumulate(run, hooks, engine, step)
-        sum_gradients(run)
-        scaler.unscale_(run.optimizer)
-        values = engine.finish_step()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in run.trainable if p.grad is not None])
-        finite = bool(torch.isfinite(norm) & torch.isfinite(values["loss"]))
-        progress.skipped = 0 if finite else progress.skipped + 1
-        if not finite:
-            check_skip(run, engine, hooks, batches, values, norm, progress.skipped, scaler.is_enabled())
-        learning_rate = run.optimizer.param_groups[0]["lr"]
-        if finite:
-            hooks.call("before_clip", run=run)
-            if recipe.clip:
-                torch.nn.utils.clip_grad_norm_([p for p in run.trainable if p.grad is not None], recipe.clip)
-            hooks.call("before_optimizer_step", run=run)
-            with hooks.part("optimizer_step"):
-                optimizer_step(run, scaler)
-            hooks.call("after_optimizer_step", run=run)
-            if run.average is not None:
-                run.average.follow(run.step + 1)
-            run.scheduler.step()
-        scaler.update()
-        run.optimizer.zero_grad(set_to_none=True)
-        run.step, progress.examples = run.step + 1, progress.examples + step.drawn
-        metrics = {**values, "gradient_norm": norm, "learning_rate": learning_rate, "skipped": not finite, **run.logged}
-        metrics = {name: float(value) for name, value in metrics.items()}
-        run.logged.clear()
+        metrics = {name: float(value) for name, value in train_step(run, hooks, engine, progress, step, counts).items()}
         run.metrics |= {**metrics, "skipped": run.metrics.get("skipped", 0.0) + metrics["skipped"]}
         report.step(run.step, int(counts["token"]), metrics)
         hooks.notify(Event("step", run.step, metrics), report.say)
         if not between_steps(run, hooks, report, progress, saver, signals):
             return
+
+
+def train_step(
+    run: Run, hooks: Composition, engine: Engine, progress: Progress, step: StepBatches, counts: dict[str, float]
+) -> dict[str, Any]:
+    """Take one optimizer step, and return its metrics as numbers or scalar tensors.
+
+    `budwood plan` calls this function on fake tensors, whose values cannot be read; there every step is finite.
+    """
+    recipe, scaler = run.recipe.train, progress.scaler
+    run.counts = counts
+    engine.loss_scale = scaler.scale(torch.ones((), device=run.device)) if scaler.is_enabled() else 1.0
+    batches = accumulate(run, hooks, engine, step)
+    sum_gradients(run)
+    scaler.unscale_(run.optimizer)
+    values = engine.finish_step()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in run.trainable if p.grad is not None])
+    finite = run.planning or bool(torch.isfinite(norm) & torch.isfinite(values["loss"]))
+    progress.skipped = 0 if finite else progress.skipped + 1
+    if not finite:
+        check_skip(run, engine, hooks, batches, values, norm, progress.skipped, scaler.is_enabled())
+    learning_rate = run.optimizer.param_groups[0]["lr"]
+    if finite:
+        hooks.call("before_clip", run=run)
+        if recipe.clip:
+            torch.nn.utils.clip_grad_norm_([p for p in run.trainable if p.grad is not None], recipe.clip)
+        hooks.call("before_optimizer_step", run=run)
+        with hooks.part("optimizer_step"):
+            optimizer_step(run, scaler)
+        hooks.call("after_optimizer_step", run=run)
+        if run.average is not None:
+            run.average.follow(run.step + 1)
+        run.scheduler.step()
+    scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step, progress.examples = run.step + 1, progress.examples + step.drawn
+    metrics = {**values, "gradient_norm": norm, "learning_rate": learning_rate, "skipped": not finite, **run.logged}
+    run.logged.clear()
+    return metrics
 
 
 def between_steps(

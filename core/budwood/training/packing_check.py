@@ -37,7 +37,8 @@ def check_packing(run: Run, report: Any) -> None:
     model.eval()
     if not task.packs_rows(model):
         run.packed = False
-        report.say("rows are grouped by length and padded: this model pools by row")
+        reason = "this model pools by row" if task.pools_examples(model) else f"{task.name} packs none"
+        report.say(f"rows are grouped by length and padded: {reason}")
         return
     order = run.examples.lengths.argsort(kind="stable")
     labelled = order[run.examples.label_counts[order] > 0]

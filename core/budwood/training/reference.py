@@ -123,6 +123,8 @@ def _cached_parts(run: Run, parts: Sequence[Examples]) -> list[np.ndarray]:
     Raises:
         ResourceError: a single group of examples exceeds the memory.
     """
+    if run.planning:  # values are unknown
+        return [np.zeros(int(part.label_counts.sum()), dtype=np.float32) for part in parts]
     results: list[np.ndarray] = []
     for part in parts:
         values, limit = _log_probs_of_all(run, part)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +20,6 @@ from accelerate.state import PartialState, is_initialized
 from accelerate.tracking import get_available_trackers
 
 from budwood.contract.discovery import PluginError
-from budwood.contract.loading import create
 from budwood.contract.registry import Composition
 from budwood.contract.strategy import RUN_ADAPTER, Strategy, hookimpl
 from budwood.contract.types import BestMetric, Plan, Run
@@ -40,7 +39,7 @@ from budwood.model.ops import attention
 from budwood.model.streaming import keep_heap
 from budwood.model.task import Task
 from budwood.recipe.continued import read_start
-from budwood.recipe.data import embeddings_wanted, recipe_skeleton, recipe_tokenizer
+from budwood.recipe.data import embeddings_wanted, read_task_base, recipe_skeleton, recipe_task, recipe_tokenizer
 from budwood.recipe.schema import Recipe, build_composition, find_code, load_recipe
 from budwood.training.durability import changes
 from budwood.training.durability.resume import Resume
@@ -63,6 +62,10 @@ FEW_STEPS = 20
 """A run with fewer steps than this gets a note, unless the recipe sets the steps."""
 
 
+Planner = Callable[[Run, Any], None]
+"""Estimates a run before its base is loaded, from the run with its data, and the base's modules without weights."""
+
+
 class Core:
     """Core's default implementations of exclusive hooks, which a strategy may replace."""
 
@@ -80,16 +83,20 @@ class Core:
         return make_scheduler(optimizer, run.recipe.train, steps)
 
 
-def register_parts(hooks: Composition, task: Task, engine: Engine) -> None:
-    """Register the task's and core's hooks, below those of the strategies."""
+def register_task(hooks: Composition, task: Task) -> None:
+    """Register the task's hooks, below those of the strategies."""
     hooks.register_core(task, f"task {task.name}")
+
+
+def register_parts(hooks: Composition, engine: Engine) -> None:
+    """Register core's hooks, below those of the strategies and the task."""
     hooks.register_core(engine, "core step")
     hooks.register_core(Core(), "core")
 
 
 def prepare(
     recipe: Recipe | str | Path, report: Report, overwrite: bool, resume: Resume | None = None,
-    in_place: bool = False, profile: bool = False,
+    in_place: bool = False, profile: bool = False, planner: Planner | None = None,
 ) -> tuple[Run, Composition, Engine]:  # fmt: skip
     """Prepare a run for training. With `resume`, the checkpoint's state is not restored yet.
 
@@ -97,6 +104,7 @@ def prepare(
         overwrite: remove an old run from the output folder.
         in_place: keep an old run's files until this run's files replace them.
         profile: measure the memory of every hook on CUDA too, and the time of the device's work instead of its launch.
+        planner: called with the run and the base's skeleton once the data is read; raises if the run cannot fit.
 
     Raises:
         InputError: the recipe, the data or the plan is invalid, or something changed since the checkpoint.
@@ -111,17 +119,18 @@ def prepare(
     hooks = build_composition(recipe)
     hooks.account("startup", report.seconds)
     with hooks.part("setup"):
-        run, engine = _prepare(recipe, hooks, report, overwrite, resume, profile)
+        run, engine = _prepare(recipe, hooks, report, overwrite, resume, profile, planner)
     return run, hooks, engine
 
 
 def _prepare(
-    recipe: Recipe, hooks: Composition, report: Report, overwrite: bool, resume: Resume | None, profile: bool
-) -> tuple[Run, Engine]:
+    recipe: Recipe, hooks: Composition, report: Report, overwrite: bool, resume: Resume | None, profile: bool,
+    planner: Planner | None,
+) -> tuple[Run, Engine]:  # fmt: skip
     """See `prepare`; the recipe's output, options and files have been checked."""
     if not hooks.implements("trainable_parameters"):
         raise InputError(NOTHING_TRAINS)
-    task: Task = create(recipe.base.task, "budwood.tasks")
+    task = recipe_task(recipe)
     directory = Path(recipe.output)
     device, dtype, reason = pick_device_precision(recipe.base.device, recipe.train.precision)
     check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code, device)
@@ -142,6 +151,8 @@ def _prepare(
     )  # fmt: skip
     report.say(f"{device} · {precision_name(dtype)} ({reason}) · {torch.get_num_threads()} threads")
     trust = recipe.base.trust_remote_code
+    read_task_base(task, recipe)
+    register_task(hooks, task)
     if task.needs_tokenizer:
         run.tokenizer = recipe_tokenizer(recipe)
     model = recipe_skeleton(recipe, task.auto_class, run.tokenizer)
@@ -171,6 +182,8 @@ def _prepare(
                 "note: on CUDA a resumed run is identical up to rounding, and bitwise identical with "
                 "train.deterministic"
             )
+    if planner is not None and run.processes == 1:
+        planner(run, model)
     make_output(directory, overwrite, accelerator)
 
     run.base = _base(run, hooks, task, trust)
@@ -184,24 +197,15 @@ def _prepare(
     run.model = run.base.model
     attention.register()
     check_packing(run, report)
-    run.model = prepare_model(run, hooks)
-    if recipe.train.gradient_checkpointing:
-        run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    adapt_model(run, hooks)
     run.sampler = sample
-    run.groups = trainable_groups(run, hooks)
-    run.start = [p.detach().clone() for p in run.trainable]
-    if run.average is not None:
-        run.average.begin(run.trainable)
     if resume is not None:
         resume.compare(changes.adapted(run), run)
-    engine = Engine(run, hooks)
-    register_parts(hooks, task, engine)
     if resume is not None and not resume.changes and any(strategy.caches_reference for strategy in run.strategies):
         run.reference_tokens = resume.checkpoint.load().get("reference_tokens", run.reference_tokens)
-    cache_reference(run)
+    engine = build_engine(run, hooks)
     _report_size(run, report)
-    run.optimizer = hooks.call("build_optimizer", run=run, groups=torch_groups(run))
-    run.scheduler = hooks.call("build_scheduler", run=run, optimizer=run.optimizer)
+    build_optimizer(run, hooks)
     if accelerator.is_main_process:
         write_manifest(run, resume)
         complete_file(directory / "recipe.yaml", recipe.to_yaml(hooks.strategies).encode())
@@ -254,6 +258,7 @@ def _base(run: Run, hooks: Composition, task: Task, trust: bool) -> Base:
         return load_base(
             recipe.model, recipe.quantization, task.auto_class, run.dtype, run.device, trust,
             recipe.double_quantization, task.model_kwargs(run.examples.labels), run.seed, task.needs_tokenizer,
+            task.unused_modules,
         )  # fmt: skip
 
 
@@ -273,6 +278,31 @@ def prepare_model(run: Run, hooks: Composition) -> Any:
             raise PluginError(f"{call.plugin}: run.best_metric must be a BestMetric, not {run.best_metric!r}.")
         run.best_metric = replace(run.best_metric, owner=str(call.plugin))
     return model
+
+
+def adapt_model(run: Run, hooks: Composition) -> None:
+    """Let the strategies change the base, and collect what trains."""
+    run.model = prepare_model(run, hooks)
+    if run.recipe.train.gradient_checkpointing:
+        run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    run.groups = trainable_groups(run, hooks)
+    run.start = [p.detach().clone() for p in run.trainable]
+    if run.average is not None:
+        run.average.begin(run.trainable)
+
+
+def build_engine(run: Run, hooks: Composition) -> Engine:
+    """Register core's hooks for an adapted model, and cache the reference if a strategy asks for it."""
+    engine = Engine(run, hooks)
+    register_parts(hooks, engine)
+    cache_reference(run)
+    return engine
+
+
+def build_optimizer(run: Run, hooks: Composition) -> None:
+    """Create the run's optimizer and learning-rate schedule."""
+    run.optimizer = hooks.call("build_optimizer", run=run, groups=torch_groups(run))
+    run.scheduler = hooks.call("build_scheduler", run=run, optimizer=run.optimizer)
 
 
 def _report_size(run: Run, report: Report) -> None:

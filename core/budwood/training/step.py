@@ -57,9 +57,14 @@ class Engine:
         self.terms: dict[str, tuple[str, float]] = {}
         self.owners: dict[str, tuple[Any, str]] = {}
         self.step_terms = StepTerms(run, hooks, self)
-        strategies = [c.plugin for c in hooks.calls("sequence_terms") if isinstance(c.plugin, Strategy)]
-        self.scores_sequences = bool(strategies) or (self.step_terms.active and run.task.has_log_probs())
-        receivers = [c.plugin for hook in ("sequence_terms", "step_values") for c in hooks.calls(hook)]
+        receivers = [
+            call.plugin
+            for hook in ("sequence_terms", "step_values")
+            for call in hooks.calls(hook)
+            if hook == "step_values" or isinstance(call.plugin, Strategy)
+        ]
+        strategies = any(isinstance(call.plugin, Strategy) for call in hooks.calls("sequence_terms"))
+        self.scores_sequences = strategies or (self.step_terms.active and run.task.has_log_probs())
         if receivers and run.task.loss_is_log_prob():
             receivers.append(run.task)  # whose loss is then one of log-probabilities too
         self.temperatures = sorted({temperature_of(plugin) for plugin in receivers})

@@ -43,6 +43,7 @@ class StepTerms:
         for call in calls:
             if call.plugin not in self._valued:
                 raise PluginError(f"{call.plugin} implements step_terms without step_values: it would have no values.")
+        self._names = {call.plugin: call.name for call in hooks.calls("step_values")}
         wraps = [c for name in ("backward", "forward") for c in hooks.calls(name) if c.wraps]
         self._perturbed = any(isinstance(call.plugin, Strategy) for call in wraps)
         self._coefficients: dict[int, dict[str, Values]] | None = None
@@ -115,7 +116,7 @@ class StepTerms:
     def _values(self, step: Step, outputs: Outputs, log_probs: LogProbs | None) -> dict[str, Values]:
         own = {"log_probs": lambda plugin: None if log_probs is None else log_probs[temperature_of(plugin)]}
         results = self.hooks.collect("step_values", own, step=step, outputs=outputs)
-        return {plugin.name: values for plugin, values in results}
+        return {self._names[plugin]: values for plugin, values in results}
 
     def _differentiate(self, micro_batches: list[dict[str, Values]]) -> list[dict[str, Values]]:
         """Differentiate each strategy's step terms with respect to each micro-batch's values; logs the terms."""

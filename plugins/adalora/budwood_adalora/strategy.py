@@ -19,7 +19,6 @@ from budwood import (
     match_targets,
     whole_modules,
 )
-from budwood.lowrank import TASK_TYPES
 from budwood_adalora.options import TYPE, AdaLoRAOptions
 from budwood_adalora.schedule import Schedule, smallest_steps
 
@@ -264,7 +263,7 @@ class AdaLoRA(Strategy):
                 for path, rank in ranks.items()
                 if rank
             },
-            task_type=TASK_TYPES.get(run.recipe.base.task),
+            task_type=run.task.peft_task_type,
             base_model_name_or_path=run.recipe.base.model,
             inference_mode=True,
         )

@@ -37,6 +37,11 @@ class Adversarial(Strategy):
     def check_plan(self, plan: Plan) -> None:
         if self.options.skip_masked and plan.recipe.base.task == "sequence-classification":
             plan.problem(self, "skip_masked: in a classification no token is a label, so no noise would be left")
+        elif self.options.skip_masked and plan.task is not None and not plan.task.has_labelled_positions():
+            plan.problem(self, f"skip_masked: for {plan.task} no token is a label, so no noise would be left")
+        if self.method in ("smart", "vat") and plan.task is not None and not plan.task.has_log_probs():
+            text = f"{self.method} compares distributions over tokens or classes, and {plan.task} has none"
+            plan.problem(self, f"{text}: use fgm, pgd, freelb or neftune")
         if plan.model is not None and not has_embeddings(plan.model):
             plan.problem(self, no_embeddings(plan.model))
 

@@ -21,7 +21,6 @@ from budwood import (
     whole_modules,
 )
 from budwood.lowrank import (
-    TASK_TYPES,
     adapter_layers,
     fan_in_fan_out,
     fit_whole,
@@ -48,7 +47,7 @@ def create(run: Run, model: nn.Module, options: LoRAOptions) -> LoraConfig:
         config = {**run.start_adapter.config, "lora_dropout": options.dropout}
         continued = attach(model, config, run.start_adapter.load_tensors(), RUN_ADAPTER)
         select_adapters(model, TYPE, [RUN_ADAPTER])
-        continued.task_type = TASK_TYPES.get(run.recipe.base.task)
+        continued.task_type = run.task.peft_task_type
         continued.base_model_name_or_path = run.recipe.base.model
         return continued
     whole = whole_modules(model, options.modules_to_save, run.task, run.base)
@@ -65,7 +64,7 @@ def create(run: Run, model: nn.Module, options: LoRAOptions) -> LoraConfig:
         modules_to_save=whole or None,
         trainable_token_indices=new_tokens(model, run.base, whole) or None,
         bias=options.bias,
-        task_type=TASK_TYPES.get(run.recipe.base.task),
+        task_type=run.task.peft_task_type,
         base_model_name_or_path=run.recipe.base.model,
     )
     with torch.random.fork_rng(devices=[]):  # the initialisation depends on the seed alone

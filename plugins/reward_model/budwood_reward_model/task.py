@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from budwood import (
     Batch,
@@ -33,6 +33,7 @@ class RewardModel(SequenceClassification):
     api = 2
     name = "reward-model"
     trains_on = ("preference pairs",)
+    peft_task_type = None
     best_metric = "eval_accuracy"
     lower_is_better = False
     gathers_predictions = False
@@ -68,6 +69,14 @@ class RewardModel(SequenceClassification):
         """Return False."""
         return False
 
+    def respond(self, model: nn.Module, tokenizer: Any, texts: Sequence[str], labels: Sequence[str]) -> list[Any]:
+        """Return {"score": the text's score} of each text: a prompt with its answer."""
+        return [{"score": float(logits[0])} for logits in self.text_logits(model, tokenizer, texts)]
+
+    def show_response(self, response: Any) -> str:
+        """Return the score."""
+        return f"{response['score']:.4f}"
+
     def gaps(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the chosen minus the rejected answer's score in each pair, and the pairs' weights, both [pairs]."""
         scores = self.logits(outputs, batch)[:, 0]
@@ -76,8 +85,10 @@ class RewardModel(SequenceClassification):
         return scores[first] - scores[first + 1], batch.weights[first]
 
     @hookimpl
-    def batch_counts(self, batch: Batch) -> dict[str, float]:
+    def batch_counts(self, run: Run, batch: Batch) -> dict[str, float]:
         """Count pairs by their weights."""
+        if run.planning:  # values are unknown
+            return {"pair": batch.total_weight / 2}
         first = torch.tensor([start for start, _ in batch.groups])
         return {"pair": float(batch.weights[first].sum(dtype=torch.float64))}
 

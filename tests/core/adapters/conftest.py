@@ -90,6 +90,8 @@ def make_saved(
     quantization: str = "none",
     precision: str = "fp32",
     chat: ChatRecord | None = None,
+    on_messages: bool | None = None,
+    stop_ids: tuple[int, ...] = (),
     **changes,
 ) -> Path:
     """Save the stock adapter as a run does, with budwood.json and golden logits of `base`."""
@@ -113,6 +115,8 @@ def make_saved(
         task="causal-lm",
         tokenizer=pool.tokenizer,
         chat=chat,
+        on_messages=on_messages,
+        stop_ids=stop_ids,
         probes=probes,
         base_logits=list(without),
         adapter_logits=list(pool.measure(probes)),

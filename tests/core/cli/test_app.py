@@ -16,7 +16,10 @@ from budwood import CorruptError, DivergedError, InputError, PluginError, Resour
 from budwood.cli import app as cli
 from budwood.errors import Interrupted
 
-COMMANDS = ["demo", "plugins", "plan", "data", "tune", "eval", "generate", "chat", "doctor", "new", "recipe", "adapter"]
+COMMANDS = [
+    "demo", "plugins", "plan", "data", "tune", "eval", "generate", "chat", "serve", "token", "doctor", "new", "recipe",
+    "adapter",
+]  # fmt: skip
 SUBCOMMANDS = [
     ["recipe", "schema"],
     ["new", "strategy"],
@@ -178,7 +181,7 @@ def test_debug_shows_the_traceback(fails, capsys, monkeypatch, via):
         (["recipe", "shema"], "error: No such command 'shema'. Did you mean 'schema'? See `budwood recipe --help`.\n"),
         (["tune", "--overwrit", "r.yaml"], "--overwrite"),
         (["tune"], "error: Missing argument 'recipe'. See `budwood tune --help`.\n"),
-        (["serve"], "error: No such command 'serve'."),
+        (["sing"], "error: No such command 'sing'."),
     ],
 )
 def test_usage_errors_suggest_the_closest_match(capsys, arguments, line):

@@ -85,6 +85,20 @@ TABLE: dict[tuple[str, ...], dict[int, Case]] = {
         4: lambda w: [w.base, "--adapter", f"a={w.corrupt}"],
         5: NO_TRAINING,
     },
+    ("serve",): {
+        0: lambda w: [w.base, "--port", "0", w.stub("budwood.serving.http.server.run", lambda *_: None)],
+        2: lambda w: [w.base, "--host", "0.0.0.0"],
+        3: lambda w: [w.base, "--device", "cuda:99"],
+        4: lambda w: [w.corrupt_base],
+        5: NO_TRAINING,
+    },
+    ("token",): {
+        0: lambda w: [f"{w.new}.json", "acme"],
+        2: lambda w: [f"{w.new}.json"],
+        3: lambda w: [f"{w.rows}/x", "acme"],
+        4: NO_ARTIFACT,
+        5: NO_TRAINING,
+    },
     ("doctor",): {
         0: lambda w: [w.stub("budwood.cli.doctor.checks.examine", lambda: [])],
         2: lambda w: ["--nothing"],

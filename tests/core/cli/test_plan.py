@@ -32,7 +32,7 @@ def recipe(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_plan_is_printed_as_tables(recipe, capsys):
-    assert cli.run(["plan", recipe, "-o", "lora.rank=2"]) == 0
+    assert cli.run(["plan", recipe, "-o", "lora.rank=2", "--composition"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     lines = out.splitlines()
@@ -41,7 +41,7 @@ def test_the_plan_is_printed_as_tables(recipe, capsys):
 
 
 def test_the_plan_is_printed_as_json(recipe, capsys):
-    assert cli.run(["plan", recipe, "--json"]) == 0
+    assert cli.run(["plan", recipe, "--json", "--composition"]) == 0
     out, err = capsys.readouterr()
     printed = json.loads(out)
     assert err == ""
@@ -50,6 +50,32 @@ def test_the_plan_is_printed_as_json(recipe, capsys):
     assert [strategy["name"] for strategy in printed["strategies"]] == ["lora"]
     backward = next(hook for hook in printed["hooks"] if hook["name"] == "backward")
     assert [call["name"] for call in backward["calls"]] == ["core"]
+
+
+def test_memory_time_and_disk_of_a_card_without_data(recipe, capsys):
+    """In a process of its own; the data is not there yet."""
+    Path("train.jsonl").unlink()
+    arguments = ["plan", recipe, "--json", "--device", "4060 Ti"]
+    assert cli.run(arguments) == 2
+    assert "no such file: train.jsonl" in capsys.readouterr().err
+    arguments += ["--tokens", "1024"]
+    assert cli.run([*arguments, "-o", "train.steps=3", "-o", "base.quantization=nf4"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    memory, step = printed["memory"], printed["step"]
+    assert memory["peak_bytes"] == sum(memory["parts"].values()) and memory["where"]
+    assert {"base, quantised", "activations", "CUDA's context"} <= memory["parts"].keys()
+    assert step["flops"] > 1e8 and 0 < step["tokens"] <= step["largest_micro_batch"] * step["micro_batches"] + 1
+    assert 0 < printed["time"]["seconds"][0] < printed["time"]["seconds"][1] < 10
+    assert printed["disk"]["bytes"] > 0 and printed["host"]["peak_bytes"] > 0
+    assert printed["fits"] is True
+    assert any("planned without data, for micro-batches of 1,024 tokens" in note for note in printed["notes"])
+
+
+def test_a_device_that_is_not_known_is_one_line(recipe, capsys):
+    assert cli.run(["plan", recipe, "--device", "RTX 9999"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and "RTX 4090 24G" in err
+    assert cli.run(["plan", recipe, "--composition", "--tokens", "99"]) == 2
 
 
 @pytest.mark.parametrize("as_json", [[], ["--json"]])

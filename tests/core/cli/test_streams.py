@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from budwood.cli.app import run
+from budwood.cli.streams import print_piece
 
 
 @pytest.fixture
@@ -119,3 +120,14 @@ def test_one_row_on_a_line_is_json_lines(tmp_path: Path, tiny_base: Path, capsys
     path.write_text('{"prompt": "a", "completion": "b", "notes": [{"x": 1}]}\n')
     assert run(["data", str(path), "--base", str(tiny_base), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["train"]["examples"] == 1
+
+
+def test_a_terminal_gets_no_control_characters_of_an_answer(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream, expected in ((Terminal(), "a\ufffd[2Jb\ufffd\n\tc\u200d"), (io.StringIO(), "a\x1b[2Jb\x9b\n\tc\u200d")):
+        monkeypatch.setattr(sys, "stdout", stream)
+        print_piece("a\x1b[2Jb\x9b\n\tc\u200d")
+        assert stream.getvalue() == expected

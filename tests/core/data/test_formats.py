@@ -57,7 +57,7 @@ def test_recognised_by_columns(columns: list[str], task: str, name: str) -> None
             "'completion', 'replies' match no data format. .*prompt . completion lacks 'prompt'",
         ),
         (["txt"], LM, "Did you mean 'text'"),
-        (["a"], LM, "Accepted: .*messages; .*prompt . completion; .*text; text . label"),
+        (["a"], LM, "Accepted: .*messages; .*prompt . completion; .*text\\."),
         (["messages", "prompt", "completion"], LM, "can be read as messages and as prompt . completion"),
         (["instruction", "output", "prompt", "completion"], LM, "can be read as"),
         (["text", "label"], LM, "base.task: sequence-classification, or remove 'label' to train on text alone"),

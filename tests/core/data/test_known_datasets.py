@@ -97,7 +97,7 @@ REFUSED = {
     "SST-2": ({"sentence": "Good", "label": 1, "idx": 0}, "Rename 'sentence' to 'text'"),
     "MNLI": ({"premise": "a", "hypothesis": "b", "label": 0, "idx": 0}, "join 'premise' and 'hypothesis' into 'text'"),
     "CoNLL 2003": ({"id": "0", "tokens": ["A"], "pos_tags": [1], "chunk_tags": [1], "ner_tags": [0]},
-                   "a tag for each token, and training on tags needs a task for token classification"),
+                   "a tag for each token: rename 'ner_tags' to 'tags', and set base.task: token-classification"),
     "LIMA": ({"conversations": ["Hi", "Hello"], "source": "x"},
              "message 1 is a text without a role: it must be an object with role and content"),
     "Glaive": ({"system": "SYSTEM: Help", "chat": "USER: Hi ASSISTANT: Hello"},

@@ -87,7 +87,6 @@ def test_text_parts_are_joined_by_line_ends(write: Any, byte_level: Any) -> None
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (["tokens", "tags"], "a tag for each token.*needs a task for token classification"),
         (["id", "tokens", "ner_tags"], "a tag for each token"),
         (["mesages"], "Did you mean 'messages' by 'mesages'"),
     ],

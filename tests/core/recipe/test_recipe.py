@@ -164,7 +164,7 @@ def test_invalid_training_section(lines, message):
             "some/base",
             "x\n  task: causal_lm",
             "recipe.yaml:3: task 'causal_lm' is not installed. Did you mean 'causal-lm'? "
-            "Installed: causal-lm, reward-model, sequence-classification.",
+            "Installed: causal-lm, embedding, ",
         ),
         (
             "train.jsonl",

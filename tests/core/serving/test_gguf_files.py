@@ -265,9 +265,10 @@ def test_ollama_gets_the_very_chat_template_or_none(tiny_base, tmp_path, capsys)
     )
     found = frames_of(default, tokenizer, {})
     assert found.start == "<bos>Be kind.\n" and found.prompt == "[assistant]"
-    assert go_template(found, "<bos>").startswith(
-        '{{ if .System }}{{ "[system]" }}{{ else }}{{ "Be kind.\\n" }}{{ end }}'
-    )
+    go = go_template(found, "<bos>")
+    for role, start in (("system", "[system]"), ("user", "Be kind.\\n"), ("assistant", "Be kind.\\n")):
+        assert f'{{{{ if eq .Role "{role}" }}}}{{{{ if not $i }}}}{{{{ "{start}" }}}}{{{{ end }}}}' in go
+    assert go.endswith('{{ "[assistant]" }}') and "<bos>" not in go
     trims = default.replace("m.content", "m.content | trim")
     last = default.replace("{{ eos_token }}", "{% if not loop.last %}{{ eos_token }}{% endif %}")
     assert frames_of(trims, tokenizer, {}) is None and frames_of(last, tokenizer, {}) is None
@@ -284,8 +285,21 @@ def test_ollama_gets_the_very_chat_template_or_none(tiny_base, tmp_path, capsys)
 def test_a_merged_chat_model_keeps_template_and_end_tokens(tiny_base, tmp_path):
     from transformers import AutoTokenizer, GenerationConfig
 
-    folder = make_saved(tiny_base, tmp_path / "a", chat=ChatRecord(template="{{ messages[0].content }}"))
+    folder = make_saved(tiny_base, tmp_path / "a", chat=ChatRecord(template="{{ messages[0].content }}"), stop_ids=(4,))
     done = export_for(folder, tmp_path / "out", Wanted("merged", dtype="fp32"))
     assert done.merged is not None and done.merged.recorded.largest < 1e-3
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "{{ messages[0].content }}"
-    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id in (2, [2])
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [2, 4]
+
+
+def test_an_adapter_of_plain_texts_gets_no_chat_template(tiny_base, tmp_path):
+    folder = make_saved(tiny_base, tmp_path / "a", on_messages=False, stop_ids=(7,))
+    done = export_for(folder, tmp_path / "out", Wanted("ollama"))
+    assert any("trained on texts, not on messages" in note for note in done.notes)
+    assert 'TEMPLATE """{{ .Prompt }}"""' in (tmp_path / "out" / "Modelfile").read_text()
+    path = tmp_path / "out" / "base.gguf"
+    assert value(path, "tokenizer.chat_template") is None
+    assert value(path, "tokenizer.ggml.add_bos_token") is True, "as the tokenizer, which begins every text with it"
+    assert value(path, "tokenizer.ggml.eot_token_id") == 7
+    done = export_for(folder, tmp_path / "vllm", Wanted("vllm", check=False))
+    assert any("/v1/completions" in note for note in done.notes)

@@ -37,6 +37,15 @@ def size(tiny_base, folders) -> int:
     return engine.stats().adapter_bytes
 
 
+def test_the_bytes_of_an_adapter_are_its_own(tiny_base, folders, scale, tmp_path):
+    """Not the base's embeddings, of which it replaces rows; a third party's tensors count as in the file."""
+    engine = open_engine(tiny_base)
+    rows = make_adapter(tmp_path / "rows", 7, trainable_token_indices=[5, 40, 99])
+    for name, folder in (("a", folders["a"]), ("rows", rows), ("scale", scale)):
+        assert engine.load(name, folder).bytes == engine.find(name).bytes > 0
+    assert engine.stats().adapter_bytes == sum(adapter.bytes for adapter in engine.stats().adapters)
+
+
 def resident(engine: Engine) -> set[str]:
     return {name for adapter in engine.stats().adapters if adapter.resident for name in adapter.names}
 
@@ -106,6 +115,51 @@ def test_no_adapter_leaves_while_a_request_uses_it_and_none_waits_for_ever(tiny_
     many = [(name, engine.submit(PROMPT, name, Sampling(6))) for name in "acacaaccca"]
     assert all(answer.result(60).tokens == alone[name] for name, answer in many)
     assert engine.stats().adapter_bytes <= size
+
+
+def test_names_that_move_while_adapters_are_read(tiny_base, folders, size, monkeypatch):
+    """A request gets what its names stood for when it was made; a selection, what its name stands for then."""
+    free = open_engine(tiny_base)
+    for name in "abc":
+        free.load(name, folders[name])
+    blend = {"a": 0.5, "b": 1.0}
+    expected = [ask(free, blend), ask(free, "a")]
+    engine = open_engine(tiny_base, adapter_bytes=4 * size)
+    for name in "abc":
+        engine.load(name, folders[name])
+    engine.residents.budget = size
+    assert ask(engine, "c") and resident(engine) == {"c"}
+    engine.residents.budget = 4 * size
+    held, read = threading.Event(), engine.loader.read
+
+    def slow(directory, allow):
+        assert held.wait(60)
+        return read(directory, allow)
+
+    monkeypatch.setattr(engine.loader, "read", slow)
+    answers = [engine.submit(PROMPT, adapter, Sampling(6)) for adapter in (blend, "a")]
+    selected: list[object] = []
+
+    def select() -> None:
+        try:
+            engine.use("a")
+        except InputError as error:
+            selected.append(error)
+
+    thread = threading.Thread(target=select)
+    thread.start()
+    while engine.stats().waiting < 3:
+        pass
+    assert ask(engine, "c") and ask(engine, None), "others do not wait for what is read"
+    engine.alias("b", "c")
+    engine.unload("a")
+    held.set()
+    assert [answer.result(60).tokens for answer in answers] == expected
+    thread.join(60)
+    assert "no adapter 'a' is loaded" in str(selected[0]) and engine.default is None
+    for name in "bc":
+        engine.unload(name)
+    assert engine.stats().adapter_bytes == 0
 
 
 def test_an_adapter_whose_folder_changed_is_not_used(tiny_base, folders, size, tmp_path):

@@ -19,7 +19,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from budwood.model.device import capability, device_type
 from budwood.model.ops import batched_attention as batched
+from budwood.model.ops import segment_attention as segments_alone
 from budwood.model.ops.segment_attention import segment_attention, takes
 
 IMPLEMENTATION = "budwood"
@@ -32,6 +34,12 @@ def register() -> None:
     """Register "budwood" with transformers; may be called repeatedly."""
     AttentionInterface.register(IMPLEMENTATION, attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def forget_layouts() -> None:
+    """Drop the cached layouts of segments: those of a plan have no values."""
+    for cached in (_device_bounds, segments_alone._layout, segments_alone._mask, batched._layout):
+        cached.cache_clear()
 
 
 def packed_mask(device: torch.device | str = "cpu") -> Tensor:
@@ -198,12 +206,12 @@ def _varlen_takes(query: Tensor, value: Tensor) -> bool:
     """Return whether the variable-length kernel (CUDA, 16 bit) supports these tensors."""
     size = query.shape[-1]
     return (
-        query.is_cuda
+        device_type(query) == "cuda"
         and query.dtype in (torch.float16, torch.bfloat16)
         and size == value.shape[-1]
         and size <= 256
         and size % 8 == 0
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and capability(query) >= (8, 0)
         and "window_size" in _varlen()[1]
     )
 

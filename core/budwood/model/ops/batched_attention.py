@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from budwood.model.device import device_type
+
 LONGEST = 40
 """Longest segment of a row that is computed in batches."""
 PAD = 8
@@ -25,7 +27,7 @@ def takes(query: Tensor, segments: tuple[int, ...], dropout: float) -> bool:
     """Return whether `batched_attention` is the better kernel: for short segments, in 16 bit or with dropout."""
     lengths = [end - start for start, end in zip(segments, segments[1:], strict=False)]
     short = len(lengths) > 1 and max(lengths) <= LONGEST
-    return short and (dropout > 0 or query.is_cuda or query.dtype in (torch.float16, torch.bfloat16))
+    return short and (dropout > 0 or device_type(query) == "cuda" or query.dtype in (torch.float16, torch.bfloat16))
 
 
 def batched_attention(

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from budwood.model.device import device_type
+
 CACHED = 1 << 19
 """fp32 elements in a block of rows, chosen such that a block stays in a core's cache between passes."""
 
@@ -21,7 +23,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         logits: [n, V], floating.
         labels: [n] int64 in [0, V).
     """
-    if logits.device.type != "cpu":  # there, extra passes cost little, and the kernel checks the labels
+    if device_type(logits) != "cpu":  # there, extra passes cost little, and the kernel checks the labels
         return F.cross_entropy(_wide(logits), labels, reduction="none")
     values: Tensor = _CrossEntropy.apply(logits, labels)
     return values

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from budwood.model.device import device_type
 from budwood.model.quantizers import quantizer_of
 
 
@@ -202,10 +203,10 @@ def thin_product(wide: Tensor, thin: Tensor, scale: float = 1.0) -> Tensor:
     of 8 elements, and m is arbitrary.
     """
     unused = wide.new_empty(1, 1)
-    if _transposes(wide.device):
+    if _transposes(wide):
         return torch.addmm(unused, thin.t(), wide.t(), beta=0, alpha=scale).t()
     return torch.addmm(unused, wide, thin, beta=0, alpha=scale)
 
 
-def _transposes(device: torch.device) -> bool:
-    return device.type == "cpu"
+def _transposes(tensor: Tensor) -> bool:
+    return device_type(tensor) == "cpu"

@@ -6,12 +6,16 @@ The implementation in the models, from torch operations, saves two fp32 copies o
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.autograd.function import once_differentiable
+
+from budwood.model.device import device_type
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -24,8 +28,10 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         weight: [d], frozen.
         epsilon: added to the mean square.
     """
-    if x.is_cuda:  # one kernel per direction instead of eight (forward) and eleven (backward)
-        with torch.autocast("cuda", enabled=False):
+    if device_type(x) == "cuda":  # one kernel per direction instead of eight (forward) and eleven (backward)
+        with torch.autocast(x.device.type, enabled=False):
+            if not x.is_cuda:  # a plan on fake CPU tensors, for which torch has no such kernel
+                return weight * _PlannedKernel.apply(x)
             return weight * F.rms_norm(x, x.shape[-1:], None, epsilon)
     result: Tensor = _RMSNorm.apply(x, weight, epsilon)
     return result
@@ -51,8 +57,12 @@ def save_memory_in_norms(model: nn.Module) -> int:
 
 def _is_identical(module: nn.Module, weight: Tensor, epsilon: float) -> bool:
     draw = torch.Generator().manual_seed(0)
-    x = torch.randn(3, weight.shape[-1], generator=draw).to(weight)
-    with torch.no_grad():
+    with torch.no_grad(), unset_fake_temporarily():
+        if weight.is_meta or isinstance(weight, FakeTensor):  # a plan's weights have no values
+            weight = torch.rand(weight.shape, generator=draw).to(weight.dtype)
+            module = copy.copy(module)
+            module._parameters = {**module._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+        x = torch.randn(3, weight.shape[-1], generator=draw).to(weight)
         try:
             return torch.equal(module(x), _RMSNorm.apply(x, weight, epsilon))
         except (RuntimeError, TypeError):  # a norm with other arguments
@@ -71,6 +81,20 @@ class _Forward:
             result: Tensor = self.original(x, *args, **kwargs)
             return result
         return rms_norm(x, weight, self.epsilon)
+
+
+class _PlannedKernel(torch.autograd.Function):
+    """Allocates what torch's CUDA kernel and its backward allocate, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return torch.empty_like(ctx.saved_tensors[0])
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from budwood.model.device import device_type
+
 PAD = 64
 """Segments are padded to a multiple of this number of tokens."""
 BLOCK = 256
@@ -36,7 +38,7 @@ def longest(head_size: int) -> int:
 def takes(query: Tensor, value: Tensor, segments: tuple[int, ...]) -> bool:
     """Return whether `segment_attention` is the better kernel for these tensors: bf16 on a CPU with bf16 products."""
     return (
-        query.device.type == "cpu"
+        device_type(query) == "cpu"
         and query.dtype == torch.bfloat16
         and query.shape[-1] == value.shape[-1]
         and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -232,7 +234,7 @@ def _layout(segments: tuple[int, ...], groups: tuple[_Group, ...], heads: int) -
         source, target = torch.cat(sources), target.flatten()
         unowned = torch.ones(len(source), dtype=torch.bool)
         unowned[target] = False
-        return _Layout(heads, source, target, unowned.nonzero()[:, 0])
+        return _Layout(heads, source, target, torch.nonzero_static(unowned, size=len(source) - len(target))[:, 0])
 
 
 def _blocks(padded: int, causal: bool) -> Iterator[tuple[int, int, int]]:

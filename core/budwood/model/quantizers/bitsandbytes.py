@@ -8,12 +8,16 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from budwood.errors import ResourceError
-from budwood.model.quantizers.protocol import Quantizer
+from budwood.model.quantizers.protocol import Quantizer, Unquantized
 from budwood.model.quiet import hide_hub_kernels
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+
+BLOCK, NESTED_BLOCK = 64, 256
+"""Weights that share a scale, and scales that share one if they are quantised too: transformers' defaults."""
 
 
 class _BitsAndBytes(Quantizer):
@@ -52,6 +56,23 @@ class Int8(_BitsAndBytes):
 
     def after_load(self, model: nn.Module, skip: list[str]) -> None:
         guard_autocast(model)
+
+    def planned(self, module: nn.Module, dtype: torch.dtype, double_quantization: bool) -> nn.Module:
+        import bitsandbytes
+        import torch
+        from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+        outputs, inputs = Unquantized().shape(module)
+        with unset_fake_temporarily():  # the constructor wraps its weight in a class that cannot hold fakes
+            linear: Any = bitsandbytes.nn.Linear8bitLt(inputs, outputs, False, has_fp16_weights=False, device="meta")
+        codes = torch.empty(outputs, inputs, dtype=torch.int8)
+        linear._parameters["weight"] = torch.nn.Parameter(codes, requires_grad=False)
+        linear.weight.CB = linear.weight.SCB = None
+        linear.state.CB, linear.state.SCB = codes, torch.empty(outputs, dtype=torch.float32)
+        linear.state.threshold = 0.0  # which columns have outliers depends on values
+        linear._parameters["bias"] = _planned_bias(module, dtype)
+        linear.__class__ = _guarded_linear()
+        return linear
 
     def is_linear(self, module: nn.Module) -> bool:
         return _is_eight_bit(module)
@@ -103,6 +124,38 @@ class _FourBit(_BitsAndBytes):
 
     def after_load(self, model: nn.Module, skip: list[str]) -> None:
         guard_repacking(model)
+
+    def planned(self, module: nn.Module, dtype: torch.dtype, double_quantization: bool) -> nn.Module:
+        import bitsandbytes
+        import torch
+        from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+        outputs, inputs = Unquantized().shape(module)
+        with unset_fake_temporarily():  # the constructor wraps its weight in a class that cannot hold fakes
+            linear: Any = bitsandbytes.nn.Linear4bit(
+                inputs, outputs, False, compute_dtype=dtype, quant_type=self.kind, device="meta"
+            )
+        blocks = -(-outputs * inputs // BLOCK)
+        packed = torch.empty((outputs * inputs + 1) // 2, 1, dtype=torch.uint8)
+        weight: Any = torch.nn.Parameter(packed, requires_grad=False)
+        state_of = bitsandbytes.functional.QuantState
+        nested = {
+            "offset": torch.empty(()),
+            "state2": state_of(
+                torch.empty(-(-blocks // NESTED_BLOCK)), code=torch.empty(256), blocksize=NESTED_BLOCK,
+                dtype=torch.float32,
+            ),
+        } if double_quantization else {}  # fmt: skip
+        weight.quant_state = state_of(
+            torch.empty(blocks, dtype=torch.uint8 if double_quantization else torch.float32),
+            torch.Size((outputs, inputs)), torch.empty(16), BLOCK, self.kind, dtype, **nested,
+        )  # fmt: skip
+        weight.quant_type, weight.blocksize, weight.bnb_quantized = self.kind, BLOCK, True
+        weight.compress_statistics, weight.quant_storage = double_quantization, torch.uint8
+        linear._parameters["weight"] = weight
+        linear._parameters["bias"] = _planned_bias(module, dtype)
+        linear.support_avx512bf16_for_cpu = False
+        return linear
 
     def is_linear(self, module: nn.Module) -> bool:
         return _is_four_bit(module) and getattr(module.weight, "quant_type", "") == self.kind
@@ -157,6 +210,13 @@ class FP4(_FourBit):
     """4-bit floating point, one scale per 64 weights."""
 
     kind = "fp4"
+
+
+def _planned_bias(module: Any, dtype: torch.dtype) -> Any:
+    import torch
+
+    bias = getattr(module, "bias", None)
+    return None if bias is None else torch.nn.Parameter(torch.empty(bias.shape, dtype=dtype), requires_grad=False)
 
 
 def guard_repacking(model: nn.Module) -> None:

@@ -64,6 +64,19 @@ class Quantizer(Plugin):
             skip: names of modules that are not quantised (heads).
         """
 
+    def planned(self, module: nn.Module, dtype: torch.dtype, double_quantization: bool) -> nn.Module | None:
+        """Return the linear that would replace `module` in a quantised base, with fake weights; for plans of memory.
+
+        Its weights have the shapes and dtypes of real ones, and this quantiser's other methods work on it. None: a plan
+        calls `after_load` on the unquantised model instead.
+
+        Args:
+            module: an unquantised linear; its weight may be on the meta device.
+            dtype: compute dtype of the base.
+            double_quantization: as for `config`.
+        """
+        return None
+
     def is_linear(self, module: nn.Module) -> bool:
         """Return whether `module` is a linear that this quantiser stores."""
         return False

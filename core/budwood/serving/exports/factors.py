@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from budwood.adapters.export import converted
 from budwood.adapters.live_update import LiveUpdate
-from budwood.adapters.peft_config import PREFIX, TASK_TYPES
+from budwood.adapters.peft_config import PREFIX
 from budwood.adapters.store import CONFIG, WEIGHTS, SavedAdapter
 from budwood.contract.calls import ask_owner
 from budwood.contract.loading import adapter_owner, build_strategy
@@ -169,7 +169,7 @@ def write_lora(folder: Path, factors: Factors, saved: SavedAdapter) -> int:
         r=rank,
         lora_alpha=rank,
         target_modules=sorted(factors),
-        task_type=TASK_TYPES.get(task_of(saved)[0]),
+        task_type=saved.config.get("task_type"),
         base_model_name_or_path=saved.config.get("base_model_name_or_path"),
         revision=saved.config.get("revision"),
         inference_mode=True,

@@ -47,6 +47,7 @@ class LlamaModel:
         tokenizer: its tokenizer.
         chat: how the adapter's messages are rendered.
         stops: tokens that end an answer besides the model's own.
+        messages: whether the adapter was trained on messages, or it is unknown.
     """
 
     name: str
@@ -56,6 +57,7 @@ class LlamaModel:
     tokenizer: Any
     chat: ChatRecord
     stops: list[int]
+    messages: bool
 
     @classmethod
     def open(cls, name: str, saved: SavedAdapter) -> LlamaModel:
@@ -75,6 +77,7 @@ class LlamaModel:
             load_tokenizer(folder),
             (manifest.chat if manifest is not None else None) or ChatRecord(),
             list(manifest.stop_ids) if manifest is not None else [],
+            manifest is None or manifest.on_messages is not False,
         )
 
     def vocabulary(self) -> Vocabulary:
@@ -91,7 +94,7 @@ class LlamaModel:
         for owner in (self.config.get("eos_token_id"), stated.get("eos_token_id"), self.stops):
             ends += owner if isinstance(owner, list) else [owner]
         known = list(dict.fromkeys(end for end in ends if isinstance(end, int)))
-        return read_vocabulary(self.folder, self.tokenizer, rows, known, self.chat.template)
+        return read_vocabulary(self.folder, self.tokenizer, rows, known, self.chat.template, self.messages)
 
 
 def base_of(saved: SavedAdapter, program: str, base: str | None, allow_other_base: bool) -> LlamaModel:
@@ -132,6 +135,8 @@ def write_gguf(saved: SavedAdapter, folder: Path, out: Path, wanted: Wanted) -> 
         base = shlex.quote(str(out / BASE))
     lines.append(f"llama-cli -m {base} --lora {shlex.quote(str(out / ADAPTER))}")
     notes = [*(own.notes if own is not None else ()), *_chat_notes(model)]
+    if not model.messages and own is None:
+        notes.append("it was trained on texts, not on messages: let llama.cpp apply no chat template (-no-cnv).")
     return Exported(out, wanted.target, lines, result, None, approximate, notes)
 
 
@@ -192,7 +197,7 @@ def _model(path: Path, model: LlamaModel, vocabulary: Vocabulary) -> None:
 
 
 def _modelfile(model: LlamaModel, vocabulary: Vocabulary, merged: bool) -> tuple[str, list[str]]:
-    template, notes = None, []
+    template, notes = None if model.messages else "{{ .Prompt }}", []
     if vocabulary.template is not None:
         frames = frames_of(vocabulary.template, model.tokenizer, model.chat.options)
         if frames is None:

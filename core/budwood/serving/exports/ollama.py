@@ -101,13 +101,14 @@ def go_template(frames: Frames, bos: str | None) -> str:
     def cut(text: str) -> str:
         return text.removeprefix(bos) if bos else text
 
-    branches = "{{ else }}".join(
-        f'{{{{ if eq .Role "{role}" }}}}{literal(frames.before[role])}{{{{ .Content }}}}{literal(frames.after[role])}'
-        for role in ("system", "user", "assistant")
-    )
-    start, system_start = literal(cut(frames.start)), literal(cut(frames.system_start))
-    first = start if start == system_start else f"{{{{ if .System }}}}{system_start}{{{{ else }}}}{start}{{{{ end }}}}"
-    return f"{first}{{{{ range .Messages }}}}{branches}{'{{ end }}' * 3}{{{{ end }}}}{literal(frames.prompt)}"
+    def branch(role: str) -> str:
+        before = literal(frames.before[role])
+        start = cut(frames.system_start if role == "system" else frames.start)
+        first = f"{{{{ if not $i }}}}{literal(start)}{{{{ end }}}}" if start else ""
+        return f'{{{{ if eq .Role "{role}" }}}}{first}{before}{{{{ .Content }}}}{literal(frames.after[role])}'
+
+    branches = "{{ else }}".join(map(branch, _ROLES)) + "{{ end }}" * len(_ROLES)
+    return f"{{{{ range $i, $m := .Messages }}}}{branches}{{{{ end }}}}{literal(frames.prompt)}"
 
 
 def modelfile(model: str, adapter: str | None, template: str | None, stops: Sequence[str]) -> str:

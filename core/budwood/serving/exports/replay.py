@@ -11,7 +11,8 @@ import torch
 from budwood.adapters.golden import Distance, Golden, comparable, current_setting, measure, relative_error
 from budwood.adapters.match import mismatch
 from budwood.adapters.store import GOLDEN, SavedAdapter
-from budwood.errors import BudwoodError, InputError, describe
+from budwood.contract.discovery import find, plugin_fault
+from budwood.errors import BudwoodError, CorruptError, InputError, describe
 from budwood.model.text_tasks import as_probe
 from budwood.serving.merge import MAX_ERROR, SENTENCES
 from budwood.serving.pool import AdapterPool
@@ -78,10 +79,14 @@ def replay(
     loaded, task = open_base(
         saved, base, quantization=quantization, precision="fp32", device=device, allow_other_base=allow_other_base
     )
-    golden = Golden.load(saved.directory / GOLDEN) if saved.manifest is not None and saved.manifest.golden else None
+    recorded = saved.manifest.golden if saved.manifest is not None else None
+    golden = Golden.load(saved.directory / GOLDEN) if recorded is not None else None
     tokenizer: Any = loaded.tokenizer
     probes = golden.probes if golden else [as_probe(tokenizer(text)["input_ids"]) for text in SENTENCES]
     pool = AdapterPool(loaded, task=task)
+    problem = next(filter(None, (pool.task_plugin.check_inputs(pool.model, probe) for probe in probes)), "")
+    if problem:
+        raise CorruptError(f"{saved.directory / GOLDEN}: {problem}.")
     alone = pool.measure(probes)
     notes = pool.load("adapter", saved.directory, allow_other_base=allow_other_base).notes
     pool.use("adapter")
@@ -90,28 +95,28 @@ def replay(
     exported = pool.engine.call(lambda: _by_peft(pool, folder, probes))
     if exported.shape != adapter.shape:
         raise BudwoodError(f"{saved.directory}: the export has {exported.shape[1]} logits, not {adapter.shape[1]}.")
-    setting = Distance.between(golden.base, alone) if golden else None
     result = Replay(
         len(probes),
         loaded.quantization,
         Distance.between(adapter, exported),
         relative_error(alone, adapter, exported),
         Distance.between(golden.adapter, exported) if golden else None,
-        setting,
-        golden is not None and comparable(saved.manifest.golden, current_setting(loaded)),  # type: ignore
+        Distance.between(golden.base, alone) if golden else None,
+        recorded is not None and comparable(recorded, current_setting(loaded)),
         notes,
     )
-    _judge(saved, result, float(adapter.abs().max()), approximate, force)
-    if result.recorded is not None and not approximate and _differs(result, float(golden.adapter.abs().max())):  # type: ignore[union-attr]
+    largest = float(adapter.abs().max())
+    _judge(saved, result, largest, approximate, force)
+    if not approximate and _differs(result, largest):
         raise mismatch(saved, loaded.fingerprint)(
             f"{saved.directory}: on this base it is another model than the one that training recorded "
-            f"({result.recorded}; the bases alone: {setting}): nothing was written. Use the base of its run."
+            f"({result.recorded}; the bases alone: {result.setting}): nothing was written. Use the base of its run."
         )
     return result
 
 
 def _by_peft(pool: AdapterPool, folder: Path, probes: Any) -> torch.Tensor:
-    """Return the logits of the exported adapter; stock PEFT adds it to the model and takes it off."""
+    """Return the logits of the exported adapter, which stock PEFT leaves on the model."""
     from peft import PeftModel
 
     model: Any = pool.model
@@ -123,7 +128,9 @@ def _by_peft(pool: AdapterPool, folder: Path, probes: Any) -> torch.Tensor:
     except BudwoodError:
         raise
     except Exception as error:  # PEFT may raise any exception
-        raise BudwoodError(f"the export does not load in stock PEFT: {describe(error)}") from error
+        raise BudwoodError(
+            f"the export does not load in stock PEFT ({describe(error)}): nothing was written. --no-check writes it."
+        ) from error
 
 
 def _judge(saved: SavedAdapter, result: Replay, largest: float, approximate: bool, force: bool) -> None:
@@ -135,14 +142,17 @@ def _judge(saved: SavedAdapter, result: Replay, largest: float, approximate: boo
             )
         return
     if not result.error <= EXACT and not result.conversion.largest <= ROUNDING * max(1.0, largest):
-        raise BudwoodError(
-            f"{saved.directory}: the export computes something else than the adapter ({result.conversion}; "
-            f"{result.error:.1%} of its effect): nothing was written. This is a bug; please report it."
+        text = (
+            f"{saved.directory}: the export of strategy '{saved.adapter_type}' computes something else than the adapter"
         )
+        text = f"{text} ({result.conversion}; {result.error:.1%} of its effect): nothing was written"
+        raise plugin_fault(find(saved.adapter_type).owner, text, True)
 
 
 def _differs(result: Replay, largest: float) -> bool:
-    assert result.recorded is not None and result.setting is not None
+    """Return whether the export is another model than the golden logits are of."""
+    if result.recorded is None or result.setting is None:
+        return False
     if result.same:
         return not result.recorded.largest <= 10 * ROUNDING * max(1.0, largest)
     return result.recorded.is_another_model(result.setting)

@@ -82,6 +82,8 @@ def _vllm(saved: SavedAdapter, folder: Path, out: Path, wanted: Wanted) -> Expor
             f"it was trained on the base in {saved.manifest.base.quantization}; vLLM answers from the base that it "
             "loads. What the original weights change: --quantization none"
         )
+    if saved.manifest is not None and saved.manifest.on_messages is False:
+        notes.append("it was trained on texts, not on messages: ask /v1/completions, which applies no chat template.")
     if chat is not None and chat.options:
         notes.append(f"send chat_template_kwargs with each request, as in training: {json.dumps(chat.options)}")
     lines = [f"LoRA of rank {rank} on {len(factors)} linears, alpha {rank}", vllm.command(base, out, rank, template)]

@@ -54,7 +54,9 @@ class Vocabulary:
     notes: list[str] = field(default_factory=list)
 
 
-def read_vocabulary(folder: Path, tokenizer: Any, rows: int, ends: list[int], template: str | None) -> Vocabulary:
+def read_vocabulary(
+    folder: Path, tokenizer: Any, rows: int, ends: list[int], template: str | None, messages: bool = True
+) -> Vocabulary:
     """Read the tokenizer of a model folder.
 
     Args:
@@ -63,6 +65,7 @@ def read_vocabulary(folder: Path, tokenizer: Any, rows: int, ends: list[int], te
         rows: number of the model's embeddings.
         ends: tokens that end an answer, the most important first.
         template: chat template of the adapter's run; None: the tokenizer's.
+        messages: whether texts are messages; without them there is no chat template.
 
     Raises:
         InputError: llama.cpp would tokenise differently; the message says in what.
@@ -80,7 +83,11 @@ def read_vocabulary(folder: Path, tokenizer: Any, rows: int, ends: list[int], te
     tokens, types = _tokens(path, values, tokenizer, rows)
     special, more = _special(tokenizer, ends)
     notes += more
-    template = template or _template(tokenizer)
+    template = (template or _template(tokenizer)) if messages else None
+    if not messages and _template(tokenizer):
+        notes.append(
+            "it was trained on texts, not on messages: the file has no chat template, so that none is applied."
+        )
     add_bos, add_eos = _added(path, tokenizer, special)
     if add_bos and template is not None and not _begins(template, tokenizer):
         add_bos = False

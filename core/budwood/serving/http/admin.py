@@ -31,12 +31,14 @@ class Load(_Body):
     path: str | None = Field(None, min_length=1, max_length=512)
     verify: Verify = "auto"
     replace: bool = False
+    pinned: bool = False
 
 
 class Alias(_Body):
     """Let a name stand for the adapter of another."""
 
     target: str = Field(min_length=1, max_length=64)
+    verify: Verify = "auto"
 
 
 class Reload(_Body):
@@ -60,7 +62,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     async def load(request: Request) -> Response:
         asked = read(Load, await body(request))
         path = asked.path or asked.name
-        served, found = await change(catalog.load, asked.name, path, asked.verify, asked.replace)
+        served, found = await change(catalog.load, asked.name, path, asked.verify, asked.replace, asked.pinned)
         return JSONResponse({**served.describe(), "golden": found})
 
     @app.delete("/admin/adapters/{name}")
@@ -71,7 +73,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.put("/admin/adapters/{name}")
     async def alias(name: str, request: Request) -> Response:
         asked = read(Alias, await body(request))
-        return JSONResponse((await change(catalog.alias, name, asked.target)).describe())
+        return JSONResponse((await change(catalog.alias, name, asked.target, asked.verify)).describe())
 
     @app.post("/admin/reload")
     async def reload(request: Request) -> Response:

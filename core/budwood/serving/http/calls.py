@@ -94,6 +94,10 @@ class Call:
         self._events.put_nowait(error)
         self.close()
 
+    def unfinished_tokens(self) -> int:
+        """Return the number of tokens of the answers that have not ended."""
+        return sum(len(a.so_far()[0]) for index, a in enumerate(self.answers) if index not in self.generated)
+
     def close(self) -> None:
         """Cancel the rows that have not ended."""
         with self._lock:

@@ -20,8 +20,11 @@ from typing import Any
 
 from budwood.adapters.store import CONFIG, SavedAdapter
 from budwood.errors import CorruptError, InputError, did_you_mean
+from budwood.model.task import Task
 from budwood.serving.engine import Engine
+from budwood.serving.http.golden import compare
 from budwood.serving.http.tokens import Tenant
+from budwood.serving.loaded import Loaded
 from budwood.untrusted.files import check_name
 
 LONGEST = 48
@@ -37,14 +40,18 @@ class Served:
     Attributes:
         name: what clients call it; key: what the engine calls it.
         identity: hash of its content and of the base.
+        path: its folder, below the root; "": it is another name of an adapter.
         created: when it was loaded, in seconds since 1970.
+        compared: whether its golden logits, if it has any, were computed here and were as recorded.
     """
 
     name: str
     key: str
     saved: SavedAdapter
     identity: str
+    path: str
     created: int
+    compared: bool = False
 
     def describe(self) -> dict[str, Any]:
         """Return what /v1/models says about it."""
@@ -62,14 +69,16 @@ class Root:
     """The folder below which every adapter has to be."""
 
     def __init__(self, folder: Path) -> None:
-        """Check that the folder is there.
+        """Check the folder.
 
         Raises:
-            InputError: it is not.
+            InputError: it is not there, or is an adapter itself.
         """
         self.folder = folder.resolve()
         if not self.folder.is_dir():
             raise InputError(f"--adapters {folder}: no such folder.")
+        if (self.folder / CONFIG).exists():
+            raise InputError(f"--adapters {folder}: is an adapter itself: give the folder that it is in.")
 
     def find(self, path: str) -> Path:
         """Return the folder of a path below the root; no part of it may be a link, or lead out.
@@ -111,8 +120,8 @@ class Catalog:
     Changes are one at a time, by any thread; `resolve`, `hold` and `visible` are the event loop's.
     """
 
-    def __init__(self, engine: Engine, base_name: str, root: Root | None = None) -> None:
-        self.engine, self.base_name, self.root = engine, base_name, root
+    def __init__(self, engine: Engine, base_name: str, task: Task, root: Root | None = None) -> None:
+        self.engine, self.base_name, self.task, self.root = engine, base_name, task, root
         self.created = int(time.time())
         self._table: dict[str, Served] = {}
         self._changing, self._counting = threading.Lock(), threading.Lock()
@@ -185,7 +194,9 @@ class Catalog:
 
     # For the administrator.
 
-    def load(self, name: str, path: str, verify: str = "auto", replaces: bool = False) -> tuple[Served, str]:
+    def load(
+        self, name: str, path: str, verify: str = "auto", replaces: bool = False, pinned: bool = False
+    ) -> tuple[Served, str]:
         """Load the adapter in a folder below the root; on any failure everything stays as it was.
 
         Args:
@@ -194,6 +205,7 @@ class Catalog:
             verify: "golden": its golden logits must be there, and be what it computes here; "hash": only its file is
                 compared with its record; "auto": golden logits are compared if it has them.
             replaces: whether the name may stand for another adapter, which requests in flight keep.
+            pinned: whether it stays in memory, where there is a budget for adapters.
 
         Returns:
             The adapter, and what the comparison found.
@@ -201,13 +213,11 @@ class Catalog:
         Raises:
             InputError, CorruptError, ResourceError: it cannot be loaded, or is not what it was.
         """
-        from budwood.serving.http.golden import compare
-
         self._check_name(name)
         with self._changing:
-            return self._load(name, path, verify, replaces, compare)
+            return self._load(name, path, verify, replaces, pinned)
 
-    def _load(self, name: str, path: str, verify: str, replaces: bool, compare: Any) -> tuple[Served, str]:
+    def _load(self, name: str, path: str, verify: str, replaces: bool, pinned: bool) -> tuple[Served, str]:
         if self.root is None:
             raise InputError("the server has no folder of adapters: start it with --adapters DIR.")
         old = self._table.get(name)
@@ -215,26 +225,31 @@ class Catalog:
             raise InputError(f"'{name}' is loaded already: reload it, or unload it first.")
         folder = self.root.find(path)
         key = f"{name}.{next(self._numbers)}"
-        self.engine.load(key, folder)
+        self.engine.load(key, folder, pinned=pinned)
         try:
             loaded = self.engine.names[key]
             assert loaded.saved is not None
-            loaded.label = loaded.live.label = name
+            self.engine.call(partial(_rename, loaded, name))
             if old is not None and old.identity == loaded.identity:
                 self.engine.unload(key)
                 return old, "unchanged"
-            found = "not compared" if verify == "hash" else compare(self.engine, key, loaded.saved, verify == "golden")
+            found = (
+                "not compared"
+                if verify == "hash"
+                else compare(self.engine, self.task, key, loaded.saved, verify == "golden")
+            )
         except BaseException:
             self.engine.unload(key)
             raise
-        served = Served(name, key, loaded.saved, loaded.identity, int(time.time()))
+        served = Served(name, key, loaded.saved, loaded.identity, path, int(time.time()), verify != "hash")
         self._table = {**self._table, name: served}
         if old is not None:
             self._retire(old.key)
         return served, found
 
     def reload(self, verify: str = "auto") -> dict[str, dict[str, Any]]:
-        """Load again what has changed below the root: adapters that are served, new ones, and not those that failed.
+        """Load again the adapters whose folders have changed, and those whose folders are new; names that `alias` gave
+        keep what they stand for.
 
         Returns:
             What happened, by name.
@@ -242,7 +257,10 @@ class Catalog:
         if self.root is None:
             raise InputError("the server has no folder of adapters: start it with --adapters DIR.")
         done: dict[str, dict[str, Any]] = {}
-        for name, path in self.root.all().items():
+        served_paths = {one.name: one.path for one in self.all()}
+        for name, path in {**self.root.all(), **served_paths}.items():
+            if not path:
+                continue
             try:
                 served, found = self.load(name, path, verify, replaces=True)
                 done[name] = {"identity": served.identity, "result": found}
@@ -250,20 +268,28 @@ class Catalog:
                 done[name] = {"error": str(error)}
         return done
 
-    def alias(self, name: str, target: str) -> Served:
+    def alias(self, name: str, target: str, verify: str = "auto") -> Served:
         """Let a name, new or taken, stand for the adapter of another; requests in flight keep theirs.
+
+        Args:
+            verify: as for `load`, unless the adapter was compared when it was loaded.
 
         Raises:
             InputError: the name is not valid, or there is no such adapter.
+            CorruptError: the adapter is not what it was when it was saved.
         """
         self._check_name(name)
         with self._changing:
             served = self._find(target)
             if target == name:
                 return served
+            if verify == "golden" or verify == "auto" and not served.compared:
+                compare(self.engine, self.task, served.key, served.saved, verify == "golden")
+                served = replace(served, compared=True)
+                self._table = {**self._table, target: served}
             key, old = f"{name}.{next(self._numbers)}", self._table.get(name)
             self.engine.alias(key, served.key)
-            moved = replace(served, name=name, key=key, created=int(time.time()))
+            moved = replace(served, name=name, key=key, path="", created=int(time.time()))
             self._table = {**self._table, name: moved}
             if old is not None:
                 self._retire(old.key)
@@ -290,3 +316,10 @@ class Catalog:
             raise InputError(f"adapter name '{name}' has {len(name)} characters: use at most {LONGEST}.")
         if name == self.base_name:
             raise InputError(f"adapter name '{name}' is that of the base: choose another, or start with --name.")
+
+
+def _rename(loaded: Loaded, name: str) -> None:
+    """Let messages call an adapter what clients do."""
+    loaded.label = name
+    if loaded.memory is not None:
+        loaded.memory.live.label = name

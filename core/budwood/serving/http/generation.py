@@ -13,6 +13,8 @@ from sse_starlette import EventSourceResponse
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from budwood.errors import describe
+from budwood.model.sampling import Sampling
 from budwood.serving.http.answers import DONE, Choice, Format, Part, event
 from budwood.serving.http.body import read_body
 from budwood.serving.http.calls import Call, usage
@@ -21,9 +23,9 @@ from budwood.serving.http.errors import ApiError, from_error
 from budwood.serving.http.logprobs import LogProbs
 from budwood.serving.http.prompts import Prompt
 from budwood.serving.http.schema import Chat, Completion, Generation, check, read
-from budwood.serving.http.service import Record, Service
+from budwood.serving.http.service import Record, Service, log
 from budwood.serving.http.tools import CallReader
-from budwood.serving.requests import Sampling
+from budwood.serving.requests import Twins
 
 COMPLETION_TOKENS = 16
 """Tokens of an answer of /v1/completions by default, as in OpenAI's API."""
@@ -99,6 +101,7 @@ def _target(service: Service, body: Generation, record: Record) -> Target:
     for one in target.served:
         record.stack.enter_context(service.catalog.hold(one))
     record.adapter = target.label
+    record.prompt_field = "messages" if isinstance(body, Chat) else "prompt"
     return target
 
 
@@ -106,6 +109,9 @@ async def _answer(
     service: Service, request: Request, record: Record, body: Generation, target: Target,
     prompts: Any, limit: int, with_tools: bool,
 ) -> Response:  # fmt: skip
+    if not service.engine.model.can_generate():
+        text = f"model: the server's task is {service.engine.task}, which generates no text."
+        raise ApiError(400, text, param="model")
     count = body.n or 1
     rows = count * (len(body.prompts) if isinstance(body, Completion) else 1)
     record.stack.enter_context(service.admission.hold(record.tenant, rows))
@@ -141,6 +147,7 @@ def _submit(
     made: list[Prompt] = prompts()
     seed = secrets.randbits(63) if body.seed is None else body.seed
     for number, prompt in enumerate(made, 1):
+        twins = Twins()
         for sample in range(body.n or 1):
             sampling = Sampling(
                 limit, 1.0 if body.temperature is None else body.temperature, body.top_p or 1.0, body.top_k or 0,
@@ -150,12 +157,15 @@ def _submit(
             where = "the prompt" if len(made) == 1 else f"prompt {number}"
             ask = partial(
                 service.engine.submit, prompt.ids, target.adapter, sampling, tenant=record.tenant.name,
-                template=prompt.template, stream=bool(body.stream), where=where,
+                template=prompt.template, stream=bool(body.stream), where=where, twins=twins,
             )  # fmt: skip
             try:
                 call.submit(ask)
             except Exception as error:
-                raise _explain(service, target, error) from error
+                told = _explain(service, target, error)
+                if told.status == 400:
+                    told.param = "adapters" if told.message.startswith("adapters:") else record.prompt_field
+                raise told from error
     return made
 
 
@@ -165,6 +175,10 @@ def _explain(service: Service, target: Target, error: Exception) -> ApiError:
     if any(one.key in names and names[one.key].quarantined for one in target.served):
         return ApiError(500, str(error), code="quarantined")
     found = from_error(error)
+    if any(str(one.saved.directory) in found.message for one in target.served):  # it left the memory, and is gone
+        found = ApiError(503, "The adapter cannot be read any more; the server's log says why.", code="adapter")
+    if found.status >= 500:
+        log.error("adapter %s: %s", target.label, describe(error))
     if found.status == 429:
         found.retry_after = service.admission.retry_after
     return found

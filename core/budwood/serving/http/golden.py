@@ -9,17 +9,17 @@ import torch
 from budwood.adapters.golden import Golden, measure
 from budwood.adapters.store import GOLDEN, SavedAdapter
 from budwood.contract.examples import Example
-from budwood.contract.loading import create
 from budwood.errors import InputError
 from budwood.model.task import Task
 from budwood.serving.engine import Engine
 from budwood.serving.verify import judge
 
 
-def compare(engine: Engine, key: str, saved: SavedAdapter, needed: bool) -> str:
+def compare(engine: Engine, task: Task, key: str, saved: SavedAdapter, needed: bool) -> str:
     """Replay an adapter's golden logits, one probe between two steps of the engine, and return what was found.
 
     Args:
+        task: the engine's.
         key: what the engine calls the adapter.
         needed: whether an adapter without golden logits is refused.
 
@@ -32,7 +32,6 @@ def compare(engine: Engine, key: str, saved: SavedAdapter, needed: bool) -> str:
             raise InputError(f"{saved.directory}: holds no golden logits to compare with; verify: hash accepts that.")
         return "holds no golden logits"
     golden = Golden.load(saved.directory / GOLDEN)
-    task: Task = create(engine.task, "budwood.tasks")
 
     def measured(adapter: bool) -> torch.Tensor:
         name = key if adapter else None

@@ -45,11 +45,25 @@ class _EngineNumbers:
 
     def collect(self) -> Iterator[Metric]:
         """Yield the numbers of now."""
-        engine, scheduler = self._engine, self._engine.scheduler
-        yield GaugeMetricFamily("budwood_rows", "Answers that are computed.", len(scheduler.rows))
-        yield GaugeMetricFamily("budwood_waiting", "Requests that wait for a row.", scheduler.waiting)
-        yield GaugeMetricFamily("budwood_adapters", "Names of loaded adapters.", len(engine.names))
-        yield CounterMetricFamily("budwood_steps", "Steps of the engine.", scheduler.steps)
-        yield CounterMetricFamily("budwood_preempted", "Rows that had to make room.", scheduler.preempted)
-        yield CounterMetricFamily("budwood_prefix_hits", "Blocks of prompts found in the cache.", engine.prefixes.hits)
-        yield GaugeMetricFamily("budwood_prefix_bytes", "Bytes of cached prompts.", engine.prefixes.bytes)
+        now = self._engine.stats()
+        gauges = {
+            "rows": ("Answers that are computed.", now.rows),
+            "waiting": ("Requests that wait for a row, for memory or for an adapter.", now.waiting),
+            "step_seconds": ("Seconds that the step in progress has taken so far.", now.step_seconds),
+            "adapters": ("Names of adapters.", sum(len(adapter.names) for adapter in now.adapters)),
+            "adapters_in_memory": ("Adapters in memory.", sum(adapter.resident for adapter in now.adapters)),
+            "adapters_quarantined": ("Quarantined adapters.", sum(bool(one.quarantined) for one in now.adapters)),
+            "adapter_bytes": ("Bytes of adapters in memory.", now.adapter_bytes),
+            "stack_bytes": ("Bytes of adapters that are stacked for decoding.", now.stack_bytes),
+            "kv_bytes": ("Bytes of keys and values of answers.", now.kv_bytes),
+            "prefix_bytes": ("Bytes of cached prompts.", now.prefix_bytes),
+        }
+        counts = {
+            "steps": ("Steps of the engine.", now.steps),
+            "preempted": ("Answers that had to make room, and were computed again.", now.preempted),
+            "adapter_loads": ("Adapters that were put in memory.", now.loads),
+            "adapter_evictions": ("Adapters that left the memory to make room.", now.evictions),
+            "prefix_hits": ("Blocks of prompts that were found in the cache.", now.prefix_hits),
+        }
+        yield from (GaugeMetricFamily(f"budwood_{name}", text, value) for name, (text, value) in gauges.items())
+        yield from (CounterMetricFamily(f"budwood_{name}", text, value) for name, (text, value) in counts.items())

@@ -85,7 +85,8 @@ class Guard:
                 raise _no_token("the administrator's token")
             return
         host = request.headers.get("host", "").rpartition(":")[0] or request.headers.get("host", "")
-        if not service.tokens.needed and service.settings.address.is_local and host not in LOCAL_HOSTS:
+        address = service.settings.address
+        if not service.tokens.needed and address.is_local and host not in (*LOCAL_HOSTS, address.host):
             # Otherwise the page of any site could let its name resolve to this machine, and ask.
             raise ApiError(403, f"The host '{host[:64]}' is not this machine: use localhost.", code="host")
         if path.startswith("/v1/"):

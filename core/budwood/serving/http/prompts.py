@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from budwood.adapters.store import SavedAdapter
 from budwood.data.encoder import Encoder, Request, check_template, encode_prompt
 from budwood.data.messages import read_messages
 from budwood.data.template import Template
-from budwood.errors import InputError
+from budwood.errors import BudwoodError, InputError
 from budwood.model.base import Base
 from budwood.serving.http.errors import ApiError
 from budwood.serving.http.schema import Chat
@@ -45,6 +46,11 @@ class Prompts:
         self.base = base
         self._known: dict[tuple[str, bool], tuple[tuple[int, ...], CallForm | None]] = {}
         self._encoders: OrderedDict[str, Encoder] = OrderedDict()
+
+    def warm(self) -> None:
+        """Start the process of the base's template, which takes a second, before the first request needs it."""
+        with suppress(BudwoodError, ApiError):
+            self._encoder(ChatRecord(), {}).prompt(Request([{"role": "user", "content": "Ping?"}]))
 
     def text(self, prompt: str | Sequence[int], adapters: Sequence[SavedAdapter]) -> Prompt:
         """Return the tokens of a text, or token ids as they are.

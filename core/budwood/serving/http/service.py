@@ -12,6 +12,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from budwood.contract.loading import create
+from budwood.model.task import Task
 from budwood.serving.engine import Engine
 from budwood.serving.http.calls import Call, Piece
 from budwood.serving.http.catalog import Catalog, Root, Served
@@ -25,6 +27,8 @@ from budwood.serving.http.tokens import ANYONE, Tenant, Tokens
 
 Result = TypeVar("Result")
 log = logging.getLogger("budwood.serve")
+STUCK = 120
+"""Seconds of a step after which the server is not ready: no step of a machine that keeps up takes as long."""
 WORKERS = 2
 """Threads that render and tokenize."""
 
@@ -36,6 +40,7 @@ class Record:
     Attributes:
         adapter: the served name, "base" or "blend"; "" if there is none.
         outcome: how it ended, if not by itself.
+        prompt_field: what the request calls its prompt.
         unfinished: whether an answer has begun and not ended.
         stack: what is held for the request, and freed at its end, however it ends.
     """
@@ -51,6 +56,7 @@ class Record:
     first: float | None = None
     outcome: str = ""
     unfinished: bool = False
+    prompt_field: str = "prompt"
     stack: ExitStack = field(default_factory=ExitStack)
 
     def heard(self, piece: Piece) -> None:
@@ -68,10 +74,15 @@ class Service:
         ending: whether new requests are refused, since the server ends.
     """
 
-    def __init__(self, engine: Engine, settings: Settings, tokens: Tokens | None = None, root: Root | None = None):
+    def __init__(
+        self, engine: Engine, settings: Settings, tokens: Tokens | None = None, root: Root | None = None,
+        task: Task | None = None,
+    ) -> None:  # fmt: skip
+        """Prepare a server; the task is the engine's, if it has options."""
         self.engine, self.settings, self.limits = engine, settings, settings.limits
+        self.task: Task = task or create(engine.task, "budwood.tasks")
         self.tokens = tokens or Tokens()
-        self.catalog = Catalog(engine, settings.base_name, root)
+        self.catalog = Catalog(engine, settings.base_name, self.task, root)
         self.prompts = Prompts(engine.base)
         self.token_text = TokenText(engine.tokenizer)
         self.admission = Admission(self.limits, engine.scheduler.max_rows)
@@ -97,6 +108,8 @@ class Service:
         """Why the server takes no requests; "": it does."""
         if not self.alive:
             return "the engine has ended"
+        if self.engine.stats().step_seconds > STUCK:
+            return f"a step of the engine has taken more than {STUCK} s"
         return "the server is shutting down" if self.ending else ""
 
     def check_ready(self) -> None:
@@ -132,6 +145,7 @@ class Service:
         finally:
             timer.cancel()
             self.calls.discard(call)
+            record.generated_tokens += call.unfinished_tokens()
             call.close()
 
     def abort_all(self, error: ApiError) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass, field
 
 
@@ -12,10 +13,11 @@ class Limits:
     Attributes:
         max_tokens: largest number of tokens of an answer; a request that asks for more is refused.
         n: largest number of answers to a prompt; prompts: of prompts in a request; rows: of both multiplied.
+        inputs: largest number of texts in a request for embeddings.
         waiting: requests that wait for a row of the engine, beyond which further ones are refused.
         deadline: seconds after which a request is ended.
         slow_reader: seconds that a client may leave the next piece of a stream unread.
-        body_seconds: seconds that a client may take to send its request.
+        body_seconds: seconds that a client may take to send the headers of a request, and again its body.
         drain: seconds that requests in flight may take after SIGTERM.
         body: bytes of a request; header: of its headers; depth: of nested JSON; messages, tools, stop: of lists.
         stop_length: characters of a stop string.
@@ -26,6 +28,7 @@ class Limits:
     n: int = 8
     prompts: int = 16
     rows: int = 32
+    inputs: int = 256
     waiting: int = 256
     deadline: float = 600.0
     slow_reader: float = 30.0
@@ -52,7 +55,12 @@ class Address:
     @property
     def is_local(self) -> bool:
         """Whether only this machine can connect."""
-        return bool(self.path) or self.host in ("127.0.0.1", "localhost", "::1")
+        if self.path or self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # a name, which may stand for any address
+            return False
 
     def __str__(self) -> str:
         if self.path:

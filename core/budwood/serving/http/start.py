@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from budwood.adapters.store import SavedAdapter, read_adapter
-from budwood.contract.loading import create
+from budwood.contract.loading import build_task
 from budwood.errors import BudwoodError, InputError
-from budwood.model.base import check_base, fingerprint, load_base, pick_device_precision
+from budwood.model.base import check_base, fingerprint
 from budwood.model.quiet import silence_libraries
 from budwood.model.task import Task
 from budwood.serving.engine import Engine
@@ -15,6 +15,7 @@ from budwood.serving.http.catalog import Root
 from budwood.serving.http.service import Service
 from budwood.serving.http.settings import Settings
 from budwood.serving.http.tokens import Tokens
+from budwood.serving.pool import load_for_task
 
 
 def open_service(
@@ -24,11 +25,13 @@ def open_service(
     root: Root | None,
     say: Callable[[str], None],
     *,
+    task: str | None = None,
     quantization: str | None = None,
     precision: str = "auto",
     device: str = "auto",
     max_rows: int = 32,
     prefix_bytes: int = 0,
+    adapter_bytes: int | None = None,
 ) -> Service:
     """Load a base and the adapters below the root; those that cannot be loaded are named, and left out.
 
@@ -45,21 +48,20 @@ def open_service(
         for saved in found.values()
         if saved.manifest is not None and saved.manifest.base.fingerprint == base_fingerprint
     ]
-    tasks = sorted({manifest.task for manifest in manifests}) or ["causal-lm"]
+    tasks = sorted({manifest.task for manifest in manifests} | ({task} if task else set())) or ["causal-lm"]
     if len(tasks) > 1:
-        raise InputError(f"the adapters are for different tasks ({', '.join(tasks)}): serve each from its own folder.")
+        raise InputError(f"there are different tasks ({', '.join(tasks)}): serve the adapters of each from a folder.")
     first = manifests[0].base if manifests else None
     quantization = quantization or (first.quantization if first else "none")
     silence_libraries()
-    task: Task = create(tasks[0], "budwood.tasks")
-    chosen, dtype, _ = pick_device_precision(device, precision)
-    loaded = load_base(
-        base, quantization, task.auto_class, dtype, chosen,
+    plugin: Task = build_task(tasks[0], manifests[0].task_options if manifests else {})
+    loaded = load_for_task(
+        base, quantization, plugin, [], precision=precision, device=device,
         double_quantization=first.double_quantization if first else True,
-        model_kwargs=task.model_kwargs([]), needs_tokenizer=task.needs_tokenizer,
     )  # fmt: skip
-    engine = Engine(loaded, tasks[0], max_rows=max_rows, prefix_bytes=prefix_bytes)
-    service = Service(engine, settings, tokens, root)
+    engine = Engine(loaded, tasks[0], max_rows=max_rows, prefix_bytes=prefix_bytes, adapter_bytes=adapter_bytes)
+    engine.loader.task_plugin = plugin
+    service = Service(engine, settings, tokens, root, plugin)
     for name, saved in found.items():
         try:
             served, _ = service.catalog.load(name, str(saved.directory.relative_to(root.folder)), "hash")  # type: ignore[union-attr]

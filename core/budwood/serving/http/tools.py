@@ -90,7 +90,7 @@ class CallReader:
     def add(self, piece: str) -> str:
         """Add a piece of the answer, and return what is text for certain."""
         self._text += piece
-        return self._send(self._certain())
+        return self._send(len(self._text[: self._certain()].rstrip()))
 
     def end(self) -> tuple[str, list[dict[str, Any]]]:
         """Return the rest of the text, and the calls; if they are not calls of the tools, they are text."""
@@ -98,7 +98,8 @@ class CallReader:
         calls, rest = self._calls(self._text[start:]) if start is not None else ([], "")
         if not calls or start is None:
             return self._send(len(self._text)), []
-        return self._send(start).rstrip() + rest, calls
+        said = self._send(start).rstrip()
+        return said + (f"\n{rest}" if rest else ""), calls
 
     def _send(self, end: int) -> str:
         piece = self._text[self._sent : end]

@@ -236,6 +236,7 @@ function card(one, parent) {
     element("header", {}, element("h2", { textContent: one.title, title: one.title }), element("span", { className: "kind", textContent: one.kind })),
     text, foot);
   box.setAttribute("aria-label", `Answer of ${one.title}`);
+  text.setAttribute("role", "group"); // it can be focused, to scroll by keyboard
   text.setAttribute("aria-label", `Text of ${one.title}`);
   parent.append(box);
   return { box, text, foot };

@@ -1,0 +1,248 @@
+"""`python -m benchmarks.plan`: planned against actual peak memory of optimizer steps on this CPU.
+
+Each recipe is planned on fake tensors, and then run for two steps, in which torch's profiler records every allocation.
+The base is a random Llama, so that nothing is downloaded; its size does not matter for the comparison of bytes.
+Target: within 5 % or 30 MB. Writes docs/benchmarks/plan.json and the table in docs/planning.md.
+
+`--cards` prints plans of Llama 3 for six cards instead, from configurations alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import struct
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from budwood.model.quiet import silence_libraries
+from budwood.planning.devices import Device, find_device
+from budwood.planning.estimate import estimate, gib
+from budwood.recipe.schema import Recipe
+from budwood.testing.allocations import measured_peak
+from budwood.testing.files import save_tokenizer
+
+DOCS = Path(__file__).parents[1] / "docs"
+SHARE, BYTES = 0.05, 30e6
+MARKS = ("<!-- table -->\n", "<!-- end of table -->\n")
+
+GRPO = {"rewards": [{"length": {"target": 20}}], "max_new_tokens": 32, "samples": 4}
+RECIPES: dict[str, dict[str, Any]] = {
+    "lora": {"strategies": [{"lora": {}}]},
+    "lora, nf4": {"strategies": [{"lora": {}}], "quantization": "nf4"},
+    "lora, fp4, dropout, gradient checkpointing": {
+        "strategies": [{"lora": {"dropout": 0.1}}], "quantization": "fp4", "train": {"gradient_checkpointing": True},
+    },
+    "lora, nf4, bf16": {"strategies": [{"lora": {}}], "quantization": "nf4", "train": {"precision": "bf16"}},
+    "lora, int8, bf16": {"strategies": [{"lora": {}}], "quantization": "int8", "train": {"precision": "bf16"}},
+    "lora with DoRA": {"strategies": [{"lora": {"dora": True}}]},
+    "lora and a whole head": {"strategies": [{"lora": {"modules_to_save": ["lm_head"]}}]},
+    "adalora, nf4": {
+        "strategies": [{"adalora": {"initial_phase": 0, "final_phase": 1, "interval": 1}}], "quantization": "nf4",
+        "train": {"steps": 10},
+    },
+    "lora, adversarial (freelb)": {"strategies": [{"lora": {}}, {"adversarial": {"method": "freelb"}}]},
+    "lora, adversarial (smart)": {"strategies": [{"lora": {}}, {"adversarial": {"method": "smart"}}]},
+    "lora, r-drop": {"strategies": [{"lora": {"dropout": 0.1}}, {"r-drop": {}}]},
+    "lora, dpo": {"strategies": [{"lora": {}}, {"dpo": {}}], "rows": "pairs"},
+    "lora, kto": {"strategies": [{"lora": {}}, {"kto": {}}], "rows": "judged"},
+    "lora, grpo": {
+        "strategies": [{"lora": {}}, {"grpo": GRPO}], "rows": "prompts", "train": {"batch_examples": 4},
+    },
+    "lora, distillation": {"strategies": [{"lora": {}}, {"distillation": {"teacher": "{teacher}"}}]},
+    "lora, ema, kl-start": {"strategies": [{"lora": {}}, {"ema": {}}, {"kl-start": {}}]},
+    "lora, sequence-classification": {
+        "strategies": [{"lora": {}}], "task": "sequence-classification", "rows": "classes",
+    },
+    "lora, reward-model": {"strategies": [{"lora": {}}], "task": "reward-model", "rows": "pairs"},
+}  # fmt: skip
+"""Recipes by name: strategies, task and quantiser, kind of rows, and changes to `train`."""
+
+
+def main() -> None:
+    """Compare all recipes, or those whose names are given, and write the table if all were compared."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    silence_libraries()
+    if sys.argv[1:] == ["--cards"]:
+        plan_cards(2048)
+        return
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for seed, part in enumerate(("base", "teacher")):
+            make_base(root / part, hidden=256, inner=688, layers=4, vocabulary=4000, seed=seed)
+        rows = write_rows(root, words=5)
+        for name in sys.argv[1:] or RECIPES:
+            results[name] = compare(build(RECIPES[name], root / "base", rows, root / "run"))
+            row = results[name]
+            print(f"{name:45} {row['planned'] / 1e6:9.2f} {row['actual'] / 1e6:9.2f} MB {row['difference']:+7.2%}")
+    failed = [name for name, row in results.items() if not is_close(row["planned"], row["actual"])]
+    if not sys.argv[1:]:
+        write(results)
+    if failed:
+        sys.exit(f"further apart than {SHARE:.0%} and {BYTES / 1e6:.0f} MB: {', '.join(failed)}")
+
+
+CARDS = ("RTX 3060 12G", "RTX 4060 Ti 16G", "RTX 4090", "RTX 5090", "A100 80G", "H200")
+SHAPES = {"8B": (4096, 14336, 32, 32), "70B": (8192, 28672, 80, 64)}
+"""Hidden size, size of the MLP, layers and heads of Llama 3, whose models have 8 key heads and 128,256 tokens."""
+
+
+def plan_cards(tokens: int) -> None:
+    """Print a Markdown table of plans of the two sizes of Llama 3 for the cards: NF4, LoRA rank 16 on all linears."""
+    print(f"| base | card | peak at {tokens:,} tokens | fits | tokens/s | planned in |")
+    print("|---|---|--:|---|--:|--:|")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, shape in SHAPES.items():
+            describe_base(Path(folder) / name, shape)
+            recipe = Recipe.from_dict(
+                {
+                    "base": {"model": str(Path(folder) / name), "quantization": "nf4"},
+                    "data": {"train": "none.jsonl", "eval": "none"}, "strategies": [{"lora": {"rank": 16}}],
+                    "train": {"steps": 100, "batch_tokens": 4 * tokens, "gradient_checkpointing": True},
+                    "output": str(Path(folder) / "run"),
+                }
+            )  # fmt: skip
+            for card in map(find_device, CARDS):
+                plan = estimate(recipe, card, tokens)
+                assert plan.seconds is not None and plan.steps
+                low, high = (plan.tokens * plan.steps / seconds for seconds in reversed(plan.seconds))
+                print(
+                    f"| {name} | {card.name} | {gib(plan.peak)} | {'yes' if plan.fits else 'no'} | "
+                    f"{low:,.0f} to {high:,.0f} | {plan.planned_in:.0f} s |",
+                    flush=True,
+                )
+
+
+def describe_base(folder: Path, shape: tuple[int, int, int, int]) -> None:
+    """Write a base's configuration, its tokenizer and the headers of its weights, whose file is sparse."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, inner, layers, heads = shape
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"], dtype="bfloat16", pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    save_tokenizer(folder)
+    with torch.device("meta"):
+        tensors = LlamaForCausalLM(config).state_dict()
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        size = 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+
+
+def is_close(planned: float, actual: float) -> bool:
+    """Whether a plan is within the target."""
+    return abs(planned - actual) <= max(SHARE * actual, BYTES)
+
+
+def compare(recipe: Recipe) -> dict[str, Any]:
+    """Plan a recipe, run it, and return both peaks in bytes, the place of the planned one, and the plan's seconds."""
+    started = time.perf_counter()
+    planned = estimate(recipe, Device("this machine", "cpu", 1 << 40))
+    seconds = time.perf_counter() - started
+    actual = measured_peak(recipe)
+    return {
+        "planned": planned.peak, "actual": actual, "difference": planned.peak / actual - 1, "where": planned.where,
+        "seconds": round(seconds, 1),
+    }  # fmt: skip
+
+
+def build(case: dict[str, Any], base: Path, rows: dict[str, Path], output: Path, steps: int = 2) -> Recipe:
+    """Build the recipe of an entry of `RECIPES`."""
+    text = json.dumps(case["strategies"]).replace("{teacher}", str(base.with_name("teacher")))
+    train = {"steps": steps, "precision": "fp32", "learning_rate": 1e-3, **case.get("train", {})}
+    if "batch_examples" not in train:
+        train["batch_tokens"] = 3000
+    return Recipe.from_dict(
+        {
+            "base": {
+                "model": str(base), "quantization": case.get("quantization", "none"), "device": "cpu",
+                "task": case.get("task", "causal-lm"),
+            },
+            "data": {"train": str(rows[case.get("rows", "answers")]), "eval": "none"},
+            "strategies": json.loads(text), "train": train, "output": str(output),
+        }
+    )  # fmt: skip
+
+
+def make_base(folder: Path, hidden: int, inner: int, layers: int, vocabulary: int, seed: int = 0) -> None:
+    """Save a random Llama whose tokenizer has one token per byte."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=False,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+def write_rows(folder: Path, words: int) -> dict[str, Path]:
+    """Write rows of every kind of data; answers have `words` words of 8 tokens and up to four times as many."""
+    prompt, word = "question " * words, "answers "
+    kinds: dict[str, list[dict[str, Any]]] = {
+        "answers": [{"prompt": prompt, "completion": word * (words + n % (3 * words))} for n in range(60)],
+        "pairs": [
+            {
+                "prompt": prompt,
+                "chosen": word * (words + n % (2 * words)),
+                "rejected": word * (words + n % words) + "not",
+            }
+            for n in range(60)
+        ],
+        "judged": [
+            {"prompt": prompt, "completion": word * (words + n % words), "label": n % 2 == 0} for n in range(60)
+        ],
+        "prompts": [{"prompt": prompt}] * 40,
+        "classes": [{"text": word * (words + n % (3 * words)), "label": "abc"[n % 3]} for n in range(60)],
+    }
+    for name, rows in kinds.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {name: folder / f"{name}.jsonl" for name in kinds}
+
+
+def write(results: dict[str, dict[str, Any]]) -> None:
+    """Write the JSON file and the table of docs/planning.md."""
+    from importlib import metadata
+
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "bitsandbytes", "peft")}
+    threads = f"torch threads: {torch.get_num_threads()}, Python {platform.python_version()}"
+    machine = f"{platform.machine()} {platform.system()}, {threads}"
+    record = {"machine": machine, "versions": versions, "recipes": results}
+    (DOCS / "benchmarks" / "plan.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    lines = ["| recipe | planned | actual | difference | peak in | planned in |", "|---|--:|--:|--:|---|--:|"]
+    lines += [
+        f"| {name} | {row['planned'] / 1e6:.2f} MB | {row['actual'] / 1e6:.2f} MB | {row['difference']:+.2%} | "
+        f"{row['where']} | {row['seconds']:.1f} s |"
+        for name, row in results.items()
+    ]
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    path = DOCS / "planning.md"
+    before, rest = path.read_text(encoding="utf-8").split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    table = "\n".join(lines)
+    path.write_text(f"{before}{MARKS[0]}\n{table}\n\nOn {machine}; {listed}.\n{MARKS[1]}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

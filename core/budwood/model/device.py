@@ -1,0 +1,40 @@
+"""The device whose code runs: that of the tensors or, in a plan, the device that is planned for.
+
+A plan computes on fake CPU tensors, because torch without CUDA cannot differentiate tensors of a CUDA device. Code that
+takes another path on CUDA asks here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_planned: list[tuple[str, tuple[int, int]]] = []
+
+
+@contextmanager
+def planned_device(kind: str, capability: tuple[int, int] = (8, 0)) -> Iterator[None]:
+    """Answer `device_type` and `capability` for a planned device inside the context.
+
+    Args:
+        kind: cpu or cuda.
+        capability: CUDA's compute capability of the planned device.
+    """
+    _planned.append((kind, capability))
+    try:
+        yield
+    finally:
+        _planned.pop()
+
+
+def device_type(tensor: Tensor) -> str:
+    """Return the type of the device that the code for `tensor` is for, such as "cuda"."""
+    return _planned[-1][0] if _planned else tensor.device.type
+
+
+def capability(tensor: Tensor) -> tuple[int, int]:
+    """Return CUDA's compute capability of the device that the code for `tensor` is for."""
+    return _planned[-1][1] if _planned else torch.cuda.get_device_capability(tensor.device)

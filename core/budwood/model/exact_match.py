@@ -1,0 +1,47 @@
+"""Exact match of generated answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from budwood.contract.examples import Example
+from budwood.contract.types import Run
+from budwood.model.evaluation import autocast
+
+
+def exact_match(run: Run, task: Any) -> float | None:
+    """Return the fraction of evaluation prompts whose greedy answer equals the completion, or the assistant's message.
+
+    At most `train.eval_generate` prompts are used, evenly spread; this process answers all of them. Returns None if the
+    data has no completions, if a conversation has several turns, or if the mean length exceeds 64 tokens, for which
+    exact match is not informative.
+    """
+    from budwood.model.generate import generate
+
+    examples, limit = run.eval_examples, run.recipe.train.eval_generate
+    assert examples is not None
+    if limit == 0 or not (examples.format == "prompt-completion" or examples.rendered):
+        return None
+    chosen = np.unique(np.linspace(0, len(examples) - 1, min(limit, len(examples))).astype(int))
+    lengths = [len(examples[int(i)].labels) for i in chosen]
+    if np.mean(lengths) > 64:
+        return None
+    references = [(examples.reference(int(i)) or "").strip() for i in chosen]
+    pairs = zip(chosen, references, strict=True)
+    if examples.rendered and not all(_is_answer(examples[int(i)], text, run.tokenizer) for i, text in pairs):
+        return None
+    prompts = [task.probe(examples[int(i)]).inputs["input_ids"].tolist() for i in chosen]
+    with torch.no_grad(), autocast(run):
+        ends = [examples.stop_ids] * len(prompts)
+        answers = generate(run.model, run.tokenizer, prompts, max_new_tokens=max(lengths) + 4, stop_ids=ends)
+    return float(np.mean([a.text.strip() == r for a, r in zip(answers, references, strict=True)]))
+
+
+def _is_answer(example: Example, reference: str, tokenizer: Any) -> bool:
+    """Return whether the labels of an example are one answer with the text `reference`, and its end token."""
+    at = example.label_positions
+    text = tokenizer.decode(example.labels.tolist(), skip_special_tokens=True)
+    return bool(reference) and len(at) == at[-1] - at[0] + 1 and text.strip() == reference

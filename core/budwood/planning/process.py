@@ -1,0 +1,150 @@
+"""Runs an estimate in a process of its own, whose torch and memory stay apart from the caller's, and keeps the result.
+
+The process reads one JSON object from stdin and writes one to stdout: an estimate, or an error with its class.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib import metadata
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from budwood import errors
+from budwood.contract.discovery import PluginError
+from budwood.data.sources import locate
+from budwood.errors import BudwoodError, ResourceError, describe
+from budwood.model.checkpoint import one_revision, read_config, resolve
+from budwood.model.quiet import silence_libraries
+from budwood.planning.devices import Device, find_device
+from budwood.planning.estimate import Estimate, estimate
+from budwood.recipe.schema import Recipe
+
+LIMIT = 600
+"""Seconds after which the process is ended."""
+KEPT = 50
+"""Estimates kept in the cache."""
+
+
+def estimate_in_process(recipe: Recipe, device: Device, tokens: int | None = None, keep: bool = False) -> Estimate:
+    """Return `estimate(recipe, device, tokens)`, computed in another process.
+
+    Args:
+        keep: use an estimate of the same recipe, data, base, device and versions from the cache, and keep this one.
+
+    Raises:
+        BudwoodError: as `estimate`; a ResourceError if the process fails or takes too long.
+    """
+    path = _path(_key(recipe, device, tokens)) if keep else None
+    if path is not None and path.is_file():
+        try:
+            return Estimate.from_dict(json.loads(path.read_text(encoding="utf-8")), device)
+        except (OSError, ValueError, KeyError, TypeError):  # damaged: made again
+            pass
+    plain = recipe.model_dump(mode="json", exclude_none=True)  # with secrets, unlike `to_dict`
+    plain["strategies"] = [{choice.name: choice.options} for choice in recipe.strategies]
+    request = {
+        "recipe": plain, "allow_code": recipe.allows_code, "device": _packed(device), "tokens": tokens,
+        "path": [entry for entry in sys.path if entry],
+    }  # fmt: skip
+    values = _run(request)
+    if path is not None:
+        _write(path, values)
+    return Estimate.from_dict(values, device)
+
+
+def _run(request: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, "-c", "from budwood.planning.process import main; main()"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(request["path"])}
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(request), capture_output=True, text=True, timeout=LIMIT, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        text = f"plan: not finished after {LIMIT} seconds: plan with fewer tokens, or a smaller base."
+        raise ResourceError(text) from None
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise ResourceError(f"plan: its process ended with code {done.returncode}: {last}") from None
+    if "error" in answer:
+        kind = PluginError if answer["class"] == "PluginError" else getattr(errors, answer["class"], BudwoodError)
+        raise kind(answer["error"])
+    return answer
+
+
+def main() -> None:
+    """Read a request, and write the estimate or the error."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # libraries may print
+    silence_libraries()
+    answer: dict[str, Any]
+    try:
+        request = json.load(sys.stdin)
+        recipe = Recipe.from_dict(request["recipe"]).allowing_code(request["allow_code"])
+        with one_revision(recipe.base.model, recipe.base.revision):
+            answer = estimate(recipe, _unpacked(request["device"]), request["tokens"]).as_dict()
+    except BudwoodError as error:
+        answer = {"class": type(error).__name__, "error": str(error)}
+    except Exception as error:  # any model class or plugin may fail on fake tensors
+        if os.environ.get("BUDWOOD_DEBUG") == "1":
+            raise
+        answer = {"class": "ResourceError", "error": f"plan: {describe(error)}"}
+    json.dump(answer, out)
+    out.flush()
+    os._exit(0)  # modules on fake tensors are slow to collect
+
+
+def _packed(device: Device) -> dict[str, Any]:
+    rates = {str(dtype): rate for dtype, rate in device.rates.items()}
+    return {**asdict(device), "rates": rates, "capability": list(device.capability)}
+
+
+def _unpacked(values: dict[str, Any]) -> Device:
+    rates = {getattr(torch, name.removeprefix("torch.")): rate for name, rate in values["rates"].items()}
+    return Device(**{**values, "rates": rates, "capability": tuple(values["capability"])})
+
+
+def _key(recipe: Recipe, device: Device, tokens: int | None) -> str:
+    """Return the hash of everything that an estimate depends on."""
+    values = {key: value for key, value in recipe.to_dict().items() if key != "output"}
+    files = [recipe.data.train, recipe.data.evaluated] if tokens is None else []
+    stamps = []
+    for data in files:
+        for file in chain.from_iterable(locate(data).files) if data is not None else ():
+            status = file.stat()
+            stamps.append((str(file), status.st_size, status.st_mtime_ns))
+    base = read_config(resolve(recipe.base.model, weights=False))
+    versions = {name: metadata.version(name) for name in ("budwood", "torch", "transformers", "peft")}
+    facts = [values, stamps, base, versions, device.name, device.kind, tokens]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _path(key: str) -> Path:
+    root = os.environ.get("BUDWOOD_CACHE")
+    return (Path(root) if root else Path.home() / ".cache" / "budwood") / "plans" / f"{key[:40]}.json"
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    """Keep an estimate; a folder that cannot be written only costs time."""
+    partial = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(values), encoding="utf-8")
+        partial.replace(path)
+        for old in sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
+            old.unlink(missing_ok=True)
+    except OSError:
+        partial.unlink(missing_ok=True)
+
+
+__all__ = ["estimate_in_process", "find_device", "main"]

@@ -1,0 +1,302 @@
+"""Rehearses a run on fake tensors: its base, its strategies, and `train_step` itself, with every operation traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+
+from budwood.contract.discovery import PluginError
+from budwood.contract.examples import Batch, Example
+from budwood.contract.types import Plan, Run
+from budwood.data.packing import split_micro
+from budwood.errors import BudwoodError, first_line
+from budwood.model.embeddings import resize_base
+from budwood.model.evaluation import autocast, collate_for
+from budwood.model.fake import fake_base, fake_tensors
+from budwood.model.limits import default_length
+from budwood.model.ops import attention
+from budwood.model.quantizers import is_quantized, quantizer_of
+from budwood.planning.trace import CUDA_BLOCK, Trace
+from budwood.recipe.continued import read_start
+from budwood.recipe.data import embeddings_wanted, read_task_base, recipe_skeleton, recipe_task, recipe_tokenizer
+from budwood.recipe.schema import Recipe, build_composition
+from budwood.training.batches import StepBatches, count_units
+from budwood.training.loop import train_step
+from budwood.training.on_policy import find_generator
+from budwood.training.progress import Progress, planned_steps
+from budwood.training.report import Report
+from budwood.training.run_data import read_data
+from budwood.training.setup import (
+    adapt_model,
+    build_engine,
+    build_optimizer,
+    check_plan,
+    make_accelerator,
+    register_task,
+)
+from budwood.training.step import Engine
+from budwood.untrusted.chat_template import today
+
+QUANTIZED, BASE, ADAPTERS = "base, quantised", "base, not quantised", "adapters and their initial values"
+GRADIENTS, OPTIMIZER, STRATEGIES = "gradients", "optimizer", "strategies"
+"""Parts of the memory that exist when a step starts, or that it leaves behind."""
+
+STEPS = 200
+"""Optimizer steps of the first epoch whose micro-batches are looked at."""
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A micro-batch by its sizes: the indices of its examples, real tokens, positions with padding, and labels."""
+
+    members: tuple[int, ...]
+    tokens: int
+    cells: int
+    labels: int
+
+
+@dataclass
+class Rehearsal:
+    """A prepared run on fake tensors.
+
+    Attributes:
+        examples: what the micro-batches are made of: the data, or a strategy's planned examples.
+        steps: micro-batches of the run's first optimizer steps.
+    """
+
+    run: Run
+    engine: Engine
+    progress: Progress
+    trace: Trace
+    mode: FakeTensorMode
+    examples: Sequence[Example]
+    steps: list[list[Micro]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.lengths, self.label_counts = _sizes(self.run, self.examples)
+        self.steps = _steps(self)
+
+    def micro(self, members: Sequence[int]) -> Micro:
+        """Return the micro-batch of the examples with these indices."""
+        lengths = self.lengths[list(members)]
+        tokens = int(lengths.sum())
+        cells = tokens if self.run.packed else len(members) * int(lengths.max())
+        return Micro(tuple(members), tokens, cells, int(self.label_counts[list(members)].sum()))
+
+    def take_step(self, micros: Sequence[Micro], later: bool = False) -> int:
+        """Take one optimizer step on fake tensors; returns the position in the trace at which it starts.
+
+        Args:
+            later: an earlier micro-batch of the same step has left its gradients.
+
+        Raises:
+            PluginError: a strategy reads values, which fake tensors do not have.
+        """
+        run, trace = self.run, self.trace
+        with unset_fake_temporarily():
+            real = [collate_for(run, [self.examples[i] for i in micro.members], 0) for micro in micros]
+        batches = [_fake(batch, self.mode) for batch in real]
+        trace.attention_pairs = sum(length * length for batch in real for length in batch.lengths) // 2
+        if later:
+            for parameter in run.trainable:
+                parameter.grad = torch.zeros_like(parameter)
+            trace.part_of(GRADIENTS, (p.grad for p in run.trainable if p.grad is not None))
+        trace.operations.clear()
+        trace.in_pass = True
+        start = trace.mark()
+        step = StepBatches(run.examples, np.zeros(0, dtype=np.int64), 0, run.micro_tokens, batches)
+        run.model.train()
+        with _naming(run):
+            train_step(run, run.hooks, self.engine, self.progress, step, count_units(run, run.hooks, batches))
+        return start
+
+
+@contextmanager
+def rehearse(recipe: Recipe, dtype: torch.dtype, cuda: bool = False) -> Iterator[Rehearsal]:
+    """Prepare a run on fake CPU tensors inside the context, as `tune` prepares it.
+
+    Args:
+        dtype: compute dtype.
+        cuda: trace the memory as CUDA's kernels and allocator take it.
+
+    Raises:
+        BudwoodError: as `tune`.
+        PluginError: a strategy reads values.
+    """
+    hooks = build_composition(recipe)
+    task = recipe_task(recipe)
+    cpu = torch.device("cpu")
+    run = Run(
+        recipe, Path(recipe.output), cpu, dtype, hooks.strategies, hooks, task, seed=recipe.train.seed,
+        accelerator=make_accelerator(cpu), planning=True, say=lambda text: None,
+    )  # fmt: skip
+    read_task_base(task, recipe)
+    register_task(hooks, task)
+    if task.needs_tokenizer:
+        run.tokenizer = recipe_tokenizer(recipe)
+    modules = recipe_skeleton(recipe, task.auto_class, run.tokenizer)
+    run.recipe = recipe = recipe.with_length(default_length(modules))
+    run.start_adapter = read_start(recipe)
+    plan = Plan(
+        recipe, hooks.strategies, recipe.train.steps, modules, task=task, tokenizer=run.tokenizer,
+        start_adapter=run.start_adapter,
+    )  # fmt: skip
+    check_plan(plan, hooks)
+    read_data(run, hooks, Report(quiet=True), today(), modules)
+    recipe = run.recipe
+    trace = Trace(hooks.current, CUDA_BLOCK if cuda else 1, on_cpu=not cuda)
+    with ExitStack() as stack, fake_tensors() as mode, trace, _naming(run):
+        mode.allow_non_fake_inputs = True  # tensors of a continued adapter, and constants that strategies keep
+        run.base = fake_base(
+            recipe.base.model, task.auto_class, dtype, recipe.base.trust_remote_code, task.needs_tokenizer,
+            recipe.base.quantization, recipe.base.double_quantization, **task.model_kwargs(run.examples.labels),
+        )  # fmt: skip
+        if recipe.base.resize_embeddings:
+            resize_base(run.base, embeddings_wanted(recipe, run.tokenizer))
+        if owner := hooks.implements("load_base"):
+            run.base.notes.append(f"{owner[0]} loads the base itself; the plan counts it as the recipe describes it")
+        run.model = run.base.model
+        attention.register()
+        attention.forget_layouts()
+        stack.callback(attention.forget_layouts)
+        _plan_packing(run, mode)
+        adapt_model(run, hooks)
+        engine = build_engine(run, hooks)
+        build_optimizer(run, hooks)
+        engine.finish_step = _then(engine.finish_step, trace)  # type: ignore[method-assign]
+        run.optimizer.register_step_pre_hook(lambda *_: _claim(trace, GRADIENTS, (p.grad for p in run.trainable)))
+        run.optimizer.register_step_post_hook(lambda *_: _claim(trace, OPTIMIZER, _states(run)))
+        _register(run, trace)
+        progress = Progress(torch.amp.GradScaler("cpu", enabled=False))
+        yield Rehearsal(run, engine, progress, trace, mode, _examples(run))
+
+
+def _then(finish: Callable[[], dict[str, Tensor]], trace: Trace) -> Callable[[], dict[str, Tensor]]:
+    """Return `finish`, the first thing after the micro-batches of a step, such that the trace knows it."""
+
+    def call() -> dict[str, Tensor]:
+        trace.in_pass = False
+        return finish()
+
+    return call
+
+
+def _register(run: Run, trace: Trace) -> None:
+    """Say to which part of the memory every tensor belongs that exists before the first step."""
+    trace.name_modules(run.model)
+    trace.part_of(ADAPTERS, [*run.trainable, *run.start])
+    for module in run.model.modules():
+        if is_quantized(module):
+            quantizer: Any = quantizer_of(module)
+            tensors = [quantizer.weight(module), *quantizer.constants(module)]
+            trace.part_of(QUANTIZED, tensors)
+    trace.part_of(BASE, [*run.model.parameters(), *run.model.buffers()])
+    trace.rest_is(STRATEGIES)
+
+
+def _claim(trace: Trace, part: str, tensors: Any) -> None:
+    trace.part_of(part, (tensor for tensor in tensors if isinstance(tensor, Tensor)))
+
+
+def _states(run: Run) -> Iterator[Any]:
+    for state in run.optimizer.state.values():
+        yield from state.values()
+
+
+def _examples(run: Run) -> Sequence[Example]:
+    """Return the examples of the micro-batches: the data's, or those that a strategy plans.
+
+    Raises:
+        PluginError: a strategy generates examples, but plans none.
+    """
+    with unset_fake_temporarily():
+        planned = [example for examples in run.hooks.call("planned_examples", run=run) for example in examples]
+    maker = find_generator(run.hooks)
+    if maker is not None and not planned:
+        raise PluginError(f"{maker} implements next_examples: a plan needs planned_examples too.")
+    return planned or run.examples
+
+
+def _sizes(run: Run, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the length and the number of labels of each example."""
+    if examples is run.examples:
+        return run.examples.lengths, run.examples.label_counts
+    lengths = np.array([run.task.length(example) for example in examples], dtype=np.int64)
+    return lengths, np.array([len(example.labels) for example in examples], dtype=np.int64)
+
+
+def _steps(rehearsal: Rehearsal) -> list[list[Micro]]:
+    """Split the first optimizer steps into micro-batches, as the run does."""
+    run, lengths = rehearsal.run, rehearsal.lengths
+    if rehearsal.examples is run.examples:
+        groups, drawn = run.examples.groups, [indices for _, indices in islice(planned_steps(run), STEPS)]
+    else:
+        groups, drawn = None, [np.arange(len(rehearsal.examples))]
+    splits = (split_micro(indices, lengths, run.micro_tokens, run.packed, groups) for indices in drawn)
+    return [[rehearsal.micro(members) for members in split] for split in splits]
+
+
+def _plan_packing(run: Run, mode: FakeTensorMode) -> None:
+    """Find out whether the model takes packed rows; whether it keeps their examples apart is seen on real values."""
+    if not run.task.packs_rows(run.model):
+        run.packed = False
+        return
+    run.model.set_attn_implementation(attention.IMPLEMENTATION)
+    with unset_fake_temporarily():
+        batch = collate_for(run, [run.examples[0], run.examples[-1]], "eval")
+    try:
+        with torch.no_grad(), autocast(run):
+            run.task.outputs(run.model, _fake(batch, mode))
+    except BudwoodError:
+        raise
+    except Exception as error:  # a model class may raise any exception
+        run.base.notes.append(f"rows are padded: {type(run.model).__name__} takes no packed rows ({first_line(error)})")
+        run.packed = False
+        run.model.set_attn_implementation("sdpa" if getattr(run.model, "_supports_sdpa", False) else "eager")
+
+
+@contextmanager
+def _naming(run: Run) -> Iterator[None]:
+    """Turn torch's errors about values of fake tensors into one line that names the strategy."""
+    try:
+        yield
+    except Exception as error:
+        chain: list[BaseException] = [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+            chain.append(cause)
+        reads = any(isinstance(link, DataDependentOutputException | DynamicOutputShapeException) for link in chain)
+        if not reads:
+            raise
+        owner = next((found for link in chain if (found := run.hooks.culprit(link)) is not None), None)
+        name = str(owner) if owner is not None else f"{type(run.model).__name__} or {run.task}"
+        raise PluginError(
+            f"{name} reads the values of tensors, which a plan does not have ({first_line(chain[-1])}): if "
+            "`run.planning` is set, it must take the largest case instead."
+        ) from error
+
+
+def _fake(batch: Batch, mode: FakeTensorMode) -> Batch:
+    """Convert the tensors of a batch to fake ones with the same shape, dtype and device."""
+
+    def convert(value: Any) -> Any:
+        return mode.from_tensor(value) if isinstance(value, Tensor) and not isinstance(value, FakeTensor) else value
+
+    values = {part.name: convert(getattr(batch, part.name)) for part in fields(batch)}
+    for name in ("inputs", "columns"):
+        values[name] = {key: convert(tensor) for key, tensor in values[name].items()}
+    return Batch(**values)

@@ -1,0 +1,56 @@
+"""Prints an estimate as a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from budwood.planning.composition import show
+from budwood.planning.estimate import Estimate, advice, gib
+
+
+def show_estimate(result: Estimate, recipe: Any, console: Console) -> None:
+    """Print what a recipe needs: memory by part, time, disk, and whether it fits."""
+    device, step = result.device, result
+    rows = [("memory", f"{gib(result.peak)} at the peak, in {result.where}")]
+    rows += [("", f"{gib(size):>11}  {part}") for part, size in result.parts.items() if size > 50_000]
+    if result.largest[0]:
+        rows.append(("", f"largest temporary tensor: {gib(result.largest[0])} ({result.largest[1]})"))
+    if result.kv_cache and "KV cache" not in result.parts:
+        rows.append(("", f"generation of answers adds {gib(result.kv_cache)} of keys and values, outside of the step"))
+    count = f"{step.micro_batches:.1f} micro-batches, the largest of {step.largest_micro:,} tokens"
+    flops = f"{step.flops / 1e12:,.2f} TFLOP" if step.flops > 1e11 else f"{step.flops / 1e9:,.2f} GFLOP"
+    work = f"{flops}, {step.moved / 1e9:,.1f} GB moved, {step.operations:,.0f} operations"
+    rows.append(("step", f"{step.tokens:,.0f} tokens in {count}; {work}"))
+    rows.append(("time", _time(result)))
+    download = f"; download {result.download / 1e9:,.1f} GB" if result.download else ""
+    rows.append(("disk", f"{result.disk / 1e6:,.1f} MB for checkpoints and the adapter{download}"))
+    rows.append(("host", f"{gib(result.host)} of memory for loading and training"))
+    verdict = f"fits: {gib(result.needed)} of {gib(device.memory)}"
+    if not result.fits:
+        verdict = f"does not fit: {gib(result.needed)} of {gib(device.memory)}; {advice(result, recipe)}"
+    rows.append(("device", f"{device.name}{f' ({device.source})' if device.source else ''}: {verdict}"))
+    rows += [("note", note) for note in result.notes]
+    table = Table.grid(padding=(0, 2))
+    for key, value in rows:
+        table.add_row(Text(key), Text(value))
+    show(Group(Text(), table), console)
+
+
+def _time(result: Estimate) -> str:
+    if result.steps is None:
+        return "unknown without data: the recipe counts epochs"
+    if result.seconds is None:
+        return f"unknown for {result.device.name}: name a card of the table to estimate it"
+    low, high = result.seconds
+    slow, fast = (result.tokens * result.steps / seconds for seconds in (high, low))
+    return f"{_span(low)} to {_span(high)} for {result.steps:,} steps; {slow:,.0f} to {fast:,.0f} tokens/s"
+
+
+def _span(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,321 @@
+"""Traces the operations of an optimizer step: the memory that tensors take, where its peak stands, FLOPs and traffic.
+
+The trace works on fake tensors, as in a plan, and on real ones. It sees every tensor that an operation returns, but not
+the scratch memory inside a kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+CUDA_BLOCK = 512
+"""Bytes to which CUDA's caching allocator rounds each tensor."""
+
+KEPT, TEMPORARY = "activations", "temporaries"
+"""Parts of the peak: what the backward pass needs later, and what the place of the peak allocates for itself."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One traced operation: its floating-point operations, the bytes it reads and writes, and its input's dtype."""
+
+    name: str
+    flops: int
+    moved: int
+    dtype: torch.dtype
+    in_pass: bool
+    """Whether it belongs to a micro-batch, and not to the end of the optimizer step."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The peak of a traced step.
+
+    Attributes:
+        total: bytes, what was registered included.
+        parts: bytes per part; they add up to `total`.
+        where: the module, hook and strategy that ran.
+        largest: bytes of the largest temporary tensor, and the operation that made it.
+    """
+
+    total: int
+    parts: dict[str, int]
+    where: str
+    largest: tuple[int, str]
+
+
+@dataclass
+class _Birth:
+    bytes: int
+    part: str | None
+    place: str
+    op: str
+
+
+@dataclass
+class Trace(TorchDispatchMode):
+    """A context in which every operation is traced. Enter it inside the mode of the fake tensors.
+
+    Attributes:
+        current: returns the owner and the hook that run.
+        block: bytes to which each tensor is rounded.
+        on_cpu: whether the kernels are those of the CPU, which copy operands to a common dtype.
+        operations: those since the last step began, in order.
+    """
+
+    current: Callable[[], tuple[str, str]] = lambda: ("", "")
+    block: int = 1
+    on_cpu: bool = True
+    operations: list[Operation] = field(default_factory=list)
+    in_pass: bool = True
+    attention_pairs: int = 0
+    """Pairs of query and key per head in a row of packed segments, for kernels that do not show them in shapes."""
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._births: dict[int, _Birth] = {}
+        self._alive: dict[int, int] = {}
+        """Number of the birth by address of the storage."""
+        self._events: list[tuple[int, str, int]] = []
+        """(number, place, change in bytes), in order."""
+        self._number = 0
+        self._starts: list[int] = []
+        self._paths: list[str] = []
+        self._stack: list[str] = []
+        self._names: dict[nn.Module, str] = {}
+        self._handles: list[Any] = []
+
+    def name_modules(self, model: nn.Module) -> None:
+        """Use the names of a model's modules for places."""
+        self._names |= {module: name for name, module in model.named_modules()}
+
+    def __enter__(self) -> Trace:
+        self._handles = [
+            register_module_forward_pre_hook(self._enter_module),
+            register_module_forward_hook(self._leave_module, always_call=True),
+        ]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inside = _inside(func)
+        if inside is not None:
+            super().__enter__()  # trace the operations inside instead
+            try:
+                return inside(*args, **kwargs)
+            finally:
+                super().__exit__(None, None, None)
+        result = func(*args, **kwargs)
+        inputs = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
+        outputs = [value for value in tree_iter(result) if isinstance(value, Tensor)]
+        place = None
+        for tensor in outputs:
+            if tensor.untyped_storage()._cdata not in self._alive:
+                place = place or self.place()
+                self._born(tensor, place, func.__name__)
+        scratch = _scratch(func, inputs, outputs) if self.on_cpu else 0
+        if scratch:
+            number = self._number = self._number + 1
+            place = place or self.place()
+            self._births[number] = _Birth(scratch, TEMPORARY, place, func.__name__)
+            self._events += [(number, place, scratch), (number, "", -scratch)]
+        self._count(func, inputs, outputs, args, kwargs, result)
+        return result
+
+    def place(self) -> str:
+        """Describe where in the step the code runs."""
+        node = torch._C._current_autograd_node()
+        module = self._stack[-1] if self._stack else ""
+        if node is not None:
+            number = bisect_right(self._starts, node._sequence_nr()) - 1
+            origin = self._paths[number] if number >= 0 else ""
+            module = (
+                f"recomputation of {module}"
+                if module
+                else f"backward of {origin}"
+                if origin
+                else "backward of the loss"
+            )
+        owner, hook = self.current()
+        running = f"hook {hook} of {owner}" if owner not in ("", "core") else ""
+        return ", ".join(text for text in (module, running) if text) or "core"
+
+    def _enter_module(self, module: nn.Module, args: Any) -> None:
+        name = self._names.get(module)
+        if name is not None:
+            self._stack.append(name or type(module).__name__)
+            self._mark(self._stack[-1])
+
+    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module in self._names and self._stack:
+            self._stack.pop()
+            self._mark(self._stack[-1] if self._stack else "")
+
+    def _mark(self, path: str) -> None:
+        """Record that the nodes of the graph from now on belong to the module `path`."""
+        number = torch._C._autograd._get_sequence_nr()
+        if not self._starts or number > self._starts[-1]:
+            self._starts.append(number)
+            self._paths.append(path)
+        elif number == self._starts[-1]:
+            self._paths[-1] = path
+
+    def _born(self, tensor: Tensor, place: str, op: str) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._alive:
+            return
+        size = -(-storage.nbytes() // self.block) * self.block
+        number = self._number = self._number + 1
+        self._alive[address] = number
+        self._births[number] = _Birth(size, None, place, op)
+        self._events.append((number, place, size))
+        weakref.finalize(storage, self._died, address, number, size)
+
+    def _died(self, address: int, number: int, size: int) -> None:
+        if self._alive.get(address) == number:
+            del self._alive[address]
+            self._events.append((number, "", -size))
+
+    def _count(self, func: Any, inputs: list[Tensor], outputs: list[Tensor], args: Any, kwargs: Any, out: Any) -> None:
+        packet = func._overloadpacket
+        name = str(packet).replace("aten.", "").replace("bitsandbytes.", "")
+        if func.is_view or name in _FREE or not outputs:
+            return
+        flops = 0
+        if name.startswith("torch_attn"):
+            heads, size = inputs[0].shape[-2:]
+            flops = (4 if "backward" not in name else 10) * int(heads) * int(size) * self.attention_pairs
+        elif name in ("int8_linear_matmul", "int8_scaled_mm"):
+            flops = 2 * outputs[0].numel() * inputs[0].shape[-1]
+        elif packet in flop_registry:
+            flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
+        seen = {id(tensor): tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs)}
+        wide = max(inputs, key=lambda tensor: tensor.numel(), default=outputs[0])
+        self.operations.append(Operation(name, flops, sum(seen.values()), wide.dtype, self.in_pass))
+
+    def part_of(self, part: str, tensors: Iterable[Tensor]) -> None:
+        """Count living tensors as `part`, those made before the trace included; one that has a part keeps it."""
+        for tensor in tensors:
+            self._born(tensor, "", "")
+            birth = self._births[self._alive[tensor.untyped_storage()._cdata]]
+            birth.part = birth.part or part
+
+    def rest_is(self, part: str) -> None:
+        """Count every tensor that is alive and in no part yet as `part`."""
+        for number in self._alive.values():
+            if self._births[number].part is None:
+                self._births[number].part = part
+
+    def live_bytes(self) -> int:
+        """Return the bytes of all tensors that are known and alive."""
+        return sum(change for _, _, change in self._events)
+
+    def mark(self) -> int:
+        """Return the present position in the trace, for `peak`."""
+        return len(self._events)
+
+    def peak(self, start: int = 0) -> Peak:
+        """Return the highest point since `start`.
+
+        What stays alive to the end of the trace but was born after the peak, such as the optimizer's state in the first
+        step, is there in every later step, and therefore added to earlier points.
+        """
+        dead = {number for number, _, change in self._events if change < 0}
+        later = sum(change for number, _, change in self._events[start:] if change > 0 and number not in dead)
+        level, best, at = sum(change for _, _, change in self._events[:start]), -1, start
+        for index, (number, _, change) in enumerate(self._events[start:], start):
+            level += change
+            if change > 0 and number not in dead:
+                later -= change
+            if level + later > best:
+                best, at = level + later, index
+        return self._describe(best, at, dead)
+
+    def _describe(self, total: int, at: int, dead: set[int]) -> Peak:
+        live: dict[int, None] = {}
+        for number, _, change in self._events[: at + 1]:
+            if change > 0:
+                live[number] = None
+            else:
+                live.pop(number, None)
+        late = [number for number, _, change in self._events[at + 1 :] if change > 0 and number not in dead]
+        place = self._events[at][1] if self._events else ""
+        parts: dict[str, int] = {}
+        largest = (0, "")
+        for number in (*live, *late):
+            birth = self._births[number]
+            part = birth.part
+            if part is None:
+                part = TEMPORARY if birth.place == place else KEPT
+                if part == TEMPORARY and birth.bytes > largest[0]:
+                    largest = (birth.bytes, birth.op)
+            parts[part] = parts.get(part, 0) + birth.bytes
+        return Peak(total, parts, place, largest)
+
+
+def _gemm_4bit(
+    x: Tensor, weight: Tensor, shape: list[int], absmax: Tensor, blocksize: int, kind: str,
+    bias: Tensor | None = None, absmax_8bit: Tensor | None = None, code: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Dequantise and multiply, as bitsandbytes does for more rows than its fused kernels take."""
+    ops: Any = torch.ops.bitsandbytes
+    if absmax_8bit is not None:
+        absmax = ops.dequantize_blockwise.default(absmax_8bit, absmax, code, 256, torch.float32) + offset
+    dense = ops.dequantize_4bit.default(weight, absmax, blocksize, kind, shape, x.dtype)
+    return torch.addmm(bias, x.flatten(0, -2), dense.t()) if bias is not None else x.flatten(0, -2) @ dense.t()
+
+
+_INSIDE: dict[str, Callable[..., Tensor]] = {"bitsandbytes.gemm_4bit.default": _gemm_4bit}
+"""Operations whose kernels are made of others."""
+
+
+_DROPOUT = (torch.ops.aten.native_dropout.default, torch.ops.aten.native_dropout_backward.default)
+
+
+def _scratch(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    """Return the bytes of the copies that an elementwise CPU kernel makes of operands and results of other dtypes."""
+    if func in _DROPOUT:  # multiply by their mask, cast to the input's dtype
+        return inputs[0].numel() * inputs[0].element_size()
+    operands = [tensor for tensor in inputs if tensor.dim()]
+    if len({tensor.dtype for tensor in operands}) < 2 or torch.Tag.pointwise not in func.tags:
+        return 0
+    common = functools.reduce(torch.promote_types, (tensor.dtype for tensor in operands))
+    results = [tensor for tensor in outputs if tensor.dtype != torch.bool]  # comparisons write theirs directly
+    copied = {id(tensor): tensor for tensor in (*operands, *results) if tensor.dtype != common}
+    return sum(tensor.numel() * common.itemsize for tensor in copied.values())
+
+
+@functools.cache
+def _inside(func: Any) -> Callable[..., Any] | None:
+    """Return the function that an operation without a kernel of its own consists of; None if it has a kernel."""
+    if str(func) in _INSIDE:
+        return _INSIDE[str(func)]
+    own = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU") if func.namespace == "aten" else True
+    return func.decompose if not own and func._can_decompose() else None
+
+
+_FREE = {
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "lift_fresh",
+    "_unsafe_view", "resize_",
+}  # fmt: skip
+"""Operations that move no data."""

@@ -1,0 +1,55 @@
+"""The conformance kit on PEFT's methods: two in `make test`, all in `make combinations`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from budwood.testing import StrategyConformance
+from budwood_peft_methods import (
+    BOFT,
+    C3A,
+    HRA,
+    IA3,
+    OFT,
+    FourierFT,
+    GraLoRA,
+    LNTuning,
+    LoHa,
+    LoKr,
+    MiSS,
+    RandLoRA,
+    RoAd,
+    ShiRA,
+    TrainableTokens,
+    VeRA,
+)
+
+from .methods import EVERYTHING
+
+QUICK = (LoHa, LNTuning)
+"""One of each way in which a method is built."""
+OPTIONS: dict[Any, dict[str, Any]] = {
+    LoHa: {"rank": 2, "alpha": 4},
+    LNTuning: {},
+    LoKr: {"rank": 2, "alpha": 4},
+    OFT: {"block_size": 8},
+    BOFT: {},
+    IA3: {},
+    VeRA: {"rank": 8},
+    FourierFT: {"frequencies": 50},
+    HRA: {"rank": 4},
+    MiSS: {"rank": 8},
+    RandLoRA: {"rank": 8, "alpha": 16},
+    ShiRA: {"rank": 2},
+    C3A: {"block_size": 8},
+    RoAd: {"group_size": 8},
+    GraLoRA: {"rank": 2},
+    TrainableTokens: {"tokens": [1, 74, 75, 76]},
+}
+
+for cls, options in OPTIONS.items():
+    if cls in QUICK or os.environ.get(EVERYTHING):
+        name = f"Test{cls.__name__}"
+        globals()[name] = type(name, (StrategyConformance,), {"strategy": cls, "options": options})
+del cls, options
