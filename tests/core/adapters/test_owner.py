@@ -109,9 +109,9 @@ def test_an_adapter_without_valid_options_is_rejected(base, tmp_path: Path) -> N
 
 
 def test_a_conversion_uses_them_too(base, tmp_path: Path) -> None:
-    from budwood.adapters.export import _convert
+    from budwood.adapters.export import converted
     from budwood.adapters.store import read_adapter
 
     saved = read_adapter(save(tmp_path / "a", base, {"scale": 4.0}))
-    config, _ = _convert(saved, saved.load_tensors(), "anything")
-    assert config["scale"] == 4.0
+    found = converted(saved, saved.load_tensors(), "anything")
+    assert found is not None and found[0]["scale"] == 4.0

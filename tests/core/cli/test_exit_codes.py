@@ -148,6 +148,27 @@ TABLE: dict[tuple[str, ...], dict[int, Case]] = {
         4: lambda w: [w.corrupt, w.new],
         5: NO_TRAINING,
     },
+    ("adapter", "combine"): {
+        0: lambda w: [w.adapter, w.adapter, w.new],
+        2: lambda w: [w.adapter, w.adapter, w.run],
+        3: lambda w: [w.adapter, w.adapter, w.new, "--device", "cuda:99"],
+        4: lambda w: [w.adapter, w.corrupt, w.new],
+        5: NO_TRAINING,
+    },
+    ("adapter", "shrink"): {
+        0: lambda w: [w.adapter, w.new, "--rank", "1", "--force"],
+        2: lambda w: [w.adapter, w.new, "--rank", "99"],
+        3: lambda w: [w.adapter, w.new, "--rank", "1", "--device", "cuda:99"],
+        4: lambda w: [w.corrupt, w.new, "--rank", "1"],
+        5: NO_TRAINING,
+    },
+    ("adapter", "diff"): {
+        0: lambda w: [w.adapter, w.adapter],
+        2: lambda w: [w.adapter, "nothing"],
+        3: lambda w: [w.adapter, w.unreadable],
+        4: lambda w: [w.adapter, w.corrupt],
+        5: NO_TRAINING,
+    },
 }
 
 

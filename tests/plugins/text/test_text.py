@@ -94,10 +94,12 @@ def test_words_are_tagged_at_their_first_tokens(folder: Path, tmp_path: Path) ->
     [example] = build_examples(path, tokenizer, "token-classification", 32)
     tokens = tokenizer.convert_ids_to_tokens(example.inputs["input_ids"].tolist())
     assert [tokens[at] for at in example.label_positions] == ["alice", "u", "rome"]
-    path.write_text(
-        json.dumps({"text": "alice sees new rome.", "spans": [{"start": 11, "end": 19, "label": "LOC"}]}) + "\n"
-    )
-    [cut] = build_examples(path, tokenizer, "token-classification", 4)
+    rows = [
+        {"text": "alice sees new rome.", "spans": [{"start": 11, "end": 19, "label": "LOC"}]},
+        {"text": "rome", "spans": [{"start": 0, "end": 4, "label": "LOC"}]},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cut, _ = build_examples(path, tokenizer, "token-classification", 4)
     assert cut.inputs["input_ids"].tolist()[-1] == tokenizer.sep_token_id and cut.label_positions.tolist() == [1, 2]
     examples = build_examples(path, tokenizer, "token-classification", 32)
     assert [examples.labels[label] for label in examples[0].labels] == ["O", "O", "B-LOC", "I-LOC", "O"]
