@@ -35,6 +35,14 @@ PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 """Both compute in fp32, with a few sums in another order; logits are of the order of 1."""
 
+RUN = {
+    "recipe": SimpleNamespace(base=SimpleNamespace(task="causal-lm", model="tiny")),
+    "task": SimpleNamespace(peft_task_type="CAUSAL_LM"),
+    "seed": 0,
+    "planning": False,
+}
+"""What the strategies read of a run."""
+
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -58,9 +66,7 @@ def placed_on(model: Any, folder: Path, method: str) -> Any:
     strategy = build_strategy(method, {}, "test")
     config, tensors = read(folder)
     start = SimpleNamespace(config=config, load_tensors=lambda: tensors)
-    section = SimpleNamespace(task="causal-lm", model="tiny")
-    run = SimpleNamespace(recipe=SimpleNamespace(base=section), seed=0, start_adapter=start, planning=False)
-    strategy.prepare_model(run=run, model=model)
+    strategy.prepare_model(run=SimpleNamespace(**RUN, start_adapter=start), model=model)
     return strategy
 
 
@@ -113,8 +119,7 @@ def test_forward_gradients_and_file_are_those_of_stock_peft(
     assert torch.equal(logits(model), base)
     use_adapters(strategy, model, ["default"])
     (tmp_path / "ours").mkdir()
-    run = SimpleNamespace(recipe=SimpleNamespace(base=SimpleNamespace(task="causal-lm", model="tiny")))
-    strategy.export(run=run, model=model, directory=tmp_path / "ours")
+    strategy.export(run=SimpleNamespace(**RUN), model=model, directory=tmp_path / "ours")
     config, tensors = read(tmp_path / "ours")
     stock_config, stock_tensors = read(tmp_path / "stock")
     assert config.keys() == stock_config.keys()
