@@ -48,8 +48,15 @@ OPTIONS: dict[Any, dict[str, Any]] = {
     TrainableTokens: {"tokens": [1, 74, 75, 76]},
 }
 
+ELSEWHERE = {
+    "two_processes_equal_one": "`make combinations` runs it; make test checks the order in which parameters are drawn"
+}
+
 for cls, options in OPTIONS.items():
     if cls in QUICK or os.environ.get(EVERYTHING):
+        waived = {} if os.environ.get(EVERYTHING) else ELSEWHERE
         name = f"Test{cls.__name__}"
-        globals()[name] = type(name, (StrategyConformance,), {"strategy": cls, "options": options})
+        globals()[name] = type(
+            name, (StrategyConformance,), {"strategy": cls, "options": options, "does_not_apply": waived}
+        )
 del cls, options

@@ -28,7 +28,7 @@ from budwood.training import setup
 from budwood.training.loop import tune
 from budwood_peft_methods import layers
 
-from .methods import METHODS, PAGE, VARIANTS, cells, load, page, put_stock
+from .methods import METHODS, PAGE, VARIANTS, cells, config_of, load, page, put_stock
 
 IDS = torch.arange(5, 25)[None]
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
@@ -144,6 +144,14 @@ def test_on_a_quantised_base_it_computes_with_the_dequantised_weights(
     stock.save_pretrained(tmp_path)
     placed_on(quantised, tmp_path, method)
     torch.testing.assert_close(logits(quantised), logits(stock), **CLOSE)
+
+
+def test_parameters_are_drawn_in_the_order_of_the_model(tiny_base: Path) -> None:
+    """PEFT's targets are a set, whose order differs between processes: each would start with other values."""
+    model = load(tiny_base)
+    paths = [path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    config = config_of("loha", METHODS["loha"], target_modules=paths, task_type=None)
+    assert list(layers.build(model, config, paths, needs_weight=False).layers) == paths
 
 
 @pytest.fixture(scope="module")
