@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from budwood import AdapterPool, Run
 from budwood.adapters.export import export
+from budwood.model.text_tasks import CausalLM
 from budwood.recipe.schema import Recipe
 from budwood.serving.merge import merge
 from budwood.training.loop import tune
@@ -66,7 +67,7 @@ def put_on(kind: str, model: Any) -> tuple[Any, Run]:
     run = Run(
         SimpleNamespace(base=section), Path(), torch.device("cpu"), torch.float32, steps=40, say=lambda text: None
     )
-    run.task = SimpleNamespace(head_modules=lambda model: [])
+    run.task = CausalLM()
     run.model = strategy.prepare_model(run=run, model=model)
     run.groups = strategy.trainable_parameters(run=run, model=model)
     torch.manual_seed(1)

@@ -132,9 +132,9 @@ def test_a_classifier_of_stock_peft_is_merged_as_one(tmp_path: Path, name: str) 
     merged = auto.from_pretrained(tmp_path / "merged")
     assert merged.config.num_labels == 4
     torch.testing.assert_close(logits(merged), logits(peer), atol=1e-4, rtol=1e-4)
-    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()) | {"task_type": "TOKEN_CLS"}
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()) | {"task_type": "QUESTION_ANS"}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(written))
-    with pytest.raises(InputError, match="task_type TOKEN_CLS is not supported"):
+    with pytest.raises(InputError, match="task_type QUESTION_ANS is not supported"):
         merge(tmp_path / "adapter", tmp_path / "other", base=str(base))
 
 

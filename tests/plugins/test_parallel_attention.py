@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import FalconConfig, FalconForCausalLM
 
 from budwood import Run
+from budwood.model.text_tasks import CausalLM
 from budwood_lora.options import LoRAOptions
 from budwood_lora.strategy import LoRA
 
@@ -35,7 +36,7 @@ def test_falcon_has_the_gradients_of_stock_peft(tmp_path: Path, new: bool) -> No
     section = SimpleNamespace(task="causal-lm", model="base")
     recipe: Any = SimpleNamespace(base=section)
     run = Run(recipe, tmp_path, torch.device("cpu"), torch.float32, say=lambda text: None)
-    run.task = SimpleNamespace(head_modules=lambda model: [])  # type: ignore[assignment]
+    run.task = CausalLM()
     run.model = strategy.prepare_model(run=run, model=model)
     run.groups = strategy.trainable_parameters(run=run, model=model)
     with torch.no_grad():

@@ -108,7 +108,7 @@ def show_fit(found: Fit, recipe: Recipe, console: Console) -> None:
         result = candidate.estimate
         train = recipe.train.model_copy(update=candidate.changes)
         span = "unknown" if result.seconds is None else f"{result.seconds[0]:,.0f} to {result.seconds[1]:,.0f} s"
-        mark = " ←" if candidate is found.chosen else ""
+        mark = " *" if candidate is found.chosen else ""
         table.add_row(
             f"{train.micro_tokens:,}", str(train.gradient_checkpointing).lower(), gib(result.needed),
             ("yes" if result.fits else "no") + mark, span,

@@ -24,12 +24,13 @@ def measured_peak(recipe: Recipe, steps: int = 2) -> int:
         recipe: its output folder is overwritten.
         steps: from 2: the optimizer's state exists only from the second step on.
     """
+    others = tensor_bytes()  # what else is in the process
     run, hooks, engine = prepare(recipe, Report(quiet=True), overwrite=True)
     progress = Progress(torch.amp.GradScaler("cpu", enabled=False))
     run.model.train()
     peak = 0
     for step, counts in optimizer_steps(run, hooks, progress):
-        before = tensor_bytes()
+        before = tensor_bytes() - others
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             train_step(run, hooks, engine, progress, step, counts)
         level = highest = 0

@@ -1,6 +1,4 @@
-"""Text embeddings: vectors for search, learned from pairs and triplets with in-batch negatives."""
+"""Text embeddings: vectors for search, learned from pairs and triplets with in-batch negatives.
 
-from budwood_embedding.formats import AnchorPositive, QueryDocument
-from budwood_embedding.task import Embedding
-
-__all__ = ["AnchorPositive", "Embedding", "QueryDocument"]
+Importing the package loads no torch, so that data is read before it.
+"""

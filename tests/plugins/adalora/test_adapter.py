@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from budwood import CorruptError, InputError, Run
 from budwood.adapters.peft_layers import live_adapters
 from budwood.adapters.use import use_adapters
+from budwood.model.text_tasks import CausalLM
 from budwood_adalora.options import AdaLoRAOptions
 from budwood_adalora.strategy import AdaLoRA
 from budwood_lora.options import LoRAOptions
@@ -44,7 +45,7 @@ def put_on(model: Any, steps: int = 20, **options: Any) -> tuple[AdaLoRA, Run]:
     run = Run(
         SimpleNamespace(base=section), Path(), torch.device("cpu"), torch.float32, steps=steps, say=lambda text: None
     )
-    run.task = SimpleNamespace(head_modules=lambda model: [])
+    run.task = CausalLM()
     run.model = strategy.prepare_model(run=run, model=model)
     run.groups = strategy.trainable_parameters(run=run, model=model)
     for parameter in run.trainable:
@@ -328,7 +329,7 @@ def test_adapters_of_two_methods_share_a_model_and_a_batch(
 def put_on_lora(strategy: LoRA, model: Any) -> Run:
     section = SimpleNamespace(task="causal-lm", model="base")
     run = Run(SimpleNamespace(base=section), Path(), torch.device("cpu"), torch.float32)
-    run.task = SimpleNamespace(head_modules=lambda model: [])
+    run.task = CausalLM()
     strategy.prepare_model(run=run, model=model)
     run.groups = strategy.trainable_parameters(run=run, model=model)
     return run

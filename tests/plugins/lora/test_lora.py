@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from budwood.adapters.peft_layers import live_adapters
 from budwood.adapters.use import use_adapters
 from budwood.errors import CorruptError, InputError
+from budwood.model.text_tasks import CausalLM
 from budwood_lora.options import LoRAOptions
 from budwood_lora.strategy import LoRA
 
@@ -38,7 +39,7 @@ def put_on(model: Any, folder: Path, randomise: bool = True, **options: Any) -> 
     """Set up LoRA on `model` as a run does, with random weights instead of zeros."""
     strategy = LoRA(LoRAOptions(**options), "lora")
     section = SimpleNamespace(task="causal-lm", model=str(folder))
-    task = SimpleNamespace(head_modules=lambda model: [])
+    task = CausalLM()
     run = SimpleNamespace(
         task=task, recipe=SimpleNamespace(base=section), seed=0, model=model, base=None, start_adapter=None
     )
