@@ -28,7 +28,7 @@ combinations: .venv/installed ## Train every combination of objective, adapter, 
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.plugins.peft_methods.methods
 
 # Files whose bounds come from arithmetic; both settings choose other kernels in torch, oneDNN and MKL.
-NUMERICAL := tests/core/model tests/core/adapters/test_pool.py tests/core/adapters/test_verify.py tests/core/serving \
+NUMERICAL := tests/core/model tests/core/adapters/test_pool.py tests/core/adapters/test_verify.py tests/core/serving/test_engine.py \
 	tests/core/training/test_sequence_terms.py tests/core/training/test_step_terms.py tests/core/training/test_step.py \
 	tests/plugins/preference/test_equations.py tests/plugins/grpo/test_losses.py \
 	tests/plugins/regularisation tests/plugins/test_together.py tests/plugins/adalora/test_run.py \
