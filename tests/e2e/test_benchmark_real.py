@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,8 @@ SMALL = w.Size(1, 32, 48, 4, 2, 300)
 
 
 @pytest.fixture
-def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> t.Task:
+def task(tmp_path: Path) -> t.Task:
     """A task on a tiny base: eight rows of different lengths, two epochs of two steps."""
-    monkeypatch.setattr(sys, "path", list(sys.path))  # an arm appends its strategy's distribution
     base = w.build(tmp_path / "workload", 1, SMALL).base
     rows = [
         {"prompt": " ".join(f"w{4 + (7 * i + j) % 90}" for j in range(3 + i)), "completion": f" w{100 + i} w{110 + i}"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import select
+import signal
 import time
 from collections.abc import Iterator
 
@@ -22,9 +23,9 @@ class Terminal:
         self.seen = ""
 
     def read(self, until: str, seconds: float = START) -> str:
-        """Return what it shows until a text comes."""
+        """Return what it shows until a text comes; "": until anything comes."""
         end, start = time.monotonic() + seconds, len(self.seen)
-        while until not in self.seen[start:]:
+        while len(self.seen) == start or until not in self.seen[start:]:
             assert time.monotonic() < end, self.seen
             if select.select([self._end], [], [], 0.2)[0]:
                 self.seen += os.read(self._end, 4096).decode(errors="replace")
@@ -33,9 +34,15 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._end, text.encode())
 
-    def close(self) -> int:
-        """Return the exit code."""
-        _, status = os.waitpid(self.process, 0)
+    def close(self, seconds: float = START) -> int:
+        """Return the exit code; a process that does not end is killed."""
+        end, status = time.monotonic() + seconds, None
+        while status is None:
+            if time.monotonic() > end:
+                os.kill(self.process, signal.SIGKILL)
+            process, found = os.waitpid(self.process, os.WNOHANG)
+            status = found if process else None
+            time.sleep(0.05)
         os.close(self._end)
         return os.waitstatus_to_exitcode(status)
 
@@ -52,7 +59,7 @@ def test_a_session_survives_ctrl_c_and_errors_and_ends_with_ctrl_d(terminal):
     terminal.read("lora-4> ")
     terminal.type("hello\n")
     terminal.read("hello\r\n")
-    time.sleep(0.3)
+    terminal.read("")  # until the answer begins, however slow the machine is
     terminal.type("\x03")
     assert "(stopped)" in terminal.read("lora-4> ")
     terminal.type("/adapter haed\n")

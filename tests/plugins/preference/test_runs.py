@@ -179,7 +179,8 @@ TEXTS = [{"prompt": "games:", "completion": " section"}] * 4
 REFUSED = {
     "pairs without an objective": (
         [LORA], make_pairs(4),
-        "prompt + chosen + rejected are preference pairs, which need an objective: add a strategy such as cpo, dpo, ",
+        "prompt + chosen + rejected are preference pairs, which need an objective: add a strategy such as cpo, dpo, "
+        "kto, orpo, simpo. To train on the chosen answers alone, remove 'rejected'",
     ),
     "judged answers without an objective": (
         [LORA], judge(make_pairs(4)), "are judged answers, which need an objective: add a strategy such as kto. To ",
