@@ -10,7 +10,8 @@ import typer
 
 from budwood.cli import material
 from budwood.cli.imports import uncollected
-from budwood.cli.streams import echo, echo_json
+from budwood.cli.options import AsJson, Device, OtherBase, RecordedBase
+from budwood.cli.streams import echo, echo_json, print_notes
 
 if TYPE_CHECKING:
     from budwood.adapters.manifest import GoldenRecord, MadeRecord
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Inspect, verify, merge, export, combine and shrink saved adapters.", no_args_is_help=True)
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="An adapter's folder.")]
-Base = Annotated[str | None, typer.Option("--base", help="Path of the base, if it has moved.")]
-OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Accept a base it was not trained on.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda or auto.")]
 
 
 @app.command()
@@ -39,7 +36,7 @@ def info(directory: Directory, as_json: AsJson = False) -> None:
     for key, value in _lines(saved):
         shown = "".join(c if c.isprintable() else "?" for c in value)  # the file may contain control codes
         echo(f"{key:<13} {shown}")
-    _print_notes(saved.notes)
+    print_notes(saved.notes)
 
 
 def _as_json(saved: SavedAdapter) -> dict[str, Any]:
@@ -85,7 +82,7 @@ def _made(made: MadeRecord) -> str:
 @app.command()
 def verify(
     directory: Directory,
-    base: Base = None,
+    base: RecordedBase = None,
     quantization: Annotated[str | None, typer.Option("--quantization", help="Default: as recorded.")] = None,
     precision: Annotated[
         str | None, typer.Option("--precision", help="bf16, fp16 or fp32. Default: as recorded.")
@@ -113,7 +110,7 @@ def verify(
         echo_json(summary | distances | values)
         return
     _show_replay(report)
-    _print_notes(report.notes)
+    print_notes(report.notes)
 
 
 def _show_replay(report: VerifyReport) -> None:
@@ -135,7 +132,7 @@ def _setting(record: GoldenRecord) -> str:
 def merge(
     directory: Directory,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the merged model.")],
-    base: Base = None,
+    base: RecordedBase = None,
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="bf16, fp16 or fp32. Default: fp16 for a base stored in it, else bf16."),
@@ -164,7 +161,7 @@ def merge(
     echo(f"vs. unquantised base + adapter {report.unquantized}")
     if report.recorded is not None:
         echo(f"vs. what training recorded     {report.recorded}")
-    _print_notes(report.notes)
+    print_notes(report.notes)
 
 
 @app.command()
@@ -184,7 +181,7 @@ def export(
         bool, typer.Option("--merged", help="gguf and ollama: the merged model instead of the adapter.")
     ] = False,
     with_base: Annotated[bool, typer.Option("--with-base", help="gguf: also write the base as base.gguf.")] = False,
-    base: Base = None,
+    base: RecordedBase = None,
     quantization: Annotated[
         str | None, typer.Option("--quantization", help="Of the base in the comparison. Default: as recorded.")
     ] = None,
@@ -240,7 +237,7 @@ def export(
         echo_json(asdict(done))
     else:
         _show_export(done)
-        _print_notes(list(dict.fromkeys([*(done.replay.notes if done.replay is not None else ()), *done.notes])))
+        print_notes(list(dict.fromkeys([*(done.replay.notes if done.replay is not None else ()), *done.notes])))
     if push is not None:
         echo(f"pushed to {upload(done.directory, push)}", err=as_json)
 
@@ -269,8 +266,3 @@ def _show_export(done: Exported) -> None:
 
 for command in (material.combine, material.shrink, material.diff):
     app.command()(command)
-
-
-def _print_notes(notes: list[str]) -> None:
-    for note in notes:
-        echo(f"note: {note}", err=True)

@@ -9,6 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from budwood.cli.options import (
+    Adapters,
+    AdaptersQuantization,
+    AnyBase,
+    Device,
+    MaxNewTokens,
+    OtherBases,
+    Precision,
+    Seed,
+    Stop,
+    Temperature,
+    TopP,
+)
 from budwood.cli.pool import check_choice, open_pool, parse_adapters, read_adapters
 from budwood.cli.streams import echo, one_line, print_piece
 
@@ -31,10 +44,8 @@ with /."""
 
 
 def chat(
-    base: Annotated[str, typer.Argument(help="A base: folder or hub name.")],
-    adapter: Annotated[
-        list[str] | None, typer.Option("--adapter", metavar="NAME=DIR", help="An adapter; may be repeated.")
-    ] = None,
+    base: AnyBase,
+    adapter: Adapters = None,
     use: Annotated[
         str | None, typer.Option("--use", metavar="NAME", help="The adapter that answers first. Default: the first.")
     ] = None,
@@ -43,21 +54,15 @@ def chat(
         bool | None,
         typer.Option("--chat/--no-chat", help="Apply the chat template to the conversation. Default: as in training."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0, help="0: greedy decoding.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="Sample from the top tokens of this total probability.")
-    ] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be repeated.")] = None,
-    seed: Annotated[int, typer.Option(help="Sampling seed.")] = 0,
-    quantization: Annotated[
-        str | None, typer.Option(help="none, int8, nf4 or fp4. Default: as the adapter was trained.")
-    ] = None,
-    precision: Annotated[str, typer.Option(help="bf16, fp16, fp32 or auto.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
-    allow_other_base: Annotated[
-        bool, typer.Option("--allow-other-base", help="Accept adapters trained on another base.")
-    ] = False,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    stop: Stop = None,
+    seed: Seed = 0,
+    quantization: AdaptersQuantization = None,
+    precision: Precision = "auto",
+    device: Device = "auto",
+    allow_other_base: OtherBases = False,
 ) -> None:
     """Talk with a base and its adapters; /help lists what can be done meanwhile.
 

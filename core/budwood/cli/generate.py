@@ -7,6 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from budwood.cli.options import (
+    Adapters,
+    AdaptersQuantization,
+    AnyBase,
+    AsJson,
+    Device,
+    MaxNewTokens,
+    OtherBases,
+    Precision,
+    Seed,
+    Stop,
+    Temperature,
+    TopP,
+)
 from budwood.cli.pool import check_choice, open_pool, parse_adapters, read_adapters
 from budwood.cli.streams import echo, echo_json, print_piece
 
@@ -16,32 +30,24 @@ if TYPE_CHECKING:
 
 
 def generate(
-    base: Annotated[str, typer.Argument(help="A base: folder or hub name.")],
-    adapter: Annotated[
-        list[str] | None, typer.Option("--adapter", metavar="NAME=DIR", help="An adapter; may be repeated.")
-    ] = None,
+    base: AnyBase,
+    adapter: Adapters = None,
     use: Annotated[str | None, typer.Option("--use", metavar="NAME", help="The adapter to use.")] = None,
     prompt: Annotated[str, typer.Option("--prompt", help="The prompt; - reads it from stdin.")] = "-",
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--no-chat", help="Apply the chat template to the prompt. Default: as in training."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0: greedy decoding.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="Sample from the top tokens of this total probability.")
-    ] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be repeated.")] = None,
-    seed: Annotated[int, typer.Option(help="Sampling seed.")] = 0,
-    quantization: Annotated[
-        str | None, typer.Option(help="none, int8, nf4 or fp4. Default: as the adapter was trained.")
-    ] = None,
-    precision: Annotated[str, typer.Option(help="bf16, fp16, fp32 or auto.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
-    allow_other_base: Annotated[
-        bool, typer.Option("--allow-other-base", help="Accept adapters trained on another base.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    stop: Stop = None,
+    seed: Seed = 0,
+    quantization: AdaptersQuantization = None,
+    precision: Precision = "auto",
+    device: Device = "auto",
+    allow_other_base: OtherBases = False,
+    as_json: AsJson = False,
 ) -> None:
     """Answer a prompt with a base, one adapter, or several side by side."""
     directories = parse_adapters(adapter or [])

@@ -10,17 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from budwood.cli.imports import uncollected
-from budwood.cli.streams import echo, echo_json
+from budwood.cli.options import AsJson, Device, OtherBase, RecordedBase
+from budwood.cli.streams import echo, echo_json, print_notes
 
 if TYPE_CHECKING:
     from budwood.serving.material.diff import Difference, ModuleDifference
 
 SHOWN = 10
 """Modules and fields that `diff` shows without --all."""
-Base = Annotated[str | None, typer.Option("--base", help="Path of the base, if it has moved.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda or auto.")]
-OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Accept a base it was not trained on.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def combine(
@@ -36,7 +33,7 @@ def combine(
         float | None, typer.Option("--density", help="Fraction that ties, dare and magnitude keep. Default: 0.5.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of what dare keeps.")] = 0,
-    base: Base = None,
+    base: RecordedBase = None,
     device: Device = "auto",
     allow_other_base: OtherBase = False,
     as_json: AsJson = False,
@@ -65,14 +62,14 @@ def combine(
         echo(f"its rank holds {done.kept:.1%} of the combination's squared norm")
         echo(f"vs. the exact weighted sum {done.distance}")
         echo(f"difference                 {done.error:.1%} of the sum's effect on the answers")
-    _print_notes(done.notes)
+    print_notes(done.notes)
 
 
 def shrink(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter's folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the new adapter.")],
     rank: Annotated[int, typer.Option("--rank", help="Of every module that has a larger one.")],
-    base: Base = None,
+    base: RecordedBase = None,
     device: Device = "auto",
     force: Annotated[
         bool, typer.Option("--force", help="Write even if a quarter of the adapter's effect is lost.")
@@ -93,7 +90,7 @@ def shrink(
     echo(f"the updates keep {done.kept:.1%} of their squared norm")
     echo(f"answers, after vs. before {done.distance}")
     echo(f"error                     {done.error:.1%} of the adapter's effect")
-    _print_notes(done.notes)
+    print_notes(done.notes)
 
 
 def diff(
@@ -137,7 +134,7 @@ def _show(found: Difference, everything: bool) -> None:
         echo(f"{name}: {what}")
     if found.answers is not None:
         echo(f"golden answers, B vs. A: {found.answers}")
-    _print_notes(found.notes)
+    print_notes(found.notes)
 
 
 def _line(module: ModuleDifference) -> str:
@@ -159,8 +156,3 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise InputError(f"--weights: '{text.strip()[:40]}' is not a number: write them as 0.7,0.3.") from None
-
-
-def _print_notes(notes: list[str]) -> None:
-    for note in notes:
-        echo(f"note: {note}", err=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from budwood.cli.imports import uncollected
+from budwood.cli.options import AnyBase, Device, Precision
 from budwood.cli.streams import echo
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ EXTRA = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")
 
 
 def serve(
-    base: Annotated[str, typer.Argument(help="A base: folder or hub name.")],
+    base: AnyBase,
     adapters: Annotated[
         Path | None, typer.Option("--adapters", metavar="DIR", help="Folder whose subfolders are adapters, or runs.")
     ] = None,
@@ -42,8 +43,8 @@ def serve(
     quantization: Annotated[
         str | None, typer.Option(help="none, int8, nf4 or fp4. Default: as the adapters were trained.")
     ] = None,
-    precision: Annotated[str, typer.Option(help="bf16, fp16, fp32 or auto.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    precision: Precision = "auto",
+    device: Device = "auto",
     rows: Annotated[int, typer.Option(min=1, help="Answers that are computed at once.")] = 32,
     waiting: Annotated[int, typer.Option(min=0, help="Answers that wait for a row; more are refused.")] = 256,
     max_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of an answer.")] = 4096,

@@ -6,6 +6,7 @@ import codecs
 import json
 import sys
 import unicodedata
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -48,6 +49,12 @@ def echo_json(value: Any, indent: int | None = None) -> None:
     """Print a value as JSON; where the output cannot hold a character, it is escaped."""
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")
     echo(json.dumps(value, indent=indent, ensure_ascii=not unicode, default=str))
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print notes to standard error, one line each."""
+    for note in notes:
+        echo(f"note: {note}", err=True)
 
 
 def print_piece(piece: str) -> None:

@@ -22,18 +22,16 @@ from torch._subclasses.fake_tensor import (
 
 from budwood.contract.discovery import PluginError
 from budwood.contract.examples import Batch, Example
-from budwood.contract.types import Plan, Run
+from budwood.contract.types import Run
 from budwood.data.packing import split_micro
 from budwood.errors import BudwoodError, first_line
 from budwood.model.embeddings import resize_base
 from budwood.model.evaluation import autocast, collate_for
 from budwood.model.fake import fake_base, fake_tensors
-from budwood.model.limits import default_length
 from budwood.model.ops import attention
 from budwood.model.quantizers import is_quantized, quantizer_of
 from budwood.planning.trace import CUDA_BLOCK, Trace
-from budwood.recipe.continued import read_start
-from budwood.recipe.data import embeddings_wanted, read_task_base, recipe_skeleton, recipe_task, recipe_tokenizer
+from budwood.recipe.data import embeddings_wanted, recipe_task
 from budwood.recipe.schema import Recipe, build_composition
 from budwood.training.batches import StepBatches, count_units
 from budwood.training.loop import train_step
@@ -41,14 +39,7 @@ from budwood.training.on_policy import find_generator
 from budwood.training.progress import Progress, planned_steps
 from budwood.training.report import Report
 from budwood.training.run_data import read_data
-from budwood.training.setup import (
-    adapt_model,
-    build_engine,
-    build_optimizer,
-    check_plan,
-    make_accelerator,
-    register_task,
-)
+from budwood.training.setup import adapt_model, build_engine, build_optimizer, make_accelerator, plan_run
 from budwood.training.step import Engine
 from budwood.untrusted.chat_template import today
 
@@ -145,19 +136,8 @@ def rehearse(recipe: Recipe, dtype: torch.dtype, cuda: bool = False) -> Iterator
         recipe, Path(recipe.output), cpu, dtype, hooks.strategies, hooks, task, seed=recipe.train.seed,
         accelerator=make_accelerator(cpu), planning=True, say=lambda text: None,
     )  # fmt: skip
-    read_task_base(task, recipe)
-    register_task(hooks, task)
-    if task.needs_tokenizer:
-        run.tokenizer = recipe_tokenizer(recipe)
-    modules = recipe_skeleton(recipe, task.auto_class, run.tokenizer)
-    run.recipe = recipe = recipe.with_length(default_length(modules))
-    run.start_adapter = read_start(recipe)
-    plan = Plan(
-        recipe, hooks.strategies, recipe.train.steps, modules, task=task, tokenizer=run.tokenizer,
-        start_adapter=run.start_adapter,
-    )  # fmt: skip
-    check_plan(plan, hooks)
-    read_data(run, hooks, Report(quiet=True), today(), modules)
+    plan = plan_run(run, hooks)
+    read_data(run, hooks, Report(quiet=True), today(), plan.model)
     recipe = run.recipe
     trace = Trace(hooks.current, CUDA_BLOCK if cuda else 1, on_cpu=not cuda)
     with ExitStack() as stack, fake_tensors() as mode, trace, _naming(run):

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from budwood import __version__
-from budwood.adapters.golden import Distance, Golden, measure, relative_error
+from budwood.adapters.golden import Distance, measure, relative_error
 from budwood.adapters.match import mismatch
 from budwood.adapters.rounding import round_stochastically
-from budwood.adapters.store import GOLDEN, SavedAdapter, read_adapter
+from budwood.adapters.store import SavedAdapter, read_adapter
 from budwood.contract.discovery import find, plugin_fault
 from budwood.errors import BudwoodError, InputError
 from budwood.model.checkpoint import read_config, resolve
 from budwood.model.decoding import end_tokens
-from budwood.model.text_tasks import as_probe
 from budwood.serving.pool import AdapterPool, load_for_task
+from budwood.serving.probes import probes_of
 from budwood.serving.verify import base_name, open_pool
 from budwood.untrusted.files import complete_directory
 
@@ -32,8 +32,6 @@ MAX_ERROR = 0.25
 EXACT = 1e-3
 """Largest difference of a logit between adapter and merged weights in fp32, relative to the largest logit."""
 RECORD = "budwood-merge.json"
-SENTENCES = ("The", "In the beginning there was", "def main():\n    ", "1, 2, 3, 4,")
-"""Prompts for the comparison of an adapter without golden logits."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +110,7 @@ def merge(
     dtype = dtype or _default_dtype(pool.base.path)
     target = DTYPES[dtype]
     notes = pool.load("adapter", saved.directory, allow_other_base=allow_other_base).notes
-    golden = Golden.load(saved.directory / GOLDEN) if (saved.directory / GOLDEN).exists() and saved.manifest else None
-    probes = golden.probes if golden else [as_probe(pool.tokenizer(text)["input_ids"]) for text in SENTENCES]
+    golden, probes = probes_of(saved, pool)
     base_alone = measure(pool.task_plugin, model, pool.tokenizer, probes, torch.float32)
     pool.use("adapter")
     with_adapter = measure(pool.task_plugin, model, pool.tokenizer, probes, torch.float32)

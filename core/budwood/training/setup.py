@@ -151,18 +151,8 @@ def _prepare(
     )  # fmt: skip
     report.say(f"{device} · {precision_name(dtype)} ({reason}) · {torch.get_num_threads()} threads")
     trust = recipe.base.trust_remote_code
-    read_task_base(task, recipe)
-    register_task(hooks, task)
-    if task.needs_tokenizer:
-        run.tokenizer = recipe_tokenizer(recipe)
-    model = recipe_skeleton(recipe, task.auto_class, run.tokenizer)
-    run.recipe = recipe = recipe.with_length(default_length(model))
-    run.start_adapter = read_start(recipe)
-    plan = Plan(
-        recipe, hooks.strategies, recipe.train.steps, model, task=task, tokenizer=run.tokenizer,
-        start_adapter=run.start_adapter,
-    )  # fmt: skip
-    check_plan(plan, hooks)
+    plan = plan_run(run, hooks)
+    recipe, model = run.recipe, plan.model
 
     with hooks.part("read_data"):
         started = read_manifest(directory) if resume is not None else None
@@ -278,6 +268,28 @@ def prepare_model(run: Run, hooks: Composition) -> Any:
             raise PluginError(f"{call.plugin}: run.best_metric must be a BestMetric, not {run.best_metric!r}.")
         run.best_metric = replace(run.best_metric, owner=str(call.plugin))
     return model
+
+
+def plan_run(run: Run, hooks: Composition) -> Plan:
+    """Read what the base's files say without its weights, and let the task and the strategies check the plan.
+
+    Raises:
+        InputError: one of them refuses it, or a file is wrong.
+    """
+    recipe, task = run.recipe, run.task
+    read_task_base(task, recipe)
+    register_task(hooks, task)
+    if task.needs_tokenizer:
+        run.tokenizer = recipe_tokenizer(recipe)
+    model = recipe_skeleton(recipe, task.auto_class, run.tokenizer)
+    run.recipe = recipe = recipe.with_length(default_length(model))
+    run.start_adapter = read_start(recipe)
+    plan = Plan(
+        recipe, hooks.strategies, recipe.train.steps, model, task=task, tokenizer=run.tokenizer,
+        start_adapter=run.start_adapter,
+    )  # fmt: skip
+    check_plan(plan, hooks)
+    return plan
 
 
 def adapt_model(run: Run, hooks: Composition) -> None:

@@ -84,6 +84,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_new_folder(directory: Path) -> None:
+    """Refuse a folder that already holds something.
+
+    Raises:
+        InputError: `directory` is a link, a file, or a folder that is not empty.
+    """
+    if (directory.is_symlink() or directory.exists()) and not _is_empty_folder(directory):
+        raise InputError(f"{directory} already exists: choose another folder, or remove it.")
+
+
 @contextlib.contextmanager
 def complete_directory(directory: Path, replace: bool = False, needs: int = 0) -> Iterator[Path]:
     """Yield a temporary sibling of `directory`, which replaces it, synced to disk, if the block succeeds.
@@ -102,8 +112,8 @@ def complete_directory(directory: Path, replace: bool = False, needs: int = 0) -
         ResourceError: the folder cannot be written.
     """
     directory = check_folder(Path(os.path.abspath(directory)))
-    if not replace and (directory.is_symlink() or directory.exists()) and not _is_empty_folder(directory):
-        raise InputError(f"{directory} already exists: choose another folder, or remove it.")
+    if not replace:
+        check_new_folder(directory)
     partial, old = (directory.with_name(f".{directory.name}.{end}") for end in ("partial", "old"))
     try:
         missing = [path for path in directory.parents if not path.exists()]

@@ -245,7 +245,7 @@ def test_logits_other_than_recorded_mean_another_model_unless_the_base_differs_t
 ):
     sound = Golden.load(saved / "golden.safetensors")
     other = Golden(sound.probes, sound.base, sound.adapter.flip(-1))
-    monkeypatch.setattr(merging.Golden, "load", lambda path: other)
+    monkeypatch.setattr(Golden, "load", lambda path: other)
     with pytest.raises(CorruptError, match="another model than the one that training recorded.*nothing was written"):
         merge(saved, tmp_path / "merged", dtype="fp32", force=True)
     assert not (tmp_path / "merged").exists()
@@ -253,7 +253,7 @@ def test_logits_other_than_recorded_mean_another_model_unless_the_base_differs_t
     with pytest.raises(CorruptError, match="another model than the one that training recorded"):
         verify(saved)
     changed = Golden(sound.probes, sound.base.flip(-1), sound.adapter.flip(-1))  # the base's logits differ too
-    monkeypatch.setattr(merging.Golden, "load", lambda path: changed)
+    monkeypatch.setattr(Golden, "load", lambda path: changed)
     merge(saved, tmp_path / "merged", dtype="fp32")
 
 

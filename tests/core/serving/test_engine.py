@@ -275,7 +275,7 @@ def test_bad_prompts_of_a_pool_are_refused_too(tiny_base):
 
 
 def test_samples_of_one_prompt_share_its_computation(tiny_base, folders, monkeypatch):
-    """Each gets what it gets alone, whoever of them ends, is cancelled, waits for a row, or is computed again."""
+    """Each gets its answer alone, although others end, are cancelled, wait for a row, or are computed again."""
     run, computed = scheduler.Forward.run, []
 
     def counting(self, rows, slots, count):

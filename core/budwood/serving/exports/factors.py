@@ -135,6 +135,12 @@ def largest_rank(factors: Factors) -> int:
     return max(len(a) for a, _ in factors.values())
 
 
+def squared_norm(pair: tuple[Tensor, Tensor]) -> float:
+    """Return the squared Frobenius norm of B A."""
+    a, b = (tensor.double() for tensor in pair)
+    return float(((b.mT @ b) * (a @ a.mT)).sum())
+
+
 def truncated(factors: Factors, rank: int) -> Factors:
     """Return the best approximation of each update with at most `rank` (Eckart and Young, 1936), from A and B alone."""
 

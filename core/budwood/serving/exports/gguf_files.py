@@ -29,7 +29,7 @@ _TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def check_installed() -> None:
-    """Refuse to go on without the package gguf.
+    """Require the package gguf.
 
     Raises:
         ResourceError: it is not installed.

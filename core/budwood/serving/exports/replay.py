@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from budwood.adapters.golden import Distance, Golden, comparable, current_setting, measure, relative_error
+from budwood.adapters.golden import Distance, comparable, current_setting, measure, relative_error
 from budwood.adapters.match import mismatch
-from budwood.adapters.store import GOLDEN, SavedAdapter
+from budwood.adapters.store import SavedAdapter
 from budwood.contract.discovery import find, plugin_fault
-from budwood.errors import BudwoodError, CorruptError, InputError, describe
-from budwood.model.text_tasks import as_probe
-from budwood.serving.merge import MAX_ERROR, SENTENCES
+from budwood.errors import BudwoodError, InputError, describe
+from budwood.serving.merge import MAX_ERROR
 from budwood.serving.pool import AdapterPool
+from budwood.serving.probes import probes_of
 from budwood.serving.verify import open_base
 
 EXACT = 1e-2
@@ -79,14 +79,9 @@ def replay(
     loaded, task = open_base(
         saved, base, quantization=quantization, precision="fp32", device=device, allow_other_base=allow_other_base
     )
-    recorded = saved.manifest.golden if saved.manifest is not None else None
-    golden = Golden.load(saved.directory / GOLDEN) if recorded is not None else None
-    tokenizer: Any = loaded.tokenizer
-    probes = golden.probes if golden else [as_probe(tokenizer(text)["input_ids"]) for text in SENTENCES]
     pool = AdapterPool(loaded, task=task)
-    problem = next(filter(None, (pool.task_plugin.check_inputs(pool.model, probe) for probe in probes)), "")
-    if problem:
-        raise CorruptError(f"{saved.directory / GOLDEN}: {problem}.")
+    golden, probes = probes_of(saved, pool)
+    recorded = saved.manifest.golden if saved.manifest is not None else None
     alone = pool.measure(probes)
     notes = pool.load("adapter", saved.directory, allow_other_base=allow_other_base).notes
     pool.use("adapter")

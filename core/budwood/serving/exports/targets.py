@@ -7,7 +7,6 @@ from pathlib import Path
 
 from budwood.adapters.export import write_peft
 from budwood.adapters.store import SavedAdapter, read_adapter
-from budwood.errors import InputError
 from budwood.serving.exports import vllm
 from budwood.serving.exports.compare import compare
 from budwood.serving.exports.difference import plain_updates
@@ -15,7 +14,7 @@ from budwood.serving.exports.factors import write_lora
 from budwood.serving.exports.llama_cpp import write_gguf, write_ollama
 from budwood.serving.exports.wanted import Exported, Wanted
 from budwood.serving.merge import merge
-from budwood.untrusted.files import complete_directory
+from budwood.untrusted.files import check_new_folder, complete_directory
 
 TEMPLATE = "chat_template.jinja"
 
@@ -34,8 +33,7 @@ def export_for(directory: str | Path, out: str | Path, wanted: Wanted) -> Export
     """
     wanted.validate()
     out = Path(out)
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise InputError(f"{out} already exists: choose another folder, or remove it.")
+    check_new_folder(out)
     saved = read_adapter(directory)
     if wanted.target == "merged":
         return _merged(saved, out, wanted)

@@ -15,9 +15,10 @@ from budwood.adapters.manifest import MadeRecord, PartRecord
 from budwood.adapters.store import SavedAdapter, read_adapter
 from budwood.errors import InputError, did_you_mean
 from budwood.serving.exports.difference import decomposed
-from budwood.serving.exports.factors import Factors, factors_of, largest_rank, truncated, write_lora
-from budwood.serving.material.derived import Workbench, check_out
+from budwood.serving.exports.factors import Factors, factors_of, largest_rank, squared_norm, truncated, write_lora
+from budwood.serving.material.derived import Workbench
 from budwood.serving.verify import task_of
+from budwood.untrusted.files import check_new_folder
 
 METHODS = ("linear", "svd", "ties", "dare", "magnitude")
 _PRUNING = ("ties", "dare", "magnitude")
@@ -89,7 +90,8 @@ def combine(
         CorruptError: an adapter is damaged.
     """
     _check(len(directories), weights, method, rank, density)
-    out = check_out(out)
+    out = Path(out)
+    check_new_folder(out)
     parts = [read_adapter(directory) for directory in directories]
     values = [1 / len(parts)] * len(parts) if weights is None else [float(weight) for weight in weights]
     notes = _check_parts(parts, allow_other_base)
@@ -217,12 +219,6 @@ def _pruned(method: str, deltas: list[Tensor], weights: Tensor, density: float) 
     }  # fmt: skip
     delta: Tensor = functions[method](deltas, weights, density)  # type: ignore[operator]
     return delta
-
-
-def squared_norm(pair: tuple[Tensor, Tensor]) -> float:
-    """Return the squared Frobenius norm of B A."""
-    a, b = (tensor.double() for tensor in pair)
-    return float(((b.mT @ b) * (a @ a.mT)).sum())
 
 
 def _share(part: float, whole: float) -> float:

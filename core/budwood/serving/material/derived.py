@@ -10,28 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from budwood.adapters.golden import Distance, Golden, relative_error
+from budwood.adapters.golden import Distance, relative_error
 from budwood.adapters.manifest import MadeRecord
-from budwood.adapters.store import GOLDEN, SavedAdapter, write_adapter
+from budwood.adapters.store import SavedAdapter, write_adapter
 from budwood.contract.examples import Example
 from budwood.contract.loading import adapter_owner
-from budwood.errors import InputError
-from budwood.model.text_tasks import as_probe
-from budwood.serving.merge import SENTENCES
 from budwood.serving.pool import AdapterPool
+from budwood.serving.probes import probes_of
 from budwood.serving.verify import open_base
-
-
-def check_out(out: str | Path) -> Path:
-    """Refuse a folder that exists and holds something.
-
-    Raises:
-        InputError: it does.
-    """
-    out = Path(out)
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise InputError(f"{out} already exists: choose another folder, or remove it.")
-    return out
 
 
 @dataclass
@@ -57,14 +43,8 @@ class Workbench:
         manifest = origin.manifest
         if manifest is not None and manifest.chat is not None and manifest.chat.template is not None:
             loaded.tokenizer.chat_template = manifest.chat.template
-        tokenizer: Any = loaded.tokenizer
-        golden = manifest is not None and manifest.golden is not None
-        probes = (
-            Golden.load(origin.directory / GOLDEN).probes
-            if golden
-            else [as_probe(tokenizer(text)["input_ids"]) for text in SENTENCES]
-        )
         pool = AdapterPool(loaded, task=task)
+        _, probes = probes_of(origin, pool)
         return cls(origin, pool, probes, pool.measure(probes), allow_other_base)
 
     def logits(self, directory: str | Path) -> Tensor:

@@ -14,8 +14,7 @@ from torch import Tensor
 from budwood.adapters.golden import Distance, Golden
 from budwood.adapters.store import GOLDEN, SavedAdapter, read_adapter
 from budwood.errors import InputError
-from budwood.serving.exports.factors import Factors, factors_of
-from budwood.serving.material.combine import squared_norm
+from budwood.serving.exports.factors import Factors, factors_of, squared_norm
 
 NAN = float("nan")
 _RECORDED = ("base", "task", "labels", "tokenizer", "template", "chat", "on_messages", "stop_ids", "metrics")

@@ -16,10 +16,10 @@ from budwood.adapters.manifest import MadeRecord, PartRecord
 from budwood.adapters.peft_config import PREFIX
 from budwood.adapters.store import CONFIG, WEIGHTS, SavedAdapter, read_adapter
 from budwood.errors import InputError
-from budwood.serving.exports.factors import factors_of, largest_rank, padded, truncated
-from budwood.serving.material.combine import squared_norm
-from budwood.serving.material.derived import Workbench, check_out
+from budwood.serving.exports.factors import factors_of, largest_rank, padded, squared_norm, truncated
+from budwood.serving.material.derived import Workbench
 from budwood.serving.merge import MAX_ERROR
+from budwood.untrusted.files import check_new_folder
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ def shrink(
     """
     if rank < 1:
         raise InputError(f"--rank {rank}: must be at least 1.")
-    out, saved = check_out(out), read_adapter(directory)
+    out = Path(out)
+    check_new_folder(out)
+    saved = read_adapter(directory)
     factors = factors_of(saved, "a shrunk adapter", alone=False)
     was = largest_rank(factors)
     if rank >= was:

@@ -1,0 +1,30 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda or auto.")]
+Precision = Annotated[str, typer.Option(help="bf16, fp16, fp32 or auto.")]
+
+# Of a command on one adapter.
+RecordedBase = Annotated[str | None, typer.Option("--base", help="Path of the base, if it has moved.")]
+OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Accept a base it was not trained on.")]
+
+# Of a command that answers with a base and its adapters.
+AnyBase = Annotated[str, typer.Argument(help="A base: folder or hub name.")]
+Adapters = Annotated[
+    list[str] | None, typer.Option("--adapter", metavar="NAME=DIR", help="An adapter; may be repeated.")
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0: greedy decoding.")]
+TopP = Annotated[float, typer.Option(min=0, max=1, help="Sample from the top tokens of this total probability.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be repeated.")]
+Seed = Annotated[int, typer.Option(help="Sampling seed.")]
+AdaptersQuantization = Annotated[
+    str | None, typer.Option(help="none, int8, nf4 or fp4. Default: as the adapter was trained.")
+]
+OtherBases = Annotated[bool, typer.Option("--allow-other-base", help="Accept adapters trained on another base.")]
