@@ -8,8 +8,11 @@ import select
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+from tests.conftest import make_base
 from tests.serve.server import BUDWOOD, START
 
 
@@ -49,9 +52,19 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(tiny_base, root) -> Iterator[Terminal]:
+def talker(tmp_path) -> Path:
+    """The tiny base with a longer context and logits of 0 for what ends an answer, so that it talks for seconds."""
+    folder = make_base(tmp_path / "talker", max_position_embeddings=8192)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][[2, 4]] = 0  # <eos> and <|im_end|>
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def terminal(talker, root) -> Iterator[Terminal]:
     adapters = [word for name in ("lora-4", "head") for word in ("--adapter", f"{name}={root / name}")]
-    opened = Terminal("chat", tiny_base, *adapters, "--precision", "fp32", "--max-new-tokens", 450)
+    opened = Terminal("chat", talker, *adapters, "--precision", "fp32", "--max-new-tokens", 6000)
     yield opened
     assert opened.close() == 0, opened.seen
 
