@@ -23,10 +23,11 @@ from budwood.model.checks import (
     size,
     skeleton,
 )
-from budwood.model.experts import count_experts
+from budwood.model.experts import count_experts, open_experts, packed_as_read
 from budwood.model.machine import pick_device_precision
 from budwood.model.ops.rms_norm import save_memory_in_norms
 from budwood.model.quantizers import claim, is_quantized, linear_shape, quantizer_of
+from budwood.model.quantizers.experts import quantized_experts
 from budwood.model.quiet import import_bitsandbytes, silence_libraries
 from budwood.model.streaming import slices, trim_heap
 from budwood.untrusted.formats import TensorInfo, read_json
@@ -149,8 +150,7 @@ def load_base(
     frame = build_skeleton(name, config, auto_class, trust_remote_code)
     _check_size(name, frame, tensors.values())
     quantizer = find_quantizer(info.quantization)
-    if not quantizer.takes_fused_experts:
-        check_fused(name, frame, info.quantization)
+    check_fused(name, frame, quantizer)
     heads = heads_of(frame)
     plan = None
     if info.prequantized:
@@ -160,7 +160,8 @@ def load_base(
         with attribute_errors(quantizer, "config"):
             plan = quantizer.config(dtype, double_quantization, heads)
     views = info.quantization == "none" and {entry.dtype for entry in tensors.values()} == {STORED[str(dtype)]}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with forked, packed_as_read(frame, quantizer, double_quantization):
         torch.manual_seed(seed)
         try:
             pair: Any = type(frame).from_pretrained(
@@ -192,6 +193,7 @@ def load_base(
         quantizer.after_load(loaded, heads)
     claim(loaded, quantizer)
     new = _check_complete(name, loaded, frame, report)
+    open_experts(loaded)
     new = tuple(key for key in new if not set(key.split(".")) & set(unused))
     loaded.requires_grad_(False)
     loaded.eval()
@@ -307,6 +309,7 @@ def sizes_of(model: nn.Module, dtype: torch.dtype) -> tuple[int, int, float, int
         quantizer: Any = quantizer_of(module)
         quantized[id(quantizer.weight(module))] = math.prod(quantizer.shape(module))
         tensors += [quantizer.weight(module), *quantizer.constants(module)]
+    quantized |= {id(module): module.numel for module in quantized_experts(model)}
     count = sum((elements | quantized).values())
     stored = {(t.untyped_storage()._cdata, t.storage_offset()): t.nbytes for t in tensors}  # tables may be shared
     return sum(stored.values()), dtype.itemsize * count, (count - sum(quantized.values())) / max(count, 1), count
