@@ -8,9 +8,9 @@ from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from budwood.adapters.targets import LAYER_INDEX, all_linear, base_modules, ends_with, matches
+from budwood.adapters.targets import LAYER_INDEX, all_linear, base_modules, ends_with, expert_modules, matches
 from budwood.errors import CorruptError, InputError
 from budwood.model.quantizers import quantizer_of
 from budwood.untrusted.redaction import shorten
@@ -69,6 +69,19 @@ class SavedLowRankConfig(BaseModel):
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+
+
+class SavedExpertsConfig(SavedLowRankConfig):
+    """The same of a method that also adapts the experts of a mixture, which `target_parameters` names."""
+
+    target_modules: str | list[str] | None = None  # type: ignore[assignment]
+    target_parameters: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _has_targets(self) -> SavedExpertsConfig:
+        if not self.target_modules and not self.target_parameters:
+            raise ValueError("target_modules and target_parameters are empty")
+        return self
 
 
 Saved = TypeVar("Saved", bound=SavedLowRankConfig)
@@ -153,23 +166,30 @@ def saved_pattern(patterns: Mapping[str, Value], names: Sequence[str]) -> dict[s
 
 
 def saved_targets(model: nn.Module, saved: SavedLowRankConfig) -> list[str]:
-    """Return the full names of the modules that a saved adapter stands on, as PEFT finds them.
+    """Return the full names of the modules that a saved adapter stands on, as PEFT finds them; experts come last.
 
     Raises:
         MisfitError: the model has none of them.
         InputError: one is not a linear module.
     """
-    modules = dict(base_modules(model))
+    modules, fused = dict(base_modules(model)), expert_modules(model)
     if saved.target_modules == "all-linear":
         names = all_linear(model)
     else:
         try:
-            names = [name for name in modules if name and _is_target(name, saved)]
+            names = [name for name in modules if name and name not in fused and _is_target(name, saved)]
         except InputError as error:
             raise CorruptError(f"adapter_config.json: {error}") from error
-    if not names:
+    if not names and saved.target_modules:
         targets = shorten(json.dumps(saved.target_modules))
         raise MisfitError(f"adapter_config.json: target_modules: the model has none of {targets}.")
+    parameters = getattr(saved, "target_parameters", None) or []
+    for end in parameters:
+        if not any(ends_with(name, end) for name in fused):
+            where = f"adapter_config.json: target_parameters: '{shorten(end)}'"
+            if any(ends_with(name, end) for name, _ in model.named_parameters()):
+                raise InputError(f"{where} is not the experts of a mixture, which is not supported: {MERGE}.")
+            raise MisfitError(f"{where}: the model has no such experts.")
     for name in names:
         if quantizer_of(modules[name]) is None:
             what = type(modules[name]).__name__
@@ -177,7 +197,7 @@ def saved_targets(model: nn.Module, saved: SavedLowRankConfig) -> list[str]:
                 f"adapter_config.json: target_modules: '{name}' is not a linear module ({what}), "
                 f"which is not supported: {MERGE}."
             )
-    return names
+    return names + [name for name in fused if any(ends_with(name, end) for end in parameters)]
 
 
 def check_continued(
@@ -216,10 +236,18 @@ def continued_selection(config: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(f"adapter_config.json: '{key}' cannot be continued: {MERGE}.")
     layers = config.get("layers_to_transform")
     return {
-        "targets": config.get("target_modules"),
+        "targets": _targets(config),
         "layers": [layers] if isinstance(layers, int) else layers or None,
         "modules_to_save": config.get("modules_to_save") or [],
     }
+
+
+def _targets(config: Mapping[str, Any]) -> Any:
+    modules, parameters = config.get("target_modules"), config.get("target_parameters")
+    if parameters and isinstance(modules, str):
+        text = f"'target_modules: {shorten(modules)}' beside target_parameters cannot be continued"
+        raise InputError(f"adapter_config.json: {text}: {MERGE}.")
+    return [*(modules or []), *parameters] if parameters else modules
 
 
 def _is_target(name: str, saved: SavedLowRankConfig) -> bool:

@@ -133,7 +133,7 @@ def open_experts(model: nn.Module) -> None:
             weight: Any = module._parameters.pop(name)
             linear = packed.get(name) or DenseExperts(weight, bool(module.is_transposed))
             setattr(module, name, linear)
-        module.__class__ = _opened(type(module))
+        module.__class__ = _opened(type(module))  # type: ignore[arg-type]
 
 
 def plan_experts(model: nn.Module, quantizer: Quantizer, double_quantization: bool) -> None:
@@ -165,7 +165,7 @@ def packed_as_read(frame: nn.Module, quantizer: Quantizer, double_quantization: 
             if linear is not None:
                 self.__dict__.setdefault(_PACKED, {})[name] = linear
                 value = nn.Parameter(value.new_zeros(()).expand(value.shape), requires_grad=False)
-                value._is_hf_initialized = True  # type: ignore[attr-defined]  # else transformers would fill it
+                value._is_hf_initialized = True  # else transformers would fill it
         nn.Module.__setattr__(self, name, value)
 
     for cls in classes:

@@ -329,7 +329,9 @@ def _report_size(run: Run, report: Report) -> None:
     report.say(f"{names}: {trainable:,} trainable parameters ({trainable / total:.2%} of {total:,})")
     adapted = describe_adapter(run.model, RUN_ADAPTER)
     if experts.total:
-        adapted += f"{'; ' if adapted else ''}experts: {experts.trained:,} of {experts.total:,} adapted"
+        quantized = f"{experts.quantized:,} of {experts.total:,} in {run.base.quantization}"
+        quantized = f"{experts.total:,}, not quantised" if run.base.quantization == "none" else quantized
+        adapted += f"{'; ' if adapted else ''}experts: {quantized}, {experts.trained:,} adapted"
     if adapted:
         report.say(f"adapted: {adapted}")
     report.say(f"{run.steps} optimizer steps of {size}, at most {train.micro_tokens} tokens at once")

@@ -124,6 +124,13 @@ def expert_linear(
     return y
 
 
+def low_rank_of_experts(x: Tensor, a: Tensor, b: Tensor, routing: Routing) -> Tensor:
+    """Return x A_eᵀ B_eᵀ [S, out] without a graph, for a [E, r, in] and b [E, out, r]."""
+    with torch.no_grad():
+        narrow = grouped(x, a.to(x.dtype).transpose(1, 2), routing)
+        return grouped(narrow, b.to(x.dtype).contiguous().transpose(1, 2), routing)
+
+
 def _trained(
     x: Tensor, base: ExpertLinear, routing: Routing, a: Tensor | None, b: Tensor | None, scaling: float, dropout: float
 ) -> Tensor:
@@ -261,9 +268,22 @@ def grouped_outer(left: Tensor, right: Tensor, routing: Routing) -> Tensor:
     return products
 
 
-def _grouped_mm(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-    y: Tensor = torch._grouped_mm(rows, weights, offs=offsets)
+def _grouped_mm(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    if isinstance(left, FakeTensor):
+        return _even_product(left, right, len(offsets))
+    y: Tensor = torch._grouped_mm(left, right, offs=offsets)
     return y
+
+
+def _even_product(left: Tensor, right: Tensor, experts: int) -> Tensor:
+    """Return a fake product of the right shape and cost, with as many rows for each expert."""
+    if right.ndim == 3:  # [S, k] @ [E, k, m]
+        share, rest = divmod(len(left), experts)
+        y = torch.bmm(left[: experts * share].view(experts, share, -1), right).view(experts * share, -1)
+        return torch.cat([y, y.new_empty(rest, y.shape[1])]) if rest else y
+    share = len(right) // experts  # [k, S] @ [S, m]
+    parts = [part[: experts * share].view(experts, share, -1) for part in (left.t(), right)]
+    return torch.bmm(parts[0].transpose(1, 2), parts[1])
 
 
 def _aligned(rows: Tensor, *sizes: int) -> bool:

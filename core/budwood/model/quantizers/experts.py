@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -151,10 +152,12 @@ class FourBitExperts(ExpertLinear):
         return torch.stack([self._dequantize(self.codes[start + i], scales[i], shape, dtype) for i in range(count)])
 
     def _dequantize(self, codes: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        # bitsandbytes' CPU kernel takes the wrong scales where a row ends inside a block, so those are one long row.
+        flat = shape if shape[-1] % BLOCK == 0 else (math.prod(shape),)
         weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-            codes.reshape(-1, 1), scales.reshape(-1), BLOCK, self.kind, shape, dtype
+            codes.reshape(-1, 1), scales.reshape(-1), BLOCK, self.kind, flat, dtype
         )
-        return weight
+        return weight.view(shape)
 
     def _scales(self, start: int, stop: int) -> Tensor:
         """Return the scales [n, blocks] fp32."""
@@ -218,4 +221,3 @@ def experts_of(module: nn.Module) -> int:
 def quantized_experts(model: nn.Module) -> list[ExpertLinear]:
     """Return the fused expert projections of a model that are quantised."""
     return [module for module in model.modules() if isinstance(module, ExpertLinear) and module.quantized]
-
