@@ -43,6 +43,7 @@ from budwood.recipe.data import embeddings_wanted, read_task_base, recipe_skelet
 from budwood.recipe.schema import Recipe, build_composition, find_code, load_recipe
 from budwood.training.durability import changes
 from budwood.training.durability.resume import Resume
+from budwood.training.mixture import balance_load
 from budwood.training.output import MANIFEST, SKIPPED, make_output, read_manifest
 from budwood.training.packing_check import check_packing
 from budwood.training.parameters import NOTHING_TRAINS, torch_groups, trainable_groups
@@ -307,6 +308,7 @@ def build_engine(run: Run, hooks: Composition) -> Engine:
     """Register core's hooks for an adapted model, and cache the reference if a strategy asks for it."""
     engine = Engine(run, hooks)
     register_parts(hooks, engine)
+    balance_load(run, hooks)
     cache_reference(run)
     return engine
 

@@ -76,8 +76,8 @@ FAMILIES = {
     "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
     "DeepseekV3": {
         "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1,
-        "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8,
-        "v_head_dim": 16, "qk_nope_head_dim": 16, "num_key_value_heads": 4,
+        "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32, "kv_lora_rank": 16, "q_lora_rank": 16, 
+        "qk_rope_head_dim": 8, "v_head_dim": 16, "qk_nope_head_dim": 16, "num_key_value_heads": 4,
     },
 }  # fmt: skip
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from budwood import load_base
 from budwood.adapters.store import read_adapter
-from budwood.lowrank import remove_adapter, select_adapters
+from budwood.errors import InputError
+from budwood.lowrank import experts_of, remove_adapter, select_adapters
 from budwood.serving.merge import merge as merge_folder
 from budwood.serving.verify import open_pool, verify
 from budwood.training.loop import tune
@@ -66,11 +67,11 @@ def test_a_run_on_a_4_bit_mixture_opens_in_stock_peft_and_merges(tmp_path, make_
         strategies=[{"lora": {"rank": 4, "dropout": 0.1}}],
         train={"steps": 4, "learning_rate": 1e-2},
     )
-    folder = tune(recipe).adapter
+    folder = tune(recipe).directory / "adapter"
     assert "lora: the file says lora_dropout: 0, as PEFT's layers for experts refuse dropout" in said
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["lora_dropout"] == 0 and len(config["target_parameters"]) == 4
-    assert verify(folder).ok
+    assert verify(folder).exact
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
     stock = PeftModel.from_pretrained(plain, folder).eval()
     saved = read_adapter(folder)
@@ -86,3 +87,65 @@ def test_a_run_on_a_4_bit_mixture_opens_in_stock_peft_and_merges(tmp_path, make_
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
         assert (merged(IDS).logits - expected).abs().max() < 1e-5
     assert report.weights == 12
+
+
+def test_dora_on_experts_is_the_paper_and_survives_its_file(tmp_path, make_recipe, said):
+    make_family("GptOss", tmp_path / "base")
+    options = {"rank": 3, "dora": True, "targets": ["gate_up_proj", "down_proj"]}
+    recipe = make_recipe(base={"model": str(tmp_path / "base")}, strategies=[{"lora": options}], train={"steps": 2})
+    folder = tune(recipe).directory / "adapter"
+    assert any("PEFT has no DoRA on experts" in line for line in said)
+    saved = read_adapter(folder)
+    tensors = saved.load_tensors()
+    model = load_base(tmp_path / "base", "none", "AutoModelForCausalLM", torch.float32).model
+    modules = {path: module for path, module in model.named_modules() if experts_of(module)}
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    parameters = dict(plain.named_parameters())
+    for path, module in modules.items():
+        inside = path.rpartition(".")[0] + ("" if path.endswith("down_proj") else ".base_layer")
+        a, b, magnitude = (
+            tensors[f"base_model.model.{inside}.lora_{key}"].double()
+            for key in ("A.weight", "B.weight", "magnitude_vector")
+        )
+        for expert in range(module.experts):
+            update = b.view(b.shape[0], 3, -1)[:, :, expert] @ a.view(-1, 3, a.shape[1])[expert]
+            wide = module.dequantize(expert, expert + 1, torch.float32)[0].double() + 16 / 3 * update
+            parameters[path].data[expert] = (magnitude[expert] * (wide / wide.norm(dim=1, keepdim=True)).t()).float()
+    attach(model, saved.config, tensors, "x")
+    select_adapters(model, "lora", ["x"])
+    with torch.no_grad():
+        expected = plain(IDS).logits
+        assert (model(IDS).logits - expected).abs().max() < 1e-5
+        merge(model, "x")
+        assert (model(IDS).logits - expected).abs().max() < 1e-5
+    assert verify(folder).exact
+
+
+def test_adalora_ranks_experts_by_themselves(tmp_path, make_recipe, said):
+    make_family("Olmoe", tmp_path / "base")
+    options = {"initial_rank": 4, "target_rank": 2, "interval": 1, "targets": ["o_proj", "gate_up_proj", "down_proj"]}
+    recipe = make_recipe(
+        base={"model": str(tmp_path / "base"), "quantization": "nf4"}, strategies=[{"adalora": options}],
+        train={"steps": 8},
+    )  # fmt: skip
+    folder = tune(recipe).directory / "adapter"
+    updates = 2 * (1 + 6 + 6)
+    assert any(f"adalora: {2 * updates} of {4 * updates} ranks remain" in line for line in said)
+    saved = read_adapter(folder)
+    masks = saved.config["rank_pattern"]
+    assert sum(map(sum, masks.values())) == 2 * updates and any(len(mask) == 6 * 4 for mask in masks.values())
+    assert len({sum(mask[i : i + 4]) for mask in masks.values() for i in range(0, len(mask), 4)}) > 1
+    assert verify(folder).exact
+    report = merge_folder(folder, tmp_path / "merged", dtype="fp32")  # which compares it with base and adapter
+    assert report.error < 1e-3
+
+
+def test_bad_targets_are_named(tmp_path, tiny_base, make_recipe):
+    make_family("Mixtral", tmp_path / "base")
+    base = {"model": str(tmp_path / "base")}
+    for strategies, model, message in (
+        ([{"lora": {"targets": ["gate_up_proj"]}}], str(tiny_base), "no linear module is called 'gate_up_proj'"),
+        ([{"ia3": {"targets": ["gate_up_proj"]}}], base["model"], "ia3.*'gate_up_proj' stands for the experts .*lora"),
+    ):
+        with pytest.raises(InputError, match=message):
+            tune(make_recipe(base={"model": model}, strategies=strategies))
