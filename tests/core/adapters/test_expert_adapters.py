@@ -11,6 +11,7 @@ from tests.core.model.test_experts import FAMILIES, make_family
 from transformers import AutoModelForCausalLM
 
 from budwood import load_base
+from budwood.adapters.live_table import LiveTable, Plan
 from budwood.adapters.store import read_adapter
 from budwood.errors import InputError
 from budwood.lowrank import experts_of, remove_adapter, select_adapters
@@ -18,6 +19,7 @@ from budwood.serving.merge import merge as merge_folder
 from budwood.serving.verify import open_pool, verify
 from budwood.training.loop import tune
 from budwood_lora.adapter import attach, merge, tensor_slots
+from budwood_lora.live import live
 
 IDS = torch.arange(1, 61).view(3, 20)
 
@@ -51,10 +53,18 @@ def test_an_adapter_of_stock_peft_opens_with_the_same_logits(name, tmp_path):
     for row, expected in zip(mixed, (half[0], plain[1], stock[2]), strict=True):
         assert (row - expected).abs().max() < 1e-5 * (1 + stock.abs().max())
     assert (stock - plain).abs().max() > 0.1
-    pool = open_pool(saved, tmp_path / "base", quantization="none", precision="fp32", device="cpu")
-    pool.load("one", tmp_path / "adapter")
-    pool.use("one")
-    assert (pool.model(IDS).logits - stock).abs().max() < 1e-5 * (1 + stock.abs().max())
+    served = load_base(tmp_path / "base", "none", "AutoModelForCausalLM", torch.float32).model
+    table = LiveTable(served)
+    one = live(served, saved.config, tensors)
+    two = live(served, saved.config, {key: 0.5 * tensor for key, tensor in tensors.items()})
+    for rows, wanted in (([two, None, one], (half[0], plain[1], stock[2])), ([one], stock)):
+        table.add(one)
+        table.add(two)
+        table.plan = Plan(rows)
+        for row, expected in zip(served(IDS).logits, wanted, strict=True):
+            assert (row - expected).abs().max() < 1e-5 * (1 + stock.abs().max())
+        table.remove(one)
+        table.remove(two)
     remove_adapter(model, "two")
     merge(model, "one")
     assert (model(IDS).logits - stock).abs().max() < 1e-5 * (1 + stock.abs().max())

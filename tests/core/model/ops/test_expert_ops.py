@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from budwood.model.ops.experts import Routing, combine, dispatch, expert_linear, low_rank_of_experts
 from budwood.model.quantizers.experts import DenseExperts, ExpertLinear, FourBitExperts, Int8Experts
+from budwood.model.quantizers.mxfp4 import MXFP4Experts
 
 EXPERTS, OUT, IN, TOKENS = 5, 48, 32, 37
 
@@ -141,3 +142,19 @@ def test_experts_that_train_whole_have_gradients():
     assert torch.allclose(base.weight.grad, expected, atol=1e-5)
     with pytest.raises(ValueError, match="no low-rank updates"):
         expert_linear(x, base, routing, *factors(4, torch.float32))
+
+
+def test_mxfp4_is_packed_without_loss():
+    mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+    generator = torch.Generator().manual_seed(5)
+    blocks = torch.randint(0, 256, (EXPERTS, OUT, 2, 16), generator=generator, dtype=torch.uint8)
+    blocks[0, 0] = 0
+    scales = torch.randint(110, 130, (EXPERTS, OUT, 2), generator=generator, dtype=torch.uint8)
+    for dtype in (torch.bfloat16, torch.float32):
+        dense = mxfp4.convert_moe_packed_tensors(blocks, scales, dtype=dtype)  # [E, in, out], as gpt-oss stores it
+        experts = MXFP4Experts.pack(dense.transpose(1, 2))
+        assert torch.equal(experts.dequantize(0, EXPERTS, dtype), dense.transpose(1, 2))
+        assert torch.equal(experts.dequantize(2, 3, dtype)[0], dense[2].t())
+    assert 8 * sum(t.nbytes for t in experts.stored) == 4.25 * experts.numel
+    with pytest.raises(ValueError, match="expert 1 has weights that MXFP4 does not have"):
+        MXFP4Experts.pack(torch.cat([dense[:1], dense[1:2] * 1.01]).transpose(1, 2))
