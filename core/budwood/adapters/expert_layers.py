@@ -78,10 +78,9 @@ def expert_norms(base: ExpertLinear, a: Tensor, b: Tensor, scaling: float) -> Te
 
 def split_targets(model: nn.Module, targets: Iterable[str]) -> tuple[list[str], list[str]]:
     """Return the targets that are linears, and those that are projections of experts."""
-    modules = dict(base_modules(model))
+    fused = {name for name, module in base_modules(model) if isinstance(module, ExpertLinear)}
     names = list(targets)
-    experts = [name for name in names if isinstance(modules.get(name), ExpertLinear)]
-    return [name for name in names if name not in set(experts)], experts
+    return [name for name in names if name not in fused], [name for name in names if name in fused]
 
 
 def file_paths(model: nn.Module, targets: Iterable[str]) -> dict[str, str]:
@@ -90,11 +89,12 @@ def file_paths(model: nn.Module, targets: Iterable[str]) -> dict[str, str]:
     Args:
         targets: full names of all modules that the adapter adapts.
     """
-    names = list(targets)
-    wanted, modules = set(names), dict(base_modules(model))
-    found = {name: name for name in names}
-    for owner in {name.rpartition(".")[0] for name in names if isinstance(modules.get(name), ExpertLinear)}:
-        inside = [name for name in modules if name.rpartition(".")[0] == owner and name in wanted]
-        for depth, name in enumerate(reversed(inside)):
+    found = {name: name for name in targets}
+    nested: dict[str, list[str]] = {}
+    for name, module in base_modules(model):
+        if name in found and isinstance(module, ExpertLinear):
+            nested.setdefault(name.rpartition(".")[0], []).append(name)
+    for owner, names in nested.items():
+        for depth, name in enumerate(reversed(names)):
             found[name] = ".".join([owner, *["base_layer"] * depth])
     return found

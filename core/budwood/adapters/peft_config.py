@@ -172,7 +172,7 @@ def saved_targets(model: nn.Module, saved: SavedLowRankConfig) -> list[str]:
         MisfitError: the model has none of them.
         InputError: one is not a linear module.
     """
-    modules, fused = dict(base_modules(model)), expert_modules(model)
+    modules, fused = dict(base_modules(model)), dict.fromkeys(expert_modules(model))
     if saved.target_modules == "all-linear":
         names = all_linear(model)
     else:

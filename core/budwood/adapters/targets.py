@@ -121,7 +121,7 @@ def all_linear(model: nn.Module, experts: bool = False) -> list[str]:
         for name, module in base_modules(model)
         if (quantizer_of(module) is not None or (experts and experts_of(module)))
         and module is not head
-        and not _lies(name, routers)
+        and not routers & {name, name.rpartition(".")[0]}
         and (body is None or name.startswith(f"{prefix}."))
         and not {"score", "classifier", "pooler"} & set(name.split("."))
     ]
@@ -155,7 +155,8 @@ def match_targets(
     """
     linear, fused = linear_modules(model), expert_modules(model)
     if experts:
-        linear = [name for name, module in base_modules(model) if name in {*linear, *fused}]
+        either = {*linear, *fused}
+        linear = [name for name, _ in base_modules(model) if name in either]
     if targets == "all-linear":
         chosen = all_linear(model, experts)
     elif isinstance(targets, str):

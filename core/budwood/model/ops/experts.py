@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+from budwood.model.device import capability, device_type
 from budwood.model.quantizers.experts import ExpertLinear
 
 GROUP_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
@@ -231,7 +232,7 @@ def _parts(base: ExpertLinear, routing: Routing, rows: Tensor) -> Iterator[tuple
     """Yield ranges of experts to compute at once: one by one if most have no rows."""
     experts, used = base.experts, sum(count > 0 for count in routing.counts)
     each = base.out_features * base.in_features * rows.element_size()
-    step = max(1, GROUP_BYTES.get(rows.device.type, GROUP_BYTES["cuda"]) // each)
+    step = max(1, GROUP_BYTES.get(device_type(rows), GROUP_BYTES["cuda"]) // each)
     if not base.quantized and base.stored[0].dtype == rows.dtype:
         step = experts  # nothing is copied
     if 2 * used <= experts or not _aligned(rows, base.out_features, base.in_features):
@@ -287,6 +288,9 @@ def _even_product(left: Tensor, right: Tensor, experts: int) -> Tensor:
 
 
 def _aligned(rows: Tensor, *sizes: int) -> bool:
-    """Return whether torch's grouped product takes matrices of these sizes: rows of 16 bytes; on a GPU bf16 only."""
-    dtypes = (torch.bfloat16,) if rows.device.type == "cuda" else (torch.bfloat16, torch.float32)
-    return rows.dtype in dtypes and all(size * rows.element_size() % 16 == 0 for size in (*sizes, rows.shape[1]))
+    """Return whether torch's grouped product takes matrices of these sizes: rows of 16 bytes, and on a GPU bf16."""
+    if device_type(rows) == "cuda":
+        fits = rows.dtype == torch.bfloat16 and capability(rows) >= (8, 0)
+    else:
+        fits = rows.dtype in (torch.bfloat16, torch.float32)
+    return fits and all(size * rows.element_size() % 16 == 0 for size in (*sizes, rows.shape[1]))
