@@ -182,6 +182,8 @@ def _prepare(
     if device.type == "cpu":
         keep_heap()
     report.say(f"base {run.base.name}: " + "; ".join(run.base.notes))
+    for problem in kernels.prepare(device, run.dtype):
+        report.say(problem)
     if run.start_adapter is not None:
         check_start(run, run.start_adapter)
     run.model = run.base.model

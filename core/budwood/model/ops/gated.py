@@ -102,14 +102,15 @@ def _is_gated(cls: type[nn.Module], kind: str) -> bool:
 
 
 class _Forward:
-    """Replaces the forward of an MLP; calls the original where no kernel computes."""
+    """Replaces the forward of an MLP; calls the original where no kernel computes, or a hook wants the activation."""
 
     def __init__(self, module: nn.Module, original: Any, kind: str) -> None:
         self.module, self.original, self.kind = module, original, kind
 
     def __call__(self, x: Tensor) -> Tensor:
         parts: Any = self.module
-        if implementation("gated", x) is None:
+        hooked = parts.act_fn._forward_hooks or parts.act_fn._forward_pre_hooks
+        if hooked or implementation("gated", x) is None:
             result: Tensor = self.original(x)
             return result
         result = parts.down_proj(gated(parts.gate_proj(x), parts.up_proj(x), self.kind))

@@ -122,6 +122,9 @@ class _FourBit(_BitsAndBytes):
         return _is_ours(config) and not eight and config.get("bnb_4bit_quant_type", "fp4") == self.kind
 
     def stored_config(self, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        from budwood.model.quantizers.cpu_kernel import install
+
+        install()
         return {**config, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
 
     def after_load(self, model: nn.Module, skip: list[str]) -> None:

@@ -27,6 +27,16 @@ problems: list[str] = []
 """One line for each kernel that is not used although the device could run it."""
 
 
+def prepare(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Compile and check all kernels for a CUDA device, and return a line for each that is not used there."""
+    if device.type == "cuda" and dtype in DTYPES and importlib.util.find_spec("triton") is not None:
+        from budwood.model.ops.kernels.checks import CHECKS
+
+        for name in CHECKS:
+            _passes(name, device, dtype)
+    return list(problems)
+
+
 def implementation(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Any:
     """Return the module whose functions compute the op, or None if torch is to compute it.
 
