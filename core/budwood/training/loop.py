@@ -196,7 +196,10 @@ def train_step(
     if finite:
         hooks.call("before_clip", run=run)
         if recipe.clip:
-            torch.nn.utils.clip_grad_norm_([p for p in run.trainable if p.grad is not None], recipe.clip)
+            trained = [p for p in run.trainable if p.grad is not None]
+            changed = hooks.implements("before_clip")
+            clipped = torch.nn.utils.get_total_norm([p.grad for p in trained]) if changed else norm
+            torch.nn.utils.clip_grads_with_norm_(trained, recipe.clip, clipped)
         hooks.call("before_optimizer_step", run=run)
         with hooks.part("optimizer_step"):
             optimizer_step(run, scaler)
