@@ -197,9 +197,10 @@ def train_step(
         hooks.call("before_clip", run=run)
         if recipe.clip:
             trained = [p for p in run.trainable if p.grad is not None]
-            changed = hooks.implements("before_clip")
-            clipped = torch.nn.utils.get_total_norm([p.grad for p in trained]) if changed else norm
-            torch.nn.utils.clip_grads_with_norm_(trained, recipe.clip, clipped)
+            if hooks.implements("before_clip"):  # it may have changed the gradients
+                torch.nn.utils.clip_grad_norm_(trained, recipe.clip)
+            else:
+                torch.nn.utils.clip_grads_with_norm_(trained, recipe.clip, norm)
         hooks.call("before_optimizer_step", run=run)
         with hooks.part("optimizer_step"):
             optimizer_step(run, scaler)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 
 from budwood.model.ops.kernels import implementation
@@ -82,6 +83,11 @@ def _name(module: nn.Module, attribute: str) -> str:
 
 def _is_gated(cls: type[nn.Module], kind: str) -> bool:
     """Return whether the class's forward is the formula, on linears and an input of its own."""
+    with unset_fake_temporarily(), torch.no_grad():
+        return _computes(cls.forward, kind)
+
+
+def _computes(forward: Any, kind: str) -> bool:
     draw = torch.Generator().manual_seed(0)
 
     def linear(inputs: int, outputs: int) -> nn.Linear:
@@ -92,12 +98,11 @@ def _is_gated(cls: type[nn.Module], kind: str) -> bool:
     activation = nn.SiLU() if kind == "silu" else nn.GELU(approximate="tanh")
     parts = {"gate_proj": linear(8, 6), "up_proj": linear(8, 6), "down_proj": linear(6, 8), "act_fn": activation}
     x = torch.randn(3, 8, generator=draw)
-    with torch.no_grad():
-        expected = parts["down_proj"](activate(parts["gate_proj"](x), kind) * parts["up_proj"](x))
-        try:
-            found = cls.forward(types.SimpleNamespace(**parts, training=False), x)
-        except Exception:  # other parts, other arguments
-            return False
+    expected = parts["down_proj"](activate(parts["gate_proj"](x), kind) * parts["up_proj"](x))
+    try:
+        found = forward(types.SimpleNamespace(**parts, training=False), x)
+    except Exception:  # other parts, other arguments
+        return False
     return isinstance(found, Tensor) and torch.equal(found, expected)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 
 from budwood.model.ops.kernels import implementation
@@ -97,11 +98,12 @@ def _replace(file: Any) -> bool:
 
 
 def _is_formula(function: Callable[..., Any], size: int) -> bool:
-    draw = torch.Generator().manual_seed(0)
-    shapes = ((2, 3, 5, 8), (2, 1, 5, 8), (2, 5, size), (2, 5, size))
-    query, key, cosine, sine = (torch.randn(shape, generator=draw) for shape in shapes)
-    try:
-        found = function(query, key, cosine, sine)
-        return all(torch.equal(f, rotate(x, cosine, sine)) for f, x in zip(found, (query, key), strict=True))
-    except Exception:  # other arguments
-        return False
+    with unset_fake_temporarily():
+        draw = torch.Generator().manual_seed(0)
+        shapes = ((2, 3, 5, 8), (2, 1, 5, 8), (2, 5, size), (2, 5, size))
+        query, key, cosine, sine = (torch.randn(shape, generator=draw) for shape in shapes)
+        try:
+            found = function(query, key, cosine, sine)
+            return all(torch.equal(f, rotate(x, cosine, sine)) for f, x in zip(found, (query, key), strict=True))
+        except Exception:  # other arguments
+            return False

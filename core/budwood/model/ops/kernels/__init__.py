@@ -50,7 +50,7 @@ def implementation(name: str, tensor: Tensor, dtype: torch.dtype | None = None) 
     kind, dtype = device_type(tensor), dtype or tensor.dtype
     if (kind != "cuda" and not INTERPRETED) or dtype not in DTYPES:
         return None
-    if isinstance(tensor, FakeTensor):
+    if isinstance(tensor, FakeTensor) or kind != tensor.device.type:  # a plan
         from budwood.model.ops.kernels import planned
 
         return planned if kind == "cuda" else None
