@@ -5,6 +5,7 @@ torch's operations save the activated gate too, and read and write each of them 
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
@@ -90,12 +91,10 @@ def _is_gated(cls: type[nn.Module], kind: str) -> bool:
 def _computes(forward: Any, kind: str) -> bool:
     draw = torch.Generator().manual_seed(0)
 
-    def linear(inputs: int, outputs: int) -> nn.Linear:
-        layer = nn.Linear(inputs, outputs, bias=False)
-        layer.weight.data = torch.randn(outputs, inputs, generator=draw)
-        return layer
+    def linear(inputs: int, outputs: int) -> Any:
+        return functools.partial(F.linear, weight=torch.randn(outputs, inputs, generator=draw))
 
-    activation = nn.SiLU() if kind == "silu" else nn.GELU(approximate="tanh")
+    activation = functools.partial(activate, kind=kind)
     parts = {"gate_proj": linear(8, 6), "up_proj": linear(8, 6), "down_proj": linear(6, 8), "act_fn": activation}
     x = torch.randn(3, 8, generator=draw)
     expected = parts["down_proj"](activate(parts["gate_proj"](x), kind) * parts["up_proj"](x))
