@@ -33,9 +33,8 @@ from budwood.model.base import (
     pick_device_precision,
 )
 from budwood.model.embeddings import resize_base
-from budwood.model.experts import count_experts
 from budwood.model.limits import default_length
-from budwood.model.ops import attention
+from budwood.model.ops import attention, kernels
 from budwood.model.streaming import keep_heap
 from budwood.model.task import Task
 from budwood.recipe.continued import read_start
@@ -43,7 +42,7 @@ from budwood.recipe.data import embeddings_wanted, read_task_base, recipe_skelet
 from budwood.recipe.schema import Recipe, build_composition, find_code, load_recipe
 from budwood.training.durability import changes
 from budwood.training.durability.resume import Resume
-from budwood.training.mixture import balance_load
+from budwood.training.mixture import balance_load, describe_experts
 from budwood.training.output import MANIFEST, SKIPPED, make_output, read_manifest
 from budwood.training.packing_check import check_packing
 from budwood.training.parameters import NOTHING_TRAINS, torch_groups, trainable_groups
@@ -183,6 +182,8 @@ def _prepare(
     if device.type == "cpu":
         keep_heap()
     report.say(f"base {run.base.name}: " + "; ".join(run.base.notes))
+    for problem in kernels.prepare(device, run.dtype):
+        report.say(problem)
     if run.start_adapter is not None:
         check_start(run, run.start_adapter)
     run.model = run.base.model
@@ -327,13 +328,8 @@ def _report_size(run: Run, report: Report) -> None:
     train = run.recipe.train
     size = f"{train.batch_examples} examples" if train.batch_examples else f"{train.batch_tokens} tokens"
     names = ", ".join(strategy.name for strategy in run.strategies)
-    experts = count_experts(run.model)
     report.say(f"{names}: {trainable:,} trainable parameters ({trainable / total:.2%} of {total:,})")
-    adapted = describe_adapter(run.model, RUN_ADAPTER)
-    if experts.total:
-        quantized = f"{experts.quantized:,} of {experts.total:,} in {run.base.quantization}"
-        quantized = f"{experts.total:,}, not quantised" if run.base.quantization == "none" else quantized
-        adapted += f"{'; ' if adapted else ''}experts: {quantized}, {experts.trained:,} adapted"
+    adapted = "; ".join(filter(None, (describe_adapter(run.model, RUN_ADAPTER), describe_experts(run))))
     if adapted:
         report.say(f"adapted: {adapted}")
     report.say(f"{run.steps} optimizer steps of {size}, at most {train.micro_tokens} tokens at once")
