@@ -14,6 +14,7 @@ from budwood.model.checkpoint import would_fetch
 from budwood.model.device import planned_device
 from budwood.planning.devices import CONTEXT, GIB, Device
 from budwood.planning.rehearsal import ADAPTERS, BASE, GRADIENTS, OPTIMIZER, QUANTIZED, Micro, Rehearsal, rehearse
+from budwood.planning.sizes import choose
 from budwood.planning.synthetic import synthetic
 from budwood.planning.trace import KEPT, TEMPORARY, Operation, Peak
 from budwood.recipe.schema import Recipe
@@ -44,6 +45,7 @@ class Estimate:
         tokens: of an optimizer step.
         micro_batches: of an optimizer step.
         largest_micro: tokens of the largest micro-batch.
+        micro_tokens: the limit on micro-batches, as the recipe gives it, or as it was chosen.
         steps: optimizer steps of the run; None: unknown without data.
         seconds: of the run, at best and at worst, without evaluations and generation; None: unknown.
         disk, download, host: bytes.
@@ -69,6 +71,7 @@ class Estimate:
     host: int
     planned_in: float = 0.0
     notes: list[str] = field(default_factory=list)
+    micro_tokens: int = 0
 
     @property
     def needed(self) -> int:
@@ -96,6 +99,7 @@ class Estimate:
             "step": {
                 "flops": self.flops, "bytes": self.moved, "operations": self.operations, "tokens": self.tokens,
                 "micro_batches": self.micro_batches, "largest_micro_batch": self.largest_micro,
+                "micro_tokens": self.micro_tokens,
             },
             "time": {
                 "seconds": None if self.seconds is None else list(self.seconds), "steps": self.steps,
@@ -119,7 +123,7 @@ class Estimate:
             step["micro_batches"], step["largest_micro_batch"], run_time["steps"],
             None if run_time["seconds"] is None else tuple(run_time["seconds"]), disk["bytes"],
             disk["download_bytes"], values["host"]["peak_bytes"], values["planned_in_seconds"],
-            values["notes"],
+            values["notes"], step["micro_tokens"],
         )  # fmt: skip
 
 
@@ -168,16 +172,15 @@ def _estimate(rehearsal: Rehearsal, device: Device, without_data: bool, notes: l
     micros = [micro for step in rehearsal.steps for micro in step]
     if not micros:
         raise InputError("the data has no example to plan a step with.")
-    largest = max(micros, key=lambda micro: (micro.cells, micro.labels))
-    several = any(len(step) > 1 for step in rehearsal.steps)
-    twice = several and rehearsal.engine.step_terms.active  # its first passes exist only with several micro-batches
-    began = time.perf_counter()
-    start = rehearsal.take_step([largest, largest] if twice else [largest], later=several)
-    peak = trace.peak(start)
-    end, passes = _costs(trace.operations, device)
-    points = [(largest.cells * (2 if twice else 1), passes)]
+    if run.recipe.train.micro_tokens is None:
+        memory = choose(rehearsal, device.kind, device.memory, lambda: _measure(rehearsal, device))
+        micros = [micro for step in rehearsal.steps for micro in step]
+    else:
+        memory = _measure(rehearsal, device)
+    largest, end, passes = memory.largest, memory.end, memory.passes
+    points = [(largest.cells * memory.times, passes)]
     middle = sorted(micros, key=lambda micro: micro.cells)[len(micros) // 2]
-    if time.perf_counter() - began < QUICK and middle.cells < 0.9 * largest.cells and not twice:
+    if memory.seconds < QUICK and middle.cells < 0.9 * largest.cells and memory.times == 1:
         rehearsal.take_step([middle])
         points.append((middle.cells, _costs(trace.operations, device)[1]))
     mean = _Cost()
@@ -186,6 +189,55 @@ def _estimate(rehearsal: Rehearsal, device: Device, without_data: bool, notes: l
             mean = mean.plus(_at(points, micro.cells, trace.operations, device), 1 / len(rehearsal.steps))
         mean = mean.plus(end, 1 / len(rehearsal.steps))
     steps = None if without_data and run.recipe.train.steps is None else run.steps
+    train = sum(p.numel() * p.element_size() for p in run.trainable)
+    known = bool(device.rates and device.bandwidth)
+    return Estimate(
+        device, memory.allocated, dict(sorted(memory.parts.items(), key=lambda item: -item[1])), memory.where,
+        memory.temporary, memory.cache, mean.flops, mean.moved, mean.operations,
+        float(np.mean([sum(m.tokens for m in s) for s in rehearsal.steps])),
+        float(np.mean([len(step) for step in rehearsal.steps])), largest.tokens, steps,
+        (mean.best * steps, mean.worst * steps) if known and steps is not None else None,
+        _disk(run, train), _download(rehearsal), memory.host, 0.0, notes, run.micro_tokens,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The memory and the cost of a rehearsed step of the largest micro-batch; see `Estimate`."""
+
+    largest: Micro
+    times: int
+    """How often the micro-batch was in the step."""
+    end: _Cost
+    passes: _Cost
+    seconds: float
+    allocated: int
+    parts: dict[str, int]
+    where: str
+    temporary: tuple[int, str]
+    cache: int
+    host: int
+    needed: int
+
+    @property
+    def work(self) -> int:
+        return self.parts.get(KEPT, 0) + self.parts.get(TEMPORARY, 0) + self.parts.get("KV cache", 0)
+
+    @property
+    def tokens(self) -> int:
+        return self.largest.tokens
+
+
+def _measure(rehearsal: Rehearsal, device: Device) -> _Measured:
+    """Rehearse a step of the largest micro-batch."""
+    run, trace = rehearsal.run, rehearsal.trace
+    largest = max((m for step in rehearsal.steps for m in step), key=lambda micro: (micro.cells, micro.labels))
+    several = any(len(step) > 1 for step in rehearsal.steps)
+    twice = several and rehearsal.engine.step_terms.active  # its first passes exist only with several micro-batches
+    began = time.perf_counter()
+    start = rehearsal.take_step([largest, largest] if twice else [largest], later=several)
+    peak = trace.peak(start)
+    end, passes = _costs(trace.operations, device)
     parts, allocated = dict(peak.parts), peak.total
     cache, where = _kv_cache(rehearsal), peak.where
     answering = sum(parts.get(name, 0) for name in (QUANTIZED, BASE, ADAPTERS, OPTIMIZER, "strategies")) + cache
@@ -197,13 +249,10 @@ def _estimate(rehearsal: Rehearsal, device: Device, without_data: bool, notes: l
         allocated += CONTEXT
     train = sum(p.numel() * p.element_size() for p in run.trainable)
     host = LIBRARIES + _snapshot(train, parts) + (allocated if device.kind == "cpu" else 2 * _largest_weight(rehearsal))
-    known = bool(device.rates and device.bandwidth)
-    return Estimate(
-        device, allocated, dict(sorted(parts.items(), key=lambda item: -item[1])), where, peak.largest, cache,
-        mean.flops, mean.moved, mean.operations, float(np.mean([sum(m.tokens for m in s) for s in rehearsal.steps])),
-        float(np.mean([len(step) for step in rehearsal.steps])), largest.tokens, steps,
-        (mean.best * steps, mean.worst * steps) if known and steps is not None else None,
-        _disk(run, train), _download(rehearsal), host, 0.0, notes,
+    needed = host if device.kind == "cpu" else allocated
+    return _Measured(
+        largest, 2 if twice else 1, end, passes, time.perf_counter() - began, allocated, parts, where, peak.largest,
+        cache, host, needed,
     )  # fmt: skip
 
 
@@ -256,7 +305,7 @@ def _kv_cache(rehearsal: Rehearsal) -> int:
     heads = int(getattr(config, "num_key_value_heads", None) or queries)
     size = int(getattr(config, "head_dim", None) or config.hidden_size // queries)
     each = 2 * int(getattr(config, "num_hidden_layers", None) or 0) * heads * size * run.dtype.itemsize
-    return each * TIMES * run.recipe.train.micro_tokens
+    return each * TIMES * run.micro_tokens
 
 
 def _snapshot(train: int, parts: dict[str, int]) -> int:

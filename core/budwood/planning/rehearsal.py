@@ -80,6 +80,16 @@ class Rehearsal:
 
     def __post_init__(self) -> None:
         self.lengths, self.label_counts = _sizes(self.run, self.examples)
+        self.split(self.run.micro_tokens)
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        """The group of each example; None: each is a group."""
+        return self.run.examples.groups if self.examples is self.run.examples else None
+
+    def split(self, micro_tokens: int) -> None:
+        """Split the steps into micro-batches of at most so many tokens."""
+        self.run.micro_tokens = micro_tokens
         self.steps = _steps(self)
 
     def micro(self, members: Sequence[int]) -> Micro:
@@ -223,11 +233,10 @@ def _sizes(run: Run, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarra
 def _steps(rehearsal: Rehearsal) -> list[list[Micro]]:
     """Split the first optimizer steps into micro-batches, as the run does."""
     run, lengths = rehearsal.run, rehearsal.lengths
+    drawn = [np.arange(len(rehearsal.examples))]
     if rehearsal.examples is run.examples:
-        groups, drawn = run.examples.groups, [indices for _, indices in islice(planned_steps(run), STEPS)]
-    else:
-        groups, drawn = None, [np.arange(len(rehearsal.examples))]
-    splits = (split_micro(indices, lengths, run.micro_tokens, run.packed, groups) for indices in drawn)
+        drawn = [indices for _, indices in islice(planned_steps(run), STEPS)]
+    splits = (split_micro(indices, lengths, run.micro_tokens, run.packed, rehearsal.groups) for indices in drawn)
     return [[rehearsal.micro(members) for members in split] for split in splits]
 
 
