@@ -27,7 +27,9 @@ LIBRARIES = int(0.6e9)
 LAUNCH = {"cuda": (10e-6, 60e-6), "cpu": (2e-6, 20e-6)}
 """Seconds that the host needs for an operation with its Python, at best and at worst."""
 SHARES = (0.85, 0.5)
-"""Share of a device's rates and bandwidth that operations reach, at best and at worst."""
+"""Share of a device's rates and bandwidth on paper that operations reach, at best and at worst."""
+MEASURED_SHARES, MEASURED_LAUNCHES = (1.0, 0.6), (1.0, 3.0)
+"""Share of measured rates, and times of the measured cost of an operation, at best and at worst."""
 
 
 @dataclass
@@ -219,13 +221,17 @@ def _cost(operations: Sequence[Operation], device: Device) -> _Cost:
 
     On CUDA the host hands over operations while the device computes, so the slower of both counts.
     """
-    times = []
-    for share, launch in zip(SHARES, LAUNCH[device.kind], strict=True):
+    shares, launches, times = SHARES, LAUNCH[device.kind], []
+    if device.measured and device.launch is not None:
+        best, worst = MEASURED_LAUNCHES
+        shares, launches = MEASURED_SHARES, (best * device.launch, worst * device.launch)
+    for share, launch in zip(shares, launches, strict=True):
         busy = 0.0
         for op in operations:
             rate = device.rates.get(op.dtype) or next(iter(device.rates.values()), 0.0)
             products = op.flops / (rate * share) if rate else 0.0
-            busy += max(products, op.moved / (device.bandwidth * share) if device.bandwidth else 0.0)
+            bandwidth = device.dequantize if op.name == "dequantize_4bit" and device.dequantize else device.bandwidth
+            busy += max(products, op.moved / (bandwidth * share) if bandwidth else 0.0)
         hosted = launch * len(operations)
         times.append(busy + hosted if device.kind == "cpu" else max(busy, hosted))
     flops, moved = sum(op.flops for op in operations), sum(op.moved for op in operations)

@@ -125,7 +125,7 @@ def _key(recipe: Recipe, device: Device, tokens: int | None) -> str:
             stamps.append((str(file), status.st_size, status.st_mtime_ns))
     base = read_config(resolve(recipe.base.model, weights=False))
     versions = {name: metadata.version(name) for name in ("budwood", "torch", "transformers", "peft")}
-    facts = [values, stamps, base, versions, device.name, device.kind, tokens]
+    facts = [values, stamps, base, versions, device.name, device.kind, device.source, tokens]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
