@@ -82,6 +82,8 @@ def plan(
     for problem in run_plan.problems:
         line = "".join(c if c.isprintable() else "?" for c in " ".join(problem.split()))
         echo(f"error: {line}", err=True)
+    if tokens is None and any("data." in problem and "no such file" in problem for problem in run_plan.problems):
+        echo("note: --tokens 2048 plans without data, for micro-batches of so many tokens", err=True)
     if run_plan.problems:
         raise typer.Exit(run_plan.exit_code)
     if error is not None:

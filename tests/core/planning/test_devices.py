@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from budwood.errors import InputError
 from budwood.planning import measurement as measuring
+from budwood.planning.cost import cost_of
 from budwood.planning.devices import CARDS, GIB, card_of, find_device
-from budwood.planning.estimate import _cost
 from budwood.planning.measurement import Measurement
 from budwood.planning.trace import Operation
 
@@ -80,8 +80,8 @@ def test_a_measurement_is_kept_and_used_while_it_holds(tmp_path: Path, monkeypat
     assert (device.source, device.launch, device.dequantize) == ("measured on 2025-01-31", 3e-6, 1e10)
     assert device.rates == {torch.float32: 2e11, torch.bfloat16: 4e11} and device.bandwidth == 5e10
     operation = Operation("dequantize_4bit", 0, 10**9, torch.uint8, True)
-    assert _cost([operation], device).best == pytest.approx(0.1 + 3e-6)
-    assert _cost([operation], device).worst == pytest.approx(0.1 / 0.6 + 9e-6)
+    assert cost_of([operation], device).best == pytest.approx(0.1 + 3e-6)
+    assert cost_of([operation], device).worst == pytest.approx(0.1 / 0.6 + 9e-6)
     other = json.loads(path.read_text())
     other["conditions"]["torch"] = "1.0"
     path.write_text(json.dumps(other))
