@@ -75,12 +75,18 @@ RECIPES: dict[str, dict[str, Any]] = {
     "oft": {"strategies": [{"oft": {"block_size": 4}}]},
     "vera": {"strategies": [{"vera": {}}]},
     "loha": {"strategies": [{"loha": {}}]},
+    "lora, simpo": {"strategies": [{"lora": {}}, {"simpo": {}}], "rows": "pairs"},
+    "lora, entropy, layer-decay": {"strategies": [{"lora": {}}, {"entropy": {}}, {"layer-decay": {}}]},
+    "randlora": {"strategies": [{"randlora": {}}]},
+    "lokr": {"strategies": [{"lokr": {}}]},
+    "miss": {"strategies": [{"miss": {}}]},
+    "hra": {"strategies": [{"hra": {}}]},
 }  # fmt: skip
 """Recipes by name: strategies, task and quantiser, kind of rows, and changes to `train`."""
 
 
 def main() -> None:
-    """Compare all recipes, or those whose names are given, and write the table if all were compared."""
+    """Compare all recipes, or those whose names are given, whose rows are then replaced in the table."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     silence_libraries()
@@ -99,8 +105,7 @@ def main() -> None:
             row = results[name]
             print(f"{name:45} {row['planned'] / 1e6:9.2f} {row['actual'] / 1e6:9.2f} MB {row['difference']:+7.2%}")
     failed = [name for name, row in results.items() if not is_close(row["planned"], row["actual"])]
-    if not sys.argv[1:]:
-        write(results)
+    write(results)
     if failed:
         sys.exit(f"further apart than {SHARE:.0%} and {BYTES / 1e6:.0f} MB: {', '.join(failed)}")
 
@@ -240,14 +245,19 @@ def write_rows(folder: Path, words: int) -> dict[str, Path]:
 
 
 def write(results: dict[str, dict[str, Any]]) -> None:
-    """Write the JSON file and the table of docs/planning.md."""
+    """Write the JSON file and the table of docs/planning.md, with earlier results of the same machine and versions."""
     from importlib import metadata
 
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "bitsandbytes", "peft")}
     threads = f"torch threads: {torch.get_num_threads()}, Python {platform.python_version()}"
     machine = f"{platform.machine()} {platform.system()}, {threads}"
+    path = DOCS / "benchmarks" / "plan.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if (before.get("machine"), before.get("versions")) == (machine, versions):
+        results = {**before["recipes"], **results}
+    results = {name: results[name] for name in RECIPES if name in results}
     record = {"machine": machine, "versions": versions, "recipes": results}
-    (DOCS / "benchmarks" / "plan.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     lines = ["| recipe | planned | actual | difference | peak in | planned in |", "|---|--:|--:|--:|---|--:|"]
     lines += [
         f"| {name} | {row['planned'] / 1e6:.2f} MB | {row['actual'] / 1e6:.2f} MB | {row['difference']:+.2%} | "
