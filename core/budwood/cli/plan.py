@@ -67,6 +67,8 @@ def plan(
     if write is not None and write.exists():
         raise InputError(f"--write: {write} exists: name another file.")
     early = look(recipe, override or [], without_data=tokens is not None)
+    if tokens is None and any("data." in text and "no such file" in text for text in early.problems.texts):
+        echo("note: --tokens 2048 plans without data, for micro-batches of so many tokens", err=True)
     if early.problems.texts:
         refuse(early, as_json, early.as_dict())
     with uncollected():

@@ -307,7 +307,7 @@ class Run:
     step: int = 0
     epoch: int = 0
     task_weight: float = 1.0  # weight of the task's loss; `prepare_model` lowers it if a strategy shares the loss
-    planning: bool = False
+    planning: bool = False  # the steps run on fake tensors, without values: take the largest case that they allow
     packed: bool = True
     micro_tokens: int = 0  # most tokens per micro-batch: the recipe's or the plan's, reduced if memory runs out
     eval_tokens: int = 0  # the same for evaluation

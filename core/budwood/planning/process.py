@@ -135,7 +135,7 @@ def _key(recipe: Recipe, device: Device, tokens: int | None) -> str:
     base = read_config(resolve(recipe.base.model, weights=False))
     versions = {name: metadata.version(name) for name in ("budwood", "torch", "transformers", "peft")}
     memory = device.memory if recipe.train.micro_tokens is None else None
-    facts = [values, stamps, base, versions, device.name, device.kind, memory, tokens]
+    facts = [values, stamps, base, versions, device.name, device.kind, device.source, memory, tokens]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
