@@ -283,8 +283,8 @@ def _measure(rehearsal: Rehearsal, device: Device, steps: int | None) -> _Measur
     host = max(loading, LIBRARIES + _snapshot(train, parts) + (allocated if device.kind == "cpu" else 0))
     needed = host if device.kind == "cpu" else allocated
     return _Measured(
-        largest, 2 if twice else 1, end, passes, operations, seconds, others, allocated, parts, where, peak.largest, cache, host,
-        loading, needed,
+        largest, 2 if twice else 1, end, passes, operations, seconds, others, allocated, parts, where, peak.largest,
+        cache, host, loading, needed,
     )  # fmt: skip
 
 
