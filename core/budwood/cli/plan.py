@@ -75,14 +75,12 @@ def plan(
         from budwood.planning.composition import plan as make_plan
         from budwood.planning.composition import show_plan
         from budwood.planning.fit import allowed, fit
-        from budwood.planning.frontier import draw, free_path, is_size, show_fit, write_recipe
+        from budwood.planning.frontier import draw, fit_device, free_path, show_fit, write_recipe
         from budwood.planning.process import estimate_in_process, find_device
         from budwood.planning.table import show_estimate
 
     permitted = allowed(allow)
-    if fits is not None and is_size(fits):
-        fits = f"cuda:{fits}"
-    chosen = find_device(fits or device) if fits or device else None
+    chosen = fit_device(fits) if fits else find_device(device) if device else None
     run_plan = make_plan(recipe, override or [], allow_code, without_data=tokens is not None)
     error: BudwoodError | None = None
     found = None

@@ -198,7 +198,9 @@ def _cost(candidate: Candidate) -> float:
 
 def _reason(least: Estimate) -> str:
     work = least.parts.get(KEPT, 0) + least.parts.get(TEMPORARY, 0)
-    parts = ", ".join(f"{part} {gib(size)}" for part, size in least.parts.items() if part not in (KEPT, TEMPORARY))
+    parts = ", ".join(
+        f"{part} {gib(size)}" for part, size in least.parts.items() if part not in (KEPT, TEMPORARY) and size > 50_000
+    )
     over = f"at least {gib(least.needed)} of {gib(least.device.memory)}"
     if least.needed - work > least.device.memory:
         return f"{over}: what no size of micro-batches changes exceeds it alone ({parts})"

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from budwood.errors import InputError, ResourceError
 from budwood.planning.composition import show
-from budwood.planning.devices import GIB, find_device
+from budwood.planning.devices import GIB, Device, find_device
 from budwood.planning.estimate import gib
 from budwood.planning.fit import Candidate, Fit, fit
 from budwood.planning.process import estimate_in_process
@@ -69,7 +69,7 @@ def fit_run(recipe: Recipe, target: str, allow: Collection[str], say: Callable[[
         ResourceError: nothing fits.
     """
     kind = "cuda" if torch.cuda.is_available() and recipe.base.device != "cpu" else "cpu"
-    device = find_device(f"{kind}:{target}" if is_size(target) else target)
+    device = fit_device(target, kind)
     found = fit(recipe, lambda changed: estimate_in_process(changed, device, keep=True), allow)
     if found.fitted is None:
         raise ResourceError("; ".join(verdict(found)) + ".")
@@ -79,9 +79,17 @@ def fit_run(recipe: Recipe, target: str, allow: Collection[str], say: Callable[[
     return found.fitted
 
 
-def is_size(text: str) -> bool:
-    """Whether a device is given by its memory alone, such as 24GiB."""
-    return text[:1].isdigit() and text[-1:] in "bBgGmM"
+def fit_device(text: str, kind: str = "cuda") -> Device:
+    """Return the device that `--fit` names: as `--device`, or memory such as 24GiB of a kind of device.
+
+    Raises:
+        InputError: it is not known.
+    """
+    is_size = text[:1].isdigit() and text[-1:] in "bBgGmM"
+    try:
+        return find_device(f"{kind}:{text}" if is_size else text)
+    except InputError as error:
+        raise InputError(str(error).replace("--device", "--fit", 1)) from error
 
 
 def draw(found: Fit, path: Path) -> None:
@@ -93,21 +101,23 @@ def draw(found: Fit, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4 + 0.2 * len(found.candidates)), layout="constrained")
     axes = figure.subplots()
     known = all(candidate.estimate.seconds for candidate in found.candidates)
-    for candidate in found.candidates:
+    for number, candidate in enumerate(found.candidates, 1):
         result = candidate.estimate
-        value = result.seconds[1] / 60 if known and result.seconds else result.flops / 1e12
+        time = result.seconds[1] / 60 if known and result.seconds else result.flops / 1e12
         colour = "tab:green" if candidate is found.chosen else "tab:blue" if result.fits else "tab:red"
-        axes.plot(value, result.needed / GIB, "o", color=colour)
-        label = candidate.overrides.replace("-o ", "").replace(" ", "\n") or "as it is"
-        axes.annotate(label, (value, result.needed / GIB), textcoords="offset points", xytext=(6, 4), fontsize=7)
+        label = f"{number}: {candidate.overrides.replace('-o ', '') or 'as it is'}"
+        axes.plot(time, result.needed / GIB, "o", color=colour, label=label)
+        axes.annotate(str(number), (time, result.needed / GIB), textcoords="offset points", xytext=(5, 4))
     device = found.candidates[0].estimate.device
     axes.axhline(device.memory / GIB, linestyle="--", color="grey")
-    axes.set(xlabel="minutes at worst" if known else "TFLOP a step", ylabel="GiB", title=f"memory of {device.name}")
-    axes.margins(0.25)
+    title = f"memory and time on {device.name} (red: does not fit)"
+    axes.set(xlabel="minutes at worst" if known else "TFLOP a step", ylabel="GiB", title=title)
+    axes.margins(0.1)
     axes.set_ylim(bottom=0)
+    figure.legend(loc="outside lower center", fontsize="small")
     FigureCanvasAgg(figure)
     try:
         figure.savefig(path, dpi=120)
