@@ -66,7 +66,7 @@ def plan(
         raise InputError("--allow and --write need --fit.")
     if write is not None and write.exists():
         raise InputError(f"--write: {write} exists: name another file.")
-    early = look(recipe, override or [], without_data=tokens is not None)
+    early = look(recipe, override or [], without_data=tokens is not None, rows=not composition)
     if tokens is None and any("data." in text and "no such file" in text for text in early.problems.texts):
         echo("note: --tokens 2048 plans without data, for micro-batches of so many tokens", err=True)
     if early.problems.texts:

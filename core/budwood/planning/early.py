@@ -86,11 +86,12 @@ class Early:
         return redact_values(values)
 
 
-def look(path: Path, overrides: Sequence[str] = (), without_data: bool = False) -> Early:
+def look(path: Path, overrides: Sequence[str] = (), without_data: bool = False, rows: bool = True) -> Early:
     """Read a recipe, build its strategies, and check its data's rows and its base, as far as files tell.
 
     Args:
         without_data: the data's files need not exist and are not read.
+        rows: read rows of data.
 
     Raises:
         InputError: the file is not a recipe.
@@ -104,7 +105,7 @@ def look(path: Path, overrides: Sequence[str] = (), without_data: bool = False) 
     strategies, early.parts, _ = compose(recipe, problems)
     if recipe.base.model != UNKNOWN:
         problems.attempt(lambda: check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code))
-    if not without_data and not problems.texts:
+    if rows and not without_data and not problems.texts:
         problems.attempt(lambda: check_data(recipe, strategies))
     return early
 
