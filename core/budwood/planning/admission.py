@@ -17,6 +17,7 @@ from budwood.training.micro_tokens import largest_group, settle, shared_out, wan
 if TYPE_CHECKING:
     from budwood.planning.estimate import Estimate
 
+HALVED = "the largest micro-batch does not fit and will be halved; a smaller train.micro_tokens avoids it"
 MARGIN = 4
 """A run is not planned if the device has this many times the memory that it could need at most."""
 
@@ -93,7 +94,7 @@ def _decide(run: Run, result: Estimate) -> None:
     Raises:
         ResourceError: see `admit`.
     """
-    from budwood.planning.estimate import GRADIENTS, KEPT, TEMPORARY, gib, refusal
+    from budwood.planning.estimate import gib, refusal
 
     device = result.device
     run.planned = result.as_dict()
@@ -104,16 +105,21 @@ def _decide(run: Run, result: Estimate) -> None:
     )
     if result.fits:
         return
-    if run.device.type == "cuda":
-        work = result.parts.get(KEPT, 0) + result.parts.get(TEMPORARY, 0)
-        fixed = result.needed - work - result.parts.get(GRADIENTS, 0)
-        largest = largest_group(run.examples.lengths, run.examples.groups)
-        if fixed + work * min(largest / max(result.largest_micro, 1), 1.0) <= device.memory:
-            run.say(
-                "note: the largest micro-batch does not fit and will be halved; a smaller train.micro_tokens avoids it"
-            )
-            return
-    raise ResourceError(refusal(result, run.recipe))
+    if not fits_halved(run, result):
+        raise ResourceError(refusal(result, run.recipe))
+    run.say(f"note: {HALVED}")
+
+
+def fits_halved(run: Run, result: Estimate) -> bool:
+    """Whether a run that does not fit can run on CUDA, where micro-batches are halved down to a group of examples."""
+    from budwood.planning.estimate import GRADIENTS, KEPT, TEMPORARY
+
+    if run.device.type != "cuda":
+        return False
+    work = result.parts.get(KEPT, 0) + result.parts.get(TEMPORARY, 0)
+    fixed = result.needed - work - result.parts.get(GRADIENTS, 0)
+    largest = largest_group(run.examples.lengths, run.examples.groups)
+    return fixed + work * min(largest / max(result.largest_micro, 1), 1.0) <= result.device.memory
 
 
 def _at_most(run: Run, skeleton: Any, micro_tokens: int) -> int:

@@ -20,7 +20,7 @@ from budwood.data.examples import Examples
 from budwood.errors import BudwoodError, InputError, ResourceError
 from budwood.model.base import pick_device_precision
 from budwood.model.checkpoint import one_revision
-from budwood.planning.admission import available, estimate_here
+from budwood.planning.admission import HALVED, available, estimate_here, fits_halved
 from budwood.planning.composition import plan, show
 from budwood.planning.early import Problems
 from budwood.planning.estimate import Estimate, gib, refusal
@@ -157,9 +157,6 @@ def _examples(part: str, examples: Examples, run: Run, result: Check) -> None:
     ):  # fmt: skip
         for reason, count in counts.items():
             result.rows.append((f"data, {part}", NOTE, f"{count:,} rows {word}: {reason} (first {first[reason]})"))
-    if shared:
-        text = f"{shared:,} of {len(examples):,} evaluation examples are also training examples"
-        result.rows.append(("data, eval", NOTE, text))
 
 
 def _resources(run: Run, result: Check) -> None:
@@ -171,7 +168,9 @@ def _resources(run: Run, result: Check) -> None:
         return
     result.values["plan"] = estimate.as_dict()
     device = estimate.device
-    if estimate.fits:
+    if not estimate.fits and fits_halved(run, estimate):
+        result.rows.append(("memory", NOTE, HALVED))
+    elif estimate.fits:
         text = f"{gib(estimate.needed)} of {gib(device.memory)}, peak in {estimate.where}; micro-batches of at most "
         result.rows.append(("memory", OK, f"{text}{estimate.micro_tokens:,} tokens"))
     else:
@@ -184,7 +183,7 @@ def _time(estimate: Estimate) -> str:
     steps = f"{estimate.steps:,} steps" if estimate.steps is not None else "steps unknown"
     if estimate.seconds is None:
         return f"{steps}; the time on {estimate.device.name} is not known"
-    return f"{steps}, {span(estimate.seconds[0])} to {span(estimate.seconds[1])} without evaluations"
+    return f"{steps}, {span(estimate.seconds[0])} to {span(estimate.seconds[1])}"
 
 
 def _disk(directory: Path, estimate: Estimate, result: Check) -> None:
