@@ -78,6 +78,7 @@ _EXPORTS = {
     **dict.fromkeys(("is_causal", "takes_segments"), "budwood.model.encoders"),
     "pooled_logits": "budwood.model.heads",
     "EvalTotals": "budwood.model.evaluation",
+    "device_type": "budwood.model.device",
     "Task": "budwood.model.task",
     **dict.fromkeys(("PluginError", "installed"), "budwood.contract.discovery"),
     **dict.fromkeys(

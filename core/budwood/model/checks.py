@@ -273,6 +273,11 @@ def build_skeleton(name: str, config: PretrainedConfig, auto_class: str, trust_r
     except Exception as error:  # a model class may raise any exception on unexpected values
         if "Unrecognized configuration class" in str(error):
             raise InputError(f"base '{name}': '{config.model_type}' has no {auto_class} in transformers.") from error
+        if " meta " in str(error):  # of torch: the skeleton's tensors are on the meta device
+            raise InputError(
+                f"base '{name}': {config.model_type} reads values of tensors while it is built, so it cannot be "
+                f"checked or planned without its weights ({first_line(error)}): take another base."
+            ) from error
         raise CorruptError(f"base '{name}': no model can be built from config.json: {describe(error)}") from error
     return model
 

@@ -228,7 +228,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
 def _compare(run: Run) -> str:
     """Return a line with the planned and the actual peak memory and time; `run.planned` is not empty."""
     cuda = run.device.type == "cuda"
-    memory, seconds = run.planned["memory"], run.planned["time"]["seconds"]
+    memory, seconds = run.planned["memory"], run.planned["time"]["training_seconds"]
     context = memory["parts"].get("CUDA's context", 0)  # torch does not count it
     peak = memory["peak_bytes"] - context if cuda else run.planned["host"]["peak_bytes"]
     spent = sum(cost.seconds for cost in run.hooks.costs if (cost.owner, cost.hook) == ("core", "steps"))

@@ -142,6 +142,12 @@ def test_skeleton_has_names_and_no_weights(tiny_base):
     assert frame.score.weight.shape == (5, 64)
 
 
+def test_a_model_class_that_reads_values_while_it_is_built_is_refused(tiny_base, monkeypatch):
+    monkeypatch.setattr("transformers.LlamaForSequenceClassification.__init__", lambda *_: torch.ones(1).item())
+    with pytest.raises(InputError, match="llama reads values of tensors while it is built.*take another base"):
+        skeleton(tiny_base, CLASSIFIER)
+
+
 def test_a_config_cannot_select_a_kernel_on_the_hub(broken):
     change_config(broken, _attn_implementation="kernels-community/flash-attn2")
     assert load(broken).model.config._attn_implementation == "sdpa"
