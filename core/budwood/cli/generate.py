@@ -60,7 +60,7 @@ def generate(
     check_choice(use, directories, top_p)
     first = next((item.manifest for item in saved.values() if item.manifest), None)
     task, options = (first.task, first.task_options) if first else ("causal-lm", None)
-    _check_asked(task, dict(options or {}), bool(image), prompt != "-")
+    _check_asked(task, dict(options or {}), image or [], prompt != "-")
     text = "" if image else _read_prompt(prompt)
     pool = open_pool(
         base, directories, saved, quantization, precision=precision, device=device, allow_other_base=allow_other_base
@@ -132,22 +132,25 @@ def _read_prompt(prompt: str) -> str:
     return text
 
 
-def _check_asked(task_name: str, options: dict[str, Any], image: bool, prompt: bool) -> None:
+def _check_asked(task_name: str, options: dict[str, Any], images: list[Path], prompt: bool) -> None:
     """Check that the task answers what is asked, images or a prompt, before the base loads.
 
     Raises:
-        InputError: it does not, or both are given.
+        InputError: it does not, both are given, or an image is no file.
     """
     from budwood.contract.loading import build_task
     from budwood.errors import InputError
 
-    if image and prompt:
+    if images and prompt:
         raise InputError("give --image or --prompt, not both.")
     answers = build_task(task_name, options).answers
-    if image and answers != "images":
+    if images and answers != "images":
         raise InputError(f"--image: task '{task_name}' answers {answers}: give --prompt.")
-    if not image and answers == "images":
+    if not images and answers == "images":
         raise InputError(f"task '{task_name}' answers images: give --image FILE.")
+    missing = next((path for path in images if not path.is_file()), None)
+    if missing is not None:
+        raise InputError(f"--image: no file '{missing}'.")
 
 
 def _respond(pool: AdapterPool, asked: list[str], names: list[str | None], as_json: bool) -> None:

@@ -170,6 +170,13 @@ class Task(Plugin):
         """
         return None
 
+    def reads_otherwise(self, folder: Path) -> str:
+        """Return how a model in another folder reads inputs differently from the base; empty: it does not.
+
+        For tasks without a tokenizer: the folder is that of a teacher, which gets the base's batches.
+        """
+        return ""
+
     def check_inputs(self, model: nn.Module, example: Example) -> str:
         """Return the reason why `model` cannot process an example; empty if it can."""
         return ""

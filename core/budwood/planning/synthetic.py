@@ -11,6 +11,7 @@ from typing import Any
 
 from budwood.data.preference import PAIRS
 from budwood.data.prompts import PROMPTS
+from budwood.errors import InputError
 from budwood.model.limits import default_length
 from budwood.model.task import Task
 from budwood.recipe.data import recipe_skeleton, recipe_task, recipe_tokenizer
@@ -27,17 +28,19 @@ def synthetic(recipe: Recipe, tokens: int) -> tuple[Recipe, str]:
         tokens: of a micro-batch; examples have as many, or `data.max_length` if that is less.
 
     Raises:
-        InputError: the base has no tokenizer, or its configuration is unknown.
+        InputError: the task reads no text, the base has no tokenizer, or its configuration is unknown.
     """
     hooks = build_composition(recipe)
     task = recipe_task(recipe)
-    tokenizer = recipe_tokenizer(recipe) if task.needs_tokenizer else None
+    if not task.needs_tokenizer:
+        raise InputError(f"--tokens plans rows of text, and task '{task.name}' reads none: plan with its data.")
+    tokenizer = recipe_tokenizer(recipe)
     length = recipe.data.max_length or default_length(recipe_skeleton(recipe, task.auto_class, tokenizer))
     trains_on = [*(strategy.trains_on for strategy in hooks.strategies), task.trains_on]
     kinds = [kind for kinds in trains_on for kind in kinds if kind]
     length = min(length, tokens // 2 if PAIRS in kinds[:1] else tokens)  # both answers of a pair stay together
     words = length
-    if tokenizer is not None and kinds:  # answers that are too long would be dropped, not truncated
+    if kinds:  # answers that are too long would be dropped, not truncated
         each = len(tokenizer(WORD * 32, add_special_tokens=False)["input_ids"]) / 32
         words = max(int((length - SPECIAL) / each) - PROMPT, 1)
     count = 2 * max(2, -(-tokens // length))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -190,10 +191,10 @@ class MaskedImage(ImageTask):
         """Return the mask of the first epoch of a run with seed 0, row by row; `budwood data --sheet` draws it."""
         _, height, width = example.inputs[PIXELS].shape
         mask = self.vary(example, Generator(0, 0, example.key)).inputs[MASK].reshape(self.grid)
-        pieces = [(f"image, {height} × {width} pixels; masked ■ of its patches: ", False)]
-        for row in mask:
-            pieces += [("■" if masked else "□", bool(masked)) for masked in row] + [(" ", False)]
-        return pieces
+        patches = " ".join("".join("■" if masked else "□" for masked in row) for row in mask)
+        runs = ((masked, "".join(run)) for masked, run in groupby(patches, key="■".__eq__))
+        text = f"image, {height} × {width} pixels; masked ■ of its patches: "
+        return [(text, False), *((run, masked) for masked, run in runs)]
 
     def picture(self, example: Example) -> np.ndarray:
         """Return the image with its masked patches in grey."""

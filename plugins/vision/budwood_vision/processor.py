@@ -60,6 +60,11 @@ class Processor:
         values: np.ndarray = pixels.astype(np.float32) * self._scale + self._shift
         return values
 
+    def same_values(self, other: Processor) -> bool:
+        """Return whether another processor makes the same values of pixels."""
+        pairs = ((self._scale, other._scale), (self._shift, other._shift))
+        return all(np.allclose(mine, theirs, atol=EXACT) for mine, theirs in pairs)
+
     def shown(self, values: np.ndarray) -> np.ndarray:
         """Return the pixels uint8 of values, the inverse of `values`."""
         return np.clip((values - self._shift) / self._scale, 0, 255).round().astype(np.uint8)

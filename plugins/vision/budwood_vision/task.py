@@ -15,7 +15,7 @@ from budwood import Batch, Dropped, Encoded, Encoder, Example, Generator, InputE
 from budwood_vision.augment import ImageOptions, augment, augments
 from budwood_vision.formats import Picture
 from budwood_vision.images import Source, check_header, decode
-from budwood_vision.processor import Processor
+from budwood_vision.processor import FILE, Processor
 
 PIXELS = "pixels"
 """Input of an example: an image at the model's size, [C, H, W] uint8."""
@@ -35,6 +35,8 @@ class ImageTask(Task):
     config: Any
     """Configuration of the base's model."""
     processor: Processor
+    settings: bytes
+    """The file that the image processor was read from."""
     grid: tuple[int, int] = (1, 1)
     """Rows and columns of patches."""
 
@@ -46,6 +48,7 @@ class ImageTask(Task):
         """
         self.config = config = self.config_of(folder)
         self.processor = Processor(folder, int(getattr(config, "num_channels", None) or 3))
+        self.settings = (folder / FILE).read_bytes()
         _, height, width = self.processor.shape
         size = _pair(getattr(config, "image_size", None))
         if size is not None and size != (height, width):
@@ -72,6 +75,11 @@ class ImageTask(Task):
     def encode(self, items: Sequence[Picture], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
         """See `Task.encode`. Images are kept at the model's size, as bytes."""
         channels = self.processor.shape[0]
+        if encoder.max_length and self.patches > encoder.max_length:
+            raise InputError(
+                f"{where[0]}: an image has {self.patches:,} patches, and is not truncated: raise data.max_length to "
+                f"{self.patches}."
+            )
         results: list[Encoded | Dropped] = []
         for item, place in zip(items, where, strict=True):
             pixels = self.processor.pixels(decode(item.source, channels))
@@ -117,6 +125,15 @@ class ImageTask(Task):
             return f"a probe is no image of {' × '.join(map(str, self.processor.shape))}"
         return ""
 
+    def reads_otherwise(self, folder: Path) -> str:
+        """Return whether the image processor in another folder makes other values."""
+        other = Processor(folder, self.processor.shape[0])
+        if other.shape != self.processor.shape:
+            return (
+                f"reads images of {' × '.join(map(str, other.shape))}, not {' × '.join(map(str, self.processor.shape))}"
+            )
+        return "" if other.same_values(self.processor) else "scales or shifts the values of images differently"
+
     def read_images(self, paths: Sequence[str]) -> list[np.ndarray]:
         """Return images, by the paths of their files, at the model's size.
 
@@ -141,6 +158,10 @@ class ImageTask(Task):
     def picture(self, example: Example) -> np.ndarray:
         """Return an example as training sees it: [C, H, W] uint8."""
         return self.vary(example, Generator(0, 0, example.key)).inputs[PIXELS]
+
+    def model_files(self, model: nn.Module, max_length: int | None) -> dict[str, bytes]:
+        """Return the settings of the image processor."""
+        return {FILE: self.settings}
 
     # Noise on the embeddings of patches.
 
