@@ -348,7 +348,11 @@ def test_meaningless_combinations_are_refused_by_name(base, images, tmp_path):
     for strategies, task, said in (
         ([LORA, {"label-smoothing": {}}], "masked-image", "masked-image"),
         ([{"trainable_tokens": {"tokens": [1]}}], "image-classification", "cannot hold 'classifier'"),
-        ([LORA, {"adversarial": {"method": "vat"}}], "masked-image", "compares distributions .*'masked-image' .* has none"),
+        (
+            [LORA, {"adversarial": {"method": "vat"}}],
+            "masked-image",
+            "distributions .*'masked-image' .* has none",
+        ),
         ([LORA, {"dpo": {}}], "image-classification", "dpo trains on"),
         ([LORA, {"adversarial": {"skip_masked": True}}], "image-classification", "skip_masked"),
     ):

@@ -1,4 +1,4 @@
-"""The guarantees of a task, for those on images."""
+"""The guarantees of a task, for those on images; tests/plugins/test_task_conformance.py runs them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from budwood.testing import TaskConformance
 
 
 class ImageConformance(TaskConformance):
+    __test__ = False
     kind: ClassVar[str] = "masked"
 
     @classmethod
@@ -30,6 +31,7 @@ class ImageConformance(TaskConformance):
 
 
 class TestImageClassification(ImageConformance):
+    __test__ = True
     task = "image-classification"
     options: ClassVar[dict[str, Any]] = {"flip": True, "crop": 0.5, "rotate": 20}
 
@@ -37,6 +39,7 @@ class TestImageClassification(ImageConformance):
 class TestMaskedImage(ImageConformance):
     """An odd number of patches and different weights, so that no sum of the signs of errors is 0 but for rounding."""
 
+    __test__ = True
     task = "masked-image"
     options: ClassVar[dict[str, Any]] = {"share": 9 / 16}
 
@@ -50,9 +53,7 @@ class TestMaskedImage(ImageConformance):
 
 
 class TestMaskedAutoencoder(ImageConformance):
+    __test__ = True
     task = "masked-image"
     kind = "mae"
     options: ClassVar[dict[str, Any]] = {"share": 0.75, "flip": True}
-
-
-del ImageConformance
