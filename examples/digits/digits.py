@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
-TARGET = 0.95
+TARGET = 0.86
 """Accuracy on dev at which tuning stops."""
-TRIALS = ({"rank": 4, "learning_rate": 1e-3}, {"rank": 8, "learning_rate": 3e-3}, {"rank": 16, "learning_rate": 6e-3})
+TRIALS = ({"rank": 2, "learning_rate": 1e-3}, {"rank": 2, "learning_rate": 3e-3}, {"rank": 4, "learning_rate": 5e-3})
 """Settings of LoRA, tried in this order until one reaches the target."""
-SIZES = {"train": 200, "dev": 200, "test": 500}
-"""Labelled images of each set; those of train and the other 897 are what the base sees without labels."""
+SIZES = {"train": 100, "dev": 200, "test": 500}
+"""Labelled images of each set; those of train and the other 997 are what the base sees without labels."""
+AUGMENTED = {"crop": 0.75, "rotate": 10}
 PROCESSOR = {
     "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": 8, "width": 8}, "resample": 2,
     "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.3], "image_std": [0.38],
@@ -56,8 +57,8 @@ def main(output: Path) -> dict[str, Any]:
     say("4. The same without pre-training, and full tuning of both")
     rate = chosen["learning_rate"]
     classify("lora-from-random", random, lora(chosen), rate, output)
-    classify("full", pretrained, full(), 1e-3, output)
-    classify("full-from-random", random, full(), 1e-3, output)
+    classify("full", pretrained, full(), 5e-4, output)
+    classify("full-from-random", random, full(), 5e-4, output)
 
     say(f"5. On {SIZES['test']} test images")
     results, truth = {}, None
@@ -152,9 +153,9 @@ def classify(name: str, base: Path, strategies: list[Any], rate: float, output: 
     data = output / "data"
     run = tune(
         recipe(
-            name, output, {"model": str(base), "task": "image-classification", "task_options": {"rotate": 10}},
+            name, output, {"model": str(base), "task": "image-classification", "task_options": AUGMENTED},
             {"train": str(data / "train"), "eval": str(data / "dev")}, strategies,
-            {"epochs": 60, "batch_examples": 32, "learning_rate": rate, "eval_every": 42},
+            {"steps": 300, "batch_examples": 32, "learning_rate": rate, "eval_every": 50},
         )
     )  # fmt: skip
     return float(run.metrics["eval_accuracy"])

@@ -303,11 +303,13 @@ def test_a_processor_that_does_more_is_refused(base, monkeypatch):
 # Runs.
 
 
-def recipe(base: Path, data: Path, output: Path, strategies: list[Any], task: str, **train: Any) -> Recipe:
+def recipe(
+    base: Path, data: Path, output: Path, strategies: list[Any], task: str, quantization: str = "none", **train: Any
+) -> Recipe:
     steps = {"steps": 3, "batch_examples": 6, "micro_tokens": 48, "precision": "fp32", "learning_rate": 3e-3}
     return Recipe.from_dict(
         {
-            "base": {"model": str(base), "quantization": "none", "device": "cpu", "task": task},
+            "base": {"model": str(base), "quantization": quantization, "device": "cpu", "task": task},
             "data": {"train": str(data), "eval": str(data), "max_length": 16},
             "strategies": strategies,
             "train": {**steps, **train},
@@ -353,7 +355,7 @@ def test_meaningless_combinations_are_refused_by_name(base, images, tmp_path):
             "masked-image",
             "distributions .*'masked-image' .* has none",
         ),
-        ([LORA, {"dpo": {}}], "image-classification", "dpo trains on"),
+        ([LORA, {"dpo": {}}], "image-classification", "'dpo' .* trains on preference pairs"),
         ([LORA, {"adversarial": {"skip_masked": True}}], "image-classification", "skip_masked"),
     ):
         with pytest.raises(InputError, match=said):
@@ -430,3 +432,21 @@ def test_stock_checkpoints_without_a_mask_token_can_be_masked(images, tmp_path):
     run = tune(recipe(base, images, tmp_path / "run", [LORA], "masked-image"))
     assert run.base.new and not any("mask_token" in name for name in run.base.new)
     assert SimpleNamespace(**run.metrics).eval_loss > 0
+
+
+def test_an_mae_in_4_bits_is_verified_and_attacked_but_not_served(images, tmp_path):
+    from budwood.serving.http.start import open_service
+    from budwood.serving.verify import verify
+    from budwood.training.evaluate import evaluate_adapter
+
+    base = tiny_vit(tmp_path / "base", "mae")
+    tune(recipe(base, images, tmp_path / "run", [LORA], "masked-image", quantization="nf4"))
+    adapter = tmp_path / "run" / "adapter"
+    assert verify(adapter, device="cpu").exact
+    found = evaluate_adapter(adapter, images, ["pgd:steps=2,relative_epsilon=1"], device="cpu", quiet=True)
+    assert found.attacked["pgd:steps=2,relative_epsilon=1"]["eval_loss"] > found.adapter["eval_loss"]
+    with pytest.raises(InputError, match="no typos for the data format 'image'"):
+        evaluate_adapter(adapter, images, ["typos"], device="cpu", quiet=True)
+    settings: Any = None
+    with pytest.raises(InputError, match="the server takes texts, and task 'masked-image' answers images"):
+        open_service(str(base), settings, settings, None, print, task="masked-image")
