@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-TARGET = 0.86
+TARGET = 0.85
 """Accuracy on dev at which tuning stops."""
-TRIALS = ({"rank": 2, "learning_rate": 1e-3}, {"rank": 2, "learning_rate": 3e-3}, {"rank": 4, "learning_rate": 5e-3})
-"""Settings of LoRA, tried in this order until one reaches the target."""
+TRIALS = ({"rank": 2, "learning_rate": 1e-3}, {"rank": 4, "learning_rate": 3e-3}, {"rank": 8, "learning_rate": 5e-3})
+"""Settings of LoRA, tried in this order until one reaches the target, with and without pre-training."""
 SIZES = {"train": 100, "dev": 200, "test": 500}
 """Labelled images of each set; those of train and the other 997 are what the base sees without labels."""
 AUGMENTED = {"crop": 0.75, "rotate": 10}
@@ -33,11 +33,12 @@ WHOLE = ["vit.embeddings", *(f"vit.layers.{number}" for number in range(4))]
 
 
 def main(output: Path) -> dict[str, Any]:
-    """Run everything in the folder `output`, which is replaced; return the figures."""
+    """Run everything in the new folder `output`; return the figures."""
     from budwood import AdapterPool
 
+    if output.exists() and any(output.iterdir()):
+        raise SystemExit(f"{output} is not empty: name another folder.")
     started = time.perf_counter()
-    shutil.rmtree(output, ignore_errors=True)
     say("1. 1,797 digits of 8 × 8 pixels: images without labels, and train, dev and test sets")
     sets = write_images(output / "data")
 
@@ -46,26 +47,19 @@ def main(output: Path) -> dict[str, Any]:
     pretrained = pretrain(random, output)
 
     say(f"3. LoRA on {SIZES['train']} labelled digits, tuned on dev until an accuracy of {TARGET:.0%}")
-    chosen, dev = {}, 0.0
-    for number, chosen in enumerate(TRIALS, 1):
-        dev = classify(f"lora-{number}", pretrained, lora(chosen), chosen["learning_rate"], output)
-        say(f"   rank {chosen['rank']}, learning rate {chosen['learning_rate']:g}: {dev:.3f} on dev")
-        if dev >= TARGET:
-            break
-    best = output / f"lora-{number}"
+    dev, best = tuned("lora", pretrained, output)
 
     say("4. The same without pre-training, and full tuning of both")
-    rate = chosen["learning_rate"]
-    classify("lora-from-random", random, lora(chosen), rate, output)
+    _, other = tuned("lora-random", random, output)
     classify("full", pretrained, full(), 5e-4, output)
-    classify("full-from-random", random, full(), 5e-4, output)
+    classify("full-random", random, full(), 5e-4, output)
 
     say(f"5. On {SIZES['test']} test images")
     results, truth = {}, None
-    names = {"LoRA": best.name, "full tuning": "full", "LoRA, not pre-trained": "lora-from-random",
-             "full tuning, not pre-trained": "full-from-random"}  # fmt: skip
+    names = {"LoRA": best, "full tuning": "full", "LoRA, not pre-trained": other,
+             "full tuning, not pre-trained": "full-random"}  # fmt: skip
     for title, name in names.items():
-        base = random if name.endswith("random") else pretrained
+        base = random if "random" in name else pretrained
         pool = AdapterPool(base, task="image-classification", labels=[str(digit) for digit in range(10)])
         pool.load("a", output / name / "adapter")
         pool.use("a")
@@ -77,9 +71,9 @@ def main(output: Path) -> dict[str, Any]:
     results["logistic regression on pixels"] = regression(sets)
     for title, accuracy in sorted(results.items(), key=lambda item: -item[1]):
         say(f"   {accuracy:.3f}  {title}")
-    adapter = sum(file.stat().st_size for file in (best / "adapter").glob("*.safetensors"))
+    adapter = sum(file.stat().st_size for file in (output / best / "adapter").glob("*.safetensors"))
     result = {
-        "accuracy": results, "dev": dev, "trials": number, "adapter_bytes": adapter,
+        "accuracy": results, "dev": dev, "adapter_bytes": adapter,
         "base_bytes": (pretrained / "model.safetensors").stat().st_size,
         "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip
@@ -146,6 +140,18 @@ def pretrain(base: Path, output: Path) -> Path:
     return merged
 
 
+def tuned(name: str, base: Path, output: Path) -> tuple[float, str]:
+    """Try the settings until one reaches the target; return the best accuracy on dev, and the name of its run."""
+    found: list[tuple[float, str]] = []
+    for number, trial in enumerate(TRIALS, 1):
+        accuracy = classify(f"{name}-{number}", base, lora(trial), trial["learning_rate"], output)
+        say(f"   rank {trial['rank']}, learning rate {trial['learning_rate']:g}: {accuracy:.3f} on dev")
+        found.append((accuracy, f"{name}-{number}"))
+        if accuracy >= TARGET:
+            break
+    return max(found)
+
+
 def classify(name: str, base: Path, strategies: list[Any], rate: float, output: Path) -> float:
     """Fine-tune a base to ten classes, keep the adapter that is best on dev, and return its accuracy there."""
     from budwood import tune
@@ -162,8 +168,12 @@ def classify(name: str, base: Path, strategies: list[Any], rate: float, output: 
 
 
 def lora(settings: dict[str, Any]) -> list[Any]:
-    """Return the strategies of LoRA with the settings of a trial."""
-    return [{"lora": {"rank": settings["rank"], "alpha": 2 * settings["rank"]}}]
+    """Return the strategies of LoRA with the settings of a trial.
+
+    The embeddings train whole, since the class token, which the classifier reads, has no part in filling masks.
+    """
+    rank = settings["rank"]
+    return [{"lora": {"rank": rank, "alpha": 2 * rank, "modules_to_save": WHOLE[:1]}}]
 
 
 def full() -> list[Any]:
