@@ -60,7 +60,7 @@ def main(output: Path) -> dict[str, Any]:
              "full tuning, not pre-trained": "full-random"}  # fmt: skip
     for title, name in names.items():
         base = random if "random" in name else pretrained
-        pool = AdapterPool(base, task="image-classification", labels=[str(digit) for digit in range(10)])
+        pool = AdapterPool(base, task="image-classification", labels=list("0123456789"), precision="fp32")
         pool.load("a", output / name / "adapter")
         pool.use("a")
         answers = [answer["label"] for answer in pool.respond([str(path) for path in sets["test"][0]])]
