@@ -30,7 +30,9 @@ class ImageClassification(ImageTask, Classification):
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         """Run the model: its logits are the output, since models pool in different ways."""
-        return Outputs(self.run(model, pixel_values=batch.inputs["pixel_values"]).logits[:, None], lambda rows: rows)
+        return Outputs(
+            self.run_model(model, pixel_values=batch.inputs["pixel_values"]).logits[:, None], lambda rows: rows
+        )
 
     def show(self, example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
         """Return the image's size; `budwood data --sheet` draws it."""
@@ -42,7 +44,7 @@ class ImageClassification(ImageTask, Classification):
         device = next(model.parameters()).device
         images = [self.processor.values(pixels) for pixels in self.read_images(texts)]
         logits: list[Tensor] = [
-            self.run(model, pixel_values=torch.from_numpy(image[None]).to(device)).logits[0].float().cpu()
+            self.run_model(model, pixel_values=torch.from_numpy(image[None]).to(device)).logits[0].float().cpu()
             for image in images
         ]
         return [self.answer(row, labels) for row in logits]

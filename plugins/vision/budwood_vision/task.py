@@ -114,11 +114,11 @@ class ImageTask(Task):
         inputs = {name: value for name, value in example.inputs.items() if name != PIXELS}
         return replace(example, inputs={"pixel_values": self.processor.values(example.inputs[PIXELS]), **inputs})
 
-    def run(self, model: nn.Module, **inputs: Tensor) -> Any:
+    def run_model(self, model: nn.Module, **inputs: Tensor) -> Any:
         """Return what the model's own forward returns.
 
         Raises:
-            InputError: embeddings train whole, in fp32, and torch's norms on the CPU take no base in 16 bit beside them.
+            InputError: embeddings train whole, in fp32, and torch's norms on the CPU take none beside 16 bit.
         """
         try:
             return model(**inputs)
