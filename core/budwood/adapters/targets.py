@@ -179,15 +179,21 @@ def match_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Return the full names of the modules called `names`, or whose names end in one of these, component by component.
 
     Raises:
-        InputError: one matches no module, with the nearest name; or a module lies in another one.
+        InputError: one matches no module, with the nearest name; or a list of modules, or a module in another one.
     """
-    known = [name for name, _ in base_modules(model) if name]
+    from torch.nn import Module
+
+    modules = {name: module for name, module in base_modules(model) if name}
+    known = list(modules)
     found: list[str] = []
     for wanted in names:
         hits = [name for name in known if ends_with(name, wanted)]
         if not hits:
             last = sorted({name.rpartition(".")[2] for name in known if not name.rpartition(".")[2].isdigit()})
             raise InputError(f"modules_to_save: the model has no module '{wanted}'.{did_you_mean(wanted, last)}")
+        listed = next((name for name in hits if type(modules[name]).forward is Module.forward), None)
+        if listed is not None:
+            raise InputError(f"modules_to_save: '{listed}' is a list of modules: name those in it, such as {listed}.0.")
         found += [name for name in hits if name not in found]
     for inner in found:
         outer = next((name for name in found if inner.startswith(f"{name}.")), None)

@@ -85,6 +85,8 @@ class Generator:
     """Random numbers determined by a key: drawn on the CPU, so equal on every device and process."""
 
     def __init__(self, *key: object) -> None:
+        self.evaluates: bool = "eval" in key
+        """Whether it is keyed for an evaluation, in which nothing is augmented; see `Task.vary`."""
         digest = hashlib.sha256(repr(key).encode()).digest()
         self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 

@@ -134,7 +134,8 @@ def load_base(
         model_kwargs: changes to the configuration, such as `num_labels`.
         seed: seed for the weights of a new head.
         needs_tokenizer: False leaves `Base.tokenizer` None.
-        unused: names of modules that the task does not run, such as a pooler; without weights, they are not new.
+        unused: names of modules and parameters that need not train if the checkpoint lacks them, such as a pooler that
+            the task does not run.
 
     Raises:
         InputError, ResourceError, CorruptError: as `check_base`; the base does not fit in memory; a weight of the
@@ -193,7 +194,7 @@ def load_base(
     with attribute_errors(quantizer, "after_load"), torch.no_grad():
         quantizer.after_load(loaded, heads)
     claim(loaded, quantizer)
-    new = _check_complete(name, loaded, frame, report)
+    new = _check_complete(name, loaded, frame, report, unused)
     new = tuple(key for key in new if not set(key.split(".")) & set(unused))
     loaded.requires_grad_(False)
     loaded.eval()
@@ -254,12 +255,12 @@ def heads_of(model: PreTrainedModel) -> list[str]:
 
 
 def _check_complete(
-    name: str, model: PreTrainedModel, frame: PreTrainedModel, report: dict[str, Any]
+    name: str, model: PreTrainedModel, frame: PreTrainedModel, report: dict[str, Any], unused: Collection[str]
 ) -> tuple[str, ...]:
     """Refuse a checkpoint that does not match its model; return the parameters that are new.
 
     A head of a model that is no language model, and a pooler, may be new, as a checkpoint of masked-language training
-    holds none; a head for another number of classes is replaced by a new one.
+    holds none; a head for another number of classes is replaced by a new one. So may what the task does not use.
 
     Raises:
         CorruptError: weights are missing, have the wrong shape, or belong to layers that the model does not have; the
@@ -269,7 +270,7 @@ def _check_complete(
     head = model.get_output_embeddings() is None
 
     def may_be_new(key: str) -> bool:
-        return head and ("pooler" in key.split(".") or not key.startswith(body))
+        return head and (bool({"pooler", *unused} & set(key.split("."))) or not key.startswith(body))
 
     missing = sorted(key for key in report["missing_keys"] if not may_be_new(key))
     if missing:
