@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from budwood.adapters.peft_conversion import WEIGHT
 from budwood.adapters.targets import LAYER_INDEX, all_linear, base_modules, ends_with, matches
 from budwood.errors import CorruptError, InputError
 from budwood.model.quantizers import quantizer_of
@@ -37,7 +38,6 @@ REFUSED = {
     "layer_replication": MERGE,
     "lora_bias": MERGE,
     "monteclora_config": _PEFT,
-    "target_parameters": MERGE,
     "use_bdlora": MERGE,
     "use_dora": MERGE,
     "use_qalora": _PEFT,
@@ -46,6 +46,8 @@ REFUSED = {
 }
 """Fields that change what an adapter computes, with the remedy where a method does not support them: unset, they mean
 nothing."""
+PEFT_HEADS = ("classifier", "score")
+"""What PEFT adds to the `modules_to_save` of every classifier, whether the model has it or not."""
 INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """Initialisations that leave the base's weights as they are."""
 
@@ -61,7 +63,7 @@ class SavedLowRankConfig(BaseModel):
 
     lora_alpha: float = 8
     lora_dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: str | list[str] = Field(min_length=1)
+    target_modules: str | list[str]
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
     fan_in_fan_out: bool = False  # ignored: like PEFT, the layout follows from each module's class
@@ -69,6 +71,7 @@ class SavedLowRankConfig(BaseModel):
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    target_parameters: list[str] | None = None  # weights of linears only; see adapters/peft_conversion.py
 
 
 Saved = TypeVar("Saved", bound=SavedLowRankConfig)
@@ -160,11 +163,12 @@ def saved_targets(model: nn.Module, saved: SavedLowRankConfig) -> list[str]:
         InputError: one is not a linear module.
     """
     modules = dict(base_modules(model))
+    weights = set(_target_weights(modules, saved))
     if saved.target_modules == "all-linear":
-        names = all_linear(model)
+        names = [*all_linear(model), *weights]
     else:
         try:
-            names = [name for name in modules if name and _is_target(name, saved)]
+            names = [name for name in modules if name and (name in weights or _is_target(name, saved))]
         except InputError as error:
             raise CorruptError(f"adapter_config.json: {error}") from error
     if not names:
@@ -180,6 +184,22 @@ def saved_targets(model: nn.Module, saved: SavedLowRankConfig) -> list[str]:
     return names
 
 
+def _target_weights(modules: Mapping[str, nn.Module], saved: SavedLowRankConfig) -> list[str]:
+    """Return the names of the linears whose weights are among the `target_parameters`.
+
+    Raises:
+        InputError: one is another parameter, such as of fused experts.
+    """
+    found = []
+    for parameter in saved.target_parameters or ():
+        names = [name for name in modules if ends_with(f"{name}{WEIGHT}", parameter) and quantizer_of(modules[name])]
+        if not names:
+            text = f"adapter_config.json: target_parameters: '{shorten(parameter)}' is not the weight of a linear"
+            raise InputError(f"{text}, which is not supported: {MERGE}.")
+        found += names
+    return found
+
+
 def check_continued(
     model: nn.Module, saved: SavedLowRankConfig, tensors: Collection[str], targets: Sequence[str], whole: Sequence[str]
 ) -> None:
@@ -193,11 +213,14 @@ def check_continued(
     Raises:
         InputError: the first module that only one of the two has.
     """
+    whole_saved = saved_whole_modules(model, saved, tensors)
     for option, ours, theirs in (
         ("targets and layers", targets, saved_targets(model, saved)),
-        ("modules_to_save", whole, saved_whole_modules(model, saved, tensors)),
+        ("modules_to_save", whole, whole_saved),
     ):
         for name in sorted(set(ours) ^ set(theirs)):
+            if theirs is whole_saved and name.endswith(PEFT_HEADS) and name in theirs:
+                continue  # see PEFT_HEADS; `pre_classifier` ends like it
             verb = "select" if name in ours else "leave out"
             other = "does not have" if name in ours else "has"
             raise InputError(
@@ -214,12 +237,27 @@ def continued_selection(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("exclude_modules", "layers_pattern"):
         if config.get(key):
             raise InputError(f"adapter_config.json: '{key}' cannot be continued: {MERGE}.")
-    layers = config.get("layers_to_transform")
+    layers, targets = config.get("layers_to_transform"), config.get("target_modules")
+    if weights := config.get("target_parameters"):
+        if not isinstance(targets, list) or layers:
+            raise InputError(f"adapter_config.json: 'target_parameters' cannot be continued: {MERGE}.")
+        targets = [*targets, *(str(name).removesuffix(WEIGHT) for name in weights)]
     return {
-        "targets": config.get("target_modules"),
+        "targets": targets,
         "layers": [layers] if isinstance(layers, int) else layers or None,
-        "modules_to_save": config.get("modules_to_save") or [],
+        "modules_to_save": _named(config),
     }
+
+
+def _named(config: Mapping[str, Any]) -> Any:
+    """Return the `modules_to_save` of a saved adapter without the heads that PEFT adds for the task, even twice.
+
+    Those that the model has train anyway.
+    """
+    named, task = config.get("modules_to_save") or [], config.get("task_type")
+    if not isinstance(named, list) or task not in ("SEQ_CLS", "TOKEN_CLS"):
+        return named
+    return [name for name in dict.fromkeys(named) if name not in PEFT_HEADS]
 
 
 def _is_target(name: str, saved: SavedLowRankConfig) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import regex
 from pydantic import AfterValidator, Field
@@ -21,6 +23,8 @@ if TYPE_CHECKING:  # option types are defined here too, and are checked before t
 
 SECONDS = 5.0
 """Time limit for matching a regular expression against one name."""
+WEIGHT_READ = re.compile(r"(?<!isinstance\()self\.(\w+)\.weight\b(?!\s*=|\[|\.(?:dtype|device|shape|size|data|to\b|_))")
+"""A child's weight in the code of a module, other than its dtype, its shape, a part of it, or an assignment."""
 LAYER_INDEX = re.compile(r"\.(\d+)\.")
 
 
@@ -98,7 +102,10 @@ def linear_modules(model: nn.Module) -> list[str]:
 
 
 def all_linear(model: nn.Module) -> list[str]:
-    """Return the names of the linear modules of the model's body: without its heads, and without a pooler."""
+    """Return the names of the linear modules of the model's body: without its heads, and without a pooler.
+
+    Those of which the model reads the weight itself are left out too; see `reads_weight`.
+    """
     prefix = getattr(model, "base_model_prefix", "")
     body = getattr(model, prefix, None) if prefix else None
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
@@ -109,7 +116,29 @@ def all_linear(model: nn.Module) -> list[str]:
         and module is not head
         and (body is None or name.startswith(f"{prefix}."))
         and not {"score", "classifier", "pooler"} & set(name.split("."))
+        and not reads_weight(model, name)
     ]
+
+
+def reads_weight(model: nn.Module, name: str) -> bool:
+    """Return whether the code of a linear's parent takes its weight without calling it, as fused kernels do.
+
+    There, an adapter around the linear has no effect and gets no gradient. Mamba's `dt_proj` is one.
+    """
+    parent, _, child = name.rpartition(".")
+    cls: Any = type(model.get_submodule(parent))
+    return child in _weights_read(cls)
+
+
+@functools.cache
+def _weights_read(cls: type) -> frozenset[str]:
+    """Return the names of the children of which a module's code takes the whole weight."""
+    try:
+        lines = inspect.getsource(cls).splitlines()
+    except (OSError, TypeError):  # there is no file
+        return frozenset()
+    found = [match for line in lines if not line.lstrip().startswith("init.") for match in WEIGHT_READ.finditer(line)]
+    return frozenset(match[1] for match in found)
 
 
 def match_targets(
@@ -150,6 +179,12 @@ def match_targets(
         for layer in (layer for layer in layers if layer not in indices):
             raise InputError(f"layers: there is no layer {layer}; the model has {min(indices)} to {max(indices)}.")
         chosen = [n for n in chosen if (m := LAYER_INDEX.search(n)) and int(m.group(1)) in layers]
+    for name in chosen:
+        if reads_weight(model, name):
+            raise InputError(
+                f"targets: '{name}': the model reads this weight without calling the module, so an adapter around it "
+                "has no effect: leave it out."
+            )
     if not chosen:
         without = f", apart from what trains whole ({', '.join(whole)})" if whole else ""
         raise InputError(f"targets and layers together match no linear module{without}.")

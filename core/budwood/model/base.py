@@ -24,6 +24,7 @@ from budwood.model.checks import (
     skeleton,
 )
 from budwood.model.experts import count_experts
+from budwood.model.heads import name_body
 from budwood.model.machine import pick_device_precision
 from budwood.model.ops.rms_norm import save_memory_in_norms
 from budwood.model.quantizers import claim, is_quantized, linear_shape, quantizer_of
@@ -163,10 +164,11 @@ def load_base(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         try:
+            from_files = info.prequantized and quantizer.needs_files
             pair: Any = type(frame).from_pretrained(
-                None,
+                str(path) if from_files else None,
                 config=config,
-                state_dict=slices(tensors, views),
+                state_dict=None if from_files else slices(tensors, views),
                 quantization_config=plan,
                 dtype=dtype,
                 device_map={"": device},
@@ -187,6 +189,7 @@ def load_base(
     loaded: PreTrainedModel
     report: dict[str, Any]
     loaded, report = pair  # output_loading_info
+    name_body(loaded)
     trim_heap()
     with attribute_errors(quantizer, "after_load"), torch.no_grad():
         quantizer.after_load(loaded, heads)
@@ -221,14 +224,14 @@ def _check_size(name: str, frame: PreTrainedModel, tensors: Iterable[TensorInfo]
     """Refuse a configuration whose model is far larger than its checkpoint, before memory is allocated for it.
 
     Raises:
-        CorruptError: the model has over 4 times as many elements; a 4-bit checkpoint stores two per byte.
+        CorruptError: the model has over 4 elements for each stored byte; a 4-bit checkpoint has two.
     """
     described = sum(tensor.numel() for tensor in (*frame.parameters(), *frame.buffers()))
-    stored = sum(math.prod(tensor.shape) for tensor in tensors)
+    stored = sum(tensor.bytes for tensor in tensors)
     if described > 4 * stored + (1 << 24):  # room for a new head
         raise CorruptError(
             f"base '{name}': config.json describes a model of {described:,} elements, but its checkpoint has "
-            f"{stored:,}."
+            f"{stored:,} bytes."
         )
 
 
@@ -308,14 +311,27 @@ def sizes_of(model: nn.Module, dtype: torch.dtype) -> tuple[int, int, float, int
         quantized[id(quantizer.weight(module))] = math.prod(quantizer.shape(module))
         tensors += [quantizer.weight(module), *quantizer.constants(module)]
     count = sum((elements | quantized).values())
+    tensors = [part for tensor in tensors for part in _parts(tensor)]
     stored = {(t.untyped_storage()._cdata, t.storage_offset()): t.nbytes for t in tensors}  # tables may be shared
     return sum(stored.values()), dtype.itemsize * count, (count - sum(quantized.values())) / max(count, 1), count
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors that a tensor of a library's own class holds, such as codes and scales; else itself."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    return [part for name in names for part in _parts(getattr(tensor, name))]
 
 
 def _describe(base: Base, heads: list[str]) -> str:
     precision = PRECISIONS[str(base.dtype)]
     if base.quantization == "none":
         return f"{size(base.bytes)} in {precision}, not quantised"
+    if find_quantizer(base.quantization).dequantizes:
+        return f"{size(base.bytes)} in {precision}: its {base.quantization} weights are dequantised as they are read"
     names = ["embeddings", *(head for head in heads if any(True for _ in base.model.get_submodule(head).parameters()))]
     return (
         f"{size(base.bytes)} in {base.quantization} ({size(base.bytes_unquantized)} in {precision}); "

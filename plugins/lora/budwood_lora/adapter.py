@@ -25,6 +25,8 @@ from budwood.lowrank import (
     fan_in_fan_out,
     fit_whole,
     merge_whole_parts,
+    moved_targets,
+    name_moved,
     new_tokens,
     parse_saved_config,
     remove_adapter,
@@ -52,6 +54,9 @@ def create(run: Run, model: nn.Module, options: LoRAOptions) -> LoraConfig:
         return continued
     whole = whole_modules(model, options.modules_to_save, run.task, run.base)
     targets = match_targets(model, options.targets, options.layers, whole)
+    check_moved(model, targets, options)
+    if options.dropout and moved_targets(model, targets):
+        run.say("note: the adapter's file has lora_dropout: 0, since PEFT has none for some targets of this model")
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,  # type: ignore[arg-type]
@@ -74,6 +79,20 @@ def create(run: Run, model: nn.Module, options: LoRAOptions) -> LoraConfig:
     return config
 
 
+def check_moved(model: nn.Module, targets: list[str], options: LoRAOptions) -> None:
+    """Refuse options with which PEFT's file cannot name some targets; see `name_moved`.
+
+    Raises:
+        InputError: DoRA, or biases of these layers.
+    """
+    option = "dora" if options.dora else "bias" if options.bias == "lora_only" else ""
+    if option and (moved := moved_targets(model, targets)):
+        raise InputError(
+            f"{option}: PEFT would take '{moved[0]}' of this model for experts, and can only name its weight, without "
+            f"{option}: leave {option} out, or name other targets."
+        )
+
+
 def parameter_groups(model: nn.Module, options: LoRAOptions) -> list[ParameterGroup]:
     """Return A and B of the run's adapter, with separate learning rates, and what trains beside them."""
     down: dict[str, nn.Parameter] = {}
@@ -93,6 +112,7 @@ def parameter_groups(model: nn.Module, options: LoRAOptions) -> list[ParameterGr
 def write(model: nn.Module, config: LoraConfig, directory: Path) -> None:
     """Write the run's adapter in PEFT's format."""
     saved = dataclasses.replace(config, inference_mode=True)
+    name_moved(model, saved)
     saved.target_modules = sorted(saved.target_modules or ())  # PEFT makes it an unordered set
     saved.save_pretrained(str(directory))
     tensors = {key: slot.detach().cpu().contiguous() for key, slot in tensor_slots(model, RUN_ADAPTER).items()}
@@ -104,7 +124,7 @@ def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor],
     saved = parse_saved_config(TYPE, SavedConfig, config)
     targets = saved_targets(model, saved)
     resolved = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
-    resolved |= {"trainable_token_indices"}
+    resolved |= {"trainable_token_indices", "target_parameters"}
     fields = saved.model_dump(exclude=resolved, exclude_none=True)
     fields |= {key: saved_pattern(getattr(saved, key), targets) for key in ("rank_pattern", "alpha_pattern")}
     fields["fan_in_fan_out"] = fan_in_fan_out(model, targets)

@@ -16,6 +16,7 @@ from budwood.lowrank import (
     LowRankUpdate,
     adapter_layers,
     check_replaced,
+    exact_targets,
     known_to_peft,
     register_adapter,
     wrap_tokens,
@@ -76,7 +77,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str) -> None:
     for path in sorted(config.target_modules or ()):
         _wrap_unsupported(model, path, config)
     linears = replace(config, modules_to_save=None, trainable_token_indices=None)  # PEFT goes by the ends of names
-    inject_adapter_in_model(linears, model, name)
+    with exact_targets():
+        inject_adapter_in_model(linears, model, name)
     wrap_whole(model, config.modules_to_save or (), name)
     wrap_tokens(model, config.trainable_token_indices or {}, name)  # type: ignore[arg-type]  # a dict here
     for _, layer in adapter_layers(model, name):
