@@ -149,7 +149,8 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, _USAGE_ERROR):
         usage: Any = error
         path = usage.ctx.command_path if usage.ctx else "budwood"
-        return 2, f"{usage.format_message()} See `{path} --help`."
+        message = usage.format_message()
+        return 2, f"{message}{'' if message.endswith(('.', '?')) else '.'} See `{path} --help`."
     if is_out_of_memory(error):
         remedy = "lower train.micro_tokens or data.max_length, or turn on train.gradient_checkpointing."
         return 3, f"out of memory{noted(error)}: {remedy}"

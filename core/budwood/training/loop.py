@@ -158,7 +158,7 @@ def take_steps(
     run: Run, hooks: Composition, engine: Engine, report: Report, progress: Progress, saver: Saver, signals: Signals
 ) -> None:
     """Take the remaining optimizer steps of a run."""
-    report.start(run.steps or 0, run.step)
+    report.start(run.steps or 0, run.step, [name for strategy in run.strategies for name in strategy.shows])
     hooks.notify(Event("start", run.step, {"steps": run.steps}), report.say)
     run.model.train()
     run.optimizer.zero_grad(set_to_none=True)
