@@ -322,7 +322,7 @@ def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
-    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    names, _ = tensor.__tensor_flatten__()
     return [part for name in names for part in _parts(getattr(tensor, name))]
 
 

@@ -16,7 +16,7 @@ from budwood.errors import first_line
 from budwood.model.checkpoint import read_config, read_tensors, resolve
 from budwood.model.checks import check_base, find_quantizer, load_tokenizer, skeleton
 from budwood.model.ops.rms_norm import save_memory_in_norms
-from budwood.model.quantizers import Quantizer, Unquantized, claim
+from budwood.model.quantizers import Quantizer, Unquantized, claim, is_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,6 +100,10 @@ def fake_base(
         except Exception as error:  # an unknown quantiser's code, on tensors without values
             notes.append(f"quantiser {quantizer} cannot be planned ({first_line(error)}): its base counts unquantised")
     claim(frame, quantizer)
+    if len(notes) == 1 and quantizer.dequantizes:
+        notes.append(f"its {quantizer.name} weights are dequantised as they are read")
+    elif len(notes) == 1 and not isinstance(quantizer, Unquantized) and not any(map(is_quantized, frame.modules())):
+        notes.append(f"quantiser {quantizer} cannot be planned: its base counts unquantised")
     frame.requires_grad_(False)
     frame.eval()
     save_memory_in_norms(frame)

@@ -17,6 +17,7 @@ _LIBRARIES = (
     "matplotlib",
     "peft",
     "torch",
+    "torchao",
     "transformers",
 )
 
