@@ -8,10 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from budwood.adapters.peft_conversion import WEIGHT
-from budwood.adapters.targets import LAYER_INDEX, all_linear, base_modules, ends_with, matches
+from budwood.adapters.targets import LAYER_INDEX, all_linear, base_modules, ends_with, expert_modules, matches
 from budwood.errors import CorruptError, InputError
 from budwood.model.quantizers import quantizer_of
 from budwood.untrusted.redaction import shorten
@@ -38,6 +38,7 @@ REFUSED = {
     "layer_replication": MERGE,
     "lora_bias": MERGE,
     "monteclora_config": _PEFT,
+    "target_parameters": MERGE,
     "use_bdlora": MERGE,
     "use_dora": MERGE,
     "use_qalora": _PEFT,
@@ -63,7 +64,7 @@ class SavedLowRankConfig(BaseModel):
 
     lora_alpha: float = 8
     lora_dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: str | list[str]
+    target_modules: str | list[str] = Field(min_length=1)
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
     fan_in_fan_out: bool = False  # ignored: like PEFT, the layout follows from each module's class
@@ -71,7 +72,19 @@ class SavedLowRankConfig(BaseModel):
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    target_parameters: list[str] | None = None  # weights of linears only; see adapters/peft_conversion.py
+
+
+class SavedExpertsConfig(SavedLowRankConfig):
+    """The same of a method that also adapts the experts of a mixture, which `target_parameters` names."""
+
+    target_modules: str | list[str] | None = None  # type: ignore[assignment]
+    target_parameters: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _has_targets(self) -> SavedExpertsConfig:
+        if not self.target_modules and not self.target_parameters:
+            raise ValueError("target_modules and target_parameters are empty")
+        return self
 
 
 Saved = TypeVar("Saved", bound=SavedLowRankConfig)
@@ -156,24 +169,31 @@ def saved_pattern(patterns: Mapping[str, Value], names: Sequence[str]) -> dict[s
 
 
 def saved_targets(model: nn.Module, saved: SavedLowRankConfig) -> list[str]:
-    """Return the full names of the modules that a saved adapter stands on, as PEFT finds them.
+    """Return the full names of the modules that a saved adapter stands on, as PEFT finds them; experts come last.
 
     Raises:
         MisfitError: the model has none of them.
         InputError: one is not a linear module.
     """
-    modules = dict(base_modules(model))
+    modules, fused = dict(base_modules(model)), dict.fromkeys(expert_modules(model))
     weights = set(_target_weights(modules, saved))
     if saved.target_modules == "all-linear":
         names = [*all_linear(model), *weights]
     else:
         try:
-            names = [name for name in modules if name and (name in weights or _is_target(name, saved))]
+            names = [n for n in modules if n and n not in fused and (n in weights or _is_target(n, saved))]
         except InputError as error:
             raise CorruptError(f"adapter_config.json: {error}") from error
-    if not names:
+    if not names and saved.target_modules:
         targets = shorten(json.dumps(saved.target_modules))
         raise MisfitError(f"adapter_config.json: target_modules: the model has none of {targets}.")
+    parameters = getattr(saved, "target_parameters", None) or []
+    for end in parameters:
+        if not any(ends_with(name, end) for name in fused) and not any(ends_with(f"{n}{WEIGHT}", end) for n in weights):
+            where = f"adapter_config.json: target_parameters: '{shorten(end)}'"
+            if any(ends_with(name, end) for name, _ in model.named_parameters()):
+                raise InputError(f"{where} is not the experts of a mixture, which is not supported: {MERGE}.")
+            raise MisfitError(f"{where}: the model has no such experts.")
     for name in names:
         if quantizer_of(modules[name]) is None:
             what = type(modules[name]).__name__
@@ -181,23 +201,17 @@ def saved_targets(model: nn.Module, saved: SavedLowRankConfig) -> list[str]:
                 f"adapter_config.json: target_modules: '{name}' is not a linear module ({what}), "
                 f"which is not supported: {MERGE}."
             )
-    return names
+    return names + [name for name in fused if any(ends_with(name, end) for end in parameters)]
 
 
 def _target_weights(modules: Mapping[str, nn.Module], saved: SavedLowRankConfig) -> list[str]:
-    """Return the names of the linears whose weights are among the `target_parameters`.
-
-    Raises:
-        InputError: one is another parameter, such as of fused experts.
-    """
-    found = []
-    for parameter in saved.target_parameters or ():
-        names = [name for name in modules if ends_with(f"{name}{WEIGHT}", parameter) and quantizer_of(modules[name])]
-        if not names:
-            text = f"adapter_config.json: target_parameters: '{shorten(parameter)}' is not the weight of a linear"
-            raise InputError(f"{text}, which is not supported: {MERGE}.")
-        found += names
-    return found
+    """Return the names of the linears whose weights are among the `target_parameters`; see `peft_conversion`."""
+    ends = [end for end in getattr(saved, "target_parameters", None) or () if end.endswith(WEIGHT)]
+    return [
+        name
+        for name, module in modules.items()
+        if any(ends_with(f"{name}{WEIGHT}", end) for end in ends) and quantizer_of(module) is not None
+    ]
 
 
 def check_continued(
@@ -237,13 +251,9 @@ def continued_selection(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("exclude_modules", "layers_pattern"):
         if config.get(key):
             raise InputError(f"adapter_config.json: '{key}' cannot be continued: {MERGE}.")
-    layers, targets = config.get("layers_to_transform"), config.get("target_modules")
-    if weights := config.get("target_parameters"):
-        if not isinstance(targets, list) or layers:
-            raise InputError(f"adapter_config.json: 'target_parameters' cannot be continued: {MERGE}.")
-        targets = [*targets, *(str(name).removesuffix(WEIGHT) for name in weights)]
+    layers = config.get("layers_to_transform")
     return {
-        "targets": targets,
+        "targets": _targets(config),
         "layers": [layers] if isinstance(layers, int) else layers or None,
         "modules_to_save": _named(config),
     }
@@ -260,8 +270,16 @@ def _named(config: Mapping[str, Any]) -> Any:
     return [name for name in dict.fromkeys(named) if name not in PEFT_HEADS]
 
 
+def _targets(config: Mapping[str, Any]) -> Any:
+    modules, parameters = config.get("target_modules"), config.get("target_parameters")
+    if parameters and isinstance(modules, str):
+        text = f"'target_modules: {shorten(modules)}' beside target_parameters cannot be continued"
+        raise InputError(f"adapter_config.json: {text}: {MERGE}.")
+    return [*(modules or []), *(str(name).removesuffix(WEIGHT) for name in parameters)] if parameters else modules
+
+
 def _is_target(name: str, saved: SavedLowRankConfig) -> bool:
-    out, targets, layers = saved.exclude_modules or [], saved.target_modules, saved.layers_to_transform
+    out, targets, layers = saved.exclude_modules or [], saved.target_modules or [], saved.layers_to_transform
     if matches(out, name) if isinstance(out, str) else any(ends_with(name, end) for end in out):
         return False
     if any(f".{whole}." in f".{name}." for whole in saved.modules_to_save or []):

@@ -23,11 +23,12 @@ from budwood.model.checks import (
     size,
     skeleton,
 )
-from budwood.model.experts import count_experts
+from budwood.model.experts import count_experts, open_experts, packed_as_read
 from budwood.model.heads import name_body
 from budwood.model.machine import pick_device_precision
 from budwood.model.ops.rms_norm import save_memory_in_norms
 from budwood.model.quantizers import claim, is_quantized, linear_shape, quantizer_of
+from budwood.model.quantizers.experts import quantized_experts
 from budwood.model.quiet import import_bitsandbytes, silence_libraries
 from budwood.model.streaming import slices, trim_heap
 from budwood.untrusted.formats import TensorInfo, read_json
@@ -150,8 +151,7 @@ def load_base(
     frame = build_skeleton(name, config, auto_class, trust_remote_code)
     _check_size(name, frame, tensors.values())
     quantizer = find_quantizer(info.quantization)
-    if not quantizer.takes_fused_experts:
-        check_fused(name, frame, info.quantization)
+    check_fused(name, frame, quantizer)
     heads = heads_of(frame)
     plan = None
     if info.prequantized:
@@ -161,7 +161,8 @@ def load_base(
         with attribute_errors(quantizer, "config"):
             plan = quantizer.config(dtype, double_quantization, heads)
     views = info.quantization == "none" and {entry.dtype for entry in tensors.values()} == {STORED[str(dtype)]}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with forked, packed_as_read(frame, quantizer, double_quantization):
         torch.manual_seed(seed)
         try:
             from_files = info.prequantized and quantizer.needs_files
@@ -195,6 +196,7 @@ def load_base(
         quantizer.after_load(loaded, heads)
     claim(loaded, quantizer)
     new = _check_complete(name, loaded, frame, report)
+    open_experts(loaded)
     new = tuple(key for key in new if not set(key.split(".")) & set(unused))
     loaded.requires_grad_(False)
     loaded.eval()
@@ -310,6 +312,7 @@ def sizes_of(model: nn.Module, dtype: torch.dtype) -> tuple[int, int, float, int
         quantizer: Any = quantizer_of(module)
         quantized[id(quantizer.weight(module))] = math.prod(quantizer.shape(module))
         tensors += [quantizer.weight(module), *quantizer.constants(module)]
+    quantized |= {id(module): module.numel for module in quantized_experts(model)}
     count = sum((elements | quantized).values())
     tensors = [part for tensor in tensors for part in _parts(tensor)]
     stored = {(t.untyped_storage()._cdata, t.storage_offset()): t.nbytes for t in tensors}  # tables may be shared

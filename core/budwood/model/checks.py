@@ -124,7 +124,7 @@ def check_base(
         with attribute_errors(quantizer, "check"):
             quantizer.check(str(device))
     if not quantizer.takes_fused_experts and _has_experts(config):
-        check_fused(str(model), skeleton(path, "AutoModel", trust_remote_code), name)
+        check_fused(str(model), skeleton(path, "AutoModel", trust_remote_code), quantizer)
     return BaseInfo(str(model), path, config, name, stored is not None)
 
 
@@ -238,19 +238,28 @@ def _has_experts(config: dict[str, Any]) -> bool:
     )
 
 
-def check_fused(name: str, model: nn.Module, quantization: str) -> None:
+def check_fused(name: str, model: nn.Module, quantizer: Quantizer) -> None:
     """Refuse a base if its quantiser would leave a large part of its weights in 16 bit.
 
+    Args:
+        model: its modules, with opened experts.
+
     Raises:
-        InputError: fused tensors hold more than `FUSED_SHARE` of the weights.
+        InputError: fused tensors that it does not take hold more than `FUSED_SHARE` of the weights.
     """
-    fused = {key: p.numel() for key, p in model.named_parameters() if p.ndim > 2}
+    from budwood.model.quantizers.experts import ExpertLinear
+
+    if quantizer.takes_fused_experts:
+        return
+    packs = type(quantizer).pack_experts is not Quantizer.pack_experts
+    taken = {id(p) for m in model.modules() if packs and isinstance(m, ExpertLinear) for p in m.parameters()}
+    fused = {key: p.numel() for key, p in model.named_parameters() if p.ndim > 2 and id(p) not in taken}
     total = sum(p.numel() for p in model.parameters())
     if sum(fused.values()) > FUSED_SHARE * total:
         largest = max(fused, key=lambda key: fused[key])
         raise InputError(
             f"base '{name}': {len(fused)} fused tensors such as '{largest}' hold "
-            f"{size(2 * sum(fused.values()))} of {size(2 * total)} in 16 bit, and {quantization} cannot quantise them: "
+            f"{size(2 * sum(fused.values()))} of {size(2 * total)} in 16 bit, and {quantizer} cannot quantise them: "
             "use `quantization: none`, or a base without experts."
         )
 
@@ -295,6 +304,7 @@ def build_skeleton(name: str, config: PretrainedConfig, auto_class: str, trust_r
     import torch
     import transformers
 
+    from budwood.model.experts import open_experts
     from budwood.model.heads import name_body
 
     if auto_class == "AutoModelForCausalLM":
@@ -311,6 +321,7 @@ def build_skeleton(name: str, config: PretrainedConfig, auto_class: str, trust_r
             raise InputError(f"base '{name}': '{config.model_type}' has no {auto_class} in transformers.") from error
         raise CorruptError(f"base '{name}': no model can be built from config.json: {describe(error)}") from error
     name_body(model)
+    open_experts(model)
     return model
 
 

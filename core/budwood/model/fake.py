@@ -15,6 +15,7 @@ from budwood.contract.calls import attribute_errors
 from budwood.errors import first_line
 from budwood.model.checkpoint import read_config, read_tensors, resolve
 from budwood.model.checks import check_base, find_quantizer, load_tokenizer, skeleton
+from budwood.model.experts import count_experts, plan_experts
 from budwood.model.ops.rms_norm import save_memory_in_norms
 from budwood.model.quantizers import Quantizer, Unquantized, claim, is_quantized
 
@@ -93,6 +94,7 @@ def fake_base(
     quantizer, heads, notes = find_quantizer(info.quantization), heads_of(frame), ["fake"]
     with attribute_errors(quantizer, "planned"):
         made = _quantize(frame, quantizer, dtype, double_quantization, heads)
+        plan_experts(frame, quantizer, double_quantization)
     _fill(frame, dtype)
     if not made and not isinstance(quantizer, Unquantized):
         try:
@@ -107,6 +109,8 @@ def fake_base(
     frame.requires_grad_(False)
     frame.eval()
     save_memory_in_norms(frame)
+    if count_experts(frame).total:
+        notes.append("experts: planned with the same number of tokens for each")
     path = resolve(model, weights=False, code=trust_remote_code)
     device = torch.device("cpu")
     tokenizer: Any = load_tokenizer(path) if needs_tokenizer else None

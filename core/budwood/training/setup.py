@@ -43,6 +43,7 @@ from budwood.recipe.data import embeddings_wanted, read_task_base, recipe_skelet
 from budwood.recipe.schema import Recipe, build_composition, find_code, load_recipe
 from budwood.training.durability import changes
 from budwood.training.durability.resume import Resume
+from budwood.training.mixture import balance_load
 from budwood.training.output import MANIFEST, SKIPPED, make_output, read_manifest
 from budwood.training.packing_check import check_packing
 from budwood.training.parameters import NOTHING_TRAINS, torch_groups, trainable_groups
@@ -307,6 +308,7 @@ def build_engine(run: Run, hooks: Composition) -> Engine:
     """Register core's hooks for an adapted model, and cache the reference if a strategy asks for it."""
     engine = Engine(run, hooks)
     register_parts(hooks, engine)
+    balance_load(run, hooks)
     cache_reference(run)
     return engine
 
@@ -329,7 +331,9 @@ def _report_size(run: Run, report: Report) -> None:
     report.say(f"{names}: {trainable:,} trainable parameters ({trainable / total:.2%} of {total:,})")
     adapted = describe_adapter(run.model, RUN_ADAPTER)
     if experts.total:
-        adapted += f"{'; ' if adapted else ''}experts: {experts.trained:,} of {experts.total:,} adapted"
+        quantized = f"{experts.quantized:,} of {experts.total:,} in {run.base.quantization}"
+        quantized = f"{experts.total:,}, not quantised" if run.base.quantization == "none" else quantized
+        adapted += f"{'; ' if adapted else ''}experts: {quantized}, {experts.trained:,} adapted"
     if adapted:
         report.say(f"adapted: {adapted}")
     report.say(f"{run.steps} optimizer steps of {size}, at most {train.micro_tokens} tokens at once")

@@ -1,4 +1,4 @@
-"""Formats whose matrix products need kernels of one kind of GPU: their weights are dequantised as they are read."""
+"""Formats that transformers dequantises as it reads them, since their kernels need one kind of GPU."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from budwood_quantized.stored import Stored
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 
 class _Dequantized(Stored):
-    dequantizes = True
     method: str
 
     def reads(self, config: Mapping[str, Any]) -> bool:
@@ -23,16 +23,28 @@ class _Dequantized(Stored):
 
 
 class MXFP4(_Dequantized):
-    """Four bits with a shared exponent for 32 weights, as the experts of gpt-oss are stored (OCP MX)."""
+    """Four bits with a shared exponent for 32 weights, as the experts of gpt-oss are stored (OCP MX), kept exactly."""
 
     api = 2
     method = "mxfp4"
     stored_names = r"_blocks$"
+    takes_fused_experts = False
+
+    def pack_experts(self, weight: Tensor, double_quantization: bool) -> Any:
+        from budwood import MXFP4Experts
+
+        return MXFP4Experts.pack(weight)
+
+    def planned_experts(self, shape: tuple[int, int, int], double_quantization: bool) -> Any:
+        from budwood import MXFP4Experts
+
+        return MXFP4Experts.planned(shape)
 
 
 class FineGrainedFP8(_Dequantized):
     """fp8 with a scale for each block of a weight, as DeepSeek-V3 is stored."""
 
     api = 2
+    dequantizes = True
     method = "fp8"
     stored_names = r"\.weight_scale(_inv)?$"

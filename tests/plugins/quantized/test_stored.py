@@ -17,7 +17,7 @@ from tests.conftest import make_tokenizer
 from tests.core.conftest import write_rows
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 
-from budwood import AdapterPool, InputError, ResourceError, load_base
+from budwood import AdapterPool, InputError, MXFP4Experts, ResourceError, load_base
 from budwood.model.base import check_base
 from budwood.model.quantizers import is_quantized, quantizer_of
 from budwood.recipe.schema import Recipe
@@ -146,7 +146,7 @@ def test_fine_grained_fp8_is_dequantised_as_it_is_read_and_says_so(tiny_base: Pa
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_mxfp4_experts_are_dequantised_as_they_are_read(tmp_path: Path) -> None:
+def test_mxfp4_experts_stay_in_mxfp4_exactly(tmp_path: Path) -> None:
     sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16,
              "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
              "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
@@ -160,7 +160,7 @@ def test_mxfp4_experts_are_dequantised_as_they_are_read(tmp_path: Path) -> None:
         codes = torch.randint(16, (experts, outputs, inputs // 32, 32), generator=draw, dtype=torch.uint8)
         scales = torch.randint(120, 126, (experts, outputs, inputs // 32), generator=draw, dtype=torch.uint8)
         wide = levels[codes.int()] * torch.exp2(scales.float() - 127)[..., None]
-        values[name] = wide.view(experts, outputs, inputs).transpose(1, 2)
+        values[name] = wide.view(experts, outputs, inputs)
         tensors[f"{name}_blocks"] = codes[..., 0::2] | codes[..., 1::2] << 4
         tensors[f"{name}_scales"] = scales
     save_file({key: t.contiguous() for key, t in tensors.items()}, folder / "model.safetensors",
@@ -170,10 +170,13 @@ def test_mxfp4_experts_are_dequantised_as_they_are_read(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     base = load_base(folder, None, LM, torch.float32)
     assert base.quantization == "mxfp4"
-    own = base.model.state_dict()
+    assert "experts: 4 of 4 in mxfp4" in base.notes
     assert len(values) == 2
     for name, value in values.items():
-        torch.testing.assert_close(own[name].float(), value, atol=0, rtol=0)
+        experts: Any = base.model.get_submodule(name)
+        assert isinstance(experts, MXFP4Experts)
+        assert torch.equal(experts.dequantize(0, 4, torch.float32), value)
+    assert base.model(input_ids=IDS, use_cache=False).logits.isfinite().all()
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from budwood.model.quantizers.experts import ExpertLinear
+
 
 class Quantizer(Plugin):
     """Base class of quantisers. A subclass declares `api = 2`.
@@ -28,7 +30,8 @@ class Quantizer(Plugin):
     name: str
     """Name of the entry point, used in recipes; set by the registry."""
     takes_fused_experts: bool = True
-    """False: fused expert tensors (three-dimensional) would stay in 16 bit, so such a base is refused."""
+    """False: fused expert tensors (three-dimensional) that `pack_experts` does not take would stay in 16 bit, so such a
+    base is refused."""
     dequantizes: bool = False
     """True: a stored checkpoint is dequantised as it is read: its linears are `nn.Linear` in the compute dtype."""
     needs_files: bool = False
@@ -94,6 +97,19 @@ class Quantizer(Plugin):
             dtype: compute dtype of the base.
             double_quantization: as for `config`.
         """
+        return None
+
+    def pack_experts(self, weight: Tensor, double_quantization: bool) -> ExpertLinear | None:
+        """Return the linears of all experts of a mixture, quantised expert by expert; None: they stay as they are.
+
+        Args:
+            weight: [E, out, in], on the device of the base, as one checkpoint tensor after the other is read.
+            double_quantization: as for `config`.
+        """
+        return None
+
+    def planned_experts(self, shape: tuple[int, int, int], double_quantization: bool) -> ExpertLinear | None:
+        """Return what `pack_experts` returns for a weight [E, out, in], with fake tensors; for plans of memory."""
         return None
 
     def is_linear(self, module: nn.Module) -> bool:

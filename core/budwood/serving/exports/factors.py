@@ -77,6 +77,8 @@ def factors_of(saved: SavedAdapter, program: str, *, alone: bool = True) -> Fact
     remedy = "convert it with --as lora --rank R, or merge it: --for merged"
     if saved.config.get("use_dora"):
         raise InputError(f"{saved.directory}: it is DoRA (use_dora), which {program} cannot: {remedy}")
+    if saved.config.get("target_parameters"):
+        raise InputError(f"{saved.directory}: it adapts experts (target_parameters), which {program} cannot: {MERGED}")
     config, tensors = saved.config, saved.load_tensors()
     if config.get("peft_type") != "LORA":
         result = converted(saved, tensors, "lora")
