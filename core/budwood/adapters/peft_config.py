@@ -189,7 +189,7 @@ def saved_targets(model: nn.Module, saved: SavedLowRankConfig) -> list[str]:
         raise MisfitError(f"adapter_config.json: target_modules: the model has none of {targets}.")
     parameters = getattr(saved, "target_parameters", None) or []
     for end in parameters:
-        if not any(ends_with(name, end) for name in fused) and not any(ends_with(f"{n}{WEIGHT}", end) for n in weights):
+        if not any(ends_with(name, end) for name in (*fused, *(f"{linear}{WEIGHT}" for linear in weights))):
             where = f"adapter_config.json: target_parameters: '{shorten(end)}'"
             if any(ends_with(name, end) for name, _ in model.named_parameters()):
                 raise InputError(f"{where} is not the experts of a mixture, which is not supported: {MERGE}.")
