@@ -37,8 +37,9 @@ linears trained. All of the following hold, in fp32:
 
 *Packed* says whether several examples share a row without padding; Budwood checks at the start of every run that packed
 examples do not see each other, and pads where they would. *Experts* counts the fused experts of a mixture, which are
-left as they are here; tests/core/adapters/test_expert_adapters.py compares adapters on experts with stock PEFT. The linears that a model does not call, but whose weight it
-reads, as Mamba's kernels do, are left out by `targets: all-linear` and refused by name.
+left as they are here; tests/core/adapters/test_expert_adapters.py compares adapters on experts with stock PEFT. The
+linears that a model does not call, but whose weight it reads, as Mamba's kernels do, are left out by
+`targets: all-linear` and refused by name.
 """
 
 

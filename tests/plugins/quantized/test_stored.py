@@ -33,6 +33,10 @@ IDS = torch.tensor([[1, 40, 50, 60, 70, 99, 7]])
 GROUP = 32
 
 
+class Killed(BaseException):
+    """The process ends."""
+
+
 def torchao(base: Path, folder: Path, kind: str) -> Path:
     """Quantise a base with torchao and save it: kind is int8, fp8 or intx4."""
     quantization = pytest.importorskip("torchao.quantization")
@@ -302,11 +306,11 @@ def test_an_adapter_trains_on_it_is_verified_swaps_and_resumes(
 
     def die(run: Any) -> None:
         if run.step == 4:
-            raise KeyboardInterrupt
+            raise Killed
         original(run)
 
     recipe = recipe_of(folder, method, tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(loop, "sum_gradients", die)
         tune(recipe, quiet=True, overwrite=True)
     tune(recipe, quiet=True, resume=True)
