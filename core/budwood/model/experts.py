@@ -107,6 +107,12 @@ class RoutedExperts(nn.Module):
             y = own.post_expert_norm(y)
         return combine(y, top_k_weights.reshape(routing.shape), routing).to(hidden_states.dtype).view_as(hidden_states)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for name, part in self.named_children():
+            if isinstance(part, DenseExperts) and prefix + name in state_dict:
+                state_dict[f"{prefix}{name}.weight"] = state_dict.pop(prefix + name)  # which its own call then finds
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 def experts_in(module: Any) -> int:
     """Return the number of experts of an opened module."""

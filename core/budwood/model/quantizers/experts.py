@@ -76,13 +76,6 @@ class DenseExperts(ExpertLinear):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[prefix[:-1] or "weight"] = self.weight if keep_vars else self.weight.detach()
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        name = prefix[:-1] or "weight"
-        state = {f"{prefix}weight" if key == name else key: value for key, value in state_dict.items()}
-        unexpected = args[3]
-        super()._load_from_state_dict(state, prefix, *args)
-        unexpected[:] = [key for key in unexpected if key != name]
-
 
 class FourBitExperts(ExpertLinear):
     """Experts in bitsandbytes' 4-bit formats, each quantised by itself as one linear would be.
