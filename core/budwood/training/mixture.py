@@ -70,7 +70,7 @@ def _routers(model: Any) -> list[nn.Module]:
     for module in model.modules():
         entry = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
         for one in entry if isinstance(entry, list | tuple) else [entry] if entry is not None else []:
-            kind = getattr(one, "target_class", one)
+            kind: Any = getattr(one, "target_class", one)
             found += [part for part in module.modules() if isinstance(part, kind) and part not in found]
     return found
 
