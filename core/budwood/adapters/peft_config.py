@@ -227,7 +227,7 @@ def check_continued(
     Raises:
         InputError: the first module that only one of the two has.
     """
-    whole_saved = saved_whole_modules(model, saved, tensors)
+    whole_saved, fused = saved_whole_modules(model, saved, tensors), set(expert_modules(model))
     for option, ours, theirs in (
         ("targets and layers", targets, saved_targets(model, saved)),
         ("modules_to_save", whole, whole_saved),
@@ -235,6 +235,8 @@ def check_continued(
         for name in sorted(set(ours) ^ set(theirs)):
             if theirs is whole_saved and name.endswith(PEFT_HEADS) and name in theirs:
                 continue  # see PEFT_HEADS; `pre_classifier` ends like it
+            if theirs is not whole_saved and name in fused and _is_target(name, saved):
+                continue  # its target_modules end like this name, but PEFT's select no experts
             verb = "select" if name in ours else "leave out"
             other = "does not have" if name in ours else "has"
             raise InputError(
