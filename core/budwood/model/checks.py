@@ -108,16 +108,21 @@ def check_base(
     _check_layers(path, config, len(tensors))
     _check_architecture(str(model), config, trust_remote_code)
     stored = _stored_quantization(str(model), config, requested)
+    name = stored or quantization or "none"
+    quantizer = find_quantizer(name)
+    if stored is not None:
+        with attribute_errors(quantizer, "check_stored"):
+            quantizer.check_stored(config["quantization_config"], None if device is None else str(device))
+    elif quantizer.stored_only:
+        raise InputError(
+            f"base '{model}' is not quantised, and {name} only reads bases that are: write `quantization: nf4`, or "
+            f"take a base in {name}."
+        )
     if stored is not None and quantization not in (None, stored):
         raise InputError(
             f"base '{model}' is already quantised, with {stored}: write `quantization: {stored}`, "
             f"or give the unquantised base for {quantization}."
         )
-    name = stored or quantization or "none"
-    quantizer = requested or find_quantizer(name)
-    if stored is not None:
-        with attribute_errors(quantizer, "check_stored"):
-            quantizer.check_stored(config["quantization_config"], None if device is None else str(device))
     if tensors:
         _check_stored_names(path, tensors, quantizer.stored_names if stored is not None else None)
     if device is not None:

@@ -40,6 +40,9 @@ class CompressedTensors(Stored):
         needs("compressed_tensors", "compressed-tensors", self.name)
 
     def stored_config(self, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        from budwood_quantized.packed import hide_progress
+
+        hide_progress()
         return {**config, "dequantize": False}
 
     def after_load(self, model: nn.Module, skip: list[str]) -> None:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 LARGEST_FIRST = ("weight_packed", "weight")
+
+
+def hide_progress() -> None:
+    """Hide the library's progress bars, which it draws for every base."""
+    from compressed_tensors.compressors.model_compressors import model_compressor
+    from compressed_tensors.quantization.lifecycle import apply
+    from tqdm import tqdm
+
+    for module in (model_compressor, apply):
+        module.__dict__["tqdm"] = partial(tqdm, disable=True)
 
 
 class PackedLinear(nn.Module):

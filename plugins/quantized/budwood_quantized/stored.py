@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Any
 
-from budwood import InputError, Quantizer, ResourceError
-
-if TYPE_CHECKING:
-    import torch
+from budwood import Quantizer, ResourceError
 
 
 class Stored(Quantizer):
-    """A quantiser that reads checkpoints and makes none: the base must be quantised already."""
+    """A quantiser that reads checkpoints and makes none."""
 
-    def config(self, dtype: torch.dtype, double_quantization: bool, skip: list[str]) -> Any:
-        raise InputError(
-            f"quantization: {self.name} reads bases that are quantised already, and this one is not: "
-            "use nf4, fp4 or int8, or take such a base."
-        )
+    stored_only = True
 
 
 def needs(module: str, package: str, name: str) -> None:

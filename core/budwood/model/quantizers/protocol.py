@@ -34,6 +34,8 @@ class Quantizer(Plugin):
     base is refused."""
     dequantizes: bool = False
     """True: a stored checkpoint is dequantised as it is read: its linears are `nn.Linear` in the compute dtype."""
+    stored_only: bool = False
+    """True: reads checkpoints that are quantised already, and quantises none."""
     needs_files: bool = False
     """True: a stored checkpoint loads from its files, since its library reads more of them than tensors."""
     stored_names: str = ""
