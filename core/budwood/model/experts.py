@@ -47,6 +47,8 @@ def count_experts(model: nn.Module) -> Experts:
     """Count the fused experts of a model, which may have adapters."""
     total = quantized = trained = 0
     for path, experts, is_quantized in _fused(model):
+        if ".modules_to_save." in path:
+            continue  # an adapter's copy
         total += experts
         quantized += experts if is_quantized else 0
         outer = path.split(".base_layer")[0].split(".original_module")[0]  # the PEFT layer around it, if any

@@ -15,6 +15,7 @@ from budwood.adapters.live_table import LiveTable, Plan
 from budwood.adapters.store import read_adapter
 from budwood.errors import InputError
 from budwood.lowrank import experts_of, remove_adapter, select_adapters
+from budwood.model.experts import Experts, count_experts
 from budwood.serving.merge import merge as merge_folder
 from budwood.serving.verify import open_pool, verify
 from budwood.training.loop import tune
@@ -153,9 +154,24 @@ def test_adalora_ranks_experts_by_themselves(tmp_path, make_recipe, said):
 def test_bad_targets_are_named(tmp_path, tiny_base, make_recipe):
     make_family("Mixtral", tmp_path / "base")
     base = {"model": str(tmp_path / "base")}
+    nf4 = {"lora": {"modules_to_save": ["experts"]}}
+    with pytest.raises(InputError, match="modules_to_save: '.*experts' holds quantised experts.*quantization: none"):
+        tune(make_recipe("whole", base={**base, "quantization": "nf4"}, strategies=[nf4]))
     for strategies, model, message in (
         ([{"lora": {"targets": ["gate_up_proj"]}}], str(tiny_base), "no linear module is called 'gate_up_proj'"),
         ([{"ia3": {"targets": ["gate_up_proj"]}}], base["model"], "ia3.*'gate_up_proj' stands for the experts .*lora"),
     ):
         with pytest.raises(InputError, match=message):
             tune(make_recipe(base={"model": model}, strategies=strategies))
+
+
+def test_experts_that_train_whole_open_in_stock_peft(tmp_path, make_recipe):
+    make_family("Mixtral", tmp_path / "base")
+    options = {"targets": ["q_proj"], "modules_to_save": ["experts"]}
+    recipe = make_recipe(base={"model": str(tmp_path / "base")}, strategies=[{"lora": options}], train={"steps": 2})
+    run = tune(recipe)
+    assert count_experts(run.model) == Experts(8, 0, 8)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    stock = PeftModel.from_pretrained(plain, run.directory / "adapter").eval()
+    with torch.no_grad():
+        assert (stock(IDS).logits - run.model.eval()(IDS).logits).abs().max() < 1e-5

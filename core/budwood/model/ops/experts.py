@@ -211,10 +211,14 @@ class GroupedLinear(torch.autograd.Function):
 
 def _base_product(rows: Tensor, base: ExpertLinear, routing: Routing, backward: bool) -> Tensor:
     """Return rows W_eᵀ, or rows W_e in the backward, from a few dequantised experts at a time."""
+    parts = list(_parts(base, routing, rows))
+    if len(parts) == 1 and base.experts > 1:
+        weight = base.dequantize(0, base.experts, rows.dtype)
+        return _grouped_mm(rows, weight if backward else weight.transpose(1, 2), routing.offsets)
     width = base.in_features if backward else base.out_features
     y = rows.new_empty(len(rows), width)
     first = 0
-    for start, stop in _parts(base, routing, rows):
+    for start, stop in parts:
         last = first + sum(routing.counts[start:stop])
         if last > first:
             weight = base.dequantize(start, stop, rows.dtype)
@@ -279,9 +283,11 @@ def _grouped_mm(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
 def _even_product(left: Tensor, right: Tensor, experts: int) -> Tensor:
     """Return a fake product of the right shape and cost, with as many rows for each expert."""
     if right.ndim == 3:  # [S, k] @ [E, k, m]
-        share, rest = divmod(len(left), experts)
-        y = torch.bmm(left[: experts * share].view(experts, share, -1), right).view(experts * share, -1)
-        return torch.cat([y, y.new_empty(rest, y.shape[1])]) if rest else y
+        share, width = len(left) // experts, right.shape[2]
+        y = left.new_empty(len(left), width)
+        even = experts * share
+        torch.bmm(left[:even].view(experts, share, -1), right, out=y[:even].view(experts, share, width))
+        return y
     share = len(right) // experts  # [k, S] @ [S, m]
     parts = [part[: experts * share].view(experts, share, -1) for part in (left.t(), right)]
     return torch.bmm(parts[0].transpose(1, 2), parts[1])
