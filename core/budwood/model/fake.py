@@ -16,7 +16,9 @@ from budwood.errors import first_line
 from budwood.model.checkpoint import read_config, read_tensors, resolve
 from budwood.model.checks import check_base, find_quantizer, load_tokenizer, skeleton
 from budwood.model.experts import count_experts, plan_experts
+from budwood.model.ops.gated import fuse_mlps
 from budwood.model.ops.rms_norm import save_memory_in_norms
+from budwood.model.ops.rotary import fuse_rotations
 from budwood.model.quantizers import Quantizer, Unquantized, claim, is_quantized
 
 if TYPE_CHECKING:
@@ -109,6 +111,8 @@ def fake_base(
     frame.requires_grad_(False)
     frame.eval()
     save_memory_in_norms(frame)
+    fuse_mlps(frame)
+    fuse_rotations(frame)
     if count_experts(frame).total:
         notes.append("experts: planned with the same number of tokens for each")
     path = resolve(model, weights=False, code=trust_remote_code)
