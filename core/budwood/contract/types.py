@@ -324,6 +324,7 @@ class Run:
     before: dict[str, float] = field(default_factory=dict)  # metrics of the evaluation before the first step
     metrics: dict[str, float] = field(default_factory=dict)  # latest value of every logged metric
     logged: dict[str, Any] = field(default_factory=dict)  # passed to `log` in the current optimizer step
+    answers: list[dict[str, str]] = field(default_factory=list)  # prompt, answer, reference: some of an evaluation's
     say: Callable[[str], None] = print  # shows one line to the user
     start: list[Tensor] = field(default_factory=list)  # initial values, in the order of `trainable`
     start_adapter: SavedAdapter | None = None  # the adapter that the recipe continues; set before the base is loaded
