@@ -75,9 +75,12 @@ _EXPORTS = {
     **dict.fromkeys(("DataFormat", "Dropped"), "budwood.data.formats"),
     **dict.fromkeys(("collate_rows", "collate_tokens"), "budwood.data.packing"),
     **dict.fromkeys(("CausalLM", "SequenceClassification", "TextTask", "as_probe"), "budwood.model.text_tasks"),
+    "Classification": "budwood.model.classification",
+    "file_of": "budwood.data.rows",
     **dict.fromkeys(("is_causal", "takes_segments"), "budwood.model.encoders"),
     "pooled_logits": "budwood.model.heads",
     "EvalTotals": "budwood.model.evaluation",
+    "device_type": "budwood.model.device",
     "Task": "budwood.model.task",
     **dict.fromkeys(("PluginError", "installed"), "budwood.contract.discovery"),
     **dict.fromkeys(

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from budwood.adapters.peft_config import saved_pattern as saved_pattern
     from budwood.adapters.peft_config import saved_targets as saved_targets
     from budwood.adapters.peft_config import saved_whole_modules as saved_whole_modules
+    from budwood.adapters.peft_conversion import exact_targets as exact_targets
+    from budwood.adapters.peft_conversion import moved_targets as moved_targets
+    from budwood.adapters.peft_conversion import name_moved as name_moved
     from budwood.adapters.peft_layers import adapter_layers as adapter_layers
     from budwood.adapters.peft_layers import add_to_weight as add_to_weight
     from budwood.adapters.peft_layers import fan_in_fan_out as fan_in_fan_out
@@ -50,6 +53,7 @@ _EXPORTS = {
     "LowRankUpdate": "budwood.adapters.updates",
     "experts_of": "budwood.model.quantizers.experts",
     "live_low_rank": "budwood.adapters.live_parts",
+    **dict.fromkeys(("exact_targets", "moved_targets", "name_moved"), "budwood.adapters.peft_conversion"),
     **dict.fromkeys(("expert_norms", "file_paths", "split_targets", "stacked"), "budwood.adapters.expert_layers"),
     **dict.fromkeys(
         (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import regex
 from pydantic import AfterValidator, Field
@@ -21,6 +23,8 @@ if TYPE_CHECKING:  # option types are defined here too, and are checked before t
 
 SECONDS = 5.0
 """Time limit for matching a regular expression against one name."""
+WEIGHT_READ = re.compile(r"(?<!isinstance\()self\.(\w+)\.weight\b(?!\s*=|\[|\.(?:dtype|device|shape|size|data|to\b|_))")
+"""A child's weight in the code of a module, other than its dtype, its shape, a part of it, or an assignment."""
 LAYER_INDEX = re.compile(r"\.(\d+)\.")
 
 
@@ -107,6 +111,8 @@ def expert_modules(model: nn.Module) -> list[str]:
 def all_linear(model: nn.Module, experts: bool = False) -> list[str]:
     """Return the names of the linear modules of the model's body: without its heads, a pooler, and routers.
 
+    Those of which the model reads the weight itself are left out too; see `reads_weight`.
+
     Args:
         experts: with the projections of a mixture's experts.
     """
@@ -124,7 +130,29 @@ def all_linear(model: nn.Module, experts: bool = False) -> list[str]:
         and not routers & {name, name.rpartition(".")[0]}
         and (body is None or name.startswith(f"{prefix}."))
         and not {"score", "classifier", "pooler"} & set(name.split("."))
+        and not reads_weight(model, name)
     ]
+
+
+def reads_weight(model: nn.Module, name: str) -> bool:
+    """Return whether the code of a linear's parent takes its weight without calling it, as fused kernels do.
+
+    There, an adapter around the linear has no effect and gets no gradient. Mamba's `dt_proj` is one.
+    """
+    parent, _, child = name.rpartition(".")
+    cls: Any = type(model.get_submodule(parent))
+    return child in _weights_read(cls)
+
+
+@functools.cache
+def _weights_read(cls: type) -> frozenset[str]:
+    """Return the names of the children of which a module's code takes the whole weight."""
+    try:
+        lines = inspect.getsource(cls).splitlines()
+    except (OSError, TypeError):  # there is no file
+        return frozenset()
+    found = [match for line in lines if not line.lstrip().startswith("init.") for match in WEIGHT_READ.finditer(line)]
+    return frozenset(match[1] for match in found)
 
 
 def _mixtures(model: nn.Module) -> set[str]:
@@ -182,6 +210,12 @@ def match_targets(
         for layer in (layer for layer in layers if layer not in indices):
             raise InputError(f"layers: there is no layer {layer}; the model has {min(indices)} to {max(indices)}.")
         chosen = [n for n in chosen if (m := LAYER_INDEX.search(n)) and int(m.group(1)) in layers]
+    for name in chosen:
+        if reads_weight(model, name):
+            raise InputError(
+                f"targets: '{name}': the model reads this weight without calling the module, so an adapter around it "
+                "has no effect: leave it out."
+            )
     if not chosen:
         without = f", apart from what trains whole ({', '.join(whole)})" if whole else ""
         raise InputError(f"targets and layers together match no linear module{without}.")
@@ -211,15 +245,21 @@ def match_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Return the full names of the modules called `names`, or whose names end in one of these, component by component.
 
     Raises:
-        InputError: one matches no module, with the nearest name; or a module lies in another one.
+        InputError: one matches no module, with the nearest name; or a list of modules, or a module in another one.
     """
-    known = [name for name, _ in base_modules(model) if name]
+    from torch.nn import Module
+
+    modules = {name: module for name, module in base_modules(model) if name}
+    known = list(modules)
     found: list[str] = []
     for wanted in names:
         hits = [name for name in known if ends_with(name, wanted)]
         if not hits:
             last = sorted({name.rpartition(".")[2] for name in known if not name.rpartition(".")[2].isdigit()})
             raise InputError(f"modules_to_save: the model has no module '{wanted}'.{did_you_mean(wanted, last)}")
+        listed = next((name for name in hits if type(modules[name]).forward is Module.forward), None)
+        if listed is not None:
+            raise InputError(f"modules_to_save: '{listed}' is a list of modules: name those in it, such as {listed}.0.")
         found += [name for name in hits if name not in found]
     for inner in found:
         outer = next((name for name in found if inner.startswith(f"{name}.")), None)

@@ -19,7 +19,7 @@ from budwood.model.experts import count_experts, plan_experts
 from budwood.model.ops.gated import fuse_mlps
 from budwood.model.ops.rms_norm import save_memory_in_norms
 from budwood.model.ops.rotary import fuse_rotations
-from budwood.model.quantizers import Quantizer, Unquantized, claim
+from budwood.model.quantizers import Quantizer, Unquantized, claim, is_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,6 +104,10 @@ def fake_base(
         except Exception as error:  # an unknown quantiser's code, on tensors without values
             notes.append(f"quantiser {quantizer} cannot be planned ({first_line(error)}): its base counts unquantised")
     claim(frame, quantizer)
+    if len(notes) == 1 and quantizer.dequantizes:
+        notes.append(f"its {quantizer.name} weights are dequantised as they are read")
+    elif len(notes) == 1 and not isinstance(quantizer, Unquantized) and not any(map(is_quantized, frame.modules())):
+        notes.append(f"quantiser {quantizer} cannot be planned: its base counts unquantised")
     frame.requires_grad_(False)
     frame.eval()
     save_memory_in_norms(frame)

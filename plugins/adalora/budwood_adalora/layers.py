@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from peft.tuners.adalora import AdaLoraLayer
 from torch import Tensor, nn
 
-from budwood import Run, linear_shape
+from budwood import Run, device_type, linear_shape
 from budwood.lowrank import LowRankUpdate, check_replaced, experts_of, register_adapter, wrap_tokens, wrap_whole
 from budwood_adalora.options import TYPE
 
@@ -106,7 +106,7 @@ def padded(a: Tensor, b: Tensor, width: int) -> tuple[Tensor, Tensor]:
     while a few rows of zeros cost next to nothing. Ranks therefore share a few widths.
     """
     fill = min(width, -len(a) // WIDTH_STEP * -WIDTH_STEP) - len(a)
-    if a.device.type == "cpu" and fill:
+    if device_type(a) == "cpu" and fill:
         return F.pad(a, (0, 0, 0, fill)), F.pad(b, (0, fill))
     return a, b
 

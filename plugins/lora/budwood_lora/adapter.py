@@ -26,6 +26,8 @@ from budwood.lowrank import (
     file_paths,
     fit_whole,
     merge_whole_parts,
+    moved_targets,
+    name_moved,
     new_tokens,
     parse_saved_config,
     remove_adapter,
@@ -54,6 +56,9 @@ def create(run: Run, model: nn.Module, options: LoRAOptions) -> LoraConfig:
         return continued
     whole = whole_modules(model, options.modules_to_save, run.task, run.base)
     targets, experts = split_targets(model, match_targets(model, options.targets, options.layers, whole, experts=True))
+    check_moved(model, targets, options)
+    if options.dropout and moved_targets(model, targets):
+        run.say("note: the adapter's file has lora_dropout: 0, since PEFT has none for some targets of this model")
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,  # type: ignore[arg-type]
@@ -77,6 +82,20 @@ def create(run: Run, model: nn.Module, options: LoRAOptions) -> LoraConfig:
     return config
 
 
+def check_moved(model: nn.Module, targets: list[str], options: LoRAOptions) -> None:
+    """Refuse options with which PEFT's file cannot name some targets; see `name_moved`.
+
+    Raises:
+        InputError: DoRA, or biases of these layers.
+    """
+    option = "dora" if options.dora else "bias" if options.bias == "lora_only" else ""
+    if option and (moved := moved_targets(model, targets)):
+        raise InputError(
+            f"{option}: PEFT would take '{moved[0]}' of this model for experts, and can only name its weight, without "
+            f"{option}: leave {option} out, or name other targets."
+        )
+
+
 def parameter_groups(model: nn.Module, options: LoRAOptions) -> list[ParameterGroup]:
     """Return A and B of the run's adapter, with separate learning rates, and what trains beside them."""
     down: dict[str, nn.Parameter] = {}
@@ -96,7 +115,8 @@ def parameter_groups(model: nn.Module, options: LoRAOptions) -> list[ParameterGr
 def write(model: nn.Module, config: LoraConfig, directory: Path) -> None:
     """Write the run's adapter in PEFT's format, whose layers for experts know no dropout."""
     saved = dataclasses.replace(config, inference_mode=True)
-    if config.target_parameters:
+    name_moved(model, saved)
+    if saved.target_parameters:
         saved.lora_dropout = 0.0
     saved.target_modules = sorted(saved.target_modules or ())  # PEFT makes it an unordered set
     saved.save_pretrained(str(directory))

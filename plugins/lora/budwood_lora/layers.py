@@ -19,6 +19,7 @@ from budwood.lowrank import (
     LowRankUpdate,
     adapter_layers,
     check_replaced,
+    exact_targets,
     expert_norms,
     experts_of,
     known_to_peft,
@@ -148,7 +149,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str) -> None:
         _wrap_unsupported(model, path, config)
     if config.target_modules:  # PEFT goes by the ends of names
         linears = replace(config, modules_to_save=None, trainable_token_indices=None, target_parameters=None)
-        inject_adapter_in_model(linears, model, name)
+        with exact_targets():
+            inject_adapter_in_model(linears, model, name)
     for path in experts:
         parent, _, leaf = path.rpartition(".")
         module: Any = model.get_submodule(path)
