@@ -16,10 +16,11 @@ from budwood.model.checkpoint import missing_weights
 from budwood.model.device import planned_device
 from budwood.planning.cost import Cost, cost_line, costs_of_step
 from budwood.planning.devices import CONTEXT, GIB, Device
-from budwood.planning.passes import rehearse_passes
+from budwood.planning.passes import Passes, rehearse_passes
 from budwood.planning.rehearsal import ADAPTERS, BASE, GRADIENTS, OPTIMIZER, QUANTIZED, Micro, Rehearsal, rehearse
+from budwood.planning.sizes import choose
 from budwood.planning.synthetic import synthetic
-from budwood.planning.trace import KEPT, ROUNDING, TEMPORARY, Peak
+from budwood.planning.trace import KEPT, ROUNDING, TEMPORARY, Operation, Peak
 from budwood.recipe.schema import Recipe
 
 QUICK = 8.0
@@ -42,6 +43,7 @@ class Estimate:
         tokens: of an optimizer step.
         micro_batches: of an optimizer step.
         largest_micro: tokens of the largest micro-batch.
+        micro_tokens: the limit on micro-batches, as the recipe gives it, or as it was chosen.
         steps: optimizer steps of the run; None: unknown without data.
         seconds: of the run, at best and at worst; None: unknown.
         disk, download: bytes.
@@ -75,6 +77,7 @@ class Estimate:
     evaluations: int = 0
     evaluation: tuple[float, float] | None = None
     generation: tuple[float, float] | None = None
+    micro_tokens: int = 0
 
     @property
     def needed(self) -> int:
@@ -110,6 +113,7 @@ class Estimate:
             "step": {
                 "flops": self.flops, "bytes": self.moved, "operations": self.operations, "tokens": self.tokens,
                 "micro_batches": self.micro_batches, "largest_micro_batch": self.largest_micro,
+                "micro_tokens": self.micro_tokens,
             },
             "time": {
                 "seconds": _listed(self.seconds), "training_seconds": _listed(training),
@@ -135,7 +139,7 @@ class Estimate:
             _pair(run_time["seconds"]), disk["bytes"],
             disk["download_bytes"], values["host"]["peak_bytes"], values["planned_in_seconds"],
             values["notes"], values["host"]["loading_bytes"], run_time["evaluations"],
-            _pair(run_time["evaluation_seconds"]), _pair(run_time["generation_seconds"]),
+            _pair(run_time["evaluation_seconds"]), _pair(run_time["generation_seconds"]), step["micro_tokens"],
         )  # fmt: skip
 
 
@@ -183,24 +187,80 @@ def _estimate(rehearsal: Rehearsal, device: Device, without_data: bool, notes: l
     micros = [micro for step in rehearsal.steps for micro in step]
     if not micros:
         raise InputError("the data has no example to plan a step with.")
-    largest = max(micros, key=lambda micro: (micro.cells, micro.labels))
+    steps = None if without_data and run.recipe.train.steps is None else run.steps
+    if run.recipe.train.micro_tokens is None:
+        memory = choose(rehearsal, device.kind, device.memory, lambda: _measure(rehearsal, device, steps))
+        micros = [micro for step in rehearsal.steps for micro in step]
+    else:
+        memory = _measure(rehearsal, device, steps)
+    largest, end, passes = memory.largest, memory.end, memory.passes
+    points = [(largest.cells * memory.times, passes)]
+    middle = sorted(micros, key=lambda micro: micro.cells)[len(micros) // 2]
+    if memory.seconds < QUICK and middle.cells < 0.9 * largest.cells and memory.times == 1:
+        rehearsal.take_step([middle])
+        points.append((middle.cells, costs_of_step(trace.operations, device)[1]))
+    mean, at = Cost(), cost_line(points, memory.operations, device)
+    for step in rehearsal.steps:
+        for micro in step:
+            mean = mean.plus(at(micro.cells), 1 / len(rehearsal.steps))
+        mean = mean.plus(end, 1 / len(rehearsal.steps))
+    train = sum(p.numel() * p.element_size() for p in run.trainable)
+    others = memory.others
+    known = bool(device.rates and device.bandwidth) and steps is not None
+    cost = mean.times(steps or 0).plus(others.evaluation).plus(others.generation)
+    return Estimate(
+        device, memory.allocated, dict(sorted(memory.parts.items(), key=lambda item: -item[1])), memory.where,
+        memory.temporary, memory.cache, mean.flops, mean.moved, mean.operations,
+        float(np.mean([sum(m.tokens for m in s) for s in rehearsal.steps])),
+        float(np.mean([len(step) for step in rehearsal.steps])), largest.tokens, steps,
+        cost.seconds if known else None, _disk(run, train), _download(rehearsal), memory.host, 0.0, notes,
+        memory.loading, others.evaluations, others.evaluation.seconds if known else None,
+        others.generation.seconds if known else None, run.micro_tokens,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The memory of a run, and the cost of a step of its largest micro-batch; see `Estimate`."""
+
+    largest: Micro
+    times: int
+    """How often the micro-batch was in the step."""
+    end: Cost
+    passes: Cost
+    operations: list[Operation]
+    seconds: float
+    others: Passes
+    allocated: int
+    parts: dict[str, int]
+    where: str
+    temporary: tuple[int, str]
+    cache: int
+    host: int
+    loading: int
+    needed: int
+
+    @property
+    def work(self) -> int:
+        return self.parts.get(KEPT, 0) + self.parts.get(TEMPORARY, 0) + self.parts.get("KV cache", 0)
+
+    @property
+    def tokens(self) -> int:
+        return self.largest.tokens
+
+
+def _measure(rehearsal: Rehearsal, device: Device, steps: int | None) -> _Measured:
+    """Rehearse a step of the largest micro-batch, and what a run does beside its steps."""
+    run, trace = rehearsal.run, rehearsal.trace
+    largest = max((m for step in rehearsal.steps for m in step), key=lambda micro: (micro.cells, micro.labels))
     several = any(len(step) > 1 for step in rehearsal.steps)
     twice = several and rehearsal.engine.step_terms.active  # its first passes exist only with several micro-batches
     began = time.perf_counter()
     start = rehearsal.take_step([largest, largest] if twice else [largest], later=several)
     peak = trace.peak(start)
-    end, passes = costs_of_step(trace.operations, device)
-    points = [(largest.cells * (2 if twice else 1), passes)]
-    middle = sorted(micros, key=lambda micro: micro.cells)[len(micros) // 2]
-    if time.perf_counter() - began < QUICK and middle.cells < 0.9 * largest.cells and not twice:
-        rehearsal.take_step([middle])
-        points.append((middle.cells, costs_of_step(trace.operations, device)[1]))
-    mean, at = Cost(), cost_line(points, trace.operations, device)
-    for step in rehearsal.steps:
-        for micro in step:
-            mean = mean.plus(at(micro.cells), 1 / len(rehearsal.steps))
-        mean = mean.plus(end, 1 / len(rehearsal.steps))
-    steps = None if without_data and run.recipe.train.steps is None else run.steps
+    seconds = time.perf_counter() - began
+    operations = list(trace.operations)
+    end, passes = costs_of_step(operations, device)
     others = rehearse_passes(rehearsal, device, steps or 1)
     if others.peak is not None and others.peak.total > peak.total:
         peak = replace(others.peak, where=f"evaluation, {others.peak.where}")
@@ -221,14 +281,10 @@ def _estimate(rehearsal: Rehearsal, device: Device, without_data: bool, notes: l
     if device.kind == "cpu":
         loading += parts.get(BASE, 0) + parts.get(QUANTIZED, 0)
     host = max(loading, LIBRARIES + _snapshot(train, parts) + (allocated if device.kind == "cpu" else 0))
-    known = bool(device.rates and device.bandwidth) and steps is not None
-    cost = mean.times(steps or 0).plus(others.evaluation).plus(others.generation)
-    return Estimate(
-        device, allocated, dict(sorted(parts.items(), key=lambda item: -item[1])), where, peak.largest, cache,
-        mean.flops, mean.moved, mean.operations, float(np.mean([sum(m.tokens for m in s) for s in rehearsal.steps])),
-        float(np.mean([len(step) for step in rehearsal.steps])), largest.tokens, steps,
-        cost.seconds if known else None, _disk(run, train), _download(rehearsal), host, 0.0, notes, loading,
-        others.evaluations, others.evaluation.seconds if known else None, others.generation.seconds if known else None,
+    needed = host if device.kind == "cpu" else allocated
+    return _Measured(
+        largest, 2 if twice else 1, end, passes, operations, seconds, others, allocated, parts, where, peak.largest,
+        cache, host, loading, needed,
     )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from budwood.model.evaluation import autocast, collate_for, label_logits
 from budwood.model.fake import fake_base, fake_tensors
 from budwood.model.ops import attention
 from budwood.model.quantizers import is_quantized, quantizer_of
+from budwood.model.quantizers.experts import quantized_experts
 from budwood.planning.trace import CUDA_BLOCK, Trace
 from budwood.recipe.data import embeddings_wanted, recipe_task
 from budwood.recipe.schema import Recipe, build_composition
@@ -81,6 +82,16 @@ class Rehearsal:
 
     def __post_init__(self) -> None:
         self.lengths, self.label_counts = sizes_of(self.run, self.examples)
+        self.split(self.run.micro_tokens)
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        """The group of each example; None: each is a group."""
+        return self.run.examples.groups if self.examples is self.run.examples else None
+
+    def split(self, micro_tokens: int) -> None:
+        """Split the steps into micro-batches of at most so many tokens."""
+        self.run.micro_tokens = self.run.eval_tokens = micro_tokens
         self.steps = _steps(self)
 
     def micro(self, members: Sequence[int]) -> Micro:
@@ -200,6 +211,7 @@ def _register(run: Run, trace: Trace) -> None:
             quantizer: Any = quantizer_of(module)
             tensors = [quantizer.weight(module), *quantizer.constants(module)]
             trace.part_of(QUANTIZED, tensors)
+    trace.part_of(QUANTIZED, [tensor for module in quantized_experts(run.model) for tensor in module.stored])
     trace.part_of(BASE, [*run.model.parameters(), *run.model.buffers()])
     trace.rest_is(STRATEGIES)
 
@@ -246,11 +258,10 @@ def micro_of(run: Run, lengths: np.ndarray, label_counts: np.ndarray, members: S
 def _steps(rehearsal: Rehearsal) -> list[list[Micro]]:
     """Split the first optimizer steps into micro-batches, as the run does."""
     run, lengths = rehearsal.run, rehearsal.lengths
+    drawn = [np.arange(len(rehearsal.examples))]
     if rehearsal.examples is run.examples:
-        groups, drawn = run.examples.groups, [indices for _, indices in islice(planned_steps(run), STEPS)]
-    else:
-        groups, drawn = None, [np.arange(len(rehearsal.examples))]
-    splits = (split_micro(indices, lengths, run.micro_tokens, run.packed, groups) for indices in drawn)
+        drawn = [indices for _, indices in islice(planned_steps(run), STEPS)]
+    splits = (split_micro(indices, lengths, run.micro_tokens, run.packed, rehearsal.groups) for indices in drawn)
     return [[rehearsal.micro(members) for members in split] for split in splits]
 
 

@@ -22,6 +22,8 @@ def show_estimate(result: Estimate, recipe: Any, console: Console) -> None:
     if result.kv_cache and "KV cache" not in result.parts:
         rows.append(("", f"generation of answers needs {gib(result.kv_cache)} of keys and values, outside of the step"))
     count = f"{step.micro_batches:.1f} micro-batches, the largest of {step.largest_micro:,} tokens"
+    if recipe.train.micro_tokens is None:
+        count += f" (train.micro_tokens: auto, {step.micro_tokens:,})"
     flops = f"{step.flops / 1e12:,.2f} TFLOP" if step.flops > 1e11 else f"{step.flops / 1e9:,.2f} GFLOP"
     work = f"{flops}, {step.moved / 1e9:,.1f} GB moved, {step.operations:,.0f} operations"
     rows.append(("step", f"{step.tokens:,.0f} tokens in {count}; {work}"))
@@ -58,10 +60,11 @@ def _time(result: Estimate) -> str:
 
 
 def _range(seconds: tuple[float, float]) -> str:
-    return f"{_span(seconds[0])} to {_span(seconds[1])}"
+    return f"{span(seconds[0])} to {span(seconds[1])}"
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
+    """Return a duration as an estimate is read: "12.3 s", "8 min", "2.4 h"."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
