@@ -85,6 +85,8 @@ class Generator:
     """Random numbers determined by a key: drawn on the CPU, so equal on every device and process."""
 
     def __init__(self, *key: object) -> None:
+        self.evaluates: bool = "eval" in key
+        """Whether it is keyed for an evaluation, in which nothing is augmented; see `Task.vary`."""
         digest = hashlib.sha256(repr(key).encode()).digest()
         self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -322,6 +324,7 @@ class Run:
     before: dict[str, float] = field(default_factory=dict)  # metrics of the evaluation before the first step
     metrics: dict[str, float] = field(default_factory=dict)  # latest value of every logged metric
     logged: dict[str, Any] = field(default_factory=dict)  # passed to `log` in the current optimizer step
+    answers: list[dict[str, str]] = field(default_factory=list)  # prompt, answer, reference: some of an evaluation's
     say: Callable[[str], None] = print  # shows one line to the user
     start: list[Tensor] = field(default_factory=list)  # initial values, in the order of `trainable`
     start_adapter: SavedAdapter | None = None  # the adapter that the recipe continues; set before the base is loaded

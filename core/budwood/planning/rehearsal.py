@@ -31,6 +31,7 @@ from budwood.model.evaluation import autocast, collate_for, label_logits
 from budwood.model.fake import fake_base, fake_tensors
 from budwood.model.ops import attention
 from budwood.model.quantizers import is_quantized, quantizer_of
+from budwood.model.quantizers.experts import quantized_experts
 from budwood.planning.trace import CUDA_BLOCK, Trace
 from budwood.recipe.data import embeddings_wanted, recipe_task
 from budwood.recipe.schema import Recipe, build_composition
@@ -210,6 +211,7 @@ def _register(run: Run, trace: Trace) -> None:
             quantizer: Any = quantizer_of(module)
             tensors = [quantizer.weight(module), *quantizer.constants(module)]
             trace.part_of(QUANTIZED, tensors)
+    trace.part_of(QUANTIZED, [tensor for module in quantized_experts(run.model) for tensor in module.stored])
     trace.part_of(BASE, [*run.model.parameters(), *run.model.buffers()])
     trace.rest_is(STRATEGIES)
 

@@ -24,10 +24,12 @@ from budwood.data.recognition import recognise_rows
 from budwood.data.sources import read_rows
 from budwood.errors import InputError
 from budwood.model.base import skeleton
+from budwood.model.checkpoint import resolve
 from budwood.model.limits import LENGTH, check_fits, default_length
 from budwood.model.ops import attention
 from budwood.model.task import Task
 from budwood.recipe.schema import default_recipe
+from budwood.serving.pool import read_base
 from budwood.serving.verify import base_name, open_pool
 from budwood.training.attacks import build_attacks, measure_attacked
 from budwood.training.objective import objective_metrics
@@ -110,6 +112,7 @@ def evaluate_adapter(
     task: Task = build_task(task_name, manifest.task_options if manifest else {})
     if chosen_attacks:
         data_format = recognise_rows(read_rows(source), task_name).name
+        read_base(task, resolve(name, weights=False))
         modules = skeleton(name, task.auto_class)
         for attack in chosen_attacks.values():
             with attribute_errors(attack, "check"):

@@ -35,7 +35,7 @@ from budwood.model.base import (
 from budwood.model.embeddings import resize_base
 from budwood.model.experts import count_experts
 from budwood.model.limits import default_length
-from budwood.model.ops import attention
+from budwood.model.ops import attention, kernels
 from budwood.model.streaming import keep_heap
 from budwood.model.task import Task
 from budwood.recipe.continued import read_start
@@ -44,6 +44,7 @@ from budwood.recipe.schema import Recipe, build_composition, find_code, load_rec
 from budwood.training.durability import changes
 from budwood.training.durability.resume import Resume
 from budwood.training.micro_tokens import settle, settle_as_before, shared_out, wanted
+from budwood.training.mixture import balance_load
 from budwood.training.output import MANIFEST, SKIPPED, make_output, read_manifest
 from budwood.training.packing_check import check_packing
 from budwood.training.parameters import torch_groups, trainable_groups
@@ -188,6 +189,8 @@ def _prepare(
     if device.type == "cpu":
         keep_heap()
     report.say(f"base {run.base.name}: " + "; ".join(run.base.notes))
+    for problem in kernels.prepare(device, run.dtype):
+        report.say(problem)
     if run.start_adapter is not None:
         check_start(run, run.start_adapter)
     run.model = run.base.model
@@ -313,6 +316,7 @@ def build_engine(run: Run, hooks: Composition) -> Engine:
     """Register core's hooks for an adapted model, and cache the reference if a strategy asks for it."""
     engine = Engine(run, hooks)
     register_parts(hooks, engine)
+    balance_load(run, hooks)
     cache_reference(run)
     return engine
 
@@ -335,7 +339,9 @@ def _report_size(run: Run, report: Report, chosen: bool) -> None:
     report.say(f"{names}: {trainable:,} trainable parameters ({trainable / total:.2%} of {total:,})")
     adapted = describe_adapter(run.model, RUN_ADAPTER)
     if experts.total:
-        adapted += f"{'; ' if adapted else ''}experts: {experts.trained:,} of {experts.total:,} adapted"
+        quantized = f"{experts.quantized:,} of {experts.total:,} in {run.base.quantization}"
+        quantized = f"{experts.total:,}, not quantised" if run.base.quantization == "none" else quantized
+        adapted += f"{'; ' if adapted else ''}experts: {quantized}, {experts.trained:,} adapted"
     if adapted:
         report.say(f"adapted: {adapted}")
     limit = f"at most {train.micro_tokens} tokens at once{' (train.micro_tokens: auto)' if chosen else ''}"
@@ -379,6 +385,7 @@ def write_manifest(run: Run, resume: Resume | None = None, chosen: Sequence[str]
             "bytes": run.base.bytes, "bytes_unquantized": run.base.bytes_unquantized,
         },
         "data": changes.data_setting(run),
+        "examples": {n: e.summary() for n, e in (("train", run.examples), ("eval", run.eval_examples)) if e},
         "adapter": run.start_adapter.hashes.model_dump() if run.start_adapter is not None else None,
         "task": run.task.name,
         "best_metric": {"name": run.best_metric.name, "higher": run.best_metric.higher} if run.best_metric else None,

@@ -77,6 +77,18 @@ def test_a_local_build_counts_as_the_tested_version(monkeypatch):
     assert not [finding for finding in doctor.check_versions() if finding.values.get("package") == "torch"]
 
 
+def test_a_torchvision_that_does_not_load_is_named(tmp_path, monkeypatch):
+    assert not list(doctor.check_torchvision()), "it is not needed"
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "torchvision.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")')
+    info = tmp_path / "torchvision-0.28.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n")
+    [finding] = doctor.check_torchvision()
+    assert finding.status == "problem" and "torchvision 0.28.0 does not load" in finding.text
+    assert "nms does not exist" in finding.text and "pip uninstall torchvision" in finding.remedy
+
+
 def test_writable_folders(tmp_path):
     findings = list(doctor.check_disk(tmp_path))
     assert statuses(findings) == ["ok", "ok"]

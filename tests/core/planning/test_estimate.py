@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.plan import RECIPES, build, make_bases, write_rows
+from tests.core.model.test_experts import make_family
 
 from budwood.contract.discovery import PluginError
 from budwood.errors import InputError, ResourceError
@@ -67,6 +68,18 @@ def test_the_peak_of_an_evaluation_is_that_of_a_real_one(case: Callable[..., Rec
         peak = rehearse_passes(rehearsal, CPU, 1).peak
     assert peak is not None and peak.parts["temporaries"] > peak.total / 2
     assert peak.total == pytest.approx(measured_evaluation_peak(recipe), rel=0.05)
+
+
+def test_the_peak_of_a_mixture_is_that_of_a_real_run(files: tuple[Path, dict[str, Path]], tmp_path: Path):
+    make_family("Mixtral", tmp_path / "base")
+    recipes = [
+        build(RECIPES["lora, fp4, dropout, gradient checkpointing"], tmp_path / "base", files[1], tmp_path / run)
+        for run in ("a", "b")
+    ]
+    planned = estimate(recipes[0], CPU)
+    assert "experts: planned with the same number of tokens for each" in planned.notes
+    assert planned.parts["base, quantised"] > 0
+    assert planned.peak == pytest.approx(measured_peak(recipes[1]), rel=0.12)
 
 
 def test_what_a_plan_says(case: Callable[..., Recipe]):

@@ -65,7 +65,9 @@ def data_setting(run: Run) -> dict[str, Any]:
     """Return the hashes of the run's data, and the rows that it holds out, if it does."""
     evaluated = run.eval_examples.sha256 if run.eval_examples else None
     held_out = {"held_out": run.held_out} if run.held_out else {}
-    return {"train": run.examples.sha256, "eval": evaluated, **held_out}
+    sets = {"train_files": run.examples, "eval_files": run.eval_examples}
+    files = {name: examples.files for name, examples in sets.items() if examples and examples.files}
+    return {"train": run.examples.sha256, "eval": evaluated, **held_out, **files}
 
 
 def adapted(run: Run) -> dict[str, Any]:
