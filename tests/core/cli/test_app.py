@@ -17,8 +17,8 @@ from budwood.cli import app as cli
 from budwood.errors import Interrupted
 
 COMMANDS = [
-    "demo", "plugins", "plan", "check", "data", "tune", "sweep", "eval", "compare", "generate", "chat", "serve", "token",
-    "doctor", "new", "recipe", "adapter",
+    "demo", "plugins", "plan", "check", "data", "tune", "sweep", "eval", "compare", "generate", "chat", "serve",
+    "token", "doctor", "new", "recipe", "adapter",
 ]  # fmt: skip
 SUBCOMMANDS = [
     ["recipe", "schema"],
