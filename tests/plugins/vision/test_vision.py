@@ -439,7 +439,7 @@ def test_an_mae_in_4_bits_is_verified_and_attacked_but_not_served(images, tmp_pa
     from budwood.serving.verify import verify
     from budwood.training.evaluate import evaluate_adapter
 
-    base = tiny_vit(tmp_path / "base", "mae")
+    base = tiny_vit(tmp_path / "base", "mae", intermediate_size=512)  # most weights are in linears
     tune(recipe(base, images, tmp_path / "run", [LORA], "masked-image", quantization="nf4"))
     adapter = tmp_path / "run" / "adapter"
     assert verify(adapter, device="cpu").exact
