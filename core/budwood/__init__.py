@@ -80,6 +80,7 @@ _EXPORTS = {
     **dict.fromkeys(("is_causal", "takes_segments"), "budwood.model.encoders"),
     "pooled_logits": "budwood.model.heads",
     "EvalTotals": "budwood.model.evaluation",
+    "device_type": "budwood.model.device",
     "Task": "budwood.model.task",
     **dict.fromkeys(("PluginError", "installed"), "budwood.contract.discovery"),
     **dict.fromkeys(
@@ -100,6 +101,8 @@ _EXPORTS = {
     "read_adapter": "budwood.adapters.store",
     **dict.fromkeys(("check_base", "fingerprint", "load_base", "load_tokenizer", "skeleton"), "budwood.model.base"),
     **dict.fromkeys(("Quantizer", "linear_shape"), "budwood.model.quantizers"),
+    "ExpertLinear": "budwood.model.quantizers.experts",
+    "MXFP4Experts": "budwood.model.quantizers.mxfp4",
     **dict.fromkeys(("autocast", "batches_of", "eval_results", "over_eval_batches"), "budwood.model.evaluation"),
     **dict.fromkeys(("complete_directory", "complete_file"), "budwood.untrusted.files"),
     "load_frozen": "budwood.training.frozen",

@@ -82,6 +82,15 @@ class Examples(Sequence[Example]):
         self._inputs = [name for name in names if name.startswith("inputs/")]
         self._column_parts: list[Any] = [(n, *n.split("/", 2)[1:]) for n in names if n.startswith("columns/")]
 
+    def summary(self) -> dict[str, Any]:
+        """Return name, format, counts and notes of the data, for a run's manifest."""
+        stats = self.stats
+        return {
+            "path": str(self.path), "format": self.format, "examples": len(self), "tokens": int(self.lengths.sum()),
+            "labels": stats.supervised, "truncated": stats.truncated, "dropped": stats.dropped,
+            "skipped": stats.skipped, "notes": self.notes,
+        }  # fmt: skip
+
     def __len__(self) -> int:
         return len(self.lengths)
 

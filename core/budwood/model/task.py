@@ -97,6 +97,18 @@ class Task(Plugin):
         """
         raise NotImplementedError
 
+    def planned_row(self, text: str, number: int) -> dict[str, Any] | None:
+        """Return row `number` of data that stands in for data that is not there, for `budwood plan --tokens`.
+
+        Args:
+            text: as long as an example may be. Every value that contains it counts as an example of that length.
+            number: from 0; for classes, of which there are at least two.
+
+        Returns:
+            A row of one of the data formats of the task; None: the task can only be planned with data.
+        """
+        return None
+
     def length(self, example: Example) -> int:
         """Return the size of an example, as counted by `micro_tokens`; by default the longest first axis of an input.
 

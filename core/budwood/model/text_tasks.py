@@ -118,6 +118,10 @@ class CausalLM(TextTask):
     auto_class = "AutoModelForCausalLM"
     peft_task_type = "CAUSAL_LM"
 
+    def planned_row(self, text: str, number: int) -> dict[str, Any]:
+        """Return plain text, all of which has a loss."""
+        return {"text": text}
+
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
         """See `Task.encode`. A pair becomes a group of two examples, the chosen answer first."""
         answers = [_answers_of(item) for item in items]
@@ -262,6 +266,10 @@ class SequenceClassification(Classification, TextTask):
     name = "sequence-classification"
     auto_class = "AutoModelForSequenceClassification"
     peft_task_type: ClassVar[str | None] = "SEQ_CLS"
+
+    def planned_row(self, text: str, number: int) -> dict[str, Any]:
+        """Return a text of one of two classes."""
+        return {"text": text, "label": "ab"[number % 2]}
 
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
         """See `Task.encode`."""

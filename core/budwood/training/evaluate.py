@@ -104,7 +104,7 @@ def evaluate_adapter(
     tokens = as_run.tokens if as_run else max(max_length or LENGTH, 2048)
     chosen = quantization or (manifest.base.quantization if manifest else "none")
     overrides = [f"base.quantization={chosen}", f"train.eval_generate={generate}"]
-    overrides.append(f"train.micro_tokens={max(max_length or LENGTH, tokens)}")
+    overrides.append(f"train.micro_tokens={tokens}")
     overrides += [f"data.max_length={max_length}"] if max_length else []
     source: Any = data if held_out is None else held_out.data
     recipe = default_recipe(source, name, task=task_name, overrides=overrides)

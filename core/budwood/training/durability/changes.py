@@ -12,6 +12,7 @@ from torch import nn
 
 from budwood.contract.types import Run
 from budwood.errors import InputError
+from budwood.recipe.schema import Recipe
 
 PINNED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "numpy")
 """Libraries whose versions a manifest records."""
@@ -52,6 +53,12 @@ def setting(run: Run) -> dict[str, Any]:
         "processes": run.processes,
         "threads": torch.get_num_threads(),
     }
+
+
+def chosen(given: Recipe, run: Run) -> list[str]:
+    """Return the fields that a recipe left open and the run chose, such as recipe.train.epochs."""
+    before, now = ({"recipe": recipe.to_dict(run.strategies)} for recipe in (given, run.recipe))
+    return [change.field for change in compare(before, now) if change.before is None]
 
 
 def data_setting(run: Run) -> dict[str, Any]:
