@@ -444,7 +444,7 @@ def test_an_mae_in_4_bits_is_verified_and_attacked_but_not_served(images, tmp_pa
     adapter = tmp_path / "run" / "adapter"
     assert verify(adapter, device="cpu").exact
     found = evaluate_adapter(adapter, images, attacks=["pgd:steps=2,relative_epsilon=1"], device="cpu", quiet=True)
-    assert found.attacked["pgd:steps=2,relative_epsilon=1"]["eval_loss"] > found.adapter["eval_loss"]
+    assert found.attacks["pgd:steps=2,relative_epsilon=1"]["eval_loss"] > found.adapter["eval_loss"]
     with pytest.raises(InputError, match="no typos for the data format 'image'"):
         evaluate_adapter(adapter, images, attacks=["typos"], device="cpu", quiet=True)
     settings: Any = None
