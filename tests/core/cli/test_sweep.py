@@ -29,10 +29,6 @@ def recipe(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_two_trials_and_the_test_of_the_best(recipe: Path, capsys: pytest.CaptureFixture) -> None:
     given = ["sweep", str(recipe), "-s", "lora.rank=2,4", "-o", "train.steps=1"]
-    assert command([*given, "--metric", "eval_acuracy"]) == 2  # only an evaluation can tell
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: --metric eval_acuracy: no evaluation gives it.") and "eval_loss" in error
-    assert not Path("runs/small-sweep").exists()
     assert command([*given, "--test", "test.jsonl", "--json"]) == 0
     out, err = capsys.readouterr()
     result = json.loads(out)
