@@ -43,6 +43,7 @@ class Examples(Sequence[Example]):
         stats: counts of rows and examples.
         notes: lines to show to the user.
         sha256: hash of the file.
+        files: hash of the files that its rows name, such as images; empty if they name none.
         stop_ids: tokens that end an answer.
         date: the date that the chat template wrote, as 2026-11-28; None if it writes none.
         rendered: whether the chat template was used.
@@ -67,6 +68,7 @@ class Examples(Sequence[Example]):
         self.labels: list[str] = facts["labels"]
         self.notes: list[str] = facts["notes"]
         self.sha256: str = facts["sha256"]
+        self.files: str = facts["files"]
         self.stop_ids: list[int] = facts["stop_ids"]
         self.date: str | None = facts["date"]
         self.rendered: bool = facts["rendered"]

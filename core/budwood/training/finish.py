@@ -19,6 +19,7 @@ from budwood.contract.registry import Composition
 from budwood.contract.strategy import RUN_ADAPTER
 from budwood.contract.types import Run
 from budwood.errors import BudwoodError, DivergedError, describe, is_out_of_memory
+from budwood.training.mixture import describe_loads, loads
 from budwood.training.outcome import advice
 from budwood.training.output import MANIFEST, written_by_strategies
 from budwood.training.page import write_page
@@ -214,6 +215,8 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
     report.say(f"{duration(seconds)} · {report.tokens_per_second:,.0f} tokens/s · peak memory {memory:.2f} GiB")
     if run.planned:
         report.say(_compare(run))
+    if shares := loads(run):
+        report.say(describe_loads(shares))
     report.say(
         f"adapter: {directory / 'adapter'} · log: {directory / 'metrics.jsonl'} · report: {directory / 'report.html'}"
     )
@@ -229,7 +232,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
 def _compare(run: Run) -> str:
     """Return a line with the planned and the actual peak memory and time; `run.planned` is not empty."""
     cuda = run.device.type == "cuda"
-    memory, seconds = run.planned["memory"], run.planned["time"]["seconds"]
+    memory, seconds = run.planned["memory"], run.planned["time"]["training_seconds"]
     context = memory["parts"].get("CUDA's context", 0)  # torch does not count it
     peak = memory["peak_bytes"] - context if cuda else run.planned["host"]["peak_bytes"]
     spent = sum(cost.seconds for cost in run.hooks.costs if (cost.owner, cost.hook) == ("core", "steps"))
@@ -253,6 +256,7 @@ def finish_manifest(run: Run, report: Report, finished: bool) -> None:
         "tokens_per_second": round(report.tokens_per_second, 1),
         "peak_memory_bytes": peak_memory(),
         **({"planned": run.planned} if run.planned else {}),
+        **({"experts": shares} if (shares := loads(run)) else {}),
         "hooks": [cost.record(run.hooks.measures_memory) for cost in run.hooks.costs],
         "lost": report.lost,
         "files": written_by_strategies(path.parent),
