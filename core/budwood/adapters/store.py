@@ -120,7 +120,10 @@ class SavedAdapter:
             CorruptError: see `read` and `Weights.tensors`.
             ResourceError: the tensors are larger than the machine's memory.
         """
-        return self.read().tensors()
+        from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+        with unset_fake_temporarily():  # a plan reads the adapter that its run continues
+            return self.read().tensors()
 
 
 def _layout(infos: Mapping[str, TensorInfo]) -> dict[str, tuple[Any, ...]]:
@@ -239,10 +242,17 @@ def _check_seal(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Return the SHA-256 of a tokenizer's complete definition; "" if there is no tokenizer."""
+    """Return the SHA-256 of a tokenizer's definition; "" if there is no tokenizer.
+
+    Truncation and padding do not count: a call with other ones changes what its definition says of them.
+    """
     if tokenizer is None:
         return ""
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and (backend.truncation or backend.padding):
+        backend = type(backend).from_str(backend.to_str())
+        backend.no_truncation()
+        backend.no_padding()
     text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(text.encode()).hexdigest()
 

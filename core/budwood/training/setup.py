@@ -52,7 +52,7 @@ from budwood.training.report import Report, peak_memory, resident_peak
 from budwood.training.run_data import read_data
 from budwood.training.sampling import sample
 from budwood.training.schedule import make_scheduler, warmup_note
-from budwood.training.starting import check_classes, check_start
+from budwood.training.starting import check_classes, check_start, complete_start
 from budwood.training.step import Engine
 from budwood.untrusted.chat_template import today
 from budwood.untrusted.files import complete_file
@@ -294,6 +294,7 @@ def plan_run(run: Run, hooks: Composition) -> Plan:
 
 def adapt_model(run: Run, hooks: Composition) -> None:
     """Let the strategies change the base, and collect what trains."""
+    complete_start(run)
     run.model = prepare_model(run, hooks)
     if run.recipe.train.gradient_checkpointing:
         run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
