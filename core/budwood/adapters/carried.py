@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from budwood.adapters.manifest import ParentRecord
 from budwood.adapters.peft_config import PREFIX
 from budwood.adapters.store import SavedAdapter
+from budwood.adapters.weights import Weights
 from budwood.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ class CarriedAdapter(SavedAdapter):
     def hashes(self) -> ParentRecord:
         """The hashes of the adapter on disk."""
         return self.origin.hashes
+
+    def read(self) -> Weights:
+        """Return the content of the file on disk; see `SavedAdapter.read`."""
+        return self.origin.read()
 
     def load_tensors(self) -> dict[str, Tensor]:
         """Return the tensors that go on, and those of new modules; see `SavedAdapter.load_tensors`."""

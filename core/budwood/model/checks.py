@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from budwood.contract.calls import attribute_errors
 from budwood.contract.discovery import PluginError, installed
 from budwood.contract.loading import create
-from budwood.errors import CorruptError, InputError, ResourceError, describe, first_line
+from budwood.errors import BudwoodError, CorruptError, InputError, ResourceError, describe, first_line
 from budwood.model.checkpoint import read_config, read_tensors, resolve
 from budwood.model.quantizers import Quantizer
 from budwood.untrusted.redaction import shorten
@@ -231,11 +232,44 @@ def skeleton(
         model_kwargs: changes to its configuration, such as `num_labels`.
 
     Raises:
-        InputError: the model type has no class for `auto_class`.
+        InputError: the model type has no class for `auto_class`, or the checkpoint has no language-model head for it.
         CorruptError: its configuration is invalid.
     """
     path = resolve(model, weights=False, code=trust_remote_code)
-    return build_skeleton(str(model), load_config(path, trust_remote_code, model_kwargs), auto_class, trust_remote_code)
+    config = load_config(path, trust_remote_code, model_kwargs)
+    frame = build_skeleton(str(model), config, auto_class, trust_remote_code)
+    try:
+        stored = read_tensors(path) if any(path.glob("*.safetensors")) else None
+    except BudwoodError:  # `check_base` reports it
+        stored = None
+    if stored is not None:
+        _check_head(str(model), frame, auto_class, stored)
+    return frame
+
+
+def _check_head(name: str, model: PreTrainedModel, auto_class: str, stored: Collection[str]) -> None:
+    """Refuse a checkpoint without the language-model head that the class needs, such as that of a sentence encoder.
+
+    Args:
+        stored: names of the checkpoint's tensors.
+
+    Raises:
+        InputError: it has no tensor of a head that has weights of its own.
+    """
+    if model.get_output_embeddings() is None or model.base_model is model:
+        return
+    shared = {id(parameter) for parameter in model.base_model.parameters()}
+    configs = (model.config, model.config.get_text_config())
+    if any(getattr(config, "tie_word_embeddings", False) for config in configs):
+        shared |= {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+    parts = {part for key in stored for part in key.split(".")}
+    for head, module in model.named_children():
+        if head != model.base_model_prefix and head not in parts and {*map(id, module.parameters())} - shared:
+            raise InputError(
+                f"base '{name}': its checkpoint has no '{head}', the head that {auto_class} predicts tokens with: take "
+                f"a base that has one, or add an untrained one with transformers, {auto_class}.from_pretrained(…)."
+                "save_pretrained(…), and train it whole (modules_to_save)."
+            )
 
 
 def load_config(path: Path, trust_remote_code: bool, changes: dict[str, Any]) -> PretrainedConfig:

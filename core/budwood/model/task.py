@@ -53,6 +53,8 @@ class Task(Plugin):
     """Last components of the names of modules that the task does not run, such as a pooler."""
     trains_on: ClassVar[tuple[str, ...]] = ()
     """As `Strategy.trains_on`, for a task that reads data of a kind without an objective."""
+    planned_texts: ClassVar[int] = 1
+    """Number of texts in a row of `planned_row`."""
     best_metric: ClassVar[str] = "eval_loss"
     """Metric that selects the best adapter."""
     lower_is_better: ClassVar[bool] = True
@@ -91,6 +93,14 @@ class Task(Plugin):
             `group` counts from 0 within the item.
         """
         raise NotImplementedError
+
+    def planned_row(self, texts: Sequence[str], number: int) -> dict[str, Any] | None:
+        """Return a row of data with `planned_texts` texts, for a plan without data; None: such a plan needs data.
+
+        Args:
+            number: of the row, from 0, so that rows can differ.
+        """
+        return None
 
     def length(self, example: Example) -> int:
         """Return the size of an example, as counted by `micro_tokens`; by default the longest first axis of an input.

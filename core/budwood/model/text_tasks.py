@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from budwood.contract.examples import DESIRABLE, Batch, Column, Example
-from budwood.contract.types import Outputs, Run
+from budwood.contract.strategy import hookimpl
+from budwood.contract.types import Outputs, Plan, Run
 from budwood.data.chunk import BEYOND, TOO_LONG, Encoded
 from budwood.data.encoder import Encoder
 from budwood.data.formats import Dropped
@@ -132,6 +133,10 @@ class CausalLM(TextTask):
             else:
                 results.append(_encode_rows(rows[0], encoder))
         return results
+
+    def planned_row(self, texts: Sequence[str], number: int) -> dict[str, Any]:
+        """Return a text."""
+        return {"text": texts[0]}
 
     def pools_examples(self, model: nn.Module) -> bool:
         """Return False: a decoder has an output for each token."""
@@ -263,6 +268,15 @@ class SequenceClassification(TextTask):
     peft_task_type: ClassVar[str | None] = "SEQ_CLS"
     gathers_predictions = True
 
+    @hookimpl
+    def check_plan(self, plan: Plan) -> None:
+        """Refuse an encoder-decoder, whose classifier looks for the end of a text that the decoder reads."""
+        if plan.model is None or self.auto_class != SequenceClassification.auto_class:
+            return
+        if getattr(plan.model.config, "is_encoder_decoder", False):
+            what = f"'{plan.model.config.model_type}' is an encoder-decoder"
+            plan.problem(self, f"{what}, which has no classifier for one text: take an encoder or a decoder")
+
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
         """See `Task.encode`."""
         results: list[Encoded | Dropped] = []
@@ -275,6 +289,10 @@ class SequenceClassification(TextTask):
             example = Example({"input_ids": tokens}, np.array([len(tokens) - 1]), np.array([label]), weights)
             results.append(Encoded([example], cut))
         return results
+
+    def planned_row(self, texts: Sequence[str], number: int) -> dict[str, Any]:
+        """Return a text and one of two labels."""
+        return {"text": texts[0], "label": "ab"[number % 2]}
 
     def model_kwargs(self, labels: list[str]) -> dict[str, Any]:
         """Return the number and names of the classes; without any, those of the base's own configuration remain."""

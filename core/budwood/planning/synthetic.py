@@ -11,6 +11,7 @@ from typing import Any
 
 from budwood.data.preference import PAIRS
 from budwood.data.prompts import PROMPTS
+from budwood.errors import InputError
 from budwood.model.limits import default_length
 from budwood.model.task import Task
 from budwood.recipe.data import recipe_skeleton, recipe_task, recipe_tokenizer
@@ -34,8 +35,9 @@ def synthetic(recipe: Recipe, tokens: int) -> tuple[Recipe, str]:
     tokenizer = recipe_tokenizer(recipe) if task.needs_tokenizer else None
     length = recipe.data.max_length or default_length(recipe_skeleton(recipe, task.auto_class, tokenizer))
     trains_on = [*(strategy.trains_on for strategy in hooks.strategies), task.trains_on]
-    kinds = [kind for kinds in trains_on for kind in kinds if kind]
-    length = min(length, tokens // 2 if PAIRS in kinds[:1] else tokens)  # both answers of a pair stay together
+    kinds = [kind for kinds in trains_on if "" not in kinds[:1] for kind in kinds if kind]
+    texts = 2 if PAIRS in kinds[:1] else 1 if kinds else task.planned_texts  # which stay together
+    length = min(length, tokens // texts)
     words = length
     if tokenizer is not None and kinds:  # answers that are too long would be dropped, not truncated
         each = len(tokenizer(WORD * 32, add_special_tokens=False)["input_ids"]) / 32
@@ -65,4 +67,7 @@ def _row(kind: str, task: Task, words: int, number: int) -> dict[str, Any]:
         return {"prompt": text}
     if kind:
         return {"prompt": short, "completion": text, "label": number % 2 == 0}
-    return {"text": text, "label": "ab"[number % 2]} if task.name == "sequence-classification" else {"text": text}
+    row = task.planned_row([f"{number} {text}"] * task.planned_texts, number)
+    if row is None:
+        raise InputError(f"--tokens: task '{task.name}' plans with data only: leave --tokens out.")
+    return row

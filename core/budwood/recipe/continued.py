@@ -27,7 +27,7 @@ def read_start(recipe: Recipe) -> SavedAdapter | None:
         return None
     saved = _read(recipe, hashes=True)
     try:
-        if saved.manifest is not None:
+        if saved.manifest is not None and saved.manifest.task == recipe.base.task:
             _check_origin(recipe, saved)
         return _carried(recipe, saved)
     except BudwoodError as error:
@@ -72,6 +72,7 @@ def _carried(recipe: Recipe, saved: SavedAdapter) -> SavedAdapter:
     manifest, base = saved.manifest, recipe.base
     if manifest is None or manifest.task == base.task:
         return saved
+    _check_origin(recipe, saved)
     from budwood.model.checks import skeleton
 
     tasks = [build_task(manifest.task, manifest.task_options), build_task(base.task, base.task_options)]

@@ -336,7 +336,8 @@ def _report_size(run: Run, report: Report) -> None:
     report.say(f"{run.steps} optimizer steps of {size}, at most {train.micro_tokens} tokens at once")
     if train.steps is None and (run.steps or 0) < FEW_STEPS:
         unit = "batch_examples" if train.batch_examples else "batch_tokens"
-        epoch = len(run.examples) if train.batch_examples else int(run.examples.lengths.sum())
+        groups = int(run.examples.groups[-1]) + 1  # which are what batch_examples counts
+        epoch = groups if train.batch_examples else int(run.examples.lengths.sum())
         report.say(
             f"note: so few steps have little effect: lower train.{unit} (an epoch has {epoch:,}), or raise train.epochs"
         )

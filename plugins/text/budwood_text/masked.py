@@ -58,6 +58,8 @@ class MaskedLM(OutputPerToken):
         super().__init__(options)
         if self.options.masked + self.options.random > 1:
             raise InputError("masked-lm: masked and random are shares of the chosen tokens: they exceed 1 together.")
+        if not self.options.masked and not self.options.random:
+            raise InputError("masked-lm: masked and random are 0, so nothing is masked: raise masked.")
         self.mask: int = -1
         self.tokens: np.ndarray = np.zeros(0, dtype=np.int64)
         """Ids of the tokens that may replace others: all but the special ones."""
@@ -99,6 +101,10 @@ class MaskedLM(OutputPerToken):
             columns = {WORD: Column(words.astype(np.int32), axis="input")}
             results.append(Encoded([Example({"input_ids": tokens}, at, tokens[at], weights, columns=columns)], cut))
         return results
+
+    def planned_row(self, texts: Sequence[str], number: int) -> dict[str, Any]:
+        """Return a text."""
+        return {"text": texts[0]}
 
     def vary(self, example: Example, generator: Generator) -> Example:
         """Choose and mask tokens: at least one word, and as close to `share` of the words as whole ones allow."""

@@ -29,6 +29,10 @@ class SequenceRegression(SequenceClassification):
             results.append(Encoded([example], cut))
         return results
 
+    def planned_row(self, texts: Sequence[str], number: int) -> dict[str, Any]:
+        """Return a text and a score."""
+        return {"text": texts[0], "score": number % 2}
+
     def show(self, example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
         """Return the text and its number."""
         return [*super().show(example, tokenizer), (" → ", False), (f"{float(example.labels[0]):.6g}", True)]

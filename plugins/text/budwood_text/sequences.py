@@ -42,6 +42,7 @@ class SequenceToSequence(TextTask):
     name = "sequence-to-sequence"
     auto_class = "AutoModelForSeq2SeqLM"
     peft_task_type = "SEQ_2_SEQ_LM"
+    planned_texts = 2
 
     @hookimpl
     def check_plan(self, plan: Plan) -> None:
@@ -72,6 +73,10 @@ class SequenceToSequence(TextTask):
             inputs = {"input_ids": np.asarray(source, dtype=np.int32)}
             results.append(Encoded([Example(inputs, np.arange(len(labels)), labels, weights)], cut))
         return results
+
+    def planned_row(self, texts: Sequence[str], number: int) -> dict[str, Any]:
+        """Return a prompt and a completion."""
+        return {"prompt": texts[0], "completion": texts[1]}
 
     def length(self, example: Example) -> int:
         """Return the number of tokens of prompt and completion."""
