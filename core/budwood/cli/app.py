@@ -85,6 +85,8 @@ def run(arguments: list[str]) -> int:
     silence_libraries(debug)
     # Waiting threads spin for microseconds, then sleep; by default they spin longer, at the cost of other processes.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # micro-batches of ever other sizes leave fewer holes
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     signal.signal(signal.SIGTERM, _terminate)
     _open_streams()
     for stream in (sys.stdout, sys.stderr):
@@ -149,7 +151,8 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, _USAGE_ERROR):
         usage: Any = error
         path = usage.ctx.command_path if usage.ctx else "budwood"
-        return 2, f"{usage.format_message()} See `{path} --help`."
+        message = usage.format_message()
+        return 2, f"{message}{'' if message.endswith(('.', '?')) else '.'} See `{path} --help`."
     if is_out_of_memory(error):
         remedy = "lower train.micro_tokens or data.max_length, or turn on train.gradient_checkpointing."
         return 3, f"out of memory{noted(error)}: {remedy}"

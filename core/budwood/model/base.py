@@ -25,7 +25,9 @@ from budwood.model.checks import (
 )
 from budwood.model.experts import count_experts
 from budwood.model.machine import pick_device_precision
+from budwood.model.ops.gated import fuse_mlps
 from budwood.model.ops.rms_norm import save_memory_in_norms
+from budwood.model.ops.rotary import fuse_rotations
 from budwood.model.quantizers import claim, is_quantized, linear_shape, quantizer_of
 from budwood.model.quiet import import_bitsandbytes, silence_libraries
 from budwood.model.streaming import slices, trim_heap
@@ -196,6 +198,8 @@ def load_base(
     loaded.requires_grad_(False)
     loaded.eval()
     save_memory_in_norms(loaded)
+    fuse_mlps(loaded)
+    fuse_rotations(loaded)
     loaded.config.name_or_path = name
     if loaded.can_generate() and (path / "generation_config.json").is_file():
         loaded.generation_config = _generation_config(path)

@@ -15,7 +15,9 @@ from budwood.contract.calls import attribute_errors
 from budwood.errors import first_line
 from budwood.model.checkpoint import read_config, read_tensors, resolve
 from budwood.model.checks import check_base, find_quantizer, load_tokenizer, skeleton
+from budwood.model.ops.gated import fuse_mlps
 from budwood.model.ops.rms_norm import save_memory_in_norms
+from budwood.model.ops.rotary import fuse_rotations
 from budwood.model.quantizers import Quantizer, Unquantized, claim
 
 if TYPE_CHECKING:
@@ -104,6 +106,8 @@ def fake_base(
     frame.requires_grad_(False)
     frame.eval()
     save_memory_in_norms(frame)
+    fuse_mlps(frame)
+    fuse_rotations(frame)
     path = resolve(model, weights=False, code=trust_remote_code)
     device = torch.device("cpu")
     tokenizer: Any = load_tokenizer(path) if needs_tokenizer else None

@@ -50,6 +50,7 @@ class Report:
         self._tokens = 0
         self._clock = 0.0
         self._total = self._first = 0
+        self._shown: Sequence[str] = ()
 
     def say(self, text: str) -> None:
         """Print one line."""
@@ -69,9 +70,13 @@ class Report:
         if trackers:
             self._trackers = Trackers(accelerator, config, self.say)
 
-    def start(self, total: int, done: int = 0) -> None:
-        """Start the progress bar for `total` optimizer steps, `done` of them complete; tokens/s count from here."""
-        self._total, self._first, self._clock = total, done, time.perf_counter()
+    def start(self, total: int, done: int = 0, shown: Sequence[str] = ()) -> None:
+        """Start the progress bar for `total` optimizer steps, `done` of them complete; tokens/s count from here.
+
+        Args:
+            shown: metrics of a step that are shown after the loss.
+        """
+        self._total, self._first, self._shown, self._clock = total, done, shown, time.perf_counter()
         if not (self.quiet or self.mute) and self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"),
@@ -87,7 +92,10 @@ class Report:
         self.record("step", step, {**values, "tokens": tokens, "tokens_per_second": rate})
         if self.quiet or self.mute:
             return
-        state = f"loss {values['loss']:.4f} · {rate:,.0f} tokens/s · {peak_memory() / 2**30:.2f} GiB"
+        state = "".join(
+            f"{name.replace('_', ' ')} {values[name]:.4f} · " for name in ("loss", *self._shown) if name in values
+        )
+        state += f"{rate:,.0f} tokens/s · {peak_memory() / 2**30:.2f} GiB"
         if self._progress is not None and self._bar is not None:
             self._progress.update(self._bar, completed=step, state=state)
         elif step == self._first + 1 or step * PLAIN_LINES // self._total > (step - 1) * PLAIN_LINES // self._total:

@@ -35,7 +35,7 @@ from budwood.model.base import (
 from budwood.model.embeddings import resize_base
 from budwood.model.experts import count_experts
 from budwood.model.limits import default_length
-from budwood.model.ops import attention
+from budwood.model.ops import attention, kernels
 from budwood.model.streaming import keep_heap
 from budwood.model.task import Task
 from budwood.recipe.continued import read_start
@@ -182,6 +182,8 @@ def _prepare(
     if device.type == "cpu":
         keep_heap()
     report.say(f"base {run.base.name}: " + "; ".join(run.base.notes))
+    for problem in kernels.prepare(device, run.dtype):
+        report.say(problem)
     if run.start_adapter is not None:
         check_start(run, run.start_adapter)
     run.model = run.base.model
