@@ -25,6 +25,8 @@ from budwood.adapters.manifest import (
     MadeRecord,
     Manifest,
     ParentRecord,
+    template_hash,
+    tokenizer_hash,
 )
 from budwood.adapters.weights import Weights, read_weights
 from budwood.contract.discovery import installed
@@ -239,28 +241,6 @@ def _check_seal(path: Path, values: Mapping[str, Any]) -> None:
         raise CorruptError(f"{path}: was altered after it was saved: it does not contain its own hash.")
     if hashlib.sha256(data.replace(stated.encode(), b"")).hexdigest() != stated:
         raise CorruptError(f"{path}: was altered after it was saved (its SHA-256 differs).")
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Return the SHA-256 of a tokenizer's definition; "" if there is no tokenizer.
-
-    Truncation and padding do not count: a call with other ones changes what its definition says of them.
-    """
-    if tokenizer is None:
-        return ""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None and (backend.truncation or backend.padding):
-        backend = type(backend).from_str(backend.to_str())
-        backend.no_truncation()
-        backend.no_padding()
-    text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def template_hash(tokenizer: Any) -> str:
-    """Return the SHA-256 of a tokenizer's chat template; "" if there is none."""
-    template = getattr(tokenizer, "chat_template", None)
-    return hashlib.sha256(json.dumps(template).encode()).hexdigest() if template else ""
 
 
 def read_adapter(
