@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from budwood.contract.calls import attribute_errors
 from budwood.contract.discovery import PluginError, installed
 from budwood.contract.loading import create
-from budwood.errors import BudwoodError, CorruptError, InputError, ResourceError, describe, first_line
+from budwood.errors import CorruptError, InputError, ResourceError, describe, first_line
 from budwood.model.checkpoint import read_config, read_tensors, resolve
+from budwood.model.missing_head import check_head
 from budwood.model.quantizers import Quantizer
 from budwood.untrusted.redaction import shorten
 
@@ -35,6 +36,10 @@ _PERMUTED = ("xlnet", "xlm")
 """Model types with a class for causal language modelling that see tokens on both sides."""
 FUSED_SHARE = 0.05
 """A base is refused if tensors that its quantiser does not support hold a larger fraction of its weights."""
+
+
+PACKED = re.compile(r"\.(?:qweight|weight_packed|weight_scale_inv|SCB|W_q)$|\.absmax$|_qdata$|_proj_blocks$")
+"""Names of tensors that only quantised checkpoints have."""
 
 
 @dataclass(frozen=True)
@@ -100,21 +105,32 @@ def check_base(
     path = resolve(model, weights=False, code=trust_remote_code)
     config = read_config(path)
     local = Path(os.path.expanduser(str(model))).is_dir()  # otherwise the weights may not be downloaded yet
-    _check_layers(path, config, len(read_tensors(path)) if local else 0)
+    tensors = read_tensors(path) if local else {}
+    _check_layers(path, config, len(tensors))
     _check_architecture(str(model), config, trust_remote_code)
     stored = _stored_quantization(str(model), config, requested)
+    name = stored or quantization or "none"
+    quantizer = find_quantizer(name)
+    if stored is not None:
+        with attribute_errors(quantizer, "check_stored"):
+            quantizer.check_stored(config["quantization_config"], None if device is None else str(device))
+    elif quantizer.stored_only:
+        raise InputError(
+            f"base '{model}' is not quantised, and {name} only reads bases that are: write `quantization: nf4`, or "
+            f"take a base in {name}."
+        )
     if stored is not None and quantization not in (None, stored):
         raise InputError(
             f"base '{model}' is already quantised, with {stored}: write `quantization: {stored}`, "
             f"or give the unquantised base for {quantization}."
         )
-    name = stored or quantization or "none"
-    quantizer = requested or find_quantizer(name)
+    if tensors:
+        _check_stored_names(path, tensors, quantizer.stored_names if stored is not None else None)
     if device is not None:
         with attribute_errors(quantizer, "check"):
             quantizer.check(str(device))
     if not quantizer.takes_fused_experts and _has_experts(config):
-        check_fused(str(model), skeleton(path, "AutoModel", trust_remote_code), name)
+        check_fused(str(model), skeleton(path, "AutoModel", trust_remote_code), quantizer)
     return BaseInfo(str(model), path, config, name, stored is not None)
 
 
@@ -192,6 +208,29 @@ def _stored_quantization(name: str, config: dict[str, Any], requested: Quantizer
     )
 
 
+def _check_stored_names(path: Path, tensors: Iterable[str], expected: str | None) -> None:
+    """Check that a checkpoint has quantised tensors if, and only if, its configuration says so.
+
+    Args:
+        expected: see `Quantizer.stored_names`; None: the configuration says that it is not quantised.
+
+    Raises:
+        InputError: they contradict each other.
+    """
+    if expected is None:
+        packed = next((name for name in tensors if PACKED.search(name)), None)
+        if packed is not None:
+            raise InputError(
+                f"{path}: the tensor '{packed}' is quantised, but config.json has no quantization_config: take the "
+                "config.json that was saved with these weights."
+            )
+    elif expected and not any(re.search(expected, name) for name in tensors):
+        raise InputError(
+            f"{path / 'config.json'}: quantization_config says that the weights are quantised, but no tensor is: "
+            "remove it if these are the original weights, or take the files that belong to it."
+        )
+
+
 def _reads(quantizer: Quantizer, stored: dict[str, Any]) -> bool:
     with attribute_errors(quantizer, "reads"):
         return quantizer.reads(stored)
@@ -205,19 +244,28 @@ def _has_experts(config: dict[str, Any]) -> bool:
     )
 
 
-def check_fused(name: str, model: nn.Module, quantization: str) -> None:
+def check_fused(name: str, model: nn.Module, quantizer: Quantizer) -> None:
     """Refuse a base if its quantiser would leave a large part of its weights in 16 bit.
 
+    Args:
+        model: its modules, with opened experts.
+
     Raises:
-        InputError: fused tensors hold more than `FUSED_SHARE` of the weights.
+        InputError: fused tensors that it does not take hold more than `FUSED_SHARE` of the weights.
     """
-    fused = {key: p.numel() for key, p in model.named_parameters() if p.ndim > 2}
+    from budwood.model.quantizers.experts import ExpertLinear
+
+    if quantizer.takes_fused_experts:
+        return
+    packs = type(quantizer).pack_experts is not Quantizer.pack_experts
+    taken = {id(p) for m in model.modules() if packs and isinstance(m, ExpertLinear) for p in m.parameters()}
+    fused = {key: p.numel() for key, p in model.named_parameters() if p.ndim > 2 and id(p) not in taken}
     total = sum(p.numel() for p in model.parameters())
     if sum(fused.values()) > FUSED_SHARE * total:
         largest = max(fused, key=lambda key: fused[key])
         raise InputError(
             f"base '{name}': {len(fused)} fused tensors such as '{largest}' hold "
-            f"{size(2 * sum(fused.values()))} of {size(2 * total)} in 16 bit, and {quantization} cannot quantise them: "
+            f"{size(2 * sum(fused.values()))} of {size(2 * total)} in 16 bit, and {quantizer} cannot quantise them: "
             "use `quantization: none`, or a base without experts."
         )
 
@@ -238,38 +286,8 @@ def skeleton(
     path = resolve(model, weights=False, code=trust_remote_code)
     config = load_config(path, trust_remote_code, model_kwargs)
     frame = build_skeleton(str(model), config, auto_class, trust_remote_code)
-    try:
-        stored = read_tensors(path) if any(path.glob("*.safetensors")) else None
-    except BudwoodError:  # `check_base` reports it
-        stored = None
-    if stored is not None:
-        _check_head(str(model), frame, auto_class, stored)
+    check_head(str(model), frame, auto_class, path)
     return frame
-
-
-def _check_head(name: str, model: PreTrainedModel, auto_class: str, stored: Collection[str]) -> None:
-    """Refuse a checkpoint without the language-model head that the class needs, such as that of a sentence encoder.
-
-    Args:
-        stored: names of the checkpoint's tensors.
-
-    Raises:
-        InputError: it has no tensor of a head that has weights of its own.
-    """
-    if model.get_output_embeddings() is None or model.base_model is model:
-        return
-    shared = {id(parameter) for parameter in model.base_model.parameters()}
-    configs = (model.config, model.config.get_text_config())
-    if any(getattr(config, "tie_word_embeddings", False) for config in configs):
-        shared |= {id(parameter) for parameter in model.get_output_embeddings().parameters()}
-    parts = {part for key in stored for part in key.split(".")}
-    for head, module in model.named_children():
-        if head != model.base_model_prefix and head not in parts and {*map(id, module.parameters())} - shared:
-            raise InputError(
-                f"base '{name}': its checkpoint has no '{head}', the head that {auto_class} predicts tokens with: take "
-                f"a base that has one, or add an untrained one with transformers, {auto_class}.from_pretrained(…)."
-                "save_pretrained(…), and train it whole (modules_to_save)."
-            )
 
 
 def load_config(path: Path, trust_remote_code: bool, changes: dict[str, Any]) -> PretrainedConfig:
@@ -295,6 +313,9 @@ def build_skeleton(name: str, config: PretrainedConfig, auto_class: str, trust_r
     import torch
     import transformers
 
+    from budwood.model.experts import open_experts
+    from budwood.model.heads import name_body
+
     if auto_class == "AutoModelForCausalLM":
         _check_decoder(name, config)
     try:
@@ -307,7 +328,14 @@ def build_skeleton(name: str, config: PretrainedConfig, auto_class: str, trust_r
     except Exception as error:  # a model class may raise any exception on unexpected values
         if "Unrecognized configuration class" in str(error):
             raise InputError(f"base '{name}': '{config.model_type}' has no {auto_class} in transformers.") from error
+        if " meta " in str(error):  # of torch: the skeleton's tensors are on the meta device
+            raise InputError(
+                f"base '{name}': {config.model_type} reads values of tensors while it is built, so it cannot be "
+                f"checked or planned without its weights ({first_line(error)}): take another base."
+            ) from error
         raise CorruptError(f"base '{name}': no model can be built from config.json: {describe(error)}") from error
+    name_body(model)
+    open_experts(model)
     return model
 
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any, Literal
 
 import numpy as np
@@ -88,7 +89,6 @@ class Embedding(TextTask):
     training_options = ("temperature", "matryoshka")
     peft_task_type = "FEATURE_EXTRACTION"
     trains_on = ("", GRADED)
-    planned_texts = 2
     best_metric = "eval_ndcg_at_10"
     lower_is_better = False
     graded: bool = False
@@ -103,6 +103,11 @@ class Embedding(TextTask):
         if "pooling" not in options:
             options["pooling"] = "last" if is_causal(read_kind(folder)) else "mean"
         self.options = EmbeddingOptions(**options)
+
+    def planned_row(self, text: str, number: int) -> dict[str, Any]:
+        """Return an anchor and its positive, which differ from those of other rows."""
+        word = ascii_lowercase[number % 26]
+        return {"anchor": f"{word} {text}", "positive": f"{word} {text}"}
 
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
         """See `Task.encode`. A row is a group: the anchor, its positive, and its negatives; each has one label."""
@@ -121,10 +126,6 @@ class Embedding(TextTask):
                 examples.append(_example(ids, role, item))
             results.append(Encoded(examples, cut))
         return results
-
-    def planned_row(self, texts: Sequence[str], number: int) -> dict[str, Any]:
-        """Return an anchor and its positive."""
-        return {"anchor": texts[0], "positive": f"{number} {texts[1]}"}
 
     def packs_rows(self, model: nn.Module) -> bool:
         """Return whether the model takes positions and the boundaries of examples."""

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from budwood import Layers, ModulesToSave, Options, Targets
-from budwood.lowrank import SavedLowRankConfig
+from budwood.lowrank import SavedExpertsConfig
 
 REFUSED_INITS = ("pissa", "olora", "orthogonal", "loftq", "eva", "corda", "lora_ga", "mica")
 
@@ -44,7 +44,7 @@ class LoRAOptions(Options):
         return value
 
 
-class SavedConfig(SavedLowRankConfig):
+class SavedConfig(SavedExpertsConfig):
     """The fields of adapter_config.json that determine the function of a LoRA adapter."""
 
     r: int = Field(8, ge=1)

@@ -81,6 +81,10 @@ class MaskedLM(OutputPerToken):
         self.mask = tokenizer.mask_token_id
         self.tokens = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
 
+    def planned_row(self, text: str, number: int) -> dict[str, Any]:
+        """Return a text."""
+        return {"text": text}
+
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
         """See `Task.encode`. Every token but special ones is a label, of which `vary` chooses some."""
         results: list[Encoded | Dropped] = []
@@ -101,10 +105,6 @@ class MaskedLM(OutputPerToken):
             columns = {WORD: Column(words.astype(np.int32), axis="input")}
             results.append(Encoded([Example({"input_ids": tokens}, at, tokens[at], weights, columns=columns)], cut))
         return results
-
-    def planned_row(self, texts: Sequence[str], number: int) -> dict[str, Any]:
-        """Return a text."""
-        return {"text": texts[0]}
 
     def vary(self, example: Example, generator: Generator) -> Example:
         """Choose and mask tokens: at least one word, and as close to `share` of the words as whole ones allow."""

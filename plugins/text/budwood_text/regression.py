@@ -18,6 +18,10 @@ class SequenceRegression(SequenceClassification):
     api = 2
     name = REGRESSION
 
+    def planned_row(self, text: str, number: int) -> dict[str, Any]:
+        """Return a text and its score."""
+        return {"text": text, "score": float(number)}
+
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
         """See `Task.encode`."""
         results: list[Encoded | Dropped] = []
@@ -28,10 +32,6 @@ class SequenceRegression(SequenceClassification):
             example.weights = np.array([item.weight], dtype=np.float32)
             results.append(Encoded([example], cut))
         return results
-
-    def planned_row(self, texts: Sequence[str], number: int) -> dict[str, Any]:
-        """Return a text and a score."""
-        return {"text": texts[0], "score": number % 2}
 
     def show(self, example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
         """Return the text and its number."""

@@ -42,7 +42,6 @@ class SequenceToSequence(TextTask):
     name = "sequence-to-sequence"
     auto_class = "AutoModelForSeq2SeqLM"
     peft_task_type = "SEQ_2_SEQ_LM"
-    planned_texts = 2
 
     @hookimpl
     def check_plan(self, plan: Plan) -> None:
@@ -54,6 +53,10 @@ class SequenceToSequence(TextTask):
                 plan.problem(strategy, f"{self} has two sequences of embeddings, so noise is not defined: remove it")
             if hasattr(type(strategy), "next_examples"):
                 plan.problem(strategy, f"{self} does not sample during training: remove it")
+
+    def planned_row(self, text: str, number: int) -> dict[str, Any]:
+        """Return a prompt and a completion of the same length."""
+        return {"prompt": text, "completion": text}
 
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
         """See `Task.encode`. Prompt and completion are each cut to `max_length`."""
@@ -73,10 +76,6 @@ class SequenceToSequence(TextTask):
             inputs = {"input_ids": np.asarray(source, dtype=np.int32)}
             results.append(Encoded([Example(inputs, np.arange(len(labels)), labels, weights)], cut))
         return results
-
-    def planned_row(self, texts: Sequence[str], number: int) -> dict[str, Any]:
-        """Return a prompt and a completion."""
-        return {"prompt": texts[0], "completion": texts[1]}
 
     def length(self, example: Example) -> int:
         """Return the number of tokens of prompt and completion."""

@@ -34,6 +34,11 @@ class TokenClassification(OutputPerToken, SequenceClassification):
     auto_class = "AutoModelForTokenClassification"
     peft_task_type = "TOKEN_CLS"
 
+    def planned_row(self, text: str, number: int) -> dict[str, Any]:
+        """Return words with a tag each."""
+        words = text.split()
+        return {"tokens": words, "tags": ["OX"[number % 2]] * len(words)}
+
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
         """See `Task.encode`."""
         results: list[Encoded | Dropped] = []
@@ -57,11 +62,6 @@ class TokenClassification(OutputPerToken, SequenceClassification):
             example = Example({"input_ids": np.asarray(ids, dtype=np.int32)}, positions, labels, weights)
             results.append(Encoded([example], size - len(ids)))
         return results
-
-    def planned_row(self, texts: Sequence[str], number: int) -> dict[str, Any]:
-        """Return words that are entities by turns."""
-        words = texts[0].split()
-        return {"tokens": words, "tags": [("B-A", "O")[place % 2] for place in range(len(words))]}
 
     def labelled(self, example: Example) -> np.ndarray:
         """Return the positions of the words' first tokens."""

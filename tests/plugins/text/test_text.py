@@ -19,7 +19,6 @@ from budwood.contract.loading import build_task
 from budwood.data.build import build_examples
 from budwood.model.checks import load_tokenizer
 from budwood.planning.composition import plan
-from budwood.planning.synthetic import synthetic
 from budwood.recipe.schema import Recipe
 from budwood.testing import tiny_decoder, tiny_encoder
 from budwood.training import setup
@@ -282,11 +281,3 @@ def test_labels_unseen_in_training_are_refused(recipe_of: Callable[..., Recipe],
     path.write_text('{"tokens": ["alice"], "tags": ["B-ORG"]}\n')
     with pytest.raises(InputError, match="eval.jsonl:1: label 'B-ORG' is not in the training data"):
         tune(recipe_of("token-classification", "tags", data_={"eval": str(path)}), quiet=True)
-
-
-def test_plans_need_no_data(recipe_of: Callable[..., Recipe]) -> None:
-    for task in ("token-classification", "sequence-regression", "masked-lm", "sequence-to-sequence", "embedding"):
-        base = "decoder" if task == "sequence-to-sequence" else "base"
-        recipe, _ = synthetic(recipe_of(task, "text", base=base), 32)
-        examples = build_examples(recipe.data.train, load_tokenizer(recipe.base.model), task, recipe.data.max_length)
-        assert set(np.bincount(examples.groups, examples.lengths)) == {32}, task

@@ -50,7 +50,7 @@ def save_memory_in_norms(model: nn.Module) -> int:
     """
     changed = 0
     for module in model.modules():
-        weight = getattr(module, "weight", None)
+        weight = module._parameters.get("weight")  # a buffer may be of another size, as Falcon-Mamba's, which is unused
         epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         if not (type(module).__name__.endswith("RMSNorm") and isinstance(weight, Tensor)):
             continue

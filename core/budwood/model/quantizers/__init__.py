@@ -46,12 +46,18 @@ def is_quantized(module: nn.Module) -> bool:
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """Return the number of outputs and inputs of a linear module, quantised or not, also if wrapped in PEFT layers.
 
+    For fused experts they are those of one expert.
+
     Raises:
         TypeError: the module is not a linear.
     """
+    from budwood.model.quantizers.experts import ExpertLinear  # imports torch
+
     inner: Any = module
     while hasattr(inner, "base_layer"):
         inner = inner.base_layer
+    if isinstance(inner, ExpertLinear):
+        return inner.out_features, inner.in_features
     quantizer = quantizer_of(inner)
     if quantizer is None:
         raise TypeError(f"{type(module).__name__} is not a linear module")

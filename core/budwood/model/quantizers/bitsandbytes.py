@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from budwood.model.quantizers.experts import ExpertLinear
 
 BLOCK, NESTED_BLOCK = 64, 256
 """Weights that share a scale, and scales that share one if they are quantised too: transformers' defaults."""
@@ -75,6 +76,16 @@ class Int8(_BitsAndBytes):
         linear._parameters["bias"] = _planned_bias(module, dtype)
         linear.__class__ = _guarded_linear()
         return linear
+
+    def pack_experts(self, weight: Tensor, double_quantization: bool) -> ExpertLinear:
+        from budwood.model.quantizers.experts import Int8Experts
+
+        return Int8Experts.pack(weight)
+
+    def planned_experts(self, shape: tuple[int, int, int], double_quantization: bool) -> ExpertLinear:
+        from budwood.model.quantizers.experts import Int8Experts
+
+        return Int8Experts.planned(shape)
 
     def is_linear(self, module: nn.Module) -> bool:
         return _is_eight_bit(module)
@@ -161,6 +172,16 @@ class _FourBit(_BitsAndBytes):
         linear._parameters["bias"] = _planned_bias(module, dtype)
         linear.support_avx512bf16_for_cpu = False
         return linear
+
+    def pack_experts(self, weight: Tensor, double_quantization: bool) -> ExpertLinear:
+        from budwood.model.quantizers.experts import FourBitExperts
+
+        return FourBitExperts.pack(weight, self.kind, double_quantization)
+
+    def planned_experts(self, shape: tuple[int, int, int], double_quantization: bool) -> ExpertLinear:
+        from budwood.model.quantizers.experts import FourBitExperts
+
+        return FourBitExperts.planned(shape, self.kind, double_quantization)
 
     def is_linear(self, module: nn.Module) -> bool:
         return _is_four_bit(module) and getattr(module.weight, "quant_type", "") == self.kind

@@ -9,8 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from budwood.model.ops import kernels
 
 pytest.importorskip("triton", reason="Triton comes with torch for CUDA, and with the extra dev")
+from budwood.model.ops.kernels.checks import CHECKS
+
 HERE = Path(__file__).parent
 
 
@@ -36,3 +41,11 @@ def test_the_kernels_compile_for_gpus_without_spilling(tmp_path):
     for kernel in kernels:
         assert kernel["stack"] == 0, kernel  # registers spilled to memory
         assert kernel["shared"] < 99 * 1024, kernel  # of an sm_89
+
+
+@pytest.mark.gpu
+def test_the_kernels_pass_their_comparisons_on_the_device():
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert kernels.prepare(torch.device("cuda", 0), dtype) == []
+        for name in CHECKS:
+            assert kernels.implementation(name, torch.empty(1, device="cuda"), dtype) is not None
