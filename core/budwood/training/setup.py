@@ -53,7 +53,7 @@ from budwood.training.report import Report, peak_memory, resident_peak
 from budwood.training.run_data import read_data
 from budwood.training.sampling import sample
 from budwood.training.schedule import make_scheduler, warmup_note
-from budwood.training.starting import check_classes, check_start
+from budwood.training.starting import check_classes, check_start, complete_start
 from budwood.training.step import Engine
 from budwood.untrusted.chat_template import today
 from budwood.untrusted.files import complete_file
@@ -302,6 +302,7 @@ def plan_run(run: Run, hooks: Composition) -> Plan:
 
 def adapt_model(run: Run, hooks: Composition) -> None:
     """Let the strategies change the base, and collect what trains."""
+    complete_start(run)
     run.model = prepare_model(run, hooks)
     if run.recipe.train.gradient_checkpointing:
         run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -342,7 +343,8 @@ def _report_size(run: Run, report: Report, chosen: bool) -> None:
     report.say(f"{run.steps} optimizer steps of {size}, {limit}")
     if train.steps is None and (run.steps or 0) < FEW_STEPS:
         unit = "batch_examples" if train.batch_examples else "batch_tokens"
-        epoch = len(run.examples) if train.batch_examples else int(run.examples.lengths.sum())
+        groups = int(run.examples.groups[-1]) + 1  # which are what batch_examples counts
+        epoch = groups if train.batch_examples else int(run.examples.lengths.sum())
         report.say(
             f"note: so few steps have little effect: lower train.{unit} (an epoch has {epoch:,}), or raise train.epochs"
         )
