@@ -66,7 +66,7 @@ def test_the_peak_of_an_evaluation_is_that_of_a_real_one(case: Callable[..., Rec
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"eval": recipe.data.train})})
     with rehearse(recipe, torch.float32) as rehearsal:
         peak = rehearse_passes(rehearsal, CPU, 1).peak
-    assert peak is not None and peak.parts["temporaries"] > peak.total / 2
+    assert peak is not None and peak.parts["temporaries"] + peak.parts["activations"] > 0.8 * peak.total
     assert peak.total == pytest.approx(measured_evaluation_peak(recipe), rel=0.05)
 
 
