@@ -253,10 +253,13 @@ def _peft_model(workload: Workload) -> Any:
         workload.base, dtype=torch.bfloat16, quantization_config=quantization, device_map={"": device}
     )
     set_seed(w.SEED)
-    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if workload.size.experts else None
-    lora = LoraConfig(
-        r=w.RANK, lora_alpha=w.ALPHA, target_modules="all-linear", target_parameters=parameters, task_type="CAUSAL_LM"
-    )
+    targets: dict[str, Any] = {"target_modules": "all-linear"}
+    if workload.size.experts:  # all-linear would also train the routers, and double the rank of gate_up_proj
+        targets = {
+            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        }
+    lora = LoraConfig(r=w.RANK, lora_alpha=w.ALPHA, task_type="CAUSAL_LM", **targets)
     return get_peft_model(model, lora)
 
 

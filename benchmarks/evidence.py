@@ -23,7 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks import after_sft_page, defaults_page, real_page
+from benchmarks import after_sft_page, defaults_page, real_page, transfer_page
 from benchmarks.evidence_page import ATTACKED, best_trial, write_page
 from benchmarks.train import machine, say
 
@@ -34,6 +34,7 @@ SECTIONS = {
     JSON.with_name("real.json"): real_page.section,
     JSON.with_name("after-sft.json"): after_sft_page.section,
     JSON.with_name("defaults.json"): defaults_page.section,
+    JSON.with_name("transfer.json"): transfer_page.section,
 }
 """Results of other benchmarks, and the function that formats each as a section of the page."""
 

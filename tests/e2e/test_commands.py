@@ -46,7 +46,7 @@ def tuned(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_saves_its_recipe_which_can_be_rerun(tuned: Path) -> None:
     run = tuned / "runs" / "rows"
-    files = {"adapter", "checkpoints", "loss.png", "manifest.json", "metrics.jsonl", "recipe.yaml"}
+    files = {"adapter", "checkpoints", "loss.png", "manifest.json", "metrics.jsonl", "recipe.yaml", "report.html"}
     assert {p.name for p in run.iterdir()} == files
     done = budwood("tune", "runs/rows/recipe.yaml", "-o", "output=again", "--json", cwd=tuned)
     assert json.loads(done.stdout)["metrics"]["loss"] > 0

@@ -57,6 +57,13 @@ class TestEmbedding(EncoderConformance):
     ]
 
 
+class TestEmbeddingOfPairsWithScores(EncoderConformance):
+    __test__ = True
+    task = "embedding"
+    options = {"temperature": 0.5}
+    rows = [{"sentence1": text, "sentence2": SENTENCES[i - 2], "score": i % 5} for i, text in enumerate(SENTENCES)]
+
+
 class TestEmbeddingOfADecoder(TaskConformance):
     task = "embedding"
     rows = [{"query": text[:12], "document": text[8:20]} for text in SENTENCES]

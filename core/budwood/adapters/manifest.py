@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -169,3 +171,25 @@ class Manifest(_Record):
     files: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of every other file in the folder."""
     created_by: str = ""
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Return the SHA-256 of a tokenizer's definition; "" if there is no tokenizer.
+
+    Truncation and padding do not count: a call with other ones changes what its definition says of them.
+    """
+    if tokenizer is None:
+        return ""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and (backend.truncation or backend.padding):
+        backend = type(backend).from_str(backend.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+    text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def template_hash(tokenizer: Any) -> str:
+    """Return the SHA-256 of a tokenizer's chat template; "" if there is none."""
+    template = getattr(tokenizer, "chat_template", None)
+    return hashlib.sha256(json.dumps(template).encode()).hexdigest() if template else ""

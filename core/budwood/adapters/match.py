@@ -6,8 +6,9 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from budwood.adapters.manifest import template_hash, tokenizer_hash
 from budwood.adapters.peft_config import PREFIX, MisfitError
-from budwood.adapters.store import SavedAdapter, template_hash, tokenizer_hash
+from budwood.adapters.store import SavedAdapter
 from budwood.errors import BudwoodError, CorruptError, InputError
 from budwood.model.base import Base
 from budwood.model.task import Task

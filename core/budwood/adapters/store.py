@@ -25,6 +25,8 @@ from budwood.adapters.manifest import (
     MadeRecord,
     Manifest,
     ParentRecord,
+    template_hash,
+    tokenizer_hash,
 )
 from budwood.adapters.weights import Weights, read_weights
 from budwood.contract.discovery import installed
@@ -120,7 +122,10 @@ class SavedAdapter:
             CorruptError: see `read` and `Weights.tensors`.
             ResourceError: the tensors are larger than the machine's memory.
         """
-        return self.read().tensors()
+        from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+        with unset_fake_temporarily():  # a plan reads the adapter that its run continues
+            return self.read().tensors()
 
 
 def _layout(infos: Mapping[str, TensorInfo]) -> dict[str, tuple[Any, ...]]:
@@ -236,21 +241,6 @@ def _check_seal(path: Path, values: Mapping[str, Any]) -> None:
         raise CorruptError(f"{path}: was altered after it was saved: it does not contain its own hash.")
     if hashlib.sha256(data.replace(stated.encode(), b"")).hexdigest() != stated:
         raise CorruptError(f"{path}: was altered after it was saved (its SHA-256 differs).")
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Return the SHA-256 of a tokenizer's complete definition; "" if there is no tokenizer."""
-    if tokenizer is None:
-        return ""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def template_hash(tokenizer: Any) -> str:
-    """Return the SHA-256 of a tokenizer's chat template; "" if there is none."""
-    template = getattr(tokenizer, "chat_template", None)
-    return hashlib.sha256(json.dumps(template).encode()).hexdigest() if template else ""
 
 
 def read_adapter(

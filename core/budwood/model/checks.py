@@ -17,6 +17,7 @@ from budwood.contract.discovery import PluginError, installed
 from budwood.contract.loading import create
 from budwood.errors import CorruptError, InputError, ResourceError, describe, first_line
 from budwood.model.checkpoint import read_config, read_tensors, resolve
+from budwood.model.missing_head import check_head
 from budwood.model.quantizers import Quantizer
 from budwood.untrusted.redaction import shorten
 
@@ -279,11 +280,14 @@ def skeleton(
         model_kwargs: changes to its configuration, such as `num_labels`.
 
     Raises:
-        InputError: the model type has no class for `auto_class`.
+        InputError: the model type has no class for `auto_class`, or the checkpoint has no language-model head for it.
         CorruptError: its configuration is invalid.
     """
     path = resolve(model, weights=False, code=trust_remote_code)
-    return build_skeleton(str(model), load_config(path, trust_remote_code, model_kwargs), auto_class, trust_remote_code)
+    config = load_config(path, trust_remote_code, model_kwargs)
+    frame = build_skeleton(str(model), config, auto_class, trust_remote_code)
+    check_head(str(model), frame, auto_class, path)
+    return frame
 
 
 def load_config(path: Path, trust_remote_code: bool, changes: dict[str, Any]) -> PretrainedConfig:

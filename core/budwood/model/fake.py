@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +72,7 @@ def fake_base(
     needs_tokenizer: bool = True,
     quantization: str | None = "none",
     double_quantization: bool = True,
+    unused: Collection[str] = (),
     **model_kwargs: Any,
 ) -> Base:
     """Build a base of fake CPU tensors from its configuration; call it inside `fake_tensors`.
@@ -83,7 +84,7 @@ def fake_base(
         model: a folder or a hub name.
         auto_class: name of one of transformers' auto classes.
         dtype: dtype of every floating parameter that is not quantised.
-        quantization, double_quantization: as for `load_base`.
+        quantization, double_quantization, unused: as for `load_base`.
         model_kwargs: changes to the configuration, such as `num_labels`.
 
     Raises:
@@ -120,7 +121,7 @@ def fake_base(
     tokenizer: Any = load_tokenizer(path) if needs_tokenizer else None
     return Base(
         str(model), path, frame, tokenizer, "", info.quantization, *sizes_of(frame, dtype), dtype, device,
-        _new(frame, path), notes, double_quantization,
+        tuple(key for key in _new(frame, path) if not set(key.split(".")) & set(unused)), notes, double_quantization,
     )  # fmt: skip
 
 

@@ -7,8 +7,8 @@ register further tasks in the entry point group `budwood.tasks`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,10 +26,9 @@ from budwood.data.formats import Dropped
 from budwood.data.packing import collate_rows
 from budwood.errors import InputError
 from budwood.model.evaluation import EvalTotals
+from budwood.model.noise import added_noise, table_norms
 from budwood.model.ops.cross_entropy import cross_entropy
 
-NORMS = 8192
-"""Embeddings whose norms are computed at a time."""
 DESIRABLE_LABEL = "desirable_label"
 """Unit of the task's own loss on preference data: the sum of the weights of the desirable answers' labels."""
 
@@ -230,12 +229,9 @@ class Task(Plugin):
     def embedding_norms(self, run: Run) -> Tensor:
         """Return norms [n] fp32 of embeddings as `noise_module` outputs them: their median is the scale of noise.
 
-        By default of the whole table; through the module, since some models multiply its rows.
+        By default of the whole table.
         """
-        module: Any = self.noise_module(run.model)
-        ids = torch.arange(len(module.weight), device=module.weight.device)[None]
-        with torch.no_grad():
-            return torch.cat([module(part).float().norm(dim=-1)[0] for part in ids.split(NORMS, dim=1)])
+        return table_norms(self.noise_module(run.model))
 
     def embedding_width(self, model: nn.Module) -> int:
         """Return d, the last dimension of `noise_module`'s output."""
@@ -392,26 +388,6 @@ class Task(Plugin):
         means = {f"eval_{name}": value for name, value in totals.means.items()}
         return {**means, **self.metrics(run, totals)}
 
-    @contextmanager
-    def noisy(self, model: nn.Module, noise: Tensor | None) -> Iterator[None]:
-        """Add `noise` to the output of `noise_module` inside the context.
-
-        Raises:
-            InputError: the model did not call that module, so the noise had no effect.
-        """
-        if noise is None:
-            yield
-            return
-        called = []
-
-        def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            called.append(True)
-            return output + noise.to(output.dtype)
-
-        handle = self.noise_module(model).register_forward_hook(add)
-        try:
-            yield
-        finally:
-            handle.remove()
-        if not called:
-            raise InputError(f"{type(model).__name__} does not call its input embeddings: noise cannot be added.")
+    def noisy(self, model: nn.Module, noise: Tensor | None) -> AbstractContextManager[None]:
+        """Add `noise` to the output of `noise_module` inside the context; see `added_noise`."""
+        return nullcontext() if noise is None else added_noise(model, self.noise_module(model), noise)

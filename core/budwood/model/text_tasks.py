@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from budwood.contract.examples import DESIRABLE, Batch, Column, Example
-from budwood.contract.types import Outputs, Run
+from budwood.contract.strategy import hookimpl
+from budwood.contract.types import Outputs, Plan, Run
 from budwood.data.chunk import BEYOND, TOO_LONG, Encoded
 from budwood.data.encoder import Encoder
 from budwood.data.formats import Dropped
@@ -270,6 +271,15 @@ class SequenceClassification(Classification, TextTask):
     def planned_row(self, text: str, number: int) -> dict[str, Any]:
         """Return a text of one of two classes."""
         return {"text": text, "label": "ab"[number % 2]}
+
+    @hookimpl
+    def check_plan(self, plan: Plan) -> None:
+        """Refuse an encoder-decoder, whose classifier looks for the end of a text that the decoder reads."""
+        if plan.model is None or self.auto_class != SequenceClassification.auto_class:
+            return
+        if getattr(plan.model.config, "is_encoder_decoder", False):
+            what = f"'{plan.model.config.model_type}' is an encoder-decoder"
+            plan.problem(self, f"{what}, which has no classifier for one text: take an encoder or a decoder")
 
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
         """See `Task.encode`."""

@@ -170,7 +170,8 @@ def rehearse(recipe: Recipe, dtype: torch.dtype, cuda: bool = False) -> Iterator
         mode.allow_non_fake_inputs = True  # tensors of a continued adapter, and constants that strategies keep
         run.base = fake_base(
             recipe.base.model, task.auto_class, dtype, recipe.base.trust_remote_code, task.needs_tokenizer,
-            recipe.base.quantization, recipe.base.double_quantization, **task.model_kwargs(run.examples.labels),
+            recipe.base.quantization, recipe.base.double_quantization, task.unused_modules,
+            **task.model_kwargs(run.examples.labels),
         )  # fmt: skip
         if recipe.base.resize_embeddings:
             resize_base(run.base, embeddings_wanted(recipe, run.tokenizer))

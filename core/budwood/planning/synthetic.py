@@ -37,7 +37,7 @@ def synthetic(recipe: Recipe, tokens: int) -> Iterator[tuple[Recipe, str]]:
     task = recipe_task(recipe)
     tokenizer = recipe_tokenizer(recipe) if task.needs_tokenizer else None
     trains_on = [*(strategy.trains_on for strategy in hooks.strategies), task.trains_on]
-    kind = next((kind for kinds in trains_on for kind in kinds if kind), "")
+    kind = next((kinds[0] for kinds in trains_on if any(kinds[:1])), "")
     length = recipe.data.max_length or default_length(recipe_skeleton(recipe, task.auto_class, tokenizer))
     length = min(length, tokens // _examples(kind, task))
     words = length

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from budwood.adapters.carried import carry
 from budwood.adapters.store import SavedAdapter, read_adapter
-from budwood.contract.loading import load_strategy
+from budwood.contract.loading import build_task, load_strategy
 from budwood.errors import BudwoodError, InputError
 
 if TYPE_CHECKING:
@@ -18,18 +19,19 @@ def read_start(recipe: Recipe) -> SavedAdapter | None:
     """Read and check the adapter that a recipe continues; None if it continues none.
 
     Raises:
-        InputError: it is not an adapter of the recipe's strategy, task and base, or lies in the output folder.
+        InputError: it is not an adapter of the recipe's strategy and base, or lies in the output folder; or nothing of
+            it goes on in the recipe's task.
         CorruptError: it is damaged.
     """
     if recipe.adapter is None:
         return None
     saved = _read(recipe, hashes=True)
     try:
-        if saved.manifest is not None:
+        if saved.manifest is not None and saved.manifest.task == recipe.base.task:
             _check_origin(recipe, saved)
+        return _carried(recipe, saved)
     except BudwoodError as error:
         raise type(error)(f"{recipe.where('adapter')}: adapter: {error}") from error
-    return saved
 
 
 def _read(recipe: Recipe, hashes: bool) -> SavedAdapter:
@@ -56,15 +58,26 @@ def _read(recipe: Recipe, hashes: bool) -> SavedAdapter:
 
 def _check_origin(recipe: Recipe, saved: SavedAdapter) -> None:
     assert saved.manifest is not None
-    base, task = recipe.base, saved.manifest.task
-    if task != base.task:
-        raise InputError(f"{saved.directory} was trained for {task}, not {base.task}: set base.task to {task}.")
+    base = recipe.base
     if saved.manifest.base.embeddings and not base.resize_embeddings:
         raise InputError(f"{saved.directory} has embeddings of new tokens: set base.resize_embeddings to true.")
     if Path(base.model).expanduser().is_dir():
         from budwood.model.base import fingerprint
 
         check_base_of(saved, base.model, fingerprint(base.model))
+
+
+def _carried(recipe: Recipe, saved: SavedAdapter) -> SavedAdapter:
+    """Return the adapter as the recipe's task takes it; see `carry`."""
+    manifest, base = saved.manifest, recipe.base
+    if manifest is None or manifest.task == base.task:
+        return saved
+    _check_origin(recipe, saved)
+    from budwood.model.checks import skeleton
+
+    tasks = [build_task(manifest.task, manifest.task_options), build_task(base.task, base.task_options)]
+    old, new = (skeleton(base.model, task.auto_class, base.trust_remote_code) for task in tasks)
+    return carry(saved, old, new, tasks[1].head_modules(new))
 
 
 def check_base_of(saved: SavedAdapter, name: str, fingerprint: str) -> None:
@@ -91,6 +104,7 @@ def continued_options(recipe: Recipe, choice: Choice) -> dict[str, Any]:
         return choice.options
     saved = _read(recipe, hashes=False)
     try:
+        saved = _carried(recipe, saved)
         fixed, defaults = cls.continued_options(saved.config)
     except BudwoodError as error:
         raise type(error)(f"{recipe.where('adapter')}: adapter: {saved.directory}: {error}") from error

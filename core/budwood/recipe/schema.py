@@ -47,7 +47,8 @@ class Recipe(Section):
         None,
         description="folder of an adapter that the run continues, such as one trained with another objective: training "
         "starts from its tensors, and objectives compare with it. Options that determine its shape, such as rank and "
-        "targets, default to the adapter's; it must have been trained on this base",
+        "targets, default to the adapter's; it must have been trained on this base. Of that of another task, such as "
+        "masked-lm, what lies below the head goes on",
     )
     data: DataSection = Field(description="training and evaluation data")
     strategies: Annotated[list[Choice], Field(min_length=1)] = Field(

@@ -112,7 +112,8 @@ class Sweep:
             trial.set_user_attr("folder", name)
         values = values_of(trial.params, self.fields)
         shown = " ".join(f"{key}={_short(value)}" for key, value in values.items())
-        self.say(f"trial {trial.number} ({counted(self.study)} of {self.trials}): {shown}")
+        total = min(self.trials, combinations(self.fields))
+        self.say(f"trial {trial.number} ({counted(self.study)} of {total}): {shown}")
         twin = self._twin(trial)
         if twin is not None:
             trial.set_user_attr("outcome", f"as trial {twin.number}")

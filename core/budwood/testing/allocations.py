@@ -30,15 +30,28 @@ def measured_peak(recipe: Recipe, steps: int = 2) -> int:
     peak = 0
     for take_step in _steps(recipe, steps):
         before = tensor_bytes() - others
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            take_step()
-        level = highest = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                level += event.nbytes()
-                highest = max(highest, level)
-        peak = max(peak, before + highest)
+        peak = max(peak, before + _highest(take_step))
     return peak
+
+
+def measured_evaluation_peak(recipe: Recipe) -> int:
+    """As `measured_peak`, of the task's evaluation before the first step."""
+    others = tensor_bytes()
+    run, _, _ = prepare(recipe, Report(quiet=True), overwrite=True)
+    before = tensor_bytes() - others
+    return before + _highest(lambda: run.task.evaluate(run))
+
+
+def _highest(function: Callable[[], object]) -> int:
+    """Return the most bytes that a call holds at once, in addition to what exists before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    level = highest = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            level += event.nbytes()
+            highest = max(highest, level)
+    return highest
 
 
 def measured_peak_cuda(recipe: Recipe, steps: int = 2) -> tuple[int, int]:

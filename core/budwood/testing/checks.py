@@ -158,7 +158,8 @@ def micro_batches(bench: Bench) -> None:
     ones, twos = whole.probe.micro_batches, halves.probe.micro_batches
     if any(len(step) != 1 for step in ones.values()) or any(len(step) != 2 for step in twos.values()):
         raise NotApplicable(f"its micro-batches have {ones[0]} and {twos[0]} examples instead of 4 and 2 + 2")
-    expect_equal(promise, whole, halves.parameters, f"micro-batches of {ones[0]} and of {twos[0]} examples", bench)
+    label = f"micro-batches of {ones[0]} and of {twos[0]} examples"
+    expect_equal(promise, whole, halves.parameters, label, bench, halves.probe.largest)
 
 
 def two_processes(bench: Bench) -> None:

@@ -13,24 +13,32 @@ from budwood.testing.probe import distance, farthest
 
 EXACT = 1e-5
 """Largest difference of a parameter between runs that split a step differently, in fp32 and without dropout."""
+ROUNDING = 2.0**-24
+"""Relative error of a rounding to fp32."""
 
 
-NOISE = 1e-6
-"""Largest gradient of a parameter, relative to that of all, which may consist of rounding alone."""
-
-
-def expect_equal(promise: str, whole: Result, other: dict[str, Tensor], label: str, bench: Bench) -> None:
+def expect_equal(
+    promise: str,
+    whole: Result,
+    other: dict[str, Tensor],
+    label: str,
+    bench: Bench,
+    largest: dict[str, float | None] | None = None,
+) -> None:
     """Check that the parameters of another run equal those of `whole`, within `EXACT`.
 
-    A parameter whose gradient is zero but for rounding is left out, since Adam makes a whole step of the rounding.
+    A parameter is left out if its gradients are smaller, in both runs, than a rounding of the largest gradient of all:
+    they may be zero but for rounding, as those of queries if there is one position, and Adam makes whole steps of it.
+
+    Args:
+        largest: the largest gradient of each parameter in the other run, if it is known.
 
     Raises:
         PromiseBroken: they differ; the message says where.
     """
-    sizes = {name: size or 0.0 for name, size in whole.probe.largest.items()}
-    most = max(sizes.values(), default=0.0)
-    noise = {name for name, size in sizes.items() if 0 < size <= NOISE * most}
-    ours, theirs = ({k: v for k, v in each.items() if k not in noise} for each in (whole.parameters, other))
+    runs = [whole.probe.largest, *([largest] if largest is not None else [])]
+    zero = set.intersection(*map(_rounded_away, runs))
+    ours, theirs = ({k: v for k, v in each.items() if k not in zero} for each in (whole.parameters, other))
     name, gap = farthest(ours, theirs)
     if not gap <= EXACT:
         raise PromiseBroken(
@@ -38,6 +46,12 @@ def expect_equal(promise: str, whole: Result, other: dict[str, Tensor], label: s
             f"(at most {EXACT:g} allowed). Return values per label or example, and draw noise from "
             "step.generator(self, example)."
         )
+
+
+def _rounded_away(largest: dict[str, float | None]) -> set[str]:
+    """Return the parameters whose gradients vanish beside the largest of all."""
+    most = max((size or 0.0 for size in largest.values()), default=0.0)
+    return {name for name, size in largest.items() if size is not None and 0 < size < ROUNDING * most}
 
 
 def expect_state(promise: str, before: dict[str, Any], after: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from budwood.adapters.golden import TOLERANCE, measure, threads
 from budwood.contract.examples import Example
 from budwood.contract.loading import check_hooks
 from budwood.contract.types import Generator
-from budwood.errors import BudwoodError
+from budwood.errors import BudwoodError, InputError
 from budwood.model.evaluation import collate_for
 from budwood.planning.synthetic import synthetic
 from budwood.recipe.data import recipe_task
@@ -115,7 +115,8 @@ def splits(bench: TaskBench) -> None:
             f"{promise}: the rows of the test do not split a step: micro-batches of {ones[0]} and {several[0]} "
             "examples. Make rows of similar lengths."
         )
-    expect_equal(promise, whole, parts.parameters, f"micro-batches of {ones[0]} and of {several[0]} examples", bench)
+    label = f"micro-batches of {ones[0]} and of {several[0]} examples"
+    expect_equal(promise, whole, parts.parameters, label, bench, parts.probe.largest)
     for name in (name for name in whole.run.metrics if name.startswith("eval_")):
         before, after = whole.run.metrics[name], parts.run.metrics[name]
         if not abs(before - after) <= 10 * EXACT * max(1.0, abs(before)):
@@ -136,6 +137,25 @@ def saved_is_evaluated(bench: TaskBench) -> None:
         found = again.get(name, math.inf)
         if not abs(found - value) <= EXACT * max(1.0, abs(value)):
             raise PromiseBroken(f"{promise}: {name} was {value!r} at the end of the run and is {found!r}.")
+
+
+ATTACK = "pgd:epsilon=0.01,steps=2"
+
+
+def attacked(bench: TaskBench) -> None:
+    """Check that noise on the embeddings, chosen to raise the loss, raises it."""
+    promise = "attack raises the loss"
+    result = bench.run(promise)
+    try:
+        with threads(1):
+            found = evaluate_adapter(result.adapter, bench.files.eval, device="cpu", attacks=[ATTACK], quiet=True)
+    except InputError as error:
+        raise NotApplicable(f"refused: {error}") from error
+    except BudwoodError as error:
+        raise PromiseBroken(f"{promise}: {explain(error)}") from error
+    clean, under = found.adapter["eval_loss"], found.attacks[ATTACK]["eval_loss"]
+    if not clean < under < math.inf:
+        raise PromiseBroken(f"{promise}: --attack {ATTACK}: eval_loss is {clean:.7g} without and {under:.7g} with it.")
 
 
 def verifies(bench: TaskBench) -> None:

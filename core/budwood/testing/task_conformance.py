@@ -98,6 +98,9 @@ class TaskConformance(Conformance):
     def test_saved_adapter_has_the_metrics_of_the_run(self, request: pytest.FixtureRequest) -> None:
         self._check(request, task_checks.saved_is_evaluated)
 
+    def test_attack_raises_the_loss(self, request: pytest.FixtureRequest) -> None:
+        self._check(request, task_checks.attacked)
+
     def test_golden_outputs_replay(self, request: pytest.FixtureRequest) -> None:
         self._check(request, task_checks.verifies)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from budwood.contract.registry import Composition
 from budwood.contract.strategy import hookimpl
 from budwood.contract.types import LossTerm, Outputs, Run, Step
-from budwood.model.experts import RoutedExperts, expert_load
+from budwood.model.experts import RoutedExperts, count_experts, expert_load
 
 
 class LoadBalance:
@@ -73,6 +73,16 @@ def _routers(model: Any) -> list[nn.Module]:
             kind: Any = getattr(one, "target_class", one)
             found += [part for part in module.modules() if isinstance(part, kind) and part not in found]
     return found
+
+
+def describe_experts(run: Run) -> str:
+    """Return how many experts the model has, how many are quantised, and how many adapted; empty without experts."""
+    experts = count_experts(run.model)
+    if not experts.total:
+        return ""
+    quantized = f"{experts.quantized:,} of {experts.total:,} in {run.base.quantization}"
+    quantized = f"{experts.total:,}, not quantised" if run.base.quantization == "none" else quantized
+    return f"experts: {quantized}, {experts.trained:,} adapted"
 
 
 def loads(run: Run) -> dict[str, list[float]]:

@@ -33,7 +33,6 @@ from budwood.model.base import (
     pick_device_precision,
 )
 from budwood.model.embeddings import resize_base
-from budwood.model.experts import count_experts
 from budwood.model.limits import default_length
 from budwood.model.ops import attention, kernels
 from budwood.model.streaming import keep_heap
@@ -44,7 +43,7 @@ from budwood.recipe.schema import Recipe, build_composition, find_code, load_rec
 from budwood.training.durability import changes
 from budwood.training.durability.resume import Resume
 from budwood.training.micro_tokens import settle, settle_as_before, shared_out, wanted
-from budwood.training.mixture import balance_load
+from budwood.training.mixture import balance_load, describe_experts
 from budwood.training.output import MANIFEST, SKIPPED, make_output, read_manifest
 from budwood.training.packing_check import check_packing
 from budwood.training.parameters import torch_groups, trainable_groups
@@ -54,7 +53,7 @@ from budwood.training.report import Report, peak_memory, resident_peak
 from budwood.training.run_data import read_data
 from budwood.training.sampling import sample
 from budwood.training.schedule import make_scheduler, warmup_note
-from budwood.training.starting import check_classes, check_start
+from budwood.training.starting import check_classes, check_start, complete_start
 from budwood.training.step import Engine
 from budwood.untrusted.chat_template import today
 from budwood.untrusted.files import complete_file
@@ -303,6 +302,7 @@ def plan_run(run: Run, hooks: Composition) -> Plan:
 
 def adapt_model(run: Run, hooks: Composition) -> None:
     """Let the strategies change the base, and collect what trains."""
+    complete_start(run)
     run.model = prepare_model(run, hooks)
     if run.recipe.train.gradient_checkpointing:
         run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -335,20 +335,16 @@ def _report_size(run: Run, report: Report, chosen: bool) -> None:
     train = run.recipe.train
     size = f"{train.batch_examples} examples" if train.batch_examples else f"{train.batch_tokens} tokens"
     names = ", ".join(strategy.name for strategy in run.strategies)
-    experts = count_experts(run.model)
     report.say(f"{names}: {trainable:,} trainable parameters ({trainable / total:.2%} of {total:,})")
-    adapted = describe_adapter(run.model, RUN_ADAPTER)
-    if experts.total:
-        quantized = f"{experts.quantized:,} of {experts.total:,} in {run.base.quantization}"
-        quantized = f"{experts.total:,}, not quantised" if run.base.quantization == "none" else quantized
-        adapted += f"{'; ' if adapted else ''}experts: {quantized}, {experts.trained:,} adapted"
+    adapted = "; ".join(filter(None, (describe_adapter(run.model, RUN_ADAPTER), describe_experts(run))))
     if adapted:
         report.say(f"adapted: {adapted}")
     limit = f"at most {train.micro_tokens} tokens at once{' (train.micro_tokens: auto)' if chosen else ''}"
     report.say(f"{run.steps} optimizer steps of {size}, {limit}")
     if train.steps is None and (run.steps or 0) < FEW_STEPS:
         unit = "batch_examples" if train.batch_examples else "batch_tokens"
-        epoch = len(run.examples) if train.batch_examples else int(run.examples.lengths.sum())
+        groups = int(run.examples.groups[-1]) + 1  # which are what batch_examples counts
+        epoch = groups if train.batch_examples else int(run.examples.lengths.sum())
         report.say(
             f"note: so few steps have little effect: lower train.{unit} (an epoch has {epoch:,}), or raise train.epochs"
         )

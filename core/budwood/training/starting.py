@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from budwood.adapters.carried import CarriedAdapter
 from budwood.adapters.store import SavedAdapter
+from budwood.adapters.targets import whole_modules
 from budwood.contract.types import Run
 from budwood.errors import InputError
 from budwood.recipe.continued import check_base_of
@@ -15,7 +17,9 @@ def check_classes(run: Run) -> None:
         InputError: they differ, or are in another order.
     """
     saved = run.start_adapter
-    if saved is None or saved.manifest is None or saved.manifest.labels == run.examples.labels:
+    if saved is None or saved.manifest is None or isinstance(saved, CarriedAdapter):
+        return
+    if saved.manifest.labels == run.examples.labels:
         return
     theirs, ours = (", ".join(labels) or "none" for labels in (saved.manifest.labels, run.examples.labels))
     raise InputError(
@@ -37,4 +41,14 @@ def check_start(run: Run, saved: SavedAdapter) -> None:
             f"base.resize_embeddings has {run.base.added.stop:,}: use the tokenizer that it was trained with."
         )
     size = f"{saved.parameters:,} parameters, SHA-256 {saved.hashes.weights[:12]}"
-    run.say("; ".join([f"adapter {saved.directory}: continued, {size}", *saved.notes]))
+    notes = list(saved.notes)
+    if isinstance(saved, CarriedAdapter):
+        notes.append(saved.describe())
+    run.say("; ".join([f"adapter {saved.directory}: continued, {size}", *notes]))
+
+
+def complete_start(run: Run) -> None:
+    """Give an adapter of another task what is new in the run's: its heads, and modules that the checkpoint lacks."""
+    if isinstance(run.start_adapter, CarriedAdapter):
+        whole = whole_modules(run.base.model, [], run.task, run.base)
+        run.start_adapter = run.start_adapter.with_new(run.base.model, whole)

@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
-TEXTS = {"prompt-completion": "prompt", "text-label": "text"}
+TEXTS = {
+    "prompt-completion": "prompt",
+    "text-label": "text",
+    "text-score": "text",
+    "anchor-positive": "anchor",
+    "query-document": "query",
+}
 """Data formats with one column that the model reads and is not scored on."""
 
 

@@ -1,4 +1,4 @@
-"""Data formats of embeddings: a text, one that belongs to it, and others that do not."""
+"""Data formats of embeddings: a text, one that belongs to it, and others that do not; or two texts and a score."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from budwood import DataFormat, Dropped, InputError
 
 NAME = "embedding"
 HARD = "negative"
+GRADED = "pairs with scores"
+"""Kind of data."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,15 @@ class Texts:
     anchor: str
     positive: str
     negatives: tuple[str, ...]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Graded:
+    """Two texts, and how similar they are: a higher score is more similar, on any scale."""
+
+    texts: tuple[str, str]
+    score: float
     weight: float = 1.0
 
 
@@ -41,11 +52,8 @@ class AnchorPositive(DataFormat):
         )
         if positive in negatives:
             raise InputError(f"{where}: '{self.columns[1]}' and '{HARD}' are equal. Remove the row.")
-        weight = row.get("weight", 1.0)
-        weight = 1.0 if weight is None else weight
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
-            raise InputError(f"{where}: field 'weight' must be a number of at least 0, not {weight!r}.")
-        return Texts(anchor, positive, negatives, float(weight)) if weight else Dropped("weight 0")
+        weight = _number(row, "weight", where, 1.0, least=0.0)
+        return Texts(anchor, positive, negatives, weight) if weight else Dropped("weight 0")
 
 
 class QueryDocument(AnchorPositive):
@@ -54,6 +62,34 @@ class QueryDocument(AnchorPositive):
     api = 2
     name = "query-document"
     columns = ("query", "document")
+
+
+class SentencePair(DataFormat):
+    """Two texts and a score of their similarity, as in the STS benchmark."""
+
+    api = 2
+    name = "sentence-pair"
+    columns = ("sentence1", "sentence2", "score")
+    optional = ("weight",)
+    holds = GRADED
+    tasks = (NAME,)
+
+    def item(self, row: Mapping[str, Any], where: str) -> Graded | Dropped:
+        """See `DataFormat.item`."""
+        first, second = (_text(row.get(name), name, where) for name in self.columns[:2])
+        score = _number(row, "score", where)
+        weight = _number(row, "weight", where, 1.0, least=0.0)
+        return Graded((first, second), score, weight) if weight else Dropped("weight 0")
+
+
+def _number(row: Mapping[str, Any], name: str, where: str, default: float | None = None, least: float = -1e30) -> float:
+    value = row.get(name)
+    value = default if value is None else value
+    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not known or value < least:
+        kind = f"a number of at least {least:g}" if least == 0 else "a finite number"
+        raise InputError(f"{where}: field '{name}' must be {kind}, not {value!r}.")
+    return float(value)
 
 
 def _text(value: Any, name: str, where: str) -> str:

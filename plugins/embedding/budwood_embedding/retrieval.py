@@ -1,7 +1,8 @@
-"""Metrics of retrieval: how high the documents that belong to a query stand among all documents."""
+"""Metrics: how high the documents that belong to a query stand among all, and how similarities follow scores."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,3 +41,20 @@ def retrieval_metrics(queries: Tensor, documents: Tensor, relevant: list[list[in
             gain = discounts[ranks[ranks < AT]].sum() / discounts[: len(best)].sum()
             totals[f"ndcg_at_{AT}"] += float(gain)
     return {name: value / len(queries) for name, value in totals.items()}
+
+
+def similarity_metrics(first: Tensor, second: Tensor, scores: Tensor) -> dict[str, float]:
+    """Return Spearman's and Pearson's correlation of cosine similarities with scores; 0 if either is constant.
+
+    Args:
+        first, second: [n, d], normalised.
+        scores: [n].
+    """
+    from scipy.stats import pearsonr, spearmanr
+
+    similarities, wanted = (first * second).sum(-1).double().numpy(), scores.double().numpy()
+    varied = len(wanted) > 1 and np.ptp(wanted) > 0 and np.ptp(similarities) > 0
+    functions = {"spearman": spearmanr, "pearson": pearsonr}
+    return {
+        name: float(function(similarities, wanted).statistic) if varied else 0.0 for name, function in functions.items()
+    }

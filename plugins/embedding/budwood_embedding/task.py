@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from string import ascii_lowercase
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from budwood import (
     Batch,
+    BestMetric,
     Column,
     Dropped,
     Encoded,
@@ -36,15 +37,12 @@ from budwood import (
     is_causal,
     takes_segments,
 )
+from budwood_embedding.checks import check_data, have_scores
 from budwood_embedding.config import read_kind, read_settings, settings_files
-from budwood_embedding.formats import NAME, Texts
-from budwood_embedding.retrieval import retrieval_metrics
-
-TEXT = "embedding_text"
-"""Column with a number for each text, the same for equal texts."""
-ANCHOR, POSITIVE, NEGATIVE = range(3)
-"""Labels: the role of a text in its row."""
-ROLES = ("anchor", "positive", "negative")
+from budwood_embedding.formats import GRADED, NAME, Graded, Texts
+from budwood_embedding.losses import contrastive_loss, ranking_loss
+from budwood_embedding.retrieval import retrieval_metrics, similarity_metrics
+from budwood_embedding.roles import ANCHOR, FIRST, NEGATIVE, POSITIVE, ROLES, SCORE, SECOND, TEXT
 
 
 class EmbeddingOptions(Options):
@@ -78,7 +76,9 @@ class Embedding(TextTask):
     The loss is the cross-entropy of an anchor's positive among all documents of the optimizer step, positives and hard
     negatives, by cosine similarity over a temperature (van den Oord et al., 2018, equation 4; in-batch negatives as in
     Karpukhin et al., 2020, section 3.2). A document equal to the positive, and another positive of an equal anchor, is
-    no negative. With `matryoshka`, it is the mean over the cut vectors too (Kusupati et al., 2022, equation 1).
+    no negative. Pairs with scores are ranked instead: of any two pairs of the step, the one with the higher score has
+    the higher similarity (Su, 2022, "CoSENT"). With `matryoshka`, the loss is the mean over the cut vectors too
+    (Kusupati et al., 2022, equation 1).
     """
 
     api = 2
@@ -88,8 +88,11 @@ class Embedding(TextTask):
     unused_modules = ("pooler",)
     training_options = ("temperature", "matryoshka")
     peft_task_type = "FEATURE_EXTRACTION"
+    trains_on = ("", GRADED)
     best_metric = "eval_ndcg_at_10"
     lower_is_better = False
+    graded: bool = False
+    """Whether the data in use is pairs with scores."""
 
     def read_base(self, folder: Path) -> None:
         """Complete the options from the files of sentence-transformers, or by the kind of the model."""
@@ -108,18 +111,19 @@ class Embedding(TextTask):
 
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
         """See `Task.encode`. A row is a group: the anchor, its positive, and its negatives; each has one label."""
-        before = (self.options.query_prompt or "", self.options.document_prompt or "")
-        texts = [before[index > 0] + text for item in items for index, text in enumerate(_texts(item))]
+        query, document = self.options.query_prompt or "", self.options.document_prompt or ""
+        parts = [_texts(item) for item in items]
+        texts = [(document if role in (POSITIVE, NEGATIVE) else query) + text for part in parts for role, text in part]
         rows = iter(zip(texts, encoder.whole(texts), strict=True))
         results: list[Encoded | Dropped] = []
-        for item in items:
+        for item, part in zip(items, parts, strict=True):
             examples, cut = [], 0
-            for index, _ in enumerate(_texts(item)):
+            for role, _ in part:
                 text, ids = next(rows)
                 beyond = max(len(ids) - (encoder.max_length or len(ids)), 0)
                 if beyond:
                     cut, ids = cut + beyond, encoder.cut(text, encoder.max_length or 0)
-                examples.append(_example(ids, min(index, NEGATIVE), item.weight))
+                examples.append(_example(ids, role, item))
             results.append(Encoded(examples, cut))
         return results
 
@@ -168,9 +172,10 @@ class Embedding(TextTask):
         return False
 
     def show(self, example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
-        """Return the text with its role."""
-        role = ROLES[int(example.labels[0])]
-        return [(f"{role}: ", False), (tokenizer.decode(example.inputs["input_ids"].tolist()), True)]
+        """Return the text with its role, and the score of its pair."""
+        role = int(example.labels[0])
+        score = f" ({float(example.columns[SCORE].values):g})" if role == FIRST else ""
+        return [(f"{ROLES[role]}{score}: ", False), (tokenizer.decode(example.inputs["input_ids"].tolist()), True)]
 
     def probe(self, example: Example, limit: int | None = None) -> Example:
         """See `Task.probe`. A text is cut at its end."""
@@ -193,29 +198,14 @@ class Embedding(TextTask):
 
     @hookimpl
     def prepare_examples(self, run: Run, examples: Sequence[Example]) -> Sequence[Example]:
-        """Refuse data whose steps hold no negatives: single rows without hard ones, or one document alone.
+        """Refuse data that has nothing to compare with, and choose the metric of pairs with scores.
 
         Raises:
             InputError: the message says what to change.
         """
-        documents: set[int] = set()
-        alone, hard = run.recipe.train.batch_examples == 1, True
-        for example in examples:
-            role = int(example.labels[0])
-            if role == ANCHOR:
-                if (alone and not hard) or (not alone and len(documents) > 1):
-                    break
-                hard = False
-            else:
-                hard = hard or role == NEGATIVE
-                documents.add(int(example.columns[TEXT].values))
-        if alone and not hard:
-            raise InputError(
-                f"{run.recipe.where('train', 'batch_examples')}: train.batch_examples: 1: the other rows of a step are "
-                "an anchor's negatives, and a row without a 'negative' of its own would have none: raise it."
-            )
-        if len(documents) < 2:
-            raise InputError(f"{run.recipe.data.train}: all rows have the same document, so no anchor has a negative.")
+        self.graded = check_data(run, examples)
+        if self.graded:
+            run.best_metric = BestMetric("eval_spearman", True, str(self))
         return examples
 
     # Loss.
@@ -229,45 +219,50 @@ class Embedding(TextTask):
         """Return the vectors [examples, d], and each text's role, number and weight."""
         batch = step.batch
         rows = outputs.hidden.flatten(0, 1)
-        return {"vectors": rows, "roles": batch.labels, "texts": batch.columns[TEXT], "weights": batch.weights}
+        columns = {"texts": batch.columns[TEXT], "scores": batch.columns[SCORE]}
+        return {"vectors": rows, "roles": batch.labels, "weights": batch.weights, **columns}
 
     @hookimpl
     def step_terms(self, run: Run, values: dict[str, Tensor]) -> LossTerm:
         """Return the loss over all rows of the optimizer step."""
         cuts = [values["vectors"].shape[-1], *self.options.matryoshka]
-        losses = [
-            contrastive_loss(
-                values["vectors"][:, :size],
-                values["roles"],
-                values["texts"],
-                values["weights"],
-                self.options.temperature,
-            )
-            for size in cuts
-        ]
+        losses = [self._loss(values["vectors"][:, :size], values) for size in cuts]
         return LossTerm(NAME, torch.stack(losses).mean(), "step", run.task_weight)
+
+    def _loss(self, vectors: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss of vectors [n, d] with these roles, texts, scores and weights [n]."""
+        loss, others = (ranking_loss, "scores") if self.graded else (contrastive_loss, "texts")
+        return loss(vectors, values["roles"], values[others], values["weights"], self.options.temperature)
 
     # Evaluation and use.
 
     def measure(self, run: Run, noise: Callable[[Batch], Tensor | None] | None = None) -> dict[str, float]:
-        """Return the loss and the metrics of retrieval: each anchor against all documents of `run.eval_examples`."""
+        """Return the loss and the metrics of retrieval: each anchor against all documents of `run.eval_examples`.
 
-        def vectors_of(batch: Batch) -> list[tuple[Any, Tensor, int, int, float]]:
+        For pairs with scores, the correlations of their similarities with the scores.
+        """
+
+        def vectors_of(batch: Batch) -> list[tuple[Any, ...]]:
             with self.noisy(run.model, None if noise is None else noise(batch)):
                 vectors = self.outputs(run.model, batch).hidden[0].cpu()
-            values = (batch.labels.tolist(), batch.columns[TEXT].tolist(), batch.weights.tolist())
-            return list(zip(batch.source_rows, vectors, *values, strict=True))
+            values = (batch.labels, batch.columns[TEXT], batch.columns[SCORE], batch.weights)
+            return list(zip(batch.source_rows, vectors, *(value.tolist() for value in values), strict=True))
 
+        assert run.eval_examples is not None
+        self.graded = have_scores(run.eval_examples)  # an attack's gradient is that of `step_terms`
         texts = [text for part in eval_results(run, vectors_of) for text in part]
         texts.sort(key=lambda text: (text[0], text[2]))  # independent of batches and processes
-        roles, numbers = (torch.tensor([text[index] for text in texts]) for index in (2, 3))
-        weights = torch.tensor([text[4] for text in texts])
+        names = enumerate(("roles", "texts", "scores", "weights"), 2)
+        values = {name: torch.tensor([text[index] for text in texts]) for index, name in names}
         vectors = torch.stack([text[1] for text in texts])
         metrics: dict[str, float] = {}
         for size in (vectors.shape[-1], *self.options.matryoshka):
             cut = F.normalize(vectors[:, :size], dim=-1)
-            loss = contrastive_loss(cut, roles, numbers, weights, self.options.temperature)
-            found = {"loss": float(loss), **_retrieval(cut, roles.tolist(), numbers.tolist())}
+            found = {"loss": float(self._loss(cut, values))}
+            if self.graded:
+                found |= similarity_metrics(cut[0::2], cut[1::2], values["scores"][0::2])
+            else:
+                found |= _retrieval(cut, values["roles"].tolist(), values["texts"].tolist())
             metrics |= {f"eval_{key}{f'_dim_{size}' if metrics else ''}": value for key, value in found.items()}
         return metrics
 
@@ -311,33 +306,6 @@ class Embedding(TextTask):
         return settings_files(self.options, model.config.get_text_config().hidden_size, max_length)
 
 
-def contrastive_loss(vectors: Tensor, roles: Tensor, texts: Tensor, weights: Tensor, temperature: float) -> Tensor:
-    """Return the weighted mean over anchors of the cross-entropy of an anchor's positive among the documents.
-
-    No shape depends on values, so that it also runs in planning.
-
-    Args:
-        vectors: [n, d]; a row's texts are adjacent: anchor, positive, negatives.
-        roles: [n]: 0 anchor, 1 positive, 2 negative.
-        texts: [n], equal for equal texts.
-        weights: [n], of each text's row.
-        temperature: divides the cosine similarities.
-    """
-    unit = F.normalize(vectors, dim=-1)
-    scores = unit @ unit.T / temperature
-    own = torch.arange(len(roles), device=roles.device)
-    target = (own + 1).clamp(max=len(roles) - 1)
-    same_document = texts[None, :] == texts[target][:, None]
-    same_anchor = texts[:, None] == texts[None, :]
-    other_positive = (same_anchor & (roles == ANCHOR)).roll(1, 1)  # the positive stands after its anchor
-    anchors = roles == ANCHOR
-    left_out = anchors[None, :] | ((same_document | other_positive) & (own[None, :] != target[:, None]))
-    scores = scores.masked_fill(left_out & anchors[:, None], float("-inf"))
-    losses = scores.logsumexp(-1) - scores.gather(1, target[:, None])[:, 0]
-    shares = torch.where(anchors, weights, torch.zeros_like(weights)).to(losses.dtype)
-    return (losses * shares).sum() / shares.sum()
-
-
 def _retrieval(vectors: Tensor, roles: list[int], texts: list[int]) -> dict[str, float]:
     """Return the metrics of distinct anchors against distinct documents."""
     queries: dict[int, int] = {}
@@ -357,13 +325,17 @@ def _retrieval(vectors: Tensor, roles: list[int], texts: list[int]) -> dict[str,
     return retrieval_metrics(vectors[list(queries.values())], vectors[list(documents.values())], own)
 
 
-def _texts(item: Texts) -> Iterable[str]:
-    return (item.anchor, item.positive, *item.negatives)
+def _texts(item: Texts | Graded) -> list[tuple[int, str]]:
+    """Return the texts of a row, each with its role."""
+    if isinstance(item, Graded):
+        return [(FIRST, item.texts[0]), (SECOND, item.texts[1])]
+    return [(ANCHOR, item.anchor), (POSITIVE, item.positive), *((NEGATIVE, text) for text in item.negatives)]
 
 
-def _example(ids: Sequence[int], role: int, weight: float) -> Example:
+def _example(ids: Sequence[int], role: int, item: Texts | Graded) -> Example:
     tokens = np.asarray(ids, dtype=np.int32)
     number = int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), "little", signed=True)
-    example = as_probe(tokens, role)
-    weights = np.full(1, weight, dtype=np.float32)
-    return replace(example, weights=weights, group=0, columns={TEXT: Column(np.array(number, dtype=np.int64))})
+    score = item.score if isinstance(item, Graded) else 0.0
+    columns = {TEXT: Column(np.array(number, dtype=np.int64)), SCORE: Column(np.array(score, dtype=np.float32))}
+    weights = np.full(1, item.weight, dtype=np.float32)
+    return replace(as_probe(tokens, role), weights=weights, group=0, columns=columns)

@@ -42,7 +42,8 @@ class L2SP(Strategy):
     def loss_terms(self, step: Step, outputs: Outputs) -> list[LossTerm] | None:
         if not is_counted(step):
             return None
-        new = set(step.run.base.new) if step.run.start_adapter is None else set()
+        saved = step.run.start_adapter.infos if step.run.start_adapter is not None else {}
+        new = {name for name in step.run.base.new if f"base_model.model.{name}" not in saved}
         distance = norm = outputs.hidden.new_zeros((), dtype=step.run.trainable[0].dtype)
         for (name, parameter), start in zip(named(step.run), step.run.start, strict=True):
             if name in new:

@@ -58,6 +58,8 @@ class MaskedLM(OutputPerToken):
         super().__init__(options)
         if self.options.masked + self.options.random > 1:
             raise InputError("masked-lm: masked and random are shares of the chosen tokens: they exceed 1 together.")
+        if not self.options.masked and not self.options.random:
+            raise InputError("masked-lm: masked and random are 0, so nothing is masked: raise masked.")
         self.mask: int = -1
         self.tokens: np.ndarray = np.zeros(0, dtype=np.int64)
         """Ids of the tokens that may replace others: all but the special ones."""

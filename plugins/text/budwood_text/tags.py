@@ -91,7 +91,8 @@ class TokenClassification(OutputPerToken, SequenceClassification):
         pairs = [[next(rows) for _ in range(size)] for size in totals.sizes]
         truth, predicted = ([[names[int(pair[side])] for pair in row] for row in pairs] for side in (0, 1))
         found = Evaluator(truth, predicted, tags=types, loader="list").evaluate()
-        self.report = _report({name: found["entities"][name]["strict"] for name in types}, found["overall"]["strict"])
+        counted = {name: found["entities"][name]["strict"] for name in types if name in found["entities"]}
+        self.report = _report(counted, found["overall"]["strict"])
         overall = found["overall"]["strict"]
         scores = {"precision": overall.precision, "recall": overall.recall, "f1": overall.f1}
         return {f"eval_entity_{name}": float(value) for name, value in scores.items()}
@@ -181,7 +182,7 @@ def _entities(text: str, words: Sequence[tuple[int, int]], tags: Sequence[str]) 
 
 def _report(by_type: dict[str, Any], overall: Any) -> str:
     """Return a table of precision, recall, F1 and number of entities, of each type and of all."""
-    width = max(map(len, (*by_type, "all")))
+    width = max(map(len, (*by_type, "all")))  # of types that were neither there nor predicted there is no row
     lines = [f"{'':{width}}  precision    recall        f1   support"]
     for name, scores in (*by_type.items(), ("all", overall)):
         values = "".join(f"{value:10.4f}" for value in (scores.precision, scores.recall, scores.f1))

@@ -14,6 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from budwood import CorruptError, InputError, ResourceError, check_adapter_tensors
 from budwood.adapters import store, weights
+from budwood.adapters.manifest import tokenizer_hash
+from budwood.model.checks import load_tokenizer
+from budwood.testing import tiny_encoder
 from budwood.untrusted.files import sha256
 
 WEIGHTS = "adapter_model.safetensors"
@@ -342,3 +345,12 @@ def test_tensors_larger_than_memory_are_not_read(small, monkeypatch):
     monkeypatch.setattr(weights.os, "sysconf", lambda name: 7)
     with pytest.raises(ResourceError, match="64 bytes of tensors are more than this machine's memory"):
         store.read_adapter(small).load_tensors()
+
+
+def test_truncation_and_padding_are_not_part_of_a_tokenizer(tmp_path):
+    """A call with `truncation=False` changes them, so an adapter's tokenizer would seem to be another one."""
+    tokenizer = load_tokenizer(tiny_encoder(tmp_path / "base", ["some words"]))
+    before = tokenizer_hash(tokenizer)
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.backend_tokenizer.enable_padding(length=8)
+    assert tokenizer_hash(tokenizer) == before and tokenizer.backend_tokenizer.truncation is not None

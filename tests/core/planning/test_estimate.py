@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from benchmarks.plan import RECIPES, build, make_bases, write_rows
 from tests.core.model.test_experts import make_family
 
@@ -19,8 +20,10 @@ from budwood.model.text_tasks import CausalLM
 from budwood.planning import admission
 from budwood.planning.devices import GIB, Device, find_device
 from budwood.planning.estimate import estimate, refusal
+from budwood.planning.passes import rehearse_passes
+from budwood.planning.rehearsal import rehearse
 from budwood.recipe.schema import Recipe
-from budwood.testing.allocations import measured_peak
+from budwood.testing.allocations import measured_evaluation_peak, measured_peak
 
 COMPARED = (
     "lora, nf4, bf16", "lora, fp4, dropout, gradient checkpointing", "adalora, nf4", "lora, adversarial (smart)",
@@ -56,6 +59,15 @@ def test_the_peak_is_that_of_a_real_run(case: Callable[..., Recipe], name: str):
     assert planned.peak == sum(planned.parts.values())
     assert planned.parts["activations"] > planned.peak / 3
     assert planned.peak == pytest.approx(actual, rel=0.05 if "bf16" not in name else 0.12)
+
+
+def test_the_peak_of_an_evaluation_is_that_of_a_real_one(case: Callable[..., Recipe]):
+    recipe = case("lora, nf4", train={"eval_generate": 0})
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"eval": recipe.data.train})})
+    with rehearse(recipe, torch.float32) as rehearsal:
+        peak = rehearse_passes(rehearsal, CPU, 1).peak
+    assert peak is not None and peak.parts["temporaries"] + peak.parts["activations"] > 0.8 * peak.total
+    assert peak.total == pytest.approx(measured_evaluation_peak(recipe), rel=0.05)
 
 
 def test_the_peak_of_a_mixture_is_that_of_a_real_run(files: tuple[Path, dict[str, Path]], tmp_path: Path):

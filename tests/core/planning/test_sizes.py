@@ -70,10 +70,10 @@ def test_no_size_is_below_the_longest_example() -> None:
 
 
 def estimate_of(micro_tokens: int) -> Estimate:
-    device = Device("this CPU", "cpu", 4 * GIB)
+    """Return an estimate of 1 GiB on a CPU with 4 GiB."""
     return Estimate(
-        device, GIB, {"activations": GIB}, "core", (0, ""), 0, 1.0, 1.0, 1.0, 100.0, 1.0, micro_tokens, 4, None, 0, 0,
-        GIB, 0.0, [], micro_tokens,
+        Device("this CPU", "cpu", 4 * GIB), GIB, {"activations": GIB}, "core", (0, ""), 0, 1.0, 1.0, 1.0, 100.0, 1.0,
+        micro_tokens, 4, None, 0, 0, GIB, micro_tokens=micro_tokens,
     )  # fmt: skip
 
 

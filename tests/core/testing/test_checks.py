@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tests.core.testing import broken
 
 from budwood import Strategy, installed
 from budwood.testing import StrategyConformance, adapter_checks, bench, checks, plugin
 from budwood.testing.bench import Bench, NotApplicable, PromiseBroken, Spec
+from budwood.testing.expect import expect_equal
 
 CHECKS: dict[str, Callable[[Bench], None]] = {
     "declares": checks.declares,
@@ -163,3 +166,16 @@ def test_the_strategy_under_test_is_registered_under_a_unique_name() -> None:
     assert bench.register(broken.Undocumented) == name
     assert [entry.load() for entry in installed()[name]] == [broken.Undocumented]
     assert bench.register(broken.LoRA) == "lora"
+
+
+@pytest.mark.parametrize(("whole", "parts", "differs"), [(1e-9, 1e-9, False), (1e-9, 1e-4, True), (5e-7, 5e-7, True)])
+def test_a_parameter_is_left_out_only_if_its_gradient_is_rounding_in_both_runs(
+    whole: float, parts: float, differs: bool
+) -> None:
+    first = SimpleNamespace(
+        probe=SimpleNamespace(largest={"a": 1.0, "b": whole}), parameters={"a": torch.zeros(2), "b": torch.zeros(2)}
+    )
+    runs = SimpleNamespace(spec=SimpleNamespace(steps=3))
+    others = {"a": torch.zeros(2), "b": torch.full((2,), 1e-3)}
+    with pytest.raises(PromiseBroken, match="differ by 0.001 in b") if differs else nullcontext():
+        expect_equal("a promise", first, others, "two runs", runs, {"a": 1.0, "b": parts})

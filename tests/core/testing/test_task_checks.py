@@ -93,10 +93,11 @@ def test_a_third_partys_task_keeps_every_promise(bench_of: Callable[[str], TaskB
     ]  # fmt: skip
     for check in kept:
         check(bench)
-    for check in (task_checks.varies_by_key, functools.partial(task_checks.responds, text="a")):
+    responds = functools.partial(task_checks.responds, text="a")
+    for check in (task_checks.varies_by_key, responds, task_checks.attacked):
         with pytest.raises(NotApplicable):
             check(bench)
-    assert len(promises) == len(kept) + 3, "the test in two processes is that of first-party tasks"
+    assert len(promises) == len(kept) + 4, "the test in two processes is that of first-party tasks"
 
 
 @pytest.mark.parametrize(

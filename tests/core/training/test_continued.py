@@ -75,11 +75,11 @@ def no_rank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def objective(distribution: Callable[..., Path]) -> Any:
-    """Install a strategy `preference` that needs the reference; returns its class."""
+    """Install a strategy `own-preference` that needs the reference; returns its class."""
     from budwood.contract.loading import load_strategy
 
-    distribution("own-objective", OBJECTIVE, {"preference": "Preference"})
-    return load_strategy("preference")[0]
+    distribution("own-objective", OBJECTIVE, {"own-preference": "Preference"})
+    return load_strategy("own-preference")[0]
 
 
 def continued(recipe: Recipe, adapter: Path, **sections: Any) -> Recipe:
@@ -103,7 +103,7 @@ def test_a_run_starts_from_the_adapter_and_resumes_to_the_same_bytes(
 ) -> None:
     adapter = parent(name)
     recipe = continued(
-        make_recipe("child", evaluate=True), adapter, strategies=[name, "preference"], train={
+        make_recipe("child", evaluate=True), adapter, strategies=[name, "own-preference"], train={
             **make_recipe().to_dict()["train"], "steps": 4, "micro_tokens": 128, "save_every": 1,
         },
     )  # fmt: skip
@@ -201,25 +201,20 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"strategies": [{"lora": {"init": "gaussian"}}]}, "init: the run continues an adapter, which is not initialised"),
     ({"strategies": ["adalora"]}, "is of type 'lora', and a run continues only an adapter of its own type"),
     ({"base": "other"}, "was trained on the base '.*tiny' .*, not on '.*other'"),
-    ({"base": "task"}, "was trained for causal-lm, not sequence-classification"),
     ({"adapter": "nowhere"}, "adapter: nowhere: no such folder"),
     ({"output": "parent"}, "is in the output folder, which --overwrite empties"),
 ]
 
 
 def test_what_contradicts_the_adapter_is_refused_before_the_base_loads(
-    lora: Path, make_recipe: Make, tiny_bases: Any, write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lora: Path, make_recipe: Make, tiny_bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(setup, "load_base", lambda *_: pytest.fail("the base loads"))
     recipe = make_recipe("child")
-    labelled = str(write([{"text": "a b", "label": "x"}, {"text": "b", "label": "y"}] * 4, "labelled.jsonl"))
     for changes, message in REFUSED:
         sections = {"strategies": ["lora"], **changes}
         if sections.get("base") == "other":
             sections["base"] = {"model": str(tiny_bases("other", seed=3)), "quantization": "none"}
-        if sections.get("base") == "task":
-            sections["base"] = {**recipe.to_dict()["base"], "task": "sequence-classification"}
-            sections["data"] = {"train": labelled, "max_length": 128}
         if sections.get("output"):
             sections["output"] = str(tmp_path / "parent")
         changed = continued(recipe, sections.pop("adapter", lora), **sections)
@@ -299,7 +294,7 @@ def test_objectives_share_one_reference_and_a_cached_one_costs_none(
         ("new", teacher, {}), ("continued", teacher, {"adapter": str(lora)}),
         ("live", None, {"adapter": str(lora)}), ("cached", None, {"adapter": str(lora)}),
     ):  # fmt: skip
-        strategies = ["lora", {"preference": {"cached": kind == "cached"}}, *([extra] if extra else [])]
+        strategies = ["lora", {"own-preference": {"cached": kind == "cached"}}, *([extra] if extra else [])]
         recipe = Recipe.from_dict({**make_recipe(kind).to_dict(), "strategies": strategies, "train": train, **sections})
         run, hooks, engine = setup.prepare(recipe, Report(quiet=True), overwrite=True)
         objective.SEEN.clear()
@@ -321,7 +316,7 @@ def test_out_of_memory_while_a_reference_is_cached(
 ) -> None:
     """All of it is computed again in smaller batches, also when the run resumes with more memory."""
     train = {**make_recipe().to_dict()["train"], "steps": 3, "micro_tokens": 512, "save_every": 1}
-    recipe = make_recipe("run", strategies=["lora", {"preference": {"cached": True}}], train=train, evaluate=True)
+    recipe = make_recipe("run", strategies=["lora", {"own-preference": {"cached": True}}], train=train, evaluate=True)
     read, sizes, said = reference.read_reference, [], []
 
     def limited(run: Run, batch: Any, which: Any = "start") -> Any:

@@ -21,6 +21,7 @@ from budwood.testing import tiny_encoder
 from budwood.training import setup
 from budwood.training.batches import count_units
 from budwood.training.report import Report
+from budwood_embedding.losses import ranking_loss
 from budwood_embedding.retrieval import retrieval_metrics
 
 WORDS = ["games", "files", "data", "model", "small", "runtime", "section", "terminal", "library", "headers"]
@@ -167,6 +168,50 @@ def test_metrics_are_those_of_scikit_learn() -> None:
     assert same["recall_at_1"] == 0 and same["ndcg_at_10"] == pytest.approx(1 / torch.tensor(5.0).log2().item())
 
 
+def test_the_loss_of_scores_is_that_of_all_ordered_pairs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(12, 5, dtype=torch.float64, generator=generator).requires_grad_()
+    scores, weights = torch.tensor([0.0, 1, 4, 1, 5, 2.5]), torch.tensor([1.0, 2, 1, 0.5, 1, 1])
+    similar = torch.cosine_similarity(vectors[0::2], vectors[1::2])
+    total = 1 + sum(
+        weights[i] * weights[j] * ((similar[i] - similar[j]) / 0.1).exp()
+        for i in range(6)
+        for j in range(6)
+        if scores[i] < scores[j]
+    )
+    given = [torch.tensor([3, 4] * 6), scores.repeat_interleave(2), weights.double().repeat_interleave(2)]
+    found = ranking_loss(vectors, *given, 0.1)
+    torch.testing.assert_close(found, total.log(), rtol=1e-12, atol=0)
+    ours, expected = (torch.autograd.grad(loss, vectors, retain_graph=True)[0] for loss in (found, total.log()))
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+    none = ranking_loss(vectors, given[0], torch.ones(12), given[2], 0.1)
+    assert none == 0 and not torch.autograd.grad(none, vectors)[0].any()
+
+
+def test_pairs_with_scores_are_learned_and_measured(
+    recipe_of: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw = random.Random(0)
+    for name, count in (("train", 48), ("eval", 24)):
+        rows = []
+        for _ in range(count):
+            kinds = draw.randrange(2), draw.randrange(2)  # that of the first word decides
+            first, second = (" ".join([draw.choice(WORDS[kind::2][:3]), *draw.sample(WORDS[6:], 2)]) for kind in kinds)
+            rows.append({"sentence1": first, "sentence2": second, "score": 4.5 if kinds[0] == kinds[1] else 1})
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "eval.jsonl")}
+    run = tune(recipe_of(data=data, options={"matryoshka": [8], "pooling": "mean"}), quiet=True)
+    assert run.best_metric is not None and run.best_metric.name == "eval_spearman"
+    assert run.metrics["eval_spearman"] > run.before["eval_spearman"] + 0.1 and "eval_pearson_dim_8" in run.metrics
+    adapter = run.directory / "adapter"
+    assert command(["eval", str(adapter), "--data", data["eval"], "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)["adapter"]
+    assert again == {name: run.metrics[name] for name in again}
+    assert command(["data", str(run.directory / "recipe.yaml"), "--samples", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "sentence1 (" in shown and "sentence2: " in shown
+
+
 def test_a_run_learns_and_its_folder_opens_elsewhere_with_the_same_vectors(
     recipe_of: Callable[..., Recipe], files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,6 +291,14 @@ def test_what_it_cannot_use_is_refused_before_the_base_loads(
     refused("bad.jsonl:2: 'positive' and 'negative' are equal", [pair, {**pair, "negative": "b"}])
     refused("all rows have the same document, so no anchor has a negative", [pair, {**pair, "anchor": "c"}] * 2)
     refused("batch_examples: 1: the other rows of a step", [pair, {"anchor": "c", "positive": "d"}], batch_examples=1)
+    graded = {"sentence1": "a", "sentence2": "b", "score": 0.5}
+    refused("bad.jsonl:2: field 'score' must be a finite number, not 'high'", [graded, {**graded, "score": "high"}])
+    refused("all pairs have the same score, so there is nothing to rank", [graded, graded])
+    refused("batch_examples: 1: pairs are compared", [graded, {**graded, "score": 1}], batch_examples=1)
+    held = tmp_path / "held.jsonl"
+    held.write_text(json.dumps(graded) + "\n")
+    refused("held.jsonl: it must have the same columns .*: anchors with", data={"eval": str(held)})
+    refused("a run trains on one kind of data", data={"train": [str(files / "train.jsonl"), str(held)], "eval": "none"})
     refused("entropy.* has no distribution over tokens or classes", None, {"lora": {}}, "entropy")
     refused("distillation.* has no distribution", None, {"lora": {}}, {"distillation": {"teacher": "base"}})
     smart = {"adversarial": {"method": "smart"}}

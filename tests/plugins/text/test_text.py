@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from budwood import Generator, InputError, tune
 from budwood.cli.app import run as command
 from budwood.contract.loading import build_task
 from budwood.data.build import build_examples
 from budwood.model.checks import load_tokenizer
+from budwood.planning.composition import plan
 from budwood.recipe.schema import Recipe
 from budwood.testing import tiny_decoder, tiny_encoder
 from budwood.training import setup
@@ -40,6 +43,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     tiny_encoder(folder / "base", WORDS)
     tiny_decoder(folder / "decoder")
+    shutil.copytree(folder / "base", folder / "headless")
+    stored = load_file(folder / "base" / "model.safetensors")
+    body = {name: tensor for name, tensor in stored.items() if not name.startswith("cls.")}
+    save_file(body, folder / "headless" / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(folder / "decoder", folder / "t5")
+    (folder / "t5" / "config.json").write_text('{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}')
     rows: dict[str, Callable[[list[str]], dict[str, Any]]] = {
         "tags": lambda words: {"tokens": words, "tags": [tag(word) for word in words]},
         "score": lambda words: {
@@ -121,7 +130,7 @@ def test_entities_are_learned_measured_and_answered(
 def test_the_f1_of_entities_is_that_of_sets_of_spans(folder: Path) -> None:
     """Against the definition: an entity is right if type, start and end are; I- after nothing begins one."""
     task = build_task("token-classification", {})
-    names = ["B-A", "B-B", "I-A", "I-B", "O"]
+    names = ["B-A", "B-B", "I-A", "I-B", "O", "B-C"]  # of C, there is none among those held out
     draw = np.random.default_rng(0)
     sizes = [5, 3, 7, 1, 6]
     truth, predicted = (draw.choice(5, sum(sizes), p=[0.2, 0.15, 0.2, 0.15, 0.3]) for _ in range(2))
@@ -157,6 +166,7 @@ def test_the_f1_of_entities_is_that_of_sets_of_spans(folder: Path) -> None:
     assert right > 0 and metrics["eval_entity_precision"] == pytest.approx(precision)
     assert metrics["eval_entity_recall"] == pytest.approx(recall)
     assert metrics["eval_entity_f1"] == pytest.approx(2 * precision * recall / (precision + recall))
+    assert [line.split()[0] for line in task.report.splitlines()[1:]] == ["A", "B", "all"]
 
 
 def test_numbers_are_learned_measured_and_answered(
@@ -248,6 +258,13 @@ def test_rows_and_bases_that_cannot_be_used_are_refused_before_the_base_loads(
     refused("masked-lm", [{"text": text}], "has no mask token, so masked-lm cannot train it", base="decoder")
     refused("masked-lm", [{"text": text}], "masked-lm.share: .*greater than 0", base_={"task_options": {"share": 0}})
     refused("masked-lm", [{"text": text}], "exceed 1 together", base_={"task_options": {"masked": 0.9, "random": 0.2}})
+    refused("masked-lm", [{"text": text}], "so nothing is masked", base_={"task_options": {"masked": 0, "random": 0}})
+    no_head = "its checkpoint has no 'cls', the head that AutoModelForMaskedLM predicts tokens with: take a base"
+    refused("masked-lm", [{"text": text}], no_head, base="headless")
+    assert any(no_head in problem for problem in plan(recipe_of("masked-lm", "text", base="headless")).problems)
+    labelled = [{"text": text, "label": "a"}, {"text": text, "label": "b"}]
+    no_classifier = "'t5' is an encoder-decoder, which has no classifier for one text"
+    refused("sequence-classification", labelled, no_classifier, base="t5")
     refused(tags, [{"text": text}], "text is data for causal-lm, but the task is token-classification")
 
 

@@ -439,14 +439,14 @@ def test_an_mae_in_4_bits_is_verified_and_attacked_but_not_served(images, tmp_pa
     from budwood.serving.verify import verify
     from budwood.training.evaluate import evaluate_adapter
 
-    base = tiny_vit(tmp_path / "base", "mae")
+    base = tiny_vit(tmp_path / "base", "mae", intermediate_size=512)  # most weights are in linears
     tune(recipe(base, images, tmp_path / "run", [LORA], "masked-image", quantization="nf4"))
     adapter = tmp_path / "run" / "adapter"
     assert verify(adapter, device="cpu").exact
-    found = evaluate_adapter(adapter, images, ["pgd:steps=2,relative_epsilon=1"], device="cpu", quiet=True)
-    assert found.attacked["pgd:steps=2,relative_epsilon=1"]["eval_loss"] > found.adapter["eval_loss"]
+    found = evaluate_adapter(adapter, images, attacks=["pgd:steps=2,relative_epsilon=1"], device="cpu", quiet=True)
+    assert found.attacks["pgd:steps=2,relative_epsilon=1"]["eval_loss"] > found.adapter["eval_loss"]
     with pytest.raises(InputError, match="no typos for the data format 'image'"):
-        evaluate_adapter(adapter, images, ["typos"], device="cpu", quiet=True)
+        evaluate_adapter(adapter, images, attacks=["typos"], device="cpu", quiet=True)
     settings: Any = None
     with pytest.raises(InputError, match="the server takes texts, and task 'masked-image' answers images"):
         open_service(str(base), settings, settings, None, print, task="masked-image")
