@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+import importlib
 from typing import Any
 
 import torch
@@ -13,12 +13,9 @@ LARGEST_FIRST = ("weight_packed", "weight")
 
 def hide_progress() -> None:
     """Hide the library's progress bars, which it draws for every base."""
-    from compressed_tensors.compressors.model_compressors import model_compressor
-    from compressed_tensors.quantization.lifecycle import apply
-    from tqdm import tqdm
-
-    for module in (model_compressor, apply):
-        module.__dict__["tqdm"] = partial(tqdm, disable=True)
+    for name in ("compressors.model_compressors.model_compressor", "quantization.lifecycle.apply"):
+        module: Any = importlib.import_module(f"compressed_tensors.{name}")
+        module.tqdm = lambda items, **options: items
 
 
 class PackedLinear(nn.Module):
