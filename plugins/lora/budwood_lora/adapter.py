@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from budwood import (
 )
 from budwood.lowrank import (
     adapter_layers,
+    difference,
     fan_in_fan_out,
     fit_whole,
     merge_whole_parts,
@@ -33,6 +36,7 @@ from budwood.lowrank import (
     saved_tokens,
     saved_whole_modules,
     select_adapters,
+    update_of,
     whole_groups,
     whole_tensors,
     without_base_tensors,
@@ -91,11 +95,27 @@ def parameter_groups(model: nn.Module, options: LoRAOptions) -> list[ParameterGr
 
 
 def write(model: nn.Module, config: LoraConfig, directory: Path) -> None:
-    """Write the run's adapter in PEFT's format."""
+    """Write the run's adapter in PEFT's format.
+
+    An adapter that counts from a start is written as the difference to it, a plain adapter of twice the rank.
+    """
+    slots, ranks, alphas = tensor_slots(model, RUN_ADAPTER), {}, {}
+    for path, layer in adapter_layers(model, RUN_ADAPTER):
+        keys = [f"base_model.model.{path}.lora_{part}.weight" for part in "AB"]
+        start = update_of(model, layer, RUN_ADAPTER).start
+        slots |= dict(zip(keys, difference(slots[keys[0]], slots[keys[1]], start), strict=True))
+        ranks[path] = rank = len(slots[keys[0]])
+        alphas[path] = layer.scaling[RUN_ADAPTER] * (math.sqrt(rank) if config.use_rslora else rank)
     saved = dataclasses.replace(config, inference_mode=True)
-    saved.target_modules = sorted(saved.target_modules or ())  # PEFT makes it an unordered set
+    saved.target_modules = sorted(ranks)  # PEFT makes it an unordered set
+    if {*ranks.values()} != {config.r}:
+        saved.r = Counter(ranks.values()).most_common(1)[0][0]
+        saved.lora_alpha = next(alphas[path] for path, rank in ranks.items() if rank == saved.r)
+        others = [path for path, rank in ranks.items() if rank != saved.r]
+        saved.rank_pattern = {path: ranks[path] for path in others}
+        saved.alpha_pattern = {path: alphas[path] for path in others}
     saved.save_pretrained(str(directory))
-    tensors = {key: slot.detach().cpu().contiguous() for key, slot in tensor_slots(model, RUN_ADAPTER).items()}
+    tensors = {key: slot.detach().cpu().contiguous() for key, slot in slots.items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
 

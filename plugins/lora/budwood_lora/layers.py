@@ -16,6 +16,7 @@ from budwood.lowrank import (
     LowRankUpdate,
     adapter_layers,
     check_replaced,
+    difference,
     known_to_peft,
     register_adapter,
     wrap_tokens,
@@ -34,7 +35,7 @@ class LoRAUpdate(LowRankUpdate):
 
     def weights(self) -> tuple[Tensor, Tensor, float]:
         layer, name = self.layer, self.name
-        return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+        return *difference(layer.lora_A[name].weight, layer.lora_B[name].weight, self.start), layer.scaling[name]
 
     def sources(self) -> tuple[Tensor, ...]:
         return self.layer.lora_A[self.name].weight, self.layer.lora_B[self.name].weight
