@@ -253,7 +253,10 @@ def _peft_model(workload: Workload) -> Any:
         workload.base, dtype=torch.bfloat16, quantization_config=quantization, device_map={"": device}
     )
     set_seed(w.SEED)
-    lora = LoraConfig(r=w.RANK, lora_alpha=w.ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if workload.size.experts else None
+    lora = LoraConfig(
+        r=w.RANK, lora_alpha=w.ALPHA, target_modules="all-linear", target_parameters=parameters, task_type="CAUSAL_LM"
+    )
     return get_peft_model(model, lora)
 
 

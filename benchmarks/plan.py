@@ -4,7 +4,7 @@ Each recipe is planned on fake tensors, and then run for two steps, in which tor
 The base is a random Llama, so that nothing is downloaded; its size does not matter for the comparison of bytes.
 Target: within 5 % or 30 MB. Writes docs/benchmarks/plan.json and the table in docs/planning.md.
 
-`--cards` prints plans of Llama 3 for six cards instead, from configurations alone.
+`--cards` plans Llama 3 for six cards instead, from configurations alone; see `benchmarks.plan_cards`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from budwood.model.quiet import silence_libraries
-from budwood.planning.devices import Device, find_device
-from budwood.planning.estimate import estimate, gib
+from budwood.planning.devices import Device
+from budwood.planning.estimate import estimate
 from budwood.recipe.schema import Recipe
 from budwood.testing.allocations import measured_peak
-from budwood.testing.files import save_tokenizer
+from budwood.testing.files import save_tokenizer, tiny_encoder
 
 DOCS = Path(__file__).parents[1] / "docs"
 SHARE, BYTES = 0.05, 30e6
@@ -62,74 +62,68 @@ RECIPES: dict[str, dict[str, Any]] = {
         "strategies": [{"lora": {}}], "task": "sequence-classification", "rows": "classes",
     },
     "lora, reward-model": {"strategies": [{"lora": {}}], "task": "reward-model", "rows": "pairs"},
+    "lora, token-classification": {"strategies": [{"lora": {}}], "task": "token-classification", "rows": "tags"},
+    "lora, sequence-regression": {"strategies": [{"lora": {}}], "task": "sequence-regression", "rows": "scores"},
+    "lora, masked-lm": {"strategies": [{"lora": {}}], "task": "masked-lm", "base": "encoder", "rows": "texts"},
+    "lora, sequence-to-sequence": {"strategies": [{"lora": {}}], "task": "sequence-to-sequence", "base": "t5"},
+    "lora, embedding": {"strategies": [{"lora": {}}], "task": "embedding", "rows": "related"},
+    "lora, orpo": {"strategies": [{"lora": {}}, {"orpo": {}}], "rows": "pairs"},
+    "lora, focal, label smoothing, l2-sp, swa": {
+        "strategies": [{"lora": {}}, {"focal": {}}, {"label-smoothing": {}}, {"l2-sp": {}}, {"swa": {}}],
+    },
+    "ia3, nf4": {"strategies": [{"ia3": {}}], "quantization": "nf4"},
+    "oft": {"strategies": [{"oft": {"block_size": 4}}]},
+    "vera": {"strategies": [{"vera": {}}]},
+    "loha": {"strategies": [{"loha": {}}]},
+    "lora, simpo": {"strategies": [{"lora": {}}, {"simpo": {}}], "rows": "pairs"},
+    "lora, entropy, layer-decay": {"strategies": [{"lora": {}}, {"entropy": {}}, {"layer-decay": {}}]},
+    "randlora": {"strategies": [{"randlora": {}}]},
+    "lokr": {"strategies": [{"lokr": {}}]},
+    "miss": {"strategies": [{"miss": {}}]},
+    "hra": {"strategies": [{"hra": {}}]},
 }  # fmt: skip
 """Recipes by name: strategies, task and quantiser, kind of rows, and changes to `train`."""
 
 
 def main() -> None:
-    """Compare all recipes, or those whose names are given, and write the table if all were compared."""
+    """Compare all recipes, or those whose names are given, whose rows are then replaced in the table."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     silence_libraries()
     if sys.argv[1:] == ["--cards"]:
-        plan_cards(2048)
+        from benchmarks.plan_cards import plan_cards
+
+        plan_cards()
         return
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        for seed, part in enumerate(("base", "teacher")):
-            make_base(root / part, hidden=256, inner=688, layers=4, vocabulary=4000, seed=seed)
+        make_bases(root, hidden=256, inner=688, layers=4, vocabulary=4000)
         rows = write_rows(root, words=5)
         for name in sys.argv[1:] or RECIPES:
             results[name] = compare(build(RECIPES[name], root / "base", rows, root / "run"))
             row = results[name]
             print(f"{name:45} {row['planned'] / 1e6:9.2f} {row['actual'] / 1e6:9.2f} MB {row['difference']:+7.2%}")
     failed = [name for name, row in results.items() if not is_close(row["planned"], row["actual"])]
-    if not sys.argv[1:]:
-        write(results)
+    write(results)
     if failed:
         sys.exit(f"further apart than {SHARE:.0%} and {BYTES / 1e6:.0f} MB: {', '.join(failed)}")
 
 
-CARDS = ("RTX 3060 12G", "RTX 4060 Ti 16G", "RTX 4090", "RTX 5090", "A100 80G", "H200")
-SHAPES = {"8B": (4096, 14336, 32, 32), "70B": (8192, 28672, 80, 64)}
+SHAPES = {"1B": (2048, 8192, 16, 32), "8B": (4096, 14336, 32, 32), "70B": (8192, 28672, 80, 64)}
 """Hidden size, size of the MLP, layers and heads of Llama 3, whose models have 8 key heads and 128,256 tokens."""
 
 
-def plan_cards(tokens: int) -> None:
-    """Print a Markdown table of plans of the two sizes of Llama 3 for the cards: NF4, LoRA rank 16 on all linears."""
-    print(f"| base | card | peak at {tokens:,} tokens | fits | tokens/s | planned in |")
-    print("|---|---|--:|---|--:|--:|")
-    with tempfile.TemporaryDirectory() as folder:
-        for name, shape in SHAPES.items():
-            describe_base(Path(folder) / name, shape)
-            recipe = Recipe.from_dict(
-                {
-                    "base": {"model": str(Path(folder) / name), "quantization": "nf4"},
-                    "data": {"train": "none.jsonl", "eval": "none"}, "strategies": [{"lora": {"rank": 16}}],
-                    "train": {"steps": 100, "batch_tokens": 4 * tokens, "gradient_checkpointing": True},
-                    "output": str(Path(folder) / "run"),
-                }
-            )  # fmt: skip
-            for card in map(find_device, CARDS):
-                plan = estimate(recipe, card, tokens)
-                assert plan.seconds is not None and plan.steps
-                low, high = (plan.tokens * plan.steps / seconds for seconds in reversed(plan.seconds))
-                print(
-                    f"| {name} | {card.name} | {gib(plan.peak)} | {'yes' if plan.fits else 'no'} | "
-                    f"{low:,.0f} to {high:,.0f} | {plan.planned_in:.0f} s |",
-                    flush=True,
-                )
-
-
-def describe_base(folder: Path, shape: tuple[int, int, int, int]) -> None:
+def describe_base(
+    folder: Path, shape: tuple[int, int, int, int], vocabulary: int = 128256, length: int = 8192
+) -> None:  # fmt: skip
     """Write a base's configuration, its tokenizer and the headers of its weights, whose file is sparse."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hidden, inner, layers, heads = shape
     config = LlamaConfig(
-        vocab_size=128256, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False,
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=8, max_position_embeddings=length, tie_word_embeddings=False,
         architectures=["LlamaForCausalLM"], dtype="bfloat16", pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     config.save_pretrained(folder)
@@ -166,7 +160,7 @@ def compare(recipe: Recipe) -> dict[str, Any]:
 
 
 def build(case: dict[str, Any], base: Path, rows: dict[str, Path], output: Path, steps: int = 2) -> Recipe:
-    """Build the recipe of an entry of `RECIPES`."""
+    """Build the recipe of an entry of `RECIPES`, on a base that `make_bases` saved."""
     text = json.dumps(case["strategies"]).replace("{teacher}", str(base.with_name("teacher")))
     train = {"steps": steps, "precision": "fp32", "learning_rate": 1e-3, **case.get("train", {})}
     if "batch_examples" not in train:
@@ -174,13 +168,35 @@ def build(case: dict[str, Any], base: Path, rows: dict[str, Path], output: Path,
     return Recipe.from_dict(
         {
             "base": {
-                "model": str(base), "quantization": case.get("quantization", "none"), "device": "cpu",
-                "task": case.get("task", "causal-lm"),
+                "model": str(base.with_name(case.get("base", "base"))), "device": case.get("device", "cpu"),
+                "quantization": case.get("quantization", "none"), "task": case.get("task", "causal-lm"),
             },
             "data": {"train": str(rows[case.get("rows", "answers")]), "eval": "none"},
             "strategies": json.loads(text), "train": train, "output": str(output),
         }
     )  # fmt: skip
+
+
+def make_bases(root: Path, hidden: int, inner: int, layers: int, vocabulary: int) -> None:
+    """Save two Llamas, a BERT and a T5 of random weights."""
+    from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+
+    for seed, part in enumerate(("base", "teacher")):
+        make_base(root / part, hidden, inner, layers, vocabulary, seed)
+    folder = tiny_encoder(root / "encoder", ["question answers"])  # for its tokenizer
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 1024}), encoding="utf-8")
+    bert = BertConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=4, max_position_embeddings=1024, pad_token_id=0,
+    )  # fmt: skip
+    BertForMaskedLM(bert).save_pretrained(folder)
+    save_tokenizer(root / "t5")
+    t5 = T5Config(
+        vocab_size=vocabulary, d_model=hidden, d_kv=hidden // 4, d_ff=inner, num_layers=layers // 2, num_heads=4,
+        pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
+    )  # fmt: skip
+    T5ForConditionalGeneration(t5).save_pretrained(root / "t5")
 
 
 def make_base(folder: Path, hidden: int, inner: int, layers: int, vocabulary: int, seed: int = 0) -> None:
@@ -214,6 +230,13 @@ def write_rows(folder: Path, words: int) -> dict[str, Path]:
             {"prompt": prompt, "completion": word * (words + n % words), "label": n % 2 == 0} for n in range(60)
         ],
         "prompts": [{"prompt": prompt}] * 40,
+        "tags": [
+            {"tokens": word.split() * (words + n % words), "tags": ["OX"[n % 2]] * (words + n % words)}
+            for n in range(60)
+        ],
+        "scores": [{"text": word * (words + n % (3 * words)), "score": n % 7} for n in range(60)],
+        "texts": [{"text": word * (9 * words + n % (9 * words))} for n in range(60)],
+        "related": [{"anchor": f"{n} {prompt}", "positive": f"{n} {word * (words + n % words)}"} for n in range(60)],
         "classes": [{"text": word * (words + n % (3 * words)), "label": "abc"[n % 3]} for n in range(60)],
     }
     for name, rows in kinds.items():
@@ -222,14 +245,19 @@ def write_rows(folder: Path, words: int) -> dict[str, Path]:
 
 
 def write(results: dict[str, dict[str, Any]]) -> None:
-    """Write the JSON file and the table of docs/planning.md."""
+    """Write the JSON file and the table of docs/planning.md, with earlier results of the same machine and versions."""
     from importlib import metadata
 
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "bitsandbytes", "peft")}
     threads = f"torch threads: {torch.get_num_threads()}, Python {platform.python_version()}"
     machine = f"{platform.machine()} {platform.system()}, {threads}"
+    path = DOCS / "benchmarks" / "plan.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if (before.get("machine"), before.get("versions")) == (machine, versions):
+        results = {**before["recipes"], **results}
+    results = {name: results[name] for name in RECIPES if name in results}
     record = {"machine": machine, "versions": versions, "recipes": results}
-    (DOCS / "benchmarks" / "plan.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     lines = ["| recipe | planned | actual | difference | peak in | planned in |", "|---|--:|--:|--:|---|--:|"]
     lines += [
         f"| {name} | {row['planned'] / 1e6:.2f} MB | {row['actual'] / 1e6:.2f} MB | {row['difference']:+.2%} | "
@@ -237,11 +265,15 @@ def write(results: dict[str, dict[str, Any]]) -> None:
         for name, row in results.items()
     ]
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
-    path = DOCS / "planning.md"
-    before, rest = path.read_text(encoding="utf-8").split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
     table = "\n".join(lines)
-    path.write_text(f"{before}{MARKS[0]}\n{table}\n\nOn {machine}; {listed}.\n{MARKS[1]}{after}", encoding="utf-8")
+    replace_between(DOCS / "planning.md", MARKS, f"\n{table}\n\nOn {machine}; {listed}.\n")
+
+
+def replace_between(path: Path, marks: tuple[str, str], text: str) -> None:
+    """Replace what stands between two marks in a file."""
+    before, rest = path.read_text(encoding="utf-8").split(marks[0])
+    after = rest.split(marks[1])[1]
+    path.write_text(f"{before}{marks[0]}{text}{marks[1]}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

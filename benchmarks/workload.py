@@ -24,7 +24,7 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
 @dataclass(frozen=True)
 class Size:
-    """The shape of a Llama, and its training settings."""
+    """The shape of a Llama, or with `experts` of a Mixtral, and its training settings."""
 
     layers: int
     width: int
@@ -36,14 +36,19 @@ class Size:
     gradient_checkpointing: bool = False
     whole_steps: bool = False
     """Whether an optimizer step is one micro-batch for Budwood and packed rows, which fits a large GPU."""
+    experts: int = 0
+    chosen: int = 1
+    """Experts of each layer, and how many of them a token uses."""
 
 
 SIZES = {
     "41m": Size(8, 512, 1376, 8, 8, 32_000),
+    "mixture": Size(7, 512, 512, 8, 8, 32_000, experts=32, chosen=4),
     "1b": Size(16, 2048, 8192, 32, 8, 128_256, "nf4", whole_steps=True),
     "8b": Size(32, 4096, 14_336, 32, 8, 128_256, "nf4", gradient_checkpointing=True, whole_steps=True),
 }
-"""Sizes by name; the larger ones have the shapes of Llama 3.2 1B and Llama 3 8B, and need a GPU."""
+"""Sizes by name: a dense model, a mixture of 200 million parameters, and two models that need a GPU, with the shapes of
+Llama 3.2 1B and Llama 3 8B."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,8 @@ def example_flops(size: Size, length: int, labels: int) -> float:
     by gradient checkpointing is not counted.
     """
     keys = size.width * size.key_heads // size.heads
-    linears = [(size.width, size.width)] * 2 + [(size.width, keys)] * 2 + [(size.width, size.inner)] * 3
+    linears = [(size.width, size.width)] * 2 + [(size.width, keys)] * 2
+    linears += [(size.width, size.inner)] * 3 * size.chosen
     frozen = size.layers * sum(inputs * outputs for inputs, outputs in linears)
     adapter = size.layers * RANK * sum(inputs + outputs for inputs, outputs in linears)
     attention = 6 * size.layers * length * size.width
@@ -109,7 +115,7 @@ def build(folder: Path, steps: int, size: Size = SIZES["41m"]) -> Workload:
 def _write_base(folder: Path, size: Size) -> None:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
 
     from budwood.model.streaming import release_memory
 
@@ -121,7 +127,8 @@ def _write_base(folder: Path, size: Size) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos, unk_token=unk
     ).save_pretrained(folder)
-    config = LlamaConfig(
+    mixture = {"num_local_experts": size.experts, "num_experts_per_tok": size.chosen}
+    config = (MixtralConfig if size.experts else LlamaConfig)(
         hidden_size=size.width,
         intermediate_size=size.inner,
         num_hidden_layers=size.layers,
@@ -133,10 +140,11 @@ def _write_base(folder: Path, size: Size) -> None:
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        **(mixture if size.experts else {}),
     )
     torch.manual_seed(SEED)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     del model
     release_memory()

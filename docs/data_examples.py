@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from PIL import Image
+from transformers import AutoTokenizer, ViTConfig
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from budwood.contract.loading import create
 from budwood.data.build import build_examples
@@ -259,6 +261,28 @@ FORMATS = [
         ["<|bos|>Fine weather → ⟦0.9⟧"],
         task="sequence-regression",
     ),
+    Shown(
+        "Image and class",
+        [{"image": "digits/3.png", "label": "three"}, {"image": "digits/7.png", "label": "seven"}],
+        ["image, 8 × 8 pixels, 3 channels → ⟦three⟧", "image, 8 × 8 pixels, 3 channels → ⟦seven⟧"],
+        task="image-classification",
+        note="Paths are relative to the folder of the data file. Parquet files and `datasets` folders may hold the "
+        "bytes of images, as their type Image does. A folder that holds a folder of images for each class needs no "
+        "file; `budwood data --sheet FILE.png` draws it.",
+    ),
+    Shown(
+        "",
+        [{"file_name": "digits/3.png", "label": 3}, {"file_name": "digits/7.png", "label": 7}],
+        ["image, 8 × 8 pixels, 3 channels → ⟦3⟧", "image, 8 × 8 pixels, 3 channels → ⟦7⟧"],
+        task="image-classification",
+    ),
+    Shown(
+        "Image",
+        [{"image": "digits/3.png"}],
+        ["image, 8 × 8 pixels; masked ■ of its patches: □□⟦■■⟧ ⟦■■■■⟧ □□⟦■⟧□ ⟦■■⟧□⟦■⟧"],
+        task="masked-image",
+        note="Without a file: a folder of images, also one with folders of classes, whose names are not read.",
+    ),
 ]  # fmt: skip
 
 CHOICES = [
@@ -439,6 +463,16 @@ FILES = [
         "chats: holds the splits test, train. Name one of them: {path: chats, split: train} in a recipe.",
     ),
     Found(
+        "digits",
+        ["digits/one/a.png", "digits/two/b.jpg", "digits/two/c.txt"],
+        ["digits/one/a.png", "digits/two/b.jpg"],
+    ),
+    Found(
+        "digits",
+        ["digits/train/one/a.png", "digits/test/one/b.png"],
+        "digits: holds the splits test, train. Name one of them: digits/test.",
+    ),
+    Found(
         "train.jsonl.gz",
         ["train.jsonl.gz"],
         "train.jsonl.gz: compressed files are not supported. Decompress it first.",
@@ -460,13 +494,28 @@ def write_file(shown: Shown, folder: Path) -> Path:
     rows = shown.rows
     text = rows if isinstance(rows, str) else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text(text, encoding="utf-8")
+    for row in () if isinstance(rows, str) else rows:
+        image = row.get("image") or row.get("file_name")
+        if isinstance(image, str) and image.endswith(".png"):
+            (folder / image).parent.mkdir(exist_ok=True)
+            Image.new("RGB", (20, 20), "grey").save(folder / image)
     return path
+
+
+def read_base(task: Any, folder: Path) -> None:
+    """Let a task on images read a base for images of 8 × 8 pixels, without weights."""
+    base = folder / "base"
+    ViTConfig(image_size=8, patch_size=2, encoder_stride=2).save_pretrained(base)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(base)
+    task.read_base(base)
 
 
 def see(shown: Shown, folder: Path) -> tuple[Sequence[str] | str, str]:
     """Return what training makes of a file, in the form of `Shown.sees`, and the line about the data."""
     path, tokenizer = write_file(shown, folder), page_tokenizer(shown.template)
     task = create(shown.task, "budwood.tasks")
+    if not task.needs_tokenizer:
+        read_base(task, folder)
     try:
         examples = build_examples(path, tokenizer, task, **{"max_length": 512, **shown.options})
     except InputError as error:

@@ -121,7 +121,8 @@ def files() -> list[str]:
         "",
         f"{coded(SUFFIXES)}, a folder saved by `datasets` (with its splits, if it is a DatasetDict), a folder that "
         "holds data files, a folder `data/` or a single folder with data (`config` and `split` select one of several), "
-        "a pattern, or the hub name of a dataset. Text is UTF-8. In a folder, a `.json` file counts only if its name "
+        "a pattern, the hub name of a dataset, or a folder of images (or with a folder for each class). Text is "
+        "UTF-8. In a folder, a `.json` file counts only if its name "
         f"contains a split word: {coded(SPLITS)}. A `.json` file holds a list of objects. These CSV fields "
         f"are missing values: {coded(sorted(MISSING))}.",
         "",

@@ -9,7 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from budwood.adapters.expert_layers import expert_norms as expert_norms
+    from budwood.adapters.expert_layers import file_paths as file_paths
+    from budwood.adapters.expert_layers import split_targets as split_targets
+    from budwood.adapters.expert_layers import stacked as stacked
     from budwood.adapters.live_parts import live_low_rank as live_low_rank
+    from budwood.adapters.peft_config import SavedExpertsConfig as SavedExpertsConfig
     from budwood.adapters.peft_config import SavedLowRankConfig as SavedLowRankConfig
     from budwood.adapters.peft_config import check_continued as check_continued
     from budwood.adapters.peft_config import continued_selection as continued_selection
@@ -17,7 +22,9 @@ if TYPE_CHECKING:
     from budwood.adapters.peft_config import saved_pattern as saved_pattern
     from budwood.adapters.peft_config import saved_targets as saved_targets
     from budwood.adapters.peft_config import saved_whole_modules as saved_whole_modules
-    from budwood.adapters.peft_layers import LowRankUpdate as LowRankUpdate
+    from budwood.adapters.peft_conversion import exact_targets as exact_targets
+    from budwood.adapters.peft_conversion import moved_targets as moved_targets
+    from budwood.adapters.peft_conversion import name_moved as name_moved
     from budwood.adapters.peft_layers import adapter_layers as adapter_layers
     from budwood.adapters.peft_layers import add_to_weight as add_to_weight
     from budwood.adapters.peft_layers import fan_in_fan_out as fan_in_fan_out
@@ -35,18 +42,25 @@ if TYPE_CHECKING:
     from budwood.adapters.tokens import new_tokens as new_tokens
     from budwood.adapters.tokens import saved_tokens as saved_tokens
     from budwood.adapters.tokens import wrap_tokens as wrap_tokens
+    from budwood.adapters.updates import LowRankUpdate as LowRankUpdate
     from budwood.adapters.whole import check_replaced as check_replaced
     from budwood.adapters.whole import without_base_tensors as without_base_tensors
     from budwood.adapters.whole import wrap_whole as wrap_whole
     from budwood.model.ops.linear import frozen_linear as frozen_linear
     from budwood.model.ops.linear import low_rank_linear as low_rank_linear
     from budwood.model.ops.linear import mixed_low_rank_linear as mixed_low_rank_linear
+    from budwood.model.quantizers.experts import experts_of as experts_of
 
 # Public name → module that defines it; imported on first access.
 _EXPORTS = {
+    "LowRankUpdate": "budwood.adapters.updates",
+    "experts_of": "budwood.model.quantizers.experts",
     "live_low_rank": "budwood.adapters.live_parts",
+    **dict.fromkeys(("exact_targets", "moved_targets", "name_moved"), "budwood.adapters.peft_conversion"),
+    **dict.fromkeys(("expert_norms", "file_paths", "split_targets", "stacked"), "budwood.adapters.expert_layers"),
     **dict.fromkeys(
         (
+            "SavedExpertsConfig",
             "SavedLowRankConfig",
             "check_continued",
             "continued_selection",
@@ -59,7 +73,6 @@ _EXPORTS = {
     ),
     **dict.fromkeys(
         (
-            "LowRankUpdate",
             "adapter_layers",
             "add_to_weight",
             "fan_in_fan_out",

@@ -5,6 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from tests.plugins.vision.conformance import (  # noqa: F401  their processes start with those of the tasks below
+    TestImageClassification,
+    TestMaskedAutoencoder,
+    TestMaskedImage,
+)
 
 from budwood.testing import TaskConformance, tiny_decoder, tiny_encoder
 

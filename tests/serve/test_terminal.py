@@ -22,6 +22,7 @@ class Terminal:
     def __init__(self, *words: object) -> None:
         self.process, self._end = pty.fork()
         if not self.process:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background
             os.execve(BUDWOOD, [str(BUDWOOD), *map(str, words)], {**os.environ, "OMP_NUM_THREADS": "1"})
         self.seen, self.at = "", 0
 

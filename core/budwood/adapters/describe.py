@@ -7,20 +7,24 @@ from torch import nn
 from budwood.adapters.peft_layers import adapter_layers, canonical
 from budwood.adapters.tokens import token_rows
 from budwood.adapters.whole import saved_modules
+from budwood.model.quantizers.experts import experts_of
 
 
 def describe_adapter(model: nn.Module, name: str) -> str:
     """Return a line about the modules that the adapter `name` adapts; empty if it has no PEFT layers."""
     counts: dict[str, int] = {}
-    for path, _ in adapter_layers(model, name):
-        last = path.rpartition(".")[2]
-        counts[last] = counts.get(last, 0) + 1
+    fused: dict[str, int] = {}
+    for path, layer in adapter_layers(model, name):
+        last, group = path.rpartition(".")[2], fused if experts_of(layer) else counts
+        group[last] = group.get(last, 0) + 1
     whole = [canonical(path) for path, _ in saved_modules(model, name)]
     parts = (
         [f"{sum(counts.values()):,} linears ({', '.join(f'{n} {last}' for last, n in counts.items())})"]
         if counts
         else []
     )
+    if fused:
+        parts.append(f"experts' {', '.join(f'{last} in {n} layers' for last, n in fused.items())}")
     if whole:
         parts.append(f"whole: {', '.join(whole[:6])}" + (f" and {len(whole) - 6:,} more" if len(whole) > 6 else ""))
     parts += [

@@ -12,10 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from budwood.adapters.live_experts import experts
 from budwood.adapters.live_rows import Layout, Stacks, alone, mixed
 from budwood.adapters.live_update import LiveAdapter
 from budwood.adapters.targets import base_modules
 from budwood.model.quantizers import quantizer_of
+from budwood.model.quantizers.experts import ExpertLinear
 
 Way = Callable[..., Tensor]
 STACK_BYTES = 1 << 30
@@ -67,6 +69,8 @@ class LiveModule:
         adapters = [adapter for adapter in plan.layout.distinct if adapter is not None and self.path in adapter.paths]
         if not adapters:
             return None
+        if isinstance(self.module, ExpertLinear):
+            return experts(self, plan.layout, adapters)
         if plan.single:
             return alone(self, adapters[0])
         return mixed(self, plan.layout, adapters, self.table.stacks if plan.stacked else None)

@@ -17,6 +17,8 @@ output of all rows of a batch; `rows` [n] int64 are those of this adapter."""
 class LiveUpdate:
     """The update of one frozen linear: y = W x + bias + scaling · B A x, or another function of x and y.
 
+    The update of the experts of a mixture has A [E, r, in], B [E, out, r] and a gain [E, out], and nothing else.
+
     Attributes:
         a: A [r, in]; None: no low-rank update.
         b: B [out, r].
@@ -39,7 +41,7 @@ class LiveUpdate:
     @property
     def rank(self) -> int:
         """Rank of the low-rank update; 0: none."""
-        return 0 if self.a is None else len(self.a)
+        return 0 if self.a is None else self.a.shape[-2]
 
 
 @dataclass(eq=False)

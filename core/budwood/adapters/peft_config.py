@@ -8,9 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from budwood.adapters.targets import LAYER_INDEX, all_linear, base_modules, ends_with, matches
+from budwood.adapters.peft_conversion import WEIGHT
+from budwood.adapters.targets import LAYER_INDEX, all_linear, base_modules, ends_with, expert_modules, matches
 from budwood.errors import CorruptError, InputError
 from budwood.model.quantizers import quantizer_of
 from budwood.untrusted.redaction import shorten
@@ -46,6 +47,8 @@ REFUSED = {
 }
 """Fields that change what an adapter computes, with the remedy where a method does not support them: unset, they mean
 nothing."""
+PEFT_HEADS = ("classifier", "score")
+"""What PEFT adds to the `modules_to_save` of every classifier, whether the model has it or not."""
 INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """Initialisations that leave the base's weights as they are."""
 
@@ -69,6 +72,19 @@ class SavedLowRankConfig(BaseModel):
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+
+
+class SavedExpertsConfig(SavedLowRankConfig):
+    """The same of a method that also adapts the experts of a mixture, which `target_parameters` names."""
+
+    target_modules: str | list[str] | None = None  # type: ignore[assignment]
+    target_parameters: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _has_targets(self) -> SavedExpertsConfig:
+        if not self.target_modules and not self.target_parameters:
+            raise ValueError("target_modules and target_parameters are empty")
+        return self
 
 
 Saved = TypeVar("Saved", bound=SavedLowRankConfig)
@@ -153,23 +169,31 @@ def saved_pattern(patterns: Mapping[str, Value], names: Sequence[str]) -> dict[s
 
 
 def saved_targets(model: nn.Module, saved: SavedLowRankConfig) -> list[str]:
-    """Return the full names of the modules that a saved adapter stands on, as PEFT finds them.
+    """Return the full names of the modules that a saved adapter stands on, as PEFT finds them; experts come last.
 
     Raises:
         MisfitError: the model has none of them.
         InputError: one is not a linear module.
     """
-    modules = dict(base_modules(model))
+    modules, fused = dict(base_modules(model)), dict.fromkeys(expert_modules(model))
+    weights = set(_target_weights(modules, saved))
     if saved.target_modules == "all-linear":
-        names = all_linear(model)
+        names = [*all_linear(model), *weights]
     else:
         try:
-            names = [name for name in modules if name and _is_target(name, saved)]
+            names = [n for n in modules if n and n not in fused and (n in weights or _is_target(n, saved))]
         except InputError as error:
             raise CorruptError(f"adapter_config.json: {error}") from error
-    if not names:
+    if not names and saved.target_modules:
         targets = shorten(json.dumps(saved.target_modules))
         raise MisfitError(f"adapter_config.json: target_modules: the model has none of {targets}.")
+    parameters = getattr(saved, "target_parameters", None) or []
+    for end in parameters:
+        if not any(ends_with(name, end) for name in (*fused, *(f"{linear}{WEIGHT}" for linear in weights))):
+            where = f"adapter_config.json: target_parameters: '{shorten(end)}'"
+            if any(ends_with(name, end) for name, _ in model.named_parameters()):
+                raise InputError(f"{where} is not the experts of a mixture, which is not supported: {MERGE}.")
+            raise MisfitError(f"{where}: the model has no such experts.")
     for name in names:
         if quantizer_of(modules[name]) is None:
             what = type(modules[name]).__name__
@@ -177,7 +201,17 @@ def saved_targets(model: nn.Module, saved: SavedLowRankConfig) -> list[str]:
                 f"adapter_config.json: target_modules: '{name}' is not a linear module ({what}), "
                 f"which is not supported: {MERGE}."
             )
-    return names
+    return names + [name for name in fused if any(ends_with(name, end) for end in parameters)]
+
+
+def _target_weights(modules: Mapping[str, nn.Module], saved: SavedLowRankConfig) -> list[str]:
+    """Return the names of the linears whose weights are among the `target_parameters`; see `peft_conversion`."""
+    ends = [end for end in getattr(saved, "target_parameters", None) or () if end.endswith(WEIGHT)]
+    return [
+        name
+        for name, module in modules.items()
+        if any(ends_with(f"{name}{WEIGHT}", end) for end in ends) and quantizer_of(module) is not None
+    ]
 
 
 def check_continued(
@@ -193,11 +227,16 @@ def check_continued(
     Raises:
         InputError: the first module that only one of the two has.
     """
+    whole_saved, fused = saved_whole_modules(model, saved, tensors), set(expert_modules(model))
     for option, ours, theirs in (
         ("targets and layers", targets, saved_targets(model, saved)),
-        ("modules_to_save", whole, saved_whole_modules(model, saved, tensors)),
+        ("modules_to_save", whole, whole_saved),
     ):
         for name in sorted(set(ours) ^ set(theirs)):
+            if theirs is whole_saved and name.endswith(PEFT_HEADS) and name in theirs:
+                continue  # see PEFT_HEADS; `pre_classifier` ends like it
+            if theirs is not whole_saved and name in fused and _is_target(name, saved):
+                continue  # its target_modules end like this name, but PEFT's select no experts
             verb = "select" if name in ours else "leave out"
             other = "does not have" if name in ours else "has"
             raise InputError(
@@ -216,14 +255,33 @@ def continued_selection(config: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(f"adapter_config.json: '{key}' cannot be continued: {MERGE}.")
     layers = config.get("layers_to_transform")
     return {
-        "targets": config.get("target_modules"),
+        "targets": _targets(config),
         "layers": [layers] if isinstance(layers, int) else layers or None,
-        "modules_to_save": config.get("modules_to_save") or [],
+        "modules_to_save": _named(config),
     }
 
 
+def _named(config: Mapping[str, Any]) -> Any:
+    """Return the `modules_to_save` of a saved adapter without the heads that PEFT adds for the task, even twice.
+
+    Those that the model has train anyway.
+    """
+    named, task = config.get("modules_to_save") or [], config.get("task_type")
+    if not isinstance(named, list) or task not in ("SEQ_CLS", "TOKEN_CLS"):
+        return named
+    return [name for name in dict.fromkeys(named) if name not in PEFT_HEADS]
+
+
+def _targets(config: Mapping[str, Any]) -> Any:
+    modules, parameters = config.get("target_modules"), config.get("target_parameters")
+    if parameters and isinstance(modules, str):
+        text = f"'target_modules: {shorten(modules)}' beside target_parameters cannot be continued"
+        raise InputError(f"adapter_config.json: {text}: {MERGE}.")
+    return [*(modules or []), *(str(name).removesuffix(WEIGHT) for name in parameters)] if parameters else modules
+
+
 def _is_target(name: str, saved: SavedLowRankConfig) -> bool:
-    out, targets, layers = saved.exclude_modules or [], saved.target_modules, saved.layers_to_transform
+    out, targets, layers = saved.exclude_modules or [], saved.target_modules or [], saved.layers_to_transform
     if matches(out, name) if isinstance(out, str) else any(ends_with(name, end) for end in out):
         return False
     if any(f".{whole}." in f".{name}." for whole in saved.modules_to_save or []):

@@ -18,51 +18,19 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from budwood.adapters.expert_layers import ExpertForward
 from budwood.adapters.peft_config import PREFIX
 from budwood.adapters.tokens import merge_tokens, remove_tokens, rows_needed, select_tokens, token_rows, token_tensors
+from budwood.adapters.updates import LowRankUpdate
 from budwood.adapters.whole import saved_modules, untie
 from budwood.contract.types import ParameterGroup
 from budwood.errors import InputError
 from budwood.model.embeddings import resize
-from budwood.model.ops.linear import add_update, cast_factors, frozen_linear, low_rank_linear
+from budwood.model.ops.linear import add_update, cast_factors, frozen_linear
 from budwood.model.quantizers import is_transposed, quantizer_of
+from budwood.model.quantizers.experts import ExpertLinear
 
 _STATE = "_budwood_adapters"
-
-
-class LowRankUpdate:
-    """The update of one frozen linear by one adapter. A method subclasses it and implements `weights`.
-
-    Attributes:
-        layer: PEFT's layer, which holds the adapter's parameters for this linear.
-        name: name of the adapter.
-        start: A₀ [r, in] and B₀ [out, r], if the update counts from there; `weights` then return `starts.difference`.
-    """
-
-    start: tuple[Tensor, Tensor] | None = None
-    mixes = True
-    """Whether `weights` describe the update completely, so that rows of several adapters share one product. If not,
-    `forward` runs on separate slices of the batch."""
-
-    def __init__(self, layer: Any, name: str) -> None:
-        self.layer, self.name = layer, name
-
-    def weights(self) -> tuple[Tensor, Tensor, float] | None:
-        """Return A [r, in], B [out, r] and the scale s of the update s B A; None if there is no update."""
-        raise NotImplementedError
-
-    def sources(self) -> tuple[Tensor, ...]:
-        """Return the tensors from which `weights` are computed; a change invalidates the cache. (): no caching."""
-        return ()
-
-    def forward(self, x: Tensor, base: nn.Linear) -> Tensor:
-        """Return the output [..., out] of `base` with this update, for x [..., in]."""
-        weights = self.weights()
-        if weights is None:
-            return frozen_linear(x, base)
-        dropout = self.layer.lora_dropout[self.name]
-        probability = dropout.p if isinstance(dropout, nn.Dropout) and self.layer.training else 0.0
-        return low_rank_linear(x, base, *weights, probability)
 
 
 @dataclass
@@ -86,7 +54,7 @@ class LiveAdapters:
     names: list[str] = field(default_factory=list)
     index: list[int] = field(default_factory=list)
     members: dict[str, Tensor] = field(default_factory=dict)
-    forwards: dict[nn.Module, _Forward] = field(default_factory=dict)
+    forwards: dict[nn.Module, _Forward | ExpertForward] = field(default_factory=dict)
     base_biases: dict[str, Tensor] = field(default_factory=dict)
     biases: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     bias_parameters: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -263,8 +231,9 @@ def register_adapter(
         state.biases[name] = {key: state.base_biases[key].clone().float() for key in parameters}
     for _, layer in adapter_layers(model, name):
         base = layer.get_base_layer()
-        if quantizer_of(base) is not None:
-            forward = state.forwards.setdefault(base, _Forward(base, state))
+        fused = isinstance(base, ExpertLinear)
+        if fused or quantizer_of(base) is not None:
+            forward = state.forwards.setdefault(base, ExpertForward(base, state) if fused else _Forward(base, state))
             forward.updates[name] = update(layer, name)
             layer.forward = forward
     for _, module in saved_modules(model, name):
@@ -385,7 +354,7 @@ def canonical(path: str) -> str:
 
 def _find_biases(model: nn.Module, name: str, selection: str) -> dict[str, nn.Parameter]:
     parameters: dict[str, nn.Parameter] = {}
-    adapted = {path: layer.get_base_layer().bias for path, layer in adapter_layers(model, name)}
+    adapted = {path: getattr(layer.get_base_layer(), "bias", None) for path, layer in adapter_layers(model, name)}
     for path, bias in adapted.items():
         if isinstance(bias, nn.Parameter):
             parameters[f"{path}.base_layer.bias"] = bias

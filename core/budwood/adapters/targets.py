@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import regex
 from pydantic import AfterValidator, Field
@@ -21,6 +23,8 @@ if TYPE_CHECKING:  # option types are defined here too, and are checked before t
 
 SECONDS = 5.0
 """Time limit for matching a regular expression against one name."""
+WEIGHT_READ = re.compile(r"(?<!isinstance\()self\.(\w+)\.weight\b(?!\s*=|\[|\.(?:dtype|device|shape|size|data|to\b|_))")
+"""A child's weight in the code of a module, other than its dtype, its shape, a part of it, or an assignment."""
 LAYER_INDEX = re.compile(r"\.(\d+)\.")
 
 
@@ -97,23 +101,72 @@ def linear_modules(model: nn.Module) -> list[str]:
     return [name for name, module in base_modules(model) if quantizer_of(module) is not None]
 
 
-def all_linear(model: nn.Module) -> list[str]:
-    """Return the names of the linear modules of the model's body: without its heads, and without a pooler."""
+def expert_modules(model: nn.Module) -> list[str]:
+    """Return the names of the projections of a mixture's experts, which stand for the linears of all experts."""
+    from budwood.model.quantizers.experts import experts_of
+
+    return [name for name, module in base_modules(model) if experts_of(module)]
+
+
+def all_linear(model: nn.Module, experts: bool = False) -> list[str]:
+    """Return the names of the linear modules of the model's body: without its heads, a pooler, and routers.
+
+    Those of which the model reads the weight itself are left out too; see `reads_weight`.
+
+    Args:
+        experts: with the projections of a mixture's experts.
+    """
+    from budwood.model.quantizers.experts import experts_of
+
+    routers = {f"{owner}.{name}" for owner in _mixtures(model) for name in ("gate", "router")}
     prefix = getattr(model, "base_model_prefix", "")
     body = getattr(model, prefix, None) if prefix else None
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     return [
         name
         for name, module in base_modules(model)
-        if quantizer_of(module) is not None
+        if (quantizer_of(module) is not None or (experts and experts_of(module)))
         and module is not head
+        and not routers & {name, name.rpartition(".")[0]}
         and (body is None or name.startswith(f"{prefix}."))
         and not {"score", "classifier", "pooler"} & set(name.split("."))
+        and not reads_weight(model, name)
     ]
 
 
+def reads_weight(model: nn.Module, name: str) -> bool:
+    """Return whether the code of a linear's parent takes its weight without calling it, as fused kernels do.
+
+    There, an adapter around the linear has no effect and gets no gradient. Mamba's `dt_proj` is one.
+    """
+    parent, _, child = name.rpartition(".")
+    cls: Any = type(model.get_submodule(parent))
+    return child in _weights_read(cls)
+
+
+@functools.cache
+def _weights_read(cls: type) -> frozenset[str]:
+    """Return the names of the children of which a module's code takes the whole weight."""
+    try:
+        lines = inspect.getsource(cls).splitlines()
+    except (OSError, TypeError):  # there is no file
+        return frozenset()
+    found = [match for line in lines if not line.lstrip().startswith("init.") for match in WEIGHT_READ.finditer(line)]
+    return frozenset(match[1] for match in found)
+
+
+def _mixtures(model: nn.Module) -> set[str]:
+    """Return the paths of modules that hold a router beside their experts."""
+    owners = {name.rpartition(".")[0] for name in expert_modules(model)}
+    return {owner.rpartition(".")[0] for owner in owners}
+
+
 def match_targets(
-    model: nn.Module, targets: str | list[str], layers: list[int] | None, whole: Collection[str] = ()
+    model: nn.Module,
+    targets: str | list[str],
+    layers: list[int] | None,
+    whole: Collection[str] = (),
+    experts: bool = False,
 ) -> list[str]:
     """Return the full names of the linear modules that `targets` and `layers` select.
 
@@ -122,16 +175,22 @@ def match_targets(
             expression for whole names.
         layers: indices of the layers; None: all.
         whole: full names of modules that train whole, and are left out.
+        experts: whether the method adapts the projections of a mixture's experts, which count as linears then.
 
     Raises:
-        InputError: a target or a layer matches nothing (the nearest names are listed), or is not a linear module.
+        InputError: a target names experts and the method does not adapt them; a target or a layer matches nothing (the
+            nearest names are listed), or is not a linear module.
     """
-    linear = linear_modules(model)
+    linear, fused = linear_modules(model), expert_modules(model)
+    if experts:
+        either = {*linear, *fused}
+        linear = [name for name, _ in base_modules(model) if name in either]
     if targets == "all-linear":
-        chosen = all_linear(model)
+        chosen = all_linear(model, experts)
     elif isinstance(targets, str):
         chosen = [name for name in linear if matches(targets, name)]
         if not chosen:
+            _reject_experts(f"the regular expression '{targets}'", [n for n in fused if matches(targets, n)])
             raise InputError(
                 f"targets: the regular expression '{targets}' matches none of the linear modules, "
                 f"whose full names look like '{linear[0] if linear else ''}'."
@@ -142,6 +201,7 @@ def match_targets(
         for target in targets:
             matching = [name for name in linear if ends_with(name, target)]
             if not matching:
+                _reject_experts(f"'{target}'", [name for name in fused if ends_with(name, target)])
                 _reject_target(model, target, linear)
             chosen += [name for name in matching if name not in chosen]
     chosen = [name for name in chosen if not _lies(name, whole)]
@@ -150,6 +210,12 @@ def match_targets(
         for layer in (layer for layer in layers if layer not in indices):
             raise InputError(f"layers: there is no layer {layer}; the model has {min(indices)} to {max(indices)}.")
         chosen = [n for n in chosen if (m := LAYER_INDEX.search(n)) and int(m.group(1)) in layers]
+    for name in chosen:
+        if reads_weight(model, name):
+            raise InputError(
+                f"targets: '{name}': the model reads this weight without calling the module, so an adapter around it "
+                "has no effect: leave it out."
+            )
     if not chosen:
         without = f", apart from what trains whole ({', '.join(whole)})" if whole else ""
         raise InputError(f"targets and layers together match no linear module{without}.")
@@ -179,15 +245,21 @@ def match_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Return the full names of the modules called `names`, or whose names end in one of these, component by component.
 
     Raises:
-        InputError: one matches no module, with the nearest name; or a module lies in another one.
+        InputError: one matches no module, with the nearest name; or a list of modules, or a module in another one.
     """
-    known = [name for name, _ in base_modules(model) if name]
+    from torch.nn import Module
+
+    modules = {name: module for name, module in base_modules(model) if name}
+    known = list(modules)
     found: list[str] = []
     for wanted in names:
         hits = [name for name in known if ends_with(name, wanted)]
         if not hits:
             last = sorted({name.rpartition(".")[2] for name in known if not name.rpartition(".")[2].isdigit()})
             raise InputError(f"modules_to_save: the model has no module '{wanted}'.{did_you_mean(wanted, last)}")
+        listed = next((name for name in hits if type(modules[name]).forward is Module.forward), None)
+        if listed is not None:
+            raise InputError(f"modules_to_save: '{listed}' is a list of modules: name those in it, such as {listed}.0.")
         found += [name for name in hits if name not in found]
     for inner in found:
         outer = next((name for name in found if inner.startswith(f"{name}.")), None)
@@ -225,6 +297,15 @@ def _reject_embedding(model: nn.Module, pattern: str) -> None:
                 f"targets: the regular expression '{pattern}' matches '{name}', an embedding, which has no low-rank "
                 "updates: exclude it from the expression, or use modules_to_save for it."
             )
+
+
+def _reject_experts(target: str, fused: list[str]) -> None:
+    """Reject a target that is experts alone, for a method that does not adapt them."""
+    if fused:
+        raise InputError(
+            f"targets: {target} stands for the experts of a mixture ('{fused[0]}'), which this strategy does not "
+            "adapt: use lora or adalora, or leave it out."
+        )
 
 
 def _reject_target(model: nn.Module, target: str, linear: list[str]) -> None:

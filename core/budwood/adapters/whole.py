@@ -16,13 +16,14 @@ from budwood.adapters.targets import base_modules
 from budwood.adapters.tokens import TokenRows
 from budwood.errors import InputError
 from budwood.model.embeddings import head_of
+from budwood.model.quantizers.experts import quantized_experts
 
 
 def wrap_whole(model: nn.Module, paths: Iterable[str], name: str) -> None:
     """Give the adapter `name` its own copy of each of these modules, by full name, not in use.
 
     Raises:
-        InputError: another adapter on the model has low-rank updates there.
+        InputError: another adapter on the model has low-rank updates there; or it holds quantised experts.
     """
     for path in paths:
         parent, _, leaf = path.rpartition(".")
@@ -30,6 +31,11 @@ def wrap_whole(model: nn.Module, paths: Iterable[str], name: str) -> None:
         if isinstance(module, ModulesToSaveWrapper):
             module.update(name)
             continue
+        if quantized_experts(module):
+            raise InputError(
+                f"modules_to_save: '{path}' holds quantised experts, which cannot train whole: adapt them with the "
+                "targets of lora or adalora, or set `quantization: none`."
+            )
         if any(isinstance(part, LoraLayer | AuxiliaryTrainingWrapper | TokenRows) for part in module.modules()):
             raise InputError(f"'{path}' is replaced whole, and another adapter stands on it: unload that one first.")
         setattr(model.get_submodule(parent), leaf, ModulesToSaveWrapper(module, name))

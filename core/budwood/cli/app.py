@@ -14,7 +14,22 @@ import typer
 import typer.main
 
 import budwood
-from budwood.cli import adapter, chat, data, demo, generate, new, plan, plugins, recipe, serve, tune
+from budwood.cli import (
+    adapter,
+    chat,
+    check,
+    compare,
+    data,
+    demo,
+    generate,
+    new,
+    plan,
+    plugins,
+    recipe,
+    serve,
+    sweep,
+    tune,
+)
 from budwood.cli import streams as _streams  # noqa: F401 - registers "budwood"
 from budwood.cli.doctor.command import doctor
 from budwood.cli.streams import echo, one_line
@@ -38,9 +53,12 @@ _USAGE_ERROR = typer.BadParameter.__bases__[0]
 app.command("demo", short_help="Run a demo, on a base and data that ship with Budwood.")(demo.demo)
 app.command("plugins", short_help="List installed plugins, or describe one.")(plugins.plugins)
 app.command("plan", short_help="Show what a recipe will do and need, and its problems.")(plan.plan)
+app.command("check", short_help="Check all of a run before it starts: go or no.")(check.check)
 app.command("data", short_help="Show what training will see.")(data.data)
 app.command("tune", short_help="Fine-tune with a recipe, or a data file and a base.")(tune.tune)
+app.command("sweep", short_help="Search the best values of a recipe's fields.")(sweep.sweep)
 app.command("eval", short_help="Evaluate an adapter on data.")(tune.eval_)
+app.command("compare", short_help="Compare runs: metrics, curves, recipes, versions.")(compare.compare)
 app.command("generate", short_help="Answer a prompt with a base and its adapters.")(generate.generate)
 app.command("chat", short_help="Talk with a base and its adapters in the terminal.")(chat.chat)
 app.command("serve", short_help="Serve a base and its adapters over HTTP.")(serve.serve)
@@ -85,6 +103,8 @@ def run(arguments: list[str]) -> int:
     silence_libraries(debug)
     # Waiting threads spin for microseconds, then sleep; by default they spin longer, at the cost of other processes.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # micro-batches of ever other sizes leave fewer holes
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     signal.signal(signal.SIGTERM, _terminate)
     _open_streams()
     for stream in (sys.stdout, sys.stderr):
@@ -149,7 +169,8 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, _USAGE_ERROR):
         usage: Any = error
         path = usage.ctx.command_path if usage.ctx else "budwood"
-        return 2, f"{usage.format_message()} See `{path} --help`."
+        message = usage.format_message()
+        return 2, f"{message}{'' if message.endswith(('.', '?')) else '.'} See `{path} --help`."
     if is_out_of_memory(error):
         remedy = "lower train.micro_tokens or data.max_length, or turn on train.gradient_checkpointing."
         return 3, f"out of memory{noted(error)}: {remedy}"

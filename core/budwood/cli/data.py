@@ -20,6 +20,9 @@ def data(
         typer.Option("-o", "--override", metavar="KEY=VALUE", help="Override a value of the recipe."),
     ] = None,
     samples: Annotated[int, typer.Option("-n", "--samples", min=0, help="Number of examples to show.")] = 3,
+    sheet: Annotated[
+        Path | None, typer.Option("--sheet", metavar="FILE.png", help="Draw the samples in a picture: tasks on images.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show what training will see: examples with their loss mask, lengths, and what is truncated or dropped."""
@@ -28,7 +31,7 @@ def data(
     with uncollected():
         from budwood.cli.streams import Output
         from budwood.data.build import build_examples
-        from budwood.data.display import make_report, show_report
+        from budwood.data.display import make_report, show_report, write_sheet
         from budwood.data.packing import plan_epoch
         from budwood.data.sources import locate
         from budwood.data.unused import columns_read
@@ -76,6 +79,8 @@ def data(
         notes.append(held.note)
     train, _ = choose_for(loaded, train_data, model, eval_data is not None)
     batches = plan_epoch(train_data.lengths, train.seed, 0, train.batch_tokens, train.batch_examples, train_data.groups)
+    if sheet is not None:
+        write_sheet(sheet, train_data, task, samples)
     report = make_report(train_data, eval_data, task, tokenizer, samples, len(batches), list(filter(None, notes)))
     if as_json:
         echo_json(report)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -34,6 +35,10 @@ def generate(
     adapter: Adapters = None,
     use: Annotated[str | None, typer.Option("--use", metavar="NAME", help="The adapter to use.")] = None,
     prompt: Annotated[str, typer.Option("--prompt", help="The prompt; - reads it from stdin.")] = "-",
+    image: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option("--image", metavar="FILE", help="An image instead of a prompt; repeat it for several."),
+    ] = None,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--no-chat", help="Apply the chat template to the prompt. Default: as in training."),
@@ -53,7 +58,10 @@ def generate(
     directories = parse_adapters(adapter or [])
     saved = read_adapters(directories, base, allow_other_base, quantization)
     check_choice(use, directories, top_p)
-    text = _read_prompt(prompt)
+    first = next((item.manifest for item in saved.values() if item.manifest), None)
+    task, options = (first.task, first.task_options) if first else ("causal-lm", None)
+    _check_asked(task, dict(options or {}), image or [], prompt != "-")
+    text = "" if image else _read_prompt(prompt)
     pool = open_pool(
         base, directories, saved, quantization, precision=precision, device=device, allow_other_base=allow_other_base
     )
@@ -61,7 +69,7 @@ def generate(
         [use] if use else [None, *directories] if len(directories) > 1 else [*directories] or [None]
     )
     if pool.task_plugin.responds():
-        _respond(pool, text, names, as_json)
+        _respond(pool, [str(path) for path in image] if image else [text], names, as_json)
         return
     requests = [_request(text, name, saved, chat) for name in names]
     streaming = len(names) == 1 and not as_json
@@ -124,14 +132,38 @@ def _read_prompt(prompt: str) -> str:
     return text
 
 
-def _respond(pool: AdapterPool, text: str, names: list[str | None], as_json: bool) -> None:
-    """Print the answers of a task that does not generate text."""
+def _check_asked(task_name: str, options: dict[str, Any], images: list[Path], prompt: bool) -> None:
+    """Check that the task answers what is asked, images or a prompt, before the base loads.
+
+    Raises:
+        InputError: it does not, both are given, or an image is no file.
+    """
+    from budwood.contract.loading import build_task
+    from budwood.errors import InputError
+
+    if images and prompt:
+        raise InputError("give --image or --prompt, not both.")
+    answers = build_task(task_name, options).answers
+    if images and answers != "images":
+        raise InputError(f"--image: task '{task_name}' answers {answers}: give --prompt.")
+    if not images and answers == "images":
+        raise InputError(f"task '{task_name}' answers images: give --image FILE.")
+    missing = next((path for path in images if not path.is_file()), None)
+    if missing is not None:
+        raise InputError(f"--image: no file '{missing}'.")
+
+
+def _respond(pool: AdapterPool, asked: list[str], names: list[str | None], as_json: bool) -> None:
+    """Print the answers of a task that does not generate text; those to images with the image."""
     answers = []
     for name in names:
         pool.use(name)
-        answers.append(pool.respond([text])[0])
+        answers += [(name, what, answer) for what, answer in zip(asked, pool.respond(asked), strict=True)]
+    images = pool.task_plugin.answers == "images"
     if as_json:
-        echo_json({"answers": [{"adapter": n, **answer} for n, answer in zip(names, answers, strict=True)]})
+        records = [{"adapter": name, **({"image": what} if images else {}), **answer} for name, what, answer in answers]
+        echo_json({"answers": records})
         return
-    for name, answer in zip(names, answers, strict=True):
-        echo(f"{name or 'base'}: {pool.task_plugin.show_response(answer)}")
+    for name, what, answer in answers:
+        shown = f"{name or 'base'}: {pool.task_plugin.show_response(answer)}"
+        echo(f"{what}: {shown}" if len(asked) > 1 else shown)

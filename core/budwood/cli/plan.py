@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
 import typer
 
 from budwood.cli.imports import uncollected
 from budwood.cli.streams import echo, echo_json
+
+if TYPE_CHECKING:
+    from budwood.planning.early import Early
 
 
 def plan(
@@ -29,6 +33,18 @@ def plan(
         str | None,
         typer.Option("--fit", metavar="DEVICE", help="Search the settings that fit a card, or memory such as 24GiB."),
     ] = None,
+    allow: Annotated[
+        str,
+        typer.Option(
+            "--allow",
+            metavar="NAMES",
+            help="With --fit: may change quantization,rank,max_length.",
+        ),
+    ] = "",
+    write: Annotated[
+        Path | None,
+        typer.Option("--write", help="With --fit: file for the recipe that fits. Default: RECIPE-fit.yaml beside it."),
+    ] = None,
     composition: Annotated[
         bool, typer.Option("--composition", help="Only compose the strategies: no memory, no time, no data.")
     ] = False,
@@ -39,22 +55,32 @@ def plan(
 ) -> None:
     """Show what a recipe will do and need: order of hooks, problems, memory, time, disk. Loads no weights."""
     from budwood.cli.streams import Output
-    from budwood.errors import BudwoodError, InputError
+    from budwood.errors import BudwoodError, InputError, ResourceError
+    from budwood.planning.early import look
 
     if composition and (device or tokens or fits):
         raise InputError("--composition: --device, --tokens and --fit have no effect with it; leave them out.")
     if device and fits:
         raise InputError("--fit names the device itself: leave --device out.")
+    if (allow or write) and not fits:
+        raise InputError("--allow and --write need --fit.")
+    if write is not None and write.exists():
+        raise InputError(f"--write: {write} exists: name another file.")
+    early = look(recipe, override or [], without_data=tokens is not None, rows=not composition)
+    if tokens is None and any("data." in text and "no such file" in text for text in early.problems.texts):
+        echo("note: --tokens 2048 plans without data, for micro-batches of so many tokens", err=True)
+    if early.problems.texts:
+        refuse(early, as_json, early.as_dict())
     with uncollected():
         from budwood.planning.composition import plan as make_plan
         from budwood.planning.composition import show_plan
-        from budwood.planning.fit import fit, show_fit
+        from budwood.planning.fit import allowed, fit
+        from budwood.planning.frontier import draw, fit_device, free_path, show_fit, write_recipe
         from budwood.planning.process import estimate_in_process, find_device
         from budwood.planning.table import show_estimate
 
-    if fits is not None and fits[:1].isdigit() and fits[-1:] in "bBgGmM":  # a size alone
-        fits = f"cuda:{fits}"
-    chosen = find_device(fits or device) if fits or device else None
+    permitted = allowed(allow)
+    chosen = fit_device(fits) if fits else find_device(device) if device else None
     run_plan = make_plan(recipe, override or [], allow_code, without_data=tokens is not None)
     error: BudwoodError | None = None
     found = None
@@ -62,27 +88,53 @@ def plan(
         try:
             chosen = chosen or find_device(run_plan.recipe.base.device)
             if fits is not None:
-                found = fit(run_plan.recipe, lambda recipe: estimate_in_process(recipe, chosen, tokens, keep=True))
+                found = fit(
+                    run_plan.recipe, lambda recipe: estimate_in_process(recipe, chosen, tokens, keep=True), permitted,
+                    sized=tokens is None,
+                )  # fmt: skip
                 run_plan.estimate = (found.chosen or found.candidates[-1]).estimate
             else:
                 run_plan.estimate = estimate_in_process(run_plan.recipe, chosen, tokens)
         except BudwoodError as failure:  # the composition is shown all the same
             error = failure
+    files: list[Path] = []
+    if found is not None and len(found.candidates) > 1:
+        files.append(free_path(write or recipe, ".png"))
+        draw(found, files[0])
+        if found.chosen is not None:
+            files.append(write or free_path(recipe, ".yaml"))
+            write_recipe(found, files[1])
     if as_json:
         values = run_plan.as_dict()
         if found is not None:
-            values["fit"] = {"overrides": found.chosen.overrides if found.chosen else None, "reason": found.reason}
+            values["fit"] = {**found.as_dict(), "files": [str(path) for path in files]}
         echo_json(values)
     else:
         show_plan(run_plan, Output(highlight=False))
         if run_plan.estimate is not None:
             show_estimate(run_plan.estimate, run_plan.recipe, Output(highlight=False))
         if found is not None:
-            show_fit(found, run_plan.recipe, Output(highlight=False))
-    for problem in run_plan.problems:
-        line = "".join(c if c.isprintable() else "?" for c in " ".join(problem.split()))
-        echo(f"error: {line}", err=True)
+            show_fit(found, Output(highlight=False))
+            if files:
+                echo(f"written: {', '.join(map(str, files))}")
+    _show_problems(run_plan.problems)
     if run_plan.problems:
         raise typer.Exit(run_plan.exit_code)
     if error is not None:
         raise error
+    if found is not None and found.chosen is None:
+        raise typer.Exit(ResourceError.exit_code)
+
+
+def refuse(early: Early, as_json: bool, values: dict[str, Any]) -> NoReturn:
+    """Print the problems that the recipe's files show, and end the command."""
+    if as_json:
+        echo_json(values)
+    _show_problems(early.problems.texts)
+    raise typer.Exit(early.problems.exit_code)
+
+
+def _show_problems(problems: Sequence[str]) -> None:
+    for problem in problems:
+        line = "".join(c if c.isprintable() else "?" for c in " ".join(problem.split()))
+        echo(f"error: {line}", err=True)

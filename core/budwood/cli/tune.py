@@ -33,6 +33,13 @@ def tune(
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Run Python files that the recipe names, such as rewards.")
     ] = False,
+    fits: Annotated[
+        str | None,
+        typer.Option("--fit", metavar="DEVICE", help="Run with settings that fit a card, or memory such as 24GiB."),
+    ] = None,
+    allow: Annotated[
+        str, typer.Option("--allow", metavar="NAMES", help="With --fit: may change quantization,rank,max_length.")
+    ] = "",
     profile: Annotated[
         bool, typer.Option("--profile", help="At the end, show the time and memory of every strategy's hooks.")
     ] = False,
@@ -45,12 +52,24 @@ def tune(
     if accept_changes and not resume:
         raise InputError("--accept-changes needs --resume.")
     loaded = read_given(recipe, base, override or []).allowing_code(allow_code)
+    if allow and not fits:
+        raise InputError("--allow needs --fit.")
+    if fits and resume:
+        raise InputError(
+            "--fit chooses settings for a new run, and a resumed one keeps its own: resume with the recipe.yaml in the "
+            "output folder, without --fit."
+        )
     preflight(loaded, overwrite, resume)  # before torch is imported, which takes seconds
     with uncollected():
         from budwood.planning.admission import admit
         from budwood.training.loop import tune as run_recipe
         from budwood.training.report import process_age
 
+    if fits:
+        from budwood.planning.fit import allowed
+        from budwood.planning.frontier import fit_run
+
+        loaded = fit_run(loaded, fits, allowed(allow), lambda line: echo(line, err=True))
     run = run_recipe(
         loaded, overwrite=overwrite, resume=resume, accept_changes=accept_changes, profile=profile,
         before=process_age(), planner=admit,

@@ -88,6 +88,8 @@ class Strategy(Plugin):
     """Python files, named in the recipe, that it runs; refused unless the user passes --allow-code."""
     writes: tuple[str, ...] = ()
     """Files that it writes to the run's folder during the run."""
+    shows: tuple[str, ...] = ()
+    """Metrics of an optimizer step that the terminal shows after the loss, such as "reward"."""
     log_prob_temperature: float = 1.0
     """Temperature of the log-probabilities in `sequence_terms` and `step_values`: that of sampling, for a policy."""
     learning_rate_scale: float = 1.0

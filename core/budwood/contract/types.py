@@ -85,6 +85,8 @@ class Generator:
     """Random numbers determined by a key: drawn on the CPU, so equal on every device and process."""
 
     def __init__(self, *key: object) -> None:
+        self.evaluates: bool = "eval" in key
+        """Whether it is keyed for an evaluation, in which nothing is augmented; see `Task.vary`."""
         digest = hashlib.sha256(repr(key).encode()).digest()
         self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -307,9 +309,9 @@ class Run:
     step: int = 0
     epoch: int = 0
     task_weight: float = 1.0  # weight of the task's loss; `prepare_model` lowers it if a strategy shares the loss
-    planning: bool = False
+    planning: bool = False  # the steps run on fake tensors, without values: take the largest case that they allow
     packed: bool = True
-    micro_tokens: int = 0  # most tokens per micro-batch: the recipe's value, reduced if memory runs out
+    micro_tokens: int = 0  # most tokens per micro-batch: the recipe's or the plan's, reduced if memory runs out
     eval_tokens: int = 0  # the same for evaluation
     reference_tokens: int = 0  # the same for a cached reference
     best_metric: BestMetric | None = None  # the task's, unless a strategy replaces it in `prepare_model`
@@ -322,6 +324,7 @@ class Run:
     before: dict[str, float] = field(default_factory=dict)  # metrics of the evaluation before the first step
     metrics: dict[str, float] = field(default_factory=dict)  # latest value of every logged metric
     logged: dict[str, Any] = field(default_factory=dict)  # passed to `log` in the current optimizer step
+    answers: list[dict[str, str]] = field(default_factory=list)  # prompt, answer, reference: some of an evaluation's
     say: Callable[[str], None] = print  # shows one line to the user
     start: list[Tensor] = field(default_factory=list)  # initial values, in the order of `trainable`
     start_adapter: SavedAdapter | None = None  # the adapter that the recipe continues; set before the base is loaded
@@ -331,11 +334,10 @@ class Run:
     _generators: dict[str, tuple[int, Generator]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        train = getattr(self.recipe, "train", None)
-        if train is not None:
-            self.micro_tokens = self.micro_tokens or train.micro_tokens
-            self.eval_tokens = self.eval_tokens or train.micro_tokens
-            self.reference_tokens = self.reference_tokens or train.micro_tokens
+        usual = getattr(self.recipe, "micro_tokens", 0)
+        self.micro_tokens = self.micro_tokens or usual
+        self.eval_tokens = self.eval_tokens or usual
+        self.reference_tokens = self.reference_tokens or usual
         if self.task is not None and self.best_metric is None:
             self.best_metric = BestMetric(self.task.best_metric, not self.task.lower_is_better, str(self.task))
 

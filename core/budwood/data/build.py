@@ -15,6 +15,7 @@ from budwood.contract.discovery import find, installed
 from budwood.contract.loading import create
 from budwood.data import cache
 from budwood.data.bad_rows import BadRows, count_reasons
+from budwood.data.belonging import hash_files_of
 from budwood.data.chunk import BEYOND, TOO_LONG, Change, ChunkEncoder
 from budwood.data.classes import near_equal
 from budwood.data.encoder import Encoder
@@ -78,7 +79,7 @@ def build_examples(
     if change is not None:
         spool = Spool(Path(tempfile.gettempdir()))
         rows = read_rows(data, bad)
-        return Examples(data, *_encode(rows, encoder, task, max_length, bad, spool, change=change, read=read))
+        return Examples(data, *_encode(rows, encoder, task, max_length, bad, spool, "", change=change, read=read))
     folder = cache.default_folder() if cache_dir is None else Path(cache_dir)
     limit = cache.size_limit()
     plugins = [(e.name, e.value, e.owner) for entries in installed(GROUP).values() for e in entries]
@@ -86,6 +87,7 @@ def build_examples(
     options = {
         "file": hash_data(data),
         "path": str(data),
+        "files": (files := hash_files_of(data, task.name)),
         "formats": plugins,
         "task": (task.name, owner.value, owner.owner, task.options.model_dump(mode="json")),
         "max_length": max_length,
@@ -102,7 +104,7 @@ def build_examples(
     if entry is not None:
         return Examples(data, *entry, from_cache=True)
     rows, spool = read_rows(data, bad), Spool(folder)
-    arrays, facts = _encode(rows, encoder, task, max_length, bad, spool, progress, processes, read=read)
+    arrays, facts = _encode(rows, encoder, task, max_length, bad, spool, files, progress, processes, read=read)
     if key and rows.sha256 == options["file"]:
         cache.save(folder, key, arrays, facts, limit, spool.directory)
     return Examples(data, arrays, facts)
@@ -122,6 +124,7 @@ def _encode(
     max_length: int,
     bad: BadRows,
     spool: Spool,
+    files: str,
     progress: Progress | None = None,
     processes: int | None = None,
     change: Change | None = None,
@@ -192,6 +195,7 @@ def _encode(
             *near_equal(classes),
         ],
         "sha256": rows.sha256,
+        "files": files,
         "skipped": bad.rows if bad.skip else None,
         "stop_ids": sorted(encoder.stop_ids),
         "stats": dataclasses.asdict(stats),

@@ -21,7 +21,7 @@ from budwood.errors import InputError
 from budwood.untrusted.files import PARTIAL, sha256
 from budwood.untrusted.redaction import shorten
 
-VERSION = 7
+VERSION = 8
 """Incremented when the same file and options produce other tokens, or the layout of an entry changes."""
 
 LIMIT = 5_000_000_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from budwood.contract.calls import attribute_errors
 from budwood.contract.examples import DESIRABLE, Example
 from budwood.data.build import overlap
 from budwood.data.examples import Examples
 from budwood.data.preference import PAIRS
+from budwood.errors import InputError
+from budwood.untrusted.files import complete_file
 
 BINS = 12
 CLASSES = 30
@@ -56,11 +60,38 @@ def make_report(
     if other is not None:
         shared = overlap(train, other)
         report["eval"] = {**_describe(other), "overlap": shared, "overlap_share": shared / len(other)}
-    count = int(train.groups[-1]) + 1 if len(train) else 0
-    groups = np.unique(np.linspace(0, count - 1, min(samples, count)).round().astype(int))
-    chosen = np.flatnonzero(np.isin(train.groups, groups))
-    report["samples"] = [_sample(train, int(i), task, tokenizer) for i in chosen]
+    report["samples"] = [_sample(train, i, task, tokenizer) for i in _choose(train, samples)]
     return report
+
+
+def _choose(examples: Examples, samples: int) -> list[int]:
+    """Return the indices of the examples of so many groups, evenly spread."""
+    count = int(examples.groups[-1]) + 1 if len(examples) else 0
+    groups = np.unique(np.linspace(0, count - 1, min(samples, count)).round().astype(int))
+    chosen: list[int] = np.flatnonzero(np.isin(examples.groups, groups)).tolist()
+    return chosen
+
+
+def write_sheet(path: Path, examples: Examples, task: Any, samples: int) -> None:
+    """Draw samples in a picture; see `Task.sheet`.
+
+    Raises:
+        InputError: the task has no pictures, or the file's name is not that of a PNG.
+        ResourceError: the file cannot be written.
+    """
+    if path.suffix.lower() != ".png":
+        raise InputError(f"--sheet: '{path}' must end in .png.")
+    chosen = _choose(examples, samples)
+    places = [examples.location(i).rpartition(":")[2] for i in chosen]
+    labels = [examples.labels[int(examples[i].labels[0])] if examples.labels else "" for i in chosen]
+    titles = [f"{label} ({place})" if label else place for label, place in zip(labels, places, strict=True)]
+    with attribute_errors(task, "sheet"):
+        picture = task.sheet([examples[i] for i in chosen], titles)
+    if picture is None:
+        raise InputError(f"--sheet: {task} has no pictures: it is for tasks on images.")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--sheet: there is no folder '{path.parent}'.")
+    complete_file(path, picture)
 
 
 def show_report(report: dict[str, Any], console: Console) -> None:

@@ -43,6 +43,7 @@ class Examples(Sequence[Example]):
         stats: counts of rows and examples.
         notes: lines to show to the user.
         sha256: hash of the file.
+        files: hash of the files that its rows name, such as images; empty if they name none.
         stop_ids: tokens that end an answer.
         date: the date that the chat template wrote, as 2026-11-28; None if it writes none.
         rendered: whether the chat template was used.
@@ -67,6 +68,7 @@ class Examples(Sequence[Example]):
         self.labels: list[str] = facts["labels"]
         self.notes: list[str] = facts["notes"]
         self.sha256: str = facts["sha256"]
+        self.files: str = facts["files"]
         self.stop_ids: list[int] = facts["stop_ids"]
         self.date: str | None = facts["date"]
         self.rendered: bool = facts["rendered"]
@@ -79,6 +81,15 @@ class Examples(Sequence[Example]):
         self._parts = {name: Ragged(_values(arrays, name), arrays[f"{name}.shapes"]) for name in names}
         self._inputs = [name for name in names if name.startswith("inputs/")]
         self._column_parts: list[Any] = [(n, *n.split("/", 2)[1:]) for n in names if n.startswith("columns/")]
+
+    def summary(self) -> dict[str, Any]:
+        """Return name, format, counts and notes of the data, for a run's manifest."""
+        stats = self.stats
+        return {
+            "path": str(self.path), "format": self.format, "examples": len(self), "tokens": int(self.lengths.sum()),
+            "labels": stats.supervised, "truncated": stats.truncated, "dropped": stats.dropped,
+            "skipped": stats.skipped, "notes": self.notes,
+        }  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -14,9 +14,11 @@ from budwood.untrusted.redaction import shorten
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 """Types of files that hold rows."""
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
+"""Types of files that are images."""
 ACCEPTED = (
     ".jsonl, .json (a list of objects), .csv, .tsv, .parquet, a folder of such files, a pattern such as data/*.jsonl, "
-    "a `datasets` folder"
+    "a `datasets` folder, a folder of images (or of a folder of images for each class)"
 )
 SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
 """Words for a split in the names of files and folders."""
@@ -39,13 +41,19 @@ def hash_files(files: Sequence[Path]) -> str:
             raise unreadable(path, error) from error
         if len(files) == 1:
             return file_digest
-        digest.update(f"{path.name}\0{file_digest}\0".encode())
+        name = f"{path.parent.name}/{path.name}" if is_image(path) else path.name  # its folder is its class
+        digest.update(f"{name}\0{file_digest}\0".encode())
     return digest.hexdigest()
 
 
 def is_datasets_folder(path: Path) -> bool:
     """Return whether a folder was written by `Dataset.save_to_disk`."""
     return (path / "state.json").is_file()
+
+
+def is_image(path: Path) -> bool:
+    """Return whether a file's name is that of an image."""
+    return path.suffix.lower() in IMAGES
 
 
 def is_hub_name(name: str) -> bool:
@@ -149,6 +157,9 @@ def _find_in_folder(
         if split is None or only not in SPLITS:
             return _find_in_folder(folder, split, f"{name}/{only}", None, source)
     if not folders:
+        images = _find_images(path if split is None else path / split, name)
+        if images:
+            return images
         inside = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
         shown = f" Its folders: {', '.join(map(shorten, inside[:10]))}." if inside else ""
         raise InputError(
@@ -160,6 +171,31 @@ def _find_in_folder(
         f"{name}: holds data in the folders {_listed(folders)}. "
         f"Name one of them: {{{source}, {word}: {shorten(first)}}} in a recipe."
     )
+
+
+def _find_images(path: Path, name: str) -> list[Path]:
+    """Return the images in a folder, or in its folders, one for each class; an empty list if there are none.
+
+    Raises:
+        InputError: there are images in both, or the folders are splits.
+    """
+    if not path.is_dir():
+        return []
+    inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+    own = [p for p in inside if is_image(p)]
+    folders = [p for p in inside if p.is_dir()]
+    classes = {p: sorted(q for q in p.iterdir() if is_image(q)) for p in folders}
+    found = [image for images in classes.values() for image in images]
+    if own and found:
+        raise InputError(f"{name}: holds images beside folders of images: move {own[0].name} to the folder of a class.")
+    deeper = [p.name for p in folders if any(is_image(r) for q in p.iterdir() if q.is_dir() for r in q.iterdir())]
+    splits = [p.name for p in folders if p.name.lower() in SPLITS and (p.name in deeper or classes[p])]
+    if splits and len(splits) == len([p for p in folders if classes[p] or p.name in deeper]):
+        raise InputError(f"{name}: holds the splits {', '.join(splits)}. Name one of them: {Path(name) / splits[0]}.")
+    empty = next((p.name for p in folders if found and not classes[p]), None)
+    if empty is not None:
+        raise InputError(f"{name}: the folder '{shorten(empty)}' of a class has no images: add some, or remove it.")
+    return own or found
 
 
 def _config_folder(path: Path, config: str, name: str) -> Path:

@@ -5,7 +5,7 @@ Plugins register further ones in the entry point group budwood.formats.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -82,6 +82,13 @@ class DataFormat(Plugin):
             InputError: a field is missing, null or of the wrong type.
         """
         return row
+
+    def files(self, row: Row, where: str) -> Sequence[Path]:
+        """Return the files whose content belongs to a row, such as an image that it names by path.
+
+        Core hashes them with the data, so that a change of one is noticed. Their paths may not exist: `item` says so.
+        """
+        return ()
 
     def reference(self, row: Row) -> str | None:
         """Return the correct answer to the row's prompt; None if there is no prompt."""

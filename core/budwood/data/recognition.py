@@ -80,7 +80,7 @@ def recognise(columns: Sequence[str], task: str, where: str) -> DataFormat:
         InputError: no format matches, several do, or the match is for another task; the message lists the accepted
             ones.
     """
-    formats, broken = _installed_formats()
+    formats, broken = installed_formats()
     own = {frozenset(f.columns) for f in formats}
     candidates = [*formats, *(other for other in UNSUPPORTED if frozenset(other.columns) not in own)]
     matches = [f for f in candidates if set(f.columns) <= set(columns)]
@@ -130,7 +130,7 @@ def _says_more(data_format: DataFormat, other: DataFormat, task: str) -> bool:
     return set(other.columns) < set(data_format.columns) and not elsewhere
 
 
-def _installed_formats() -> tuple[list[DataFormat], str]:
+def installed_formats() -> tuple[list[DataFormat], str]:
     """Return the formats that load, and the errors of the others, which matter only if no format matches."""
     formats: list[DataFormat] = []
     broken = ""

@@ -69,7 +69,17 @@ class Rows(Sequence[Row]):
 
     def size(self, index: int) -> int:
         """Return the approximate size of the row in the file in bytes; 0 if unknown."""
-        return self._rows.size(index) if isinstance(self._rows, Records) else 0
+        size = getattr(self._rows, "size", None)
+        return 0 if size is None else int(size(index))
+
+
+def file_of(where: str) -> Path:
+    """Return the file, or the folder of images, that a row's location names; paths in a row are relative to a file's.
+
+    Args:
+        where: see `Rows.location`.
+    """
+    return Path(where.rpartition(":")[0])
 
 
 def chunks(rows: Rows) -> Iterator[range]:

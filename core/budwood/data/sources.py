@@ -12,7 +12,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from budwood.data.bad_rows import BadRows
-from budwood.data.files import find_files, hash_files, is_datasets_folder, total_size
+from budwood.data.files import find_files, hash_files, is_datasets_folder, is_image, total_size
+from budwood.data.images import read_images
 from budwood.data.reading import read_file, read_folder
 from budwood.data.rows import Row, Rows
 from budwood.errors import InputError, unreadable
@@ -151,6 +152,8 @@ def read_rows(data: Data, bad: BadRows | None = None) -> Rows:
         try:
             if is_datasets_folder(files[0].parent):
                 new = [read_folder(files[0].parent)]
+            elif is_image(files[0]):
+                new = [read_images(_image_folder(source), files)]
             else:
                 new = [read_file(file, bad) for file in files]
         except OSError as error:
@@ -173,6 +176,10 @@ def read_rows(data: Data, bad: BadRows | None = None) -> Rows:
 
 def _sources(data: str | Path | Sequence[Source]) -> Sequence[Source]:
     return [Source(path=str(data))] if isinstance(data, str | Path) else data
+
+
+def _image_folder(source: Source) -> Path:
+    return Path(source.path) / (source.split or "")
 
 
 def _times(source: Source, count: int) -> np.ndarray:

@@ -23,10 +23,14 @@ from budwood.model.checks import (
     size,
     skeleton,
 )
-from budwood.model.experts import count_experts
+from budwood.model.experts import count_experts, open_experts, packed_as_read
+from budwood.model.heads import name_body
 from budwood.model.machine import pick_device_precision
+from budwood.model.ops.gated import fuse_mlps
 from budwood.model.ops.rms_norm import save_memory_in_norms
+from budwood.model.ops.rotary import fuse_rotations
 from budwood.model.quantizers import claim, is_quantized, linear_shape, quantizer_of
+from budwood.model.quantizers.experts import quantized_experts
 from budwood.model.quiet import import_bitsandbytes, silence_libraries
 from budwood.model.streaming import slices, trim_heap
 from budwood.untrusted.formats import TensorInfo, read_json
@@ -132,7 +136,8 @@ def load_base(
         model_kwargs: changes to the configuration, such as `num_labels`.
         seed: seed for the weights of a new head.
         needs_tokenizer: False leaves `Base.tokenizer` None.
-        unused: names of modules that the task does not run, such as a pooler; without weights, they are not new.
+        unused: names of modules and parameters that need not train if the checkpoint lacks them, such as a pooler that
+            the task does not run.
 
     Raises:
         InputError, ResourceError, CorruptError: as `check_base`; the base does not fit in memory; a weight of the
@@ -149,8 +154,7 @@ def load_base(
     frame = build_skeleton(name, config, auto_class, trust_remote_code)
     _check_size(name, frame, tensors.values())
     quantizer = find_quantizer(info.quantization)
-    if not quantizer.takes_fused_experts:
-        check_fused(name, frame, info.quantization)
+    check_fused(name, frame, quantizer)
     heads = heads_of(frame)
     plan = None
     if info.prequantized:
@@ -160,13 +164,15 @@ def load_base(
         with attribute_errors(quantizer, "config"):
             plan = quantizer.config(dtype, double_quantization, heads)
     views = info.quantization == "none" and {entry.dtype for entry in tensors.values()} == {STORED[str(dtype)]}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with forked, packed_as_read(frame, quantizer, double_quantization):
         torch.manual_seed(seed)
         try:
+            from_files = info.prequantized and quantizer.needs_files
             pair: Any = type(frame).from_pretrained(
-                None,
+                str(path) if from_files else None,
                 config=config,
-                state_dict=slices(tensors, views),
+                state_dict=None if from_files else slices(tensors, views),
                 quantization_config=plan,
                 dtype=dtype,
                 device_map={"": device},
@@ -187,15 +193,19 @@ def load_base(
     loaded: PreTrainedModel
     report: dict[str, Any]
     loaded, report = pair  # output_loading_info
+    name_body(loaded)
     trim_heap()
     with attribute_errors(quantizer, "after_load"), torch.no_grad():
         quantizer.after_load(loaded, heads)
     claim(loaded, quantizer)
-    new = _check_complete(name, loaded, frame, report)
+    new = _check_complete(name, loaded, frame, report, unused)
+    open_experts(loaded)
     new = tuple(key for key in new if not set(key.split(".")) & set(unused))
     loaded.requires_grad_(False)
     loaded.eval()
     save_memory_in_norms(loaded)
+    fuse_mlps(loaded)
+    fuse_rotations(loaded)
     loaded.config.name_or_path = name
     if loaded.can_generate() and (path / "generation_config.json").is_file():
         loaded.generation_config = _generation_config(path)
@@ -221,14 +231,14 @@ def _check_size(name: str, frame: PreTrainedModel, tensors: Iterable[TensorInfo]
     """Refuse a configuration whose model is far larger than its checkpoint, before memory is allocated for it.
 
     Raises:
-        CorruptError: the model has over 4 times as many elements; a 4-bit checkpoint stores two per byte.
+        CorruptError: the model has over 4 elements for each stored byte; a 4-bit checkpoint has two.
     """
     described = sum(tensor.numel() for tensor in (*frame.parameters(), *frame.buffers()))
-    stored = sum(math.prod(tensor.shape) for tensor in tensors)
+    stored = sum(tensor.bytes for tensor in tensors)
     if described > 4 * stored + (1 << 24):  # room for a new head
         raise CorruptError(
             f"base '{name}': config.json describes a model of {described:,} elements, but its checkpoint has "
-            f"{stored:,}."
+            f"{stored:,} bytes."
         )
 
 
@@ -250,12 +260,12 @@ def heads_of(model: PreTrainedModel) -> list[str]:
 
 
 def _check_complete(
-    name: str, model: PreTrainedModel, frame: PreTrainedModel, report: dict[str, Any]
+    name: str, model: PreTrainedModel, frame: PreTrainedModel, report: dict[str, Any], unused: Collection[str]
 ) -> tuple[str, ...]:
     """Refuse a checkpoint that does not match its model; return the parameters that are new.
 
     A head of a model that is no language model, and a pooler, may be new, as a checkpoint of masked-language training
-    holds none; a head for another number of classes is replaced by a new one.
+    holds none; a head for another number of classes is replaced by a new one. So may what the task does not use.
 
     Raises:
         CorruptError: weights are missing, have the wrong shape, or belong to layers that the model does not have; the
@@ -265,7 +275,7 @@ def _check_complete(
     head = model.get_output_embeddings() is None
 
     def may_be_new(key: str) -> bool:
-        return head and ("pooler" in key.split(".") or not key.startswith(body))
+        return head and (bool({"pooler", *unused} & set(key.split("."))) or not key.startswith(body))
 
     missing = sorted(key for key in report["missing_keys"] if not may_be_new(key))
     if missing:
@@ -307,15 +317,29 @@ def sizes_of(model: nn.Module, dtype: torch.dtype) -> tuple[int, int, float, int
         quantizer: Any = quantizer_of(module)
         quantized[id(quantizer.weight(module))] = math.prod(quantizer.shape(module))
         tensors += [quantizer.weight(module), *quantizer.constants(module)]
+    quantized |= {id(module): module.numel for module in quantized_experts(model)}
     count = sum((elements | quantized).values())
+    tensors = [part for tensor in tensors for part in _parts(tensor)]
     stored = {(t.untyped_storage()._cdata, t.storage_offset()): t.nbytes for t in tensors}  # tables may be shared
     return sum(stored.values()), dtype.itemsize * count, (count - sum(quantized.values())) / max(count, 1), count
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors that a tensor of a library's own class holds, such as codes and scales; else itself."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _parts(getattr(tensor, name))]
 
 
 def _describe(base: Base, heads: list[str]) -> str:
     precision = PRECISIONS[str(base.dtype)]
     if base.quantization == "none":
         return f"{size(base.bytes)} in {precision}, not quantised"
+    if find_quantizer(base.quantization).dequantizes:
+        return f"{size(base.bytes)} in {precision}: its {base.quantization} weights are dequantised as they are read"
     names = ["embeddings", *(head for head in heads if any(True for _ in base.model.get_submodule(head).parameters()))]
     return (
         f"{size(base.bytes)} in {base.quantization} ({size(base.bytes_unquantized)} in {precision}); "

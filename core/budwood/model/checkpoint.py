@@ -107,6 +107,18 @@ def would_fetch(name: str) -> bool:
     )
 
 
+def missing_weights(folder: Path) -> tuple[list[str], int | None]:
+    """Return the files of weights that a base's folder lacks, and the bytes of all its weights if its index says so.
+
+    The folder is that of `resolve(…, weights=False)`.
+    """
+    files = sorted(set(_index(folder).values())) or ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    facts = read_json(index, MAX_HEADER).get("metadata") if index.is_file() else None
+    size = facts.get("total_size") if isinstance(facts, dict) else None
+    return [file for file in files if not (folder / file).is_file()], size if isinstance(size, int) else None
+
+
 def _from_hub(name: str, weights: bool, code: bool, revision: str | None) -> Path:
     from huggingface_hub import constants, snapshot_download
 

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +35,10 @@ _PERMUTED = ("xlnet", "xlm")
 """Model types with a class for causal language modelling that see tokens on both sides."""
 FUSED_SHARE = 0.05
 """A base is refused if tensors that its quantiser does not support hold a larger fraction of its weights."""
+
+
+PACKED = re.compile(r"\.(?:qweight|weight_packed|weight_scale_inv|SCB|W_q)$|\.absmax$|_qdata$|_proj_blocks$")
+"""Names of tensors that only quantised checkpoints have."""
 
 
 @dataclass(frozen=True)
@@ -99,21 +104,32 @@ def check_base(
     path = resolve(model, weights=False, code=trust_remote_code)
     config = read_config(path)
     local = Path(os.path.expanduser(str(model))).is_dir()  # otherwise the weights may not be downloaded yet
-    _check_layers(path, config, len(read_tensors(path)) if local else 0)
+    tensors = read_tensors(path) if local else {}
+    _check_layers(path, config, len(tensors))
     _check_architecture(str(model), config, trust_remote_code)
     stored = _stored_quantization(str(model), config, requested)
+    name = stored or quantization or "none"
+    quantizer = find_quantizer(name)
+    if stored is not None:
+        with attribute_errors(quantizer, "check_stored"):
+            quantizer.check_stored(config["quantization_config"], None if device is None else str(device))
+    elif quantizer.stored_only:
+        raise InputError(
+            f"base '{model}' is not quantised, and {name} only reads bases that are: write `quantization: nf4`, or "
+            f"take a base in {name}."
+        )
     if stored is not None and quantization not in (None, stored):
         raise InputError(
             f"base '{model}' is already quantised, with {stored}: write `quantization: {stored}`, "
             f"or give the unquantised base for {quantization}."
         )
-    name = stored or quantization or "none"
-    quantizer = requested or find_quantizer(name)
+    if tensors:
+        _check_stored_names(path, tensors, quantizer.stored_names if stored is not None else None)
     if device is not None:
         with attribute_errors(quantizer, "check"):
             quantizer.check(str(device))
     if not quantizer.takes_fused_experts and _has_experts(config):
-        check_fused(str(model), skeleton(path, "AutoModel", trust_remote_code), name)
+        check_fused(str(model), skeleton(path, "AutoModel", trust_remote_code), quantizer)
     return BaseInfo(str(model), path, config, name, stored is not None)
 
 
@@ -191,6 +207,29 @@ def _stored_quantization(name: str, config: dict[str, Any], requested: Quantizer
     )
 
 
+def _check_stored_names(path: Path, tensors: Iterable[str], expected: str | None) -> None:
+    """Check that a checkpoint has quantised tensors if, and only if, its configuration says so.
+
+    Args:
+        expected: see `Quantizer.stored_names`; None: the configuration says that it is not quantised.
+
+    Raises:
+        InputError: they contradict each other.
+    """
+    if expected is None:
+        packed = next((name for name in tensors if PACKED.search(name)), None)
+        if packed is not None:
+            raise InputError(
+                f"{path}: the tensor '{packed}' is quantised, but config.json has no quantization_config: take the "
+                "config.json that was saved with these weights."
+            )
+    elif expected and not any(re.search(expected, name) for name in tensors):
+        raise InputError(
+            f"{path / 'config.json'}: quantization_config says that the weights are quantised, but no tensor is: "
+            "remove it if these are the original weights, or take the files that belong to it."
+        )
+
+
 def _reads(quantizer: Quantizer, stored: dict[str, Any]) -> bool:
     with attribute_errors(quantizer, "reads"):
         return quantizer.reads(stored)
@@ -204,19 +243,28 @@ def _has_experts(config: dict[str, Any]) -> bool:
     )
 
 
-def check_fused(name: str, model: nn.Module, quantization: str) -> None:
+def check_fused(name: str, model: nn.Module, quantizer: Quantizer) -> None:
     """Refuse a base if its quantiser would leave a large part of its weights in 16 bit.
 
+    Args:
+        model: its modules, with opened experts.
+
     Raises:
-        InputError: fused tensors hold more than `FUSED_SHARE` of the weights.
+        InputError: fused tensors that it does not take hold more than `FUSED_SHARE` of the weights.
     """
-    fused = {key: p.numel() for key, p in model.named_parameters() if p.ndim > 2}
+    from budwood.model.quantizers.experts import ExpertLinear
+
+    if quantizer.takes_fused_experts:
+        return
+    packs = type(quantizer).pack_experts is not Quantizer.pack_experts
+    taken = {id(p) for m in model.modules() if packs and isinstance(m, ExpertLinear) for p in m.parameters()}
+    fused = {key: p.numel() for key, p in model.named_parameters() if p.ndim > 2 and id(p) not in taken}
     total = sum(p.numel() for p in model.parameters())
     if sum(fused.values()) > FUSED_SHARE * total:
         largest = max(fused, key=lambda key: fused[key])
         raise InputError(
             f"base '{name}': {len(fused)} fused tensors such as '{largest}' hold "
-            f"{size(2 * sum(fused.values()))} of {size(2 * total)} in 16 bit, and {quantization} cannot quantise them: "
+            f"{size(2 * sum(fused.values()))} of {size(2 * total)} in 16 bit, and {quantizer} cannot quantise them: "
             "use `quantization: none`, or a base without experts."
         )
 
@@ -261,6 +309,9 @@ def build_skeleton(name: str, config: PretrainedConfig, auto_class: str, trust_r
     import torch
     import transformers
 
+    from budwood.model.experts import open_experts
+    from budwood.model.heads import name_body
+
     if auto_class == "AutoModelForCausalLM":
         _check_decoder(name, config)
     try:
@@ -273,7 +324,14 @@ def build_skeleton(name: str, config: PretrainedConfig, auto_class: str, trust_r
     except Exception as error:  # a model class may raise any exception on unexpected values
         if "Unrecognized configuration class" in str(error):
             raise InputError(f"base '{name}': '{config.model_type}' has no {auto_class} in transformers.") from error
+        if " meta " in str(error):  # of torch: the skeleton's tensors are on the meta device
+            raise InputError(
+                f"base '{name}': {config.model_type} reads values of tensors while it is built, so it cannot be "
+                f"checked or planned without its weights ({first_line(error)}): take another base."
+            ) from error
         raise CorruptError(f"base '{name}': no model can be built from config.json: {describe(error)}") from error
+    name_body(model)
+    open_experts(model)
     return model
 
 

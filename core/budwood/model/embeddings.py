@@ -19,12 +19,12 @@ def vocabulary_of(tokenizer: Any) -> int:
 
 
 def table_of(model: Any) -> nn.Module | None:
-    """Return the module of the input embeddings; None if the model has none."""
+    """Return the table of the input embeddings; None if the model has none, such as one that reads images."""
     try:
         table: nn.Module | None = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         return None
-    return table
+    return table if hasattr(_plain(table), "weight") else None
 
 
 def head_of(model: Any) -> nn.Module | None:

@@ -42,13 +42,10 @@ class EvalTotals:
             totals = cls()
             if not len(batch.labels):
                 return totals
-            with task.noisy(run.model, None if noise is None else noise(batch)):
-                outputs = task.outputs(run.model, batch)
             if task.gathers_predictions:
                 totals.sizes = torch.bincount(batch.example_of_label, minlength=len(batch.keys)).tolist()
-            flat, weights = outputs.hidden.reshape(-1, outputs.hidden.shape[-1]), batch.task_weights
-            for chunk in torch.arange(len(batch.labels), device=flat.device).split(CHUNK):
-                logits = at_least_fp32(outputs.head(flat[batch.label_positions[chunk]]))
+            weights = batch.task_weights
+            for chunk, logits in label_logits(task, run, batch, None if noise is None else noise(batch)):
                 totals.add(task, logits, batch.labels[chunk], weights[chunk])
             return totals
 
@@ -84,6 +81,15 @@ class EvalTotals:
     def means(self) -> dict[str, float]:
         """Weighted mean of each value over the labels."""
         return {name: value / self.weight if self.weight else 0.0 for name, value in self.sums.items()}
+
+
+def label_logits(task: Any, run: Run, batch: Batch, noise: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield chunks [n] of a batch's labels with their logits [n, …] in fp32 or wider, with `noise` in the inputs."""
+    with task.noisy(run.model, noise):
+        outputs = task.outputs(run.model, batch)
+    flat = outputs.hidden.reshape(-1, outputs.hidden.shape[-1])
+    for chunk in torch.arange(len(batch.labels), device=flat.device).split(CHUNK):
+        yield chunk, at_least_fp32(outputs.head(flat[batch.label_positions[chunk]]))
 
 
 def from_all_processes(run: Run, value: T) -> list[T]:

@@ -11,13 +11,21 @@ from budwood.contract.examples import Example
 from budwood.contract.types import Run
 from budwood.model.evaluation import autocast
 
+LIMIT = 64
+"""Mean tokens of answers up to which exact match is informative."""
+MORE = 4
+"""Tokens that an answer may be longer than the longest reference."""
+
+SHOWN = 8
+"""Answers that `run.answers` keeps."""
+
 
 def exact_match(run: Run, task: Any) -> float | None:
     """Return the fraction of evaluation prompts whose greedy answer equals the completion, or the assistant's message.
 
     At most `train.eval_generate` prompts are used, evenly spread; this process answers all of them. Returns None if the
     data has no completions, if a conversation has several turns, or if the mean length exceeds 64 tokens, for which
-    exact match is not informative.
+    exact match is not informative. `run.answers` then holds the first few answers.
     """
     from budwood.model.generate import generate
 
@@ -27,7 +35,7 @@ def exact_match(run: Run, task: Any) -> float | None:
         return None
     chosen = np.unique(np.linspace(0, len(examples) - 1, min(limit, len(examples))).astype(int))
     lengths = [len(examples[int(i)].labels) for i in chosen]
-    if np.mean(lengths) > 64:
+    if np.mean(lengths) > LIMIT:
         return None
     references = [(examples.reference(int(i)) or "").strip() for i in chosen]
     pairs = zip(chosen, references, strict=True)
@@ -36,7 +44,11 @@ def exact_match(run: Run, task: Any) -> float | None:
     prompts = [task.probe(examples[int(i)]).inputs["input_ids"].tolist() for i in chosen]
     with torch.no_grad(), autocast(run):
         ends = [examples.stop_ids] * len(prompts)
-        answers = generate(run.model, run.tokenizer, prompts, max_new_tokens=max(lengths) + 4, stop_ids=ends)
+        answers = generate(run.model, run.tokenizer, prompts, max_new_tokens=max(lengths) + MORE, stop_ids=ends)
+    run.answers = [
+        {"prompt": str(run.tokenizer.decode(p, skip_special_tokens=True)), "answer": a.text.strip(), "reference": r}
+        for p, a, r in list(zip(prompts, answers, references, strict=True))[:SHOWN]
+    ]
     return float(np.mean([a.text.strip() == r for a, r in zip(answers, references, strict=True)]))
 
 

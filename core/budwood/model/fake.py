@@ -15,8 +15,11 @@ from budwood.contract.calls import attribute_errors
 from budwood.errors import first_line
 from budwood.model.checkpoint import read_config, read_tensors, resolve
 from budwood.model.checks import check_base, find_quantizer, load_tokenizer, skeleton
+from budwood.model.experts import count_experts, plan_experts
+from budwood.model.ops.gated import fuse_mlps
 from budwood.model.ops.rms_norm import save_memory_in_norms
-from budwood.model.quantizers import Quantizer, Unquantized, claim
+from budwood.model.ops.rotary import fuse_rotations
+from budwood.model.quantizers import Quantizer, Unquantized, claim, is_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,6 +96,7 @@ def fake_base(
     quantizer, heads, notes = find_quantizer(info.quantization), heads_of(frame), ["fake"]
     with attribute_errors(quantizer, "planned"):
         made = _quantize(frame, quantizer, dtype, double_quantization, heads)
+        plan_experts(frame, quantizer, double_quantization)
     _fill(frame, dtype)
     if not made and not isinstance(quantizer, Unquantized):
         try:
@@ -100,9 +104,17 @@ def fake_base(
         except Exception as error:  # an unknown quantiser's code, on tensors without values
             notes.append(f"quantiser {quantizer} cannot be planned ({first_line(error)}): its base counts unquantised")
     claim(frame, quantizer)
+    if len(notes) == 1 and quantizer.dequantizes:
+        notes.append(f"its {quantizer.name} weights are dequantised as they are read")
+    elif len(notes) == 1 and not isinstance(quantizer, Unquantized) and not any(map(is_quantized, frame.modules())):
+        notes.append(f"quantiser {quantizer} cannot be planned: its base counts unquantised")
     frame.requires_grad_(False)
     frame.eval()
     save_memory_in_norms(frame)
+    fuse_mlps(frame)
+    fuse_rotations(frame)
+    if count_experts(frame).total:
+        notes.append("experts: planned with the same number of tokens for each")
     path = resolve(model, weights=False, code=trust_remote_code)
     device = torch.device("cpu")
     tokenizer: Any = load_tokenizer(path) if needs_tokenizer else None

@@ -27,6 +27,21 @@ def body_of(model: nn.Module) -> nn.Module:
     return base if _towers[model] else decoder
 
 
+def name_body(model: nn.Module) -> None:
+    """Make `base_model_prefix` name the body of a language model whose class names none of its modules, as Llama 4's.
+
+    transformers' `base_model`, and whatever asks for the modules below the head, go by it.
+    """
+    from transformers import PreTrainedModel
+
+    given: Any = model
+    if getattr(model, "base_model", None) is not model or given.get_output_embeddings() is None:
+        return
+    bodies = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
+    if len(bodies) == 1:
+        given.base_model_prefix = bodies[0]
+
+
 def own_head(model: nn.Module, rows: Tensor) -> Tensor:
     """Return logits [n, V] of rows [n, d] of the body's output, computed by the model's own forward.
 
@@ -35,7 +50,8 @@ def own_head(model: nn.Module, rows: Tensor) -> Tensor:
     modified, so that several threads may call this at the same time.
     """
     out = _BodyOutput(last_hidden_state=rows[None])
-    logits: Tensor = _with_body(model, body_of(model), _Given(out))(inputs_embeds=rows[None], use_cache=False).logits
+    body = body_of(model)
+    logits: Tensor = _with_body(model, body, _Given(out, body))(inputs_embeds=rows[None], use_cache=False).logits
     return logits.flatten(0, 1)  # a view; the gradient of an index would fill a tensor of zeros first
 
 
@@ -54,7 +70,7 @@ def pooled_logits(model: nn.Module, body: nn.Module, hidden: Tensor, inputs: dic
         pooled["pooler_output"] = activation(pooler(hidden[:, 0]))  # type: ignore[misc]
     elif pooler is not None:
         pooled["pooler_output"] = pooler(hidden)
-    given = _Given(_BodyOutput(last_hidden_state=hidden, **pooled))
+    given = _Given(_BodyOutput(last_hidden_state=hidden, **pooled), body)
     logits: Tensor = _with_body(model, body, given)(**inputs).logits
     return logits
 
@@ -79,11 +95,15 @@ def _shallow(module: nn.Module) -> nn.Module:
 
 
 class _Given(nn.Module):
-    """Replaces a body: returns the output that it was created with."""
+    """Replaces a body: returns the output that it was created with, and has the body's attributes."""
 
-    def __init__(self, out: _BodyOutput) -> None:
+    def __init__(self, out: _BodyOutput, body: nn.Module) -> None:
         super().__init__()
         self.out = out
+        self.__dict__["body"] = body  # not a module of this one
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["body"], name)  # such as Falcon-H1's multiplier of its logits
 
     def forward(self, *args: Any, **kwargs: Any) -> _BodyOutput:
         return self.out

@@ -61,7 +61,10 @@ def default_length(model: Any) -> int:
 
 def embeddings_of(model: nn.Module) -> int | None:
     """Return the number of token embeddings of a model; None if it has no such table."""
-    count = getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+    try:
+        count = getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # it reads images
+        return None
     return count if isinstance(count, int) else None
 
 

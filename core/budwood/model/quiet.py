@@ -17,6 +17,8 @@ _LIBRARIES = (
     "matplotlib",
     "peft",
     "torch",
+    "torch.utils._pytree",  # torch sets the level of its own, but not of this one, when it is imported
+    "torchao",
     "transformers",
 )
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel
@@ -28,6 +28,8 @@ from budwood.errors import InputError
 from budwood.model.evaluation import EvalTotals
 from budwood.model.ops.cross_entropy import cross_entropy
 
+NORMS = 8192
+"""Embeddings whose norms are computed at a time."""
 DESIRABLE_LABEL = "desirable_label"
 """Unit of the task's own loss on preference data: the sum of the weights of the desirable answers' labels."""
 
@@ -50,13 +52,16 @@ class Task(Plugin):
     needs_tokenizer: ClassVar[bool] = True
     """False: no tokenizer is loaded, and `run.tokenizer` is None."""
     unused_modules: ClassVar[tuple[str, ...]] = ()
-    """Last components of the names of modules that the task does not run, such as a pooler."""
+    """Components of the names of what need not train if a checkpoint lacks it: a pooler that the task does not run, or
+    a mask token, which starts as zeros."""
     trains_on: ClassVar[tuple[str, ...]] = ()
     """As `Strategy.trains_on`, for a task that reads data of a kind without an objective."""
     best_metric: ClassVar[str] = "eval_loss"
     """Metric that selects the best adapter."""
     lower_is_better: ClassVar[bool] = True
     """Direction of `best_metric`."""
+    answers: ClassVar[Literal["texts", "images"]] = "texts"
+    """What `respond` answers: texts, or images, given by their paths."""
     gathers_predictions: ClassVar[bool] = False
     """Whether an evaluation collects a (label, prediction) pair for every label, for `metrics`."""
 
@@ -91,6 +96,18 @@ class Task(Plugin):
             `group` counts from 0 within the item.
         """
         raise NotImplementedError
+
+    def planned_row(self, text: str, number: int) -> dict[str, Any] | None:
+        """Return row `number` of data that stands in for data that is not there, for `budwood plan --tokens`.
+
+        Args:
+            text: as long as an example may be. Every value that contains it counts as an example of that length.
+            number: from 0; for classes, of which there are at least two.
+
+        Returns:
+            A row of one of the data formats of the task; None: the task can only be planned with data.
+        """
+        return None
 
     def length(self, example: Example) -> int:
         """Return the size of an example, as counted by `micro_tokens`; by default the longest first axis of an input.
@@ -157,6 +174,21 @@ class Task(Plugin):
         inputs = ", ".join(f"{name} {list(value.shape)}" for name, value in example.inputs.items())
         return [(inputs, False), (f" → {example.labels.tolist()}", bool(len(example.labels)))]
 
+    def sheet(self, examples: Sequence[Example], titles: Sequence[str]) -> bytes | None:
+        """Return a picture (PNG) of examples as training sees them, for `budwood data --sheet`; None: there is none.
+
+        Args:
+            titles: a line for each example.
+        """
+        return None
+
+    def reads_otherwise(self, folder: Path) -> str:
+        """Return how a model in another folder reads inputs differently from the base; empty: it does not.
+
+        For tasks without a tokenizer: the folder is that of a teacher, which gets the base's batches.
+        """
+        return ""
+
     def check_inputs(self, model: nn.Module, example: Example) -> str:
         """Return the reason why `model` cannot process an example; empty if it can."""
         return ""
@@ -188,9 +220,27 @@ class Task(Plugin):
         return model.get_input_embeddings()  # type: ignore[operator]
 
     def noise_like(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return fp32 zeros with the shape of `noise_module`'s output for the batch: [rows, width, d] for text."""
+        """Return fp32 zeros with the shape of `noise_module`'s output for the batch: [rows, width, d] for text.
+
+        Where examples are rows, its second dimension has room for `batch.lengths`.
+        """
+        device = batch.label_positions.device
+        return torch.zeros(batch.rows, batch.width, self.embedding_width(model), device=device)
+
+    def embedding_norms(self, run: Run) -> Tensor:
+        """Return norms [n] fp32 of embeddings as `noise_module` outputs them: their median is the scale of noise.
+
+        By default of the whole table; through the module, since some models multiply its rows.
+        """
+        module: Any = self.noise_module(run.model)
+        ids = torch.arange(len(module.weight), device=module.weight.device)[None]
+        with torch.no_grad():
+            return torch.cat([module(part).float().norm(dim=-1)[0] for part in ids.split(NORMS, dim=1)])
+
+    def embedding_width(self, model: nn.Module) -> int:
+        """Return d, the last dimension of `noise_module`'s output."""
         weight: Any = self.noise_module(model).weight
-        return torch.zeros(batch.rows, batch.width, weight.shape[-1], device=batch.label_positions.device)
+        return int(weight.shape[-1])
 
     def noise_owner(self, batch: Batch) -> Tensor:
         """Return [rows · width] int64, the example of each position of the noise; -1: no noise is allowed there."""
@@ -258,6 +308,7 @@ class Task(Plugin):
         `budwood generate` shows them. A task whose model generates text needs none.
 
         Args:
+            texts: texts, or paths of images; see `answers`.
             model: in evaluation mode, with the adapter in use; gradients are disabled.
             labels: names of the classes.
 

@@ -22,6 +22,7 @@ from budwood.data.preference import Judged, Pair
 from budwood.data.prompts import Prompt
 from budwood.data.text import Tokens, tokenise
 from budwood.errors import InputError
+from budwood.model.classification import Classification
 from budwood.model.encoders import encoder_inputs, padded_rows, takes_segments
 from budwood.model.evaluation import EvalTotals, at_least_fp32
 from budwood.model.exact_match import exact_match
@@ -116,6 +117,10 @@ class CausalLM(TextTask):
     name = "causal-lm"
     auto_class = "AutoModelForCausalLM"
     peft_task_type = "CAUSAL_LM"
+
+    def planned_row(self, text: str, number: int) -> dict[str, Any]:
+        """Return plain text, all of which has a loss."""
+        return {"text": text}
 
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
         """See `Task.encode`. A pair becomes a group of two examples, the chosen answer first."""
@@ -254,14 +259,17 @@ def _example(tokens: Tokens, max_length: int | None) -> Example | None:
     return Example({"input_ids": ids}, at - 1, ids[at], weights[at]) if len(at) else None
 
 
-class SequenceClassification(TextTask):
+class SequenceClassification(Classification, TextTask):
     """Classification of texts; the classes are learned from the training data and stored in the adapter."""
 
     api = 2
     name = "sequence-classification"
     auto_class = "AutoModelForSequenceClassification"
     peft_task_type: ClassVar[str | None] = "SEQ_CLS"
-    gathers_predictions = True
+
+    def planned_row(self, text: str, number: int) -> dict[str, Any]:
+        """Return a text of one of two classes."""
+        return {"text": text, "label": "ab"[number % 2]}
 
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
         """See `Task.encode`."""
@@ -275,19 +283,6 @@ class SequenceClassification(TextTask):
             example = Example({"input_ids": tokens}, np.array([len(tokens) - 1]), np.array([label]), weights)
             results.append(Encoded([example], cut))
         return results
-
-    def model_kwargs(self, labels: list[str]) -> dict[str, Any]:
-        """Return the number and names of the classes; without any, those of the base's own configuration remain."""
-        if not labels:
-            return {}
-        names = dict(enumerate(labels))
-        return {"num_labels": len(labels), "id2label": names, "label2id": {v: k for k, v in names.items()}}
-
-    def head_modules(self, model: nn.Module) -> list[str]:
-        """Return the name of the classification head: `score`, `classifier`, or what is outside the model's body."""
-        body: Any = model.base_model_prefix
-        outside = [name for name, module in model.named_children() if name != body and [*module.parameters()]]
-        return [name for name in ("score", "classifier") if hasattr(model, name)] or outside
 
     def pools_examples(self, model: nn.Module) -> bool:
         """Return False for a decoder, whose head reads each example's last token; other models pool each example."""
@@ -320,16 +315,7 @@ class SequenceClassification(TextTask):
 
     def respond(self, model: nn.Module, tokenizer: Any, texts: Sequence[str], labels: Sequence[str]) -> list[Any]:
         """Return {"label": the most probable class, "probabilities": of all classes} of each text."""
-        rows = []
-        for logits in self.text_logits(model, tokenizer, texts):
-            probabilities: dict[str, float] = dict(zip(labels, logits.softmax(-1).tolist(), strict=True))
-            best = max(probabilities, key=lambda label, chances=probabilities: chances[label])  # type: ignore[misc]
-            rows.append({"label": best, "probabilities": probabilities})
-        return rows
-
-    def show_response(self, response: Any) -> str:
-        """Return the class and its probability."""
-        return f"{response['label']} ({response['probabilities'][response['label']]:.1%})"
+        return [self.answer(logits, labels) for logits in self.text_logits(model, tokenizer, texts)]
 
     def text_logits(self, model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> list[Tensor]:
         """Return the logits of each text, [classes] fp32 on the CPU."""
@@ -337,24 +323,6 @@ class SequenceClassification(TextTask):
         probes = map(as_probe, self.read_texts(model, tokenizer, texts))
         batches = (self.collate([probe], model, tokenizer, False).to(device) for probe in probes)
         return [self.own_logits(model, batch)[0].float().cpu() for batch in batches]
-
-    def metrics(self, run: Run, totals: EvalTotals) -> dict[str, float]:
-        """Return macro F1, and set `report` to the classification report."""
-        from sklearn.metrics import classification_report, f1_score
-
-        truth, predicted = np.array(totals.pairs).T
-        examples = run.examples if run.examples is not None else run.eval_examples
-        names = examples.labels if examples is not None else []
-        shown = np.unique(np.concatenate([truth, predicted]))  # those that the macro F1 is a mean of
-        self.report = classification_report(
-            truth, predicted, labels=shown, target_names=[names[i] for i in shown], zero_division=0
-        )
-        macro = f1_score(truth, predicted, average="macro", zero_division=0)
-        return {"eval_macro_f1": float(macro)}
-
-    def label_metrics(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Return whether the most probable class is the label."""
-        return {"accuracy": (logits.argmax(-1) == labels).float()}
 
 
 def as_probe(ids: Sequence[int] | np.ndarray, label: int = 0) -> Example:

@@ -4,66 +4,125 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import psutil
 import torch
 
 from budwood.contract.types import Run
 from budwood.errors import BudwoodError, ResourceError
 from budwood.model.machine import host_memory
+from budwood.training.micro_tokens import largest_group, settle, shared_out, wanted
 
+if TYPE_CHECKING:
+    from budwood.planning.estimate import Estimate
+
+HALVED = "the largest micro-batch does not fit and will be halved; a smaller train.micro_tokens avoids it"
 MARGIN = 4
 """A run is not planned if the device has this many times the memory that it could need at most."""
 
 
 def admit(run: Run, skeleton: Any) -> None:
-    """Estimate a run whose memory is not ample, keep the estimate in `run.planned`, and refuse what cannot fit.
+    """Choose the size of micro-batches if the recipe leaves it open, and refuse a run that cannot fit.
 
-    On CUDA a micro-batch that exceeds the memory is halved, so a run is refused only if a single group of examples
-    does not fit. On the CPU the system would end the process.
+    A run whose memory is ample is not planned. Otherwise its estimate is kept in `run.planned`, the same on every
+    process. On CUDA a micro-batch that exceeds the memory is halved, so a run is refused only if a single group of
+    examples does not fit. On the CPU the system would end the process.
 
     Raises:
         ResourceError: the run does not fit; the message names the largest part, and what to change.
     """
-    cuda = run.device.type == "cuda"
-    available = torch.cuda.mem_get_info(run.device)[0] if cuda else host_memory()
-    if MARGIN * _at_most(run, skeleton) < available:
-        return
+    size = run.recipe.train.micro_tokens or wanted(run, run.device.type)
+    free = available(run)
+    result = error = None
+    if MARGIN * _at_most(run, skeleton, size) >= free and run.process_index == 0:
+        try:
+            result = estimate_here(run, free)
+        except BudwoodError as failure:  # a model or strategy that cannot be planned may still run
+            error = str(failure)
+    if run.processes > 1:
+        shared = [(result, error)]
+        torch.distributed.broadcast_object_list(shared, 0)
+        result, error = shared[0]
+    if error is not None:
+        size = run.recipe.train.micro_tokens or wanted(run, "cpu")
+        run.say(f"note: memory and time were not planned: {error}")
+    if result is not None:
+        size = run.recipe.train.micro_tokens or result.micro_tokens
+    if run.recipe.train.micro_tokens is None:
+        settle(run, shared_out(run, size))
+    if result is not None:
+        _decide(run, result)
+
+
+def available(run: Run) -> int:
+    """Return the bytes of memory that are free for each process, the same number on every process."""
+    if run.device.type != "cuda":
+        return _least(run, host_memory() // run.processes)
+    return _least(run, torch.cuda.mem_get_info(run.device)[0])
+
+
+def _least(run: Run, size: int) -> int:
+    if run.processes == 1:
+        return size
+    sizes = [0] * run.processes
+    torch.distributed.all_gather_object(sizes, size)
+    return min(sizes)
+
+
+def estimate_here(run: Run, free: int) -> Estimate:
+    """Estimate a run with its data on this machine, in another process.
+
+    Args:
+        free: bytes of memory beside what this process has.
+
+    Raises:
+        BudwoodError: see `estimate_in_process`.
+    """
     from budwood.planning.devices import CONTEXT, find_device
-    from budwood.planning.estimate import GRADIENTS, KEPT, TEMPORARY, gib, refusal
     from budwood.planning.process import estimate_in_process
 
+    cuda = run.device.type == "cuda"
     device = find_device("auto" if cuda else "cpu")
     own = CONTEXT if cuda else psutil.Process().memory_info().rss  # no longer among what is available
-    device = replace(device, memory=available + own)
-    try:
-        result = estimate_in_process(run.recipe, device, keep=True)
-    except BudwoodError as error:  # a model or strategy that cannot be planned may still run
-        run.say(f"note: memory and time were not planned: {error}")
-        return
+    return estimate_in_process(run.recipe, replace(device, memory=free + own), keep=True)
+
+
+def _decide(run: Run, result: Estimate) -> None:
+    """Keep and report an estimate; refuse the run if it does not fit.
+
+    Raises:
+        ResourceError: see `admit`.
+    """
+    from budwood.planning.estimate import gib, refusal
+
+    device = result.device
     run.planned = result.as_dict()
     span = "" if result.seconds is None else f", {result.seconds[0]:,.0f} to {result.seconds[1]:,.0f} s of training"
     run.say(
-        f"plan: {gib(result.needed)} of {gib(device.memory)} memory{span}; peak in {result.where} "
-        f"({result.planned_in:.0f} s, kept for the next run)"
+        f"plan: {gib(result.needed)} of {gib(device.memory)} memory{span}; peak in {result.where}; micro-batches of "
+        f"at most {run.micro_tokens:,} tokens ({result.planned_in:.0f} s, kept for the next run)"
     )
     if result.fits:
         return
-    if cuda:
-        work = result.parts.get(KEPT, 0) + result.parts.get(TEMPORARY, 0)
-        fixed = result.needed - work - result.parts.get(GRADIENTS, 0)
-        sizes = np.bincount(run.examples.groups, weights=run.examples.lengths)
-        if fixed + work * min(float(sizes.max()) / max(result.largest_micro, 1), 1.0) <= device.memory:
-            run.say(
-                "note: the largest micro-batch does not fit and will be halved; a smaller train.micro_tokens avoids it"
-            )
-            return
-    raise ResourceError(refusal(result, run.recipe))
+    if not fits_halved(run, result):
+        raise ResourceError(refusal(result, run.recipe))
+    run.say(f"note: {HALVED}")
 
 
-def _at_most(run: Run, skeleton: Any) -> int:
+def fits_halved(run: Run, result: Estimate) -> bool:
+    """Whether a run that does not fit can run on CUDA, where micro-batches are halved down to a group of examples."""
+    from budwood.planning.estimate import GRADIENTS, KEPT, TEMPORARY
+
+    if run.device.type != "cuda":
+        return False
+    work = result.parts.get(KEPT, 0) + result.parts.get(TEMPORARY, 0)
+    fixed = result.needed - work - result.parts.get(GRADIENTS, 0)
+    largest = largest_group(run.examples.lengths, run.examples.groups)
+    return fixed + work * min(largest / max(result.largest_micro, 1), 1.0) <= result.device.memory
+
+
+def _at_most(run: Run, skeleton: Any, micro_tokens: int) -> int:
     """Return a bound on the memory of a usual run, from its sizes alone: weights, and every layer's activations."""
     config = skeleton.config.get_text_config()
     width = int(getattr(config, "hidden_size", 0) or 0)
@@ -71,7 +130,6 @@ def _at_most(run: Run, skeleton: Any) -> int:
     layers = int(getattr(config, "num_hidden_layers", 0) or 0)
     if not width or not layers or not isinstance(inner, int):
         return math.inf  # type: ignore[return-value]  # planned whatever the memory is
-    sizes = np.bincount(run.examples.groups, weights=run.examples.lengths) if len(run.examples) else np.zeros(1)
-    tokens = max(run.micro_tokens, int(sizes.max()))
+    tokens = max(micro_tokens, largest_group(run.examples.lengths, run.examples.groups))
     weights = sum(parameter.numel() for parameter in skeleton.parameters())
     return weights * (run.dtype.itemsize + 1) + 4 * tokens * layers * (40 * width + 10 * inner)

@@ -6,7 +6,7 @@ Reads the base's configuration and tokenizer, but no weights and no data; `estim
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from rich.text import Text
 
 from budwood.contract.discovery import find
 from budwood.contract.hookspecs import HookSpecs
-from budwood.contract.loading import HOOKS, build_strategy, load_strategy
+from budwood.contract.loading import HOOKS
 from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy
 from budwood.contract.types import Plan, Run
@@ -29,32 +29,16 @@ from budwood.model.checkpoint import one_revision
 from budwood.model.embeddings import resize, resize_note
 from budwood.model.quiet import silence_libraries
 from budwood.model.task import Task
+from budwood.planning.early import Part, Problems, compose, read
 from budwood.planning.estimate import Estimate
-from budwood.recipe.continued import continued_options, read_start
+from budwood.recipe.continued import read_start
 from budwood.recipe.data import embeddings_wanted, read_task_base, recipe_task
 from budwood.recipe.file import UNKNOWN
-from budwood.recipe.schema import QUANTIZERS, TASKS, Recipe, read_recipe
-from budwood.recipe.sections import Choice
+from budwood.recipe.schema import QUANTIZERS, TASKS, Recipe
 from budwood.training.output import check_output
-from budwood.training.parameters import NOTHING_TRAINS
 from budwood.training.setup import check_plan, check_trackers, precision_name, register_parts, register_task
 from budwood.training.step import Engine
 from budwood.untrusted.redaction import redact, redact_values
-
-DECLARED = ("slots", "provides", "requires", "conflicts", "before", "after")
-
-
-@dataclass(frozen=True)
-class Part:
-    """A strategy in the recipe: its distribution, declarations and options (as written, if they are invalid)."""
-
-    name: str
-    distribution: str
-    version: str
-    api: int
-    declared: dict[str, list[str]]
-    options: dict[str, Any]
-    sound: bool
 
 
 @dataclass(frozen=True)
@@ -81,6 +65,8 @@ class RunPlan(Plan):
     """Remarks about this machine that are not problems."""
     estimate: Estimate | None = None
     """Memory, time and disk, if they were estimated."""
+    problem_codes: list[int] = field(default_factory=list)
+    """The exit code of each problem."""
     exit_code: int = 0
     """The command's exit code: 0 without problems, that of an `InputError` if one is among them, else the highest."""
 
@@ -122,32 +108,20 @@ def plan(
         InputError: the file is not a recipe.
     """
     silence_libraries()
-    problems = _Problems()
-    loaded: Recipe | None
-    if isinstance(recipe, Recipe):
-        loaded = recipe
-    else:
-        loaded, file_problems = read_recipe(recipe, overrides, without_data)
-        problems.texts += file_problems
-        problems.codes += [InputError.exit_code] * len(file_problems)
+    problems = Problems()
+    loaded: Recipe | None = recipe if isinstance(recipe, Recipe) else read(recipe, problems, overrides, without_data)
     if loaded is None:
-        return problems.attach_to(RunPlan(None, []))  # type: ignore[arg-type]  # the recipe cannot be read
+        return _attach(problems, RunPlan(None, []))  # type: ignore[arg-type]  # the recipe cannot be read
     loaded = loaded.allowing_code(allow_code)
     with one_revision(loaded.base.model, loaded.base.revision):
         return _plan(loaded, problems)
 
 
-def _plan(loaded: Recipe, problems: _Problems) -> RunPlan:
+def _plan(loaded: Recipe, problems: Problems) -> RunPlan:
     """See `plan`; `problems` already holds those of the file."""
-    strategies, parts = _build(loaded, problems)
+    strategies, parts, hooks = compose(loaded, problems)
     complete = UNKNOWN not in (part.version for part in parts)
     valid = [s for s, part in zip(strategies, parts, strict=True) if part.sound]
-    conflicts: list[str] = []
-    hooks = Composition(strategies, conflicts, complete=complete)
-    for text in conflicts:
-        problems.add(InputError(text))
-    if complete and not hooks.implements("trainable_parameters"):
-        problems.add(InputError(NOTHING_TRAINS))
     order = {id(strategy): index for index, strategy in enumerate(hooks.strategies)}
     by_order = sorted(zip(strategies, parts, strict=True), key=lambda pair: order[id(pair[0])])
     run_plan = RunPlan(loaded, hooks.strategies, loaded.train.steps, parts=[part for _, part in by_order])
@@ -169,78 +143,13 @@ def _plan(loaded: Recipe, problems: _Problems) -> RunPlan:
             else:  # probably caused by another problem
                 run_plan.notes.append(f"{plugin} could not check the plan: fix the other problems first")
     run_plan.hooks = _resolve(loaded, run_plan.task or _bare_task(loaded.base.task), hooks)
-    return problems.attach_to(run_plan)
+    return _attach(problems, run_plan)
 
 
-@dataclass
-class _Problems:
-    """The problems of a plan, without duplicates, and their exit codes."""
-
-    texts: list[str] = field(default_factory=list)
-    codes: list[int] = field(default_factory=list)
-
-    def add(self, error: BudwoodError) -> None:
-        for text in error.problems if isinstance(error, InputError) else (str(error),):
-            if text not in self.texts and not any(known.endswith(f": {text}") for known in self.texts):
-                self.texts.append(text)
-                self.codes.append(error.exit_code)
-
-    def attempt(self, function: Callable[[], Any]) -> Any:
-        """Return the function's result; if it fails, record the error and return None."""
-        try:
-            return function()
-        except BudwoodError as error:
-            self.add(error)
-            return None
-
-    def attach_to(self, run_plan: RunPlan) -> RunPlan:
-        run_plan.problems = self.texts
-        run_plan.exit_code = InputError.exit_code if InputError.exit_code in self.codes else max(self.codes, default=0)
-        return run_plan
-
-
-def _build(recipe: Recipe, problems: _Problems) -> tuple[list[Strategy], list[Part]]:
-    """Build the strategies in the recipe's order; an invalid one still contributes its declarations and hooks."""
-    strategies, parts = [], []
-    for index, choice in enumerate(recipe.strategies):
-
-        def where(*place: str | int, name: str = choice.name) -> str:
-            return recipe.where("strategies", name, *place)
-
-        sound = False
-        try:
-            strategy = build_strategy(choice.name, continued_options(recipe, choice), where)
-            sound = True
-        except BudwoodError as error:
-            if choice.name != UNKNOWN:
-                problems.add(error)
-            strategy = _placeholder(choice, index)
-        known = type(strategy) is not Strategy
-        owner = find(choice.name) if known else None
-        strategies.append(strategy)
-        parts.append(
-            Part(
-                name=choice.name,
-                distribution=owner.distribution if owner else UNKNOWN,
-                version=owner.version if owner else UNKNOWN,
-                api=strategy.api,
-                declared={key: list(getattr(strategy, key)) for key in DECLARED},
-                options=redact_values(strategy.options.model_dump(mode="json") if sound else choice.options),
-                sound=sound,
-            )
-        )
-    return strategies, parts
-
-
-def _placeholder(choice: Choice, index: int) -> Strategy:
-    """Return a strategy without calling `__init__`, or a bare one if its class cannot be loaded."""
-    try:
-        cls, entry = load_strategy(choice.name)
-    except BudwoodError:
-        return Strategy(name=choice.name if choice.name != UNKNOWN else f"{UNKNOWN}{index}")
-    strategy = cls.__new__(cls)
-    strategy.name, strategy.distribution, strategy.options = choice.name, entry.owner, None
-    return strategy
+def _attach(problems: Problems, run_plan: RunPlan) -> RunPlan:
+    run_plan.problems, run_plan.problem_codes = problems.texts, problems.codes
+    run_plan.exit_code = problems.exit_code
+    return run_plan
 
 
 def _bare_task(name: str) -> Task:
@@ -250,7 +159,7 @@ def _bare_task(name: str) -> Task:
     return task
 
 
-def _inspect_base(recipe: Recipe, run_plan: RunPlan, problems: _Problems) -> None:
+def _inspect_base(recipe: Recipe, run_plan: RunPlan, problems: Problems) -> None:
     base = recipe.base
     if base.model == UNKNOWN:
         return
@@ -267,7 +176,7 @@ def _inspect_base(recipe: Recipe, run_plan: RunPlan, problems: _Problems) -> Non
                 run_plan.notes.append(resize_note(added.start, added.stop))
 
 
-def _inspect_machine(recipe: Recipe, notes: list[str], problems: _Problems) -> None:
+def _inspect_machine(recipe: Recipe, notes: list[str], problems: Problems) -> None:
     """Check the recipe against this machine. It may be meant for another, so only a bad output folder is a problem."""
     problems.attempt(lambda: check_output(recipe.output, overwrite=True))
     if (recipe.output / "manifest.json").is_file():

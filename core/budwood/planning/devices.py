@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from budwood.errors import InputError, did_you_mean
+from budwood.errors import InputError
 from budwood.model.machine import host_memory
+from budwood.planning.measurement import BRIEF, DTYPES, Measurement, kept, measure
 from budwood.untrusted.redaction import shorten
 
 GIB = 1 << 30
@@ -28,6 +29,9 @@ class Device:
         rates: floating-point operations per second of dense products with fp32 sums, by dtype; empty: unknown.
         capability: CUDA's compute capability.
         source: where the numbers are from.
+        launch: seconds that the host needs for an operation; None: not measured.
+        dequantize: bytes per second of the dequantisation of 4-bit weights; None: as `bandwidth`.
+        measured: whether `bandwidth` and `rates` were reached on the device, and are not its limits on paper.
     """
 
     name: str
@@ -37,6 +41,9 @@ class Device:
     rates: dict[torch.dtype, float] = field(default_factory=dict)
     capability: tuple[int, int] = (8, 0)
     source: str = ""
+    launch: float | None = None
+    dequantize: float | None = None
+    measured: bool = False
 
     def precision(self, wanted: str) -> torch.dtype:
         """Return the compute dtype for `train.precision`, by the rules of a run on this device."""
@@ -48,28 +55,45 @@ def _card(
     name: str, gib: float, bandwidth: float, half: float, single: float, capability: tuple[int, int], source: str
 ) -> Device:
     """Make a row: memory in GiB, bandwidth in GB/s, rates in TFLOP/s (16 bit with fp32 sums and without sparsity)."""
-    rates = {torch.float16: half * 1e12, torch.bfloat16: half * 1e12, torch.float32: single * 1e12}
+    bf16 = half if capability >= (8, 0) else single
+    rates = {torch.float16: half * 1e12, torch.bfloat16: bf16 * 1e12, torch.float32: single * 1e12}
     return Device(name, "cuda", int(gib * GIB), bandwidth * 1e9, rates, capability, source)
 
 
-AMPERE, ADA = "NVIDIA's GA102 whitepaper", "NVIDIA's Ada whitepaper"
+AMPERE, ADA, BLACKWELL = "NVIDIA's GA102 whitepaper", "NVIDIA's Ada whitepaper", "NVIDIA's RTX Blackwell whitepaper"
+GEFORCE = "NVIDIA's product page; 16 bit at twice the fp32 rate, as in its generation's whitepaper"
 CARDS = [
-    _card("T4 16G", 15, 320, 65, 8.1, (7, 5), "NVIDIA's T4 datasheet"),
-    _card("RTX 3060 12G", 12, 360, 25.6, 12.7, (8, 6), AMPERE),
-    _card("RTX 3090 24G", 24, 936, 71, 35.6, (8, 6), AMPERE),
-    _card("RTX 4060 Ti 16G", 16, 288, 44, 22.1, (8, 9), ADA),
-    _card("RTX 4080 16G", 16, 717, 97.5, 48.7, (8, 9), ADA),
-    _card("RTX 4090 24G", 24, 1008, 165.2, 82.6, (8, 9), ADA),
-    _card("RTX 5090 32G", 32, 1792, 209.5, 104.8, (12, 0), "NVIDIA's Blackwell RTX whitepaper"),
-    _card("L4 24G", 22.5, 300, 121, 30.3, (8, 9), "NVIDIA's L4 datasheet"),
-    _card("A10G 24G", 22.5, 600, 70, 31.5, (8, 6), "NVIDIA's A10 datasheet"),
-    _card("A100 40G", 40, 1555, 312, 19.5, (8, 0), "NVIDIA's A100 datasheet"),
-    _card("A100 80G", 80, 2039, 312, 19.5, (8, 0), "NVIDIA's A100 datasheet"),
-    _card("L40S 48G", 45, 864, 181, 91.6, (8, 9), "NVIDIA's L40S datasheet"),
-    _card("H100 80G", 79.6, 3350, 989, 67, (9, 0), "NVIDIA's H100 datasheet (SXM)"),
-    _card("H200 141G", 140, 4800, 989, 67, (9, 0), "NVIDIA's H200 datasheet"),
+    _card("T4 16G", 14.7, 320, 65, 8.1, (7, 5), "NVIDIA's T4 datasheet"),
+    _card("V100 16G", 15.7, 900, 125, 15.7, (7, 0), "NVIDIA's V100 datasheet (SXM2)"),
+    _card("V100 32G", 31.7, 900, 125, 15.7, (7, 0), "NVIDIA's V100 datasheet (SXM2)"),
+    _card("RTX 3060 12G", 11.7, 360, 25.4, 12.7, (8, 6), GEFORCE),
+    _card("RTX 3070 8G", 7.8, 448, 40.6, 20.3, (8, 6), AMPERE),
+    _card("RTX 3080 10G", 9.7, 760, 59.5, 29.8, (8, 6), AMPERE),
+    _card("RTX 3090 24G", 23.6, 936, 71, 35.6, (8, 6), AMPERE),
+    _card("RTX 4060 8G", 7.7, 272, 30.2, 15.1, (8, 9), ADA),
+    _card("RTX 4060 Ti 16G", 15.6, 288, 44.1, 22.1, (8, 9), ADA),
+    _card("RTX 4070 12G", 11.7, 504, 58.3, 29.1, (8, 9), ADA),
+    _card("RTX 4070 Ti Super 16G", 15.6, 672, 88.2, 44.1, (8, 9), GEFORCE),
+    _card("RTX 4080 16G", 15.6, 717, 97.5, 48.7, (8, 9), ADA),
+    _card("RTX 4090 24G", 23.6, 1008, 165.2, 82.6, (8, 9), ADA),
+    _card("RTX 5060 Ti 16G", 15.4, 448, 47.4, 23.7, (12, 0), GEFORCE),
+    _card("RTX 5070 12G", 11.5, 672, 61.7, 30.9, (12, 0), BLACKWELL),
+    _card("RTX 5070 Ti 16G", 15.4, 896, 87.9, 43.9, (12, 0), BLACKWELL),
+    _card("RTX 5080 16G", 15.4, 960, 112.6, 56.3, (12, 0), BLACKWELL),
+    _card("RTX 5090 32G", 31.3, 1792, 209.5, 104.8, (12, 0), BLACKWELL),
+    _card("RTX A6000 48G", 47.4, 768, 154.8, 38.7, (8, 6), AMPERE),
+    _card("RTX 6000 Ada 48G", 44.4, 960, 364.2, 91.1, (8, 9), ADA),
+    _card("L4 24G", 22, 300, 121, 30.3, (8, 9), "NVIDIA's L4 datasheet"),
+    _card("L40S 48G", 44.4, 864, 362, 91.6, (8, 9), "NVIDIA's L40S datasheet"),
+    _card("A10G 24G", 22, 600, 70, 31.5, (8, 6), "NVIDIA's A10G datasheet"),
+    _card("A100 40G", 39.4, 1555, 312, 19.5, (8, 0), "NVIDIA's A100 datasheet (SXM)"),
+    _card("A100 80G", 79.1, 2039, 312, 19.5, (8, 0), "NVIDIA's A100 datasheet (SXM)"),
+    _card("H100 PCIe 80G", 79.1, 2000, 756, 51, (9, 0), "NVIDIA's H100 datasheet (PCIe)"),
+    _card("H100 80G", 79.1, 3350, 989, 67, (9, 0), "NVIDIA's H100 datasheet (SXM)"),
+    _card("H200 141G", 139.8, 4800, 989, 67, (9, 0), "NVIDIA's H200 datasheet"),
+    _card("B200 180G", 178, 8000, 2250, 75, (10, 0), "NVIDIA's HGX B200 datasheet"),
 ]
-"""Cards by name. Memory is what the driver reports."""
+"""Cards by name. Memory is what torch reports on Linux, in messages that users posted: up to 8 % less than named."""
 
 
 def find_device(text: str | None) -> Device:
@@ -97,10 +121,13 @@ def find_device(text: str | None) -> Device:
     found = [card for card in CARDS if wanted in (_plain(card.name), _plain(card.name.rpartition(" ")[0]))]
     found = found or [card for card in CARDS if len(wanted) > 2 and _plain(card.name).startswith(wanted)]
     if not found:
-        names = [card.name for card in CARDS]
+        names = {_plain(card.name): card.name for card in CARDS}
+        near = [names[name] for name in difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)]
+        rest = [name for name in names.values() if name not in near]
+        closest = f" Closest: {', '.join(near)}. Others: " if near else " Known: "
         raise InputError(
-            f"--device: '{shorten(text)}' is not known.{did_you_mean(text, names)} Known: {', '.join(names)}; or give "
-            "the memory, as in cuda:24GiB."
+            f"--device: '{shorten(text)}' is not known.{closest}{', '.join(rest)}; or give the memory, as in "
+            "cuda:24GiB."
         )
     return found[-1]
 
@@ -123,39 +150,43 @@ def _plain(name: str) -> str:
 
 
 def _here() -> Device:
+    """Return this machine's GPU, with the kept measurement or the rates of the table; its CPU if it has none."""
     if not torch.cuda.is_available():
         return _cpu()
     properties = torch.cuda.get_device_properties(0)
     name, capability = properties.name, (properties.major, properties.minor)
-    known = next((card for card in reversed(CARDS) if _plain(card.name.rpartition(" ")[0]) in _plain(name)), None)
-    if known is None:
-        return Device(name, "cuda", properties.total_memory, capability=capability, source="this machine")
-    return Device(
-        name, "cuda", properties.total_memory, known.bandwidth, known.rates, capability, f"this machine; {known.source}"
-    )
+    device = Device(name, "cuda", properties.total_memory, capability=capability, source="this machine")
+    if (card := card_of(name, properties.total_memory)) is not None:
+        device = replace(
+            device, bandwidth=card.bandwidth, rates=card.rates, source=f"this machine; rates of {card.source}"
+        )
+    measurement, why_not = kept("cuda")
+    if measurement is None:
+        return replace(device, source=f"{device.source}; {why_not}" if why_not else device.source)
+    return measured(device, measurement, f"measured on {measurement.day}")
+
+
+def card_of(name: str, memory: int) -> Device | None:
+    """Return the card of the table for a GPU's full name and bytes of memory; None for others, and for laptops'."""
+    full = _plain(name)
+    found = [card for card in CARDS if _plain(card.name.rpartition(" ")[0]) in full and "laptop" not in full]
+    return max(found, key=lambda card: (len(_plain(card.name)), -abs(card.memory - memory)), default=None)
 
 
 def _cpu() -> Device:
-    """Return this machine's CPU, measured for a fraction of a second."""
-    rates = {dtype: _rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    rates[torch.float16] = rates[torch.float32]
-    source = torch.ones(1 << 24)
-    target = torch.empty_like(source)
-    seconds = _best(lambda: target.copy_(source))
-    name = f"this CPU, {torch.get_num_threads()} threads"
-    return Device(name, "cpu", host_memory(), 2 * source.nbytes / seconds, rates, (0, 0), "measured just now")
+    """Return this machine's CPU, with the kept measurement, or measured for half a second."""
+    device = Device(f"this CPU, {torch.get_num_threads()} threads", "cpu", host_memory(), capability=(0, 0))
+    measurement, why_not = kept("cpu")
+    if measurement is not None:
+        return measured(device, measurement, f"measured on {measurement.day}")
+    source = f"measured briefly just now; {why_not or '`budwood doctor --measure` measures longer, and keeps it'}"
+    return measured(device, measure("cpu", BRIEF), source)
 
 
-def _rate(dtype: torch.dtype, size: int = 512) -> float:
-    a = torch.ones(size, size, dtype=dtype)
-    return 2 * size**3 / _best(lambda: torch.mm(a, a))
-
-
-def _best(function: object) -> float:
-    """Return the shortest of five times that a call took, in seconds."""
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        function()  # type: ignore[operator]
-        times.append(time.perf_counter() - started)
-    return max(min(times), 1e-9)
+def measured(device: Device, measurement: Measurement, source: str) -> Device:
+    """Return a device with measured rates."""
+    rates = {DTYPES[name]: rate for name, rate in measurement.rates.items()}
+    return replace(
+        device, bandwidth=measurement.bandwidth, rates=rates, source=source, launch=measurement.launch,
+        dequantize=measurement.dequantize, measured=True,
+    )  # fmt: skip

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from budwood.contract.types import Run
 from budwood.errors import InputError
-from budwood.model.checkpoint import would_fetch
+from budwood.model.checkpoint import missing_weights
 from budwood.model.device import planned_device
+from budwood.planning.cost import Cost, cost_line, costs_of_step
 from budwood.planning.devices import CONTEXT, GIB, Device
+from budwood.planning.passes import Passes, rehearse_passes
 from budwood.planning.rehearsal import ADAPTERS, BASE, GRADIENTS, OPTIMIZER, QUANTIZED, Micro, Rehearsal, rehearse
+from budwood.planning.sizes import choose
 from budwood.planning.synthetic import synthetic
-from budwood.planning.trace import KEPT, TEMPORARY, Operation, Peak
+from budwood.planning.trace import KEPT, ROUNDING, TEMPORARY, Operation, Peak
 from budwood.recipe.schema import Recipe
-from budwood.training.on_policy import find_generator
-from budwood.training.sampling import TIMES
 
 QUICK = 8.0
 """Seconds of a rehearsed step up to which a second micro-batch is rehearsed; beyond it, its cost is scaled."""
 LIBRARIES = int(0.6e9)
 """Bytes of the host that Python and its libraries take: 0.54 GiB in a small run on Linux."""
-LAUNCH = {"cuda": (10e-6, 60e-6), "cpu": (2e-6, 20e-6)}
-"""Seconds that the host needs for an operation with its Python, at best and at worst."""
-SHARES = (0.85, 0.5)
-"""Share of a device's rates and bandwidth that operations reach, at best and at worst."""
 
 
 @dataclass
@@ -44,10 +43,15 @@ class Estimate:
         tokens: of an optimizer step.
         micro_batches: of an optimizer step.
         largest_micro: tokens of the largest micro-batch.
+        micro_tokens: the limit on micro-batches, as the recipe gives it, or as it was chosen.
         steps: optimizer steps of the run; None: unknown without data.
-        seconds: of the run, at best and at worst, without evaluations and generation; None: unknown.
-        disk, download, host: bytes.
+        seconds: of the run, at best and at worst; None: unknown.
+        disk, download: bytes.
+        host: bytes of the host's memory for loading and training.
+        loading: bytes of the host's memory for loading alone.
         planned_in: seconds.
+        evaluations: of the run.
+        evaluation, generation: the shares of `seconds` that evaluations and the generation of answers take.
     """
 
     device: Device
@@ -69,6 +73,11 @@ class Estimate:
     host: int
     planned_in: float = 0.0
     notes: list[str] = field(default_factory=list)
+    loading: int = 0
+    evaluations: int = 0
+    evaluation: tuple[float, float] | None = None
+    generation: tuple[float, float] | None = None
+    micro_tokens: int = 0
 
     @property
     def needed(self) -> int:
@@ -80,11 +89,19 @@ class Estimate:
         """Whether the device has that much memory."""
         return self.needed <= self.device.memory
 
+    @property
+    def training(self) -> tuple[float, float] | None:
+        """Seconds of the optimizer steps alone, at best and at worst."""
+        if self.seconds is None:
+            return None
+        others = [(self.evaluation or (0.0, 0.0))[i] + (self.generation or (0.0, 0.0))[i] for i in range(2)]
+        return self.seconds[0] - others[0], self.seconds[1] - others[1]
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain values."""
-        rate = None
-        if self.seconds is not None and self.steps:
-            rate = [self.tokens * self.steps / seconds for seconds in reversed(self.seconds)]
+        training, rate = self.training, None
+        if training is not None and self.steps:
+            rate = [self.tokens * self.steps / seconds for seconds in reversed(training)]
         device = {"name": self.device.name, "kind": self.device.kind, "memory_bytes": self.device.memory}
         return {
             "device": {**device, "source": self.device.source},
@@ -96,13 +113,15 @@ class Estimate:
             "step": {
                 "flops": self.flops, "bytes": self.moved, "operations": self.operations, "tokens": self.tokens,
                 "micro_batches": self.micro_batches, "largest_micro_batch": self.largest_micro,
+                "micro_tokens": self.micro_tokens,
             },
             "time": {
-                "seconds": None if self.seconds is None else list(self.seconds), "steps": self.steps,
-                "tokens_per_second": rate,
+                "seconds": _listed(self.seconds), "training_seconds": _listed(training),
+                "evaluation_seconds": _listed(self.evaluation), "generation_seconds": _listed(self.generation),
+                "evaluations": self.evaluations, "steps": self.steps, "tokens_per_second": rate,
             },
             "disk": {"bytes": self.disk, "download_bytes": self.download},
-            "host": {"peak_bytes": self.host},
+            "host": {"peak_bytes": self.host, "loading_bytes": self.loading},
             "fits": self.fits,
             "planned_in_seconds": self.planned_in,
             "notes": self.notes,
@@ -117,24 +136,19 @@ class Estimate:
             device, memory["peak_bytes"], memory["parts"], memory["where"], (largest["bytes"], largest["operation"]),
             memory["kv_cache_bytes"], step["flops"], step["bytes"], step["operations"], step["tokens"],
             step["micro_batches"], step["largest_micro_batch"], run_time["steps"],
-            None if run_time["seconds"] is None else tuple(run_time["seconds"]), disk["bytes"],
+            _pair(run_time["seconds"]), disk["bytes"],
             disk["download_bytes"], values["host"]["peak_bytes"], values["planned_in_seconds"],
-            values["notes"],
+            values["notes"], values["host"]["loading_bytes"], run_time["evaluations"],
+            _pair(run_time["evaluation_seconds"]), _pair(run_time["generation_seconds"]), step["micro_tokens"],
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Cost:
-    """Cost of a part of a step."""
+def _listed(pair: tuple[float, float] | None) -> list[float] | None:
+    return None if pair is None else list(pair)
 
-    flops: float = 0.0
-    moved: float = 0.0
-    operations: float = 0.0
-    best: float = 0.0
-    worst: float = 0.0
 
-    def plus(self, other: _Cost, factor: float = 1.0) -> _Cost:
-        return _Cost(*(a + factor * b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
+def _pair(values: list[float] | None) -> tuple[float, float] | None:
+    return None if values is None else (values[0], values[1])
 
 
 def estimate(recipe: Recipe, device: Device, tokens: int | None = None) -> Estimate:
@@ -147,9 +161,16 @@ def estimate(recipe: Recipe, device: Device, tokens: int | None = None) -> Estim
         BudwoodError: as `rehearse`.
     """
     started, notes = time.perf_counter(), []
-    if tokens is not None:
-        recipe, note = synthetic(recipe, tokens)
-        notes.append(note)
+    with ExitStack() as stack:
+        if tokens is not None:
+            recipe, note = stack.enter_context(synthetic(recipe, tokens))
+            notes.append(note)
+        result = _rehearsed(recipe, device, tokens is not None, notes)
+    result.planned_in = time.perf_counter() - started
+    return result
+
+
+def _rehearsed(recipe: Recipe, device: Device, without_data: bool, notes: list[str]) -> Estimate:
     dtype = device.precision(recipe.train.precision)
     if device.kind == "cpu":
         from budwood.model.machine import pick_device_precision
@@ -157,9 +178,7 @@ def estimate(recipe: Recipe, device: Device, tokens: int | None = None) -> Estim
         dtype = pick_device_precision("cpu", recipe.train.precision)[1]
     cuda = device.kind == "cuda"
     with planned_device(device.kind, device.capability), rehearse(recipe, dtype, cuda) as rehearsal:
-        result = _estimate(rehearsal, device, tokens is not None, notes)
-    result.planned_in = time.perf_counter() - started
-    return result
+        return _estimate(rehearsal, device, without_data, notes)
 
 
 def _estimate(rehearsal: Rehearsal, device: Device, without_data: bool, notes: list[str]) -> Estimate:
@@ -168,95 +187,114 @@ def _estimate(rehearsal: Rehearsal, device: Device, without_data: bool, notes: l
     micros = [micro for step in rehearsal.steps for micro in step]
     if not micros:
         raise InputError("the data has no example to plan a step with.")
-    largest = max(micros, key=lambda micro: (micro.cells, micro.labels))
+    steps = None if without_data and run.recipe.train.steps is None else run.steps
+    if run.recipe.train.micro_tokens is None:
+        memory = choose(rehearsal, device.kind, device.memory, lambda: _measure(rehearsal, device, steps))
+        micros = [micro for step in rehearsal.steps for micro in step]
+    else:
+        memory = _measure(rehearsal, device, steps)
+    largest, end, passes = memory.largest, memory.end, memory.passes
+    points = [(largest.cells * memory.times, passes)]
+    middle = sorted(micros, key=lambda micro: micro.cells)[len(micros) // 2]
+    if memory.seconds < QUICK and middle.cells < 0.9 * largest.cells and memory.times == 1:
+        rehearsal.take_step([middle])
+        points.append((middle.cells, costs_of_step(trace.operations, device)[1]))
+    mean, at = Cost(), cost_line(points, memory.operations, device)
+    for step in rehearsal.steps:
+        for micro in step:
+            mean = mean.plus(at(micro.cells), 1 / len(rehearsal.steps))
+        mean = mean.plus(end, 1 / len(rehearsal.steps))
+    train = sum(p.numel() * p.element_size() for p in run.trainable)
+    others = memory.others
+    known = bool(device.rates and device.bandwidth) and steps is not None
+    cost = mean.times(steps or 0).plus(others.evaluation).plus(others.generation)
+    return Estimate(
+        device, memory.allocated, dict(sorted(memory.parts.items(), key=lambda item: -item[1])), memory.where,
+        memory.temporary, memory.cache, mean.flops, mean.moved, mean.operations,
+        float(np.mean([sum(m.tokens for m in s) for s in rehearsal.steps])),
+        float(np.mean([len(step) for step in rehearsal.steps])), largest.tokens, steps,
+        cost.seconds if known else None, _disk(run, train), _download(rehearsal), memory.host, 0.0, notes,
+        memory.loading, others.evaluations, others.evaluation.seconds if known else None,
+        others.generation.seconds if known else None, run.micro_tokens,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The memory of a run, and the cost of a step of its largest micro-batch; see `Estimate`."""
+
+    largest: Micro
+    times: int
+    """How often the micro-batch was in the step."""
+    end: Cost
+    passes: Cost
+    operations: list[Operation]
+    seconds: float
+    others: Passes
+    allocated: int
+    parts: dict[str, int]
+    where: str
+    temporary: tuple[int, str]
+    cache: int
+    host: int
+    loading: int
+    needed: int
+
+    @property
+    def work(self) -> int:
+        return self.parts.get(KEPT, 0) + self.parts.get(TEMPORARY, 0) + self.parts.get("KV cache", 0)
+
+    @property
+    def tokens(self) -> int:
+        return self.largest.tokens
+
+
+def _measure(rehearsal: Rehearsal, device: Device, steps: int | None) -> _Measured:
+    """Rehearse a step of the largest micro-batch, and what a run does beside its steps."""
+    run, trace = rehearsal.run, rehearsal.trace
+    largest = max((m for step in rehearsal.steps for m in step), key=lambda micro: (micro.cells, micro.labels))
     several = any(len(step) > 1 for step in rehearsal.steps)
     twice = several and rehearsal.engine.step_terms.active  # its first passes exist only with several micro-batches
     began = time.perf_counter()
     start = rehearsal.take_step([largest, largest] if twice else [largest], later=several)
     peak = trace.peak(start)
-    end, passes = _costs(trace.operations, device)
-    points = [(largest.cells * (2 if twice else 1), passes)]
-    middle = sorted(micros, key=lambda micro: micro.cells)[len(micros) // 2]
-    if time.perf_counter() - began < QUICK and middle.cells < 0.9 * largest.cells and not twice:
-        rehearsal.take_step([middle])
-        points.append((middle.cells, _costs(trace.operations, device)[1]))
-    mean = _Cost()
-    for step in rehearsal.steps:
-        for micro in step:
-            mean = mean.plus(_at(points, micro.cells, trace.operations, device), 1 / len(rehearsal.steps))
-        mean = mean.plus(end, 1 / len(rehearsal.steps))
-    steps = None if without_data and run.recipe.train.steps is None else run.steps
+    seconds = time.perf_counter() - began
+    operations = list(trace.operations)
+    end, passes = costs_of_step(operations, device)
+    others = rehearse_passes(rehearsal, device, steps or 1)
+    if others.peak is not None and others.peak.total > peak.total:
+        peak = replace(others.peak, where=f"evaluation, {others.peak.where}")
     parts, allocated = dict(peak.parts), peak.total
-    cache, where = _kv_cache(rehearsal), peak.where
+    cache, where = others.cached_tokens * _token_bytes(run), peak.where
     answering = sum(parts.get(name, 0) for name in (QUANTIZED, BASE, ADAPTERS, OPTIMIZER, "strategies")) + cache
     if cache and answering > allocated:
-        parts = {**{k: v for k, v in parts.items() if k not in (GRADIENTS, KEPT, TEMPORARY)}, "KV cache": cache}
+        parts = {
+            **{k: v for k, v in parts.items() if k not in (GRADIENTS, KEPT, TEMPORARY, ROUNDING)},
+            "KV cache": cache,
+        }
         allocated, where = answering, "generation of answers"
     if device.kind == "cuda":
         parts["CUDA's context"] = CONTEXT
         allocated += CONTEXT
     train = sum(p.numel() * p.element_size() for p in run.trainable)
-    host = LIBRARIES + _snapshot(train, parts) + (allocated if device.kind == "cpu" else 2 * _largest_weight(rehearsal))
-    known = bool(device.rates and device.bandwidth)
-    return Estimate(
-        device, allocated, dict(sorted(parts.items(), key=lambda item: -item[1])), where, peak.largest, cache,
-        mean.flops, mean.moved, mean.operations, float(np.mean([sum(m.tokens for m in s) for s in rehearsal.steps])),
-        float(np.mean([len(step) for step in rehearsal.steps])), largest.tokens, steps,
-        (mean.best * steps, mean.worst * steps) if known and steps is not None else None,
-        _disk(run, train), _download(rehearsal), host, 0.0, notes,
+    loading = LIBRARIES + 2 * _largest_weight(rehearsal)  # a tensor as stored, and its copy
+    if device.kind == "cpu":
+        loading += parts.get(BASE, 0) + parts.get(QUANTIZED, 0)
+    host = max(loading, LIBRARIES + _snapshot(train, parts) + (allocated if device.kind == "cpu" else 0))
+    needed = host if device.kind == "cpu" else allocated
+    return _Measured(
+        largest, 2 if twice else 1, end, passes, operations, seconds, others, allocated, parts, where, peak.largest,
+        cache, host, loading, needed,
     )  # fmt: skip
 
 
-def _costs(operations: Sequence[Operation], device: Device) -> tuple[_Cost, _Cost]:
-    """Return the cost of the end of a step, and of its micro-batches."""
-    parts = [[op for op in operations if op.in_pass is inside] for inside in (False, True)]
-    end, passes = (_cost(part, device) for part in parts)
-    return end, passes
-
-
-def _cost(operations: Sequence[Operation], device: Device) -> _Cost:
-    """Sum operations by a roofline: each takes as long as its products or its traffic, whichever is slower.
-
-    On CUDA the host hands over operations while the device computes, so the slower of both counts.
-    """
-    times = []
-    for share, launch in zip(SHARES, LAUNCH[device.kind], strict=True):
-        busy = 0.0
-        for op in operations:
-            rate = device.rates.get(op.dtype) or next(iter(device.rates.values()), 0.0)
-            products = op.flops / (rate * share) if rate else 0.0
-            busy += max(products, op.moved / (device.bandwidth * share) if device.bandwidth else 0.0)
-        hosted = launch * len(operations)
-        times.append(busy + hosted if device.kind == "cpu" else max(busy, hosted))
-    flops, moved = sum(op.flops for op in operations), sum(op.moved for op in operations)
-    return _Cost(float(flops), float(moved), float(len(operations)), *times)
-
-
-def _at(points: list[tuple[int, _Cost]], cells: int, operations: Sequence[Operation], device: Device) -> _Cost:
-    """Return the cost of a micro-batch, on the line through the rehearsed ones.
-
-    After a single rehearsal, all but the dequantisation of weights is taken as proportional to the positions.
-    """
-    (first, cost), *more = points
-    if more:
-        second, other = more[0]
-        return other.plus(cost.plus(other, -1.0), (cells - second) / (first - second))
-    fixed = _cost([op for op in operations if op.in_pass and op.name.startswith("dequantize")], device)
-    return fixed.plus(cost.plus(fixed, -1.0), cells / first)
-
-
-def _kv_cache(rehearsal: Rehearsal) -> int:
-    """Return the bytes of keys and values of the largest batch of generated answers; 0 if the run generates none."""
-    run = rehearsal.run
-    answers = run.eval_examples is not None and run.recipe.train.eval_generate > 0
-    if not run.model.can_generate() or not (answers or find_generator(run.hooks) is not None):
-        return 0
+def _token_bytes(run: Run) -> int:
+    """Return the bytes of the keys and values of a token."""
     config = run.model.config.get_text_config()
     queries = int(getattr(config, "num_attention_heads", None) or 1)
     heads = int(getattr(config, "num_key_value_heads", None) or queries)
-    size = int(getattr(config, "head_dim", None) or config.hidden_size // queries)
-    each = 2 * int(getattr(config, "num_hidden_layers", None) or 0) * heads * size * run.dtype.itemsize
-    return each * TIMES * run.recipe.train.micro_tokens
+    size = int(getattr(config, "head_dim", None) or (getattr(config, "hidden_size", None) or 0) // queries)
+    return 2 * int(getattr(config, "num_hidden_layers", None) or 0) * heads * size * run.dtype.itemsize
 
 
 def _snapshot(train: int, parts: dict[str, int]) -> int:
@@ -275,11 +313,15 @@ def _disk(run: Any, train: int) -> int:
 
 
 def _download(rehearsal: Rehearsal) -> int:
+    """Return the bytes of a hub base's weights that are not in the hub's cache; small files are there by now."""
     run = rehearsal.run
-    if not would_fetch(run.recipe.base.model):
+    if Path(run.recipe.base.model).expanduser().is_dir():
+        return 0
+    missing, size = missing_weights(run.base.path)
+    if not missing:
         return 0
     stored = getattr(run.model.config, "dtype", None) or run.dtype
-    return run.base.parameters * int(getattr(stored, "itemsize", 2))
+    return size or run.base.parameters * int(getattr(stored, "itemsize", 2))
 
 
 def advice(result: Estimate, recipe: Recipe) -> str:

@@ -1,85 +1,193 @@
-"""Searches the settings with which a recipe fits a device and learns the same: micro-batches and recomputation."""
+"""Searches the settings with which a recipe fits a device, in the order of what changes least and costs least time.
+
+The size of micro-batches and recomputation do not change what a run learns. Quantisation, rank and length do: they are
+only suggested, unless the user allows them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
-
-from budwood.planning.composition import show
+from budwood.errors import InputError, did_you_mean
 from budwood.planning.estimate import Estimate, gib
-from budwood.planning.rehearsal import GRADIENTS
+from budwood.planning.rehearsal import ADAPTERS, GRADIENTS, OPTIMIZER
+from budwood.planning.sizes import ROOM
 from budwood.planning.trace import KEPT, TEMPORARY
-from budwood.recipe.schema import Recipe
+from budwood.recipe.schema import Recipe, build_composition
 
-ATTEMPTS, ROOM, ROUND = 4, 0.95, 64
-"""Sizes of micro-batches tried for each setting, the share of the memory to aim for, and the multiple they have."""
+CHANGES = ("quantization", "rank", "max_length")
+"""Settings that change what a run learns, in the order in which they are tried: what changes least first."""
+SMALLEST_RANK, SMALLEST_LENGTH, ROUND = 4, 64, 64
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Settings that were estimated, as changes to `train`."""
+    """Settings that were estimated: changes to the recipe, by the names that overrides have."""
 
     changes: dict[str, Any]
     estimate: Estimate
+    alters: tuple[str, ...] = ()
+    """Those of `CHANGES` that it needs."""
 
     @property
     def overrides(self) -> str:
         """The changes as options of a command."""
-        return " ".join(f"-o train.{key}={str(value).lower()}" for key, value in self.changes.items())
+        return " ".join(f"-o {key}={str(value).lower()}" for key, value in self.changes.items())
 
 
 @dataclass
 class Fit:
-    """The candidates in the order of their estimates, and the fastest that fits; None: none does."""
+    """The candidates in the order of their estimates, and the fastest that fits and is allowed; None: none does."""
 
+    recipe: Recipe
     candidates: list[Candidate] = field(default_factory=list)
     chosen: Candidate | None = None
+    suggestions: list[Candidate] = field(default_factory=list)
+    """What would fit, but changes the result and is not allowed."""
     reason: str = ""
-    """If none fits: what cannot be helped, and what would change the result."""
+    """If none is chosen: the parts that no setting changes."""
+
+    @property
+    def fitted(self) -> Recipe | None:
+        """The recipe with the chosen settings."""
+        return changed(self.recipe, self.chosen.changes) if self.chosen is not None else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values; the part "fit" of `budwood plan --json`."""
+
+        def values(candidate: Candidate) -> dict[str, Any]:
+            result = candidate.estimate
+            return {
+                "overrides": candidate.overrides, "changes": candidate.changes, "alters": list(candidate.alters),
+                "needed_bytes": result.needed, "fits": result.fits,
+                "seconds": None if result.seconds is None else list(result.seconds), "flops": result.flops,
+            }  # fmt: skip
+
+        return {
+            "overrides": self.chosen.overrides if self.chosen else None, "reason": self.reason,
+            "candidates": [values(candidate) for candidate in self.candidates],
+            "suggestions": [candidate.overrides for candidate in self.suggestions],
+        }  # fmt: skip
 
 
-def fit(recipe: Recipe, estimate: Callable[[Recipe], Estimate]) -> Fit:
-    """Find the settings that fit at the least time, without changing what a run learns.
+def allowed(text: str) -> set[str]:
+    """Return the names in the value of `--allow`.
 
-    The size of micro-batches and recomputation do not change the result. Rank, length, quantisation and the base do,
-    and are only named.
+    Raises:
+        InputError: one is not known.
+    """
+    names = {name.strip() for name in text.split(",") if name.strip()}
+    for name in sorted(names - set(CHANGES)):
+        raise InputError(f"--allow: '{name}' is not known.{did_you_mean(name, CHANGES)} Known: {', '.join(CHANGES)}.")
+    return names
+
+
+def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """Return a recipe with changes such as {"train.micro_tokens": 512, "lora.rank": 4}."""
+    for key, value in changes.items():
+        place, _, name = key.partition(".")
+        if place in ("base", "train", "data"):
+            section = getattr(recipe, place).model_copy(update={name: value})
+            recipe = recipe.model_copy(update={place: section})
+            continue
+        choices = [
+            choice.model_copy(update={"options": {**choice.options, name: value}}) if choice.name == place else choice
+            for choice in recipe.strategies
+        ]
+        recipe = recipe.model_copy(update={"strategies": choices})
+    return recipe
+
+
+def fit(recipe: Recipe, estimate: Callable[[Recipe], Estimate], allow: Collection[str] = (), sized: bool = True) -> Fit:
+    """Find the settings that fit at the least time.
 
     Args:
         estimate: estimates a recipe on the device that it has to fit.
+        allow: those of `CHANGES` that may be made.
+        sized: whether the size of micro-batches may be chosen; without data it is given.
+
+    Raises:
+        BudwoodError: see `estimate`.
     """
-    found = Fit()
-    settings: list[dict[str, Any]] = [{}]
-    if not recipe.train.gradient_checkpointing:
-        settings.append({"gradient_checkpointing": True})
-    for setting in settings:
-        size = recipe.train.micro_tokens
-        for _ in range(ATTEMPTS):
-            changes = setting if size == recipe.train.micro_tokens else {**setting, "micro_tokens": size}
-            train = recipe.train.model_copy(update=changes)
-            result = estimate(recipe.with_train(train))
-            found.candidates.append(Candidate(changes, result))
-            if result.fits:
-                break
-            work = result.parts.get(KEPT, 0) + result.parts.get(TEMPORARY, 0)
-            room = ROOM * result.device.memory - (result.needed - work)
-            if room <= 0 or not work or result.largest_micro > size:  # a single group is larger than `size`
-                break
-            smaller = int(result.largest_micro * room / work) // ROUND * ROUND
-            size = min(smaller, size - ROUND)
-            if size < ROUND:
-                break
-        if not setting and found.candidates[-1].changes == {} and found.candidates[-1].estimate.fits:
-            break  # the recipe fits as it is
-    fitting = [candidate for candidate in found.candidates if candidate.estimate.fits]
-    found.chosen = min(fitting, key=_cost, default=None)
+    found = Fit(recipe)
+
+    def attempt(changes: dict[str, Any], alters: tuple[str, ...] = ()) -> Candidate:
+        """Estimate the recipe with changes, and with the size of micro-batches that fits them best."""
+        free = sized and bool(changes)
+        result = estimate(changed(recipe, {**changes, "train.micro_tokens": None} if free else changes))
+        made = dict(changes)
+        if free and result.micro_tokens != recipe.train.micro_tokens:
+            made["train.micro_tokens"] = result.micro_tokens
+        candidate = Candidate(made, result, alters)
+        found.candidates.append(candidate)
+        return candidate
+
+    if not attempt({}).estimate.fits:
+        if sized and recipe.train.micro_tokens is not None:
+            attempt({"train.micro_tokens": None})
+        if not recipe.train.gradient_checkpointing:
+            attempt({"train.gradient_checkpointing": True})
+        if not any(candidate.estimate.fits for candidate in found.candidates):
+            _alter(recipe, found, attempt, allow)
+    fitting = [c for c in found.candidates if c.estimate.fits and set(c.alters) <= set(allow)]
+    found.chosen = min(fitting, key=lambda c: (len(c.alters), _cost(c)), default=None)
     if found.chosen is None:
-        found.reason = _reason(recipe, min(found.candidates, key=lambda c: c.estimate.needed).estimate)
+        found.suggestions = [candidate for candidate in found.candidates if candidate.estimate.fits]
+        same = [candidate.estimate for candidate in found.candidates if not candidate.alters]
+        found.reason = _reason(min(same, key=lambda result: result.needed))
     return found
+
+
+def _alter(
+    recipe: Recipe, found: Fit, attempt: Callable[[dict[str, Any], tuple[str, ...]], Candidate], allow: Collection[str]
+) -> None:
+    """Try each setting that changes the result; if none suffices alone, several of them together."""
+    least = min(found.candidates, key=lambda candidate: candidate.estimate.needed)
+    fixed = {key: value for key, value in least.changes.items() if key != "train.micro_tokens"}
+    fits = []
+    for name in CHANGES:
+        if values := _values(recipe, name, least.estimate):
+            fits.append(attempt({**fixed, **values}, (name,)).estimate.fits and (name in allow or not allow))
+    if any(fits):
+        return
+    result, changes = least.estimate, dict(fixed)
+    names: tuple[str, ...] = ()
+    for name in [name for name in CHANGES if name in allow] or CHANGES:
+        values = _values(recipe, name, result)
+        if not values:
+            continue
+        changes, names = {**changes, **values}, (*names, name)
+        if len(names) > 1:
+            result = attempt(changes, names).estimate
+        else:
+            result = next(c.estimate for c in found.candidates if c.alters == names)
+        if result.fits:
+            return
+
+
+def _values(recipe: Recipe, name: str, result: Estimate) -> dict[str, Any]:
+    """Return the changes that should make an estimate fit by one of `CHANGES`; {}: it can be changed no further."""
+    room = ROOM * result.device.memory - result.needed
+    if name == "quantization":
+        return {"base.quantization": "nf4"} if recipe.base.quantization in ("none", "int8") else {}
+    if name == "max_length":
+        work = result.parts.get(KEPT, 0) + result.parts.get(TEMPORARY, 0)
+        longest = min(recipe.data.max_length or result.largest_micro, result.largest_micro)
+        length = int(longest * max(work + room, 0) / work) // ROUND * ROUND if work else 0
+        length = max(SMALLEST_LENGTH, min(length, (longest - 1) // ROUND * ROUND))
+        return {"data.max_length": length} if length < longest else {}
+    trained = sum(result.parts.get(part, 0) for part in (ADAPTERS, GRADIENTS, OPTIMIZER))
+    ranks = {s.name: getattr(s.options, "rank", None) for s in build_composition(recipe).strategies}
+    changes = {}
+    for strategy, rank in ranks.items() if recipe.adapter is None else ():
+        if isinstance(rank, int) and rank > SMALLEST_RANK:
+            smaller = 1 << (rank - 1).bit_length() - 1
+            while smaller > SMALLEST_RANK and room + trained * (1 - smaller / rank) < 0:
+                smaller //= 2
+            changes[f"{strategy}.rank"] = max(smaller, SMALLEST_RANK)
+    return changes
 
 
 def _cost(candidate: Candidate) -> float:
@@ -88,35 +196,12 @@ def _cost(candidate: Candidate) -> float:
     return result.seconds[1] if result.seconds is not None else result.flops
 
 
-def _reason(recipe: Recipe, least: Estimate) -> str:
-    work = least.parts.get(KEPT, 0) + least.parts.get(TEMPORARY, 0) + least.parts.get(GRADIENTS, 0)
-    fixed = ", ".join(f"{part} {gib(size)}" for part, size in least.parts.items() if part not in (KEPT, TEMPORARY))
-    others = ["data.max_length", "the adapter's rank", "the base"]
-    if recipe.base.quantization == "none":
-        others.insert(0, "base.quantization: nf4")
-    over = f"{gib(least.needed)} of {gib(least.device.memory)}"
-    what = "the parts that no setting changes exceed it" if least.needed - work > least.device.memory else "none fits"
-    return f"at least {over}: {what} ({fixed}); what would help changes the result: {', '.join(others)}"
-
-
-def show_fit(found: Fit, recipe: Recipe, console: Console) -> None:
-    """Print memory against time of every candidate, and the one to take."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for title in ("micro_tokens", "gradient_checkpointing", "memory", "fits", "time"):
-        table.add_column(title)
-    for candidate in sorted(found.candidates, key=lambda c: -c.estimate.needed):
-        result = candidate.estimate
-        train = recipe.train.model_copy(update=candidate.changes)
-        span = "unknown" if result.seconds is None else f"{result.seconds[0]:,.0f} to {result.seconds[1]:,.0f} s"
-        mark = " *" if candidate is found.chosen else ""
-        table.add_row(
-            f"{train.micro_tokens:,}", str(train.gradient_checkpointing).lower(), gib(result.needed),
-            ("yes" if result.fits else "no") + mark, span,
-        )  # fmt: skip
-    last = f"nothing fits: {found.reason}"
-    if found.chosen is not None:
-        last = f"to fit: {found.chosen.overrides}" if found.chosen.changes else "the recipe fits as it is"
-    show(Group(Text(), table, Text(), Text(last)), console)
-
-
-__all__ = ["Candidate", "Fit", "fit", "show_fit"]
+def _reason(least: Estimate) -> str:
+    work = least.parts.get(KEPT, 0) + least.parts.get(TEMPORARY, 0)
+    parts = ", ".join(
+        f"{part} {gib(size)}" for part, size in least.parts.items() if part not in (KEPT, TEMPORARY) and size > 50_000
+    )
+    over = f"at least {gib(least.needed)} of {gib(least.device.memory)}"
+    if least.needed - work > least.device.memory:
+        return f"{over}: what no size of micro-batches changes exceeds it alone ({parts})"
+    return f"{over}: the longest example alone needs {gib(work)} beside {parts}"

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
@@ -43,10 +43,13 @@ def estimate_in_process(recipe: Recipe, device: Device, tokens: int | None = Non
     Raises:
         BudwoodError: as `estimate`; a ResourceError if the process fails or takes too long.
     """
+    given = device
+    if recipe.train.micro_tokens is None and tokens is None:  # the memory decides the size, and changes all the time
+        device = replace(device, memory=_rounded(device.memory))
     path = _path(_key(recipe, device, tokens)) if keep else None
     if path is not None and path.is_file():
         try:
-            return Estimate.from_dict(json.loads(path.read_text(encoding="utf-8")), device)
+            return Estimate.from_dict(json.loads(path.read_text(encoding="utf-8")), given)
         except (OSError, ValueError, KeyError, TypeError):  # damaged: made again
             pass
     plain = recipe.model_dump(mode="json", exclude_none=True)  # with secrets, unlike `to_dict`
@@ -58,7 +61,13 @@ def estimate_in_process(recipe: Recipe, device: Device, tokens: int | None = Non
     values = _run(request)
     if path is not None:
         _write(path, values)
-    return Estimate.from_dict(values, device)
+    return Estimate.from_dict(values, given)
+
+
+def _rounded(memory: int) -> int:
+    """Return a size of memory rounded down to a multiple of 1/32 of its power of two, so that estimates are found."""
+    unit = max(1 << max(memory.bit_length() - 1, 0) >> 5, 1)
+    return memory // unit * unit
 
 
 def _run(request: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +134,8 @@ def _key(recipe: Recipe, device: Device, tokens: int | None) -> str:
             stamps.append((str(file), status.st_size, status.st_mtime_ns))
     base = read_config(resolve(recipe.base.model, weights=False))
     versions = {name: metadata.version(name) for name in ("budwood", "torch", "transformers", "peft")}
-    facts = [values, stamps, base, versions, device.name, device.kind, tokens]
+    memory = device.memory if recipe.train.micro_tokens is None else None
+    facts = [values, stamps, base, versions, device.name, device.kind, device.source, memory, tokens]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 

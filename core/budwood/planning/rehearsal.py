@@ -23,13 +23,15 @@ from torch._subclasses.fake_tensor import (
 from budwood.contract.discovery import PluginError
 from budwood.contract.examples import Batch, Example
 from budwood.contract.types import Run
+from budwood.data.examples import Examples
 from budwood.data.packing import split_micro
 from budwood.errors import BudwoodError, first_line
 from budwood.model.embeddings import resize_base
-from budwood.model.evaluation import autocast, collate_for
+from budwood.model.evaluation import autocast, collate_for, label_logits
 from budwood.model.fake import fake_base, fake_tensors
 from budwood.model.ops import attention
 from budwood.model.quantizers import is_quantized, quantizer_of
+from budwood.model.quantizers.experts import quantized_experts
 from budwood.planning.trace import CUDA_BLOCK, Trace
 from budwood.recipe.data import embeddings_wanted, recipe_task
 from budwood.recipe.schema import Recipe, build_composition
@@ -79,15 +81,42 @@ class Rehearsal:
     steps: list[list[Micro]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.lengths, self.label_counts = _sizes(self.run, self.examples)
+        self.lengths, self.label_counts = sizes_of(self.run, self.examples)
+        self.split(self.run.micro_tokens)
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        """The group of each example; None: each is a group."""
+        return self.run.examples.groups if self.examples is self.run.examples else None
+
+    def split(self, micro_tokens: int) -> None:
+        """Split the steps into micro-batches of at most so many tokens."""
+        self.run.micro_tokens = self.run.eval_tokens = micro_tokens
         self.steps = _steps(self)
 
     def micro(self, members: Sequence[int]) -> Micro:
         """Return the micro-batch of the examples with these indices."""
-        lengths = self.lengths[list(members)]
-        tokens = int(lengths.sum())
-        cells = tokens if self.run.packed else len(members) * int(lengths.max())
-        return Micro(tuple(members), tokens, cells, int(self.label_counts[list(members)].sum()))
+        return micro_of(self.run, self.lengths, self.label_counts, members)
+
+    def evaluate(self, examples: Sequence[Example], micro: Micro) -> int:
+        """Run a batch of an evaluation on fake tensors; returns the position in the trace at which it starts."""
+        run = self.run
+        batch = self._collate(examples, [micro], "eval")[0]
+        self.trace.operations.clear()
+        self.trace.in_pass = True
+        start = self.trace.mark()
+        run.model.eval()
+        with _naming(run), torch.no_grad(), autocast(run):
+            for chunk, logits in label_logits(run.task, run, batch, None):
+                run.task.loss(logits, batch.labels[chunk])
+        return start
+
+    def _collate(self, examples: Sequence[Example], micros: Sequence[Micro], epoch: int | str) -> list[Batch]:
+        """Return the fake batches of micro-batches, and tell the trace how much attention they need."""
+        with unset_fake_temporarily():
+            real = [collate_for(self.run, [examples[i] for i in micro.members], epoch) for micro in micros]
+        self.trace.attention_pairs = sum(length * length for batch in real for length in batch.lengths) // 2
+        return [_fake(batch, self.mode) for batch in real]
 
     def take_step(self, micros: Sequence[Micro], later: bool = False) -> int:
         """Take one optimizer step on fake tensors; returns the position in the trace at which it starts.
@@ -99,10 +128,7 @@ class Rehearsal:
             PluginError: a strategy reads values, which fake tensors do not have.
         """
         run, trace = self.run, self.trace
-        with unset_fake_temporarily():
-            real = [collate_for(run, [self.examples[i] for i in micro.members], 0) for micro in micros]
-        batches = [_fake(batch, self.mode) for batch in real]
-        trace.attention_pairs = sum(length * length for batch in real for length in batch.lengths) // 2
+        batches = self._collate(self.examples, micros, 0)
         if later:
             for parameter in run.trainable:
                 parameter.grad = torch.zeros_like(parameter)
@@ -185,6 +211,7 @@ def _register(run: Run, trace: Trace) -> None:
             quantizer: Any = quantizer_of(module)
             tensors = [quantizer.weight(module), *quantizer.constants(module)]
             trace.part_of(QUANTIZED, tensors)
+    trace.part_of(QUANTIZED, [tensor for module in quantized_experts(run.model) for tensor in module.stored])
     trace.part_of(BASE, [*run.model.parameters(), *run.model.buffers()])
     trace.rest_is(STRATEGIES)
 
@@ -212,22 +239,29 @@ def _examples(run: Run) -> Sequence[Example]:
     return planned or run.examples
 
 
-def _sizes(run: Run, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
+def sizes_of(run: Run, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
     """Return the length and the number of labels of each example."""
-    if examples is run.examples:
-        return run.examples.lengths, run.examples.label_counts
+    if isinstance(examples, Examples):
+        return examples.lengths, examples.label_counts
     lengths = np.array([run.task.length(example) for example in examples], dtype=np.int64)
     return lengths, np.array([len(example.labels) for example in examples], dtype=np.int64)
+
+
+def micro_of(run: Run, lengths: np.ndarray, label_counts: np.ndarray, members: Sequence[int]) -> Micro:
+    """Return the micro-batch of the examples with these indices, of which all sizes are given."""
+    chosen = lengths[list(members)]
+    tokens = int(chosen.sum())
+    cells = tokens if run.packed else len(members) * int(chosen.max())
+    return Micro(tuple(members), tokens, cells, int(label_counts[list(members)].sum()))
 
 
 def _steps(rehearsal: Rehearsal) -> list[list[Micro]]:
     """Split the first optimizer steps into micro-batches, as the run does."""
     run, lengths = rehearsal.run, rehearsal.lengths
+    drawn = [np.arange(len(rehearsal.examples))]
     if rehearsal.examples is run.examples:
-        groups, drawn = run.examples.groups, [indices for _, indices in islice(planned_steps(run), STEPS)]
-    else:
-        groups, drawn = None, [np.arange(len(rehearsal.examples))]
-    splits = (split_micro(indices, lengths, run.micro_tokens, run.packed, groups) for indices in drawn)
+        drawn = [indices for _, indices in islice(planned_steps(run), STEPS)]
+    splits = (split_micro(indices, lengths, run.micro_tokens, run.packed, rehearsal.groups) for indices in drawn)
     return [[rehearsal.micro(members) for members in split] for split in splits]
 
 

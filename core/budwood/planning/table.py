@@ -20,15 +20,17 @@ def show_estimate(result: Estimate, recipe: Any, console: Console) -> None:
     if result.largest[0]:
         rows.append(("", f"largest temporary tensor: {gib(result.largest[0])} ({result.largest[1]})"))
     if result.kv_cache and "KV cache" not in result.parts:
-        rows.append(("", f"generation of answers adds {gib(result.kv_cache)} of keys and values, outside of the step"))
+        rows.append(("", f"generation of answers needs {gib(result.kv_cache)} of keys and values, outside of the step"))
     count = f"{step.micro_batches:.1f} micro-batches, the largest of {step.largest_micro:,} tokens"
+    if recipe.train.micro_tokens is None:
+        count += f" (train.micro_tokens: auto, {step.micro_tokens:,})"
     flops = f"{step.flops / 1e12:,.2f} TFLOP" if step.flops > 1e11 else f"{step.flops / 1e9:,.2f} GFLOP"
     work = f"{flops}, {step.moved / 1e9:,.1f} GB moved, {step.operations:,.0f} operations"
     rows.append(("step", f"{step.tokens:,.0f} tokens in {count}; {work}"))
     rows.append(("time", _time(result)))
     download = f"; download {result.download / 1e9:,.1f} GB" if result.download else ""
     rows.append(("disk", f"{result.disk / 1e6:,.1f} MB for checkpoints and the adapter{download}"))
-    rows.append(("host", f"{gib(result.host)} of memory for loading and training"))
+    rows.append(("host", f"{gib(result.host)} of memory, {gib(result.loading)} of it while the base loads"))
     verdict = f"fits: {gib(result.needed)} of {gib(device.memory)}"
     if not result.fits:
         verdict = f"does not fit: {gib(result.needed)} of {gib(device.memory)}; {advice(result, recipe)}"
@@ -45,12 +47,24 @@ def _time(result: Estimate) -> str:
         return "unknown without data: the recipe counts epochs"
     if result.seconds is None:
         return f"unknown for {result.device.name}: name a card of the table to estimate it"
-    low, high = result.seconds
+    assert result.training is not None
+    low, high = result.training
     slow, fast = (result.tokens * result.steps / seconds for seconds in (high, low))
-    return f"{_span(low)} to {_span(high)} for {result.steps:,} steps; {slow:,.0f} to {fast:,.0f} tokens/s"
+    text = f"{_range(result.seconds)}: {result.steps:,} steps {_range(result.training)}"
+    text += f", {slow:,.0f} to {fast:,.0f} tokens/s"
+    if result.evaluations and result.evaluation is not None:
+        text += f"; {result.evaluations} evaluations {_range(result.evaluation)}"
+    if result.generation is not None and result.generation[1]:
+        text += f"; generation of answers {_range(result.generation)}"
+    return text
 
 
-def _span(seconds: float) -> str:
+def _range(seconds: tuple[float, float]) -> str:
+    return f"{span(seconds[0])} to {span(seconds[1])}"
+
+
+def span(seconds: float) -> str:
+    """Return a duration as an estimate is read: "12.3 s", "8 min", "2.4 h"."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -23,8 +23,9 @@ from torch.utils.flop_counter import flop_registry
 CUDA_BLOCK = 512
 """Bytes to which CUDA's caching allocator rounds each tensor."""
 
-KEPT, TEMPORARY = "activations", "temporaries"
-"""Parts of the peak: what the backward pass needs later, and what the place of the peak allocates for itself."""
+KEPT, TEMPORARY, ROUNDING = "activations", "temporaries", "allocator's rounding"
+"""Parts of the peak: what the backward pass needs later, what the place of the peak allocates for itself, and what the
+allocator adds to both and to all others."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,11 @@ class Peak:
 
 @dataclass
 class _Birth:
-    bytes: int
+    bytes: int  # rounded
     part: str | None
     place: str
     op: str
+    rounding: int = 0
 
 
 @dataclass
@@ -186,7 +188,7 @@ class Trace(TorchDispatchMode):
         size = -(-storage.nbytes() // self.block) * self.block
         number = self._number = self._number + 1
         self._alive[address] = number
-        self._births[number] = _Birth(size, None, place, op)
+        self._births[number] = _Birth(size, None, place, op, size - storage.nbytes())
         self._events.append((number, place, size))
         weakref.finalize(storage, self._died, address, number, size)
 
@@ -268,7 +270,9 @@ class Trace(TorchDispatchMode):
                 part = TEMPORARY if birth.place == place else KEPT
                 if part == TEMPORARY and birth.bytes > largest[0]:
                     largest = (birth.bytes, birth.op)
-            parts[part] = parts.get(part, 0) + birth.bytes
+            parts[part] = parts.get(part, 0) + birth.bytes - birth.rounding
+            if birth.rounding:
+                parts[ROUNDING] = parts.get(ROUNDING, 0) + birth.rounding
         return Peak(total, parts, place, largest)
 
 

@@ -133,7 +133,7 @@ def apply_overrides(
             problems.append(f"{source}: write KEY=VALUE, as in -o train.steps=100.")
             continue
         try:
-            value = _parse(text, source, SourceMap(source))
+            value = parse_value(text, source)
             place, holder, last = _resolve_key(data, parts, sections, source)
         except InputError as error:
             problems.append(str(error))
@@ -196,6 +196,15 @@ def dump(data: dict[str, Any]) -> str:
     return out.getvalue()
 
 
+def parse_value(text: str, source: str) -> Any:
+    """Parse the YAML of one value, such as that of an override.
+
+    Raises:
+        InputError: it is not YAML; the message begins with `source`.
+    """
+    return _parse(text, source, SourceMap(source))
+
+
 def _read_text(path: Path) -> str:
     try:
         with open(path, "rb") as file:
@@ -217,7 +226,7 @@ def _parse(text: str, label: str, source_map: SourceMap, is_json: bool = False) 
     """Parse YAML or JSON into plain values and fill `source_map`; `label` (and a file's line) prefixes messages."""
 
     def at(line: int) -> str:
-        return label if label.startswith("-o ") else f"{label}:{line + 1}"
+        return label if label.startswith(("-o ", "-s ")) else f"{label}:{line + 1}"
 
     yaml = YAML(typ="safe", pure=True)
     data: Any = None

@@ -20,7 +20,6 @@ from budwood.contract.validation import Location, dotted, find_problems, sentenc
 from budwood.data.files import exists
 from budwood.errors import InputError
 from budwood.model.checkpoint import folder_with_revision
-from budwood.model.limits import LENGTH
 from budwood.recipe.continued import continued_options
 from budwood.recipe.file import (
     UNKNOWN,
@@ -36,6 +35,8 @@ from budwood.untrusted.redaction import redact_url, redact_values, remember
 
 QUANTIZERS = "budwood.quantizers"
 TASKS = "budwood.tasks"
+MICRO_TOKENS = 2048
+"""Tokens per micro-batch if nothing is known of the device; a CPU is hardly faster with more."""
 
 
 class Recipe(Section):
@@ -59,24 +60,9 @@ class Recipe(Section):
     _source: Path | None = PrivateAttr(None)
     _allows_code: bool = PrivateAttr(False)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fit_micro_batch_to_example(cls, data: Any) -> Any:
-        length = (data.get("data") or {}).get("max_length") if isinstance(data.get("data"), dict) else None
-        train = data.get("train") or {}
-        if isinstance(length, int) and isinstance(train, dict) and train.get("micro_tokens") is None:
-            return {**data, "train": {**train, "micro_tokens": max(length, 2048)}}
-        return data
-
     @model_validator(mode="after")
     def _check_consistency(self) -> Recipe:
         train, data = self.train, self.data
-        length = data.max_length or LENGTH
-        if train.micro_tokens < length:
-            raise ValueError(
-                f"train.micro_tokens: {train.micro_tokens} is less than data.max_length ({length}), "
-                "but a micro-batch must hold a complete example; raise one or lower the other"
-            )
         for name in ("eval_every", "patience"):
             if getattr(train, name) is not None and data.eval == "none":
                 raise ValueError(f"train.{name}: needs data.eval; set it to a held-out file, or leave it out")
@@ -98,6 +84,11 @@ class Recipe(Section):
     def source(self) -> Path | None:
         """The file that the recipe was loaded from, if any."""
         return self._source
+
+    @property
+    def micro_tokens(self) -> int:
+        """The maximum tokens per micro-batch: the recipe's, or a usual size if it leaves the choice to the plan."""
+        return self.train.micro_tokens or max(MICRO_TOKENS, self.data.max_length or 0)
 
     @property
     def allows_code(self) -> bool:

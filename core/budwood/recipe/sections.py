@@ -32,6 +32,12 @@ def _path(value: Any) -> Any:
 
 Count = Annotated[int, Field(strict=True, gt=0)]
 Number = Annotated[float, Field(strict=True)]
+AutoCount = Annotated[
+    Count | None,
+    BeforeValidator(
+        lambda value: None if value == "auto" else value, json_schema_input_type=Count | Literal["auto"] | None
+    ),
+]
 File = Annotated[Path, BeforeValidator(_path, json_schema_input_type=str)]
 
 
@@ -173,7 +179,11 @@ class TrainSection(Section):
     steps: Count | None = Field(None, description="optimizer steps, instead of epochs")
     batch_tokens: Count | None = Field(None, description="tokens per optimizer step, padding excluded")
     batch_examples: Count | None = Field(None, description="examples per optimizer step, instead of batch_tokens")
-    micro_tokens: Count = Field(2048, description="maximum tokens per micro-batch; affects memory, not the result")
+    micro_tokens: AutoCount = Field(
+        None,
+        description="maximum tokens per micro-batch; affects memory, not the result. By default, or `auto`: what fits "
+        "the device by its plan, at least the longest example",
+    )
     learning_rate: Number | None = Field(None, gt=0, description="peak learning rate")
     weight_decay: Number = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate after warm-up")

@@ -186,9 +186,9 @@ class Forward:
         for live in self.table.live.values():
             live.by_row = False
 
-            def way(x: Tensor, live: Any = live) -> Tensor:
+            def way(x: Tensor, *rest: Any, live: Any = live) -> Tensor:
                 live.by_row = x.dim() >= 2 and x.shape[0] == 2 and x.shape[1] in (1, 3)
-                y: Tensor = live.plain(x)
+                y: Tensor = live.plain(x, *rest)
                 return y
 
             plan.ways[live] = way

@@ -23,6 +23,7 @@ from budwood.contract.loading import build_task
 from budwood.data.encoder import encode_chat, encode_prompt
 from budwood.errors import InputError
 from budwood.model.base import Base, load_base, pick_device_precision
+from budwood.model.checkpoint import resolve
 from budwood.model.decoding import Generated
 from budwood.model.embeddings import resize_base
 from budwood.model.quiet import silence_libraries
@@ -100,7 +101,7 @@ class AdapterPool:
             )  # fmt: skip
         if embeddings:
             resize_base(base, embeddings)
-        read_base(self.task_plugin, base)
+        read_base(self.task_plugin, base.path)
         self.base = base
         self.engine = Engine(base, self.task, adapter_bytes=adapter_bytes, prefix_bytes=prefix_bytes)
         self.engine.loader.task_plugin = self.task_plugin
@@ -353,18 +354,17 @@ def load_for_task(
 ) -> Base:
     """Load a base with the model class and the tokenizer that a task needs; see `AdapterPool`."""
     chosen, dtype, _ = pick_device_precision(device, precision)
-    loaded = load_base(
+    read_base(task, resolve(base))
+    return load_base(
         base, quantization, task.auto_class, dtype, chosen, double_quantization=double_quantization,
         model_kwargs=task.model_kwargs(labels), needs_tokenizer=task.needs_tokenizer, unused=task.unused_modules,
     )  # fmt: skip
-    read_base(task, loaded)
-    return loaded
 
 
-def read_base(task: Task, base: Base) -> None:
-    """Let a task read its settings from a loaded base; see `Task.read_base`."""
+def read_base(task: Task, folder: Path) -> None:
+    """Let a task read its settings from a base's folder; see `Task.read_base`."""
     with attribute_errors(task, "read_base"):
-        task.read_base(base.path)
+        task.read_base(folder)
 
 
 def leading(adapter: str | Mapping[str, float] | None) -> str | None:

@@ -1,8 +1,10 @@
-"""Measures what the tensors of real optimizer steps take on the CPU, to compare a plan with."""
+"""Measures what the tensors of real optimizer steps take, to compare a plan with."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -25,23 +27,45 @@ def measured_peak(recipe: Recipe, steps: int = 2) -> int:
         steps: from 2: the optimizer's state exists only from the second step on.
     """
     others = tensor_bytes()  # what else is in the process
-    run, hooks, engine = prepare(recipe, Report(quiet=True), overwrite=True)
-    progress = Progress(torch.amp.GradScaler("cpu", enabled=False))
-    run.model.train()
     peak = 0
-    for step, counts in optimizer_steps(run, hooks, progress):
+    for take_step in _steps(recipe, steps):
         before = tensor_bytes() - others
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            train_step(run, hooks, engine, progress, step, counts)
+            take_step()
         level = highest = 0
         for event in profile.profiler.kineto_results.events():
             if event.name() == "[memory]":
                 level += event.nbytes()
                 highest = max(highest, level)
         peak = max(peak, before + highest)
+    return peak
+
+
+def measured_peak_cuda(recipe: Recipe, steps: int = 2) -> tuple[int, int]:
+    """As `measured_peak`, on the current CUDA device: the most bytes that torch had allocated, and reserved."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    others = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    allocated = reserved = 0
+    for take_step in _steps(recipe, steps):
+        torch.cuda.empty_cache()  # what only building needed
+        torch.cuda.reset_peak_memory_stats()
+        take_step()
+        torch.cuda.synchronize()
+        allocated = max(allocated, torch.cuda.max_memory_allocated() - others[0])
+        reserved = max(reserved, torch.cuda.max_memory_reserved() - others[1])
+    return allocated, reserved
+
+
+def _steps(recipe: Recipe, steps: int) -> Iterator[Callable[[], object]]:
+    """Prepare a run, and yield a function that takes the next of its first `steps` optimizer steps."""
+    run, hooks, engine = prepare(recipe, Report(quiet=True), overwrite=True)
+    progress = Progress(torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16))
+    run.model.train()
+    for step, counts in optimizer_steps(run, hooks, progress):
+        yield partial(train_step, run, hooks, engine, progress, step, counts)
         if run.step == steps:
             break
-    return peak
 
 
 def tensor_bytes() -> int:

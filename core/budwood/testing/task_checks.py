@@ -17,13 +17,19 @@ from budwood.contract.loading import check_hooks
 from budwood.contract.types import Generator
 from budwood.errors import BudwoodError
 from budwood.model.evaluation import collate_for
+from budwood.planning.synthetic import synthetic
+from budwood.recipe.data import recipe_task
 from budwood.serving.pool import AdapterPool
 from budwood.serving.verify import verify
 from budwood.testing.bench import NotApplicable, PromiseBroken, Result, explain
 from budwood.testing.expect import EXACT, expect_equal, expect_trained
+from budwood.testing.fake import run_on_fake_tensors
 from budwood.testing.probe import distance
 from budwood.testing.task_bench import TaskBench
 from budwood.training.evaluate import evaluate_adapter
+
+PLANNED = 64
+"""Tokens of an example that is planned without data."""
 
 
 def declares(bench: TaskBench) -> None:
@@ -72,6 +78,20 @@ def varies_by_key(bench: TaskBench) -> None:
             raise PromiseBroken(f"{promise}: two calls for epoch {epoch} differ. Draw from the generator alone.")
     if all(_equal(a, b) for a, b in zip(vary(0), vary(1), strict=True)):
         raise PromiseBroken(f"{promise}: eight examples are the same in epochs 0 and 1.")
+
+
+def plans_without_data(bench: TaskBench) -> None:
+    """Check that `planned_row`, if it returns a row, gives steps that run on fake tensors."""
+    promise = "planned_row returns rows that the task reads"
+    recipe = bench.recipe("without-data")
+    if recipe_task(recipe).planned_row("water ", 0) is None:
+        return
+    try:
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": PLANNED})})
+        with synthetic(recipe, 2 * PLANNED) as (planned, _):
+            run_on_fake_tensors(planned.with_train(planned.train.model_copy(update={"steps": 1})))
+    except Exception as error:
+        raise PromiseBroken(f"{promise}: {explain(error)}.") from error
 
 
 def _equal(first: Example, second: Example) -> bool:

@@ -110,5 +110,8 @@ class TaskConformance(Conformance):
     def test_runs_on_fake_tensors(self, request: pytest.FixtureRequest) -> None:
         self._check(request, checks.fake_tensors)
 
+    def test_plans_without_data(self, request: pytest.FixtureRequest) -> None:
+        self._check(request, task_checks.plans_without_data)
+
     def test_answers_are_json(self, request: pytest.FixtureRequest) -> None:
         self._check(request, functools.partial(task_checks.responds, text=self.text))

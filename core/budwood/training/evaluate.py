@@ -24,10 +24,12 @@ from budwood.data.recognition import recognise_rows
 from budwood.data.sources import read_rows
 from budwood.errors import InputError
 from budwood.model.base import skeleton
+from budwood.model.checkpoint import resolve
 from budwood.model.limits import LENGTH, check_fits, default_length
 from budwood.model.ops import attention
 from budwood.model.task import Task
 from budwood.recipe.schema import default_recipe
+from budwood.serving.pool import read_base
 from budwood.serving.verify import base_name, open_pool
 from budwood.training.attacks import build_attacks, measure_attacked
 from budwood.training.objective import objective_metrics
@@ -102,7 +104,7 @@ def evaluate_adapter(
     tokens = as_run.tokens if as_run else max(max_length or LENGTH, 2048)
     chosen = quantization or (manifest.base.quantization if manifest else "none")
     overrides = [f"base.quantization={chosen}", f"train.eval_generate={generate}"]
-    overrides.append(f"train.micro_tokens={max(max_length or LENGTH, tokens)}")
+    overrides.append(f"train.micro_tokens={tokens}")
     overrides += [f"data.max_length={max_length}"] if max_length else []
     source: Any = data if held_out is None else held_out.data
     recipe = default_recipe(source, name, task=task_name, overrides=overrides)
@@ -110,6 +112,7 @@ def evaluate_adapter(
     task: Task = build_task(task_name, manifest.task_options if manifest else {})
     if chosen_attacks:
         data_format = recognise_rows(read_rows(source), task_name).name
+        read_base(task, resolve(name, weights=False))
         modules = skeleton(name, task.auto_class)
         for attack in chosen_attacks.values():
             with attribute_errors(attack, "check"):

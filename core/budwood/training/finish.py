@@ -1,4 +1,4 @@
-"""The end of a run: check that training changed the model, then write the adapter, the plot and the manifest."""
+"""The end of a run: check that training changed the model, then write the adapter, plot, manifest and report.html."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from budwood.contract.examples import Example
 from budwood.contract.registry import Composition
 from budwood.contract.strategy import RUN_ADAPTER
 from budwood.contract.types import Run
-from budwood.errors import BudwoodError, DivergedError, is_out_of_memory
+from budwood.errors import BudwoodError, DivergedError, describe, is_out_of_memory
+from budwood.training.mixture import describe_loads, loads
 from budwood.training.outcome import advice
 from budwood.training.output import MANIFEST, written_by_strategies
+from budwood.training.page import write_page
 from budwood.training.progress import Best, Progress, restore
 from budwood.training.report import Report, duration, peak_memory
 from budwood.training.setup import strategies_record
@@ -214,8 +216,10 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
     report.say(f"{duration(seconds)} · {report.tokens_per_second:,.0f} tokens/s · peak memory {memory:.2f} GiB")
     if run.planned:
         report.say(_compare(run))
+    if shares := loads(run):
+        report.say(describe_loads(shares))
     report.say(
-        f"adapter: {directory / 'adapter'} · log: {directory / 'metrics.jsonl'} · plot: {directory / 'loss.png'}"
+        f"adapter: {directory / 'adapter'} · log: {directory / 'metrics.jsonl'} · report: {directory / 'report.html'}"
     )
     name = directory.name if re.fullmatch(r"[\w-]+", directory.name, re.ASCII) else "adapter"
     if run.model.can_generate():
@@ -229,7 +233,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
 def _compare(run: Run) -> str:
     """Return a line with the planned and the actual peak memory and time; `run.planned` is not empty."""
     cuda = run.device.type == "cuda"
-    memory, seconds = run.planned["memory"], run.planned["time"]["seconds"]
+    memory, seconds = run.planned["memory"], run.planned["time"]["training_seconds"]
     context = memory["parts"].get("CUDA's context", 0)  # torch does not count it
     peak = memory["peak_bytes"] - context if cuda else run.planned["host"]["peak_bytes"]
     spent = sum(cost.seconds for cost in run.hooks.costs if (cost.owner, cost.hook) == ("core", "steps"))
@@ -238,7 +242,7 @@ def _compare(run: Run) -> str:
 
 
 def finish_manifest(run: Run, report: Report, finished: bool) -> None:
-    """Write the metrics and times of a run to its manifest; the other processes wait for it."""
+    """Write the metrics and times of a run to its manifest, and its report.html; the other processes wait for it."""
     if not run.accelerator.is_main_process:
         run.accelerator.wait_for_everyone()
         return
@@ -253,11 +257,16 @@ def finish_manifest(run: Run, report: Report, finished: bool) -> None:
         "tokens_per_second": round(report.tokens_per_second, 1),
         "peak_memory_bytes": peak_memory(),
         **({"planned": run.planned} if run.planned else {}),
+        **({"experts": shares} if (shares := loads(run)) else {}),
         "hooks": [cost.record(run.hooks.measures_memory) for cost in run.hooks.costs],
         "lost": report.lost,
         "files": written_by_strategies(path.parent),
     }
     complete_file(path, (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode())
+    try:
+        write_page(run.directory)
+    except Exception as error:  # the run is complete without it
+        report.say(f"warning: report.html was not written: {describe(error)}")
     run.accelerator.wait_for_everyone()
 
 

@@ -158,7 +158,7 @@ def take_steps(
     run: Run, hooks: Composition, engine: Engine, report: Report, progress: Progress, saver: Saver, signals: Signals
 ) -> None:
     """Take the remaining optimizer steps of a run."""
-    report.start(run.steps or 0, run.step)
+    report.start(run.steps or 0, run.step, [name for strategy in run.strategies for name in strategy.shows])
     hooks.notify(Event("start", run.step, {"steps": run.steps}), report.say)
     run.model.train()
     run.optimizer.zero_grad(set_to_none=True)
@@ -196,7 +196,11 @@ def train_step(
     if finite:
         hooks.call("before_clip", run=run)
         if recipe.clip:
-            torch.nn.utils.clip_grad_norm_([p for p in run.trainable if p.grad is not None], recipe.clip)
+            trained = [p for p in run.trainable if p.grad is not None]
+            if hooks.implements("before_clip"):  # it may have changed the gradients
+                torch.nn.utils.clip_grad_norm_(trained, recipe.clip)
+            else:
+                torch.nn.utils.clip_grads_with_norm_(trained, recipe.clip, norm)
         hooks.call("before_optimizer_step", run=run)
         with hooks.part("optimizer_step"):
             optimizer_step(run, scaler)

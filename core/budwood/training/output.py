@@ -21,7 +21,9 @@ from budwood.untrusted.files import PARTIAL, check_folder, complete_file
 
 MANIFEST = "manifest.json"
 SKIPPED = "skipped.jsonl"
-RUN = frozenset({MANIFEST, SKIPPED, "recipe.yaml", "metrics.jsonl", "loss.png", "adapter", "checkpoints", "budwood"})
+RUN = frozenset(
+    {MANIFEST, SKIPPED, "recipe.yaml", "metrics.jsonl", "loss.png", "report.html", "adapter", "checkpoints", "budwood"}
+)
 """What core and its trackers write (tensorboard's folder has the project's name); manifest.json lists the rest."""
 ADAPTER = frozenset({store.CONFIG, store.WEIGHTS, store.MANIFEST, store.GOLDEN})
 _CHECKPOINT = re.compile(r"\.?step-\d+(\.\w+)*")

@@ -11,7 +11,7 @@ from torch import Tensor
 from budwood.contract.discovery import PluginError
 from budwood.contract.examples import Batch, Example
 from budwood.contract.types import Run
-from budwood.errors import BudwoodError, ResourceError, is_out_of_memory
+from budwood.errors import BudwoodError, InputError, ResourceError, describe, is_out_of_memory
 from budwood.model.evaluation import at_least_fp32, autocast, collate_for
 from budwood.model.ops import attention
 
@@ -35,21 +35,28 @@ def check_packing(run: Run, report: Any) -> None:
     """
     model, task = run.model, run.task
     model.eval()
-    if not task.packs_rows(model):
-        run.packed = False
-        reason = "this model pools by row" if task.pools_examples(model) else f"{task.name} packs none"
-        report.say(f"rows are grouped by length and padded: {reason}")
-        return
     order = run.examples.lengths.argsort(kind="stable")
     labelled = order[run.examples.label_counts[order] > 0]
     order = labelled if len(labelled) else order
     if not len(order):
+        run.packed = task.packs_rows(model)
         return
     pair = [run.examples[int(order[len(order) // 2])], run.examples[int(order[len(order) // 4])]]
     if not len(labelled):
         pair = [task.probe(example) for example in pair]  # prompts, whose last output counts
     run.packed = False
-    own = [_own_logits(run, [example]) for example in pair]
+    try:
+        own = [_own_logits(run, [example]) for example in pair]
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, BudwoodError):
+            raise
+        name = type(model).__name__
+        raise InputError(f"model class {name} fails on an example of this data: {describe(error)}") from error
+    if not task.packs_rows(model):
+        run.packed = False
+        reason = "this model pools by row" if task.pools_examples(model) else f"{task.name} packs none"
+        report.say(f"rows are grouped by length and padded: {reason}")
+        return
     same, similar = (ROUNDING, SIMILAR) if run.dtype in (torch.float16, torch.bfloat16) else (1e-4, 1e-4)
     reason = ""
     try:
@@ -71,9 +78,10 @@ def check_packing(run: Run, report: Any) -> None:
         alone = [_distance(_logits(run, [e]), logits) for e, logits in zip(pair, own, strict=True)]
         padded = _distance(_logits(run, pair), torch.cat(own))
         if max(alone) > same or padded > similar:
+            difference = max(*alone, padded)
             raise PluginError(
                 f"model class {type(model).__name__}: logits at labels differ from those of its own forward "
-                f"by {max(*alone, padded):.1%}; the model class is not supported."
+                f"by {difference:.{1 if difference > 1e-3 else 3}%}; the model class is not supported."
             )
         report.say(f"rows are padded, not packed, for this model: {reason}")
 

@@ -9,8 +9,7 @@ from budwood.contract.registry import Composition
 from budwood.contract.types import ParameterGroup, Run
 from budwood.errors import InputError
 from budwood.model.embeddings import head_of, table_of
-
-NOTHING_TRAINS = "strategies: none has trainable parameters: add an adapter such as lora."
+from budwood.training.preflight import NOTHING_TRAINS
 
 
 def trainable_groups(run: Run, hooks: Composition) -> list[ParameterGroup]:

@@ -72,6 +72,8 @@ def evaluate(run: Run, hooks: Composition, report: Report, best: Best) -> dict[s
     try:
         metrics = _measure(run, hooks)
         report.record("evaluation", run.step, metrics)
+        if run.answers:
+            report.record("answers", run.step, {"answers": run.answers})
         hooks.notify(Event("evaluation", run.step, metrics), report.say)
         run.metrics |= metrics
         best.evaluated = run.step

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import resource
@@ -21,6 +20,7 @@ from budwood.contract.calls import Cost
 from budwood.contract.types import Run
 from budwood.errors import ResourceError
 from budwood.training.records import MetricsFile, Trackers
+from budwood.training.runs import curve, records, running_mean
 from budwood.training.terminal import Terminal
 from budwood.untrusted.files import complete_file
 from budwood.untrusted.redaction import redact, redact_values
@@ -50,6 +50,7 @@ class Report:
         self._tokens = 0
         self._clock = 0.0
         self._total = self._first = 0
+        self._shown: Sequence[str] = ()
 
     def say(self, text: str) -> None:
         """Print one line."""
@@ -69,9 +70,13 @@ class Report:
         if trackers:
             self._trackers = Trackers(accelerator, config, self.say)
 
-    def start(self, total: int, done: int = 0) -> None:
-        """Start the progress bar for `total` optimizer steps, `done` of them complete; tokens/s count from here."""
-        self._total, self._first, self._clock = total, done, time.perf_counter()
+    def start(self, total: int, done: int = 0, shown: Sequence[str] = ()) -> None:
+        """Start the progress bar for `total` optimizer steps, `done` of them complete; tokens/s count from here.
+
+        Args:
+            shown: metrics of a step that are shown after the loss.
+        """
+        self._total, self._first, self._shown, self._clock = total, done, shown, time.perf_counter()
         if not (self.quiet or self.mute) and self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"),
@@ -87,7 +92,10 @@ class Report:
         self.record("step", step, {**values, "tokens": tokens, "tokens_per_second": rate})
         if self.quiet or self.mute:
             return
-        state = f"loss {values['loss']:.4f} · {rate:,.0f} tokens/s · {peak_memory() / 2**30:.2f} GiB"
+        state = "".join(
+            f"{name.replace('_', ' ')} {values[name]:.4f} · " for name in ("loss", *self._shown) if name in values
+        )
+        state += f"{rate:,.0f} tokens/s · {peak_memory() / 2**30:.2f} GiB"
         if self._progress is not None and self._bar is not None:
             self._progress.update(self._bar, completed=step, state=state)
         elif step == self._first + 1 or step * PLAIN_LINES // self._total > (step - 1) * PLAIN_LINES // self._total:
@@ -105,12 +113,12 @@ class Report:
         return self._tokens / max(time.perf_counter() - self._clock, 1e-9)
 
     def record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Write one record to metrics.jsonl and to the trackers."""
+        """Write one record to metrics.jsonl and, unless it holds answers, to the trackers."""
         if self._metrics is None:
             return
         finite = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
         self._metrics.write({"kind": kind, "step": step, **redact_values(finite)})
-        if self._trackers is not None:
+        if self._trackers is not None and kind != "answers":
             self._trackers.log(finite, step)
 
     def stop(self) -> None:
@@ -122,9 +130,9 @@ class Report:
     def close(self) -> None:
         """Close metrics.jsonl and the trackers, and report lost records."""
         self.stop()
-        for records in (self._metrics, self._trackers):
-            if records is not None:
-                records.close()
+        for kept in (self._metrics, self._trackers):
+            if kept is not None:
+                kept.close()
         self._metrics = self._trackers = None
 
     def plot(self, run: Run) -> None:
@@ -140,9 +148,9 @@ class Report:
     @property
     def lost(self) -> dict[str, int]:
         """Counts of losses so far: terminal lines, records of metrics.jsonl and of each tracker."""
-        records = self._metrics.lost if self._metrics is not None else 0
+        lines = self._metrics.lost if self._metrics is not None else 0
         trackers = self._trackers.lost if self._trackers is not None else {}
-        counts = {"terminal lines": self._terminal.lost, "metrics.jsonl records": records}
+        counts = {"terminal lines": self._terminal.lost, "metrics.jsonl records": lines}
         counts |= {f"{name} records": count for name, count in trackers.items()}
         return {name: count for name, count in counts.items() if count}
 
@@ -153,20 +161,9 @@ def _kept_lines(step: int, lines: Sequence[bytes]) -> Iterator[bytes]:
     An evaluation at that step is repeated. An incomplete line of a killed process is dropped.
     """
     for line in lines:
-        for record in _records([line]):
-            if record["step"] <= step - (record["kind"] != "step") and line.endswith(b"\n"):
+        for record in records([line]):
+            if "kind" in record and record["step"] <= step - (record["kind"] != "step") and line.endswith(b"\n"):
                 yield line
-
-
-def _records(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
-    """Yield the records of metrics.jsonl, skipping invalid lines."""
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record:
-            yield record
 
 
 def draw_loss(metrics: Path, picture: Path, metric: str = "") -> None:
@@ -178,22 +175,17 @@ def draw_loss(metrics: Path, picture: Path, metric: str = "") -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records = list(_records(metrics.read_bytes().splitlines()))
-    train = [(r["step"], r["loss"]) for r in records if r["kind"] == "step" and "loss" in r]
-    shown = metric or "eval_loss"
-    evaluated = [(r["step"], r[shown]) for r in records if r["kind"] == "evaluation" and shown in r]
+    found = list(records(metrics.read_bytes().splitlines()))
+    train = curve([record for record in found if record.get("kind") == "step"], "loss")
+    evaluated = curve([record for record in found if record.get("kind") == "evaluation"], metric or "eval_loss")
     two = bool(metric and evaluated)
     figure = Figure(figsize=(7, 6 if two else 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1 + two, sharex=True, squeeze=False)[:, 0]
     if train:
-        steps, losses = zip(*train, strict=True)
-        panels[0].plot(steps, losses, color="#9ecae1", linewidth=1, label="training, each step")
-        mean, smooth = losses[0], []
-        for loss in losses:
-            mean = 0.9 * mean + 0.1 * loss
-            smooth.append(mean)
-        panels[0].plot(steps, smooth, color="#2171b5", linewidth=2, label="training, running mean")
+        panels[0].plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1, label="training, each step")
+        smooth = zip(*running_mean(train), strict=True)
+        panels[0].plot(*smooth, color="#2171b5", linewidth=2, label="training, running mean")
     if evaluated:
         panels[-1].plot(*zip(*evaluated, strict=True), color="#d94801", marker="o", label="evaluation")
     panels[-1].set_xlabel("optimizer step")

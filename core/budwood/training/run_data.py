@@ -151,7 +151,18 @@ def _prepare_examples(run: Run, hooks: Composition, examples: Examples) -> Examp
 
 
 def _report_large_groups(run: Run, report: Report) -> None:
-    sizes = np.bincount(run.examples.groups, weights=run.examples.lengths) if len(run.examples) else np.zeros(0)
-    large = int((sizes > run.micro_tokens).sum())
-    if large and len(sizes) < len(run.examples):
-        report.say(f"note: {large:,} groups are larger than train.micro_tokens; each forms a separate micro-batch")
+    """Report examples or groups larger than the size that the recipe gives; the plan chooses a size that holds all."""
+    limit, examples = run.recipe.train.micro_tokens, run.examples
+    if limit is None or not len(examples):
+        return
+    sizes = np.bincount(examples.groups, weights=examples.lengths)
+    large = np.flatnonzero(sizes > limit)
+    if len(large):
+        what = "group" if len(sizes) < len(examples) else "example"
+        what += " is" if len(large) == 1 else "s are"
+        largest = int(np.argmax(sizes))
+        where = examples.location(int(np.flatnonzero(examples.groups == largest)[0]))
+        report.say(
+            f"note: {len(large):,} {what} larger than train.micro_tokens ({limit:,}); each forms a separate "
+            f"micro-batch, the largest of {int(sizes[largest]):,} tokens ({where})"
+        )

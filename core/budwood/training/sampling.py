@@ -34,7 +34,7 @@ def sample(
         answers = generate(
             run.model, run.tokenizer, [prompt for prompt in ids for _ in range(samples)], max_new_tokens,
             temperature=temperature, top_p=top_p, stop=stop, stop_ids=[run.examples.stop_ids] * (len(ids) * samples),
-            batch_tokens=TIMES * run.recipe.train.micro_tokens,
+            batch_tokens=TIMES * run.recipe.micro_tokens,
             keys=[(run.seed, run.step, key, number) for key in keys for number in range(samples)],
             log_probs=run.task.log_probs,
         )  # fmt: skip

@@ -36,7 +36,7 @@ from budwood.model.base import (
 from budwood.model.embeddings import resize_base
 from budwood.model.experts import count_experts
 from budwood.model.limits import default_length
-from budwood.model.ops import attention
+from budwood.model.ops import attention, kernels
 from budwood.model.streaming import keep_heap
 from budwood.model.task import Task
 from budwood.recipe.continued import read_start
@@ -44,10 +44,12 @@ from budwood.recipe.data import embeddings_wanted, read_task_base, recipe_skelet
 from budwood.recipe.schema import Recipe, build_composition, find_code, load_recipe
 from budwood.training.durability import changes
 from budwood.training.durability.resume import Resume
+from budwood.training.micro_tokens import settle, settle_as_before, shared_out, wanted
+from budwood.training.mixture import balance_load
 from budwood.training.output import MANIFEST, SKIPPED, make_output, read_manifest
 from budwood.training.packing_check import check_packing
-from budwood.training.parameters import NOTHING_TRAINS, torch_groups, trainable_groups
-from budwood.training.preflight import preflight
+from budwood.training.parameters import torch_groups, trainable_groups
+from budwood.training.preflight import NOTHING_TRAINS, preflight
 from budwood.training.reference import cache_reference
 from budwood.training.report import Report, peak_memory, resident_peak
 from budwood.training.run_data import read_data
@@ -131,7 +133,7 @@ def _prepare(
     """See `prepare`; the recipe's output, options and files have been checked."""
     if not hooks.implements("trainable_parameters"):
         raise InputError(NOTHING_TRAINS)
-    task = recipe_task(recipe)
+    task, given = recipe_task(recipe), recipe
     directory = Path(recipe.output)
     device, dtype, reason = pick_device_precision(recipe.base.device, recipe.train.precision)
     check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code, device)
@@ -163,6 +165,7 @@ def _prepare(
     plan.steps = run.steps
     check_plan(plan, hooks)
     if resume is not None:
+        settle_as_before(run, resume.checkpoint.setting)
         now = changes.setting(run)
         if not hooks.implements("load_base"):
             now["base"] = {"fingerprint": fingerprint(recipe.base.model)}
@@ -173,8 +176,12 @@ def _prepare(
                 "note: on CUDA a resumed run is identical up to rounding, and bitwise identical with "
                 "train.deterministic"
             )
-    if planner is not None and run.processes == 1:
+    chosen = run.recipe.train.micro_tokens is None
+    if planner is not None:
         planner(run, model)
+    if run.recipe.train.micro_tokens is None:
+        settle(run, shared_out(run, wanted(run, "cpu")))
+    recipe = run.recipe
     make_output(directory, overwrite, accelerator)
 
     run.base = _base(run, hooks, task, trust)
@@ -184,6 +191,8 @@ def _prepare(
         keep_heap()
     merged = [f"adapter {record.weights[:12]} is merged into it" for record in merged_into(run.base.path)]
     report.say(f"base {run.base.name}: " + "; ".join([*run.base.notes, *merged]))
+    for problem in kernels.prepare(device, run.dtype):
+        report.say(problem)
     if run.start_adapter is not None:
         check_start(run, run.start_adapter)
     run.model = run.base.model
@@ -196,10 +205,10 @@ def _prepare(
     if resume is not None and not resume.changes and any(strategy.caches_reference for strategy in run.strategies):
         run.reference_tokens = resume.checkpoint.load().get("reference_tokens", run.reference_tokens)
     engine = build_engine(run, hooks)
-    _report_size(run, report)
+    _report_size(run, report, chosen)
     build_optimizer(run, hooks)
     if accelerator.is_main_process:
-        write_manifest(run, resume)
+        write_manifest(run, resume, changes.chosen(given, run))
         complete_file(directory / "recipe.yaml", recipe.to_yaml(hooks.strategies).encode())
         write_skipped(run, report)
     step = resume.checkpoint.step if resume is not None else 0
@@ -310,6 +319,7 @@ def build_engine(run: Run, hooks: Composition) -> Engine:
     """Register core's hooks for an adapted model, and cache the reference if a strategy asks for it."""
     engine = Engine(run, hooks)
     register_parts(hooks, engine)
+    balance_load(run, hooks)
     cache_reference(run)
     return engine
 
@@ -320,7 +330,7 @@ def build_optimizer(run: Run, hooks: Composition) -> None:
     run.scheduler = hooks.call("build_scheduler", run=run, optimizer=run.optimizer)
 
 
-def _report_size(run: Run, report: Report) -> None:
+def _report_size(run: Run, report: Report, chosen: bool) -> None:
     from budwood.adapters.describe import describe_adapter
 
     trainable = sum(p.numel() for p in run.trainable)
@@ -332,10 +342,13 @@ def _report_size(run: Run, report: Report) -> None:
     report.say(f"{names}: {trainable:,} trainable parameters ({trainable / total:.2%} of {total:,})")
     adapted = describe_adapter(run.model, RUN_ADAPTER)
     if experts.total:
-        adapted += f"{'; ' if adapted else ''}experts: {experts.trained:,} of {experts.total:,} adapted"
+        quantized = f"{experts.quantized:,} of {experts.total:,} in {run.base.quantization}"
+        quantized = f"{experts.total:,}, not quantised" if run.base.quantization == "none" else quantized
+        adapted += f"{'; ' if adapted else ''}experts: {quantized}, {experts.trained:,} adapted"
     if adapted:
         report.say(f"adapted: {adapted}")
-    report.say(f"{run.steps} optimizer steps of {size}, at most {train.micro_tokens} tokens at once")
+    limit = f"at most {train.micro_tokens} tokens at once{' (train.micro_tokens: auto)' if chosen else ''}"
+    report.say(f"{run.steps} optimizer steps of {size}, {limit}")
     if train.steps is None and (run.steps or 0) < FEW_STEPS:
         unit = "batch_examples" if train.batch_examples else "batch_tokens"
         epoch = len(run.examples) if train.batch_examples else int(run.examples.lengths.sum())
@@ -358,8 +371,12 @@ def precision_name(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
-def write_manifest(run: Run, resume: Resume | None = None) -> None:
-    """Write manifest.json: versions, strategies with options, base, data, seed, device, accepted changes."""
+def write_manifest(run: Run, resume: Resume | None = None, chosen: Sequence[str] = ()) -> None:
+    """Write manifest.json: versions, strategies with options, base, data, seed, device, accepted changes.
+
+    Args:
+        chosen: the fields of the recipe that the run chose.
+    """
     manifest = {
         "budwood": metadata.version("budwood"),
         "python": platform.python_version(),
@@ -371,6 +388,7 @@ def write_manifest(run: Run, resume: Resume | None = None) -> None:
             "bytes": run.base.bytes, "bytes_unquantized": run.base.bytes_unquantized,
         },
         "data": changes.data_setting(run),
+        "examples": {n: e.summary() for n, e in (("train", run.examples), ("eval", run.eval_examples)) if e},
         "adapter": run.start_adapter.hashes.model_dump() if run.start_adapter is not None else None,
         "task": run.task.name,
         "best_metric": {"name": run.best_metric.name, "higher": run.best_metric.higher} if run.best_metric else None,
@@ -381,6 +399,8 @@ def write_manifest(run: Run, resume: Resume | None = None) -> None:
         "device": str(run.device),
         "precision": precision_name(run.dtype),
         "processes": run.processes,
+        "micro_tokens": run.micro_tokens,
+        "chosen": list(chosen),
         "files": sorted({name for strategy in run.strategies for name in strategy.writes}),
     }  # fmt: skip
     if resume is not None:

@@ -13,6 +13,8 @@ from budwood import CorruptError, InputError, LiveAdapter, LiveUpdate, copy_adap
 from budwood.lowrank import (
     adapter_layers,
     add_to_weight,
+    experts_of,
+    file_paths,
     fit_whole,
     live_low_rank,
     merge_whole_parts,
@@ -25,19 +27,23 @@ from budwood.lowrank import (
     whole_tensors,
     without_base_tensors,
 )
-from budwood_adalora.layers import add_adapter, padded, scale
+from budwood_adalora.layers import add_adapter, padded, scale, spread
 from budwood_adalora.options import TYPE, UNUSED, SavedConfig
 
 PREFIX = "base_model.model."
 
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Return the live tensors of an adapter, by key in PEFT's file; updates of rank 0 have none."""
+    """Return the live tensors of an adapter, by key in PEFT's file; updates of rank 0 have none.
+
+    PEFT has no AdaLoRA on experts; their tensors have the keys that LoRA's would have.
+    """
+    layers = {path: layer for path, layer in adapter_layers(model, name) if layer.r[name]}
+    paths = file_paths(model, layers)
     tensors = {
-        f"{PREFIX}{path}.{part}": getattr(layer, part)[name].data
-        for path, layer in adapter_layers(model, name)
+        f"{PREFIX}{paths[path]}.{part}": getattr(layer, part)[name].data
+        for path, layer in layers.items()
         for part in ("lora_A", "lora_B", "lora_E")
-        if layer.r[name]
     }
     return tensors | whole_tensors(model, name)
 
@@ -56,9 +62,10 @@ def attach(
     """
     saved = parse(config)
     targets, whole = saved_targets(model, saved), saved_whole_modules(model, saved, tensors)
-    ranks = {path: rank for path, rank in _ranks(saved, targets, tensors).items() if rank}
+    ranks = _kept(saved, targets, tensors, file_paths(model, targets))
+    _check_experts(model, ranks)
     tensors = {key: tensor for key, tensor in tensors.items() if tensor.numel()}
-    scaling = {path: _scale(saved, rank) for path, rank in ranks.items()}
+    scaling = {path: _scale(saved, max(each)) for path, each in ranks.items()}
     tokens, tensors = saved_tokens(model, saved, tensors, whole)
     try:
         add_adapter(model, name, ranks, scaling, saved.lora_dropout, whole, saved.bias, tokens)
@@ -79,18 +86,23 @@ def live(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]) -
     """
     saved = parse(config)
     targets = saved_targets(model, saved)
-    ranks = {path: rank for path, rank in _ranks(saved, targets, tensors).items() if rank}
+    paths = file_paths(model, targets)
+    ranks = _kept(saved, targets, tensors, paths)
+    _check_experts(model, ranks)
     tensors = {key: tensor for key, tensor in tensors.items() if tensor.numel()}
     own: dict[str, tuple[int, ...]] = {}
-    for path, rank in ranks.items():
+    for path, each in ranks.items():
         outputs, inputs = linear_shape(model.get_submodule(path))
-        key = f"{PREFIX}{path}.lora_"
+        key, rank = f"{PREFIX}{paths[path]}.lora_", sum(each)
         own |= {f"{key}A": (rank, inputs), f"{key}B": (outputs, rank), f"{key}E": (rank, 1)}
-    width = max(ranks.values(), default=0)
+    width = max(map(max, ranks.values()), default=0)
 
     def update(path: str, tensors: Mapping[str, Tensor]) -> LiveUpdate:
-        a, b, values = (tensors[f"{PREFIX}{path}.lora_{part}"].float() for part in "ABE")
-        return LiveUpdate(*padded(a * values, b, width), _scale(saved, ranks[path]))
+        a, b, values = (tensors[f"{PREFIX}{paths[path]}.lora_{part}"].float() for part in "ABE")
+        each, scaling = ranks[path], _scale(saved, max(ranks[path]))
+        if experts_of(model.get_submodule(path)):
+            return LiveUpdate(*spread(a * values, b, each), scaling)
+        return LiveUpdate(*padded(a * values, b, width), scaling)
 
     return live_low_rank(model, saved, tensors, list(ranks), own, update)
 
@@ -101,6 +113,10 @@ def merge(model: nn.Module, name: str) -> None:
     select_adapters(model, TYPE, [])
     merge_whole_parts(model, name)
     for _, layer in adapter_layers(model, name):
+        if layer.experts:
+            a, b = spread(layer.lora_A[name] * layer.lora_E[name], layer.lora_B[name], layer.ranks(name))
+            layer.get_base_layer().add(layer.scaling[name] * torch.bmm(b, a))
+            continue
         delta = layer.scaling[name] * (layer.lora_B[name] @ (layer.lora_A[name] * layer.lora_E[name]))
         add_to_weight(layer.get_base_layer(), delta)
     remove_adapter(model, name)
@@ -116,9 +132,11 @@ def as_lora(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[st
         CorruptError, InputError: see `attach`; or all its ranks are 0.
     """
     saved = parse(config)
+    if saved.target_parameters:
+        raise InputError("it adapts experts (target_parameters), which are not converted to LoRA: merge it instead.")
     adapted = [k.removeprefix(PREFIX) for k in tensors if k.endswith(".lora_E")]
     paths = list(dict.fromkeys(k.partition(".lora_E")[0] for k in (*adapted, *(saved.rank_pattern or {}))))
-    ranks = {path: rank for path, rank in _ranks(saved, paths, tensors).items() if rank}
+    ranks = {p: sum(each) for p, each in _kept(saved, paths, tensors, dict(zip(paths, paths, strict=True))).items()}
     if not ranks:
         raise InputError("every rank of the adapter is 0: it adapts no linear module.")
     parts = tuple(f"{path}.lora_{part}" for path in paths for part in "ABE")
@@ -157,22 +175,41 @@ def _scale(saved: SavedConfig, rank: int) -> float:
     return scale(saved.lora_alpha if saved.lora_alpha > 0 else rank, saved.init_r)
 
 
-def _ranks(saved: SavedConfig, targets: list[str], tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Return the rank of each target, checked against both the config's pattern and the tensors.
+def _kept(
+    saved: SavedConfig, targets: list[str], tensors: dict[str, Tensor], paths: Mapping[str, str]
+) -> dict[str, list[int]]:
+    """Return the rank of each target that has one, or of its experts, checked against config and tensors.
+
+    Args:
+        paths: path of each target in the file.
 
     Raises:
         CorruptError: the two disagree, or the pattern names other modules.
     """
-    ranks = dict.fromkeys(targets, saved.init_r)
+    found = {path: [saved.init_r] for path in targets}
     for key, mask in (saved.rank_pattern or {}).items():
         path = key.partition(".lora_E")[0]
-        if path not in ranks or len(mask) != saved.init_r:
+        if path not in found or not mask or len(mask) % saved.init_r:
             raise CorruptError(f"adapter_config.json: rank_pattern: '{key}' contradicts target_modules or init_r.")
-        ranks[path] = sum(mask)
-    for path, rank in ranks.items():
-        values = tensors.get(f"{PREFIX}{path}.lora_E", torch.empty(0, 1))
-        if values.shape[:1] != (rank,):
+        starts = range(0, len(mask), saved.init_r)
+        found[path] = [sum(mask[start : start + saved.init_r]) for start in starts]
+    for path, each in found.items():
+        values = tensors.get(f"{PREFIX}{paths[path]}.lora_E", torch.empty(0, 1))
+        if values.shape[:1] != (sum(each),):
             raise CorruptError(
-                f"the rank of '{path}' is {rank} in adapter_config.json and {len(values)} in its tensors."
+                f"the rank of '{path}' is {sum(each)} in adapter_config.json and {len(values)} in its tensors."
             )
-    return ranks
+    return {path: each for path, each in found.items() if sum(each)}
+
+
+def _check_experts(model: nn.Module, ranks: Mapping[str, list[int]]) -> None:
+    """Check that the config gives a rank for every expert of the model.
+
+    Raises:
+        CorruptError: the model has another number of experts.
+    """
+    for path, each in ranks.items():
+        if len(each) != (experts := experts_of(model.get_submodule(path)) or 1):
+            raise CorruptError(
+                f"adapter_config.json: rank_pattern: '{path}' has {len(each)} ranks for {experts} experts."
+            )

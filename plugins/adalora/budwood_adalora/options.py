@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from budwood import Layers, ModulesToSave, Options, Targets
-from budwood.lowrank import SavedLowRankConfig
+from budwood.lowrank import SavedExpertsConfig
 
 TYPE = "adalora"
 
@@ -14,7 +14,12 @@ class AdaLoRAOptions(Options):
     """Options of `adalora`; in PEFT's AdaLoraConfig init_r, target_r, tinit, tfinal, deltaT, orth_reg_weight."""
 
     initial_rank: int = Field(12, ge=1, le=4096, description="rank of every update at the start")
-    target_rank: int = Field(8, ge=1, le=4096, description="mean rank at the end: the budget is this times the targets")
+    target_rank: int = Field(
+        8,
+        ge=1,
+        le=4096,
+        description="mean rank at the end: the budget is this times the targets, with each expert a target",
+    )
     alpha: float = Field(24, gt=0, description="scale of every update: alpha / initial_rank, at all ranks")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     targets: Targets = "all-linear"
@@ -42,7 +47,7 @@ class AdaLoRAOptions(Options):
         return self
 
 
-class SavedConfig(SavedLowRankConfig):
+class SavedConfig(SavedExpertsConfig):
     """The fields of adapter_config.json that determine the function of an AdaLoRA adapter."""
 
     init_r: int = Field(12, ge=1)

@@ -17,7 +17,7 @@ def draw_ranks(ranks: Mapping[str, int], budgets: Sequence[int], target: int, la
     """Draw ranks.png.
 
     Args:
-        ranks: final rank of each module, by its path.
+        ranks: final rank of each module, by its path; for experts their mean.
         budgets: allowed sum of the ranks after each step, from step 0.
         target: final budget.
         largest: the initial rank, the upper end of the colour scale.
@@ -49,7 +49,7 @@ def draw_ranks(ranks: Mapping[str, int], budgets: Sequence[int], target: int, la
         if len(set(ranks.values())) > 1
         else f"all {min(ranks.values())}"
     )
-    top.set_title(f"rank of each module: {spread}, together {sum(ranks.values())}", fontsize=10, loc="left")
+    top.set_title(f"rank of each module: {spread}, mean {np.mean(list(ranks.values())):.1f}", fontsize=10, loc="left")
     if len(columns) <= _ANNOTATED:
         for (row, column), rank in np.ndenumerate(grid):
             if not np.ma.is_masked(rank):

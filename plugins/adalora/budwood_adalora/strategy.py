@@ -68,7 +68,7 @@ class AdaLoRA(Strategy):
             return
         try:
             whole = whole_modules(plan.model, options.modules_to_save, plan.task)
-            targets = match_targets(plan.model, options.targets, options.layers, whole)
+            targets = match_targets(plan.model, options.targets, options.layers, whole, experts=True)
             if plan.start_adapter is not None:
                 from budwood.lowrank import check_continued
                 from budwood_adalora.file import parse
@@ -89,7 +89,7 @@ class AdaLoRA(Strategy):
     def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
         import torch
 
-        from budwood.lowrank import adapter_layers, new_tokens, select_adapters
+        from budwood.lowrank import adapter_layers, experts_of, new_tokens, select_adapters
         from budwood_adalora.importance import Importance
         from budwood_adalora.layers import add_adapter, scale
 
@@ -98,9 +98,9 @@ class AdaLoRA(Strategy):
             return self._continue(run, run.start_adapter, model)
         self._schedule = Schedule.of(options, run.steps or 0)
         self._modules_to_save = whole_modules(model, options.modules_to_save, run.task, run.base)
-        self._paths = match_targets(model, options.targets, options.layers, self._modules_to_save)
+        self._paths = match_targets(model, options.targets, options.layers, self._modules_to_save, experts=True)
         self._tokens = new_tokens(model, run.base, self._modules_to_save)
-        ranks = dict.fromkeys(self._paths, options.initial_rank)
+        ranks = {p: [options.initial_rank] * (experts_of(model.get_submodule(p)) or 1) for p in self._paths}
         scaling = dict.fromkeys(self._paths, scale(options.alpha, options.initial_rank))
         with torch.random.fork_rng(devices=[]):  # the initialisation depends on the seed alone
             torch.manual_seed(run.seed)
@@ -161,9 +161,12 @@ class AdaLoRA(Strategy):
         if not self.options.orthogonality or step.micro_step or step.replaying or step.run.process_index:
             return None
         layers = [layer for layer in self._layers.values() if layer.r[RUN_ADAPTER]]
-        right = [layer.lora_A[RUN_ADAPTER] for layer in layers]
-        left = [layer.lora_B[RUN_ADAPTER] for layer in layers]
-        mean = orthogonality(right, left) / len(self._layers)
+        right, left = [], []
+        for layer in layers:  # each expert's vectors by themselves
+            ranks = layer.ranks(RUN_ADAPTER)
+            right += [a for a in layer.lora_A[RUN_ADAPTER].split(ranks) if len(a)]
+            left += [b for b in layer.lora_B[RUN_ADAPTER].split(ranks, 1) if b.shape[1]]
+        mean = orthogonality(right, left) / self._updates()
         return LossTerm("orthogonality", mean, "step", self.options.orthogonality)
 
     @hookimpl
@@ -186,7 +189,7 @@ class AdaLoRA(Strategy):
                 return
             keep = choose(self._importance.scores(), target)
             self._shrink(run, {path: mask.nonzero()[:, 0] for path, mask in zip(self._layers, keep, strict=True)})
-            ranks = self.ranks().values()
+            ranks = [rank for layer in self._layers.values() for rank in layer.ranks(RUN_ADAPTER)]
             run.say(
                 f"adalora: {sum(ranks)} of {start} ranks remain after step {step}, "
                 f"{min(ranks)} to {max(ranks)} per module"
@@ -201,6 +204,7 @@ class AdaLoRA(Strategy):
     @hookimpl
     def state_dict(self, run: Run) -> dict[str, Any]:
         state: dict[str, Any] = {"version": STATE_VERSION, "ranks": self.ranks()}
+        state |= {f"owners.{path}": layer.owners[RUN_ADAPTER] for path, layer in self._layers.items() if layer.experts}
         if self._importance is not None:
             names = self._names()
             state |= {f"sensitivity.{k}": v for k, v in zip(names, self._importance.sensitivity, strict=True)}
@@ -228,25 +232,36 @@ class AdaLoRA(Strategy):
                     tensor.copy_(state[f"{part}.{name}"])
         else:  # the ranks are final: restore the shapes; core restores the values afterwards
             self._shrink(run, {path: torch.arange(rank) for path, rank in state["ranks"].items()})
+            for path, layer in self._layers.items():
+                if layer.experts:
+                    layer.owners[RUN_ADAPTER] = state[f"owners.{path}"]
 
     @hookimpl
     def export(self, run: Run, model: nn.Module, directory: Path) -> None:
         from peft import AdaLoraConfig
         from safetensors.torch import save_file
 
-        from budwood.lowrank import fan_in_fan_out
+        from budwood.lowrank import fan_in_fan_out, split_targets
         from budwood_adalora.file import adapter_tensors
         from budwood_adalora.picture import draw_ranks
 
         options, ranks = self.options, self.ranks()
+        kept = [path for path, rank in ranks.items() if rank]  # rank 0: the unchanged base module
+        linears, experts = split_targets(model, kept)
+        if experts:
+            run.say(
+                "adalora: PEFT has no AdaLoRA on experts: the adapter opens in Budwood alone, or merged into its base"
+            )
         if self._importance is not None:
             run.say(f"adalora: the budget was not reached; all {sum(ranks.values())} ranks are saved")
+        initial = options.initial_rank
         config = AdaLoraConfig(
-            init_r=options.initial_rank,
+            init_r=initial,
             target_r=options.target_rank,
             lora_alpha=options.alpha,
             lora_dropout=options.dropout,
-            target_modules=[path for path, rank in ranks.items() if rank],  # rank 0: the unchanged base module
+            target_modules=linears,
+            target_parameters=experts or None,
             fan_in_fan_out=fan_in_fan_out(model, self._paths),
             modules_to_save=self._modules_to_save or None,
             trainable_token_indices=self._tokens or None,
@@ -259,9 +274,8 @@ class AdaLoRA(Strategy):
             total_step=self._schedule.steps,
             # PEFT counts the True entries of each mask; the original positions no longer matter.
             rank_pattern={
-                f"{path}.lora_E": [True] * rank + [False] * (options.initial_rank - rank)
-                for path, rank in ranks.items()
-                if rank
+                f"{path}.lora_E": [i < rank for rank in self._layers[path].ranks(RUN_ADAPTER) for i in range(initial)]
+                for path in kept
             },
             task_type=run.task.peft_task_type,
             base_model_name_or_path=run.recipe.base.model,
@@ -274,7 +288,8 @@ class AdaLoRA(Strategy):
         start, target = self._budgets(run)
         budgets = [self._schedule.budget(step, start, target) for step in range(run.step + 1)]
         try:
-            draw_ranks(ranks, budgets, target, options.initial_rank, run.directory / "ranks.png")
+            means = {path: round(rank / (self._layers[path].experts or 1)) for path, rank in ranks.items()}
+            draw_ranks(means, budgets, target, initial, run.directory / "ranks.png")
         except (OSError, ValueError) as error:
             run.say(f"warning: ranks.png was not drawn: {error}")
 
@@ -317,7 +332,7 @@ class AdaLoRA(Strategy):
         return as_lora(config, tensors) if adapter_type == "lora" else None
 
     def ranks(self) -> dict[str, int]:
-        """Return the rank of each adapted module of the run, by its path."""
+        """Return the rank of each adapted module of the run, by its path; for experts the sum of their ranks."""
         return {path: layer.r[RUN_ADAPTER] for path, layer in self._layers.items()}
 
     def _budgets(self, run: Run) -> tuple[int, int]:
@@ -325,7 +340,11 @@ class AdaLoRA(Strategy):
         if run.start_adapter is not None:
             total = sum(self.ranks().values())
             return total, total
-        return self.options.initial_rank * len(self._paths), self.options.target_rank * len(self._paths)
+        return self.options.initial_rank * self._updates(), self.options.target_rank * self._updates()
+
+    def _updates(self) -> int:
+        """Return the number of updates: one for each linear, and for each expert of a projection."""
+        return sum(layer.experts or 1 for layer in self._layers.values())
 
     def _triplets(self) -> list[nn.Parameter]:
         """Return A [r, in], B [out, r], E [r, 1] of each module in turn."""
@@ -336,7 +355,7 @@ class AdaLoRA(Strategy):
         return [f"{path}.{part}" for path in self._layers for part in ("lora_A", "lora_B", "lora_E")]
 
     def _shrink(self, run: Run, keep: dict[str, Tensor]) -> None:
-        width = max(len(indices) for indices in keep.values())
+        width = max((len(indices) for path, indices in keep.items() if not self._layers[path].experts), default=0)
         for path, indices in keep.items():
             layer = self._layers[path]
             layer.shrink(run, RUN_ADAPTER, indices.to(layer.lora_E[RUN_ADAPTER].device), width)

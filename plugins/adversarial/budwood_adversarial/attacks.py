@@ -66,7 +66,7 @@ class PGD(Attack):
 
         options = self.options
         if self._scale is None:
-            self._scale = measure(run.task.noise_module(run.model))
+            self._scale = measure(run)
             epsilon = relative(options.relative_epsilon, options.norm, self._scale)
             run.say(f"{self.name}: epsilon {epsilon:.2g}; {describe_scale(self._scale)}")
         return relative(options.relative_epsilon, options.norm, self._scale)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from budwood import device_type
+
 BLOCK = 1 << 18
 """Logits per block on a CPU, so that intermediate results stay in its cache."""
 
@@ -75,5 +77,5 @@ def _log_sum(logits: Tensor, probabilities: Tensor) -> Tensor:
 
 def _blocks(logits: Tensor) -> list[slice]:
     """Return slices of rows for blockwise computation; one slice on a GPU."""
-    rows = max(1, BLOCK // logits.shape[-1]) if logits.device.type == "cpu" else max(1, len(logits))
+    rows = max(1, BLOCK // logits.shape[-1]) if device_type(logits) == "cpu" else max(1, len(logits))
     return [slice(start, start + rows) for start in range(0, len(logits), rows)]

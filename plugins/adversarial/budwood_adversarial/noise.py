@@ -7,29 +7,17 @@ in a padded row, and alone. Nothing here loops over tokens or reads the device.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from budwood import Batch, Run
 from budwood_adversarial.options import Scale
 
-ROWS = 8192
-"""Embeddings whose norms are computed at a time."""
 
-
-@torch.no_grad()
-def measure(embeddings: nn.Module) -> Scale:
-    """Return the scale of input embeddings, of their output rather than the table: some models multiply it.
-
-    The median ignores the rows of unused tokens and of padding.
-    """
-    weight: Any = embeddings.weight
-    count, width = weight.shape
-    ids = torch.arange(count, device=weight.device)[None]
-    norms = [embeddings(ids[:, start : start + ROWS]).float().norm(dim=-1)[0] for start in range(0, count, ROWS)]
-    return Scale(float(torch.cat(norms).median()), width)
+def measure(run: Run) -> Scale:
+    """Return the scale of a run's input embeddings; the median ignores the rows of unused tokens and of padding."""
+    return Scale(float(run.task.embedding_norms(run).median()), run.task.embedding_width(run.model))
 
 
 class PerturbationMask:

@@ -5,6 +5,7 @@ Torch takes seconds to import, so it is imported in the hooks: invalid options a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ class Adversarial(Strategy):
             return model
         from budwood_adversarial.noise import measure
 
-        self.scale = measure(run.task.noise_module(model))
+        self.scale = measure(run)
         if self.options.epsilon is None:
             run.say(f"{self.gain.label}: epsilon {self.value('epsilon'):.2g}; {describe_scale(self.scale)}")
         return model
@@ -203,12 +204,29 @@ class Adversarial(Strategy):
 
 
 def has_embeddings(model: nn.Module) -> bool:
-    """Whether the model has an input embedding table, to whose output noise can be added."""
+    """Whether noise can be added to what the model's input embeddings return: of a table, or of an image's patches."""
     try:
-        weight = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return False
-    return weight is not None and weight.ndim == 2
+    weight = getattr(embeddings, "weight", None)
+    return weight.ndim == 2 if weight is not None else _embeds_patches(embeddings)
+
+
+def _embeds_patches(embeddings: Any) -> bool:
+    """Whether a module returns [1, patches, d] for an image, found out without values; some also return a size."""
+    from torch import Tensor, empty, nn
+
+    projection = getattr(embeddings, "projection", None)
+    if not isinstance(projection, nn.Conv2d):
+        return False
+    size = getattr(embeddings, "image_size", 0)
+    height, width = size if isinstance(size, tuple | list) else (size, size)
+    try:
+        found = copy.deepcopy(embeddings).to("meta")(empty(1, projection.in_channels, height, width, device="meta"))
+    except Exception:  # another way to call it
+        return False
+    return isinstance(found, Tensor) and found.ndim == 3
 
 
 def describe_scale(scale: Scale) -> str:

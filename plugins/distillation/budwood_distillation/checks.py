@@ -119,7 +119,10 @@ def _own_model(options: DistillationOptions, plan: Plan, student: Any) -> Teache
             raise InputError(
                 f"'{name}' in {info.quantization} is the base itself: write `teacher: base` to avoid a second copy."
             )
-        _check_tokenizer(name, load_tokenizer(name), plan)
+        if plan.tokenizer is not None:
+            _check_tokenizer(name, load_tokenizer(name), plan)
+        elif other := plan.task.reads_otherwise(info.path):
+            raise InputError(f"'{name}' {other}: use a teacher that reads the same inputs as the base.")
         frame = skeleton(name, plan.task.auto_class)
         pools = ["row" if plan.task.pools_examples(model) else "token" for model in (frame, plan.model)]
         if pools[0] != pools[1]:
@@ -177,7 +180,9 @@ def _check_tokenizer(name: str, theirs: Any, plan: Plan) -> None:
 
 
 def _vocabulary(tokenizer: Any, frame: Any) -> int:
-    """Return the number of logits that represent tokens of the tokenizer; the others are padding."""
+    """Return the number of logits that represent tokens of the tokenizer; the others are padding. 0: no tokens."""
+    if tokenizer is None:
+        return 0
     width: int = frame.config.get_text_config().vocab_size
     return min(max(tokenizer.get_vocab().values()) + 1, width)
 

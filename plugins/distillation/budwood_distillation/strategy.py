@@ -234,6 +234,11 @@ class Distillation(Strategy):
         try:
             if info.labels:
                 check_labels(self.options.teacher, info.labels, labels)
+            if self.options.cache is not None and run.task.varies():
+                raise InputError(
+                    f"cache: {run.task} varies examples in each epoch, and the cache holds one answer to "
+                    "each: leave it out."
+                )
             if self.options.cache is not None:
                 self.cache = TeacherCache(Path(self.options.cache).expanduser(), self._key(run, examples), examples)
         except BudwoodError as error:
@@ -249,7 +254,7 @@ class Distillation(Strategy):
             content.update(f"{e.key} {len(e.labels)} ".encode() + e.label_positions.tobytes() + e.labels.tobytes())
             for name in sorted(e.inputs):
                 content.update(name.encode() + e.inputs[name].tobytes())
-        vocabulary = json.dumps(sorted(run.tokenizer.get_vocab().items()))
+        vocabulary = json.dumps(sorted(run.tokenizer.get_vocab().items()) if run.tokenizer is not None else [])
         return {
             "format": FORMAT,
             "teacher": fingerprint(self.options.teacher if self.options.own_model else run.recipe.base.model),

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any, Literal
 
 import numpy as np
@@ -99,6 +100,11 @@ class Embedding(TextTask):
         if "pooling" not in options:
             options["pooling"] = "last" if is_causal(read_kind(folder)) else "mean"
         self.options = EmbeddingOptions(**options)
+
+    def planned_row(self, text: str, number: int) -> dict[str, Any]:
+        """Return an anchor and its positive, which differ from those of other rows."""
+        word = ascii_lowercase[number % 26]
+        return {"anchor": f"{word} {text}", "positive": f"{word} {text}"}
 
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
         """See `Task.encode`. A row is a group: the anchor, its positive, and its negatives; each has one label."""

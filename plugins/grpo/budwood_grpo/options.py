@@ -151,6 +151,9 @@ def _entry(entry: Any, where: str) -> dict[str, dict[str, Any]]:
     if not isinstance(entry, dict) or len(entry) != 1:
         raise ValueError(f"{where}: write a reward's name, or its name with options, as - regex: {{pattern: yes}}")
     ((name, given),) = entry.items()
+    path, _, function = str(name).partition(":")
+    if path.endswith(".py"):
+        raise ValueError(f"{where}: write a Python file as - file: {{path: {path}, function: {function or 'NAME'}}}")
     given = {} if given is None else given
     if not isinstance(given, dict):
         raise ValueError(f"{where}: the options of {name} must be a mapping, not {given!r}")

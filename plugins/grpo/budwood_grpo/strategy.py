@@ -38,6 +38,7 @@ class GRPO(Strategy):
     requires = ("adapter",)
     trains_on = ("prompts without answers", "")
     writes = (SAMPLES,)
+    shows = ("reward",)
     learning_rate_scale = RATE
 
     def __init__(self, options: Any = None, name: str = "", distribution: str = "") -> None:

@@ -40,6 +40,15 @@ def passes(sizes: Mapping[str, int]) -> Iterator[list[str]]:
         yield group
 
 
+def _one_by_one(run: Run, indices: Sequence[int]) -> Iterator[Batch]:
+    """Yield a batch of each example alone: sums in another order end in other bits, on which singular vectors depend.
+
+    So the start is the same whatever `train.micro_tokens` is.
+    """
+    for index in indices:
+        yield from batches_of(run, [index])
+
+
 @contextmanager
 def _evaluating(run: Run, model: nn.Module) -> Iterator[None]:
     training = model.training
@@ -68,7 +77,7 @@ def over_inputs(
     handles = [layer.register_forward_pre_hook(hook(path)) for path, layer in layers.items()]
     try:
         with _evaluating(run, model):
-            for batch in batches_of(run, indices):
+            for batch in _one_by_one(run, indices):
                 run.task.outputs(model, batch)
     finally:
         for handle in handles:
@@ -128,7 +137,7 @@ def weight_gradients(run: Run, model: Any, layers: Mapping[str, Any], indices: S
     handles = [layer.register_forward_hook(hook(path)) for path, layer in layers.items()]
     try:
         with _evaluating(run, model), _checkpointing(run, model):
-            for batch in batches_of(run, indices):
+            for batch in _one_by_one(run, indices):
                 _differentiate(run, model, batch, anchor, scale / weight)
     finally:
         for handle in handles:

@@ -58,10 +58,15 @@ class Initialisation(Strategy):
                 plan.problem(self, str(error))
 
     def _check_model(self, plan: Plan, lora: Strategy) -> None:
+        from budwood.lowrank import moved_targets, split_targets
+
         assert plan.model is not None
         options = lora.options
         whole = whole_modules(plan.model, options.modules_to_save, plan.task)
-        targets = match_targets(plan.model, options.targets, options.layers, whole)
+        found = match_targets(plan.model, options.targets, options.layers, whole, experts=True)
+        targets, experts = split_targets(plan.model, found)
+        if other := [*experts, *moved_targets(plan.model, targets)]:
+            raise InputError(f"'{other[0]}' is of an expert, which LoRA alone can start: name others in lora.targets.")
         for path in targets:
             shape = linear_shape(plan.model.get_submodule(path))
             if self.directions * options.rank > min(shape):

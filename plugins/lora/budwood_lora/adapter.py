@@ -26,8 +26,11 @@ from budwood.lowrank import (
     adapter_layers,
     difference,
     fan_in_fan_out,
+    file_paths,
     fit_whole,
     merge_whole_parts,
+    moved_targets,
+    name_moved,
     new_tokens,
     parse_saved_config,
     remove_adapter,
@@ -36,6 +39,7 @@ from budwood.lowrank import (
     saved_tokens,
     saved_whole_modules,
     select_adapters,
+    split_targets,
     update_of,
     whole_groups,
     whole_tensors,
@@ -55,12 +59,16 @@ def create(run: Run, model: nn.Module, options: LoRAOptions) -> LoraConfig:
         continued.base_model_name_or_path = run.recipe.base.model
         return continued
     whole = whole_modules(model, options.modules_to_save, run.task, run.base)
-    targets = match_targets(model, options.targets, options.layers, whole)
+    targets, experts = split_targets(model, match_targets(model, options.targets, options.layers, whole, experts=True))
+    check_moved(model, targets, options)
+    if options.dropout and moved_targets(model, targets):
+        run.say("note: the adapter's file has lora_dropout: 0, since PEFT has none for some targets of this model")
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,  # type: ignore[arg-type]
         lora_dropout=options.dropout,
         target_modules=targets,
+        target_parameters=experts or None,
         fan_in_fan_out=fan_in_fan_out(model, targets),
         use_rslora=options.rslora,
         use_dora=options.dora,
@@ -76,6 +84,20 @@ def create(run: Run, model: nn.Module, options: LoRAOptions) -> LoraConfig:
         add_adapter(model, config, RUN_ADAPTER)
     select_adapters(model, TYPE, [RUN_ADAPTER])
     return config
+
+
+def check_moved(model: nn.Module, targets: list[str], options: LoRAOptions) -> None:
+    """Refuse options with which PEFT's file cannot name some targets; see `name_moved`.
+
+    Raises:
+        InputError: DoRA, or biases of these layers.
+    """
+    option = "dora" if options.dora else "bias" if options.bias == "lora_only" else ""
+    if option and (moved := moved_targets(model, targets)):
+        raise InputError(
+            f"{option}: PEFT would take '{moved[0]}' of this model for experts, and can only name its weight, without "
+            f"{option}: leave {option} out, or name other targets."
+        )
 
 
 def parameter_groups(model: nn.Module, options: LoRAOptions) -> list[ParameterGroup]:
@@ -95,44 +117,70 @@ def parameter_groups(model: nn.Module, options: LoRAOptions) -> list[ParameterGr
 
 
 def write(model: nn.Module, config: LoraConfig, directory: Path) -> None:
-    """Write the run's adapter in PEFT's format.
-
-    An adapter that counts from a start is written as the difference to it, a plain adapter of twice the rank.
-    """
-    slots, ranks, alphas = tensor_slots(model, RUN_ADAPTER), {}, {}
-    for path, layer in adapter_layers(model, RUN_ADAPTER):
-        keys = [f"base_model.model.{path}.lora_{part}.weight" for part in "AB"]
-        start = update_of(model, layer, RUN_ADAPTER).start
-        slots |= dict(zip(keys, difference(slots[keys[0]], slots[keys[1]], start), strict=True))
-        ranks[path] = rank = len(slots[keys[0]])
-        alphas[path] = layer.scaling[RUN_ADAPTER] * (math.sqrt(rank) if config.use_rslora else rank)
+    """Write the run's adapter in PEFT's format, whose layers for experts know no dropout."""
     saved = dataclasses.replace(config, inference_mode=True)
-    saved.target_modules = sorted(ranks)  # PEFT makes it an unordered set
-    if {*ranks.values()} != {config.r}:
-        saved.r = Counter(ranks.values()).most_common(1)[0][0]
-        saved.lora_alpha = next(alphas[path] for path, rank in ranks.items() if rank == saved.r)
-        others = [path for path, rank in ranks.items() if rank != saved.r]
-        saved.rank_pattern = {path: ranks[path] for path in others}
-        saved.alpha_pattern = {path: alphas[path] for path in others}
+    name_moved(model, saved)
+    if saved.target_parameters:
+        saved.lora_dropout = 0.0
+    saved.target_modules = sorted(saved.target_modules or ())  # PEFT makes it an unordered set
+    slots = tensor_slots(model, RUN_ADAPTER) | _started(model, config, saved)
     saved.save_pretrained(str(directory))
     tensors = {key: slot.detach().cpu().contiguous() for key, slot in slots.items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
+def _started(model: nn.Module, config: LoraConfig, saved: LoraConfig) -> dict[str, Tensor]:
+    """Return the factors of an adapter that another strategy has given a start, and change `saved` to fit them.
+
+    One that counts from its start is written as the difference to it, a plain adapter of twice the rank.
+    """
+    layers = dict(adapter_layers(model, RUN_ADAPTER))
+    ranks = {path: layer.r[RUN_ADAPTER] for path, layer in layers.items()}
+    starts = {path: update_of(model, layer, RUN_ADAPTER).start for path, layer in layers.items()}
+    same = {*layers} == {*(config.target_modules or ())} and (config.rank_pattern or {*ranks.values()} == {config.r})
+    if config.target_parameters or (same and not any(starts.values())):
+        return {}
+    slots: dict[str, Tensor] = {}
+    alphas: dict[str, float] = {}
+    for path, layer in layers.items():
+        a, b = difference(layer.lora_A[RUN_ADAPTER].weight, layer.lora_B[RUN_ADAPTER].weight, starts[path])
+        slots |= {f"base_model.model.{path}.lora_{part}.weight": t for part, t in (("A", a), ("B", b))}
+        ranks[path] = rank = len(a)
+        alphas[path] = layer.scaling[RUN_ADAPTER] * (math.sqrt(rank) if config.use_rslora else rank)
+    saved.target_modules = sorted(ranks)
+    saved.r = Counter(ranks.values()).most_common(1)[0][0]
+    saved.lora_alpha = next(alphas[path] for path, rank in ranks.items() if rank == saved.r)  # type: ignore[assignment]
+    others = [path for path, rank in ranks.items() if rank != saved.r]
+    saved.rank_pattern = {path: ranks[path] for path in others}
+    saved.alpha_pattern = {path: alphas[path] for path in others}
+    return slots
+
+
 def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], name: str) -> LoraConfig:
     """Attach a saved adapter to a model, inactive; return its config with full names of modules."""
     saved = parse_saved_config(TYPE, SavedConfig, config)
-    targets = saved_targets(model, saved)
-    resolved = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
+    found = saved_targets(model, saved)
+    targets, experts = split_targets(model, found)
+    if experts and saved.lora_bias:
+        raise InputError("adapter_config.json: lora_bias is not supported on experts (target_parameters).")
+    resolved = {
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "modules_to_save",
+    }
     resolved |= {"trainable_token_indices"}
     fields = saved.model_dump(exclude=resolved, exclude_none=True)
-    fields |= {key: saved_pattern(getattr(saved, key), targets) for key in ("rank_pattern", "alpha_pattern")}
+    fields |= {key: saved_pattern(getattr(saved, key), found) for key in ("rank_pattern", "alpha_pattern")}
     fields["fan_in_fan_out"] = fan_in_fan_out(model, targets)
     whole = saved_whole_modules(model, saved, tensors)
     tokens, tensors = saved_tokens(model, saved, tensors, whole)
     lora_config = LoraConfig(
-        **fields, target_modules=targets, modules_to_save=whole or None, trainable_token_indices=tokens or None
-    )
+        **fields, target_modules=targets, target_parameters=experts or None, modules_to_save=whole or None,
+        trainable_token_indices=tokens or None,
+    )  # fmt: skip
     try:
         add_adapter(model, lora_config, name)
         fit_whole(model, name, tensors)
@@ -152,7 +200,7 @@ def merge(model: nn.Module, name: str) -> None:
     """
     select_adapters(model, TYPE, [name])
     for path, layer in adapter_layers(model, name):
-        if layer.lora_bias[name] and layer.get_base_layer().bias is None:
+        if layer.lora_bias[name] and getattr(layer.get_base_layer(), "bias", None) is None:
             raise InputError(f"lora_bias: '{path}' has no bias to merge it into: load the adapter instead.")
     merge_whole_parts(model, name)
     for _, layer in adapter_layers(model, name):
@@ -163,8 +211,10 @@ def merge(model: nn.Module, name: str) -> None:
 def tensor_slots(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Return the live tensors of an adapter, by key in PEFT's file."""
     slots: dict[str, Tensor] = {}
-    for path, layer in adapter_layers(model, name):
-        prefix = f"base_model.model.{path}"
+    layers = dict(adapter_layers(model, name))
+    paths = file_paths(model, layers)
+    for path, layer in layers.items():
+        prefix = f"base_model.model.{paths[path]}"
         slots[f"{prefix}.lora_A.weight"] = layer.lora_A[name].weight.data
         slots[f"{prefix}.lora_B.weight"] = layer.lora_B[name].weight.data
         if layer.lora_B[name].bias is not None:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from budwood import Layers, ModulesToSave, Options, Targets
-from budwood.lowrank import SavedLowRankConfig
+from budwood.lowrank import SavedExpertsConfig
 
 STRATEGIES = ("pissa", "olora", "loftq", "eva", "corda", "lora_ga")
 """Initialisations of PEFT that are strategies beside `lora`."""
@@ -48,7 +48,7 @@ class LoRAOptions(Options):
         return value
 
 
-class SavedConfig(SavedLowRankConfig):
+class SavedConfig(SavedExpertsConfig):
     """The fields of adapter_config.json that determine the function of a LoRA adapter."""
 
     r: int = Field(8, ge=1)

@@ -52,7 +52,7 @@ class LoRA(Strategy):
             return
         try:
             whole = whole_modules(plan.model, self.options.modules_to_save, plan.task)
-            targets = match_targets(plan.model, self.options.targets, self.options.layers, whole)
+            targets = match_targets(plan.model, self.options.targets, self.options.layers, whole, experts=True)
             if plan.start_adapter is not None:
                 self._check_start(plan, targets, whole)
         except InputError as error:
@@ -76,6 +76,10 @@ class LoRA(Strategy):
         from budwood_lora.adapter import write
 
         write(model, self._config, directory)
+        if self._config.target_parameters and self._config.lora_dropout:
+            run.say("lora: the file says lora_dropout: 0, as PEFT's layers for experts refuse dropout")
+        if self._config.target_parameters and self._config.use_dora:
+            run.say("lora: PEFT has no DoRA on experts: the adapter opens in Budwood alone, or merged into its base")
 
     @hookimpl
     def attach_adapter(self, model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], name: str) -> None:

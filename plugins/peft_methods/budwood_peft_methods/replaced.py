@@ -106,6 +106,8 @@ def token_targets(strategy: TrainableTokens, model: Any) -> dict[str, list[int]]
     ids, table = strategy.options.tokens, model.get_input_embeddings()
     if not ids:
         raise InputError("tokens: name at least one token id.")
+    if not hasattr(table, "weight"):
+        raise InputError(f"tokens: {type(model).__name__} reads no tokens, so it has no embeddings to train.")
     if max(ids) >= len(table.weight):
         raise InputError(f"tokens: {max(ids)} is beyond the embeddings, which have {len(table.weight)} rows.")
     path = next(path for path, module in model.named_modules() if module is table)

@@ -43,6 +43,10 @@ class PairObjective(Strategy):
     """Weight of the objective in the loss."""
 
     @property
+    def shows(self) -> tuple[str, ...]:
+        return (f"{self.name}_accuracy",)
+
+    @property
     def sft(self) -> float:
         """Weight of the task's own loss."""
         return float(self.options.sft)

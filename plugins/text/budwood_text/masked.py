@@ -79,6 +79,10 @@ class MaskedLM(OutputPerToken):
         self.mask = tokenizer.mask_token_id
         self.tokens = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
 
+    def planned_row(self, text: str, number: int) -> dict[str, Any]:
+        """Return a text."""
+        return {"text": text}
+
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
         """See `Task.encode`. Every token but special ones is a label, of which `vary` chooses some."""
         results: list[Encoded | Dropped] = []

@@ -18,6 +18,10 @@ class SequenceRegression(SequenceClassification):
     api = 2
     name = REGRESSION
 
+    def planned_row(self, text: str, number: int) -> dict[str, Any]:
+        """Return a text and its score."""
+        return {"text": text, "score": float(number)}
+
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
         """See `Task.encode`."""
         results: list[Encoded | Dropped] = []

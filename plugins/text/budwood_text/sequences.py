@@ -54,6 +54,10 @@ class SequenceToSequence(TextTask):
             if hasattr(type(strategy), "next_examples"):
                 plan.problem(strategy, f"{self} does not sample during training: remove it")
 
+    def planned_row(self, text: str, number: int) -> dict[str, Any]:
+        """Return a prompt and a completion of the same length."""
+        return {"prompt": text, "completion": text}
+
     def encode(self, items: Sequence[Any], where: Sequence[str], encoder: Encoder) -> list[Encoded | Dropped]:
         """See `Task.encode`. Prompt and completion are each cut to `max_length`."""
         for item, place in zip(items, where, strict=True):

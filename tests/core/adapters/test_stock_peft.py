@@ -163,7 +163,8 @@ def test_an_initialisation_that_changes_the_base_is_refused_until_it_is_converte
         ({"init_lora_weights": "of_2027"}, "convert it with PEFT"),
         ({"alora_invocation_tokens": [5]}, "use it with PEFT"),
         ({"ensure_weight_tying": True}, "merge_and_unload"),
-        ({"target_parameters": ["experts.down_proj"]}, "merge_and_unload"),
+        ({"target_parameters": ["experts.down_proj"]}, "experts.down_proj': the model has no such experts"),
+        ({"target_parameters": ["embed_tokens.weight"]}, "not the experts of a mixture.*merge_and_unload"),
         (
             {"a_new_field": None, "peft_version": "9.9"},
             r"'a_new_field: null' is not a field of PEFT .*PEFT 9\.9 wrote it",

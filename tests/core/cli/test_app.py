@@ -17,8 +17,8 @@ from budwood.cli import app as cli
 from budwood.errors import Interrupted
 
 COMMANDS = [
-    "demo", "plugins", "plan", "data", "tune", "eval", "generate", "chat", "serve", "token", "doctor", "new", "recipe",
-    "adapter",
+    "demo", "plugins", "plan", "check", "data", "tune", "sweep", "eval", "compare", "generate", "chat", "serve", "token",
+    "doctor", "new", "recipe", "adapter",
 ]  # fmt: skip
 SUBCOMMANDS = [
     ["recipe", "schema"],
@@ -67,18 +67,18 @@ def fails(monkeypatch):
     return install
 
 
-def loaded_by(*lines: list[str]) -> set[str]:
-    """Return the heavy modules that a process imports when it runs these command lines."""
-    code = (
+def loaded_by(*lines: list[str], code: int = 0) -> set[str]:
+    """Return the heavy modules that a process imports when it runs these command lines, which exit with `code`."""
+    script = (
         "import contextlib, io, json, sys\n"
         "from budwood.cli.app import run\n"
         "with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())):\n"
         f"    codes = [run(line) for line in {list(lines)!r}]\n"
         f"print(json.dumps([codes, sorted({HEAVY!r} & set(sys.modules))]))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     codes, modules = json.loads(result.stdout)
-    assert set(codes) == {0}, result.stderr
+    assert set(codes) == {code}, (codes, result.stderr)
     return set(modules)
 
 
@@ -117,6 +117,19 @@ def test_python_m_budwood_runs_the_command():
 def test_help_and_plugins_import_no_heavy_module_and_no_plugin():
     lines = [["--help"], *([name, "--help"] for name in COMMANDS), *([*names, "--help"] for names in SUBCOMMANDS)]
     assert loaded_by(*lines, [], ["--version"], ["plugins"], ["plugins", "--json"]) == set()
+
+
+def test_a_recipe_is_refused_without_heavy_modules(tiny_base, tmp_path):
+    """In a third of a second; torch alone would take seconds."""
+    rows, recipe = tmp_path / "rows.jsonl", tmp_path / "recipe.yaml"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    recipe.write_text(f"base: {{model: {tiny_base}}}\ndata: {{train: {rows}}}\nstrategies: [lora]\n")
+    bad = [
+        ["nothere.yaml"], [str(tmp_path)], [str(recipe)], [str(recipe), "-o", "train.x=1"],
+        [str(recipe), "-o", "lora.rnk=1"], [str(recipe), "-o", f"base.model={tmp_path}"], [str(rows)],
+    ]  # fmt: skip
+    lines = [[command, *arguments] for command in ("plan", "check") for arguments in bad]
+    assert loaded_by(*lines, code=2) <= {"numpy"}
 
 
 @pytest.mark.parametrize("names", [[], *([name] for name in COMMANDS), *SUBCOMMANDS], ids=" ".join)

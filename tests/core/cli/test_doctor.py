@@ -19,6 +19,9 @@ from budwood.cli import app as cli
 from budwood.cli.doctor import checks as doctor
 from budwood.cli.doctor import devices, software
 from budwood.cli.doctor.finding import Finding
+from budwood.cli.doctor.measuring import take_measurements
+from budwood.planning import measurement
+from budwood.planning.measurement import Measurement
 
 ROOT = Path(__file__).parents[3]
 
@@ -74,6 +77,18 @@ def test_a_local_build_counts_as_the_tested_version(monkeypatch):
     assert not [finding for finding in doctor.check_versions() if finding.values.get("package") == "torch"]
 
 
+def test_a_torchvision_that_does_not_load_is_named(tmp_path, monkeypatch):
+    assert not list(doctor.check_torchvision()), "it is not needed"
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "torchvision.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")')
+    info = tmp_path / "torchvision-0.28.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n")
+    [finding] = doctor.check_torchvision()
+    assert finding.status == "problem" and "torchvision 0.28.0 does not load" in finding.text
+    assert "nms does not exist" in finding.text and "pip uninstall torchvision" in finding.remedy
+
+
 def test_writable_folders(tmp_path):
     findings = list(doctor.check_disk(tmp_path))
     assert statuses(findings) == ["ok", "ok"]
@@ -118,6 +133,21 @@ def test_a_gpu_is_described_and_tested():
     assert device.values["driver"]
     (finding,) = doctor.check_bitsandbytes()
     assert (finding.status, finding.values["device"]) == ("ok", "cuda")
+
+
+def test_measurements_are_shown_and_kept(tmp_path, monkeypatch):
+    quick = Measurement({"fp32": 2e11}, 5e10, None, 3e-6, "2025-01-31", 12.0)
+    monkeypatch.setattr(measurement, "measure", lambda kind: quick)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("BUDWOOD_CACHE", str(tmp_path))
+    (finding,) = take_measurements()
+    assert finding.status == "ok"
+    assert "in 12 s: products fp32 0.2 TFLOP/s; memory 50 GB/s; 3.0 µs an operation; kept in " in finding.text
+    assert measurement.kept("cpu") == (quick, "")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("BUDWOOD_CACHE", str(tmp_path / "file"))
+    (finding,) = take_measurements()
+    assert finding.status == "problem" and "cannot be written" in finding.text and "BUDWOOD_CACHE" in finding.remedy
 
 
 def test_a_failing_device_is_a_problem(monkeypatch):

@@ -86,5 +86,25 @@ def test_it_is_not_used_if_bitsandbytes_computes_other_bits(monkeypatch: pytest.
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: False)
     monkeypatch.setattr(cpu_kernel, "quantize", other)
     before = list(cpu_kernel._LIBRARIES)
-    cpu_kernel.install.__wrapped__()
+    cpu_kernel._install_quantize(bnb)
     assert before == cpu_kernel._LIBRARIES
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_weights_of_any_shape_are_dequantised_with_the_scales_of_their_blocks(kind: str) -> None:
+    cpu_kernel.install()
+    for shape in ((64, 96), (64, 32), (33, 130), (7, 100), (5, 13), (16, 128)):
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        for nested in (False, True):
+            packed, state = bnb.functional.quantize_4bit(
+                weight, quant_type=kind, compress_statistics=nested, blocksize=64
+            )
+            scales = state.absmax
+            if nested:
+                scales = bnb.functional.dequantize_blockwise(scales, state.state2) + state.offset
+            nibbles = torch.stack((packed.flatten() >> 4, packed.flatten() & 15), dim=-1).flatten()[: weight.numel()]
+            exact = state.code[nibbles.long()] * scales.repeat_interleave(64)[: weight.numel()]
+            found = bnb.functional.dequantize_4bit(packed, state)
+            assert torch.equal(found.flatten(), exact)
+            x = torch.randn(3, shape[1])
+            assert torch.allclose(bnb.matmul_4bit(x, packed.t(), state), x @ found.t(), atol=1e-5)

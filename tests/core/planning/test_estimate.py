@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.plan import RECIPES, build, make_base, write_rows
+from benchmarks.plan import RECIPES, build, make_bases, write_rows
+from tests.core.model.test_experts import make_family
 
 from budwood.contract.discovery import PluginError
-from budwood.errors import ResourceError
+from budwood.errors import InputError, ResourceError
+from budwood.model.task import Task
+from budwood.model.text_tasks import CausalLM
 from budwood.planning import admission
 from budwood.planning.devices import GIB, Device, find_device
 from budwood.planning.estimate import estimate, refusal
@@ -20,7 +24,8 @@ from budwood.testing.allocations import measured_peak
 
 COMPARED = (
     "lora, nf4, bf16", "lora, fp4, dropout, gradient checkpointing", "adalora, nf4", "lora, adversarial (smart)",
-    "lora, dpo", "lora, grpo", "lora, distillation", "lora, sequence-classification",
+    "lora, dpo", "lora, grpo", "lora, distillation", "lora, sequence-classification", "lora, int8, bf16",
+    "lora, masked-lm", "lora, sequence-to-sequence", "lora, embedding",
 )  # fmt: skip
 CPU = Device("a CPU", "cpu", 64 * GIB)
 
@@ -29,8 +34,7 @@ CPU = Device("a CPU", "cpu", 64 * GIB)
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
     """A small base and rows of every kind."""
     folder = tmp_path_factory.mktemp("plan")
-    for seed, part in enumerate(("base", "teacher")):
-        make_base(folder / part, hidden=64, inner=172, layers=2, vocabulary=600, seed=seed)
+    make_bases(folder, hidden=64, inner=172, layers=2, vocabulary=600)
     return folder / "base", write_rows(folder, words=3)
 
 
@@ -54,6 +58,18 @@ def test_the_peak_is_that_of_a_real_run(case: Callable[..., Recipe], name: str):
     assert planned.peak == pytest.approx(actual, rel=0.05 if "bf16" not in name else 0.12)
 
 
+def test_the_peak_of_a_mixture_is_that_of_a_real_run(files: tuple[Path, dict[str, Path]], tmp_path: Path):
+    make_family("Mixtral", tmp_path / "base")
+    recipes = [
+        build(RECIPES["lora, fp4, dropout, gradient checkpointing"], tmp_path / "base", files[1], tmp_path / run)
+        for run in ("a", "b")
+    ]
+    planned = estimate(recipes[0], CPU)
+    assert "experts: planned with the same number of tokens for each" in planned.notes
+    assert planned.parts["base, quantised"] > 0
+    assert planned.peak == pytest.approx(measured_peak(recipes[1]), rel=0.12)
+
+
 def test_what_a_plan_says(case: Callable[..., Recipe]):
     plain = estimate(case("lora"), CPU)
     assert (plain.seconds, plain.steps, plain.fits) == (None, 2, True)
@@ -66,8 +82,56 @@ def test_what_a_plan_says(case: Callable[..., Recipe]):
     cuda = estimate(case("lora", quantization="nf4", train={"precision": "auto"}), card)
     assert cuda.parts["CUDA's context"] and cuda.parts["base, quantised"] < plain.parts["base, not quantised"]
     assert cuda.seconds is not None and 0 < cuda.seconds[0] < cuda.seconds[1]
-    assert json.loads(json.dumps(cuda.as_dict()))["memory"]["peak_bytes"] == cuda.peak
+    values = json.loads(json.dumps(cuda.as_dict()))
+    fields = {
+        "memory": {"peak_bytes", "parts", "where"}, "step": {"flops", "bytes", "tokens"}, "time": {"seconds"},
+        "disk": {"bytes", "download_bytes"}, "host": {"peak_bytes", "loading_bytes"},
+    }  # fmt: skip
+    assert all(fields[name] <= values[name].keys() for name in fields) and values["fits"] is True
+    assert values["memory"]["peak_bytes"] == cuda.peak == sum(cuda.parts.values())
     assert type(cuda).from_dict(json.loads(json.dumps(cuda.as_dict())), card) == cuda
+
+
+def test_evaluations_and_generation_are_part_of_the_time(case: Callable[..., Recipe], files: Any):
+    card, recipe = find_device("RTX 4090"), case("lora", train={"steps": 11})
+    short = files[1]["prompts"].with_name("short.jsonl")
+    short.write_text(json.dumps({"prompt": "two and two", "completion": "four"}) + "\n")
+    data = recipe.data.model_copy(update={"eval": short, "train": files[1]["answers"]})
+    train = recipe.train.model_copy(update={"eval_every": 3})
+    plain = estimate(recipe, card)
+    evaluated = estimate(recipe.model_copy(update={"data": data, "train": train}), card)
+    assert (plain.evaluations, evaluated.evaluations) == (0, 2 + 3)  # before step 1, at 3, 6 and 9, and at the end
+    assert plain.evaluation == plain.generation == (0, 0) and plain.kv_cache == 0
+    assert plain.seconds == plain.training == pytest.approx(evaluated.training)
+    assert evaluated.seconds is not None and evaluated.generation is not None and evaluated.evaluation is not None
+    assert 0 < evaluated.evaluation[0] < evaluated.generation[0] < evaluated.seconds[0]  # an answer takes many passes
+    assert evaluated.kv_cache == 2 * 2 * 2 * 16 * 4 * (12 + 5 + 4)  # layers, keys and values, heads, fp32; tokens
+    sampled = estimate(case("lora, grpo"), card)
+    assert sampled.generation is not None and sampled.generation[0] > 0 and sampled.kv_cache > 0
+    values = evaluated.as_dict()["time"]
+    assert values["seconds"][0] == pytest.approx(
+        values["training_seconds"][0] + values["evaluation_seconds"][0] + values["generation_seconds"][0]
+    )
+    assert evaluated.host >= evaluated.loading > 5e8
+
+
+def test_the_download_is_that_of_missing_weights(case: Callable[..., Recipe], tmp_path: Path, monkeypatch: Any):
+    recipe = case("lora")
+    folder = tmp_path / "models--some--base" / "snapshots" / ("0" * 40)
+    shutil.copytree(recipe.base.model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "models--some--base" / "refs").mkdir()
+    (tmp_path / "models--some--base" / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub = recipe.model_copy(update={"base": recipe.base.model_copy(update={"model": "some/base"})})
+    planned = estimate(hub, CPU)
+    parameters = planned.parts["base, not quantised"] / 4
+    assert estimate(recipe, CPU).download == 0 and planned.download == pytest.approx(4 * parameters, rel=0.01)
+    index = {"metadata": {"total_size": 12345}, "weight_map": {"lm_head.weight": "model-1.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert estimate(hub, CPU).download == 12345
+    shutil.copy(Path(recipe.base.model) / "model.safetensors", folder / "model-1.safetensors")
+    assert estimate(hub, CPU).download == 0
 
 
 def test_without_data_the_tokens_decide(case: Callable[..., Recipe]):
@@ -75,6 +139,14 @@ def test_without_data_the_tokens_decide(case: Callable[..., Recipe]):
     given = estimate(recipe, CPU, tokens=512)
     assert given.largest_micro <= 512 and given.steps is None
     assert "without data" in given.notes[0]
+
+
+def test_a_task_without_stand_in_rows_is_refused_by_name(case: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(CausalLM, "planned_row", Task.planned_row)
+    with pytest.raises(
+        InputError, match=r"--tokens: task 'causal-lm' .*no rows that stand in for data.*plan with data"
+    ):
+        estimate(case("lora"), CPU, tokens=512)
 
 
 def test_a_strategy_that_reads_values_is_named(case: Callable[..., Recipe], distribution: Callable[..., Path]):
@@ -90,11 +162,25 @@ def test_a_strategy_that_reads_values_is_named(case: Callable[..., Recipe], dist
             def before_clip(self, run):
                 if float(run.trainable[0].grad.sum()) > 0:
                     run.log("positive", 1)
+
+        class Planned(Strategy):
+            '''Keeps the gradients of steps whose sum is positive: all of them in a plan.'''
+            Options = Options
+            api = 2
+
+            @hookimpl
+            def before_clip(self, run):
+                if run.planning or float(run.trainable[0].grad.sum()) > 0:
+                    self.kept = [parameter.grad.clone() for parameter in run.trainable]
         """,
-        {"reader": "Reader"},
+        {"reader": "Reader", "reader-planned": "Planned"},
     )
     with pytest.raises(PluginError, match=r"strategy 'reader'.*reads the values of tensors.*run\.planning"):
         estimate(case("lora", strategies=[{"lora": {}}, {"reader": {}}]), CPU)
+    plain, kept = (
+        estimate(case("lora", strategies=[{"lora": {}}, *more]), CPU) for more in ([], [{"reader-planned": {}}])
+    )
+    assert kept.peak == plain.peak + plain.parts["gradients"]
 
 
 def test_what_cannot_fit_is_refused_before_the_base_loads(case: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch):

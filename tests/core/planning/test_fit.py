@@ -2,59 +2,145 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from budwood.errors import InputError, ResourceError
+from budwood.planning import frontier
 from budwood.planning.devices import GIB, Device
 from budwood.planning.estimate import Estimate
-from budwood.planning.fit import Fit, fit
-from budwood.recipe.schema import Recipe
+from budwood.planning.fit import Fit, allowed, changed, fit
+from budwood.planning.frontier import draw, fit_run, free_path, show_fit, write_recipe
+from budwood.recipe.schema import Recipe, load_recipe
 
 RECIPE = Recipe.from_dict(
     {
-        "base": {"model": "base", "quantization": "none"}, "data": {"train": "rows.jsonl"}, "strategies": ["lora"],
-        "train": {"micro_tokens": 4096}, "output": "run",
+        "base": {"model": "base", "quantization": "none"}, "data": {"train": "rows.jsonl", "max_length": 2048},
+        "strategies": [{"lora": {"rank": 64}}], "train": {"micro_tokens": 4096}, "output": "run",
     }
 )  # fmt: skip
 
 
-def search(memory: float, longest: int = 256, recipe: Recipe = RECIPE) -> Fit:
-    """Fit a recipe that needs 4 GiB, and 4 GiB for 1,024 tokens or 0.5 GiB with checkpointing, which takes longer."""
-    calls = []
+def estimates(memory: float, longest: int) -> Callable[[Recipe], Estimate]:
+    """Return an estimate of 4 GiB for the base (1 in nf4), 16 MiB for each rank, and 4 GiB for 1,024 tokens.
 
-    def estimate(candidate: Recipe) -> Estimate:
-        train = candidate.train
-        calls.append(train)
-        tokens = max(train.micro_tokens, longest)
-        work = int(tokens / 1024 * GIB * (0.5 if train.gradient_checkpointing else 4))
+    With checkpointing, which takes longer, the tokens need an eighth. The size of micro-batches is chosen as in a plan.
+    """
+
+    def estimate(recipe: Recipe) -> Estimate:
+        train, each = recipe.train, GIB / 1024 * (0.5 if recipe.train.gradient_checkpointing else 4)
+        least = min(longest, recipe.data.max_length or longest)
+        base = GIB * (1 if recipe.base.quantization == "nf4" else 4)
+        trained = int(recipe.strategies[0].options["rank"]) << 24
+        room = int((0.9 * memory * GIB - base - trained) / each) // 64 * 64
+        tokens = max(train.micro_tokens or min(room, 4096), least)
+        work = int(tokens * each)
         seconds = (4 / 3 if train.gradient_checkpointing else 1) * (100 + 40 * 4096 / tokens)
+        parts = {"activations": work, "base, quantised": base, "optimizer": trained}
         return Estimate(
-            Device("x", "cuda", int(memory * GIB)), 4 * GIB + work, {"activations": work, "base, quantised": 4 * GIB},
-            "", (0, ""), 0, 1.0, 1.0, 1.0, 4096.0, 1.0, tokens, 10, (seconds, 2 * seconds), 0, 0, 0,
+            Device("x", "cuda", int(memory * GIB)), base + trained + work, parts, "", (0, ""), 0, 1.0, 1.0, 1.0, 4096.0,
+            1.0, tokens, 10, (seconds, 2 * seconds), 0, 0, 0, micro_tokens=tokens,
         )  # fmt: skip
 
-    found = fit(recipe, estimate)
-    assert len(calls) == len(found.candidates) <= 8
+    return estimate
+
+
+def search(memory: float, longest: int = 256, allow: tuple[str, ...] = (), recipe: Recipe = RECIPE) -> Fit:
+    found = fit(recipe, estimates(memory, longest), allow)
+    assert len(found.candidates) <= 8
     return found
 
 
-def test_a_recipe_that_fits_is_left_alone():
-    found = search(24)
-    assert found.chosen is not None and found.chosen.changes == {} and len(found.candidates) == 1
-
-
-def test_the_fastest_setting_that_fits_is_chosen():
-    found = search(14)  # 2,380 tokens fit as they are; all with checkpointing, which takes longer
+def overrides(found: Fit) -> str:
     assert found.chosen is not None
-    assert found.chosen.overrides == "-o train.micro_tokens=2368"
-    assert {c.changes.get("gradient_checkpointing") for c in found.candidates if c.estimate.fits} == {None, True}
+    return found.chosen.overrides
 
 
-def test_small_micro_batches_are_slower_than_checkpointing():
-    found = search(6.5)
-    assert found.chosen is not None and found.chosen.overrides == "-o train.gradient_checkpointing=true"
+def test_a_recipe_that_fits_is_left_alone() -> None:
+    found = search(24)
+    assert overrides(found) == "" and len(found.candidates) == 1
 
 
-def test_what_nothing_can_fix_is_said():
-    found = search(4.05, longest=2048)
+def test_the_fastest_setting_that_fits_is_chosen() -> None:
+    found = search(16)  # 2,400 tokens fit as they are; all with checkpointing, which takes longer
+    assert overrides(found) == "-o train.micro_tokens=2368"
+    assert {"train.gradient_checkpointing" in c.changes for c in found.candidates if c.estimate.fits} == {False, True}
+    left_open = changed(RECIPE, {"train.micro_tokens": None})
+    assert overrides(search(24, recipe=left_open)) == overrides(search(16, recipe=left_open)) == ""
+    assert overrides(search(8)) == "-o train.gradient_checkpointing=true"  # small micro-batches are slower
+
+
+def test_what_changes_the_result_is_only_suggested() -> None:
+    found = search(3.5)
+    assert found.chosen is None and found.fitted is None
+    assert "base, quantised 4.00 GiB" in found.reason
+    assert [c.alters for c in found.suggestions] == [("quantization",)]
+    console = Console(file=io.StringIO(), width=200)
+    show_fit(found, console)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "--allow quantization makes the change" in printed and "█" in printed
+    assert "would fit: -o train.gradient_checkpointing=true -o base.quantization=nf4" in printed
+    found = search(3.5, allow=("quantization",))
+    assert "base.quantization=nf4" in overrides(found) and found.fitted is not None
+    assert found.fitted.base.quantization == "nf4" and found.fitted.train.gradient_checkpointing
+    assert found.fitted.strategies[0].options == {"rank": 64}
+
+
+def test_rank_and_length() -> None:
+    found = search(5.4, longest=2048)
     assert found.chosen is None
-    assert "base, quantised 4.00 GiB" in found.reason and "data.max_length" in found.reason
-    assert "quantization: nf4" in found.reason
-    assert "the parts that no setting changes exceed it" in search(3).reason
+    assert [c.alters for c in found.suggestions] == [("quantization",), ("rank",), ("max_length",)]
+    fitted = search(5.4, longest=2048, allow=("rank",)).fitted
+    assert fitted is not None and 4 <= fitted.strategies[0].options["rank"] < 64
+    fitted = search(5.4, longest=2048, allow=("max_length",)).fitted
+    assert fitted is not None and 64 <= (fitted.data.max_length or 0) < 2048
+
+
+def test_several_together_and_what_nothing_can_fix() -> None:
+    found = search(1.5, longest=2048, allow=("quantization", "rank", "max_length"))
+    assert found.chosen is not None and len(found.chosen.alters) > 1
+    found = search(0.5, longest=2048, allow=("quantization", "rank", "max_length"))
+    assert found.chosen is None and not found.suggestions
+    assert "take a smaller base" in frontier.verdict(found)[-1]
+
+
+def test_names_of_changes() -> None:
+    assert allowed("rank, max_length") == {"rank", "max_length"} and allowed("") == set()
+    with pytest.raises(InputError, match=r"--allow: 'ranks' is not known. Did you mean 'rank'\?"):
+        allowed("ranks")
+
+
+def test_the_files(tmp_path: Path) -> None:
+    found = search(16)
+    path = free_path(tmp_path / "mine.yaml", ".yaml")
+    assert path.name == "mine-fit.yaml"
+    write_recipe(found, path)
+    (tmp_path / "rows.jsonl").touch()
+    again = load_recipe(path, [f"data.train={tmp_path / 'rows.jsonl'}"])
+    assert again.train.micro_tokens == 2368 and again.strategies == RECIPE.strategies
+    assert free_path(tmp_path / "mine.yaml", ".yaml").name == "mine-fit-2.yaml"
+    with pytest.raises(InputError, match="exists"):
+        write_recipe(found, path)
+    draw(found, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_with_the_settings_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+
+    def estimate(recipe: Recipe, device: Device, keep: bool) -> Estimate:
+        assert keep and device.kind == "cpu"
+        return estimates(device.memory / GIB, 256)(recipe)
+
+    monkeypatch.setattr(frontier, "estimate_in_process", estimate)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    options: Any = {"allow": (), "say": lines.append}
+    assert fit_run(RECIPE, "16GiB", **options).train.micro_tokens == 2368
+    assert lines[0].startswith("fit: ") and "-o train.micro_tokens=2368" in lines[0]
+    with pytest.raises(ResourceError, match="nothing fits without changing the result: .*--allow quantization"):
+        fit_run(RECIPE, "3.5GiB", **options)

@@ -114,9 +114,8 @@ def test_scientific_notation_is_a_number(literal):
             "recipe.yaml:9: train.batch_examples: cannot be combined with train.batch_tokens; give only one.",
         ),
         (
-            "  micro_tokens: 512",
-            "recipe.yaml:8: train.micro_tokens: 512 is less than data.max_length (1024), but a micro-batch must hold "
-            "a complete example; raise one or lower the other.",
+            "  micro_tokens: much",
+            "recipe.yaml:8: train.micro_tokens: must be a whole number (got 'much').",
         ),
         (
             "  patience: 2",
@@ -305,9 +304,12 @@ def test_unknown_strategy_suggests_the_closest_match():
     )
 
 
-def test_a_large_max_length_raises_the_default_of_micro_tokens():
-    assert load(SMALLEST.replace("train.jsonl", "train.jsonl\n  max_length: 8192")).train.micro_tokens == 8192
-    assert load(SMALLEST, "data.max_length=8192").train.micro_tokens == 8192
+def test_micro_tokens_are_left_to_the_plan_and_hold_an_example():
+    for recipe in (load(SMALLEST), load(with_train("  micro_tokens: auto\n"))):
+        assert (recipe.train.micro_tokens, recipe.micro_tokens) == (None, 2048)
+        assert "micro_tokens" not in recipe.to_dict()["train"]
+    assert load(SMALLEST, "data.max_length=8192").micro_tokens == 8192
+    assert load(with_train("  micro_tokens: 512\n")).micro_tokens == 512
 
 
 def test_where_returns_the_source_of_a_value():
@@ -350,7 +352,7 @@ train: {epochs: 2, steps: 3, patience: 2, eval_every: -1, learning_rate: fast, t
 @pytest.mark.parametrize(
     ("old", "new", "count"),
     [
-        ("max_length: 128", "max_length: many", 1),  # micro_tokens is too small only for the default max_length
+        ("max_length: 128", "max_length: many", 1),
         ("eval: eval.jsonl", "evl: eval.jsonl", 1),  # the missing file for eval_every is not reported
         ("strategies: [lora]", "", 1),
         ("base: {model: some/base}", "", 1),

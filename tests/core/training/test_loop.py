@@ -41,14 +41,24 @@ def test_the_adapter_does_not_depend_on_micro_batches(make_recipe: Make, quantiz
 
 
 def test_two_processes_equal_one(make_recipe: Make, tmp_path: Path) -> None:
+    """The first process plans for both; the size of micro-batches leaves a share of each step to each."""
     one = tune(make_recipe("one", train={"micro_tokens": 128}), quiet=True)
-    recipe = make_recipe("two", train={"micro_tokens": 128})
+    recipe = make_recipe("two", train={"micro_tokens": None})
     path = tmp_path / "two.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8")
     run_in_two_processes(
         "import torch\n"
+        "from budwood.contract.discovery import PluginError\n"
+        "from budwood.planning import admission, process\n"
         "from budwood.training.loop import tune\n"
-        f"run = tune({str(path)!r}, quiet=True)\n"
+        "def estimate(*args, **options):\n"
+        "    assert torch.distributed.get_rank() == 0\n"
+        "    raise PluginError('not this one')\n"
+        "process.estimate_in_process, admission.MARGIN = estimate, 10**9\n"
+        f"run = tune({str(path)!r}, planner=admission.admit)\n"
+        "sizes = [None, None]\n"
+        "torch.distributed.all_gather_object(sizes, run.recipe.train.micro_tokens)\n"
+        "assert sizes[0] == sizes[1] < 300, sizes\n"
         "assert run.processes == 2, run.processes\n"
         "assert torch.distributed.get_world_size() == 2\n",
         tmp_path,

@@ -103,7 +103,8 @@ def test_the_scale_is_that_of_what_the_embeddings_return() -> None:
     table = Scaled(20_001, 4)
     with torch.no_grad():
         table.weight[7] = 1000.0
-    scale = measure(table)
+    model = SimpleNamespace(get_input_embeddings=lambda: table)
+    scale = measure(SimpleNamespace(task=CausalLM(), model=model))
     assert scale.width == 4
     assert scale.norm == pytest.approx(float(3 * table.weight.detach().norm(dim=1).median()), rel=1e-6)
     assert not scale.norm > 10, "the median ignores outliers"

@@ -25,6 +25,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
         {"rewards": [{"exact-mach": {}}]},
         r"rewards\[0\]: reward 'exact-mach' is not installed. Did you mean 'exact-match'",
     ),
+    ({"rewards": ["mine.py:hit"]}, r"rewards\[0\]: write .* - file: \{path: mine.py, function: hit\}"),
     ({"rewards": ["regex"]}, r"rewards\[0\]: regex\.pattern: missing"),
     ({"rewards": [{"regex": {"patern": "e"}}]}, r"regex\.patern: unknown key. Did you mean 'pattern'"),
     ({"rewards": [{"regex": {"pattern": "e", "weight": 0}}]}, r"weight must be a number other than 0, not 0"),

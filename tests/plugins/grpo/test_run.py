@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,9 @@ def test_a_reward_rises_and_its_samples_are_recorded(make_recipe: Make, said: li
     evaluated = tmp_path / "eval.jsonl"
     evaluated.write_text('{"prompt": "games files:", "answer": "games"}\n{"prompt": "data:", "answer": "data"}\n')
     rewards = [{"regex": {"pattern": "e"}}, {"exact-match": {"weight": 0.5}}]
-    run = tune(
-        make_recipe({"rewards": rewards, "samples": 8}, train={"steps": 16}, data={"eval": str(evaluated)}), quiet=True
-    )
+    run = tune(make_recipe({"rewards": rewards, "samples": 8}, train={"steps": 16}, data={"eval": str(evaluated)}))
     found = logged(run, "reward")
+    assert any(re.match(rf"step 16/16 · loss \S+ · reward {found[-1]:.4f} · ", line) for line in said)
     assert len(found) == 16 and np.mean(found[-3:]) > np.mean(found[:3]) + 0.2
     assert max(logged(run, "grpo_mismatch")) < 1e-5
     records = samples(run)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from budwood.cli.doctor.devices import check_bitsandbytes, check_torch
+from budwood.cli.doctor.devices import check_bitsandbytes, check_torch, check_torchvision
 from budwood.cli.doctor.finding import OURS, Finding
 from budwood.cli.doctor.machine import check_cache, check_disk, check_memory
 from budwood.cli.doctor.software import check_python, check_versions
@@ -40,7 +40,8 @@ def examine() -> list[Finding]:
         except Exception as error:  # packaging or psutil is missing or broken
             remedy = "install budwood again in this environment: pip install --force-reinstall budwood"
             findings.append(Finding(topic, "problem", f"{topic} cannot be checked: {describe(error)}", remedy))
-    return findings + run_isolated({"torch": check_torch, "bitsandbytes": check_bitsandbytes, "plugins": check_plugins})
+    isolated = {"torch": check_torch, "torchvision": check_torchvision, "bitsandbytes": check_bitsandbytes}
+    return findings + run_isolated({**isolated, "plugins": check_plugins})
 
 
 def check_plugins(skip: int = 0) -> Iterator[Finding]:

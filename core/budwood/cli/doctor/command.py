@@ -18,14 +18,23 @@ MARKS = {
 }
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    measuring: Annotated[
+        bool,
+        typer.Option("--measure", help="Also measure this machine's device in less than a minute, for `budwood plan`."),
+    ] = False,
+) -> None:
     """Check that this machine can fine-tune: software, devices, memory, disk, plugins; suggest remedies.
 
     The exit code is 3 if tuning would fail.
     """
     from budwood.cli.doctor.checks import examine
+    from budwood.cli.doctor.measuring import take_measurements
 
     findings = examine()
+    if measuring:
+        findings += take_measurements()
     count = {status: sum(finding.status == status for finding in findings) for status in MARKS}
     if as_json:
         echo_json({"ready": not count["problem"], "findings": [asdict(finding) for finding in findings]})

@@ -6,6 +6,7 @@ import importlib
 import re
 import subprocess
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,24 @@ def check_torch() -> Iterator[Finding]:
         yield Finding("device", "ok", f"a run would compute on {device} in {name} ({reason})", values=values)
     except BudwoodError as error:
         yield Finding("device", "problem", str(error))
+
+
+def check_torchvision() -> Iterator[Finding]:
+    """Check that torchvision, if it is installed, loads with this torch: transformers imports it if it is there."""
+    try:
+        version = metadata.version("torchvision")
+    except metadata.PackageNotFoundError:
+        return
+    try:
+        importlib.import_module("torchvision")
+        yield Finding("torchvision", "ok", f"torchvision {version}", values={"version": version})
+    except Exception as error:
+        text = f"torchvision {version} does not load with torch {metadata.version('torch')}, and stops transformers"
+        remedy = (
+            "pip uninstall torchvision, which Budwood does not need, or install its build for this torch: that of PyPI "
+            "is for CUDA."
+        )
+        yield Finding("torchvision", "problem", f"{text}: {describe(error)}", remedy, {"version": version})
 
 
 def _check_cuda(torch: Any) -> Iterator[Finding]:

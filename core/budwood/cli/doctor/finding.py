@@ -17,7 +17,7 @@ class Finding:
     """The result of one check.
 
     Attributes:
-        topic: python, versions, memory, disk, cache, torch, device, bitsandbytes or plugins.
+        topic: python, versions, memory, disk, cache, torch, device, bitsandbytes, plugins or measured.
         status: "problem": tuning would fail; "warning": a fault that does not affect most runs; "note": worth
             knowing.
         text: the result in words.

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from budwood.model.device import device_type
+from budwood.model.ops.kernels import implementation
 
 CACHED = 1 << 19
 """fp32 elements in a block of rows, chosen such that a block stays in a core's cache between passes."""
@@ -23,9 +24,10 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         logits: [n, V], floating.
         labels: [n] int64 in [0, V).
     """
-    if device_type(logits) != "cpu":  # there, extra passes cost little, and the kernel checks the labels
+    kernel = implementation("cross_entropy", logits)
+    if kernel is None and device_type(logits) != "cpu":  # there, extra passes cost little
         return F.cross_entropy(_wide(logits), labels, reduction="none")
-    values: Tensor = _CrossEntropy.apply(logits, labels)
+    values: Tensor = _CrossEntropy.apply(logits, labels) if kernel is None else _Kernel.apply(logits, labels, kernel)
     return values
 
 
@@ -49,6 +51,25 @@ class _CrossEntropy(torch.autograd.Function):
             difference.scatter_add_(-1, where, torch.full_like(gradient, -1.0))
             torch.mul(difference, gradient, out=out)
         return result, None
+
+
+class _Kernel(torch.autograd.Function):
+    """Reads the logits once in each direction, and writes their gradient once."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, kernel: Any) -> Tensor:
+        logits = logits.contiguous()
+        losses, sums = kernel.cross_entropy_forward(logits, labels)
+        ctx.save_for_backward(logits, labels, sums)
+        ctx.kernel = kernel
+        result: Tensor = losses
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        gradient = gradients[0].contiguous()
+        return ctx.kernel.cross_entropy_backward(gradient, *ctx.saved_tensors), None, None
 
 
 def _wide(logits: Tensor) -> Tensor:

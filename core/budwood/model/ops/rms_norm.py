@@ -16,18 +16,23 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 
 from budwood.model.device import device_type
+from budwood.model.ops.kernels import implementation
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Return weight · x / sqrt(mean(x²) + epsilon) over the last dimension, computed in fp32, rounded before `weight`.
 
-    On CUDA, torch's kernel computes it, which sums in another order.
+    On CUDA, a kernel computes it, ours or torch's, which sums in another order.
 
     Args:
         x: [..., d], floating.
         weight: [d], frozen.
         epsilon: added to the mean square.
     """
+    kernel = implementation("rms_norm", x)
+    if kernel is not None:
+        fused: Tensor = _Kernel.apply(x, weight, epsilon, kernel)
+        return fused
     if device_type(x) == "cuda":  # one kernel per direction instead of eight (forward) and eleven (backward)
         with torch.autocast(x.device.type, enabled=False):
             if not x.is_cuda:  # a plan on fake CPU tensors, for which torch has no such kernel
@@ -45,7 +50,7 @@ def save_memory_in_norms(model: nn.Module) -> int:
     """
     changed = 0
     for module in model.modules():
-        weight = getattr(module, "weight", None)
+        weight = module._parameters.get("weight")  # a buffer may be of another size, as Falcon-Mamba's, which is unused
         epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         if not (type(module).__name__.endswith("RMSNorm") and isinstance(weight, Tensor)):
             continue
@@ -95,6 +100,23 @@ class _PlannedKernel(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         return torch.empty_like(ctx.saved_tensors[0])
+
+
+class _Kernel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, kernel: Any) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        result: Tensor
+        result, scales = kernel.rms_norm_forward(x, weight, epsilon)
+        ctx.save_for_backward(x, weight, scales)
+        ctx.kernel = kernel
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        gradient: Tensor = ctx.kernel.rms_norm_backward(gradients[0].contiguous(), *ctx.saved_tensors)
+        return gradient, None, None, None
 
 
 class _RMSNorm(torch.autograd.Function):

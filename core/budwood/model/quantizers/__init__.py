@@ -47,11 +47,17 @@ def is_quantized(module: nn.Module) -> bool:
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """Return the number of outputs and inputs of a linear module, quantised or not, also if wrapped in PEFT layers.
 
+    For fused experts they are those of one expert.
+
     Raises:
         TypeError: the module is not a linear.
     """
-    inner, quantizer = _inner(module)
-    return quantizer.shape(inner)
+    from budwood.model.quantizers.experts import ExpertLinear  # imports torch
+
+    inner = _inner(module)
+    if isinstance(inner, ExpertLinear):
+        return inner.out_features, inner.in_features
+    return _quantizer(inner).shape(inner)
 
 
 def linear_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -60,16 +66,20 @@ def linear_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
     Raises:
         TypeError: the module is not a linear.
     """
-    inner, quantizer = _inner(module)
-    return quantizer.dequantize(inner, dtype).detach().clone()
+    inner = _inner(module)
+    return _quantizer(inner).dequantize(inner, dtype).detach().clone()
 
 
-def _inner(module: nn.Module) -> tuple[Any, Quantizer]:
-    """Return the linear inside of PEFT's layers, and its quantiser."""
+def _inner(module: nn.Module) -> Any:
+    """Return the linear inside of PEFT's layers."""
     inner: Any = module
     while hasattr(inner, "base_layer"):
         inner = inner.base_layer
+    return inner
+
+
+def _quantizer(inner: nn.Module) -> Quantizer:
     quantizer = quantizer_of(inner)
     if quantizer is None:
-        raise TypeError(f"{type(module).__name__} is not a linear module")
-    return inner, quantizer
+        raise TypeError(f"{type(inner).__name__} is not a linear module")
+    return quantizer

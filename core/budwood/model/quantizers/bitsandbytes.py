@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from budwood.model.quantizers.experts import ExpertLinear
 
 BLOCK, NESTED_BLOCK = 64, 256
 """Weights that share a scale, and scales that share one if they are quantised too: transformers' defaults."""
+FEW_ROWS = 1536
+"""Up to this many rows of an input, bitsandbytes chooses how to multiply; above, it dequantises W, as is done here."""
 
 
 class _BitsAndBytes(Quantizer):
@@ -74,6 +77,16 @@ class Int8(_BitsAndBytes):
         linear.__class__ = _guarded_linear()
         return linear
 
+    def pack_experts(self, weight: Tensor, double_quantization: bool) -> ExpertLinear:
+        from budwood.model.quantizers.experts import Int8Experts
+
+        return Int8Experts.pack(weight)
+
+    def planned_experts(self, shape: tuple[int, int, int], double_quantization: bool) -> ExpertLinear:
+        from budwood.model.quantizers.experts import Int8Experts
+
+        return Int8Experts.planned(shape)
+
     def is_linear(self, module: nn.Module) -> bool:
         return _is_eight_bit(module)
 
@@ -120,6 +133,9 @@ class _FourBit(_BitsAndBytes):
         return _is_ours(config) and not eight and config.get("bnb_4bit_quant_type", "fp4") == self.kind
 
     def stored_config(self, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        from budwood.model.quantizers.cpu_kernel import install
+
+        install()
         return {**config, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
 
     def after_load(self, model: nn.Module, skip: list[str]) -> None:
@@ -157,6 +173,16 @@ class _FourBit(_BitsAndBytes):
         linear.support_avx512bf16_for_cpu = False
         return linear
 
+    def pack_experts(self, weight: Tensor, double_quantization: bool) -> ExpertLinear:
+        from budwood.model.quantizers.experts import FourBitExperts
+
+        return FourBitExperts.pack(weight, self.kind, double_quantization)
+
+    def planned_experts(self, shape: tuple[int, int, int], double_quantization: bool) -> ExpertLinear:
+        from budwood.model.quantizers.experts import FourBitExperts
+
+        return FourBitExperts.planned(shape, self.kind, double_quantization)
+
     def is_linear(self, module: nn.Module) -> bool:
         return _is_four_bit(module) and getattr(module.weight, "quant_type", "") == self.kind
 
@@ -181,6 +207,10 @@ class _FourBit(_BitsAndBytes):
         dtype = module.compute_dtype or x.dtype
         bias = None if bias is None else bias.to(dtype)
         weight = module.weight
+        if len(x) > FEW_ROWS and (dense := self._by_kernel(module, dtype)) is not None:
+            from torch.nn import functional
+
+            return functional.linear(x.to(dtype), dense, bias).to(x.dtype)
         result: Tensor = bitsandbytes.matmul_4bit(x.to(dtype), weight, weight.quant_state, bias=bias).to(x.dtype)
         return result
 
@@ -191,6 +221,9 @@ class _FourBit(_BitsAndBytes):
         state = module.weight.quant_state
         if getattr(state, "packing_format_for_cpu", False):
             raise RuntimeError("bitsandbytes has repacked this 4-bit weight for inference; it cannot be dequantised")
+        dense = self._by_kernel(module, dtype)
+        if dense is not None:
+            return dense
         absmax = state.absmax
         if state.nested:
             absmax = bitsandbytes.functional.dequantize_blockwise(absmax, state.state2) + state.offset
@@ -198,6 +231,24 @@ class _FourBit(_BitsAndBytes):
             module.weight.data.view(-1, 1), absmax.float(), state.blocksize, state.quant_type, state.shape, dtype
         )
         return weight
+
+    def _by_kernel(self, module: Any, dtype: torch.dtype) -> Tensor | None:
+        """Return W in `dtype`, written by one kernel instead of three; None where there is none."""
+        import torch
+
+        from budwood.model.ops.kernels import implementation
+
+        weight, state = module.weight.data, module.weight.quant_state
+        kernel = implementation("dequantize_4bit", weight, dtype)
+        if kernel is None:
+            return None
+        nested = None
+        if state.nested:
+            nested = (state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
+        result: Tensor = kernel.dequantize_4bit(
+            weight.view(torch.uint8), state.absmax, state.code, state.blocksize, nested, state.shape, dtype
+        )
+        return result
 
 
 class NF4(_FourBit):

@@ -1,12 +1,18 @@
-"""A CPU kernel for bitsandbytes' 4-bit quantisation: identical bits in a quarter of the time, on all cores.
+"""CPU kernels for bitsandbytes' 4-bit quantisation: the same bits in a quarter of the time, and right for any shape.
 
 bitsandbytes quantises on the CPU by tensor operations on the complete weight. The slowest is a binary search on one
 core, and their intermediate results take several times the weight's memory. Here a few thousand values at a time are
 compared with each bound, so everything stays in the cache.
+
+bitsandbytes 0.50 dequantises row by row on the CPU, with the scales of whole blocks: rows that are not a multiple of a
+block get the scales of others, without an error. Such a weight is dequantised here as one row.
 """
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any
@@ -14,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPERATION = "bitsandbytes::quantize_4bit"
+OPERATION, INVERSE = "bitsandbytes::quantize_4bit", "bitsandbytes::dequantize_4bit"
 CHUNK = 1 << 15
 """Values per chunk: torch runs an operation on so few in the calling thread. A multiple of every block size."""
 TINY = 1e-38
@@ -23,9 +29,33 @@ TINY = 1e-38
 
 @cache
 def install() -> None:
-    """Register the kernel with torch, unless bitsandbytes has a CPU kernel of its own, or other bits on a sample."""
-    import bitsandbytes
+    """Register the kernels with torch."""
+    import bitsandbytes  # defines the operations
 
+    _install_inverse()
+    _install_quantize(bitsandbytes)
+
+
+def _install_inverse() -> None:
+    original = torch.library.get_kernel(INVERSE, "CPU")
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+    def dequantize(
+        codes: Tensor, scales: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype
+    ) -> Tensor:
+        given = [math.prod(shape)] if shape[-1] % blocksize else list(shape)
+        result: Tensor = original.call_boxed(keys, codes, scales, blocksize, quant_type, given, dtype)
+        return result.view(tuple(shape))
+
+    library = torch.library.Library("bitsandbytes", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel.*")
+        library.impl("dequantize_4bit", dequantize, "CPU", allow_override=True)
+    _LIBRARIES.append(library)
+
+
+def _install_quantize(bitsandbytes: Any) -> None:
+    """Register `quantize`, unless bitsandbytes has a CPU kernel of its own, or other bits on a sample."""
     if torch._C._dispatch_has_kernel_for_dispatch_key(OPERATION, "CPU"):
         return
     original = torch.ops.bitsandbytes.quantize_4bit.default

@@ -5,6 +5,7 @@ A quantiser is registered in the entry point group `budwood.quantizers`, under t
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from budwood.contract.strategy import Plugin
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from budwood.model.quantizers.experts import ExpertLinear
 
 
 class Quantizer(Plugin):
@@ -27,7 +30,16 @@ class Quantizer(Plugin):
     name: str
     """Name of the entry point, used in recipes; set by the registry."""
     takes_fused_experts: bool = True
-    """False: fused expert tensors (three-dimensional) would stay in 16 bit, so such a base is refused."""
+    """False: fused expert tensors (three-dimensional) that `pack_experts` does not take would stay in 16 bit, so such a
+    base is refused."""
+    dequantizes: bool = False
+    """True: a stored checkpoint is dequantised as it is read: its linears are `nn.Linear` in the compute dtype."""
+    stored_only: bool = False
+    """True: reads checkpoints that are quantised already, and quantises none."""
+    needs_files: bool = False
+    """True: a stored checkpoint loads from its files, since its library reads more of them than tensors."""
+    stored_names: str = ""
+    """Regular expression that the name of some tensor in each of its checkpoints matches; "": not checked."""
     known_to_peft: bool = False
     """Whether PEFT has layers for these linears, which DoRA needs."""
 
@@ -41,6 +53,18 @@ class Quantizer(Plugin):
     def reads(self, config: Mapping[str, Any]) -> bool:
         """Return whether a checkpoint with this `quantization_config` was saved by this quantiser."""
         return False
+
+    def check_stored(self, config: Mapping[str, Any], device: str | None) -> None:
+        """Check that adapters can be trained on a stored checkpoint with this `quantization_config`.
+
+        It is called before weights are read, and before `check`.
+
+        Args:
+            device: a torch device such as "cuda:0"; None: not known yet.
+
+        Raises:
+            InputError: they cannot; the message names the reason and the remedy.
+        """
 
     def stored_config(self, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         """Return the `quantization_config` to load such a checkpoint with, such that it computes in `dtype`."""
@@ -75,6 +99,19 @@ class Quantizer(Plugin):
             dtype: compute dtype of the base.
             double_quantization: as for `config`.
         """
+        return None
+
+    def pack_experts(self, weight: Tensor, double_quantization: bool) -> ExpertLinear | None:
+        """Return the linears of all experts of a mixture, quantised expert by expert; None: they stay as they are.
+
+        Args:
+            weight: [E, out, in], on the device of the base, as one checkpoint tensor after the other is read.
+            double_quantization: as for `config`.
+        """
+        return None
+
+    def planned_experts(self, shape: tuple[int, int, int], double_quantization: bool) -> ExpertLinear | None:
+        """Return what `pack_experts` returns for a weight [E, out, in], with fake tensors; for plans of memory."""
         return None
 
     def is_linear(self, module: nn.Module) -> bool:
@@ -126,7 +163,7 @@ class Unquantized(Quantizer):
     def is_linear(self, module: nn.Module) -> bool:
         from torch import nn
 
-        return isinstance(module, nn.Linear) or is_transposed(module)
+        return is_transposed(module) or (isinstance(module, nn.Linear) and computes_linear(module))
 
     def shape(self, module: Any) -> tuple[int, int]:
         first, second = module.weight.shape
@@ -143,6 +180,45 @@ class Unquantized(Quantizer):
     def dequantize(self, module: Any, dtype: torch.dtype) -> Tensor:
         weight: Tensor = module.weight.to(dtype)
         return weight.t() if is_transposed(module) else weight
+
+
+def computes_linear(module: nn.Linear) -> bool:
+    """Return whether the forward of an `nn.Linear`, or of a subclass, is x Wᵀ + bias; a router's is not, for example.
+
+    A forward of a subclass runs once for its class, on a small weight.
+    """
+    from torch import nn
+
+    cls = type(module)
+    if cls.forward is nn.Linear.forward:
+        return True
+    if cls not in _computes_linear:
+        _computes_linear[cls] = _tried(module)
+    return _computes_linear[cls]
+
+
+_computes_linear: dict[type, bool] = {}
+
+
+def _tried(module: nn.Linear) -> bool:
+    import torch
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    twin: Any = copy.copy(module)
+    twin.__dict__["_parameters"] = dict(module._parameters)
+    twin.in_features, twin.out_features = 5, 3
+    draw = torch.Generator().manual_seed(0)
+    with unset_fake_temporarily(), torch.device("cpu"), torch.no_grad():
+        weight, bias, x = (torch.randn(shape, generator=draw) for shape in ((3, 5), (3,), (2, 5)))
+        twin._parameters["weight"] = torch.nn.Parameter(weight, requires_grad=False)
+        if module.bias is not None:
+            twin._parameters["bias"] = torch.nn.Parameter(bias, requires_grad=False)
+        try:
+            found = type(module).forward(twin, x)
+        except Exception:  # it needs other inputs, or another weight
+            return False
+        expected = torch.nn.functional.linear(x, weight, None if module.bias is None else bias)
+        return isinstance(found, torch.Tensor) and found.shape == expected.shape and torch.allclose(found, expected)
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -77,6 +77,8 @@ def factors_of(saved: SavedAdapter, program: str, *, alone: bool = True) -> Fact
     remedy = "convert it with --as lora --rank R, or merge it: --for merged"
     if saved.config.get("use_dora"):
         raise InputError(f"{saved.directory}: it is DoRA (use_dora), which {program} cannot: {remedy}")
+    if saved.config.get("target_parameters"):
+        raise InputError(f"{saved.directory}: it adapts experts (target_parameters), which {program} cannot: {MERGED}")
     config, tensors = saved.config, saved.load_tensors()
     if config.get("peft_type") != "LORA":
         result = converted(saved, tensors, "lora")
@@ -86,7 +88,10 @@ def factors_of(saved: SavedAdapter, program: str, *, alone: bool = True) -> Fact
             )
         config, tensors = result
     paths = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in tensors if ".lora_" in key}
-    config = config | {"target_modules": sorted(paths), "exclude_modules": None, "layers_to_transform": None}
+    config = config | {
+        "target_modules": sorted(paths), "target_parameters": None, "exclude_modules": None,
+        "layers_to_transform": None,
+    }  # fmt: skip
     owner = build_strategy(adapter_owner("LORA").name, {}, str(saved.directory / CONFIG))
     live = ask_owner(owner, "live_adapter", model=_linears(tensors), config=config, tensors=tensors)
     factors = {path: _folded(saved, path, update) for path, update in live.updates.items() if update.rank}

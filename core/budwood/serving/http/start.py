@@ -36,7 +36,7 @@ def open_service(
     """Load a base and the adapters below the root; those that cannot be loaded are named, and left out.
 
     Raises:
-        InputError: there is no such base or quantization, or the adapters are for several tasks.
+        InputError: there is no such base or quantization, or the adapters are for several tasks, or one on images.
         ResourceError: the machine cannot load it.
         CorruptError: the base is damaged.
     """
@@ -55,6 +55,8 @@ def open_service(
     quantization = quantization or (first.quantization if first else "none")
     silence_libraries()
     plugin: Task = build_task(tasks[0], manifests[0].task_options if manifests else {})
+    if plugin.answers != "texts":
+        raise InputError(f"the server takes texts, and task '{plugin.name}' answers {plugin.answers}: use generate.")
     loaded = load_for_task(
         base, quantization, plugin, [], precision=precision, device=device,
         double_quantization=first.double_quantization if first else True,

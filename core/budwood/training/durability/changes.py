@@ -12,6 +12,7 @@ from torch import nn
 
 from budwood.contract.types import Run
 from budwood.errors import InputError
+from budwood.recipe.schema import Recipe
 
 PINNED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "numpy")
 """Libraries whose versions a manifest records."""
@@ -54,11 +55,19 @@ def setting(run: Run) -> dict[str, Any]:
     }
 
 
+def chosen(given: Recipe, run: Run) -> list[str]:
+    """Return the fields that a recipe left open and the run chose, such as recipe.train.epochs."""
+    before, now = ({"recipe": recipe.to_dict(run.strategies)} for recipe in (given, run.recipe))
+    return [change.field for change in compare(before, now) if change.before is None]
+
+
 def data_setting(run: Run) -> dict[str, Any]:
     """Return the hashes of the run's data, and the rows that it holds out, if it does."""
     evaluated = run.eval_examples.sha256 if run.eval_examples else None
     held_out = {"held_out": run.held_out} if run.held_out else {}
-    return {"train": run.examples.sha256, "eval": evaluated, **held_out}
+    sets = {"train_files": run.examples, "eval_files": run.eval_examples}
+    files = {name: examples.files for name, examples in sets.items() if examples and examples.files}
+    return {"train": run.examples.sha256, "eval": evaluated, **held_out, **files}
 
 
 def adapted(run: Run) -> dict[str, Any]:

@@ -76,9 +76,10 @@ def find_resume(recipe: Recipe, report: Report, accept_changes: bool) -> Resume 
     if manifest.get("finished"):
         before, _ = read_recipe_file(directory / "recipe.yaml")
         now = recipe.to_dict(build_composition(recipe).strategies)
-        changes = accept(
-            compare({"recipe": before}, {"recipe": now}), f"the finished run in {directory}", accept_changes
-        )
+        differences = compare({"recipe": before}, {"recipe": now})
+        left_open = manifest.get("chosen", ())  # by the recipe; the run chose the value
+        differences = [change for change in differences if change.now is not None or change.field not in left_open]
+        changes = accept(differences, f"the finished run in {directory}", accept_changes)
         if all(change.field == "recipe.output" for change in changes):
             report.say(f"{directory}: the run is finished at step {manifest['step']}; there is nothing to resume")
             return _finished(recipe, manifest)

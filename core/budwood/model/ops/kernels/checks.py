@@ -1,0 +1,121 @@
+"""Compares each kernel with torch's computation, on the device and in the dtype in which it is about to be used."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from budwood.model.ops.kernels import launch
+
+Check = Callable[[torch.device, torch.dtype], str]
+NF4_CODES = 16
+
+
+def _draw(device: torch.device, dtype: torch.dtype, *shapes: Sequence[int]) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(tuple(shape), generator=draw).to(device, dtype) for shape in shapes]
+
+
+def _compare(names: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> str:
+    """Return what differs by more than two roundings of the largest value, or nothing."""
+    for name, mine, theirs in zip(names.split(), found, expected, strict=True):
+        bound = 2 * torch.finfo(mine.dtype).eps * max(1.0, theirs.abs().max().item())
+        difference = (mine.double() - theirs.double()).abs().max().item()
+        if not difference <= bound:
+            return f"{name} differs by {difference:.1e} where rounding allows {bound:.1e}"
+    return ""
+
+
+def _gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], above: Tensor) -> tuple[Tensor, ...]:
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    with torch.enable_grad():
+        return torch.autograd.grad(function(*leaves), leaves, above)
+
+
+def _dequantize_4bit(device: torch.device, dtype: torch.dtype) -> str:
+    draw = torch.Generator().manual_seed(0)
+    size, share, nested_share = 3 * 4096 + 130, 64, 256
+    packed = torch.randint(256, (size // 2,), generator=draw, dtype=torch.uint8)
+    scales = torch.randint(256, (-(-size // share),), generator=draw, dtype=torch.uint8)
+    code, nested_code = torch.randn(NF4_CODES, generator=draw), torch.randn(256, generator=draw)
+    nested_absmax, offset = torch.rand(-(-len(scales) // nested_share), generator=draw), torch.tensor(0.3)
+    wide = nested_code[scales.long()] * nested_absmax.repeat_interleave(nested_share)[: len(scales)] + offset
+    nibbles = torch.stack((packed >> 4, packed & 15), dim=-1).flatten().long()
+    expected = (code[nibbles] * wide.repeat_interleave(share)[:size]).to(device, dtype)
+    moved = [tensor.to(device) for tensor in (packed, scales, code, nested_code, nested_absmax, offset, wide)]
+    packed, scales, code, nested_code, nested_absmax, offset, wide = moved
+    nested = (nested_code, nested_absmax, offset, nested_share)
+    found = [
+        launch.dequantize_4bit(packed, scales, code, share, nested, (size,), dtype),
+        launch.dequantize_4bit(packed, wide, code, share, None, (size,), dtype),
+    ]
+    return _compare("nested plain", found, [expected] * 2)
+
+
+def _rms_norm(device: torch.device, dtype: torch.dtype) -> str:
+    x, weight, above = _draw(device, dtype, (5, 96), (96,), (5, 96))
+
+    def formula(x: Tensor) -> Tensor:
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+    out, scales = launch.rms_norm_forward(x, weight, 1e-5)
+    gradient = launch.rms_norm_backward(above, x, weight, scales)
+    return _compare("norm gradient", [out, gradient], [formula(x), *_gradients(formula, [x], above)])
+
+
+def _gated(device: torch.device, dtype: torch.dtype) -> str:
+    from budwood.model.ops.gated import activate
+
+    gate, up, above = _draw(device, dtype, (7, 200), (7, 200), (7, 200))
+    for kind in launch.KINDS:
+
+        def formula(gate: Tensor, up: Tensor, kind: str = kind) -> Tensor:
+            return activate(gate, kind) * up
+
+        found = [launch.gated_forward(gate, up, kind), *launch.gated_backward(above, gate, up, kind)]
+        difference = _compare("product gate up", found, [formula(gate, up), *_gradients(formula, [gate, up], above)])
+        if difference:
+            return f"{kind}: {difference}"
+    return ""
+
+
+def _rotate(device: torch.device, dtype: torch.dtype) -> str:
+    from budwood.model.ops.rotary import rotate
+
+    for size, batches in itertools.product((16, 12), (2, 1)):
+        x, cosine, sine, above = _draw(
+            device, dtype, (2, 5, 3, 16), (batches, 5, size), (batches, 5, size), (2, 3, 5, 16)
+        )
+        x = x.transpose(1, 2)
+        found = [launch.rotate(x, cosine, sine), launch.rotate(above, cosine, sine, backward=True)]
+        gradients = _gradients(lambda x, c=cosine, s=sine: rotate(x, c, s), [x], above)
+        difference = _compare("rotated gradient", found, [rotate(x, cosine, sine), *gradients])
+        if difference:
+            return difference
+    return ""
+
+
+def _cross_entropy(device: torch.device, dtype: torch.dtype) -> str:
+    (logits,) = _draw(device, dtype, (3, launch.CLASSES + 77))
+    labels = torch.tensor([0, launch.CLASSES + 76, 5], device=device)
+    above = torch.tensor([1.0, -0.5, 2.0], device=device)
+    losses, sums = launch.cross_entropy_forward(logits, labels)
+    gradient = launch.cross_entropy_backward(above, logits, labels, sums)
+    expected = F.cross_entropy(logits.float(), labels, reduction="none")
+    (wide,) = _gradients(lambda wide: F.cross_entropy(wide, labels, reduction="none"), [logits.float()], above)
+    return _compare("loss gradient", [losses, gradient], [expected, wide.to(dtype)])
+
+
+CHECKS: dict[str, Check] = {
+    "dequantize_4bit": _dequantize_4bit,
+    "rms_norm": _rms_norm,
+    "gated": _gated,
+    "rotate": _rotate,
+    "cross_entropy": _cross_entropy,
+}
+"""Per kernel: returns what is wrong, or nothing."""

@@ -1,0 +1,42 @@
+"""What the functions of `launch` allocate, on the fake tensors of a plan, which sees one operation for most kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def dequantize_4bit(packed: Tensor, *rest: Any) -> Tensor:
+    shape: Sequence[int] = rest[-2]
+    return packed.new_empty(tuple(shape), dtype=rest[-1]).fill_(0)
+
+
+def rms_norm_forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    return x * weight, x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+
+
+def rms_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    return (x + gradient).to(x.dtype)
+
+
+def gated_forward(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    return gate * up
+
+
+def gated_backward(gradient: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    return gradient * up, torch.empty_like(up)
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool = False) -> Tensor:
+    return x.contiguous().mul(2) if x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+
+
+def cross_entropy_forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return logits.sum(-1, dtype=torch.float32), logits.new_empty(len(logits), dtype=torch.float32)
+
+
+def cross_entropy_backward(gradient: Tensor, logits: Tensor, labels: Tensor, sums: Tensor) -> Tensor:
+    return logits * 2

@@ -1,0 +1,166 @@
+"""The kernels in Triton. Imported only where they are launched, since it imports Triton.
+
+All of them compute in fp32 and take their dtypes from their pointers. A result is rounded where the models' own torch
+operations round, so that on the same inputs the numbers are those of the model, up to the last bit of a function such
+as `exp`. Products and sums are not fused into one rounding, for the same reason (`enable_fp_fusion` at the launch).
+"""
+
+# Triton reads annotations as types of its own.
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dequantize_4bit(
+    packed, absmax, nested_code, nested_absmax, offset, code, out, size,
+    NESTED: tl.constexpr, SHARE: tl.constexpr, NESTED_SHARE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write `size` weights: code[nibble] times the scale of its SHARE weights; the high nibble comes first."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    at = start + tl.arange(0, BLOCK)
+    byte = tl.load(packed + at, mask=2 * at < size, other=0).to(tl.int32)
+    owner = 2 * at // SHARE
+    scale = tl.load(absmax + owner, mask=2 * at < size, other=0)
+    if NESTED:
+        wide = tl.load(nested_absmax + owner // NESTED_SHARE, mask=2 * at < size, other=0)
+        scale = tl.load(nested_code + scale.to(tl.int32)) * wide + tl.load(offset)
+    high = tl.load(code + (byte >> 4)) * scale
+    low = tl.load(code + (byte & 15)) * scale
+    to = 2 * start + tl.arange(0, 2 * BLOCK)
+    tl.store(out + to, tl.interleave(high, low).to(out.dtype.element_ty), mask=to < size)
+
+
+@triton.jit
+def rms_norm_forward(x, weight, out, scales, width, epsilon, BLOCK: tl.constexpr):
+    """Write weight · (x · s) of one row, and its s = 1 / sqrt(mean(x²) + epsilon)."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    wide = tl.load(x + row * width + at, mask=inside, other=0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + epsilon)
+    tl.store(scales + row, scale)
+    normed = (wide * scale).to(x.dtype.element_ty).to(tl.float32)
+    factor = tl.load(weight + at, mask=inside, other=0).to(tl.float32)
+    tl.store(out + row * width + at, (normed * factor).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rms_norm_backward(gradient, x, weight, scales, out, width, BLOCK: tl.constexpr):
+    """Write the gradient of one row of x."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    scale = tl.load(scales + row)
+    normed = tl.load(x + row * width + at, mask=inside, other=0).to(tl.float32) * scale
+    factor = tl.load(weight + at, mask=inside, other=0).to(tl.float32)
+    above = tl.load(gradient + row * width + at, mask=inside, other=0)
+    above = (above.to(tl.float32) * factor).to(gradient.dtype.element_ty).to(tl.float32)
+    along = tl.sum(above * normed, 0) / width
+    tl.store(out + row * width + at, ((above - normed * along) * scale).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _activation(gate, KIND: tl.constexpr):
+    """Return the activation of fp32 values, and its derivative."""
+    if KIND == 0:
+        share = 1.0 / (1.0 + tl.exp(-gate))
+        return gate * share, share * (1.0 + gate * (1.0 - share))
+    inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+    tanh = 2.0 / (1.0 + tl.exp(-2.0 * inner)) - 1.0
+    slope = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * gate * gate)
+    return 0.5 * gate * (1.0 + tanh), 0.5 * (1.0 + tanh) + 0.5 * gate * (1.0 - tanh * tanh) * slope
+
+
+@triton.jit
+def gated_forward(gate, up, out, size, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """Write activation(gate) · up."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    active, _ = _activation(tl.load(gate + at, mask=inside, other=0).to(tl.float32), KIND)
+    active = active.to(gate.dtype.element_ty).to(tl.float32)
+    factor = tl.load(up + at, mask=inside, other=0).to(tl.float32)
+    tl.store(out + at, (active * factor).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gated_backward(gradient, gate, up, gate_out, up_out, size, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the gradients of gate and up."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    above = tl.load(gradient + at, mask=inside, other=0).to(tl.float32)
+    active, slope = _activation(tl.load(gate + at, mask=inside, other=0).to(tl.float32), KIND)
+    active = active.to(gate.dtype.element_ty).to(tl.float32)
+    through = (above * tl.load(up + at, mask=inside, other=0).to(tl.float32)).to(gate.dtype.element_ty).to(tl.float32)
+    tl.store(gate_out + at, (through * slope).to(gate_out.dtype.element_ty), mask=inside)
+    tl.store(up_out + at, (above * active).to(up_out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rotate(
+    x, cosine, sine, out, tokens, heads, rotated, width,
+    x_batch, x_head, x_token, table_batch, table_token,
+    BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rotate the halves of the first `rotated` elements of one token of one head (RoPE); copy those after them.
+
+    BACKWARD: the transposed rotation, that of a gradient. `out` is contiguous [batch, heads, tokens, width].
+    """
+    token, head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    half = rotated // 2
+    inside = at < half
+    base = x + batch * x_batch + head * x_head + token * x_token
+    table = batch * table_batch + token * table_token
+    first = tl.load(base + at, mask=inside, other=0).to(tl.float32)
+    second = tl.load(base + half + at, mask=inside, other=0).to(tl.float32)
+    cosine_1 = tl.load(cosine + table + at, mask=inside, other=0).to(tl.float32)
+    cosine_2 = tl.load(cosine + table + half + at, mask=inside, other=0).to(tl.float32)
+    sine_1 = tl.load(sine + table + at, mask=inside, other=0).to(tl.float32)
+    sine_2 = tl.load(sine + table + half + at, mask=inside, other=0).to(tl.float32)
+    narrow = x.dtype.element_ty
+    if BACKWARD:
+        one = (first * cosine_1).to(narrow).to(tl.float32) + (second * sine_2).to(narrow).to(tl.float32)
+        two = (second * cosine_2).to(narrow).to(tl.float32) - (first * sine_1).to(narrow).to(tl.float32)
+    else:
+        one = (first * cosine_1).to(narrow).to(tl.float32) - (second * sine_1).to(narrow).to(tl.float32)
+        two = (second * cosine_2).to(narrow).to(tl.float32) + (first * sine_2).to(narrow).to(tl.float32)
+    to = out + ((batch * heads + head) * tokens + token) * width
+    tl.store(to + at, one.to(out.dtype.element_ty), mask=inside)
+    tl.store(to + half + at, two.to(out.dtype.element_ty), mask=inside)
+    rest = at < width - rotated
+    tl.store(to + rotated + at, tl.load(base + rotated + at, mask=rest, other=0), mask=rest)
+
+
+@triton.jit
+def cross_entropy_forward(logits, labels, losses, sums, classes, BLOCK: tl.constexpr):
+    """Write log(sum(exp(logits))) - logits[label] of one row, and that logarithm."""
+    row = tl.program_id(0).to(tl.int64)
+    start = logits + row * classes
+    largest = -float("inf")
+    total = 0.0
+    for first in range(0, classes, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        block = tl.load(start + at, mask=at < classes, other=-float("inf")).to(tl.float32)
+        above = tl.maximum(largest, tl.max(block, 0))
+        total = total * tl.exp(largest - above) + tl.sum(tl.exp(block - above), 0)
+        largest = above
+    logarithm = largest + tl.log(total)
+    tl.store(sums + row, logarithm)
+    tl.store(losses + row, logarithm - tl.load(start + tl.load(labels + row)).to(tl.float32))
+
+
+@triton.jit
+def cross_entropy_backward(gradient, logits, labels, sums, out, classes, BLOCK: tl.constexpr):
+    """Write gradient · (softmax(logits) - one_hot(label)) of a block of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < classes
+    block = tl.load(logits + row * classes + at, mask=inside, other=0).to(tl.float32)
+    share = tl.exp(block - tl.load(sums + row))
+    share = tl.where(at == tl.load(labels + row), share - 1.0, share)
+    result = share * tl.load(gradient + row)
+    tl.store(out + row * classes + at, result.to(out.dtype.element_ty), mask=inside)

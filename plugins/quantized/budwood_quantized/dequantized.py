@@ -1,0 +1,50 @@
+"""Formats that transformers dequantises as it reads them, since their kernels need one kind of GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from budwood_quantized.stored import Stored
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class _Dequantized(Stored):
+    method: str
+
+    def reads(self, config: Mapping[str, Any]) -> bool:
+        return config.get("quant_method") == self.method
+
+    def stored_config(self, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        return {**config, "dequantize": True}
+
+
+class MXFP4(_Dequantized):
+    """Four bits with a shared exponent for 32 weights, as the experts of gpt-oss are stored (OCP MX), kept exactly."""
+
+    api = 2
+    method = "mxfp4"
+    stored_names = r"_blocks$"
+    takes_fused_experts = False
+
+    def pack_experts(self, weight: Tensor, double_quantization: bool) -> Any:
+        from budwood import MXFP4Experts
+
+        return MXFP4Experts.pack(weight)
+
+    def planned_experts(self, shape: tuple[int, int, int], double_quantization: bool) -> Any:
+        from budwood import MXFP4Experts
+
+        return MXFP4Experts.planned(shape)
+
+
+class FineGrainedFP8(_Dequantized):
+    """fp8 with a scale for each block of a weight, as DeepSeek-V3 is stored."""
+
+    api = 2
+    dequantizes = True
+    method = "fp8"
+    stored_names = r"\.weight_scale(_inv)?$"

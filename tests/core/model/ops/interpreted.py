@@ -1,0 +1,185 @@
+"""Tests of the Triton kernels in Triton's interpreter; run by test_kernels.py, in a process with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama import modeling_llama
+
+from budwood.model.ops import kernels
+from budwood.model.ops.cross_entropy import cross_entropy
+from budwood.model.ops.gated import activate, fuse_mlps, gated
+from budwood.model.ops.kernels import launch
+from budwood.model.ops.kernels.checks import CHECKS
+from budwood.model.ops.rms_norm import rms_norm, save_memory_in_norms
+from budwood.model.ops.rotary import fuse_rotations, rotary, rotate
+from budwood.model.quantizers.cpu_kernel import install
+
+DTYPES = [torch.float32, torch.float16]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of the kernels that were launched."""
+    names: list[str] = []
+    for name, dtype in itertools.product(CHECKS, DTYPES):
+        assert kernels._passes(name, torch.device("cpu"), dtype), kernels.problems
+
+    def counted(name: str, function: Any) -> Any:
+        return lambda *args, **kwargs: (names.append(name), function(*args, **kwargs))[1]
+
+    for name in [
+        name for name in vars(launch) if name.split("_")[0] in ("dequantize", "rms", "gated", "rotate", "cross")
+    ]:
+        monkeypatch.setattr(launch, name, counted(name, getattr(launch, name)))
+    yield names
+
+
+def draw(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def agree(function: Any, formula: Any, inputs: list[Tensor]) -> None:
+    """Compare values and gradients with the formula in float64, up to roundings to the inputs' dtype."""
+    dtype = inputs[0].dtype
+    bound = 8 * torch.finfo(dtype).eps
+    mine = [x.clone().requires_grad_() for x in inputs]
+    wide = [x.double().requires_grad_() for x in inputs]
+    result, expected = function(*mine), formula(*wide)
+    (above,) = draw(tuple(expected.shape))
+    gradients = torch.autograd.grad(result, mine, above.to(result.dtype))
+    exact = torch.autograd.grad(expected, wide, above.to(result.dtype).double())
+    for found, true in zip((result, *gradients), (expected, *exact), strict=True):
+        scale = max(1.0, true.abs().max().item() if true.numel() else 0.0)
+        torch.testing.assert_close(found.double(), true, rtol=0, atol=bound * scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 64), (0, 64), (2, 5, 77), (1, 1)])
+def test_rms_norm(launched, shape, dtype):
+    x, weight = draw(shape, shape[-1:], dtype=dtype)
+
+    def formula(x: Tensor) -> Tensor:
+        return weight.double() * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+    agree(lambda x: rms_norm(x, weight, 1e-5), formula, [x])
+    assert launched == ["rms_norm_forward", "rms_norm_backward"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "shape"), [("silu", (7, 300)), ("gelu_tanh", (2, 3, 513)), ("silu", (0, 8))])
+def test_gated_products(launched, kind, shape, dtype):
+    agree(lambda g, u: gated(g, u, kind), lambda g, u: activate(g, kind) * u, draw(shape, shape, dtype=dtype))
+    assert launched == ["gated_forward", "gated_backward"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "batches"), [(16, 1), (16, 2), (12, 2)])
+def test_rotations(launched, size, batches, dtype):
+    query, key, cosine, sine = draw((2, 5, 4, 16), (2, 5, 2, 16), (batches, 5, size), (batches, 5, size), dtype=dtype)
+    wide = cosine.double(), sine.double()
+    for x, at in ((query, 0), (key, 1)):
+        x = x.transpose(1, 2)  # as attention has it
+        pair = lambda x, at=at: rotary(*((x, x[:, :2]) if at == 0 else (x.repeat(1, 2, 1, 1), x)), cosine, sine)[at]  # noqa: E731
+        agree(pair, lambda x: rotate(x, *wide), [x])
+    assert launched.count("rotate") == 6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "classes"), [(3, 300), (2, 2 * launch.CLASSES + 5), (0, 7), (4, 1)])
+def test_cross_entropy(launched, rows, classes, dtype):
+    (logits,) = draw((rows, classes), dtype=dtype)
+    labels = torch.arange(rows) * 31 % classes
+    agree(
+        lambda x: cross_entropy(x, labels), lambda x: F.cross_entropy(x, labels, reduction="none"), [logits]
+    )  # fmt: skip
+    assert launched == ["cross_entropy_forward", "cross_entropy_backward"]
+
+
+@pytest.mark.parametrize(("kind", "nested", "dtype"), list(itertools.product(("nf4", "fp4"), (False, True), DTYPES)))
+def test_weights_in_4_bit_are_those_of_bitsandbytes(launched, kind, nested, dtype):
+    install()
+    for shape in ((64, 96), (33, 130), (300, 256)):
+        (weight,) = draw(shape)
+        packed, state = bnb.quantize_4bit(weight, quant_type=kind, compress_statistics=nested, blocksize=64)
+        nests = (state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize) if nested else None
+        found = launch.dequantize_4bit(packed, state.absmax, state.code, state.blocksize, nests, state.shape, dtype)
+        state.dtype = dtype
+        assert torch.equal(found, bnb.dequantize_4bit(packed, state))
+
+
+def test_a_model_computes_with_the_kernels_what_it_computes_without(launched, monkeypatch):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+    )
+    model = modeling_llama.LlamaForCausalLM(config).requires_grad_(False)
+
+    tokens = torch.arange(12)[None] % 50
+
+    def gradients() -> list[Tensor]:
+        embedded = model.model.embed_tokens(tokens).requires_grad_()
+        logits = model(inputs_embeds=embedded).logits
+        return [logits, *torch.autograd.grad(cross_entropy(logits[0], tokens[0]).sum(), [embedded])]
+
+    with monkeypatch.context() as off:
+        off.setattr(kernels, "INTERPRETED", False)
+        expected = gradients()
+        assert not launched
+    assert save_memory_in_norms(model) == 5 and fuse_mlps(model) == 2 and fuse_rotations(model) == 1
+    found = gradients()
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    counts = {name: launched.count(name) for name in sorted(set(launched))}
+    assert counts == {
+        "cross_entropy_backward": 1, "cross_entropy_forward": 1, "gated_backward": 2, "gated_forward": 2,
+        "rms_norm_backward": 5, "rms_norm_forward": 5, "rotate": 8,
+    }  # fmt: skip
+
+    launched.clear()  # a hook inside an MLP sees the activation
+    seen: list[Tensor] = []
+    handle = model.model.layers[0].mlp.act_fn.register_forward_hook(lambda module, args, out: seen.append(out))
+    gradients()
+    handle.remove()
+    assert len(seen) == 1 and launched.count("gated_forward") == 1
+
+
+def test_other_mlps_keep_their_forward():
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(4, 4) for _ in range(3))
+            self.act_fn = nn.SiLU()
+
+        def forward(self, x):
+            return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+    assert fuse_mlps(Other()) == 0
+
+
+def test_a_kernel_that_is_wrong_is_not_used_and_named(launched, monkeypatch):
+    kernels._passes.cache_clear()
+    monkeypatch.setattr(kernels, "problems", [])
+    monkeypatch.setattr(launch, "gated_forward", lambda gate, up, kind: gate)
+    gate, up = draw((3, 8), (3, 8))
+    assert torch.equal(gated(gate, up, "silu"), F.silu(gate) * up)
+    gated(gate, up, "silu")
+    (line,) = kernels.problems
+    assert line.startswith(
+        "note: the Triton kernel gated is not used on cpu in torch.float32: silu: product differs by "
+    )
+    kernels._passes.cache_clear()

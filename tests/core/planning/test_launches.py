@@ -1,0 +1,34 @@
+"""The operations that a layer's forward and backward pass hand to a GPU: each costs the host time."""
+
+from __future__ import annotations
+
+import collections
+import json
+
+import torch
+
+from budwood.model.device import planned_device
+from budwood.planning.rehearsal import rehearse
+from budwood.recipe.schema import load_recipe
+
+
+def test_a_layer_in_4_bit_with_adapters_on_all_linears(tiny_bases, tmp_path):
+    rows = [json.dumps({"prompt": f"hello there {i}", "completion": " x y z"}) for i in range(8)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    counts = []
+    for layers in (1, 3):
+        recipe = tmp_path / f"{layers}.yaml"
+        recipe.write_text(
+            f"base: {{model: {tiny_bases(f'layers{layers}', num_hidden_layers=layers)}, quantization: nf4}}\n"
+            f"data: {{train: {tmp_path / 'train.jsonl'}, eval: none}}\n"
+            "strategies: [lora: {rank: 8}]\ntrain: {steps: 1, batch_examples: 8}\n"
+        )
+        with (
+            planned_device("cuda", (9, 0)),
+            rehearse(load_recipe(str(recipe)), torch.bfloat16, cuda=True) as rehearsal,
+        ):
+            rehearsal.take_step([micro for step in rehearsal.steps for micro in step][:1])
+            counts.append(collections.Counter(op.name for op in rehearsal.trace.operations if op.in_pass))
+    added = counts[1] - counts[0]
+    assert sum(added.values()) <= 2 * 140, added
+    assert not {"silu", "neg", "cat", "rsqrt", "pow"} & set(added)  # norms, rotations and gated products are kernels
