@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from budwood.adapters.peft_layers import select_adapters as select_adapters
     from budwood.adapters.peft_layers import whole_groups as whole_groups
     from budwood.adapters.peft_layers import whole_tensors as whole_tensors
+    from budwood.adapters.starts import difference as difference
+    from budwood.adapters.starts import set_starts as set_starts
+    from budwood.adapters.starts import update_of as update_of
     from budwood.adapters.tokens import fit_whole as fit_whole
     from budwood.adapters.tokens import new_tokens as new_tokens
     from budwood.adapters.tokens import saved_tokens as saved_tokens
@@ -83,6 +86,7 @@ _EXPORTS = {
         ),
         "budwood.adapters.peft_layers",
     ),
+    **dict.fromkeys(("difference", "set_starts", "update_of"), "budwood.adapters.starts"),
     **dict.fromkeys(("fit_whole", "new_tokens", "saved_tokens", "wrap_tokens"), "budwood.adapters.tokens"),
     **dict.fromkeys(("check_replaced", "without_base_tensors", "wrap_whole"), "budwood.adapters.whole"),
     **dict.fromkeys(("frozen_linear", "low_rank_linear", "mixed_low_rank_linear"), "budwood.model.ops.linear"),

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from budwood.errors import CorruptError
+from budwood.untrusted.formats import read_json
 
 if TYPE_CHECKING:
     from budwood.model.base import Base
 
+MERGED = "budwood-merge.json"
+"""File of a merged model that says how it was made."""
 FORMAT = 3
 """2: budwood.json carries its own hash. 3: `adapter_type` was `kind`."""
 
@@ -21,11 +27,19 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
 
+class ParentRecord(_Record):
+    """An adapter that something came from: the SHA-256 of its adapter_model.safetensors and adapter_config.json."""
+
+    weights: str = Field(pattern=r"^[0-9a-f]{64}$")
+    config: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
 class BaseRecord(_Record):
     """The base that an adapter was trained on.
 
     `fingerprint` identifies its unquantised weights on disk. `revision` is the hub's commit, None for a folder.
-    `embeddings` is the number of token embeddings if the run resized them, 0 if not.
+    `embeddings` is the number of token embeddings if the run resized them, 0 if not. `merged` are the adapters that
+    were merged into it, in order.
     """
 
     name: str
@@ -35,6 +49,11 @@ class BaseRecord(_Record):
     double_quantization: bool = True
     dtype: str = "float32"
     embeddings: int = Field(0, ge=0)
+    merged: list[ParentRecord] = Field(default_factory=list)
+
+    def __str__(self) -> str:
+        inside = f" with adapter {self.merged[-1].weights[:12]} merged into it" if self.merged else ""
+        return f"'{self.name}'{inside} ({self.fingerprint[:12]})"
 
     @classmethod
     def of(cls, base: Base) -> BaseRecord:
@@ -47,7 +66,23 @@ class BaseRecord(_Record):
             double_quantization=base.double_quantization,
             dtype=str(base.dtype).removeprefix("torch."),
             embeddings=base.added.stop if base.added else 0,
+            merged=merged_into(base.path),
         )
+
+
+def merged_into(folder: Path) -> list[ParentRecord]:
+    """Return the adapters that were merged into a base, oldest first, as `adapter merge` recorded them in its folder.
+
+    Raises:
+        CorruptError: the record is damaged.
+    """
+    path = folder / MERGED
+    if not path.is_file():
+        return []
+    try:
+        return [ParentRecord.model_validate(entry) for entry in read_json(path).get("merged", [])]
+    except (ValidationError, TypeError) as error:
+        raise CorruptError(f"{path}: 'merged': must list the SHA-256 of weights and config of adapters.") from error
 
 
 class HeldOutRecord(_Record):
@@ -104,13 +139,6 @@ class ChatRecord(_Record):
     date: str | None = Field(None, pattern=r"^\d{4}-\d{2}-\d{2}$")
 
 
-class ParentRecord(_Record):
-    """The adapter that a run continued: the SHA-256 of its adapter_model.safetensors and of its adapter_config.json."""
-
-    weights: str = Field(pattern=r"^[0-9a-f]{64}$")
-    config: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-
 class PartRecord(ParentRecord):
     """An adapter that another was made from, and its weight."""
 
@@ -163,6 +191,8 @@ class Manifest(_Record):
     evaluation: EvaluationRecord | None = None
     strategies: list[dict[str, Any]] = Field(default_factory=list)
     """Name, distribution and options of every strategy of the run."""
+    needs_quantization: bool = False
+    """Whether it makes up for the error of the base as quantised in training, so that it is right on no other."""
     parent: ParentRecord | None = None
     """The adapter that its run continued, if any."""
     made: MadeRecord | None = None

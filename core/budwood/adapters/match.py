@@ -28,7 +28,8 @@ def check_task(saved: SavedAdapter, task: str, base: Base) -> None:
     """Reject a different task or number of classes; note a different tokenizer, template or quantization.
 
     Raises:
-        InputError: the adapter is for another task or number of classes, or lacks what the base's checkpoint lacks.
+        InputError: the adapter is for another task or number of classes, lacks what the base's checkpoint lacks, or
+            belongs to another quantisation.
     """
     lacking = [key for key in base.new if PREFIX + key not in saved.infos]
     if lacking:
@@ -53,6 +54,11 @@ def check_task(saved: SavedAdapter, task: str, base: Base) -> None:
         saved.notes.append("the base's chat template is not the one it was trained with.")
     if manifest.base.quantization != base.quantization:
         trained, current = manifest.base.quantization, base.quantization
+        if manifest.needs_quantization:
+            raise InputError(
+                f"{saved.directory}: makes up for the error of its base in {trained}, and the base is in {current}: "
+                f"open the base with quantization {trained}."
+            )
         saved.notes.append(
             f"was trained with base quantization {trained} and is used with {current}: answers may differ."
         )

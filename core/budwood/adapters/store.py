@@ -149,6 +149,7 @@ def write_adapter(
     stop_ids: Sequence[int] = (),
     chat: ChatRecord | None = None,
     on_messages: bool | None = None,
+    needs_quantization: bool = False,
     parent: ParentRecord | None = None,
     made: MadeRecord | None = None,
     probes: Sequence[Example] = (),
@@ -174,6 +175,7 @@ def write_adapter(
         stop_ids: tokens that end an answer in addition to the end-of-sequence token.
         chat: how messages are rendered; None: as the base's chat template says.
         on_messages: whether it was trained on messages.
+        needs_quantization: whether it is right only on the base as quantised now.
         parent: the adapter that its run continued.
         made: how it was made from others, if it was not trained.
         probes: inputs for the golden logits; without any, `verify` has nothing to replay.
@@ -216,6 +218,7 @@ def write_adapter(
             stop_ids=list(stop_ids),
             chat=chat,
             on_messages=on_messages,
+            needs_quantization=needs_quantization,
             parent=parent,
             made=made,
             golden=current_setting(base) if golden else None,
@@ -358,10 +361,7 @@ def _check_base(
     trained_on = manifest.base
     if fingerprint is None or fingerprint == trained_on.fingerprint:
         return
-    text = (
-        f"was trained on the base '{trained_on.name}' ({trained_on.fingerprint[:12]}), "
-        f"but this base is '{name}' ({fingerprint[:12]})"
-    )
+    text = f"was trained on the base {trained_on}, but this base is '{name}' ({fingerprint[:12]})"
     if not allow:
         raise InputError(f"{directory} {text}. Use the base it was trained on, or --allow-other-base.")
     notes.append(f"{text}: allowed by --allow-other-base.")

@@ -17,8 +17,10 @@ class LowRankUpdate:
     Attributes:
         layer: PEFT's layer, which holds the adapter's parameters for this linear.
         name: name of the adapter.
+        start: A₀ [r, in] and B₀ [out, r], if the update counts from there; `weights` then return `starts.difference`.
     """
 
+    start: tuple[Tensor, Tensor] | None = None
     mixes = True
     """Whether `weights` describe the update completely, so that rows of several adapters share one product. If not,
     `forward` runs on separate slices of the batch."""

@@ -61,6 +61,11 @@ def _check_origin(recipe: Recipe, saved: SavedAdapter) -> None:
     base = recipe.base
     if saved.manifest.base.embeddings and not base.resize_embeddings:
         raise InputError(f"{saved.directory} has embeddings of new tokens: set base.resize_embeddings to true.")
+    trained = saved.manifest.base.quantization
+    if saved.manifest.needs_quantization and base.quantization != trained:
+        raise InputError(
+            f"{saved.directory} makes up for the error of its base in {trained}: set base.quantization to {trained}."
+        )
     if Path(base.model).expanduser().is_dir():
         from budwood.model.base import fingerprint
 
@@ -87,10 +92,9 @@ def check_base_of(saved: SavedAdapter, name: str, fingerprint: str) -> None:
         InputError: it was trained on another.
     """
     if saved.manifest is not None and saved.manifest.base.fingerprint != fingerprint:
-        trained = saved.manifest.base
         raise InputError(
-            f"{saved.directory} was trained on the base '{trained.name}' ({trained.fingerprint[:12]}), not on "
-            f"'{name}' ({fingerprint[:12]}): name that base."
+            f"{saved.directory} was trained on the base {saved.manifest.base}, not on '{name}' ({fingerprint[:12]}): "
+            "name that base."
         )
 
 

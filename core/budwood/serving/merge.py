@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from budwood import __version__
 from budwood.adapters.golden import Distance, measure, relative_error
+from budwood.adapters.manifest import MERGED, merged_into
 from budwood.adapters.match import mismatch
 from budwood.adapters.rounding import round_stochastically
 from budwood.adapters.store import SavedAdapter, read_adapter
 from budwood.contract.discovery import find, plugin_fault
 from budwood.errors import BudwoodError, InputError
+from budwood.model.base import Base
 from budwood.model.checkpoint import read_config, resolve
 from budwood.model.decoding import end_tokens
 from budwood.serving.pool import AdapterPool, load_for_task
@@ -31,7 +33,6 @@ MAX_ERROR = 0.25
 """Largest error of a merged model without `force`, as a fraction of the adapter's own effect."""
 EXACT = 1e-3
 """Largest difference of a logit between adapter and merged weights in fp32, relative to the largest logit."""
-RECORD = "budwood-merge.json"
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def merge(
             (folder / name).write_bytes(content)
         if again:
             _compare_again(saved, pool, folder, probes, merged)
-        (folder / RECORD).write_text(json.dumps(_record(saved, pool.base.name, report, force), indent=2) + "\n")
+        (folder / MERGED).write_text(json.dumps(_record(saved, pool.base, report, force), indent=2) + "\n")
     return report
 
 
@@ -202,6 +203,11 @@ def _compare_again(saved: SavedAdapter, pool: AdapterPool, folder: Path, probes:
 
 
 def _check_unquantised(saved: SavedAdapter, base: str | None) -> None:
+    if saved.manifest is not None and saved.manifest.needs_quantization:
+        raise InputError(
+            f"{saved.directory}: makes up for the error of its base in {saved.manifest.base.quantization}, which the "
+            "original weights do not have: load the adapter on its quantised base instead."
+        )
     name = base_name(saved, base)
     if name is not None and "quantization_config" in read_config(resolve(name, weights=False)):
         raise InputError(
@@ -251,8 +257,10 @@ def _round(model: nn.Module, originals: dict[str, Tensor], target: torch.dtype) 
     return changed, max(1 - applied / update, 0.0) if update else 0.0, worst
 
 
-def _record(saved: SavedAdapter, base: str, report: MergeReport, force: bool) -> dict[str, Any]:
-    values = asdict(report) | {"directory": None, "base": base, "forced": force, "created_by": f"budwood {__version__}"}
+def _record(saved: SavedAdapter, base: Base, report: MergeReport, force: bool) -> dict[str, Any]:
+    made = {"base": base.name, "forced": force, "created_by": f"budwood {__version__}"}
+    values = asdict(report) | {"directory": None, **made}
+    values["merged"] = [record.model_dump() for record in (*merged_into(base.path), saved.hashes)]
     values["adapter"] = {"adapter_type": saved.adapter_type, "files": saved.manifest.files if saved.manifest else {}}
     values.pop("directory")
     return values

@@ -27,10 +27,10 @@ CACHED = "reference_log_probs"
 def is_off(run: Run, which: Which) -> bool:
     """Whether a reference is the model with its adapter off.
 
-    So is the start of a run with a new adapter, since strategies do not change the model before the first step, and
-    then it shares its computation with the base.
+    So is the start of a run with a new adapter, unless that changes the base at once; then it shares its computation
+    with the base.
     """
-    return which == "base" or (run.start_adapter is None and run.only_adapter_trains)
+    return which == "base" or (run.start_adapter is None and run.only_adapter_trains and run.starts_as_base)
 
 
 def read_reference(run: Run, batch: Batch, which: Which = "start") -> Reference:

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import PartialState, is_initialized
 from accelerate.tracking import get_available_trackers
 
+from budwood.adapters.manifest import merged_into
 from budwood.contract.discovery import PluginError
 from budwood.contract.registry import Composition
 from budwood.contract.strategy import RUN_ADAPTER, Strategy, hookimpl
@@ -187,7 +188,8 @@ def _prepare(
         resize_base(run.base, embeddings_wanted(recipe, run.tokenizer))
     if device.type == "cpu":
         keep_heap()
-    report.say(f"base {run.base.name}: " + "; ".join(run.base.notes))
+    merged = [f"adapter {record.weights[:12]} is merged into it" for record in merged_into(run.base.path)]
+    report.say(f"base {run.base.name}: " + "; ".join([*run.base.notes, *merged]))
     for problem in kernels.prepare(device, run.dtype):
         report.say(problem)
     if run.start_adapter is not None:
@@ -291,7 +293,8 @@ def plan_run(run: Run, hooks: Composition) -> Plan:
         run.tokenizer = recipe_tokenizer(recipe)
     model = recipe_skeleton(recipe, task.auto_class, run.tokenizer)
     run.recipe = recipe = recipe.with_length(default_length(model))
-    run.start_adapter = read_start(recipe)
+    run.start_adapter = saved = read_start(recipe)
+    run.starts_as_base = saved is None or saved.manifest is None or not saved.manifest.needs_quantization
     plan = Plan(
         recipe, hooks.strategies, recipe.train.steps, model, task=task, tokenizer=run.tokenizer,
         start_adapter=run.start_adapter,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from budwood import (
 )
 from budwood.lowrank import (
     adapter_layers,
+    difference,
     fan_in_fan_out,
     file_paths,
     fit_whole,
@@ -37,6 +40,7 @@ from budwood.lowrank import (
     saved_whole_modules,
     select_adapters,
     split_targets,
+    update_of,
     whole_groups,
     whole_tensors,
     without_base_tensors,
@@ -119,9 +123,37 @@ def write(model: nn.Module, config: LoraConfig, directory: Path) -> None:
     if saved.target_parameters:
         saved.lora_dropout = 0.0
     saved.target_modules = sorted(saved.target_modules or ())  # PEFT makes it an unordered set
+    slots = tensor_slots(model, RUN_ADAPTER) | _started(model, config, saved)
     saved.save_pretrained(str(directory))
-    tensors = {key: slot.detach().cpu().contiguous() for key, slot in tensor_slots(model, RUN_ADAPTER).items()}
+    tensors = {key: slot.detach().cpu().contiguous() for key, slot in slots.items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _started(model: nn.Module, config: LoraConfig, saved: LoraConfig) -> dict[str, Tensor]:
+    """Return the factors of an adapter that another strategy has given a start, and change `saved` to fit them.
+
+    One that counts from its start is written as the difference to it, a plain adapter of twice the rank.
+    """
+    layers = dict(adapter_layers(model, RUN_ADAPTER))
+    ranks = {path: layer.r[RUN_ADAPTER] for path, layer in layers.items()}
+    starts = {path: update_of(model, layer, RUN_ADAPTER).start for path, layer in layers.items()}
+    same = {*layers} == {*(config.target_modules or ())} and (config.rank_pattern or {*ranks.values()} == {config.r})
+    if config.target_parameters or (same and not any(starts.values())):
+        return {}
+    slots: dict[str, Tensor] = {}
+    alphas: dict[str, float] = {}
+    for path, layer in layers.items():
+        a, b = difference(layer.lora_A[RUN_ADAPTER].weight, layer.lora_B[RUN_ADAPTER].weight, starts[path])
+        slots |= {f"base_model.model.{path}.lora_{part}.weight": t for part, t in (("A", a), ("B", b))}
+        ranks[path] = rank = len(a)
+        alphas[path] = layer.scaling[RUN_ADAPTER] * (math.sqrt(rank) if config.use_rslora else rank)
+    saved.target_modules = sorted(ranks)
+    saved.r = Counter(ranks.values()).most_common(1)[0][0]
+    saved.lora_alpha = next(alphas[path] for path, rank in ranks.items() if rank == saved.r)  # type: ignore[assignment]
+    others = [path for path, rank in ranks.items() if rank != saved.r]
+    saved.rank_pattern = {path: ranks[path] for path in others}
+    saved.alpha_pattern = {path: alphas[path] for path in others}
+    return slots
 
 
 def attach(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], name: str) -> LoraConfig:

@@ -19,6 +19,7 @@ from budwood.lowrank import (
     LowRankUpdate,
     adapter_layers,
     check_replaced,
+    difference,
     exact_targets,
     expert_norms,
     experts_of,
@@ -41,7 +42,7 @@ class LoRAUpdate(LowRankUpdate):
 
     def weights(self) -> tuple[Tensor, Tensor, float]:
         layer, name = self.layer, self.name
-        return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+        return *difference(layer.lora_A[name].weight, layer.lora_B[name].weight, self.start), layer.scaling[name]
 
     def sources(self) -> tuple[Tensor, ...]:
         return self.layer.lora_A[self.name].weight, self.layer.lora_B[self.name].weight

@@ -9,7 +9,9 @@ from pydantic import Field, field_validator
 from budwood import Layers, ModulesToSave, Options, Targets
 from budwood.lowrank import SavedExpertsConfig
 
-REFUSED_INITS = ("pissa", "olora", "orthogonal", "loftq", "eva", "corda", "lora_ga", "mica")
+STRATEGIES = ("pissa", "olora", "loftq", "eva", "corda", "lora_ga")
+"""Initialisations of PEFT that are strategies beside `lora`."""
+REFUSED_INITS = ("orthogonal", "mica")
 
 
 class LoRAOptions(Options):
@@ -34,6 +36,8 @@ class LoRAOptions(Options):
     @field_validator("init")
     @classmethod
     def _known_init(cls, value: str) -> str:
+        if found := next((name for name in STRATEGIES if value.startswith(name)), None):
+            raise ValueError(f"'{value}' is a strategy: leave init out, and add {found.replace('_', '-')} beside lora")
         if value.startswith(REFUSED_INITS):
             raise ValueError(
                 f"'{value}' rewrites the base's weights or does not start from the base's function, so the adapter "

@@ -16,15 +16,18 @@ import torch
 import torch.nn.functional as F
 from peft import get_peft_model, get_peft_model_state_dict
 from peft.tuners.boft import layer as boft
+from peft.tuners.delora.layer import DeloraLayer
 from peft.tuners.fourierft.layer import FourierFTLayer
+from peft.tuners.hira.layer import HiraLayer
 from peft.tuners.hra import HRALinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.shira.layer import ShiraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from budwood import InputError, linear_shape
+from budwood import InputError, linear_shape, linear_weight
 from budwood.lowrank import LowRankUpdate, check_replaced, frozen_linear
 
 INNER = "default"
@@ -142,6 +145,8 @@ class Computed(nn.Module):
             y = layer.base_layer(_reflected(x, layer.hra_u[INNER]))
         elif isinstance(layer, boft.Linear):
             y = _rotated(layer, x)
+        elif isinstance(layer, HiraLayer):
+            y = layer.base_layer(x) + _elementwise_product(layer, x)
         elif isinstance(layer, ShiraLayer):
             y = layer.base_layer(x) + _sparse_product(layer, x)
         else:
@@ -191,6 +196,20 @@ def _sparse_product(layer: Any, x: Tensor) -> Tensor:
     return F.linear(x.to(update.dtype), update)
 
 
+def _elementwise_product(layer: Any, x: Tensor) -> Tensor:
+    """Return x (W ⊙ B A)ᵀ for HiRA; the backward computes the product [out, in] again, instead of keeping it."""
+    base = layer.get_base_layer().__dict__["base"]
+
+    def product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return F.linear(x.to(b.dtype), linear_weight(base, b.dtype) * (b @ a))
+
+    y: Tensor = checkpoint(
+        product, layer.hira_dropout[INNER](x), layer.hira_A[INNER], layer.hira_B[INNER], use_reentrant=False,
+        preserve_rng_state=False,
+    )  # fmt: skip
+    return y
+
+
 class _Place(nn.Module):
     """A node of the copied module tree."""
 
@@ -232,6 +251,9 @@ def build(model: nn.Module, config: Any, targets: Sequence[str], needs_weight: b
         if planning and isinstance(layer, ShiraLayer):
             layer.shira_indices[INNER] = torch.zeros(2, len(layer.shira_weight[INNER]), dtype=torch.int)
         layer.get_base_layer().opened = needs_weight
+        if isinstance(layer, DeloraLayer):  # PEFT would take the norms of the stand-in's weight
+            weight = linear_weight(layer.get_base_layer().__dict__["base"], torch.float32)
+            layer.delora_w_norm[INNER] = weight.norm(dim=0)
         if isinstance(layer, FourierFTLayer):  # PEFT would copy them to the device in every forward
             layer.indices[INNER] = layer.indices[INNER].to(layer.fourierft_spectrum[INNER].device)
     return Adapter(peft, layers)

@@ -322,6 +322,31 @@ class GraLoRAOptions(MethodOptions):
         return _indivisible(inputs, "input", self, "blocks") or _indivisible(outputs, "output", self, "blocks")
 
 
+class DeLoRAOptions(MethodOptions):
+    """Options of `delora`; names in brackets are those in PEFT's DeloraConfig."""
+
+    rank: int = Field(8, ge=1, le=RANK, description="rank of every update (r)")
+    bound: int = Field(
+        15, ge=1, description="bound on the norm of an update, in norms of the weight's columns; trains (delora_lambda)"
+    )
+    dropout: float = _dropout("the adapter's input (module_dropout)")
+
+    FIELDS = {"rank": "r", "bound": "delora_lambda", "dropout": "module_dropout"}
+    TRAINING = frozenset({"dropout", "bound"})
+    PATTERNS = ("rank_pattern", "lambda_pattern")
+
+
+class HiRAOptions(MethodOptions):
+    """Options of `hira`; names in brackets are those in PEFT's HiRAConfig."""
+
+    rank: int = Field(32, ge=1, le=RANK, description="rank of the matrix that multiplies the weight's elements (r)")
+    dropout: float = _dropout("the adapter's input (hira_dropout)")
+
+    FIELDS = {"rank": "r", "dropout": "hira_dropout"}
+    TRAINING = frozenset({"dropout"})
+    PATTERNS = ("rank_pattern",)
+
+
 def _one_of(options: Any, first: str, second: str) -> Any:
     given = [bool(getattr(options, name)) for name in (first, second)]
     if given == [True, True] and second in options.model_fields_set:

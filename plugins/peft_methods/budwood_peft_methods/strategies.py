@@ -303,3 +303,19 @@ class GraLoRA(PeftMethod):
     adapter_types = ("GRALORA",)
     peft_config = "GraloraConfig"
     transposed = True
+
+
+class DeLoRA(PeftMethod):
+    """DeLoRA: low-rank updates whose directions and norm train apart (Bini et al., 2025)."""
+
+    Options = own.DeLoRAOptions
+    adapter_types = ("DELORA",)
+    peft_config = "DeloraConfig"
+
+
+class HiRA(PeftMethod):
+    """HiRA: the product of the weight's elements with those of a low-rank matrix (Huang et al., 2025)."""
+
+    Options = own.HiRAOptions
+    adapter_types = ("HIRA",)
+    peft_config = "HiraConfig"

@@ -21,6 +21,7 @@ FAKE_BASE = SimpleNamespace(
     added=range(0),
     double_quantization=True,
     name="tiny",
+    path=Path("tiny"),
     fingerprint="f" * 64,
     revision=None,
     quantization="none",

@@ -12,10 +12,14 @@ from safetensors.torch import load_file
 from budwood import AdapterPool, BudwoodError, CorruptError, InputError
 from budwood.adapters.export import export
 from budwood.adapters.golden import Distance, Golden, relative_error
+from budwood.adapters.manifest import merged_into
 from budwood.adapters.rounding import round_stochastically
+from budwood.adapters.store import read_adapter
+from budwood.recipe.schema import Recipe
 from budwood.serving import merge as merging
 from budwood.serving.merge import merge
 from budwood.serving.verify import verify
+from budwood.training.loop import tune
 
 PROMPTS = [[1, 40, 50, 60, 70], [1, 99, 7], [1, 200, 201, 202, 203, 204, 205]]
 
@@ -180,6 +184,31 @@ def test_a_base_quantised_on_disk_is_rejected(saved, tiny_base, tmp_path):
     model.save_pretrained(tmp_path / "quantised")
     with pytest.raises(InputError, match="quantised on disk.*unquantised original"):
         merge(saved, tmp_path / "merged", base=str(tmp_path / "quantised"), allow_other_base=True)
+
+
+def test_an_adapter_on_a_merged_base_records_what_is_in_it_and_fits_no_other(saved, tiny_base, tmp_path, capsys):
+    merge(saved, tmp_path / "with-a", dtype="fp32")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{word}:", "completion": word}) + "\n" for word in "abcd"))
+    recipe = {
+        "base": {"model": str(tmp_path / "with-a"), "quantization": "nf4", "device": "cpu"},
+        "data": {"train": str(rows), "max_length": 32},
+        "strategies": [{"lora": {"rank": 2}}],
+        "train": {"steps": 1, "learning_rate": 1e-2, "precision": "fp32"},
+        "output": str(tmp_path / "run"),
+    }
+    tune(Recipe.from_dict(recipe))
+    a, b = read_adapter(saved), tmp_path / "run" / "adapter"
+    assert f"adapter {a.hashes.weights[:12]} is merged into it" in "".join(capsys.readouterr())
+    assert read_adapter(b).manifest.base.merged == [a.hashes]
+    assert verify(b).exact
+    with pytest.raises(InputError, match=f"with-a' with adapter {a.hashes.weights[:12]} merged into it"):
+        AdapterPool(str(tiny_base), precision="fp32", device="cpu").load("b", b)
+    merge(b, tmp_path / "with-both", dtype="fp32")
+    assert merged_into(tmp_path / "with-both") == [a.hashes, read_adapter(b).hashes]
+    (tmp_path / "with-a" / "budwood-merge.json").write_text('{"merged": [{"weights": 3}]}')
+    with pytest.raises(CorruptError, match="'merged': must list"):
+        merged_into(tmp_path / "with-a")
 
 
 def test_bad_input_is_rejected_before_the_base_loads(saved, tiny_base, tiny_bases, tmp_path, monkeypatch):

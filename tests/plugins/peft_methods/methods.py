@@ -35,6 +35,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "c3a": {"block_size": 8},
     "road": {"group_size": 16},
     "gralora": {"rank": 4, "hybrid_rank": 2},
+    "delora": {"rank": 4},
+    "hira": {"rank": 4},
     "ln_tuning": {},
     "trainable_tokens": {"tokens": [9, 7, *range(20, 300)]},
 }
@@ -96,6 +98,8 @@ def put_stock(model: Any, method: str, options: dict[str, Any], **changes: Any) 
 
 PAGE = Path(__file__).parents[3] / "docs" / "methods.md"
 TESTS = "tests/plugins/peft_methods"
+STARTS = "tests/plugins/initialisations"
+"""Tests of LoRA's initialisations, which the page names and `make combinations` runs in full."""
 EVERYTHING = "BUDWOOD_COMBINATIONS"
 """Environment variable that makes the conformance tests take all methods."""
 COLUMNS = {
@@ -146,6 +150,11 @@ NOTES = [
     "`miss` with `variant: bat` computes with the base's weight, and is refused on a quantised base before it loads.",
     "Linears that store [in, out], as GPT-2's do, take `ia3`, `vera`, `fourierft`, `randlora`, `gralora`, `ln_tuning`",
     "and `trainable_tokens`, as in PEFT; the others are refused there.",
+    "",
+    "Of all these only `adalora` has a budget of ranks. [LoRA's initialisations](../plugins/initialisations/README.md)",
+    "(`pissa`, `olora`, `corda`, `eva`, `lora-ga`, `loftq`) run beside `lora`, on nf4 and packed rows, and are saved",
+    "as plain LoRA, which merges and shares batches; `loftq` is bound to its quantised base, and does not merge.",
+    f"[{STARTS}](../{STARTS}) compares them with stock PEFT.",
 ]
 
 
@@ -153,7 +162,7 @@ def outcomes() -> tuple[dict[tuple[str, str], bool], bool]:
     """Run the tests of all methods; return whether those of each cell passed, and whether all did."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", TESTS, f"--junit-xml={report}", "--deselect"]
+        command = [sys.executable, "-m", "pytest", TESTS, STARTS, f"--junit-xml={report}", "--deselect"]
         command += [f"{TESTS}/test_methods.py::test_the_page_of_methods_is_up_to_date"]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", EVERYTHING: "all"}
         workers = ["-n", "auto", "--maxprocesses", "4"]

@@ -12,8 +12,10 @@ from budwood_peft_methods import (
     HRA,
     IA3,
     OFT,
+    DeLoRA,
     FourierFT,
     GraLoRA,
+    HiRA,
     LNTuning,
     LoHa,
     LoKr,
@@ -45,6 +47,8 @@ OPTIONS: dict[Any, dict[str, Any]] = {
     C3A: {"block_size": 8},
     RoAd: {"group_size": 8},
     GraLoRA: {"rank": 2},
+    DeLoRA: {"rank": 2},
+    HiRA: {"rank": 2},
     TrainableTokens: {"tokens": [1, 74, 75, 76]},
 }
 

@@ -8,11 +8,12 @@ from budwood.model.quantizers.bitsandbytes import FP4, NF4, Int8
 from budwood.model.quantizers.protocol import Quantizer, Unquantized, is_transposed
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
+    from torch import Tensor, nn
 
 __all__ = [
     "FP4", "NF4", "Int8", "Quantizer", "Unquantized", "claim", "is_quantized", "is_transposed", "linear_shape",
-    "quantizer_of",
+    "linear_weight", "quantizer_of",
 ]  # fmt: skip
 
 _MARK = "_budwood_quantizer"
@@ -53,12 +54,32 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     """
     from budwood.model.quantizers.experts import ExpertLinear  # imports torch
 
+    inner = _inner(module)
+    if isinstance(inner, ExpertLinear):
+        return inner.out_features, inner.in_features
+    return _quantizer(inner).shape(inner)
+
+
+def linear_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
+    """Return W [out, in] in `dtype` as a linear module computes with it: a new tensor, dequantised if need be.
+
+    Raises:
+        TypeError: the module is not a linear.
+    """
+    inner = _inner(module)
+    return _quantizer(inner).dequantize(inner, dtype).detach().clone()
+
+
+def _inner(module: nn.Module) -> Any:
+    """Return the linear inside of PEFT's layers."""
     inner: Any = module
     while hasattr(inner, "base_layer"):
         inner = inner.base_layer
-    if isinstance(inner, ExpertLinear):
-        return inner.out_features, inner.in_features
+    return inner
+
+
+def _quantizer(inner: nn.Module) -> Quantizer:
     quantizer = quantizer_of(inner)
     if quantizer is None:
-        raise TypeError(f"{type(module).__name__} is not a linear module")
-    return quantizer.shape(inner)
+        raise TypeError(f"{type(inner).__name__} is not a linear module")
+    return quantizer

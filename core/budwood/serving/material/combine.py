@@ -104,6 +104,7 @@ def combine(
         pruning = (0.5 if density is None else density) if method in _PRUNING else None
         result, kept = _approximation(exact, updates, values, method, size, pruning, seed)
     bench = Workbench.open(parts[0], base, device, allow_other_base)
+    bench.needs_quantization = any(part.manifest is not None and part.manifest.needs_quantization for part in parts)
     record = MadeRecord(
         how="combine",
         method=method,
@@ -157,6 +158,12 @@ def _check_parts(parts: Sequence[SavedAdapter], allow_other_base: bool) -> list[
                 f"{part.directory} was trained on the base '{other.base.name}' ({other.base.fingerprint[:12]}), but "
                 f"{first.directory} on '{one.base.name}' ({one.base.fingerprint[:12]}): adapters of one base can be "
                 "combined. If the difference is meant: --allow-other-base."
+            )
+        bound = one.needs_quantization or other.needs_quantization
+        if bound and one.base.quantization != other.base.quantization:
+            raise InputError(
+                f"{part.directory}: is of a base in {other.base.quantization}, and {first.directory} of one in "
+                f"{one.base.quantization}, whose error one of them makes up for: they cannot be combined."
             )
         for name, what in (("template", "chat template"), ("on_messages", "use of messages"), ("chat", "chat options")):
             if getattr(one, name) != getattr(other, name):

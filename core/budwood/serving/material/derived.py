@@ -27,6 +27,7 @@ class Workbench:
     Attributes:
         origin: the adapter whose task and way of rendering are recorded.
         alone: logits of the base at each probe, [probes, …] fp32.
+        needs_quantization: whether one of the adapters is right only on the base as quantised.
     """
 
     origin: SavedAdapter
@@ -35,6 +36,7 @@ class Workbench:
     alone: Tensor
     allow_other_base: bool = False
     notes: list[str] = field(default_factory=list)
+    needs_quantization: bool = False
 
     @classmethod
     def open(cls, origin: SavedAdapter, base: str | None, device: str, allow_other_base: bool) -> Workbench:
@@ -45,7 +47,8 @@ class Workbench:
             loaded.tokenizer.chat_template = manifest.chat.template
         pool = AdapterPool(loaded, task=task)
         _, probes = probes_of(origin, pool)
-        return cls(origin, pool, probes, pool.measure(probes), allow_other_base)
+        bound = manifest is not None and manifest.needs_quantization
+        return cls(origin, pool, probes, pool.measure(probes), allow_other_base, needs_quantization=bound)
 
     def logits(self, directory: str | Path) -> Tensor:
         """Return the logits of an adapter at each probe, [probes, …] fp32."""
@@ -82,6 +85,7 @@ class Workbench:
             stop_ids=manifest.stop_ids if manifest else (),
             chat=manifest.chat if manifest else None,
             on_messages=manifest.on_messages if manifest else None,
+            needs_quantization=self.needs_quantization,
             made=made,
             probes=self.probes,
             base_logits=list(self.alone),
