@@ -90,6 +90,7 @@ def test_a_third_partys_task_keeps_every_promise(bench_of: Callable[[str], TaskB
         task_checks.declares, task_checks.examples_are_valid, task_checks.trains, task_checks.splits, checks.resume,
         adapter_checks.save_and_load, task_checks.saved_is_evaluated, task_checks.verifies, task_checks.opens_in_peft,
         adapter_checks.merge, checks.fake_tensors, functools.partial(checks.base_unchanged, quantizations=("none",)),
+        task_checks.plans_without_data,
     ]  # fmt: skip
     for check in kept:
         check(bench)
