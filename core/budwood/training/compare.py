@@ -123,7 +123,7 @@ def draw(comparison: Comparison, picture: Path, metric: str | None = None) -> No
             evaluated = name.startswith("eval_")
             if points:
                 x, y = zip(*(points if evaluated else running_mean(points)), strict=True)
-                label = "\u200a" + label if label.startswith("_") else label  # matplotlib hides such labels
+                label = " " + label if label.startswith("_") else label  # matplotlib hides such labels
                 axes.plot(x, y, label=label.replace("$", r"\$"), marker="o" if evaluated else None, linewidth=1.6)
         axes.set_ylabel(name.removeprefix("eval_").replace("_", " ") + (" of evaluations" if evaluated else ""))
         axes.set_xlabel("optimizer step")

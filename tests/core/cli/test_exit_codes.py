@@ -50,6 +50,27 @@ TABLE: dict[tuple[str, ...], dict[int, Case]] = {
         4: lambda w: [w.recipe, "-o", f"base.model={w.corrupt_base}"],
         5: NO_TRAINING,
     },
+    ("check",): {
+        0: lambda w: [w.recipe, "-o", f"output={w.new}"],
+        2: lambda w: [w.recipe, "-o", "lora.rank=-1"],
+        3: lambda w: [w.recipe, "-o", f"base.model={HUB}"],
+        4: lambda w: [w.recipe, "-o", f"base.model={w.corrupt_base}"],
+        5: NO_TRAINING,
+    },
+    ("compare",): {
+        0: lambda w: [w.run, w.run],
+        2: lambda w: [w.run, "nothing"],
+        3: "reads small files alone",
+        4: lambda w: [w.run, altered(w.run, "manifest.json", metrics=0)],
+        5: NO_TRAINING,
+    },
+    ("sweep",): {
+        0: "its own tests run whole sweeps",
+        2: lambda w: [w.recipe, "-s", "lora.rnk=2,4"],
+        3: lambda w: [w.recipe, "-s", "lora.rank=2,4", "--output", w.new, "--storage", "postgresql://no.where/x"],
+        4: lambda w: [w.recipe, "-s", "lora.rank=2,4", "--output", w.new, "-o", f"base.model={w.corrupt_base}"],
+        5: "a trial that diverges is one that failed",
+    },
     ("data",): {
         0: lambda w: [w.recipe],
         2: lambda w: [w.recipe, "-o", "data.max_length=-1"],
