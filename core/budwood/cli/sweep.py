@@ -67,6 +67,7 @@ def sweep(
     from rich.console import Console
 
     from budwood.errors import BudwoodError, InputError
+    from budwood.model.checks import check_base
     from budwood.recipe.schema import load_recipe
     from budwood.sweeps.results import BEST, TABLE, rows, table_lines, write_results
     from budwood.sweeps.search import Sweep, best_trial, check_direction, counted
@@ -86,6 +87,7 @@ def sweep(
         echo(f"note: {directory} holds no sweep yet: a new one starts", err=True)
     fields = check_space(fields, lambda given: _check(recipe, given, directory, allow_code), overrides)
     _check_data(loaded, test)
+    check_base(loaded.base.model, loaded.base.quantization, loaded.base.trust_remote_code)
     metric, higher = _metric(loaded, metric, direction)
     goal = Goal({k: v for k, v in loaded.to_dict().items() if k != "output"}, fields, metric, higher)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -117,7 +119,7 @@ def sweep(
         return
     echo("\n".join(table_lines(table, fields, metric)))
     if best is None:
-        raise BudwoodError(f"no trial completed; {directory / TABLE} has their errors.")
+        raise run.error(f"no trial completed; {directory / TABLE} has their errors.")
     reached = f", which reaches the target {target:g}" if run.reached() else ""
     echo(f"best: trial {best.number}, {metric} {best.value:.4f}{reached}: {directory / best.user_attrs['folder']}")
     if tested is not None:

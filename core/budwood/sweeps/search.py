@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from budwood.errors import BudwoodError, InputError, Interrupted, ResourceError
+from budwood.errors import BudwoodError, CorruptError, DivergedError, InputError, Interrupted, ResourceError
 from budwood.sweeps.space import Field
 from budwood.sweeps.study import (
     DATABASE,
@@ -35,6 +35,8 @@ SAME = 3
 """Failures in a row with the same message after which a sweep stops."""
 BEAT = 30
 """Seconds between two signs of life."""
+ERRORS = {error.exit_code: error for error in (InputError, ResourceError, CorruptError, DivergedError)}
+"""Errors by the exit code of a trial's process."""
 
 
 @dataclass
@@ -59,6 +61,8 @@ class Sweep:
     allow_code: bool
     console: Console
     failures: list[str] = field(default_factory=list)
+    error: type[BudwoodError] = BudwoodError
+    """The kind of the last failure."""
     _beaten: float = 0.0
 
     @property
@@ -178,14 +182,14 @@ class Sweep:
     def _stop_if_hopeless(self, outcome: Outcome) -> None:
         """Raise the error of trials that fail for a reason that does not lie in their values."""
         self.failures.append(outcome.error)
+        self.error = ERRORS.get(outcome.code, BudwoodError)
         if best_trial(self.study) is not None and outcome.code != 3:
             return
         alike = self.failures[-SAME:]
         own = any(f"-o {item.key}" in outcome.error or item.key in outcome.error for item in self.fields)
-        first = outcome.code == 2 and len(self.failures) == 1 and not own
+        first = outcome.code in (2, 4) and len(self.failures) == 1 and not own
         if first or (len(alike) == SAME and len(set(alike)) == 1):
-            kind = InputError if outcome.code == 2 else ResourceError if outcome.code == 3 else BudwoodError
-            raise kind(f"every trial fails alike, so the sweep stops: {outcome.error}")
+            raise self.error(f"every trial fails alike, so the sweep stops: {outcome.error}")
 
     def _reporter(self, trial: Any) -> Callable[[int, float], bool]:
         def report(share: int, value: float) -> bool:

@@ -18,6 +18,10 @@ BOOKKEEPING = ("kind", "step", "tokens", "skipped", "best_step")
 """Fields of a record that are no curves."""
 
 
+SECTIONS = ("base", "before", "best_metric", "data", "metrics", "versions")
+"""Fields of a manifest that are mappings."""
+
+
 @dataclass
 class RunFiles:
     """The files of a run.
@@ -71,6 +75,9 @@ def read_run(directory: Path) -> RunFiles:
         raise InputError(text)
     if not manifest:
         raise CorruptError(f"{directory / MANIFEST} is damaged: resume the run, which writes it again.")
+    for key in SECTIONS:
+        if not isinstance(manifest.get(key) or {}, dict):
+            raise CorruptError(f"{directory / MANIFEST}: '{key}' is damaged: resume the run, which writes it again.")
     recipe = directory / "recipe.yaml"
     try:
         lines = (directory / "metrics.jsonl").read_bytes().splitlines()

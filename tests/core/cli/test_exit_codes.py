@@ -58,10 +58,10 @@ TABLE: dict[tuple[str, ...], dict[int, Case]] = {
         5: NO_TRAINING,
     },
     ("compare",): {
-        0: lambda w: [w.run, w.run],
-        2: lambda w: [w.run, "nothing"],
+        0: lambda w: [*w.runs, "--json"],
+        2: lambda w: [w.runs[0], "nothing"],
         3: "reads small files alone",
-        4: lambda w: [w.run, altered(w.run, "manifest.json", metrics=0)],
+        4: lambda w: [w.runs[0], w.damaged_run],
         5: NO_TRAINING,
     },
     ("sweep",): {
@@ -415,13 +415,22 @@ def inputs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleN
     other_base = Path(shutil.copytree(tiny_base, folder / "other-base"))
     weights = {name: torch.zeros_like(t) for name, t in load_file(tiny_base / "model.safetensors").items()}
     save_file(weights, other_base / "model.safetensors", metadata={"format": "pt"})
+    for name, manifest in {
+        "one": '{"budwood": "0"}',
+        "two": '{"budwood": "0"}',
+        "damaged": '{"budwood": "0", "metrics": 3}',
+    }.items():
+        (folder / name).mkdir()
+        (folder / name / "manifest.json").write_text(manifest)
+        (folder / name / "metrics.jsonl").write_text('{"kind": "step", "step": 1, "loss": 1.0}\n')
+        shutil.copy(folder / "recipe.json", folder / name / "recipe.yaml")
     demo = folder / "demo"
     demo.mkdir()
     (demo / "base").symlink_to(corrupt_base)
     return SimpleNamespace(
         base=tiny_base, rows=folder / "rows.jsonl", adapter=adapter, corrupt=corrupt, corrupt_base=corrupt_base,
         corrupt_tokenizer=corrupt_tokenizer, run=folder / "run", recipe=folder / "recipe.json",
-        corrupt_demo=demo, other_base=other_base,
+        corrupt_demo=demo, other_base=other_base, runs=[folder / "one", folder / "two"], damaged_run=folder / "damaged",
         finding=SimpleNamespace(status="problem", topic="memory", text="none", remedy="buy some", values={}),
     )  # fmt: skip
 
