@@ -240,6 +240,13 @@ FORMATS = [
         task="embedding",
     ),
     Shown(
+        "",
+        [{"sentence1": "A plane lands", "sentence2": "An aircraft lands", "score": 4.6}],
+        ["sentence1 (4.6): ⟦<|bos|>A plane lands⟧", "sentence2: ⟦<|bos|>An aircraft lands⟧"],
+        task="embedding",
+        note="Scores are of any scale: only their order within an optimizer step counts.",
+    ),
+    Shown(
         "Words and tags",
         [{"tokens": ["Ann", "visits", "New", "York"], "tags": ["B-PER", "O", "B-LOC", "I-LOC"]}],
         ["<|bos|>⟦An⟧n⟦ vis⟧its⟦ N⟧ew⟦ Y⟧ork → ⟦B-PER⟧"],

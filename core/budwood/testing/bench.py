@@ -30,6 +30,7 @@ from budwood.training.loop import tune
 from budwood.training.report import Report
 
 BATCH = 4
+LEARNING_RATE = 1e-2
 PROBE = "conformance-probe"
 MODULE = "budwood_testing_strategies"
 """Module from which classes without a distribution are imported."""
@@ -140,7 +141,7 @@ class Bench:
             data["eval"] = str(self.files.eval)
         steps = {
             "steps": self.spec.steps, "batch_examples": BATCH, "micro_tokens": self.micro_tokens(BATCH),
-            "learning_rate": 1e-2, "precision": "fp32", "schedule": "constant", "warmup": 0, "eval_generate": 0,
+            "learning_rate": LEARNING_RATE, "precision": "fp32", "schedule": "constant", "warmup": 0, "eval_generate": 0,
         }  # fmt: skip
         return Recipe.from_dict(
             {

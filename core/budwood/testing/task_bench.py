@@ -12,7 +12,7 @@ from budwood.data.build import build_examples
 from budwood.model.checks import load_tokenizer
 from budwood.model.task import Task
 from budwood.recipe.schema import Recipe
-from budwood.testing.bench import BATCH, PROBE, Bench, Spec, register
+from budwood.testing.bench import BATCH, LEARNING_RATE, PROBE, Bench, Spec, register
 from budwood.testing.files import Files, session_folder
 from budwood.testing.probe import Probe
 
@@ -74,7 +74,7 @@ class TaskBench(Bench):
         task = {"task": spec.task, "task_options": dict(spec.options)}
         steps = {
             "steps": spec.steps, "batch_examples": BATCH, "micro_tokens": self.micro_tokens(BATCH),
-            "learning_rate": 1e-2, "precision": "fp32", "schedule": "constant", "warmup": 0, "eval_generate": 0,
+            "learning_rate": LEARNING_RATE, "precision": "fp32", "schedule": "constant", "warmup": 0, "eval_generate": 0,
         }  # fmt: skip
         return Recipe.from_dict(
             {

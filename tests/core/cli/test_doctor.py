@@ -48,8 +48,8 @@ def test_installed_versions_are_in_range():
     ("version", "status", "text"),
     [
         ("99.1", "note", "peft 99.1 is newer than the tested "),
-        ("0.19.0", "note", "peft 0.19.0 is older than the tested "),
-        ("0.3.0", "problem", "peft 0.3.0: >=0.19 is needed"),
+        ("0.21.0", "note", "peft 0.21.0 is older than the tested "),
+        ("0.3.0", "problem", "peft 0.3.0: >=0.21 is needed"),
         (None, "problem", "peft is not installed"),
     ],
 )

@@ -87,6 +87,6 @@ def test_typos_depend_only_on_seed_and_row_and_keep_the_answer() -> None:
 @pytest.mark.parametrize("form", ["text", "pairs"])
 def test_data_formats_without_a_prompt_are_refused(form: str) -> None:
     with pytest.raises(
-        InputError, match=f"--attack typos: no typos for the data format '{form}'.*text-label, messages"
+        InputError, match=f"--attack typos: no typos for the data format '{form}'.*text-label, .*, messages"
     ):
         Typos(name="typos").check(form, "causal-lm", SimpleNamespace())

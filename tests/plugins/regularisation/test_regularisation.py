@@ -149,7 +149,9 @@ def test_penalties_of_parameters() -> None:
     terms = strategy.loss_terms(step, outputs)
     loss = sum(term.weight * term.values for term in terms)
     agree(loss, 0.4 / 2 * near + 0.3 / 2 * new, *trainable)
-    step.run.start_adapter = object()  # a head that is continued is not new
+    step.run.start_adapter = SimpleNamespace(
+        infos={"base_model.model.score.weight": None}
+    )  # a head that is continued is not new
     (term,) = strategy.loss_terms(step, outputs)
     head = (trainable[3] - start[3]).square().sum()
     agree(term.weight * term.values, 0.4 / 2 * (near + head), *trainable)
