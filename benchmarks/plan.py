@@ -43,6 +43,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lora, nf4, bf16": {"strategies": [{"lora": {}}], "quantization": "nf4", "train": {"precision": "bf16"}},
     "lora, int8, bf16": {"strategies": [{"lora": {}}], "quantization": "int8", "train": {"precision": "bf16"}},
     "lora with DoRA": {"strategies": [{"lora": {"dora": True}}]},
+    "lora with DoRA, nf4": {"strategies": [{"lora": {"dora": True}}], "quantization": "nf4"},
     "lora and a whole head": {"strategies": [{"lora": {"modules_to_save": ["lm_head"]}}]},
     "adalora, nf4": {
         "strategies": [{"adalora": {"initial_phase": 0, "final_phase": 1, "interval": 1}}], "quantization": "nf4",

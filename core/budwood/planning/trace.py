@@ -286,7 +286,9 @@ def _gemm_4bit(
     if absmax_8bit is not None:
         absmax = ops.dequantize_blockwise.default(absmax_8bit, absmax, code, 256, torch.float32) + offset
     dense = ops.dequantize_4bit.default(weight, absmax, blocksize, kind, shape, x.dtype)
-    return torch.addmm(bias, x.flatten(0, -2), dense.t()) if bias is not None else x.flatten(0, -2) @ dense.t()
+    rows = x.flatten(0, -2)
+    y = torch.addmm(bias, rows, dense.t()) if bias is not None else rows @ dense.t()
+    return y.view(*x.shape[:-1], -1)
 
 
 _INSIDE: dict[str, Callable[..., Tensor]] = {"bitsandbytes.gemm_4bit.default": _gemm_4bit}

@@ -141,7 +141,8 @@ class Bench:
             data["eval"] = str(self.files.eval)
         steps = {
             "steps": self.spec.steps, "batch_examples": BATCH, "micro_tokens": self.micro_tokens(BATCH),
-            "learning_rate": LEARNING_RATE, "precision": "fp32", "schedule": "constant", "warmup": 0, "eval_generate": 0,
+            "learning_rate": LEARNING_RATE, "precision": "fp32", "schedule": "constant", "warmup": 0,
+            "eval_generate": 0,
         }  # fmt: skip
         return Recipe.from_dict(
             {

@@ -74,7 +74,8 @@ class TaskBench(Bench):
         task = {"task": spec.task, "task_options": dict(spec.options)}
         steps = {
             "steps": spec.steps, "batch_examples": BATCH, "micro_tokens": self.micro_tokens(BATCH),
-            "learning_rate": LEARNING_RATE, "precision": "fp32", "schedule": "constant", "warmup": 0, "eval_generate": 0,
+            "learning_rate": LEARNING_RATE, "precision": "fp32", "schedule": "constant", "warmup": 0,
+            "eval_generate": 0,
         }  # fmt: skip
         return Recipe.from_dict(
             {

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from budwood import InputError, linear_shape
+from budwood import InputError, linear_shape, linear_weight
 from budwood.lowrank import (
     LowRankUpdate,
     adapter_layers,
@@ -183,3 +183,17 @@ def _wrap_unsupported(model: nn.Module, path: str, config: LoraConfig) -> None:
     if config.use_dora:
         raise InputError(f"dora is not supported on '{path}', a {type(base).__name__}: use plain LoRA.")
     setattr(model.get_submodule(parent), leaf, PlainLayer(module))
+
+
+def plan_dora(dtype: torch.dtype) -> None:
+    """Let PEFT's DoRA read the packed weights of a plan, which are plain tensors, through their quantiser.
+
+    It changes PEFT, for the process of a plan, which does nothing else.
+    """
+    from peft.tuners.lora import dora
+
+    def weight(module: Any) -> Tensor:
+        stored: Tensor = module.weight
+        return stored if stored.is_floating_point() else linear_weight(module, dtype)
+
+    dora.dequantize_module_weight = weight

@@ -61,7 +61,10 @@ class LoRA(Strategy):
     @hookimpl
     def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:
         from budwood_lora.adapter import create
+        from budwood_lora.layers import plan_dora
 
+        if run.planning and self.options.dora:
+            plan_dora(run.dtype)
         self._config = create(run, model, self.options)
         return model
 
