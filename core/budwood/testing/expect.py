@@ -40,12 +40,13 @@ def expect_equal(
     runs = [whole.probe.largest, *([largest] if largest is not None else [])]
     zero = set.intersection(*map(_rounded_away, runs))
     ours, theirs = ({k: v for k, v in each.items() if k not in zero} for each in (whole.parameters, other))
-    name, gap = farthest(ours, theirs, {name: _allowed(whole.probe.largest, name) for name in ours})
-    if not gap <= EXACT:
+    allowed = {name: max(EXACT, min(_of_rounding(sizes, name) for sizes in runs)) for name in ours}
+    name, gap = farthest(ours, theirs, allowed)
+    if not gap <= allowed.get(name, EXACT):
         raise PromiseBroken(
             f"{promise}: {label} differ by {gap:.3g} in {name} after {bench.spec.steps} steps in fp32 "
-            f"(at most {EXACT:g} allowed). Return values per label or example, and draw noise from "
-            "step.generator(self, example)."
+            f"(at most {allowed.get(name, EXACT):.3g} allowed). Return values per label or example, and draw noise "
+            "from step.generator(self, example)."
         )
 
 
@@ -55,7 +56,7 @@ def _rounded_away(largest: dict[str, float | None]) -> set[str]:
     return {name for name, size in largest.items() if size is not None and 0 < size < ROUNDING * most}
 
 
-def _allowed(largest: dict[str, float | None], name: str) -> float:
+def _of_rounding(largest: dict[str, float | None], name: str) -> float:
     """Return the part of a step that Adam makes of a rounding of the largest gradient, in the kit's learning rate."""
     size = largest.get(name) or 0.0
     most = max((each or 0.0 for each in largest.values()), default=0.0)

@@ -169,7 +169,7 @@ def named_parameters(run: Run) -> dict[str, Tensor]:
 def farthest(
     first: Mapping[str, Tensor], second: Mapping[str, Tensor], allowed: Mapping[str, float] | None = None
 ) -> tuple[str, float]:
-    """Return the name of the tensor that differs most between two runs, and the difference beyond what is `allowed`.
+    """Return the name of the tensor that differs most between two runs, beyond what is `allowed`, and the difference.
 
     The difference of a tensor that only one of them has is infinite.
     """
@@ -177,4 +177,4 @@ def farthest(
     names: Sequence[str] = [*first, *(name for name in second if name not in first)]
     gaps = {n: distance(first[n], second[n]) if n in first and n in second else float("inf") for n in names}
     worst = max(gaps, key=lambda name: gaps[name] - allowed.get(name, 0.0))
-    return worst, gaps[worst] - allowed.get(worst, 0.0)
+    return worst, gaps[worst]

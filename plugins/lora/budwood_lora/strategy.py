@@ -63,7 +63,7 @@ class LoRA(Strategy):
         from budwood_lora.adapter import create
         from budwood_lora.layers import plan_dora
 
-        if run.planning and self.options.dora:
+        if self.options.dora and run.planning:
             plan_dora(run.dtype)
         self._config = create(run, model, self.options)
         return model

@@ -41,7 +41,13 @@ def put_on(model: Any, folder: Path, randomise: bool = True, **options: Any) -> 
     section = SimpleNamespace(task="causal-lm", model=str(folder))
     task = CausalLM()
     run = SimpleNamespace(
-        task=task, recipe=SimpleNamespace(base=section), seed=0, model=model, base=None, start_adapter=None
+        task=task,
+        recipe=SimpleNamespace(base=section),
+        seed=0,
+        model=model,
+        base=None,
+        start_adapter=None,
+        planning=False,
     )
     strategy.prepare_model(run=run, model=model)
     run.groups = strategy.trainable_parameters(run=run, model=model)
