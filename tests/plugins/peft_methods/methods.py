@@ -99,6 +99,7 @@ def put_stock(model: Any, method: str, options: dict[str, Any], **changes: Any) 
 PAGE = Path(__file__).parents[3] / "docs" / "methods.md"
 TESTS = "tests/plugins/peft_methods"
 STARTS = "tests/plugins/initialisations"
+PACKAGES = "tests/e2e/test_packages_own_tests.py"
 """Tests of LoRA's initialisations, which the page names and `make combinations` runs in full."""
 EVERYTHING = "BUDWOOD_COMBINATIONS"
 """Environment variable that makes the conformance tests take all methods."""
@@ -162,7 +163,7 @@ def outcomes() -> tuple[dict[tuple[str, str], bool], bool]:
     """Run the tests of all methods; return whether those of each cell passed, and whether all did."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", TESTS, STARTS, f"--junit-xml={report}", "--deselect"]
+        command = [sys.executable, "-m", "pytest", TESTS, STARTS, PACKAGES, f"--junit-xml={report}", "--deselect"]
         command += [f"{TESTS}/test_methods.py::test_the_page_of_methods_is_up_to_date"]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", EVERYTHING: "all"}
         workers = ["-n", "auto", "--maxprocesses", "4"]
