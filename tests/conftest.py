@@ -6,6 +6,7 @@ Tests run on the CPU. `pytest -m gpu` runs those that need a GPU; any other run 
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import shutil
@@ -115,6 +116,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hide the GPU before torch initialises it, unless the tests are selected by `gpu`."""
     if "gpu" not in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_finish() -> None:
+    """Leave the imported libraries out of collections of garbage, one of which follows the load of every base."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

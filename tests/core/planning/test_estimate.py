@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +31,6 @@ COMPARED = (
     "lora, masked-lm", "lora, sequence-to-sequence", "lora, embedding", "lora with DoRA, nf4",
 )  # fmt: skip
 CPU = Device("a CPU", "cpu", 64 * GIB)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _few_objects() -> Iterator[None]:
-    """Leave what other tests made out of the searches for tensors, which visit all objects of the process."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
