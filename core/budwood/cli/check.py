@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from budwood.cli.imports import uncollected
+from budwood.cli.options import AllowCode, Override
 from budwood.cli.plan import refuse
 from budwood.cli.streams import echo_json
 
 
 def check(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML or JSON).")],
-    override: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("-o", "--override", metavar="KEY=VALUE", help="Override a value of the recipe."),
-    ] = None,
+    override: Override = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Check for `tune --overwrite`.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Check for `tune --resume`.")] = False,
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Run Python files that the recipe names, such as rewards.")
-    ] = False,
+    allow_code: AllowCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Check all of a run on this machine before it starts. Exit code 0: go; 2: the recipe or the data; 3: resources."""

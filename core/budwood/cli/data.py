@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from budwood.cli.given import read_given
 from budwood.cli.imports import uncollected
+from budwood.cli.options import Override
 from budwood.cli.streams import echo_json
 
 
 def data(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML or JSON), or a data file together with --base.")],
     base: Annotated[str | None, typer.Option("--base", help="Base model for a data file: folder or hub name.")] = None,
-    override: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("-o", "--override", metavar="KEY=VALUE", help="Override a value of the recipe."),
-    ] = None,
+    override: Override = None,
     samples: Annotated[int, typer.Option("-n", "--samples", min=0, help="Number of examples to show.")] = 3,
     sheet: Annotated[
         Path | None, typer.Option("--sheet", metavar="FILE.png", help="Draw the samples in a picture: tasks on images.")

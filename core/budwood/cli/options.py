@@ -10,6 +10,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or auto.")]
 Precision = Annotated[str, typer.Option(help="bf16, fp16, fp32 or auto.")]
 
+# Of a command on a recipe.
+Override = Annotated[
+    list[str] | None,
+    typer.Option("-o", "--override", metavar="KEY=VALUE", help="Override a value of the recipe."),
+]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Run Python files that the recipe names, such as rewards.")
+]
+
 # Of a command on one adapter.
 RecordedBase = Annotated[str | None, typer.Option("--base", help="Path of the base, if it has moved.")]
 OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Accept a base it was not trained on.")]

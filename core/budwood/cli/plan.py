@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from budwood.cli.imports import uncollected
+from budwood.cli.options import AllowCode, Override
 from budwood.cli.streams import echo, echo_json
 
 if TYPE_CHECKING:
@@ -17,10 +18,7 @@ if TYPE_CHECKING:
 
 def plan(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML or JSON).")],
-    override: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("-o", "--override", metavar="KEY=VALUE", help="Override a value of the recipe."),
-    ] = None,
+    override: Override = None,
     device: Annotated[
         str | None,
         typer.Option("--device", help="A card such as 4090, or memory such as cuda:24GiB. Default: this machine's."),
@@ -48,9 +46,7 @@ def plan(
     composition: Annotated[
         bool, typer.Option("--composition", help="Only compose the strategies: no memory, no time, no data.")
     ] = False,
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Run Python files that the recipe names, such as rewards.")
-    ] = False,
+    allow_code: AllowCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Show what a recipe will do and need: order of hooks, problems, memory, time, disk. Loads no weights."""

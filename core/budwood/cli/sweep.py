@@ -12,6 +12,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from budwood.cli.options import AllowCode
 from budwood.cli.streams import echo, echo_json
 
 LOWER = ("loss", "perplexity", "error", "mae", "mse", "rmse", "wer", "cer", "kl", "length")
@@ -58,9 +59,7 @@ def sweep(
         Path | None, typer.Option("--test", help="Data on which the best adapter alone is evaluated, once, at the end.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the values that a new sweep's worker draws.")] = 0,
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Run Python files that the recipe names, such as rewards.")
-    ] = False,
+    allow_code: AllowCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Search the best values of a recipe's fields: one run per trial, chosen by Optuna. Needs budwood[sweep]."""

@@ -9,6 +9,7 @@ import typer
 
 from budwood.cli.given import read_given
 from budwood.cli.imports import uncollected
+from budwood.cli.options import AllowCode
 from budwood.cli.streams import echo, echo_json
 from budwood.untrusted.formats import json_numbers
 
@@ -30,9 +31,7 @@ def tune(
         bool,
         typer.Option("--accept-changes", help="With --resume: continue even if recipe, data or versions changed."),
     ] = False,
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Run Python files that the recipe names, such as rewards.")
-    ] = False,
+    allow_code: AllowCode = False,
     fits: Annotated[
         str | None,
         typer.Option("--fit", metavar="DEVICE", help="Run with settings that fit a card, or memory such as 24GiB."),
