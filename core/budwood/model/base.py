@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from budwood.contract.calls import attribute_errors
-from budwood.errors import CorruptError, ResourceError, describe, first_line
+from budwood.errors import BudwoodError, CorruptError, ResourceError, describe, first_line
 from budwood.model.checkpoint import commit_of, fingerprint, read_tensors, resolve
 from budwood.model.checks import (
     BaseInfo,
@@ -31,6 +31,7 @@ from budwood.model.ops.rms_norm import save_memory_in_norms
 from budwood.model.ops.rotary import fuse_rotations
 from budwood.model.quantizers import claim, is_quantized, linear_shape, quantizer_of
 from budwood.model.quantizers.experts import quantized_experts
+from budwood.model.quantizers.stored import loading_config
 from budwood.model.quiet import import_bitsandbytes, silence_libraries
 from budwood.model.streaming import slices, trim_heap
 from budwood.untrusted.formats import TensorInfo, read_json
@@ -157,7 +158,9 @@ def load_base(
     check_fused(name, frame, quantizer)
     heads = heads_of(frame)
     plan = None
-    if info.prequantized:
+    if info.prequantized and quantizer.own_modules:
+        config.quantization_config = loading_config(quantizer, info.config["quantization_config"], tensors)
+    elif info.prequantized:
         with attribute_errors(quantizer, "stored_config"):
             config.quantization_config = quantizer.stored_config(info.config["quantization_config"], dtype)
     else:
@@ -180,6 +183,8 @@ def load_base(
                 ignore_mismatched_sizes=True,  # reported by name below
                 local_files_only=True,
             )
+        except BudwoodError:
+            raise
         except torch.OutOfMemoryError as error:
             raise ResourceError(f"base '{name}' does not fit on {device}: {first_line(error)}") from error
         except MemoryError as error:
@@ -207,6 +212,8 @@ def load_base(
     fuse_mlps(loaded)
     fuse_rotations(loaded)
     loaded.config.name_or_path = name
+    if info.prequantized and quantizer.own_modules:
+        loaded.config.quantization_config = info.config["quantization_config"]
     if loaded.can_generate() and (path / "generation_config.json").is_file():
         loaded.generation_config = _generation_config(path)
     base = Base(

@@ -37,7 +37,6 @@ _PERMUTED = ("xlnet", "xlm")
 FUSED_SHARE = 0.05
 """A base is refused if tensors that its quantiser does not support hold a larger fraction of its weights."""
 
-
 PACKED = re.compile(r"\.(?:qweight|weight_packed|weight_scale_inv|SCB|W_q)$|\.absmax$|_qdata$|_proj_blocks$")
 """Names of tensors that only quantised checkpoints have."""
 
@@ -263,10 +262,11 @@ def check_fused(name: str, model: nn.Module, quantizer: Quantizer) -> None:
     total = sum(p.numel() for p in model.parameters())
     if sum(fused.values()) > FUSED_SHARE * total:
         largest = max(fused, key=lambda key: fused[key])
+        other = "take the unquantised base" if quantizer.stored_only else "use `quantization: none`"
         raise InputError(
             f"base '{name}': {len(fused)} fused tensors such as '{largest}' hold "
             f"{size(2 * sum(fused.values()))} of {size(2 * total)} in 16 bit, and {quantizer} cannot quantise them: "
-            "use `quantization: none`, or a base without experts."
+            f"{other}, or a base without experts."
         )
 
 

@@ -20,6 +20,7 @@ from budwood.model.ops.gated import fuse_mlps
 from budwood.model.ops.rms_norm import save_memory_in_norms
 from budwood.model.ops.rotary import fuse_rotations
 from budwood.model.quantizers import Quantizer, Unquantized, claim, is_quantized
+from budwood.model.quantizers.stored import replace_linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,8 +96,13 @@ def fake_base(
     info = check_base(model, quantization, trust_remote_code)
     frame = skeleton(model, auto_class, trust_remote_code, **model_kwargs)
     quantizer, heads, notes = find_quantizer(info.quantization), heads_of(frame), ["fake"]
+    path = resolve(model, weights=False, code=trust_remote_code)
+    if info.prequantized and quantizer.own_modules and any(path.glob("*.safetensors")):
+        made = replace_linears(frame, quantizer, info.config["quantization_config"], read_tensors(path))
+    else:
+        made = 0
     with attribute_errors(quantizer, "planned"):
-        made = _quantize(frame, quantizer, dtype, double_quantization, heads)
+        made = made or _quantize(frame, quantizer, dtype, double_quantization, heads)
         plan_experts(frame, quantizer, double_quantization)
     _fill(frame, dtype)
     if not made and not isinstance(quantizer, Unquantized):
@@ -116,7 +122,6 @@ def fake_base(
     fuse_rotations(frame)
     if count_experts(frame).total:
         notes.append("experts: planned with the same number of tokens for each")
-    path = resolve(model, weights=False, code=trust_remote_code)
     device = torch.device("cpu")
     tokenizer: Any = load_tokenizer(path) if needs_tokenizer else None
     return Base(

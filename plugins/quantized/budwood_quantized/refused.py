@@ -29,18 +29,3 @@ class AWQ(_Refused):
 
     api = 2
     method, title = "awq", "AWQ"
-
-
-class GPTQ(_Refused):
-    """GPTQ (Frantar et al., 2022): refused."""
-
-    api = 2
-    method, title = "gptq", "GPTQ"
-
-
-class HQQ(_Refused):
-    """HQQ (Badri & Shaji, 2023): refused."""
-
-    api = 2
-    method, title = "hqq", "HQQ"
-    reason = "transformers 5 does not load from a checkpoint"

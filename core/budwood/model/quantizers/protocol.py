@@ -39,7 +39,10 @@ class Quantizer(Plugin):
     needs_files: bool = False
     """True: a stored checkpoint loads from its files, since its library reads more of them than tensors."""
     stored_names: str = ""
-    """Regular expression that the name of some tensor in each of its checkpoints matches; "": not checked."""
+    """Regular expression that the name of some tensor in each of its checkpoints matches; "": not checked. With
+    `own_modules` it matches one tensor of each packed linear, from the end of the linear's name on."""
+    own_modules: bool = False
+    """True: its checkpoints load into modules of its own, which `replace` returns, and no other library is asked."""
     known_to_peft: bool = False
     """Whether PEFT has layers for these linears, which DoRA needs."""
 
@@ -69,6 +72,23 @@ class Quantizer(Plugin):
     def stored_config(self, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         """Return the `quantization_config` to load such a checkpoint with, such that it computes in `dtype`."""
         return dict(config)
+
+    def replace(self, path: str, module: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+        """Return the module into which the tensors of a packed linear load, with `own_modules`.
+
+        Its parameters and buffers, on the meta device, have the names, shapes and dtypes of the checkpoint's tensors;
+        plans use it too.
+
+        Args:
+            path: the name of the linear in the checkpoint.
+            module: the unquantised linear, on the meta device.
+            config: the checkpoint's `quantization_config`.
+            tensors: the tensors of this linear, by their names in it, such as "scales", on the meta device.
+
+        Raises:
+            InputError, CorruptError: it is in a format that is not read; its tensors contradict each other.
+        """
+        raise NotImplementedError(f"{self} declares own_modules, but does not implement replace")
 
     def config(self, dtype: torch.dtype, double_quantization: bool, skip: list[str]) -> Any:
         """Return transformers' `quantization_config` for an unquantised checkpoint, or None.

@@ -1,0 +1,88 @@
+"""Loads checkpoints into a quantiser's own modules, in place of the linears that the checkpoint has packed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from budwood.contract.calls import attribute_errors
+from budwood.errors import InputError
+from budwood.model.quantizers.protocol import Quantizer, Unquantized
+from budwood.untrusted.formats import TensorInfo
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+"""torch's dtypes by their names in safetensors."""
+METHOD = "budwood"
+"""The name under which transformers knows the quantisers of this module."""
+
+
+def replace_linears(
+    model: Any, quantizer: Quantizer, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+) -> int:
+    """Replace the linears whose weights a checkpoint has packed by the quantiser's modules; returns their number.
+
+    Args:
+        model: one of transformers' models, on the meta device; modified in place.
+        config: the checkpoint's `quantization_config`.
+        tensors: the tensors of the checkpoint.
+
+    Raises:
+        InputError: a packed tensor belongs to the head, or to no linear.
+        BudwoodError: the quantiser refuses a linear.
+    """
+    modules, body = dict(model.named_modules()), f"{model.base_model_prefix}."
+    head = model.get_output_embeddings()
+    paths = dict.fromkeys(name[: m.start()] for name in tensors if (m := re.search(quantizer.stored_names, name)))
+    for stored in paths:
+        names = (stored, body + stored, stored.removeprefix(body))
+        path = next((name for name in names if name in modules), stored)
+        module = modules.get(path)
+        if module is None or not Unquantized().is_linear(module):
+            raise InputError(
+                f"the base's packed tensors of '{stored}' belong to no linear of {type(model).__name__} in "
+                "transformers: give the unquantised base and `quantization: nf4`."
+            )
+        if module is head:
+            raise InputError(
+                f"the base's head '{stored}' is quantised too, and a head is computed unquantised: take a checkpoint "
+                "whose head is not, or the unquantised base with `quantization: nf4`."
+            )
+        own = {
+            name.removeprefix(f"{stored}."): torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
+            for name, entry in tensors.items()
+            if name.startswith(f"{stored}.")
+        }
+        with attribute_errors(quantizer, "replace"):
+            model.set_submodule(path, quantizer.replace(stored, module, config, own))
+    return len(paths)
+
+
+def loading_config(quantizer: Quantizer, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Any:
+    """Return the `quantization_config` with which transformers loads a checkpoint into the quantiser's modules."""
+    from transformers.quantizers import HfQuantizer
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class Config(QuantizationConfigMixin):
+        def get(self, key: str, default: Any = None) -> Any:  # transformers reads it like a dict
+            return getattr(self, key, default)
+
+    class Loader(HfQuantizer):
+        is_trainable = True
+
+        def is_serializable(self) -> bool:
+            return False
+
+        def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
+            replace_linears(model, quantizer, config, tensors)
+
+    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = Config
+    AUTO_QUANTIZER_MAPPING[METHOD] = Loader
+    return Config(METHOD)  # type: ignore[arg-type]
