@@ -144,6 +144,18 @@ def open_experts(model: nn.Module) -> None:
         module.__class__ = _opened(type(module))  # type: ignore[arg-type]
 
 
+def close_experts(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the experts of a model back to transformers' own forward and parameters, dequantised in `dtype`."""
+    for module in [module for module in model.modules() if isinstance(module, RoutedExperts)]:
+        for name, linear in list(module.named_children()):
+            if isinstance(linear, ExpertLinear):
+                weight = linear.dequantize(0, linear.experts, dtype)
+                weight = weight.transpose(1, 2) if module.is_transposed else weight
+                delattr(module, name)
+                setattr(module, name, nn.Parameter(weight.contiguous(), requires_grad=False))
+        module.__class__ = type(module).__mro__[2]
+
+
 def plan_experts(model: nn.Module, quantizer: Quantizer, double_quantization: bool) -> None:
     """Replace the projections of an opened model by the quantiser's, with fake tensors."""
     for module in [module for module in model.modules() if isinstance(module, RoutedExperts)]:

@@ -13,6 +13,7 @@ from budwood.adapters.match import mismatch
 from budwood.adapters.store import SavedAdapter
 from budwood.contract.discovery import find, plugin_fault
 from budwood.errors import BudwoodError, InputError, describe
+from budwood.model.experts import close_experts
 from budwood.serving.merge import MAX_ERROR
 from budwood.serving.pool import AdapterPool
 from budwood.serving.probes import probes_of
@@ -116,6 +117,7 @@ def _by_peft(pool: AdapterPool, folder: Path, probes: Any) -> torch.Tensor:
 
     model: Any = pool.model
     pool.engine.table.close()
+    close_experts(model, torch.float32)  # PEFT adapts parameters there, which experts in 4 bit are not
     try:
         wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
         wrapped.eval()
