@@ -245,7 +245,8 @@ def match_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Return the full names of the modules called `names`, or whose names end in one of these, component by component.
 
     Raises:
-        InputError: one matches no module, with the nearest name; or a list of modules, or a module in another one.
+        InputError: one matches no module, with the nearest name; or a list of modules, a module in another one, or
+            quantised experts.
     """
     from torch.nn import Module
 
@@ -261,11 +262,28 @@ def match_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
         if listed is not None:
             raise InputError(f"modules_to_save: '{listed}' is a list of modules: name those in it, such as {listed}.0.")
         found += [name for name in hits if name not in found]
+    for name in found:
+        reject_quantized(name, modules[name])
     for inner in found:
         outer = next((name for name in found if inner.startswith(f"{name}.")), None)
         if outer is not None:
             raise InputError(f"modules_to_save: '{inner}' is part of '{outer}', which trains whole: name one of them.")
     return found
+
+
+def reject_quantized(path: str, module: nn.Module) -> None:
+    """Reject a module that is to train whole, but holds quantised experts.
+
+    Raises:
+        InputError: it does.
+    """
+    from budwood.model.quantizers.experts import quantized_experts
+
+    if quantized_experts(module):
+        raise InputError(
+            f"modules_to_save: '{path}' holds quantised experts, which cannot train whole: adapt them with the "
+            "targets of lora or adalora, or set `quantization: none`."
+        )
 
 
 def whole_modules(model: nn.Module, names: Sequence[str], task: Task, base: Base | None = None) -> list[str]:

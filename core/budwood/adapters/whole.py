@@ -12,11 +12,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from budwood.adapters.peft_config import PREFIX
-from budwood.adapters.targets import base_modules
+from budwood.adapters.targets import base_modules, reject_quantized
 from budwood.adapters.tokens import TokenRows
 from budwood.errors import InputError
 from budwood.model.embeddings import head_of
-from budwood.model.quantizers.experts import quantized_experts
 
 
 def wrap_whole(model: nn.Module, paths: Iterable[str], name: str) -> None:
@@ -31,11 +30,7 @@ def wrap_whole(model: nn.Module, paths: Iterable[str], name: str) -> None:
         if isinstance(module, ModulesToSaveWrapper):
             module.update(name)
             continue
-        if quantized_experts(module):
-            raise InputError(
-                f"modules_to_save: '{path}' holds quantised experts, which cannot train whole: adapt them with the "
-                "targets of lora or adalora, or set `quantization: none`."
-            )
+        reject_quantized(path, module)
         if any(isinstance(part, LoraLayer | AuxiliaryTrainingWrapper | TokenRows) for part in module.modules()):
             raise InputError(f"'{path}' is replaced whole, and another adapter stands on it: unload that one first.")
         setattr(model.get_submodule(parent), leaf, ModulesToSaveWrapper(module, name))

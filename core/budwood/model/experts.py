@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from budwood.contract.calls import attribute_errors
 from budwood.model.ops.experts import Routing, combine, dispatch
 from budwood.model.quantizers.experts import DenseExperts, ExpertLinear
-
-if TYPE_CHECKING:
-    from budwood.model.quantizers import Quantizer
+from budwood.model.quantizers.protocol import Quantizer
 
 _COUNTS = ("num_experts", "num_routed_experts", "moe_num_experts")
 """Names by which modules of transformers give their number of experts."""
@@ -142,6 +140,14 @@ def open_experts(model: nn.Module) -> None:
             linear = packed.get(name) or DenseExperts(weight, bool(module.is_transposed))
             setattr(module, name, linear)
         module.__class__ = _opened(type(module))  # type: ignore[arg-type]
+
+
+def mark_quantized(frame: nn.Module, quantizer: Quantizer) -> None:
+    """Mark the experts of an opened model without weights as quantised, if the quantiser would pack them."""
+    if type(quantizer).pack_experts is not Quantizer.pack_experts:
+        for module in frame.modules():
+            if isinstance(module, ExpertLinear):
+                module.quantized = True
 
 
 def close_experts(model: nn.Module, dtype: torch.dtype) -> None:

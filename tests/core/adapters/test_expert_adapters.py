@@ -16,6 +16,8 @@ from budwood.adapters.store import read_adapter
 from budwood.errors import InputError
 from budwood.lowrank import experts_of, remove_adapter, select_adapters
 from budwood.model.experts import Experts, count_experts
+from budwood.serving.exports.targets import export_for
+from budwood.serving.exports.wanted import Wanted
 from budwood.serving.merge import merge as merge_folder
 from budwood.serving.verify import open_pool, verify
 from budwood.training.loop import tune
@@ -86,6 +88,8 @@ def test_a_run_on_a_4_bit_mixture_opens_in_stock_peft_and_merges(tmp_path, make_
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
     stock = PeftModel.from_pretrained(plain, folder).eval()
     saved = read_adapter(folder)
+    replayed = export_for(folder, tmp_path / "exported", Wanted("peft"))  # by stock PEFT on experts in 4 bit
+    assert replayed.replay.error < 1e-3
     a = saved.load_tensors()["base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight"]
     assert a.shape == (6 * 4, 64)
     pool = open_pool(saved, None, quantization="none", precision="fp32", device="cpu")
@@ -151,7 +155,7 @@ def test_adalora_ranks_experts_by_themselves(tmp_path, make_recipe, said):
     assert report.error < 1e-3
 
 
-def test_bad_targets_are_named(tmp_path, tiny_base, make_recipe):
+def test_bad_targets_are_named_before_the_base_loads(tmp_path, tiny_base, make_recipe, said):
     make_family("Mixtral", tmp_path / "base")
     base = {"model": str(tmp_path / "base")}
     nf4 = {"lora": {"modules_to_save": ["experts"]}}
@@ -163,6 +167,7 @@ def test_bad_targets_are_named(tmp_path, tiny_base, make_recipe):
     ):
         with pytest.raises(InputError, match=message):
             tune(make_recipe(base={"model": model}, strategies=strategies))
+    assert not any(line.startswith("base ") for line in said)
 
 
 def test_experts_that_train_whole_open_in_stock_peft(tmp_path, make_recipe):
