@@ -140,6 +140,7 @@ class Step:
             includes `step_terms` in linear form; then only differences between passes are meaningful.
         cache: results computed once per micro-step that do not depend on the noise, such as a teacher's logits.
         replaying: True inside `forward`, `replay` and `noise_gradient`.
+        compared: True inside `forward`, whose outputs are compared with those of a pass.
     """
 
     run: Run
@@ -152,6 +153,7 @@ class Step:
     noise_grad: Tensor | None = None
     loss: Tensor | None = None
     replaying: bool = False
+    compared: bool = False
     cache: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -10,23 +11,25 @@ from torch import Tensor, nn
 from budwood.contract.registry import Composition
 from budwood.contract.strategy import hookimpl
 from budwood.contract.types import LossTerm, Outputs, Run, Step
+from budwood.model.evaluation import at_least_fp32
 from budwood.model.experts import RoutedExperts, count_experts, expert_load
 
 
 class LoadBalance:
     """The loss that keeps the load of experts even, as transformers adds it (Fedus et al., 2021, eq. 4 to 6).
 
-    With E experts it is E Σ f_e p_e over the tokens of all layers, where f_e is the mean number of times that a token
-    chose the expert e, and p_e the mean probability that the router gave it. It depends on the tokens of a micro-batch
-    together.
+    With E experts it is E Σ f_e p_e over the tokens of an optimizer step in all layers, where f_e is the mean number of
+    times that a token chose the expert e, and p_e the mean probability that the router gave it.
     """
+
+    beside_outputs = True
 
     def __init__(self, model: Any, coefficient: float, chosen: int) -> None:
         self.coefficient, self.chosen = coefficient, chosen
+        self.recording = False
         self.logits: list[Tensor] = []
         for module in _routers(model):
             module.register_forward_hook(self._record)
-        model.base_model.register_forward_pre_hook(lambda *_: self.logits.clear())
 
     @classmethod
     def of(cls, model: Any) -> LoadBalance | None:
@@ -38,15 +41,27 @@ class LoadBalance:
         return cls(model, coefficient, config.num_experts_per_tok)
 
     def _record(self, module: nn.Module, _: Any, output: Any) -> None:
-        if torch.is_grad_enabled():
+        if self.recording:
             self.logits.append(output[0] if isinstance(output, tuple) else output)
 
+    @hookimpl(wrapper=True)
+    def forward(self, step: Step) -> Generator[None, Outputs, Outputs]:
+        if not step.compared:
+            self.recording, self.logits = True, []
+        try:
+            return (yield)
+        finally:
+            self.recording = False
+
     @hookimpl
-    def loss_terms(self, step: Step, outputs: Outputs) -> LossTerm | None:
-        if not self.logits:
-            return None
-        value = load_balance(self.logits, self.chosen)
-        return LossTerm("load_balance", value.expand(len(step.batch.keys)), "example", self.coefficient)
+    def step_values(self, step: Step) -> dict[str, Tensor] | None:
+        real = step.batch.example_of_position >= 0
+        logits, self.logits = self.logits, []
+        return routing_sums(logits, self.chosen, real) if logits else None
+
+    @hookimpl
+    def step_terms(self, values: dict[str, Tensor]) -> LossTerm:
+        return LossTerm("load_balance", load_balance(values), "step", self.coefficient)
 
 
 def balance_load(run: Run, hooks: Composition) -> None:
@@ -56,12 +71,29 @@ def balance_load(run: Run, hooks: Composition) -> None:
         hooks.register_core(balance, "core load balance")
 
 
-def load_balance(logits: list[Tensor], chosen: int) -> Tensor:
-    """Return the auxiliary loss, fp32, of routers' logits [n, E] of every layer, of which `chosen` experts are used."""
-    rows = torch.cat([layer.reshape(-1, layer.shape[-1]) for layer in logits]).float()
-    probabilities = rows.softmax(-1)
+def routing_sums(logits: list[Tensor], chosen: int, real: Tensor) -> dict[str, Tensor]:
+    """Return sums over tokens of what routers choose in every layer: times, probabilities [1, E], and tokens [1].
+
+    Args:
+        logits: [n, E] of each layer.
+        chosen: number of experts that are used.
+        real: [n] bool, false for padding.
+    """
+    rows = torch.cat([layer.reshape(-1, layer.shape[-1])[real] for layer in logits])
+    probabilities = at_least_fp32(rows).softmax(-1)
     picked = torch.zeros_like(probabilities).scatter_(1, probabilities.topk(chosen, -1).indices, 1.0)
-    return rows.shape[-1] * (picked.mean(0) * probabilities.mean(0)).sum()
+    return {
+        "chosen": picked.sum(0, keepdim=True).long(),
+        "probabilities": probabilities.sum(0, keepdim=True),
+        "tokens": torch.tensor([len(rows)], device=rows.device),
+    }
+
+
+def load_balance(sums: dict[str, Tensor]) -> Tensor:
+    """Return the auxiliary loss of sums [m, E] over the parts of a step, see `routing_sums`."""
+    tokens = sums["tokens"].sum()
+    probabilities = sums["probabilities"].sum(0) / tokens
+    return probabilities.numel() * (sums["chosen"].sum(0) / tokens * probabilities).sum()
 
 
 def _routers(model: Any) -> list[nn.Module]:

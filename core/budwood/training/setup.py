@@ -322,9 +322,9 @@ def adapt_model(run: Run, hooks: Composition) -> None:
 
 def build_engine(run: Run, hooks: Composition) -> Engine:
     """Register core's hooks for an adapted model, and cache the reference if a strategy asks for it."""
+    balance_load(run, hooks)
     engine = Engine(run, hooks)
     register_parts(hooks, engine)
-    balance_load(run, hooks)
     cache_reference(run)
     return engine
 

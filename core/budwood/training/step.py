@@ -24,7 +24,7 @@ from budwood.errors import BudwoodError, describe, is_out_of_memory
 from budwood.model.evaluation import at_least_fp32, autocast
 from budwood.training.label_scores import LabelScores, LogProbs, chunks, depends, temperature_of
 from budwood.training.reference import CACHED, is_off, log_probs_of, read_reference
-from budwood.training.step_terms import LOG_PROBS, StepTerms
+from budwood.training.step_terms import LOG_PROBS, StepTerms, is_beside
 
 
 @dataclass
@@ -61,10 +61,10 @@ class Engine:
             call.plugin
             for hook in ("sequence_terms", "step_values")
             for call in hooks.calls(hook)
-            if hook == "step_values" or isinstance(call.plugin, Strategy)
+            if (hook == "step_values" and not is_beside(call.plugin)) or isinstance(call.plugin, Strategy)
         ]
         strategies = any(isinstance(call.plugin, Strategy) for call in hooks.calls("sequence_terms"))
-        self.scores_sequences = strategies or (self.step_terms.active and run.task.has_log_probs())
+        self.scores_sequences = strategies or (self.step_terms.scored and run.task.has_log_probs())
         if receivers and run.task.loss_is_log_prob():
             receivers.append(run.task)  # whose loss is then one of log-probabilities too
         self.temperatures = sorted({temperature_of(plugin) for plugin in receivers})
@@ -87,7 +87,7 @@ class Engine:
 
     def noisy_forward(self, step: Step, noise: Tensor | None) -> Outputs:
         """See `Step.forward`."""
-        with self.hooks.part("Step.forward"), _replaying(step, noise), autocast(self.run):
+        with self.hooks.part("Step.forward"), _replaying(step, noise, compared=True), autocast(self.run):
             outputs: Outputs = self.hooks.call("forward", step=step)
         if self._pass is None or not outputs.hidden.requires_grad:
             return outputs
@@ -212,7 +212,7 @@ class Engine:
         terms = self._terms(step, "sequence_terms", self._shapes(step, "label"), own)
         self._check_reach(terms, log_probs)
         loss = self._loss(step, terms, weight, main)
-        surrogate = self.step_terms.surrogate(step, Outputs(copy, outputs.head), log_probs, weight)
+        surrogate = self.step_terms.surrogate(step, Outputs(copy, outputs.head), log_probs, weight, beside=False)
         parts = [part for part in (loss, surrogate) if part is not None and part.requires_grad]
         if not parts:
             return
@@ -230,8 +230,8 @@ class Engine:
         replayed = self._loss(step, [t for t in terms if t.unit != "step"], weight, main)
         per_step = self._loss(step, [t for t in terms if t.unit == "step"], 1.0, main) if first else None
         losses = [loss for loss in (replayed, per_step) if loss is not None]
-        if not self.scores_sequences and self.step_terms.active:
-            surrogate = self.step_terms.surrogate(step, outputs, None, weight)
+        for beside in (True, False) if not self.scores_sequences else (True,):
+            surrogate = self.step_terms.surrogate(step, outputs, None, weight, beside)
             losses += [surrogate] if surrogate is not None else []
         return sum(losses[1:], losses[0]) if losses else None
 
@@ -389,11 +389,11 @@ class Engine:
 
 
 @contextmanager
-def _replaying(step: Step, noise: Tensor | None) -> Iterator[None]:
+def _replaying(step: Step, noise: Tensor | None, compared: bool = False) -> Iterator[None]:
     """Replace the step's noise with `noise` inside the context."""
-    outer = (step.noise, step.replaying)
-    step.noise, step.replaying = noise, True
+    outer = (step.noise, step.replaying, step.compared)
+    step.noise, step.replaying, step.compared = noise, True, compared
     try:
         yield
     finally:
-        step.noise, step.replaying = outer
+        step.noise, step.replaying, step.compared = outer

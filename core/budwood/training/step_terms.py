@@ -7,6 +7,7 @@ learning batch size under memory limited setup", section 3.2). A single unpertur
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,8 @@ class StepTerms:
     """The `step_terms` of a composition, and their coefficients in the current optimizer step.
 
     Attributes:
-        active: whether a strategy implements `step_terms`.
+        active: whether a plugin implements `step_terms`.
+        scored: whether one of them reads the outputs or the labels' log-probabilities.
     """
 
     def __init__(self, run: Run, hooks: Composition, engine: Engine) -> None:
@@ -43,11 +45,16 @@ class StepTerms:
         for call in calls:
             if call.plugin not in self._valued:
                 raise PluginError(f"{call.plugin} implements step_terms without step_values: it would have no values.")
-        self._names = {call.plugin: call.name for call in hooks.calls("step_values")}
+        self._plugins = {call.name: call.plugin for call in hooks.calls("step_values")}
+        self._names = {
+            beside: [n for n, p in self._plugins.items() if is_beside(p) == beside] for beside in (True, False)
+        }
+        self.scored = bool(self._names[False])
         wraps = [c for name in ("backward", "forward") for c in hooks.calls(name) if c.wraps]
         self._perturbed = any(isinstance(call.plugin, Strategy) for call in wraps)
         self._coefficients: dict[int, dict[str, Values]] | None = None
         """Per micro-step and strategy; None until they are computed."""
+        self._computed: set[str] = set()
         self._collected: list[dict[str, Values]] = []
         self._random: dict[int, list[Tensor]] = {}
         self._references: dict[int, Tensor] = {}
@@ -55,6 +62,7 @@ class StepTerms:
     def reset(self) -> None:
         """Start a new optimizer step."""
         self._coefficients, self._collected, self._random, self._references = None, [], {}, {}
+        self._computed = set()
 
     def needs_first_pass(self, micro_batches: int) -> bool:
         """Whether the coefficients need a separate first pass, for this number of micro-batches on this process."""
@@ -86,24 +94,34 @@ class StepTerms:
         coefficients = self._differentiate([each for process in gathered for each in process])
         first = sum(len(process) for process in gathered[: self.run.process_index])
         self._coefficients = {index: coefficients[first + index] for index in range(len(self._collected))}
-        self._collected = []
+        self._collected, self._computed = [], set(self._plugins)
 
     def restore_random(self, step: Step) -> None:
         """Restore the random state of the micro-batch's first pass, so that later passes draw the same dropout."""
         if step.micro_step in self._random:
             _set_random_state(self.run, self._random.pop(step.micro_step))
 
-    def surrogate(self, step: Step, outputs: Outputs, log_probs: LogProbs | None, weight: float) -> Tensor | None:
-        """Return a scalar with the gradient of the step's loss in this micro-batch, times weight and loss scale."""
-        if not self.active:
+    def surrogate(
+        self, step: Step, outputs: Outputs, log_probs: LogProbs | None, weight: float, beside: bool
+    ) -> Tensor | None:
+        """Return a scalar with the gradient of the step's loss in this micro-batch, times weight and loss scale.
+
+        Args:
+            beside: of the plugins whose values have a graph of their own into the model, or of all others.
+        """
+        names = self._names[beside]
+        if not names:
             return None
-        values = self._values(step, outputs, log_probs)
-        if self._coefficients is None:
-            (coefficients,) = self._differentiate([values])
-            self._coefficients = {step.micro_step: coefficients}
+        values = self._values(step, outputs, log_probs, names)
+        new = {name: value for name, value in values.items() if name not in self._computed}
+        if new:
+            (coefficients,) = self._differentiate([new])
+            self._coefficients = self._coefficients or {}
+            self._coefficients.setdefault(step.micro_step, {}).update(coefficients)
+            self._computed.update(new)
         total = None
-        for name, by_key in self._coefficients[step.micro_step].items():
-            for key, coefficient in by_key.items():
+        for name in values:
+            for key, coefficient in (self._coefficients or {})[step.micro_step].get(name, {}).items():
                 if values[name][key].shape != coefficient.shape:
                     raise PluginError(f"strategy '{name}': step_values: the shape of '{key}' differs between passes.")
                 part = (at_least_fp32(values[name][key]) * coefficient).sum()
@@ -113,10 +131,16 @@ class StepTerms:
         self.engine.add_to_pass(total)
         return total * weight * self.engine.loss_scale
 
-    def _values(self, step: Step, outputs: Outputs, log_probs: LogProbs | None) -> dict[str, Values]:
-        own = {"log_probs": lambda plugin: None if log_probs is None else log_probs[temperature_of(plugin)]}
-        results = self.hooks.collect("step_values", own, step=step, outputs=outputs)
-        return {self._names[plugin]: values for plugin, values in results}
+    def _values(
+        self, step: Step, outputs: Outputs, log_probs: LogProbs | None, names: Iterable[str] | None = None
+    ) -> dict[str, Values]:
+        found = {}
+        for name in self._plugins if names is None else names:
+            own = None if log_probs is None else log_probs[temperature_of(self._plugins[name])]
+            _, values = self.hooks.ask("step_values", name, step=step, outputs=outputs, log_probs=own)
+            if values is not None:
+                found[name] = values
+        return found
 
     def _differentiate(self, micro_batches: list[dict[str, Values]]) -> list[dict[str, Values]]:
         """Differentiate each strategy's step terms with respect to each micro-batch's values; logs the terms."""
@@ -159,6 +183,11 @@ class StepTerms:
             raise PluginError(f"{plugin}: two loss terms of step_terms are called '{term.name}': rename one.")
         first = self.run.process_index == 0
         self.engine.add(term, term.values.detach() if first else torch.zeros_like(term.values))
+
+
+def is_beside(plugin: Any) -> bool:
+    """Return whether a plugin's values of a step have a graph of their own into the model, beside the outputs'."""
+    return bool(getattr(plugin, "beside_outputs", False))
 
 
 def _random_state(run: Run) -> list[Tensor]:
