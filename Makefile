@@ -5,10 +5,11 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+QUANTIZED_PIP := .venv-quantized/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 PACKAGES := core plugins examples
 SECONDS := 300
 
-.PHONY: help demo test serve-test combinations models numerics gpu faults lint bench docs audit fuzz
+.PHONY: help demo test serve-test combinations models quantized numerics gpu faults lint bench docs audit fuzz
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -29,6 +30,9 @@ combinations: .venv/installed ## Train every combination of objective, adapter, 
 
 models: .venv/installed ## Train on a tiny model of every architecture beside stock PEFT (5 to 10 minutes)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.models
+
+quantized: .venv-quantized/installed ## Compare GPTQ and HQQ with the libraries that made them, in an environment of its own (4 minutes)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-quantized/bin/python -m tests.plugins.quantized.peers
 
 # Files whose bounds come from arithmetic; both settings choose other kernels in torch, oneDNN and MKL.
 NUMERICAL := tests/core/model tests/core/adapters/test_pool.py tests/core/adapters/test_verify.py tests/core/serving/test_engine.py \
@@ -84,6 +88,16 @@ docs: .venv/installed ## Write the generated pages: docs/recipe.md, hooks.md, da
 	@$(PIP) "$$(grep '^torch==' constraints.txt)"
 	@echo "  budwood, what it needs, and its tools"
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+# gptqmodel asks for a newer torch than constraints.txt has; what it uses of torch here is in both.
+.venv-quantized/installed: pyproject.toml constraints.txt
+	@echo "Setting up .venv-quantized:"
+	@test -x .venv-quantized/bin/python || $(PYTHON) -m venv .venv-quantized
+	@$(QUANTIZED_PIP) "$$(grep '^torch==' constraints.txt)"
+	@DISABLE_CUDA=1 $(QUANTIZED_PIP) -e . pytest torchao optimum==2.3.0 hqq==0.2.8.post1 device-smi==0.5.7 pypcre==0.6.4 \
+		tokenicer==0.0.14 logbar==0.4.15 threadpoolctl defuser==0.0.28 requests
+	@$(QUANTIZED_PIP) --no-deps gptqmodel==7.7.0
 	@touch $@
 
 .venv/installed-bench: .venv/installed
