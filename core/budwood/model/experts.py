@@ -6,7 +6,7 @@ model gives each projection a module of its own, `ExpertLinear`, which a quantis
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +24,7 @@ _COUNTS = ("num_experts", "num_routed_experts", "moe_num_experts")
 """Names by which modules of transformers give their number of experts."""
 _PACKED = "_budwood_packed"
 _LOAD = "_budwood_load"
+_CHOICES = "_budwood_choices"
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ class RoutedExperts(nn.Module):
             [n, d] in the dtype of `hidden_states`.
         """
         own: Any = self
+        if _CHOICES in self.__dict__:
+            top_k_index, top_k_weights = self.__dict__[_CHOICES].follow(top_k_index, top_k_weights)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         inner = own.gate_up_proj if own.has_gate else own.up_proj
         routing = Routing.of(top_k_index.reshape(len(x), -1), experts_in(own))
@@ -112,6 +115,47 @@ class RoutedExperts(nn.Module):
             if isinstance(part, DenseExperts) and prefix + name in state_dict:
                 state_dict[f"{prefix}{name}.weight"] = state_dict.pop(prefix + name)  # which its own call then finds
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _Choices:
+    """The experts that each token of some forwards chose, for a forward of all of these tokens together."""
+
+    def __init__(self) -> None:
+        self.recorded: list[tuple[Tensor, Tensor]] = []
+        self.recording = True
+
+    def follow(self, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Record choices, or return those recorded if they are for as many tokens."""
+        if self.recording:
+            self.recorded.append((index, weights))
+            return index, weights
+        indices, every = zip(*self.recorded, strict=True)
+        joined, weighed = torch.cat(indices), torch.cat(every)
+        return (joined, weighed) if joined.shape == index.shape else (index, weights)
+
+
+@contextmanager
+def same_routing(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Let a later forward choose the experts that earlier ones chose for the same tokens.
+
+    Two kernels round differently in 16 bit, which near a tie of a router chooses another expert. The forwards until the
+    yielded function is called are recorded; those after it that have all of their tokens, in order, repeat them.
+    """
+    choices = [
+        module.__dict__.setdefault(_CHOICES, _Choices())
+        for module in model.modules()
+        if isinstance(module, RoutedExperts)
+    ]
+
+    def repeat() -> None:
+        for choice in choices:
+            choice.recording = False
+
+    try:
+        yield repeat
+    finally:
+        for module in model.modules():
+            module.__dict__.pop(_CHOICES, None)
 
 
 def experts_in(module: Any) -> int:

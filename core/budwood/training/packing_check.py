@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from budwood.contract.examples import Batch, Example
 from budwood.contract.types import Run
 from budwood.errors import BudwoodError, InputError, ResourceError, describe, is_out_of_memory
 from budwood.model.evaluation import at_least_fp32, autocast, collate_for
+from budwood.model.experts import same_routing
 from budwood.model.ops import attention
 
 ROUNDING, SIMILAR = 0.05, 0.25
@@ -22,6 +24,8 @@ If a token attends to another example, the difference is above 1."""
 
 def check_packing(run: Run, report: Any) -> None:
     """Compare two examples packed together with each alone in the model's own forward; pad rows if they differ.
+
+    In a mixture of experts, tokens go to the experts that they chose in the model's own forward.
 
     In 16 bit, the rounding of a deep or quantised model may exceed ROUNDING. Rows are then packed if neither example's
     logits depend on the other's inputs: they must be bitwise identical if the other example changes.
@@ -33,6 +37,11 @@ def check_packing(run: Run, report: Any) -> None:
         PluginError: even with padded rows, Budwood's forward pass gives other logits than the model's own.
         ResourceError: two examples do not fit into memory.
     """
+    with same_routing(run.model) as repeat:
+        _check(run, report, repeat)
+
+
+def _check(run: Run, report: Any, repeat: Callable[[], None]) -> None:
     model, task = run.model, run.task
     model.eval()
     order = run.examples.lengths.argsort(kind="stable")
@@ -57,6 +66,7 @@ def check_packing(run: Run, report: Any) -> None:
         reason = "this model pools by row" if task.pools_examples(model) else f"{task.name} packs none"
         report.say(f"rows are grouped by length and padded: {reason}")
         return
+    repeat()
     same, similar = (ROUNDING, SIMILAR) if run.dtype in (torch.float16, torch.bfloat16) else (1e-4, 1e-4)
     reason = ""
     try:

@@ -1,8 +1,8 @@
 """Compares GPTQ and HQQ with the libraries that made the formats, in an environment of its own: see `make quantized`.
 
 GPTQ: gptqmodel's TorchLinear, through optimum and transformers, on tiny checkpoints. An adapter that Budwood trained on
-one is opened by stock PEFT on gptqmodel's layers, and has the same logits. HQQ: hqq quantises the linears of a base, and
-its own state dict is the checkpoint, as transformers 4 saved it.
+one is opened by stock PEFT on gptqmodel's layers, and has the same logits. HQQ: hqq quantises the linears of a base,
+and its own state dict is the checkpoint, as transformers 4 saved it.
 """
 
 from __future__ import annotations
