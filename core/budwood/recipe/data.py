@@ -11,8 +11,8 @@ from budwood.data.examples import Examples
 from budwood.data.preference import JudgedAnswer, Preference, SharedPrompt
 from budwood.data.prompts import Prompts
 from budwood.errors import InputError, unreadable
-from budwood.model.checkpoint import resolve
-from budwood.model.checks import load_tokenizer, skeleton
+from budwood.model.checkpoint import read_tensors, resolve
+from budwood.model.checks import check_base, find_quantizer, load_tokenizer, skeleton
 from budwood.model.embeddings import resize, vocabulary_of
 from budwood.model.task import Task
 from budwood.recipe.schema import Recipe
@@ -86,6 +86,22 @@ def recipe_skeleton(recipe: Recipe, auto_class: str, tokenizer: Any) -> Any:
     if base.resize_embeddings:
         resize(model, embeddings_wanted(recipe, tokenizer), base.model)
     return model
+
+
+def check_quantized(model: Any, recipe: Recipe) -> None:
+    """Mark what of a model without weights the base has quantised, and compare it with the tensors of the base's files.
+
+    Raises:
+        InputError, CorruptError: they contradict the configuration.
+    """
+    from budwood.model.experts import mark_quantized  # imports torch, as the next does
+    from budwood.model.quantizers.stored import packed_linears
+
+    info = check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code)
+    quantizer = find_quantizer(info.quantization)
+    mark_quantized(model, quantizer)
+    if info.prequantized and quantizer.own_modules and any(info.path.glob("*.safetensors")):
+        packed_linears(model, quantizer, info.config["quantization_config"], read_tensors(info.path))
 
 
 def embeddings_wanted(recipe: Recipe, tokenizer: Any) -> int:

@@ -33,15 +33,20 @@ from budwood.model.base import (
     load_base,
     pick_device_precision,
 )
-from budwood.model.checks import find_quantizer
 from budwood.model.embeddings import resize_base
-from budwood.model.experts import mark_quantized
 from budwood.model.limits import default_length
 from budwood.model.ops import attention, kernels
 from budwood.model.streaming import keep_heap
 from budwood.model.task import Task
 from budwood.recipe.continued import read_start
-from budwood.recipe.data import embeddings_wanted, read_task_base, recipe_skeleton, recipe_task, recipe_tokenizer
+from budwood.recipe.data import (
+    check_quantized,
+    embeddings_wanted,
+    read_task_base,
+    recipe_skeleton,
+    recipe_task,
+    recipe_tokenizer,
+)
 from budwood.recipe.schema import Recipe, build_composition, find_code, load_recipe
 from budwood.training.durability import changes
 from budwood.training.durability.resume import Resume
@@ -293,10 +298,8 @@ def plan_run(run: Run, hooks: Composition) -> Plan:
     register_task(hooks, task)
     if task.needs_tokenizer:
         run.tokenizer = recipe_tokenizer(recipe)
-    model, base = recipe_skeleton(recipe, task.auto_class, run.tokenizer), recipe.base
-    mark_quantized(
-        model, find_quantizer(check_base(base.model, base.quantization, base.trust_remote_code).quantization)
-    )
+    model = recipe_skeleton(recipe, task.auto_class, run.tokenizer)
+    check_quantized(model, recipe)
     run.recipe = recipe = recipe.with_length(default_length(model))
     run.start_adapter = saved = read_start(recipe)
     run.starts_as_base = saved is None or saved.manifest is None or not saved.manifest.needs_quantization

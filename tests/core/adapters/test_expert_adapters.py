@@ -18,6 +18,7 @@ from budwood.lowrank import experts_of, remove_adapter, select_adapters
 from budwood.model.experts import Experts, count_experts
 from budwood.serving.exports.targets import export_for
 from budwood.serving.exports.wanted import Wanted
+from budwood.serving.material.shrink import shrink
 from budwood.serving.merge import merge as merge_folder
 from budwood.serving.verify import open_pool, verify
 from budwood.training.loop import tune
@@ -90,6 +91,10 @@ def test_a_run_on_a_4_bit_mixture_opens_in_stock_peft_and_merges(tmp_path, make_
     saved = read_adapter(folder)
     replayed = export_for(folder, tmp_path / "exported", Wanted("peft"))  # by stock PEFT on experts in 4 bit
     assert replayed.replay.error < 1e-3
+    with pytest.raises(
+        InputError, match="adapts experts .*which a shrunk adapter does not take: merge it into its base"
+    ):
+        shrink(folder, tmp_path / "shrunk", 2)
     a = saved.load_tensors()["base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight"]
     assert a.shape == (6 * 4, 64)
     pool = open_pool(saved, None, quantization="none", precision="fp32", device="cpu")

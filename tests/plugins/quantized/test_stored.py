@@ -22,6 +22,8 @@ from budwood import AdapterPool, InputError, MXFP4Experts, ResourceError, load_b
 from budwood.model.base import check_base
 from budwood.model.quantizers import is_quantized, quantizer_of
 from budwood.recipe.schema import Recipe
+from budwood.serving.exports.targets import export_for
+from budwood.serving.exports.wanted import Wanted
 from budwood.serving.merge import merge
 from budwood.serving.verify import verify
 from budwood.training import loop
@@ -315,6 +317,8 @@ def test_an_adapter_trains_on_it_is_verified_swaps_and_resumes(
     verify(adapter)  # raises if the golden logits differ
     if name in SAME:
         return
+    exported = export_for(adapter, tmp_path / "exported", Wanted("peft")).replay  # stock PEFT has no layers for it
+    assert exported is not None and exported.error < 1e-3
     pool = AdapterPool(folder, method, precision="fp32", device="cpu")
     before = pool.logits(["games:"])
     pool.load("mine", adapter)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from budwood.contract.calls import attribute_errors
 from budwood.errors import InputError
@@ -26,10 +27,24 @@ METHOD = "budwood"
 def replace_linears(
     model: Any, quantizer: Quantizer, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
 ) -> int:
-    """Replace the linears whose weights a checkpoint has packed by the quantiser's modules; returns their number.
+    """Replace the linears of a model whose weights a checkpoint has packed; returns their number.
 
     Args:
-        model: one of transformers' models, on the meta device; modified in place.
+        model: as for `packed_linears`; modified in place.
+    """
+    packed = packed_linears(model, quantizer, config, tensors)
+    for path, module in packed.items():
+        model.set_submodule(path, module)
+    return len(packed)
+
+
+def packed_linears(
+    model: Any, quantizer: Quantizer, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+) -> dict[str, nn.Module]:
+    """Return the quantiser's modules for the linears whose weights a checkpoint has packed, by their paths.
+
+    Args:
+        model: one of transformers' models, on the meta device.
         config: the checkpoint's `quantization_config`.
         tensors: the tensors of the checkpoint.
 
@@ -37,6 +52,7 @@ def replace_linears(
         InputError: a packed tensor belongs to the head, or to no linear.
         BudwoodError: the quantiser refuses a linear.
     """
+    found: dict[str, nn.Module] = {}
     modules, body = dict(model.named_modules()), f"{model.base_model_prefix}."
     head = model.get_output_embeddings()
     paths = dict.fromkeys(name[: m.start()] for name in tensors if (m := re.search(quantizer.stored_names, name)))
@@ -60,8 +76,8 @@ def replace_linears(
             if name.startswith(f"{stored}.")
         }
         with attribute_errors(quantizer, "replace"):
-            model.set_submodule(path, quantizer.replace(stored, module, config, own))
-    return len(paths)
+            found[path] = quantizer.replace(stored, module, config, own)
+    return found
 
 
 def loading_config(quantizer: Quantizer, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Any:

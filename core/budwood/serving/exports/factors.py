@@ -78,7 +78,10 @@ def factors_of(saved: SavedAdapter, program: str, *, alone: bool = True) -> Fact
     if saved.config.get("use_dora"):
         raise InputError(f"{saved.directory}: it is DoRA (use_dora), which {program} cannot: {remedy}")
     if saved.config.get("target_parameters"):
-        raise InputError(f"{saved.directory}: it adapts experts (target_parameters), which {program} cannot: {MERGED}")
+        raise InputError(
+            f"{saved.directory}: it adapts experts (target_parameters), which {program} does not take: merge it into "
+            "its base: budwood adapter merge"
+        )
     config, tensors = saved.config, saved.load_tensors()
     if config.get("peft_type") != "LORA":
         result = converted(saved, tensors, "lora")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from budwood.adapters.golden import Distance, comparable, current_setting, measure, relative_error
 from budwood.adapters.match import mismatch
@@ -14,6 +15,7 @@ from budwood.adapters.store import SavedAdapter
 from budwood.contract.discovery import find, plugin_fault
 from budwood.errors import BudwoodError, InputError, describe
 from budwood.model.experts import close_experts
+from budwood.model.quantizers import is_quantized, linear_shape, linear_weight, quantizer_of
 from budwood.serving.merge import MAX_ERROR
 from budwood.serving.pool import AdapterPool
 from budwood.serving.probes import probes_of
@@ -117,7 +119,7 @@ def _by_peft(pool: AdapterPool, folder: Path, probes: Any) -> torch.Tensor:
 
     model: Any = pool.model
     pool.engine.table.close()
-    close_experts(model, torch.float32)  # PEFT adapts parameters there, which experts in 4 bit are not
+    _open_to_peft(model)
     try:
         wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
         wrapped.eval()
@@ -128,6 +130,20 @@ def _by_peft(pool: AdapterPool, folder: Path, probes: Any) -> torch.Tensor:
         raise BudwoodError(
             f"the export does not load in stock PEFT ({describe(error)}): nothing was written. --no-check writes it."
         ) from error
+
+
+@torch.no_grad()
+def _open_to_peft(model: nn.Module) -> None:
+    """Give a model the modules that PEFT adapts: parameters of experts, and linears that it has layers for, in fp32."""
+    close_experts(model, torch.float32)
+    for path, module in list(model.named_modules()):
+        quantizer: Any = quantizer_of(module)
+        if is_quantized(module) and not quantizer.known_to_peft:
+            outputs, inputs = linear_shape(module)
+            plain = nn.Linear(inputs, outputs, bias=False, device="meta")
+            plain.weight = nn.Parameter(linear_weight(module, torch.float32), requires_grad=False)
+            plain.bias = module.bias
+            model.set_submodule(path, plain)
 
 
 def _judge(saved: SavedAdapter, result: Replay, largest: float, approximate: bool, force: bool) -> None:
