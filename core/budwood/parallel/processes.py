@@ -58,6 +58,11 @@ class Processes:
         """Return this process's part of `items`: every `size`-th, from its rank on."""
         return items[self.rank :: self.size]
 
+    def together(self, own: Sequence[T]) -> list[T]:
+        """Return the results of all items in the items' order, from each process's results of its `share` of them."""
+        gathered = self.gather(list(own))
+        return [gathered[i % self.size][i // self.size] for i in range(sum(map(len, gathered)))]
+
     def join(self, device: torch.device) -> None:
         """Join the group of processes: tensors on CUDA travel over nccl, all else over gloo. Again is no error."""
         if self.size == 1:
