@@ -204,6 +204,11 @@ class TrainSection(Section):
     non_finite: Literal["stop", "skip"] = Field(
         "stop", description="if a step's loss or gradient is not finite: stop the run, or skip and count the step"
     )
+    parallel: Literal["replicate", "shard"] | None = Field(
+        None,
+        description="with several processes: each holds the base, or its share of the base's layers, which are "
+        "gathered one by one while they compute (slower, less memory); default: replicate if that fits by the plan",
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
     deterministic: bool = Field(
         False, description="use only bitwise reproducible kernels: slower on CUDA, no difference elsewhere"
