@@ -9,7 +9,7 @@ import typer
 
 from budwood.cli.given import read_given
 from budwood.cli.imports import uncollected
-from budwood.cli.options import AllowCode
+from budwood.cli.options import AdapterFolder, AllowCode
 from budwood.cli.streams import echo, echo_json
 from budwood.untrusted.formats import json_numbers
 
@@ -79,7 +79,7 @@ def tune(
 
 
 def eval_(
-    adapter: Annotated[Path, typer.Argument(help="An adapter's folder.")],
+    adapter: AdapterFolder,
     data: Annotated[
         Path | None,
         typer.Option("--data", help="Data in any format that `tune` accepts. Default: the rows that its run held out."),
