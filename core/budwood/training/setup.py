@@ -158,13 +158,13 @@ def _prepare(
     trust = recipe.base.trust_remote_code
     plan = plan_run(run, hooks)
     recipe, model = run.recipe, plan.model
+    run.sharded = shards_base(run, hooks, model)
 
     with hooks.part("read_data"):
         started = read_manifest(directory) if resume is not None else None
         read_data(run, hooks, report, str((started or {}).get("date") or today()), model, resume)
     recipe = run.recipe
     check_classes(run)
-    run.sharded = shards_base(run, hooks, model)
     plan.steps = run.steps
     check_plan(plan, hooks)
     if resume is not None:
