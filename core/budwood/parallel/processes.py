@@ -140,11 +140,3 @@ class Processes:
         gathered = self.gather(dict(counts))
         names = dict.fromkeys(name for each in gathered for name in each)
         return {name: sum(each.get(name, 0.0) for each in gathered) for name in names}
-
-    def largest(self, number: float) -> float:
-        """Return the largest `number` of all processes."""
-        return max(self.gather(number))
-
-    def smallest(self, number: float) -> float:
-        """Return the smallest `number` of all processes."""
-        return min(self.gather(number))
