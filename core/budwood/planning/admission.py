@@ -12,6 +12,7 @@ import torch
 from budwood.contract.types import Run
 from budwood.errors import BudwoodError, ResourceError
 from budwood.model.machine import host_memory
+from budwood.planning.sharding import can_shard, saved
 from budwood.training.micro_tokens import largest_group, settle, shared_out, wanted
 
 if TYPE_CHECKING:
@@ -40,10 +41,7 @@ def admit(run: Run, skeleton: Any) -> None:
             result = estimate_here(run, free)
         except BudwoodError as failure:  # a model or strategy that cannot be planned may still run
             error = str(failure)
-    if run.processes > 1:
-        shared = [(result, error)]
-        torch.distributed.broadcast_object_list(shared, 0)
-        result, error = shared[0]
+    result, error = run.world.broadcast((result, error))
     if error is not None:
         size = run.recipe.train.micro_tokens or wanted(run, "cpu")
         run.say(f"note: memory and time were not planned: {error}")
@@ -52,22 +50,14 @@ def admit(run: Run, skeleton: Any) -> None:
     if run.recipe.train.micro_tokens is None:
         settle(run, shared_out(run, size))
     if result is not None:
-        _decide(run, result)
+        _decide(run, result, skeleton)
 
 
 def available(run: Run) -> int:
     """Return the bytes of memory that are free for each process, the same number on every process."""
     if run.device.type != "cuda":
-        return _least(run, host_memory() // run.processes)
-    return _least(run, torch.cuda.mem_get_info(run.device)[0])
-
-
-def _least(run: Run, size: int) -> int:
-    if run.processes == 1:
-        return size
-    sizes = [0] * run.processes
-    torch.distributed.all_gather_object(sizes, size)
-    return min(sizes)
+        return min(run.world.gather(host_memory() // run.world.local_size))
+    return min(run.world.gather(torch.cuda.mem_get_info(run.device)[0]))
 
 
 def estimate_here(run: Run, free: int) -> Estimate:
@@ -88,8 +78,8 @@ def estimate_here(run: Run, free: int) -> Estimate:
     return estimate_in_process(run.recipe, replace(device, memory=free + own), keep=True)
 
 
-def _decide(run: Run, result: Estimate) -> None:
-    """Keep and report an estimate; refuse the run if it does not fit.
+def _decide(run: Run, result: Estimate, skeleton: Any) -> None:
+    """Keep and report an estimate; refuse the run if it does not fit. Processes shard a base that would not fit else.
 
     Raises:
         ResourceError: see `admit`.
@@ -103,8 +93,14 @@ def _decide(run: Run, result: Estimate) -> None:
         f"plan: {gib(result.needed)} of {gib(device.memory)} memory{span}; peak in {result.where}; micro-batches of "
         f"at most {run.micro_tokens:,} tokens ({result.planned_in:.0f} s, kept for the next run)"
     )
-    if result.fits:
+    if result.fits and not run.sharded:
         return
+    if run.sharded or can_shard(run, skeleton):
+        run.sharded = True
+        needed = result.needed - saved(run, skeleton, result)
+        run.say(f"plan: {gib(needed)} in each of {run.processes} processes with a sharded base")
+        if needed <= device.memory:
+            return
     if not fits_halved(run, result):
         raise ResourceError(refusal(result, run.recipe))
     run.say(f"note: {HALVED}")

@@ -167,10 +167,11 @@ def _held_out_record(run: Run) -> HeldOutRecord | None:
 
 def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | None, finished: bool = True) -> None:
     """Write the adapter (complete or absent) and the plot, and report where they are."""
-    if not run.accelerator.is_main_process:
+    owner = _owner(run)
+    logits = list(_measure(run, probe.examples)) if owner and probe is not None else []
+    if not run.world.first:
         return
     directory = run.directory
-    owner = _owner(run)
     if owner and probe is not None:
         write_adapter(
             directory / "adapter",
@@ -201,7 +202,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
             stop_ids=run.examples.stop_ids,
             probes=probe.examples,
             base_logits=list(probe.base),
-            adapter_logits=list(_measure(run, probe.examples)),
+            adapter_logits=logits,
             needs=sum(p.numel() * p.element_size() for p in run.trainable) + 2 * probe.base.nbytes + (1 << 20),
         )
     report.stop()
@@ -243,8 +244,8 @@ def _compare(run: Run) -> str:
 
 def finish_manifest(run: Run, report: Report, finished: bool) -> None:
     """Write the metrics and times of a run to its manifest, and its report.html; the other processes wait for it."""
-    if not run.accelerator.is_main_process:
-        run.accelerator.wait_for_everyone()
+    if not run.world.first:
+        run.world.barrier()
         return
     path, seconds = run.directory / MANIFEST, report.seconds
     manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -267,7 +268,7 @@ def finish_manifest(run: Run, report: Report, finished: bool) -> None:
         write_page(run.directory)
     except Exception as error:  # the run is complete without it
         report.say(f"warning: report.html was not written: {describe(error)}")
-    run.accelerator.wait_for_everyone()
+    run.world.barrier()
 
 
 def _owner(run: Run) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,6 +89,8 @@ def _cause(
     with torch.no_grad(), autocast(run):
         for batch in (b.to(run.device) for b in batches):
             all_rows += batch.source_rows
+            if run.sharded:  # its passes are those of all processes
+                continue
             outputs = hooks.call("forward", step=Step(run, batch, engine))
             flat = outputs.hidden.reshape(-1, outputs.hidden.shape[-1])
             finite = torch.isfinite(outputs.head(flat[batch.label_positions])).all(-1)
@@ -103,8 +104,4 @@ def _cause(
 
 def _gather(run: Run, rows: list[int]) -> list[int]:
     """Return the rows of all processes, sorted."""
-    gathered: list[Any] = [rows]
-    if run.processes > 1:
-        gathered = [None] * run.processes
-        torch.distributed.all_gather_object(gathered, rows)
-    return sorted(row for process_rows in gathered for row in process_rows)
+    return sorted(row for process_rows in run.world.gather(rows) for row in process_rows)

@@ -38,6 +38,7 @@ from budwood.model.limits import default_length
 from budwood.model.ops import attention, kernels
 from budwood.model.streaming import keep_heap
 from budwood.model.task import Task
+from budwood.parallel.processes import Processes
 from budwood.recipe.continued import read_start
 from budwood.recipe.data import (
     check_quantized,
@@ -61,6 +62,7 @@ from budwood.training.report import Report, peak_memory, resident_peak
 from budwood.training.run_data import read_data
 from budwood.training.sampling import sample
 from budwood.training.schedule import make_scheduler, warmup_note
+from budwood.training.sharding import check_trained, describe_processes, naming_whole_weights, shards_base
 from budwood.training.starting import check_classes, check_start, complete_start
 from budwood.training.step import Engine
 from budwood.untrusted.chat_template import today
@@ -147,21 +149,23 @@ def _prepare(
     if profile or device.type == "cpu":  # a query takes a microsecond on the CPU, but much longer on CUDA
         on_cuda = device.type == "cuda"
         hooks.measure(peak_memory if on_cuda else resident_peak, torch.cuda.synchronize if on_cuda else None)
+    world = Processes.from_environment()
+    world.join(device)
     accelerator = make_accelerator(device, log_with=recipe.train.trackers or None, project_dir=directory)
-    if accelerator.num_processes > 1:
+    if world.size > 1:
         device = accelerator.device
     if recipe.train.deterministic:
         torch.use_deterministic_algorithms(True)
-    report.mute = not accelerator.is_main_process
+    report.mute = not world.first
     run = Run(
         recipe, directory, device, dtype, hooks.strategies, hooks, task,
-        seed=recipe.train.seed, say=report.say, accelerator=accelerator,
-        process_index=accelerator.process_index, processes=accelerator.num_processes,
+        seed=recipe.train.seed, say=report.say, accelerator=accelerator, world=world,
     )  # fmt: skip
     report.say(f"{device} · {precision_name(dtype)} ({reason}) · {torch.get_num_threads()} threads")
     trust = recipe.base.trust_remote_code
     plan = plan_run(run, hooks)
     recipe, model = run.recipe, plan.model
+    run.sharded = shards_base(run, hooks, model)
 
     with hooks.part("read_data"):
         started = read_manifest(directory) if resume is not None else None
@@ -188,7 +192,7 @@ def _prepare(
     if run.recipe.train.micro_tokens is None:
         settle(run, shared_out(run, wanted(run, "cpu")))
     recipe = run.recipe
-    make_output(directory, overwrite, accelerator)
+    make_output(directory, overwrite, run.world)
 
     run.base = _base(run, hooks, task, trust)
     if recipe.base.resize_embeddings:
@@ -197,6 +201,8 @@ def _prepare(
         keep_heap()
     merged = [f"adapter {record.weights[:12]} is merged into it" for record in merged_into(run.base.path)]
     report.say(f"base {run.base.name}: " + "; ".join([*run.base.notes, *merged]))
+    if run.processes > 1:
+        report.say(describe_processes(run))
     for problem in kernels.prepare(device, run.dtype):
         report.say(problem)
     if run.start_adapter is not None:
@@ -213,7 +219,7 @@ def _prepare(
     engine = build_engine(run, hooks)
     _report_size(run, report, chosen)
     build_optimizer(run, hooks)
-    if accelerator.is_main_process:
+    if world.first:
         write_manifest(run, resume, changes.chosen(given, run))
         complete_file(directory / "recipe.yaml", recipe.to_yaml(hooks.strategies).encode())
         write_skipped(run, report)
@@ -265,7 +271,7 @@ def _base(run: Run, hooks: Composition, task: Task, trust: bool) -> Base:
         return load_base(
             recipe.model, recipe.quantization, task.auto_class, run.dtype, run.device, trust,
             recipe.double_quantization, task.model_kwargs(run.examples.labels), run.seed, task.needs_tokenizer,
-            task.unused_modules,
+            task.unused_modules, run.world if run.sharded else None,
         )  # fmt: skip
 
 
@@ -314,10 +320,12 @@ def plan_run(run: Run, hooks: Composition) -> Plan:
 def adapt_model(run: Run, hooks: Composition) -> None:
     """Let the strategies change the base, and collect what trains."""
     complete_start(run)
-    run.model = prepare_model(run, hooks)
+    with naming_whole_weights(run):
+        run.model = prepare_model(run, hooks)
     if run.recipe.train.gradient_checkpointing:
         run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     run.groups = trainable_groups(run, hooks)
+    check_trained(run)
     run.start = [p.detach().clone() for p in run.trainable]
     if run.average is not None:
         run.average.begin(run.trainable)
@@ -403,6 +411,7 @@ def write_manifest(run: Run, resume: Resume | None = None, chosen: Sequence[str]
         "device": str(run.device),
         "precision": precision_name(run.dtype),
         "processes": run.processes,
+        "parallel": "shard" if run.sharded else "replicate",
         "micro_tokens": run.micro_tokens,
         "chosen": list(chosen),
         "files": sorted({name for strategy in run.strategies for name in strategy.writes}),

@@ -75,6 +75,10 @@ class StepTerms:
         if LOG_PROBS in step.cache:
             self._references[step.micro_step] = step.cache[LOG_PROBS]
 
+    def pass_by(self, step: Step) -> None:
+        """Run the pass of `collect`, and forget its values."""
+        self.engine.evaluate_without_graph(step, partial(self._values, step))
+
     def restore_reference(self, step: Step) -> None:
         """Give the step the log-probabilities that its first pass computed: the reference has not changed since."""
         if step.micro_step in self._references:
@@ -86,11 +90,10 @@ class StepTerms:
 
     def exchange(self) -> None:
         """Compute the coefficients of every micro-batch, after each process has collected the values of its own."""
-        gathered: list[Any] = [self._collected]
+        gathered = [self._collected]
         if self.run.processes > 1:
             own = [{name: {k: v.cpu() for k, v in each[name].items()} for name in each} for each in self._collected]
-            gathered = [None] * self.run.processes
-            torch.distributed.all_gather_object(gathered, own)
+            gathered = self.run.world.gather(own)
         coefficients = self._differentiate([each for process in gathered for each in process])
         first = sum(len(process) for process in gathered[: self.run.process_index])
         self._coefficients = {index: coefficients[first + index] for index in range(len(self._collected))}
@@ -120,8 +123,9 @@ class StepTerms:
             self._coefficients.setdefault(step.micro_step, {}).update(coefficients)
             self._computed.update(new)
         total = None
+        coefficients_here = (self._coefficients or {}).get(step.micro_step, {})
         for name in values:
-            for key, coefficient in (self._coefficients or {})[step.micro_step].get(name, {}).items():
+            for key, coefficient in coefficients_here.get(name, {}).items():
                 if values[name][key].shape != coefficient.shape:
                     raise PluginError(f"strategy '{name}': step_values: the shape of '{key}' differs between passes.")
                 part = (at_least_fp32(values[name][key]) * coefficient).sum()

@@ -24,6 +24,7 @@ from budwood.contract.examples import Example
 from budwood.contract.loading import build_strategy
 from budwood.errors import InputError, Interrupted
 from budwood.model.text_tasks import CausalLM
+from budwood.parallel.processes import Processes
 from budwood.planning.composition import plan
 from budwood.recipe.schema import Recipe
 from budwood.serving.merge import merge
@@ -65,7 +66,7 @@ def put_on(model: Any, folder: Path, name: str, lora: dict[str, Any] | None = No
     recipe = SimpleNamespace(base=SimpleNamespace(task="causal-lm", model=str(folder)), train=train)
     run = SimpleNamespace(
         task=task, recipe=recipe, seed=0, model=model, base=SimpleNamespace(added=range(0), new=(), path=folder),
-        start_adapter=None, planning=False, processes=1, device=torch.device("cpu"), dtype=torch.float32,
+        start_adapter=None, planning=False, world=Processes(), device=torch.device("cpu"), dtype=torch.float32,
         examples=Examples([example]), micro_tokens=512, packed=False, tokenizer=SimpleNamespace(pad_token_id=0),
         say=said.append, said=said, starts_as_base=True,
     )  # fmt: skip
