@@ -179,8 +179,8 @@ TEXTS = [{"prompt": "games:", "completion": " section"}] * 4
 REFUSED = {
     "pairs without an objective": (
         [LORA], make_pairs(4),
-        "prompt + chosen + rejected are preference pairs, which need an objective: add a strategy such as cpo, dpo, "
-        "kto, orpo, simpo. To train on the chosen answers alone, remove 'rejected'",
+        ("prompt + chosen + rejected are preference pairs, which need an objective: add a strategy such as cpo, dpo, "
+         "kto, orpo, ", "simpo. To train on the chosen answers alone, remove 'rejected'"),  # other tests add strategies
     ),
     "judged answers without an objective": (
         [LORA], judge(make_pairs(4)), "are judged answers, which need an objective: add a strategy such as kto. To ",
@@ -223,7 +223,7 @@ def test_refused_in_one_line_before_the_base_loads(
     (tmp_path / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
     assert app.run(["tune", str(tmp_path / "recipe.json")]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert message in line
+    assert all(part in line for part in ((message,) if isinstance(message, str) else message))
     assert not (tmp_path / "run").exists()
 
 
