@@ -31,6 +31,14 @@ def is_causal(config: Any) -> bool:
     return kind in causal and (kind not in masked or bool(getattr(config, "is_decoder", False)))
 
 
+def is_encoder(config: Any) -> bool:
+    """Return whether models of a configuration are text encoders: they read in both directions and generate nothing."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as masked
+
+    encodes = config.model_type in masked and not getattr(config, "is_encoder_decoder", False)
+    return encodes and not is_causal(config)
+
+
 @functools.cache
 def _parameters(forward: Callable[..., Any]) -> MappingProxyType[str, inspect.Parameter]:
     return inspect.signature(forward).parameters

@@ -11,6 +11,8 @@ STEPS = 128
 """Optimizer steps of a run on little data, unless that takes more than `EPOCHS` passes."""
 EPOCHS, SHORT_EPOCHS, SHORT = 4, 10, 16
 """Maximum number of epochs; that for short answers and classes, memorised later; the maximum labels of those."""
+ENCODER = 2
+"""Factor of the steps and epochs of a text encoder that learns classes; its new head starts from random values."""
 PASSES = ((10_000, 3), (100_000, 2))
 """Pairs of a number of examples and the minimum number of epochs up to it; beyond the last, 1."""
 BATCH = (4, 32)
@@ -38,6 +40,7 @@ class Facts:
         width: hidden size of the base; None: unknown.
         scale: product of the strategies' `learning_rate_scale`.
         evaluated: whether there is evaluation data.
+        encoder: whether the base is a text encoder.
     """
 
     examples: int
@@ -46,6 +49,7 @@ class Facts:
     width: int | None
     scale: float = 1.0
     evaluated: bool = False
+    encoder: bool = False
 
 
 def choose(train: TrainSection, facts: Facts) -> tuple[TrainSection, str]:
@@ -64,8 +68,10 @@ def choose(train: TrainSection, facts: Facts) -> tuple[TrainSection, str]:
         per_epoch = math.ceil(max(facts.tokens, 1) / (train.batch_tokens or 1))
     if train.epochs is None and train.steps is None:
         least = next((passes for largest, passes in PASSES if count <= largest), 1)
-        most = SHORT_EPOCHS if facts.labels <= SHORT else EPOCHS
-        epochs = max(least, min(math.ceil(STEPS / per_epoch), most))
+        short = facts.labels <= SHORT
+        factor = ENCODER if facts.encoder and short else 1
+        most = factor * (SHORT_EPOCHS if short else EPOCHS)
+        epochs = max(least, min(math.ceil(factor * STEPS / per_epoch), most))
         chosen["epochs"] = epochs
         told.append(f"{epochs} epochs")
         if facts.evaluated and train.eval_every is None:

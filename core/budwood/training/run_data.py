@@ -20,6 +20,7 @@ from budwood.data.sources import locate
 from budwood.data.unused import columns_read
 from budwood.data.use import check_use
 from budwood.errors import InputError
+from budwood.model.encoders import is_encoder
 from budwood.model.limits import check_fits
 from budwood.recipe.data import chat_note, encoding_options
 from budwood.recipe.defaults import Facts, choose
@@ -103,7 +104,8 @@ def choose_for(
     scale = math.prod(strategy.learning_rate_scale for strategy in strategies)
     groups = len(np.unique(examples.groups))
     labels = float(examples.label_counts.mean()) if len(examples) else 0.0
-    return choose(recipe.train, Facts(groups, int(examples.lengths.sum()), labels, width, scale, evaluated))
+    tokens = int(examples.lengths.sum())
+    return choose(recipe.train, Facts(groups, tokens, labels, width, scale, evaluated, is_encoder(model.config)))
 
 
 def split_held_out(recipe: Recipe, examples: Examples) -> HeldOut:

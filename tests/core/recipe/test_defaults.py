@@ -31,6 +31,11 @@ def test_by_the_number_of_examples(examples: int, batch: int, epochs: int, warmu
     assert train.batch_tokens is train.steps is None
 
 
+def test_an_encoder_that_learns_classes_trains_twice_as_long() -> None:
+    assert [chosen(count, labels=1.0, encoder=True).epochs for count in (50, 500, 5000)] == [20, 8, 3]
+    assert [chosen(count, labels=40.0, encoder=True).epochs for count in (50, 500, 5000)] == [4, 4, 3]
+
+
 def test_free_text_is_seen_less_often() -> None:
     assert [chosen(count, labels=40.0).epochs for count in (50, 500, 5000)] == [4, 4, 3]
 
