@@ -23,7 +23,12 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command sets it 
 
 
 def run_in_two_processes(script: str, folder: Path, path: tuple[Path, ...] = ()) -> None:
-    """Run `script`, Python source, in two processes of one group.
+    """Run `script`, Python source, in two processes of one group; see `run_in_processes`."""
+    run_in_processes(script, folder, 2, path)
+
+
+def run_in_processes(script: str, folder: Path, count: int, path: tuple[Path, ...] = ()) -> None:
+    """Run `script`, Python source, in `count` processes of one group.
 
     Args:
         script: may expect one thread and torchrun's environment variables.
@@ -33,17 +38,17 @@ def run_in_two_processes(script: str, folder: Path, path: tuple[Path, ...] = ())
     Raises:
         AssertionError: a process failed or did not end in time; the message is its output.
     """
-    ended = run_processes(script, folder, 2, path, together=True)
-    assert [code for code, _ in ended] == [0, 0], "\n".join(output for _, output in ended)
+    ended = end_of_processes(script, folder, count, path, together=True)
+    assert [code for code, _ in ended] == [0] * count, "\n".join(output for _, output in ended)
 
 
-def run_processes(
+def end_of_processes(
     script: str, folder: Path, count: int, path: tuple[Path, ...] = (), together: bool = False, port: int | None = None
 ) -> list[tuple[int | None, str]]:
-    """Run `script` in so many processes of one group; returns the exit code (None: killed by now) and output of each.
+    """Run `script` in so many processes; returns the exit code (None: it did not end in time) and output of each.
 
     Args:
-        script, folder, path: see `run_in_two_processes`.
+        script, folder, path: see `run_in_processes`.
         together: kill the others as soon as one fails.
         port: of the first process; None: a free one.
     """
@@ -55,7 +60,8 @@ def run_processes(
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
     group = {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
         "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
     processes = []

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from budwood.errors import InputError
+from budwood.parallel.store import open_store
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +71,11 @@ class Processes:
         """Return this process's part of `items`: every `size`-th, from its rank on."""
         return items[self.rank :: self.size]
 
+    def together(self, own: Sequence[T]) -> list[T]:
+        """Return the results of all items in the items' order, from each process's results of its `share` of them."""
+        gathered = self.gather(list(own))
+        return [gathered[i % self.size][i // self.size] for i in range(sum(map(len, gathered)))]
+
     def join(self, device: torch.device) -> None:
         """Join the group of processes: tensors on CUDA travel over nccl, all else over gloo. Again is no error."""
         if self.size == 1:
@@ -82,7 +88,9 @@ class Processes:
             import torch
 
             torch.cuda.set_device(self.local_rank)
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store = open_store(self.rank, "group")  # torch's own keys are those of before a restart
+        distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
 
     def leave(self) -> None:
         """Leave the group while Python still runs: gloo's threads may abort a process that exits inside it."""

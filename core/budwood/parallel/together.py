@@ -22,6 +22,7 @@ from typing import Any
 from budwood.errors import BudwoodError, InputError, Interrupted, PeerError, ResourceError
 from budwood.parallel.failures import OtherEndedError, lives, of_others, ranks_text, reason, text_of
 from budwood.parallel.processes import Processes
+from budwood.parallel.store import JOIN, open_store, serves
 
 Say = Callable[[str], None]
 
@@ -32,8 +33,8 @@ LOOK = 0.03
 GRACE, SAVING = 3.0, 25.0
 """Seconds that a main thread has to end by itself, and in which the others answer; the same after a signal, when the
 first process saves. torchrun kills what runs 30 s after it."""
-JOIN, PATIENCE = 600.0, 15.0
-"""Seconds until processes that do not appear are an error, and until the first process says whom it waits for."""
+PATIENCE = 15.0
+"""Seconds until the first process says whom it waits for."""
 SILENCE = 120.0
 """Seconds without a sign of life after which a process counts as gone: its machine, or the network, has failed."""
 
@@ -92,48 +93,12 @@ class Together:
         global _opened
         self.world, self.hosts = world, [""] * world.size
         _opened += 1
-        self._restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._prefix = f"budwood/{self._restart}/{_opened}"
-        self._serves = world.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        self._store, self._ended = self._client(), threading.Event()
+        self._keys = f"run/{_opened}"
+        self._store, self._ended = open_store(self.world.rank, self._keys), threading.Event()
         self._pids: dict[int, int] = {}
         """Process numbers of the other processes of this machine."""
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._watching = threading.Thread(target=self._watch, name="together", daemon=True)
-
-    def _client(self) -> Any:
-        """Return a connection to the store; one that waits blocks all others who use it."""
-        from torch.distributed import DistError, PrefixStore, TCPStore
-
-        address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
-        if not address or not port.isdecimal():
-            raise InputError(
-                f"WORLD_SIZE is {self.world.size}, but MASTER_ADDR and MASTER_PORT do not say where the first process "
-                "is: start the run with torchrun, or unset WORLD_SIZE."
-            )
-        try:
-            store = TCPStore(
-                address,
-                int(port),
-                None,
-                self._serves,
-                timedelta(seconds=JOIN),
-                wait_for_workers=False,
-                multi_tenant=True,
-            )
-        except (DistError, RuntimeError) as error:
-            if self._serves:
-                text = (
-                    f"port {port} on {socket.gethostname()} cannot be opened for the other processes "
-                    f"({reason(error)}): choose another with --master-port."
-                )
-            else:
-                text = (
-                    f"the first process at {address}:{port} cannot be reached from {socket.gethostname()} "
-                    f"({reason(error)}): is it started, and is the port open?"
-                )
-            raise ResourceError(text) from error
-        return PrefixStore(self._prefix, store)
 
     def meet(self, say: Say) -> None:
         """Wait until every process is here, learn their hosts, and begin to watch them."""
@@ -197,7 +162,7 @@ class Together:
         """Say that this process has finished its run; the one that serves the store stays until all have."""
         with contextlib.suppress(RuntimeError):
             self._store.set(f"done/{self.world.rank}", "")
-            if self._serves:
+            if serves(self.world.rank):
                 self._all(self._store, "done", 10 * GRACE)
 
     def stop(self) -> None:
@@ -249,7 +214,7 @@ class Together:
     def _say_so(self, store: Any) -> None:
         """Tell the others that the first process prints the line, and let them read it before the store is gone."""
         store.set("said", "")
-        if self._serves:
+        if serves(self.world.rank):
             time.sleep(4 * LOOK)
 
     def _reported(self, store: Any, seconds: float) -> bool:
@@ -313,7 +278,7 @@ class Together:
     def _watch(self) -> None:
         """Look for an alarm and for processes that are gone, until this process ends."""
         try:
-            store = self._client()
+            store = open_store(self.world.rank, self._keys)
             self._look(store)
         except Exception as error:  # the store is gone: so is whoever served it
             if self._ended.wait(GRACE):
@@ -381,9 +346,3 @@ def wait_for_all(name: str) -> None:
     """Wait until all processes of the run are here, unlike in a collective even if one of them fails before."""
     if _current is not None:
         _current.wait_for_all(name)
-
-
-def restarts() -> int:
-    """Return how often torchrun has restarted the processes, as `--max-restarts` allows."""
-    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return int(count) if count.isdecimal() else 0

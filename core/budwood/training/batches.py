@@ -35,8 +35,8 @@ class StepBatches:
     def collate(cls, run: Run, examples: Examples, indices: np.ndarray, epoch: int, drawn: int) -> StepBatches:
         """Split the examples into micro-batches of at most `run.micro_tokens`, and take this process's part."""
         limit = run.micro_tokens
-        splits = split_micro(indices, examples.lengths, limit, run.packed, examples.groups)
-        splits = splits[run.process_index :: run.processes]
+        splits = split_micro(indices, examples.lengths, limit, run.packed, examples.groups, run.processes)
+        splits = list(run.world.share(splits))
         batches = [collate_for(run, [examples[i] for i in split], epoch) for split in splits]
         return cls(examples, indices, epoch, limit, batches, drawn)
 

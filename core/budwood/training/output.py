@@ -19,7 +19,8 @@ import psutil
 from budwood.adapters import store
 from budwood.errors import InputError, ResourceError
 from budwood.parallel.processes import Processes
-from budwood.parallel.together import restarts, share
+from budwood.parallel.store import restarts
+from budwood.parallel.together import share
 from budwood.training.durability.lock import holder, in_use
 from budwood.untrusted.files import PARTIAL, check_folder, complete_file
 

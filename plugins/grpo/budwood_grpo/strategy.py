@@ -181,7 +181,7 @@ class GRPO(Strategy):
         if examples is None or not limit:
             return {}
         chosen = np.unique(np.linspace(0, len(examples) - 1, min(limit, len(examples))).astype(int))
-        prompts = [examples[int(index)] for index in chosen[run.process_index :: run.processes]]
+        prompts = [examples[int(index)] for index in run.world.share(chosen)]
         answers = run.generate(
             prompts, max_new_tokens=self.options.max_new_tokens, temperature=0, stop=self.options.stop
         )
@@ -304,18 +304,17 @@ class GRPO(Strategy):
         kept = kept.ravel()
         if self.options.over_long == "drop":
             kept &= np.array([sample.finish_reason != "length" for sample in samples], dtype=bool)
-        most = max(run.world.gather(int(kept.sum())))  # a process may have none, but no step may be without any
-        return kept if most >= self.options.minibatches else np.ones_like(kept)
+        left = sum(run.world.gather(int(kept.sum())))
+        return kept if left >= self.options.minibatches else np.ones_like(kept)
 
     def _steps(self, run: Run, examples: list[Example]) -> list[list[Example]]:
-        """Split the samples into the parts of each pass."""
-        parts = self.options.minibatches
+        """Split the samples of all processes into the parts of each pass; returns this process's samples of each."""
+        parts, own = self.options.minibatches, {str(example.key): example for example in examples}
+        keys = sorted(key for share in run.world.gather(list(own)) for key in share)
         steps: list[list[Example]] = []
         for number in range(self.options.iterations):
-            order = np.arange(len(examples))
-            if parts > 1:
-                order = np.random.default_rng([run.seed, run.step, number]).permutation(order)
-            steps += [[examples[i] for i in part] for part in np.array_split(order, parts)]
+            order = np.random.default_rng([run.seed, run.step, number]).permutation(len(keys))
+            steps += [[own[keys[i]] for i in part if keys[i] in own] for part in np.array_split(order, parts)]
         return steps
 
     def _record(
