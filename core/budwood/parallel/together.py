@@ -11,15 +11,13 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from typing import Any
 
-from budwood.errors import BudwoodError, InputError, Interrupted, PeerError, ResourceError
+from budwood.errors import BudwoodError, Interrupted, PeerError, ResourceError
 from budwood.parallel.failures import OtherEndedError, lives, of_others, ranks_text, reason, text_of
 from budwood.parallel.processes import Processes
 from budwood.parallel.store import JOIN, open_store, serves
