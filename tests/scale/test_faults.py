@@ -28,7 +28,7 @@ VERSION = "metadata.version = lambda name, whole=metadata.version: '9.9' if name
     [
         ("os.chdir('empty')", 2, ("data.train", "no such file: train.jsonl")),
         ("os.chdir('changed')", 2, ("data.train is ", "copy the same data to every machine")),
-        ("os.chdir('empty'); arguments.append('--base')", 2, ("--base",)),
+        ("arguments.append('--base')", 2, ("'--base' requires an argument",)),
         (VERSION.format("transformers"), 3, ("versions.transformers is ", "and 9.9 there", "same versions")),
         (VERSION.format("budwood"), 3, ("versions.budwood is ", "and 9.9 there")),
         ("arguments += ['-o', 'lora.rank=8']", 2, ("lora.rank", "is 4 in the first process", "and 8 there")),
@@ -54,7 +54,7 @@ def test_a_process_that_disagrees_is_named_before_the_base_loads(
     content[-3] ^= 1
     weights.write_bytes(content)
     ended = tune_with(folder, 4, f"if rank == 2: {fault}")
-    refused(ended, code, *(() if "--base" in words else ("rank 2 on ", HOST)), *words)
+    refused(ended, code, "rank 2 on ", HOST, *words)
     assert "base base:" not in ended.output and not (folder / "run").exists()
 
 

@@ -38,6 +38,7 @@ from budwood.errors import BUG, BudwoodError, Interrupted, is_out_of_memory
 from budwood.model.quiet import silence_libraries
 from budwood.parallel.processes import Processes
 from budwood.parallel.refusals import refuse_command
+from budwood.parallel.together import together
 from budwood.untrusted.redaction import RedactedStream
 
 app = typer.Typer(
@@ -124,7 +125,8 @@ def run(arguments: list[str]) -> int:
 def _run(arguments: list[str], debug: bool) -> int:
     try:
         command = typer.main.get_command(app)
-        with command.make_context("budwood", arguments) as context:
+        several = together(lambda line: echo(line, err=True)) if arguments[0] == "tune" else contextlib.nullcontext()
+        with command.make_context("budwood", arguments) as context, several:  # what one process refuses ends all
             command.invoke(context)
         sys.stdout.flush()
         return 0
@@ -141,8 +143,8 @@ def _run(arguments: list[str], debug: bool) -> int:
             traceback.print_exception(error)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what ends is not ended again
         code, text = explain(error)
-        if getattr(error, "reported", False) or isinstance(error, _USAGE_ERROR) and os.environ.get("RANK", "0") != "0":
-            return code  # the first process says it
+        if getattr(error, "reported", False):  # by the first process
+            return code
         with contextlib.suppress(OSError, ValueError):  # stderr is closed
             print(f"error: {one_line(text)}", file=sys.stderr)
         return code

@@ -50,8 +50,8 @@ def tune(
 ) -> None:
     """Run a recipe: fine-tune, and write the adapter, the log and a plot to its output folder."""
     from budwood.errors import InputError
+    from budwood.parallel.processes import Processes
     from budwood.parallel.refusals import refuse_engines, without_effect
-    from budwood.parallel.together import together
 
     if accept_changes and not resume:
         raise InputError("--accept-changes needs --resume.")
@@ -62,17 +62,17 @@ def tune(
             "--fit chooses settings for a new run, and a resumed one keeps its own: resume with the recipe.yaml in the "
             "output folder, without --fit."
         )
-    with together(lambda line: echo(line, err=True)) as others:  # what one process refuses ends all
-        refuse_engines()
-        if others is None or others.world.first:
-            print_notes(without_effect())
-        if others is not None and fits:
-            raise InputError(
-                "--fit searches in one process: write the recipe that fits with budwood plan --fit, and start that one."
-            )
-        loaded = read_given(recipe, base, override or []).allowing_code(allow_code)
-        run = _tune(loaded, overwrite, resume, accept_changes, profile, fits, allow)
-    if as_json and run.world.first:
+    world = Processes.from_environment()
+    refuse_engines()
+    if world.first:
+        print_notes(without_effect())
+    if world.size > 1 and fits:
+        raise InputError(
+            "--fit searches in one process: write the recipe that fits with budwood plan --fit, and start that one."
+        )
+    loaded = read_given(recipe, base, override or []).allowing_code(allow_code)
+    run = _tune(loaded, overwrite, resume, accept_changes, profile, fits, allow)
+    if as_json and world.first:
         metrics = {"before": json_numbers(run.before), "metrics": json_numbers(run.metrics)}
         echo_json({**metrics, "output": str(run.directory)})
 

@@ -48,6 +48,8 @@ def text_of(error: BaseException) -> str:
     """Return an error's message as the first process prints it."""
     if isinstance(error, BudwoodError):
         return str(error)
+    if hasattr(error, "format_message"):  # the command line's
+        return str(error.format_message())
     if isinstance(error, KeyboardInterrupt):
         return "interrupted."
     if isinstance(error, OSError):

@@ -73,6 +73,8 @@ def together(say: Say = lambda text: None, world: Processes | None = None) -> It
     try:
         yield bond
     except (Exception, KeyboardInterrupt) as error:
+        if getattr(error, "exit_code", 1) == 0:  # only help was asked for
+            raise
         outcome = bond.verdict(error)
         if outcome is error:
             raise
@@ -95,6 +97,8 @@ class Together:
         self._store, self._ended = open_store(self.world.rank, self._keys), threading.Event()
         self._pids: dict[int, int] = {}
         """Process numbers of the other processes of this machine."""
+        self._known: dict[str, Any] | None = None
+        """The alarm, once it is known."""
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._watching = threading.Thread(target=self._watch, name="together", daemon=True)
 
@@ -184,6 +188,8 @@ class Together:
         try:
             return self._verdict(error)
         except RuntimeError as failure:  # the store is gone, and with it the first process or its machine
+            if self._known is not None:  # the first process has printed it, and ended
+                return PeerError(self._line(self._known), self._known["code"], reported=True)
             code = getattr(error, "exit_code", ResourceError.exit_code if of_others(error) else 1)
             return PeerError(self._lost(failure), code, not self._speaks())
         finally:
@@ -255,8 +261,10 @@ class Together:
         return f"the first process ({self.hosts[0]}), or its launcher, has ended ({reason(error)}); {CONTINUE}"
 
     def _speaks(self) -> bool:
-        """Whether this is the lowest process of its machine that lives: it prints if the first one cannot be asked."""
-        return not any(rank < self.world.rank and lives(pid) for rank, pid in self._pids.items())
+        """Whether this process prints the line if the first one cannot be asked: the lowest other one of a machine."""
+        if self.world.first or (0 in self._pids and lives(self._pids[0])):
+            return self.world.first
+        return self.world.rank == min(rank for rank in (*self._pids, self.world.rank) if rank)
 
     def _line(self, alarm: dict[str, Any]) -> str:
         return f"{self.name(alarm['rank'])}: {alarm['text']}"
@@ -264,13 +272,14 @@ class Together:
     def _alarm(self, store: Any) -> dict[str, Any] | None:
         if not store.check(["alarm"]):
             return None
-        alarm: dict[str, Any] = json.loads(store.get("alarm"))
-        return alarm
+        self._known = json.loads(store.get("alarm"))
+        return self._known
 
     def _raise_alarm(self, store: Any, rank: int, code: int, text: str) -> dict[str, Any]:
         """Record what ends the run, unless another process was faster; returns what is recorded."""
         alarm = json.dumps({"rank": rank, "code": code, "text": text})
         recorded: dict[str, Any] = json.loads(store.compare_set("alarm", "", alarm))
+        self._known = recorded
         return recorded
 
     def _watch(self) -> None:
@@ -281,6 +290,8 @@ class Together:
         except Exception as error:  # the store is gone: so is whoever served it
             if self._ended.wait(GRACE):
                 return
+            if self._known is not None:
+                self._end("", self._known["code"], prints=False)
             self._end(self._lost(error), ResourceError.exit_code, self._speaks())
 
     def _look(self, store: Any) -> None:
