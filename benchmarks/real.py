@@ -10,7 +10,8 @@ each run. Targets: a score no worse than a peer's, never slower as a whole proce
 peer's memory. At the end Budwood trains once more under a profiler, which says where the time of its steps goes.
 
 `--quick` takes at most ten minutes, the whole at most four hours; a round that would not fit is left out. Results are
-written after each round; Ctrl-C leaves what has been measured.
+written after each round; Ctrl-C leaves what has been measured, and `--resume` goes on from there, on the same kind of
+machine with the same versions and settings, so that the whole fits into several evenings.
 """
 
 from __future__ import annotations
@@ -78,18 +79,49 @@ class Benchmark:
             "runs": {task.name: {arm: {} for arm in task.arms} for task in tasks},
             "profiles": {},
         }
+        self.earlier = 0.0
+        if options.resume:
+            self._resume()
 
     def run(self) -> None:
         """Run seed by seed all arms of all tasks, as far as the time allows, then the profiles."""
         for seed in range(max(task.seeds for task in self.tasks)):
             for task in self.tasks:
                 expected = self.last.get(task.name, max(self.last.values(), default=0.0))
-                if seed < task.seeds and self._fits(expected, ROUNDS, f"{task.name}, seed {seed}"):
+                done = all(str(seed) in runs for runs in self.result["runs"][task.name].values())
+                if seed < task.seeds and not done and self._fits(expected, ROUNDS, f"{task.name}, seed {seed}"):
                     self._round(task, seed)
         for task in self.tasks:
             runs = self.result["runs"][task.name][OURS]
-            if runs and self._fits(1.5 * runs["0"]["process_wall"], 1.0, f"the profile of {task.name}"):
+            done = task.name in self.result["profiles"]
+            if (
+                "0" in runs
+                and not done
+                and self._fits(1.5 * runs["0"]["process_wall"], 1.0, f"the profile of {task.name}")
+            ):
                 self._profile(task)
+
+    def _resume(self) -> None:
+        """Take over what an earlier benchmark has measured, if machine, versions and settings are the same."""
+        path = self.options.out
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("machine", "precision", "threads", "quick"):
+            if earlier[name] != self.result[name]:
+                raise SystemExit(
+                    f"error: {path}: {name} was {earlier[name]}, now {self.result[name]}; use another --out"
+                )
+        for name, settings in earlier["tasks"].items():
+            if settings != self.settings.get(name, settings):
+                raise SystemExit(f"error: {path}: the task {name} had other settings: {settings}; use another --out")
+        for part in ("tasks", "runs", "profiles"):
+            self.result[part] |= earlier[part]
+        self.earlier = earlier["minutes"]
+        for name, arms in earlier["runs"].items():
+            # A round that was cut short is measured again, so that its arms follow one another.
+            whole = set.intersection(*(set(runs) for runs in arms.values()))
+            self.result["runs"][name] = {
+                arm: {seed: run for seed, run in runs.items() if seed in whole} for arm, runs in arms.items()
+            }
 
     def _settings(self, task: t.Task) -> dict[str, Any]:
         return {
@@ -201,7 +233,7 @@ class Benchmark:
 
     def save(self) -> None:
         """Write the results so far, as JSON and as Markdown, if there is a file for them."""
-        self.result["minutes"] = round((time.perf_counter() - self.started) / 60, 1)
+        self.result["minutes"] = round(self.earlier + (time.perf_counter() - self.started) / 60, 1)
         if self.options.out:
             self.options.out.parent.mkdir(parents=True, exist_ok=True)
             self.options.out.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
@@ -224,7 +256,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads per arm (default: all cores)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="JSON file for the results; FILE.md is the table")
     parser.add_argument("--note", default="", help="a sentence for the tables, such as what else the machine was doing")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rounds that the file of --out has, run the others"
+    )
     chosen = parser.parse_args()
+    if chosen.resume and not (chosen.out and chosen.out.is_file()):
+        parser.error("--resume needs --out with the file of an earlier benchmark")
     if chosen.out and chosen.out.suffix != ".json":
         parser.error(f"--out: {chosen.out} must end in .json; the table is written beside it as .md")
     if chosen.threads < 1 or any(value is not None and value <= 0 for value in (chosen.seeds, chosen.minutes)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import real_arms, real_page
+from benchmarks import real, real_arms, real_page
 from benchmarks import real_tasks as t
 from benchmarks import workload as w
 
@@ -133,12 +134,36 @@ def test_interrupted_before_anything() -> None:
 def test_evidence_page_ends_with_real_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import evidence
 
-    real = tmp_path / "real.json"
-    monkeypatch.setattr(evidence, "SECTIONS", {real: real_page.section})
+    results = tmp_path / "real.json"
+    monkeypatch.setattr(evidence, "SECTIONS", {results: real_page.section})
     saved = json.loads(evidence.JSON.read_text(encoding="utf-8"))
     evidence.render(saved, tmp_path / "without.md")
     nothing = {"quick": True, "tasks": {"chat": {}}, "runs": {"chat": {"budwood": {}}}}
-    real.write_text(json.dumps(nothing), encoding="utf-8")
+    results.write_text(json.dumps(nothing), encoding="utf-8")
     evidence.render(saved, tmp_path / "with.md")
     without, with_real = ((tmp_path / f"{name}.md").read_text(encoding="utf-8") for name in ("without", "with"))
     assert with_real.startswith(without) and "benchmarks.real --quick" in with_real[len(without) :]
+
+
+def test_resume_keeps_whole_rounds_and_repeats_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round of which an arm is missing is measured again; another machine's results are refused."""
+    out = tmp_path / "real.json"
+    options = argparse.Namespace(
+        precision="fp32", threads=1, quick=False, note="", minutes=240.0, out=out, resume=False
+    )  # fmt: skip
+    task = replace(t.TASKS["completion"], seeds=3)
+    first = real.Benchmark([task], options, tmp_path)
+    for arm, seeds in {"budwood": "01", "trainer": "01", "trl": "0", "trl-packed": "0"}.items():
+        first.result["runs"][task.name][arm] = {seed: _run(0.5, 10, 7e8) for seed in seeds}
+    first.save()
+    options.resume = True
+    second = real.Benchmark([task], options, tmp_path)
+    assert all(list(runs) == ["0"] for runs in second.result["runs"][task.name].values())
+    rounds: list[int] = []
+    monkeypatch.setattr(second, "_round", lambda task, seed: rounds.append(seed))
+    monkeypatch.setattr(second, "_profile", lambda task: None)
+    second.run()
+    assert rounds == [1, 2]
+    options.threads = 2
+    with pytest.raises(SystemExit, match="threads was 1, now 2; use another --out"):
+        real.Benchmark([task], options, tmp_path)

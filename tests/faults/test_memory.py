@@ -185,7 +185,7 @@ def test_one_row_too_large_for_evaluation_ends_the_run(make_recipe: Make, monkey
 def test_two_processes_restart_the_step_together(make_recipe: Make, faults: Any, tmp_path: Path) -> None:
     strategies = [{"lora": {"rank": 4}}]
     one = tune(make_recipe("one", strategies=strategies, train=TRAIN), quiet=True)
-    exhaust = {"exhaust": {"where": "backward", "step": 2, "tokens": 100, "rank": 1}}
+    exhaust = {"exhaust": {"where": "backward", "step": 2, "tokens": 60, "rank": 1}}
     recipe = make_recipe("two", strategies=[*strategies, exhaust], train={**TRAIN, "micro_tokens": 128})
     path = tmp_path / "two.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8")

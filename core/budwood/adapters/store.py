@@ -270,8 +270,7 @@ def read_adapter(
         CorruptError: a file is pickled, truncated, altered, implausible, or differs from budwood.json.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise InputError(f"{directory}: no such folder.")
+    check_there(directory)
     notes: list[str] = []
     _find_weights(directory, notes)
     check_inside(directory, (CONFIG, WEIGHTS, MANIFEST, GOLDEN))
@@ -291,6 +290,16 @@ def read_adapter(
     for name in _NAMES_CODE:
         config.pop(name, None)
     return SavedAdapter(directory, adapter_type, config, infos, manifest, notes, content)
+
+
+def check_there(directory: Path) -> None:
+    """Check that there is such a folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such folder.")
 
 
 def _find_weights(directory: Path, notes: list[str]) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from budwood.cli import material
 from budwood.cli.imports import uncollected
-from budwood.cli.options import AsJson, Device, OtherBase, RecordedBase
+from budwood.cli.options import AdapterFolder, AsJson, Device, OtherBase, RecordedBase
 from budwood.cli.streams import echo, echo_json, print_notes
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Inspect, verify, merge, export, combine and shrink saved adapters.", no_args_is_help=True)
 
-Directory = Annotated[Path, typer.Argument(metavar="DIR", help="An adapter's folder.")]
+Directory = AdapterFolder
 
 
 @app.command()

@@ -26,6 +26,7 @@ def data(
     """Show what training will see: examples with their loss mask, lengths, and what is truncated or dropped."""
     from rich.console import Console
 
+    loaded = read_given(recipe, base, override or [])
     with uncollected():
         from budwood.cli.streams import Output
         from budwood.data.build import build_examples
@@ -48,7 +49,6 @@ def data(
         from budwood.training.encoding import encoding
         from budwood.training.run_data import choose_for, split_held_out
 
-    loaded = read_given(recipe, base, override or [])
     task = recipe_task(loaded)
     with one_revision(loaded.base.model, loaded.base.revision):
         read_task_base(task, loaded)

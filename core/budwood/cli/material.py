@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from budwood.cli.imports import uncollected
-from budwood.cli.options import AsJson, Device, OtherBase, RecordedBase
+from budwood.cli.options import AdapterFolder, AsJson, Device, OtherBase, RecordedBase, present
 from budwood.cli.streams import echo, echo_json, print_notes
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ def combine(
 
     if len(directories) < 3:
         raise InputError("combine: give at least two adapters and the new folder: combine A B OUT.")
+    for part in directories[:-1]:
+        present(part)
     values = None if weights is None else [_number(text) for text in weights.split(",")]
     with uncollected():
         from budwood.serving.material.combine import combine as combine_into
@@ -66,7 +68,7 @@ def combine(
 
 
 def shrink(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter's folder.")],
+    directory: AdapterFolder,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the new adapter.")],
     rank: Annotated[int, typer.Option("--rank", help="Of every module that has a larger one.")],
     base: RecordedBase = None,
@@ -94,8 +96,8 @@ def shrink(
 
 
 def diff(
-    one: Annotated[Path, typer.Argument(metavar="A", help="An adapter's folder.")],
-    other: Annotated[Path, typer.Argument(metavar="B", help="Another adapter's folder.")],
+    one: Annotated[Path, typer.Argument(metavar="A", help="An adapter's folder.", callback=present)],
+    other: Annotated[Path, typer.Argument(metavar="B", help="Another adapter's folder.", callback=present)],
     everything: Annotated[bool, typer.Option("--all", help="Show every module and field.")] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+
+def present(directory: Path) -> Path:
+    """Return an adapter's folder; one that is not there is refused before any library is imported."""
+    from budwood.adapters.store import check_there
+
+    check_there(directory)
+    return directory
+
+
+AdapterFolder = Annotated[Path, typer.Argument(metavar="DIR", help="An adapter's folder.", callback=present)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or auto.")]
 Precision = Annotated[str, typer.Option(help="bf16, fp16, fp32 or auto.")]

@@ -58,8 +58,11 @@ def serve(
 ) -> None:
     """Serve a base and its adapters with OpenAI's API, and a page to try them."""
     _check_extra()
+    from budwood.errors import InputError
+    from budwood.model.checkpoint import resolve
+
+    resolve(base, weights=False)  # a base that is not there is refused before any library is imported
     with uncollected():
-        from budwood.errors import InputError
         from budwood.serving.http.catalog import Root
         from budwood.serving.http.settings import Address, Limits, Settings
         from budwood.serving.http.tokens import Tokens

@@ -9,7 +9,7 @@ import typer
 
 from budwood.cli.given import read_given
 from budwood.cli.imports import uncollected
-from budwood.cli.options import AllowCode
+from budwood.cli.options import AdapterFolder, AllowCode
 from budwood.cli.streams import echo, echo_json, print_notes
 from budwood.untrusted.formats import json_numbers
 
@@ -102,7 +102,7 @@ def _tune(
 
 
 def eval_(
-    adapter: Annotated[Path, typer.Argument(help="An adapter's folder.")],
+    adapter: AdapterFolder,
     data: Annotated[
         Path | None,
         typer.Option("--data", help="Data in any format that `tune` accepts. Default: the rows that its run held out."),

@@ -92,6 +92,17 @@ class Example(_RefusesRemoved):
     row: int = 0
     columns: dict[str, Column] = field(default_factory=dict)
 
+    def without_labels(self) -> Self:
+        """Return the example with nothing to score: a pass of it has no loss."""
+        columns = {
+            name: replace(column, values=column.values[:0]) if column.axis == "label" else column
+            for name, column in self.columns.items()
+        }
+        return replace(
+            self, label_positions=self.label_positions[:0], labels=self.labels[:0], weights=self.weights[:0],
+            columns=columns,
+        )  # fmt: skip
+
     def __len__(self) -> NoReturn:
         _Removed("__len__", "run.task.length(example)").refuse(type(self))
 

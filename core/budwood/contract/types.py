@@ -319,6 +319,7 @@ class Run:
     average: Average | None = None  # set by `average_with`
     adapter_final: bool = True  # a strategy sets False until its adapter is final; until then no evaluation is the best
     world: Processes = field(default_factory=Processes)  # the processes of this run, and what they exchange
+    sharded: bool = False  # the base's layers are sharded: every process makes as many passes as the others
     counts: dict[str, float] = field(default_factory=dict)
     planned: dict[str, Any] = field(default_factory=dict)  # memory and time as `budwood plan --json` gives them; or {}
     before: dict[str, float] = field(default_factory=dict)  # metrics of the evaluation before the first step
@@ -364,10 +365,14 @@ class Run:
             self._generators[strategy.name] = (self.step, generator)
         return generator
 
-    def begin_step_again(self) -> None:
-        """Discard the current optimizer step: gradients, logged values, and the state of the random streams."""
+    def drop_gradients(self) -> None:
+        """Remove the gradients of all trainable parameters."""
         for parameter in self.trainable:
             parameter.grad = None
+
+    def begin_step_again(self) -> None:
+        """Discard the current optimizer step: gradients, logged values, and the state of the random streams."""
+        self.drop_gradients()
         self.logged.clear()
         self._generators.clear()
 

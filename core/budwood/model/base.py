@@ -171,6 +171,7 @@ def load_base(
         with attribute_errors(quantizer, "config"):
             plan = quantizer.config(dtype, double_quantization, heads)
     views = info.quantization == "none" and {entry.dtype for entry in tensors.values()} == {STORED[str(dtype)]}
+    views = views and world is None  # pages of a mapped file stay in memory after their layer is sharded
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     shards = None if world is None else shards_of(name, frame, info.quantization, world, device)
     with forked, packed_as_read(frame, quantizer, double_quantization), sharded_as_read(frame, shards):

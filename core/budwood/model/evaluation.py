@@ -41,6 +41,8 @@ class EvalTotals:
         def gather(batch: Batch) -> EvalTotals:
             totals = cls()
             if not len(batch.labels):
+                if run.sharded:  # as many passes as on the other processes
+                    task.outputs(run.model, batch)
                 return totals
             if task.gathers_predictions:
                 totals.sizes = torch.bincount(batch.example_of_label, minlength=len(batch.keys)).tolist()
@@ -122,8 +124,9 @@ def over_eval_batches(run: Run, work: Callable[[Batch], T]) -> Iterator[T]:
     """
     examples = run.eval_examples
     assert examples is not None
-    rows = split_micro(range(len(examples)), examples.lengths, run.eval_tokens, run.packed, examples.groups)
-    rows = rows[run.process_index :: run.processes]
+    whole = split_micro(range(len(examples)), examples.lengths, run.eval_tokens, run.packed, examples.groups)
+    rows = list(run.world.share(whole))
+    others = extra_passes(run, len(rows))
     was_training = run.model.training
     run.model.eval()
     try:
@@ -141,8 +144,15 @@ def over_eval_batches(run: Run, work: Callable[[Batch], T]) -> Iterator[T]:
             run.say(f"out of memory: from now on, evaluation batches have at most {run.eval_tokens:,} tokens")
             options = (examples.lengths, run.eval_tokens, run.packed, examples.groups)
             rows = [part for row in rows for part in split_micro(sorted(row), *options)]
+        for _ in range(others):
+            _attempt(run, whole[0], work)
     finally:
         run.model.train(was_training)
+
+
+def extra_passes(run: Run, count: int) -> int:
+    """Return how many passes beyond its own `count` this process makes, so that all make as many on a sharded base."""
+    return max(run.world.gather(count)) - count if run.sharded else 0
 
 
 def _attempt(run: Run, row: list[int], work: Callable[[Batch], T]) -> tuple[T] | None:
@@ -152,7 +162,7 @@ def _attempt(run: Run, row: list[int], work: Callable[[Batch], T]) -> tuple[T] |
             assert run.eval_examples is not None
             return (work(collate_for(run, [run.eval_examples[i] for i in row], "eval").to(run.device)),)
     except Exception as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) or run.sharded:
             raise
         return None
 

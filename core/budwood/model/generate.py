@@ -20,6 +20,7 @@ from budwood.model.decoding import Generated, Gumbel, TextWriter, answering, end
 from budwood.model.limits import answer_limit, check_tokens, embeddings_of, positions_of
 from budwood.model.sampling import Sampling, Scores
 from budwood.model.streaming import release_memory
+from budwood.parallel.sharding import processes_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -125,9 +126,11 @@ def continue_rows(
 
     Which rows share a batch depends on their lengths and limits alone, so that equal calls are bitwise equal.
     """
+    world = processes_of(model)
     with answering(model):
         lengths, limits = [len(row.ids) for row in rows], [row.writer.limit for row in rows]
         todo = list(_batches(lengths, limits, batch_tokens))
+        others = 0 if world is None else max(world.gather(len(todo))) - len(todo)
         while todo:
             numbers = todo.pop(0)
             batch = [rows[i] for i in numbers]
@@ -138,7 +141,8 @@ def continue_rows(
                 _run(model, tokenizer, batch, processors, collector)
                 continue
             except Exception as error:
-                if not is_out_of_memory(error) or len(batch) == 1 or any(row.writer.sent for row in batch):
+                done = len(batch) == 1 or any(row.writer.sent for row in batch)
+                if not is_out_of_memory(error) or done or world is not None:
                     raise
             release_memory()
             half = (len(numbers) + 1) // 2
@@ -146,6 +150,9 @@ def continue_rows(
                 row.writer.restart()
             del batch, collector, processors
             todo = [part for other in (numbers, *todo) for part in (other[:half], other[half:]) if part]
+        for _ in range(others):  # so that a sharded model's layers are gathered for the other processes
+            row = Continuation([0], TextWriter(tokenizer, 1, {}, [], 0, None), 0)
+            _run(model, tokenizer, [row], LogitsProcessorList(), _Collector([row], 1.0, None))
 
 
 def _batches(lengths: list[int], limits: list[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -186,6 +193,7 @@ def _run(
         generation_config=config,
         logits_processor=processors,
         stopping_criteria=StoppingCriteriaList([collector]),
+        synced_gpus=processes_of(model) is not None,  # all take as many steps
     )
 
 

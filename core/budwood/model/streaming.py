@@ -69,13 +69,13 @@ def slices(tensors: dict[str, TensorInfo], views: bool, before: Callable[[], Non
     Args:
         views: return views of the mapped files without a copy; otherwise read the bytes, because pages of a mapped
             file would still count as memory of the process after conversion.
-        before: called before each tensor is read.
+        before: called before each tensor is read, if they are no views.
     """
     files: dict[Path, Any] = {}
     for entry in tensors.values():
         if entry.file not in files:
             files[entry.file] = safe_open(entry.file, framework="pt", backend="mmap" if views else "pread")
     parts = {name: files[entry.file].get_slice(name) for name, entry in tensors.items()}
-    if views and before is None:
+    if views:
         return parts
     return {name: _Slice(parts[name], entry.bytes, before) for name, entry in tensors.items()}

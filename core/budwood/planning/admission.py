@@ -12,6 +12,7 @@ import torch
 from budwood.contract.types import Run
 from budwood.errors import BudwoodError, ResourceError
 from budwood.model.machine import host_memory
+from budwood.planning.sharding import can_shard, saved
 from budwood.training.micro_tokens import largest_group, settle, shared_out, wanted
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def admit(run: Run, skeleton: Any) -> None:
     if run.recipe.train.micro_tokens is None:
         settle(run, shared_out(run, size))
     if result is not None:
-        _decide(run, result)
+        _decide(run, result, skeleton)
 
 
 def available(run: Run) -> int:
@@ -77,8 +78,8 @@ def estimate_here(run: Run, free: int) -> Estimate:
     return estimate_in_process(run.recipe, replace(device, memory=free + own), keep=True)
 
 
-def _decide(run: Run, result: Estimate) -> None:
-    """Keep and report an estimate; refuse the run if it does not fit.
+def _decide(run: Run, result: Estimate, skeleton: Any) -> None:
+    """Keep and report an estimate; refuse the run if it does not fit. Processes shard a base that would not fit else.
 
     Raises:
         ResourceError: see `admit`.
@@ -92,8 +93,14 @@ def _decide(run: Run, result: Estimate) -> None:
         f"plan: {gib(result.needed)} of {gib(device.memory)} memory{span}; peak in {result.where}; micro-batches of "
         f"at most {run.micro_tokens:,} tokens ({result.planned_in:.0f} s, kept for the next run)"
     )
-    if result.fits:
+    if result.fits and not run.sharded:
         return
+    if run.sharded or can_shard(run, skeleton):
+        run.sharded = True
+        needed = result.needed - saved(run, skeleton, result)
+        run.say(f"plan: {gib(needed)} in each of {run.processes} processes with a sharded base")
+        if needed <= device.memory:
+            return
     if not fits_halved(run, result):
         raise ResourceError(refusal(result, run.recipe))
     run.say(f"note: {HALVED}")

@@ -184,6 +184,11 @@ class TrainSection(Section):
         description="maximum tokens per micro-batch; affects memory, not the result. By default, or `auto`: what fits "
         "the device by its plan, at least the longest example",
     )
+    parallel: Literal["replicate", "shard"] | None = Field(
+        None,
+        description="with several processes: each holds the base, or its share of the base's layers, which are "
+        "gathered one by one while they compute (slower, less memory); default: replicate if that fits by the plan",
+    )
     learning_rate: Number | None = Field(None, gt=0, description="peak learning rate")
     weight_decay: Number = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate after warm-up")

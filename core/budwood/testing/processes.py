@@ -1,4 +1,4 @@
-"""Two-process runs: the parent starts torchrun once for many recipes; as a module, this file is the worker.
+"""Runs in several processes: the parent starts torchrun once for many recipes; as a module, this file is the worker.
 
 torchrun --nproc-per-node 2 -m budwood.testing.processes JOBS.json
 """
@@ -17,14 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PROCESSES = 2
+PROCESSES = int(os.environ.get("BUDWOOD_TEST_PROCESSES", "2"))
+"""Number of processes; another one is for tests of core."""
+PARALLEL = os.environ.get("BUDWOOD_TEST_PARALLEL")
+"""How they hold the base: `train.parallel` of their recipes; None: as these say."""
 LIMIT = 300
 """Timeout in seconds of processes that wait for each other."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of one recipe in two processes.
+    """The outcome of one recipe in several processes.
 
     Attributes:
         processes: number of processes according to the run.
@@ -44,7 +47,7 @@ class Outcome:
 def tune_in_processes(
     recipes: Sequence[Mapping[str, Any]], classes: Mapping[str, Mapping[str, str]], folder: Path
 ) -> list[Outcome]:
-    """Run recipes one after another in two processes started by torchrun.
+    """Run recipes one after another in PROCESSES processes started by torchrun.
 
     A failure ends the processes; they are restarted for the remaining recipes.
 
@@ -53,6 +56,8 @@ def tune_in_processes(
         classes: classes of the temporary distribution, from `bench.registered`.
         folder: folder for the output of the processes.
     """
+    if PARALLEL:
+        recipes = [{**recipe, "train": {**recipe["train"], "parallel": PARALLEL}} for recipe in recipes]
     done: list[Outcome] = []
     while len(done) < len(recipes):
         here = Path(tempfile.mkdtemp(dir=folder, prefix="processes-"))
@@ -114,6 +119,7 @@ def _work(path: Path) -> None:
             failure = {"error": f"in process {os.environ['RANK']}: {explain(error)}"}
             (folder / f"{number}.json").write_text(json.dumps(failure), encoding="utf-8")
             raise
+        assert not PARALLEL or run.sharded == (PARALLEL == "shard")
         if main:
             tensors = {name: tensor.contiguous() for name, tensor in named_parameters(run).items()}
             save_file(tensors, folder / f"{number}.safetensors")

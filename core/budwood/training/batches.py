@@ -30,15 +30,20 @@ class StepBatches:
     batches: list[Batch]
     drawn: int = 0
     """Number of examples of `run.examples` that this step draws."""
+    idle: Batch | None = None
+    """With a sharded base, examples without labels, where other processes have one micro-batch more than this one."""
 
     @classmethod
     def collate(cls, run: Run, examples: Examples, indices: np.ndarray, epoch: int, drawn: int) -> StepBatches:
         """Split the examples into micro-batches of at most `run.micro_tokens`, and take this process's part."""
         limit = run.micro_tokens
         splits = split_micro(indices, examples.lengths, limit, run.packed, examples.groups, run.processes)
-        splits = list(run.world.share(splits))
-        batches = [collate_for(run, [examples[i] for i in split], epoch) for split in splits]
-        return cls(examples, indices, epoch, limit, batches, drawn)
+        own = run.world.share(splits)
+        batches = [collate_for(run, [examples[i] for i in split], epoch) for split in own]
+        idle = None
+        if run.sharded and len(own) * run.processes < len(splits):
+            idle = collate_for(run, [examples[i].without_labels() for i in splits[0]], epoch)
+        return cls(examples, indices, epoch, limit, batches, drawn, idle)
 
     def split_again(self, run: Run) -> StepBatches:
         """Return the same step, split by the current `run.micro_tokens`."""

@@ -167,10 +167,11 @@ def _held_out_record(run: Run) -> HeldOutRecord | None:
 
 def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | None, finished: bool = True) -> None:
     """Write the adapter (complete or absent) and the plot, and report where they are."""
+    owner = _owner(run)
+    logits = list(_measure(run, probe.examples)) if owner and probe is not None else []
     if not run.world.first:
         return
     directory = run.directory
-    owner = _owner(run)
     if owner and probe is not None:
         write_adapter(
             directory / "adapter",
@@ -201,7 +202,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
             stop_ids=run.examples.stop_ids,
             probes=probe.examples,
             base_logits=list(probe.base),
-            adapter_logits=list(_measure(run, probe.examples)),
+            adapter_logits=logits,
             needs=sum(p.numel() * p.element_size() for p in run.trainable) + 2 * probe.base.nbytes + (1 << 20),
         )
     report.stop()

@@ -24,6 +24,8 @@ from budwood.training.batches import StepBatches
 from budwood.training.step import Engine
 
 _DONE = 1 << 62
+IDLE = -1
+"""Micro-step of a pass that only keeps up with the other processes."""
 REMEDIES = "lower train.micro_tokens or data.max_length, turn on train.gradient_checkpointing, or take a smaller base"
 
 
@@ -46,7 +48,7 @@ def accumulate(run: Run, hooks: Composition, engine: Engine, step: StepBatches) 
     """
     logged = dict(run.logged)  # values logged while the step's examples were generated, which is not repeated
     while True:
-        limit = _minimum(run, _run_passes(run, hooks, engine, step.batches))
+        limit = _minimum(run, _run_passes(run, hooks, engine, step.batches, step.idle))
         if limit == _DONE:
             return step.batches
         run.begin_step_again()
@@ -66,8 +68,10 @@ def accumulate(run: Run, hooks: Composition, engine: Engine, step: StepBatches) 
         step = step.split_again(run)
 
 
-def _run_passes(run: Run, hooks: Composition, engine: Engine, batches: Sequence[Batch]) -> int:
-    """Run every micro-batch.
+def _run_passes(
+    run: Run, hooks: Composition, engine: Engine, batches: Sequence[Batch], idle: Batch | None = None
+) -> int:
+    """Run every micro-batch; before them, without an effect, the passes of `idle`.
 
     Returns _DONE, or half the tokens of the micro-batch that exceeded the memory; 0 if it is a single group. The error
     and the tensors that its frames hold are released by then.
@@ -86,22 +90,29 @@ def _run_passes(run: Run, hooks: Composition, engine: Engine, batches: Sequence[
         engine.step_terms.restore_random(step)
         hooks.call("backward", step=step)
 
+    catches = not run.sharded  # else the others wait for this process' part of a layer
     if engine.step_terms.needs_first_pass(len(batches)):
-        limit = _minimum(run, _for_each(batches, collect))  # `exchange` would wait for a process that failed
+        if idle is not None:
+            engine.step_terms.pass_by(Step(run, _prepare(run, hooks, idle), engine, IDLE))
+        limit = _minimum(run, _for_each(batches, collect, catches))  # `exchange` would wait for a process that failed
         if limit != _DONE:
             return limit
         engine.step_terms.exchange()
-    return _for_each(batches, backward)
+    if idle is not None:
+        backward(IDLE, idle)
+        run.drop_gradients()
+        engine.sums, engine.terms = {}, {}
+    return _for_each(batches, backward, catches)
 
 
-def _for_each(batches: Sequence[Batch], function: Callable[[int, Batch], None]) -> int:
+def _for_each(batches: Sequence[Batch], function: Callable[[int, Batch], None], catches: bool) -> int:
     current = 0
     try:
         for index, batch in enumerate(batches):
             current = index
             function(index, batch)
     except Exception as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) or not catches:
             raise
         failed = batches[current]
         return failed.rows * failed.width // 2 if len(failed.groups) > 1 else 0

@@ -89,6 +89,8 @@ def _cause(
     with torch.no_grad(), autocast(run):
         for batch in (b.to(run.device) for b in batches):
             all_rows += batch.source_rows
+            if run.sharded:  # its passes are those of all processes
+                continue
             outputs = hooks.call("forward", step=Step(run, batch, engine))
             flat = outputs.hidden.reshape(-1, outputs.hidden.shape[-1])
             finite = torch.isfinite(outputs.head(flat[batch.label_positions])).all(-1)

@@ -14,6 +14,7 @@ from budwood.contract.types import Run
 from budwood.errors import BudwoodError, InputError, ResourceError, describe, is_out_of_memory
 from budwood.model.evaluation import at_least_fp32, autocast, collate_for
 from budwood.model.ops import attention
+from budwood.parallel.sharding import forget_failure
 
 ROUNDING, SIMILAR = 0.05, 0.25
 """Tolerances for logits in 16 bit, relative to the largest: rounding alone, and the limit for the independence check.
@@ -71,6 +72,7 @@ def check_packing(run: Run, report: Any) -> None:
             raise ResourceError("out of memory: two examples do not fit at once: lower data.max_length") from error
         if not _raised_by_model(error):
             raise
+        forget_failure(model)
         reason = f"it does not support packed rows ({type(error).__name__})"
     if reason:
         run.packed = False

@@ -17,7 +17,15 @@ from budwood.contract.types import Outputs, Reference, Run, Which
 from budwood.data.examples import Examples
 from budwood.data.packing import split_micro
 from budwood.errors import InputError, ResourceError, is_out_of_memory
-from budwood.model.evaluation import CHUNK, at_least_fp32, autocast, collate_for, does_not_fit, from_all_processes
+from budwood.model.evaluation import (
+    CHUNK,
+    at_least_fp32,
+    autocast,
+    collate_for,
+    does_not_fit,
+    extra_passes,
+    from_all_processes,
+)
 from budwood.model.streaming import release_memory
 
 CACHED = "reference_log_probs"
@@ -152,14 +160,16 @@ def _log_probs_of_all(run: Run, examples: Examples) -> tuple[Tensor, int]:
     rows = split_micro(range(len(examples)), examples.lengths, run.reference_tokens, run.packed, groups)
     row: list[int] = []
     try:
-        for row in rows[run.process_index :: run.processes]:
+        for row in run.world.share(rows):
             batch = collate_for(run, [examples[i] for i in row], "eval").to(run.device)
             log_probs = log_probs_of(run, read_reference(run, batch))
             values = values.to(torch.promote_types(values.dtype, log_probs.dtype))  # float64 stays float64
             at = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in row])
             values[torch.from_numpy(at).to(run.device)] = at_least_fp32(log_probs).to(values.dtype)
+        for _ in range(extra_passes(run, len(run.world.share(rows)))):
+            read_reference(run, collate_for(run, [examples[i] for i in rows[0]], "eval").to(run.device))
     except Exception as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) or run.sharded:
             raise
         sizes = examples.lengths[row]
         alone = len(set(groups[row].tolist())) == 1

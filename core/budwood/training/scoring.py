@@ -12,7 +12,7 @@ from torch import Tensor
 from budwood.contract.examples import Batch, Example
 from budwood.contract.types import Outputs, Run
 from budwood.data.packing import split_micro
-from budwood.model.evaluation import collate_for
+from budwood.model.evaluation import collate_for, extra_passes
 from budwood.training.label_scores import chunks
 from budwood.training.reference import as_reference, inference
 
@@ -65,11 +65,14 @@ def _at_labels(
     results: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(examples)
     lengths = np.array([run.task.length(example) for example in examples], dtype=np.int64)
     with as_reference(run, reference) if reference else inference(run):
-        for row in split_micro(range(len(examples)), lengths, run.micro_tokens, run.packed):
+        rows = split_micro(range(len(examples)), lengths, run.micro_tokens, run.packed)
+        for row in rows:
             members = [examples[index] for index in row]
             batch = collate_for(run, members, "eval").to(run.device)
             values = work(run.task.outputs(run.model, batch), batch).float().cpu().numpy()
             counts = np.cumsum([len(example.labels) for example in members])
             for index, part in zip(row, np.split(values, counts[:-1]), strict=True):
                 results[index] = part
+        for _ in range(extra_passes(run, len(rows))):
+            run.task.outputs(run.model, collate_for(run, [run.examples[0]], "eval").to(run.device))
     return results

@@ -58,6 +58,7 @@ from budwood.training.report import Report, peak_memory, resident_peak
 from budwood.training.run_data import read_data
 from budwood.training.sampling import sample
 from budwood.training.schedule import make_scheduler, warmup_note
+from budwood.training.sharding import check_trained, describe_processes, naming_whole_weights, shards_base
 from budwood.training.starting import check_classes, check_start, complete_start
 from budwood.training.step import Engine
 from budwood.untrusted.chat_template import today
@@ -161,6 +162,7 @@ def _prepare(
     trust = recipe.base.trust_remote_code
     plan = plan_run(run, hooks)
     recipe, model = run.recipe, plan.model
+    run.sharded = shards_base(run, hooks, model)
 
     with hooks.part("read_data"):
         date = share("date", lambda: _date(directory) if resume is not None else str(today()))
@@ -197,6 +199,8 @@ def _prepare(
         keep_heap()
     merged = [f"adapter {record.weights[:12]} is merged into it" for record in merged_into(run.base.path)]
     report.say(f"base {run.base.name}: " + "; ".join([*run.base.notes, *merged]))
+    if run.processes > 1:
+        report.say(describe_processes(run))
     for problem in kernels.prepare(device, run.dtype):
         report.say(problem)
     if run.start_adapter is not None:
@@ -271,7 +275,7 @@ def _base(run: Run, hooks: Composition, task: Task, trust: bool) -> Base:
         return load_base(
             recipe.model, recipe.quantization, task.auto_class, run.dtype, run.device, trust,
             recipe.double_quantization, task.model_kwargs(run.examples.labels), run.seed, task.needs_tokenizer,
-            task.unused_modules,
+            task.unused_modules, run.world if run.sharded else None,
         )  # fmt: skip
 
 
@@ -319,10 +323,12 @@ def plan_run(run: Run, hooks: Composition) -> Plan:
 def adapt_model(run: Run, hooks: Composition) -> None:
     """Let the strategies change the base, and collect what trains."""
     complete_start(run)
-    run.model = prepare_model(run, hooks)
+    with naming_whole_weights(run):
+        run.model = prepare_model(run, hooks)
     if run.recipe.train.gradient_checkpointing:
         run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     run.groups = trainable_groups(run, hooks)
+    check_trained(run)
     run.start = [p.detach().clone() for p in run.trainable]
     if run.average is not None:
         run.average.begin(run.trainable)
@@ -408,6 +414,7 @@ def write_manifest(run: Run, resume: Resume | None = None, chosen: Sequence[str]
         "device": str(run.device),
         "precision": precision_name(run.dtype),
         "processes": run.processes,
+        "parallel": "shard" if run.sharded else "replicate",
         "micro_tokens": run.micro_tokens,
         "chosen": list(chosen),
         "files": sorted({name for strategy in run.strategies for name in strategy.writes}),

@@ -67,6 +67,10 @@ class StepTerms:
         if LOG_PROBS in step.cache:
             self._references[step.micro_step] = step.cache[LOG_PROBS]
 
+    def pass_by(self, step: Step) -> None:
+        """Run the pass of `collect`, and forget its values."""
+        self.engine.evaluate_without_graph(step, partial(self._values, step))
+
     def restore_reference(self, step: Step) -> None:
         """Give the step the log-probabilities that its first pass computed: the reference has not changed since."""
         if step.micro_step in self._references:
@@ -101,7 +105,7 @@ class StepTerms:
             (coefficients,) = self._differentiate([values])
             self._coefficients = {step.micro_step: coefficients}
         total = None
-        for name, by_key in self._coefficients[step.micro_step].items():
+        for name, by_key in self._coefficients.get(step.micro_step, {}).items():
             for key, coefficient in by_key.items():
                 if values[name][key].shape != coefficient.shape:
                     raise PluginError(f"strategy '{name}': step_values: the shape of '{key}' differs between passes.")

@@ -287,21 +287,22 @@ class Distillation(Strategy):
                 f"top {cache.k} and the rest for {cache.labels:,} labels"
             )
             run.world.barrier()
-            self._fill(run, model, cache, missing[run.process_index :: run.processes])
+            own = run.world.share(missing)
+            self._fill(run, model, cache, missing if run.sharded else own, own)  # a sharded base needs equal passes
             run.world.barrier()
         else:
             run.say(f"teacher cache {cache.directory}: {cache.labels:,} labels; the teacher is not loaded")
         cache.verify()
 
-    def _fill(self, run: Run, model: nn.Module, cache: TeacherCache, shards: Sequence[int]) -> None:
-        """Load the teacher, run it over the examples of `shards`, and release it."""
+    def _fill(self, run: Run, model: nn.Module, cache: TeacherCache, shards: Sequence[int], own: Sequence[int]) -> None:
+        """Load the teacher, run it over the examples of `shards`, write those of `own`, and release it."""
         from budwood_distillation.teacher import TEACHER_ADAPTER
 
         if not shards:
             return
         packed, teacher = run.packed, self._load(run, model)
         for done, shard in enumerate(shards, 1):
-            self._fill_shard(run, teacher, cache, shard)
+            self._fill_shard(run, teacher, cache, shard, shard in own)
             if 4 * done // len(shards) > 4 * (done - 1) // len(shards):
                 run.say(f"teacher cache: {done} of {len(shards)} shards done")
         if teacher.adapters:
@@ -310,7 +311,7 @@ class Distillation(Strategy):
         del teacher
         gc.collect()
 
-    def _fill_shard(self, run: Run, teacher: Teacher, cache: TeacherCache, shard: int) -> None:
+    def _fill_shard(self, run: Run, teacher: Teacher, cache: TeacherCache, shard: int, writes: bool) -> None:
         import numpy as np
         import torch
 
@@ -330,4 +331,5 @@ class Distillation(Strategy):
                 log_probs[rows_of_chunk] = bucketed(logits, self.size, self.options.temperature, top).cpu().numpy()
         if not np.isfinite(log_probs).all():
             raise InputError(f"{self}: teacher: the outputs of '{self.options.teacher}' are not finite on this data.")
-        cache.write(shard, ids, log_probs)
+        if writes:
+            cache.write(shard, ids, log_probs)

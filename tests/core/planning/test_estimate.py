@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +16,14 @@ from tests.core.model.test_experts import make_family
 
 from budwood.contract.discovery import PluginError
 from budwood.errors import InputError, ResourceError
+from budwood.model.checks import skeleton
 from budwood.model.task import Task
 from budwood.model.text_tasks import CausalLM
 from budwood.planning import admission
 from budwood.planning.devices import GIB, Device, find_device
 from budwood.planning.estimate import estimate, refusal
 from budwood.planning.passes import rehearse_passes
-from budwood.planning.rehearsal import rehearse
+from budwood.planning.rehearsal import QUANTIZED, rehearse
 from budwood.recipe.schema import Recipe
 from budwood.testing.allocations import measured_evaluation_peak, measured_peak
 
@@ -193,6 +195,31 @@ def test_a_strategy_that_reads_values_is_named(case: Callable[..., Recipe], dist
         estimate(case("lora", strategies=[{"lora": {}}, *more]), CPU) for more in ([], [{"reader-planned": {}}])
     )
     assert kept.peak == plain.peak + plain.parts["gradients"]
+
+
+def test_processes_shard_a_base_that_would_not_fit_else(case: Callable[..., Recipe]) -> None:
+    recipe, said = case("lora"), []
+    deep = skeleton(recipe.base.model, num_hidden_layers=16)
+    result = estimate(recipe, Device("a card", "cuda", 8 * GIB))
+    result.peak, result.parts = 10 * GIB, {QUANTIZED: 8 * GIB, "activations": 2 * GIB}
+
+    def decide(parallel: str | None) -> Any:
+        chosen = recipe.with_train(recipe.train.model_copy(update={"parallel": parallel}))
+        hooks = SimpleNamespace(implements=lambda name: False)
+        run = SimpleNamespace(
+            recipe=chosen, hooks=hooks, processes=2, sharded=parallel == "shard", micro_tokens=64, say=said.append,
+            device=torch.device("cpu"),
+        )  # fmt: skip
+        admission._decide(run, result, deep)
+        return run
+
+    assert decide(None).sharded and decide("shard").sharded
+    assert said[-1] == "plan: 7.00 GiB in each of 2 processes with a sharded base"  # 10 - 8 / 2 + 2 layers of 16
+    with pytest.raises(ResourceError, match="the run needs 10.00 GiB, and a card has 8.00 GiB"):
+        decide("replicate")
+    result.device = Device("a card", "cuda", 6 * GIB)
+    with pytest.raises(ResourceError, match="memory: the run needs"):
+        decide(None)
 
 
 def test_what_cannot_fit_is_refused_before_the_base_loads(case: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,67 @@
+"""Commands that need no library, and refusals of what is not there, import none: they answer within a second."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.core.adapters.conftest import make_saved
+
+HEAVY = [
+    *("accelerate", "datasets", "fastapi", "matplotlib", "peft", "scipy", "sklearn", "tokenizers", "torch"),
+    "transformers",
+]
+MOST = 1000
+"""Modules, those of Python and of all commands together; torch alone has 1,200."""
+COMMANDS = [
+    (["--version"], 0),
+    (["plugins"], 0),
+    (["plugins", "lora"], 0),
+    (["adapter", "info", "ADAPTER"], 0),
+    (["adapter", "info", "missing"], 2),
+    (["adapter", "verify", "missing"], 2),
+    (["adapter", "merge", "missing", "out"], 2),
+    (["adapter", "export", "missing", "out"], 2),
+    (["adapter", "shrink", "missing", "out", "--rank", "2"], 2),
+    (["adapter", "diff", "ADAPTER", "missing"], 2),
+    (["adapter", "combine", "ADAPTER", "missing", "out"], 2),
+    (["plan", "missing.yaml"], 2),
+    (["plan", "-"], 2),
+    (["check", "missing.yaml"], 2),
+    (["data", "missing.yaml"], 2),
+    (["data", "missing.jsonl", "--base", "BASE"], 2),
+    (["tune", "missing.jsonl", "--base", "BASE"], 2),
+    (["tune", "rows.jsonl", "--base", "BASE", "-o", "lora.rnk=2"], 2),
+    (["tune", "rows.jsonl", "--base", "some/missing"], 3),
+    (["sweep", "missing.yaml", "-s", "lora.rank=2,4"], 2),
+    (["eval", "missing"], 2),
+    (["generate", "some/missing", "--prompt", "x"], 3),
+    (["generate", "BASE", "--adapter", "a=missing", "--prompt", "x"], 2),
+    (["chat", "some/missing"], 3),
+    (["serve", "some/missing"], 3),
+    (["compare", "missing", "missing2"], 2),
+]
+CHILD = """
+import json, sys
+from budwood.cli.app import run
+codes = [(run(arguments), [name for name in json.loads(sys.argv[2]) if name in sys.modules])
+         for arguments in json.loads(sys.argv[1])]
+print("\\n" + json.dumps([codes, len(sys.modules)]))
+"""
+
+
+def test_refusals_import_no_library(tmp_path: Path, tiny_base: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3, encoding="utf-8")
+    places = {"BASE": str(tiny_base), "ADAPTER": str(make_saved(tiny_base, tmp_path / "adapter"))}
+    commands = [[places.get(part, part) for part in arguments] for arguments, _ in COMMANDS]
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps(commands), json.dumps(HEAVY)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True, stdin=subprocess.DEVNULL,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    codes, modules = json.loads(done.stdout.splitlines()[-1])
+    assert codes == [[code, []] for _, code in COMMANDS], done.stderr
+    assert modules < MOST
