@@ -19,6 +19,7 @@ LIMIT = 240
 """Timeout in seconds."""
 
 _context = multiprocessing.get_context("forkserver")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command sets it before it imports torch
 
 
 def run_in_two_processes(script: str, folder: Path, path: tuple[Path, ...] = ()) -> None:
@@ -37,12 +38,27 @@ def run_in_processes(script: str, folder: Path, count: int, path: tuple[Path, ..
     Raises:
         AssertionError: a process failed or did not end in time; the message is its output.
     """
+    ended = end_of_processes(script, folder, count, path, together=True)
+    assert [code for code, _ in ended] == [0] * count, "\n".join(output for _, output in ended)
+
+
+def end_of_processes(
+    script: str, folder: Path, count: int, path: tuple[Path, ...] = (), together: bool = False, port: int | None = None
+) -> list[tuple[int | None, str]]:
+    """Run `script` in so many processes; returns the exit code (None: it did not end in time) and output of each.
+
+    Args:
+        script, folder, path: see `run_in_processes`.
+        together: kill the others as soon as one fails.
+        port: of the first process; None: a free one.
+    """
     folder.mkdir(exist_ok=True)
     (folder / "worker.py").write_text(script, encoding="utf-8")
     _context.set_forkserver_preload(LIBRARIES)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    if port is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
     group = {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
@@ -55,18 +71,20 @@ def run_in_processes(script: str, folder: Path, count: int, path: tuple[Path, ..
         process.start()
         processes.append(process)
     end = time.monotonic() + LIMIT
-    while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes) and time.monotonic() < end:
+    while any(p.is_alive() for p in processes) and time.monotonic() < end:
+        if together and any(p.exitcode for p in processes):
+            break
         time.sleep(0.02)
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()  # one that waits for a process that failed
         process.join()
-    assert codes == [0] * count, "\n".join((folder / f"output-{rank}").read_text() for rank in range(count))
+    return [(code, (folder / f"output-{rank}").read_text()) for rank, code in enumerate(codes)]
 
 
 def _run(folder: Path, rank: int, environment: dict[str, str], path: list[str]) -> None:
     """Run the script in a new process."""
-    output = os.open(folder / f"output-{rank}", os.O_CREAT | os.O_WRONLY)
+    output = os.open(folder / f"output-{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(output, stream)
     os.environ.clear()

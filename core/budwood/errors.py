@@ -58,6 +58,18 @@ class Interrupted(BudwoodError):
         self.exit_code = exit_code
 
 
+class PeerError(BudwoodError):
+    """Another process of the run failed, or the first process reports the failure of this one.
+
+    Attributes:
+        reported: whether another process prints the message.
+    """
+
+    def __init__(self, message: str, exit_code: int, reported: bool = False) -> None:
+        super().__init__(message)
+        self.exit_code, self.reported = exit_code, reported
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether `error` means that the device or host is out of memory, whichever allocator raised it."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it

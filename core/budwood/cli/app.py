@@ -36,6 +36,9 @@ from budwood.cli.streams import echo, one_line
 from budwood.contract.calls import noted
 from budwood.errors import BUG, BudwoodError, Interrupted, is_out_of_memory
 from budwood.model.quiet import silence_libraries
+from budwood.parallel.processes import Processes
+from budwood.parallel.refusals import refuse_command
+from budwood.parallel.together import together
 from budwood.untrusted.redaction import RedactedStream
 
 app = typer.Typer(
@@ -77,6 +80,7 @@ def _show_version(requested: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -84,12 +88,14 @@ def _options(
         bool, typer.Option("--debug", help="Show tracebacks and library messages; allowed in any position.")
     ] = False,
 ) -> None:
-    pass
+    refuse_command(context.invoked_subcommand or "", Processes.from_environment())
 
 
 def main() -> NoReturn:
     """Run the command line and end the process."""
     code = run(sys.argv[1:])
+    if code and "RANK" in os.environ:  # leaving a broken group may abort the process, or wait for others
+        os._exit(code)
     gc.freeze()  # the last collections would take seconds with the libraries' objects, whose memory is freed anyway
     sys.exit(code)
 
@@ -119,7 +125,8 @@ def run(arguments: list[str]) -> int:
 def _run(arguments: list[str], debug: bool) -> int:
     try:
         command = typer.main.get_command(app)
-        with command.make_context("budwood", arguments) as context:
+        several = together(lambda line: echo(line, err=True)) if arguments[0] == "tune" else contextlib.nullcontext()
+        with command.make_context("budwood", arguments) as context, several:  # what one process refuses ends all
             command.invoke(context)
         sys.stdout.flush()
         return 0
@@ -134,7 +141,10 @@ def _run(arguments: list[str], debug: bool) -> int:
             return 2
         if debug:
             traceback.print_exception(error)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what ends is not ended again
         code, text = explain(error)
+        if getattr(error, "reported", False):  # by the first process
+            return code
         with contextlib.suppress(OSError, ValueError):  # stderr is closed
             print(f"error: {one_line(text)}", file=sys.stderr)
         return code

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -76,8 +75,6 @@ def sweep(
     overrides = override or []
     if direction not in (None, "lower", "higher"):
         raise InputError(f"--direction {direction}: write lower or higher.")
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise InputError("a sweep is one process, not torchrun's: begin it once per GPU, with the same --storage.")
     need_optuna()
     fields = read_space(search or [], space)
     loaded = load_recipe(recipe, overrides)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from budwood.cli.given import read_given
 from budwood.cli.imports import uncollected
 from budwood.cli.options import AdapterFolder, AllowCode
-from budwood.cli.streams import echo, echo_json
+from budwood.cli.streams import echo, echo_json, print_notes
 from budwood.untrusted.formats import json_numbers
+
+if TYPE_CHECKING:
+    from budwood.contract.types import Run
+    from budwood.recipe.schema import Recipe
 
 
 def tune(
@@ -46,11 +50,11 @@ def tune(
 ) -> None:
     """Run a recipe: fine-tune, and write the adapter, the log and a plot to its output folder."""
     from budwood.errors import InputError
-    from budwood.training.preflight import preflight
+    from budwood.parallel.processes import Processes
+    from budwood.parallel.refusals import refuse_engines, without_effect
 
     if accept_changes and not resume:
         raise InputError("--accept-changes needs --resume.")
-    loaded = read_given(recipe, base, override or []).allowing_code(allow_code)
     if allow and not fits:
         raise InputError("--allow needs --fit.")
     if fits and resume:
@@ -58,6 +62,28 @@ def tune(
             "--fit chooses settings for a new run, and a resumed one keeps its own: resume with the recipe.yaml in the "
             "output folder, without --fit."
         )
+    world = Processes.from_environment()
+    refuse_engines()
+    if world.first:
+        print_notes(without_effect())
+    if world.size > 1 and fits:
+        raise InputError(
+            "--fit searches in one process: write the recipe that fits with budwood plan --fit, and start that one."
+        )
+    loaded = read_given(recipe, base, override or []).allowing_code(allow_code)
+    run = _tune(loaded, overwrite, resume, accept_changes, profile, fits, allow)
+    if as_json and world.first:
+        metrics = {"before": json_numbers(run.before), "metrics": json_numbers(run.metrics)}
+        echo_json({**metrics, "output": str(run.directory)})
+
+
+def _tune(
+    loaded: Recipe, overwrite: bool, resume: bool, accept_changes: bool, profile: bool, fits: str | None, allow: str
+) -> Run:
+    from budwood.training.output import after_restart
+    from budwood.training.preflight import preflight
+
+    overwrite, resume = after_restart(loaded.output, overwrite, resume)
     preflight(loaded, overwrite, resume)  # before torch is imported, which takes seconds
     with uncollected():
         from budwood.planning.admission import admit
@@ -69,13 +95,10 @@ def tune(
         from budwood.planning.frontier import fit_run
 
         loaded = fit_run(loaded, fits, allowed(allow), lambda line: echo(line, err=True))
-    run = run_recipe(
+    return run_recipe(
         loaded, overwrite=overwrite, resume=resume, accept_changes=accept_changes, profile=profile,
         before=process_age(), planner=admit,
     )  # fmt: skip
-    if as_json:
-        metrics = {"before": json_numbers(run.before), "metrics": json_numbers(run.metrics)}
-        echo_json({**metrics, "output": str(run.directory)})
 
 
 def eval_(

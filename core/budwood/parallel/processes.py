@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from budwood.errors import InputError
+from budwood.parallel.store import open_store
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -40,11 +43,21 @@ class Processes:
 
     @classmethod
     def from_environment(cls) -> Processes:
-        """Return the process that torchrun's environment variables describe; without them, a single one."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1:
+        """Return the process that torchrun's environment variables describe; without them, a single one.
+
+        Raises:
+            InputError: they are incomplete.
+        """
+        try:
+            size = int(os.environ.get("WORLD_SIZE", "1"))
+            rank = int(os.environ["RANK"]) if size > 1 else 0
+        except (KeyError, ValueError):
+            raise InputError(
+                f"WORLD_SIZE is '{os.environ['WORLD_SIZE']}' and RANK is '{os.environ.get('RANK', '')}', which does "
+                "not say which process this is: start the run with torchrun, or unset WORLD_SIZE."
+            ) from None
+        if size <= 1:
             return cls()
-        rank = int(os.environ["RANK"])
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
         return cls(rank, size, local_rank, local_size, int(os.environ.get("GROUP_RANK", rank // local_size)))
@@ -75,7 +88,9 @@ class Processes:
             import torch
 
             torch.cuda.set_device(self.local_rank)
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store = open_store(self.rank, "group")  # torch's own keys are those of before a restart
+        distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
 
     def leave(self) -> None:
         """Leave the group while Python still runs: gloo's threads may abort a process that exits inside it."""
@@ -110,6 +125,21 @@ class Processes:
         distributed.broadcast_object_list(shared, 0)
         result: T = shared[0]
         return result
+
+    def broadcast_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the first process's tensors on all processes, on the CPU; the others give none."""
+        if self.size == 1:
+            return dict(tensors)
+        import torch
+        from torch import distributed
+
+        described = self.broadcast([(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()])
+        received: dict[str, Tensor] = {}
+        for name, dtype, shape in described:
+            received[name] = tensors[name].cpu().contiguous() if self.first else torch.empty(shape, dtype=dtype)
+            if received[name].numel():
+                distributed.broadcast(received[name].reshape(-1).view(torch.uint8), 0)
+        return received
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Sum tensors over all processes, in place, with one all-reduce per dtype.

@@ -15,6 +15,7 @@ from budwood.errors import DivergedError, Interrupted, ResourceError
 from budwood.model.checkpoint import one_revision
 from budwood.model.quiet import silence_libraries
 from budwood.parallel.processes import Processes
+from budwood.parallel.together import together
 from budwood.recipe.schema import Recipe, load_recipe
 from budwood.training.batches import StepBatches, optimizer_steps
 from budwood.training.durability.checkpoint import NotSavedError, Saver
@@ -30,7 +31,7 @@ from budwood.training.memory import (
     optimizer_step,
 )
 from budwood.training.non_finite import check_parameters, check_skip
-from budwood.training.output import check_output
+from budwood.training.output import after_restart, check_output
 from budwood.training.progress import Progress, evaluate
 from budwood.training.report import Report, profile_table
 from budwood.training.setup import Planner, prepare
@@ -71,12 +72,25 @@ def tune(
         BudwoodError: one of its subclasses, each with the command's exit code.
     """
     silence_libraries()
-    report, signals = Report(quiet, before=before), Signals()
-    world = Processes.from_environment()
+    world, report = Processes.from_environment(), Report(quiet, before=before)
     report.mute = not world.first
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
-    recipe = recipe.allowing_code(allow_code)
-    check_output(recipe.output, overwrite, resume)
+    with together(report.say, world):
+        recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
+        recipe = recipe.allowing_code(allow_code)
+        overwrite, resume = after_restart(recipe.output, overwrite, resume)
+        check_output(recipe.output, overwrite, resume)
+        run = _tune(recipe, report, overwrite, resume, accept_changes, profile, planner)
+    atexit.unregister(world.leave)
+    atexit.register(world.leave)
+    return run
+
+
+def _tune(
+    recipe: Recipe, report: Report, overwrite: bool, resume: bool, accept_changes: bool, profile: bool,
+    planner: Planner | None,
+) -> Run:  # fmt: skip
+    """See `tune`."""
+    signals = Signals()
     try:
         with (
             signals.handled(),
@@ -92,14 +106,12 @@ def tune(
             finally:
                 for line in profile_table(hooks.costs, report.seconds) if profile else ():
                     report.say(line)
+            return run
     except KeyboardInterrupt as error:
         text = f"interrupted before the first step; {'checkpoints are kept' if resume else 'nothing was saved'}"
         raise Interrupted(text, exit_code(signals.number or error)) from None
     finally:
         report.close()
-    atexit.unregister(world.leave)
-    atexit.register(world.leave)
-    return run
 
 
 def train(

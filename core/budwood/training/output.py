@@ -14,9 +14,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from budwood.adapters import store
 from budwood.errors import InputError, ResourceError
 from budwood.parallel.processes import Processes
+from budwood.parallel.store import restarts
+from budwood.parallel.together import share
 from budwood.training.durability.lock import holder, in_use
 from budwood.untrusted.files import PARTIAL, check_folder, complete_file
 
@@ -64,6 +68,21 @@ def check_output(directory: Path, overwrite: bool, resume: bool = False) -> None
     parent = next(p for p in (directory, *directory.absolute().parents) if p.exists())
     if not os.access(parent, os.W_OK):
         raise ResourceError(f"output: {directory} cannot be written ({parent} is read-only): name another folder.")
+
+
+def after_restart(directory: Path, overwrite: bool, resume: bool) -> tuple[bool, bool]:
+    """Return whether to overwrite or resume a folder if torchrun restarted the processes: what they began is resumed.
+
+    A run in the folder that is older than the launcher is not theirs, so that everything is as at the first start.
+    """
+    if not restarts() or resume:
+        return overwrite, resume
+
+    def begun() -> bool:
+        path = directory / MANIFEST
+        return path.is_file() and path.stat().st_mtime >= psutil.Process(os.getppid()).create_time()
+
+    return (False, True) if share("begun", begun) else (overwrite, resume)
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,17 @@ from budwood.contract.strategy import Strategy
 from budwood.contract.types import Run
 from budwood.data.build import build_examples, overlap
 from budwood.data.checking import check_examples
+from budwood.data.chunk import PARALLEL
 from budwood.data.examples import Examples
 from budwood.data.held_out import HeldOut, hold_out, rows_held_out
 from budwood.data.packing import plan_epoch
-from budwood.data.sources import locate
+from budwood.data.sources import Data, data_size, locate
 from budwood.data.unused import columns_read
 from budwood.data.use import check_use
 from budwood.errors import InputError
 from budwood.model.encoders import is_encoder
 from budwood.model.limits import check_fits
+from budwood.parallel.together import one_per_machine_first
 from budwood.recipe.data import chat_note, encoding_options
 from budwood.recipe.defaults import Facts, choose
 from budwood.recipe.schema import Recipe
@@ -50,7 +53,7 @@ def read_data(
     options |= {"date": date, "read": columns_read(run.strategies)}
     console = None if report.quiet or report.mute else report.console
     found = locate(data.train)
-    with encoding(found, console) as progress:
+    with _encoded_once(found), encoding(found, console) as progress:
         examples = build_examples(found, **options, progress=progress)
     report.say(examples.describe())
     plugins = (*run.strategies, run.task)
@@ -60,7 +63,7 @@ def read_data(
     check_fits(examples, model, run.tokenizer, run.recipe.base.model)
     if data.evaluated is not None:
         found = locate(data.evaluated)
-        with encoding(found, console) as progress:
+        with _encoded_once(found), encoding(found, console) as progress:
             run.eval_examples = build_examples(found, **options, labels=examples.labels or None, progress=progress)
         report.say(run.eval_examples.describe())
         check_use(run.eval_examples.path, run.eval_examples, plugins)
@@ -89,6 +92,11 @@ def read_data(
     if hooks.implements("prepare_examples") and len(run.examples) == 0:
         raise InputError("no examples are left after the strategies' prepare_examples")
     _report_large_groups(run, report)
+
+
+def _encoded_once(data: Data) -> AbstractContextManager[None]:
+    """Let the first process of each machine encode a large file, which its others then read from the cache."""
+    return nullcontext() if data_size(data) < PARALLEL else one_per_machine_first(str(data))
 
 
 def choose_for(

@@ -39,6 +39,7 @@ from budwood.model.ops import attention, kernels
 from budwood.model.streaming import keep_heap
 from budwood.model.task import Task
 from budwood.parallel.processes import Processes
+from budwood.parallel.together import share, wait_for_all
 from budwood.recipe.continued import read_start
 from budwood.recipe.data import (
     check_quantized,
@@ -49,8 +50,10 @@ from budwood.recipe.data import (
     recipe_tokenizer,
 )
 from budwood.recipe.schema import Recipe, build_composition, find_code, load_recipe
+from budwood.training.agreement import check_agreement
 from budwood.training.durability import changes
 from budwood.training.durability.resume import Resume
+from budwood.training.durability.sent import load_state
 from budwood.training.micro_tokens import settle, settle_as_before, shared_out, wanted
 from budwood.training.mixture import balance_load, describe_experts
 from budwood.training.output import MANIFEST, SKIPPED, make_output, read_manifest
@@ -150,6 +153,7 @@ def _prepare(
         on_cuda = device.type == "cuda"
         hooks.measure(peak_memory if on_cuda else resident_peak, torch.cuda.synchronize if on_cuda else None)
     world = Processes.from_environment()
+    wait_for_all("checked")
     world.join(device)
     accelerator = make_accelerator(device, log_with=recipe.train.trackers or None, project_dir=directory)
     if world.size > 1:
@@ -168,12 +172,13 @@ def _prepare(
     run.sharded = shards_base(run, hooks, model)
 
     with hooks.part("read_data"):
-        started = read_manifest(directory) if resume is not None else None
-        read_data(run, hooks, report, str((started or {}).get("date") or today()), model, resume)
+        date = share("date", lambda: _date(directory) if resume is not None else str(today()))
+        read_data(run, hooks, report, date, model, resume)
     recipe = run.recipe
     check_classes(run)
     plan.steps = run.steps
     check_plan(plan, hooks)
+    check_agreement(run)
     if resume is not None:
         settle_as_before(run, resume.checkpoint.setting)
         now = changes.setting(run)
@@ -215,7 +220,8 @@ def _prepare(
     if resume is not None:
         resume.compare(changes.adapted(run), run)
     if resume is not None and not resume.changes and any(strategy.caches_reference for strategy in run.strategies):
-        run.reference_tokens = resume.checkpoint.load().get("reference_tokens", run.reference_tokens)
+        state = load_state(resume.checkpoint, world)
+        run.reference_tokens = state.get("reference_tokens", run.reference_tokens)
     engine = build_engine(run, hooks)
     _report_size(run, report, chosen)
     build_optimizer(run, hooks)
@@ -226,6 +232,11 @@ def _prepare(
     step = resume.checkpoint.step if resume is not None else 0
     report.open(directory, accelerator, recipe.train.trackers, redact_values(recipe.model_dump(mode="json")), step)
     return run, engine
+
+
+def _date(directory: Path) -> str:
+    """Return the date that a resumed run's chat templates wrote, today's if it is not known."""
+    return str((read_manifest(directory) or {}).get("date") or today())
 
 
 def make_accelerator(device: torch.device, **options: Any) -> Accelerator:

@@ -71,9 +71,3 @@ def test_without_optuna(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     assert command(["sweep", str(recipe), "-s", "lora.rank=2,4"]) == 3
     assert "pip install 'budwood[sweep]'" in capsys.readouterr().err
-
-
-def test_under_torchrun(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert command(["sweep", str(recipe), "-s", "lora.rank=2,4"]) == 2
-    assert "once per GPU" in capsys.readouterr().err

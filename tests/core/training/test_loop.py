@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.core.conftest import write_rows
+from tests.faulty import tune_with, write_recipe
 from tests.processes import run_in_two_processes
 from torch import Tensor
 
@@ -344,3 +346,18 @@ def test_the_gradients_of_all_processes_are_summed_in_one_all_reduce_per_dtype(m
     assert sent == [torch.float32, torch.bfloat16]
     assert all(torch.equal(p.grad, want) for p, want in zip(parameters, expected, strict=True))
     assert torch.equal(without.grad, torch.zeros(2))
+
+
+def test_a_process_without_the_data_or_that_is_killed_ends_both(tiny_base: Path, tmp_path: Path) -> None:
+    write_recipe(tmp_path, tiny_base, {})
+    write_rows(tmp_path / "train.jsonl")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "recipe.json").write_text((tmp_path / "recipe.json").read_text())
+    ended = tune_with(tmp_path, 2, "if rank == 1: os.chdir('other')")
+    assert ended.codes == [2, 2] and [len(lines) for lines in ended.errors] == [1, 0]
+    assert "error: rank 1 on " in ended.errors[0][0] and "no such file: train.jsonl" in ended.errors[0][0]
+    assert not (tmp_path / "run").exists()
+    ended = tune_with(tmp_path, 2, "if rank == 1: at(2, die)")
+    assert ended.codes == [3, -9] and [len(lines) for lines in ended.errors] == [1, 0]
+    assert "was killed" in ended.errors[0][0] and "--resume" in ended.errors[0][0]
+    assert (tmp_path / "run" / "checkpoints" / "step-00000002").is_dir()

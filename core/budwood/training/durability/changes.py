@@ -21,7 +21,7 @@ FIXED = (
     "parameters.",
 )  # fmt: skip
 """Prefixes of the fields whose change makes it a different run, which cannot be accepted."""
-NOTED = ("threads",)
+NOTED = ("threads", "processes")
 """Fields whose change may affect the last digits and is only reported."""
 
 
@@ -48,7 +48,7 @@ def setting(run: Run) -> dict[str, Any]:
         "strategies": {s.name: s.distribution for s in run.strategies},
         "data": data_setting(run),
         "adapter": run.start_adapter.hashes.model_dump() if run.start_adapter is not None else None,
-        "device": str(run.device),
+        "device": run.device.type,
         "precision": str(run.dtype).removeprefix("torch."),
         "processes": run.processes,
         "threads": torch.get_num_threads(),

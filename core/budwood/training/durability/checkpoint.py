@@ -37,6 +37,7 @@ from budwood.training.durability.reading import (
     steps_in,
 )
 from budwood.training.durability.resume import Resume
+from budwood.training.durability.sent import load_state
 from budwood.training.durability.state import all_random_states, pack, set_random_state, unpack
 from budwood.training.on_policy import active_state, load_active_state, sets_started
 from budwood.training.progress import Best, Progress, planned_steps
@@ -262,7 +263,7 @@ class Saver:
             CorruptError: the state does not match the run.
         """
         run, progress, checkpoint = self.run, self.progress, resume.checkpoint
-        state = checkpoint.load()
+        state = load_state(checkpoint, run.world)
         try:
             for name, saved in state["strategies"].items():
                 self.hooks.ask("load_state_dict", name, run=run, state=saved["state"])

@@ -12,6 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from budwood.errors import CorruptError, ResourceError
 from budwood.training.durability.state import unpack
@@ -42,15 +43,28 @@ class Checkpoint:
         Raises:
             CorruptError: a file changed since it was validated.
         """
+        tree, tensors = self.read()
+        try:
+            state: dict[str, Any] = unpack(tree, tensors)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptError(f"{self.directory}: cannot be read: {error}.") from error
+        return state
+
+    def read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Read the files: the state as plain JSON, and the tensors that it refers to.
+
+        Raises:
+            CorruptError: a file changed since it was validated.
+        """
         read_header(self.directory / TENSORS)
         try:
             tensors = load_file(self.directory / TENSORS)
-            state = unpack(read_json(self.directory / STATE, MAX_STATE), tensors)
+            tree = read_json(self.directory / STATE, MAX_STATE)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CorruptError(f"{self.directory}: cannot be read: {error}.") from error
-        if not isinstance(state, dict):
+        if not isinstance(tree, dict):
             raise CorruptError(f"{self.directory / STATE}: holds no state.")
-        return state
+        return tree, tensors
 
 
 def find_newest(directory: Path, say: Callable[[str], None]) -> Checkpoint | None:

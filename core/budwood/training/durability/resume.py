@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from budwood.contract.types import Run
 from budwood.errors import InputError
+from budwood.parallel.processes import Processes
+from budwood.parallel.together import share
 from budwood.recipe.file import read_recipe_file
 from budwood.recipe.schema import Recipe, build_composition
 from budwood.training.durability.changes import NOTED, Change, accept, compare
@@ -35,7 +38,8 @@ class Resume:
         differences = compare(self.checkpoint.setting, now)
         for change in differences:
             if change.field in NOTED:
-                run.say(f"note: {change}: results may differ in the last digits from an uninterrupted run")
+                dropout = ", and dropout draws other masks" if change.field == "processes" else ""
+                run.say(f"note: {change}: results may differ in the last digits from an uninterrupted run{dropout}")
         where = str(self.checkpoint.directory)
         changes = accept([c for c in differences if c.field not in NOTED], where, self.accept_changes)
         for change in changes:
@@ -68,11 +72,22 @@ def find_resume(recipe: Recipe, report: Report, accept_changes: bool) -> Resume 
         InputError: the run is finished, and the recipe has changed.
         CorruptError: there are checkpoints, but none is valid.
     """
+    found = share("resume", lambda: _find(recipe, report, accept_changes))
+    if "finished" in found:
+        return _finished(recipe, found["finished"])
+    if "checkpoint" not in found:
+        return None
+    directory, step, setting, accepted = found["checkpoint"]
+    return Resume(Checkpoint(Path(directory), step, setting, accepted), accept_changes)
+
+
+def _find(recipe: Recipe, report: Report, accept_changes: bool) -> dict[str, Any]:
+    """Look for what to resume in the folder, which only the first process need see; see `find_resume`."""
     directory = recipe.output
     manifest = read_manifest(directory)
     if manifest is None:
         report.say(f"{directory} holds no run to resume: starting from the beginning")
-        return None
+        return {}
     if manifest.get("finished"):
         before, _ = read_recipe_file(directory / "recipe.yaml")
         now = recipe.to_dict(build_composition(recipe).strategies)
@@ -82,18 +97,19 @@ def find_resume(recipe: Recipe, report: Report, accept_changes: bool) -> Resume 
         changes = accept(differences, f"the finished run in {directory}", accept_changes)
         if all(change.field == "recipe.output" for change in changes):
             report.say(f"{directory}: the run is finished at step {manifest['step']}; there is nothing to resume")
-            return _finished(recipe, manifest)
+            return {"finished": manifest}
     checkpoint = find_newest(directory, report.say)
     if checkpoint is None:
         report.say(f"{directory} holds no checkpoint: starting from the beginning")
-        return None
+        return {}
     report.say(f"resuming from step {checkpoint.step}, {checkpoint.directory}")
-    return Resume(checkpoint, accept_changes)
+    return {"checkpoint": [str(checkpoint.directory), checkpoint.step, checkpoint.setting, checkpoint.accepted]}
 
 
 def _finished(recipe: Recipe, manifest: dict[str, Any]) -> Run:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[manifest["precision"]]
-    run = Run(recipe, recipe.output, torch.device(manifest["device"]), dtype, seed=recipe.train.seed)
+    world = Processes.from_environment()
+    run = Run(recipe, recipe.output, torch.device(manifest["device"]), dtype, seed=recipe.train.seed, world=world)
     run.step, run.steps = manifest["step"], manifest["steps"]
     run.before, run.metrics = (
         {name: math.nan if value is None else value for name, value in manifest[part].items()}
