@@ -1,4 +1,4 @@
-"""Runs a script in two processes, as torchrun would, forked from one that has imported the libraries already."""
+"""Runs a script in several processes, as torchrun would, forked from one that has imported the libraries already."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ _context = multiprocessing.get_context("forkserver")
 
 
 def run_in_two_processes(script: str, folder: Path, path: tuple[Path, ...] = ()) -> None:
-    """Run `script`, Python source, in two processes of one group.
+    """Run `script`, Python source, in two processes of one group; see `run_in_processes`."""
+    run_in_processes(script, folder, 2, path)
+
+
+def run_in_processes(script: str, folder: Path, count: int, path: tuple[Path, ...] = ()) -> None:
+    """Run `script`, Python source, in `count` processes of one group.
 
     Args:
         script: may expect one thread and torchrun's environment variables.
@@ -39,11 +44,12 @@ def run_in_two_processes(script: str, folder: Path, path: tuple[Path, ...] = ())
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
         "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
     processes = []
-    for rank in range(2):
+    for rank in range(count):
         environment = {**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         process = _context.Process(target=_run, args=(folder, rank, environment, [*map(str, path), *sys.path]))
         process.start()
@@ -55,7 +61,7 @@ def run_in_two_processes(script: str, folder: Path, path: tuple[Path, ...] = ())
     for process in processes:
         process.kill()  # one that waits for a process that failed
         process.join()
-    assert codes == [0, 0], "\n".join((folder / f"output-{rank}").read_text() for rank in range(2))
+    assert codes == [0] * count, "\n".join((folder / f"output-{rank}").read_text() for rank in range(count))
 
 
 def _run(folder: Path, rank: int, environment: dict[str, str], path: list[str]) -> None:

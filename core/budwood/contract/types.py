@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from budwood.contract.average import Average, Update
 from budwood.contract.examples import Batch
 from budwood.contract.samples import Prompts, Sample, Sampler
+from budwood.parallel.processes import Processes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -317,8 +318,7 @@ class Run:
     best_metric: BestMetric | None = None  # the task's, unless a strategy replaces it in `prepare_model`
     average: Average | None = None  # set by `average_with`
     adapter_final: bool = True  # a strategy sets False until its adapter is final; until then no evaluation is the best
-    process_index: int = 0
-    processes: int = 1
+    world: Processes = field(default_factory=Processes)  # the processes of this run, and what they exchange
     counts: dict[str, float] = field(default_factory=dict)
     planned: dict[str, Any] = field(default_factory=dict)  # memory and time as `budwood plan --json` gives them; or {}
     before: dict[str, float] = field(default_factory=dict)  # metrics of the evaluation before the first step
@@ -345,6 +345,16 @@ class Run:
     def trainable(self) -> list[nn.Parameter]:
         """All trainable parameters, group by group."""
         return [p for group in self.groups for p in group.parameters.values()]
+
+    @property
+    def process_index(self) -> int:
+        """This process among those of the run, from 0."""
+        return self.world.rank
+
+    @property
+    def processes(self) -> int:
+        """Number of processes of the run."""
+        return self.world.size
 
     def generator(self, strategy: Strategy) -> Generator:
         """Return the strategy's random stream for this optimizer step, the same on every process."""

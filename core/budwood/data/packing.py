@@ -86,6 +86,7 @@ def split_micro(
     micro_tokens: int,
     packed: bool,
     groups: np.ndarray | None = None,
+    parts: int = 1,
 ) -> list[list[int]]:
     """Split examples into micro-batches of at most `micro_tokens` tokens; a larger group is a micro-batch by itself.
 
@@ -96,6 +97,8 @@ def split_micro(
         packed: if True, use as many rows as best-fit decreasing needs, then equalize them, since the largest row
             determines the memory of a step. If False, examples of similar length are batched together.
         groups: [n] group of each example; None: each example is a group.
+        parts: make the number of micro-batches a multiple of this, as far as there are groups, so that every
+            `parts`-th of them are as many and as large.
 
     Returns:
         Indices of the examples in each micro-batch, independent of the order of `indices`. Groups are not split.
@@ -110,7 +113,7 @@ def split_micro(
                 rows, longest = 0, atom.longest
             batches[-1].append(atom)
             rows += len(atom.members)
-        return [[i for atom in batch for i in atom.members] for batch in batches]
+        return [[i for atom in batch for i in atom.members] for batch in _multiple(batches, parts)]
     largest_first = sorted(atoms, key=lambda a: (-a.tokens, a.members))
     room: list[tuple[int, int]] = []  # free tokens and batch, sorted
     for atom in largest_first:
@@ -120,7 +123,8 @@ def split_micro(
             batches.append([])
         batches[batch].append(atom)
         insort(room, (free - atom.tokens, batch))
-    batches = _even(largest_first, len(batches), micro_tokens) or batches
+    count = min(-(-len(batches) // parts) * parts, len(atoms))
+    batches = _even(largest_first, count, micro_tokens) or _multiple(batches, parts)
     return [[i for atom in batch for i in atom.members] for batch in batches]
 
 
@@ -140,6 +144,18 @@ def _atoms(indices: Sequence[int] | np.ndarray, lengths: np.ndarray, groups: np.
         members[-1].append(index)
     sizes = [[int(lengths[i]) for i in group] for group in members]
     return [_Atom(tuple(group), sum(size), max(size)) for group, size in zip(members, sizes, strict=True)]
+
+
+def _multiple(batches: list[list[_Atom]], parts: int) -> list[list[_Atom]]:
+    """Halve the largest micro-batches until their number is a multiple of `parts`, or each is a single group."""
+    batches = list(batches)
+    while len(batches) % parts:
+        largest = max(range(len(batches)), key=lambda i: (len(batches[i]) > 1, sum(atom.tokens for atom in batches[i])))
+        if len(batches[largest]) == 1:
+            break
+        batch = batches[largest]
+        batches[largest : largest + 1] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+    return batches
 
 
 def _even(largest_first: list[_Atom], count: int, micro_tokens: int) -> list[list[_Atom]] | None:

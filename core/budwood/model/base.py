@@ -24,7 +24,7 @@ from budwood.model.checks import (
     skeleton,
 )
 from budwood.model.experts import count_experts, open_experts, packed_as_read
-from budwood.model.heads import name_body
+from budwood.model.heads import body_of, name_body
 from budwood.model.machine import pick_device_precision
 from budwood.model.ops.gated import fuse_mlps
 from budwood.model.ops.rms_norm import save_memory_in_norms
@@ -32,13 +32,17 @@ from budwood.model.ops.rotary import fuse_rotations
 from budwood.model.quantizers import claim, is_quantized, linear_shape, quantizer_of
 from budwood.model.quantizers.experts import quantized_experts
 from budwood.model.quiet import import_bitsandbytes, silence_libraries
+from budwood.model.sharding import sharded_as_read, shards_of
 from budwood.model.streaming import slices, trim_heap
+from budwood.parallel.sharding import own_part
 from budwood.untrusted.formats import TensorInfo, read_json
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from budwood.parallel.processes import Processes
 
 __all__ = [
     "Base",
@@ -70,7 +74,8 @@ class Base:
         tokenizer: None if the task does not need one.
         fingerprint: hash of its checkpoint; see `fingerprint`.
         quantization: none, int8, nf4, fp4, or the name of a third party's quantiser.
-        bytes: stored size of parameters and buffers, including the quantiser's constants.
+        bytes: stored size of parameters and buffers, including the quantiser's constants; of a sharded base, that of
+            this process.
         bytes_unquantized: size of all parameters in `dtype` without quantisation.
         unquantized_share: fraction of the weights, by count, that are not quantised.
         parameters: number of parameters.
@@ -124,6 +129,7 @@ def load_base(
     seed: int = 0,
     needs_tokenizer: bool = True,
     unused: Collection[str] = (),
+    world: Processes | None = None,
 ) -> Base:
     """Load a base, and quantise each tensor as it is read, so that memory never holds the complete base in 16 bit.
 
@@ -138,6 +144,7 @@ def load_base(
         needs_tokenizer: False leaves `Base.tokenizer` None.
         unused: names of modules and parameters that need not train if the checkpoint lacks them, such as a pooler that
             the task does not run.
+        world: the processes over which the base's layers are sharded; None: it is complete on this one.
 
     Raises:
         InputError, ResourceError, CorruptError: as `check_base`; the base does not fit in memory; a weight of the
@@ -165,14 +172,15 @@ def load_base(
             plan = quantizer.config(dtype, double_quantization, heads)
     views = info.quantization == "none" and {entry.dtype for entry in tensors.values()} == {STORED[str(dtype)]}
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with forked, packed_as_read(frame, quantizer, double_quantization):
+    shards = None if world is None else shards_of(name, frame, info.quantization, world, device)
+    with forked, packed_as_read(frame, quantizer, double_quantization), sharded_as_read(frame, shards):
         torch.manual_seed(seed)
         try:
             from_files = info.prequantized and quantizer.needs_files
             pair: Any = type(frame).from_pretrained(
                 str(path) if from_files else None,
                 config=config,
-                state_dict=None if from_files else slices(tensors, views),
+                state_dict=None if from_files else slices(tensors, views, shards.advance if shards else None),
                 quantization_config=plan,
                 dtype=dtype,
                 device_map={"": device},
@@ -194,6 +202,8 @@ def load_base(
     report: dict[str, Any]
     loaded, report = pair  # output_loading_info
     name_body(loaded)
+    if shards is not None:
+        shards.finish(body_of(loaded), loaded)
     trim_heap()
     with attribute_errors(quantizer, "after_load"), torch.no_grad():
         quantizer.after_load(loaded, heads)
@@ -316,7 +326,9 @@ def sizes_of(model: nn.Module, dtype: torch.dtype) -> tuple[int, int, float, int
     for module in filter(is_quantized, model.modules()):
         quantizer: Any = quantizer_of(module)
         quantized[id(quantizer.weight(module))] = math.prod(quantizer.shape(module))
-        tensors += [quantizer.weight(module), *quantizer.constants(module)]
+        constants = quantizer.constants(module)
+        elements |= dict.fromkeys(map(id, constants), 0)
+        tensors += [quantizer.weight(module), *constants]
     quantized |= {id(module): module.numel for module in quantized_experts(model)}
     count = sum((elements | quantized).values())
     tensors = [part for tensor in tensors for part in _parts(tensor)]
@@ -325,9 +337,13 @@ def sizes_of(model: nn.Module, dtype: torch.dtype) -> tuple[int, int, float, int
 
 
 def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return the tensors that a tensor of a library's own class holds, such as codes and scales; else itself."""
+    """Return the tensors that a tensor of a library's own class holds, such as codes and scales; else itself.
+
+    Of a sharded tensor it is this process's part.
+    """
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+    tensor = own_part(tensor)
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()

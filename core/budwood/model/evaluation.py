@@ -94,11 +94,7 @@ def label_logits(task: Any, run: Run, batch: Batch, noise: Tensor | None) -> Ite
 
 def from_all_processes(run: Run, value: T) -> list[T]:
     """Return each process's value, in the order of the processes."""
-    gathered: list[Any] = [value]
-    if run.processes > 1:
-        gathered = [None] * run.processes
-        torch.distributed.all_gather_object(gathered, value)
-    return gathered
+    return run.world.gather(value)
 
 
 def eval_results(run: Run, work: Callable[[Batch], T]) -> list[T]:

@@ -23,7 +23,7 @@ SHOWN = 8
 def exact_match(run: Run, task: Any) -> float | None:
     """Return the fraction of evaluation prompts whose greedy answer equals the completion, or the assistant's message.
 
-    At most `train.eval_generate` prompts are used, evenly spread; this process answers all of them. Returns None if the
+    At most `train.eval_generate` prompts are used, evenly spread; each process answers its share. Returns None if the
     data has no completions, if a conversation has several turns, or if the mean length exceeds 64 tokens, for which
     exact match is not informative. `run.answers` then holds the first few answers.
     """
@@ -43,13 +43,15 @@ def exact_match(run: Run, task: Any) -> float | None:
         return None
     prompts = [task.probe(examples[int(i)]).inputs["input_ids"].tolist() for i in chosen]
     with torch.no_grad(), autocast(run):
-        ends = [examples.stop_ids] * len(prompts)
-        answers = generate(run.model, run.tokenizer, prompts, max_new_tokens=max(lengths) + MORE, stop_ids=ends)
+        own = run.world.share(prompts)
+        ends = [examples.stop_ids] * len(own)
+        answers = generate(run.model, run.tokenizer, own, max_new_tokens=max(lengths) + MORE, stop_ids=ends)
+    texts = run.world.together([answer.text.strip() for answer in answers])
     run.answers = [
-        {"prompt": str(run.tokenizer.decode(p, skip_special_tokens=True)), "answer": a.text.strip(), "reference": r}
-        for p, a, r in list(zip(prompts, answers, references, strict=True))[:SHOWN]
+        {"prompt": str(run.tokenizer.decode(p, skip_special_tokens=True)), "answer": text, "reference": r}
+        for p, text, r in list(zip(prompts, texts, references, strict=True))[:SHOWN]
     ]
-    return float(np.mean([a.text.strip() == r for a, r in zip(answers, references, strict=True)]))
+    return float(np.mean([text == r for text, r in zip(texts, references, strict=True)]))
 
 
 def _is_answer(example: Example, reference: str, tokenizer: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ class _Slice:
 
     since_trim = 0
 
-    def __init__(self, source: Any, size: int) -> None:
-        self.source, self.size = source, size
+    def __init__(self, source: Any, size: int, before: Callable[[], None] | None) -> None:
+        self.source, self.size, self.before = source, size, before
 
     def __getitem__(self, index: Any) -> torch.Tensor:
+        if self.before is not None:
+            self.before()
         _Slice.since_trim += self.size
         if _Slice.since_trim > TRIM_EVERY:
             trim_heap()
@@ -60,16 +63,19 @@ def keep_heap() -> None:
         libc.mallopt(mmap_threshold, 1 << 30)
 
 
-def slices(tensors: dict[str, TensorInfo], views: bool) -> dict[str, Any]:
+def slices(tensors: dict[str, TensorInfo], views: bool, before: Callable[[], None] | None = None) -> dict[str, Any]:
     """Return every tensor of a checkpoint as a lazy slice.
 
     Args:
         views: return views of the mapped files without a copy; otherwise read the bytes, because pages of a mapped
             file would still count as memory of the process after conversion.
+        before: called before each tensor is read.
     """
     files: dict[Path, Any] = {}
     for entry in tensors.values():
         if entry.file not in files:
             files[entry.file] = safe_open(entry.file, framework="pt", backend="mmap" if views else "pread")
     parts = {name: files[entry.file].get_slice(name) for name, entry in tensors.items()}
-    return parts if views else {name: _Slice(parts[name], entry.bytes) for name, entry in tensors.items()}
+    if views and before is None:
+        return parts
+    return {name: _Slice(parts[name], entry.bytes, before) for name, entry in tensors.items()}

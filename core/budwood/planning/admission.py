@@ -40,10 +40,7 @@ def admit(run: Run, skeleton: Any) -> None:
             result = estimate_here(run, free)
         except BudwoodError as failure:  # a model or strategy that cannot be planned may still run
             error = str(failure)
-    if run.processes > 1:
-        shared = [(result, error)]
-        torch.distributed.broadcast_object_list(shared, 0)
-        result, error = shared[0]
+    result, error = run.world.broadcast((result, error))
     if error is not None:
         size = run.recipe.train.micro_tokens or wanted(run, "cpu")
         run.say(f"note: memory and time were not planned: {error}")
@@ -58,16 +55,8 @@ def admit(run: Run, skeleton: Any) -> None:
 def available(run: Run) -> int:
     """Return the bytes of memory that are free for each process, the same number on every process."""
     if run.device.type != "cuda":
-        return _least(run, host_memory() // run.processes)
-    return _least(run, torch.cuda.mem_get_info(run.device)[0])
-
-
-def _least(run: Run, size: int) -> int:
-    if run.processes == 1:
-        return size
-    sizes = [0] * run.processes
-    torch.distributed.all_gather_object(sizes, size)
-    return min(sizes)
+        return min(run.world.gather(host_memory() // run.world.local_size))
+    return min(run.world.gather(torch.cuda.mem_get_info(run.device)[0]))
 
 
 def estimate_here(run: Run, free: int) -> Estimate:

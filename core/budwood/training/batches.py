@@ -7,7 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from budwood.contract.discovery import PluginError
 from budwood.contract.examples import Batch
@@ -36,8 +35,8 @@ class StepBatches:
     def collate(cls, run: Run, examples: Examples, indices: np.ndarray, epoch: int, drawn: int) -> StepBatches:
         """Split the examples into micro-batches of at most `run.micro_tokens`, and take this process's part."""
         limit = run.micro_tokens
-        splits = split_micro(indices, examples.lengths, limit, run.packed, examples.groups)
-        splits = splits[run.process_index :: run.processes]
+        splits = split_micro(indices, examples.lengths, limit, run.packed, examples.groups, run.processes)
+        splits = list(run.world.share(splits))
         batches = [collate_for(run, [examples[i] for i in split], epoch) for split in splits]
         return cls(examples, indices, epoch, limit, batches, drawn)
 
@@ -115,9 +114,4 @@ def count_units(run: Run, hooks: Composition, batches: list[Batch]) -> dict[str,
                         f"{plugin}: batch_counts counts '{unit}', which {owners[unit]} already counts: rename it."
                     )
                 counts[unit] = counts.get(unit, 0.0) + float(value)
-    if run.processes > 1:
-        gathered: list[dict[str, float]] = [{}] * run.processes
-        torch.distributed.all_gather_object(gathered, counts)
-        names = dict.fromkeys(name for each in gathered for name in each)
-        counts = {name: sum(each.get(name, 0.0) for each in gathered) for name in names}
-    return counts
+    return run.world.sum_of(counts)

@@ -167,7 +167,7 @@ def _held_out_record(run: Run) -> HeldOutRecord | None:
 
 def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | None, finished: bool = True) -> None:
     """Write the adapter (complete or absent) and the plot, and report where they are."""
-    if not run.accelerator.is_main_process:
+    if not run.world.first:
         return
     directory = run.directory
     owner = _owner(run)
@@ -243,8 +243,8 @@ def _compare(run: Run) -> str:
 
 def finish_manifest(run: Run, report: Report, finished: bool) -> None:
     """Write the metrics and times of a run to its manifest, and its report.html; the other processes wait for it."""
-    if not run.accelerator.is_main_process:
-        run.accelerator.wait_for_everyone()
+    if not run.world.first:
+        run.world.barrier()
         return
     path, seconds = run.directory / MANIFEST, report.seconds
     manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -267,7 +267,7 @@ def finish_manifest(run: Run, report: Report, finished: bool) -> None:
         write_page(run.directory)
     except Exception as error:  # the run is complete without it
         report.say(f"warning: report.html was not written: {describe(error)}")
-    run.accelerator.wait_for_everyone()
+    run.world.barrier()
 
 
 def _owner(run: Run) -> Any:

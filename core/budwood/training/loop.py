@@ -14,10 +14,11 @@ from budwood.contract.types import Event, Run
 from budwood.errors import DivergedError, Interrupted, ResourceError
 from budwood.model.checkpoint import one_revision
 from budwood.model.quiet import silence_libraries
+from budwood.parallel.processes import Processes
 from budwood.recipe.schema import Recipe, load_recipe
 from budwood.training.batches import StepBatches, optimizer_steps
 from budwood.training.durability.checkpoint import NotSavedError, Saver
-from budwood.training.durability.lock import first_process, locked
+from budwood.training.durability.lock import locked
 from budwood.training.durability.resume import Resume, find_resume
 from budwood.training.durability.signals import Signals, exit_code
 from budwood.training.finish import RunFinalizer
@@ -71,7 +72,8 @@ def tune(
     """
     silence_libraries()
     report, signals = Report(quiet, before=before), Signals()
-    report.mute = not first_process()
+    world = Processes.from_environment()
+    report.mute = not world.first
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
     recipe = recipe.allowing_code(allow_code)
     check_output(recipe.output, overwrite, resume)
@@ -95,16 +97,9 @@ def tune(
         raise Interrupted(text, exit_code(signals.number or error)) from None
     finally:
         report.close()
-    if run.processes > 1:
-        atexit.unregister(_destroy_process_group)
-        atexit.register(_destroy_process_group)
+    atexit.unregister(world.leave)
+    atexit.register(world.leave)
     return run
-
-
-def _destroy_process_group() -> None:
-    """Leave the process group while Python still runs: gloo's threads may abort a process that exits inside it."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def train(
@@ -277,14 +272,7 @@ def sum_gradients(run: Run) -> None:
     """
     if run.processes == 1:
         return
-    gradients: dict[torch.dtype, list[torch.Tensor]] = {}
     for parameter in run.trainable:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        gradients.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-    for same_dtype in gradients.values():
-        flat = torch.cat([gradient.reshape(-1) for gradient in same_dtype])
-        torch.distributed.all_reduce(flat)
-        parts = flat.split([gradient.numel() for gradient in same_dtype])
-        for gradient, part in zip(same_dtype, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
+    run.world.sum([parameter.grad for parameter in run.trainable if parameter.grad is not None])

@@ -133,11 +133,7 @@ def _prepare(run: Run, hooks: Composition, batch: Batch) -> Batch:
 
 def _minimum(run: Run, limit: int) -> int:
     """Return the smallest limit of all processes."""
-    if run.processes > 1:
-        smallest = torch.tensor(limit, dtype=torch.int64, device=run.device)
-        torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
-        return int(smallest)
-    return limit
+    return min(run.world.gather(limit))
 
 
 def optimizer_step(run: Run, scaler: torch.amp.GradScaler) -> None:

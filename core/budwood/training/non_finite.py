@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,8 +102,4 @@ def _cause(
 
 def _gather(run: Run, rows: list[int]) -> list[int]:
     """Return the rows of all processes, sorted."""
-    gathered: list[Any] = [rows]
-    if run.processes > 1:
-        gathered = [None] * run.processes
-        torch.distributed.all_gather_object(gathered, rows)
-    return sorted(row for process_rows in gathered for row in process_rows)
+    return sorted(row for process_rows in run.world.gather(rows) for row in process_rows)

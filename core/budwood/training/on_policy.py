@@ -89,10 +89,7 @@ def generate_set(run: Run, hooks: Composition, prompts: np.ndarray) -> ActiveSet
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     run._generators.clear()  # so that every attempt at the step draws the same numbers
-    gathered: list[Any] = [own]
-    if run.processes > 1:
-        gathered = [None] * run.processes
-        torch.distributed.all_gather_object(gathered, [list(step) for step in own])
+    gathered = run.world.gather([list(step) for step in own])
     updates = updates_of(hooks)
     for entries in gathered:
         if len(entries) != updates:

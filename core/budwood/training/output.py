@@ -16,7 +16,8 @@ from typing import Any
 
 from budwood.adapters import store
 from budwood.errors import InputError, ResourceError
-from budwood.training.durability.lock import first_process, holder, in_use
+from budwood.parallel.processes import Processes
+from budwood.training.durability.lock import holder, in_use
 from budwood.untrusted.files import PARTIAL, check_folder, complete_file
 
 MANIFEST = "manifest.json"
@@ -40,7 +41,7 @@ def check_output(directory: Path, overwrite: bool, resume: bool = False) -> None
     """
     if overwrite and resume:
         raise InputError("--resume continues a run and --overwrite replaces it: give only one.")
-    if not first_process():  # the first process may already have locked the folder and written files
+    if not Processes.from_environment().first:  # the first process may already have locked the folder and written files
         return
     check_folder(directory, "output:")
     if directory.exists() and not directory.is_dir():
@@ -80,12 +81,12 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) and "budwood" in manifest else None
 
 
-def make_output(directory: Path, overwrite: bool, accelerator: Any) -> None:
+def make_output(directory: Path, overwrite: bool, world: Processes) -> None:
     """Create the output folder, and with `overwrite` delete the old run's files; call after all checks.
 
     At every moment the folder is empty except for hidden files, or has a manifest.json that identifies it as a run's.
     """
-    if accelerator.is_main_process:
+    if world.first:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             old = read_manifest(directory)
@@ -102,7 +103,7 @@ def make_output(directory: Path, overwrite: bool, accelerator: Any) -> None:
                     path.unlink()
         except OSError as error:
             raise ResourceError(f"output: {directory} cannot be written: {error.strerror}.") from error
-    accelerator.wait_for_everyone()
+    world.barrier()
 
 
 def written_by_strategies(directory: Path) -> list[str]:

@@ -96,10 +96,7 @@ def _measure(run: Run, hooks: Composition) -> dict[str, float]:
             for name, value in values.items():
                 hooks.claim(name, plugin, "evaluate")
                 metrics[name] = value
-        if run.processes > 1:
-            smallest = torch.tensor(run.eval_tokens, device=run.device)
-            torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
-            run.eval_tokens = int(smallest)
+        run.eval_tokens = min(run.world.gather(run.eval_tokens))
         if run.eval_tokens == tokens:
             return metrics
 

@@ -136,8 +136,7 @@ def _cached_parts(run: Run, parts: Sequence[Examples]) -> list[np.ndarray]:
         if limit < run.reference_tokens:
             run.reference_tokens = limit
             break
-        if run.processes > 1:
-            torch.distributed.all_reduce(values)
+        run.world.sum([values])
         results.append(values.cpu().numpy())
     return results
 

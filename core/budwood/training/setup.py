@@ -38,6 +38,7 @@ from budwood.model.limits import default_length
 from budwood.model.ops import attention, kernels
 from budwood.model.streaming import keep_heap
 from budwood.model.task import Task
+from budwood.parallel.processes import Processes
 from budwood.recipe.continued import read_start
 from budwood.recipe.data import embeddings_wanted, read_task_base, recipe_skeleton, recipe_task, recipe_tokenizer
 from budwood.recipe.schema import Recipe, build_composition, find_code, load_recipe
@@ -140,16 +141,17 @@ def _prepare(
     if profile or device.type == "cpu":  # a query takes a microsecond on the CPU, but much longer on CUDA
         on_cuda = device.type == "cuda"
         hooks.measure(peak_memory if on_cuda else resident_peak, torch.cuda.synchronize if on_cuda else None)
+    world = Processes.from_environment()
+    world.join(device)
     accelerator = make_accelerator(device, log_with=recipe.train.trackers or None, project_dir=directory)
-    if accelerator.num_processes > 1:
+    if world.size > 1:
         device = accelerator.device
     if recipe.train.deterministic:
         torch.use_deterministic_algorithms(True)
-    report.mute = not accelerator.is_main_process
+    report.mute = not world.first
     run = Run(
         recipe, directory, device, dtype, hooks.strategies, hooks, task,
-        seed=recipe.train.seed, say=report.say, accelerator=accelerator,
-        process_index=accelerator.process_index, processes=accelerator.num_processes,
+        seed=recipe.train.seed, say=report.say, accelerator=accelerator, world=world,
     )  # fmt: skip
     report.say(f"{device} · {precision_name(dtype)} ({reason}) · {torch.get_num_threads()} threads")
     trust = recipe.base.trust_remote_code
@@ -181,7 +183,7 @@ def _prepare(
     if run.recipe.train.micro_tokens is None:
         settle(run, shared_out(run, wanted(run, "cpu")))
     recipe = run.recipe
-    make_output(directory, overwrite, accelerator)
+    make_output(directory, overwrite, run.world)
 
     run.base = _base(run, hooks, task, trust)
     if recipe.base.resize_embeddings:
@@ -206,7 +208,7 @@ def _prepare(
     engine = build_engine(run, hooks)
     _report_size(run, report, chosen)
     build_optimizer(run, hooks)
-    if accelerator.is_main_process:
+    if world.first:
         write_manifest(run, resume, changes.chosen(given, run))
         complete_file(directory / "recipe.yaml", recipe.to_yaml(hooks.strategies).encode())
         write_skipped(run, report)

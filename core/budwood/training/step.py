@@ -354,12 +354,11 @@ class Engine:
         """Return each loss term's mean over the optimizer step and all processes, and their weighted sum "loss"."""
         values: dict[str, Tensor] = {}
         if self.run.processes > 1:
-            all_terms: list[Any] = [None] * self.run.processes
-            torch.distributed.all_gather_object(all_terms, self.terms)
-            self.terms = {name: unit_and_weight for terms in all_terms for name, unit_and_weight in terms.items()}
+            terms = self.run.world.gather(self.terms)
+            self.terms = {name: unit_and_weight for each in terms for name, unit_and_weight in each.items()}
             for name in sorted(self.terms):
                 self.sums.setdefault(name, torch.zeros((), device=self.run.device))
-                torch.distributed.all_reduce(self.sums[name])
+            self.run.world.sum([self.sums[name] for name in sorted(self.terms)])
         loss = torch.zeros((), device=self.run.device)
         for name, total in self.sums.items():
             unit, weight = self.terms[name]

@@ -78,11 +78,10 @@ class StepTerms:
 
     def exchange(self) -> None:
         """Compute the coefficients of every micro-batch, after each process has collected the values of its own."""
-        gathered: list[Any] = [self._collected]
+        gathered = [self._collected]
         if self.run.processes > 1:
             own = [{name: {k: v.cpu() for k, v in each[name].items()} for name in each} for each in self._collected]
-            gathered = [None] * self.run.processes
-            torch.distributed.all_gather_object(gathered, own)
+            gathered = self.run.world.gather(own)
         coefficients = self._differentiate([each for process in gathered for each in process])
         first = sum(len(process) for process in gathered[: self.run.process_index])
         self._coefficients = {index: coefficients[first + index] for index in range(len(self._collected))}

@@ -72,8 +72,7 @@ class Gain:
         import torch
 
         total = torch.zeros((), device=run.device) if self.total is None else self.total
-        if run.processes > 1:
-            torch.distributed.all_reduce(total)
+        run.world.sum([total])
         run.log("adversarial_gain", total)
         self.total = None
 

@@ -278,17 +278,17 @@ class Distillation(Strategy):
         cache = self.cache
         assert cache is not None
         missing = cache.missing()
-        run.accelerator.wait_for_everyone()
+        run.world.barrier()
         if missing:
-            if run.accelerator.is_main_process:
+            if run.world.first:
                 cache.begin()
             run.say(
                 f"teacher cache {cache.directory}: {len(missing)} of {len(cache.shards)} shards to compute, "
                 f"top {cache.k} and the rest for {cache.labels:,} labels"
             )
-            run.accelerator.wait_for_everyone()
+            run.world.barrier()
             self._fill(run, model, cache, missing[run.process_index :: run.processes])
-            run.accelerator.wait_for_everyone()
+            run.world.barrier()
         else:
             run.say(f"teacher cache {cache.directory}: {cache.labels:,} labels; the teacher is not loaded")
         cache.verify()

@@ -166,7 +166,7 @@ class GRPO(Strategy):
     def before_clip(self, run: Run) -> None:
         if run.planning:
             return
-        shares = gather(run, {name: float(value) for name, value in self._sums.items()})
+        shares = run.world.gather({name: float(value) for name, value in self._sums.items()})
         self._sums.clear()
         for name in dict.fromkeys(name for share in shares for name in share):
             value = sum(share.get(name, 0.0) for share in shares) / run.counts["label"]
@@ -181,12 +181,12 @@ class GRPO(Strategy):
         if examples is None or not limit:
             return {}
         chosen = np.unique(np.linspace(0, len(examples) - 1, min(limit, len(examples))).astype(int))
-        prompts = [examples[int(index)] for index in chosen[run.process_index :: run.processes]]
+        prompts = [examples[int(index)] for index in run.world.share(chosen)]
         answers = run.generate(
             prompts, max_new_tokens=self.options.max_new_tokens, temperature=0, stop=self.options.stop
         )
         samples = [answer for (answer,) in answers]
-        scores = np.concatenate(gather(run, self._score(run, examples, prompts, samples)))
+        scores = np.concatenate(run.world.gather(self._score(run, examples, prompts, samples)))
         means = scores.mean(axis=0)
         metrics = {"eval_reward": float(means @ [weight for _, weight, _ in self.rewards])}
         if len(self.rewards) > 1:
@@ -229,7 +229,7 @@ class GRPO(Strategy):
         rounds = o.value("resample") if o.value("zero_variance") == "drop" else 0
         rest = np.zeros(0, dtype=np.int64)
         if rounds:
-            taken = [index for share in gather(run, list(indices)) for index in share]
+            taken = [index for share in run.world.gather(list(indices)) for index in share]
             rest = np.random.default_rng([run.seed, run.step]).permutation(len(run.examples))
             rest = rest[~np.isin(rest, taken)]
         prompts: list[Example] = []
@@ -246,7 +246,7 @@ class GRPO(Strategy):
             scores = self._score(run, run.examples, [prompt for prompt in new for _ in range(o.samples)], answers)
             prompts, samples, parts = [*prompts, *new], [*samples, *answers], [*parts, scores]
             missing -= int((np.ptp(self._totals(scores), axis=1) > 0).sum())
-            everywhere = gather(run, missing) if number < rounds else []
+            everywhere = run.world.gather(missing) if number < rounds else []
             if not sum(everywhere) or not len(rest):
                 break
             first = sum(everywhere[: run.process_index])
@@ -288,7 +288,7 @@ class GRPO(Strategy):
             penalties = [np.zeros(len(values)) for values in old]
         result = advantages(
             rewards, np.array([len(values) for values in old]), o.value("baseline"), o.value("scale"),
-            lambda values: np.concatenate(gather(run, values)), penalties,
+            lambda values: np.concatenate(run.world.gather(values)), penalties,
         )  # fmt: skip
         columns = [{"advantage": a, "old": b} for a, b in zip(result, old, strict=True)]
         if o.importance_cap:
@@ -304,18 +304,17 @@ class GRPO(Strategy):
         kept = kept.ravel()
         if self.options.over_long == "drop":
             kept &= np.array([sample.finish_reason != "length" for sample in samples], dtype=bool)
-        most = max(gather(run, int(kept.sum())))  # a process may have none, but no step may be without any
-        return kept if most >= self.options.minibatches else np.ones_like(kept)
+        left = sum(run.world.gather(int(kept.sum())))
+        return kept if left >= self.options.minibatches else np.ones_like(kept)
 
     def _steps(self, run: Run, examples: list[Example]) -> list[list[Example]]:
-        """Split the samples into the parts of each pass."""
-        parts = self.options.minibatches
+        """Split the samples of all processes into the parts of each pass; returns this process's samples of each."""
+        parts, own = self.options.minibatches, {str(example.key): example for example in examples}
+        keys = sorted(key for share in run.world.gather(list(own)) for key in share)
         steps: list[list[Example]] = []
         for number in range(self.options.iterations):
-            order = np.arange(len(examples))
-            if parts > 1:
-                order = np.random.default_rng([run.seed, run.step, number]).permutation(order)
-            steps += [[examples[i] for i in part] for part in np.array_split(order, parts)]
+            order = np.random.default_rng([run.seed, run.step, number]).permutation(len(keys))
+            steps += [[own[keys[i]] for i in part if keys[i] in own] for part in np.array_split(order, parts)]
         return steps
 
     def _record(
@@ -334,11 +333,11 @@ class GRPO(Strategy):
             }
             for i, (text, sample) in enumerate(zip(texts, samples, strict=True))
         ]  # fmt: skip
-        gathered = gather(run, (records, scores, totals))
+        gathered = run.world.gather((records, scores, totals))
         records = [record for share, _, _ in gathered for record in share]
         scores, totals = (np.concatenate([share[i] for share in gathered]) for i in (1, 2))
         ended = [record["finish_reason"] != "length" for record in records]
-        if run.accelerator.is_main_process:
+        if run.world.first:
             self.file.write(run.directory, run.step, records)
         self.watch.add(scores, totals, any(ended), run.say)
         by_reward = sorted(records, key=lambda record: float(record["reward"]))
@@ -362,7 +361,7 @@ class GRPO(Strategy):
     def _compare(self, run: Run, trainer: Sequence[np.ndarray], sampler: Sequence[np.ndarray]) -> None:
         """Log the difference between the log-probabilities of trainer and sampler."""
         apart = [np.abs(a - b) for a, b in zip(trainer, sampler, strict=True)]
-        values = np.concatenate([np.zeros(0), *(part for share in gather(run, apart) for part in share)])
+        values = np.concatenate([np.zeros(0), *(part for share in run.world.gather(apart) for part in share)])
         run.log(f"{self.name}_mismatch", float(values.mean()))
         self.watch.compare(float(values.mean()), run.say)
 
@@ -395,14 +394,3 @@ class GRPO(Strategy):
                 ])  # fmt: skip
         result: Tensor = step.cache[self.name]
         return result
-
-
-def gather(run: Run, value: Any) -> list[Any]:
-    """Return a value of each process, in order."""
-    if run.processes == 1:
-        return [value]
-    import torch
-
-    gathered: list[Any] = [None] * run.processes
-    torch.distributed.all_gather_object(gathered, value)
-    return gathered

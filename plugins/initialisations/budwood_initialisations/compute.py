@@ -44,10 +44,7 @@ def initialise(strategy: Initialisation, run: Run, model: nn.Module) -> Starts:
         torch.manual_seed(run.seed)  # for randomised decompositions
         starts, text = strategy.find_starts(run, model)
     starts = {path: (a.detach().float().cpu(), b.detach().float().cpu()) for path, (a, b) in starts.items()}
-    if run.processes > 1:
-        box: list[Any] = [starts]
-        torch.distributed.broadcast_object_list(box, 0)
-        starts = box[0]
+    starts = run.world.broadcast(starts)
     set_starts(model, RUN_ADAPTER, starts, strategy.subtracts)
     run.say(f"{strategy.name}: {text}; {time.perf_counter() - began:.1f} s")
     return starts

@@ -114,7 +114,6 @@ class RewardModel(SequenceClassification):
         total = torch.zeros(4, dtype=torch.float64, device=run.device)
         for part in over_eval_batches(run, sums):
             total += part
-        if run.processes > 1:
-            torch.distributed.all_reduce(total)
+        run.world.sum([total])
         weight, *means = total.tolist()
         return {f"eval_{name}": mean / weight for name, mean in zip(("loss", "accuracy", "margin"), means, strict=True)}

@@ -75,6 +75,12 @@ def test_micro_batches_contain_every_example_within_the_limit(
         assert size <= tokens or len(batch) == 1
     random.shuffle(chosen)
     assert split_micro(np.array(chosen, dtype=np.int64), lengths, tokens, packed) == batches
+    shared = split_micro(chosen, lengths, tokens, packed, parts=3)
+    assert sorted(i for batch in shared for i in batch) == sorted(chosen)
+    assert len(shared) % 3 == 0 or all(len(batch) == 1 for batch in shared)
+    for batch in shared:
+        size = lengths[batch].sum() if packed else len(batch) * lengths[batch].max()
+        assert size <= tokens or len(batch) == 1
 
 
 def test_the_number_of_rows_is_small_and_their_sizes_are_similar() -> None:

@@ -14,6 +14,7 @@ from tests.processes import run_in_two_processes
 from torch import Tensor
 
 from budwood.errors import DivergedError, InputError, Interrupted, ResourceError
+from budwood.parallel.processes import Processes
 from budwood.training.loop import sum_gradients, tune
 
 Make = Callable[..., object]
@@ -339,7 +340,7 @@ def test_the_gradients_of_all_processes_are_summed_in_one_all_reduce_per_dtype(m
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     expected = [2 * gradient for gradient in own]
-    sum_gradients(SimpleNamespace(processes=2, trainable=[*parameters, without]))
+    sum_gradients(SimpleNamespace(processes=2, world=Processes(size=2), trainable=[*parameters, without]))
     assert sent == [torch.float32, torch.bfloat16]
     assert all(torch.equal(p.grad, want) for p, want in zip(parameters, expected, strict=True))
     assert torch.equal(without.grad, torch.zeros(2))

@@ -18,6 +18,7 @@ from budwood import CorruptError, InputError, Run
 from budwood.adapters.peft_layers import live_adapters
 from budwood.adapters.use import use_adapters
 from budwood.model.text_tasks import CausalLM
+from budwood.parallel.processes import Processes
 from budwood_adalora.options import AdaLoRAOptions
 from budwood_adalora.strategy import AdaLoRA
 from budwood_lora.options import LoRAOptions
@@ -183,7 +184,7 @@ def test_the_penalty_is_added_once_per_optimizer_step(tiny_base: Path) -> None:
     strategy, run = put_on(load(tiny_base))
     for micro_step, replaying, process, expected in ((0, False, 0, True), (1, False, 0, False), (0, True, 0, False),
                                                      (0, False, 1, False)):  # fmt: skip
-        run.process_index = process
+        run.world = Processes(rank=process, size=2)
         step = SimpleNamespace(micro_step=micro_step, replaying=replaying, run=run)
         assert (strategy.loss_terms(step=step, outputs=None) is not None) is expected
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Mapping
 from functools import cache
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from budwood.errors import ResourceError
 from budwood.model.quantizers.protocol import Quantizer, Unquantized
 from budwood.model.quiet import hide_hub_kernels
+from budwood.parallel.sharding import whole
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 BLOCK, NESTED_BLOCK = 64, 256
 """Weights that share a scale, and scales that share one if they are quantised too: transformers' defaults."""
+SCALES = "weight_scales"
+"""Parameter of a sharded 4-bit linear."""
 FEW_ROWS = 1536
 """Up to this many rows of an input, bitsandbytes chooses how to multiply; above, it dequantises W, as is done here."""
 
@@ -113,6 +117,7 @@ class Int8(_BitsAndBytes):
 
 class _FourBit(_BitsAndBytes):
     kind: str
+    shards = True
 
     def config(self, dtype: torch.dtype, double_quantization: bool, skip: list[str]) -> Any:
         from transformers import BitsAndBytesConfig
@@ -140,6 +145,20 @@ class _FourBit(_BitsAndBytes):
 
     def after_load(self, model: nn.Module, skip: list[str]) -> None:
         guard_repacking(model)
+
+    def shard(self, module: Any) -> None:
+        """Make the packed weight and its scales plain parameters, and let the module compute from them."""
+        import torch
+        from torch import nn
+
+        weight, state = module.weight, module.weight.quant_state
+        facts = {name: value for name, value in vars(weight).items() if not hasattr(value, "device")}
+        packed = nn.Parameter(weight.detach().as_subclass(torch.Tensor), requires_grad=False)
+        vars(packed).update(facts, quant_state=None)
+        module._parameters["weight"] = packed
+        module.register_parameter(SCALES, nn.Parameter(state.absmax.view(-1, 1), requires_grad=False))
+        module.quant_state, state.absmax = state, None
+        module.__class__ = _sharded_linear()
 
     def planned(self, module: nn.Module, dtype: torch.dtype, double_quantization: bool) -> nn.Module:
         import bitsandbytes
@@ -184,20 +203,20 @@ class _FourBit(_BitsAndBytes):
         return FourBitExperts.planned(shape, self.kind, double_quantization)
 
     def is_linear(self, module: nn.Module) -> bool:
-        return _is_four_bit(module) and getattr(module.weight, "quant_type", "") == self.kind
+        return _is_four_bit(module) and _quant_type(module) == self.kind
 
     def constants(self, module: Any) -> list[Tensor]:
         import torch
 
-        state = module.weight.quant_state
-        constants = [getattr(state, "offset", None)]
+        state = _state(module, gather=False)
+        constants = [getattr(state, "offset", None), getattr(module, SCALES, None)]
         constants += [
             getattr(o, name, None) for o in (state, getattr(state, "state2", None)) for name in ("absmax", "code")
         ]
         return [tensor for tensor in constants if isinstance(tensor, torch.Tensor)]
 
     def shape(self, module: Any) -> tuple[int, int]:
-        outputs, inputs = module.weight.quant_state.shape
+        outputs, inputs = _state(module, gather=False).shape
         return outputs, inputs
 
     def forward(self, module: Any, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -211,14 +230,14 @@ class _FourBit(_BitsAndBytes):
             from torch.nn import functional
 
             return functional.linear(x.to(dtype), dense, bias).to(x.dtype)
-        result: Tensor = bitsandbytes.matmul_4bit(x.to(dtype), weight, weight.quant_state, bias=bias).to(x.dtype)
+        result: Tensor = bitsandbytes.matmul_4bit(x.to(dtype), weight, _state(module), bias=bias).to(x.dtype)
         return result
 
     def dequantize(self, module: Any, dtype: torch.dtype) -> Tensor:
         import bitsandbytes
         import torch
 
-        state = module.weight.quant_state
+        state = _state(module)
         if getattr(state, "packing_format_for_cpu", False):
             raise RuntimeError("bitsandbytes has repacked this 4-bit weight for inference; it cannot be dequantised")
         dense = self._by_kernel(module, dtype)
@@ -228,7 +247,7 @@ class _FourBit(_BitsAndBytes):
         if state.nested:
             absmax = bitsandbytes.functional.dequantize_blockwise(absmax, state.state2) + state.offset
         weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-            module.weight.data.view(-1, 1), absmax.float(), state.blocksize, state.quant_type, state.shape, dtype
+            whole(module.weight.data).view(-1, 1), absmax.float(), state.blocksize, state.quant_type, state.shape, dtype
         )
         return weight
 
@@ -238,7 +257,7 @@ class _FourBit(_BitsAndBytes):
 
         from budwood.model.ops.kernels import implementation
 
-        weight, state = module.weight.data, module.weight.quant_state
+        weight, state = whole(module.weight.data), _state(module)
         kernel = implementation("dequantize_4bit", weight, dtype)
         if kernel is None:
             return None
@@ -261,6 +280,22 @@ class FP4(_FourBit):
     """4-bit floating point, one scale per 64 weights."""
 
     kind = "fp4"
+
+
+def _state(module: Any, gather: bool = True) -> Any:
+    """Return how a 4-bit linear is quantised; of a sharded one with its scales, gathered if necessary."""
+    if not hasattr(module, SCALES):
+        return module.weight.quant_state
+    state = module.quant_state
+    if gather:
+        state = copy.copy(state)
+        state.absmax = whole(getattr(module, SCALES)).view(-1)
+    return state
+
+
+def _quant_type(module: Any) -> str:
+    state = module.quant_state if hasattr(module, SCALES) else module.weight
+    return str(getattr(state, "quant_type", ""))
 
 
 def _planned_bias(module: Any, dtype: torch.dtype) -> Any:
@@ -288,7 +323,7 @@ def assert_not_packed(model: nn.Module) -> None:
         RuntimeError: a weight has been repacked, so gradients and merged weights would be garbage.
     """
     for layer in _four_bit_layers(model):
-        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+        if getattr(_state(layer, gather=False), "packing_format_for_cpu", False):
             raise RuntimeError("a 4-bit weight has been repacked for inference: its gradients would be garbage")
 
 
@@ -302,6 +337,21 @@ def guard_autocast(model: nn.Module) -> None:
     for layer in model.modules():
         if _is_eight_bit(layer):
             layer.__class__ = _guarded_linear()
+
+
+@cache
+def _sharded_linear() -> type[nn.Module]:
+    import bitsandbytes
+
+    class ShardedLinear4bit(bitsandbytes.nn.Linear4bit):
+        """bitsandbytes' 4-bit linear that reads its packed weight and scales from plain parameters."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            from budwood.model.ops.linear import frozen_linear
+
+            return frozen_linear(x, self)
+
+    return ShardedLinear4bit
 
 
 @cache

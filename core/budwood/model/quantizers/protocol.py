@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from budwood.contract.strategy import Plugin
+from budwood.parallel.sharding import whole
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,8 @@ class Quantizer(Plugin):
     """True: a stored checkpoint loads from its files, since its library reads more of them than tensors."""
     stored_names: str = ""
     """Regular expression that the name of some tensor in each of its checkpoints matches; "": not checked."""
+    shards: bool = False
+    """Whether its linears compute with weights that are sharded over processes; see `shard`."""
     known_to_peft: bool = False
     """Whether PEFT has layers for these linears, which DoRA needs."""
 
@@ -114,6 +117,13 @@ class Quantizer(Plugin):
         """Return what `pack_experts` returns for a weight [E, out, in], with fake tensors; for plans of memory."""
         return None
 
+    def shard(self, module: Any) -> None:
+        """Prepare a linear for sharding, if `shards`: core shards the module's parameters of two dimensions or more.
+
+        What holds the weights becomes such parameters, frozen, which the other methods read whenever they are called:
+        in a pass they are complete, and between passes `budwood.parallel.sharding.whole` gathers them.
+        """
+
     def is_linear(self, module: nn.Module) -> bool:
         """Return whether `module` is a linear that this quantiser stores."""
         return False
@@ -159,6 +169,7 @@ class Unquantized(Quantizer):
 
     api = 2
     known_to_peft = True
+    shards = True
 
     def is_linear(self, module: nn.Module) -> bool:
         from torch import nn
@@ -178,7 +189,7 @@ class Unquantized(Quantizer):
         return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
     def dequantize(self, module: Any, dtype: torch.dtype) -> Tensor:
-        weight: Tensor = module.weight.to(dtype)
+        weight: Tensor = whole(module.weight).to(dtype)
         return weight.t() if is_transposed(module) else weight
 
 

@@ -16,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -74,7 +73,7 @@ class Saver:
         self.setting = {**setting(run), **adapted(run)}
         self.accepted = resume.accepted if resume is not None else []
         self.folder = run.directory / FOLDER
-        for partial in self.folder.glob(".*") if run.accelerator.is_main_process else ():  # left by a killed process
+        for partial in self.folder.glob(".*") if run.world.first else ():  # left by a killed process
             shutil.rmtree(partial, ignore_errors=True)
         self.last = 0
         """Step of the newest complete checkpoint; 0 if there is none."""
@@ -93,11 +92,7 @@ class Saver:
         if every is not None:
             return bool(self.run.step % every == 0)
         late = time.monotonic() - self._saved_at >= SECONDS
-        if self.run.processes > 1:
-            flag = torch.tensor(int(late), device=self.run.device)
-            torch.distributed.broadcast(flag, 0)
-            late = bool(flag)
-        return late
+        return self.run.world.broadcast(late)
 
     def check_space(self) -> None:
         """Check before training that the disk has room for the run's checkpoints and adapter.
@@ -106,7 +101,7 @@ class Saver:
             ResourceError: it has not; the message names the bytes needed.
         """
         current = self.snapshot()
-        if not self.run.accelerator.is_main_process:
+        if not self.run.world.first:
             return
         train, evaluates = sum(p.nbytes for p in self.run.trainable), self.run.eval_examples is not None
         moments = sum(t.nbytes for name, t in current.tensors.items() if name.startswith("optimizer/"))
@@ -128,7 +123,7 @@ class Saver:
         run, progress = self.run, self.progress
         states = self.hooks.collect("state_dict", run=run)
         random_states = all_random_states(run)
-        if not run.accelerator.is_main_process:
+        if not run.world.first:
             return Snapshot(run.step, None, {})
         tensors: dict[str, Tensor] = {}
         strategies = {}
@@ -175,9 +170,9 @@ class Saver:
         """
         self.wait()
         self._saved_at = time.monotonic()
-        if not self.run.accelerator.is_main_process:
+        if not self.run.world.first:
             self.last = snapshot.step
-        if snapshot.step == self._submitted or not self.run.accelerator.is_main_process:
+        if snapshot.step == self._submitted or not self.run.world.first:
             return
         self._submitted = snapshot.step
         if snapshot.bytes > _free(self.run.directory):

@@ -59,11 +59,6 @@ def locked(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
                 created.rmdir()  # fails unless it is empty
 
 
-def first_process() -> bool:
-    """Whether this is the run's first process (torchrun's rank 0), which owns the folder."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
-
-
 def in_use(directory: Path, by: str) -> InputError:
     """Return the error for a folder that another process uses."""
     return InputError(f"output: {directory} is in use by {by}: wait for it, or name another folder.")

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from budwood.contract.types import Run
 
 
@@ -65,10 +63,7 @@ class Signals:
 
     def requested(self, run: Run) -> int:
         """Return the signal that ends the run, or 0; all processes get the same answer."""
-        if run.processes > 1:
-            number = torch.tensor(self.number, device=run.device)
-            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-            self.number = int(number)
+        self.number = max(run.world.gather(self.number))
         return self.number
 
     def _handle(self, number: int, frame: Any) -> None:

@@ -92,11 +92,7 @@ def _random_state(run: Run) -> Tensor:
 def all_random_states(run: Run) -> Tensor:
     """Return the random states of all processes, [processes, n] float64."""
     own = _random_state(run)
-    if run.processes == 1:
-        return own[None]
-    gathered = [torch.empty_like(own, device=run.device) for _ in range(run.processes)]
-    torch.distributed.all_gather(gathered, own.to(run.device))
-    return torch.stack(gathered).cpu()
+    return torch.stack(run.world.gather(own))
 
 
 def set_random_state(run: Run, states: Tensor) -> None:
