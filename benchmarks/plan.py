@@ -45,6 +45,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lora with DoRA": {"strategies": [{"lora": {"dora": True}}]},
     "lora with DoRA, nf4": {"strategies": [{"lora": {"dora": True}}], "quantization": "nf4"},
     "lora and a whole head": {"strategies": [{"lora": {"modules_to_save": ["lm_head"]}}]},
+    "lora and a whole head, adamw-8bit": {
+        "strategies": [{"lora": {"modules_to_save": ["lm_head"]}}, {"adamw-8bit": {"min_elements": 1024}}],
+    },
     "adalora, nf4": {
         "strategies": [{"adalora": {"initial_phase": 0, "final_phase": 1, "interval": 1}}], "quantization": "nf4",
         "train": {"steps": 10},

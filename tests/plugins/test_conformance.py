@@ -13,6 +13,7 @@ from budwood_averaging import EMA, SWA
 from budwood_distillation import Distillation
 from budwood_grpo import GRPO
 from budwood_lora import LoRA
+from budwood_optimizers import AdamW8bit
 from budwood_preference import CPO, DPO, KTO, ORPO, SimPO
 
 LOW_RANK = {"rank": 2, "alpha": 4}
@@ -112,6 +113,15 @@ class TestSWA(StrategyConformance):
 
     strategy = SWA
     options = {"start": 0, "every": 2}
+
+
+class TestAdamW8bit(StrategyConformance):
+    strategy = AdamW8bit
+    options = {"min_elements": 128}
+    does_not_apply = {
+        "composes_with": "it sees no other strategy but AdaLoRA, with which it is tested",
+        "two_processes_equal_one": "it begins when the gradients of all processes are summed",
+    }
 
 
 class TestDPO(StrategyConformance):

@@ -117,7 +117,9 @@ class HookSpecs:
         When: once, after `trainable_parameters`; `groups` are torch parameter groups with the keys "params", "lr",
             "weight_decay" and "name".
         May change: the groups' values, such as a learning rate.
-        Returns: a torch optimizer over all groups.
+        Returns: a torch optimizer over all groups. If its state of a parameter is not made of tensors of the
+            parameter's shape, it has a method `sliced_state(old, index)`, which returns the state of the part
+            `old[index]`; `run.replace_parameter` calls it.
         """
 
     @_hook("exclusive", first=True)

@@ -483,8 +483,15 @@ class Run:
             return
         for torch_group in self.optimizer.param_groups:
             torch_group["params"] = [new if p is old else p for p in torch_group["params"]]
-        state = self.optimizer.state.pop(old, None)
-        if state is not None:
-            self.optimizer.state[new] = {
-                k: v[index].clone() if isinstance(v, Tensor) and v.shape == old.shape else v for k, v in state.items()
-            }
+        state = self.optimizer.state.get(old)
+        if state:
+            sliced = getattr(self.optimizer, "sliced_state", None)
+            self.optimizer.state[new] = (
+                sliced(old, index)
+                if sliced is not None
+                else {
+                    k: v[index].clone() if isinstance(v, Tensor) and v.shape == old.shape else v
+                    for k, v in state.items()
+                }
+            )
+        self.optimizer.state.pop(old, None)

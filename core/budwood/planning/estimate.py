@@ -335,7 +335,8 @@ def advice(result: Estimate, recipe: Recipe) -> str:
             return "set base.quantization: nf4, or take a smaller base"
         return "take a smaller base, or a device with more memory"
     if trained > work:
-        return "lower the adapter's rank, or adapt fewer layers"
+        eight_bit = "add the strategy adamw-8bit, " if 3 * parts.get(OPTIMIZER, 0) > trained else ""
+        return f"{eight_bit}lower the adapter's rank, or adapt fewer layers"
     if not recipe.train.gradient_checkpointing:
         return "set train.gradient_checkpointing: true, or lower train.micro_tokens"
     return f"lower train.micro_tokens (the largest micro-batch has {result.largest_micro:,}), or data.max_length"

@@ -302,6 +302,10 @@ def _scratch(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
     """Return the bytes of the copies that an elementwise CPU kernel makes of operands and results of other dtypes."""
     if func in _DROPOUT:  # multiply by their mask, cast to the input's dtype
         return inputs[0].numel() * inputs[0].element_size()
+    if (
+        str(func) == "bitsandbytes.optimizer_update_32bit.default"
+    ):  # the gradient, a denominator and the update, in fp32
+        return 3 * 4 * inputs[0].numel()
     operands = [tensor for tensor in inputs if tensor.dim()]
     if len({tensor.dtype for tensor in operands}) < 2 or torch.Tag.pointwise not in func.tags:
         return 0

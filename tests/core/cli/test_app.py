@@ -38,6 +38,7 @@ HEAVY = {
     "budwood_averaging",
     "budwood_distillation",
     "budwood_grpo",
+    "budwood_optimizers",
     "budwood_preference",
     "matplotlib",
     "sklearn",

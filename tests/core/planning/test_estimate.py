@@ -31,6 +31,7 @@ COMPARED = (
     "lora, nf4, bf16", "lora, fp4, dropout, gradient checkpointing", "adalora, nf4", "lora, adversarial (smart)",
     "lora, dpo", "lora, grpo", "lora, distillation", "lora, sequence-classification", "lora, int8, bf16",
     "lora, masked-lm", "lora, sequence-to-sequence", "lora, embedding", "lora with DoRA, nf4",
+    "lora and a whole head, adamw-8bit",
 )  # fmt: skip
 CPU = Device("a CPU", "cpu", 64 * GIB)
 
