@@ -36,11 +36,13 @@ from budwood.model.base import (
 from budwood.model.embeddings import resize_base
 from budwood.model.limits import default_length
 from budwood.model.ops import attention, kernels
+from budwood.model.recompute import recompute_layers
 from budwood.model.streaming import keep_heap
 from budwood.model.task import Task
 from budwood.recipe.continued import read_start
 from budwood.recipe.data import embeddings_wanted, read_task_base, recipe_skeleton, recipe_task, recipe_tokenizer
 from budwood.recipe.schema import Recipe, build_composition, find_code, load_recipe
+from budwood.training import recompute
 from budwood.training.durability import changes
 from budwood.training.durability.resume import Resume
 from budwood.training.micro_tokens import settle, settle_as_before, shared_out, wanted
@@ -135,6 +137,7 @@ def _prepare(
     task, given = recipe_task(recipe), recipe
     directory = Path(recipe.output)
     device, dtype, reason = pick_device_precision(recipe.base.device, recipe.train.precision)
+    recompute.check_device(recipe, device.type)
     check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code, device)
     check_trackers(recipe.train.trackers)
     if profile or device.type == "cpu":  # a query takes a microsecond on the CPU, but much longer on CUDA
@@ -165,6 +168,7 @@ def _prepare(
     check_plan(plan, hooks)
     if resume is not None:
         settle_as_before(run, resume.checkpoint.setting)
+        recompute.settle_as_before(run, resume.checkpoint.setting)
         now = changes.setting(run)
         if not hooks.implements("load_base"):
             now["base"] = {"fingerprint": fingerprint(recipe.base.model)}
@@ -178,6 +182,8 @@ def _prepare(
     chosen = run.recipe.train.micro_tokens is None
     if planner is not None:
         planner(run, model)
+    if run.recipe.train.gradient_checkpointing == "auto":
+        recompute.settle(run, True)
     if run.recipe.train.micro_tokens is None:
         settle(run, shared_out(run, wanted(run, "cpu")))
     recipe = run.recipe
@@ -241,6 +247,7 @@ def check_plan(plan: Plan, hooks: Composition) -> None:
     """
     plan.problems.clear()
     plan.problems += find_code(plan.recipe, plan.strategies)
+    plan.problems += recompute.find_problems(plan.recipe, plan.model)
     hooks.call("check_plan", plan=plan)
     for call in hooks.calls("sequence_terms"):
         if plan.task is not None and isinstance(call.plugin, Strategy) and not plan.task.has_log_probs():
@@ -307,8 +314,8 @@ def adapt_model(run: Run, hooks: Composition) -> None:
     """Let the strategies change the base, and collect what trains."""
     complete_start(run)
     run.model = prepare_model(run, hooks)
-    if run.recipe.train.gradient_checkpointing:
-        run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    train = run.recipe.train
+    recompute_layers(run.model, train.gradient_checkpointing, train.activation_offloading)
     run.groups = trainable_groups(run, hooks)
     run.start = [p.detach().clone() for p in run.trainable]
     if run.average is not None:
@@ -343,7 +350,7 @@ def _report_size(run: Run, report: Report, chosen: bool) -> None:
     if adapted:
         report.say(f"adapted: {adapted}")
     limit = f"at most {train.micro_tokens} tokens at once{' (train.micro_tokens: auto)' if chosen else ''}"
-    report.say(f"{run.steps} optimizer steps of {size}, {limit}")
+    report.say(f"{run.steps} optimizer steps of {size}, {limit}{recompute.describe(run)}")
     if train.steps is None and (run.steps or 0) < FEW_STEPS:
         unit = "batch_examples" if train.batch_examples else "batch_tokens"
         groups = int(run.examples.groups[-1]) + 1  # which are what batch_examples counts
