@@ -20,7 +20,9 @@ class Draws:
         self.first, self.again = _First(self), _Again(self)
 
     def states(self) -> list[torch.Tensor]:
-        """Return the states of the CPU's generator and of the device's."""
+        """Return the states of the CPU's generator and of the device's; none in a plan, which draws nothing."""
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+            return []
         cuda = self.device.type == "cuda"
         return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if cuda else [])]
 

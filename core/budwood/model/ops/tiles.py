@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from budwood.model.random_state import Draws
 
-ROWS, FROM = 4096, 16384
+ROWS, FROM = 4096, 8192
 """Rows of a tile, and rows above which there are tiles. Dequantising a 4-bit base for each tile takes about 4 % of the
-time of its products; micro-batches that are chosen for speed are not larger than `FROM`, only long examples are."""
+time of its products."""
 
 
 def in_tiles(function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> Tensor:
