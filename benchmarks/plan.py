@@ -40,6 +40,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lora, fp4, dropout, gradient checkpointing": {
         "strategies": [{"lora": {"dropout": 0.1}}], "quantization": "fp4", "train": {"gradient_checkpointing": True},
     },
+    "lora, nf4, one layer recomputed": {
+        "strategies": [{"lora": {}}], "quantization": "nf4", "train": {"gradient_checkpointing": 1},
+    },
     "lora, nf4, bf16": {"strategies": [{"lora": {}}], "quantization": "nf4", "train": {"precision": "bf16"}},
     "lora, int8, bf16": {"strategies": [{"lora": {}}], "quantization": "int8", "train": {"precision": "bf16"}},
     "lora with DoRA": {"strategies": [{"lora": {"dora": True}}]},

@@ -8,16 +8,20 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.plan import DOCS, SHAPES, describe_base, replace_between
+from budwood.model.ops import tiles
 from budwood.planning.devices import find_device
 from budwood.planning.estimate import Estimate, estimate, gib
 from budwood.recipe.schema import Recipe
 
 CARDS = ("RTX 4060 8G", "RTX 3060 12G", "RTX 4060 Ti 16G", "RTX 4090 24G", "L40S 48G", "A100 80G")
 TOKENS = 2048
+SHORT, LONG = (2048, 8192), (12288, 20480)
+"""Lengths that are planned: MLPs compute longer ones in tiles."""
 MARKS = ("<!-- cards -->\n", "<!-- end of cards -->\n")
 
 UNSLOTH = "https://unsloth.ai/docs/basics/unsloth-benchmarks"
@@ -42,13 +46,16 @@ def plan_cards() -> None:
         for name in ("8B", "70B"):
             describe_base(Path(folder) / name, SHAPES[name], length=1 << 20)
 
-        def plan(name: str, card: str, tokens: int, length: int, rank: int) -> Estimate:
+        def plan(name: str, card: str, tokens: int, length: int, rank: int, offloads: bool = False) -> Estimate:
             recipe = Recipe.from_dict(
                 {
                     "base": {"model": str(Path(folder) / name), "quantization": "nf4"},
                     "data": {"train": "none.jsonl", "eval": "none", "max_length": length},
                     "strategies": [{"lora": {"rank": rank}}],
-                    "train": {"steps": 100, "batch_tokens": tokens, "gradient_checkpointing": True},
+                    "train": {
+                        "steps": 100, "batch_tokens": tokens, "gradient_checkpointing": True,
+                        "activation_offloading": offloads,
+                    },
                     "output": str(Path(folder) / "run"),
                 }
             )  # fmt: skip
@@ -74,23 +81,45 @@ def _row(name: str, plan: Estimate) -> dict[str, Any]:
 
 
 def _longest(name: str, plan: Callable[..., Estimate]) -> list[dict[str, Any]]:
-    """Return the longest example that fits each card: the peak is a line in the length, which a third plan checks."""
-    short, long = 4096, 32768
-    first, second = (plan(name, "A100 80G", tokens, tokens, 32).peak for tokens in (short, long))
-    each = (second - first) / (long - short)
+    """Return the longest example that fits each card, with the inputs of layers on the device and on the host."""
+    lengths: list[Callable[[int], int]] = []
+    for offloads in (False, True):
+        points = {tokens: plan(name, "A100 80G", tokens, tokens, 32, offloads).peak for tokens in (*SHORT, *LONG)}
+        lengths.append(partial(_length, points))
+        if name == "8B" and offloads:
+            _check_line(points, plan)
     rows = []
     for size, (unsloth, hugging) in CLAIMS[name].items():
         card = find_device(next(card for card in CARDS if card.endswith(f" {size}G")))
-        tokens = int(short + (card.memory - first) / each) // 64 * 64
-        if tokens < short and (tokens < 64 or not plan(name, card.name, tokens, tokens, 32).fits):
-            tokens = 0
-        rows.append({"card": card.name, "tokens": tokens, "unsloth": unsloth, "hugging_face_fa2": hugging})
-    checked = rows[-1]
-    peak = plan(name, checked["card"], checked["tokens"], checked["tokens"], 32).peak
-    expected = first + each * (checked["tokens"] - short)
-    if abs(peak / expected - 1) > 0.005:
-        raise AssertionError(f"{name}: the peak at {checked['tokens']:,} tokens is {peak:,}, not {expected:,.0f}")
+        tokens, offloaded = (length(card.memory) for length in lengths)
+        rows.append(
+            {
+                "card": card.name, "tokens": tokens, "offloaded": offloaded, "unsloth": unsloth,
+                "hugging_face_fa2": hugging,
+            }
+        )  # fmt: skip
     return rows
+
+
+def _length(points: dict[int, int], memory: int) -> int:
+    """Return the longest example whose peak, a line below and above the length from which there are tiles, fits."""
+    for low, high in (LONG, SHORT):
+        each = (points[high] - points[low]) / (high - low)
+        tokens = int(low + (memory - points[low]) / each) // 64 * 64
+        if (low, high) == LONG and tokens > tiles.FROM:
+            return tokens
+        if (low, high) == SHORT:
+            return min(tokens, tiles.FROM) if tokens >= 64 else 0
+    raise AssertionError
+
+
+def _check_line(points: dict[int, int], plan: Callable[..., Estimate]) -> None:
+    """Plan the longest example of one card, whose peak must be its memory."""
+    card = find_device("RTX 4090 24G")
+    tokens = _length(points, card.memory)
+    peak = plan("8B", card.name, tokens, tokens, 32, True).peak
+    if abs(peak / card.memory - 1) > 0.005:
+        raise AssertionError(f"the peak at {tokens:,} tokens is {peak:,} of {card.memory:,}")
 
 
 def tables(record: dict[str, Any]) -> str:
@@ -108,14 +137,15 @@ def tables(record: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "| base | card | longest example, planned here | Unsloth's page | Hugging Face + FA2, on the same page |",
-        "|---|---|--:|--:|--:|",
+        "| base | card | longest example, planned here | with activation_offloading | Unsloth's page | Hugging Face + "
+        "FA2, on the same page |",
+        "|---|---|--:|--:|--:|--:|",
     ]
     for name, rows in record["longest"].items():
         for row in rows:
             other = f"{row['hugging_face_fa2']:,}" if row["hugging_face_fa2"] else "out of memory"
-            mine = f"{row['tokens']:,}" if row["tokens"] else "does not fit"
-            lines.append(f"| {name} | {row['card']} | {mine} | {row['unsloth']:,} | {other} |")
+            mine, moved = (f"{row[key]:,}" if row[key] else "does not fit" for key in ("tokens", "offloaded"))
+            lines.append(f"| {name} | {row['card']} | {mine} | {moved} | {row['unsloth']:,} | {other} |")
     alike, theirs = record["as_torchtune"], record["torchtune"]
     low, high = alike["tokens_per_second"]
     lines += [

@@ -6,13 +6,15 @@ takes another path on CUDA asks here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _planned: list[tuple[str, tuple[int, int]]] = []
+_host: list[Callable[[], AbstractContextManager[Any]]] = []
 
 
 @contextmanager
@@ -38,3 +40,18 @@ def device_type(tensor: Tensor) -> str:
 def capability(tensor: Tensor) -> tuple[int, int]:
     """Return CUDA's compute capability of the device that the code for `tensor` is for."""
     return _planned[-1][1] if _planned else torch.cuda.get_device_capability(tensor.device)
+
+
+@contextmanager
+def planned_host(counting: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Enter what `counting` returns wherever `on_host` is entered inside the context."""
+    _host.append(counting)
+    try:
+        yield
+    finally:
+        _host.pop()
+
+
+def on_host() -> AbstractContextManager[Any]:
+    """Return a context around the allocation of memory that is the host's, also where a plan has only CPU tensors."""
+    return _host[-1]() if _host else nullcontext()

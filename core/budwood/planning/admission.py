@@ -13,6 +13,7 @@ from budwood.contract.types import Run
 from budwood.errors import BudwoodError, ResourceError
 from budwood.model.machine import host_memory
 from budwood.planning.sharding import can_shard, saved
+from budwood.training import recompute
 from budwood.training.micro_tokens import largest_group, settle, shared_out, wanted
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def admit(run: Run, skeleton: Any) -> None:
     Raises:
         ResourceError: the run does not fit; the message names the largest part, and what to change.
     """
+    layers: bool | int = False
     size = run.recipe.train.micro_tokens or wanted(run, run.device.type)
     free = available(run)
     result = error = None
@@ -43,12 +45,14 @@ def admit(run: Run, skeleton: Any) -> None:
             error = str(failure)
     result, error = run.world.broadcast((result, error))
     if error is not None:
-        size = run.recipe.train.micro_tokens or wanted(run, "cpu")
+        size, layers = run.recipe.train.micro_tokens or wanted(run, "cpu"), True
         run.say(f"note: memory and time were not planned: {error}")
     if result is not None:
-        size = run.recipe.train.micro_tokens or result.micro_tokens
+        size, layers = run.recipe.train.micro_tokens or result.micro_tokens, result.gradient_checkpointing
     if run.recipe.train.micro_tokens is None:
         settle(run, shared_out(run, size))
+    if run.recipe.train.gradient_checkpointing == "auto":
+        recompute.settle(run, layers)
     if result is not None:
         _decide(run, result, skeleton)
 
@@ -89,10 +93,13 @@ def _decide(run: Run, result: Estimate, skeleton: Any) -> None:
     device = result.device
     run.planned = result.as_dict()
     span = "" if result.seconds is None else f", {result.seconds[0]:,.0f} to {result.seconds[1]:,.0f} s of training"
+    layers = f"; {result.recomputed} of {result.layers} layers recompute" if result.recomputed else ""
     run.say(
         f"plan: {gib(result.needed)} of {gib(device.memory)} memory{span}; peak in {result.where}; micro-batches of "
-        f"at most {run.micro_tokens:,} tokens ({result.planned_in:.0f} s, kept for the next run)"
+        f"at most {run.micro_tokens:,} tokens{layers} ({result.planned_in:.0f} s, kept for the next run)"
     )
+    if result.offloaded and run.device.type == "cuda":
+        _check_host(result, host_memory() + psutil.Process().memory_info().rss)
     if result.fits and not run.sharded:
         return
     if run.sharded or can_shard(run, skeleton):
@@ -104,6 +111,22 @@ def _decide(run: Run, result: Estimate, skeleton: Any) -> None:
     if not fits_halved(run, result):
         raise ResourceError(refusal(result, run.recipe))
     run.say(f"note: {HALVED}")
+
+
+def _check_host(result: Estimate, memory: int) -> None:
+    """Refuse a run whose layer inputs exceed the host's memory.
+
+    Raises:
+        ResourceError: they do.
+    """
+    from budwood.planning.estimate import gib
+
+    if result.host > memory:
+        raise ResourceError(
+            f"train.activation_offloading: the run needs {gib(result.host)} of the host's memory, "
+            f"{gib(result.offloaded)} of it for inputs of layers, and {gib(memory)} are free: lower "
+            "train.micro_tokens, or leave it out."
+        )
 
 
 def fits_halved(run: Run, result: Estimate) -> bool:

@@ -29,6 +29,7 @@ from budwood.recipe.data import recipe_task
 from budwood.recipe.schema import Recipe, build_composition
 from budwood.training.durability.changes import PINNED
 from budwood.training.output import check_output
+from budwood.training.recompute import check_device
 from budwood.training.report import Report
 from budwood.training.run_data import read_data
 from budwood.training.setup import check_trackers, make_accelerator, plan_run, precision_name
@@ -74,6 +75,7 @@ def check(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> Chec
         try:
             device, dtype, reason = pick_device_precision(recipe.base.device, recipe.train.precision)
             check_trackers(recipe.train.trackers)
+            check_device(recipe, device.type)
             result.rows.append(("device", OK, f"{device}, {precision_name(dtype)} ({reason})"))
         except BudwoodError as error:
             result.fail("device", error)

@@ -14,14 +14,17 @@ from budwood.contract.types import Run
 from budwood.errors import InputError
 from budwood.model.checkpoint import missing_weights
 from budwood.model.device import planned_device
+from budwood.model.recompute import layers_of
 from budwood.planning.cost import Cost, cost_line, costs_of_step
 from budwood.planning.devices import CONTEXT, GIB, Device
+from budwood.planning.layers import choose_layers
 from budwood.planning.passes import Passes, rehearse_passes
 from budwood.planning.rehearsal import ADAPTERS, BASE, GRADIENTS, OPTIMIZER, QUANTIZED, Micro, Rehearsal, rehearse
 from budwood.planning.sizes import choose
 from budwood.planning.synthetic import synthetic
 from budwood.planning.trace import KEPT, ROUNDING, TEMPORARY, Operation, Peak
 from budwood.recipe.schema import Recipe
+from budwood.training.recompute import check_device, settled
 
 QUICK = 8.0
 """Seconds of a rehearsed step up to which a second micro-batch is rehearsed; beyond it, its cost is scaled."""
@@ -44,6 +47,8 @@ class Estimate:
         micro_batches: of an optimizer step.
         largest_micro: tokens of the largest micro-batch.
         micro_tokens: the limit on micro-batches, as the recipe gives it, or as it was chosen.
+        recomputed, layers: layers that recompute their activations, likewise, of all that can.
+        offloaded: bytes of the host's memory that their inputs take.
         steps: optimizer steps of the run; None: unknown without data.
         seconds: of the run, at best and at worst; None: unknown.
         disk, download: bytes.
@@ -78,11 +83,19 @@ class Estimate:
     evaluation: tuple[float, float] | None = None
     generation: tuple[float, float] | None = None
     micro_tokens: int = 0
+    recomputed: int = 0
+    layers: int = 0
+    offloaded: int = 0
 
     @property
     def needed(self) -> int:
         """Bytes of the device's memory: the peak; on the CPU with the libraries."""
         return self.host if self.device.kind == "cpu" else self.peak
+
+    @property
+    def gradient_checkpointing(self) -> bool | int:
+        """The value of `train.gradient_checkpointing` for the layers that recompute."""
+        return settled(self.recomputed, self.layers)
 
     @property
     def fits(self) -> bool:
@@ -113,7 +126,7 @@ class Estimate:
             "step": {
                 "flops": self.flops, "bytes": self.moved, "operations": self.operations, "tokens": self.tokens,
                 "micro_batches": self.micro_batches, "largest_micro_batch": self.largest_micro,
-                "micro_tokens": self.micro_tokens,
+                "micro_tokens": self.micro_tokens, "recomputed_layers": self.recomputed, "layers": self.layers,
             },
             "time": {
                 "seconds": _listed(self.seconds), "training_seconds": _listed(training),
@@ -121,7 +134,9 @@ class Estimate:
                 "evaluations": self.evaluations, "steps": self.steps, "tokens_per_second": rate,
             },
             "disk": {"bytes": self.disk, "download_bytes": self.download},
-            "host": {"peak_bytes": self.host, "loading_bytes": self.loading},
+            "host": {
+                "peak_bytes": self.host, "loading_bytes": self.loading, "offloaded_bytes": self.offloaded,
+            },
             "fits": self.fits,
             "planned_in_seconds": self.planned_in,
             "notes": self.notes,
@@ -140,6 +155,7 @@ class Estimate:
             disk["download_bytes"], values["host"]["peak_bytes"], values["planned_in_seconds"],
             values["notes"], values["host"]["loading_bytes"], run_time["evaluations"],
             _pair(run_time["evaluation_seconds"]), _pair(run_time["generation_seconds"]), step["micro_tokens"],
+            step["recomputed_layers"], step["layers"], values["host"]["offloaded_bytes"],
         )  # fmt: skip
 
 
@@ -171,6 +187,7 @@ def estimate(recipe: Recipe, device: Device, tokens: int | None = None) -> Estim
 
 
 def _rehearsed(recipe: Recipe, device: Device, without_data: bool, notes: list[str]) -> Estimate:
+    check_device(recipe, device.kind)
     dtype = device.precision(recipe.train.precision)
     if device.kind == "cpu":
         from budwood.model.machine import pick_device_precision
@@ -188,11 +205,14 @@ def _estimate(rehearsal: Rehearsal, device: Device, without_data: bool, notes: l
     if not micros:
         raise InputError("the data has no example to plan a step with.")
     steps = None if without_data and run.recipe.train.steps is None else run.steps
-    if run.recipe.train.micro_tokens is None:
+    sized = run.recipe.train.micro_tokens is None
+    if run.recipe.train.gradient_checkpointing == "auto":
+        memory = choose_layers(rehearsal, device, lambda: _measure(rehearsal, device, steps), sized)
+    elif sized:
         memory = choose(rehearsal, device.kind, device.memory, lambda: _measure(rehearsal, device, steps))
-        micros = [micro for step in rehearsal.steps for micro in step]
     else:
         memory = _measure(rehearsal, device, steps)
+    micros = [micro for step in rehearsal.steps for micro in step]
     largest, end, passes = memory.largest, memory.end, memory.passes
     points = [(largest.cells * memory.times, passes)]
     middle = sorted(micros, key=lambda micro: micro.cells)[len(micros) // 2]
@@ -215,7 +235,8 @@ def _estimate(rehearsal: Rehearsal, device: Device, without_data: bool, notes: l
         float(np.mean([len(step) for step in rehearsal.steps])), largest.tokens, steps,
         cost.seconds if known else None, _disk(run, train), _download(rehearsal), memory.host, 0.0, notes,
         memory.loading, others.evaluations, others.evaluation.seconds if known else None,
-        others.generation.seconds if known else None, run.micro_tokens,
+        others.generation.seconds if known else None, run.micro_tokens, rehearsal.recomputed,
+        len(layers_of(run.model)), memory.offloaded,
     )  # fmt: skip
 
 
@@ -239,6 +260,7 @@ class _Measured:
     host: int
     loading: int
     needed: int
+    offloaded: int
 
     @property
     def work(self) -> int:
@@ -255,7 +277,7 @@ def _measure(rehearsal: Rehearsal, device: Device, steps: int | None) -> _Measur
     largest = max((m for step in rehearsal.steps for m in step), key=lambda micro: (micro.cells, micro.labels))
     several = any(len(step) > 1 for step in rehearsal.steps)
     twice = several and rehearsal.engine.step_terms.active  # its first passes exist only with several micro-batches
-    began = time.perf_counter()
+    began, trace.host_peak = time.perf_counter(), 0
     start = rehearsal.take_step([largest, largest] if twice else [largest], later=several)
     peak = trace.peak(start)
     seconds = time.perf_counter() - began
@@ -280,11 +302,12 @@ def _measure(rehearsal: Rehearsal, device: Device, steps: int | None) -> _Measur
     loading = LIBRARIES + 2 * _largest_weight(rehearsal)  # a tensor as stored, and its copy
     if device.kind == "cpu":
         loading += parts.get(BASE, 0) + parts.get(QUANTIZED, 0)
-    host = max(loading, LIBRARIES + _snapshot(train, parts) + (allocated if device.kind == "cpu" else 0))
+    beside = allocated if device.kind == "cpu" else trace.host_peak
+    host = max(loading, LIBRARIES + _snapshot(train, parts) + beside)
     needed = host if device.kind == "cpu" else allocated
     return _Measured(
         largest, 2 if twice else 1, end, passes, operations, seconds, others, allocated, parts, where, peak.largest,
-        cache, host, loading, needed,
+        cache, host, loading, needed, trace.host_peak,
     )  # fmt: skip
 
 
@@ -337,8 +360,10 @@ def advice(result: Estimate, recipe: Recipe) -> str:
     if trained > work:
         eight_bit = "add the strategy adamw-8bit, " if 3 * parts.get(OPTIMIZER, 0) > trained else ""
         return f"{eight_bit}lower the adapter's rank, or adapt fewer layers"
-    if not recipe.train.gradient_checkpointing:
+    if result.recomputed < result.layers:
         return "set train.gradient_checkpointing: true, or lower train.micro_tokens"
+    if result.layers and result.device.kind == "cuda" and not recipe.train.activation_offloading:
+        return "set train.activation_offloading: true, or lower train.micro_tokens"
     return f"lower train.micro_tokens (the largest micro-batch has {result.largest_micro:,}), or data.max_length"
 
 

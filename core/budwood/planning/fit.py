@@ -1,12 +1,13 @@
 """Searches the settings with which a recipe fits a device, in the order of what changes least and costs least time.
 
-The size of micro-batches and recomputation do not change what a run learns. Quantisation, rank and length do: they are
-only suggested, unless the user allows them.
+The size of micro-batches, recomputation and offloading do not change what a run learns. Quantisation, rank and length
+do: they are only suggested, unless the user allows them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from budwood.recipe.schema import Recipe, build_composition
 CHANGES = ("quantization", "rank", "max_length")
 """Settings that change what a run learns, in the order in which they are tried: what changes least first."""
 SMALLEST_RANK, SMALLEST_LENGTH, ROUND = 4, 64, 64
+RECOMPUTE, OFFLOAD = "train.gradient_checkpointing", "train.activation_offloading"
 
 
 @dataclass(frozen=True)
@@ -120,16 +122,28 @@ def fit(recipe: Recipe, estimate: Callable[[Recipe], Estimate], allow: Collectio
         made = dict(changes)
         if free and result.micro_tokens != recipe.train.micro_tokens:
             made["train.micro_tokens"] = result.micro_tokens
+        if made.get(RECOMPUTE) == "auto":
+            made[RECOMPUTE] = result.gradient_checkpointing
+            if made[RECOMPUTE] is False:
+                made.pop(OFFLOAD, None)
+            if repr(made[RECOMPUTE]) == repr(recipe.train.gradient_checkpointing):  # 1 == True
+                del made[RECOMPUTE]
         candidate = Candidate(made, result, alters)
-        found.candidates.append(candidate)
+        if all(other.changes != made for other in found.candidates):
+            found.candidates.append(candidate)
         return candidate
 
-    if not attempt({}).estimate.fits:
-        if sized and recipe.train.micro_tokens is not None:
+    train, first = recipe.train, attempt({}).estimate
+    if not first.fits:
+        if sized and train.micro_tokens is not None:
             attempt({"train.micro_tokens": None})
-        if not recipe.train.gradient_checkpointing:
-            attempt({"train.gradient_checkpointing": True})
-        if not any(candidate.estimate.fits for candidate in found.candidates):
+        fewest = {RECOMPUTE: "auto" if first.layers else True}
+        if train.gradient_checkpointing is not True and train.gradient_checkpointing != "auto":
+            with nullcontext() if first.layers else suppress(InputError):  # a class that cannot recompute at all
+                attempt(fewest)
+        if not _any_fits(found) and first.layers and first.device.kind == "cuda" and not train.activation_offloading:
+            attempt({**(fewest if train.gradient_checkpointing != "auto" else {}), OFFLOAD: True})
+        if not _any_fits(found):
             _alter(recipe, found, attempt, allow)
     fitting = [c for c in found.candidates if c.estimate.fits and set(c.alters) <= set(allow)]
     found.chosen = min(fitting, key=lambda c: (len(c.alters), _cost(c)), default=None)
@@ -140,12 +154,18 @@ def fit(recipe: Recipe, estimate: Callable[[Recipe], Estimate], allow: Collectio
     return found
 
 
+def _any_fits(found: Fit) -> bool:
+    return any(candidate.estimate.fits for candidate in found.candidates)
+
+
 def _alter(
     recipe: Recipe, found: Fit, attempt: Callable[[dict[str, Any], tuple[str, ...]], Candidate], allow: Collection[str]
 ) -> None:
     """Try each setting that changes the result; if none suffices alone, several of them together."""
     least = min(found.candidates, key=lambda candidate: candidate.estimate.needed)
     fixed = {key: value for key, value in least.changes.items() if key != "train.micro_tokens"}
+    if RECOMPUTE in fixed and least.estimate.layers:
+        fixed[RECOMPUTE] = "auto"
     fits = []
     for name in CHANGES:
         if values := _values(recipe, name, least.estimate):

@@ -44,7 +44,7 @@ def estimate_in_process(recipe: Recipe, device: Device, tokens: int | None = Non
         BudwoodError: as `estimate`; a ResourceError if the process fails or takes too long.
     """
     given = device
-    if recipe.train.micro_tokens is None and tokens is None:  # the memory decides the size, and changes all the time
+    if _depends_on_memory(recipe) and (tokens is None or recipe.train.gradient_checkpointing == "auto"):
         device = replace(device, memory=_rounded(device.memory))
     path = _path(_key(recipe, device, tokens)) if keep else None
     if path is not None and path.is_file():
@@ -62,6 +62,11 @@ def estimate_in_process(recipe: Recipe, device: Device, tokens: int | None = Non
     if path is not None:
         _write(path, values)
     return Estimate.from_dict(values, given)
+
+
+def _depends_on_memory(recipe: Recipe) -> bool:
+    """Return whether the memory, which changes all the time, decides a setting of the run."""
+    return recipe.train.micro_tokens is None or recipe.train.gradient_checkpointing == "auto"
 
 
 def _rounded(memory: int) -> int:
@@ -134,7 +139,7 @@ def _key(recipe: Recipe, device: Device, tokens: int | None) -> str:
             stamps.append((str(file), status.st_size, status.st_mtime_ns))
     base = read_config(resolve(recipe.base.model, weights=False))
     versions = {name: metadata.version(name) for name in ("budwood", "torch", "transformers", "peft")}
-    memory = device.memory if recipe.train.micro_tokens is None else None
+    memory = device.memory if _depends_on_memory(recipe) else None
     facts = [values, stamps, base, versions, device.name, device.kind, device.source, memory, tokens]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -26,12 +26,14 @@ from budwood.contract.types import Run
 from budwood.data.examples import Examples
 from budwood.data.packing import split_micro
 from budwood.errors import BudwoodError, first_line
+from budwood.model.device import planned_host
 from budwood.model.embeddings import resize_base
 from budwood.model.evaluation import autocast, collate_for, label_logits
 from budwood.model.fake import fake_base, fake_tensors
 from budwood.model.ops import attention
 from budwood.model.quantizers import is_quantized, quantizer_of
 from budwood.model.quantizers.experts import quantized_experts
+from budwood.model.recompute import layers_of, recompute_layers
 from budwood.planning.trace import CUDA_BLOCK, Trace
 from budwood.recipe.data import embeddings_wanted, recipe_task
 from budwood.recipe.schema import Recipe, build_composition
@@ -70,6 +72,7 @@ class Rehearsal:
     Attributes:
         examples: what the micro-batches are made of: the data, or a strategy's planned examples.
         steps: micro-batches of the run's first optimizer steps.
+        recomputed: layers that recompute their activations; all of them if the recipe leaves it open.
     """
 
     run: Run
@@ -79,8 +82,10 @@ class Rehearsal:
     mode: FakeTensorMode
     examples: Sequence[Example]
     steps: list[list[Micro]] = field(default_factory=list)
+    recomputed: int = 0
 
     def __post_init__(self) -> None:
+        self.recomputed = sum(bool(layer.gradient_checkpointing) for layer in layers_of(self.run.model))
         self.lengths, self.label_counts = sizes_of(self.run, self.examples)
         self.split(self.run.micro_tokens)
 
@@ -93,6 +98,11 @@ class Rehearsal:
         """Split the steps into micro-batches of at most so many tokens."""
         self.run.micro_tokens = self.run.eval_tokens = micro_tokens
         self.steps = _steps(self)
+
+    def recompute(self, count: int) -> None:
+        """Let the first `count` layers recompute their activations."""
+        recompute_layers(self.run.model, count, self.run.recipe.train.activation_offloading)
+        self.recomputed = count
 
     def micro(self, members: Sequence[int]) -> Micro:
         """Return the micro-batch of the examples with these indices."""
@@ -166,7 +176,7 @@ def rehearse(recipe: Recipe, dtype: torch.dtype, cuda: bool = False) -> Iterator
     read_data(run, hooks, Report(quiet=True), today(), plan.model)
     recipe = run.recipe
     trace = Trace(hooks.current, CUDA_BLOCK if cuda else 1, on_cpu=not cuda)
-    with ExitStack() as stack, fake_tensors() as mode, trace, _naming(run):
+    with ExitStack() as stack, fake_tensors() as mode, trace, planned_host(trace.hosting), _naming(run):
         mode.allow_non_fake_inputs = True  # tensors of a continued adapter, and constants that strategies keep
         run.base = fake_base(
             recipe.base.model, task.auto_class, dtype, recipe.base.trust_remote_code, task.needs_tokenizer,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from budwood.planning.rehearsal import Rehearsal
+from budwood.planning.trace import Operation
 from budwood.training.micro_tokens import ROUND, largest_group, wanted
 
 ROOM = 0.9
@@ -24,6 +25,10 @@ class Measured(Protocol):
     @property
     def tokens(self) -> int:
         """Tokens of the largest micro-batch."""
+
+    @property
+    def operations(self) -> Sequence[Operation]:
+        """Of the step."""
 
 
 M = TypeVar("M", bound=Measured)

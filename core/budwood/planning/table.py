@@ -27,6 +27,11 @@ def show_estimate(result: Estimate, recipe: Any, console: Console) -> None:
     flops = f"{step.flops / 1e12:,.2f} TFLOP" if step.flops > 1e11 else f"{step.flops / 1e9:,.2f} GFLOP"
     work = f"{flops}, {step.moved / 1e9:,.1f} GB moved, {step.operations:,.0f} operations"
     rows.append(("step", f"{step.tokens:,.0f} tokens in {count}; {work}"))
+    if step.recomputed:
+        text = f"{step.recomputed} of {step.layers} layers recompute their activations"
+        text += " (train.gradient_checkpointing: auto)" if recipe.train.gradient_checkpointing == "auto" else ""
+        text += f"; {gib(step.offloaded)} of their inputs on the host" if step.offloaded else ""
+        rows.append(("", text))
     rows.append(("time", _time(result)))
     download = f"; download {result.download / 1e9:,.1f} GB" if result.download else ""
     rows.append(("disk", f"{result.disk / 1e6:,.1f} MB for checkpoints and the adapter{download}"))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +76,7 @@ class Trace(TorchDispatchMode):
         block: bytes to which each tensor is rounded.
         on_cpu: whether the kernels are those of the CPU, which copy operands to a common dtype.
         operations: those since the last step began, in order.
+        host_peak: most bytes of the host's memory that tensors took at once.
     """
 
     current: Callable[[], tuple[str, str]] = lambda: ("", "")
@@ -98,6 +100,8 @@ class Trace(TorchDispatchMode):
         self._stack: list[str] = []
         self._names: dict[nn.Module, str] = {}
         self._handles: list[Any] = []
+        self._hosting = False
+        self._on_host = self.host_peak = 0
 
     def name_modules(self, model: nn.Module) -> None:
         """Use the names of a model's modules for places."""
@@ -188,6 +192,12 @@ class Trace(TorchDispatchMode):
         size = -(-storage.nbytes() // self.block) * self.block
         number = self._number = self._number + 1
         self._alive[address] = number
+        if self._hosting:
+            self._births[number] = _Birth(0, None, place, op)
+            self._on_host += size
+            self.host_peak = max(self.host_peak, self._on_host)
+            weakref.finalize(storage, self._left_host, address, number, size)
+            return
         self._births[number] = _Birth(size, None, place, op, size - storage.nbytes())
         self._events.append((number, place, size))
         weakref.finalize(storage, self._died, address, number, size)
@@ -196,6 +206,19 @@ class Trace(TorchDispatchMode):
         if self._alive.get(address) == number:
             del self._alive[address]
             self._events.append((number, "", -size))
+
+    def _left_host(self, address: int, number: int, size: int) -> None:
+        self._on_host -= size
+        self._died(address, number, 0)
+
+    @contextmanager
+    def hosting(self) -> Iterator[None]:
+        """Count tensors that are made in this context in `host_peak`, and not among the device's."""
+        self._hosting = True
+        try:
+            yield
+        finally:
+            self._hosting = False
 
     def _count(self, func: Any, inputs: list[Tensor], outputs: list[Tensor], args: Any, kwargs: Any, out: Any) -> None:
         packet = func._overloadpacket

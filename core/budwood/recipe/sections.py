@@ -41,6 +41,18 @@ AutoCount = Annotated[
 File = Annotated[Path, BeforeValidator(_path, json_schema_input_type=str)]
 
 
+def _layers(value: Any) -> Any:
+    if isinstance(value, bool) or value == "auto" or (isinstance(value, int) and value > 0):
+        return value
+    raise ValueError("must be true, false, auto, or the number of layers to recompute")
+
+
+Layers = Annotated[
+    bool | int | Literal["auto"],
+    BeforeValidator(_layers, json_schema_input_type=bool | Count | Literal["auto"]),
+]
+
+
 def _sources(value: Any) -> Any:
     """Read data as a path, or as sources: a list of paths and mappings, or one mapping."""
     if value is None or isinstance(value, str | Path):
@@ -209,7 +221,16 @@ class TrainSection(Section):
     non_finite: Literal["stop", "skip"] = Field(
         "stop", description="if a step's loss or gradient is not finite: stop the run, or skip and count the step"
     )
-    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
+    gradient_checkpointing: Layers = Field(
+        False,
+        description="recompute activations in the backward pass: less memory, slower, the same result. true: of all "
+        "layers; a number: of so many, the first ones; auto: of as few as the device's memory needs, by the plan",
+    )
+    activation_offloading: bool = Field(
+        False,
+        description="keep the inputs of recomputed layers in the host's memory, copied beside the computation (CUDA "
+        "only): the same result",
+    )
     deterministic: bool = Field(
         False, description="use only bitwise reproducible kernels: slower on CUDA, no difference elsewhere"
     )
@@ -232,6 +253,11 @@ class TrainSection(Section):
             raise ValueError(f"train.warmup: a value of 1 or more counts steps and must be whole (got {self.warmup})")
         if self.patience and not self.eval_every:
             raise ValueError("train.patience: counts evaluations during the run; set train.eval_every too")
+        if self.activation_offloading and self.gradient_checkpointing is False:
+            raise ValueError(
+                "train.activation_offloading: is about the inputs of recomputed layers; set "
+                "train.gradient_checkpointing too"
+            )
         return self
 
 

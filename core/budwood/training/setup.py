@@ -36,6 +36,7 @@ from budwood.model.base import (
 from budwood.model.embeddings import resize_base
 from budwood.model.limits import default_length
 from budwood.model.ops import attention, kernels
+from budwood.model.recompute import recompute_layers
 from budwood.model.streaming import keep_heap
 from budwood.model.task import Task
 from budwood.parallel.processes import Processes
@@ -50,6 +51,7 @@ from budwood.recipe.data import (
     recipe_tokenizer,
 )
 from budwood.recipe.schema import Recipe, build_composition, find_code, load_recipe
+from budwood.training import recompute
 from budwood.training.agreement import check_agreement
 from budwood.training.durability import changes
 from budwood.training.durability.resume import Resume
@@ -147,6 +149,7 @@ def _prepare(
     task, given = recipe_task(recipe), recipe
     directory = Path(recipe.output)
     device, dtype, reason = pick_device_precision(recipe.base.device, recipe.train.precision)
+    recompute.check_device(recipe, device.type)
     check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code, device)
     check_trackers(recipe.train.trackers)
     if profile or device.type == "cpu":  # a query takes a microsecond on the CPU, but much longer on CUDA
@@ -181,6 +184,7 @@ def _prepare(
     check_agreement(run)
     if resume is not None:
         settle_as_before(run, resume.checkpoint.setting)
+        recompute.settle_as_before(run, resume.checkpoint.setting)
         now = changes.setting(run)
         if not hooks.implements("load_base"):
             now["base"] = {"fingerprint": fingerprint(recipe.base.model)}
@@ -194,6 +198,8 @@ def _prepare(
     chosen = run.recipe.train.micro_tokens is None
     if planner is not None:
         planner(run, model)
+    if run.recipe.train.gradient_checkpointing == "auto":
+        recompute.settle(run, True)
     if run.recipe.train.micro_tokens is None:
         settle(run, shared_out(run, wanted(run, "cpu")))
     recipe = run.recipe
@@ -265,6 +271,7 @@ def check_plan(plan: Plan, hooks: Composition) -> None:
     """
     plan.problems.clear()
     plan.problems += find_code(plan.recipe, plan.strategies)
+    plan.problems += recompute.find_problems(plan.recipe, plan.model)
     hooks.call("check_plan", plan=plan)
     for call in hooks.calls("sequence_terms"):
         if plan.task is not None and isinstance(call.plugin, Strategy) and not plan.task.has_log_probs():
@@ -333,8 +340,8 @@ def adapt_model(run: Run, hooks: Composition) -> None:
     complete_start(run)
     with naming_whole_weights(run):
         run.model = prepare_model(run, hooks)
-    if run.recipe.train.gradient_checkpointing:
-        run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    train = run.recipe.train
+    recompute_layers(run.model, train.gradient_checkpointing, train.activation_offloading)
     run.groups = trainable_groups(run, hooks)
     check_trained(run)
     run.start = [p.detach().clone() for p in run.trainable]
@@ -370,7 +377,7 @@ def _report_size(run: Run, report: Report, chosen: bool) -> None:
     if adapted:
         report.say(f"adapted: {adapted}")
     limit = f"at most {train.micro_tokens} tokens at once{' (train.micro_tokens: auto)' if chosen else ''}"
-    report.say(f"{run.steps} optimizer steps of {size}, {limit}")
+    report.say(f"{run.steps} optimizer steps of {size}, {limit}{recompute.describe(run)}")
     if train.steps is None and (run.steps or 0) < FEW_STEPS:
         unit = "batch_examples" if train.batch_examples else "batch_tokens"
         groups = int(run.examples.groups[-1]) + 1  # which are what batch_examples counts

@@ -17,6 +17,7 @@ from tests.core.model.test_experts import make_family
 from budwood.contract.discovery import PluginError
 from budwood.errors import InputError, ResourceError
 from budwood.model.checks import skeleton
+from budwood.model.ops import tiles
 from budwood.model.task import Task
 from budwood.model.text_tasks import CausalLM
 from budwood.planning import admission
@@ -24,6 +25,7 @@ from budwood.planning.devices import GIB, Device, find_device
 from budwood.planning.estimate import estimate, refusal
 from budwood.planning.passes import rehearse_passes
 from budwood.planning.rehearsal import QUANTIZED, rehearse
+from budwood.planning.sizes import ROOM
 from budwood.recipe.schema import Recipe
 from budwood.testing.allocations import measured_evaluation_peak, measured_peak
 
@@ -81,6 +83,41 @@ def test_the_peak_of_a_mixture_is_that_of_a_real_run(files: tuple[Path, dict[str
     assert "experts: planned with the same number of tokens for each" in planned.notes
     assert planned.parts["base, quantised"] > 0
     assert planned.peak == pytest.approx(measured_peak(recipes[1]), rel=0.05)
+
+
+def test_the_peak_with_one_layer_recomputed_in_tiles_is_that_of_a_real_run(
+    case: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+):
+    recipe, rows = case("lora, nf4, one layer recomputed"), []
+    monkeypatch.setattr(tiles, "FROM", 256)
+    monkeypatch.setattr(tiles, "ROWS", 128)
+    original = tiles.in_tiles
+    monkeypatch.setattr(tiles, "in_tiles", lambda *args: (rows.append(args[2].shape[-2]), original(*args))[1])
+    planned = estimate(recipe, CPU)
+    assert min(rows) > 256
+    assert planned.peak == pytest.approx(measured_peak(recipe), rel=0.05)
+
+
+def test_as_few_layers_recompute_as_fit(case: Callable[..., Recipe]):
+    one = estimate(case("lora", train={"gradient_checkpointing": 1, "micro_tokens": 2048}), CPU)
+    device = Device("a CPU", "cpu", int(1.001 * one.needed / ROOM))
+    found = estimate(case("lora", train={"gradient_checkpointing": "auto", "micro_tokens": 2048}), device)
+    assert repr(found.gradient_checkpointing) == "1" and found.peak == one.peak and found.fits
+    assert (one.recomputed, one.layers) == (1, 2)
+
+
+def test_inputs_of_layers_on_the_host(case: Callable[..., Recipe]):
+    card = find_device("RTX 4090")
+    train = {"gradient_checkpointing": True, "precision": "bf16", "micro_tokens": 2048}
+    plain, moved = (
+        estimate(case("lora", train={**train, "activation_offloading": offloads}), card) for offloads in (False, True)
+    )
+    each = moved.largest_micro * 64 * 2  # tokens, hidden size, bf16
+    power = 1 << (each - 1).bit_length()
+    assert (plain.offloaded, moved.offloaded) == (0, 2 * power) and moved.host - plain.host == 2 * power
+    assert plain.peak - moved.peak <= each  # with two layers, one is always there
+    with pytest.raises(InputError, match="on the CPU, activations are in the host's memory already"):
+        estimate(case("lora", train={**train, "activation_offloading": True}), CPU)
 
 
 def test_what_a_plan_says(case: Callable[..., Recipe]):

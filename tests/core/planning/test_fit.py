@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,32 @@ RECIPE = Recipe.from_dict(
 def estimates(memory: float, longest: int) -> Callable[[Recipe], Estimate]:
     """Return an estimate of 4 GiB for the base (1 in nf4), 16 MiB for each rank, and 4 GiB for 1,024 tokens.
 
-    With checkpointing, which takes longer, the tokens need an eighth. The size of micro-batches is chosen as in a plan.
+    With all of 8 layers recomputed, which takes longer, the tokens need an eighth, and an eighth of that with their
+    inputs on the host. The size of micro-batches and the number of layers are chosen as in a plan.
     """
 
     def estimate(recipe: Recipe) -> Estimate:
-        train, each = recipe.train, GIB / 1024 * (0.5 if recipe.train.gradient_checkpointing else 4)
+        given = recipe.train.gradient_checkpointing
+        if given == "auto":
+            sized = [with_layers(recipe, count) for count in range(9)]
+            return next((e for e in sized if e.fits and (e.largest_micro >= 2048 or e.recomputed == 8)), sized[-1])
+        return with_layers(recipe, 8 * given if isinstance(given, bool) else given)
+
+    def with_layers(recipe: Recipe, count: int) -> Estimate:
+        train, each = recipe.train, GIB / 1024 * (4 - 3.5 * count / 8)
+        each /= 8 if train.activation_offloading else 1
         least = min(longest, recipe.data.max_length or longest)
         base = GIB * (1 if recipe.base.quantization == "nf4" else 4)
         trained = int(recipe.strategies[0].options["rank"]) << 24
         room = int((0.9 * memory * GIB - base - trained) / each) // 64 * 64
         tokens = max(train.micro_tokens or min(room, 4096), least)
         work = int(tokens * each)
-        seconds = (4 / 3 if train.gradient_checkpointing else 1) * (100 + 40 * 4096 / tokens)
+        seconds = (1 + count / 24) * (100 + 40 * 4096 / tokens)
         parts = {"activations": work, "base, quantised": base, "optimizer": trained}
         return Estimate(
             Device("x", "cuda", int(memory * GIB)), base + trained + work, parts, "", (0, ""), 0, 1.0, 1.0, 1.0, 4096.0,
             1.0, tokens, 10, (seconds, 2 * seconds), 0, 0, 0, micro_tokens=tokens,
+            recomputed=count, layers=8,
         )  # fmt: skip
 
     return estimate
@@ -52,7 +63,7 @@ def estimates(memory: float, longest: int) -> Callable[[Recipe], Estimate]:
 
 def search(memory: float, longest: int = 256, allow: tuple[str, ...] = (), recipe: Recipe = RECIPE) -> Fit:
     found = fit(recipe, estimates(memory, longest), allow)
-    assert len(found.candidates) <= 8
+    assert len(found.candidates) <= 9
     return found
 
 
@@ -69,10 +80,27 @@ def test_a_recipe_that_fits_is_left_alone() -> None:
 def test_the_fastest_setting_that_fits_is_chosen() -> None:
     found = search(16)  # 2,400 tokens fit as they are; all with checkpointing, which takes longer
     assert overrides(found) == "-o train.micro_tokens=2368"
-    assert {"train.gradient_checkpointing" in c.changes for c in found.candidates if c.estimate.fits} == {False, True}
+    assert [c.overrides for c in found.candidates] == ["", "-o train.micro_tokens=2368"]  # auto is the same
+    assert overrides(search(13)) == "-o train.gradient_checkpointing=2 -o train.micro_tokens=2176"
+    some = changed(RECIPE, {"train.gradient_checkpointing": 1})
+    assert overrides(search(13, recipe=some)) == "-o train.gradient_checkpointing=2 -o train.micro_tokens=2176"
+    auto = changed(RECIPE, {"train.gradient_checkpointing": "auto"})
+    assert overrides(search(15, recipe=auto)) == ""
     left_open = changed(RECIPE, {"train.micro_tokens": None})
     assert overrides(search(24, recipe=left_open)) == overrides(search(16, recipe=left_open)) == ""
-    assert overrides(search(8)) == "-o train.gradient_checkpointing=true"  # small micro-batches are slower
+    small = "-o train.gradient_checkpointing=7 -o train.micro_tokens=2368"
+    assert overrides(search(8)) == small  # small micro-batches are slower
+
+
+def test_inputs_of_layers_leave_the_device_where_nothing_else_fits() -> None:
+    settings = "train.gradient_checkpointing=true -o train.activation_offloading=true -o train.micro_tokens=256"
+    found = search(5.1)
+    assert overrides(found) == f"-o {settings}" and [c.estimate.fits for c in found.candidates] == [False] * 3 + [True]
+    assert found.fitted is not None and found.fitted.train.activation_offloading
+    recomputes = changed(RECIPE, {"train.gradient_checkpointing": True})
+    assert overrides(search(5.1, recipe=recomputes)) == "-o train.activation_offloading=true -o train.micro_tokens=256"
+    on_cpu = fit(RECIPE, lambda recipe: replace(estimates(5.1, 256)(recipe), device=Device("x", "cpu", 5 * GIB)))
+    assert not any("offloading" in c.overrides for c in on_cpu.candidates)
 
 
 def test_what_changes_the_result_is_only_suggested() -> None:
@@ -84,20 +112,20 @@ def test_what_changes_the_result_is_only_suggested() -> None:
     show_fit(found, console)
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     assert "--allow quantization makes the change" in printed and "█" in printed
-    assert "would fit: -o train.gradient_checkpointing=true -o base.quantization=nf4" in printed
+    assert "would fit: -o base.quantization=nf4 -o train.micro_tokens=2304" in printed
     found = search(3.5, allow=("quantization",))
     assert "base.quantization=nf4" in overrides(found) and found.fitted is not None
-    assert found.fitted.base.quantization == "nf4" and found.fitted.train.gradient_checkpointing
+    assert found.fitted.base.quantization == "nf4" and not found.fitted.train.gradient_checkpointing
     assert found.fitted.strategies[0].options == {"rank": 64}
 
 
 def test_rank_and_length() -> None:
-    found = search(5.4, longest=2048)
+    found = search(5.1, longest=2048)
     assert found.chosen is None
     assert [c.alters for c in found.suggestions] == [("quantization",), ("rank",), ("max_length",)]
-    fitted = search(5.4, longest=2048, allow=("rank",)).fitted
+    fitted = search(5.1, longest=2048, allow=("rank",)).fitted
     assert fitted is not None and 4 <= fitted.strategies[0].options["rank"] < 64
-    fitted = search(5.4, longest=2048, allow=("max_length",)).fitted
+    fitted = search(5.1, longest=2048, allow=("max_length",)).fitted
     assert fitted is not None and 64 <= (fitted.data.max_length or 0) < 2048
 
 

@@ -73,7 +73,7 @@ def estimate_of(micro_tokens: int) -> Estimate:
     """Return an estimate of 1 GiB on a CPU with 4 GiB."""
     return Estimate(
         Device("this CPU", "cpu", 4 * GIB), GIB, {"activations": GIB}, "core", (0, ""), 0, 1.0, 1.0, 1.0, 100.0, 1.0,
-        micro_tokens, 4, None, 0, 0, GIB, micro_tokens=micro_tokens,
+        micro_tokens, 4, None, 0, 0, GIB, micro_tokens=micro_tokens, recomputed=1 + (micro_tokens > 96), layers=2,
     )  # fmt: skip
 
 
@@ -83,7 +83,14 @@ def test_the_size_is_recorded_and_resume_keeps_it(
     """A machine with other memory would choose otherwise, and dropout masks depend on the size."""
     monkeypatch.setattr(admission, "MARGIN", 10**9)
     sections: dict[str, Any] = {"strategies": [{"lora": {"rank": 2, "dropout": 0.2}}]}
-    train = {"micro_tokens": None, "learning_rate": None, "save_every": 1, "steps": 2, "keep_checkpoints": 9}
+    train = {
+        "gradient_checkpointing": "auto",
+        "micro_tokens": None,
+        "learning_rate": None,
+        "save_every": 1,
+        "steps": 2,
+        "keep_checkpoints": 9,
+    }
 
     def run(output: str, size: int, **options: Any) -> Any:
         monkeypatch.setattr(process, "estimate_in_process", lambda *a, **k: estimate_of(size))
@@ -96,7 +103,9 @@ def test_the_size_is_recorded_and_resume_keeps_it(
     )
     manifest = json.loads((one.directory / "manifest.json").read_text())
     assert manifest["micro_tokens"] == manifest["planned"]["step"]["micro_tokens"] == 96
-    assert "micro_tokens: 96" in (one.directory / "recipe.yaml").read_text()
+    for line in ("micro_tokens: 96", "gradient_checkpointing: 1"):
+        assert line in (one.directory / "recipe.yaml").read_text()
+    assert "96 tokens; 1 of 2 layers recompute" in said
     weights = (one.directory / "adapter" / "adapter_model.safetensors").read_bytes()
     again = run("one", 512, resume=True)  # finished; what it chose is no change
     assert again.step == 2
@@ -107,7 +116,8 @@ def test_the_size_is_recorded_and_resume_keeps_it(
         file.unlink()
     newest.rmdir()
     (one.directory / "adapter" / "adapter_model.safetensors").unlink()
-    assert run("one", 512, resume=True, quiet=True).micro_tokens == 96
+    resumed = run("one", 512, resume=True, quiet=True)
+    assert (resumed.micro_tokens, resumed.recipe.train.gradient_checkpointing) == (96, 1)
     assert (one.directory / "adapter" / "adapter_model.safetensors").read_bytes() == weights
 
 
@@ -119,10 +129,16 @@ def test_what_cannot_be_planned_runs_with_the_usual_size(
 
     monkeypatch.setattr(process, "estimate_in_process", fails)
     recipe = make_recipe(train={"micro_tokens": None, "steps": 1})
-    assert tune(recipe, planner=admission.admit, quiet=True).micro_tokens == 2048  # memory is ample: not planned
+    ample = tune(
+        recipe.with_train(recipe.train.model_copy(update={"gradient_checkpointing": "auto"})),
+        planner=admission.admit, quiet=True,
+    )  # fmt: skip
+    assert ample.micro_tokens == 2048 and ample.recipe.train.gradient_checkpointing is False  # not planned
     monkeypatch.setattr(admission, "MARGIN", 10**9)
-    run = tune(recipe, planner=admission.admit, overwrite=True)
+    auto = recipe.train.model_copy(update={"gradient_checkpointing": "auto"})
+    run = tune(recipe.with_train(auto), planner=admission.admit, overwrite=True)
     assert run.micro_tokens == 2048 and run.recipe.train.micro_tokens == 2048
+    assert run.recipe.train.gradient_checkpointing is True  # which takes the least memory
     assert "note: memory and time were not planned: strategy 'x' reads" in capsys.readouterr().err
 
 

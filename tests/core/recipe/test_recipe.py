@@ -121,6 +121,19 @@ def test_scientific_notation_is_a_number(literal):
             "  patience: 2",
             "recipe.yaml:8: train.patience: counts evaluations during the run; set train.eval_every too.",
         ),
+        *(
+            (
+                f"  gradient_checkpointing: {value}",
+                "recipe.yaml:8: train.gradient_checkpointing: must be true, false, auto, or the number of layers to "
+                f"recompute (got {shown}).",
+            )
+            for value, shown in (("0", "0"), ("1.5", "1.5"), ("half", "'half'"), ("", "None"))
+        ),
+        (
+            "  activation_offloading: true",
+            "recipe.yaml:8: train.activation_offloading: is about the inputs of recomputed layers; set "
+            "train.gradient_checkpointing too.",
+        ),
         ("  trackers: wandb", "recipe.yaml:8: train.trackers: must be a list (got 'wandb')."),
         (
             "  trackers: [mlflow]",

@@ -135,10 +135,26 @@ def test_an_evaluation_in_the_middle_changes_no_bit(make_recipe: Make, quantizat
     assert distance(adapter(without), adapter(run)) == 0
 
 
-def test_gradient_checkpointing_gives_the_same_adapter(make_recipe: Make) -> None:
-    plain = tune(make_recipe("a"), quiet=True)
-    checkpointed = tune(make_recipe("b", train={"gradient_checkpointing": True}), quiet=True)
-    assert distance(adapter(plain), adapter(checkpointed)) < 1e-5
+def test_gradient_checkpointing_gives_the_same_adapter(make_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of no layer, one, and as many as a run without a plan recomputes; dropout is the same in the recomputation."""
+    runs = []
+    for setting in (False, 1, "auto"):
+        lora = [{"lora": {"rank": 4, "dropout": 0.2}}]
+        runs.append(tune(make_recipe(f"{setting}", lora, train={"gradient_checkpointing": setting, "steps": 2})))
+        assert distance(adapter(runs[0]), adapter(runs[-1])) == 0
+    said = capsys.readouterr().err
+    assert "; 1 of 2 layers recompute their activations" in said and "; 2 of 2 layers recompute" in said
+    assert "gradient_checkpointing: true" in (runs[-1].directory / "recipe.yaml").read_text()
+
+
+def test_layers_that_cannot_be_recomputed_are_refused_before_the_base_loads(
+    make_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("budwood.training.setup.load_base", lambda *a, **k: pytest.fail("the base was loaded"))
+    with pytest.raises(InputError, match=r"gradient_checkpointing: 3 layers cannot be recomputed: the base has 2"):
+        tune(make_recipe(train={"gradient_checkpointing": 3}), quiet=True)
+    with pytest.raises(InputError, match=r"activation_offloading: on the CPU, activations are in the host's memory"):
+        tune(make_recipe(train={"gradient_checkpointing": True, "activation_offloading": True}), quiet=True)
 
 
 def test_training_learns_and_writes_the_documented_files(make_recipe: Make) -> None:

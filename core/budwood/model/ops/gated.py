@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 
+from budwood.model.ops import tiles
 from budwood.model.ops.kernels import implementation
 
 ACTIVATIONS: dict[str, tuple[str, ...]] = {
@@ -110,8 +111,15 @@ class _Forward:
 
     def __init__(self, module: nn.Module, original: Any, kind: str) -> None:
         self.module, self.original, self.kind = module, original, kind
+        self.in_tiles = False
 
     def __call__(self, x: Tensor) -> Tensor:
+        long = x.numel() > tiles.FROM * x.shape[-1]
+        if self.in_tiles and long and torch.is_grad_enabled() and not _is_hooked(self.module):
+            return tiles.in_tiles(self._compute, self.module, x)
+        return self._compute(x)
+
+    def _compute(self, x: Tensor) -> Tensor:
         parts: Any = self.module
         hooked = parts.act_fn._forward_hooks or parts.act_fn._forward_pre_hooks
         if hooked or implementation("gated", x) is None:
@@ -119,3 +127,16 @@ class _Forward:
             return result
         result = parts.down_proj(gated(parts.gate_proj(x), parts.up_proj(x), self.kind))
         return result
+
+
+def tile_mlp(module: nn.Module, on: bool) -> None:
+    """Let a gated MLP that `fuse_mlps` changed compute long rows in tiles, or no longer; others stay as they are."""
+    if isinstance(module.forward, _Forward):
+        module.forward.in_tiles = on
+
+
+def _is_hooked(mlp: nn.Module) -> bool:
+    """Return whether a hook on a part of an MLP would see tiles instead of rows."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for p in mlp.children() for m in p.modules()
+    )

@@ -58,7 +58,12 @@ def setting(run: Run) -> dict[str, Any]:
 def chosen(given: Recipe, run: Run) -> list[str]:
     """Return the fields that a recipe left open and the run chose, such as recipe.train.epochs."""
     before, now = ({"recipe": recipe.to_dict(run.strategies)} for recipe in (given, run.recipe))
-    return [change.field for change in compare(before, now) if change.before is None]
+    return [change.field for change in compare(before, now) if is_open(change.before)]
+
+
+def is_open(value: Any) -> bool:
+    """Return whether a recipe leaves the value of a field to the run."""
+    return value is None or value == "auto"
 
 
 def data_setting(run: Run) -> dict[str, Any]:

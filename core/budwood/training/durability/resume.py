@@ -15,7 +15,7 @@ from budwood.parallel.processes import Processes
 from budwood.parallel.together import share
 from budwood.recipe.file import read_recipe_file
 from budwood.recipe.schema import Recipe, build_composition
-from budwood.training.durability.changes import NOTED, Change, accept, compare
+from budwood.training.durability.changes import NOTED, Change, accept, compare, is_open
 from budwood.training.durability.reading import Checkpoint, find_newest
 from budwood.training.output import read_manifest
 from budwood.training.report import Report
@@ -93,7 +93,7 @@ def _find(recipe: Recipe, report: Report, accept_changes: bool) -> dict[str, Any
         now = recipe.to_dict(build_composition(recipe).strategies)
         differences = compare({"recipe": before}, {"recipe": now})
         left_open = manifest.get("chosen", ())  # by the recipe; the run chose the value
-        differences = [change for change in differences if change.now is not None or change.field not in left_open]
+        differences = [change for change in differences if not (is_open(change.now) and change.field in left_open)]
         changes = accept(differences, f"the finished run in {directory}", accept_changes)
         if all(change.field == "recipe.output" for change in changes):
             report.say(f"{directory}: the run is finished at step {manifest['step']}; there is nothing to resume")
