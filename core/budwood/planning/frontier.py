@@ -15,7 +15,7 @@ from rich.text import Text
 from budwood.errors import InputError, ResourceError
 from budwood.planning.composition import show
 from budwood.planning.devices import GIB, Device, find_device
-from budwood.planning.estimate import gib
+from budwood.planning.estimate import Estimate, gib
 from budwood.planning.fit import Candidate, Fit, fit
 from budwood.planning.process import estimate_in_process
 from budwood.planning.table import span
@@ -76,7 +76,17 @@ def fit_run(recipe: Recipe, target: str, allow: Collection[str], say: Callable[[
     assert found.chosen is not None
     needed = f"{gib(found.chosen.estimate.needed)} of {gib(device.memory)}"
     say(f"fit: {needed}; {verdict(found)[0]}")
-    return found.fitted
+    return _settled(found.fitted, found.chosen.estimate)
+
+
+def _settled(recipe: Recipe, result: Estimate) -> Recipe:
+    """Return a recipe with the settings that it leaves open as an estimate chose them, for its device's memory."""
+    train, settings = recipe.train, {}
+    if train.micro_tokens is None:
+        settings["micro_tokens"] = result.micro_tokens
+    if train.gradient_checkpointing == "auto":
+        settings["gradient_checkpointing"] = result.gradient_checkpointing
+    return recipe.with_train(train.model_copy(update=settings))
 
 
 def fit_device(text: str, kind: str = "cuda") -> Device:

@@ -169,6 +169,9 @@ def test_a_run_with_the_settings_that_fit(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     options: Any = {"allow": (), "say": lines.append}
     assert fit_run(RECIPE, "16GiB", **options).train.micro_tokens == 2368
+    left_open = changed(RECIPE, {"train.micro_tokens": None, "train.gradient_checkpointing": "auto"})
+    train = fit_run(left_open, "13GiB", **options).train  # this machine may have more
+    assert (train.micro_tokens, train.gradient_checkpointing) == (2176, 2)
     assert lines[0].startswith("fit: ") and "-o train.micro_tokens=2368" in lines[0]
     with pytest.raises(ResourceError, match="nothing fits without changing the result: .*--allow quantization"):
         fit_run(RECIPE, "3.5GiB", **options)

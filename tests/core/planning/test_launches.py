@@ -31,4 +31,5 @@ def test_a_layer_in_4_bit_with_adapters_on_all_linears(tiny_bases, tmp_path):
             counts.append(collections.Counter(op.name for op in rehearsal.trace.operations if op.in_pass))
     added = counts[1] - counts[0]
     assert sum(added.values()) <= 2 * 140, added
+    assert added["dequantize_4bit"] == 2 * 14  # two more layers: 7 linears, forward and backward
     assert not {"silu", "neg", "cat", "rsqrt", "pow"} & set(added)  # norms, rotations and gated products are kernels

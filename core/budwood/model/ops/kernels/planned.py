@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 
-def dequantize_4bit(packed: Tensor, *rest: Any) -> Tensor:
-    shape: Sequence[int] = rest[-2]
-    return packed.new_empty(tuple(shape), dtype=rest[-1]).fill_(0)
+def dequantize_4bit(
+    packed: Tensor, absmax: Tensor, code: Tensor, share: int, nested: Any, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """See `launch`; under the name by which a plan knows what does not grow with the tokens."""
+    scales = absmax if nested is None else nested[1]
+    ops: Any = torch.ops.bitsandbytes
+    result: Tensor = ops.dequantize_4bit.default(packed, scales, share, "nf4", list(shape), dtype)
+    return result
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
