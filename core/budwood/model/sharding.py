@@ -11,6 +11,7 @@ from budwood.errors import InputError
 from budwood.model.checks import find_quantizer
 from budwood.model.experts import RoutedExperts
 from budwood.model.heads import body_of
+from budwood.model.recompute import layers_of
 from budwood.parallel.processes import Processes
 from budwood.parallel.sharding import Shards
 
@@ -36,7 +37,7 @@ def check_shards(name: str, frame: nn.Module, quantization: str) -> None:
         raise InputError(f"train.parallel: weights in {quantization} cannot be sharded: {INSTEAD}, nf4, fp4 or none.")
     if any(isinstance(module, RoutedExperts) for module in frame.modules()):
         raise InputError(f"train.parallel: '{name}' is a mixture, whose experts cannot be sharded: {INSTEAD}.")
-    if not layers_of(frame):
+    if not layers_of(body_of(frame)):
         raise InputError(f"train.parallel: model class {type(frame).__name__} names no layers to shard: {INSTEAD}.")
 
 
@@ -52,23 +53,6 @@ def shards_of(name: str, frame: nn.Module, quantization: str, world: Processes, 
     return Shards(world, device, prepare)
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of a model's body that transformers checkpoints one by one, and none inside of another."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    found: list[nn.Module] = []
-
-    def visit(module: nn.Module) -> None:
-        for child in module.children():
-            if isinstance(child, GradientCheckpointingLayer):
-                found.append(child)
-            else:
-                visit(child)
-
-    visit(body_of(model))
-    return found
-
-
 @contextmanager
 def sharded_as_read(frame: Any, shards: Shards | None) -> Iterator[None]:
     """Let `shards` know the layers of a model of `frame`'s class once it exists, and read one tensor after another."""
@@ -79,7 +63,7 @@ def sharded_as_read(frame: Any, shards: Shards | None) -> Iterator[None]:
     load, threads = cls._load_pretrained_model, os.environ.get(_ASYNC)
 
     def watched(model: Any, *args: Any, **options: Any) -> Any:
-        shards.watch(layers_of(model))
+        shards.watch(layers_of(body_of(model)))
         return load(model, *args, **options)
 
     cls._load_pretrained_model = staticmethod(watched)

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from budwood.contract.types import Run
 from budwood.errors import InputError
-from budwood.model.sharding import check_shards, layers_of
+from budwood.model.heads import body_of
+from budwood.model.recompute import layers_of
+from budwood.model.sharding import check_shards
 from budwood.planning.rehearsal import BASE, QUANTIZED
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ def saved(run: Run, skeleton: Any, result: Estimate) -> int:
 
     It holds its share of the layers' matrices, and two complete layers: one computes, the next is gathered.
     """
-    layers = layers_of(skeleton)
+    layers = layers_of(body_of(skeleton))
     sizes = [sum(p.numel() for p in layer.parameters() if p.ndim > 1) for layer in layers]
     quantized, share = result.parts.get(QUANTIZED, 0), sum(sizes) / sum(p.numel() for p in skeleton.parameters())
     stored = quantized or result.parts.get(BASE, 0) * share
