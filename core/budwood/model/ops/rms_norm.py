@@ -133,7 +133,28 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
-            gradient = (gradients[0] * weight).float()
-            normed = x.float() * scale
-            along = (gradient * normed).mean(-1, keepdim=True)
-            return normed.mul_(along).neg_().add_(gradient).mul_(scale).to(x.dtype), None, None
+            return norm_gradient(gradients[0], x, weight, scale), None, None
+
+
+def norm_gradient(gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Return the gradient of x [..., d] from that of its norm, computed by torch.
+
+    On a CPU, this is torch's kernel for the backward pass of a layer norm, which takes mean and scale as they are
+    given: with the mean 0, its result lacks one term, the mean of gradient · weight times the scale.
+
+    Args:
+        scale: fp32 [..., 1], from the forward pass.
+    """
+    taken = gradient.dtype == x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float32)
+    if device_type(x) == "cpu" and taken:
+        width = x.shape[-1]
+        zero, wide = torch.zeros_like(scale), weight.float()
+        found: Tensor = torch.ops.aten.native_layer_norm_backward(
+            gradient, x, (width,), zero, scale, wide, None, (True, False, False)
+        )[0]
+        lacking = (gradient.reshape(-1, width) @ weight).view(scale.shape).float().mul_(scale).div_(width)
+        return found.add_(lacking.to(x.dtype))
+    wide = (gradient * weight).float()
+    normed = x.float() * scale
+    along = (wide * normed).mean(-1, keepdim=True)
+    return normed.mul_(along).neg_().add_(wide).mul_(scale).to(x.dtype)
