@@ -14,6 +14,7 @@ from budwood.contract.types import Run
 from budwood.errors import InputError
 from budwood.model.checkpoint import missing_weights
 from budwood.model.device import planned_device
+from budwood.model.ops import kernels
 from budwood.model.recompute import layers_of
 from budwood.planning.cost import Cost, cost_line, costs_of_step
 from budwood.planning.devices import CONTEXT, GIB, Device
@@ -24,6 +25,7 @@ from budwood.planning.sizes import choose
 from budwood.planning.synthetic import synthetic
 from budwood.planning.trace import KEPT, ROUNDING, TEMPORARY, Operation, Peak
 from budwood.recipe.schema import Recipe
+from budwood.training import compilation
 from budwood.training.recompute import check_device, settled
 
 QUICK = 8.0
@@ -188,6 +190,8 @@ def estimate(recipe: Recipe, device: Device, tokens: int | None = None) -> Estim
 
 def _rehearsed(recipe: Recipe, device: Device, without_data: bool, notes: list[str]) -> Estimate:
     check_device(recipe, device.kind)
+    compilation.check_device(recipe, device.kind)
+    kernels.compile_ops(recipe.train.compile)
     dtype = device.precision(recipe.train.precision)
     if device.kind == "cpu":
         from budwood.model.machine import pick_device_precision

@@ -44,6 +44,8 @@ def test_passes_without_gradients_are_the_model_s_own(monkeypatch: pytest.Monkey
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", own)
     assert _replace(modeling_llama)
     query, key, cosine, sine = draw((1, 2, 5, 8), (1, 1, 5, 8), (1, 5, 8), (1, 5, 8), dtype=torch.bfloat16)
-    assert torch.equal(modeling_llama.apply_rotary_pos_emb(query, key, cosine, sine)[0], own(query, key, cosine, sine)[0])
+    assert torch.equal(
+        modeling_llama.apply_rotary_pos_emb(query, key, cosine, sine)[0], own(query, key, cosine, sine)[0]
+    )
     trained, _ = modeling_llama.apply_rotary_pos_emb(query.requires_grad_(), key, cosine, sine)
     assert type(trained.grad_fn).__name__ == "_TurnBackward"
