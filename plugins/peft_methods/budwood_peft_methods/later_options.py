@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -81,6 +82,12 @@ class WaveFTOptions(MethodOptions):
         most = outputs * inputs
         if self.frequencies > most and not self.proportional:
             return f"frequencies {self.frequencies} is above its {most} elements"
+        return ""
+
+    def misfit_of_all(self, shapes: Sequence[tuple[int, int]]) -> str:
+        mean = sum(outputs * inputs for outputs, inputs in shapes) / len(shapes)
+        if self.proportional and self.frequencies > mean:
+            return f"frequencies {self.frequencies} is above the {mean:.0f} elements of a module on average"
         return ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -42,6 +43,10 @@ class MethodOptions(Options):
 
     def misfit(self, outputs: int, inputs: int) -> str:
         """Return why the method cannot adapt a linear of this shape; "": it can."""
+        return ""
+
+    def misfit_of_all(self, shapes: Sequence[tuple[int, int]]) -> str:
+        """Return why the method cannot adapt linears [out, in] of these shapes together; "": it can."""
         return ""
 
     @property

@@ -105,6 +105,8 @@ class PeftMethod(Strategy):
                 check_weight(path, module, self.name)
             if problem := options.misfit(*linear_shape(module)):
                 raise InputError(f"'{path}' cannot be adapted: {problem}.")
+        if problem := options.misfit_of_all([linear_shape(model.get_submodule(path)) for path in targets]):
+            raise InputError(f"{self.name}: {problem}.")
 
     @hookimpl
     def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:

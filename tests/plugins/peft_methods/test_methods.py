@@ -447,7 +447,7 @@ REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
     ({"vblora": {"vector_length": 24}}, {}, "vector_length 24 does not divide its input size 64; 16 does"),
     ({"vblora": {"vector_length": 8, "topk": 3}}, {}, "topk 3 is none of 2, 4, 8"),
     ({"waveft": {"wavelet": "db39"}}, {}, "wavelet 'db39': must be db1"),
-    ({"waveft": {"frequencies": 5000, "proportional": True}}, {}, "PEFT refuses these options for this base"),
+    ({"waveft": {"frequencies": 6000, "proportional": True}}, {}, "frequencies 6000 is above the 5266 elements"),
     ({"supertuning": {"alpha": 4}}, {}, "alpha is that of a LoRA update: give rank too"),
     ({"supertuning": {"sparsity": 0.9999}}, {}, "sparsity 0.9999 leaves none of its 4096 weights to train"),
     ({"tinylora": {"rank": 65}}, {}, "rank 65 is above its 64 singular directions"),
