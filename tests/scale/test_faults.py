@@ -113,7 +113,7 @@ def test_a_checkpoint_of_four_resumes_on_fewer(folder: Path, count: int) -> None
     assert tune_with(folder, 4, "if rank == 1: at(3, die)").codes == [3, -9, 3, 3]
     resumed = tune_with(folder, count, arguments=["--resume"])
     assert resumed.codes == [0] * count, resumed.output
-    notes = [line for line in resumed.output.splitlines() if "processes" in line]
+    notes = [line for line in resumed.output.splitlines() if "processes: 4" in line]
     assert notes == [
         f"note: processes: 4 → {count}: results may differ in the last digits from an uninterrupted run, and dropout "
         "draws other masks"
