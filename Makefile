@@ -55,8 +55,9 @@ numerics: .venv/installed ## Run the numerical tests with the kernels of older p
 gpu: .venv/installed ## Run the tests that need an NVIDIA GPU, on the first one
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
 
-faults: .venv/installed ## Kill, fill the disk, damage files, run out of memory: what is lost? (20 to 30 minutes)
+faults: .venv/installed ## Kill, fill the disk, damage files, run out of memory: what is lost? (25 to 35 minutes)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m tests.faults
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m scale tests/scale/test_faults.py
 
 lint: .venv/installed ## Check formatting, rules, types, and who imports whom
 	@$(BIN)/ruff format --check .
