@@ -22,6 +22,7 @@ from budwood.planning.rehearsal import (
 from budwood.planning.sharding import COMPLETE, GATHERED, REDUCED
 from budwood.planning.trace import KEPT, TEMPORARY, Operation
 
+CONTEXT_PART = "CUDA's context"
 LIBRARIES = int(0.6e9)
 """Bytes of the host that Python and its libraries take: 0.54 GiB in a small run on Linux."""
 
@@ -94,7 +95,7 @@ def measure(rehearsal: Rehearsal, device: Device, steps: int | None) -> Measured
         if sum(held.values()) > allocated:
             parts, allocated, where = held, sum(held.values()), place
     if device.kind == "cuda":
-        parts["CUDA's context"] = CONTEXT
+        parts[CONTEXT_PART] = CONTEXT
         allocated += CONTEXT
     loading = LIBRARIES + 2 * _largest_weight(rehearsal)  # a tensor as stored, and its copy
     if device.kind == "cpu":
