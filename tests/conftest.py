@@ -125,12 +125,17 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run the slowest files first, so that no worker ends with one of them; skip tests that need a GPU or a compiler."""
+    """Run the slowest files first, so that no worker ends with one of them; skip tests that need a GPU.
+
+    Tests marked `scale` or `compiled` run only if they are selected by it.
+    """
+    for name in ("scale", "compiled"):
+        if name not in config.option.markexpr:
+            others = [item for item in items if item.get_closest_marker(name)]  # not a folder's name, as in keywords
+            config.hook.pytest_deselected(items=others)
+            items[:] = [item for item in items if item not in set(others)]
     no_gpu = pytest.mark.skip(reason="needs a CUDA device, and `make gpu`")
-    too_long = pytest.mark.skip(reason="compiles C++ for a minute; `make numerics` does")
     for item in items:
-        if "compiled" in item.keywords and "compiled" not in config.option.markexpr:
-            item.add_marker(too_long)
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(no_gpu)
     order = {name: position for position, name in enumerate(LONGEST)}
