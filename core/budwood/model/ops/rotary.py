@@ -70,7 +70,8 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return _by_halves(gradients[0], *ctx.saved_tensors, True), None, None
+        cosine, sine = ctx.saved_tensors
+        return _by_halves(gradients[0], cosine, sine, True), None, None
 
 
 def _by_halves(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool) -> Tensor:

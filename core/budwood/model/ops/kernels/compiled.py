@@ -111,7 +111,8 @@ def _halves(x: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Te
     """Return the halves of what is rotated and the rest, and those of the tables, in fp32 for x [tokens, heads, d]."""
     size = cosine.shape[-1]
     first, second = x[..., : size // 2].float(), x[..., size // 2 : size].float()
-    return first, second, x[..., size:], *(table[:, None].float().chunk(2, -1) for table in (cosine, sine))
+    cos, sin = (table[:, None].float().chunk(2, -1) for table in (cosine, sine))
+    return first, second, x[..., size:], cos, sin
 
 
 def _joined(x: Tensor, first: Tensor, second: Tensor, rest: Tensor) -> Tensor:
