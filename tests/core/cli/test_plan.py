@@ -64,7 +64,7 @@ def test_memory_time_and_disk_of_a_card_without_data(recipe, capsys):
     memory, step = printed["memory"], printed["step"]
     assert memory["peak_bytes"] == sum(memory["parts"].values()) and memory["where"]
     assert {"base, quantised", "activations", "CUDA's context"} <= memory["parts"].keys()
-    assert step["flops"] > 1e8 and 0 < step["tokens"] <= step["largest_micro_batch"] * step["micro_batches"] + 1
+    assert step["flops"] > 1e8 and 0 < step["tokens"] <= 2 * step["largest_micro_batch"] * step["micro_batches"] + 1
     assert 0 < printed["time"]["seconds"][0] < printed["time"]["seconds"][1] < 10
     assert printed["disk"]["bytes"] > 0 and printed["host"]["peak_bytes"] > 0
     assert printed["fits"] is True
