@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import platform
-import subprocess
+import socket
 import sys
 import tempfile
 from collections import Counter
@@ -44,13 +45,10 @@ ROOM = 1.10
 
 
 def main() -> None:
-    """Measure all cases; or be a process of one, if its recipe is given."""
+    """Measure all cases, or those that are named."""
     from budwood.model.quiet import silence_libraries
 
     silence_libraries()
-    if sys.argv[1:] and sys.argv[1].endswith(".yaml"):
-        work(Path(sys.argv[1]))
-        return
     if unknown := set(sys.argv[1:]) - set(CASES):
         sys.exit(f"not a case: {', '.join(sorted(unknown))}; known: {', '.join(CASES)}")
     cases = {}
@@ -79,9 +77,7 @@ def measure(case: dict[str, Any], root: Path, rows: dict[str, Path], count: int)
     planned = estimate(recipe, Device("this machine", "cpu", 1 << 40), processes=count)
     path = root / "recipe.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    subprocess.run([*command, "-m", "benchmarks.scale", str(path)], env=environment, check=True)
+    start(path, count)
     each = [json.loads((root / f"process-{rank}.json").read_text(encoding="utf-8")) for rank in range(count)]
     most = {name: max(process[name] for process in each) for name in each[0] if name != "collectives"}
     trained, layers = sizes(root / "base", case["quantization"])
@@ -95,6 +91,25 @@ def measure(case: dict[str, Any], root: Path, rows: dict[str, Path], count: int)
         },
         "planned_peak": planned.peak, "plan": planned.exchange.as_dict() if planned.exchange else None,
     }  # fmt: skip
+
+
+def start(path: Path, count: int) -> None:
+    """Run `work` in `count` processes, with torchrun's variables, forked from one that has imported the libraries."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.scale", "budwood.training.loop", "torch.distributed", "peft"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    processes = []
+    for rank in range(count):
+        local = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
+        processes.append(context.Process(target=work, args=(path, {**shared, **local})))
+        processes[-1].start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        sys.exit(f"exit codes of the processes: {[process.exitcode for process in processes]}")
 
 
 def sizes(base: Path, quantization: str) -> tuple[int, int]:
@@ -134,8 +149,9 @@ class Counting(TorchDispatchMode):
         return {name: {"calls": self.calls[name], "bytes": self.bytes[name]} for name in sorted(self.calls)}
 
 
-def work(path: Path) -> None:
+def work(path: Path, variables: dict[str, str]) -> None:
     """Measure one process, and write what was found beside the recipe."""
+    os.environ |= {**variables, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     from budwood.parallel.processes import Processes
     from budwood.recipe.schema import load_recipe
     from budwood.testing.allocations import highest, steps_of, tensor_bytes
