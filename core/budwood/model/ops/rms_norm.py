@@ -152,7 +152,7 @@ def norm_gradient(gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor) ->
         found: Tensor = torch.ops.aten.native_layer_norm_backward(
             gradient, x, (width,), zero, scale, wide, None, (True, False, False)
         )[0]
-        lacking = (gradient.reshape(-1, width) @ weight).view(scale.shape).float().mul_(scale).div_(width)
+        lacking = (gradient * weight).sum(-1, keepdim=True, dtype=torch.float32).mul_(scale).div_(width)
         return found.add_(lacking.to(x.dtype))
     wide = (gradient * weight).float()
     normed = x.float() * scale
