@@ -24,9 +24,9 @@ from budwood.model.checks import (
     skeleton,
 )
 from budwood.model.experts import count_experts, open_experts, packed_as_read
+from budwood.model.halves.take_over import compute_in_halves
 from budwood.model.heads import body_of, name_body
 from budwood.model.machine import pick_device_precision
-from budwood.model.halves.take_over import compute_in_halves
 from budwood.model.ops.gated import fuse_mlps
 from budwood.model.ops.rms_norm import save_memory_in_norms
 from budwood.model.ops.rotary import fuse_rotations

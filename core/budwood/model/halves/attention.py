@@ -189,8 +189,8 @@ class _Stand:
 
     def run(self, options: dict[str, Any]) -> Tensor:
         """Return what the module gives its last projection."""
-        found = type(self._module).forward(self, self._hidden, **options)  # type: ignore[arg-type]
+        found = type(self._module).forward(self, self._hidden, **options)
         first = found[0] if isinstance(found, tuple) else found
         if self._open or self._result is None or first is not self._result:
             raise UnexpectedError(f"{type(self._module).__name__} does not end with its projection")
-        return first  # type: ignore[no-any-return]
+        return first

@@ -99,14 +99,14 @@ class Halves:
 
     def _keeping(self, x: Tensor) -> AbstractContextManager[Any]:
         offload = getattr(self.layer._gradient_checkpointing_func, "offload", None)
-        return nullcontext() if offload is None else offload.keeping(x)  # type: ignore[no-any-return]
+        return nullcontext() if offload is None else offload.keeping(x)
 
     def _rest(self, x: Tensor) -> Tensor:
         """Compute the other half of a layer with the model's own modules."""
         layer, names = self.layer, self.names
         y = layer.mlp(getattr(layer, names.second)(x))  # type: ignore[operator]
         y = y[0] if isinstance(y, tuple) else y
-        return x + (getattr(layer, names.last)(y) if names.last else y)  # type: ignore[no-any-return]
+        return x + (getattr(layer, names.last)(y) if names.last else y)
 
     def reason(self) -> str | None:
         """Return why the model's own forward computes, or None; adapters are asked later."""
@@ -189,7 +189,7 @@ def part_of(linear: nn.Module) -> Part | None:
     own = linear.__dict__.get("forward")
     if own is not None:
         found = getattr(own, "part", None)
-        return None if found is None else found()  # type: ignore[no-any-return]
+        return None if found is None else found()
     quantizer = quantizer_of(linear)
     if quantizer is None or quantizer.weight(linear).requires_grad:
         return None

@@ -45,19 +45,24 @@ def _names(layer: Any) -> Names | None:
     """Return the names of a layer's modules, if its class is known to compute in halves."""
     attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
     config = getattr(attention, "config", None)
-    if config is None or mlp is None or not (queries(attention) and hasattr(attention, "o_proj")):
+    if attention is None or config is None or mlp is None:
+        return None
+    if not (queries(attention) and hasattr(attention, "o_proj")):
         return None
     dense = isinstance(mlp.forward, GatedMLP)
-    cls = next(cls for cls in type(layer).__mro__ if cls.__module__ != "torch.distributed.fsdp._fully_shard._fully_shard"
-               and not cls.__name__.startswith("FSDP"))  # fmt: skip
-    return _tried(cls, _Config(config), int(getattr(attention, "layer_idx", 0) or 0), dense)
+    cls = next(
+        cls for cls in type(layer).__mro__ if not cls.__name__.startswith("FSDP")
+    )  # what a sharded one is made of
+    index, kinds = int(getattr(attention, "layer_idx", 0) or 0), getattr(config, "layer_types", None)
+    kind = kinds[index] if kinds and index < len(kinds) else None
+    return _tried(cls, _Config(config, index), kind, dense)
 
 
 class _Config:
-    """A model's config as a key: the same object."""
+    """A model's config and the index of one of its layers; equal to that of the same config's other layers."""
 
-    def __init__(self, config: Any) -> None:
-        self.config = config
+    def __init__(self, config: Any, index: int) -> None:
+        self.config, self.index = config, index
 
     def __hash__(self) -> int:
         return hash(type(self.config))
@@ -67,12 +72,16 @@ class _Config:
 
 
 @functools.lru_cache(maxsize=64)
-def _tried(cls: type[nn.Module], key: _Config, index: int, dense: bool) -> Names | None:
-    """Return the names with which the halves of a small layer compute what its class does; None: there are none."""
+def _tried(cls: type[nn.Module], key: _Config, kind: str | None, dense: bool) -> Names | None:
+    """Return the names with which the halves of a small layer compute what its class does; None: there are none.
+
+    Args:
+        kind: that of the layer, such as sliding_attention, which has an answer of its own.
+    """
     try:
         with unset_fake_temporarily(), planned_device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            layer = _small(cls, key.config, index, dense)
+            layer = _small(cls, key.config, key.index, dense)
             return next((names for names in PATTERNS if _agrees(layer, names)), None)
     except Exception:  # a constructor with other arguments, a forward with others
         return None

@@ -97,7 +97,8 @@ class _Gated(torch.autograd.Function):
 def fuse_mlps(model: nn.Module) -> int:
     """Make the gated MLPs of `model` compute `gated`, where their forward is down(activation(gate(x)) · up(x)).
 
-    One linear may compute gate and up, as in Phi-3. On the CPU, their own forward computes; only where kernels do does `gated`.
+    One linear may compute gate and up, as in Phi-3. On the CPU, their own forward computes; only where kernels do does
+    `gated`.
 
     Returns:
         The number of modules changed.

@@ -20,7 +20,6 @@ from budwood.model.ops.kernels import implementation
 from budwood.model.ops.linear import thin_product
 from budwood.model.quantizers import quantizer_of
 
-
 MOST = 3
 """Weights that one kernel dequantises."""
 
@@ -183,7 +182,7 @@ class Group:
             y = x @ weight.t() if residual is None else torch.addmm(residual, x, weight.t())
         if narrow is not None and b is not None:
             y.addmm_(narrow[:, self.spans[i]], b.t(), alpha=self.scales[i])
-        return y  # type: ignore[no-any-return]
+        return y
 
     def thin_gradient(self, gradients: Sequence[Tensor], factors: Sequence[Tensor | None]) -> Tensor | None:
         """Return s g B of all parts [n, R]; None without updates.

@@ -53,9 +53,7 @@ def norm_forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Ten
     return weight * (wide * scale).to(x.dtype), scale
 
 
-def norm_backward(
-    gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor, residual: Tensor | None = None
-) -> Tensor:
+def norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor, residual: Tensor | None = None) -> Tensor:
     """Return the gradient of x [n, d] from that of the norm, plus `residual`, that which reaches x beside the norm."""
     kernel = implementation("rms_norm", x) if residual is None or residual.dtype == x.dtype else None
     if kernel is not None:
