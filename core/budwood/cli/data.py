@@ -41,7 +41,7 @@ def data(
             chat_note,
             encoding_options,
             read_task_base,
-            recipe_skeleton,
+            recipe_limits,
             recipe_task,
             recipe_tokenizer,
         )
@@ -53,7 +53,7 @@ def data(
     with one_revision(loaded.base.model, loaded.base.revision):
         read_task_base(task, loaded)
         tokenizer = recipe_tokenizer(loaded) if task.needs_tokenizer else None
-        model = recipe_skeleton(loaded, task.auto_class, tokenizer)
+        model = recipe_limits(loaded, task.auto_class, tokenizer)
     loaded = loaded.with_length(default_length(model))
     strategies = build_composition(loaded).strategies if base is None else []
     options = {"tokenizer": tokenizer, "task": task, "read": columns_read(strategies), **encoding_options(loaded)}

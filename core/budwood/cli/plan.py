@@ -36,7 +36,7 @@ def plan(
         typer.Option(
             "--allow",
             metavar="NAMES",
-            help="With --fit: may change quantization,rank,max_length.",
+            help="With --fit: may change optimizer,quantization,rank,max_length.",
         ),
     ] = "",
     write: Annotated[

@@ -41,7 +41,8 @@ def tune(
         typer.Option("--fit", metavar="DEVICE", help="Run with settings that fit a card, or memory such as 24GiB."),
     ] = None,
     allow: Annotated[
-        str, typer.Option("--allow", metavar="NAMES", help="With --fit: may change quantization,rank,max_length.")
+        str,
+        typer.Option("--allow", metavar="NAMES", help="With --fit: may change optimizer,quantization,rank,max_length."),
     ] = "",
     profile: Annotated[
         bool, typer.Option("--profile", help="At the end, show the time and memory of every strategy's hooks.")

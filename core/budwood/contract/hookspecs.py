@@ -120,6 +120,9 @@ class HookSpecs:
         Returns: a torch optimizer over all groups. If its state of a parameter is not made of tensors of the
             parameter's shape, it has a method `sliced_state(old, index)`, which returns the state of the part
             `old[index]`; `run.replace_parameter` calls it.
+
+        A strategy whose optimizer keeps its states in less memory than AdamW says so by `provides =
+        ("compact-optimizer",)`; `budwood plan --fit` may then suggest it.
         """
 
     @_hook("exclusive", first=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from budwood.contract.discovery import installed
 from budwood.contract.types import Run
 from budwood.errors import InputError
 from budwood.model.checkpoint import missing_weights
@@ -26,6 +27,9 @@ from budwood.planning.trace import KEPT, ROUNDING, TEMPORARY, Operation, Peak
 from budwood.recipe.schema import Recipe
 from budwood.training.recompute import check_device, settled
 
+CONTEXT_PART = "CUDA's context"
+COMPACT = "compact-optimizer"
+"""What a strategy provides whose optimizer keeps its states in less memory than AdamW."""
 QUICK = 8.0
 """Seconds of a rehearsed step up to which a second micro-batch is rehearsed; beyond it, its cost is scaled."""
 LIBRARIES = int(0.6e9)
@@ -296,7 +300,7 @@ def _measure(rehearsal: Rehearsal, device: Device, steps: int | None) -> _Measur
         }
         allocated, where = answering, "generation of answers"
     if device.kind == "cuda":
-        parts["CUDA's context"] = CONTEXT
+        parts[CONTEXT_PART] = CONTEXT
         allocated += CONTEXT
     train = sum(p.numel() * p.element_size() for p in run.trainable)
     loading = LIBRARIES + 2 * _largest_weight(rehearsal)  # a tensor as stored, and its copy
@@ -347,6 +351,12 @@ def _download(rehearsal: Rehearsal) -> int:
     return size or run.base.parameters * int(getattr(stored, "itemsize", 2))
 
 
+def compact_optimizer() -> str | None:
+    """Return the installed strategy whose optimizer keeps its states in less memory; the first of several."""
+    names = [name for name, entries in installed().items() if COMPACT in entries[0].declared("provides")]
+    return min(names, default=None)
+
+
 def advice(result: Estimate, recipe: Recipe) -> str:
     """Return what to change if an estimate does not fit, after the part that holds most of what can change."""
     parts = result.parts
@@ -358,8 +368,9 @@ def advice(result: Estimate, recipe: Recipe) -> str:
             return "set base.quantization: nf4, or take a smaller base"
         return "take a smaller base, or a device with more memory"
     if trained > work:
-        eight_bit = "add the strategy adamw-8bit, " if 3 * parts.get(OPTIMIZER, 0) > trained else ""
-        return f"{eight_bit}lower the adapter's rank, or adapt fewer layers"
+        optimizer = compact_optimizer() if 3 * parts.get(OPTIMIZER, 0) > trained else None
+        other = f"add the strategy {optimizer}, " if optimizer else ""
+        return f"{other}lower the adapter's rank, or adapt fewer layers"
     if result.recomputed < result.layers:
         return "set train.gradient_checkpointing: true, or lower train.micro_tokens"
     if result.layers and result.device.kind == "cuda" and not recipe.train.activation_offloading:

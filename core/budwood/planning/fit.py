@@ -6,19 +6,21 @@ do: they are only suggested, unless the user allows them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from budwood.errors import InputError, did_you_mean
-from budwood.planning.estimate import Estimate, gib
-from budwood.planning.rehearsal import ADAPTERS, GRADIENTS, OPTIMIZER
+from budwood.planning.estimate import CONTEXT_PART, LIBRARIES, Estimate, compact_optimizer, gib
+from budwood.planning.rehearsal import ADAPTERS, BASE, GRADIENTS, OPTIMIZER, QUANTIZED
 from budwood.planning.sizes import ROOM
 from budwood.planning.trace import KEPT, TEMPORARY
 from budwood.recipe.schema import Recipe, build_composition
+from budwood.recipe.sections import Choice
 
-CHANGES = ("quantization", "rank", "max_length")
+CHANGES = ("optimizer", "quantization", "rank", "max_length")
 """Settings that change what a run learns, in the order in which they are tried: what changes least first."""
 SMALLEST_RANK, SMALLEST_LENGTH, ROUND = 4, 64, 64
 RECOMPUTE, OFFLOAD = "train.gradient_checkpointing", "train.activation_offloading"
@@ -36,7 +38,7 @@ class Candidate:
     @property
     def overrides(self) -> str:
         """The changes as options of a command."""
-        return " ".join(f"-o {key}={str(value).lower()}" for key, value in self.changes.items())
+        return " ".join(_override(key, value) for key, value in self.changes.items())
 
 
 @dataclass
@@ -62,7 +64,11 @@ class Fit:
         def values(candidate: Candidate) -> dict[str, Any]:
             result = candidate.estimate
             return {
-                "overrides": candidate.overrides, "changes": candidate.changes, "alters": list(candidate.alters),
+                "overrides": candidate.overrides, "alters": list(candidate.alters),
+                "changes": {
+                    key: [choice.model_dump() for choice in value] if key == "strategies" else value
+                    for key, value in candidate.changes.items()
+                },
                 "needed_bytes": result.needed, "fits": result.fits,
                 "seconds": None if result.seconds is None else list(result.seconds), "flops": result.flops,
             }  # fmt: skip
@@ -72,6 +78,12 @@ class Fit:
             "candidates": [values(candidate) for candidate in self.candidates],
             "suggestions": [candidate.overrides for candidate in self.suggestions],
         }  # fmt: skip
+
+
+def _override(key: str, value: Any) -> str:
+    if key == "strategies":
+        return f"-o 'strategies={json.dumps([{c.name: c.options} if c.options else c.name for c in value])}'"
+    return f"-o {key}={str(value).lower()}"
 
 
 def allowed(text: str) -> set[str]:
@@ -87,9 +99,12 @@ def allowed(text: str) -> set[str]:
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """Return a recipe with changes such as {"train.micro_tokens": 512, "lora.rank": 4}."""
+    """Return a recipe with changes such as {"train.micro_tokens": 512, "lora.rank": 4}; "strategies" replaces all."""
     for key, value in changes.items():
         place, _, name = key.partition(".")
+        if place == "strategies":
+            recipe = recipe.model_copy(update={place: value})
+            continue
         if place in ("base", "train", "data"):
             section = getattr(recipe, place).model_copy(update={name: value})
             recipe = recipe.model_copy(update={place: section})
@@ -134,6 +149,9 @@ def fit(recipe: Recipe, estimate: Callable[[Recipe], Estimate], allow: Collectio
         return candidate
 
     train, first = recipe.train, attempt({}).estimate
+    if _least(first, recipe) > first.device.memory:
+        found.reason = _reason(first)
+        return found
     if not first.fits:
         if sized and train.micro_tokens is not None:
             attempt({"train.micro_tokens": None})
@@ -190,6 +208,8 @@ def _alter(
 def _values(recipe: Recipe, name: str, result: Estimate) -> dict[str, Any]:
     """Return the changes that should make an estimate fit by one of `CHANGES`; {}: it can be changed no further."""
     room = ROOM * result.device.memory - result.needed
+    if name == "optimizer":
+        return _with_compact_optimizer(recipe) if result.parts.get(OPTIMIZER) else {}
     if name == "quantization":
         return {"base.quantization": "nf4"} if recipe.base.quantization in ("none", "int8") else {}
     if name == "max_length":
@@ -210,10 +230,25 @@ def _values(recipe: Recipe, name: str, result: Estimate) -> dict[str, Any]:
     return changes
 
 
+def _with_compact_optimizer(recipe: Recipe) -> dict[str, Any]:
+    owned = {slot for strategy in build_composition(recipe).strategies for slot in strategy.slots}
+    name = compact_optimizer()
+    if name is None or "optimizer" in owned:
+        return {}
+    return {"strategies": [*recipe.strategies, Choice(name=name)]}
+
+
 def _cost(candidate: Candidate) -> float:
     """Return the time of a candidate; without a known time, its FLOPs."""
     result = candidate.estimate
     return result.seconds[1] if result.seconds is not None else result.flops
+
+
+def _least(result: Estimate, recipe: Recipe) -> int:
+    """Return the bytes that are needed whatever is changed: libraries, and a base that is quantised already."""
+    parts = (CONTEXT_PART,) if recipe.base.quantization in ("none", "int8") else (CONTEXT_PART, BASE, QUANTIZED)
+    libraries = LIBRARIES if result.device.kind == "cpu" else 0
+    return libraries + sum(result.parts.get(part, 0) for part in parts)
 
 
 def _reason(least: Estimate) -> str:

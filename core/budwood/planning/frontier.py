@@ -18,7 +18,7 @@ from budwood.planning.devices import GIB, Device, find_device
 from budwood.planning.estimate import Estimate, gib
 from budwood.planning.fit import Candidate, Fit, fit
 from budwood.planning.process import estimate_in_process
-from budwood.planning.table import span
+from budwood.planning.table import operations, span
 from budwood.recipe.schema import Recipe
 
 BAR = 24
@@ -54,7 +54,9 @@ def verdict(found: Fit) -> list[str]:
         for c in found.suggestions
     ]
     if not found.suggestions:
-        lines.append("no quantisation, rank or length fits either: take a smaller base, or a device with more memory")
+        lines.append(
+            "no optimizer, quantisation, rank or length fits either: take a smaller base, or a device with more memory"
+        )
     return lines
 
 
@@ -175,5 +177,5 @@ def _bar(needed: int, memory: int, most: int) -> str:
 def _time(candidate: Candidate) -> str:
     result = candidate.estimate
     if result.seconds is None:
-        return f"{result.flops / 1e12:,.2f} TFLOP a step"
+        return f"{operations(result.flops)} a step"
     return f"{span(result.seconds[0])} to {span(result.seconds[1])}"

@@ -12,6 +12,11 @@ from budwood.planning.composition import show
 from budwood.planning.estimate import Estimate, advice, gib
 
 
+def operations(flops: float) -> str:
+    """Return floating-point operations with a unit."""
+    return f"{flops / 1e12:,.2f} TFLOP" if flops > 1e11 else f"{flops / 1e9:,.2f} GFLOP"
+
+
 def show_estimate(result: Estimate, recipe: Any, console: Console) -> None:
     """Print what a recipe needs: memory by part, time, disk, and whether it fits."""
     device, step = result.device, result
@@ -24,8 +29,7 @@ def show_estimate(result: Estimate, recipe: Any, console: Console) -> None:
     count = f"{step.micro_batches:.1f} micro-batches, the largest of {step.largest_micro:,} tokens"
     if recipe.train.micro_tokens is None:
         count += f" (train.micro_tokens: auto, {step.micro_tokens:,})"
-    flops = f"{step.flops / 1e12:,.2f} TFLOP" if step.flops > 1e11 else f"{step.flops / 1e9:,.2f} GFLOP"
-    work = f"{flops}, {step.moved / 1e9:,.1f} GB moved, {step.operations:,.0f} operations"
+    work = f"{operations(step.flops)}, {step.moved / 1e9:,.1f} GB moved, {step.operations:,.0f} operations"
     rows.append(("step", f"{step.tokens:,.0f} tokens in {count}; {work}"))
     if step.recomputed:
         text = f"{step.recomputed} of {step.layers} layers recompute their activations"

@@ -13,6 +13,7 @@ from budwood.data.prompts import Prompts
 from budwood.errors import InputError, unreadable
 from budwood.model.checkpoint import read_tensors, resolve
 from budwood.model.checks import check_base, find_quantizer, load_tokenizer, skeleton
+from budwood.model.described import describe_base
 from budwood.model.embeddings import resize, vocabulary_of
 from budwood.model.task import Task
 from budwood.recipe.schema import Recipe
@@ -86,6 +87,17 @@ def recipe_skeleton(recipe: Recipe, auto_class: str, tokenizer: Any) -> Any:
     if base.resize_embeddings:
         resize(model, embeddings_wanted(recipe, tokenizer), base.model)
     return model
+
+
+def recipe_limits(recipe: Recipe, auto_class: str, tokenizer: Any) -> Any:
+    """Return what tells the limits of the recipe's base: its description from files, or else its skeleton.
+
+    Raises:
+        InputError, CorruptError: see `recipe_skeleton`.
+    """
+    base = recipe.base
+    found = None if base.resize_embeddings else describe_base(base.model, auto_class, base.trust_remote_code)
+    return found or recipe_skeleton(recipe, auto_class, tokenizer)
 
 
 def check_quantized(model: Any, recipe: Recipe) -> None:

@@ -26,8 +26,8 @@ class AdaLoRAOptions(Options):
     layers: Layers = None
     modules_to_save: ModulesToSave = []
     initial_phase: float = Field(0.1, ge=0, description="before pruning: below 1 a share of the run, otherwise steps")
-    final_phase: float = Field(0.3, gt=0, description="at the final ranks: below 1 a share, otherwise steps")
-    interval: int = Field(10, ge=1, description="steps between allocations")
+    final_phase: float = Field(0.6, gt=0, description="at the final ranks: below 1 a share, otherwise steps")
+    interval: int = Field(5, ge=1, description="steps between allocations")
     beta1: float = Field(0.85, gt=0, lt=1, description="decay of the moving average of the sensitivity")
     beta2: float = Field(0.85, gt=0, lt=1, description="decay of the moving average of its uncertainty")
     orthogonality: float = Field(0.1, ge=0, description="weight of the penalty that keeps singular vectors orthogonal")

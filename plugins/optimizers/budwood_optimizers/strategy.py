@@ -25,6 +25,7 @@ class AdamW8bit(Strategy):
 
     Options = AdamW8bitOptions
     slots = ("optimizer",)
+    provides = ("compact-optimizer",)
 
     @hookimpl
     def build_optimizer(self, run: Run, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -1,4 +1,7 @@
-"""Commands that need no library, and refusals of what is not there, import none: they answer within a second."""
+"""Commands that need no library, and refusals of what is not there, import none: they answer within a second.
+
+A report on data loads torch and the tokenizer, but no model class, which would take as long again.
+"""
 
 from __future__ import annotations
 
@@ -44,24 +47,45 @@ COMMANDS = [
     (["serve", "some/missing"], 3),
     (["compare", "missing", "missing2"], 2),
 ]
+OF_MODELS = [
+    "bitsandbytes",
+    "datasets",
+    "matplotlib",
+    "peft",
+    "scipy",
+    "sklearn",
+    "torchao",
+    "transformers.modeling_utils",
+]
+"""What a valid recipe's data needs no more than its refusal does."""
 CHILD = """
 import json, sys
 from budwood.cli.app import run
 codes = [(run(arguments), [name for name in json.loads(sys.argv[2]) if name in sys.modules])
          for arguments in json.loads(sys.argv[1])]
-print("\\n" + json.dumps([codes, len(sys.modules)]))
+count = len(sys.modules)
+last = [run(["data", "recipe.yaml", "--json"]), [name for name in json.loads(sys.argv[3]) if name in sys.modules]]
+print("\\n" + json.dumps([codes, count, last]))
 """
 
 
 def test_refusals_import_no_library(tmp_path: Path, tiny_base: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3, encoding="utf-8")
+    recipe = {
+        "base": {"model": str(tiny_base)},
+        "data": {"train": "rows.jsonl"},
+        "strategies": ["lora"],
+        "output": "out",
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     places = {"BASE": str(tiny_base), "ADAPTER": str(make_saved(tiny_base, tmp_path / "adapter"))}
     commands = [[places.get(part, part) for part in arguments] for arguments, _ in COMMANDS]
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, json.dumps(commands), json.dumps(HEAVY)],
+        [sys.executable, "-c", CHILD, json.dumps(commands), json.dumps(HEAVY), json.dumps(OF_MODELS)],
         cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True, stdin=subprocess.DEVNULL,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
-    codes, modules = json.loads(done.stdout.splitlines()[-1])
+    codes, modules, last = json.loads(done.stdout.splitlines()[-1])
     assert codes == [[code, []] for _, code in COMMANDS], done.stderr
     assert modules < MOST
+    assert last == [0, []]

@@ -15,8 +15,10 @@ from transformers import AutoTokenizer
 
 from budwood.cli.app import run
 from budwood.errors import InputError
+from budwood.model.checks import skeleton
+from budwood.model.described import describe_base
 from budwood.model.generate import generate
-from budwood.model.limits import default_length, positions_of
+from budwood.model.limits import default_length, embeddings_of, positions_of
 from budwood.recipe.schema import Recipe
 from budwood.serving.pool import AdapterPool
 from budwood.training.loop import tune
@@ -211,3 +213,22 @@ def test_a_prompt_fills_what_learned_positions_leave(tiny_base: Path) -> None:
     assert len(answer.tokens) <= 2
     with pytest.raises(InputError, match="prompt 1 has 20 tokens; the base's context holds 20"):
         generate(model, tokenizer, [[5] * 20], max_new_tokens=10)
+
+
+def test_files_tell_the_limits_of_the_skeleton_or_nothing(tiny_base: Path, tmp_path: Path) -> None:
+    """Of a decoder with rotary positions they tell the same limits; learned positions are left to the model's class."""
+    scaled = shutil.copytree(tiny_base, tmp_path / "scaled")
+    config = json.loads((scaled / "config.json").read_text())
+    rope = {"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0}
+    (scaled / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    for folder in (tiny_base, scaled):
+        described, frame = describe_base(folder, "AutoModelForCausalLM", False), skeleton(folder)
+        assert described is not None
+        assert positions_of(described) == positions_of(frame)
+        assert embeddings_of(described) == embeddings_of(frame) == 300
+    assert positions_of(describe_base(scaled, "AutoModelForCausalLM", False)) == 3 * config["max_position_embeddings"]
+    build("GPT2Config", **GPT).save_pretrained(tmp_path / "gpt2")
+    assert describe_base(tmp_path / "gpt2", "AutoModelForCausalLM", False) is None
+    assert describe_base(tiny_base, "AutoModelForSequenceClassification", False) is None
+    (scaled / "config.json").write_text(json.dumps(config | {"vocab_size": 299}))
+    assert describe_base(scaled, "AutoModelForCausalLM", False) is None

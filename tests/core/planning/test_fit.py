@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +49,7 @@ def estimates(memory: float, longest: int) -> Callable[[Recipe], Estimate]:
         least = min(longest, recipe.data.max_length or longest)
         base = GIB * (1 if recipe.base.quantization == "nf4" else 4)
         trained = int(recipe.strategies[0].options["rank"]) << 24
+        trained //= 4 if recipe.strategies[-1].name == "adamw-8bit" else 1
         room = int((0.9 * memory * GIB - base - trained) / each) // 64 * 64
         tokens = max(train.micro_tokens or min(room, 4096), least)
         work = int(tokens * each)
@@ -63,7 +66,7 @@ def estimates(memory: float, longest: int) -> Callable[[Recipe], Estimate]:
 
 def search(memory: float, longest: int = 256, allow: tuple[str, ...] = (), recipe: Recipe = RECIPE) -> Fit:
     found = fit(recipe, estimates(memory, longest), allow)
-    assert len(found.candidates) <= 9
+    assert len(found.candidates) <= 11
     return found
 
 
@@ -122,11 +125,28 @@ def test_what_changes_the_result_is_only_suggested() -> None:
 def test_rank_and_length() -> None:
     found = search(5.1, longest=2048)
     assert found.chosen is None
-    assert [c.alters for c in found.suggestions] == [("quantization",), ("rank",), ("max_length",)]
+    assert [c.alters for c in found.suggestions] == [("optimizer",), ("quantization",), ("rank",), ("max_length",)]
     fitted = search(5.1, longest=2048, allow=("rank",)).fitted
     assert fitted is not None and 4 <= fitted.strategies[0].options["rank"] < 64
     fitted = search(5.1, longest=2048, allow=("max_length",)).fitted
     assert fitted is not None and 64 <= (fitted.data.max_length or 0) < 2048
+
+
+def test_an_optimizer_with_smaller_states() -> None:
+    found = search(5.1, longest=2048, allow=("optimizer",))
+    assert found.fitted is not None and [s.name for s in found.fitted.strategies] == ["lora", "adamw-8bit"]
+    given = """-o 'strategies=[{"lora": {"rank": 64}}, "adamw-8bit"]'"""
+    assert given in overrides(found)
+    again = Recipe.from_dict(RECIPE.to_dict(), [shlex.split(given)[1]])
+    assert again.strategies == found.fitted.strategies
+    json.dumps(found.as_dict())
+    assert not any("optimizer" in c.alters for c in search(5.1, longest=2048, recipe=found.fitted).candidates)
+
+
+def test_what_is_needed_whatever_changes_ends_the_search_at_once() -> None:
+    found = search(0.9, recipe=changed(RECIPE, {"base.quantization": "nf4"}))
+    assert found.chosen is None and len(found.candidates) == 1
+    assert "base, quantised 1.00 GiB" in found.reason
 
 
 def test_several_together_and_what_nothing_can_fix() -> None:

@@ -45,7 +45,7 @@ def make_recipe(tiny_base: Path, rows: Path) -> Callable[..., Recipe]:
         }  # fmt: skip
         if "epochs" in train:
             steps.pop("steps")
-        strategy = {"initial_rank": 4, "target_rank": 2, "interval": 2, **options}
+        strategy = {"initial_rank": 4, "target_rank": 2, "final_phase": 0.3, "interval": 2, **options}
         return Recipe.from_dict(
             {
                 "base": {"model": str(tiny_base), "quantization": quantization},
