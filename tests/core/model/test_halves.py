@@ -32,7 +32,7 @@ from budwood.model.halves.take_over import compute_in_halves
 from budwood.model.ops import tiles
 from budwood.model.ops.attention import packed_mask, register
 from budwood.model.ops.gated import fuse_mlps
-from budwood.model.ops.group import Group, Part
+from budwood.model.ops.group import Group, Part, pack
 from budwood.model.ops.rms_norm import save_memory_in_norms
 from budwood.model.recompute import recompute_layers
 
@@ -198,7 +198,7 @@ def test_a_group_computes_its_formula_in_float64():
     gradients = torch.autograd.grad(expected, leaves, above)
     with torch.no_grad():
         group, tensors = Group(parts, x, torch.float64), [t for part in parts for t in part.tensors]
-        factors = group.factors(tensors)
+        (factors,) = pack([(group.layout, tensors)])
         found, made = group.forward(x, tensors, factors)
         thin = group.thin_gradient(above, factors)
         grad_x = group.input_gradient(above, thin, factors, made.masks)

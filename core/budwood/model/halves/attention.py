@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from budwood.model.halves import norms
 from budwood.model.halves.kept import Kept
-from budwood.model.ops.group import Group
+from budwood.model.ops.group import Factors, Group
 
 
 class UnexpectedError(Exception):
@@ -62,18 +62,19 @@ class AttentionHalf:
         return [self.inputs.weights(), self.output.weights()]
 
     def forward(
-        self, x: Tensor, tensors: Sequence[Tensor | None], call: Call, kept: Kept | None,
+        self, x: Tensor, tensors: Sequence[Tensor | None], both: Sequence[Factors], call: Call, kept: Kept | None,
         weights: list[list[Tensor]] | None = None, ends: bool = False,
     ) -> Tensor:  # fmt: skip
         """Return the half's output [n, d] for x [n, d].
 
         Args:
+            both: the factors of both groups.
             kept: keeps what the backward pass needs; None: there is no backward.
             ends: the output is not needed; x is returned instead.
         """
         first, second = weights or (None, None)
         given, more = tensors[: self.inputs.tensors], tensors[self.inputs.tensors :]
-        factors, outer = self.inputs.factors(given), self.output.factors(more)
+        factors, outer = both
         normed = norms.forward(self.norm, "norm", x, kept, call.autocast).to(self.inputs.dtype)
         projected, made = self.inputs.forward(normed, given, factors, None, first)
         result = self._between(projected, x, call, kept)
@@ -81,8 +82,6 @@ class AttentionHalf:
         if kept is not None:
             kept.put("normed", normed)
             kept.put_made("inputs", made)
-            kept.put_list("factors", factors)
-            kept.put_list("outer", outer)
             kept.put("between", result)
         del projected, normed
         if ends and self.after is None:
@@ -111,7 +110,7 @@ class AttentionHalf:
             return stand.run(call.options)
 
     def backward(
-        self, gradient: Tensor, x: Tensor, tensors: Sequence[Tensor | None], call: Call, kept: Kept,
+        self, gradient: Tensor, x: Tensor, tensors: Sequence[Tensor | None], both: Sequence[Factors], kept: Kept,
         wants: Sequence[bool], wants_x: bool, last: bool, weights: list[list[Tensor]] | None = None,
     ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
         """Return the gradients of x [n, d], if it is wanted, and of the tensors, of those that want one.
@@ -122,8 +121,7 @@ class AttentionHalf:
         """
         first, second = weights or (None, None)
         count = self.inputs.tensors
-        factors = kept.get_list("factors", 1 + len(self.names))
-        outer = kept.get_list("outer", 2)
+        factors, outer = both
         inside = gradient
         if self.after is not None:
             before = kept.tensors["before"]

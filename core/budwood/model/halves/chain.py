@@ -18,6 +18,7 @@ from budwood.model.halves.attention import AttentionHalf, Call
 from budwood.model.halves.kept import Kept
 from budwood.model.halves.mlp import MlpHalf
 from budwood.model.ops import tiles
+from budwood.model.ops.group import Factors
 from budwood.model.random_state import Draws
 
 Half = AttentionHalf | MlpHalf
@@ -28,10 +29,12 @@ class Chain:
     """Halves one after the other, in one pass.
 
     Attributes:
+        factors: of both groups of each half.
         recomputes: keep the input alone.
     """
 
     halves: Sequence[Half]
+    factors: list[Factors]
     call: Call
     recomputes: bool
 
@@ -42,7 +45,12 @@ class Chain:
             tensors: those of all halves' groups, which may need gradients.
         """
         result: Tensor = _Chain.apply(x, self, *tensors)
+        self.factors = []  # the function has saved them
         return result
+
+    def pairs(self, factors: Sequence[Factors]) -> list[Sequence[Factors]]:
+        """Return the factors of each half."""
+        return [factors[i : i + 2] for i in range(0, len(factors), 2)]
 
     def split(self, values: Sequence[Any]) -> list[list[Any]]:
         """Return what belongs to each half."""
@@ -63,24 +71,26 @@ class _Chain(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, chain: Chain, *tensors: Tensor | None) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         kept: list[Kept] = []
-        ctx.chain, ctx.dense = chain, []
+        ctx.chain, both = chain, chain.pairs(chain.factors)
+        ctx.lengths = [len(each) for each in chain.factors]
+        factors = [tensor for each in chain.factors for tensor in each]
         with torch.autocast(x.device.type, enabled=False):
             if chain.recomputes:
                 ctx.draws = Draws(x.device)
                 with ctx.draws.first:
-                    y = _compute(chain, flat, chain.split(tensors))
-                ctx.save_for_backward(x, *tensors)
+                    y = _compute(chain, flat, chain.split(tensors), both)
+                ctx.save_for_backward(*factors, x, *tensors)
                 return y.view(x.shape)
             y = flat
-            for half, part in zip(chain.halves, chain.split(tensors), strict=True):
+            for half, part, pair in zip(chain.halves, chain.split(tensors), both, strict=True):
                 kept.append(Kept())
                 kept[-1].put("x", y)
-                y = half.forward(y, part, chain.call, kept[-1])
+                y = half.forward(y, part, pair, chain.call, kept[-1])
         dense = _dense(chain) if ctx.needs_input_grad[0] else []
         ctx.places = [list(one.tensors) for one in kept]
         ctx.edges = [one.edges for one in kept]
         saved = [tensor for one in kept for tensor in one.tensors.values()]
-        ctx.save_for_backward(*tensors, *saved, *dense)
+        ctx.save_for_backward(*factors, *tensors, *saved, *dense)
         return y.view(x.shape)
 
     @staticmethod
@@ -88,13 +98,15 @@ class _Chain(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         chain, wants_x, wants = ctx.chain, ctx.needs_input_grad[0], chain_wants(ctx)
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
+        saved = iter(ctx.saved_tensors)
+        both = chain.pairs([[next(saved) for _ in range(length)] for length in ctx.lengths])
         with torch.autocast(gradient.device.type, enabled=False):
             if chain.recomputes:
-                x, *tensors = ctx.saved_tensors
+                x, *tensors = saved
                 with ctx.draws.again:
-                    grad_x, found = _recompute(chain, x, tensors, gradient, wants, wants_x)
+                    grad_x, found = _recompute(chain, x, tensors, both, gradient, wants, wants_x)
             else:
-                grad_x, found = _continue(ctx, chain, gradient, wants, wants_x)
+                grad_x, found = _continue(ctx, chain, list(saved), both, gradient, wants, wants_x)
         shape = gradients[0].shape
         return (None if grad_x is None else grad_x.view(shape), None, *found)
 
@@ -105,33 +117,35 @@ def chain_wants(ctx: Any) -> list[list[bool]]:
     return parts
 
 
-def _compute(chain: Chain, x: Tensor, tensors: Sequence[Sequence[Tensor | None]]) -> Tensor:
+def _compute(
+    chain: Chain, x: Tensor, tensors: Sequence[Sequence[Tensor | None]], both: Sequence[Sequence[Factors]]
+) -> Tensor:
     """Return the output [n, d] without keeping anything."""
-    for half, part in zip(chain.halves, tensors, strict=True):
+    for half, part, pair in zip(chain.halves, tensors, both, strict=True):
         pieces = chain.pieces(half, x)
         if len(pieces) == 1:
-            x = half.forward(x, part, chain.call, None)
+            x = half.forward(x, part, pair, chain.call, None)
             continue
         weights, y, start = half.weights(), torch.empty_like(x), 0
         for piece in pieces:
-            y[start : start + len(piece)] = half.forward(piece, part, chain.call, None, weights)
+            y[start : start + len(piece)] = half.forward(piece, part, pair, chain.call, None, weights)
             start += len(piece)
         x = y
     return x
 
 
 def _recompute(
-    chain: Chain, x: Tensor, tensors: Sequence[Tensor | None], gradient: Tensor, wants: Sequence[Sequence[bool]],
-    wants_x: bool,
+    chain: Chain, x: Tensor, tensors: Sequence[Tensor | None], both: Sequence[Sequence[Factors]], gradient: Tensor,
+    wants: Sequence[Sequence[bool]], wants_x: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
     """Return the gradients of x and of the tensors, from the input alone."""
     parts = chain.split(tensors)
     x = x.detach().reshape(-1, x.shape[-1])
     kept, inputs, weights = [], [x], []
-    for half, part in zip(chain.halves[:-1], parts, strict=False):
+    for half, part, pair in zip(chain.halves[:-1], parts, both, strict=False):
         kept.append(Kept())
         weights.append(half.weights())
-        inputs.append(half.forward(inputs[-1], part, chain.call, kept[-1], weights[-1]))
+        inputs.append(half.forward(inputs[-1], part, pair, chain.call, kept[-1], weights[-1]))
     last, part, needed = chain.halves[-1], parts[-1], wants_x or any(any(each) for each in wants[:-1])
     dense = last.weights()
     found: list[Tensor | None] = [None] * last.tensors
@@ -140,8 +154,8 @@ def _recompute(
         above = gradient[start : start + len(piece)]
         start += len(piece)
         store = Kept()
-        last.forward(piece, part, chain.call, store, dense, ends=True)
-        grad, each = last.backward(above, piece, part, chain.call, store, wants[-1], needed, True, dense)
+        last.forward(piece, part, both[-1], chain.call, store, dense, ends=True)
+        grad, each = last.backward(above, piece, part, both[-1], store, wants[-1], needed, True, dense)
         found = [_sum(total, new) for total, new in zip(found, each, strict=True)]
         if grad is not None:
             grads.append(grad)
@@ -155,18 +169,19 @@ def _recompute(
         half, own = chain.halves[i], kept.pop()
         needed = wants_x or any(any(each) for each in wants[:i])
         below, each = half.backward(
-            below, inputs[i], parts[i], chain.call, own, wants[i], needed, True, weights.pop()
+            below, inputs[i], parts[i], both[i], own, wants[i], needed, True, weights.pop()
         )  # fmt: skip
         found = [*each, *found]
     return below, found
 
 
 def _continue(
-    ctx: Any, chain: Chain, gradient: Tensor, wants: Sequence[Sequence[bool]], wants_x: bool
-) -> tuple[Tensor | None, list[Tensor | None]]:
+    ctx: Any, chain: Chain, tensors: Sequence[Tensor | None], both: Sequence[Sequence[Factors]], gradient: Tensor,
+    wants: Sequence[Sequence[bool]], wants_x: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
     """Return the gradients of x and of the tensors, from what the forward pass kept."""
     count = sum(half.tensors for half in chain.halves)
-    tensors, saved = ctx.saved_tensors[:count], iter(ctx.saved_tensors[count:])
+    tensors, saved = tensors[:count], (tensor for tensor in tensors[count:] if tensor is not None)
     kept = [
         Kept({name: next(saved) for name in names}, edges) for names, edges in zip(ctx.places, ctx.edges, strict=True)
     ]
@@ -179,7 +194,7 @@ def _continue(
             continue
         needed = wants_x or any(any(each) for each in wants[:i])
         x = kept[i].tensors["x"]
-        below, each = chain.halves[i].backward(below, x, parts[i], chain.call, kept[i], wants[i], needed, False)
+        below, each = chain.halves[i].backward(below, x, parts[i], both[i], kept[i], wants[i], needed, False)
         found = [*each, *found]
     return below, found
 

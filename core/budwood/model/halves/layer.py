@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from budwood.model.halves.attention import AttentionHalf, Call
 from budwood.model.halves.chain import Chain, Half
 from budwood.model.halves.mlp import MlpHalf
+from budwood.model.halves.shadows import Shadows
 from budwood.model.ops.gated import GatedMLP
 from budwood.model.ops.group import Group, Part
 from budwood.model.ops.rms_norm import Norm
@@ -55,10 +56,13 @@ class Halves:
         layer: the module.
         original: its own forward.
         names: of its modules.
+        number: of the layer in its model.
+        shadows: of the model.
     """
 
-    def __init__(self, layer: nn.Module, original: Any, names: Names) -> None:
+    def __init__(self, layer: nn.Module, original: Any, names: Names, number: int, shadows: Shadows) -> None:
         self.layer, self.original, self.names = layer, original, names
+        self.number, self.shadows = number, shadows
 
     def __call__(self, hidden_states: Any, *args: Any, **options: Any) -> Any:
         found = None if args else self.chain(hidden_states, options)
@@ -95,7 +99,9 @@ class Halves:
         call = Call(x.shape, options, partial(torch.autocast, kind, dtype if narrow else None, narrow))
         # Whoever watches saved tensors may keep copies of them, or make them again: these have no graphs inside.
         alone = again or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        return Chain(self._halves([Group(part, x, dtype) for part in parts]), call, alone), tensors
+        groups = [Group(part, x, dtype) for part in parts]
+        factors = self.shadows.factors(self.number, groups, [[t for p in part for t in p.tensors] for part in parts])
+        return Chain(self._halves(groups), factors, call, alone), tensors
 
     def _keeping(self, x: Tensor) -> AbstractContextManager[Any]:
         offload = getattr(self.layer._gradient_checkpointing_func, "offload", None)

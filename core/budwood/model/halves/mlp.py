@@ -11,7 +11,7 @@ from budwood.model.halves import norms
 from budwood.model.halves.attention import Call
 from budwood.model.halves.kept import Kept
 from budwood.model.ops.gated import gated_backward, gated_forward
-from budwood.model.ops.group import Group
+from budwood.model.ops.group import Factors, Group
 from budwood.model.ops.kernels import implementation
 
 
@@ -41,20 +41,18 @@ class MlpHalf:
         return [self.inputs.weights(), self.output.weights()]
 
     def forward(
-        self, x: Tensor, tensors: Sequence[Tensor | None], call: Call, kept: Kept | None,
+        self, x: Tensor, tensors: Sequence[Tensor | None], both: Sequence[Factors], call: Call, kept: Kept | None,
         weights: list[list[Tensor]] | None = None, ends: bool = False,
     ) -> Tensor:  # fmt: skip
         """Return the half's output [n, d] for x [n, d]; the arguments are those of `AttentionHalf.forward`."""
         first, second = weights or (None, None)
         given, more = tensors[: self.inputs.tensors], tensors[self.inputs.tensors :]
-        factors, outer = self.inputs.factors(given), self.output.factors(more)
+        factors, outer = both
         normed = norms.forward(self.norm, "norm", x, kept, call.autocast).to(self.inputs.dtype)
         projected, made = self.inputs.forward(normed, given, factors, None, first)
         if kept is not None:
             kept.put("normed", normed)
             kept.put_made("inputs", made)
-            kept.put_list("factors", factors)
-            kept.put_list("outer", outer)
             kept.put_list("projected", projected)
         gate, up = _pair(projected)
         if ends and self.after is None and not any(self.output.drops) and implementation("gated", gate) is not None:
@@ -76,15 +74,14 @@ class MlpHalf:
         return x if ends else y if plain else x + y
 
     def backward(
-        self, gradient: Tensor, x: Tensor, tensors: Sequence[Tensor | None], call: Call, kept: Kept,
+        self, gradient: Tensor, x: Tensor, tensors: Sequence[Tensor | None], both: Sequence[Factors], kept: Kept,
         wants: Sequence[bool], wants_x: bool, last: bool, weights: list[list[Tensor]] | None = None,
     ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
         """Return the gradients of x and of the tensors; the arguments are those of `AttentionHalf.backward`."""
         first, second = weights or (None, None)
         count = self.inputs.tensors
         names = len(self.inputs.bases)
-        factors = kept.get_list("factors", 2 if self.inputs.stacked else 1 + names)
-        outer = kept.get_list("outer", 2)
+        factors, outer = both
         inside = gradient
         if self.after is not None:
             inside = norms.backward(self.after, "after", gradient, kept.tensors["before"], kept, last)

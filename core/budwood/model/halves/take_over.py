@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from budwood.model.device import planned_device
 from budwood.model.halves.layer import PATTERNS, Halves, Names, gates, queries
+from budwood.model.halves.shadows import Shadows
 from budwood.model.ops.gated import GatedMLP, fuse_mlps
 from budwood.model.ops.rms_norm import save_memory_in_norms
 
@@ -32,11 +33,11 @@ def compute_in_halves(model: nn.Module) -> int:
     """
     from budwood.model.recompute import layers_of
 
-    changed = 0
-    for layer in layers_of(model):
+    changed, shadows = 0, Shadows()
+    for number, layer in enumerate(layers_of(model)):
         names = _names(layer)
         if names is not None and not isinstance(layer.__dict__.get("forward"), Halves):
-            layer.forward = Halves(layer, layer.forward, names)
+            layer.forward = Halves(layer, layer.forward, names, number, shadows)
             changed += 1
     return changed
 
@@ -129,7 +130,7 @@ def _agrees(layer: Any, names: Names) -> bool:
     x, above = (torch.randn(2, 5, 32, generator=draw) for _ in range(2))
     angles = torch.rand(1, 5, size // 2, generator=draw).repeat(1, 1, 2)
     options = {"attention_mask": None, "position_embeddings": (angles.cos(), angles.sin())}
-    results, halves = [], Halves(layer, layer.forward, names)
+    results, halves = [], Halves(layer, layer.forward, names, 0, Shadows())
     if halves.chain(x.clone().requires_grad_(), dict(options)) is None:
         return False
     for forward in (layer.forward, halves):

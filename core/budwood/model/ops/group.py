@@ -8,6 +8,7 @@ the B are the blocks of another. The functions have no graph: their callers are 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,8 @@ from budwood.model.ops.kernels import implementation
 from budwood.model.ops.linear import thin_product
 from budwood.model.quantizers import quantizer_of
 
+ALIGNED = 64
+"""Elements to a multiple of which factors begin in memory."""
 MOST = 3
 """Weights that one kernel dequantises."""
 
@@ -48,6 +51,79 @@ class Part:
         return self.a, self.b, getattr(self.base, "bias", None)
 
 
+Factors = list[Tensor | None]
+"""A of all parts [R, in] in the dtype of the products, and each B [out, r]; stacked, all B as blocks of one."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the factors of a group lie.
+
+    Attributes:
+        blocks: the B are the blocks of one matrix [sum of out, R].
+        ranks, sizes: of each part; its rank is 0 without an update.
+    """
+
+    dtype: torch.dtype
+    blocks: bool
+    ranks: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def shapes(self, tensors: Sequence[Tensor | None]) -> list[tuple[int, ...] | None]:
+        """Return the shapes of A and of each B, or of all; None where a tensor of the group is taken as it is.
+
+        Args:
+            tensors: `Part.tensors` of all parts.
+        """
+        a, b = tensors[0::3], tensors[1::3]
+        inputs = next(t.shape[1] for t in a if t is not None)
+        alone = len(a) == 1 and a[0].dtype == self.dtype  # type: ignore[union-attr]
+        found: list[tuple[int, ...] | None] = [None if alone else (sum(self.ranks), inputs)]
+        if self.blocks:
+            return [*found, (sum(self.sizes), sum(self.ranks))]
+        return [*found, *(None if t is None or t.dtype == self.dtype else tuple(t.shape) for t in b)]
+
+
+def pack(groups: Sequence[tuple[Layout, Sequence[Tensor | None]]]) -> list[Factors]:
+    """Return the factors of groups, from `Part.tensors` of all their parts; one operation copies all of them."""
+    factors: list[Factors] = []
+    wanted: list[tuple[int, int, tuple[int, ...]]] = []
+    for number, (layout, tensors) in enumerate(groups):
+        parts = tensors[1::3]
+        if not any(layout.ranks):
+            factors.append([None] * (2 if layout.blocks else 1 + len(parts)))
+            continue
+        factors.append([tensors[0], *((None,) if layout.blocks else parts)])
+        wanted += [(number, i, shape) for i, shape in enumerate(layout.shapes(tensors)) if shape is not None]
+    if not wanted:
+        return factors
+    ends = list(itertools.accumulate((-(-math.prod(shape) // ALIGNED) * ALIGNED for *_, shape in wanted), initial=0))
+    like = next(t for layout, tensors in groups for t in tensors[0::3] if t is not None)
+    flat = torch.zeros(ends[-1], dtype=groups[wanted[0][0]][0].dtype, device=like.device)
+    targets, sources = [], []
+    for (number, i, shape), start in zip(wanted, ends, strict=False):
+        place = flat[start : start + math.prod(shape)].view(shape)
+        factors[number][i] = place
+        layout, tensors = groups[number]
+        if i and not layout.blocks:
+            pairs = [(place, tensors[3 * (i - 1) + 1])]
+        else:
+            rows = _spans(layout.sizes if i else layout.ranks)
+            columns = _spans(layout.ranks) if i else [slice(None)] * len(rows)
+            pairs = [
+                (place[row, column], t)
+                for row, column, t in zip(rows, columns, tensors[1 if i else 0 :: 3], strict=True)
+            ]
+        targets += [to for to, t in pairs if t is not None]
+        sources += [t for _, t in pairs if t is not None]
+    torch._foreach_copy_(targets, sources)
+    return factors
+
+
+def _spans(sizes: Sequence[int]) -> list[slice]:
+    return [slice(*pair) for pair in itertools.pairwise(itertools.accumulate(sizes, initial=0))]
+
+
 @dataclass
 class Made:
     """What the backward pass needs of a product: xAᵀ of all parts [n, R], and the masks of dropout."""
@@ -62,6 +138,7 @@ class Group:
     Attributes:
         stacked: the weights are one matrix [sum of out, in], and so are the outputs and their gradients.
         sizes: number of outputs of each linear.
+        spans, rows: the columns of each linear in a thin product, and its outputs among all.
         tensors: the number of the group's tensors with gradients: three for each part, see `Part.tensors`.
     """
 
@@ -73,8 +150,7 @@ class Group:
         self.sizes = [q.shape(base)[0] for q, base in zip(self.quantizers, self.bases, strict=True)]
         self.scales, self.drops = [p.scaling for p in parts], [p.dropout if p.a is not None else 0.0 for p in parts]
         self.ranks = [0 if part.a is None else len(part.a) for part in parts]
-        ends = list(itertools.accumulate(self.ranks, initial=0))
-        self.spans = [slice(*pair) for pair in itertools.pairwise(ends)]
+        self.spans, self.rows = _spans(self.ranks), _spans(self.sizes)
         updated = {scale for scale, rank in zip(self.scales, self.ranks, strict=True) if rank}
         kernel = implementation("dequantize_4bit", rows, dtype) if len(updated) <= 1 else None
         self.stacked = kernel is not None and self._stacks()
@@ -87,32 +163,10 @@ class Group:
         taken = all(q.stacks(base) for q, base in zip(self.quantizers, self.bases, strict=True))
         return taken and len(alike) == 1 and len(self.bases) <= MOST
 
-    def factors(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return A of all parts [R, in] in the dtype of the products, and each B [out, r]; stacked, all B in blocks.
-
-        Args:
-            tensors: `Part.tensors` of all parts.
-        """
-        a, b = tensors[0::3], tensors[1::3]
-        given = [t for t in a if t is not None]
-        if not given:
-            return [None, *(None for _ in ((0,) if self.stacked else self.bases))]
-        if len(self.bases) == 1:
-            return [given[0].to(self.dtype), b[0].to(self.dtype)]  # type: ignore[union-attr]
-        whole = torch.cat(given).to(self.dtype)
-        if not self.stacked:
-            return [whole, *(None if t is None else t.to(self.dtype) for t in b)]
-        block = whole.new_zeros(sum(self.sizes), sum(self.ranks))
-        places = [block[rows, span] for rows, span in zip(self.rows, self.spans, strict=True)]
-        pairs = [(place, t) for place, t in zip(places, b, strict=True) if t is not None]
-        torch._foreach_copy_([place for place, _ in pairs], [t for _, t in pairs])
-        return [whole, block]
-
     @property
-    def rows(self) -> list[slice]:
-        """The outputs of each linear among all."""
-        ends = list(itertools.accumulate(self.sizes, initial=0))
-        return [slice(*pair) for pair in itertools.pairwise(ends)]
+    def layout(self) -> Layout:
+        """How the group's factors lie."""
+        return Layout(self.dtype, self.stacked and len(self.bases) > 1, tuple(self.ranks), tuple(self.sizes))
 
     def weights(self) -> list[Tensor]:
         """Return each W [out, in] in the dtype of the products; stacked, one of all of them."""
@@ -242,42 +296,48 @@ class Group:
             if wants[3 * i + 2] and tensor is not None:
                 found[3 * i + 2] = each[i].sum(0, dtype=tensor.dtype)
         if made.narrow is not None and any(wants[1::3]):
-            self._b_gradients(gradients, made.narrow, tensors, wants, found)
-        if thin is None or x is None:
-            return found
-        kinds = {tensor.dtype for tensor in tensors[0::3] if tensor is not None}
-        if not made.masks and any(wants[0::3]):
-            whole = thin.t() @ x
-            whole = whole.to(next(iter(kinds))) if len(kinds) == 1 else whole
-            for i, span in enumerate(self.spans):
-                if wants[3 * i]:
-                    found[3 * i] = whole[span].to(tensors[3 * i].dtype)  # type: ignore[union-attr]
-        elif made.masks:
+            self._b_gradients(gradients, made.narrow, wants, found)
+        if thin is not None and x is not None and any(wants[0::3]):
+            whole = None if made.masks else thin.t() @ x
             for i, (span, drop, mask) in enumerate(self._masked(made.masks)):
-                if wants[3 * i]:
-                    inner = x if mask is None else _dropped(x, mask, drop)
-                    found[3 * i] = (thin[:, span].t() @ inner).to(tensors[3 * i].dtype)  # type: ignore[union-attr]
-        return found
+                if wants[3 * i] and whole is not None:
+                    found[3 * i] = whole[span]
+                elif wants[3 * i]:
+                    found[3 * i] = thin[:, span].t() @ (x if mask is None else _dropped(x, mask, drop))
+        return _like(found, tensors)
 
     def _b_gradients(
-        self, gradients: Sequence[Tensor], narrow: Tensor, tensors: Sequence[Tensor | None], wants: Sequence[bool],
-        found: list[Tensor | None],
-    ) -> None:  # fmt: skip
+        self, gradients: Sequence[Tensor], narrow: Tensor, wants: Sequence[bool], found: list[Tensor | None]
+    ) -> None:
         blocks = thin_product(gradients[0].t(), narrow, self.scale) if self.stacked else None
         for i, (rows, span) in enumerate(zip(self.rows, self.spans, strict=True)):
             if not wants[3 * i + 1]:
                 continue
             if blocks is not None:
-                product = blocks[rows, span]
+                found[3 * i + 1] = blocks[rows, span]
             else:
-                product = thin_product(gradients[i].t(), narrow[:, span], self.scales[i])
-            found[3 * i + 1] = product.to(tensors[3 * i + 1].dtype)  # type: ignore[union-attr]
+                found[3 * i + 1] = thin_product(gradients[i].t(), narrow[:, span], self.scales[i])
 
     def _masked(self, masks: Sequence[Tensor]) -> Iterator[tuple[slice, float, Tensor | None]]:
         """Yield the columns of each linear in a thin product, its probability and its mask."""
         left = iter(masks)
         for span, drop in zip(self.spans, self.drops, strict=True):
-            yield span, drop, next(left) if drop else None
+            yield span, drop, next(left, None) if drop else None
+
+
+def _like(found: list[Tensor | None], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return gradients in the dtypes and layouts of their tensors; one operation copies all."""
+    places = [
+        i for i, (new, old) in enumerate(zip(found, tensors, strict=True))
+        if new is not None and old is not None and not (new.dtype == old.dtype and new.is_contiguous())
+    ]  # fmt: skip
+    if places:
+        sources: list[Any] = [found[i] for i in places]
+        targets: list[Any] = [torch.empty_like(tensors[i], requires_grad=False) for i in places]  # type: ignore[arg-type]
+        torch._foreach_copy_(targets, sources)
+        for i, target in zip(places, targets, strict=True):
+            found[i] = target
+    return found
 
 
 def _dropped(x: Tensor, mask: Tensor, probability: float) -> Tensor:

@@ -141,13 +141,15 @@ def _distance(gate: Tensor) -> int:
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool = False) -> Tensor:
     """Return `x` [batch, heads, tokens, d], of any strides but the last, with its first elements rotated.
 
+    The heads of a token are next to each other in the result, as attention takes and returns them.
+
     Args:
         cosine: [batch or 1, tokens, r], r ≤ d even, contiguous.
         sine: likewise.
         backward: rotate the other way, as a gradient is.
     """
     batch, heads, tokens, width = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(batch, tokens, heads, width, dtype=x.dtype, device=x.device).transpose(1, 2)
     if not x.numel():
         return out
     rotated = cosine.shape[-1]

@@ -47,7 +47,7 @@ def gated_backward(
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool = False) -> Tensor:
-    return x.contiguous().mul(2) if x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+    return x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def cross_entropy_forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

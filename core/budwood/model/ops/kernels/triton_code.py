@@ -159,7 +159,7 @@ def rotate(
 ):  # fmt: skip
     """Rotate the halves of the first `rotated` elements of one token of one head (RoPE); copy those after them.
 
-    BACKWARD: the transposed rotation, that of a gradient. `out` is contiguous [batch, heads, tokens, width].
+    BACKWARD: the transposed rotation, that of a gradient. `out` is contiguous [batch, tokens, heads, width].
     """
     token, head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -180,7 +180,7 @@ def rotate(
     else:
         one = (first * cosine_1).to(narrow).to(tl.float32) - (second * sine_1).to(narrow).to(tl.float32)
         two = (second * cosine_2).to(narrow).to(tl.float32) + (first * sine_2).to(narrow).to(tl.float32)
-    to = out + ((batch * heads + head) * tokens + token) * width
+    to = out + ((batch * tokens + token) * heads + head) * width
     tl.store(to + at, one.to(out.dtype.element_ty), mask=inside)
     tl.store(to + half + at, two.to(out.dtype.element_ty), mask=inside)
     rest = at < width - rotated
