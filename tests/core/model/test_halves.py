@@ -28,7 +28,7 @@ from transformers import (
 from budwood.adapters.peft_layers import select_adapters
 from budwood.model.halves.kept import Kept
 from budwood.model.halves.layer import Halves
-from budwood.model.halves.take_over import compute_in_halves
+from budwood.model.halves.take_over import compute_in_halves, describe_others
 from budwood.model.ops import tiles
 from budwood.model.ops.attention import packed_mask, register
 from budwood.model.ops.gated import fuse_mlps
@@ -291,7 +291,9 @@ def test_what_reaches_into_a_layer_gets_its_own_forward(taken, monkeypatch, chan
     found = step(model, 1)
     agree(found, expected)
     assert taken == [2, 0]
+    assert describe_others(model).startswith("1 of 2 layers take the model's own forward, which is slower: ")
     undo()
+    assert describe_others(model) == ""
     agree(step(model, 1), plain)
     assert taken == [2, 0, 2, 2]
 

@@ -131,6 +131,11 @@ class Halves:
             return "the model drops outputs by chance"
         return None
 
+    def obstacle(self) -> str | None:
+        """Return why the model's own forward computes in training, adapters included, or None."""
+        dense = isinstance(self.layer.mlp.forward, GatedMLP)  # type: ignore[union-attr]
+        return self.reason() or (None if self._parts(dense) is not None else "an adapter computes its own forward")
+
     def _watched(self, dense: bool) -> Iterator[nn.Module]:
         """Yield the modules whose own calls the halves replace."""
         layer: Any = self.layer

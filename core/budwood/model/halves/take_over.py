@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from budwood.model.device import planned_device
-from budwood.model.halves.layer import PATTERNS, Halves, Names, gates, queries
+from budwood.model.halves.layer import PATTERNS, Halves, Names, queries
 from budwood.model.halves.shadows import Shadows
 from budwood.model.ops.gated import GatedMLP, fuse_mlps
 from budwood.model.ops.rms_norm import save_memory_in_norms
@@ -40,6 +40,18 @@ def compute_in_halves(model: nn.Module) -> int:
             layer.forward = Halves(layer, layer.forward, names, number, shadows)
             changed += 1
     return changed
+
+
+def describe_others(model: nn.Module) -> str:
+    """Return which of the layers that compute in halves take their own forward now, and why; "" if none does."""
+    from budwood.model.recompute import layers_of
+
+    forwards = [layer.__dict__.get("forward") for layer in layers_of(model)]
+    halves = [forward for forward in forwards if isinstance(forward, Halves)]
+    reasons = [reason for one in halves if (reason := one.obstacle()) is not None]
+    if not reasons:
+        return ""
+    return f"{len(reasons)} of {len(halves)} layers take the model's own forward, which is slower: {reasons[0]}"
 
 
 def _names(layer: Any) -> Names | None:
@@ -140,4 +152,4 @@ def _agrees(layer: Any, names: Names) -> bool:
     return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*results, strict=True))
 
 
-__all__ = ["compute_in_halves", "gates"]
+__all__ = ["compute_in_halves", "describe_others"]
