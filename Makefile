@@ -9,7 +9,8 @@ QUANTIZED_PIP := .venv-quantized/bin/python -m pip install -qq --disable-pip-ver
 PACKAGES := core plugins examples
 SECONDS := 300
 
-.PHONY: help demo test serve-test combinations models quantized numerics gpu gpu-record faults lint bench docs audit fuzz
+.PHONY: help demo test serve-test scale-test combinations models quantized numerics gpu gpu-record faults lint bench docs
+.PHONY: audit fuzz
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -24,6 +25,9 @@ test: .venv/installed ## Run the tests
 serve-test: .venv/installed-browser ## Run the tests of a real server: streams, signals, hostile clients, a browser
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m serve tests/serve
 
+scale-test: .venv/installed ## Run the tests of four processes, of two machines, and of their faults (at most 30 minutes)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m scale tests/scale $(PROCESSES)
+
 combinations: .venv/installed ## Train every combination of objective, adapter, adversary, teacher and quantisation
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.plugins.combinations
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.plugins.peft_methods.methods
@@ -33,6 +37,9 @@ models: .venv/installed ## Train on a tiny model of every architecture beside st
 
 quantized: .venv-quantized/installed ## Compare GPTQ and HQQ with the libraries that made them, in an environment of its own (4 minutes)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-quantized/bin/python -m tests.plugins.quantized.peers
+
+# Files with long tests of several processes among others.
+PROCESSES := tests/core/training/test_on_policy.py tests/core/training/test_step_terms.py tests/plugins/adversarial
 
 # Files whose bounds come from arithmetic; both settings choose other kernels in torch, oneDNN and MKL.
 NUMERICAL := tests/core/model tests/core/adapters/test_pool.py tests/core/adapters/test_verify.py tests/core/serving/test_engine.py \
@@ -52,8 +59,9 @@ gpu: .venv/installed ## Run the tests that need an NVIDIA GPU, on the first one
 gpu-record: .venv/installed-bench ## Measure speed on the first NVIDIA GPU, stage by stage (10 minutes)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.gpu_record
 
-faults: .venv/installed ## Kill, fill the disk, damage files, run out of memory: what is lost? (20 to 30 minutes)
+faults: .venv/installed ## Kill, fill the disk, damage files, run out of memory: what is lost? (25 to 35 minutes)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m tests.faults
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m scale tests/scale/test_faults.py
 
 lint: .venv/installed ## Check formatting, rules, types, and who imports whom
 	@$(BIN)/ruff format --check .

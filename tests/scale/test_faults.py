@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tests.core.conftest import write_rows
-from tests.faulty import Ended, adapter, difference, tune_with, write_recipe
+from tests.faulty import SCRIPT, Ended, adapter, difference, tune_with, write_recipe
 
 
 def refused(ended: Ended, code: int, *words: str) -> None:
@@ -106,6 +109,25 @@ def test_a_signal_to_all_makes_one_clean_checkpoint(folder: Path) -> None:
     assert adapter(folder / "run") == adapter(folder / "whole")
 
 
+def test_torchrun_restarts_and_continues(folder: Path) -> None:
+    """To the bytes of an uninterrupted run, though the command says --overwrite."""
+    assert tune_with(folder, 4).codes == [0] * 4
+    (folder / "run").rename(folder / "whole")
+    fault = "if rank == 2 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': at(3, die)"
+    script = SCRIPT.format(arguments=["--overwrite"], folder=str(folder), fault=fault)
+    (folder / "worker.py").write_text(script)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    ended = subprocess.run(
+        [*torchrun, "--max-restarts", "1", "worker.py"], cwd=folder, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and f"rank 2 on {HOST}" in errors[0]
+    assert "resuming from step 3" in ended.stdout + ended.stderr
+    assert adapter(folder / "run") == adapter(folder / "whole")
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_checkpoint_of_four_resumes_on_fewer(folder: Path, count: int) -> None:
     assert tune_with(folder, 4).codes == [0] * 4
@@ -113,7 +135,7 @@ def test_a_checkpoint_of_four_resumes_on_fewer(folder: Path, count: int) -> None
     assert tune_with(folder, 4, "if rank == 1: at(3, die)").codes == [3, -9, 3, 3]
     resumed = tune_with(folder, count, arguments=["--resume"])
     assert resumed.codes == [0] * count, resumed.output
-    notes = [line for line in resumed.output.splitlines() if "processes" in line]
+    notes = [line for line in resumed.output.splitlines() if "processes: 4" in line]
     assert notes == [
         f"note: processes: 4 → {count}: results may differ in the last digits from an uninterrupted run, and dropout "
         "draws other masks"

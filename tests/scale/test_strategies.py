@@ -16,15 +16,7 @@ FILES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def selected(request: pytest.FixtureRequest) -> None:
-    """Skip these tests, which take minutes, unless they are selected by `-m scale`."""
-    if "scale" not in request.config.option.markexpr:
-        pytest.skip("takes minutes: -m scale")
-
-
-@pytest.mark.scale
-@pytest.mark.parametrize(("processes", "parallel"), [(4, "replicate"), (2, "shard"), (4, "shard")])
+@pytest.mark.parametrize(("processes", "parallel"), [(2, "replicate"), (4, "replicate"), (2, "shard"), (4, "shard")])
 def test_every_strategy_and_task_gives_what_one_process_gives(processes: int, parallel: str) -> None:
     """In fp32, to the bounds of the kit; strategies that cannot be sharded are skipped with the reason."""
     done = subprocess.run(

@@ -43,6 +43,22 @@ def plan(
         Path | None,
         typer.Option("--write", help="With --fit: file for the recipe that fits. Default: RECIPE-fit.yaml beside it."),
     ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes", min=1, help="Plan so many processes: the memory and the traffic of each."),
+    ] = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option("--parallel", metavar="replicate|shard", help="With --processes: as train.parallel."),
+    ] = None,
+    link: Annotated[
+        str | None,
+        typer.Option(
+            "--link",
+            metavar="BANDWIDTH",
+            help="With --processes: between them, such as 16GB/s or 100Gbit/s. Default: the card's, within a machine.",
+        ),
+    ] = None,
     composition: Annotated[
         bool, typer.Option("--composition", help="Only compose the strategies: no memory, no time, no data.")
     ] = False,
@@ -53,16 +69,24 @@ def plan(
     from budwood.cli.streams import Output
     from budwood.errors import BudwoodError, InputError, ResourceError
     from budwood.planning.early import look
+    from budwood.untrusted.redaction import shorten
 
-    if composition and (device or tokens or fits):
-        raise InputError("--composition: --device, --tokens and --fit have no effect with it; leave them out.")
+    if composition and (device or tokens or fits or processes):
+        raise InputError(
+            "--composition: --device, --tokens, --fit and --processes have no effect with it; leave them out."
+        )
+    if (parallel or link) and (processes or 1) == 1:
+        raise InputError("--parallel and --link need --processes, from 2 on.")
+    if parallel not in (None, "replicate", "shard"):
+        raise InputError(f"--parallel: '{shorten(str(parallel))}': give replicate or shard.")
     if device and fits:
         raise InputError("--fit names the device itself: leave --device out.")
     if (allow or write) and not fits:
         raise InputError("--allow and --write need --fit.")
     if write is not None and write.exists():
         raise InputError(f"--write: {write} exists: name another file.")
-    early = look(recipe, override or [], without_data=tokens is not None, rows=not composition)
+    overrides = [*(override or []), *([f"train.parallel={parallel}"] if parallel else [])]
+    early = look(recipe, overrides, without_data=tokens is not None, rows=not composition)
     if tokens is None and any("data." in text and "no such file" in text for text in early.problems.texts):
         echo("note: --tokens 2048 plans without data, for micro-batches of so many tokens", err=True)
     if early.problems.texts:
@@ -70,27 +94,30 @@ def plan(
     with uncollected():
         from budwood.planning.composition import plan as make_plan
         from budwood.planning.composition import show_plan
+        from budwood.planning.devices import parse_link
         from budwood.planning.fit import allowed, fit
         from budwood.planning.frontier import draw, fit_device, free_path, show_fit, write_recipe
-        from budwood.planning.process import estimate_in_process, find_device
+        from budwood.planning.process import estimate_in_process, find_device, shared_device
         from budwood.planning.table import show_estimate
 
-    permitted = allowed(allow)
+    permitted, bandwidth = allowed(allow), parse_link(link) if link else None
     chosen = fit_device(fits) if fits else find_device(device) if device else None
-    run_plan = make_plan(recipe, override or [], allow_code, without_data=tokens is not None)
+    run_plan = make_plan(recipe, overrides, allow_code, without_data=tokens is not None)
     error: BudwoodError | None = None
     found = None
     if not composition and not run_plan.problems:
         try:
             chosen = chosen or find_device(run_plan.recipe.base.device)
+            chosen = shared_device(chosen, processes or 1, bandwidth)
             if fits is not None:
                 found = fit(
-                    run_plan.recipe, lambda recipe: estimate_in_process(recipe, chosen, tokens, keep=True), permitted,
-                    sized=tokens is None,
+                    run_plan.recipe, lambda recipe: estimate_in_process(
+                        recipe, chosen, tokens, keep=True, processes=processes or 1,
+                    ), permitted, sized=tokens is None,
                 )  # fmt: skip
                 run_plan.estimate = (found.chosen or found.candidates[-1]).estimate
             else:
-                run_plan.estimate = estimate_in_process(run_plan.recipe, chosen, tokens)
+                run_plan.estimate = estimate_in_process(run_plan.recipe, chosen, tokens, processes=processes or 1)
         except BudwoodError as failure:  # the composition is shown all the same
             error = failure
     files: list[Path] = []

@@ -51,11 +51,13 @@ def _list(as_json: bool) -> None:
 
 
 def _describe(name: str, as_json: bool) -> None:
-    from budwood.contract.discovery import find, installed
+    from budwood.contract.discovery import absence, find, installed
     from budwood.errors import InputError, did_you_mean
 
     kinds = [kind for kind, group in GROUPS.items() if name in installed(group)]
     if not kinds:
+        if why := absence(name):
+            raise InputError(f"'{name}' is not offered: it {why}.")
         known = [known for group in GROUPS.values() for known in installed(group)]
         raise InputError(f"no plugin is called '{name}'.{did_you_mean(name, known)} See `budwood plugins`.")
     records = []

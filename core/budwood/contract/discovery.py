@@ -18,6 +18,8 @@ from budwood.errors import BUG, BudwoodError, InputError, ResourceError, describ
 
 STRATEGIES = "budwood"
 """Entry point group of strategies; tasks, data formats and others have separate groups below it."""
+ABSENT = "budwood.absent"
+"""Entry point group of texts: why there is no strategy of a name that users may look for, and what to use instead."""
 WORDS = {
     STRATEGIES: "strategy",
     "budwood.tasks": "task",
@@ -26,6 +28,7 @@ WORDS = {
     "budwood.attacks": "attack",
     "budwood.rewards": "reward",
     "budwood.demos": "demo",
+    ABSENT: "absent strategy",
 }
 """Every entry point group, and the word for its members in messages."""
 
@@ -157,6 +160,8 @@ def find(name: str, group: str = STRATEGIES) -> Installed:
     """
     available, word = installed(group), WORDS[group]
     if name not in available:
+        if group == STRATEGIES and (why := absence(name)):
+            raise InputError(f"strategy '{name}' is not offered: it {why}.")
         known = ", ".join(available) or "none"
         raise InputError(f"{word} '{name}' is not installed.{did_you_mean(name, available)} Installed: {known}.")
     entries = available[name]
@@ -165,6 +170,16 @@ def find(name: str, group: str = STRATEGIES) -> Installed:
         remedy = f"uninstall one of them (pip uninstall {entries[-1].distribution})"
         raise InputError(f"{word} '{name}' is provided by {owners}: {remedy}.")
     return entries[0]
+
+
+def absence(name: str) -> str:
+    """Return why a distribution leaves out the strategy `name`, and what to use instead; "": none says anything.
+
+    Raises:
+        PluginError: the text cannot be imported.
+    """
+    entries = installed(ABSENT).get(name.lower().replace("-", "_"), [])
+    return str(entries[0].load()) if entries else ""
 
 
 def _find_node(module: str, attribute: str, depth: int = 0) -> ast.ClassDef | ast.FunctionDef | None:

@@ -15,6 +15,7 @@ from budwood.contract.discovery import (
     WORDS,
     Installed,
     PluginError,
+    absence,
     find,
     installed,
     plugin_fault,
@@ -180,6 +181,8 @@ def adapter_owner(peft_type: str) -> Installed:
     owners = [entry for entry in entries if peft_type in types[entry]]
     owners = owners or [entry for entry in entries if peft_type in _imported_types(entry)]
     if not owners:
+        if why := absence(peft_type):
+            raise InputError(f"PEFT's adapter type '{peft_type}' is not offered: it {why}.")
         known = sorted({name for names in types.values() for name in names})
         raise InputError(
             f"no installed strategy reads PEFT's adapter type '{shorten(peft_type)}'.{did_you_mean(peft_type, known)} "

@@ -12,7 +12,6 @@ import torch
 from budwood.contract.types import Run
 from budwood.errors import BudwoodError, ResourceError
 from budwood.model.machine import host_memory
-from budwood.planning.sharding import can_shard, saved
 from budwood.training import recompute
 from budwood.training.micro_tokens import largest_group, settle, shared_out, wanted
 
@@ -54,7 +53,7 @@ def admit(run: Run, skeleton: Any) -> None:
     if run.recipe.train.gradient_checkpointing == "auto":
         recompute.settle(run, layers)
     if result is not None:
-        _decide(run, result, skeleton)
+        _decide(run, result)
 
 
 def available(run: Run) -> int:
@@ -79,10 +78,12 @@ def estimate_here(run: Run, free: int) -> Estimate:
     cuda = run.device.type == "cuda"
     device = find_device("auto" if cuda else "cpu")
     own = CONTEXT if cuda else psutil.Process().memory_info().rss  # no longer among what is available
-    return estimate_in_process(run.recipe, replace(device, memory=free + own), keep=True)
+    if run.world.size > run.world.local_size:
+        device = replace(device, link=None)  # the slowest link is that between machines
+    return estimate_in_process(run.recipe, replace(device, memory=free + own), keep=True, processes=run.processes)
 
 
-def _decide(run: Run, result: Estimate, skeleton: Any) -> None:
+def _decide(run: Run, result: Estimate) -> None:
     """Keep and report an estimate; refuse the run if it does not fit. Processes shard a base that would not fit else.
 
     Raises:
@@ -92,23 +93,20 @@ def _decide(run: Run, result: Estimate, skeleton: Any) -> None:
 
     device = result.device
     run.planned = result.as_dict()
+    run.sharded = result.exchange is not None and result.exchange.parallel == "shard"
+    each = f" in each of {run.processes} processes{' with a sharded base' * run.sharded}" if run.processes > 1 else ""
     span = "" if result.seconds is None else f", {result.seconds[0]:,.0f} to {result.seconds[1]:,.0f} s of training"
     layers = f"; {result.recomputed} of {result.layers} layers recompute" if result.recomputed else ""
     run.say(
-        f"plan: {gib(result.needed)} of {gib(device.memory)} memory{span}; peak in {result.where}; micro-batches of "
-        f"at most {run.micro_tokens:,} tokens{layers} ({result.planned_in:.0f} s, kept for the next run)"
+        f"plan: {gib(result.needed)} of {gib(device.memory)} memory{each}{span}; peak in {result.where}; "
+        f"micro-batches of at most {run.micro_tokens:,} tokens{layers} ({result.planned_in:.0f} s, kept for the next "
+        "run)"
     )
     if result.offloaded and run.device.type == "cuda":
         _check_host(result, host_memory() + psutil.Process().memory_info().rss)
-    if result.fits and not run.sharded:
+    if result.fits:
         return
-    if run.sharded or can_shard(run, skeleton):
-        run.sharded = True
-        needed = result.needed - saved(run, skeleton, result)
-        run.say(f"plan: {gib(needed)} in each of {run.processes} processes with a sharded base")
-        if needed <= device.memory:
-            return
-    if not fits_halved(run, result):
+    if run.sharded or not fits_halved(run, result):
         raise ResourceError(refusal(result, run.recipe))
     run.say(f"note: {HALVED}")
 

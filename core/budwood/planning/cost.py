@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from budwood.planning.devices import Device
 from budwood.planning.trace import Operation
@@ -34,10 +34,28 @@ class Cost:
         """Return `factor` times this cost."""
         return Cost().plus(self, factor)
 
+    def with_traffic(self, received: float, device: Device) -> Cost:
+        """Return this cost and that of `received` bytes from other processes, if the device's link is known.
+
+        On CUDA they arrive, at best, while it computes.
+        """
+        best, worst = travel(received, device.link)
+        return replace(
+            self, best=max(self.best, best) if device.kind == "cuda" else self.best + best, worst=self.worst + worst
+        )
+
     @property
     def seconds(self) -> tuple[float, float]:
         """Seconds at best and at worst."""
         return self.best, self.worst
+
+
+def travel(size: float, link: float | None) -> tuple[float, float]:
+    """Return the seconds that bytes take over a link, at best and at worst; 0 if its bandwidth is not known."""
+    if not link:
+        return 0.0, 0.0
+    best, worst = (size / (link * share) for share in SHARES)
+    return best, worst
 
 
 def costs_of_step(operations: Sequence[Operation], device: Device) -> tuple[Cost, Cost]:

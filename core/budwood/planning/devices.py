@@ -31,6 +31,7 @@ class Device:
         source: where the numbers are from.
         launch: seconds that the host needs for an operation; None: not measured.
         dequantize: bytes per second of the dequantisation of 4-bit weights; None: as `bandwidth`.
+        link: bytes per second that it sends, and receives at once, between two cards of a machine; None: unknown.
         measured: whether `bandwidth` and `rates` were reached on the device, and are not its limits on paper.
     """
 
@@ -43,6 +44,7 @@ class Device:
     source: str = ""
     launch: float | None = None
     dequantize: float | None = None
+    link: float | None = None
     measured: bool = False
 
     def precision(self, wanted: str) -> torch.dtype:
@@ -52,48 +54,53 @@ class Device:
 
 
 def _card(
-    name: str, gib: float, bandwidth: float, half: float, single: float, capability: tuple[int, int], source: str
-) -> Device:
-    """Make a row: memory in GiB, bandwidth in GB/s, rates in TFLOP/s (16 bit with fp32 sums and without sparsity)."""
+    name: str, gib: float, bandwidth: float, half: float, single: float, capability: tuple[int, int], source: str,
+    link: float,
+) -> Device:  # fmt: skip
+    """Make a row: memory in GiB, bandwidth and link in GB/s, rates in TFLOP/s.
+
+    Rates are those in 16 bit with fp32 sums and without sparsity, and those in fp32.
+    """
     bf16 = half if capability >= (8, 0) else single
     rates = {torch.float16: half * 1e12, torch.bfloat16: bf16 * 1e12, torch.float32: single * 1e12}
-    return Device(name, "cuda", int(gib * GIB), bandwidth * 1e9, rates, capability, source)
+    return Device(name, "cuda", int(gib * GIB), bandwidth * 1e9, rates, capability, source, link=link * 1e9)
 
 
 AMPERE, ADA, BLACKWELL = "NVIDIA's GA102 whitepaper", "NVIDIA's Ada whitepaper", "NVIDIA's RTX Blackwell whitepaper"
 GEFORCE = "NVIDIA's product page; 16 bit at twice the fp32 rate, as in its generation's whitepaper"
 CARDS = [
-    _card("T4 16G", 14.7, 320, 65, 8.1, (7, 5), "NVIDIA's T4 datasheet"),
-    _card("V100 16G", 15.7, 900, 125, 15.7, (7, 0), "NVIDIA's V100 datasheet (SXM2)"),
-    _card("V100 32G", 31.7, 900, 125, 15.7, (7, 0), "NVIDIA's V100 datasheet (SXM2)"),
-    _card("RTX 3060 12G", 11.7, 360, 25.4, 12.7, (8, 6), GEFORCE),
-    _card("RTX 3070 8G", 7.8, 448, 40.6, 20.3, (8, 6), AMPERE),
-    _card("RTX 3080 10G", 9.7, 760, 59.5, 29.8, (8, 6), AMPERE),
-    _card("RTX 3090 24G", 23.6, 936, 71, 35.6, (8, 6), AMPERE),
-    _card("RTX 4060 8G", 7.7, 272, 30.2, 15.1, (8, 9), ADA),
-    _card("RTX 4060 Ti 16G", 15.6, 288, 44.1, 22.1, (8, 9), ADA),
-    _card("RTX 4070 12G", 11.7, 504, 58.3, 29.1, (8, 9), ADA),
-    _card("RTX 4070 Ti Super 16G", 15.6, 672, 88.2, 44.1, (8, 9), GEFORCE),
-    _card("RTX 4080 16G", 15.6, 717, 97.5, 48.7, (8, 9), ADA),
-    _card("RTX 4090 24G", 23.6, 1008, 165.2, 82.6, (8, 9), ADA),
-    _card("RTX 5060 Ti 16G", 15.4, 448, 47.4, 23.7, (12, 0), GEFORCE),
-    _card("RTX 5070 12G", 11.5, 672, 61.7, 30.9, (12, 0), BLACKWELL),
-    _card("RTX 5070 Ti 16G", 15.4, 896, 87.9, 43.9, (12, 0), BLACKWELL),
-    _card("RTX 5080 16G", 15.4, 960, 112.6, 56.3, (12, 0), BLACKWELL),
-    _card("RTX 5090 32G", 31.3, 1792, 209.5, 104.8, (12, 0), BLACKWELL),
-    _card("RTX A6000 48G", 47.4, 768, 154.8, 38.7, (8, 6), AMPERE),
-    _card("RTX 6000 Ada 48G", 44.4, 960, 364.2, 91.1, (8, 9), ADA),
-    _card("L4 24G", 22, 300, 121, 30.3, (8, 9), "NVIDIA's L4 datasheet"),
-    _card("L40S 48G", 44.4, 864, 362, 91.6, (8, 9), "NVIDIA's L40S datasheet"),
-    _card("A10G 24G", 22, 600, 70, 31.5, (8, 6), "NVIDIA's A10G datasheet"),
-    _card("A100 40G", 39.4, 1555, 312, 19.5, (8, 0), "NVIDIA's A100 datasheet (SXM)"),
-    _card("A100 80G", 79.1, 2039, 312, 19.5, (8, 0), "NVIDIA's A100 datasheet (SXM)"),
-    _card("H100 PCIe 80G", 79.1, 2000, 756, 51, (9, 0), "NVIDIA's H100 datasheet (PCIe)"),
-    _card("H100 80G", 79.1, 3350, 989, 67, (9, 0), "NVIDIA's H100 datasheet (SXM)"),
-    _card("H200 141G", 139.8, 4800, 989, 67, (9, 0), "NVIDIA's H200 datasheet"),
-    _card("B200 180G", 178, 8000, 2250, 75, (10, 0), "NVIDIA's HGX B200 datasheet"),
+    _card("T4 16G", 14.7, 320, 65, 8.1, (7, 5), "NVIDIA's T4 datasheet", 15.75),
+    _card("V100 16G", 15.7, 900, 125, 15.7, (7, 0), "NVIDIA's V100 datasheet (SXM2)", 150),
+    _card("V100 32G", 31.7, 900, 125, 15.7, (7, 0), "NVIDIA's V100 datasheet (SXM2)", 150),
+    _card("RTX 3060 12G", 11.7, 360, 25.4, 12.7, (8, 6), GEFORCE, 31.5),
+    _card("RTX 3070 8G", 7.8, 448, 40.6, 20.3, (8, 6), AMPERE, 31.5),
+    _card("RTX 3080 10G", 9.7, 760, 59.5, 29.8, (8, 6), AMPERE, 31.5),
+    _card("RTX 3090 24G", 23.6, 936, 71, 35.6, (8, 6), AMPERE, 31.5),
+    _card("RTX 4060 8G", 7.7, 272, 30.2, 15.1, (8, 9), ADA, 15.75),
+    _card("RTX 4060 Ti 16G", 15.6, 288, 44.1, 22.1, (8, 9), ADA, 15.75),
+    _card("RTX 4070 12G", 11.7, 504, 58.3, 29.1, (8, 9), ADA, 31.5),
+    _card("RTX 4070 Ti Super 16G", 15.6, 672, 88.2, 44.1, (8, 9), GEFORCE, 31.5),
+    _card("RTX 4080 16G", 15.6, 717, 97.5, 48.7, (8, 9), ADA, 31.5),
+    _card("RTX 4090 24G", 23.6, 1008, 165.2, 82.6, (8, 9), ADA, 31.5),
+    _card("RTX 5060 Ti 16G", 15.4, 448, 47.4, 23.7, (12, 0), GEFORCE, 31.5),
+    _card("RTX 5070 12G", 11.5, 672, 61.7, 30.9, (12, 0), BLACKWELL, 63),
+    _card("RTX 5070 Ti 16G", 15.4, 896, 87.9, 43.9, (12, 0), BLACKWELL, 63),
+    _card("RTX 5080 16G", 15.4, 960, 112.6, 56.3, (12, 0), BLACKWELL, 63),
+    _card("RTX 5090 32G", 31.3, 1792, 209.5, 104.8, (12, 0), BLACKWELL, 63),
+    _card("RTX A6000 48G", 47.4, 768, 154.8, 38.7, (8, 6), AMPERE, 31.5),
+    _card("RTX 6000 Ada 48G", 44.4, 960, 364.2, 91.1, (8, 9), ADA, 31.5),
+    _card("L4 24G", 22, 300, 121, 30.3, (8, 9), "NVIDIA's L4 datasheet", 31.5),
+    _card("L40S 48G", 44.4, 864, 362, 91.6, (8, 9), "NVIDIA's L40S datasheet", 31.5),
+    _card("A10G 24G", 22, 600, 70, 31.5, (8, 6), "NVIDIA's A10G datasheet", 31.5),
+    _card("A100 40G", 39.4, 1555, 312, 19.5, (8, 0), "NVIDIA's A100 datasheet (SXM)", 300),
+    _card("A100 80G", 79.1, 2039, 312, 19.5, (8, 0), "NVIDIA's A100 datasheet (SXM)", 300),
+    _card("H100 PCIe 80G", 79.1, 2000, 756, 51, (9, 0), "NVIDIA's H100 datasheet (PCIe)", 63),
+    _card("H100 80G", 79.1, 3350, 989, 67, (9, 0), "NVIDIA's H100 datasheet (SXM)", 450),
+    _card("H200 141G", 139.8, 4800, 989, 67, (9, 0), "NVIDIA's H200 datasheet", 450),
+    _card("B200 180G", 178, 8000, 2250, 75, (10, 0), "NVIDIA's HGX B200 datasheet", 900),
 ]
-"""Cards by name. Memory is what torch reports on Linux, in messages that users posted: up to 8 % less than named."""
+"""Cards by name. Memory is what torch reports on Linux, in messages that users posted: up to 8 % less than named. The
+link is that in one direction: NVLink for SXM, otherwise PCI Express with the generation and the lanes of the card."""
 
 
 def find_device(text: str | None) -> Device:
@@ -145,6 +152,19 @@ def parse_size(text: str, whole: str) -> int:
     return int(float(match[1]) * base ** (3 if match[2] == "g" else 2))
 
 
+def parse_link(text: str) -> float:
+    """Return a bandwidth such as 16GB/s, 900MB/s, 12GiB/s or 100Gbit/s in bytes per second.
+
+    Raises:
+        InputError: it is not a bandwidth.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([GM])(B|iB|bit)(?:/s)?", text.strip(), re.ASCII)
+    if match is None or float(match[1]) <= 0:
+        raise InputError(f"--link: '{shorten(text)}': give a bandwidth such as 16GB/s, 900MB/s or 100Gbit/s.")
+    base = 1024 if match[3] == "iB" else 1000
+    return float(match[1]) * base ** (3 if match[2] == "G" else 2) / (8 if match[3] == "bit" else 1)
+
+
 def _plain(name: str) -> str:
     return re.sub(r"nvidia|geforce|rtx|[^a-z0-9]", "", name.lower())
 
@@ -158,8 +178,9 @@ def _here() -> Device:
     device = Device(name, "cuda", properties.total_memory, capability=capability, source="this machine")
     if (card := card_of(name, properties.total_memory)) is not None:
         device = replace(
-            device, bandwidth=card.bandwidth, rates=card.rates, source=f"this machine; rates of {card.source}"
-        )
+            device, bandwidth=card.bandwidth, rates=card.rates, source=f"this machine; rates of {card.source}",
+            link=card.link,
+        )  # fmt: skip
     measurement, why_not = kept("cuda")
     if measurement is None:
         return replace(device, source=f"{device.source}; {why_not}" if why_not else device.source)

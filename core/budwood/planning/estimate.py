@@ -4,36 +4,42 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from budwood.contract.discovery import installed
-from budwood.contract.types import Run
 from budwood.errors import InputError
 from budwood.model.checkpoint import missing_weights
 from budwood.model.device import planned_device
 from budwood.model.recompute import layers_of
-from budwood.planning.cost import Cost, cost_line, costs_of_step
-from budwood.planning.devices import CONTEXT, GIB, Device
+from budwood.planning.cost import Cost, cost_line, costs_of_step, travel
+from budwood.planning.devices import GIB, Device
 from budwood.planning.layers import choose_layers
-from budwood.planning.passes import Passes, rehearse_passes
-from budwood.planning.rehearsal import ADAPTERS, BASE, GRADIENTS, OPTIMIZER, QUANTIZED, Micro, Rehearsal, rehearse
+from budwood.planning.peak import Measured, measure
+from budwood.planning.rehearsal import (
+    ADAPTERS,
+    BASE,
+    GRADIENTS,
+    OPTIMIZER,
+    QUANTIZED,
+    Micro,
+    Rehearsal,
+    rehearse,
+)
+from budwood.planning.sharding import Exchange, can_shard, check_sharded
 from budwood.planning.sizes import choose
 from budwood.planning.synthetic import synthetic
-from budwood.planning.trace import KEPT, ROUNDING, TEMPORARY, Operation, Peak
+from budwood.planning.trace import KEPT, TEMPORARY, Peak
 from budwood.recipe.schema import Recipe
 from budwood.training.recompute import check_device, settled
 
-CONTEXT_PART = "CUDA's context"
 COMPACT = "compact-optimizer"
 """What a strategy provides whose optimizer keeps its states in less memory than AdamW."""
 QUICK = 8.0
 """Seconds of a rehearsed step up to which a second micro-batch is rehearsed; beyond it, its cost is scaled."""
-LIBRARIES = int(0.6e9)
-"""Bytes of the host that Python and its libraries take: 0.54 GiB in a small run on Linux."""
 
 
 @dataclass
@@ -46,9 +52,9 @@ class Estimate:
         where: where in the step the peak stands.
         largest: the largest temporary tensor at the peak: its bytes, and the operation that made it.
         kv_cache: bytes of keys and values while a batch of answers is generated, 0 if none is.
-        flops, moved, operations: of an optimizer step.
-        tokens: of an optimizer step.
-        micro_batches: of an optimizer step.
+        flops, moved, operations: of an optimizer step, in one process.
+        tokens: of an optimizer step, in all processes.
+        micro_batches: of an optimizer step, in one process.
         largest_micro: tokens of the largest micro-batch.
         micro_tokens: the limit on micro-batches, as the recipe gives it, or as it was chosen.
         recomputed, layers: layers that recompute their activations, likewise, of all that can.
@@ -61,6 +67,7 @@ class Estimate:
         planned_in: seconds.
         evaluations: of the run.
         evaluation, generation: the shares of `seconds` that evaluations and the generation of answers take.
+        exchange: what several processes hold and exchange; None: the run is one process.
     """
 
     device: Device
@@ -90,6 +97,7 @@ class Estimate:
     recomputed: int = 0
     layers: int = 0
     offloaded: int = 0
+    exchange: Exchange | None = None
 
     @property
     def needed(self) -> int:
@@ -141,6 +149,7 @@ class Estimate:
             "host": {
                 "peak_bytes": self.host, "loading_bytes": self.loading, "offloaded_bytes": self.offloaded,
             },
+            "processes": None if self.exchange is None else self.exchange.as_dict(),
             "fits": self.fits,
             "planned_in_seconds": self.planned_in,
             "notes": self.notes,
@@ -160,6 +169,7 @@ class Estimate:
             values["notes"], values["host"]["loading_bytes"], run_time["evaluations"],
             _pair(run_time["evaluation_seconds"]), _pair(run_time["generation_seconds"]), step["micro_tokens"],
             step["recomputed_layers"], step["layers"], values["host"]["offloaded_bytes"],
+            None if values["processes"] is None else Exchange.from_dict(values["processes"]),
         )  # fmt: skip
 
 
@@ -171,10 +181,12 @@ def _pair(values: list[float] | None) -> tuple[float, float] | None:
     return None if values is None else (values[0], values[1])
 
 
-def estimate(recipe: Recipe, device: Device, tokens: int | None = None) -> Estimate:
+def estimate(recipe: Recipe, device: Device, tokens: int | None = None, processes: int = 1) -> Estimate:
     """Estimate what a recipe needs on a device, by running its step on fake tensors. Use it in a process of its own.
 
     Args:
+        device: of each process.
+        processes: of the run. If the recipe leaves `train.parallel` open, they shard a base that does not fit else.
         tokens: plan micro-batches of this many tokens, all with a loss, without reading data; None: the data decides.
 
     Raises:
@@ -185,12 +197,12 @@ def estimate(recipe: Recipe, device: Device, tokens: int | None = None) -> Estim
         if tokens is not None:
             recipe, note = stack.enter_context(synthetic(recipe, tokens))
             notes.append(note)
-        result = _rehearsed(recipe, device, tokens is not None, notes)
+        result = _rehearsed(recipe, device, tokens is not None, notes, processes)
     result.planned_in = time.perf_counter() - started
     return result
 
 
-def _rehearsed(recipe: Recipe, device: Device, without_data: bool, notes: list[str]) -> Estimate:
+def _rehearsed(recipe: Recipe, device: Device, without_data: bool, notes: list[str], processes: int) -> Estimate:
     check_device(recipe, device.kind)
     dtype = device.precision(recipe.train.precision)
     if device.kind == "cpu":
@@ -198,7 +210,7 @@ def _rehearsed(recipe: Recipe, device: Device, without_data: bool, notes: list[s
 
         dtype = pick_device_precision("cpu", recipe.train.precision)[1]
     cuda = device.kind == "cuda"
-    with planned_device(device.kind, device.capability), rehearse(recipe, dtype, cuda) as rehearsal:
+    with planned_device(device.kind, device.capability), rehearse(recipe, dtype, cuda, processes) as rehearsal:
         return _estimate(rehearsal, device, without_data, notes)
 
 
@@ -209,13 +221,14 @@ def _estimate(rehearsal: Rehearsal, device: Device, without_data: bool, notes: l
     if not micros:
         raise InputError("the data has no example to plan a step with.")
     steps = None if without_data and run.recipe.train.steps is None else run.steps
-    sized = run.recipe.train.micro_tokens is None
-    if run.recipe.train.gradient_checkpointing == "auto":
-        memory = choose_layers(rehearsal, device, lambda: _measure(rehearsal, device, steps), sized)
-    elif sized:
-        memory = choose(rehearsal, device.kind, device.memory, lambda: _measure(rehearsal, device, steps))
-    else:
-        memory = _measure(rehearsal, device, steps)
+    parallel = run.recipe.train.parallel if rehearsal.processes > 1 else "replicate"
+    if parallel == "shard":
+        check_sharded(run)
+        rehearsal.gathering.shard()
+    memory = _choose(rehearsal, device, steps)
+    if memory.needed > device.memory and parallel is None and can_shard(run):
+        rehearsal.gathering.shard()
+        memory = _choose(rehearsal, device, steps)
     micros = [micro for step in rehearsal.steps for micro in step]
     largest, end, passes = memory.largest, memory.end, memory.passes
     points = [(largest.cells * memory.times, passes)]
@@ -224,10 +237,15 @@ def _estimate(rehearsal: Rehearsal, device: Device, without_data: bool, notes: l
         rehearsal.take_step([middle])
         points.append((middle.cells, costs_of_step(trace.operations, device)[1]))
     mean, at = Cost(), cost_line(points, memory.operations, device)
-    for step in rehearsal.steps:
+    own = [rehearsal.own(len(step)) for step in rehearsal.steps]
+    for step, count in zip(rehearsal.steps, own, strict=True):
         for micro in step:
-            mean = mean.plus(at(micro.cells), 1 / len(rehearsal.steps))
+            mean = mean.plus(at(micro.cells), count / len(step) / len(rehearsal.steps))
         mean = mean.plus(end, 1 / len(rehearsal.steps))
+    exchange = _exchange(rehearsal, device, memory, float(np.mean(own)))
+    if exchange is not None:
+        best, worst = travel(exchange.reduced, device.link)  # nothing computes meanwhile
+        mean = mean.with_traffic(exchange.received, device).plus(Cost(best=best, worst=worst))
     train = sum(p.numel() * p.element_size() for p in run.trainable)
     others = memory.others
     known = bool(device.rates and device.bandwidth) and steps is not None
@@ -236,101 +254,49 @@ def _estimate(rehearsal: Rehearsal, device: Device, without_data: bool, notes: l
         device, memory.allocated, dict(sorted(memory.parts.items(), key=lambda item: -item[1])), memory.where,
         memory.temporary, memory.cache, mean.flops, mean.moved, mean.operations,
         float(np.mean([sum(m.tokens for m in s) for s in rehearsal.steps])),
-        float(np.mean([len(step) for step in rehearsal.steps])), largest.tokens, steps,
+        float(np.mean(own)), largest.tokens, steps,
         cost.seconds if known else None, _disk(run, train), _download(rehearsal), memory.host, 0.0, notes,
         memory.loading, others.evaluations, others.evaluation.seconds if known else None,
         others.generation.seconds if known else None, run.micro_tokens, rehearsal.recomputed,
-        len(layers_of(run.model)), memory.offloaded,
+        len(layers_of(run.model)), memory.offloaded, exchange,
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """The memory of a run, and the cost of a step of its largest micro-batch; see `Estimate`."""
+def _choose(rehearsal: Rehearsal, device: Device, steps: int | None) -> Measured:
+    """Settle what the recipe leaves open of the size of micro-batches and of the layers that recompute."""
+    train = rehearsal.run.recipe.train
 
-    largest: Micro
-    times: int
-    """How often the micro-batch was in the step."""
-    end: Cost
-    passes: Cost
-    operations: list[Operation]
-    seconds: float
-    others: Passes
-    allocated: int
-    parts: dict[str, int]
-    where: str
-    temporary: tuple[int, str]
-    cache: int
-    host: int
-    loading: int
-    needed: int
-    offloaded: int
+    def measured() -> Measured:
+        return measure(rehearsal, device, steps)
 
-    @property
-    def work(self) -> int:
-        return self.parts.get(KEPT, 0) + self.parts.get(TEMPORARY, 0) + self.parts.get("KV cache", 0)
-
-    @property
-    def tokens(self) -> int:
-        return self.largest.tokens
+    if train.gradient_checkpointing == "auto":
+        return choose_layers(rehearsal, device, measured, train.micro_tokens is None)
+    if train.micro_tokens is None:
+        return choose(rehearsal, device.kind, device.memory, measured)
+    return measured()
 
 
-def _measure(rehearsal: Rehearsal, device: Device, steps: int | None) -> _Measured:
-    """Rehearse a step of the largest micro-batch, and what a run does beside its steps."""
-    run, trace = rehearsal.run, rehearsal.trace
-    largest = max((m for step in rehearsal.steps for m in step), key=lambda micro: (micro.cells, micro.labels))
-    several = any(len(step) > 1 for step in rehearsal.steps)
-    twice = several and rehearsal.engine.step_terms.active  # its first passes exist only with several micro-batches
-    began, trace.host_peak = time.perf_counter(), 0
-    start = rehearsal.take_step([largest, largest] if twice else [largest], later=several)
-    peak = trace.peak(start)
-    seconds = time.perf_counter() - began
-    operations = list(trace.operations)
-    end, passes = costs_of_step(operations, device)
-    others = rehearse_passes(rehearsal, device, steps or 1)
-    if others.peak is not None and others.peak.total > peak.total:
-        peak = replace(others.peak, where=f"evaluation, {others.peak.where}")
-    parts, allocated = dict(peak.parts), peak.total
-    cache, where = others.cached_tokens * _token_bytes(run), peak.where
-    answering = sum(parts.get(name, 0) for name in (QUANTIZED, BASE, ADAPTERS, OPTIMIZER, "strategies")) + cache
-    if cache and answering > allocated:
-        parts = {
-            **{k: v for k, v in parts.items() if k not in (GRADIENTS, KEPT, TEMPORARY, ROUNDING)},
-            "KV cache": cache,
-        }
-        allocated, where = answering, "generation of answers"
-    if device.kind == "cuda":
-        parts[CONTEXT_PART] = CONTEXT
-        allocated += CONTEXT
-    train = sum(p.numel() * p.element_size() for p in run.trainable)
-    loading = LIBRARIES + 2 * _largest_weight(rehearsal)  # a tensor as stored, and its copy
-    if device.kind == "cpu":
-        loading += parts.get(BASE, 0) + parts.get(QUANTIZED, 0)
-    beside = allocated if device.kind == "cpu" else trace.host_peak
-    host = max(loading, LIBRARIES + _snapshot(train, parts) + beside)
-    needed = host if device.kind == "cpu" else allocated
-    return _Measured(
-        largest, 2 if twice else 1, end, passes, operations, seconds, others, allocated, parts, where, peak.largest,
-        cache, host, loading, needed, trace.host_peak,
+def _exchange(rehearsal: Rehearsal, device: Device, memory: Measured, micro_batches: float) -> Exchange | None:
+    """Return what the processes of a rehearsed run hold and exchange; None if it is one.
+
+    Args:
+        micro_batches: of a process in an optimizer step.
+    """
+    count, gathering = rehearsal.processes, rehearsal.gathering
+    if count == 1:
+        return None
+    others, run = 1 - 1 / count, rehearsal.run
+    reduced = 2 * others * sum(p.nbytes for p in run.trainable)
+    received = others * memory.complete * micro_batches
+    best, worst = travel(reduced + received, device.link)
+    parts = memory.parts
+    share = gathering.sharded.total - sum(gathering.absent()) if gathering.active else 0
+    trained = parts.get(ADAPTERS, 0) + parts.get(OPTIMIZER, 0) + sum(p.nbytes for p in run.trainable)
+    return Exchange(
+        count, "shard" if gathering.active else "replicate", run.recipe.train.parallel is None, share,
+        parts.get(QUANTIZED, 0) + parts.get(BASE, 0) - share, gathering.gathered if gathering.active else 0, trained,
+        reduced, received, memory.gathers * micro_batches, device.link, (best, worst) if device.link else None,
     )  # fmt: skip
-
-
-def _token_bytes(run: Run) -> int:
-    """Return the bytes of the keys and values of a token."""
-    config = run.model.config.get_text_config()
-    queries = int(getattr(config, "num_attention_heads", None) or 1)
-    heads = int(getattr(config, "num_key_value_heads", None) or queries)
-    size = int(getattr(config, "head_dim", None) or (getattr(config, "hidden_size", None) or 0) // queries)
-    return 2 * int(getattr(config, "num_hidden_layers", None) or 0) * heads * size * run.dtype.itemsize
-
-
-def _snapshot(train: int, parts: dict[str, int]) -> int:
-    """Return the host's bytes of a checkpoint being written, the initial and the best parameters."""
-    return 2 * train + parts.get(OPTIMIZER, 0)
-
-
-def _largest_weight(rehearsal: Rehearsal) -> int:
-    return max(parameter.numel() for parameter in rehearsal.run.model.parameters()) * rehearsal.run.dtype.itemsize
 
 
 def _disk(run: Any, train: int) -> int:

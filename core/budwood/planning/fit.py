@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from budwood.errors import InputError, did_you_mean
-from budwood.planning.estimate import CONTEXT_PART, LIBRARIES, Estimate, compact_optimizer, gib
+from budwood.planning.estimate import Estimate, compact_optimizer, gib
+from budwood.planning.peak import CONTEXT_PART, LIBRARIES
 from budwood.planning.rehearsal import ADAPTERS, BASE, GRADIENTS, OPTIMIZER, QUANTIZED
 from budwood.planning.sizes import ROOM
 from budwood.planning.trace import KEPT, TEMPORARY

@@ -11,7 +11,7 @@ from budwood.planning.cost import cost_of
 from budwood.planning.devices import Device
 from budwood.planning.rehearsal import Rehearsal
 from budwood.planning.sizes import ROOM, M, Measured, choose
-from budwood.training.micro_tokens import ROUND, largest_group, wanted
+from budwood.training.micro_tokens import ROUND, largest_group
 
 ATTEMPTS = 4
 """Numbers of layers that are rehearsed for the size that is chosen."""
@@ -37,7 +37,7 @@ def choose_layers(rehearsal: Rehearsal, device: Device, measure: Callable[[], M]
     """
     layers, room = len(layers_of(rehearsal.run.model)), ROOM * device.memory
     lowest = largest_group(rehearsal.lengths, rehearsal.groups)
-    top = max(wanted(rehearsal.run, device.kind), lowest) if sized else rehearsal.run.micro_tokens
+    top = max(rehearsal.wanted(device.kind), lowest) if sized else rehearsal.run.micro_tokens
 
     def at(size: int, count: int) -> M:
         rehearsal.split(size)

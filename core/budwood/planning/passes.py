@@ -53,7 +53,8 @@ def rehearse_passes(rehearsal: Rehearsal, device: Device, steps: int) -> Passes:
     examples = run.eval_examples if evaluations and run.eval_examples is not None else rehearsal.examples
     lengths, labels = sizes_of(run, examples)
     groups = getattr(examples, "groups", None)
-    split = split_micro(range(len(lengths)), lengths, run.eval_tokens or run.micro_tokens, run.packed, groups)
+    size, processes = run.eval_tokens or run.micro_tokens, rehearsal.processes
+    split = split_micro(range(len(lengths)), lengths, size, run.packed, groups, processes)
     micros = [micro_of(run, lengths, labels, members) for members in split]
     shortest = int(np.argmin(lengths))
     alone = [shortest] if groups is None else np.flatnonzero(groups == groups[shortest]).tolist()
@@ -69,18 +70,18 @@ def rehearse_passes(rehearsal: Rehearsal, device: Device, steps: int) -> Passes:
 
     def at(cells: float) -> Cost:
         """Return the cost of a pass; of one that is smaller than the smallest rehearsed, that of the smallest."""
-        return line(max(cells, least.cells))
+        return line(max(cells, least.cells)).with_traffic(rehearsal.gathering.received, device)
 
     evaluation, generation, cached = Cost(), Cost(), 0
     for micro in micros if evaluations else ():
-        evaluation = evaluation.plus(at(micro.cells), evaluations)
+        evaluation = evaluation.plus(at(micro.cells), evaluations * rehearsal.own(len(micros)) / len(micros))
     if maker is not None:
         new, updates = int(rehearsal.label_counts.max()), updates_of(run.hooks)
         prompt, count = int(rehearsal.lengths.max()) - new, len(rehearsal.examples) * updates
-        each, cached = _generation(at, count, prompt, new, TIMES * run.micro_tokens)
+        each, cached = _generation(at, rehearsal.own(count), prompt, new, TIMES * run.micro_tokens)
         generation = each.times(-(-steps // updates))
     elif evaluations and (answers := _exact_match(run)) is not None:
-        each, cached = _generation(at, *answers, BATCH_TOKENS)
+        each, cached = _generation(at, rehearsal.own(answers[0]), *answers[1:], BATCH_TOKENS)
         generation = each.times(evaluations)
     return Passes(evaluation, generation, evaluations, peak if evaluations else None, cached)
 

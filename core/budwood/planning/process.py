@@ -35,8 +35,10 @@ KEPT = 50
 """Estimates kept in the cache."""
 
 
-def estimate_in_process(recipe: Recipe, device: Device, tokens: int | None = None, keep: bool = False) -> Estimate:
-    """Return `estimate(recipe, device, tokens)`, computed in another process.
+def estimate_in_process(
+    recipe: Recipe, device: Device, tokens: int | None = None, keep: bool = False, processes: int = 1
+) -> Estimate:
+    """Return `estimate(recipe, device, tokens, processes)`, computed in another process.
 
     Args:
         keep: use an estimate of the same recipe, data, base, device and versions from the cache, and keep this one.
@@ -46,9 +48,9 @@ def estimate_in_process(recipe: Recipe, device: Device, tokens: int | None = Non
     """
     check_device(recipe, device.kind)  # here, where the recipe knows its lines
     given = device
-    if _depends_on_memory(recipe) and (tokens is None or recipe.train.gradient_checkpointing == "auto"):
+    if _depends_on_memory(recipe, processes) and (tokens is None or recipe.train.gradient_checkpointing == "auto"):
         device = replace(device, memory=_rounded(device.memory))
-    path = _path(_key(recipe, device, tokens)) if keep else None
+    path = _path(_key(recipe, device, tokens, processes)) if keep else None
     if path is not None and path.is_file():
         try:
             return Estimate.from_dict(json.loads(path.read_text(encoding="utf-8")), given)
@@ -58,7 +60,7 @@ def estimate_in_process(recipe: Recipe, device: Device, tokens: int | None = Non
     plain["strategies"] = [{choice.name: choice.options} for choice in recipe.strategies]
     request = {
         "recipe": plain, "allow_code": recipe.allows_code, "device": _packed(device), "tokens": tokens,
-        "path": [entry for entry in sys.path if entry],
+        "processes": processes, "path": [entry for entry in sys.path if entry],
     }  # fmt: skip
     values = _run(request)
     if path is not None:
@@ -66,9 +68,22 @@ def estimate_in_process(recipe: Recipe, device: Device, tokens: int | None = Non
     return Estimate.from_dict(values, given)
 
 
-def _depends_on_memory(recipe: Recipe) -> bool:
+def shared_device(device: Device, processes: int, link: float | None = None) -> Device:
+    """Return the device of each of a run's processes: a card, or its part of this machine's memory.
+
+    Args:
+        link: bytes per second between the processes; None: the card's own.
+    """
+    if processes > 1 and device.kind == "cpu" and device.measured:  # and not of a size that was given for each
+        device = replace(device, name=f"a share of {device.name}", memory=device.memory // processes)
+    return device if link is None else replace(device, link=link)
+
+
+def _depends_on_memory(recipe: Recipe, processes: int) -> bool:
     """Return whether the memory, which changes all the time, decides a setting of the run."""
-    return recipe.train.micro_tokens is None or recipe.train.gradient_checkpointing == "auto"
+    train = recipe.train
+    shards = processes > 1 and train.parallel is None
+    return shards or train.micro_tokens is None or train.gradient_checkpointing == "auto"
 
 
 def _rounded(memory: int) -> int:
@@ -108,7 +123,7 @@ def main() -> None:
         request = json.load(sys.stdin)
         recipe = Recipe.from_dict(request["recipe"]).allowing_code(request["allow_code"])
         with one_revision(recipe.base.model, recipe.base.revision):
-            answer = estimate(recipe, _unpacked(request["device"]), request["tokens"]).as_dict()
+            answer = estimate(recipe, _unpacked(request["device"]), request["tokens"], request["processes"]).as_dict()
     except BudwoodError as error:
         answer = {"class": type(error).__name__, "error": str(error)}
     except Exception as error:  # any model class or plugin may fail on fake tensors
@@ -130,7 +145,7 @@ def _unpacked(values: dict[str, Any]) -> Device:
     return Device(**{**values, "rates": rates, "capability": tuple(values["capability"])})
 
 
-def _key(recipe: Recipe, device: Device, tokens: int | None) -> str:
+def _key(recipe: Recipe, device: Device, tokens: int | None, processes: int) -> str:
     """Return the hash of everything that an estimate depends on."""
     values = {key: value for key, value in recipe.to_dict().items() if key != "output"}
     files = [recipe.data.train, recipe.data.evaluated] if tokens is None else []
@@ -141,8 +156,20 @@ def _key(recipe: Recipe, device: Device, tokens: int | None) -> str:
             stamps.append((str(file), status.st_size, status.st_mtime_ns))
     base = read_config(resolve(recipe.base.model, weights=False))
     versions = {name: metadata.version(name) for name in ("budwood", "torch", "transformers", "peft")}
-    memory = device.memory if _depends_on_memory(recipe) else None
-    facts = [values, stamps, base, versions, device.name, device.kind, device.source, memory, tokens]
+    memory = device.memory if _depends_on_memory(recipe, processes) else None
+    facts = [
+        values,
+        stamps,
+        base,
+        versions,
+        device.name,
+        device.kind,
+        device.source,
+        memory,
+        tokens,
+        processes,
+        device.link,
+    ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -164,4 +191,4 @@ def _write(path: Path, values: dict[str, Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
-__all__ = ["estimate_in_process", "find_device", "main"]
+__all__ = ["estimate_in_process", "find_device", "main", "shared_device"]

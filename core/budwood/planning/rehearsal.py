@@ -34,11 +34,13 @@ from budwood.model.ops import attention
 from budwood.model.quantizers import is_quantized, quantizer_of
 from budwood.model.quantizers.experts import quantized_experts
 from budwood.model.recompute import layers_of, recompute_layers
+from budwood.planning.sharding import Gathering, layer_bytes
 from budwood.planning.trace import CUDA_BLOCK, Trace
 from budwood.recipe.data import embeddings_wanted, recipe_task
 from budwood.recipe.schema import Recipe, build_composition
 from budwood.training.batches import StepBatches, count_units
 from budwood.training.loop import train_step
+from budwood.training.micro_tokens import shared_out, wanted
 from budwood.training.on_policy import find_generator
 from budwood.training.progress import Progress, planned_steps
 from budwood.training.report import Report
@@ -73,6 +75,8 @@ class Rehearsal:
         examples: what the micro-batches are made of: the data, or a strategy's planned examples.
         steps: micro-batches of the run's first optimizer steps.
         recomputed: layers that recompute their activations; all of them if the recipe leaves it open.
+        processes: of the planned run; the rehearsal is one of them.
+        gathering: what it holds of a sharded base, and gathers, if it is `active`.
     """
 
     run: Run
@@ -81,6 +85,8 @@ class Rehearsal:
     trace: Trace
     mode: FakeTensorMode
     examples: Sequence[Example]
+    gathering: Gathering
+    processes: int = 1
     steps: list[list[Micro]] = field(default_factory=list)
     recomputed: int = 0
 
@@ -99,6 +105,14 @@ class Rehearsal:
         self.run.micro_tokens = self.run.eval_tokens = micro_tokens
         self.steps = _steps(self)
 
+    def wanted(self, kind: str) -> int:
+        """Return the size of micro-batches to take if the memory is ample; see `training.micro_tokens`."""
+        return shared_out(self.run, wanted(self.run, kind), self.processes)
+
+    def own(self, count: int) -> int:
+        """Return how many of an optimizer step's micro-batches the process with the most of them has."""
+        return -(-count // self.processes)
+
     def recompute(self, count: int) -> None:
         """Let the first `count` layers recompute their activations."""
         recompute_layers(self.run.model, count, self.run.recipe.train.activation_offloading)
@@ -114,6 +128,7 @@ class Rehearsal:
         batch = self._collate(examples, [micro], "eval")[0]
         self.trace.operations.clear()
         self.trace.in_pass = True
+        self.gathering.begin()
         start = self.trace.mark()
         run.model.eval()
         with _naming(run), torch.no_grad(), autocast(run):
@@ -145,6 +160,7 @@ class Rehearsal:
             trace.part_of(GRADIENTS, (p.grad for p in run.trainable if p.grad is not None))
         trace.operations.clear()
         trace.in_pass = True
+        self.gathering.begin()
         start = trace.mark()
         step = StepBatches(run.examples, np.zeros(0, dtype=np.int64), 0, run.micro_tokens, batches)
         run.model.train()
@@ -154,12 +170,13 @@ class Rehearsal:
 
 
 @contextmanager
-def rehearse(recipe: Recipe, dtype: torch.dtype, cuda: bool = False) -> Iterator[Rehearsal]:
+def rehearse(recipe: Recipe, dtype: torch.dtype, cuda: bool = False, processes: int = 1) -> Iterator[Rehearsal]:
     """Prepare a run on fake CPU tensors inside the context, as `tune` prepares it.
 
     Args:
         dtype: compute dtype.
         cuda: trace the memory as CUDA's kernels and allocator take it.
+        processes: of the run; one of them is rehearsed.
 
     Raises:
         BudwoodError: as `tune`.
@@ -188,6 +205,7 @@ def rehearse(recipe: Recipe, dtype: torch.dtype, cuda: bool = False) -> Iterator
         if owner := hooks.implements("load_base"):
             run.base.notes.append(f"{owner[0]} loads the base itself; the plan counts it as the recipe describes it")
         run.model = run.base.model
+        gathering = Gathering(run.model, layer_bytes(run.model), trace, processes)
         attention.register()
         attention.forget_layouts()
         stack.callback(attention.forget_layouts)
@@ -195,19 +213,22 @@ def rehearse(recipe: Recipe, dtype: torch.dtype, cuda: bool = False) -> Iterator
         adapt_model(run, hooks)
         engine = build_engine(run, hooks)
         build_optimizer(run, hooks)
-        engine.finish_step = _then(engine.finish_step, trace)  # type: ignore[method-assign]
+        engine.finish_step = _then(engine.finish_step, trace, gathering)  # type: ignore[method-assign]
         run.optimizer.register_step_pre_hook(lambda *_: _claim(trace, GRADIENTS, (p.grad for p in run.trainable)))
         run.optimizer.register_step_post_hook(lambda *_: _claim(trace, OPTIMIZER, _states(run)))
         _register(run, trace)
         progress = Progress(torch.amp.GradScaler("cpu", enabled=False))
-        yield Rehearsal(run, engine, progress, trace, mode, _examples(run))
+        yield Rehearsal(run, engine, progress, trace, mode, _examples(run), gathering, processes)
 
 
-def _then(finish: Callable[[], dict[str, Tensor]], trace: Trace) -> Callable[[], dict[str, Tensor]]:
+def _then(
+    finish: Callable[[], dict[str, Tensor]], trace: Trace, gathering: Gathering
+) -> Callable[[], dict[str, Tensor]]:
     """Return `finish`, the first thing after the micro-batches of a step, such that the trace knows it."""
 
     def call() -> dict[str, Tensor]:
         trace.in_pass = False
+        gathering.begin()
         return finish()
 
     return call
@@ -272,7 +293,10 @@ def _steps(rehearsal: Rehearsal) -> list[list[Micro]]:
     drawn = [np.arange(len(rehearsal.examples))]
     if rehearsal.examples is run.examples:
         drawn = [indices for _, indices in islice(planned_steps(run), STEPS)]
-    splits = (split_micro(indices, lengths, run.micro_tokens, run.packed, rehearsal.groups) for indices in drawn)
+    splits = (
+        split_micro(indices, lengths, run.micro_tokens, run.packed, rehearsal.groups, rehearsal.processes)
+        for indices in drawn
+    )
     return [[rehearsal.micro(members) for members in split] for split in splits]
 
 

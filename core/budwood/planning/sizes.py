@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 from budwood.planning.rehearsal import Rehearsal
 from budwood.planning.trace import Operation
-from budwood.training.micro_tokens import ROUND, largest_group, wanted
+from budwood.training.micro_tokens import ROUND, largest_group
 
 ROOM = 0.9
 """Share of the memory to use: the caching allocator of CUDA reserves up to a tenth more than is allocated."""
@@ -53,7 +53,7 @@ def choose(rehearsal: Rehearsal, kind: str, memory: int, measure: Callable[[], M
         measure: rehearses a step of the run as it is split.
     """
     lowest = largest_group(rehearsal.lengths, rehearsal.groups)
-    size = max(wanted(rehearsal.run, kind), lowest)
+    size = max(rehearsal.wanted(kind), lowest)
     result: M | None = None
     for left in reversed(range(ATTEMPTS)):
         rehearsal.split(size)

@@ -36,6 +36,7 @@ def show_estimate(result: Estimate, recipe: Any, console: Console) -> None:
         text += " (train.gradient_checkpointing: auto)" if recipe.train.gradient_checkpointing == "auto" else ""
         text += f"; {gib(step.offloaded)} of their inputs on the host" if step.offloaded else ""
         rows.append(("", text))
+    rows += [("processes" if not index else "", text) for index, text in enumerate(_exchange(result))]
     rows.append(("time", _time(result)))
     download = f"; download {result.download / 1e9:,.1f} GB" if result.download else ""
     rows.append(("disk", f"{result.disk / 1e6:,.1f} MB for checkpoints and the adapter{download}"))
@@ -49,6 +50,34 @@ def show_estimate(result: Estimate, recipe: Any, console: Console) -> None:
     for key, value in rows:
         table.add_row(Text(key), Text(value))
     show(Group(Text(), table), console)
+
+
+def _exchange(result: Estimate) -> list[str]:
+    """Return lines on what several processes hold and exchange; none if the run is one process."""
+    found = result.exchange
+    if found is None:
+        return []
+    reason = "" if not found.chosen else ", since it fits" if found.parallel == "replicate" else ", to fit"
+    if found.chosen and found.parallel == "replicate" and not result.fits:
+        reason = ", since the base cannot be sharded"
+    lines = [f"{found.processes}, train.parallel: {found.parallel}{reason}; all figures here are of one of them"]
+    if found.parallel == "shard":
+        lines.append(
+            f"base: {gib(found.share)} of layers, its share; {gib(found.replicated)} of embeddings, head and vectors on"
+            f" every process; {gib(found.gathered)} of complete layers while it computes"
+        )
+    else:
+        lines.append(f"base: {gib(found.replicated)}, all of it on every process")
+    lines.append(f"adapters, gradients and optimizer: {gib(found.trained)} on every process")
+    sent = f"{found.reduced / 1e6:,.1f} MB each way for the gradients, in one all-reduce"
+    if found.gathers:
+        sent += f"; {found.received / 1e6:,.1f} MB of layers in {found.gathers:,.0f} all-gathers"
+    if found.link is None or found.seconds is None:
+        lines.append(f"traffic a step: {sent}; its time is not counted: give --link")
+    else:
+        took = f"{_range(found.seconds)} at {found.link / 1e9:,.1f} GB/s"
+        lines.append(f"traffic a step: {sent}; {took}")
+    return lines
 
 
 def _time(result: Estimate) -> str:
@@ -73,7 +102,9 @@ def _range(seconds: tuple[float, float]) -> str:
 
 
 def span(seconds: float) -> str:
-    """Return a duration as an estimate is read: "12.3 s", "8 min", "2.4 h"."""
+    """Return a duration as an estimate is read: "3.1 ms", "12.3 s", "8 min", "2.4 h"."""
+    if 0 < seconds < 0.05:
+        return f"{1e3 * seconds:.1f} ms"
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -28,9 +28,9 @@ def measured_peak(recipe: Recipe, steps: int = 2) -> int:
     """
     others = tensor_bytes()  # what else is in the process
     peak = 0
-    for take_step in _steps(recipe, steps):
+    for take_step in steps_of(recipe, steps):
         before = tensor_bytes() - others
-        peak = max(peak, before + _highest(take_step))
+        peak = max(peak, before + highest(take_step))
     return peak
 
 
@@ -39,10 +39,10 @@ def measured_evaluation_peak(recipe: Recipe) -> int:
     others = tensor_bytes()
     run, _, _ = prepare(recipe, Report(quiet=True), overwrite=True)
     before = tensor_bytes() - others
-    return before + _highest(lambda: run.task.evaluate(run))
+    return before + highest(lambda: run.task.evaluate(run))
 
 
-def _highest(function: Callable[[], object]) -> int:
+def highest(function: Callable[[], object]) -> int:
     """Return the most bytes that a call holds at once, in addition to what exists before it."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
@@ -60,7 +60,7 @@ def measured_peak_cuda(recipe: Recipe, steps: int = 2) -> tuple[int, int]:
     torch.cuda.empty_cache()
     others = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     allocated = reserved = 0
-    for take_step in _steps(recipe, steps):
+    for take_step in steps_of(recipe, steps):
         torch.cuda.empty_cache()  # what only building needed
         torch.cuda.reset_peak_memory_stats()
         take_step()
@@ -70,7 +70,7 @@ def measured_peak_cuda(recipe: Recipe, steps: int = 2) -> tuple[int, int]:
     return allocated, reserved
 
 
-def _steps(recipe: Recipe, steps: int) -> Iterator[Callable[[], object]]:
+def steps_of(recipe: Recipe, steps: int) -> Iterator[Callable[[], object]]:
     """Prepare a run, and yield a function that takes the next of its first `steps` optimizer steps."""
     run, hooks, engine = prepare(recipe, Report(quiet=True), overwrite=True)
     progress = Progress(torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16))

@@ -47,12 +47,17 @@ def wanted(run: Run, kind: str) -> int:
     return max(largest, min(USEFUL, max(MICRO_TOKENS, _rounded(max(steps, default=1)))))
 
 
-def shared_out(run: Run, size: int) -> int:
-    """Return at most `size`, such that every process has a micro-batch in most optimizer steps."""
-    if run.processes == 1 or find_generator(run.hooks) is not None:
+def shared_out(run: Run, size: int, processes: int | None = None) -> int:
+    """Return at most `size`, such that every process has a micro-batch in most optimizer steps.
+
+    Args:
+        processes: of the run, if it is planned for other ones than it has.
+    """
+    processes = processes or run.processes
+    if processes == 1 or find_generator(run.hooks) is not None:
         return size
     steps = [int(run.examples.lengths[indices].sum()) for _, indices in islice(planned_steps(run), STEPS)]
-    share = _rounded(int(np.mean(steps or [size])) // run.processes)
+    share = _rounded(int(np.mean(steps or [size])) // processes)
     return min(size, max(share, largest_group(run.examples.lengths, run.examples.groups)))
 
 

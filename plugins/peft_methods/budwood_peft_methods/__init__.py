@@ -1,5 +1,6 @@
 """PEFT's methods other than LoRA as strategies, computed by PEFT's own layers."""
 
+from budwood_peft_methods.later import GLoRA, PEANuT, Supertuning, TinyLoRA, VBLoRA, WaveFT
 from budwood_peft_methods.parts import LNTuning, TrainableTokens
 from budwood_peft_methods.strategies import (
     BOFT,
@@ -38,5 +39,11 @@ __all__ = [
     "RoAd",
     "ShiRA",
     "TrainableTokens",
+    "GLoRA",
+    "PEANuT",
+    "Supertuning",
+    "TinyLoRA",
+    "VBLoRA",
+    "WaveFT",
     "VeRA",
 ]

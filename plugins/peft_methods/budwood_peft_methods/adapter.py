@@ -41,7 +41,7 @@ from budwood.lowrank import (
     wrap_tokens,
     wrap_whole,
 )
-from budwood_peft_methods.layers import Adapter, Computed, MethodUpdate, add_layers, build
+from budwood_peft_methods.layers import Adapter, Computed, MethodUpdate, add_layers, build, check_positions
 from budwood_peft_methods.saved import Saved
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def create(strategy: PeftMethod, run: Run, model: nn.Module) -> Placed:
         with torch.random.fork_rng(devices=[]):  # the initialisation depends on the seed alone
             torch.manual_seed(run.seed)
             placed = _place(
-                strategy, model, fields, targets, whole, tokens, RUN_ADAPTER, options.needs_weight, run.planning
+                strategy, model, fields, targets, whole, tokens, RUN_ADAPTER, options.needs_weight, True, run.planning
             )
     placed.config.task_type = run.task.peft_task_type
     placed.config.base_model_name_or_path = run.recipe.base.model
@@ -89,7 +89,15 @@ def create(strategy: PeftMethod, run: Run, model: nn.Module) -> Placed:
 def parameter_groups(strategy: PeftMethod, placed: Placed, model: nn.Module) -> list[ParameterGroup]:
     """Return the adapter's parameters, and what trains beside them."""
     decay = {} if strategy.decays else {"weight_decay": 0.0}
-    return [ParameterGroup(strategy.name, placed.adapter.parameters(), **decay), *whole_groups(model, RUN_ADAPTER)]
+    groups: dict[float, dict[str, nn.Parameter]] = {}
+    for name, parameter in placed.adapter.parameters().items():
+        ratio = next((ratio for part, ratio in strategy.RATIOS.items() if part in name), 1.0)
+        groups.setdefault(ratio, {})[name] = parameter
+    own = [
+        ParameterGroup(strategy.name if ratio == 1 else f"{strategy.name} x{ratio:g}", named, ratio, **decay)
+        for ratio, named in groups.items()
+    ]
+    return [*own, *whole_groups(model, RUN_ADAPTER)]
 
 
 def write(placed: Placed, model: nn.Module, directory: Path) -> None:
@@ -135,11 +143,12 @@ def attach(
     whole = saved_whole_modules(model, saved.selection, tensors)
     tokens, tensors = saved_tokens(model, saved.selection, tensors, whole)
     fields = saved.fields(targets) | dict(training or {})
-    placed = _place(strategy, model, fields, targets, whole, tokens, name, saved.options.needs_weight, planning)
+    placed = _place(strategy, model, fields, targets, whole, tokens, name, saved.options.needs_weight, False, planning)
     try:
         fit_whole(model, name, tensors)
         slots = placed.tensors(model, name)
         copy_adapter_tensors(slots, without_base_tensors(model, tensors, slots))
+        check_positions(placed.adapter)
     except BaseException:
         remove_adapter(model, name)
         raise
@@ -155,7 +164,8 @@ def _place(
     tokens: dict[str, list[int]],
     name: str,
     needs_weight: bool,
-    planning: bool = False,
+    new: bool,
+    planning: bool,
 ) -> Placed:
     """Add an adapter to a model in place, inactive."""
     check_transposed(strategy, model, targets)
@@ -165,7 +175,7 @@ def _place(
             f"PEFT's {strategy.name} cannot hold the embeddings of new tokens: name the embeddings and the head in "
             f"modules_to_save ({', '.join(tokens)}), or use lora."
         )
-    adapter = build(model, config, targets, needs_weight, planning)
+    adapter = build(model, config, targets, needs_weight, new, planning)
     try:
         add_layers(model, adapter, name)
         wrap_whole(model, whole, name)
@@ -202,6 +212,7 @@ def live(strategy: PeftMethod, model: nn.Module, config: dict[str, Any], tensors
     own = {key: tuple(slot.shape) for key, slot in slots.items()}
     parts = live_low_rank(model, saved.selection, tensors, targets, own, lambda path, checked: None)
     copy_adapter_tensors(slots, {key: tensors[key] for key in slots})
+    check_positions(adapter)
     modules = {path: Computed(layer).eval().requires_grad_(False) for path, layer in adapter.layers.items()}
     return LiveAdapter(parts.updates, {**parts.modules, **modules}, parts.biases)
 
@@ -226,5 +237,5 @@ def check_transposed(strategy: PeftMethod, model: nn.Module, targets: Collection
     if not strategy.transposed and fan_in_fan_out(model, targets):
         raise InputError(
             f"{strategy.name} is not supported on linears that store [in, out], as GPT-2's do; PEFT has no layer for "
-            "them: use lora, or one of ia3, vera, fourierft, randlora, gralora."
+            "them: use lora, or one of ia3, vera, fourierft, randlora, gralora, vblora, waveft, tinylora."
         )

@@ -9,29 +9,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import get_peft_model, get_peft_model_state_dict
 from peft.tuners.boft import layer as boft
-from peft.tuners.delora.layer import DeloraLayer
-from peft.tuners.fourierft.layer import FourierFTLayer
-from peft.tuners.hira.layer import HiraLayer
-from peft.tuners.hra import HRALinear
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.shira.layer import ShiraLayer
+from peft.tuners.supertuning.layer import SupertuningLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch._subclasses.fake_tensor import FakeTensor
 
-from budwood import InputError, linear_shape, linear_weight
+from budwood import CorruptError, InputError, linear_shape
 from budwood.lowrank import LowRankUpdate, check_replaced, frozen_linear
-
-INNER = "default"
-"""Name of the only adapter of each of PEFT's layers."""
+from budwood_peft_methods.forwards import INNER, Computed
+from budwood_peft_methods.starts import set_start, stand_ins_accepted
 
 
 class StandIn(nn.Linear):
@@ -128,98 +121,24 @@ class MethodUpdate(LowRankUpdate):
         return y
 
 
-class Computed(nn.Module):
-    """A linear with PEFT's layer of a method: PEFT's forward, or an equal one where that has a fault or costs more."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the output [..., out] in the compute dtype: that of autocast if enabled, or of `x`."""
-        layer, kind = self.layer, x.device.type
-        if isinstance(layer, LycorisLayer):
-            # PEFT's forward draws a number to skip whole modules by chance, even if they are never to be skipped.
-            y = layer.base_layer(x) + layer._get_delta_activations(INNER, x)
-        elif isinstance(layer, HRALinear):
-            y = layer.base_layer(_reflected(x, layer.hra_u[INNER]))
-        elif isinstance(layer, boft.Linear):
-            y = _rotated(layer, x)
-        elif isinstance(layer, HiraLayer):
-            y = layer.base_layer(x) + _elementwise_product(layer, x)
-        elif isinstance(layer, ShiraLayer):
-            y = layer.base_layer(x) + _sparse_product(layer, x)
-        else:
-            y = layer(x)
-        return y.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
-
-    def given(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the output for x, whose base's product is y, which may be changed; it is computed only for others."""
-        stand_in = self.layer.get_base_layer()
-        stand_in.__dict__["given"] = (x, y)
-        try:
-            return self(x)  # type: ignore[no-any-return]
-        finally:
-            stand_in.__dict__["given"] = None
-
-
-def _reflected(x: Tensor, vectors: Tensor) -> Tensor:
-    """Return x Rᵀ for R = H₁ H₂ … Hᵣ, Hᵢ = I - 2 uᵢ uᵢᵀ, and u the normalised columns of `vectors` [in, r].
-
-    R = I - U S⁻¹ Uᵀ with S = I / 2 + the part of Uᵀ U above its diagonal (Schreiber & Van Loan, 1989). PEFT multiplies
-    the reflections as [in, in] matrices, and the result with the base's weight.
-    """
-    with torch.autocast(x.device.type, enabled=False):  # rounded to 16 bits, they would not be reflections
-        u = vectors / vectors.norm(dim=0)
-        s = (u.t() @ u).triu(1) + 0.5 * torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
-        v = torch.linalg.solve_triangular(s, u, upper=True, left=False)
-    wide = x.to(u.dtype)
-    return (wide - (wide @ u) @ v.t()).to(x.dtype)
-
-
-def _rotated(layer: Any, x: Tensor) -> Tensor:
-    """Return BOFT's output: the blocks of x rotated, the base's product, and the scales of the outputs.
-
-    PEFT multiplies the rotations as [in, in] matrices.
-    """
-    rotations = layer.cayley_batch(layer.boft_R[INNER][0])
-    blocks = x.to(rotations.dtype).unflatten(-1, rotations.shape[:2])
-    rotated = torch.einsum("...dk,dkc->...dc", blocks, rotations).flatten(-2).to(x.dtype)
-    y, bias, scale = layer.base_layer(rotated), layer.base_layer.bias, layer.boft_s[INNER].squeeze(-1)
-    return y * scale if bias is None else (y - bias) * scale + bias
-
-
-def _sparse_product(layer: Any, x: Tensor) -> Tensor:
-    """Return x Δᵀ for SHiRA's update Δ [out, in], which PEFT adds to a copy of the base's weight."""
-    weight, (rows, columns) = layer.shira_weight[INNER] * layer.scaling[INNER], layer.shira_indices[INNER].long()
-    update = weight.new_zeros(layer.out_features, layer.in_features).index_put((rows, columns), weight)
-    return F.linear(x.to(update.dtype), update)
-
-
-def _elementwise_product(layer: Any, x: Tensor) -> Tensor:
-    """Return x (W ⊙ B A)ᵀ for HiRA; the backward computes the product [out, in] again, instead of keeping it."""
-    base = layer.get_base_layer().__dict__["base"]
-
-    def product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return F.linear(x.to(b.dtype), linear_weight(base, b.dtype) * (b @ a))
-
-    y: Tensor = checkpoint(
-        product, layer.hira_dropout[INNER](x), layer.hira_A[INNER], layer.hira_B[INNER], use_reentrant=False,
-        preserve_rng_state=False,
-    )  # fmt: skip
-    return y
-
-
 class _Place(nn.Module):
     """A node of the copied module tree."""
 
 
-def build(model: nn.Module, config: Any, targets: Sequence[str], needs_weight: bool, planning: bool = False) -> Adapter:
+def build(
+    model: nn.Module,
+    config: Any,
+    targets: Sequence[str],
+    needs_weight: bool,
+    new: bool = False,
+    planning: bool = False,
+) -> Adapter:
     """Build PEFT's layers for the targets of a config, in fp32 on the devices of the base's modules.
 
     Args:
         config: PEFT's.
         targets: full names of linears, in the order in which their parameters are drawn; PEFT's own are a set.
+        new: the adapter is no saved one, whose file has the values that depend on the weights.
         planning: tensors have no values, so that what depends on these is left out.
 
     Raises:
@@ -241,40 +160,16 @@ def build(model: nn.Module, config: Any, targets: Sequence[str], needs_weight: b
             place = place.get_submodule(part)
         place.add_module(leaf, StandIn(base))
     try:
-        with warnings.catch_warnings(), _plain_boft():
+        with warnings.catch_warnings(), stand_ins_accepted():
             warnings.simplefilter("ignore")  # about fan_in_fan_out, and fields that are meant for other modules
             peft: Any = get_peft_model(root, config, adapter_name=INNER)  # type: ignore[arg-type]
     except (ValueError, TypeError, NotImplementedError) as error:
         raise InputError(f"PEFT refuses these options for this base: {' '.join(str(error).split())}") from error
     layers = dict(_layers(peft.base_model.model))
+    set_start(layers, config, new, planning)
     for layer in layers.values():
-        if planning and isinstance(layer, ShiraLayer):
-            layer.shira_indices[INNER] = torch.zeros(2, len(layer.shira_weight[INNER]), dtype=torch.int)
         layer.get_base_layer().opened = needs_weight
-        if isinstance(layer, DeloraLayer):  # PEFT would take the norms of the stand-in's weight
-            weight = linear_weight(layer.get_base_layer().__dict__["base"], torch.float32)
-            layer.delora_w_norm[INNER] = weight.norm(dim=0)
-        if isinstance(layer, FourierFTLayer):  # PEFT would copy them to the device in every forward
-            layer.indices[INNER] = layer.indices[INNER].to(layer.fourierft_spectrum[INNER].device)
     return Adapter(peft, layers)
-
-
-@contextmanager
-def _plain_boft() -> Iterator[None]:
-    """Let PEFT build BOFT's layers without its CUDA extension, which it would compile here and now.
-
-    Without butterfly factors the permutation is the identity [in, in], which PEFT writes element by element and keeps
-    for each module.
-    """
-    matrix, extension = boft.BOFTLayer.perm2mat, boft.get_fbd_cuda
-    boft.BOFTLayer.perm2mat = lambda self, indices: torch.eye(len(indices))
-    boft.get_fbd_cuda = lambda: None
-    boft.Linear.register_buffer = lambda self, name, tensor, persistent=True: setattr(self, name, None)
-    try:
-        yield
-    finally:
-        boft.BOFTLayer.perm2mat, boft.get_fbd_cuda = matrix, extension
-        del boft.Linear.register_buffer
 
 
 def add_layers(model: nn.Module, adapter: Adapter, name: str) -> None:
@@ -287,6 +182,26 @@ def add_layers(model: nn.Module, adapter: Adapter, name: str) -> None:
             module = MethodLayer(module)
             setattr(model.get_submodule(parent), leaf, module)
         module.lora_A[name] = Computed(layer)
+
+
+def check_positions(adapter: Adapter) -> None:
+    """Check that the positions in a file of SHiRA or Super-Tuning lie within the weights.
+
+    Raises:
+        CorruptError: one does not.
+    """
+    for path, layer in adapter.layers.items():
+        if isinstance(layer, ShiraLayer):
+            positions, ends = layer.shira_indices[INNER], (layer.out_features, layer.in_features)
+        elif isinstance(layer, SupertuningLayer):
+            positions, ends = layer.supertuning_indices[INNER][None], (layer.out_features * layer.in_features,)
+        else:
+            continue
+        if isinstance(positions, FakeTensor):  # a plan
+            continue
+        for row, end in zip(positions, ends, strict=True):
+            if len(row) and not 0 <= int(row.min()) <= int(row.max()) < end:
+                raise CorruptError(f"the adapter's positions in '{path}' lie outside of its weight.")
 
 
 def base_of(module: Any) -> Any:

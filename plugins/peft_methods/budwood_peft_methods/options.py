@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -44,13 +45,18 @@ class MethodOptions(Options):
         """Return why the method cannot adapt a linear of this shape; "": it can."""
         return ""
 
+    def misfit_of_all(self, shapes: Sequence[tuple[int, int]]) -> str:
+        """Return why the method cannot adapt linears [out, in] of these shapes together; "": it can."""
+        return ""
+
     @property
     def needs_weight(self) -> bool:
         """Whether the method computes with the base's weight itself, which a quantised base does not hold."""
         return False
 
 
-def _dropout(what: str) -> Any:
+def dropout_of(what: str) -> Any:
+    """Return the option of a dropout on what is named."""
     return Field(0.0, ge=0, lt=1, description=f"dropout on {what}")
 
 
@@ -63,7 +69,7 @@ class LoHaOptions(MethodOptions):
 
     rank: int = Field(8, ge=1, le=RANK, description="rank of both factors of the product (r)")
     alpha: int = Field(8, ge=1, description="scale of the update: alpha / rank")
-    rank_dropout: float = _dropout("rows of the update")
+    rank_dropout: float = dropout_of("rows of the update")
 
     FIELDS = {"rank": "r", "alpha": "alpha", "rank_dropout": "rank_dropout"}
     TRAINING = frozenset({"rank_dropout"})
@@ -80,7 +86,7 @@ class LoKrOptions(MethodOptions):
     decompose_factor: int = Field(
         -1, ge=-1, le=SIZE, description="size of the left factor; -1: near the square root of the module's"
     )
-    rank_dropout: float = _dropout("rows of the update")
+    rank_dropout: float = dropout_of("rows of the update")
     rank_dropout_scale: bool = Field(False, description="divide by the share of rows that rank_dropout keeps")
 
     FIELDS = {
@@ -133,7 +139,7 @@ class OFTOptions(MethodOptions):
         return _one_of(self, "block_size", "blocks")
 
     def misfit(self, outputs: int, inputs: int) -> str:
-        return _indivisible(inputs, "input", self, "block_size", "blocks")
+        return indivisible(inputs, "input", self, "block_size", "blocks")
 
 
 class BOFTOptions(MethodOptions):
@@ -155,7 +161,7 @@ class BOFTOptions(MethodOptions):
         return _one_of(self, "block_size", "blocks")
 
     def misfit(self, outputs: int, inputs: int) -> str:
-        return _indivisible(inputs, "input", self, "block_size", "blocks")
+        return indivisible(inputs, "input", self, "block_size", "blocks")
 
 
 class IA3Options(MethodOptions):
@@ -175,7 +181,7 @@ class VeRAOptions(MethodOptions):
     seed: int = Field(0, ge=0, description="seed of the projections (projection_prng_key)")
     save_projection: bool = Field(True, description="save the projections with the adapter: they can differ elsewhere")
     d_initial: float = Field(0.1, description="initial value of the inner vectors")
-    dropout: float = _dropout("the adapter's input (vera_dropout)")
+    dropout: float = dropout_of("the adapter's input (vera_dropout)")
 
     FIELDS = {
         "rank": "r", "seed": "projection_prng_key", "save_projection": "save_projection", "d_initial": "d_initial",
@@ -221,7 +227,7 @@ class MiSSOptions(MethodOptions):
         "balanced", description="balanced, bat (Bone: the update depends on the weight) or mini (init_weights)"
     )
     mini_rank: int = Field(1, ge=1, le=SIZE, description="number of different outputs with variant: mini (mini_r)")
-    dropout: float = _dropout("the adapter's input (miss_dropout)")
+    dropout: float = dropout_of("the adapter's input (miss_dropout)")
 
     FIELDS = {"rank": "r", "variant": "init_weights", "mini_rank": "mini_r", "dropout": "miss_dropout"}
     TRAINING = frozenset({"dropout"})
@@ -253,7 +259,7 @@ class RandLoRAOptions(MethodOptions):
     save_projection: bool = Field(True, description="save the bases with the adapter: they can differ elsewhere")
     sparse: bool = Field(False, description="ternary bases, of which a third is not zero")
     very_sparse: bool = Field(False, description="ternary bases, of which 1 / sqrt(size) is not zero")
-    dropout: float = _dropout("the adapter's input (randlora_dropout)")
+    dropout: float = dropout_of("the adapter's input (randlora_dropout)")
 
     FIELDS = {
         "rank": "r", "alpha": "randlora_alpha", "seed": "projection_prng_key", "save_projection": "save_projection",
@@ -285,7 +291,7 @@ class C3AOptions(MethodOptions):
     PATTERNS = ("block_size_pattern",)
 
     def misfit(self, outputs: int, inputs: int) -> str:
-        return _indivisible(inputs, "input", self, "block_size") or _indivisible(outputs, "output", self, "block_size")
+        return indivisible(inputs, "input", self, "block_size") or indivisible(outputs, "output", self, "block_size")
 
 
 class RoAdOptions(MethodOptions):
@@ -299,7 +305,7 @@ class RoAdOptions(MethodOptions):
     FIELDS = {"variant": "variant", "group_size": "group_size"}
 
     def misfit(self, outputs: int, inputs: int) -> str:
-        return _indivisible(outputs, "output", self, "group_size")
+        return indivisible(outputs, "output", self, "group_size")
 
 
 class GraLoRAOptions(MethodOptions):
@@ -309,7 +315,7 @@ class GraLoRAOptions(MethodOptions):
     hybrid_rank: int = Field(0, ge=0, le=RANK, description="rank of a plain LoRA update beside it (hybrid_r)")
     alpha: int = Field(64, ge=1, description="scale of the update: alpha / (rank + hybrid_rank)")
     blocks: int = Field(2, ge=1, le=SIZE, description="the weight is divided into blocks × blocks (gralora_k)")
-    dropout: float = _dropout("the adapter's input (gralora_dropout)")
+    dropout: float = dropout_of("the adapter's input (gralora_dropout)")
 
     FIELDS = {
         "rank": "r", "hybrid_rank": "hybrid_r", "alpha": "alpha", "blocks": "gralora_k", "dropout": "gralora_dropout",
@@ -319,7 +325,7 @@ class GraLoRAOptions(MethodOptions):
     def misfit(self, outputs: int, inputs: int) -> str:
         if self.rank % self.blocks:
             return f"rank {self.rank} is no multiple of blocks {self.blocks}"
-        return _indivisible(inputs, "input", self, "blocks") or _indivisible(outputs, "output", self, "blocks")
+        return indivisible(inputs, "input", self, "blocks") or indivisible(outputs, "output", self, "blocks")
 
 
 class DeLoRAOptions(MethodOptions):
@@ -329,7 +335,7 @@ class DeLoRAOptions(MethodOptions):
     bound: int = Field(
         15, ge=1, description="bound on the norm of an update, in norms of the weight's columns; trains (delora_lambda)"
     )
-    dropout: float = _dropout("the adapter's input (module_dropout)")
+    dropout: float = dropout_of("the adapter's input (module_dropout)")
 
     FIELDS = {"rank": "r", "bound": "delora_lambda", "dropout": "module_dropout"}
     TRAINING = frozenset({"dropout", "bound"})
@@ -340,7 +346,7 @@ class HiRAOptions(MethodOptions):
     """Options of `hira`; names in brackets are those in PEFT's HiRAConfig."""
 
     rank: int = Field(32, ge=1, le=RANK, description="rank of the matrix that multiplies the weight's elements (r)")
-    dropout: float = _dropout("the adapter's input (hira_dropout)")
+    dropout: float = dropout_of("the adapter's input (hira_dropout)")
 
     FIELDS = {"rank": "r", "dropout": "hira_dropout"}
     TRAINING = frozenset({"dropout"})
@@ -356,7 +362,8 @@ def _one_of(options: Any, first: str, second: str) -> Any:
     return options
 
 
-def _indivisible(size: int, what: str, options: Any, *names: str) -> str:
+def indivisible(size: int, what: str, options: Any, *names: str) -> str:
+    """Return which of the options does not divide a size, and the nearest value that does; "": all divide it."""
     for name in names:
         value = getattr(options, name)
         if value and size % value:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_origin
 
 from pydantic import ValidationError
 
@@ -53,11 +53,12 @@ class Saved:
                 raise InputError(f"adapter_config.json: '{field}: {shown}' is not supported, since {why}: {REMEDY}.")
         fields = model.FIELDS
         unused = {*fields.values(), *model.INIT, *model.ONLY, *model.PATTERNS, *kind.OTHER_FIELDS}
-        selection = parse_saved_config(name, SavedLowRankConfig, _without_lora(config), unused)
+        selection = parse_saved_config(name, SavedLowRankConfig, _without_own(config, fields.values()), unused)
         given = {option: config[field] for option, field in fields.items() if field in config}
         if "variant" in given:  # of miss: true or false stand for its own variant
             given["variant"] = "balanced" if isinstance(given["variant"], bool) else given["variant"]
-        for option in given.keys() - {"variant"}:
+        texts = {option for option in given if _is_text(model.model_fields[option].annotation)}
+        for option in given.keys() - texts:
             if isinstance(given[option], str):  # which pydantic would convert
                 raise CorruptError(f"adapter_config.json: {fields[option]}: must not be a text.")
         try:
@@ -76,9 +77,13 @@ class Saved:
         return found | self.strategy.saved_module_fields(targets, self.feedforward)
 
 
-def _without_lora(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config without `bias`, which is checked already, and whose values differ from LoRA's."""
-    return {key: value for key, value in config.items() if key != "bias"}
+def _is_text(annotation: Any) -> bool:
+    return annotation is str or get_origin(annotation) is Literal
+
+
+def _without_own(config: Mapping[str, Any], own: Collection[str]) -> dict[str, Any]:
+    """Return a config without the fields that are checked elsewhere: some have names, but not values, of LoRA's."""
+    return {key: value for key, value in config.items() if key != "bias" and key not in own}
 
 
 def _pattern(field: str, value: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class PeftMethod(Strategy):
         transposed: whether PEFT adapts linears that store their weight as [in, out], such as GPT-2's.
         decays: whether weight decay may pull the parameters to zero.
         OTHER_FIELDS: fields of PEFT's config that the strategy reads itself.
+        RATIOS: learning rates of parameters, by a part of their names, as ratios to the strategy's.
     """
 
     Options: ClassVar[type[own.MethodOptions]] = own.MethodOptions
@@ -36,6 +37,7 @@ class PeftMethod(Strategy):
     transposed: ClassVar[bool] = False
     decays: ClassVar[bool] = True
     OTHER_FIELDS: ClassVar[tuple[str, ...]] = ()
+    RATIOS: ClassVar[dict[str, float]] = {}
 
     def __init__(self, options: Any = None, name: str = "", distribution: str = "") -> None:
         super().__init__(options, name, distribution)
@@ -103,6 +105,8 @@ class PeftMethod(Strategy):
                 check_weight(path, module, self.name)
             if problem := options.misfit(*linear_shape(module)):
                 raise InputError(f"'{path}' cannot be adapted: {problem}.")
+        if problem := options.misfit_of_all([linear_shape(model.get_submodule(path)) for path in targets]):
+            raise InputError(f"{self.name}: {problem}.")
 
     @hookimpl
     def prepare_model(self, run: Run, model: nn.Module) -> nn.Module:

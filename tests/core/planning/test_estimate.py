@@ -23,9 +23,9 @@ from budwood.model.task import Task
 from budwood.model.text_tasks import CausalLM
 from budwood.planning import admission
 from budwood.planning.devices import GIB, Device, find_device
-from budwood.planning.estimate import estimate, refusal
+from budwood.planning.estimate import Estimate, estimate, refusal
 from budwood.planning.passes import rehearse_passes
-from budwood.planning.rehearsal import QUANTIZED, rehearse
+from budwood.planning.rehearsal import BASE, QUANTIZED, rehearse
 from budwood.planning.sizes import ROOM
 from budwood.recipe.schema import Recipe
 from budwood.testing.allocations import measured_evaluation_peak, measured_peak
@@ -235,28 +235,44 @@ def test_a_strategy_that_reads_values_is_named(case: Callable[..., Recipe], dist
 
 
 def test_processes_shard_a_base_that_would_not_fit_else(case: Callable[..., Recipe]) -> None:
-    recipe, said = case("lora"), []
-    deep = skeleton(recipe.base.model, num_hidden_layers=16)
-    result = estimate(recipe, Device("a card", "cuda", 8 * GIB))
-    result.peak, result.parts = 10 * GIB, {QUANTIZED: 8 * GIB, "activations": 2 * GIB}
+    """As `budwood plan --processes` says it, and `tune` does it."""
+    recipe, said = case("lora", quantization="nf4"), []
+    roomy, tight = (Device("a card", "cuda", size, link=1e9) for size in (8 * GIB, 1 << 29))
 
-    def decide(parallel: str | None) -> Any:
+    def planned(device: Device, parallel: str | None, processes: int = 4) -> Estimate:
         chosen = recipe.with_train(recipe.train.model_copy(update={"parallel": parallel}))
-        hooks = SimpleNamespace(implements=lambda name: False)
-        run = SimpleNamespace(
-            recipe=chosen, hooks=hooks, processes=2, sharded=parallel == "shard", micro_tokens=64, say=said.append,
-            device=torch.device("cpu"),
-        )  # fmt: skip
-        admission._decide(run, result, deep)
-        return run
+        return estimate(chosen, device, processes=processes)
 
-    assert decide(None).sharded and decide("shard").sharded
-    assert said[-1] == "plan: 7.00 GiB in each of 2 processes with a sharded base"  # 10 - 8 / 2 + 2 layers of 16
-    with pytest.raises(ResourceError, match="the run needs 10.00 GiB, and a card has 8.00 GiB"):
-        decide("replicate")
-    result.device = Device("a card", "cuda", 6 * GIB)
+    def decide(result: Estimate) -> Any:
+        run = SimpleNamespace(
+            recipe=recipe, processes=4, sharded=False, micro_tokens=64, say=said.append, device=torch.device("cpu")
+        )
+        admission._decide(run, result)
+        return run.sharded
+
+    whole, free, sharded, forced = (
+        planned(roomy, "replicate"), planned(roomy, None), planned(roomy, "shard"), planned(tight, None),
+    )  # fmt: skip
+    assert [e.exchange.parallel for e in (whole, free, sharded, forced)] == ["replicate"] * 2 + ["shard"] * 2
+    assert not decide(free) and decide(sharded)
+    assert said[-1].startswith("plan: ") and "in each of 4 processes with a sharded base" in said[-1]
     with pytest.raises(ResourceError, match="memory: the run needs"):
-        decide(None)
+        decide(forced)
+    assert Estimate.from_dict(sharded.as_dict(), roomy) == sharded
+
+    base, exchange, trained = skeleton(recipe.base.model), sharded.exchange, whole.parts["gradients"]
+    layers = base.model.layers
+    matrices = sum(p.numel() for p in layers.parameters() if p.ndim > 1)
+    assert exchange.share == pytest.approx(matrices / 4 * (0.5 + 1 / 64), rel=0.01)  # packed, and a scale for each 64
+    assert exchange.share + exchange.replicated == pytest.approx(sharded.parts[QUANTIZED] + sharded.parts[BASE])
+    one = estimate(recipe, roomy)
+    assert whole.parts[QUANTIZED] == one.parts[QUANTIZED] == sharded.parts[QUANTIZED] + 3 * exchange.share
+    assert exchange.gathered == pytest.approx(2 * 4 * exchange.share / len(layers), rel=0.01)
+    assert whole.exchange.received == 0 and exchange.gathers == 2 * len(layers) * sharded.micro_batches
+    assert exchange.received == pytest.approx(2 * sharded.micro_batches * 3 * exchange.share, rel=0.01)
+    assert exchange.reduced == 2 * 3 / 4 * trained
+    moved = exchange.reduced + exchange.received
+    assert exchange.seconds == pytest.approx((moved / 0.85e9, moved / 0.5e9))
 
 
 def test_what_cannot_fit_is_refused_before_the_base_loads(case: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch):

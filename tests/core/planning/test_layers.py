@@ -13,6 +13,7 @@ import torch
 from budwood.planning import layers
 from budwood.planning.devices import GIB, Device
 from budwood.planning.trace import Operation
+from budwood.training.micro_tokens import wanted
 
 LAYERS, LONGEST = 32, 512
 TOP = 3584
@@ -52,6 +53,7 @@ def chosen(gib: float, launch: float = 0.0, given: int | None = None) -> tuple[A
         micro_tokens=given,
     )  # fmt: skip
     rehearsal: Any = SimpleNamespace(run=run, lengths=rows.lengths, groups=None, size=given, recomputed=0)
+    rehearsal.wanted = lambda kind: wanted(run, kind)
     rehearsal.split = lambda size: setattr(rehearsal, "size", size)
     rehearsal.recompute = lambda count: setattr(rehearsal, "recomputed", count)
     count = 0

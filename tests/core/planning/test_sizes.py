@@ -18,6 +18,7 @@ from budwood.planning.devices import GIB, Device
 from budwood.planning.estimate import Estimate
 from budwood.recipe.schema import Recipe
 from budwood.training.loop import tune
+from budwood.training.micro_tokens import wanted
 
 LONGEST = 500
 
@@ -44,6 +45,7 @@ def chosen(gib: float, kind: str = "cpu", fixed: float = 0.0) -> tuple[int, int]
     recipe = SimpleNamespace(micro_tokens=2048, train=SimpleNamespace(batch_tokens=None, batch_examples=3))
     run = SimpleNamespace(recipe=recipe, examples=rows, steps=1, seed=0, hooks=SimpleNamespace(calls=lambda name: []))
     rehearsal: Any = SimpleNamespace(run=run, lengths=rows.lengths, groups=rows.groups, split=seen.append)
+    rehearsal.wanted = lambda kind: wanted(run, kind)
 
     class More(Step):
         @property

@@ -250,6 +250,7 @@ def test_a_repeated_step_gives_the_same_result(make: Make, policy: Any, monkeypa
     assert run.metrics["loss"] == pytest.approx(uninterrupted.metrics["loss"], abs=1e-5)
 
 
+@pytest.mark.scale
 def test_two_processes_hold_one_set(make: Make, policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sets: list[ActiveSet] = []
     original = batches.generate_set

@@ -123,6 +123,7 @@ def test_out_of_memory_while_values_are_collected_or_replayed(
     f64.agree(result, expected)
 
 
+@pytest.mark.scale
 def test_two_processes_equal_one_process(make_recipe: Callable, tmp_path: Path) -> None:
     """In float64, so that rounding does not flip the sign of AdamW's normalised update."""
     strategies = [

@@ -187,6 +187,7 @@ def test_it_trains_on_a_four_bit_base_in_bf16(make_recipe: Callable, options: An
     assert terms <= log[0].keys()
 
 
+@pytest.mark.scale
 def test_two_processes_equal_one(make_recipe: Callable, tmp_path: Path) -> None:
     options = {"method": "pgd", "epsilon": 0.5, "steps": 2}
     train = {"micro_tokens": 128, "steps": 2}

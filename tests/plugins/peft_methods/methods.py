@@ -37,6 +37,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "gralora": {"rank": 4, "hybrid_rank": 2},
     "delora": {"rank": 4},
     "hira": {"rank": 4},
+    "vblora": {"vectors": 16, "vector_length": 8},
+    "waveft": {"frequencies": 40},
+    "supertuning": {"sparsity": 0.98},
+    "tinylora": {"size": 5},
+    "peanut": {"rank": 4, "depth": 1},
+    "glora": {"rank": 2},
     "ln_tuning": {},
     "trainable_tokens": {"tokens": [9, 7, *range(20, 300)]},
 }
@@ -52,6 +58,13 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("boft", {"block_size": 0, "blocks": 8}),
     ("randlora", {"rank": 8, "alpha": 64, "sparse": True}),
     ("road", {"variant": "road_4", "group_size": 32}),
+    ("vblora", {"vectors": 12, "vector_length": 16, "topk": 3, "rank": 2}),
+    ("waveft", {"frequencies": 50, "wavelet": "db3", "proportional": True}),
+    ("waveft", {"frequencies": 30, "transform": False, "scaling": 5.0}),
+    ("supertuning", {"sparsity": 0.9, "select_top": False, "rank": 2, "alpha": 3.0}),
+    ("tinylora", {"rank": 3, "size": 4, "tying": 0.5, "save_projection": False}),
+    ("peanut", {"rank": 3, "activation": "tanh", "scaling": 0.5}),
+    ("glora", {"weight": "vector", "coupling": "none"}),
 ]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -149,8 +162,8 @@ def page(passed: Mapping[tuple[str, str], bool]) -> str:
 
 NOTES = [
     "`miss` with `variant: bat` computes with the base's weight, and is refused on a quantised base before it loads.",
-    "Linears that store [in, out], as GPT-2's do, take `ia3`, `vera`, `fourierft`, `randlora`, `gralora`, `ln_tuning`",
-    "and `trainable_tokens`, as in PEFT; the others are refused there.",
+    "Linears that store [in, out], as GPT-2's do, take `ia3`, `vera`, `fourierft`, `randlora`, `gralora`, `vblora`,",
+    "`waveft`, `tinylora`, `ln_tuning` and `trainable_tokens`, as in PEFT; the others are refused there.",
     "",
     "Of all these only `adalora` has a budget of ranks. [LoRA's initialisations](../plugins/initialisations/README.md)",
     "(`pissa`, `olora`, `corda`, `eva`, `lora-ga`, `loftq`) run beside `lora`, on nf4 and packed rows, and are saved",

@@ -14,17 +14,23 @@ from budwood_peft_methods import (
     OFT,
     DeLoRA,
     FourierFT,
+    GLoRA,
     GraLoRA,
     HiRA,
     LNTuning,
     LoHa,
     LoKr,
     MiSS,
+    PEANuT,
     RandLoRA,
     RoAd,
     ShiRA,
+    Supertuning,
+    TinyLoRA,
     TrainableTokens,
+    VBLoRA,
     VeRA,
+    WaveFT,
 )
 
 from .methods import EVERYTHING
@@ -49,6 +55,12 @@ OPTIONS: dict[Any, dict[str, Any]] = {
     GraLoRA: {"rank": 2},
     DeLoRA: {"rank": 2},
     HiRA: {"rank": 2},
+    VBLoRA: {"vectors": 16, "vector_length": 8},
+    WaveFT: {"frequencies": 50},
+    Supertuning: {"sparsity": 0.98},
+    TinyLoRA: {"size": 5},
+    PEANuT: {"rank": 4, "depth": 1},
+    GLoRA: {"rank": 2},
     TrainableTokens: {"tokens": [1, 74, 75, 76]},
 }
 

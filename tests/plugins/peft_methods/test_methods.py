@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,7 @@ from budwood.adapters.use import use_adapters
 from budwood.cli import app
 from budwood.contract.loading import build_strategy, load_strategy
 from budwood.errors import CorruptError, InputError
+from budwood.model.text_tasks import CausalLM
 from budwood.recipe.schema import Recipe
 from budwood.serving.pool import AdapterPool
 from budwood.serving.verify import verify
@@ -28,12 +31,21 @@ from budwood.training import setup
 from budwood.training.loop import tune
 from budwood_peft_methods import layers
 
-from .methods import METHODS, PAGE, VARIANTS, cells, config_of, load, page, put_stock
+from .methods import EVERYTHING, METHODS, PAGE, VARIANTS, cells, config_of, load, page, put_stock
 
 IDS = torch.arange(5, 25)[None]
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 """Both compute in fp32, with a few sums in another order; logits are of the order of 1."""
+
+TRAINED = list(METHODS)
+if not os.environ.get(EVERYTHING):  # one of each kind of layer, start and file; `make combinations` trains all
+    TRAINED = ["ia3", "vera", "boft", "shira", "hira", "ln_tuning", "trainable_tokens", "vblora", "tinylora", "glora"]
+IN_OUT = [
+    *("ia3", "vera", "fourierft", "randlora", "gralora", "ln_tuning", "trainable_tokens"),
+    *("vblora", "waveft", "tinylora"),
+]
+"""Methods that PEFT has for linears that store [in, out]."""
 
 RUN = {
     "recipe": SimpleNamespace(base=SimpleNamespace(task="causal-lm", model="tiny")),
@@ -154,6 +166,62 @@ def test_parameters_are_drawn_in_the_order_of_the_model(tiny_base: Path) -> None
     assert list(layers.build(model, config, paths, needs_weight=False).layers) == paths
 
 
+@pytest.mark.parametrize("topk", [2, 8])
+def test_vb_loras_start_is_the_base_exactly_and_trains_both_bank_and_logits(tiny_base: Path, topk: int) -> None:
+    """Pairs of opposite vectors cancel; PEFT starts with a random update."""
+    model = load(tiny_base)
+    base = logits(model)
+    options = {"targets": ["q_proj", "down_proj"], "vectors": 20, "vector_length": 8, "topk": topk}
+    strategy = build_strategy("vblora", options, "test")
+    run = SimpleNamespace(**RUN, start_adapter=None, base=None)
+    run.task = CausalLM()
+    strategy.prepare_model(run=run, model=model)
+    assert logits(model).equal(base)
+    groups = strategy.trainable_parameters(run=None, model=model)
+    assert {group.learning_rate_ratio for group in groups} == {1.0, 0.1}
+    named = {name: p for group in groups for name, p in group.parameters.items()}
+    for name, gradient in differentiated(model, named).items():
+        assert bool(gradient.any()) != ("logits_A" in name), name  # as LoRA's A, since B is zero
+
+
+def test_glora_trains_and_merges_the_biases_of_a_base_that_has_them(
+    tiny_bases: Callable[..., Path], tmp_path: Path
+) -> None:
+    def biased() -> Any:
+        model = load(tiny_bases("biased", attention_bias=True))
+        torch.manual_seed(5)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.copy_(torch.randn_like(parameter))
+        return model
+
+    with torch.no_grad():
+        stock, model = biased(), biased()
+    stock = put_stock(stock, "glora", {"rank": 2, "bias": "vector"})
+    stock.save_pretrained(tmp_path)
+    strategy = build_strategy("glora", {}, "test")
+    config, tensors = read(tmp_path)
+    assert any("glora_C.Xd" in key for key in tensors) and any("glora_E.X" in key for key in tensors)
+    strategy.attach_adapter(model=model, config=config, tensors=tensors, name="own")
+    use_adapters(strategy, model, ["own"])
+    torch.testing.assert_close(logits(model), logits(stock), **CLOSE)
+    strategy.merge_adapter(model=model, name="own")
+    torch.testing.assert_close(logits(model), logits(stock), atol=1e-4, rtol=1e-4)
+
+
+def test_positions_outside_of_a_weight_are_refused(tiny_base: Path, tmp_path: Path) -> None:
+    for method in ("shira", "supertuning"):
+        put_stock(load(tiny_base), method, METHODS[method]).save_pretrained(tmp_path / method)
+        config, tensors = read(tmp_path / method)
+        key = next(key for key in tensors if key.endswith("indices"))
+        tensors[key].view(-1)[-1] = 1 << 20
+        for hook in ("live_adapter", "attach_adapter"):
+            given = {"model": load(tiny_base), "config": config, "tensors": tensors}
+            given |= {"name": "a"} if hook == "attach_adapter" else {}
+            with pytest.raises(CorruptError, match="lie outside of its weight"):
+                getattr(build_strategy(method, {}, "test"), hook)(**given)
+
+
 @pytest.fixture(scope="module")
 def lora(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lora")
@@ -229,7 +297,7 @@ def recipe_of(base: Path, folder: Path, strategy: Any, **sections: Any) -> dict[
     return {**recipe, **sections}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 def test_a_run_continues_an_adapter_of_stock_peft_on_packed_rows(tiny_base: Path, tmp_path: Path, method: str) -> None:
     put_stock(load(tiny_base), method, METHODS[method]).save_pretrained(tmp_path / "stock")
     run = tune(Recipe.from_dict(recipe_of(tiny_base, tmp_path, method, adapter=str(tmp_path / "stock"))), quiet=True)
@@ -237,7 +305,7 @@ def test_a_run_continues_an_adapter_of_stock_peft_on_packed_rows(tiny_base: Path
     before, after = read(tmp_path / "stock"), read(run.directory / "adapter")
     assert before[1].keys() == after[1].keys()
     frozen = {key for key, value in before[1].items() if value.equal(after[1][key])}
-    fixed = ("vera_A", "vera_B", "randlora_", "indices", "w_norm")
+    fixed = ("vera_A", "vera_B", "randlora_", "indices", "w_norm", "tinylora_A", "tinylora_B", "tinylora_P", "zeros")
     assert all(any(name in key for name in fixed) for key in frozen)
     ends = tuple(before[0].pop("target_modules"))
     assert all(name.endswith(ends) for name in after[0].pop("target_modules"))
@@ -252,7 +320,7 @@ def test_a_run_continues_an_adapter_of_stock_peft_on_packed_rows(tiny_base: Path
         torch.testing.assert_close(pool.logits(on.tolist()), again(on).logits[:, -1], **CLOSE)
 
 
-@pytest.mark.parametrize("method", ["ia3", "vera", "fourierft", "randlora", "gralora", "ln_tuning", "trainable_tokens"])
+@pytest.mark.parametrize("method", IN_OUT)
 def test_on_linears_that_store_in_out_it_is_that_of_stock_peft(gpt2: Path, tmp_path: Path, method: str) -> None:
     options = {"feedforward": ["mlp.c_proj"]} if method == "ia3" else METHODS[method]
     names = {"ln_tuning": ["ln_1", "ln_f"], "trainable_tokens": ["wte"]}
@@ -317,7 +385,7 @@ def test_recomputed_activations_give_the_same_adapter(tiny_base: Path, tmp_path:
         torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 def test_in_bf16_master_weights_are_fp32_and_the_adapter_is_served_as_it_was_trained(
     tiny_base: Path, tmp_path: Path, method: str
 ) -> None:
@@ -376,6 +444,14 @@ REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
     ({"road": {"group_size": 48}}, {}, "group_size 48 does not divide its output size 64; 32 does"),
     ({"gralora": {"rank": 5}}, {}, "rank 5 is no multiple of blocks 2"),
     ({"shira": {"rank": 60}}, {}, "rank 60 trains"),
+    ({"vblora": {"vector_length": 24}}, {}, "vector_length 24 does not divide its input size 64; 16 does"),
+    ({"vblora": {"vector_length": 8, "topk": 3}}, {}, "topk 3 is none of 2, 4, 8"),
+    ({"waveft": {"wavelet": "db39"}}, {}, "wavelet 'db39': must be db1"),
+    ({"waveft": {"frequencies": 6000, "proportional": True}}, {}, "frequencies 6000 is above the 5266 elements"),
+    ({"supertuning": {"alpha": 4}}, {}, "alpha is that of a LoRA update: give rank too"),
+    ({"supertuning": {"sparsity": 0.9999}}, {}, "sparsity 0.9999 leaves none of its 4096 weights to train"),
+    ({"tinylora": {"rank": 65}}, {}, "rank 65 is above its 64 singular directions"),
+    ({"peanut": {"activation": "prelu"}}, {}, "activation"),
     ({"fourierft": {"frequencies": 5000}}, {}, "frequencies 5000 is above its 4096 elements"),
     ({"ia3": {"feedforward": ["down_prj"]}}, {}, "feedforward: 'down_prj' is none of the targets. Did you mean"),
     ({"vera": {"targets": ["q_prj"]}}, {}, "no linear module is called 'q_prj'. Did you mean 'q_proj'?"),

@@ -161,6 +161,9 @@ class _FourBit(_BitsAndBytes):
         module.quant_state, state.absmax = state, None
         module.__class__ = _sharded_linear()
 
+    def sharded_tensors(self, module: Any) -> list[Tensor]:
+        return [self.weight(module), _state(module, gather=False).absmax]
+
     def planned(self, module: nn.Module, dtype: torch.dtype, double_quantization: bool) -> nn.Module:
         import bitsandbytes
         import torch

@@ -144,6 +144,10 @@ class Quantizer(Plugin):
         in a pass they are complete, and between passes `budwood.parallel.sharding.whole` gathers them.
         """
 
+    def sharded_tensors(self, module: Any) -> list[Tensor]:
+        """Return the tensors that `shard` would make such parameters; for plans of memory."""
+        return [self.weight(module)]
+
     def is_linear(self, module: nn.Module) -> bool:
         """Return whether `module` is a linear that this quantiser stores."""
         return False

@@ -1,0 +1,66 @@
+"""A sharded base with what else saves memory, and what is gathered when."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.faulty import adapter, tune_with, write_recipe
+from tests.processes import run_in_two_processes
+
+ANYWHERE = "from budwood.training import recompute; recompute.check_device = lambda *given: None"
+"""Lets inputs of layers be offloaded on the CPU, where only tests do it: the copies are made in place."""
+RECOMPUTED: list[dict[str, Any]] = [
+    {"gradient_checkpointing": True}, {"gradient_checkpointing": 1},
+    {"gradient_checkpointing": True, "activation_offloading": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_layers_that_recompute_or_offload_are_gathered_again(folder: Path, tiny_base: Path, quantization: str) -> None:
+    """To the very bytes of a replicated base whose layers keep their activations."""
+    changed = ["--overwrite", "-o", f"base.quantization={quantization}"]
+    write_recipe(folder, tiny_base, {"steps": 3, "parallel": "replicate"})
+    assert tune_with(folder, 2, arguments=changed).codes == [0, 0]
+    whole = adapter(folder / "run")
+    for train in RECOMPUTED:
+        write_recipe(folder, tiny_base, {"steps": 3, "parallel": "shard", **train})
+        ended = tune_with(folder, 2, ANYWHERE, changed)
+        assert ended.codes == [0, 0] and "each holds its share" in ended.output, ended.output
+        assert adapter(folder / "run") == whole, train
+
+
+def test_the_next_layer_is_gathered_before_one_has_computed(tiny_base: Path, tmp_path: Path) -> None:
+    """In the backward; in the forward the device's stream overlaps them, since the host runs ahead."""
+    run_in_two_processes(
+        "import json, torch\n"
+        "from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup\n"
+        "from budwood.model.base import load_base\n"
+        "from budwood.parallel.processes import Processes\n"
+        "world = Processes.from_environment()\n"
+        "world.join(torch.device('cpu'))\n"
+        f"base = load_base({str(tiny_base)!r}, 'none', 'AutoModelForCausalLM', torch.float32, world=world)\n"
+        "layers, events = base.model.model.layers, []\n"
+        "numbers = {layer._get_fsdp_state()._fsdp_param_group: n for n, layer in enumerate(layers)}\n"
+        "whole = FSDPParamGroup.unshard\n"
+        "def unshard(group, *given):\n"
+        "    if group in numbers and group._all_gather_result is None and not group.is_unsharded:\n"
+        "        events.append(f'gather {numbers[group]}')\n"
+        "    return whole(group, *given)\n"
+        "FSDPParamGroup.unshard = unshard\n"
+        "for n, layer in enumerate(layers):\n"
+        "    mlp = layer.mlp\n"
+        "    mlp.register_full_backward_hook(lambda *given, n=n: events.append(f'backward {n}'))\n"
+        "embeddings = base.model.get_input_embeddings()(torch.arange(8)[None]).requires_grad_()\n"
+        "logits = base.model(inputs_embeds=embeddings, use_cache=False).logits\n"
+        "events.append('loss')\n"
+        "logits.sum().backward()\n"
+        "world.barrier()\n"
+        f"open({str(tmp_path)!r} + '/events.json', 'w').write(json.dumps(events))\n"
+        "world.leave()\n",
+        tmp_path / "two",
+    )
+    events = json.loads((tmp_path / "events.json").read_text())
+    assert events == ["gather 0", "gather 1", "loss", "gather 1", "gather 0", "backward 1", "backward 0"]
