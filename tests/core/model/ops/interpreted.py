@@ -185,7 +185,8 @@ def test_layers_in_halves_compute_with_the_kernels_what_they_compute_without(lau
     counts = {name: launched.count(name) for name in set(launched)}
     again = 2 * recomputes
     assert counts == {
-        "dequantize_4bit_group": 2 * 2 * 4, "gated_forward": 2, "gated_backward": 2, "rotate": 8 + 2 * again,
+        "dequantize_4bit_group": 2 * 2 * 4 - (not recomputes),  # the first layer's input has no gradient
+        "gated_forward": 2, "gated_backward": 2, "rotate": 8 + 2 * again,
         "rms_norm_forward": 5 + 2 * again, "rms_norm_backward": 5 - 1,
     }  # fmt: skip
 
