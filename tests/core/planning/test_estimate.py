@@ -103,7 +103,8 @@ def test_as_few_layers_recompute_as_fit(case: Callable[..., Recipe]):
     one = estimate(case("lora", train={"gradient_checkpointing": 1, "micro_tokens": 2048}), CPU)
     device = Device("a CPU", "cpu", int(1.001 * one.needed / ROOM))
     found = estimate(case("lora", train={"gradient_checkpointing": "auto", "micro_tokens": 2048}), device)
-    assert repr(found.gradient_checkpointing) == "1" and found.peak == one.peak and found.fits
+    assert repr(found.gradient_checkpointing) == "1" and found.fits
+    assert found.peak == pytest.approx(one.peak, rel=0.005)  # factors of adapters: at once from the second pass on
     assert (one.recomputed, one.layers) == (1, 2)
 
 

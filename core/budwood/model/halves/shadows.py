@@ -98,4 +98,4 @@ class Shadows:
 
 
 def _versions(tensors: Sequence[Tensor | None]) -> list[tuple[int, int] | None]:
-    return [None if tensor is None else (tensor.data_ptr(), tensor._version) for tensor in tensors]
+    return [None if tensor is None else (tensor.untyped_storage()._cdata, tensor._version) for tensor in tensors]
