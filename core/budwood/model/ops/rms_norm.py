@@ -42,6 +42,29 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return result
 
 
+def norm_forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return `rms_norm` of contiguous x [n, d] without a graph, and the fp32 scale of each row, for the backward."""
+    kernel = implementation("rms_norm", x)
+    if kernel is not None:
+        normed: tuple[Tensor, Tensor] = kernel.rms_norm_forward(x, weight.contiguous(), epsilon)
+        return normed
+    wide = x.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return weight * (wide * scale).to(x.dtype), scale
+
+
+def norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Return the gradient of x [n, d] from that of the norm, plus `residual`, that which reaches x beside the norm."""
+    kernel = implementation("rms_norm", x) if residual is None or residual.dtype == x.dtype else None
+    if kernel is not None:
+        result: Tensor = kernel.rms_norm_backward(
+            gradient.contiguous(), x, weight.contiguous(), scale, None if residual is None else residual.contiguous()
+        )
+        return result
+    result = norm_gradient(gradient, x, weight, scale)
+    return result if residual is None else result.add_(residual)
+
+
 def save_memory_in_norms(model: nn.Module) -> int:
     """Make the RMSNorm modules of `model` use `rms_norm`, if their outputs are bitwise identical to its formula's.
 
@@ -55,7 +78,7 @@ def save_memory_in_norms(model: nn.Module) -> int:
         if not (type(module).__name__.endswith("RMSNorm") and isinstance(weight, Tensor)):
             continue
         if isinstance(epsilon, float) and _is_identical(module, weight, epsilon):
-            module.forward = _Forward(module, module.forward, epsilon)
+            module.forward = Norm(module, module.forward, epsilon)
             changed += 1
     return changed
 
@@ -74,7 +97,7 @@ def _is_identical(module: nn.Module, weight: Tensor, epsilon: float) -> bool:
             return False
 
 
-class _Forward:
+class Norm:
     """Replaces a norm's forward; calls the original if the weight is trainable."""
 
     def __init__(self, module: nn.Module, original: Any, epsilon: float) -> None:
@@ -143,8 +166,9 @@ def norm_gradient(gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor) ->
     given: with the mean 0, its result lacks one term, the mean of gradient · weight times the scale.
 
     Args:
-        scale: fp32 [..., 1], from the forward pass.
+        scale: fp32 [..., 1] or as many elements, from the forward pass.
     """
+    scale = scale.view(*x.shape[:-1], 1)
     taken = gradient.dtype == x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float32)
     if device_type(x) == "cpu" and taken:
         width = x.shape[-1]

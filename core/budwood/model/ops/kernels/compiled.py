@@ -8,7 +8,7 @@ those of torch, or nearer. A C++ compiler is needed once for each function and d
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,17 +46,20 @@ def _norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     return weight * normed, scales
 
 
-def rms_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+def rms_norm_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, scales: Tensor, residual: Tensor | None = None
+) -> Tensor:
     """See `launch`."""
-    result: Tensor = _run(_norm_gradient, *(t.view(-1, x.shape[-1]) for t in (gradient, x)), weight, scales)
+    flat = [None if t is None else t.view(-1, x.shape[-1]) for t in (gradient, x, residual)]
+    result: Tensor = _run(_norm_gradient, flat[0], flat[1], weight, scales, flat[2])
     return result.view(x.shape)
 
 
-def _norm_gradient(gradient: Tensor, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+def _norm_gradient(gradient: Tensor, x: Tensor, weight: Tensor, scales: Tensor, residual: Tensor | None) -> Tensor:
     wide = gradient.float() * weight.float()
     normed = x.float() * scales[:, None]
     found = (wide - normed * (wide * normed).mean(-1, keepdim=True)) * scales[:, None]
-    return found.to(x.dtype)
+    return (found if residual is None else found + residual.float()).to(x.dtype)
 
 
 def gated_forward(gate: Tensor, up: Tensor, kind: str) -> Tensor:
@@ -71,13 +74,19 @@ def _gate(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     return (active * up.float()).to(gate.dtype)
 
 
-def gated_backward(gradient: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def gated_backward(
+    gradient: Tensor, gate: Tensor, up: Tensor, kind: str, again: bool = False, pair: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `launch`."""
-    gates, ups = _run(_gate_gradients, gradient, gate, up, kind)
-    return gates, ups
+    gates, ups, product = _run(_gate_gradients, gradient, gate, up, kind, again)
+    if pair:
+        gates, ups = pair[0].copy_(gates), pair[1].copy_(ups)
+    return gates, ups, product
 
 
-def _gate_gradients(gradient: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def _gate_gradients(
+    gradient: Tensor, gate: Tensor, up: Tensor, kind: str, again: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     wide, above, factor = gate.float(), gradient.float(), up.float()
     if kind == "silu":
         share = torch.sigmoid(wide)
@@ -85,7 +94,8 @@ def _gate_gradients(gradient: Tensor, gate: Tensor, up: Tensor, kind: str) -> tu
     else:
         active = F.gelu(wide, approximate="tanh")
         slope = torch.ops.aten.gelu_backward(torch.ones_like(wide), wide, approximate="tanh")
-    return (above * factor * slope).to(gate.dtype), (above * active).to(up.dtype)
+    product = (active * factor).to(gate.dtype) if again else None
+    return (above * factor * slope).to(gate.dtype), (above * active).to(up.dtype), product
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool = False) -> Tensor:
