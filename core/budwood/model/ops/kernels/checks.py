@@ -95,7 +95,7 @@ def _gated(ops: Any, device: torch.device, dtype: torch.dtype) -> str:
         for (one, other), pair in (((gate, up), ()), (whole.chunk(2, -1), torch.empty_like(whole).chunk(2, -1))):
             back = ops.gated_backward(above, one, other, kind, True, pair)
             found = [ops.gated_forward(one, other, kind), *back]
-            difference = _compare("product gate up again", found, expected)  # type: ignore[arg-type]
+            difference = _compare("product gate up again", found, expected)
             if difference:
                 return f"{kind}: {difference}"
     return ""
