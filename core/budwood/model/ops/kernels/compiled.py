@@ -75,13 +75,14 @@ def _gate(gate: Tensor, up: Tensor, kind: str) -> Tensor:
 
 
 def gated_backward(
-    gradient: Tensor, gate: Tensor, up: Tensor, kind: str, again: bool = False, pair: Sequence[Tensor] = ()
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    gradient: Tensor, gate: Tensor, up: Tensor, kind: str, again: bool = False, pair: Sequence[Tensor] = (),
+    product: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """See `launch`."""
-    gates, ups, product = _run(_gate_gradients, gradient, gate, up, kind, again)
+    gates, ups, made = _run(_gate_gradients, gradient, gate, up, kind, again)
     if pair:
         gates, ups = pair[0].copy_(gates), pair[1].copy_(ups)
-    return gates, ups, product
+    return gates, ups, made if made is None or product is None else product.copy_(made)
 
 
 def _gate_gradients(
