@@ -95,12 +95,12 @@ def _gated(ops: Any, device: torch.device, dtype: torch.dtype) -> str:
         for (one, other), pair in (((gate, up), ()), (whole.chunk(2, -1), torch.empty_like(whole).chunk(2, -1))):
             forward = ops.gated_forward(one, other, kind)
             found = [forward, *ops.gated_backward(above, one, other, kind, True, pair)]
-            difference = _compare("product gate up again", found, expected)  # type: ignore[arg-type]
+            difference = _compare("product gate up again", found, expected)
             if difference:
                 return f"{kind}: {difference}"
         over = above.clone()
         found = list(ops.gated_backward(over, gate, up, kind, True, (gate, up), over))
-        difference = _compare("gate up again", found, expected[1:])  # type: ignore[arg-type]
+        difference = _compare("gate up again", found, expected[1:])
         if difference:
             return f"{kind}, in place: {difference}"
     return ""
