@@ -1,8 +1,8 @@
 """Rotary position embeddings (RoPE; Su et al., 2021, eq. 34, on halves as in GPT-NeoX) in one operation a tensor.
 
 The models compute x · cos + rotate_half(x) · sin with five operations and as many copies of x. Their modules call a
-function of their file, `apply_rotary_pos_emb`, which is replaced by one that uses the kernels where they compute, takes
-fewer passes in training on a CPU, and is the original elsewhere.
+function of their file, `apply_rotary_pos_emb`, which is replaced by one that uses the kernels where they compute, and
+is the original elsewhere.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 
-from budwood.model.device import device_type
 from budwood.model.ops.kernels import implementation
 
 FUNCTION = "apply_rotary_pos_emb"
@@ -34,8 +33,6 @@ def rotary(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> Pair:
         sine: likewise.
     """
     kernel = implementation("rotate", query) if query.dtype == key.dtype == cosine.dtype == sine.dtype else None
-    if kernel is None and _trains_on_cpu(query):
-        return _Turn.apply(query, cosine, sine), _Turn.apply(key, cosine, sine)
     if kernel is None:
         return rotate(query, cosine, sine), rotate(key, cosine, sine)
     cosine, sine = cosine.contiguous(), sine.contiguous()
@@ -49,43 +46,6 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cosine[:, None] + torch.cat((-second, first), dim=-1) * sine[:, None]
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
-
-
-def _trains_on_cpu(x: Tensor) -> bool:
-    """Return whether a CPU computes a training pass, in which each half of the elements is written once.
-
-    Other passes are the model's own: their results are compared bit by bit.
-    """
-    return device_type(x) == "cpu" and torch.is_grad_enabled() and x.requires_grad and x.dtype != torch.float64
-
-
-class _Turn(torch.autograd.Function):
-    """Computes `rotate` in half as many passes over memory, and with one rounding less for 16 bit."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        ctx.save_for_backward(cosine, sine)
-        return _by_halves(x, cosine, sine, False)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        cosine, sine = ctx.saved_tensors
-        return _by_halves(gradients[0], cosine, sine, True), None, None
-
-
-def _by_halves(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool) -> Tensor:
-    size = cosine.shape[-1]
-    out = torch.empty_like(x)
-    (first, second), (one, other) = x[..., :size].chunk(2, -1), out[..., :size].chunk(2, -1)
-    (cos, more_cos), (sin, more_sin) = cosine[:, None].chunk(2, -1), sine[:, None].chunk(2, -1)
-    if backward:  # the transposed rotation
-        sin, more_sin = -more_sin, -sin
-    torch.mul(first, cos, out=one).addcmul_(second, sin, value=-1)
-    torch.mul(second, more_cos, out=other).addcmul_(first, more_sin)
-    if size < x.shape[-1]:
-        out[..., size:] = x[..., size:]
-    return out
 
 
 class _Rotate(torch.autograd.Function):
@@ -128,8 +88,7 @@ def _replace(file: Any) -> bool:
     @functools.wraps(function)
     def apply(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
         usual = not args and not kwargs and cos.dim() == 3 and q.dim() == 4 and cos.shape[1] == q.shape[2]
-        fused = implementation("rotate", q) is not None or _trains_on_cpu(q)
-        if fused and usual and (partial or cos.shape[-1] == q.shape[-1]):
+        if usual and (partial or cos.shape[-1] == q.shape[-1]) and implementation("rotate", q) is not None:
             return rotary(q, k, cos, sin)
         return function(q, k, cos, sin, *args, **kwargs)
 
