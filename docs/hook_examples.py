@@ -186,6 +186,18 @@ class OutputScale(Strategy):
         return values, {f"base_model.model.{path}.ia3_l": 1 + scale[:, None] for path, scale in tensors.items()}
 
     @hookimpl
+    def combine_adapters(
+        self, adapters: Sequence[Any], weights: Sequence[float]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        tensors: dict[str, Tensor] = {}
+        for adapter, weight in zip(adapters, weights, strict=True):
+            for path, scale in adapter.load_tensors().items():  # changes of a factor, so that they add up
+                if path in tensors and tensors[path].shape != scale.shape:
+                    raise InputError(f"{adapter.directory}: its '{path}' has another size than that of the others.")
+                tensors[path] = tensors.get(path, 0) + weight * scale
+        return {"peft_type": "OUTPUT_SCALE", "modules": [*tensors]}, tensors
+
+    @hookimpl
     @torch.no_grad()
     def merge_adapter(self, model: nn.Module, name: str) -> None:
         for module in scaled_linears(model).values():

@@ -47,6 +47,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "trainable_tokens": {"tokens": [9, 7, *range(20, 300)]},
 }
 """The options of each method in the tests; their names in recipes are the keys."""
+SUMMED = [method for method in METHODS if hasattr(load_strategy(method)[0], "combine_adapters")]
+"""The methods whose weighted sums are of the same method."""
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *METHODS.items(),
     ("ia3", {}),
