@@ -115,6 +115,7 @@ class OutputScale(Strategy):
 
     api = 2
     slots = ("adapter",)
+    adapter_types = ("OUTPUT_SCALE",)
 
     class Options(Options):
         targets: list[str] = Field(["k_proj", "v_proj"], description="names of linears")

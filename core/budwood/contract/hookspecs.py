@@ -370,7 +370,8 @@ class HookSpecs:
         """Return one adapter of this type whose changes of the base are the weighted sum of others' changes. Optional.
 
         When: `budwood adapter combine` on adapters of this type, which are of one base and one task. `base()` loads
-            this base and returns its model; it is called only if files and weights do not say enough.
+            this base and returns its model; call it only if files and weights do not say enough. The class declares its
+            type in `adapter_types`.
         May change: nothing. An adapter that does not fit the others is refused by the name of its `directory`.
         Returns: config and tensors of PEFT's files; None: the sum is no adapter of this type.
         """

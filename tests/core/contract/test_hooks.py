@@ -417,7 +417,7 @@ def test_convert_adapter_returns_what_peft_reads(run, saved, tiny_base, examples
 
 
 @exercises("combine_adapters")
-def test_combine_adapters_adds_the_changes(saved, tiny_base, tmp_path):
+def test_combine_adapters_adds_the_changes(run, saved, tmp_path):
     combine([saved, saved], tmp_path / "out", weights=[2, 1])
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (saved, tmp_path / "out"))
     assert all(torch.allclose(after[path], 3 * scale) for path, scale in before.items())

@@ -89,7 +89,8 @@ def has_own_sum(parts: Sequence[SavedAdapter], method: str) -> bool:
     """
     first = parts[0]
     classes = {part.adapter_type: load_strategy(part.adapter_type)[0] for part in parts}
-    if len(classes) == 1 and hasattr(classes[first.adapter_type], "combine_adapters"):
+    owner = classes[first.adapter_type]
+    if len(classes) == 1 and hasattr(owner, "combine_adapters") and owner.adapter_types:
         if method != "linear":
             raise InputError(
                 f"--method {method}: is for LoRA; adapters of type '{first.adapter_type}' are combined with "
