@@ -5,16 +5,18 @@ counts its collectives and their bytes in an optimizer step, and measures the pe
 `benchmarks.plan` does, and the growth of its resident memory while the base is read. The base is a random Llama of 48
 layers, in which most of its weights are. Beside it stands the plan for so many processes.
 
-Writes docs/benchmarks/scale.json and the table in docs/scale.md.
+Writes docs/benchmarks/scale.json and the table in docs/scale.md after each case. Cases can be named, as in
+nf4-shard-2; the others then keep their rows of the same machine and versions.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import platform
-import subprocess
+import socket
 import sys
 import tempfile
 from collections import Counter
@@ -29,7 +31,11 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.plan import DOCS, RECIPES, build, make_base, replace_between, write_rows
 
 MARKS = ("<!-- table -->\n", "<!-- end of table -->\n")
-COUNTS, KINDS = (1, 2, 4), (("none", "replicate"), ("none", "shard"), ("nf4", "replicate"), ("nf4", "shard"))
+CASES = [
+    f"{quantization}-{parallel}-{count}"
+    for quantization in ("none", "nf4") for parallel in ("replicate", "shard") for count in (1, 2, 4)
+    if parallel == "replicate" or count > 1
+]  # fmt: skip
 SHAPE = {"hidden": 384, "inner": 1024, "layers": 48, "vocabulary": 2000}
 TRAIN = {"micro_tokens": 128, "batch_tokens": 512, "precision": "fp32"}
 RANK = 8
@@ -39,28 +45,27 @@ ROOM = 1.10
 
 
 def main() -> None:
-    """Measure all cases; or be a process of one, if its recipe is given."""
+    """Measure all cases, or those that are named."""
     from budwood.model.quiet import silence_libraries
 
     silence_libraries()
-    if sys.argv[1:]:
-        work(Path(sys.argv[1]))
-        return
-    cases = []
+    if unknown := set(sys.argv[1:]) - set(CASES):
+        sys.exit(f"not a case: {', '.join(sorted(unknown))}; known: {', '.join(CASES)}")
+    cases = {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make_base(root / "base", **SHAPE)
         make_base(root / "small", **{**SHAPE, "layers": 2})
         rows = write_rows(root, words=5)
-        for quantization, parallel in KINDS:
-            for count in COUNTS if parallel == "replicate" else COUNTS[1:]:
-                case = {**RECIPES["lora"], "quantization": quantization, "train": {**TRAIN, "parallel": parallel}}
-                cases.append(measure(case, root, rows, count))
-                print(line(cases[-1]), flush=True)
-    write(cases)
-    missed = [case for case in cases if case["reading_peak"] > ROOM * case["held"] and case["parallel"] == "shard"]
+        for name in sys.argv[1:] or CASES:
+            quantization, parallel, count = name.split("-")
+            case = {**RECIPES["lora"], "quantization": quantization, "train": {**TRAIN, "parallel": parallel}}
+            cases[name] = measure(case, root, rows, int(count))
+            print(line(cases[name]), flush=True)
+            write(cases)
+    missed = [n for n, case in cases.items() if "shard" in n and case["reading_peak"] > ROOM * case["held"]]
     if missed:
-        sys.exit(f"{len(missed)} cases take more than {ROOM:.0%} of what they hold while the base is read")
+        sys.exit(f"more than {ROOM:.0%} of what a process holds while the base is read: {', '.join(missed)}")
 
 
 def measure(case: dict[str, Any], root: Path, rows: dict[str, Path], count: int) -> dict[str, Any]:
@@ -72,9 +77,7 @@ def measure(case: dict[str, Any], root: Path, rows: dict[str, Path], count: int)
     planned = estimate(recipe, Device("this machine", "cpu", 1 << 40), processes=count)
     path = root / "recipe.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    subprocess.run([*command, "-m", "benchmarks.scale", str(path)], env=environment, check=True)
+    start(path, count)
     each = [json.loads((root / f"process-{rank}.json").read_text(encoding="utf-8")) for rank in range(count)]
     most = {name: max(process[name] for process in each) for name in each[0] if name != "collectives"}
     trained, layers = sizes(root / "base", case["quantization"])
@@ -88,6 +91,25 @@ def measure(case: dict[str, Any], root: Path, rows: dict[str, Path], count: int)
         },
         "planned_peak": planned.peak, "plan": planned.exchange.as_dict() if planned.exchange else None,
     }  # fmt: skip
+
+
+def start(path: Path, count: int) -> None:
+    """Run `work` in `count` processes, with torchrun's variables, forked from one that has imported the libraries."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.scale", "budwood.training.loop", "torch.distributed", "peft"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    processes = []
+    for rank in range(count):
+        local = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
+        processes.append(context.Process(target=work, args=(path, {**shared, **local})))
+        processes[-1].start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        sys.exit(f"exit codes of the processes: {[process.exitcode for process in processes]}")
 
 
 def sizes(base: Path, quantization: str) -> tuple[int, int]:
@@ -127,8 +149,9 @@ class Counting(TorchDispatchMode):
         return {name: {"calls": self.calls[name], "bytes": self.bytes[name]} for name in sorted(self.calls)}
 
 
-def work(path: Path) -> None:
+def work(path: Path, variables: dict[str, str]) -> None:
     """Measure one process, and write what was found beside the recipe."""
+    os.environ |= {**variables, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     from budwood.parallel.processes import Processes
     from budwood.recipe.schema import load_recipe
     from budwood.testing.allocations import highest, steps_of, tensor_bytes
@@ -198,19 +221,24 @@ def line(case: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def write(cases: list[dict[str, Any]]) -> None:
-    """Write the record, and the table of docs/scale.md."""
+def write(cases: dict[str, dict[str, Any]]) -> None:
+    """Write the record, and the table of docs/scale.md, with earlier results of the same machine and versions."""
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "bitsandbytes", "peft")}
     machine = f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores, one thread a process, gloo"
-    record = {"machine": machine, "versions": versions, "base": SHAPE, "train": TRAIN, "cases": cases}
-    (DOCS / "benchmarks" / "scale.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    setting = {"machine": machine, "versions": versions, "base": SHAPE, "train": TRAIN}
+    path = DOCS / "benchmarks" / "scale.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if all(before.get(key) == value for key, value in setting.items()):
+        cases = {**before["cases"], **cases}
+    cases = {name: cases[name] for name in CASES if name in cases}
+    path.write_text(json.dumps({**setting, "cases": cases}, indent=2) + "\n", encoding="utf-8")
     columns = [
         "base", "processes", "held, MB", "while reading", "peak of a step", "planned", "difference",
         "all-reduces of MB (least)", "all-gathers of MB (least)", "small messages",
     ]  # fmt: skip
     head = f"| {' | '.join(columns)} |\n|---|{'--:|' * (len(columns) - 1)}"
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
-    table = "\n".join([head, *map(line, cases)])
+    table = "\n".join([head, *map(line, cases.values())])
     replace_between(DOCS / "scale.md", MARKS, f"\n{table}\n\nOn {machine}; {listed}.\n")
 
 

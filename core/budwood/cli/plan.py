@@ -94,12 +94,13 @@ def plan(
     with uncollected():
         from budwood.planning.composition import plan as make_plan
         from budwood.planning.composition import show_plan
+        from budwood.planning.devices import parse_link
         from budwood.planning.fit import allowed, fit
         from budwood.planning.frontier import draw, fit_device, free_path, show_fit, write_recipe
         from budwood.planning.process import estimate_in_process, find_device, shared_device
         from budwood.planning.table import show_estimate
 
-    permitted = allowed(allow)
+    permitted, bandwidth = allowed(allow), parse_link(link) if link else None
     chosen = fit_device(fits) if fits else find_device(device) if device else None
     run_plan = make_plan(recipe, overrides, allow_code, without_data=tokens is not None)
     error: BudwoodError | None = None
@@ -107,7 +108,7 @@ def plan(
     if not composition and not run_plan.problems:
         try:
             chosen = chosen or find_device(run_plan.recipe.base.device)
-            chosen = shared_device(chosen, processes or 1, link)
+            chosen = shared_device(chosen, processes or 1, bandwidth)
             if fits is not None:
                 found = fit(
                     run_plan.recipe, lambda recipe: estimate_in_process(

@@ -24,7 +24,7 @@ from budwood.data.sources import locate
 from budwood.errors import BudwoodError, ResourceError, describe
 from budwood.model.checkpoint import one_revision, read_config, resolve
 from budwood.model.quiet import silence_libraries
-from budwood.planning.devices import Device, find_device, parse_link
+from budwood.planning.devices import Device, find_device
 from budwood.planning.estimate import Estimate, estimate
 from budwood.recipe.schema import Recipe
 from budwood.training.recompute import check_device
@@ -68,18 +68,15 @@ def estimate_in_process(
     return Estimate.from_dict(values, given)
 
 
-def shared_device(device: Device, processes: int, link: str | None = None) -> Device:
+def shared_device(device: Device, processes: int, link: float | None = None) -> Device:
     """Return the device of each of a run's processes: a card, or its part of this machine's memory.
 
     Args:
-        link: bandwidth between the processes as a user gives it; None: the card's own.
-
-    Raises:
-        InputError: it is not a bandwidth.
+        link: bytes per second between the processes; None: the card's own.
     """
     if processes > 1 and device.kind == "cpu" and device.measured:  # and not of a size that was given for each
         device = replace(device, name=f"a share of {device.name}", memory=device.memory // processes)
-    return device if link is None else replace(device, link=parse_link(link))
+    return device if link is None else replace(device, link=link)
 
 
 def _depends_on_memory(recipe: Recipe, processes: int) -> bool:

@@ -58,16 +58,20 @@ def test_memory_time_and_disk_of_a_card_without_data(recipe, capsys):
     arguments = ["plan", recipe, "--json", "--device", "4060 Ti"]
     assert cli.run(arguments) == 2
     assert "no such file: train.jsonl" in capsys.readouterr().err
-    arguments += ["--tokens", "1024"]
+    arguments += ["--tokens", "1024", "--processes", "2", "--parallel", "shard", "--link", "8Gbit/s"]
     assert cli.run([*arguments, "-o", "train.steps=3", "-o", "base.quantization=nf4"]) == 0
     printed = json.loads(capsys.readouterr().out)
     memory, step = printed["memory"], printed["step"]
     assert memory["peak_bytes"] == sum(memory["parts"].values()) and memory["where"]
     assert {"base, quantised", "activations", "CUDA's context"} <= memory["parts"].keys()
-    assert step["flops"] > 1e8 and 0 < step["tokens"] <= step["largest_micro_batch"] * step["micro_batches"] + 1
+    assert step["flops"] > 1e8 and 0 < step["tokens"] <= 2 * step["largest_micro_batch"] * step["micro_batches"] + 1
     assert 0 < printed["time"]["seconds"][0] < printed["time"]["seconds"][1] < 10
     assert printed["disk"]["bytes"] > 0 and printed["host"]["peak_bytes"] > 0
     assert printed["fits"] is True
+    several = printed["processes"]
+    assert (several["processes"], several["parallel"], several["link_bytes_per_second"]) == (2, "shard", 1e9)
+    assert several["share_bytes"] > 0 and several["all_gathers"] > 0 and several["seconds"][0] < several["seconds"][1]
+    assert memory["parts"]["gathered layers"] == several["gathered_bytes"] > 0
     assert any("planned without data, for micro-batches of 1,024 tokens" in note for note in printed["notes"])
 
 
@@ -105,12 +109,17 @@ def test_a_missing_recipe_is_a_one_line_error(capsys):
         (["plan", "recipe.yaml", "--fit", "24GiB", "--write", "recipe.yaml"], "recipe.yaml exists"),
         (["plan", "recipe.yaml", "--fit", "24GiB", "--allow", "ranks"], "Did you mean 'rank'?"),
         (["plan", "recipe.yaml", "--fit", "lots"], "'lots' is not known"),
+        (["plan", "recipe.yaml", "--processes", "0"], "greater than or equal to 1"),
+        (["plan", "recipe.yaml", "--processes", "2", "--parallel", "split"], "'split': give replicate or shard"),
+        (["plan", "recipe.yaml", "--processes", "2", "--link", "8Gb/s"], "'8Gb/s': give a bandwidth such as 16GB/s"),
+        (["plan", "recipe.yaml", "--link", "8GB/s"], "--parallel and --link need --processes, from 2 on"),
+        (["plan", "recipe.yaml", "--processes", "2", "--composition"], "--processes have no effect with it"),
         (["tune", "recipe.yaml", "--allow", "rank"], "--allow needs --fit"),
         (["tune", "recipe.yaml", "--fit", "24GiB", "--resume"], "resume with the recipe.yaml in the output folder"),
         (["tune", "recipe.yaml", "--fit", "24GiB", "--allow", "x"], "--allow: 'x' is not known"),
     ],
 )
-def test_bad_options_of_fit(recipe, capsys, arguments, message):
+def test_bad_options(recipe, capsys, arguments, message):
     assert cli.run(arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and message in err

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from budwood.errors import InputError
 from budwood.planning import measurement as measuring
 from budwood.planning.cost import cost_of
-from budwood.planning.devices import CARDS, GIB, card_of, find_device
+from budwood.planning.devices import CARDS, GIB, card_of, find_device, parse_link
 from budwood.planning.measurement import Measurement
 from budwood.planning.trace import Operation
 
@@ -43,10 +43,18 @@ def test_what_is_not_known_is_refused_in_one_line(text: str):
     assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "bytes_per_second"),
+    [("16GB/s", 16e9), ("1.5 GB/s", 1.5e9), ("900MB/s", 9e8), ("2GiB/s", 2 << 30), ("100Gbit/s", 12.5e9)],
+)
+def test_a_bandwidth_is_read(text: str, bytes_per_second: float):
+    assert parse_link(text) == bytes_per_second
+
+
 def test_every_card_has_a_source_and_plausible_numbers():
     for card in CARDS:
         assert card.source and card.bandwidth and len(card.rates) == 3, card.name
-        assert 1e11 < card.bandwidth < 1e13, card.name
+        assert 1e11 < card.bandwidth < 1e13 and 1e10 < card.link < card.bandwidth, card.name
         assert all(1e12 < rate < 3e15 for rate in card.rates.values()), card.name
 
 
