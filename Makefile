@@ -9,7 +9,8 @@ QUANTIZED_PIP := .venv-quantized/bin/python -m pip install -qq --disable-pip-ver
 PACKAGES := core plugins examples
 SECONDS := 300
 
-.PHONY: help demo test serve-test scale-test combinations models quantized numerics gpu faults lint bench docs audit fuzz
+.PHONY: help demo test serve-test scale-test combinations models quantized numerics gpu gpu-record faults lint bench docs
+.PHONY: audit fuzz
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -54,6 +55,9 @@ numerics: .venv/installed ## Run the numerical tests with the kernels of older p
 
 gpu: .venv/installed ## Run the tests that need an NVIDIA GPU, on the first one
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
+
+gpu-record: .venv/installed-bench ## Measure speed on the first NVIDIA GPU, stage by stage (10 minutes)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.gpu_record
 
 faults: .venv/installed ## Kill, fill the disk, damage files, run out of memory: what is lost? (25 to 35 minutes)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m tests.faults

@@ -239,8 +239,8 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def main() -> None:
-    """Run the benchmark, print and write the results."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     parser.add_argument(
@@ -251,7 +251,12 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=1, help="optimizer steps before the first round (default 1)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads per arm (default: all cores)")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
-    chosen = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Run the benchmark, print and write the results."""
+    chosen = make_parser().parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     result: dict[str, Any] = {}

@@ -26,6 +26,7 @@ from budwood.adapters.whole import saved_modules, untie
 from budwood.contract.types import ParameterGroup
 from budwood.errors import InputError
 from budwood.model.embeddings import resize
+from budwood.model.ops.group import Part
 from budwood.model.ops.linear import add_update, cast_factors, frozen_linear
 from budwood.model.quantizers import is_transposed, quantizer_of
 from budwood.model.quantizers.experts import ExpertLinear
@@ -96,6 +97,21 @@ class _Forward:
             if factors is not None:
                 y = add_update(rows, y, *factors, state.rows(name, x.device))
         return y.view(*x.shape[:-1], -1)
+
+    def part(self) -> Part | None:
+        """Return the linear and its update for the current selection; None: rows differ, or it is no product."""
+        state, base = self.state, self.base
+        names = [name for name in state.names if name in self.updates]
+        quantizer = quantizer_of(base)
+        if state.index or "forward" in base.__dict__ or quantizer is None or quantizer.weight(base).requires_grad:
+            return None
+        if not names:
+            return Part(base)
+        update = self.updates[names[0]]
+        if not update.mixes:
+            return None
+        weights = update.weights()
+        return Part(base) if weights is None else Part(base, *weights, update.probability)
 
     def _forward_slices(self, x: Tensor) -> Tensor:
         """Compute each slice of consecutive rows with the same adapter separately."""

@@ -24,6 +24,7 @@ from budwood.model.checks import (
     skeleton,
 )
 from budwood.model.experts import count_experts, open_experts, packed_as_read
+from budwood.model.halves.take_over import compute_in_halves
 from budwood.model.heads import body_of, name_body
 from budwood.model.machine import pick_device_precision
 from budwood.model.ops.gated import fuse_mlps
@@ -222,6 +223,7 @@ def load_base(
     save_memory_in_norms(loaded)
     fuse_mlps(loaded)
     fuse_rotations(loaded)
+    compute_in_halves(loaded)
     loaded.config.name_or_path = name
     if info.prequantized and quantizer.own_modules:
         loaded.config.quantization_config = info.config["quantization_config"]

@@ -16,6 +16,7 @@ from budwood.errors import first_line
 from budwood.model.checkpoint import read_config, read_tensors, resolve
 from budwood.model.checks import check_base, find_quantizer, load_tokenizer, skeleton
 from budwood.model.experts import count_experts, plan_experts
+from budwood.model.halves.take_over import compute_in_halves
 from budwood.model.ops.gated import fuse_mlps
 from budwood.model.ops.rms_norm import save_memory_in_norms
 from budwood.model.ops.rotary import fuse_rotations
@@ -120,6 +121,7 @@ def fake_base(
     save_memory_in_norms(frame)
     fuse_mlps(frame)
     fuse_rotations(frame)
+    compute_in_halves(frame)
     if count_experts(frame).total:
         notes.append("experts: planned with the same number of tokens for each")
     device = torch.device("cpu")

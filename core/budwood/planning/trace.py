@@ -223,7 +223,7 @@ class Trace(TorchDispatchMode):
     def _count(self, func: Any, inputs: list[Tensor], outputs: list[Tensor], args: Any, kwargs: Any, out: Any) -> None:
         packet = func._overloadpacket
         name = str(packet).replace("aten.", "").replace("bitsandbytes.", "")
-        if func.is_view or name in _FREE or not outputs:
+        if func.is_view or name in _FREE or not (outputs or name == "_foreach_copy_"):
             return
         flops = 0
         if name.startswith("torch_attn"):
@@ -234,7 +234,7 @@ class Trace(TorchDispatchMode):
         elif packet in flop_registry:
             flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
         seen = {id(tensor): tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs)}
-        wide = max(inputs, key=lambda tensor: tensor.numel(), default=outputs[0])
+        wide = max(inputs or outputs, key=lambda tensor: tensor.numel())
         self.operations.append(Operation(name, flops, sum(seen.values()), wide.dtype, self.in_pass))
 
     def part_of(self, part: str, tensors: Iterable[Tensor]) -> None:

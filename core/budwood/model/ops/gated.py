@@ -45,6 +45,38 @@ def activate(gate: Tensor, kind: str) -> Tensor:
     return F.silu(gate) if kind == "silu" else F.gelu(gate, approximate="tanh")
 
 
+def gated_forward(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    """Return `gated` without a graph, for gate and up [n, d], both contiguous or halves of the rows of one tensor."""
+    kernel = implementation("gated", gate)
+    if kernel is None:
+        return activate(gate, kind).mul_(up)
+    result: Tensor = kernel.gated_forward(gate, up, kind)
+    return result
+
+
+def gated_backward(
+    gradient: Tensor, gate: Tensor, up: Tensor, kind: str, again: bool
+) -> tuple[list[Tensor], Tensor | None]:
+    """Return the gradients of gate and up, as one tensor [n, 2 d] if these are its halves, and with `again` `gated`."""
+    kernel = implementation("gated", gate)
+    both, pair = None, [torch.empty_like(gate), torch.empty_like(up)]
+    if not gate.is_contiguous():
+        both = gate.new_empty(len(gate), 2 * gate.shape[-1])
+        pair = list(both.chunk(2, -1))
+    if kernel is not None:
+        _, _, product = kernel.gated_backward(gradient.contiguous(), gate, up, kind, again, pair)
+    else:
+        active = activate(gate, kind)
+        torch.mul(gradient, active, out=pair[1])
+        product = active.mul_(up) if again else None
+        through = gradient * up
+        if kind == "silu":
+            torch.ops.aten.silu_backward.grad_input(through, gate, grad_input=pair[0])
+        else:
+            torch.ops.aten.gelu_backward.grad_input(through, gate, approximate="tanh", grad_input=pair[0])
+    return [both] if both is not None else pair, product
+
+
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, kind: str, kernel: Any) -> Tensor:
@@ -58,47 +90,51 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         gate, up = ctx.saved_tensors
-        gates, ups = ctx.kernel.gated_backward(gradients[0].contiguous(), gate, up, ctx.kind)
+        gates, ups, _ = ctx.kernel.gated_backward(gradients[0].contiguous(), gate, up, ctx.kind)
         return gates, ups, None, None
 
 
 def fuse_mlps(model: nn.Module) -> int:
     """Make the gated MLPs of `model` compute `gated`, where their forward is down(activation(gate(x)) · up(x)).
 
-    On the CPU, their own forward computes; only where kernels do does `gated`.
+    One linear may compute gate and up, as in Phi-3. On the CPU, their own forward computes; only where kernels do does
+    `gated`.
 
     Returns:
         The number of modules changed.
     """
     changed = 0
     for module in model.modules():
-        kind = next((k for k, names in ACTIVATIONS.items() if _name(module, "act_fn") in names), None)
-        if kind is not None and _is_gated(type(module), kind):
-            module.forward = _Forward(module, module.forward, kind)
+        act = next((name for name in ("act_fn", "activation_fn") if hasattr(module, name)), "")
+        kind = next((k for k, names in ACTIVATIONS.items() if act and _name(module, act) in names), None)
+        fused = hasattr(module, "gate_up_proj")
+        if kind is not None and _is_gated(type(module), kind, act, fused):
+            module.forward = GatedMLP(module, module.forward, kind, act, fused)
             changed += 1
     return changed
 
 
 def _name(module: nn.Module, attribute: str) -> str:
-    return type(getattr(module, attribute, None)).__name__
+    return type(getattr(module, attribute)).__name__
 
 
-def _is_gated(cls: type[nn.Module], kind: str) -> bool:
+def _is_gated(cls: type[nn.Module], kind: str, act: str, fused: bool) -> bool:
     """Return whether the class's forward is the formula, on linears and an input of its own."""
     with unset_fake_temporarily(), torch.no_grad():
-        return _computes(cls.forward, kind)
+        return _computes(cls.forward, kind, act, fused)
 
 
-def _computes(forward: Any, kind: str) -> bool:
+def _computes(forward: Any, kind: str, act: str, fused: bool) -> bool:
     draw = torch.Generator().manual_seed(0)
 
     def linear(inputs: int, outputs: int) -> Any:
         return functools.partial(F.linear, weight=torch.randn(outputs, inputs, generator=draw))
 
-    activation = functools.partial(activate, kind=kind)
-    parts = {"gate_proj": linear(8, 6), "up_proj": linear(8, 6), "down_proj": linear(6, 8), "act_fn": activation}
+    parts = {"gate_up_proj": linear(8, 12)} if fused else {"gate_proj": linear(8, 6), "up_proj": linear(8, 6)}
+    parts |= {"down_proj": linear(6, 8), act: functools.partial(activate, kind=kind)}
     x = torch.randn(3, 8, generator=draw)
-    expected = parts["down_proj"](activate(parts["gate_proj"](x), kind) * parts["up_proj"](x))
+    gate, up = parts["gate_up_proj"](x).chunk(2, -1) if fused else (parts["gate_proj"](x), parts["up_proj"](x))
+    expected = parts["down_proj"](activate(gate, kind) * up)
     try:
         found = forward(types.SimpleNamespace(**parts, training=False), x)
     except Exception:  # other parts, other arguments
@@ -106,11 +142,11 @@ def _computes(forward: Any, kind: str) -> bool:
     return isinstance(found, Tensor) and torch.equal(found, expected)
 
 
-class _Forward:
+class GatedMLP:
     """Replaces the forward of an MLP; calls the original where no kernel computes, or a hook wants the activation."""
 
-    def __init__(self, module: nn.Module, original: Any, kind: str) -> None:
-        self.module, self.original, self.kind = module, original, kind
+    def __init__(self, module: nn.Module, original: Any, kind: str, act: str, fused: bool) -> None:
+        self.module, self.original, self.kind, self.act, self.fused = module, original, kind, act, fused
         self.in_tiles = False
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -121,17 +157,19 @@ class _Forward:
 
     def _compute(self, x: Tensor) -> Tensor:
         parts: Any = self.module
-        hooked = parts.act_fn._forward_hooks or parts.act_fn._forward_pre_hooks
+        act = getattr(parts, self.act)
+        hooked = act._forward_hooks or act._forward_pre_hooks
         if hooked or implementation("gated", x) is None:
             result: Tensor = self.original(x)
             return result
-        result = parts.down_proj(gated(parts.gate_proj(x), parts.up_proj(x), self.kind))
+        gate, up = parts.gate_up_proj(x).chunk(2, -1) if self.fused else (parts.gate_proj(x), parts.up_proj(x))
+        result = parts.down_proj(gated(gate, up, self.kind))
         return result
 
 
 def tile_mlp(module: nn.Module, on: bool) -> None:
     """Let a gated MLP that `fuse_mlps` changed compute long rows in tiles, or no longer; others stay as they are."""
-    if isinstance(module.forward, _Forward):
+    if isinstance(module.forward, GatedMLP):
         module.forward.in_tiles = on
 
 

@@ -42,6 +42,32 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return result
 
 
+def norm_forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return `rms_norm` of contiguous x [n, d] without a graph, and the fp32 scale of each row, for the backward."""
+    kernel = implementation("rms_norm", x)
+    if kernel is not None:
+        normed: tuple[Tensor, Tensor] = kernel.rms_norm_forward(x, weight.contiguous(), epsilon)
+        return normed
+    wide = x.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return weight * (wide * scale).to(x.dtype), scale
+
+
+def norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Return the gradient of x [n, d] from that of the norm, plus `residual`, that which reaches x beside the norm."""
+    kernel = implementation("rms_norm", x) if residual is None or residual.dtype == x.dtype else None
+    if kernel is not None:
+        result: Tensor = kernel.rms_norm_backward(
+            gradient.contiguous(), x, weight.contiguous(), scale, None if residual is None else residual.contiguous()
+        )
+        return result
+    wide = (gradient * weight).float()
+    normed = x.float() * scale
+    along = (wide * normed).mean(-1, keepdim=True)
+    result = normed.mul_(along).neg_().add_(wide).mul_(scale).to(x.dtype)
+    return result if residual is None else result.add_(residual)
+
+
 def save_memory_in_norms(model: nn.Module) -> int:
     """Make the RMSNorm modules of `model` use `rms_norm`, if their outputs are bitwise identical to its formula's.
 
@@ -55,7 +81,7 @@ def save_memory_in_norms(model: nn.Module) -> int:
         if not (type(module).__name__.endswith("RMSNorm") and isinstance(weight, Tensor)):
             continue
         if isinstance(epsilon, float) and _is_identical(module, weight, epsilon):
-            module.forward = _Forward(module, module.forward, epsilon)
+            module.forward = Norm(module, module.forward, epsilon)
             changed += 1
     return changed
 
@@ -74,7 +100,7 @@ def _is_identical(module: nn.Module, weight: Tensor, epsilon: float) -> bool:
             return False
 
 
-class _Forward:
+class Norm:
     """Replaces a norm's forward; calls the original if the weight is trainable."""
 
     def __init__(self, module: nn.Module, original: Any, epsilon: float) -> None:

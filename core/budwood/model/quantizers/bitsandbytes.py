@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +118,7 @@ class Int8(_BitsAndBytes):
 class _FourBit(_BitsAndBytes):
     kind: str
     shards = True
+    dense = True
 
     def config(self, dtype: torch.dtype, double_quantization: bool, skip: list[str]) -> Any:
         from transformers import BitsAndBytesConfig
@@ -256,20 +257,23 @@ class _FourBit(_BitsAndBytes):
 
     def _by_kernel(self, module: Any, dtype: torch.dtype) -> Tensor | None:
         """Return W in `dtype`, written by one kernel instead of three; None where there is none."""
-        import torch
-
         from budwood.model.ops.kernels import implementation
 
-        weight, state = whole(module.weight.data), _state(module)
-        kernel = implementation("dequantize_4bit", weight, dtype)
+        kernel = implementation("dequantize_4bit", module.weight, dtype)
         if kernel is None:
             return None
-        nested = None
-        if state.nested:
-            nested = (state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
-        result: Tensor = kernel.dequantize_4bit(
-            weight.view(torch.uint8), state.absmax, state.code, state.blocksize, nested, state.shape, dtype
-        )
+        packed, absmax, code, share, nested, shape = _stored(module)
+        result: Tensor = kernel.dequantize_4bit(packed, absmax, code, share, nested, shape, dtype)
+        return result
+
+    def stacks(self, module: Any) -> bool:
+        return not getattr(_state(module, gather=False), "packing_format_for_cpu", False)
+
+    def stack(self, modules: Sequence[Any], dtype: torch.dtype) -> Tensor:
+        from budwood.model.ops.kernels import implementation
+
+        kernel = implementation("dequantize_4bit", modules[0].weight, dtype)
+        result: Tensor = kernel.dequantize_4bit_group([_stored(module) for module in modules], dtype)
         return result
 
 
@@ -283,6 +287,17 @@ class FP4(_FourBit):
     """4-bit floating point, one scale per 64 weights."""
 
     kind = "fp4"
+
+
+def _stored(module: Any) -> tuple[Tensor, Tensor, Tensor, int, tuple[Any, ...] | None, Any]:
+    """Return how a 4-bit linear is stored, as `budwood.model.ops.kernels.launch.dequantize_4bit` takes it."""
+    import torch
+
+    state, nested = _state(module), None
+    if state.nested:
+        nested = (state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
+    packed = whole(module.weight.data).view(torch.uint8)
+    return packed, state.absmax, state.code, state.blocksize, nested, state.shape
 
 
 def _state(module: Any, gather: bool = True) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from budwood.contract.strategy import Plugin
@@ -183,6 +183,19 @@ class Quantizer(Plugin):
 
         return functional.linear(x, self.dequantize(module, x.dtype), None if bias is None else bias.to(x.dtype))
 
+    @property
+    def dense(self) -> bool:
+        """Whether `forward` is the product with what `dequantize` returns, and nothing else."""
+        return type(self).forward is Quantizer.forward
+
+    def stacks(self, module: Any) -> bool:
+        """Return whether `stack` takes the module, where a kernel dequantises."""
+        return False
+
+    def stack(self, modules: Sequence[Any], dtype: torch.dtype) -> Tensor:
+        """Return the W of several modules of one number of inputs below each other, written by one kernel."""
+        raise NotImplementedError
+
     def dequantize(self, module: Any, dtype: torch.dtype) -> Tensor:
         """Return W [out, in] in `dtype`, as the forward uses it; the caller may not modify it."""
         raise NotImplementedError(f"{self} declares linears, but does not implement dequantize")
@@ -194,6 +207,7 @@ class Unquantized(Quantizer):
     api = 2
     known_to_peft = True
     shards = True
+    dense = True
 
     def is_linear(self, module: nn.Module) -> bool:
         from torch import nn

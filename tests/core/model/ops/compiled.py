@@ -17,19 +17,25 @@ from budwood.model.ops.kernels import triton_code as code
 NARROW, WIDE = "*bf16", "*fp32"
 ROTATE = ["tokens", "heads", "rotated", "width", "x_batch", "x_head", "x_token", "table_batch", "table_token"]
 BLOCKS = {"NESTED": True, "SHARE": 64, "NESTED_SHARE": 256, "BLOCK": 1024}
+STORED = {
+    "packed": "*u8", "absmax": "*u8", "nested_code": WIDE, "nested_absmax": WIDE, "offset": WIDE, "code": WIDE,
+    "size": "i32",
+}  # fmt: skip
+PARTS = {f"{name}_{part}": kind for name, kind in STORED.items() for part in (1, 2, 3)}
 CASES = [
     (code.dequantize_4bit, {"packed": "*u8", "absmax": "*u8"}, BLOCKS, 4),
     (code.rms_norm_forward, {}, {"BLOCK": 8192}, 16),
-    (code.rms_norm_backward, {}, {"BLOCK": 8192}, 16),
+    (code.dequantize_4bit_group, PARTS, BLOCKS, 4),
+    (code.rms_norm_backward, {}, {"ADDS": True, "BLOCK": 8192}, 16),
     (code.gated_forward, {}, {"KIND": 0, "BLOCK": 1024}, 4),
-    (code.gated_backward, {}, {"KIND": 0, "BLOCK": 1024}, 4),
-    (code.gated_backward, {}, {"KIND": 1, "BLOCK": 1024}, 4),
+    (code.gated_backward, {}, {"AGAIN": True, "KIND": 0, "BLOCK": 1024}, 4),
+    (code.gated_backward, {}, {"AGAIN": True, "KIND": 1, "BLOCK": 1024}, 4),
     (code.rotate, {}, {"BACKWARD": True, "BLOCK": 64}, 1),
     (code.cross_entropy_forward, {}, {"BLOCK": 4096}, 8),
     (code.cross_entropy_backward, {"gradient": WIDE}, {"BLOCK": 4096}, 8),
 ]  # fmt: skip
 TYPES = {
-    **dict.fromkeys(("size", "width", "classes", *ROTATE), "i32"),
+    **dict.fromkeys(("size", "width", "stride", "classes", *ROTATE), "i32"),
     **dict.fromkeys(("nested_code", "nested_absmax", "offset", "code", "scales", "losses", "sums"), WIDE),
     "epsilon": "fp32", "labels": "*i64",
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -15,6 +16,7 @@ from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 
 from budwood.model.ops import kernels
+from budwood.model.ops.attention import packed_mask
 from budwood.model.ops.cross_entropy import cross_entropy
 from budwood.model.ops.gated import activate, fuse_mlps, gated
 from budwood.model.ops.kernels import launch
@@ -22,6 +24,7 @@ from budwood.model.ops.kernels.checks import CHECKS
 from budwood.model.ops.rms_norm import rms_norm, save_memory_in_norms
 from budwood.model.ops.rotary import fuse_rotations, rotary, rotate
 from budwood.model.quantizers.cpu_kernel import install
+from budwood.model.recompute import recompute_layers
 
 DTYPES = [torch.float32, torch.float16]
 
@@ -156,6 +159,36 @@ def test_a_model_computes_with_the_kernels_what_it_computes_without(launched, mo
     gradients()
     handle.remove()
     assert len(seen) == 1 and launched.count("gated_forward") == 1
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_layers_in_halves_compute_with_the_kernels_what_they_compute_without(launched, monkeypatch, recomputes):
+    """Weights of a group are dequantised as one, and each is dequantised twice."""
+    from benchmarks.gpu_record import Bench, stack
+
+    model = stack(Bench(True, Path(), 60))
+    recompute_layers(model, recomputes)
+    x, above = draw((1, 12, 128), (1, 12, 128))
+    launched.clear()  # the layer with which the class was tried
+
+    def gradients() -> list[Tensor]:
+        y = model(inputs_embeds=x, segments=(0, 5, 12), attention_mask=packed_mask()).last_hidden_state
+        return [y, *torch.autograd.grad(y, [p for p in model.parameters() if p.requires_grad], above)]
+
+    with monkeypatch.context() as off:
+        off.setattr(kernels, "INTERPRETED", False)
+        expected = gradients()
+        assert not launched
+    found = gradients()
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * max(1.0, theirs.abs().max().item()))
+    counts = {name: launched.count(name) for name in set(launched)}
+    again = 2 * recomputes
+    assert counts == {
+        "dequantize_4bit_group": 2 * 2 * 4 - (not recomputes),  # the first layer's input has no gradient
+        "gated_forward": 2, "gated_backward": 2, "rotate": 8 + 2 * again,
+        "rms_norm_forward": 5 + 2 * again, "rms_norm_backward": 5 - 1,
+    }  # fmt: skip
 
 
 def test_other_mlps_keep_their_forward():

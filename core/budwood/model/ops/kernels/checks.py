@@ -53,7 +53,12 @@ def _dequantize_4bit(device: torch.device, dtype: torch.dtype) -> str:
         launch.dequantize_4bit(packed, scales, code, share, nested, (size,), dtype),
         launch.dequantize_4bit(packed, wide, code, share, None, (size,), dtype),
     ]
-    return _compare("nested plain", found, [expected] * 2)
+    rows, groups = (size // 2, 2), []
+    for absmax, outer in ((scales, nested), (wide, None)):
+        stored = (packed, absmax, code, share, outer, rows)
+        groups += [launch.dequantize_4bit_group([stored] * count, dtype) for count in (2, 3)]
+    several = [torch.cat([expected] * count).view(-1, 2) for count in (2, 3)]
+    return _compare("nested plain two three two three", [*found, *groups], [expected, expected, *several, *several])
 
 
 def _rms_norm(device: torch.device, dtype: torch.dtype) -> str:
@@ -65,7 +70,9 @@ def _rms_norm(device: torch.device, dtype: torch.dtype) -> str:
 
     out, scales = launch.rms_norm_forward(x, weight, 1e-5)
     gradient = launch.rms_norm_backward(above, x, weight, scales)
-    return _compare("norm gradient", [out, gradient], [formula(x), *_gradients(formula, [x], above)])
+    summed = launch.rms_norm_backward(above, x, weight, scales, x)
+    (expected,) = _gradients(formula, [x], above)
+    return _compare("norm gradient sum", [out, gradient, summed], [formula(x), expected, expected + x])
 
 
 def _gated(device: torch.device, dtype: torch.dtype) -> str:
@@ -77,10 +84,15 @@ def _gated(device: torch.device, dtype: torch.dtype) -> str:
         def formula(gate: Tensor, up: Tensor, kind: str = kind) -> Tensor:
             return activate(gate, kind) * up
 
-        found = [launch.gated_forward(gate, up, kind), *launch.gated_backward(above, gate, up, kind)]
-        difference = _compare("product gate up", found, [formula(gate, up), *_gradients(formula, [gate, up], above)])
-        if difference:
-            return f"{kind}: {difference}"
+        product = formula(gate, up)
+        expected = [product, *_gradients(formula, [gate, up], above), product]
+        whole = torch.cat((gate, up), -1)
+        for (one, other), pair in (((gate, up), ()), (whole.chunk(2, -1), torch.empty_like(whole).chunk(2, -1))):
+            back = launch.gated_backward(above, one, other, kind, True, pair)
+            found = [launch.gated_forward(one, other, kind), *back]
+            difference = _compare("product gate up again", found, expected)  # type: ignore[arg-type]
+            if difference:
+                return f"{kind}: {difference}"
     return ""
 
 

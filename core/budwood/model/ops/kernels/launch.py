@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -48,6 +49,30 @@ def dequantize_4bit(
     return out
 
 
+def dequantize_4bit_group(stored: Sequence[tuple[Any, ...]], dtype: torch.dtype) -> Tensor:
+    """Return the weights [out, in] of up to three 4-bit tensors of one `in`, below each other.
+
+    Args:
+        stored: the arguments of `dequantize_4bit` but the last, of each; all quantised in the same way.
+        dtype: of the result.
+    """
+    shapes = [shape for *_, shape in stored]
+    out = torch.empty(sum(shape[0] for shape in shapes), shapes[0][1], dtype=dtype, device=stored[0][0].device)
+    _, _, _, share, nested, _ = stored[0]
+    arguments: list[Any] = []
+    for packed, absmax, code_4bit, _, scales, shape in stored:
+        nested_code, nested_absmax, offset, _ = scales or (code_4bit, absmax, absmax, 1)
+        arguments += [packed, absmax, nested_code, nested_absmax, offset, code_4bit, shape[0] * shape[1]]
+    for _ in range(3 - len(stored)):
+        arguments += [*arguments[:6], 0]
+    blocks = sum(triton.cdiv(size, 2 * BLOCK) for size in arguments[6::7])
+    code.dequantize_4bit_group[(blocks,)](
+        *arguments, out, NESTED=nested is not None, SHARE=share, NESTED_SHARE=nested[3] if nested else 1,
+        BLOCK=BLOCK, **EXACT,
+    )  # fmt: skip
+    return out
+
+
 def rms_norm_forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Return the norm of contiguous `x` [..., d], and the fp32 scale of each row."""
     width = x.shape[-1]
@@ -59,37 +84,64 @@ def rms_norm_forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor,
     return out, scales
 
 
-def rms_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """Return the gradient of x, from that of the norm, both contiguous [..., d]."""
+def rms_norm_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, scales: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """Return the gradient of x, from that of the norm, both contiguous [..., d].
+
+    Args:
+        residual: the gradient that reaches x beside the norm, likewise, which is added.
+    """
     width = x.shape[-1]
     out = torch.empty_like(x)
     if len(scales):
-        code.rms_norm_backward[(len(scales),)](gradient, x, weight, scales, out, width, **_row(width), **EXACT)
+        code.rms_norm_backward[(len(scales),)](
+            gradient, x, weight, scales, x if residual is None else residual, out, width,
+            ADDS=residual is not None, **_row(width), **EXACT,
+        )  # fmt: skip
     return out
 
 
 def gated_forward(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    """Return activation(gate) · up; both contiguous and of one shape and dtype."""
-    out = torch.empty_like(gate)
+    """Return activation(gate) · up; of one shape and dtype, both contiguous or halves of the rows of one tensor."""
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if gate.numel():
-        grid = (triton.cdiv(gate.numel(), BLOCK),)
-        code.gated_forward[grid](gate, up, out, gate.numel(), KIND=KINDS[kind], BLOCK=BLOCK, **EXACT)
+        width = gate.shape[-1]
+        code.gated_forward[gate.numel() // width, triton.cdiv(width, BLOCK)](
+            gate, up, out, width, _distance(gate), KIND=KINDS[kind], BLOCK=BLOCK, **EXACT
+        )  # fmt: skip
     return out
 
 
-def gated_backward(gradient: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Return the gradients of gate and up."""
-    gates, ups = torch.empty_like(gate), torch.empty_like(up)
+def gated_backward(
+    gradient: Tensor, gate: Tensor, up: Tensor, kind: str, again: bool = False, pair: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the gradients of gate and up, from the contiguous one of the product.
+
+    Args:
+        again: also return the product, third.
+        pair: where the gradients are written, with the strides of gate and up.
+    """
+    gates, ups = pair or (torch.empty_like(gate), torch.empty_like(up))
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if again else None
     if gate.numel():
-        grid = (triton.cdiv(gate.numel(), BLOCK),)
-        code.gated_backward[grid](
-            gradient, gate, up, gates, ups, gate.numel(), KIND=KINDS[kind], BLOCK=BLOCK, **EXACT
+        width = gate.shape[-1]
+        code.gated_backward[gate.numel() // width, triton.cdiv(width, BLOCK)](
+            gradient, gate, up, gates, ups, gates if out is None else out, width, _distance(gate),
+            AGAIN=again, KIND=KINDS[kind], BLOCK=BLOCK, **EXACT,
         )  # fmt: skip
-    return gates, ups
+    return gates, ups, out
+
+
+def _distance(gate: Tensor) -> int:
+    """Return the elements from one row to the next."""
+    return gate.shape[-1] if gate.is_contiguous() else gate.stride(-2)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool = False) -> Tensor:
     """Return `x` [batch, heads, tokens, d], of any strides but the last, with its first elements rotated.
+
+    The heads of a token are next to each other in the result, as attention takes and returns them.
 
     Args:
         cosine: [batch or 1, tokens, r], r ≤ d even, contiguous.
@@ -97,7 +149,7 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool = False) -> T
         backward: rotate the other way, as a gradient is.
     """
     batch, heads, tokens, width = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(batch, tokens, heads, width, dtype=x.dtype, device=x.device).transpose(1, 2)
     if not x.numel():
         return out
     rotated = cosine.shape[-1]

@@ -19,11 +19,19 @@ def dequantize_4bit(
     return result
 
 
+def dequantize_4bit_group(stored: Sequence[tuple[Any, ...]], dtype: torch.dtype) -> Tensor:
+    packed, absmax, code, share, nested, (_, inputs) = stored[0]
+    rows = sum(shape[0] for *_, shape in stored)
+    return dequantize_4bit(packed, absmax, code, share, nested, (rows, inputs), dtype)
+
+
 def rms_norm_forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     return x * weight, x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
 
 
-def rms_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+def rms_norm_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, scales: Tensor, residual: Tensor | None = None
+) -> Tensor:
     return (x + gradient).to(x.dtype)
 
 
@@ -31,12 +39,15 @@ def gated_forward(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     return gate * up
 
 
-def gated_backward(gradient: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    return gradient * up, torch.empty_like(up)
+def gated_backward(
+    gradient: Tensor, gate: Tensor, up: Tensor, kind: str, again: bool = False, pair: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    gates, ups = pair or (torch.empty_like(gate), torch.empty_like(up))
+    return torch.mul(gradient, up, out=gates), ups, torch.empty_like(gradient) if again else None
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool = False) -> Tensor:
-    return x.contiguous().mul(2) if x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+    return x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def cross_entropy_forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,12 +15,12 @@ import triton.language as tl
 
 
 @triton.jit
-def dequantize_4bit(
-    packed, absmax, nested_code, nested_absmax, offset, code, out, size,
+def _dequantized(
+    packed, absmax, nested_code, nested_absmax, offset, code, out, size, program,
     NESTED: tl.constexpr, SHARE: tl.constexpr, NESTED_SHARE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write `size` weights: code[nibble] times the scale of its SHARE weights; the high nibble comes first."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+    """Write a block of `size` weights: code[nibble] times the scale of its SHARE weights; high nibbles come first."""
+    start = program.to(tl.int64) * BLOCK
     at = start + tl.arange(0, BLOCK)
     byte = tl.load(packed + at, mask=2 * at < size, other=0).to(tl.int32)
     owner = 2 * at // SHARE
@@ -32,6 +32,46 @@ def dequantize_4bit(
     low = tl.load(code + (byte & 15)) * scale
     to = 2 * start + tl.arange(0, 2 * BLOCK)
     tl.store(out + to, tl.interleave(high, low).to(out.dtype.element_ty), mask=to < size)
+
+
+@triton.jit
+def dequantize_4bit(
+    packed, absmax, nested_code, nested_absmax, offset, code, out, size,
+    NESTED: tl.constexpr, SHARE: tl.constexpr, NESTED_SHARE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the weights of one matrix."""
+    _dequantized(
+        packed, absmax, nested_code, nested_absmax, offset, code, out, size, tl.program_id(0),
+        NESTED, SHARE, NESTED_SHARE, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def dequantize_4bit_group(
+    packed_1, absmax_1, nested_code_1, nested_absmax_1, offset_1, code_1, size_1,
+    packed_2, absmax_2, nested_code_2, nested_absmax_2, offset_2, code_2, size_2,
+    packed_3, absmax_3, nested_code_3, nested_absmax_3, offset_3, code_3, size_3, out,
+    NESTED: tl.constexpr, SHARE: tl.constexpr, NESTED_SHARE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the weights of up to three matrices one after the other."""
+    program = tl.program_id(0)
+    second = tl.cdiv(size_1, 2 * BLOCK)
+    third = second + tl.cdiv(size_2, 2 * BLOCK)
+    if program < second:
+        _dequantized(
+            packed_1, absmax_1, nested_code_1, nested_absmax_1, offset_1, code_1, out, size_1, program,
+            NESTED, SHARE, NESTED_SHARE, BLOCK,
+        )  # fmt: skip
+    elif program < third:
+        _dequantized(
+            packed_2, absmax_2, nested_code_2, nested_absmax_2, offset_2, code_2, out + size_1, size_2,
+            program - second, NESTED, SHARE, NESTED_SHARE, BLOCK,
+        )  # fmt: skip
+    else:
+        _dequantized(
+            packed_3, absmax_3, nested_code_3, nested_absmax_3, offset_3, code_3, out + size_1 + size_2, size_3,
+            program - third, NESTED, SHARE, NESTED_SHARE, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -49,8 +89,8 @@ def rms_norm_forward(x, weight, out, scales, width, epsilon, BLOCK: tl.constexpr
 
 
 @triton.jit
-def rms_norm_backward(gradient, x, weight, scales, out, width, BLOCK: tl.constexpr):
-    """Write the gradient of one row of x."""
+def rms_norm_backward(gradient, x, weight, scales, residual, out, width, ADDS: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the gradient of one row of x; ADDS: plus that row of `residual`, rounded twice as torch does."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
@@ -60,7 +100,11 @@ def rms_norm_backward(gradient, x, weight, scales, out, width, BLOCK: tl.constex
     above = tl.load(gradient + row * width + at, mask=inside, other=0)
     above = (above.to(tl.float32) * factor).to(gradient.dtype.element_ty).to(tl.float32)
     along = tl.sum(above * normed, 0) / width
-    tl.store(out + row * width + at, ((above - normed * along) * scale).to(out.dtype.element_ty), mask=inside)
+    result = ((above - normed * along) * scale).to(out.dtype.element_ty)
+    if ADDS:
+        beside = tl.load(residual + row * width + at, mask=inside, other=0).to(tl.float32)
+        result = (result.to(tl.float32) + beside).to(out.dtype.element_ty)
+    tl.store(out + row * width + at, result, mask=inside)
 
 
 @triton.jit
@@ -76,27 +120,35 @@ def _activation(gate, KIND: tl.constexpr):
 
 
 @triton.jit
-def gated_forward(gate, up, out, size, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """Write activation(gate) · up."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    active, _ = _activation(tl.load(gate + at, mask=inside, other=0).to(tl.float32), KIND)
+def gated_forward(gate, up, out, width, stride, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """Write a block of a row of activation(gate) · up; the rows of gate and up are `stride` apart."""
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    at, there = row * width + column, row * stride + column
+    active, _ = _activation(tl.load(gate + there, mask=inside, other=0).to(tl.float32), KIND)
     active = active.to(gate.dtype.element_ty).to(tl.float32)
-    factor = tl.load(up + at, mask=inside, other=0).to(tl.float32)
+    factor = tl.load(up + there, mask=inside, other=0).to(tl.float32)
     tl.store(out + at, (active * factor).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def gated_backward(gradient, gate, up, gate_out, up_out, size, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the gradients of gate and up."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
+def gated_backward(
+    gradient, gate, up, gate_out, up_out, out, width, stride,
+    AGAIN: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write a block of a row of the gradients of gate and up, `stride` apart like theirs; AGAIN: the product too."""
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    at, there = row * width + column, row * stride + column
     above = tl.load(gradient + at, mask=inside, other=0).to(tl.float32)
-    active, slope = _activation(tl.load(gate + at, mask=inside, other=0).to(tl.float32), KIND)
+    active, slope = _activation(tl.load(gate + there, mask=inside, other=0).to(tl.float32), KIND)
     active = active.to(gate.dtype.element_ty).to(tl.float32)
-    through = (above * tl.load(up + at, mask=inside, other=0).to(tl.float32)).to(gate.dtype.element_ty).to(tl.float32)
-    tl.store(gate_out + at, (through * slope).to(gate_out.dtype.element_ty), mask=inside)
-    tl.store(up_out + at, (above * active).to(up_out.dtype.element_ty), mask=inside)
+    factor = tl.load(up + there, mask=inside, other=0).to(tl.float32)
+    through = (above * factor).to(gate.dtype.element_ty).to(tl.float32)
+    tl.store(gate_out + there, (through * slope).to(gate_out.dtype.element_ty), mask=inside)
+    tl.store(up_out + there, (above * active).to(up_out.dtype.element_ty), mask=inside)
+    if AGAIN:
+        tl.store(out + at, (active * factor).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -107,7 +159,7 @@ def rotate(
 ):  # fmt: skip
     """Rotate the halves of the first `rotated` elements of one token of one head (RoPE); copy those after them.
 
-    BACKWARD: the transposed rotation, that of a gradient. `out` is contiguous [batch, heads, tokens, width].
+    BACKWARD: the transposed rotation, that of a gradient. `out` is contiguous [batch, tokens, heads, width].
     """
     token, head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -128,7 +180,7 @@ def rotate(
     else:
         one = (first * cosine_1).to(narrow).to(tl.float32) - (second * sine_1).to(narrow).to(tl.float32)
         two = (second * cosine_2).to(narrow).to(tl.float32) + (first * sine_2).to(narrow).to(tl.float32)
-    to = out + ((batch * heads + head) * tokens + token) * width
+    to = out + ((batch * tokens + token) * heads + head) * width
     tl.store(to + at, one.to(out.dtype.element_ty), mask=inside)
     tl.store(to + half + at, two.to(out.dtype.element_ty), mask=inside)
     rest = at < width - rotated

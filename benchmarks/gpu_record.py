@@ -1,0 +1,426 @@
+"""`make gpu-record`: everything about speed that needs a GPU, in ten minutes, stage by stage.
+
+Each stage writes its JSON into the output folder as soon as it ends, so nothing is lost that an earlier one found. A
+stage that fails, or whose time has come, is noted, and the next one begins. Stages, in this order: the matrix rate, the
+bandwidth and the cost of a launch; each Triton kernel, compared with torch in bf16 and timed beside it; products of the
+shapes of an 8B base, alone and added to a tensor; thin products of adapters; the head; four layers of 8B in NF4, in
+halves and module by module; `benchmarks.train` at 1B and 8B, each arm alone on the device.
+
+`--dry` runs every stage on a CPU with tiny shapes, and prints the commands of the last one instead of running them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+import torch
+from torch import Tensor, nn
+
+SHAPES = {"hidden": 4096, "inner": 14336, "keys": 1024, "vocabulary": 128256}
+TINY = {"hidden": 128, "inner": 192, "keys": 64, "vocabulary": 512}
+TOKENS, FEW = (2048, 4096, 8192, 16384), (64, 96)
+SEGMENT = 310
+"""Tokens of an example: the mean, weighted by tokens, of the rows of `benchmarks.train`."""
+LAYERS = 4
+RANK = 8
+PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "trl")
+ARMS = {"1b": ("budwood", "trl-packed", "trainer-16"), "8b": ("budwood", "trl-packed", "trainer-16")}
+
+
+class Bench:
+    """The device, the shapes, and a clock.
+
+    Attributes:
+        dry: on a CPU, with tiny shapes.
+    """
+
+    def __init__(self, dry: bool, out: Path, limit: float) -> None:
+        self.dry, self.out, self.limit, self.began = dry, out, limit, time.monotonic()
+        self.device = torch.device("cpu" if dry else "cuda")
+        self.dtype = torch.float32 if dry else torch.bfloat16
+        self.shapes, self.tokens = (TINY, FEW) if dry else (SHAPES, TOKENS)
+        self.flush = torch.empty(1 << 16 if dry else 256 << 20, dtype=torch.uint8, device=self.device)
+
+    @property
+    def left(self) -> float:
+        """Seconds until the limit."""
+        return self.limit - (time.monotonic() - self.began)
+
+    def draw(self, *shape: int) -> Tensor:
+        """Return random numbers on the device."""
+        return torch.randn(*shape, device=self.device, dtype=self.dtype)
+
+    def seconds(self, function: Callable[[], Any]) -> float:
+        """Return the median time of a call with cold caches; on a GPU, of its kernels."""
+        function()
+        found = []
+        for _ in range(2 if self.dry else 12):
+            self.flush.zero_()
+            if self.dry:
+                started = time.perf_counter()
+                function()
+                found.append(time.perf_counter() - started)
+                continue
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            function()
+            last.record()
+            last.synchronize()
+            found.append(first.elapsed_time(last) / 1e3)
+        return statistics.median(found)
+
+    def wait(self) -> None:
+        """Wait for the device."""
+        if not self.dry:
+            torch.cuda.synchronize()
+
+
+def peak(bench: Bench) -> dict[str, Any]:
+    """Matrix rate, bandwidth, and the host's time for a launch from Python."""
+    size, count = (128, 20) if bench.dry else (8192, 2000)
+    a, b, copy, small = bench.draw(size, size), bench.draw(size, size), torch.empty_like(bench.flush), bench.draw(8)
+    for _ in range(2):
+        bench.wait()
+        started = time.perf_counter()
+        for _ in range(count):
+            small.add_(1)
+        launch = (time.perf_counter() - started) / count
+    return {
+        "device": "a CPU" if bench.dry else torch.cuda.get_device_name(),
+        "versions": {name: metadata.version(name) for name in PACKAGES if _has(name)},
+        "matmul_flops_per_second": 2 * size**3 / bench.seconds(lambda: a @ b),
+        "copied_bytes_per_second": 2 * bench.flush.nbytes / bench.seconds(lambda: copy.copy_(bench.flush)),
+        "seconds_per_launch": launch,
+    }
+
+
+def kernels(bench: Bench) -> dict[str, Any]:
+    """Each kernel compared with torch, in three dtypes, and its time beside torch's own in bf16."""
+    from budwood.model.ops import gated, rms_norm, rotary
+    from budwood.model.ops import kernels as ours
+    from budwood.model.ops.cross_entropy import cross_entropy
+
+    dtypes = (torch.float32,) if bench.dry else (torch.bfloat16, torch.float16, torch.float32)
+    found: dict[str, Any] = {"problems": [line for dtype in dtypes for line in ours.prepare(bench.device, dtype)]}
+    n, d, inner = bench.tokens[1], bench.shapes["hidden"], bench.shapes["inner"]
+    x, weight, gate, up = bench.draw(n, d), bench.draw(d), bench.draw(n, inner), bench.draw(n, inner)
+    heads, table = bench.draw(1, 8, n, 64).requires_grad_(), bench.draw(1, n, 64)
+    logits = bench.draw(64, bench.shapes["vocabulary"]).requires_grad_()
+    labels = torch.zeros(64, dtype=torch.long, device=bench.device)
+    leaves = [tensor.requires_grad_() for tensor in (x, gate, up)]
+    ops: dict[str, tuple[Callable[[], Tensor], list[Tensor]]] = {
+        "rms_norm": (lambda: rms_norm.rms_norm(x, weight, 1e-5), leaves[:1]),
+        "gated": (lambda: gated.gated(gate, up, "silu"), leaves[1:]),
+        "rotary": (lambda: rotary.rotary(heads, heads, table, table)[0], [heads]),
+        "cross_entropy": (lambda: cross_entropy(logits, labels), [logits]),
+    }
+    for name, (function, inputs) in ops.items():
+        for kind in ("kernel", "torch"):
+            with _without_kernels(ours) if kind == "torch" else _nothing():
+                above = torch.ones_like(function())
+                both = bench.seconds(lambda f=function, i=inputs, g=above: torch.autograd.grad(f(), i, g))
+                found[f"{name} {kind}"] = {"forward and backward seconds": both}
+    return found | _dequantising(bench)
+
+
+def _dequantising(bench: Bench) -> dict[str, Any]:
+    """Seconds to dequantise gate, by bitsandbytes and by our kernel, and gate and up as one."""
+    import bitsandbytes.functional as bnb
+
+    from budwood.model.ops.kernels import implementation
+    from budwood.model.quantizers import quantizer_of
+
+    d, inner = bench.shapes["hidden"], bench.shapes["inner"]
+    linears = [four_bit(bench, d, inner) for _ in range(2)]
+    quantizer: Any = quantizer_of(linears[0])
+    useful = d * inner * (2 + 0.5 + 1 / 64)
+    found = {
+        "bitsandbytes": bench.seconds(
+            lambda: bnb.dequantize_4bit(linears[0].weight.data, linears[0].weight.quant_state)
+        )
+    }
+    found["ours"] = bench.seconds(lambda: quantizer.dequantize(linears[0], bench.dtype))
+    if implementation("dequantize_4bit", bench.flush, bench.dtype) is not None:
+        found["ours, two as one"] = bench.seconds(lambda: quantizer.stack(linears, bench.dtype))
+    return {f"dequantize_4bit {name}": {"seconds": s, "bytes per weight matrix": useful} for name, s in found.items()}
+
+
+def products(bench: Bench) -> dict[str, Any]:
+    """FLOPs per second of products with the weights of a layer, and of the same added to a tensor."""
+    h, inner, keys, found = bench.shapes["hidden"], bench.shapes["inner"], bench.shapes["keys"], {}
+    shapes = {
+        "q": (h, h),
+        "qkv": (h, h + 2 * keys),
+        "gate": (h, inner),
+        "gate and up": (h, 2 * inner),
+        "down": (inner, h),
+    }
+    for tokens in bench.tokens:
+        for name, (inputs, outputs) in shapes.items():
+            x, w, y = bench.draw(tokens, inputs), bench.draw(outputs, inputs), bench.draw(tokens, outputs)
+            flops = 2 * tokens * inputs * outputs
+            found[f"{name}, {tokens} tokens"] = {
+                "alone": flops / bench.seconds(lambda x=x, w=w: x @ w.t()),
+                "added": flops / bench.seconds(lambda x=x, w=w, y=y: y.addmm_(x, w.t())),
+            }
+            del x, w, y
+    return found
+
+
+def thin(bench: Bench) -> dict[str, Any]:
+    """Bytes per second of the thin products of an adapter, counting the wide operand alone."""
+    h, inner, found = bench.shapes["hidden"], bench.shapes["inner"], {}
+    for tokens in bench.tokens:
+        for rank in (RANK, 3 * RANK, 64):
+            x, a, b, g = bench.draw(tokens, h), bench.draw(rank, h), bench.draw(inner, rank), bench.draw(tokens, inner)
+            narrow = bench.draw(tokens, rank)
+            ops: dict[str, tuple[int, Callable[[], Tensor]]] = {
+                "x A": (x.nbytes, lambda x=x, a=a: x @ a.t()), "g B": (g.nbytes, lambda g=g, b=b: g @ b),
+                "dA": (x.nbytes, lambda n=narrow, x=x: n.t() @ x), "dB": (g.nbytes, lambda g=g, n=narrow: g.t() @ n),
+            }  # fmt: skip
+            found[f"rank {rank}, {tokens} tokens"] = {k: size / bench.seconds(f) for k, (size, f) in ops.items()}
+    return found
+
+
+def head(bench: Bench) -> dict[str, Any]:
+    """Seconds per label of the head and its loss, forward and backward, by the labels of a chunk."""
+    from budwood.model.ops.cross_entropy import cross_entropy
+
+    h, vocabulary, found = bench.shapes["hidden"], bench.shapes["vocabulary"], {}
+    w = bench.draw(vocabulary, h)
+    for labels in (16, 64) if bench.dry else (256, 1024, 2048):
+        x = bench.draw(labels, h).requires_grad_()
+        target = torch.zeros(labels, dtype=torch.long, device=bench.device)
+        found[str(labels)] = bench.seconds(lambda x=x, t=target: cross_entropy(x @ w.t(), t).sum().backward()) / labels
+    return found
+
+
+def layers(bench: Bench) -> dict[str, Any]:
+    """Layers of 8B in NF4 with adapters, forward and backward: wall clock, kernels, launches and memory."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from budwood.model.recompute import recompute_layers
+
+    model, found = stack(bench), {}
+    for tokens in bench.tokens:
+        for recomputes in (True, False):
+            recompute_layers(model, recomputes)
+            for name, context in (("halves", _nothing), ("modules", _own_forward)):
+                step = _step(bench, model, tokens)
+                with context():
+                    for _ in range(1 if bench.dry else 3):
+                        step()
+                    bench.wait()
+                    if not bench.dry:
+                        torch.cuda.reset_peak_memory_stats()
+                    times = []
+                    for _ in range(1 if bench.dry else 5):
+                        started = time.perf_counter()
+                        step()
+                        bench.wait()
+                        times.append(time.perf_counter() - started)
+                    kinds = [ProfilerActivity.CPU, *([] if bench.dry else [ProfilerActivity.CUDA])]
+                    with profile(activities=kinds) as profiled:
+                        step()
+                        bench.wait()
+                events = profiled.key_averages()
+                device = "self_cpu_time_total" if bench.dry else "self_device_time_total"
+                top = sorted(events, key=lambda event: getattr(event, device), reverse=True)[:15]
+                found[f"{tokens} tokens, {'recomputed' if recomputes else 'kept'}, {name}"] = {
+                    "seconds": statistics.median(times),
+                    "seconds of kernels": sum(getattr(event, device) for event in events) / 1e6,
+                    "launches": sum(event.count for event in events if "LaunchKernel" in event.key),
+                    "peak bytes": 0 if bench.dry else torch.cuda.max_memory_allocated(),
+                    "longest": [[e.key[:60], e.count, round(getattr(e, device) / 1e3, 3)] for e in top],
+                }
+    return found
+
+
+def four_bit(bench: Bench, inputs: int, outputs: int) -> Any:
+    """Return a linear in NF4 with random weights."""
+    import bitsandbytes
+
+    from budwood.model.quantizers.cpu_kernel import install
+
+    install()
+    linear = bitsandbytes.nn.Linear4bit(inputs, outputs, bias=False, compute_dtype=bench.dtype, quant_type="nf4")
+    weight = torch.randn(outputs, inputs, dtype=torch.bfloat16) * inputs**-0.5
+    linear.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
+    linear.to(bench.device)
+    linear.support_avx512bf16_for_cpu = False
+    return linear
+
+
+def stack(bench: Bench) -> Any:
+    """Return a decoder of few layers in NF4, with adapters on all linears, as a run prepares it."""
+    from peft import LoraConfig
+    from transformers import LlamaConfig, LlamaModel
+
+    from budwood.adapters.peft_layers import select_adapters
+    from budwood.model.halves.take_over import compute_in_halves
+    from budwood.model.ops import attention
+    from budwood.model.ops.gated import fuse_mlps
+    from budwood.model.ops.rms_norm import save_memory_in_norms
+    from budwood.model.ops.rotary import fuse_rotations
+    from budwood_lora.layers import add_adapter
+
+    attention.register()
+    h, keys = bench.shapes["hidden"], bench.shapes["keys"]
+    size = h // 32 if not bench.dry else 16
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=h, intermediate_size=bench.shapes["inner"], head_dim=size, use_cache=False,
+        num_hidden_layers=2 if bench.dry else LAYERS, num_attention_heads=h // size, num_key_value_heads=keys // size,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model: Any = LlamaModel._from_config(config, attn_implementation=attention.IMPLEMENTATION)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for name in names:
+        old, (parent, _, leaf) = model.get_submodule(name), name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, four_bit(bench, old.in_features, old.out_features))
+    for module in model.modules():
+        for leaf, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.is_meta:
+                full = torch.ones(parameter.shape, dtype=bench.dtype, device=bench.device)
+                module._parameters[leaf] = nn.Parameter(full, requires_grad=False)
+    model.rotary_emb = type(model.rotary_emb)(config).to(bench.device)
+    save_memory_in_norms(model)
+    fuse_mlps(model)
+    fuse_rotations(model)
+    compute_in_halves(model)
+    add_adapter(model, LoraConfig(r=RANK, lora_alpha=16, target_modules=names, init_lora_weights=False), "default")
+    select_adapters(model, "lora", ["default"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return model.train()
+
+
+def _step(bench: Bench, model: Any, tokens: int) -> Callable[[], None]:
+    """Return a forward and backward pass over a packed row."""
+    from budwood.model.ops.attention import packed_mask
+
+    x, above = bench.draw(1, tokens, bench.shapes["hidden"]), bench.draw(1, tokens, bench.shapes["hidden"])
+    segments = (*range(0, tokens, SEGMENT), tokens)
+    positions = (torch.arange(tokens, device=bench.device) % SEGMENT)[None]
+
+    def step() -> None:
+        with torch.autocast(bench.device.type, bench.dtype, bench.dtype != torch.float32):
+            y = model(
+                inputs_embeds=x, position_ids=positions, segments=segments, attention_mask=packed_mask(bench.device)
+            )
+        y.last_hidden_state.backward(above)
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def train(bench: Bench) -> dict[str, Any]:
+    """`benchmarks.train` at 1B and 8B, one arm at a time: 3 steps to warm up, 3 rounds of 5 steps."""
+    found: dict[str, Any] = {}
+    for size, name in [(base, arm) for base in ARMS for arm in ARMS[base]]:
+        to = bench.out / f"train-{size}-{name}.json"
+        words = ["--size", size, "--arms", name, "--warmup", "3", "--rounds", "3", "--steps", "5", "--out", str(to)]
+        command = [sys.executable, "-m", "benchmarks.train", *words]
+        if bench.dry:
+            found[f"{size}, {name}"] = {"command": command}
+            continue
+        if bench.left < 30:
+            found[f"{size}, {name}"] = {"late": True}
+            continue
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=bench.left, check=False)
+            found[f"{size}, {name}"] = (
+                json.loads(to.read_text()) if done.returncode == 0 else {"failed": done.stderr[-1500:]}
+            )
+        except subprocess.TimeoutExpired:
+            found[f"{size}, {name}"] = {"late": True}
+    return found
+
+
+STAGES = {f.__name__: f for f in (peak, kernels, products, thin, head, layers, train)}
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _without_kernels(module: Any) -> Iterator[None]:
+    """Let torch compute what a kernel would."""
+    passes = module._passes
+    module._passes = lambda *_: False
+    try:
+        yield
+    finally:
+        module._passes = passes
+
+
+@contextmanager
+def _own_forward() -> Iterator[None]:
+    """Let each layer take the model's own forward."""
+    from budwood.model.halves.layer import Halves
+
+    chain = Halves.chain
+    Halves.chain = lambda *_: None  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        Halves.chain = chain  # type: ignore[method-assign]
+
+
+def _has(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def record(bench: Bench, names: list[str]) -> dict[str, Any]:
+    """Run the stages, and write each one's JSON."""
+    bench.out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {}
+    for name in names:
+        started = time.monotonic()
+        try:
+            found = STAGES[name](bench) if bench.left > 0 else {"late": True}
+        except Exception:  # a device, a driver, a library: the next stage may work
+            found = {"failed": traceback.format_exc()[-1500:]}
+        results[name] = {"stage_seconds": round(time.monotonic() - started, 1), **found}
+        (bench.out / f"{name}.json").write_text(json.dumps(results[name], indent=1) + "\n", encoding="utf-8")
+        state = "failed" if "failed" in found else "late" if found.get("late") else "done"
+        print(f"{name}: {state} after {results[name]['stage_seconds']} s", flush=True)
+    return results
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run the stages; the exit code is 3 without a GPU, and 1 if a stage failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_record", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/gpu"), help="folder of the JSON files")
+    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), metavar="STAGE")
+    parser.add_argument("--limit", type=float, default=580, help="seconds in all (default 580)")
+    parser.add_argument("--dry", action="store_true", help="on a CPU, with tiny shapes")
+    chosen = parser.parse_args(words)
+    if not chosen.dry and not torch.cuda.is_available():
+        print("error: no CUDA device: --dry runs every stage on a CPU, with tiny shapes", file=sys.stderr)
+        return 3
+    results = record(Bench(chosen.dry, chosen.out, chosen.limit), chosen.stages)
+    return int(any("failed" in found for found in results.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""The autograd function of one half, or of both halves of a layer, which keep their activations or recompute them.
+
+Recomputed, nothing but the layer's input is kept. The backward pass dequantises each 4-bit weight once, for the
+recomputation and the gradient, and computes everything again but the last product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from budwood.model.halves.attention import AttentionHalf, Call
+from budwood.model.halves.kept import Kept
+from budwood.model.halves.mlp import MlpHalf
+from budwood.model.ops import tiles
+from budwood.model.ops.group import Factors
+from budwood.model.random_state import Draws
+
+Half = AttentionHalf | MlpHalf
+
+
+@dataclass
+class Chain:
+    """Halves one after the other, in one pass.
+
+    Attributes:
+        factors: of both groups of each half.
+        recomputes: keep the input alone.
+    """
+
+    halves: Sequence[Half]
+    factors: list[Factors]
+    call: Call
+    recomputes: bool
+
+    def __call__(self, x: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Return the output for x [rows, tokens, d].
+
+        Args:
+            tensors: those of all halves' groups, which may need gradients.
+        """
+        result: Tensor = _Chain.apply(x, self, *tensors)
+        self.factors = []  # the function has saved them
+        return result
+
+    def pairs(self, factors: Sequence[Factors]) -> list[Sequence[Factors]]:
+        """Return the factors of each half."""
+        return [factors[i : i + 2] for i in range(0, len(factors), 2)]
+
+    def split(self, values: Sequence[Any]) -> list[list[Any]]:
+        """Return what belongs to each half."""
+        parts, start = [], 0
+        for half in self.halves:
+            parts.append(list(values[start : start + half.tensors]))
+            start += half.tensors
+        return parts
+
+    def pieces(self, half: Half, x: Tensor) -> list[Tensor]:
+        """Return the rows that a half computes at once: all, but an MLP that is recomputed takes long rows in tiles."""
+        long = self.recomputes and isinstance(half, MlpHalf) and len(x) > tiles.FROM
+        return list(x.split(tiles.ROWS)) if long else [x]
+
+
+class _Chain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, chain: Chain, *tensors: Tensor | None) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        kept: list[Kept] = []
+        ctx.chain, both = chain, chain.pairs(chain.factors)
+        ctx.lengths = [len(each) for each in chain.factors]
+        factors = [tensor for each in chain.factors for tensor in each]
+        with torch.autocast(x.device.type, enabled=False):
+            if chain.recomputes:
+                ctx.draws = Draws(x.device)
+                with ctx.draws.first:
+                    y = _compute(chain, flat, chain.split(tensors), both)
+                ctx.save_for_backward(*factors, x, *tensors)
+                return y.view(x.shape)
+            y = flat
+            for half, part, pair in zip(chain.halves, chain.split(tensors), both, strict=True):
+                kept.append(Kept())
+                kept[-1].put("x", y)
+                y = half.forward(y, part, pair, chain.call, kept[-1])
+        dense = _dense(chain) if ctx.needs_input_grad[0] else []
+        ctx.places = [list(one.tensors) for one in kept]
+        ctx.edges = [one.edges for one in kept]
+        saved = [tensor for one in kept for tensor in one.tensors.values()]
+        ctx.save_for_backward(*factors, *tensors, *saved, *dense)
+        return y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        chain, wants_x, wants = ctx.chain, ctx.needs_input_grad[0], chain_wants(ctx)
+        gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
+        saved = iter(ctx.saved_tensors)
+        both = chain.pairs([[next(saved) for _ in range(length)] for length in ctx.lengths])
+        with torch.autocast(gradient.device.type, enabled=False):
+            if chain.recomputes:
+                x, *tensors = saved
+                with ctx.draws.again:
+                    grad_x, found = _recompute(chain, x, tensors, both, gradient, wants, wants_x)
+            else:
+                grad_x, found = _continue(ctx, chain, list(saved), both, gradient, wants, wants_x)
+        shape = gradients[0].shape
+        return (None if grad_x is None else grad_x.view(shape), None, *found)
+
+
+def chain_wants(ctx: Any) -> list[list[bool]]:
+    """Return which tensors of each half want a gradient."""
+    parts: list[list[bool]] = ctx.chain.split(ctx.needs_input_grad[2:])
+    return parts
+
+
+def _compute(
+    chain: Chain, x: Tensor, tensors: Sequence[Sequence[Tensor | None]], both: Sequence[Sequence[Factors]]
+) -> Tensor:
+    """Return the output [n, d] without keeping anything."""
+    for half, part, pair in zip(chain.halves, tensors, both, strict=True):
+        pieces = chain.pieces(half, x)
+        if len(pieces) == 1:
+            x = half.forward(x, part, pair, chain.call, None)
+            continue
+        weights, y, start = half.weights(), torch.empty_like(x), 0
+        for piece in pieces:
+            y[start : start + len(piece)] = half.forward(piece, part, pair, chain.call, None, weights)
+            start += len(piece)
+        x = y
+    return x
+
+
+def _recompute(
+    chain: Chain, x: Tensor, tensors: Sequence[Tensor | None], both: Sequence[Sequence[Factors]], gradient: Tensor,
+    wants: Sequence[Sequence[bool]], wants_x: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
+    """Return the gradients of x and of the tensors, from the input alone."""
+    parts = chain.split(tensors)
+    x = x.detach().reshape(-1, x.shape[-1])
+    kept, inputs, weights = [], [x], []
+    for half, part, pair in zip(chain.halves[:-1], parts, both, strict=False):
+        kept.append(Kept())
+        weights.append(half.weights())
+        inputs.append(half.forward(inputs[-1], part, pair, chain.call, kept[-1], weights[-1]))
+    last, part, needed = chain.halves[-1], parts[-1], wants_x or any(any(each) for each in wants[:-1])
+    dense = last.weights()
+    found: list[Tensor | None] = [None] * last.tensors
+    pieces, start, grads = chain.pieces(last, inputs[-1]), 0, []
+    for piece in pieces:
+        above = gradient[start : start + len(piece)]
+        start += len(piece)
+        store = Kept()
+        last.forward(piece, part, both[-1], chain.call, store, dense, ends=True)
+        grad, each = last.backward(above, piece, part, both[-1], store, wants[-1], needed, True, dense)
+        found = [_sum(total, new) for total, new in zip(found, each, strict=True)]
+        if grad is not None:
+            grads.append(grad)
+        del store, grad, each
+    del dense
+    below: Tensor | None = (grads[0] if len(grads) == 1 else torch.cat(grads)) if grads else None
+    del grads
+    for i in reversed(range(len(kept))):
+        if below is None:
+            return None, [*(None for part in parts[: i + 1] for _ in part), *found]
+        half, own = chain.halves[i], kept.pop()
+        needed = wants_x or any(any(each) for each in wants[:i])
+        below, each = half.backward(
+            below, inputs[i], parts[i], both[i], own, wants[i], needed, True, weights.pop()
+        )  # fmt: skip
+        found = [*each, *found]
+    return below, found
+
+
+def _continue(
+    ctx: Any, chain: Chain, tensors: Sequence[Tensor | None], both: Sequence[Sequence[Factors]], gradient: Tensor,
+    wants: Sequence[Sequence[bool]], wants_x: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
+    """Return the gradients of x and of the tensors, from what the forward pass kept."""
+    count = sum(half.tensors for half in chain.halves)
+    tensors, saved = tensors[:count], (tensor for tensor in tensors[count:] if tensor is not None)
+    kept = [
+        Kept({name: next(saved) for name in names}, edges) for names, edges in zip(ctx.places, ctx.edges, strict=True)
+    ]
+    found: list[Tensor | None] = []
+    below: Tensor | None = gradient
+    parts = chain.split(tensors)
+    for i in reversed(range(len(kept))):
+        if below is None:
+            found = [*(None for _ in parts[i]), *found]
+            continue
+        needed = wants_x or any(any(each) for each in wants[:i])
+        x = kept[i].tensors["x"]
+        below, each = chain.halves[i].backward(below, x, parts[i], both[i], kept[i], wants[i], needed, False)
+        found = [*each, *found]
+    return below, found
+
+
+def _dense(chain: Chain) -> list[Tensor]:
+    """Return weights that are not packed: saved, torch detects changes of them before the backward pass."""
+    weights = []
+    for half in chain.halves:
+        for group in (half.inputs, half.output):
+            for quantizer, base in zip(group.quantizers, group.bases, strict=True):
+                weight = quantizer.weight(base)
+                weights += [weight] if weight.is_floating_point() else []
+    return weights
+
+
+def _sum(total: Tensor | None, new: Tensor | None) -> Tensor | None:
+    if total is None or new is None:
+        return new if total is None else total
+    return total.add_(new)

@@ -1,0 +1,115 @@
+"""The half of a layer with a gated MLP: x + [norm] down(activation(gate) · up), gate and up of norm(x)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from budwood.model.halves import norms
+from budwood.model.halves.attention import Call
+from budwood.model.halves.kept import Kept
+from budwood.model.ops.gated import gated_backward, gated_forward
+from budwood.model.ops.group import Factors, Group
+from budwood.model.ops.kernels import implementation
+
+
+@dataclass(frozen=True)
+class MlpHalf:
+    """One pass of the half.
+
+    Attributes:
+        norm, after: the norm of the input, and that of the output or None.
+        kind: of the activation, see `budwood.model.ops.gated`.
+        inputs, output: gate and up, which may be one linear, and down.
+    """
+
+    norm: nn.Module
+    after: nn.Module | None
+    kind: str
+    inputs: Group
+    output: Group
+
+    @property
+    def tensors(self) -> int:
+        """The number of tensors with gradients."""
+        return self.inputs.tensors + self.output.tensors
+
+    def weights(self) -> list[list[Tensor]]:
+        """Return the weights of both groups, for a recomputation and the backward pass after it."""
+        return [self.inputs.weights(), self.output.weights()]
+
+    def forward(
+        self, x: Tensor, tensors: Sequence[Tensor | None], both: Sequence[Factors], call: Call, kept: Kept | None,
+        weights: list[list[Tensor]] | None = None, ends: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Return the half's output [n, d] for x [n, d]; the arguments are those of `AttentionHalf.forward`."""
+        first, second = weights or (None, None)
+        given, more = tensors[: self.inputs.tensors], tensors[self.inputs.tensors :]
+        factors, outer = both
+        normed = norms.forward(self.norm, "norm", x, kept, call.autocast).to(self.inputs.dtype)
+        projected, made = self.inputs.forward(normed, given, factors, None, first)
+        if kept is not None:
+            kept.put("normed", normed)
+            kept.put_made("inputs", made)
+            kept.put_list("projected", projected)
+        gate, up = _pair(projected)
+        if ends and self.after is None and not any(self.output.drops) and implementation("gated", gate) is not None:
+            return x  # the backward's kernel writes the product too
+        product = gated_forward(gate, up, self.kind)
+        plain = self.after is None and x.dtype == self.output.dtype
+        if ends and self.after is None:
+            made, y = self.output.thin(product, outer), x
+        else:
+            (y,), made = self.output.forward(product, more, outer, x if plain else None, second)
+        if kept is not None:
+            kept.put_made("output", made)
+            if implementation("gated", gate) is None or made.masks:
+                kept.put("product", product)
+        if self.after is not None:
+            if kept is not None:
+                kept.put("before", y)
+            y = norms.forward(self.after, "after", y, kept, call.autocast)
+        return x if ends else y if plain else x + y
+
+    def backward(
+        self, gradient: Tensor, x: Tensor, tensors: Sequence[Tensor | None], both: Sequence[Factors], kept: Kept,
+        wants: Sequence[bool], wants_x: bool, last: bool, weights: list[list[Tensor]] | None = None,
+    ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
+        """Return the gradients of x and of the tensors; the arguments are those of `AttentionHalf.backward`."""
+        first, second = weights or (None, None)
+        count = self.inputs.tensors
+        names = len(self.inputs.bases)
+        factors, outer = both
+        inside = gradient
+        if self.after is not None:
+            inside = norms.backward(self.after, "after", gradient, kept.tensors["before"], kept, last)
+        inside = inside.to(self.output.dtype)
+        made, product = kept.get_made("output"), kept.get("product")
+        thin = self.output.thin_gradient([inside], outer)
+        through = self.output.input_gradient([inside], thin, outer, made.masks, second)
+        gate, up = _pair([t for t in kept.get_list("projected", names) if t is not None])
+        again = product is None and any(wants[count:])
+        back, repeated = gated_backward(through, gate, up, self.kind, again)
+        product = repeated if product is None else product
+        del through
+        if product is not None and made.narrow is None and any(wants[count:]):
+            made = self.output.thin(product, outer)
+        found = self.output.factor_gradients([inside], thin, product, made, tensors[count:], wants[count:])
+        del product, repeated, inside
+        made, normed = kept.get_made("inputs"), kept.tensors["normed"]
+        thin = self.inputs.thin_gradient(back, factors)
+        earlier = self.inputs.factor_gradients(back, thin, normed, made, tensors[:count], wants[:count])
+        if not wants_x:
+            return None, [*earlier, *found]
+        grad_x = self.inputs.input_gradient(back, thin, factors, made.masks, first).to(x.dtype)
+        return norms.backward(self.norm, "norm", grad_x, x, kept, last, gradient), [*earlier, *found]
+
+
+def _pair(projected: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return gate and up, which may be the halves of one tensor."""
+    if len(projected) == 2:
+        return projected[0], projected[1]
+    gate, up = projected[0].chunk(2, -1)
+    return gate, up

@@ -1,0 +1,155 @@
+"""Which layers compute in halves: those whose class computes the same numbers on a small layer of its own."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from budwood.model.device import planned_device
+from budwood.model.halves.layer import PATTERNS, Halves, Names, queries
+from budwood.model.halves.shadows import Shadows
+from budwood.model.ops.gated import GatedMLP, fuse_mlps
+from budwood.model.ops.rms_norm import save_memory_in_norms
+
+SMALL = {
+    "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "num_hidden_layers": 2,
+}  # fmt: skip
+"""Sizes of the layer that is tried, where a config has such a field."""
+
+
+def compute_in_halves(model: nn.Module) -> int:
+    """Make the layers of `model` compute in halves, where that gives their own numbers.
+
+    Call it after `save_memory_in_norms` and `fuse_mlps`, on the norms and MLPs that these changed.
+
+    Returns:
+        The number of layers changed.
+    """
+    from budwood.model.recompute import layers_of
+
+    changed, shadows = 0, Shadows()
+    for number, layer in enumerate(layers_of(model)):
+        names = _names(layer)
+        if names is not None and not isinstance(layer.__dict__.get("forward"), Halves):
+            layer.forward = Halves(layer, layer.forward, names, number, shadows)
+            changed += 1
+    return changed
+
+
+def describe_others(model: nn.Module) -> str:
+    """Return which of the layers that compute in halves take their own forward now, and why; "" if none does."""
+    from budwood.model.recompute import layers_of
+
+    forwards = [layer.__dict__.get("forward") for layer in layers_of(model)]
+    halves = [forward for forward in forwards if isinstance(forward, Halves)]
+    reasons = [reason for one in halves if (reason := one.obstacle()) is not None]
+    if not reasons:
+        return ""
+    return f"{len(reasons)} of {len(halves)} layers take the model's own forward, which is slower: {reasons[0]}"
+
+
+def _names(layer: Any) -> Names | None:
+    """Return the names of a layer's modules, if its class is known to compute in halves."""
+    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    config = getattr(attention, "config", None)
+    if attention is None or config is None or mlp is None:
+        return None
+    if not (queries(attention) and hasattr(attention, "o_proj")):
+        return None
+    dense = isinstance(mlp.forward, GatedMLP)
+    cls = next(
+        cls for cls in type(layer).__mro__ if not cls.__name__.startswith("FSDP")
+    )  # what a sharded one is made of
+    index, kinds = int(getattr(attention, "layer_idx", 0) or 0), getattr(config, "layer_types", None)
+    kind = kinds[index] if kinds and index < len(kinds) else None
+    return _tried(cls, _Config(config, index), kind, dense)
+
+
+class _Config:
+    """A model's config and the index of one of its layers; equal to that of the same config's other layers."""
+
+    def __init__(self, config: Any, index: int) -> None:
+        self.config, self.index = config, index
+
+    def __hash__(self) -> int:
+        return hash(type(self.config))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Config) and other.config is self.config
+
+
+@functools.lru_cache(maxsize=64)
+def _tried(cls: type[nn.Module], key: _Config, kind: str | None, dense: bool) -> Names | None:
+    """Return the names with which the halves of a small layer compute what its class does; None: there are none.
+
+    Args:
+        kind: that of the layer, such as sliding_attention, which has an answer of its own.
+    """
+    try:
+        with unset_fake_temporarily(), planned_device("cpu"), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            layer = _small(cls, key.config, key.index, dense)
+            return next((names for names in PATTERNS if _agrees(layer, names)), None)
+    except Exception:  # a constructor with other arguments, a forward with others
+        return None
+
+
+def _small(cls: Any, config: Any, index: int, dense: bool) -> Any:
+    """Return a layer of a class with few parameters, in fp32."""
+    config = copy.deepcopy(config)
+    for name, value in SMALL.items():
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, max(value, index + 1) if name == "num_hidden_layers" else value)
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        layer = cls(config, index)
+    if not dense:
+        layer.mlp = _Square()
+    layer = layer.to_empty(device="cpu").float()
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(False).normal_(1.0 if "norm" in name else 0.0, 0.3)
+    save_memory_in_norms(layer)
+    fuse_mlps(layer)
+    return layer.train()
+
+
+class _Square(nn.Module):
+    """In the place of a mixture."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.1 * x.square()
+
+
+def _agrees(layer: Any, names: Names) -> bool:
+    """Return whether output and gradient are those of the class's forward, up to roundings."""
+    if not all(hasattr(layer, name) for name in (names.norm, names.after, names.second, names.last) if name):
+        return False
+    others = {name for name, _ in layer.named_children()} - {"self_attn", "mlp"}
+    if others != {name for name in (names.norm, names.after, names.second, names.last, *names.drops) if name}:
+        return False
+    for name in names.drops:
+        getattr(layer, name).p = 0.0
+    attention = layer.self_attn
+    attention.attention_dropout = 0.0
+    size = attention.head_dim
+    draw = torch.Generator().manual_seed(0)
+    x, above = (torch.randn(2, 5, 32, generator=draw) for _ in range(2))
+    angles = torch.rand(1, 5, size // 2, generator=draw).repeat(1, 1, 2)
+    options = {"attention_mask": None, "position_embeddings": (angles.cos(), angles.sin())}
+    results, halves = [], Halves(layer, layer.forward, names, 0, Shadows())
+    if halves.chain(x.clone().requires_grad_(), dict(options)) is None:
+        return False
+    for forward in (layer.forward, halves):
+        leaf = x.clone().requires_grad_()
+        y = forward(leaf, **options)
+        results.append((y.detach(), torch.autograd.grad(y, leaf, above)[0]))
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*results, strict=True))
+
+
+__all__ = ["compute_in_halves", "describe_others"]

@@ -1,0 +1,364 @@
+"""Frozen linears of one input with their low-rank updates: y_i = x W_iᵀ + bias_i + s_i · drop_i(x) A_iᵀ B_iᵀ.
+
+`low_rank_linear` computes one linear, and reads x for each; here the factors A of a group, such as those of query, key
+and value, are one matrix, and x is read once. Where kernels dequantise, the weights of a group are one matrix too, and
+the B are the blocks of another. The functions have no graph: their callers are autograd functions.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from budwood.model.device import device_type
+from budwood.model.ops.kernels import implementation
+from budwood.model.ops.linear import thin_product
+from budwood.model.quantizers import quantizer_of
+
+ALIGNED = 64
+"""Elements to a multiple of which factors begin in memory."""
+MOST = 3
+"""Weights that one kernel dequantises."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A linear of a group, and its update in one pass.
+
+    Attributes:
+        base: a linear that has a quantiser.
+        a: [r, in], any floating dtype; None: no update.
+        b: [out, r], likewise.
+        scaling: factor of the update.
+        dropout: probability of dropping an element of the update's input.
+    """
+
+    base: Any
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scaling: float = 1.0
+    dropout: float = 0.0
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """A, B and the bias, of which each may have a gradient."""
+        return self.a, self.b, getattr(self.base, "bias", None)
+
+
+Factors = list[Tensor | None]
+"""A of all parts [R, in] in the dtype of the products, and each B [out, r]; stacked, all B as blocks of one."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the factors of a group lie.
+
+    Attributes:
+        blocks: the B are the blocks of one matrix [sum of out, R].
+        ranks, sizes: of each part; its rank is 0 without an update.
+    """
+
+    dtype: torch.dtype
+    blocks: bool
+    ranks: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def shapes(self, tensors: Sequence[Tensor | None]) -> list[tuple[int, ...] | None]:
+        """Return the shapes of A and of each B, or of all; None where a tensor of the group is taken as it is.
+
+        Args:
+            tensors: `Part.tensors` of all parts.
+        """
+        a, b = tensors[0::3], tensors[1::3]
+        inputs = next(t.shape[1] for t in a if t is not None)
+        alone = len(a) == 1 and a[0].dtype == self.dtype  # type: ignore[union-attr]
+        found: list[tuple[int, ...] | None] = [None if alone else (sum(self.ranks), inputs)]
+        if self.blocks:
+            return [*found, (sum(self.sizes), sum(self.ranks))]
+        return [*found, *(None if t is None or t.dtype == self.dtype else tuple(t.shape) for t in b)]
+
+
+def pack(groups: Sequence[tuple[Layout, Sequence[Tensor | None]]]) -> list[Factors]:
+    """Return the factors of groups, from `Part.tensors` of all their parts; one operation copies all of them."""
+    factors: list[Factors] = []
+    wanted: list[tuple[int, int, tuple[int, ...]]] = []
+    for number, (layout, tensors) in enumerate(groups):
+        parts = tensors[1::3]
+        if not any(layout.ranks):
+            factors.append([None] * (2 if layout.blocks else 1 + len(parts)))
+            continue
+        factors.append([tensors[0], *((None,) if layout.blocks else parts)])
+        wanted += [(number, i, shape) for i, shape in enumerate(layout.shapes(tensors)) if shape is not None]
+    if not wanted:
+        return factors
+    ends = list(itertools.accumulate((-(-math.prod(shape) // ALIGNED) * ALIGNED for *_, shape in wanted), initial=0))
+    like = next(t for layout, tensors in groups for t in tensors[0::3] if t is not None)
+    flat = torch.zeros(ends[-1], dtype=groups[wanted[0][0]][0].dtype, device=like.device)
+    targets, sources = [], []
+    for (number, i, shape), start in zip(wanted, ends, strict=False):
+        place = flat[start : start + math.prod(shape)].view(shape)
+        factors[number][i] = place
+        layout, tensors = groups[number]
+        if i and not layout.blocks:
+            pairs = [(place, tensors[3 * (i - 1) + 1])]
+        else:
+            rows = _spans(layout.sizes if i else layout.ranks)
+            columns = _spans(layout.ranks) if i else [slice(None)] * len(rows)
+            pairs = [
+                (place[row, column], t)
+                for row, column, t in zip(rows, columns, tensors[1 if i else 0 :: 3], strict=True)
+            ]
+        targets += [to for to, t in pairs if t is not None]
+        sources += [t for _, t in pairs if t is not None]
+    torch._foreach_copy_(targets, sources)
+    return factors
+
+
+def _spans(sizes: Sequence[int]) -> list[slice]:
+    return [slice(*pair) for pair in itertools.pairwise(itertools.accumulate(sizes, initial=0))]
+
+
+@dataclass
+class Made:
+    """What the backward pass needs of a product: xAᵀ of all parts [n, R], and the masks of dropout."""
+
+    narrow: Tensor | None = None
+    masks: list[Tensor] = field(default_factory=list)
+
+
+class Group:
+    """The linears of one input in one pass.
+
+    Attributes:
+        stacked: the weights are one matrix [sum of out, in], and so are the outputs and their gradients.
+        sizes: number of outputs of each linear.
+        spans, rows: the columns of each linear in a thin product, and its outputs among all.
+        tensors: the number of the group's tensors with gradients: three for each part, see `Part.tensors`.
+    """
+
+    def __init__(self, parts: Sequence[Part], rows: Tensor, dtype: torch.dtype) -> None:
+        """See the class; `rows` is on the device of the weights, and `dtype` is that of the products."""
+        self.dtype = dtype
+        self.bases = [part.base for part in parts]
+        self.quantizers: list[Any] = [quantizer_of(base) for base in self.bases]
+        self.sizes = [q.shape(base)[0] for q, base in zip(self.quantizers, self.bases, strict=True)]
+        self.scales, self.drops = [p.scaling for p in parts], [p.dropout if p.a is not None else 0.0 for p in parts]
+        self.ranks = [0 if part.a is None else len(part.a) for part in parts]
+        self.spans, self.rows = _spans(self.ranks), _spans(self.sizes)
+        updated = {scale for scale, rank in zip(self.scales, self.ranks, strict=True) if rank}
+        kernel = implementation("dequantize_4bit", rows, dtype) if len(updated) <= 1 else None
+        self.stacked = kernel is not None and self._stacks()
+        self.scale = next(iter(updated), 1.0)
+        self.tensors = 3 * len(self.bases)
+
+    def _stacks(self) -> bool:
+        """Whether one kernel dequantises the weights of all linears."""
+        alike = {type(quantizer) for quantizer in self.quantizers}
+        taken = all(q.stacks(base) for q, base in zip(self.quantizers, self.bases, strict=True))
+        return taken and len(alike) == 1 and len(self.bases) <= MOST
+
+    @property
+    def layout(self) -> Layout:
+        """How the group's factors lie."""
+        return Layout(self.dtype, self.stacked and len(self.bases) > 1, tuple(self.ranks), tuple(self.sizes))
+
+    def weights(self) -> list[Tensor]:
+        """Return each W [out, in] in the dtype of the products; stacked, one of all of them."""
+        if self.stacked:
+            return [self.quantizers[0].stack(self.bases, self.dtype)]
+        return [q.dequantize(base, self.dtype) for q, base in zip(self.quantizers, self.bases, strict=True)]
+
+    def forward(
+        self, x: Tensor, tensors: Sequence[Tensor | None], factors: Sequence[Tensor | None],
+        residual: Tensor | None = None, weights: list[Tensor] | None = None,
+    ) -> tuple[list[Tensor], Made]:  # fmt: skip
+        """Return the outputs [n, out] of all linears, of which stacked ones are one, for x [n, in].
+
+        Args:
+            residual: [n, out] in the dtype of the products, added to the output of a group of one linear.
+            weights: from `weights`; None: dequantised here.
+        """
+        made = self.thin(x, factors)
+        biases = [None if bias is None else bias.to(self.dtype) for bias in tensors[2::3]]
+        if not self.stacked:
+            return [
+                self._product(i, x, made.narrow, factors[1 + i], biases[i], residual, weights)
+                for i in range(len(self.bases))
+            ], made
+        (weight,) = weights or self.weights()
+        start = residual
+        if any(bias is not None for bias in biases):
+            whole = torch.cat([x.new_zeros(n) if b is None else b for n, b in zip(self.sizes, biases, strict=True)])
+            start = whole if start is None else start + whole
+        if made.narrow is None:
+            return [x @ weight.t() if start is None else torch.addmm(start, x, weight.t())], made
+        # The thin product comes first: the other one adds to it where it writes.
+        y = _plus(start, made.narrow, factors[1].t(), self.scale)  # type: ignore[union-attr]
+        return [y.addmm_(x, weight.t())], made
+
+    def thin(self, x: Tensor, factors: Sequence[Tensor | None]) -> Made:
+        """Return drop(x) Aᵀ of all parts."""
+        a = factors[0]
+        if a is None:
+            return Made()
+        if not any(self.drops):
+            return Made(thin_product(x, a.t()))
+        masks, parts = [], []
+        for span, drop in zip(self.spans, self.drops, strict=True):
+            inner = x
+            if drop:
+                inner, mask = torch.native_dropout(x, drop, True)
+                masks.append(mask)
+            if span.start < span.stop:
+                parts.append(thin_product(inner, a[span].t()))
+        return Made(parts[0] if len(parts) == 1 else torch.cat(parts, 1), masks)
+
+    def _product(
+        self, i: int, x: Tensor, narrow: Tensor | None, b: Tensor | None, bias: Tensor | None,
+        residual: Tensor | None, weights: list[Tensor] | None,
+    ) -> Tensor:  # fmt: skip
+        """Return the output [n, out] of one linear, whose weight is a matrix of its own."""
+        base, quantizer = self.bases[i], self.quantizers[i]
+        if not quantizer.dense or (weights is None and residual is None):
+            y = quantizer.forward(base, x, getattr(base, "bias", None))
+            if residual is not None:
+                y.add_(residual)
+        else:
+            weight = quantizer.dequantize(base, self.dtype) if weights is None else weights[i]
+            if bias is not None:
+                residual = bias if residual is None else residual + bias
+            y = x @ weight.t() if residual is None else torch.addmm(residual, x, weight.t())
+        if narrow is not None and b is not None:
+            y.addmm_(narrow[:, self.spans[i]], b.t(), alpha=self.scales[i])
+        return y
+
+    def thin_gradient(self, gradients: Sequence[Tensor], factors: Sequence[Tensor | None]) -> Tensor | None:
+        """Return s g B of all parts [n, R]; None without updates.
+
+        Args:
+            gradients: of the outputs [n, out], in the dtype of the products; stacked, one of all of them.
+        """
+        if factors[0] is None:
+            return None
+        if self.stacked or len(self.bases) == 1:
+            return thin_product(gradients[0], factors[1], self.scale)  # type: ignore[arg-type]
+        thin = _like_thin(gradients[0], sum(self.ranks))
+        for gradient, b, span, scale in zip(gradients, factors[1:], self.spans, self.scales, strict=True):
+            if b is not None:
+                thin[:, span] = thin_product(gradient, b, scale)
+        return thin
+
+    def input_gradient(
+        self, gradients: Sequence[Tensor], thin: Tensor | None, factors: Sequence[Tensor | None],
+        masks: Sequence[Tensor], weights: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Return the gradient of x [n, in].
+
+        Args:
+            thin: from `thin_gradient`.
+            masks: from the forward pass.
+            weights: from `weights`; None: dequantised here.
+        """
+        (first, *others), (weight, *more) = gradients, weights or self.weights()
+        found = first @ weight
+        for gradient, weight in zip(others, more, strict=True):
+            found.addmm_(gradient, weight)
+        if thin is None:
+            return found
+        a: Any = factors[0]
+        if not masks:
+            return found.addmm_(thin, a)
+        for span, drop, mask in self._masked(masks):
+            through = thin[:, span] @ a[span]
+            found.add_(through if mask is None else _dropped(through, mask, drop))
+        return found
+
+    def factor_gradients(
+        self, gradients: Sequence[Tensor], thin: Tensor | None, x: Tensor | None, made: Made,
+        tensors: Sequence[Tensor | None], wants: Sequence[bool],
+    ) -> list[Tensor | None]:  # fmt: skip
+        """Return the gradients of `tensors`, of those that want one.
+
+        Args:
+            x: [n, in]; None: no A wants a gradient.
+        """
+        found: list[Tensor | None] = [None] * self.tensors
+        each = list(gradients)
+        if self.stacked and len(self.bases) > 1 and any(wants[2::3]):
+            each = [gradients[0][:, rows] for rows in self.rows]
+        for i, tensor in enumerate(tensors[2::3]):
+            if wants[3 * i + 2] and tensor is not None:
+                found[3 * i + 2] = each[i].sum(0, dtype=tensor.dtype)
+        if made.narrow is not None and any(wants[1::3]):
+            self._b_gradients(gradients, made.narrow, wants, found)
+        if thin is not None and x is not None and any(wants[0::3]):
+            whole = None if made.masks else thin.t() @ x
+            for i, (span, drop, mask) in enumerate(self._masked(made.masks)):
+                if wants[3 * i] and whole is not None:
+                    found[3 * i] = whole[span]
+                elif wants[3 * i]:
+                    found[3 * i] = thin[:, span].t() @ (x if mask is None else _dropped(x, mask, drop))
+        return _like(found, tensors)
+
+    def _b_gradients(
+        self, gradients: Sequence[Tensor], narrow: Tensor, wants: Sequence[bool], found: list[Tensor | None]
+    ) -> None:
+        blocks = thin_product(gradients[0].t(), narrow, self.scale) if self.stacked else None
+        for i, (rows, span) in enumerate(zip(self.rows, self.spans, strict=True)):
+            if not wants[3 * i + 1]:
+                continue
+            if blocks is not None:
+                found[3 * i + 1] = blocks[rows, span]
+            else:
+                found[3 * i + 1] = thin_product(gradients[i].t(), narrow[:, span], self.scales[i])
+
+    def _masked(self, masks: Sequence[Tensor]) -> Iterator[tuple[slice, float, Tensor | None]]:
+        """Yield the columns of each linear in a thin product, its probability and its mask."""
+        left = iter(masks)
+        for span, drop in zip(self.spans, self.drops, strict=True):
+            yield span, drop, next(left, None) if drop else None
+
+
+def _like(found: list[Tensor | None], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return gradients in the dtypes and layouts of their tensors; one operation copies all."""
+    places = [
+        i for i, (new, old) in enumerate(zip(found, tensors, strict=True))
+        if new is not None and old is not None and not (new.dtype == old.dtype and new.is_contiguous())
+    ]  # fmt: skip
+    if places:
+        sources: list[Any] = [found[i] for i in places]
+        targets: list[Any] = [torch.empty_like(tensors[i], requires_grad=False) for i in places]  # type: ignore[arg-type]
+        torch._foreach_copy_(targets, sources)
+        for i, target in zip(places, targets, strict=True):
+            found[i] = target
+    return found
+
+
+def _dropped(x: Tensor, mask: Tensor, probability: float) -> Tensor:
+    result: Tensor = torch.ops.aten.native_dropout_backward(x, mask, 1.0 / (1.0 - probability))
+    return result
+
+
+def _plus(start: Tensor | None, narrow: Tensor, b: Tensor, scale: float) -> Tensor:
+    if start is None:
+        return torch.addmm(narrow.new_empty(1, 1), narrow, b, beta=0, alpha=scale)
+    return torch.addmm(start, narrow, b, alpha=scale)
+
+
+def _like_thin(gradient: Tensor, rank: int) -> Tensor:
+    """Return an empty tensor [n, rank], laid out as `thin_product` lays out its results."""
+    if device_type(gradient) == "cpu":
+        return gradient.new_empty(rank, len(gradient)).t()
+    return gradient.new_empty(len(gradient), rank)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a frozen linear that a group takes."""
+    quantizer = quantizer_of(module)
+    return quantizer is not None and not quantizer.weight(module).requires_grad
