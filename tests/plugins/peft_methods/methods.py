@@ -147,7 +147,7 @@ type; its options are in [the recipe](recipe.md). PEFT's layers compute them, on
 - **continues, packed**: a run with `adapter:` trains an adapter of stock PEFT on, in packed rows; PEFT opens its file.
 - **combine**: exact: `budwood adapter combine` writes the weighted sum as an adapter of the same method, which changes
   the base by the sum of what its parts change; —: such a sum is none of the method. It says so, and names the remedy:
-  `budwood adapter export --as lora --rank R` for each part, which is lossy.
+  `budwood adapter export --for peft --as lora --rank R` for each part, which is lossy.
 - **budget**: training divides a budget of ranks among the modules; —: PEFT has none for it. `adalora` has one, whose
   adapters are combined as LoRA. AdaMSS, which has one too, is
   [absent](../plugins/peft_methods/budwood_peft_methods/absent.py).

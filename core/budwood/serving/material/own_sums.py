@@ -20,7 +20,7 @@ from budwood.contract.loading import load_strategy
 from budwood.errors import CorruptError, InputError
 from budwood.serving.material.derived import Workbench
 
-REMEDY = "convert each to LoRA first, which is lossy: budwood adapter export DIR OUT --as lora --rank R"
+REMEDY = "convert each to LoRA first, which is lossy: budwood adapter export DIR OUT --for peft --as lora --rank R"
 
 _Result = TypeVar("_Result")
 
