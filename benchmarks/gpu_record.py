@@ -130,7 +130,7 @@ def kernels(bench: Bench) -> dict[str, Any]:
     }
     for name, (function, inputs) in ops.items():
         for kind in ("kernel", "torch"):
-            with _without_kernels(ours) if kind == "torch" else _nothing():
+            with _without_kernels(ours) if kind == "torch" else nothing():
                 above = torch.ones_like(function())
                 both = bench.seconds(lambda f=function, i=inputs, g=above: torch.autograd.grad(f(), i, g))
                 found[f"{name} {kind}"] = {"forward and backward seconds": both}
@@ -219,8 +219,8 @@ def layers(bench: Bench) -> dict[str, Any]:
     for tokens in bench.tokens:
         for recomputes in (True, False):
             recompute_layers(model, recomputes)
-            for name, context in (("halves", _nothing), ("modules", _own_forward)):
-                step = _step(bench, model, tokens)
+            for name, context in (("halves", nothing), ("modules", own_forward)):
+                step = step_of(bench, model, tokens)
                 with context():
                     for _ in range(1 if bench.dry else 3):
                         step()
@@ -265,8 +265,8 @@ def four_bit(bench: Bench, inputs: int, outputs: int) -> Any:
     return linear
 
 
-def stack(bench: Bench) -> Any:
-    """Return a decoder of few layers in NF4, with adapters on all linears, as a run prepares it."""
+def stack(bench: Bench, quantized: bool = True) -> Any:
+    """Return a decoder of few layers in NF4, or in 16 bit, with adapters on all linears, as a run prepares it."""
     from peft import LoraConfig
     from transformers import LlamaConfig, LlamaModel
 
@@ -290,11 +290,12 @@ def stack(bench: Bench) -> Any:
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for name in names:
         old, (parent, _, leaf) = model.get_submodule(name), name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, four_bit(bench, old.in_features, old.out_features))
+        if quantized:
+            setattr(model.get_submodule(parent), leaf, four_bit(bench, old.in_features, old.out_features))
     for module in model.modules():
         for leaf, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta:
-                full = torch.ones(parameter.shape, dtype=bench.dtype, device=bench.device)
+                full = bench.draw(*parameter.shape) * 0.02 + (parameter.dim() == 1)
                 module._parameters[leaf] = nn.Parameter(full, requires_grad=False)
     model.rotary_emb = type(model.rotary_emb)(config).to(bench.device)
     save_memory_in_norms(model)
@@ -308,7 +309,7 @@ def stack(bench: Bench) -> Any:
     return model.train()
 
 
-def _step(bench: Bench, model: Any, tokens: int) -> Callable[[], None]:
+def step_of(bench: Bench, model: Any, tokens: int) -> Callable[[], None]:
     """Return a forward and backward pass over a packed row."""
     from budwood.model.ops.attention import packed_mask
 
@@ -354,7 +355,7 @@ STAGES = {f.__name__: f for f in (peak, kernels, products, thin, head, layers, t
 
 
 @contextmanager
-def _nothing() -> Iterator[None]:
+def nothing() -> Iterator[None]:
     yield
 
 
@@ -370,7 +371,7 @@ def _without_kernels(module: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _own_forward() -> Iterator[None]:
+def own_forward() -> Iterator[None]:
     """Let each layer take the model's own forward."""
     from budwood.model.halves.layer import Halves
 

@@ -18,7 +18,7 @@ from budwood.model.halves.attention import AttentionHalf, Call
 from budwood.model.halves.kept import Kept
 from budwood.model.halves.mlp import MlpHalf
 from budwood.model.ops import tiles
-from budwood.model.ops.group import Factors
+from budwood.model.ops.group import Factors, Layout, pack
 from budwood.model.random_state import Draws
 
 Half = AttentionHalf | MlpHalf
@@ -52,6 +52,14 @@ class Chain:
         """Return the factors of each half."""
         return [factors[i : i + 2] for i in range(0, len(factors), 2)]
 
+    def groups(self, tensors: Sequence[Tensor | None]) -> list[tuple[Layout, Sequence[Tensor | None]]]:
+        """Return the layout and the tensors of both groups of each half."""
+        found: list[tuple[Layout, Sequence[Tensor | None]]] = []
+        for half, part in zip(self.halves, self.split(tensors), strict=True):
+            count = half.inputs.tensors
+            found += [(half.inputs.layout, part[:count]), (half.output.layout, part[count:])]
+        return found
+
     def split(self, values: Sequence[Any]) -> list[list[Any]]:
         """Return what belongs to each half."""
         parts, start = [], 0
@@ -79,7 +87,7 @@ class _Chain(torch.autograd.Function):
                 ctx.draws = Draws(x.device)
                 with ctx.draws.first:
                     y = _compute(chain, flat, chain.split(tensors), both)
-                ctx.save_for_backward(*factors, x, *tensors)
+                ctx.save_for_backward(x, *tensors)
                 return y.view(x.shape)
             y = flat
             for half, part, pair in zip(chain.halves, chain.split(tensors), both, strict=True):
@@ -98,14 +106,15 @@ class _Chain(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         chain, wants_x, wants = ctx.chain, ctx.needs_input_grad[0], chain_wants(ctx)
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
-        saved = iter(ctx.saved_tensors)
-        both = chain.pairs([[next(saved) for _ in range(length)] for length in ctx.lengths])
         with torch.autocast(gradient.device.type, enabled=False):
             if chain.recomputes:
-                x, *tensors = saved
+                x, *tensors = ctx.saved_tensors
+                both = chain.pairs(pack(chain.groups(tensors)))
                 with ctx.draws.again:
                     grad_x, found = _recompute(chain, x, tensors, both, gradient, wants, wants_x)
             else:
+                saved = iter(ctx.saved_tensors)
+                both = chain.pairs([[next(saved) for _ in range(length)] for length in ctx.lengths])
                 grad_x, found = _continue(ctx, chain, list(saved), both, gradient, wants, wants_x)
         shape = gradients[0].shape
         return (None if grad_x is None else grad_x.view(shape), None, *found)
@@ -147,15 +156,17 @@ def _recompute(
         weights.append(half.weights())
         inputs.append(half.forward(inputs[-1], part, pair, chain.call, kept[-1], weights[-1]))
     last, part, needed = chain.halves[-1], parts[-1], wants_x or any(any(each) for each in wants[:-1])
-    dense = last.weights()
     found: list[Tensor | None] = [None] * last.tensors
     pieces, start, grads = chain.pieces(last, inputs[-1]), 0, []
+    begun = last.begin(gradient, both[-1]) if isinstance(last, MlpHalf) and len(pieces) == 1 else []
+    dense = [last.inputs.weights(), []] if begun else last.weights()
+    extra: dict[str, Any] = {"begun": begun} if begun else {}
     for piece in pieces:
         above = gradient[start : start + len(piece)]
         start += len(piece)
         store = Kept()
         last.forward(piece, part, both[-1], chain.call, store, dense, ends=True)
-        grad, each = last.backward(above, piece, part, both[-1], store, wants[-1], needed, True, dense)
+        grad, each = last.backward(above, piece, part, both[-1], store, wants[-1], needed, True, dense, **extra)
         found = [_sum(total, new) for total, new in zip(found, each, strict=True)]
         if grad is not None:
             grads.append(grad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -73,11 +74,27 @@ class MlpHalf:
             y = norms.forward(self.after, "after", y, kept, call.autocast)
         return x if ends else y if plain else x + y
 
+    def begin(self, gradient: Tensor, both: Sequence[Factors]) -> list[Any]:
+        """Return s g B and the gradient of the product activation(gate) · up, before anything is computed again.
+
+        So the weights of both groups are never there at once. []: a norm or a mask comes first.
+        """
+        if self.after is not None or any(self.output.drops):
+            return []
+        inside, outer = gradient.to(self.output.dtype), both[1]
+        thin = self.output.thin_gradient([inside], outer)
+        return [thin, self.output.input_gradient([inside], thin, outer, [])]
+
     def backward(
         self, gradient: Tensor, x: Tensor, tensors: Sequence[Tensor | None], both: Sequence[Factors], kept: Kept,
         wants: Sequence[bool], wants_x: bool, last: bool, weights: list[list[Tensor]] | None = None,
+        begun: list[Any] | None = None,
     ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
-        """Return the gradients of x and of the tensors; the arguments are those of `AttentionHalf.backward`."""
+        """Return the gradients of x and of the tensors; the arguments are those of `AttentionHalf.backward`.
+
+        Args:
+            begun: from `begin`; it is emptied.
+        """
         first, second = weights or (None, None)
         count = self.inputs.tensors
         names = len(self.inputs.bases)
@@ -87,11 +104,16 @@ class MlpHalf:
             inside = norms.backward(self.after, "after", gradient, kept.tensors["before"], kept, last)
         inside = inside.to(self.output.dtype)
         made, product = kept.get_made("output"), kept.get("product")
-        thin = self.output.thin_gradient([inside], outer)
-        through = self.output.input_gradient([inside], thin, outer, made.masks, second)
-        gate, up = _pair([t for t in kept.get_list("projected", names) if t is not None])
+        if not begun:
+            thin = self.output.thin_gradient([inside], outer)
+            through = self.output.input_gradient([inside], thin, outer, made.masks, second)
+        else:
+            thin, through = begun
+            begun.clear()
+        projected = [t for t in kept.get_list("projected", names) if t is not None]
         again = product is None and any(wants[count:])
-        back, repeated = gated_backward(through, gate, up, self.kind, again)
+        back, repeated = gated_backward(through.contiguous(), projected, self.kind, again, last)
+        del projected
         product = repeated if product is None else product
         del through
         if product is not None and made.narrow is None and any(wants[count:]):

@@ -55,16 +55,21 @@ def gated_forward(gate: Tensor, up: Tensor, kind: str) -> Tensor:
 
 
 def gated_backward(
-    gradient: Tensor, gate: Tensor, up: Tensor, kind: str, again: bool
+    gradient: Tensor, projected: list[Tensor], kind: str, again: bool, in_place: bool
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Return the gradients of gate and up, as one tensor [n, 2 d] if these are its halves, and with `again` `gated`."""
+    """Return the gradients of gate and up, and with `again` their `gated`.
+
+    Args:
+        gradient: of the product [n, d], contiguous.
+        projected: gate and up [n, d], or one tensor [n, 2 d] of both, as the gradients are then too.
+        in_place: the kernels may write over all of these.
+    """
+    gate, up = projected if len(projected) == 2 else projected[0].chunk(2, -1)
     kernel = implementation("gated", gate)
-    both, pair = None, [torch.empty_like(gate), torch.empty_like(up)]
-    if not gate.is_contiguous():
-        both = gate.new_empty(len(gate), 2 * gate.shape[-1])
-        pair = list(both.chunk(2, -1))
+    made = projected if in_place and kernel is not None else [torch.empty_like(tensor) for tensor in projected]
+    pair = made if len(made) == 2 else list(made[0].chunk(2, -1))
     if kernel is not None:
-        _, _, product = kernel.gated_backward(gradient.contiguous(), gate, up, kind, again, pair)
+        _, _, product = kernel.gated_backward(gradient, gate, up, kind, again, pair, gradient if in_place else None)
     else:
         active = activate(gate, kind)
         torch.mul(gradient, active, out=pair[1])
@@ -74,7 +79,7 @@ def gated_backward(
             torch.ops.aten.silu_backward.grad_input(through, gate, grad_input=pair[0])
         else:
             torch.ops.aten.gelu_backward.grad_input(through, gate, approximate="tanh", grad_input=pair[0])
-    return [both] if both is not None else pair, product
+    return made, product
 
 
 class _Gated(torch.autograd.Function):

@@ -78,8 +78,8 @@ def _rms_norm(device: torch.device, dtype: torch.dtype) -> str:
 def _gated(device: torch.device, dtype: torch.dtype) -> str:
     from budwood.model.ops.gated import activate
 
-    gate, up, above = _draw(device, dtype, (7, 200), (7, 200), (7, 200))
     for kind in launch.KINDS:
+        gate, up, above = _draw(device, dtype, (7, 200), (7, 200), (7, 200))
 
         def formula(gate: Tensor, up: Tensor, kind: str = kind) -> Tensor:
             return activate(gate, kind) * up
@@ -88,11 +88,16 @@ def _gated(device: torch.device, dtype: torch.dtype) -> str:
         expected = [product, *_gradients(formula, [gate, up], above), product]
         whole = torch.cat((gate, up), -1)
         for (one, other), pair in (((gate, up), ()), (whole.chunk(2, -1), torch.empty_like(whole).chunk(2, -1))):
-            back = launch.gated_backward(above, one, other, kind, True, pair)
-            found = [launch.gated_forward(one, other, kind), *back]
+            forward = launch.gated_forward(one, other, kind)
+            found = [forward, *launch.gated_backward(above, one, other, kind, True, pair)]
             difference = _compare("product gate up again", found, expected)  # type: ignore[arg-type]
             if difference:
                 return f"{kind}: {difference}"
+        over = above.clone()
+        found = list(launch.gated_backward(over, gate, up, kind, True, (gate, up), over))
+        difference = _compare("gate up again", found, expected[1:])  # type: ignore[arg-type]
+        if difference:
+            return f"{kind}, in place: {difference}"
     return ""
 
 

@@ -114,16 +114,20 @@ def gated_forward(gate: Tensor, up: Tensor, kind: str) -> Tensor:
 
 
 def gated_backward(
-    gradient: Tensor, gate: Tensor, up: Tensor, kind: str, again: bool = False, pair: Sequence[Tensor] = ()
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    gradient: Tensor, gate: Tensor, up: Tensor, kind: str, again: bool = False, pair: Sequence[Tensor] = (),
+    product: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Return the gradients of gate and up, from the contiguous one of the product.
 
     Args:
         again: also return the product, third.
-        pair: where the gradients are written, with the strides of gate and up.
+        pair: where the gradients are written, with the strides of gate and up, which they may be.
+        product: where the product is written, which may be `gradient`.
     """
     gates, ups = pair or (torch.empty_like(gate), torch.empty_like(up))
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if again else None
+    out = product if again else None
+    if again and out is None:
+        out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if gate.numel():
         width = gate.shape[-1]
         code.gated_backward[gate.numel() // width, triton.cdiv(width, BLOCK)](

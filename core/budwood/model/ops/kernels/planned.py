@@ -40,10 +40,12 @@ def gated_forward(gate: Tensor, up: Tensor, kind: str) -> Tensor:
 
 
 def gated_backward(
-    gradient: Tensor, gate: Tensor, up: Tensor, kind: str, again: bool = False, pair: Sequence[Tensor] = ()
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    gradient: Tensor, gate: Tensor, up: Tensor, kind: str, again: bool = False, pair: Sequence[Tensor] = (),
+    product: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     gates, ups = pair or (torch.empty_like(gate), torch.empty_like(up))
-    return torch.mul(gradient, up, out=gates), ups, torch.empty_like(gradient) if again else None
+    torch.mul(gradient, up, out=gates)
+    return gates, ups, (torch.empty_like(gradient) if product is None else product) if again else None
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool = False) -> Tensor:
