@@ -96,7 +96,9 @@ def measure(case: dict[str, Any], root: Path, rows: dict[str, Path], count: int)
 def start(path: Path, count: int) -> None:
     """Run `work` in `count` processes, with torchrun's variables, forked from one that has imported the libraries."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.scale", "budwood.training.loop", "torch.distributed", "peft"])
+    context.set_forkserver_preload(
+        ["budwood.training.loop", "budwood.testing.allocations", "torch.distributed", "peft"]
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -142,7 +144,7 @@ class Counting(TorchDispatchMode):
 
     def count_pass(self, module: Any, inputs: Any) -> None:
         """Count a forward pass of the decoder."""
-        self.passes += type(module).__name__ == "LlamaModel"
+        self.passes += type(module).__name__.endswith("LlamaModel")  # FSDP2 renames the class
 
     def as_dict(self) -> dict[str, dict[str, int]]:
         """Return calls and bytes by the name of the operation."""

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from budwood.recipe.schema import Recipe
 from budwood.training.batches import optimizer_steps
@@ -87,6 +88,8 @@ def tensor_bytes() -> int:
     storages = {}
     for value in gc.get_objects():
         if issubclass(type(value), torch.Tensor) and not isinstance(value, FakeTensor) and not value.is_meta:
+            if is_traceable_wrapper_subclass(value):  # its parts are tensors of their own
+                continue
             storage = value.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
