@@ -49,7 +49,8 @@ NUMERICAL := tests/core/model tests/core/adapters/test_pool.py tests/core/adapte
 	tests/e2e/test_commands.py
 LOWERED := "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2" "ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE"
 
-numerics: .venv/installed ## Run the numerical tests with the kernels of older processors
+numerics: .venv/installed ## Run the numerical tests with the kernels of older processors, and those of compiled ops
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m compiled tests/core/training/test_compilation.py
 	@for setting in $(LOWERED); do echo "$$setting"; env $$setting HF_HUB_OFFLINE=1 \
 		$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(NUMERICAL) || exit 1; done
 

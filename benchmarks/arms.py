@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -83,8 +84,12 @@ def work(name: str, workload: Workload, steps: int, threads: int, log: Path, con
     ARMS[name](workload, steps, Pace(connection))
 
 
-def budwood(workload: Workload, steps: int, pace: Pace) -> None:
-    """Run `budwood.tune` on a recipe, with an additional strategy that pauses between turns."""
+def budwood(workload: Workload, steps: int, pace: Pace, **options: Any) -> None:
+    """Run `budwood.tune` on a recipe, with an additional strategy that pauses between turns.
+
+    Args:
+        options: further fields of the recipe's `train`.
+    """
     import budwood
     from budwood.recipe.schema import Recipe
 
@@ -102,9 +107,10 @@ def budwood(workload: Workload, steps: int, pace: Pace) -> None:
             "schedule": "constant",
             "warmup": 0,
             "clip": w.CLIP,
-            "precision": "bf16",
+            "precision": workload.precision,
             "gradient_checkpointing": workload.size.gradient_checkpointing,
             "seed": w.SEED,
+            **options,
         },
         "output": str(workload.folder / "run"),
     }
@@ -194,6 +200,7 @@ PACKED_ROWS = 4
 
 ARMS: dict[str, Callable[[Workload, int, Pace], None]] = {
     "budwood": budwood,
+    "budwood-compile": partial(budwood, compile=True),
     "trainer-1": trainer(1),
     "trainer-2": trainer(2),
     "trainer-4": trainer(4),
@@ -216,7 +223,7 @@ def _arguments(workload: Workload, steps: int, rows: int) -> dict[str, Any]:
         "learning_rate": w.LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "max_grad_norm": w.CLIP,
-        "bf16": True,
+        "bf16": workload.precision == "bf16",
         "use_cpu": not torch.cuda.is_available(),
         "gradient_checkpointing": workload.size.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if workload.size.gradient_checkpointing else None,
@@ -240,17 +247,18 @@ def _peft_model(workload: Workload) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
+    dtype = torch.bfloat16 if workload.precision == "bf16" else torch.float32
     quantization = None
     if workload.size.quantization != "none":
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=workload.size.quantization,
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=dtype,
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
-        workload.base, dtype=torch.bfloat16, quantization_config=quantization, device_map={"": device}
+        workload.base, dtype=dtype, quantization_config=quantization, device_map={"": device}
     )
     set_seed(w.SEED)
     targets: dict[str, Any] = {"target_modules": "all-linear"}

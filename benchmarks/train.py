@@ -8,6 +8,9 @@ the largest difference of a step's loss from Budwood's.
 
 On a machine with a GPU all arms train there, and memory is the peak of its allocator. `--size 1b` and `8b` need one:
 bases in NF4, 8b with gradient checkpointing. All arms are then in memory at the same time, up to 140 GB.
+
+`--precision fp32` measures what machines without fast bf16 compute; ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 in
+the environment makes this machine one of them. `--arms budwood budwood-compile …` adds Budwood with `train.compile`.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ DEFAULT = {
     True: ["budwood", "trainer-4", "trainer-8", "trainer-16", "trl-packed"],
 }
 """The default arms, by whether an optimizer step is one micro-batch."""
+COMPILED = "budwood-compile"
 TARGET_FASTEST, TARGET_EIGHT, TARGET_MEMORY = 3.0, 3.5, 0.32
 
 
@@ -104,11 +108,18 @@ def matmul_rate(threads: int, dtype: str = "bfloat16") -> float:
 
 
 def measure(
-    names: list[str], rounds: int, steps: int, warmup: int, threads: int, folder: Path, size: str
+    names: list[str],
+    rounds: int,
+    steps: int,
+    warmup: int,
+    threads: int,
+    folder: Path,
+    size: str,
+    precision: str = "bf16",
 ) -> dict[str, Any]:
     """Run all arms; return the measurements."""
     total = warmup + rounds * steps
-    workload = w.build(folder, total, w.SIZES[size])
+    workload = w.build(folder, total, w.SIZES[size], precision)
     tokens, flops = workload.step_sizes()
     arms = []
     rates: list[float] = []
@@ -123,7 +134,7 @@ def measure(
             arm.seconds.clear()
             arm.processor.clear()
         for number in range(rounds):
-            rates.append(matmul_rate(threads))
+            rates.append(matmul_rate(threads, {"bf16": "bfloat16", "fp32": "float32"}[precision]))
             order = arms[number % len(arms) :] + arms[: number % len(arms)]
             shown = [f"{arm.name} {arm.run(steps):.1f}" for arm in order]
             say(f"round {number + 1} of {rounds}, {rates[-1] / 1e9:.0f} GFLOP/s matmul, seconds: " + ", ".join(shown))
@@ -156,6 +167,7 @@ def measure(
         "mean_length": round(float(workload.lengths().mean()), 1),
         "threads": threads,
         "size": size,
+        "precision": precision,
         "machine": machine(),
     }
 
@@ -163,7 +175,7 @@ def measure(
 def together(names: list[str]) -> list[list[str]]:
     """Return the groups of arms measured together: Budwood with the Trainer's, and with TRL's."""
     peers = [[n for n in names if n.startswith(kind)] for kind in ("trainer", "trl")]
-    ours = [OURS] if OURS in names else []
+    ours = [name for name in names if name.startswith(OURS)]
     return [[*ours, *group] for group in peers if group] or [ours]
 
 
@@ -180,6 +192,9 @@ def compare(results: dict[str, Any]) -> None:
         spent = zip(arm["processor_seconds_by_round"], ours["processor_seconds_by_round"], strict=True)
         arm["processor_time_ratio"] = statistics.median(theirs / mine for theirs, mine in spent)
         arm["budwood_memory_share"] = ours["peak_bytes"] / arm["peak_bytes"]
+        if COMPILED in results and name != COMPILED:
+            pairs = zip(results[COMPILED]["tokens_per_second_by_round"], arm["tokens_per_second_by_round"], strict=True)
+            arm["compiled_budwood_is_faster_by"] = statistics.median(mine / theirs for mine, theirs in pairs)
         arm["largest_loss_difference"] = max(abs(a - b) for a, b in zip(ours["losses"], arm["losses"], strict=True))
 
 
@@ -193,6 +208,9 @@ def verdicts(results: dict[str, Any]) -> list[tuple[str, bool]]:
         lines.append(
             (f"{factor:.2f}× the fastest Trainer ({fastest}); target {TARGET_FASTEST}×", factor >= TARGET_FASTEST)
         )
+        if COMPILED in results:
+            factor = trainers[fastest]["compiled_budwood_is_faster_by"]
+            lines.append((f"{factor:.2f}× it with train.compile; target {TARGET_FASTEST}×", factor >= TARGET_FASTEST))
     if "trainer-8" in trainers:
         eight = trainers["trainer-8"]
         factor, share = eight["budwood_is_faster_by"], eight["budwood_memory_share"]
@@ -246,6 +264,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--size", choices=list(w.SIZES), default="41m", help="size of the model; the larger ones need a GPU"
     )
+    parser.add_argument(
+        "--precision", choices=["bf16", "fp32"], default="bf16", help="compute dtype of all arms (default bf16)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns per arm (default 5)")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps per turn (default 2)")
     parser.add_argument("--warmup", type=int, default=1, help="optimizer steps before the first round (default 1)")
@@ -265,7 +286,7 @@ def main() -> None:
     for names in [arms] if whole_steps else together(arms):
         with tempfile.TemporaryDirectory(prefix="budwood-bench-") as folder:
             options = (chosen.rounds, chosen.steps, chosen.warmup, chosen.threads)
-            measured = measure(names, *options, Path(folder), chosen.size)
+            measured = measure(names, *options, Path(folder), chosen.size, chosen.precision)
         result = {**measured, **result, "arms": {**measured["arms"], **result.get("arms", {})}}
     result["arms"] = {name: result["arms"][name] for name in ARMS if name in result["arms"]}
     say("\n" + table(result["arms"]) + "\n")

@@ -43,12 +43,13 @@ class Size:
 
 SIZES = {
     "41m": Size(8, 512, 1376, 8, 8, 32_000),
+    "160m": Size(16, 768, 2048, 12, 4, 32_000),
     "mixture": Size(7, 512, 512, 8, 8, 32_000, experts=32, chosen=4),
     "1b": Size(16, 2048, 8192, 32, 8, 128_256, "nf4", whole_steps=True),
     "8b": Size(32, 4096, 14_336, 32, 8, 128_256, "nf4", gradient_checkpointing=True, whole_steps=True),
 }
-"""Sizes by name: a dense model, a mixture of 200 million parameters, and two models that need a GPU, with the shapes of
-Llama 3.2 1B and Llama 3 8B."""
+"""Sizes by name: two dense models, of which the deeper one shares keys among three heads, a mixture of 200 million
+parameters, and two models that need a GPU, with the shapes of Llama 3.2 1B and Llama 3 8B."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Workload:
 
     folder: Path
     size: Size = SIZES["41m"]
+    precision: str = "bf16"
+    """Compute dtype, bf16 or fp32; the base is stored in bf16 in either case."""
 
     @property
     def base(self) -> Path:
@@ -103,9 +106,9 @@ def example_flops(size: Size, length: int, labels: int) -> float:
     return length * (4.0 * frozen + 6.0 * adapter + attention) + labels * 4.0 * size.width * size.vocabulary
 
 
-def build(folder: Path, steps: int, size: Size = SIZES["41m"]) -> Workload:
+def build(folder: Path, steps: int, size: Size = SIZES["41m"], precision: str = "bf16") -> Workload:
     """Write base, tokenizer and the data of `steps` optimizer steps into `folder`."""
-    workload = Workload(folder, size)
+    workload = Workload(folder, size, precision)
     folder.mkdir(parents=True, exist_ok=True)
     _write_base(workload.base, size)
     _write_data(workload, steps)

@@ -115,6 +115,7 @@ class OutputScale(Strategy):
 
     api = 2
     slots = ("adapter",)
+    adapter_types = ("OUTPUT_SCALE",)
 
     class Options(Options):
         targets: list[str] = Field(["k_proj", "v_proj"], description="names of linears")
@@ -184,6 +185,18 @@ class OutputScale(Strategy):
             return None
         values = {"peft_type": "IA3", "target_modules": config["modules"], "feedforward_modules": []}
         return values, {f"base_model.model.{path}.ia3_l": 1 + scale[:, None] for path, scale in tensors.items()}
+
+    @hookimpl
+    def combine_adapters(
+        self, adapters: Sequence[Any], weights: Sequence[float]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        tensors: dict[str, Tensor] = {}
+        for adapter, weight in zip(adapters, weights, strict=True):
+            for path, scale in adapter.load_tensors().items():  # changes of a factor, so that they add up
+                if path in tensors and tensors[path].shape != scale.shape:
+                    raise InputError(f"{adapter.directory}: its '{path}' has another size than that of the others.")
+                tensors[path] = tensors.get(path, 0) + weight * scale
+        return {"peft_type": "OUTPUT_SCALE", "modules": [*tensors]}, tensors
 
     @hookimpl
     @torch.no_grad()

@@ -127,12 +127,13 @@ def pytest_collection_finish() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run the slowest files first, so that no worker ends with one of them; skip tests that need a GPU.
 
-    Tests marked `scale` run only if they are selected by it.
+    Tests marked `scale` or `compiled` run only if they are selected by it.
     """
-    if "scale" not in config.option.markexpr:
-        several = [item for item in items if item.get_closest_marker("scale")]  # not a folder's name, as in keywords
-        config.hook.pytest_deselected(items=several)
-        items[:] = [item for item in items if item not in set(several)]
+    for name in ("scale", "compiled"):
+        if name not in config.option.markexpr:
+            others = [item for item in items if item.get_closest_marker(name)]  # not a folder's name, as in keywords
+            config.hook.pytest_deselected(items=others)
+            items[:] = [item for item in items if item not in set(others)]
     no_gpu = pytest.mark.skip(reason="needs a CUDA device, and `make gpu`")
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():

@@ -38,7 +38,7 @@ def combine(
     allow_other_base: OtherBase = False,
     as_json: AsJson = False,
 ) -> None:
-    """Combine adapters of one base into one LoRA adapter, and compare its answers with the exact weighted sum."""
+    """Combine adapters of one base into one, LoRA or of their own type, and compare its answers with the exact sum."""
     from budwood.errors import InputError
 
     if len(directories) < 3:
@@ -57,7 +57,10 @@ def combine(
     if as_json:
         echo_json(asdict(done) | {"directory": str(done.directory)})
         return
-    echo(f"combined: LoRA of rank {done.rank} on {done.modules} linears, in {done.directory}")
+    if done.rank is None:
+        echo(f"combined: {done.adapter_type} on {done.modules} modules, in {done.directory}")
+    else:
+        echo(f"combined: LoRA of rank {done.rank} on {done.modules} linears, in {done.directory}")
     if method == "linear":
         echo("it is the exact weighted sum")
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NoReturn, Self
 
@@ -184,13 +185,21 @@ class Batch(_RefusesRemoved):
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with every tensor on `device`."""
+        return self._with_each(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(value: Any) -> Any:
+    def pinned(self) -> Batch:
+        """Return the batch in pinned memory, from which a GPU copies it while the host goes on."""
+        return self._with_each(lambda tensor: tensor.pin_memory())
+
+    def _with_each(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with `function` of each tensor."""
+
+        def change(value: Any) -> Any:
             if isinstance(value, dict):
-                return {name: item.to(device, non_blocking=True) for name, item in value.items()}
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                return {name: function(item) for name, item in value.items()}
+            return function(value) if isinstance(value, Tensor) else value
 
-        return replace(self, **{name: move(value) for name, value in vars(self).items()})
+        return replace(self, **{name: change(value) for name, value in vars(self).items()})
 
 
 _REMOVED_FROM_BATCH = {

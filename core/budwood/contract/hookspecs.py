@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
     from budwood.adapters.live_update import LiveAdapter
+    from budwood.adapters.store import SavedAdapter
     from budwood.contract.examples import Batch, Example
     from budwood.contract.types import Event, LossTerm, Outputs, ParameterGroup, Plan, Run, Step
     from budwood.model.base import Base
@@ -360,6 +361,19 @@ class HookSpecs:
             are those of PEFT's files.
         May change: nothing.
         Returns: config and tensors of the other type, or None if the adapter cannot be converted.
+        """
+
+    @_hook("adapter owner", first=True)
+    def combine_adapters(
+        self, adapters: Sequence[SavedAdapter], weights: Sequence[float], base: Callable[[], nn.Module]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Return one adapter of this type whose changes of the base are the weighted sum of others' changes. Optional.
+
+        When: `budwood adapter combine` on adapters of this type, which are of one base and one task. `base()` loads
+            this base and returns its model; call it only if files and weights do not say enough. The class declares its
+            type in `adapter_types`.
+        May change: nothing. An adapter that does not fit the others is refused by the name of its `directory`.
+        Returns: config and tensors of PEFT's files; None: the sum is no adapter of this type.
         """
 
     @_hook("adapter owner")

@@ -189,6 +189,7 @@ _MUST_RETURN: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "detach_adapter": _NOTHING,
     "live_adapter": ("None or a LiveAdapter", _is_live),
     "convert_adapter": ("None, or a tuple of two dicts: config and tensors", _is_conversion),
+    "combine_adapters": ("None, or a tuple of two dicts: config and tensors", _is_conversion),
     "merge_adapter": _NOTHING,
 }
 _COLLECTED = ("evaluate", "export")

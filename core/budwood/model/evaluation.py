@@ -33,6 +33,7 @@ class EvalTotals:
         self.weight = 0.0
         self.pairs: list[tuple[Any, Any]] = []
         self.sizes: list[int] = []
+        self._unread: list[tuple[list[str], Tensor, tuple[Tensor, Tensor] | None]] = []
 
     @classmethod
     def of(cls, task: Any, run: Run, noise: Callable[[Batch], Tensor | None] | None = None) -> EvalTotals:
@@ -49,6 +50,7 @@ class EvalTotals:
             weights = batch.task_weights
             for chunk, logits in label_logits(task, run, batch, None if noise is None else noise(batch)):
                 totals.add(task, logits, batch.labels[chunk], weights[chunk])
+            totals.read()
             return totals
 
         total = cls()
@@ -61,15 +63,26 @@ class EvalTotals:
         return total
 
     def add(self, task: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> None:
-        """Add labels [n] with their logits [n, …] and weights [n]."""
+        """Add labels [n] with their logits [n, …] and weights [n]; `read` makes them part of the sums."""
         values = {"loss": task.loss(logits, labels), **task.label_metrics(logits, labels)}
         weights = weights.double()
-        sums = torch.stack([weights.sum(), *((value.double() * weights).sum() for value in values.values())]).tolist()
-        self.weight += sums[0]
-        for name, value in zip(values, sums[1:], strict=True):
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        if task.gathers_predictions:
-            self.pairs += list(zip(labels.tolist(), task.predict(logits).tolist(), strict=True))
+        sums = torch.stack([weights.sum(), *((value.double() * weights).sum() for value in values.values())])
+        pairs = (labels, task.predict(logits)) if task.gathers_predictions else None
+        self._unread.append((list(values), sums, pairs))
+
+    def read(self) -> None:
+        """Read what was added from the device, at once: a device that is asked for each part idles in between."""
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        read = iter(torch.cat([sums for _, sums, _ in unread]).tolist())
+        for names, _, _ in unread:
+            self.weight += next(read)
+            for name in names:
+                self.sums[name] = self.sums.get(name, 0.0) + next(read)
+        pairs = [pair for _, _, pair in unread if pair is not None]
+        if pairs:
+            self.pairs += zip(*(torch.cat(column).tolist() for column in zip(*pairs, strict=True)), strict=True)
 
     def merge(self, other: EvalTotals) -> None:
         """Add the sums and pairs of `other`."""

@@ -27,6 +27,7 @@ from budwood.planning.estimate import Estimate, gib, refusal
 from budwood.planning.table import span
 from budwood.recipe.data import recipe_task
 from budwood.recipe.schema import Recipe, build_composition
+from budwood.training import compilation
 from budwood.training.durability.changes import PINNED
 from budwood.training.output import check_output
 from budwood.training.recompute import check_device
@@ -76,6 +77,7 @@ def check(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> Chec
             device, dtype, reason = pick_device_precision(recipe.base.device, recipe.train.precision)
             check_trackers(recipe.train.trackers)
             check_device(recipe, device.type)
+            compilation.check_device(recipe, device.type)
             result.rows.append(("device", OK, f"{device}, {precision_name(dtype)} ({reason})"))
         except BudwoodError as error:
             result.fail("device", error)

@@ -14,6 +14,7 @@ from budwood.contract.discovery import installed
 from budwood.errors import InputError
 from budwood.model.checkpoint import missing_weights
 from budwood.model.device import planned_device
+from budwood.model.ops import kernels
 from budwood.model.recompute import layers_of
 from budwood.planning.cost import Cost, cost_line, costs_of_step, travel
 from budwood.planning.devices import GIB, Device
@@ -34,6 +35,7 @@ from budwood.planning.sizes import choose
 from budwood.planning.synthetic import synthetic
 from budwood.planning.trace import KEPT, TEMPORARY, Peak
 from budwood.recipe.schema import Recipe
+from budwood.training import compilation
 from budwood.training.recompute import check_device, settled
 
 COMPACT = "compact-optimizer"
@@ -204,6 +206,8 @@ def estimate(recipe: Recipe, device: Device, tokens: int | None = None, processe
 
 def _rehearsed(recipe: Recipe, device: Device, without_data: bool, notes: list[str], processes: int) -> Estimate:
     check_device(recipe, device.kind)
+    compilation.check_device(recipe, device.kind)
+    kernels.compile_ops(recipe.train.compile)
     dtype = device.precision(recipe.train.precision)
     if device.kind == "cpu":
         from budwood.model.machine import pick_device_precision

@@ -27,6 +27,7 @@ from budwood.model.quiet import silence_libraries
 from budwood.planning.devices import Device, find_device
 from budwood.planning.estimate import Estimate, estimate
 from budwood.recipe.schema import Recipe
+from budwood.training import compilation
 from budwood.training.recompute import check_device
 
 LIMIT = 600
@@ -46,6 +47,7 @@ def estimate_in_process(
     Raises:
         BudwoodError: as `estimate`; a ResourceError if the process fails or takes too long.
     """
+    compilation.check_device(recipe, device.kind)
     check_device(recipe, device.kind)  # here, where the recipe knows its lines
     given = device
     if _depends_on_memory(recipe, processes) and (tokens is None or recipe.train.gradient_checkpointing == "auto"):

@@ -231,6 +231,11 @@ class TrainSection(Section):
         description="keep the inputs of recomputed layers in the host's memory, copied beside the computation (CUDA "
         "only): the same result",
     )
+    compile: bool = Field(
+        False,
+        description="compile norms, rotary embeddings, gated activations and the cross-entropy to C++ (CPU only; needs "
+        "a compiler, and a minute at the first run): faster, the same result up to rounding",
+    )
     deterministic: bool = Field(
         False, description="use only bitwise reproducible kernels: slower on CUDA, no difference elsewhere"
     )

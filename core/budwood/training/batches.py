@@ -40,6 +40,8 @@ class StepBatches:
         splits = split_micro(indices, examples.lengths, limit, run.packed, examples.groups, run.processes)
         own = run.world.share(splits)
         batches = [collate_for(run, [examples[i] for i in split], epoch) for split in own]
+        if run.device.type == "cuda":  # here, since a thread collates beside the step before
+            batches = [batch.pinned() for batch in batches]
         idle = None
         if run.sharded and len(own) * run.processes < len(splits):
             idle = collate_for(run, [examples[i].without_labels() for i in splits[0]], epoch)

@@ -13,6 +13,7 @@ from budwood.contract.registry import Composition
 from budwood.contract.types import Event, Run
 from budwood.errors import DivergedError, Interrupted, ResourceError
 from budwood.model.checkpoint import one_revision
+from budwood.model.ops import kernels
 from budwood.model.quiet import silence_libraries
 from budwood.parallel.processes import Processes
 from budwood.parallel.together import together
@@ -111,6 +112,7 @@ def _tune(
         text = f"interrupted before the first step; {'checkpoints are kept' if resume else 'nothing was saved'}"
         raise Interrupted(text, exit_code(signals.number or error)) from None
     finally:
+        kernels.compile_ops(False)  # what else this process does is not this run's
         report.close()
 
 

@@ -54,6 +54,7 @@ from budwood.recipe.data import (
 from budwood.recipe.schema import Recipe, build_composition, find_code, load_recipe
 from budwood.training import recompute
 from budwood.training.agreement import check_agreement
+from budwood.training.compilation import compile_ops
 from budwood.training.durability import changes
 from budwood.training.durability.resume import Resume
 from budwood.training.durability.sent import load_state
@@ -151,6 +152,7 @@ def _prepare(
     directory = Path(recipe.output)
     device, dtype, reason = pick_device_precision(recipe.base.device, recipe.train.precision)
     recompute.check_device(recipe, device.type)
+    compiled = compile_ops(recipe, device, dtype)
     check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code, device)
     check_trackers(recipe.train.trackers)
     if profile or device.type == "cpu":  # a query takes a microsecond on the CPU, but much longer on CUDA
@@ -169,7 +171,7 @@ def _prepare(
         recipe, directory, device, dtype, hooks.strategies, hooks, task,
         seed=recipe.train.seed, say=report.say, accelerator=accelerator, world=world,
     )  # fmt: skip
-    report.say(f"{device} · {precision_name(dtype)} ({reason}) · {torch.get_num_threads()} threads")
+    report.say(f"{device} · {precision_name(dtype)} ({reason}) · {torch.get_num_threads()} threads{compiled}")
     trust = recipe.base.trust_remote_code
     plan = plan_run(run, hooks)
     recipe, model = run.recipe, plan.model

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from budwood_peft_methods import later_options as own
-from budwood_peft_methods.strategies import PeftMethod
+from budwood_peft_methods.rules import COLUMNS, LINEAR, POSITIONS, ROWS, SAME, Sum
+from budwood_peft_methods.strategies import PeftMethod, Summable
 
 
 class VBLoRA(PeftMethod):
@@ -18,29 +19,40 @@ class VBLoRA(PeftMethod):
     RATIOS = {"vector_bank": 0.1}
 
 
-class WaveFT(PeftMethod):
+class WaveFT(Summable):
     """WaveFT: a few coefficients of the update's wavelet transform (Bilican et al., 2025)."""
 
     Options = own.WaveFTOptions
     adapter_types = ("WAVEFT",)
     peft_config = "WaveFTConfig"
+    SUM = Sum({"waveft_spectrum": LINEAR})
     transposed = True
 
 
-class Supertuning(PeftMethod):
+class Supertuning(Summable):
     """Super-Tuning: the largest of the weights, and a LoRA update beside them (Supra) on request."""
 
     Options = own.SupertuningOptions
     adapter_types = ("SUPERTUNING",)
     peft_config = "SupertuningConfig"
+    SUM = Sum(
+        {
+            "supertuning_lora_A": ROWS,
+            "supertuning_lora_B": COLUMNS,
+            "supertuning_values": POSITIONS,
+            "supertuning_indices": POSITIONS,
+        },
+        free=("r", "lora_alpha", "sparsity", "select_top"),
+    )
 
 
-class TinyLoRA(PeftMethod):
+class TinyLoRA(Summable):
     """TinyLoRA: a few numbers that mix random matrices between the weight's largest singular directions."""
 
     Options = own.TinyLoRAOptions
     adapter_types = ("TINYLORA",)
     peft_config = "TinyLoraConfig"
+    SUM = Sum({"tinylora_v": LINEAR, "tinylora_A": SAME, "tinylora_B": SAME, "tinylora_P": SAME}, same_targets=True)
     transposed = True
 
 
@@ -52,9 +64,10 @@ class PEANuT(PeftMethod):
     peft_config = "PeanutConfig"
 
 
-class GLoRA(PeftMethod):
+class GLoRA(Summable):
     """GLoRA: low-rank scales and shifts of weights and biases (Chavan et al., 2023)."""
 
     Options = own.GLoRAOptions
     adapter_types = ("GLORA",)
     peft_config = "GloraConfig"
+    SUM = Sum({"Xd": COLUMNS, "Xu": ROWS, "zeros": SAME, "X": LINEAR}, free=("r",))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -90,6 +90,14 @@ class Replacing(Strategy):
         from budwood_peft_methods.replaced import live
 
         return live(self, model, config, tensors)
+
+    @hookimpl
+    def combine_adapters(
+        self, adapters: Sequence[Any], weights: Sequence[float], base: Callable[[], nn.Module]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        from budwood_peft_methods.replaced_sums import combine
+
+        return combine(self, adapters, weights, base)
 
     @hookimpl
     def use_adapters(self, model: nn.Module, names: Sequence[str], index: Sequence[int]) -> None:

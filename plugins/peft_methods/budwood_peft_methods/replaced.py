@@ -44,12 +44,11 @@ from budwood.lowrank import (
     wrap_tokens,
     wrap_whole,
 )
-from budwood_peft_methods.saved import chosen_modules
+from budwood_peft_methods.saved import PREFIX, chosen_modules
 
 if TYPE_CHECKING:
     from budwood_peft_methods.parts import LNTuning, Replacing, TrainableTokens
 
-PREFIX = "base_model.model."
 NORM = ".ln_tuning_layers."
 ROWS = ".trainable_tokens_delta"
 OWN_ROWS = ".token_adapter.trainable_tokens_delta"

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from budwood_peft_methods.strategies import PeftMethod
 
 REMEDY = "merge it into its base with PEFT (merge_and_unload), and use the result as a base"
+PREFIX = "base_model.model."
+"""Of the keys of PEFT's files."""
 SELECTION = (
     "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern",
     "trainable_token_indices",

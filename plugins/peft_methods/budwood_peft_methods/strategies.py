@@ -5,12 +5,13 @@ Torch and PEFT take seconds to import, so they are imported in the hooks: invali
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from budwood import InputError, Strategy, hookimpl, linear_shape, match_targets, whole_modules
 from budwood_peft_methods import options as own
+from budwood_peft_methods.rules import COLUMNS, FACTOR, LINEAR, POSITIONS, ROWS, Sum
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -159,6 +160,24 @@ class PeftMethod(Strategy):
         merge(self._placed.pop(name), model, name)
 
 
+class Summable(PeftMethod):
+    """A method whose sums are of the same method: weighted sums of its adapters' changes are exact.
+
+    Attributes:
+        SUM: a tensor's name, or a part of it → how it is summed, and which fields may differ; see `sums.Sum`.
+    """
+
+    SUM: ClassVar[Sum]
+
+    @hookimpl
+    def combine_adapters(
+        self, adapters: Sequence[Any], weights: Sequence[float], base: Callable[[], nn.Module]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        from budwood_peft_methods.sums import combine
+
+        return combine(self, adapters, weights, base)
+
+
 class LoHa(PeftMethod):
     """LoHa: the Hadamard product of two low-rank updates (Hyeon-Woo et al., 2022)."""
 
@@ -192,12 +211,13 @@ class BOFT(PeftMethod):
     decays = False
 
 
-class IA3(PeftMethod):
+class IA3(Summable):
     """(IA)³: a factor for each output, or for each input of feedforward modules (Liu et al., 2022)."""
 
     Options = own.IA3Options
     adapter_types = ("IA3",)
     peft_config = "IA3Config"
+    SUM = Sum({"ia3_l": FACTOR})
     transposed = True
     decays = False
     learning_rate_scale = 15.0  # Liu et al. train with 3e-3
@@ -240,12 +260,13 @@ class VeRA(PeftMethod):
     learning_rate_scale = 20.0  # Kopiczko et al. train with 4e-3
 
 
-class FourierFT(PeftMethod):
+class FourierFT(Summable):
     """FourierFT: a few coefficients of the update's Fourier transform (Gao et al., 2024)."""
 
     Options = own.FourierFTOptions
     adapter_types = ("FOURIERFT",)
     peft_config = "FourierFTConfig"
+    SUM = Sum({"fourierft_spectrum": LINEAR})
     transposed = True
     learning_rate_scale = 15.0  # Gao et al. train Llama with 3e-3
 
@@ -258,12 +279,13 @@ class HRA(PeftMethod):
     peft_config = "HRAConfig"
 
 
-class MiSS(PeftMethod):
+class MiSS(Summable):
     """MiSS, formerly Bone: one small matrix that blocks of the weight share (Kang et al., 2024)."""
 
     Options = own.MiSSOptions
     adapter_types = ("MISS",)
     peft_config = "MissConfig"
+    SUM = Sum({"miss_block": LINEAR})
 
 
 class RandLoRA(PeftMethod):
@@ -275,20 +297,22 @@ class RandLoRA(PeftMethod):
     transposed = True
 
 
-class ShiRA(PeftMethod):
+class ShiRA(Summable):
     """SHiRA: a few weights at random positions (Bhardwaj et al., 2024)."""
 
     Options = own.ShiRAOptions
     adapter_types = ("SHIRA",)
     peft_config = "ShiraConfig"
+    SUM = Sum({"shira_weight": POSITIONS, "shira_indices": POSITIONS}, free=("r", "random_seed"))
 
 
-class C3A(PeftMethod):
+class C3A(Summable):
     """C3A: circulant blocks, which are computed as convolutions (Chen et al., 2024)."""
 
     Options = own.C3AOptions
     adapter_types = ("C3A",)
     peft_config = "C3AConfig"
+    SUM = Sum({"c3a_kernel": LINEAR})
 
 
 class RoAd(PeftMethod):
@@ -317,9 +341,10 @@ class DeLoRA(PeftMethod):
     peft_config = "DeloraConfig"
 
 
-class HiRA(PeftMethod):
+class HiRA(Summable):
     """HiRA: the product of the weight's elements with those of a low-rank matrix (Huang et al., 2025)."""
 
     Options = own.HiRAOptions
     adapter_types = ("HIRA",)
     peft_config = "HiraConfig"
+    SUM = Sum({"hira_A": ROWS, "hira_B": COLUMNS}, free=("r", "rank_pattern"))

@@ -27,6 +27,8 @@ from budwood.contract.registry import Composition
 from budwood.contract.types import LossTerm, Outputs
 from budwood.model.base import load_base
 from budwood.recipe.schema import Choice, Recipe
+from budwood.serving.material.combine import combine
+from budwood.serving.verify import verify
 from budwood.testing.fake import run_on_fake_tensors
 
 ROOT = Path(__file__).parents[3]
@@ -412,6 +414,14 @@ def test_convert_adapter_returns_what_peft_reads(run, saved, tiny_base, examples
     with torch.no_grad():
         expected = model(input_ids=ids).logits[:, -1]
     torch.testing.assert_close(pool.logits(["games section"]), expected, rtol=1e-5, atol=1e-5)
+
+
+@exercises("combine_adapters")
+def test_combine_adapters_adds_the_changes(run, saved, tmp_path):
+    combine([saved, saved], tmp_path / "out", weights=[2, 1])
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (saved, tmp_path / "out"))
+    assert all(torch.allclose(after[path], 3 * scale) for path, scale in before.items())
+    assert verify(tmp_path / "out").exact
 
 
 @exercises("merge_adapter")

@@ -17,6 +17,7 @@ from budwood.adapters.export import export
 from budwood.cli import app as cli
 from budwood.contract.hookspecs import HookSpecs
 from budwood.contract.loading import CORE, HOOKS
+from budwood.serving.material.combine import combine
 from budwood.serving.pool import AdapterPool
 
 OWNERS = [hook for hook in HOOKS if getattr(HookSpecs, hook).call_style == "adapter owner"]
@@ -183,6 +184,7 @@ def test_a_plugin_that_fails_on_a_live_model_is_named(hook, tiny_base, make_reci
         "use_adapters": lambda: pool.load("first", saved),
         "detach_adapter": lambda: pool.unload("first"),
         "convert_adapter": lambda: export(saved, tmp_path / "other", "adalora"),
+        "combine_adapters": lambda: combine([saved, saved], tmp_path / "other"),
         "merge_adapter": lambda: pool.merge("first"),
     }
     with pytest.raises(

@@ -47,6 +47,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "trainable_tokens": {"tokens": [9, 7, *range(20, 300)]},
 }
 """The options of each method in the tests; their names in recipes are the keys."""
+SUMMED = [method for method in METHODS if hasattr(load_strategy(method)[0], "combine_adapters")]
+"""The methods whose weighted sums are of the same method."""
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *METHODS.items(),
     ("ia3", {}),
@@ -122,8 +124,12 @@ COLUMNS = {
     "mixed batch": "test_it_shares_a_batch_with_lora_and_the_base",
     "merge": "test_merging_gives_the_logits_of_the_adapter",
     "continues, packed": "test_a_run_continues_an_adapter_of_stock_peft_on_packed_rows",
+    "combine": "test_it_changes_the_base_by_the_weighted_sum_of_the_changes",
+    "budget": "test_it_has_no_budget_of_ranks_that_training_divides",
 }
-"""The test of each column."""
+"""The test of each column; a method that a column's test does not take is shown as "—"."""
+SHOWN = {"combine": "exact", "budget": "—"}
+"""What a passed test is called, if not "yes"."""
 HEAD = f"""\
 # Methods of PEFT
 
@@ -139,6 +145,12 @@ type; its options are in [the recipe](recipe.md). PEFT's layers compute them, on
   the base's logits are bitwise those from before.
 - **merge**: merged into an unquantised base, it has the same logits.
 - **continues, packed**: a run with `adapter:` trains an adapter of stock PEFT on, in packed rows; PEFT opens its file.
+- **combine**: exact: `budwood adapter combine` writes the weighted sum as an adapter of the same method, which changes
+  the base by the sum of what its parts change; —: such a sum is none of the method. It says so, and names the remedy:
+  `budwood adapter export --for peft --as lora --rank R` for each part, which is lossy.
+- **budget**: training divides a budget of ranks among the modules; —: PEFT has none for it. `adalora` has one, whose
+  adapters are combined as LoRA. AdaMSS, which has one too, is
+  [absent](../plugins/peft_methods/budwood_peft_methods/absent.py).
 
 All start as the base's function, train on nf4, resume to the same bytes, plan on fake tensors, and meet the rest of the
 conformance kit, which `make combinations` runs for each.
@@ -147,14 +159,17 @@ conformance kit, which `make combinations` runs for each.
 
 def cells() -> list[tuple[str, str]]:
     """Return method and column of each cell."""
-    return [(method, column) for method in METHODS for column in COLUMNS]
+    return [(m, c) for m in METHODS for c in COLUMNS if c != "combine" or m in SUMMED]
 
 
 def page(passed: Mapping[tuple[str, str], bool]) -> str:
     """Return the text of the docs page, from whether the tests of each cell passed."""
     lines = [HEAD, f"| | {' | '.join(COLUMNS)} | learning rate |", "|---" * (len(COLUMNS) + 2) + "|"]
     for method in METHODS:
-        shown = ["yes" if passed[method, column] else "**no**" for column in COLUMNS]
+        shown = [
+            (SHOWN.get(column, "yes") if passed[method, column] else "**no**") if (method, column) in cells() else "—"
+            for column in COLUMNS
+        ]
         rate = f"{load_strategy(method)[0].learning_rate_scale:g} × LoRA's"
         lines.append(f"| `{method}` | {' | '.join(shown)} | {rate} |")
     return "\n".join([*lines, "", *NOTES]) + "\n"

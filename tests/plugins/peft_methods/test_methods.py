@@ -530,5 +530,13 @@ def test_options_are_those_of_pefts_config_classes() -> None:
             assert ours == fields[field].default, f"{method}: {option}"
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_it_has_no_budget_of_ranks_that_training_divides(method: str) -> None:
+    """PEFT's tuners with a budget have a method that divides it, which would have to be called here too."""
+    tuners = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING
+    assert hasattr(tuners["ADALORA"], "update_and_allocate")
+    assert not hasattr(tuners[load_strategy(method)[0].adapter_types[0]], "update_and_allocate")
+
+
 def test_the_page_of_methods_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(dict.fromkeys(cells(), True)), "run `make combinations`"

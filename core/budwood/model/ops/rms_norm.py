@@ -61,10 +61,7 @@ def norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor, re
             gradient.contiguous(), x, weight.contiguous(), scale, None if residual is None else residual.contiguous()
         )
         return result
-    wide = (gradient * weight).float()
-    normed = x.float() * scale
-    along = (wide * normed).mean(-1, keepdim=True)
-    result = normed.mul_(along).neg_().add_(wide).mul_(scale).to(x.dtype)
+    result = norm_gradient(gradient, x, weight, scale)
     return result if residual is None else result.add_(residual)
 
 
@@ -159,7 +156,29 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
-            gradient = (gradients[0] * weight).float()
-            normed = x.float() * scale
-            along = (gradient * normed).mean(-1, keepdim=True)
-            return normed.mul_(along).neg_().add_(gradient).mul_(scale).to(x.dtype), None, None
+            return norm_gradient(gradients[0], x, weight, scale), None, None
+
+
+def norm_gradient(gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Return the gradient of x [..., d] from that of its norm, computed by torch.
+
+    On a CPU, this is torch's kernel for the backward pass of a layer norm, which takes mean and scale as they are
+    given: with the mean 0, its result lacks one term, the mean of gradient · weight times the scale.
+
+    Args:
+        scale: fp32 [..., 1] or as many elements, from the forward pass.
+    """
+    scale = scale.view(*x.shape[:-1], 1)
+    taken = gradient.dtype == x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float32)
+    if device_type(x) == "cpu" and taken:
+        width = x.shape[-1]
+        zero, wide = torch.zeros_like(scale), weight.float()
+        found: Tensor = torch.ops.aten.native_layer_norm_backward(
+            gradient, x, (width,), zero, scale, wide, None, (True, False, False)
+        )[0]
+        lacking = (gradient * weight).sum(-1, keepdim=True, dtype=torch.float32).mul_(scale).div_(width)
+        return found.add_(lacking.to(x.dtype))
+    wide = (gradient * weight).float()
+    normed = x.float() * scale
+    along = (wide * normed).mean(-1, keepdim=True)
+    return normed.mul_(along).neg_().add_(wide).mul_(scale).to(x.dtype)

@@ -106,9 +106,7 @@ class _SegmentAttention(torch.autograd.Function):
                     torch.add(mask, scores, alpha=scaling, out=scores)
                     weight = torch.softmax(scores, -1).to(v.dtype)
                     weights.append(weight)
-                    seen_values = vs[:, :seen]
-                    product = torch.bmm(weight.view(len(ks), -1, seen), seen_values)
-                    outs[:, first:last] = product.view(len(qs), last - first, -1)
+                    _product(weight.view(len(ks), -1, seen), vs[:, :seen], outs, first, last)
         ctx.save_for_backward(q, k, v, *weights)
         ctx.segments, ctx.causal, ctx.scaling = segments, causal, scaling
         return at_queries.scatter(out)
@@ -136,12 +134,12 @@ class _SegmentAttention(torch.autograd.Function):
                 grad_weight = torch.bmm(rows_g, vs[:, :seen].mT).view_as(weight)
                 grad_scores = torch._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
                 grad_scores, weight = grad_scores.view(len(ks), -1, seen), weight.view(len(ks), -1, seen)
-                grad_qs[:, first:last] = torch.bmm(grad_scores, ks[:, :seen]).view(len(qs), last - first, -1)
-                part_k, part_v = torch.bmm(grad_scores.mT, rows_q), torch.bmm(weight.mT, rows_g)
+                _product(grad_scores, ks[:, :seen], grad_qs, first, last)
                 if index == len(blocks) - 1:
-                    grad_ks.copy_(part_k), grad_vs.copy_(part_v)
+                    torch.bmm(grad_scores.mT, rows_q, out=grad_ks), torch.bmm(weight.mT, rows_g, out=grad_vs)
                 else:
-                    grad_ks[:, :seen].add_(part_k), grad_vs[:, :seen].add_(part_v)
+                    grad_ks[:, :seen].add_(torch.bmm(grad_scores.mT, rows_q))
+                    grad_vs[:, :seen].add_(torch.bmm(weight.mT, rows_g))
             used += len(blocks)
         grads = (
             at_queries.scatter(grad_q.mul_(ctx.scaling)),
@@ -250,6 +248,18 @@ def _blocks(padded: int, causal: bool) -> Iterator[tuple[int, int, int]]:
 def _rows(states: Tensor, first: int, last: int, groups: int) -> Tensor:
     """Reshape the queries of a block [H, padded, D] to [K, groups · rows, D], grouped by their key head."""
     return states[:, first:last].reshape(len(states) // groups, -1, states.shape[-1])
+
+
+def _product(one: Tensor, other: Tensor, out: Tensor, first: int, last: int) -> None:
+    """Write one @ other, whose rows are those of a block of queries grouped by key head, to out[:, first:last].
+
+    Args:
+        out: [H, padded, D], contiguous.
+    """
+    if last - first == out.shape[1]:
+        torch.bmm(one, other, out=out.view(len(one), -1, out.shape[-1]))
+    else:
+        out[:, first:last] = torch.bmm(one, other).view(len(out), last - first, -1)
 
 
 @functools.lru_cache(maxsize=256)

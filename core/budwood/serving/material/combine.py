@@ -1,10 +1,11 @@
-"""Combines several adapters of one base into one LoRA adapter."""
+"""Combines several adapters of one base: sums of low-rank updates into one LoRA adapter, others by their own type."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from budwood.adapters.store import SavedAdapter, read_adapter
 from budwood.errors import InputError, did_you_mean
 from budwood.serving.exports.difference import decomposed
 from budwood.serving.exports.factors import Factors, factors_of, largest_rank, squared_norm, truncated, write_lora
-from budwood.serving.material.derived import Workbench
+from budwood.serving.material.own_sums import Parts, combine_own, has_own_sum
 from budwood.serving.verify import task_of
 from budwood.untrusted.files import check_new_folder
 
@@ -30,21 +31,23 @@ class Combined:
 
     Attributes:
         directory: the new adapter's folder.
-        rank: its rank.
-        modules: number of linears that it changes.
+        rank: its rank; None: it is not LoRA.
+        modules: number of linears that it changes; of another type than LoRA, of what its config names.
         kept: share of the combination's squared norm that this rank holds.
         distance: distance of its answers from those of the exact weighted sum.
         error: the same as a fraction of the sum's own effect; 0: it is the sum.
         notes: messages for the user.
+        adapter_type: of the new adapter.
     """
 
     directory: Path
-    rank: int
+    rank: int | None
     modules: int
     kept: float
     distance: Distance
     error: float
     notes: list[str] = field(default_factory=list)
+    adapter_type: str = "lora"
 
 
 def combine(
@@ -60,7 +63,10 @@ def combine(
     device: str = "auto",
     allow_other_base: bool = False,
 ) -> Combined:
-    """Write the combination of several adapters as a LoRA adapter, with golden logits of its own.
+    """Write the combination of several adapters as one adapter, with golden logits of its own.
+
+    Adapters of one type that is no sum of low-rank updates are combined by its owner (`combine_adapters`): linear
+    alone, and exactly. All others become one LoRA adapter.
 
     With updates ΔWᵢ and weights wᵢ, the combined update is
 
@@ -74,7 +80,7 @@ def combine(
     and B apart: products of pruned factors are not pruned products.
 
     Args:
-        directories: at least two adapters of one base, each LoRA or convertible to it.
+        directories: at least two adapters of one base, each LoRA or convertible to it, or all of one other type.
         out: the new adapter's folder; it may not exist yet.
         weights: one for each adapter; None: 1 / n.
         rank: of the result; None: the largest of the parts. Not for linear.
@@ -85,8 +91,8 @@ def combine(
         allow_other_base: accept a base that an adapter was not trained on.
 
     Raises:
-        InputError: an option is out of range; or an adapter is of another base or task, or no sum of low-rank
-            updates.
+        InputError: an option is out of range; or an adapter is of another base, task or type, or of a type whose sums
+            are not of that type.
         CorruptError: an adapter is damaged.
     """
     _check(len(directories), weights, method, rank, density)
@@ -95,25 +101,28 @@ def combine(
     parts = [read_adapter(directory) for directory in directories]
     values = [1 / len(parts)] * len(parts) if weights is None else [float(weight) for weight in weights]
     notes = _check_parts(parts, allow_other_base)
-    updates = [factors_of(part, "a combination") for part in parts]
-    exact = _sum(updates, values)
+    bench = Parts(parts, base, device, allow_other_base)
+    record = MadeRecord(
+        how="combine",
+        method=method,
+        parts=[PartRecord(**part.hashes.model_dump(), weight=value) for part, value in zip(parts, values, strict=True)],
+    )
+    if has_own_sum(parts, method):
+        distance, modules = combine_own(bench, values, out, record)
+        kind = parts[0].adapter_type
+        return Combined(out, None, modules, 1.0, distance, 0.0, [*notes, *bench.notes], kind)
+    updates = [bench.naming(part, partial(factors_of, part, "a combination")) for part in parts]
+    exact = _sum(parts, updates, values)
     if method == "linear":
         result, kept = exact, 1.0
     else:
         size = rank or max(map(largest_rank, updates))
         pruning = (0.5 if density is None else density) if method in _PRUNING else None
         result, kept = _approximation(exact, updates, values, method, size, pruning, seed)
-    bench = Workbench.open(parts[0], base, device, allow_other_base)
-    bench.needs_quantization = any(part.manifest is not None and part.manifest.needs_quantization for part in parts)
-    record = MadeRecord(
-        how="combine",
-        method=method,
-        parts=[PartRecord(**part.hashes.model_dump(), weight=value) for part, value in zip(parts, values, strict=True)],
-    )
     answers = bench.logits_of(lambda folder: write_lora(folder, result, parts[0]))
     summed = answers if method == "linear" else bench.logits_of(lambda folder: write_lora(folder, exact, parts[0]))
-    distance, error = bench.compare(summed, answers)
-    bench.write(out, lambda folder: write_lora(folder, result, parts[0]), "LORA", record, answers)
+    distance, error = bench.open().compare(summed, answers)
+    bench.open().write(out, lambda folder: write_lora(folder, result, parts[0]), "LORA", record, answers)
     return Combined(out, largest_rank(result), len(result), kept, distance, error, [*notes, *bench.notes])
 
 
@@ -171,12 +180,13 @@ def _check_parts(parts: Sequence[SavedAdapter], allow_other_base: bool) -> list[
     return notes
 
 
-def _sum(updates: Sequence[Factors], weights: Sequence[float]) -> Factors:
+def _sum(parts: Sequence[SavedAdapter], updates: Sequence[Factors], weights: Sequence[float]) -> Factors:
     """Return Σ wᵢ Bᵢ Aᵢ as one pair of factors for each path: their ranks side by side."""
     result: Factors = {}
     for path in dict.fromkeys(path for update in updates for path in update):
         pairs = [(update[path], weight) for update, weight in zip(updates, weights, strict=True) if path in update]
-        _same_shape(path, [a.shape[1] for (a, _), _ in pairs], [len(b) for (_, b), _ in pairs])
+        owners = [part for part, update in zip(parts, updates, strict=True) if path in update]
+        _same_shape(path, owners, [(len(b), a.shape[1]) for (a, b), _ in pairs])
         result[path] = (
             torch.cat([a for (a, _), _ in pairs]),
             torch.cat([weight * b for (_, b), weight in pairs], 1),
@@ -184,9 +194,13 @@ def _sum(updates: Sequence[Factors], weights: Sequence[float]) -> Factors:
     return result
 
 
-def _same_shape(path: str, inputs: Sequence[int], outputs: Sequence[int]) -> None:
-    if len({*inputs}) > 1 or len({*outputs}) > 1:
-        raise InputError(f"the adapters' updates of '{path}' have different shapes: they are of different bases.")
+def _same_shape(path: str, parts: Sequence[SavedAdapter], shapes: Sequence[tuple[int, int]]) -> None:
+    for part, shape in zip(parts, shapes, strict=True):
+        if shape != shapes[0]:
+            raise InputError(
+                f"{part.directory}: its update of '{path}' has the shape {list(shape)}, but that of "
+                f"{parts[0].directory} {list(shapes[0])}: they are of different bases."
+            )
 
 
 def _approximation(
