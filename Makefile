@@ -78,6 +78,7 @@ bench: .venv/installed-bench ## Measure training side by side with Trainer + PEF
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.adversarial
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.checkpoint
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.data
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.scale
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.serve
 	@$(BIN)/python -m benchmarks.real --quick
 

@@ -109,7 +109,7 @@ def test_a_machine_that_is_gone_ends_the_other_which_resumes(ready: tuple[Machin
     (first.folder / "run").rename(tmp_path / "whole")
     (first.folder / "worker.py").write_text(WORKER.format(fault=SLOWLY))
     ended = tune_on(ready, kills=1)
-    assert ended.codes == [1, -9] and ended.seconds < 60, first.output + second.output
+    assert ended.codes == [1, -9] and ended.seconds < 100, first.output + second.output
     assert [len(lines) for lines in ended.errors] == [1, 0], first.output
     assert "--resume" in ended.errors[0][0]
     assert tune_on(ready, ["--resume"]).codes == [0, 0], first.output + second.output
