@@ -144,6 +144,8 @@ def _cached_parts(run: Run, parts: Sequence[Examples]) -> list[np.ndarray]:
         if limit < run.reference_tokens:
             run.reference_tokens = limit
             break
+        for dtype in run.world.gather(values.dtype):  # a process without a row has not seen that of the others
+            values = values.to(torch.promote_types(values.dtype, dtype))
         run.world.sum([values])
         results.append(values.cpu().numpy())
     return results

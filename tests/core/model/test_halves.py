@@ -100,6 +100,31 @@ def agree(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 
         assert (tensor - expected[name]).abs().max().item() <= bound * scale, name
 
 
+def test_small_updates_are_not_lost_beside_large_inputs_in_16_bit(taken: list[int]) -> None:
+    """An update below half a unit in the last place of the layer's input must count on average, as it is in the sum."""
+    model = build(LlamaConfig)
+    model.config._attn_implementation = "eager"
+    layer, draw = model.model.layers[0], torch.Generator().manual_seed(0)
+    x = 8 * torch.randn(8, 128, 32, generator=draw)
+    angles = torch.rand(1, 128, 4, generator=draw).repeat(1, 1, 2)
+    matrices = [p for name, p in layer.named_parameters() if "lora_B" in name and ("o_proj" in name or "down" in name)]
+
+    def output(dtype: torch.dtype, factor: float) -> Tensor:
+        with torch.no_grad():
+            for old, p in zip(starts, matrices, strict=True):
+                p.copy_(factor * old)
+        options = {"attention_mask": None, "position_embeddings": (angles.cos().to(dtype), angles.sin().to(dtype))}
+        found: Tensor = layer.to(dtype)(x.to(torch.bfloat16).to(dtype).requires_grad_(), **options)
+        return found.detach().double()
+
+    starts = [0.02 * p.detach().clone() for p in matrices]
+    exact = output(torch.float64, 1) - output(torch.float64, 0)
+    halves = output(torch.bfloat16, 1) - output(torch.bfloat16, 0)
+    assert taken and all(taken[-2:])
+    assert exact.abs().mean() < 0.5 * 8 * 2**-9, "smaller than half a unit of most inputs"
+    assert 0.8 < (halves * exact).sum() / exact.square().sum() < 1.2
+
+
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of halves of each pass through a layer; 0: its own forward."""

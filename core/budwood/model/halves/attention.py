@@ -15,6 +15,15 @@ from budwood.model.halves.kept import Kept
 from budwood.model.ops.group import Factors, Group
 
 
+def added(x: Tensor, y: Tensor, fresh: bool) -> Tensor:
+    """Return x + y; `fresh`: y may be overwritten.
+
+    The sum comes last, in one rounding: an update of an adapter that was added to x by itself would be lost in 16 bit
+    where it is smaller than half a unit in x's last place.
+    """
+    return y.add_(x) if fresh and x.dtype == y.dtype else x + y
+
+
 class UnexpectedError(Exception):
     """A module does not compute what its half does."""
 
@@ -76,7 +85,7 @@ class AttentionHalf:
         given, more = tensors[: self.inputs.tensors], tensors[self.inputs.tensors :]
         factors, outer = both
         normed = norms.forward(self.norm, "norm", x, kept, call.autocast).to(self.inputs.dtype)
-        projected, made = self.inputs.forward(normed, given, factors, None, first)
+        projected, made = self.inputs.forward(normed, given, factors, first)
         result = self._between(projected, x, call, kept)
         flat = result.detach().reshape(len(x), -1).to(self.output.dtype)
         if kept is not None:
@@ -87,13 +96,12 @@ class AttentionHalf:
         if ends and self.after is None:
             made, y = self.output.thin(flat, outer), x
         else:
-            plain = self.after is None and x.dtype == self.output.dtype
-            (y,), made = self.output.forward(flat, more, outer, x if plain else None, second)
+            (y,), made = self.output.forward(flat, more, outer, second)
             if self.after is not None:
                 if kept is not None:
                     kept.put("before", y)
                 y = norms.forward(self.after, "after", y, kept, call.autocast)
-            y = y if plain else x + y
+            y = added(x, y, self.after is None)
         if kept is not None:
             kept.put_made("output", made)
         return y

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from budwood.model.halves import norms
-from budwood.model.halves.attention import Call
+from budwood.model.halves.attention import Call, added
 from budwood.model.halves.kept import Kept
 from budwood.model.ops.gated import gated_backward, gated_forward
 from budwood.model.ops.group import Factors, Group
@@ -50,7 +50,7 @@ class MlpHalf:
         given, more = tensors[: self.inputs.tensors], tensors[self.inputs.tensors :]
         factors, outer = both
         normed = norms.forward(self.norm, "norm", x, kept, call.autocast).to(self.inputs.dtype)
-        projected, made = self.inputs.forward(normed, given, factors, None, first)
+        projected, made = self.inputs.forward(normed, given, factors, first)
         if kept is not None:
             kept.put("normed", normed)
             kept.put_made("inputs", made)
@@ -59,11 +59,10 @@ class MlpHalf:
         if ends and self.after is None and not any(self.output.drops) and implementation("gated", gate) is not None:
             return x  # the backward's kernel writes the product too
         product = gated_forward(gate, up, self.kind)
-        plain = self.after is None and x.dtype == self.output.dtype
         if ends and self.after is None:
             made, y = self.output.thin(product, outer), x
         else:
-            (y,), made = self.output.forward(product, more, outer, x if plain else None, second)
+            (y,), made = self.output.forward(product, more, outer, second)
         if kept is not None:
             kept.put_made("output", made)
             if implementation("gated", gate) is None or made.masks:
@@ -72,7 +71,7 @@ class MlpHalf:
             if kept is not None:
                 kept.put("before", y)
             y = norms.forward(self.after, "after", y, kept, call.autocast)
-        return x if ends else y if plain else x + y
+        return x if ends else added(x, y, self.after is None)
 
     def begin(self, gradient: Tensor, both: Sequence[Factors]) -> list[Any]:
         """Return s g B and the gradient of the product activation(gate) · up, before anything is computed again.

@@ -176,26 +176,23 @@ class Group:
 
     def forward(
         self, x: Tensor, tensors: Sequence[Tensor | None], factors: Sequence[Tensor | None],
-        residual: Tensor | None = None, weights: list[Tensor] | None = None,
+        weights: list[Tensor] | None = None,
     ) -> tuple[list[Tensor], Made]:  # fmt: skip
         """Return the outputs [n, out] of all linears, of which stacked ones are one, for x [n, in].
 
         Args:
-            residual: [n, out] in the dtype of the products, added to the output of a group of one linear.
             weights: from `weights`; None: dequantised here.
         """
         made = self.thin(x, factors)
         biases = [None if bias is None else bias.to(self.dtype) for bias in tensors[2::3]]
         if not self.stacked:
             return [
-                self._product(i, x, made.narrow, factors[1 + i], biases[i], residual, weights)
-                for i in range(len(self.bases))
+                self._product(i, x, made.narrow, factors[1 + i], biases[i], weights) for i in range(len(self.bases))
             ], made
         (weight,) = weights or self.weights()
-        start = residual
+        start = None
         if any(bias is not None for bias in biases):
-            whole = torch.cat([x.new_zeros(n) if b is None else b for n, b in zip(self.sizes, biases, strict=True)])
-            start = whole if start is None else start + whole
+            start = torch.cat([x.new_zeros(n) if b is None else b for n, b in zip(self.sizes, biases, strict=True)])
         if made.narrow is None:
             return [x @ weight.t() if start is None else torch.addmm(start, x, weight.t())], made
         # The thin product comes first: the other one adds to it where it writes.
@@ -221,19 +218,14 @@ class Group:
 
     def _product(
         self, i: int, x: Tensor, narrow: Tensor | None, b: Tensor | None, bias: Tensor | None,
-        residual: Tensor | None, weights: list[Tensor] | None,
+        weights: list[Tensor] | None,
     ) -> Tensor:  # fmt: skip
         """Return the output [n, out] of one linear, whose weight is a matrix of its own."""
         base, quantizer = self.bases[i], self.quantizers[i]
-        if not quantizer.dense or (weights is None and residual is None):
+        if not quantizer.dense or weights is None:
             y = quantizer.forward(base, x, getattr(base, "bias", None))
-            if residual is not None:
-                y.add_(residual)
         else:
-            weight = quantizer.dequantize(base, self.dtype) if weights is None else weights[i]
-            if bias is not None:
-                residual = bias if residual is None else residual + bias
-            y = x @ weight.t() if residual is None else torch.addmm(residual, x, weight.t())
+            y = x @ weights[i].t() if bias is None else torch.addmm(bias, x, weights[i].t())
         if narrow is not None and b is not None:
             y.addmm_(narrow[:, self.spans[i]], b.t(), alpha=self.scales[i])
         return y
