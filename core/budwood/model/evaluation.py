@@ -164,7 +164,10 @@ def over_eval_batches(run: Run, work: Callable[[Batch], T]) -> Iterator[T]:
 
 
 def extra_passes(run: Run, count: int) -> int:
-    """Return how many passes beyond its own `count` this process makes, so that all make as many on a sharded base."""
+    """Return how many passes beyond its own `count` this process makes, so that all make as many on a sharded base.
+
+    Ask before the first of its own: another process may wait inside a pass.
+    """
     return max(run.world.gather(count)) - count if run.sharded else 0
 
 

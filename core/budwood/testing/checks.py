@@ -164,13 +164,13 @@ def micro_batches(bench: Bench) -> None:
 
 def two_processes(bench: Bench) -> None:
     """Check that two processes started by torchrun give the same result as one."""
-    promise = "2 processes equal 1"
+    promise = f"{processes.PROCESSES} processes equal 1"
     whole = bench.run(promise)
     outcome = in_two_processes(bench)
     if processes.PARALLEL and "train.parallel:" in outcome.error:
         raise NotApplicable(outcome.error.partition("train.parallel: ")[2])
     if outcome.error:
-        raise PromiseBroken(f"{promise}: the run in two processes did not finish:\n{outcome.error}")
+        raise PromiseBroken(f"{promise}: the run in several processes did not finish:\n{outcome.error}")
     if (outcome.processes, outcome.world) != (processes.PROCESSES, processes.PROCESSES):
         raise PromiseBroken(
             f"{promise}: torchrun started {outcome.world} processes, and the run used {outcome.processes}."
@@ -178,7 +178,7 @@ def two_processes(bench: Bench) -> None:
     from safetensors.torch import load_file
 
     assert outcome.parameters is not None
-    expect_equal(promise, whole, load_file(outcome.parameters), "one process and two", bench)
+    expect_equal(promise, whole, load_file(outcome.parameters), "one process and several", bench)
 
 
 def resume(bench: Bench) -> None:

@@ -161,6 +161,7 @@ def _log_probs_of_all(run: Run, examples: Examples) -> tuple[Tensor, int]:
     values = torch.zeros(int(offsets[-1]), device=run.device)
     rows = split_micro(range(len(examples)), examples.lengths, run.reference_tokens, run.packed, groups)
     row: list[int] = []
+    extra = extra_passes(run, len(run.world.share(rows)))  # asked before any pass, in which the processes wait too
     try:
         for row in run.world.share(rows):
             batch = collate_for(run, [examples[i] for i in row], "eval").to(run.device)
@@ -168,7 +169,7 @@ def _log_probs_of_all(run: Run, examples: Examples) -> tuple[Tensor, int]:
             values = values.to(torch.promote_types(values.dtype, log_probs.dtype))  # float64 stays float64
             at = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in row])
             values[torch.from_numpy(at).to(run.device)] = at_least_fp32(log_probs).to(values.dtype)
-        for _ in range(extra_passes(run, len(run.world.share(rows)))):
+        for _ in range(extra):
             read_reference(run, collate_for(run, [examples[i] for i in rows[0]], "eval").to(run.device))
     except Exception as error:
         if not is_out_of_memory(error) or run.sharded:

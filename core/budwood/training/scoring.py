@@ -66,6 +66,7 @@ def _at_labels(
     lengths = np.array([run.task.length(example) for example in examples], dtype=np.int64)
     with as_reference(run, reference) if reference else inference(run):
         rows = split_micro(range(len(examples)), lengths, run.micro_tokens, run.packed)
+        extra = extra_passes(run, len(rows))  # asked before any pass, in which the processes wait too
         for row in rows:
             members = [examples[index] for index in row]
             batch = collate_for(run, members, "eval").to(run.device)
@@ -73,6 +74,6 @@ def _at_labels(
             counts = np.cumsum([len(example.labels) for example in members])
             for index, part in zip(row, np.split(values, counts[:-1]), strict=True):
                 results[index] = part
-        for _ in range(extra_passes(run, len(rows))):
+        for _ in range(extra):
             run.task.outputs(run.model, collate_for(run, [run.examples[0]], "eval").to(run.device))
     return results
