@@ -81,7 +81,7 @@ def test_the_combined_recipe_runs_and_its_adapter_is_evaluated_under_attack(tmp_
     (tmp_path / "eval.jsonl").write_text("".join(held_out[:8]), encoding="utf-8")
     shorter = {
         "output": tmp_path / "run", "data.eval": tmp_path / "eval.jsonl", "train.steps": 3, "train.eval_generate": 0,
-        "train.batch_tokens": 128, "adalora.interval": 1,
+        "train.batch_tokens": 128, "adalora.interval": 1, "adalora.final_phase": 1,
     }  # fmt: skip
     options = [text for key, value in shorter.items() for text in ("-o", f"{key}={value}")]
     options += ["-o", "train.precision=bf16"]  # supported on any processor

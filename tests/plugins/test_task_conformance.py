@@ -61,7 +61,7 @@ class TestEmbeddingOfPairsWithScores(EncoderConformance):
     __test__ = True
     task = "embedding"
     options = {"temperature": 0.5}
-    rows = [{"sentence1": text, "sentence2": SENTENCES[i - 2], "score": i % 5} for i, text in enumerate(SENTENCES)]
+    rows = [{"sentence1": text, "sentence2": SENTENCES[i - 3], "score": i % 5} for i, text in enumerate(SENTENCES)]
 
 
 class TestEmbeddingOfADecoder(TaskConformance):
