@@ -41,13 +41,14 @@ quantized: .venv-quantized/installed ## Compare GPTQ and HQQ with the libraries 
 # Files with long tests of several processes among others.
 PROCESSES := tests/core/training/test_on_policy.py tests/core/training/test_step_terms.py tests/plugins/adversarial
 
-# Files whose bounds come from arithmetic; both settings choose other kernels in torch, oneDNN and MKL.
+# Files whose bounds come from arithmetic; both settings choose other kernels in torch, oneDNN and MKL. On a processor
+# with AMX, torch asks oneDNN whether its attention may use it, whatever its own setting says.
 NUMERICAL := tests/core/model tests/core/adapters/test_pool.py tests/core/adapters/test_verify.py tests/core/serving/test_engine.py \
 	tests/core/training/test_sequence_terms.py tests/core/training/test_step_terms.py tests/core/training/test_step.py \
 	tests/plugins/preference/test_equations.py tests/plugins/grpo/test_losses.py \
 	tests/plugins/regularisation tests/plugins/test_together.py tests/plugins/adalora/test_run.py \
 	tests/e2e/test_commands.py
-LOWERED := "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2" "ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE"
+LOWERED := "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2" "ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE"
 
 numerics: .venv/installed ## Run the numerical tests with the kernels of older processors, and those of compiled ops
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m compiled tests/core/training/test_compilation.py
