@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,20 +45,8 @@ class Computed(nn.Module):
             y = layer.base_layer(_reflected(x, layer.hra_u[INNER]))
         elif isinstance(layer, boft.Linear):
             y = _rotated(layer, x)
-        elif isinstance(layer, HiraLayer):
-            y = layer.base_layer(x) + _elementwise_product(layer, x)
-        elif isinstance(layer, ShiraLayer):
-            y = layer.base_layer(x) + _sparse_product(layer, x)
-        elif isinstance(layer, SupertuningLayer):
-            y = layer.base_layer(x) + _chosen_product(layer, x)
-        elif isinstance(layer, WaveFTLayer):
-            y = layer.base_layer(x) + _wavelet_product(layer, x)
-        elif isinstance(layer, VBLoRALayer):
-            y = layer.base_layer(x) + _bank_product(layer, x)
-        elif isinstance(layer, PeanutLayer):
-            y = layer.base_layer(x) + _network_product(layer, x)
-        elif isinstance(layer, GloraLayer):
-            y = layer.base_layer(x) + _five_paths(layer, x)
+        elif (product := _product_of(layer)) is not None:
+            y = layer.base_layer(x) + product(layer, x)
         else:
             y = layer(x)
         return y.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
@@ -198,3 +187,14 @@ def _five_paths(layer: Any, x: Tensor) -> Tensor:
 
     y: Tensor = checkpoint(product, wide, use_reentrant=False, preserve_rng_state=False)
     return y + F.linear(F.linear(wide, shift.Xu), shift.Xd) if low_rank else y
+
+
+_PRODUCTS: dict[type, Callable[[Any, Tensor], Tensor]] = {
+    HiraLayer: _elementwise_product, ShiraLayer: _sparse_product, SupertuningLayer: _chosen_product,
+    WaveFTLayer: _wavelet_product, VBLoRALayer: _bank_product, PeanutLayer: _network_product, GloraLayer: _five_paths,
+}  # fmt: skip
+"""What each method adds to the base's product."""
+
+
+def _product_of(layer: Any) -> Callable[[Any, Tensor], Tensor] | None:
+    return next((product for kind, product in _PRODUCTS.items() if isinstance(layer, kind)), None)

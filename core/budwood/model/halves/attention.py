@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,17 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from budwood.model.halves import norms
+from budwood.model.halves.half import Call, Half, added
 from budwood.model.halves.kept import Kept
-from budwood.model.ops.group import Factors, Group
-
-
-def added(x: Tensor, y: Tensor, fresh: bool) -> Tensor:
-    """Return x + y; `fresh`: y may be overwritten.
-
-    The sum comes last, in one rounding: an update of an adapter that was added to x by itself would be lost in 16 bit
-    where it is smaller than half a unit in x's last place.
-    """
-    return y.add_(x) if fresh and x.dtype == y.dtype else x + y
+from budwood.model.ops.group import Factors
 
 
 class UnexpectedError(Exception):
@@ -29,46 +21,16 @@ class UnexpectedError(Exception):
 
 
 @dataclass(frozen=True)
-class Call:
-    """What a layer is called with beside its input.
-
-    Attributes:
-        shape: of the input, [rows, tokens, d].
-        options: keyword arguments of the attention.
-        autocast: returns the context in which the model computes.
-    """
-
-    shape: torch.Size
-    options: dict[str, Any]
-    autocast: Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class AttentionHalf:
+class AttentionHalf(Half):
     """One pass of the half; what happens between the projections is the model's own code.
 
     Attributes:
-        norm, after: the norm of the input, and that of the output or None.
         attention: the model's module.
         names: of its projections of the input, in the order of `inputs`.
-        inputs, output: the projections of the input, and that of the result.
     """
 
-    norm: nn.Module
-    after: nn.Module | None
     attention: nn.Module
     names: tuple[str, ...]
-    inputs: Group
-    output: Group
-
-    @property
-    def tensors(self) -> int:
-        """The number of tensors with gradients."""
-        return self.inputs.tensors + self.output.tensors
-
-    def weights(self) -> list[list[Tensor]]:
-        """Return the weights of both groups, for a recomputation and the backward pass after it."""
-        return [self.inputs.weights(), self.output.weights()]
 
     def forward(
         self, x: Tensor, tensors: Sequence[Tensor | None], both: Sequence[Factors], call: Call, kept: Kept | None,

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from budwood.model.halves.attention import AttentionHalf, Call
+from budwood.model.halves.attention import AttentionHalf
+from budwood.model.halves.half import Call
 from budwood.model.halves.kept import Kept
 from budwood.model.halves.mlp import MlpHalf
 from budwood.model.ops import tiles

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from budwood.model.halves.attention import AttentionHalf, Call
+from budwood.model.halves.attention import AttentionHalf
 from budwood.model.halves.chain import Chain, Half
+from budwood.model.halves.half import Call
 from budwood.model.halves.mlp import MlpHalf
 from budwood.model.halves.shadows import Shadows
 from budwood.model.ops.gated import GatedMLP
 from budwood.model.ops.group import Group, Part
-from budwood.model.ops.rms_norm import Norm
 from budwood.model.quantizers import quantizer_of
 
 QUERIES = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
@@ -64,6 +64,11 @@ class Halves:
         self.layer, self.original, self.names = layer, original, names
         self.number, self.shadows = number, shadows
 
+    @property
+    def dense(self) -> bool:
+        """Whether the layer has an MLP that is a half; otherwise the model's own modules compute it."""
+        return isinstance(self.layer.mlp.forward, GatedMLP)  # type: ignore[union-attr]
+
     def __call__(self, hidden_states: Any, *args: Any, **options: Any) -> Any:
         found = None if args else self.chain(hidden_states, options)
         if found is None:
@@ -86,10 +91,10 @@ class Halves:
         layer: Any = self.layer
         if not (isinstance(x, Tensor) and torch.is_grad_enabled() and x.dim() == 3) or self.reason() is not None:
             return None
-        dense, again = isinstance(layer.mlp.forward, GatedMLP), layer.gradient_checkpointing and layer.training
+        again = layer.gradient_checkpointing and layer.training
         if again:  # as transformers does
             options = {**options, "use_cache": False, "past_key_values": None}
-        parts = self._parts(dense) if options.get("past_key_values") is None else None
+        parts = self._parts() if options.get("past_key_values") is None else None
         tensors = [t for group in parts or () for part in group for t in part.tensors]
         if parts is None or not (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
             return None
@@ -117,10 +122,9 @@ class Halves:
     def reason(self) -> str | None:
         """Return why the model's own forward computes, or None; adapters are asked later."""
         layer: Any = self.layer
-        dense = isinstance(layer.mlp.forward, GatedMLP)
         if "forward" in layer.self_attn.__dict__:
             return "something replaces the forward of its attention"
-        for module in self._watched(dense):
+        for module in self._watched():
             hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
             if any(hooks) or module._backward_pre_hooks:
                 return f"a hook is on its {type(module).__name__}"
@@ -133,25 +137,24 @@ class Halves:
 
     def obstacle(self) -> str | None:
         """Return why the model's own forward computes in training, adapters included, or None."""
-        dense = isinstance(self.layer.mlp.forward, GatedMLP)  # type: ignore[union-attr]
-        return self.reason() or (None if self._parts(dense) is not None else "an adapter computes its own forward")
+        return self.reason() or (None if self._parts() is not None else "an adapter computes its own forward")
 
-    def _watched(self, dense: bool) -> Iterator[nn.Module]:
+    def _watched(self) -> Iterator[nn.Module]:
         """Yield the modules whose own calls the halves replace."""
         layer: Any = self.layer
         yield from _two_levels(layer.self_attn)
-        names = (self.names.norm, self.names.after, *((self.names.second, self.names.last) if dense else ()))
+        names = (self.names.norm, self.names.after, *((self.names.second, self.names.last) if self.dense else ()))
         for name in names:
             if name:
                 yield getattr(layer, name)
-        if dense:
+        if self.dense:
             yield from _two_levels(layer.mlp)
 
-    def _parts(self, dense: bool) -> list[list[Part]] | None:
+    def _parts(self) -> list[list[Part]] | None:
         """Return the linears of each group and their updates; None: one of them computes its own forward."""
         layer: Any = self.layer
         owners = [(layer.self_attn, queries(layer.self_attn)), (layer.self_attn, ("o_proj",))]
-        if dense:
+        if self.dense:
             owners += [(layer.mlp, gates(layer.mlp)), (layer.mlp, ("down_proj",))]
         found: list[list[Part]] = []
         for owner, names in owners:
@@ -169,11 +172,11 @@ class Halves:
         after = getattr(layer, names.after) if names.after else None
         attention = layer.self_attn
         norm = getattr(layer, names.norm)
-        halves: list[Half] = [AttentionHalf(norm, after, attention, queries(attention), groups[0], groups[1])]
+        halves: list[Half] = [AttentionHalf(norm, after, groups[0], groups[1], attention, queries(attention))]
         if len(groups) > 2:
             after = getattr(layer, names.last) if names.last else None
             kind = layer.mlp.forward.kind
-            halves.append(MlpHalf(getattr(layer, names.second), after, kind, groups[2], groups[3]))
+            halves.append(MlpHalf(getattr(layer, names.second), after, groups[2], groups[3], kind))
         return halves
 
 
@@ -205,11 +208,3 @@ def part_of(linear: nn.Module) -> Part | None:
     if quantizer is None or quantizer.weight(linear).requires_grad:
         return None
     return Part(linear)
-
-
-def has_halves(layer: nn.Module) -> bool:
-    """Return whether a layer computes in halves."""
-    return isinstance(layer.__dict__.get("forward"), Halves)
-
-
-__all__ = ["PATTERNS", "Halves", "Names", "Norm", "gates", "has_halves", "queries"]

@@ -6,40 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from budwood.model.halves import norms
-from budwood.model.halves.attention import Call, added
+from budwood.model.halves.half import Call, Half, added
 from budwood.model.halves.kept import Kept
 from budwood.model.ops.gated import gated_backward, gated_forward
-from budwood.model.ops.group import Factors, Group
+from budwood.model.ops.group import Factors
 from budwood.model.ops.kernels import implementation
 
 
 @dataclass(frozen=True)
-class MlpHalf:
-    """One pass of the half.
+class MlpHalf(Half):
+    """One pass of the half; its inputs are gate and up, which may be one linear, and its output is down.
 
     Attributes:
-        norm, after: the norm of the input, and that of the output or None.
         kind: of the activation, see `budwood.model.ops.gated`.
-        inputs, output: gate and up, which may be one linear, and down.
     """
 
-    norm: nn.Module
-    after: nn.Module | None
     kind: str
-    inputs: Group
-    output: Group
-
-    @property
-    def tensors(self) -> int:
-        """The number of tensors with gradients."""
-        return self.inputs.tensors + self.output.tensors
-
-    def weights(self) -> list[list[Tensor]]:
-        """Return the weights of both groups, for a recomputation and the backward pass after it."""
-        return [self.inputs.weights(), self.output.weights()]
 
     def forward(
         self, x: Tensor, tensors: Sequence[Tensor | None], both: Sequence[Factors], call: Call, kept: Kept | None,

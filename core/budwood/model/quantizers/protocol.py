@@ -194,7 +194,7 @@ class Quantizer(Plugin):
 
     def stack(self, modules: Sequence[Any], dtype: torch.dtype) -> Tensor:
         """Return the W of several modules of one number of inputs below each other, written by one kernel."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self} takes modules in stacks, but does not implement stack")
 
     def dequantize(self, module: Any, dtype: torch.dtype) -> Tensor:
         """Return W [out, in] in `dtype`, as the forward uses it; the caller may not modify it."""
