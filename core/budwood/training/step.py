@@ -22,6 +22,7 @@ from budwood.contract.strategy import Strategy, hookimpl
 from budwood.contract.types import UNITS, LossTerm, Outputs, Reference, Run, Step, Terms, Which
 from budwood.errors import BudwoodError, describe, is_out_of_memory
 from budwood.model.evaluation import at_least_fp32, autocast
+from budwood.model.halves.labels import labels_alone
 from budwood.training.label_scores import LabelScores, LogProbs, chunks, depends, temperature_of
 from budwood.training.reference import CACHED, is_off, log_probs_of, read_reference
 from budwood.training.step_terms import LOG_PROBS, StepTerms, is_beside
@@ -150,7 +151,8 @@ class Engine:
             step.noise = leaf if outer_noise is None else outer_noise + leaf
         try:
             with autocast(self.run):
-                outputs: Outputs = self.hooks.call("forward", step=step)
+                with labels_alone(not self._others_read()):
+                    outputs: Outputs = self.hooks.call("forward", step=step)
                 grad_hidden = self._head(step, outputs, weight, main, terms)
                 extra = None if terms else self._other_terms(step, outputs, weight, main)
         finally:
@@ -172,6 +174,11 @@ class Engine:
         if leaf is None:
             return None
         return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad / self.loss_scale
+
+    def _others_read(self) -> bool:
+        """Whether a hook receives the outputs, of which the head reads the label positions alone."""
+        takes = any(self.hooks.receives(hook, "outputs") for hook in ("loss_terms", "step_values"))
+        return takes or any(call.wraps for call in self.hooks.calls("forward"))
 
     def _head(self, step: Step, outputs: Outputs, weight: float, main: bool, terms: Terms | None) -> Tensor | None:
         """Run the head and its loss terms in chunks; returns the gradient with respect to `outputs.hidden`."""

@@ -40,7 +40,7 @@ class Chain:
     recomputes: bool
 
     def __call__(self, x: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Return the output for x [rows, tokens, d].
+        """Return the output for x [rows, tokens, d]; [1, L, d] at `call.rows`.
 
         Args:
             tensors: those of all halves' groups, which may need gradients.
@@ -89,7 +89,7 @@ class _Chain(torch.autograd.Function):
                 with ctx.draws.first:
                     y = _compute(chain, flat, chain.split(tensors), both)
                 ctx.save_for_backward(x, *tensors)
-                return y.view(x.shape)
+                return _shaped(y, chain.call)
             y = flat
             for half, part, pair in zip(chain.halves, chain.split(tensors), both, strict=True):
                 kept.append(Kept())
@@ -100,7 +100,7 @@ class _Chain(torch.autograd.Function):
         ctx.edges = [one.edges for one in kept]
         saved = [tensor for one in kept for tensor in one.tensors.values()]
         ctx.save_for_backward(*factors, *tensors, *saved, *dense)
-        return y.view(x.shape)
+        return _shaped(y, chain.call)
 
     @staticmethod
     @once_differentiable
@@ -117,8 +117,11 @@ class _Chain(torch.autograd.Function):
                 saved = iter(ctx.saved_tensors)
                 both = chain.pairs([[next(saved) for _ in range(length)] for length in ctx.lengths])
                 grad_x, found = _continue(ctx, chain, list(saved), both, gradient, wants, wants_x)
-        shape = gradients[0].shape
-        return (None if grad_x is None else grad_x.view(shape), None, *found)
+        return (None if grad_x is None else grad_x.view(chain.call.shape), None, *found)
+
+
+def _shaped(y: Tensor, call: Call) -> Tensor:
+    return y.view(call.shape) if call.rows is None else y[None]
 
 
 def chain_wants(ctx: Any) -> list[list[bool]]:

@@ -20,11 +20,13 @@ class Call:
         shape: of the input, [rows, tokens, d].
         options: keyword arguments of the attention.
         autocast: returns the context in which the model computes.
+        rows: [L] int64, the only rows of the flattened input of which the output is wanted; None: all.
     """
 
     shape: torch.Size
     options: dict[str, Any]
     autocast: Callable[[], Any]
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)

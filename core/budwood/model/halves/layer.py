@@ -58,11 +58,13 @@ class Halves:
         names: of its modules.
         number: of the layer in its model.
         shadows: of the model.
+        rows: [L] int64, the only positions of which the next pass shall compute the output; the halves take it away.
     """
 
     def __init__(self, layer: nn.Module, original: Any, names: Names, number: int, shadows: Shadows) -> None:
         self.layer, self.original, self.names = layer, original, names
         self.number, self.shadows = number, shadows
+        self.rows: Tensor | None = None
 
     @property
     def dense(self) -> bool:
@@ -101,7 +103,8 @@ class Halves:
         kind = x.device.type
         narrow = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if narrow else x.dtype
-        call = Call(x.shape, options, partial(torch.autocast, kind, dtype if narrow else None, narrow))
+        rows, self.rows = self.rows, None
+        call = Call(x.shape, options, partial(torch.autocast, kind, dtype if narrow else None, narrow), rows)
         # Whoever watches saved tensors may keep copies of them, or make them again: these have no graphs inside.
         alone = again or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         groups = [Group(part, x, dtype) for part in parts]
