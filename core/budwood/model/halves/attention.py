@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from budwood.model.halves import norms
-from budwood.model.halves.half import Call, Half, added
+from budwood.model.halves.half import Call, Half
 from budwood.model.halves.kept import Kept
 from budwood.model.ops.group import Factors
 
@@ -34,7 +34,7 @@ class AttentionHalf(Half):
 
     def forward(
         self, x: Tensor, tensors: Sequence[Tensor | None], both: Sequence[Factors], call: Call, kept: Kept | None,
-        weights: list[list[Tensor]] | None = None, ends: bool = False,
+        weights: list[list[Tensor]] | None = None, ends: bool = False, ahead: norms.Ahead | None = None,
     ) -> Tensor:  # fmt: skip
         """Return the half's output [n, d] for x [n, d], or [L, d] at `call.rows`.
 
@@ -42,6 +42,7 @@ class AttentionHalf(Half):
             both: the factors of both groups.
             kept: keeps what the backward pass needs; None: there is no backward.
             ends: the output is not needed; x is returned instead.
+            ahead: the norm that follows this half, or that was computed before it.
         """
         first, second = weights or (None, None)
         given, more = tensors[: self.inputs.tensors], tensors[self.inputs.tensors :]
@@ -65,7 +66,7 @@ class AttentionHalf(Half):
                 if kept is not None:
                     kept.put("before", y)
                 y = norms.forward(self.after, "after", y, kept, call.autocast)
-            y = added(x, y, self.after is None)
+            y = norms.added(x, y, self.after is None, ahead)
         if kept is not None:
             kept.put_made("output", made)
         return y

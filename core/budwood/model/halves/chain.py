@@ -18,6 +18,7 @@ from budwood.model.halves.attention import AttentionHalf
 from budwood.model.halves.half import Call
 from budwood.model.halves.kept import Kept
 from budwood.model.halves.mlp import MlpHalf
+from budwood.model.halves.norms import Ahead
 from budwood.model.ops import tiles
 from budwood.model.ops.group import Factors, Layout, pack
 from budwood.model.random_state import Draws
@@ -74,6 +75,16 @@ class Chain:
         long = self.recomputes and isinstance(half, MlpHalf) and len(x) > tiles.FROM
         return list(x.split(tiles.ROWS)) if long else [x]
 
+    def ahead(self, x: Tensor) -> Ahead | None:
+        """Return the norm between both halves, if the second computes all rows at once.
+
+        Args:
+            x: the input [n, d] of the first.
+        """
+        rows = len(x if self.call.rows is None else self.call.rows)
+        tiled = self.recomputes and rows > tiles.FROM
+        return None if tiled or len(self.halves) < 2 else Ahead(self.halves[1].norm)
+
 
 class _Chain(torch.autograd.Function):
     @staticmethod
@@ -90,11 +101,11 @@ class _Chain(torch.autograd.Function):
                     y = _compute(chain, flat, chain.split(tensors), both)
                 ctx.save_for_backward(x, *tensors)
                 return _shaped(y, chain.call)
-            y = flat
+            y, ahead = flat, chain.ahead(flat)
             for half, part, pair in zip(chain.halves, chain.split(tensors), both, strict=True):
                 kept.append(Kept())
                 kept[-1].put("x", y)
-                y = half.forward(y, part, pair, chain.call, kept[-1])
+                y = half.forward(y, part, pair, chain.call, kept[-1], ahead=ahead)
         dense = _dense(chain) if ctx.needs_input_grad[0] else []
         ctx.places = [list(one.tensors) for one in kept]
         ctx.edges = [one.edges for one in kept]
@@ -134,10 +145,11 @@ def _compute(
     chain: Chain, x: Tensor, tensors: Sequence[Sequence[Tensor | None]], both: Sequence[Sequence[Factors]]
 ) -> Tensor:
     """Return the output [n, d] without keeping anything."""
+    ahead = chain.ahead(x)
     for half, part, pair in zip(chain.halves, tensors, both, strict=True):
         pieces = chain.pieces(half, x)
         if len(pieces) == 1:
-            x = half.forward(x, part, pair, chain.call, None)
+            x = half.forward(x, part, pair, chain.call, None, ahead=ahead)
             continue
         weights, y, start = half.weights(), torch.empty_like(x), 0
         for piece in pieces:
@@ -154,11 +166,11 @@ def _recompute(
     """Return the gradients of x and of the tensors, from the input alone."""
     parts = chain.split(tensors)
     x = x.detach().reshape(-1, x.shape[-1])
-    kept, inputs, weights = [], [x], []
+    kept, inputs, weights, ahead = [], [x], [], chain.ahead(x)
     for half, part, pair in zip(chain.halves[:-1], parts, both, strict=False):
         kept.append(Kept())
         weights.append(half.weights())
-        inputs.append(half.forward(inputs[-1], part, pair, chain.call, kept[-1], weights[-1]))
+        inputs.append(half.forward(inputs[-1], part, pair, chain.call, kept[-1], weights[-1], ahead=ahead))
     last, part, needed = chain.halves[-1], parts[-1], wants_x or any(any(each) for each in wants[:-1])
     found: list[Tensor | None] = [None] * last.tensors
     pieces, start, grads = chain.pieces(last, inputs[-1]), 0, []
@@ -169,7 +181,7 @@ def _recompute(
         above = gradient[start : start + len(piece)]
         start += len(piece)
         store = Kept()
-        last.forward(piece, part, both[-1], chain.call, store, dense, ends=True)
+        last.forward(piece, part, both[-1], chain.call, store, dense, True, ahead)
         grad, each = last.backward(above, piece, part, both[-1], store, wants[-1], needed, True, dense, **extra)
         found = [_sum(total, new) for total, new in zip(found, each, strict=True)]
         if grad is not None:
