@@ -5,7 +5,8 @@ both ways, one after the other and in changing order, so that noise of the machi
 processor time, which other processes disturb less than the clock.
 
 `--labels SHARE` compares the last layer at label positions alone with the whole layer: of each segment, the last
-tokens are labelled, and heads have 64 elements.
+tokens are labelled, and heads have 64 elements. `--rotary` compares rotary embeddings by halves with the operations of
+the models, likewise with heads of 64.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import torch
 
 from benchmarks.gpu_record import SEGMENT, Bench, nothing, own_forward, stack, step_of
 from budwood.model.halves.labels import hidden_states, labels_alone
+from budwood.model.ops import rotary
 from budwood.model.ops.attention import packed_mask
 from budwood.model.recompute import recompute_layers
 
@@ -34,16 +37,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="of the packed row (default 512)")
     parser.add_argument("--pairs", type=int, default=6, help="passes of each kind (default 6)")
     parser.add_argument("--labels", type=float, metavar="SHARE", help="of the positions, which the last layer computes")
+    parser.add_argument("--rotary", action="store_true", help="compare rotary embeddings instead of layers")
     chosen = parser.parse_args()
     kinds: list[tuple[str, Any]] = [("halves", nothing), ("modules", own_forward)]
     if chosen.labels:
         kinds = [("labels", labels_alone), ("whole", partial(labels_alone, False))]
+    if chosen.rotary:
+        kinds = [("by halves", nothing), ("own", own_rotations)]
     first, second = (name for name, _ in kinds)
     torch.set_num_threads(1)
     for dtype in (torch.float32, torch.bfloat16):
         for quantized in (False, True):
             bench = Bench(True, Path(), 600)
-            bench.shapes, bench.dtype = SHAPES | ({"head": 64} if chosen.labels else {}), dtype
+            bench.shapes, bench.dtype = SHAPES | ({"head": 64} if chosen.labels or chosen.rotary else {}), dtype
             model = stack(bench, quantized)
             for recomputes in (False, True):
                 recompute_layers(model, recomputes)
@@ -67,6 +73,17 @@ def main() -> None:
                     f"({ratios[0]:.2f} to {ratios[-1]:.2f})",
                     flush=True,
                 )
+
+
+@contextmanager
+def own_rotations() -> Iterator[None]:
+    """Let the models' own operations rotate queries and keys."""
+    before = rotary._in_halves
+    rotary._in_halves = lambda *_: False
+    try:
+        yield
+    finally:
+        rotary._in_halves = before
 
 
 def labelled(bench: Bench, model: Any, tokens: int, share: float) -> Callable[[], None]:

@@ -20,7 +20,10 @@ GIB = 1 << 30
 
 @pytest.mark.parametrize(
     ("classes", "gib", "users", "rows"),
-    [(128256, 80, 1, 2048), (128256, 23.6, 1, 768), (128256, 7.7, 1, CHUNK), (128256, 80, 3, 512), (32000, 80, 1, 8192)],
+    [
+        (128256, 80, 1, 2048), (128256, 23.6, 1, 768), (128256, 7.7, 1, CHUNK), (128256, 80, 3, 512),
+        (32000, 80, 1, 8192),
+    ],
 )  # fmt: skip
 def test_a_larger_card_takes_larger_chunks(classes: int, gib: float, users: int, rows: int) -> None:
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=classes))
