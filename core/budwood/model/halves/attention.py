@@ -34,7 +34,8 @@ class AttentionHalf(Half):
 
     def forward(
         self, x: Tensor, tensors: Sequence[Tensor | None], both: Sequence[Factors], call: Call, kept: Kept | None,
-        weights: list[list[Tensor]] | None = None, ends: bool = False, ahead: norms.Ahead | None = None,
+        weights: list[list[Tensor]] | None = None, ends: bool = False,
+        links: norms.Links = (None, None),
     ) -> Tensor:  # fmt: skip
         """Return the half's output [n, d] for x [n, d], or [L, d] at `call.rows`.
 
@@ -42,12 +43,12 @@ class AttentionHalf(Half):
             both: the factors of both groups.
             kept: keeps what the backward pass needs; None: there is no backward.
             ends: the output is not needed; x is returned instead.
-            ahead: the norm that follows this half, or that was computed before it.
+            links: the norm of x, if it was computed before, and the norm that follows this half.
         """
         first, second = weights or (None, None)
         given, more = tensors[: self.inputs.tensors], tensors[self.inputs.tensors :]
         factors, outer = both
-        normed = norms.forward(self.norm, "norm", x, kept, call.autocast).to(self.inputs.dtype)
+        normed = norms.forward(self.norm, "norm", x, kept, call.autocast, links[0]).to(self.inputs.dtype)
         projected, made = self.inputs.forward(normed, given, factors, first)
         result = self._between(projected, x, call, kept)
         flat = _picked(result.detach().reshape(len(x), -1), call.rows).to(self.output.dtype)
@@ -66,7 +67,7 @@ class AttentionHalf(Half):
                 if kept is not None:
                     kept.put("before", y)
                 y = norms.forward(self.after, "after", y, kept, call.autocast)
-            y = norms.added(x, y, self.after is None, ahead)
+            y = norms.added(x, y, self.after is None, links[1])
         if kept is not None:
             kept.put_made("output", made)
         return y

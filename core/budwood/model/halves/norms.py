@@ -14,7 +14,7 @@ from budwood.model.ops.rms_norm import Norm, norm_backward, norm_forward, norm_o
 
 @dataclass
 class Ahead:
-    """The norm with which the next half begins, which one kernel computes with the sum at the end of this one.
+    """The norm with which a half begins, which one kernel computes with the sum at the end of the half before.
 
     Attributes:
         module: the norm.
@@ -25,6 +25,9 @@ class Ahead:
     found: tuple[Tensor, Tensor, Tensor] | None = None
 
 
+Links = tuple[Ahead | None, Ahead | None]
+
+
 def added(x: Tensor, y: Tensor, fresh: bool, ahead: Ahead | None = None) -> Tensor:
     """Return x + y; `fresh`: y may be overwritten.
 
@@ -32,15 +35,16 @@ def added(x: Tensor, y: Tensor, fresh: bool, ahead: Ahead | None = None) -> Tens
     where it is smaller than half a unit in x's last place.
     """
     own = ahead.module.forward if ahead is not None and fresh else None
-    if ahead is not None and isinstance(own, Norm):
-        ahead.found = norm_of_sum(x, y, own.module.weight, own.epsilon)  # type: ignore[arg-type]
+    weight: Any = own.module.weight if isinstance(own, Norm) else None
+    if ahead is not None and isinstance(own, Norm) and weight.device == x.device and not weight.requires_grad:
+        ahead.found = norm_of_sum(x, y, weight, own.epsilon)
         if ahead.found is not None:
             return ahead.found[0]
     return y.add_(x) if fresh and x.dtype == y.dtype else x + y
 
 
 def forward(
-    module: nn.Module, name: str, x: Tensor, kept: Kept | None, autocast: Any, ahead: Ahead | None = None
+    module: nn.Module, name: str, x: Tensor, kept: Kept | None, autocast: Any, before: Ahead | None = None
 ) -> Tensor:
     """Return the norm of x [n, d].
 
@@ -48,13 +52,13 @@ def forward(
         name: under which the backward finds what it needs.
         kept: keeps it; None: there is no backward.
         autocast: returns the context in which the model computes.
-        ahead: what was computed of it before.
+        before: what was computed of it with the sum x.
     """
     own = module.forward
     if isinstance(own, Norm):
-        total, normed, scale = ahead.found if ahead is not None and ahead.found is not None else (None, x, x)
-        if ahead is not None:
-            ahead.found = None
+        total, normed, scale = before.found if before is not None and before.found is not None else (None, x, x)
+        if before is not None:
+            before.found = None
         if total is not x:
             normed, scale = norm_forward(x, own.module.weight, own.epsilon)  # type: ignore[arg-type]
         if kept is not None:
