@@ -25,10 +25,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     config.hook.pytest_deselected(items=[item for item in items if left_out(item)])
     items[:] = [item for item in items if not left_out(item)]
-
-
-@pytest.fixture(autouse=True)
-def no_rank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw ranks.png, which takes longer than a run, only in tests marked `plots`."""
-    if "plots" not in request.keywords:
-        monkeypatch.setattr("budwood_adalora.picture.draw_ranks", lambda *given: None)

@@ -129,11 +129,13 @@ def scan(path: tuple[tuple[str, int | None], ...]) -> dict[str, dict[str, list[I
     result: dict[str, dict[str, list[Installed]]] = {}
     entry_points = metadata.entry_points()
     ours = [group for group in entry_points.groups if group in WORDS or group.startswith(f"{STRATEGIES}.")]
+    owners: dict[int, tuple[str, str]] = {}  # each name and version is read from a file
     for group in ours:
         for point in entry_points.select(group=group):
             dist = point.dist
-            owner = (dist.name or "unknown", dist.version or "0") if dist else ("unknown", "0")
-            entry = Installed(point.name, point.value, *owner)
+            if id(dist) not in owners:
+                owners[id(dist)] = (dist.name or "unknown", dist.version or "0") if dist else ("unknown", "0")
+            entry = Installed(point.name, point.value, *owners[id(dist)])
             entries = result.setdefault(group, {}).setdefault(point.name, [])
             if entry not in entries:  # a distribution found twice on sys.path counts once
                 entries.append(entry)

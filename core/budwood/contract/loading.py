@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -135,9 +136,14 @@ def _check_options(options: Any, who: str, owner: str) -> None:
     if not (isinstance(options, type) and issubclass(options, Options)):
         raise PluginError(f"{who}: its Options must be a subclass of budwood.Options, which refuses unknown keys.")
     try:
-        options.model_json_schema()
+        _make_schema(options)
     except Exception as error:  # pydantic raises several types, and a plugin's own types can raise any
         raise plugin_fault(owner, f"{who}: its Options have no schema: {describe(error)}", True) from error
+
+
+@functools.lru_cache(maxsize=256)  # a command loads a strategy several times
+def _make_schema(options: type[Options]) -> None:
+    options.model_json_schema()
 
 
 def load_strategy(name: str) -> tuple[type[Strategy], Installed]:

@@ -10,7 +10,6 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -413,9 +412,9 @@ def write_manifest(run: Run, resume: Resume | None = None, chosen: Sequence[str]
         chosen: the fields of the recipe that the run chose.
     """
     manifest = {
-        "budwood": metadata.version("budwood"),
+        "budwood": changes.version("budwood"),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in changes.PINNED},
+        "versions": {name: changes.version(name) for name in changes.PINNED},
         "strategies": strategies_record(run.strategies),
         "base": {
             "name": run.base.name, "revision": run.base.revision, "fingerprint": run.base.fingerprint,

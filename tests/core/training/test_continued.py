@@ -68,11 +68,6 @@ class Killed(BaseException):
     """Simulates a killed process."""
 
 
-@pytest.fixture(autouse=True)
-def no_rank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("budwood_adalora.picture.draw_ranks", lambda *given: None)
-
-
 @pytest.fixture
 def objective(distribution: Callable[..., Path]) -> Any:
     """Install a strategy `own-preference` that needs the reference; returns its class."""

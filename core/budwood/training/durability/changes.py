@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
@@ -36,14 +37,20 @@ class Change(NamedTuple):
         return f"{self.field}: {_short(self.before)} → {_short(self.now)}"
 
 
+@functools.cache
+def version(name: str) -> str:
+    """Return the version of an installed distribution, whose metadata is read once."""
+    return metadata.version(name)
+
+
 def setting(run: Run) -> dict[str, Any]:
     """Return the part of a run's setting that is known before the base loads."""
     return {
         "recipe": run.recipe.to_dict(run.strategies),
         "versions": {
-            "budwood": metadata.version("budwood"),
+            "budwood": version("budwood"),
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in PINNED},
+            **{name: version(name) for name in PINNED},
         },
         "strategies": {s.name: s.distribution for s in run.strategies},
         "data": data_setting(run),

@@ -307,8 +307,8 @@ def test_other_data_another_version_and_other_strategies_are_named(
     killed: Callable[..., Recipe], make_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = killed(2)
-    versions = setup.changes.metadata.version
-    monkeypatch.setattr(setup.changes.metadata, "version", lambda name: "0.0" if name == "peft" else versions(name))
+    versions = setup.changes.version
+    monkeypatch.setattr(setup.changes, "version", lambda name: "0.0" if name == "peft" else versions(name))
     strategies = [{"lora": {"rank": 4, "alpha": 3}}, {"adversarial": {"method": "fgm"}}]
     changed = recipe.model_copy(update={"strategies": make_recipe("other", strategies=strategies).strategies})
     path = Path(recipe.data.train)
