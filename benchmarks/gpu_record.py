@@ -280,7 +280,7 @@ def stack(bench: Bench, quantized: bool = True) -> Any:
 
     attention.register()
     h, keys = bench.shapes["hidden"], bench.shapes["keys"]
-    size = h // 32 if not bench.dry else 16
+    size = bench.shapes.get("head", h // 32 if not bench.dry else 16)
     config = LlamaConfig(
         vocab_size=8, hidden_size=h, intermediate_size=bench.shapes["inner"], head_dim=size, use_cache=False,
         num_hidden_layers=2 if bench.dry else LAYERS, num_attention_heads=h // size, num_key_value_heads=keys // size,

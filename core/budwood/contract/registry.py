@@ -104,6 +104,10 @@ class Composition:
         """Return the implementations of `hook`: wrappers, outermost first, then the others in call order."""
         return [HookCall(i.plugin_name, i.plugin, i.wrapper) for i in self._implementations(hook)]
 
+    def receives(self, hook: str, argument: str) -> bool:
+        """Return whether an implementation of `hook` takes `argument`."""
+        return any(argument in impl.argnames for impl in self._implementations(hook))
+
     def call(self, hook: str, **arguments: Any) -> Any:
         """Call a hook; return the first result of an exclusive hook, otherwise all results that are not None."""
         self._note_run(arguments)

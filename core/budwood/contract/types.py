@@ -60,6 +60,7 @@ class Outputs:
 
     Attributes:
         hidden: [R, T, d], or [R, 1, classes] if the model pools each row; `label_positions` index the flattened rows.
+            NaN at other positions, in a pass of which only the head reads the outputs.
         head: the model's own head; maps rows of `hidden` [n, d] to logits [n, vocabulary or classes].
     """
 

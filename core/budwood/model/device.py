@@ -13,19 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_planned: list[tuple[str, tuple[int, int]]] = []
+_planned: list[tuple[str, tuple[int, int], int]] = []
 _host: list[Callable[[], AbstractContextManager[Any]]] = []
 
 
 @contextmanager
-def planned_device(kind: str, capability: tuple[int, int] = (8, 0)) -> Iterator[None]:
-    """Answer `device_type` and `capability` for a planned device inside the context.
+def planned_device(kind: str, capability: tuple[int, int] = (8, 0), memory: int = 0) -> Iterator[None]:
+    """Answer `device_type`, `capability` and `gpu_memory` for a planned device inside the context.
 
     Args:
         kind: cpu or cuda.
         capability: CUDA's compute capability of the planned device.
+        memory: its bytes; 0: unknown.
     """
-    _planned.append((kind, capability))
+    _planned.append((kind, capability, memory))
     try:
         yield
     finally:
@@ -40,6 +41,14 @@ def device_type(tensor: Tensor) -> str:
 def capability(tensor: Tensor) -> tuple[int, int]:
     """Return CUDA's compute capability of the device that the code for `tensor` is for."""
     return _planned[-1][1] if _planned else torch.cuda.get_device_capability(tensor.device)
+
+
+def gpu_memory(device: torch.device) -> int:
+    """Return the bytes of memory of the GPU that the code is for; 0 if it is for a CPU, or if they are unknown."""
+    if _planned:
+        kind, _, memory = _planned[-1]
+        return memory if kind == "cuda" else 0
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else 0
 
 
 @contextmanager

@@ -12,12 +12,33 @@ from budwood.contract.examples import Batch, Example
 from budwood.contract.types import Generator, Run
 from budwood.data.packing import split_micro
 from budwood.errors import ResourceError, is_out_of_memory
+from budwood.model.device import gpu_memory
 from budwood.model.streaming import release_memory
 
 T = TypeVar("T")
 
 CHUNK = 256
-"""Number of label positions whose logits are in memory at the same time."""
+"""Least number of label positions whose logits are in memory at the same time; on a CPU, where more gain nothing, all
+that are."""
+LOGITS = 1 << 28
+"""Most logits in memory at the same time: 2,048 positions of 128k classes."""
+BYTES = 256
+"""Bytes of a GPU's memory for each of them: in 16 bit, with its gradient, it takes 4."""
+
+
+def head_rows(run: Run, users: int = 1) -> int:
+    """Return the number of label positions whose logits are in memory at the same time.
+
+    On a GPU, each chunk costs the host some thirty launches, so chunks are as large as a share of its memory allows.
+
+    Args:
+        users: number of terms that are computed from them, each with copies of its own.
+    """
+    memory = gpu_memory(run.device)
+    classes = int(getattr(run.model.config.get_text_config(), "vocab_size", 0) or 0) if memory else 0
+    if not classes:
+        return CHUNK
+    return max(CHUNK, min(LOGITS, memory // BYTES) // users // classes // CHUNK * CHUNK)
 
 
 class EvalTotals:
@@ -103,7 +124,7 @@ def label_logits(task: Any, run: Run, batch: Batch, noise: Tensor | None) -> Ite
     with task.noisy(run.model, noise):
         outputs = task.outputs(run.model, batch)
     flat = outputs.hidden.reshape(-1, outputs.hidden.shape[-1])
-    for chunk in torch.arange(len(batch.labels), device=flat.device).split(CHUNK):
+    for chunk in torch.arange(len(batch.labels), device=flat.device).split(head_rows(run, 2)):  # 2: they become fp32
         yield chunk, at_least_fp32(outputs.head(flat[batch.label_positions[chunk]]))
 
 

@@ -207,12 +207,17 @@ class _Collector(StoppingCriteria):
         self.first = LogitsProcessorList([self.raw] if wanted else [])
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        tokens, logits = input_ids[:, -1], self.raw.logits
+        last, logits = input_ids[:, -1], self.raw.logits
         values: list[Scores] = [(None, None)] * len(self.rows)
-        if self.log_probs is not None:
+        if self.log_probs is None:
+            tokens = last.tolist()
+        else:
             assert logits is not None
-            values = [(value, None) for value in self.log_probs(logits, tokens, self.temperature).tolist()]
-        for i, (row, token) in enumerate(zip(self.rows, tokens.tolist(), strict=True)):
+            scored = self.log_probs(logits, last, self.temperature)
+            # Both in one read: the device waits for the host once a token. Tokens are exact in fp64.
+            numbers, found = torch.stack((last.double(), scored.double())).tolist()
+            tokens, values = [int(number) for number in numbers], [(value, None) for value in found]
+        for i, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
             if row.writer.reason is not None:
                 continue
             if row.score is not None and logits is not None:

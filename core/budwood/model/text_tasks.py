@@ -145,8 +145,7 @@ class CausalLM(TextTask):
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         """Run the model below its head; the head is the model's own forward on rows of that output."""
-        hidden = body_of(model)(**_inputs(batch)).last_hidden_state
-        return Outputs(hidden, lambda rows: own_head(model, rows))
+        return Outputs(_hidden(body_of(model), batch), lambda rows: own_head(model, rows))
 
     def own_logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """See `Task.own_logits`."""
@@ -305,7 +304,7 @@ class SequenceClassification(Classification, TextTask):
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         """Run the decoder and return its head; if the model pools each example, return its logits."""
         if not self.pools_examples(model):
-            return Outputs(_body(model)(**_inputs(batch)).last_hidden_state, model.score)  # type: ignore[arg-type]
+            return Outputs(_hidden(_body(model), batch), model.score)  # type: ignore[arg-type]
         if batch.segments:
             body = _body(model)
             hidden, inputs = padded_rows(body(**encoder_inputs(body, batch)).last_hidden_state[0], batch)
@@ -348,6 +347,13 @@ def _inputs(batch: Batch) -> dict[str, Any]:
     from budwood.model.ops.attention import packed_mask  # takes seconds, for nothing if no model runs
 
     return {**inputs, "attention_mask": packed_mask(batch.label_positions.device), "segments": batch.segments}
+
+
+def _hidden(body: nn.Module, batch: Batch) -> Tensor:
+    """Return the output of a body, of which the head reads the label positions alone."""
+    from budwood.model.halves.labels import hidden_states  # takes seconds, as above
+
+    return hidden_states(body, _inputs(batch), batch.label_positions, (batch.rows, batch.width))
 
 
 def _body(model: nn.Module) -> nn.Module:

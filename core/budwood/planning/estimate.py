@@ -214,7 +214,8 @@ def _rehearsed(recipe: Recipe, device: Device, without_data: bool, notes: list[s
 
         dtype = pick_device_precision("cpu", recipe.train.precision)[1]
     cuda = device.kind == "cuda"
-    with planned_device(device.kind, device.capability), rehearse(recipe, dtype, cuda, processes) as rehearsal:
+    planned = planned_device(device.kind, device.capability, device.memory)
+    with planned, rehearse(recipe, dtype, cuda, processes) as rehearsal:
         return _estimate(rehearsal, device, without_data, notes)
 
 

@@ -285,7 +285,8 @@ class Scheduler:
             slots = {id(row): slot for slot, row in enumerate(self.rows)}
             logits = self.forward.run(rows, [slots[id(row)] for row in rows], count)
             values, tokens = logits.max(-1)  # NaN is larger than any number here
-            finite, largest = values.isfinite().tolist(), tokens.tolist()
+            largest = torch.where(values.isfinite(), tokens, -1).tolist()  # one read of the device
+            finite = [token >= 0 for token in largest]
             taken = [(row, logits[i], largest[i]) for i, row in enumerate(rows) if finite[i] and not row.todo]
             for row, after, token in list(taken):
                 if row.twins is not None:

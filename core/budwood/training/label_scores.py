@@ -16,7 +16,6 @@ from torch import Tensor
 
 from budwood.contract.discovery import PluginError
 from budwood.contract.examples import Batch
-from budwood.model.evaluation import CHUNK
 from budwood.model.task import Task
 
 LogProbs = dict[float, Tensor]
@@ -28,11 +27,13 @@ class LabelScores:
 
     Attributes:
         temperatures: those at which strategies need the log-probabilities.
+        rows: of a chunk.
         twice: run the head a second time for the backward pass, because it has trainable parameters.
     """
 
-    def __init__(self, task: Task, batch: Batch, temperatures: Sequence[float], twice: bool) -> None:
-        self.task, self.batch, self.temperatures, self.twice = task, batch, tuple(temperatures), twice
+    def __init__(self, task: Task, batch: Batch, temperatures: Sequence[float], rows: int, twice: bool = False) -> None:
+        self.task, self.batch, self.temperatures = task, batch, tuple(temperatures)
+        self.rows, self.twice = rows, twice
         self._values: dict[float, list[Tensor]] = {temperature: [] for temperature in temperatures}
         self._gradients: dict[float, list[Tensor]] = {temperature: [] for temperature in temperatures}
 
@@ -79,7 +80,7 @@ class LabelScores:
         """
         positions = self.batch.label_positions
         if self.twice:
-            for chunk, rows in chunks(self.batch, flat):
+            for chunk, rows in chunks(self.batch, flat, self.rows):
                 rows.requires_grad_(grad is not None)
                 logits = head(rows)
                 parts = [(self._log_probs(logits, chunk, t) * c[chunk]).sum() for t, c in coefficients.items()]
@@ -89,7 +90,7 @@ class LabelScores:
         elif grad is not None:
             for temperature, all_factors in coefficients.items():
                 gradients = self._gradients[temperature]  # none if nothing below the head trains
-                chunked = zip(gradients, all_factors.split(CHUNK), positions.split(CHUNK), strict=True)
+                chunked = zip(gradients, all_factors.split(self.rows), positions.split(self.rows), strict=True)
                 for gradient, factors, target in chunked if gradients else ():
                     grad.index_add_(0, target, (gradient * factors[:, None]).to(grad.dtype))
 
@@ -106,9 +107,13 @@ def temperature_of(plugin: Any) -> float:
     return float(temperature)
 
 
-def chunks(batch: Batch, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield, one chunk at a time, label indices [n] and the rows [n, d] of the output at these labels' positions."""
-    for chunk in torch.arange(len(batch.labels), device=flat.device).split(CHUNK):
+def chunks(batch: Batch, flat: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield, one chunk at a time, label indices [n] and the rows [n, d] of the output at these labels' positions.
+
+    Args:
+        rows: n, of all chunks but the last.
+    """
+    for chunk in torch.arange(len(batch.labels), device=flat.device).split(rows):
         yield chunk, flat[batch.label_positions[chunk]]
 
 

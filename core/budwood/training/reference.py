@@ -18,13 +18,13 @@ from budwood.data.examples import Examples
 from budwood.data.packing import split_micro
 from budwood.errors import InputError, ResourceError, is_out_of_memory
 from budwood.model.evaluation import (
-    CHUNK,
     at_least_fp32,
     autocast,
     collate_for,
     does_not_fit,
     extra_passes,
     from_all_processes,
+    head_rows,
 )
 from budwood.model.streaming import release_memory
 
@@ -67,7 +67,8 @@ def label_log_probs(run: Run, batch: Batch) -> Tensor:
 
 
 def _label_log_probs(run: Run, batch: Batch, outputs: Outputs, hidden: Tensor) -> Tensor:
-    parts = zip(hidden.split(CHUNK), batch.labels.split(CHUNK), strict=True)
+    size = head_rows(run, 2)
+    parts = zip(hidden.split(size), batch.labels.split(size), strict=True)
     return torch.cat([run.task.log_probs(outputs.head(rows), labels) for rows, labels in parts])
 
 

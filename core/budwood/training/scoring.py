@@ -12,7 +12,7 @@ from torch import Tensor
 from budwood.contract.examples import Batch, Example
 from budwood.contract.types import Outputs, Run
 from budwood.data.packing import split_micro
-from budwood.model.evaluation import collate_for, extra_passes
+from budwood.model.evaluation import collate_for, extra_passes, head_rows
 from budwood.training.label_scores import chunks
 from budwood.training.reference import as_reference, inference
 
@@ -36,7 +36,7 @@ def example_log_probs(
         return torch.cat(
             [
                 run.task.log_probs(outputs.head(rows), batch.labels[chunk], **extra)
-                for chunk, rows in chunks(batch, flat)
+                for chunk, rows in chunks(batch, flat, head_rows(run, 2))
             ]
         )
 

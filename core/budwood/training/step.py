@@ -21,7 +21,8 @@ from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy, hookimpl
 from budwood.contract.types import UNITS, LossTerm, Outputs, Reference, Run, Step, Terms, Which
 from budwood.errors import BudwoodError, describe, is_out_of_memory
-from budwood.model.evaluation import at_least_fp32, autocast
+from budwood.model.evaluation import at_least_fp32, autocast, head_rows
+from budwood.model.halves.labels import labels_alone
 from budwood.training.label_scores import LabelScores, LogProbs, chunks, depends, temperature_of
 from budwood.training.reference import CACHED, is_off, log_probs_of, read_reference
 from budwood.training.step_terms import LOG_PROBS, StepTerms, is_beside
@@ -135,8 +136,9 @@ class Engine:
             outputs: Outputs = self.hooks.call("forward", step=step)
             if not self.scores_sequences:
                 return function(outputs, None)
-            scores = LabelScores(self.run.task, step.batch, self.temperatures, twice=False)
-            for chunk, rows in chunks(step.batch, outputs.hidden.flatten(0, -2)):
+            size = self._chunk_rows()
+            scores = LabelScores(self.run.task, step.batch, self.temperatures, size)
+            for chunk, rows in chunks(step.batch, outputs.hidden.flatten(0, -2), size):
                 scores.add(outputs.head(rows), chunk, rows, keep=False)
             return function(outputs, scores.values())
 
@@ -150,7 +152,8 @@ class Engine:
             step.noise = leaf if outer_noise is None else outer_noise + leaf
         try:
             with autocast(self.run):
-                outputs: Outputs = self.hooks.call("forward", step=step)
+                with labels_alone(not self._others_read()):
+                    outputs: Outputs = self.hooks.call("forward", step=step)
                 grad_hidden = self._head(step, outputs, weight, main, terms)
                 extra = None if terms else self._other_terms(step, outputs, weight, main)
         finally:
@@ -173,15 +176,26 @@ class Engine:
             return None
         return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad / self.loss_scale
 
+    def _others_read(self) -> bool:
+        """Whether a hook receives the outputs, of which the head reads the label positions alone."""
+        takes = any(self.hooks.receives(hook, "outputs") for hook in ("loss_terms", "step_values"))
+        return takes or any(call.wraps for call in self.hooks.calls("forward"))
+
+    def _chunk_rows(self) -> int:
+        """The number of labels of which the head computes the logits at once."""
+        users = len(self.hooks.calls("token_terms")) + (len(self.temperatures) if self.scores_sequences else 0)
+        return head_rows(self.run, max(users, 1))
+
     def _head(self, step: Step, outputs: Outputs, weight: float, main: bool, terms: Terms | None) -> Tensor | None:
         """Run the head and its loss terms in chunks; returns the gradient with respect to `outputs.hidden`."""
         hidden = outputs.hidden
         flat = hidden.detach().flatten(0, -2)
         grad = torch.zeros_like(flat) if hidden.requires_grad else None
-        scores = None
+        scores, size = None, self._chunk_rows()
         if self.scores_sequences and terms is None:
-            scores = LabelScores(self.run.task, step.batch, self.temperatures, self._trains_head(step, outputs, flat))
-        for chunk, rows in chunks(step.batch, flat):
+            twice = self._trains_head(step, outputs, flat)
+            scores = LabelScores(self.run.task, step.batch, self.temperatures, size, twice)
+        for chunk, rows in chunks(step.batch, flat, size):
             rows.requires_grad_(grad is not None)
             logits = outputs.head(rows)
             if terms is None:

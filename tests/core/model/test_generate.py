@@ -87,6 +87,32 @@ def test_the_head_receives_contiguous_rows(base, prompts):
     assert not base.model.lm_head._forward_pre_hooks
 
 
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_token_is_read_from_the_device_once_and_the_head_computes_the_last_position(
+    base, prompts, monkeypatch, scored
+):
+    """The first read waits for a GPU; transformers' two, whether rows are padded and all have ended, follow at once."""
+    reads, head = [], []
+    for name in ("tolist", "item", "__int__", "__float__", "cpu", "__bool__"):
+        own = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, *args, own=own, name=name: (reads.append(name), own(self, *args))[1]
+        )
+    handle = base.model.lm_head.register_forward_hook(lambda module, args, output: head.append(args[0].shape))
+    counts = []
+    for tokens in (3, 11):
+        reads.clear()
+        head.clear()
+        log_probs = (lambda logits, tokens, _: logits.log_softmax(-1)[range(len(tokens)), tokens]) if scored else None
+        found = generate(base.model, base.tokenizer, prompts, tokens, log_probs=log_probs)
+        assert max(len(each.tokens) for each in found) == tokens
+        assert head == [(len(prompts), 1, 64)] * tokens
+        counts.append({name: reads.count(name) for name in set(reads)})
+    handle.remove()
+    more = {name: counts[1].get(name, 0) - counts[0].get(name, 0) for name in {*counts[0], *counts[1]}}
+    assert {name: count for name, count in more.items() if count} == {"tolist": 8, "__bool__": 16}
+
+
 def test_generation_from_a_4bit_base_in_bf16_is_reproducible(tiny_base, prompts):
     base = load_base(tiny_base, "nf4", LM, torch.bfloat16)
     first = generate(base.model, base.tokenizer, prompts, 8)

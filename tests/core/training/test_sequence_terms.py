@@ -50,9 +50,9 @@ def test_a_preference_over_pairs(ready: Callable, split: str, share: float) -> N
 def test_clipped_ratios_over_labels_and_a_custom_unit(
     ready: Callable, rows: Any, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from budwood.training import label_scores
+    from budwood.model import evaluation
 
-    monkeypatch.setattr(label_scores, "CHUNK", chunk)
+    monkeypatch.setattr(evaluation, "CHUNK", chunk)
     run, engine = ready("ratio", pairs=False)
     result = f64.take(run, engine, rows)
     f64.agree(result, f64.expect(run, rows, [f64.own("causal_lm", 1.0), f64.ratio(run.counts)]))

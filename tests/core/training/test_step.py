@@ -129,7 +129,7 @@ def ready(recipe: Any, *extra: Strategy) -> tuple[Any, Any, Step]:
 @pytest.mark.parametrize("chunk", [3, 256])
 def test_compared_outputs_share_the_chunked_pass(make_recipe: Callable, monkeypatch: Any, chunk: int) -> None:
     """Against plain autograd on full logits: the same noise, and the same gradients of both sides."""
-    from budwood.training import label_scores as module
+    from budwood.model import evaluation as module
 
     monkeypatch.setattr(module, "CHUNK", chunk)
     run, engine, step = ready(make_recipe(), Compare(name="compare"))

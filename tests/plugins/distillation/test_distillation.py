@@ -311,7 +311,7 @@ def test_the_full_logits_of_the_teacher_are_never_materialised(
         return base
 
     monkeypatch.setattr(budwood, "load_frozen", watched)
-    monkeypatch.setattr("budwood.training.label_scores.CHUNK", 20)
+    monkeypatch.setattr("budwood.model.evaluation.CHUNK", 20)
     monkeypatch.setattr(module, "CHUNK", 20)
     for number, cache in enumerate(({}, {"cache": str(tmp_path / "cache")})):
         rows.clear()

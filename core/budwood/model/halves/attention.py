@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from budwood.model.halves import norms
-from budwood.model.halves.half import Call, Half, added
+from budwood.model.halves.half import Call, Half
 from budwood.model.halves.kept import Kept
 from budwood.model.ops.group import Factors
 
@@ -35,26 +35,30 @@ class AttentionHalf(Half):
     def forward(
         self, x: Tensor, tensors: Sequence[Tensor | None], both: Sequence[Factors], call: Call, kept: Kept | None,
         weights: list[list[Tensor]] | None = None, ends: bool = False,
+        links: norms.Links = (None, None),
     ) -> Tensor:  # fmt: skip
-        """Return the half's output [n, d] for x [n, d].
+        """Return the half's output [n, d] for x [n, d], or [L, d] at `call.rows`.
 
         Args:
             both: the factors of both groups.
             kept: keeps what the backward pass needs; None: there is no backward.
             ends: the output is not needed; x is returned instead.
+            links: the norm of x, if it was computed before, and the norm that follows this half.
         """
         first, second = weights or (None, None)
         given, more = tensors[: self.inputs.tensors], tensors[self.inputs.tensors :]
         factors, outer = both
-        normed = norms.forward(self.norm, "norm", x, kept, call.autocast).to(self.inputs.dtype)
+        normed = norms.forward(self.norm, "norm", x, kept, call.autocast, links[0]).to(self.inputs.dtype)
         projected, made = self.inputs.forward(normed, given, factors, first)
         result = self._between(projected, x, call, kept)
-        flat = result.detach().reshape(len(x), -1).to(self.output.dtype)
+        flat = _picked(result.detach().reshape(len(x), -1), call.rows).to(self.output.dtype)
         if kept is not None:
             kept.put("normed", normed)
             kept.put_made("inputs", made)
             kept.put("between", result)
+            kept.put("rows", call.rows)
         del projected, normed
+        x = _picked(x, call.rows)
         if ends and self.after is None:
             made, y = self.output.thin(flat, outer), x
         else:
@@ -63,7 +67,7 @@ class AttentionHalf(Half):
                 if kept is not None:
                     kept.put("before", y)
                 y = norms.forward(self.after, "after", y, kept, call.autocast)
-            y = added(x, y, self.after is None)
+            y = norms.added(x, y, self.after is None, links[1])
         if kept is not None:
             kept.put_made("output", made)
         return y
@@ -86,7 +90,7 @@ class AttentionHalf(Half):
         """Return the gradients of x [n, d], if it is wanted, and of the tensors, of those that want one.
 
         Args:
-            gradient: of the output [n, d].
+            gradient: of the output [n, d], or [L, d].
             last: what was kept is not needed again.
         """
         first, second = weights or (None, None)
@@ -97,8 +101,8 @@ class AttentionHalf(Half):
             before = kept.tensors["before"]
             inside = norms.backward(self.after, "after", gradient, before, kept, last)
         inside = inside.to(self.output.dtype)
-        result = kept.tensors["between"]
-        flat = result.detach().reshape(len(x), -1).to(self.output.dtype)
+        result, rows = kept.tensors["between"], kept.get("rows")
+        flat = _picked(result.detach().reshape(len(x), -1), rows).to(self.output.dtype)
         made = kept.get_made("output")
         thin = self.output.thin_gradient([inside], outer)
         found = self.output.factor_gradients([inside], thin, flat, made, tensors[count:], wants[count:])
@@ -106,6 +110,7 @@ class AttentionHalf(Half):
             return None, [*(None for _ in range(count)), *found]
         through = self.output.input_gradient([inside], thin, outer, made.masks, second)
         del flat, thin, inside
+        through, gradient = _spread(through, rows, len(x)), _spread(gradient, rows, len(x))
         back = kept.through("between", through.view(result.shape).to(result.dtype), last)
         back = [part.reshape(len(x), -1).to(self.inputs.dtype) for part in back]
         made, normed = kept.get_made("inputs"), kept.tensors["normed"]
@@ -115,6 +120,15 @@ class AttentionHalf(Half):
             return None, [*earlier, *found]
         grad_x = self.inputs.input_gradient(back, thin, factors, made.masks, first).to(x.dtype)
         return norms.backward(self.norm, "norm", grad_x, x, kept, last, gradient), [*earlier, *found]
+
+
+def _picked(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x.index_select(0, rows)
+
+
+def _spread(gradient: Tensor, rows: Tensor | None, count: int) -> Tensor:
+    """Return the gradient of `count` rows, from that of the ones picked."""
+    return gradient if rows is None else gradient.new_zeros(count, gradient.shape[1]).index_add_(0, rows, gradient)
 
 
 class _Split(torch.autograd.Function):

@@ -18,6 +18,7 @@ from budwood.model.halves.attention import AttentionHalf
 from budwood.model.halves.half import Call
 from budwood.model.halves.kept import Kept
 from budwood.model.halves.mlp import MlpHalf
+from budwood.model.halves.norms import Ahead, Links
 from budwood.model.ops import tiles
 from budwood.model.ops.group import Factors, Layout, pack
 from budwood.model.random_state import Draws
@@ -32,15 +33,18 @@ class Chain:
     Attributes:
         factors: of both groups of each half.
         recomputes: keep the input alone.
+        before, onward: the norm of the input, if it was computed before, and that with which the next layer begins.
     """
 
     halves: Sequence[Half]
     factors: list[Factors]
     call: Call
     recomputes: bool
+    before: Ahead | None = None
+    onward: Ahead | None = None
 
     def __call__(self, x: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Return the output for x [rows, tokens, d].
+        """Return the output for x [rows, tokens, d]; [1, L, d] at `call.rows`.
 
         Args:
             tensors: those of all halves' groups, which may need gradients.
@@ -74,6 +78,26 @@ class Chain:
         long = self.recomputes and isinstance(half, MlpHalf) and len(x) > tiles.FROM
         return list(x.split(tiles.ROWS)) if long else [x]
 
+    def links(self, x: Tensor, again: bool = False) -> list[Links]:
+        """Return the norms that each half is given, and that it computes with its sum.
+
+        An MLP in tiles has none: it does not compute all rows at once.
+
+        Args:
+            x: the input [n, d] of the first half.
+            again: in a recomputation, which ends with this layer.
+        """
+        rows = len(x if self.call.rows is None else self.call.rows)
+        first, last = (None, None) if again else (self.before, self.onward)
+        if first is not None and first.found is not None:
+            first.found = (x, *first.found[1:])
+        if len(self.halves) < 2:
+            return [(first, None)]
+        if self.recomputes and rows > tiles.FROM:
+            return [(first, None), (None, None)]
+        between = Ahead(self.halves[1].norm)
+        return [(first, between), (between, last)]
+
 
 class _Chain(torch.autograd.Function):
     @staticmethod
@@ -89,18 +113,18 @@ class _Chain(torch.autograd.Function):
                 with ctx.draws.first:
                     y = _compute(chain, flat, chain.split(tensors), both)
                 ctx.save_for_backward(x, *tensors)
-                return y.view(x.shape)
-            y = flat
-            for half, part, pair in zip(chain.halves, chain.split(tensors), both, strict=True):
+                return _shaped(y, chain.call)
+            y, given = flat, zip(chain.halves, chain.split(tensors), both, chain.links(flat), strict=True)
+            for half, part, pair, links in given:
                 kept.append(Kept())
                 kept[-1].put("x", y)
-                y = half.forward(y, part, pair, chain.call, kept[-1])
+                y = half.forward(y, part, pair, chain.call, kept[-1], links=links)
         dense = _dense(chain) if ctx.needs_input_grad[0] else []
         ctx.places = [list(one.tensors) for one in kept]
         ctx.edges = [one.edges for one in kept]
         saved = [tensor for one in kept for tensor in one.tensors.values()]
         ctx.save_for_backward(*factors, *tensors, *saved, *dense)
-        return y.view(x.shape)
+        return _shaped(y, chain.call)
 
     @staticmethod
     @once_differentiable
@@ -117,8 +141,11 @@ class _Chain(torch.autograd.Function):
                 saved = iter(ctx.saved_tensors)
                 both = chain.pairs([[next(saved) for _ in range(length)] for length in ctx.lengths])
                 grad_x, found = _continue(ctx, chain, list(saved), both, gradient, wants, wants_x)
-        shape = gradients[0].shape
-        return (None if grad_x is None else grad_x.view(shape), None, *found)
+        return (None if grad_x is None else grad_x.view(chain.call.shape), None, *found)
+
+
+def _shaped(y: Tensor, call: Call) -> Tensor:
+    return y.view(call.shape) if call.rows is None else y[None]
 
 
 def chain_wants(ctx: Any) -> list[list[bool]]:
@@ -131,10 +158,10 @@ def _compute(
     chain: Chain, x: Tensor, tensors: Sequence[Sequence[Tensor | None]], both: Sequence[Sequence[Factors]]
 ) -> Tensor:
     """Return the output [n, d] without keeping anything."""
-    for half, part, pair in zip(chain.halves, tensors, both, strict=True):
+    for half, part, pair, links in zip(chain.halves, tensors, both, chain.links(x), strict=True):
         pieces = chain.pieces(half, x)
         if len(pieces) == 1:
-            x = half.forward(x, part, pair, chain.call, None)
+            x = half.forward(x, part, pair, chain.call, None, links=links)
             continue
         weights, y, start = half.weights(), torch.empty_like(x), 0
         for piece in pieces:
@@ -152,10 +179,11 @@ def _recompute(
     parts = chain.split(tensors)
     x = x.detach().reshape(-1, x.shape[-1])
     kept, inputs, weights = [], [x], []
-    for half, part, pair in zip(chain.halves[:-1], parts, both, strict=False):
+    *earlier, final = chain.links(x, True)
+    for half, part, pair, links in zip(chain.halves[:-1], parts, both, earlier, strict=False):
         kept.append(Kept())
         weights.append(half.weights())
-        inputs.append(half.forward(inputs[-1], part, pair, chain.call, kept[-1], weights[-1]))
+        inputs.append(half.forward(inputs[-1], part, pair, chain.call, kept[-1], weights[-1], links=links))
     last, part, needed = chain.halves[-1], parts[-1], wants_x or any(any(each) for each in wants[:-1])
     found: list[Tensor | None] = [None] * last.tensors
     pieces, start, grads = chain.pieces(last, inputs[-1]), 0, []
@@ -166,7 +194,7 @@ def _recompute(
         above = gradient[start : start + len(piece)]
         start += len(piece)
         store = Kept()
-        last.forward(piece, part, both[-1], chain.call, store, dense, ends=True)
+        last.forward(piece, part, both[-1], chain.call, store, dense, True, final)
         grad, each = last.backward(above, piece, part, both[-1], store, wants[-1], needed, True, dense, **extra)
         found = [_sum(total, new) for total, new in zip(found, each, strict=True)]
         if grad is not None:

@@ -20,11 +20,13 @@ class Call:
         shape: of the input, [rows, tokens, d].
         options: keyword arguments of the attention.
         autocast: returns the context in which the model computes.
+        rows: [L] int64, the only rows of the flattened input of which the output is wanted; None: all.
     """
 
     shape: torch.Size
     options: dict[str, Any]
     autocast: Callable[[], Any]
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,3 @@ class Half:
     def weights(self) -> list[list[Tensor]]:
         """Return the weights of both groups, for a recomputation and the backward pass after it."""
         return [self.inputs.weights(), self.output.weights()]
-
-
-def added(x: Tensor, y: Tensor, fresh: bool) -> Tensor:
-    """Return x + y; `fresh`: y may be overwritten.
-
-    The sum comes last, in one rounding: an update of an adapter that was added to x by itself would be lost in 16 bit
-    where it is smaller than half a unit in x's last place.
-    """
-    return y.add_(x) if fresh and x.dtype == y.dtype else x + y

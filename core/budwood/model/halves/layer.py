@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from budwood.model.halves.attention import AttentionHalf
 from budwood.model.halves.chain import Chain, Half
 from budwood.model.halves.half import Call
 from budwood.model.halves.mlp import MlpHalf
+from budwood.model.halves.norms import Ahead
 from budwood.model.halves.shadows import Shadows
 from budwood.model.ops.gated import GatedMLP
 from budwood.model.ops.group import Group, Part
@@ -58,11 +60,16 @@ class Halves:
         names: of its modules.
         number: of the layer in its model.
         shadows: of the model.
+        following: the next layer's, which may begin with what this one computed ahead; None: it is the last.
+        rows: [L] int64, the only positions of which the next pass shall compute the output; taken away if it does.
     """
 
     def __init__(self, layer: nn.Module, original: Any, names: Names, number: int, shadows: Shadows) -> None:
         self.layer, self.original, self.names = layer, original, names
         self.number, self.shadows = number, shadows
+        self.rows: Tensor | None = None
+        self.following: Halves | None = None
+        self._arrived: tuple[Any, int, Ahead] | None = None
 
     @property
     def dense(self) -> bool:
@@ -77,6 +84,8 @@ class Halves:
         again = self.layer.gradient_checkpointing and self.layer.training
         with self._keeping(hidden_states) if again else nullcontext():
             y = chain(hidden_states, tensors)
+        if chain.onward is not None and chain.onward.found is not None and self.following is not None:
+            self.following._arrived = weakref.ref(y), y._version, chain.onward
         if len(chain.halves) == 2:
             return y
         return self.layer._gradient_checkpointing_func(self._rest, y) if again else self._rest(y)  # type: ignore[operator]
@@ -101,12 +110,30 @@ class Halves:
         kind = x.device.type
         narrow = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if narrow else x.dtype
-        call = Call(x.shape, options, partial(torch.autocast, kind, dtype if narrow else None, narrow))
+        rows = None
+        if not any(part.dropout and part.a is not None for group in parts[1:] for part in group):
+            rows, self.rows = self.rows, None  # else, fewer rows would have other masks
+        call = Call(x.shape, options, partial(torch.autocast, kind, dtype if narrow else None, narrow), rows)
         # Whoever watches saved tensors may keep copies of them, or make them again: these have no graphs inside.
         alone = again or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         groups = [Group(part, x, dtype) for part in parts]
         factors = self.shadows.factors(self.number, groups, [[t for p in part for t in p.tensors] for part in parts])
-        return Chain(self._halves(groups), factors, call, alone), tensors
+        return Chain(self._halves(groups), factors, call, alone, self._before(x), self._onward()), tensors
+
+    def _before(self, x: Tensor) -> Ahead | None:
+        """Return the norm of the input that the layer before computed, if the input is its very output."""
+        arrived, self._arrived = self._arrived, None
+        if arrived is None or arrived[0]() is not x or arrived[1] != x._version:
+            return None
+        return arrived[2]
+
+    def _onward(self) -> Ahead | None:
+        """Return the norm with which the next layer begins; None: it is not at hand, as where layers are sharded."""
+        following = self.following
+        if following is None or not self.dense or type(following.layer) is not type(self.layer):
+            return None
+        sharded = type(following.layer).__name__.startswith("FSDP")
+        return None if sharded else Ahead(getattr(following.layer, following.names.norm))
 
     def _keeping(self, x: Tensor) -> AbstractContextManager[Any]:
         offload = getattr(self.layer._gradient_checkpointing_func, "offload", None)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from budwood.model.halves import norms
-from budwood.model.halves.half import Call, Half, added
+from budwood.model.halves.half import Call, Half
 from budwood.model.halves.kept import Kept
 from budwood.model.ops.gated import gated_backward, gated_forward
 from budwood.model.ops.group import Factors
@@ -29,12 +29,13 @@ class MlpHalf(Half):
     def forward(
         self, x: Tensor, tensors: Sequence[Tensor | None], both: Sequence[Factors], call: Call, kept: Kept | None,
         weights: list[list[Tensor]] | None = None, ends: bool = False,
+        links: norms.Links = (None, None),
     ) -> Tensor:  # fmt: skip
         """Return the half's output [n, d] for x [n, d]; the arguments are those of `AttentionHalf.forward`."""
         first, second = weights or (None, None)
         given, more = tensors[: self.inputs.tensors], tensors[self.inputs.tensors :]
         factors, outer = both
-        normed = norms.forward(self.norm, "norm", x, kept, call.autocast).to(self.inputs.dtype)
+        normed = norms.forward(self.norm, "norm", x, kept, call.autocast, links[0]).to(self.inputs.dtype)
         projected, made = self.inputs.forward(normed, given, factors, first)
         if kept is not None:
             kept.put("normed", normed)
@@ -56,7 +57,7 @@ class MlpHalf(Half):
             if kept is not None:
                 kept.put("before", y)
             y = norms.forward(self.after, "after", y, kept, call.autocast)
-        return x if ends else added(x, y, self.after is None)
+        return x if ends else norms.added(x, y, self.after is None, links[1])
 
     def begin(self, gradient: Tensor, both: Sequence[Factors]) -> list[Any]:
         """Return s g B and the gradient of the product activation(gate) · up, before anything is computed again.

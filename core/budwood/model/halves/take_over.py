@@ -34,11 +34,16 @@ def compute_in_halves(model: nn.Module) -> int:
     from budwood.model.recompute import layers_of
 
     changed, shadows = 0, Shadows()
+    before: Halves | None = None
     for number, layer in enumerate(layers_of(model)):
         names = _names(layer)
         if names is not None and not isinstance(layer.__dict__.get("forward"), Halves):
             layer.forward = Halves(layer, layer.forward, names, number, shadows)
+            if before is not None:
+                before.following = layer.forward
             changed += 1
+        own = layer.__dict__.get("forward")
+        before = own if isinstance(own, Halves) else None
     return changed
 
 

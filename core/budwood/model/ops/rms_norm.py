@@ -53,6 +53,21 @@ def norm_forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Ten
     return weight * (wide * scale).to(x.dtype), scale
 
 
+def norm_of_sum(x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return x + y, rounded once, and `norm_forward` of it, by one kernel; None: there is none.
+
+    Args:
+        x: [n, d].
+        y: likewise; it may be overwritten.
+    """
+    taken = x.dtype == y.dtype and x.is_contiguous() and y.is_contiguous()
+    kernel = implementation("rms_norm", x) if taken else None
+    if kernel is None:
+        return None
+    found: tuple[Tensor, Tensor, Tensor] = kernel.rms_norm_of_sum(x, y, weight.contiguous(), epsilon)
+    return found
+
+
 def norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor, residual: Tensor | None = None) -> Tensor:
     """Return the gradient of x [n, d] from that of the norm, plus `residual`, that which reaches x beside the norm."""
     kernel = implementation("rms_norm", x) if residual is None or residual.dtype == x.dtype else None

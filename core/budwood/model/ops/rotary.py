@@ -1,8 +1,9 @@
-"""Rotary position embeddings (RoPE; Su et al., 2021, eq. 34, on halves as in GPT-NeoX) in one operation a tensor.
+"""Rotary position embeddings (RoPE; Su et al., 2021, eq. 34, on halves as in GPT-NeoX) in fewer operations.
 
 The models compute x · cos + rotate_half(x) · sin with five operations and as many copies of x. Their modules call a
-function of their file, `apply_rotary_pos_emb`, which is replaced by one that uses the kernels where they compute, and
-is the original elsewhere.
+function of their file, `apply_rotary_pos_emb`, which is replaced by one that uses the kernels where they compute. On a
+CPU without kernels it writes each half where it belongs, with the roundings and so the bits of the models' operations;
+elsewhere it is the original.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 
+from budwood.model.device import device_type
 from budwood.model.ops.kernels import implementation
 
 FUNCTION = "apply_rotary_pos_emb"
@@ -33,6 +35,8 @@ def rotary(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> Pair:
         sine: likewise.
     """
     kernel = implementation("rotate", query) if query.dtype == key.dtype == cosine.dtype == sine.dtype else None
+    if kernel is None and _in_halves(query, key, cosine, sine):
+        return _Halves.apply(query, cosine, sine), _Halves.apply(key, cosine, sine)
     if kernel is None:
         return rotate(query, cosine, sine), rotate(key, cosine, sine)
     cosine, sine = cosine.contiguous(), sine.contiguous()
@@ -46,6 +50,37 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cosine[:, None] + torch.cat((-second, first), dim=-1) * sine[:, None]
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def _in_halves(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> bool:
+    """Whether both tensors are rotated whole, on a CPU and in one dtype."""
+    same = query.dtype == key.dtype == cosine.dtype == sine.dtype and query.is_floating_point()
+    return same and device_type(query) == "cpu" and query.shape[-1] == key.shape[-1] == cosine.shape[-1]
+
+
+class _Halves(torch.autograd.Function):
+    """Rotates a whole tensor; the gradient is laid out as its own gradient is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        (first, second), (sine_1, sine_2) = x.chunk(2, -1), sine[:, None].chunk(2, -1)
+        out = x * cosine[:, None]
+        one, two = out.chunk(2, -1)
+        one.sub_(second * sine_1)
+        two.add_(first * sine_2)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (cosine, sine), (gradient,) = ctx.saved_tensors, gradients
+        (first, second), (sine_1, sine_2) = gradient.chunk(2, -1), sine[:, None].chunk(2, -1)
+        out = gradient * cosine[:, None]
+        one, two = out.chunk(2, -1)
+        one.add_(second * sine_2)
+        two.sub_(first * sine_1)
+        return out, None, None
 
 
 class _Rotate(torch.autograd.Function):
@@ -88,7 +123,8 @@ def _replace(file: Any) -> bool:
     @functools.wraps(function)
     def apply(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
         usual = not args and not kwargs and cos.dim() == 3 and q.dim() == 4 and cos.shape[1] == q.shape[2]
-        if usual and (partial or cos.shape[-1] == q.shape[-1]) and implementation("rotate", q) is not None:
+        usual = usual and (partial or cos.shape[-1] == q.shape[-1])
+        if usual and (implementation("rotate", q) is not None or _in_halves(q, k, cos, sin)):
             return rotary(q, k, cos, sin)
         return function(q, k, cos, sin, *args, **kwargs)
 

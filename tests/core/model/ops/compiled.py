@@ -25,6 +25,7 @@ PARTS = {f"{name}_{part}": kind for name, kind in STORED.items() for part in (1,
 CASES = [
     (code.dequantize_4bit, {"packed": "*u8", "absmax": "*u8"}, BLOCKS, 4),
     (code.rms_norm_forward, {}, {"BLOCK": 8192}, 16),
+    (code.rms_norm_of_sum, {}, {"BLOCK": 8192}, 16),
     (code.dequantize_4bit_group, PARTS, BLOCKS, 4),
     (code.rms_norm_backward, {}, {"ADDS": True, "BLOCK": 8192}, 16),
     (code.gated_forward, {}, {"KIND": 0, "BLOCK": 1024}, 4),

@@ -21,7 +21,7 @@ from budwood.model.ops.cross_entropy import cross_entropy
 from budwood.model.ops.gated import activate, fuse_mlps, gated
 from budwood.model.ops.kernels import launch
 from budwood.model.ops.kernels.checks import CHECKS
-from budwood.model.ops.rms_norm import rms_norm, save_memory_in_norms
+from budwood.model.ops.rms_norm import norm_forward, norm_of_sum, rms_norm, save_memory_in_norms
 from budwood.model.ops.rotary import fuse_rotations, rotary, rotate
 from budwood.model.quantizers.cpu_kernel import install
 from budwood.model.recompute import recompute_layers
@@ -76,6 +76,21 @@ def test_rms_norm(launched, shape, dtype):
 
     agree(lambda x: rms_norm(x, weight, 1e-5), formula, [x])
     assert launched == ["rms_norm_forward", "rms_norm_backward"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 64), (0, 64), (5, 77), (1, 1)])
+def test_the_norm_of_a_sum_is_that_of_both_apart(launched, shape, dtype):
+    """Bit for bit, since the sum is rounded before its norm; and near the formula in float64."""
+    x, y, weight = draw(shape, shape, shape[-1:], dtype=dtype)
+    total, normed, scales = norm_of_sum(x, y.clone(), weight, 1e-5)
+    assert torch.equal(total, x + y)
+    apart = norm_forward(x + y, weight, 1e-5)
+    assert torch.equal(normed, apart[0]) and torch.equal(scales, apart[1])
+    wide = total.double()
+    exact = weight.double() * wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+    torch.testing.assert_close(normed.double(), exact, rtol=0, atol=16 * torch.finfo(dtype).eps)
+    assert launched == ["rms_norm_of_sum", "rms_norm_forward"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -187,8 +202,19 @@ def test_layers_in_halves_compute_with_the_kernels_what_they_compute_without(lau
     assert counts == {
         "dequantize_4bit_group": 2 * 2 * 4 - (not recomputes),  # the first layer's input has no gradient
         "gated_forward": 2, "gated_backward": 2, "rotate": 8 + 2 * again,
-        "rms_norm_forward": 5 + 2 * again, "rms_norm_backward": 5 - 1,
+        "rms_norm_forward": 2 + again, "rms_norm_of_sum": 3 + again, "rms_norm_backward": 5 - 1,
     }  # fmt: skip
+
+    handle = model.layers[0].register_forward_hook(lambda module, args, out: 2 * out)
+    with monkeypatch.context() as off:
+        off.setattr(kernels, "INTERPRETED", False)
+        expected = gradients()
+    launched.clear()
+    found = gradients()
+    handle.remove()
+    assert launched.count("rms_norm_forward") == 3 + again  # the next layer's input is another
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * max(1.0, theirs.abs().max().item()))
 
 
 def test_other_mlps_keep_their_forward():

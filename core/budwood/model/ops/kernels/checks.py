@@ -77,7 +77,13 @@ def _rms_norm(ops: Any, device: torch.device, dtype: torch.dtype) -> str:
     gradient = ops.rms_norm_backward(above, x, weight, scales)
     summed = ops.rms_norm_backward(above, x, weight, scales, x)
     (expected,) = _gradients(formula, [x], above)
-    return _compare("norm gradient sum", [out, gradient, summed], [formula(x), expected, expected + x])
+    total, normed, others = ops.rms_norm_of_sum(x, above.clone(), weight, 1e-5)
+    again = ops.rms_norm_backward(above, x + above, weight, others)
+    pairs = [
+        (out, formula(x)), (gradient, expected), (summed, expected + x), (total, x + above),
+        (normed, formula(x + above)), (again, _gradients(formula, [x + above], above)[0]),
+    ]  # fmt: skip
+    return _compare("norm gradient added sum normed again", *zip(*pairs, strict=True))
 
 
 def _gated(ops: Any, device: torch.device, dtype: torch.dtype) -> str:

@@ -46,6 +46,18 @@ def _norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     return weight * normed, scales
 
 
+def rms_norm_of_sum(x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """See `launch`; y is left as it is."""
+    flat = [t.view(-1, x.shape[-1]) for t in (x, y)]
+    total, out, scales = _run(_sum_norm, *flat, weight, epsilon)
+    return total.view(x.shape), out.view(x.shape), scales
+
+
+def _sum_norm(x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    total = (x.float() + y.float()).to(x.dtype)
+    return total, *_norm(total, weight, epsilon)
+
+
 def rms_norm_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, scales: Tensor, residual: Tensor | None = None
 ) -> Tensor:

@@ -84,6 +84,20 @@ def rms_norm_forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor,
     return out, scales
 
 
+def rms_norm_of_sum(x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x + y, its norm, and the fp32 scale of each row; all [..., d] of one dtype and contiguous.
+
+    The sum is rounded once, and written over y.
+    """
+    width = x.shape[-1]
+    rows = x.numel() // width
+    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
+    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if rows:
+        code.rms_norm_of_sum[(rows,)](x, y, weight, out, scales, width, epsilon, **_row(width), **EXACT)
+    return y, out, scales
+
+
 def rms_norm_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, scales: Tensor, residual: Tensor | None = None
 ) -> Tensor:

@@ -29,6 +29,11 @@ def rms_norm_forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor,
     return x * weight, x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
 
 
+def rms_norm_of_sum(x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
+    return y.add_(x), out, x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+
+
 def rms_norm_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, scales: Tensor, residual: Tensor | None = None
 ) -> Tensor:

@@ -89,6 +89,23 @@ def rms_norm_forward(x, weight, out, scales, width, epsilon, BLOCK: tl.constexpr
 
 
 @triton.jit
+def rms_norm_of_sum(x, y, weight, out, scales, width, epsilon, BLOCK: tl.constexpr):
+    """Write x + y of one row over y, and the norm of what was written as `rms_norm_forward` does."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    total = tl.load(x + row * width + at, mask=inside, other=0).to(tl.float32)
+    total = (total + tl.load(y + row * width + at, mask=inside, other=0).to(tl.float32)).to(y.dtype.element_ty)
+    tl.store(y + row * width + at, total, mask=inside)
+    wide = total.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + epsilon)
+    tl.store(scales + row, scale)
+    normed = (wide * scale).to(y.dtype.element_ty).to(tl.float32)
+    factor = tl.load(weight + at, mask=inside, other=0).to(tl.float32)
+    tl.store(out + row * width + at, (normed * factor).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def rms_norm_backward(gradient, x, weight, scales, residual, out, width, ADDS: tl.constexpr, BLOCK: tl.constexpr):
     """Write the gradient of one row of x; ADDS: plus that row of `residual`, rounded twice as torch does."""
     row = tl.program_id(0).to(tl.int64)
