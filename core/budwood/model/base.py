@@ -22,6 +22,7 @@ from budwood.model.checks import (
     load_tokenizer,
     size,
     skeleton,
+    wrong_shapes,
 )
 from budwood.model.experts import count_experts, open_experts, packed_as_read
 from budwood.model.halves.take_over import compute_in_halves
@@ -303,8 +304,7 @@ def _check_complete(
     other = {str(item[0]) for item in report["mismatched_keys"]} | _wrong_shapes(model, frame)
     mismatched = sorted(key for key in other if not may_be_new(key))
     if mismatched:
-        raise CorruptError(f"base '{name}': {len(mismatched)} weights do not have the shape given by config.json: "
-                           f"{_some(mismatched)}")  # fmt: skip
+        raise CorruptError(wrong_shapes(name, mismatched))
     numbered = {re.sub(r"\d+", "#", key) for key in model.state_dict()}
     extra = [key for key in sorted(report["unexpected_keys"]) if re.sub(r"\d+", "#", key) in numbered]
     if extra:
