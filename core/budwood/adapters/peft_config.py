@@ -13,11 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from budwood.adapters.peft_conversion import WEIGHT
 from budwood.adapters.targets import LAYER_INDEX, all_linear, base_modules, ends_with, expert_modules, matches
 from budwood.errors import CorruptError, InputError
-from budwood.model.quantizers import quantizer_of
+from budwood.model.quantizers import linear_shape, quantizer_of
 from budwood.untrusted.redaction import shorten
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from budwood.untrusted.formats import TensorInfo
 
 PREFIX = "base_model.model."
 """What PEFT's file puts before the path of a module."""
@@ -215,21 +217,26 @@ def _target_weights(modules: Mapping[str, nn.Module], saved: SavedLowRankConfig)
 
 
 def check_continued(
-    model: nn.Module, saved: SavedLowRankConfig, tensors: Collection[str], targets: Sequence[str], whole: Sequence[str]
+    model: nn.Module,
+    saved: SavedLowRankConfig,
+    tensors: Mapping[str, TensorInfo],
+    targets: Sequence[str],
+    whole: Sequence[str],
 ) -> None:
-    """Check that a run adapts and trains whole exactly the modules of the adapter that it continues.
+    """Check that a run adapts and trains whole exactly the modules of the adapter that it continues, in their sizes.
 
     Args:
-        tensors: the keys of the adapter's file.
+        tensors: shapes of the tensors in the adapter's file.
         targets: full names of the modules that the recipe's options adapt.
         whole: full names of those that they train whole.
 
     Raises:
-        InputError: the first module that only one of the two has.
+        InputError: the first module that only one of the two has, or whose A or B is for one of another size.
     """
+    adapted = saved_targets(model, saved)
     whole_saved, fused = saved_whole_modules(model, saved, tensors), set(expert_modules(model))
     for option, ours, theirs in (
-        ("targets and layers", targets, saved_targets(model, saved)),
+        ("targets and layers", targets, adapted),
         ("modules_to_save", whole, whole_saved),
     ):
         for name in sorted(set(ours) ^ set(theirs)):
@@ -242,6 +249,21 @@ def check_continued(
             raise InputError(
                 f"{option} {verb} '{name}', which the adapter that the run continues {other}: leave them out."
             )
+    modules = dict(base_modules(model))
+    for name in adapted:
+        if name not in fused:
+            _check_sizes(name, linear_shape(modules[name]), tensors)
+
+
+def _check_sizes(path: str, shape: tuple[int, int], tensors: Mapping[str, TensorInfo]) -> None:
+    outputs, inputs = shape
+    for part, axis, size in ((".lora_A", 1, inputs), (".lora_B", 0, outputs)):
+        for key in (f"{PREFIX}{path}{part}.weight", f"{PREFIX}{path}{part}"):
+            if key in tensors and (len(found := tensors[key].shape) != 2 or found[axis] != size):
+                raise InputError(
+                    f"tensor '{key}' of the adapter that the run continues is {list(found)}, but the base's '{path}' "
+                    f"has {inputs} inputs and {outputs} outputs: give the base that it was trained on."
+                )
 
 
 def continued_selection(config: Mapping[str, Any]) -> dict[str, Any]:

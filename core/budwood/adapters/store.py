@@ -28,12 +28,13 @@ from budwood.adapters.manifest import (
     template_hash,
     tokenizer_hash,
 )
-from budwood.adapters.weights import Weights, read_weights
+from budwood.adapters.weights import FLOATS, Weights, read_weights
 from budwood.contract.discovery import installed
 from budwood.contract.loading import adapter_owner
 from budwood.errors import CorruptError, InputError
 from budwood.untrusted.files import check_inside, complete_directory, sha256
 from budwood.untrusted.formats import TensorInfo, json_numbers, read_header, read_json
+from budwood.untrusted.redaction import shorten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +83,12 @@ class SavedAdapter:
     def parameters(self) -> int:
         """Total elements of all tensors."""
         return sum(math.prod(info.shape) for info in self.infos.values())
+
+    @property
+    def base_name(self) -> str:
+        """Name of its base as it records it, or as PEFT's config does; "" if neither does."""
+        name = self.manifest.base.name if self.manifest is not None else self.config.get("base_model_name_or_path")
+        return name if isinstance(name, str) else ""
 
     @cached_property
     def hashes(self) -> ParentRecord:
@@ -281,8 +288,12 @@ def read_adapter(
     if not infos:
         raise CorruptError(f"{directory / WEIGHTS}: holds no tensor.")
     _check_ranks(directory, config, infos)
+    _check_dtypes(directory, infos)
     if manifest is None:
         notes.append("no budwood.json (an adapter of stock PEFT): its base is not checked.")
+        named = config.get("base_model_name_or_path")
+        if isinstance(named, str) and named_differently(named, base_name):
+            notes.append(f"its {CONFIG} names the base '{shorten(named)}', and this base is '{base_name}'.")
     else:
         _check_files(directory, manifest, hashes, content)
         _check_base(directory, manifest, base_name, base_fingerprint, allow_other_base, notes)
@@ -290,6 +301,18 @@ def read_adapter(
     for name in _NAMES_CODE:
         config.pop(name, None)
     return SavedAdapter(directory, adapter_type, config, infos, manifest, notes, content)
+
+
+def named_differently(one: str, other: str) -> bool:
+    """Return whether two names of bases, folders or names on the hub, end differently; False if one is unknown."""
+    return bool(one and other) and _last(one) != _last(other)
+
+
+def _last(name: str) -> str:
+    """Return a base's name without its owner or folder, in lower case, also of a snapshot in the hub's cache."""
+    parts = Path(name).parts
+    cached = next((part for part in parts if part.startswith("models--")), "")
+    return (cached.rpartition("--")[2] or (parts or (name,))[-1]).lower()
 
 
 def check_there(directory: Path) -> None:
@@ -326,6 +349,16 @@ def _check_ranks(directory: Path, config: dict[str, Any], infos: dict[str, Tenso
     for rank in ranks:
         if isinstance(rank, int | float) and rank > largest:
             raise CorruptError(f"{directory / CONFIG}: rank {str(rank)[:20]}; no tensor is larger than {largest}.")
+
+
+def _check_dtypes(directory: Path, infos: dict[str, TensorInfo]) -> None:
+    """Reject low-rank factors that are not floating-point, which casting would read as other values than were meant."""
+    for name, info in infos.items():
+        if ".lora_" in name and info.dtype not in FLOATS:
+            raise CorruptError(
+                f"{directory / WEIGHTS}: tensor '{name[:80]}' has the dtype {info.dtype}, and a low-rank factor is "
+                f"one of {', '.join(FLOATS)}: save the adapter again in one of them."
+            )
 
 
 def _read_manifest(directory: Path) -> Manifest | None:

@@ -32,7 +32,7 @@ def combine(
     density: Annotated[
         float | None, typer.Option("--density", help="Fraction that ties, dare and magnitude keep. Default: 0.5.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of what dare keeps.")] = 0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of what dare keeps. Default: 0.")] = None,
     base: RecordedBase = None,
     device: Device = "auto",
     allow_other_base: OtherBase = False,

@@ -77,6 +77,11 @@ class Strategy(Plugin):
     """Which `step.reference()` it uses: the model at the start, or the base. It is then computed before the forward."""
     caches_reference: bool = False
     """Compute `step.reference_log_probs()` of all examples before the first step, instead of in every micro-step."""
+    needs_whole_weights: bool = False
+    """Whether it reads weights of the base's layers between passes, other than by `linear_weight`.
+
+    Its base cannot be sharded over processes then, and `train.parallel: shard` is refused before the base loads.
+    """
     trains_on: ClassVar[tuple[str, ...]] = ()
     """Kinds of data (`DataFormat.holds`) of which the training data must be one: "preference pairs"; () for any.
 

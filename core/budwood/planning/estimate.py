@@ -30,7 +30,7 @@ from budwood.planning.rehearsal import (
     Rehearsal,
     rehearse,
 )
-from budwood.planning.sharding import Exchange, can_shard, check_sharded
+from budwood.planning.sharding import Exchange
 from budwood.planning.sizes import choose
 from budwood.planning.synthetic import synthetic
 from budwood.planning.trace import KEPT, TEMPORARY, Peak
@@ -228,10 +228,9 @@ def _estimate(rehearsal: Rehearsal, device: Device, without_data: bool, notes: l
     steps = None if without_data and run.recipe.train.steps is None else run.steps
     parallel = run.recipe.train.parallel if rehearsal.processes > 1 else "replicate"
     if parallel == "shard":
-        check_sharded(run)
         rehearsal.gathering.shard()
     memory = _choose(rehearsal, device, steps)
-    if memory.needed > device.memory and parallel is None and can_shard(run):
+    if memory.needed > device.memory and parallel is None and rehearsal.can_shard:
         rehearsal.gathering.shard()
         memory = _choose(rehearsal, device, steps)
     micros = [micro for step in rehearsal.steps for micro in step]

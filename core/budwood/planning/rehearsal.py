@@ -22,10 +22,11 @@ from torch._subclasses.fake_tensor import (
 
 from budwood.contract.discovery import PluginError
 from budwood.contract.examples import Batch, Example
+from budwood.contract.registry import Composition
 from budwood.contract.types import Run
 from budwood.data.examples import Examples
 from budwood.data.packing import split_micro
-from budwood.errors import BudwoodError, first_line
+from budwood.errors import BudwoodError, InputError, first_line
 from budwood.model.device import planned_host
 from budwood.model.embeddings import resize_base
 from budwood.model.evaluation import autocast, collate_for, label_logits
@@ -46,6 +47,7 @@ from budwood.training.progress import Progress, planned_steps
 from budwood.training.report import Report
 from budwood.training.run_data import read_data
 from budwood.training.setup import adapt_model, build_engine, build_optimizer, make_accelerator, plan_run
+from budwood.training.sharding import check_shardable
 from budwood.training.step import Engine
 from budwood.untrusted.chat_template import today
 
@@ -77,6 +79,7 @@ class Rehearsal:
         recomputed: layers that recompute their activations; all of them if the recipe leaves it open.
         processes: of the planned run; the rehearsal is one of them.
         gathering: what it holds of a sharded base, and gathers, if it is `active`.
+        can_shard: whether the base can be sharded with these strategies.
     """
 
     run: Run
@@ -87,6 +90,7 @@ class Rehearsal:
     examples: Sequence[Example]
     gathering: Gathering
     processes: int = 1
+    can_shard: bool = False
     steps: list[list[Micro]] = field(default_factory=list)
     recomputed: int = 0
 
@@ -190,6 +194,7 @@ def rehearse(recipe: Recipe, dtype: torch.dtype, cuda: bool = False, processes: 
         accelerator=make_accelerator(cpu), planning=True, say=lambda text: None,
     )  # fmt: skip
     plan = plan_run(run, hooks)
+    can_shard = processes > 1 and _can_shard(run, hooks, plan.model)
     read_data(run, hooks, Report(quiet=True), today(), plan.model)
     recipe = run.recipe
     trace = Trace(hooks.current, CUDA_BLOCK if cuda else 1, on_cpu=not cuda)
@@ -218,7 +223,18 @@ def rehearse(recipe: Recipe, dtype: torch.dtype, cuda: bool = False, processes: 
         run.optimizer.register_step_post_hook(lambda *_: _claim(trace, OPTIMIZER, _states(run)))
         _register(run, trace)
         progress = Progress(torch.amp.GradScaler("cpu", enabled=False))
-        yield Rehearsal(run, engine, progress, trace, mode, _examples(run), gathering, processes)
+        yield Rehearsal(run, engine, progress, trace, mode, _examples(run), gathering, processes, can_shard)
+
+
+def _can_shard(run: Run, hooks: Composition, skeleton: Any) -> bool:
+    """Return whether the base can be sharded; if the recipe says that it is, one that cannot is refused, as by tune."""
+    try:
+        check_shardable(run, hooks, skeleton)
+    except InputError:
+        if run.recipe.train.parallel == "shard":
+            raise
+        return False
+    return True
 
 
 def _then(

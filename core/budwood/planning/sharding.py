@@ -8,12 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from budwood.contract.types import Run
-from budwood.errors import InputError
 from budwood.model.heads import body_of
 from budwood.model.quantizers import is_quantized, quantizer_of
 from budwood.model.recompute import layers_of
-from budwood.model.sharding import INSTEAD, check_shards
 from budwood.planning.trace import Trace
 
 GATHERED, REDUCED = "gathered layers", "all-reduce of the gradients"
@@ -183,23 +180,3 @@ class Gathering:
 
     def _release(self) -> None:
         self._held = None
-
-
-def check_sharded(run: Run) -> None:
-    """Refuse to plan a sharded base that a run would refuse.
-
-    Raises:
-        InputError: it cannot be sharded.
-    """
-    if owner := run.hooks.implements("load_base"):
-        raise InputError(f"train.parallel: {owner[0]} loads the base itself, so that it cannot be sharded: {INSTEAD}.")
-    check_shards(run.recipe.base.model, run.base.model, run.recipe.base.quantization)
-
-
-def can_shard(run: Run) -> bool:
-    """Whether the base of a planned run can be sharded."""
-    try:
-        check_sharded(run)
-    except InputError:
-        return False
-    return True

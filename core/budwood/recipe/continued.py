@@ -43,7 +43,7 @@ def _read(recipe: Recipe, hashes: bool) -> SavedAdapter:
             f"{where}: {recipe.adapter} is in the output folder, which --overwrite empties: name another output."
         )
     try:
-        saved = read_adapter(recipe.adapter, hashes=hashes)
+        saved = read_adapter(recipe.adapter, base_name=recipe.base.model, hashes=hashes)
     except BudwoodError as error:
         raise type(error)(f"{where}: {error}") from error
     names = [choice.name for choice in recipe.strategies]

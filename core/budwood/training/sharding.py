@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from budwood.adapters.targets import match_modules
 from budwood.contract.registry import Composition
 from budwood.contract.types import Run
 from budwood.errors import BudwoodError, InputError
+from budwood.model.heads import body_of
+from budwood.model.recompute import layers_of
 from budwood.model.sharding import INSTEAD, check_shards
 from budwood.parallel.sharding import is_sharded
 
@@ -24,11 +27,30 @@ def shards_base(run: Run, hooks: Composition, skeleton: Any) -> bool:
     if run.processes == 1:
         run.say("note: train.parallel: shard has no effect on a single process")
         return False
-    if hooks.implements("load_base"):
-        owner = hooks.calls("load_base")[0].plugin
-        raise InputError(f"train.parallel: {owner} loads the base itself, so that it cannot be sharded: {INSTEAD}.")
-    check_shards(run.recipe.base.model, skeleton, run.recipe.base.quantization)
+    check_shardable(run, hooks, skeleton)
     return True
+
+
+def check_shardable(run: Run, hooks: Composition, skeleton: Any) -> None:
+    """Refuse to shard a base that cannot be, or that the run's strategies need whole; called before it loads.
+
+    Args:
+        skeleton: the base without weights and without adapters.
+
+    Raises:
+        InputError: the message names the reason.
+    """
+    if owner := hooks.implements("load_base"):
+        raise InputError(f"train.parallel: {owner[0]} loads the base itself, so that it cannot be sharded: {INSTEAD}.")
+    check_shards(run.recipe.base.model, skeleton, run.recipe.base.quantization)
+    sharded = {id(p) for layer in layers_of(body_of(skeleton)) for p in layer.parameters() if p.ndim > 1}
+    for strategy in hooks.strategies:
+        if strategy.needs_whole_weights:
+            raise InputError(f"train.parallel: {strategy} needs the base's weights whole: {INSTEAD}.")
+        for path in match_modules(skeleton, getattr(strategy.options, "modules_to_save", ())):
+            if any(id(p) in sharded for p in skeleton.get_submodule(path).parameters()):
+                text = f"'{path}' of modules_to_save of {strategy} is in a layer of the sharded base"
+                raise InputError(f"train.parallel: {text}: {INSTEAD}.")
 
 
 def describe_processes(run: Run) -> str:

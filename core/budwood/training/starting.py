@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from budwood.adapters.carried import CarriedAdapter
+from budwood.adapters.match import mismatch
+from budwood.adapters.peft_config import MisfitError
 from budwood.adapters.store import SavedAdapter
 from budwood.adapters.targets import whole_modules
 from budwood.contract.types import Run
-from budwood.errors import InputError
+from budwood.errors import CorruptError, InputError
 from budwood.recipe.continued import check_base_of
 
 
@@ -41,10 +46,28 @@ def check_start(run: Run, saved: SavedAdapter) -> None:
             f"base.resize_embeddings has {run.base.added.stop:,}: use the tokenizer that it was trained with."
         )
     size = f"{saved.parameters:,} parameters, SHA-256 {saved.hashes.weights[:12]}"
-    notes = list(saved.notes)
+    notes = [note.rstrip(".") for note in saved.notes]
     if isinstance(saved, CarriedAdapter):
         notes.append(saved.describe())
     run.say("; ".join([f"adapter {saved.directory}: continued, {size}", *notes]))
+
+
+@contextmanager
+def naming_start(run: Run) -> Iterator[None]:
+    """Name the adapter that the run continues in errors about its tensors.
+
+    Raises:
+        InputError, CorruptError: see `mismatch`.
+    """
+    try:
+        yield
+    except CorruptError as error:
+        saved = run.start_adapter
+        if saved is None or str(saved.directory) in str(error):
+            raise
+        if isinstance(error, MisfitError) and mismatch(saved, run.base.fingerprint) is InputError:
+            raise InputError(f"adapter: {saved.directory}: {error} Give the base that it was trained on.") from error
+        raise type(error)(f"adapter: {saved.directory}: {error}") from error
 
 
 def complete_start(run: Run) -> None:

@@ -26,6 +26,10 @@ class LoRA(Strategy):
     slots = ("adapter",)
     adapter_types = ("LORA",)
 
+    def __init__(self, options: Any = None, name: str = "", distribution: str = "") -> None:
+        super().__init__(options, name, distribution)
+        self.needs_whole_weights = self.options.dora  # its magnitudes start as the norms of the weights
+
     @classmethod
     def continued_options(cls, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         from budwood.lowrank import continued_selection, parse_saved_config

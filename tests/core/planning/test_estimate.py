@@ -235,6 +235,25 @@ def test_a_strategy_that_reads_values_is_named(case: Callable[..., Recipe], dist
     assert kept.peak == plain.peak + plain.parts["gradients"]
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"dora": True}, "strategy 'lora' .* needs the base's weights whole: use train.parallel: replicate"),
+        ({"modules_to_save": ["down_proj"]}, r"'model\.layers\.0\.mlp\.down_proj' of modules_to_save .* in a layer"),
+    ],
+)
+def test_a_sharded_base_that_a_strategy_needs_whole_is_refused(
+    case: Callable[..., Recipe], options: dict[str, Any], said: str
+) -> None:
+    """Before anything is rehearsed; without `train.parallel`, the plan replicates it."""
+    recipe = case("lora", strategies=[{"lora": options}])
+    with pytest.raises(InputError, match=f"train.parallel: {said}"):
+        estimate(recipe.with_train(recipe.train.model_copy(update={"parallel": "shard"})), CPU, processes=2)
+    if "dora" in options:
+        tight = Device("a card", "cuda", 1 << 20, link=1e9)
+        assert estimate(recipe, tight, processes=2).exchange.parallel == "replicate"
+
+
 def test_processes_shard_a_base_that_would_not_fit_else(case: Callable[..., Recipe]) -> None:
     """As `budwood plan --processes` says it, and `tune` does it."""
     recipe, said = case("lora", quantization="nf4"), []

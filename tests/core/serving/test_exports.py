@@ -81,7 +81,7 @@ def test_adalora_becomes_lora_for_vllm(tiny_base, tmp_path):
 
 def test_dora_becomes_lora_by_the_difference_of_the_weights(tiny_base, tmp_path):
     folder = make_saved(tiny_base, tmp_path / "a", use_dora=True, target_modules=["q_proj", "down_proj"])
-    with pytest.raises(InputError, match=r"it is DoRA \(use_dora\), which vLLM cannot: convert it with --as lora"):
+    with pytest.raises(InputError, match=r"it is DoRA \(use_dora\), which vLLM cannot hold: convert it with --as lora"):
         export_for(folder, tmp_path / "out", Wanted("vllm"))
     errors = []
     for rank in (1, 16, 64):
@@ -160,8 +160,8 @@ def test_a_lower_rank_is_the_best_approximation(tiny_base, tmp_path):
     [
         ({"modules_to_save": ["lm_head"]}, r"holds whole modules \(modules_to_save: \[\"lm_head\"\]\), which vLLM"),
         ({"trainable_token_indices": [4, 5]}, r"rows of embeddings \(trainable_token_indices: \[4, 5\]\), which vLLM"),
-        ({"bias": "lora_only"}, r"holds biases \(bias: lora_only\), which vLLM cannot: merge it instead"),
-        ({"use_dora": True}, r"DoRA \(use_dora\), which vLLM cannot: convert it with --as lora"),
+        ({"bias": "lora_only"}, r"holds biases \(bias: lora_only\), which vLLM cannot hold: merge it instead"),
+        ({"use_dora": True}, r"DoRA \(use_dora\), which vLLM cannot hold: convert it with --as lora"),
         ({"task_type": "SEQ_CLS"}, "its task is sequence-classification, but vLLM holds adapters of causal-lm only"),
         ({"rank": 24}, r"'model.layers.0.mlp.down_proj' has rank 24, more than --max-lora-rank 16: cut it"),
     ],

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.core.adapters.conftest import make_saved
 from tests.core.serving.conftest import make_adalora
 from typer.testing import CliRunner
 
-from budwood import AdapterPool, InputError
+from budwood import AdapterPool, CorruptError, InputError
 from budwood.adapters.store import read_adapter
 from budwood.cli.app import app
 from budwood.serving.material.combine import METHODS, combine
@@ -99,7 +100,8 @@ def test_pruning_is_pefts_on_the_updates(pair, tmp_path, method):
     from peft.utils import merge_utils
 
     function = {"ties": "ties", "dare": "dare_linear", "magnitude": "magnitude_prune"}[method]
-    done = combine(pair, tmp_path / "out", weights=[0.6, 0.4], method=method, rank=64, density=0.3, seed=5)
+    seed = 5 if method == "dare" else None
+    done = combine(pair, tmp_path / "out", weights=[0.6, 0.4], method=method, rank=64, density=0.3, seed=seed)
     parts, actual = [deltas(adapter) for adapter in pair], deltas(tmp_path / "out")
     torch.manual_seed(5)
     for path in dict.fromkeys([*parts[0], *parts[1]]):
@@ -188,6 +190,7 @@ def test_diff_compares_tensors_of_what_is_no_low_rank_update(tiny_base, tmp_path
         ({"rank": 4}, "--rank: linear is exact"),
         ({"method": "svd", "rank": 0}, "--rank 0: must be at least 1"),
         ({"density": 0.5}, "--density: has no effect with --method linear"),
+        ({"method": "ties", "seed": 3}, "--seed: has no effect with --method ties"),
         ({"method": "ties", "density": 1.5}, "--density 1.5: must be above 0 and at most 1"),
     ],
 )
@@ -210,6 +213,50 @@ def test_what_cannot_be_combined_or_shrunk(tiny_base, tiny_bases, pair, tmp_path
         shrink(pair[0], pair[1], 2)
     with pytest.raises(InputError, match="give at least two"):
         combine([pair[0]], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_of_stock_peft_are_of_one_base_by_its_name(tiny_base, pair, tmp_path):
+    """A folder and a name on the hub may be the same base; `--allow-other-base` says that two names are."""
+    stock = {
+        name: as_stock(pair[0], tmp_path / name.replace("/", "-"), name) for name in ("org/One", "/data/one", "two")
+    }
+    base = {"base": str(tiny_base)}
+    done = combine([stock["org/One"], stock["/data/one"]], tmp_path / "same", **base)
+    assert sum("records no base" in note for note in done.notes) == 2
+    with pytest.raises(InputError, match="two names the base 'two', but .* 'org/One': .* --allow-other-base"):
+        combine([stock["org/One"], stock["two"]], tmp_path / "out", **base)
+    assert combine([stock["org/One"], stock["two"]], tmp_path / "out", allow_other_base=True, **base).rank == 12
+    saved = read_adapter(stock["two"], base_name="/data/one")
+    assert saved.notes[1] == "its adapter_config.json names the base 'two', and this base is '/data/one'."
+
+
+def as_stock(adapter: Path, folder: Path, base: str, change: Any = None) -> Path:
+    """Return a copy of an adapter as stock PEFT saves it, which names its base, with tensors that `change` alters."""
+    folder.mkdir()
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": base}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    if change is not None:
+        change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_every_command_names_the_adapter_whose_tensors_are_wrong(tiny_base, pair, tmp_path):
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    whole = as_stock(pair[1], tmp_path / "whole", str(tiny_base), lambda t: t.update({key: t[key].to(torch.int32)}))
+    with pytest.raises(CorruptError, match=rf"whole/adapter_model.*{key}' has the dtype I32, and a low-rank factor is"):
+        combine([pair[1], whole], tmp_path / "out")
+    wrong = as_stock(pair[1], tmp_path / "wrong", str(tiny_base), lambda t: t.update({key: torch.randn(2, 64)}))
+    for call in (lambda: shrink(wrong, tmp_path / "out", 2), lambda: diff(wrong, pair[1])):
+        with pytest.raises(CorruptError, match=rf"wrong: .*{key}' is \[2, 64\]"):
+            call()
+    table = as_stock(
+        pair[1], tmp_path / "table", str(tiny_base), lambda t: t.update({"x.embed.lora_embedding_A": torch.ones(2, 3)})
+    )
+    with pytest.raises(InputError, match="it adapts an embedding .*merge it into its base with PEFT's merge_and_unl"):
+        combine([pair[1], table], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

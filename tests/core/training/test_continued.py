@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from budwood import AdapterPool, ResourceError, Run, read_reference
 from budwood.adapters.store import read_adapter
@@ -32,6 +32,7 @@ PARENTS: dict[str, dict[str, Any]] = {
         "initial_rank": 4, "target_rank": 1, "initial_phase": 0, "final_phase": 1, "interval": 1,
     },
 }  # fmt: skip
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 OBJECTIVE = """
 from torch import Tensor
 from budwood import LossTerm, Run, Step, reference_log_probs
@@ -220,9 +221,30 @@ def test_what_contradicts_the_adapter_is_refused_before_the_base_loads(
         assert shown.exit_code == 2 and any(text in str(refusal.value) for text in shown.problems), shown.problems
     fine = plan(continued(recipe, lora, strategies=["lora"]))
     assert not fine.problems and fine.parts[0].options["rank"] == 3
+    stock = altered(lora, tmp_path / "wide", lambda tensors: tensors.update({KEY: torch.randn(3, 48)}))
+    with pytest.raises(
+        InputError, match=r"lora_A\.weight' of the adapter .* is \[3, 48\], but .* has 64 inputs"
+    ) as refusal:
+        tune(continued(recipe, stock, strategies=["lora"]), quiet=True, overwrite=True)
     damaged = lora / "adapter_model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     assert plan(continued(recipe, lora, strategies=["lora"])).exit_code == 4
+
+
+def altered(adapter: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+    """Return a copy of an adapter as stock PEFT would have saved it, with other tensors."""
+    folder.mkdir()
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    change(tensors)
+    shutil.copy(adapter / "adapter_config.json", folder)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_an_adapter_whose_tensors_do_not_fit_is_named(lora: Path, make_recipe: Make, tmp_path: Path) -> None:
+    stock = altered(lora, tmp_path / "partly", lambda tensors: tensors.pop(KEY))
+    with pytest.raises(InputError, match=r"adapter: .*partly: .*lora_A\.weight' missing\. Give the base that it was"):
+        tune(continued(make_recipe("child"), stock, strategies=["lora"]), quiet=True, overwrite=True)
 
 
 def test_a_head_and_rows_of_new_tokens_are_continued(

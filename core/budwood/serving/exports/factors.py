@@ -17,7 +17,7 @@ from budwood.adapters.peft_config import PREFIX
 from budwood.adapters.store import CONFIG, WEIGHTS, SavedAdapter
 from budwood.contract.calls import ask_owner
 from budwood.contract.loading import adapter_owner, build_strategy
-from budwood.errors import InputError
+from budwood.errors import CorruptError, InputError
 from budwood.serving.verify import task_of
 from budwood.untrusted.redaction import shorten
 
@@ -53,10 +53,12 @@ def check_plain(saved: SavedAdapter, program: str) -> None:
     ):
         if config.get(key):
             shown = shorten(json.dumps(config[key]))
-            raise InputError(f"{saved.directory}: it holds {what} ({key}: {shown}), which {program} cannot: {MERGED}")
+            raise InputError(
+                f"{saved.directory}: it holds {what} ({key}: {shown}), which {program} cannot hold: {MERGED}"
+            )
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         key = "lora_bias" if config.get("lora_bias") else f"bias: {shorten(str(config['bias']))}"
-        raise InputError(f"{saved.directory}: it holds biases ({key}), which {program} cannot: {MERGED}")
+        raise InputError(f"{saved.directory}: it holds biases ({key}), which {program} cannot hold: {MERGED}")
 
 
 def factors_of(saved: SavedAdapter, program: str, *, alone: bool = True) -> Factors:
@@ -76,11 +78,17 @@ def factors_of(saved: SavedAdapter, program: str, *, alone: bool = True) -> Fact
         check_plain(saved, program)
     remedy = "convert it with --as lora --rank R, or merge it: --for merged"
     if saved.config.get("use_dora"):
-        raise InputError(f"{saved.directory}: it is DoRA (use_dora), which {program} cannot: {remedy}")
+        raise InputError(f"{saved.directory}: it is DoRA (use_dora), which {program} cannot hold: {remedy}")
     if saved.config.get("target_parameters"):
         raise InputError(
             f"{saved.directory}: it adapts experts (target_parameters), which {program} does not take: merge it into "
             "its base: budwood adapter merge"
+        )
+    if path := next((key for key in saved.infos if ".lora_embedding_" in key), ""):
+        path = path.removeprefix(PREFIX).partition(".lora_")[0]
+        raise InputError(
+            f"{saved.directory}: it adapts an embedding ('{path}'), which {program} cannot hold: merge it into its "
+            "base with PEFT's merge_and_unload."
         )
     config, tensors = saved.config, saved.load_tensors()
     if config.get("peft_type") != "LORA":
@@ -90,13 +98,18 @@ def factors_of(saved: SavedAdapter, program: str, *, alone: bool = True) -> Fact
                 f"{saved.directory}: adapter type '{saved.adapter_type}' is not LoRA, which {program} needs: {remedy}"
             )
         config, tensors = result
+    if not alone:
+        tensors = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
     paths = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in tensors if ".lora_" in key}
     config = config | {
         "target_modules": sorted(paths), "target_parameters": None, "exclude_modules": None,
-        "layers_to_transform": None,
+        "layers_to_transform": None, "modules_to_save": None, "trainable_token_indices": None, "bias": "none",
     }  # fmt: skip
     owner = build_strategy(adapter_owner("LORA").name, {}, str(saved.directory / CONFIG))
-    live = ask_owner(owner, "live_adapter", model=_linears(tensors), config=config, tensors=tensors)
+    try:
+        live = ask_owner(owner, "live_adapter", model=_linears(tensors), config=config, tensors=tensors)
+    except (InputError, CorruptError) as error:
+        raise type(error)(f"{saved.directory}: {error}") from error
     factors = {path: _folded(saved, path, update) for path, update in live.updates.items() if update.rank}
     if not factors:
         raise InputError(f"{saved.directory}: every rank of it is 0: it adapts no linear module.")

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from budwood.adapters.golden import Distance
 from budwood.adapters.manifest import MadeRecord, PartRecord
-from budwood.adapters.store import SavedAdapter, read_adapter
+from budwood.adapters.store import SavedAdapter, named_differently, read_adapter
 from budwood.errors import InputError, did_you_mean
 from budwood.serving.exports.difference import decomposed
 from budwood.serving.exports.factors import Factors, factors_of, largest_rank, squared_norm, truncated, write_lora
 from budwood.serving.material.own_sums import Parts, combine_own, has_own_sum
 from budwood.serving.verify import task_of
 from budwood.untrusted.files import check_new_folder
+from budwood.untrusted.redaction import shorten
 
 METHODS = ("linear", "svd", "ties", "dare", "magnitude")
 _PRUNING = ("ties", "dare", "magnitude")
@@ -58,7 +59,7 @@ def combine(
     method: str = "linear",
     rank: int | None = None,
     density: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     base: str | None = None,
     device: str = "auto",
     allow_other_base: bool = False,
@@ -85,7 +86,7 @@ def combine(
         weights: one for each adapter; None: 1 / n.
         rank: of the result; None: the largest of the parts. Not for linear.
         density: fraction of elements that pruning keeps; None: 0.5.
-        seed: of the random choice of dare.
+        seed: of the random choice of dare, and for no other method; None: 0.
         base: current location of the base; None: as recorded.
         device: cpu, cuda or auto.
         allow_other_base: accept a base that an adapter was not trained on.
@@ -95,7 +96,7 @@ def combine(
             are not of that type.
         CorruptError: an adapter is damaged.
     """
-    _check(len(directories), weights, method, rank, density)
+    _check(len(directories), weights, method, rank, density, seed)
     out = Path(out)
     check_new_folder(out)
     parts = [read_adapter(directory) for directory in directories]
@@ -118,7 +119,7 @@ def combine(
     else:
         size = rank or max(map(largest_rank, updates))
         pruning = (0.5 if density is None else density) if method in _PRUNING else None
-        result, kept = _approximation(exact, updates, values, method, size, pruning, seed)
+        result, kept = _approximation(exact, updates, values, method, size, pruning, seed or 0)
     answers = bench.logits_of(lambda folder: write_lora(folder, result, parts[0]))
     summed = answers if method == "linear" else bench.logits_of(lambda folder: write_lora(folder, exact, parts[0]))
     distance, error = bench.open().compare(summed, answers)
@@ -126,7 +127,14 @@ def combine(
     return Combined(out, largest_rank(result), len(result), kept, distance, error, [*notes, *bench.notes])
 
 
-def _check(count: int, weights: Sequence[float] | None, method: str, rank: int | None, density: float | None) -> None:
+def _check(
+    count: int,
+    weights: Sequence[float] | None,
+    method: str,
+    rank: int | None,
+    density: float | None,
+    seed: int | None,
+) -> None:
     if count < 2:
         raise InputError("combine: give at least two adapters.")
     if method not in METHODS:
@@ -143,6 +151,8 @@ def _check(count: int, weights: Sequence[float] | None, method: str, rank: int |
         raise InputError(f"--rank {rank}: must be at least 1.")
     if density is not None and method not in _PRUNING:
         raise InputError(f"--density: has no effect with --method {method}: leave it out.")
+    if seed is not None and method != "dare":
+        raise InputError(f"--seed: has no effect with --method {method}: leave it out.")
     if density is not None and not 0 < density <= 1:
         raise InputError(f"--density {density}: must be above 0 and at most 1.")
 
@@ -158,9 +168,15 @@ def _check_parts(parts: Sequence[SavedAdapter], allow_other_base: bool) -> list[
             )
         one, other = first.manifest, part.manifest
         if one is None or other is None:
-            notes.append(
-                f"{(first if one is None else part).directory} records no base: that it is the same is trusted."
-            )
+            if named_differently(first.base_name, part.base_name) and not allow_other_base:
+                raise InputError(
+                    f"{part.directory} names the base '{shorten(part.base_name)}', but {first.directory} "
+                    f"'{shorten(first.base_name)}': adapters of one base can be combined. If they are the same: "
+                    "--allow-other-base."
+                )
+            unknown = [saved.directory for saved in (first, part) if saved.manifest is None]
+            lines = [f"{directory} records no base: that it is the same is trusted." for directory in unknown]
+            notes += [line for line in lines if line not in notes]
             continue
         if one.base.fingerprint != other.base.fingerprint and not allow_other_base:
             raise InputError(
