@@ -172,9 +172,7 @@ def two_processes(bench: Bench) -> None:
     if outcome.error:
         raise PromiseBroken(f"{promise}: the run in several processes did not finish:\n{outcome.error}")
     if (outcome.processes, outcome.world) != (processes.PROCESSES, processes.PROCESSES):
-        raise PromiseBroken(
-            f"{promise}: there are {outcome.world} processes, and the run used {outcome.processes}."
-        )
+        raise PromiseBroken(f"{promise}: there are {outcome.world} processes, and the run used {outcome.processes}.")
     from safetensors.torch import load_file
 
     assert outcome.parameters is not None
