@@ -5,8 +5,8 @@ both ways, one after the other and in changing order, so that noise of the machi
 processor time, which other processes disturb less than the clock.
 
 `--labels SHARE` compares the last layer at label positions alone with the whole layer: of each segment, the last
-tokens are labelled, and heads have 64 elements. `--rotary` compares rotary embeddings by halves with the operations of
-the models, likewise with heads of 64.
+tokens are labelled, and heads have 64 elements. `--rotary` times the rotary embedding of a tensor of
+8 heads of 64, by halves and by the operations of the models, the best and the median of all passes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,19 +36,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="of the packed row (default 512)")
     parser.add_argument("--pairs", type=int, default=6, help="passes of each kind (default 6)")
     parser.add_argument("--labels", type=float, metavar="SHARE", help="of the positions, which the last layer computes")
-    parser.add_argument("--rotary", action="store_true", help="compare rotary embeddings instead of layers")
+    parser.add_argument("--rotary", action="store_true", help="time rotary embeddings instead of layers")
     chosen = parser.parse_args()
     kinds: list[tuple[str, Any]] = [("halves", nothing), ("modules", own_forward)]
     if chosen.labels:
         kinds = [("labels", labels_alone), ("whole", partial(labels_alone, False))]
-    if chosen.rotary:
-        kinds = [("by halves", nothing), ("own", own_rotations)]
-    first, second = (name for name, _ in kinds)
     torch.set_num_threads(1)
+    if chosen.rotary:
+        rotations(chosen.tokens, chosen.pairs)
+        return
+    first, second = (name for name, _ in kinds)
     for dtype in (torch.float32, torch.bfloat16):
         for quantized in (False, True):
             bench = Bench(True, Path(), 600)
-            bench.shapes, bench.dtype = SHAPES | ({"head": 64} if chosen.labels or chosen.rotary else {}), dtype
+            bench.shapes, bench.dtype = SHAPES | ({"head": 64} if chosen.labels else {}), dtype
             model = stack(bench, quantized)
             for recomputes in (False, True):
                 recompute_layers(model, recomputes)
@@ -75,15 +75,33 @@ def main() -> None:
                 )
 
 
-@contextmanager
-def own_rotations() -> Iterator[None]:
-    """Let the models' own operations rotate queries and keys."""
-    before = rotary._in_halves
-    rotary._in_halves = lambda *_: False
-    try:
-        yield
-    finally:
-        rotary._in_halves = before
+def rotations(tokens: int, pairs: int) -> None:
+    """Print the processor time of the rotary embedding of one tensor, by halves and by the model's own operations."""
+    from transformers.models.llama.modeling_llama import rotate_half
+
+    def own(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        turned: torch.Tensor = rotate_half(x)
+        return x * cosine[:, None] + turned * sine[:, None]
+
+    for dtype in (torch.float32, torch.bfloat16):
+        x, above = (torch.randn(1, tokens, 8, 64).to(dtype).transpose(1, 2) for _ in range(2))
+        table = torch.rand(1, tokens, 64).to(dtype)
+        x.requires_grad_()
+        kinds: dict[str, Callable[..., torch.Tensor]] = {"by halves": rotary._Halves.apply, "own": own}
+        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
+        for _ in range(pairs + 1):
+            for name, function in kinds.items():
+                times = [time.process_time()]
+                y = function(x, table, table)
+                times.append(time.process_time())
+                torch.autograd.grad(y, x, above)
+                times.append(time.process_time())
+                seconds[name].append((times[1] - times[0], times[2] - times[1]))
+        for name, found in seconds.items():
+            parts = [sorted(1e3 * each for each in column[1:]) for column in zip(*found, strict=True)]
+            shown = [f"{word} {part[0]:.2f} ms, median {statistics.median(part):.2f}" for word, part in
+                     zip(("forward", "backward"), parts, strict=True)]  # fmt: skip
+            print(f"{str(dtype).removeprefix('torch.')}, {name}: {'; '.join(shown)}", flush=True)
 
 
 def labelled(bench: Bench, model: Any, tokens: int, share: float) -> Callable[[], None]:

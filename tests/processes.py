@@ -1,24 +1,17 @@
-"""Runs a script in several processes, as torchrun would, forked from one that has imported the libraries already."""
+"""Runs a script in several processes, as torchrun would; see `budwood.testing.processes`."""
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
 import os
 import runpy
-import socket
 import sys
-import time
 from pathlib import Path
 
-LIBRARIES = [
-    "torch.distributed", "transformers.models.llama.modeling_llama", "peft", "bitsandbytes", "budwood.training.loop",
-]  # fmt: skip
-"""Modules that take the longest to import."""
+from budwood.testing.processes import run_group
+
 LIMIT = 240
 """Timeout in seconds."""
 
-_context = multiprocessing.get_context("forkserver")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command sets it before it imports torch
 
 
@@ -54,46 +47,9 @@ def end_of_processes(
     """
     folder.mkdir(exist_ok=True)
     (folder / "worker.py").write_text(script, encoding="utf-8")
-    _context.set_forkserver_preload(LIBRARIES)
-    if port is None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-    group = {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
-    processes = []
-    for rank in range(count):
-        environment = {**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        process = _context.Process(target=_run, args=(folder, rank, environment, [*map(str, path), *sys.path]))
-        process.start()
-        processes.append(process)
-    end = time.monotonic() + LIMIT
-    while any(p.is_alive() for p in processes) and time.monotonic() < end:
-        if together and any(p.exitcode for p in processes):
-            break
-        time.sleep(0.02)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()  # one that waits for a process that failed
-        process.join()
-    return [(code, (folder / f"output-{rank}").read_text()) for rank, code in enumerate(codes)]
+    return run_group(_run, (folder / "worker.py", [*map(str, path)]), folder, count, LIMIT, together, port)
 
 
-def _run(folder: Path, rank: int, environment: dict[str, str], path: list[str]) -> None:
-    """Run the script in a new process."""
-    output = os.open(folder / f"output-{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(output, stream)
-    os.environ.clear()
-    os.environ.update(environment)
-    sys.path[:] = path
-    import torch
-
-    torch.set_num_threads(1)
-    try:
-        runpy.run_path(str(folder / "worker.py"), run_name="__main__")
-    finally:
-        atexit._run_exitfuncs()  # multiprocessing would skip them
+def _run(script: Path, path: list[str]) -> None:
+    sys.path[:0] = path
+    runpy.run_path(str(script), run_name="__main__")

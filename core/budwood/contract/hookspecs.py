@@ -213,7 +213,8 @@ class HookSpecs:
     def loss_terms(self, step: Step, outputs: Outputs) -> list[LossTerm] | LossTerm | None:
         """Add loss terms that do not need the head.
 
-        When: once per pass, after its `token_terms`.
+        When: once per pass, after its `token_terms`. Leave `outputs` out if you do not read them: where nothing does
+            but the head, the last layer computes label positions alone.
         May change: nothing.
         Returns: terms of unit "example" (values [examples]), "group" (values [groups]), "step" (a scalar, added once
             per optimizer step and never replayed), or a unit of `batch_counts`; or None.

@@ -163,7 +163,7 @@ def micro_batches(bench: Bench) -> None:
 
 
 def two_processes(bench: Bench) -> None:
-    """Check that two processes started by torchrun give the same result as one."""
+    """Check that two processes of one group give the same result as one."""
     promise = f"{processes.PROCESSES} processes equal 1"
     whole = bench.run(promise)
     outcome = in_two_processes(bench)
@@ -172,9 +172,7 @@ def two_processes(bench: Bench) -> None:
     if outcome.error:
         raise PromiseBroken(f"{promise}: the run in several processes did not finish:\n{outcome.error}")
     if (outcome.processes, outcome.world) != (processes.PROCESSES, processes.PROCESSES):
-        raise PromiseBroken(
-            f"{promise}: torchrun started {outcome.world} processes, and the run used {outcome.processes}."
-        )
+        raise PromiseBroken(f"{promise}: there are {outcome.world} processes, and the run used {outcome.processes}.")
     from safetensors.torch import load_file
 
     assert outcome.parameters is not None
@@ -264,7 +262,7 @@ _outcomes: dict[int, processes.Outcome] = {}
 
 
 def wait_for_processes(bench: Bench) -> None:
-    """Queue a bench's two-process run for the next start of torchrun."""
+    """Queue a bench's two-process run for the next start of processes."""
     _waiting[id(bench)] = bench
 
 

@@ -38,7 +38,7 @@ class Conformance:
 
     @classmethod
     def announce(cls, group: str) -> None:
-        """Queue the two-process run to share one start of torchrun with the other classes of `group`."""
+        """Queue the two-process run to share one start of processes with the other classes of `group`."""
         if "two_processes_equal_one" not in cls.does_not_apply:
             _announced.setdefault(group, []).append(cls)
 

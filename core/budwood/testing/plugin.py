@@ -12,7 +12,7 @@ SKIPPED = "budwood: does not apply"
 
 
 def pytest_collection_finish(session: Any) -> None:
-    """Collect the strategies to run in two processes, so that they share one start of torchrun."""
+    """Collect the strategies to run in two processes, so that they share one start of processes."""
     for item in session.items:
         name = getattr(item, "originalname", "")
         if name == "test_two_processes_equal_one" and hasattr(item.cls, "announce"):

@@ -1,22 +1,32 @@
-"""Runs in several processes: the parent starts torchrun once for many recipes; as a module, this file is the worker.
+"""Runs in several processes of one group, with the environment that torchrun gives them.
 
-torchrun --nproc-per-node 2 -m budwood.testing.processes JOBS.json
+They are forked from a process that has imported the libraries already, once for all runs of a session.
 """
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import importlib.util
 import json
+import multiprocessing
 import os
-import subprocess
+import socket
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+LIBRARIES = [
+    "torch.distributed", "transformers.models.llama.modeling_llama", "peft", "bitsandbytes", "budwood.training.loop",
+]  # fmt: skip
+"""Modules that take the longest to import."""
+_context = multiprocessing.get_context("forkserver")
 PROCESSES = int(os.environ.get("BUDWOOD_TEST_PROCESSES", "2"))
 """Number of processes; another one is for tests of core."""
 PARALLEL = os.environ.get("BUDWOOD_TEST_PARALLEL")
@@ -47,7 +57,7 @@ class Outcome:
 def tune_in_processes(
     recipes: Sequence[Mapping[str, Any]], classes: Mapping[str, Mapping[str, str]], folder: Path
 ) -> list[Outcome]:
-    """Run recipes one after another in PROCESSES processes started by torchrun.
+    """Run recipes one after another in PROCESSES processes.
 
     A failure ends the processes; they are restarted for the remaining recipes.
 
@@ -61,30 +71,90 @@ def tune_in_processes(
     done: list[Outcome] = []
     while len(done) < len(recipes):
         here = Path(tempfile.mkdtemp(dir=folder, prefix="processes-"))
-        jobs = {"recipes": list(recipes[len(done) :]), "classes": dict(classes), "folder": str(here)}
-        (here / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
-        output = _start(here / "jobs.json")
-        outcomes = [_read(here, number) for number in range(len(jobs["recipes"]))]
+        left = [dict(recipe) for recipe in recipes[len(done) :]]
+        ended = run_group(_work, (left, dict(classes), here), here, PROCESSES)
+        outcomes = [_read(here, number) for number in range(len(left))]
         finished = [outcome for outcome in outcomes if outcome is not None]
         done += finished
         if len(done) < len(recipes) and not (finished and finished[-1].error):
-            done.append(Outcome(error=output))
+            done.append(Outcome(error=_failure(ended)))
     return done
 
 
-def _start(jobs: Path) -> str:
-    """Run torchrun; return the last lines of its output."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={PROCESSES}", "--standalone"]
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+def run_group(
+    work: Callable[..., None], arguments: Sequence[Any], folder: Path, count: int,
+    limit: float = LIMIT, together: bool = True, port: int | None = None,
+) -> list[tuple[int | None, str]]:  # fmt: skip
+    """Call a function in `count` processes, on the CPU and with one thread each.
+
+    Args:
+        work: a function of an importable module.
+        arguments: its arguments, which are pickled.
+        folder: folder for the output of the processes, output-0 and so on.
+        limit: timeout in seconds.
+        together: kill the others as soon as one fails.
+        port: of the first process; None: a free one.
+
+    Returns:
+        Of each process, its exit code (None: it did not end in time) and its output.
+    """
+    if port is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+    group = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    _context.set_forkserver_preload(LIBRARIES)
+    started = []
+    with _without_main():
+        for rank in range(count):
+            environment = {**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            process = _context.Process(target=_call, args=(folder / f"output-{rank}", environment, work, arguments))
+            process.start()
+            started.append(process)
+    end = time.monotonic() + limit
+    while any(process.is_alive() for process in started) and time.monotonic() < end:
+        if together and any(process.exitcode for process in started):
+            break
+        time.sleep(0.02)
+    codes = [process.exitcode for process in started]
+    for process in started:
+        process.kill()  # one that waits for a process that failed
+        process.join()
+    return [(code, _output(folder / f"output-{rank}")) for rank, code in enumerate(codes)]
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Hide the main module, which a new process would import: a script may start tests without asking for its name."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
     try:
-        done = subprocess.run(
-            [*torchrun, "-m", "budwood.testing.processes", str(jobs)],
-            capture_output=True, text=True, timeout=LIMIT, env=environment, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return f"the processes waited for each other for {LIMIT} seconds"
-    return "\n".join((done.stderr or done.stdout).strip().splitlines()[-20:])
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _output(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def _call(output: Path, environment: dict[str, str], work: Callable[..., None], arguments: Sequence[Any]) -> None:
+    """Entry point of a process."""
+    file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        work(*arguments)
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing would skip them
 
 
 def _read(folder: Path, number: int) -> Outcome | None:
@@ -96,8 +166,16 @@ def _read(folder: Path, number: int) -> Outcome | None:
     return Outcome(**values, parameters=parameters if parameters.exists() else None)
 
 
-def _work(path: Path) -> None:
-    """Entry point of a worker process."""
+def _failure(ended: Sequence[tuple[int | None, str]]) -> str:
+    """Return the last lines of the output of the process that failed."""
+    if all(code in (0, None) for code, _ in ended):
+        return f"the processes waited for each other for {LIMIT} seconds"
+    output = next(output for code, output in ended if code)
+    return "\n".join(output.strip().splitlines()[-20:])
+
+
+def _work(recipes: Sequence[Mapping[str, Any]], classes: Mapping[str, Mapping[str, str]], folder: Path) -> None:
+    """Run recipes in one of the processes."""
     import torch
     from safetensors.torch import save_file
 
@@ -106,15 +184,13 @@ def _work(path: Path) -> None:
     from budwood.testing.probe import named_parameters
     from budwood.training.loop import tune
 
-    torch.set_num_threads(1)
-    jobs = json.loads(path.read_text(encoding="utf-8"))
-    folder, main = Path(jobs["folder"]), os.environ["RANK"] == "0"
-    for name, where in jobs["classes"].items():
+    main = os.environ["RANK"] == "0"
+    for name, where in classes.items():
         pretend_installed(_find(where["module"], where["file"], where["class"]), name)
-    for number, recipe in enumerate(jobs["recipes"]):
+    for number, recipe in enumerate(recipes):
         try:
             with without_plots():
-                run = tune(Recipe.from_dict(recipe), overwrite=True, quiet=True)
+                run = tune(Recipe.from_dict(dict(recipe)), overwrite=True, quiet=True)
         except Exception as error:
             failure = {"error": f"in process {os.environ['RANK']}: {explain(error)}"}
             (folder / f"{number}.json").write_text(json.dumps(failure), encoding="utf-8")
@@ -146,7 +222,3 @@ def _find(module: str, file: str, class_name: str) -> Any:
     for part in class_name.split("."):
         target = getattr(target, part)
     return target
-
-
-if __name__ == "__main__":
-    _work(Path(sys.argv[1]))

@@ -25,7 +25,7 @@ from budwood_adalora.schedule import Schedule, smallest_steps
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from budwood import LiveAdapter, LossTerm, Outputs, ParameterGroup, Plan, Run, Step
+    from budwood import LiveAdapter, LossTerm, ParameterGroup, Plan, Run, Step
     from budwood_adalora.importance import Importance
     from budwood_adalora.layers import SVDLinear
 
@@ -153,7 +153,7 @@ class AdaLoRA(Strategy):
         return [*groups, *whole_groups(model, RUN_ADAPTER)]
 
     @hookimpl
-    def loss_terms(self, step: Step, outputs: Outputs) -> LossTerm | None:
+    def loss_terms(self, step: Step) -> LossTerm | None:
         from budwood import LossTerm
         from budwood_adalora.penalty import orthogonality
 

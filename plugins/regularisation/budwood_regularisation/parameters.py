@@ -13,7 +13,7 @@ from budwood import LossTerm, Options, Strategy, hookimpl
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from budwood import Outputs, Run, Step
+    from budwood import Run, Step
 
 LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
@@ -39,12 +39,12 @@ class L2SP(Strategy):
         beta: float = Field(0.01, ge=0, description="weight of the squared norm of what the base lacks, such as a head")
 
     @hookimpl
-    def loss_terms(self, step: Step, outputs: Outputs) -> list[LossTerm] | None:
+    def loss_terms(self, step: Step) -> list[LossTerm] | None:
         if not is_counted(step):
             return None
         saved = step.run.start_adapter.infos if step.run.start_adapter is not None else {}
         new = {name for name in step.run.base.new if f"base_model.model.{name}" not in saved}
-        distance = norm = outputs.hidden.new_zeros((), dtype=step.run.trainable[0].dtype)
+        distance = norm = step.run.trainable[0].new_zeros(())
         for (name, parameter), start in zip(named(step.run), step.run.start, strict=True):
             if name in new:
                 norm = norm + parameter.square().sum() / 2
@@ -64,12 +64,12 @@ class LayerDecay(Strategy):
         factor: float = Field(1.1, gt=0, description="λ of a layer divided by that of the layer above it")
 
     @hookimpl
-    def loss_terms(self, step: Step, outputs: Outputs) -> LossTerm | None:
+    def loss_terms(self, step: Step) -> LossTerm | None:
         if not is_counted(step):
             return None
         layers = [(int(found[1]), p) for name, p in named(step.run) if (found := LAYER.search(name))]
         last = max((layer for layer, _ in layers), default=0)
-        total = outputs.hidden.new_zeros((), dtype=step.run.trainable[0].dtype)
+        total = step.run.trainable[0].new_zeros(())
         for layer, parameter in layers:
             total = total + self.options.factor ** (last - layer) * parameter.square().sum() / 2
         return LossTerm("layer_decay", total, "step", self.options.weight)

@@ -77,7 +77,7 @@ def bench_of(strategy: type[Strategy]) -> Bench:
 
 @pytest.fixture(scope="module")
 def benches() -> None:
-    """Queue the two-process runs to share one start of torchrun."""
+    """Queue the two-process runs to share one start of processes."""
     for strategy in (broken.FirstProcessAlone, broken.FirstMicroBatchAlone):
         checks.wait_for_processes(bench_of(strategy))
 

@@ -142,26 +142,25 @@ def test_penalties_of_parameters() -> None:
     groups = [SimpleNamespace(parameters=values)]
     more = {"groups": groups, "trainable": trainable, "start": start, "start_adapter": None}
     step = step_of(LABELS, base=SimpleNamespace(new=("score.weight",)), **more)
-    outputs = SimpleNamespace(hidden=torch.zeros(1))
     near = sum((p - p0).square().sum() for p, p0 in zip(trainable[:3], start[:3], strict=True))
     new = trainable[3].square().sum()
     strategy = made("l2-sp", alpha=0.4, beta=0.3)
-    terms = strategy.loss_terms(step, outputs)
+    terms = strategy.loss_terms(step)
     loss = sum(term.weight * term.values for term in terms)
     agree(loss, 0.4 / 2 * near + 0.3 / 2 * new, *trainable)
     step.run.start_adapter = SimpleNamespace(
         infos={"base_model.model.score.weight": None}
     )  # a head that is continued is not new
-    (term,) = strategy.loss_terms(step, outputs)
+    (term,) = strategy.loss_terms(step)
     head = (trainable[3] - start[3]).square().sum()
     agree(term.weight * term.values, 0.4 / 2 * (near + head), *trainable)
     decay = made("layer-decay", weight=0.1, factor=2.0)
-    term = decay.loss_terms(step, outputs)
+    term = decay.loss_terms(step)
     expected = sum(0.1 / 2 * 2.0 ** (2 - layer) * trainable[layer].square().sum() for layer in range(3))
     agree(term.weight * term.values, expected, *trainable[:3])
     for change in ({"micro_step": 1}, {"replaying": True}):
         other = SimpleNamespace(**{**vars(step), **change})
-        assert strategy.loss_terms(other, outputs) is None and decay.loss_terms(other, outputs) is None
+        assert strategy.loss_terms(other) is None and decay.loss_terms(other) is None
 
 
 @pytest.fixture(scope="module")
