@@ -22,7 +22,6 @@ from budwood.model.checks import (
     load_tokenizer,
     size,
     skeleton,
-    wrong_shapes,
 )
 from budwood.model.experts import count_experts, open_experts, packed_as_read
 from budwood.model.halves.take_over import compute_in_halves
@@ -36,6 +35,7 @@ from budwood.model.quantizers.experts import quantized_experts
 from budwood.model.quantizers.stored import loading_config
 from budwood.model.quiet import import_bitsandbytes, silence_libraries
 from budwood.model.sharding import sharded_as_read, shards_of
+from budwood.model.stated_sizes import wrong_shapes
 from budwood.model.streaming import slices, trim_heap
 from budwood.parallel.sharding import own_part
 from budwood.untrusted.formats import TensorInfo, read_json

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -21,7 +20,6 @@ from budwood.errors import CorruptError, InputError, ResourceError, describe, fi
 from budwood.model.checkpoint import read_config, read_tensors, resolve
 from budwood.model.missing_head import check_head
 from budwood.model.quantizers import Quantizer
-from budwood.untrusted.formats import TensorInfo
 from budwood.untrusted.redaction import shorten
 
 if TYPE_CHECKING:
@@ -42,9 +40,6 @@ FUSED_SHARE = 0.05
 
 PACKED = re.compile(r"\.(?:qweight|weight_packed|weight_scale_inv|SCB|W_q)$|\.absmax$|_qdata$|_proj_blocks$")
 """Names of tensors that only quantised checkpoints have."""
-
-_EXPERT = re.compile(r"(.*?\.\d+\.).*\bexperts\.(?:(\d+)\.)?")
-"""Start of the name of a tensor of experts: its layer, and the number of the one expert that it is of."""
 
 
 @dataclass(frozen=True)
@@ -234,46 +229,6 @@ def _check_stored_names(path: Path, tensors: Iterable[str], expected: str | None
             f"{path / 'config.json'}: quantization_config says that the weights are quantised, but no tensor is: "
             "remove it if these are the original weights, or take the files that belong to it."
         )
-
-
-def check_sizes(name: str, frame: nn.Module, tensors: Mapping[str, TensorInfo], body: str) -> None:
-    """Refuse an unquantised checkpoint whose tensors are larger or smaller than config.json says, by its headers.
-
-    What is stored under another name than the model's, or in another order of axes, is only seen as it loads.
-
-    Args:
-        frame: the base without weights.
-        body: only what lies below it is compared; "" for all.
-
-    Raises:
-        CorruptError: the message names the first tensors.
-    """
-    counts: dict[str, set[str]] = {}
-    for key in tensors:
-        if (found := _EXPERT.match(key)) is not None and found[2] is not None:
-            counts.setdefault(found[1], set()).add(found[2])
-    wrong: list[str] = []
-    fused: dict[str, dict[str, int]] = {}
-    for key, parameter in frame.named_parameters():
-        if key in tensors and math.prod(tensors[key].shape) != parameter.numel():
-            wrong.append(key)
-        elif (found := _EXPERT.match(key)) is not None and parameter.ndim == 3:
-            fused.setdefault(found[1], {})[key] = len(parameter)
-    for layer, sizes in fused.items():
-        if layer in counts and len(counts[layer]) not in sizes.values():  # some experts have no weights (LongCat)
-            wrong += sizes
-    wrong = [key for key in wrong if key.startswith(body)]
-    if wrong:
-        raise CorruptError(wrong_shapes(name, wrong))
-
-
-def wrong_shapes(name: str, keys: Sequence[str]) -> str:
-    """Return a message on weights that contradict config.json."""
-    some = f"{', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
-    return (
-        f"base '{name}': {len(keys)} weights do not have the shape given by config.json: {some}: take the config.json "
-        "that was saved with these weights."
-    )
 
 
 def _reads(quantizer: Quantizer, stored: dict[str, Any]) -> bool:

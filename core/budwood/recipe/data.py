@@ -12,9 +12,10 @@ from budwood.data.preference import JudgedAnswer, Preference, SharedPrompt
 from budwood.data.prompts import Prompts
 from budwood.errors import InputError, unreadable
 from budwood.model.checkpoint import read_tensors, resolve
-from budwood.model.checks import check_base, check_sizes, find_quantizer, load_tokenizer, skeleton
+from budwood.model.checks import check_base, find_quantizer, load_tokenizer, skeleton
 from budwood.model.described import describe_base
 from budwood.model.embeddings import resize, vocabulary_of
+from budwood.model.stated_sizes import check_sizes
 from budwood.model.task import Task
 from budwood.recipe.schema import Recipe
 
