@@ -36,7 +36,7 @@ def combine(
                 f"{adapter.directory}: its modules_to_save differ from those of {adapters[0].directory}: they cannot "
                 "be combined."
             )
-        for key, value in adapter.load_tensors().items():
+        for key, value in _once(adapter.load_tensors(), base).items():
             owner = owners.setdefault(key, (adapter.directory, value.shape[1:] if tokens else value.shape))
             if owner[1] != (value.shape[1:] if tokens else value.shape) or not value.is_floating_point():
                 raise InputError(
@@ -57,6 +57,22 @@ def combine(
         paths = {key.removeprefix(PREFIX).partition(NORM)[0] for key in tensors if NORM in key}
         changes |= {"target_modules": sorted(paths), "exclude_modules": None}
     return config | changes, tensors
+
+
+def _once(tensors: Mapping[str, Tensor], base: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    """Return an adapter's tensors without the rows that PEFT repeats for a head that is tied to the embeddings."""
+    rows = [key for key in tensors if ROWS in key]
+    if len(rows) != 2 or not torch.equal(*(tensors[key] for key in rows)):
+        return dict(tensors)
+    model: Any = base()
+    if model.get_output_embeddings() is None or not _tied(model):
+        return dict(tensors)
+    table = next(path for path, module in model.named_modules() if module is model.get_input_embeddings())
+    return {key: value for key, value in tensors.items() if key not in rows or key.startswith(f"{PREFIX}{table}.")}
+
+
+def _tied(model: Any) -> bool:
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def _completed(found: Rows, owners: Mapping[str, Any], base: Callable[[], nn.Module]) -> dict[str, Tensor]:

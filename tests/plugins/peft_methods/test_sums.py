@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from tests.conftest import make_base
 from typer.testing import CliRunner
 
 from budwood.adapters.store import read_adapter
@@ -93,6 +95,25 @@ def test_it_changes_the_base_by_the_weighted_sum_of_the_changes(
     assert verify(tmp_path / "sum", base=str(tiny_base), device="cpu").exact
     record = read_adapter(tmp_path / "sum").manifest
     assert record is not None and record.made is not None and [part.weight for part in record.made.parts] == [*WEIGHTS]
+
+
+def test_rows_that_peft_repeats_for_a_tied_head_count_once(tmp_path: Path) -> None:
+    """PEFT's file has them twice, Budwood's once: one of each has the sum that two of PEFT's have."""
+    base = make_base(tmp_path / "base", tie_word_embeddings=True)
+    options = METHODS["trainable_tokens"]
+    folders = [stock(base, tmp_path / name, "trainable_tokens", options, seed) for name, seed in ("a1", "b2")]
+    once = tmp_path / "once"
+    shutil.copytree(folders[0], once)
+    file = once / "adapter_model.safetensors"
+    tensors = load_file(file)
+    assert len(tensors) == 2
+    save_file({key: value for key, value in tensors.items() if "embed_tokens" in key}, file)
+    sums = []
+    for first in (folders[0], once):
+        out = tmp_path / f"sum-{first.name}"
+        combine([first, folders[1]], out, weights=WEIGHTS, base=str(base), device="cpu")
+        sums.append(load_file(out / "adapter_model.safetensors"))
+    assert sums[0].keys() == sums[1].keys() and all(torch.equal(sums[0][key], sums[1][key]) for key in sums[0])
 
 
 def test_equal_positions_stay_as_they_are(tiny_base: Path, tmp_path: Path) -> None:
