@@ -139,11 +139,13 @@ def entries(folder: Path) -> dict[Path, float]:
 
 def size_of(path: Path) -> int:
     """Return the size of an entry in bytes."""
-    size = 0
-    for file in path.iterdir() if path.is_dir() else (path,):
-        with contextlib.suppress(OSError):
-            size += file.stat().st_size
-    return size
+    try:
+        if not path.is_dir():
+            return path.stat().st_size
+        with os.scandir(path) as files:
+            return sum(file.stat().st_size for file in files)
+    except OSError:  # another process pruned it
+        return 0
 
 
 def remove(path: Path) -> None:

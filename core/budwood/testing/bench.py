@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,7 @@ def register(strategy: type[Strategy], name: str | None = None) -> str:
                     return known
         plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", strategy.__name__).lower().strip("_")
         taken = {*installed(), *classes}
-        name = next(n for n in (plain, *(f"{plain}-{i}" for i in range(2, 10**6))) if n not in taken)
+        name = next(n for n in chain([plain], (f"{plain}-{i}" for i in count(2))) if n not in taken)
     pretend_installed(strategy, name)
     return name
 

@@ -41,7 +41,11 @@ _remembered: set[str] = set()
 
 def redact(text: str) -> str:
     """Return `text` with every secret in it replaced."""
-    for secret in sorted(_secrets(), key=len, reverse=True):
+    return _redact(text, _secrets())
+
+
+def _redact(text: str, secrets: set[str]) -> str:
+    for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, MASK)
     for pattern, mask in _PATTERNS:
         text = pattern.sub(mask, text)
@@ -67,13 +71,17 @@ def redact_values(value: Any) -> Any:
     A string that is a path or a model name is kept, even if a folder has the name of a secret: with a word replaced,
     it would name another file.
     """
+    return _redact_values(value, _secrets())
+
+
+def _redact_values(value: Any, secrets: set[str]) -> Any:
     if isinstance(value, Mapping):
-        return {key: MASK if _is_secret(key, item) else redact_values(item) for key, item in value.items()}
+        return {key: MASK if _is_secret(key, item) else _redact_values(item, secrets) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [redact_values(item) for item in value]
+        return [_redact_values(item, secrets) for item in value]
     if not isinstance(value, str):
         return value
-    return value if _PATH.fullmatch(value) and value not in _secrets() else redact(value)
+    return value if _PATH.fullmatch(value) and value not in secrets else _redact(value, secrets)
 
 
 def remember(value: Any) -> None:
