@@ -104,8 +104,9 @@ def describe(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of an exception's message, with the next if it ends in a colon; its type without any."""
+    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first.rstrip()} {rest[0].strip()}" if rest and first.rstrip().endswith(":") else first
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

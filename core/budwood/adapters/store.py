@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from budwood import __version__
+from budwood.adapters.base_names import named_differently
 from budwood.adapters.manifest import (
     FORMAT,
     BaseRecord,
@@ -28,7 +29,7 @@ from budwood.adapters.manifest import (
     template_hash,
     tokenizer_hash,
 )
-from budwood.adapters.weights import FLOATS, Weights, read_weights
+from budwood.adapters.weights import Weights, check_dtypes, read_weights
 from budwood.contract.discovery import installed
 from budwood.contract.loading import adapter_owner
 from budwood.errors import CorruptError, InputError
@@ -288,7 +289,7 @@ def read_adapter(
     if not infos:
         raise CorruptError(f"{directory / WEIGHTS}: holds no tensor.")
     _check_ranks(directory, config, infos)
-    _check_dtypes(directory, infos)
+    check_dtypes(directory / WEIGHTS, infos)
     if manifest is None:
         notes.append("no budwood.json (an adapter of stock PEFT): its base is not checked.")
         named = config.get("base_model_name_or_path")
@@ -301,18 +302,6 @@ def read_adapter(
     for name in _NAMES_CODE:
         config.pop(name, None)
     return SavedAdapter(directory, adapter_type, config, infos, manifest, notes, content)
-
-
-def named_differently(one: str, other: str) -> bool:
-    """Return whether two names of bases, folders or names on the hub, end differently; False if one is unknown."""
-    return bool(one and other) and _last(one) != _last(other)
-
-
-def _last(name: str) -> str:
-    """Return a base's name without its owner or folder, in lower case, also of a snapshot in the hub's cache."""
-    parts = Path(name).parts
-    cached = next((part for part in parts if part.startswith("models--")), "")
-    return (cached.rpartition("--")[2] or (parts or (name,))[-1]).lower()
 
 
 def check_there(directory: Path) -> None:
@@ -349,16 +338,6 @@ def _check_ranks(directory: Path, config: dict[str, Any], infos: dict[str, Tenso
     for rank in ranks:
         if isinstance(rank, int | float) and rank > largest:
             raise CorruptError(f"{directory / CONFIG}: rank {str(rank)[:20]}; no tensor is larger than {largest}.")
-
-
-def _check_dtypes(directory: Path, infos: dict[str, TensorInfo]) -> None:
-    """Reject low-rank factors that are not floating-point, which casting would read as other values than were meant."""
-    for name, info in infos.items():
-        if ".lora_" in name and info.dtype not in FLOATS:
-            raise CorruptError(
-                f"{directory / WEIGHTS}: tensor '{name[:80]}' has the dtype {info.dtype}, and a low-rank factor is "
-                f"one of {', '.join(FLOATS)}: save the adapter again in one of them."
-            )
 
 
 def _read_manifest(directory: Path) -> Manifest | None:

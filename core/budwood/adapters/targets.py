@@ -202,6 +202,7 @@ def match_targets(
             matching = [name for name in linear if ends_with(name, target)]
             if not matching:
                 _reject_experts(f"'{target}'", [name for name in fused if ends_with(name, target)])
+                _reject_container(model, target, experts)
                 _reject_target(model, target, linear)
             chosen += [name for name in matching if name not in chosen]
     chosen = [name for name in chosen if not _lies(name, whole)]
@@ -324,6 +325,17 @@ def _reject_experts(target: str, fused: list[str]) -> None:
             f"targets: {target} stands for the experts of a mixture ('{fused[0]}'), which this strategy does not "
             "adapt: use lora or adalora, or leave it out."
         )
+
+
+def _reject_container(model: nn.Module, target: str, experts: bool) -> None:
+    """Reject the module of a mixture's experts as a target, or its name where there are none."""
+    inside = [name for name in expert_modules(model) if ends_with(name.rpartition(".")[0], target)]
+    if inside and experts:
+        leaves = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in inside))
+        raise InputError(f"targets: '{target}' holds the experts of a mixture: name what to adapt in it: {leaves}.")
+    _reject_experts(f"'{target}'", inside)
+    if "experts" in target.split(".") and not expert_modules(model):
+        raise InputError(f"targets: '{target}' names experts, and the base is no mixture of experts: leave it out.")
 
 
 def _reject_target(model: nn.Module, target: str, linear: list[str]) -> None:

@@ -62,6 +62,20 @@ class Weights:
         return tensors
 
 
+def check_dtypes(path: Path, infos: dict[str, TensorInfo]) -> None:
+    """Reject low-rank factors that are not floating-point, which casting would read as other values than were meant.
+
+    Raises:
+        CorruptError: the message names the tensor.
+    """
+    for name, info in infos.items():
+        if ".lora_" in name and info.dtype not in FLOATS:
+            raise CorruptError(
+                f"{path}: tensor '{name[:80]}' has the dtype {info.dtype}, and a low-rank factor is "
+                f"one of {', '.join(FLOATS)}: save the adapter again in one of them."
+            )
+
+
 def read_weights(path: Path) -> Weights:
     """Read a safetensors file, check its header, and hash it.
 

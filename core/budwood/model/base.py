@@ -35,6 +35,7 @@ from budwood.model.quantizers.experts import quantized_experts
 from budwood.model.quantizers.stored import loading_config
 from budwood.model.quiet import import_bitsandbytes, silence_libraries
 from budwood.model.sharding import sharded_as_read, shards_of
+from budwood.model.stated_sizes import wrong_shapes
 from budwood.model.streaming import slices, trim_heap
 from budwood.parallel.sharding import own_part
 from budwood.untrusted.formats import TensorInfo, read_json
@@ -303,8 +304,7 @@ def _check_complete(
     other = {str(item[0]) for item in report["mismatched_keys"]} | _wrong_shapes(model, frame)
     mismatched = sorted(key for key in other if not may_be_new(key))
     if mismatched:
-        raise CorruptError(f"base '{name}': {len(mismatched)} weights do not have the shape given by config.json: "
-                           f"{_some(mismatched)}")  # fmt: skip
+        raise CorruptError(wrong_shapes(name, mismatched))
     numbered = {re.sub(r"\d+", "#", key) for key in model.state_dict()}
     extra = [key for key in sorted(report["unexpected_keys"]) if re.sub(r"\d+", "#", key) in numbered]
     if extra:

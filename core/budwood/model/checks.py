@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -385,6 +386,8 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
                 f"base '{model}': its tokenizer needs custom Python code, which is never run: replace it with one that "
                 "the installed transformers supports."
             ) from error
+        with suppress(InputError):  # AutoTokenizer reads config.json too, so that may be what is wrong
+            load_config(path, False, {})
         raise CorruptError(f"base '{model}': its tokenizer does not load: {first_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"base '{model}': its tokenizer has no tokenizer.json, and cannot be converted to one.")

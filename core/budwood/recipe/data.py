@@ -15,6 +15,7 @@ from budwood.model.checkpoint import read_tensors, resolve
 from budwood.model.checks import check_base, find_quantizer, load_tokenizer, skeleton
 from budwood.model.described import describe_base
 from budwood.model.embeddings import resize, vocabulary_of
+from budwood.model.stated_sizes import check_sizes
 from budwood.model.task import Task
 from budwood.recipe.schema import Recipe
 
@@ -111,6 +112,9 @@ def check_quantized(model: Any, recipe: Recipe) -> None:
 
     info = check_base(recipe.base.model, recipe.base.quantization, recipe.base.trust_remote_code)
     quantizer = find_quantizer(info.quantization)
+    if not info.prequantized and not recipe.base.resize_embeddings and any(info.path.glob("*.safetensors")):
+        body = f"{model.base_model_prefix}." if model.get_output_embeddings() is None else ""
+        check_sizes(recipe.base.model, model, read_tensors(info.path), body if model.base_model is not model else "")
     mark_quantized(model, quantizer)
     if info.prequantized and quantizer.own_modules and any(info.path.glob("*.safetensors")):
         packed_linears(model, quantizer, info.config["quantization_config"], read_tensors(info.path))

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from budwood import load_base
 from budwood.adapters.live_table import LiveTable, Plan
 from budwood.adapters.store import read_adapter
-from budwood.errors import InputError
+from budwood.errors import CorruptError, InputError
 from budwood.lowrank import experts_of, remove_adapter, select_adapters
 from budwood.model.experts import Experts, count_experts
 from budwood.serving.exports.targets import export_for
@@ -21,6 +21,7 @@ from budwood.serving.exports.wanted import Wanted
 from budwood.serving.material.shrink import shrink
 from budwood.serving.merge import merge as merge_folder
 from budwood.serving.verify import open_pool, verify
+from budwood.training import setup
 from budwood.training.loop import tune
 from budwood_lora.adapter import attach, merge, tensor_slots
 from budwood_lora.live import live
@@ -168,11 +169,40 @@ def test_bad_targets_are_named_before_the_base_loads(tmp_path, tiny_base, make_r
         tune(make_recipe("whole", base={**base, "quantization": "nf4"}, strategies=[nf4]))
     for strategies, model, message in (
         ([{"lora": {"targets": ["gate_up_proj"]}}], str(tiny_base), "no linear module is called 'gate_up_proj'"),
+        ([{"lora": {"targets": ["experts"]}}], str(tiny_base), "'experts' names experts, and the base is no mixture"),
+        (
+            [{"lora": {"targets": ["experts"]}}],
+            base["model"],
+            "'experts' holds the experts .*: gate_up_proj, down_proj",
+        ),
+        ([{"ia3": {"targets": ["experts"]}}], base["model"], "ia3.*'experts' stands for the experts of a mixture"),
         ([{"ia3": {"targets": ["gate_up_proj"]}}], base["model"], "ia3.*'gate_up_proj' stands for the experts .*lora"),
     ):
         with pytest.raises(InputError, match=message):
             tune(make_recipe(base={"model": model}, strategies=strategies))
     assert not any(line.startswith("base ") for line in said)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"num_local_experts": 8},
+            r"4 weights .* shape given by config\.json: .*experts\.gate_up_proj.*saved with these",
+        ),
+        ({"hidden_size": 128}, r"weights do not have the shape given by config\.json: .*embed_tokens"),
+        ({"hidden_size": "wide"}, r"config\.json: .*'hidden_size'.* expected"),
+    ],
+)
+def test_a_config_that_contradicts_the_tensors_is_refused_before_the_base_loads(
+    tmp_path, make_recipe, said, monkeypatch, change, message
+):
+    make_family("Mixtral", tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    monkeypatch.setattr(setup, "load_base", lambda *_: pytest.fail("the base loads"))
+    with pytest.raises(CorruptError, match=message):
+        tune(make_recipe(base={"model": str(tmp_path / "base"), "quantization": "nf4"}, strategies=["lora"]))
 
 
 def test_experts_that_train_whole_open_in_stock_peft(tmp_path, make_recipe):

@@ -216,6 +216,14 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}},
         "quantization_config says that the weights are quantised, but no tensor is",
     ),
+    "no 4-bit tensors": (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        "quantization_config says that the weights are quantised, but no tensor is",
+    ),
+    "no 8-bit tensors": (
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        "quantization_config says that the weights are quantised, but no tensor is",
+    ),
     "unknown": ({"quant_method": "quip"}, "is already quantised, with quip, which no installed quantiser reads"),
 }
 

@@ -58,6 +58,8 @@ class Int8(_BitsAndBytes):
 
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
 
+    stored_names = r"\.SCB$"
+
     def reads(self, config: Mapping[str, Any]) -> bool:
         return _is_ours(config) and bool(config.get("load_in_8bit"))
 
@@ -133,6 +135,8 @@ class _FourBit(_BitsAndBytes):
             bnb_4bit_use_double_quant=double_quantization,
             llm_int8_skip_modules=skip,
         )
+
+    stored_names = r"\.absmax$"
 
     def reads(self, config: Mapping[str, Any]) -> bool:
         eight = config.get("load_in_8bit")

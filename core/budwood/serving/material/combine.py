@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from budwood.adapters.base_names import named_differently
 from budwood.adapters.golden import Distance
 from budwood.adapters.manifest import MadeRecord, PartRecord
-from budwood.adapters.store import SavedAdapter, named_differently, read_adapter
+from budwood.adapters.store import SavedAdapter, read_adapter
 from budwood.errors import InputError, did_you_mean
 from budwood.serving.exports.difference import decomposed
 from budwood.serving.exports.factors import Factors, factors_of, largest_rank, squared_norm, truncated, write_lora
