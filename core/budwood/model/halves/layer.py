@@ -60,7 +60,8 @@ class Halves:
         names: of its modules.
         number: of the layer in its model.
         shadows: of the model.
-        following: the next layer's, which may begin with what this one computed ahead; None: it is the last.
+        following: the next layer's, which may begin with what this one computed ahead; None: it is the last. Weak:
+            whoever copies a layer does not mean all that come after it.
         rows: [L] int64, the only positions of which the next pass shall compute the output; taken away if it does.
     """
 
@@ -68,7 +69,7 @@ class Halves:
         self.layer, self.original, self.names = layer, original, names
         self.number, self.shadows = number, shadows
         self.rows: Tensor | None = None
-        self.following: Halves | None = None
+        self.following: weakref.ref[Halves] | None = None
         self._arrived: tuple[Any, int, Ahead] | None = None
 
     @property
@@ -84,8 +85,9 @@ class Halves:
         again = self.layer.gradient_checkpointing and self.layer.training
         with self._keeping(hidden_states) if again else nullcontext():
             y = chain(hidden_states, tensors)
-        if chain.onward is not None and chain.onward.found is not None and self.following is not None:
-            self.following._arrived = weakref.ref(y), y._version, chain.onward
+        following = self.following() if self.following is not None else None
+        if chain.onward is not None and chain.onward.found is not None and following is not None:
+            following._arrived = weakref.ref(y), y._version, chain.onward
         if len(chain.halves) == 2:
             return y
         return self.layer._gradient_checkpointing_func(self._rest, y) if again else self._rest(y)  # type: ignore[operator]
@@ -129,7 +131,7 @@ class Halves:
 
     def _onward(self) -> Ahead | None:
         """Return the norm with which the next layer begins; None: it is not at hand, as where layers are sharded."""
-        following = self.following
+        following = self.following() if self.following is not None else None
         if following is None or not self.dense or type(following.layer) is not type(self.layer):
             return None
         sharded = type(following.layer).__name__.startswith("FSDP")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def compute_in_halves(model: nn.Module) -> int:
         if names is not None and not isinstance(layer.__dict__.get("forward"), Halves):
             layer.forward = Halves(layer, layer.forward, names, number, shadows)
             if before is not None:
-                before.following = layer.forward
+                before.following = weakref.ref(layer.forward)
             changed += 1
         own = layer.__dict__.get("forward")
         before = own if isinstance(own, Halves) else None
