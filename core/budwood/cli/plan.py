@@ -45,7 +45,9 @@ def plan(
     ] = None,
     processes: Annotated[
         int | None,
-        typer.Option("--processes", min=1, help="Plan so many processes: the memory and the traffic of each."),
+        typer.Option(
+            "--processes", min=1, max=4096, help="Plan so many processes: the memory and the traffic of each."
+        ),
     ] = None,
     parallel: Annotated[
         str | None,

@@ -110,6 +110,7 @@ def test_a_missing_recipe_is_a_one_line_error(capsys):
         (["plan", "recipe.yaml", "--fit", "24GiB", "--allow", "ranks"], "Did you mean 'rank'?"),
         (["plan", "recipe.yaml", "--fit", "lots"], "'lots' is not known"),
         (["plan", "recipe.yaml", "--processes", "0"], "greater than or equal to 1"),
+        (["plan", "recipe.yaml", "--processes", "100000"], "less than or equal to 4096"),
         (["plan", "recipe.yaml", "--processes", "2", "--parallel", "split"], "'split': give replicate or shard"),
         (["plan", "recipe.yaml", "--processes", "2", "--link", "8Gb/s"], "'8Gb/s': give a bandwidth such as 16GB/s"),
         (["plan", "recipe.yaml", "--link", "8GB/s"], "--parallel and --link need --processes, from 2 on"),
