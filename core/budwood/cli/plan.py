@@ -28,7 +28,9 @@ def plan(
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option("--tokens", min=8, help="Plan micro-batches of this many tokens, without reading data."),
+        typer.Option(
+            "--tokens", min=8, max=1 << 22, help="Plan micro-batches of this many tokens, without reading data."
+        ),
     ] = None,
     fits: Annotated[
         str | None,

@@ -46,21 +46,19 @@ class Processes:
         """Return the process that torchrun's environment variables describe; without them, a single one.
 
         Raises:
-            InputError: they are incomplete.
+            InputError: they are incomplete, or contradict each other.
         """
-        try:
-            size = int(os.environ.get("WORLD_SIZE", "1"))
-            rank = int(os.environ["RANK"]) if size > 1 else 0
-        except (KeyError, ValueError):
-            raise InputError(
-                f"WORLD_SIZE is '{os.environ['WORLD_SIZE']}' and RANK is '{os.environ.get('RANK', '')}', which does "
-                "not say which process this is: start the run with torchrun, or unset WORLD_SIZE."
-            ) from None
-        if size <= 1:
+        size = _number("WORLD_SIZE", 1)
+        if size < 1:
+            raise _unclear("WORLD_SIZE")
+        if size == 1:
             return cls()
-        local_rank = int(os.environ.get("LOCAL_RANK", rank))
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-        return cls(rank, size, local_rank, local_size, int(os.environ.get("GROUP_RANK", rank // local_size)))
+        rank = _number("RANK", None, size)
+        local_size = _number("LOCAL_WORLD_SIZE", size, size + 1)
+        if local_size < 1:
+            raise _unclear("LOCAL_WORLD_SIZE")
+        local_rank = _number("LOCAL_RANK", rank, local_size)
+        return cls(rank, size, local_rank, local_size, _number("GROUP_RANK", rank // local_size, size))
 
     @property
     def first(self) -> bool:
@@ -170,3 +168,24 @@ class Processes:
         gathered = self.gather(dict(counts))
         names = dict.fromkeys(name for each in gathered for name in each)
         return {name: sum(each.get(name, 0.0) for each in gathered) for name in names}
+
+
+def _number(name: str, default: int | None, below: int | None = None) -> int:
+    """Return a variable of the environment, a whole number from 0 on.
+
+    Raises:
+        InputError: it is none, or not `below`; or it is not set and has no default.
+    """
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not (text.isascii() and text.isdecimal()) or (below is not None and int(text) >= below):
+        raise _unclear(name)
+    return int(text)
+
+
+def _unclear(name: str) -> InputError:
+    names = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK")
+    given = ", ".join(f"{other}={os.environ[other]!r}" for other in names if other in os.environ)
+    return InputError(
+        f"{name}: the environment ({given}) does not say which process this is: start the run with torchrun, or unset "
+        "WORLD_SIZE."
+    )

@@ -45,6 +45,8 @@ def open_store(rank: int, name: str) -> Store:
             f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')}, but MASTER_ADDR and MASTER_PORT do not say where the first "
             "process is: start the run with torchrun, or unset WORLD_SIZE."
         )
+    if not serves(rank):
+        _check_address(address)
     try:
         store = TCPStore(
             address, int(port), None, serves(rank), timedelta(seconds=JOIN), wait_for_workers=False, multi_tenant=True
@@ -60,3 +62,18 @@ def open_store(rank: int, name: str) -> Store:
             )
         raise ResourceError(text) from error
     return PrefixStore(f"budwood/{restarts()}/{name}", store)
+
+
+def _check_address(address: str) -> None:
+    """Refuse an address that is none, which the store would try to reach for `JOIN` seconds.
+
+    Raises:
+        ResourceError: it has no number in the network.
+    """
+    try:
+        socket.getaddrinfo(address, None)
+    except (OSError, UnicodeError) as error:
+        raise ResourceError(
+            f"MASTER_ADDR '{address}' is not known on {socket.gethostname()} ({reason(error)}): give the address of "
+            "the first machine with --master-addr."
+        ) from error

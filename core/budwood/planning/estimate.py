@@ -328,16 +328,19 @@ def compact_optimizer() -> str | None:
 
 
 def advice(result: Estimate, recipe: Recipe) -> str:
-    """Return what to change if an estimate does not fit, after the part that holds most of what can change."""
+    """Return what to change if an estimate does not fit: the step's work if that can be enough, or the largest part."""
     parts = result.parts
     work = parts.get(KEPT, 0) + parts.get(TEMPORARY, 0)
     weights = parts.get(BASE, 0) + parts.get(QUANTIZED, 0)
     trained = sum(parts.get(name, 0) for name in (ADAPTERS, GRADIENTS, OPTIMIZER))
-    if weights >= max(work, trained):
+    saved = work * (0.8 if result.recomputed < result.layers else 0.5)  # by recomputing, or by half a micro-batch
+    loading = result.loading if result.device.kind == "cpu" else 0
+    is_enough = max(result.needed - saved, loading) <= result.device.memory
+    if weights >= max(work, trained) and not is_enough:
         if recipe.base.quantization == "none":
             return "set base.quantization: nf4, or take a smaller base"
         return "take a smaller base, or a device with more memory"
-    if trained > work:
+    if trained > work and not is_enough:
         optimizer = compact_optimizer() if 3 * parts.get(OPTIMIZER, 0) > trained else None
         other = f"add the strategy {optimizer}, " if optimizer else ""
         return f"{other}lower the adapter's rank, or adapt fewer layers"

@@ -187,7 +187,9 @@ class DataSection(Section):
 class TrainSection(Section):
     """Length of the run, batch sizes, optimizer. Any of the first five that is not set is chosen from the data."""
 
-    epochs: Count | None = Field(None, description="passes over the data; alternatively, set steps")
+    epochs: Count | None = Field(
+        None, le=10_000, description="passes over the data, at most 10,000; alternatively, or for more, set steps"
+    )
     steps: Count | None = Field(None, description="optimizer steps, instead of epochs")
     batch_tokens: Count | None = Field(None, description="tokens per optimizer step, padding excluded")
     batch_examples: Count | None = Field(None, description="examples per optimizer step, instead of batch_tokens")

@@ -221,3 +221,10 @@ def test_a_closed_pipe_is_not_an_error():
     command = f"{sys.executable} -c 'from budwood.cli.app import main; main()' --help; echo $? >&2"
     done = subprocess.run(["bash", "-c", f"({command}) | true"], capture_output=True, text=True)
     assert done.stderr == "0\n"
+
+
+def test_a_micro_batch_of_more_tokens_than_any_is_refused_at_once(capsys):
+    """Rows of so many tokens would be written for minutes."""
+    assert cli.run(["plan", "recipe.yaml", "--tokens", "999999999"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and "4194304" in err

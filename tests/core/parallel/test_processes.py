@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from budwood.errors import InputError, ResourceError
 from budwood.parallel.processes import Processes
+from budwood.parallel.store import open_store
 
 
 def test_the_environment_says_who_a_process_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,6 +22,26 @@ def test_the_environment_says_who_a_process_is(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv(name, value)
     one = Processes.from_environment()
     assert (one.rank, one.size, one.local_rank, one.local_size, one.node, one.first) == (3, 4, 1, 2, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("WORLD_SIZE", "-2"), ("WORLD_SIZE", "two"), ("RANK", "2"), ("RANK", "-1"), ("LOCAL_RANK", "a"),
+     ("LOCAL_RANK", "2"), ("LOCAL_WORLD_SIZE", "0"), ("LOCAL_WORLD_SIZE", "3"), ("GROUP_RANK", "")],
+)  # fmt: skip
+def test_an_environment_that_contradicts_itself_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str):
+    usual = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for one, given in (usual | {name: value}).items():
+        monkeypatch.setenv(one, given)
+    with pytest.raises(InputError, match=rf"^{name}: .*{name}='{value}'.*start the run with torchrun"):
+        Processes.from_environment()
+
+
+def test_an_address_that_is_none_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "no such host", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ResourceError, match=r"^MASTER_ADDR 'no such host' is not known on .*--master-addr\.$"):
+        open_store(1, "x")
 
 
 def test_a_single_process_exchanges_nothing() -> None:

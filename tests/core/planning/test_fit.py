@@ -16,7 +16,7 @@ from rich.console import Console
 from budwood.errors import InputError, ResourceError
 from budwood.planning import frontier
 from budwood.planning.devices import GIB, Device
-from budwood.planning.estimate import Estimate
+from budwood.planning.estimate import Estimate, advice
 from budwood.planning.fit import Fit, allowed, changed, fit
 from budwood.planning.frontier import draw, fit_run, free_path, show_fit, write_recipe
 from budwood.recipe.schema import Recipe, load_recipe
@@ -155,6 +155,16 @@ def test_several_together_and_what_nothing_can_fix() -> None:
     found = search(0.5, longest=2048, allow=("quantization", "rank", "max_length"))
     assert found.chosen is None and not found.suggestions
     assert "take a smaller base" in frontier.verdict(found)[-1]
+
+
+def test_the_work_of_a_step_is_named_first_where_less_of_it_can_be_enough() -> None:
+    """The base is the largest part; a device that is only a little too small needs no smaller one."""
+    plan = replace(estimates(24, 1024)(RECIPE), layers=8, recomputed=0)
+    plan.peak, plan.parts = 8 * GIB, {"base, quantised": 5 * GIB, "activations": 3 * GIB}
+    recipe = changed(RECIPE, {"base.quantization": "nf4"})
+    for memory, remedy in ((6, "set train.gradient_checkpointing: true"), (5, "take a smaller base")):
+        plan.device = Device("a card", "cuda", memory * GIB)
+        assert remedy in advice(plan, recipe)
 
 
 def test_names_of_changes() -> None:

@@ -93,6 +93,7 @@ def test_scientific_notation_is_a_number(literal):
         ("  lr: 1", "recipe.yaml:8: train.lr: unknown key. Did you mean 'learning_rate'?"),
         ("  seed: 1\n  epochs: -3", "recipe.yaml:9: train.epochs: must be greater than 0 (got -3)."),
         ("  epochs: 0", "recipe.yaml:8: train.epochs: must be greater than 0 (got 0)."),
+        ("  epochs: 10001", "recipe.yaml:8: train.epochs: must be less than or equal to 10000 (got 10001)."),
         ("  epochs: 2.5", "recipe.yaml:8: train.epochs: must be a whole number (got 2.5)."),
         ("  epochs: true", "recipe.yaml:8: train.epochs: must be a whole number (got True)."),
         ("  epochs: '3'", "recipe.yaml:8: train.epochs: must be a whole number (got '3')."),
