@@ -21,7 +21,10 @@ def plan(
     override: Override = None,
     device: Annotated[
         str | None,
-        typer.Option("--device", help="A card such as 4090, or memory such as cuda:24GiB. Default: this machine's."),
+        typer.Option(
+            "--device",
+            help="A card such as 4090, or memory such as cuda:24GiB or cpu:8GiB. Default: the recipe's device, here.",
+        ),
     ] = None,
     tokens: Annotated[
         int | None,
@@ -73,17 +76,17 @@ def plan(
     from budwood.planning.early import look
     from budwood.untrusted.redaction import shorten
 
-    if composition and (device or tokens or fits or processes):
+    if composition and any(given is not None for given in (device, tokens, fits, processes)):
         raise InputError(
             "--composition: --device, --tokens, --fit and --processes have no effect with it; leave them out."
         )
-    if (parallel or link) and (processes or 1) == 1:
+    if (parallel is not None or link is not None) and (processes or 1) == 1:
         raise InputError("--parallel and --link need --processes, from 2 on.")
     if parallel not in (None, "replicate", "shard"):
         raise InputError(f"--parallel: '{shorten(str(parallel))}': give replicate or shard.")
-    if device and fits:
+    if device is not None and fits is not None:
         raise InputError("--fit names the device itself: leave --device out.")
-    if (allow or write) and not fits:
+    if (allow or write) and fits is None:
         raise InputError("--allow and --write need --fit.")
     if write is not None and write.exists():
         raise InputError(f"--write: {write} exists: name another file.")
@@ -102,8 +105,8 @@ def plan(
         from budwood.planning.process import estimate_in_process, find_device, shared_device
         from budwood.planning.table import show_estimate
 
-    permitted, bandwidth = allowed(allow), parse_link(link) if link else None
-    chosen = fit_device(fits) if fits else find_device(device) if device else None
+    permitted, bandwidth = allowed(allow), None if link is None else parse_link(link)
+    chosen = fit_device(fits) if fits is not None else None if device is None else find_device(device)
     run_plan = make_plan(recipe, overrides, allow_code, without_data=tokens is not None)
     error: BudwoodError | None = None
     found = None

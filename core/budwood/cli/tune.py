@@ -56,9 +56,9 @@ def tune(
 
     if accept_changes and not resume:
         raise InputError("--accept-changes needs --resume.")
-    if allow and not fits:
+    if allow and fits is None:
         raise InputError("--allow needs --fit.")
-    if fits and resume:
+    if fits is not None and resume:
         raise InputError(
             "--fit chooses settings for a new run, and a resumed one keeps its own: resume with the recipe.yaml in the "
             "output folder, without --fit."
@@ -67,7 +67,7 @@ def tune(
     refuse_engines()
     if world.first:
         print_notes(without_effect())
-    if world.size > 1 and fits:
+    if world.size > 1 and fits is not None:
         raise InputError(
             "--fit searches in one process: write the recipe that fits with budwood plan --fit, and start that one."
         )
@@ -91,7 +91,7 @@ def _tune(
         from budwood.training.loop import tune as run_recipe
         from budwood.training.report import process_age
 
-    if fits:
+    if fits is not None:
         from budwood.planning.fit import allowed
         from budwood.planning.frontier import fit_run
 

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from budwood.contract.renames import renamed
 from budwood.errors import did_you_mean
 from budwood.untrusted.redaction import shorten
 
@@ -58,7 +59,7 @@ def _explain(problem: Any, problems: list[Any], model: type[BaseModel]) -> tuple
     if problem["type"] == "extra_forbidden":
         key = str(problem["loc"][-1])
         known = list(owner.model_fields) if owner else []
-        near = did_you_mean(key, known)
+        near = renamed(key, known, model, place) or did_you_mean(key, known)
         return (*place, key), f"unknown key.{near or ' Known keys: ' + (', '.join(known) or 'none')}"
     if problem["type"] == "missing":
         field = _field(model, place)

@@ -50,9 +50,14 @@ def count_experts(model: nn.Module) -> Experts:
             continue  # an adapter's copy
         total += experts
         quantized += experts if is_quantized else 0
-        outer = path.split(".base_layer")[0].split(".original_module")[0]  # the PEFT layer around it, if any
-        trained += experts if any(p.requires_grad for p in model.get_submodule(outer).parameters()) else 0
+        trained += experts if trains(model, path) else 0
     return Experts(total, quantized, trained)
+
+
+def trains(model: nn.Module, path: str) -> bool:
+    """Return whether the experts of the module at `path`, or their adapters, have parameters that train."""
+    outer = path.split(".base_layer")[0].split(".original_module")[0]  # the PEFT layer around it, if any
+    return any(parameter.requires_grad for parameter in model.get_submodule(outer).parameters())
 
 
 def _fused(model: nn.Module) -> Iterator[tuple[str, int, bool]]:

@@ -45,7 +45,9 @@ def _read(recipe: Recipe, hashes: bool) -> SavedAdapter:
     try:
         saved = read_adapter(recipe.adapter, base_name=recipe.base.model, hashes=hashes)
     except BudwoodError as error:
-        raise type(error)(f"{where}: {error}") from error
+        is_name = len(recipe.adapter.parts) == 1 and not recipe.adapter.exists()  # `adapter: lora`, as Axolotl has it
+        hint = " It names the folder of an adapter that the run continues; a new one is named in strategies."
+        raise type(error)(f"{where}: {error}{hint if is_name else ''}") from error
     names = [choice.name for choice in recipe.strategies]
     if saved.adapter_type not in names:
         raise InputError(

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from budwood.contract.renames import renamed
 from budwood.contract.validation import Location, dotted
 from budwood.errors import InputError, did_you_mean, unreadable
 from budwood.untrusted.redaction import MASK, shorten
@@ -112,17 +114,17 @@ def normalise_strategies(data: dict[str, Any], source_map: SourceMap) -> list[st
 
 
 def apply_overrides(
-    data: dict[str, Any], source_map: SourceMap, overrides: Sequence[str], sections: Iterable[str]
+    data: dict[str, Any], source_map: SourceMap, overrides: Sequence[str], model: type[BaseModel]
 ) -> list[str]:
     """Apply each KEY=VALUE to `data`, whose strategies are already normalised; later ones win.
 
-    KEY is dotted: `train.steps`, `strategies.lora.rank`, or `lora.rank` for short. VALUE is YAML.
+    KEY is dotted: `train.steps`, `strategies.lora.rank`, or `lora.rank` for short. VALUE is YAML. `model` is the
+    recipe's.
 
     Returns:
         The problems of overrides that were skipped: no "=", VALUE is not YAML, or KEY does not exist (the closest
         match is suggested).
     """
-    sections = list(sections)
     chosen: set[Location] = set()
     problems = []
     for override in overrides:
@@ -134,7 +136,7 @@ def apply_overrides(
             continue
         try:
             value = parse_value(text, source)
-            place, holder, last = _resolve_key(data, parts, sections, source)
+            place, holder, last = _resolve_key(data, parts, model, source)
         except InputError as error:
             problems.append(str(error))
             continue
@@ -151,17 +153,19 @@ def apply_overrides(
 
 
 def _resolve_key(
-    data: dict[str, Any], parts: list[str], sections: list[str], source: str
+    data: dict[str, Any], parts: list[str], model: type[BaseModel], source: str
 ) -> tuple[Location, dict[str, Any], str]:
     """Return the location that an override sets, the mapping that contains it, and its key there."""
     start: Location = ()
     holder: Any = data
+    sections = list(model.model_fields)
     if parts[0] not in sections or (parts[0] == "strategies" and len(parts) > 1):
         named = {item["name"]: index for index, item in enumerate(data.get("strategies") or [])}
         known = list(named) if parts[0] == "strategies" else [*sections, *named]
         name, *options = parts[1:] if parts[0] == "strategies" else parts
         if name not in named:
-            raise InputError(f"{source}: the recipe has no '{name}'.{did_you_mean(name, known)}")
+            near = renamed(name, known, model) or did_you_mean(name, known)
+            raise InputError(f"{source}: the recipe has no '{name}'.{near}")
         start = ("strategies", named[name])
         holder = data["strategies"][named[name]]
         parts = ["options", *options]

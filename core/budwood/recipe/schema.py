@@ -272,7 +272,7 @@ def _validate(
     remember(data)
     problems = normalise_strategies(data, source_map)
     has_invalid_items = bool(problems)
-    problems += apply_overrides(data, source_map, overrides, Recipe.model_fields)
+    problems += apply_overrides(data, source_map, overrides, Recipe)
     remember(data)
     problems += find_masked(data, source_map)
     if data.get("output") is None:
@@ -303,6 +303,9 @@ def _validate(
                     return None, problems
                 reset.add(at)
                 suggested.update((*at[:-1], match[1]) for match in re.finditer(r"Did you mean '(\w+)'", text))
+                for match in re.finditer(r"In a recipe, this is ([\w.]+\w)\.$", text):
+                    target = tuple(match[1].split("."))
+                    suggested.update(target[:end] for end in range(1, len(target) + 1))
     recipe._source_map, recipe._source = source_map, source
     named: list[tuple[Location, str, str]] = [
         (("base", "quantization"), recipe.base.quantization, QUANTIZERS),

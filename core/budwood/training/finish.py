@@ -19,6 +19,7 @@ from budwood.contract.registry import Composition
 from budwood.contract.strategy import RUN_ADAPTER
 from budwood.contract.types import Run
 from budwood.errors import BudwoodError, DivergedError, describe, is_out_of_memory
+from budwood.model.experts import trains
 from budwood.training.mixture import describe_loads, loads
 from budwood.training.outcome import advice
 from budwood.training.output import MANIFEST, written_by_strategies
@@ -219,7 +220,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
     if run.planned:
         report.say(_compare(run))
     if shares := loads(run):
-        report.say(describe_loads(shares))
+        report.say(describe_loads(shares, {path for path in shares if trains(run.model, path)}))
     report.say(
         f"adapter: {directory / 'adapter'} · log: {directory / 'metrics.jsonl'} · report: {directory / 'report.html'}"
     )

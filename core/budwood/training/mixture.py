@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from typing import Any
 
 import torch
@@ -126,9 +126,14 @@ def loads(run: Run) -> dict[str, list[float]]:
     return found
 
 
-def describe_loads(shares: dict[str, list[float]]) -> str:
-    """Return a line about the load of the experts."""
+def describe_loads(shares: dict[str, list[float]], trained: Collection[str]) -> str:
+    """Return a line about the load of the experts; `trained` are the modules of `shares` whose experts train."""
     every = [share * len(layer) for layer in shares.values() for share in layer]
-    idle = sum(share == 0 for share in every)
+    idle = {path: layer.count(0) for path, layer in shares.items()}
+    total, untrained = sum(idle.values()), sum(count for path, count in idle.items() if path in trained)
     text = f"load of the experts: {min(every):.2f} to {max(every):.2f} times an even share of their layer's tokens"
-    return text + (f"; {idle:,} of {len(every):,} got none, and their adapters did not train" if idle else "")
+    if total:
+        text += f"; {total:,} of {len(every):,} got none"
+    if untrained:
+        text += f", and {'their adapters' if untrained == total else f'the adapters of {untrained:,}'} did not train"
+    return text

@@ -6,10 +6,12 @@ import json
 
 import torch
 from tests.core.model.test_experts import make_family
+from torch import nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from budwood.model.experts import trains
 from budwood.training.loop import tune
-from budwood.training.mixture import load_balance, routing_sums
+from budwood.training.mixture import describe_loads, load_balance, routing_sums
 
 
 def test_the_loss_is_that_of_transformers():
@@ -47,3 +49,15 @@ def recorded(run):
     """Return the records of the steps of a run."""
     records = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
     return [record for record in records if record["kind"] == "step"]
+
+
+def test_experts_without_tokens_are_said_to_be_untrained_only_where_they_have_adapters():
+    shares = {"a": [0.0, 0.5, 0.5, 0.0], "b": [0.25, 0.75, 0.0, 0.0]}
+    assert describe_loads(shares, ()).endswith("; 4 of 8 got none")
+    assert describe_loads(shares, ("a", "b")).endswith("; 4 of 8 got none, and their adapters did not train")
+    assert describe_loads(shares, ("b",)).endswith("; 4 of 8 got none, and the adapters of 2 did not train")
+    assert describe_loads({"a": [0.5, 0.5]}, ("a",)).endswith(
+        "1.00 to 1.00 times an even share of their layer's tokens"
+    )
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2).requires_grad_(False)})
+    assert [trains(model, path) for path in shares] == [True, False]
