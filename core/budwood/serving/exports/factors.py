@@ -86,7 +86,7 @@ def factors_of(saved: SavedAdapter, program: str, *, alone: bool = True, exporti
     if saved.config.get("target_parameters"):
         raise InputError(
             f"{saved.directory}: it adapts experts (target_parameters), which {program} does not take: merge it into "
-            "its base: budwood adapter merge"
+            f"its base: budwood adapter merge {saved.directory} OUT"
         )
     if path := next((key for key in saved.infos if ".lora_embedding_" in key), ""):
         path = path.removeprefix(PREFIX).partition(".lora_")[0]
