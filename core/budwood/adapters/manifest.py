@@ -195,6 +195,8 @@ class Manifest(_Record):
     """Whether it makes up for the error of the base as quantised in training, so that it is right on no other."""
     parent: ParentRecord | None = None
     """The adapter that its run continued, if any."""
+    grown_from: list[int] | None = Field(None, min_length=2, max_length=2)
+    """The lowest and highest rank of that adapter's updates, if the run raised them."""
     made: MadeRecord | None = None
     """The adapters that it was made from, if it was not trained."""
     golden: GoldenRecord | None = None

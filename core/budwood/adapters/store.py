@@ -159,6 +159,7 @@ def write_adapter(
     on_messages: bool | None = None,
     needs_quantization: bool = False,
     parent: ParentRecord | None = None,
+    grown_from: Sequence[int] | None = None,
     made: MadeRecord | None = None,
     probes: Sequence[Example] = (),
     base_logits: Sequence[Tensor] = (),
@@ -185,6 +186,7 @@ def write_adapter(
         on_messages: whether it was trained on messages.
         needs_quantization: whether it is right only on the base as quantised now.
         parent: the adapter that its run continued.
+        grown_from: the lowest and highest rank of that adapter's updates, if the run raised them.
         made: how it was made from others, if it was not trained.
         probes: inputs for the golden logits; without any, `verify` has nothing to replay.
         base_logits: logits of the base alone at each probe, [vocabulary or classes] fp32.
@@ -228,6 +230,7 @@ def write_adapter(
             on_messages=on_messages,
             needs_quantization=needs_quantization,
             parent=parent,
+            grown_from=list(grown_from) if grown_from is not None else None,
             made=made,
             golden=current_setting(base) if golden else None,
             files=files,

@@ -14,7 +14,7 @@ from budwood.cli.options import AdapterFolder, AsJson, Device, OtherBase, Record
 from budwood.cli.streams import echo, echo_json, print_notes
 
 if TYPE_CHECKING:
-    from budwood.adapters.manifest import GoldenRecord, MadeRecord
+    from budwood.adapters.manifest import GoldenRecord, MadeRecord, Manifest
     from budwood.adapters.store import SavedAdapter
     from budwood.serving.exports.wanted import Exported
     from budwood.serving.verify import VerifyReport
@@ -65,13 +65,22 @@ def _lines(saved: SavedAdapter) -> list[tuple[str, str]]:
         ("task", manifest.task + (f": {', '.join(manifest.labels)}" if manifest.labels else "")),
         ("size", size),
         *([("made", _made(manifest.made))] if manifest.made else []),
-        *([("continues", f"the adapter {manifest.parent.weights[:12]}")] if manifest.parent else []),
+        *([("continues", _continued(manifest))] if manifest.parent else []),
         ("strategies", ", ".join(str(strategy.get("name")) for strategy in manifest.strategies)),
     ]
     metrics = [f"{name} {value:.4g}" for name, value in manifest.metrics.items() if value is not None]
     lines.append(("metrics", ", ".join(metrics) or "none"))
     lines.append(("golden", _setting(manifest.golden) if manifest.golden else "none"))
     return lines
+
+
+def _continued(manifest: Manifest) -> str:
+    assert manifest.parent is not None
+    adapter = f"the adapter {manifest.parent.weights[:12]}"
+    if manifest.grown_from is None:
+        return adapter
+    ranks = sorted({*manifest.grown_from})
+    return f"{adapter}, grown from rank {' to '.join(map(str, ranks))}"
 
 
 def _made(made: MadeRecord) -> str:

@@ -332,6 +332,9 @@ class Run:
     say: Callable[[str], None] = print  # shows one line to the user
     start: list[Tensor] = field(default_factory=list)  # initial values, in the order of `trainable`
     start_adapter: SavedAdapter | None = None  # the adapter that the recipe continues; set before the base is loaded
+    grown_from: tuple[int, int] | None = (
+        None  # its lowest and highest rank, if a strategy raises them in `prepare_model`
+    )
     only_adapter_trains: bool = True  # whether all of `trainable` belongs to the strategy that owns the adapter
     starts_as_base: bool = True  # a strategy sets False in `prepare_model` if its new adapter changes the base at once
     sampler: Sampler | None = None  # implements `generate`; set once the model is prepared, never in planning

@@ -199,6 +199,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
             on_messages=run.examples.rendered if run.model.can_generate() else None,
             needs_quantization=not run.starts_as_base,
             parent=run.start_adapter.hashes if run.start_adapter is not None else None,
+            grown_from=run.grown_from,
             strategies=strategies_record(run.strategies),
             stop_ids=run.examples.stop_ids,
             probes=probe.examples,

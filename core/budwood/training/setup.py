@@ -424,6 +424,7 @@ def write_manifest(run: Run, resume: Resume | None = None, chosen: Sequence[str]
         "data": changes.data_setting(run),
         "examples": {n: e.summary() for n, e in (("train", run.examples), ("eval", run.eval_examples)) if e},
         "adapter": run.start_adapter.hashes.model_dump() if run.start_adapter is not None else None,
+        "grown_from": run.grown_from,
         "task": run.task.name,
         "best_metric": {"name": run.best_metric.name, "higher": run.best_metric.higher} if run.best_metric else None,
         "seed": run.seed,

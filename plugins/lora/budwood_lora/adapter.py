@@ -45,15 +45,20 @@ from budwood.lowrank import (
     whole_tensors,
     without_base_tensors,
 )
+from budwood_lora.grown import grow
 from budwood_lora.layers import TYPE, add_adapter
 from budwood_lora.options import LoRAOptions, SavedConfig
+from budwood_lora.ranks import grows
 
 
 def create(run: Run, model: nn.Module, options: LoRAOptions) -> LoraConfig:
     """Add the run's adapter to its model, new or continued, and activate it; return its PEFT config."""
     if run.start_adapter is not None:
         config = {**run.start_adapter.config, "lora_dropout": options.dropout}
+        raises_rank = grows(model, parse_saved_config(TYPE, SavedConfig, config), options.rank)
         continued = attach(model, config, run.start_adapter.load_tensors(), RUN_ADAPTER)
+        if raises_rank:
+            grow(run, model, continued, options)
         select_adapters(model, TYPE, [RUN_ADAPTER])
         continued.task_type = run.task.peft_task_type
         continued.base_model_name_or_path = run.recipe.base.model

@@ -35,19 +35,16 @@ class LoRA(Strategy):
         from budwood.lowrank import continued_selection, parse_saved_config
 
         saved = parse_saved_config("lora", SavedConfig, config)
-        fixed = {
-            "rank": saved.r, "alpha": saved.lora_alpha, "rslora": saved.use_rslora, "dora": saved.use_dora,
-            "bias": saved.bias,
-        }  # fmt: skip
-        return fixed, continued_selection(config)
+        fixed = {"rslora": saved.use_rslora, "dora": saved.use_dora, "bias": saved.bias}
+        return fixed, {"rank": saved.r, "alpha": saved.lora_alpha, **continued_selection(config)}
 
     def _check_start(self, plan: Plan, targets: Sequence[str], whole: Sequence[str]) -> None:
         from budwood.lowrank import check_continued, parse_saved_config
+        from budwood_lora.ranks import check_rank
 
         assert plan.model is not None and plan.start_adapter is not None
-        if self.options.init != "default":
-            raise InputError("init: the run continues an adapter, which is not initialised: leave it out.")
         saved = parse_saved_config("lora", SavedConfig, plan.start_adapter.config)
+        check_rank(plan.model, saved, plan.start_adapter.directory, self.options)
         check_continued(plan.model, saved, plan.start_adapter.infos, targets, whole)
 
     @hookimpl

@@ -205,7 +205,9 @@ def test_what_cannot_be_combined_or_shrunk(tiny_base, tiny_bases, pair, tmp_path
     with pytest.raises(InputError, match="adapters of one base can be combined"):
         combine([pair[0], other], tmp_path / "out")
     dora = make_saved(tiny_base, tmp_path / "dora", use_dora=True)
-    with pytest.raises(InputError, match="it is DoRA"):
+    with pytest.raises(
+        InputError, match=r"it is DoRA .*: budwood adapter export \S+dora OUT --for peft --as lora --rank R$"
+    ):
         combine([pair[0], dora], tmp_path / "out")
     with pytest.raises(InputError, match="--rank 6: the largest rank of .* is 6: choose a lower one"):
         shrink(pair[0], tmp_path / "out", 6)

@@ -88,7 +88,7 @@ def plain_updates(saved: SavedAdapter, wanted: Wanted) -> tuple[Factors, bool]:
     if wanted.target != "peft":
         check_language_model(saved, program)
     try:
-        factors = factors_of(saved, program)
+        factors = factors_of(saved, program, exporting=True)
     except InputError:
         if wanted.rank is None:
             raise

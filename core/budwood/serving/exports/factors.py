@@ -61,7 +61,7 @@ def check_plain(saved: SavedAdapter, program: str) -> None:
         raise InputError(f"{saved.directory}: it holds biases ({key}), which {program} cannot hold: {MERGED}")
 
 
-def factors_of(saved: SavedAdapter, program: str, *, alone: bool = True) -> Factors:
+def factors_of(saved: SavedAdapter, program: str, *, alone: bool = True, exporting: bool = False) -> Factors:
     """Return the updates of an adapter that is LoRA, or that its owner converts to LoRA.
 
     Each module's own alpha, rank and rsLoRA are in its B. Reads the adapter's file alone.
@@ -69,6 +69,7 @@ def factors_of(saved: SavedAdapter, program: str, *, alone: bool = True) -> Fact
     Args:
         program: what the updates are for.
         alone: refuse an adapter that holds anything else.
+        exporting: the command is an export, so that a remedy is an option of it.
 
     Raises:
         InputError: the adapter is not a sum of low-rank updates; the message says what it is, and the remedy.
@@ -76,13 +77,16 @@ def factors_of(saved: SavedAdapter, program: str, *, alone: bool = True) -> Fact
     """
     if alone:
         check_plain(saved, program)
-    remedy = "convert it with --as lora --rank R, or merge it: --for merged"
+    command = f"budwood adapter export {saved.directory} OUT --for peft --as lora --rank R"
+    remedy = f"convert it to LoRA first, which is lossy: {command}"
+    if exporting:
+        remedy = "convert it with --as lora --rank R, or merge it: --for merged"
     if saved.config.get("use_dora"):
         raise InputError(f"{saved.directory}: it is DoRA (use_dora), which {program} cannot hold: {remedy}")
     if saved.config.get("target_parameters"):
         raise InputError(
             f"{saved.directory}: it adapts experts (target_parameters), which {program} does not take: merge it into "
-            "its base: budwood adapter merge"
+            f"its base: budwood adapter merge {saved.directory} OUT"
         )
     if path := next((key for key in saved.infos if ".lora_embedding_" in key), ""):
         path = path.removeprefix(PREFIX).partition(".lora_")[0]
