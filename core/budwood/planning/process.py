@@ -5,6 +5,7 @@ The process reads one JSON object from stdin and writes one to stdout: an estima
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -120,6 +121,7 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # libraries may print
     silence_libraries()
+    gc.freeze()  # a collection before each rehearsed step passes over the libraries' objects
     answer: dict[str, Any]
     try:
         request = json.load(sys.stdin)

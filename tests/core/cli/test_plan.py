@@ -71,7 +71,8 @@ def test_memory_time_and_disk_of_a_card_without_data(recipe, capsys):
     several = printed["processes"]
     assert (several["processes"], several["parallel"], several["link_bytes_per_second"]) == (2, "shard", 1e9)
     assert several["share_bytes"] > 0 and several["all_gathers"] > 0 and several["seconds"][0] < several["seconds"][1]
-    assert memory["parts"]["gathered layers"] == several["gathered_bytes"] > 0
+    gathered = several["gathered_bytes"]  # in the peak, unless that is in the head
+    assert memory["parts"].get("gathered layers", gathered) == gathered > 0
     assert any("planned without data, for micro-batches of 1,024 tokens" in note for note in printed["notes"])
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from budwood import AdapterPool, load_base
@@ -145,10 +146,13 @@ def test_dora_needs_a_quantiser_that_peft_supports(rows, make_recipe):
 
 @pytest.fixture
 def stored(tiny_base, tmp_path):
-    """Function (config) -> folder of the tiny base with this quantization_config in config.json."""
+    """Function (config, *suffixes) -> folder of the tiny base with this quantization_config, and with such tensors."""
 
-    def make(config):
+    def make(config, *suffixes):
         folder = shutil.copytree(tiny_base, tmp_path / "stored", dirs_exist_ok=True)
+        weights = load_file(folder / "model.safetensors")
+        added = {f"model.layers.0.self_attn.q_proj.weight{suffix}": torch.zeros(1) for suffix in suffixes}
+        save_file(weights | added, folder / "model.safetensors", {"format": "pt"})
         values = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**values, "quantization_config": config}))
         return folder
@@ -157,19 +161,19 @@ def stored(tiny_base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "name"),
+    ("config", "name", "suffixes"),
     [
-        ({"quant_method": "rows", "load_in_4bit": False}, "rows"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "int8"),
-        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "fp4"),
+        ({"quant_method": "rows", "load_in_4bit": False}, "rows", []),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "int8", [".SCB"]),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4", [".absmax"]),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "fp4", [".absmax"]),
     ],
 )
-def test_a_quantiser_recognises_its_checkpoints(rows, stored, config, name):
-    info = check_base(stored(config))
+def test_a_quantiser_recognises_its_checkpoints(rows, stored, config, name, suffixes):
+    info = check_base(stored(config, *suffixes))
     assert (info.quantization, info.prequantized) == (name, True)
     with pytest.raises(InputError, match=f"already quantised, with {name}: write `quantization: {name}`"):
-        check_base(stored(config), "none")
+        check_base(stored(config, *suffixes), "none")
 
 
 def test_two_quantisers_of_one_checkpoint_are_named_and_the_recipe_decides(rows, stored, distribution):
