@@ -12,7 +12,7 @@ from typing import Any
 from budwood.data.preference import PAIRS
 from budwood.data.prompts import PROMPTS
 from budwood.errors import InputError
-from budwood.model.limits import default_length
+from budwood.model.limits import default_length, positions_of
 from budwood.model.task import Task
 from budwood.recipe.data import recipe_skeleton, recipe_task, recipe_tokenizer
 from budwood.recipe.schema import Recipe, build_composition
@@ -31,15 +31,22 @@ def synthetic(recipe: Recipe, tokens: int) -> Iterator[tuple[Recipe, str]]:
         tokens: of a micro-batch; examples have as many, or `data.max_length` if that is less.
 
     Raises:
-        InputError: the base has no tokenizer, its configuration is unknown, or the task has no stand-in rows.
+        InputError: the base has no tokenizer, its configuration is unknown, the task has no stand-in rows, or
+            `data.max_length` is beyond the base's positions.
     """
     hooks = build_composition(recipe)
     task = recipe_task(recipe)
     tokenizer = recipe_tokenizer(recipe) if task.needs_tokenizer else None
     trains_on = [*(strategy.trains_on for strategy in hooks.strategies), task.trains_on]
     kind = next((kinds[0] for kinds in trains_on if any(kinds[:1])), "")
-    length = recipe.data.max_length or default_length(recipe_skeleton(recipe, task.auto_class, tokenizer))
-    length = min(length, tokens // _examples(kind, task))
+    skeleton = recipe_skeleton(recipe, task.auto_class, tokenizer)
+    length = min(recipe.data.max_length or default_length(skeleton), tokens // _examples(kind, task))
+    limit = positions_of(skeleton)
+    if limit is not None and length > limit:
+        raise InputError(
+            f"data.max_length: {recipe.data.max_length:,} tokens are more than base '{recipe.base.model}' takes "
+            f"({limit:,}, its positions): set it to at most {limit:,}."
+        )
     words = length
     if tokenizer is not None and kind:  # answers that are too long would be dropped, not truncated
         each = len(tokenizer(WORD * 32, add_special_tokens=False)["input_ids"]) / 32

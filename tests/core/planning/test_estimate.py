@@ -201,6 +201,13 @@ def test_a_task_without_stand_in_rows_is_refused_by_name(case: Callable[..., Rec
         estimate(case("lora"), CPU, tokens=512)
 
 
+def test_a_length_beyond_the_positions_is_refused_without_data(case: Callable[..., Recipe]):
+    recipe = case("lora")
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 1 << 20})})
+    with pytest.raises(InputError, match=r"data\.max_length: 1,048,576 tokens are more than .* its positions"):
+        estimate(recipe, CPU, tokens=1 << 21)
+
+
 def test_a_strategy_that_reads_values_is_named(case: Callable[..., Recipe], distribution: Callable[..., Path]):
     distribution(
         "reader",
