@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from budwood.planning.table import span
 from budwood.recipe.data import recipe_task
 from budwood.recipe.schema import Recipe, build_composition
 from budwood.training import compilation
-from budwood.training.durability.changes import PINNED
+from budwood.training.durability.changes import pinned_versions, version
 from budwood.training.output import check_output
 from budwood.training.recompute import check_device
 from budwood.training.report import Report
@@ -85,7 +84,7 @@ def check(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> Chec
             run = _run(recipe, device, dtype)
             if _data(run, result):
                 _resources(run, result)
-    versions = {name: metadata.version(name) for name in ("budwood", *PINNED)}
+    versions = {"budwood": version("budwood"), **pinned_versions()}
     result.values["versions"] = versions
     result.rows.append(("versions", OK, ", ".join(f"{name} {version}" for name, version in versions.items())))
     return result

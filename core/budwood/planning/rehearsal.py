@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
@@ -169,22 +168,9 @@ class Rehearsal:
         start = trace.mark()
         step = StepBatches(run.examples, np.zeros(0, dtype=np.int64), 0, run.micro_tokens, batches)
         run.model.train()
-        with _naming(run), _without_collection():
+        with _naming(run):
             train_step(run, run.hooks, self.engine, self.progress, step, count_units(run, run.hooks, batches))
         return start
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Let no collection of garbage fall into a step, whose peak would depend on it."""
-    collects = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 @contextmanager

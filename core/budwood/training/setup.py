@@ -414,7 +414,7 @@ def write_manifest(run: Run, resume: Resume | None = None, chosen: Sequence[str]
     manifest = {
         "budwood": changes.version("budwood"),
         "python": platform.python_version(),
-        "versions": {name: changes.version(name) for name in changes.PINNED},
+        "versions": changes.pinned_versions(),
         "strategies": strategies_record(run.strategies),
         "base": {
             "name": run.base.name, "revision": run.base.revision, "fingerprint": run.base.fingerprint,

@@ -131,7 +131,7 @@ def replaced(model: Any) -> None:
     ],
     ids=["norm", "layer", "body", "mlp", "attention", "more"],
 )  # fmt: skip
-def test_whoever_looks_at_the_last_layer_sees_all_of_it(change: Callable[[Any], Any]) -> None:
+def test_other_readers_of_the_last_layer_get_every_row(change: Callable[[Any], Any]) -> None:
     model = build(LlamaConfig)
     expected = read(model, False)[1]
     change(model)

@@ -40,7 +40,7 @@ def hidden_states(body: nn.Module, inputs: dict[str, Any], positions: Tensor, sh
     """Return the output [rows, width, d] of a decoder below its head.
 
     Inside of `labels_alone`, if its last layer computes in halves, that layer computes `positions` only, and the other
-    rows are NaN, so that whoever reads them notices.
+    rows are NaN, so that reading one shows in the loss.
 
     Args:
         body: the decoder.

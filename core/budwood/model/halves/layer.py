@@ -60,8 +60,8 @@ class Halves:
         names: of its modules.
         number: of the layer in its model.
         shadows: of the model.
-        following: the next layer's, which may begin with what this one computed ahead; None: it is the last. Weak:
-            whoever copies a layer does not mean all that come after it.
+        following: the next layer's, which may begin with what this one computed ahead; None: it is the last. Weak,
+            so that a copy of a layer does not copy all that follow it.
         rows: [L] int64, the only positions of which the next pass shall compute the output; taken away if it does.
     """
 

@@ -43,6 +43,11 @@ def version(name: str) -> str:
     return metadata.version(name)
 
 
+def pinned_versions() -> dict[str, str]:
+    """Return the versions of `PINNED`, by name."""
+    return {name: version(name) for name in PINNED}
+
+
 def setting(run: Run) -> dict[str, Any]:
     """Return the part of a run's setting that is known before the base loads."""
     return {
@@ -50,7 +55,7 @@ def setting(run: Run) -> dict[str, Any]:
         "versions": {
             "budwood": version("budwood"),
             "python": platform.python_version(),
-            **{name: version(name) for name in PINNED},
+            **pinned_versions(),
         },
         "strategies": {s.name: s.distribution for s in run.strategies},
         "data": data_setting(run),
