@@ -21,7 +21,7 @@ from budwood.recipe.schema import Recipe
 
 CARDS = ("RTX 4060 8G", "RTX 3060 12G", "RTX 4060 Ti 16G", "RTX 4090 24G", "L40S 48G", "A100 80G")
 TOKENS = 2048
-SHORT, LONG = (2048, 8192), (12288, 40960, 122880)
+SHORT, LONG = (2048, 8192), (12288, 65536, 131072)
 """Lengths that are planned: MLPs compute longer ones in tiles. The place of the peak, and so the bytes a token, changes
 between them."""
 MARKS = ("<!-- cards -->\n", "<!-- end of cards -->\n")
