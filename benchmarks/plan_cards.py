@@ -93,7 +93,10 @@ def _longest(name: str, plan: Callable[..., Estimate]) -> list[dict[str, Any]]:
     rows = []
     for size, (unsloth, hugging) in CLAIMS[name].items():
         card = find_device(next(card for card in CARDS if card.endswith(f" {size}G")))
-        tokens, offloaded = (length(card.memory) for length in lengths)
+        tokens, offloaded = (
+            length(card.memory) or _length({t: plan(name, card.name, t, t, 32, moved).peak for t in SHORT}, card.memory)
+            for moved, length in zip((False, True), lengths, strict=True)
+        )  # the head's chunks of a small card are smaller than those of the A100
         rows.append(
             {
                 "card": card.name, "tokens": tokens, "offloaded": offloaded, "unsloth": unsloth,
@@ -108,7 +111,7 @@ def _length(points: dict[int, int], memory: int) -> int:
 
     A peak is the greatest of several lines, so one through two points is above it between them.
     """
-    segments = [*pairwise(LONG), SHORT]
+    segments = [SHORT, *pairwise(length for length in LONG if length in points)]
     for low, high in sorted(segments, reverse=True):
         each = (points[high] - points[low]) / (high - low)
         tokens = int(low + (memory - points[low]) / each) // 64 * 64
