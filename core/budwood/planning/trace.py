@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
+
+_DEVICE = torch.ops.prim.device.default
 
 CUDA_BLOCK = 512
 """Bytes to which CUDA's caching allocator rounds each tensor."""
@@ -121,6 +123,8 @@ class Trace(TorchDispatchMode):
             handle.remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and isinstance(args[0], FakeTensor):  # more than half of all calls in a step on fake tensors
+            return args[0].fake_device
         kwargs = kwargs or {}
         inside = _inside(func)
         if inside is not None:
@@ -130,8 +134,7 @@ class Trace(TorchDispatchMode):
             finally:
                 super().__exit__(None, None, None)
         result = func(*args, **kwargs)
-        inputs = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
-        outputs = [value for value in tree_iter(result) if isinstance(value, Tensor)]
+        inputs, outputs = _tensors((*args, *kwargs.values())), _tensors((result,))
         place = None
         for tensor in outputs:
             if tensor.untyped_storage()._cdata not in self._alive:
@@ -297,6 +300,17 @@ class Trace(TorchDispatchMode):
             if birth.rounding:
                 parts[ROUNDING] = parts.get(ROUNDING, 0) + birth.rounding
         return Peak(total, parts, place, largest)
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors among an operation's arguments or results, which are nested in lists at most."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+    return found
 
 
 def _gemm_4bit(
