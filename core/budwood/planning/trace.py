@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 CUDA_BLOCK = 512
@@ -92,6 +91,7 @@ class Trace(TorchDispatchMode):
         self._births: dict[int, _Birth] = {}
         self._alive: dict[int, int] = {}
         """Number of the birth by address of the storage."""
+        self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._events: list[tuple[int, str, int]] = []
         """(number, place, change in bytes), in order."""
         self._number = 0
@@ -130,8 +130,8 @@ class Trace(TorchDispatchMode):
             finally:
                 super().__exit__(None, None, None)
         result = func(*args, **kwargs)
-        inputs = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
-        outputs = [value for value in tree_iter(result) if isinstance(value, Tensor)]
+        inputs = [*_tensors(args), *_tensors(kwargs.values())]
+        outputs = [*_tensors((result,))]
         place = None
         for tensor in outputs:
             if tensor.untyped_storage()._cdata not in self._alive:
@@ -196,11 +196,20 @@ class Trace(TorchDispatchMode):
             self._births[number] = _Birth(0, None, place, op)
             self._on_host += size
             self.host_peak = max(self.host_peak, self._on_host)
-            weakref.finalize(storage, self._left_host, address, number, size)
+            self._watch(storage, number, lambda: self._left_host(address, number, size))
             return
         self._births[number] = _Birth(size, None, place, op, size - storage.nbytes())
         self._events.append((number, place, size))
-        weakref.finalize(storage, self._died, address, number, size)
+        self._watch(storage, number, lambda: self._died(address, number, size))
+
+    def _watch(self, storage: torch.UntypedStorage, number: int, gone: Callable[[], None]) -> None:
+        """Call a function when a storage is freed. The reference is the trace's own, so that both can be collected."""
+
+        def call(_: Any) -> None:
+            del self._watched[number]
+            gone()
+
+        self._watched[number] = weakref.ref(storage, call)
 
     def _died(self, address: int, number: int, size: int) -> None:
         if self._alive.get(address) == number:
@@ -297,6 +306,15 @@ class Trace(TorchDispatchMode):
             if birth.rounding:
                 parts[ROUNDING] = parts.get(ROUNDING, 0) + birth.rounding
         return Peak(total, parts, place, largest)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among an operation's arguments or results, which may be lists of tensors."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def _gemm_4bit(
