@@ -170,7 +170,7 @@ def build(case: dict[str, Any], base: Path, rows: dict[str, Path], output: Path,
     """Build the recipe of an entry of `RECIPES`, on a base that `make_bases` saved."""
     text = json.dumps(case["strategies"]).replace("{teacher}", str(base.with_name("teacher")))
     train = {"steps": steps, "precision": "fp32", "learning_rate": 1e-3, **case.get("train", {})}
-    if "batch_examples" not in train:
+    if not {"batch_examples", "batch_tokens"} & train.keys():
         train["batch_tokens"] = 3000
     return Recipe.from_dict(
         {
@@ -206,7 +206,10 @@ def make_bases(root: Path, hidden: int, inner: int, layers: int, vocabulary: int
     T5ForConditionalGeneration(t5).save_pretrained(root / "t5")
 
 
-def make_base(folder: Path, hidden: int, inner: int, layers: int, vocabulary: int, seed: int = 0) -> None:
+def make_base(
+    folder: Path, hidden: int, inner: int, layers: int, vocabulary: int, seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> None:  # fmt: skip
     """Save a random Llama whose tokenizer has one token per byte."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -216,7 +219,7 @@ def make_base(folder: Path, hidden: int, inner: int, layers: int, vocabulary: in
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=False,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     save_tokenizer(folder)
 
 

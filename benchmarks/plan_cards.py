@@ -9,6 +9,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from budwood.recipe.schema import Recipe
 
 CARDS = ("RTX 4060 8G", "RTX 3060 12G", "RTX 4060 Ti 16G", "RTX 4090 24G", "L40S 48G", "A100 80G")
 TOKENS = 2048
-SHORT, LONG = (2048, 8192), (12288, 20480)
-"""Lengths that are planned: MLPs compute longer ones in tiles."""
+SHORT, LONG = (2048, 8192), (12288, 65536, 131072)
+"""Lengths that are planned: MLPs compute longer ones in tiles. The place of the peak, and so the bytes a token, changes
+between them."""
 MARKS = ("<!-- cards -->\n", "<!-- end of cards -->\n")
 
 UNSLOTH = "https://unsloth.ai/docs/basics/unsloth-benchmarks"
@@ -91,7 +93,10 @@ def _longest(name: str, plan: Callable[..., Estimate]) -> list[dict[str, Any]]:
     rows = []
     for size, (unsloth, hugging) in CLAIMS[name].items():
         card = find_device(next(card for card in CARDS if card.endswith(f" {size}G")))
-        tokens, offloaded = (length(card.memory) for length in lengths)
+        tokens, offloaded = (
+            length(card.memory) or _length({t: plan(name, card.name, t, t, 32, moved).peak for t in SHORT}, card.memory)
+            for moved, length in zip((False, True), lengths, strict=True)
+        )  # the head's chunks of a small card are smaller than those of the A100
         rows.append(
             {
                 "card": card.name, "tokens": tokens, "offloaded": offloaded, "unsloth": unsloth,
@@ -102,14 +107,18 @@ def _longest(name: str, plan: Callable[..., Estimate]) -> list[dict[str, Any]]:
 
 
 def _length(points: dict[int, int], memory: int) -> int:
-    """Return the longest example whose peak, a line below and above the length from which there are tiles, fits."""
-    for low, high in (LONG, SHORT):
+    """Return the longest example whose peak fits, on lines through the points.
+
+    A peak is the greatest of several lines, so one through two points is above it between them.
+    """
+    segments = [SHORT, *pairwise(length for length in LONG if length in points)]
+    for low, high in sorted(segments, reverse=True):
         each = (points[high] - points[low]) / (high - low)
         tokens = int(low + (memory - points[low]) / each) // 64 * 64
-        if (low, high) == LONG and tokens > tiles.FROM:
-            return tokens
         if (low, high) == SHORT:
             return min(tokens, tiles.FROM) if tokens >= 64 else 0
+        if tokens > (tiles.FROM if low == LONG[0] else low):
+            return tokens
     raise AssertionError
 
 

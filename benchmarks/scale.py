@@ -2,8 +2,10 @@
 
 On the CPU over gloo, at 1, 2 and 4 processes, replicated and sharded, unquantised and in nf4, in fp32. Every process
 counts its collectives and their bytes in an optimizer step, and measures the peak of its tensors in a step, as
-`benchmarks.plan` does, and the growth of its resident memory while the base is read. The base is a random Llama of 48
-layers, in which most of its weights are. Beside it stands the plan for so many processes.
+`benchmarks.plan` does. Beside it stands the plan for so many processes. The base is a random Llama in fp32.
+
+What reading takes is measured on a wider one in bf16, of 80 layers as Llama 3 70B has: the growth of the resident
+memory, without what as many layers of almost no width take, which is some 10 MB of modules.
 
 Writes docs/benchmarks/scale.json and the table in docs/scale.md after each case. Cases can be named, as in
 nf4-shard-2; the others then keep their rows of the same machine and versions.
@@ -36,8 +38,9 @@ CASES = [
     for quantization in ("none", "nf4") for parallel in ("replicate", "shard") for count in (1, 2, 4)
     if parallel == "replicate" or count > 1
 ]  # fmt: skip
-SHAPE = {"hidden": 384, "inner": 1024, "layers": 48, "vocabulary": 2000}
-TRAIN = {"micro_tokens": 128, "batch_tokens": 512, "precision": "fp32"}
+SHAPE = {"hidden": 384, "inner": 1024, "layers": 16, "vocabulary": 2000}
+READ = {"hidden": 1024, "inner": 2752, "layers": 80, "vocabulary": 2000}
+TRAIN = {"micro_tokens": 512, "batch_tokens": 1024, "precision": "fp32"}
 RANK = 8
 """Of the recipe's LoRA, on all linears of the layers."""
 ROOM = 1.10
@@ -55,7 +58,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make_base(root / "base", **SHAPE)
-        make_base(root / "small", **{**SHAPE, "layers": 2})
+        make_base(root / "narrow", **{**READ, "hidden": 8, "inner": 16}, dtype=torch.bfloat16)
+        make_base(root / "wide", **READ, dtype=torch.bfloat16)
         rows = write_rows(root, words=5)
         for name in sys.argv[1:] or CASES:
             quantization, parallel, count = name.split("-")
@@ -177,25 +181,26 @@ def work(path: Path, variables: dict[str, str]) -> None:
 
 
 def reading(recipe: Any, world: Any) -> dict[str, int]:
-    """Read a base, and return what the process then holds of it, and the most that it took meanwhile, in bytes.
-
-    A small base is read before, so that the growth of the resident memory is that of the base alone.
-    """
+    """Read a base, and return what the process then holds of it, and the most that it took meanwhile, in bytes."""
     from budwood.model.base import load_base
     from budwood.model.streaming import trim_heap
 
     shards = world if recipe.train.parallel == "shard" and world.size > 1 else None
-    for name in ("small", "base"):
+    bases: list[Any] = []
+    growth = []
+    for name in ("narrow", "narrow", "wide"):  # the first time, libraries and arenas grow too
         gc.collect()
         trim_heap()
         before = resident()
         Path("/proc/self/clear_refs").write_text("5")  # the peak is that from now on
-        base = load_base(
-            Path(recipe.base.model).with_name(name), recipe.base.quantization, "AutoModelForCausalLM", torch.float32,
-            world=shards,
+        bases.append(
+            load_base(
+                Path(recipe.base.model).with_name(name), recipe.base.quantization, "AutoModelForCausalLM",
+                torch.bfloat16, world=shards,
+            )
         )  # fmt: skip
-        found = {"held": base.bytes, "reading_peak": resident("VmHWM") - before, "reading_left": resident() - before}
-    return found
+        growth.append((resident("VmHWM") - before, resident() - before))
+    return {"held": bases[-1].bytes, "reading_peak": growth[2][0] - growth[1][1]}
 
 
 def resident(name: str = "VmRSS") -> int:
@@ -227,7 +232,7 @@ def write(cases: dict[str, dict[str, Any]]) -> None:
     """Write the record, and the table of docs/scale.md, with earlier results of the same machine and versions."""
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "bitsandbytes", "peft")}
     machine = f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores, one thread a process, gloo"
-    setting = {"machine": machine, "versions": versions, "base": SHAPE, "train": TRAIN}
+    setting = {"machine": machine, "versions": versions, "base": SHAPE, "read": READ, "train": TRAIN}
     path = DOCS / "benchmarks" / "scale.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if all(before.get(key) == value for key, value in setting.items()):

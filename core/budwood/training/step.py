@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from budwood.contract.discovery import PluginError
 from budwood.contract.registry import Composition
@@ -38,6 +39,24 @@ class _Pass:
 
     loss: Tensor | None = None
     compared: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
+class _Root(torch.autograd.Function):
+    """The root of a backward pass that begins with the gradient of the decoder's output.
+
+    `torch.autograd.backward` would hold that gradient, and the output, until the pass ends: two hidden states of all
+    positions. The box gives its gradient away.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, box: list[Tensor]) -> Tensor:
+        ctx.box = box
+        return hidden.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.box.pop(), None
 
 
 class Engine:
@@ -159,19 +178,19 @@ class Engine:
         finally:
             step.noise, self._pass = outer_noise, outer
         step.loss = current.loss
-        tensors, gradients = [], []
-        if grad_hidden is not None:
-            tensors, gradients = [outputs.hidden], [grad_hidden]
+        roots = [] if grad_hidden is None else [_Root.apply(outputs.hidden, [grad_hidden])]
         if extra is not None and extra.requires_grad:
-            tensors, gradients = [*tensors, extra], [*gradients, torch.ones_like(extra)]
+            roots.append(extra)
+        del outputs, grad_hidden, extra
         no_cast = torch.autocast(self.run.device.type, enabled=False)
         with no_cast, self._naming(step):  # a pass inside another pass's forward runs under autocast
-            if tensors:
-                torch.autograd.backward(tensors, gradients)
+            if roots:
+                torch.autograd.backward(roots)
             # This backward comes second: the first may add to a copy's gradient, for a term that needs no head.
-            compared = [(hidden, copy.grad) for hidden, copy in current.compared if copy.grad is not None]
-            if compared:
-                torch.autograd.backward([hidden for hidden, _ in compared], [gradient for _, gradient in compared])
+            roots = [_Root.apply(hidden, [copy.grad]) for hidden, copy in current.compared if copy.grad is not None]
+            current.compared.clear()
+            if roots:
+                torch.autograd.backward(roots)
         if leaf is None:
             return None
         return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad / self.loss_scale

@@ -265,7 +265,7 @@ def test_errors_in_the_file(tmp_path: Path, byte_level: Any) -> None:
     for path, message in (
         (tmp_path / "none.jsonl", "no such file"),
         ("/dev/zero", "not a regular file"),
-        ("/", "neither|holds data in the folders"),
+        (tmp_path, "neither a `datasets` folder nor a folder of data files"),
     ):
         with pytest.raises(InputError, match=message):
             build_examples(path, byte_level(), LM, 64)

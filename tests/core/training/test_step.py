@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,18 @@ def test_noise_gradients_do_not_depend_on_the_loss_scale_and_parameters_do(make_
     torch.testing.assert_close(computed, exact[0], atol=1e-7, rtol=1e-4)
     for parameter, gradient in zip(run.trainable, exact[1:], strict=True):  # 0.5 + 0.5 + 1
         torch.testing.assert_close(parameter.grad, 2 * scale * gradient, atol=1e-6 * scale, rtol=1e-4)
+
+
+def test_the_output_of_the_decoder_is_free_while_the_gradient_passes_its_layers(make_recipe: Callable) -> None:
+    """Both it and its gradient are as large as a layer's input, which recomputed layers keep alone."""
+    run, _, step = ready(make_recipe())
+    kept, seen = [], []
+    run.model.model.norm.register_forward_hook(lambda *args: kept.append(weakref.ref(args[2].untyped_storage())))
+    run.model.model.norm.register_full_backward_pre_hook(lambda _, given: kept.append(weakref.ref(given[0])))
+    first = next(p for name, p in run.model.named_parameters() if "layers.0" in name and p.requires_grad)
+    first.register_hook(lambda gradient: seen.append([one() is None for one in kept]))
+    run.hooks.call("backward", step=step)
+    assert seen == [[True, True]]
 
 
 def test_a_term_of_the_wrong_shape_names_its_term(make_recipe: Callable, test_strategies: Any) -> None:

@@ -78,7 +78,7 @@ class AttentionHalf(Half):
             projected = kept.enter("between", projected)
         with torch.set_grad_enabled(kept is not None), call.autocast():
             if len(projected) < len(self.names):
-                projected = list(_Split.apply(projected[0], self.inputs.sizes))
+                projected = list(_Split.apply(projected[0], self.inputs.sizes, not hasattr(self.attention, "q_norm")))
             parts = [part.view(*call.shape[:-1], -1) for part in projected]
             stand = _Stand(self.attention, x.view(call.shape), dict(zip(self.names, parts, strict=True)))
             return stand.run(call.options)
@@ -112,13 +112,17 @@ class AttentionHalf(Half):
         del flat, thin, inside
         through, gradient = _spread(through, rows, len(x)), _spread(gradient, rows, len(x))
         back = kept.through("between", through.view(result.shape).to(result.dtype), last)
+        del through, result
+        kept.tensors.pop("between")
         back = [part.reshape(len(x), -1).to(self.inputs.dtype) for part in back]
-        made, normed = kept.get_made("inputs"), kept.tensors["normed"]
+        made, normed = kept.get_made("inputs"), kept.tensors.pop("normed")
         thin = self.inputs.thin_gradient(back, factors)
         earlier = self.inputs.factor_gradients(back, thin, normed, made, tensors[:count], wants[:count])
         if not wants_x:
             return None, [*earlier, *found]
+        del normed
         grad_x = self.inputs.input_gradient(back, thin, factors, made.masks, first).to(x.dtype)
+        del back, thin
         return norms.backward(self.norm, "norm", grad_x, x, kept, last, gradient), [*earlier, *found]
 
 
@@ -132,16 +136,21 @@ def _spread(gradient: Tensor, rows: Tensor | None, count: int) -> Tensor:
 
 
 class _Split(torch.autograd.Function):
-    """Splits [n, sum of sizes] by columns; the gradient is one tensor again."""
+    """Splits [n, sum of sizes] by columns; the gradient is one tensor again.
+
+    With `copies`, the last part, the values, is a copy if it is the smaller one: rotated queries and keys are new
+    tensors, so nothing else keeps the whole. A norm of the queries would.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-        return tuple(part.detach() for part in x.split(sizes, -1))
+    def forward(ctx: Any, x: Tensor, sizes: list[int], copies: bool) -> tuple[Tensor, ...]:
+        *parts, last = (part.detach() for part in x.split(sizes, -1))
+        return *parts, last.clone() if copies and 2 * sizes[-1] <= sum(sizes) else last
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return torch.cat([gradient.reshape(len(gradient), -1) for gradient in gradients], -1), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return torch.cat([gradient.reshape(len(gradient), -1) for gradient in gradients], -1), None, None
 
 
 class _Stand:

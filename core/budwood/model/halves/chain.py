@@ -200,7 +200,7 @@ def _recompute(
         if grad is not None:
             grads.append(grad)
         del store, grad, each
-    del dense
+    del dense, pieces, piece, above, inputs[len(kept) :]
     below: Tensor | None = (grads[0] if len(grads) == 1 else torch.cat(grads)) if grads else None
     del grads
     for i in reversed(range(len(kept))):
@@ -209,7 +209,7 @@ def _recompute(
         half, own = chain.halves[i], kept.pop()
         needed = wants_x or any(any(each) for each in wants[:i])
         below, each = half.backward(
-            below, inputs[i], parts[i], both[i], own, wants[i], needed, True, weights.pop()
+            below, inputs.pop(), parts[i], both[i], own, wants[i], needed, True, weights.pop()
         )  # fmt: skip
         found = [*each, *found]
     return below, found
