@@ -94,6 +94,7 @@ class Trace(TorchDispatchMode):
         self._births: dict[int, _Birth] = {}
         self._alive: dict[int, int] = {}
         """Number of the birth by address of the storage."""
+        self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._events: list[tuple[int, str, int]] = []
         """(number, place, change in bytes), in order."""
         self._number = 0
@@ -134,7 +135,8 @@ class Trace(TorchDispatchMode):
             finally:
                 super().__exit__(None, None, None)
         result = func(*args, **kwargs)
-        inputs, outputs = _tensors((*args, *kwargs.values())), _tensors((result,))
+        inputs = [*_tensors(args), *_tensors(kwargs.values())]
+        outputs = [*_tensors((result,))]
         place = None
         for tensor in outputs:
             if tensor.untyped_storage()._cdata not in self._alive:
@@ -199,11 +201,20 @@ class Trace(TorchDispatchMode):
             self._births[number] = _Birth(0, None, place, op)
             self._on_host += size
             self.host_peak = max(self.host_peak, self._on_host)
-            weakref.finalize(storage, self._left_host, address, number, size)
+            self._watch(storage, number, lambda: self._left_host(address, number, size))
             return
         self._births[number] = _Birth(size, None, place, op, size - storage.nbytes())
         self._events.append((number, place, size))
-        weakref.finalize(storage, self._died, address, number, size)
+        self._watch(storage, number, lambda: self._died(address, number, size))
+
+    def _watch(self, storage: torch.UntypedStorage, number: int, gone: Callable[[], None]) -> None:
+        """Call a function when a storage is freed. The reference is the trace's own, so that both can be collected."""
+
+        def call(_: Any) -> None:
+            del self._watched[number]
+            gone()
+
+        self._watched[number] = weakref.ref(storage, call)
 
     def _died(self, address: int, number: int, size: int) -> None:
         if self._alive.get(address) == number:
@@ -302,15 +313,13 @@ class Trace(TorchDispatchMode):
         return Peak(total, parts, place, largest)
 
 
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """Return the tensors among an operation's arguments or results, which are nested in lists at most."""
-    found: list[Tensor] = []
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among an operation's arguments or results, which may be lists of tensors."""
     for value in values:
         if isinstance(value, Tensor):
-            found.append(value)
+            yield value
         elif isinstance(value, list | tuple):
-            found += _tensors(value)
-    return found
+            yield from _tensors(value)
 
 
 def _gemm_4bit(

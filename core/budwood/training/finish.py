@@ -129,10 +129,7 @@ def _measure(run: Run, probes: list[Example]) -> Tensor:
 
 
 def check_changed(run: Run, start: list[Tensor], probe: Probe | None) -> Tensor | None:
-    """Check that training changed the model and left its logits finite.
-
-    Returns:
-        The logits with the adapter on the probes, as `Probe.base`; None without a probe.
+    """Check that training changed the model and left its logits finite; returns those on the probes, if there are any.
 
     Raises:
         DivergedError: no trained tensor moved, the adapter does not change the logits, or its logits are not finite.
@@ -176,8 +173,7 @@ def write_results(
     """Write the adapter (complete or absent) and the plot, and report where they are.
 
     Args:
-        probe: probes with the base's logits; None if no strategy owns an adapter.
-        logits: those with the adapter.
+        logits: those of the trained model on the probes, from `check_changed`; None: without probes.
     """
     owner = _owner(run)
     if not run.world.first:
