@@ -10,9 +10,11 @@ import gc
 import json
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if os.environ.get("BUDWOOD_TESTS") != str(os.getpid()):  # otherwise it is the second import, as tests.conftest
@@ -26,8 +28,10 @@ os.environ["GOMP_SPINCOUNT"] = "1000"
 
 import pytest
 import torch
+from tests.forked import Popen, forking
 
 from budwood.testing.bench import without_plots
+from budwood.untrusted import chat_template
 from budwood_adalora import picture
 
 LONGEST = (
@@ -118,12 +122,6 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def pytest_collection_finish() -> None:
-    """Leave the imported libraries out of collections of garbage, one of which follows the load of every base."""
-    gc.collect()
-    gc.freeze()
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run the slowest files first, so that no worker ends with one of them; skip tests that need a GPU.
 
@@ -142,6 +140,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def frozen_libraries() -> None:
+    """Leave what is alive between two files, the imported libraries, out of later collections of garbage."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Draw plots, which takes longer than the steps of a run, only in tests marked `plots`."""
@@ -157,6 +162,19 @@ def no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def quiet_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reset the variable that `--debug` sets for subprocesses of a command."""
     monkeypatch.setenv("BUDWOOD_DEBUG", "0")
+
+
+@pytest.fixture
+def forked() -> Iterator[None]:
+    """Fork the processes of Python that a test starts from one that has imported the libraries; see `tests.forked`."""
+    with forking():
+        yield
+
+
+@pytest.fixture
+def forked_templates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the processes that render chat templates, of which the tests of templates start dozens."""
+    monkeypatch.setattr(chat_template, "subprocess", SimpleNamespace(Popen=Popen, PIPE=subprocess.PIPE))
 
 
 @pytest.fixture(scope="session")

@@ -9,16 +9,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tests.forked import BUDWOOD, Popen, forking
 
-BUDWOOD = Path(sys.executable).with_name("budwood")
 ROOT = Path(__file__).parents[2]
 
 
 def budwood(*arguments: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
     command = [str(BUDWOOD), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    with forking():
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done
@@ -149,16 +151,24 @@ def test_an_output_folder_with_a_run_is_refused(tuned: Path, tiny_base: Path) ->
     assert (tuned / "runs/rows/manifest.json").read_bytes() == before
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def heed_interrupts() -> None:
+    """End the default way on SIGINT, which pytest's workers ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize(
+    ("start", "number", "code"), [(subprocess.Popen, signal.SIGINT, 130), (Popen, signal.SIGTERM, 143)]
+)
 def test_a_signal_ends_a_run_in_one_line_and_keeps_its_adapter(
-    tmp_path: Path, tiny_base: Path, number: int, code: int
+    tmp_path: Path, tiny_base: Path, start: Any, number: int, code: int
 ) -> None:
+    """The first is a new process, from the installed command's start to its end."""
     write(tmp_path / "rows.jsonl")
     options = ["-o", "train.steps=100000", "-o", "train.precision=fp32", "-o", "train.schedule=constant"]
-    process = subprocess.Popen(
+    process = start(
         [str(BUDWOOD), "tune", "rows.jsonl", "--base", str(tiny_base), *options],
         cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # pytest's workers ignore it
+        preexec_fn=heed_interrupts,
     )  # fmt: skip
     log, deadline = tmp_path / "runs/rows/metrics.jsonl", time.monotonic() + 120
     while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 3):

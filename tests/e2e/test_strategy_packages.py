@@ -13,10 +13,13 @@ import sys
 import sysconfig
 import venv
 from collections.abc import Sequence
+from contextlib import chdir
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from hatchling.build import build_wheel
+from tests.forked import forking
 
 from budwood.cli import app
 from budwood.testing.files import Files, make_files
@@ -50,9 +53,9 @@ class Environment:
     def __init__(self, folder: Path) -> None:
         venv.create(folder)
         self.folder, self.python = folder, folder / "bin" / "python"
-        (site,) = folder.glob("lib/python*/site-packages")
+        (self.site,) = folder.glob("lib/python*/site-packages")
         here = sysconfig.get_paths()["purelib"]
-        (site / "outer.pth").write_text(f"import site; site.addsitedir({here!r})\n", encoding="utf-8")
+        (self.site / "outer.pth").write_text(f"import site; site.addsitedir({here!r})\n", encoding="utf-8")
 
     def pip(self, *arguments: str) -> None:
         command = [
@@ -68,19 +71,21 @@ class Environment:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
-    def run(self, *arguments: str, cwd: Path, stdin: str = "") -> Done:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        command = [str(self.python), *arguments]
-        done = subprocess.run(
-            command, cwd=cwd, input=stdin, capture_output=True, text=True, env=environment, check=False
-        )
+    def run(self, *arguments: str, cwd: Path) -> Done:
+        """Run its Python."""
+        done = subprocess.run([str(self.python), *arguments], cwd=cwd, capture_output=True, text=True, check=False)
         return Done(done.returncode, done.stdout, done.stderr)
 
     def budwood(self, *commands: Sequence[str], cwd: Path) -> list[Done]:
-        """Run commands one after another in one process, so that torch is imported once."""
-        done = self.run("-c", DRIVER, cwd=cwd, stdin=json.dumps(commands))
-        assert done.code == 0, done.err
-        return [Done(*values) for values in json.loads(done.out)]
+        """Run commands one after another in one process, forked with this environment's packages on its path."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(self.site)}
+        with forking():
+            done = subprocess.run(
+                [sys.executable, "-c", DRIVER], cwd=cwd, input=json.dumps(commands), capture_output=True, text=True,
+                env=environment, check=False,
+            )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return [Done(*values) for values in json.loads(done.stdout)]
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +100,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     generated = folder / "budwood-mine"
     assert app.run(["new", "strategy", "mine", "--folder", str(generated)]) == 0
     for source in (PACKAGES / "budwood-base-kl", PACKAGES / "budwood-scaling", generated):
-        command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder / "wheels")]
-        subprocess.run(command, cwd=source, check=True, capture_output=True)
+        with chdir(source):
+            build_wheel(str(folder / "wheels"))
     environment = Environment(folder / "environment")
     wheels = sorted(map(str, (folder / "wheels").glob("*.whl")))
     assert len(wheels) == 3
@@ -119,7 +124,7 @@ def recipe(files: Files, strategies: list[Any], output: str) -> str:
 def test_packages_work_on_the_command_line_until_uninstalled(
     environment: Environment, files: Files, tmp_path: Path
 ) -> None:
-    listed = environment.budwood(["plugins"], cwd=tmp_path)[0].out
+    listed = environment.run("-m", "budwood", "plugins", cwd=tmp_path).out
     assert re.search(r"^  scaling +budwood-scaling 0.1.0 +Multiplies the outputs of linear", listed, re.MULTILINE)
     assert re.search(r"^  base-kl +budwood-base-kl 0.1.0 +Keeps the tuned model near its base", listed, re.MULTILINE)
     (tmp_path / "scaling.json").write_text(recipe(files, ["scaling", "mine"], "scaling"))

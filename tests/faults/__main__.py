@@ -31,13 +31,12 @@ def main() -> int:
     parts = [(kind, share) for kind in kinds for share in range(options.workers if kind == "disk" else 1)]
     outcomes: list[Outcome] = []
     if len(parts) == 1 or options.workers == 1:
-        for part in parts:
-            outcomes += attempt(*part, options.workers, options)
+        outcomes = attempt(parts, options.workers, options)
     else:
         # Python's resource tracker warns about the semaphores of killed processes, and removes them.
         os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
         with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
-            trials = [pool.submit(attempt, *part, options.workers, options) for part in parts]
+            trials = [pool.submit(attempt, [part], options.workers, options) for part in parts]
             for trial in trials:
                 outcomes += trial.result()
     table, lost = tally(outcomes)

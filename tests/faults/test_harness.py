@@ -23,12 +23,12 @@ Make = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_run_survives_a_sample_of_the_faults() -> None:
+def test_a_run_survives_a_sample_of_the_faults(forked: None) -> None:
     """Kills, a failing disk, corrupt files, environment faults: `make faults` tries them all."""
     command = [sys.executable, "-m", "tests.faults", "kills", "disk", "damage", "surroundings"]
     done = subprocess.run(
-        [*command, "--kills", "2", "--every", "101"], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=1200, check=False,
+        [*command, "--kills", "2", "--every", "101", "--workers", "1"], cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     table = {line[:30].split("  ")[0]: line.split()[-3:] for line in done.stdout.splitlines()}

@@ -19,11 +19,15 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 LIBRARIES = [
-    "torch.distributed", "transformers.models.llama.modeling_llama", "peft", "bitsandbytes", "budwood.training.loop",
+    "torch.distributed", "transformers.models.llama.modeling_llama", "peft", "bitsandbytes", "matplotlib.figure",
+    "matplotlib.backends.backend_agg", "PIL.PngImagePlugin", "jinja2.sandbox",
+    "transformers.utils.chat_template_utils", "budwood.training.loop", "budwood.training.evaluate",
+    "budwood.cli.app",
 ]  # fmt: skip
 """Modules that take the longest to import."""
 _context = multiprocessing.get_context("forkserver")
@@ -106,12 +110,11 @@ def run_group(
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
         "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
-    _context.set_forkserver_preload(LIBRARIES)
     started = []
-    with _without_main():
+    with without_main():
         for rank in range(count):
             environment = {**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = _context.Process(target=_call, args=(folder / f"output-{rank}", environment, work, arguments))
+            process = forkserver().Process(target=_call, args=(folder / f"output-{rank}", environment, work, arguments))
             process.start()
             started.append(process)
     end = time.monotonic() + limit
@@ -126,8 +129,14 @@ def run_group(
     return [(code, _output(folder / f"output-{rank}")) for rank, code in enumerate(codes)]
 
 
+def forkserver() -> ForkServerContext:
+    """Return the context whose processes are forked from one that has imported the libraries."""
+    _context.set_forkserver_preload(LIBRARIES)
+    return _context
+
+
 @contextmanager
-def _without_main() -> Iterator[None]:
+def without_main() -> Iterator[None]:
     """Hide the main module, which a new process would import: a script may start tests without asking for its name."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import bitsandbytes
 import pytest
 import torch
+from tests.forked import once_anew
 
 from budwood.cli import app as cli
 from budwood.cli.doctor import checks as doctor
@@ -253,6 +254,7 @@ def test_a_plugin_with_a_first_party_name_is_a_problem(distribution):
 
 def test_a_crashing_plugin_is_a_warning(distribution, monkeypatch, capsys):
     monkeypatch.setattr(cli, "silence_libraries", lambda debug: None)
+    monkeypatch.setattr(subprocess, "Popen", once_anew())
     before = signal.getsignal(signal.SIGTERM)
     distribution("crash", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", {"aaa": "Mine"})
     distribution("stalk", SOURCES["stalk"], {"aab": "Mine"})

@@ -217,7 +217,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("words", "code", "case"), CASES)
-def test_a_command_returns_its_code(world, capsys, words, code, case):
+def test_a_command_returns_its_code(world, capsys, forked, words, code, case):
     arguments = [str(argument) for argument in case(world) if argument is not None]
     before = sorted(Path().rglob("*"))
     returned = cli.run([*words, *arguments])

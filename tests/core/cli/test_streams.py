@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.forked import forking
 
 from budwood.cli.app import run
 from budwood.cli.streams import print_piece
@@ -25,7 +26,8 @@ def rows(write: Any) -> Path:
 
 def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1"} | options.pop("environment", {})
-    return subprocess.run([sys.executable, "-m", "budwood", *arguments], env=environment, check=False, **options)
+    with forking():
+        return subprocess.run([sys.executable, "-m", "budwood", *arguments], env=environment, check=False, **options)
 
 
 @pytest.mark.parametrize("extra", [[], ["--json"]])
@@ -60,7 +62,7 @@ def write_in_ascii(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> str
 
 @pytest.mark.parametrize("words", [["plugins"], ["plugins", "lora"], ["plan"], ["generate"], ["recipe", "schema"]])
 def test_every_command_writes_ascii(
-    rows: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+    rows: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: None, words: list[str]
 ) -> None:
     """typer's own `echo` writes UTF-8 even to a terminal that does not support it."""
     recipe = tmp_path / "recipe.json"

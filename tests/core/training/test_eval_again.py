@@ -127,7 +127,7 @@ def test_if_an_evaluation_of_the_run_ran_out_of_memory(
     assert again.adapter == recorded(run)
 
 
-def test_the_command_in_a_separate_process_with_other_threads(make_recipe: Make) -> None:
+def test_the_command_in_a_separate_process_with_other_threads(make_recipe: Make, forked: None) -> None:
     recipe = make_recipe(evaluate=True, train=EVAL, data={"max_length": 64})
     run = tune(recipe, quiet=True)
     line = ["eval", str(run.directory / "adapter"), "--data", str(recipe.data.eval), "--json"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
+from tests.forked import once_anew
 
 from budwood.data.encoder import encode_chat
 from budwood.errors import InputError, ResourceError
@@ -68,6 +71,7 @@ def small_limits() -> Iterator[None]:
         patch.setattr(chat_template, "SECONDS", 0.3)
         patch.setattr(chat_template, "MEMORY", 128 << 20)
         patch.setattr(chat_template, "_processes", {})
+        patch.setattr(chat_template, "subprocess", SimpleNamespace(Popen=once_anew(), PIPE=subprocess.PIPE))
         yield
         for process in chat_template._processes.values():
             process.end()

@@ -1,0 +1,9 @@
+"""Forks the processes of chat templates in the tests of data."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _forked_templates(forked_templates: None) -> None: ...
