@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
+
+_DEVICE = torch.ops.prim.device.default
 
 CUDA_BLOCK = 512
 """Bytes to which CUDA's caching allocator rounds each tensor."""
@@ -92,6 +94,7 @@ class Trace(TorchDispatchMode):
         self._births: dict[int, _Birth] = {}
         self._alive: dict[int, int] = {}
         """Number of the birth by address of the storage."""
+        self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._events: list[tuple[int, str, int]] = []
         """(number, place, change in bytes), in order."""
         self._number = 0
@@ -121,6 +124,8 @@ class Trace(TorchDispatchMode):
             handle.remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and isinstance(args[0], FakeTensor):  # more than half of all calls in a step on fake tensors
+            return args[0].fake_device
         kwargs = kwargs or {}
         inside = _inside(func)
         if inside is not None:
@@ -130,8 +135,8 @@ class Trace(TorchDispatchMode):
             finally:
                 super().__exit__(None, None, None)
         result = func(*args, **kwargs)
-        inputs = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
-        outputs = [value for value in tree_iter(result) if isinstance(value, Tensor)]
+        inputs = [*_tensors(args), *_tensors(kwargs.values())]
+        outputs = [*_tensors((result,))]
         place = None
         for tensor in outputs:
             if tensor.untyped_storage()._cdata not in self._alive:
@@ -196,11 +201,20 @@ class Trace(TorchDispatchMode):
             self._births[number] = _Birth(0, None, place, op)
             self._on_host += size
             self.host_peak = max(self.host_peak, self._on_host)
-            weakref.finalize(storage, self._left_host, address, number, size)
+            self._watch(storage, number, lambda: self._left_host(address, number, size))
             return
         self._births[number] = _Birth(size, None, place, op, size - storage.nbytes())
         self._events.append((number, place, size))
-        weakref.finalize(storage, self._died, address, number, size)
+        self._watch(storage, number, lambda: self._died(address, number, size))
+
+    def _watch(self, storage: torch.UntypedStorage, number: int, gone: Callable[[], None]) -> None:
+        """Call a function when a storage is freed. The reference is the trace's own, so that both can be collected."""
+
+        def call(_: Any) -> None:
+            del self._watched[number]
+            gone()
+
+        self._watched[number] = weakref.ref(storage, call)
 
     def _died(self, address: int, number: int, size: int) -> None:
         if self._alive.get(address) == number:
@@ -297,6 +311,15 @@ class Trace(TorchDispatchMode):
             if birth.rounding:
                 parts[ROUNDING] = parts.get(ROUNDING, 0) + birth.rounding
         return Peak(total, parts, place, largest)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among an operation's arguments or results, which may be lists of tensors."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def _gemm_4bit(

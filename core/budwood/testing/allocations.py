@@ -85,11 +85,11 @@ def steps_of(recipe: Recipe, steps: int) -> Iterator[Callable[[], object]]:
 def tensor_bytes() -> int:
     """Return the bytes of all real tensors that Python can reach."""
     gc.collect()
+    objects = gc.get_objects()
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, torch.Tensor)} - {FakeTensor}
     storages = {}
-    for value in gc.get_objects():
-        if issubclass(type(value), torch.Tensor) and not isinstance(value, FakeTensor) and not value.is_meta:
-            if is_traceable_wrapper_subclass(value):  # its parts are tensors of their own
-                continue
+    for value in objects:
+        if type(value) in kinds and not value.is_meta and not is_traceable_wrapper_subclass(value):  # of parts
             storage = value.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -65,8 +65,8 @@ class RunFinalizer:
         with self.hooks.part("finish"):
             restore(self.run, progress.best)
             self._report_missing_average(progress.best)
-            check_changed(self.run, self.start, self.probe)
-            write_results(self.run, self.hooks, self.report, self.probe)
+            logits = check_changed(self.run, self.start, self.probe)
+            write_results(self.run, self.hooks, self.report, self.probe, logits)
         finish_manifest(self.run, self.report, True)
 
     def _report_missing_average(self, best: Best) -> None:
@@ -98,8 +98,8 @@ class RunFinalizer:
         if not all(bool(torch.isfinite(p).all()) for p in run.trainable):
             return "no adapter is kept: the trained parameters are not finite, and no evaluation came before them"
         try:
-            check_changed(run, self.start, self.probe)
-            write_results(run, self.hooks, Report(quiet=True), self.probe, finished=False)
+            logits = check_changed(run, self.start, self.probe)
+            write_results(run, self.hooks, Report(quiet=True), self.probe, logits, finished=False)
             finish_manifest(run, self.report, False)
         except Exception as error:
             if not isinstance(error, BudwoodError) and not is_out_of_memory(error):
@@ -128,8 +128,8 @@ def _measure(run: Run, probes: list[Example]) -> Tensor:
     return measure(run.task, run.model, run.tokenizer, probes, run.dtype)
 
 
-def check_changed(run: Run, start: list[Tensor], probe: Probe | None) -> None:
-    """Check that training changed the model and left its logits finite.
+def check_changed(run: Run, start: list[Tensor], probe: Probe | None) -> Tensor | None:
+    """Check that training changed the model and left its logits finite; returns those on the probes, if there are any.
 
     Raises:
         DivergedError: no trained tensor moved, the adapter does not change the logits, or its logits are not finite.
@@ -141,12 +141,13 @@ def check_changed(run: Run, start: list[Tensor], probe: Probe | None) -> None:
             f"no trained tensor moved in {run.step} steps: raise train.learning_rate, or check that labels remain"
         )
     if probe is None:
-        return
+        return None
     logits = _measure(run, probe.examples)
     if torch.equal(logits, probe.base):
         raise DivergedError("the adapter changes no logit of the base: it trained nothing that the model uses")
     if probe.base.isfinite().all() and not logits.isfinite().all():
         raise DivergedError("the adapter makes the model's logits NaN or infinite: lower train.learning_rate")
+    return logits
 
 
 def _chat_record(run: Run) -> ChatRecord | None:
@@ -166,14 +167,19 @@ def _held_out_record(run: Run) -> HeldOutRecord | None:
     )
 
 
-def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | None, finished: bool = True) -> None:
-    """Write the adapter (complete or absent) and the plot, and report where they are."""
+def write_results(
+    run: Run, hooks: Composition, report: Report, probe: Probe | None, logits: Tensor | None, finished: bool = True
+) -> None:
+    """Write the adapter (complete or absent) and the plot, and report where they are.
+
+    Args:
+        logits: those of the trained model on the probes, from `check_changed`; None: without probes.
+    """
     owner = _owner(run)
-    logits = list(_measure(run, probe.examples)) if owner and probe is not None else []
     if not run.world.first:
         return
     directory = run.directory
-    if owner and probe is not None:
+    if owner and probe is not None and logits is not None:
         write_adapter(
             directory / "adapter",
             lambda folder: hooks.call("export", run=run, model=run.model, directory=folder),
@@ -204,7 +210,7 @@ def write_results(run: Run, hooks: Composition, report: Report, probe: Probe | N
             stop_ids=run.examples.stop_ids,
             probes=probe.examples,
             base_logits=list(probe.base),
-            adapter_logits=logits,
+            adapter_logits=list(logits),
             needs=sum(p.numel() * p.element_size() for p in run.trainable) + 2 * probe.base.nbytes + (1 << 20),
         )
     report.stop()

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +79,48 @@ def killed(make_recipe: Make, kill_at: Kill) -> Callable[..., Recipe]:
     return make
 
 
+@dataclass(frozen=True)
+class Whole:
+    """What an uninterrupted run logged and wrote."""
+
+    records: list[dict[str, Any]]
+    metrics: dict[str, float]
+    files: dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def kept_wholes() -> dict[str, Whole]:
+    return {}
+
+
+@pytest.fixture
+def whole(make_recipe: Make, kept_wholes: dict[str, Whole]) -> Callable[..., Whole]:
+    """Function of `make_recipe`'s arguments: what such a run gives without an interruption, trained once per module."""
+
+    def make(**sections: Any) -> Whole:
+        key = repr(sections)
+        if key not in kept_wholes:
+            run = tune(make_recipe("whole", **sections), quiet=True)
+            kept_wholes[key] = Whole(records(run.directory), run.metrics, files(run.directory))
+        return kept_wholes[key]
+
+    return make
+
+
 @pytest.fixture
 def same(make_recipe: Make, kill_at: Kill, tmp_path: Path) -> Callable[..., Run]:
-    """Function of `make_recipe`'s arguments and `kills`: compares a complete run with one killed at these steps."""
+    """Function of `make_recipe`'s arguments and `kills`: compares a complete run with one killed at these steps.
 
-    def check(*, kills: tuple[int, ...], **sections: Any) -> Run:
+    `kills` may be a function of the complete run's last step.
+    """
+
+    def check(*, kills: tuple[int, ...] | Callable[[int], tuple[int, ...]], **sections: Any) -> Run:
         kill_at(None)
         uninterrupted = tune(make_recipe(**sections), quiet=True)
         kept = tmp_path / "kept"
         uninterrupted.directory.rename(kept)
+        if callable(kills):
+            kills = kills(uninterrupted.step)
         for number, step in enumerate(kills):
             kill_at(step)
             with pytest.raises(Killed):
@@ -160,22 +194,21 @@ def test_a_teacher_from_its_cache_with_adalora_and_an_adversary(
     same(kills=(2, 4), strategies=strategies, train={"steps": 5, "save_every": 2})
 
 
-def test_the_best_adapter_and_an_early_stop(same: Callable[..., Run], make_recipe: Make) -> None:
+def test_the_best_adapter_and_an_early_stop(same: Callable[..., Run]) -> None:
     """The best step is long before the kill, and the run stops at the same evaluation."""
     train = {"steps": 60, "eval_every": 2, "patience": 2, "learning_rate": 0.3, "save_every": 3}
-    last = tune(make_recipe("first", evaluate=True, train=train), quiet=True).step
-    run = same(kills=(last - 1,), evaluate=True, train=train)
+    run = same(kills=lambda last: (last - 1,), evaluate=True, train=train)
     resumed = manifest(run.directory)["resumed_from_step"]
-    assert resumed == (last - 1) // 3 * 3
-    assert run.metrics["best_step"] < resumed < run.step == last < 60
+    assert resumed == (run.step - 1) // 3 * 3
+    assert run.metrics["best_step"] < resumed < run.step < 60
 
 
 @pytest.mark.parametrize("where", ["evaluate", "write_results"])
 def test_killed_after_the_last_step(
-    killed: Callable[..., Recipe], make_recipe: Make, kill_at: Kill, where: str, monkeypatch: pytest.MonkeyPatch
+    whole: Callable[..., Whole], make_recipe: Make, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = {"steps": 20, "eval_every": 2, "patience": 1, "learning_rate": 0.3}
-    uninterrupted = tune(make_recipe("other", evaluate=True, train=train), quiet=True)
+    uninterrupted = whole(evaluate=True, train=train)
 
     def die(*_: Any, **__: Any) -> None:
         raise Killed
@@ -194,8 +227,8 @@ def test_killed_after_the_last_step(
         tune(make_recipe(evaluate=True, train=train), quiet=True)
     run = tune(make_recipe(evaluate=True, train=train), quiet=True, resume=True)
     assert run.metrics == uninterrupted.metrics
-    assert records(run.directory) == records(uninterrupted.directory)
-    assert files(run.directory).keys() == files(uninterrupted.directory).keys()
+    assert records(run.directory) == uninterrupted.records
+    assert files(run.directory).keys() == uninterrupted.files.keys()
 
 
 def test_steps_skipped_by_fp16_are_counted_across_a_resume(
@@ -437,11 +470,12 @@ class At:
     ],
 )
 def test_a_signal_saves_the_last_step_and_prints_how_to_resume(
-    make_recipe: Make, monkeypatch: pytest.MonkeyPatch, hook: str, step: int, number: int, times: int, saved: int
-) -> None:
+    whole: Callable[..., Whole], make_recipe: Make, monkeypatch: pytest.MonkeyPatch,
+    hook: str, step: int, number: int, times: int, saved: int,
+) -> None:  # fmt: skip
     train = {"steps": 5, "eval_every": 2}
     strategies = [{"lora": {"rank": 4, "dropout": 0.2}}]
-    uninterrupted = tune(make_recipe("whole", strategies=strategies, evaluate=True, train=train), quiet=True)
+    uninterrupted = whole(strategies=strategies, evaluate=True, train=train)
     recipe = make_recipe(strategies=strategies, evaluate=True, train=train)
     prepare = loop.prepare
 
@@ -459,10 +493,8 @@ def test_a_signal_saves_the_last_step_and_prints_how_to_resume(
     assert max(steps_in(recipe.output / "checkpoints")) == saved
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
     assert command(["tune", str(recipe.output / "recipe.yaml"), "--resume"]) == 0
-    assert records(recipe.output) == records(uninterrupted.directory)
-    assert (
-        files(recipe.output)["adapter_model.safetensors"] == files(uninterrupted.directory)["adapter_model.safetensors"]
-    )
+    assert records(recipe.output) == uninterrupted.records
+    assert files(recipe.output)["adapter_model.safetensors"] == uninterrupted.files["adapter_model.safetensors"]
 
 
 def test_a_third_signal_quits_immediately_and_keeps_what_was_saved(
