@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import re
@@ -27,6 +28,7 @@ from budwood.errors import BudwoodError
 from budwood.recipe.schema import Recipe
 from budwood.testing.files import LONGEST, Files, kind_for, make_files, session_folder
 from budwood.testing.probe import Probe, named_parameters
+from budwood.training import finish
 from budwood.training.loop import tune
 from budwood.training.report import Report
 
@@ -36,7 +38,7 @@ PROBE = "conformance-probe"
 MODULE = "budwood_testing_strategies"
 """Module from which classes without a distribution are imported."""
 FIRST_PARTY: dict[str, Callable[[Files], dict[str, Any]]] = {
-    "lora": lambda files: {"rank": 2, "alpha": 4},
+    "lora": lambda files: {"rank": 2, "alpha": 4, "targets": ["v_proj", "down_proj"]},
     "adalora": lambda files: {
         "initial_rank": 3, "target_rank": 2, "alpha": 6, "initial_phase": 0, "final_phase": 1, "interval": 1,
     },
@@ -85,10 +87,28 @@ class Result:
     probe: Probe
     parameters: dict[str, Tensor]
     """The trained parameters, by group and name."""
-    logits: Tensor
-    """[prompts, vocabulary or classes] after the last step."""
-    off: Tensor | None
-    """The logits with the run's adapter disabled; None if no strategy owns one."""
+
+    @functools.cached_property
+    def logits(self) -> Tensor:
+        """[prompts, vocabulary or classes] after the last step."""
+        return self._measure()
+
+    @functools.cached_property
+    def off(self) -> Tensor | None:
+        """The logits with the run's adapter disabled; None if no strategy owns one."""
+        owner: Any = adapter_owner(self.run)
+        if owner is None:
+            return None
+        use_adapters(owner, self.run.model)
+        try:
+            return self._measure()
+        finally:
+            use_adapters(owner, self.run.model, [RUN_ADAPTER])
+
+    def _measure(self) -> Tensor:
+        run = self.run
+        with threads(1):
+            return measure(run.task, run.model, run.tokenizer, self.probe.prompts, run.dtype)
 
     @property
     def adapter(self) -> Path:
@@ -108,6 +128,8 @@ class Bench:
         self.name = register(spec.strategy)
         register(Probe, PROBE)
         self._results: dict[tuple[Any, ...], Result | Exception] = {}
+        self._failed: dict[int, tuple[Probe, Run, Exception | None]] = {}
+        self._resumed: Result | None = None
 
     def micro_tokens(self, groups: int) -> int:
         """Return the limit for micro-batches of this number of groups."""
@@ -177,44 +199,47 @@ class Bench:
             raise PromiseBroken(f"{promise}: the run failed with {explain(result)}") from result
         return result
 
-    def fail(self, fail_at: int, output: str = "failing", **train: Any) -> tuple[Probe, Run, Exception | None]:
-        """Run until the forward pass number `fail_at` of step 2 raises; return probe, run and exception."""
-        error: Exception | None = None
-        Probe.last, Probe.fail_at = None, fail_at
-        try:
-            with threads(1), without_plots():
-                tune(self.recipe(output, **train), overwrite=True, quiet=True)
-        except Exception as raised:
-            error = raised
-        finally:
-            Probe.fail_at = 0
-        assert Probe.last is not None and Probe.last.run is not None
-        return Probe.last, Probe.last.run, error
+    def fail(self, fail_at: int) -> tuple[Probe, Run, Exception | None]:
+        """Return probe, run and exception of a run whose forward pass number `fail_at` of step 2 raises; executed once.
+
+        It keeps its checkpoint of step 1.
+        """
+        if fail_at not in self._failed:
+            error: Exception | None = None
+            Probe.last, Probe.fail_at = None, fail_at
+            try:
+                with threads(1), without_plots():
+                    tune(self._failing(fail_at), overwrite=True, quiet=True)
+            except Exception as raised:
+                error = raised
+            finally:
+                Probe.fail_at = 0
+            assert Probe.last is not None and Probe.last.run is not None
+            self._failed[fail_at] = (Probe.last, Probe.last.run, error)
+        return self._failed[fail_at]
+
+    def _failing(self, fail_at: int) -> Recipe:
+        return self.recipe(f"failing-{fail_at}", save_every=1)
 
     def resume(self, promise: str) -> Result:
-        """Let a run fail in step 2, and resume it from its checkpoint of step 1.
+        """Let a run fail in step 2, and resume it from its checkpoint of step 1, once.
 
         Raises:
             PromiseBroken: it cannot be resumed, which breaks `promise`.
         """
-        self.fail(1, "resumed", save_every=1)
-        try:
-            return self._tune(self.recipe("resumed", save_every=1), overwrite=False, resume=True)
-        except Exception as error:
-            raise PromiseBroken(f"{promise}: the resumed run failed with {explain(error)}") from error
+        if self._resumed is None:
+            self.fail(1)
+            try:
+                self._resumed = self._tune(self._failing(1), overwrite=False, resume=True)
+            except Exception as error:
+                raise PromiseBroken(f"{promise}: the resumed run failed with {explain(error)}") from error
+        return self._resumed
 
     def _tune(self, recipe: Recipe, overwrite: bool = True, resume: bool = False) -> Result:
         with threads(1), without_plots():
             run = tune(recipe, overwrite=overwrite, resume=resume, quiet=True)
-            probe = next(strategy for strategy in run.strategies if isinstance(strategy, Probe))
-            parameters = named_parameters(run)
-            logits, off = measure(run.task, run.model, run.tokenizer, probe.prompts, run.dtype), None
-            owner: Any = adapter_owner(run)
-            if owner is not None:
-                use_adapters(owner, run.model)
-                off = measure(run.task, run.model, run.tokenizer, probe.prompts, run.dtype)
-                use_adapters(owner, run.model, [RUN_ADAPTER])
-        return Result(run, probe, parameters, logits, off)
+        probe = next(strategy for strategy in run.strategies if isinstance(strategy, Probe))
+        return Result(run, probe, named_parameters(run))
 
 
 def implements(strategy: type, hook: str) -> bool:
@@ -287,13 +312,15 @@ def registered() -> dict[str, dict[str, str]]:
 
 @contextmanager
 def without_plots() -> Iterator[None]:
-    """Disable loss.png, which takes as long as such a short run."""
-    plot = Report.plot
+    """Disable loss.png and report.html, which take as long as such a short run."""
+    plot, write_page = Report.plot, finish.write_page
     Report.plot = lambda self, run: None  # type: ignore[method-assign]
+    finish.write_page = lambda directory: None
     try:
         yield
     finally:
         Report.plot = plot  # type: ignore[method-assign]
+        finish.write_page = write_page
 
 
 def _name(choice: Any) -> str:

@@ -200,11 +200,11 @@ def runs_on(bench: Bench, quantization: str) -> None:
     expect_trained(promise, result)
 
 
-def fake_tensors(bench: Bench) -> None:
-    """Check that its steps run on fake CPU tensors, with run.planning set."""
+def fake_tensors(bench: Bench, steps: int | None = None) -> None:
+    """Check that its steps run on fake CPU tensors, with run.planning set; `steps`: as many, not those of its runs."""
     promise = "runs on fake CPU tensors"
     try:
-        run_on_fake_tensors(bench.recipe("fake"))
+        run_on_fake_tensors(bench.recipe("fake", steps=steps or bench.spec.steps))
     except Exception as error:
         raise PromiseBroken(
             f"{promise}: {explain(error)}. If run.planning is set, code that depends on values must assume "

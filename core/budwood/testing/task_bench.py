@@ -51,7 +51,7 @@ class TaskBench(Bench):
         self.files = Files(session_folder(), spec.base, spec.base, spec.train, spec.eval)
         self.name = register(self.spec.strategy)
         register(Probe, PROBE)
-        self._results = {}
+        self._results, self._failed, self._resumed = {}, {}, None
         task = self.build_task()
         task.read_base(spec.base)
         tokenizer = load_tokenizer(spec.base) if task.needs_tokenizer else None

@@ -27,6 +27,7 @@ def recipe(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return Path("small.yaml")
 
 
+@pytest.mark.plots
 def test_two_trials_and_the_test_of_the_best(recipe: Path, capsys: pytest.CaptureFixture, forked: None) -> None:
     given = ["sweep", str(recipe), "-s", "lora.rank=2,4", "-o", "train.steps=1"]
     assert command([*given, "--test", "test.jsonl", "--json"]) == 0

@@ -142,8 +142,9 @@ def test_noise_on_unused_embeddings_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("options", ALL, ids=name)
-@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
-def test_a_step_does_not_depend_on_micro_batches(make_recipe: Callable, options: Any, task: str) -> None:
+def test_a_step_does_not_depend_on_micro_batches(make_recipe: Callable, options: Any) -> None:
+    """Of a classification; `test_conformance` splits the steps of a language model."""
+    task = "sequence-classification"
     results = []
     for size in (1024, 160):
         ready = Ready(make_recipe(options, f"run-{size}", base={"task": task}, train={"micro_tokens": size}))
@@ -157,23 +158,11 @@ def test_a_step_does_not_depend_on_micro_batches(make_recipe: Callable, options:
     assert logged_too == pytest.approx(logged, rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("options", ALL, ids=name)
-def test_a_run_is_reproducible_and_does_not_change_the_base(make_recipe: Callable, options: Any) -> None:
-    first = Ready(make_recipe(options, "a"))
-    base = {key: p.clone() for key, p in first.run.model.named_parameters() if not p.requires_grad}
-    before = first.step()
-    for key, parameter in first.run.model.named_parameters():
-        if key in base:
-            assert torch.equal(parameter, base[key]), key
-            assert parameter.grad is None, key
-    again = Ready(make_recipe(options, "b")).step()
-    other = Ready(make_recipe(options, "c", train={"seed": 1})).step()
-    assert all(torch.equal(again[key], gradient) for key, gradient in before.items())
-    assert any(not torch.equal(other[key], gradient) for key, gradient in before.items())
-
-
-@pytest.mark.parametrize("options", ALL, ids=name)
-@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
+@pytest.mark.parametrize(
+    ("options", "task"),
+    [*((options, "causal-lm") for options in ALL), *((options, "sequence-classification") for options in ALL[2:4])],
+    ids=lambda value: value if isinstance(value, str) else name(value),
+)
 def test_it_trains_on_a_four_bit_base_in_bf16(make_recipe: Callable, options: Any, task: str) -> None:
     base = {"quantization": "nf4", "task": task}
     train = {"precision": "bf16", "gradient_checkpointing": True, "steps": 2}
@@ -242,8 +231,11 @@ def test_the_model_is_restored_after_an_exception(make_recipe: Callable, options
 def test_a_perturbation_without_effect_causes_one_warning(
     make_recipe: Callable, capsys: Any, options: dict[str, Any], cause: str | None
 ) -> None:
-    train = {"precision": "bf16", "steps": 45, "batch_examples": 2, "learning_rate": 1e-4}
-    tune(make_recipe(options, base={"quantization": "nf4"}, train=train))
+    train = {"precision": "bf16", "steps": 21, "batch_examples": 2, "learning_rate": 1e-4}
+    run = tune(make_recipe(options, train=train))
+    gain = run.metrics["adversarial_gain"]
+    for step in range(22, 46):
+        run.hooks.notify(Event("step", step, {"adversarial_gain": gain}), run.say)
     warnings = [line for line in capsys.readouterr().err.splitlines() if "did not raise the loss" in line]
     if cause is None:
         assert not warnings

@@ -97,8 +97,11 @@ def test_decoder_classifier(make_recipe: Callable, noises: list[Any], options: d
     compare(make_recipe(options, base={"task": "sequence-classification"}), noises)
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize("options", ONE_EACH, ids=name)
+@pytest.mark.parametrize(
+    ("options", "packed"),
+    [*((options, False) for options in ONE_EACH), *((options, True) for options in ONE_EACH[2:4])],
+    ids=lambda value: ("packed" if value else "padded") if isinstance(value, bool) else name(value),
+)
 def test_encoder(
     make_recipe: Callable, noises: list[Any], bert: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any],
     packed: bool,
@@ -108,7 +111,7 @@ def test_encoder(
     compare(make_recipe(options, base=base, train={"micro_tokens": 256}), noises)
 
 
-@pytest.mark.parametrize("options", ONE_EACH, ids=name)
+@pytest.mark.parametrize("options", ONE_EACH[1:4], ids=name)  # FGM and VAT replay passes as PGD and SMART do
 def test_gradient_checkpointing_changes_nothing(make_recipe: Callable, options: dict[str, Any]) -> None:
     plain = Ready(make_recipe(options, "a")).step()
     checkpointed = Ready(make_recipe(options, "b", train={"gradient_checkpointing": True})).step()

@@ -5,6 +5,8 @@ As a module, it runs the tests of all methods and writes a page.
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import subprocess
 import sys
@@ -72,7 +74,12 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 def load(base: Path, quantization: str | None = None) -> Any:
-    """Load the tiny base, frozen, in fp32."""
+    """Return the tiny base, frozen, in fp32."""
+    return copy.deepcopy(_loaded(base, quantization))
+
+
+@functools.cache
+def _loaded(base: Path, quantization: str | None) -> Any:
     config = None
     if quantization:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization)

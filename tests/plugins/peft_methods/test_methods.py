@@ -231,13 +231,22 @@ def lora(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def pool(tiny_base: Path, lora: Path) -> AdapterPool:
+    """A pool with "lora", which a test leaves as it was."""
+    made = AdapterPool(str(tiny_base), precision="fp32", device="cpu")
+    made.load("lora", lora)
+    return made
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_it_shares_a_batch_with_lora_and_the_base(tiny_base: Path, tmp_path: Path, lora: Path, method: str) -> None:
+def test_it_shares_a_batch_with_lora_and_the_base(
+    tiny_base: Path, tmp_path: Path, pool: AdapterPool, method: str
+) -> None:
     stock = put_stock(load(tiny_base), method, METHODS[method])
     stock.save_pretrained(tmp_path)
-    pool = AdapterPool(str(tiny_base), precision="fp32", device="cpu")
+    pool.use(None)
     untouched = pool.logits(PROMPTS)
-    pool.load("lora", lora)
     pool.load("own", tmp_path)
     names = ["own", None, "lora", "own"]
     prompts = [*PROMPTS, PROMPTS[0][::-1]]
@@ -251,6 +260,7 @@ def test_it_shares_a_batch_with_lora_and_the_base(tiny_base: Path, tmp_path: Pat
     with torch.no_grad():
         expected = torch.stack([stock(torch.tensor([prompt])).logits[0, -1] for prompt in PROMPTS])
     torch.testing.assert_close(pool.logits(PROMPTS), expected, **CLOSE)
+    pool.use(None)
     pool.unload("own")
     assert pool.logits(PROMPTS).equal(untouched)
 

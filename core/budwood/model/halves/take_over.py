@@ -78,16 +78,18 @@ def _names(layer: Any) -> Names | None:
 
 
 class _Config:
-    """A model's config and the index of one of its layers; equal to that of the same config's other layers."""
+    """A model's config and the index of one of its layers; equal to that of other layers, and of equal configs."""
 
     def __init__(self, config: Any, index: int) -> None:
         self.config, self.index = config, index
+        values = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+        self.text = f"{type(config).__qualname__} {values}"
 
     def __hash__(self) -> int:
-        return hash(type(self.config))
+        return hash(self.text)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Config) and other.config is self.config
+        return isinstance(other, _Config) and other.text == self.text
 
 
 @functools.lru_cache(maxsize=64)
