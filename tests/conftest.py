@@ -147,6 +147,12 @@ def frozen_libraries() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def empty_data_cache() -> None:
+    """Begin each file without encoded data in the cache, since saving an entry looks at all others."""
+    shutil.rmtree(Path(os.environ["BUDWOOD_CACHE"]) / "tokens", ignore_errors=True)
+
+
 @pytest.fixture(autouse=True)
 def no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Draw plots, which takes longer than the steps of a run, only in tests marked `plots`."""

@@ -17,7 +17,7 @@ from budwood.planning import process
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch):
+def quiet(monkeypatch: pytest.MonkeyPatch, forked: None):
     """Keep the signal handlers of the test process, and plan nothing."""
     monkeypatch.setattr(cli, "silence_libraries", lambda debug: None)
     monkeypatch.setattr(process, "estimate_in_process", lambda *a, **k: estimate_of(640))

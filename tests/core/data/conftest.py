@@ -1,4 +1,4 @@
-"""Forks the processes of chat templates in the tests of data."""
+"""Settings of the tests of data."""
 
 from __future__ import annotations
 
@@ -6,4 +6,5 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _forked_templates(forked_templates: None) -> None: ...
+def _forked_templates(forked_templates: None) -> None:
+    """Fork the processes of chat templates."""

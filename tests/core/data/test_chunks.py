@@ -51,7 +51,7 @@ def same(one: Examples, two: Examples) -> None:
 
 
 @pytest.fixture
-def build(tmp_path: Path, write: Any, byte_level: Any) -> Any:
+def build(tmp_path: Path, write: Any, byte_level: Any, forked: None) -> Any:
     tokenizer = byte_level(template=TEMPLATE)
 
     def make(rows: Any, processes: int, task: Any = "causal-lm", length: int = 64, **options: Any) -> Examples:

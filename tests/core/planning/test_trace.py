@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import torch
 from torch import nn
 
@@ -64,3 +67,16 @@ def test_operations_count_products_and_traffic():
     product = next(op for op in trace.operations if op.flops)
     assert product.flops == 2 * 10 * 20 * 30
     assert product.moved == 4 * (10 * 20 + 20 * 30 + 10 * 30)
+
+
+def test_a_trace_does_not_outlive_its_use():
+    """A trace knows the modules of a model whose storages it watches: a cycle, which must be free to go."""
+    model = nn.Linear(8, 8)
+    with Trace() as trace:
+        trace.name_modules(model)
+        trace.part_of("weights", model.parameters())
+        model(torch.ones(1, 8))
+    ended = weakref.ref(model)
+    del model, trace
+    gc.collect()
+    assert ended() is None

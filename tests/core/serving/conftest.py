@@ -11,6 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+
+@pytest.fixture(autouse=True)
+def _forked_templates(forked_templates: None) -> None:
+    """Fork the processes of chat templates."""
+
+
 LINEARS = {
     "self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "self_attn.v_proj": (32, 64),
     "self_attn.o_proj": (64, 64), "mlp.gate_proj": (128, 64), "mlp.up_proj": (128, 64), "mlp.down_proj": (64, 128),

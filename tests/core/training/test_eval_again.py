@@ -23,14 +23,14 @@ from budwood.training.loop import tune
 
 Make = Callable[..., Recipe]
 LORA = {"lora": {"rank": 4}}
-ADALORA = {"adalora": {"initial_rank": 4, "target_rank": 2, "initial_phase": 1, "final_phase": 4, "interval": 1}}
+ADALORA = {"adalora": {"initial_rank": 4, "target_rank": 2, "initial_phase": 1, "final_phase": 2, "interval": 1}}
 ADAPTERS = {
     "lora": [LORA],
     "adalora": [ADALORA],
     "ema": [LORA, {"ema": {"decay": 0.7}}],
     "dropout and head": [{"lora": {"rank": 4, "dropout": 0.3, "modules_to_save": ["lm_head"], "dora": True}}],
 }
-EVAL = {"steps": 8, "eval_every": 2, "eval_generate": 3, "micro_tokens": 64}
+EVAL = {"steps": 4, "eval_every": 2, "eval_generate": 3, "micro_tokens": 64}
 """Several packed rows per evaluation, and generated answers to some prompts."""
 
 
@@ -63,7 +63,7 @@ def test_the_metrics_of_a_run_are_reproduced_to_the_digit(
         ({"quantization": "int8"}, {}),
         ({}, {"precision": "bf16"}),
         ({"quantization": "nf4"}, {"precision": "bf16", "micro_tokens": 1000}),
-        ({}, {"eval_every": 3, "learning_rate": 0.3}),
+        ({}, {"steps": 8, "eval_every": 3, "learning_rate": 0.3}),
     ],
 )
 def test_in_every_setting_of_a_recipe(make_recipe: Make, base: dict[str, Any], train: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ def test_if_an_evaluation_of_the_run_ran_out_of_memory(
         return attempt(run, row, work)
 
     rows = str(write_rows(tmp_path / "many.jsonl", 40, seed=2))
-    recipe = make_recipe(evaluate=True, train=EVAL | {"micro_tokens": 128}, data={"eval": rows})
+    recipe = make_recipe(evaluate=True, train=EVAL | {"steps": 8, "micro_tokens": 128}, data={"eval": rows})
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "_attempt", scarce)
         run = tune(recipe)

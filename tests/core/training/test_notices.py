@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -60,15 +61,16 @@ def test_as_chat_is_exactly_the_messages_with_their_masking(tiny_base: Path, tmp
 def test_an_unused_chat_template_is_noticed(
     make_recipe: Make, tiny_bases: Any, said: list[str], tmp_path: Path
 ) -> None:
-    tune(make_recipe())
+    train = {"steps": 1}
+    tune(make_recipe(train=train))
     assert sum(line.startswith(UNUSED) and "data.as_chat: true" in line for line in said) == 1
     said.clear()
-    tune(make_recipe("chat", data={"as_chat": True}))
-    tune(make_recipe("text", data={"train": write(tmp_path / "text.jsonl", [{"text": "a b c"}] * 9)}))
+    tune(make_recipe("chat", data={"as_chat": True}, train=train))
+    tune(make_recipe("text", data={"train": write(tmp_path / "text.jsonl", [{"text": "a b c"}] * 9)}, train=train))
     plain = tiny_bases("no template")
     for name in ("chat_template.jinja",):
         (plain / name).unlink(missing_ok=True)
-    tune(make_recipe("plain", base={"model": str(plain)}))
+    tune(make_recipe("plain", base={"model": str(plain)}, train=train))
     assert not any(line.startswith(UNUSED) for line in said)
 
 
@@ -90,6 +92,7 @@ def test_an_adapter_remembers_whether_it_was_trained_on_messages(
     base = str(chat.recipe.base.model)
     chosen = {"chat": chat, "plain": plain}
 
+    @functools.cache
     def answer(name: str, *flags: str) -> tuple[str, str]:
         line = ["generate", base, "--adapter", f"{name}={chosen[name].directory / 'adapter'}"]
         assert command([*line, "--prompt", "games", "--max-new-tokens", "4", *flags]) == 0
@@ -115,7 +118,8 @@ def test_an_adapter_remembers_whether_it_was_trained_on_messages(
 )
 def test_exact_match_of_messages(make_recipe: Make, tmp_path: Path, rows: list[Any], measured: bool) -> None:
     path = write(tmp_path / "chat.jsonl", rows)
-    recipe = make_recipe(data={"train": path, "eval": path, "max_length": 300}, train={"steps": 20, "eval_generate": 3})
+    train = {"steps": 20 if measured else 1, "eval_generate": 3}
+    recipe = make_recipe(data={"train": path, "eval": path, "max_length": 300}, train=train)
     run = tune(recipe, quiet=True)
     assert ("eval_exact_match" in run.metrics) == measured
     if measured:
@@ -128,5 +132,5 @@ def test_a_run_that_hardly_learned_ends_with_what_to_change(make_recipe: Make, s
     assert said[-1].startswith("note: the loss ") and "train.learning_rate (now 1e-07)" in said[-1]
     assert "train.steps (now 8)" in said[-1] or "rose" in said[-1]
     said.clear()
-    tune(make_recipe("learned", evaluate=evaluate, train={"learning_rate": 1e-2, "steps": 30}))
+    tune(make_recipe("learned", evaluate=evaluate, train={"learning_rate": 1e-2, "steps": 16}))
     assert not any(line.startswith("note: the loss ") for line in said)

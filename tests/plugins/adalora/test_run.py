@@ -124,10 +124,10 @@ def test_it_is_exported_as_lora_with_the_same_function(trained: Run, tiny_base: 
         export(trained.directory / "adapter", tmp_path / "other", "ia3")
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_the_adapter_does_not_depend_on_micro_batches(make_recipe: Make, tmp_path: Path, quantization: str) -> None:
+def test_the_adapter_does_not_depend_on_micro_batches(make_recipe: Make, tmp_path: Path) -> None:
+    """On nf4; `test_conformance` splits the steps on an unquantised base."""
     runs = [
-        tune(make_recipe(tmp_path / str(size), {"dropout": 0}, quantization, micro_tokens=size), quiet=True)
+        tune(make_recipe(tmp_path / str(size), {"dropout": 0}, "nf4", micro_tokens=size), quiet=True)
         for size in (1024, 128)
     ]
     assert distance(tensors(runs[0]), tensors(runs[1])) < 1e-5

@@ -121,13 +121,13 @@ def test_prompts_need_a_strategy_and_something_to_measure(make_recipe: Make, unl
 
 
 def test_a_python_file_runs_only_if_the_user_allows_it(
-    make_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    make_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], forked: None
 ) -> None:
     from budwood.cli.app import run
 
     code = tmp_path / "mine.py"
     code.write_text("print('RAN')\ndef reward(prompts, completions, rows):\n    return [len(c) for c in completions]\n")
-    recipe = make_recipe({"rewards": [{"file": {"path": str(code)}}]}, train={"steps": 2})
+    recipe = make_recipe({"rewards": [{"file": {"path": str(code)}}]}, train={"steps": 1})
     path = tmp_path / "r.yaml"
     path.write_text(recipe.to_yaml())
     assert run(["tune", str(path)]) == 2

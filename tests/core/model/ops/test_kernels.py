@@ -33,7 +33,7 @@ def test_the_kernels_compute_what_torch_does():
     assert " passed" in printed and "skipped" not in printed
 
 
-def test_the_kernels_compile_for_gpus_without_spilling(tmp_path):
+def test_the_kernels_compile_for_gpus_without_spilling(tmp_path, forked):
     printed = run(str(HERE / "compiled.py"), TRITON_CACHE_DIR=str(tmp_path))
     kernels = [json.loads(line) for line in printed.splitlines()]
     assert {kernel["target"] for kernel in kernels} == {80, 86, 89, 90}
