@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.faulty import adapter, tune_with, write_recipe
+from tests.faulty import adapter, difference, tune_with, write_recipe
 from tests.processes import run_in_two_processes
 
 ANYWHERE = "from budwood.training import recompute; recompute.check_device = lambda *given: None"
@@ -20,10 +20,17 @@ RECOMPUTED: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_layers_that_recompute_or_offload_are_gathered_again(folder: Path, tiny_base: Path, quantization: str) -> None:
-    """To the very bytes of a replicated base whose layers keep their activations."""
+    """To the very bytes of a sharded base whose layers keep their activations, and nearly to those of a replicated one.
+
+    Of a replicated base, the last layer computes label positions alone, with other roundings.
+    """
     changed = ["--overwrite", "-o", f"base.quantization={quantization}"]
     write_recipe(folder, tiny_base, {"steps": 3, "parallel": "replicate"})
     assert tune_with(folder, 2, arguments=changed).codes == [0, 0]
+    (folder / "run").rename(folder / "replicated")
+    write_recipe(folder, tiny_base, {"steps": 3, "parallel": "shard"})
+    assert tune_with(folder, 2, arguments=changed).codes == [0, 0]
+    assert difference(folder / "run", folder / "replicated") < 1e-5
     whole = adapter(folder / "run")
     for train in RECOMPUTED:
         write_recipe(folder, tiny_base, {"steps": 3, "parallel": "shard", **train})

@@ -132,7 +132,7 @@ def test_inputs_of_layers_on_the_host(case: Callable[..., Recipe]):
     each = moved.largest_micro * 64 * 2  # tokens, hidden size, bf16
     power = 1 << (each - 1).bit_length()
     assert (plain.offloaded, moved.offloaded) == (0, 2 * power) and moved.host - plain.host == 2 * power
-    assert plain.peak - moved.peak <= each  # with two layers, one is always there
+    assert plain.peak - moved.peak <= each + 512  # with two layers, one is always there; blocks of 512 bytes
     with pytest.raises(InputError, match="on the CPU, activations are in the host's memory already"):
         estimate(case("lora", train={**train, "activation_offloading": True}), CPU)
 

@@ -60,7 +60,7 @@ OPTIONS: dict[Any, dict[str, Any]] = {
     Supertuning: {"sparsity": 0.98},
     TinyLoRA: {"size": 5},
     PEANuT: {"rank": 4, "depth": 1},
-    GLoRA: {"rank": 2},
+    GLoRA: {"rank": 4},  # with 2, an element's gradient is nearly zero in step 2, and Adam makes a whole step of it
     TrainableTokens: {"tokens": [1, 74, 75, 76]},
 }
 

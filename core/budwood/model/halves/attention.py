@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from budwood.model.halves import norms
 from budwood.model.halves.half import Call, Half
 from budwood.model.halves.kept import Kept
+from budwood.model.ops import tiles
 from budwood.model.ops.group import Factors
 
 
@@ -78,7 +79,8 @@ class AttentionHalf(Half):
             projected = kept.enter("between", projected)
         with torch.set_grad_enabled(kept is not None), call.autocast():
             if len(projected) < len(self.names):
-                projected = list(_Split.apply(projected[0], self.inputs.sizes, not hasattr(self.attention, "q_norm")))
+                copies = len(x) > tiles.ROWS and not hasattr(self.attention, "q_norm")
+                projected = list(_Split.apply(projected[0], self.inputs.sizes, copies))
             parts = [part.view(*call.shape[:-1], -1) for part in projected]
             stand = _Stand(self.attention, x.view(call.shape), dict(zip(self.names, parts, strict=True)))
             return stand.run(call.options)
@@ -139,7 +141,7 @@ class _Split(torch.autograd.Function):
     """Splits [n, sum of sizes] by columns; the gradient is one tensor again.
 
     With `copies`, the last part, the values, is a copy if it is the smaller one: rotated queries and keys are new
-    tensors, so nothing else keeps the whole. A norm of the queries would.
+    tensors, so nothing else keeps the whole. A norm of the queries would; and few rows are not worth an operation.
     """
 
     @staticmethod

@@ -74,7 +74,10 @@ def _names(layer: Any) -> Names | None:
     )  # what a sharded one is made of
     index, kinds = int(getattr(attention, "layer_idx", 0) or 0), getattr(config, "layer_types", None)
     kind = kinds[index] if kinds and index < len(kinds) else None
-    return _tried(cls, _Config(config, index), kind, dense)
+    try:
+        return _tried(cls, _Config(config, index), kind, dense)
+    except Exception:  # a constructor with other arguments, a forward with others; or what would not come again
+        return None
 
 
 class _Config:
@@ -99,13 +102,10 @@ def _tried(cls: type[nn.Module], key: _Config, kind: str | None, dense: bool) ->
     Args:
         kind: that of the layer, such as sliding_attention, which has an answer of its own.
     """
-    try:
-        with unset_fake_temporarily(), planned_device("cpu"), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            layer = _small(cls, key.config, key.index, dense)
-            return next((names for names in PATTERNS if _agrees(layer, names)), None)
-    except Exception:  # a constructor with other arguments, a forward with others
-        return None
+    with unset_fake_temporarily(), planned_device("cpu"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layer = _small(cls, key.config, key.index, dense)
+        return next((names for names in PATTERNS if _agrees(layer, names)), None)
 
 
 def _small(cls: Any, config: Any, index: int, dense: bool) -> Any:
