@@ -27,7 +27,7 @@ def test_a_run_survives_a_sample_of_the_faults(forked: None) -> None:
     """Kills, a failing disk, corrupt files, environment faults: `make faults` tries them all."""
     command = [sys.executable, "-m", "tests.faults", "kills", "disk", "damage", "surroundings"]
     done = subprocess.run(
-        [*command, "--kills", "2", "--every", "101", "--workers", "1"], cwd=ROOT,
+        [*command, "--kills", "1", "--every", "151", "--workers", "1"], cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
