@@ -35,10 +35,8 @@ from budwood.untrusted import chat_template
 from budwood_adalora import picture
 
 LONGEST = (
-    "test_conformance.py", "test_task_conformance.py", "test_estimate.py", "test_methods.py", "test_resume.py",
-    "test_adversarial.py", "test_kernels.py", "test_packages_own_tests.py", "test_commands.py", "test_on_policy.py",
-    "test_together.py", "test_harness.py", "test_eval_again.py", "test_checks.py", "test_memory.py", "test_loop.py",
-    "test_distillation.py",
+    "test_conformance.py", "test_task_conformance.py", "test_packages_own_tests.py", "test_together.py",
+    "test_harness.py", "test_checks.py",
 )  # fmt: skip
 """Slowest test files, which run first."""
 
