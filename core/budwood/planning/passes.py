@@ -14,7 +14,7 @@ from budwood.model.generate import BATCH_TOKENS
 from budwood.planning.cost import Cost, cost_line, cost_of
 from budwood.planning.devices import Device
 from budwood.planning.rehearsal import Rehearsal, micro_of, sizes_of
-from budwood.planning.trace import Peak
+from budwood.planning.trace import Peak, without_collection
 from budwood.training.on_policy import find_generator, updates_of
 from budwood.training.sampling import TIMES
 
@@ -59,8 +59,8 @@ def rehearse_passes(rehearsal: Rehearsal, device: Device, steps: int) -> Passes:
     shortest = int(np.argmin(lengths))
     alone = [shortest] if groups is None else np.flatnonzero(groups == groups[shortest]).tolist()
     largest, least = max(micros, key=lambda micro: micro.cells), micro_of(run, lengths, labels, alone)
-    start = rehearsal.evaluate(examples, largest)
-    peak = rehearsal.trace.peak(start)
+    with without_collection():
+        peak = rehearsal.trace.peak(rehearsal.evaluate(examples, largest))
     points = [(largest.cells, cost_of(rehearsal.trace.operations, device))]
     if least.cells < 0.9 * largest.cells:
         rehearsal.evaluate(examples, least)

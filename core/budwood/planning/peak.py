@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from budwood.contract.types import Run
@@ -23,7 +20,7 @@ from budwood.planning.rehearsal import (
     Rehearsal,
 )
 from budwood.planning.sharding import COMPLETE, GATHERED, REDUCED
-from budwood.planning.trace import KEPT, TEMPORARY, Operation
+from budwood.planning.trace import KEPT, TEMPORARY, Operation, without_collection
 
 CONTEXT_PART = "CUDA's context"
 LIBRARIES = int(0.6e9)
@@ -64,26 +61,13 @@ class Measured:
         return self.largest.tokens
 
 
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Let no collection of garbage fall into a step, whose peak would depend on it."""
-    collects = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
-
-
 def measure(rehearsal: Rehearsal, device: Device, steps: int | None) -> Measured:
     """Rehearse a step of the largest micro-batch, and what a run does beside its steps."""
     run, trace = rehearsal.run, rehearsal.trace
     largest = max((m for step in rehearsal.steps for m in step), key=lambda micro: (micro.cells, micro.labels))
     several = any(rehearsal.own(len(step)) > 1 for step in rehearsal.steps)
     twice = several and rehearsal.engine.step_terms.active  # its first passes exist only with several micro-batches
-    with _without_collection():
+    with without_collection():
         began, trace.host_peak = time.perf_counter(), 0
         rehearsal.gathering.reset()
         start = rehearsal.take_step([largest, largest] if twice else [largest], later=several)

@@ -7,6 +7,7 @@ the scratch memory inside a kernel.
 from __future__ import annotations
 
 import functools
+import gc
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
@@ -311,6 +312,19 @@ class Trace(TorchDispatchMode):
             if birth.rounding:
                 parts[ROUNDING] = parts.get(ROUNDING, 0) + birth.rounding
         return Peak(total, parts, place, largest)
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Let no collection of garbage fall into what is traced, whose peak would depend on it."""
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
