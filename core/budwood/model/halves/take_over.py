@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from budwood.errors import is_out_of_memory
 from budwood.model.device import planned_device
 from budwood.model.halves.layer import PATTERNS, Halves, Names, queries
 from budwood.model.halves.shadows import Shadows
@@ -76,8 +77,10 @@ def _names(layer: Any) -> Names | None:
     kind = kinds[index] if kinds and index < len(kinds) else None
     try:
         return _tried(cls, _Config(config, index), kind, dense)
-    except Exception:  # a constructor with other arguments, a forward with others; or what would not come again
-        return None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None  # of this layer; it is tried again
 
 
 class _Config:
@@ -102,10 +105,15 @@ def _tried(cls: type[nn.Module], key: _Config, kind: str | None, dense: bool) ->
     Args:
         kind: that of the layer, such as sliding_attention, which has an answer of its own.
     """
-    with unset_fake_temporarily(), planned_device("cpu"), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        layer = _small(cls, key.config, key.index, dense)
-        return next((names for names in PATTERNS if _agrees(layer, names)), None)
+    try:
+        with unset_fake_temporarily(), planned_device("cpu"), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            layer = _small(cls, key.config, key.index, dense)
+            return next((names for names in PATTERNS if _agrees(layer, names)), None)
+    except Exception as error:  # a constructor with other arguments, a forward with others
+        if is_out_of_memory(error):
+            raise  # which may not come again, so it is not remembered
+        return None
 
 
 def _small(cls: Any, config: Any, index: int, dense: bool) -> Any:
