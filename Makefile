@@ -3,6 +3,8 @@
 # The first of these that runs and is new enough; or say make PYTHON=/path/to/python3.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
+# A hundred processes of the tests would otherwise compile all modules again.
+unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 QUANTIZED_PIP := .venv-quantized/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt

@@ -3,11 +3,14 @@
 Tests run on the CPU. `pytest -m gpu` runs those that need a GPU; any other run hides it, also from subprocesses.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import atexit
+import functools
 import gc
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -15,6 +18,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+
+gc.disable()  # until all tests are collected: imports make a million objects, and no garbage
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if os.environ.get("BUDWOOD_TESTS") != str(os.getpid()):  # otherwise it is the second import, as tests.conftest
@@ -28,6 +33,7 @@ os.environ["GOMP_SPINCOUNT"] = "1000"
 
 import pytest
 import torch
+import typer
 from tests.forked import Popen, forking
 
 from budwood.testing.bench import without_plots
@@ -39,6 +45,10 @@ LONGEST = (
     "test_harness.py", "test_checks.py",
 )  # fmt: skip
 """Slowest test files, which run first."""
+
+for name in ("torchao", "torch.utils._pytree"):  # complaints of their imports, from each worker
+    logging.getLogger(name).setLevel(logging.ERROR)
+typer.main.get_command = functools.cache(typer.main.get_command)  # a tenth of a second for each command that runs here
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 
@@ -122,6 +132,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_collection_finish() -> None:
+    """Collect garbage from here on."""
+    gc.enable()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run the slowest files first, so that no worker ends with one of them; skip tests that need a GPU.
 
@@ -166,8 +181,9 @@ def no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(autouse=True)
 def quiet_commands(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reset the variable that `--debug` sets for subprocesses of a command."""
+    """Reset what a command sets for the rest of its process: the variable of `--debug`, and where `serve` logs."""
     monkeypatch.setenv("BUDWOOD_DEBUG", "0")
+    monkeypatch.setattr(logging.getLogger("budwood.serve"), "handlers", [])
 
 
 @pytest.fixture

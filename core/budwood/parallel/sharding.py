@@ -6,8 +6,9 @@ on every process, and so is what trains.
 
 from __future__ import annotations
 
+import mmap
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from budwood.parallel.processes import Processes
@@ -20,14 +21,15 @@ _MARK = "_budwood_shards"
 
 
 class Shards:
-    """Shards the layers of a base, each as soon as its weights have been read.
+    """Shards the layers of a base as their weights are read, so that a process holds little more than its share.
 
-    A process therefore never holds more than its share and one layer.
+    A layer can only be sharded as a whole. Of a matrix read before the rest of its layer, the parts of the other
+    processes are given back at once, if it is in host memory.
 
     Args:
         world: the processes.
         device: where the layers are, of this process.
-        prepare: called with each module of a layer before it is sharded.
+        prepare: called with each module that holds matrices, when they have been read.
     """
 
     def __init__(self, world: Processes, device: torch.device, prepare: Callable[[nn.Module], None]) -> None:
@@ -36,14 +38,21 @@ class Shards:
         self.world, self.prepare = world, prepare
         self.mesh = init_device_mesh(device.type, (world.size,))
         self.waiting: list[nn.Module] = []
+        self.unread: list[nn.Module] = []
 
     def watch(self, layers: Sequence[nn.Module]) -> None:
         """Expect the weights of `layers`, which are on the meta device until they are read."""
         self.waiting = list(layers)
+        self.unread = [module for layer in layers for module in layer.modules() if _matrices(module)]
 
     def advance(self) -> None:
         """Shard the layers whose weights have all been read; call it between reads."""
-        for layer in [layer for layer in self.waiting if not any(p.is_meta for p in layer.parameters())]:
+        for module in [module for module in self.unread if _is_read(module.parameters(recurse=False))]:
+            self.unread.remove(module)
+            self.prepare(module)
+            for matrix in _matrices(module):
+                _give_back(matrix, self.mesh.size(), self.mesh.get_local_rank())
+        for layer in [layer for layer in self.waiting if _is_read(layer.parameters())]:
             self.waiting.remove(layer)
             self._shard(layer)
 
@@ -59,8 +68,6 @@ class Shards:
     def _shard(self, layer: nn.Module) -> None:
         from torch.distributed.fsdp import fully_shard
 
-        for module in list(layer.modules()):
-            self.prepare(module)
         layer.requires_grad_(False)
         facts = {}  # such as the kind of quantisation, which PEFT reads of a weight
         for module in layer.modules():
@@ -69,6 +76,32 @@ class Shards:
         fully_shard(layer, mesh=self.mesh, ignored_params={p for p in layer.parameters() if p.ndim < 2})
         for (module, name), values in facts.items():
             vars(module._parameters[name]).update(values, _is_hf_initialized=True)
+
+
+def _matrices(module: nn.Module) -> list[nn.Parameter]:
+    """Return a module's own parameters that are sharded."""
+    return [parameter for parameter in module.parameters(recurse=False) if parameter.ndim > 1]
+
+
+def _is_read(parameters: Iterable[nn.Parameter]) -> bool:
+    return not any(parameter.is_meta for parameter in parameters)
+
+
+def _give_back(matrix: nn.Parameter, count: int, rank: int) -> None:
+    """Keep, of a matrix in host memory, the rows that `fully_shard` will keep of it.
+
+    The others are pages that are never written, and take no memory.
+    """
+    import torch
+
+    if matrix.device.type != "cpu" or not matrix.nbytes:
+        return
+    pages = mmap.mmap(-1, matrix.nbytes)
+    sparse = torch.frombuffer(pages, dtype=torch.uint8).view(matrix.dtype).view(matrix.shape)
+    parts = sparse.chunk(count)
+    if rank < len(parts):
+        parts[rank].copy_(matrix.detach().chunk(count)[rank])
+    matrix.data = sparse
 
 
 def processes_of(model: nn.Module) -> Processes | None:

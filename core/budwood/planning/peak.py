@@ -19,7 +19,7 @@ from budwood.planning.rehearsal import (
     Micro,
     Rehearsal,
 )
-from budwood.planning.sharding import COMPLETE, GATHERED, REDUCED
+from budwood.planning.sharding import GATHERED, REDUCED
 from budwood.planning.trace import KEPT, TEMPORARY, Operation, without_collection
 
 CONTEXT_PART = "CUDA's context"
@@ -101,7 +101,6 @@ def measure(rehearsal: Rehearsal, device: Device, steps: int | None) -> Measured
     loading = LIBRARIES + 2 * _largest_weight(rehearsal)  # a tensor as stored, and its copy
     if device.kind == "cpu":
         loading += parts.get(BASE, 0) + parts.get(QUANTIZED, 0)
-        loading += gathering.gathered // COMPLETE if gathering.active else 0  # a layer is sharded once it is read
     beside = allocated if device.kind == "cpu" else trace.host_peak
     host = max(loading, LIBRARIES + _snapshot(train, parts) + beside)
     needed = host if device.kind == "cpu" else allocated

@@ -14,6 +14,10 @@ import signal
 import sys
 from collections.abc import Iterator
 from datetime import datetime
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 MAX_TEXT = 16 << 20
@@ -28,10 +32,9 @@ def main() -> None:
     sys.stdout = sys.stderr
     from jinja2 import Template
     from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment, modifies_known_mutable
-    from transformers.utils import chat_template_utils
-    from transformers.utils.chat_template_utils import render_jinja_template
 
-    chat_template_utils.datetime = _Clock  # type: ignore[misc,assignment]  # for `strftime_now`
+    chat_template_utils = _chat_template_utils()
+    chat_template_utils.datetime = _Clock  # for `strftime_now`
 
     SandboxedEnvironment.unsafe_undefined = _refuse  # type: ignore[method-assign,assignment]
     is_safe = ImmutableSandboxedEnvironment.is_safe_attribute
@@ -59,10 +62,29 @@ def main() -> None:
         for messages, variables in json.loads(line):
             # CPU time, so that a busy machine causes no failure; the signal ends the process at any point.
             signal.setitimer(signal.ITIMER_PROF, seconds)
-            reply = _render(render_jinja_template, template, messages, variables)
+            reply = _render(chat_template_utils.render_jinja_template, template, messages, variables)
             signal.setitimer(signal.ITIMER_PROF, 0)
             replies.write(reply + b"\n")
             replies.flush()
+
+
+def _chat_template_utils() -> Any:
+    """Import the module of transformers that renders templates, without the two packages around it if it can do so.
+
+    Their own code takes four times as long as the module with all that it needs.
+    """
+    name, packages = "transformers.utils.chat_template_utils", ("transformers", "transformers.utils")
+    spec = find_spec(packages[0])
+    folder = Path(*spec.submodule_search_locations or ()) if spec else Path()
+    for package, path in zip(packages, (folder, folder / "utils"), strict=True):
+        sys.modules[package] = ModuleType(package)
+        sys.modules[package].__path__ = [str(path)]
+    try:
+        return import_module(name)
+    except (ImportError, AttributeError):  # in another version it may need what a package defines
+        for module in [module for module in sys.modules if module.split(".")[0] == packages[0]]:
+            del sys.modules[module]
+        return import_module(name)
 
 
 _given: set[int] = set()
