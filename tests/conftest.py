@@ -7,7 +7,6 @@ Tests run on the CPU. `pytest -m gpu` runs those that need a GPU; any other run 
 from __future__ import annotations
 
 import atexit
-import functools
 import gc
 import json
 import logging
@@ -31,9 +30,11 @@ if os.environ.get("BUDWOOD_TESTS") != str(os.getpid()):  # otherwise it is the s
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["GOMP_SPINCOUNT"] = "1000"
 
+for name in ("torchao", "torch.utils._pytree"):  # complaints of their imports, from each worker
+    logging.getLogger(name).setLevel(logging.ERROR)
+
 import pytest
 import torch
-import typer
 from tests.forked import Popen, forking
 
 from budwood.testing.bench import without_plots
@@ -45,10 +46,6 @@ LONGEST = (
     "test_harness.py", "test_checks.py",
 )  # fmt: skip
 """Slowest test files, which run first."""
-
-for name in ("torchao", "torch.utils._pytree"):  # complaints of their imports, from each worker
-    logging.getLogger(name).setLevel(logging.ERROR)
-typer.main.get_command = functools.cache(typer.main.get_command)  # a tenth of a second for each command that runs here
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 

@@ -24,8 +24,9 @@ class _Slice:
 
     since_trim = 0
 
-    def __init__(self, source: Any, size: int, before: Callable[[], None] | None) -> None:
-        self.source, self.size, self.before = source, size, before
+    def __init__(self, file: Any, name: str, size: int, before: Callable[[], None] | None) -> None:
+        self.file, self.name, self.source = file, name, file.get_slice(name)
+        self.size, self.before = size, before
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         if self.before is not None:
@@ -33,7 +34,8 @@ class _Slice:
         _Slice.since_trim += self.size
         if _Slice.since_trim > TRIM_EVERY:
             trim_heap()
-        tensor: torch.Tensor = self.source[index]
+        complete = index is Ellipsis or index == slice(None)  # a part is read, and then copied
+        tensor: torch.Tensor = self.file.get_tensor(self.name) if complete else self.source[index]
         return tensor
 
     def __getattr__(self, name: str) -> Any:
@@ -75,7 +77,6 @@ def slices(tensors: dict[str, TensorInfo], views: bool, before: Callable[[], Non
     for entry in tensors.values():
         if entry.file not in files:
             files[entry.file] = safe_open(entry.file, framework="pt", backend="mmap" if views else "pread")
-    parts = {name: files[entry.file].get_slice(name) for name, entry in tensors.items()}
     if views:
-        return parts
-    return {name: _Slice(parts[name], entry.bytes, before) for name, entry in tensors.items()}
+        return {name: files[entry.file].get_slice(name) for name, entry in tensors.items()}
+    return {name: _Slice(files[entry.file], name, entry.bytes, before) for name, entry in tensors.items()}
