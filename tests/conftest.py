@@ -3,10 +3,10 @@
 Tests run on the CPU. `pytest -m gpu` runs those that need a GPU; any other run hides it, also from subprocesses.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import atexit
+import functools
 import gc
 import json
 import logging
@@ -17,8 +17,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
-gc.disable()  # until all tests are collected: imports make a million objects, and no garbage
+import pytest
+
+if TYPE_CHECKING:
+    import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if os.environ.get("BUDWOOD_TESTS") != str(os.getpid()):  # otherwise it is the second import, as tests.conftest
@@ -30,24 +34,11 @@ if os.environ.get("BUDWOOD_TESTS") != str(os.getpid()):  # otherwise it is the s
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["GOMP_SPINCOUNT"] = "1000"
 
-for name in ("torchao", "torch.utils._pytree"):  # complaints of their imports, from each worker
-    logging.getLogger(name).setLevel(logging.ERROR)
-
-import pytest
-import torch
-from tests.forked import Popen, forking
-
-from budwood.testing.bench import without_plots
-from budwood.untrusted import chat_template
-from budwood_adalora import picture
-
 LONGEST = (
     "test_conformance.py", "test_task_conformance.py", "test_packages_own_tests.py", "test_together.py",
     "test_harness.py", "test_checks.py",
 )  # fmt: skip
 """Slowest test files, which run first."""
-
-torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -87,8 +78,9 @@ def make_tokenizer(folder: Path, vocab_size: int = 300) -> None:
     fast.save_pretrained(folder)
 
 
-def make_base(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", seed: int = 0, **changes) -> Path:
+def make_base(folder: Path, dtype: torch.dtype | None = None, shard: str = "5GB", seed: int = 0, **changes) -> Path:
     """Save a random Llama (hidden 64, 2 layers) with its tokenizer in `folder`; `changes` override its config."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     options = {
@@ -107,7 +99,7 @@ def make_base(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5G
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**(options | changes))).to(dtype)
+        model = LlamaForCausalLM(LlamaConfig(**(options | changes))).to(dtype or torch.float32)
     model.save_pretrained(folder, max_shard_size=shard)
     make_tokenizer(folder)
     return folder
@@ -129,8 +121,24 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """Prepare a process that runs tests. One that only distributes them imports nothing large: all wait for it."""
+    if session.config.pluginmanager.hasplugin("dsession"):
+        return
+    gc.disable()  # until all tests are collected: imports make a million objects, and no garbage
+    for name in ("torchao", "torch.utils._pytree"):  # complaints of their imports, from each worker
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import torch
+    import typer
+
+    torch.set_num_threads(1)  # the models are tiny: a second thread only waits
+    typer.main.get_command = functools.cache(typer.main.get_command)  # a tenth of a second for each command here
+
+
 def pytest_collection_finish() -> None:
-    """Collect garbage from here on."""
+    """Collect garbage from here on, a tenth as often as by default, which takes a twentieth of the time."""
+    gc.set_threshold(7_000, 10, 10)
     gc.enable()
 
 
@@ -144,6 +152,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             others = [item for item in items if item.get_closest_marker(name)]  # not a folder's name, as in keywords
             config.hook.pytest_deselected(items=others)
             items[:] = [item for item in items if item not in set(others)]
+    import torch
+
     no_gpu = pytest.mark.skip(reason="needs a CUDA device, and `make gpu`")
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
@@ -171,6 +181,9 @@ def no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if "plots" in request.keywords:
         yield
         return
+    from budwood.testing.bench import without_plots
+    from budwood_adalora import picture
+
     monkeypatch.setattr(picture, "draw_ranks", lambda *given: None)
     with without_plots():
         yield
@@ -186,6 +199,8 @@ def quiet_commands(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def forked() -> Iterator[None]:
     """Fork the processes of Python that a test starts from one that has imported the libraries; see `tests.forked`."""
+    from tests.forked import forking
+
     with forking():
         yield
 
@@ -193,6 +208,10 @@ def forked() -> Iterator[None]:
 @pytest.fixture
 def forked_templates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork the processes that render chat templates, of which the tests of templates start dozens."""
+    from tests.forked import Popen
+
+    from budwood.untrusted import chat_template
+
     monkeypatch.setattr(chat_template, "subprocess", SimpleNamespace(Popen=Popen, PIPE=subprocess.PIPE))
 
 

@@ -373,12 +373,11 @@ def test_an_error_has_the_code_that_the_guide_says(world, capsys, kind, number):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_every_command(world, monkeypatch, capsys, words, number, code):
     """The signal arrives while the command is running."""
-    root = command = typer.main.get_command(cli.app)
+    command = typer.main.get_command(cli.app)
     for word in words:
         command = command.commands[word]
-    command.callback = lambda **options: os.kill(os.getpid(), number)
-    command.params = []
-    monkeypatch.setattr(typer.main, "get_command", lambda app: root)
+    monkeypatch.setattr(command, "callback", lambda **options: os.kill(os.getpid(), number))
+    monkeypatch.setattr(command, "params", [])
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert cli.run(list(words)) == code
