@@ -1,4 +1,14 @@
-"""`python -m budwood`: runs the `budwood` command in this Python."""
+"""`python -m budwood`: runs the `budwood` command in this Python, and as the command does.
+
+Python would look for modules in the working folder first, and libraries take a base's folder there, such as `hqq`, for
+an installed library.
+"""
+
+import os
+import sys
+
+if not sys.flags.safe_path and sys.path[:1] == [os.getcwd()]:
+    del sys.path[0]
 
 from budwood.cli.app import main
 

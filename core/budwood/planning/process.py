@@ -96,7 +96,7 @@ def _rounded(memory: int) -> int:
 
 
 def _run(request: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-c", "from budwood.planning.process import main; main()"]
+    command = [sys.executable, "-P", "-c", "from budwood.planning.process import main; main()"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(request["path"])}
     try:
         done = subprocess.run(

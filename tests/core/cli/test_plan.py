@@ -55,6 +55,7 @@ def test_the_plan_is_printed_as_json(recipe, capsys):
 def test_memory_time_and_disk_of_a_card_without_data(recipe, capsys):
     """In a process of its own; the data is not there yet."""
     Path("train.jsonl").unlink()
+    Path("hqq").mkdir()  # a folder beside the recipe is no library
     arguments = ["plan", recipe, "--json", "--device", "4060 Ti"]
     assert cli.run(arguments) == 2
     assert "no such file: train.jsonl" in capsys.readouterr().err
