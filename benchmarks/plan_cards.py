@@ -24,6 +24,8 @@ TOKENS = 2048
 SHORT, LONG = (2048, 8192), (12288, 65536, 131072)
 """Lengths that are planned: MLPs compute longer ones in tiles. The place of the peak, and so the bytes a token, changes
 between them."""
+SMALL = (64, 512, 2048)
+"""Lengths that are planned for a card that does not hold those."""
 MARKS = ("<!-- cards -->\n", "<!-- end of cards -->\n")
 
 UNSLOTH = "https://unsloth.ai/docs/basics/unsloth-benchmarks"
@@ -94,7 +96,7 @@ def _longest(name: str, plan: Callable[..., Estimate]) -> list[dict[str, Any]]:
     for size, (unsloth, hugging) in CLAIMS[name].items():
         card = find_device(next(card for card in CARDS if card.endswith(f" {size}G")))
         tokens, offloaded = (
-            length(card.memory) or _length({t: plan(name, card.name, t, t, 32, moved).peak for t in SHORT}, card.memory)
+            length(card.memory) or _length({t: plan(name, card.name, t, t, 32, moved).peak for t in SMALL}, card.memory)
             for moved, length in zip((False, True), lengths, strict=True)
         )  # the head's chunks of a small card are smaller than those of the A100
         rows.append(
@@ -107,19 +109,17 @@ def _longest(name: str, plan: Callable[..., Estimate]) -> list[dict[str, Any]]:
 
 
 def _length(points: dict[int, int], memory: int) -> int:
-    """Return the longest example whose peak fits, on lines through the points.
+    """Return the longest example whose peak fits, on lines through the points; 0: not even the shortest fits.
 
     A peak is the greatest of several lines, so one through two points is above it between them.
     """
-    segments = [SHORT, *pairwise(length for length in LONG if length in points)]
-    for low, high in sorted(segments, reverse=True):
+    short = [length for length in points if length <= SHORT[-1]]
+    for low, high in reversed([*pairwise(short), *pairwise(length for length in LONG if length in points)]):
         each = (points[high] - points[low]) / (high - low)
         tokens = int(low + (memory - points[low]) / each) // 64 * 64
-        if (low, high) == SHORT:
-            return min(tokens, tiles.FROM) if tokens >= 64 else 0
-        if tokens > (tiles.FROM if low == LONG[0] else low):
-            return tokens
-    raise AssertionError
+        if tokens >= low and (low != LONG[0] or tokens > tiles.FROM):
+            return min(tokens, tiles.FROM if high == SHORT[-1] else high) if high in short else tokens
+    return 0
 
 
 def _check_line(points: dict[int, int], plan: Callable[..., Estimate]) -> None:

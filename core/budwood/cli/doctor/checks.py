@@ -98,7 +98,8 @@ def _child(names: Sequence[str], skip: int, timeout: float) -> tuple[list[dict[s
     code = f"from budwood.cli.doctor.checks import report; report({sink}, {list(names)!r}, {skip})"
     child = subprocess.Popen(
         [sys.executable, "-P", "-c", code], pass_fds=[sink],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     os.close(sink)
     text, timed_out = b"", False
