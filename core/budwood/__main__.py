@@ -4,11 +4,13 @@ Python would look for modules in the working folder first, and libraries take a 
 an installed library.
 """
 
+import contextlib
 import os
 import sys
 
-if not sys.flags.safe_path and sys.path[:1] == [os.getcwd()]:
-    del sys.path[0]
+with contextlib.suppress(OSError):  # the working folder may be gone
+    if not sys.flags.safe_path and sys.path[:1] == [os.getcwd()]:
+        del sys.path[0]
 
 from budwood.cli.app import main
 
