@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 _planned: list[tuple[str, tuple[int, int], int]] = []
 _host: list[Callable[[], AbstractContextManager[Any]]] = []
@@ -64,3 +65,22 @@ def planned_host(counting: Callable[[], AbstractContextManager[Any]]) -> Iterato
 def on_host() -> AbstractContextManager[Any]:
     """Return a context around the allocation of memory that is the host's, also where a plan has only CPU tensors."""
     return _host[-1]() if _host else nullcontext()
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Compute a trial on small tensors in fp32 on the CPU, with gradients, whatever context the caller is in.
+
+    What a trial finds is remembered for the process, so it must not depend on who asked first: a caller in `no_grad`,
+    `inference_mode` or autocast, with another default device or dtype, or with fake tensors.
+    """
+    dtype = torch.get_default_dtype()
+    with (
+        unset_fake_temporarily(), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"),
+        torch.autocast("cpu", enabled=False),
+    ):  # fmt: skip
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -26,6 +27,7 @@ from transformers import (
 )  # fmt: skip
 
 from budwood.adapters.peft_layers import select_adapters
+from budwood.model.halves import take_over
 from budwood.model.halves.kept import Kept
 from budwood.model.halves.layer import Halves
 from budwood.model.halves.take_over import compute_in_halves, describe_others
@@ -339,3 +341,34 @@ def test_layers_with_another_formula_are_left_alone():
     save_memory_in_norms(model)
     fuse_mlps(model)
     assert compute_in_halves(model) == 0
+
+
+CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "another device": lambda: torch.device("meta"),
+    "another dtype": lambda: default_dtype(torch.bfloat16),
+    "fake tensors": FakeTensorMode,
+}
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_which_layers_compute_in_halves_does_not_depend_on_who_asks_first(name: str):
+    """What is found is remembered, so one model opened for answers alone would slow the training of all later ones."""
+    take_over._tried.cache_clear()
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
+    with CONTEXTS[name]():
+        assert save_memory_in_norms(model) == 5
+        assert fuse_mlps(model) == 2
+        assert compute_in_halves(model) == 2

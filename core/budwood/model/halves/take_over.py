@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from budwood.errors import is_out_of_memory
-from budwood.model.device import planned_device
+from budwood.model.device import isolated, planned_device
 from budwood.model.halves.layer import PATTERNS, Halves, Names, queries
 from budwood.model.halves.shadows import Shadows
 from budwood.model.ops.gated import GatedMLP, fuse_mlps
@@ -106,7 +105,7 @@ def _tried(cls: type[nn.Module], key: _Config, kind: str | None, dense: bool) ->
         kind: that of the layer, such as sliding_attention, which has an answer of its own.
     """
     try:
-        with unset_fake_temporarily(), planned_device("cpu"), torch.random.fork_rng(devices=[]):
+        with isolated(), planned_device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             layer = _small(cls, key.config, key.index, dense)
             return next((names for names in PATTERNS if _agrees(layer, names)), None)

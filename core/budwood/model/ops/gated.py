@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 
+from budwood.model.device import isolated
 from budwood.model.ops import tiles
 from budwood.model.ops.kernels import implementation
 
@@ -125,7 +125,7 @@ def _name(module: nn.Module, attribute: str) -> str:
 
 def _is_gated(cls: type[nn.Module], kind: str, act: str, fused: bool) -> bool:
     """Return whether the class's forward is the formula, on linears and an input of its own."""
-    with unset_fake_temporarily(), torch.no_grad():
+    with isolated(), torch.no_grad():
         return _computes(cls.forward, kind, act, fused)
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from budwood.model.device import device_type
+from budwood.model.device import device_type, isolated
 from budwood.model.ops.kernels import implementation
 
 
@@ -100,7 +100,7 @@ def save_memory_in_norms(model: nn.Module) -> int:
 
 def _is_identical(module: nn.Module, weight: Tensor, epsilon: float) -> bool:
     draw = torch.Generator().manual_seed(0)
-    with torch.no_grad(), unset_fake_temporarily():
+    with isolated(), torch.no_grad():
         if weight.is_meta or isinstance(weight, FakeTensor):  # a plan's weights have no values
             weight = torch.rand(weight.shape, generator=draw).to(weight.dtype)
             module = copy.copy(module)

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 
-from budwood.model.device import device_type
+from budwood.model.device import device_type, isolated
 from budwood.model.ops.kernels import implementation
 
 FUNCTION = "apply_rotary_pos_emb"
@@ -134,7 +133,7 @@ def _replace(file: Any) -> bool:
 
 
 def _is_formula(function: Callable[..., Any], size: int) -> bool:
-    with unset_fake_temporarily():
+    with isolated():
         draw = torch.Generator().manual_seed(0)
         shapes = ((2, 3, 5, 8), (2, 1, 5, 8), (2, 5, size), (2, 5, size))
         query, key, cosine, sine = (torch.randn(shape, generator=draw) for shape in shapes)

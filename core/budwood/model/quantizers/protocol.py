@@ -251,13 +251,14 @@ _computes_linear: dict[type, bool] = {}
 
 def _tried(module: nn.Linear) -> bool:
     import torch
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    from budwood.model.device import isolated
 
     twin: Any = copy.copy(module)
     twin.__dict__["_parameters"] = dict(module._parameters)
     twin.in_features, twin.out_features = 5, 3
     draw = torch.Generator().manual_seed(0)
-    with unset_fake_temporarily(), torch.device("cpu"), torch.no_grad():
+    with isolated(), torch.no_grad():
         weight, bias, x = (torch.randn(shape, generator=draw) for shape in ((3, 5), (3,), (2, 5)))
         twin._parameters["weight"] = torch.nn.Parameter(weight, requires_grad=False)
         if module.bias is not None:
