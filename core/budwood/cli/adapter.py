@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from budwood.cli import material
-from budwood.cli.imports import uncollected
 from budwood.cli.options import AdapterFolder, AsJson, Device, OtherBase, RecordedBase
 from budwood.cli.streams import echo, echo_json, print_notes
+from budwood.garbage import uncollected
 
 if TYPE_CHECKING:
     from budwood.adapters.manifest import GoldenRecord, MadeRecord, Manifest

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from budwood.cli.imports import uncollected
 from budwood.cli.options import AllowCode, Override
 from budwood.cli.plan import refuse
 from budwood.cli.streams import echo_json
+from budwood.garbage import uncollected
 
 
 def check(

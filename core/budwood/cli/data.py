@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from budwood.cli.given import read_given
-from budwood.cli.imports import uncollected
 from budwood.cli.options import Override
 from budwood.cli.streams import echo_json
+from budwood.garbage import uncollected
 
 
 def data(

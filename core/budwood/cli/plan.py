@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from budwood.cli.imports import uncollected
 from budwood.cli.options import AllowCode, Override
 from budwood.cli.streams import echo, echo_json
+from budwood.garbage import uncollected
 
 if TYPE_CHECKING:
     from budwood.planning.early import Early

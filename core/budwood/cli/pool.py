@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from budwood.cli.imports import uncollected
 from budwood.cli.streams import echo
+from budwood.garbage import uncollected
 
 if TYPE_CHECKING:
     from budwood.adapters.store import SavedAdapter

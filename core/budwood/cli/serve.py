@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from budwood.cli.imports import uncollected
 from budwood.cli.options import AnyBase, Device, Precision
 from budwood.cli.streams import echo
+from budwood.garbage import uncollected
 
 if TYPE_CHECKING:
     from budwood.serving.http.settings import Address

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from budwood.cli.given import read_given
-from budwood.cli.imports import uncollected
 from budwood.cli.options import AdapterFolder, AllowCode
 from budwood.cli.streams import echo, echo_json, print_notes
+from budwood.garbage import uncollected
 from budwood.untrusted.formats import json_numbers
 
 if TYPE_CHECKING:

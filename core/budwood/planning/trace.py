@@ -22,6 +22,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from budwood.garbage import uncollected
+
 _DEVICE = torch.ops.prim.device.default
 
 CUDA_BLOCK = 512
@@ -317,14 +319,9 @@ class Trace(TorchDispatchMode):
 @contextmanager
 def without_collection() -> Iterator[None]:
     """Let no collection of garbage fall into what is traced, whose peak would depend on it."""
-    collects = gc.isenabled()
     gc.collect()
-    gc.disable()
-    try:
+    with uncollected():
         yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

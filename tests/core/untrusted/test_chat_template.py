@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -150,6 +151,18 @@ def test_a_prompt_through_a_hostile_template_is_an_input_error(byte_level):
         with pytest.raises(InputError, match=f"chat.*{word}"):
             encode_chat(tokenizer, [{"role": "user", "content": "x"}])
     tokenizer.chat_template = None
+
+
+def test_the_process_imports_one_module_of_transformers_and_not_its_packages():
+    """A command would otherwise wait for them, three times as long, at its first template."""
+    code = """if True:
+        import sys
+        from budwood.untrusted.template_process import _chat_template_utils
+        module = _chat_template_utils()
+        assert callable(module.render_jinja_template)
+        assert not hasattr(sys.modules["transformers"], "__version__"), "the whole package"
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_process_that_cannot_start_is_a_resource_error(monkeypatch):
