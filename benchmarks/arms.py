@@ -94,7 +94,8 @@ def budwood(workload: Workload, steps: int, pace: Pace, **options: Any) -> None:
     from budwood.recipe.schema import Recipe
 
     PaceStrategy.pace = pace
-    install_strategy(workload.folder, "pace", "benchmarks.arms:PaceStrategy")
+    folder = workload.folder / "-".join(["budwood", *options])  # of this arm alone
+    install_strategy(folder, "pace", "benchmarks.arms:PaceStrategy")
     recipe = {
         "base": {"model": str(workload.base), "quantization": workload.size.quantization},
         "data": {"train": str(workload.data), "eval": "none", "max_length": w.MAX_LENGTH},
@@ -112,7 +113,7 @@ def budwood(workload: Workload, steps: int, pace: Pace, **options: Any) -> None:
             "seed": w.SEED,
             **options,
         },
-        "output": str(workload.folder / "run"),
+        "output": str(folder / "run"),
     }
     budwood.tune(Recipe.from_dict(recipe))
 

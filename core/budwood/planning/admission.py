@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -13,7 +14,9 @@ from budwood.contract.types import Run
 from budwood.errors import BudwoodError, ResourceError
 from budwood.model.machine import host_memory
 from budwood.training import recompute
-from budwood.training.micro_tokens import largest_group, settle, shared_out, wanted
+from budwood.training.micro_tokens import STEPS, largest_group, settle, shared_out, wanted
+from budwood.training.on_policy import find_generator
+from budwood.training.progress import planned_steps
 
 if TYPE_CHECKING:
     from budwood.planning.estimate import Estimate
@@ -140,13 +143,27 @@ def fits_halved(run: Run, result: Estimate) -> bool:
 
 
 def _at_most(run: Run, skeleton: Any, micro_tokens: int) -> int:
-    """Return a bound on the memory of a usual run, from its sizes alone: weights, and every layer's activations."""
+    """Return a bound on the memory of a usual run, from its sizes alone.
+
+    Weights; every layer's activations in the largest micro-batch; and one layer's in an evaluation.
+    """
     config = skeleton.config.get_text_config()
     width = int(getattr(config, "hidden_size", 0) or 0)
     inner = getattr(config, "intermediate_size", None) or 4 * width
     layers = int(getattr(config, "num_hidden_layers", 0) or 0)
     if not width or not layers or not isinstance(inner, int):
         return math.inf  # type: ignore[return-value]  # planned whatever the memory is
-    tokens = max(micro_tokens, largest_group(run.examples.lengths, run.examples.groups))
     weights = sum(parameter.numel() for parameter in skeleton.parameters())
-    return weights * (run.dtype.itemsize + 1) + 4 * tokens * layers * (40 * width + 10 * inner)
+    of_layer = run.dtype.itemsize * (40 * width + 10 * inner)
+    evaluated = micro_tokens if run.eval_examples is not None else 0
+    return weights * (run.dtype.itemsize + 1) + of_layer * (layers * _largest_micro(run, micro_tokens) + evaluated)
+
+
+def _largest_micro(run: Run, micro_tokens: int) -> int:
+    """Return a bound on the tokens of a micro-batch with padding: its size, but no more than an optimizer step has."""
+    lengths = run.examples.lengths
+    size = max(micro_tokens, largest_group(lengths, run.examples.groups))
+    if find_generator(run.hooks) is not None:
+        return size
+    steps = [len(indices) * int(lengths[indices].max()) for _, indices in islice(planned_steps(run), STEPS)]
+    return min(size, max(steps, default=size))

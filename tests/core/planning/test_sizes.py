@@ -150,3 +150,21 @@ def test_examples_above_the_given_size_are_named(
     tune(make_recipe(train={"micro_tokens": 50, "steps": 1}, data={"eval": "none"}))
     line = r"note: \d+ examples are larger than train.micro_tokens \(50\); .* of \d+ tokens \(.*train.jsonl:\d+\)"
     assert re.search(line, capsys.readouterr().err)
+
+
+def test_a_run_of_small_steps_is_not_planned_where_micro_batches_of_the_usual_size_might_not_fit(
+    make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan takes longer than such a run."""
+    planned: list[int] = []
+
+    def estimate(recipe: Recipe, *args: Any, **options: Any) -> Estimate:
+        planned.append(recipe.train.batch_examples or 0)
+        return estimate_of(2048)
+
+    monkeypatch.setattr(process, "estimate_in_process", estimate)
+    monkeypatch.setattr(admission, "available", lambda run: 100_000_000)
+    for rows in (4, 24):
+        train = {"micro_tokens": None, "steps": 1, "batch_examples": rows}
+        assert tune(make_recipe(f"of {rows}", train=train), planner=admission.admit, quiet=True).micro_tokens == 2048
+    assert planned == [24]
