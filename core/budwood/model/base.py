@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,6 +176,7 @@ def load_base(
         with attribute_errors(quantizer, "config"):
             plan = quantizer.config(dtype, double_quantization, heads)
     views = info.quantization == "none" and {entry.dtype for entry in tensors.values()} == {STORED[str(dtype)]}
+    rest = _not_quantized(frame, tensors, dtype) if info.prequantized else {}
     views = views and world is None  # pages of a mapped file stay in memory after their layer is sharded
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     shards = None if world is None else shards_of(name, frame, info.quantization, world, device)
@@ -186,7 +187,7 @@ def load_base(
             pair: Any = type(frame).from_pretrained(
                 str(path) if from_files else None,
                 config=config,
-                state_dict=None if from_files else slices(tensors, views, shards.advance if shards else None),
+                state_dict=None if from_files else slices(tensors, views, shards.advance if shards else None, rest),
                 quantization_config=plan,
                 dtype=dtype,
                 device_map={"": device},
@@ -261,6 +262,24 @@ def _check_size(name: str, frame: PreTrainedModel, tensors: Iterable[TensorInfo]
             f"base '{name}': config.json describes a model of {described:,} elements, but its checkpoint has "
             f"{stored:,} bytes."
         )
+
+
+def _not_quantized(
+    frame: PreTrainedModel, tensors: Mapping[str, TensorInfo], dtype: torch.dtype
+) -> dict[str, torch.dtype]:
+    """Return the tensors of a quantised checkpoint that are not quantised, with the dtype in which they are loaded.
+
+    transformers leaves them as they are stored, where it converts those of other checkpoints.
+    """
+    wide: set[str] = {*(frame._keep_in_fp32_modules or ()), *(frame._keep_in_fp32_modules_strict or ())}
+    return {
+        name: dtype
+        for name, parameter in frame.named_parameters(remove_duplicate=False)
+        if (entry := tensors.get(name)) is not None
+        and entry.dtype in STORED.values()
+        and tuple(entry.shape) == tuple(parameter.shape)
+        and not wide & set(name.split("."))
+    }
 
 
 def _generation_config(path: Path) -> GenerationConfig:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from budwood.contract.calls import attribute_errors
 from budwood.contract.discovery import PluginError, installed
 from budwood.contract.loading import create
-from budwood.errors import CorruptError, InputError, ResourceError, describe, first_line
+from budwood.errors import BudwoodError, CorruptError, InputError, ResourceError, describe, first_line
 from budwood.model.checkpoint import read_config, read_tensors, resolve
 from budwood.model.missing_head import check_head
 from budwood.model.quantizers import Quantizer
@@ -132,6 +132,14 @@ def check_base(
     if not quantizer.takes_fused_experts and _has_experts(config):
         check_fused(str(model), skeleton(path, "AutoModel", trust_remote_code), quantizer)
     return BaseInfo(str(model), path, config, name, stored is not None)
+
+
+def stored_quantization(model: str | Path) -> str | None:
+    """Return the name of the quantiser that saved a base; None: it is not quantised, or `check_base` refuses it."""
+    try:
+        return _stored_quantization(str(model), read_config(resolve(model, weights=False)), None)
+    except BudwoodError:
+        return None
 
 
 def _check_layers(path: Path, config: dict[str, Any], tensors: int) -> None:

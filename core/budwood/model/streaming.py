@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ class _Slice:
 
     since_trim = 0
 
-    def __init__(self, file: Any, name: str, size: int, before: Callable[[], None] | None) -> None:
+    def __init__(
+        self, file: Any, name: str, size: int, before: Callable[[], None] | None, dtype: torch.dtype | None
+    ) -> None:
         self.file, self.name, self.source = file, name, file.get_slice(name)
-        self.size, self.before = size, before
+        self.size, self.before, self.dtype = size, before, dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         if self.before is not None:
@@ -36,7 +38,7 @@ class _Slice:
             trim_heap()
         complete = index is Ellipsis or index == slice(None)  # a part is read, and then copied
         tensor: torch.Tensor = self.file.get_tensor(self.name) if complete else self.source[index]
-        return tensor
+        return tensor if self.dtype is None else tensor.to(self.dtype)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.source, name)
@@ -65,13 +67,17 @@ def keep_heap() -> None:
         libc.mallopt(mmap_threshold, 1 << 30)
 
 
-def slices(tensors: dict[str, TensorInfo], views: bool, before: Callable[[], None] | None = None) -> dict[str, Any]:
+def slices(
+    tensors: dict[str, TensorInfo], views: bool, before: Callable[[], None] | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Return every tensor of a checkpoint as a lazy slice.
 
     Args:
         views: return views of the mapped files without a copy; otherwise read the bytes, because pages of a mapped
             file would still count as memory of the process after conversion.
         before: called before each tensor is read, if they are no views.
+        dtypes: what tensors are converted to, by name, if they are no views; others stay as they are stored.
     """
     files: dict[Path, Any] = {}
     for entry in tensors.values():
@@ -79,4 +85,7 @@ def slices(tensors: dict[str, TensorInfo], views: bool, before: Callable[[], Non
             files[entry.file] = safe_open(entry.file, framework="pt", backend="mmap" if views else "pread")
     if views:
         return {name: files[entry.file].get_slice(name) for name, entry in tensors.items()}
-    return {name: _Slice(files[entry.file], name, entry.bytes, before) for name, entry in tensors.items()}
+    dtypes = dtypes or {}
+    return {
+        name: _Slice(files[entry.file], name, entry.bytes, before, dtypes.get(name)) for name, entry in tensors.items()
+    }

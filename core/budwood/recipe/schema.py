@@ -20,6 +20,7 @@ from budwood.contract.validation import Location, dotted, find_problems, sentenc
 from budwood.data.files import exists
 from budwood.errors import InputError
 from budwood.model.checkpoint import folder_with_revision
+from budwood.model.checks import stored_quantization
 from budwood.recipe.continued import continued_options
 from budwood.recipe.file import (
     UNKNOWN,
@@ -198,7 +199,7 @@ def default_recipe(
 ) -> Recipe:
     """Return the recipe behind `budwood tune FILE --base DIR`: LoRA, with defaults for everything else.
 
-    `train` is a path, or sources as a recipe lists them.
+    `train` is a path, or sources as a recipe lists them. A base that is already quantised is taken as it is.
 
     Raises:
         InputError: see `load_recipe`.
@@ -208,6 +209,8 @@ def default_recipe(
         "base": {"model": base, "task": task},
         "data": {"train": train if is_sources else str(train)},
     }
+    if (stored := stored_quantization(base)) is not None:
+        data["base"]["quantization"] = stored
     data["strategies"] = ["lora"]
     if eval is not None:
         data["data"]["eval"] = str(eval)

@@ -94,7 +94,7 @@ def open_base(
         raise InputError(f"{saved.directory}: an adapter of stock PEFT records no base: pass it with --base.")
     task_name, labels = task_of(saved)
     task: Task = build_task(task_name, saved.manifest.task_options if saved.manifest else {})
-    quantization = quantization or (recorded.quantization if recorded else "none")
+    quantization = quantization or (recorded.quantization if recorded else None)
     with one_revision(name, recorded.revision if recorded and base is None else None):
         try:
             info = check_base(name, quantization)
@@ -113,7 +113,7 @@ def open_base(
         )
         loaded = load_for_task(
             name,
-            quantization,
+            info.quantization,
             task,
             labels,
             precision=precision or (PRECISIONS.get(recorded.dtype, "auto") if recorded else "auto"),

@@ -25,6 +25,7 @@ from budwood.data.sources import read_rows
 from budwood.errors import InputError
 from budwood.model.base import skeleton
 from budwood.model.checkpoint import resolve
+from budwood.model.checks import stored_quantization
 from budwood.model.limits import LENGTH, check_fits, default_length
 from budwood.model.ops import attention
 from budwood.model.task import Task
@@ -102,7 +103,7 @@ def evaluate_adapter(
     if generate is None:
         generate = (as_run.generate if as_run else 0) or 1000
     tokens = as_run.tokens if as_run else max(max_length or LENGTH, 2048)
-    chosen = quantization or (manifest.base.quantization if manifest else "none")
+    chosen = quantization or (manifest.base.quantization if manifest else stored_quantization(name) or "none")
     overrides = [f"base.quantization={chosen}", f"train.eval_generate={generate}"]
     overrides.append(f"train.micro_tokens={tokens}")
     overrides += [f"data.max_length={max_length}"] if max_length else []

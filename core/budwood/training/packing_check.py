@@ -13,14 +13,15 @@ from budwood.contract.discovery import PluginError
 from budwood.contract.examples import Batch, Example
 from budwood.contract.types import Run
 from budwood.errors import BudwoodError, InputError, ResourceError, describe, is_out_of_memory
+from budwood.model.checks import find_quantizer
 from budwood.model.evaluation import at_least_fp32, autocast, collate_for
 from budwood.model.experts import same_routing
 from budwood.model.ops import attention
 from budwood.parallel.sharding import forget_failure
 
 ROUNDING, SIMILAR = 0.05, 0.25
-"""Tolerances for logits in 16 bit, relative to the largest: rounding alone, and the limit for the independence check.
-If a token attends to another example, the difference is above 1."""
+"""Tolerances for logits in 16 bit, or with inputs in 8, relative to the largest: rounding alone, and the limit for the
+independence check. If a token attends to another example, the difference is above 1."""
 
 
 def check_packing(run: Run, report: Any) -> None:
@@ -28,8 +29,9 @@ def check_packing(run: Run, report: Any) -> None:
 
     In a mixture of experts, tokens go to the experts that they chose in the model's own forward.
 
-    In 16 bit, the rounding of a deep or quantised model may exceed ROUNDING. Rows are then packed if neither example's
-    logits depend on the other's inputs: they must be bitwise identical if the other example changes.
+    In 16 bit, or if linears round their inputs to 8, the rounding of a deep model may exceed ROUNDING. Rows are then
+    packed if neither example's logits depend on the other's inputs: they must be bitwise identical if the other example
+    changes.
 
     Args:
         report: an object with a method `say`.
@@ -68,7 +70,8 @@ def _check(run: Run, report: Any, repeat: Callable[[], None]) -> None:
         report.say(f"rows are grouped by length and padded: {reason}")
         return
     repeat()
-    same, similar = (ROUNDING, SIMILAR) if run.dtype in (torch.float16, torch.bfloat16) else (1e-4, 1e-4)
+    coarse = run.dtype in (torch.float16, torch.bfloat16) or find_quantizer(run.base.quantization).rounds_inputs
+    same, similar = (ROUNDING, SIMILAR) if coarse else (1e-4, 1e-4)
     reason = ""
     try:
         model.set_attn_implementation(attention.IMPLEMENTATION)

@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+from budwood.cli.app import run
 from budwood.errors import BudwoodError, CorruptError, InputError, ResourceError
 from budwood.model import machine
 from budwood.model.base import (
@@ -131,10 +132,27 @@ def test_a_checkpoint_that_is_already_quantised(tiny_base, tmp_path, quantizatio
     ids = torch.arange(5, 25)[None]
     assert again.quantization == quantization
     assert torch.equal(base.model(ids).logits, again.model(ids).logits)
+    narrow, fresh = load(tmp_path, None, dtype=torch.bfloat16), load(tiny_base, quantization, dtype=torch.bfloat16)
+    assert {p.dtype for p in narrow.model.parameters() if p.dtype.is_floating_point} == {torch.bfloat16}
+    assert narrow.bytes == fresh.bytes
     with pytest.raises(
         InputError, match=f"already quantised, with {quantization}: write `quantization: {quantization}"
     ):
         check_base(tmp_path, "fp4")
+
+
+def test_a_base_that_is_already_quantised_is_taken_as_it_is_where_nothing_says_how(tiny_base, tmp_path, capsys):
+    base = load(tiny_base, "nf4")
+    base.model.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": " b"}\n' * 8)
+    words = [str(tmp_path / "rows.jsonl"), "--base", str(tmp_path / "base"), "-o", f"output={tmp_path / 'run'}"]
+    assert run(["tune", *words, "-o", "train.steps=2", "-o", "train.precision=bf16"]) == 0
+    assert "in nf4" in capsys.readouterr().err
+    assert run(["eval", str(tmp_path / "run" / "adapter"), "--data", words[0]]) == 0
+    assert run(["generate", str(tmp_path / "base"), "--prompt", "a", "--max-new-tokens", "1"]) == 0
+    assert run(["tune", *words, "--overwrite", "-o", "base.quantization=int8"]) == 2
+    assert "already quantised, with nf4: write `quantization: nf4`" in capsys.readouterr().err
 
 
 def test_skeleton_has_names_and_no_weights(tiny_base):

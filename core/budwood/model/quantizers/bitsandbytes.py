@@ -59,6 +59,7 @@ class Int8(_BitsAndBytes):
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
 
     stored_names = r"\.SCB$"
+    rounds_inputs = True
 
     def reads(self, config: Mapping[str, Any]) -> bool:
         return _is_ours(config) and bool(config.get("load_in_8bit"))

@@ -46,6 +46,9 @@ class Quantizer(Plugin):
     """True: its checkpoints load into modules of its own, which `replace` returns, and no other library is asked."""
     shards: bool = False
     """Whether its linears compute with weights that are sharded over processes; see `shard`."""
+    rounds_inputs: bool = False
+    """Whether its linears round their inputs to 8 bits or less, so that a difference in the last bit of fp32 may become
+    one of a percent."""
     known_to_peft: bool = False
     """Whether PEFT has layers for these linears, which DoRA needs."""
 
