@@ -13,10 +13,10 @@ from budwood.contract.discovery import PluginError
 from budwood.contract.examples import Batch, Example
 from budwood.contract.types import Run
 from budwood.errors import BudwoodError, InputError, ResourceError, describe, is_out_of_memory
-from budwood.model.checks import find_quantizer
 from budwood.model.evaluation import at_least_fp32, autocast, collate_for
 from budwood.model.experts import same_routing
 from budwood.model.ops import attention
+from budwood.model.quantizers import quantizer_of
 from budwood.parallel.sharding import forget_failure
 
 ROUNDING, SIMILAR = 0.05, 0.25
@@ -70,7 +70,9 @@ def _check(run: Run, report: Any, repeat: Callable[[], None]) -> None:
         report.say(f"rows are grouped by length and padded: {reason}")
         return
     repeat()
-    coarse = run.dtype in (torch.float16, torch.bfloat16) or find_quantizer(run.base.quantization).rounds_inputs
+    quantizers = map(quantizer_of, model.modules())
+    eight = any(quantizer is not None and quantizer.rounds_inputs for quantizer in quantizers)
+    coarse = eight or run.dtype in (torch.float16, torch.bfloat16)
     same, similar = (ROUNDING, SIMILAR) if coarse else (1e-4, 1e-4)
     reason = ""
     try:
