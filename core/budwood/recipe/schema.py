@@ -209,8 +209,6 @@ def default_recipe(
         "base": {"model": base, "task": task},
         "data": {"train": train if is_sources else str(train)},
     }
-    if (stored := stored_quantization(base)) is not None:
-        data["base"]["quantization"] = stored
     data["strategies"] = ["lora"]
     if eval is not None:
         data["data"]["eval"] = str(eval)
@@ -218,6 +216,8 @@ def default_recipe(
         data["output"] = str(output)
     if not is_sources and not exists(str(train)):
         raise InputError(f"{train}: no such file (from {Path.cwd()}).")
+    if (stored := stored_quantization(base)) is not None:
+        data["base"]["quantization"] = stored
     return Recipe.from_dict(data, overrides)
 
 
