@@ -135,7 +135,7 @@ class Distance:
     @classmethod
     def between(cls, reference: Tensor, other: Tensor) -> Distance:
         """Compare [prompts, vocabulary or classes] with a reference of the same shape."""
-        reference, other = reference.double().cpu(), other.double().cpu()
+        reference, other = (_as_logits(values.double().cpu()) for values in (reference, other))
         log_p, log_q = reference.log_softmax(-1), other.log_softmax(-1)
         divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
         agreement = (reference.argmax(-1) == other.argmax(-1)).double().mean()
@@ -156,6 +156,11 @@ class Distance:
         )
 
 
+def _as_logits(values: Tensor) -> Tensor:
+    """Return [prompts, classes]; a single score, of a reward or a regression, becomes a logit beside one of 0."""
+    return torch.nn.functional.pad(values, (0, 1)) if values.shape[-1] == 1 else values
+
+
 def relative_error(base: Tensor, exact: Tensor, other: Tensor) -> float:
     """Return |other - exact| / |exact - base|: an error as a fraction of an adapter's effect.
 
@@ -165,7 +170,8 @@ def relative_error(base: Tensor, exact: Tensor, other: Tensor) -> float:
     """
 
     def distance(one: Tensor, two: Tensor) -> float:
-        first, second = ((logits - logits.mean(-1, keepdim=True)).double().cpu() for logits in (one, two))
+        given = (_as_logits(logits.double().cpu()) for logits in (one, two))
+        first, second = (logits - logits.mean(-1, keepdim=True) for logits in given)
         return float((first - second).norm())
 
     effect, error = distance(base, exact[:, : base.shape[1]]), distance(exact, other)

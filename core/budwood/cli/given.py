@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 DATA_SUFFIXES = {".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"}
 
+RECIPE_SUFFIXES = {".yaml", ".yml", ""}
+
 
 def read_given(given: Path, base: str | None, overrides: Sequence[str]) -> Recipe:
     """Return the recipe in a file, or the default recipe for a data file, folder, pattern or hub name and a base.
@@ -23,7 +25,8 @@ def read_given(given: Path, base: str | None, overrides: Sequence[str]) -> Recip
     from budwood.recipe.schema import default_recipe, load_recipe
 
     is_data = given.suffix.lower() in DATA_SUFFIXES or given.is_dir() or is_hub_name(str(given))
-    is_data = is_data or (base is not None and given.suffix.lower() == ".json" and not _is_recipe(given))
+    if base is not None and given.suffix.lower() not in RECIPE_SUFFIXES:  # what is wrong with the file is said later
+        is_data = is_data or given.suffix.lower() != ".json" or not _is_recipe(given)
     if is_data and base is None:
         raise InputError(f"{given} is a data file: name the base model with --base DIR, or pass a recipe.")
     if base is not None and not is_data:

@@ -113,7 +113,7 @@ def token(
     admin: Annotated[bool, typer.Option("--admin", help="Make a token for the administrator.")] = False,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="An adapter that it may use; may be repeated. Default: all."),
+        typer.Option(metavar="NAME", help="An adapter that it may use; may be repeated. Default: *, all."),
     ] = None,
     per_minute: Annotated[int | None, typer.Option(min=1, help="Largest number of requests a minute.")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Largest number of answers at a time.")] = None,
@@ -126,7 +126,8 @@ def token(
         raise InputError("give a tenant's name, or --admin.")
     if admin and (adapter or per_minute or rows):
         raise InputError("--admin: has no limits; leave out --adapter, --per-minute and --rows.")
-    options = {"adapters": adapter or "*", "requests_per_minute": per_minute, "rows": rows}
+    names = adapter if adapter and "*" not in adapter else "*"
+    options = {"adapters": names, "requests_per_minute": per_minute, "rows": rows}
     echo(add_token(file, tenant, **(options if tenant is not None else {})))
 
 

@@ -293,8 +293,12 @@ def _generation_config(path: Path) -> GenerationConfig:
 
 
 def heads_of(model: PreTrainedModel) -> list[str]:
-    """Return the names of modules other than the decoder or encoder, and of poolers: they stay in the compute dtype."""
-    children = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    """Return the names of modules other than the decoder or encoder, and of poolers: they stay in the compute dtype.
+
+    A model without a head, as for embeddings, is a decoder or encoder itself.
+    """
+    alone = model.base_model is model
+    children = [name for name, _ in model.named_children() if name != model.base_model_prefix and not alone]
     inside = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "pooler"]
     return [*children, *(name for name in inside if name not in children)]
 

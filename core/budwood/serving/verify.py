@@ -99,7 +99,7 @@ def open_base(
         try:
             info = check_base(name, quantization)
         except InputError as error:
-            if base is None:
+            if base is None and not Path(name).expanduser().is_dir():
                 raise InputError(
                     f"{error} {saved.directory} was trained on this base: pass its current location with --base."
                 ) from error

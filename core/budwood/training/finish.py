@@ -136,6 +136,12 @@ def check_changed(run: Run, start: list[Tensor], probe: Probe | None) -> Tensor 
     """
     # A tensor that has lost rows counts as changed: `equal` is False if shapes differ.
     moved = sum(not torch.equal(p.detach().cpu(), old) for p, old in zip(run.trainable, start, strict=True))
+    if moved == 0 and run.metrics.get("skipped") == run.step:
+        half = "take more steps, each of which halves the scale of the loss, or train.precision: bf16 or fp32"
+        raise DivergedError(
+            f"all {run.step} steps were skipped, since their loss or gradient was not finite: "
+            + (half if run.dtype == torch.float16 else "lower train.learning_rate, or look at the rows")
+        )
     if moved == 0:
         raise DivergedError(
             f"no trained tensor moved in {run.step} steps: raise train.learning_rate, or check that labels remain"

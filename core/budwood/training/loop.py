@@ -148,8 +148,9 @@ def train(
                 outcome = f"{outcome}; {saver.resume_hint()}"
             raise type(failure)(f"{str(failure).removesuffix('.')}; {outcome}") from failure
         report.stop()
-        if run.metrics.get("skipped"):
-            report.say(f"{run.metrics['skipped']:.0f} steps were skipped: their loss or gradient was not finite")
+        if skipped := int(run.metrics.get("skipped", 0)):
+            steps = "step was skipped: its" if skipped == 1 else "steps were skipped: their"
+            report.say(f"{skipped} {steps} loss or gradient was not finite")
         evaluate(run, hooks, report, progress.best)
         finalizer.complete(progress)
         saver.finish(report)

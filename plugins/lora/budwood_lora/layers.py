@@ -166,6 +166,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str) -> None:
         device = next(chain(base.parameters(), base.buffers())).device
         layer.lora_A[name].to(device, torch.float32)
         layer.lora_B[name].to(device, torch.float32)
+        if name in layer.lora_magnitude_vector:
+            layer.lora_magnitude_vector[name].to(device, torch.float32)
     register_adapter(model, TYPE, name, _update, config.bias)
 
 

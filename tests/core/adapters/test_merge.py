@@ -150,6 +150,9 @@ def test_an_error_is_relative_to_the_effect():
     base, exact = torch.zeros(2, 3), torch.tensor([[3.0, 0.0, -3.0], [0.0, 0.0, 0.0]])
     assert relative_error(base, exact, exact + 5) == 0, "probabilities do not change"
     assert relative_error(base, exact, exact * 1.1) == pytest.approx(0.1)
+    scores = torch.tensor([[0.5], [-1.0]])  # of a regression or a reward: a softmax over one is always 1
+    assert relative_error(scores, scores + 1, scores + 1.1) == pytest.approx(0.1)
+    assert Distance.between(scores, scores + 1).divergence > 0.05
     assert relative_error(base, base, exact) == relative_error(base, exact, exact * torch.nan) == float("inf")
 
 

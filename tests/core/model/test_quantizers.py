@@ -15,6 +15,7 @@ from torch import nn
 
 from budwood import AdapterPool, load_base
 from budwood.adapters.targets import match_targets
+from budwood.cli.app import run as command
 from budwood.contract.discovery import PluginError
 from budwood.errors import InputError
 from budwood.lowrank import low_rank_linear
@@ -139,6 +140,18 @@ def test_dora_needs_a_quantiser_that_peft_supports(rows, make_recipe):
     recipe = make_recipe(base={"quantization": "rows"}, strategies=[{"lora": {"rank": 4, "dora": True}}])
     with pytest.raises(InputError, match="dora is not supported on 'model.layers.0.*', a RowLinear: use plain LoRA"):
         tune(recipe)
+
+
+@pytest.mark.parametrize(("quantization", "precision"), [("int8", "fp32"), ("int8", "fp16"), ("none", "bf16")])
+def test_dora_trains_fp32_magnitudes_on_every_base(make_recipe, capsys, quantization, precision):
+    recipe = make_recipe(
+        base={"quantization": quantization}, strategies=[{"lora": {"dora": True}}],
+        train={"precision": precision, "steps": 2},
+    )  # fmt: skip
+    folder = tune(recipe, quiet=True).directory / "adapter"
+    assert {tensor.dtype for tensor in load_file(folder / "adapter_model.safetensors").values()} == {torch.float32}
+    assert command(["adapter", "verify", str(folder)]) == 0
+    assert "largest logit difference 0," in capsys.readouterr().out
 
 
 # --- checkpoints that are already quantised

@@ -15,6 +15,7 @@ from tests.conftest import make_base
 from budwood import InputError, tune
 from budwood.cli.app import run as command
 from budwood.contract.types import Step
+from budwood.model.quantizers import is_quantized, quantizer_of
 from budwood.recipe.schema import Recipe
 from budwood.serving.pool import AdapterPool
 from budwood.testing import tiny_encoder
@@ -269,6 +270,15 @@ def test_a_decoder_trains_with_an_adversary_and_an_average(recipe_of: Callable[.
     run = tune(recipe_of({"lora": {"rank": 4}}, *others, base="decoder", steps=6), quiet=True)
     assert run.task.options.pooling == "last" and run.packed
     assert run.metrics["eval_loss"] < run.before["eval_loss"]
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_base_without_a_head_is_quantised(recipe_of: Callable[..., Recipe], quantization: str) -> None:
+    recipe = recipe_of(steps=1)
+    recipe = Recipe.from_dict({**recipe.to_dict(), "base": {**recipe.to_dict()["base"], "quantization": quantization}})
+    base = tune(recipe, quiet=True).base
+    assert base.unquantized_share < 0.9 and "stay in fp32: embeddings" in base.notes[0]
+    assert any(quantizer_of(module).name == quantization for module in base.model.modules() if is_quantized(module))
 
 
 def test_what_it_cannot_use_is_refused_before_the_base_loads(

@@ -385,6 +385,13 @@ def _guarded_linear() -> type[nn.Module]:
     class Linear8bit(bitsandbytes.nn.Linear8bitLt):
         """bitsandbytes' 8-bit linear with its input in the autocast dtype, computed with autocast disabled."""
 
+        def init_8bit_state(self) -> None:
+            """Take codes and scales from the weight, whose scales are in the state if PEFT has moved it to read it."""
+            scales = self.state.SCB
+            super().init_8bit_state()
+            if self.state.SCB is None:
+                self.state.SCB = scales
+
         def forward(self, x: Tensor) -> Tensor:
             device = x.device.type
             if torch.is_autocast_enabled(device):

@@ -169,4 +169,7 @@ def check_complete(config: dict[str, Any], where: str) -> None:
         )
     if found := config.get("quantization_config"):
         method = json.dumps(found.get("quant_method") if isinstance(found, dict) else None)
-        raise InputError(f"base '{where}': is quantised on disk ({method}): pass the original with --base.")
+        raise InputError(
+            f"base '{where}' is quantised on disk ({method}): pass the unquantised original with --base DIR "
+            "--allow-other-base."
+        )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from budwood.adapters.export import write_peft
 from budwood.adapters.store import SavedAdapter, read_adapter
+from budwood.model.checks import stored_quantization
 from budwood.serving.exports import vllm
 from budwood.serving.exports.compare import compare
 from budwood.serving.exports.difference import plain_updates
@@ -75,9 +76,10 @@ def _vllm(saved: SavedAdapter, folder: Path, out: Path, wanted: Wanted) -> Expor
         (folder / TEMPLATE).write_text(chat.template, encoding="utf-8")
     base = wanted.base or (saved.manifest.base.name if saved.manifest is not None else "BASE")
     notes = []
-    if saved.manifest is not None and saved.manifest.base.quantization != "none" and not wanted.quantization:
+    recorded = saved.manifest.base.quantization if saved.manifest is not None else "none"
+    if recorded not in ("none", stored_quantization(base)) and not wanted.quantization:
         notes.append(
-            f"it was trained on the base in {saved.manifest.base.quantization}; vLLM answers from the base that it "
+            f"it was trained on the base in {recorded}; vLLM answers from the base that it "
             "loads. What the original weights change: --quantization none"
         )
     if saved.manifest is not None and saved.manifest.on_messages is False:

@@ -152,6 +152,10 @@ def test_the_command_makes_tokens(tmp_path, capsys):
     text = path.read_text()
     assert token not in text and path.stat().st_mode & 0o077 == 0
     assert json.loads(text)["tokens"][0]["adapters"] == ["one"]
+    assert run(["token", str(path), "all", "--adapter", "*"]) == 0
+    everything = Tokens(path).tenant(f"Bearer {capsys.readouterr().out.split()[-1]}")
+    assert everything.allows("one") and everything.allows("two")
+    text = path.read_text()
     tenant = Tokens(path).tenant(f"Bearer {token}")
     assert tenant.allows("one") and not tenant.allows("two") and (tenant.requests_per_minute, tenant.rows) == (60, 4)
     assert run(["token", str(path)]) == run(["token", str(path), "a", "--admin"]) == 2
