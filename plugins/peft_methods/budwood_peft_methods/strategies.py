@@ -340,6 +340,16 @@ class DeLoRA(PeftMethod):
     adapter_types = ("DELORA",)
     peft_config = "DeloraConfig"
 
+    @hookimpl
+    def check_plan(self, plan: Plan) -> None:
+        super().check_plan(plan)
+        if plan.recipe.train.precision == "fp16":
+            plan.problem(
+                self,
+                "it divides by norms that begin at 1e-4, and the quotient exceeds the largest number of fp16: use "
+                "train.precision: bf16 or fp32.",
+            )
+
 
 class HiRA(Summable):
     """HiRA: the product of the weight's elements with those of a low-rank matrix (Huang et al., 2025)."""

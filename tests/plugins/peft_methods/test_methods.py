@@ -469,6 +469,7 @@ REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
     ("trainable_tokens", {}, "tokens: name at least one token id"),
     ({"trainable_tokens": {"tokens": [300]}}, {}, "tokens: 300 is beyond the embeddings, which have 300 rows"),
     ({"ln_tuning": {"targets": ["q_proj"]}}, {}, "'model.layers.0.self_attn.q_proj' is no norm"),
+    ("delora", {"precision": "fp16"}, "the quotient exceeds the largest number of fp16: use train.precision: bf16"),
 ]
 
 
@@ -486,7 +487,8 @@ def test_bad_options_are_refused_before_the_base_loads(
 ) -> None:
     monkeypatch.setattr(setup, "load_base", lambda *_: pytest.fail("the base loads"))
     recipe = recipe_of(tiny_base, tmp_path, strategy)
-    recipe["base"].update(base)
+    for name, value in base.items():
+        recipe["train" if name == "precision" else "base"][name] = value
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     assert app.run(["tune", str(tmp_path / "recipe.json")]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
