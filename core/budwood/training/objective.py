@@ -37,7 +37,7 @@ def objective_metrics(run: Run, pool: AdapterPool, adapter: str, saved: SavedAda
         saved: the same adapter, whose manifest lists the strategies of its run.
     """
     holds = run.eval_examples.holds if run.eval_examples is not None else ""
-    if not holds:
+    if not holds or holds in run.task.trains_on:  # a task of this kind of data has measured them
         return {}
     manifest = saved.manifest
     for record in manifest.strategies if manifest is not None else ():

@@ -1,4 +1,4 @@
-"""The comparison that an export asks for."""
+"""The comparison that an export asks for, and what it does not cover."""
 
 from __future__ import annotations
 
@@ -17,3 +17,14 @@ def compare(saved: SavedAdapter, folder: Path, wanted: Wanted, approximate: bool
         saved, folder, base=wanted.base, quantization=wanted.quantization, device=wanted.device,
         allow_other_base=wanted.allow_other_base, approximate=approximate, force=wanted.force,
     )  # fmt: skip
+
+
+def other_weights(saved: SavedAdapter, program: str, wanted: Wanted) -> list[str]:
+    """Return a note that a program answers from other weights than those on which an adapter was trained, if so."""
+    quantization = saved.manifest.base.quantization if saved.manifest is not None else "none"
+    if quantization == "none" or wanted.quantization:
+        return []
+    return [
+        f"it was trained on the base in {quantization}; {program} answers from the base that it loads. What the "
+        "original weights change: --quantization none"
+    ]

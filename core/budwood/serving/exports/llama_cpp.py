@@ -16,7 +16,7 @@ from budwood.errors import InputError
 from budwood.model.base import fingerprint, load_tokenizer
 from budwood.model.checkpoint import one_revision, read_config, read_tensors, resolve
 from budwood.serving.exports.architectures import Architecture, architecture_of, check_complete
-from budwood.serving.exports.compare import compare
+from budwood.serving.exports.compare import compare, other_weights
 from budwood.serving.exports.difference import plain_updates
 from budwood.serving.exports.factors import check_language_model, write_lora
 from budwood.serving.exports.gguf_files import (
@@ -134,7 +134,7 @@ def write_gguf(saved: SavedAdapter, folder: Path, out: Path, wanted: Wanted) -> 
         lines.append(f"{BASE}: {model.arch.name}, {len(own.tokens):,} tokens")
         base = shlex.quote(str(out / BASE))
     lines.append(f"llama-cli -m {base} --lora {shlex.quote(str(out / ADAPTER))}")
-    notes = [*(own.notes if own is not None else ()), *_chat_notes(model)]
+    notes = [*other_weights(saved, "llama.cpp", wanted), *(own.notes if own is not None else ()), *_chat_notes(model)]
     if not model.messages and own is None:
         notes.append("it was trained on texts, not on messages: let llama.cpp apply no chat template (-no-cnv).")
     return Exported(out, wanted.target, lines, result, None, approximate, notes)
@@ -155,7 +155,8 @@ def write_ollama(saved: SavedAdapter, folder: Path, out: Path, wanted: Wanted) -
     text, notes = _modelfile(model, vocabulary, wanted.merged)
     (folder / MODELFILE).write_text(text, encoding="utf-8")
     lines.append(f"ollama create {shlex.quote(out.name)} -f {shlex.quote(str(out / MODELFILE))}")
-    notes = [*(report.notes if report is not None else ()), *vocabulary.notes, *notes]
+    before = report.notes if report is not None else other_weights(saved, "Ollama", wanted)
+    notes = [*before, *vocabulary.notes, *notes]
     return Exported(out, wanted.target, lines, result, report, approximate, notes)
 
 

@@ -9,7 +9,7 @@ from budwood.adapters.export import write_peft
 from budwood.adapters.store import SavedAdapter, read_adapter
 from budwood.model.checks import stored_quantization
 from budwood.serving.exports import vllm
-from budwood.serving.exports.compare import compare
+from budwood.serving.exports.compare import compare, other_weights
 from budwood.serving.exports.difference import plain_updates
 from budwood.serving.exports.factors import write_lora
 from budwood.serving.exports.llama_cpp import write_gguf, write_ollama
@@ -75,13 +75,8 @@ def _vllm(saved: SavedAdapter, folder: Path, out: Path, wanted: Wanted) -> Expor
     if template is not None and chat is not None and chat.template is not None:
         (folder / TEMPLATE).write_text(chat.template, encoding="utf-8")
     base = wanted.base or (saved.manifest.base.name if saved.manifest is not None else "BASE")
-    notes = []
-    recorded = saved.manifest.base.quantization if saved.manifest is not None else "none"
-    if recorded not in ("none", stored_quantization(base)) and not wanted.quantization:
-        notes.append(
-            f"it was trained on the base in {recorded}; vLLM answers from the base that it "
-            "loads. What the original weights change: --quantization none"
-        )
+    stored = saved.manifest is not None and saved.manifest.base.quantization == stored_quantization(base)
+    notes = [] if stored else other_weights(saved, "vLLM", wanted)
     if saved.manifest is not None and saved.manifest.on_messages is False:
         notes.append("it was trained on texts, not on messages: ask /v1/completions, which applies no chat template.")
     if chat is not None and chat.options:
