@@ -24,9 +24,10 @@ def read_given(given: Path, base: str | None, overrides: Sequence[str]) -> Recip
     from budwood.errors import InputError
     from budwood.recipe.schema import default_recipe, load_recipe
 
-    is_data = given.suffix.lower() in DATA_SUFFIXES or given.is_dir() or is_hub_name(str(given))
-    if base is not None and given.suffix.lower() not in RECIPE_SUFFIXES:  # what is wrong with the file is said later
-        is_data = is_data or given.suffix.lower() != ".json" or not _is_recipe(given)
+    suffix = given.suffix.lower()
+    is_data = suffix in DATA_SUFFIXES or given.is_dir() or is_hub_name(str(given))
+    if base is not None:  # a file of another type is data, too, and what is wrong with it is said later
+        is_data = is_data or not (suffix in RECIPE_SUFFIXES or (suffix == ".json" and _is_recipe(given)))
     if is_data and base is None:
         raise InputError(f"{given} is a data file: name the base model with --base DIR, or pass a recipe.")
     if base is not None and not is_data:

@@ -94,14 +94,13 @@ def open_pool(
     Unless `quantization` says otherwise, the base is quantised as the first adapter's was, or, without one, as stored.
     """
     with uncollected():
-        from budwood.model.checks import stored_quantization
         from budwood.serving.pool import AdapterPool
 
     manifests = [item.manifest for item in saved.values() if item.manifest]
     first = manifests[0] if manifests else None
     pool = AdapterPool(
         base,
-        quantization or (first.base.quantization if first else stored_quantization(base) or "none"),
+        quantization or (first.base.quantization if first else None),
         task=first.task if first else "causal-lm",
         labels=first.labels if first else (),
         task_options=first.task_options if first else None,

@@ -57,7 +57,7 @@ class AdapterPool:
     def __init__(
         self,
         base: str | Path | Base,
-        quantization: str = "none",
+        quantization: str | None = "none",
         *,
         task: str | Task = "causal-lm",
         labels: Sequence[str] | None = None,
@@ -73,7 +73,7 @@ class AdapterPool:
 
         Args:
             base: a folder, a hub name, or a loaded `Base`, which only the pool may use from then on.
-            quantization: none, int8, nf4, fp4.
+            quantization: none, int8, nf4, fp4; None: as the base is stored.
             task: the task that the adapters were trained for, or its name.
             labels: class names, for classification.
             task_options: options of a task given by name, as an adapter's manifest has them.
@@ -344,7 +344,7 @@ class AdapterPool:
 
 def load_for_task(
     base: str | Path,
-    quantization: str,
+    quantization: str | None,
     task: Task,
     labels: list[str],
     *,

@@ -113,7 +113,7 @@ def open_base(
         )
         loaded = load_for_task(
             name,
-            info.quantization,
+            quantization,
             task,
             labels,
             precision=precision or (PRECISIONS.get(recorded.dtype, "auto") if recorded else "auto"),

@@ -52,7 +52,7 @@ def open_service(
     if len(tasks) > 1:
         raise InputError(f"there are different tasks ({', '.join(tasks)}): serve the adapters of each from a folder.")
     first = manifests[0].base if manifests else None
-    quantization = quantization or (first.quantization if first else info.quantization)
+    quantization = quantization or (first.quantization if first else None)
     silence_libraries()
     plugin: Task = build_task(tasks[0], manifests[0].task_options if manifests else {})
     if plugin.answers != "texts":
