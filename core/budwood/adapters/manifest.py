@@ -86,18 +86,18 @@ def merged_into(folder: Path) -> list[ParentRecord]:
 
 
 class HeldOutRecord(_Record):
-    """The part of the training data that the run held out for evaluation.
+    """The data that the run evaluated on: what it held out of its training data, or `data.eval` of its recipe.
 
     Attributes:
-        data: the training data as the recipe names it: a path, or sources.
+        data: the data as the recipe names it: a path, or sources.
         sha256: hash of that data.
-        rows: the rows held out, counted from 0.
+        rows: the rows held out, counted from 0; None: all rows of data that the run did not train on.
         skip_bad_rows: whether rows that cannot be used are skipped.
     """
 
     data: str | list[dict[str, Any]]
     sha256: str
-    rows: list[int] = Field(min_length=1)
+    rows: list[int] | None = Field(min_length=1)
     skip_bad_rows: bool = False
 
 
@@ -112,7 +112,7 @@ class EvaluationRecord(_Record):
         generate: largest number of prompts answered.
         loss_on: which tokens of the data have a loss.
         as_chat: whether prompts and completions were rendered as messages.
-        held_out: the rows on which the run evaluated, if it held them out itself.
+        held_out: the rows on which the run evaluated; None: it evaluated nothing.
     """
 
     max_length: int = Field(ge=1)

@@ -106,7 +106,7 @@ def eval_(
     adapter: AdapterFolder,
     data: Annotated[
         Path | None,
-        typer.Option("--data", help="Data in any format that `tune` accepts. Default: the rows that its run held out."),
+        typer.Option("--data", help="Data in any format that `tune` accepts. Default: what its run evaluated on."),
     ] = None,
     base: Annotated[str | None, typer.Option("--base", help="Base model. Default: as recorded in the adapter.")] = None,
     quantization: Annotated[str | None, typer.Option("--quantization", help="Default: as recorded.")] = None,

@@ -144,12 +144,20 @@ def _find_in_folder(
         path = path / str(split)
     if is_datasets_folder(path):
         return sorted(p for p in path.iterdir() if p.suffix in (".arrow", ".json") and p.is_file())
+    folders = _data_folders(path)
     for folder in (path, path / "data"):
         files = sorted(filter(_is_data, folder.iterdir() if folder.is_dir() else ()))
         if files:
-            shown = str(Path(name) / folder.relative_to(path))
-            return _of_split([_check_file(file) for file in files], split, shown, source)
-    folders = _data_folders(path)
+            place = Path(name) / folder.relative_to(path)
+            others = [*folders, *(["data"] if folder == path and _holds_data(path / "data") else [])]
+            if others and split is None:
+                words = sorted(filter(None, map(_split_word, files)))  # a pattern is none for a hub name
+                own = f"split: {words[0]}" if words else str(place / f"*{files[0].suffix}")
+                raise InputError(
+                    f"{place}: holds data files beside folders with data ({_listed(others)}). Name what you mean: "
+                    f"{own} for the files, or one of the folders."
+                )
+            return _of_split([_check_file(file) for file in files], split, str(place), source)
     if split in folders:
         return _find_in_folder(folders[str(split)], None, f"{name}/{split}")
     if len(folders) == 1:
@@ -215,8 +223,9 @@ def _data_folders(path: Path) -> dict[str, Path]:
 
 
 def _holds_data(folder: Path, depth: int = 2) -> bool:
-    """Return whether a folder has files of rows, by itself or in a folder for a split."""
-    if folder.name.startswith(".") or not depth:
+    """Return whether a folder has files of rows, by itself or in a folder for a split; a run's folder has none."""
+    is_run = all((folder / name).is_file() for name in ("metrics.jsonl", "recipe.yaml"))
+    if folder.name.startswith(".") or not depth or is_run:
         return False
     try:
         inside = list(folder.iterdir())

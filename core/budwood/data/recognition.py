@@ -59,7 +59,7 @@ def recognise_rows(rows: Any, task: str) -> DataFormat:
     for part in parts:
         key = tuple(part.columns)
         if key not in found:
-            found[key] = recognise(part.columns, task, str(part.path))
+            found[key] = recognise(part.columns, task, str(part.path), part)
     if len({each.name for each in found.values()}) == 1:
         return next(iter(found.values()))
     mixed = {str(part.path): found[tuple(part.columns)] for part in parts}
@@ -70,11 +70,14 @@ def recognise_rows(rows: Any, task: str) -> DataFormat:
     return Mixed(mixed)
 
 
-def recognise(columns: Sequence[str], task: str, where: str) -> DataFormat:
+def recognise(columns: Sequence[str], task: str, where: str, rows: Any = ()) -> DataFormat:
     """Return the one data format of `task` whose columns a file has.
 
     If the columns of a match are a subset of another's (text, and text with label), the larger match wins. A column
     `text` beside another format is a rendering of it, or `check_unused` refuses the row.
+
+    Args:
+        where: the file's name in messages; `rows`: its rows, to tell whether each is of another format.
 
     Raises:
         InputError: no format matches, several do, or the match is for another task; the message lists the accepted
@@ -95,6 +98,7 @@ def recognise(columns: Sequence[str], task: str, where: str) -> DataFormat:
         matches = matches[:1]
     here = ", ".join(f"'{name}'" for name in columns) or "none"
     if len(matches) > 1:
+        _check_rows_agree(rows, matches)
         names = " and as ".join(_spell(data_format) for data_format in matches)
         raise InputError(f"{where}: columns {here} can be read as {names}. Keep the columns of only one of them.")
     if not matches:
@@ -122,6 +126,19 @@ def recognise(columns: Sequence[str], task: str, where: str) -> DataFormat:
     raise InputError(
         f"{where}: {_spell(data_format)} is data for {data_format.tasks[0]}, but the task is {task}. {remedy}."
     )
+
+
+def _check_rows_agree(rows: Any, matches: Sequence[DataFormat]) -> None:
+    """Raise InputError if rows are of different formats, and none of two; it names the first row of each."""
+    first: dict[str, str] = {}
+    for index, row in enumerate(rows):
+        found = [_spell(f) for f in matches if all(row.get(column) is not None for column in f.columns)]
+        if len(found) > 1:
+            return
+        first |= {name: rows.location(index) for name in found if name not in first}
+    if len(first) > 1:
+        told = " and ".join(f"{name} ({location})" for name, location in first.items())
+        raise InputError(f"rows of one file have different formats: {told}. Save each format in a file of its own.")
 
 
 def _says_more(data_format: DataFormat, other: DataFormat, task: str) -> bool:

@@ -19,7 +19,7 @@ from budwood.contract.loading import build_task
 from budwood.contract.types import Run
 from budwood.data.build import build_examples
 from budwood.data.examples import Examples
-from budwood.data.held_out import HeldOut, rows_held_out
+from budwood.data.held_out import rows_held_out
 from budwood.data.recognition import recognise_rows
 from budwood.data.sources import read_rows
 from budwood.errors import InputError
@@ -70,7 +70,8 @@ def evaluate_adapter(
 
     Args:
         directory: the adapter's folder.
-        data: a file in a data format that the adapter's task accepts; None: the rows that the adapter's run held out.
+        data: a file in a data format that the adapter's task accepts; None: what its run evaluated on,
+            the rows that it held out or its `data.eval`.
         base: folder or hub name of the base; None: the one that the adapter names.
         quantization: None: the adapter's.
         precision: "auto", "bf16", "fp16" or "fp32"; None: the adapter's.
@@ -93,7 +94,7 @@ def evaluate_adapter(
     if data is None:
         held_out = as_run.held_out if as_run else None
         if held_out is None:
-            raise InputError(f"{directory}: its run held out no rows: name data to evaluate on with --data FILE.")
+            raise InputError(f"{directory}: its run evaluated nothing: name data to evaluate on with --data FILE.")
     name = base_name(saved, base)
     if not name:
         raise InputError(f"{directory} does not name its base: pass it with --base DIR.")
@@ -141,8 +142,11 @@ def evaluate_adapter(
             f"{examples.path}: {' + '.join(examples.columns)} has no answers to evaluate on, and rewards belong to a "
             "recipe, not to an adapter: give rows with the column 'completion'."
         )
+    rows = held_out.rows if held_out is not None else None
     if held_out is not None:
-        held = _find_held_out(examples, held_out, directory)
+        _check_unchanged(examples, held_out, directory)
+    if rows is not None:
+        held = rows_held_out(examples, rows)
         report.say(held.note)
         examples = examples.select(held.indices)
     run = Run(recipe, directory, torch.device(pool.base.device), pool.base.dtype, task=task, say=report.say)
@@ -154,11 +158,11 @@ def evaluate_adapter(
     attention.register()
 
     def build_changed(change: Any) -> Examples:
-        if held_out is None:
+        if rows is None:
             return build(change=change)
-        rows = frozenset(held_out.rows)
-        changed = build(change=lambda row, index: change(row, index) if index in rows else row)
-        return changed.select(rows_held_out(changed, held_out.rows).indices)
+        held_rows = frozenset(rows)
+        changed = build(change=lambda row, index: change(row, index) if index in held_rows else row)
+        return changed.select(rows_held_out(changed, rows).indices)
 
     golden, current = manifest.golden if manifest else None, current_setting(pool.base)
     same = golden is not None and comparable(golden, current)
@@ -184,15 +188,10 @@ def evaluate_adapter(
     return Evaluation(clean, without, text, attacked)
 
 
-def _find_held_out(examples: Examples, held_out: HeldOutRecord, directory: Path) -> HeldOut:
-    """Return the part of the data that an adapter's run held out.
-
-    Raises:
-        InputError: the data has changed since.
-    """
+def _check_unchanged(examples: Examples, held_out: HeldOutRecord, directory: Path) -> None:
+    """Raise InputError if the data that an adapter's run evaluated on has changed since."""
     if examples.sha256 != held_out.sha256:
         raise InputError(
-            f"{examples.path} has changed since {directory} was trained on it, so the rows that the run held out are "
-            "unknown: name data to evaluate on with --data FILE."
+            f"{examples.path} has changed since the run of {directory}, so the rows that it evaluated on are unknown: "
+            "name data to evaluate on with --data FILE."
         )
-    return rows_held_out(examples, held_out.rows)

@@ -165,11 +165,14 @@ def _chat_record(run: Run) -> ChatRecord | None:
 
 
 def _held_out_record(run: Run) -> HeldOutRecord | None:
-    if not run.held_out:
+    if run.eval_examples is None:
         return None
     data = run.recipe.to_dict()["data"]
     return HeldOutRecord(
-        data=data["train"], sha256=run.examples.sha256, rows=run.held_out, skip_bad_rows=data["on_bad_row"] == "skip"
+        data=data["train" if run.held_out else "eval"],
+        sha256=run.eval_examples.sha256,
+        rows=run.held_out or None,
+        skip_bad_rows=data["on_bad_row"] == "skip",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,29 @@ def test_a_folder_of_train_and_validation_files(tmp_path: Path) -> None:
     assert prompts([Source(path=str(tmp_path), split="validation")]) == ["validation"]
     with pytest.raises(InputError, match=r"splits train, validation. Name one of them: .*train\*.csv"):
         read_rows(tmp_path)
+
+
+def test_files_beside_folders_with_data_are_refused_by_name(tmp_path: Path) -> None:
+    for name in ("all.jsonl", "more/train/a.jsonl", "data/b.jsonl", "empty/notes.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(rows_of("r", 1)[0]) + "\n")
+    with pytest.raises(InputError, match=r"beside folders with data \(more, data\). Name .*: .*\*.jsonl for"):
+        read_rows(tmp_path)
+    assert prompts(tmp_path / "*.jsonl") == prompts(tmp_path / "more") == prompts(tmp_path / "data") == ["r0"]
+    shutil.rmtree(tmp_path / "more")
+    with pytest.raises(InputError, match=r"\(data\)"):
+        read_rows(tmp_path)
+    (tmp_path / "data").rename(tmp_path / "run")
+    for name in ("metrics.jsonl", "recipe.yaml"):
+        (tmp_path / "run" / name).write_text("")
+    assert prompts(tmp_path) == ["r0"], "what a run wrote is no data"
+
+
+def test_rows_of_two_formats_in_one_file_name_a_row_of_each(write: Any) -> None:
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    mixed = write([*rows_of("a", 2), {"messages": talk}], "mixed.jsonl")
+    with pytest.raises(InputError, match=r"prompt . completion \(.*:1\) and messages \(.*mixed.jsonl:3\). Save each"):
+        check_rows(mixed, "causal-lm")
 
 
 def test_weights_give_exact_shares(tmp_path: Path, write: Any) -> None:

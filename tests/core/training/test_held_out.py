@@ -55,8 +55,23 @@ def test_none_trains_on_everything_and_evaluates_nothing(make_recipe: Make, tmp_
     run = tune(make_recipe(data={**many(tmp_path), "eval": "none"}))
     assert len(run.examples) == 220 and run.eval_examples is None and not run.before
     assert not any("held out" in line for line in said)
-    with pytest.raises(InputError, match="its run held out no rows: name data to evaluate on with --data FILE"):
+    with pytest.raises(InputError, match="its run evaluated nothing: name data to evaluate on with --data FILE"):
         evaluate_adapter(run.directory / "adapter")
+
+
+def test_a_file_that_the_run_evaluated_on_is_the_default(make_recipe: Make, tmp_path: Path) -> None:
+    own = write_rows(tmp_path / "own.jsonl", 12)
+    run = tune(make_recipe(data={**many(tmp_path), "eval": str(own)}, train=TRAIN), quiet=True)
+    adapter = run.directory / "adapter"
+    assert evaluate_adapter(adapter, quiet=True).adapter == recorded(run)
+    attacked = evaluate_adapter(adapter, attacks=["typos:rate=0.2"], quiet=True)
+    assert attacked.adapter == recorded(run) and len(attacked.attacks) == 1
+    own.write_text(own.read_text() * 2)
+    with pytest.raises(InputError, match="own.jsonl has changed since the run of .*adapter, so the rows"):
+        evaluate_adapter(adapter, quiet=True)
+    own.unlink()
+    with pytest.raises(InputError, match="own.jsonl: no such file"):
+        evaluate_adapter(adapter, quiet=True)
 
 
 def test_a_small_file_says_why_nothing_is_held_out(make_recipe: Make, said: list[str]) -> None:

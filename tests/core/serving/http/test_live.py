@@ -19,7 +19,7 @@ from budwood.serving.http.server import run
 from budwood.serving.http.sockets import bound
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:  # the first chat starts a process
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "not in time"
