@@ -188,14 +188,17 @@ def _wrap_unsupported(model: nn.Module, path: str, config: LoraConfig) -> None:
 
 
 def plan_dora(dtype: torch.dtype) -> None:
-    """Let PEFT's DoRA read the packed weights of a plan, which are plain tensors, through their quantiser.
+    """Let PEFT's DoRA read the packed weights of a plan, tensors without values, through their quantiser.
 
-    It changes PEFT, for the process of a plan, which does nothing else.
+    It changes PEFT for the rest of the process, but not what PEFT reads of any other weight.
     """
     from peft.tuners.lora import dora
+    from peft.utils.integrations import dequantize_module_weight
+    from torch._subclasses.fake_tensor import FakeTensor
 
     def weight(module: Any) -> Tensor:
         stored: Tensor = module.weight
-        return stored if stored.is_floating_point() else linear_weight(module, dtype)
+        packed = not stored.is_floating_point() and (stored.is_meta or isinstance(stored, FakeTensor))
+        return linear_weight(module, dtype) if packed else dequantize_module_weight(module)
 
     dora.dequantize_module_weight = weight

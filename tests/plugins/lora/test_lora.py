@@ -14,10 +14,12 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from budwood import load_base
 from budwood.adapters.peft_layers import live_adapters
 from budwood.adapters.use import use_adapters
 from budwood.errors import CorruptError, InputError
 from budwood.model.text_tasks import CausalLM
+from budwood_lora.layers import plan_dora
 from budwood_lora.options import LoRAOptions
 from budwood_lora.strategy import LoRA
 
@@ -63,6 +65,18 @@ def put_on(model: Any, folder: Path, randomise: bool = True, **options: Any) -> 
 @torch.no_grad()
 def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
     return model(ids, use_cache=False).logits
+
+
+def test_a_plan_in_this_process_changes_no_later_run(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's DoRA then reads a weight as before: another last bit of its norm would be another adapter."""
+    from peft.tuners.lora import dora
+
+    bases = [load_base(str(tiny_base), kind, "AutoModelForCausalLM", torch.float32) for kind in ("int8", "nf4", "none")]
+    linears = [base.model.model.layers[0].mlp.up_proj for base in bases]
+    before = [dora.dequantize_module_weight(linear) for linear in linears]
+    monkeypatch.setattr(dora, "dequantize_module_weight", dora.dequantize_module_weight)
+    plan_dora(torch.float16)
+    assert all(torch.equal(dora.dequantize_module_weight(one), old) for one, old in zip(linears, before, strict=True))
 
 
 VARIANTS: list[dict[str, Any]] = [
