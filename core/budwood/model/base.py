@@ -295,12 +295,13 @@ def _generation_config(path: Path) -> GenerationConfig:
 def heads_of(model: PreTrainedModel) -> list[str]:
     """Return the names of modules other than the decoder or encoder, and of poolers: they stay in the compute dtype.
 
-    A model without a head, as for embeddings, is a decoder or encoder itself.
+    A model without a head, as for embeddings, is a decoder or encoder itself; T5 is one with a head among its modules.
     """
     alone = model.base_model is model
     children = [name for name, _ in model.named_children() if name != model.base_model_prefix and not alone]
-    inside = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "pooler"]
-    return [*children, *(name for name in inside if name not in children)]
+    own = model.get_output_embeddings()
+    inside = [n for n, m in model.named_modules() if n.rpartition(".")[2] == "pooler" or m is own]
+    return [*children, *(name for name in inside if name.partition(".")[0] not in children)]
 
 
 def _check_complete(

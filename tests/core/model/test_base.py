@@ -554,3 +554,20 @@ def test_loading_streams_is_silent_and_downloads_nothing(tiny_base, tiny_bases, 
     assert full > 200e6
     assert stored < 0.3 * full
     assert grown < 0.7 * full
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_the_head_of_an_encoder_decoder_stays_unquantised(tmp_path, tiny_base, quantization):
+    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+    from budwood.model.quantizers import is_quantized
+
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    config = T5Config(vocab_size=300, **sizes, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path)
+    base = load_base(tmp_path, quantization, "AutoModelForSeq2SeqLM", torch.float32)
+    model = base.model
+    assert not is_quantized(model.lm_head) and is_quantized(model.encoder.block[0].layer[0].SelfAttention.q)
+    ids = torch.tensor([[5, 6, 7]])
+    assert model(input_ids=ids, decoder_input_ids=ids, use_cache=False).logits.isfinite().all()
