@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from budwood import AdapterPool, ResourceError, Run, read_reference
 from budwood.adapters.store import read_adapter
@@ -244,6 +246,28 @@ def test_an_adapter_whose_tensors_do_not_fit_is_named(lora: Path, make_recipe: M
     stock = altered(lora, tmp_path / "partly", lambda tensors: tensors.pop(KEY))
     with pytest.raises(InputError, match=r"adapter: .*partly: .*lora_A\.weight' missing\. Give the base that it was"):
         tune(continued(make_recipe("child"), stock, strategies=["lora"]), quiet=True, overwrite=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_modules_that_stock_peft_trained_whole_go_on_whatever_it_calls_them(
+    make_recipe: Make, tiny_base: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["norm", "pooler"], task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)  # it takes input_layernorm for norm, and passes over pooler
+    with torch.no_grad():
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(tmp_path / "stock")
+    recipe = continued(make_recipe("child"), tmp_path / "stock", strategies=["lora"])
+    assert not plan(recipe).problems
+    run, _, _ = setup.prepare(recipe, Report(quiet=True), overwrite=True)
+    before = load_file(tmp_path / "stock" / "adapter_model.safetensors")
+    whole = [key for key in before if "norm.weight" in key]
+    assert len(whole) == 5 and len(run.trainable) == len(before)
+    for key in whole:
+        wrapper = run.model.get_submodule(key.removeprefix("base_model.model.").removesuffix(".weight"))
+        assert torch.equal(wrapper.weight, before[key])
 
 
 def test_a_head_and_rows_of_new_tokens_are_continued(
