@@ -24,7 +24,7 @@ def describe_adapter(model: nn.Module, name: str) -> str:
         else []
     )
     if fused:
-        parts.append(f"experts' {', '.join(f'{last} in {n} layers' for last, n in fused.items())}")
+        parts.append(f"experts' {', '.join(f'{last} in {n} layer' + 's' * (n > 1) for last, n in fused.items())}")
     if whole:
         parts.append(f"whole: {', '.join(whole[:6])}" + (f" and {len(whole) - 6:,} more" if len(whole) > 6 else ""))
     parts += [

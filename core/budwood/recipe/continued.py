@@ -117,6 +117,8 @@ def continued_options(recipe: Recipe, choice: Choice) -> dict[str, Any]:
     if recipe.adapter is None or "adapter" not in (cls := load_strategy(choice.name)[0]).slots:
         return choice.options
     saved = _read(recipe, hashes=False)
+    if saved.adapter_type != choice.name:
+        return choice.options  # beside the adapter's own strategy, which is a problem of the recipe's
     try:
         saved = _carried(recipe, saved)
         fixed, defaults = cls.continued_options(_with_full_names(saved))

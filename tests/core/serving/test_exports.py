@@ -218,6 +218,17 @@ def test_the_export_for_peft_is_the_adapter_and_is_compared_with_its_golden_answ
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_the_bases_own_head_that_peft_writes_beside_its_update_is_left_out(tiny_base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    peft.get_peft_model(model, lora).save_pretrained(tmp_path / "a")
+    assert f"{PREFIX}lm_head.base_layer.weight" in load_file(tmp_path / "a" / "adapter_model.safetensors")
+    export_for(tmp_path / "a", tmp_path / "out", Wanted("vllm", base=str(tiny_base)))
+    expected = pool_logits(tiny_base, tmp_path / "a")
+    torch.testing.assert_close(vllm_logits(tiny_base, tmp_path / "out"), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("method", "quantization"), [("LoHa", "nf4"), ("HRA", "int8")])
 def test_methods_without_layers_for_quantised_weights_are_compared_on_what_those_weights_are(
     tiny_base, tmp_path, method, quantization

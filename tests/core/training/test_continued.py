@@ -196,6 +196,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"strategies": [{"lora": {"targets": "all-linear"}}]}, "targets and layers select 'model.layers.0.mlp.down_proj'"),
     ({"strategies": [{"lora": {"targets": ["q_proj"]}}]}, "leave out 'model.layers.0.self_attn.v_proj', which the ada"),
     ({"strategies": [{"lora": {"init": "gaussian"}}]}, "init: the run continues an adapter, which is not initialised"),
+    ({"strategies": ["lora", "ia3"]}, "'lora' .* and strategy 'ia3' .* both own the slot 'adapter': leave one out"),
     ({"strategies": ["adalora"]}, "is of type 'lora', and a run continues only an adapter of its own type"),
     ({"base": "other"}, "was trained on the base '.*tiny' .*, not on '.*other'"),
     ({"adapter": "nowhere"}, "adapter: nowhere: no such folder"),

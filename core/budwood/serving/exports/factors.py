@@ -115,6 +115,8 @@ def factors_of(saved: SavedAdapter, program: str, *, alone: bool = True, exporti
     if not alone:
         tensors = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
     paths = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in tensors if ".lora_" in key}
+    for path in paths:  # PEFT writes the base's own head beside its update; another one is refused on the base
+        tensors.pop(f"{PREFIX}{path}.base_layer.weight", None)
     config = config | {
         "target_modules": sorted(paths), "target_parameters": None, "exclude_modules": None,
         "layers_to_transform": None, "modules_to_save": None, "trainable_token_indices": None, "bias": "none",

@@ -79,7 +79,8 @@ def replay(
 
     Raises:
         BudwoodError: the export computes something else than the adapter.
-        InputError: an approximation loses too much; or the base is not the adapter's, see `open_base`.
+        InputError: PEFT does not load the export; an approximation loses too much; or the base is not the adapter's,
+            see `open_base`.
         CorruptError: the adapter computes something else than training recorded.
     """
     loaded, task = open_base(
@@ -133,8 +134,9 @@ def _by_peft(pool: AdapterPool, folder: Path, probes: Any) -> torch.Tensor:
     except BudwoodError:
         raise
     except Exception as error:  # PEFT may raise any exception
-        raise BudwoodError(
-            f"the export does not load in stock PEFT ({describe(error)}): nothing was written. --no-check writes it."
+        raise InputError(
+            f"the export does not load in stock PEFT ({describe(error)}): nothing was written. Merge it instead: "
+            "--for merged; or --no-check writes it."
         ) from error
 
 
