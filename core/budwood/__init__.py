@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from budwood.errors import InputError as InputError
     from budwood.errors import ResourceError as ResourceError
     from budwood.errors import did_you_mean as did_you_mean
+    from budwood.errors import plural as plural
     from budwood.model.quantizers import Quantizer as Quantizer
     from budwood.untrusted.files import complete_directory as complete_directory
     from budwood.untrusted.files import complete_file as complete_file
@@ -84,7 +85,7 @@ _EXPORTS = {
     "Task": "budwood.model.task",
     **dict.fromkeys(("PluginError", "installed"), "budwood.contract.discovery"),
     **dict.fromkeys(
-        ("BudwoodError", "CorruptError", "DivergedError", "InputError", "ResourceError", "did_you_mean"),
+        ("BudwoodError", "CorruptError", "DivergedError", "InputError", "ResourceError", "did_you_mean", "plural"),
         "budwood.errors",
     ),
     **dict.fromkeys(

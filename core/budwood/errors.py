@@ -109,6 +109,11 @@ def first_line(error: BaseException) -> str:
     return f"{first.rstrip()} {rest[0].strip()}" if rest and first.rstrip().endswith(":") else first
 
 
+def plural(count: int, noun: str, plural_noun: str = "") -> str:
+    """Return "1 step" or "1,200 steps"; `plural_noun` is the plural if it is not `noun` and "s"."""
+    return f"{count:,} {noun if count == 1 else plural_noun or f'{noun}s'}"
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the closest of `choices`, or an empty string if none is close."""
     choices = list(choices)

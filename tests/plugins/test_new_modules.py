@@ -200,5 +200,5 @@ def test_a_body_with_a_weight_missing_stays_corrupt(tmp_path: Path) -> None:
     tensors = load_file(base / "model.safetensors")
     del tensors["bert.encoder.layer.0.output.dense.weight"]
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CorruptError, match="1 weights are missing"):
+    with pytest.raises(CorruptError, match="it lacks 1 weight"):
         train(base, tmp_path)

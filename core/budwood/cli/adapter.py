@@ -11,6 +11,7 @@ import typer
 from budwood.cli import material
 from budwood.cli.options import AdapterFolder, AsJson, Device, OtherBase, RecordedBase
 from budwood.cli.streams import echo, echo_json, print_notes
+from budwood.errors import plural
 from budwood.garbage import uncollected
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def _lines(saved: SavedAdapter) -> list[tuple[str, str]]:
     """Return (label, value) per line, most important first."""
     manifest = saved.manifest
     dtypes = ", ".join(sorted({info.dtype for info in saved.infos.values()}))
-    size = f"{len(saved.infos)} tensors, {saved.parameters:,} parameters, {saved.bytes:,} bytes ({dtypes})"
+    size = f"{plural(len(saved.infos), 'tensor')}, {saved.parameters:,} parameters, {saved.bytes:,} bytes ({dtypes})"
     if manifest is None:
         return [("adapter type", f"{saved.adapter_type}, saved by stock PEFT"), ("size", size)]
     base = manifest.base

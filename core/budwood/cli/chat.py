@@ -24,6 +24,7 @@ from budwood.cli.options import (
 )
 from budwood.cli.pool import check_choice, open_pool, parse_adapters, read_adapters
 from budwood.cli.streams import echo, one_line, print_piece
+from budwood.errors import plural
 
 if TYPE_CHECKING:
     from budwood.serving.chat import Chat, Reply
@@ -232,7 +233,7 @@ class Session:
         if reply.finish_reason == "context":
             echo("note: the answer ends where the base's context does; /reset begins a new conversation.", err=True)
         elif reply.finish_reason == "length":
-            echo(f"note: the answer was cut after {reply.tokens} tokens; see --max-new-tokens.", err=True)
+            echo(f"note: the answer was cut after {plural(reply.tokens, 'token')}; see --max-new-tokens.", err=True)
         if self.terminal:
             echo(_speed(reply), err=True)
 
@@ -246,4 +247,4 @@ class Session:
 def _speed(reply: Reply) -> str:
     seconds = reply.seconds - reply.first
     rate = f", {(reply.tokens - 1) / seconds:.1f} tokens/s" if reply.tokens > 1 and seconds > 0 else ""
-    return f"({reply.tokens} tokens{rate}, first after {reply.first:.2f} s)"
+    return f"({plural(reply.tokens, 'token')}{rate}, first after {reply.first:.2f} s)"

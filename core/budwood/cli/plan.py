@@ -142,7 +142,7 @@ def plan(
     else:
         show_plan(run_plan, Output(highlight=False))
         if run_plan.estimate is not None:
-            show_estimate(run_plan.estimate, run_plan.recipe, Output(highlight=False))
+            show_estimate(run_plan.estimate, run_plan.recipe, Output(highlight=False), advised=found is None)
         if found is not None:
             show_fit(found, Output(highlight=False))
             if files:

@@ -13,6 +13,7 @@ import typer
 
 from budwood.cli.options import AllowCode
 from budwood.cli.streams import echo, echo_json
+from budwood.errors import plural
 
 LOWER = ("loss", "perplexity", "error", "mae", "mse", "rmse", "wer", "cer", "kl", "length")
 """Words of metrics of which lower is better, unless the task says otherwise."""
@@ -90,9 +91,9 @@ def sweep(
     opened, new = open_study(directory, storage, study or directory.name, goal, seed, prune, trials)
     run = Sweep(opened, goal, recipe, overrides, directory, trials, target, allow_code, console)
     better = "higher" if higher else "lower"
-    run.say(f"{metric}, {better} is better; {len(fields)} fields; trials in {directory / 'trials'}")
+    run.say(f"{metric}, {better} is better; {plural(len(fields), 'field')}; trials in {directory / 'trials'}")
     if not new:
-        run.say(f"continues a sweep of {counted(opened)} trials")
+        run.say(f"continues a sweep of {plural(counted(opened), 'trial')}")
     if prune and loaded.train.eval_every is None and loaded.train.steps is not None:
         run.say("note: trials are evaluated only at their end, so none is stopped early: set train.eval_every")
     try:

@@ -18,7 +18,7 @@ from budwood.contract.examples import DESIRABLE, Example
 from budwood.data.build import overlap
 from budwood.data.examples import Examples
 from budwood.data.preference import PAIRS
-from budwood.errors import InputError
+from budwood.errors import InputError, plural
 from budwood.untrusted.files import complete_file
 
 BINS = 12
@@ -108,7 +108,9 @@ def show_report(report: dict[str, Any], console: Console) -> None:
             _show_file(name, report[name], console)
     for note in report["notes"]:
         console.print(Text(note), soft_wrap=True)
-    packing = f"{report['steps_per_epoch']:,} optimizer steps per epoch. Packed rows have no padding; random batches "
+    packing = (
+        f"{plural(report['steps_per_epoch'], 'optimizer step')} per epoch. Packed rows have no padding; random batches "
+    )
     console.print(f"{packing}of {PADDED_ROWS} rows would be {report['padding']:.0%} padding.", soft_wrap=True)
 
 
@@ -203,14 +205,16 @@ def _show_file(name: str, file: dict[str, Any], console: Console) -> None:
     lines = [f"{name}: {file['path']}, read as {' + '.join(file['columns'])} for {file['task']}"]
     split = file["examples"] > file["rows"]
     counted = (
-        f"{file['examples']:,} examples from {file['rows']:,} rows"
+        f"{plural(file['examples'], 'example')} from {plural(file['rows'], 'row')}"
         if split
-        else (f"{file['examples']:,} of {file['rows']:,} rows")
+        else (f"{file['examples']:,} of {plural(file['rows'], 'row')}")
     )
-    lines.append(f"{counted}, {file['tokens']:,} tokens")
+    lines.append(f"{counted}, {plural(file['tokens'], 'token')}")
     if not file["labels"]:
         lines.append(f"{file['supervised_share']:.1%} of them with a loss")
-    lines.append(f"{file['truncated']:,} truncated at {file['max_length']} ({file['tokens_cut']:,} tokens lost)")
+    lines.append(
+        f"{file['truncated']:,} truncated at {file['max_length']} ({plural(file['tokens_cut'], 'token')} lost)"
+    )
     for word in ("dropped", "skipped"):
         first = file[f"first_{word}"]
         rows = ", ".join(f"{n:,} {reason} (first {first[reason]})" for reason, n in file[word].items())

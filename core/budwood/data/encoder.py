@@ -121,12 +121,14 @@ class Encoder:
         return [after[len(line) :] if after[: len(line)] == line else alone for after, alone in rows]
 
     def end(self, where: str) -> int:
-        """Return the end-of-sequence token.
+        """Return the end-of-sequence token; without one, what the tokenizer puts after every text, as encoders' [SEP].
 
         Raises:
-            InputError: the tokenizer has none.
+            InputError: the tokenizer has neither.
         """
         token = self.tokenizer.eos_token_id
+        if token is None and self.suffix:
+            token = self.suffix[-1]
         if token is None:
             raise InputError(
                 f"{where}: the base's tokenizer has no end-of-sequence token, so answers would never end. "
@@ -285,6 +287,12 @@ class Encoder:
         body, full = self.plain(["a"])[0], self._call(["a"], add_special_tokens=True)[0]
         places = range(len(full) - len(body) + 1)
         return next((full[:at] for at in places if full[at : at + len(body)] == body), [])
+
+    @cached_property
+    def suffix(self) -> list[int]:
+        """Tokens that the tokenizer puts after every text."""
+        full = self._call(["a"], add_special_tokens=True)[0]
+        return full[len(self.prefix) + len(self.plain(["a"])[0]) :]
 
     @cached_property
     def end_marks(self) -> re.Pattern[str]:

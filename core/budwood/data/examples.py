@@ -22,7 +22,7 @@ from budwood.data.recognition import recognise_rows
 from budwood.data.rows import Rows
 from budwood.data.sources import Data, label, read_rows
 from budwood.data.stats import DataStats
-from budwood.errors import InputError
+from budwood.errors import InputError, plural
 
 PERCENTILES = (50, 90, 99)
 REASONS = 5
@@ -226,9 +226,13 @@ class Examples(Sequence[Example]):
     def describe(self) -> str:
         """One line with the data format and the counts of examples, tokens, truncated and dropped rows."""
         stats = self.stats
-        parts = [f"{stats.examples:,} examples", f"{stats.tokens:,} tokens"]
+        parts = [plural(stats.examples, "example"), plural(stats.tokens, "token")]
         if len(self.labels) or stats.supervised:
-            parts.append(f"{len(self.labels)} classes" if self.labels else f"{stats.supervised_share:.0%} with a loss")
+            parts.append(
+                plural(len(self.labels), "class", "classes")
+                if self.labels
+                else f"{stats.supervised_share:.0%} with a loss"
+            )
         if stats.weights != [1.0, 1.0]:
             parts.append("weights {:g} to {:g}".format(*stats.weights))
         if stats.truncated:

@@ -141,4 +141,6 @@ def weighted(item: Any) -> Any:
 def all_dropped(path: Path | str, reasons: Mapping[Any, int]) -> str:
     """Return the message for a file all of whose rows were dropped, with the count of each reason."""
     counts = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
-    return f"{path}: all of its {sum(reasons.values()):,} rows were dropped: {counts}."
+    total = sum(reasons.values())
+    dropped = f"all of its {total:,} rows were" if total > 1 else "its only row was"
+    return f"{path}: {dropped} dropped: {counts}."

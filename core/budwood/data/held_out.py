@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from budwood.data.examples import Examples
-from budwood.errors import InputError
+from budwood.errors import InputError, plural
 
 SHARE, LEAST, MOST = 0.05, 10, 500
 """Fraction of the examples that is held out, and the limits of their number."""
@@ -56,7 +56,7 @@ def hold_out(examples: Examples, seed: int, group_by: str | None = None, where: 
     count = len(examples)
     units = _units(examples, group_by, where)
     if count < SMALLEST:
-        return _none(f"the data has only {count} examples, fewer than {SMALLEST}")
+        return _none(f"the data has only {plural(count, 'example')}, fewer than {SMALLEST}")
     wanted = min(max(round(SHARE * count), LEAST), MOST)
     chosen = _choose(units, examples, wanted, seed)
     if not chosen.any():

@@ -6,6 +6,7 @@ import codecs
 import csv
 import json
 import re
+import shlex
 import sys
 from array import array
 from collections import Counter
@@ -17,7 +18,7 @@ from typing import IO, Any, NoReturn
 from budwood.data.bad_rows import BadRows
 from budwood.data.files import ACCEPTED, SPLITS
 from budwood.data.rows import CsvRecords, FolderRows, JsonLines, ParquetRows, Rows, csv_lines
-from budwood.errors import InputError, first_line
+from budwood.errors import InputError, first_line, plural
 
 MISSING = frozenset(("NaN", "nan", "NAN", "NULL", "null", "<NA>", "#N/A", "\\N"))
 """What pandas, R, spreadsheets and databases write into a CSV field without a value; "NA" and "None" may be words."""
@@ -171,7 +172,9 @@ def _read_csv(path: Path, bad: BadRows) -> Rows:
                     header = _check_header(path, values)
                     continue
                 if len(values) != len(header):
-                    error = InputError(f"{path}:{line}: {len(values)} fields, but the header has {len(header)}.")
+                    error = InputError(
+                        f"{path}:{line}: {plural(len(values), 'field')}, but the header has {len(header)}."
+                    )
                     bad.meet(error, f"{path}:{line}", values)
                     continue
                 missing.update(value for value in values if value in MISSING)
@@ -259,11 +262,18 @@ def _refuse_constant(name: str) -> NoReturn:
 def _strip_mark(path: Path, data: bytes, notes: list[str]) -> bytes:
     """Skip a UTF-8 byte order mark; refuse other encodings' marks."""
     if data.startswith(_WIDE_MARKS):
-        raise InputError(f"{path}: encoded in UTF-16 or UTF-32. Convert it: iconv -f utf-16 -t utf-8 {path.name}")
+        wide = "utf-32" if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) else "utf-16"
+        raise InputError(f"{path}: encoded in {wide.upper()}. {_convert(path, wide)}")
     if data.startswith(codecs.BOM_UTF8):
         notes.append(f"{path}: skipped a byte order mark at the start")
         return data[len(codecs.BOM_UTF8) :]
     return data
+
+
+def _convert(path: Path, encoding: str) -> str:
+    """Return the command that converts a file to UTF-8, as the shell takes it."""
+    new = path.with_name(f"{path.stem}-utf8{path.suffix}")
+    return f"Convert it: iconv -f {encoding} -t utf-8 {shlex.quote(str(path))} > {shlex.quote(str(new))}"
 
 
 def _decode(raw: bytes, path: Path, line: int) -> str:
@@ -274,7 +284,7 @@ def _decode(raw: bytes, path: Path, line: int) -> str:
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}; Latin-1 or Windows-1252?). "
-            f"Convert it: iconv -f latin1 -t utf-8 {path.name} > utf8{path.suffix}"
+            + _convert(path, "latin1")
         ) from error
 
 

@@ -16,7 +16,7 @@ from budwood.data.files import find_files, hash_files, is_datasets_folder, is_im
 from budwood.data.images import read_images
 from budwood.data.reading import read_file, read_folder
 from budwood.data.rows import Row, Rows
-from budwood.errors import InputError, unreadable
+from budwood.errors import InputError, plural, unreadable
 
 
 class Source(BaseModel):
@@ -167,10 +167,13 @@ def read_rows(data: Data, bad: BadRows | None = None) -> Rows:
     order = np.concatenate([start + rows for start, rows in zip(starts, orders, strict=False)])
     joined = JoinedRows(label(data), parts, order, hash_data(found))
     if len(sources) > 1:
-        shares = (f"{s.path} {len(o):,} rows ({len(o) / len(order):.1%})" for s, o in zip(sources, orders, strict=True))
+        shares = (
+            f"{s.path} {plural(len(o), 'row')} ({len(o) / len(order):.1%})"
+            for s, o in zip(sources, orders, strict=True)
+        )
         joined.notes.append(f"mixed: {', '.join(shares)}")
     elif len(parts) > 1:
-        joined.notes.append(f"{len(parts):,} files")
+        joined.notes.append(plural(len(parts), "file"))
     return joined
 
 

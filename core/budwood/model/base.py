@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from budwood.contract.calls import attribute_errors
-from budwood.errors import BudwoodError, CorruptError, ResourceError, describe, first_line
+from budwood.errors import BudwoodError, CorruptError, ResourceError, describe, first_line, plural
 from budwood.model.checkpoint import commit_of, fingerprint, read_tensors, resolve
 from budwood.model.checks import (
     BaseInfo,
@@ -245,7 +245,7 @@ def load_base(
         base.notes.append(f"new, initialised from the seed: {_some(list(new))}")
     unused = sorted(report["unexpected_keys"])
     if unused and not new:  # a model with a new head does not use the checkpoint's
-        base.notes.append(f"{len(unused)} tensors of the checkpoint are not used: {_some(unused)}")
+        base.notes.append(f"not used: {plural(len(unused), 'tensor')} of the checkpoint, {_some(unused)}")
     return base
 
 
@@ -323,7 +323,7 @@ def _check_complete(
 
     missing = sorted(key for key in report["missing_keys"] if not may_be_new(key))
     if missing:
-        raise CorruptError(f"base '{name}': {len(missing)} weights are missing: {_some(missing)}")
+        raise CorruptError(f"base '{name}': it lacks {plural(len(missing), 'weight')}: {_some(missing)}")
     other = {str(item[0]) for item in report["mismatched_keys"]} | _wrong_shapes(model, frame)
     mismatched = sorted(key for key in other if not may_be_new(key))
     if mismatched:

@@ -116,12 +116,12 @@ def check_base(
             quantizer.check_stored(config["quantization_config"], None if device is None else str(device))
     elif quantizer.stored_only:
         raise InputError(
-            f"base '{model}' is not quantised, and {name} only reads bases that are: write `quantization: nf4`, or "
+            f"base '{model}' is not quantised, and {name} only reads bases that are: set quantization to nf4, or "
             f"take a base in {name}."
         )
     if stored is not None and quantization not in (None, stored):
         raise InputError(
-            f"base '{model}' is already quantised, with {stored}: write `quantization: {stored}`, "
+            f"base '{model}' is already quantised, with {stored}: set quantization to {stored}, "
             f"or give the unquantised base for {quantization}."
         )
     if tensors:
@@ -204,7 +204,7 @@ def _stored_quantization(name: str, config: dict[str, Any], requested: Quantizer
     if len(readers) > 1:
         raise InputError(
             f"base '{name}' is already quantised, and {' and '.join(map(str, readers))} read it: "
-            "set `quantization` to one of them."
+            "set quantization to one of them."
         )
     if readers:
         return readers[0].name
@@ -212,7 +212,7 @@ def _stored_quantization(name: str, config: dict[str, Any], requested: Quantizer
         raise broken[0]
     raise InputError(
         f"base '{name}' is already quantised, with {shorten(str(stored.get('quant_method', 'unknown')))}, which no "
-        "installed quantiser reads: give the unquantised base and `quantization: nf4`."
+        "installed quantiser reads: give the unquantised base with quantization nf4."
     )
 
 
@@ -271,7 +271,7 @@ def check_fused(name: str, model: nn.Module, quantizer: Quantizer) -> None:
     total = sum(p.numel() for p in model.parameters())
     if sum(fused.values()) > FUSED_SHARE * total:
         largest = max(fused, key=lambda key: fused[key])
-        other = "take the unquantised base" if quantizer.stored_only else "use `quantization: none`"
+        other = "take the unquantised base" if quantizer.stored_only else "set quantization to none"
         raise InputError(
             f"base '{name}': {len(fused)} fused tensors such as '{largest}' hold "
             f"{size(2 * sum(fused.values()))} of {size(2 * total)} in 16 bit, and {quantizer} cannot quantise them: "
@@ -360,7 +360,7 @@ def _check_decoder(name: str, config: PretrainedConfig) -> None:
     if getattr(config, "is_encoder_decoder", False):
         what, other = "an encoder-decoder", ""
     elif kind in _PERMUTED or (kind in masked and not getattr(config, "is_decoder", False)):
-        what, other = "no decoder", ", or set base.task: sequence-classification to train a classifier"
+        what, other = "no decoder", ", or train a classifier: base.task: sequence-classification in a recipe"
     else:
         return
     raise InputError(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from budwood.errors import CorruptError
+from budwood.errors import CorruptError, plural
 from budwood.untrusted.formats import TensorInfo
 
 if TYPE_CHECKING:
@@ -52,6 +52,6 @@ def wrong_shapes(name: str, keys: Sequence[str]) -> str:
     """Return a message on weights that contradict config.json."""
     some = f"{', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
     return (
-        f"base '{name}': {len(keys)} weights do not have the shape given by config.json: {some}: take the config.json "
-        "that was saved with these weights."
+        f"base '{name}': {plural(len(keys), 'weight')} in another shape than config.json gives: {some}: take the "
+        "config.json that was saved with these weights."
     )

@@ -16,7 +16,7 @@ from budwood.adapters.store import template_hash, tokenizer_hash
 from budwood.contract.types import Run
 from budwood.data.build import overlap
 from budwood.data.examples import Examples
-from budwood.errors import BudwoodError, InputError, ResourceError
+from budwood.errors import BudwoodError, InputError, ResourceError, plural
 from budwood.model.base import pick_device_precision
 from budwood.model.checkpoint import one_revision
 from budwood.planning.admission import HALVED, available, estimate_here, fits_halved
@@ -147,7 +147,8 @@ def _examples(part: str, examples: Examples, run: Run, result: Check) -> None:
         "dropped": stats.dropped, "bad_rows": stats.skipped, "overlap": shared, "max_length": examples.max_length,
     }  # fmt: skip
     result.values["data"][part] = values
-    text = f"{len(examples):,} examples, {values['tokens']:,} tokens, the longest {values['longest']:,}"
+    tokens = plural(int(examples.lengths.sum()), "token")
+    text = f"{plural(len(examples), 'example')}, {tokens}, the longest {values['longest']:,}"
     if not examples.labels and not run.hooks.implements("next_examples"):
         text += f"; {stats.supervised_share:.0%} with a loss"
     result.rows.append((f"data, {part}", OK, f"{text}; {examples.path}"))
@@ -159,7 +160,8 @@ def _examples(part: str, examples: Examples, run: Run, result: Check) -> None:
         ("dropped", stats.dropped, stats.first_dropped), ("bad, skipped", stats.skipped, stats.first_skipped),
     ):  # fmt: skip
         for reason, count in counts.items():
-            result.rows.append((f"data, {part}", NOTE, f"{count:,} rows {word}: {reason} (first {first[reason]})"))
+            text = f"{plural(count, 'row')} {word}: {reason} (first {first[reason]})"
+            result.rows.append((f"data, {part}", NOTE, text))
 
 
 def _resources(run: Run, result: Check) -> None:
@@ -183,7 +185,7 @@ def _resources(run: Run, result: Check) -> None:
 
 
 def _time(estimate: Estimate) -> str:
-    steps = f"{estimate.steps:,} steps" if estimate.steps is not None else "steps unknown"
+    steps = plural(estimate.steps, "step") if estimate.steps is not None else "steps unknown"
     if estimate.seconds is None:
         return f"{steps}; the time on {estimate.device.name} is not known"
     return f"{steps}, {span(estimate.seconds[0])} to {span(estimate.seconds[1])}"

@@ -23,7 +23,7 @@ from budwood.contract.registry import Composition
 from budwood.contract.strategy import Strategy
 from budwood.contract.types import Plan, Run
 from budwood.data.sources import label
-from budwood.errors import BudwoodError, InputError
+from budwood.errors import BudwoodError, InputError, plural
 from budwood.model.base import check_base, load_tokenizer, pick_device_precision, skeleton
 from budwood.model.checkpoint import one_revision
 from budwood.model.embeddings import resize, resize_note
@@ -242,7 +242,7 @@ def show_plan(run_plan: RunPlan, console: Console) -> None:
     steps = (
         f"{run_plan.steps:,}"
         if run_plan.steps is not None
-        else f"unknown until the data is read ({f'{train.epochs} epochs' if train.epochs else 'chosen from it'})"
+        else f"unknown until the data is read ({plural(train.epochs, 'epoch') if train.epochs else 'chosen from it'})"
     )
     evaluation = f"evaluated on {label(data.evaluated)}" if data.evaluated is not None else "not evaluated"
     evaluation = "evaluated on a held-out part" if data.holds_out else evaluation

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from budwood.errors import InputError
+from budwood.errors import InputError, plural
 from budwood.model.machine import host_memory
 from budwood.planning.measurement import BRIEF, DTYPES, Measurement, kept, measure
 from budwood.untrusted.redaction import shorten
@@ -196,7 +196,7 @@ def card_of(name: str, memory: int) -> Device | None:
 
 def _cpu() -> Device:
     """Return this machine's CPU, with the kept measurement, or measured for half a second."""
-    device = Device(f"this CPU, {torch.get_num_threads()} threads", "cpu", host_memory(), capability=(0, 0))
+    device = Device(f"this CPU, {plural(torch.get_num_threads(), 'thread')}", "cpu", host_memory(), capability=(0, 0))
     measurement, why_not = kept("cpu")
     if measurement is not None:
         return measured(device, measurement, f"measured on {measurement.day}")

@@ -19,7 +19,7 @@ from budwood.model.recompute import layers_of
 from budwood.planning.cost import Cost, cost_line, costs_of_step, travel
 from budwood.planning.devices import GIB, Device
 from budwood.planning.layers import choose_layers
-from budwood.planning.peak import Measured, measure
+from budwood.planning.peak import CONTEXT_PART, LIBRARIES, Measured, measure
 from budwood.planning.rehearsal import (
     ADAPTERS,
     BASE,
@@ -327,9 +327,16 @@ def compact_optimizer() -> str | None:
     return min(names, default=None)
 
 
+def fixed(result: Estimate) -> int:
+    """Return the bytes of the device's memory that no setting changes: libraries, on CUDA its context."""
+    return LIBRARIES if result.device.kind == "cpu" else result.parts.get(CONTEXT_PART, 0)
+
+
 def advice(result: Estimate, recipe: Recipe) -> str:
     """Return what to change if an estimate does not fit: the step's work if that can be enough, or the largest part."""
     parts = result.parts
+    if fixed(result) > result.device.memory:
+        return f"libraries alone take {gib(fixed(result))}: take a device with more memory"
     work = parts.get(KEPT, 0) + parts.get(TEMPORARY, 0)
     weights = parts.get(BASE, 0) + parts.get(QUANTIZED, 0)
     trained = sum(parts.get(name, 0) for name in (ADAPTERS, GRADIENTS, OPTIMIZER))

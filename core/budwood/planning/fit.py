@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from budwood.errors import InputError, did_you_mean
-from budwood.planning.estimate import Estimate, compact_optimizer, gib
-from budwood.planning.peak import CONTEXT_PART, LIBRARIES
+from budwood.planning.estimate import Estimate, compact_optimizer, fixed, gib
 from budwood.planning.rehearsal import ADAPTERS, BASE, GRADIENTS, OPTIMIZER, QUANTIZED
 from budwood.planning.sizes import ROOM
 from budwood.planning.trace import KEPT, TEMPORARY
@@ -247,16 +246,15 @@ def _cost(candidate: Candidate) -> float:
 
 def _least(result: Estimate, recipe: Recipe) -> int:
     """Return the bytes that are needed whatever is changed: libraries, and a base that is quantised already."""
-    parts = (CONTEXT_PART,) if recipe.base.quantization in ("none", "int8") else (CONTEXT_PART, BASE, QUANTIZED)
-    libraries = LIBRARIES if result.device.kind == "cpu" else 0
-    return libraries + sum(result.parts.get(part, 0) for part in parts)
+    parts = () if recipe.base.quantization in ("none", "int8") else (BASE, QUANTIZED)
+    return fixed(result) + sum(result.parts.get(part, 0) for part in parts)
 
 
 def _reason(least: Estimate) -> str:
     work = least.parts.get(KEPT, 0) + least.parts.get(TEMPORARY, 0)
-    parts = ", ".join(
-        f"{part} {gib(size)}" for part, size in least.parts.items() if part not in (KEPT, TEMPORARY) and size > 50_000
-    )
+    held = {"libraries": fixed(least)} if least.device.kind == "cpu" else {}
+    held |= {part: size for part, size in least.parts.items() if part not in (KEPT, TEMPORARY) and size > 50_000}
+    parts = ", ".join(f"{part} {gib(size)}" for part, size in held.items())
     over = f"at least {gib(least.needed)} of {gib(least.device.memory)}"
     if least.needed - work > least.device.memory:
         return f"{over}: what no size of micro-batches changes exceeds it alone ({parts})"

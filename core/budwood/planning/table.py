@@ -8,6 +8,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from budwood.errors import plural
 from budwood.planning.composition import show
 from budwood.planning.estimate import Estimate, advice, gib
 
@@ -17,8 +18,12 @@ def operations(flops: float) -> str:
     return f"{flops / 1e12:,.2f} TFLOP" if flops > 1e11 else f"{flops / 1e9:,.2f} GFLOP"
 
 
-def show_estimate(result: Estimate, recipe: Any, console: Console) -> None:
-    """Print what a recipe needs: memory by part, time, disk, and whether it fits."""
+def show_estimate(result: Estimate, recipe: Any, console: Console, advised: bool = True) -> None:
+    """Print what a recipe needs: memory by part, time, disk, and whether it fits.
+
+    Args:
+        advised: also say what to change if it does not fit; a search for settings that fit has better advice.
+    """
     device, step = result.device, result
     rows = [("memory", f"{gib(result.peak)} at the peak, in {result.where}")]
     rows += [("", f"{gib(size):>11}  {part}") for part, size in result.parts.items() if size > 50_000]
@@ -43,7 +48,8 @@ def show_estimate(result: Estimate, recipe: Any, console: Console) -> None:
     rows.append(("host", f"{gib(result.host)} of memory, {gib(result.loading)} of it while the base loads"))
     verdict = f"fits: {gib(result.needed)} of {gib(device.memory)}"
     if not result.fits:
-        verdict = f"does not fit: {gib(result.needed)} of {gib(device.memory)}; {advice(result, recipe)}"
+        change = f"; {advice(result, recipe)}" if advised else ""
+        verdict = f"does not fit: {gib(result.needed)} of {gib(device.memory)}{change}"
     rows.append(("device", f"{device.name}{f' ({device.source})' if device.source else ''}: {verdict}"))
     rows += [("note", note) for note in result.notes]
     table = Table.grid(padding=(0, 2))
@@ -88,10 +94,10 @@ def _time(result: Estimate) -> str:
     assert result.training is not None
     low, high = result.training
     slow, fast = (result.tokens * result.steps / seconds for seconds in (high, low))
-    text = f"{_range(result.seconds)}: {result.steps:,} steps {_range(result.training)}"
+    text = f"{_range(result.seconds)}: {plural(result.steps, 'step')} {_range(result.training)}"
     text += f", {slow:,.0f} to {fast:,.0f} tokens/s"
     if result.evaluations and result.evaluation is not None:
-        text += f"; {result.evaluations} evaluations {_range(result.evaluation)}"
+        text += f"; {plural(result.evaluations, 'evaluation')} {_range(result.evaluation)}"
     if result.generation is not None and result.generation[1]:
         text += f"; generation of answers {_range(result.generation)}"
     return text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from budwood.errors import plural
 from budwood.recipe.sections import TrainSection
 
 STEPS = 128
@@ -61,7 +62,7 @@ def choose(train: TrainSection, facts: Facts) -> tuple[TrainSection, str]:
     if batch_examples is None and train.batch_tokens is None:
         batch_examples = min(max(2 ** round(math.log2(count / BATCHES)), BATCH[0]), BATCH[1])
         chosen["batch_examples"] = batch_examples
-        told.append(f"batches of {batch_examples} examples")
+        told.append(f"batches of {plural(batch_examples, 'example')}")
     if batch_examples is not None:
         per_epoch = math.ceil(count / batch_examples)
     else:
@@ -73,7 +74,7 @@ def choose(train: TrainSection, facts: Facts) -> tuple[TrainSection, str]:
         most = factor * (SHORT_EPOCHS if short else EPOCHS)
         epochs = max(least, min(math.ceil(factor * STEPS / per_epoch), most))
         chosen["epochs"] = epochs
-        told.append(f"{epochs} epochs")
+        told.append(plural(epochs, "epoch"))
         if facts.evaluated and train.eval_every is None:
             chosen["eval_every"] = per_epoch
             told.append("an evaluation after each (the best adapter is kept)")
@@ -85,10 +86,10 @@ def choose(train: TrainSection, facts: Facts) -> tuple[TrainSection, str]:
         steps = train.steps or per_epoch * (train.epochs or int(chosen["epochs"]))
         warmup = min(round(WARMUP * steps), WARMUP_STEPS)
         chosen["warmup"] = float(warmup)
-        told.append(f"{warmup} warm-up step{'s'[: warmup != 1]}" if warmup else "no warm-up")
+        told.append(plural(warmup, "warm-up step") if warmup else "no warm-up")
     if not chosen:
         return train, ""
     base = f" and a base of width {facts.width:,}" if facts.width else ""
     fields = ", ".join(f"train.{name}" for name in chosen)
-    line = f"chosen for {count:,} examples{base}: {', '.join(told)}; to change this, set {fields}"
+    line = f"chosen for {plural(count, 'example')}{base}: {', '.join(told)}; to change this, set {fields}"
     return train.model_copy(update=chosen), line

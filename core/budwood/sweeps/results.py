@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from budwood.errors import describe
+from budwood.errors import describe, plural
 from budwood.recipe.file import dump, read_recipe_file
 from budwood.sweeps.search import best_trial
 from budwood.sweeps.space import Field
@@ -63,7 +63,7 @@ def write_results(
     recipe = directory / str(best.user_attrs["folder"]) / "recipe.yaml"
     if recipe.is_file():
         values = read_recipe_file(recipe)[0] | {"output": str(directory / "best")}
-        head = f"# The best of {len(table)} trials: trial {best.number}, {metric} {best.value:.6g}.\n"
+        head = f"# The best of {plural(len(table), 'trial')}: trial {best.number}, {metric} {best.value:.6g}.\n"
         complete_file(directory / BEST, (head + dump(values)).encode())
     else:
         say(f"note: trial {best.number}, the best, ran on another machine; {BEST} is written by the worker there")

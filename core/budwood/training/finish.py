@@ -18,7 +18,7 @@ from budwood.contract.examples import Example
 from budwood.contract.registry import Composition
 from budwood.contract.strategy import RUN_ADAPTER
 from budwood.contract.types import Run
-from budwood.errors import BudwoodError, DivergedError, describe, is_out_of_memory
+from budwood.errors import BudwoodError, DivergedError, describe, is_out_of_memory, plural
 from budwood.model.experts import trains
 from budwood.training.mixture import describe_loads, loads
 from budwood.training.outcome import advice
@@ -144,7 +144,8 @@ def check_changed(run: Run, start: list[Tensor], probe: Probe | None) -> Tensor 
         )
     if moved == 0:
         raise DivergedError(
-            f"no trained tensor moved in {run.step} steps: raise train.learning_rate, or check that labels remain"
+            f"no trained tensor moved in {plural(run.step, 'step')}: raise train.learning_rate, or check that labels "
+            "remain"
         )
     if probe is None:
         return None

@@ -11,7 +11,7 @@ import torch
 
 from budwood.contract.registry import Composition
 from budwood.contract.types import Event, Run
-from budwood.errors import DivergedError, Interrupted, ResourceError
+from budwood.errors import DivergedError, Interrupted, ResourceError, plural
 from budwood.model.checkpoint import one_revision
 from budwood.model.ops import kernels
 from budwood.model.quiet import silence_libraries
@@ -261,7 +261,7 @@ def between_steps(
         if stop or best.step == run.step:
             saver.save(snapshot)
         if stop:
-            report.say(f"stopped early at step {run.step}: no improvement in {best.without_gain} evaluations")
+            report.say(f"stopped early at step {run.step}: no improvement in {plural(best.without_gain, 'evaluation')}")
             return False
     return not last
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from budwood.contract.types import Run
+from budwood.errors import plural
 from budwood.training.on_policy import find_generator
 
 FALL = 0.05
@@ -59,7 +60,8 @@ def advice(run: Run, metrics: Path) -> str:
     if after > before:
         return f"note: {text}: lower {rate}, or raise {rows}"
     if (run.steps or 0) < FEW:
-        return f"note: {text} in only {run.steps} steps: raise {more} or lower {batch}; then raise {rate} and {rows}"
+        steps = plural(run.steps or 0, "step")
+        return f"note: {text} in only {steps}: raise {more} or lower {batch}; then raise {rate} and {rows}"
     return f"note: {text}: raise {rate}; then raise {more} and {rows}"
 
 

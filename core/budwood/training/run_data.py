@@ -21,7 +21,7 @@ from budwood.data.packing import plan_epoch
 from budwood.data.sources import Data, data_size, locate
 from budwood.data.unused import columns_read
 from budwood.data.use import check_use
-from budwood.errors import InputError
+from budwood.errors import InputError, plural
 from budwood.model.encoders import is_encoder
 from budwood.model.limits import check_fits
 from budwood.parallel.together import one_per_machine_first
@@ -71,7 +71,8 @@ def read_data(
         shared = overlap(examples, run.eval_examples)
         if shared:
             report.say(
-                f"warning: {shared} evaluation examples are also training examples; the metrics are too optimistic"
+                f"warning: {plural(shared, 'evaluation example')} equal to a training example; the metrics are too "
+                "optimistic"
             )
     elif data.holds_out:
         examples = _hold_out(run, report, examples, resume)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import LambdaLR
 
+from budwood.errors import plural
+
 if TYPE_CHECKING:
     import torch
 
@@ -43,4 +45,5 @@ def warmup_note(train: TrainSection, steps: int) -> str:
         return ""
     ends = "reaches its peak only at the last step" if warmup == steps else f"ends at {steps / warmup:.0%} of its peak"
     length = "as long as" if warmup == steps else "longer than"
-    return f"note: the warm-up ({warmup:,} steps) is {length} the run: the learning rate {ends}; lower train.warmup"
+    steps_long = plural(warmup, "step")
+    return f"note: the warm-up ({steps_long}) is {length} the run: the learning rate {ends}; lower train.warmup"

@@ -24,7 +24,7 @@ from budwood.contract.registry import Composition
 from budwood.contract.strategy import RUN_ADAPTER, Strategy, hookimpl
 from budwood.contract.types import BestMetric, Plan, Run
 from budwood.data.bad_rows import skipped_lines
-from budwood.errors import InputError, ResourceError
+from budwood.errors import InputError, ResourceError, plural
 from budwood.model.base import (
     Base,
     check_base,
@@ -170,7 +170,7 @@ def _prepare(
         recipe, directory, device, dtype, hooks.strategies, hooks, task,
         seed=recipe.train.seed, say=report.say, accelerator=accelerator, world=world,
     )  # fmt: skip
-    report.say(f"{device} · {precision_name(dtype)} ({reason}) · {torch.get_num_threads()} threads{compiled}")
+    report.say(f"{device} · {precision_name(dtype)} ({reason}) · {plural(torch.get_num_threads(), 'thread')}{compiled}")
     trust = recipe.base.trust_remote_code
     plan = plan_run(run, hooks)
     recipe, model = run.recipe, plan.model
@@ -374,14 +374,14 @@ def _report_size(run: Run, report: Report, chosen: bool) -> None:
     trainable = sum(p.numel() for p in run.trainable)
     total = run.base.parameters + trainable
     train = run.recipe.train
-    size = f"{train.batch_examples} examples" if train.batch_examples else f"{train.batch_tokens} tokens"
+    size = plural(train.batch_examples, "example") if train.batch_examples else plural(train.batch_tokens or 0, "token")
     names = ", ".join(strategy.name for strategy in run.strategies)
     report.say(f"{names}: {trainable:,} trainable parameters ({trainable / total:.2%} of {total:,})")
     adapted = "; ".join(filter(None, (describe_adapter(run.model, RUN_ADAPTER), describe_experts(run))))
     if adapted:
         report.say(f"adapted: {adapted}")
-    limit = f"at most {train.micro_tokens} tokens at once{' (train.micro_tokens: auto)' if chosen else ''}"
-    report.say(f"{run.steps} optimizer steps of {size}, {limit}{recompute.describe(run)}")
+    limit = f"at most {train.micro_tokens:,} tokens at once{' (train.micro_tokens: auto)' if chosen else ''}"
+    report.say(f"{plural(run.steps or 0, 'optimizer step')} of {size}, {limit}{recompute.describe(run)}")
     if train.steps is None and (run.steps or 0) < FEW_STEPS:
         unit = "batch_examples" if train.batch_examples else "batch_tokens"
         groups = int(run.examples.groups[-1]) + 1  # which are what batch_examples counts

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import peft
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -113,6 +114,32 @@ def token_targets(strategy: TrainableTokens, model: Any) -> dict[str, list[int]]
     return {path: list(ids)}
 
 
+def is_tied(model: Any) -> bool:
+    """Return whether a model's head has the weight of its embeddings."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _check_occurs(run: Run, model: nn.Module, parts: Parts) -> None:
+    """Check that a row of the embeddings would get a gradient, where the examples say so and nothing else trains.
+
+    A head that is tied to the embeddings gives every row one; masks and generated answers are not known beforehand.
+
+    Raises:
+        InputError: no token is in any training example.
+    """
+    ids = sorted({token for rows in parts.tokens.values() for token in rows})
+    unknown = run.planning or run.task.varies() or run.hooks.implements("next_examples")
+    if not ids or parts.all_whole or unknown or is_tied(model):
+        return
+    for example in run.examples:
+        labels = example.labels if example.labels.dtype.kind in "iu" else []
+        if np.isin(example.inputs.get("input_ids", []), ids).any() or np.isin(labels, ids).any():
+            return
+    named = ", ".join(map(str, ids[:6])) + (f" and {len(ids) - 6} more" if len(ids) > 6 else "")
+    raise InputError(f"tokens: no training example has {named}, so nothing would train: name tokens of the data.")
+
+
 def create(strategy: Replacing, run: Run, model: nn.Module) -> Parts:
     """Add the run's adapter to its model, new or continued, and activate it."""
     if run.start_adapter is not None:
@@ -123,6 +150,7 @@ def create(strategy: Replacing, run: Run, model: nn.Module) -> Parts:
         for path, ids in new_tokens(model, run.base, [*own, *whole]).items():
             tokens[path] = sorted({*tokens.get(path, ()), *ids})
         parts = Parts(own, whole, tokens)
+        _check_occurs(run, model, parts)
         _place(strategy, model, parts, RUN_ADAPTER)
     select_adapters(model, strategy.name, [RUN_ADAPTER])
     return parts

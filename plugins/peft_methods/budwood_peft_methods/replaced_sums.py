@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from budwood import InputError
-from budwood_peft_methods.replaced import NORM, ROWS, saved_token_ids
+from budwood_peft_methods.replaced import NORM, ROWS, is_tied, saved_token_ids
 from budwood_peft_methods.saved import PREFIX
 from budwood_peft_methods.sums import check_mean
 
@@ -65,14 +65,10 @@ def _once(tensors: Mapping[str, Tensor], base: Callable[[], nn.Module]) -> dict[
     if len(rows) != 2 or not torch.equal(*(tensors[key] for key in rows)):
         return dict(tensors)
     model: Any = base()
-    if model.get_output_embeddings() is None or not _tied(model):
+    if not is_tied(model):
         return dict(tensors)
     table = next(path for path, module in model.named_modules() if module is model.get_input_embeddings())
     return {key: value for key, value in tensors.items() if key not in rows or key.startswith(f"{PREFIX}{table}.")}
-
-
-def _tied(model: Any) -> bool:
-    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def _completed(found: Rows, owners: Mapping[str, Any], base: Callable[[], nn.Module]) -> dict[str, Tensor]:

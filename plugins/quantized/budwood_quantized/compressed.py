@@ -33,7 +33,7 @@ class CompressedTensors(Stored):
             what = "inputs" if inputs else "more than weights"
             raise InputError(
                 f"the base's compressed-tensors quantise {what}, which gives no exact gradient: take a base with "
-                "quantised weights alone (such as W4A16), or the unquantised one with `quantization: nf4`."
+                "quantised weights alone (such as W4A16), or the unquantised one with quantization nf4."
             )
 
     def check(self, device: str) -> None:

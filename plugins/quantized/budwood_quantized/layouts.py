@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-UNQUANTIZED = "give the unquantised base and `quantization: nf4`"
+UNQUANTIZED = "give the unquantised base with quantization nf4"
 
 
 class _Integers(Stored):

@@ -19,8 +19,8 @@ class _Refused(Stored):
 
     def check_stored(self, config: Mapping[str, Any], device: str | None) -> None:
         raise InputError(
-            f"the base is quantised with {self.title}, which {self.reason}: give the unquantised base and "
-            "`quantization: nf4`, which takes as much memory."
+            f"the base is quantised with {self.title}, which {self.reason}: give the unquantised base with "
+            "quantization nf4, which takes as much memory."
         )
 
 

@@ -33,7 +33,7 @@ class TorchAO(Stored):
             if kind.startswith("Int4WeightOnly") and device is not None and device.startswith("cpu"):
                 raise InputError(
                     f"the base is quantised with torchao's {kind}, which does not support a CPU: take one of "
-                    "IntxWeightOnlyConfig, or the unquantised base with `quantization: nf4`."
+                    "IntxWeightOnlyConfig, or the unquantised base with quantization nf4."
                 )
 
     def check(self, device: str) -> None:

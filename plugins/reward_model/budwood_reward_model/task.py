@@ -69,6 +69,17 @@ class RewardModel(SequenceClassification):
         """Return False."""
         return False
 
+    def read_texts(self, model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of each text as training reads an answer: ended by the token at which it is scored."""
+        encoder, special = Encoder(tokenizer), set(tokenizer.all_special_ids)
+        rows = []
+        for text, read in zip(texts, super().read_texts(model, tokenizer, texts), strict=True):
+            (ids,), (whole,) = encoder.start([text]), encoder.whole([text])
+            if not ids or ids[-1] not in special:
+                ids.append(encoder.end(text))
+            rows.append(ids if len(read) == len(whole) else [*ids[: len(read) - 1], ids[-1]])  # or it is truncated
+        return rows
+
     def respond(self, model: nn.Module, tokenizer: Any, texts: Sequence[str], labels: Sequence[str]) -> list[Any]:
         """Return {"score": the text's score} of each text: a prompt with its answer."""
         return [{"score": float(logits[0])} for logits in self.text_logits(model, tokenizer, texts)]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from budwood import DataFormat, Dropped, InputError
+from budwood import DataFormat, Dropped, InputError, plural
 
 TAGGING, REGRESSION = "token-classification", "sequence-regression"
 WORD = re.compile(r"\w+|[^\w\s]")
@@ -47,7 +47,9 @@ class TokenTags(DataFormat):
         """See `DataFormat.item`."""
         words, tags = (_list(row, name, where) for name in self.columns)
         if len(words) != len(tags):
-            raise InputError(f"{where}: {len(words)} tokens but {len(tags)} tags: give a tag for each token.")
+            raise InputError(
+                f"{where}: {plural(len(words), 'token')} but {plural(len(tags), 'tag')}: give a tag for each token."
+            )
         for number, (word, tag) in enumerate(zip(words, tags, strict=True), 1):
             if not isinstance(word, str) or not word.strip():
                 raise InputError(f"{where}: token {number} must be text that is not empty, not {word!r}.")

@@ -49,8 +49,8 @@ def test_all_is_shown_in_one_table(recipe: str, capsys: pytest.CaptureFixture[st
     assert lines[-1].split() == ["verdict", "go"]
     parts = ["composition", "tokenizer", "device", "chat", "data,", "memory", "time", "disk", "versions"]
     assert all(any(line.startswith(part) for line in lines) for part in parts)
-    assert any("1 evaluation examples are also training examples" in line for line in lines)
-    assert any("1 rows dropped" in line and "train.jsonl:10" in line for line in lines)
+    assert any("1 evaluation example" in line for line in lines)
+    assert any("1 row dropped" in line and "train.jsonl:10" in line for line in lines)
     assert any(line.startswith("memory") and "at most 640 tokens" in line for line in lines)
     assert cli.run(["check", recipe, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)

@@ -103,6 +103,6 @@ def test_examples_of_split_conversations_are_counted(write, byte_level):
     report = make_report(examples, None, CausalLM(), tokenizer, 2, 1)
     console = Console(file=io.StringIO(), width=200)
     show_report(report, console)
-    assert "2 examples from 1 rows" in console.file.getvalue()
+    assert "2 examples from 1 row," in console.file.getvalue()
     assert [sample["where"].rpartition(":")[2] for sample in report["samples"]] == ["1", "1"]
     assert [example.key for example in examples] == ["0.0", "0.1"]

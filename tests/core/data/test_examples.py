@@ -89,7 +89,7 @@ def test_long_rows_are_truncated_or_dropped_and_counted(write: Any, byte_level: 
     [
         ([{"prompt": "x", "completion": " "}] * 3, "all of its 3 rows were dropped: empty completion 3.$"),
         ([{"prompt": "maybe " * 50, "completion": "x"}], "answer beyond max_length 1. Raise data.max_length"),
-        ([{"text": "\n"}], "all of its 1 rows were dropped: empty text 1.$"),
+        ([{"text": "\n"}], "its only row was dropped: empty text 1.$"),
     ],
 )
 def test_no_rows_left_is_an_error(rows: Any, message: str, write: Any, byte_level: Any) -> None:

@@ -160,7 +160,7 @@ def test_nothing_of_a_pair_or_a_judged_answer_is_truncated(write: Any, byte_leve
     judged = [{"prompt": "Hi", "completion": text, "label": True} for text in (short, long)]
     assert build(judged, write, byte_level, length=20).stats.dropped == {"longer than max_length allows": 1}
     with pytest.raises(
-        InputError, match=r"1 rows were dropped: longer than max_length allows 1. Raise data.max_length"
+        InputError, match=r"its only row was dropped: longer than max_length allows 1. Raise data.max_length"
     ):
         build(rows[:1], write, byte_level, length=20)
 
@@ -301,7 +301,7 @@ def test_rows_that_only_the_tokenizer_shows_to_be_wrong(write: Any, byte_level: 
     ],
 )
 def test_rows_without_anything_to_compare_are_dropped(row: Any, reason: str, write: Any) -> None:
-    with pytest.raises(InputError, match=f"all of its 1 rows were dropped: {reason} 1"):
+    with pytest.raises(InputError, match=f"its only row was dropped: {reason} 1"):
         check_rows(write([row]), LM)
 
 

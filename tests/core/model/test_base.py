@@ -135,9 +135,7 @@ def test_a_checkpoint_that_is_already_quantised(tiny_base, tmp_path, quantizatio
     narrow, fresh = load(tmp_path, None, dtype=torch.bfloat16), load(tiny_base, quantization, dtype=torch.bfloat16)
     assert {p.dtype for p in narrow.model.parameters() if p.dtype.is_floating_point} == {torch.bfloat16}
     assert narrow.bytes == fresh.bytes
-    with pytest.raises(
-        InputError, match=f"already quantised, with {quantization}: write `quantization: {quantization}"
-    ):
+    with pytest.raises(InputError, match=f"already quantised, with {quantization}: set quantization to {quantization}"):
         check_base(tmp_path, "fp4")
 
 
@@ -151,8 +149,10 @@ def test_a_base_that_is_already_quantised_is_taken_as_it_is_where_nothing_says_h
     assert "in nf4" in capsys.readouterr().err
     assert run(["eval", str(tmp_path / "run" / "adapter"), "--data", words[0]]) == 0
     assert run(["generate", str(tmp_path / "base"), "--prompt", "a", "--max-new-tokens", "1"]) == 0
+    assert run(["generate", str(tmp_path / "base"), "--prompt", "a", "--quantization", "int8"]) == 2
+    assert "set quantization to nf4, or give the unquantised" in capsys.readouterr().err  # a recipe's words or a flag's
     assert run(["tune", *words, "--overwrite", "-o", "base.quantization=int8"]) == 2
-    assert "already quantised, with nf4: write `quantization: nf4`" in capsys.readouterr().err
+    assert "already quantised, with nf4: set quantization to nf4" in capsys.readouterr().err
 
 
 def test_skeleton_has_names_and_no_weights(tiny_base):
@@ -339,7 +339,7 @@ def test_a_quantisation_that_the_device_does_not_support(tiny_base, monkeypatch)
     import bitsandbytes
 
     monkeypatch.setattr(bitsandbytes, "supported_torch_devices", {"cuda"})
-    refused(ResourceError, "does not support 'cpu'.*quantization: none", tiny_base, "int8", device="cpu")
+    refused(ResourceError, "does not support 'cpu'.*set quantization to none", tiny_base, "int8", device="cpu")
     check_base(tiny_base, "none", device="cpu")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     refused(ResourceError, "pip install bitsandbytes", tiny_base, "nf4", device="cpu")
@@ -396,7 +396,7 @@ def test_a_model_with_a_causal_class_that_is_not_a_decoder(tmp_path, kind, what)
 def test_missing_weights(broken):
     name = "model.layers.1.mlp.up_proj.weight"
     change_tensors(broken, lambda tensors: {k: v for k, v in tensors.items() if k != name})
-    with pytest.raises(CorruptError, match=f"1 weights are missing: {name}"):
+    with pytest.raises(CorruptError, match=f"it lacks 1 weight: {name}"):
         load(broken, "nf4")
     with pytest.raises(CorruptError, match=name):
         load(broken, "none", CLASSIFIER)
@@ -404,14 +404,14 @@ def test_missing_weights(broken):
 
 def test_missing_head_of_a_language_model(broken):
     change_tensors(broken, lambda tensors: {k: v for k, v in tensors.items() if k != "lm_head.weight"})
-    with pytest.raises(CorruptError, match="missing: lm_head.weight"):
+    with pytest.raises(CorruptError, match="lacks 1 weight: lm_head.weight"):
         load(broken)
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
 def test_weights_of_the_wrong_shape(broken, quantization):
     change_config(broken, intermediate_size=96)
-    with pytest.raises(CorruptError, match="6 weights do not have the shape given by config.json: model.layers.0"):
+    with pytest.raises(CorruptError, match="6 weights in another shape than config.json gives: model.layers.0"):
         load(broken, quantization)
 
 
@@ -423,7 +423,7 @@ def test_more_layers_than_in_the_configuration(broken):
 
 def test_unused_tensors_are_reported(broken):
     change_tensors(broken, lambda tensors: tensors | {"vision.weight": torch.zeros(2)})
-    assert load(broken).notes[1] == "1 tensors of the checkpoint are not used: vision.weight"
+    assert load(broken).notes[1] == "not used: 1 tensor of the checkpoint, vision.weight"
 
 
 def test_tokenizer_is_missing_or_damaged(broken):

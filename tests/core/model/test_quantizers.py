@@ -189,7 +189,7 @@ def stored(tiny_base, tmp_path):
 def test_a_quantiser_recognises_its_checkpoints(rows, stored, config, name, suffixes):
     info = check_base(stored(config, *suffixes))
     assert (info.quantization, info.prequantized) == (name, True)
-    with pytest.raises(InputError, match=f"already quantised, with {name}: write `quantization: {name}`"):
+    with pytest.raises(InputError, match=f"already quantised, with {name}: set quantization to {name}"):
         check_base(stored(config, *suffixes), "none")
 
 
@@ -197,7 +197,7 @@ def test_two_quantisers_of_one_checkpoint_are_named_and_the_recipe_decides(rows,
     distribution("twin-quant", ROWS, {"twins": "Rows"}, group=GROUP)
     folder = stored({"quant_method": "rows"})
     with pytest.raises(
-        InputError, match=r"'rows' \(row-quant 1.0\) and .* \(twin-quant 1.0\) read it: set `quantization` to one"
+        InputError, match=r"'rows' \(row-quant 1.0\) and .* \(twin-quant 1.0\) read it: set quantization to one"
     ):
         check_base(folder)
     assert check_base(folder, "twins").quantization == "twins"

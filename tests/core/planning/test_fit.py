@@ -19,6 +19,7 @@ from budwood.planning.devices import GIB, Device
 from budwood.planning.estimate import Estimate, advice
 from budwood.planning.fit import Fit, allowed, changed, fit
 from budwood.planning.frontier import draw, fit_run, free_path, show_fit, write_recipe
+from budwood.planning.table import show_estimate
 from budwood.recipe.schema import Recipe, load_recipe
 
 RECIPE = Recipe.from_dict(
@@ -205,3 +206,16 @@ def test_a_run_with_the_settings_that_fit(monkeypatch: pytest.MonkeyPatch) -> No
     assert lines[0].startswith("fit: ") and "-o train.micro_tokens=2368" in lines[0]
     with pytest.raises(ResourceError, match="nothing fits without changing the result: .*--allow quantization"):
         fit_run(RECIPE, "3.5GiB", **options)
+
+
+@pytest.mark.parametrize(("kind", "held"), [("cpu", "libraries 0.56 GiB"), ("cuda", "CUDA's context 0.50 GiB")])
+def test_where_libraries_alone_do_not_fit_no_setting_is_advised(kind: str, held: str) -> None:
+    plan = replace(estimates(24, 1024)(RECIPE), device=Device("small", kind, GIB // 4), layers=8, recomputed=0)
+    plan.peak, plan.parts = GIB // 2, {"CUDA's context": GIB // 2} if kind == "cuda" else {"activations": 1000}
+    plan.host = 2 * GIB // 3
+    assert advice(plan, RECIPE) == f"libraries alone take {held[-8:]}: take a device with more memory"
+    found = fit(RECIPE, lambda recipe: plan)
+    assert held in found.reason
+    console = Console(file=io.StringIO(), width=200)
+    show_estimate(plan, RECIPE, console, advised=False)
+    assert "does not fit" in (printed := console.file.getvalue()) and "take" not in printed  # type: ignore[attr-defined]

@@ -137,7 +137,7 @@ def test_a_third_partys_full_matrix_becomes_lora(tiny_base, tmp_path, distributi
     with pytest.raises(InputError, match="adapter type 'full' is not LoRA, which vLLM needs: convert it with --as"):
         export_for(folder, tmp_path / "out", Wanted("vllm", base=str(tiny_base)))
     done = export_for(folder, tmp_path / "out", Wanted("peft", "lora", 3, base=str(tiny_base)))
-    assert done.lines == ["LoRA of rank 3 on 1 linears"] and done.replay.error < 1e-3
+    assert done.lines == ["LoRA of rank 3 on 1 linear"] and done.replay.error < 1e-3
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     a, b = (tensors[f"{PREFIX}model.layers.1.mlp.up_proj.lora_{part}.weight"] for part in "AB")
     torch.testing.assert_close(b @ a, delta, atol=1e-5, rtol=0)

@@ -82,7 +82,7 @@ def test_a_warmup_that_takes_up_the_run_is_reported(steps: int, warmup: float, n
 def test_a_run_of_one_step_moves_and_says_what_its_warmup_means(make_recipe: Make, said: list[str]) -> None:
     run = tune(make_recipe(train={"steps": 1, "warmup": 1, "schedule": "cosine"}))
     assert run.metrics["learning_rate"] == pytest.approx(1e-2)
-    assert any("the warm-up (1 steps) is as long as the run" in line for line in said)
+    assert any("the warm-up (1 step) is as long as the run" in line for line in said)
 
 
 def test_every_step_of_a_warmup_moves_the_adapter(make_recipe: Make) -> None:

@@ -76,7 +76,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"prompt": "a", "anser": "b"}, {"rewards": ["exact-match"]}, {}, r"Did you mean 'anser'\?"),
         ({"prompt": "a", "answer": None}, {"rewards": ["exact-match"]}, {}, r"p\.jsonl:1: field 'answer' is null"),
         ({"prompt": 3}, {}, {}, r"p\.jsonl:1: field 'prompt' must be text"),
-        ({"prompt": "  "}, {}, {}, r"all of its 1 rows were dropped: empty prompt 1"),
+        ({"prompt": "  "}, {}, {}, r"its only row was dropped: empty prompt 1"),
         ({"prompt": "a", "tools": [{"name": "f"}]}, {}, {}, r"field 'tools' needs a chat template"),
         ({"prompt": [{"role": "assistant", "content": "a"}]}, {}, {}, r"'prompt' ends with an assistant's message"),
         ({"prompt": "a " * 300}, {}, {}, r"longer than max_length allows 1\. Raise data\.max_length"),

@@ -440,6 +440,18 @@ def test_trainable_tokens_without_a_place_for_a_head_are_refused(
     assert "PEFT's trainable tokens cannot hold 'score', which must train too: use lora" in capsys.readouterr().err
 
 
+def test_trainable_tokens_that_no_example_has_are_refused_before_training(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_of(tiny_base, tmp_path, {"trainable_tokens": {"tokens": [3, 4]}})
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    assert app.run(["tune", str(tmp_path / "recipe.json")]) == 2
+    said = capsys.readouterr().err
+    assert "tokens: no training example has 3, 4, so nothing would train: name tokens of the data." in said
+    assert "step 1/" not in said
+    assert app.run(["plan", str(tmp_path / "recipe.json"), "--tokens", "64"]) == 0
+
+
 REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
     ({"loha": {"rnk": 4}}, {}, "rank"),
     ({"oft": {"dora": True}}, {}, "dora"),

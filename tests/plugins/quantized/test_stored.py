@@ -267,7 +267,7 @@ def test_a_missing_library_is_named_with_its_extra(
 
 def test_the_name_of_a_stored_format_does_not_quantise_a_base(tiny_base: Path) -> None:
     with pytest.raises(
-        InputError, match="is not quantised, and torchao only reads bases that are: write `quantization: nf4`"
+        InputError, match="is not quantised, and torchao only reads bases that are: set quantization to nf4"
     ):
         check_base(tiny_base, "torchao")
 

@@ -130,3 +130,36 @@ def test_what_it_cannot_use_is_refused(
     ):
         with pytest.raises(InputError, match=message):
             tune(recipe_of("lora", *strategies, data=data), quiet=True, overwrite=True)
+
+
+def test_a_text_is_scored_as_in_training_after_the_token_that_ends_it(recipe_of: Callable[..., Recipe]) -> None:
+    run, _, _ = setup.prepare(recipe_of("lora"), Report(quiet=True), overwrite=True)
+    ids = run.examples[0].inputs["input_ids"].tolist()
+    text = run.tokenizer.decode(ids[1:-1])
+    for given in (text, f"{text}<eos>"):
+        assert run.task.read_texts(run.model, run.tokenizer, [given]) == [ids]
+    (long,) = run.task.read_texts(run.model, run.tokenizer, ["word " * 2000])
+    assert len(long) == 512 and long[-1] == run.tokenizer.eos_token_id
+
+
+def test_an_encoder_without_an_end_of_sequence_token_ends_answers_as_it_ends_every_text(
+    recipe_of: Callable[..., Recipe], files: Path, tmp_path: Path
+) -> None:
+    from tokenizers import processors
+    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+    base = tmp_path / "encoder"
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForMaskedLM(BertConfig(vocab_size=300, **sizes)).save_pretrained(base)
+    inner = AutoTokenizer.from_pretrained(files / "base").backend_tokenizer
+    inner.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", pair="<bos> $A <eos> $B <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, cls_token="<bos>", sep_token="<eos>", pad_token="<pad>")
+    tokenizer.save_pretrained(base)
+    recipe = recipe_of("lora", steps=2)
+    recipe = Recipe.from_dict({**recipe.to_dict(), "base": {**recipe.to_dict()["base"], "model": str(base)}})
+    run = tune(recipe, quiet=True)
+    ids = run.examples[0].inputs["input_ids"].tolist()
+    assert run.tokenizer.eos_token_id is None and ids[0] == 1 and ids.count(2) == 1 and ids[-1] == 2
+    assert run.task.read_texts(run.model, run.tokenizer, [run.tokenizer.decode(ids[1:-1])]) == [ids]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from budwood.cli.doctor.finding import LOW_MEMORY, Finding, gib
-from budwood.errors import BudwoodError, describe
+from budwood.errors import BudwoodError, describe, plural
 from budwood.model.quiet import import_bitsandbytes
 
 NF4_GAP = 0.1520
@@ -33,7 +33,9 @@ def check_torch() -> Iterator[Finding]:
         return
     kind = f"CUDA {built_for}" if built_for else "the CPU only" if torch.version.hip is None else "ROCm"
     values = {"version": version, "cuda": built_for, "threads": torch.get_num_threads()}
-    yield Finding("torch", "ok", f"torch {version}, built for {kind}, {torch.get_num_threads()} threads", values=values)
+    yield Finding(
+        "torch", "ok", f"torch {version}, built for {kind}, {plural(torch.get_num_threads(), 'thread')}", values=values
+    )
     yield from _check_cuda(torch)
     try:
         from budwood.model.machine import pick_device_precision

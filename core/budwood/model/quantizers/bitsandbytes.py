@@ -39,14 +39,14 @@ class _BitsAndBytes(Quantizer):
         except Exception as error:  # a broken native library may raise any exception
             raise ResourceError(
                 f"quantization needs bitsandbytes, which cannot be imported here ({error}): "
-                "`pip install bitsandbytes`, or use `quantization: none`."
+                "`pip install bitsandbytes`, or set quantization to none."
             ) from error
         kind = device.split(":")[0]
         if kind not in bitsandbytes.supported_torch_devices:
             known = ", ".join(sorted(bitsandbytes.supported_torch_devices))
             raise ResourceError(
                 f"bitsandbytes {bitsandbytes.__version__} does not support '{kind}' (it supports {known}): "
-                "use `quantization: none`, or another device."
+                "set quantization to none, or another device."
             )
 
 

@@ -63,12 +63,12 @@ def packed_linears(
         if module is None or not Unquantized().is_linear(module):
             raise InputError(
                 f"the base's packed tensors of '{stored}' belong to no linear of {type(model).__name__} in "
-                "transformers: give the unquantised base and `quantization: nf4`."
+                "transformers: give the unquantised base with quantization nf4."
             )
         if module is head:
             raise InputError(
                 f"the base's head '{stored}' is quantised too, and a head is computed unquantised: take a checkpoint "
-                "whose head is not, or the unquantised base with `quantization: nf4`."
+                "whose head is not, or the unquantised base with quantization nf4."
             )
         own = {
             name.removeprefix(f"{stored}."): torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")

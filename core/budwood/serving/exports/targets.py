@@ -7,6 +7,7 @@ from pathlib import Path
 
 from budwood.adapters.export import write_peft
 from budwood.adapters.store import SavedAdapter, read_adapter
+from budwood.errors import plural
 from budwood.model.checks import stored_quantization
 from budwood.serving.exports import vllm
 from budwood.serving.exports.compare import check_weights, compare, other_weights
@@ -53,7 +54,7 @@ def _merged(saved: SavedAdapter, out: Path, wanted: Wanted) -> Exported:
         saved.directory, out, base=wanted.base, dtype=wanted.dtype, device=wanted.merge_device, force=wanted.force,
         allow_other_base=wanted.allow_other_base, again=True,
     )  # fmt: skip
-    lines = [f"{report.weights} weights changed, saved in {report.dtype}"]
+    lines = [f"{plural(report.weights, 'weight')} changed, saved in {report.dtype}"]
     return Exported(out, wanted.target, lines, merged=report, notes=report.notes)
 
 
@@ -65,7 +66,7 @@ def _peft(saved: SavedAdapter, folder: Path, out: Path, wanted: Wanted) -> Expor
     else:
         factors, approximate = plain_updates(saved, wanted)
         rank = write_lora(folder, factors, saved)
-        lines = [f"LoRA of rank {rank} on {len(factors)} linears"]
+        lines = [f"LoRA of rank {rank} on {plural(len(factors), 'linear')}"]
     bound = saved.manifest is not None and saved.manifest.needs_quantization
     notes = other_weights(saved, "PEFT", wanted) if bound else []
     return Exported(out, wanted.target, lines, compare(saved, folder, wanted, approximate), None, approximate, notes)
@@ -85,7 +86,10 @@ def _vllm(saved: SavedAdapter, folder: Path, out: Path, wanted: Wanted) -> Expor
         notes.append("it was trained on texts, not on messages: ask /v1/completions, which applies no chat template.")
     if chat is not None and chat.options:
         notes.append(f"send chat_template_kwargs with each request, as in training: {json.dumps(chat.options)}")
-    lines = [f"LoRA of rank {rank} on {len(factors)} linears, alpha {rank}", vllm.command(base, out, rank, template)]
+    lines = [
+        f"LoRA of rank {rank} on {plural(len(factors), 'linear')}, alpha {rank}",
+        vllm.command(base, out, rank, template),
+    ]
     return Exported(
         out, wanted.target, lines, compare(saved, folder, wanted, approximate), None, approximate, notes
     )  # fmt: skip

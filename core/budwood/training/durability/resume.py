@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from budwood.contract.types import Run
-from budwood.errors import InputError
+from budwood.errors import InputError, plural
 from budwood.parallel.processes import Processes
 from budwood.parallel.together import share
 from budwood.recipe.file import read_recipe_file
@@ -54,8 +54,8 @@ class Resume:
         """
         if (run.steps or 0) < self.checkpoint.step:
             raise InputError(
-                f"{self.checkpoint.directory}: a run of {run.steps} steps ends before this checkpoint: raise "
-                "train.steps or train.epochs."
+                f"{self.checkpoint.directory}: a run of {plural(run.steps or 0, 'step')} ends before this "
+                "checkpoint: raise train.steps or train.epochs."
             )
 
     @property

@@ -328,7 +328,7 @@ def test_a_change_to_a_different_run_cannot_be_accepted(
         "base.fingerprint: .* cannot be accepted": {"base": {"model": str(tiny_bases("teacher", seed=1))}},
         "base.quantization: none → nf4.*cannot be accepted": {"base": {"quantization": "nf4"}},
         r"q_proj.lora_A: \[4, 64\] → \[8, 64\].*cannot be accepted": {"strategies": [{"lora": {"rank": 8}}]},
-        "a run of 1 steps ends before this checkpoint": {"train": {"steps": 1}},
+        "a run of 1 step ends before this checkpoint": {"train": {"steps": 1}},
     }
     for message, sections in cases.items():
         with pytest.raises(InputError, match=message):
