@@ -205,7 +205,7 @@ def test_bad_targets_are_named_before_the_base_loads(tmp_path, tiny_base, make_r
     [
         (
             {"num_local_experts": 8},
-            r"4 weights .* shape given by config\.json: .*experts\.gate_up_proj.*saved with these",
+            r"4 weights in another shape than config\.json gives: .*experts\.gate_up_proj.*saved with these",
         ),
         ({"hidden_size": 128}, r"weights in another shape than config\.json gives: .*embed_tokens"),
         ({"hidden_size": "wide"}, r"config\.json: .*'hidden_size'.* expected"),

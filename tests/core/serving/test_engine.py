@@ -200,7 +200,7 @@ def test_a_blend_is_the_weighted_sum_of_the_updates(tiny_base, folders, scale):
             {"lora": 1.0, "head": 1.0},
             "'head' of type 'lora' replaces whole modules or rows of embeddings, so it cannot be blended",
         ),
-        ({"rows": 1.0}, "'rows' replaces whole modules"),
+        ({"rows": 1.0}, "'rows' of type 'lora' replaces whole modules"),
         ({"lroa": 1.0}, "Did you mean 'lora'"),
         ({}, "names no adapter"),
         ({"lora": float("nan")}, "not a finite weight"),
