@@ -124,6 +124,8 @@ _REMOVED_FROM_EXAMPLE = {
 class Batch(_RefusesRemoved):
     """One micro-batch: several examples packed into one row (rows = 1), or one example per row, padded on the right.
 
+    A packed row, too, may have padding at its end, which belongs to no segment.
+
     Attributes:
         inputs: model inputs by name; for text `input_ids` [rows, width] int64, `position_ids`, which restart at 0 for
             each example, and `attention_mask` (bool) if rows are padded.
@@ -136,7 +138,8 @@ class Batch(_RefusesRemoved):
         lengths: size of each example as counted by the task (tokens for text), on the host.
         groups: (start, stop) range of each group's examples, on the host.
         rows, width: layout of the outputs.
-        segments: boundaries of the examples in a packed row, (0, …, width), on the host; () if rows are padded.
+        segments: boundaries of the examples in a packed row, (0, …, number of tokens), on the host; () if each example
+            is a row.
         source_rows: row of each example in the data file, for messages.
         columns: tensors that strategies add, shaped according to their axis: [examples], [rows, width, …] or [L, …].
         total_weight: sum of `weights` in float64, on the host.

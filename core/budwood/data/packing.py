@@ -171,7 +171,9 @@ def _even(largest_first: list[_Atom], count: int, micro_tokens: int) -> list[lis
     return batches
 
 
-def collate_tokens(examples: Sequence[Example], packed: bool, pad_id: int, pooled: bool = False) -> Batch:
+def collate_tokens(
+    examples: Sequence[Example], packed: bool, pad_id: int, pooled: bool = False, multiple: int = 1
+) -> Batch:
     """Collate text examples into a micro-batch.
 
     Label positions are computed here, so that no shape in a step depends on data.
@@ -182,6 +184,7 @@ def collate_tokens(examples: Sequence[Example], packed: bool, pad_id: int, poole
         packed: concatenate all examples in one row; otherwise each example is a row, padded on the right.
         pad_id: token that rows are padded with.
         pooled: the model pools each example to one output, to which the labels apply.
+        multiple: a packed row is padded at its end to a multiple of so many tokens.
 
     Raises:
         ValueError: an example is empty, a label is beyond the end of its example, or columns differ.
@@ -195,7 +198,7 @@ def collate_tokens(examples: Sequence[Example], packed: bool, pad_id: int, poole
     position = np.arange(int(lengths.sum())) - firsts[owner]
     # The index of each real token in the flattened [rows, width].
     place = firsts[owner] + position if packed else owner * longest + position
-    rows, width = (1, len(place)) if packed else (count, longest)
+    rows, width = (1, -(-len(place) // multiple) * multiple) if packed else (count, longest)
 
     def spread(values: np.ndarray, fill: int) -> torch.Tensor:
         grid = np.full((rows * width, *values.shape[1:]), fill, dtype=values.dtype)

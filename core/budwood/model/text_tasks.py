@@ -24,7 +24,7 @@ from budwood.data.prompts import Prompt
 from budwood.data.text import Tokens, tokenise
 from budwood.errors import InputError
 from budwood.model.classification import Classification
-from budwood.model.encoders import encoder_inputs, padded_rows, takes_segments
+from budwood.model.encoders import encoder_inputs, padded_rows, takes_segments, width_multiple
 from budwood.model.evaluation import EvalTotals, at_least_fp32
 from budwood.model.exact_match import exact_match
 from budwood.model.heads import body_of, own_head, pooled_logits
@@ -43,7 +43,7 @@ class TextTask(Task):
     def collate(self, examples: Sequence[Example], model: nn.Module, tokenizer: Any, packed: bool) -> Batch:
         """Pack the examples into one row, or pad each to a row."""
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-        return collate_tokens(examples, packed, pad, self.pools_examples(model))
+        return collate_tokens(examples, packed, pad, self.pools_examples(model), width_multiple(model))
 
     def body_inputs(self, body: nn.Module, batch: Batch, causal: bool) -> dict[str, Any]:
         """Return the arguments of the forward of a model's body: with the boundaries of packed examples.

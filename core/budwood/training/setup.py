@@ -289,12 +289,14 @@ def _base(run: Run, hooks: Composition, task: Task, trust: bool) -> Base:
         base: Base = hooks.call("load_base", run=run)
         return base
     recipe = run.recipe.base
+    known = run.tokenizer if run.recipe.data.chat_template is None else None  # which would not be the base's own
     with hooks.part("load_base"):
-        return load_base(
+        base = load_base(
             recipe.model, recipe.quantization, task.auto_class, run.dtype, run.device, trust,
-            recipe.double_quantization, task.model_kwargs(run.examples.labels), run.seed, task.needs_tokenizer,
-            task.unused_modules, run.world if run.sharded else None,
+            recipe.double_quantization, task.model_kwargs(run.examples.labels), run.seed,
+            task.needs_tokenizer and known is None, task.unused_modules, run.world if run.sharded else None,
         )  # fmt: skip
+        return base if known is None else replace(base, tokenizer=known)
 
 
 def prepare_model(run: Run, hooks: Composition) -> Any:

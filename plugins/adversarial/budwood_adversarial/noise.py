@@ -76,7 +76,8 @@ class PerturbationMask:
         width = like.shape[-1]
         parts = [example(i, torch.empty(n, width)) for i, n in enumerate(self.batch.lengths)]
         if self.batch.segments:
-            whole = torch.cat(parts)[None]
+            drawn = torch.cat(parts)
+            whole = torch.nn.functional.pad(drawn, (0, 0, 0, self.batch.width - len(drawn)))[None]
         else:
             whole = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
         return (whole.to(like.device).flatten(0, 1) * self.open).view_as(like)

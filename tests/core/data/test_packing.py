@@ -147,9 +147,9 @@ def test_label_positions_are_those_that_predict_the_labels(rows: list[Example], 
     assert batch.counts == {"label": len(labels), "example": len(rows), "group": len(rows), "token": tokens}
 
 
-@given(examples(), st.booleans())
-def test_tokens_and_positions(rows: list[Example], packed: bool) -> None:
-    batch = collate_tokens(rows, packed, pad_id=77)
+@given(examples(), st.booleans(), st.sampled_from([1, 8]))
+def test_tokens_and_positions(rows: list[Example], packed: bool, multiple: int) -> None:
+    batch = collate_tokens(rows, packed, pad_id=77, multiple=multiple)
     ids, positions, owner = batch.inputs["input_ids"], batch.inputs["position_ids"], batch.example_of_position
     flat = ids.flatten()
     for e, row in enumerate(rows):
@@ -159,11 +159,13 @@ def test_tokens_and_positions(rows: list[Example], packed: bool) -> None:
         assert tensor.dtype == torch.int64
     assert ids.shape == (batch.rows, batch.width)
     if packed:
-        assert ids.shape == (1, sum(map(size, rows)))
+        tokens = sum(map(size, rows))
+        assert batch.width % multiple == 0 and tokens <= batch.width < tokens + multiple
+        assert set(flat[tokens:].tolist()) <= {77} and set(owner[tokens:].tolist()) <= {-1}
         assert batch.segments == tuple(np.cumsum([0, *map(size, rows)]).tolist())
         assert all(type(bound) is int for bound in batch.segments)
         assert "attention_mask" not in batch.inputs
-        assert pad_share(batch) == 0.0
+        assert pad_share(batch) == pytest.approx(1 - tokens / batch.width)
         return
     assert ids.shape == (len(rows), max(map(size, rows)))
     assert batch.segments == ()

@@ -11,6 +11,8 @@ import torch
 import transformers
 
 from budwood.contract.examples import Example
+from budwood.model import text_tasks
+from budwood.model.encoders import WIDTHS, width_multiple
 from budwood.model.ops import attention
 from budwood.model.text_tasks import SequenceClassification
 
@@ -40,8 +42,9 @@ def build(family: str, options: dict[str, Any]) -> Any:
     return model.eval()
 
 
+@pytest.mark.parametrize("width", [0, 32])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_packed_examples_are_as_alone(name: str) -> None:
+def test_packed_examples_are_as_alone(name: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     task, model = SequenceClassification(), build(*FAMILIES[name])
     assert task.packs_rows(model)
     examples = [
@@ -54,7 +57,10 @@ def test_packed_examples_are_as_alone(name: str) -> None:
     model.zero_grad(set_to_none=True)
 
     model.set_attn_implementation(attention.IMPLEMENTATION)
+    if width:
+        monkeypatch.setattr(text_tasks, "width_multiple", lambda model: width)
     batch = task.collate(examples, model, SimpleNamespace(pad_token_id=0), True)
+    assert batch.width == (width or batch.segments[-1]) >= batch.segments[-1] == sum(map(len, TOKENS))
     assert batch.rows == 1 and batch.label_positions.tolist() == [0, 1, 2, 3]
     logits = task.logits(task.outputs(model, batch), batch)
     torch.testing.assert_close(logits, torch.stack(alone), rtol=1e-5, atol=1e-5)
@@ -62,3 +68,14 @@ def test_packed_examples_are_as_alone(name: str) -> None:
     for key, parameter in model.named_parameters():
         if expected[key] is not None:
             torch.testing.assert_close(parameter.grad, expected[key], rtol=1e-4, atol=1e-4, msg=key)
+
+
+def test_rows_of_an_encoder_in_16_bit_have_few_widths() -> None:
+    model = build(*FAMILIES["bert"])
+    assert [width_multiple(model), width_multiple(model.bfloat16()), width_multiple(model.half())] == [
+        1,
+        WIDTHS,
+        WIDTHS,
+    ]
+    decoder = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**SMALL)).bfloat16()
+    assert width_multiple(decoder) == 1

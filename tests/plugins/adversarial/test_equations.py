@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from budwood.contract.examples import Example
+from budwood.model import text_tasks
 from budwood.model.text_tasks import SequenceClassification
 
 from .conftest import Ready
@@ -107,6 +108,7 @@ def test_encoder(
     packed: bool,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(SequenceClassification, "packs_rows", lambda self, model: packed)
+    monkeypatch.setattr(text_tasks, "width_multiple", lambda model: 32)  # as in 16 bit
     base = {"task": "sequence-classification", "model": str(bert)}
     compare(make_recipe(options, base=base, train={"micro_tokens": 256}), noises)
 

@@ -77,7 +77,7 @@ def attention(
         scaling: factor of the scores; None: D to the power of -1/2.
         dropout: probability of dropping an attention weight.
         is_causal: whether a token attends only to itself and the tokens before it.
-        segments: boundaries in tokens, (0, …, T).
+        segments: boundaries in tokens, (0, …); what follows the last is padding.
         sliding_window: number of tokens to which a causal token attends, including itself; otherwise, their number
             on each side, also including itself.
         softcap: bound of the scores, applied with tanh.
@@ -92,6 +92,8 @@ def attention(
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if segments:
+        if segments[-1] < query.shape[2]:  # padding at the end attends to itself
+            segments = (*segments, query.shape[2])
         window = _window(module, sliding_window, kwargs)
         return _packed(query, key, value, segments, causal, window, scaling, dropout, softcap, s_aux), None
     if softcap is not None or s_aux is not None:
