@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from budwood.serving.pool import AdapterPool, Prompt
 
 
+MAX_NEW_TOKENS = 128
+
+
 def generate(
     base: AnyBase,
     adapter: Adapters = None,
@@ -43,7 +46,7 @@ def generate(
         bool | None,
         typer.Option("--chat/--no-chat", help="Apply the chat template to the prompt. Default: as in training."),
     ] = None,
-    max_new_tokens: MaxNewTokens = 128,
+    max_new_tokens: MaxNewTokens = MAX_NEW_TOKENS,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     stop: Stop = None,
@@ -60,7 +63,13 @@ def generate(
     check_choice(use, directories, top_p)
     first = next((item.manifest for item in saved.values() if item.manifest), None)
     task, options = (first.task, first.task_options) if first else ("causal-lm", None)
-    _check_asked(task, dict(options or {}), image or [], prompt != "-")
+    asked = {
+        "--chat": chat is True, "--no-chat": chat is False, "--max-new-tokens": max_new_tokens != MAX_NEW_TOKENS,
+        "--temperature": temperature > 0, "--top-p": top_p < 1, "--stop": bool(stop), "--seed": seed > 0,
+    }  # fmt: skip
+    _check_asked(
+        task, dict(options or {}), image or [], prompt != "-", [name for name, given in asked.items() if given]
+    )
     text = "" if image else _read_prompt(prompt)
     pool = open_pool(
         base, directories, saved, quantization, precision=precision, device=device, allow_other_base=allow_other_base
@@ -132,18 +141,30 @@ def _read_prompt(prompt: str) -> str:
     return text
 
 
-def _check_asked(task_name: str, options: dict[str, Any], images: list[Path], prompt: bool) -> None:
+def _check_asked(
+    task_name: str, options: dict[str, Any], images: list[Path], prompt: bool, sampling: list[str]
+) -> None:
     """Check that the task answers what is asked, images or a prompt, before the base loads.
 
+    Args:
+        sampling: the given options of generated text.
+
     Raises:
-        InputError: it does not, both are given, or an image is no file.
+        InputError: it does not, both are given, an image is no file, or an option has no effect.
     """
     from budwood.contract.loading import build_task
     from budwood.errors import InputError
 
     if images and prompt:
         raise InputError("give --image or --prompt, not both.")
-    answers = build_task(task_name, options).answers
+    plugin = build_task(task_name, options)
+    answers = plugin.answers
+    if sampling and plugin.responds():
+        each = "it has" if len(sampling) == 1 else "they have"
+        raise InputError(
+            f"{', '.join(sampling)}: task '{task_name}' generates no text, so {each} no effect: leave "
+            f"{'it' if len(sampling) == 1 else 'them'} out."
+        )
     if images and answers != "images":
         raise InputError(f"--image: task '{task_name}' answers {answers}: give --prompt.")
     if not images and answers == "images":

@@ -104,8 +104,9 @@ def recognise(columns: Sequence[str], task: str, where: str, rows: Any = ()) -> 
     if not matches:
         own_task = [data_format for data_format in formats if task in data_format.tasks]
         accepted = "; ".join(_spell(data_format) for data_format in own_task or formats)
+        known = {name for data_format in own_task or formats for name in data_format.columns}
         raise InputError(
-            f"{where}: columns {here} match no data format.{suggest(columns) or _nearest(columns, formats)} "
+            f"{where}: columns {here} match no data format.{suggest(columns, known) or _nearest(columns, formats)} "
             f"Accepted: {accepted}.{broken}"
         )
     data_format = matches[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 _PAIRS = (
     ("question", "answer"), ("question", "response"), ("query", "response"), ("query", "answer"),
@@ -28,15 +28,21 @@ _OTHERS = (
 """Other columns, and the remedy."""
 
 
-def suggest(columns: Sequence[str]) -> str:
-    """Return " Rename …" for well-known columns that match no data format, "" for others."""
+def suggest(columns: Sequence[str], accepted: Collection[str] | None = None) -> str:
+    """Return " Rename …" for well-known columns that match no data format, "" for others.
+
+    Args:
+        accepted: the columns of the task's data formats; None: of all.
+    """
     for names, remedy in _OTHERS:
         if set(names) <= set(columns):
             return f" {remedy}"
     for asked, answered in _PAIRS:
-        if {asked, answered} <= set(columns):
+        if {asked, answered} <= set(columns) and (accepted is None or {"prompt", "completion"} <= set(accepted)):
             chat = _renamed((asked, "instruction"), (answered, "output"))
             plain = _renamed((asked, "prompt"), (answered, "completion"))
+            if accepted is not None and "instruction" not in accepted:
+                return f" Rename {plain}."
             system = ", and 'system_prompt' to 'system'" if "system_prompt" in columns else ""
             return f" Rename {chat}{system}, for a chat model; or {plain}, for plain text."
     return ""

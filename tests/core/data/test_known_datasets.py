@@ -125,6 +125,15 @@ def test_prompts_whose_answers_have_another_name(write: Any) -> None:
         check_use(path, data_format, [CausalLM()])
 
 
+def test_only_columns_that_the_task_reads_are_suggested(write: Any) -> None:
+    path = write([{"input": "a", "output": "b"}])
+    with pytest.raises(InputError, match=r"Rename 'input' to 'prompt' and 'output' to 'completion'\. Accepted: prompt"):
+        check_rows(path, "sequence-to-sequence")
+    with pytest.raises(InputError) as caught:
+        check_rows(path, CLASSIFY)
+    assert "Rename" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_a_remedy(name: str, write: Any) -> None:
     row, message = REFUSED[name]

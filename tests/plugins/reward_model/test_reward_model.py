@@ -109,6 +109,12 @@ def test_runs_learn_and_are_evaluated_and_continued(
         name: run.metrics[name] for name in ("eval_accuracy", "eval_loss", "eval_margin")
     }
     assert command(["adapter", "verify", str(run.directory / "adapter")]) == 0
+    words = ["generate", str(files / "base"), "--adapter", f"rm={run.directory / 'adapter'}", "--prompt", "games: yes"]
+    capsys.readouterr()
+    assert command(words) == 0 and capsys.readouterr().out.startswith("rm: ")
+    assert command([*words, "--chat", "--seed", "3"]) == 2
+    told = "--chat, --seed: task 'reward-model' generates no text, so they have no effect: leave them out."
+    assert told in capsys.readouterr().err
     child = recipe_of("lora", output="child", steps=1)
     child = Recipe.from_dict({**child.to_dict(), "adapter": str(run.directory / "adapter")})
     assert tune(child, quiet=True).before["eval_loss"] == run.metrics["eval_loss"], "the head is continued too"

@@ -242,7 +242,7 @@ def test_rows_and_bases_that_cannot_be_used_are_refused_before_the_base_loads(
         assert "\n" not in str(error.value)
 
     tags, text = "token-classification", "alice sees rome"
-    refused(tags, [{"tokens": ["a", "b"], "tags": ["O"]}], "bad.jsonl:1: 2 tokens but 1 tags")
+    refused(tags, [{"tokens": ["a", "b"], "tags": ["O"]}], "bad.jsonl:1: 2 tokens but 1 tag")
     refused(tags, [{"tokens": ["a", ""], "tags": ["O", "O"]}], "token 2 must be text that is not empty")
     refused(
         tags, [{"text": text, "spans": [{"start": 1, "end": 5, "label": "P"}]}], "span 1, 'lice', begins or ends inside"
