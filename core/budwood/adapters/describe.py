@@ -7,6 +7,7 @@ from torch import nn
 from budwood.adapters.peft_layers import adapter_layers, canonical
 from budwood.adapters.tokens import token_rows
 from budwood.adapters.whole import saved_modules
+from budwood.errors import plural
 from budwood.model.quantizers.experts import experts_of
 
 
@@ -19,12 +20,12 @@ def describe_adapter(model: nn.Module, name: str) -> str:
         group[last] = group.get(last, 0) + 1
     whole = [canonical(path) for path, _ in saved_modules(model, name)]
     parts = (
-        [f"{sum(counts.values()):,} linears ({', '.join(f'{n} {last}' for last, n in counts.items())})"]
+        [f"{plural(sum(counts.values()), 'linear')} ({', '.join(f'{n} {last}' for last, n in counts.items())})"]
         if counts
         else []
     )
     if fused:
-        parts.append(f"experts' {', '.join(f'{last} in {n} layers' for last, n in fused.items())}")
+        parts.append("experts' " + ", ".join(f"{last} in {plural(n, 'layer')}" for last, n in fused.items()))
     if whole:
         parts.append(f"whole: {', '.join(whole[:6])}" + (f" and {len(whole) - 6:,} more" if len(whole) > 6 else ""))
     parts += [

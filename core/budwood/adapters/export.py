@@ -15,7 +15,7 @@ from budwood.adapters.store import CONFIG, WEIGHTS, SavedAdapter, read_adapter
 from budwood.contract.calls import ask_owner
 from budwood.contract.discovery import find, plugin_fault
 from budwood.contract.loading import load_strategy
-from budwood.errors import InputError
+from budwood.errors import CorruptError, InputError
 from budwood.untrusted.files import complete_directory
 
 
@@ -77,7 +77,10 @@ def converted(
     if not hasattr(cls, "convert_adapter"):
         return None
     owner = start_owner(saved)
-    result = ask_owner(owner, "convert_adapter", config=saved.config, tensors=tensors, adapter_type=adapter_type)
+    try:
+        result = ask_owner(owner, "convert_adapter", config=saved.config, tensors=tensors, adapter_type=adapter_type)
+    except (InputError, CorruptError) as error:
+        raise type(error)(f"{saved.directory}: {error}") from error
     if result is None:
         return None
     config, tensors = result

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from budwood.adapters.peft_conversion import WEIGHT
-from budwood.adapters.targets import LAYER_INDEX, all_linear, base_modules, ends_with, expert_modules, matches
+from budwood.adapters.targets import (
+    LAYER_INDEX,
+    all_linear,
+    base_modules,
+    ends_with,
+    expert_modules,
+    matches,
+    reject_quantized,
+)
 from budwood.errors import CorruptError, InputError
 from budwood.model.quantizers import linear_shape, quantizer_of
 from budwood.untrusted.redaction import shorten
@@ -340,6 +348,7 @@ def saved_whole_modules(model: nn.Module, saved: SavedLowRankConfig, tensors: Co
 
     Raises:
         MisfitError: the file has a module that the model does not have.
+        InputError: the model has it quantised.
     """
     wanted = saved.modules_to_save or []
     modules = {name: module for name, module in base_modules(model) if name}
@@ -354,4 +363,26 @@ def saved_whole_modules(model: nn.Module, saved: SavedLowRankConfig, tensors: Co
         found += [name for name in (*sure, *taken) if name not in found]
         if not sure and not taken and any(f"{end}." in key for key in tensors):
             raise MisfitError(f"adapter_config.json: modules_to_save: the model has no '{shorten(end)}'.")
+    for name in found:
+        reject_quantized(name, modules[name])
     return found
+
+
+def saved_whole_names(config: Mapping[str, Any], tensors: Collection[str]) -> list[str]:
+    """Return the full names of what PEFT took for the `modules_to_save` of an adapter, from its file alone.
+
+    See `saved_whole_modules`, which also knows the model.
+
+    Args:
+        config: content of adapter_config.json.
+        tensors: the keys of the file.
+    """
+    ends = tuple(end for end in config.get("modules_to_save") or () if isinstance(end, str) and end)
+    found: dict[str, None] = {}
+    for key in tensors:
+        parts = key.removeprefix(PREFIX).split(".")
+        paths = (".".join(parts[:count]) for count in range(1, len(parts)))
+        path = next((path for path in paths if path.endswith(ends)), None)
+        if path is not None:
+            found[path] = None
+    return list(found)

@@ -326,7 +326,11 @@ def _find_weights(directory: Path, notes: list[str]) -> None:
                 "If you trust the file, load it with PEFT and save it with safe_serialization=True."
             )
         if not (directory / CONFIG).exists():
-            raise InputError(f"{directory}: no adapter: it has neither {CONFIG} nor {WEIGHTS}.")
+            inner = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
+            hint = f" There is one in {directory / inner[0]}." if len(inner) == 1 else ""
+            if len(inner) > 1:
+                hint = f" It has {len(inner):,} in its folders, of which name one: {', '.join(inner[:3])}."
+            raise InputError(f"{directory}: no adapter: it has neither {CONFIG} nor {WEIGHTS}.{hint}")
         raise CorruptError(f"{directory}: {WEIGHTS} is missing.")
     if not (directory / CONFIG).exists():
         raise CorruptError(f"{directory}: {CONFIG} is missing.")

@@ -247,7 +247,7 @@ def match_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
 
     Raises:
         InputError: one matches no module, with the nearest name; or a list of modules, a module in another one, or
-            quantised experts.
+            what is quantised.
     """
     from torch.nn import Module
 
@@ -273,18 +273,23 @@ def match_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 def reject_quantized(path: str, module: nn.Module) -> None:
-    """Reject a module that is to train whole, but holds quantised experts.
+    """Reject a module that is to train whole, or to be replaced by one that did, but is quantised or holds what is.
 
     Raises:
-        InputError: it does.
+        InputError: it is, or does.
     """
+    from budwood.model.quantizers import is_quantized
     from budwood.model.quantizers.experts import quantized_experts
 
-    if quantized_experts(module):
-        raise InputError(
-            f"modules_to_save: '{path}' holds quantised experts, which cannot train whole: adapt them with the "
-            "targets of lora or adalora, or set `quantization: none`."
-        )
+    if is_quantized(module):
+        holds, remedy = "is quantised and", "adapt it with the targets of a strategy"
+    elif quantized_experts(module):
+        holds, remedy = "holds quantised experts, which", "adapt them with the targets of lora or adalora"
+    elif any(map(is_quantized, module.modules())):
+        holds, remedy = "holds quantised linears, which", "adapt them with the targets of a strategy"
+    else:
+        return
+    raise InputError(f"modules_to_save: '{path}' {holds} cannot train whole: {remedy}, or set `quantization: none`.")
 
 
 def whole_modules(model: nn.Module, names: Sequence[str], task: Task, base: Base | None = None) -> list[str]:

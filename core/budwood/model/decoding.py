@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation import LogitsProcessor
 
+from budwood.model.embeddings import plain
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -171,7 +173,7 @@ def answering(model: PreTrainedModel) -> Iterator[None]:
     """Set eval mode, neutral generation settings and the base's precision; restore the previous state on exit."""
     modes = [(module, module.training) for module in model.modules()]
     settings = model.generation_config
-    weight = model.get_input_embeddings().weight
+    weight = plain(model.get_input_embeddings()).weight  # a table that trains whole is in fp32
     assert isinstance(weight, nn.Parameter | Tensor)
     half = weight.dtype in (torch.bfloat16, torch.float16)
     precision = torch.autocast(weight.device.type, weight.dtype if half else torch.bfloat16, enabled=half)

@@ -24,7 +24,7 @@ def table_of(model: Any) -> nn.Module | None:
         table: nn.Module | None = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         return None
-    return table if hasattr(_plain(table), "weight") else None
+    return table if hasattr(plain(table), "weight") else None
 
 
 def head_of(model: Any) -> nn.Module | None:
@@ -51,7 +51,7 @@ def resize(model: Any, count: int, name: str) -> range:
     Raises:
         InputError: other tables of that size would not be enlarged, or the head is not a plain linear.
     """
-    embedding, head = _plain(table_of(model)), _plain(head_of(model))
+    embedding, head = plain(table_of(model)), plain(head_of(model))
     old = getattr(embedding, "num_embeddings", None)
     if old is not None and count <= old:
         return range(old, old)
@@ -92,7 +92,7 @@ def resize_note(old: int, count: int) -> str:
     return f"embeddings resized from {old:,} to {count:,}; each new row starts as the mean of the old rows"
 
 
-def _plain(module: Any) -> Any:
+def plain(module: Any) -> Any:
     """Return the base's module inside adapters' wrappers."""
     for name in ("base_layer", "original_module"):
         module = getattr(module, name, module)

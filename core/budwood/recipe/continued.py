@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from budwood.adapters.carried import carry
+from budwood.adapters.peft_config import saved_whole_names
 from budwood.adapters.store import SavedAdapter, read_adapter
 from budwood.contract.loading import build_task, load_strategy
 from budwood.errors import BudwoodError, InputError
@@ -87,6 +88,13 @@ def _carried(recipe: Recipe, saved: SavedAdapter) -> SavedAdapter:
     return carry(saved, old, new, tasks[1].head_modules(new))
 
 
+def _with_full_names(saved: SavedAdapter) -> dict[str, Any]:
+    """Return an adapter's config; one of stock PEFT names modules that train whole more loosely than a recipe."""
+    if saved.manifest is not None or not saved.config.get("modules_to_save"):
+        return saved.config
+    return {**saved.config, "modules_to_save": saved_whole_names(saved.config, saved.infos)}
+
+
 def check_base_of(saved: SavedAdapter, name: str, fingerprint: str) -> None:
     """Check that an adapter was trained on this base; one of stock PEFT does not record its base.
 
@@ -109,9 +117,11 @@ def continued_options(recipe: Recipe, choice: Choice) -> dict[str, Any]:
     if recipe.adapter is None or "adapter" not in (cls := load_strategy(choice.name)[0]).slots:
         return choice.options
     saved = _read(recipe, hashes=False)
+    if saved.adapter_type != choice.name:
+        return choice.options  # beside the adapter's own strategy, which is a problem of the recipe's
     try:
         saved = _carried(recipe, saved)
-        fixed, defaults = cls.continued_options(saved.config)
+        fixed, defaults = cls.continued_options(_with_full_names(saved))
     except BudwoodError as error:
         raise type(error)(f"{recipe.where('adapter')}: adapter: {saved.directory}: {error}") from error
     for name, value in fixed.items():

@@ -147,7 +147,8 @@ class Loader:
                 f"adapter '{label}' is attached to the model by {owner}, not an entry of the live table"
             )
         elif live.modules:
-            loaded.unblendable = f"adapter '{label}' replaces whole modules or rows of embeddings"
+            what = "whole modules or rows of embeddings" if live.updates else "modules by its own"
+            loaded.unblendable = f"adapter '{label}' of type '{saved.adapter_type}' replaces {what}"
         return loaded
 
     def restore(self, loaded: Loaded, saved: SavedAdapter) -> None:

@@ -66,15 +66,18 @@ class AdaLoRA(Strategy):
             )
         if plan.model is None:
             return
+        start, saved = plan.start_adapter, None
         try:
-            whole = whole_modules(plan.model, options.modules_to_save, plan.task)
-            targets = match_targets(plan.model, options.targets, options.layers, whole, experts=True)
-            if plan.start_adapter is not None:
-                from budwood.lowrank import check_continued
+            if start is not None:
+                from budwood.lowrank import check_continued, saved_targets
                 from budwood_adalora.file import parse
 
-                saved = plan.start_adapter
-                check_continued(plan.model, parse(saved.config), saved.infos, targets, whole)
+                saved = parse(start.config)
+                saved_targets(plan.model, saved)  # what it cannot adapt is named before it is missed among the targets
+            whole = whole_modules(plan.model, options.modules_to_save, plan.task)
+            targets = match_targets(plan.model, options.targets, options.layers, whole, experts=True)
+            if start is not None and saved is not None:
+                check_continued(plan.model, saved, start.infos, targets, whole)
         except InputError as error:
             plan.problem(self, str(error))
             return

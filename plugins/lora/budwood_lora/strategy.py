@@ -38,24 +38,26 @@ class LoRA(Strategy):
         fixed = {"rslora": saved.use_rslora, "dora": saved.use_dora, "bias": saved.bias}
         return fixed, {"rank": saved.r, "alpha": saved.lora_alpha, **continued_selection(config)}
 
-    def _check_start(self, plan: Plan, targets: Sequence[str], whole: Sequence[str]) -> None:
-        from budwood.lowrank import check_continued, parse_saved_config
+    def _check_model(self, plan: Plan, model: nn.Module) -> None:
+        from budwood.lowrank import check_continued, parse_saved_config, saved_targets
         from budwood_lora.ranks import check_rank
 
-        assert plan.model is not None and plan.start_adapter is not None
-        saved = parse_saved_config("lora", SavedConfig, plan.start_adapter.config)
-        check_rank(plan.model, saved, plan.start_adapter.directory, self.options)
-        check_continued(plan.model, saved, plan.start_adapter.infos, targets, whole)
+        options, start, saved = self.options, plan.start_adapter, None
+        if start is not None:
+            saved = parse_saved_config("lora", SavedConfig, start.config)
+            saved_targets(model, saved)  # what it cannot adapt is named before it is missed among the targets
+        whole = whole_modules(model, options.modules_to_save, plan.task)
+        targets = match_targets(model, options.targets, options.layers, whole, experts=True)
+        if start is not None and saved is not None:
+            check_rank(model, saved, start.directory, options)
+            check_continued(model, saved, start.infos, targets, whole)
 
     @hookimpl
     def check_plan(self, plan: Plan) -> None:
         if plan.model is None:
             return
         try:
-            whole = whole_modules(plan.model, self.options.modules_to_save, plan.task)
-            targets = match_targets(plan.model, self.options.targets, self.options.layers, whole, experts=True)
-            if plan.start_adapter is not None:
-                self._check_start(plan, targets, whole)
+            self._check_model(plan, plan.model)
         except InputError as error:
             plan.problem(self, str(error))
 

@@ -88,17 +88,19 @@ class PeftMethod(Strategy):
         from budwood_peft_methods.adapter import check_transposed
         from budwood_peft_methods.layers import check_weight
 
-        options = self.options
+        options, start, saved = self.options, plan.start_adapter, None
+        if start is not None:
+            from budwood.lowrank import check_continued, saved_targets
+            from budwood_peft_methods.saved import Saved
+
+            saved = Saved.read(self, start.config)
+            saved_targets(model, saved.selection)  # what it cannot adapt is named before it is missed among the targets
         whole = whole_modules(model, options.modules_to_save, plan.task)
         targets = match_targets(model, options.targets, options.layers, whole)
         check_transposed(self, model, targets)
         self.module_fields(targets)
-        if plan.start_adapter is not None:
-            from budwood.lowrank import check_continued
-            from budwood_peft_methods.saved import Saved
-
-            saved = Saved.read(self, plan.start_adapter.config)
-            check_continued(model, saved.selection, plan.start_adapter.infos, targets, whole)
+        if start is not None and saved is not None:
+            check_continued(model, saved.selection, start.infos, targets, whole)
             return
         for path in targets:
             module = model.get_submodule(path)

@@ -16,6 +16,7 @@ from budwood.adapters.store import read_adapter
 from budwood.errors import CorruptError, InputError
 from budwood.lowrank import experts_of, remove_adapter, select_adapters
 from budwood.model.experts import Experts, count_experts
+from budwood.recipe.schema import Recipe
 from budwood.serving.exports.targets import export_for
 from budwood.serving.exports.wanted import Wanted
 from budwood.serving.material.shrink import shrink
@@ -157,8 +158,24 @@ def test_adalora_ranks_experts_by_themselves(tmp_path, make_recipe, said):
     assert sum(map(sum, masks.values())) == 2 * updates and any(len(mask) == 6 * 4 for mask in masks.values())
     assert len({sum(mask[i : i + 4]) for mask in masks.values() for i in range(0, len(mask), 4)}) > 1
     assert verify(folder).exact
+    with pytest.raises(
+        InputError, match=r"does not load in stock PEFT .*: nothing was written\. Merge it instead: --f"
+    ):
+        export_for(folder, tmp_path / "exported", Wanted("peft"))
+    with pytest.raises(InputError, match=f"{folder}: it adapts experts"):
+        export_for(folder, tmp_path / "exported", Wanted("peft", as_type="lora"))
     report = merge_folder(folder, tmp_path / "merged", dtype="fp32")  # which compares it with base and adapter
     assert report.error < 1e-3
+
+
+def test_a_router_that_peft_adapts_is_named_by_the_adapter_that_a_run_continues(tmp_path, make_recipe):
+    make_family("Mixtral", tmp_path / "base")
+    stock_adapter(tmp_path / "base", tmp_path / "adapter", target_parameters=["mlp.gate.weight"])
+    values = make_recipe(base={"model": str(tmp_path / "base")}, strategies=["lora"]).to_dict()
+    with pytest.raises(
+        InputError, match=r"target_parameters: 'mlp.gate.weight' is not the experts of a mixture.*: mer"
+    ):
+        tune(Recipe.from_dict({**values, "adapter": str(tmp_path / "adapter")}))
 
 
 def test_bad_targets_are_named_before_the_base_loads(tmp_path, tiny_base, make_recipe, said):
@@ -188,7 +205,7 @@ def test_bad_targets_are_named_before_the_base_loads(tmp_path, tiny_base, make_r
     [
         (
             {"num_local_experts": 8},
-            r"4 weights .* shape given by config\.json: .*experts\.gate_up_proj.*saved with these",
+            r"4 weights in another shape than config\.json gives: .*experts\.gate_up_proj.*saved with these",
         ),
         ({"hidden_size": 128}, r"weights in another shape than config\.json gives: .*embed_tokens"),
         ({"hidden_size": "wide"}, r"config\.json: .*'hidden_size'.* expected"),

@@ -23,6 +23,7 @@ from transformers import (
 from budwood import AdapterPool, InputError
 from budwood.adapters.targets import match_targets
 from budwood.serving.merge import merge
+from budwood.serving.verify import verify
 from budwood.training.loop import tune
 
 IDS = torch.tensor([[1, 40, 50, 60, 70, 99, 7]])
@@ -118,6 +119,27 @@ def test_the_runs_own_adapters_answer_the_same_in_stock_peft(make_recipe, tiny_b
         expected = PeftModel.from_pretrained(load(base), adapter).eval()(IDS).logits
         assert not torch.allclose(expected, load(base)(IDS).logits, atol=1e-3)
         torch.testing.assert_close(pool.model(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("quantization", "precision"), [("nf4", "bf16"), ("none", "fp16")])
+def test_embeddings_that_train_whole_in_fp32_answer_in_the_runs_precision(make_recipe, quantization, precision):
+    recipe = make_recipe(
+        evaluate=True, base={"quantization": quantization}, train={"precision": precision, "eval_generate": 4},
+        strategies=[{"lora": {"modules_to_save": ["embed_tokens"]}}],
+    )  # fmt: skip
+    run = tune(recipe, quiet=True)
+    assert "eval_exact_match" in run.metrics and verify(run.directory / "adapter").exact
+
+
+@pytest.mark.parametrize(("module", "holds"), [("layers.0.mlp", "holds quantised linears"), ("o_proj", "is quantised")])
+def test_what_is_quantised_cannot_train_whole_or_be_replaced(make_recipe, tiny_base, tmp_path, module, holds):
+    message = f"modules_to_save: '.*{module}' {holds}.* cannot train whole: adapt .* or set `quantization: none`"
+    lora = {"lora": {"targets": ["q_proj"], "modules_to_save": [module]}}
+    with pytest.raises(InputError, match=message):
+        tune(make_recipe(base={"quantization": "nf4"}, strategies=[lora]), quiet=True)
+    stock(tiny_base, tmp_path / "stock", target_modules=["q_proj"], modules_to_save=[module])
+    with pytest.raises(InputError, match=message):
+        AdapterPool(tiny_base, "int8", precision="fp32", device="cpu").load("a", tmp_path / "stock")
 
 
 @pytest.mark.filterwarnings("ignore")

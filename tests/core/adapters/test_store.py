@@ -354,3 +354,14 @@ def test_truncation_and_padding_are_not_part_of_a_tokenizer(tmp_path):
     tokenizer.backend_tokenizer.enable_truncation(8)
     tokenizer.backend_tokenizer.enable_padding(length=8)
     assert tokenizer_hash(tokenizer) == before and tokenizer.backend_tokenizer.truncation is not None
+
+
+def test_the_folder_around_an_adapter_is_no_adapter_and_says_where_one_is(small, tmp_path):
+    around = tmp_path / "around"
+    small.rename(around.mkdir() or around / "adapter")
+    with pytest.raises(InputError, match=r"around: no adapter: .* There is one in \S+around/adapter\.$"):
+        store.read_adapter(around)
+    (around / "other").mkdir()
+    (around / "other" / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="It has 2 in its folders, of which name one: adapter, other"):
+        store.read_adapter(around)

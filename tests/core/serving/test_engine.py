@@ -196,8 +196,11 @@ def test_a_blend_is_the_weighted_sum_of_the_updates(tiny_base, folders, scale):
         answer = engine.submit(SHORT[0], {name: 1}, Sampling(8, log_probs=True)).result()
         assert answer.tokens == own.tokens and answer.log_probs == pytest.approx(own.log_probs, abs=1e-4)
     for bad, message in (
-        ({"lora": 1.0, "head": 1.0}, "'head' replaces whole modules or rows of embeddings, so it cannot be blended"),
-        ({"rows": 1.0}, "'rows' replaces whole modules"),
+        (
+            {"lora": 1.0, "head": 1.0},
+            "'head' of type 'lora' replaces whole modules or rows of embeddings, so it cannot be blended",
+        ),
+        ({"rows": 1.0}, "'rows' of type 'lora' replaces whole modules"),
         ({"lroa": 1.0}, "Did you mean 'lora'"),
         ({}, "names no adapter"),
         ({"lora": float("nan")}, "not a finite weight"),

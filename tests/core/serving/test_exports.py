@@ -8,11 +8,13 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 from tests.core.adapters.conftest import make_saved
 from tests.core.serving.conftest import PREFIX, make_adalora, make_adapter, write
+from transformers import AutoModelForCausalLM
 
 from budwood import AdapterPool, BudwoodError, CorruptError, InputError
 from budwood.serving.exports import targets
@@ -29,8 +31,6 @@ PATTERNS = {
 
 def vllm_logits(base: Path, folder: Path, limit: int = 64) -> torch.Tensor:
     """Logits by vLLM's rules: r, lora_alpha and use_rslora are read; one scale for every module; patterns are not."""
-    from transformers import AutoModelForCausalLM
-
     config = json.loads((folder / "adapter_config.json").read_text())
     assert not config["modules_to_save"] and not config.get("use_dora") and config["bias"] == "none"
     assert config["r"] <= limit
@@ -215,6 +215,33 @@ def test_the_export_for_peft_is_the_adapter_and_is_compared_with_its_golden_answ
     with pytest.raises(CorruptError, match="another model than the one that training recorded"):
         export_for(folder, tmp_path / "b", Wanted("peft"))
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_bases_own_head_that_peft_writes_beside_its_update_is_left_out(tiny_base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    peft.get_peft_model(model, lora).save_pretrained(tmp_path / "a")
+    assert f"{PREFIX}lm_head.base_layer.weight" in load_file(tmp_path / "a" / "adapter_model.safetensors")
+    export_for(tmp_path / "a", tmp_path / "out", Wanted("vllm", base=str(tiny_base)))
+    expected = pool_logits(tiny_base, tmp_path / "a")
+    torch.testing.assert_close(vllm_logits(tiny_base, tmp_path / "out"), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("method", "quantization"), [("LoHa", "nf4"), ("HRA", "int8")])
+def test_methods_without_layers_for_quantised_weights_are_compared_on_what_those_weights_are(
+    tiny_base, tmp_path, method, quantization
+):
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    model = peft.get_peft_model(model, getattr(peft, f"{method}Config")(r=4, target_modules=["q_proj", "v_proj"]))
+    with torch.no_grad():
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "a")
+    wanted = Wanted("peft", base=str(tiny_base), quantization=quantization)
+    replay = export_for(tmp_path / "a", tmp_path / "out", wanted).replay
+    assert replay.quantization == quantization and replay.conversion.largest < 1e-4
 
 
 @pytest.mark.parametrize(

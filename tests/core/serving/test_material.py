@@ -209,6 +209,12 @@ def test_what_cannot_be_combined_or_shrunk(tiny_base, tiny_bases, pair, tmp_path
         InputError, match=r"it is DoRA .*: budwood adapter export \S+dora OUT --for peft --as lora --rank R$"
     ):
         combine([pair[0], dora], tmp_path / "out")
+    whole = make_saved(tiny_base, tmp_path / "whole", modules_to_save=["lm_head"])
+    with pytest.raises(InputError, match=r"lm_head.*: merge it into its base: budwood adapter merge \S+whole OUT$"):
+        combine([pair[0], whole], tmp_path / "out")
+    for method in ("linear", "svd"):
+        with pytest.raises(InputError, match="--weights: the weighted sum is larger than fp32 can hold: give smaller"):
+            combine(pair, tmp_path / "out", weights=[1e39, 1.0], method=method)
     with pytest.raises(InputError, match="--rank 6: the largest rank of .* is 6: choose a lower one"):
         shrink(pair[0], tmp_path / "out", 6)
     with pytest.raises(InputError, match="already exists"):

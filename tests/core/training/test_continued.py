@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from budwood import AdapterPool, ResourceError, Run, read_reference
 from budwood.adapters.store import read_adapter
@@ -194,6 +196,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"strategies": [{"lora": {"targets": "all-linear"}}]}, "targets and layers select 'model.layers.0.mlp.down_proj'"),
     ({"strategies": [{"lora": {"targets": ["q_proj"]}}]}, "leave out 'model.layers.0.self_attn.v_proj', which the ada"),
     ({"strategies": [{"lora": {"init": "gaussian"}}]}, "init: the run continues an adapter, which is not initialised"),
+    ({"strategies": ["lora", "ia3"]}, "'lora' .* and strategy 'ia3' .* both own the slot 'adapter': leave one out"),
     ({"strategies": ["adalora"]}, "is of type 'lora', and a run continues only an adapter of its own type"),
     ({"base": "other"}, "was trained on the base '.*tiny' .*, not on '.*other'"),
     ({"adapter": "nowhere"}, "adapter: nowhere: no such folder"),
@@ -244,6 +247,28 @@ def test_an_adapter_whose_tensors_do_not_fit_is_named(lora: Path, make_recipe: M
     stock = altered(lora, tmp_path / "partly", lambda tensors: tensors.pop(KEY))
     with pytest.raises(InputError, match=r"adapter: .*partly: .*lora_A\.weight' missing\. Give the base that it was"):
         tune(continued(make_recipe("child"), stock, strategies=["lora"]), quiet=True, overwrite=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_modules_that_stock_peft_trained_whole_go_on_whatever_it_calls_them(
+    make_recipe: Make, tiny_base: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["norm", "pooler"], task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)  # it takes input_layernorm for norm, and passes over pooler
+    with torch.no_grad():
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(tmp_path / "stock")
+    recipe = continued(make_recipe("child"), tmp_path / "stock", strategies=["lora"])
+    assert not plan(recipe).problems
+    run, _, _ = setup.prepare(recipe, Report(quiet=True), overwrite=True)
+    before = load_file(tmp_path / "stock" / "adapter_model.safetensors")
+    whole = [key for key in before if "norm.weight" in key]
+    assert len(whole) == 5 and len(run.trainable) == len(before)
+    for key in whole:
+        wrapper = run.model.get_submodule(key.removeprefix("base_model.model.").removesuffix(".weight"))
+        assert torch.equal(wrapper.weight, before[key])
 
 
 def test_a_head_and_rows_of_new_tokens_are_continued(

@@ -27,6 +27,8 @@ from budwood.model.text_tasks import CausalLM
 from budwood.parallel.processes import Processes
 from budwood.planning.composition import plan
 from budwood.recipe.schema import Recipe
+from budwood.serving.exports.targets import export_for
+from budwood.serving.exports.wanted import Wanted
 from budwood.serving.merge import merge
 from budwood.serving.pool import AdapterPool
 from budwood.serving.verify import verify
@@ -300,6 +302,11 @@ def test_loftq_starts_at_the_nearest_update_to_the_quantisation_error(
             pool.load("a", adapter)
     with pytest.raises(InputError, match="load the adapter on its quantised base instead"):
         merge(adapter, tmp_path / "merged")
+    with pytest.raises(InputError, match=r"in nf4, which llama\.cpp cannot load: serve it with `budwood serve`"):
+        export_for(adapter, tmp_path / "gguf", Wanted("gguf"))
+    for target in ("peft", "vllm"):
+        notes = export_for(adapter, tmp_path / target, Wanted(target)).notes
+        assert any("makes up for the error of its base in nf4: have" in note for note in notes)
     continued = make({"lora": {}}, quantization="none", output="on", adapter=str(adapter))
     with pytest.raises(InputError, match="set base.quantization to nf4"):
         tune(continued)

@@ -276,6 +276,8 @@ def test_methods_that_add_to_the_bases_product_do_not_compute_it_again_in_a_mixe
     alone = pool.generate([PROMPTS[0]], max_new_tokens=6)[0].tokens
     monkeypatch.setattr(layers, "frozen_linear", lambda *given: pytest.fail("the base's product is computed again"))
     assert pool.generate(PROMPTS[:2], ["own", None], max_new_tokens=6)[0].tokens == alone
+    with pytest.raises(InputError, match=f"'own' of type '{method}' replaces modules by its own, so it cannot be bl"):
+        pool.generate(PROMPTS[:1], [{"own": 1.0}])
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -194,6 +194,8 @@ def test_other_refusals_and_the_command(tiny_base: Path, tmp_path: Path) -> None
     assert isinstance(mixed.exception, InputError) and "adapters of one type can be combined" in str(mixed.exception)
     svd = run(app, ["adapter", "combine", str(ia3), str(ia3), str(tmp_path / "x"), "--method", "svd", *arguments])
     assert "--method svd: is for LoRA" in str(svd.exception)
+    huge = run(app, ["adapter", "combine", str(ia3), str(ia3), str(tmp_path / "x"), "--weights", "1e39,1", *arguments])
+    assert "--weights: the weighted sum is larger than fp32 can hold" in str(huge.exception)
     made = run(app, ["adapter", "combine", str(ia3), str(ia3), str(tmp_path / "x"), *arguments])
     assert made.exit_code == 0 and "combined: ia3 on 6 modules" in made.output, made.output
     assert "it is the exact weighted sum" in made.output

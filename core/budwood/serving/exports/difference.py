@@ -44,7 +44,7 @@ def factors_of_difference(
     Raises:
         InputError: the method cannot be merged, or changes something other than weights of linears.
     """
-    check_plain(saved, "LoRA")
+    check_plain(saved, "LoRA", exporting=True)
     loaded, task = open_base(
         saved, base, quantization="none", precision="fp32", device=device, allow_other_base=allow_other_base
     )

@@ -23,7 +23,6 @@ from budwood.untrusted.redaction import shorten
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """A [r, in] and B [out, r] by the path of the base's linear, in fp32: its weight changes by B A."""
-MERGED = "merge it instead: --for merged"
 
 
 def check_language_model(saved: SavedAdapter, program: str) -> None:
@@ -40,13 +39,17 @@ def check_language_model(saved: SavedAdapter, program: str) -> None:
         raise InputError(f"{saved.directory}: its task is {task}, but {program} holds adapters of causal-lm only.")
 
 
-def check_plain(saved: SavedAdapter, program: str) -> None:
+def check_plain(saved: SavedAdapter, program: str, exporting: bool) -> None:
     """Refuse, by its name in adapter_config.json, whatever a sum of low-rank updates cannot express.
+
+    Args:
+        program: what the updates are for.
+        exporting: see `factors_of`.
 
     Raises:
         InputError: the adapter replaces biases, modules or rows of embeddings.
     """
-    config = saved.config
+    config, remedy = saved.config, _merged(saved, exporting)
     for key, what in (
         ("modules_to_save", "whole modules"),
         ("trainable_token_indices", "rows of embeddings"),
@@ -54,11 +57,18 @@ def check_plain(saved: SavedAdapter, program: str) -> None:
         if config.get(key):
             shown = shorten(json.dumps(config[key]))
             raise InputError(
-                f"{saved.directory}: it holds {what} ({key}: {shown}), which {program} cannot hold: {MERGED}"
+                f"{saved.directory}: it holds {what} ({key}: {shown}), which {program} cannot hold: {remedy}"
             )
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         key = "lora_bias" if config.get("lora_bias") else f"bias: {shorten(str(config['bias']))}"
-        raise InputError(f"{saved.directory}: it holds biases ({key}), which {program} cannot hold: {MERGED}")
+        raise InputError(f"{saved.directory}: it holds biases ({key}), which {program} cannot hold: {remedy}")
+
+
+def _merged(saved: SavedAdapter, exporting: bool) -> str:
+    """Return the remedy for what no low-rank update can hold."""
+    if exporting:
+        return "merge it instead: --for merged"
+    return f"merge it into its base: budwood adapter merge {saved.directory} OUT"
 
 
 def factors_of(saved: SavedAdapter, program: str, *, alone: bool = True, exporting: bool = False) -> Factors:
@@ -76,7 +86,7 @@ def factors_of(saved: SavedAdapter, program: str, *, alone: bool = True, exporti
         CorruptError: config and tensors do not match.
     """
     if alone:
-        check_plain(saved, program)
+        check_plain(saved, program, exporting)
     command = f"budwood adapter export {saved.directory} OUT --for peft --as lora --rank R"
     remedy = f"convert it to LoRA first, which is lossy: {command}"
     if exporting:
@@ -85,8 +95,8 @@ def factors_of(saved: SavedAdapter, program: str, *, alone: bool = True, exporti
         raise InputError(f"{saved.directory}: it is DoRA (use_dora), which {program} cannot hold: {remedy}")
     if saved.config.get("target_parameters"):
         raise InputError(
-            f"{saved.directory}: it adapts experts (target_parameters), which {program} does not take: merge it into "
-            f"its base: budwood adapter merge {saved.directory} OUT"
+            f"{saved.directory}: it adapts experts (target_parameters), which {program} does not take: "
+            f"{_merged(saved, exporting)}"
         )
     if path := next((key for key in saved.infos if ".lora_embedding_" in key), ""):
         path = path.removeprefix(PREFIX).partition(".lora_")[0]
@@ -105,6 +115,8 @@ def factors_of(saved: SavedAdapter, program: str, *, alone: bool = True, exporti
     if not alone:
         tensors = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
     paths = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in tensors if ".lora_" in key}
+    for path in paths:  # PEFT writes the base's own head beside its update; another one is refused on the base
+        tensors.pop(f"{PREFIX}{path}.base_layer.weight", None)
     config = config | {
         "target_modules": sorted(paths), "target_parameters": None, "exclude_modules": None,
         "layers_to_transform": None, "modules_to_save": None, "trainable_token_indices": None, "bias": "none",
@@ -114,7 +126,7 @@ def factors_of(saved: SavedAdapter, program: str, *, alone: bool = True, exporti
         live = ask_owner(owner, "live_adapter", model=_linears(tensors), config=config, tensors=tensors)
     except (InputError, CorruptError) as error:
         raise type(error)(f"{saved.directory}: {error}") from error
-    factors = {path: _folded(saved, path, update) for path, update in live.updates.items() if update.rank}
+    factors = {path: _folded(saved, path, update, exporting) for path, update in live.updates.items() if update.rank}
     if not factors:
         raise InputError(f"{saved.directory}: every rank of it is 0: it adapts no linear module.")
     return factors
@@ -138,10 +150,12 @@ def _linears(tensors: Mapping[str, Tensor]) -> nn.Module:
     return root
 
 
-def _folded(saved: SavedAdapter, path: str, update: LiveUpdate) -> tuple[Tensor, Tensor]:
+def _folded(saved: SavedAdapter, path: str, update: LiveUpdate, exporting: bool) -> tuple[Tensor, Tensor]:
     assert update.a is not None and update.b is not None
     if update.gain is not None or update.offset is not None or update.row_forward is not None:
-        raise InputError(f"{saved.directory}: its update of '{path}' is not low-rank alone: {MERGED}")
+        raise InputError(
+            f"{saved.directory}: its update of '{path}' is not low-rank alone: {_merged(saved, exporting)}"
+        )
     return update.a.float(), update.b.float() * update.scaling
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from budwood.adapters.golden import Distance, comparable, current_setting, measure, relative_error
 from budwood.adapters.match import mismatch
-from budwood.adapters.store import SavedAdapter
+from budwood.adapters.store import CONFIG, SavedAdapter
 from budwood.contract.discovery import find, plugin_fault
 from budwood.errors import BudwoodError, InputError, describe
 from budwood.model.experts import close_experts
@@ -20,6 +21,7 @@ from budwood.serving.merge import MAX_ERROR
 from budwood.serving.pool import AdapterPool
 from budwood.serving.probes import probes_of
 from budwood.serving.verify import open_base
+from budwood.untrusted.formats import read_json
 
 EXACT = 1e-2
 """Largest error of an export that is no approximation, as a fraction of the adapter's own effect."""
@@ -34,7 +36,8 @@ class Replay:
 
     Attributes:
         prompts: number of prompts.
-        quantization: that of the base in the replay.
+        quantization: that of the base in the replay; PEFT computes methods for which it has no quantised layers on the
+            dequantised weights, and so does Budwood then.
         conversion: distance of base and export from base and adapter.
         error: the same as a fraction of the adapter's own effect, see `relative_error`.
         recorded: distance of base and export from the golden logits; None for an adapter without any.
@@ -76,12 +79,16 @@ def replay(
 
     Raises:
         BudwoodError: the export computes something else than the adapter.
-        InputError: an approximation loses too much; or the base is not the adapter's, see `open_base`.
+        InputError: PEFT does not load the export; an approximation loses too much; or the base is not the adapter's,
+            see `open_base`.
         CorruptError: the adapter computes something else than training recorded.
     """
     loaded, task = open_base(
         saved, base, quantization=quantization, precision="fp32", device=device, allow_other_base=allow_other_base
     )
+    dequantized = not _has_quantized_layers(folder)
+    if dequantized:
+        _dequantize(loaded.model, known=False)
     pool = AdapterPool(loaded, task=task)
     golden, probes = probes_of(saved, pool)
     recorded = saved.manifest.golden if saved.manifest is not None else None
@@ -100,7 +107,7 @@ def replay(
         relative_error(alone, adapter, exported),
         Distance.between(golden.adapter, exported) if golden else None,
         Distance.between(golden.base, alone) if golden else None,
-        recorded is not None and comparable(recorded, current_setting(loaded)),
+        recorded is not None and not dequantized and comparable(recorded, current_setting(loaded)),
         notes,
     )
     largest = float(adapter.abs().max())
@@ -127,18 +134,34 @@ def _by_peft(pool: AdapterPool, folder: Path, probes: Any) -> torch.Tensor:
     except BudwoodError:
         raise
     except Exception as error:  # PEFT may raise any exception
-        raise BudwoodError(
-            f"the export does not load in stock PEFT ({describe(error)}): nothing was written. --no-check writes it."
+        raise InputError(
+            f"the export does not load in stock PEFT ({describe(error)}): nothing was written. Merge it instead: "
+            "--for merged; or --no-check writes it."
         ) from error
 
 
-@torch.no_grad()
 def _open_to_peft(model: nn.Module) -> None:
     """Give a model the modules that PEFT adapts: parameters of experts, and linears that it has layers for, in fp32."""
-    close_experts(model, torch.float32)
+    with torch.no_grad():
+        close_experts(model, torch.float32)
+    _dequantize(model)
+
+
+def _has_quantized_layers(folder: Path) -> bool:
+    """Return whether PEFT has layers of its own for a method on quantised linears.
+
+    Without them, PEFT takes the packed numbers for the weight where a method computes with it, as LoHa does.
+    """
+    method = str(read_json(folder / CONFIG).get("peft_type")).lower()
+    return method.isidentifier() and find_spec(f"peft.tuners.{method}.bnb") is not None
+
+
+@torch.no_grad()
+def _dequantize(model: nn.Module, known: bool = True) -> None:
+    """Replace quantised linears by plain ones, in fp32; with `known`, only those of quantisers that PEFT lacks."""
     for path, module in list(model.named_modules()):
         quantizer: Any = quantizer_of(module)
-        if is_quantized(module) and not quantizer.known_to_peft:
+        if is_quantized(module) and not (known and quantizer.known_to_peft):
             outputs, inputs = linear_shape(module)
             plain = nn.Linear(inputs, outputs, bias=False, device="meta")
             plain.weight = nn.Parameter(linear_weight(module, torch.float32), requires_grad=False)

@@ -10,11 +10,11 @@ from budwood.adapters.store import SavedAdapter, read_adapter
 from budwood.errors import plural
 from budwood.model.checks import stored_quantization
 from budwood.serving.exports import vllm
-from budwood.serving.exports.compare import compare, other_weights
+from budwood.serving.exports.compare import check_weights, compare, other_weights
 from budwood.serving.exports.difference import plain_updates
 from budwood.serving.exports.factors import write_lora
 from budwood.serving.exports.llama_cpp import write_gguf, write_ollama
-from budwood.serving.exports.wanted import Exported, Wanted
+from budwood.serving.exports.wanted import PROGRAMS, Exported, Wanted
 from budwood.serving.merge import merge
 from budwood.untrusted.files import check_new_folder, complete_directory
 
@@ -37,6 +37,8 @@ def export_for(directory: str | Path, out: str | Path, wanted: Wanted) -> Export
     out = Path(out)
     check_new_folder(out)
     saved = read_adapter(directory)
+    if wanted.target in ("gguf", "ollama") and not wanted.merged:
+        check_weights(saved, PROGRAMS[wanted.target])
     if wanted.target == "merged":
         return _merged(saved, out, wanted)
     with complete_directory(out) as folder:
@@ -65,7 +67,9 @@ def _peft(saved: SavedAdapter, folder: Path, out: Path, wanted: Wanted) -> Expor
         factors, approximate = plain_updates(saved, wanted)
         rank = write_lora(folder, factors, saved)
         lines = [f"LoRA of rank {rank} on {plural(len(factors), 'linear')}"]
-    return Exported(out, wanted.target, lines, compare(saved, folder, wanted, approximate), None, approximate)
+    bound = saved.manifest is not None and saved.manifest.needs_quantization
+    notes = other_weights(saved, "PEFT", wanted) if bound else []
+    return Exported(out, wanted.target, lines, compare(saved, folder, wanted, approximate), None, approximate, notes)
 
 
 def _vllm(saved: SavedAdapter, folder: Path, out: Path, wanted: Wanted) -> Exported:

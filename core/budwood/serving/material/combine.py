@@ -18,7 +18,7 @@ from budwood.adapters.store import SavedAdapter, read_adapter
 from budwood.errors import InputError, did_you_mean
 from budwood.serving.exports.difference import decomposed
 from budwood.serving.exports.factors import Factors, factors_of, largest_rank, squared_norm, truncated, write_lora
-from budwood.serving.material.own_sums import Parts, combine_own, has_own_sum
+from budwood.serving.material.own_sums import FP32_MAX, Parts, combine_own, has_own_sum, too_large
 from budwood.serving.verify import task_of
 from budwood.untrusted.files import check_new_folder
 from budwood.untrusted.redaction import shorten
@@ -115,6 +115,8 @@ def combine(
         return Combined(out, None, modules, 1.0, distance, 0.0, [*notes, *bench.notes], kind)
     updates = [bench.naming(part, partial(factors_of, part, "a combination")) for part in parts]
     exact = _sum(parts, updates, values)
+    if not all(float(a.double().norm()) * float(b.double().norm()) < FP32_MAX for a, b in exact.values()):
+        raise too_large()
     if method == "linear":
         result, kept = exact, 1.0
     else:

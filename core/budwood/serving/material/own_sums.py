@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from budwood.errors import CorruptError, InputError
 from budwood.serving.material.derived import Workbench
 
 REMEDY = "convert each to LoRA first, which is lossy: budwood adapter export DIR OUT --for peft --as lora --rank R"
+FP32_MAX = torch.finfo(torch.float32).max
 
 _Result = TypeVar("_Result")
 
@@ -118,6 +120,11 @@ def _no_sum(part: SavedAdapter) -> InputError:
     )
 
 
+def too_large() -> InputError:
+    """Return the error of weights whose sum has infinite elements."""
+    return InputError("--weights: the weighted sum is larger than fp32 can hold: give smaller weights.")
+
+
 def combine_own(parts: Parts, weights: Sequence[float], out: Path, record: MadeRecord) -> tuple[Distance, int]:
     """Write the sum that the owner of the adapters' type returns.
 
@@ -133,6 +140,8 @@ def combine_own(parts: Parts, weights: Sequence[float], out: Path, record: MadeR
     if result is None:
         raise _no_sum(first)
     config, tensors = result
+    if not all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()):
+        raise too_large()
 
     def write(folder: Path) -> None:
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
