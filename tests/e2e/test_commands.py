@@ -109,7 +109,7 @@ def test_the_combined_recipe_runs_and_its_adapter_is_evaluated_under_attack(tmp_
         (b'{"prompt": "a", "completion": null}\n', "rows.jsonl:1: field 'completion' must be text, not null"),
         (b'{"prompt": "caf\xe9", "completion": "x"}\n', "rows.jsonl:1: not UTF-8"),
         (b"", "rows.jsonl: the file is empty"),
-        (b'{"prompt": "a", "completion": " "}\n', "rows were dropped: empty completion"),
+        (b'{"prompt": "a", "completion": " "}\n', "its only row was dropped: empty completion"),
     ],
 )
 def test_bad_data_gives_one_line_without_importing_torch(

@@ -411,7 +411,7 @@ def test_asking_the_wrong_thing_is_refused_before_the_base_loads(base, images, t
         ("image-classification", [Path("none.png")], False, "no file 'none.png'"),
     ):
         with pytest.raises(InputError, match=said):
-            _check_asked(task, {}, image, prompt)
+            _check_asked(task, {}, image, prompt, [])
     with pytest.raises(InputError, match="no image 'none.png'"):
         task_of(base).read_images(["none.png"])
 
