@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from budwood.adapters.starts import set_starts as set_starts
     from budwood.adapters.starts import update_of as update_of
     from budwood.adapters.tokens import fit_whole as fit_whole
+    from budwood.adapters.tokens import is_tied as is_tied
     from budwood.adapters.tokens import new_tokens as new_tokens
     from budwood.adapters.tokens import saved_tokens as saved_tokens
     from budwood.adapters.tokens import wrap_tokens as wrap_tokens
@@ -87,7 +88,7 @@ _EXPORTS = {
         "budwood.adapters.peft_layers",
     ),
     **dict.fromkeys(("difference", "set_starts", "update_of"), "budwood.adapters.starts"),
-    **dict.fromkeys(("fit_whole", "new_tokens", "saved_tokens", "wrap_tokens"), "budwood.adapters.tokens"),
+    **dict.fromkeys(("fit_whole", "is_tied", "new_tokens", "saved_tokens", "wrap_tokens"), "budwood.adapters.tokens"),
     **dict.fromkeys(("check_replaced", "without_base_tensors", "wrap_whole"), "budwood.adapters.whole"),
     **dict.fromkeys(("frozen_linear", "low_rank_linear", "mixed_low_rank_linear"), "budwood.model.ops.linear"),
 }

@@ -29,7 +29,7 @@ def describe_adapter(model: nn.Module, name: str) -> str:
     if whole:
         parts.append(f"whole: {', '.join(whole[:6])}" + (f" and {len(whole) - 6:,} more" if len(whole) > 6 else ""))
     parts += [
-        f"{len(rows.rows[name]):,} row{'s'[: len(rows.rows[name]) != 1]} of {path}"
+        f"{plural(len(rows.rows[name]), 'row')} of {path}"
         for path, rows in token_rows(model, name)
         if name not in rows.tied
     ]

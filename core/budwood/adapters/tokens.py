@@ -389,6 +389,7 @@ def rows_needed(model: Any, name: str) -> int:
 
 
 def is_tied(model: Any) -> bool:
+    """Return whether a model's head has the weight of its embeddings."""
     head: Any = head_of(model)
     weight = getattr(head, "weight", None)
     return weight is not None and weight is getattr(table_of(model), "weight", None)

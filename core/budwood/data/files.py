@@ -144,13 +144,14 @@ def _find_in_folder(
         path = path / str(split)
     if is_datasets_folder(path):
         return sorted(p for p in path.iterdir() if p.suffix in (".arrow", ".json") and p.is_file())
-    folders = _data_folders(path)
     for folder in (path, path / "data"):
         files = sorted(filter(_is_data, folder.iterdir() if folder.is_dir() else ()))
         if files:
             place = Path(name) / folder.relative_to(path)
-            others = [*folders, *(["data"] if folder == path and _holds_data(path / "data") else [])]
-            if others and split is None:
+            others = list(_data_folders(path)) if split is None else []
+            if split is None and folder == path and _holds_data(path / "data"):
+                others.append("data")
+            if others:
                 words = sorted(filter(None, map(_split_word, files)))  # a pattern is none for a hub name
                 own = f"split: {words[0]}" if words else str(place / f"*{files[0].suffix}")
                 raise InputError(
@@ -158,6 +159,7 @@ def _find_in_folder(
                     f"{own} for the files, or one of the folders."
                 )
             return _of_split([_check_file(file) for file in files], split, str(place), source)
+    folders = _data_folders(path)
     if split in folders:
         return _find_in_folder(folders[str(split)], None, f"{name}/{split}")
     if len(folders) == 1:

@@ -213,6 +213,6 @@ def show_check(result: Check, console: Console) -> None:
         clean = "".join(c if c.isprintable() else "?" for c in redact(" ".join(text.split())))
         table.add_row(Text(part), Text(verdict, styles[verdict]), Text(clean))
     count = len(result.problems.texts)
-    counted = f"{count} problem{'s'[: count != 1]}" if count else ""
+    counted = plural(count, "problem") if count else ""
     table.add_row(Text("verdict", "bold"), Text("no" if count else "go", styles[NO if count else OK]), Text(counted))
     show(table, console)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from budwood import plural
 from budwood_grpo.scores import Choice
 
 WINDOW = 10
@@ -43,7 +44,7 @@ class Watch:
         if self.reported or not self.sets:
             return
         self.reported = True
-        seen = f"in {self.sets} set{'s'[: self.sets != 1]} ({self.samples:,} samples)"
+        seen = f"in {plural(self.sets, 'set')} ({plural(self.samples, 'sample')})"
         if not self.varied:
             ranges = ", ".join(
                 f"{n} {_range(lo, hi)}" for n, lo, hi in zip(self.labels, self.low, self.high, strict=True)

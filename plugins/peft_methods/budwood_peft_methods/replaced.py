@@ -30,6 +30,7 @@ from budwood import (
 from budwood.lowrank import (
     SavedLowRankConfig,
     fit_whole,
+    is_tied,
     live_low_rank,
     merge_whole_parts,
     new_tokens,
@@ -112,12 +113,6 @@ def token_targets(strategy: TrainableTokens, model: Any) -> dict[str, list[int]]
         raise InputError(f"tokens: {max(ids)} is beyond the embeddings, which have {len(table.weight)} rows.")
     path = next(path for path, module in model.named_modules() if module is table)
     return {path: list(ids)}
-
-
-def is_tied(model: Any) -> bool:
-    """Return whether a model's head has the weight of its embeddings."""
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def _check_occurs(run: Run, model: nn.Module, parts: Parts) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from budwood import InputError
-from budwood_peft_methods.replaced import NORM, ROWS, is_tied, saved_token_ids
+from budwood.lowrank import is_tied
+from budwood_peft_methods.replaced import NORM, ROWS, saved_token_ids
 from budwood_peft_methods.saved import PREFIX
 from budwood_peft_methods.sums import check_mean
 
