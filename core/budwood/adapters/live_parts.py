@@ -16,7 +16,7 @@ from budwood.adapters.match import check_adapter_tensors
 from budwood.adapters.peft_config import PREFIX, SavedLowRankConfig, saved_whole_modules
 from budwood.adapters.targets import base_modules
 from budwood.adapters.tokens import KEY, TokenRows, check_plain, check_rows, ends_of, is_tied, saved_tokens
-from budwood.adapters.whole import without_base_tensors
+from budwood.adapters.whole import in_fp32, without_base_tensors
 from budwood.errors import InputError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -115,7 +115,7 @@ def _modules(modules: Mapping[str, Any], whole: Sequence[str], tensors: Mapping[
                 setattr(
                     module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", len(state[key])
                 )
-        module.float().load_state_dict(state)
+        in_fp32(module).load_state_dict(state)
         replaced[path] = module.eval().requires_grad_(False)
     return replaced
 

@@ -22,7 +22,7 @@ from budwood.adapters.expert_layers import ExpertForward
 from budwood.adapters.peft_config import PREFIX
 from budwood.adapters.tokens import merge_tokens, remove_tokens, rows_needed, select_tokens, token_rows, token_tensors
 from budwood.adapters.updates import LowRankUpdate
-from budwood.adapters.whole import saved_modules, untie
+from budwood.adapters.whole import in_fp32, saved_modules, untie
 from budwood.contract.types import ParameterGroup
 from budwood.errors import InputError
 from budwood.model.embeddings import resize
@@ -253,7 +253,7 @@ def register_adapter(
             forward.updates[name] = update(layer, name)
             layer.forward = forward
     for _, module in saved_modules(model, name):
-        module.float()
+        in_fp32(module)
     model.train(model.training)  # PEFT creates modules in training mode, whatever the model's mode
     _apply(model, state)
 

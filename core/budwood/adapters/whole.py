@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +57,18 @@ def saved_modules(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]
     for path, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and name in getattr(module, "modules_to_save", {}):
             yield path, module.modules_to_save[name]
+
+
+def in_fp32(module: nn.Module) -> nn.Module:
+    """Convert the copy of a base's module to fp32; its output keeps the base's dtype, which what reads it expects."""
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    if dtype != torch.float32:
+        module.register_forward_hook(partial(_cast, dtype))
+    return module.float()
+
+
+def _cast(dtype: torch.dtype, module: nn.Module, given: Any, output: Any) -> Any:
+    return output.to(dtype) if isinstance(output, Tensor) and output.is_floating_point() else output
 
 
 @torch.no_grad()

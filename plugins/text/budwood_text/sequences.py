@@ -24,6 +24,7 @@ from budwood import (
     Run,
     TextTask,
     as_probe,
+    autocast,
     collate_tokens,
     hookimpl,
 )
@@ -148,7 +149,8 @@ class SequenceToSequence(TextTask):
             return metrics
         longest = max(len(example.labels) for example in rows) + 4
         prompts = [example.inputs["input_ids"].tolist() for example in rows]
-        answers = _answer(run.model, run.tokenizer, prompts, longest)
+        with autocast(run):  # as in training and in `respond`
+            answers = _answer(run.model, run.tokenizer, prompts, longest)
         wanted = [run.tokenizer.decode(example.labels.tolist(), skip_special_tokens=True) for example in rows]
         right = [answer.strip() == text.strip() for answer, text in zip(answers, wanted, strict=True)]
         return {**metrics, "eval_exact_match": float(np.mean(right))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tests.conftest import make_base
+from tests.conftest import make_base, make_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -18,12 +19,17 @@ from transformers import (
     OPTConfig,
     PhiConfig,
     PreTrainedConfig,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from budwood import AdapterPool, InputError
 from budwood.adapters.targets import match_targets
+from budwood.adapters.whole import saved_modules
+from budwood.contract.strategy import RUN_ADAPTER
 from budwood.serving.merge import merge
 from budwood.serving.verify import verify
+from budwood.testing import tiny_encoder
 from budwood.training.loop import tune
 
 IDS = torch.tensor([[1, 40, 50, 60, 70, 99, 7]])
@@ -38,6 +44,9 @@ BASES: dict[str, tuple[PreTrainedConfig, str, str, str]] = {  # with the names o
     "opt": (OPTConfig(ffn_dim=32, word_embed_proj_dim=16, **SMALL), "embed_tokens", "lm_head", "q_proj"),
     "neox": (GPTNeoXConfig(intermediate_size=32, **SMALL), "embed_in", "embed_out", "query_key_value"),
 }  # fmt: skip
+T5 = T5Config(
+    vocab_size=300, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0
+)  # fmt: skip
 WAYS = ["target head", "whole head", "whole embeddings", "whole both", "rows"]
 
 
@@ -129,6 +138,36 @@ def test_embeddings_that_train_whole_in_fp32_answer_in_the_runs_precision(make_r
     )  # fmt: skip
     run = tune(recipe, quiet=True)
     assert "eval_exact_match" in run.metrics and verify(run.directory / "adapter").exact
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "module", "precision"),
+    [
+        ("encoder", "sequence-classification", "word_embeddings", "bf16"),
+        ("t5", "sequence-to-sequence", "lm_head", "fp16"),
+    ],
+)
+def test_what_trains_whole_in_fp32_fits_between_layers_of_16_bit(make_recipe, tmp_path, name, task, module, precision):
+    folder = tmp_path / "base"
+    if name == "encoder":
+        tiny_encoder(folder, ["red", "green"])
+    else:
+        T5ForConditionalGeneration(T5).save_pretrained(folder)
+        make_tokenizer(folder)
+    rows = [("red green", "a"), ("green", "b"), ("red", "a"), ("green red green", "b")] * 4
+    names = ("text", "label") if name == "encoder" else ("prompt", "completion")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows))
+    run = tune(
+        make_recipe(
+            base={"model": str(folder), "task": task}, data={"train": str(data), "eval": str(data)},
+            strategies=[{"lora": {"modules_to_save": [module]}}], train={"precision": precision, "eval_generate": 2},
+        ),
+        quiet=True,
+    )  # fmt: skip
+    whole = dict(saved_modules(run.model, RUN_ADAPTER))
+    assert whole and all(p.dtype == torch.float32 for part in whole.values() for p in part.parameters())
+    assert verify(run.directory / "adapter").exact
 
 
 @pytest.mark.parametrize(("module", "holds"), [("layers.0.mlp", "holds quantised linears"), ("o_proj", "is quantised")])
