@@ -133,6 +133,7 @@ def pytest_collection(session: pytest.Session) -> None:
     import typer
 
     torch.set_num_threads(1)  # the models are tiny: a second thread only waits
+    os.fsync = lambda descriptor: None  # no file of a test has to survive a power cut
     typer.main.get_command = functools.cache(typer.main.get_command)  # a tenth of a second for each command here
 
 

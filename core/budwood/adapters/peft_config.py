@@ -123,12 +123,15 @@ def parse_saved_config(
     """
     fine = honoured(fields, unused) | {key for key in REFUSED if config.get(key) in (None, False, [], {})}
     for key, value in config.items():
+        init = key == "init_lora_weights" and key not in unused
+        if key in fine and not init:
+            continue
         where = f"adapter_config.json: '{shorten(key)}: {shorten(json.dumps(value))}'"
-        if key == "init_lora_weights" and key not in unused:
+        if init:
             _check_init(where, value)
-        elif key in REFUSED and key not in fine:
+        elif key in REFUSED:
             raise InputError(f"{where} is not supported by strategy '{adapter_type}': {REFUSED[key]}.")
-        elif key not in fine:
+        else:
             writer = shorten(str(config.get("peft_version") or "of another version"))
             raise InputError(
                 f"{where} is not a field of PEFT {version('peft')} (PEFT {writer} wrote it), so what it changes is not "

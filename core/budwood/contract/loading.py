@@ -219,8 +219,8 @@ def check_hooks(cls: type, who: str) -> None:
         PluginError: a hook is misspelt, unmarked, not a plain method, takes an unknown argument, or wraps a hook that
             cannot be wrapped.
     """
-    for name in dir(cls):
-        member = inspect.getattr_static(cls, name)
+    members = {name: member for base in reversed(cls.__mro__) for name, member in vars(base).items()}
+    for name, member in sorted(members.items()):
         function = getattr(member, "__func__", member)  # unwraps a staticmethod or a classmethod
         marks = getattr(member, "budwood_impl", None) or getattr(function, "budwood_impl", None)
         if isinstance(marks, dict):

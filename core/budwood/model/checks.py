@@ -321,6 +321,7 @@ def load_config(path: Path, trust_remote_code: bool, changes: dict[str, Any]) ->
 def build_skeleton(name: str, config: PretrainedConfig, auto_class: str, trust_remote_code: bool) -> PreTrainedModel:
     import torch
     import transformers
+    from transformers.initialization import no_init_weights
 
     from budwood.model.experts import open_experts
     from budwood.model.heads import name_body
@@ -328,10 +329,11 @@ def build_skeleton(name: str, config: PretrainedConfig, auto_class: str, trust_r
     if auto_class == "AutoModelForCausalLM":
         _check_decoder(name, config)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():  # for nothing to initialise, but thousands of calls
             model: PreTrainedModel = getattr(transformers, auto_class).from_config(
                 config, trust_remote_code=trust_remote_code
             )
+        model.tie_weights(recompute_mapping=False)
     except ImportError as error:
         raise ResourceError(f"base '{name}' needs a library: {first_line(error)}") from error
     except Exception as error:  # a model class may raise any exception on unexpected values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from dataclasses import dataclass, field, replace
 
@@ -201,7 +202,13 @@ def _cpu() -> Device:
     if measurement is not None:
         return measured(device, measurement, f"measured on {measurement.day}")
     source = f"measured briefly just now; {why_not or '`budwood doctor --measure` measures longer, and keeps it'}"
-    return measured(device, measure("cpu", BRIEF), source)
+    return measured(device, _brief(torch.get_num_threads()), source)
+
+
+@functools.cache
+def _brief(threads: int) -> Measurement:
+    """Measure this CPU once for a process, with its current number of threads."""
+    return measure("cpu", BRIEF)
 
 
 def measured(device: Device, measurement: Measurement, source: str) -> Device:

@@ -27,7 +27,7 @@ LIBRARIES = [
     "torch.distributed", "transformers.models.llama.modeling_llama", "peft", "bitsandbytes", "matplotlib.figure",
     "matplotlib.backends.backend_agg", "PIL.PngImagePlugin", "jinja2.sandbox",
     "transformers.utils.chat_template_utils", "budwood.training.loop", "budwood.training.evaluate",
-    "budwood.cli.app",
+    "budwood.cli.app", "budwood.testing.warm", "sklearn.metrics",
 ]  # fmt: skip
 """Modules that take the longest to import."""
 _context = multiprocessing.get_context("forkserver")
