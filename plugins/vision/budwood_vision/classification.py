@@ -30,9 +30,7 @@ class ImageClassification(ImageTask, Classification):
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         """Run the model: its logits are the output, since models pool in different ways."""
-        return Outputs(
-            self.run_model(model, pixel_values=batch.inputs["pixel_values"]).logits[:, None], lambda rows: rows
-        )
+        return Outputs(model(pixel_values=batch.inputs["pixel_values"]).logits[:, None], lambda rows: rows)
 
     def show(self, example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
         """Return the image's size; `budwood data --sheet` draws it."""
@@ -44,7 +42,6 @@ class ImageClassification(ImageTask, Classification):
         device = next(model.parameters()).device
         images = [self.processor.values(pixels) for pixels in self.read_images(texts)]
         logits: list[Tensor] = [
-            self.run_model(model, pixel_values=torch.from_numpy(image[None]).to(device)).logits[0].float().cpu()
-            for image in images
+            model(pixel_values=torch.from_numpy(image[None]).to(device)).logits[0].float().cpu() for image in images
         ]
         return [self.answer(row, labels) for row in logits]

@@ -173,7 +173,7 @@ class MaskedImage(ImageTask):
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         """Run the model: its predictions of all patches are the output."""
-        found = self.run_model(model, **batch.inputs)
+        found = model(**batch.inputs)
         hidden = found.logits if self.mae else to_patches(found.reconstruction, self.patch)
         return Outputs(hidden, lambda rows: rows)
 

@@ -114,22 +114,6 @@ class ImageTask(Task):
         inputs = {name: value for name, value in example.inputs.items() if name != PIXELS}
         return replace(example, inputs={"pixel_values": self.processor.values(example.inputs[PIXELS]), **inputs})
 
-    def run_model(self, model: nn.Module, **inputs: Tensor) -> Any:
-        """Return what the model's own forward returns.
-
-        Raises:
-            InputError: embeddings train whole, in fp32, and torch's norms on the CPU take none beside 16 bit.
-        """
-        try:
-            return model(**inputs)
-        except RuntimeError as error:
-            if "mixed dtype (CPU)" not in str(error):
-                raise
-            raise InputError(
-                "the embeddings of patches train whole, in fp32, beside norms in 16 bit, which torch cannot mix on the "
-                "CPU: set the precision to fp32, or leave them out of modules_to_save."
-            ) from error
-
     def altered(self, model: nn.Module, example: Example) -> Example:
         """Return the example with the image's negative."""
         return replace(example, inputs={**example.inputs, PIXELS: 255 - example.inputs[PIXELS]})
