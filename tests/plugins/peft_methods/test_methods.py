@@ -443,7 +443,7 @@ def test_trainable_tokens_without_a_place_for_a_head_are_refused(
 
 
 def test_trainable_tokens_that_no_example_has_are_refused_before_training(
-    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], forked: None
 ) -> None:
     recipe = recipe_of(tiny_base, tmp_path, {"trainable_tokens": {"tokens": [3, 4]}})
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
