@@ -26,7 +26,7 @@ from budwood.training.output import MANIFEST, written_by_strategies
 from budwood.training.page import write_page
 from budwood.training.progress import Best, Progress, restore
 from budwood.training.report import Report, duration, peak_memory
-from budwood.training.setup import strategies_record
+from budwood.training.setup import precision_name, strategies_record
 from budwood.untrusted.files import complete_file
 from budwood.untrusted.formats import json_numbers
 
@@ -151,7 +151,13 @@ def check_changed(run: Run, start: list[Tensor], probe: Probe | None) -> Tensor 
         return None
     logits = _measure(run, probe.examples)
     if torch.equal(logits, probe.base):
-        raise DivergedError("the adapter changes no logit of the base: it trained nothing that the model uses")
+        why = "it trained nothing that the model uses"
+        if run.dtype != torch.float32:
+            why = (
+                f"what it learned is lost in the rounding of {precision_name(run.dtype)}, or {why}: raise "
+                "train.learning_rate or train.steps, or set train.precision: fp32"
+            )
+        raise DivergedError(f"the adapter changes no logit of the base: {why}")
     if probe.base.isfinite().all() and not logits.isfinite().all():
         raise DivergedError("the adapter makes the model's logits NaN or infinite: lower train.learning_rate")
     return logits

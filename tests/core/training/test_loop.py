@@ -200,6 +200,11 @@ def test_few_steps_are_noted(make_recipe: Make, said: list[str], train: dict, re
     assert bool(notes) is bool(remark) and all(remark in note for note in notes)
 
 
+def test_an_adapter_whose_changes_are_rounded_away_names_the_precision(make_recipe):
+    with pytest.raises(DivergedError, match="lost in the rounding of bf16, .*: raise train.learning_rate or"):
+        tune(make_recipe(train={"precision": "bf16", "steps": 1, "learning_rate": 1e-9}), quiet=True)
+
+
 def test_a_non_finite_loss_names_step_and_row_and_keeps_the_best(make_recipe: Make, test_strategies: object) -> None:
     strategies = [{"lora": {"rank": 4}}, {"poison": {"step": 2, "example": 3}}]
     recipe = make_recipe(strategies=strategies, evaluate=True, train={"batch_examples": 24, "eval_every": 1})
