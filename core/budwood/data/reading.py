@@ -278,6 +278,10 @@ def _convert(path: Path, encoding: str) -> str:
 
 def _decode(raw: bytes, path: Path, line: int) -> str:
     if b"\0" in raw:
+        for encoding, zeros, letters in (("utf-16le", raw[1::2], raw[::2]), ("utf-16be", raw[::2], raw[1::2])):
+            if line == 1 and len(letters) > 1 and 2 * zeros.count(0) > len(zeros) and 0 not in letters:
+                text = f"{path}: encoded in UTF-16, without a byte order mark."
+                raise InputError(f"{text} {_convert(path, encoding)}")
         raise InputError(f"{path}:{line}: binary data, not text. Accepted: {ACCEPTED}.")
     try:
         return raw.decode("utf-8")

@@ -118,6 +118,12 @@ BAD = {
         '{"a": 1}\n'.encode("utf-16"),
         r"in UTF-16. Convert it: iconv -f utf-16 -t utf-8 \S*/a\.jsonl > \S*/a-utf8\.jsonl",
     ),
+    "utf-16 without a mark": (
+        "a.jsonl",
+        '{"a": 1}\n'.encode("utf-16le"),
+        r"in UTF-16, without a byte order mark. Convert it: iconv -f utf-16le -t utf-8",
+    ),
+    "utf-16 csv": ("a.csv", "a,b\n1,2\n".encode("utf-16be"), r"without a byte order mark. .* -f utf-16be"),
     "utf-32": (
         "a b.jsonl",
         '{"a": 1}\n'.encode("utf-32"),
