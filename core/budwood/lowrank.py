@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from budwood.adapters.live_parts import live_low_rank as live_low_rank
     from budwood.adapters.peft_config import SavedExpertsConfig as SavedExpertsConfig
     from budwood.adapters.peft_config import SavedLowRankConfig as SavedLowRankConfig
-    from budwood.adapters.peft_config import check_continued as check_continued
     from budwood.adapters.peft_config import continued_selection as continued_selection
     from budwood.adapters.peft_config import parse_saved_config as parse_saved_config
+    from budwood.adapters.peft_config import planned_targets as planned_targets
     from budwood.adapters.peft_config import saved_pattern as saved_pattern
     from budwood.adapters.peft_config import saved_targets as saved_targets
     from budwood.adapters.peft_config import saved_whole_modules as saved_whole_modules
@@ -63,9 +63,9 @@ _EXPORTS = {
         (
             "SavedExpertsConfig",
             "SavedLowRankConfig",
-            "check_continued",
             "continued_selection",
             "parse_saved_config",
+            "planned_targets",
             "saved_pattern",
             "saved_targets",
             "saved_whole_modules",

@@ -17,8 +17,10 @@ from budwood.adapters.targets import (
     base_modules,
     ends_with,
     expert_modules,
+    match_targets,
     matches,
     reject_quantized,
+    whole_modules,
 )
 from budwood.errors import CorruptError, InputError
 from budwood.model.quantizers import linear_shape, quantizer_of
@@ -225,6 +227,28 @@ def _target_weights(modules: Mapping[str, nn.Module], saved: SavedLowRankConfig)
         for name, module in modules.items()
         if any(ends_with(f"{name}{WEIGHT}", end) for end in ends) and quantizer_of(module) is not None
     ]
+
+
+def planned_targets(plan: Any, options: Any, saved: SavedLowRankConfig | None, experts: bool = False) -> list[str]:
+    """Return the full names of the modules that a planned run adapts, in order.
+
+    Args:
+        plan: a `budwood.Plan` with a model.
+        options: the strategy's, with `targets`, `layers` and `modules_to_save`.
+        saved: the config of the adapter that the run starts from, if there is one.
+        experts: whether fused experts can be adapted.
+
+    Raises:
+        InputError: the options match nothing or what cannot be adapted, or differ from the adapter's.
+    """
+    model, start = plan.model, plan.start_adapter
+    if saved is not None:
+        saved_targets(model, saved)  # what it cannot adapt is named before it is missed among the targets
+    whole = whole_modules(model, options.modules_to_save, plan.task)
+    targets = match_targets(model, options.targets, options.layers, whole, experts=experts)
+    if saved is not None:
+        check_continued(model, saved, start.infos, targets, whole)
+    return targets
 
 
 def check_continued(

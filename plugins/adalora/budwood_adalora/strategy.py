@@ -66,18 +66,12 @@ class AdaLoRA(Strategy):
             )
         if plan.model is None:
             return
-        start, saved = plan.start_adapter, None
-        try:
-            if start is not None:
-                from budwood.lowrank import check_continued, saved_targets
-                from budwood_adalora.file import parse
+        from budwood.lowrank import planned_targets
+        from budwood_adalora.file import parse
 
-                saved = parse(start.config)
-                saved_targets(plan.model, saved)  # what it cannot adapt is named before it is missed among the targets
-            whole = whole_modules(plan.model, options.modules_to_save, plan.task)
-            targets = match_targets(plan.model, options.targets, options.layers, whole, experts=True)
-            if start is not None and saved is not None:
-                check_continued(plan.model, saved, start.infos, targets, whole)
+        start = plan.start_adapter
+        try:
+            targets = planned_targets(plan, options, None if start is None else parse(start.config), experts=True)
         except InputError as error:
             plan.problem(self, str(error))
             return

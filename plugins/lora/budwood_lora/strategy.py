@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from budwood import InputError, Strategy, hookimpl, match_targets, whole_modules
+from budwood import InputError, Strategy, hookimpl
 from budwood_lora.options import LoRAOptions, SavedConfig
 
 if TYPE_CHECKING:
@@ -39,18 +39,14 @@ class LoRA(Strategy):
         return fixed, {"rank": saved.r, "alpha": saved.lora_alpha, **continued_selection(config)}
 
     def _check_model(self, plan: Plan, model: nn.Module) -> None:
-        from budwood.lowrank import check_continued, parse_saved_config, saved_targets
+        from budwood.lowrank import parse_saved_config, planned_targets
         from budwood_lora.ranks import check_rank
 
-        options, start, saved = self.options, plan.start_adapter, None
-        if start is not None:
-            saved = parse_saved_config("lora", SavedConfig, start.config)
-            saved_targets(model, saved)  # what it cannot adapt is named before it is missed among the targets
-        whole = whole_modules(model, options.modules_to_save, plan.task)
-        targets = match_targets(model, options.targets, options.layers, whole, experts=True)
+        start = plan.start_adapter
+        saved = None if start is None else parse_saved_config("lora", SavedConfig, start.config)
+        planned_targets(plan, self.options, saved, experts=True)
         if start is not None and saved is not None:
-            check_rank(model, saved, start.directory, options)
-            check_continued(model, saved, start.infos, targets, whole)
+            check_rank(model, saved, start.directory, self.options)
 
     @hookimpl
     def check_plan(self, plan: Plan) -> None:

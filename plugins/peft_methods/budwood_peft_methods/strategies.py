@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from budwood import InputError, Strategy, hookimpl, linear_shape, match_targets, whole_modules
+from budwood import InputError, Strategy, hookimpl, linear_shape
 from budwood_peft_methods import options as own
 from budwood_peft_methods.rules import COLUMNS, FACTOR, LINEAR, POSITIONS, ROWS, Sum
 
@@ -85,22 +85,16 @@ class PeftMethod(Strategy):
             plan.problem(self, str(error))
 
     def _check_model(self, plan: Plan, model: nn.Module) -> None:
+        from budwood.lowrank import planned_targets
         from budwood_peft_methods.adapter import check_transposed
         from budwood_peft_methods.layers import check_weight
+        from budwood_peft_methods.saved import Saved
 
-        options, start, saved = self.options, plan.start_adapter, None
-        if start is not None:
-            from budwood.lowrank import check_continued, saved_targets
-            from budwood_peft_methods.saved import Saved
-
-            saved = Saved.read(self, start.config)
-            saved_targets(model, saved.selection)  # what it cannot adapt is named before it is missed among the targets
-        whole = whole_modules(model, options.modules_to_save, plan.task)
-        targets = match_targets(model, options.targets, options.layers, whole)
+        options, start = self.options, plan.start_adapter
+        targets = planned_targets(plan, options, None if start is None else Saved.read(self, start.config).selection)
         check_transposed(self, model, targets)
         self.module_fields(targets)
-        if start is not None and saved is not None:
-            check_continued(model, saved.selection, start.infos, targets, whole)
+        if start is not None:
             return
         for path in targets:
             module = model.get_submodule(path)
