@@ -247,11 +247,11 @@ def planned_targets(plan: Any, options: Any, saved: SavedLowRankConfig | None, e
     whole = whole_modules(model, options.modules_to_save, plan.task)
     targets = match_targets(model, options.targets, options.layers, whole, experts=experts)
     if saved is not None:
-        check_continued(model, saved, start.infos, targets, whole)
+        _check_continued(model, saved, start.infos, targets, whole)
     return targets
 
 
-def check_continued(
+def _check_continued(
     model: nn.Module,
     saved: SavedLowRankConfig,
     tensors: Mapping[str, TensorInfo],

@@ -329,7 +329,7 @@ def build_skeleton(name: str, config: PretrainedConfig, auto_class: str, trust_r
     if auto_class == "AutoModelForCausalLM":
         _check_decoder(name, config)
     try:
-        with torch.device("meta"), no_init_weights():  # for nothing to initialise, but thousands of calls
+        with torch.device("meta"), no_init_weights():  # a tensor without values needs none
             model: PreTrainedModel = getattr(transformers, auto_class).from_config(
                 config, trust_remote_code=trust_remote_code
             )

@@ -46,8 +46,8 @@ def test_a_step_of_looked_up_results_is_that_of_torch(make_recipe, checked, quan
 def test_tensors_that_differ_have_their_own_results(checked, other):
     with checked():
         for x in (torch.empty(4, 5), other(torch.empty(4, 5)), torch.empty(4, 5)):
-            doubled, turned = torch.ops.aten.neg.default(x), torch.ops.aten.t.default(x)
-            assert (doubled.dtype, doubled.device, doubled.stride()) == (x.dtype, x.device, x.stride())
+            negated, turned = torch.ops.aten.neg.default(x), torch.ops.aten.t.default(x)
+            assert (negated.dtype, negated.device, negated.stride()) == (x.dtype, x.device, x.stride())
             assert (turned.stride(), turned.storage_offset()) == (x.stride()[::-1], x.storage_offset())
             assert torch.ops.aten.cat.default([x, x], 0).shape == (2 * len(x), x.shape[1])
 
